@@ -1,0 +1,45 @@
+# One word for each chore; `make` alone lists them. Everything happens in .venv, made on first use.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help run test test-all check schema docs build clean
+
+help: ## list these commands
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+$(INSTALLED): setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.11 …"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade pip
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+run: $(INSTALLED) ## set everything up and run the daemon on port 8765
+	$(BIN)/telemetryd serve
+
+test: $(INSTALLED) ## set everything up and pass the tests (about two minutes)
+	$(BIN)/pytest -m "not slow"
+
+test-all: $(INSTALLED) ## the tests, and the slow fault and load suites in full
+	$(BIN)/pytest
+
+check: $(INSTALLED) ## lint, types, and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+schema: $(INSTALLED) ## write schema/telemetry.sql from migrations/
+	$(BIN)/python -m tests.tools.schema
+
+docs: $(INSTALLED) ## write the generated parts of README.md and .env.example
+	$(BIN)/python -m tests.tools.docs
+
+build: $(INSTALLED) ## build the wheel into dist/
+	$(BIN)/python -m build --wheel
+
+clean: ## remove the virtual environment and build leftovers
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""SQL files, one per step of the schema; see README.md beside this file."""

@@ -1,0 +1,1 @@
+"""The current schema as one SQL file, generated from migrations/ (`make schema`)."""

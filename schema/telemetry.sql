@@ -1,0 +1,89 @@
+-- The schema of a telemetryd database, version 9.
+-- Generated from migrations/ by `make schema`; do not edit.
+
+CREATE TABLE agent_runs (
+    id INTEGER PRIMARY KEY,
+    event_id TEXT NOT NULL CHECK (length(event_id) BETWEEN 1 AND 255),
+    run_id TEXT NOT NULL,
+    created_at TEXT NOT NULL,
+    updated_at TEXT NOT NULL,
+    start_time TEXT NOT NULL,
+    end_time TEXT,
+    agent_name TEXT NOT NULL,
+    job_type TEXT NOT NULL,
+    status TEXT NOT NULL DEFAULT 'running'
+        CHECK (status IN ('running', 'success', 'failure', 'partial', 'timeout', 'cancelled')),
+    product TEXT,
+    product_family TEXT,
+    platform TEXT,
+    subdomain TEXT,
+    website TEXT,
+    website_section TEXT,
+    item_name TEXT,
+    items_discovered INTEGER NOT NULL DEFAULT 0 CHECK (items_discovered >= 0),
+    items_succeeded INTEGER NOT NULL DEFAULT 0 CHECK (items_succeeded >= 0),
+    items_failed INTEGER NOT NULL DEFAULT 0 CHECK (items_failed >= 0),
+    items_skipped INTEGER NOT NULL DEFAULT 0 CHECK (items_skipped >= 0),
+    duration_ms INTEGER NOT NULL DEFAULT 0 CHECK (duration_ms >= 0),
+    input_summary TEXT,
+    output_summary TEXT,
+    source_ref TEXT,
+    target_ref TEXT,
+    error_summary TEXT,
+    error_details TEXT,
+    git_repo TEXT,
+    git_branch TEXT,
+    git_commit_hash TEXT,
+    git_run_tag TEXT,
+    host TEXT,
+    environment TEXT,
+    trigger_type TEXT,
+    metrics_json TEXT CHECK (metrics_json IS NULL OR json_valid(metrics_json)),
+    context_json TEXT CHECK (context_json IS NULL OR json_valid(context_json)),
+    api_posted INTEGER NOT NULL DEFAULT 0 CHECK (api_posted IN (0, 1)),
+    api_posted_at TEXT,
+    api_retry_count INTEGER NOT NULL DEFAULT 0 CHECK (api_retry_count >= 0),
+    insight_id TEXT,
+    parent_run_id TEXT,
+    git_commit_source TEXT CHECK (git_commit_source IS NULL OR git_commit_source IN ('manual', 'llm', 'ci')),
+    git_commit_author TEXT,
+    git_commit_timestamp TEXT
+) STRICT;
+
+CREATE TABLE run_minutes (
+    minute TEXT NOT NULL PRIMARY KEY,
+    runs INTEGER NOT NULL CHECK (runs >= 0)
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE run_totals (
+    agent_name TEXT NOT NULL,
+    job_type TEXT NOT NULL,
+    status TEXT NOT NULL,
+    runs INTEGER NOT NULL CHECK (runs >= 0),
+    PRIMARY KEY (agent_name, job_type, status)
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE schema_migrations (
+    version INTEGER PRIMARY KEY,
+    description TEXT NOT NULL,
+    applied_at TEXT NOT NULL
+) STRICT;
+
+CREATE INDEX idx_runs_agent ON agent_runs (agent_name, job_type, status, created_at);
+
+CREATE INDEX idx_runs_agent_created ON agent_runs (agent_name, created_at);
+
+CREATE INDEX idx_runs_agent_status_created ON agent_runs (agent_name, status, created_at);
+
+CREATE INDEX idx_runs_created_desc ON agent_runs (created_at);
+
+CREATE UNIQUE INDEX idx_runs_event_id ON agent_runs (event_id);
+
+CREATE INDEX idx_runs_job ON agent_runs (job_type, status, created_at);
+
+CREATE INDEX idx_runs_start ON agent_runs (start_time);
+
+CREATE INDEX idx_runs_status ON agent_runs (status, created_at);
+
+PRAGMA application_id = 1953262948;
+PRAGMA user_version = 9;

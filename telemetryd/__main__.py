@@ -1,0 +1,5 @@
+"""Lets `python -m telemetryd` do what the `telemetryd` command does."""
+
+from telemetryd.cli import main
+
+main()

@@ -1,0 +1,207 @@
+"""Brings the parts up in order, serves until it is told to stop, and takes them down in reverse."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sqlite3
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Final
+
+import orjson
+from aiohttp import web
+from aiohttp.web_protocol import RequestHandler
+
+import telemetryd
+from telemetryd.http import make_app
+from telemetryd.logs import log
+from telemetryd.metrics import Metrics
+from telemetryd.runs import utc_now
+from telemetryd.settings import LoadedSettings, Settings
+from telemetryd.store import Store
+
+_BACKLOG: Final = 2048
+_KEEPALIVE_S: Final = 75.0
+EXIT_FAILURE: Final = 1
+
+
+class _Protocol(RequestHandler):
+    """aiohttp's protocol, except that its own errors (a malformed request) are JSON like all others."""
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """Answer what never became a request; the parser's text may echo the input, so it is not passed on."""
+        log.warning(
+            "Malformed request",
+            extra={"status": status, "client": request.remote, "error_type": type(exc).__name__},
+        )
+        detail = "The request is not valid HTTP/1.1" if status < 500 else "Internal error"
+        response = web.Response(body=orjson.dumps({"detail": detail}), status=status, content_type="application/json")
+        response.force_close()
+        return response
+
+
+class _Server(web.Server):
+    def __call__(self) -> RequestHandler:
+        return _Protocol(self, loop=self._loop, **self._kwargs)
+
+
+class _Runner(web.AppRunner):
+    async def _make_server(self) -> web.Server:
+        made = await super()._make_server()
+        return _Server(made.request_handler, request_factory=made.request_factory, **made._kwargs)
+
+
+def make_runner(app: web.Application, settings: Settings) -> web.AppRunner:
+    """Return aiohttp's runner with our own handling of signals, bodies, errors and time limits."""
+    return _Runner(
+        app,
+        handle_signals=False,  # aiohttp's second SIGTERM aborts the drain
+        access_log=None,
+        auto_decompress=False,  # body.py does it, within its limits
+        keepalive_timeout=_KEEPALIVE_S,
+        shutdown_timeout=settings.shutdown_timeout_s / 2,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A daemon that answers: its store, and where it listens."""
+
+    store: Store
+    addresses: tuple[str, ...]
+
+
+@asynccontextmanager
+async def running(settings: Settings, clock: Callable[[], datetime] = utc_now) -> AsyncIterator[Running]:
+    """Run a daemon inside the block: lock → schema → writer → readers → app → sockets; then in reverse.
+
+    Raises:
+        DatabaseError: if the database cannot be used.
+        OSError: if an address cannot be listened on.
+
+    """
+    metrics = Metrics()
+    store = await Store.open(settings, metrics, clock)
+    try:
+        runner = make_runner(make_app(store, settings, metrics), settings)
+        await runner.setup()
+        try:
+            yield Running(store, await _listen(runner, settings))
+        finally:
+            # First no new requests and an answer to those in flight, for which the writer is still needed.
+            await runner.cleanup()
+    finally:
+        await store.close()
+
+
+async def _listen(runner: web.AppRunner, settings: Settings) -> tuple[str, ...]:
+    site = web.TCPSite(runner, settings.api_host, settings.api_port, backlog=_BACKLOG)
+    await site.start()
+    if settings.api_unix is not None:
+        path = settings.api_unix.absolute()
+        _remove_dead_socket(str(path))
+        await web.UnixSite(runner, path, backlog=_BACKLOG).start()
+        path.chmod(0o660)
+    addresses = []
+    for address in runner.addresses:
+        if isinstance(address, str):
+            addresses.append(f"unix:{address}")
+        else:
+            host = f"[{address[0]}]" if ":" in address[0] else address[0]
+            addresses.append(f"http://{host}:{address[1]}")
+    return tuple(addresses)
+
+
+def _remove_dead_socket(path: str) -> None:
+    """Remove the socket of a daemon that died; one that is alive, or a file that is no socket, stays."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+        except OSError:
+            return
+
+
+async def serve(loaded: LoadedSettings) -> int:
+    """Serve until SIGTERM or SIGINT, or until the writer dies; return the process's exit status.
+
+    Raises:
+        DatabaseError: if the database cannot be used.
+        OSError: if an address cannot be listened on.
+
+    """
+    settings = loaded.settings
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, _on_signal, stop, number)
+    for remark in loaded.remarks:
+        log.warning("Configuration remark", extra={"remark": remark})
+    async with running(settings) as daemon:
+        _announce(settings, daemon)
+        stopped = asyncio.create_task(stop.wait())
+        await asyncio.wait((stopped, daemon.store.writing), return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        death = daemon.store.writing.exception() if daemon.store.writing.done() else None
+        if death is not None:
+            log.critical(
+                "The writer has died; exiting, so that the service manager restarts the daemon",
+                exc_info=death,
+            )
+        log.info("Stopping", extra={"queue_depth": daemon.store.health().queue_depth})
+        loop.call_later(settings.shutdown_timeout_s, _give_up, settings.shutdown_timeout_s)
+    if death is not None:
+        return EXIT_FAILURE
+    log.info("Stopped")
+    return 0
+
+
+def _on_signal(stop: asyncio.Event, number: int) -> None:
+    if stop.is_set():
+        # Whatever is not committed now has not been acknowledged either.
+        print("telemetryd: second signal, exiting at once", file=sys.stderr, flush=True)  # noqa: T201
+        os._exit(128 + number)
+    log.info("Signal received", extra={"signal": signal.Signals(number).name})
+    stop.set()
+
+
+def _give_up(after_s: float) -> None:
+    print(f"telemetryd: not stopped after {after_s:g} s, exiting", file=sys.stderr, flush=True)  # noqa: T201
+    os._exit(EXIT_FAILURE)
+
+
+def _announce(settings: Settings, daemon: Running) -> None:
+    health = daemon.store.health()
+    log.info(
+        "Serving",
+        extra={
+            "addresses": daemon.addresses,
+            "version": telemetryd.__version__,
+            "db_path": str(health.path),
+            "journal_mode": health.modes.journal_mode,
+            "synchronous": health.modes.synchronous,
+            "sqlite_version": sqlite3.sqlite_version,
+            "pid": os.getpid(),
+        },
+    )
+    if not health.durable:
+        log.warning(
+            "Acknowledged writes survive a crash, not a power cut",
+            extra={"setting": "TELEMETRY_DB_SYNCHRONOUS=NORMAL"},
+        )
+    if not settings.api_auth_enabled:
+        state = "loopback clients only" if settings.api_protected_mode else "every client that can reach it"
+        log.info("Authentication is off", extra={"served": state})

@@ -1,0 +1,382 @@
+"""Opens SQLite: who owns the file, what the file is, one read-write connection, read-only ones."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sqlite3
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Final, TypeVar
+
+import aiosqlite
+
+from telemetryd.errors import DatabaseError, DatabaseOwnedError
+
+APPLICATION_ID: Final = 0x746C6D64
+"""`PRAGMA application_id` of our files: the letters "tlmd"."""
+
+_MINIMUM_SQLITE: Final = (3, 37, 0)  # STRICT tables
+_HEADER_BYTES: Final = 100
+_QUICK_CHECK_BYTES: Final = 16 * 1024 * 1024
+_READ_CACHE_KIB: Final = 16 * 1024
+_WRITE_CACHE_KIB: Final = 64 * 1024
+
+T = TypeVar("T")
+
+
+# --- Who owns the file ---------------------------------------------------------------------------
+
+
+class FileLock:
+    """An exclusive lock on a file that holds its owner's PID; the system frees it when the owner dies.
+
+    The file is never deleted: a waiter that has opened the old file and a newcomer that makes a new one
+    would both get their lock.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._descriptor: int | None = None
+
+    def acquire(self) -> None:
+        """Take the lock at once.
+
+        Raises:
+            DatabaseOwnedError: if another process holds it; the message names its PID.
+            DatabaseError: if the lock file cannot be made.
+
+        """
+        try:
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
+        except OSError as error:
+            raise DatabaseError(f"Cannot open the lock file {self._path}: {error.strerror}") from error
+        try:
+            _lock(descriptor)
+        except OSError as error:
+            holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip() if hasattr(os, "pread") else ""
+            os.close(descriptor)
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise DatabaseError(f"Cannot lock {self._path}: {error.strerror}") from error
+            raise DatabaseOwnedError(
+                f"Another telemetryd (PID {holder or 'unknown'}) owns this database: it holds the lock {self._path}"
+            ) from error
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"{os.getpid()}\n".encode())
+        self._descriptor = descriptor
+
+    def release(self) -> None:
+        """Give the lock back; the file stays."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _lock(descriptor: int) -> None:
+        os.lseek(descriptor, 1 << 30, os.SEEK_SET)  # a byte far behind the PID, which others may read
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+else:
+    import fcntl
+
+    def _lock(descriptor: int) -> None:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+class Ownership:
+    """The right to write to one database, whatever lock file was configured.
+
+    Two locks make it: the configured one, and one beside the database's real path (symbolic links
+    resolved), so that two daemons with different settings cannot own the same file.
+    """
+
+    def __init__(self, database: Path, lock_file: Path | None) -> None:
+        real = database.resolve()
+        beside = real.with_name(real.name + ".lock")
+        paths = [beside] if lock_file is None or lock_file.resolve() == beside else [beside, lock_file]
+        self._locks = [FileLock(path) for path in paths]
+
+    def acquire(self) -> None:
+        """Take every lock or none.
+
+        Raises:
+            DatabaseOwnedError: if another process owns the database.
+            DatabaseError: if a lock file cannot be made.
+
+        """
+        try:
+            for lock in self._locks:
+                lock.acquire()
+        except DatabaseError:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        """Give all locks back."""
+        for lock in reversed(self._locks):
+            lock.release()
+
+
+def prepare_directory(database: Path) -> None:
+    """Make the database's directory (mode 0700) if only that last step of its path is missing.
+
+    A deeper gap is refused: it is more often a typing error or a disk that is not mounted, and a
+    database made in the wrong place is data lost from sight.
+
+    Raises:
+        DatabaseError: if the directory cannot be made or written to.
+
+    """
+    directory = database.absolute().parent
+    try:
+        directory.mkdir(mode=0o700, exist_ok=True)
+    except FileNotFoundError as error:
+        raise DatabaseError(
+            f"The directory {directory} does not exist; if it is the right one, make it: mkdir -p {directory}"
+        ) from error
+    except OSError as error:
+        raise DatabaseError(f"Cannot make the directory {directory}: {error.strerror}") from error
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise DatabaseError(f"The directory {directory} is not writable for this user")
+
+
+# --- What the file is ----------------------------------------------------------------------------
+
+
+class Kind(StrEnum):
+    """What stands at the database's path."""
+
+    MISSING = "missing"
+    EMPTY = "empty"
+    OURS = "ours"
+    LEGACY = "legacy"
+    FOREIGN = "foreign"
+
+
+@dataclass(frozen=True, slots=True)
+class FileState:
+    """What a database file says of itself."""
+
+    kind: Kind
+    version: int
+
+
+def inspect(path: Path) -> FileState:
+    """Look at a database file without writing to it. Call it only while no connection to it is open.
+
+    The header alone tells most (sqlite.org/fileformat2.html#the_database_header). A file that another
+    transaction has not finished with (a journal or write-ahead log beside it) is judged by its header too:
+    neither of the two numbers changes except in a migration, which SQLite completes or undoes on opening.
+
+    Raises:
+        DatabaseError: if it is not a usable SQLite file; the message says what it is and what to run.
+
+    """
+    try:
+        status = path.stat()
+        if not path.is_file():
+            raise DatabaseError(f"{path} is not a regular file")
+        if status.st_nlink > 1:
+            raise DatabaseError(
+                f"{path} has {status.st_nlink} hard links; SQLite can corrupt a database that is opened by two names "
+                "(sqlite.org/howtocorrupt.html): remove the others"
+            )
+        with path.open("rb") as file:
+            header = file.read(_HEADER_BYTES)
+    except FileNotFoundError:
+        return FileState(Kind.MISSING, 0)
+    except OSError as error:
+        raise DatabaseError(f"Cannot read {path}: {error.strerror}") from error
+    if not os.access(path, os.W_OK):
+        raise DatabaseError(f"{path} is not writable for this user")
+    if not header:
+        return FileState(Kind.EMPTY, 0)
+    if len(header) < _HEADER_BYTES or not header.startswith(b"SQLite format 3\0"):
+        raise DatabaseError(
+            f"{path} is not a SQLite database; move it away, or point TELEMETRY_DB_PATH at the right file"
+        )
+    version, application = (int.from_bytes(header[at : at + 4], "big") for at in (60, 68))
+    if application == APPLICATION_ID:
+        return FileState(Kind.OURS, version)
+    return FileState(_stranger(path), version)
+
+
+def _stranger(path: Path) -> Kind:
+    with sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True) as connection:
+        try:
+            tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        except sqlite3.DatabaseError as error:
+            raise corrupt(path, str(error)) from error
+        finally:
+            connection.close()
+    return Kind.LEGACY if "agent_runs" in tables else Kind.FOREIGN if tables else Kind.EMPTY
+
+
+def check_quickly(path: Path) -> None:
+    """Find damage that can be found without reading a large file: its length, and small files in whole.
+
+    Raises:
+        DatabaseError: if the file is damaged.
+
+    """
+    if any(path.with_name(path.name + suffix).exists() for suffix in ("-journal", "-wal")):
+        return  # SQLite recovers it on opening; until then the file alone may be in between
+    with path.open("rb") as file:
+        header = file.read(_HEADER_BYTES)
+    page_size = int.from_bytes(header[16:18], "big")
+    pages = int.from_bytes(header[28:32], "big")
+    actual = path.stat().st_size
+    if pages * (65536 if page_size == 1 else page_size) > actual:
+        raise corrupt(path, f"it should have {pages} pages but is only {actual} bytes long")
+    if actual > _QUICK_CHECK_BYTES:
+        return
+    connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
+    try:
+        finding = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+    except sqlite3.DatabaseError as error:
+        finding = str(error)
+    finally:
+        connection.close()
+    if finding != "ok":
+        raise corrupt(path, finding)
+
+
+def corrupt(path: Path, finding: str) -> DatabaseError:
+    """Return the error for a damaged file, with what was found and what to do."""
+    return DatabaseError(
+        f"{path} is damaged ({' '.join(finding.split())}); nothing was changed: restore a backup, or look at it "
+        f'with: sqlite3 -readonly {path} "PRAGMA integrity_check"'
+    )
+
+
+# --- Connections ---------------------------------------------------------------------------------
+
+
+class Connection(aiosqlite.Connection):
+    """An aiosqlite connection that runs a whole function in its thread: one hop, however many statements.
+
+    `aiosqlite` hops between the event loop and the thread for every call; a hop costs about 60 µs.
+    """
+
+    async def run(self, function: Callable[[sqlite3.Connection], T]) -> T:
+        """Call a function with the plain connection, in the connection's own thread."""
+        return await self._execute(function, self._conn)  # type: ignore[no-any-return, no-untyped-call]
+
+
+@dataclass(frozen=True, slots=True)
+class Modes:
+    """What the write connection reports about its durability (upper case, as in /health)."""
+
+    journal_mode: str
+    synchronous: str
+
+
+_SYNCHRONOUS: Final = ("OFF", "NORMAL", "FULL", "EXTRA")
+
+
+async def open_writer(
+    path: Path, journal_mode: str, synchronous: str, busy_timeout_ms: int
+) -> tuple[Connection, Modes]:
+    """Open the one read-write connection. The database and what SQLite puts beside it get mode 0600.
+
+    Raises:
+        DatabaseError: if SQLite is too old, or the file cannot be opened with these modes.
+
+    """
+    if sqlite3.sqlite_version_info < _MINIMUM_SQLITE:
+        raise DatabaseError(f"SQLite {sqlite3.sqlite_version} is too old; 3.37 or newer is needed")
+    os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))  # the mode of a new file, whatever the umask
+    connection = Connection(lambda: _open(path, "rw", busy_timeout_ms), 1000)
+    await connection
+    try:
+        modes = await connection.run(lambda plain: _configure_writer(plain, journal_mode, synchronous))
+    except sqlite3.Error as error:
+        await connection.close()
+        raise DatabaseError(f"Cannot open {path}: {error}") from error
+    if modes != Modes(journal_mode, synchronous):
+        await connection.close()
+        raise DatabaseError(
+            f"SQLite keeps {modes.journal_mode}/{modes.synchronous} instead of {journal_mode}/{synchronous} "
+            f"for {path}; another process may have it open, or its file system cannot do it"
+        )
+    return connection, modes
+
+
+async def open_reader(path: Path, busy_timeout_ms: int) -> Connection:
+    """Open one connection that cannot write and never checkpoints."""
+    connection = Connection(lambda: _open(path, "ro", busy_timeout_ms), 1000)
+    await connection
+    await connection.run(_configure_reader)
+    return connection
+
+
+def _open(path: Path, mode: str, busy_timeout_ms: int) -> sqlite3.Connection:
+    return sqlite3.connect(
+        f"{path.resolve().as_uri()}?mode={mode}",
+        uri=True,
+        timeout=busy_timeout_ms / 1000,
+        isolation_level=None,
+        check_same_thread=False,  # interrupt() is called from the event loop
+        cached_statements=256,
+    )
+
+
+def _configure(connection: sqlite3.Connection, cache_kib: int) -> None:
+    # Defensive settings of sqlite.org/security.html; no memory map, which would turn a stray write or an
+    # I/O error into damage or a signal.
+    for pragma in ("cell_size_check = ON", "mmap_size = 0", f"cache_size = -{cache_kib}"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _configure_writer(connection: sqlite3.Connection, journal_mode: str, synchronous: str) -> Modes:
+    _configure(connection, _WRITE_CACHE_KIB)
+    if connection.execute("PRAGMA page_count").fetchone()[0] == 0:
+        connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # can only be chosen before the first table
+    connection.execute(f"PRAGMA journal_mode = {journal_mode}")
+    connection.execute(f"PRAGMA synchronous = {synchronous}")
+    return read_modes(connection)
+
+
+def _configure_reader(connection: sqlite3.Connection) -> None:
+    _configure(connection, _READ_CACHE_KIB)
+    connection.execute("PRAGMA query_only = ON")
+    # Not on the writer: SQLite before 3.41 refuses json_valid() in our own CHECK constraints then.
+    connection.execute("PRAGMA trusted_schema = OFF")
+
+
+def read_modes(connection: sqlite3.Connection) -> Modes:
+    """Ask a connection how it journals and syncs."""
+    journal_mode: str = connection.execute("PRAGMA journal_mode").fetchone()[0]
+    synchronous: int = connection.execute("PRAGMA synchronous").fetchone()[0]
+    return Modes(journal_mode.upper(), _SYNCHRONOUS[synchronous])
+
+
+class DirectorySync:
+    """Makes the disappearance of the rollback journal durable.
+
+    With a rollback journal the commit point is the journal's unlink, and at `synchronous=FULL` SQLite
+    does not sync the directory after it: a power cut can bring the journal back and undo a commit that
+    was acknowledged (sqlite.org/pragma.html#pragma_synchronous, on EXTRA).
+    """
+
+    def __init__(self, database: Path) -> None:
+        self._descriptor = os.open(database.resolve().parent, os.O_RDONLY)
+
+    def __call__(self) -> None:
+        """Sync the directory."""
+        os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Close the directory."""
+        os.close(self._descriptor)
+
+
+def needs_directory_sync(modes: Modes) -> bool:
+    """Tell whether a commit in these modes is durable only after the directory is synced too."""
+    return modes == Modes("DELETE", "FULL")

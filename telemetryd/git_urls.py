@@ -1,0 +1,45 @@
+"""Turns a repository address and a commit hash into pages that a browser can open."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+
+_COMMIT_PATH = {
+    "github.com": "commit",
+    "gitlab.com": "-/commit",
+    "bitbucket.org": "commits",
+}
+_ADDRESS = re.compile(
+    r"(?:https?://(?:[^/@\s]*@)?|ssh://(?:[^/@\s]*@)?|(?P<scp>[\w.-]+@))"
+    r"(?P<host>[A-Za-z0-9.-]+)(?::\d+)?(?(scp):)/*(?P<path>[\w.~+/-]+)"
+)
+_COMMIT = re.compile(r"[0-9A-Fa-f]{7,64}")
+
+
+@lru_cache(maxsize=4096)
+def repo_url(git_repo: str | None) -> str | None:
+    """Return the https page of a repository on GitHub, GitLab or Bitbucket, else None.
+
+    Understands `https://…`, `ssh://git@…` and `git@host:path`, with or without `.git` and slashes at
+    the end. The host must match exactly; user names and passwords in the address are dropped.
+    """
+    match = _ADDRESS.fullmatch(git_repo.strip()) if git_repo else None
+    if match is None:
+        return None
+    host = match["host"].lower()
+    path = match["path"].strip("/").removesuffix(".git").strip("/")
+    segments = path.split("/")
+    if host not in _COMMIT_PATH or len(segments) < 2 or not all(segment.strip(".") for segment in segments):
+        return None
+    return f"https://{host}/{path}"
+
+
+@lru_cache(maxsize=4096)
+def commit_url(git_repo: str | None, git_commit_hash: str | None) -> str | None:
+    """Return the https page of one commit, or None where the repository or the hash gives none."""
+    page = repo_url(git_repo)
+    if page is None or not git_commit_hash or _COMMIT.fullmatch(git_commit_hash) is None:
+        return None
+    host = page.split("/")[2]
+    return f"{page}/{_COMMIT_PATH[host]}/{git_commit_hash}"

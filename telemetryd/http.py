@@ -1,0 +1,627 @@
+"""Routes on top, then one handler for each: request in, command or query, answer out."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any, Final
+
+import orjson
+from aiohttp import web
+
+import telemetryd
+from telemetryd import openapi, queries, runs
+from telemetryd.body import JSON_TYPES, NDJSON_TYPES, check_media_type, read_body
+from telemetryd.commands import CreateRuns, UpdateRun
+from telemetryd.errors import (
+    BodyTooLargeError,
+    ErrorItem,
+    InvalidBodyError,
+    InvalidRequestError,
+    RunNotFoundError,
+    describe,
+)
+from telemetryd.metrics import Metrics, wants_prometheus
+from telemetryd.middleware import NOTE, Handler, json_response, middleware
+from telemetryd.openapi import EVENT_ID, INTEGER, STRING, WARNINGS, Operation, obj, ref
+from telemetryd.settings import Settings
+from telemetryd.store import Store
+
+STORE: Final = web.AppKey("store", Store)
+SETTINGS: Final = web.AppKey("settings", Settings)
+METRICS: Final = web.AppKey("metrics", Metrics)
+DOCUMENT: Final = web.AppKey("document", bytes)
+
+
+# --- Runs ----------------------------------------------------------------------------------------
+
+
+async def create_run(request: web.Request) -> web.Response:
+    """Store one run; a single is a batch of one."""
+    parsed = runs.parse_run(await _json_body(request))
+    event_id, run_id = parsed.row[runs.EVENT_ID], parsed.row[runs.RUN_ID]
+    created = await request.app[STORE].submit(CreateRuns((parsed.row,)))
+    is_new = created.new[0]
+    _count_runs(request, created=int(is_new), duplicate=int(not is_new))
+    request[NOTE].say("Run created" if is_new else "Run already exists", event_id=event_id, run_id=run_id)
+    if is_new:
+        answer = {"status": "created", "event_id": event_id, "run_id": run_id}
+    else:
+        answer = {"status": "duplicate", "event_id": event_id, "message": "Event already exists (idempotent)"}
+    return json_response(_with_warnings(answer, parsed.ignored), 201 if is_new else 200)
+
+
+async def create_batch(request: web.Request) -> web.Response:
+    """Store the good runs of a batch in one transaction, and tell of each bad one."""
+    batch = await _parse_batch(request)
+    created = await request.app[STORE].submit(CreateRuns(tuple(batch.rows))) if batch.rows else None
+    inserted = sum(created.new) if created is not None else 0
+    duplicates = len(batch.rows) - inserted
+    _count_runs(request, created=inserted, duplicate=duplicates, invalid=len(batch.faults))
+    request[NOTE].say(
+        "Batch stored", inserted=inserted, duplicates=duplicates, errors=len(batch.faults), total=batch.total
+    )
+    answer: dict[str, Any] = {
+        "inserted": inserted,
+        "duplicates": duplicates,
+        "errors": [fault.sentence() for fault in batch.faults],
+        "total": batch.total,
+    }
+    if batch.faults:
+        answer["error_details"] = [fault.details() for fault in batch.faults]
+    return json_response(_with_warnings(answer, tuple(batch.ignored)))
+
+
+async def list_runs(request: web.Request) -> web.Response:
+    """Answer the runs that match every filter, newest first."""
+    query = queries.parse_list(request.rel_url.raw_query_string)
+    page = await request.app[STORE].fetch(query)
+    request[NOTE].say("Query executed", query_params=query.parameters(), result_count=len(page.rows))
+    headers = {} if page.end is None else {"Link": f'<{query.next_page(request.path, page.end)}>; rel="next"'}
+    return json_response([runs.to_json(row) for row in page.rows], headers=headers)
+
+
+async def get_run(request: web.Request) -> web.Response:
+    """Answer one run."""
+    return json_response(await _stored_run(request))
+
+
+async def update_run(request: web.Request) -> web.Response:
+    """Change the given fields of a run."""
+    changes, ignored = runs.parse_patch(await _json_body(request))
+    event_id = request.match_info["event_id"]
+    if not changes:
+        raise InvalidRequestError("No valid fields to update")
+    request[NOTE].say("Run updated", event_id=event_id, fields_updated=list(changes))
+    if await request.app[STORE].submit(UpdateRun(event_id, changes)) is None:
+        raise RunNotFoundError(runs.shorten(event_id))
+    return json_response(
+        _with_warnings({"event_id": event_id, "updated": True, "fields_updated": list(changes)}, ignored)
+    )
+
+
+async def associate_commit(request: web.Request) -> web.Response:
+    """Record the commit that a run led to."""
+    changes, ignored = runs.parse_commit(await _json_body(request))
+    event_id = request.match_info["event_id"]
+    request[NOTE].say("Commit associated", event_id=event_id, fields_updated=list(changes))
+    updated = await request.app[STORE].submit(UpdateRun(event_id, changes))
+    if updated is None:
+        raise RunNotFoundError(runs.shorten(event_id))
+    answer = {
+        "status": "success",
+        "event_id": event_id,
+        "run_id": updated.run_id,
+        "commit_hash": changes["git_commit_hash"],
+    }
+    return json_response(_with_warnings(answer, ignored))
+
+
+async def get_commit_url(request: web.Request) -> web.Response:
+    """Answer the page of a run's commit."""
+    run = await _stored_run(request)
+    return json_response({"commit_url": run["commit_url"]})
+
+
+async def get_repo_url(request: web.Request) -> web.Response:
+    """Answer the page of a run's repository."""
+    run = await _stored_run(request)
+    return json_response({"repo_url": run["repo_url"]})
+
+
+async def _stored_run(request: web.Request) -> dict[str, Any]:
+    event_id = request.match_info["event_id"]
+    request[NOTE].say("Run queried", event_id=event_id)
+    row = await request.app[STORE].fetch(queries.GetRun(event_id))
+    if row is None:
+        raise RunNotFoundError(runs.shorten(event_id))
+    return runs.to_json(row)
+
+
+async def _json_body(request: web.Request) -> object:
+    check_media_type(request, JSON_TYPES)
+    return runs.parse_json(await read_body(request, request.app[SETTINGS].max_body_bytes))
+
+
+def _with_warnings(answer: dict[str, Any], ignored: tuple[str, ...]) -> dict[str, Any]:
+    return {**answer, "warnings": runs.ignored_field_warnings(ignored)} if ignored else answer
+
+
+def _count_runs(request: web.Request, **outcomes: int) -> None:
+    for outcome, count in outcomes.items():
+        if count:
+            request.app[METRICS].runs.labels(outcome).inc(count)
+
+
+# --- A batch -------------------------------------------------------------------------------------
+
+_SLICE: Final = 200
+"""Runs that are checked before the event loop gets its turn (about 5 ms)."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Fault:
+    """One item of a batch that cannot be stored."""
+
+    index: int
+    event_id: str | None
+    errors: list[ErrorItem]
+
+    def sentence(self) -> str:
+        named = f" (event_id {self.event_id})" if self.event_id is not None else ""
+        return f"Item {self.index}{named}: {'; '.join(describe({**e, 'loc': e['loc'][2:]}) for e in self.errors)}"
+
+    def details(self) -> dict[str, Any]:
+        return {"index": self.index, "event_id": self.event_id, "detail": self.errors}
+
+
+class _Batch:
+    """The rows of a batch, and the faults of what is not in them."""
+
+    def __init__(self) -> None:
+        self.rows: list[runs.Row] = []
+        self.faults: list[_Fault] = []
+        self.ignored: dict[str, None] = {}
+        self.total = 0
+
+    def add(self, read: Callable[[], object]) -> None:
+        """Take in the next item, or its faults."""
+        index, item = self.total, None
+        self.total += 1
+        try:
+            item = read()
+            parsed = runs.parse_run(item)
+        except InvalidBodyError as error:
+            event_id = item.get("event_id") if isinstance(item, dict) else None
+            named = runs.shorten(event_id) if isinstance(event_id, str) else None
+            self.faults.append(_Fault(index, named, runs.under(error, index)))
+        else:
+            self.rows.append(parsed.row)
+            self.ignored.update(dict.fromkeys(parsed.ignored))
+
+
+async def _parse_batch(request: web.Request) -> _Batch:
+    media_type = check_media_type(request, (*JSON_TYPES, *NDJSON_TYPES))
+    body = await read_body(request, request.app[SETTINGS].max_body_bytes)
+    batch = _Batch()
+    if media_type in NDJSON_TYPES:
+        lines = [line for line in body.split(b"\n") if line.strip()]
+        readers: list[Callable[[], object]] = [lambda line=line: runs.parse_json(line) for line in lines]  # type: ignore[misc]
+    else:
+        readers = [lambda item=item: item for item in _items(runs.parse_json(body), batch)]  # type: ignore[misc]
+    limit = request.app[SETTINGS].max_batch
+    if len(readers) > limit:
+        raise BodyTooLargeError(
+            f"A batch must not hold more than {limit} runs (TELEMETRY_MAX_BATCH); this one has {len(readers)}"
+        )
+    for number, read in enumerate(readers):
+        if number % _SLICE == _SLICE - 1:
+            await asyncio.sleep(0)
+        batch.add(read)
+    is_unreadable = bool(batch.faults) and all(fault.errors[0]["type"] == "json_invalid" for fault in batch.faults)
+    if is_unreadable and not batch.rows:
+        raise InvalidBodyError([error for fault in batch.faults[:100] for error in fault.errors])
+    return batch
+
+
+def _items(decoded: object, batch: _Batch) -> list[object]:
+    if isinstance(decoded, dict) and isinstance(decoded.get("runs"), list):
+        batch.ignored.update(dict.fromkeys(str(name) for name in decoded if name != "runs"))
+        decoded = decoded["runs"]
+    if not isinstance(decoded, list):
+        message = 'A batch must be an array of runs, or an object {"runs": [...]}'
+        raise InvalidBodyError([{"loc": ["body"], "msg": message, "type": "list_type"}])
+    return decoded
+
+
+# --- Everything else -----------------------------------------------------------------------------
+
+
+async def get_metadata(request: web.Request) -> web.Response:
+    """Answer the agents and job types there are."""
+    counts = await request.app[STORE].fetch(queries.CountRuns())
+    agents = sorted(counts.agents)
+    request[NOTE].say("Metadata queried", result_count=len(agents))
+    answer = {
+        "agent_names": agents,
+        "job_types": counts.job_types,
+        "counts": {"agent_names": len(agents), "job_types": len(counts.job_types)},
+        "cache_hit": False,
+    }
+    return json_response(answer)
+
+
+async def get_health(request: web.Request) -> web.Response:
+    """Tell at once whether writes are taken."""
+    health = request.app[STORE].health()
+    request[NOTE].say("Health checked", logging.DEBUG)
+    answer = {
+        "status": "ok" if health.problem is None else "error",
+        "version": telemetryd.__version__,
+        "db_path": str(health.path),
+        "journal_mode": health.modes.journal_mode,
+        "synchronous": health.modes.synchronous,
+        "durable": health.durable,
+        "durability": "an acknowledged write survives a crash and a power cut"
+        if health.durable
+        else "an acknowledged write survives a crash, not a power cut",
+        "queue_depth": health.queue_depth,
+    }
+    if health.problem is not None:
+        answer["detail"] = health.problem
+    return json_response(answer, 200 if health.problem is None else 503, {"Cache-Control": "no-store"})
+
+
+async def get_metrics(request: web.Request) -> web.Response:
+    """Answer the totals as JSON, or everything for Prometheus."""
+    given = queries.parse_parameters(request.rel_url.raw_query_string, ("format",))
+    form = given.get("format", "prometheus" if wants_prometheus(request.headers.get("Accept", "")) else "json")
+    if form not in ("json", "prometheus"):
+        raise InvalidRequestError(f"Invalid format: {runs.shorten(form)!r}; it must be json or prometheus")
+    counts = await request.app[STORE].fetch(queries.CountRuns())
+    request[NOTE].say("Metrics queried", logging.DEBUG)
+    if form == "prometheus":
+        body, content_type = request.app[METRICS].expose(request.headers.get("Accept", ""), counts.total)
+        return web.Response(body=body, headers={"Content-Type": content_type})
+    health = request.app[STORE].health()
+    answer = {
+        "total_runs": counts.total,
+        "agents": counts.agents,
+        "recent_24h": counts.recent,
+        "performance": {
+            "db_path": str(health.path),
+            "journal_mode": health.modes.journal_mode,
+            "synchronous": health.modes.synchronous,
+            "queue_depth": health.queue_depth,
+        },
+    }
+    return json_response(answer)
+
+
+async def get_openapi(request: web.Request) -> web.Response:
+    """Answer the OpenAPI document."""
+    request[NOTE].say("Document served", logging.DEBUG)
+    return web.Response(body=request.app[DOCUMENT], content_type="application/json")
+
+
+_STATIC: Final = {
+    "docs.html": "text/html",
+    "docs.js": "text/javascript",
+    "swagger-ui/swagger-ui.css": "text/css",
+    "swagger-ui/swagger-ui-bundle.js": "text/javascript",
+    "swagger-ui/favicon-32x32.png": "image/png",
+}
+_PAGE_HEADERS: Final = {
+    # Swagger UI sets style attributes through the DOM, which this policy allows; nothing is inline or foreign.
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
+    "connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+
+
+def _serve_file(name: str) -> Handler:
+    async def serve(request: web.Request) -> web.Response:
+        request[NOTE].say("Page served", logging.DEBUG)
+        body = resources.files("telemetryd.static").joinpath(name).read_bytes()
+        charset = None if _STATIC[name].startswith("image/") else "utf-8"
+        return web.Response(body=body, content_type=_STATIC[name], charset=charset, headers=_PAGE_HEADERS)
+
+    return serve
+
+
+# --- The routes, which are also what the OpenAPI document tells ----------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One endpoint: how it is reached, who answers, and how it is described (not at all for page assets)."""
+
+    method: str
+    path: str
+    handler: Handler
+    operation: Operation | None = None
+
+
+_WRITE_ERRORS: Final = (400, 408, 413, 415, 422, 503)
+_NEW_RUN: Final = ref("NewRun")
+_UPDATE_ANSWER: Final = obj(
+    {
+        "event_id": STRING,
+        "updated": {"type": "boolean"},
+        "fields_updated": {"type": "array", "items": STRING},
+        "warnings": WARNINGS,
+    },
+    ("event_id", "updated", "fields_updated"),
+)
+
+ROUTES: Final[tuple[Route, ...]] = (
+    Route(
+        "POST",
+        "/api/v1/runs",
+        create_run,
+        Operation(
+            "Create a run",
+            "A known event_id is a duplicate: the stored run stays as it is.",
+            body=_NEW_RUN,
+            body_types=JSON_TYPES,
+            answers={
+                201: (
+                    "The run is stored and durable.",
+                    obj(
+                        {
+                            "status": {"const": "created"},
+                            "event_id": STRING,
+                            "run_id": STRING,
+                            "warnings": WARNINGS,
+                        },
+                        ("status", "event_id", "run_id"),
+                    ),
+                ),
+                200: (
+                    "The event_id is already stored.",
+                    obj(
+                        {
+                            "status": {"const": "duplicate"},
+                            "event_id": STRING,
+                            "message": STRING,
+                            "warnings": WARNINGS,
+                        },
+                        ("status", "event_id", "message"),
+                    ),
+                ),
+            },
+            errors=_WRITE_ERRORS,
+        ),
+    ),
+    Route(
+        "POST",
+        "/api/v1/runs/batch",
+        create_batch,
+        Operation(
+            "Create many runs",
+            "An array, an object with the array under `runs`, or one run a line (NDJSON). A bad item is reported and "
+            "costs the others nothing; all good ones are stored in one transaction.",
+            body={
+                "anyOf": [
+                    {"type": "array", "items": _NEW_RUN},
+                    obj({"runs": {"type": "array", "items": _NEW_RUN}}),
+                ]
+            },
+            body_types=(*JSON_TYPES, NDJSON_TYPES[0]),
+            answers={
+                200: (
+                    "What became of the items.",
+                    obj(
+                        {
+                            "inserted": INTEGER,
+                            "duplicates": INTEGER,
+                            "errors": {"type": "array", "items": STRING},
+                            "total": INTEGER,
+                            "error_details": {
+                                "type": "array",
+                                "items": obj(
+                                    {
+                                        "index": INTEGER,
+                                        "event_id": {"anyOf": [STRING, {"type": "null"}]},
+                                        "detail": {"type": "array", "items": ref("ErrorItem")},
+                                    }
+                                ),
+                            },
+                            "warnings": WARNINGS,
+                        },
+                        ("inserted", "duplicates", "errors", "total"),
+                    ),
+                )
+            },
+            errors=_WRITE_ERRORS,
+        ),
+    ),
+    Route(
+        "GET",
+        "/api/v1/runs",
+        list_runs,
+        Operation(
+            "Query runs",
+            "Newest first. If more follow, the Link header holds the next page (rel=next).",
+            parameters=openapi.list_parameters(),
+            answers={200: ("The runs.", {"type": "array", "items": ref("Run")})},
+            errors=(400, 503),
+        ),
+    ),
+    Route(
+        "GET",
+        "/api/v1/runs/{event_id}",
+        get_run,
+        Operation("Get a run", parameters=(EVENT_ID,), answers={200: ("The run.", ref("Run"))}, errors=(404, 503)),
+    ),
+    Route(
+        "PATCH",
+        "/api/v1/runs/{event_id}",
+        update_run,
+        Operation(
+            "Update a run",
+            "A field that is null or missing stays as it is.",
+            parameters=(EVENT_ID,),
+            body=ref("RunPatch"),
+            body_types=JSON_TYPES,
+            answers={200: ("The run is changed and the change durable.", _UPDATE_ANSWER)},
+            errors=(404, *_WRITE_ERRORS),
+        ),
+    ),
+    Route(
+        "POST",
+        "/api/v1/runs/{event_id}/associate-commit",
+        associate_commit,
+        Operation(
+            "Record the commit that a run led to",
+            parameters=(EVENT_ID,),
+            body=ref("CommitAssociation"),
+            body_types=JSON_TYPES,
+            answers={
+                200: (
+                    "The commit is recorded and durable.",
+                    obj(
+                        {
+                            "status": {"const": "success"},
+                            "event_id": STRING,
+                            "run_id": STRING,
+                            "commit_hash": STRING,
+                            "warnings": WARNINGS,
+                        },
+                        ("status", "event_id", "run_id", "commit_hash"),
+                    ),
+                )
+            },
+            errors=(404, *_WRITE_ERRORS),
+        ),
+    ),
+    *(
+        Route(
+            "GET",
+            f"/api/v1/runs/{{event_id}}/{name}-url",
+            handler,
+            Operation(
+                f"Get the web page of a run's {what}",
+                "Known are github.com, gitlab.com and bitbucket.org; otherwise null.",
+                parameters=(EVENT_ID,),
+                answers={200: ("The page.", obj({f"{name}_url": {"anyOf": [STRING, {"type": "null"}]}}))},
+                errors=(404, 503),
+            ),
+        )
+        for name, what, handler in (
+            ("commit", "commit", get_commit_url),
+            ("repo", "repository", get_repo_url),
+        )
+    ),
+    Route(
+        "GET",
+        "/api/v1/metadata",
+        get_metadata,
+        Operation(
+            "List agents and job types",
+            answers={
+                200: (
+                    "The names in use.",
+                    obj(
+                        {
+                            "agent_names": {"type": "array", "items": STRING},
+                            "job_types": {"type": "array", "items": STRING},
+                            "counts": obj({"agent_names": INTEGER, "job_types": INTEGER}),
+                            "cache_hit": {"type": "boolean"},
+                        }
+                    ),
+                )
+            },
+            errors=(503,),
+        ),
+    ),
+    Route(
+        "GET",
+        "/health",
+        get_health,
+        Operation(
+            "Check health",
+            "Answers at once, with 503 when writes are not taken.",
+            tags=("operation",),
+            answers={
+                200: (
+                    "Writes are taken.",
+                    obj(
+                        {
+                            "status": STRING,
+                            "version": STRING,
+                            "db_path": STRING,
+                            "journal_mode": STRING,
+                            "synchronous": STRING,
+                            "durable": {"type": "boolean"},
+                            "durability": STRING,
+                            "queue_depth": INTEGER,
+                        }
+                    ),
+                )
+            },
+            errors=(503,),
+            open=True,
+        ),
+    ),
+    Route(
+        "GET",
+        "/metrics",
+        get_metrics,
+        Operation(
+            "Read totals and metrics",
+            "JSON, or Prometheus text if Accept or `format` asks for it.",
+            tags=("operation",),
+            parameters=(
+                {
+                    "name": "format",
+                    "in": "query",
+                    "required": False,
+                    "description": "Overrules the Accept header.",
+                    "schema": {"type": "string", "enum": ["json", "prometheus"]},
+                },
+            ),
+            answers={
+                200: (
+                    "The totals.",
+                    obj(
+                        {
+                            "total_runs": INTEGER,
+                            "agents": {"type": "object", "additionalProperties": INTEGER},
+                            "recent_24h": INTEGER,
+                            "performance": {"type": "object"},
+                        }
+                    ),
+                )
+            },
+            errors=(400, 503),
+        ),
+    ),
+    Route("GET", "/openapi.json", get_openapi),
+    Route("GET", "/docs", _serve_file("docs.html")),
+    *(
+        Route("GET", f"/docs/static/{name.rpartition('/')[2]}", _serve_file(name))
+        for name in _STATIC
+        if name != "docs.html"
+    ),
+)
+
+
+def operations() -> Iterator[tuple[str, str, Operation]]:
+    """Yield what the OpenAPI document tells of."""
+    for route in ROUTES:
+        if route.operation is not None:
+            yield route.method, route.path, route.operation
+
+
+def make_app(store: Store, settings: Settings, metrics: Metrics) -> web.Application:
+    """Return the app that answers for one store."""
+    app = web.Application(middlewares=[middleware(settings, metrics)], client_max_size=settings.max_body_bytes)
+    app[STORE], app[SETTINGS], app[METRICS] = store, settings, metrics
+    app[DOCUMENT] = orjson.dumps(openapi.document(operations()))
+    app.router.add_routes([web.route(route.method, route.path, route.handler) for route in ROUTES])
+    return app

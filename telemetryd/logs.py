@@ -1,0 +1,186 @@
+"""JSON log lines (or readable ones on a terminal), written off the event loop."""
+
+from __future__ import annotations
+
+import logging
+import logging.handlers
+import queue
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any, Final, TextIO
+
+import click
+import orjson
+from pythonjsonlogger.orjson import OrjsonFormatter
+
+from telemetryd.settings import LogFormat, LogLevel
+
+LOGGER_NAME: Final = "telemetry_api"
+log: Final = logging.getLogger(LOGGER_NAME)
+"""The one logger of the daemon; the name is the guide's."""
+
+_BACKLOG: Final = 20_000
+"""Lines that may wait for a slow sink before new ones are dropped (and counted)."""
+
+_STANDARD: Final = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
+
+
+def _fields(record: logging.LogRecord) -> dict[str, Any]:
+    """Return what a record carries beyond its message: its extra fields, and its exception."""
+    fields = {name: value for name, value in record.__dict__.items() if name not in _STANDARD}
+    if record.exc_info and record.exc_info[1] is not None:
+        fields.setdefault("error_type", type(record.exc_info[1]).__name__)
+        fields.setdefault("error_message", str(record.exc_info[1]))
+        fields["traceback"] = logging.Formatter().formatException(record.exc_info)
+    return fields
+
+
+class JsonLines(OrjsonFormatter):
+    """One JSON object a line, in the guide's field names and its spacing.
+
+    The guide's commands search for `"level": "ERROR"`, with a blank behind the colon, which orjson does
+    not write; so each value is serialised by orjson and the line is put together around them.
+    """
+
+    def add_fields(self, log_data: dict[str, Any], record: logging.LogRecord, message_dict: dict[str, Any]) -> None:
+        """Fill in the line's fields in the guide's order."""
+        moment = datetime.fromtimestamp(record.created, UTC)
+        log_data["timestamp"] = f"{moment:%Y-%m-%dT%H:%M:%S}.{moment.microsecond // 1000:03d}Z"
+        log_data["level"] = record.levelname
+        log_data["logger"] = record.name
+        log_data["message"] = record.getMessage()
+        log_data.update(message_dict)
+        log_data.update(_fields(record))
+
+    def jsonify_log_record(self, log_data: dict[str, Any]) -> str:
+        """Serialise one line; what JSON lacks is written as its text."""
+        return "{" + ", ".join(f"{_dumps(name)}: {_dumps(value)}" for name, value in log_data.items()) + "}"
+
+
+def _dumps(value: object) -> str:
+    return orjson.dumps(value, default=str, option=orjson.OPT_NON_STR_KEYS).decode()
+
+
+_COLOURS: Final = {
+    "DEBUG": "bright_black",
+    "INFO": "green",
+    "WARNING": "yellow",
+    "ERROR": "red",
+    "CRITICAL": "magenta",
+}
+
+
+class ReadableLines(logging.Formatter):
+    """A coloured line for people: time, level, message, then name=value. Control characters are escaped."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line; a traceback follows on lines of its own."""
+        fields = _fields(record)
+        traceback = fields.pop("traceback", None)
+        moment = datetime.fromtimestamp(record.created).astimezone()
+        level = click.style(f"{record.levelname:<8}", fg=_COLOURS.get(record.levelname))
+        extras = "".join(
+            f" {click.style(name, dim=True)}={_dumps(value)}" for name, value in fields.items() if value is not None
+        )
+        message = (
+            record.getMessage().encode("unicode_escape").decode("ascii")
+            if not record.getMessage().isprintable()
+            else record.getMessage()
+        )
+        line = f"{moment:%H:%M:%S}.{moment.microsecond // 1000:03d} {level} {message}{extras}"
+        return f"{line}\n{traceback}" if traceback else line
+
+
+class _Backlog(logging.handlers.QueueHandler):
+    """Hands records to the writing thread; when that is stuck, drops and counts instead of waiting."""
+
+    def __init__(self, records: queue.SimpleQueue[logging.LogRecord | None]) -> None:
+        super().__init__(records)
+        self._records = records
+        self.dropped = 0
+
+    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
+        """Leave the formatting to the writing thread."""
+        return record
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        """Put a record without ever waiting."""
+        if self._records.qsize() >= _BACKLOG:
+            self.dropped += 1
+        else:
+            self._records.put(record)
+
+
+class _Sink(threading.Thread):
+    """Formats and writes records; everything that waits goes out in one write."""
+
+    def __init__(
+        self,
+        records: queue.SimpleQueue[logging.LogRecord | None],
+        formatter: logging.Formatter,
+        stream: TextIO,
+        backlog: _Backlog,
+    ) -> None:
+        super().__init__(name="log-writer", daemon=True)
+        self._records = records
+        self._formatter = formatter
+        self._stream = stream
+        self._backlog = backlog
+
+    def run(self) -> None:
+        """Write until the closing None arrives."""
+        closing = False
+        while not closing:
+            batch = [self._records.get()]
+            while len(batch) < 1000 and not self._records.empty():
+                batch.append(self._records.get())
+            closing = None in batch
+            lines = [self._formatter.format(record) for record in batch if record is not None]
+            if self._backlog.dropped:
+                lines.append(self._formatter.format(self._dropped_record()))
+            try:
+                self._stream.write("".join(f"{line}\n" for line in lines))
+                self._stream.flush()
+            except (OSError, ValueError):
+                # Nobody reads the log any more (a closed pipe, a full disk): answering matters more.
+                self._backlog.dropped += len(lines)
+
+    def _dropped_record(self) -> logging.LogRecord:
+        dropped, self._backlog.dropped = self._backlog.dropped, 0
+        return logging.makeLogRecord(
+            {
+                "name": LOGGER_NAME,
+                "levelno": logging.WARNING,
+                "levelname": "WARNING",
+                "msg": "Log lines dropped",
+                "dropped": dropped,
+            }
+        )
+
+
+@contextmanager
+def logging_to(stream: TextIO, level: LogLevel, form: LogFormat) -> Iterator[None]:
+    """Send every logger's lines (ours and the libraries') to one stream until the block ends."""
+    readable = form is LogFormat.TEXT or (form is LogFormat.AUTO and stream.isatty())
+    formatter = ReadableLines() if readable else JsonLines()
+    records: queue.SimpleQueue[logging.LogRecord | None] = queue.SimpleQueue()
+    backlog = _Backlog(records)
+    sink = _Sink(records, formatter, stream, backlog)
+    root = logging.getLogger()
+    before = (root.handlers[:], root.level)
+    root.handlers[:] = [backlog]
+    root.setLevel(level.value)
+    logging.captureWarnings(True)
+    for noisy in ("aiosqlite", "asyncio"):
+        logging.getLogger(noisy).setLevel(max(logging.INFO, logging.getLevelName(level.value)))
+    sink.start()
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+        root.handlers[:], level_before = before
+        root.setLevel(level_before)
+        records.put(None)
+        sink.join(timeout=2)

@@ -1,0 +1,95 @@
+"""What the daemon counts about itself, for Prometheus."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Final
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    GCCollector,
+    Histogram,
+    Info,
+    PlatformCollector,
+    ProcessCollector,
+)
+from prometheus_client.exposition import choose_encoder
+
+import telemetryd
+
+_LATENCY: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_SIZES: Final = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
+
+
+class Metrics:
+    """The counters of one daemon, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        for collector in (ProcessCollector, PlatformCollector, GCCollector):
+            collector(registry=self.registry)
+        Info("telemetryd_build", "Version of telemetryd.", registry=self.registry).info(
+            {"version": telemetryd.__version__}
+        )
+        self.requests = Counter(
+            "telemetryd_http_requests",
+            "Requests answered.",
+            ("method", "route", "status"),
+            registry=self.registry,
+        )
+        self.request_seconds = Histogram(
+            "telemetryd_http_request_duration_seconds",
+            "Time from the request's head to its answer.",
+            ("method", "route"),
+            buckets=_LATENCY,
+            registry=self.registry,
+        )
+        self.runs = Counter(
+            "telemetryd_runs_received",
+            "Runs received, by what became of them.",
+            ("outcome",),
+            registry=self.registry,
+        )
+        self.refused = Counter(
+            "telemetryd_writes_refused",
+            "Writes answered 503, by reason.",
+            ("reason",),
+            registry=self.registry,
+        )
+        self.group_commands = Histogram(
+            "telemetryd_group_commands",
+            "Commands in one group commit.",
+            buckets=_SIZES,
+            registry=self.registry,
+        )
+        self.commit_seconds = Histogram(
+            "telemetryd_commit_duration_seconds",
+            "Time of one group commit, from BEGIN to durable.",
+            buckets=_LATENCY,
+            registry=self.registry,
+        )
+        self.last_commit = Gauge(
+            "telemetryd_last_commit_timestamp_seconds",
+            "When the last group was committed.",
+            registry=self.registry,
+        )
+        self._queue_depth = Gauge("telemetryd_queue_depth", "Commands waiting for the writer.", registry=self.registry)
+        self._runs_stored = Gauge("telemetryd_runs_stored", "Runs in the database.", registry=self.registry)
+
+    def watch_queue(self, depth: Callable[[], int]) -> None:
+        """Take the queue's depth from a function whenever it is asked for."""
+        self._queue_depth.set_function(depth)
+
+    def expose(self, accept: str, runs_stored: int) -> tuple[bytes, str]:
+        """Return the metrics as text and its media type: OpenMetrics if the client prefers it."""
+        self._runs_stored.set(runs_stored)
+        encode, content_type = choose_encoder(accept)
+        return encode(self.registry), content_type
+
+
+def wants_prometheus(accept: str) -> bool:
+    """Tell whether an Accept header asks for Prometheus or OpenMetrics text rather than for JSON."""
+    return re.search(r"\btext/plain\b|\bapplication/openmetrics-text\b", accept) is not None

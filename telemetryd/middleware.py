@@ -1,0 +1,285 @@
+"""What every request passes: request id, peer and token checks, rate limit, errors to JSON, log and counters."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import ipaddress
+import logging
+import math
+import re
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Final
+
+import orjson
+from aiohttp import ClientPayloadError, web
+from aiohttp.http_exceptions import BadHttpMessage
+from aiohttp.typedefs import Middleware
+
+from telemetryd.errors import (
+    BodyTooLargeError,
+    CommandFailedError,
+    InvalidBodyError,
+    InvalidRequestError,
+    QueueFullError,
+    RunNotFoundError,
+    SlowBodyError,
+    TelemetrydError,
+    UnavailableError,
+    UnsupportedBodyError,
+    sentence,
+)
+from telemetryd.logs import log
+from telemetryd.metrics import Metrics
+from telemetryd.settings import Settings
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+SLOW_S: Final = 1.0
+_REQUEST_ID: Final = re.compile(r"[\x21-\x7e](?:[\x20-\x7e]{0,126}[\x21-\x7e])?")
+_JSON: Final = "application/json"
+
+STATUSES: Final[tuple[tuple[type[TelemetrydError], int], ...]] = (
+    (InvalidBodyError, 422),
+    (InvalidRequestError, 400),
+    (RunNotFoundError, 404),
+    (BodyTooLargeError, 413),
+    (UnsupportedBodyError, 415),
+    (SlowBodyError, 408),
+    (UnavailableError, 503),
+)
+"""The HTTP status of each error; whatever is not listed is a 500 that tells nothing but its request id."""
+
+
+class Note:
+    """What a handler has to say about its request for the log: a message and the guide's fields."""
+
+    __slots__ = ("fields", "level", "message")
+
+    def __init__(self) -> None:
+        self.message = "Request answered"
+        self.level = logging.INFO
+        self.fields: dict[str, Any] = {}
+
+    def say(self, message: str, level: int = logging.INFO, **fields: Any) -> None:
+        """Set the line's message and fields."""
+        self.message = message
+        self.level = level
+        self.fields = fields
+
+
+NOTE: Final = web.RequestKey("note", Note)
+
+
+def json_response(payload: object, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
+    """Return an answer in JSON."""
+    return web.Response(body=orjson.dumps(payload), status=status, headers=headers, content_type=_JSON)
+
+
+def error_response(status: int, detail: object, headers: Mapping[str, str] | None = None) -> web.Response:
+    """Return an error in the one shape that all errors have: `{"detail": …}`."""
+    return json_response({"detail": detail}, status, headers)
+
+
+class RateLimit:
+    """A token bucket for each client address, for a bounded number of addresses.
+
+    Args:
+        per_minute: requests that an address may send in a minute, and at once after a rest.
+        clock: monotonic seconds.
+        addresses: how many addresses are remembered; the one not seen for longest is forgotten first.
+
+    """
+
+    def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic, addresses: int = 10_000) -> None:
+        self._capacity = float(per_minute)
+        self._per_second = per_minute / 60
+        self._clock = clock
+        self._addresses = addresses
+        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
+
+    def wait_s(self, address: str) -> float:
+        """Take a token for a request; return 0, or the seconds until there will be one."""
+        now = self._clock()
+        tokens, since = self._buckets.pop(address, (self._capacity, now))
+        tokens = min(self._capacity, tokens + (now - since) * self._per_second)
+        allowed = tokens >= 1
+        self._buckets[address] = (tokens - 1 if allowed else tokens, now)
+        if len(self._buckets) > self._addresses:
+            self._buckets.popitem(last=False)
+        return 0.0 if allowed else (1 - tokens) / self._per_second
+
+
+class Gate:
+    """Decides whether a request may pass, before its body is read."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._token = settings.token() if settings.api_auth_enabled else None
+        self._loopback_only = self._token is None and settings.api_protected_mode
+        self._limit = RateLimit(settings.rate_limit_rpm) if settings.rate_limit_enabled else None
+
+    def refusal(self, request: web.Request) -> web.Response | None:
+        """Return the answer that keeps a request out, or None."""
+        if self._loopback_only and not _is_loopback(request.remote):
+            return error_response(
+                403,
+                "Protected mode: only this machine is served while authentication is off; set "
+                "TELEMETRY_API_AUTH_ENABLED=true and TELEMETRY_API_AUTH_TOKEN, or TELEMETRY_API_PROTECTED_MODE=false",
+            )
+        if self._limit is not None:
+            wait = self._limit.wait_s(request.remote or "")
+            if wait:
+                return error_response(429, "Too many requests from this address", {"Retry-After": str(math.ceil(wait))})
+        if self._token is not None and request.path != "/health" and not self._is_authentic(request):
+            return error_response(
+                401,
+                "A valid token is needed: Authorization: Bearer … or X-API-Key: …",
+                {"WWW-Authenticate": 'Bearer realm="telemetryd"'},
+            )
+        return None
+
+    def _is_authentic(self, request: web.Request) -> bool:
+        assert self._token is not None  # noqa: S101 - for the type checker
+        scheme, _, credentials = request.headers.get("Authorization", "").partition(" ")
+        given = credentials.strip() if scheme.lower() == "bearer" else request.headers.get("X-API-Key", "")
+        return hmac.compare_digest(given.encode("utf-8", "surrogateescape"), self._token)
+
+
+def _is_loopback(address: str | None) -> bool:
+    if not address:  # the Unix socket has no address; who may open it is up to the file system
+        return True
+    if address.startswith("127."):
+        return True
+    try:
+        peer = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return False
+    mapped = peer.ipv4_mapped if isinstance(peer, ipaddress.IPv6Address) else None
+    return (mapped or peer).is_loopback
+
+
+def request_id(request: web.Request) -> str:
+    """Return the client's own request id if it is usable, else a new one."""
+    given = request.headers.get("X-Request-ID", "")
+    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def middleware(settings: Settings, metrics: Metrics) -> Middleware:
+    """Return the one middleware of the app."""
+    gate = Gate(settings)
+
+    @web.middleware
+    async def pass_through(request: web.Request, handler: Handler) -> web.StreamResponse:
+        started = time.perf_counter()
+        identity = request_id(request)
+        note = request[NOTE] = Note()
+        problem: BaseException | None = None
+        try:
+            response = gate.refusal(request) or await handler(request)
+        except (
+            TelemetrydError,
+            web.HTTPException,
+            ClientPayloadError,
+            BadHttpMessage,
+            ConnectionError,
+        ) as error:
+            problem = error
+            response = _answer_error(error, identity)
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever it is must not reach the client; the log has it in full
+            problem = error
+            response = _answer_error(error, identity)
+        response.headers["X-Request-ID"] = identity
+        seconds = time.perf_counter() - started
+        endpoint = _endpoint(request)
+        _count(metrics, request.method, endpoint, response.status, seconds)
+        if isinstance(problem, UnavailableError) and request.method in ("POST", "PATCH"):
+            reason = "queue full" if isinstance(problem, QueueFullError) else type(problem).__name__
+            metrics.refused.labels(reason).inc()
+        _log(
+            request,
+            note,
+            problem,
+            endpoint=endpoint,
+            status=response.status,
+            seconds=seconds,
+            identity=identity,
+        )
+        return response
+
+    return pass_through
+
+
+def _endpoint(request: web.Request) -> str:
+    resource = request.match_info.route.resource
+    return resource.canonical if resource is not None else "(no such endpoint)"
+
+
+def _answer_error(error: BaseException, identity: str) -> web.Response:
+    if isinstance(error, web.HTTPException):
+        headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else None
+        return error_response(error.status, _HTTP_DETAILS.get(error.status, error.reason), headers)
+    if isinstance(error, (ClientPayloadError, BadHttpMessage, ConnectionError)):
+        return error_response(400, "The body was cut off or badly framed")
+    status = next((status for kind, status in STATUSES if isinstance(error, kind)), 500)
+    if isinstance(error, InvalidBodyError):
+        return error_response(status, error.errors)
+    if isinstance(error, UnavailableError):
+        return error_response(status, sentence(error), {"Retry-After": str(error.retry_after_seconds)})
+    if status == 500:
+        return error_response(status, f"Internal error; the log tells more under request id {identity}")
+    return error_response(status, sentence(error))
+
+
+_HTTP_DETAILS: Final = {
+    404: "No such endpoint; /docs lists them all",
+    405: "Method not allowed here; see Allow",
+}
+
+
+def _count(metrics: Metrics, method: str, endpoint: str, status: int, seconds: float) -> None:
+    method = method if method in ("GET", "POST", "PATCH", "HEAD", "OPTIONS", "PUT", "DELETE") else "other"
+    metrics.requests.labels(method, endpoint, status).inc()
+    metrics.request_seconds.labels(method, endpoint).observe(seconds)
+
+
+def _log(
+    request: web.Request,
+    note: Note,
+    problem: BaseException | None,
+    *,
+    endpoint: str,
+    status: int,
+    seconds: float,
+    identity: str,
+) -> None:
+    is_write = request.method in ("POST", "PATCH")
+    level = note.level if status < 400 else logging.ERROR if status in (400, 422) or status >= 500 else logging.WARNING
+    if not log.isEnabledFor(level):
+        return
+    fields: dict[str, Any] = {"endpoint": endpoint, **note.fields, "duration_ms": round(seconds * 1000, 3)}
+    fields["success" if is_write else "is_slow"] = status < 400 if is_write else seconds > SLOW_S
+    message = note.message
+    if status >= 400:
+        kind = (
+            "ValidationError"
+            if isinstance(problem, (InvalidBodyError, InvalidRequestError))
+            else type(problem).__name__
+        )
+        text = sentence(problem) if problem is not None else f"Refused with status {status}"
+        fields |= {"error_type": kind if problem is not None else "Refused", "error_message": text[:2000]}
+        message = f"Error in {endpoint}: {text[:2000]}"
+        if endpoint == "(no such endpoint)":
+            fields["path"] = request.path[:200]
+    fields |= {
+        "request_id": identity,
+        "method": request.method,
+        "status": status,
+        "client": request.remote or "unix",
+    }
+    unexpected = status == 500 and not isinstance(problem, CommandFailedError)
+    log.log(level, message, extra=fields, exc_info=problem if unexpected else None)

@@ -1,0 +1,195 @@
+"""Describes the endpoints and the model that validates them as OpenAPI 3.1."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+import telemetryd
+from telemetryd import queries, runs
+
+_REF: Final = "#/components/schemas/{model}"
+Schema = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """What the document says of one endpoint."""
+
+    summary: str
+    description: str = ""
+    tags: tuple[str, ...] = ("runs",)
+    body: Schema | None = None
+    body_types: tuple[str, ...] = ()
+    parameters: tuple[Schema, ...] = ()
+    answers: dict[int, tuple[str, Schema]] = field(default_factory=dict)
+    answer_type: str = "application/json"
+    errors: tuple[int, ...] = ()
+    open: bool = False
+    """Whether it answers without a token even where authentication is on."""
+
+
+def ref(name: str) -> Schema:
+    """Return a reference to a named schema of the document."""
+    return {"$ref": _REF.format(model=name)}
+
+
+def obj(properties: dict[str, Schema], required: Iterable[str] | None = None) -> Schema:
+    """Return the schema of an object; every property is required unless told otherwise."""
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties if required is None else required),
+    }
+
+
+STRING: Final[Schema] = {"type": "string"}
+INTEGER: Final[Schema] = {"type": "integer", "minimum": 0}
+WARNINGS: Final[Schema] = {"type": "array", "items": STRING, "description": "Body fields that were not used."}
+EVENT_ID: Final[Schema] = {
+    "name": "event_id",
+    "in": "path",
+    "required": True,
+    "description": "The run's event_id, percent-encoded.",
+    "schema": STRING,
+}
+
+_ERROR_TEXTS: Final = {
+    400: "A query parameter or the request is wrong.",
+    401: "A token is needed.",
+    403: "Protected mode: only this machine is served.",
+    404: "There is no such run.",
+    408: "The body did not arrive in time.",
+    413: "The body or the batch is too large.",
+    415: "The media type or the content coding is not known.",
+    422: "The body is wrong; every fault is listed.",
+    429: "Too many requests from this address; see Retry-After.",
+    500: "Unexpected; the log tells more under the request id.",
+    503: "Not now; repeat the same request after Retry-After seconds.",
+}
+_RETRY_AFTER: Final = {"Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer"}}}
+_EVERYWHERE: Final = (401, 403, 429, 500)
+
+
+def list_parameters() -> tuple[Schema, ...]:
+    """Return the query parameters of `GET /api/v1/runs`, from the definition of a run and of a query."""
+    fields = runs.Run.model_fields
+    stored = _schemas()["Run"]["properties"]
+    described: list[tuple[str, str, Schema]] = [
+        (name, f"Only this {name}. {fields[name].description}", _without_title(stored[name])) for name in runs.FILTERS
+    ]
+    described += [
+        (name, f"Only runs with {column} {comparison} this.", {"type": "string", "format": "date-time"})
+        for name, (column, comparison) in queries.TIME_BOUNDS.items()
+    ]
+    described += [
+        (
+            "limit",
+            "Runs in one answer.",
+            {"type": "integer", "minimum": 1, "maximum": queries.MAX_LIMIT, "default": queries.DEFAULT_LIMIT},
+        ),
+        (
+            "offset",
+            "Runs to skip; a cursor is faster.",
+            {"type": "integer", "minimum": 0, "maximum": runs.MAX_INTEGER, "default": 0},
+        ),
+        ("cursor", "Where to go on, from the Link header of an earlier answer.", {"type": "string"}),
+    ]
+    return tuple(
+        {"name": name, "in": "query", "required": False, "description": text, "schema": schema}
+        for name, text, schema in described
+    )
+
+
+def _without_title(schema: Schema) -> Schema:
+    return {key: value for key, value in schema.items() if key not in ("title", "default", "description")}
+
+
+def document(operations: Iterable[tuple[str, str, Operation]]) -> Schema:
+    """Return the OpenAPI document for (method, path, operation) of each endpoint."""
+    paths: dict[str, Schema] = {}
+    for method, path, operation in operations:
+        paths.setdefault(path, {})[method.lower()] = _operation(method, path, operation)
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "telemetryd",
+            "version": telemetryd.__version__,
+            "description": "Records the runs of agents and batch jobs. An answer of 200 or 201 to a write means that "
+            "everything it names is durable; any other answer means unknown: repeat it with the same event_id.",
+        },
+        "paths": paths,
+        "components": {
+            "schemas": _schemas(),
+            "securitySchemes": {
+                "bearer": {"type": "http", "scheme": "bearer"},
+                "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+            },
+        },
+        "security": [{}, {"bearer": []}, {"key": []}],
+    }
+
+
+def _operation(method: str, path: str, operation: Operation) -> Schema:
+    described: Schema = {
+        "operationId": re.sub(r"\W+", "_", f"{method.lower()}_{path.removeprefix('/api/v1')}").strip("_"),
+        "summary": operation.summary,
+        "tags": list(operation.tags),
+        "responses": {
+            str(status): {"description": text, "content": {operation.answer_type: {"schema": schema}}}
+            for status, (text, schema) in operation.answers.items()
+        },
+    }
+    if operation.description:
+        described["description"] = operation.description
+    if operation.parameters:
+        described["parameters"] = list(operation.parameters)
+    if operation.body is not None:
+        described["requestBody"] = {
+            "required": True,
+            "content": {
+                kind: {"schema": operation.body if kind == "application/json" else STRING}
+                for kind in operation.body_types
+            },
+        }
+    if operation.open:
+        described["security"] = []
+    for status in sorted({*operation.errors, *_EVERYWHERE}):
+        answer: Schema = {
+            "description": _ERROR_TEXTS[status],
+            "content": {"application/json": {"schema": ref("ValidationErrors" if status == 422 else "Error")}},
+        }
+        if status in (429, 503):
+            answer["headers"] = _RETRY_AFTER
+        described["responses"].setdefault(str(status), answer)
+    return described
+
+
+def _schemas() -> dict[str, Schema]:
+    models: list[tuple[type[BaseModel], str]] = [
+        (runs.NewRun, "validation"),
+        (runs.RunPatch, "validation"),
+        (runs.CommitAssociation, "validation"),
+    ]
+    _, made = models_json_schema(models, ref_template=_REF)  # type: ignore[arg-type]  # the modes are literals
+    schemas: dict[str, Schema] = made["$defs"]
+    stored = runs.Run.model_json_schema(ref_template=_REF, mode="serialization")["properties"]
+    stored["status"] = {"type": "string", "enum": [str(status) for status in runs.Status]}
+    stored["api_posted"] = {"type": "boolean"}
+    url = {"anyOf": [{"type": "string", "format": "uri"}, {"type": "null"}]}
+    schemas["Run"] = obj({**stored, "commit_url": url, "repo_url": url})
+    for schema in (schemas["NewRun"]["properties"], stored):
+        schema["created_at"].pop("default", None)
+        schema.get("updated_at", {}).pop("default", None)
+        schema.get("id", {}).pop("default", None)
+    schemas["ErrorItem"] = obj(
+        {"loc": {"type": "array", "items": {"anyOf": [STRING, INTEGER]}}, "msg": STRING, "type": STRING}
+    )
+    schemas["Error"] = obj({"detail": STRING})
+    schemas["ValidationErrors"] = obj({"detail": {"type": "array", "items": ref("ErrorItem")}})
+    return schemas

@@ -1,0 +1,210 @@
+"""What can be asked, as frozen data without SQL, and how it is read from a query string."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+from urllib.parse import parse_qsl, urlencode
+
+import orjson
+
+from telemetryd.errors import InvalidRequestError
+from telemetryd.runs import FILTERS, MAX_INTEGER, Row, Status, canonical_status, canonical_timestamp, shorten
+
+DEFAULT_LIMIT: Final = 100
+MAX_LIMIT: Final = 1000
+_MAX_PARAMETERS: Final = 32
+_CURSOR_VERSION: Final = 1
+_ANY_CURSOR: Final = "a cursor from the Link header of an earlier answer"
+
+TIME_BOUNDS: Final = {
+    "created_before": ("created_at", "<"),
+    "created_after": ("created_at", ">"),
+    "start_time_from": ("start_time", ">="),
+    "start_time_to": ("start_time", "<="),
+}
+"""Each time parameter with the field and the comparison that it stands for."""
+
+PARAMETERS: Final = (*FILTERS, *TIME_BOUNDS, "limit", "offset", "cursor")
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where a page ended: the place of its last run in the order of every answer."""
+
+    created_at: str
+    id: int
+
+
+@dataclass(frozen=True, slots=True)
+class ListRuns:
+    """Runs that match every filter, newest first (created_at, then id, both descending)."""
+
+    equal: Mapping[str, str]
+    bounds: Mapping[str, str]
+    limit: int = DEFAULT_LIMIT
+    offset: int = 0
+    after: Position | None = None
+
+    def parameters(self) -> dict[str, str | int]:
+        """Return the query as parameters with canonical values, for the log and the next page."""
+        page: dict[str, str | int] = {**self.equal, **self.bounds, "limit": self.limit}
+        if self.offset:
+            page["offset"] = self.offset
+        return page
+
+    def cursor(self, last: Position) -> str:
+        """Return the opaque cursor of the page that follows the one which ended at `last`."""
+        packed = orjson.dumps([_CURSOR_VERSION, self._fingerprint(), last.created_at, last.id])
+        return base64.urlsafe_b64encode(packed).rstrip(b"=").decode()
+
+    def next_page(self, path: str, last: Position) -> str:
+        """Return the relative address of the page that follows the one which ended at `last`."""
+        page = {**self.equal, **self.bounds, "limit": self.limit, "cursor": self.cursor(last)}
+        return f"{path}?{urlencode(page)}"
+
+    def _fingerprint(self) -> str:
+        filters = orjson.dumps([dict(self.equal), dict(self.bounds)], option=orjson.OPT_SORT_KEYS)
+        return hashlib.blake2b(filters, digest_size=6).hexdigest()
+
+    def position(self, cursor: str) -> Position:
+        """Read a cursor that an answer to the same filters gave out.
+
+        Raises:
+            InvalidRequestError: if it is none, or belongs to other filters.
+
+        """
+        try:
+            padded = cursor.encode("ascii") + b"=" * (-len(cursor) % 4)
+            version, fingerprint, created_at, run = orjson.loads(base64.b64decode(padded, b"-_", validate=True))
+            position = Position(canonical_timestamp(created_at), run)
+            is_whole = version == _CURSOR_VERSION and isinstance(run, int) and 0 <= run <= MAX_INTEGER
+        except (ValueError, TypeError, binascii.Error) as error:
+            raise _refuse("cursor", cursor, _ANY_CURSOR) from error
+        if not is_whole:
+            raise _refuse("cursor", cursor, _ANY_CURSOR)
+        if fingerprint != self._fingerprint():
+            raise _refuse("cursor", cursor, "one that was given for the same filters")
+        return position
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """The rows of one page (in the order of `runs.COLUMNS`), and where it ended if more follow."""
+
+    rows: list[Row]
+    end: Position | None
+
+
+@dataclass(frozen=True, slots=True)
+class GetRun:
+    """The one run with an event_id. Answer: its `Row`, or None."""
+
+    event_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class CountRuns:
+    """The totals that the writer keeps. Answer: `Counts`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Runs per agent, the job types there are, and how many runs were created in the last 24 hours."""
+
+    agents: Mapping[str, int]
+    job_types: tuple[str, ...]
+    recent: int
+
+    @property
+    def total(self) -> int:
+        """How many runs there are."""
+        return sum(self.agents.values())
+
+
+def parse_list(query_string: str) -> ListRuns:
+    """Read the query string of `GET /api/v1/runs`.
+
+    Raises:
+        InvalidRequestError: with one sentence that names the parameter, the value and what is allowed.
+
+    """
+    given = parse_parameters(query_string, PARAMETERS)
+    equal = {name: _FILTER_PARSERS.get(name, _name)(name, given[name]) for name in FILTERS if name in given}
+    bounds = {name: _timestamp(name, given[name]) for name in TIME_BOUNDS if name in given}
+    query = ListRuns(
+        equal,
+        bounds,
+        _integer("limit", given.get("limit", str(DEFAULT_LIMIT)), 1, MAX_LIMIT),
+        _integer("offset", given.get("offset", "0"), 0, MAX_INTEGER),
+    )
+    if "cursor" not in given:
+        return query
+    if query.offset:
+        raise InvalidRequestError("Use either cursor or offset, not both: a cursor already says where to go on")
+    return ListRuns(equal, bounds, query.limit, 0, query.position(given["cursor"]))
+
+
+def parse_parameters(query_string: str, allowed: tuple[str, ...]) -> dict[str, str]:
+    """Split a query string strictly: valid UTF-8, known names, each once.
+
+    Raises:
+        InvalidRequestError: with one sentence that names the parameter and what is allowed.
+
+    """
+    try:
+        pairs = parse_qsl(query_string, keep_blank_values=True, errors="strict", max_num_fields=_MAX_PARAMETERS)
+    except UnicodeDecodeError as error:
+        raise InvalidRequestError("The query string must be percent-encoded UTF-8") from error
+    except ValueError as error:
+        raise InvalidRequestError(f"The query string must not hold more than {_MAX_PARAMETERS} parameters") from error
+    given: dict[str, str] = {}
+    for name, value in pairs:
+        if name not in allowed:
+            known = ", ".join(allowed) or "none"
+            raise InvalidRequestError(f"Unknown query parameter {shorten(name)!r}; known are: {known}")
+        if name in given:
+            raise InvalidRequestError(f"Query parameter {name} is given more than once; give it once")
+        given[name] = value
+    return given
+
+
+def _refuse(name: str, value: str, allowed: str) -> InvalidRequestError:
+    return InvalidRequestError(f"Invalid {name}: {shorten(value)!r}; it must be {allowed}")
+
+
+def _name(name: str, value: str) -> str:
+    if not value.strip() or len(value) > 255 or "\0" in value:
+        raise _refuse(name, value, "1 to 255 characters, not only blanks, without NUL")
+    return value
+
+
+def _status(name: str, value: str) -> str:
+    try:
+        return canonical_status(value)
+    except ValueError as error:
+        raise _refuse(name, value, f"one of {', '.join(Status)}") from error
+
+
+_FILTER_PARSERS: Final = {"status": _status}
+
+# A "+" that was not percent-encoded arrives as a blank: "…T10:00:00 00:00" can only mean "+00:00".
+_LOST_PLUS: Final = re.compile(r"([Tt ]\d\d[\d:.,]*) (\d\d:?\d\d)", re.ASCII)
+
+
+def _timestamp(name: str, value: str) -> str:
+    try:
+        return canonical_timestamp(_LOST_PLUS.sub(r"\1+\2", value))
+    except ValueError as error:
+        raise _refuse(name, value, "an ISO 8601 date and time such as 2025-12-24T10:00:00Z") from error
+
+
+def _integer(name: str, value: str, low: int, high: int) -> int:
+    if re.fullmatch(r"[0-9]{1,19}", value) is None or not low <= int(value) <= high:
+        raise _refuse(name, value, f"an integer from {low} to {high}")
+    return int(value)

@@ -1,0 +1,497 @@
+"""THE definition of a run: every field once; validation, SQL, OpenAPI and docs derive from it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import Flag, StrEnum, auto
+from operator import itemgetter
+from typing import Annotated, Any, Final
+
+import orjson
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    WithJsonSchema,
+    create_model,
+)
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails, PydanticCustomError, from_json
+
+from telemetryd.errors import ErrorItem, InvalidBodyError
+from telemetryd.git_urls import commit_url, repo_url
+
+SqlValue = str | int | None
+Row = tuple[SqlValue, ...]
+"""The values of one run to be stored, in the order of `STORED`."""
+
+MAX_INTEGER: Final = 2**63 - 1
+MAX_JSON_DEPTH: Final = 64
+MAX_ECHO: Final = 200
+
+
+# --- The types of values -------------------------------------------------------------------------
+
+
+class Status(StrEnum):
+    """How a run stands or ended."""
+
+    RUNNING = "running"
+    SUCCESS = "success"
+    FAILURE = "failure"
+    PARTIAL = "partial"
+    TIMEOUT = "timeout"
+    CANCELLED = "cancelled"
+
+
+class CommitSource(StrEnum):
+    """Who made the commit that a run led to."""
+
+    MANUAL = "manual"
+    LLM = "llm"
+    CI = "ci"
+
+
+STATUS_ALIASES: Final = {
+    "failed": Status.FAILURE,
+    "completed": Status.SUCCESS,
+    "succeeded": Status.SUCCESS,
+    "canceled": Status.CANCELLED,
+}
+_STATUSES: Final = {str(status): str(status) for status in Status} | {
+    alias: str(status) for alias, status in STATUS_ALIASES.items()
+}
+
+
+def canonical_status(value: object) -> str:
+    """Return the stored form of a status; case, surrounding blanks and aliases are forgiven.
+
+    Raises:
+        ValueError: with the sentence of the guide that lists the allowed values.
+
+    """
+    if isinstance(value, str):
+        status = _STATUSES.get(value) or _STATUSES.get(value.strip().lower())
+        if status is not None:
+            return status
+    raise PydanticCustomError("value_error", f"Status must be one of: {[str(s) for s in Status]}")
+
+
+def _commit_source(value: str) -> str:
+    if value in set(CommitSource):
+        return value
+    raise PydanticCustomError("value_error", f"Commit source must be one of: {[str(s) for s in CommitSource]}")
+
+
+# RFC 3339 and the ISO 8601 forms that hold a date and a time. Hour 24 and second 60 exist on paper
+# only: no clock of ours can store them.
+_TIMESTAMP: Final = re.compile(
+    r"\d{4}(?:-?\d\d-?\d\d|-?[Ww]\d\d-?\d)[Tt ](?:[01]\d|2[0-3])(?::?[0-5]\d(?::?[0-5]\d(?:[.,]\d+)?)?)?"
+    r"(?:[Zz]|[+-](?:[01]\d|2[0-3])(?::?[0-5]\d)?)?",
+    re.ASCII,
+)
+_TIMESTAMP_RULE: Final = (
+    "must be an ISO 8601 date and time such as 2025-12-24T10:00:00Z (without an offset it is taken as UTC)"
+)
+
+
+def format_timestamp(moment: datetime) -> str:
+    """Return an aware moment in the one stored form: UTC, fixed width, text order = time order."""
+    return moment.astimezone(UTC).replace(tzinfo=None).isoformat(timespec="microseconds") + "Z"
+
+
+def utc_now() -> datetime:
+    """Return the present moment; the daemon's clock unless a test passes another."""
+    return datetime.now(UTC)
+
+
+def canonical_timestamp(text: str) -> str:
+    """Return any ISO 8601 / RFC 3339 date and time in the stored form; digits past 1 µs are cut.
+
+    Raises:
+        ValueError: if the text is no such date and time, or falls outside the years 1 to 9999 in UTC.
+
+    """
+    if _TIMESTAMP.fullmatch(text) is not None:
+        try:
+            moment = datetime.fromisoformat(text.upper())
+            return format_timestamp(moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC))
+        except (ValueError, OverflowError):
+            pass
+    raise PydanticCustomError("value_error", f"Timestamp {_TIMESTAMP_RULE}")
+
+
+def _unstorable(value: object, depth: int) -> str | None:
+    """Say why a decoded JSON value cannot be stored, or return None."""
+    if isinstance(value, str):
+        return "holds a NUL character" if "\0" in value else None
+    if isinstance(value, float):
+        return None if value - value == 0.0 else "holds a number that is not finite"
+    if isinstance(value, dict):
+        children: Iterable[object] = (part for item in value.items() for part in item)
+    elif isinstance(value, list):
+        children = value
+    else:
+        return None
+    if depth == 0:
+        return f"is nested more than {MAX_JSON_DEPTH} levels deep"
+    for child in children:
+        fault = _unstorable(child, depth - 1)
+        if fault is not None:
+            return fault
+    return None
+
+
+def _json_text(value: object) -> str | None:
+    """Return a JSON object as the text that is stored: `{"tokens":5}`."""
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        raise PydanticCustomError("dict_type", "Input should be a JSON object")
+    fault = _unstorable(value, MAX_JSON_DEPTH)
+    if fault is not None:
+        raise PydanticCustomError("value_error", f"JSON object {fault}")
+    try:
+        return orjson.dumps(value).decode()
+    except TypeError as error:
+        raise PydanticCustomError("value_error", "JSON object holds an integer of more than 64 bits") from error
+
+
+def _flag(value: object) -> bool:
+    if value in (0, 1) and isinstance(value, int):
+        return bool(value)
+    raise PydanticCustomError("bool_type", "Input should be true or false")
+
+
+def _any_case(words: Iterable[str]) -> str:
+    """Return a regular expression that JSON Schema can hold: any of the words, in any case."""
+    forms = ("".join(f"[{c.upper()}{c}]" for c in word) for word in words)
+    return rf"^\s*({'|'.join(forms)})\s*$"
+
+
+_NO_NUL: Final = r"^[^\x00]*$"
+_NOT_BLANK: Final = r"^[^\x00]*[^\s\x00][^\x00]*$"
+
+Name = Annotated[str, Field(min_length=1, max_length=255, pattern=_NOT_BLANK)]
+Text = Annotated[str, Field(pattern=_NO_NUL)]
+Count = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
+Duration = Annotated[
+    Count,
+    BeforeValidator(lambda value: 0 if value is None else value),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0, "maximum": MAX_INTEGER}, {"type": "null"}]}),
+]
+Timestamp = Annotated[
+    str, AfterValidator(canonical_timestamp), WithJsonSchema({"type": "string", "format": "date-time"})
+]
+StatusValue = Annotated[
+    str,
+    PlainValidator(canonical_status),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "enum": [str(status) for status in Status]},
+                {
+                    "type": "string",
+                    "pattern": _any_case(_STATUSES),
+                    "description": "Case and surrounding blanks are ignored; "
+                    + ", ".join(f"{alias} means {status}" for alias, status in STATUS_ALIASES.items()),
+                },
+            ]
+        }
+    ),
+]
+SourceValue = Annotated[
+    str,
+    AfterValidator(_commit_source),
+    WithJsonSchema({"type": "string", "enum": [str(source) for source in CommitSource]}),
+]
+JsonObject = Annotated[
+    str,
+    PlainValidator(_json_text),
+    WithJsonSchema({"anyOf": [{"type": "object"}, {"type": "null"}]}),
+]
+Boolean = Annotated[
+    bool,
+    PlainValidator(_flag),
+    WithJsonSchema({"anyOf": [{"type": "boolean"}, {"type": "integer", "enum": [0, 1]}]}),
+]
+
+
+# --- The fields ----------------------------------------------------------------------------------
+
+
+class Role(Flag):
+    """What may be done with a field over HTTP."""
+
+    SERVER = auto()
+    """Only the daemon writes it."""
+    SET = auto()
+    """May be given when a run is created."""
+    PATCH = auto()
+    """May be changed by PATCH."""
+    COMMIT = auto()
+    """Is set by associate-commit."""
+    FILTER = auto()
+    """`GET /api/v1/runs` filters by its exact value."""
+    JSON = auto()
+    """Is stored as text and answered as a JSON object."""
+    BOOLEAN = auto()
+    """Is stored as 0 or 1 and answered as false or true."""
+
+
+_SET, _PATCH = Role.SET, Role.SET | Role.PATCH
+
+
+class Run(BaseModel):
+    """A run: one execution of one job by one agent."""
+
+    id: Annotated[int, Role.SERVER] = Field(0, description="Row number, ascending in order of arrival.")
+    event_id: Annotated[Name, _SET] = Field(description="Unique id of the run's record; makes retries harmless.")
+    run_id: Annotated[Name, _SET] = Field(description="The agent's own id of the run.")
+    created_at: Annotated[Timestamp, _SET] = Field("", description="When the record was made; default: on arrival.")
+    updated_at: Annotated[Timestamp, Role.SERVER] = Field("", description="When the record last changed.")
+    start_time: Annotated[Timestamp, _SET] = Field(description="When the run began.")
+    end_time: Annotated[Timestamp | None, _PATCH] = Field(None, description="When the run ended.")
+    agent_name: Annotated[Name, _SET | Role.FILTER] = Field(description="Which agent ran.")
+    job_type: Annotated[Name, _SET | Role.FILTER] = Field(description="What kind of job it ran.")
+    status: Annotated[StatusValue, _PATCH | Role.FILTER] = Field("running", description="How the run stands.")
+    product: Annotated[Text | None, _SET] = Field(None, description="Product worked on.")
+    product_family: Annotated[Text | None, _SET] = Field(None, description="Family of the product.")
+    platform: Annotated[Text | None, _SET] = Field(None, description="Platform worked on.")
+    subdomain: Annotated[Text | None, _SET] = Field(None, description="Subdomain worked on.")
+    website: Annotated[Text | None, _SET] = Field(None, description="Website worked on.")
+    website_section: Annotated[Text | None, _SET] = Field(None, description="Section of the website.")
+    item_name: Annotated[Text | None, _SET] = Field(None, description="The single item worked on.")
+    items_discovered: Annotated[Count, _SET] = Field(0, description="Items found.")
+    items_succeeded: Annotated[Count, _PATCH] = Field(0, description="Items done.")
+    items_failed: Annotated[Count, _PATCH] = Field(0, description="Items failed.")
+    items_skipped: Annotated[Count, _PATCH] = Field(0, description="Items left out.")
+    duration_ms: Annotated[Duration, _PATCH] = Field(0, description="Duration in milliseconds.")
+    input_summary: Annotated[Text | None, _SET] = Field(None, description="What went in.")
+    output_summary: Annotated[Text | None, _PATCH] = Field(None, description="What came out.")
+    source_ref: Annotated[Text | None, _SET] = Field(None, description="Where the input was.")
+    target_ref: Annotated[Text | None, _SET] = Field(None, description="Where the output went.")
+    error_summary: Annotated[Text | None, _PATCH] = Field(None, description="The error in one line.")
+    error_details: Annotated[Text | None, _PATCH] = Field(None, description="The error in full.")
+    git_repo: Annotated[Text | None, _SET] = Field(None, description="Address of the repository.")
+    git_branch: Annotated[Text | None, _SET] = Field(None, description="Branch.")
+    git_commit_hash: Annotated[Text | None, _SET | Role.COMMIT] = Field(None, description="Commit of the run.")
+    git_run_tag: Annotated[Text | None, _SET] = Field(None, description="Tag of the run.")
+    host: Annotated[Text | None, _SET] = Field(None, description="Machine that ran it.")
+    environment: Annotated[Text | None, _SET] = Field(None, description="Environment, such as prod or dev.")
+    trigger_type: Annotated[Text | None, _SET] = Field(None, description="What started the run.")
+    metrics_json: Annotated[JsonObject | None, _PATCH | Role.JSON] = Field(None, description="The agent's own figures.")
+    context_json: Annotated[JsonObject | None, _PATCH | Role.JSON] = Field(None, description="The agent's own context.")
+    api_posted: Annotated[Boolean, _SET | Role.BOOLEAN] = Field(False, description="Posted to another API as well.")
+    api_posted_at: Annotated[Timestamp | None, _SET] = Field(None, description="When it was posted there.")
+    api_retry_count: Annotated[Count, _SET] = Field(0, description="How often that was tried again.")
+    insight_id: Annotated[Text | None, _SET] = Field(None, description="Insight that led to the run.")
+    parent_run_id: Annotated[Text | None, _SET] = Field(None, description="run_id of the run that started this one.")
+    git_commit_source: Annotated[SourceValue | None, _PATCH | Role.COMMIT] = Field(
+        None, description="Who made the commit."
+    )
+    git_commit_author: Annotated[Text | None, _PATCH | Role.COMMIT] = Field(None, description="Author of the commit.")
+    git_commit_timestamp: Annotated[Timestamp | None, _PATCH | Role.COMMIT] = Field(
+        None, description="When the commit was made."
+    )
+
+
+_ROLES: Final = {
+    name: next(mark for mark in field.metadata if isinstance(mark, Role)) for name, field in Run.model_fields.items()
+}
+
+
+def columns(role: Role) -> tuple[str, ...]:
+    """Return the names of the fields that have a role, in the order of the definition."""
+    return tuple(name for name, roles in _ROLES.items() if role in roles)
+
+
+COLUMNS: Final = tuple(_ROLES)
+"""Every field, in the order in which a run is answered."""
+STORED: Final = columns(Role.SET)
+"""The fields that a new run brings along."""
+PATCHABLE: Final = columns(Role.PATCH)
+FILTERS: Final = columns(Role.FILTER)
+_JSON_COLUMNS: Final = columns(Role.JSON)
+_BOOLEAN_COLUMNS: Final = columns(Role.BOOLEAN)
+
+EVENT_ID, RUN_ID, CREATED_AT, AGENT_NAME, JOB_TYPE, STATUS = (
+    STORED.index(name) for name in ("event_id", "run_id", "created_at", "agent_name", "job_type", "status")
+)
+"""Where those values stand in a `Row`."""
+
+
+def _optional(field: FieldInfo) -> Any:
+    """Return a field's type for a partial update, where null or missing means "leave"."""
+    return (field.rebuild_annotation() | None, Field(None, description=field.description))
+
+
+NewRun: Final[type[BaseModel]] = create_model(
+    "NewRun",
+    __config__=ConfigDict(extra="allow", strict=True, title="NewRun"),
+    __doc__="A run as it is created.",
+    **{name: (Run.model_fields[name].rebuild_annotation(), Run.model_fields[name]) for name in STORED},  # type: ignore[call-overload]
+)
+RunPatch: Final[type[BaseModel]] = create_model(
+    "RunPatch",
+    __config__=ConfigDict(extra="allow", strict=True, title="RunPatch"),
+    __doc__="Changes to a run; a field that is null or missing stays as it is.",
+    **{name: _optional(Run.model_fields[name]) for name in PATCHABLE},
+)
+
+
+class CommitAssociation(BaseModel):
+    """The commit that a run led to."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    commit_hash: Annotated[str, Field(min_length=7, max_length=40, pattern=r"^[0-9A-Fa-f]+$")] = Field(
+        description="Full or short hash."
+    )
+    commit_source: SourceValue = Field(description="Who made the commit.")
+    commit_author: Text | None = Field(None, description="Author of the commit.")
+    commit_timestamp: Timestamp | None = Field(None, description="When the commit was made.")
+
+
+# --- From a body to values -----------------------------------------------------------------------
+
+_values_of: Final = itemgetter(*STORED)
+
+
+def parse_json(body: bytes | str) -> object:
+    """Decode a JSON text strictly (RFC 8259: no NaN, no lone surrogates); integers keep every digit.
+
+    Raises:
+        InvalidBodyError: one error of type `json_invalid` that says what is wrong, and where.
+
+    """
+    try:
+        return from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise InvalidBodyError([_item([], f"Invalid JSON: {error}", "json_invalid")]) from error
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedRun:
+    """A valid run: its row, and the names of body fields that were not used."""
+
+    row: Row
+    ignored: tuple[str, ...]
+
+
+def parse_run(value: object) -> ParsedRun:
+    """Check one decoded run and return what is to be stored.
+
+    Raises:
+        InvalidBodyError: with every fault of the run.
+
+    """
+    run = _validate(NewRun, value)
+    return ParsedRun(_values_of(run.__dict__), tuple(run.__pydantic_extra__ or ()))
+
+
+def parse_patch(value: object) -> tuple[dict[str, SqlValue], tuple[str, ...]]:
+    """Check a decoded PATCH body; return the changes in the body's order, and the ignored names.
+
+    Raises:
+        InvalidBodyError: with every fault of the body.
+
+    """
+    patch = _validate(RunPatch, value)
+    assert isinstance(value, Mapping)  # noqa: S101 - the model admits nothing else
+    given = {name: getattr(patch, name) for name in value if name in RunPatch.model_fields}
+    changes = {name: new for name, new in given.items() if new is not None and value[name] is not None}
+    return changes, tuple(patch.__pydantic_extra__ or ())
+
+
+def parse_commit(value: object) -> tuple[dict[str, SqlValue], tuple[str, ...]]:
+    """Check a decoded associate-commit body; return the changes it makes, and the ignored names.
+
+    Raises:
+        InvalidBodyError: with every fault of the body.
+
+    """
+    commit = _validate(CommitAssociation, value)
+    changes: dict[str, SqlValue] = {
+        "git_commit_hash": commit.commit_hash,
+        "git_commit_source": commit.commit_source,
+        "git_commit_author": commit.commit_author,
+        "git_commit_timestamp": commit.commit_timestamp,
+    }
+    given: dict[str, SqlValue] = {name: new for name, new in changes.items() if new is not None}
+    return given, tuple(commit.__pydantic_extra__ or ())
+
+
+def _validate(model: type[BaseModel], value: object) -> Any:
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        details = error.errors(include_url=False, include_context=True, include_input=False)
+        raise InvalidBodyError(
+            [_item(list(fault["loc"]), _message(fault), fault["type"]) for fault in details]
+        ) from error
+
+
+_PATTERN_MESSAGES: Final = {
+    _NO_NUL: "String must not hold NUL characters",
+    _NOT_BLANK: "String must not be blank and must not hold NUL characters",
+    r"^[0-9A-Fa-f]+$": "String should hold hexadecimal digits only",
+}
+
+
+def _message(fault: ErrorDetails) -> str:
+    if fault["type"] == "model_type":
+        return "Input should be a JSON object"
+    if fault["type"] == "string_pattern_mismatch":
+        return _PATTERN_MESSAGES[fault["ctx"]["pattern"]]
+    return fault["msg"]
+
+
+def _item(loc: list[str | int], message: str, kind: str) -> ErrorItem:
+    return {"loc": ["body", *loc], "msg": message, "type": kind}
+
+
+def under(error: InvalidBodyError, *place: str | int) -> list[ErrorItem]:
+    """Return the faults of one item with their places told from the whole body: `["body", 3, "status"]`."""
+    return [_item([*place, *item["loc"][1:]], item["msg"], item["type"]) for item in error.errors]
+
+
+def shorten(text: str) -> str:
+    """Cut a client's own words to what an answer or a log line may echo."""
+    return text if len(text) <= MAX_ECHO else text[: MAX_ECHO - 1] + "…"
+
+
+def ignored_field_warnings(names: Iterable[str]) -> list[str]:
+    """Say which body fields were not used, and why."""
+    server_fields = columns(Role.SERVER)
+    return [
+        f"Field is set by the server, ignored: {name}"
+        if name in server_fields
+        else f"Unknown field ignored: {shorten(name)}"
+        for name in names
+    ]
+
+
+# --- From a row to an answer ---------------------------------------------------------------------
+
+
+def to_json(row: Row) -> dict[str, Any]:
+    """Return a stored row (in the order of `COLUMNS`) as the JSON object that answers carry."""
+    run: dict[str, Any] = dict(zip(COLUMNS, row, strict=True))
+    for name in _JSON_COLUMNS:
+        text = run[name]
+        if isinstance(text, str):
+            run[name] = orjson.Fragment(text)
+    for name in _BOOLEAN_COLUMNS:
+        run[name] = bool(run[name])
+    repo, commit = run["git_repo"], run["git_commit_hash"]
+    run["commit_url"] = commit_url(repo, commit)
+    run["repo_url"] = repo_url(repo)
+    return run

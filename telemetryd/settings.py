@@ -1,0 +1,275 @@
+"""Every setting once: its variable, flag, default, check and help."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Final, Self
+
+from dotenv import dotenv_values
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
+
+from telemetryd.errors import ConfigurationError
+
+PREFIX: Final = "TELEMETRY_"
+CLIENT_VARIABLES: Final = frozenset({"TELEMETRY_BUFFER_DIR", "TELEMETRY_API_URL"})
+"""Variables of the same family that belong to the agents' side and may be set beside ours."""
+
+
+class JournalMode(StrEnum):
+    """How SQLite keeps a transaction atomic (sqlite.org/pragma.html#pragma_journal_mode)."""
+
+    DELETE = "DELETE"
+    TRUNCATE = "TRUNCATE"
+    PERSIST = "PERSIST"
+    WAL = "WAL"
+
+
+class Synchronous(StrEnum):
+    """How hard SQLite syncs (sqlite.org/pragma.html#pragma_synchronous)."""
+
+    NORMAL = "NORMAL"
+    FULL = "FULL"
+    EXTRA = "EXTRA"
+
+
+class LogLevel(StrEnum):
+    """The least severe log lines that are written."""
+
+    DEBUG = "DEBUG"
+    INFO = "INFO"
+    WARNING = "WARNING"
+    ERROR = "ERROR"
+
+
+class LogFormat(StrEnum):
+    """How a log line looks; auto is text on a terminal and JSON elsewhere."""
+
+    AUTO = "auto"
+    JSON = "json"
+    TEXT = "text"
+
+
+class Origin(StrEnum):
+    """Where a value came from, strongest first."""
+
+    FLAG = "flag"
+    ENVIRONMENT = "environment"
+    DOTENV = ".env"
+    DEFAULT = "default"
+
+
+def default_db_path() -> Path:
+    """Return the guide's path on Windows, the state directory under systemd, else ./data."""
+    if sys.platform == "win32":
+        return Path("D:/agent-metrics/db/telemetry.sqlite")
+    state_directory = os.environ.get("STATE_DIRECTORY", "").split(":")[0]
+    return Path(state_directory or "data") / "telemetry.sqlite"
+
+
+def _upper(value: object) -> object:
+    return value.strip().upper() if isinstance(value, str) else value
+
+
+def _one(value: int) -> int:
+    if value != 1:
+        raise ValueError(f"must be 1, not {value}: one writer is the whole point, more would corrupt the database")
+    return value
+
+
+def _not_blank(value: object) -> object:
+    if isinstance(value, str) and not value.strip():
+        raise ValueError("must not be blank")
+    return value
+
+
+FilePath = Annotated[Path, BeforeValidator(_not_blank)]
+Upper = BeforeValidator(_upper)
+Positive = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)]
+
+
+class Settings(BaseModel):
+    """The configuration of one daemon; each field is the variable TELEMETRY_<NAME>."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    db_path: FilePath = Field(default_factory=default_db_path, description="SQLite database file.")
+    lock_file: FilePath | None = Field(
+        None, description="Lock file of the single writer; the database's real path is locked as well."
+    )
+    db_journal_mode: Annotated[JournalMode, Upper] = Field(
+        JournalMode.DELETE,
+        description="SQLite journal mode; WAL is faster, DELETE works on Docker and Windows mounts.",
+    )
+    db_synchronous: Annotated[Synchronous, Upper] = Field(
+        Synchronous.FULL, description="SQLite synchronous mode; NORMAL survives a crash but not a power cut."
+    )
+    db_busy_timeout_ms: Annotated[int, Field(ge=0, le=600_000)] = Field(
+        30_000, description="How long to wait for another process that locks the database, in milliseconds."
+    )
+    db_readers: Annotated[int, Field(ge=1, le=64)] = Field(
+        4, description="Read-only connections, that is, queries that may run at the same time."
+    )
+    query_timeout_s: Seconds = Field(10.0, description="A query is interrupted after so many seconds.")
+    api_host: Annotated[str, BeforeValidator(_not_blank)] = Field(
+        "0.0.0.0",  # noqa: S104 - the guide's default; protected mode keeps others out
+        description="Address to listen on; 0.0.0.0 means all.",
+    )
+    api_port: Annotated[int, Field(ge=0, le=65535)] = Field(8765, description="Port to listen on; 0 takes a free one.")
+    api_unix: FilePath | None = Field(None, description="Unix socket to listen on as well.")
+    api_workers: Annotated[int, AfterValidator(_one)] = Field(1, description="Must be 1.")
+    api_auth_enabled: bool = Field(False, description="Ask for a token everywhere except on /health.")
+    api_auth_token: SecretStr | None = Field(None, description="The token; better in a file.")
+    api_auth_token_file: FilePath | None = Field(None, description="File that holds the token.")
+    api_protected_mode: bool = Field(True, description="While authentication is off, serve loopback peers only.")
+    rate_limit_enabled: bool = Field(False, description="Limit the requests of each client address.")
+    rate_limit_rpm: Positive = Field(60, description="Requests per minute and client address.")
+    queue_max: Positive = Field(10_000, description="Writes that may wait for the writer; beyond it 503.")
+    max_body_bytes: Annotated[int, Field(ge=1024)] = Field(
+        16 * 1024 * 1024, description="Largest request body, decoded; beyond it 413."
+    )
+    max_batch: Positive = Field(10_000, description="Most runs in one batch; beyond it 413.")
+    shutdown_timeout_s: Seconds = Field(10.0, description="Longest orderly shutdown, in seconds.")
+    log_level: Annotated[LogLevel, Upper] = Field(LogLevel.INFO, description="DEBUG, INFO, WARNING or ERROR.")
+    log_format: LogFormat = Field(LogFormat.AUTO, description="json, text, or auto: text on a terminal only.")
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.api_auth_enabled and self.api_auth_token is None and self.api_auth_token_file is None:
+            raise ValueError(
+                "TELEMETRY_API_AUTH_TOKEN: must be set (or TELEMETRY_API_AUTH_TOKEN_FILE) "
+                "when TELEMETRY_API_AUTH_ENABLED is true"
+            )
+        if self.api_auth_token is not None and self.api_auth_token_file is not None:
+            raise ValueError(
+                "TELEMETRY_API_AUTH_TOKEN: set either the token or TELEMETRY_API_AUTH_TOKEN_FILE, not both"
+            )
+        if self.api_auth_enabled:
+            self.token()
+        return self
+
+    def token(self) -> bytes | None:
+        """Return the bytes of the token, from wherever it is set, without surrounding blanks.
+
+        Raises:
+            ValueError: if the token's file cannot be read, or the token is too short to protect anything.
+
+        """
+        text = self.api_auth_token.get_secret_value() if self.api_auth_token else None
+        variable = "TELEMETRY_API_AUTH_TOKEN"
+        if self.api_auth_token_file is not None:
+            variable = "TELEMETRY_API_AUTH_TOKEN_FILE"
+            try:
+                text = self.api_auth_token_file.read_text("utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise ValueError(f"{variable}: cannot be read: {error}") from error
+        if text is None:
+            return None
+        if len(text.strip()) < 8:
+            raise ValueError(f"{variable}: must hold at least 8 characters; make one with: openssl rand -hex 32")
+        return text.strip().encode()
+
+    @property
+    def durable(self) -> bool:
+        """Whether an acknowledged write survives a power cut, and not only a crash."""
+        return self.db_synchronous is not Synchronous.NORMAL
+
+
+def variable(name: str) -> str:
+    """Return the environment variable of a field: db_path → TELEMETRY_DB_PATH."""
+    return PREFIX + name.upper()
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedSettings:
+    """The settings, where each came from, and remarks that are worth a line in the log."""
+
+    settings: Settings
+    origins: Mapping[str, Origin]
+    remarks: tuple[str, ...]
+
+    def shown(self) -> dict[str, dict[str, Any]]:
+        """Return variable → value and origin, with the token masked."""
+        values = self.settings.model_dump(mode="json")
+        if values["api_auth_token"] is not None:
+            values["api_auth_token"] = "********"  # noqa: S105 - a mask
+        return {variable(name): {"value": values[name], "origin": str(self.origins[name])} for name in values}
+
+
+def load(
+    flags: Mapping[str, Any] | None = None,
+    environment: Mapping[str, str] | None = None,
+    dotenv: Path | None = Path(".env"),
+) -> LoadedSettings:
+    """Collect every setting: flag > environment > `.env` > default. An empty variable counts as not set.
+
+    Args:
+        flags: values from the command line by field name; None means "not given".
+        environment: variables, by default those of the process.
+        dotenv: the `.env` file; None or a missing file means none.
+
+    Raises:
+        ConfigurationError: with every problem at once, each naming its variable.
+
+    """
+    variables = os.environ if environment is None else environment
+    file = dotenv_values(dotenv, interpolate=False) if dotenv is not None and dotenv.is_file() else {}
+    given: dict[str, Any] = {}
+    origins: dict[str, Origin] = {}
+    for name in Settings.model_fields:
+        sources = (
+            (Origin.FLAG, (flags or {}).get(name)),
+            (Origin.ENVIRONMENT, variables.get(variable(name)) or None),
+            (Origin.DOTENV, file.get(variable(name)) or None),
+        )
+        origin, value = next(((o, v) for o, v in sources if v is not None), (Origin.DEFAULT, None))
+        origins[name] = origin
+        if origin is not Origin.DEFAULT:
+            given[name] = value
+    try:
+        settings = Settings.model_validate(given)
+    except ValidationError as error:
+        raise ConfigurationError(_problems(error, given)) from error
+    return LoadedSettings(settings, origins, tuple(_remarks(settings, {**file, **variables})))
+
+
+def _problems(error: ValidationError, given: Mapping[str, Any]) -> list[str]:
+    problems = []
+    for fault in error.errors():
+        message = fault["msg"].removeprefix("Value error, ")
+        if fault["loc"]:
+            name = str(fault["loc"][0])
+            is_secret = Settings.model_fields[name].annotation == SecretStr | None
+            shown = "" if is_secret else f" (it is {given[name]!r:.100})"
+            message = f"{variable(name)}: {message[0].lower()}{message[1:]}{shown}"
+        problems.append(message)
+    return problems
+
+
+def _remarks(settings: Settings, variables: Mapping[str, str | None]) -> list[str]:
+    known = {variable(name) for name in Settings.model_fields} | CLIENT_VARIABLES
+    remarks = [
+        f"{name} is not a setting of telemetryd and has no effect"
+        for name in sorted(variables)
+        if name.startswith(PREFIX) and name not in known
+    ]
+    if sys.platform != "win32" and re.match(r"[A-Za-z]:[/\\]", str(settings.db_path)):
+        remarks.append(
+            f"TELEMETRY_DB_PATH={settings.db_path} is a Windows path; here it means {settings.db_path.absolute()}"
+        )
+    return remarks

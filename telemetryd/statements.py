@@ -1,0 +1,178 @@
+"""The only Python with SQL: how each command and each query is said to SQLite."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections import Counter
+from collections.abc import Callable
+from typing import Final
+
+from telemetryd.commands import Command, Created, CreateRuns, Outcome, Updated, UpdateRun
+from telemetryd.queries import TIME_BOUNDS, Counts, GetRun, ListRuns, Page, Position
+from telemetryd.runs import AGENT_NAME, COLUMNS, CREATED_AT, JOB_TYPE, STATUS, STORED, Row, SqlValue, Status
+
+# --- Commands ------------------------------------------------------------------------------------
+
+_MINUTE: Final = len("2025-12-24T10:00")
+_NOW: Final = f"?{len(STORED) + 1}"
+
+_INSERT_RUN: Final = f"""
+    INSERT INTO agent_runs ({", ".join(STORED)}, updated_at)
+    VALUES ({
+    ", ".join(
+        f"coalesce(nullif(?{n}, ''), {_NOW})" if n == CREATED_AT + 1 else f"?{n}" for n in range(1, len(STORED) + 1)
+    )
+}, {_NOW})
+    ON CONFLICT (event_id) DO NOTHING
+"""  # noqa: S608 - column names from the definition of a run
+
+_FIND_RUN: Final = "SELECT run_id, agent_name, job_type, status FROM agent_runs WHERE event_id = ?"
+
+_ADD_TO_TOTAL: Final = """
+    INSERT INTO run_totals (agent_name, job_type, status, runs) VALUES (?1, ?2, ?3, max(?4, 0))
+    ON CONFLICT (agent_name, job_type, status) DO UPDATE SET runs = runs + ?4
+"""
+
+_ADD_TO_MINUTE: Final = """
+    INSERT INTO run_minutes (minute, runs) VALUES (?1, max(?2, 0))
+    ON CONFLICT (minute) DO UPDATE SET runs = runs + ?2
+"""
+
+
+class Transaction:
+    """One open transaction: applies commands and, at its end, brings the totals up to date."""
+
+    def __init__(self, connection: sqlite3.Connection, now: str) -> None:
+        self._cursor = connection.cursor()
+        self._now = now
+        self._totals: Counter[tuple[str, str, str]] = Counter()
+        self._minutes: Counter[str] = Counter()
+
+    def apply(self, command: Command) -> Outcome:
+        """Run one command's statements and return its outcome; the totals follow in `finish`."""
+        match command:
+            case CreateRuns(rows):
+                return Created(tuple([self._create(row) for row in rows]))
+            case UpdateRun(event_id, changes):
+                return self._update(event_id, dict(changes))
+
+    def savepoint(self) -> Callable[[], None]:
+        """Mark this point and return the function that undoes everything applied after it."""
+        totals, minutes = self._totals.copy(), self._minutes.copy()
+        self._cursor.execute("SAVEPOINT command")
+
+        def undo() -> None:
+            self._cursor.execute("ROLLBACK TO command")
+            self._totals, self._minutes = totals, minutes
+
+        return undo
+
+    def finish(self) -> None:
+        """Write the totals that the commands changed."""
+        self._cursor.executemany(
+            _ADD_TO_TOTAL, [(*key, difference) for key, difference in self._totals.items() if difference]
+        )
+        self._cursor.executemany(
+            _ADD_TO_MINUTE,
+            [(minute, difference) for minute, difference in self._minutes.items() if difference],
+        )
+
+    def _create(self, row: Row) -> bool:
+        is_new = self._cursor.execute(_INSERT_RUN, (*row, self._now)).rowcount == 1
+        if is_new:
+            self._totals[row[AGENT_NAME], row[JOB_TYPE], row[STATUS]] += 1  # type: ignore[index]  # all are text
+            self._minutes[(row[CREATED_AT] or self._now)[:_MINUTE]] += 1  # type: ignore[index]
+        return is_new
+
+    def _update(self, event_id: str, changes: dict[str, SqlValue]) -> Updated | None:
+        found = self._cursor.execute(_FIND_RUN, (event_id,)).fetchone()
+        if found is None:
+            return None
+        run_id, agent_name, job_type, status = found
+        changes["updated_at"] = self._now
+        assignments = ", ".join(f"{name} = ?" for name in changes)
+        self._cursor.execute(
+            f"UPDATE agent_runs SET {assignments} WHERE event_id = ?",  # noqa: S608 - names from the definition
+            (*changes.values(), event_id),
+        )
+        new_status = changes.get("status", status)
+        if new_status != status:
+            self._totals[agent_name, job_type, status] -= 1
+            self._totals[agent_name, job_type, str(new_status)] += 1
+        return Updated(run_id)
+
+
+# --- Queries -------------------------------------------------------------------------------------
+
+_SELECT: Final = f"SELECT {', '.join(COLUMNS)} FROM agent_runs"  # noqa: S608 - names from the definition
+_NEWEST_FIRST: Final = "ORDER BY created_at DESC, id DESC"
+
+# Which index serves which equality filters. Every index goes on with created_at and the rowid, so a walk
+# backwards is already in order. Where an index has the status but the query has not, the walk is a merge of
+# one ordered arm for each of the six statuses.
+_INDEXES: Final[dict[frozenset[str], tuple[str, bool]]] = {
+    frozenset(names.split()): (index, merge_statuses)
+    for names, index, merge_statuses in (
+        ("", "idx_runs_created_desc", False),
+        ("status", "idx_runs_status", False),
+        ("agent_name", "idx_runs_agent_created", False),
+        ("agent_name status", "idx_runs_agent_status_created", False),
+        ("agent_name job_type", "idx_runs_agent", True),
+        ("agent_name job_type status", "idx_runs_agent", False),
+        ("job_type", "idx_runs_job", True),
+        ("job_type status", "idx_runs_job", False),
+    )
+}
+
+
+def select_page(query: ListRuns) -> tuple[str, dict[str, SqlValue]]:
+    """Return the SQL text and the parameters that fetch a page, and one row more to see if others follow."""
+    index, merge_statuses = _INDEXES[frozenset(query.equal)]
+    conditions = [f"{name} = :{name}" for name in query.equal]
+    conditions += [
+        f"{column} {comparison} :{name}" for name, (column, comparison) in TIME_BOUNDS.items() if name in query.bounds
+    ]
+    values: dict[str, SqlValue] = {
+        **query.equal,
+        **query.bounds,
+        "rows": query.limit + 1,
+        "offset": query.offset,
+    }
+    if query.after is not None:
+        conditions.append("(created_at, id) < (:after_created_at, :after_id)")
+        values |= {"after_created_at": query.after.created_at, "after_id": query.after.id}
+    statuses = [f"status = '{status}'" for status in Status] if merge_statuses else [""]
+    arms = []
+    for status in statuses:
+        where = " AND ".join(filter(None, [status, *conditions]))
+        arms.append(f"{_SELECT} INDEXED BY {index}" + (f" WHERE {where}" if where else ""))
+    return f"{' UNION ALL '.join(arms)} {_NEWEST_FIRST} LIMIT :rows OFFSET :offset", values
+
+
+def fetch_page(connection: sqlite3.Connection, query: ListRuns) -> Page:
+    """Fetch one page of runs."""
+    rows: list[Row] = connection.execute(*select_page(query)).fetchall()
+    if len(rows) <= query.limit:
+        return Page(rows, None)
+    rows.pop()
+    last = dict(zip(COLUMNS, rows[-1], strict=True))
+    return Page(rows, Position(str(last["created_at"]), int(last["id"] or 0)))
+
+
+def fetch_run(connection: sqlite3.Connection, query: GetRun) -> Row | None:
+    """Fetch the run with an event_id."""
+    row: Row | None = connection.execute(f"{_SELECT} WHERE event_id = ?", (query.event_id,)).fetchone()
+    return row
+
+
+def fetch_counts(connection: sqlite3.Connection, recent_since: str) -> Counts:
+    """Read the totals that the writer keeps; their cost does not grow with the number of runs.
+
+    `recent_since` is taken to the whole minute in which it lies.
+    """
+    agents = connection.execute("SELECT agent_name, sum(runs) FROM run_totals GROUP BY agent_name HAVING sum(runs) > 0")
+    job_types = connection.execute("SELECT DISTINCT job_type FROM run_totals WHERE runs > 0 ORDER BY job_type")
+    recent = connection.execute(
+        "SELECT coalesce(sum(runs), 0) FROM run_minutes WHERE minute >= ?", (recent_since[:_MINUTE],)
+    )
+    return Counts(dict(agents), tuple(row[0] for row in job_types), recent.fetchone()[0])

@@ -1,0 +1,202 @@
+"""The only door to the data: submit a command, fetch the answer to a query, tell the health, close."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sqlite3
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import overload
+
+from telemetryd import migrate, statements
+from telemetryd.commands import Command, Created, CreateRuns, Outcome, Updated, UpdateRun
+from telemetryd.database import (
+    Connection,
+    DirectorySync,
+    Modes,
+    Ownership,
+    check_quickly,
+    inspect,
+    needs_directory_sync,
+    open_writer,
+    prepare_directory,
+)
+from telemetryd.database import Kind as FileKind
+from telemetryd.metrics import Metrics
+from telemetryd.queries import CountRuns, Counts, GetRun, ListRuns, Page
+from telemetryd.reader import Readers
+from telemetryd.runs import Row, format_timestamp, utc_now
+from telemetryd.settings import Settings
+from telemetryd.writer import Writer
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """How the database is; `problem` is None while it is well."""
+
+    path: Path
+    modes: Modes
+    durable: bool
+    queue_depth: int
+    problem: str | None
+
+
+class Store:
+    """One open database: its lock, its writer, its readers. Make it with `open`."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        connection: Connection,
+        modes: Modes,
+        ownership: Ownership,
+        readers: Readers,
+        directory: DirectorySync,
+        metrics: Metrics,
+        clock: Callable[[], datetime],
+    ) -> None:
+        self._path = settings.db_path.absolute()
+        self._identity = _identity(self._path)
+        self._durable = settings.durable
+        self._modes = modes
+        self._clock = clock
+        self._connection = connection
+        self._ownership = ownership
+        self._readers = readers
+        self._directory = directory
+        self._writer: Writer[Command, Outcome] = Writer(
+            connection,
+            begin=statements.Transaction,
+            clock=lambda: format_timestamp(clock()),
+            make_durable=directory if needs_directory_sync(modes) else _already_durable,
+            queue_max=settings.queue_max,
+            metrics=metrics,
+        )
+        self.writing = asyncio.create_task(self._writer.run(), name="writer")
+        """The writer's task; it ends only after `close`, or with the error that killed it."""
+
+    @classmethod
+    async def open(cls, settings: Settings, metrics: Metrics, clock: Callable[[], datetime] = utc_now) -> Store:
+        """Take the lock, look at the file, make the schema if it is new, and open the connections.
+
+        Raises:
+            DatabaseError: if the file is not, or not yet, a database of this version. Nothing is written then.
+            DatabaseOwnedError: if another process owns it.
+
+        """
+        path = settings.db_path.absolute()
+        prepare_directory(path)
+        ownership = Ownership(path, settings.lock_file)
+        ownership.acquire()
+        try:
+            state = inspect(path)
+            migrate.refuse_unless_usable(path, state)
+            if state.kind is FileKind.OURS:
+                check_quickly(path)
+            connection, modes = await open_writer(
+                path, settings.db_journal_mode, settings.db_synchronous, settings.db_busy_timeout_ms
+            )
+        except BaseException:
+            ownership.release()
+            raise
+        directory = DirectorySync(path)
+        try:
+            if state.kind is not FileKind.OURS:
+                await connection.run(lambda plain: migrate.create(plain, format_timestamp(clock())))
+                directory()
+            await connection.run(lambda plain: migrate.check_schema(plain, path))
+            readers = await Readers.open(
+                path, settings.db_readers, settings.query_timeout_s, settings.db_busy_timeout_ms
+            )
+        except BaseException:
+            await connection.close()
+            directory.close()
+            ownership.release()
+            raise
+        return cls(
+            settings,
+            connection=connection,
+            modes=modes,
+            ownership=ownership,
+            readers=readers,
+            directory=directory,
+            metrics=metrics,
+            clock=clock,
+        )
+
+    @overload
+    async def submit(self, command: CreateRuns) -> Created: ...
+
+    @overload
+    async def submit(self, command: UpdateRun) -> Updated | None: ...
+
+    async def submit(self, command: Command) -> Outcome:
+        """Queue a change and wait until it is durable; return its outcome.
+
+        Raises:
+            UnavailableError: if it was not stored, or may not have been; the same change may be repeated.
+            CommandFailedError: if the database refused this change alone.
+
+        """
+        return await self._writer.submit(command)
+
+    @overload
+    async def fetch(self, query: ListRuns) -> Page: ...
+
+    @overload
+    async def fetch(self, query: GetRun) -> Row | None: ...
+
+    @overload
+    async def fetch(self, query: CountRuns) -> Counts: ...
+
+    async def fetch(self, query: ListRuns | GetRun | CountRuns) -> Page | Row | Counts | None:
+        """Answer a query; it sees every change that was acknowledged before it.
+
+        Raises:
+            UnavailableError: if the answer takes too long, or the database cannot be read.
+
+        """
+        match query:
+            case ListRuns():
+                return await self._readers.fetch(lambda plain: statements.fetch_page(plain, query))
+            case GetRun():
+                return await self._readers.fetch(lambda plain: statements.fetch_run(plain, query))
+            case CountRuns():
+                since = format_timestamp(self._clock() - timedelta(hours=24))
+                return await self._readers.fetch(lambda plain: statements.fetch_counts(plain, since))
+
+    def health(self) -> Health:
+        """Tell how the database is, at once: without the queue, a connection, or opening the file."""
+        problem = self._writer.failure
+        if problem is None and _identity(self._path) != self._identity:
+            problem = f"The database file {self._path} was deleted or replaced while in use"
+        return Health(self._path, self._modes, self._durable, self._writer.depth, problem)
+
+    async def close(self) -> None:
+        """Commit what is queued, checkpoint the write-ahead log, close every connection, and give up the lock."""
+        await self._writer.stop()
+        await asyncio.wait((self.writing,))
+        await self._readers.close()
+        if self._modes.journal_mode == "WAL":
+            with contextlib.suppress(sqlite3.Error):  # the next start recovers the log just as well
+                await self._connection.run(lambda plain: plain.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall())
+        await self._connection.close()
+        self._directory.close()
+        self._ownership.release()
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _already_durable() -> None:
+    """Do nothing: SQLite's own syncs have made the commit durable."""

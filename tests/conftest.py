@@ -1,0 +1,223 @@
+"""The real app on a real socket with a real SQLite file, and the real daemon as a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import BaseTestServer, TestClient
+
+from telemetryd.daemon import make_runner
+from telemetryd.http import make_app
+from telemetryd.metrics import Metrics
+from telemetryd.runs import utc_now
+from telemetryd.settings import Settings
+from telemetryd.store import Store
+
+Client = TestClient[web.Request, web.Application]
+Row = dict[str, Any]
+_numbers = itertools.count()
+
+
+def make_run(**fields: Any) -> Row:
+    """A valid run with an event_id of its own; fields given here replace or join the required ones."""
+    number = next(_numbers)
+    return {
+        "event_id": f"event-{os.getpid()}-{number}",
+        "run_id": f"run-{number}",
+        "start_time": "2025-12-24T10:00:00Z",
+        "agent_name": "hugo-translator",
+        "job_type": "translate_directory",
+        **fields,
+    }
+
+
+class DaemonServer(BaseTestServer):
+    """The app behind the daemon's own runner, on a free port."""
+
+    def __init__(self, app: web.Application, settings: Settings) -> None:
+        super().__init__()
+        self.app = app
+        self._settings = settings
+
+    async def _make_runner(self, **_: Any) -> web.BaseRunner:
+        return make_runner(self.app, self._settings)
+
+
+class Api:
+    """An HTTP client of one running app, and what is behind it."""
+
+    def __init__(self, client: Client, store: Store, settings: Settings) -> None:
+        self.client = client
+        self.store = store
+        self.settings = settings
+
+    async def call(self, method: str, path: str, *, status: int | None = None, **options: Any) -> Any:
+        """Send a request, check the status if one is given, and return the decoded JSON."""
+        async with self.client.request(method, path, **options) as response:
+            text = await response.text()
+            assert status is None or response.status == status, f"{response.status}: {text}"
+            return json.loads(text)
+
+    async def post(self, run: object, status: int = 201, **options: Any) -> Any:
+        return await self.call("POST", "/api/v1/runs", json=run, status=status, **options)
+
+    async def batch(self, runs: object, status: int = 200, **options: Any) -> Any:
+        return await self.call("POST", "/api/v1/runs/batch", json=runs, status=status, **options)
+
+    async def list(self, status: int = 200, **parameters: Any) -> Any:
+        return await self.call("GET", "/api/v1/runs", params=parameters, status=status)
+
+    async def get(self, path: str, status: int = 200, **options: Any) -> Any:
+        return await self.call("GET", path, status=status, **options)
+
+
+MakeApi = Callable[..., Awaitable[Api]]
+
+
+@pytest.fixture
+async def make_api(
+    tmp_path: Path, aiohttp_client: Callable[[DaemonServer], Awaitable[Client]]
+) -> AsyncIterator[MakeApi]:
+    """Return a function that runs an app; keyword arguments are settings (and `clock`)."""
+    stores: list[Store] = []
+    clients: list[Client] = []
+
+    async def make(*, clock: Callable[[], datetime] = utc_now, **values: Any) -> Api:
+        settings = Settings(**{"db_path": tmp_path / "telemetry.sqlite", "db_journal_mode": "WAL", **values})
+        metrics = Metrics()
+        store = await Store.open(settings, metrics, clock)
+        stores.append(store)
+        client = await aiohttp_client(DaemonServer(make_app(store, settings, metrics), settings))
+        clients.append(client)
+        return Api(client, store, settings)
+
+    yield make
+    for client in clients:
+        await client.close()
+    for store in stores:
+        await store.close()
+
+
+@pytest.fixture
+async def api(make_api: MakeApi) -> Api:
+    """An app with the default settings, except WAL, which makes the tests faster."""
+    return await make_api()
+
+
+class Daemon:
+    """The daemon as a process: `python -m telemetryd serve` on a free port."""
+
+    def __init__(self, folder: Path, *flags: str, prefix: tuple[str, ...] = (), **variables: str) -> None:
+        self.folder = folder
+        self.database = folder / "telemetry.sqlite"
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("TELEMETRY_")}
+        environment |= {"TELEMETRY_DB_PATH": str(self.database), "TELEMETRY_API_PORT": "0", **variables}
+        self.process = subprocess.Popen(
+            [*prefix, sys.executable, "-m", "telemetryd", "serve", "--log-format", "json", *flags],
+            cwd=folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.lines: list[dict[str, Any]] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(json.loads(line))
+
+    @property
+    def url(self) -> str:
+        """Where it listens; waits until it does."""
+        line = self.wait_for_line("Serving")
+        port = line["addresses"][0].rpartition(":")[2]
+        return f"http://127.0.0.1:{port}"
+
+    def wait_for_line(self, message: str, timeout_s: float = 20) -> dict[str, Any]:
+        """Wait for a log line with this message."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            for line in list(self.lines):
+                if line["message"] == message:
+                    return line
+            if self.process.poll() is not None and not self._reader.is_alive():
+                break
+            time.sleep(0.01)
+        raise AssertionError(f"no line {message!r}; exit {self.process.poll()}; log: {self.lines[-5:]}")
+
+    def wait(self, timeout_s: float = 30) -> tuple[int, str]:
+        """Wait for the end; return the exit status and what stood on stderr."""
+        status = self.process.wait(timeout_s)
+        self._reader.join(5)
+        assert self.process.stderr is not None
+        errors = self.process.stderr.read()
+        return status, errors
+
+    def stop(self, number: int = signal.SIGTERM, timeout_s: float = 30) -> int:
+        """Send a signal and wait for the end; return the exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.wait(timeout_s)[0]
+
+    def close(self) -> None:
+        """Make sure that nothing of it is left."""
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(10)
+        self._reader.join(5)
+        for stream in (self.process.stdout, self.process.stderr):
+            with contextlib.suppress(OSError, AttributeError):
+                stream.close()  # type: ignore[union-attr]
+
+
+StartDaemon = Callable[..., Daemon]
+
+
+@pytest.fixture
+def start_daemon(tmp_path: Path) -> Iterator[StartDaemon]:
+    """Return a function that starts a daemon in `tmp_path`; keyword arguments are environment variables."""
+    started: list[Daemon] = []
+
+    def start(*flags: str, folder: Path = tmp_path, prefix: tuple[str, ...] = (), **variables: str) -> Daemon:
+        daemon = Daemon(folder, *flags, prefix=prefix, **variables)
+        started.append(daemon)
+        return daemon
+
+    yield start
+    for daemon in started:
+        daemon.close()
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+async def eventually(check: Callable[[], bool], timeout_s: float = 5) -> None:
+    """Wait until a condition holds."""
+    deadline = asyncio.get_running_loop().time() + timeout_s
+    while not check():
+        assert asyncio.get_running_loop().time() < deadline, "it did not come about in time"
+        await asyncio.sleep(0.01)
