@@ -25,7 +25,7 @@ else:
     new_event_loop = uvloop.new_event_loop
 
 EXIT_USAGE: Final = 2
-_NO_FLAG: Final = frozenset({"api_auth_token"})
+NO_FLAG: Final = frozenset({"api_auth_token"})
 """A token on a command line could be read by every user of the machine."""
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -45,7 +45,7 @@ def _is_switch(name: str) -> bool:
 def _settings_flags(function: F) -> F:
     """Give a command one flag for each setting."""
     for name, setting in reversed(Settings.model_fields.items()):
-        if name not in _NO_FLAG:
+        if name not in NO_FLAG:
             shown = setting.get_default(call_default_factory=True)
             default = "none" if shown is None else str(shown).lower() if isinstance(shown, bool) else shown
             text = f"{setting.description}  [{variable(name)}; default: {default}]"

@@ -1,4 +1,4 @@
-"""Routes on top, then one handler for each: request in, command or query, answer out."""
+"""Routes and their handlers: request in, command or query, answer out."""
 
 from __future__ import annotations
 

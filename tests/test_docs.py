@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import re
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from telemetryd import http
+from telemetryd.settings import load
+from tests.tools import docs, schema
+
+ROOT = docs.ROOT
+
+
+@pytest.mark.parametrize("path", docs.rendered(), ids=lambda path: path.name)
+def test_generated_parts_are_up_to_date(path: Path) -> None:
+    assert path.read_text("utf-8") == docs.rendered()[path], "run: make docs"
+
+
+def test_the_schema_file_is_up_to_date() -> None:
+    assert schema.SCHEMA.read_text("utf-8") == schema.render(), "run: make schema"
+
+
+def test_env_example_with_every_line_put_in_force_is_the_default_configuration(tmp_path: Path) -> None:
+    text = re.sub(r"^#(?=TELEMETRY_)", "", (ROOT / ".env.example").read_text("utf-8"), flags=re.MULTILINE)
+    (tmp_path / ".env").write_text(text)
+    loaded = load({}, {}, tmp_path / ".env")
+    defaults = load({}, {}, None).settings
+    differing = {
+        name
+        for name in type(defaults).model_fields
+        if getattr(loaded.settings, name) != getattr(defaults, name) and name != "db_path"
+    }
+    assert differing == set()
+    assert not loaded.remarks
+
+
+def test_every_endpoint_stands_in_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text("utf-8")
+    for method, path, _ in http.operations():
+        assert f"| `{method} {path}`" in readme, f"{method} {path}"
+
+
+def test_the_architecture_page_has_every_module_with_its_own_sentence() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    for path in sorted((ROOT / "telemetryd").glob("*.py")):
+        if path.stem in ("__init__", "__main__"):
+            continue
+        sentence = (import_module(f"telemetryd.{path.stem}").__doc__ or "").splitlines()[0]
+        assert f"| `{path.name}` | {sentence} |" in page, path.name

@@ -1,0 +1,77 @@
+"""Writes the parts of the documentation that derive from the code: settings, fields, .env.example."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from telemetryd import runs
+from telemetryd.cli import NO_FLAG, flag
+from telemetryd.runs import Role
+from telemetryd.settings import Settings, variable
+
+ROOT = Path(__file__).parents[2]
+
+_DEFAULT_PATH = "./data/telemetry.sqlite; under systemd `$STATE_DIRECTORY/telemetry.sqlite`"
+
+
+def _default(name: str) -> str:
+    if name == "db_path":
+        return _DEFAULT_PATH
+    value = Settings.model_fields[name].get_default(call_default_factory=True)
+    return "" if value is None else f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def settings_table() -> str:
+    """Return every setting as a Markdown table."""
+    lines = ["| Variable | Flag | Default | |", "|---|---|---|---|"]
+    for name, setting in Settings.model_fields.items():
+        flags = "" if name in NO_FLAG else f"`{flag(name)}`"
+        lines.append(f"| `{variable(name)}` | {flags} | {_default(name)} | {setting.description} |")
+    return "\n".join(lines)
+
+
+def fields_table() -> str:
+    """Return every field of a run as a Markdown table."""
+    lines = ["| Field | Type | Given on POST | By PATCH | |", "|---|---|---|---|---|"]
+    schema = runs.Run.model_json_schema()
+    for name in runs.COLUMNS:
+        kinds = [part.get("type", "") for part in schema["properties"][name].get("anyOf", [schema["properties"][name]])]
+        shown = "timestamp" if "date-time" in str(schema["properties"][name]) else " or ".join(dict.fromkeys(kinds))
+        required = name in runs.NewRun.model_json_schema()["required"]
+        given = "required" if required else "yes" if name in runs.columns(Role.SET) else ""
+        patch = "yes" if name in runs.PATCHABLE else ""
+        lines.append(f"| `{name}` | {shown} | {given} | {patch} | {runs.Run.model_fields[name].description} |")
+    return "\n".join(lines)
+
+
+def env_example() -> str:
+    """Return .env.example: every variable, commented out, with its default."""
+    lines = ["# telemetryd reads this file as .env in its working directory; variables of the environment win.", ""]
+    for name, setting in Settings.model_fields.items():
+        default = "./data/telemetry.sqlite" if name == "db_path" else _default(name).strip("`")
+        lines += [f"# {setting.description}", f"#{variable(name)}={default}", ""]
+    return "\n".join(lines)
+
+
+def _fill(text: str, marker: str, content: str) -> str:
+    pattern = rf"(<!-- begin {marker} -->\n).*?(<!-- end {marker} -->)"
+    filled, count = re.subn(pattern, lambda match: f"{match[1]}{content}\n{match[2]}", text, flags=re.DOTALL)
+    if count != 1:
+        raise ValueError(f"marker {marker} stands {count} times")
+    return filled
+
+
+def rendered() -> dict[Path, str]:
+    """Return each file that holds generated parts, as it should be."""
+    readme, reference = ROOT / "README.md", ROOT / "docs" / "runs.md"
+    return {
+        readme: _fill(readme.read_text("utf-8"), "settings", settings_table()),
+        reference: _fill(reference.read_text("utf-8"), "fields", fields_table()),
+        ROOT / ".env.example": env_example(),
+    }
+
+
+if __name__ == "__main__":
+    for path, text in rendered().items():
+        path.write_text(text, "utf-8")
