@@ -598,6 +598,7 @@ ROUTES: Final[tuple[Route, ...]] = (
                     ),
                 )
             },
+            other_answer_types=("text/plain", "application/openmetrics-text"),
             errors=(400, 503),
         ),
     ),

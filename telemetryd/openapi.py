@@ -28,7 +28,8 @@ class Operation:
     body_types: tuple[str, ...] = ()
     parameters: tuple[Schema, ...] = ()
     answers: dict[int, tuple[str, Schema]] = field(default_factory=dict)
-    answer_type: str = "application/json"
+    other_answer_types: tuple[str, ...] = ()
+    """Media types of a successful answer beside JSON; they hold text."""
     errors: tuple[int, ...] = ()
     open: bool = False
     """Whether it answers without a token even where authentication is on."""
@@ -141,7 +142,13 @@ def _operation(method: str, path: str, operation: Operation) -> Schema:
         "summary": operation.summary,
         "tags": list(operation.tags),
         "responses": {
-            str(status): {"description": text, "content": {operation.answer_type: {"schema": schema}}}
+            str(status): {
+                "description": text,
+                "content": {
+                    "application/json": {"schema": schema},
+                    **{kind: {"schema": STRING} for kind in operation.other_answer_types},
+                },
+            }
             for status, (text, schema) in operation.answers.items()
         },
     }
