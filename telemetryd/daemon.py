@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import socket
 import sqlite3
 import sys
+import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
-import orjson
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
@@ -22,6 +23,7 @@ import telemetryd
 from telemetryd.http import make_app
 from telemetryd.logs import log
 from telemetryd.metrics import Metrics
+from telemetryd.middleware import error_response, request_id, unexpected_detail
 from telemetryd.runs import utc_now
 from telemetryd.settings import LoadedSettings, Settings
 from telemetryd.store import Store
@@ -42,12 +44,21 @@ class _Protocol(RequestHandler):
         message: str | None = None,
     ) -> web.StreamResponse:
         """Answer what never became a request; the parser's text may echo the input, so it is not passed on."""
-        log.warning(
-            "Malformed request",
-            extra={"status": status, "client": request.remote, "error_type": type(exc).__name__},
+        identity = uuid.uuid4().hex
+        unexpected = status >= 500
+        log.log(
+            logging.ERROR if unexpected else logging.WARNING,
+            "Request failed outside of any handler" if unexpected else "Malformed request",
+            extra={
+                "status": status,
+                "client": request.remote or "unix",
+                "error_type": type(exc).__name__,
+                "request_id": identity,
+            },
+            exc_info=exc if unexpected else None,
         )
-        detail = "The request is not valid HTTP/1.1" if status < 500 else "Internal error"
-        response = web.Response(body=orjson.dumps({"detail": detail}), status=status, content_type="application/json")
+        detail = unexpected_detail(identity) if unexpected else "The request is not valid HTTP/1.1"
+        response = error_response(status, detail, {"X-Request-ID": identity})
         response.force_close()
         return response
 
@@ -60,7 +71,16 @@ class _Server(web.Server):
 class _Runner(web.AppRunner):
     async def _make_server(self) -> web.Server:
         made = await super()._make_server()
-        return _Server(made.request_handler, request_factory=made.request_factory, **made._kwargs)
+
+        async def answer(request: web.BaseRequest) -> web.StreamResponse:
+            try:
+                return await made.request_handler(request)
+            except web.HTTPExpectationFailed as error:  # the one answer that aiohttp gives before any middleware
+                return error_response(
+                    error.status, "Expect can only be 100-continue", {"X-Request-ID": request_id(request)}
+                )
+
+        return _Server(answer, request_factory=made.request_factory, **made._kwargs)
 
 
 def make_runner(app: web.Application, settings: Settings) -> web.AppRunner:
@@ -155,15 +175,16 @@ async def serve(loaded: LoadedSettings) -> int:
         stopped = asyncio.create_task(stop.wait())
         await asyncio.wait((stopped, daemon.store.writing), return_when=asyncio.FIRST_COMPLETED)
         stopped.cancel()
-        death = daemon.store.writing.exception() if daemon.store.writing.done() else None
-        if death is not None:
+        if daemon.store.writing.done():
             log.critical(
                 "The writer has died; exiting, so that the service manager restarts the daemon",
-                exc_info=death,
+                exc_info=daemon.store.writing.exception(),
             )
         log.info("Stopping", extra={"queue_depth": daemon.store.health().queue_depth})
         loop.call_later(settings.shutdown_timeout_s, _give_up, settings.shutdown_timeout_s)
-    if death is not None:
+    death = daemon.store.writing.exception()
+    if death is not None:  # perhaps only while it committed what was queued
+        log.critical("Stopped after the writer's death", exc_info=death)
         return EXIT_FAILURE
     log.info("Stopped")
     return 0

@@ -6,7 +6,8 @@ import errno
 import os
 import sqlite3
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -170,9 +171,8 @@ class FileState:
 def inspect(path: Path) -> FileState:
     """Look at a database file without writing to it. Call it only while no connection to it is open.
 
-    The header alone tells most (sqlite.org/fileformat2.html#the_database_header). A file that another
-    transaction has not finished with (a journal or write-ahead log beside it) is judged by its header too:
-    neither of the two numbers changes except in a migration, which SQLite completes or undoes on opening.
+    What a cut-off transaction left (a hot journal) is not undone for this; whoever opens the file afterwards
+    has to ask `identify` again.
 
     Raises:
         DatabaseError: if it is not a usable SQLite file; the message says what it is and what to run.
@@ -201,21 +201,57 @@ def inspect(path: Path) -> FileState:
         raise DatabaseError(
             f"{path} is not a SQLite database; move it away, or point TELEMETRY_DB_PATH at the right file"
         )
-    version, application = (int.from_bytes(header[at : at + 4], "big") for at in (60, 68))
+    with looking(path) as connection:
+        return identify(connection)
+
+
+def identify(connection: sqlite3.Connection) -> FileState:
+    """Tell what a database is from what a connection sees, which includes a write-ahead log."""
+    application = connection.execute("PRAGMA application_id").fetchone()[0]
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
     if application == APPLICATION_ID:
         return FileState(Kind.OURS, version)
-    return FileState(_stranger(path), version)
+    tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    kind = Kind.LEGACY if "agent_runs" in tables else Kind.FOREIGN if tables else Kind.EMPTY
+    return FileState(kind, version)
 
 
-def _stranger(path: Path) -> Kind:
-    with sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True) as connection:
-        try:
-            tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-        except sqlite3.DatabaseError as error:
-            raise corrupt(path, str(error)) from error
-        finally:
-            connection.close()
-    return Kind.LEGACY if "agent_runs" in tables else Kind.FOREIGN if tables else Kind.EMPTY
+@contextmanager
+def looking(path: Path) -> Iterator[sqlite3.Connection]:
+    """Open a file only to look at it, so that neither it nor anything beside it changes.
+
+    `immutable` keeps SQLite from locking, and from making a shared-memory file beside a database in WAL
+    mode; where a log waits, the connection has to read it, because even the header may stand only there.
+
+    Raises:
+        DatabaseError: if SQLite cannot read it.
+
+    """
+    immutable = "" if _beside(path, "-wal").exists() else "&immutable=1"
+    connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro{immutable}", uri=True)
+    try:
+        yield connection
+    except sqlite3.DatabaseError as error:
+        if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY:
+            raise DatabaseError(f"{path} is locked by another process; nothing was changed") from error
+        raise corrupt(path, str(error)) from error
+    finally:
+        connection.close()
+
+
+def is_unfinished(path: Path) -> bool:
+    """Tell whether a transaction was cut off: SQLite recovers it on opening; until then the file is in between."""
+    try:
+        with _beside(path, "-journal").open("rb") as journal:
+            is_hot = journal.read(1) not in (b"", b"\0")  # SQLite's own test; PERSIST leaves a blank one
+    except FileNotFoundError:
+        is_hot = False
+    return is_hot or _beside(path, "-wal").exists()
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    real = path.resolve()  # where SQLite puts it, too
+    return real.with_name(real.name + suffix)
 
 
 def check_quickly(path: Path) -> None:
@@ -225,8 +261,8 @@ def check_quickly(path: Path) -> None:
         DatabaseError: if the file is damaged.
 
     """
-    if any(path.with_name(path.name + suffix).exists() for suffix in ("-journal", "-wal")):
-        return  # SQLite recovers it on opening; until then the file alone may be in between
+    if is_unfinished(path):
+        return
     with path.open("rb") as file:
         header = file.read(_HEADER_BYTES)
     page_size = int.from_bytes(header[16:18], "big")
@@ -236,13 +272,8 @@ def check_quickly(path: Path) -> None:
         raise corrupt(path, f"it should have {pages} pages but is only {actual} bytes long")
     if actual > _QUICK_CHECK_BYTES:
         return
-    connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
-    try:
+    with looking(path) as connection:
         finding = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
-    except sqlite3.DatabaseError as error:
-        finding = str(error)
-    finally:
-        connection.close()
     if finding != "ok":
         raise corrupt(path, finding)
 

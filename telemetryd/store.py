@@ -20,7 +20,10 @@ from telemetryd.database import (
     Modes,
     Ownership,
     check_quickly,
+    identify,
     inspect,
+    is_unfinished,
+    looking,
     needs_directory_sync,
     open_writer,
     prepare_directory,
@@ -98,6 +101,9 @@ class Store:
             migrate.refuse_unless_usable(path, state)
             if state.kind is FileKind.OURS:
                 check_quickly(path)
+                if not is_unfinished(path):
+                    with looking(path) as plain:
+                        migrate.check_schema(plain, path)  # before opening may change the journal mode in the file
             connection, modes = await open_writer(
                 path, settings.db_journal_mode, settings.db_synchronous, settings.db_busy_timeout_ms
             )
@@ -106,6 +112,8 @@ class Store:
             raise
         directory = DirectorySync(path)
         try:
+            state = await connection.run(identify)  # again: opening has undone what was cut off
+            migrate.refuse_unless_usable(path, state)
             if state.kind is not FileKind.OURS:
                 await connection.run(lambda plain: migrate.create(plain, format_timestamp(clock())))
                 directory()
@@ -181,13 +189,22 @@ class Store:
         """Commit what is queued, checkpoint the write-ahead log, close every connection, and give up the lock."""
         await self._writer.stop()
         await asyncio.wait((self.writing,))
+        await self._close_connections()
+        self._directory.close()
+        self._ownership.release()
+
+    async def _close_connections(self) -> None:
+        if self._writer.failure is not None:
+            # Closed before the readers, it does not checkpoint: after a failed sync nothing must be synced again,
+            # because the kernel may have dropped what it could not write, and would report success now.
+            await self._connection.close()
+            await self._readers.close()
+            return
         await self._readers.close()
         if self._modes.journal_mode == "WAL":
             with contextlib.suppress(sqlite3.Error):  # the next start recovers the log just as well
                 await self._connection.run(lambda plain: plain.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall())
         await self._connection.close()
-        self._directory.close()
-        self._ownership.release()
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, Generic, Protocol, TypeVar
@@ -207,8 +208,11 @@ class Writer(Generic[C, R]):
             except CommandFailedError:
                 return self._transact(connection, commands, isolated=True)
         except sqlite3.Error as error:
+            # The frames hold cursors, with which the connection would not really close when it is told to.
+            traceback.clear_frames(error.__traceback__)
             raise _translate(error) from error
         except OSError as error:  # the directory could not be synced
+            traceback.clear_frames(error.__traceback__)
             raise WriterDeadError(f"The writer has stopped: {error}") from error
 
     def _transact(
