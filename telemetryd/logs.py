@@ -6,9 +6,11 @@ import logging
 import logging.handlers
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any, Final, TextIO
 
 import click
@@ -23,6 +25,9 @@ log: Final = logging.getLogger(LOGGER_NAME)
 
 _BACKLOG: Final = 20_000
 """Lines that may wait for a slow sink before new ones are dropped (and counted)."""
+
+_GATHER_S: Final = 0.01
+"""How long the writing thread lets lines gather: woken for each, it would compete with the event loop."""
 
 _STANDARD: Final = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
 
@@ -46,8 +51,7 @@ class JsonLines(OrjsonFormatter):
 
     def add_fields(self, log_data: dict[str, Any], record: logging.LogRecord, message_dict: dict[str, Any]) -> None:
         """Fill in the line's fields in the guide's order."""
-        moment = datetime.fromtimestamp(record.created, UTC)
-        log_data["timestamp"] = f"{moment:%Y-%m-%dT%H:%M:%S}.{moment.microsecond // 1000:03d}Z"
+        log_data["timestamp"] = f"{_second(int(record.created))}.{int(record.msecs):03d}Z"
         log_data["level"] = record.levelname
         log_data["logger"] = record.name
         log_data["message"] = record.getMessage()
@@ -56,7 +60,17 @@ class JsonLines(OrjsonFormatter):
 
     def jsonify_log_record(self, log_data: dict[str, Any]) -> str:
         """Serialise one line; what JSON lacks is written as its text."""
-        return "{" + ", ".join(f"{_dumps(name)}: {_dumps(value)}" for name, value in log_data.items()) + "}"
+        return "{" + ", ".join([f"{_name(name)}: {_dumps(value)}" for name, value in log_data.items()]) + "}"
+
+
+@lru_cache(maxsize=4)
+def _second(timestamp: int) -> str:
+    return datetime.fromtimestamp(timestamp, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+
+
+@lru_cache(maxsize=1024)
+def _name(name: str) -> str:
+    return _dumps(name)
 
 
 def _dumps(value: object) -> str:
@@ -134,6 +148,8 @@ class _Sink(threading.Thread):
         closing = False
         while not closing:
             batch = [self._records.get()]
+            if batch[0] is not None:
+                time.sleep(_GATHER_S)
             while len(batch) < 1000 and not self._records.empty():
                 batch.append(self._records.get())
             closing = None in batch

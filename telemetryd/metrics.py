@@ -21,6 +21,7 @@ from prometheus_client.exposition import choose_encoder
 import telemetryd
 
 _LATENCY: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_METHODS: Final = frozenset({"GET", "HEAD", "POST", "PATCH", "PUT", "DELETE", "OPTIONS"})
 _SIZES: Final = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
 
 
@@ -47,6 +48,7 @@ class Metrics:
             buckets=_LATENCY,
             registry=self.registry,
         )
+        self._requests: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
         self.runs = Counter(
             "telemetryd_runs_received",
             "Runs received, by what became of them.",
@@ -82,6 +84,18 @@ class Metrics:
     def watch_queue(self, depth: Callable[[], int]) -> None:
         """Take the queue's depth from a function whenever it is asked for."""
         self._queue_depth.set_function(depth)
+
+    def count_request(self, method: str, route: str, status: int, seconds: float) -> None:
+        """Count one answered request; methods that no route knows are counted together."""
+        key = (method if method in _METHODS else "other", route, status)
+        children = self._requests.get(key)
+        if children is None:
+            method, route, status = key
+            children = (self.requests.labels(method, route, status), self.request_seconds.labels(method, route))
+            self._requests[key] = children
+        answered, duration = children
+        answered.inc()
+        duration.observe(seconds)
 
     def expose(self, accept: str, runs_stored: int) -> tuple[bytes, str]:
         """Return the metrics as text and its media type: OpenMetrics if the client prefers it."""

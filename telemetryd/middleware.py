@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import hmac
 import ipaddress
+import itertools
 import logging
 import math
 import re
+import secrets
 import time
-import uuid
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
@@ -161,10 +162,21 @@ def _is_loopback(address: str | None) -> bool:
     return (mapped or peer).is_loopback
 
 
-def request_id(request: web.Request) -> str:
+def unexpected_detail(identity: str) -> str:
+    """Return all that a client learns of an error that nobody foresaw."""
+    return f"Internal error; the log tells more under request id {identity}"
+
+
+# A random word and a counter: asking the system for randomness each time would give the interpreter's lock
+# away in the middle of a request.
+_PROCESS: Final = secrets.token_hex(6)
+_numbers: Final = itertools.count(1)
+
+
+def request_id(request: web.BaseRequest) -> str:
     """Return the client's own request id if it is usable, else a new one."""
     given = request.headers.get("X-Request-ID", "")
-    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    return given if _REQUEST_ID.fullmatch(given) else f"{_PROCESS}-{next(_numbers):x}"
 
 
 def middleware(settings: Settings, metrics: Metrics) -> Middleware:
@@ -196,7 +208,7 @@ def middleware(settings: Settings, metrics: Metrics) -> Middleware:
         response.headers["X-Request-ID"] = identity
         seconds = time.perf_counter() - started
         endpoint = _endpoint(request)
-        _count(metrics, request.method, endpoint, response.status, seconds)
+        metrics.count_request(request.method, endpoint, response.status, seconds)
         if isinstance(problem, UnavailableError) and request.method in ("POST", "PATCH"):
             reason = "queue full" if isinstance(problem, QueueFullError) else type(problem).__name__
             metrics.refused.labels(reason).inc()
@@ -231,7 +243,7 @@ def _answer_error(error: BaseException, identity: str) -> web.Response:
     if isinstance(error, UnavailableError):
         return error_response(status, sentence(error), {"Retry-After": str(error.retry_after_seconds)})
     if status == 500:
-        return error_response(status, f"Internal error; the log tells more under request id {identity}")
+        return error_response(status, unexpected_detail(identity))
     return error_response(status, sentence(error))
 
 
@@ -239,12 +251,6 @@ _HTTP_DETAILS: Final = {
     404: "No such endpoint; /docs lists them all",
     405: "Method not allowed here; see Allow",
 }
-
-
-def _count(metrics: Metrics, method: str, endpoint: str, status: int, seconds: float) -> None:
-    method = method if method in ("GET", "POST", "PATCH", "HEAD", "OPTIONS", "PUT", "DELETE") else "other"
-    metrics.requests.labels(method, endpoint, status).inc()
-    metrics.request_seconds.labels(method, endpoint).observe(seconds)
 
 
 def _log(

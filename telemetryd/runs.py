@@ -112,6 +112,12 @@ def utc_now() -> datetime:
     return datetime.now(UTC)
 
 
+# The form that nearly every agent sends, which needs no arithmetic to become the stored one.
+_USUAL_TIMESTAMP: Final = re.compile(
+    r"(\d{4}-\d\d-\d\dT(?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d)(?:\.(\d{1,6})\d*)?(?:Z|\+00:00)", re.ASCII
+)
+
+
 def canonical_timestamp(text: str) -> str:
     """Return any ISO 8601 / RFC 3339 date and time in the stored form; digits past 1 µs are cut.
 
@@ -119,12 +125,15 @@ def canonical_timestamp(text: str) -> str:
         ValueError: if the text is no such date and time, or falls outside the years 1 to 9999 in UTC.
 
     """
-    if _TIMESTAMP.fullmatch(text) is not None:
-        try:
+    try:
+        if usual := _USUAL_TIMESTAMP.fullmatch(text):
+            datetime.fromisoformat(usual[1])  # is there such a day?
+            return f"{usual[1]}.{usual[2] or '':0<6}Z"
+        if _TIMESTAMP.fullmatch(text):
             moment = datetime.fromisoformat(text.upper())
             return format_timestamp(moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC))
-        except (ValueError, OverflowError):
-            pass
+    except (ValueError, OverflowError):
+        pass
     raise PydanticCustomError("value_error", f"Timestamp {_TIMESTAMP_RULE}")
 
 
