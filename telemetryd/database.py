@@ -299,6 +299,10 @@ class Connection(aiosqlite.Connection):
         """Call a function with the plain connection, in the connection's own thread."""
         return await self._execute(function, self._conn)  # type: ignore[no-any-return, no-untyped-call]
 
+    def interrupt_now(self) -> None:
+        """Interrupt what runs in the connection's thread, if anything does."""
+        self._conn.interrupt()
+
 
 @dataclass(frozen=True, slots=True)
 class Modes:
