@@ -186,6 +186,11 @@ def logging_to(stream: TextIO, level: LogLevel, form: LogFormat) -> Iterator[Non
     sink = _Sink(records, formatter, stream, backlog)
     root = logging.getLogger()
     before = (root.handlers[:], root.level)
+    # No line shows these, and collecting them costs (docs.python.org/3/howto/logging.html#optimization).
+    facts = ("logThreads", "logProcesses", "logMultiprocessing", "logAsyncioTasks", "_srcfile")
+    collected = {fact: getattr(logging, fact) for fact in facts if hasattr(logging, fact)}
+    for fact in collected:
+        setattr(logging, fact, None)
     root.handlers[:] = [backlog]
     root.setLevel(level.value)
     logging.captureWarnings(True)
@@ -196,6 +201,8 @@ def logging_to(stream: TextIO, level: LogLevel, form: LogFormat) -> Iterator[Non
         yield
     finally:
         logging.captureWarnings(False)
+        for fact, value in collected.items():
+            setattr(logging, fact, value)
         root.handlers[:], level_before = before
         root.setLevel(level_before)
         records.put(None)
