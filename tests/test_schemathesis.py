@@ -75,8 +75,13 @@ def test_no_request_makes_the_daemon_break_its_own_document(start_daemon: StartD
     (tmp_path / "hooks.py").write_text(HOOKS)
     command = "--config-file schemathesis.toml run openapi.json --seed 1 --max-examples 25 --no-shrink"
     finished = subprocess.run(
-        [Path(sys.executable).with_name("schemathesis"), *command.split(), "--continue-on-failure"]
-        + ["--url", daemon.url],
+        [
+            Path(sys.executable).with_name("schemathesis"),
+            *command.split(),
+            "--continue-on-failure",
+            "--url",
+            daemon.url,
+        ],
         cwd=tmp_path,
         env={**os.environ, "SCHEMATHESIS_HOOKS": "hooks", "PYTHONPATH": str(tmp_path)},
         capture_output=True,
