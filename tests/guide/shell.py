@@ -16,9 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from tests.conftest import Daemon
+from tests.conftest import Daemon, require_program
 
 DATABASE = "D:/agent-metrics/db/telemetry.sqlite"
 """The guide's path; beside the daemon's working directory it is an ordinary relative one."""
@@ -78,10 +76,10 @@ class Shell:
             program.chmod(0o755)
 
     def run(self, script: str, *, status: int = 0) -> Ran:
-        """Run a script and check its exit status; a program that is not installed is a failure with its package."""
+        """Run a script and check its exit status; every program that it needs must be installed."""
         for program, package in _PACKAGES.items():
-            if (program in script or program in ("bash", "curl")) and shutil.which(program) is None:
-                pytest.fail(f"The guide's commands need {program}, which is missing: apt-get install {package}")
+            if program in script or program in ("bash", "curl"):
+                require_program(program, package)
         environment = {**os.environ, "PATH": f"{self._programs}{os.pathsep}{os.environ['PATH']}", "LC_ALL": "C.UTF-8"}
         done = subprocess.run(
             ["bash", "-c", script],
