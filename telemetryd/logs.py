@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import logging.handlers
 import queue
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -74,7 +76,24 @@ def _name(name: str) -> str:
 
 
 def _dumps(value: object) -> str:
-    return orjson.dumps(value, default=str, option=orjson.OPT_NON_STR_KEYS).decode()
+    try:
+        text = orjson.dumps(value, default=str, option=orjson.OPT_NON_STR_KEYS).decode()
+    except TypeError:  # a lone surrogate, an integer of more than 64 bits, too deep a nesting
+        return json.dumps(str(value))
+    return _printable(text)
+
+
+def _printable(text: str) -> str:
+    return text if text.isprintable() else _UNPRINTABLE.sub(_escape, text)
+
+
+# JSON itself escapes what is below a blank only; terminals and viewers also act on the 8-bit controls, on
+# U+2028 as a line's end, and on marks that turn the direction of what follows.
+_UNPRINTABLE: Final = re.compile(r"[\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]")
+
+
+def _escape(match: re.Match[str]) -> str:
+    return f"\\u{ord(match[0]):04x}"
 
 
 _COLOURS: Final = {
@@ -104,7 +123,7 @@ class ReadableLines(logging.Formatter):
             else record.getMessage()
         )
         line = f"{moment:%H:%M:%S}.{moment.microsecond // 1000:03d} {level} {message}{extras}"
-        return f"{line}\n{traceback}" if traceback else line
+        return "\n".join([line, *map(_printable, traceback.split("\n"))]) if traceback else line
 
 
 class _Backlog(logging.handlers.QueueHandler):
@@ -153,15 +172,23 @@ class _Sink(threading.Thread):
             while len(batch) < 1000 and not self._records.empty():
                 batch.append(self._records.get())
             closing = None in batch
-            lines = [self._formatter.format(record) for record in batch if record is not None]
+            lines = [self._line(record) for record in batch if record is not None]
             if self._backlog.dropped:
-                lines.append(self._formatter.format(self._dropped_record()))
+                lines.append(self._line(self._dropped_record()))
             try:
                 self._stream.write("".join(f"{line}\n" for line in lines))
                 self._stream.flush()
             except (OSError, ValueError):
                 # Nobody reads the log any more (a closed pipe, a full disk): answering matters more.
                 self._backlog.dropped += len(lines)
+
+    def _line(self, record: logging.LogRecord) -> str:
+        try:
+            return self._formatter.format(record)
+        except Exception as error:  # noqa: BLE001 - one bad call of a library's must not end all logging
+            bad = {"name": record.name, "levelno": logging.ERROR, "levelname": "ERROR", "msg": "Log line not formatted"}
+            about = {"error_type": type(error).__name__, "error_message": str(error), "template": str(record.msg)}
+            return self._formatter.format(logging.makeLogRecord({**bad, **about}))
 
     def _dropped_record(self) -> logging.LogRecord:
         dropped, self._backlog.dropped = self._backlog.dropped, 0

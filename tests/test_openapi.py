@@ -9,6 +9,7 @@ import pytest
 from schemathesis.specs.openapi.definitions import OPENAPI_31
 
 from telemetryd import openapi, runs
+from telemetryd.errors import InvalidBodyError
 from telemetryd.http import ROUTES, operations
 from tests.conftest import Api, make_run
 
@@ -110,7 +111,7 @@ def test_the_document_and_the_validation_agree(field: str, good: list[object], b
     def is_valid(value: object) -> bool:
         try:
             runs.parse_run(make_run(**{field: value}))
-        except runs.InvalidBodyError:
+        except InvalidBodyError:
             return False
         return True
 
