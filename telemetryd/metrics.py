@@ -104,6 +104,25 @@ class Metrics:
         return encode(self.registry), content_type
 
 
+_IS_PROMETHEUS: Final = {
+    "text/plain": True,
+    "application/openmetrics-text": True,
+    "application/json": False,
+    "application/*": False,
+    "*/*": False,
+}
+
+
 def wants_prometheus(accept: str) -> bool:
-    """Tell whether an Accept header asks for Prometheus or OpenMetrics text rather than for JSON."""
-    return re.search(r"\btext/plain\b|\bapplication/openmetrics-text\b", accept) is not None
+    """Tell whether an Accept header prefers Prometheus or OpenMetrics text to JSON; of equals, the first counts."""
+    preferred, best = False, 0.0
+    for part in accept.lower().split(","):
+        kind, *parameters = (text.strip() for text in part.split(";"))
+        weight = next((_weight(text[2:]) for text in parameters if text.startswith("q=")), 1.0)
+        if kind in _IS_PROMETHEUS and weight > best:
+            preferred, best = _IS_PROMETHEUS[kind], weight
+    return preferred
+
+
+def _weight(text: str) -> float:
+    return float(text) if re.fullmatch(r"[01](\.[0-9]{0,3})?", text) else 0.0

@@ -302,9 +302,7 @@ async def test_an_unknown_run_is_404_and_named(api: Api) -> None:
 
 
 async def test_unknown_and_server_fields_are_ignored_and_named(api: Api) -> None:
-    run = make_run(
-        color="red", __proto__={"x": 1}, id=77, updated_at="2000-01-01T00:00:00Z", commit_url="http://x"
-    )
+    run = make_run(color="red", __proto__={"x": 1}, id=77, updated_at="2000-01-01T00:00:00Z", commit_url="http://x")
     answer = await send(api, "POST", RUNS, json=run)
     assert answer.status == 201
     warnings = answer.json["warnings"]

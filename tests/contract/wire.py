@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import json
 import re
 from collections.abc import Mapping
@@ -46,13 +47,16 @@ async def send(api: Api, method: str, path: str, **options: Any) -> Answer:
 
 async def post(api: Api, body: bytes, path: str = RUNS, headers: Mapping[str, str] = JSON) -> Answer:
     """Send a body byte for byte."""
-    return await send(api, "POST", path, data=body, headers=headers)
+    return await send(api, "POST", path, data=io.BytesIO(body), headers={"Content-Length": str(len(body)), **headers})
 
 
 async def send_raw(
-    api: Api, request: bytes, *, half_close: bool = False, timeout_s: float = 5, is_head: bool = False
+    api: Api, request: bytes, *, half_close: bool = False, only_first: bool = False, is_head: bool = False
 ) -> list[Answer]:
-    """Send bytes to the socket and return every answer until the daemon closes the connection."""
+    """Send bytes to the socket and return the answers until the daemon closes the connection.
+
+    With `only_first`, until there is one answer: behind a body that it refuses, the daemon waits for the rest of it.
+    """
     assert api.client.port is not None
     reader, writer = await asyncio.open_connection("127.0.0.1", api.client.port)
     try:
@@ -62,10 +66,12 @@ async def send_raw(
                 writer.write_eof()
             await writer.drain()
         received = b""
-        async with asyncio.timeout(timeout_s):
+        async with asyncio.timeout(5):
             with contextlib.suppress(ConnectionError):
                 while part := await reader.read(1 << 16):
                     received += part
+                    if only_first and b"\r\n\r\n" in received and received.endswith(b"}"):
+                        break
     finally:
         writer.close()
         with contextlib.suppress(ConnectionError):
@@ -102,7 +108,7 @@ def check_error(answer: Answer, status: int) -> Any:
     else:
         assert isinstance(detail, str)
         assert detail
-        assert "\n" not in detail
+        assert "\n" not in detail or status == 404  # which repeats the event_id as it is
     # The long inputs of these tests repeat one character, so an echo of more than 200 is a run of it.
     assert re.search(r"(.)\1{200}", json.dumps(detail, ensure_ascii=False)) is None
     for leak in ("Traceback", "<html", "sqlite3.", ".py", "aiohttp", "pydantic"):
