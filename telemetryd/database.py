@@ -201,8 +201,18 @@ def inspect(path: Path) -> FileState:
         raise DatabaseError(
             f"{path} is not a SQLite database; move it away, or point TELEMETRY_DB_PATH at the right file"
         )
+    _check_length(path, header, status.st_size)
     with looking(path) as connection:
         return identify(connection)
+
+
+def _check_length(path: Path, header: bytes, actual: int) -> None:
+    page_size = int.from_bytes(header[16:18], "big")
+    pages = int.from_bytes(header[28:32], "big")
+    is_pages_valid = header[24:28] == header[92:96]  # SQLite before 3.7 did not keep that number
+    needed = pages * (65536 if page_size == 1 else page_size)
+    if is_pages_valid and needed > actual and not is_unfinished(path):
+        raise corrupt(path, f"it should have {pages} pages but is only {actual} bytes long")
 
 
 def identify(connection: sqlite3.Connection) -> FileState:
@@ -255,7 +265,7 @@ def _beside(path: Path, suffix: str) -> Path:
 
 
 def check_quickly(path: Path) -> None:
-    """Find damage that can be found without reading a large file: its length, and small files in whole.
+    """Find damage inside a small file; a large one would take too long to read at every start.
 
     Raises:
         DatabaseError: if the file is damaged.
@@ -263,14 +273,7 @@ def check_quickly(path: Path) -> None:
     """
     if is_unfinished(path):
         return
-    with path.open("rb") as file:
-        header = file.read(_HEADER_BYTES)
-    page_size = int.from_bytes(header[16:18], "big")
-    pages = int.from_bytes(header[28:32], "big")
-    actual = path.stat().st_size
-    if pages * (65536 if page_size == 1 else page_size) > actual:
-        raise corrupt(path, f"it should have {pages} pages but is only {actual} bytes long")
-    if actual > _QUICK_CHECK_BYTES:
+    if path.stat().st_size > _QUICK_CHECK_BYTES:
         return
     with looking(path) as connection:
         finding = connection.execute("PRAGMA quick_check(1)").fetchone()[0]

@@ -74,7 +74,7 @@ async def test_slow_queries_block_neither_each_other_nor_writes_nor_health(make_
 async def test_health_and_writes_go_on_when_every_reader_is_taken(make_api: MakeApi) -> None:
     api = await make_api(db_readers=2)
     slow = [asyncio.create_task(api.store._readers.fetch(endless)) for _ in range(2)]
-    await eventually(lambda: api.store._readers._idle.empty())
+    await eventually(api.store._readers._idle.empty)
     started = time.monotonic()
     assert (await api.get("/health"))["status"] == "ok"
     await api.post(make_run())
@@ -111,7 +111,7 @@ async def test_a_query_is_interrupted_at_its_deadline(tmp_path: Path) -> None:
 async def test_waiting_for_a_connection_counts_towards_the_deadline(tmp_path: Path) -> None:
     async with pool(tmp_path, timeout_s=0.4) as readers:
         slow = asyncio.create_task(readers.fetch(endless))
-        await eventually(lambda: readers._idle.empty())
+        await eventually(readers._idle.empty)
         await asyncio.sleep(0.1)
         started = time.monotonic()
         answers = await asyncio.gather(slow, readers.fetch(endless), return_exceptions=True)
@@ -124,7 +124,7 @@ async def test_over_http_a_query_that_takes_too_long_is_503(make_api: MakeApi) -
     api = await make_api(db_readers=1, query_timeout_s=0.3)
     await api.post(make_run())
     other = asyncio.create_task(api.store._readers.fetch(endless))
-    await eventually(lambda: api.store._readers._idle.empty())
+    await eventually(api.store._readers._idle.empty)
     api.store._readers._timeout_s = 0.05  # shorter than the one in its way still has
     async with api.client.get("/api/v1/runs") as response:
         assert response.status == 503
@@ -193,7 +193,7 @@ async def test_the_pool_survives_callers_that_leave(tmp_path: Path) -> None:
     async with pool(tmp_path, count=2) as readers:
         for _ in range(10):
             tasks = [asyncio.create_task(readers.fetch(endless)) for _ in range(2)]
-            await eventually(lambda: readers._idle.empty())
+            await eventually(readers._idle.empty)
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)

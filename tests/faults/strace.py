@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 import subprocess
@@ -32,3 +33,18 @@ def strace(pid: int, output: Path, *options: str) -> Iterator[None]:
         if tracer.poll() is None:
             tracer.send_signal(signal.SIGINT)  # strace lets go of the process and ends
         tracer.communicate(timeout=10)
+
+
+def completed(trace: Path) -> list[str]:
+    """The calls of a trace in the order in which they ended; strace tears those apart that overlap."""
+    begun: dict[str, str] = {}
+    calls = []
+    for line in trace.read_text().splitlines():
+        thread, _, call = line.partition(" ")
+        if call.endswith("<unfinished ...>"):
+            begun[thread] = call.removesuffix("<unfinished ...>")
+        elif match := re.match(r"\s*<\.\.\. \w+ resumed>", call):
+            calls.append(begun.pop(thread, "") + call[match.end() :])
+        else:
+            calls.append(call)
+    return calls
