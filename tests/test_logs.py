@@ -129,6 +129,18 @@ def test_an_exception_is_told_in_fields_of_one_line() -> None:
     assert line["traceback"].startswith("Traceback (most recent call last)")
 
 
+def test_a_traceback_on_a_terminal_cannot_paint_it() -> None:
+    with written(form=LogFormat.TEXT) as lines:
+        try:
+            int("1\x1b[2J")
+        except ValueError as error:
+            error.args = ("bad: \x1b[2J \x9b2J",)
+            log.exception("Failed")
+    assert lines[1].startswith("Traceback (most recent call last)")
+    assert all(line.isprintable() for line in lines[1:])
+    assert lines[-1] == "ValueError: bad: \\u001b[2J \\u009b2J"
+
+
 def test_libraries_and_warnings_go_through_the_same_formatter() -> None:
     with written(LogLevel.DEBUG) as lines:
         logging.getLogger("aiohttp.server").error("Error %s", "handling", extra={"peer": "x"})
