@@ -9,6 +9,15 @@ import pytest
 from tests.conftest import Api, make_run
 from tests.contract.wire import RUNS, check_error, places, send
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest.fixture
+def api(shared: Api) -> Api:
+    """One app for the whole module; tests that need one of their own ask for `make_api`."""
+    return shared
+
+
 HASH = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -161,7 +170,7 @@ async def test_the_pages_of_a_repository(api: Api, repo: str | None, page: str |
     assert await api.get(f"{path}/commit-url") == {"commit_url": commit}
     stored = await api.get(path)
     assert (stored["repo_url"], stored["commit_url"]) == (page, commit)
-    [listed] = await api.list()
+    [listed] = await api.list(limit="1")  # the newest
     assert listed == stored
 
 

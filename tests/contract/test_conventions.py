@@ -26,6 +26,16 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+OWN_LOOP = pytest.mark.asyncio(loop_scope="function")
+
+
+@pytest.fixture
+def api(shared: Api) -> Api:
+    """One app for the whole module; tests that need one of their own ask for `make_api`."""
+    return shared
+
+
 ENDPOINTS = {
     "/api/v1/runs": {"GET", "HEAD", "POST"},
     "/api/v1/runs/abc": {"GET", "HEAD", "PATCH"},
@@ -101,6 +111,7 @@ async def test_an_unexpected_error_tells_only_a_request_id_that_the_log_has_too(
     assert "secret of the house" in str(line.exc_info[1])
 
 
+@OWN_LOOP
 async def test_a_foreign_lock_is_503_with_retry_after_and_the_same_event_succeeds_later(make_api: MakeApi) -> None:
     api = await make_api(db_busy_timeout_ms=100)
     run = make_run()
@@ -122,6 +133,7 @@ async def test_a_foreign_lock_is_503_with_retry_after_and_the_same_event_succeed
     await api.post(run)
 
 
+@OWN_LOOP
 async def test_a_full_queue_is_503_at_once(make_api: MakeApi) -> None:
     api = await make_api(db_busy_timeout_ms=10_000, queue_max=2)
     connection = sqlite3.connect(api.settings.db_path, isolation_level=None)
@@ -301,6 +313,7 @@ def filler(size: int) -> bytes:
     return empty.replace(b'"error_details": ""', b'"error_details": "' + b"x" * (size - len(empty)) + b'"')
 
 
+@OWN_LOOP
 async def test_a_body_of_the_largest_size_is_taken_and_one_more_byte_is_413(make_api: MakeApi) -> None:
     api = await make_api(max_body_bytes=50_000)
     for coding, encode in {"identity": bytes, **CODINGS}.items():
@@ -309,6 +322,7 @@ async def test_a_body_of_the_largest_size_is_taken_and_one_more_byte_is_413(make
         assert detail == "The body must not be larger than 50000 bytes (TELEMETRY_MAX_BODY_BYTES)"
 
 
+@OWN_LOOP
 async def test_a_chunked_body_is_413_as_soon_as_it_is_too_large(make_api: MakeApi) -> None:
     """It never ends, so an answer means that nobody waited for its end."""
     api = await make_api(max_body_bytes=50_000)

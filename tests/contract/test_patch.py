@@ -11,6 +11,16 @@ import pytest
 from tests.conftest import Api, MakeApi, make_run
 from tests.contract.wire import RUNS, SENTENCE_OF_STATUS, STATUSES, check_error, places, post, send
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+OWN_LOOP = pytest.mark.asyncio(loop_scope="function")
+
+
+@pytest.fixture
+def api(shared: Api) -> Api:
+    """One app for the whole module; tests that need one of their own ask for `make_api`."""
+    return shared
+
+
 CHANGES: dict[str, Any] = {
     "status": "success",
     "end_time": "2025-12-24T13:05:00.000000Z",
@@ -55,6 +65,7 @@ async def test_each_field_alone_changes_nothing_else(api: Api, name: str) -> Non
     assert after == {**before, name: CHANGES[name], "updated_at": after["updated_at"]}
 
 
+@OWN_LOOP
 async def test_it_sets_updated_at_and_leaves_created_at(make_api: MakeApi) -> None:
     now = datetime(2026, 1, 1, tzinfo=UTC)
     api = await make_api(clock=lambda: now)

@@ -15,6 +15,16 @@ import pytest
 from tests.conftest import Api, MakeApi, StartDaemon, make_run
 from tests.contract.wire import RUNS, SENTENCE_OF_STATUS, check_error, places, post, send
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+OWN_LOOP = pytest.mark.asyncio(loop_scope="function")
+
+
+@pytest.fixture
+def api(shared: Api) -> Api:
+    """One app for the whole module; tests that need one of their own ask for `make_api`."""
+    return shared
+
+
 FULL: dict[str, Any] = {
     "created_at": "2025-12-24T09:00:00.000000Z",
     "start_time": "2025-12-24T10:00:00.000000Z",
@@ -82,7 +92,9 @@ async def test_a_known_event_id_is_a_duplicate_and_the_stored_run_stays_untouche
     assert await api.get(f"{RUNS}/{run['event_id']}") == before
 
 
-async def test_the_same_event_at_once_is_created_exactly_once(api: Api) -> None:
+@OWN_LOOP
+async def test_the_same_event_at_once_is_created_exactly_once(make_api: MakeApi) -> None:
+    api = await make_api()
     run = make_run()
     answers = await asyncio.gather(*(send(api, "POST", RUNS, json=run) for _ in range(50)))
     assert sorted(answer.status for answer in answers) == [200] * 49 + [201]
@@ -102,6 +114,7 @@ async def test_every_field_is_stored_and_returned(api: Api) -> None:
     assert isinstance(stored["id"], int)
 
 
+@OWN_LOOP
 async def test_what_is_not_given_has_its_default(make_api: MakeApi) -> None:
     now = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
     api = await make_api(clock=lambda: now)
@@ -192,7 +205,9 @@ async def test_the_sentence_for_a_wrong_status_is_the_guides(api: Api) -> None:
     ]
 
 
-async def test_all_errors_of_a_body_come_at_once(api: Api) -> None:
+@OWN_LOOP
+async def test_all_errors_of_a_body_come_at_once(make_api: MakeApi) -> None:
+    api = await make_api()
     body = {
         "event_id": " ",
         "agent_name": "a" * 256,
@@ -252,6 +267,7 @@ async def test_a_name_may_have_255_characters(api: Api, name: str) -> None:
     assert stored[name] == "😀" * 255
 
 
+@OWN_LOOP
 @pytest.mark.parametrize(
     "event_id",
     [
@@ -271,7 +287,8 @@ async def test_a_name_may_have_255_characters(api: Api, name: str) -> None:
         "é",
     ],
 )
-async def test_every_event_id_is_reachable_by_percent_encoding(api: Api, event_id: str) -> None:
+async def test_every_event_id_is_reachable_by_percent_encoding(make_api: MakeApi, event_id: str) -> None:
+    api = await make_api()
     run = make_run(event_id=event_id, git_repo="git@github.com:o/r.git", git_commit_hash="a" * 40)
     await api.post(run)
     # yarl must not normalise ".." away, so this goes over the plain socket.
@@ -343,7 +360,9 @@ async def test_created_at_defaults_to_the_moment_of_arrival(api: Api) -> None:
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", stored["created_at"])
 
 
-async def test_ids_compare_byte_by_byte(api: Api) -> None:
+@OWN_LOOP
+async def test_ids_compare_byte_by_byte(make_api: MakeApi) -> None:
+    api = await make_api()
     for event_id in ("Event", "event", "event ", "\u00e9", "e\u0301"):
         await api.post(make_run(event_id=event_id))
     assert len(await api.list()) == 5
