@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import quote, quote_from_bytes, urlencode, urlsplit
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from telemetryd import runs
@@ -161,6 +161,10 @@ DEFAULTS: dict[str, Any] = {
     "api_posted": False,
     "status": "running",
 }
+SIMPLE = {
+    **dict.fromkeys(("run_id", "agent_name", "job_type"), ("a", "a")),
+    "start_time": ("2025-12-24T10:00:00Z", "2025-12-24T10:00:00.000000Z"),
+}
 numbers = itertools.count()
 
 
@@ -169,6 +173,7 @@ def lines(given_runs: list[dict[str, Any]]) -> bytes:
 
 
 @REPEATABLE
+@example(pairs={name: SIMPLE[name] for name in REQUIRED}, event_name="a{b}/../c%2F%7B?#&+ \\;:@")
 @given(pairs=PAIRS, event_name=NAMES)
 def test_any_valid_run_comes_back_equal_by_every_way_in(
     wire: Wire, pairs: dict[str, tuple[Any, Any]], event_name: str
