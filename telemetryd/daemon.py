@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import signal
 import socket
 import sqlite3
+import stat
 import sys
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -145,14 +147,24 @@ async def _listen(runner: web.AppRunner, settings: Settings) -> tuple[str, ...]:
 
 
 def _remove_dead_socket(path: str) -> None:
-    """Remove the socket of a daemon that died; one that is alive, or a file that is no socket, stays."""
+    """Remove the socket of a daemon that died, because binding would also take that of one that is alive.
+
+    Raises:
+        OSError: if the socket is in use, or what stands there is no socket.
+
+    """
+    try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise FileExistsError(errno.EEXIST, "there is a file that is not a socket", path)
+    except FileNotFoundError:
+        return
     with socket.socket(socket.AF_UNIX) as probe:
         try:
             probe.connect(path)
         except ConnectionRefusedError:
             os.unlink(path)
-        except OSError:
             return
+    raise OSError(errno.EADDRINUSE, "another process listens there", path)
 
 
 async def serve(loaded: LoadedSettings) -> int:

@@ -65,9 +65,13 @@ class FileLock:
             raise DatabaseOwnedError(
                 f"Another telemetryd (PID {holder or 'unknown'}) owns this database: it holds the lock {self._path}"
             ) from error
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"{os.getpid()}\n".encode())
         self._descriptor = descriptor
+        try:
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"{os.getpid()}\n".encode())
+        except OSError as error:
+            self.release()
+            raise DatabaseError(f"Cannot write the lock file {self._path}: {error.strerror}") from error
 
     def release(self) -> None:
         """Give the lock back; the file stays."""

@@ -29,6 +29,7 @@ from telemetryd.database import (
     prepare_directory,
 )
 from telemetryd.database import Kind as FileKind
+from telemetryd.errors import DatabaseError
 from telemetryd.metrics import Metrics
 from telemetryd.queries import CountRuns, Counts, GetRun, ListRuns, Page
 from telemetryd.reader import Readers
@@ -121,10 +122,12 @@ class Store:
             readers = await Readers.open(
                 path, settings.db_readers, settings.query_timeout_s, settings.db_busy_timeout_ms
             )
-        except BaseException:
+        except BaseException as error:
             await connection.close()
             directory.close()
             ownership.release()
+            if isinstance(error, sqlite3.Error):
+                raise DatabaseError(f"Cannot use {path}: {error}") from error
             raise
         return cls(
             settings,
