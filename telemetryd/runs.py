@@ -331,8 +331,9 @@ FILTERS: Final = columns(Role.FILTER)
 _JSON_COLUMNS: Final = columns(Role.JSON)
 _BOOLEAN_COLUMNS: Final = columns(Role.BOOLEAN)
 
-EVENT_ID, RUN_ID, CREATED_AT, AGENT_NAME, JOB_TYPE, STATUS = (
-    STORED.index(name) for name in ("event_id", "run_id", "created_at", "agent_name", "job_type", "status")
+EVENT_ID, RUN_ID, CREATED_AT, START_TIME, AGENT_NAME, JOB_TYPE, STATUS = (
+    STORED.index(name)
+    for name in ("event_id", "run_id", "created_at", "start_time", "agent_name", "job_type", "status")
 )
 """Where those values stand in a `Row`."""
 

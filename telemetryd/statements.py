@@ -9,11 +9,12 @@ from typing import Final
 
 from telemetryd.commands import Command, Created, CreateRuns, Outcome, Updated, UpdateRun
 from telemetryd.queries import TIME_BOUNDS, Counts, GetRun, ListRuns, Page, Position
-from telemetryd.runs import AGENT_NAME, COLUMNS, CREATED_AT, JOB_TYPE, STATUS, STORED, Row, SqlValue, Status
+from telemetryd.runs import AGENT_NAME, COLUMNS, CREATED_AT, JOB_TYPE, START_TIME, STATUS, STORED, Row, SqlValue, Status
 
 # --- Commands ------------------------------------------------------------------------------------
 
 _MINUTE: Final = len("2025-12-24T10:00")
+_HOUR: Final = len("2025-12-24T10")
 _NOW: Final = f"?{len(STORED) + 1}"
 
 _INSERT_RUN: Final = f"""
@@ -39,6 +40,13 @@ _ADD_TO_MINUTE: Final = """
 """
 
 
+_WIDEN_HOUR: Final = """
+    INSERT INTO run_hours (hour, first_start, last_start) VALUES (?1, ?2, ?3)
+    ON CONFLICT (hour) DO UPDATE SET
+        first_start = min(first_start, excluded.first_start), last_start = max(last_start, excluded.last_start)
+"""
+
+
 class Transaction:
     """One open transaction: applies commands and, at its end, brings the totals up to date."""
 
@@ -47,6 +55,7 @@ class Transaction:
         self._now = now
         self._totals: Counter[tuple[str, str, str]] = Counter()
         self._minutes: Counter[str] = Counter()
+        self._hours: dict[str, tuple[str, str]] = {}
 
     def apply(self, command: Command) -> Outcome:
         """Run one command's statements and return its outcome; the totals follow in `finish`."""
@@ -69,19 +78,20 @@ class Transaction:
 
     def finish(self) -> None:
         """Write the totals that the commands changed."""
-        self._cursor.executemany(
-            _ADD_TO_TOTAL, [(*key, difference) for key, difference in self._totals.items() if difference]
-        )
-        self._cursor.executemany(
-            _ADD_TO_MINUTE,
-            [(minute, difference) for minute, difference in self._minutes.items() if difference],
-        )
+        write = self._cursor.executemany
+        write(_ADD_TO_TOTAL, [(*key, difference) for key, difference in self._totals.items() if difference])
+        write(_ADD_TO_MINUTE, [(minute, difference) for minute, difference in self._minutes.items() if difference])
+        # A command that was undone may have widened a span; a span too wide costs time, not correctness.
+        write(_WIDEN_HOUR, [(hour, *span) for hour, span in self._hours.items()])
 
     def _create(self, row: Row) -> bool:
         is_new = self._cursor.execute(_INSERT_RUN, (*row, self._now)).rowcount == 1
         if is_new:
-            self._totals[row[AGENT_NAME], row[JOB_TYPE], row[STATUS]] += 1  # type: ignore[index]  # all are text
-            self._minutes[(row[CREATED_AT] or self._now)[:_MINUTE]] += 1  # type: ignore[index]
+            created_at, start_time = str(row[CREATED_AT] or self._now), str(row[START_TIME])
+            self._totals[str(row[AGENT_NAME]), str(row[JOB_TYPE]), str(row[STATUS])] += 1
+            self._minutes[created_at[:_MINUTE]] += 1
+            first, last = self._hours.get(created_at[:_HOUR], (start_time, start_time))
+            self._hours[created_at[:_HOUR]] = (min(first, start_time), max(last, start_time))
         return is_new
 
     def _update(self, event_id: str, changes: dict[str, SqlValue]) -> Updated | None:
@@ -125,8 +135,20 @@ _INDEXES: Final[dict[frozenset[str], tuple[str, bool]]] = {
 }
 
 
-def select_page(query: ListRuns) -> tuple[str, dict[str, SqlValue]]:
-    """Return the SQL text and the parameters that fetch a page, and one row more to see if others follow."""
+_SPAN_OF_HOURS: Final = """
+    SELECT min(hour), max(hour) || ';' FROM run_hours
+    WHERE last_start >= coalesce(:start_time_from, '') AND first_start <= coalesce(:start_time_to, '~')
+"""
+"""The hours in which runs that started in a range can have been created; ';' is the character behind ':'."""
+
+Span = tuple[SqlValue, SqlValue]
+
+
+def select_page(query: ListRuns, created: Span | None = None) -> tuple[str, dict[str, SqlValue]]:
+    """Return the SQL text and the parameters that fetch a page, and one row more to see if others follow.
+
+    `created` is a span of created_at outside of which nothing can match.
+    """
     index, merge_statuses = _INDEXES[frozenset(query.equal)]
     conditions = [f"{name} = :{name}" for name in query.equal]
     conditions += [
@@ -138,6 +160,9 @@ def select_page(query: ListRuns) -> tuple[str, dict[str, SqlValue]]:
         "rows": query.limit + 1,
         "offset": query.offset,
     }
+    if created is not None:
+        conditions.append("created_at >= :span_from AND created_at < :span_to")
+        values |= {"span_from": created[0], "span_to": created[1]}
     if query.after is not None:
         conditions.append("(created_at, id) < (:after_created_at, :after_id)")
         values |= {"after_created_at": query.after.created_at, "after_id": query.after.id}
@@ -151,12 +176,20 @@ def select_page(query: ListRuns) -> tuple[str, dict[str, SqlValue]]:
 
 def fetch_page(connection: sqlite3.Connection, query: ListRuns) -> Page:
     """Fetch one page of runs."""
-    rows: list[Row] = connection.execute(*select_page(query)).fetchall()
+    rows: list[Row] = connection.execute(*select_page(query, _created_span(connection, query))).fetchall()
     if len(rows) <= query.limit:
         return Page(rows, None)
     rows.pop()
     last = dict(zip(COLUMNS, rows[-1], strict=True))
     return Page(rows, Position(str(last["created_at"]), int(last["id"] or 0)))
+
+
+def _created_span(connection: sqlite3.Connection, query: ListRuns) -> Span | None:
+    started = {name: query.bounds.get(name) for name in ("start_time_from", "start_time_to")}
+    if not any(started.values()):
+        return None
+    span: Span = connection.execute(_SPAN_OF_HOURS, started).fetchone()
+    return span
 
 
 def fetch_run(connection: sqlite3.Connection, query: GetRun) -> Row | None:
