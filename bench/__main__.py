@@ -73,7 +73,7 @@ def main(only: tuple[str, ...], seconds: float, rounds: int, large: bool, keep: 
     before = os.getloadavg()[0]
     try:
         require_wrk()
-        figures = _run(names, options, folder, keep=keep)
+        figures, failures = _run(names, options, folder, keep=keep)
     except BenchError as error:
         click.echo(f"bench: {error}", err=True)
         sys.exit(1)
@@ -81,15 +81,22 @@ def main(only: tuple[str, ...], seconds: float, rounds: int, large: bool, keep: 
         click.echo("bench: interrupted", err=True)
         sys.exit(130)
     after = os.getloadavg()[0]
-    if not only:
+    if not only and not failures:
         report.write(RESULTS, "large" if large else "latest", figures, options, (before, after))
     click.echo(f"\n{report.table(figures)}")
     click.echo(f"\n{sum(figure.is_met for figure in figures)} of {len(figures)} targets met", nl=False)
-    click.echo(f"; load average {before:.1f} before, {after:.1f} after; every acknowledged run was in the database")
+    click.echo(f"; load average {before:.1f} before, {after:.1f} after")
+    for failure in failures:
+        click.echo(f"bench: {failure}", err=True)
+    if failures:
+        sys.exit(1)
+    click.echo("Every acknowledged run was in the database.")
 
 
-def _run(names: tuple[str, ...], options: Options, folder: Path, *, keep: bool) -> list[Figure]:
+def _run(names: tuple[str, ...], options: Options, folder: Path, *, keep: bool) -> tuple[list[Figure], list[str]]:
+    """Run the scenarios; return what they found, and which of them failed and why."""
     figures: list[Figure] = []
+    failures: list[str] = []
     started = time.monotonic()
 
     def say(text: str) -> None:
@@ -100,9 +107,13 @@ def _run(names: tuple[str, ...], options: Options, folder: Path, *, keep: bool) 
         bench = Bench(options, place, seeds, say)
         for name in names:
             say(f"== {name}: {(SCENARIOS[name].__doc__ or '').splitlines()[0]}")
-            figures += SCENARIOS[name](bench)
+            try:
+                figures += SCENARIOS[name](bench)
+            except BenchError as error:
+                failures.append(f"{name} failed: {error}")
+                say(failures[-1])
     say("done")
-    return figures
+    return figures, failures
 
 
 if __name__ == "__main__":

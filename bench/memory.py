@@ -8,6 +8,7 @@ import time
 from contextlib import ExitStack, closing
 from typing import Final
 
+from bench.acknowledged import check_created, last_id
 from bench.client import Client
 from bench.figures import Figure, Samples, Unit, at_most, constant
 from bench.scenario import Bench, new_nonce, thousands
@@ -28,14 +29,17 @@ def memory(bench: Bench) -> list[Figure]:
 def _under_load(bench: Bench) -> list[Figure]:
     seconds = bench.options.full_load_s
     held: list[float] = []
-    with bench.place.serving(TELEMETRYD_WAL, bench.seeds.database(bench.options.big)) as server:
-        posts = bench.place.load(server, "post", 64, seconds, new_nonce())
+    database, nonce = bench.seeds.database(bench.options.big), new_nonce()
+    before = last_id(database)
+    with bench.place.serving(TELEMETRYD_WAL, database) as server:
+        posts = bench.place.load(server, "post", 64, seconds, nonce)
         gets = bench.place.load(server, "get", 1, seconds, "/api/v1/runs?limit=100")
         while posts.process.poll() is None:
             time.sleep(min(0.2, seconds / 20))
             held.append(server.resident_mib())
-        posts.finish()
+        acknowledged = posts.finish().acknowledged
         gets.finish()
+    check_created(database, nonce, before, acknowledged)
     bench.say(f"under {seconds:.0f} s of load: {held[0]:.0f} to {max(held):.0f} MiB")
     quarter = max(1, len(held) // 4)
     early, late = held[quarter : 2 * quarter] or held, held[-quarter:]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import sqlite3
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Final
 from urllib.parse import urlencode
 
+from bench.acknowledged import check_created, last_id
 from bench.client import Client
 from bench.figures import Figure, Samples, Unit, at_least, at_most, show_ratio, show_value
 from bench.limit_select import median_s
@@ -140,18 +141,34 @@ def mixed(bench: Bench) -> list[Figure]:
     alone: list[float] = []
     idle: list[float] = []
     together: list[float] = []
-    with bench.place.serving(TELEMETRYD_WAL, bench.seeds.database(bench.options.big)) as server:
+    acknowledged: dict[str, int] = {}
+    database = bench.seeds.database(bench.options.big)
+    before = last_id(database)
+    with bench.place.serving(TELEMETRYD_WAL, database) as server:
+
+        def post(nonce: str) -> Callable[[], float]:
+            load = bench.place.load(server, "post", 64, seconds, nonce)
+
+            def finish() -> float:
+                summary = load.finish()
+                acknowledged[nonce] = summary.acknowledged
+                return summary.per_second
+
+            return finish
+
         for number in range(bench.options.rounds):
             idle.append(bench.place.load(server, "get", 1, seconds, path).finish().p50_s)
-            alone.append(bench.place.load(server, "post", 64, seconds, new_nonce()).finish().per_second)
-            posts = bench.place.load(server, "post", 64, seconds, new_nonce())
+            alone.append(post(new_nonce())())
+            finish_posting = post(new_nonce())
             latency.append(bench.place.load(server, "get", 1, seconds, path).finish().p99_s)
-            together.append(posts.finish().per_second)
+            together.append(finish_posting())
             bench.say(
                 f"round {number + 1}: GET idle p50 {show_value(idle[-1], Unit.SECONDS)}, under load p99 "
                 f"{show_value(latency[-1], Unit.SECONDS)}; POST alone {show_value(alone[-1], Unit.REQUESTS)}, "
                 f"with GET {show_value(together[-1], Unit.REQUESTS)}"
             )
+    for nonce, count in acknowledged.items():
+        check_created(database, nonce, before, count)
     name = "GET limit=100 while 64 connections post"
     return [
         Figure(
