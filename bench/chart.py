@@ -45,7 +45,8 @@ def _row(figure: Figure, top: int) -> list[str]:
     colour = _MET if figure.is_met else _MISSED
     start, end = sorted((_x(1), _x(figure.headroom)))
     middle = top + 15
-    value = f"{show_ratio(figure.ratio, figure.target)} of {figure.reference.name} ({figure.target})"
+    ratio = show_ratio(figure.ratio, figure.target)
+    value = f"{ratio}{' of' if ratio.endswith('%') else ''} {figure.reference.name} ({figure.target})"
     return [
         _text(_LABELS - 8, middle, _shorten(figure.load), anchor="end"),
         f'<rect x="{start:.1f}" y="{top + 4}" width="{max(end - start, 1.5):.1f}" height="15" rx="2" fill="{colour}">'
