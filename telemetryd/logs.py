@@ -119,11 +119,9 @@ class ReadableLines(logging.Formatter):
         extras = "".join(
             f" {click.style(name, dim=True)}={_dumps(value)}" for name, value in fields.items() if value is not None
         )
-        message = (
-            record.getMessage().encode("unicode_escape").decode("ascii")
-            if not record.getMessage().isprintable()
-            else record.getMessage()
-        )
+        message = record.getMessage()
+        if not message.isprintable():
+            message = message.encode("unicode_escape").decode("ascii")
         line = f"{moment:%H:%M:%S}.{moment.microsecond // 1000:03d} {level} {message}{extras}"
         return "\n".join([line, *map(_printable, traceback.split("\n"))]) if traceback else line
 
@@ -135,6 +133,7 @@ class _Backlog(logging.handlers.QueueHandler):
         super().__init__(records)
         self._records = records
         self.dropped = 0
+        """Lines dropped so far; it only grows, so the writing thread can read it at any time."""
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
         """Leave the formatting to the writing thread."""
@@ -163,6 +162,8 @@ class _Sink(threading.Thread):
         self._formatter = formatter
         self._stream = stream
         self._backlog = backlog
+        self._unwritten = 0
+        self._told = 0
 
     def run(self) -> None:
         """Write until the closing None arrives."""
@@ -175,14 +176,17 @@ class _Sink(threading.Thread):
                 batch.append(self._records.get())
             closing = None in batch
             lines = [self._line(record) for record in batch if record is not None]
-            if self._backlog.dropped:
-                lines.append(self._line(self._dropped_record()))
+            dropped = self._backlog.dropped + self._unwritten
+            if dropped > self._told:
+                lines.append(self._line(_dropped_record(dropped - self._told)))
             try:
                 self._stream.write("".join(f"{line}\n" for line in lines))
                 self._stream.flush()
             except (OSError, ValueError):
                 # Nobody reads the log any more (a closed pipe, a full disk): answering matters more.
-                self._backlog.dropped += len(lines)
+                self._unwritten += len(batch)
+            else:
+                self._told = dropped
 
     def _line(self, record: logging.LogRecord) -> str:
         try:
@@ -192,17 +196,17 @@ class _Sink(threading.Thread):
             about = {"error_type": type(error).__name__, "error_message": str(error), "template": str(record.msg)}
             return self._formatter.format(logging.makeLogRecord({**bad, **about}))
 
-    def _dropped_record(self) -> logging.LogRecord:
-        dropped, self._backlog.dropped = self._backlog.dropped, 0
-        return logging.makeLogRecord(
-            {
-                "name": LOGGER_NAME,
-                "levelno": logging.WARNING,
-                "levelname": "WARNING",
-                "msg": "Log lines dropped",
-                "dropped": dropped,
-            }
-        )
+
+def _dropped_record(dropped: int) -> logging.LogRecord:
+    return logging.makeLogRecord(
+        {
+            "name": LOGGER_NAME,
+            "levelno": logging.WARNING,
+            "levelname": "WARNING",
+            "msg": "Log lines dropped",
+            "dropped": dropped,
+        }
+    )
 
 
 @contextmanager

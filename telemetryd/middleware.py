@@ -278,6 +278,8 @@ def _log(
         )
         text = sentence(problem) if problem is not None else f"Refused with status {status}"
         fields |= {"error_type": kind if problem is not None else "Refused", "error_message": text[:2000]}
+        if isinstance(problem, UnavailableError) and problem.__cause__ is not None:
+            fields["error_cause"] = str(problem.__cause__)
         message = f"Error in {endpoint}: {text[:2000]}"
         if endpoint == "(no such endpoint)":
             fields["path"] = request.path[:200]

@@ -111,7 +111,7 @@ def _without_title(schema: Schema) -> Schema:
     return {key: value for key, value in schema.items() if key not in ("title", "default", "description")}
 
 
-def document(operations: Iterable[tuple[str, str, Operation]]) -> Schema:
+def document(operations: Iterable[tuple[str, str, Operation]], *, needs_token: bool = False) -> Schema:
     """Return the OpenAPI document for (method, path, operation) of each endpoint."""
     paths: dict[str, Schema] = {}
     for method, path, operation in operations:
@@ -132,7 +132,7 @@ def document(operations: Iterable[tuple[str, str, Operation]]) -> Schema:
                 "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
             },
         },
-        "security": [{}, {"bearer": []}, {"key": []}],
+        "security": [*([] if needs_token else [{}]), {"bearer": []}, {"key": []}],
     }
 
 

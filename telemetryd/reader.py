@@ -68,7 +68,7 @@ class Readers:
             _end(connection, answer)
             raise
         except sqlite3.Error as error:
-            raise UnavailableError(f"The database cannot be read now: {error}") from error
+            raise UnavailableError("The database cannot be read now; try again later") from error
 
     def _take_back(self, connection: Connection, ended: asyncio.Future[T]) -> None:
         if not ended.cancelled():

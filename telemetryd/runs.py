@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Flag, StrEnum, auto
+from itertools import islice
 from operator import itemgetter
 from typing import Annotated, Any, Final
 
@@ -35,6 +36,7 @@ Row = tuple[SqlValue, ...]
 MAX_INTEGER: Final = 2**63 - 1
 MAX_JSON_DEPTH: Final = 64
 MAX_ECHO: Final = 200
+MAX_WARNINGS: Final = 100
 
 
 # --- The types of values -------------------------------------------------------------------------
@@ -478,15 +480,18 @@ def shorten(text: str) -> str:
     return text if len(text) <= MAX_ECHO else text[: MAX_ECHO - 1] + "…"
 
 
-def ignored_field_warnings(names: Iterable[str]) -> list[str]:
-    """Say which body fields were not used, and why."""
+def ignored_field_warnings(names: Collection[str]) -> list[str]:
+    """Say which body fields were not used, and why; of very many, the first ones and how many more."""
     server_fields = columns(Role.SERVER)
-    return [
+    warnings = [
         f"Field is set by the server, ignored: {name}"
         if name in server_fields
         else f"Unknown field ignored: {shorten(name)}"
-        for name in names
+        for name in islice(names, MAX_WARNINGS)
     ]
+    if len(names) > MAX_WARNINGS:
+        warnings.append(f"{len(names) - MAX_WARNINGS} more fields ignored")
+    return warnings
 
 
 # --- From a row to an answer ---------------------------------------------------------------------

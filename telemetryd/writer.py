@@ -269,7 +269,7 @@ def _translate(error: sqlite3.Error) -> TelemetrydError:
         return DatabaseBusyError()
     if code == sqlite3.SQLITE_FULL:
         return StorageFullError()
-    return WriteFailedError(f"The write was rolled back ({error}); repeat it with the same event_id")
+    return WriteFailedError()
 
 
 def _fail(entry: _Waiting[C, R], error: TelemetrydError) -> None:

@@ -257,6 +257,21 @@ def test_a_file_that_is_not_ours_is_refused_and_left_as_it_is(
     assert state(tmp_path) == before
 
 
+def test_a_foreign_database_that_stands_only_in_its_log_is_refused_too(tmp_path: Path, taken_port: int) -> None:
+    path, log = tmp_path / "telemetry.sqlite", tmp_path / "telemetry.sqlite-wal"
+    with closing(sqlite3.connect(tmp_path / "source.sqlite", isolation_level=None)) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("CREATE TABLE albums (title)")
+        path.write_bytes((tmp_path / "source.sqlite").read_bytes())
+        log.write_bytes((tmp_path / "source.sqlite-wal").read_bytes())
+    before = state(tmp_path)
+    result = CliRunner().invoke(main, ["serve", "--db-path", str(path), "--port", str(taken_port)])
+    assert result.exit_code == 1
+    assert "of another program" in result.stderr
+    after = state(tmp_path)
+    assert (after[path.name], after[log.name]) == (before[path.name], before[log.name])
+
+
 def test_the_process_says_so_too(start_daemon: StartDaemon, tmp_path: Path) -> None:
     execute(tmp_path / "telemetry.sqlite", "CREATE TABLE albums (title)")
     status, errors = start_daemon().wait()

@@ -366,3 +366,9 @@ async def test_ids_compare_byte_by_byte(make_api: MakeApi) -> None:
     for event_id in ("Event", "event", "event ", "\u00e9", "e\u0301"):
         await api.post(make_run(event_id=event_id))
     assert len(await api.list()) == 5
+
+
+async def test_very_many_unknown_fields_are_counted_instead_of_named(api: Api) -> None:
+    warnings = (await api.post(make_run(**{f"unknown-{number}": 1 for number in range(150)})))["warnings"]
+    assert len(warnings) == 101
+    assert warnings[-1] == "50 more fields ignored"
