@@ -40,7 +40,7 @@ $(BENCH_INSTALLED): $(INSTALLED)
 bench: $(BENCH_INSTALLED) ## measure against limits, a baseline and the targets (ten minutes; needs wrk and gcc)
 	$(BIN)/python -m bench
 
-bench-large: $(BENCH_INSTALLED) ## the same with 10 million runs, where size matters (an hour; 25 GB of disk)
+bench-large: $(BENCH_INSTALLED) ## the same with 10 million runs, where size matters (up to an hour; 15 GB of disk)
 	$(BIN)/python -m bench --large
 
 schema: $(INSTALLED) ## write schema/telemetry.sql from migrations/

@@ -49,7 +49,7 @@ RESULTS: Final = Path(__file__).parent / "results"
 @click.option("--seconds", default=3.0, help="Length of each load; wrk counts in whole seconds.")
 @click.option("--rounds", default=3, help="Rounds, of which the median counts.")
 @click.option("--large", is_flag=True, help="Run what depends on the database's size, with 10 million runs.")
-@click.option("--keep", is_flag=True, help="Keep the seeded databases (10 GB with --large) for the next run.")
+@click.option("--keep", is_flag=True, help="Keep the seeded databases (7 GB with --large) for the next run.")
 @click.option(
     "--folder",
     type=click.Path(path_type=Path, file_okay=False),
