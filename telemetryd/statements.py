@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import sqlite3
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain, compress, groupby
 from typing import Final
+
+import orjson
 
 from telemetryd.commands import Command, Created, CreateRuns, Outcome, Updated, UpdateRun
 from telemetryd.queries import TIME_BOUNDS, Counts, GetRun, ListRuns, Page, Position
-from telemetryd.runs import AGENT_NAME, COLUMNS, CREATED_AT, JOB_TYPE, START_TIME, STATUS, STORED, Row, SqlValue, Status
+from telemetryd.runs import (
+    AGENT_NAME,
+    COLUMNS,
+    CREATED_AT,
+    EVENT_ID,
+    JOB_TYPE,
+    START_TIME,
+    STATUS,
+    STORED,
+    Row,
+    SqlValue,
+    Status,
+)
 
 # --- Commands ------------------------------------------------------------------------------------
 
@@ -26,6 +41,11 @@ _INSERT_RUN: Final = f"""
 }, {_NOW})
     ON CONFLICT (event_id) DO NOTHING
 """  # noqa: S608 - column names from the definition of a run
+
+# Rows that were inserted next to each other have successive ids (sqlite.org/autoinc.html: the largest plus one).
+_LAST_EVENT_IDS: Final = """
+    SELECT json_group_array(event_id) FROM agent_runs WHERE id > (SELECT max(id) FROM agent_runs) - ?
+"""
 
 _FIND_RUN: Final = "SELECT run_id, agent_name, job_type, status FROM agent_runs WHERE event_id = ?"
 
@@ -57,13 +77,19 @@ class Transaction:
         self._minutes: Counter[str] = Counter()
         self._hours: dict[str, tuple[str, str]] = {}
 
-    def apply(self, command: Command) -> Outcome:
-        """Run one command's statements and return its outcome; the totals follow in `finish`."""
-        match command:
-            case CreateRuns(rows):
-                return Created(tuple([self._create(row) for row in rows]))
-            case UpdateRun(event_id, changes):
-                return self._update(event_id, dict(changes))
+    def apply(self, commands: Sequence[Command]) -> list[Outcome]:
+        """Run the commands' statements in order and return their outcomes; the totals follow in `finish`.
+
+        Creates that stand next to each other are stored by one `executemany`: with a call for each row, the
+        interpreter's lock would change hands several times a row, and a busy event loop gives it back late.
+        """
+        outcomes: list[Outcome] = []
+        for kind, neighbours in groupby(commands, type):
+            if kind is CreateRuns:
+                outcomes += self._create([command.rows for command in neighbours if isinstance(command, CreateRuns)])
+            else:
+                outcomes += [self._update(command) for command in neighbours if isinstance(command, UpdateRun)]
+        return outcomes
 
     def savepoint(self) -> Callable[[], None]:
         """Mark this point and return the function that undoes everything applied after it."""
@@ -84,26 +110,41 @@ class Transaction:
         # A command that was undone may have widened a span; a span too wide costs time, not correctness.
         write(_WIDEN_HOUR, [(hour, *span) for hour, span in self._hours.items()])
 
-    def _create(self, row: Row) -> bool:
-        is_new = self._cursor.execute(_INSERT_RUN, (*row, self._now)).rowcount == 1
-        if is_new:
+    def _create(self, batches: list[tuple[Row, ...]]) -> list[Created]:
+        rows = list(chain.from_iterable(batches))
+        inserted = self._cursor.executemany(_INSERT_RUN, [(*row, self._now) for row in rows]).rowcount
+        if inserted == len(rows):
+            self._count(rows)
+            return [Created((True,) * len(batch)) for batch in batches]
+        unseen = set(orjson.loads(self._cursor.execute(_LAST_EVENT_IDS, (inserted,)).fetchone()[0]))
+        outcomes = []
+        for batch in batches:
+            new = []
+            for row in batch:
+                new.append(row[EVENT_ID] in unseen)
+                unseen.discard(row[EVENT_ID])  # a repeat in the same group is a duplicate of the first one
+            self._count(compress(batch, new))
+            outcomes.append(Created(tuple(new)))
+        return outcomes
+
+    def _count(self, new: Iterable[Row]) -> None:
+        for row in new:
             created_at, start_time = str(row[CREATED_AT] or self._now), str(row[START_TIME])
             self._totals[str(row[AGENT_NAME]), str(row[JOB_TYPE]), str(row[STATUS])] += 1
             self._minutes[created_at[:_MINUTE]] += 1
             first, last = self._hours.get(created_at[:_HOUR], (start_time, start_time))
             self._hours[created_at[:_HOUR]] = (min(first, start_time), max(last, start_time))
-        return is_new
 
-    def _update(self, event_id: str, changes: dict[str, SqlValue]) -> Updated | None:
-        found = self._cursor.execute(_FIND_RUN, (event_id,)).fetchone()
+    def _update(self, command: UpdateRun) -> Updated | None:
+        found = self._cursor.execute(_FIND_RUN, (command.event_id,)).fetchone()
         if found is None:
             return None
         run_id, agent_name, job_type, status = found
-        changes["updated_at"] = self._now
+        changes = {**command.changes, "updated_at": self._now}
         assignments = ", ".join(f"{name} = ?" for name in changes)
         self._cursor.execute(
             f"UPDATE agent_runs SET {assignments} WHERE event_id = ?",  # noqa: S608 - names from the definition
-            (*changes.values(), event_id),
+            (*changes.values(), command.event_id),
         )
         new_status = changes.get("status", status)
         if new_status != status:

@@ -6,7 +6,7 @@ import asyncio
 import sqlite3
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Generic, Protocol, TypeVar
 
@@ -51,8 +51,8 @@ R_co = TypeVar("R_co", covariant=True)
 class Transaction(Protocol[C_contra, R_co]):
     """What carries out commands between BEGIN and COMMIT."""
 
-    def apply(self, command: C_contra) -> R_co:
-        """Carry out one command."""
+    def apply(self, commands: Sequence[C_contra]) -> Sequence[R_co]:
+        """Carry out commands in order, and return the outcome of each."""
 
     def savepoint(self) -> Callable[[], None]:
         """Mark this point; the returned function undoes what came after it."""
@@ -221,8 +221,11 @@ class Writer(Generic[C, R]):
         connection.execute("BEGIN IMMEDIATE")
         try:
             transaction = self._begin(connection, self._clock())
-            apply = self._apply_alone if isolated else _apply
-            outcomes = [apply(connection, transaction, command) for command in commands]
+            outcomes: list[R | CommandFailedError]
+            if isolated:
+                outcomes = [_apply_alone(connection, transaction, command) for command in commands]
+            else:
+                outcomes = [*_apply(connection, transaction, commands)]
             transaction.finish()
             connection.execute("COMMIT")
         except BaseException:
@@ -233,21 +236,20 @@ class Writer(Generic[C, R]):
         self._make_durable()
         return outcomes
 
-    def _apply_alone(
-        self, connection: sqlite3.Connection, transaction: Transaction[C, R], command: C
-    ) -> R | CommandFailedError:
-        undo = transaction.savepoint()
-        try:
-            return _apply(connection, transaction, command)
-        except CommandFailedError as error:
-            undo()
-            return error
 
-
-def _apply(connection: sqlite3.Connection, transaction: Transaction[C, R], command: C) -> R:
-    """Carry out one command; what is wrong with the command alone becomes a `CommandFailedError`."""
+def _apply_alone(connection: sqlite3.Connection, transaction: Transaction[C, R], command: C) -> R | CommandFailedError:
+    undo = transaction.savepoint()
     try:
-        return transaction.apply(command)
+        return _apply(connection, transaction, [command])[0]
+    except CommandFailedError as error:
+        undo()
+        return error
+
+
+def _apply(connection: sqlite3.Connection, transaction: Transaction[C, R], commands: Sequence[C]) -> Sequence[R]:
+    """Carry out commands; what is wrong with one of them alone becomes a `CommandFailedError`."""
+    try:
+        return transaction.apply(commands)
     except (
         sqlite3.IntegrityError,
         sqlite3.DataError,
@@ -262,8 +264,9 @@ def _apply(connection: sqlite3.Connection, transaction: Transaction[C, R], comma
 
 def _translate(error: sqlite3.Error) -> TelemetrydError:
     """Say what a failure of the whole group means for those who wait."""
-    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & _PRIMARY_CODE
-    if code in _FATAL:
+    extended = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
+    code = extended & _PRIMARY_CODE
+    if code in _FATAL or extended == sqlite3.SQLITE_READONLY_DBMOVED:
         return WriterDeadError(f"The writer has stopped: {error}")
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return DatabaseBusyError()

@@ -62,7 +62,7 @@ def store(connection: sqlite3.Connection, rows: list[Row]) -> None:
     with connection:
         connection.execute("BEGIN")
         transaction = Transaction(connection, NOW)
-        transaction.apply(CreateRuns(tuple(rows)))
+        transaction.apply([CreateRuns(tuple(rows))])
         transaction.finish()
 
 
@@ -264,10 +264,10 @@ def test_the_totals_are_those_of_the_rows_after_any_commands(filled: sqlite3.Con
                 event_id = f"event-{source.randrange(500)}"
                 row = random_row(source, event_id)
                 if source.random() < 0.5:
-                    assert isinstance(transaction.apply(CreateRuns((row, row))), Created)
+                    assert isinstance(transaction.apply([CreateRuns((row, row))])[0], Created)
                 else:
                     undo = transaction.savepoint()
-                    outcome = transaction.apply(UpdateRun(event_id, {"status": str(source.choice(list(Status)))}))
+                    [outcome] = transaction.apply([UpdateRun(event_id, {"status": str(source.choice(list(Status)))})])
                     assert outcome is None or isinstance(outcome, Updated)
                     if source.random() < 0.3:
                         undo()
