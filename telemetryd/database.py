@@ -6,6 +6,7 @@ import errno
 import os
 import sqlite3
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ APPLICATION_ID: Final = 0x746C6D64
 
 _MINIMUM_SQLITE: Final = (3, 37, 0)  # STRICT tables
 _HEADER_BYTES: Final = 100
+_HOLDER_READS: Final = 50
 _QUICK_CHECK_BYTES: Final = 16 * 1024 * 1024
 _READ_CACHE_KIB: Final = 16 * 1024
 _WRITE_CACHE_KIB: Final = 64 * 1024
@@ -58,7 +60,7 @@ class FileLock:
         try:
             _lock(descriptor)
         except OSError as error:
-            holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip() if hasattr(os, "pread") else ""
+            holder = _holder(descriptor)
             os.close(descriptor)
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise DatabaseError(f"Cannot lock {self._path}: {error.strerror}") from error
@@ -80,8 +82,23 @@ class FileLock:
             self._descriptor = None
 
 
+def _holder(descriptor: int) -> str:
+    """Read the owner's PID; one that has only just taken the lock writes it within milliseconds."""
+    holder = ""
+    for _ in range(_HOLDER_READS):
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        holder = os.read(descriptor, 32).decode("ascii", "replace").strip()
+        if holder.isdigit() and _is_alive(int(holder)):
+            return holder
+        time.sleep(0.01)
+    return holder
+
+
 if sys.platform == "win32":
     import msvcrt
+
+    def _is_alive(pid: int) -> bool:
+        return True  # os.kill(pid, 0) would end it there
 
     def _lock(descriptor: int) -> None:
         os.lseek(descriptor, 1 << 30, os.SEEK_SET)  # a byte far behind the PID, which others may read
@@ -89,6 +106,15 @@ if sys.platform == "win32":
         os.lseek(descriptor, 0, os.SEEK_SET)
 else:
     import fcntl
+
+    def _is_alive(pid: int) -> bool:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return False
+        except OSError:  # of another user
+            return True
+        return True
 
     def _lock(descriptor: int) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -77,7 +77,7 @@ class Store:
             connection,
             begin=statements.Transaction,
             clock=lambda: format_timestamp(clock()),
-            make_durable=directory if needs_directory_sync(modes) else _already_durable,
+            make_durable=self._make_durable,
             queue_max=settings.queue_max,
             metrics=metrics,
         )
@@ -140,6 +140,15 @@ class Store:
             clock=clock,
         )
 
+    def _make_durable(self) -> None:
+        if needs_directory_sync(self._modes):
+            self._directory()
+        if _identity(self._path) != self._identity:
+            raise OSError(self._gone())
+
+    def _gone(self) -> str:
+        return f"The database file {self._path} was deleted or replaced while in use"
+
     @overload
     async def submit(self, command: CreateRuns) -> Created: ...
 
@@ -185,7 +194,7 @@ class Store:
         """Tell how the database is, at once: without the queue, a connection, or opening the file."""
         problem = self._writer.failure
         if problem is None and _identity(self._path) != self._identity:
-            problem = f"The database file {self._path} was deleted or replaced while in use"
+            problem = self._gone()
         return Health(self._path, self._modes, self._durable, self._writer.depth, problem)
 
     async def close(self) -> None:
@@ -216,7 +225,3 @@ def _identity(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino
-
-
-def _already_durable() -> None:
-    """Do nothing: SQLite's own syncs have made the commit durable."""

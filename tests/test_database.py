@@ -137,14 +137,14 @@ def test_of_twenty_starts_at_once_exactly_one_runs(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         text=True,
     )
-    assert script.stdout is not None
-    winner, *losers = script.stdout.readline().split()
-    assert len(losers) == 19
-    for loser in losers:
-        pid, status = loser.split(":")
-        assert status == "1"
-        assert f"PID {winner})" in one_line((tmp_path / f"err{pid}").read_text())
-    script.communicate("")
+    with script:  # its standard input closes at the end, which tells it to stop the winner
+        assert script.stdout is not None
+        winner, *losers = script.stdout.readline().split()
+        assert len(losers) == 19
+        for loser in losers:
+            pid, status = loser.split(":")
+            assert status == "1"
+            assert f"PID {winner})" in one_line((tmp_path / f"err{pid}").read_text())
     assert script.returncode == 0
     lines = [json.loads(line)["message"] for line in (tmp_path / f"out{winner}").read_text().splitlines()]
     assert "Serving" in lines

@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import errno
 import inspect
+import json
 import os
 import sqlite3
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -229,11 +230,12 @@ async def test_a_failing_command_is_undone_alone(tmp_path: Path) -> None:
 class Fussy(statements.Transaction):
     """The real transaction, except that it cannot stand one event."""
 
-    def apply(self, command: Command) -> Outcome:
-        outcome = super().apply(command)
-        if isinstance(command, CreateRuns) and command.rows[0][runs.EVENT_ID] == "hated":
-            raise ValueError("anything but this one")
-        return outcome
+    def apply(self, commands: Sequence[Command]) -> list[Outcome]:
+        outcomes = super().apply(commands)
+        for command in commands:
+            if isinstance(command, CreateRuns) and command.rows[0][runs.EVENT_ID] == "hated":
+                raise ValueError("anything but this one")
+        return outcomes
 
 
 async def test_a_value_that_python_cannot_hand_over_costs_only_its_command(tmp_path: Path) -> None:
@@ -455,6 +457,25 @@ def test_a_writer_that_dies_during_the_stop_is_not_a_clean_exit(start_daemon: St
         sender.join()
     assert answers in ([503], [None])
     assert status == 1
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+@pytest.mark.parametrize("journal_mode", ["DELETE", "WAL"])
+def test_nothing_is_acknowledged_into_a_file_that_is_gone(
+    start_daemon: StartDaemon, journal_mode: str, replaced: bool
+) -> None:
+    daemon = start_daemon(TELEMETRY_DB_JOURNAL_MODE=journal_mode)
+    url = daemon.url
+    assert post(url, make_run())[0] == 201
+    daemon.database.rename(daemon.folder / "moved.sqlite")
+    if replaced:
+        daemon.database.touch()
+    assert post(url, make_run())[0] in (503, None)
+    status, errors = daemon.wait()
+    assert status == 1, errors
+    assert any(line["level"] == "CRITICAL" for line in daemon.lines)
+    if journal_mode == "WAL":  # in the other modes SQLite itself notices, before COMMIT
+        assert "was deleted or replaced while in use" in json.dumps(daemon.lines)
 
 
 async def test_stop_commits_what_waits_and_refuses_what_comes(tmp_path: Path) -> None:

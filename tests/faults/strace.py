@@ -40,9 +40,9 @@ def completed(trace: Path) -> list[str]:
     begun: dict[str, str] = {}
     calls = []
     for line in trace.read_text().splitlines():
-        thread, _, call = line.partition(" ")
+        thread, call = line.split(maxsplit=1)
         if call.endswith("<unfinished ...>"):
-            begun[thread] = call.removesuffix("<unfinished ...>")
+            begun[thread] = call.removesuffix("<unfinished ...>").rstrip()
         elif match := re.match(r"\s*<\.\.\. \w+ resumed>", call):
             calls.append(begun.pop(thread, "") + call[match.end() :])
         else:
