@@ -6,7 +6,7 @@ import asyncio
 import sys
 import zlib
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from aiohttp import web
 
@@ -18,13 +18,21 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 
-BODY_TIMEOUT_S: Final = 30.0
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
+SILENCE_S: Final = 30.0
+"""How long a body may pause."""
+
+SLOWEST_BYTES_PER_S: Final = 1024
+"""What a body must bring on average after that time; a byte now and then would hold its connection for ever."""
+
 JSON_TYPES: Final = ("application/json",)
 NDJSON_TYPES: Final = ("application/x-ndjson", "application/ndjson", "application/jsonl")
 
 
 class _Decoder(Protocol):
-    """What zlib's and zstd's decompressors have in common."""
+    """zstd's decompressor, which keeps what it was given and has not used yet, and how zlib's is made to look."""
 
     @property
     def eof(self) -> bool: ...
@@ -32,39 +40,44 @@ class _Decoder(Protocol):
     @property
     def unused_data(self) -> bytes: ...
 
-    def decompress(self, data: bytes, max_length: int, /) -> bytes: ...
+    @property
+    def needs_input(self) -> bool: ...
+
+    def decompress(self, data: ReadableBuffer, max_length: int, /) -> bytes: ...
 
 
-class _Deflate:
-    """HTTP's deflate: zlib's format by RFC 9110 §8.4.1.2, raw deflate by what some clients send."""
+class _Zlib:
+    """gzip, or HTTP's deflate: zlib's format by RFC 9110 §8.4.1.2, raw deflate by what some clients send."""
 
-    def __init__(self) -> None:
-        self._inner: zlib._Decompress | None = None
+    def __init__(self, wbits: int) -> None:
+        self._inner = zlib.decompressobj(wbits)
 
     @property
     def eof(self) -> bool:
-        return self._inner is not None and self._inner.eof
+        return self._inner.eof
 
     @property
     def unused_data(self) -> bytes:
-        return self._inner.unused_data if self._inner is not None else b""
+        return self._inner.unused_data
 
     @property
-    def unconsumed_tail(self) -> bytes:
-        return self._inner.unconsumed_tail if self._inner is not None else b""
+    def needs_input(self) -> bool:
+        return not self._inner.unconsumed_tail
 
-    def decompress(self, data: bytes, max_length: int, /) -> bytes:
-        if self._inner is None:
-            is_zlib = data[:1] and data[0] & 0x0F == 8
-            self._inner = zlib.decompressobj(zlib.MAX_WBITS if is_zlib else -zlib.MAX_WBITS)
-        return self._inner.decompress(data, max_length)
+    def decompress(self, data: ReadableBuffer, max_length: int, /) -> bytes:
+        return self._inner.decompress(self._inner.unconsumed_tail or data, max_length)
 
 
-_DECODERS: Final[dict[str, Callable[[], _Decoder]]] = {
-    "gzip": lambda: zlib.decompressobj(zlib.MAX_WBITS | 16),
-    "x-gzip": lambda: zlib.decompressobj(zlib.MAX_WBITS | 16),
-    "deflate": _Deflate,
-    "zstd": zstd.ZstdDecompressor,
+def _deflate(body: bytes) -> _Zlib:
+    is_zlib = body[:1] and body[0] & 0x0F == 8
+    return _Zlib(zlib.MAX_WBITS if is_zlib else -zlib.MAX_WBITS)
+
+
+_DECODERS: Final[dict[str, Callable[[bytes], _Decoder]]] = {
+    "gzip": lambda _: _Zlib(zlib.MAX_WBITS | 16),
+    "x-gzip": lambda _: _Zlib(zlib.MAX_WBITS | 16),
+    "deflate": _deflate,
+    "zstd": lambda _: zstd.ZstdDecompressor(),
 }
 
 
@@ -91,7 +104,7 @@ async def read_body(request: web.Request, limit: int) -> bytes:
     Raises:
         BodyTooLargeError: as soon as the encoded or the decoded bytes pass the limit.
         InvalidRequestError: if the bytes are not in the coding that the request names.
-        SlowBodyError: if the whole body has not arrived after `BODY_TIMEOUT_S` seconds.
+        SlowBodyError: if it pauses for `SILENCE_S` seconds, or brings less than `SLOWEST_BYTES_PER_S`.
         UnsupportedBodyError: if the coding is not known.
 
     """
@@ -119,15 +132,18 @@ async def _receive(request: web.Request, limit: int) -> bytes:
         return body
     parts: list[bytes] = []
     size = 0
+    loop = asyncio.get_running_loop()
+    started = loop.time()
     try:
-        async with asyncio.timeout(BODY_TIMEOUT_S):
+        async with asyncio.timeout(SILENCE_S) as patience:
             while part := await stream.readany():
                 size += len(part)
                 if size > limit:
                     raise _too_large(limit)
                 parts.append(part)
+                patience.reschedule(min(loop.time() + SILENCE_S, started + SILENCE_S + size / SLOWEST_BYTES_PER_S))
     except TimeoutError as error:
-        raise SlowBodyError(f"The body did not arrive within {BODY_TIMEOUT_S:g} seconds") from error
+        raise SlowBodyError from error
     return b"".join(parts)
 
 
@@ -136,24 +152,24 @@ _SLICE: Final = 1 << 16
 
 async def _decode(body: bytes, coding: str, limit: int) -> bytes:
     """Decode in small slices, so that neither memory nor the event loop pays for a compression bomb."""
-    decoder = _DECODERS[coding]()
+    decoder = _DECODERS[coding](body)
+    unread = memoryview(body)
     parts: list[bytes] = []
     size = 0
-    pending = body
     try:
         while not decoder.eof:
-            part = decoder.decompress(pending, _SLICE)
-            pending = getattr(decoder, "unconsumed_tail", b"")
-            if not part and not pending and not decoder.eof:
+            given, unread = (unread[:_SLICE], unread[_SLICE:]) if decoder.needs_input else (b"", unread)
+            part = decoder.decompress(given, _SLICE)
+            if not part and not given:
                 break
             size += len(part)
             if size > limit:
                 raise _too_large(limit)
             parts.append(part)
-            if size >= _SLICE:
+            if size >= _SLICE or unread:
                 await asyncio.sleep(0)
     except (zlib.error, zstd.ZstdError) as error:
         raise InvalidRequestError(f"The body is not valid {coding} data") from error
-    if not decoder.eof or decoder.unused_data:
+    if not decoder.eof or decoder.unused_data or unread:
         raise InvalidRequestError(f"The body is not one complete {coding} stream")
     return b"".join(parts)

@@ -13,6 +13,8 @@ class CreateRuns:
     """Store runs, each unless its event_id is already known. Outcome: `Created`."""
 
     rows: tuple[Row, ...]
+    size: int = 0
+    """About how many bytes the rows hold: those of the body that they came in."""
 
     @property
     def cost(self) -> int:
@@ -33,6 +35,8 @@ class UpdateRun:
 
     event_id: str
     changes: Mapping[str, SqlValue]
+    size: int = 0
+    """About how many bytes the changes hold."""
 
     @property
     def cost(self) -> int:

@@ -32,7 +32,22 @@ from telemetryd.store import Store
 
 _BACKLOG: Final = 2048
 _KEEPALIVE_S: Final = 75.0
+_MOST_DESCRIPTORS: Final = 65_536
+_SPARE_DESCRIPTORS: Final = 80
+"""For the database, its journal and log, the lock files, the sockets that listen, and what Python opens."""
 EXIT_FAILURE: Final = 1
+
+
+def _descriptor_limit() -> int:
+    """Raise the process's limit on open files as far as it may be raised, and return it."""
+    if sys.platform == "win32":
+        return 8192
+    import resource  # noqa: PLC0415 - POSIX only
+
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = min(hard, _MOST_DESCRIPTORS) if hard != resource.RLIM_INFINITY else _MOST_DESCRIPTORS
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    return limit
 
 
 class _Protocol(RequestHandler):
@@ -64,8 +79,17 @@ class _Protocol(RequestHandler):
         response.force_close()
         return response
 
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Take a connection, unless so many are open that the database would find no descriptor any more."""
+        super().connection_made(transport)
+        if isinstance(self._manager, _Server) and len(self._manager.connections) > self._manager.most_connections:
+            assert isinstance(transport, asyncio.Transport)  # noqa: S101 - for the type checker
+            transport.abort()
+
 
 class _Server(web.Server):
+    most_connections: int
+
     def __call__(self) -> RequestHandler:
         return _Protocol(self, loop=self._loop, **self._kwargs)
 
@@ -82,7 +106,9 @@ class _Runner(web.AppRunner):
                     error.status, "Expect can only be 100-continue", {"X-Request-ID": request_id(request)}
                 )
 
-        return _Server(answer, request_factory=made.request_factory, **made._kwargs)
+        server = _Server(answer, request_factory=made.request_factory, **made._kwargs)
+        server.most_connections = _descriptor_limit() - _SPARE_DESCRIPTORS
+        return server
 
 
 def make_runner(app: web.Application, settings: Settings) -> web.AppRunner:
@@ -93,7 +119,8 @@ def make_runner(app: web.Application, settings: Settings) -> web.AppRunner:
         access_log=None,
         auto_decompress=False,  # body.py does it, within its limits
         keepalive_timeout=_KEEPALIVE_S,
-        shutdown_timeout=settings.shutdown_timeout_s / 2,
+        # aiohttp waits that long for the handlers, cancels them, and waits as long again.
+        shutdown_timeout=settings.shutdown_timeout_s / 4,
     )
 
 

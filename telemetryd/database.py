@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sqlite3
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -24,9 +25,12 @@ APPLICATION_ID: Final = 0x746C6D64
 _MINIMUM_SQLITE: Final = (3, 37, 0)  # STRICT tables
 _HEADER_BYTES: Final = 100
 _HOLDER_READS: Final = 50
+_LOCK_CONTENT: Final = re.compile(rb"\s*\d{0,10}\s*")
 _QUICK_CHECK_BYTES: Final = 16 * 1024 * 1024
-_READ_CACHE_KIB: Final = 16 * 1024
-_WRITE_CACHE_KIB: Final = 64 * 1024
+_READ_CACHE_KIB: Final = 4 * 1024
+_WRITE_CACHE_KIB: Final = 40 * 1024
+_CHECKPOINT_PAGES: Final = 8_000
+"""The write-ahead log is written back at 32 MiB: rarer than SQLite's 4 MiB, so each page more seldom."""
 
 T = TypeVar("T")
 
@@ -42,7 +46,7 @@ class FileLock:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         self._descriptor: int | None = None
 
     def acquire(self) -> None:
@@ -54,26 +58,37 @@ class FileLock:
 
         """
         try:
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
         except OSError as error:
-            raise DatabaseError(f"Cannot open the lock file {self._path}: {error.strerror}") from error
+            raise DatabaseError(f"Cannot open the lock file {self.path}: {error.strerror}") from error
+        if not _LOCK_CONTENT.fullmatch(os.read(descriptor, 64)):
+            os.close(descriptor)
+            raise DatabaseError(f"{self.path} is not a lock file; nothing was changed: look at TELEMETRY_LOCK_FILE")
         try:
             _lock(descriptor)
         except OSError as error:
             holder = _holder(descriptor)
             os.close(descriptor)
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise DatabaseError(f"Cannot lock {self._path}: {error.strerror}") from error
+                raise DatabaseError(f"Cannot lock {self.path}: {error.strerror}") from error
             raise DatabaseOwnedError(
-                f"Another telemetryd (PID {holder or 'unknown'}) owns this database: it holds the lock {self._path}"
+                f"Another telemetryd (PID {holder or 'unknown'}) owns this database: it holds the lock {self.path}"
             ) from error
         self._descriptor = descriptor
         try:
             os.ftruncate(descriptor, 0)
+            os.lseek(descriptor, 0, os.SEEK_SET)
             os.write(descriptor, f"{os.getpid()}\n".encode())
         except OSError as error:
             self.release()
-            raise DatabaseError(f"Cannot write the lock file {self._path}: {error.strerror}") from error
+            raise DatabaseError(f"Cannot write the lock file {self.path}: {error.strerror}") from error
+
+    def is_in_place(self) -> bool:
+        """Tell whether the locked file still stands at its path; if not, somebody else can lock another one."""
+        try:
+            return self._descriptor is not None and os.path.samestat(os.fstat(self._descriptor), os.stat(self.path))
+        except OSError:
+            return False
 
     def release(self) -> None:
         """Give the lock back; the file stays."""
@@ -148,6 +163,10 @@ class Ownership:
             self.release()
             raise
 
+    def missing(self) -> Path | None:
+        """Return the path of a lock file that was deleted or replaced, or None."""
+        return next((lock.path for lock in self._locks if not lock.is_in_place()), None)
+
     def release(self) -> None:
         """Give all locks back."""
         for lock in reversed(self._locks):
@@ -166,7 +185,9 @@ def prepare_directory(database: Path) -> None:
     """
     directory = database.absolute().parent
     try:
-        directory.mkdir(mode=0o700, exist_ok=True)
+        if not directory.exists():
+            directory.mkdir(mode=0o700, exist_ok=True)
+            sync_directory(directory.parent)  # or a power cut may take it away, with everything in it
     except FileNotFoundError as error:
         raise DatabaseError(
             f"The directory {directory} does not exist; if it is the right one, make it: mkdir -p {directory}"
@@ -251,6 +272,8 @@ def identify(connection: sqlite3.Connection) -> FileState:
     version = connection.execute("PRAGMA user_version").fetchone()[0]
     if application == APPLICATION_ID:
         return FileState(Kind.OURS, version)
+    if application:
+        return FileState(Kind.FOREIGN, version)
     tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
     kind = Kind.LEGACY if "agent_runs" in tables else Kind.FOREIGN if tables else Kind.EMPTY
     return FileState(kind, version)
@@ -258,25 +281,27 @@ def identify(connection: sqlite3.Connection) -> FileState:
 
 @contextmanager
 def looking(path: Path) -> Iterator[sqlite3.Connection]:
-    """Open a file only to look at it, so that neither it nor anything beside it changes.
+    """Open a file only to look at it; it does not change.
 
     `immutable` keeps SQLite from locking, and from making a shared-memory file beside a database in WAL
-    mode; where a log waits, the connection has to read it, because even the header may stand only there.
+    mode; where a log waits, the connection has to read it (and may make that file), because even the
+    header may stand only there.
 
     Raises:
         DatabaseError: if SQLite cannot read it.
 
     """
     immutable = "" if _beside(path, "-wal").exists() else "&immutable=1"
-    connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro{immutable}", uri=True)
     try:
-        yield connection
+        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro{immutable}", uri=True)) as connection:
+            yield connection
     except sqlite3.DatabaseError as error:
-        if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY:
+        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+        if code == sqlite3.SQLITE_BUSY:
             raise DatabaseError(f"{path} is locked by another process; nothing was changed") from error
-        raise corrupt(path, str(error)) from error
-    finally:
-        connection.close()
+        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            raise corrupt(path, str(error)) from error
+        raise DatabaseError(f"Cannot read {path}: {error}") from error
 
 
 def is_unfinished(path: Path) -> bool:
@@ -361,8 +386,8 @@ async def open_writer(
         raise DatabaseError(f"SQLite {sqlite3.sqlite_version} is too old; 3.37 or newer is needed")
     os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))  # the mode of a new file, whatever the umask
     connection = Connection(lambda: _open(path, "rw", busy_timeout_ms), 1000)
-    await connection
     try:
+        await connection
         modes = await connection.run(lambda plain: _configure_writer(plain, journal_mode, synchronous))
     except sqlite3.Error as error:
         await connection.close()
@@ -380,7 +405,11 @@ async def open_reader(path: Path, busy_timeout_ms: int) -> Connection:
     """Open one connection that cannot write and never checkpoints."""
     connection = Connection(lambda: _open(path, "ro", busy_timeout_ms), 1000)
     await connection
-    await connection.run(_configure_reader)
+    try:
+        await connection.run(_configure_reader)
+    except BaseException:
+        await connection.close()
+        raise
     return connection
 
 
@@ -408,6 +437,7 @@ def _configure_writer(connection: sqlite3.Connection, journal_mode: str, synchro
         connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # can only be chosen before the first table
     connection.execute(f"PRAGMA journal_mode = {journal_mode}")
     connection.execute(f"PRAGMA synchronous = {synchronous}")
+    connection.execute(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
     return read_modes(connection)
 
 
@@ -425,6 +455,15 @@ def read_modes(connection: sqlite3.Connection) -> Modes:
     return Modes(journal_mode.upper(), _SYNCHRONOUS[synchronous])
 
 
+def sync_directory(path: Path) -> None:
+    """Make durable what was made or renamed in a directory."""
+    directory = DirectorySync(path / "any")
+    try:
+        directory()
+    finally:
+        directory.close()
+
+
 class DirectorySync:
     """Makes the disappearance of the rollback journal durable.
 
@@ -437,7 +476,7 @@ class DirectorySync:
         self._descriptor = os.open(database.resolve().parent, os.O_RDONLY)
 
     def __call__(self) -> None:
-        """Sync the directory."""
+        """Sync the directory; raise OSError if that fails."""
         os.fsync(self._descriptor)
 
     def close(self) -> None:

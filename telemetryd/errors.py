@@ -60,14 +60,16 @@ class UnsupportedBodyError(TelemetrydError):
     """The request body has a media type or a content coding that the daemon does not read."""
 
 
-class SlowBodyError(TelemetrydError):
-    """The request body did not arrive in time."""
-
-
 class UnavailableError(TelemetrydError):
     """The daemon cannot do this now; the same request may succeed later."""
 
     retry_after_seconds = 1
+
+
+class SlowBodyError(UnavailableError):
+    """The request body stopped arriving, or came too slowly; send it again."""
+
+    retry_after_seconds = 5
 
 
 class QueueFullError(UnavailableError):

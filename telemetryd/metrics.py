@@ -100,7 +100,10 @@ class Metrics:
     def expose(self, accept: str, runs_stored: int) -> tuple[bytes, str]:
         """Return the metrics as text and its media type: OpenMetrics if the client prefers it."""
         self._runs_stored.set(runs_stored)
-        encode, content_type = choose_encoder(accept)
+        try:
+            encode, content_type = choose_encoder(accept)
+        except (TypeError, ValueError):  # a version or a quotation that the library cannot read
+            encode, content_type = choose_encoder("")
         return encode(self.registry), content_type
 
 

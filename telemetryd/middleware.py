@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 import ipaddress
 import itertools
@@ -25,9 +24,7 @@ from telemetryd.errors import (
     CommandFailedError,
     InvalidBodyError,
     InvalidRequestError,
-    QueueFullError,
     RunNotFoundError,
-    SlowBodyError,
     TelemetrydError,
     UnavailableError,
     UnsupportedBodyError,
@@ -49,7 +46,6 @@ STATUSES: Final[tuple[tuple[type[TelemetrydError], int], ...]] = (
     (RunNotFoundError, 404),
     (BodyTooLargeError, 413),
     (UnsupportedBodyError, 415),
-    (SlowBodyError, 408),
     (UnavailableError, 503),
 )
 """The HTTP status of each error; whatever is not listed is a 500 that tells nothing but its request id."""
@@ -200,18 +196,15 @@ def middleware(settings: Settings, metrics: Metrics) -> Middleware:
         ) as error:
             problem = error
             response = _answer_error(error, identity)
-        except asyncio.CancelledError:
-            raise
         except Exception as error:  # noqa: BLE001 - whatever it is must not reach the client; the log has it in full
             problem = error
             response = _answer_error(error, identity)
         response.headers["X-Request-ID"] = identity
         seconds = time.perf_counter() - started
-        endpoint = _endpoint(request)
+        endpoint = await _endpoint(request)
         metrics.count_request(request.method, endpoint, response.status, seconds)
         if isinstance(problem, UnavailableError) and request.method in ("POST", "PATCH"):
-            reason = "queue full" if isinstance(problem, QueueFullError) else type(problem).__name__
-            metrics.refused.labels(reason).inc()
+            metrics.refused.labels(_reason(problem)).inc()
         _log(
             request,
             note,
@@ -226,9 +219,21 @@ def middleware(settings: Settings, metrics: Metrics) -> Middleware:
     return pass_through
 
 
-def _endpoint(request: web.Request) -> str:
-    resource = request.match_info.route.resource
-    return resource.canonical if resource is not None else "(no such endpoint)"
+async def _endpoint(request: web.Request) -> str:
+    resource: web.AbstractResource | None = request.match_info.route.resource
+    if resource is None and isinstance(request.match_info.http_exception, web.HTTPMethodNotAllowed):
+        for resource in request.app.router.resources():
+            if (await resource.resolve(request))[1]:
+                return resource.canonical
+    return resource.canonical if resource is not None else _NOWHERE
+
+
+_NOWHERE: Final = "(no such endpoint)"
+
+
+def _reason(error: UnavailableError) -> str:
+    """Return why a write was refused, in words: QueueFullError → queue full."""
+    return re.sub(r"\B(?=[A-Z])", " ", type(error).__name__.removesuffix("Error")).lower()
 
 
 def _answer_error(error: BaseException, identity: str) -> web.Response:
@@ -281,7 +286,7 @@ def _log(
         if isinstance(problem, UnavailableError) and problem.__cause__ is not None:
             fields["error_cause"] = str(problem.__cause__)
         message = f"Error in {endpoint}: {text[:2000]}"
-        if endpoint == "(no such endpoint)":
+        if endpoint == _NOWHERE:
             fields["path"] = request.path[:200]
     fields |= {
         "request_id": identity,

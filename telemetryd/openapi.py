@@ -65,7 +65,6 @@ _ERROR_TEXTS: Final = {
     401: "A token is needed.",
     403: "Protected mode: only this machine is served.",
     404: "There is no such run.",
-    408: "The body did not arrive in time.",
     413: "The body or the batch is too large.",
     415: "The media type or the content coding is not known.",
     422: "The body is wrong; every fault is listed.",

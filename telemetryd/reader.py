@@ -32,7 +32,7 @@ class Readers:
         connections: list[Connection] = []
         try:
             for _ in range(count):
-                connections.append(await open_reader(path, busy_timeout_ms))
+                connections.append(await open_reader(path, min(busy_timeout_ms, round(timeout_s * 1000))))
         except BaseException:
             for connection in connections:
                 await connection.close()

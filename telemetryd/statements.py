@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sqlite3
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from itertools import chain, compress, groupby
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
 from typing import Final
 
 import orjson
@@ -30,15 +31,10 @@ from telemetryd.runs import (
 
 _MINUTE: Final = len("2025-12-24T10:00")
 _HOUR: Final = len("2025-12-24T10")
-_NOW: Final = f"?{len(STORED) + 1}"
 
 _INSERT_RUN: Final = f"""
     INSERT INTO agent_runs ({", ".join(STORED)}, updated_at)
-    VALUES ({
-    ", ".join(
-        f"coalesce(nullif(?{n}, ''), {_NOW})" if n == CREATED_AT + 1 else f"?{n}" for n in range(1, len(STORED) + 1)
-    )
-}, {_NOW})
+    VALUES ({", ".join("?" * (len(STORED) + 1))})
     ON CONFLICT (event_id) DO NOTHING
 """  # noqa: S608 - column names from the definition of a run
 
@@ -49,14 +45,15 @@ _LAST_EVENT_IDS: Final = """
 
 _FIND_RUN: Final = "SELECT run_id, agent_name, job_type, status FROM agent_runs WHERE event_id = ?"
 
+# A total that has drifted (a row changed by hand) is no reason to refuse what agents send.
 _ADD_TO_TOTAL: Final = """
     INSERT INTO run_totals (agent_name, job_type, status, runs) VALUES (?1, ?2, ?3, max(?4, 0))
-    ON CONFLICT (agent_name, job_type, status) DO UPDATE SET runs = runs + ?4
+    ON CONFLICT (agent_name, job_type, status) DO UPDATE SET runs = max(runs + ?4, 0)
 """
 
 _ADD_TO_MINUTE: Final = """
     INSERT INTO run_minutes (minute, runs) VALUES (?1, max(?2, 0))
-    ON CONFLICT (minute) DO UPDATE SET runs = runs + ?2
+    ON CONFLICT (minute) DO UPDATE SET runs = max(runs + ?2, 0)
 """
 
 
@@ -88,19 +85,31 @@ class Transaction:
             if kind is CreateRuns:
                 outcomes += self._create([command.rows for command in neighbours if isinstance(command, CreateRuns)])
             else:
-                outcomes += [self._update(command) for command in neighbours if isinstance(command, UpdateRun)]
+                outcomes += map(self._apply_alone, neighbours)
         return outcomes
 
-    def savepoint(self) -> Callable[[], None]:
-        """Mark this point and return the function that undoes everything applied after it."""
+    def _apply_alone(self, command: Command) -> Outcome:
+        match command:
+            case CreateRuns():
+                return self._create([command.rows])[0]
+            case UpdateRun():
+                return self._update(command)
+
+    @contextmanager
+    def savepoint(self) -> Iterator[None]:
+        """Undo everything that is applied inside the block if the block fails."""
         totals, minutes = self._totals.copy(), self._minutes.copy()
         self._cursor.execute("SAVEPOINT command")
-
-        def undo() -> None:
-            self._cursor.execute("ROLLBACK TO command")
+        try:
+            yield
+        except Exception:
+            if self._cursor.connection.in_transaction:
+                self._cursor.execute("ROLLBACK TO command")
             self._totals, self._minutes = totals, minutes
-
-        return undo
+            raise
+        finally:
+            if self._cursor.connection.in_transaction:
+                self._cursor.execute("RELEASE command")
 
     def finish(self) -> None:
         """Write the totals that the commands changed."""
@@ -111,25 +120,34 @@ class Transaction:
         write(_WIDEN_HOUR, [(hour, *span) for hour, span in self._hours.items()])
 
     def _create(self, batches: list[tuple[Row, ...]]) -> list[Created]:
-        rows = list(chain.from_iterable(batches))
-        inserted = self._cursor.executemany(_INSERT_RUN, [(*row, self._now) for row in rows]).rowcount
+        rows = [self._complete(row) for batch in batches for row in batch]
+        inserted = self._cursor.executemany(_INSERT_RUN, rows).rowcount
         if inserted == len(rows):
             self._count(rows)
             return [Created((True,) * len(batch)) for batch in batches]
-        unseen = set(orjson.loads(self._cursor.execute(_LAST_EVENT_IDS, (inserted,)).fetchone()[0]))
+        last = orjson.loads(self._cursor.execute(_LAST_EVENT_IDS, (inserted,)).fetchone()[0])
+        unseen = set(last)
+        if len(unseen) != inserted:
+            raise sqlite3.InternalError("the ids of new runs are not successive")
+        self._count([row for row in {row[EVENT_ID]: row for row in reversed(rows)}.values() if row[EVENT_ID] in unseen])
         outcomes = []
         for batch in batches:
             new = []
             for row in batch:
                 new.append(row[EVENT_ID] in unseen)
                 unseen.discard(row[EVENT_ID])  # a repeat in the same group is a duplicate of the first one
-            self._count(compress(batch, new))
             outcomes.append(Created(tuple(new)))
         return outcomes
 
-    def _count(self, new: Iterable[Row]) -> None:
+    def _complete(self, row: Row) -> Row:
+        """Return a row as it is stored: created now unless it says when, and updated now."""
+        if row[CREATED_AT]:
+            return (*row, self._now)
+        return (*row[:CREATED_AT], self._now, *row[CREATED_AT + 1 :], self._now)
+
+    def _count(self, new: list[Row]) -> None:
         for row in new:
-            created_at, start_time = str(row[CREATED_AT] or self._now), str(row[START_TIME])
+            created_at, start_time = str(row[CREATED_AT]), str(row[START_TIME])
             self._totals[str(row[AGENT_NAME]), str(row[JOB_TYPE]), str(row[STATUS])] += 1
             self._minutes[created_at[:_MINUTE]] += 1
             first, last = self._hours.get(created_at[:_HOUR], (start_time, start_time))
@@ -191,28 +209,44 @@ def select_page(query: ListRuns, created: Span | None = None) -> tuple[str, dict
     `created` is a span of created_at outside of which nothing can match.
     """
     index, merge_statuses = _INDEXES[frozenset(query.equal)]
+    values: dict[str, SqlValue] = {**query.equal, **query.bounds, "rows": query.limit + 1, "offset": query.offset}
     conditions = [f"{name} = :{name}" for name in query.equal]
-    conditions += [
-        f"{column} {comparison} :{name}" for name, (column, comparison) in TIME_BOUNDS.items() if name in query.bounds
-    ]
-    values: dict[str, SqlValue] = {
-        **query.equal,
-        **query.bounds,
-        "rows": query.limit + 1,
-        "offset": query.offset,
-    }
-    if created is not None:
-        conditions.append("created_at >= :span_from AND created_at < :span_to")
-        values |= {"span_from": created[0], "span_to": created[1]}
-    if query.after is not None:
-        conditions.append("(created_at, id) < (:after_created_at, :after_id)")
-        values |= {"after_created_at": query.after.created_at, "after_id": query.after.id}
-    statuses = [f"status = '{status}'" for status in Status] if merge_statuses else [""]
+    for name, (column, comparison) in TIME_BOUNDS.items():
+        if name in query.bounds and column != "created_at":
+            conditions.append(f"{column} {comparison} :{name}")
+    walks = _walks(query, created, values)
+    statuses = [f"status = '{status}'" for status in Status] if merge_statuses else []
     arms = []
-    for status in statuses:
-        where = " AND ".join(filter(None, [status, *conditions]))
-        arms.append(f"{_SELECT} INDEXED BY {index}" + (f" WHERE {where}" if where else ""))
+    for walk in walks:
+        for status in statuses or [""]:
+            where = " AND ".join(filter(None, [status, *conditions, walk]))
+            arms.append(f"{_SELECT} INDEXED BY {index}" + (f" WHERE {where}" if where else ""))
     return f"{' UNION ALL '.join(arms)} {_NEWEST_FIRST} LIMIT :rows OFFSET :offset", values
+
+
+def _walks(query: ListRuns, created: Span | None, values: dict[str, SqlValue]) -> list[str]:
+    """Return the conditions on created_at for each walk down an index: one bound at each end, for it uses only one.
+
+    A walk that goes on behind a cursor has two parts: the rest of the runs created at the same moment, and all
+    runs created before it. A comparison of pairs would only use the moment, and read all of its runs again.
+    """
+    lower, upper, end = query.bounds.get("created_after"), query.bounds.get("created_before"), ""
+    if created is not None and (lower is None or created[0] is None or str(created[0]) > lower):
+        end, values["span_from"] = "created_at >= :span_from", created[0]
+    elif lower is not None:
+        end = "created_at > :created_after"
+    if created is not None and created[1] is not None:
+        upper = min(upper or "~", str(created[1]))
+    if query.after is not None and (upper is None or query.after.created_at < upper):
+        values |= {"moment": query.after.created_at, "after_id": query.after.id}
+        # The plus keeps the index to the one moment, in which its rows are in the order of their ids.
+        parts = [["created_at = :moment", "id < :after_id", end and f"+{end}"], ["created_at < :moment", end]]
+    elif upper is not None:
+        values["upper"] = upper
+        parts = [["created_at < :upper", end]]
+    else:
+        parts = [[end]]
+    return [" AND ".join(filter(None, part)) for part in parts]
 
 
 def fetch_page(connection: sqlite3.Connection, query: ListRuns) -> Page:
@@ -239,14 +273,15 @@ def fetch_run(connection: sqlite3.Connection, query: GetRun) -> Row | None:
     return row
 
 
-def fetch_counts(connection: sqlite3.Connection, recent_since: str) -> Counts:
+def fetch_counts(connection: sqlite3.Connection, recent_since: str, now: str) -> Counts:
     """Read the totals that the writer keeps; their cost does not grow with the number of runs.
 
-    `recent_since` is taken to the whole minute in which it lies.
+    `recent` are the runs created in the minutes from that of `recent_since` to that of `now`.
     """
     agents = connection.execute("SELECT agent_name, sum(runs) FROM run_totals GROUP BY agent_name HAVING sum(runs) > 0")
     job_types = connection.execute("SELECT DISTINCT job_type FROM run_totals WHERE runs > 0 ORDER BY job_type")
     recent = connection.execute(
-        "SELECT coalesce(sum(runs), 0) FROM run_minutes WHERE minute >= ?", (recent_since[:_MINUTE],)
+        "SELECT coalesce(sum(runs), 0) FROM run_minutes WHERE minute BETWEEN ? AND ?",
+        (recent_since[:_MINUTE], now[:_MINUTE]),
     )
     return Counts(dict(agents), tuple(row[0] for row in job_types), recent.fetchone()[0])

@@ -95,9 +95,10 @@ class Store:
         """
         path = settings.db_path.absolute()
         prepare_directory(path)
-        ownership = Ownership(path, settings.lock_file)
-        ownership.acquire()
-        try:
+        async with contextlib.AsyncExitStack() as undo:
+            ownership = Ownership(path, settings.lock_file)
+            ownership.acquire()
+            undo.callback(ownership.release)
             state = inspect(path)
             migrate.refuse_unless_usable(path, state)
             if state.kind is FileKind.OURS:
@@ -108,27 +109,22 @@ class Store:
             connection, modes = await open_writer(
                 path, settings.db_journal_mode, settings.db_synchronous, settings.db_busy_timeout_ms
             )
-        except BaseException:
-            ownership.release()
-            raise
-        directory = DirectorySync(path)
-        try:
-            state = await connection.run(identify)  # again: opening has undone what was cut off
-            migrate.refuse_unless_usable(path, state)
-            if state.kind is not FileKind.OURS:
-                await connection.run(lambda plain: migrate.create(plain, format_timestamp(clock())))
-                directory()
-            await connection.run(lambda plain: migrate.check_schema(plain, path))
-            readers = await Readers.open(
-                path, settings.db_readers, settings.query_timeout_s, settings.db_busy_timeout_ms
-            )
-        except BaseException as error:
-            await connection.close()
-            directory.close()
-            ownership.release()
-            if isinstance(error, sqlite3.Error):
+            undo.push_async_callback(connection.close)
+            try:
+                directory = DirectorySync(path)
+                undo.callback(directory.close)
+                state = await connection.run(identify)  # again: opening has undone what was cut off
+                migrate.refuse_unless_usable(path, state)
+                if state.kind is not FileKind.OURS:
+                    await connection.run(lambda plain: migrate.create(plain, format_timestamp(clock())))
+                    directory()
+                await connection.run(lambda plain: migrate.check_schema(plain, path))
+                readers = await Readers.open(
+                    path, settings.db_readers, settings.query_timeout_s, settings.db_busy_timeout_ms
+                )
+            except (sqlite3.Error, OSError) as error:
                 raise DatabaseError(f"Cannot use {path}: {error}") from error
-            raise
+            undo.pop_all()
         return cls(
             settings,
             connection=connection,
@@ -143,11 +139,16 @@ class Store:
     def _make_durable(self) -> None:
         if needs_directory_sync(self._modes):
             self._directory()
-        if _identity(self._path) != self._identity:
-            raise OSError(self._gone())
+        if (displaced := self._displaced()) is not None:
+            raise OSError(displaced)
 
-    def _gone(self) -> str:
-        return f"The database file {self._path} was deleted or replaced while in use"
+    def _displaced(self) -> str | None:
+        """Say if the database or a lock is not at its place any more, where another owner may find it."""
+        if _identity(self._path) != self._identity:
+            return f"The database file {self._path} was deleted or replaced while in use"
+        if (lock := self._ownership.missing()) is not None:
+            return f"The lock file {lock} was deleted or replaced while in use; nothing may remove it"
+        return None
 
     @overload
     async def submit(self, command: CreateRuns) -> Created: ...
@@ -187,14 +188,13 @@ class Store:
             case GetRun():
                 return await self._readers.fetch(lambda plain: statements.fetch_run(plain, query))
             case CountRuns():
-                since = format_timestamp(self._clock() - timedelta(hours=24))
-                return await self._readers.fetch(lambda plain: statements.fetch_counts(plain, since))
+                now = self._clock()
+                day = format_timestamp(now - timedelta(hours=24)), format_timestamp(now)
+                return await self._readers.fetch(lambda plain: statements.fetch_counts(plain, *day))
 
     def health(self) -> Health:
         """Tell how the database is, at once: without the queue, a connection, or opening the file."""
-        problem = self._writer.failure
-        if problem is None and _identity(self._path) != self._identity:
-            problem = self._gone()
+        problem = self._writer.problem or self._displaced()
         return Health(self._path, self._modes, self._durable, self._writer.depth, problem)
 
     async def close(self) -> None:
@@ -215,8 +215,13 @@ class Store:
         await self._readers.close()
         if self._modes.journal_mode == "WAL":
             with contextlib.suppress(sqlite3.Error):  # the next start recovers the log just as well
-                await self._connection.run(lambda plain: plain.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall())
+                await self._connection.run(_checkpoint)
         await self._connection.close()
+
+
+def _checkpoint(plain: sqlite3.Connection) -> None:
+    plain.execute("PRAGMA busy_timeout = 0")  # a reader of somebody else's may hold it up, which is no reason to wait
+    plain.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

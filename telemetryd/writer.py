@@ -7,6 +7,7 @@ import sqlite3
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Final, Generic, Protocol, TypeVar
 
@@ -24,13 +25,16 @@ from telemetryd.errors import (
 )
 from telemetryd.metrics import Metrics
 
+QUEUE_BYTES: Final = 128 * 1024 * 1024
+"""A queue bounded in commands alone could hold 10,000 bodies of 16 MiB."""
+
 GROUP_ROWS: Final = 5_000
 """A group commit takes in what waits up to about so many rows; the rest goes into the next one."""
 
+_PROBLEM_S: Final = 60
+
 _PRIMARY_CODE: Final = 0xFF
-_FATAL: Final = frozenset(
-    {sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CANTOPEN}
-)
+_FATAL: Final = frozenset({sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 """After these nobody knows what the disk holds: stop, and let the next start recover (PostgreSQL's rule)."""
 
 
@@ -40,6 +44,10 @@ class Command(Protocol):
     @property
     def cost(self) -> int:
         """How many rows it touches at most."""
+
+    @property
+    def size(self) -> int:
+        """About how many bytes it holds while it waits."""
 
 
 C = TypeVar("C", bound=Command)
@@ -54,8 +62,8 @@ class Transaction(Protocol[C_contra, R_co]):
     def apply(self, commands: Sequence[C_contra]) -> Sequence[R_co]:
         """Carry out commands in order, and return the outcome of each."""
 
-    def savepoint(self) -> Callable[[], None]:
-        """Mark this point; the returned function undoes what came after it."""
+    def savepoint(self) -> AbstractContextManager[None]:
+        """Undo what is applied inside the block if the block fails."""
 
     def finish(self) -> None:
         """Do what is due once for the whole group, right before COMMIT."""
@@ -79,6 +87,7 @@ class Writer(Generic[C, R]):
         clock: gives that moment, one for each group, as stored text.
         make_durable: called after each COMMIT, before anybody is told.
         queue_max: how many commands may wait.
+        queue_bytes: how many bytes they may hold together, besides a first one of any size.
         metrics: where group sizes and commit times are counted.
 
     """
@@ -91,6 +100,7 @@ class Writer(Generic[C, R]):
         clock: Callable[[], str],
         make_durable: Callable[[], None],
         queue_max: int,
+        queue_bytes: int = QUEUE_BYTES,
         metrics: Metrics,
     ) -> None:
         self._connection = connection
@@ -98,16 +108,29 @@ class Writer(Generic[C, R]):
         self._clock = clock
         self._make_durable = make_durable
         self._queue: asyncio.Queue[_Waiting[C, R] | None] = asyncio.Queue(queue_max)
+        self._bytes_left = queue_bytes
         self._metrics = metrics
         self._stopping = False
         self.failure: str | None = None
-        """Why the writer has died, or None while it is well."""
+        """Why the writer has died, or None while it lives."""
+        self._problem: tuple[str, float] | None = None
         metrics.watch_queue(self._queue.qsize)
 
     @property
     def depth(self) -> int:
         """How many commands wait."""
         return self._queue.qsize()
+
+    @property
+    def problem(self) -> str | None:
+        """Why writes are not taken, or not stored: the writer's death, or the failure of the last group.
+
+        A failure is told for a minute at most, or nobody might dare to try again.
+        """
+        if self.failure is None and self._problem is not None:
+            text, since = self._problem
+            return text if time.monotonic() - since < _PROBLEM_S else None
+        return self.failure
 
     def submit(self, command: C) -> asyncio.Future[R]:
         """Queue a command; the future gets its own outcome or error once its group is committed.
@@ -122,11 +145,14 @@ class Writer(Generic[C, R]):
             raise WriterDeadError
         if self._stopping:
             raise StoppingError
+        if command.size > self._bytes_left and not self._queue.empty():
+            raise QueueFullError
         future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
         try:
             self._queue.put_nowait(_Waiting(command, future))
         except asyncio.QueueFull:
             raise QueueFullError from None
+        self._bytes_left -= command.size
         return future
 
     async def run(self) -> None:
@@ -156,15 +182,17 @@ class Writer(Generic[C, R]):
                 await self._queue.put(None)
 
     async def _next_group(self) -> list[_Waiting[C, R]]:
-        first = await self._queue.get()
-        group = [] if first is None else [first]
-        rows = 0 if first is None else first.command.cost
-        while rows < GROUP_ROWS and not self._queue.empty():
-            entry = self._queue.get_nowait()
+        group: list[_Waiting[C, R]] = []
+        entry = await self._queue.get()
+        rows = 0
+        while True:
             if entry is not None:
                 group.append(entry)
                 rows += entry.command.cost
-        return group
+                self._bytes_left += entry.command.size
+            if rows >= GROUP_ROWS or self._queue.empty():
+                return group
+            entry = self._queue.get_nowait()
 
     def _drain(self) -> list[_Waiting[C, R]]:
         entries = []
@@ -182,9 +210,12 @@ class Writer(Generic[C, R]):
         except TelemetrydError as error:
             if isinstance(error, WriterDeadError):
                 raise
+            if not isinstance(error, DatabaseBusyError):  # that is somebody else's doing, and passes
+                self._problem = f"The last write failed: {sentence(error.__cause__ or error)}", time.monotonic()
             for entry in group:
                 _fail(entry, error)
             return
+        self._problem = None
         self._metrics.commit_seconds.observe(time.perf_counter() - started)
         self._metrics.group_commands.observe(len(group))
         self._metrics.last_commit.set_to_current_time()
@@ -238,11 +269,10 @@ class Writer(Generic[C, R]):
 
 
 def _apply_alone(connection: sqlite3.Connection, transaction: Transaction[C, R], command: C) -> R | CommandFailedError:
-    undo = transaction.savepoint()
     try:
-        return _apply(connection, transaction, [command])[0]
+        with transaction.savepoint():
+            return _apply(connection, transaction, [command])[0]
     except CommandFailedError as error:
-        undo()
         return error
 
 

@@ -402,3 +402,48 @@ def _until_answered(path: Path, method: str, target: str, body: object = None) -
         except OSError:
             assert time.monotonic() < deadline
             time.sleep(0.02)
+
+
+@pytest.mark.parametrize("journal_mode", ["DELETE", "WAL"])
+def test_idle_connections_cannot_take_the_descriptors_of_the_database(
+    start_daemon: StartDaemon, journal_mode: str
+) -> None:
+    daemon = start_daemon(prefix=("prlimit", "--nofile=130:130"), TELEMETRY_DB_JOURNAL_MODE=journal_mode)
+    assert post(daemon.url, make_run())[0] == 201
+    address = urlsplit(daemon.url)
+    idle = [socket.create_connection((address.hostname, address.port)) for _ in range(150)]
+    try:
+        assert post(daemon.url, make_run())[0] in (201, 503, None)
+        assert daemon.process.poll() is None
+    finally:
+        for connection in idle:
+            connection.close()
+    deadline = time.monotonic() + 10
+    while post(daemon.url, make_run())[0] != 201:
+        assert time.monotonic() < deadline
+    assert daemon.stop() == 0
+
+
+def test_a_reader_of_somebody_elses_does_not_hold_up_the_stop(start_daemon: StartDaemon) -> None:
+    daemon = start_daemon(TELEMETRY_DB_JOURNAL_MODE="WAL")
+    assert post(daemon.url, make_run())[0] == 201
+    with closing(sqlite3.connect(f"file:{daemon.database}?mode=ro", uri=True)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT count(*) FROM agent_runs").fetchone()
+        assert post(daemon.url, make_run())[0] == 201
+        started = time.monotonic()
+        assert daemon.stop() == 0
+        assert time.monotonic() - started < 5
+
+
+def test_a_client_that_does_not_read_its_answer_does_not_hold_up_the_stop(start_daemon: StartDaemon) -> None:
+    daemon = start_daemon(TELEMETRY_DB_JOURNAL_MODE="WAL", TELEMETRY_SHUTDOWN_TIMEOUT_S="4")
+    for _ in range(8):
+        assert post(daemon.url, make_run(error_details="x" * 2_000_000))[0] == 201
+    address = urlsplit(daemon.url)
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect((address.hostname, address.port))
+        client.sendall(b"GET /api/v1/runs HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert client.recv(12) == b"HTTP/1.1 200"
+        assert daemon.stop() == 0

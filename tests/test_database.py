@@ -6,10 +6,12 @@ import json
 import os
 import re
 import signal
+import sqlite3
 import stat
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ import pytest
 from telemetryd.database import Modes, needs_directory_sync
 from tests.conftest import StartDaemon, make_run
 from tests.faults.strace import completed, needs_strace, strace
-from tests.http_client import post
+from tests.http_client import get, post
 
 
 def one_line(errors: str) -> str:
@@ -268,3 +270,38 @@ def test_only_delete_with_full_needs_the_directory_synced() -> None:
 
 def _files(folder: Path) -> dict[str, tuple[int, int]]:
     return {path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("content", ["not a lock\n", "SQLite format 3\0and so on", "12345 and more"])
+def test_a_file_that_is_no_lock_file_is_refused_and_left_alone(
+    start_daemon: StartDaemon, tmp_path: Path, content: str
+) -> None:
+    (tmp_path / "precious").write_text(content)
+    status, errors = start_daemon(TELEMETRY_LOCK_FILE=str(tmp_path / "precious")).wait()
+    assert status == 1
+    assert "precious is not a lock file" in errors
+    assert (tmp_path / "precious").read_text() == content
+
+
+def test_nothing_is_acknowledged_after_the_lock_file_was_deleted(start_daemon: StartDaemon, tmp_path: Path) -> None:
+    daemon = start_daemon()
+    assert post(daemon.url, make_run())[0] == 201
+    (tmp_path / "telemetry.sqlite.lock").unlink()
+    status, answer = get(daemon.url, "/health")
+    assert status == 503
+    assert "telemetry.sqlite.lock was deleted" in answer["detail"]
+    assert post(daemon.url, make_run())[0] == 503
+    assert daemon.wait()[0] == 1
+
+
+def test_a_database_that_another_program_has_marked_is_not_taken_over(
+    start_daemon: StartDaemon, tmp_path: Path
+) -> None:
+    with closing(sqlite3.connect(tmp_path / "telemetry.sqlite")) as connection:
+        connection.execute("PRAGMA application_id = 77")
+        connection.execute("PRAGMA user_version = 7")
+    before = (tmp_path / "telemetry.sqlite").read_bytes()
+    status, errors = start_daemon().wait()
+    assert status == 1
+    assert "another program" in errors
+    assert (tmp_path / "telemetry.sqlite").read_bytes() == before

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -143,3 +145,10 @@ def test_a_page_is_always_on_a_known_host_and_its_own_page(address: str) -> None
     assert not set(page) & set(" <>\"'\\?#@")
     assert "/../" not in f"{page}/"
     assert repo_url(page) == page
+
+
+@pytest.mark.parametrize("address", ["https://" + "a" * 10**6 + "!", "git@" + "a." * 10**6, "https://" + "a:" * 490])
+def test_a_long_text_that_is_no_address_is_given_up_at_once(address: str) -> None:
+    started = time.perf_counter()
+    assert repo_url(address) is None
+    assert time.perf_counter() - started < 0.05

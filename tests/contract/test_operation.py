@@ -192,7 +192,7 @@ async def test_totals_do_not_cost_more_with_more_runs(api: Api) -> None:
 
         connection = sqlite3.connect(f"file:{api.settings.db_path}?mode=ro", uri=True)
         connection.set_progress_handler(step, 1)
-        statements.fetch_counts(connection, "2025-01-01T00:00:00.000000Z")
+        statements.fetch_counts(connection, "2025-01-01T00:00:00.000000Z", "2026-01-01T00:00:00.000000Z")
         connection.close()
         return count
 
@@ -366,3 +366,10 @@ async def test_there_are_no_cors_headers(api: Api) -> None:
     for path in ("/docs", "/health", RUNS, "/openapi.json"):
         answer = await send(api, "GET", path, headers={"Origin": "https://evil.com"})
         assert not [name for name in answer.headers if name.startswith("access-control-")]
+
+
+@pytest.mark.parametrize("accept", ["application/openmetrics-text; version=abc", 'text/plain; version="1.0.0'])
+async def test_an_accept_header_that_nobody_can_read_still_gets_metrics(api: Api, accept: str) -> None:
+    async with api.client.get("/metrics?format=prometheus", headers={"Accept": accept}) as response:
+        assert response.status == 200
+        assert "telemetryd_runs_stored" in await response.text()
