@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Final
+from typing import Final, cast
 
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
@@ -83,8 +83,7 @@ class _Protocol(RequestHandler):
         """Take a connection, unless so many are open that the database would find no descriptor any more."""
         super().connection_made(transport)
         if isinstance(self._manager, _Server) and len(self._manager.connections) > self._manager.most_connections:
-            assert isinstance(transport, asyncio.Transport)  # noqa: S101 - for the type checker
-            transport.abort()
+            cast(asyncio.Transport, transport).abort()
 
 
 class _Server(web.Server):
