@@ -19,6 +19,9 @@ from telemetryd.errors import DatabaseError, DatabaseOwnedError
 APPLICATION_ID: Final = 0x746C6D64
 """`PRAGMA application_id` of our files: the letters "tlmd"."""
 
+SIDE_FILES: Final = ("-wal", "-shm", "-journal")
+"""What SQLite may keep beside a database file; with it they are one database and move together."""
+
 _MINIMUM_SQLITE: Final = (3, 37, 0)  # STRICT tables
 _HEADER_BYTES: Final = 100
 _QUICK_CHECK_BYTES: Final = 16 * 1024 * 1024
@@ -68,6 +71,20 @@ class FileLock:
         os.write(descriptor, f"{os.getpid()}\n".encode())
         self._descriptor = descriptor
 
+    def holder(self) -> str | None:
+        """Tell the PID of whoever holds the lock ("unknown" if it does not say), or None; makes no file."""
+        try:
+            descriptor = os.open(self._path, os.O_RDWR | getattr(os, "O_CLOEXEC", 0))
+        except OSError:
+            return None
+        try:
+            _lock(descriptor)
+        except OSError:
+            return os.pread(descriptor, 32, 0).decode("ascii", "replace").strip() or "unknown"
+        finally:
+            os.close(descriptor)
+        return None
+
     def release(self) -> None:
         """Give the lock back; the file stays."""
         if self._descriptor is not None:
@@ -116,6 +133,10 @@ class Ownership:
         except DatabaseError:
             self.release()
             raise
+
+    def holder(self) -> str | None:
+        """Tell the PID of whoever owns the database now, or None; takes nothing and makes no file."""
+        return next((pid for lock in self._locks if (pid := lock.holder()) is not None), None)
 
     def release(self) -> None:
         """Give all locks back."""
@@ -208,14 +229,29 @@ def inspect(path: Path) -> FileState:
 
 
 def _stranger(path: Path) -> Kind:
-    with sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True) as connection:
-        try:
-            tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-        except sqlite3.DatabaseError as error:
-            raise corrupt(path, str(error)) from error
-        finally:
-            connection.close()
+    connection = connect(path, "ro&immutable=1" if is_settled(path) else "ro")
+    try:
+        tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    except sqlite3.DatabaseError as error:
+        raise corrupt(path, str(error)) from error
+    finally:
+        connection.close()
     return Kind.LEGACY if "agent_runs" in tables else Kind.FOREIGN if tables else Kind.EMPTY
+
+
+def is_settled(path: Path) -> bool:
+    """Tell whether the file alone is the whole database: no rollback journal or write-ahead log holds a part of it.
+
+    Only such a file may be opened as immutable, which makes no file beside it and touches nothing, and
+    only while nobody writes to it.
+    """
+    for suffix in SIDE_FILES:
+        try:
+            if suffix != "-shm" and path.with_name(path.name + suffix).stat().st_size > 0:
+                return False
+        except FileNotFoundError:
+            continue
+    return True
 
 
 def check_quickly(path: Path) -> None:
@@ -250,8 +286,8 @@ def check_quickly(path: Path) -> None:
 def corrupt(path: Path, finding: str) -> DatabaseError:
     """Return the error for a damaged file, with what was found and what to do."""
     return DatabaseError(
-        f"{path} is damaged ({' '.join(finding.split())}); nothing was changed: restore a backup, or look at it "
-        f'with: sqlite3 -readonly {path} "PRAGMA integrity_check"'
+        f"{path} is damaged ({' '.join(finding.split())}); nothing was changed: restore a backup, or "
+        "look at it with: telemetryd check; save what can be read with: telemetryd check --repair"
     )
 
 
@@ -292,7 +328,7 @@ async def open_writer(
     if sqlite3.sqlite_version_info < _MINIMUM_SQLITE:
         raise DatabaseError(f"SQLite {sqlite3.sqlite_version} is too old; 3.37 or newer is needed")
     os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))  # the mode of a new file, whatever the umask
-    connection = Connection(lambda: _open(path, "rw", busy_timeout_ms), 1000)
+    connection = Connection(lambda: connect(path, "rw", busy_timeout_ms), 1000)
     await connection
     try:
         modes = await connection.run(lambda plain: _configure_writer(plain, journal_mode, synchronous))
@@ -310,13 +346,19 @@ async def open_writer(
 
 async def open_reader(path: Path, busy_timeout_ms: int) -> Connection:
     """Open one connection that cannot write and never checkpoints."""
-    connection = Connection(lambda: _open(path, "ro", busy_timeout_ms), 1000)
+    connection = Connection(lambda: connect(path, "ro", busy_timeout_ms), 1000)
     await connection
     await connection.run(_configure_reader)
     return connection
 
 
-def _open(path: Path, mode: str, busy_timeout_ms: int) -> sqlite3.Connection:
+def connect(path: Path, mode: str, busy_timeout_ms: int = 30_000) -> sqlite3.Connection:
+    """Open a plain connection without implicit transactions; `mode` is that of SQLite's URI: ro, rw or rwc.
+
+    Raises:
+        sqlite3.Error: if the file cannot be opened.
+
+    """
     return sqlite3.connect(
         f"{path.resolve().as_uri()}?mode={mode}",
         uri=True,

@@ -97,9 +97,29 @@ def _not_blank(value: object) -> object:
     return value
 
 
+_DURATION: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([smhdw]?)\s*", re.ASCII | re.IGNORECASE)
+_UNIT_SECONDS: Final = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+_CENTURY_S: Final = 100 * 366 * 86_400
+
+
+def parse_duration(text: object) -> float:
+    """Return a duration such as 90d, 12h, 30m, 45s, 2w or plain seconds, in seconds.
+
+    Raises:
+        ValueError: if it is none, is not positive, or is longer than a century.
+
+    """
+    match = _DURATION.fullmatch(str(text))
+    seconds = float(match[1]) * _UNIT_SECONDS[match[2].lower()] if match else 0.0
+    if not 0 < seconds <= _CENTURY_S:
+        raise ValueError("must be a duration such as 90d, 12h, 30m or 45s")
+    return seconds
+
+
 FilePath = Annotated[Path, BeforeValidator(_not_blank)]
 Upper = BeforeValidator(_upper)
 Positive = Annotated[int, Field(ge=1)]
+Duration = Annotated[float, BeforeValidator(parse_duration)]
 Seconds = Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)]
 
 
