@@ -164,6 +164,14 @@ class Settings(BaseModel):
         16 * 1024 * 1024, description="Largest request body, decoded; beyond it 413."
     )
     max_batch: Positive = Field(10_000, description="Most runs in one batch; beyond it 413.")
+    retention_days: Annotated[float, Field(gt=0, le=36_500, allow_inf_nan=False)] | None = Field(
+        None, description="Delete runs created more than so many days ago, by itself; none keeps them for ever."
+    )
+    stale_after: Duration | None = Field(
+        None, description="Cancel running runs without a change for so long (1h, 30m), by itself; none leaves them."
+    )
+    backup_dir: FilePath | None = Field(None, description="Directory for backups made by POST /api/v1/admin/backup.")
+    backup_keep: Positive | None = Field(None, description="How many of those backups are kept; none keeps all.")
     shutdown_timeout_s: Seconds = Field(10.0, description="Longest orderly shutdown, in seconds.")
     log_level: Annotated[LogLevel, Upper] = Field(LogLevel.INFO, description="DEBUG, INFO, WARNING or ERROR.")
     log_format: LogFormat = Field(LogFormat.AUTO, description="json, text, or auto: text on a terminal only.")

@@ -7,8 +7,19 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Final
 
-from telemetryd.commands import Command, Created, CreateRuns, Outcome, Updated, UpdateRun
-from telemetryd.queries import TIME_BOUNDS, Counts, GetRun, ListRuns, Page, Position
+from telemetryd.commands import (
+    Command,
+    Created,
+    CreateRuns,
+    Outcome,
+    Pruned,
+    PruneRuns,
+    Reaped,
+    ReapRuns,
+    Updated,
+    UpdateRun,
+)
+from telemetryd.queries import TIME_BOUNDS, CountPrunable, Counts, CountStale, GetRun, ListRuns, Page, Position
 from telemetryd.runs import AGENT_NAME, COLUMNS, CREATED_AT, JOB_TYPE, STATUS, STORED, Row, SqlValue, Status
 
 # --- Commands ------------------------------------------------------------------------------------
@@ -38,6 +49,26 @@ _ADD_TO_MINUTE: Final = """
     ON CONFLICT (minute) DO UPDATE SET runs = runs + ?2
 """
 
+# A day that has passed leaves no rows of zeros behind when its runs are pruned.
+_DROP_TOTAL: Final = "DELETE FROM run_totals WHERE agent_name = ? AND job_type = ? AND status = ? AND runs = 0"
+_DROP_MINUTE: Final = "DELETE FROM run_minutes WHERE minute = ? AND runs = 0"
+
+_VACUUM_PAGES: Final = 256
+"""Pages that one `PruneRuns` returns to the file system at most: 1 MiB, a few milliseconds."""
+_INCREMENTAL: Final = 2
+
+_IS_STALE: Final = "status = 'running' AND created_at < :stale_before AND updated_at < :stale_before"
+
+# The guide's values for a stale run; a run that was changed lately (a heartbeat by PATCH) is not stale.
+_REAP: Final = """
+    UPDATE agent_runs SET
+        status = 'cancelled', end_time = :now, updated_at = :now,
+        error_summary = 'Stale run cleaned up on startup (created at ' || created_at || ')',
+        output_summary = 'Process did not complete - cleanup on restart'
+    WHERE id IN ({stale} ORDER BY created_at LIMIT :limit)
+    RETURNING agent_name, job_type
+"""
+
 
 class Transaction:
     """One open transaction: applies commands and, at its end, brings the totals up to date."""
@@ -55,6 +86,10 @@ class Transaction:
                 return Created(tuple([self._create(row) for row in rows]))
             case UpdateRun(event_id, changes):
                 return self._update(event_id, dict(changes))
+            case PruneRuns():
+                return self._prune(command)
+            case ReapRuns():
+                return self._reap(command)
 
     def savepoint(self) -> Callable[[], None]:
         """Mark this point and return the function that undoes everything applied after it."""
@@ -75,6 +110,10 @@ class Transaction:
         self._cursor.executemany(
             _ADD_TO_MINUTE,
             [(minute, difference) for minute, difference in self._minutes.items() if difference],
+        )
+        self._cursor.executemany(_DROP_TOTAL, [key for key, difference in self._totals.items() if difference < 0])
+        self._cursor.executemany(
+            _DROP_MINUTE, [(minute,) for minute, difference in self._minutes.items() if difference < 0]
         )
 
     def _create(self, row: Row) -> bool:
@@ -100,6 +139,67 @@ class Transaction:
             self._totals[agent_name, job_type, status] -= 1
             self._totals[agent_name, job_type, str(new_status)] += 1
         return Updated(run_id)
+
+    def _prune(self, command: PruneRuns) -> Pruned:
+        chosen = self._cursor.execute(*_select_prunable(command)).fetchall()
+        ids = [row[:1] for row in chosen]
+        self._cursor.executemany("DELETE FROM agent_runs WHERE id = ?", ids)
+        self._cursor.executemany("DELETE FROM unconverted_values WHERE run = ?", ids)
+        for _, agent_name, job_type, status, created_at in chosen:
+            self._totals[agent_name, job_type, status] -= 1
+            self._minutes[created_at[:_MINUTE]] -= 1
+        return Pruned(len(chosen), self._return_space() if len(chosen) < command.limit else 0)
+
+    def _return_space(self) -> int:
+        """Return some free pages to the file system; tell how many are left that can be returned."""
+        if self._cursor.execute("PRAGMA auto_vacuum").fetchone()[0] != _INCREMENTAL:
+            return 0
+        self._cursor.execute(f"PRAGMA incremental_vacuum({_VACUUM_PAGES})").fetchall()
+        return int(self._cursor.execute("PRAGMA freelist_count").fetchone()[0])
+
+    def _reap(self, command: ReapRuns) -> Reaped:
+        stale, values = _select_stale("id", command.stale_before, command.agent_name)
+        reaped = self._cursor.execute(
+            _REAP.format(stale=stale), {**values, "now": self._now, "limit": command.limit}
+        ).fetchall()
+        for agent_name, job_type in reaped:
+            self._totals[agent_name, job_type, str(Status.RUNNING)] -= 1
+            self._totals[agent_name, job_type, str(Status.CANCELLED)] += 1
+        return Reaped(len(reaped))
+
+
+def _old_runs(command: PruneRuns | CountPrunable) -> tuple[str, list[str], dict[str, SqlValue]]:
+    """Return the index, the conditions and the parameters that find the runs to prune."""
+    equal = {name: value for name in ("agent_name", "status") if (value := getattr(command, name)) is not None}
+    index, _ = _INDEXES[frozenset(equal)]
+    conditions = ["created_at < :created_before", *(f"{name} = :{name}" for name in equal)]
+    return index, conditions, {**equal, "created_before": command.created_before}
+
+
+def _select_prunable(command: PruneRuns) -> tuple[str, dict[str, SqlValue]]:
+    index, conditions, values = _old_runs(command)
+    source = f"agent_runs INDEXED BY {index}"
+    if command.ids is not None:
+        source = "agent_runs NOT INDEXED"  # by the row number, that is
+        conditions.append("id IN (SELECT value FROM json_each(:ids))")
+        values["ids"] = f"[{','.join(map(str, command.ids))}]"
+    if command.unchanged_since is not None:
+        conditions.append("updated_at <= :unchanged_since")
+        values["unchanged_since"] = command.unchanged_since
+    return (
+        f"SELECT id, agent_name, job_type, status, created_at FROM {source} "  # noqa: S608 - our own words
+        f"WHERE {' AND '.join(conditions)} ORDER BY created_at LIMIT :limit",
+        {**values, "limit": command.limit},
+    )
+
+
+def _select_stale(what: str, stale_before: str, agent_name: str | None) -> tuple[str, dict[str, SqlValue]]:
+    index, _ = _INDEXES[frozenset({"status"} if agent_name is None else {"status", "agent_name"})]
+    agent = "" if agent_name is None else " AND agent_name = :agent_name"
+    values: dict[str, SqlValue] = {"stale_before": stale_before}
+    if agent_name is not None:
+        values["agent_name"] = agent_name
+    return f"SELECT {what} FROM agent_runs INDEXED BY {index} WHERE {_IS_STALE}{agent}", values  # noqa: S608 - our own words
 
 
 # --- Queries -------------------------------------------------------------------------------------
@@ -163,6 +263,20 @@ def fetch_run(connection: sqlite3.Connection, query: GetRun) -> Row | None:
     """Fetch the run with an event_id."""
     row: Row | None = connection.execute(f"{_SELECT} WHERE event_id = ?", (query.event_id,)).fetchone()
     return row
+
+
+def count_prunable(connection: sqlite3.Connection, query: CountPrunable) -> int:
+    """Count the runs that pruning would delete."""
+    index, conditions, values = _old_runs(query)
+    where = " AND ".join(conditions)
+    return int(
+        connection.execute(f"SELECT count(*) FROM agent_runs INDEXED BY {index} WHERE {where}", values).fetchone()[0]  # noqa: S608 - our own words
+    )
+
+
+def count_stale(connection: sqlite3.Connection, query: CountStale) -> int:
+    """Count the runs that reaping would cancel."""
+    return int(connection.execute(*_select_stale("count(*)", query.stale_before, query.agent_name)).fetchone()[0])
 
 
 def fetch_counts(connection: sqlite3.Connection, recent_since: str) -> Counts:

@@ -99,6 +99,10 @@ class Writer(Generic[C, R]):
         self._queue: asyncio.Queue[_Waiting[C, R] | None] = asyncio.Queue(queue_max)
         self._metrics = metrics
         self._stopping = False
+        self.groups = 0
+        """How many groups are finished, well or not."""
+        self.idle = True
+        """Whether it waits for work."""
         self.failure: str | None = None
         """Why the writer has died, or None while it is well."""
         metrics.watch_queue(self._queue.qsize)
@@ -141,6 +145,7 @@ class Writer(Generic[C, R]):
                 waiting = await self._next_group()
                 if waiting:
                     await self._commit(waiting)
+                self.groups += 1
         except BaseException as error:
             self.failure = sentence(error)
             for entry in [*waiting, *self._drain()]:
@@ -155,7 +160,9 @@ class Writer(Generic[C, R]):
                 await self._queue.put(None)
 
     async def _next_group(self) -> list[_Waiting[C, R]]:
+        self.idle = self._queue.empty()
         first = await self._queue.get()
+        self.idle = False
         group = [] if first is None else [first]
         rows = 0 if first is None else first.command.cost
         while rows < GROUP_ROWS and not self._queue.empty():
