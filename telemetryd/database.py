@@ -369,6 +369,14 @@ def connect(path: Path, mode: str, busy_timeout_ms: int = 30_000) -> sqlite3.Con
     )
 
 
+def lenient_text(raw: bytes) -> str | bytes:
+    """Return text that is not UTF-8 as it is (a `text_factory`): sqlite3 alone would fail on the whole row."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return raw
+
+
 def _configure(connection: sqlite3.Connection, cache_kib: int) -> None:
     # Defensive settings of sqlite.org/security.html; no memory map, which would turn a stray write or an
     # I/O error into damage or a signal.

@@ -17,7 +17,7 @@ from typing import Final
 from telemetryd import migrate
 from telemetryd.backup import Watch, ignore_progress, sync_directory
 from telemetryd.conversion import Converter, Original, RawValue, Tally
-from telemetryd.database import APPLICATION_ID, SIDE_FILES, connect, corrupt, is_settled
+from telemetryd.database import APPLICATION_ID, SIDE_FILES, connect, corrupt, is_settled, lenient_text
 from telemetryd.errors import DatabaseError
 from telemetryd.runs import COLUMNS
 
@@ -139,16 +139,8 @@ def preview(path: Path, watch: Watch = ignore_progress) -> Migration:
 
 def _connect(path: Path, mode: str) -> sqlite3.Connection:
     connection = connect(path, mode)
-    connection.text_factory = _text
+    connection.text_factory = lenient_text
     return connection
-
-
-def _text(raw: bytes) -> str | bytes:
-    """Return text that is not UTF-8 as it is: sqlite3 alone would fail on the whole row."""
-    try:
-        return raw.decode()
-    except UnicodeDecodeError:
-        return raw
 
 
 @contextmanager

@@ -290,3 +290,66 @@ def fetch_counts(connection: sqlite3.Connection, recent_since: str) -> Counts:
         "SELECT coalesce(sum(runs), 0) FROM run_minutes WHERE minute >= ?", (recent_since[:_MINUTE],)
     )
     return Counts(dict(agents), tuple(row[0] for row in job_types), recent.fetchone()[0])
+
+
+# --- Checking and salvaging ----------------------------------------------------------------------
+
+_WRONG_TOTALS: Final = """
+    WITH counted AS (
+        SELECT agent_name || char(0) || job_type || char(0) || status AS place, count(*) AS runs
+            FROM agent_runs GROUP BY agent_name, job_type, status
+        UNION ALL
+        SELECT substr(created_at, 1, 16), count(*) FROM agent_runs GROUP BY 1
+    ), kept AS (
+        SELECT agent_name || char(0) || job_type || char(0) || status AS place, runs FROM run_totals WHERE runs <> 0
+        UNION ALL
+        SELECT minute, runs FROM run_minutes WHERE runs <> 0
+    )
+    SELECT count(DISTINCT place) FROM (
+        SELECT place FROM (SELECT * FROM counted EXCEPT SELECT * FROM kept)
+        UNION ALL
+        SELECT place FROM (SELECT * FROM kept EXCEPT SELECT * FROM counted)
+    )
+"""
+
+_RECOUNT: Final = (
+    "DELETE FROM run_totals",
+    "DELETE FROM run_minutes",
+    "INSERT INTO run_totals (agent_name, job_type, status, runs) "
+    "SELECT agent_name, job_type, status, count(*) FROM agent_runs GROUP BY agent_name, job_type, status",
+    "INSERT INTO run_minutes (minute, runs) "
+    "SELECT substr(created_at, 1, 16), count(*) FROM agent_runs GROUP BY substr(created_at, 1, 16)",
+)
+
+SAVE_RUN: Final = (
+    f"INSERT INTO agent_runs ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))}) ON CONFLICT DO NOTHING"  # noqa: S608 - names from the definition
+)
+KEEP_ORIGINAL: Final = "INSERT OR IGNORE INTO unconverted_values (run, field, reason, original) VALUES (?, ?, ?, ?)"
+
+FIRST_NUMBER: Final = -(2**63)
+LAST_NUMBER: Final = 2**63 - 1
+WALK_FROM: Final = {
+    "front": "SELECT rowid, * FROM agent_runs NOT INDEXED WHERE rowid > ? ORDER BY rowid LIMIT ?",
+    "back": "SELECT rowid, * FROM agent_runs NOT INDEXED WHERE rowid < ? ORDER BY rowid DESC LIMIT ?",
+}
+READ_BY_NUMBER: Final = "SELECT rowid, * FROM agent_runs NOT INDEXED WHERE rowid = ?"
+_SMALL_INDEXES: Final = ("idx_runs_created_desc", "idx_runs_start", "idx_runs_event_id")
+NUMBERS_IN_INDEXES: Final = tuple(
+    f"SELECT rowid FROM agent_runs INDEXED BY {index} WHERE {column} >= '' AND rowid > ? AND rowid < ?"  # noqa: S608 - our own names
+    for index, column in zip(_SMALL_INDEXES, ("created_at", "start_time", "event_id"), strict=True)
+)
+COUNTS_OF_RUNS: Final = (
+    "SELECT sum(runs) FROM run_totals",
+    *(f"SELECT count(*) FROM agent_runs INDEXED BY {index}" for index in _SMALL_INDEXES),  # noqa: S608 - our own names
+)
+
+
+def count_wrong_totals(connection: sqlite3.Connection) -> int:
+    """Count the totals that differ from what the table holds."""
+    return int(connection.execute(_WRONG_TOTALS).fetchone()[0])
+
+
+def recount_totals(connection: sqlite3.Connection) -> None:
+    """Count every total again, inside the caller's transaction."""
+    for statement in _RECOUNT:
+        connection.execute(statement)

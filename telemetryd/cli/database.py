@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -11,12 +12,24 @@ from typing import Any
 import click
 
 import telemetryd.backup as backups
+import telemetryd.check as checks
 from telemetryd import legacy
-from telemetryd.cli.options import fail, failing, json_flag, load_settings, print_json, progress, settings_flags, size
+from telemetryd.cli.options import (
+    EXIT_FAILURE,
+    Progress,
+    failing,
+    json_flag,
+    load_settings,
+    print_json,
+    progress,
+    settings_flags,
+    size,
+)
 from telemetryd.database import Kind, Ownership, inspect
 from telemetryd.errors import DatabaseError
 from telemetryd.migrate import current_version, refuse_unless_usable
 from telemetryd.runs import format_timestamp, utc_now
+from telemetryd.salvage import salvage
 from telemetryd.settings import Settings
 
 DATABASE_SETTINGS = ("db_path", "lock_file")
@@ -266,6 +279,56 @@ def restore(source: Path, as_json: bool, **flags: Any) -> None:
 
 
 @click.command()
-def check() -> None:
-    """Not yet."""
-    fail("not yet")
+@click.option("--repair", is_flag=True, help="Mend indexes and totals; of a damaged file save what can be read.")
+@json_flag
+@settings_flags(*DATABASE_SETTINGS)
+def check(repair: bool, as_json: bool, **flags: Any) -> None:
+    r"""Examine the database: integrity, schema, totals, foreign keys, and the index of every documented query.
+
+    Without --repair nothing is written and the daemon may run. Exit status 1 means that something was found.
+
+    \b
+    Examples:
+      telemetryd check
+      telemetryd check --json | jq '.findings'
+      systemctl stop telemetryd && telemetryd check --repair
+    """
+    settings = load_settings(flags).settings
+    with failing(), progress() as drawn:
+        refuse_missing(settings.db_path)
+        done: dict[str, Any] = {}
+        if repair:
+            with owned(settings) as path:
+                done = _repair(path, drawn)
+        path = settings.db_path.absolute()
+        findings = checks.examine(path, drawn)
+    bad = [finding for finding in findings if finding.severity is not checks.Severity.NOTE]
+    if as_json:
+        print_json({"database": path, "ok": not bad, "findings": findings, **done})
+    else:
+        for line in done.get("repaired", []):
+            click.echo(f"repaired: {line}")
+        for finding in findings:
+            click.echo(f"{finding.severity}: {finding.check}: {finding.text} → {finding.advice}")
+        if not bad:
+            click.echo(f"{path}: ok")
+    if bad:
+        sys.exit(EXIT_FAILURE)
+
+
+def _repair(path: Path, drawn: Progress) -> dict[str, Any]:
+    """Mend in place what can be; otherwise save what can be read into a new file."""
+    backups.forget_second_name(path)
+    if not any(finding.severity is checks.Severity.DAMAGE for finding in _examine_damaged(path, drawn)):
+        return {"repaired": checks.repair(path, drawn)}
+    done = salvage(path, _local_now(), drawn)
+    lost = "an unknown number" if done.lost is None else str(done.lost)
+    lines = [f"{done.saved} runs saved into a new file, {lost} lost", f"the damaged file is kept as {done.aside}"]
+    return {"repaired": lines, "saved": done.saved, "lost": done.lost, "old_file": done.aside}
+
+
+def _examine_damaged(path: Path, drawn: Progress) -> list[checks.Finding]:
+    try:
+        return checks.examine(path, drawn)
+    except DatabaseError as error:  # so damaged that it cannot even be examined
+        return [checks.Finding("integrity", checks.Severity.DAMAGE, str(error), "")]
