@@ -228,6 +228,16 @@ def inspect(path: Path) -> FileState:
     return FileState(_stranger(path), version)
 
 
+def is_ours(path: Path) -> bool:
+    """Tell from the header alone whether telemetryd made a file; nothing is opened by SQLite."""
+    try:
+        with path.open("rb") as file:
+            header = file.read(_HEADER_BYTES)
+    except OSError:
+        return False
+    return int.from_bytes(header[68:72], "big") == APPLICATION_ID
+
+
 def _stranger(path: Path) -> Kind:
     connection = connect(path, "ro&immutable=1" if is_settled(path) else "ro")
     try:

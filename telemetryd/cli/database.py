@@ -25,7 +25,7 @@ from telemetryd.cli.options import (
     settings_flags,
     size,
 )
-from telemetryd.database import Kind, Ownership, inspect
+from telemetryd.database import Kind, Ownership, inspect, is_ours
 from telemetryd.errors import DatabaseError
 from telemetryd.migrate import current_version, refuse_unless_usable
 from telemetryd.runs import format_timestamp, utc_now
@@ -83,9 +83,7 @@ def migrate(dry_run: bool, with_backup: bool, as_json: bool, **flags: Any) -> No
     path = settings.db_path.absolute()
     with failing():
         if dry_run:
-            with legacy.undisturbed(path) as quiet, progress() as drawn:
-                done = legacy.preview(quiet, drawn) if _is_older(quiet) else None
-            _report_migration(path, done, dry_run=True, as_json=as_json)
+            _report_migration(path, _preview(path), dry_run=True, as_json=as_json)
             return
         with owned(settings):
             if not _is_older(path):
@@ -108,6 +106,13 @@ def _is_older(path: Path) -> bool:
         return True
     refuse_unless_usable(path, state)
     return False
+
+
+def _preview(path: Path) -> legacy.Migration | None:
+    if is_ours(path) and not _is_older(path):
+        return None  # maybe in use, and a copy of it would cost much and tell nothing
+    with legacy.undisturbed(path) as quiet, progress() as drawn:
+        return legacy.preview(quiet, drawn) if _is_older(quiet) else None
 
 
 def _migrate(path: Path, *, with_backup: bool, as_json: bool) -> None:
