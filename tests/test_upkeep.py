@@ -2,7 +2,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import sqlite3
+import subprocess
+import sys
+import time
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -15,6 +19,7 @@ from backports import zstd
 from telemetryd.database import connect
 from telemetryd.runs import format_timestamp
 from tests.conftest import Api, Daemon, MakeApi, StartDaemon, make_run
+from tests.tools.fill import make_database
 from tests.tools.process import telemetryd
 
 TOKEN = "a-token-of-24-characters"
@@ -234,6 +239,33 @@ async def test_without_a_daemon_they_work_on_the_database(start_daemon: StartDae
     totals_are_right(path)
     assert telemetryd("prune", "--older-than", "90d", "--db-path", tmp_path / "none.sqlite", status=1).stderr
     assert not (tmp_path / "none.sqlite").exists()
+
+
+def test_a_prune_killed_at_any_moment_loses_no_run_and_can_be_repeated(
+    start_daemon: StartDaemon, tmp_path: Path
+) -> None:
+    path = make_database(tmp_path / "telemetry.sqlite", 4000)
+    daemon = start_daemon(TELEMETRY_API_UNIX=str(tmp_path / "d.sock"), TELEMETRY_DB_JOURNAL_MODE="WAL")
+    assert daemon.url
+    arguments = ("prune", "--older-than", "60d", "--db-path", str(path), "--unix", str(tmp_path / "d.sock"))
+    for number in range(3):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "telemetryd", *arguments, "--archive", tmp_path / f"archive-{number}.zst"],
+            stdout=subprocess.DEVNULL,
+        )
+        time.sleep(random.uniform(0.4, 1.2))
+        process.kill()
+        process.wait()
+    telemetryd(*arguments, "--archive", tmp_path / "archive-last.zst")
+    kept = {row[0] for row in rows(path, "SELECT event_id FROM agent_runs")}
+    archived = set()
+    for archive in tmp_path.glob("archive-*.zst"):
+        with zstd.open(archive, "rb") as packed:
+            archived |= {json.loads(line)["event_id"] for line in packed}
+    assert len(kept | archived) == 4000
+    assert not kept & archived
+    totals_are_right(path)
+    assert daemon.stop() == 0
 
 
 async def test_the_daemon_does_it_by_itself_if_told_to(start_daemon: StartDaemon) -> None:

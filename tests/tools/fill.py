@@ -34,6 +34,7 @@ def make_database(path: Path, runs: int, *, days: int = 120) -> Path:
             transaction.apply(CreateRuns(rows))
             transaction.finish()
             connection.execute("COMMIT")
+        connection.execute("UPDATE agent_runs SET updated_at = created_at")
     return path
 
 
