@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import re
+import secrets
 import sqlite3
 import sys
 import time
@@ -32,6 +33,8 @@ _PAGES: Final = 2048
 """Pages copied in one step: 8 MiB at the usual page size, some milliseconds."""
 _RESTARTS: Final = 3
 _PAUSE_S: Final = 0.002
+_PARTIAL: Final = ".partial"
+_ABANDONED_S: Final = 86_400
 _CHUNK: Final = 1 << 20
 _STAMPED: Final = re.compile(r"_\d{8}_\d{6}\.sqlite(?:\.zst)?")
 
@@ -236,8 +239,13 @@ def replace(database: Path, new: Path, aside: Path) -> Path:
     return aside
 
 
-def forget_second_name(database: Path) -> None:
-    """Remove the second name that a `replace` gave the old file before it was killed."""
+def forget_leftovers(database: Path) -> None:
+    """Remove what a `restore` or a salvage left when it was killed; the caller owns the database.
+
+    That is the second name of a file that is still in its place, and copies that never became whole.
+    """
+    for path in database.parent.glob(f".{database.name}.*{_PARTIAL}*"):
+        path.unlink()
     try:
         status = database.stat()
     except FileNotFoundError:
@@ -258,9 +266,9 @@ def partial_file(destination: Path) -> Iterator[Path]:
         DatabaseError: if it cannot be made.
 
     """
-    path = destination.with_name(f".{destination.name}.partial")
+    path = destination.with_name(f".{destination.name}.{secrets.token_hex(4)}{_PARTIAL}")
     try:
-        path.unlink(missing_ok=True)  # of a run that was killed
+        _forget_old_partials(destination.parent)
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     except OSError as error:
         raise DatabaseError(f"Cannot write to {destination.parent}: {error.strerror}") from error
@@ -269,6 +277,13 @@ def partial_file(destination: Path) -> Iterator[Path]:
     finally:
         for suffix in ("", *SIDE_FILES):
             path.with_name(path.name + suffix).unlink(missing_ok=True)
+
+
+def _forget_old_partials(directory: Path) -> None:
+    """Remove unfinished backups that were killed; a day old, they are nobody's any more."""
+    for path in directory.glob(f".*{_PARTIAL}"):
+        if time.time() - path.stat().st_mtime > _ABANDONED_S:
+            path.unlink(missing_ok=True)
 
 
 def publish(path: Path, destination: Path) -> None:

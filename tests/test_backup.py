@@ -11,7 +11,6 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -21,8 +20,6 @@ from telemetryd.database import Ownership
 from tests.conftest import Daemon, StartDaemon, make_run
 from tests.tools.fill import make_database
 from tests.tools.process import telemetryd
-
-MOMENT = datetime(2026, 1, 1, tzinfo=UTC)
 
 
 def rows(path: Path) -> int:
@@ -183,6 +180,19 @@ def test_killed_at_any_moment_nothing_is_in_between(tmp_path: Path, command: str
     for aside in tmp_path.glob("*.before-*"):
         assert rows(aside) in (10_000, 20_000)
     telemetryd(*arguments, "--db-path", path)
+    if command == "restore":
+        assert not list(tmp_path.glob(".*.partial*"))
+
+
+def test_unfinished_backups_go_after_a_day(tmp_path: Path) -> None:
+    path = make_database(tmp_path / "telemetry.sqlite", 5)
+    old, fresh = tmp_path / ".telemetry_backup_1.sqlite.0.partial", tmp_path / ".telemetry_backup_2.sqlite.0.partial"
+    old.touch()
+    fresh.touch()
+    os.utime(old, (1, 1))
+    backup.backup(path, tmp_path / "copy.sqlite")
+    assert not old.exists()
+    assert fresh.exists()
 
 
 def test_a_snapshot_of_an_owned_database_needs_no_lock(tmp_path: Path) -> None:

@@ -266,7 +266,7 @@ def restore(source: Path, as_json: bool, **flags: Any) -> None:
     """
     settings = load_settings(flags).settings
     with failing(), owned(settings) as path, progress() as drawn:
-        backups.forget_second_name(path)
+        backups.forget_leftovers(path)
         content, aside = backups.restore(source, path, _local_now(), drawn)
     kept = aside if aside.exists() else None
     needs_migration = not content.ours or content.version < current_version()
@@ -323,7 +323,7 @@ def check(repair: bool, as_json: bool, **flags: Any) -> None:
 
 def _repair(path: Path, drawn: Progress) -> dict[str, Any]:
     """Mend in place what can be; otherwise save what can be read into a new file."""
-    backups.forget_second_name(path)
+    backups.forget_leftovers(path)
     if not any(finding.severity is checks.Severity.DAMAGE for finding in _examine_damaged(path, drawn)):
         return {"repaired": checks.repair(path, drawn)}
     done = salvage(path, _local_now(), drawn)

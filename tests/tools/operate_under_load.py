@@ -96,6 +96,9 @@ async def operate(folder: Path, mode: str) -> None:
             out, err = await process.communicate()
             lines.append(load.take(name, time.monotonic() - started))
             click.echo(f"$ telemetryd {' '.join(arguments)}\n{out.decode()}{err.decode()}exit {process.returncode}")
+        load.take("between", 1)
+        await asyncio.sleep(_BASELINE_S)
+        lines.append(load.take("nothing (again)", _BASELINE_S))
         for client in clients:
             client.cancel()
         await asyncio.gather(*clients, return_exceptions=True)
