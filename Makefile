@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+BENCH_INSTALLED := $(VENV)/.installed-bench
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-all check schema docs build clean
+.PHONY: help run test test-all check bench bench-large schema docs build clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -31,6 +32,16 @@ check: $(INSTALLED) ## lint, types, and the direction of imports
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+$(BENCH_INSTALLED): $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	@touch $@
+
+bench: $(BENCH_INSTALLED) ## measure against limits, a baseline and the targets (ten minutes; needs wrk and gcc)
+	$(BIN)/python -m bench
+
+bench-large: $(BENCH_INSTALLED) ## the same with 10 million runs, where size matters (up to an hour; 15 GB of disk)
+	$(BIN)/python -m bench --large
 
 schema: $(INSTALLED) ## write schema/telemetry.sql from migrations/
 	$(BIN)/python -m tests.tools.schema

@@ -50,6 +50,12 @@ CREATE TABLE agent_runs (
     git_commit_timestamp TEXT
 ) STRICT;
 
+CREATE TABLE run_hours (
+    hour TEXT NOT NULL PRIMARY KEY,
+    first_start TEXT NOT NULL,
+    last_start TEXT NOT NULL
+) STRICT, WITHOUT ROWID;
+
 CREATE TABLE run_minutes (
     minute TEXT NOT NULL PRIMARY KEY,
     runs INTEGER NOT NULL CHECK (runs >= 0)

@@ -17,7 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Final, Protocol
 
-from telemetryd.database import APPLICATION_ID, SIDE_FILES, connect, corrupt, is_settled
+from telemetryd.database import APPLICATION_ID, SIDE_FILES, connect, corrupt, is_unfinished
 from telemetryd.errors import DatabaseError
 
 if sys.version_info >= (3, 14):
@@ -155,7 +155,7 @@ def verify(path: Path) -> Content:
         DatabaseError: if it is damaged, or holds no runs.
 
     """
-    if not is_settled(path):
+    if is_unfinished(path):
         raise DatabaseError(f"{path} has a journal beside it, so it is not a whole database by itself")
     with contextlib.closing(connect(path, "ro&immutable=1")) as connection:
         try:

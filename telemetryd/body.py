@@ -98,6 +98,8 @@ async def read_body(request: web.Request, limit: int) -> bytes:
     coding = ", ".join(request.headers.getall("Content-Encoding", [])).strip().lower()
     if coding not in ("", "identity") and coding not in _DECODERS:
         raise UnsupportedBodyError(f"Content-Encoding must be gzip, deflate, zstd or identity, not {shorten(coding)!r}")
+    if request.headers.get("Transfer-Encoding", "chunked").strip().lower() != "chunked":
+        raise UnsupportedBodyError("Transfer-Encoding can only be chunked")  # aiohttp takes others and decodes none
     if (request.content_length or 0) > limit:
         raise _too_large(limit)
     body = await _receive(request, limit)

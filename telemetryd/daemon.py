@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import logging
 import math
 import os
 import signal
 import socket
 import sqlite3
+import stat
 import sys
+import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
-import orjson
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
@@ -24,6 +27,7 @@ from telemetryd import upkeep
 from telemetryd.http import make_app
 from telemetryd.logs import log
 from telemetryd.metrics import Metrics
+from telemetryd.middleware import error_response, request_id, unexpected_detail
 from telemetryd.runs import utc_now
 from telemetryd.settings import LoadedSettings, Settings
 from telemetryd.store import Store
@@ -46,12 +50,21 @@ class _Protocol(RequestHandler):
         message: str | None = None,
     ) -> web.StreamResponse:
         """Answer what never became a request; the parser's text may echo the input, so it is not passed on."""
-        log.warning(
-            "Malformed request",
-            extra={"status": status, "client": request.remote, "error_type": type(exc).__name__},
+        identity = uuid.uuid4().hex
+        unexpected = status >= 500
+        log.log(
+            logging.ERROR if unexpected else logging.WARNING,
+            "Request failed outside of any handler" if unexpected else "Malformed request",
+            extra={
+                "status": status,
+                "client": request.remote or "unix",
+                "error_type": type(exc).__name__,
+                "request_id": identity,
+            },
+            exc_info=exc if unexpected else None,
         )
-        detail = "The request is not valid HTTP/1.1" if status < 500 else "Internal error"
-        response = web.Response(body=orjson.dumps({"detail": detail}), status=status, content_type="application/json")
+        detail = unexpected_detail(identity) if unexpected else "The request is not valid HTTP/1.1"
+        response = error_response(status, detail, {"X-Request-ID": identity})
         response.force_close()
         return response
 
@@ -64,7 +77,16 @@ class _Server(web.Server):
 class _Runner(web.AppRunner):
     async def _make_server(self) -> web.Server:
         made = await super()._make_server()
-        return _Server(made.request_handler, request_factory=made.request_factory, **made._kwargs)
+
+        async def answer(request: web.BaseRequest) -> web.StreamResponse:
+            try:
+                return await made.request_handler(request)
+            except web.HTTPExpectationFailed as error:  # the one answer that aiohttp gives before any middleware
+                return error_response(
+                    error.status, "Expect can only be 100-continue", {"X-Request-ID": request_id(request)}
+                )
+
+        return _Server(answer, request_factory=made.request_factory, **made._kwargs)
 
 
 def make_runner(app: web.Application, settings: Settings) -> web.AppRunner:
@@ -139,14 +161,24 @@ async def _listen(runner: web.AppRunner, settings: Settings, passed: Sequence[so
 
 
 def _remove_dead_socket(path: str) -> None:
-    """Remove the socket of a daemon that died; one that is alive, or a file that is no socket, stays."""
+    """Remove the socket of a daemon that died, because binding would also take that of one that is alive.
+
+    Raises:
+        OSError: if the socket is in use, or what stands there is no socket.
+
+    """
+    try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise FileExistsError(errno.EEXIST, "there is a file that is not a socket", path)
+    except FileNotFoundError:
+        return
     with socket.socket(socket.AF_UNIX) as probe:
         try:
             probe.connect(path)
         except ConnectionRefusedError:
             os.unlink(path)
-        except OSError:
             return
+    raise OSError(errno.EADDRINUSE, "another process listens there", path)
 
 
 async def serve(loaded: LoadedSettings) -> int:
@@ -174,15 +206,16 @@ async def serve(loaded: LoadedSettings) -> int:
         stopped.cancel()
         signs.cancel()
         notifier.send(STOPPING=1, STATUS="Committing what is queued")
-        death = daemon.store.writing.exception() if daemon.store.writing.done() else None
-        if death is not None:
+        if daemon.store.writing.done():
             log.critical(
                 "The writer has died; exiting, so that the service manager restarts the daemon",
-                exc_info=death,
+                exc_info=daemon.store.writing.exception(),
             )
         log.info("Stopping", extra={"queue_depth": daemon.store.health().queue_depth})
         loop.call_later(settings.shutdown_timeout_s, _give_up, settings.shutdown_timeout_s)
-    if death is not None:
+    death = daemon.store.writing.exception()
+    if death is not None:  # perhaps only while it committed what was queued
+        log.critical("Stopped after the writer's death", exc_info=death)
         return EXIT_FAILURE
     log.info("Stopped")
     return 0

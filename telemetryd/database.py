@@ -6,7 +6,9 @@ import errno
 import os
 import sqlite3
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -24,6 +26,7 @@ SIDE_FILES: Final = ("-wal", "-shm", "-journal")
 
 _MINIMUM_SQLITE: Final = (3, 37, 0)  # STRICT tables
 _HEADER_BYTES: Final = 100
+_HOLDER_READS: Final = 50
 _QUICK_CHECK_BYTES: Final = 16 * 1024 * 1024
 _READ_CACHE_KIB: Final = 16 * 1024
 _WRITE_CACHE_KIB: Final = 64 * 1024
@@ -60,16 +63,20 @@ class FileLock:
         try:
             _lock(descriptor)
         except OSError as error:
-            holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip() if hasattr(os, "pread") else ""
+            holder = _holder(descriptor)
             os.close(descriptor)
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise DatabaseError(f"Cannot lock {self._path}: {error.strerror}") from error
             raise DatabaseOwnedError(
                 f"Another telemetryd (PID {holder or 'unknown'}) owns this database: it holds the lock {self._path}"
             ) from error
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"{os.getpid()}\n".encode())
         self._descriptor = descriptor
+        try:
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"{os.getpid()}\n".encode())
+        except OSError as error:
+            self.release()
+            raise DatabaseError(f"Cannot write the lock file {self._path}: {error.strerror}") from error
 
     def holder(self) -> str | None:
         """Tell the PID of whoever holds the lock ("unknown" if it does not say), or None; makes no file."""
@@ -92,8 +99,23 @@ class FileLock:
             self._descriptor = None
 
 
+def _holder(descriptor: int) -> str:
+    """Read the owner's PID; one that has only just taken the lock writes it within milliseconds."""
+    holder = ""
+    for _ in range(_HOLDER_READS):
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        holder = os.read(descriptor, 32).decode("ascii", "replace").strip()
+        if holder.isdigit() and _is_alive(int(holder)):
+            return holder
+        time.sleep(0.01)
+    return holder
+
+
 if sys.platform == "win32":
     import msvcrt
+
+    def _is_alive(pid: int) -> bool:
+        return True  # os.kill(pid, 0) would end it there
 
     def _lock(descriptor: int) -> None:
         os.lseek(descriptor, 1 << 30, os.SEEK_SET)  # a byte far behind the PID, which others may read
@@ -101,6 +123,15 @@ if sys.platform == "win32":
         os.lseek(descriptor, 0, os.SEEK_SET)
 else:
     import fcntl
+
+    def _is_alive(pid: int) -> bool:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return False
+        except OSError:  # of another user
+            return True
+        return True
 
     def _lock(descriptor: int) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -191,9 +222,8 @@ class FileState:
 def inspect(path: Path) -> FileState:
     """Look at a database file without writing to it. Call it only while no connection to it is open.
 
-    The header alone tells most (sqlite.org/fileformat2.html#the_database_header). A file that another
-    transaction has not finished with (a journal or write-ahead log beside it) is judged by its header too:
-    neither of the two numbers changes except in a migration, which SQLite completes or undoes on opening.
+    What a cut-off transaction left (a hot journal) is not undone for this; whoever opens the file afterwards
+    has to ask `identify` again.
 
     Raises:
         DatabaseError: if it is not a usable SQLite file; the message says what it is and what to run.
@@ -222,10 +252,29 @@ def inspect(path: Path) -> FileState:
         raise DatabaseError(
             f"{path} is not a SQLite database; move it away, or point TELEMETRY_DB_PATH at the right file"
         )
-    version, application = (int.from_bytes(header[at : at + 4], "big") for at in (60, 68))
+    _check_length(path, header, status.st_size)
+    with looking(path) as connection:
+        return identify(connection)
+
+
+def _check_length(path: Path, header: bytes, actual: int) -> None:
+    page_size = int.from_bytes(header[16:18], "big")
+    pages = int.from_bytes(header[28:32], "big")
+    is_pages_valid = header[24:28] == header[92:96]  # SQLite before 3.7 did not keep that number
+    needed = pages * (65536 if page_size == 1 else page_size)
+    if is_pages_valid and needed > actual and not is_unfinished(path):
+        raise corrupt(path, f"it should have {pages} pages but is only {actual} bytes long")
+
+
+def identify(connection: sqlite3.Connection) -> FileState:
+    """Tell what a database is from what a connection sees, which includes a write-ahead log."""
+    application = connection.execute("PRAGMA application_id").fetchone()[0]
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
     if application == APPLICATION_ID:
         return FileState(Kind.OURS, version)
-    return FileState(_stranger(path), version)
+    tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    kind = Kind.LEGACY if "agent_runs" in tables else Kind.FOREIGN if tables else Kind.EMPTY
+    return FileState(kind, version)
 
 
 def is_ours(path: Path) -> bool:
@@ -238,57 +287,57 @@ def is_ours(path: Path) -> bool:
     return int.from_bytes(header[68:72], "big") == APPLICATION_ID
 
 
-def _stranger(path: Path) -> Kind:
-    connection = connect(path, "ro&immutable=1" if is_settled(path) else "ro")
+@contextmanager
+def looking(path: Path) -> Iterator[sqlite3.Connection]:
+    """Open a file only to look at it, so that neither it nor anything beside it changes.
+
+    `immutable` keeps SQLite from locking, and from making a shared-memory file beside a database in WAL
+    mode; where a log waits, the connection has to read it, because even the header may stand only there.
+
+    Raises:
+        DatabaseError: if SQLite cannot read it.
+
+    """
+    immutable = "" if _beside(path, "-wal").exists() else "&immutable=1"
+    connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro{immutable}", uri=True)
     try:
-        tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        yield connection
     except sqlite3.DatabaseError as error:
+        if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY:
+            raise DatabaseError(f"{path} is locked by another process; nothing was changed") from error
         raise corrupt(path, str(error)) from error
     finally:
         connection.close()
-    return Kind.LEGACY if "agent_runs" in tables else Kind.FOREIGN if tables else Kind.EMPTY
 
 
-def is_settled(path: Path) -> bool:
-    """Tell whether the file alone is the whole database: no rollback journal or write-ahead log holds a part of it.
+def is_unfinished(path: Path) -> bool:
+    """Tell whether a transaction was cut off: SQLite recovers it on opening; until then the file is in between."""
+    try:
+        with _beside(path, "-journal").open("rb") as journal:
+            is_hot = journal.read(1) not in (b"", b"\0")  # SQLite's own test; PERSIST leaves a blank one
+    except FileNotFoundError:
+        is_hot = False
+    return is_hot or _beside(path, "-wal").exists()
 
-    Only such a file may be opened as immutable, which makes no file beside it and touches nothing, and
-    only while nobody writes to it.
-    """
-    for suffix in SIDE_FILES:
-        try:
-            if suffix != "-shm" and path.with_name(path.name + suffix).stat().st_size > 0:
-                return False
-        except FileNotFoundError:
-            continue
-    return True
+
+def _beside(path: Path, suffix: str) -> Path:
+    real = path.resolve()  # where SQLite puts it, too
+    return real.with_name(real.name + suffix)
 
 
 def check_quickly(path: Path) -> None:
-    """Find damage that can be found without reading a large file: its length, and small files in whole.
+    """Find damage inside a small file; a large one would take too long to read at every start.
 
     Raises:
         DatabaseError: if the file is damaged.
 
     """
-    if any(path.with_name(path.name + suffix).exists() for suffix in ("-journal", "-wal")):
-        return  # SQLite recovers it on opening; until then the file alone may be in between
-    with path.open("rb") as file:
-        header = file.read(_HEADER_BYTES)
-    page_size = int.from_bytes(header[16:18], "big")
-    pages = int.from_bytes(header[28:32], "big")
-    actual = path.stat().st_size
-    if pages * (65536 if page_size == 1 else page_size) > actual:
-        raise corrupt(path, f"it should have {pages} pages but is only {actual} bytes long")
-    if actual > _QUICK_CHECK_BYTES:
+    if is_unfinished(path):
         return
-    connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
-    try:
+    if path.stat().st_size > _QUICK_CHECK_BYTES:
+        return
+    with looking(path) as connection:
         finding = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
-    except sqlite3.DatabaseError as error:
-        finding = str(error)
-    finally:
-        connection.close()
     if finding != "ok":
         raise corrupt(path, finding)
 
@@ -313,6 +362,10 @@ class Connection(aiosqlite.Connection):
     async def run(self, function: Callable[[sqlite3.Connection], T]) -> T:
         """Call a function with the plain connection, in the connection's own thread."""
         return await self._execute(function, self._conn)  # type: ignore[no-any-return, no-untyped-call]
+
+    def interrupt_now(self) -> None:
+        """Interrupt what runs in the connection's thread, if anything does."""
+        self._conn.interrupt()
 
 
 @dataclass(frozen=True, slots=True)

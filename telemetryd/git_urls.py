@@ -12,7 +12,8 @@ _COMMIT_PATH = {
 }
 _ADDRESS = re.compile(
     r"(?:https?://(?:[^/@\s]*@)?|ssh://(?:[^/@\s]*@)?|(?P<scp>[\w.-]+@))"
-    r"(?P<host>[A-Za-z0-9.-]+)(?::\d+)?(?(scp):)/*(?P<path>[\w.~+/-]+)"
+    r"(?P<host>[A-Za-z0-9.-]+)(?::\d+)?(?(scp):)/*(?P<path>[\w.~+/-]+)",
+    re.ASCII,  # a page is a URI, and a lookalike letter is another host
 )
 _COMMIT = re.compile(r"[0-9A-Fa-f]{7,64}")
 

@@ -624,6 +624,7 @@ ROUTES: Final[tuple[Route, ...]] = (
                     ),
                 )
             },
+            other_answer_types=("text/plain", "application/openmetrics-text"),
             errors=(400, 503),
         ),
     ),
@@ -709,6 +710,8 @@ def make_app(store: Store, settings: Settings, metrics: Metrics) -> web.Applicat
     """Return the app that answers for one store."""
     app = web.Application(middlewares=[middleware(settings, metrics)], client_max_size=settings.max_body_bytes)
     app[STORE], app[SETTINGS], app[METRICS] = store, settings, metrics
-    app[DOCUMENT] = orjson.dumps(openapi.document(operations()))
-    app.router.add_routes([web.route(route.method, route.path, route.handler) for route in ROUTES])
+    app[DOCUMENT] = orjson.dumps(openapi.document(operations(), needs_token=settings.api_auth_enabled))
+    # aiohttp's own pattern of a variable part leaves out braces, which an event_id may hold.
+    paths = ((route, route.path.replace("{event_id}", "{event_id:[^/]+}")) for route in ROUTES)
+    app.router.add_routes([web.route(route.method, path, route.handler) for route, path in paths])
     return app

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import shutil
 import sqlite3
 import tempfile
@@ -17,7 +16,7 @@ from typing import Final
 from telemetryd import migrate
 from telemetryd.backup import Watch, ignore_progress, sync_directory
 from telemetryd.conversion import Converter, Original, RawValue, Tally
-from telemetryd.database import APPLICATION_ID, SIDE_FILES, connect, corrupt, is_settled, lenient_text
+from telemetryd.database import APPLICATION_ID, SIDE_FILES, connect, corrupt, is_unfinished, lenient_text
 from telemetryd.errors import DatabaseError
 from telemetryd.runs import COLUMNS
 
@@ -107,7 +106,7 @@ class Migration:
 @contextmanager
 def undisturbed(path: Path) -> Iterator[Path]:
     """Give a path where a database may be looked at without a trace: a temporary copy if a journal is beside it."""
-    if is_settled(path):
+    if not is_unfinished(path):
         yield path
         return
     with tempfile.TemporaryDirectory(prefix="telemetryd-") as folder:
@@ -125,7 +124,7 @@ def preview(path: Path, watch: Watch = ignore_progress) -> Migration:
         DatabaseError: if it cannot be read, or is not a telemetry database.
 
     """
-    mode = "ro&immutable=1" if is_settled(path) else "rw"
+    mode = "ro&immutable=1" if not is_unfinished(path) else "rw"
     with contextlib.closing(_connect(path, mode)) as connection, _as_database_error(path):
         layout = look(connection, path)
         tally = Tally()
@@ -304,7 +303,7 @@ def _rebuild(connection: sqlite3.Connection, layout: Layout, now: str, watch: Wa
         watch("Creating indexes", number, len(indexes))
         connection.execute(sql)
     watch("Creating indexes", len(indexes), len(indexes))
-    _fill_totals(connection)
+    migrate.derive(connection)
     _keep_log(connection)
     connection.execute(f"DROP TABLE {_OLD_RUNS}")
     if layout.triggers:
@@ -374,14 +373,6 @@ def _separate_equal_event_ids(connection: sqlite3.Connection, tally: Tally) -> N
     if changed.rowcount:
         tally.replaced["event_id", "not unique"] += changed.rowcount
     connection.execute("DROP TABLE temp.surplus")
-
-
-def _fill_totals(connection: sqlite3.Connection) -> None:
-    """Run what the steps derive from the runs once more: the first time there were none yet."""
-    for step in migrate.steps():
-        for statement in step.statements():
-            if re.search(r"^INSERT INTO.*\bFROM agent_runs\b", statement, re.MULTILINE | re.DOTALL):
-                connection.execute(statement)
 
 
 def _keep_log(connection: sqlite3.Connection) -> None:

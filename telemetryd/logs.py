@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import logging.handlers
 import queue
+import re
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any, Final, TextIO
 
 import click
@@ -23,6 +27,9 @@ log: Final = logging.getLogger(LOGGER_NAME)
 
 _BACKLOG: Final = 20_000
 """Lines that may wait for a slow sink before new ones are dropped (and counted)."""
+
+_GATHER_S: Final = 0.01
+"""How long the writing thread lets lines gather: woken for each, it would compete with the event loop."""
 
 _STANDARD: Final = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
 
@@ -46,8 +53,7 @@ class JsonLines(OrjsonFormatter):
 
     def add_fields(self, log_data: dict[str, Any], record: logging.LogRecord, message_dict: dict[str, Any]) -> None:
         """Fill in the line's fields in the guide's order."""
-        moment = datetime.fromtimestamp(record.created, UTC)
-        log_data["timestamp"] = f"{moment:%Y-%m-%dT%H:%M:%S}.{moment.microsecond // 1000:03d}Z"
+        log_data["timestamp"] = f"{_second(int(record.created))}.{int(record.msecs):03d}Z"
         log_data["level"] = record.levelname
         log_data["logger"] = record.name
         log_data["message"] = record.getMessage()
@@ -56,11 +62,40 @@ class JsonLines(OrjsonFormatter):
 
     def jsonify_log_record(self, log_data: dict[str, Any]) -> str:
         """Serialise one line; what JSON lacks is written as its text."""
-        return "{" + ", ".join(f"{_dumps(name)}: {_dumps(value)}" for name, value in log_data.items()) + "}"
+        return "{" + ", ".join([f"{_name(name)}: {_dumps(value)}" for name, value in log_data.items()]) + "}"
+
+
+@lru_cache(maxsize=4)
+def _second(timestamp: int) -> str:
+    return datetime.fromtimestamp(timestamp, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+
+
+@lru_cache(maxsize=1024)
+def _name(name: str) -> str:
+    return _dumps(name)
 
 
 def _dumps(value: object) -> str:
-    return orjson.dumps(value, default=str, option=orjson.OPT_NON_STR_KEYS).decode()
+    try:
+        text = orjson.dumps(value, default=str, option=orjson.OPT_NON_STR_KEYS).decode()
+    except TypeError:  # a lone surrogate, an integer of more than 64 bits, too deep a nesting
+        return json.dumps(str(value))
+    return _printable(text)
+
+
+def _printable(text: str) -> str:
+    return text if text.isprintable() else _UNPRINTABLE.sub(_escape, text)
+
+
+# JSON itself escapes what is below a blank only; terminals and viewers also act on the 8-bit controls, on
+# U+2028 as a line's end, and on marks that turn the direction of what follows.
+_UNPRINTABLE: Final = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]"
+)
+
+
+def _escape(match: re.Match[str]) -> str:
+    return f"\\u{ord(match[0]):04x}"
 
 
 _COLOURS: Final = {
@@ -84,13 +119,11 @@ class ReadableLines(logging.Formatter):
         extras = "".join(
             f" {click.style(name, dim=True)}={_dumps(value)}" for name, value in fields.items() if value is not None
         )
-        message = (
-            record.getMessage().encode("unicode_escape").decode("ascii")
-            if not record.getMessage().isprintable()
-            else record.getMessage()
-        )
+        message = record.getMessage()
+        if not message.isprintable():
+            message = message.encode("unicode_escape").decode("ascii")
         line = f"{moment:%H:%M:%S}.{moment.microsecond // 1000:03d} {level} {message}{extras}"
-        return f"{line}\n{traceback}" if traceback else line
+        return "\n".join([line, *map(_printable, traceback.split("\n"))]) if traceback else line
 
 
 class _Backlog(logging.handlers.QueueHandler):
@@ -100,6 +133,7 @@ class _Backlog(logging.handlers.QueueHandler):
         super().__init__(records)
         self._records = records
         self.dropped = 0
+        """Lines dropped so far; it only grows, so the writing thread can read it at any time."""
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
         """Leave the formatting to the writing thread."""
@@ -128,36 +162,51 @@ class _Sink(threading.Thread):
         self._formatter = formatter
         self._stream = stream
         self._backlog = backlog
+        self._unwritten = 0
+        self._told = 0
 
     def run(self) -> None:
         """Write until the closing None arrives."""
         closing = False
         while not closing:
             batch = [self._records.get()]
+            if batch[0] is not None:
+                time.sleep(_GATHER_S)
             while len(batch) < 1000 and not self._records.empty():
                 batch.append(self._records.get())
             closing = None in batch
-            lines = [self._formatter.format(record) for record in batch if record is not None]
-            if self._backlog.dropped:
-                lines.append(self._formatter.format(self._dropped_record()))
+            lines = [self._line(record) for record in batch if record is not None]
+            dropped = self._backlog.dropped + self._unwritten
+            if dropped > self._told:
+                lines.append(self._line(_dropped_record(dropped - self._told)))
             try:
                 self._stream.write("".join(f"{line}\n" for line in lines))
                 self._stream.flush()
             except (OSError, ValueError):
                 # Nobody reads the log any more (a closed pipe, a full disk): answering matters more.
-                self._backlog.dropped += len(lines)
+                self._unwritten += len(batch)
+            else:
+                self._told = dropped
 
-    def _dropped_record(self) -> logging.LogRecord:
-        dropped, self._backlog.dropped = self._backlog.dropped, 0
-        return logging.makeLogRecord(
-            {
-                "name": LOGGER_NAME,
-                "levelno": logging.WARNING,
-                "levelname": "WARNING",
-                "msg": "Log lines dropped",
-                "dropped": dropped,
-            }
-        )
+    def _line(self, record: logging.LogRecord) -> str:
+        try:
+            return self._formatter.format(record)
+        except Exception as error:  # noqa: BLE001 - one bad call of a library's must not end all logging
+            bad = {"name": record.name, "levelno": logging.ERROR, "levelname": "ERROR", "msg": "Log line not formatted"}
+            about = {"error_type": type(error).__name__, "error_message": str(error), "template": str(record.msg)}
+            return self._formatter.format(logging.makeLogRecord({**bad, **about}))
+
+
+def _dropped_record(dropped: int) -> logging.LogRecord:
+    return logging.makeLogRecord(
+        {
+            "name": LOGGER_NAME,
+            "levelno": logging.WARNING,
+            "levelname": "WARNING",
+            "msg": "Log lines dropped",
+            "dropped": dropped,
+        }
+    )
 
 
 @contextmanager
@@ -170,6 +219,11 @@ def logging_to(stream: TextIO, level: LogLevel, form: LogFormat) -> Iterator[Non
     sink = _Sink(records, formatter, stream, backlog)
     root = logging.getLogger()
     before = (root.handlers[:], root.level)
+    # No line shows these, and collecting them costs (docs.python.org/3/howto/logging.html#optimization).
+    facts = ("logThreads", "logProcesses", "logMultiprocessing", "logAsyncioTasks", "_srcfile")
+    collected = {fact: getattr(logging, fact) for fact in facts if hasattr(logging, fact)}
+    for fact in collected:
+        setattr(logging, fact, None)
     root.handlers[:] = [backlog]
     root.setLevel(level.value)
     logging.captureWarnings(True)
@@ -180,6 +234,8 @@ def logging_to(stream: TextIO, level: LogLevel, form: LogFormat) -> Iterator[Non
         yield
     finally:
         logging.captureWarnings(False)
+        for fact, value in collected.items():
+            setattr(logging, fact, value)
         root.handlers[:], level_before = before
         root.setLevel(level_before)
         records.put(None)

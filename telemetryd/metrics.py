@@ -21,6 +21,7 @@ from prometheus_client.exposition import choose_encoder
 import telemetryd
 
 _LATENCY: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_METHODS: Final = frozenset({"GET", "HEAD", "POST", "PATCH", "PUT", "DELETE", "OPTIONS"})
 _SIZES: Final = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
 
 
@@ -47,6 +48,7 @@ class Metrics:
             buckets=_LATENCY,
             registry=self.registry,
         )
+        self._requests: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
         self.runs = Counter(
             "telemetryd_runs_received",
             "Runs received, by what became of them.",
@@ -83,6 +85,18 @@ class Metrics:
         """Take the queue's depth from a function whenever it is asked for."""
         self._queue_depth.set_function(depth)
 
+    def count_request(self, method: str, route: str, status: int, seconds: float) -> None:
+        """Count one answered request; methods that no route knows are counted together."""
+        key = (method if method in _METHODS else "other", route, status)
+        children = self._requests.get(key)
+        if children is None:
+            method, route, status = key
+            children = (self.requests.labels(method, route, status), self.request_seconds.labels(method, route))
+            self._requests[key] = children
+        answered, duration = children
+        answered.inc()
+        duration.observe(seconds)
+
     def expose(self, accept: str, runs_stored: int) -> tuple[bytes, str]:
         """Return the metrics as text and its media type: OpenMetrics if the client prefers it."""
         self._runs_stored.set(runs_stored)
@@ -90,6 +104,25 @@ class Metrics:
         return encode(self.registry), content_type
 
 
+_IS_PROMETHEUS: Final = {
+    "text/plain": True,
+    "application/openmetrics-text": True,
+    "application/json": False,
+    "application/*": False,
+    "*/*": False,
+}
+
+
 def wants_prometheus(accept: str) -> bool:
-    """Tell whether an Accept header asks for Prometheus or OpenMetrics text rather than for JSON."""
-    return re.search(r"\btext/plain\b|\bapplication/openmetrics-text\b", accept) is not None
+    """Tell whether an Accept header prefers Prometheus or OpenMetrics text to JSON; of equals, the first counts."""
+    preferred, best = False, 0.0
+    for part in accept.lower().split(","):
+        kind, *parameters = (text.strip() for text in part.split(";"))
+        weight = next((_weight(text[2:]) for text in parameters if text.startswith("q=")), 1.0)
+        if kind in _IS_PROMETHEUS and weight > best:
+            preferred, best = _IS_PROMETHEUS[kind], weight
+    return preferred
+
+
+def _weight(text: str) -> float:
+    return float(text) if re.fullmatch(r"[01](\.[0-9]{0,3})?", text) else 0.0

@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import hmac
 import ipaddress
+import itertools
 import logging
 import math
 import os
 import re
+import secrets
 import socket
 import struct
 import sys
 import time
-import uuid
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
@@ -186,10 +187,21 @@ def _is_loopback(address: str | None) -> bool:
     return (mapped or peer).is_loopback
 
 
-def request_id(request: web.Request) -> str:
+def unexpected_detail(identity: str) -> str:
+    """Return all that a client learns of an error that nobody foresaw."""
+    return f"Internal error; the log tells more under request id {identity}"
+
+
+# A random word and a counter: asking the system for randomness each time would give the interpreter's lock
+# away in the middle of a request.
+_PROCESS: Final = secrets.token_hex(6)
+_numbers: Final = itertools.count(1)
+
+
+def request_id(request: web.BaseRequest) -> str:
     """Return the client's own request id if it is usable, else a new one."""
     given = request.headers.get("X-Request-ID", "")
-    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    return given if _REQUEST_ID.fullmatch(given) else f"{_PROCESS}-{next(_numbers):x}"
 
 
 def middleware(settings: Settings, metrics: Metrics) -> Middleware:
@@ -221,7 +233,7 @@ def middleware(settings: Settings, metrics: Metrics) -> Middleware:
         response.headers["X-Request-ID"] = identity
         seconds = time.perf_counter() - started
         endpoint = _endpoint(request)
-        _count(metrics, request.method, endpoint, response.status, seconds)
+        metrics.count_request(request.method, endpoint, response.status, seconds)
         if isinstance(problem, UnavailableError) and request.method in ("POST", "PATCH"):
             reason = "queue full" if isinstance(problem, QueueFullError) else type(problem).__name__
             metrics.refused.labels(reason).inc()
@@ -256,7 +268,7 @@ def _answer_error(error: BaseException, identity: str) -> web.Response:
     if isinstance(error, UnavailableError):
         return error_response(status, sentence(error), {"Retry-After": str(error.retry_after_seconds)})
     if status == 500:
-        return error_response(status, f"Internal error; the log tells more under request id {identity}")
+        return error_response(status, unexpected_detail(identity))
     return error_response(status, sentence(error))
 
 
@@ -264,12 +276,6 @@ _HTTP_DETAILS: Final = {
     404: "No such endpoint; /docs lists them all",
     405: "Method not allowed here; see Allow",
 }
-
-
-def _count(metrics: Metrics, method: str, endpoint: str, status: int, seconds: float) -> None:
-    method = method if method in ("GET", "POST", "PATCH", "HEAD", "OPTIONS", "PUT", "DELETE") else "other"
-    metrics.requests.labels(method, endpoint, status).inc()
-    metrics.request_seconds.labels(method, endpoint).observe(seconds)
 
 
 def _log(
@@ -297,6 +303,8 @@ def _log(
         )
         text = sentence(problem) if problem is not None else f"Refused with status {status}"
         fields |= {"error_type": kind if problem is not None else "Refused", "error_message": text[:2000]}
+        if isinstance(problem, UnavailableError) and problem.__cause__ is not None:
+            fields["error_cause"] = str(problem.__cause__)
         message = f"Error in {endpoint}: {text[:2000]}"
         if endpoint == "(no such endpoint)":
             fields["path"] = request.path[:200]

@@ -28,7 +28,8 @@ class Operation:
     body_types: tuple[str, ...] = ()
     parameters: tuple[Schema, ...] = ()
     answers: dict[int, tuple[str, Schema]] = field(default_factory=dict)
-    answer_type: str = "application/json"
+    other_answer_types: tuple[str, ...] = ()
+    """Media types of a successful answer beside JSON; they hold text."""
     errors: tuple[int, ...] = ()
     open: bool = False
     """Whether it answers without a token even where authentication is on."""
@@ -110,7 +111,7 @@ def _without_title(schema: Schema) -> Schema:
     return {key: value for key, value in schema.items() if key not in ("title", "default", "description")}
 
 
-def document(operations: Iterable[tuple[str, str, Operation]]) -> Schema:
+def document(operations: Iterable[tuple[str, str, Operation]], *, needs_token: bool = False) -> Schema:
     """Return the OpenAPI document for (method, path, operation) of each endpoint."""
     paths: dict[str, Schema] = {}
     for method, path, operation in operations:
@@ -131,7 +132,7 @@ def document(operations: Iterable[tuple[str, str, Operation]]) -> Schema:
                 "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
             },
         },
-        "security": [{}, {"bearer": []}, {"key": []}],
+        "security": [*([] if needs_token else [{}]), {"bearer": []}, {"key": []}],
     }
 
 
@@ -141,7 +142,13 @@ def _operation(method: str, path: str, operation: Operation) -> Schema:
         "summary": operation.summary,
         "tags": list(operation.tags),
         "responses": {
-            str(status): {"description": text, "content": {operation.answer_type: {"schema": schema}}}
+            str(status): {
+                "description": text,
+                "content": {
+                    "application/json": {"schema": schema},
+                    **{kind: {"schema": STRING} for kind in operation.other_answer_types},
+                },
+            }
             for status, (text, schema) in operation.answers.items()
         },
     }

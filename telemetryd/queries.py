@@ -12,9 +12,10 @@ from typing import Final
 from urllib.parse import parse_qsl, urlencode
 
 import orjson
+from pydantic import TypeAdapter, ValidationError
 
 from telemetryd.errors import InvalidRequestError
-from telemetryd.runs import FILTERS, MAX_INTEGER, Row, Status, canonical_status, canonical_timestamp, shorten
+from telemetryd.runs import FILTERS, MAX_INTEGER, Name, Row, Status, canonical_status, canonical_timestamp, shorten
 
 DEFAULT_LIMIT: Final = 100
 MAX_LIMIT: Final = 1000
@@ -195,10 +196,14 @@ def _refuse(name: str, value: str, allowed: str) -> InvalidRequestError:
     return InvalidRequestError(f"Invalid {name}: {shorten(value)!r}; it must be {allowed}")
 
 
+_NAME: Final = TypeAdapter(Name)
+
+
 def _name(name: str, value: str) -> str:
-    if not value.strip() or len(value) > 255 or "\0" in value:
-        raise _refuse(name, value, "1 to 255 characters, not only blanks, without NUL")
-    return value
+    try:
+        return _NAME.validate_python(value)
+    except ValidationError as error:
+        raise _refuse(name, value, "1 to 255 characters, not only blanks, without NUL") from error
 
 
 def _status(name: str, value: str) -> str:

@@ -6,12 +6,14 @@ import asyncio
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from telemetryd.database import Connection, open_reader
 from telemetryd.errors import QueryTimeoutError, UnavailableError
 
 T = TypeVar("T")
+
+_INTERRUPT_AGAIN_S: Final = 0.02
 
 
 class Readers:
@@ -53,20 +55,25 @@ class Readers:
             raise QueryTimeoutError("Too many slow queries are running; try again later") from None
         # The query is shielded: if its caller leaves, the connection still must not be handed on before it ends.
         answer = asyncio.ensure_future(connection.run(query))
-        answer.add_done_callback(lambda _: self._idle.put_nowait(connection))
+        answer.add_done_callback(lambda ended: self._take_back(connection, ended))
         try:
             async with asyncio.timeout_at(deadline):
                 return await asyncio.shield(answer)
         except TimeoutError:
-            await connection.interrupt()
+            _end(connection, answer)
             raise QueryTimeoutError(
                 f"The query took longer than {self._timeout_s:g} s and was interrupted; narrow its filters"
             ) from None
         except asyncio.CancelledError:
-            await connection.interrupt()
+            _end(connection, answer)
             raise
         except sqlite3.Error as error:
-            raise UnavailableError(f"The database cannot be read now: {error}") from error
+            raise UnavailableError("The database cannot be read now; try again later") from error
+
+    def _take_back(self, connection: Connection, ended: asyncio.Future[T]) -> None:
+        if not ended.cancelled():
+            ended.exception()  # a caller who left does not read it; that is no accident to report
+        self._idle.put_nowait(connection)
 
     async def close(self) -> None:
         """Interrupt what runs, and close every connection."""
@@ -74,3 +81,13 @@ class Readers:
             await connection.interrupt()
         for connection in self._all:
             await connection.close()
+
+
+def _end(connection: Connection, answer: asyncio.Future[T]) -> None:
+    """Interrupt a query again and again until it has ended: before it has begun, an interrupt has no effect.
+
+    After it has ended, the connection may be busy with somebody else's query, which must not be hit.
+    """
+    if not answer.done():
+        connection.interrupt_now()
+        asyncio.get_running_loop().call_later(_INTERRUPT_AGAIN_S, _end, connection, answer)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Flag, StrEnum, auto
+from itertools import islice
 from operator import itemgetter
 from typing import Annotated, Any, Final
 
@@ -35,6 +36,7 @@ Row = tuple[SqlValue, ...]
 MAX_INTEGER: Final = 2**63 - 1
 MAX_JSON_DEPTH: Final = 64
 MAX_ECHO: Final = 200
+MAX_WARNINGS: Final = 100
 
 
 # --- The types of values -------------------------------------------------------------------------
@@ -112,6 +114,12 @@ def utc_now() -> datetime:
     return datetime.now(UTC)
 
 
+# The form that nearly every agent sends, which needs no arithmetic to become the stored one.
+_USUAL_TIMESTAMP: Final = re.compile(
+    r"(\d{4}-\d\d-\d\dT(?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d)(?:\.(\d{1,6})\d*)?(?:Z|\+00:00)", re.ASCII
+)
+
+
 def canonical_timestamp(text: str) -> str:
     """Return any ISO 8601 / RFC 3339 date and time in the stored form; digits past 1 µs are cut.
 
@@ -119,12 +127,15 @@ def canonical_timestamp(text: str) -> str:
         ValueError: if the text is no such date and time, or falls outside the years 1 to 9999 in UTC.
 
     """
-    if _TIMESTAMP.fullmatch(text) is not None:
-        try:
+    try:
+        if usual := _USUAL_TIMESTAMP.fullmatch(text):
+            datetime.fromisoformat(usual[1])  # is there such a day?
+            return f"{usual[1]}.{usual[2] or '':0<6}Z"
+        if _TIMESTAMP.fullmatch(text):
             moment = datetime.fromisoformat(text.upper())
             return format_timestamp(moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC))
-        except (ValueError, OverflowError):
-            pass
+    except (ValueError, OverflowError):
+        pass
     raise PydanticCustomError("value_error", f"Timestamp {_TIMESTAMP_RULE}")
 
 
@@ -322,8 +333,9 @@ FILTERS: Final = columns(Role.FILTER)
 _JSON_COLUMNS: Final = columns(Role.JSON)
 _BOOLEAN_COLUMNS: Final = columns(Role.BOOLEAN)
 
-EVENT_ID, RUN_ID, CREATED_AT, AGENT_NAME, JOB_TYPE, STATUS = (
-    STORED.index(name) for name in ("event_id", "run_id", "created_at", "agent_name", "job_type", "status")
+EVENT_ID, RUN_ID, CREATED_AT, START_TIME, AGENT_NAME, JOB_TYPE, STATUS = (
+    STORED.index(name)
+    for name in ("event_id", "run_id", "created_at", "start_time", "agent_name", "job_type", "status")
 )
 """Where those values stand in a `Row`."""
 
@@ -474,15 +486,18 @@ def shorten(text: str) -> str:
     return text if len(text) <= MAX_ECHO else text[: MAX_ECHO - 1] + "…"
 
 
-def ignored_field_warnings(names: Iterable[str]) -> list[str]:
-    """Say which body fields were not used, and why."""
+def ignored_field_warnings(names: Collection[str]) -> list[str]:
+    """Say which body fields were not used, and why; of very many, the first ones and how many more."""
     server_fields = columns(Role.SERVER)
-    return [
+    warnings = [
         f"Field is set by the server, ignored: {name}"
         if name in server_fields
         else f"Unknown field ignored: {shorten(name)}"
-        for name in names
+        for name in islice(names, MAX_WARNINGS)
     ]
+    if len(names) > MAX_WARNINGS:
+        warnings.append(f"{len(names) - MAX_WARNINGS} more fields ignored")
+    return warnings
 
 
 # --- From a row to an answer ---------------------------------------------------------------------

@@ -272,7 +272,7 @@ def load(
     try:
         settings = Settings.model_validate(given)
     except ValidationError as error:
-        raise ConfigurationError(_problems(error, given)) from error
+        raise ConfigurationError([*_problems(error, given), *_problems_of_the_rest(error, given)]) from error
     return LoadedSettings(settings, origins, tuple(_remarks(settings, {**file, **variables})))
 
 
@@ -287,6 +287,19 @@ def _problems(error: ValidationError, given: Mapping[str, Any]) -> list[str]:
             message = f"{variable(name)}: {message[0].lower()}{message[1:]}{shown}"
         problems.append(message)
     return problems
+
+
+def _problems_of_the_rest(error: ValidationError, given: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with values that are fine alone but not together; pydantic looks no further than alone."""
+    wrong_alone = {str(fault["loc"][0]) for fault in error.errors() if fault["loc"]}
+    if not wrong_alone or any(name.startswith("api_auth") for name in wrong_alone):
+        return []
+    rest = {name: value for name, value in given.items() if name not in wrong_alone}
+    try:
+        Settings.model_validate(rest)
+    except ValidationError as together:
+        return _problems(together, rest)
+    return []
 
 
 def _remarks(settings: Settings, variables: Mapping[str, str | None]) -> list[str]:

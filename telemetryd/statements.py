@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import sqlite3
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain, compress, groupby
 from typing import Final
 
+import orjson
+
+from telemetryd import migrate
 from telemetryd.commands import (
     Command,
     Created,
@@ -20,11 +24,24 @@ from telemetryd.commands import (
     UpdateRun,
 )
 from telemetryd.queries import TIME_BOUNDS, CountPrunable, Counts, CountStale, GetRun, ListRuns, Page, Position
-from telemetryd.runs import AGENT_NAME, COLUMNS, CREATED_AT, JOB_TYPE, STATUS, STORED, Row, SqlValue, Status
+from telemetryd.runs import (
+    AGENT_NAME,
+    COLUMNS,
+    CREATED_AT,
+    EVENT_ID,
+    JOB_TYPE,
+    START_TIME,
+    STATUS,
+    STORED,
+    Row,
+    SqlValue,
+    Status,
+)
 
 # --- Commands ------------------------------------------------------------------------------------
 
 _MINUTE: Final = len("2025-12-24T10:00")
+_HOUR: Final = len("2025-12-24T10")
 _NOW: Final = f"?{len(STORED) + 1}"
 
 _INSERT_RUN: Final = f"""
@@ -36,6 +53,11 @@ _INSERT_RUN: Final = f"""
 }, {_NOW})
     ON CONFLICT (event_id) DO NOTHING
 """  # noqa: S608 - column names from the definition of a run
+
+# Rows that were inserted next to each other have successive ids (sqlite.org/autoinc.html: the largest plus one).
+_LAST_EVENT_IDS: Final = """
+    SELECT json_group_array(event_id) FROM agent_runs WHERE id > (SELECT max(id) FROM agent_runs) - ?
+"""
 
 _FIND_RUN: Final = "SELECT run_id, agent_name, job_type, status FROM agent_runs WHERE event_id = ?"
 
@@ -49,9 +71,12 @@ _ADD_TO_MINUTE: Final = """
     ON CONFLICT (minute) DO UPDATE SET runs = runs + ?2
 """
 
-# A day that has passed leaves no rows of zeros behind when its runs are pruned.
 _DROP_TOTAL: Final = "DELETE FROM run_totals WHERE agent_name = ? AND job_type = ? AND status = ? AND runs = 0"
 _DROP_MINUTE: Final = "DELETE FROM run_minutes WHERE minute = ? AND runs = 0"
+_DROP_HOUR: Final = """
+    DELETE FROM run_hours WHERE hour = ?1
+        AND NOT EXISTS (SELECT 1 FROM run_minutes WHERE minute >= ?1 || ':' AND minute < ?1 || ';')
+"""
 
 _VACUUM_PAGES: Final = 256
 """Pages that one `PruneRuns` returns to the file system at most: 1 MiB, a few milliseconds."""
@@ -70,6 +95,13 @@ _REAP: Final = """
 """
 
 
+_WIDEN_HOUR: Final = """
+    INSERT INTO run_hours (hour, first_start, last_start) VALUES (?1, ?2, ?3)
+    ON CONFLICT (hour) DO UPDATE SET
+        first_start = min(first_start, excluded.first_start), last_start = max(last_start, excluded.last_start)
+"""
+
+
 class Transaction:
     """One open transaction: applies commands and, at its end, brings the totals up to date."""
 
@@ -78,14 +110,28 @@ class Transaction:
         self._now = now
         self._totals: Counter[tuple[str, str, str]] = Counter()
         self._minutes: Counter[str] = Counter()
+        self._hours: dict[str, tuple[str, str]] = {}
 
-    def apply(self, command: Command) -> Outcome:
-        """Run one command's statements and return its outcome; the totals follow in `finish`."""
+    def apply(self, commands: Sequence[Command]) -> list[Outcome]:
+        """Run the commands' statements in order and return their outcomes; the totals follow in `finish`.
+
+        Creates that stand next to each other are stored by one `executemany`: with a call for each row, the
+        interpreter's lock would change hands several times a row, and a busy event loop gives it back late.
+        """
+        outcomes: list[Outcome] = []
+        for kind, neighbours in groupby(commands, type):
+            if kind is CreateRuns:
+                outcomes += self._create([command.rows for command in neighbours if isinstance(command, CreateRuns)])
+            else:
+                outcomes += [self._apply_alone(command) for command in neighbours]
+        return outcomes
+
+    def _apply_alone(self, command: Command) -> Outcome:
         match command:
             case CreateRuns(rows):
-                return Created(tuple([self._create(row) for row in rows]))
-            case UpdateRun(event_id, changes):
-                return self._update(event_id, dict(changes))
+                return self._create([rows])[0]
+            case UpdateRun():
+                return self._update(command)
             case PruneRuns():
                 return self._prune(command)
             case ReapRuns():
@@ -104,35 +150,52 @@ class Transaction:
 
     def finish(self) -> None:
         """Write the totals that the commands changed."""
-        self._cursor.executemany(
-            _ADD_TO_TOTAL, [(*key, difference) for key, difference in self._totals.items() if difference]
-        )
-        self._cursor.executemany(
-            _ADD_TO_MINUTE,
-            [(minute, difference) for minute, difference in self._minutes.items() if difference],
-        )
-        self._cursor.executemany(_DROP_TOTAL, [key for key, difference in self._totals.items() if difference < 0])
-        self._cursor.executemany(
-            _DROP_MINUTE, [(minute,) for minute, difference in self._minutes.items() if difference < 0]
-        )
+        write = self._cursor.executemany
+        write(_ADD_TO_TOTAL, [(*key, difference) for key, difference in self._totals.items() if difference])
+        write(_ADD_TO_MINUTE, [(minute, difference) for minute, difference in self._minutes.items() if difference])
+        # A command that was undone may have widened a span; a span too wide costs time, not correctness.
+        write(_WIDEN_HOUR, [(hour, *span) for hour, span in self._hours.items()])
+        # Where nothing is left of a minute or an hour, it leaves no row of zeros behind.
+        write(_DROP_TOTAL, [key for key, difference in self._totals.items() if difference < 0])
+        emptied = [minute for minute, difference in self._minutes.items() if difference < 0]
+        write(_DROP_MINUTE, [(minute,) for minute in emptied])
+        write(_DROP_HOUR, [(hour,) for hour in {minute[:_HOUR] for minute in emptied}])
 
-    def _create(self, row: Row) -> bool:
-        is_new = self._cursor.execute(_INSERT_RUN, (*row, self._now)).rowcount == 1
-        if is_new:
-            self._totals[row[AGENT_NAME], row[JOB_TYPE], row[STATUS]] += 1  # type: ignore[index]  # all are text
-            self._minutes[(row[CREATED_AT] or self._now)[:_MINUTE]] += 1  # type: ignore[index]
-        return is_new
+    def _create(self, batches: list[tuple[Row, ...]]) -> list[Created]:
+        rows = list(chain.from_iterable(batches))
+        inserted = self._cursor.executemany(_INSERT_RUN, [(*row, self._now) for row in rows]).rowcount
+        if inserted == len(rows):
+            self._count(rows)
+            return [Created((True,) * len(batch)) for batch in batches]
+        unseen = set(orjson.loads(self._cursor.execute(_LAST_EVENT_IDS, (inserted,)).fetchone()[0]))
+        outcomes = []
+        for batch in batches:
+            new = []
+            for row in batch:
+                new.append(row[EVENT_ID] in unseen)
+                unseen.discard(row[EVENT_ID])  # a repeat in the same group is a duplicate of the first one
+            self._count(compress(batch, new))
+            outcomes.append(Created(tuple(new)))
+        return outcomes
 
-    def _update(self, event_id: str, changes: dict[str, SqlValue]) -> Updated | None:
-        found = self._cursor.execute(_FIND_RUN, (event_id,)).fetchone()
+    def _count(self, new: Iterable[Row]) -> None:
+        for row in new:
+            created_at, start_time = str(row[CREATED_AT] or self._now), str(row[START_TIME])
+            self._totals[str(row[AGENT_NAME]), str(row[JOB_TYPE]), str(row[STATUS])] += 1
+            self._minutes[created_at[:_MINUTE]] += 1
+            first, last = self._hours.get(created_at[:_HOUR], (start_time, start_time))
+            self._hours[created_at[:_HOUR]] = (min(first, start_time), max(last, start_time))
+
+    def _update(self, command: UpdateRun) -> Updated | None:
+        found = self._cursor.execute(_FIND_RUN, (command.event_id,)).fetchone()
         if found is None:
             return None
         run_id, agent_name, job_type, status = found
-        changes["updated_at"] = self._now
+        changes = {**command.changes, "updated_at": self._now}
         assignments = ", ".join(f"{name} = ?" for name in changes)
         self._cursor.execute(
             f"UPDATE agent_runs SET {assignments} WHERE event_id = ?",  # noqa: S608 - names from the definition
-            (*changes.values(), event_id),
+            (*changes.values(), command.event_id),
         )
         new_status = changes.get("status", status)
         if new_status != status:
@@ -225,8 +288,20 @@ _INDEXES: Final[dict[frozenset[str], tuple[str, bool]]] = {
 }
 
 
-def select_page(query: ListRuns) -> tuple[str, dict[str, SqlValue]]:
-    """Return the SQL text and the parameters that fetch a page, and one row more to see if others follow."""
+_SPAN_OF_HOURS: Final = """
+    SELECT min(hour), max(hour) || ';' FROM run_hours
+    WHERE last_start >= coalesce(:start_time_from, '') AND first_start <= coalesce(:start_time_to, '~')
+"""
+"""The hours in which runs that started in a range can have been created; ';' is the character behind ':'."""
+
+Span = tuple[SqlValue, SqlValue]
+
+
+def select_page(query: ListRuns, created: Span | None = None) -> tuple[str, dict[str, SqlValue]]:
+    """Return the SQL text and the parameters that fetch a page, and one row more to see if others follow.
+
+    `created` is a span of created_at outside of which nothing can match.
+    """
     index, merge_statuses = _INDEXES[frozenset(query.equal)]
     conditions = [f"{name} = :{name}" for name in query.equal]
     conditions += [
@@ -238,6 +313,9 @@ def select_page(query: ListRuns) -> tuple[str, dict[str, SqlValue]]:
         "rows": query.limit + 1,
         "offset": query.offset,
     }
+    if created is not None:
+        conditions.append("created_at >= :span_from AND created_at < :span_to")
+        values |= {"span_from": created[0], "span_to": created[1]}
     if query.after is not None:
         conditions.append("(created_at, id) < (:after_created_at, :after_id)")
         values |= {"after_created_at": query.after.created_at, "after_id": query.after.id}
@@ -251,12 +329,20 @@ def select_page(query: ListRuns) -> tuple[str, dict[str, SqlValue]]:
 
 def fetch_page(connection: sqlite3.Connection, query: ListRuns) -> Page:
     """Fetch one page of runs."""
-    rows: list[Row] = connection.execute(*select_page(query)).fetchall()
+    rows: list[Row] = connection.execute(*select_page(query, _created_span(connection, query))).fetchall()
     if len(rows) <= query.limit:
         return Page(rows, None)
     rows.pop()
     last = dict(zip(COLUMNS, rows[-1], strict=True))
     return Page(rows, Position(str(last["created_at"]), int(last["id"] or 0)))
+
+
+def _created_span(connection: sqlite3.Connection, query: ListRuns) -> Span | None:
+    started = {name: query.bounds.get(name) for name in ("start_time_from", "start_time_to")}
+    if not any(started.values()):
+        return None
+    span: Span = connection.execute(_SPAN_OF_HOURS, started).fetchone()
+    return span
 
 
 def fetch_run(connection: sqlite3.Connection, query: GetRun) -> Row | None:
@@ -309,17 +395,14 @@ _WRONG_TOTALS: Final = """
         SELECT place FROM (SELECT * FROM counted EXCEPT SELECT * FROM kept)
         UNION ALL
         SELECT place FROM (SELECT * FROM kept EXCEPT SELECT * FROM counted)
+        UNION ALL
+        SELECT c.hour FROM (
+            SELECT substr(created_at, 1, 13) AS hour, min(start_time) AS first, max(start_time) AS last
+            FROM agent_runs GROUP BY 1
+        ) AS c LEFT JOIN run_hours AS k ON k.hour = c.hour
+        WHERE k.hour IS NULL OR k.first_start > c.first OR k.last_start < c.last
     )
 """
-
-_RECOUNT: Final = (
-    "DELETE FROM run_totals",
-    "DELETE FROM run_minutes",
-    "INSERT INTO run_totals (agent_name, job_type, status, runs) "
-    "SELECT agent_name, job_type, status, count(*) FROM agent_runs GROUP BY agent_name, job_type, status",
-    "INSERT INTO run_minutes (minute, runs) "
-    "SELECT substr(created_at, 1, 16), count(*) FROM agent_runs GROUP BY substr(created_at, 1, 16)",
-)
 
 SAVE_RUN: Final = (
     f"INSERT INTO agent_runs ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))}) ON CONFLICT DO NOTHING"  # noqa: S608 - names from the definition
@@ -351,5 +434,6 @@ def count_wrong_totals(connection: sqlite3.Connection) -> int:
 
 def recount_totals(connection: sqlite3.Connection) -> None:
     """Count every total again, inside the caller's transaction."""
-    for statement in _RECOUNT:
-        connection.execute(statement)
+    for table in ("run_totals", "run_minutes", "run_hours"):
+        connection.execute(f"DELETE FROM {table}")  # noqa: S608 - one of three names
+    migrate.derive(connection)

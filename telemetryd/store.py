@@ -31,12 +31,16 @@ from telemetryd.database import (
     Modes,
     Ownership,
     check_quickly,
+    identify,
     inspect,
+    is_unfinished,
+    looking,
     needs_directory_sync,
     open_writer,
     prepare_directory,
 )
 from telemetryd.database import Kind as FileKind
+from telemetryd.errors import DatabaseError
 from telemetryd.metrics import Metrics
 from telemetryd.queries import CountPrunable, CountRuns, Counts, CountStale, GetRun, ListRuns, Page
 from telemetryd.reader import Readers
@@ -87,7 +91,7 @@ class Store:
             connection,
             begin=statements.Transaction,
             clock=lambda: format_timestamp(clock()),
-            make_durable=directory if needs_directory_sync(modes) else _already_durable,
+            make_durable=self._make_durable,
             queue_max=settings.queue_max,
             metrics=metrics,
         )
@@ -112,6 +116,9 @@ class Store:
             migrate.refuse_unless_usable(path, state)
             if state.kind is FileKind.OURS:
                 check_quickly(path)
+                if not is_unfinished(path):
+                    with looking(path) as plain:
+                        migrate.check_schema(plain, path)  # before opening may change the journal mode in the file
             connection, modes = await open_writer(
                 path, settings.db_journal_mode, settings.db_synchronous, settings.db_busy_timeout_ms
             )
@@ -120,6 +127,8 @@ class Store:
             raise
         directory = DirectorySync(path)
         try:
+            state = await connection.run(identify)  # again: opening has undone what was cut off
+            migrate.refuse_unless_usable(path, state)
             if state.kind is not FileKind.OURS:
                 await connection.run(lambda plain: migrate.create(plain, format_timestamp(clock())))
                 directory()
@@ -127,10 +136,12 @@ class Store:
             readers = await Readers.open(
                 path, settings.db_readers, settings.query_timeout_s, settings.db_busy_timeout_ms
             )
-        except BaseException:
+        except BaseException as error:
             await connection.close()
             directory.close()
             ownership.release()
+            if isinstance(error, sqlite3.Error):
+                raise DatabaseError(f"Cannot use {path}: {error}") from error
             raise
         return cls(
             settings,
@@ -142,6 +153,15 @@ class Store:
             metrics=metrics,
             clock=clock,
         )
+
+    def _make_durable(self) -> None:
+        if needs_directory_sync(self._modes):
+            self._directory()
+        if _identity(self._path) != self._identity:
+            raise OSError(self._gone())
+
+    def _gone(self) -> str:
+        return f"The database file {self._path} was deleted or replaced while in use"
 
     @overload
     async def submit(self, command: CreateRuns) -> Created: ...
@@ -203,7 +223,7 @@ class Store:
         """Tell how the database is, at once: without the queue, a connection, or opening the file."""
         problem = self._writer.failure
         if problem is None and _identity(self._path) != self._identity:
-            problem = f"The database file {self._path} was deleted or replaced while in use"
+            problem = self._gone()
         return Health(
             self._path, self._modes, self._durable, self._writer.depth, problem, self._writer.groups, self._writer.idle
         )
@@ -212,13 +232,22 @@ class Store:
         """Commit what is queued, checkpoint the write-ahead log, close every connection, and give up the lock."""
         await self._writer.stop()
         await asyncio.wait((self.writing,))
+        await self._close_connections()
+        self._directory.close()
+        self._ownership.release()
+
+    async def _close_connections(self) -> None:
+        if self._writer.failure is not None:
+            # Closed before the readers, it does not checkpoint: after a failed sync nothing must be synced again,
+            # because the kernel may have dropped what it could not write, and would report success now.
+            await self._connection.close()
+            await self._readers.close()
+            return
         await self._readers.close()
         if self._modes.journal_mode == "WAL":
             with contextlib.suppress(sqlite3.Error):  # the next start recovers the log just as well
                 await self._connection.run(lambda plain: plain.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall())
         await self._connection.close()
-        self._directory.close()
-        self._ownership.release()
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
@@ -227,7 +256,3 @@ def _identity(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino
-
-
-def _already_durable() -> None:
-    """Do nothing: SQLite's own syncs have made the commit durable."""

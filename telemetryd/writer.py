@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Generic, Protocol, TypeVar
 
@@ -50,8 +51,8 @@ R_co = TypeVar("R_co", covariant=True)
 class Transaction(Protocol[C_contra, R_co]):
     """What carries out commands between BEGIN and COMMIT."""
 
-    def apply(self, command: C_contra) -> R_co:
-        """Carry out one command."""
+    def apply(self, commands: Sequence[C_contra]) -> Sequence[R_co]:
+        """Carry out commands in order, and return the outcome of each."""
 
     def savepoint(self) -> Callable[[], None]:
         """Mark this point; the returned function undoes what came after it."""
@@ -214,8 +215,11 @@ class Writer(Generic[C, R]):
             except CommandFailedError:
                 return self._transact(connection, commands, isolated=True)
         except sqlite3.Error as error:
+            # The frames hold cursors, with which the connection would not really close when it is told to.
+            traceback.clear_frames(error.__traceback__)
             raise _translate(error) from error
         except OSError as error:  # the directory could not be synced
+            traceback.clear_frames(error.__traceback__)
             raise WriterDeadError(f"The writer has stopped: {error}") from error
 
     def _transact(
@@ -224,8 +228,11 @@ class Writer(Generic[C, R]):
         connection.execute("BEGIN IMMEDIATE")
         try:
             transaction = self._begin(connection, self._clock())
-            apply = self._apply_alone if isolated else _apply
-            outcomes = [apply(connection, transaction, command) for command in commands]
+            outcomes: list[R | CommandFailedError]
+            if isolated:
+                outcomes = [_apply_alone(connection, transaction, command) for command in commands]
+            else:
+                outcomes = [*_apply(connection, transaction, commands)]
             transaction.finish()
             connection.execute("COMMIT")
         except BaseException:
@@ -236,21 +243,20 @@ class Writer(Generic[C, R]):
         self._make_durable()
         return outcomes
 
-    def _apply_alone(
-        self, connection: sqlite3.Connection, transaction: Transaction[C, R], command: C
-    ) -> R | CommandFailedError:
-        undo = transaction.savepoint()
-        try:
-            return _apply(connection, transaction, command)
-        except CommandFailedError as error:
-            undo()
-            return error
 
-
-def _apply(connection: sqlite3.Connection, transaction: Transaction[C, R], command: C) -> R:
-    """Carry out one command; what is wrong with the command alone becomes a `CommandFailedError`."""
+def _apply_alone(connection: sqlite3.Connection, transaction: Transaction[C, R], command: C) -> R | CommandFailedError:
+    undo = transaction.savepoint()
     try:
-        return transaction.apply(command)
+        return _apply(connection, transaction, [command])[0]
+    except CommandFailedError as error:
+        undo()
+        return error
+
+
+def _apply(connection: sqlite3.Connection, transaction: Transaction[C, R], commands: Sequence[C]) -> Sequence[R]:
+    """Carry out commands; what is wrong with one of them alone becomes a `CommandFailedError`."""
+    try:
+        return transaction.apply(commands)
     except (
         sqlite3.IntegrityError,
         sqlite3.DataError,
@@ -265,14 +271,15 @@ def _apply(connection: sqlite3.Connection, transaction: Transaction[C, R], comma
 
 def _translate(error: sqlite3.Error) -> TelemetrydError:
     """Say what a failure of the whole group means for those who wait."""
-    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & _PRIMARY_CODE
-    if code in _FATAL:
+    extended = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
+    code = extended & _PRIMARY_CODE
+    if code in _FATAL or extended == sqlite3.SQLITE_READONLY_DBMOVED:
         return WriterDeadError(f"The writer has stopped: {error}")
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return DatabaseBusyError()
     if code == sqlite3.SQLITE_FULL:
         return StorageFullError()
-    return WriteFailedError(f"The write was rolled back ({error}); repeat it with the same event_id")
+    return WriteFailedError()
 
 
 def _fail(entry: _Waiting[C, R], error: TelemetrydError) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -219,6 +220,13 @@ def start_daemon(tmp_path: Path) -> Iterator[StartDaemon]:
     yield start
     for daemon in started:
         daemon.close()
+
+
+def require_program(program: str, package: str) -> None:
+    """Skip the test if a program is missing, except in CI, which installs all of them and skips nothing."""
+    if shutil.which(program) is None:
+        give_up = pytest.fail if os.environ.get("CI") else pytest.skip
+        give_up(f"{program} is needed, which is missing: apt-get install {package}")
 
 
 @pytest.fixture

@@ -43,10 +43,8 @@ def serve(**flags: Any) -> None:
             click.echo(f"telemetryd: {sentence(error)}", err=True)
             status = EXIT_FAILURE
         except OSError as error:
-            click.echo(
-                f"telemetryd: cannot listen on {settings.api_host}:{settings.api_port}: {error.strerror or error}",
-                err=True,
-            )
+            place = error.filename or f"{settings.api_host}:{settings.api_port}"
+            click.echo(f"telemetryd: cannot listen on {place}: {error.strerror or error}", err=True)
             status = EXIT_FAILURE
     sys.exit(status)
 

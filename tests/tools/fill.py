@@ -31,7 +31,7 @@ def make_database(path: Path, runs: int, *, days: int = 120) -> Path:
             )
             connection.execute("BEGIN IMMEDIATE")
             transaction = Transaction(connection, format_timestamp(now))
-            transaction.apply(CreateRuns(rows))
+            transaction.apply([CreateRuns(rows)])
             transaction.finish()
             connection.execute("COMMIT")
         connection.execute("UPDATE agent_runs SET updated_at = created_at")

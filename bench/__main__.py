@@ -1,0 +1,120 @@
+"""The command line: which scenarios to run, how thoroughly, and where the report goes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import click
+
+from bench import memory, reads, report, writes
+from bench.errors import BenchError
+from bench.figures import Figure
+from bench.scenario import Bench, Options
+from bench.seeding import Seeds
+from bench.workplace import ROOT, workplace
+from bench.wrk import require_wrk
+
+Scenario = Callable[[Bench], list[Figure]]
+
+# Those that add to the seeded databases come last.
+SCENARIOS: Final[dict[str, Scenario]] = {
+    "post-64": writes.post_64,
+    "post-1": writes.post_1,
+    "batch-1000": writes.batch_1000,
+    "batch-100": writes.batch_100,
+    "patch": writes.patch,
+    "slow-disk": writes.slow_disk,
+    "get": reads.get,
+    "filters": reads.filters,
+    "cursor": reads.cursor,
+    "totals": reads.totals,
+    "ingest": writes.ingest,
+    "mixed": reads.mixed,
+    "memory": memory.memory,
+}
+LARGE: Final = ("get", "filters", "cursor", "totals", "ingest", "mixed", "memory")
+"""The scenarios whose outcome depends on the size of the database."""
+
+RESULTS: Final = Path(__file__).parent / "results"
+
+
+@click.command()
+@click.option("--only", multiple=True, type=click.Choice(list(SCENARIOS)), help="Run this scenario (repeatable).")
+@click.option("--seconds", default=3.0, help="Length of each load; wrk counts in whole seconds.")
+@click.option("--rounds", default=3, help="Rounds, of which the median counts.")
+@click.option("--large", is_flag=True, help="Run what depends on the database's size, with 10 million runs.")
+@click.option("--keep", is_flag=True, help="Keep the seeded databases (7 GB with --large) for the next run.")
+@click.option(
+    "--folder",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=ROOT / "build" / "bench",
+    help="Where the databases are made; decides which disk is measured.  [default: build/bench]",
+)
+def main(only: tuple[str, ...], seconds: float, rounds: int, large: bool, keep: bool, folder: Path) -> None:
+    r"""Measure telemetryd against limits, a baseline, and its targets.
+
+    The report goes to bench/results/latest.* (large.* with --large), unless --only is given.
+
+    \b
+    Examples:
+      python -m bench
+      python -m bench --only post-64 --seconds 1 --rounds 1
+      python -m bench --large --keep --only filters
+    """
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends the processes as Ctrl-C does
+    options = Options(seconds, rounds, large)
+    names = only or (LARGE if large else tuple(SCENARIOS))
+    before = os.getloadavg()[0]
+    try:
+        require_wrk()
+        figures, failures = _run(names, options, folder, keep=keep)
+    except BenchError as error:
+        click.echo(f"bench: {error}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        click.echo("bench: interrupted", err=True)
+        sys.exit(130)
+    after = os.getloadavg()[0]
+    if not only and not failures:
+        report.write(RESULTS, "large" if large else "latest", figures, options, (before, after))
+    click.echo(f"\n{report.table(figures)}")
+    click.echo(f"\n{sum(figure.is_met for figure in figures)} of {len(figures)} targets met", nl=False)
+    click.echo(f"; load average {before:.1f} before, {after:.1f} after")
+    for failure in failures:
+        click.echo(f"bench: {failure}", err=True)
+    if failures:
+        sys.exit(1)
+    click.echo("Every acknowledged run was in the database.")
+
+
+def _run(names: tuple[str, ...], options: Options, folder: Path, *, keep: bool) -> tuple[list[Figure], list[str]]:
+    """Run the scenarios; return what they found, and which of them failed and why."""
+    figures: list[Figure] = []
+    failures: list[str] = []
+    started = time.monotonic()
+
+    def say(text: str) -> None:
+        click.echo(f"{time.monotonic() - started:6.0f} s  {text}", err=True)
+
+    with workplace(folder) as place:
+        seeds = Seeds(place, folder / "seeds" if keep else place.folder / "seeds", say)
+        bench = Bench(options, place, seeds, say)
+        for name in names:
+            say(f"== {name}: {(SCENARIOS[name].__doc__ or '').splitlines()[0]}")
+            try:
+                figures += SCENARIOS[name](bench)
+            except BenchError as error:
+                failures.append(f"{name} failed: {error}")
+                say(failures[-1])
+    say("done")
+    return figures, failures
+
+
+if __name__ == "__main__":
+    main()

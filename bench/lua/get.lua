@@ -1,0 +1,2 @@
+-- wrk: the address on the command line, again and again.
+require("run")

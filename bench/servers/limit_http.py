@@ -1,0 +1,71 @@
+"""limit-http: aiohttp on uvloop that answers the same bodies without validation or database."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Final
+
+import click
+import orjson
+import uvloop
+from aiohttp import web
+
+from bench.rows import make_run
+
+_RUNS: Final = [make_run("limit", number) for number in range(1000)]
+
+
+def _json(payload: object, status: int = 200) -> web.Response:
+    return web.Response(body=orjson.dumps(payload), status=status, content_type="application/json")
+
+
+async def create_run(request: web.Request) -> web.Response:
+    """Answer as if the run were stored."""
+    run = orjson.loads(await request.read())
+    return _json({"status": "created", "event_id": run["event_id"], "run_id": run["run_id"]}, 201)
+
+
+async def create_batch(request: web.Request) -> web.Response:
+    """Answer as if the batch were stored."""
+    runs = orjson.loads(await request.read())
+    return _json({"inserted": len(runs), "duplicates": 0, "errors": [], "total": len(runs)})
+
+
+async def update_run(request: web.Request) -> web.Response:
+    """Answer as if the run were changed."""
+    changes: dict[str, Any] = orjson.loads(await request.read())
+    return _json({"event_id": request.match_info["event_id"], "updated": True, "fields_updated": list(changes)})
+
+
+async def list_runs(request: web.Request) -> web.Response:
+    """Answer so many runs, always the same ones."""
+    return _json(_RUNS[: int(request.query.get("limit", "100"))])
+
+
+async def get_health(_: web.Request) -> web.Response:
+    """Answer that all is well."""
+    return _json({"status": "ok"})
+
+
+async def _serve(port: int) -> None:
+    app = web.Application(client_max_size=2**26)
+    app.router.add_post("/api/v1/runs", create_run)
+    app.router.add_post("/api/v1/runs/batch", create_batch)
+    app.router.add_patch("/api/v1/runs/{event_id}", update_run)
+    app.router.add_get("/api/v1/runs", list_runs)
+    app.router.add_get("/health", get_health)
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", port, backlog=2048).start()
+    await asyncio.Event().wait()
+
+
+@click.command()
+@click.option("--port", type=int, required=True)
+def main(port: int) -> None:
+    """Serve until the process is ended."""
+    uvloop.run(_serve(port))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""One app for all the tests of a module: for tables of input that must leave it as it was."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import cast
+
+import pytest
+import pytest_asyncio
+from aiohttp.test_utils import TestClient
+
+from telemetryd.http import make_app
+from telemetryd.metrics import Metrics
+from telemetryd.settings import Settings
+from telemetryd.store import Store
+from tests.conftest import Api, Client, DaemonServer
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Api]:
+    """An app that all the tests of a module share; they mark themselves with loop_scope="module"."""
+    settings = Settings(db_path=tmp_path_factory.mktemp("shared") / "telemetry.sqlite", db_journal_mode="WAL")
+    metrics = Metrics()
+    store = await Store.open(settings, metrics)
+    client = cast("Client", TestClient(DaemonServer(make_app(store, settings, metrics), settings)))
+    async with client:
+        yield Api(client, store, settings)
+    await store.close()

@@ -1,0 +1,707 @@
+"""The catalogue of bad input, as tables: each row is refused in one shape, and the daemon goes on as before.
+
+All rows go to one app, so whatever one of them breaks, the next ones notice.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+
+from tests.conftest import Api, make_run
+from tests.contract.wire import BATCH, NDJSON, RUNS, check_alive, check_error, places, post, send, send_raw
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+GOOD = json.dumps(make_run(event_id="good")).encode()
+
+
+def nested(levels: int) -> dict[str, Any]:
+    value: dict[str, Any] = {}
+    for _ in range(levels - 1):
+        value = {"a": value}
+    return value
+
+
+def with_raw(name: str, raw: str) -> bytes:
+    """A valid run, except for one more field given as JSON text."""
+    return json.dumps(make_run())[:-1].encode() + f', "{name}": {raw}}}'.encode()
+
+
+# --- Body ----------------------------------------------------------------------------------------
+
+NOT_JSON = {
+    "empty": b"",
+    "whitespace": b" \r\n\t ",
+    "truncated": GOOD[:40],
+    "truncated in a string": b'{"event_id": "abc',
+    "trailing garbage": GOOD + b"x",
+    "two objects": GOOD + GOOD,
+    "trailing NUL": GOOD + b"\0",
+    "trailing comma": GOOD[:-1] + b",}",
+    "single quotes": b"{'event_id': 'a'}",
+    "a comment": b"// run\n" + GOOD,
+    "BOM": b"\xef\xbb\xbf" + GOOD,
+    "UTF-16": GOOD.decode().encode("utf-16"),
+    "UTF-32": GOOD.decode().encode("utf-32-le"),
+    "Latin-1": with_raw("host", '"x"').replace(b'"x"', b'"\xe9"'),
+    "overlong UTF-8": with_raw("host", '"x"').replace(b'"x"', b'"\xc0\xaf"'),
+    "UTF-8 of a surrogate": with_raw("host", '"x"').replace(b'"x"', b'"\xed\xa0\x80"'),
+    "a high surrogate alone": with_raw("host", r'"\ud800"'),
+    "a low surrogate alone": with_raw("host", r'"\udc00"'),
+    "surrogates in the wrong order": with_raw("host", r'"\udc00\ud800"'),
+    "a surrogate in a key": with_raw(r"\ud800", "1"),
+    "NaN": with_raw("items_failed", "NaN"),
+    "Infinity": with_raw("items_failed", "Infinity"),
+    "-Infinity in metrics_json": with_raw("metrics_json", '{"a": -Infinity}'),
+    "leading zero": with_raw("items_failed", "01"),
+    "plus sign": with_raw("items_failed", "+1"),
+    "hexadecimal": with_raw("items_failed", "0x10"),
+    "raw newline in a string": with_raw("host", '"a\nb"'),
+    "raw NUL in a string": with_raw("host", '"a\0b"'),
+    "10,000 levels of arrays": b"[" * 10_000 + b"]" * 10_000,
+    "10,000 levels of objects": b'{"a":' * 10_000 + b"1" + b"}" * 10_000,
+    "100,000 open brackets": b"[" * 100_000,
+    "a number of 5,000 digits": with_raw("items_failed", "9" * 5_000),
+    "a form": b"event_id=a&run_id=b",
+    "gzip without saying so": gzip.compress(GOOD),
+}
+
+
+@pytest.mark.parametrize("body", NOT_JSON.values(), ids=NOT_JSON)
+async def test_a_body_that_is_not_json(shared: Api, body: bytes) -> None:
+    [fault] = check_error(await post(shared, body), 422)
+    assert fault["loc"] == ["body"]
+    assert fault["type"] == "json_invalid"
+    assert re.search(r"line \d+ column \d+", fault["msg"])
+    await check_alive(shared)
+
+
+NOT_AN_OBJECT = {
+    "null": b"null",
+    "true": b"true",
+    "an empty array": b"[]",
+    "an array with a run": b"[" + GOOD + b"]",
+    "a string": b'"run"',
+    "a 10 MB string": b'"' + b"s" * 10_000_000 + b'"',
+    "a number": b"5",
+    "a million elements": b"[" + b"0," * 999_999 + b"0]",
+}
+
+
+@pytest.mark.parametrize("body", NOT_AN_OBJECT.values(), ids=NOT_AN_OBJECT)
+async def test_a_body_that_is_no_object(shared: Api, body: bytes) -> None:
+    assert places(check_error(await post(shared, body), 422)) == [("body",)]
+    await check_alive(shared)
+
+
+COUNTS = ("items_discovered", "items_succeeded", "items_failed", "items_skipped", "duration_ms", "api_retry_count")
+NO_COUNT = ["1.0", "1.5", "1e3", '"5"', '""', "true", "false", "[]", "{}", "-1", "1e999", "-1e999"]
+NO_COUNT += [str(2**63), str(2**64), str(-(2**63)), str(10**400)]
+
+
+@pytest.mark.parametrize("value", NO_COUNT, ids=lambda value: value[:20])
+async def test_what_is_no_count(shared: Api, value: str) -> None:
+    body = json.dumps(make_run())[:-1] + "".join(f', "{name}": {value}' for name in COUNTS) + "}"
+    assert places(check_error(await post(shared, body.encode()), 422)) == [("body", name) for name in COUNTS]
+    await check_alive(shared)
+
+
+async def test_a_null_is_no_count_except_for_a_duration(shared: Api) -> None:
+    detail = check_error(await post(shared, json.dumps(make_run(**dict.fromkeys(COUNTS))).encode()), 422)
+    assert places(detail) == [("body", name) for name in COUNTS if name != "duration_ms"]
+
+
+async def test_minus_zero_is_zero(shared: Api) -> None:
+    run = make_run()
+    answer = await post(shared, json.dumps(run)[:-1].encode() + b', "items_failed": -0}')
+    assert answer.status == 201
+    assert (await shared.get(f"{RUNS}/{run['event_id']}"))["items_failed"] == 0
+
+
+NO_NAME: dict[str, object] = {
+    "empty": "",
+    "blanks": "   ",
+    "other blanks": "\t\r\n\u00a0\u3000",
+    "NUL": "a\0b",
+    "only NUL": "\0",
+    "256 characters": "x" * 256,
+    "1 MB": "x" * 1_000_000,
+    "null": None,
+    "a number": 5,
+    "a boolean": True,
+    "an array": ["a"],
+    "an object": {"a": 1},
+}
+
+
+@pytest.mark.parametrize("value", NO_NAME.values(), ids=NO_NAME)
+async def test_what_is_no_name(shared: Api, value: object) -> None:
+    names = ("event_id", "run_id", "agent_name", "job_type")
+    answer = await post(shared, json.dumps(make_run(**dict.fromkeys(names, value))).encode())
+    assert places(check_error(answer, 422)) == [("body", name) for name in names]
+    await check_alive(shared)
+
+
+async def test_what_is_missing_is_named(shared: Api) -> None:
+    for name in ("event_id", "run_id", "start_time", "agent_name", "job_type"):
+        run = make_run()
+        del run[name]
+        [fault] = check_error(await send(shared, "POST", RUNS, json=run), 422)
+        assert fault == {"loc": ["body", name], "msg": "Field required", "type": "missing"}
+
+
+TEXTS = [
+    "product",
+    "product_family",
+    "platform",
+    "subdomain",
+    "website",
+    "website_section",
+    "item_name",
+    "input_summary",
+    "output_summary",
+    "source_ref",
+    "target_ref",
+    "error_summary",
+    "error_details",
+    "git_repo",
+    "git_branch",
+    "git_commit_hash",
+    "git_run_tag",
+    "host",
+    "environment",
+    "trigger_type",
+    "insight_id",
+    "parent_run_id",
+    "git_commit_author",
+]
+
+
+@pytest.mark.parametrize("value", ["a\0b", 5, True, 1.5, [], {}], ids=repr)
+async def test_what_is_no_text(shared: Api, value: object) -> None:
+    answer = await send(shared, "POST", RUNS, json=make_run(**dict.fromkeys(TEXTS, value)))
+    assert {place[1] for place in places(check_error(answer, 422))} == set(TEXTS)
+    await check_alive(shared)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "'; DROP TABLE agent_runs; --",
+        '" OR ""="',
+        "%_\\",
+        "${7*7}{{7*7}}",
+        "\u2028\u2029",
+        "\u202eabc\u200f",
+        "\ufeff",
+        "\r\n\x1b[31m",
+    ],
+    ids=ascii,
+)
+async def test_every_text_is_only_text(shared: Api, text: str) -> None:
+    run = make_run(run_id=text + "x", agent_name=text + "x", job_type=text + "x", **dict.fromkeys(TEXTS, text))
+    await shared.post(run)
+    stored = await shared.get(f"{RUNS}/{run['event_id']}")
+    assert {name: stored[name] for name in TEXTS} == dict.fromkeys(TEXTS, text)
+    listed = await shared.list(agent_name=text + "x", job_type=text + "x")
+    assert [found["event_id"] for found in listed] == [run["event_id"]]
+    await check_alive(shared)
+
+
+NO_TIMESTAMP: list[object] = [
+    "", " ", "yesterday", "now", "2025-12-24", "10:00:00", "2026-02-30T00:00:00Z", "2025-13-01T00:00:00Z",
+    "2025-00-10T00:00:00Z", "2026-02-28T24:00:00Z", "2026-02-28T25:00:00Z", "2026-02-28T23:60:00Z",
+    "2026-06-30T23:59:60Z", "0000-01-01T00:00:00Z", "10000-01-01T00:00:00Z", "-2025-01-01T00:00:00Z",
+    "2025-12-24T10:00:00+99:99", "2025-12-24T10:00:00+24:00", "2025-12-24T10:00:00Z+01:00", "2025-12-24T10:00:00 UTC",
+    "0001-01-01T00:00:00+23:59", "9999-12-31T23:59:59-23:59", "２025-12-24T10:00:00Z", "2025-12-24T10:00:00Z\n",
+    " 2025-12-24T10:00:00Z", "2025-12-24T10:00:00.Z", "1766570400", "2025-12-24T10:00:00\0", "T" * 100_000,
+    1766570400, 1766570400.5, True, [], {},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", NO_TIMESTAMP, ids=lambda value: ascii(value)[:30])
+async def test_what_is_no_timestamp(shared: Api, value: object) -> None:
+    names = ("created_at", "start_time", "end_time", "api_posted_at", "git_commit_timestamp")
+    answer = await send(shared, "POST", RUNS, json=make_run(**dict.fromkeys(names, value)))
+    assert places(check_error(answer, 422)) == [("body", name) for name in names]
+    if isinstance(value, str):
+        filters = ("created_before", "created_after", "start_time_from", "start_time_to")
+        for name in filters if len(value) < 1000 else ():
+            detail = check_error(await send(shared, "GET", RUNS, params={name: value}), 400)
+            assert detail.startswith(f"Invalid {name}: ")
+            assert "ISO 8601" in detail
+    await check_alive(shared)
+
+
+NO_STATUS: list[object] = [
+    "",
+    " ",
+    "bogus",
+    "running,success",
+    "runn\u0131ng",
+    "ok\0",
+    "s" * 100_000,
+    5,
+    True,
+    None,
+    [],
+    {},
+]
+
+
+@pytest.mark.parametrize("value", NO_STATUS, ids=lambda value: ascii(value)[:20])
+async def test_what_is_no_status(shared: Api, value: object) -> None:
+    answer = await send(shared, "POST", RUNS, json=make_run(status=value))
+    [fault] = check_error(answer, 422)
+    assert fault["loc"] == ["body", "status"]
+    assert "running" in fault["msg"]
+    if isinstance(value, str) and len(value) < 1000:
+        detail = check_error(await send(shared, "GET", RUNS, params={"status": value}), 400)
+        assert detail.startswith("Invalid status: ")
+        assert "cancelled" in detail
+
+
+NO_JSON_OBJECT = {
+    "an array": "[]",
+    "a string": '"{}"',
+    "a number": "5",
+    "a boolean": "true",
+    "65 levels": json.dumps(nested(66)),
+    "100 levels": json.dumps(nested(100)),
+    "an integer of 65 bits": json.dumps({"a": 2**64}),
+    "a huge integer": json.dumps({"a": 10**400}),
+    "a number beyond double": '{"a": 1e999}',
+    "NUL in a value": r'{"a": ["\u0000"]}',
+    "NUL in a key": r'{"\u0000": 1}',
+}
+
+
+@pytest.mark.parametrize("raw", NO_JSON_OBJECT.values(), ids=NO_JSON_OBJECT)
+async def test_what_is_no_json_object(shared: Api, raw: str) -> None:
+    body = json.dumps(make_run())[:-1] + f', "metrics_json": {raw}, "context_json": {raw}}}'
+    detail = check_error(await post(shared, body.encode()), 422)
+    assert places(detail) == [("body", "metrics_json"), ("body", "context_json")]
+    await check_alive(shared)
+
+
+async def test_500_levels_are_refused(shared: Api) -> None:
+    body = json.dumps(make_run(metrics_json=nested(500))).encode()
+    check_error(await post(shared, body), 422)
+    await check_alive(shared)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [{}, nested(64), {"k" * 1_000_000: 1}, {str(n): n for n in range(10_000)}, {"a": [-(2**63), 2**64 - 1, 1e308]}],
+    ids=["empty", "64 levels", "a key of 1 MB", "10,000 keys", "large numbers"],
+)
+async def test_what_is_a_json_object(shared: Api, value: dict[str, Any]) -> None:
+    run = make_run(metrics_json=value)
+    await shared.post(run)
+    assert (await shared.get(f"{RUNS}/{run['event_id']}"))["metrics_json"] == value
+
+
+@pytest.mark.parametrize(
+    "name", ["__proto__", "constructor", "__class__", "\0", "", "'; DROP TABLE x", "a\x1b[31m\nb"], ids=ascii
+)
+async def test_a_strange_key_is_only_an_unknown_field(shared: Api, name: str) -> None:
+    answer = await shared.post(make_run(**{name: {"polluted": True}}))
+    assert answer["warnings"] == [f"Unknown field ignored: {name}"]
+    await check_alive(shared)
+
+
+async def test_a_flag_is_true_or_false(shared: Api) -> None:
+    values: list[object] = [2, -1, "true", 1.0, None, [], {}]
+    for value in values:
+        detail = check_error(await send(shared, "POST", RUNS, json=make_run(api_posted=value)), 422)
+        assert places(detail) == [("body", "api_posted")], value
+
+
+# --- Batch ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("body", NOT_JSON.values(), ids=NOT_JSON)
+async def test_a_batch_that_is_not_json(shared: Api, body: bytes) -> None:
+    check_error(await post(shared, body, BATCH), 422)
+    await check_alive(shared)
+
+
+async def test_a_line_of_20_mb_is_413(shared: Api) -> None:
+    body = b'{"event_id": "' + b"x" * 20_000_000 + b'"}\n'
+    assert "TELEMETRY_MAX_BODY_BYTES" in check_error(await post(shared, body, BATCH, NDJSON), 413)
+    await check_alive(shared)
+
+
+async def test_ndjson_of_garbage_names_each_line_but_not_without_end(shared: Api) -> None:
+    detail = check_error(await post(shared, b"\xff\n" * 5000, BATCH, NDJSON), 422)
+    assert places(detail) == [("body", number) for number in range(100)]
+    await check_alive(shared)
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        None,
+        True,
+        5,
+        "x",
+        [],
+        [[]],
+        {},
+        {"event_id": 5},
+        {"event_id": None},
+        {"event_id": "\0"},
+        {"runs": []},
+        make_run(items_failed=2**63),
+    ],
+    ids=lambda item: ascii(item)[:25],
+)
+async def test_one_bad_item_beside_a_good_one(shared: Api, item: object) -> None:
+    good = make_run()
+    answer = await shared.batch([item, good])
+    assert (answer["inserted"], answer["duplicates"], answer["total"]) == (1, 0, 2)
+    [fault] = answer["error_details"]
+    assert fault["index"] == 0
+    assert all(error["loc"][:2] == ["body", 0] for error in fault["detail"])
+    await shared.get(f"{RUNS}/{good['event_id']}")
+
+
+# --- Query ---------------------------------------------------------------------------------------
+
+PARAMETERS = [
+    "agent_name",
+    "job_type",
+    "status",
+    "created_before",
+    "created_after",
+    "start_time_from",
+    "start_time_to",
+    "limit",
+    "offset",
+    "cursor",
+]
+
+
+async def query(shared: Api, query_string: str) -> Any:
+    [answer] = await send_raw(
+        shared, f"GET {RUNS}?{query_string} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode()
+    )
+    return answer
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+async def test_a_bad_value_of_each_parameter(shared: Api, name: str) -> None:
+    bad = {"empty": "", "blank": "%20", "NUL": "a%00b", "7,000 characters": "x" * 7_000}
+    for label, value in bad.items():
+        detail = check_error(await query(shared, f"{name}={value}"), 400)
+        assert detail.startswith(f"Invalid {name}: "), label
+        assert "it must be " in detail
+    detail = check_error(await query(shared, f"{name}=1&{name}=1"), 400)
+    assert name in detail
+    assert "more than once" in detail
+    check_error(await query(shared, f"{name}=%ff"), 400)
+    check_error(await query(shared, f"{name}=%ed%a0%80"), 400)
+    check_error(await query(shared, f"{name}={'x' * 100_000}"), 400)
+    await check_alive(shared)
+
+
+@pytest.mark.parametrize("name", ["limits", "Limit", "agent", "sort", "id", "__proto__", "a" * 5000, "%00", ""])
+async def test_an_unknown_parameter(shared: Api, name: str) -> None:
+    detail = check_error(await query(shared, f"{name}=1"), 400)
+    assert detail.startswith("Unknown query parameter ")
+    for known in PARAMETERS:
+        assert known in detail
+
+
+@pytest.mark.parametrize("name", ["limit", "offset"])
+@pytest.mark.parametrize(
+    "value", ["-1", "+1", "%2B1", "1e3", "1.0", "0x10", "1_0", "%EF%BC%99", "%D9%A3", "%20 1".replace(" ", ""), "1%20",
+              "abc", "null", "NaN", "9" * 19, "9" * 1000, str(2**63)]
+)  # fmt: skip
+async def test_what_is_no_limit_and_no_offset(shared: Api, name: str, value: str) -> None:
+    assert check_error(await query(shared, f"{name}={value}"), 400).startswith(f"Invalid {name}: ")
+
+
+async def test_limits_out_of_range(shared: Api) -> None:
+    for value in ("0", "1001", "-0"):
+        assert "from 1 to 1000" in check_error(await query(shared, f"limit={value}"), 400)
+
+
+async def test_too_many_parameters(shared: Api) -> None:
+    check_error(await query(shared, "&".join(f"a{number}=1" for number in range(500))), 400)
+
+
+@pytest.mark.parametrize(
+    "query_string",
+    ["agent_name=%25", "agent_name=%", "agent_name=%zz", "agent_name=%2", "agent_name='%20OR%201=1--", "agent_name=*",
+     "agent_name=_%25", "offset=9223372036854775807",
+     "created_after=2026-01-02T00:00:00Z&created_before=2026-01-01T00:00:00Z",
+     "start_time_from=2026-01-02T00:00:00Z&start_time_to=2026-01-01T00:00:00Z"]
+)  # fmt: skip
+async def test_what_matches_nothing_is_an_empty_list(shared: Api, query_string: str) -> None:
+    await shared.post(make_run())
+    answer = await query(shared, query_string)
+    assert (answer.status, answer.json) == (200, [])
+
+
+async def test_forged_cursors(shared: Api) -> None:
+    import base64
+
+    await shared.batch([make_run() for _ in range(3)])
+    answer = await send(shared, "GET", RUNS, params={"limit": "1"})
+    match = re.search(r"cursor=([^&>]+)", answer.headers["link"])
+    assert match is not None
+    cursor = match[1]
+    assert (await query(shared, f"limit=1&cursor={cursor}")).status == 200
+    content = json.loads(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
+
+    def forge(value: object) -> str:
+        return base64.urlsafe_b64encode(json.dumps(value).encode()).decode().rstrip("=")
+
+    version, filters, moment, run = content
+    forged = [
+        forge([version + 1, filters, moment, run]),
+        forge([version, "x", moment, run]),
+        forge([version, filters, "yesterday", run]),
+        forge([version, filters, None, run]),
+        forge([version, filters, moment, "1"]),
+        forge([version, filters, moment, -1]),
+        forge([version, filters, moment, 2**63]),
+        forge([version, filters, moment, 10**300]),
+        forge([version, filters, moment, 1.5]),
+        forge([version, filters, moment, None]),
+        forge([version, filters, moment]),
+        forge([version, [filters], {}, []]),
+        forge({}),
+        forge("x"),
+        forge(None),
+        cursor[:-3],
+        cursor + "AAAA",
+        "%F0%9F%98%80",
+        "....",
+        "AAAA",
+        "x" * 5000,
+    ]
+    for bad in forged:
+        assert check_error(await query(shared, f"limit=1&cursor={bad}"), 400).startswith("Invalid cursor: "), bad
+    # A cursor belongs to its filters.
+    detail = check_error(await query(shared, f"limit=1&status=running&cursor={cursor}"), 400)
+    assert "same filters" in detail
+    assert "cursor" in check_error(await query(shared, f"limit=1&offset=1&cursor={cursor}"), 400)
+    await check_alive(shared)
+
+
+# --- Paths ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/", "//", "/api", "/api/v1/runs/", "//api/v1/runs", "/health/", "/API/V1/RUNS", "/api/v1/runs/a/b", "/docs/",
+     "/docs/static/", "/docs/static/../../etc/passwd", "/docs/static/%2e%2e%2f%2e%2e%2fcli.py", "/docs/static/nope.js",
+     "/docs/static/__init__.py", "/static/docs.html", "/%00", "/%ff", "/.env", "/" + "a" * 5000]
+)  # fmt: skip
+async def test_a_path_that_is_not_there(shared: Api, path: str) -> None:
+    [answer] = await send_raw(shared, f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+    assert check_error(answer, 404) == "No such endpoint; /docs lists them all"
+
+
+@pytest.mark.parametrize(
+    "event_id",
+    ["%00", "a%0d%0ab", "%ff", "%zz", "%2e%2e%2fx", "%F0%9F%98%80", "%20", "x" * 5000, quote("'; DROP TABLE--")],
+)
+@pytest.mark.parametrize("suffix", ["", "/commit-url", "/repo-url"])
+async def test_an_event_id_that_is_not_there(shared: Api, event_id: str, suffix: str) -> None:
+    [answer] = await send_raw(
+        shared, f"GET {RUNS}/{event_id}{suffix} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode()
+    )
+    assert check_error(answer, 404).startswith("Run not found: ")
+
+
+# --- Headers and framing -------------------------------------------------------------------------
+
+HEAD = b"POST /api/v1/runs HTTP/1.1\r\nHost: x\r\n"
+TYPED = HEAD + b"Content-Type: application/json\r\n"
+LENGTH = b"Content-Length: %d\r\n" % len(GOOD)
+CHUNKED = TYPED + b"Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
+GET = b"GET /health HTTP/1.1\r\nHost: x\r\n"
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%s\r\n0\r\n\r\n" % (len(data), data)
+
+
+MALFORMED = {
+    "no Host": b"GET /health HTTP/1.1\r\n\r\n",
+    "two Hosts": b"GET /health HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
+    "HTTP/1.2": b"GET /health HTTP/1.2\r\nHost: x\r\n\r\n",
+    "HTTP/9.9": b"GET /health HTTP/9.9\r\nHost: x\r\n\r\n",
+    "HTTP/2 preface": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    "TLS hello": bytes.fromhex("16030100c8010000c40303") + b"\0" * 50,
+    "garbage": b"\x00\x01\x02garbage\r\n\r\n",
+    "lower-case method": b"get /health HTTP/1.1\r\nHost: x\r\n\r\n",
+    "unknown method": b"BREW /health HTTP/1.1\r\nHost: x\r\n\r\n",
+    "space in the path": b"GET /api/v1/runs/a b HTTP/1.1\r\nHost: x\r\n\r\n",
+    "raw UTF-8 in the path": "GET /api/v1/runs/ü HTTP/1.1\r\nHost: x\r\n\r\n".encode(),
+    "raw UTF-8 in the query": "GET /api/v1/runs?agent_name=ü HTTP/1.1\r\nHost: x\r\n\r\n".encode(),
+    "Content-Length and Transfer-Encoding": TYPED + LENGTH + b"Transfer-Encoding: chunked\r\n\r\n" + chunk(GOOD),
+    "two equal Content-Lengths": TYPED + LENGTH + LENGTH + b"\r\n" + GOOD,
+    "two Content-Lengths": TYPED + LENGTH + b"Content-Length: 5\r\n\r\n" + GOOD,
+    "Content-Length -1": TYPED + b"Content-Length: -1\r\n\r\n" + GOOD,
+    "Content-Length +2": TYPED + b"Content-Length: +2\r\n\r\n" + GOOD,
+    "Content-Length 1_0": TYPED + b"Content-Length: 1_0\r\n\r\n" + GOOD,
+    "Content-Length 0x10": TYPED + b"Content-Length: 0x10\r\n\r\n" + GOOD,
+    "Content-Length of 30 digits": TYPED + b"Content-Length: " + b"9" * 30 + b"\r\n\r\n" + GOOD,
+    "Transfer-Encoding identity": TYPED + b"Transfer-Encoding: identity\r\n\r\n" + GOOD,
+    "chunked twice": TYPED + b"Transfer-Encoding: chunked, chunked\r\n\r\n" + chunk(GOOD),
+    "chunk size 0x2": CHUNKED + b"0x2\r\n{}\r\n0\r\n\r\n",
+    "chunk size zz": CHUNKED + b"zz\r\n{}\r\n0\r\n\r\n",
+    "chunk size -2": CHUNKED + b"-2\r\n{}\r\n0\r\n\r\n",
+    "chunk size of 72 bits": CHUNKED + b"FFFFFFFFFFFFFFFFFF\r\n{}\r\n0\r\n\r\n",
+    "a chunk longer than its size": CHUNKED + b"2\r\n{}}}}}\r\n0\r\n\r\n",
+    "a newline in a chunk extension": CHUNKED + b"2;a=\n\r\n{}\r\n0\r\n\r\n",
+    "bare newlines": b"GET /health HTTP/1.1\nHost: x\n\n",
+    "a folded header": GET + b"A: b\r\n c\r\n\r\n",
+    "a blank before the colon": GET + b"A : b\r\n\r\n",
+    "NUL in a header": GET + b"A: b\0c\r\n\r\n",
+    "a bare CR in a header": GET + b"A: b\rc\r\n\r\n",
+    "a header of 64 kB": GET + b"A: " + b"a" * 65_536 + b"\r\n\r\n",
+    "1,000 headers": GET + b"".join(b"A%d: b\r\n" % number for number in range(1000)) + b"\r\n",
+    "a path of 20 kB": b"GET /api/v1/runs/" + b"a" * 20_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+    "two Content-Types": TYPED + b"Content-Type: text/plain\r\n" + LENGTH + b"\r\n" + GOOD,
+}
+
+
+@pytest.mark.parametrize("request_bytes", MALFORMED.values(), ids=MALFORMED)
+async def test_what_is_no_http_request(shared: Api, request_bytes: bytes) -> None:
+    [answer] = await send_raw(shared, request_bytes)
+    assert check_error(answer, 400) == "The request is not valid HTTP/1.1"
+    assert answer.headers["x-request-id"]
+    await shared.get(f"{RUNS}/good", 404)
+    await check_alive(shared)
+
+
+CLOSE = b"Connection: close\r\n"
+REFUSED = {
+    "no Content-Type": (HEAD + CLOSE + LENGTH + b"\r\n" + GOOD, 415),
+    "an empty Content-Type": (HEAD + CLOSE + b"Content-Type: \r\n" + LENGTH + b"\r\n" + GOOD, 415),
+    "garbage Content-Type": (HEAD + CLOSE + b"Content-Type: \xff\xfe;;==\r\n" + LENGTH + b"\r\n" + GOOD, 415),
+    "a long Content-Type": (HEAD + CLOSE + b"Content-Type: " + b"a" * 5000 + b"\r\n" + LENGTH + b"\r\n" + GOOD, 415),
+    "charset garbage": (
+        HEAD + CLOSE + b"Content-Type: application/json; charset=\xff\r\n" + LENGTH + b"\r\n" + GOOD,
+        415,
+    ),
+    "Transfer-Encoding gzip": (
+        TYPED + CLOSE + b"Transfer-Encoding: gzip, chunked\r\n\r\n" + chunk(gzip.compress(GOOD)),
+        415,
+    ),
+    "no Content-Length": (TYPED + CLOSE + b"\r\n", 422),
+    "Content-Length beyond the limit": (TYPED + CLOSE + b"Content-Length: 16777217\r\n\r\n", 413),
+    "Content-Length of 2^62": (TYPED + CLOSE + b"Content-Length: 4611686018427387904\r\n\r\n", 413),
+    "Expect of something else": (TYPED + CLOSE + LENGTH + b"Expect: tea\r\n\r\n" + GOOD, 417),
+    "Expect where there is nothing": (
+        b"GET /nope HTTP/1.1\r\nHost: x\r\nConnection: close\r\nExpect: tea\r\n\r\n",
+        417,
+    ),
+    "OPTIONS *": (b"OPTIONS * HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", 404),
+    "CONNECT": (b"CONNECT evil.com:443 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", 404),
+    "TRACE": (b"TRACE /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", 405),
+    "an absolute path elsewhere": (
+        b"GET http://evil.com/nope HTTP/1.1\r\nHost: evil.com\r\nConnection: close\r\n\r\n",
+        404,
+    ),
+}
+
+
+@pytest.mark.parametrize(("request_bytes", "status"), REFUSED.values(), ids=REFUSED)
+async def test_a_request_that_is_refused(shared: Api, request_bytes: bytes, status: int) -> None:
+    [answer] = await send_raw(shared, request_bytes, only_first=True)
+    check_error(answer, status)
+    assert answer.headers["x-request-id"]
+    await shared.get(f"{RUNS}/good", 404)
+    await check_alive(shared)
+
+
+ACCEPTED = {
+    "HTTP/1.0 without Host": b"GET /health HTTP/1.0\r\n\r\n",
+    # The guide's nginx configuration passes its own server name on.
+    "a foreign Host": b"GET /health HTTP/1.1\r\nHost: telemetry.example.com\r\nConnection: close\r\n\r\n",
+    "absolute form": b"GET http://localhost/health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",
+    "a fragment": b"GET /health#x HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+    "an upgrade that is not offered": GET + b"Connection: Upgrade, close\r\nUpgrade: websocket\r\n\r\n",
+    "100 headers": GET + CLOSE + b"".join(b"A%d: b\r\n" % n for n in range(100)) + b"\r\n",
+    "a body on GET": GET + CLOSE + b"Content-Length: 5\r\n\r\nhello",
+}
+
+
+@pytest.mark.parametrize("request_bytes", ACCEPTED.values(), ids=ACCEPTED)
+async def test_what_is_unusual_and_fine(shared: Api, request_bytes: bytes) -> None:
+    [answer] = await send_raw(shared, request_bytes)
+    assert (answer.status, answer.json["status"]) == (200, "ok")
+
+
+@pytest.mark.parametrize(
+    ("head", "framing"),
+    [
+        (b"Content-Type: application/json\r\n", "length"),
+        (b"content-type:application/json\r\n", "chunked"),
+        (b'Content-Type: Application/JSON; charset="UTF-8"\r\n', "odd chunks"),
+        (b"Content-Type: application/json\r\nExpect: 100-continue\r\n", "length"),
+    ],
+)
+async def test_framing_that_is_right(shared: Api, head: bytes, framing: str) -> None:
+    body = json.dumps(make_run()).encode()
+    tail = {
+        "length": b"Content-Length: %d\r\n\r\n%s" % (len(body), body),
+        "chunked": b"Transfer-Encoding: chunked\r\n\r\n" + chunk(body),
+        "odd chunks": b"Transfer-Encoding: Chunked\r\n\r\n1\r\n{\r\n000%X;ext=1\r\n%s\r\n0\r\n\r\n"
+        % (len(body) - 1, body[1:]),
+    }[framing]
+    *before, answer = await send_raw(shared, HEAD + CLOSE + head + tail)
+    assert answer.status == 201
+    assert [interim.status for interim in before] == ([100] if b"Expect" in head else [])
+
+
+async def test_a_body_cut_off_is_never_stored(shared: Api) -> None:
+    for request in (
+        TYPED + b"Content-Length: 5000\r\n\r\n" + GOOD,
+        TYPED + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n" % len(GOOD) + GOOD[:20],
+        TYPED + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n" % (len(GOOD), GOOD),
+    ):
+        assert all(answer.status == 400 for answer in await send_raw(shared, request, half_close=True))
+        await shared.get(f"{RUNS}/good", 404)
+        await check_alive(shared)
+
+
+async def test_a_content_length_too_small_ends_the_connection(shared: Api) -> None:
+    first, *rest = await send_raw(shared, TYPED + b"Content-Length: 5\r\n\r\n" + GOOD)
+    assert first.status in (400, 422)
+    assert all(answer.status == 400 for answer in rest)
+    await shared.get(f"{RUNS}/good", 404)
+    await check_alive(shared)
+
+
+async def test_pipelined_requests_are_answered_in_order(shared: Api) -> None:
+    answers = await send_raw(
+        shared,
+        GET + b"X-Request-ID: one\r\n\r\nGET /nope HTTP/1.1\r\nHost: x\r\nX-Request-ID: two\r\n\r\n"
+        + GET + b"X-Request-ID: three\r\nConnection: close\r\n\r\n",
+    )  # fmt: skip
+    assert [(answer.status, answer.headers["x-request-id"]) for answer in answers] == [
+        (200, "one"),
+        (404, "two"),
+        (200, "three"),
+    ]
+
+
+async def test_nothing_in_the_catalogue_was_an_internal_error(shared: Api) -> None:
+    """The daemon's own counters have seen everything above."""
+    text = (await send(shared, "GET", "/metrics", params={"format": "prometheus"})).text
+    statuses = set(re.findall(r'telemetryd_http_requests_total{[^}]*status="(\d+)"', text))
+    assert {"200", "201", "400", "404", "413", "415", "422"} <= statuses
+    assert not {status for status in statuses if status >= "500"}

@@ -1,0 +1,196 @@
+"""POST /api/v1/runs/batch, sentence by sentence."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sqlite3
+
+import pytest
+
+from tests.conftest import Api, MakeApi, make_run
+from tests.contract.wire import BATCH, NDJSON, RUNS, SENTENCE_OF_STATUS, check_alive, check_error, places, post, send
+
+
+def lines(*items: object, end: str = "\n") -> bytes:
+    return "".join(json.dumps(item) + end for item in items).encode()
+
+
+async def test_an_array_is_stored(api: Api) -> None:
+    runs = [make_run() for _ in range(3)]
+    assert await api.batch(runs) == {"inserted": 3, "duplicates": 0, "errors": [], "total": 3}
+    assert {run["event_id"] for run in await api.list()} == {run["event_id"] for run in runs}
+
+
+async def test_an_object_with_runs_is_stored(api: Api) -> None:
+    assert await api.batch({"runs": [make_run(), make_run()]}) == {
+        "inserted": 2,
+        "duplicates": 0,
+        "errors": [],
+        "total": 2,
+    }
+    assert len(await api.list()) == 2
+
+
+async def test_an_unknown_field_beside_runs_is_named(api: Api) -> None:
+    answer = await api.batch({"runs": [make_run(color=1), make_run(color=2)], "source": "x"})
+    assert answer["inserted"] == 2
+    assert answer["warnings"] == ["Unknown field ignored: source", "Unknown field ignored: color"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lines(make_run(event_id="a"), make_run(event_id="b")),
+        lines(make_run(event_id="a"), make_run(event_id="b"), end="\r\n"),
+        b"\n\r\n" + lines(make_run(event_id="a")) + b"\n \n\t\n" + lines(make_run(event_id="b")) + b"\n\n",
+        (lines(make_run(event_id="a")) + lines(make_run(event_id="b"))).removesuffix(b"\n"),
+    ],
+    ids=["plain", "CRLF", "blank lines", "no last newline"],
+)
+async def test_ndjson_is_stored(api: Api, body: bytes) -> None:
+    answer = await post(api, body, BATCH, NDJSON)
+    assert answer.status == 200
+    assert answer.json == {"inserted": 2, "duplicates": 0, "errors": [], "total": 2}
+    assert {run["event_id"] for run in await api.list()} == {"a", "b"}
+
+
+async def test_one_bad_line_of_ndjson_never_costs_the_good_ones(api: Api) -> None:
+    body = lines(make_run(event_id="a")) + b'{"event_id": \n' + lines(make_run(event_id="b"))
+    answer = (await post(api, body, BATCH, NDJSON)).json
+    assert (answer["inserted"], answer["total"], len(answer["errors"])) == (2, 3, 1)
+    [fault] = answer["error_details"]
+    assert fault["index"] == 1
+    assert fault["event_id"] is None
+    assert fault["detail"][0]["loc"] == ["body", 1]
+    assert fault["detail"][0]["type"] == "json_invalid"
+
+
+async def test_an_empty_array_is_zeros(api: Api) -> None:
+    zeros = {"inserted": 0, "duplicates": 0, "errors": [], "total": 0}
+    assert await api.batch([]) == zeros
+    assert await api.batch({"runs": []}) == zeros
+
+
+async def test_known_events_are_duplicates_and_stay_untouched(api: Api) -> None:
+    old = make_run(host="old")
+    await api.post(old)
+    assert await api.batch([{**old, "host": "new"}, make_run()]) == {
+        "inserted": 1,
+        "duplicates": 1,
+        "errors": [],
+        "total": 2,
+    }
+    assert (await api.get(f"{RUNS}/{old['event_id']}"))["host"] == "old"
+
+
+async def test_repeats_inside_one_batch_are_duplicates(api: Api) -> None:
+    run = make_run()
+    answer = await api.batch([{**run, "host": str(number)} for number in range(1000)])
+    assert answer == {"inserted": 1, "duplicates": 999, "errors": [], "total": 1000}
+    assert (await api.get(f"{RUNS}/{run['event_id']}"))["host"] == "0"
+
+
+async def test_one_bad_of_a_thousand_is_told_and_costs_nothing(api: Api) -> None:
+    runs = [make_run() for _ in range(1000)]
+    runs[412] |= {"status": "bogus", "items_failed": -1}
+    answer = await api.batch(runs)
+    assert (answer["inserted"], answer["duplicates"], answer["total"]) == (999, 0, 1000)
+    [sentence] = answer["errors"]
+    assert "412" in sentence
+    assert runs[412]["event_id"] in sentence
+    assert SENTENCE_OF_STATUS in sentence
+    assert "items_failed" in sentence
+    [fault] = answer["error_details"]
+    assert (fault["index"], fault["event_id"]) == (412, runs[412]["event_id"])
+    assert set(places(fault["detail"])) == {("body", 412, "status"), ("body", 412, "items_failed")}
+    await api.get(f"{RUNS}/{runs[412]['event_id']}", 404)
+    await api.get(f"{RUNS}/{runs[999]['event_id']}")
+
+
+async def test_there_are_no_error_details_without_errors(api: Api) -> None:
+    assert set(await api.batch([make_run()])) == {"inserted", "duplicates", "errors", "total"}
+
+
+async def test_all_bad_but_readable_is_still_an_answer(api: Api) -> None:
+    answer = await api.batch([None, 5, "x", [], [make_run()], {}, make_run(status="bogus")])
+    assert (answer["inserted"], answer["duplicates"], answer["total"]) == (0, 0, 7)
+    assert [fault["index"] for fault in answer["error_details"]] == list(range(7))
+    assert len(answer["errors"]) == 7
+    assert await api.list() == []
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"null", b"{}", b'{"runs": 5}', b'{"runs": {}}', b'"x"', b"[", b"[{]", json.dumps(make_run()).encode()],
+)
+async def test_what_is_no_batch_is_422(api: Api, body: bytes) -> None:
+    detail = check_error(await post(api, body, BATCH), 422)
+    assert places(detail) == [("body",)]
+    await check_alive(api)
+
+
+async def test_ndjson_without_one_readable_line_is_422(api: Api) -> None:
+    detail = check_error(await post(api, b"{\nnope\n", BATCH, NDJSON), 422)
+    assert places(detail) == [("body", 0), ("body", 1)]
+
+
+async def test_a_batch_inside_a_batch_is_one_bad_item(api: Api) -> None:
+    answer = await api.batch([[make_run()], make_run()])
+    assert (answer["inserted"], answer["total"]) == (1, 2)
+    assert answer["error_details"][0]["index"] == 0
+
+
+async def test_a_batch_of_the_largest_size_is_taken_and_one_more_is_413(make_api: MakeApi) -> None:
+    api = await make_api(max_batch=50)
+    assert (await api.batch([make_run() for _ in range(50)]))["inserted"] == 50
+    for body, headers in (
+        (json.dumps([make_run() for _ in range(51)]).encode(), {"Content-Type": "application/json"}),
+        (json.dumps({"runs": [make_run() for _ in range(51)]}).encode(), {"Content-Type": "application/json"}),
+        (lines(*(make_run() for _ in range(51))), NDJSON),
+    ):
+        detail = check_error(await post(api, body, BATCH, headers), 413)
+        assert "TELEMETRY_MAX_BATCH" in detail
+        assert "50" in detail
+    assert len(await api.list(limit="1000")) == 50
+
+
+async def test_the_default_limit_is_ten_thousand(api: Api) -> None:
+    assert "10000" in check_error(await post(api, b"[" + b"0," * 10_000 + b"0]", BATCH), 413)
+    answer = await post(api, b"[" + b"0," * 9_999 + b"0]", BATCH)
+    assert answer.json["total"] == 10_000
+
+
+async def test_all_good_items_commit_in_one_transaction(api: Api) -> None:
+    """A reader beside the daemon sees nothing of a batch, or all of it."""
+    seen: set[int] = set()
+    stop = False
+
+    def watch() -> None:
+        with sqlite3.connect(f"file:{api.settings.db_path}?mode=ro", uri=True) as connection:
+            while not stop:
+                seen.add(connection.execute("SELECT count(*) FROM agent_runs").fetchone()[0])
+        connection.close()
+
+    watching = asyncio.create_task(asyncio.to_thread(watch))
+    for _ in range(3):
+        await api.batch([*(make_run() for _ in range(2000)), {"bad": 1}])
+    await asyncio.sleep(0.05)
+    stop = True
+    await watching
+    assert seen <= {0, 2000, 4000, 6000}
+    assert 6000 in seen
+
+
+async def test_a_batch_keeps_the_order_of_its_items(api: Api) -> None:
+    runs = [make_run(created_at="2025-12-24T10:00:00Z") for _ in range(20)]
+    await api.batch(runs)
+    assert [run["event_id"] for run in await api.list()] == [run["event_id"] for run in reversed(runs)]
+
+
+async def test_an_error_of_a_batch_echoes_no_long_input(api: Api) -> None:
+    answer = await send(api, "POST", BATCH, json=[make_run(event_id="i" * 100_000), make_run(status="s" * 100_000)])
+    assert answer.status == 200
+    assert "i" * 201 not in answer.text
+    assert "s" * 201 not in answer.text
+    assert len(answer.json["errors"]) == 2

@@ -1,0 +1,86 @@
+"""A full disk: 503 and never a false 201; with room again it goes on without a restart."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import subprocess
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import StartDaemon, make_run
+from tests.http_client import call, get, post
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """An empty file system of 4 MiB."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    path = tmp_path / "disk"
+    path.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(path)], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode != 0:
+        pytest.skip(f"cannot mount here: {mounted.stderr.strip()}")
+    yield path
+    subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+@pytest.mark.parametrize("journal_mode", ["DELETE", "WAL"])
+def test_a_full_disk_is_503_and_then_it_goes_on(start_daemon: StartDaemon, small_disk: Path, journal_mode: str) -> None:
+    daemon = start_daemon(
+        TELEMETRY_DB_PATH=str(small_disk / "telemetry.sqlite"), TELEMETRY_DB_JOURNAL_MODE=journal_mode
+    )
+    url = daemon.url
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes(1 << 20))
+    sent: dict[str, bool] = {}
+    refused: list[Any] = []
+    for number in range(400):
+        runs = [make_run(output_summary=os.urandom(400).hex()) for _ in range(1 if number % 3 else 40)]
+        status, answer = post(url, runs[0]) if len(runs) == 1 else call(url, "POST", "/api/v1/runs/batch", runs)
+        assert status in (200, 201, 503), answer
+        sent |= {run["event_id"]: status != 503 for run in runs}
+        if status == 503:
+            refused.append(runs)
+            assert answer["detail"].startswith("The disk is full")
+            if len(refused) >= 6:
+                break
+    assert len(refused) >= 6
+    assert sum(sent.values()) > 50
+    assert get(url, "/health") == (200, get(url, "/health")[1])
+    assert get(url, "/metrics")[1]["total_runs"] == sum(sent.values()), "stored is what was acknowledged"
+
+    ballast.unlink()
+    for runs in refused:
+        assert call(url, "POST", "/api/v1/runs/batch", runs)[1]["inserted"] == len(runs)
+    assert daemon.stop() == 0
+    with closing(sqlite3.connect(small_disk / "telemetry.sqlite")) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        assert {row[0] for row in connection.execute("SELECT event_id FROM agent_runs")} == set(sent)
+
+
+@pytest.mark.parametrize("lock_has_room", [False, True])
+def test_no_room_for_a_new_database_is_one_clear_line(
+    start_daemon: StartDaemon, small_disk: Path, lock_has_room: bool
+) -> None:
+    (small_disk / "telemetry.sqlite.lock").write_text("1234567\n" if lock_has_room else "")
+    ballast = os.open(small_disk / "ballast", os.O_CREAT | os.O_WRONLY)
+    with contextlib.suppress(OSError):
+        while os.write(ballast, bytes(4096)):
+            pass
+    os.close(ballast)
+    if lock_has_room:
+        os.truncate(small_disk / "ballast", (small_disk / "ballast").stat().st_size - 4096)
+    status, errors = start_daemon(TELEMETRY_DB_PATH=str(small_disk / "telemetry.sqlite")).wait()
+    assert status == 1
+    assert len(errors.splitlines()) == 1, errors
+    assert str(small_disk) in errors
+    assert "full" in errors or "No space left" in errors

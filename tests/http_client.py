@@ -1,0 +1,29 @@
+"""A blocking HTTP client for tests that talk to a daemon process; no answer at all is status None."""
+
+from __future__ import annotations
+
+import http.client
+import json
+from typing import Any
+from urllib.parse import urlsplit
+
+
+def call(url: str, method: str, path: str, body: object = None, timeout_s: float = 20) -> tuple[int | None, Any]:
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=timeout_s)
+    try:
+        headers = {} if body is None else {"Content-Type": "application/json"}
+        connection.request(method, path, None if body is None else json.dumps(body), headers)
+        response = connection.getresponse()
+        return response.status, json.loads(response.read())
+    except (OSError, http.client.HTTPException, ValueError):
+        return None, None
+    finally:
+        connection.close()
+
+
+def post(url: str, run: object) -> tuple[int | None, Any]:
+    return call(url, "POST", "/api/v1/runs", run)
+
+
+def get(url: str, path: str) -> tuple[int | None, Any]:
+    return call(url, "GET", path)

@@ -1,0 +1,404 @@
+"""The process: how it starts, after whatever happened before, and how it stops."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from telemetryd import migrate
+from tests.conftest import Daemon, StartDaemon, make_run
+from tests.faults.strace import needs_strace, strace
+from tests.http_client import get, post
+
+NOW = "2026-01-01T00:00:00.000000Z"
+
+
+class Load:
+    """Threads that post until the daemon is gone, and the event_ids that were acknowledged to them."""
+
+    def __init__(self, url: str, threads: int = 8) -> None:
+        self._netloc = urlsplit(url).netloc
+        self.acknowledged: list[str] = []
+        self.unanswered: list[str] = []
+        self._threads = [threading.Thread(target=self._post) for _ in range(threads)]
+        for thread in self._threads:
+            thread.start()
+
+    def _post(self) -> None:
+        connection = http.client.HTTPConnection(self._netloc, timeout=20)
+        while True:
+            run = make_run()
+            try:
+                connection.request("POST", "/api/v1/runs", json.dumps(run), {"Content-Type": "application/json"})
+                response = connection.getresponse()
+                response.read()
+            except (OSError, http.client.HTTPException):
+                self.unanswered.append(run["event_id"])
+                break
+            if response.status == 201:
+                self.acknowledged.append(run["event_id"])
+            else:
+                assert response.status == 503
+        connection.close()
+
+    def wait_for(self, count: int) -> None:
+        deadline = time.monotonic() + 20
+        while len(self.acknowledged) < count:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+
+    def join(self) -> None:
+        for thread in self._threads:
+            thread.join(30)
+            assert not thread.is_alive()
+
+
+def stored(path: Path) -> set[str]:
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        return {row[0] for row in connection.execute("SELECT event_id FROM agent_runs")}
+
+
+def one_line(errors: str) -> str:
+    assert len(errors.splitlines()) == 1, errors
+    return errors.strip()
+
+
+# --- Stop ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("number", "journal_mode"), [(signal.SIGTERM, "DELETE"), (signal.SIGTERM, "WAL"), (signal.SIGINT, "WAL")]
+)
+def test_a_signal_under_load_loses_nothing(start_daemon: StartDaemon, number: int, journal_mode: str) -> None:
+    daemon = start_daemon(TELEMETRY_DB_JOURNAL_MODE=journal_mode)
+    load = Load(daemon.url)
+    load.wait_for(200)
+    daemon.process.send_signal(number)
+    status, errors = daemon.wait()
+    load.join()
+    assert status == 0
+    assert errors == ""
+    # checkpointed and closed: nothing is left beside the file but its lock
+    assert {path.name for path in daemon.folder.iterdir()} == {"telemetry.sqlite", "telemetry.sqlite.lock"}
+    found = stored(daemon.database)
+    assert set(load.acknowledged) <= found <= {*load.acknowledged, *load.unanswered}
+    assert [line["message"] for line in daemon.lines if line["level"] in ("ERROR", "CRITICAL")] == []
+
+
+@needs_strace
+def test_what_is_in_flight_when_the_signal_comes_is_answered(start_daemon: StartDaemon, tmp_path: Path) -> None:
+    daemon = start_daemon(TELEMETRY_DB_JOURNAL_MODE="WAL")
+    url = daemon.url
+    answers: list[int | None] = []
+    with strace(daemon.process.pid, tmp_path / "trace", "-e", "inject=fdatasync:delay_enter=300000"):
+        senders = [threading.Thread(target=lambda: answers.append(post(url, make_run())[0])) for _ in range(10)]
+        for sender in senders:
+            sender.start()
+        _wait_for_text(tmp_path / "trace", " fdatasync(")
+        while get(url, "/health")[1]["queue_depth"] < 1:
+            time.sleep(0.005)
+        assert daemon.stop() == 0
+        for sender in senders:
+            sender.join()
+    committed = len(stored(daemon.database))
+    assert answers.count(201) == committed >= 2
+    assert set(answers) <= {201, 503, None}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_at_once_and_acknowledges_nothing_uncommitted(
+    start_daemon: StartDaemon, number: int
+) -> None:
+    daemon = start_daemon(TELEMETRY_DB_JOURNAL_MODE="WAL", TELEMETRY_SHUTDOWN_TIMEOUT_S="60")
+    url = daemon.url
+    kept = make_run()
+    assert post(url, kept)[0] == 201
+    answers: list[int | None] = []
+    with closing(sqlite3.connect(daemon.database, isolation_level=None)) as holder:
+        holder.execute("BEGIN IMMEDIATE")  # the writer waits for this lock for up to 30 s
+        sender = threading.Thread(target=lambda: answers.append(post(url, make_run())[0]))
+        sender.start()
+        _wait_until_it_waits_for_the_lock(daemon)
+        daemon.process.send_signal(number)
+        daemon.wait_for_line("Stopping")
+        assert daemon.process.poll() is None
+        started = time.monotonic()
+        daemon.process.send_signal(number)
+        status, errors = daemon.wait()
+        assert time.monotonic() - started < 2
+        sender.join()
+    assert answers == [None]
+    assert status == 128 + number
+    assert one_line(errors) == "telemetryd: second signal, exiting at once"
+    assert stored(daemon.database) == {kept["event_id"]}
+
+
+def test_a_stop_that_takes_too_long_is_cut_off(start_daemon: StartDaemon) -> None:
+    daemon = start_daemon(TELEMETRY_SHUTDOWN_TIMEOUT_S="1", TELEMETRY_DB_JOURNAL_MODE="WAL")
+    url = daemon.url
+    with closing(sqlite3.connect(daemon.database, isolation_level=None)) as holder:
+        holder.execute("BEGIN IMMEDIATE")  # the writer waits for this lock for up to 30 s
+        sender = threading.Thread(target=lambda: post(url, make_run()))
+        sender.start()
+        _wait_until_it_waits_for_the_lock(daemon)
+        started = time.monotonic()
+        daemon.process.send_signal(signal.SIGTERM)
+        status, errors = daemon.wait()
+        sender.join()
+    assert time.monotonic() - started < 5
+    assert status == 1
+    assert one_line(errors) == "telemetryd: not stopped after 1 s, exiting"
+
+
+def test_a_signal_during_the_start_is_a_clean_stop(start_daemon: StartDaemon) -> None:
+    daemon = start_daemon()
+    while not daemon.database.exists():
+        assert daemon.process.poll() is None
+        time.sleep(0.001)
+    assert daemon.stop() == 0
+    assert stored(daemon.database) == set()
+
+
+# --- Start ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("journal_mode", ["DELETE", "PERSIST", "WAL"])
+def test_it_starts_after_kill_under_load(start_daemon: StartDaemon, tmp_path: Path, journal_mode: str) -> None:
+    (tmp_path / "data").mkdir()
+    path = tmp_path / "data" / "telemetry.sqlite"
+    daemon = start_daemon(TELEMETRY_DB_PATH=str(path), TELEMETRY_DB_JOURNAL_MODE=journal_mode)
+    load = Load(daemon.url)
+    load.wait_for(50)
+    daemon.stop(signal.SIGKILL)
+    load.join()
+    link = tmp_path / "link.sqlite"
+    link.symlink_to(path)
+    again = start_daemon(TELEMETRY_DB_PATH=str(link), TELEMETRY_DB_JOURNAL_MODE=journal_mode)
+    assert post(again.url, make_run(event_id=load.acknowledged[0]))[0] == 200
+    assert again.stop() == 0
+    assert set(load.acknowledged) <= stored(path)
+
+
+@pytest.mark.parametrize("by_link", [False, True])
+def test_it_recovers_from_a_hot_journal(start_daemon: StartDaemon, tmp_path: Path, by_link: bool) -> None:
+    """A transaction half in the file: the old pages are in the journal only."""
+    path, journal = tmp_path / "telemetry.sqlite", tmp_path / "telemetry.sqlite-journal"
+    _make_database(path, 2000)
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("PRAGMA cache_size = 1")
+        connection.execute("BEGIN")
+        connection.execute("UPDATE agent_runs SET agent_name = 'torn', host = hex(randomblob(100))")
+        torn, log = path.read_bytes(), journal.read_bytes()
+        connection.execute("ROLLBACK")
+    path.write_bytes(torn)
+    journal.write_bytes(log)
+    variables = {}
+    if by_link:
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "elsewhere" / "link.sqlite").symlink_to(path)
+        variables["TELEMETRY_DB_PATH"] = str(tmp_path / "elsewhere" / "link.sqlite")
+    daemon = start_daemon(**variables)
+    assert get(daemon.url, "/metrics")[1]["agents"] == {"agent": 2000}
+    assert get(daemon.url, "/api/v1/runs?agent_name=torn")[1] == []
+    assert daemon.stop() == 0
+    assert len(stored(path)) == 2000
+
+
+@pytest.mark.parametrize("next_mode", ["WAL", "DELETE"])
+def test_it_takes_over_a_write_ahead_log(start_daemon: StartDaemon, tmp_path: Path, next_mode: str) -> None:
+    daemon = start_daemon(TELEMETRY_DB_JOURNAL_MODE="WAL")
+    run_ids = [make_run() for _ in range(20)]
+    for run in run_ids:
+        assert post(daemon.url, run)[0] == 201
+    assert daemon.database.stat().st_size == 4096, "so that even the schema stands only in the log"
+    daemon.stop(signal.SIGKILL)
+    assert (tmp_path / "telemetry.sqlite-wal").stat().st_size > 0
+    again = start_daemon(TELEMETRY_DB_JOURNAL_MODE=next_mode)
+    assert get(again.url, "/metrics")[1]["total_runs"] == 20
+    assert get(again.url, "/health")[1]["journal_mode"] == next_mode
+    assert again.stop() == 0
+    assert stored(daemon.database) == {run["event_id"] for run in run_ids}
+
+
+@pytest.mark.parametrize("journal_mode", ["DELETE", "WAL"])
+def test_start_up_does_not_read_the_whole_database(
+    start_daemon: StartDaemon, tmp_path: Path, journal_mode: str
+) -> None:
+    path = tmp_path / "telemetry.sqlite"
+    _make_database(path, 200_000)
+    assert path.stat().st_size > 50_000_000
+    code = (
+        "import asyncio, sys, time\n"
+        "from pathlib import Path\n"
+        "from telemetryd.metrics import Metrics\n"
+        "from telemetryd.settings import Settings\n"
+        "from telemetryd.store import Store\n"
+        "async def main():\n"
+        "    settings = Settings(db_path=Path(sys.argv[1]), db_journal_mode=sys.argv[2])\n"
+        "    started = time.perf_counter()\n"
+        "    store = await Store.open(settings, Metrics())\n"
+        "    print(time.perf_counter() - started, flush=True)\n"
+        "    read = [l for l in open('/proc/self/io') if l.startswith('rchar')][0]\n"
+        "    print(read.split()[1])\n"
+        "    await store.close()\n"
+        "asyncio.run(main())\n"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", code, str(path), journal_mode], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert float(shown[0]) < 1
+    assert int(shown[1]) < 20_000_000  # it imports Python files, too, but does not read the 50 MB
+    daemon = start_daemon(TELEMETRY_DB_JOURNAL_MODE=journal_mode)
+    assert get(daemon.url, "/metrics")[1]["total_runs"] == 200_000
+    assert daemon.stop() == 0
+
+
+def test_a_port_in_use_is_one_clear_line(start_daemon: StartDaemon) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        daemon = start_daemon("--host", "127.0.0.1", "--port", str(port))
+        status, errors = daemon.wait()
+    assert status == 1
+    assert f"127.0.0.1:{port}" in one_line(errors)
+    assert "already in use" in errors
+    again = start_daemon()
+    assert post(again.url, make_run())[0] == 201
+
+
+def test_a_closed_standard_input_and_a_full_standard_output_do_no_harm(tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "telemetryd", "serve", "--unix", "sock", "--port", "0", "--log-format", "json"],
+            cwd=tmp_path,
+            stdin=subprocess.DEVNULL,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "TELEMETRY_DB_PATH": "telemetry.sqlite"},
+        )
+    try:
+        run = make_run()
+        assert _until_answered(tmp_path / "sock", "POST", "/api/v1/runs", run)[0] == 201
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=20)
+    assert stored(tmp_path / "telemetry.sqlite") == {run["event_id"]}
+
+
+# --- Unix socket ---------------------------------------------------------------------------------
+
+
+def test_it_answers_on_a_unix_socket_also_after_kill(start_daemon: StartDaemon, tmp_path: Path) -> None:
+    path = tmp_path / "api.sock"
+    daemon = start_daemon("--unix", str(path))
+    run = make_run()
+    assert _until_answered(path, "POST", "/api/v1/runs", run)[0] == 201
+    assert get(daemon.url, f"/api/v1/runs/{run['event_id']}")[0] == 200
+    assert path.stat().st_mode & 0o007 == 0
+    daemon.stop(signal.SIGKILL)
+    assert path.exists()
+    again = start_daemon("--unix", str(path))
+    assert again.url
+    assert _over_unix(path, "POST", "/api/v1/runs", run)[0] == 200
+    assert again.stop() == 0
+
+
+def test_the_socket_of_a_living_daemon_is_not_taken_away(start_daemon: StartDaemon, tmp_path: Path) -> None:
+    path = tmp_path / "api.sock"
+    first = start_daemon("--unix", str(path))
+    assert first.url
+    second = start_daemon("--unix", str(path), TELEMETRY_DB_PATH=str(tmp_path / "other.sqlite"))
+    status, errors = second.wait()
+    assert status == 1
+    assert str(path) in one_line(errors)
+    run = make_run()
+    assert _over_unix(path, "POST", "/api/v1/runs", run)[0] == 201
+    assert get(first.url, f"/api/v1/runs/{run['event_id']}")[0] == 200
+
+
+def test_a_file_at_the_sockets_path_is_not_deleted(start_daemon: StartDaemon, tmp_path: Path) -> None:
+    path = tmp_path / "precious.txt"
+    path.write_text("do not delete")
+    status, errors = start_daemon("--unix", str(path)).wait()
+    assert status == 1
+    assert str(path) in one_line(errors)
+    assert path.read_text() == "do not delete"
+
+
+# --- Helpers -------------------------------------------------------------------------------------
+
+
+def _make_database(path: Path, count: int) -> None:
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("PRAGMA synchronous = OFF")
+        migrate.create(connection, NOW)
+        connection.execute("BEGIN")
+        connection.execute(
+            "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < ?)"
+            " INSERT INTO agent_runs (event_id, run_id, created_at, updated_at, start_time, agent_name, job_type)"
+            " SELECT 'event-' || i, 'run', ?, ?, ?, 'agent', 'job' FROM n",
+            (count, NOW, NOW, NOW),
+        )
+        connection.execute("INSERT INTO run_totals VALUES ('agent', 'job', 'running', ?)", (count,))
+        connection.execute("INSERT INTO run_minutes VALUES (?, ?)", (NOW[:16], count))
+        connection.execute("COMMIT")
+
+
+def _wait_for_text(path: Path, text: str) -> None:
+    deadline = time.monotonic() + 20
+    while text not in path.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def _wait_until_it_waits_for_the_lock(daemon: Daemon) -> None:
+    """Wait until a thread sleeps in SQLite's busy handler, as the kernel tells."""
+    deadline = time.monotonic() + 20
+    while not any(
+        "nanosleep" in (task / "wchan").read_text() for task in Path(f"/proc/{daemon.process.pid}/task").iterdir()
+    ):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost", timeout=10)
+        self._path = str(path)
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.connect(self._path)
+
+
+def _over_unix(path: Path, method: str, target: str, body: object = None) -> tuple[int, Any]:
+    with closing(_UnixConnection(path)) as connection:
+        connection.request(method, target, json.dumps(body), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        return response.status, json.loads(response.read())
+
+
+def _until_answered(path: Path, method: str, target: str, body: object = None) -> tuple[int, Any]:
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            return _over_unix(path, method, target, body)
+        except OSError:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)

@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from telemetryd.git_urls import commit_url, repo_url
+
+GITHUB = "https://github.com/acme/tool"
+GITLAB = "https://gitlab.com/acme/tool"
+BITBUCKET = "https://bitbucket.org/acme/tool"
+HASH = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.mark.parametrize(
+    ("address", "page"),
+    [
+        ("https://github.com/acme/tool", GITHUB),
+        ("https://github.com/acme/tool.git", GITHUB),
+        ("https://github.com/acme/tool/", GITHUB),
+        ("https://github.com/acme/tool.git/", GITHUB),
+        ("https://github.com/acme/tool//", GITHUB),
+        ("https://github.com//acme/tool", GITHUB),
+        ("http://github.com/acme/tool", GITHUB),
+        ("https://GitHub.com/acme/tool", GITHUB),
+        ("  https://github.com/acme/tool\n", GITHUB),
+        ("https://github.com:443/acme/tool", GITHUB),
+        ("https://user@github.com/acme/tool", GITHUB),
+        ("https://user:pass@github.com/acme/tool.git", GITHUB),
+        ("https://x-access-token:ghp_secret@github.com/acme/tool", GITHUB),
+        ("ssh://git@github.com/acme/tool.git", GITHUB),
+        ("ssh://git@github.com:22/acme/tool.git", GITHUB),
+        ("git@github.com:acme/tool.git", GITHUB),
+        ("git@github.com:/acme/tool", GITHUB),
+        ("git@github.com:acme/tool/", GITHUB),
+        ("https://github.com/acme/tool.github.io", "https://github.com/acme/tool.github.io"),
+        ("https://github.com/acme/.github", "https://github.com/acme/.github"),
+        ("https://gitlab.com/acme/tool.git", GITLAB),
+        ("git@gitlab.com:acme/tool.git", GITLAB),
+        ("https://gitlab.com/acme/group/sub/tool.git", "https://gitlab.com/acme/group/sub/tool"),
+        ("git@gitlab.com:acme/group/sub/tool.git", "https://gitlab.com/acme/group/sub/tool"),
+        ("https://bitbucket.org/acme/tool.git", BITBUCKET),
+        ("https://user@bitbucket.org/acme/tool.git", BITBUCKET),
+        ("ssh://git@bitbucket.org/acme/tool.git", BITBUCKET),
+        ("git@bitbucket.org:acme/tool.git", BITBUCKET),
+    ],
+)
+def test_an_address_of_a_known_host_becomes_its_page(address: str, page: str) -> None:
+    assert repo_url(address) == page
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        None,
+        "",
+        "   ",
+        "tool",
+        "/srv/git/tool.git",
+        "file:///srv/git/tool.git",
+        "https://github.com",
+        "https://github.com/",
+        "https://github.com/acme",
+        "https://github.com/acme/",
+        "https://github.com//acme",
+        "https://github.com/acme/..",
+        "https://github.com/acme/../evil",
+        "https://github.com/./tool",
+        "https://github.com.evil.com/acme/tool",
+        "https://evilgithub.com/acme/tool",
+        "https://evil.com/github.com/acme/tool",
+        "https://evil.com/?github.com/acme/tool",
+        "https://evil.com#github.com/acme/tool",
+        "https://github.com@evil.com/acme/tool",
+        "https://github.com:pass@evil.com/acme/tool",
+        "https://evil.com\\@github.com/acme/tool\\..",
+        "https://www.github.com/acme/tool",
+        "https://gist.github.com/acme/tool",
+        "https://github.co/acme/tool",
+        "https://github.com./acme/tool",
+        "https://xgitlab.com/acme/tool",
+        "https://gitlab.com.example.org/acme/tool",
+        "https://gitlab.example.org/acme/tool",
+        "https://bitbucket.org.example.com/acme/tool",
+        "git@github.com.evil.com:acme/tool.git",
+        "git@evilgithub.com:acme/tool.git",
+        "git@evil.com:github.com/acme/tool.git",
+        "ssh://git@evil.com/github.com/acme/tool",
+        "ssh://github.com@evil.com/acme/tool",
+        "javascript://github.com/acme/tool",
+        "https://github.com/acme/tool?x=<script>",
+        "https://github.com/acme/tool#readme",
+        'https://github.com/acme/"onmouseover="x',
+        "https://github.com/acme/to ol",
+        "https://github.com/acme/tool\nhttps://evil.com/a/b",
+        "https://github.com/acme/tööl",
+        "https://gіthub.com/acme/tool",
+    ],
+)
+def test_any_other_address_gives_nothing(address: str | None) -> None:
+    assert repo_url(address) is None
+    assert commit_url(address, HASH) is None
+
+
+@pytest.mark.parametrize(
+    ("address", "page"),
+    [
+        ("git@github.com:acme/tool.git", f"{GITHUB}/commit/{HASH}"),
+        ("git@gitlab.com:acme/tool.git", f"{GITLAB}/-/commit/{HASH}"),
+        ("https://gitlab.com/acme/group/sub/tool", f"https://gitlab.com/acme/group/sub/tool/-/commit/{HASH}"),
+        ("git@bitbucket.org:acme/tool.git", f"{BITBUCKET}/commits/{HASH}"),
+    ],
+)
+def test_each_host_has_its_own_path_to_a_commit(address: str, page: str) -> None:
+    assert commit_url(address, HASH) == page
+
+
+@pytest.mark.parametrize(
+    "commit", [None, "", "abc123", "HEAD", "main", f"{HASH}/../x", f"{HASH}\n", "g" * 40, "a" * 65]
+)
+def test_what_is_no_hash_gives_no_page(commit: str | None) -> None:
+    assert commit_url(GITHUB, commit) is None
+
+
+@pytest.mark.parametrize("commit", ["abc1234", "ABC1234", HASH, "a" * 64])
+def test_short_and_long_hashes_are_kept_as_they_are(commit: str) -> None:
+    assert commit_url(GITHUB, commit) == f"{GITHUB}/commit/{commit}"
+
+
+SCHEMES = ("https://", "http://", "ssh://", "git@", "javascript:", "//", "")
+HOSTS = ("github.com", "gitlab.com", "bitbucket.org", "evil.com", "github.com.evil.com", "user:pw@github.com")
+ADDRESSES = st.tuples(st.sampled_from(SCHEMES), st.sampled_from(HOSTS), st.text("/:.@#?\\ ab\t\nä", max_size=20))
+
+
+@given(st.one_of(st.text(), ADDRESSES.map("".join)))
+def test_a_page_is_always_on_a_known_host_and_its_own_page(address: str) -> None:
+    page = repo_url(address)
+    if page is None:
+        return
+    assert page.startswith(("https://github.com/", "https://gitlab.com/", "https://bitbucket.org/"))
+    assert page.isascii()
+    assert page.isprintable()
+    assert not set(page) & set(" <>\"'\\?#@")
+    assert "/../" not in f"{page}/"
+    assert repo_url(page) == page

@@ -1,0 +1,362 @@
+from __future__ import annotations
+
+import contextlib
+import http.client
+import io
+import json
+import logging
+import os
+import pty
+import re
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from telemetryd.logs import JsonLines, ReadableLines, log, logging_to
+from telemetryd.settings import LogFormat, LogLevel
+from tests.conftest import Api, StartDaemon, make_run
+
+TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", re.ASCII)
+UNSAFE = "a\nb\rc\x1b[31md\x00e\x7ff\x85g\x9b31mh\u2028i\u2029j\u202ek\ufeffl"
+
+
+@contextlib.contextmanager
+def written(level: LogLevel = LogLevel.INFO, form: LogFormat = LogFormat.AUTO) -> Iterator[list[str]]:
+    """Collect the raw lines that are logged inside the block; they are there when it has ended."""
+    stream, lines = io.StringIO(), list[str]()
+    with logging_to(stream, level, form):
+        yield lines
+    assert stream.getvalue().endswith("\n") or not stream.getvalue()
+    lines += stream.getvalue().split("\n")[:-1]
+
+
+def record(message: str = "Query executed", **fields: object) -> logging.LogRecord:
+    return logging.makeLogRecord({"name": "telemetry_api", "levelname": "INFO", "msg": message, **fields})
+
+
+# --- JSON lines ----------------------------------------------------------------------------------
+
+
+def test_a_line_has_the_guides_fields_in_the_guides_order_and_spacing() -> None:
+    fields = {"endpoint": "/api/v1/runs", "query_params": {"agent_name": "hugo", "limit": 100}, "result_count": 5}
+    with written() as lines:
+        log.info("Query executed", extra={**fields, "duration_ms": 0.45, "is_slow": False})
+    (line,) = lines
+    timestamp = json.loads(line)["timestamp"]
+    assert TIMESTAMP.fullmatch(timestamp)
+    assert abs((datetime.fromisoformat(timestamp) - datetime.now(UTC)).total_seconds()) < 5
+    assert line == (
+        f'{{"timestamp": "{timestamp}", "level": "INFO", "logger": "telemetry_api", "message": "Query executed", '
+        '"endpoint": "/api/v1/runs", "query_params": {"agent_name":"hugo","limit":100}, "result_count": 5, '
+        '"duration_ms": 0.45, "is_slow": false}'
+    )
+
+
+@pytest.mark.parametrize(
+    ("created", "shown"),
+    [
+        (0.0, "1970-01-01T00:00:00.000Z"),
+        (1766570400.0009, "2025-12-24T10:00:00.000Z"),
+        (1766570400.9999, "2025-12-24T10:00:00.999Z"),
+    ],
+)
+def test_a_timestamp_has_milliseconds_and_is_never_in_the_future(created: float, shown: str) -> None:
+    assert json.loads(JsonLines().format(record(created=created, msecs=created % 1 * 1000)))["timestamp"] == shown
+
+
+@pytest.mark.parametrize("formatter", [JsonLines(), ReadableLines()], ids=["json", "text"])
+def test_nothing_that_is_logged_can_break_or_paint_its_line(formatter: logging.Formatter) -> None:
+    line = formatter.format(record(UNSAFE, event_id=UNSAFE, nested={UNSAFE: [UNSAFE]}))
+    assert len(line.splitlines()) == 1
+    own_colours = re.sub(r"\x1b\[(0|2|3[0-7]|9[0-7])m", "", line) if isinstance(formatter, ReadableLines) else line
+    assert own_colours.isprintable()
+    assert "\\u2028" in line
+
+
+def test_json_gives_everything_back() -> None:
+    line = JsonLines().format(record(UNSAFE, event_id=UNSAFE, emoji="𝄞ä", nested={UNSAFE: [UNSAFE]}))
+    read = json.loads(line)
+    assert read["message"] == read["event_id"] == UNSAFE
+    assert read["nested"] == {UNSAFE: [UNSAFE]}
+    assert '"emoji": "𝄞ä"' in line
+
+
+@pytest.mark.parametrize(
+    "value", [Path("/x"), {1: 2}, {None: 1}, float("nan"), b"\xff", object(), datetime(2025, 1, 1), {1, 2}]
+)
+def test_what_json_lacks_is_written_all_the_same(value: object) -> None:
+    for formatter in (JsonLines(), ReadableLines()):
+        assert formatter.format(record(value=value))
+    assert "value" in json.loads(JsonLines().format(record(value=value)))
+
+
+@pytest.mark.parametrize("value", ["\ud800", "a\udcff", 2**70, -(2**70)])
+def test_what_orjson_refuses_is_written_all_the_same(value: object) -> None:
+    with written() as lines:
+        log.info("first", extra={"value": value})
+        log.info("second")
+    assert [json.loads(line)["message"] for line in lines] == ["first", "second"]
+
+
+def test_a_call_that_cannot_be_formatted_does_not_end_all_logging() -> None:
+    with written() as lines:
+        logging.getLogger("some.library").warning("%d runs", "no")
+        log.info("second")
+    bad, second = map(json.loads, lines)
+    assert (bad["logger"], bad["level"], bad["error_type"], bad["template"]) == (
+        "some.library", "ERROR", "TypeError", "%d runs",
+    )  # fmt: skip
+    assert second["message"] == "second"
+
+
+def test_an_exception_is_told_in_fields_of_one_line() -> None:
+    with written() as lines:
+        try:
+            int("no\nway")
+        except ValueError:
+            log.exception("Failed")
+    (line,) = map(json.loads, lines)
+    assert (line["level"], line["error_type"], line["error_message"]) == (
+        "ERROR", "ValueError", "invalid literal for int() with base 10: 'no\\nway'",
+    )  # fmt: skip
+    assert line["traceback"].startswith("Traceback (most recent call last)")
+
+
+def test_a_traceback_on_a_terminal_cannot_paint_it() -> None:
+    with written(form=LogFormat.TEXT) as lines:
+        try:
+            int("1\x1b[2J")
+        except ValueError as error:
+            error.args = ("bad: \x1b[2J \x9b2J",)
+            log.exception("Failed")
+    assert lines[1].startswith("Traceback (most recent call last)")
+    assert all(line.isprintable() for line in lines[1:])
+    assert lines[-1] == "ValueError: bad: \\u001b[2J \\u009b2J"
+
+
+def test_libraries_and_warnings_go_through_the_same_formatter() -> None:
+    with written(LogLevel.DEBUG) as lines:
+        logging.getLogger("aiohttp.server").error("Error %s", "handling", extra={"peer": "x"})
+        logging.getLogger("some.library").debug("quietly")
+        logging.getLogger("aiosqlite").debug("executing …")
+        with warnings.catch_warnings(action="default"):
+            warnings.showwarning("deprecated", DeprecationWarning, "x.py", 1)
+    read = [json.loads(line) for line in lines]
+    assert [(line["logger"], line["level"]) for line in read] == [
+        ("aiohttp.server", "ERROR"),
+        ("some.library", "DEBUG"),
+        ("py.warnings", "WARNING"),
+    ]
+    assert (read[0]["message"], read[0]["peer"]) == ("Error handling", "x")
+    assert "deprecated" in read[2]["message"]
+
+
+@pytest.mark.parametrize("level", LogLevel)
+def test_the_level_is_the_least_severe_that_is_written(level: LogLevel) -> None:
+    with written(level) as lines:
+        for name in LogLevel:
+            log.log(logging.getLevelName(name.value), "x")
+    assert [json.loads(line)["level"] for line in lines] == list(LogLevel)[list(LogLevel).index(level) :]
+
+
+def test_logging_is_as_before_when_the_block_has_ended() -> None:
+    root = logging.getLogger()
+    before = root.handlers[:], root.level
+    with written():
+        assert root.handlers != before[0]
+    assert (root.handlers[:], root.level) == before
+
+
+# --- Of requests ---------------------------------------------------------------------------------
+
+
+async def test_the_lines_of_requests_hold_what_the_guide_greps_for(api: Api) -> None:
+    run = make_run()
+    with written() as lines:
+        await api.post(run)
+        await api.get("/api/v1/runs?agent_name=hugo-translator&status=running&limit=100")
+        await api.call("PATCH", f"/api/v1/runs/{run['event_id']}", json={"status": "cancelled"}, status=200)
+        await api.get("/api/v1/runs?status=invalid_status", 400)
+        await api.call("PATCH", "/api/v1/runs/abc123", json={"status": "cancelled"}, status=404)
+    created, queried, updated, refused, missing = map(json.loads, lines)
+    names = "timestamp level logger message endpoint"
+    assert (created["message"], created["endpoint"]) == ("Run created", "/api/v1/runs")
+    assert list(queried)[:9] == [*names.split(), "query_params", "result_count", "duration_ms", "is_slow"]
+    assert queried["query_params"] == {"agent_name": "hugo-translator", "status": "running", "limit": 100}
+    assert (queried["result_count"], queried["is_slow"]) == (1, False)
+    assert list(updated)[:9] == [*names.split(), "event_id", "fields_updated", "duration_ms", "success"]
+    assert (updated["message"], updated["endpoint"], updated["success"]) == (
+        "Run updated",
+        "/api/v1/runs/{event_id}",
+        True,
+    )
+    assert (refused["level"], refused["error_type"]) == ("ERROR", "ValidationError")
+    assert refused["message"].startswith("Error in /api/v1/runs: Invalid status: 'invalid_status'")
+    assert (missing["event_id"], missing["success"]) == ("abc123", False)
+    for line, searched in (
+        (lines[1], '"endpoint": "/api/v1/runs"'),
+        (lines[2], '"endpoint": "/api/v1/runs/{event_id}"'),
+        (lines[3], '"level": "ERROR"'),
+        (lines[4], '"success": false'),
+        (lines[4], '"event_id": "abc123"'),
+    ):
+        assert searched in line
+
+
+async def test_a_name_in_a_request_cannot_forge_a_line(api: Api) -> None:
+    forged = 'x"}\n{"level": "INFO", "message": "all is well"}\u2028\x1b[2J'
+    with written() as lines:
+        await api.post(make_run(event_id=forged))
+        await api.call("GET", "/api/v1/runs", params={"status": forged}, status=400)
+        async with api.client.get("/nowhere/" + "%0A%1B%5B2J%E2%80%A8"):
+            pass
+    assert [json.loads(line)["logger"] for line in lines] == ["telemetry_api"] * 3
+    assert all(line.isprintable() for line in lines)
+
+
+# --- A sink that does not take its lines ---------------------------------------------------------
+
+
+def test_a_blocked_sink_never_blocks_the_caller_and_what_it_drops_is_counted() -> None:
+    readable, writable = os.pipe()
+    total = 30_000
+    received: list[str] = []
+    with os.fdopen(writable, "w") as stream, os.fdopen(readable) as pipe:
+        reader = threading.Thread(target=lambda: received.extend(pipe))
+        with logging_to(stream, LogLevel.INFO, LogFormat.JSON):
+            started = time.monotonic()
+            for number in range(total):
+                log.info("line", extra={"number": number, "padding": "x" * 50})
+            assert time.monotonic() - started < 5
+            reader.start()
+        stream.close()
+        reader.join(10)
+    lines = [json.loads(line) for line in received]
+    kept = [line["number"] for line in lines if line["message"] == "line"]
+    dropped = sum(line["dropped"] for line in lines if line["message"] == "Log lines dropped")
+    assert dropped > 0
+    assert len(kept) + dropped == total
+    assert kept == sorted(set(kept))
+    assert all(line["level"] == "WARNING" for line in lines if line["message"] == "Log lines dropped")
+
+
+def test_the_daemon_answers_although_nobody_reads_its_log(tmp_path: Path, free_port: int) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TELEMETRY_")}
+    readable, writable = os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "telemetryd", "serve", "--host", "127.0.0.1", "--port", str(free_port)],
+        cwd=tmp_path, env={**environment, "TELEMETRY_DB_JOURNAL_MODE": "WAL"}, stdout=writable,
+    )  # fmt: skip
+    os.close(writable)
+    try:
+        connection = connect(free_port)
+        slowest = 0.0
+        for _ in range(1000):  # about 300 kB of lines; a pipe holds 64 kB
+            started = time.monotonic()
+            connection.request("GET", "/api/v1/runs?limit=1")
+            response = connection.getresponse()
+            response.read()
+            assert response.status == 200
+            slowest = max(slowest, time.monotonic() - started)
+        connection.close()
+        assert slowest < 1
+        process.terminate()
+        assert process.wait(15) == 0
+    finally:
+        process.kill()
+        process.wait()
+        received = os.read(readable, 1 << 20)
+        os.close(readable)
+    assert 0 < received.count(b"\n") < 500  # so the pipe really was full
+
+
+def test_a_closed_sink_does_not_stop_the_daemon(start_daemon: StartDaemon) -> None:
+    with contextlib.closing(io.StringIO()) as stream, logging_to(stream, LogLevel.INFO, LogFormat.JSON):
+        stream.close()
+        log.info("into nothing")
+    daemon = start_daemon(prefix=("sh", "-c", 'exec "$@" >/dev/full', "sh"))
+    port = 0
+    deadline = time.monotonic() + 15
+    while not port and time.monotonic() < deadline:
+        port = listening_port(daemon.process.pid)
+        time.sleep(0.05)
+    connection = connect(port)
+    connection.request("GET", "/health")
+    assert json.loads(connection.getresponse().read())["status"] == "ok"
+    connection.close()
+    assert daemon.stop() == 0
+
+
+def connect(port: int) -> http.client.HTTPConnection:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    deadline = time.monotonic() + 15
+    while True:
+        try:
+            connection.connect()
+        except OSError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        else:
+            return connection
+
+
+def listening_port(pid: int) -> int:
+    """The port on which a process listens, from /proc; 0 if none yet."""
+    with contextlib.suppress(OSError):
+        sockets = {os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()}
+        for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]:
+            columns = line.split()
+            if columns[3] == "0A" and f"socket:[{columns[9]}]" in sockets:
+                return int(columns[1].partition(":")[2], 16)
+    return 0
+
+
+# --- On a terminal -------------------------------------------------------------------------------
+
+
+def test_on_a_terminal_the_lines_are_for_people(tmp_path: Path, free_port: int) -> None:
+    ours, theirs = pty.openpty()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TELEMETRY_")}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "telemetryd", "serve", "--host", "127.0.0.1", "--port", str(free_port)],
+        cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs,
+    )  # fmt: skip
+    os.close(theirs)
+    try:
+        connection = connect(free_port)
+        connection.request("GET", "/api/v1/runs?status=%1B%5B2Jno")
+        assert connection.getresponse().read()
+        connection.close()
+    finally:
+        process.terminate()
+        status = process.wait(15)
+    seen = b""
+    with contextlib.suppress(OSError):  # EIO: the other end is closed
+        while chunk := os.read(ours, 65536):
+            seen += chunk
+    os.close(ours)
+    assert status == 0
+    lines = seen.decode().splitlines()
+    assert re.match(r"\d\d:\d\d:\d\d\.\d{3} \x1b\[32mINFO    \x1b\[0m Serving \x1b\[2maddresses\x1b\[0m=\[", lines[0])
+    assert f"http://127.0.0.1:{free_port}" in lines[0]
+    (refused,) = [line for line in lines if "\x1b[31mERROR" in line]
+    assert "\x1b[2J" not in refused
+    assert "Error in /api/v1/runs: Invalid status" in refused
+    assert not [line for line in lines if line.startswith("{")]
+
+
+@pytest.mark.parametrize(("form", "is_json"), [(LogFormat.JSON, True), (LogFormat.TEXT, False), (LogFormat.AUTO, True)])
+def test_the_form_can_be_chosen(form: LogFormat, is_json: bool) -> None:
+    with written(form=form) as lines:
+        log.warning("Look", extra={"name_": "x", "nothing": None})
+    assert lines[0].startswith("{") == is_json
+    if not is_json:
+        plain = re.sub(r"\x1b\[\d*m", "", lines[0])
+        assert re.fullmatch(r'\d\d:\d\d:\d\d\.\d{3} WARNING  Look name_="x"', plain)

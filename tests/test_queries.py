@@ -1,0 +1,285 @@
+from __future__ import annotations
+
+import base64
+import json
+import re
+from typing import Any
+from urllib.parse import parse_qs, quote, urlencode, urlsplit
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from telemetryd.errors import InvalidRequestError
+from telemetryd.queries import ListRuns, Position, parse_list
+from telemetryd.runs import MAX_INTEGER, canonical_timestamp
+from tests.conftest import Api, make_run
+
+CANONICAL = "2025-12-24T10:00:00.000000Z"
+
+
+def refusal(query_string: str) -> str:
+    with pytest.raises(InvalidRequestError) as caught:
+        parse_list(query_string)
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    assert len(sentence) < 500
+    return sentence
+
+
+def pack(value: object) -> str:
+    return base64.urlsafe_b64encode(json.dumps(value).encode()).rstrip(b"=").decode()
+
+
+def unpack(cursor: str) -> list[Any]:
+    decoded: list[Any] = json.loads(base64.urlsafe_b64decode(cursor + "=="))
+    return decoded
+
+
+# --- Parameters ----------------------------------------------------------------------------------
+
+
+def test_nothing_asked_means_the_newest_hundred() -> None:
+    assert parse_list("") == ListRuns({}, {}, limit=100, offset=0, after=None)
+
+
+def test_every_parameter_of_the_guide_is_read_and_made_canonical() -> None:
+    query = parse_list(
+        "agent_name=hugo-translator&status=FAILED&job_type=a%20b&created_before=2025-12-24T12:00:00%2B02:00"
+        "&created_after=2025-12-24T10:00:00&start_time_from=2025-12-24t10:00:00z&start_time_to=2025-12-24%2010:00"
+        "&limit=50&offset=7"
+    )
+    assert query == ListRuns(
+        {"agent_name": "hugo-translator", "job_type": "a b", "status": "failure"},
+        dict.fromkeys(("created_before", "created_after", "start_time_from", "start_time_to"), CANONICAL),
+        limit=50,
+        offset=7,
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["2025-12-24T12:00:00+02:00", "2025-12-24T12:00:00+0200", "2025-12-24 12:00+02:00", "2025-12-24T12:00:00.0+02:00"],
+)
+def test_a_plus_that_was_not_encoded_is_found_again(text: str) -> None:
+    assert parse_list(f"created_before={text}").bounds == {"created_before": CANONICAL}
+    assert parse_list(urlencode({"created_before": text})).bounds == {"created_before": CANONICAL}
+
+
+@given(st.datetimes(timezones=st.timezones(no_cache=True).filter(lambda zone: "Etc" not in str(zone))))
+def test_a_bound_means_the_same_with_and_without_its_plus_encoded(moment: Any) -> None:
+    text = moment.isoformat()
+    try:
+        canonical = canonical_timestamp(text)
+    except ValueError:
+        return  # an offset with seconds (local mean time), or outside the years 1 to 9999
+    for form in (text, quote(text)):
+        assert parse_list(f"start_time_to={form}").bounds["start_time_to"] == canonical
+
+
+@pytest.mark.parametrize("blank", ["2025-12-24 10:00", "2025-12-24 10:00:00", "2025-12-24T10:00:00Z"])
+def test_a_blank_between_date_and_time_is_no_lost_plus(blank: str) -> None:
+    assert parse_list(f"created_after={quote(blank)}").bounds["created_after"] == CANONICAL
+    assert parse_list(f"created_after={blank.replace(' ', '+')}").bounds["created_after"] == CANONICAL
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        *(("limit", value, "from 1 to 1000") for value in ("", "0", "-1", "1001", "1e3", "+5", " 5", "９", "abc")),
+        *(("offset", value, f"to {MAX_INTEGER}") for value in ("", "-1", "1.5", "9" * 19, "1" * 5000, "0x1")),
+        *(("status", value, "one of running, success, failure") for value in ("", "ok", "running,success", "\0")),
+        *(("agent_name", value, "1 to 255 characters") for value in ("", " ", "x" * 256, "a\0b")),
+        *(("job_type", value, "1 to 255 characters") for value in ("", "\t", "x" * 100_000, "\0")),
+        *(
+            (name, value, "an ISO 8601 date and time")
+            for name in ("created_before", "created_after", "start_time_from", "start_time_to")
+            for value in ("", "yesterday", "2025-12-24", "1766570400", "2025-02-30T10:00:00Z", "x" * 9999)
+        ),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_is_told_with_its_parameter_and_what_is_allowed(name: str, value: str, allowed: str) -> None:
+    sentence = refusal(urlencode({name: value}))
+    assert sentence.startswith(f"Invalid {name}: ")
+    assert allowed in sentence
+    assert (repr(value) if len(value) <= 200 else repr(value[:100])[:-1]) in sentence
+
+
+def test_bounds_of_numbers_are_allowed() -> None:
+    assert parse_list("limit=1").limit == 1
+    assert parse_list("limit=1000").limit == 1000
+    assert parse_list("limit=0007").limit == 7
+    assert parse_list(f"offset={MAX_INTEGER}").offset == MAX_INTEGER
+    assert "offset" in refusal(f"offset={MAX_INTEGER + 1}")
+
+
+@pytest.mark.parametrize(
+    "name", ["Agent_name", "agent", "order", "", " limit", "limit ", "x" * 5000, "\0", "__proto__"]
+)
+def test_an_unknown_parameter_is_named_with_the_known_ones(name: str) -> None:
+    sentence = refusal(urlencode({name: "1"}))
+    assert sentence.startswith("Unknown query parameter ")
+    assert "agent_name, job_type, status, created_before" in sentence
+
+
+@pytest.mark.parametrize("name", ["agent_name", "limit", "cursor", "created_before"])
+def test_a_parameter_given_twice_is_refused(name: str) -> None:
+    assert refusal(f"{name}=1&{name}=1") == f"Query parameter {name} is given more than once; give it once"
+
+
+def test_a_query_string_that_is_no_utf8_or_too_long_a_list_is_refused() -> None:
+    assert "UTF-8" in refusal("agent_name=%ff")
+    assert "UTF-8" in refusal("agent_name=%ed%a0%80")
+    assert "more than 32" in refusal("&".join(f"a{n}=1" for n in range(33)))
+
+
+@given(
+    st.text()
+    | st.lists(st.sampled_from(["limit", "offset", "cursor", "status", "=", "&", "%", "%00", "5", "+", ";"])).map(
+        "".join
+    )
+)
+def test_any_query_string_is_read_or_refused_in_one_sentence(text: str) -> None:
+    try:
+        parse_list(text)
+    except InvalidRequestError as error:
+        sentence = str(error)
+    else:
+        return
+    assert "\n" not in sentence
+    assert len(sentence) < 600
+
+
+# --- Cursors -------------------------------------------------------------------------------------
+
+POSITIONS = st.builds(
+    Position, st.datetimes().map(lambda moment: canonical_timestamp(moment.isoformat())), st.integers(0, MAX_INTEGER)
+)
+NAMES = st.text(min_size=1, max_size=20).filter(lambda text: text.strip() and "\0" not in text)
+FILTERS = st.fixed_dictionaries(
+    {},
+    optional={
+        "agent_name": NAMES,
+        "job_type": NAMES,
+        "status": st.sampled_from(["running", "success"]),
+        "created_before": st.just(CANONICAL),
+        "start_time_from": st.just(CANONICAL),
+    },
+)
+
+
+@given(FILTERS, st.integers(1, 1000), POSITIONS)
+def test_the_next_page_is_the_same_query_behind_the_position(
+    given_filters: dict[str, str], limit: int, last: Position
+) -> None:
+    query = parse_list(urlencode({**given_filters, "limit": limit}))
+    address = urlsplit(query.next_page("/api/v1/runs", last))
+    assert address.path == "/api/v1/runs"
+    assert re.fullmatch(r"[!-~]+", address.query)
+    assert parse_list(address.query) == ListRuns(query.equal, query.bounds, limit, 0, last)
+
+
+@given(FILTERS, FILTERS, POSITIONS)
+def test_a_cursor_belongs_to_its_filters(ours: dict[str, str], theirs: dict[str, str], last: Position) -> None:
+    cursor = parse_list(urlencode(ours)).cursor(last)
+    asked = urlencode({**theirs, "cursor": cursor})
+    if ours == theirs:
+        assert parse_list(asked).after == last
+    else:
+        assert refusal(asked).endswith("it must be one that was given for the same filters")
+
+
+def test_a_cursor_may_change_its_limit_but_has_no_offset() -> None:
+    cursor = parse_list("limit=5").cursor(Position(CANONICAL, 7))
+    assert parse_list(f"limit=9&cursor={cursor}").limit == 9
+    assert parse_list(f"offset=0&cursor={cursor}").after == Position(CANONICAL, 7)
+    assert "cursor" in refusal(f"offset=1&cursor={cursor}")
+    assert "offset" in refusal(f"offset=1&cursor={cursor}")
+
+
+def forgeries() -> list[str]:
+    genuine = parse_list("").cursor(Position(CANONICAL, 7))
+    version, mark, moment, number = unpack(genuine)
+    assert parse_list(f"cursor={pack([version, mark, moment, number])}").after == Position(CANONICAL, 7)
+    changed = [
+        [version + 1, mark, moment, number], ["1", mark, moment, number], [None, mark, moment, number],
+        [version, "", moment, number], [version, None, moment, number], [version, mark[::-1] + "0", moment, number],
+        [version, mark, "", number], [version, mark, "yesterday", number], [version, mark, None, number],
+        [version, mark, 5, number], [version, mark, [moment], number], [version, mark, moment + "' OR 1=1", number],
+        [version, mark, moment, -1], [version, mark, moment, 2**63], [version, mark, moment, 1.5],
+        [version, mark, moment, "7"], [version, mark, moment, None], [version, mark, moment, [7]],
+        [version, mark, moment], [version, mark, moment, number, 1], [], {}, None, 5, "text", "four",
+        {"a": 1, "b": 2, "c": 3, "d": 4}, [[version, mark, moment, number]],
+    ]  # fmt: skip
+    texts = [
+        "",
+        "=",
+        "====",
+        "a",
+        "!",
+        "....",
+        "ä",
+        "\0",
+        " ",
+        genuine[:-1],
+        genuine[1:],
+        genuine + "A",
+        genuine + "x" * 9999,
+    ]
+    texts += [genuine + " ", " " + genuine, genuine.replace(genuine[4], "+"), base64.b64encode(b"\xff" * 30).decode()]
+    texts += [base64.urlsafe_b64encode(b"[" * 5000).decode(), base64.urlsafe_b64encode(b"[1,2").decode()]
+    return texts + [pack(value) for value in changed]
+
+
+@pytest.mark.parametrize("cursor", forgeries(), ids=range(len(forgeries())))
+def test_a_forged_cursor_is_refused(cursor: str) -> None:
+    sentence = refusal(urlencode({"cursor": cursor}))
+    assert sentence.startswith("Invalid cursor: ")
+    assert "it must be " in sentence
+
+
+@given(st.text() | st.binary().map(lambda raw: base64.urlsafe_b64encode(raw).decode()))
+def test_no_text_is_a_cursor_by_chance(text: str) -> None:
+    assert refusal(urlencode({"cursor": text})).startswith("Invalid cursor: ")
+
+
+# --- Over HTTP -----------------------------------------------------------------------------------
+
+
+async def test_following_the_links_visits_every_run_once_while_others_arrive(api: Api) -> None:
+    moments = [f"2025-12-24T10:00:{n % 5:02}Z" for n in range(43)]
+    made = [make_run(agent_name="a & b", created_at=moment) for moment in moments]
+    assert (await api.batch(made))["inserted"] == 43
+    everything = [run["event_id"] for run in await api.list(limit=1000)]
+    assert sorted(everything) == sorted(run["event_id"] for run in made)
+
+    visited: list[str] = []
+    address: str | None = "/api/v1/runs?limit=10&agent_name=a+%26+b&created_before=2026-01-01T00:00:00%2B01:00"
+    while address:
+        async with api.client.get(address) as response:
+            assert response.status == 200
+            visited += [run["event_id"] for run in await response.json()]
+            link = response.headers.get("Link")
+        match = re.fullmatch(r'<(/api/v1/runs\?[!-~]+)>; rel="next"', link) if link else None
+        assert (match is None) == (link is None)
+        address = match[1] if match else None
+        await api.post(make_run(agent_name="a & b", created_at="2025-12-25T10:00:00Z"))
+    assert visited == everything
+
+    by_offset = [run["event_id"] for offset in range(0, 50, 10) for run in await api.list(
+        limit=10, offset=offset, created_before="2025-12-25T00:00:00Z")]  # fmt: skip
+    assert by_offset == everything
+
+
+async def test_the_last_page_has_no_link_even_if_it_is_full(api: Api) -> None:
+    await api.batch([make_run() for _ in range(4)])
+    for limit, expected in ((3, True), (4, False), (5, False)):
+        async with api.client.get("/api/v1/runs", params={"limit": limit}) as response:
+            assert ("Link" in response.headers) == expected
+
+
+async def test_a_refused_query_is_a_400_with_one_sentence(api: Api) -> None:
+    for query in ("status=ok", "limit=0", "cursor=x", "nope=1", "limit=1&limit=1", "agent_name=%ff", "created_after=x"):
+        answer = await api.get(f"/api/v1/runs?{query}", 400)
+        assert list(answer) == ["detail"]
+        assert parse_qs(query, errors="replace").keys() - {"agent_name"} <= set(re.findall(r"\w+", answer["detail"]))

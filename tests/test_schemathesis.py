@@ -1,0 +1,97 @@
+"""Schemathesis reads the daemon's own /openapi.json and tries, over a real socket, to make the daemon break it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+from tests.conftest import StartDaemon
+
+# Every check runs on every endpoint, except where the guide or API.md wants what the check forbids:
+CONFIG = """
+[[operations]]
+# "One bad item never costs the good ones": a batch with a bad item is answered 200, with the item in error_details.
+# GET /api/v1/runs/batch is the run whose event_id is "batch", so Allow rightly names GET and PATCH too.
+include-path = "/api/v1/runs/batch"
+[operations.checks]
+negative_data_rejection.enabled = false
+allow_header_conformance.enabled = false
+
+[[operations]]
+# A patch in which every field is null or missing is valid JSON, and the guide's 400 "No valid fields to update".
+include-name = "PATCH /api/v1/runs/{event_id}"
+[operations.checks.positive_data_acceptance]
+expected-statuses = ["2xx", 400, 404]
+"""
+
+# What no schema can say: a count must be written as an integer (to JSON Schema 5.0 is one too), and at no depth may
+# the agent's own objects hold a NUL or an integer of more than 64 bits.
+HOOKS = """
+import schemathesis
+
+FREE = ("metrics_json", "context_json")
+
+def whole(value):
+    is_whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**63
+    return int(value) if is_whole else value
+
+def storable(value):
+    if isinstance(value, dict):
+        return {storable(name): storable(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [storable(part) for part in value]
+    if isinstance(value, str):
+        return value.replace(chr(0), "")
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return 0
+    return value
+
+def run(body):
+    if not isinstance(body, dict):
+        return body
+    return {name: storable(value) if name in FREE else whole(value) for name, value in body.items()}
+
+@schemathesis.hook
+def map_body(context, body):
+    if isinstance(body, dict) and isinstance(body.get("runs"), list):
+        return {**body, "runs": [run(item) for item in body["runs"]]}
+    return [run(item) for item in body] if isinstance(body, list) else run(body)
+"""
+
+
+def test_no_request_makes_the_daemon_break_its_own_document(start_daemon: StartDaemon, tmp_path: Path) -> None:
+    daemon = start_daemon(TELEMETRY_DB_JOURNAL_MODE="WAL")
+    with urllib.request.urlopen(f"{daemon.url}/openapi.json") as response:
+        document = json.load(response)
+    # What a valid cursor is depends on earlier answers and on the other filters; test_queries.py forges them.
+    parameters = document["paths"]["/api/v1/runs"]["get"]["parameters"]
+    parameters.remove(next(parameter for parameter in parameters if parameter["name"] == "cursor"))
+    (tmp_path / "openapi.json").write_text(json.dumps(document))
+    (tmp_path / "schemathesis.toml").write_text(CONFIG)
+    (tmp_path / "hooks.py").write_text(HOOKS)
+    command = "--config-file schemathesis.toml run openapi.json --seed 1 --max-examples 25 --no-shrink"
+    finished = subprocess.run(
+        [
+            Path(sys.executable).with_name("schemathesis"),
+            *command.split(),
+            "--continue-on-failure",
+            "--url",
+            daemon.url,
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "SCHEMATHESIS_HOOKS": "hooks", "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert daemon.process.poll() is None, daemon.wait()
+    assert finished.returncode == 0, finished.stdout[-8000:] + finished.stderr[-2000:]
+    operations = sum(len(path) for path in document["paths"].values())
+    assert f"{operations} selected / {operations} total" in finished.stdout
+    assert not [line for line in daemon.lines if line["level"] == "CRITICAL" or line.get("status") == 500]
+    assert daemon.stop() == 0

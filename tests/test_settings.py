@@ -1,0 +1,333 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from telemetryd.cli import main
+from telemetryd.errors import ConfigurationError
+from telemetryd.settings import LoadedSettings, Origin, Settings, load, variable
+
+TOKEN = "correct-horse-battery-staple"
+GUIDE_DOTENV = """\
+# Telemetry API Configuration
+TELEMETRY_DB_PATH=D:/agent-metrics/db/telemetry.sqlite
+TELEMETRY_LOCK_FILE=D:/agent-metrics/db/telemetry.lock
+
+# Database PRAGMA Settings
+TELEMETRY_DB_JOURNAL_MODE=DELETE
+TELEMETRY_DB_SYNCHRONOUS=FULL
+
+# API Server Settings
+TELEMETRY_API_HOST=0.0.0.0
+TELEMETRY_API_PORT=8765
+TELEMETRY_API_WORKERS=1  # CRITICAL: Must be 1
+
+# Logging
+TELEMETRY_LOG_LEVEL=INFO
+"""
+
+
+def loaded(environment: dict[str, str] | None = None, dotenv: Path | None = None, **flags: Any) -> LoadedSettings:
+    return load(flags, environment or {}, dotenv)
+
+
+def problems(environment: dict[str, str], **flags: Any) -> list[str]:
+    with pytest.raises(ConfigurationError) as caught:
+        loaded(environment, **flags)
+    assert str(caught.value).splitlines() == caught.value.problems
+    return caught.value.problems
+
+
+def run(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run the real command in a folder, without variables of our own environment."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TELEMETRY_")}
+    return subprocess.run(
+        [sys.executable, "-m", "telemetryd", *arguments],
+        cwd=folder,
+        env={**environment, **variables},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+
+
+# --- Values --------------------------------------------------------------------------------------
+
+
+def test_the_defaults_are_those_of_the_guide_and_the_contract() -> None:
+    settings = loaded().settings
+    assert settings.model_dump(mode="json", exclude={"db_path"}) == {
+        "lock_file": None,
+        "db_journal_mode": "DELETE",
+        "db_synchronous": "FULL",
+        "db_busy_timeout_ms": 30_000,
+        "db_readers": 4,
+        "query_timeout_s": 10.0,
+        "api_host": "0.0.0.0",
+        "api_port": 8765,
+        "api_unix": None,
+        "api_workers": 1,
+        "api_auth_enabled": False,
+        "api_auth_token": None,
+        "api_auth_token_file": None,
+        "api_protected_mode": True,
+        "rate_limit_enabled": False,
+        "rate_limit_rpm": 60,
+        "queue_max": 10_000,
+        "max_body_bytes": 16_777_216,
+        "max_batch": 10_000,
+        "shutdown_timeout_s": 10.0,
+        "log_level": "INFO",
+        "log_format": "auto",
+    }
+    assert settings.durable
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the guide's own path there")
+def test_the_database_is_in_the_state_directory_under_systemd(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("STATE_DIRECTORY", raising=False)
+    assert loaded().settings.db_path == Path("data/telemetry.sqlite")
+    monkeypatch.setenv("STATE_DIRECTORY", "/var/lib/telemetryd:/var/lib/other")
+    assert loaded().settings.db_path == Path("/var/lib/telemetryd/telemetry.sqlite")
+
+
+def test_the_guides_dotenv_file_is_understood_as_it_stands(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text(GUIDE_DOTENV)
+    found = loaded(dotenv=tmp_path / ".env")
+    assert str(found.settings.db_path) == "D:/agent-metrics/db/telemetry.sqlite"
+    assert str(found.settings.lock_file) == "D:/agent-metrics/db/telemetry.lock"
+    assert found.settings.api_workers == 1
+    assert [name for name, origin in found.origins.items() if origin is Origin.DOTENV] == [
+        "db_path", "lock_file", "db_journal_mode", "db_synchronous", "api_host", "api_port", "api_workers", "log_level",
+    ]  # fmt: skip
+    if sys.platform != "win32":
+        (remark,) = found.remarks
+        assert remark.startswith("TELEMETRY_DB_PATH=D:/agent-metrics/db/telemetry.sqlite is a Windows path; here it")
+
+
+@pytest.mark.parametrize("name", Settings.model_fields)
+def test_a_flag_beats_the_environment_which_beats_dotenv_which_beats_the_default(name: str, tmp_path: Path) -> None:
+    dotenv = tmp_path / ".env"
+    token_file = tmp_path / "token"
+    token_file.write_text(TOKEN)
+    four = {
+        "db_journal_mode": ["wal", "TRUNCATE", "PERSIST"],
+        "db_synchronous": ["normal", "EXTRA", "NORMAL"],
+        "log_level": ["debug", "WARNING", "ERROR"],
+        "log_format": ["text", "json", "text"],
+        "api_workers": ["1", "1", "1"],
+    }
+    by_type: dict[object, list[str]] = {
+        bool: ["true", "false", "true"],
+        int: ["1024", "2048", "3072"],
+        float: ["1.5", "2.5", "3.5"],
+    }
+    values = four.get(name) or by_type.get(Settings.model_fields[name].annotation) or ["a" * 8, "b" * 8, "c" * 8]
+    if name == "db_readers":
+        values = ["1", "2", "3"]
+    beside = {"TELEMETRY_API_AUTH_TOKEN_FILE": str(token_file)} if name == "api_auth_enabled" else {}
+
+    def value_of(found: LoadedSettings) -> str:
+        value = found.settings.model_dump()[name]
+        shown = value.get_secret_value() if name == "api_auth_token" else value
+        return str(shown).lower()
+
+    default = loaded(beside)
+    dotenv.write_text(f"{variable(name)}={values[0]}\n")
+    from_dotenv = loaded(beside, dotenv)
+    environment = {**beside, variable(name): values[1]}
+    from_environment = loaded(environment, dotenv)
+    from_flag = loaded(environment, dotenv, **{name: values[2]})
+    given = [from_dotenv, from_environment, from_flag]
+    assert [found.origins[name] for found in (default, *given)] == ["default", ".env", "environment", "flag"]
+    assert [value_of(found) for found in given] == [value.lower() for value in values]
+    # An empty variable counts as not set, and a flag that is not given as well.
+    assert loaded({**beside, variable(name): ""}, dotenv, **{name: None}).origins[name] is Origin.DOTENV
+
+
+# --- Problems ------------------------------------------------------------------------------------
+
+WRONG = {
+    "TELEMETRY_DB_PATH": " ",
+    "TELEMETRY_LOCK_FILE": "\t",
+    "TELEMETRY_DB_JOURNAL_MODE": "OFF",
+    "TELEMETRY_DB_SYNCHRONOUS": "OFF",
+    "TELEMETRY_DB_BUSY_TIMEOUT_MS": "-1",
+    "TELEMETRY_DB_READERS": "0",
+    "TELEMETRY_QUERY_TIMEOUT_S": "inf",
+    "TELEMETRY_API_HOST": " ",
+    "TELEMETRY_API_PORT": "65536",
+    "TELEMETRY_API_UNIX": " ",
+    "TELEMETRY_API_WORKERS": "4",
+    "TELEMETRY_API_AUTH_ENABLED": "maybe",
+    "TELEMETRY_API_AUTH_TOKEN_FILE": " ",
+    "TELEMETRY_API_PROTECTED_MODE": "2",
+    "TELEMETRY_RATE_LIMIT_ENABLED": "x",
+    "TELEMETRY_RATE_LIMIT_RPM": "0",
+    "TELEMETRY_QUEUE_MAX": "1e3",
+    "TELEMETRY_MAX_BODY_BYTES": "1023",
+    "TELEMETRY_MAX_BATCH": "many",
+    "TELEMETRY_SHUTDOWN_TIMEOUT_S": "0",
+    "TELEMETRY_LOG_LEVEL": "LOUD",
+    "TELEMETRY_LOG_FORMAT": "xml",
+}
+
+
+def test_every_problem_is_told_at_once_with_the_name_of_its_variable() -> None:
+    assert {variable(name) for name in Settings.model_fields} - set(WRONG) == {"TELEMETRY_API_AUTH_TOKEN"}
+    found = problems(WRONG)
+    assert [problem.partition(":")[0] for problem in found] == list(WRONG)
+    for problem, value in zip(found, WRONG.values(), strict=True):
+        assert repr(value) in problem
+        assert "\n" not in problem
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG.items())
+def test_each_problem_is_told_alone_too(name: str, value: str) -> None:
+    (problem,) = problems({name: value})
+    assert problem.startswith(f"{name}: ")
+    assert problem.endswith(f"(it is {value!r})")
+
+
+def test_a_setting_that_fits_alone_but_not_with_others_is_told_beside_the_other_problems() -> None:
+    found = problems({"TELEMETRY_API_PORT": "x", "TELEMETRY_API_AUTH_ENABLED": "true", "TELEMETRY_LOG_LEVEL": "x"})
+    assert sorted(problem.partition(":")[0] for problem in found) == [
+        "TELEMETRY_API_AUTH_TOKEN",
+        "TELEMETRY_API_PORT",
+        "TELEMETRY_LOG_LEVEL",
+    ]
+
+
+@pytest.mark.parametrize("workers", ["0", "2", "-1", "1000"])
+def test_there_is_one_worker(workers: str) -> None:
+    (problem,) = problems({"TELEMETRY_API_WORKERS": workers})
+    assert problem == (
+        f"TELEMETRY_API_WORKERS: must be 1, not {workers}: one writer is the whole point, more would corrupt the "
+        f"database (it is {workers!r})"
+    )
+
+
+# --- The token -----------------------------------------------------------------------------------
+
+
+def test_authentication_needs_one_token(tmp_path: Path) -> None:
+    enabled = {"TELEMETRY_API_AUTH_ENABLED": "true"}
+    file = tmp_path / "token"
+    (problem,) = problems(enabled)
+    assert problem.startswith("TELEMETRY_API_AUTH_TOKEN: must be set")
+    (problem,) = problems({**enabled, "TELEMETRY_API_AUTH_TOKEN": "short"})
+    assert problem.startswith("TELEMETRY_API_AUTH_TOKEN: must hold at least 8 characters")
+    assert "short" not in problem
+    (problem,) = problems({**enabled, "TELEMETRY_API_AUTH_TOKEN_FILE": str(file)})
+    assert problem.startswith("TELEMETRY_API_AUTH_TOKEN_FILE: cannot be read: ")
+    file.write_text("\n short \n")
+    (problem,) = problems({**enabled, "TELEMETRY_API_AUTH_TOKEN_FILE": str(file)})
+    assert problem.startswith("TELEMETRY_API_AUTH_TOKEN_FILE: must hold at least 8 characters")
+    file.write_bytes(b"\xff" * 20)
+    (problem,) = problems({**enabled, "TELEMETRY_API_AUTH_TOKEN_FILE": str(file)})
+    assert problem.startswith("TELEMETRY_API_AUTH_TOKEN_FILE: cannot be read: ")
+    file.write_text(f" {TOKEN}\n")
+    assert loaded({**enabled, "TELEMETRY_API_AUTH_TOKEN_FILE": str(file)}).settings.token() == TOKEN.encode()
+    assert loaded({**enabled, "TELEMETRY_API_AUTH_TOKEN": f"{TOKEN}\n"}).settings.token() == TOKEN.encode()
+    both = {"TELEMETRY_API_AUTH_TOKEN": TOKEN, "TELEMETRY_API_AUTH_TOKEN_FILE": str(file)}
+    (problem,) = problems(both)
+    assert problem.startswith("TELEMETRY_API_AUTH_TOKEN: set either the token or TELEMETRY_API_AUTH_TOKEN_FILE")
+
+
+def test_a_secret_is_never_shown(tmp_path: Path) -> None:
+    environment = {"TELEMETRY_API_AUTH_TOKEN": TOKEN, "TELEMETRY_API_AUTH_ENABLED": "true"}
+    found = loaded(environment)
+    assert found.shown()["TELEMETRY_API_AUTH_TOKEN"] == {"value": "********", "origin": "environment"}
+    assert TOKEN not in f"{found!r} {found} {found.settings!r} {found.settings} {found.settings.model_dump_json()}"
+    assert TOKEN not in str(problems({**environment, "TELEMETRY_API_PORT": "x", "TELEMETRY_API_AUTH_TOKEN_FILE": "y"}))
+    for arguments in (["config"], ["config", "--json"]):
+        printed = CliRunner().invoke(main, arguments, env={**environment, "TELEMETRY_DB_PATH": str(tmp_path / "db")})
+        assert printed.exit_code == 0
+        assert TOKEN not in printed.output
+        assert "********" in printed.output
+
+
+def test_a_token_cannot_be_given_on_the_command_line() -> None:
+    for command in ("serve", "config"):
+        refused = CliRunner().invoke(main, [command, "--auth-token", TOKEN])
+        assert refused.exit_code == 2
+        assert "--auth-token " not in CliRunner().invoke(main, [command, "--help"]).output
+
+
+# --- Remarks -------------------------------------------------------------------------------------
+
+
+def test_an_unknown_variable_of_the_family_is_remarked_on(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("TELEMETRY_DB_PAHT=/x\nOTHER=1\n")
+    environment = {
+        "TELEMETRY_API_PROT": "1",
+        "TELEMETRY_BUFFER_DIR": "/x",
+        "TELEMETRY_API_URL": "http://x",
+        "PATH": "/bin",
+    }
+    assert loaded(environment, tmp_path / ".env").remarks == (
+        "TELEMETRY_API_PROT is not a setting of telemetryd and has no effect",
+        "TELEMETRY_DB_PAHT is not a setting of telemetryd and has no effect",
+    )
+
+
+# --- The process ---------------------------------------------------------------------------------
+
+
+def test_config_prints_every_setting_with_its_origin(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("TELEMETRY_QUEUE_MAX=7\n")
+    arguments = ("config", "--port", "9000", "--no-protected-mode")
+    printed = run(tmp_path, *arguments, "--json", TELEMETRY_API_HOST="127.0.0.1", TELEMETRY_LOG_LEVEL="debug")
+    assert printed.returncode == 0, printed.stderr
+    shown = json.loads(printed.stdout)
+    assert list(shown) == [variable(name) for name in Settings.model_fields]
+    assert shown["TELEMETRY_API_PORT"] == {"value": 9000, "origin": "flag"}
+    assert shown["TELEMETRY_API_PROTECTED_MODE"] == {"value": False, "origin": "flag"}
+    assert shown["TELEMETRY_API_HOST"] == {"value": "127.0.0.1", "origin": "environment"}
+    assert shown["TELEMETRY_LOG_LEVEL"] == {"value": "DEBUG", "origin": "environment"}
+    assert shown["TELEMETRY_QUEUE_MAX"] == {"value": 7, "origin": ".env"}
+    assert shown["TELEMETRY_MAX_BATCH"] == {"value": 10000, "origin": "default"}
+    lines = run(tmp_path, *arguments).stdout.splitlines()
+    assert [line.split()[0] for line in lines] == list(shown)
+    assert next(line for line in lines if line.startswith("TELEMETRY_QUEUE_MAX ")).endswith("= 7  # .env")
+    assert not (tmp_path / "data").exists()
+
+
+def test_wrong_settings_end_the_process_before_the_database_is_touched(tmp_path: Path) -> None:
+    database = tmp_path / "data" / "telemetry.sqlite"
+    refused = run(
+        tmp_path, "serve", "--max-batch", "0",
+        TELEMETRY_DB_PATH=str(database), TELEMETRY_API_WORKERS="2", TELEMETRY_API_PORT="http", TELEMETRY_LOG_LEVEL="x",
+    )  # fmt: skip
+    assert refused.returncode == 2
+    assert refused.stdout == ""
+    lines = refused.stderr.splitlines()
+    assert [line.split(": ")[1] for line in lines] == [
+        "TELEMETRY_API_PORT", "TELEMETRY_API_WORKERS", "TELEMETRY_MAX_BATCH", "TELEMETRY_LOG_LEVEL",
+    ]  # fmt: skip
+    assert all(line.startswith("telemetryd: TELEMETRY_") for line in lines)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wrong_settings_leave_an_existing_database_alone(tmp_path: Path) -> None:
+    database = tmp_path / "telemetry.sqlite"
+    database.write_bytes(b"whatever it is")
+    before = database.stat()
+    refused = run(tmp_path, "serve", TELEMETRY_DB_PATH=str(database), TELEMETRY_API_WORKERS="0")
+    assert refused.returncode == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["telemetry.sqlite"]
+    assert (database.stat().st_mtime_ns, database.stat().st_atime_ns) == (before.st_mtime_ns, before.st_atime_ns)
+    assert database.read_bytes() == b"whatever it is"
+
+
+def test_an_unknown_flag_ends_the_process_with_status_2(tmp_path: Path) -> None:
+    assert run(tmp_path, "serve", "--nope").returncode == 2
+    assert list(tmp_path.iterdir()) == []

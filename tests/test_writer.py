@@ -1,0 +1,519 @@
+"""One writer: many commands in one COMMIT, each caller told its own outcome, nobody told too early."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import inspect
+import json
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from telemetryd import migrate, runs, statements
+from telemetryd.commands import Command, Created, CreateRuns, Outcome, Updated, UpdateRun
+from telemetryd.database import Connection, open_writer
+from telemetryd.errors import (
+    CommandFailedError,
+    DatabaseBusyError,
+    QueueFullError,
+    StoppingError,
+    StorageFullError,
+    WriterDeadError,
+)
+from telemetryd.metrics import Metrics
+from telemetryd.writer import GROUP_ROWS, Writer
+from tests.conftest import Api, MakeApi, StartDaemon, eventually, make_run
+from tests.faults.strace import needs_strace, strace
+from tests.http_client import get, post
+
+NOW = "2026-01-01T00:00:00.000000Z"
+
+
+@dataclass
+class Bench:
+    """A writer on a real file, every statement that its connection runs, and a second pair of eyes."""
+
+    path: Path
+    connection: Connection
+    writer: Writer[Command, Outcome]
+    task: asyncio.Task[None]
+    trace: list[str] = field(default_factory=list)
+
+    def count(self, statement: str) -> int:
+        return sum(line.startswith(statement) for line in self.trace)
+
+    def query(self, sql: str) -> list[Any]:
+        """Ask through a connection of its own, which sees only what is committed."""
+        with contextlib.closing(sqlite3.connect(f"{self.path.as_uri()}?mode=ro", uri=True)) as connection:
+            return connection.execute(sql).fetchall()
+
+    def stored(self) -> set[str]:
+        return {row[0] for row in self.query("SELECT event_id FROM agent_runs")}
+
+    def totals_agree(self) -> bool:
+        counted = self.query(
+            "SELECT agent_name, job_type, status, count(*) FROM agent_runs GROUP BY 1, 2, 3 ORDER BY 1, 2, 3"
+        )
+        kept = self.query("SELECT * FROM run_totals WHERE runs > 0 ORDER BY 1, 2, 3")
+        minutes = self.query("SELECT substr(created_at, 1, 16), count(*) FROM agent_runs GROUP BY 1 ORDER BY 1")
+        return counted == kept and minutes == self.query("SELECT * FROM run_minutes WHERE runs > 0 ORDER BY 1")
+
+
+@asynccontextmanager
+async def bench(
+    folder: Path,
+    *,
+    journal_mode: str = "WAL",
+    busy_timeout_ms: int = 5000,
+    queue_max: int = 10_000,
+    make_durable: Callable[[], None] = lambda: None,
+) -> AsyncIterator[Bench]:
+    path = folder / "telemetry.sqlite"
+    connection, _ = await open_writer(path, journal_mode, "FULL", busy_timeout_ms)
+    await connection.run(lambda plain: migrate.create(plain, NOW))
+    writer: Writer[Command, Outcome] = Writer(
+        connection,
+        begin=statements.Transaction,
+        clock=lambda: NOW,
+        make_durable=make_durable,
+        queue_max=queue_max,
+        metrics=Metrics(),
+    )
+    task = asyncio.create_task(writer.run())
+    made = Bench(path, connection, writer, task)
+    await connection.run(lambda plain: plain.set_trace_callback(made.trace.append))
+    try:
+        yield made
+    finally:
+        await writer.stop()
+        await asyncio.wait((task,))
+        await connection.close()
+
+
+def create(*event_ids: str, **fields: object) -> CreateRuns:
+    return CreateRuns(tuple(runs.parse_run(make_run(event_id=event_id, **fields)).row for event_id in event_ids))
+
+
+def create_refused(*event_ids: str) -> CreateRuns:
+    """A command whose last row the database's own CHECK refuses, after the others went in."""
+    good = create(*event_ids).rows
+    bad = list(good[-1])
+    bad[runs.STATUS] = "no such status"
+    return CreateRuns((*good[:-1], tuple(bad)))
+
+
+# --- Group commit --------------------------------------------------------------------------------
+
+
+async def test_commands_that_wait_together_are_committed_together(tmp_path: Path) -> None:
+    async with bench(tmp_path) as made:
+        futures = [made.writer.submit(create(f"e{number}")) for number in range(500)]
+        assert made.writer.depth == 500
+        assert await asyncio.gather(*futures) == [Created((True,))] * 500
+        assert made.count("COMMIT") == made.count("BEGIN IMMEDIATE") == 1
+        assert made.count("SAVEPOINT") == 0
+        assert len(made.stored()) == 500
+        assert made.totals_agree()
+
+
+async def test_a_group_is_bounded_in_rows(tmp_path: Path) -> None:
+    async with bench(tmp_path) as made:
+        batches = [create(*(f"b{number}-{row}" for row in range(1000))) for number in range(12)]
+        await asyncio.gather(*(made.writer.submit(batch) for batch in batches))
+        assert made.count("COMMIT") == -(-12_000 // GROUP_ROWS)
+        assert len(made.stored()) == 12_000
+
+
+async def test_what_arrives_during_a_commit_forms_the_next_group(tmp_path: Path) -> None:
+    gate = threading.Event()
+    async with bench(tmp_path, make_durable=lambda: _wait(gate)) as made:
+        first = made.writer.submit(create("first"))
+        await eventually(lambda: made.stored() == {"first"})
+        later = [made.writer.submit(create(f"later{number}")) for number in range(100)]
+        gate.set()
+        await asyncio.gather(first, *later)
+        assert made.count("COMMIT") == 2
+
+
+async def test_everyone_gets_his_own_outcome_in_order_of_arrival(tmp_path: Path) -> None:
+    async with bench(tmp_path) as made:
+        outcomes = await asyncio.gather(
+            made.writer.submit(create("a", run_id="run-a")),
+            made.writer.submit(create("a", "b", "b", run_id="run-b")),
+            made.writer.submit(UpdateRun("a", {"status": "success"})),
+            made.writer.submit(UpdateRun("missing", {"status": "success"})),
+            made.writer.submit(UpdateRun("b", {"status": "failure"})),
+            made.writer.submit(create("c")),
+            made.writer.submit(create("c")),
+        )
+        assert outcomes == [
+            Created((True,)),
+            Created((False, True, False)),
+            Updated("run-a"),
+            None,
+            Updated("run-b"),
+            Created((True,)),
+            Created((False,)),
+        ]
+        assert made.count("COMMIT") == 1
+        assert made.query("SELECT event_id, status FROM agent_runs ORDER BY id") == [
+            ("a", "success"),
+            ("b", "failure"),
+            ("c", "running"),
+        ]
+        assert made.totals_agree()
+
+
+# --- Not before it is durable --------------------------------------------------------------------
+
+
+async def test_nobody_is_told_before_the_commit_is_durable(tmp_path: Path) -> None:
+    gate = threading.Event()
+    async with bench(tmp_path, make_durable=lambda: _wait(gate)) as made:
+        futures = [made.writer.submit(create(f"e{number}")) for number in range(10)]
+        await eventually(lambda: len(made.stored()) == 10)
+        assert not any(future.done() for future in futures)
+        gate.set()
+        assert await asyncio.gather(*futures) == [Created((True,))] * 10
+
+
+async def test_a_commit_that_fails_tells_nobody_that_it_worked(tmp_path: Path) -> None:
+    async with bench(tmp_path, journal_mode="DELETE", busy_timeout_ms=100) as made:
+        assert await made.writer.submit(create("before")) == Created((True,))
+        reader = sqlite3.connect(made.path, isolation_level=None)
+        reader.execute("BEGIN")
+        reader.execute("SELECT * FROM agent_runs").fetchall()  # in this mode a reader keeps COMMIT from its lock
+        futures = [made.writer.submit(command) for command in (create("x"), create("y"), UpdateRun("nobody", {}))]
+        results = await asyncio.gather(*futures, return_exceptions=True)
+        assert [type(result) for result in results] == [DatabaseBusyError] * 3
+        reader.close()
+        assert made.stored() == {"before"}
+        assert await made.writer.submit(create("x")) == Created((True,))
+        assert made.totals_agree()
+
+
+# --- One failing command -------------------------------------------------------------------------
+
+
+async def test_a_failing_command_is_undone_alone(tmp_path: Path) -> None:
+    async with bench(tmp_path) as made:
+        results = await asyncio.gather(
+            made.writer.submit(create("before")),
+            made.writer.submit(create_refused("half", "broken")),
+            made.writer.submit(create("after", "half")),
+            made.writer.submit(create_refused("last")),
+            made.writer.submit(UpdateRun("before", {"status": "success"})),
+            return_exceptions=True,
+        )
+        assert results[0] == Created((True,))
+        assert results[2] == Created((True, True))  # "half" was taken back with its command
+        assert isinstance(results[4], Updated)
+        for refused in (results[1], results[3]):
+            assert isinstance(refused, CommandFailedError)
+            assert "CHECK constraint failed: status" in str(refused)
+        assert results[1] is not results[3]
+        assert made.stored() == {"before", "after", "half"}
+        assert made.count("COMMIT") == 1
+        assert made.totals_agree()
+
+
+class Fussy(statements.Transaction):
+    """The real transaction, except that it cannot stand one event."""
+
+    def apply(self, commands: Sequence[Command]) -> list[Outcome]:
+        outcomes = super().apply(commands)
+        for command in commands:
+            if isinstance(command, CreateRuns) and command.rows[0][runs.EVENT_ID] == "hated":
+                raise ValueError("anything but this one")
+        return outcomes
+
+
+async def test_a_value_that_python_cannot_hand_over_costs_only_its_command(tmp_path: Path) -> None:
+    async with bench(tmp_path) as made:
+        made.writer._begin = Fussy
+        results = await asyncio.gather(
+            *(made.writer.submit(create(event_id)) for event_id in ("a", "hated", "b")), return_exceptions=True
+        )
+        too_large = made.writer.submit(UpdateRun("a", {"duration_ms": 1 << 64}))
+        neighbour = made.writer.submit(UpdateRun("a", {"duration_ms": 5}))
+        assert results[0] == results[2] == Created((True,))
+        assert isinstance(results[1], CommandFailedError)
+        assert "anything but this one" in str(results[1])
+        with pytest.raises(CommandFailedError):
+            await too_large
+        assert isinstance(await neighbour, Updated)
+        assert made.query("SELECT event_id, duration_ms FROM agent_runs ORDER BY id") == [("a", 5), ("b", 0)]
+        assert made.totals_agree()
+
+
+async def test_when_sqlite_rolls_back_by_itself_the_whole_group_has_failed(tmp_path: Path) -> None:
+    async with bench(tmp_path) as made:
+        await made.writer.submit(create("before"))
+        pages = await made.connection.run(lambda plain: plain.execute("PRAGMA page_count").fetchone()[0])
+        await made.connection.run(lambda plain: plain.execute(f"PRAGMA max_page_count = {pages + 4}").fetchall())
+        small = [made.writer.submit(create(f"small{number}")) for number in range(5)]
+        large = made.writer.submit(create(*(f"large{number}" for number in range(500)), input_summary="x" * 500))
+        last = made.writer.submit(create("last"))
+        results = await asyncio.gather(*small, large, last, return_exceptions=True)
+        assert [type(result) for result in results] == [StorageFullError] * 7
+        assert made.stored() == {"before"}
+        await made.connection.run(lambda plain: plain.execute("PRAGMA max_page_count = 1000000").fetchall())
+        assert await made.writer.submit(create("last")) == Created((True,))
+        assert made.totals_agree()
+
+
+# --- Callers that leave --------------------------------------------------------------------------
+
+
+async def test_a_caller_that_leaves_changes_nothing_for_the_others(tmp_path: Path) -> None:
+    async with bench(tmp_path) as made:
+        futures = [made.writer.submit(create(f"e{number}")) for number in range(20)]
+        refused = made.writer.submit(create_refused("bad"))
+        for left in (*futures[::2], refused):
+            left.cancel()
+        assert await asyncio.gather(*futures[1::2]) == [Created((True,))] * 10
+        assert not made.task.done()
+        assert made.stored() == {f"e{number}" for number in range(20)}
+        assert await made.writer.submit(create("e0")) == Created((False,))
+        assert made.totals_agree()
+
+
+async def test_a_client_that_disconnects_while_queued_is_stored_whole_or_not_at_all(api: Api) -> None:
+    items = [make_run(event_id=f"left-{number}") for number in range(50)]
+    with _lock(api.settings.db_path):
+        call = asyncio.create_task(api.client.post("/api/v1/runs/batch", json=items))
+        await eventually(lambda: _in_hand(api))
+        call.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await call
+    await api.post(make_run())
+    stored = await api.list(limit=1000)
+    assert sum(row["event_id"].startswith("left-") for row in stored) in (0, 50)
+    assert (await api.batch(items))["total"] == 50
+    assert sum(row["event_id"].startswith("left-") for row in await api.list(limit=1000)) == 50
+
+
+# --- Full, busy ----------------------------------------------------------------------------------
+
+
+async def test_a_full_queue_refuses_at_once(tmp_path: Path) -> None:
+    gate = threading.Event()
+    async with bench(tmp_path, queue_max=3, make_durable=lambda: _wait(gate)) as made:
+        first = made.writer.submit(create("first"))
+        await eventually(lambda: made.stored() == {"first"})
+        waiting = [made.writer.submit(create(f"e{number}")) for number in range(3)]
+        with pytest.raises(QueueFullError):
+            made.writer.submit(create("one too many"))
+        gate.set()
+        await asyncio.gather(first, *waiting)
+        assert await made.writer.submit(create("again")) == Created((True,))
+        assert made.stored() == {"first", "e0", "e1", "e2", "again"}
+
+
+async def test_a_full_queue_is_503_with_retry_after(make_api: MakeApi) -> None:
+    api = await make_api(queue_max=2)
+    with _lock(api.settings.db_path):
+        calls = [asyncio.create_task(api.post(make_run()))]
+        await eventually(lambda: _in_hand(api))
+        calls += [asyncio.create_task(api.post(make_run())) for _ in range(2)]
+        await eventually(lambda: api.store.health().queue_depth == 2)
+        started = time.monotonic()
+        async with api.client.post("/api/v1/runs", json=make_run()) as response:
+            assert response.status == 503
+            assert int(response.headers["Retry-After"]) >= 1
+            assert "Too many writes are waiting" in (await response.json())["detail"]
+        assert time.monotonic() - started < 1
+        assert (await api.get("/health"))["queue_depth"] == 2
+    assert [answer["status"] for answer in await asyncio.gather(*calls)] == ["created"] * 3
+
+
+@pytest.mark.parametrize("journal_mode", ["DELETE", "WAL"])
+async def test_a_locked_database_is_waited_for(make_api: MakeApi, journal_mode: str) -> None:
+    api = await make_api(db_journal_mode=journal_mode)
+    with _lock(api.settings.db_path):
+        call = asyncio.create_task(api.post(make_run()))
+        await eventually(lambda: _in_hand(api))
+        await asyncio.sleep(0.2)
+        assert not call.done()
+        assert (await api.get("/health"))["status"] == "ok"
+    assert (await call)["status"] == "created"
+
+
+@pytest.mark.parametrize("journal_mode", ["DELETE", "WAL"])
+async def test_a_database_locked_too_long_is_503_and_then_works_again(make_api: MakeApi, journal_mode: str) -> None:
+    api = await make_api(db_journal_mode=journal_mode, db_busy_timeout_ms=300)
+    run = make_run()
+    with _lock(api.settings.db_path):
+        started = time.monotonic()
+        async with api.client.post("/api/v1/runs", json=run) as response:
+            assert response.status == 503
+            assert "Retry-After" in response.headers
+            assert "locked by another process" in (await response.json())["detail"]
+        assert 0.25 < time.monotonic() - started < 3
+    assert (await api.post(run))["status"] == "created"
+    assert (await api.get("/health"))["status"] == "ok"
+
+
+# --- Death and stop ------------------------------------------------------------------------------
+
+
+async def test_a_dead_writer_fails_everybody_and_takes_nothing_more(tmp_path: Path) -> None:
+    gate = threading.Event()
+
+    def break_down() -> None:
+        _wait(gate)
+        raise OSError(errno.EIO, "Input/output error")
+
+    async with bench(tmp_path, make_durable=break_down) as made:
+        first = made.writer.submit(create("first"))
+        await eventually(lambda: made.stored() == {"first"})
+        queued = [made.writer.submit(create(f"e{number}")) for number in range(5)]
+        gate.set()
+        results = await asyncio.gather(first, *queued, return_exceptions=True)
+        assert [type(result) for result in results] == [WriterDeadError] * 6
+        with pytest.raises(WriterDeadError):
+            made.writer.submit(create("later"))
+        await asyncio.wait((made.task,))
+        assert isinstance(made.task.exception(), WriterDeadError)
+        assert made.writer.failure is not None
+        assert "Input/output error" in made.writer.failure
+        assert made.stored() == {"first"}  # committed, but nobody was told so
+        assert made.count("COMMIT") == 1
+
+
+async def test_health_and_writes_tell_that_the_writer_is_dead(make_api: MakeApi) -> None:
+    api = await make_api(db_journal_mode="DELETE")
+    kept = make_run()
+    await api.post(kept)
+    readable, writable = os.pipe()
+    os.dup2(readable, api.store._directory._descriptor)  # a real descriptor that fsync() refuses
+    assert "writer has stopped" in (await api.post(make_run(), 503))["detail"]
+    async with api.client.get("/health") as response:
+        health = await response.json()
+        assert response.status == 503
+        assert health["status"] == "error"
+        assert "Invalid argument" in health["detail"]
+    for method, path, body in (
+        ("POST", "/api/v1/runs", make_run()),
+        ("POST", "/api/v1/runs/batch", [make_run()]),
+        ("PATCH", f"/api/v1/runs/{kept['event_id']}", {"status": "success"}),
+    ):
+        async with api.client.request(method, path, json=body) as response:
+            assert response.status == 503
+            assert "Retry-After" in response.headers
+    assert (await api.get(f"/api/v1/runs/{kept['event_id']}"))["status"] == "running"
+    os.close(readable)
+    os.close(writable)
+    with contextlib.suppress(WriterDeadError):
+        await api.store.writing
+
+
+@needs_strace
+@pytest.mark.parametrize(("journal_mode", "call"), [("DELETE", "fdatasync"), ("DELETE", "fsync"), ("WAL", "fdatasync")])
+def test_after_a_failed_sync_the_process_ends_with_an_error(
+    start_daemon: StartDaemon, tmp_path: Path, journal_mode: str, call: str
+) -> None:
+    daemon = start_daemon(TELEMETRY_DB_JOURNAL_MODE=journal_mode)
+    kept, lost = make_run(), make_run()
+    assert post(daemon.url, kept)[0] == 201
+    with strace(daemon.process.pid, tmp_path / "trace", "-e", f"inject={call}:error=EIO"):
+        assert post(daemon.url, lost)[0] in (503, None)
+        status, errors = daemon.wait()
+    assert status == 1, errors
+    failed = [line for line in (tmp_path / "trace").read_text().splitlines() if f" {call}(" in line]
+    assert len(failed) == 1, "a sync that failed must not be tried again: the kernel may report success now"
+    assert "Traceback" not in errors
+    assert any(line["level"] == "CRITICAL" for line in daemon.lines)
+
+    again = start_daemon(TELEMETRY_DB_JOURNAL_MODE=journal_mode)
+    assert post(again.url, kept)[0] == 200
+    assert post(again.url, lost)[0] in (200, 201)
+    assert get(again.url, "/metrics")[1]["total_runs"] == 2
+    assert again.stop() == 0
+
+
+@needs_strace
+def test_a_writer_that_dies_during_the_stop_is_not_a_clean_exit(start_daemon: StartDaemon, tmp_path: Path) -> None:
+    daemon = start_daemon(TELEMETRY_DB_JOURNAL_MODE="WAL")
+    assert post(daemon.url, make_run())[0] == 201
+    answers: list[int | None] = []
+    with strace(daemon.process.pid, tmp_path / "trace", "-e", "inject=fdatasync:error=EIO:delay_enter=1000000"):
+        sender = threading.Thread(target=lambda: answers.append(post(daemon.url, make_run())[0]))
+        sender.start()
+        deadline = time.monotonic() + 10
+        while " fdatasync(" not in (tmp_path / "trace").read_text() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        status = daemon.stop()
+        sender.join()
+    assert answers in ([503], [None])
+    assert status == 1
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+@pytest.mark.parametrize("journal_mode", ["DELETE", "WAL"])
+def test_nothing_is_acknowledged_into_a_file_that_is_gone(
+    start_daemon: StartDaemon, journal_mode: str, replaced: bool
+) -> None:
+    daemon = start_daemon(TELEMETRY_DB_JOURNAL_MODE=journal_mode)
+    url = daemon.url
+    assert post(url, make_run())[0] == 201
+    daemon.database.rename(daemon.folder / "moved.sqlite")
+    if replaced:
+        daemon.database.touch()
+    assert post(url, make_run())[0] in (503, None)
+    status, errors = daemon.wait()
+    assert status == 1, errors
+    assert any(line["level"] == "CRITICAL" for line in daemon.lines)
+    if journal_mode == "WAL":  # in the other modes SQLite itself notices, before COMMIT
+        assert "was deleted or replaced while in use" in json.dumps(daemon.lines)
+
+
+async def test_stop_commits_what_waits_and_refuses_what_comes(tmp_path: Path) -> None:
+    gate = threading.Event()
+    async with bench(tmp_path, queue_max=50, make_durable=lambda: _wait(gate)) as made:
+        first = made.writer.submit(create("first"))
+        await eventually(lambda: made.stored() == {"first"})
+        waiting = [made.writer.submit(create(f"e{number}")) for number in range(50)]  # full: even the sentinel waits
+        stopping = asyncio.create_task(made.writer.stop())
+        await asyncio.sleep(0)
+        with pytest.raises(StoppingError):
+            made.writer.submit(create("too late"))
+        gate.set()
+        await stopping
+        await asyncio.wait_for(made.task, 5)
+        assert await asyncio.gather(first, *waiting) == [Created((True,))] * 51
+        assert len(made.stored()) == 51
+        await made.writer.stop()  # twice does no harm
+
+
+# --- Helpers -------------------------------------------------------------------------------------
+
+
+def _wait(gate: threading.Event) -> None:
+    assert gate.wait(20)
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Any:
+    """Hold the database's write lock like a foreign program does."""
+    connection = sqlite3.connect(path, isolation_level=None)
+    connection.execute("BEGIN EXCLUSIVE")
+    try:
+        yield
+    finally:
+        connection.close()
+
+
+def _in_hand(api: Api) -> bool:
+    """Whether the writer has taken a first group off the queue (and waits for SQLite's lock, in these tests)."""
+    return bool(inspect.getcoroutinelocals(cast("Any", api.store.writing.get_coro()))["waiting"])
