@@ -87,7 +87,7 @@ class FileLock:
         try:
             _lock(descriptor)
         except OSError:
-            return os.pread(descriptor, 32, 0).decode("ascii", "replace").strip() or "unknown"
+            return _holder(descriptor) or "unknown"
         finally:
             os.close(descriptor)
         return None

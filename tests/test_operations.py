@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,6 +40,12 @@ case $1 in
 esac
 """
 _SUDO = '#!/bin/bash\n[ "$1 $2" = "-u telemetry" ] || exit 2\nshift 2\nexec "$@"\n'
+_SHELL = Path(__file__).parent / "guide" / "sqlite3_shell.py"
+_SQLITE3 = f'#!/bin/bash\n[ "$1" = -readonly ] && shift\nexec {sys.executable} {_SHELL} "$1" "$2;"\n'
+_ZSTDCAT = (
+    f"#!{sys.executable}\nimport shutil, sys\nfrom telemetryd.backup import zstd\n"
+    "shutil.copyfileobj(zstd.open(sys.argv[1]), sys.stdout.buffer)\n"
+)
 _JOURNALCTL = '#!/bin/bash\n[ "$*" = "-u telemetryd -o cat" ] || exit 2\nexec cat "$ROOM/log"\n'
 
 
@@ -68,7 +75,11 @@ class Room:
 def room(tmp_path: Path, free_port: int) -> Iterator[Room]:
     for name in ("bin", "state", "run", "backups"):
         (tmp_path / name).mkdir()
-    for name, script in (("systemctl", _SYSTEMCTL), ("sudo", _SUDO), ("journalctl", _JOURNALCTL)):
+    stand_ins = {"systemctl": _SYSTEMCTL, "sudo": _SUDO, "journalctl": _JOURNALCTL}
+    stand_ins |= {
+        name: script for name, script in (("sqlite3", _SQLITE3), ("zstdcat", _ZSTDCAT)) if shutil.which(name) is None
+    }
+    for name, script in stand_ins.items():
         (tmp_path / "bin" / name).write_text(script)
         (tmp_path / "bin" / name).chmod(0o755)
     make_old_database(tmp_path / "old-v5.sqlite", "v5", rows=40)
