@@ -30,6 +30,8 @@ class Salvage:
     """How many runs the damaged file says it had, if it can still say so."""
     rejected: int = 0
     """Rows that were read but could not be stored: their event_id was there already."""
+    neighbours: dict[str, int] = field(default_factory=dict)
+    """Rows saved of the tables that are not telemetryd's own, and of the originals kept by a migration."""
     aside: Path | None = None
     tally: Tally = field(default_factory=Tally)
 
@@ -60,6 +62,7 @@ def salvage(path: Path, moment: datetime, watch: Watch = ignore_progress) -> Sal
             target.execute("BEGIN EXCLUSIVE")
             _copy(source, target, done, watch)
             statements.recount_totals(target)
+            _copy_neighbours(source, target, done)
             target.execute("COMMIT")
         verify(new)
         done.aside = replace(path, new, path.with_name(f"{path.name}.before-{moment:%Y%m%d_%H%M%S}"))
@@ -97,6 +100,20 @@ def _copy(source: sqlite3.Connection, target: sqlite3.Connection, done: Salvage,
             else:
                 done.rejected += 1
         watch("Saving rows", done.saved, max(done.expected or 0, done.saved))
+
+
+def _copy_neighbours(source: sqlite3.Connection, target: sqlite3.Connection, done: Salvage) -> None:
+    known = migrate.expected_schema()
+    for name, sql in migrate.schema_of(source).items():
+        if name in known and name != statements.ORIGINALS:
+            continue
+        with contextlib.suppress(sqlite3.DatabaseError):  # what cannot be made or read stays in the old file only
+            if name not in known:
+                target.execute(sql)
+            if sql.startswith("CREATE TABLE"):
+                done.neighbours[name] = 0
+                for rows in statements.read_table(source, name):
+                    done.neighbours[name] += statements.fill_table(target, name, rows)
 
 
 def _store(target: sqlite3.Connection, values: Sequence[SqlValue], originals: list[Original]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, compress, groupby
 from typing import Final
 
@@ -409,6 +409,8 @@ SAVE_RUN: Final = (
 )
 KEEP_ORIGINAL: Final = "INSERT OR IGNORE INTO unconverted_values (run, field, reason, original) VALUES (?, ?, ?, ?)"
 
+ORIGINALS: Final = "unconverted_values"
+
 FIRST_NUMBER: Final = -(2**63)
 LAST_NUMBER: Final = 2**63 - 1
 WALK_FROM: Final = {
@@ -425,6 +427,20 @@ COUNTS_OF_RUNS: Final = (
     "SELECT sum(runs) FROM run_totals",
     *(f"SELECT count(*) FROM agent_runs INDEXED BY {index}" for index in _SMALL_INDEXES),  # noqa: S608 - our own names
 )
+
+
+def read_table(connection: sqlite3.Connection, name: str) -> Iterator[list[tuple[object, ...]]]:
+    """Yield the rows of any table in slices, until its end or the first damage."""
+    quoted = name.replace('"', '""')
+    rows = connection.execute(f'SELECT * FROM "{quoted}"')  # noqa: S608 - quoted
+    while part := rows.fetchmany(500):
+        yield part
+
+
+def fill_table(connection: sqlite3.Connection, name: str, rows: list[tuple[object, ...]]) -> int:
+    """Insert rows into any table, except those that are there already; return how many were new."""
+    quoted, places = name.replace('"', '""'), ", ".join("?" * len(rows[0]))
+    return connection.executemany(f'INSERT OR IGNORE INTO "{quoted}" VALUES ({places})', rows).rowcount  # noqa: S608 - quoted
 
 
 def count_wrong_totals(connection: sqlite3.Connection) -> int:

@@ -122,6 +122,17 @@ def test_restore_keeps_the_old_file_and_refuses_while_a_daemon_runs(start_daemon
     assert daemon.stop() == 0
 
 
+def test_a_restore_through_a_symbolic_link_keeps_the_link(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    path = make_database(tmp_path / "disk" / "real.sqlite", 20)
+    other = make_database(tmp_path / "other.sqlite", 30)
+    link = tmp_path / "telemetry.sqlite"
+    link.symlink_to(path)
+    telemetryd("restore", other, "--db-path", link)
+    assert link.is_symlink()
+    assert rows(path) == 30
+
+
 def test_a_bad_backup_is_not_restored(tmp_path: Path) -> None:
     path = make_database(tmp_path / "telemetry.sqlite", 20)
     bad = make_database(tmp_path / "bad.sqlite", 2000)

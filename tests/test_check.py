@@ -110,6 +110,21 @@ def test_a_damaged_file_is_salvaged_and_the_loss_counted(tmp_path: Path, start_d
     assert daemon.stop() == 0
 
 
+def test_a_salvage_brings_the_neighbours_along(tmp_path: Path) -> None:
+    path = make_old_database(tmp_path / "telemetry.sqlite", "v7", rows=3000)
+    telemetryd("migrate", "--no-backup", "--db-path", path)
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 3)
+        file.write(os.urandom(20_000))
+    done = check(path, "--repair")
+    assert done["ok"]
+    assert "table run_events: 3 rows saved" in done["repaired"]
+    assert "table commits: 1 rows saved" in done["repaired"]
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("SELECT count(*) FROM run_events").fetchone() == (3,)
+        assert connection.execute("SELECT count(*) FROM unconverted_values").fetchone()[0] > 0
+
+
 def test_a_file_without_a_readable_schema_is_left_as_it_is(tmp_path: Path) -> None:
     path = make_database(tmp_path / "telemetry.sqlite", 100)
     with path.open("r+b") as file:

@@ -43,7 +43,7 @@ def owned(settings: Settings) -> Iterator[Path]:
         DatabaseOwnedError: if one runs.
 
     """
-    path = settings.db_path.absolute()
+    path = settings.db_path.resolve()  # else a new file would take the place of a symbolic link
     ownership = Ownership(path, settings.lock_file)
     ownership.acquire()
     try:
@@ -329,7 +329,14 @@ def _repair(path: Path, drawn: Progress) -> dict[str, Any]:
     done = salvage(path, _local_now(), drawn)
     lost = "an unknown number" if done.lost is None else str(done.lost)
     lines = [f"{done.saved} runs saved into a new file, {lost} lost", f"the damaged file is kept as {done.aside}"]
-    return {"repaired": lines, "saved": done.saved, "lost": done.lost, "old_file": done.aside}
+    lines += [f"table {name}: {rows} rows saved" for name, rows in done.neighbours.items()]
+    return {
+        "repaired": lines,
+        "saved": done.saved,
+        "lost": done.lost,
+        "rejected": done.rejected,
+        "old_file": done.aside,
+    }
 
 
 def _examine_damaged(path: Path, drawn: Progress) -> list[checks.Finding]:

@@ -19,7 +19,7 @@ import click
 from tests.conftest import Daemon, eventually, make_run
 
 _CLIENTS = 32
-_BASELINE_S = 15.0
+_BASELINE_S = 10.0
 
 
 class Load:
