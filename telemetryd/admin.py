@@ -65,14 +65,22 @@ class _Slice(BaseModel):
         return moment_ago(now, self.older_than)
 
 
+class RunVersion(BaseModel):
+    """A run as it was at its last change."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    id: Annotated[int, Field(ge=0, le=MAX_INTEGER)] = Field(description="Its id.")
+    updated_at: Timestamp = Field(description="When it last changed.")
+
+
 class PruneRequest(_Slice):
     """Which runs to delete."""
 
     status: StatusValue | None = Field(None, description="Only runs of this status.")
-    ids: Annotated[list[Annotated[int, Field(ge=0, le=MAX_INTEGER)]], Field(max_length=MAX_SLICE)] | None = Field(
-        None, description="Of those only the runs with these ids."
+    versions: Annotated[list[RunVersion], Field(max_length=MAX_SLICE)] | None = Field(
+        None, description="Of those only these runs, and only if they have not changed since."
     )
-    unchanged_since: Timestamp | None = Field(None, description="Spare runs that changed after this moment.")
 
 
 class ReapRequest(_Slice):
@@ -97,10 +105,8 @@ async def prune(store: Store, body: object, now: datetime) -> Answer:
     if wanted.dry_run:
         matching = await store.fetch(CountPrunable(before, wanted.agent_name, wanted.status))
         return {"dry_run": True, "matching": matching, "created_before": before}
-    ids = None if wanted.ids is None else tuple(wanted.ids)
-    done = await store.submit(
-        PruneRuns(before, wanted.limit, wanted.agent_name, wanted.status, ids, wanted.unchanged_since)
-    )
+    versions = None if wanted.versions is None else tuple((run.id, run.updated_at) for run in wanted.versions)
+    done = await store.submit(PruneRuns(before, wanted.limit, wanted.agent_name, wanted.status, versions))
     return {
         "pruned": done.runs,
         "more": done.runs == wanted.limit or done.free_pages > 0,

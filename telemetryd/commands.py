@@ -52,16 +52,15 @@ class PruneRuns:
     """Delete the oldest runs created before a moment, at most `limit`. Outcome: `Pruned`.
 
     If there are fewer, a slice of the file's free space is returned as well.
-    With `ids`, only those of them that match: so a client deletes exactly what it has archived.
-    `unchanged_since` spares runs that changed after that moment.
+    With `versions`, pairs of id and updated_at, only those of them that have not changed since: so a client
+    deletes exactly what it has archived, whatever its clock says.
     """
 
     created_before: str
     limit: int
     agent_name: str | None = None
     status: str | None = None
-    ids: tuple[int, ...] | None = None
-    unchanged_since: str | None = None
+    versions: tuple[tuple[int, str], ...] | None = None
 
     @property
     def cost(self) -> int:

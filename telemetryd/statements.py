@@ -242,15 +242,14 @@ def _old_runs(command: PruneRuns | CountPrunable) -> tuple[str, list[str], dict[
 def _select_prunable(command: PruneRuns) -> tuple[str, dict[str, SqlValue]]:
     index, conditions, values = _old_runs(command)
     source = f"agent_runs INDEXED BY {index}"
-    if command.ids is not None:
-        source = "agent_runs NOT INDEXED"  # by the row number, that is
-        conditions.append("id IN (SELECT value FROM json_each(:ids))")
-        values["ids"] = f"[{','.join(map(str, command.ids))}]"
-    if command.unchanged_since is not None:
-        conditions.append("updated_at <= :unchanged_since")
-        values["unchanged_since"] = command.unchanged_since
+    if command.versions is not None:
+        # A cross join is done in the order in which it stands: each version finds its run by the row number.
+        source = "json_each(:versions) CROSS JOIN agent_runs NOT INDEXED ON agent_runs.id = json_extract(value, '$[0]')"
+        conditions.append("updated_at = json_extract(value, '$[1]')")
+        values["versions"] = orjson.dumps(command.versions).decode()
     return (
-        f"SELECT id, agent_name, job_type, status, created_at FROM {source} "  # noqa: S608 - our own words
+        "SELECT agent_runs.id, agent_name, job_type, status, created_at "  # noqa: S608 - our own words
+        f"FROM {source} "
         f"WHERE {' AND '.join(conditions)} ORDER BY created_at LIMIT :limit",
         {**values, "limit": command.limit},
     )

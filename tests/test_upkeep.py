@@ -91,16 +91,15 @@ async def test_prune_deletes_a_slice_and_keeps_the_totals_right(make_api: MakeAp
     assert (await api.get("/metrics"))["agents"] == {"other": 50}
 
 
-async def test_prune_by_id_spares_what_changed(make_api: MakeApi) -> None:
+async def test_prune_by_version_spares_what_changed(make_api: MakeApi) -> None:
     api = await authorised(make_api)
     created = [make_run(created_at=ago(days=100)) for _ in range(3)]
     await api.batch(created)
     runs = await api.list()
-    moment = format_timestamp(datetime.now(UTC))
     await api.call("PATCH", f"/api/v1/runs/{runs[0]['event_id']}", json={"status": "success"}, status=200)
-    answer = await admin(
-        api, "prune", older_than="90d", ids=[runs[0]["id"], runs[1]["id"], 999], unchanged_since=moment
-    )
+    versions = [{"id": run["id"], "updated_at": run["updated_at"]} for run in runs[:2]]
+    unknown = {"id": 999, "updated_at": runs[0]["updated_at"]}
+    answer = await admin(api, "prune", older_than="90d", versions=[*versions, unknown])
     assert answer["pruned"] == 1
     assert {run["event_id"] for run in await api.list()} == {runs[0]["event_id"], runs[2]["event_id"]}
 
@@ -112,7 +111,15 @@ async def test_prune_by_id_spares_what_changed(make_api: MakeApi) -> None:
         {},
         {"older_than": "soon"},
         {"older_than": "1d", "created_before": "2025-01-01T00:00:00Z"},
-        *({"older_than": "1d", **wrong} for wrong in ({"limit": 0}, {"x": 1}, {"status": "gone"}, {"ids": [-1]})),
+        *(
+            {"older_than": "1d", **wrong}
+            for wrong in (
+                {"limit": 0},
+                {"x": 1},
+                {"status": "gone"},
+                {"versions": [{"id": -1, "updated_at": "2025-01-01T00:00:00Z"}]},
+            )
+        ),
     ],
 )
 async def test_a_wrong_body_is_422(make_api: MakeApi, body: object) -> None:

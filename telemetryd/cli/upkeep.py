@@ -16,7 +16,7 @@ from telemetryd.backup import partial_file, publish
 from telemetryd.cli.options import DurationType, failing, json_flag, load_settings, print_json, progress, settings_flags
 from telemetryd.cli.target import Body, Target, find_target
 from telemetryd.errors import DatabaseError
-from telemetryd.runs import Status, canonical_status, format_timestamp, utc_now
+from telemetryd.runs import Status, canonical_status, utc_now
 from telemetryd.settings import Settings
 from telemetryd.upkeep import in_slices
 
@@ -113,18 +113,17 @@ async def _prune(settings: Settings, url: str | None, chosen: Body, *, dry_run: 
             if archive is None:
                 await in_slices(lambda: one_slice(chosen), "pruned")
                 return {**count, "dry_run": False, "pruned": done}
-            written = format_timestamp(utc_now())
             archived = await _write_archive(target, chosen, archive, lambda rows: drawn("Archiving", rows, total))
-            for ids in _archived_ids(archive):
-                body = {**chosen, "ids": ids, "unchanged_since": written, "limit": admin.MAX_SLICE}
-                await in_slices(lambda body=body: _once(one_slice(body)), "pruned")  # type: ignore[misc]
-            # Nothing is chosen any more, so what remains is to return the space.
-            await in_slices(lambda: one_slice({**chosen, "ids": []}), "pruned")
+            slices = _archived_versions(archive)
+
+            async def next_slice() -> Body:
+                versions = next(slices, [])
+                # Behind the last one nothing is chosen any more, so what remains is to return the space.
+                answer = await one_slice({**chosen, "versions": versions, "limit": len(versions) or admin.SLICE})
+                return {**answer, "more": bool(versions) or answer["more"]}
+
+            await in_slices(next_slice, "pruned")
             return {**count, "dry_run": False, "pruned": done, "archived": archived, "archive": str(archive)}
-
-
-async def _once(slice_: Any) -> Body:
-    return {**(await slice_), "more": False}
 
 
 async def _write_archive(target: Target, chosen: Body, archive: Path, watch: Any) -> int:
@@ -145,17 +144,18 @@ async def _write_archive(target: Target, chosen: Body, archive: Path, watch: Any
     return rows
 
 
-def _archived_ids(archive: Path) -> Iterator[list[int]]:
-    """Read an archive back, which also shows that it can be read; yield the ids in slices."""
-    ids: list[int] = []
+def _archived_versions(archive: Path) -> Iterator[list[Body]]:
+    """Read an archive back, which also shows that it can be read; yield what it holds in slices."""
+    versions: list[Body] = []
     with zstd.open(archive, "rb") as packed:
         for line in packed:
-            ids.append(orjson.loads(line)["id"])
-            if len(ids) == admin.SLICE:
-                yield ids
-                ids = []
-    if ids:
-        yield ids
+            run = orjson.loads(line)
+            versions.append({"id": run["id"], "updated_at": run["updated_at"]})
+            if len(versions) == admin.SLICE:
+                yield versions
+                versions = []
+    if versions:
+        yield versions
 
 
 @click.command()
@@ -200,8 +200,18 @@ async def _reap(settings: Settings, url: str | None, chosen: Body, *, dry_run: b
         count: Body = await target.reap({**chosen, "dry_run": True})
         if dry_run:
             return count
-        total = await in_slices(lambda: target.reap(chosen), "reaped")
-        return {**count, "dry_run": False, "reaped": total}
+        total, done = int(count["matching"]), 0
+        with progress() as drawn:
+
+            async def one_slice() -> Body:
+                nonlocal done
+                answer = await target.reap(chosen)
+                done += int(answer["reaped"])
+                drawn("Cancelling", min(done, total), total)
+                return answer
+
+            await in_slices(one_slice, "reaped")
+        return {**count, "dry_run": False, "reaped": done}
 
 
 def _print(answer: Body, counted: str, verb: str, *, as_json: bool) -> None:
