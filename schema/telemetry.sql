@@ -1,4 +1,4 @@
--- The schema of a telemetryd database, version 9.
+-- The schema of a telemetryd database, version 10.
 -- Generated from migrations/ by `make schema`; do not edit.
 
 CREATE TABLE agent_runs (
@@ -75,6 +75,14 @@ CREATE TABLE schema_migrations (
     applied_at TEXT NOT NULL
 ) STRICT;
 
+CREATE TABLE unconverted_values (
+    run INTEGER NOT NULL,
+    field TEXT NOT NULL,
+    reason TEXT NOT NULL,
+    original ANY NOT NULL,
+    PRIMARY KEY (run, field)
+) STRICT, WITHOUT ROWID;
+
 CREATE INDEX idx_runs_agent ON agent_runs (agent_name, job_type, status, created_at);
 
 CREATE INDEX idx_runs_agent_created ON agent_runs (agent_name, created_at);
@@ -92,4 +100,4 @@ CREATE INDEX idx_runs_start ON agent_runs (start_time);
 CREATE INDEX idx_runs_status ON agent_runs (status, created_at);
 
 PRAGMA application_id = 1953262948;
-PRAGMA user_version = 9;
+PRAGMA user_version = 10;

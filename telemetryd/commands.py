@@ -51,5 +51,65 @@ class Updated:
     run_id: str
 
 
-Command = CreateRuns | UpdateRun
-Outcome = Created | Updated | None
+@dataclass(frozen=True, slots=True)
+class PruneRuns:
+    """Delete the oldest runs created before a moment, at most `limit`. Outcome: `Pruned`.
+
+    If there are fewer, a slice of the file's free space is returned as well.
+    With `versions`, pairs of id and updated_at, only those of them that have not changed since: so a client
+    deletes exactly what it has archived, whatever its clock says.
+    """
+
+    created_before: str
+    limit: int
+    agent_name: str | None = None
+    status: str | None = None
+    versions: tuple[tuple[int, str], ...] | None = None
+
+    @property
+    def cost(self) -> int:
+        """How many rows it touches at most."""
+        return self.limit
+
+    @property
+    def size(self) -> int:
+        """About how many bytes it holds."""
+        return 0
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """How many runs a `PruneRuns` deleted, and how many free pages of the file could still be returned."""
+
+    runs: int
+    free_pages: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReapRuns:
+    """Cancel running runs that were neither created nor changed since a moment, at most `limit`. Outcome: `Reaped`."""
+
+    stale_before: str
+    limit: int
+    agent_name: str | None = None
+
+    @property
+    def cost(self) -> int:
+        """How many rows it touches at most."""
+        return self.limit
+
+    @property
+    def size(self) -> int:
+        """About how many bytes it holds."""
+        return 0
+
+
+@dataclass(frozen=True, slots=True)
+class Reaped:
+    """How many runs a `ReapRuns` cancelled."""
+
+    runs: int
+
+
+Command = CreateRuns | UpdateRun | PruneRuns | ReapRuns
+Outcome = Created | Updated | Pruned | Reaped | None

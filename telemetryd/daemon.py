@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import math
 import os
 import signal
 import socket
@@ -12,7 +13,7 @@ import sqlite3
 import stat
 import sys
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -22,6 +23,7 @@ from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
 import telemetryd
+from telemetryd import upkeep
 from telemetryd.http import make_app
 from telemetryd.logs import log
 from telemetryd.metrics import Metrics
@@ -29,12 +31,14 @@ from telemetryd.middleware import error_response, request_id, unexpected_detail
 from telemetryd.runs import utc_now
 from telemetryd.settings import LoadedSettings, Settings
 from telemetryd.store import Store
+from telemetryd.systemd import Notifier, passed_sockets
 
 _BACKLOG: Final = 2048
 _KEEPALIVE_S: Final = 75.0
 _MOST_DESCRIPTORS: Final = 65_536
 _SPARE_DESCRIPTORS: Final = 80
 """For the database, its journal and log, the lock files, the sockets that listen, and what Python opens."""
+_STATUS_EVERY_S: Final = 10.0
 EXIT_FAILURE: Final = 1
 
 
@@ -132,8 +136,12 @@ class Running:
 
 
 @asynccontextmanager
-async def running(settings: Settings, clock: Callable[[], datetime] = utc_now) -> AsyncIterator[Running]:
+async def running(
+    settings: Settings, clock: Callable[[], datetime] = utc_now, passed: Sequence[socket.socket] = ()
+) -> AsyncIterator[Running]:
     """Run a daemon inside the block: lock → schema → writer → readers → app → sockets; then in reverse.
+
+    Sockets that the service manager has passed stand in for those that the settings name.
 
     Raises:
         DatabaseError: if the database cannot be used.
@@ -145,19 +153,25 @@ async def running(settings: Settings, clock: Callable[[], datetime] = utc_now) -
     try:
         runner = make_runner(make_app(store, settings, metrics), settings)
         await runner.setup()
+        chores = asyncio.create_task(upkeep.keep_up(store, settings, clock))
         try:
-            yield Running(store, await _listen(runner, settings))
+            yield Running(store, await _listen(runner, settings, passed))
         finally:
+            chores.cancel()
+            await asyncio.wait((chores,))
             # First no new requests and an answer to those in flight, for which the writer is still needed.
             await runner.cleanup()
     finally:
         await store.close()
 
 
-async def _listen(runner: web.AppRunner, settings: Settings) -> tuple[str, ...]:
-    site = web.TCPSite(runner, settings.api_host, settings.api_port, backlog=_BACKLOG)
-    await site.start()
-    if settings.api_unix is not None:
+async def _listen(runner: web.AppRunner, settings: Settings, passed: Sequence[socket.socket]) -> tuple[str, ...]:
+    for listening in passed:
+        await web.SockSite(runner, listening, backlog=_BACKLOG).start()
+    unix_passed = [listening for listening in passed if listening.family == socket.AF_UNIX]
+    if len(unix_passed) == len(passed):
+        await web.TCPSite(runner, settings.api_host, settings.api_port, backlog=_BACKLOG).start()
+    if settings.api_unix is not None and not unix_passed:
         path = settings.api_unix.absolute()
         _remove_dead_socket(str(path))
         await web.UnixSite(runner, path, backlog=_BACKLOG).start()
@@ -208,11 +222,16 @@ async def serve(loaded: LoadedSettings) -> int:
         loop.add_signal_handler(number, _on_signal, stop, number)
     for remark in loaded.remarks:
         log.warning("Configuration remark", extra={"remark": remark})
-    async with running(settings) as daemon:
+    notifier = Notifier()
+    async with running(settings, passed=passed_sockets()) as daemon:
         _announce(settings, daemon)
+        notifier.send(READY=1, STATUS="Serving")
+        signs = asyncio.create_task(_show_life(notifier, daemon.store))
         stopped = asyncio.create_task(stop.wait())
         await asyncio.wait((stopped, daemon.store.writing), return_when=asyncio.FIRST_COMPLETED)
         stopped.cancel()
+        signs.cancel()
+        notifier.send(STOPPING=1, STATUS="Committing what is queued")
         if daemon.store.writing.done():
             log.critical(
                 "The writer has died; exiting, so that the service manager restarts the daemon",
@@ -226,6 +245,22 @@ async def serve(loaded: LoadedSettings) -> int:
         return EXIT_FAILURE
     log.info("Stopped")
     return 0
+
+
+async def _show_life(notifier: Notifier, store: Store) -> None:
+    """Tell the service manager the queue's depth, and that the writer makes progress, as long as it does."""
+    if not notifier.is_active:
+        return
+    pause_s = min(_STATUS_EVERY_S, (notifier.watchdog_s or math.inf) / 3)
+    groups = -1
+    while True:
+        health = store.health()
+        if health.problem is None and (health.idle or health.groups != groups):
+            notifier.send(WATCHDOG=1, STATUS=f"Serving, {health.queue_depth} writes waiting")
+        else:
+            notifier.send(STATUS=health.problem or f"The writer does not get on, {health.queue_depth} writes waiting")
+        groups = health.groups
+        await asyncio.sleep(pause_s)
 
 
 def _on_signal(stop: asyncio.Event, number: int) -> None:

@@ -22,6 +22,9 @@ from telemetryd.errors import DatabaseError, DatabaseOwnedError
 APPLICATION_ID: Final = 0x746C6D64
 """`PRAGMA application_id` of our files: the letters "tlmd"."""
 
+SIDE_FILES: Final = ("-wal", "-shm", "-journal")
+"""What SQLite may keep beside a database file; with it they are one database and move together."""
+
 _MINIMUM_SQLITE: Final = (3, 37, 0)  # STRICT tables
 _HEADER_BYTES: Final = 100
 _HOLDER_READS: Final = 50
@@ -89,6 +92,20 @@ class FileLock:
             return self._descriptor is not None and os.path.samestat(os.fstat(self._descriptor), os.stat(self.path))
         except OSError:
             return False
+
+    def holder(self) -> str | None:
+        """Tell the PID of whoever holds the lock ("unknown" if it does not say), or None; makes no file."""
+        try:
+            descriptor = os.open(self.path, os.O_RDWR | getattr(os, "O_CLOEXEC", 0))
+        except OSError:
+            return None
+        try:
+            _lock(descriptor)
+        except OSError:
+            return _holder(descriptor) or "unknown"
+        finally:
+            os.close(descriptor)
+        return None
 
     def release(self) -> None:
         """Give the lock back; the file stays."""
@@ -166,6 +183,10 @@ class Ownership:
     def missing(self) -> Path | None:
         """Return the path of a lock file that was deleted or replaced, or None."""
         return next((lock.path for lock in self._locks if not lock.is_in_place()), None)
+
+    def holder(self) -> str | None:
+        """Tell the PID of whoever owns the database now, or None; takes nothing and makes no file."""
+        return next((pid for lock in self._locks if (pid := lock.holder()) is not None), None)
 
     def release(self) -> None:
         """Give all locks back."""
@@ -279,6 +300,16 @@ def identify(connection: sqlite3.Connection) -> FileState:
     return FileState(kind, version)
 
 
+def is_ours(path: Path) -> bool:
+    """Tell from the header alone whether telemetryd made a file; nothing is opened by SQLite."""
+    try:
+        with path.open("rb") as file:
+            header = file.read(_HEADER_BYTES)
+    except OSError:
+        return False
+    return int.from_bytes(header[68:72], "big") == APPLICATION_ID
+
+
 @contextmanager
 def looking(path: Path) -> Iterator[sqlite3.Connection]:
     """Open a file only to look at it; it does not change.
@@ -339,8 +370,8 @@ def check_quickly(path: Path) -> None:
 def corrupt(path: Path, finding: str) -> DatabaseError:
     """Return the error for a damaged file, with what was found and what to do."""
     return DatabaseError(
-        f"{path} is damaged ({' '.join(finding.split())}); nothing was changed: restore a backup, or look at it "
-        f'with: sqlite3 -readonly {path} "PRAGMA integrity_check"'
+        f"{path} is damaged ({' '.join(finding.split())}); nothing was changed: restore a backup, or "
+        "look at it with: telemetryd check; save what can be read with: telemetryd check --repair"
     )
 
 
@@ -385,7 +416,7 @@ async def open_writer(
     if sqlite3.sqlite_version_info < _MINIMUM_SQLITE:
         raise DatabaseError(f"SQLite {sqlite3.sqlite_version} is too old; 3.37 or newer is needed")
     os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))  # the mode of a new file, whatever the umask
-    connection = Connection(lambda: _open(path, "rw", busy_timeout_ms), 1000)
+    connection = Connection(lambda: connect(path, "rw", busy_timeout_ms), 1000)
     try:
         await connection
         modes = await connection.run(lambda plain: _configure_writer(plain, journal_mode, synchronous))
@@ -403,7 +434,7 @@ async def open_writer(
 
 async def open_reader(path: Path, busy_timeout_ms: int) -> Connection:
     """Open one connection that cannot write and never checkpoints."""
-    connection = Connection(lambda: _open(path, "ro", busy_timeout_ms), 1000)
+    connection = Connection(lambda: connect(path, "ro", busy_timeout_ms), 1000)
     await connection
     try:
         await connection.run(_configure_reader)
@@ -413,7 +444,13 @@ async def open_reader(path: Path, busy_timeout_ms: int) -> Connection:
     return connection
 
 
-def _open(path: Path, mode: str, busy_timeout_ms: int) -> sqlite3.Connection:
+def connect(path: Path, mode: str, busy_timeout_ms: int = 30_000) -> sqlite3.Connection:
+    """Open a plain connection without implicit transactions; `mode` is that of SQLite's URI: ro, rw or rwc.
+
+    Raises:
+        sqlite3.Error: if the file cannot be opened.
+
+    """
     return sqlite3.connect(
         f"{path.resolve().as_uri()}?mode={mode}",
         uri=True,
@@ -422,6 +459,14 @@ def _open(path: Path, mode: str, busy_timeout_ms: int) -> sqlite3.Connection:
         check_same_thread=False,  # interrupt() is called from the event loop
         cached_statements=256,
     )
+
+
+def lenient_text(raw: bytes) -> str | bytes:
+    """Return text that is not UTF-8 as it is (a `text_factory`): sqlite3 alone would fail on the whole row."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return raw
 
 
 def _configure(connection: sqlite3.Connection, cache_kib: int) -> None:

@@ -17,7 +17,7 @@ from aiohttp import web
 from pydantic_core import from_json
 
 import telemetryd
-from telemetryd import openapi, queries, runs
+from telemetryd import admin, openapi, queries, runs
 from telemetryd.body import JSON_TYPES, NDJSON_TYPES, check_media_type, read_body
 from telemetryd.commands import CreateRuns, UpdateRun
 from telemetryd.errors import (
@@ -160,6 +160,32 @@ def _count_runs(request: web.Request, **outcomes: int) -> None:
             request.app[METRICS].runs.labels(outcome).inc(count)
 
 
+# --- Admin ---------------------------------------------------------------------------------------
+
+
+async def prune_runs(request: web.Request) -> web.Response:
+    """Delete one slice of old runs."""
+    answer = await admin.prune(request.app[STORE], await _json_body(request), runs.utc_now())
+    request[NOTE].say("Runs pruned", **answer)
+    return json_response(answer)
+
+
+async def reap_runs(request: web.Request) -> web.Response:
+    """Cancel one slice of stale runs."""
+    answer = await admin.reap(request.app[STORE], await _json_body(request), runs.utc_now())
+    request[NOTE].say("Runs reaped", **answer)
+    return json_response(answer)
+
+
+async def make_backup(request: web.Request) -> web.Response:
+    """Make a verified backup in the configured directory."""
+    if await _json_body(request) != {}:
+        raise InvalidRequestError("The body must be {}: where backups go is a setting, TELEMETRY_BACKUP_DIR")
+    answer = await admin.back_up(request.app[SETTINGS], runs.utc_now())
+    request[NOTE].say("Backup made", **answer)
+    return json_response(answer)
+
+
 # --- A batch -------------------------------------------------------------------------------------
 
 _SLICE: Final = 50
@@ -209,7 +235,9 @@ class _Batch:
         sentences = map(describe, told)
         named = f" (event_id {event_id})" if event_id is not None else ""
         self.errors.append(f"Item {index}{named}: {'; '.join(sentences)}")
-        self.error_details.append({"index": index, "event_id": event_id, "detail": runs.under(InvalidBodyError(told), index)})
+        self.error_details.append(
+            {"index": index, "event_id": event_id, "detail": runs.under(InvalidBodyError(told), index)}
+        )
 
 
 async def _parse_batch(request: web.Request) -> _Batch:
@@ -637,6 +665,67 @@ ROUTES: Final[tuple[Route, ...]] = (
             },
             other_answer_types=("text/plain", "application/openmetrics-text"),
             errors=(400, 503),
+        ),
+    ),
+    *(
+        Route(
+            "POST",
+            f"/api/v1/admin/{word}",
+            handler,
+            Operation(
+                summary,
+                "Needs authentication, or the Unix socket. Ask again while `more` is true.",
+                tags=("admin",),
+                body=ref(model),
+                body_types=JSON_TYPES,
+                answers={
+                    200: (
+                        "What was done, or with dry_run what would be.",
+                        obj(
+                            {
+                                done: INTEGER,
+                                "more": {"type": "boolean"},
+                                "dry_run": {"type": "boolean"},
+                                "matching": INTEGER,
+                                "created_before": STRING,
+                            },
+                            ("created_before",),
+                        ),
+                    )
+                },
+                errors=_WRITE_ERRORS,
+            ),
+        )
+        for word, done, handler, summary, model in (
+            ("prune", "pruned", prune_runs, "Delete old runs", "PruneRequest"),
+            ("reap", "reaped", reap_runs, "Cancel stale runs", "ReapRequest"),
+        )
+    ),
+    Route(
+        "POST",
+        "/api/v1/admin/backup",
+        make_backup,
+        Operation(
+            "Make a verified backup",
+            "Needs authentication, or the Unix socket; the directory is the setting TELEMETRY_BACKUP_DIR.",
+            tags=("admin",),
+            body=obj({}),
+            body_types=JSON_TYPES,
+            answers={
+                200: (
+                    "The backup is verified and in its place.",
+                    obj(
+                        {
+                            "path": STRING,
+                            "bytes": INTEGER,
+                            "rows": INTEGER,
+                            "seconds": {"type": "number"},
+                            "removed": {"type": "array", "items": STRING},
+                        }
+                    ),
+                )
+            },
+            errors=_WRITE_ERRORS,
         ),
     ),
     Route("GET", "/openapi.json", get_openapi),

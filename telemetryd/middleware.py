@@ -7,8 +7,12 @@ import ipaddress
 import itertools
 import logging
 import math
+import os
 import re
 import secrets
+import socket
+import struct
+import sys
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
@@ -38,6 +42,9 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 SLOW_S: Final = 1.0
 _REQUEST_ID: Final = re.compile(r"[\x21-\x7e](?:[\x20-\x7e]{0,126}[\x21-\x7e])?")
+_CREDENTIALS: Final = struct.Struct("3i")
+"""Linux's struct ucred: process, user, group (unix(7), SO_PEERCRED)."""
+ADMIN_PREFIX: Final = "/api/v1/admin/"
 _JSON: Final = "application/json"
 
 STATUSES: Final[tuple[tuple[type[TelemetrydError], int], ...]] = (
@@ -120,6 +127,15 @@ class Gate:
 
     def refusal(self, request: web.Request) -> web.Response | None:
         """Return the answer that keeps a request out, or None."""
+        if _endpoint(request).startswith(ADMIN_PREFIX):
+            if _is_own_unix_peer(request):
+                return None
+            if self._token is None:
+                return error_response(
+                    403,
+                    "Admin endpoints need authentication (TELEMETRY_API_AUTH_ENABLED) or the Unix socket "
+                    "(TELEMETRY_API_UNIX), used by the daemon's own user or root",
+                )
         if self._loopback_only and not _is_loopback(request.remote):
             return error_response(
                 403,
@@ -143,6 +159,15 @@ class Gate:
         scheme, _, credentials = request.headers.get("Authorization", "").partition(" ")
         given = credentials.strip() if scheme.lower() == "bearer" else request.headers.get("X-API-Key", "")
         return hmac.compare_digest(given.encode("utf-8", "surrogateescape"), self._token)
+
+
+def _is_own_unix_peer(request: web.Request) -> bool:
+    """Tell whether a request came over the Unix socket from a process of our own user or root."""
+    connection = request.transport.get_extra_info("socket") if request.transport is not None else None
+    if connection is None or sys.platform != "linux" or connection.family != socket.AF_UNIX:
+        return False
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    return _CREDENTIALS.unpack(credentials)[1] in (0, os.geteuid())
 
 
 def _is_loopback(address: str | None) -> bool:

@@ -102,6 +102,17 @@ def run_steps(connection: sqlite3.Connection, now: str, *, after: int) -> None:
     connection.execute(f"PRAGMA user_version = {current_version()}")
 
 
+def derive(connection: sqlite3.Connection) -> None:
+    """Run what the steps derive from the runs once more, inside the caller's transaction, into empty tables.
+
+    A migration that brings the runs along later, and a repair, need it: in the step itself there were none yet.
+    """
+    for step in steps():
+        for statement in step.statements():
+            if re.search(r"^INSERT INTO.*\bFROM agent_runs\b", statement, re.MULTILINE | re.DOTALL):
+                connection.execute(statement)
+
+
 def schema_of(connection: sqlite3.Connection) -> dict[str, str]:
     """Return every table and index of a database by name, with the statement that made it."""
     return dict(

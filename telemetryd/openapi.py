@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 import telemetryd
-from telemetryd import queries, runs
+from telemetryd import admin, queries, runs
 
 _REF: Final = "#/components/schemas/{model}"
 Schema = dict[str, Any]
@@ -181,6 +181,8 @@ def _schemas() -> dict[str, Schema]:
         (runs.NewRun, "validation"),
         (runs.RunPatch, "validation"),
         (runs.CommitAssociation, "validation"),
+        (admin.PruneRequest, "validation"),
+        (admin.ReapRequest, "validation"),
     ]
     _, made = models_json_schema(models, ref_template=_REF)  # type: ignore[arg-type]  # the modes are literals
     schemas: dict[str, Schema] = made["$defs"]

@@ -115,6 +115,23 @@ class CountRuns:
 
 
 @dataclass(frozen=True, slots=True)
+class CountPrunable:
+    """How many runs a `PruneRuns` without ids and limit would delete. Answer: int."""
+
+    created_before: str
+    agent_name: str | None = None
+    status: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CountStale:
+    """How many runs a `ReapRuns` without limit would cancel. Answer: int."""
+
+    stale_before: str
+    agent_name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Counts:
     """Runs per agent, the job types there are, and how many runs were created in the last 24 hours."""
 

@@ -407,7 +407,7 @@ def parse_run(value: object) -> ParsedRun:
         InvalidBodyError: with every fault of the run.
 
     """
-    run = _validate(NewRun, value)
+    run = validate(NewRun, value)
     return ParsedRun(_values_of(run.__dict__), tuple(run.__pydantic_extra__ or ()))
 
 
@@ -418,7 +418,7 @@ def parse_patch(value: object) -> tuple[dict[str, SqlValue], tuple[str, ...]]:
         InvalidBodyError: with every fault of the body.
 
     """
-    patch = _validate(RunPatch, value)
+    patch = validate(RunPatch, value)
     assert isinstance(value, Mapping)  # noqa: S101 - the model admits nothing else
     given = {name: getattr(patch, name) for name in value if name in RunPatch.model_fields}
     changes = {name: new for name, new in given.items() if new is not None and value[name] is not None}
@@ -432,7 +432,7 @@ def parse_commit(value: object) -> tuple[dict[str, SqlValue], tuple[str, ...]]:
         InvalidBodyError: with every fault of the body.
 
     """
-    commit = _validate(CommitAssociation, value)
+    commit = validate(CommitAssociation, value)
     changes: dict[str, SqlValue] = {
         "git_commit_hash": commit.commit_hash,
         "git_commit_source": commit.commit_source,
@@ -443,7 +443,13 @@ def parse_commit(value: object) -> tuple[dict[str, SqlValue], tuple[str, ...]]:
     return given, tuple(commit.__pydantic_extra__ or ())
 
 
-def _validate(model: type[BaseModel], value: object) -> Any:
+def validate(model: type[BaseModel], value: object) -> Any:
+    """Check a decoded body against a model.
+
+    Raises:
+        InvalidBodyError: with every fault of the body.
+
+    """
     try:
         return model.model_validate(value)
     except ValidationError as error:

@@ -97,9 +97,29 @@ def _not_blank(value: object) -> object:
     return value
 
 
+_DURATION: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([smhdw]?)\s*", re.ASCII | re.IGNORECASE)
+_UNIT_SECONDS: Final = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+_CENTURY_S: Final = 100 * 366 * 86_400
+
+
+def parse_duration(text: object) -> float:
+    """Return a duration such as 90d, 12h, 30m, 45s, 2w or plain seconds, in seconds.
+
+    Raises:
+        ValueError: if it is none, is not positive, or is longer than a century.
+
+    """
+    match = _DURATION.fullmatch(str(text))
+    seconds = float(match[1]) * _UNIT_SECONDS[match[2].lower()] if match else 0.0
+    if not 0 < seconds <= _CENTURY_S:
+        raise ValueError("must be a duration such as 90d, 12h, 30m or 45s")
+    return seconds
+
+
 FilePath = Annotated[Path, BeforeValidator(_not_blank)]
 Upper = BeforeValidator(_upper)
 Positive = Annotated[int, Field(ge=1)]
+Duration = Annotated[float, BeforeValidator(parse_duration)]
 Seconds = Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)]
 
 
@@ -144,6 +164,14 @@ class Settings(BaseModel):
         16 * 1024 * 1024, description="Largest request body, decoded; beyond it 413."
     )
     max_batch: Positive = Field(10_000, description="Most runs in one batch; beyond it 413.")
+    retention_days: Annotated[float, Field(gt=0, le=36_500, allow_inf_nan=False)] | None = Field(
+        None, description="Delete runs created more than so many days ago, by itself; none keeps them for ever."
+    )
+    stale_after: Duration | None = Field(
+        None, description="Cancel running runs without a change for so long (1h, 30m), by itself; none leaves them."
+    )
+    backup_dir: FilePath | None = Field(None, description="Directory for backups made by POST /api/v1/admin/backup.")
+    backup_keep: Positive | None = Field(None, description="How many of those backups are kept; none keeps all.")
     shutdown_timeout_s: Seconds = Field(10.0, description="Longest orderly shutdown, in seconds.")
     log_level: Annotated[LogLevel, Upper] = Field(LogLevel.INFO, description="DEBUG, INFO, WARNING or ERROR.")
     log_format: LogFormat = Field(LogFormat.AUTO, description="json, text, or auto: text on a terminal only.")

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import sqlite3
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from typing import Final
 
 import orjson
 
-from telemetryd.commands import Command, Created, CreateRuns, Outcome, Updated, UpdateRun
-from telemetryd.queries import TIME_BOUNDS, Counts, GetRun, ListRuns, Page, Position
+from telemetryd import migrate
+from telemetryd.commands import (
+    Command,
+    Created,
+    CreateRuns,
+    Outcome,
+    Pruned,
+    PruneRuns,
+    Reaped,
+    ReapRuns,
+    Updated,
+    UpdateRun,
+)
+from telemetryd.queries import TIME_BOUNDS, CountPrunable, Counts, CountStale, GetRun, ListRuns, Page, Position
 from telemetryd.runs import (
     AGENT_NAME,
     COLUMNS,
@@ -56,6 +68,29 @@ _ADD_TO_MINUTE: Final = """
     ON CONFLICT (minute) DO UPDATE SET runs = max(runs + ?2, 0)
 """
 
+_DROP_TOTAL: Final = "DELETE FROM run_totals WHERE agent_name = ? AND job_type = ? AND status = ? AND runs = 0"
+_DROP_MINUTE: Final = "DELETE FROM run_minutes WHERE minute = ? AND runs = 0"
+_DROP_HOUR: Final = """
+    DELETE FROM run_hours WHERE hour = ?1
+        AND NOT EXISTS (SELECT 1 FROM run_minutes WHERE minute >= ?1 || ':' AND minute < ?1 || ';')
+"""
+
+_VACUUM_PAGES: Final = 256
+"""Pages that one `PruneRuns` returns to the file system at most: 1 MiB, a few milliseconds."""
+_INCREMENTAL: Final = 2
+
+_IS_STALE: Final = "status = 'running' AND created_at < :stale_before AND updated_at < :stale_before"
+
+# The guide's values for a stale run; a run that was changed lately (a heartbeat by PATCH) is not stale.
+_REAP: Final = """
+    UPDATE agent_runs SET
+        status = 'cancelled', end_time = :now, updated_at = :now,
+        error_summary = 'Stale run cleaned up on startup (created at ' || created_at || ')',
+        output_summary = 'Process did not complete - cleanup on restart'
+    WHERE id IN ({stale} ORDER BY created_at LIMIT :limit)
+    RETURNING agent_name, job_type
+"""
+
 
 _WIDEN_HOUR: Final = """
     INSERT INTO run_hours (hour, first_start, last_start) VALUES (?1, ?2, ?3)
@@ -90,10 +125,14 @@ class Transaction:
 
     def _apply_alone(self, command: Command) -> Outcome:
         match command:
-            case CreateRuns():
-                return self._create([command.rows])[0]
+            case CreateRuns(rows):
+                return self._create([rows])[0]
             case UpdateRun():
                 return self._update(command)
+            case PruneRuns():
+                return self._prune(command)
+            case ReapRuns():
+                return self._reap(command)
 
     @contextmanager
     def savepoint(self) -> Iterator[None]:
@@ -118,6 +157,11 @@ class Transaction:
         write(_ADD_TO_MINUTE, [(minute, difference) for minute, difference in self._minutes.items() if difference])
         # A command that was undone may have widened a span; a span too wide costs time, not correctness.
         write(_WIDEN_HOUR, [(hour, *span) for hour, span in self._hours.items()])
+        # Where nothing is left of a minute or an hour, it leaves no row of zeros behind.
+        write(_DROP_TOTAL, [key for key, difference in self._totals.items() if difference < 0])
+        emptied = [minute for minute, difference in self._minutes.items() if difference < 0]
+        write(_DROP_MINUTE, [(minute,) for minute in emptied])
+        write(_DROP_HOUR, [(hour,) for hour in {minute[:_HOUR] for minute in emptied}])
 
     def _create(self, batches: list[tuple[Row, ...]]) -> list[Created]:
         rows = [self._complete(row) for batch in batches for row in batch]
@@ -169,6 +213,66 @@ class Transaction:
             self._totals[agent_name, job_type, status] -= 1
             self._totals[agent_name, job_type, str(new_status)] += 1
         return Updated(run_id)
+
+    def _prune(self, command: PruneRuns) -> Pruned:
+        chosen = self._cursor.execute(*_select_prunable(command)).fetchall()
+        ids = [row[:1] for row in chosen]
+        self._cursor.executemany("DELETE FROM agent_runs WHERE id = ?", ids)
+        self._cursor.executemany("DELETE FROM unconverted_values WHERE run = ?", ids)
+        for _, agent_name, job_type, status, created_at in chosen:
+            self._totals[agent_name, job_type, status] -= 1
+            self._minutes[created_at[:_MINUTE]] -= 1
+        return Pruned(len(chosen), self._return_space() if len(chosen) < command.limit else 0)
+
+    def _return_space(self) -> int:
+        """Return some free pages to the file system; tell how many are left that can be returned."""
+        if self._cursor.execute("PRAGMA auto_vacuum").fetchone()[0] != _INCREMENTAL:
+            return 0
+        self._cursor.execute(f"PRAGMA incremental_vacuum({_VACUUM_PAGES})").fetchall()
+        return int(self._cursor.execute("PRAGMA freelist_count").fetchone()[0])
+
+    def _reap(self, command: ReapRuns) -> Reaped:
+        stale, values = _select_stale("id", command.stale_before, command.agent_name)
+        reaped = self._cursor.execute(
+            _REAP.format(stale=stale), {**values, "now": self._now, "limit": command.limit}
+        ).fetchall()
+        for agent_name, job_type in reaped:
+            self._totals[agent_name, job_type, str(Status.RUNNING)] -= 1
+            self._totals[agent_name, job_type, str(Status.CANCELLED)] += 1
+        return Reaped(len(reaped))
+
+
+def _old_runs(command: PruneRuns | CountPrunable) -> tuple[str, list[str], dict[str, SqlValue]]:
+    """Return the index, the conditions and the parameters that find the runs to prune."""
+    equal = {name: value for name in ("agent_name", "status") if (value := getattr(command, name)) is not None}
+    index, _ = _INDEXES[frozenset(equal)]
+    conditions = ["created_at < :created_before", *(f"{name} = :{name}" for name in equal)]
+    return index, conditions, {**equal, "created_before": command.created_before}
+
+
+def _select_prunable(command: PruneRuns) -> tuple[str, dict[str, SqlValue]]:
+    index, conditions, values = _old_runs(command)
+    source = f"agent_runs INDEXED BY {index}"
+    if command.versions is not None:
+        # A cross join is done in the order in which it stands: each version finds its run by the row number.
+        source = "json_each(:versions) CROSS JOIN agent_runs NOT INDEXED ON agent_runs.id = json_extract(value, '$[0]')"
+        conditions.append("updated_at = json_extract(value, '$[1]')")
+        values["versions"] = orjson.dumps(command.versions).decode()
+    return (
+        "SELECT agent_runs.id, agent_name, job_type, status, created_at "  # noqa: S608 - our own words
+        f"FROM {source} "
+        f"WHERE {' AND '.join(conditions)} ORDER BY created_at LIMIT :limit",
+        {**values, "limit": command.limit},
+    )
+
+
+def _select_stale(what: str, stale_before: str, agent_name: str | None) -> tuple[str, dict[str, SqlValue]]:
+    index, _ = _INDEXES[frozenset({"status"} if agent_name is None else {"status", "agent_name"})]
+    agent = "" if agent_name is None else " AND agent_name = :agent_name"
+    values: dict[str, SqlValue] = {"stale_before": stale_before}
+    if agent_name is not None:
+        values["agent_name"] = agent_name
+    return f"SELECT {what} FROM agent_runs INDEXED BY {index} WHERE {_IS_STALE}{agent}", values  # noqa: S608 - our own words
 
 
 # --- Queries -------------------------------------------------------------------------------------
@@ -273,6 +377,20 @@ def fetch_run(connection: sqlite3.Connection, query: GetRun) -> Row | None:
     return row
 
 
+def count_prunable(connection: sqlite3.Connection, query: CountPrunable) -> int:
+    """Count the runs that pruning would delete."""
+    index, conditions, values = _old_runs(query)
+    where = " AND ".join(conditions)
+    return int(
+        connection.execute(f"SELECT count(*) FROM agent_runs INDEXED BY {index} WHERE {where}", values).fetchone()[0]  # noqa: S608 - our own words
+    )
+
+
+def count_stale(connection: sqlite3.Connection, query: CountStale) -> int:
+    """Count the runs that reaping would cancel."""
+    return int(connection.execute(*_select_stale("count(*)", query.stale_before, query.agent_name)).fetchone()[0])
+
+
 def fetch_counts(connection: sqlite3.Connection, recent_since: str, now: str) -> Counts:
     """Read the totals that the writer keeps; their cost does not grow with the number of runs.
 
@@ -285,3 +403,80 @@ def fetch_counts(connection: sqlite3.Connection, recent_since: str, now: str) ->
         (recent_since[:_MINUTE], now[:_MINUTE]),
     )
     return Counts(dict(agents), tuple(row[0] for row in job_types), recent.fetchone()[0])
+
+
+# --- Checking and salvaging ----------------------------------------------------------------------
+
+_WRONG_TOTALS: Final = """
+    WITH counted AS (
+        SELECT agent_name || char(0) || job_type || char(0) || status AS place, count(*) AS runs
+            FROM agent_runs GROUP BY agent_name, job_type, status
+        UNION ALL
+        SELECT substr(created_at, 1, 16), count(*) FROM agent_runs GROUP BY 1
+    ), kept AS (
+        SELECT agent_name || char(0) || job_type || char(0) || status AS place, runs FROM run_totals WHERE runs <> 0
+        UNION ALL
+        SELECT minute, runs FROM run_minutes WHERE runs <> 0
+    )
+    SELECT count(DISTINCT place) FROM (
+        SELECT place FROM (SELECT * FROM counted EXCEPT SELECT * FROM kept)
+        UNION ALL
+        SELECT place FROM (SELECT * FROM kept EXCEPT SELECT * FROM counted)
+        UNION ALL
+        SELECT c.hour FROM (
+            SELECT substr(created_at, 1, 13) AS hour, min(start_time) AS first, max(start_time) AS last
+            FROM agent_runs GROUP BY 1
+        ) AS c LEFT JOIN run_hours AS k ON k.hour = c.hour
+        WHERE k.hour IS NULL OR k.first_start > c.first OR k.last_start < c.last
+    )
+"""
+
+SAVE_RUN: Final = (
+    f"INSERT INTO agent_runs ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))}) ON CONFLICT DO NOTHING"  # noqa: S608 - names from the definition
+)
+KEEP_ORIGINAL: Final = "INSERT OR IGNORE INTO unconverted_values (run, field, reason, original) VALUES (?, ?, ?, ?)"
+
+ORIGINALS: Final = "unconverted_values"
+
+FIRST_NUMBER: Final = -(2**63)
+LAST_NUMBER: Final = 2**63 - 1
+WALK_FROM: Final = {
+    "front": "SELECT rowid, * FROM agent_runs NOT INDEXED WHERE rowid > ? ORDER BY rowid LIMIT ?",
+    "back": "SELECT rowid, * FROM agent_runs NOT INDEXED WHERE rowid < ? ORDER BY rowid DESC LIMIT ?",
+}
+READ_BY_NUMBER: Final = "SELECT rowid, * FROM agent_runs NOT INDEXED WHERE rowid = ?"
+_SMALL_INDEXES: Final = ("idx_runs_created_desc", "idx_runs_start", "idx_runs_event_id")
+NUMBERS_IN_INDEXES: Final = tuple(
+    f"SELECT rowid FROM agent_runs INDEXED BY {index} WHERE {column} >= '' AND rowid > ? AND rowid < ?"  # noqa: S608 - our own names
+    for index, column in zip(_SMALL_INDEXES, ("created_at", "start_time", "event_id"), strict=True)
+)
+COUNTS_OF_RUNS: Final = (
+    "SELECT sum(runs) FROM run_totals",
+    *(f"SELECT count(*) FROM agent_runs INDEXED BY {index}" for index in _SMALL_INDEXES),  # noqa: S608 - our own names
+)
+
+
+def read_table(connection: sqlite3.Connection, name: str) -> Iterator[list[tuple[object, ...]]]:
+    """Yield the rows of any table in slices, until its end or the first damage."""
+    quoted = name.replace('"', '""')
+    rows = connection.execute(f'SELECT * FROM "{quoted}"')  # noqa: S608 - quoted
+    while part := rows.fetchmany(500):
+        yield part
+
+
+def fill_table(connection: sqlite3.Connection, name: str, rows: list[tuple[object, ...]]) -> int:
+    """Insert rows into any table, except those that are there already; return how many were new."""
+    quoted, places = name.replace('"', '""'), ", ".join("?" * len(rows[0]))
+    return connection.executemany(f'INSERT OR IGNORE INTO "{quoted}" VALUES ({places})', rows).rowcount  # noqa: S608 - quoted
+
+
+def count_wrong_totals(connection: sqlite3.Connection) -> int:
+    """Count the totals that differ from what the table holds."""
+    return int(connection.execute(_WRONG_TOTALS).fetchone()[0])
+
+
+def recount_totals(connection: sqlite3.Connection) -> None:
+    """Count every total again, inside the caller's transaction."""
+    for table in ("run_totals", "run_minutes", "run_hours"):
+        connection.execute(f"DELETE FROM {table}")  # noqa: S608 - one of three names
+    migrate.derive(connection)

@@ -13,7 +13,18 @@ from pathlib import Path
 from typing import overload
 
 from telemetryd import migrate, statements
-from telemetryd.commands import Command, Created, CreateRuns, Outcome, Updated, UpdateRun
+from telemetryd.commands import (
+    Command,
+    Created,
+    CreateRuns,
+    Outcome,
+    Pruned,
+    PruneRuns,
+    Reaped,
+    ReapRuns,
+    Updated,
+    UpdateRun,
+)
 from telemetryd.database import (
     Connection,
     DirectorySync,
@@ -31,7 +42,7 @@ from telemetryd.database import (
 from telemetryd.database import Kind as FileKind
 from telemetryd.errors import DatabaseError
 from telemetryd.metrics import Metrics
-from telemetryd.queries import CountRuns, Counts, GetRun, ListRuns, Page
+from telemetryd.queries import CountPrunable, CountRuns, Counts, CountStale, GetRun, ListRuns, Page
 from telemetryd.reader import Readers
 from telemetryd.runs import Row, format_timestamp, utc_now
 from telemetryd.settings import Settings
@@ -47,6 +58,9 @@ class Health:
     durable: bool
     queue_depth: int
     problem: str | None
+    groups: int
+    """Groups that the writer has finished; while it is not idle, a number that stands still means it is stuck."""
+    idle: bool
 
 
 class Store:
@@ -156,6 +170,12 @@ class Store:
     @overload
     async def submit(self, command: UpdateRun) -> Updated | None: ...
 
+    @overload
+    async def submit(self, command: PruneRuns) -> Pruned: ...
+
+    @overload
+    async def submit(self, command: ReapRuns) -> Reaped: ...
+
     async def submit(self, command: Command) -> Outcome:
         """Queue a change and wait until it is durable; return its outcome.
 
@@ -175,7 +195,12 @@ class Store:
     @overload
     async def fetch(self, query: CountRuns) -> Counts: ...
 
-    async def fetch(self, query: ListRuns | GetRun | CountRuns) -> Page | Row | Counts | None:
+    @overload
+    async def fetch(self, query: CountPrunable | CountStale) -> int: ...
+
+    async def fetch(
+        self, query: ListRuns | GetRun | CountRuns | CountPrunable | CountStale
+    ) -> Page | Row | Counts | int | None:
         """Answer a query; it sees every change that was acknowledged before it.
 
         Raises:
@@ -191,11 +216,17 @@ class Store:
                 now = self._clock()
                 day = format_timestamp(now - timedelta(hours=24)), format_timestamp(now)
                 return await self._readers.fetch(lambda plain: statements.fetch_counts(plain, *day))
+            case CountPrunable():
+                return await self._readers.fetch(lambda plain: statements.count_prunable(plain, query))
+            case CountStale():
+                return await self._readers.fetch(lambda plain: statements.count_stale(plain, query))
 
     def health(self) -> Health:
         """Tell how the database is, at once: without the queue, a connection, or opening the file."""
         problem = self._writer.problem or self._displaced()
-        return Health(self._path, self._modes, self._durable, self._writer.depth, problem)
+        return Health(
+            self._path, self._modes, self._durable, self._writer.depth, problem, self._writer.groups, self._writer.idle
+        )
 
     async def close(self) -> None:
         """Commit what is queued, checkpoint the write-ahead log, close every connection, and give up the lock."""

@@ -111,6 +111,10 @@ class Writer(Generic[C, R]):
         self._bytes_left = queue_bytes
         self._metrics = metrics
         self._stopping = False
+        self.groups = 0
+        """How many groups are finished, well or not."""
+        self.idle = True
+        """Whether it waits for work."""
         self.failure: str | None = None
         """Why the writer has died, or None while it lives."""
         self._problem: tuple[str, float] | None = None
@@ -168,6 +172,7 @@ class Writer(Generic[C, R]):
                 waiting = await self._next_group()
                 if waiting:
                     await self._commit(waiting)
+                self.groups += 1
         except BaseException as error:
             self.failure = sentence(error)
             for entry in [*waiting, *self._drain()]:
@@ -183,7 +188,9 @@ class Writer(Generic[C, R]):
 
     async def _next_group(self) -> list[_Waiting[C, R]]:
         group: list[_Waiting[C, R]] = []
+        self.idle = self._queue.empty()
         entry = await self._queue.get()
+        self.idle = False
         rows = 0
         while True:
             if entry is not None:

@@ -124,7 +124,14 @@ async def api(make_api: MakeApi) -> Api:
 class Daemon:
     """The daemon as a process: `python -m telemetryd serve` on a free port."""
 
-    def __init__(self, folder: Path, *flags: str, prefix: tuple[str, ...] = (), **variables: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *flags: str,
+        prefix: tuple[str, ...] = (),
+        pass_fds: tuple[int, ...] = (),
+        **variables: str,
+    ) -> None:
         self.folder = folder
         self.database = folder / "telemetry.sqlite"
         environment = {name: value for name, value in os.environ.items() if not name.startswith("TELEMETRY_")}
@@ -133,6 +140,7 @@ class Daemon:
             [*prefix, sys.executable, "-m", "telemetryd", "serve", "--log-format", "json", *flags],
             cwd=folder,
             env=environment,
+            pass_fds=pass_fds,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -198,8 +206,14 @@ def start_daemon(tmp_path: Path) -> Iterator[StartDaemon]:
     """Return a function that starts a daemon in `tmp_path`; keyword arguments are environment variables."""
     started: list[Daemon] = []
 
-    def start(*flags: str, folder: Path = tmp_path, prefix: tuple[str, ...] = (), **variables: str) -> Daemon:
-        daemon = Daemon(folder, *flags, prefix=prefix, **variables)
+    def start(
+        *flags: str,
+        folder: Path = tmp_path,
+        prefix: tuple[str, ...] = (),
+        pass_fds: tuple[int, ...] = (),
+        **variables: str,
+    ) -> Daemon:
+        daemon = Daemon(folder, *flags, prefix=prefix, pass_fds=pass_fds, **variables)
         started.append(daemon)
         return daemon
 

@@ -209,13 +209,13 @@ BAD_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "noise": (lambda path: path.write_bytes(os.urandom(20_000)), r"is not a SQLite database; move it away"),
     "cut in half": (
         lambda path: os.truncate(path, path.stat().st_size // 2),
-        r"is damaged \(it should have \d+ pages but .*\); nothing was changed: .*sqlite3 -readonly .*integrity_check",
+        r"is damaged \(it should have \d+ pages but .*\); nothing was changed: .*telemetryd check.*check --repair",
     ),
-    "cut inside the first page": (lambda path: os.truncate(path, 2000), r"is damaged \(.*integrity_check"),
-    "flipped in the schema": (lambda path: flip(path, *range(110, 300)), r"is damaged \(.*integrity_check"),
+    "cut inside the first page": (lambda path: os.truncate(path, 2000), r"is damaged \(.*check --repair"),
+    "flipped in the schema": (lambda path: flip(path, *range(110, 300)), r"is damaged \(.*check --repair"),
     "flipped in the middle": (
         lambda path: flip(path, *(page * 4096 + at for page in range(20, 60) for at in range(12))),
-        r"is damaged \(.*sqlite3 -readonly .*integrity_check",
+        r"is damaged \(.*telemetryd check.*check --repair",
     ),
     "missing index": (
         lambda path: execute(path, "DROP INDEX idx_runs_status"),

@@ -84,6 +84,10 @@ def test_the_defaults_are_those_of_the_guide_and_the_contract() -> None:
         "queue_max": 10_000,
         "max_body_bytes": 16_777_216,
         "max_batch": 10_000,
+        "retention_days": None,
+        "stale_after": None,
+        "backup_dir": None,
+        "backup_keep": None,
         "shutdown_timeout_s": 10.0,
         "log_level": "INFO",
         "log_format": "auto",
@@ -124,6 +128,9 @@ def test_a_flag_beats_the_environment_which_beats_dotenv_which_beats_the_default
         "log_level": ["debug", "WARNING", "ERROR"],
         "log_format": ["text", "json", "text"],
         "api_workers": ["1", "1", "1"],
+        "retention_days": ["1.5", "2.5", "3.5"],
+        "stale_after": ["1.5", "2.5", "3.5"],
+        "backup_keep": ["1", "2", "3"],
     }
     by_type: dict[object, list[str]] = {
         bool: ["true", "false", "true"],
@@ -153,6 +160,18 @@ def test_a_flag_beats_the_environment_which_beats_dotenv_which_beats_the_default
     assert loaded({**beside, variable(name): ""}, dotenv, **{name: None}).origins[name] is Origin.DOTENV
 
 
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("45s", 45), ("30m", 1800), ("1h", 3600), ("90d", 7_776_000), ("2W", 1_209_600), ("1.5", 1.5)]
+)
+def test_a_duration_has_a_unit_or_is_in_seconds(text: str, seconds: float) -> None:
+    assert loaded({"TELEMETRY_STALE_AFTER": text}).settings.stale_after == seconds
+
+
+@pytest.mark.parametrize("text", ["0", "-1h", "1y", "1h30m", "nan", "９s", "1e3", "101w" * 2, "99999999d"])
+def test_anything_else_is_no_duration(text: str) -> None:
+    assert "must be a duration" in problems({"TELEMETRY_STALE_AFTER": text})[0]
+
+
 # --- Problems ------------------------------------------------------------------------------------
 
 WRONG = {
@@ -175,6 +194,10 @@ WRONG = {
     "TELEMETRY_QUEUE_MAX": "1e3",
     "TELEMETRY_MAX_BODY_BYTES": "1023",
     "TELEMETRY_MAX_BATCH": "many",
+    "TELEMETRY_RETENTION_DAYS": "0",
+    "TELEMETRY_STALE_AFTER": "soon",
+    "TELEMETRY_BACKUP_DIR": " ",
+    "TELEMETRY_BACKUP_KEEP": "0",
     "TELEMETRY_SHUTDOWN_TIMEOUT_S": "0",
     "TELEMETRY_LOG_LEVEL": "LOUD",
     "TELEMETRY_LOG_FORMAT": "xml",

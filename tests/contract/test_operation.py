@@ -259,6 +259,9 @@ async def test_the_document_lists_every_endpoint(api: Api) -> None:
         ("GET", "/api/v1/runs/{event_id}/commit-url"),
         ("GET", "/api/v1/runs/{event_id}/repo-url"),
         ("GET", "/api/v1/metadata"),
+        ("POST", "/api/v1/admin/prune"),
+        ("POST", "/api/v1/admin/reap"),
+        ("POST", "/api/v1/admin/backup"),
         ("GET", "/health"),
         ("GET", "/metrics"),
     }

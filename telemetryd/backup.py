@@ -1,0 +1,343 @@
+"""Copies a live database to a verified file, and puts a verified file in a database's place."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import secrets
+import sqlite3
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Final, Protocol
+
+from telemetryd.database import APPLICATION_ID, SIDE_FILES, connect, corrupt, is_unfinished
+from telemetryd.errors import DatabaseError
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
+Watch = Callable[[str, int, int], None]
+"""Called with the phase of a long work, how much of it is done, and how much there is."""
+
+COMPRESSED: Final = ".zst"
+_PAGES: Final = 2048
+"""Pages copied in one step: 8 MiB at the usual page size, some milliseconds."""
+_RESTARTS: Final = 3
+_PAUSE_S: Final = 0.002
+_PARTIAL: Final = ".partial"
+_ABANDONED_S: Final = 86_400
+_CHUNK: Final = 1 << 20
+_STAMPED: Final = re.compile(r"_\d{8}_\d{6}\.sqlite(?:\.zst)?")
+
+
+def ignore_progress(_phase: str, _done: int, _total: int) -> None:
+    """Watch nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Backup:
+    """A finished, verified backup."""
+
+    path: Path
+    bytes: int
+    rows: int
+    seconds: float
+    blocked_writes: bool
+    """Whether commits had to wait for the copy: only with a rollback journal, and only if writes never paused."""
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What a verified database file holds."""
+
+    rows: int
+    version: int
+    ours: bool
+
+
+def backup_name(database: Path, moment: datetime, *, compress: bool = False) -> str:
+    """Return the name of a backup: telemetry.sqlite → telemetry_backup_20251224_100000.sqlite."""
+    return f"{database.stem}_backup_{moment:%Y%m%d_%H%M%S}.sqlite" + (COMPRESSED if compress else "")
+
+
+def backup(source: Path, destination: Path, *, compress: bool = False, watch: Watch = ignore_progress) -> Backup:
+    """Copy a database that may be in use; the copy gets its name only when it is whole, verified and synced.
+
+    With a write-ahead log the copy is one snapshot, taken in steps while writes go on. With a rollback
+    journal a snapshot would keep writers out, so the copy first tries to catch a moment without writes
+    between its steps (SQLite starts over when the source changes), and takes the lock only as a last resort.
+
+    Raises:
+        DatabaseError: if the source cannot be read or the copy is not good; nothing is left then.
+
+    """
+    started = time.monotonic()
+    if destination.exists():
+        raise DatabaseError(f"{destination} exists already; a backup never replaces a file")
+    with partial_file(destination) as raw:
+        try:
+            blocked, expected = _copy(source, raw, watch)
+            watch("Verifying", 0, 1)
+            content = verify(raw)
+        except sqlite3.Error as error:
+            raise DatabaseError(f"Cannot copy {source}: {error}") from error
+        if expected is not None and content.rows != expected:
+            raise DatabaseError(f"The copy of {source} has {content.rows} rows instead of {expected}; it was dropped")
+        watch("Verifying", 1, 1)
+        if compress:
+            with partial_file(Path(f"{destination}.packed")) as packed:
+                _compress(raw, packed, watch)
+                publish(packed, destination)
+        else:
+            publish(raw, destination)
+    return Backup(destination, destination.stat().st_size, content.rows, time.monotonic() - started, blocked)
+
+
+def _copy(source: Path, target: Path, watch: Watch) -> tuple[bool, int | None]:
+    """Copy in steps; return whether writers were kept out, and the row count if it is known of the snapshot."""
+    with contextlib.closing(connect(source, "ro")) as reading, contextlib.closing(connect(target, "rw")) as writing:
+        writing.execute("PRAGMA synchronous = OFF")  # the whole file is synced once, before it gets its name
+        is_wal = reading.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
+        if is_wal or not _copy_between_writes(reading, writing, watch):
+            reading.execute("BEGIN")
+            has_runs = reading.execute("SELECT 1 FROM sqlite_master WHERE name = 'agent_runs'").fetchone()
+            rows = reading.execute("SELECT count(*) FROM agent_runs").fetchone()[0] if has_runs else 0
+            reading.backup(writing, pages=_PAGES, progress=_report(watch), sleep=_PAUSE_S if is_wal else 0)
+            reading.execute("COMMIT")
+            blocked, expected = not is_wal, rows
+        else:
+            blocked, expected = False, None
+        writing.execute("PRAGMA journal_mode = DELETE")  # one file, whatever the source's mode
+    return blocked, expected
+
+
+class _Restarted(Exception):  # noqa: N818 - a signal between two functions of this module
+    """The source changed so often that the copy would never end."""
+
+
+def _copy_between_writes(reading: sqlite3.Connection, writing: sqlite3.Connection, watch: Watch) -> bool:
+    report = _report(watch)
+    restarts, left = 0, sys.maxsize
+
+    def observe(status: int, remaining: int, total: int) -> None:
+        nonlocal restarts, left
+        if remaining > left:
+            restarts += 1
+            if restarts > _RESTARTS:
+                raise _Restarted
+        left = remaining
+        report(status, remaining, total)
+
+    try:
+        reading.backup(writing, pages=_PAGES, progress=observe, sleep=_PAUSE_S)
+    except _Restarted:
+        return False
+    return True
+
+
+def _report(watch: Watch) -> Callable[[int, int, int], None]:
+    return lambda _status, remaining, total: watch("Copying pages", total - remaining, total)
+
+
+def verify(path: Path) -> Content:
+    """Read a database file that nobody uses from end to end.
+
+    Raises:
+        DatabaseError: if it is damaged, or holds no runs.
+
+    """
+    if is_unfinished(path):
+        raise DatabaseError(f"{path} has a journal beside it, so it is not a whole database by itself")
+    with contextlib.closing(connect(path, "ro&immutable=1")) as connection:
+        try:
+            finding = connection.execute("PRAGMA integrity_check(1)").fetchone()[0]
+            if finding != "ok":
+                raise corrupt(path, finding)
+            tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            if "agent_runs" not in tables:
+                raise DatabaseError(f"{path} has no table agent_runs: it is not a telemetry database")
+            rows = connection.execute("SELECT count(*) FROM agent_runs").fetchone()[0]
+            ours = connection.execute("PRAGMA application_id").fetchone()[0] == APPLICATION_ID
+            version = connection.execute("PRAGMA user_version").fetchone()[0]
+        except sqlite3.DatabaseError as error:
+            raise corrupt(path, str(error)) from error
+    return Content(rows, version, ours)
+
+
+def rotate(directory: Path, database: Path, keep: int) -> list[Path]:
+    """Delete the oldest backups of a database in a directory, by the time in their names, except `keep`."""
+    prefix = f"{database.stem}_backup"
+    found = sorted(
+        path
+        for path in directory.iterdir()
+        if path.name.startswith(prefix) and _STAMPED.fullmatch(path.name.removeprefix(prefix))
+    )
+    surplus = found[: max(len(found) - keep, 0)]
+    for path in surplus:
+        path.unlink()
+    return surplus
+
+
+# --- Putting a file in the database's place ------------------------------------------------------
+
+
+def restore(source: Path, database: Path, moment: datetime, watch: Watch = ignore_progress) -> tuple[Content, Path]:
+    """Put a verified copy of a backup in the database's place; the caller owns the database.
+
+    Returns what it holds, and where the old file is kept (a path that does not exist if there was none).
+
+    Raises:
+        DatabaseError: if the backup is not good; the database is as before.
+
+    """
+    with partial_file(database.with_name(f"{database.name}.restored")) as copy:
+        try:
+            if source.suffix == COMPRESSED:
+                with zstd.open(source, "rb") as packed, copy.open("wb") as target:
+                    _pump(packed, target, watch, "Unpacking", 0)
+            else:
+                with source.open("rb") as plain, copy.open("wb") as target:
+                    _pump(plain, target, watch, "Copying", source.stat().st_size)
+        except (OSError, EOFError, zstd.ZstdError) as error:
+            raise DatabaseError(f"Cannot read the backup {source}: {error}") from error
+        watch("Verifying", 0, 1)
+        content = verify(copy)
+        watch("Verifying", 1, 1)
+        return content, replace(database, copy, database.with_name(f"{database.name}.before-{moment:%Y%m%d_%H%M%S}"))
+
+
+def replace(database: Path, new: Path, aside: Path) -> Path:
+    """Put a synced new file in a database's place in one step, and keep the old one under another name.
+
+    The old file gets its second name first, so that there is a database at the path at every moment. What
+    its journal holds is settled before; if that fails because the file is damaged, the journal is kept
+    beside the old file under its new name.
+    """
+    with new.open("rb") as file:
+        os.fsync(file.fileno())
+    if database.exists():
+        with contextlib.suppress(sqlite3.DatabaseError), contextlib.closing(connect(database, "rw")) as connection:
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            connection.execute("PRAGMA journal_mode = DELETE").fetchall()
+        os.link(database, aside)
+        sync_directory(database.parent)
+        for suffix in SIDE_FILES:
+            side = database.with_name(database.name + suffix)
+            if side.exists():
+                side.rename(aside.with_name(aside.name + suffix))
+    new.replace(database)
+    sync_directory(database.parent)
+    return aside
+
+
+def forget_leftovers(database: Path) -> None:
+    """Remove what a `restore` or a salvage left when it was killed; the caller owns the database.
+
+    That is the second name of a file that is still in its place, and copies that never became whole.
+    """
+    for path in database.parent.glob(f".{database.name}.*{_PARTIAL}*"):
+        path.unlink()
+    try:
+        status = database.stat()
+    except FileNotFoundError:
+        return
+    for path in database.parent.glob(f"{database.name}.before-*"):
+        if status.st_nlink > 1 and os.path.samestat(path.stat(), status):
+            path.unlink()
+
+
+# --- Files ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def partial_file(destination: Path) -> Iterator[Path]:
+    """Make a file of mode 0600 beside its destination for as long as it is not whole; remove what is left of it.
+
+    Raises:
+        DatabaseError: if it cannot be made.
+
+    """
+    path = destination.with_name(f".{destination.name}.{secrets.token_hex(4)}{_PARTIAL}")
+    try:
+        _forget_old_partials(destination.parent)
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    except OSError as error:
+        raise DatabaseError(f"Cannot write to {destination.parent}: {error.strerror}") from error
+    try:
+        yield path
+    finally:
+        for suffix in ("", *SIDE_FILES):
+            path.with_name(path.name + suffix).unlink(missing_ok=True)
+
+
+def _forget_old_partials(directory: Path) -> None:
+    """Remove unfinished backups that were killed; a day old, they are nobody's any more."""
+    for path in directory.glob(f".*{_PARTIAL}"):
+        if time.time() - path.stat().st_mtime > _ABANDONED_S:
+            path.unlink(missing_ok=True)
+
+
+def publish(path: Path, destination: Path) -> None:
+    """Give a finished file its name, durably and without replacing another file."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    if destination.exists():
+        raise DatabaseError(f"{destination} exists already; nothing was replaced")
+    path.rename(destination)
+    sync_directory(destination.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable (Windows has no such call and needs none)."""
+    if sys.platform != "win32":
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _compress(raw: Path, packed: Path, watch: Watch) -> None:
+    """Compress a file, and read the result back to see that it gives the same bytes.
+
+    Raises:
+        DatabaseError: if it does not.
+
+    """
+    with raw.open("rb") as source, zstd.open(packed, "wb", level=6) as target:
+        expected = _pump(source, target, watch, "Compressing", raw.stat().st_size)
+    with zstd.open(packed, "rb") as back:
+        actual = _pump(back, None, ignore_progress, "", 0)
+    if actual != expected:
+        raise DatabaseError(f"The compressed copy {packed} does not give back what went in; it was dropped")
+
+
+class _Source(Protocol):
+    def read(self, size: int, /) -> bytes: ...
+
+
+class _Target(Protocol):
+    def write(self, data: bytes, /) -> int: ...
+
+
+def _pump(source: _Source, target: _Target | None, watch: Watch, phase: str, total: int) -> str:
+    """Copy bytes in bounded memory; return their digest."""
+    digest = hashlib.blake2b()
+    done = 0
+    while chunk := source.read(_CHUNK):
+        digest.update(chunk)
+        if target is not None:
+            target.write(chunk)
+        done += len(chunk)
+        if total:
+            watch(phase, done, total)
+    return digest.hexdigest()

@@ -1,0 +1,206 @@
+"""Examines a database, says what to do about each finding, and repairs what can be repaired in place."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import product
+from pathlib import Path
+from typing import Final
+
+from telemetryd import migrate, statements
+from telemetryd.backup import Watch, ignore_progress
+from telemetryd.database import connect, corrupt
+from telemetryd.errors import DatabaseError
+from telemetryd.queries import TIME_BOUNDS, ListRuns, Position
+from telemetryd.runs import FILTERS
+
+_LISTED: Final = 100
+REPAIR: Final = "stop the daemon and run: telemetryd check --repair"
+
+
+class Severity(StrEnum):
+    """How bad a finding is."""
+
+    NOTE = "note"
+    """Nothing needs to be done."""
+    PROBLEM = "problem"
+    """`--repair` mends it in place; no run is lost."""
+    DAMAGE = "damage"
+    """The file itself is damaged; runs may be lost."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What was found, and what to do about it."""
+
+    check: str
+    severity: Severity
+    text: str
+    advice: str
+
+
+def examine(path: Path, watch: Watch = ignore_progress) -> list[Finding]:
+    """Run every check on a database, which may be in use: only a read-only connection is opened.
+
+    Raises:
+        DatabaseError: if it cannot be opened at all.
+
+    """
+    checks = (_integrity, _schema, _totals, _foreign_keys, _index_usage)
+    findings: list[Finding] = []
+    try:
+        with contextlib.closing(connect(path, "ro")) as connection:
+            connection.execute("PRAGMA query_only = ON")
+            for number, check in enumerate(checks):
+                watch("Checking", number, len(checks))
+                findings += check(connection)
+                if any(finding.severity is Severity.DAMAGE for finding in findings):
+                    break  # what a damaged file says of itself means nothing
+            watch("Checking", len(checks), len(checks))
+    except sqlite3.Error as error:
+        raise corrupt(path, str(error)) from error
+    return findings
+
+
+def _integrity(connection: sqlite3.Connection) -> Iterator[Finding]:
+    try:
+        lines = [row[0] for row in connection.execute(f"PRAGMA integrity_check({_LISTED})")]
+    except sqlite3.DatabaseError as error:
+        lines = [str(error)]
+    if lines == ["ok"]:
+        return
+    faults = [line for text in lines for line in text.splitlines() if not line.startswith("***")]
+    only_indexes = all("index" in line for line in faults)
+    yield Finding(
+        "integrity",
+        Severity.PROBLEM if only_indexes else Severity.DAMAGE,
+        f"{len(faults)} faults, the first: {faults[0] if faults else lines[0]}",
+        f"the indexes disagree with the table; {REPAIR}"
+        if only_indexes
+        else f"restore a backup (telemetryd restore), or save what can be read: {REPAIR}",
+    )
+
+
+def _schema(connection: sqlite3.Connection) -> Iterator[Finding]:
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    actual, expected = migrate.schema_of(connection), migrate.expected_schema()
+    if version != migrate.current_version():
+        yield Finding(
+            "schema",
+            Severity.PROBLEM,
+            f"schema version {version}, not {migrate.current_version()}",
+            "run: telemetryd migrate",
+        )
+        return
+    for name, sql in expected.items():
+        if actual.get(name) != sql:
+            state = "different" if name in actual else "missing"
+            advice = REPAIR if _is_index(sql) else "restore a backup, or re-create it as in schema/telemetry.sql"
+            yield Finding("schema", Severity.PROBLEM, f"{name} is {state}", advice)
+    extra = sorted(set(actual) - set(expected))
+    if extra:
+        yield Finding(
+            "schema", Severity.NOTE, f"not telemetryd's own: {', '.join(extra)}", "nothing; they are left alone"
+        )
+
+
+def _is_index(sql: str) -> bool:
+    return sql.startswith(("CREATE INDEX", "CREATE UNIQUE INDEX"))
+
+
+def _totals(connection: sqlite3.Connection) -> Iterator[Finding]:
+    try:
+        wrong = statements.count_wrong_totals(connection)
+    except sqlite3.OperationalError as error:  # a table is missing, which the schema check has reported
+        yield Finding("totals", Severity.PROBLEM, f"the totals cannot be read: {error}", REPAIR)
+        return
+    if wrong:
+        yield Finding("totals", Severity.PROBLEM, f"{wrong} totals differ from the table", REPAIR)
+
+
+def _foreign_keys(connection: sqlite3.Connection) -> Iterator[Finding]:
+    tables = [row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")]
+    for table in tables:
+        quoted = '"' + table.replace('"', '""') + '"'
+        try:
+            broken = len(connection.execute(f"PRAGMA foreign_key_check({quoted})").fetchall())
+        except sqlite3.OperationalError:
+            yield Finding(
+                "foreign keys",
+                Severity.NOTE,
+                f"{table} refers to a column that is not unique, as the replaced service made it",
+                "nothing; telemetryd does not use this table, and foreign keys are off",
+            )
+            continue
+        if broken:
+            yield Finding(
+                "foreign keys",
+                Severity.NOTE,
+                f"{broken} rows of {table} refer to runs that are gone",
+                "nothing, or delete them",
+            )
+
+
+def _index_usage(connection: sqlite3.Connection) -> Iterator[Finding]:
+    """Ask SQLite how it would answer every documented query; each must walk an index and sort nothing."""
+    for query in documented_queries():
+        sql, values = statements.select_page(query)
+        asked = ", ".join([*query.equal, *query.bounds]) or "no filter"
+        try:
+            plan = [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {sql}", values)]
+        except sqlite3.OperationalError as error:
+            yield Finding("index usage", Severity.PROBLEM, f"query by {asked}: {error}", REPAIR)
+            continue
+        bad = [step for step in plan if "TEMP B-TREE" in step or ("agent_runs" in step and "USING" not in step)]
+        if bad:
+            yield Finding("index usage", Severity.PROBLEM, f"query by {asked}: {bad[0]}", REPAIR)
+
+
+def documented_queries() -> Iterator[ListRuns]:
+    """Yield a query for every combination of equality filters, each alone, with time bounds, and with a cursor."""
+    moment = "2026-01-01T00:00:00.000000Z"
+    bounds = {name: moment for name, (column, _) in TIME_BOUNDS.items() if column == "created_at"}
+    for chosen in product((False, True), repeat=len(FILTERS)):
+        equal = {name: "x" for name, is_given in zip(FILTERS, chosen, strict=True) if is_given}
+        yield ListRuns(equal, {})
+        yield ListRuns(equal, bounds)
+        yield ListRuns(equal, {}, after=Position(moment, 1))
+
+
+def repair(path: Path, watch: Watch = ignore_progress) -> list[str]:
+    """Mend the indexes and the totals in one transaction; the caller owns the database. Return what was done.
+
+    Raises:
+        DatabaseError: if that is not enough; the database is as before.
+
+    """
+    done = []
+    with contextlib.closing(connect(path, "rw")) as connection:
+        try:
+            connection.execute("BEGIN EXCLUSIVE")
+            watch("Repairing", 0, 3)
+            actual = migrate.schema_of(connection)
+            for name, sql in migrate.expected_schema().items():
+                if _is_index(sql) and actual.get(name) != sql:
+                    connection.execute(f"DROP INDEX IF EXISTS {name}")
+                    connection.execute(sql)
+                    done.append(f"index {name} made again")
+            connection.execute("REINDEX")
+            done.append("every index built again from its table")
+            watch("Repairing", 1, 3)
+            wrong = statements.count_wrong_totals(connection)
+            if wrong:
+                statements.recount_totals(connection)
+                done.append(f"{wrong} totals counted again")
+            watch("Repairing", 2, 3)
+            connection.execute("COMMIT")
+            watch("Repairing", 3, 3)
+        except sqlite3.Error as error:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise DatabaseError(f"Cannot repair {path} in place: {error}; it is as before") from error
+    return done

@@ -1,0 +1,46 @@
+"""Turns a command line into one call."""
+
+from __future__ import annotations
+
+import click
+
+import telemetryd
+from telemetryd.cli import database, serve, upkeep
+from telemetryd.cli.options import NO_FLAG, flag
+
+__all__ = ["NO_FLAG", "flag", "main"]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(telemetryd.__version__, message="telemetryd %(version)s")
+def main() -> None:
+    r"""Run telemetryd, the one daemon that owns a telemetry database, and look after that database.
+
+    \b
+    Exit status: 0 done; 1 it could not be done, or `check` found something; standard error says what;
+                 2 the command line or a setting is wrong.
+    Standard output holds data only; progress is drawn on standard error if that is a terminal.
+
+    \b
+    Shell completion:
+      eval "$(_TELEMETRYD_COMPLETE=bash_source telemetryd)"      # in ~/.bashrc
+      eval "$(_TELEMETRYD_COMPLETE=zsh_source telemetryd)"       # in ~/.zshrc
+      _TELEMETRYD_COMPLETE=fish_source telemetryd | source       # in ~/.config/fish/completions/telemetryd.fish
+    """
+
+
+for command in (
+    serve.serve,
+    serve.config,
+    database.migrate,
+    database.backup,
+    database.restore,
+    database.check,
+    upkeep.prune,
+    upkeep.reap,
+):
+    main.add_command(command)
+
+for described in (main, *main.commands.values()):
+    # Click leaves a paragraph's lines as they are behind a backspace, which a raw docstring cannot hold.
+    described.help = (described.help or "").replace("\\b", "\b")

@@ -1,0 +1,346 @@
+"""The commands that work on the database file: migrate, backup, restore, check."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import click
+
+import telemetryd.backup as backups
+import telemetryd.check as checks
+from telemetryd import legacy
+from telemetryd.cli.options import (
+    EXIT_FAILURE,
+    Progress,
+    failing,
+    json_flag,
+    load_settings,
+    print_json,
+    progress,
+    settings_flags,
+    size,
+)
+from telemetryd.database import Kind, Ownership, inspect, is_ours
+from telemetryd.errors import DatabaseError
+from telemetryd.migrate import current_version, refuse_unless_usable
+from telemetryd.runs import format_timestamp, utc_now
+from telemetryd.salvage import salvage
+from telemetryd.settings import Settings
+
+DATABASE_SETTINGS = ("db_path", "lock_file")
+
+
+@contextmanager
+def owned(settings: Settings) -> Iterator[Path]:
+    """Own the database inside the block, so that no daemon runs meanwhile.
+
+    Raises:
+        DatabaseOwnedError: if one runs.
+
+    """
+    path = settings.db_path.resolve()  # else a new file would take the place of a symbolic link
+    ownership = Ownership(path, settings.lock_file)
+    ownership.acquire()
+    try:
+        yield path
+    finally:
+        ownership.release()
+
+
+def _local_now() -> datetime:
+    return utc_now().astimezone()
+
+
+# --- migrate -------------------------------------------------------------------------------------
+
+_RULE = "=" * 70
+
+
+@click.command()
+@click.option("--dry-run", is_flag=True, help="Only say what would be done; nothing is touched.")
+@click.option("--backup/--no-backup", "with_backup", default=True, help="Make a verified backup first (the default).")
+@json_flag
+@settings_flags(*DATABASE_SETTINGS)
+def migrate(dry_run: bool, with_backup: bool, as_json: bool, **flags: Any) -> None:
+    r"""Bring a database of any older version to the schema of this one, in one transaction.
+
+    Killed at any moment, the file has the old schema or the new one, and the command may be repeated.
+    Every run stays. Values that the current schema does not admit are normalised and counted; where that
+    is not possible, the original is kept in the table unconverted_values.
+
+    \b
+    Examples:
+      telemetryd migrate --dry-run
+      telemetryd migrate
+      telemetryd migrate --no-backup --json --db-path /var/lib/telemetryd/telemetry.sqlite
+    """
+    settings = load_settings(flags).settings
+    path = settings.db_path.absolute()
+    with failing():
+        if dry_run:
+            _report_migration(path, _preview(path), dry_run=True, as_json=as_json)
+            return
+        with owned(settings):
+            if not _is_older(path):
+                _report_migration(path, None, dry_run=False, as_json=as_json)
+                return
+            _migrate(path, with_backup=with_backup, as_json=as_json)
+
+
+def _is_older(path: Path) -> bool:
+    """Tell whether the database at a path is older than this telemetryd.
+
+    Raises:
+        DatabaseError: if there is none, or one of a newer telemetryd or another program.
+
+    """
+    state = inspect(path)
+    if state.kind in (Kind.MISSING, Kind.EMPTY):
+        raise DatabaseError(f"There is no database at {path}; telemetryd serve makes a new one")
+    if state.kind is Kind.LEGACY or (state.kind is Kind.OURS and state.version < current_version()):
+        return True
+    refuse_unless_usable(path, state)
+    return False
+
+
+def _preview(path: Path) -> legacy.Migration | None:
+    if is_ours(path) and not _is_older(path):
+        return None  # maybe in use, and a copy of it would cost much and tell nothing
+    with legacy.undisturbed(path) as quiet, progress() as drawn:
+        return legacy.preview(quiet, drawn) if _is_older(quiet) else None
+
+
+def _migrate(path: Path, *, with_backup: bool, as_json: bool) -> None:
+    saved = None
+    with progress() as drawn:
+        if with_backup:
+            saved = backups.backup(path, path.with_name(backups.backup_name(path, _local_now())), watch=drawn)
+            if not as_json:
+                click.echo(f"[OK] Verified backup of {saved.rows} rows: {saved.path}")
+        done = legacy.migrate_file(path, format_timestamp(utc_now()), drawn)
+    _report_migration(path, done, dry_run=False, as_json=as_json, backup=saved)
+
+
+def _report_migration(
+    path: Path,
+    done: legacy.Migration | None,
+    *,
+    dry_run: bool,
+    as_json: bool,
+    backup: backups.Backup | None = None,
+) -> None:
+    if done is not None and as_json:
+        print_json(_migration_as_json(path, done, dry_run=dry_run, backup=backup))
+    elif done is not None:
+        _print_migration(path, done, dry_run=dry_run)
+    elif as_json:
+        print_json({"database": path, "version": current_version(), "migrated": False, "dry_run": dry_run})
+    else:
+        click.echo(f"{path} has the current schema version {current_version()}; there is nothing to do.")
+
+
+def _migration_as_json(
+    path: Path, done: legacy.Migration, *, dry_run: bool, backup: backups.Backup | None
+) -> dict[str, Any]:
+    return {
+        "database": path,
+        "dry_run": dry_run,
+        "migrated": not dry_run,
+        "from_version": done.layout.version,
+        "recorded_version": done.layout.recorded,
+        "version": current_version(),
+        "rows": done.rows,
+        "steps": done.layout.steps(),
+        "kept_tables": done.layout.kept,
+        **done.counts(),
+        "compacted": done.compacted,
+        "remarks": done.remarks,
+        "backup": backup.path if backup else None,
+    }
+
+
+def _print_migration(path: Path, done: legacy.Migration, *, dry_run: bool) -> None:
+    layout = done.layout
+    recorded = "" if layout.recorded in (None, layout.version) else f" (recorded as {layout.recorded})"
+    click.echo(f"{_RULE}\nDATABASE MIGRATION: Schema v{layout.version} → v{current_version()}\n{_RULE}")
+    click.echo(f"Database: {path}\nDry run: {dry_run}\nCurrent schema version: {layout.version}{recorded}")
+    click.echo(f"Total rows to migrate: {layout.rows}\n")
+    if dry_run:
+        click.echo("[DRY RUN] Would perform the following changes:")
+    for number, step in enumerate(layout.steps(), 1):
+        click.echo(f"  {number}. {step}" if dry_run else f"Step {number}: {step}...\n[OK]")
+    counts = done.counts()
+    for title, name in (("Values normalised", "normalised"), ("Values kept in unconverted_values", "kept_aside")):
+        if counts[name]:
+            click.echo(f"\n{title}:")
+        for line in counts[name]:
+            click.echo(f"  {line['values']:>10}  {line['field']}: {line['kind']}")
+    for remark in done.remarks:
+        click.echo(f"\n{remark}")
+    if not dry_run:
+        click.echo(
+            f"\n[SUCCESS] Migration completed successfully! {done.rows} rows, schema version {current_version()}"
+        )
+
+
+# --- backup and restore --------------------------------------------------------------------------
+
+
+@click.command()
+@click.argument("destination", metavar="DEST", type=click.Path(path_type=Path))
+@click.option("--keep", type=click.IntRange(1), help="Keep only the newest N backups in the directory DEST.")
+@click.option("--zstd", "compress", is_flag=True, help="Compress with Zstandard.")
+@json_flag
+@settings_flags("db_path")
+def backup(destination: Path, keep: int | None, compress: bool, as_json: bool, **flags: Any) -> None:
+    r"""Copy the database to DEST while the daemon writes to it; the copy is verified before it gets its name.
+
+    If DEST is a directory, the file in it is named by the time: telemetry_backup_20251224_100000.sqlite.
+
+    \b
+    Examples:
+      telemetryd backup /backups/telemetry --keep 7
+      telemetryd backup /backups/telemetry --keep 7 --zstd --json
+      telemetryd backup before-upgrade.sqlite
+    """
+    path = load_settings(flags).settings.db_path.absolute()
+    is_directory = destination.is_dir()
+    if keep is not None and not is_directory:
+        raise click.UsageError(f"--keep needs a directory, and {destination} is none")
+    with failing(), progress() as drawn:
+        refuse_missing(path)
+        target = (
+            destination / backups.backup_name(path, _local_now(), compress=compress) if is_directory else destination
+        )
+        done = backups.backup(path, target.absolute(), compress=compress, watch=drawn)
+        removed = backups.rotate(destination, path, keep) if keep is not None else []
+    if as_json:
+        print_json(
+            {
+                "path": done.path,
+                "bytes": done.bytes,
+                "rows": done.rows,
+                "seconds": round(done.seconds, 3),
+                "blocked_writes": done.blocked_writes,
+                "removed": removed,
+            }
+        )
+        return
+    click.echo(f"{done.path}: {done.rows} rows, {size(done.bytes)}, verified, {done.seconds:.1f} s")
+    if done.blocked_writes:
+        click.echo("Writes waited for the copy; with TELEMETRY_DB_JOURNAL_MODE=WAL they need not.", err=True)
+    for old in removed:
+        click.echo(f"Removed {old}")
+
+
+def refuse_missing(path: Path) -> None:
+    """Stop if there is no database.
+
+    Raises:
+        DatabaseError: then.
+
+    """
+    if not path.is_file():
+        raise DatabaseError(f"There is no database at {path}; is TELEMETRY_DB_PATH right?")
+
+
+@click.command()
+@click.argument("source", metavar="SRC", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@json_flag
+@settings_flags(*DATABASE_SETTINGS)
+def restore(source: Path, as_json: bool, **flags: Any) -> None:
+    r"""Put a backup (also a compressed one) in the database's place; the old file is kept beside it.
+
+    The backup is verified first. A running daemon must be stopped before.
+
+    \b
+    Examples:
+      systemctl stop telemetryd
+      telemetryd restore /backups/telemetry/telemetry_backup_20251224_100000.sqlite
+      systemctl start telemetryd
+    """
+    settings = load_settings(flags).settings
+    with failing(), owned(settings) as path, progress() as drawn:
+        backups.forget_leftovers(path)
+        content, aside = backups.restore(source, path, _local_now(), drawn)
+    kept = aside if aside.exists() else None
+    needs_migration = not content.ours or content.version < current_version()
+    if as_json:
+        print_json({"database": path, "rows": content.rows, "old_file": kept, "needs_migration": needs_migration})
+        return
+    click.echo(f"{path}: {content.rows} rows, verified")
+    if kept is not None:
+        click.echo(f"The old file is kept as {kept}")
+    if needs_migration:
+        click.echo("It has an older schema; before the daemon starts, run: telemetryd migrate")
+
+
+# --- check ---------------------------------------------------------------------------------------
+
+
+@click.command()
+@click.option("--repair", is_flag=True, help="Mend indexes and totals; of a damaged file save what can be read.")
+@json_flag
+@settings_flags(*DATABASE_SETTINGS)
+def check(repair: bool, as_json: bool, **flags: Any) -> None:
+    r"""Examine the database: integrity, schema, totals, foreign keys, and the index of every documented query.
+
+    Without --repair nothing is written and the daemon may run. Exit status 1 means that something was found.
+
+    \b
+    Examples:
+      telemetryd check
+      telemetryd check --json | jq '.findings'
+      systemctl stop telemetryd && telemetryd check --repair
+    """
+    settings = load_settings(flags).settings
+    with failing(), progress() as drawn:
+        refuse_missing(settings.db_path)
+        done: dict[str, Any] = {}
+        if repair:
+            with owned(settings) as path:
+                done = _repair(path, drawn)
+        path = settings.db_path.absolute()
+        findings = checks.examine(path, drawn)
+    bad = [finding for finding in findings if finding.severity is not checks.Severity.NOTE]
+    if as_json:
+        print_json({"database": path, "ok": not bad, "findings": findings, **done})
+    else:
+        for line in done.get("repaired", []):
+            click.echo(f"repaired: {line}")
+        for finding in findings:
+            click.echo(f"{finding.severity}: {finding.check}: {finding.text} → {finding.advice}")
+        if not bad:
+            click.echo(f"{path}: ok")
+    if bad:
+        sys.exit(EXIT_FAILURE)
+
+
+def _repair(path: Path, drawn: Progress) -> dict[str, Any]:
+    """Mend in place what can be; otherwise save what can be read into a new file."""
+    backups.forget_leftovers(path)
+    if not any(finding.severity is checks.Severity.DAMAGE for finding in _examine_damaged(path, drawn)):
+        return {"repaired": checks.repair(path, drawn)}
+    done = salvage(path, _local_now(), drawn)
+    lost = "an unknown number" if done.lost is None else str(done.lost)
+    lines = [f"{done.saved} runs saved into a new file, {lost} lost", f"the damaged file is kept as {done.aside}"]
+    lines += [f"table {name}: {rows} rows saved" for name, rows in done.neighbours.items()]
+    return {
+        "repaired": lines,
+        "saved": done.saved,
+        "lost": done.lost,
+        "rejected": done.rejected,
+        "old_file": done.aside,
+    }
+
+
+def _examine_damaged(path: Path, drawn: Progress) -> list[checks.Finding]:
+    try:
+        return checks.examine(path, drawn)
+    except DatabaseError as error:  # so damaged that it cannot even be examined
+        return [checks.Finding("integrity", checks.Severity.DAMAGE, str(error), "")]

@@ -1,0 +1,144 @@
+"""What the commands share: flags from the settings, progress bars, printing, and giving up."""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final, NoReturn, TypeVar, get_args, get_origin
+
+import click
+import orjson
+
+from telemetryd.errors import ConfigurationError, TelemetrydError, sentence
+from telemetryd.settings import LoadedSettings, Settings, load, parse_duration, variable
+
+EXIT_FAILURE: Final = 1
+EXIT_USAGE: Final = 2
+NO_FLAG: Final = frozenset({"api_auth_token"})
+"""A token on a command line could be read by every user of the machine."""
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def flag(name: str) -> str:
+    """Return the flag of a setting: api_port → --port, db_path → --db-path."""
+    return "--" + name.removeprefix("api_").replace("_", "-")
+
+
+def _is_switch(name: str) -> bool:
+    annotation = Settings.model_fields[name].annotation
+    kinds = get_args(annotation) if get_origin(annotation) is types.UnionType else (annotation,)
+    return bool in kinds
+
+
+def settings_flags(*names: str) -> Callable[[F], F]:
+    """Give a command one flag for each of these settings; for every setting if none is named."""
+    chosen = names or tuple(Settings.model_fields)
+
+    def decorate(function: F) -> F:
+        for name in reversed(chosen):
+            setting = Settings.model_fields[name]
+            if name not in NO_FLAG:
+                shown = setting.get_default(call_default_factory=True)
+                default = "none" if shown is None else str(shown).lower() if isinstance(shown, bool) else shown
+                text = f"{setting.description}  [{variable(name)}; default: {default}]"
+                declaration = f"{flag(name)}/--no-{flag(name)[2:]}" if _is_switch(name) else flag(name)
+                function = click.option(declaration, name, default=None, help=text)(function)
+        return function
+
+    return decorate
+
+
+json_flag = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+class DurationType(click.ParamType[float]):
+    """A duration such as 90d, 12h, 30m, 45s or 2w, in seconds."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the seconds."""
+        try:
+            return parse_duration(value)
+        except ValueError as error:
+            self.fail(f"{value!r} {error}", param, ctx)
+
+
+def load_settings(flags: dict[str, Any]) -> LoadedSettings:
+    """Return the settings, or end the process with every problem on standard error."""
+    try:
+        return load(flags)
+    except ConfigurationError as error:
+        for problem in error.problems:
+            click.echo(f"telemetryd: {problem}", err=True)
+        sys.exit(EXIT_USAGE)
+
+
+def fail(text: str) -> NoReturn:
+    """End the process with one sentence on standard error."""
+    click.echo(f"telemetryd: {text}", err=True)
+    sys.exit(EXIT_FAILURE)
+
+
+@contextmanager
+def failing() -> Iterator[None]:
+    """Turn an error of ours into one sentence on standard error and exit status 1."""
+    try:
+        yield
+    except TelemetrydError as error:
+        fail(sentence(error))
+
+
+def print_json(value: object) -> None:
+    """Print data as JSON."""
+    click.echo(orjson.dumps(value, option=orjson.OPT_INDENT_2, default=str).decode())
+
+
+class Progress:
+    """Draws a bar for each phase of a long work, on standard error, if that is a terminal."""
+
+    def __init__(self) -> None:
+        self._visible = sys.stderr.isatty()
+        self._phase = ""
+        self._bar: Any = None
+        self._done = 0
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        """Take note of how far a phase is."""
+        if not self._visible:
+            return
+        if phase != self._phase:
+            self.close()
+            self._bar = click.progressbar(length=total, label=f"{phase:<18}", file=sys.stderr).__enter__()
+            self._phase, self._done = phase, 0
+        if done > self._done:
+            self._bar.update(done - self._done)
+            self._done = done
+
+    def close(self) -> None:
+        """End the last bar's line."""
+        if self._bar is not None:
+            self._bar.__exit__(None, None, None)
+            self._bar = None
+
+
+@contextmanager
+def progress() -> Iterator[Progress]:
+    """Draw progress inside the block."""
+    drawn = Progress()
+    try:
+        yield drawn
+    finally:
+        drawn.close()
+
+
+def size(count: int) -> str:
+    """Return a number of bytes for people: 1.5 GiB."""
+    value, units = float(count), ["bytes", "KiB", "MiB", "GiB", "TiB"]
+    while value >= 1024 and len(units) > 1:
+        value /= 1024
+        units.pop(0)
+    return f"{value:.0f} {units[0]}" if units[0] == "bytes" else f"{value:.1f} {units[0]}"

@@ -1,0 +1,70 @@
+"""The commands that run the daemon and show its settings."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from telemetryd import daemon
+from telemetryd.cli.options import EXIT_FAILURE, json_flag, load_settings, print_json, settings_flags
+from telemetryd.errors import DatabaseError, sentence
+from telemetryd.logs import logging_to
+
+try:
+    import uvloop
+except ImportError:  # Windows, or an interpreter that it does not support: slower, not worse
+    new_event_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
+else:
+    new_event_loop = uvloop.new_event_loop
+
+
+@click.command()
+@settings_flags()
+def serve(**flags: Any) -> None:
+    r"""Serve the API until SIGTERM or SIGINT.
+
+    \b
+    Examples:
+      telemetryd serve
+      telemetryd serve --port 8766 --db-path /var/lib/telemetryd/telemetry.sqlite
+      TELEMETRY_DB_JOURNAL_MODE=WAL telemetryd serve --log-level debug
+    """
+    loaded = load_settings(flags)
+    settings = loaded.settings
+    with logging_to(sys.stdout, settings.log_level, settings.log_format):
+        try:
+            with asyncio.Runner(loop_factory=new_event_loop) as runner:
+                status = runner.run(daemon.serve(loaded))
+        except DatabaseError as error:
+            click.echo(f"telemetryd: {sentence(error)}", err=True)
+            status = EXIT_FAILURE
+        except OSError as error:
+            place = error.filename or f"{settings.api_host}:{settings.api_port}"
+            click.echo(f"telemetryd: cannot listen on {place}: {error.strerror or error}", err=True)
+            status = EXIT_FAILURE
+    sys.exit(status)
+
+
+@click.command()
+@json_flag
+@settings_flags()
+def config(as_json: bool, **flags: Any) -> None:
+    r"""Print every setting with its value and where it came from; the token is masked.
+
+    \b
+    Examples:
+      telemetryd config
+      telemetryd config --json | jq '.TELEMETRY_DB_PATH.value'
+    """
+    shown = load_settings(flags).shown()
+    if as_json:
+        print_json(shown)
+        return
+    width = max(map(len, shown))
+    for name, entry in shown.items():
+        value = "" if entry["value"] is None else entry["value"]
+        click.echo(f"{name:<{width}} = {value}  # {entry['origin']}")

@@ -1,0 +1,157 @@
+"""Where prune and reap are done: by the daemon that runs, or in the database directly if none does."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from datetime import datetime
+from typing import Any, Final, Protocol
+from urllib.parse import parse_qsl, urlsplit
+
+import aiohttp
+import orjson
+
+from telemetryd import admin, queries, runs
+from telemetryd.cli.database import refuse_missing
+from telemetryd.database import Ownership
+from telemetryd.errors import DatabaseOwnedError, TelemetrydError, UnavailableError
+from telemetryd.metrics import Metrics
+from telemetryd.settings import Settings
+from telemetryd.store import Store
+
+Body = dict[str, Any]
+_PAGE: Final = 500
+_TRIES: Final = 30
+
+
+class Target(Protocol):
+    """Something that prunes, reaps and lists runs."""
+
+    async def prune(self, body: Body) -> Body:
+        """Answer what `POST /api/v1/admin/prune` answers."""
+
+    async def reap(self, body: Body) -> Body:
+        """Answer what `POST /api/v1/admin/reap` answers."""
+
+    def pages(self, filters: dict[str, str]) -> AsyncIterator[list[Body]]:
+        """Yield page after page of what `GET /api/v1/runs` answers."""
+
+
+class RefusedError(TelemetrydError):
+    """The daemon refused the request."""
+
+
+class Local:
+    """The database itself, which no daemon owns."""
+
+    def __init__(self, store: Store, clock: Callable[[], datetime] = runs.utc_now) -> None:
+        self._store = store
+        self._clock = clock
+
+    async def prune(self, body: Body) -> Body:
+        """Delete a slice."""
+        return await admin.prune(self._store, body, self._clock())
+
+    async def reap(self, body: Body) -> Body:
+        """Cancel a slice."""
+        return await admin.reap(self._store, body, self._clock())
+
+    async def pages(self, filters: dict[str, str]) -> AsyncIterator[list[Body]]:
+        """Yield pages from the database."""
+        after: queries.Position | None = None
+        bounds = {name: value for name, value in filters.items() if name in queries.TIME_BOUNDS}
+        equal = {name: value for name, value in filters.items() if name not in bounds}
+        while True:
+            page = await self._store.fetch(queries.ListRuns(equal, bounds, _PAGE, 0, after))
+            yield [runs.to_json(row) for row in page.rows]
+            if page.end is None:
+                return
+            after = page.end
+
+
+class Remote:
+    """A running daemon, over HTTP."""
+
+    def __init__(self, session: aiohttp.ClientSession) -> None:
+        self._session = session
+
+    async def prune(self, body: Body) -> Body:
+        """Ask for a slice."""
+        answer: tuple[Body, str] = await self._ask("POST", "/api/v1/admin/prune", json=body)
+        return answer[0]
+
+    async def reap(self, body: Body) -> Body:
+        """Ask for a slice."""
+        answer: tuple[Body, str] = await self._ask("POST", "/api/v1/admin/reap", json=body)
+        return answer[0]
+
+    async def pages(self, filters: dict[str, str]) -> AsyncIterator[list[Body]]:
+        """Yield pages by following the Link header."""
+        parameters: dict[str, str] | None = {**filters, "limit": str(_PAGE)}
+        while parameters is not None:
+            page, following = await self._ask("GET", "/api/v1/runs", params=parameters)
+            yield page
+            parameters = dict(parse_qsl(following)) if following else None
+
+    async def _ask(self, method: str, path: str, **options: Any) -> tuple[Any, str]:
+        """Send a request until it is answered; return the answer, and the query string of the next page.
+
+        Every request of ours may be repeated: what was done already is not there to be done again.
+        """
+        for attempt in range(1, _TRIES + 1):
+            try:
+                async with self._session.request(method, path, **options) as response:
+                    text = await response.read()
+                    if response.status == 200:
+                        link = response.links["next"]["url"] if "next" in response.links else ""
+                        return orjson.loads(text), urlsplit(str(link)).query
+                    if response.status not in (429, 503) or attempt == _TRIES:
+                        raise RefusedError(f"The daemon answered {response.status}: {_detail(text)}")
+                    pause = float(response.headers.get("Retry-After", "1"))
+            except (aiohttp.ClientConnectionError, TimeoutError) as error:
+                if attempt == _TRIES:
+                    raise UnavailableError(f"Cannot reach the daemon: {error}") from error
+                pause = 1.0
+            await asyncio.sleep(pause)
+        raise AssertionError("the last attempt returns or raises")
+
+
+def _detail(text: bytes) -> str:
+    try:
+        detail = orjson.loads(text)["detail"]
+    except (ValueError, KeyError, TypeError):
+        return text[: runs.MAX_ECHO].decode("utf-8", "replace")
+    return detail if isinstance(detail, str) else orjson.dumps(detail).decode()
+
+
+@asynccontextmanager
+async def find_target(settings: Settings, url: str | None) -> AsyncIterator[Target]:
+    """Give the daemon at a URL; else the one that owns the database; else the database itself.
+
+    Raises:
+        TelemetrydError: if neither can be used; the message says what to add to the command.
+
+    """
+    path = settings.db_path.absolute()
+    owner = None if url else Ownership(path, settings.lock_file).holder()
+    if url is None and owner is None:
+        refuse_missing(path)
+        store = await Store.open(settings, Metrics())
+        try:
+            yield Local(store)
+        finally:
+            await store.close()
+        return
+    token = settings.token()
+    headers = {"Authorization": f"Bearer {token.decode()}"} if token is not None else {}
+    if url is None and settings.api_unix is None and token is None:
+        raise DatabaseOwnedError(
+            f"A telemetryd (PID {owner}) owns this database; to reach it, give --unix SOCKET as the daemon has it, "
+            "or set TELEMETRY_API_AUTH_TOKEN (or --auth-token-file) to its token"
+        )
+    use_unix = url is None and settings.api_unix is not None
+    connector = aiohttp.UnixConnector(str(settings.api_unix)) if use_unix else aiohttp.TCPConnector()
+    base = "http://telemetryd" if use_unix else url or f"http://127.0.0.1:{settings.api_port}"
+    async with aiohttp.ClientSession(base, connector=connector, headers=headers) as session:
+        yield Remote(session)

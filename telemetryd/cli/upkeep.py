@@ -1,0 +1,227 @@
+"""The commands that thin out the runs: prune, reap."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import click
+import orjson
+
+from telemetryd import admin
+from telemetryd.backup import partial_file, publish
+from telemetryd.cli.options import DurationType, failing, json_flag, load_settings, print_json, progress, settings_flags
+from telemetryd.cli.target import Body, Target, find_target
+from telemetryd.errors import DatabaseError
+from telemetryd.runs import Status, canonical_status, utc_now
+from telemetryd.settings import Settings
+from telemetryd.upkeep import in_slices
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
+_SETTINGS: Final = ("db_path", "lock_file", "api_unix", "api_port", "api_auth_token_file")
+
+older_than = click.option(
+    "--older-than", type=DurationType(), required=True, help="Age of the runs by created_at: 90d, 12h, 30m, 45s, 2w."
+)
+agent = click.option("--agent", "agent_name", help="Only runs of this agent.")
+dry = click.option("--dry-run", is_flag=True, help="Only count.")
+address = click.option("--url", help="Base URL of the daemon; default: the one that owns the database.")
+
+
+class StatusType(click.ParamType[str]):
+    """A status, in any form that the API takes."""
+
+    name = "status"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the stored form."""
+        try:
+            return canonical_status(value)
+        except ValueError:
+            self.fail(f"{value!r} is not one of {', '.join(Status)}", param, ctx)
+
+
+@click.command()
+@older_than
+@agent
+@click.option("--status", type=StatusType(), help="Only runs of this status.")
+@dry
+@click.option(
+    "--archive",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="First write the runs to this file, one JSON object a line, Zstandard-compressed; only those are deleted.",
+)
+@json_flag
+@address
+@settings_flags(*_SETTINGS)
+def prune(
+    *,
+    older_than: float,
+    agent_name: str | None,
+    status: str | None,
+    dry_run: bool,
+    archive: Path | None,
+    as_json: bool,
+    url: str | None,
+    **flags: Any,
+) -> None:
+    r"""Delete runs that were created long ago, keep the totals right, and return the space.
+
+    Work goes through the running daemon in small slices with pauses, or directly if none runs. With
+    --archive, exactly the archived runs are deleted, and only if they did not change meanwhile.
+
+    \b
+    Examples:
+      telemetryd prune --older-than 90d --dry-run
+      telemetryd prune --older-than 90d --archive /backups/runs-2025.ndjson.zst
+      telemetryd prune --older-than 30d --agent hugo-translator --status success --json
+      telemetryd prune --older-than 90d --unix /run/telemetryd/telemetryd.sock
+    """
+    settings = load_settings(flags).settings
+    chosen: Body = {"created_before": admin.moment_ago(utc_now(), older_than)}
+    chosen |= {name: value for name, value in (("agent_name", agent_name), ("status", status)) if value is not None}
+    with failing():
+        if archive is not None and archive.exists():
+            raise DatabaseError(f"{archive} exists already; an archive never replaces a file")
+        file = None if archive is None else archive.absolute()
+        answer = asyncio.run(_prune(settings, url, chosen, dry_run=dry_run, archive=file))
+    _print(answer, "pruned", "deleted", as_json=as_json)
+
+
+async def _prune(settings: Settings, url: str | None, chosen: Body, *, dry_run: bool, archive: Path | None) -> Body:
+    async with find_target(settings, url) as target:
+        count: Body = await target.prune({**chosen, "dry_run": True})
+        if dry_run:
+            return count
+        with progress() as drawn:
+            total, done = int(count["matching"]), 0
+
+            async def one_slice(body: Body) -> Body:
+                nonlocal done
+                answer = await target.prune(body)
+                done += int(answer["pruned"])
+                drawn("Deleting", min(done, total), total)
+                return answer
+
+            if archive is None:
+                await in_slices(lambda: one_slice(chosen), "pruned")
+                return {**count, "dry_run": False, "pruned": done}
+            archived = await _write_archive(target, chosen, archive, lambda rows: drawn("Archiving", rows, total))
+            slices = _archived_versions(archive)
+
+            async def next_slice() -> Body:
+                versions = next(slices, [])
+                # Behind the last one nothing is chosen any more, so what remains is to return the space.
+                answer = await one_slice({**chosen, "versions": versions, "limit": len(versions) or admin.SLICE})
+                return {**answer, "more": bool(versions) or answer["more"]}
+
+            await in_slices(next_slice, "pruned")
+            return {**count, "dry_run": False, "pruned": done, "archived": archived, "archive": str(archive)}
+
+
+async def _write_archive(target: Target, chosen: Body, archive: Path, watch: Any) -> int:
+    """Write every chosen run to a file that gets its name when it is whole; return how many.
+
+    Raises:
+        DatabaseError: if it cannot be made.
+
+    """
+    rows = 0
+    with partial_file(archive) as path:
+        with zstd.open(path, "wb", level=6) as packed:
+            async for page in target.pages(chosen):
+                packed.write(b"".join(orjson.dumps(run, option=orjson.OPT_APPEND_NEWLINE) for run in page))
+                rows += len(page)
+                watch(rows)
+        publish(path, archive)
+    return rows
+
+
+def _archived_versions(archive: Path) -> Iterator[list[Body]]:
+    """Read an archive back, which also shows that it can be read; yield what it holds in slices."""
+    versions: list[Body] = []
+    with zstd.open(archive, "rb") as packed:
+        for line in packed:
+            run = orjson.loads(line)
+            versions.append({"id": run["id"], "updated_at": run["updated_at"]})
+            if len(versions) == admin.SLICE:
+                yield versions
+                versions = []
+    if versions:
+        yield versions
+
+
+@click.command()
+@older_than
+@agent
+@dry
+@json_flag
+@address
+@settings_flags(*_SETTINGS)
+def reap(
+    *,
+    older_than: float,
+    agent_name: str | None,
+    dry_run: bool,
+    as_json: bool,
+    url: str | None,
+    **flags: Any,
+) -> None:
+    r"""Cancel running runs that were neither created nor changed for a while (the guide's stale runs).
+
+    They become `cancelled` with an end_time of now, error_summary `Stale run cleaned up on startup (created at …)`
+    and output_summary `Process did not complete - cleanup on restart`. A run that was changed lately by PATCH
+    (a heartbeat) is left alone.
+
+    \b
+    Examples:
+      telemetryd reap --older-than 1h --dry-run
+      telemetryd reap --older-than 1h --agent hugo-translator
+      telemetryd reap --older-than 1h --json --unix /run/telemetryd/telemetryd.sock
+    """
+    settings = load_settings(flags).settings
+    chosen: Body = {"created_before": admin.moment_ago(utc_now(), older_than)}
+    if agent_name is not None:
+        chosen["agent_name"] = agent_name
+    with failing():
+        answer = asyncio.run(_reap(settings, url, chosen, dry_run=dry_run))
+    _print(answer, "reaped", "cancelled", as_json=as_json)
+
+
+async def _reap(settings: Settings, url: str | None, chosen: Body, *, dry_run: bool) -> Body:
+    async with find_target(settings, url) as target:
+        count: Body = await target.reap({**chosen, "dry_run": True})
+        if dry_run:
+            return count
+        total, done = int(count["matching"]), 0
+        with progress() as drawn:
+
+            async def one_slice() -> Body:
+                nonlocal done
+                answer = await target.reap(chosen)
+                done += int(answer["reaped"])
+                drawn("Cancelling", min(done, total), total)
+                return answer
+
+            await in_slices(one_slice, "reaped")
+        return {**count, "dry_run": False, "reaped": done}
+
+
+def _print(answer: Body, counted: str, verb: str, *, as_json: bool) -> None:
+    if as_json:
+        print_json(answer)
+        return
+    before = f"created before {answer['created_before']}"
+    if answer["dry_run"]:
+        click.echo(f"[DRY RUN] {answer['matching']} runs {before} would be {verb}")
+        return
+    click.echo(f"{answer[counted]} runs {before} {verb}")
+    if "archive" in answer:
+        click.echo(f"{answer['archived']} runs archived in {answer['archive']}")

@@ -1,0 +1,412 @@
+"""Brings a database of an older layout to the current schema in one transaction, or says what that would do."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sqlite3
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from telemetryd import migrate
+from telemetryd.backup import Watch, ignore_progress, sync_directory
+from telemetryd.conversion import Converter, Original, RawValue, Tally
+from telemetryd.database import APPLICATION_ID, SIDE_FILES, connect, corrupt, is_unfinished, lenient_text
+from telemetryd.errors import DatabaseError
+from telemetryd.runs import COLUMNS
+
+FIRST_VERSION: Final = 8
+"""The first schema version of telemetryd; what is older belonged to the service it replaced."""
+
+_OLD_RUNS: Final = "telemetryd_migration_runs"
+_OLD_LOG: Final = "telemetryd_migration_log"
+_SLICE: Final = 2000
+_INCREMENTAL: Final = 2
+
+_INSERT_RUN: Final = f"INSERT INTO agent_runs ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"  # noqa: S608 - names from the definition of a run
+_INSERT_ORIGINAL: Final = "INSERT OR IGNORE INTO unconverted_values (run, field, reason, original) VALUES (?, ?, ?, ?)"
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What stands in an older database."""
+
+    version: int
+    """5 to 7 by the columns (what the file records of itself was not always true), or a version of telemetryd."""
+    recorded: int | None
+    columns: tuple[str, ...]
+    rows: int
+    kept: dict[str, int]
+    """Tables that stay as they are, with their rows."""
+    triggers: tuple[str, ...]
+    has_row_numbers: bool
+    event_id_is_unique: bool
+
+    @property
+    def is_legacy(self) -> bool:
+        """Whether the service before telemetryd made it."""
+        return self.version < FIRST_VERSION
+
+    def steps(self) -> list[str]:
+        """Return what a migration does, one sentence a step."""
+        new = migrate.current_version()
+        if not self.is_legacy:
+            pending = [step for step in migrate.steps() if step.version > self.version]
+            return [f"Step {step.version}: {step.description}" for step in pending] + [
+                f"Update schema version to {new}"
+            ]
+        steps = []
+        if "event_id" not in self.columns:
+            steps += [
+                "Add event_id column to agent_runs table (NOT NULL)",
+                "Backfill event_id with UUID for all existing rows",
+                "Create UNIQUE constraint on event_id (idx_runs_event_id)",
+            ]
+        if "id" not in self.columns:
+            steps.append("Give every row an integer id in its present order; run_id is no longer the primary key")
+        steps.append("Normalise values that the current schema does not admit; keep the originals of the others")
+        steps.append("Create the indexes and the totals of the current schema")
+        if self.kept:
+            listed = ", ".join(f"{name} ({rows} rows)" for name, rows in self.kept.items())
+            steps.append(f"Keep these tables as they are: {listed}")
+        if self.triggers:
+            steps.append(f"Drop the triggers of the old table: {', '.join(self.triggers)}")
+        return [*steps, f"Update schema version to {new}"]
+
+
+@dataclass(slots=True)
+class Migration:
+    """What a migration did, or what a dry run would do."""
+
+    layout: Layout
+    tally: Tally
+    rows: int = 0
+    compacted: bool = False
+    remarks: list[str] = field(default_factory=list)
+
+    def counts(self) -> dict[str, list[dict[str, str | int]]]:
+        """Return how many values of each kind were normalised, and how many went to the side table."""
+        return {
+            name: [
+                {"field": where, "kind": kind, "values": values}
+                for (where, kind), values in sorted(counter.items(), key=lambda item: (item[0][0], -item[1]))
+            ]
+            for name, counter in (("normalised", self.tally.changed), ("kept_aside", self.tally.replaced))
+        }
+
+
+# --- Looking -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def undisturbed(path: Path) -> Iterator[Path]:
+    """Give a path where a database may be looked at without a trace: a temporary copy if a journal is beside it."""
+    if not is_unfinished(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="telemetryd-") as folder:
+        copy = Path(folder) / path.name
+        for suffix in ("", *SIDE_FILES):
+            if path.with_name(path.name + suffix).exists():
+                shutil.copyfile(path.with_name(path.name + suffix), copy.with_name(copy.name + suffix))
+        yield copy
+
+
+def preview(path: Path, watch: Watch = ignore_progress) -> Migration:
+    """Say what a migration of an `undisturbed` database would do; neither it nor what is beside it changes.
+
+    Raises:
+        DatabaseError: if it cannot be read, or is not a telemetry database.
+
+    """
+    mode = "ro&immutable=1" if not is_unfinished(path) else "rw"
+    with contextlib.closing(_connect(path, mode)) as connection, _as_database_error(path):
+        layout = look(connection, path)
+        tally = Tally()
+        if layout.is_legacy:
+            converter = Converter(layout.columns)
+            for _ in _converted(connection, "agent_runs", layout, converter, watch):
+                pass
+            tally = converter.tally
+        return Migration(layout, tally, layout.rows)
+
+
+def _connect(path: Path, mode: str) -> sqlite3.Connection:
+    connection = connect(path, mode)
+    connection.text_factory = lenient_text
+    return connection
+
+
+@contextmanager
+def _as_database_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            raise DatabaseError(f"{path} is in use by another process; stop it first") from error
+        raise DatabaseError(f"Cannot migrate {path}: {error}; it is as before") from error
+    except sqlite3.DatabaseError as error:
+        if error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            raise corrupt(path, str(error)) from error
+        raise DatabaseError(f"Cannot migrate {path}: {error}; it is as before") from error
+
+
+def look(connection: sqlite3.Connection, path: Path) -> Layout:
+    """Tell which layout a database has.
+
+    Raises:
+        DatabaseError: if it has no runs.
+
+    """
+    tables = {
+        name: bool(without_rowid)
+        for name, without_rowid in connection.execute(
+            "SELECT name, wr FROM pragma_table_list "
+            "WHERE schema = 'main' AND type = 'table' AND name NOT LIKE 'sqlite_%'"
+        )
+    }
+    if "agent_runs" not in tables:
+        raise DatabaseError(f"{path} has no table agent_runs: it is not a telemetry database")
+    info = connection.execute("PRAGMA table_info(agent_runs)").fetchall()
+    is_ours = connection.execute("PRAGMA application_id").fetchone()[0] == APPLICATION_ID
+    row_number = [row[1] for row in info if row[5] and str(row[2]).upper() == "INTEGER"]
+    is_alias = row_number == ["id"] and sum(bool(row[5]) for row in info) == 1 and not tables["agent_runs"]
+    # A column "id" that is not the row number is a value like any other, without a place in our schema.
+    names = tuple("legacy id" if row[1] == "id" and not is_alias else str(row[1]) for row in info)
+    log = "schema_migrations" in tables
+    kept = [name for name in tables if name not in ("agent_runs", "schema_migrations")]
+    return Layout(
+        version=connection.execute("PRAGMA user_version").fetchone()[0] if is_ours else _guess_version(names),
+        recorded=_recorded_version(connection) if log else None,
+        columns=names,
+        rows=_count(connection, "agent_runs"),
+        kept={} if is_ours else {name: _count(connection, name) for name in sorted(kept)},
+        triggers=tuple(
+            row[0]
+            for row in connection.execute(
+                "SELECT name FROM sqlite_master WHERE type = 'trigger' AND tbl_name = 'agent_runs'"
+            )
+        ),
+        has_row_numbers=not tables["agent_runs"],
+        event_id_is_unique=_is_unique(connection, "event_id"),
+    )
+
+
+def _guess_version(columns: tuple[str, ...]) -> int:
+    return 5 if "event_id" not in columns else 7 if "git_commit_source" in columns else 6
+
+
+def _recorded_version(connection: sqlite3.Connection) -> int | None:
+    columns = {row[1] for row in connection.execute("PRAGMA table_info(schema_migrations)")}
+    key = "version" if "version" in columns else "id" if "id" in columns else None
+    if key is None:
+        return None
+    found = connection.execute(f"SELECT max(CAST({key} AS INTEGER)) FROM schema_migrations").fetchone()[0]  # noqa: S608 - one of two names
+    return None if found is None else int(found)
+
+
+def _count(connection: sqlite3.Connection, table: str) -> int:
+    return int(connection.execute(f"SELECT count(*) FROM {_quoted(table)}").fetchone()[0])  # noqa: S608 - quoted
+
+
+def _is_unique(connection: sqlite3.Connection, column: str) -> bool:
+    indexes = connection.execute("SELECT name FROM pragma_index_list('agent_runs') WHERE \"unique\" AND NOT partial")
+    return any(
+        [row[2] for row in connection.execute(f"PRAGMA index_info({_quoted(name)})")] == [column]
+        for (name,) in indexes.fetchall()
+    )
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+# --- Converting ----------------------------------------------------------------------------------
+
+_Slice = list[tuple[list[str | int | None], list[Original]]]
+
+
+def _converted(
+    connection: sqlite3.Connection, table: str, layout: Layout, converter: Converter, watch: Watch
+) -> Iterator[_Slice]:
+    """Yield the runs of an older table in slices, converted, in the order in which they arrived."""
+    names = ", ".join(_quoted("id" if name == "legacy id" else name) for name in layout.columns)
+    number, order = ("rowid", "ORDER BY rowid") if layout.has_row_numbers else ("NULL", "")
+    rows = connection.execute(f"SELECT {number}, {names} FROM {_quoted(table)} {order}")  # noqa: S608 - quoted
+    done = 0
+    while raw := rows.fetchmany(_SLICE):
+        yield [converter.convert(row[0], row[1:]) for row in raw]
+        done += len(raw)
+        watch("Reading rows", done, layout.rows)
+
+
+def migrate_file(path: Path, now: str, watch: Watch = ignore_progress) -> Migration:
+    """Bring a database to the current schema; the caller owns it.
+
+    Everything happens in one transaction, synced with `synchronous=EXTRA`: killed at any moment, the file
+    has the old schema or the new one, and may be migrated again. Memory is bounded: rows stream through.
+
+    Raises:
+        DatabaseError: if that is not possible; the database is as before.
+
+    """
+    with contextlib.closing(_connect(path, "rw")) as connection, _as_database_error(path):
+        # With a write-ahead log this one transaction would be written twice.
+        connection.execute("PRAGMA journal_mode = DELETE").fetchall()
+        connection.execute("PRAGMA synchronous = EXTRA")
+        # Else a rename would change the references of the tables that stay, and a drop would delete from them.
+        connection.execute("PRAGMA foreign_keys = OFF")
+        connection.execute("PRAGMA legacy_alter_table = ON")
+        connection.execute("BEGIN EXCLUSIVE")
+        try:
+            layout = look(connection, path)
+            done = _rebuild(connection, layout, now, watch) if layout.is_legacy else _step(connection, layout, now)
+            watch("Committing", 0, 1)
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+        sync_directory(path.parent)
+        watch("Committing", 1, 1)
+        _compact(connection, done, watch)
+    return done
+
+
+def _step(connection: sqlite3.Connection, layout: Layout, now: str) -> Migration:
+    migrate.run_steps(connection, now, after=layout.version)
+    return Migration(layout, Tally(), layout.rows)
+
+
+def _rebuild(connection: sqlite3.Connection, layout: Layout, now: str, watch: Watch) -> Migration:
+    done = Migration(layout, Tally())
+    _set_aside(connection)
+    migrate.run_steps(connection, now, after=0)
+    indexes = _drop_indexes(connection)
+    converter = Converter(layout.columns)
+    done.tally = converter.tally
+    if layout.has_row_numbers:
+        _copy_rows(connection, layout, converter, watch)
+    else:
+        _copy_rows_without_numbers(connection, layout, converter, watch)
+    done.rows = _count(connection, "agent_runs")
+    if done.rows != layout.rows:
+        raise DatabaseError(f"{done.rows} rows were copied instead of {layout.rows}; the database is as before")
+    if not layout.event_id_is_unique and "event_id" in layout.columns:
+        _separate_equal_event_ids(connection, converter.tally)
+    for number, sql in enumerate(indexes):
+        watch("Creating indexes", number, len(indexes))
+        connection.execute(sql)
+    watch("Creating indexes", len(indexes), len(indexes))
+    migrate.derive(connection)
+    _keep_log(connection)
+    connection.execute(f"DROP TABLE {_OLD_RUNS}")
+    if layout.triggers:
+        done.remarks.append(f"Dropped the triggers of the old table: {', '.join(layout.triggers)}")
+    return done
+
+
+def _set_aside(connection: sqlite3.Connection) -> None:
+    """Rename the old tables, and drop the old indexes, whose names ours may have."""
+    named = connection.execute(
+        "SELECT name FROM sqlite_master WHERE type = 'index' AND tbl_name = 'agent_runs' AND sql IS NOT NULL"
+    ).fetchall()
+    for (name,) in named:
+        connection.execute(f"DROP INDEX {_quoted(name)}")
+    connection.execute(f"ALTER TABLE agent_runs RENAME TO {_OLD_RUNS}")
+    if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'schema_migrations'").fetchone():
+        connection.execute(f"ALTER TABLE schema_migrations RENAME TO {_OLD_LOG}")
+
+
+def _drop_indexes(connection: sqlite3.Connection) -> list[str]:
+    """Drop the new indexes for the time of the copy, and return how to make them: sorting once is faster."""
+    found = connection.execute(
+        "SELECT name, sql FROM sqlite_master WHERE type = 'index' AND tbl_name = 'agent_runs' AND sql IS NOT NULL"
+    ).fetchall()
+    for name, _ in found:
+        connection.execute(f"DROP INDEX {_quoted(name)}")
+    return [sql for _, sql in found]
+
+
+def _copy_rows(connection: sqlite3.Connection, layout: Layout, converter: Converter, watch: Watch) -> None:
+    for part in _converted(connection, _OLD_RUNS, layout, converter, watch):
+        connection.executemany(_INSERT_RUN, [values for values, _ in part])
+        originals = [(values[0], *original) for values, kept in part for original in kept]
+        _insert_originals(connection, originals)
+
+
+def _copy_rows_without_numbers(
+    connection: sqlite3.Connection, layout: Layout, converter: Converter, watch: Watch
+) -> None:
+    number = 0
+    for part in _converted(connection, _OLD_RUNS, layout, converter, watch):
+        for values, kept in part:
+            number += 1
+            values[0] = number
+            connection.execute(_INSERT_RUN, values)
+            _insert_originals(connection, [(number, *original) for original in kept])
+
+
+def _insert_originals(
+    connection: sqlite3.Connection, originals: list[tuple[str | int | None, str, str, RawValue]]
+) -> None:
+    connection.executemany(_INSERT_ORIGINAL, originals)
+
+
+def _separate_equal_event_ids(connection: sqlite3.Connection, tally: Tally) -> None:
+    """Give all but the first of the runs with one event_id a new one; their old one goes to the side table."""
+    connection.create_function("new_uuid", 0, lambda: str(uuid.uuid4()))
+    connection.execute(
+        "CREATE TEMP TABLE surplus AS SELECT id, event_id FROM (SELECT id, event_id, "
+        "row_number() OVER (PARTITION BY event_id ORDER BY id) AS place FROM agent_runs) WHERE place > 1"
+    )
+    connection.execute(
+        "INSERT OR IGNORE INTO unconverted_values (run, field, reason, original) "
+        "SELECT id, 'event_id', 'not unique', event_id FROM surplus"
+    )
+    changed = connection.execute("UPDATE agent_runs SET event_id = new_uuid() WHERE id IN (SELECT id FROM surplus)")
+    if changed.rowcount:
+        tally.replaced["event_id", "not unique"] += changed.rowcount
+    connection.execute("DROP TABLE temp.surplus")
+
+
+def _keep_log(connection: sqlite3.Connection) -> None:
+    """Keep what the old schema_migrations told, whatever its columns were, and drop it."""
+    columns = [row[1] for row in connection.execute(f"PRAGMA table_info({_OLD_LOG})")]
+    if not columns:
+        return
+    key = next((name for name in ("version", "id") if name in columns), None)
+    if key is not None:
+        description = "description" if "description" in columns else "NULL"
+        applied_at = "applied_at" if "applied_at" in columns else "NULL"
+        connection.execute(
+            "INSERT OR IGNORE INTO schema_migrations (version, description, applied_at) "  # noqa: S608 - chosen from names above
+            f"SELECT CAST({key} AS INTEGER), CAST(coalesce({description}, 'schema of the replaced service') AS TEXT), "
+            f"CAST(coalesce({applied_at}, '') AS TEXT) FROM {_OLD_LOG} WHERE CAST({key} AS INTEGER) BETWEEN 1 AND ?",
+            (FIRST_VERSION - 1,),
+        )
+    connection.execute(f"DROP TABLE {_OLD_LOG}")
+
+
+def _compact(connection: sqlite3.Connection, done: Migration, watch: Watch) -> None:
+    """Give the old table's space back and let later ones be given back in slices; the migration itself is over.
+
+    VACUUM is a transaction of its own: killed in it, the database is the migrated one, only larger.
+    """
+    if connection.execute("PRAGMA auto_vacuum").fetchone()[0] == _INCREMENTAL:
+        done.compacted = True
+        return
+    watch("Returning space", 0, 1)
+    try:
+        connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
+        connection.execute("VACUUM")
+    except sqlite3.OperationalError as error:
+        done.remarks.append(f"The file was migrated but not compacted ({error}); nothing else depends on it")
+    else:
+        done.compacted = True
+    watch("Returning space", 1, 1)

@@ -1,0 +1,170 @@
+"""Saves what can be read of a damaged database into a new one, and counts what was lost."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Final
+
+from telemetryd import migrate, statements
+from telemetryd.backup import Watch, ignore_progress, partial_file, replace, verify
+from telemetryd.conversion import Converter, Original, RawValue, Tally
+from telemetryd.database import connect, lenient_text
+from telemetryd.errors import DatabaseError
+from telemetryd.runs import SqlValue, format_timestamp
+
+_SLICE: Final = 500
+_Raw = tuple[RawValue, ...]
+
+
+@dataclass(slots=True)
+class Salvage:
+    """What was saved and what was not."""
+
+    saved: int = 0
+    expected: int | None = None
+    """How many runs the damaged file says it had, if it can still say so."""
+    rejected: int = 0
+    """Rows that were read but could not be stored: their event_id was there already."""
+    neighbours: dict[str, int] = field(default_factory=dict)
+    """Rows saved of the tables that are not telemetryd's own, and of the originals kept by a migration."""
+    aside: Path | None = None
+    tally: Tally = field(default_factory=Tally)
+
+    @property
+    def lost(self) -> int | None:
+        """How many runs could not be saved, or None if nobody knows."""
+        return None if self.expected is None else max(self.expected - self.saved, 0)
+
+
+def salvage(path: Path, moment: datetime, watch: Watch = ignore_progress) -> Salvage:
+    """Put a new database with every readable run in the place of a damaged one, which is kept beside it.
+
+    The caller owns the database.
+
+    Raises:
+        DatabaseError: if not even the table's beginning can be found; the database is as before.
+
+    """
+    done = Salvage()
+    with partial_file(path.with_name(f"{path.name}.salvaged")) as new:
+        with (
+            contextlib.closing(_open_damaged(path)) as source,
+            contextlib.closing(connect(new, "rw")) as target,
+        ):
+            target.execute("PRAGMA auto_vacuum = INCREMENTAL")
+            migrate.create(target, format_timestamp(moment))
+            done.expected = _expected(source)
+            target.execute("BEGIN EXCLUSIVE")
+            _copy(source, target, done, watch)
+            statements.recount_totals(target)
+            _copy_neighbours(source, target, done)
+            target.execute("COMMIT")
+        verify(new)
+        done.aside = replace(path, new, path.with_name(f"{path.name}.before-{moment:%Y%m%d_%H%M%S}"))
+    return done
+
+
+def _open_damaged(path: Path) -> sqlite3.Connection:
+    connection = connect(path, "ro")
+    connection.text_factory = lenient_text
+    connection.execute("PRAGMA query_only = ON")
+    return connection
+
+
+def _expected(source: sqlite3.Connection) -> int | None:
+    """Ask whatever may still know how many runs there were: the totals, or one of the indexes."""
+    for counted in statements.COUNTS_OF_RUNS:
+        with contextlib.suppress(sqlite3.DatabaseError):
+            return int(source.execute(counted).fetchone()[0] or 0)
+    return None
+
+
+def _copy(source: sqlite3.Connection, target: sqlite3.Connection, done: Salvage, watch: Watch) -> None:
+    try:
+        columns = [row[1] for row in source.execute("PRAGMA table_info(agent_runs)")]
+    except sqlite3.DatabaseError as error:
+        raise DatabaseError(f"Not even the schema can be read ({error}); restore a backup") from error
+    converter = Converter(columns)
+    done.tally = converter.tally
+    for rows in _readable(source):
+        for number, *raw in rows:
+            assert isinstance(number, int)  # noqa: S101 - it is the row number
+            values, originals = converter.convert(number, raw)
+            if _store(target, values, originals):
+                done.saved += 1
+            else:
+                done.rejected += 1
+        watch("Saving rows", done.saved, max(done.expected or 0, done.saved))
+
+
+def _copy_neighbours(source: sqlite3.Connection, target: sqlite3.Connection, done: Salvage) -> None:
+    known = migrate.expected_schema()
+    for name, sql in migrate.schema_of(source).items():
+        if name in known and name != statements.ORIGINALS:
+            continue
+        with contextlib.suppress(sqlite3.DatabaseError):  # what cannot be made or read stays in the old file only
+            if name not in known:
+                target.execute(sql)
+            if sql.startswith("CREATE TABLE"):
+                done.neighbours[name] = 0
+                for rows in statements.read_table(source, name):
+                    done.neighbours[name] += statements.fill_table(target, name, rows)
+
+
+def _store(target: sqlite3.Connection, values: Sequence[SqlValue], originals: list[Original]) -> bool:
+    if target.execute(statements.SAVE_RUN, values).rowcount != 1:
+        return False
+    target.executemany(statements.KEEP_ORIGINAL, [(values[0], *original) for original in originals])
+    return True
+
+
+def _readable(source: sqlite3.Connection) -> Iterator[list[_Raw]]:
+    """Yield every row that can be read: from the front, from the back, and what lies between bit by bit."""
+    last = statements.FIRST_NUMBER
+    for rows in _walk(source, "front", last):
+        yield rows
+        last = int(rows[-1][0] or 0)
+    first = statements.LAST_NUMBER
+    for rows in _walk(source, "back", first):
+        fresh = [row for row in rows if int(row[0] or 0) > last]
+        if fresh:
+            yield fresh
+            first = int(fresh[-1][0] or 0)
+        if len(fresh) < len(rows):
+            return  # the two walks have met
+    yield from _between(source, last, first)
+
+
+def _walk(source: sqlite3.Connection, end: str, start: int) -> Iterator[list[_Raw]]:
+    """Yield slices from one end until the damage; a slice that cannot be read is tried with fewer rows."""
+    sql, size = statements.WALK_FROM[end], _SLICE
+    while True:
+        try:
+            rows: list[_Raw] = source.execute(sql, (start, size)).fetchall()
+        except sqlite3.DatabaseError:
+            if size == 1:
+                return
+            size = max(size // 8, 1)
+            continue
+        if not rows:
+            return
+        yield rows
+        start = int(rows[-1][0] or 0)
+
+
+def _between(source: sqlite3.Connection, low: int, high: int) -> Iterator[list[_Raw]]:
+    """Yield what lies between the two ends of the damage, by the row numbers that the indexes still know."""
+    numbers: set[int] = set()
+    for sql in statements.NUMBERS_IN_INDEXES:
+        with contextlib.suppress(sqlite3.DatabaseError):
+            numbers.update(row[0] for row in source.execute(sql, (low, high)))
+    for number in sorted(numbers):
+        with contextlib.suppress(sqlite3.DatabaseError):
+            row = source.execute(statements.READ_BY_NUMBER, (number,)).fetchone()
+            if row is not None:
+                yield [row]

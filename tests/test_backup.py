@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+import json
+import os
+import random
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+
+from telemetryd import backup, migrate
+from telemetryd.database import Ownership
+from tests.conftest import Daemon, StartDaemon, make_run
+from tests.tools.fill import make_database
+from tests.tools.process import telemetryd
+
+
+def rows(path: Path) -> int:
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        return int(connection.execute("SELECT count(*) FROM agent_runs").fetchone()[0])
+
+
+@contextmanager
+def posting(daemon: Daemon) -> Iterator[list[float]]:
+    """Post run after run in a thread; give the seconds each took."""
+    stop, seconds = threading.Event(), []
+    url = daemon.url
+
+    def post() -> None:
+        while not stop.is_set():
+            request = urllib.request.Request(
+                f"{url}/api/v1/runs", json.dumps(make_run()).encode(), {"Content-Type": "application/json"}
+            )
+            started = time.perf_counter()
+            with urllib.request.urlopen(request) as response:
+                assert response.status == 201
+            seconds.append(time.perf_counter() - started)
+
+    thread = threading.Thread(target=post)
+    thread.start()
+    try:
+        yield seconds
+    finally:
+        stop.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("mode", ["WAL", "DELETE"])
+def test_a_live_database_is_copied_while_runs_come_in(start_daemon: StartDaemon, tmp_path: Path, mode: str) -> None:
+    make_database(tmp_path / "telemetry.sqlite", 20_000)
+    daemon = start_daemon(TELEMETRY_DB_JOURNAL_MODE=mode)
+    with posting(daemon) as seconds:
+        time.sleep(0.2)
+        done = json.loads(telemetryd("backup", tmp_path / "copy.sqlite", "--json", "--db-path", daemon.database).stdout)
+        assert len(seconds) > 5
+    assert 20_000 < done["rows"] < 20_000 + len(seconds)
+    assert rows(tmp_path / "copy.sqlite") == done["rows"]
+    assert oct((tmp_path / "copy.sqlite").stat().st_mode)[-3:] == "600"
+    if mode == "WAL":
+        assert not done["blocked_writes"]
+    assert daemon.stop() == 0
+
+
+def test_backups_rotate_and_are_compressed(tmp_path: Path) -> None:
+    path = make_database(tmp_path / "telemetry.sqlite", 500)
+    folder = tmp_path / "backups"
+    folder.mkdir()
+    (folder / "telemetry_backup_of_mine.sqlite").touch()
+    for day in ("20250101", "20250102", "20250103"):
+        (folder / f"telemetry_backup_{day}_000000.sqlite").touch()
+    done = json.loads(telemetryd("backup", folder, "--keep", "2", "--zstd", "--json", "--db-path", path).stdout)
+    left = sorted(file.name for file in folder.iterdir())
+    assert left == [
+        "telemetry_backup_20250103_000000.sqlite",
+        Path(done["path"]).name,
+        "telemetry_backup_of_mine.sqlite",
+    ]
+    assert done["path"].endswith(".sqlite.zst")
+    out = telemetryd("restore", done["path"], "--db-path", tmp_path / "new.sqlite").stdout
+    assert "500 runs" in out or "500 rows" in out
+    assert rows(tmp_path / "new.sqlite") == 500
+
+
+def test_a_backup_never_replaces_a_file(tmp_path: Path) -> None:
+    path = make_database(tmp_path / "telemetry.sqlite", 5)
+    assert "exists already" in telemetryd("backup", path, "--db-path", path, status=1).stderr
+    assert telemetryd("backup", tmp_path / "x" / "y", "--db-path", path, status=1).stderr
+    assert telemetryd("backup", tmp_path, "--db-path", tmp_path / "none", status=1).stderr
+    assert telemetryd("backup", tmp_path / "new", "--keep", "2", "--db-path", path, status=2).stderr
+
+
+def test_a_damaged_source_gives_no_backup(tmp_path: Path) -> None:
+    path = make_database(tmp_path / "telemetry.sqlite", 2000)
+    damage(path)
+    assert "damaged" in telemetryd("backup", tmp_path / "copy.sqlite", "--db-path", path, status=1).stderr
+    assert [file.name for file in tmp_path.iterdir() if "copy" in file.name] == []
+
+
+def test_restore_keeps_the_old_file_and_refuses_while_a_daemon_runs(start_daemon: StartDaemon, tmp_path: Path) -> None:
+    path = make_database(tmp_path / "telemetry.sqlite", 20)
+    copy = tmp_path / "copy.sqlite"
+    telemetryd("backup", copy, "--db-path", path)
+    daemon = start_daemon(TELEMETRY_DB_JOURNAL_MODE="WAL")
+    with posting(daemon):
+        time.sleep(0.1)
+    assert f"PID {daemon.process.pid}" in telemetryd("restore", copy, "--db-path", path, status=1).stderr
+    daemon.process.kill()  # what is in the log only must stay with the old file
+    daemon.process.wait()
+    done = json.loads(telemetryd("restore", copy, "--json", "--db-path", path).stdout)
+    assert rows(path) == done["rows"] == 20
+    assert rows(Path(done["old_file"])) > 20
+    daemon = start_daemon()
+    assert daemon.url
+    assert daemon.stop() == 0
+
+
+def test_a_restore_through_a_symbolic_link_keeps_the_link(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    path = make_database(tmp_path / "disk" / "real.sqlite", 20)
+    other = make_database(tmp_path / "other.sqlite", 30)
+    link = tmp_path / "telemetry.sqlite"
+    link.symlink_to(path)
+    telemetryd("restore", other, "--db-path", link)
+    assert link.is_symlink()
+    assert rows(path) == 30
+
+
+def test_a_bad_backup_is_not_restored(tmp_path: Path) -> None:
+    path = make_database(tmp_path / "telemetry.sqlite", 20)
+    bad = make_database(tmp_path / "bad.sqlite", 2000)
+    damage(bad)
+    assert "damaged" in telemetryd("restore", bad, "--db-path", path, status=1).stderr
+    (tmp_path / "torn.zst").write_bytes(b"(\xb5/\xfd torn")
+    assert telemetryd("restore", tmp_path / "torn.zst", "--db-path", path, status=1).stderr
+    with closing(sqlite3.connect(tmp_path / "other.sqlite")) as other:
+        other.execute("CREATE TABLE t (x)")
+    assert "no table agent_runs" in telemetryd("restore", tmp_path / "other.sqlite", "--db-path", path, status=1).stderr
+    assert rows(path) == 20
+    assert not list(tmp_path.glob("*.before-*"))
+    assert not list(tmp_path.glob(".*partial*"))
+
+
+def damage(path: Path) -> None:
+    """Overwrite pages in the middle of a file."""
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        file.write(os.urandom(40_000))
+
+
+def test_a_restore_killed_between_its_steps_can_be_repeated(tmp_path: Path) -> None:
+    path = make_database(tmp_path / "telemetry.sqlite", 20)
+    os.link(path, path.with_name("telemetry.sqlite.before-20250101_000000"))
+    source = tmp_path / "source.sqlite"
+    source.write_bytes(make_database(tmp_path / "other.sqlite", 30).read_bytes())
+    telemetryd("restore", source, "--db-path", path)
+    assert rows(path) == 30
+    assert path.stat().st_nlink == 1
+
+
+@pytest.mark.parametrize("seconds", [pytest.param(2, id="short"), pytest.param(60, id="long", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("command", ["backup", "restore"])
+def test_killed_at_any_moment_nothing_is_in_between(tmp_path: Path, command: str, seconds: float) -> None:
+    path = make_database(tmp_path / "telemetry.sqlite", 20_000)
+    other = make_database(tmp_path / "other.sqlite", 10_000)
+    copy = tmp_path / "copy.sqlite"
+    arguments = ["backup", str(copy)] if command == "backup" else ["restore", str(other)]
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "telemetryd", *arguments, "--db-path", str(path)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            process.wait(random.uniform(0.3, 1.0))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        assert rows(path) in ((20_000,) if command == "backup" else (10_000, 20_000))
+        if copy.exists():
+            assert rows(copy) == 20_000
+            copy.unlink()
+    for aside in tmp_path.glob("*.before-*"):
+        assert rows(aside) in (10_000, 20_000)
+    telemetryd(*arguments, "--db-path", path)
+    if command == "restore":
+        assert not list(tmp_path.glob(".*.partial*"))
+
+
+def test_unfinished_backups_go_after_a_day(tmp_path: Path) -> None:
+    path = make_database(tmp_path / "telemetry.sqlite", 5)
+    old, fresh = tmp_path / ".telemetry_backup_1.sqlite.0.partial", tmp_path / ".telemetry_backup_2.sqlite.0.partial"
+    old.touch()
+    fresh.touch()
+    os.utime(old, (1, 1))
+    backup.backup(path, tmp_path / "copy.sqlite")
+    assert not old.exists()
+    assert fresh.exists()
+
+
+def test_a_snapshot_of_an_owned_database_needs_no_lock(tmp_path: Path) -> None:
+    path = make_database(tmp_path / "telemetry.sqlite", 5)
+    owner = Ownership(path, None)
+    owner.acquire()
+    try:
+        assert backup.backup(path, tmp_path / "copy.sqlite").rows == 5
+    finally:
+        owner.release()
+
+
+def test_a_restored_older_database_asks_for_migration(tmp_path: Path) -> None:
+    old = make_database(tmp_path / "old.sqlite", 5)
+    with closing(sqlite3.connect(old)) as connection:
+        connection.execute(f"PRAGMA user_version = {migrate.current_version() - 1}")
+    assert "telemetryd migrate" in telemetryd("restore", old, "--db-path", tmp_path / "telemetry.sqlite").stdout

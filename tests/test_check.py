@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from telemetryd.check import documented_queries, examine
+from tests.conftest import StartDaemon
+from tests.tools.fill import make_database
+from tests.tools.old_databases import make_old_database
+from tests.tools.process import telemetryd
+
+
+def change(path: Path, *statements: str) -> None:
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("PRAGMA writable_schema = ON")
+        for statement in statements:
+            connection.execute(statement)
+
+
+def count(path: Path) -> int:
+    with closing(sqlite3.connect(path)) as connection:
+        return int(connection.execute("SELECT count(*) FROM agent_runs").fetchone()[0])
+
+
+def check(path: Path, *flags: str, status: int = 0) -> Any:
+    return json.loads(telemetryd("check", "--json", "--db-path", path, *flags, status=status).stdout)
+
+
+def test_a_good_database_is_ok_also_while_a_daemon_runs(start_daemon: StartDaemon, tmp_path: Path) -> None:
+    path = make_database(tmp_path / "telemetry.sqlite", 300)
+    daemon = start_daemon(TELEMETRY_DB_JOURNAL_MODE="WAL")
+    assert daemon.url
+    assert check(path) == {"database": str(path), "ok": True, "findings": []}
+    assert "owns this database" in telemetryd("check", "--repair", "--db-path", path, status=1).stderr
+    assert daemon.stop() == 0
+
+
+def test_the_queries_of_every_filter_are_examined() -> None:
+    queries = list(documented_queries())
+    assert len(queries) == 24
+    assert len({tuple(sorted(query.equal)) for query in queries}) == 8
+
+
+@pytest.mark.parametrize(
+    ("harm", "found"),
+    [
+        ("UPDATE run_totals SET runs = runs + 1", "totals"),
+        ("DELETE FROM run_minutes", "totals"),
+        ("DROP INDEX idx_runs_job", "schema"),
+        ("DROP INDEX idx_runs_agent", "index usage"),
+    ],
+)
+def test_what_can_be_mended_in_place_is(tmp_path: Path, harm: str, found: str) -> None:
+    path = make_database(tmp_path / "telemetry.sqlite", 300)
+    change(path, harm)
+    findings = [(finding.check, finding.severity) for finding in examine(path)]
+    assert (found, "problem") in findings
+    if found == "schema":
+        report = check(path, status=1)
+        assert "check --repair" in report["findings"][0]["advice"]
+        assert check(path, "--repair")["repaired"]
+    else:
+        telemetryd("check", "--repair", "--db-path", path)
+    assert examine(path) == []
+    assert count(path) == 300
+
+
+def test_an_index_that_disagrees_is_built_again(tmp_path: Path) -> None:
+    path = make_database(tmp_path / "telemetry.sqlite", 300)
+    with closing(sqlite3.connect(path)) as connection:
+        root = connection.execute("SELECT rootpage FROM sqlite_master WHERE name = 'idx_runs_start'").fetchone()[0]
+    # An empty index where there should be 300 entries.
+    change(path, f"UPDATE sqlite_master SET sql = sql || ' WHERE start_time < ''''' WHERE rootpage = {root}")
+    change(path, "REINDEX idx_runs_start")
+    change(path, f"UPDATE sqlite_master SET sql = replace(sql, ' WHERE start_time < ''''', '') WHERE rootpage = {root}")
+    assert [(finding.check, finding.severity) for finding in examine(path)] == [("integrity", "problem")]
+    assert check(path, "--repair")["ok"]
+
+
+def test_what_the_old_service_left_is_a_note(tmp_path: Path) -> None:
+    path = make_old_database(tmp_path / "telemetry.sqlite", "v7")
+    assert "run: telemetryd migrate" in telemetryd("check", "--db-path", path, status=1).stdout
+    telemetryd("migrate", "--no-backup", "--db-path", path)
+    report = check(path)
+    assert report["ok"]
+    assert {finding["check"] for finding in report["findings"]} == {"schema", "foreign keys"}
+
+
+def test_a_damaged_file_is_salvaged_and_the_loss_counted(tmp_path: Path, start_daemon: StartDaemon) -> None:
+    path = make_database(tmp_path / "telemetry.sqlite", 5000)
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 3)
+        file.write(os.urandom(60_000))
+    report = check(path, status=1)
+    assert report["findings"][0]["severity"] == "damage"
+    assert "restore a backup" in report["findings"][0]["advice"]
+    done = check(path, "--repair")
+    assert done["ok"]
+    assert 0 < done["lost"] < 2500
+    assert count(path) == done["saved"] == 5000 - done["lost"]
+    assert Path(done["old_file"]).exists()
+    daemon = start_daemon()
+    assert daemon.url
+    assert daemon.stop() == 0
+
+
+def test_a_salvage_brings_the_neighbours_along(tmp_path: Path) -> None:
+    path = make_old_database(tmp_path / "telemetry.sqlite", "v7", rows=3000)
+    telemetryd("migrate", "--no-backup", "--db-path", path)
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 3)
+        file.write(os.urandom(20_000))
+    done = check(path, "--repair")
+    assert done["ok"]
+    assert "table run_events: 3 rows saved" in done["repaired"]
+    assert "table commits: 1 rows saved" in done["repaired"]
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("SELECT count(*) FROM run_events").fetchone() == (3,)
+        assert connection.execute("SELECT count(*) FROM unconverted_values").fetchone()[0] > 0
+
+
+def test_a_file_without_a_readable_schema_is_left_as_it_is(tmp_path: Path) -> None:
+    path = make_database(tmp_path / "telemetry.sqlite", 100)
+    with path.open("r+b") as file:
+        file.seek(100)
+        file.write(os.urandom(3000))
+    before = path.read_bytes()
+    assert "restore a backup" in telemetryd("check", "--db-path", path, status=1).stdout
+    assert telemetryd("check", "--repair", "--db-path", path, status=1).stderr
+    assert path.read_bytes() == before

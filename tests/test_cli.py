@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from telemetryd.cli import main
+from tests.tools.old_databases import make_old_database
+from tests.tools.process import telemetryd
+
+
+@pytest.mark.parametrize("command", sorted(main.commands))
+def test_help_shows_examples_and_a_json_flag(command: str) -> None:
+    described = main.commands[command]
+    assert "Examples:" in (described.help or "")
+    assert "\\b" not in (described.help or "")
+    if command != "serve":
+        assert any("--json" in parameter.opts for parameter in described.params)
+
+
+def test_the_help_lists_exit_statuses_and_completion() -> None:
+    out = telemetryd("--help").stdout
+    assert "Exit status: 0 done;" in out
+    assert "_TELEMETRYD_COMPLETE=zsh_source" in out
+    assert set(main.commands) <= set(out.split())
+
+
+def test_completion_is_made() -> None:
+    program = Path(sys.executable).with_name("telemetryd")
+    environment = {**os.environ, "_TELEMETRYD_COMPLETE": "bash_source"}
+    done = subprocess.run([program], env=environment, capture_output=True, text=True, check=True)
+    assert "complete -o nosort -F _telemetryd_completion telemetryd" in done.stdout
+
+
+def test_a_wrong_command_line_ends_with_status_2(tmp_path: Path) -> None:
+    assert "duration" in telemetryd("prune", "--older-than", "soon", status=2).stderr
+    assert "TELEMETRY_API_PORT" in telemetryd("check", status=2, cwd=tmp_path, TELEMETRY_API_PORT="x").stderr
+    assert telemetryd("check", status=1, cwd=tmp_path).stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bars_are_drawn_on_a_terminal_and_never_on_standard_output(tmp_path: Path) -> None:
+    path = make_old_database(tmp_path / "telemetry.sqlite", "v5")
+    ours, theirs = pty.openpty()
+    done = subprocess.run(
+        [sys.executable, "-m", "telemetryd", "migrate", "--json", "--no-backup", "--db-path", str(path)],
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        check=True,
+    )
+    drawn = os.read(ours, 65536).decode()
+    assert "Reading rows" in drawn
+    assert "100%" in drawn
+    assert done.stdout.startswith(b"{")
+    os.close(ours)
+    os.close(theirs)
+    assert telemetryd("migrate", "--json", "--db-path", path).stderr == ""

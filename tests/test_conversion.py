@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+import pytest
+
+from telemetryd.conversion import EPOCH, Converter
+from telemetryd.runs import COLUMNS
+
+DAY = "2025-01-01T00:00:00.000000Z"
+GOOD: dict[str, Any] = {
+    "event_id": "e",
+    "run_id": "r",
+    "created_at": DAY,
+    "updated_at": DAY,
+    "start_time": DAY,
+    "agent_name": "a",
+    "job_type": "j",
+    "status": "success",
+    "items_failed": 0,
+    "api_posted": 0,
+}
+
+
+def converted(**given: Any) -> tuple[dict[str, Any], dict[str, Any], Converter]:
+    row = {**GOOD, **given}
+    converter = Converter(list(row))
+    values, originals = converter.convert(7, list(row.values()))
+    return dict(zip(COLUMNS, values, strict=True)), {o.field: (o.reason, o.value) for o in originals}, converter
+
+
+def test_a_good_row_stays_as_it_is() -> None:
+    values, originals, converter = converted()
+    assert {name: values[name] for name in GOOD} == GOOD
+    assert values["id"] == 7
+    assert (originals, converter.tally.changed, converter.tally.replaced) == ({}, {}, {})
+
+
+@pytest.mark.parametrize(
+    ("field", "raw", "value", "kind"),
+    [
+        ("status", " Failed ", "failure", " Failed  to failure"),
+        ("status", None, "running", "NULL to running"),
+        ("created_at", "2025-01-01 00:00:00", DAY, "to UTC, canonical form"),
+        ("created_at", "2025-01-01", DAY, "to UTC, canonical form"),
+        ("start_time", "2025-01-01T02:00:00+02:00", DAY, "to UTC, canonical form"),
+        ("end_time", "", None, "empty to NULL"),
+        ("items_failed", None, 0, "NULL to 0"),
+        ("items_failed", 3.0, 3, "real to integer"),
+        ("items_failed", " 12 ", 12, "text to integer"),
+        ("job_type", None, "unknown", "NULL to unknown"),
+        ("agent_name", 5, "5", "number to text"),
+        ("host", b"machine", "machine", "blob to text"),
+        ("metrics_json", "[1]", '{"value":[1]}', "put into an object"),
+        ("metrics_json", "null", None, "JSON null to NULL"),
+        ("context_json", "", None, "empty to NULL"),
+        ("git_commit_source", "LLM", "llm", "case and blanks"),
+    ],
+)
+def test_what_has_a_form_of_today_is_normalised(field: str, raw: object, value: object, kind: str) -> None:
+    values, originals, converter = converted(**{field: raw})
+    assert values[field] == value
+    assert originals == {}
+    assert converter.tally.changed == {(field, kind): 1}
+
+
+@pytest.mark.parametrize(
+    ("field", "raw", "value"),
+    [
+        ("status", "exploded", "partial"),
+        ("status", 5, "partial"),
+        ("end_time", "yesterday", None),
+        ("end_time", 1735725600, None),
+        ("created_at", "2025-13-45 00:00:00", DAY),
+        ("items_failed", -1, 0),
+        ("items_failed", 1.5, 0),
+        ("items_failed", float("inf"), 0),
+        ("items_failed", 1e30, 0),
+        ("items_failed", "٣", 0),
+        ("api_posted", 2, 0),
+        ("metrics_json", "{", None),
+        ("metrics_json", '{"a": NaN}', None),
+        ("host", b"\xff", "\ufffd"),
+        ("git_commit_source", "robot", None),
+    ],
+)
+def test_what_has_none_is_replaced_and_kept(field: str, raw: object, value: object) -> None:
+    values, originals, converter = converted(**{field: raw})
+    assert values[field] == value
+    assert originals[field][1] == raw
+    assert sum(converter.tally.replaced.values()) == 1
+
+
+@pytest.mark.parametrize("raw", ["", "x" * 256, "\0nul", b"\xff\xfe"])
+def test_an_event_id_that_cannot_stay_becomes_a_uuid(raw: object) -> None:
+    values, originals, _ = converted(event_id=raw)
+    assert str(uuid.UUID(values["event_id"])) == values["event_id"]
+    assert originals["event_id"][1] == raw
+
+
+def test_without_any_time_the_epoch_is_better_than_no_row() -> None:
+    values, originals, _ = converted(created_at=None, updated_at=None, start_time="never")
+    assert values["created_at"] == values["start_time"] == values["updated_at"] == EPOCH
+    assert originals == {"start_time": ("not a timestamp", "never")}
+
+
+def test_a_field_that_is_gone_is_kept_unless_it_is_null() -> None:
+    _, originals, _ = converted(agent_owner="me", schema_version=None)
+    assert originals == {"agent_owner": ("no such field any more", "me")}

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from prometheus_client import Histogram
+from prometheus_client.parser import text_string_to_metric_families
+
+from telemetryd.metrics import Metrics
+from telemetryd.settings import Settings, variable
+from tests.conftest import StartDaemon
+
+ROOT = Path(__file__).parents[1]
+
+
+def exposed_names() -> set[str]:
+    metrics = Metrics()
+    for labelled in vars(metrics).values():
+        if isinstance(labelled, Histogram) and labelled._labelnames:
+            labelled.labels(*labelled._labelnames).observe(1)
+    metrics.requests.labels("GET", "/", 200)
+    metrics.runs.labels("created")
+    metrics.refused.labels("queue full")
+    text = metrics.expose("text/plain", 0)[0].decode()
+    return {sample.name for family in text_string_to_metric_families(text) for sample in family.samples}
+
+
+@pytest.mark.parametrize("file", ["prometheus/alerts.yml", "grafana/telemetryd.json"])
+def test_every_metric_of_the_examples_exists(file: str) -> None:
+    text = (ROOT / "examples" / file).read_text()
+    used = set(re.findall(r"\b(?:telemetryd|process)_[a-z_]+\b", text))
+    assert len(used) > 5
+    assert used <= exposed_names()
+
+
+def test_the_dashboard_is_json_and_its_panels_do_not_overlap() -> None:
+    dashboard = json.loads((ROOT / "examples/grafana/telemetryd.json").read_text())
+    cells = [
+        (x, y)
+        for panel in dashboard["panels"]
+        for x in range(panel["gridPos"]["x"], panel["gridPos"]["x"] + panel["gridPos"]["w"])
+        for y in range(panel["gridPos"]["y"], panel["gridPos"]["y"] + panel["gridPos"]["h"])
+    ]
+    assert len(cells) == len(set(cells))
+    assert max(x for x, _ in cells) < 24
+
+
+@pytest.mark.parametrize("file", ["Dockerfile", "compose.yaml", "telemetryd.service"])
+def test_every_variable_of_the_deployment_files_is_a_setting(file: str) -> None:
+    used = set(re.findall(r"\bTELEMETRY_[A-Z_]+[A-Z]\b", (ROOT / file).read_text()))
+    assert used
+    assert used <= {variable(name) for name in Settings.model_fields}
+
+
+def test_the_health_check_of_the_image_sees_the_daemon(start_daemon: StartDaemon) -> None:
+    command = json.loads(re.search(r"HEALTHCHECK.*?CMD (\[.*?\])\n", (ROOT / "Dockerfile").read_text(), re.S)[1])  # type: ignore[index]
+    assert command[0] == "python"
+    daemon = start_daemon()
+    port = daemon.url.rpartition(":")[2]
+
+    def probe() -> int:
+        return subprocess.run(
+            [sys.executable, *command[1:]], env={"TELEMETRY_API_PORT": port}, stderr=subprocess.DEVNULL, check=False
+        ).returncode
+
+    assert probe() == 0
+    daemon.stop()
+    assert probe() != 0

@@ -1,0 +1,259 @@
+from __future__ import annotations
+
+import json
+import os
+import random
+import sqlite3
+import subprocess
+import sys
+import time
+import uuid
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from telemetryd import migrate
+from telemetryd.database import Kind, Ownership, inspect
+from telemetryd.legacy import migrate_file
+from telemetryd.runs import COLUMNS
+from tests.conftest import StartDaemon
+from tests.tools.old_databases import LAYOUTS, make_old_database, spoil
+from tests.tools.process import telemetryd
+
+
+def rows(path: Path, sql: str) -> list[tuple[Any, ...]]:
+    with closing(sqlite3.connect(path)) as connection:
+        return connection.execute(sql).fetchall()
+
+
+def migrated(path: Path) -> dict[str, Any]:
+    done = migrate_file(path, "2026-01-01T00:00:00.000000Z")
+    assert done.rows == 20
+    return done.counts()
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int, bytes]]:
+    return {
+        file.name: (file.stat().st_mtime_ns, file.stat().st_ino, file.read_bytes()) for file in sorted(folder.iterdir())
+    }
+
+
+@pytest.mark.parametrize(
+    ("layout", "log"), [*zip(LAYOUTS, ("none", "version", "id", "none", "version"), strict=True), ("v7", "id")]
+)
+def test_every_layout_becomes_the_schema_of_a_fresh_database(tmp_path: Path, layout: str, log: str) -> None:
+    path = make_old_database(tmp_path / "telemetry.sqlite", layout, log=log)
+    report = json.loads(telemetryd("migrate", "--json", "--db-path", path).stdout)
+    assert report["rows"] == 20
+    assert report["from_version"] == int(layout[1])
+    with closing(sqlite3.connect(path)) as connection:
+        migrate.check_schema(connection, path)
+        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        extra = set(migrate.schema_of(connection)) - set(migrate.expected_schema())
+    assert extra == {"run_events", "idx_events_run", "commits", "latest"}
+    assert inspect(path).kind is Kind.OURS
+    assert inspect(path).version == migrate.current_version()
+    assert rows(path, "SELECT count(*) FROM run_events") == [(3,)]
+    assert rows(path, "SELECT * FROM commits") == [("abc1234", "a commit")]
+    assert rows(path, "SELECT sum(runs) FROM run_totals") == [(20,)]
+    assert rows(path, "SELECT sum(runs) FROM run_minutes") == [(20,)]
+    assert rows(path, "PRAGMA auto_vacuum") == [(2,)]
+    assert {row[0] for row in rows(path, "SELECT version FROM schema_migrations")} >= {8, migrate.current_version()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_values_are_normalised_and_counted(tmp_path: Path, layout: str) -> None:
+    path = make_old_database(tmp_path / "telemetry.sqlite", layout)
+    report = migrated(path)
+    found = {
+        row[0]: row[1:]
+        for row in rows(
+            path,
+            "SELECT run_id, status, job_type, duration_ms, items_failed, created_at, start_time, end_time, event_id "
+            "FROM agent_runs",
+        )
+    }
+    assert found["run-0"][:7] == (
+        "failure",
+        "translate",
+        0,
+        1,
+        "2025-01-01T10:00:00.000000Z",
+        "2025-01-01T08:00:00.000000Z",
+        "2025-01-01T11:30:00.000000Z",
+    )
+    assert found["run-5"][:4] == ("success", "unknown", 0, 0)
+    ids = [row[7] for row in found.values()]
+    assert len(set(ids)) == 20
+    if layout.startswith("v5"):
+        assert all(str(uuid.UUID(event_id)) == event_id for event_id in ids)
+    else:
+        assert found["run-5"][7] == "event-5"
+    counted = {(line["field"], line["kind"]): line["values"] for line in report["normalised"]}
+    assert counted["status", "failed to failure"] == 5
+    assert counted["job_type", "NULL to unknown"] == 6
+    assert counted["duration_ms", "NULL to 0"] == 6
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_cannot_be_normalised_is_kept_verbatim(tmp_path: Path, layout: str) -> None:
+    path = make_old_database(tmp_path / "telemetry.sqlite", layout)
+    spoil(path)
+    report = migrated(path)
+    number, *values = rows(
+        path,
+        "SELECT id, status, start_time, end_time, duration_ms, items_failed, metrics_json, context_json, api_posted "
+        "FROM agent_runs WHERE run_id = 'run-3'",
+    )[0]
+    assert values == ["partial", "2025-01-04T10:00:00.000000Z", None, 0, 0, None, '{"value":[1, 2]}', 0]
+    kept = dict(rows(path, f"SELECT field, original FROM unconverted_values WHERE run = {number}"))
+    kept.pop("agent_owner", None)
+    kept.pop("schema_version", None)
+    assert kept == {
+        "status": "exploded",
+        "start_time": "yesterday",
+        "end_time": "1735725600",  # the old column's own affinity made it text
+        "duration_ms": -5,
+        "items_failed": 1.5,
+        "metrics_json": "{not json",
+        "error_summary": b"\xff\xfe broken",
+        "api_posted": 7,
+    }
+    counted = {(line["field"], line["kind"]): line["values"] for line in report["kept_aside"]}
+    assert counted["status", "unknown status"] == 1
+    if "agent_owner" in LAYOUTS[layout]:
+        assert counted["agent_owner", "no such field any more"] == 20
+
+
+def test_equal_event_ids_are_separated(tmp_path: Path) -> None:
+    path = make_old_database(tmp_path / "telemetry.sqlite", "v6-id")
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE agent_runs SET event_id = 'same' WHERE id IN (3, 7, 9)")
+    migrated(path)
+    assert rows(path, "SELECT id FROM agent_runs WHERE event_id = 'same'") == [(3,)]
+    assert rows(path, "SELECT run, original FROM unconverted_values WHERE field = 'event_id'") == [
+        (7, "same"),
+        (9, "same"),
+    ]
+    assert rows(path, "SELECT count(DISTINCT event_id) FROM agent_runs") == [(20,)]
+
+
+@pytest.mark.parametrize("wal", [False, True])
+def test_a_dry_run_leaves_no_trace(tmp_path: Path, wal: bool) -> None:
+    path = make_old_database(tmp_path / "telemetry.sqlite", "v5", wal=wal)
+    os.utime(path, (1_700_000_000, 1_700_000_000))
+    before = snapshot(tmp_path)
+    out = telemetryd("migrate", "--dry-run", "--db-path", path).stdout
+    assert snapshot(tmp_path) == before
+    assert f"Database: {path}\nDry run: True\nCurrent schema version: 5\nTotal rows to migrate: 20\n" in out
+    assert "[DRY RUN] Would perform the following changes:\n  1. Add event_id column to agent_runs table" in out
+    assert "2. Backfill event_id with UUID for all existing rows" in out
+
+
+def test_a_dry_run_of_a_database_with_an_open_log_leaves_no_trace(tmp_path: Path) -> None:
+    path = make_old_database(tmp_path / "telemetry.sqlite", "v7", wal=True)
+    script = (
+        "import os, sqlite3, sys; c = sqlite3.connect(sys.argv[1]); "
+        "c.execute(\"UPDATE agent_runs SET status = 'timeout'\"); c.commit(); os._exit(0)"
+    )
+    subprocess.run([sys.executable, "-c", script, str(path)], check=True)
+    assert (tmp_path / "telemetry.sqlite-wal").stat().st_size > 0
+    before = snapshot(tmp_path)
+    assert "Total rows to migrate: 20" in telemetryd("migrate", "--dry-run", "--db-path", path).stdout
+    assert snapshot(tmp_path) == before
+    telemetryd("migrate", "--db-path", path)
+    assert rows(path, "SELECT DISTINCT status FROM agent_runs") == [("timeout",)]
+
+
+def test_the_daemon_serves_what_was_migrated(tmp_path: Path, start_daemon: StartDaemon) -> None:
+    path = make_old_database(tmp_path / "telemetry.sqlite", "v5")
+    refused = start_daemon()
+    status, errors = refused.wait()
+    assert status == 1
+    assert "run telemetryd migrate" in errors
+    out = telemetryd("migrate", "--db-path", path).stdout
+    assert "[OK] Verified backup of 20 rows" in out
+    assert "[SUCCESS] Migration completed successfully! 20 rows" in out
+    backup = next(tmp_path.glob("telemetry_backup_*.sqlite"))
+    assert rows(backup, "SELECT count(*) FROM agent_runs") == [(20,)]
+    assert inspect(backup).kind is Kind.LEGACY
+    daemon = start_daemon()
+    assert daemon.url
+    assert daemon.stop() == 0
+    assert "nothing to do" in telemetryd("migrate", "--db-path", path).stdout
+
+
+def test_a_database_of_an_earlier_telemetryd_gets_the_missing_steps(tmp_path: Path) -> None:
+    path = tmp_path / "telemetry.sqlite"
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        migrate.create(connection, "")
+        connection.execute("DROP TABLE unconverted_values")
+        connection.execute("DELETE FROM schema_migrations WHERE version > 9")
+        connection.execute("PRAGMA user_version = 9")
+    report = json.loads(telemetryd("migrate", "--json", "--db-path", path).stdout)
+    assert report["from_version"] == 9
+    with closing(sqlite3.connect(path)) as connection:
+        migrate.check_schema(connection, path)
+    assert inspect(path).version == migrate.current_version()
+
+
+def test_it_refuses_while_another_owns_the_database(tmp_path: Path) -> None:
+    path = make_old_database(tmp_path / "telemetry.sqlite", "v5")
+    owner = Ownership(path, None)
+    owner.acquire()
+    try:
+        done = telemetryd("migrate", "--db-path", path, status=1)
+    finally:
+        owner.release()
+    assert f"PID {os.getpid()}" in done.stderr
+    assert inspect(path).kind is Kind.LEGACY
+
+
+def test_it_refuses_while_the_old_service_writes(tmp_path: Path) -> None:
+    path = make_old_database(tmp_path / "telemetry.sqlite", "v5", wal=True)
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("SELECT * FROM agent_runs").fetchone()
+        done = telemetryd("migrate", "--no-backup", "--db-path", path, status=1, timeout_s=60)
+    assert "in use by another process" in done.stderr
+    assert inspect(path).kind is Kind.LEGACY
+
+
+@pytest.mark.parametrize(
+    "seconds",
+    [pytest.param(3, id="short"), pytest.param(120, id="long", marks=pytest.mark.slow)],
+)
+def test_killed_at_any_moment_it_is_old_or_new(tmp_path: Path, seconds: float) -> None:
+    """SIGKILL at random moments; a new round begins with the old file whenever one got through."""
+    master = make_old_database(tmp_path / "master.sqlite", "v5", rows=4000)
+    path = tmp_path / "telemetry.sqlite"
+    deadline, outcomes = time.monotonic() + seconds, {"old": 0, "new": 0}
+    path.write_bytes(master.read_bytes())
+    while time.monotonic() < deadline:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "telemetryd", "migrate", "--no-backup", "--db-path", path],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            process.wait(random.uniform(0.3, 1.4))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        with closing(sqlite3.connect(path)) as connection:
+            assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+            assert connection.execute("SELECT count(*) FROM agent_runs").fetchone() == (4000,)
+            names = [row[1] for row in connection.execute("PRAGMA table_info(agent_runs)")]
+            is_new = connection.execute("PRAGMA user_version").fetchone()[0] == migrate.current_version()
+            assert ("event_id" in names) is is_new
+            if is_new:
+                assert names == list(COLUMNS)
+                migrate.check_schema(connection, path)
+        outcomes["new" if is_new else "old"] += 1
+        if is_new:
+            telemetryd("migrate", "--db-path", path)
+            path.write_bytes(master.read_bytes())
+    telemetryd("migrate", "--no-backup", "--db-path", path)
+    assert rows(path, "SELECT count(*) FROM agent_runs WHERE length(event_id) = 36") == [(4000,)]
+    assert sum(outcomes.values()) > 0

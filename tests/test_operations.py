@@ -1,0 +1,121 @@
+"""Runs the handbook's commands in their order, in one folder, with stand-ins for systemd and sudo."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.tools.old_databases import make_old_database
+
+HANDBOOK = Path(__file__).parents[1] / "docs" / "operations.md"
+GUIDE = Path(__file__).parent / "guide" / "DEPLOYMENT_GUIDE.md"
+
+_SYSTEMCTL = """#!/bin/bash
+pid() { cat "$ROOM/pid" 2>/dev/null; }
+stop() {
+    if kill "$(pid)" 2>/dev/null; then while kill -0 "$(pid)" 2>/dev/null; do sleep 0.05; done; fi
+    rm -f "$ROOM/pid"
+}
+start() {
+    TELEMETRY_LOG_FORMAT=json setsid telemetryd serve >> "$ROOM/log" 2>&1 < /dev/null &
+    echo $! > "$ROOM/pid"
+    for _ in {1..400}; do curl -fs "http://localhost:$TELEMETRY_API_PORT/health" > /dev/null && return; sleep 0.05; done
+    tail -3 "$ROOM/log"; exit 1
+}
+case $1 in
+    start) start ;;
+    stop) stop ;;
+    restart) stop; start ;;
+    status) kill -0 "$(pid)" ;;
+    *) exit 2 ;;
+esac
+"""
+_SUDO = '#!/bin/bash\n[ "$1 $2" = "-u telemetry" ] || exit 2\nshift 2\nexec "$@"\n'
+_SHELL = Path(__file__).parent / "guide" / "sqlite3_shell.py"
+_SQLITE3 = f'#!/bin/bash\n[ "$1" = -readonly ] && shift\nexec {sys.executable} {_SHELL} "$1" "$2;"\n'
+_ZSTDCAT = (
+    f"#!{sys.executable}\nimport shutil, sys\nfrom telemetryd.backup import zstd\n"
+    "shutil.copyfileobj(zstd.open(sys.argv[1]), sys.stdout.buffer)\n"
+)
+_JOURNALCTL = '#!/bin/bash\n[ "$*" = "-u telemetryd -o cat" ] || exit 2\nexec cat "$ROOM/log"\n'
+
+
+@dataclass
+class Room:
+    """A folder that stands for the machine, and the commands in it."""
+
+    folder: Path
+    environment: dict[str, str]
+    places: dict[str, str]
+
+    def run(self, script: str) -> subprocess.CompletedProcess[str]:
+        for there, here in self.places.items():
+            script = script.replace(there, here)
+        return subprocess.run(
+            ["bash", "-c", f"set -euo pipefail\n{script}"],
+            cwd=self.folder,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+
+@pytest.fixture
+def room(tmp_path: Path, free_port: int) -> Iterator[Room]:
+    for name in ("bin", "state", "run", "backups"):
+        (tmp_path / name).mkdir()
+    stand_ins = {"systemctl": _SYSTEMCTL, "sudo": _SUDO, "journalctl": _JOURNALCTL}
+    stand_ins |= {
+        name: script for name, script in (("sqlite3", _SQLITE3), ("zstdcat", _ZSTDCAT)) if shutil.which(name) is None
+    }
+    for name, script in stand_ins.items():
+        (tmp_path / "bin" / name).write_text(script)
+        (tmp_path / "bin" / name).chmod(0o755)
+    make_old_database(tmp_path / "old-v5.sqlite", "v5", rows=40)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TELEMETRY_")} | {
+        "PATH": f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "ROOM": str(tmp_path),
+        "TELEMETRY_DB_PATH": str(tmp_path / "state" / "telemetry.sqlite"),
+        "TELEMETRY_API_PORT": str(free_port),
+        "TELEMETRY_API_UNIX": str(tmp_path / "run" / "telemetryd.sock"),
+        "TELEMETRY_DB_JOURNAL_MODE": "WAL",
+    }
+    places = {
+        "/var/lib/telemetryd": str(tmp_path / "state"),
+        "/run/telemetryd": str(tmp_path / "run"),
+        "/backups": str(tmp_path / "backups"),
+        "localhost:8765": f"localhost:{free_port}",
+    }
+    yield Room(tmp_path, environment, places)
+    if (tmp_path / "pid").exists():
+        os.kill(int((tmp_path / "pid").read_text()), signal.SIGTERM)
+
+
+def test_every_command_of_the_handbook_works(room: Room) -> None:
+    blocks = re.findall(r"^```bash\n(.*?)^```$", HANDBOOK.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    assert len(blocks) > 15
+    for block in blocks:
+        done = room.run(block)
+        assert done.returncode == 0, f"{block}\n{done.stdout}{done.stderr}"
+
+
+def test_the_handbook_has_the_guides_sections_in_its_order() -> None:
+    def words(title: str) -> str:
+        return re.sub(r"\(.*?\)|[^a-z ]", "", title.lower()).strip()
+
+    left_out = {"next steps", "support", "api reference"}  # other pages: README.md, runs.md, /docs
+    sections = [words(title) for title in re.findall(r"^## (.*)$", GUIDE.read_text("utf-8"), re.MULTILINE)]
+    wanted = [section.removeprefix("appendix ") for section in sections if section not in left_out]
+    ours = [words(title) for title in re.findall(r"^## (.*)$", HANDBOOK.read_text("utf-8"), re.MULTILINE)]
+    assert [section for section in ours if section in wanted] == wanted

@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from telemetryd.systemd import Notifier, passed_sockets
+from tests.conftest import Daemon, StartDaemon
+
+ROOT = Path(__file__).parents[1]
+
+
+class Manager:
+    """What systemd is to a service: a datagram socket that notes what it is told."""
+
+    def __init__(self, path: str) -> None:
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind("\0" + path[1:] if path.startswith("@") else path)
+        self.socket.settimeout(20)
+
+    def next(self) -> dict[str, str]:
+        return dict(line.split("=", 1) for line in self.socket.recv(4096).decode().splitlines())
+
+    def heard(self, seconds: float) -> list[dict[str, str]]:
+        """Collect what is said in the next seconds."""
+        deadline, said = time.monotonic() + seconds, []
+        while (left := deadline - time.monotonic()) > 0:
+            self.socket.settimeout(left)
+            try:
+                said.append(self.next())
+            except TimeoutError:
+                break
+        return said
+
+
+def get(url: str) -> int:
+    with urllib.request.urlopen(f"{url}/health", timeout=10) as response:
+        return int(response.status)
+
+
+@pytest.mark.parametrize("abstract", [False, True])
+def test_ready_status_watchdog_and_stopping_are_told(start_daemon: StartDaemon, tmp_path: Path, abstract: bool) -> None:
+    address = f"@telemetryd-test-{os.getpid()}" if abstract else str(tmp_path / "notify")
+    manager = Manager(address)
+    daemon = start_daemon(NOTIFY_SOCKET=address, WATCHDOG_USEC="600000")
+    assert manager.next() == {"READY": "1", "STATUS": "Serving"}
+    assert get(daemon.url) == 200  # it listens when it says so
+    said = manager.heard(1.0)
+    assert len(said) >= 3
+    assert all(message == {"WATCHDOG": "1", "STATUS": "Serving, 0 writes waiting"} for message in said)
+    assert daemon.stop() == 0
+    assert manager.heard(0.5)[-1]["STOPPING"] == "1"
+    manager.socket.close()
+
+
+def test_the_watchdog_starves_while_the_writer_is_stuck(start_daemon: StartDaemon, tmp_path: Path) -> None:
+    manager = Manager(str(tmp_path / "notify"))
+    daemon = start_daemon(NOTIFY_SOCKET=str(tmp_path / "notify"), WATCHDOG_USEC="300000")
+    url = daemon.url
+    with closing(sqlite3.connect(daemon.database, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        thread = threading.Thread(target=post, args=(url,))
+        thread.start()
+        manager.heard(0.8)
+        said = manager.heard(0.8)
+        assert said
+        assert all("WATCHDOG" not in message for message in said)
+        assert all(message["STATUS"].startswith("The writer does not get on") for message in said)
+        other.execute("COMMIT")
+    thread.join()
+    assert any("WATCHDOG" in message for message in manager.heard(0.8))
+    assert daemon.stop() == 0
+    manager.socket.close()
+
+
+def post(url: str) -> None:
+    body = b'{"event_id":"a","run_id":"r","start_time":"2026-01-01T00:00:00Z","agent_name":"a","job_type":"j"}'
+    request = urllib.request.Request(f"{url}/api/v1/runs", body, {"Content-Type": "application/json"})
+    urllib.request.urlopen(request, timeout=30).close()
+
+
+def start_with_socket(folder: Path, *listening: socket.socket) -> Daemon:
+    """Start a daemon as systemd would: the sockets as descriptors 3, 4, …, LISTEN_PID its own."""
+    holder = f"""
+import os, sys
+os.environ["LISTEN_PID"] = str(os.getpid())
+os.environ["LISTEN_FDS"] = "{len(listening)}"
+for place, descriptor in enumerate({[s.fileno() for s in listening]}):
+    os.dup2(descriptor, 3 + place, inheritable=True)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+    return Daemon(folder, prefix=(sys.executable, "-c", holder), pass_fds=tuple(s.fileno() for s in listening))
+
+
+def test_a_passed_socket_is_used_and_a_restart_refuses_nobody(tmp_path: Path) -> None:
+    listening = socket.create_server(("127.0.0.1", 0))
+    url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    daemon = start_with_socket(tmp_path, listening)
+    try:
+        assert daemon.wait_for_line("Serving")["addresses"] == [url]
+        assert get(url) == 200
+        assert daemon.stop() == 0
+        answers: list[int] = []
+        waiting = [threading.Thread(target=lambda: answers.append(get(url))) for _ in range(5)]
+        for thread in waiting:
+            thread.start()
+        time.sleep(0.3)
+        assert answers == []
+        daemon.close()
+        daemon = start_with_socket(tmp_path, listening)
+        for thread in waiting:
+            thread.join()
+        assert answers == [200] * 5
+        assert daemon.stop() == 0
+    finally:
+        daemon.close()
+        listening.close()
+
+
+def test_a_unix_socket_may_be_passed_as_well(tmp_path: Path) -> None:
+    tcp = socket.create_server(("127.0.0.1", 0))
+    unix = socket.socket(socket.AF_UNIX)
+    unix.bind(str(tmp_path / "passed.sock"))
+    unix.listen()
+    daemon = start_with_socket(tmp_path, tcp, unix)
+    try:
+        assert len(daemon.wait_for_line("Serving")["addresses"]) == 2
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(tmp_path / "passed.sock"))
+            client.sendall(b"GET /health HTTP/1.0\r\n\r\n")
+            assert client.recv(100).startswith(b"HTTP/1.")
+        assert daemon.stop() == 0
+    finally:
+        daemon.close()
+        tcp.close()
+        unix.close()
+
+
+def test_what_is_meant_for_another_process_is_not_taken() -> None:
+    assert passed_sockets({"LISTEN_FDS": "1", "LISTEN_PID": "1"}) == []
+    assert passed_sockets({"LISTEN_FDS": "many", "LISTEN_PID": str(os.getpid())}) == []
+    assert Notifier({"WATCHDOG_USEC": "1000", "WATCHDOG_PID": "1"}).watchdog_s is None
+    environment = {"NOTIFY_SOCKET": "/nonexistent", "WATCHDOG_USEC": "500000"}
+    notifier = Notifier(environment)
+    assert environment == {}
+    assert notifier.watchdog_s == 0.5
+    notifier.send(READY=1)  # nobody listens; that is no error
+
+
+analyze = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
+
+
+@analyze
+def test_the_unit_is_hardened() -> None:
+    done = subprocess.run(
+        ["systemd-analyze", "security", "--offline=true", "--threshold=15", str(ROOT / "telemetryd.service")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-300:]
+
+
+@analyze
+def test_the_units_are_valid(tmp_path: Path) -> None:
+    program = Path(sys.executable).with_name("telemetryd")
+    for name in ("telemetryd.service", "telemetryd.socket"):
+        text = (ROOT / name).read_text().replace("/opt/telemetryd/.venv/bin/telemetryd", str(program))
+        (tmp_path / name).write_text(text)
+    done = subprocess.run(
+        ["systemd-analyze", "verify", *map(str, tmp_path.iterdir())], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")

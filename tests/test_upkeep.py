@@ -1,0 +1,286 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import closing
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from backports import zstd
+
+from telemetryd.database import connect
+from telemetryd.runs import format_timestamp
+from tests.conftest import Api, Daemon, MakeApi, StartDaemon, make_run
+from tests.tools.fill import make_database
+from tests.tools.process import telemetryd
+
+TOKEN = "a-token-of-24-characters"
+
+
+def ago(**span: float) -> str:
+    return format_timestamp(datetime.now(UTC) - timedelta(**span))
+
+
+def rows(path: Path, sql: str) -> list[tuple[Any, ...]]:
+    with closing(connect(path, "ro")) as connection:
+        return connection.execute(sql).fetchall()
+
+
+def totals_are_right(path: Path) -> None:
+    assert rows(
+        path, "SELECT agent_name, job_type, status, runs FROM run_totals WHERE runs > 0 ORDER BY 1, 2, 3"
+    ) == rows(path, "SELECT agent_name, job_type, status, count(*) FROM agent_runs GROUP BY 1, 2, 3 ORDER BY 1, 2, 3")
+    assert rows(path, "SELECT minute, runs FROM run_minutes ORDER BY 1") == rows(
+        path, "SELECT substr(created_at, 1, 16), count(*) FROM agent_runs GROUP BY 1 ORDER BY 1"
+    )
+
+
+async def fill(api: Api) -> None:
+    old = [make_run(created_at=ago(days=100), status=status) for status in ("success", "failed", "running") * 200]
+    new = [make_run(created_at=ago(days=1), agent_name="other") for _ in range(50)]
+    assert (await api.batch([*old, *new]))["inserted"] == 650
+
+
+# --- The endpoints -------------------------------------------------------------------------------
+
+
+async def authorised(make_api: MakeApi, **values: Any) -> Api:
+    api = await make_api(api_auth_enabled=True, api_auth_token=TOKEN, **values)
+    api.client.session.headers["X-API-Key"] = TOKEN
+    return api
+
+
+async def test_admin_needs_authentication(make_api: MakeApi) -> None:
+    api = await make_api()
+    for word in ("prune", "reap", "backup"):
+        answer = await api.call("POST", f"/api/v1/admin/{word}", json={"older_than": "1d"}, status=403)
+        assert "TELEMETRY_API_AUTH_ENABLED" in answer["detail"]
+        await api.call("POST", f"/api/v1/%61dmin/{word}", json={"older_than": "1d"}, status=403)
+
+
+async def test_admin_needs_the_token(make_api: MakeApi) -> None:
+    api = await make_api(api_auth_enabled=True, api_auth_token=TOKEN)
+    await api.call("POST", "/api/v1/admin/prune", json={"older_than": "1d"}, status=401)
+
+
+async def test_prune_deletes_a_slice_and_keeps_the_totals_right(make_api: MakeApi) -> None:
+    api = await authorised(make_api)
+    await fill(api)
+    path = api.settings.db_path
+    assert (await admin(api, "prune", older_than="90d", dry_run=True))["matching"] == 600
+    answer = await admin(api, "prune", older_than="90d", limit=100)
+    assert (answer["pruned"], answer["more"]) == (100, True)
+    totals_are_right(path)
+    assert (await admin(api, "prune", older_than="90d", limit=1000, status="failed"))["pruned"] in range(150, 201)
+    totals_are_right(path)
+    answer = await admin(api, "prune", older_than="90d", limit=1000, agent_name="hugo-translator")
+    assert answer["pruned"] > 0
+    while answer["more"]:
+        answer = await admin(api, "prune", older_than="90d", limit=1000)
+    assert await count(api) == 50
+    assert rows(path, "PRAGMA freelist_count") == [(0,)]
+    totals_are_right(path)
+    assert (await api.get("/metrics"))["agents"] == {"other": 50}
+
+
+async def test_prune_by_version_spares_what_changed(make_api: MakeApi) -> None:
+    api = await authorised(make_api)
+    created = [make_run(created_at=ago(days=100)) for _ in range(3)]
+    await api.batch(created)
+    runs = await api.list()
+    await api.call("PATCH", f"/api/v1/runs/{runs[0]['event_id']}", json={"status": "success"}, status=200)
+    versions = [{"id": run["id"], "updated_at": run["updated_at"]} for run in runs[:2]]
+    unknown = {"id": 999, "updated_at": runs[0]["updated_at"]}
+    answer = await admin(api, "prune", older_than="90d", versions=[*versions, unknown])
+    assert answer["pruned"] == 1
+    assert {run["event_id"] for run in await api.list()} == {runs[0]["event_id"], runs[2]["event_id"]}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        [],
+        {},
+        {"older_than": "soon"},
+        {"older_than": "1d", "created_before": "2025-01-01T00:00:00Z"},
+        *(
+            {"older_than": "1d", **wrong}
+            for wrong in (
+                {"limit": 0},
+                {"x": 1},
+                {"status": "gone"},
+                {"versions": [{"id": -1, "updated_at": "2025-01-01T00:00:00Z"}]},
+            )
+        ),
+    ],
+)
+async def test_a_wrong_body_is_422(make_api: MakeApi, body: object) -> None:
+    api = await authorised(make_api)
+    await api.call("POST", "/api/v1/admin/prune", json=body, status=422)
+
+
+async def test_reap_gives_the_guides_values_and_spares_heartbeats(make_api: MakeApi) -> None:
+    moment = datetime(2026, 1, 1, tzinfo=UTC)
+    api = await authorised(make_api, clock=lambda: moment)
+    stale, alive, done = (
+        make_run(created_at="2025-12-24T10:00:00Z"),
+        make_run(created_at="2025-12-24T10:00:00Z"),
+        make_run(created_at="2025-12-24T10:00:00Z", status="success"),
+    )
+    await api.batch([stale, alive, done])
+    moment += timedelta(hours=5)
+    await api.call("PATCH", f"/api/v1/runs/{alive['event_id']}", json={"items_succeeded": 5}, status=200)
+    moment += timedelta(minutes=30)
+    before = {"created_before": format_timestamp(moment - timedelta(hours=1))}
+    assert (await admin(api, "reap", **before, dry_run=True))["matching"] == 1
+    assert await admin(api, "reap", **before, agent_name="nobody") == {"reaped": 0, "more": False, **before}
+    assert await admin(api, "reap", **before) == {"reaped": 1, "more": False, **before}
+    run = await api.get(f"/api/v1/runs/{stale['event_id']}")
+    assert run["status"] == "cancelled"
+    assert run["end_time"] == run["updated_at"] == format_timestamp(moment)
+    assert run["error_summary"] == "Stale run cleaned up on startup (created at 2025-12-24T10:00:00.000000Z)"
+    assert run["output_summary"] == "Process did not complete - cleanup on restart"
+    assert (await api.get(f"/api/v1/runs/{alive['event_id']}"))["status"] == "running"
+    totals_are_right(api.settings.db_path)
+
+
+async def test_a_backup_is_made_where_the_settings_say(make_api: MakeApi, tmp_path: Path) -> None:
+    folder = tmp_path / "backups"
+    folder.mkdir()
+    api = await authorised(make_api, backup_dir=folder, backup_keep=1)
+    await fill(api)
+    answer = await api.call("POST", "/api/v1/admin/backup", json={}, status=200)
+    assert answer["rows"] == 650
+    assert [str(path) for path in folder.iterdir()] == [answer["path"]]
+    await api.call("POST", "/api/v1/admin/backup", json={"path": "/etc/passwd"}, status=400)
+
+
+async def test_without_a_directory_there_is_no_backup(make_api: MakeApi) -> None:
+    api = await authorised(make_api)
+    answer = await api.call("POST", "/api/v1/admin/backup", json={}, status=400)
+    assert "TELEMETRY_BACKUP_DIR" in answer["detail"]
+
+
+async def admin(api: Api, word: str, **body: Any) -> Any:
+    return await api.call("POST", f"/api/v1/admin/{word}", json=body, status=200)
+
+
+async def count(api: Api) -> int:
+    return int((await api.get("/metrics"))["total_runs"])
+
+
+# --- The commands --------------------------------------------------------------------------------
+
+
+async def post(daemon: Daemon, runs: list[Any], **headers: str) -> None:
+    async with (
+        aiohttp.ClientSession(headers=headers) as session,
+        session.post(f"{daemon.url}/api/v1/runs/batch", json=runs) as response,
+    ):
+        assert response.status == 200
+
+
+def old_runs(number: int) -> list[Any]:
+    return [make_run(created_at=ago(days=100), metrics_json={"n": n}) for n in range(number)]
+
+
+async def test_prune_goes_through_the_daemon_by_its_unix_socket(start_daemon: StartDaemon, tmp_path: Path) -> None:
+    unix = tmp_path / "d.sock"
+    daemon = start_daemon(TELEMETRY_API_UNIX=str(unix), TELEMETRY_DB_JOURNAL_MODE="WAL")
+    await post(daemon, [*old_runs(700), *[make_run() for _ in range(5)]])
+    common = ("prune", "--older-than", "90d", "--db-path", daemon.database, "--json")
+    refused = telemetryd(*common, status=1)
+    assert "--unix" in refused.stderr
+    dry = json.loads(telemetryd(*common, "--unix", unix, "--dry-run").stdout)
+    assert (dry["dry_run"], dry["matching"]) == (True, 700)
+    archive = tmp_path / "runs.ndjson.zst"
+    done = json.loads(telemetryd(*common, "--unix", unix, "--archive", archive).stdout)
+    assert (done["pruned"], done["archived"]) == (700, 700)
+    with zstd.open(archive, "rb") as packed:
+        archived = [json.loads(line) for line in packed]
+    assert sorted(run["metrics_json"]["n"] for run in archived) == list(range(700))
+    assert rows(daemon.database, "SELECT count(*) FROM agent_runs") == [(5,)]
+    totals_are_right(daemon.database)
+    assert "exists already" in telemetryd(*common, "--unix", unix, "--archive", archive, status=1).stderr
+    assert daemon.stop() == 0
+
+
+async def test_reap_goes_through_the_daemon_by_its_token(start_daemon: StartDaemon, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text(TOKEN)
+    token = {"TELEMETRY_API_AUTH_ENABLED": "true", "TELEMETRY_API_AUTH_TOKEN_FILE": str(tmp_path / "token")}
+    daemon = start_daemon(**token)
+    await post(daemon, [make_run() for _ in range(3)], Authorization=f"Bearer {TOKEN}")
+    await asyncio.sleep(1.1)
+    out = telemetryd("reap", "--older-than", "1s", "--url", daemon.url, "--auth-token-file", tmp_path / "token").stdout
+    assert out.startswith("3 runs created before ")
+    assert rows(daemon.database, "SELECT DISTINCT status FROM agent_runs") == [("cancelled",)]
+
+
+async def test_without_a_daemon_they_work_on_the_database(start_daemon: StartDaemon, tmp_path: Path) -> None:
+    daemon = start_daemon()
+    await post(daemon, [*old_runs(600), *[make_run(created_at=ago(hours=2)) for _ in range(5)]])
+    daemon.stop()
+    path = daemon.database
+    archive = tmp_path / "runs.ndjson.zst"
+    assert (
+        "600 runs archived"
+        in telemetryd("prune", "--older-than", "90d", "--db-path", path, "--archive", archive).stdout
+    )
+    totals_are_right(path)
+    again = json.loads(telemetryd("prune", "--older-than", "90d", "--json", "--db-path", path).stdout)
+    assert again["pruned"] == 0
+    reaped = json.loads(telemetryd("reap", "--older-than", "1h", "--json", "--db-path", path).stdout)
+    assert reaped["reaped"] == 0  # they arrived just now, which is a sign of life
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE agent_runs SET updated_at = created_at")
+    reaped = json.loads(telemetryd("reap", "--older-than", "1h", "--json", "--db-path", path).stdout)
+    assert reaped["reaped"] == 5
+    totals_are_right(path)
+    assert telemetryd("prune", "--older-than", "90d", "--db-path", tmp_path / "none.sqlite", status=1).stderr
+    assert not (tmp_path / "none.sqlite").exists()
+
+
+def test_a_prune_killed_at_any_moment_loses_no_run_and_can_be_repeated(
+    start_daemon: StartDaemon, tmp_path: Path
+) -> None:
+    path = make_database(tmp_path / "telemetry.sqlite", 4000)
+    daemon = start_daemon(TELEMETRY_API_UNIX=str(tmp_path / "d.sock"), TELEMETRY_DB_JOURNAL_MODE="WAL")
+    assert daemon.url
+    arguments = ("prune", "--older-than", "60d", "--db-path", str(path), "--unix", str(tmp_path / "d.sock"))
+    for number in range(3):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "telemetryd", *arguments, "--archive", tmp_path / f"archive-{number}.zst"],
+            stdout=subprocess.DEVNULL,
+        )
+        time.sleep(random.uniform(0.4, 1.2))
+        process.kill()
+        process.wait()
+    telemetryd(*arguments, "--archive", tmp_path / "archive-last.zst")
+    kept = {row[0] for row in rows(path, "SELECT event_id FROM agent_runs")}
+    archived = set()
+    for archive in tmp_path.glob("archive-*.zst"):
+        with zstd.open(archive, "rb") as packed:
+            archived |= {json.loads(line)["event_id"] for line in packed}
+    assert len(kept | archived) == 4000
+    assert not kept & archived
+    totals_are_right(path)
+    assert daemon.stop() == 0
+
+
+async def test_the_daemon_does_it_by_itself_if_told_to(start_daemon: StartDaemon) -> None:
+    daemon = start_daemon(TELEMETRY_RETENTION_DAYS="90", TELEMETRY_STALE_AFTER="1s")
+    await post(daemon, [make_run() for _ in range(3)])
+    assert daemon.wait_for_line("Reaped")["result_count"] == 3
+    await post(daemon, old_runs(3))
+    daemon.stop()
+    daemon = start_daemon(TELEMETRY_RETENTION_DAYS="90")
+    assert daemon.wait_for_line("Pruned")["result_count"] == 3
+    totals_are_right(daemon.database)
