@@ -158,9 +158,10 @@ async def _decode(body: bytes, coding: str, limit: int) -> bytes:
     size = 0
     try:
         while not decoder.eof:
+            is_starved = decoder.needs_input and not unread
             given, unread = (unread[:_SLICE], unread[_SLICE:]) if decoder.needs_input else (b"", unread)
             part = decoder.decompress(given, _SLICE)
-            if not part and not given:
+            if is_starved and not part:
                 break
             size += len(part)
             if size > limit:

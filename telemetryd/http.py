@@ -22,11 +22,9 @@ from telemetryd.body import JSON_TYPES, NDJSON_TYPES, check_media_type, read_bod
 from telemetryd.commands import CreateRuns, UpdateRun
 from telemetryd.errors import (
     BodyTooLargeError,
-    ErrorItem,
     InvalidBodyError,
     InvalidRequestError,
     RunNotFoundError,
-    describe,
 )
 from telemetryd.metrics import Metrics, wants_prometheus
 from telemetryd.middleware import NOTE, Handler, json_response, middleware
@@ -226,18 +224,15 @@ class _Batch:
         self.total += 1
 
     def _tell(self, error: InvalidBodyError, event_id: str | None) -> None:
-        index = self.total
         told = error.errors if self._told < _TOLD_IN_FULL else error.errors[:1]
         self._told += len(told)
         if left_out := len(error.errors) - len(told):
             more = f"and {left_out} more errors in this item"
             told = [*told, {"loc": ["body"], "msg": more, "type": "more_errors"}]
-        sentences = map(describe, told)
+        shown = InvalidBodyError(told)
         named = f" (event_id {event_id})" if event_id is not None else ""
-        self.errors.append(f"Item {index}{named}: {'; '.join(sentences)}")
-        self.error_details.append(
-            {"index": index, "event_id": event_id, "detail": runs.under(InvalidBodyError(told), index)}
-        )
+        self.errors.append(f"Item {self.total}{named}: {shown}")
+        self.error_details.append({"index": self.total, "event_id": event_id, "detail": runs.under(shown, self.total)})
 
 
 async def _parse_batch(request: web.Request) -> _Batch:

@@ -127,7 +127,8 @@ class Gate:
 
     def refusal(self, request: web.Request) -> web.Response | None:
         """Return the answer that keeps a request out, or None."""
-        if _endpoint(request).startswith(ADMIN_PREFIX):
+        resource = request.match_info.route.resource
+        if resource is not None and resource.canonical.startswith(ADMIN_PREFIX):
             if _is_own_unix_peer(request):
                 return None
             if self._token is None:

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
+import http.client
 import json
 import sqlite3
+import threading
+import time
+from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
-from tests.conftest import Api, MakeApi, make_run
+from telemetryd.runs import STORED
+from tests.conftest import Api, MakeApi, StartDaemon, make_run
+from tests.contract.test_conventions import high_water_mark_kb
 from tests.contract.wire import BATCH, NDJSON, RUNS, SENTENCE_OF_STATUS, check_alive, check_error, places, post, send
+from tests.http_client import call
 
 
 def lines(*items: object, end: str = "\n") -> bytes:
@@ -194,3 +203,60 @@ async def test_an_error_of_a_batch_echoes_no_long_input(api: Api) -> None:
     assert "i" * 201 not in answer.text
     assert "s" * 201 not in answer.text
     assert len(answer.json["errors"]) == 2
+
+
+def test_many_tiny_items_stop_nobody_else(start_daemon: StartDaemon) -> None:
+    """16 MiB of them, 16 KB on the wire: refused before they are built, while /health goes on answering."""
+    daemon = start_daemon()
+    bodies = {
+        "application/x-ndjson": b"1\n" * (8 << 20),
+        "application/json": b"[" + b"{}," * 5_590_000 + b"{}]",
+    }
+    for media_type, body in bodies.items():
+        before = high_water_mark_kb(daemon)
+        pauses, (status, answer) = health_during(daemon.url, BATCH, gzip.compress(body), media_type)
+        assert (status, "TELEMETRY_MAX_BATCH" in str(answer)) == (413, True)
+        assert max(pauses) < 0.3
+        assert high_water_mark_kb(daemon) - before < 120_000
+
+
+def test_a_batch_of_nothing_but_errors_is_told_shortly(start_daemon: StartDaemon) -> None:
+    """10,000 items with every field wrong made an answer of 59 MB, and nobody else was answered meanwhile."""
+    daemon = start_daemon()
+    wrong = dict.fromkeys(STORED, -1)
+    pauses, (status, answer) = health_during(
+        daemon.url, BATCH, gzip.compress(json.dumps([wrong] * 10_000).encode()), "application/json"
+    )
+    assert (status, len(answer["errors"]), len(answer["error_details"])) == (200, 10_000, 10_000)
+    assert len(answer["error_details"][0]["detail"]) == len(STORED)
+    last = answer["error_details"][-1]
+    more = f"and {len(STORED) - 1} more errors in this item"
+    assert last["index"] == 9_999
+    assert places(last["detail"]) == [("body", 9_999, "event_id"), ("body", 9_999)]
+    assert last["detail"][1] == {"loc": ["body", 9_999], "msg": more, "type": "more_errors"}
+    assert answer["errors"][-1].endswith(f"; {more}")
+    assert len(json.dumps(answer)) < 5_000_000
+    assert max(pauses) < 0.3
+
+
+def health_during(url: str, path: str, body: bytes, media_type: str) -> tuple[list[float], tuple[int, Any]]:
+    """Send a gzipped body; return how long each /health took meanwhile, and the answer."""
+    answers: list[tuple[int, Any]] = []
+
+    def send_it() -> None:
+        connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=30)
+        connection.request("POST", path, body, {"Content-Type": media_type, "Content-Encoding": "gzip"})
+        response = connection.getresponse()
+        answers.append((response.status, json.loads(response.read())))
+        connection.close()
+
+    pauses = []
+    sender = threading.Thread(target=send_it)
+    sender.start()
+    while sender.is_alive():
+        started = time.perf_counter()
+        assert call(url, "GET", "/health")[0] == 200
+        pauses.append(time.perf_counter() - started)
+        time.sleep(0.005)
+    sender.join()
+    return pauses, answers[0]

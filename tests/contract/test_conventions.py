@@ -6,10 +6,13 @@ import asyncio
 import gzip
 import json
 import logging
+import os
 import re
+import secrets
 import sqlite3
 import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -384,9 +387,65 @@ async def test_a_bomb_stops_at_the_limit(start_daemon: StartDaemon) -> None:
         assert high_water_mark_kb(daemon) - before < 32_000, coding
 
 
-async def test_a_body_that_does_not_arrive_is_408(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(body_module, "BODY_TIMEOUT_S", 0.2)
-    head = b"POST /api/v1/runs HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
-    [answer] = await send_raw(api, head, only_first=True)
-    assert "did not arrive" in check_error(answer, 408)
+SLOW = (
+    b"POST /api/v1/runs HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 5000\r\n\r\n"
+)
+
+
+async def test_a_body_that_stops_arriving_is_503(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(body_module, "SILENCE_S", 0.2)
+    [answer] = await send_raw(api, SLOW + b"{", only_first=True)
+    assert "stopped arriving" in check_error(answer, 503)
+    assert answer.headers["retry-after"] == "5"
     await check_alive(api)
+
+
+async def send_slowly(api: Api, data: bytes, step: int) -> Answer:
+    """Send a body in pieces, 20 a second, until there is an answer."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", api.client.port)
+    writer.write(SLOW)
+    answered = asyncio.ensure_future(reader.readuntil(b"\r\n\r\n"))
+    for start in range(0, len(data), step):
+        if not answered.done():
+            writer.write(data[start : start + step])
+            await asyncio.sleep(0.05)
+    async with asyncio.timeout(5):
+        status = int((await answered).split()[1])
+    writer.close()
+    return Answer(status, {}, b"")
+
+
+async def test_a_slow_body_that_goes_on_is_taken(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(body_module, "SILENCE_S", 0.3)
+    monkeypatch.setattr(body_module, "SLOWEST_BYTES_PER_S", 1000)
+    data = json.dumps(make_run()).encode().ljust(5000)
+    assert (await send_slowly(api, data, 200)).status == 201  # 4000 bytes a second
+
+
+async def test_a_body_that_only_trickles_is_503(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(body_module, "SILENCE_S", 0.3)
+    monkeypatch.setattr(body_module, "SLOWEST_BYTES_PER_S", 1000)
+    data = json.dumps(make_run()).encode().ljust(5000)
+    started = time.monotonic()
+    assert (await send_slowly(api, data, 10)).status == 503  # 200 bytes a second
+    assert time.monotonic() - started < 2
+
+
+@pytest.mark.parametrize("extra", [b"x", gzip.compress(b"{}"), bytes(200_000)], ids=["a byte", "a member", "zeros"])
+@pytest.mark.parametrize("size", [0, 1 << 17], ids=["small", "large"])
+async def test_nothing_may_follow_a_coded_body(api: Api, extra: bytes, size: int) -> None:
+    data = json.dumps(make_run(input_summary=secrets.token_hex(size))).encode()
+    compress: Callable[[bytes], bytes]
+    for coding, compress in (("gzip", gzip.compress), ("deflate", zlib.compress), ("zstd", zstd.compress)):
+        coded = compress(data)
+        assert "one complete" in check_error(await post_coded(api, coded + extra, coding), 400)
+        assert "one complete" in check_error(await post_coded(api, coded[:-1], coding), 400)
+        assert (await post_coded(api, coded, coding)).status in (200, 201)
+
+
+async def test_decoding_costs_as_much_as_there_is() -> None:
+    """Random bytes do not shrink, so every slice leaves all the rest: 160 MB were copied 2,500 times."""
+    data = os.urandom(160_000_000)
+    started = time.perf_counter()
+    assert await body_module._decode(gzip.compress(data, 0), "gzip", len(data)) == data
+    assert time.perf_counter() - started < 4
