@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from telemetryd import body as body_module
-from tests.conftest import Api, Daemon, MakeApi, StartDaemon, make_run
+from tests.conftest import Api, Daemon, MakeApi, StartDaemon, make_run, require_program
 from tests.contract.wire import BATCH, JSON, NDJSON, RUNS, Answer, check_alive, check_error, post, send, send_raw
 
 if sys.version_info >= (3, 14):
@@ -364,6 +364,7 @@ def high_water_mark_kb(daemon: Daemon) -> int:
 
 
 def curl(url: str, body: bytes, coding: str) -> tuple[int, Any]:
+    require_program("curl", "curl")
     result = subprocess.run(
         ["curl", "-sS", "-w", "\n%{http_code}", "-H", "Content-Type: application/json", "-H",
          f"Content-Encoding: {coding}", "--data-binary", "@-", url],
