@@ -55,12 +55,14 @@ def test_a_full_disk_is_503_and_then_it_goes_on(start_daemon: StartDaemon, small
                 break
     assert len(refused) >= 6
     assert sum(sent.values()) > 50
-    assert get(url, "/health") == (200, get(url, "/health")[1])
+    status, health = get(url, "/health")
+    assert (status, health["detail"]) == (503, "The last write failed: database or disk is full")
     assert get(url, "/metrics")[1]["total_runs"] == sum(sent.values()), "stored is what was acknowledged"
 
     ballast.unlink()
     for runs in refused:
         assert call(url, "POST", "/api/v1/runs/batch", runs)[1]["inserted"] == len(runs)
+    assert get(url, "/health")[0] == 200
     assert daemon.stop() == 0
     with closing(sqlite3.connect(small_disk / "telemetry.sqlite")) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
