@@ -67,7 +67,7 @@ def _load(flags: dict[str, Any]) -> LoadedSettings:
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(telemetryd.__version__, message="telemetryd %(version)s")
 def main() -> None:
-    r"""Run telemetryd, the one daemon that owns a telemetry database.
+    """Run telemetryd, the one daemon that owns a telemetry database.
 
     \b
     Exit status: 0 done; 1 the database or the address cannot be used, or the writer died;
@@ -78,7 +78,7 @@ def main() -> None:
 @main.command()
 @_settings_flags
 def serve(**flags: Any) -> None:
-    r"""Serve the API until SIGTERM or SIGINT.
+    """Serve the API until SIGTERM or SIGINT.
 
     \b
     Examples:
@@ -106,7 +106,7 @@ def serve(**flags: Any) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @_settings_flags
 def config(as_json: bool, **flags: Any) -> None:
-    r"""Print every setting with its value and where it came from; the token is masked.
+    """Print every setting with its value and where it came from; the token is masked.
 
     \b
     Examples:
