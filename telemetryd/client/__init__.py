@@ -1,0 +1,60 @@
+"""The client of telemetryd: agents never wait, never crash, and never lose a run.
+
+    from telemetryd import client as telemetry
+
+    with telemetry.run("hugo-translator", "translate_directory") as run:
+        run.items(succeeded=45)
+
+The functions here belong to one client that is made from the TELEMETRY_* variables when it is first needed; `Client`
+makes others. Only the standard library and orjson are imported.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any, Unpack
+
+from telemetryd.client.client import Client
+from telemetryd.client.config import Config
+from telemetryd.client.context import parent_run_id
+from telemetryd.client.fields import Fields
+from telemetryd.client.run import Run
+
+__all__ = ["Client", "Config", "Run", "close", "default", "flush", "parent_run_id", "record", "run", "stats"]
+
+
+@functools.cache
+def default() -> Client:
+    """Return the client that the functions of this module use.
+
+    Raises:
+        ValueError: if a variable of the environment cannot be used.
+
+    """
+    return Client()
+
+
+def run(agent_name: str, job_type: str, *, heartbeat: bool | float = False, **fields: Unpack[Fields]) -> Run:
+    """Return a run of the default client; see `Client.run`."""
+    return default().run(agent_name, job_type, heartbeat=heartbeat, **fields)
+
+
+def record(run: Mapping[str, Any]) -> str | None:
+    """Record a finished run with the default client; see `Client.record`."""
+    return default().record(run)
+
+
+def flush(timeout_s: float = 10.0) -> bool:
+    """Wait until everything has been acknowledged; see `Client.flush`."""
+    return default().flush(timeout_s)
+
+
+def stats() -> dict[str, Any]:
+    """Return what became of the lines; see `Client.stats`."""
+    return default().stats()
+
+
+def close() -> None:
+    """Send what can be sent within a bound; see `Client.close`."""
+    default().close()

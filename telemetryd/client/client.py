@@ -1,0 +1,211 @@
+"""The client: records runs in the spool, and sends them from a background thread."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import weakref
+from collections.abc import Mapping
+from dataclasses import asdict
+from types import TracebackType
+from typing import Any, Final, Self, Unpack
+
+from telemetryd.client.config import Config
+from telemetryd.client.context import Surroundings, new_run_id, new_uuid, parent_run_id, timestamp
+from telemetryd.client.counters import Counters
+from telemetryd.client.fields import Fields
+from telemetryd.client.lines import After, encode
+from telemetryd.client.run import HEARTBEAT_S, Run
+from telemetryd.client.sender import Sender
+from telemetryd.client.spool import Spool
+
+logger: Final = logging.getLogger("telemetryd.client")
+
+_STOP_S: Final = 0.5
+
+
+class Client:
+    """Records what an agent does, without ever being in its way.
+
+    A recorded line is with the operating system when the call returns, so it survives the death of the process. A
+    background thread sends it, again and again until the daemon has acknowledged it. Only the constructor raises.
+
+    Args:
+        url: the daemon: http://host:port, https://…, or unix:///path [TELEMETRY_API_URL; http://localhost:8765].
+        token: the daemon's token [TELEMETRY_API_AUTH_TOKEN or TELEMETRY_API_AUTH_TOKEN_FILE].
+        buffer_dir: the spool's folder [TELEMETRY_BUFFER_DIR; ~/.local/state/telemetryd/buffer].
+        durability: "write", or "fsync" to wait for the disk at each call [TELEMETRY_BUFFER_DURABILITY].
+        send: whether this process sends; if not, `telemetryd sync --watch` does [TELEMETRY_SEND; true].
+        fields: fields that every run gets, such as environment="prod".
+        **settings: any other field of `Config`.
+
+    Raises:
+        TypeError: if there is no such setting.
+        ValueError: if a setting cannot be used.
+
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        token: str | None = None,
+        buffer_dir: str | os.PathLike[str] | None = None,
+        durability: str | None = None,
+        send: bool | None = None,
+        fields: Mapping[str, str] | None = None,
+        **settings: Any,
+    ) -> None:
+        self.config = Config.load(
+            url=url, token=token, buffer_dir=buffer_dir, durability=durability, send=send, **settings
+        )
+        self._surroundings = Surroundings(fields or {})
+        self._counters = Counters()
+        self._spool = Spool(
+            self.config.folder,
+            fsync=self.config.durability == "fsync",
+            file_bytes=self.config.file_bytes,
+            file_age_s=self.config.file_age_s,
+        )
+        self._sender = Sender(self.config, self._spool, self._counters)
+        self._closed = False
+        _clients.add(self)
+
+    # --- Recording -------------------------------------------------------------------------------
+
+    def run(self, agent_name: str, job_type: str, *, heartbeat: bool | float = False, **fields: Unpack[Fields]) -> Run:
+        """Return a run, to be used as `with client.run(…) as run:`, as a decorator, or by its start() and finish().
+
+        Args:
+            agent_name: which agent runs.
+            job_type: what kind of job it runs.
+            heartbeat: True to tell the daemon every minute that the run is alive; or the seconds between.
+            **fields: other fields of the run, such as product="words" (docs/runs.md).
+
+        """
+        seconds = (HEARTBEAT_S if heartbeat is True else float(heartbeat)) if heartbeat else None
+        return Run(self, agent_name, job_type, seconds, fields)
+
+    def record(self, run: Mapping[str, Any]) -> str | None:
+        """Record a finished run, given as POST /api/v1/runs takes it; event_id and the like are added if missing.
+
+        Returns:
+            the event_id when the run is in the spool; None if it is not, because the disk is full, say: then it is
+            held in memory and sent from there, and the log tells.
+
+        """
+        try:
+            line: dict[str, Any] = {"event_id": None, "run_id": None, **self._surroundings.fields(), **run}
+            event_id = line["event_id"]
+            if event_id is None:
+                event_id = line["event_id"] = new_uuid()
+            if line["run_id"] is None:
+                line["run_id"] = new_run_id(str(line.get("agent_name")))
+            if line.get("start_time") is None:
+                line["start_time"] = timestamp()
+            if "parent_run_id" not in line:
+                line["parent_run_id"] = parent_run_id()
+            return event_id if self.write(line) else None
+        except Exception:  # noqa: BLE001 - whatever it is must not reach the agent
+            self._fail()
+            return None
+
+    def write(self, line: Mapping[str, Any]) -> bool:
+        """Put one line into the spool (docs/client.md has its forms); return whether it is there."""
+        try:
+            is_safe = self._spool.append(encode(line))
+            if is_safe:
+                self._counters.recorded += 1
+            else:
+                self._counters.held += 1
+            self._sender.notice()
+        except Exception:  # noqa: BLE001 - whatever it is must not reach the agent
+            self._fail()
+            return False
+        return is_safe
+
+    def _fail(self) -> None:
+        self._counters.failures += 1
+        if self._counters.failures in (1, 10, 100, 1000):
+            logger.exception("Telemetry could not be recorded (%d times so far)", self._counters.failures)
+
+    # --- What a run asks for ---------------------------------------------------------------------
+
+    def surroundings(self) -> Mapping[str, str]:
+        """Return the fields that every run gets by itself."""
+        try:
+            return self._surroundings.fields()
+        except Exception:  # noqa: BLE001 - whatever it is must not reach the agent
+            self._fail()
+            return {}
+
+    def begun(self, run: Run) -> None:
+        """Take note that a run is alive."""
+        self._sender.live[run.event_id] = run
+
+    def ended(self, run: Run) -> None:
+        """Take note that it is not any more."""
+        self._sender.live.pop(run.event_id, None)
+
+    def after(self) -> After | None:
+        """Return how far the parent process's stream had come when this one was forked."""
+        return self._spool.after
+
+    # --- Sending ---------------------------------------------------------------------------------
+
+    def flush(self, timeout_s: float = 10.0) -> bool:
+        """Wait until everything recorded so far has been acknowledged; return whether it has."""
+        return self._sender.flush(timeout_s)
+
+    def stats(self) -> dict[str, Any]:
+        """Return what became of the lines since this client was made (`telemetryd.client.counters.Counters`)."""
+        return {**asdict(self._counters), "refused": self._spool.refused}
+
+    def close(self, timeout_s: float | None = None) -> None:
+        """Send what can be sent within a bound, and leave the rest in the spool for the next process.
+
+        Happens by itself at the end of the process.
+
+        Args:
+            timeout_s: the bound; by default the setting flush_timeout_s.
+
+        """
+        if self._closed:
+            return
+        self._closed = True
+        if self.config.send:
+            self._sender.flush(self.config.flush_timeout_s if timeout_s is None else timeout_s, is_last=True)
+        if self._sender.stop(_STOP_S):  # else it still works on the stream, and the end of the process frees it
+            self._spool.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def after_fork(self) -> None:
+        """In a forked process: leave what belongs to the parent alone."""
+        self._sender.after_fork()
+        self._spool.after_fork()
+
+
+_clients: Final[weakref.WeakSet[Client]] = weakref.WeakSet()
+
+
+def _close_all() -> None:
+    for client in list(_clients):
+        client.close()
+
+
+def _after_fork() -> None:
+    for client in list(_clients):
+        client.after_fork()
+
+
+atexit.register(_close_all)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,211 @@
+"""What a run knows of its surroundings without asking: time, host, process, git, and the run around it."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import sys
+import time
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+PARENT_VARIABLE: Final = "TELEMETRY_PARENT_RUN_ID"
+"""Hands the enclosing run's run_id to child processes."""
+
+enclosing_run_id: ContextVar[str | None] = ContextVar("telemetryd_enclosing_run_id", default=None)
+
+
+def parent_run_id() -> str | None:
+    """Return the run_id of the enclosing run: of this task or thread, else of the parent process."""
+    return enclosing_run_id.get() or os.environ.get(PARENT_VARIABLE) or None
+
+
+# --- Identities ----------------------------------------------------------------------------------
+
+# Our own generator: the agent may seed the shared one, and asking the system each time costs a call.
+_random: Final = random.Random()  # noqa: S311 - unique, not secret
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_random.seed)
+
+
+def new_uuid() -> str:
+    """Return a random (version 4) UUID."""
+    digits = f"{_random.getrandbits(128):032x}"
+    variant = "89ab"[int(digits[16], 16) & 3]
+    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:]}"
+
+
+_UNSAFE: Final = re.compile(r"[^A-Za-z0-9_.-]+")
+_MAX_AGENT: Final = 200
+
+
+def new_run_id(agent_name: str) -> str:
+    """Return a run_id such as 20251231T153045Z-hugo-translator-a1b2c3d4."""
+    agent = _UNSAFE.sub("-", agent_name)[:_MAX_AGENT] if not agent_name.isidentifier() else agent_name[:_MAX_AGENT]
+    return f"{_second(time.time())[1]}-{agent}-{_random.getrandbits(32):08x}"
+
+
+# --- Time ----------------------------------------------------------------------------------------
+
+_cached_second: tuple[int, str, str] = (0, "", "")
+
+
+def _second(moment: float) -> tuple[str, str]:
+    """Return a moment's second as 2025-12-31T15:30:45 and as 20251231T153045Z; the last one is remembered."""
+    global _cached_second  # noqa: PLW0603 - a cache of one, replaced whole
+    whole = int(moment)
+    known = _cached_second
+    if known[0] != whole:
+        parts = time.gmtime(whole)
+        known = (whole, time.strftime("%Y-%m-%dT%H:%M:%S", parts), time.strftime("%Y%m%dT%H%M%SZ", parts))
+        _cached_second = known
+    return known[1], known[2]
+
+
+def timestamp(moment: float | None = None) -> str:
+    """Return a moment (seconds since the epoch; by default now) as 2025-12-31T15:30:45.123456Z."""
+    moment = time.time() if moment is None else moment
+    return f"{_second(moment)[0]}.{int(moment % 1 * 1_000_000):06d}Z"
+
+
+# --- The process ---------------------------------------------------------------------------------
+
+
+def host() -> str:
+    """Return the name of this machine."""
+    if hasattr(os, "uname"):
+        return os.uname().nodename
+    return os.environ.get("COMPUTERNAME", "")
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessIdentity:
+    """What names one process for as long as the machine runs."""
+
+    pid: int
+    start_time: int
+    """Clock ticks since the machine started: field 22 of /proc/PID/stat (proc(5))."""
+    boot_id: str
+
+    @classmethod
+    def own(cls) -> ProcessIdentity | None:
+        """Return this process's identity, or None where /proc does not tell it."""
+        if sys.platform != "linux":
+            return None
+        try:
+            stat = Path("/proc/self/stat").read_bytes()
+            boot_id = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+            # The second field is the program's name in parentheses, and may hold blanks and parentheses.
+            return cls(os.getpid(), int(stat.rpartition(b")")[2].split()[19]), boot_id)
+        except (OSError, ValueError, IndexError):
+            return None
+
+
+# --- git -----------------------------------------------------------------------------------------
+
+_HASH: Final = re.compile(r"[0-9a-f]{40}(?:[0-9a-f]{24})?")
+_USERINFO: Final = re.compile(r"^(https?://)[^/@]*@")
+_REMOTE: Final = re.compile(r'\[remote "(.*)"\]')
+
+
+def git_fields(folder: Path) -> dict[str, str]:
+    """Return git_repo, git_branch and git_commit_hash of the checkout around a folder, as far as they are known.
+
+    The files of .git are read directly (gitrepository-layout(5)); no process is started. Credentials in the remote's
+    address are left out.
+    """
+    try:
+        found = _git_folders(folder)
+        return _read_git(*found) if found is not None else {}
+    except (OSError, UnicodeDecodeError):
+        return {}
+
+
+def _git_folders(folder: Path) -> tuple[Path, Path] | None:
+    """Return a checkout's own git folder, and the one that it shares with the repository's other checkouts."""
+    for place in (folder, *folder.parents):
+        entry = place / ".git"
+        if entry.is_dir():
+            return entry, entry
+        if entry.is_file():
+            own = place / entry.read_text("utf-8").removeprefix("gitdir:").strip()
+            common = own / "commondir"
+            return own, own / common.read_text("utf-8").strip() if common.is_file() else own
+    return None
+
+
+def _read_git(own: Path, common: Path) -> dict[str, str]:
+    fields: dict[str, str] = {}
+    head = (own / "HEAD").read_text("utf-8").strip()
+    reference = head.removeprefix("ref:").strip() if head.startswith("ref:") else None
+    commit = head if reference is None else _resolve(reference, own, common)
+    if reference is not None and reference.startswith("refs/heads/"):
+        fields["git_branch"] = reference.removeprefix("refs/heads/")
+    if commit is not None and _HASH.fullmatch(commit):
+        fields["git_commit_hash"] = commit
+    if (repo := _remote(common / "config")) is not None:
+        fields["git_repo"] = repo
+    return fields
+
+
+def _resolve(reference: str, own: Path, common: Path) -> str | None:
+    for place in (own, common):
+        if (place / reference).is_file():
+            return (place / reference).read_text("utf-8").strip()
+    packed = common / "packed-refs"
+    if packed.is_file():
+        for line in packed.read_text("utf-8").splitlines():
+            commit, _, name = line.partition(" ")
+            if name == reference:
+                return commit
+    return None
+
+
+def _remote(config: Path) -> str | None:
+    """Return the address of `origin`, else of the first remote."""
+    remotes: dict[str, str] = {}
+    section: str | None = None
+    for line in config.read_text("utf-8").splitlines() if config.is_file() else ():
+        text = line.strip()
+        if text.startswith("["):
+            match = _REMOTE.match(text)
+            section = match[1] if match else None
+        elif section is not None:
+            name, _, value = text.partition("=")
+            if name.strip().lower() == "url":
+                remotes.setdefault(section, _USERINFO.sub(r"\1", value.strip().strip('"')))
+    return remotes.get("origin") or next(iter(remotes.values()), None)
+
+
+class Surroundings:
+    """The fields that each run of this process gets by itself: host and git, looked up again now and then.
+
+    Args:
+        given: fields with values of the user's own, which win.
+        fresh_s: how long what was read of git is taken for true.
+
+    """
+
+    def __init__(self, given: Mapping[str, str], fresh_s: float = 5.0) -> None:
+        self._given = dict(given)
+        self._fresh_s = fresh_s
+        self._until = 0.0
+        self._fields: dict[str, str] = {}
+
+    def fields(self) -> dict[str, str]:
+        """Return the fields; the caller does not change them."""
+        now = time.monotonic()
+        if now >= self._until:
+            self._until = now + self._fresh_s
+            try:
+                folder = Path.cwd()
+            except OSError:  # the folder was deleted under us
+                folder = Path("/")
+            self._fields = {"host": host(), **git_fields(folder), **self._given}
+        return self._fields

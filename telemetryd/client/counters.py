@@ -1,0 +1,33 @@
+"""What became of the lines, counted since the client was made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class Counters:
+    """What became of the lines, since the client was made."""
+
+    recorded: int = 0
+    """Lines that are in the spool."""
+    held: int = 0
+    """Lines that the disk did not take at once."""
+    sent: int = 0
+    """Lines that were acknowledged."""
+    stored: int = 0
+    """Runs that the daemon stored."""
+    duplicates: int = 0
+    """Runs that the daemon had already."""
+    dead: int = 0
+    """Lines in the dead-letter file."""
+    dropped: int = 0
+    """Unsent lines that were given up because of the folder's bounds."""
+    torn: int = 0
+    """Half lines at the end of files, whose call had not returned."""
+    failures: int = 0
+    """Calls that went wrong inside the client; see the log."""
+    retries: int = 0
+    """Requests that have to be repeated."""
+    problem: str | None = None
+    """Why sending does not get on at present."""

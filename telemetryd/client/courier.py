@@ -1,0 +1,74 @@
+"""Carries one stream to the daemon: window after window, each noted as sent only when it has come to its end."""
+
+from __future__ import annotations
+
+import logging
+from typing import Final
+
+from telemetryd.client.counters import Counters
+from telemetryd.client.delivery import MAX_BYTES, Delivery, Parcel, WaitError, ready_lines
+from telemetryd.client.folder import Stream, Window, is_sent
+from telemetryd.client.lines import read_object
+
+logger: Final = logging.getLogger("telemetryd.client")
+
+_WAIT_S: Final = 0.3
+
+
+class Courier:
+    """Sends the lines of a stream in their order.
+
+    Args:
+        stream: the stream, which we own.
+        delivery: how lines are sent.
+        counters: where is counted what becomes of them.
+
+    """
+
+    def __init__(self, stream: Stream, delivery: Delivery, counters: Counters) -> None:
+        self.stream = stream
+        self._delivery = delivery
+        self._counters = counters
+        self._window: Window | None = None
+        self._parcel: Parcel | None = None
+
+    def carry(self) -> int:
+        """Send the next lines; return how many (at least 1), or 0 if there are none now.
+
+        Raises:
+            RetryError: if they have to be sent again later; call again then.
+            OSError: if the spool or the dead-letter file fails.
+
+        """
+        if self._window is None or self._parcel is None:
+            self._window = self._next_window()
+            if self._window is None:
+                return 0
+            self._parcel = Parcel.of(self._lines(self._window))
+        window, parcel = self._window, self._parcel
+        if (window.number, window.start) == (self.stream.number, self.stream.offset):  # else the file was given up
+            self._delivery.send(parcel)
+            self.stream.advance(window)
+        self._window = self._parcel = None
+        return max(len(window.lines), 1)
+
+    def _next_window(self) -> Window | None:
+        window = self.stream.window(self._delivery.rows, MAX_BYTES)
+        if window is None:
+            return None
+        ready = ready_lines(window.lines, lambda after: is_sent(self.stream.folder, after))
+        if ready < len(window.lines):
+            if ready == 0:
+                raise WaitError("The next lines wait for another process's stream", _WAIT_S)
+            window = Window(window.lines[:ready], window.number, window.start)
+        return window
+
+    def _lines(self, window: Window) -> list[bytes]:
+        if window.torn:
+            if read_object(window.torn) is not None:  # only its newline is missing
+                return [window.torn]
+            self._counters.torn += 1
+            logger.warning(
+                "The last line of a spool file is torn and left out; its call had not returned: %.100r", window.torn
+            )
+        return [line for line in window.lines if line.strip()]

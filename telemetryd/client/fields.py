@@ -1,0 +1,72 @@
+"""The fields of a run as the client's keyword arguments; a test holds them equal to telemetryd/runs.py."""
+
+from __future__ import annotations
+
+from typing import Any, Final, TypedDict
+
+
+class Details(TypedDict, total=False):
+    """What may be said of a run at its end, besides its status."""
+
+    end_time: str
+    items_succeeded: int
+    items_failed: int
+    items_skipped: int
+    duration_ms: int
+    output_summary: str
+    error_summary: str
+    error_details: str
+    metrics_json: dict[str, Any]
+    context_json: dict[str, Any]
+    git_commit_source: str
+    git_commit_author: str
+    git_commit_timestamp: str
+
+
+class Changes(Details, total=False):
+    """What may still be said of a run after its start (the fields that PATCH takes)."""
+
+    status: str
+
+
+class Fields(Changes, total=False):
+    """What may be said of a run at its start."""
+
+    event_id: str
+    run_id: str
+    created_at: str
+    start_time: str
+    product: str
+    product_family: str
+    platform: str
+    subdomain: str
+    website: str
+    website_section: str
+    item_name: str
+    items_discovered: int
+    input_summary: str
+    source_ref: str
+    target_ref: str
+    git_repo: str
+    git_branch: str
+    git_commit_hash: str
+    git_run_tag: str
+    host: str
+    environment: str
+    trigger_type: str
+    api_posted: bool
+    api_posted_at: str
+    api_retry_count: int
+    insight_id: str
+    parent_run_id: str
+
+
+class NamedFields(Fields, total=False):
+    """What a finished run may bring along, names of agent and job included."""
+
+    agent_name: str
+    job_type: str
+
+
+CHANGES: Final = frozenset(Changes.__annotations__)
+FIELDS: Final = frozenset(NamedFields.__annotations__)

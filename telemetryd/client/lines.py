@@ -1,0 +1,197 @@
+"""The spool's lines: how a run, a change to a run and an event of a run are written, and read again.
+
+A line is one JSON object, and says by its first bytes what it is:
+
+    {"event_id":"…", …}                                       a run, just as POST /api/v1/runs takes it
+    {"op":"update","event_id":"…","fields":{…}}               changes, as PATCH takes them
+    {"op":"event","event_id":"…","event":{"event_key":…, …}}  an event of a run
+
+A line that was written by a forked process about a run of its parent also holds `"after":[stream,number,size]`:
+where the parent's spool stood at the fork, which must have been sent before.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import orjson
+
+OP: Final = b'{"op":"'
+RUN: Final = b'{"event_id":"'
+_STARTS: Final = (RUN, OP)
+_NUL: Final = b"\\u0000"
+
+Json = dict[str, Any]
+After = tuple[str, int, int]
+"""A stream, the number of one of its files, and a size of that file."""
+
+
+# --- Writing -------------------------------------------------------------------------------------
+
+
+def encode(value: Mapping[str, Any]) -> bytes:
+    """Return a value as one line with its newline; what JSON has no form for becomes text."""
+    try:
+        line = orjson.dumps(value, _as_text, orjson.OPT_APPEND_NEWLINE)
+    except (TypeError, ValueError):  # keys that are no strings, lone surrogates, integers beyond 64 bits, depth
+        line = orjson.dumps(_tame(value, 100), _as_text, orjson.OPT_APPEND_NEWLINE)
+    if _NUL in line:  # the daemon refuses NUL characters
+        line = orjson.dumps(_tame(orjson.loads(line), 100), None, orjson.OPT_APPEND_NEWLINE)
+    return line
+
+
+def _as_text(value: object) -> str:
+    return str(value)
+
+
+def _tame(value: object, depth: int) -> object:
+    """Return a value that JSON and the daemon can hold, as near to the given one as possible."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode().replace("\0", "\N{REPLACEMENT CHARACTER}")
+    if isinstance(value, int) and not isinstance(value, bool) and not -(2**63) <= value < 2**63:
+        return str(value)
+    if depth == 0:
+        return _tame(repr(value)[:1000], 1)
+    if isinstance(value, Mapping):
+        return {str(_tame(str(key), 1)): _tame(item, depth - 1) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_tame(item, depth - 1) for item in value]
+    return value
+
+
+# --- Reading -------------------------------------------------------------------------------------
+
+
+def mend(line: bytes) -> bytes | None:
+    """Return the whole line that stands behind a torn one, or None.
+
+    A write that the disk cut short leaves half a line without a newline, and the next line of another thread
+    follows at once. Where a line begins can be told: only the true beginning is a JSON text up to the end.
+    """
+    for start in _STARTS:
+        at = line.rfind(start)
+        while at > 0:
+            if read_object(line[at:]) is not None:
+                return line[at:]
+            at = line.rfind(start, 0, at)
+    return None
+
+
+def read_object(line: bytes) -> Json | None:
+    """Return a line as a JSON object, or None if it is none."""
+    try:
+        value = orjson.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+@dataclass(slots=True)
+class RunItem:
+    """A run to be created, and the lines that it stands for."""
+
+    body: bytes
+    lines: list[bytes]
+    changes: Json | None = None
+    """The later changes that `body` has already; to be sent as well if the run was known before."""
+    event_id: str = ""
+
+
+@dataclass(slots=True)
+class UpdateItem:
+    """Changes to one run, and the lines they come from."""
+
+    event_id: str
+    fields: Json
+    lines: list[bytes]
+
+
+@dataclass(slots=True)
+class EventItem:
+    """One event of a run."""
+
+    event_id: str
+    event: Json
+    line: bytes
+
+
+@dataclass(slots=True)
+class Plan:
+    """What a window of lines asks for, in the order in which it has to be sent."""
+
+    runs: list[RunItem] = field(default_factory=list)
+    events: dict[str, list[EventItem]] = field(default_factory=dict)
+    updates: dict[str, UpdateItem] = field(default_factory=dict)
+    unreadable: list[bytes] = field(default_factory=list)
+
+
+def after_of(line: bytes) -> After | None:
+    """Return what must have been sent before a line, or None."""
+    if line.startswith(OP) and b'"after":[' in line:
+        value = (read_object(line) or {}).get("after")
+        if isinstance(value, list) and len(value) == 3:
+            return str(value[0]), int(value[1]), int(value[2])
+    return None
+
+
+def plan(lines: list[bytes]) -> Plan:
+    """Sort lines into requests: changes of a run whose start is among the lines become part of its start."""
+    result = Plan()
+    started: dict[str, RunItem] = {}
+    for line in lines:
+        if not line.startswith(OP):
+            result.runs.append(RunItem(line, [line]))
+    if len(result.runs) == len(lines):
+        return result
+    for item in result.runs:
+        item.event_id = _event_id(item.body)
+        started.setdefault(item.event_id, item)
+    for line in lines:
+        if line.startswith(OP):
+            _add_operation(result, started, line)
+    for item in started.values():
+        if item.changes:
+            run = read_object(item.body)
+            if run is not None:
+                item.body = orjson.dumps({**run, **item.changes})
+    return result
+
+
+def _event_id(line: bytes) -> str:
+    if line.startswith(RUN):
+        raw = line[len(RUN) : line.find(b'"', len(RUN))]
+        if b"\\" not in raw:
+            return raw.decode("utf-8", "replace")
+    value = (read_object(line) or {}).get("event_id")
+    return value if isinstance(value, str) else ""
+
+
+def _add_operation(result: Plan, started: Mapping[str, RunItem], line: bytes) -> None:
+    value = read_object(line) or {}
+    event_id, fields, event = value.get("event_id"), value.get("fields"), value.get("event")
+    if not isinstance(event_id, str):
+        result.unreadable.append(line)
+    elif value["op"] == "update" and isinstance(fields, dict):
+        if (run := started.get(event_id)) is not None:
+            run.changes = {**(run.changes or {}), **fields}
+            run.lines.append(line)
+        elif (known := result.updates.get(event_id)) is not None:
+            known.fields = {**known.fields, **fields}
+            known.lines.append(line)
+        else:
+            result.updates[event_id] = UpdateItem(event_id, fields, [line])
+    elif value["op"] == "event" and isinstance(event, dict):
+        result.events.setdefault(event_id, []).append(EventItem(event_id, event, line))
+    else:
+        result.unreadable.append(line)
+
+
+def dead_letter(line: bytes, status: int | None, reason: object, moment: str) -> bytes:
+    """Return the dead-letter file's line for a line that will never be taken."""
+    value = read_object(line)
+    told: Json = {"time": moment, "status": status, "reason": reason}
+    told["line"] = value if value is not None else line.decode("utf-8", "backslashreplace")
+    return json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n"

@@ -1,0 +1,269 @@
+"""The writing end of the spool: one whole line by one write(2), without a lock, before the call returns.
+
+What that promises: a line is with the kernel when `append` returns True, so it survives SIGKILL of the process at any
+moment; with `fsync` it is on the disk, so it survives a power cut as well.
+
+Why no lock: write(2) on an O_APPEND descriptor is atomic towards other writes of the same file, and gives the
+interpreter's lock away. A thread that has to wait for that lock again would keep every other one waiting for ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Final
+
+from telemetryd.client.folder import ACTIVE, READY, Position, Stream, make_room, open_active
+from telemetryd.client.lines import After
+
+logger: Final = logging.getLogger("telemetryd.client")
+
+_HELD_BYTES: Final = 8 << 20
+"""How much is held in memory when the disk takes nothing more."""
+_HELD_RETRY_S: Final = 0.2
+_GRACE_S: Final = 0.0005
+_CLOSED: Final = -1
+
+
+class Spool:
+    """One process's stream, to which any thread may append.
+
+    Args:
+        folder: where the files are; made when the first line comes.
+        fsync: wait for the disk at each line.
+        file_bytes: begin a new file when this one is so large,
+        file_age_s: or so old, in seconds.
+
+    """
+
+    def __init__(self, folder: Path, *, fsync: bool, file_bytes: int, file_age_s: float) -> None:
+        self._folder = folder
+        self._fsync = fsync
+        self._file_bytes = file_bytes
+        self._file_age_s = file_age_s
+        self.after: After | None = None
+        """Where the parent's stream stood when this process was forked."""
+        self.refused = 0
+        """Lines that neither the disk nor the memory had room for."""
+        self._reset()
+
+    def _reset(self) -> None:
+        self.stream: Stream | None = None
+        self._lock = threading.RLock()  # a signal handler may append while this thread does
+        self._file = _CLOSED
+        self._number = 0
+        self._written = 0
+        self._opened = 0.0
+        self._retired: list[int] = []
+        self._tickets = itertools.count()
+        self._writing: set[int] = set()
+        self._held: list[bytes] = []
+        self._held_bytes = 0
+        self._taken: list[bytes] = []
+        self._torn = False
+        self._next_try = 0.0
+        self._complained = float("-inf")
+
+    # --- Any thread ------------------------------------------------------------------------------
+
+    def append(self, line: bytes) -> bool:
+        """Write a line, which ends with its newline; False means that it is held in memory at best."""
+        if self._held or self._taken:
+            return self._append_behind_held(line)
+        ticket = next(self._tickets)
+        try:
+            self._writing.add(ticket)  # before the descriptor is looked at: see settled()
+            file = self._file
+            written = os.write(file, line)
+            if self._fsync:
+                os.fsync(file)
+        except OSError:  # not open yet, or the disk refuses
+            written = 0
+        finally:
+            self._writing.discard(ticket)
+        if written != len(line):
+            self._torn = self._torn or written > 0
+            return self._append_behind_held(line)
+        self._written += written
+        if self._written >= self._file_bytes:
+            self._rotate(wait=False)
+        return True
+
+    def _append_behind_held(self, line: bytes) -> bool:
+        with self._lock:
+            if self._held_bytes + len(line) > _HELD_BYTES:
+                self.refused += 1
+                self._complain("The spool and the memory behind it are full: a line is lost")
+                return False
+            self._held.append(line)
+            self._held_bytes += len(line)
+            if time.monotonic() < self._next_try or self._taken:
+                return False
+            return self._write_held()
+
+    def write_held(self) -> None:
+        """Try again to write the lines that the disk refused."""
+        with self._lock:
+            if self._held and not self._taken:
+                self._write_held()
+
+    def _write_held(self) -> bool:
+        try:
+            if self._file == _CLOSED:
+                self._open()
+            while self._held:
+                line = self._held[0]
+                text = b"\n" + line if self._torn else line
+                written = os.write(self._file, text)
+                if written != len(text):
+                    self._torn = self._torn or written > 0
+                    raise OSError("the disk took only a part of a line")  # noqa: TRY301 - one place to give up
+                self._torn = False
+                self._written += written
+                self._held_bytes -= len(self._held.pop(0))
+            if self._fsync:
+                os.fsync(self._file)
+        except OSError as error:
+            self._next_try = time.monotonic() + _HELD_RETRY_S
+            self._complain(f"The spool in {self._folder} cannot be written, lines are kept in memory: {error}")
+            with contextlib.suppress(OSError):
+                make_room(self._folder)
+            return False
+        self._next_try = 0.0
+        return True
+
+    def _open(self) -> None:
+        if self.stream is None:
+            self.stream = Stream.create(self._folder)
+            self.stream.live = self
+            self._number = 0
+        self._file = open_active(self.stream.path(self._number, ACTIVE))
+        self._written = 0
+        self._opened = time.monotonic()
+        if self._fsync:
+            folder = os.open(self._folder, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+
+    def _complain(self, text: str) -> None:
+        now = time.monotonic()
+        if now - self._complained >= 60:
+            self._complained = now
+            logger.warning("%s", text)
+
+    def _rotate(self, *, wait: bool) -> None:
+        """Begin a new file, unless another thread is just doing so."""
+        if not self._lock.acquire(blocking=wait):
+            return
+        try:
+            if self._file == _CLOSED or self.stream is None or self._written == 0:
+                return
+            old, old_number = self._file, self._number
+            new = open_active(self.stream.path(old_number + 1, ACTIVE))
+            self._file, self._number = new, old_number + 1
+            self._written, self._opened = 0, time.monotonic()
+            self._retired.append(old)
+            self.stream.path(old_number, ACTIVE).rename(self.stream.path(old_number, READY))
+        except OSError as error:  # then this file grows on
+            self._written = 0
+            self._complain(f"The spool in {self._folder} cannot begin a new file: {error}")
+        finally:
+            self._lock.release()
+
+    # --- The sender's thread ---------------------------------------------------------------------
+
+    def end(self) -> Position:
+        """Return where the stream ends now."""
+        with self._lock:
+            if self._file == _CLOSED:
+                return self._number, 0
+            return self._number, os.fstat(self._file).st_size
+
+    def rotate_if_old(self) -> None:
+        """Begin a new file if this one has been written for long enough."""
+        if self._file != _CLOSED and time.monotonic() - self._opened >= self._file_age_s:
+            self._rotate(wait=True)
+
+    def settled(self, number: int) -> bool:
+        """Tell whether nobody writes to a file any more; closes it then.
+
+        A thread notes that it writes before it looks which file that is. So whoever looked before the file was
+        retired is among those that write now, and has written when they have.
+        """
+        with self._lock:
+            if number >= self._number and self._file != _CLOSED:
+                return False
+            retired, self._retired = self._retired, []
+        self._wait_for_writers()
+        for file in retired:
+            os.close(file)
+        return True
+
+    def _wait_for_writers(self) -> None:
+        for ticket in tuple(self._writing):
+            while ticket in self._writing:
+                time.sleep(_GRACE_S)
+
+    def take_held(self, rows: int) -> list[bytes]:
+        """Take lines that the disk refused, to send them from memory; nothing is written before they are back."""
+        with self._lock:
+            self._taken, self._held = self._held[:rows], self._held[rows:]
+            return [line.rstrip(b"\n") for line in self._taken]
+
+    def give_back(self, *, sent: bool) -> None:
+        """Say what became of the lines that were taken."""
+        with self._lock:
+            if sent:
+                self._held_bytes -= sum(map(len, self._taken))
+            else:
+                self._held[:0] = self._taken
+            self._taken = []
+
+    @property
+    def holds(self) -> bool:
+        """Whether lines wait in memory."""
+        return bool(self._held)
+
+    def close(self) -> None:
+        """Leave the stream to whoever comes next; a line that comes later begins a new one."""
+        with self._lock:
+            if self._held and not self._taken:
+                self._write_held()
+            stream, file, number = self.stream, self._file, self._number
+            self.stream, self._file = None, _CLOSED
+            retired, self._retired = self._retired, []
+        self._wait_for_writers()
+        for each in (*retired, file):
+            if each != _CLOSED:
+                os.close(each)
+        if stream is None:
+            return
+        stream.live = None
+        with contextlib.suppress(OSError):
+            if file != _CLOSED:
+                stream.path(number, ACTIVE).rename(stream.path(number, READY))
+            stream.window(1, 1)  # marks files that have been sent whole
+        with contextlib.suppress(OSError):
+            stream.release()
+
+    # --- fork ------------------------------------------------------------------------------------
+
+    def after_fork(self) -> None:
+        """In a forked process: leave the parent's stream alone, and remember how far it had come."""
+        stream, files = self.stream, (*self._retired, self._file)
+        if stream is not None:
+            with contextlib.suppress(OSError):
+                size = os.fstat(self._file).st_size if self._file != _CLOSED else 0
+                self.after = (stream.name, self._number, size)
+            stream.forget()
+        for file in files:
+            if file != _CLOSED:
+                os.close(file)
+        self._reset()

@@ -1,0 +1,145 @@
+"""Speaks HTTP/1.1 to the daemon over one kept connection, TCP or Unix socket, with the standard library only."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import http.client
+import socket
+from dataclasses import dataclass
+from typing import Any, Final
+from urllib.parse import SplitResult, quote, unquote, urlsplit
+
+import orjson
+
+import telemetryd
+from telemetryd.client.config import Config
+
+_CONNECT_TIMEOUT_S: Final = 5.0
+_MAX_ANSWER: Final = 32 << 20
+_GZIP_FROM: Final = 1024
+_IDLE_ERRORS: Final = (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError)
+
+
+class UnreachableError(Exception):
+    """There was no answer, or none that is HTTP."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the daemon, or something in its place, answered."""
+
+    status: int
+    headers: dict[str, str]
+    """Names in lower case."""
+    body: Any
+    """The decoded JSON; None if it is none."""
+
+    @property
+    def detail(self) -> Any:
+        """What an error says of itself."""
+        return self.body.get("detail") if isinstance(self.body, dict) else None
+
+
+def run_path(event_id: str) -> str:
+    """Return the path of a run."""
+    return f"/api/v1/runs/{quote(event_id, safe='')}"
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: str, timeout: float) -> None:
+        super().__init__("localhost", timeout=timeout)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
+
+
+class Transport:
+    """One connection, made when it is needed and made anew when it is broken; not for several threads at once."""
+
+    def __init__(self, config: Config) -> None:
+        self._address: SplitResult = urlsplit(config.url)
+        self._timeout_s = config.timeout_s
+        self._prefix = "" if self._address.scheme == "unix" else self._address.path.rstrip("/")
+        self._headers = {"User-Agent": f"telemetryd-client/{telemetryd.__version__}"}
+        if config.token:
+            self._headers["Authorization"] = f"Bearer {config.token}"
+        self._connection: http.client.HTTPConnection | None = None
+        # On the same machine compressing costs more than it saves (docs/client.md has the figures).
+        self._compresses = not self.is_local
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the daemon runs on this very machine, as far as the address tells."""
+        host = self._address.hostname or ""
+        return self._address.scheme == "unix" or host in ("localhost", "::1") or host.startswith("127.")
+
+    def request(
+        self, method: str, path: str, body: bytes | None = None, media_type: str = "application/json"
+    ) -> Answer:
+        """Send a request and return the answer, whatever its status.
+
+        Every request of the client may be repeated. So if a kept connection turns out to be closed, it is sent again
+        at once.
+
+        Raises:
+            UnreachableError: if there is no answer; the message says why.
+
+        """
+        headers = dict(self._headers)
+        if body is not None:
+            headers["Content-Type"] = media_type
+            if self._compresses and len(body) >= _GZIP_FROM:
+                body = gzip.compress(body, 1)
+                headers["Content-Encoding"] = "gzip"
+        was_idle = self._connection is not None
+        try:
+            try:
+                return self._exchange(method, path, body, headers)
+            except _IDLE_ERRORS:
+                self.close()
+                if not was_idle:
+                    raise
+                return self._exchange(method, path, body, headers)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            self.close()
+            raise UnreachableError(f"{self._address.geturl()}: {error or type(error).__name__}") from error
+
+    def _exchange(self, method: str, path: str, body: bytes | None, headers: dict[str, str]) -> Answer:
+        connection = self._connection
+        if connection is None:
+            connection = self._connection = self._connect()
+        connection.request(method, self._prefix + path, body, headers)
+        with connection.getresponse() as response:
+            text = response.read(_MAX_ANSWER)
+            if not response.isclosed():
+                self.close()  # more than we care to read
+            answer_headers = {name.lower(): value for name, value in response.getheaders()}
+            if response.will_close:
+                self.close()
+        decoded = None
+        with contextlib.suppress(ValueError):
+            decoded = orjson.loads(text)
+        return Answer(response.status, answer_headers, decoded)
+
+    def _connect(self) -> http.client.HTTPConnection:
+        address, timeout = self._address, min(_CONNECT_TIMEOUT_S, self._timeout_s)
+        connection: http.client.HTTPConnection
+        if address.scheme == "unix":
+            connection = _UnixConnection(unquote(address.netloc + address.path), timeout)
+        elif address.scheme == "https":
+            connection = http.client.HTTPSConnection(address.hostname or "", address.port, timeout=timeout)
+        else:
+            connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=timeout)
+        connection.connect()
+        connection.sock.settimeout(self._timeout_s)
+        return connection
+
+    def close(self) -> None:
+        """Close the connection; the next request opens another."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
