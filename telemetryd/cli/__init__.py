@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 import telemetryd
-from telemetryd.cli import database, serve, upkeep
+from telemetryd.cli import agents, database, serve, upkeep
 from telemetryd.cli.options import NO_FLAG, flag
 
 __all__ = ["NO_FLAG", "flag", "main"]
@@ -38,6 +38,8 @@ for command in (
     database.check,
     upkeep.prune,
     upkeep.reap,
+    agents.sync,
+    agents.replay,
 ):
     main.add_command(command)
 

@@ -31,6 +31,8 @@ class Courier:
         self._counters = counters
         self._window: Window | None = None
         self._parcel: Parcel | None = None
+        self.carried_bytes = 0
+        """How much of the spool the last call sent."""
 
     def carry(self) -> int:
         """Send the next lines; return how many (at least 1), or 0 if there are none now.
@@ -49,6 +51,7 @@ class Courier:
         if (window.number, window.start) == (self.stream.number, self.stream.offset):  # else the file was given up
             self._delivery.send(parcel)
             self.stream.advance(window)
+        self.carried_bytes = window.end[1] - window.start
         self._window = self._parcel = None
         return max(len(window.lines), 1)
 
