@@ -25,7 +25,6 @@ __all__ = ["RunContext", "TelemetryClient", "TelemetryConfig"]
 logger: Final = logging.getLogger("telemetryd.client")
 
 _PAGE: Final = 500
-_METRIC_FIELDS: Final = ("metrics_json", "context_json")
 
 
 @dataclass
@@ -135,15 +134,13 @@ class TelemetryClient:
     def _begin(self, agent_name: str, job_type: str, trigger_type: str, fields: Mapping[str, Any]) -> Run:
         given = {"agent_owner": self.config.agent_owner, **fields, "trigger_type": trigger_type}
         known = {name: value for name, value in given.items() if value is not None}
-        return self._client.run(agent_name, job_type, **known).start()  # type: ignore[arg-type]
+        return self._client.run(agent_name, job_type, **known).start()
 
     def log_event(self, run_id: str, event_type: str, payload: Mapping[str, Any] | None = None) -> None:
         """Record something that happened during a run."""
         run = self._runs.get(run_id)
         if run is None:
-            logger.warning(
-                "No run of this process goes on with run_id %r: event %r is not recorded", run_id, event_type
-            )
+            logger.warning("No run of this process has run_id %r: event %r is not recorded", run_id, event_type)
         else:
             run.event(event_type, payload)
 
@@ -151,7 +148,7 @@ class TelemetryClient:
         """End a run."""
         run = self._runs.pop(run_id, None)
         if run is None:
-            logger.warning("No run of this process goes on with run_id %r: its end is not recorded", run_id)
+            logger.warning("No run of this process has run_id %r: its end is not recorded", run_id)
         else:
             run.finish(status, **kw)
 
@@ -202,16 +199,12 @@ class TelemetryClient:
             while page is not None:
                 answer = transport.request("GET", page)
                 if answer.status != 200 or not isinstance(answer.body, list):
-                    logger.warning(
-                        "Stale runs not cleaned up: the daemon answered %s: %s", answer.status, answer.detail
-                    )
+                    logger.warning("Stale runs not cleaned up: answer %s: %s", answer.status, answer.detail)
                     break
                 for run in answer.body:
                     if run["updated_at"] < before and run["event_id"] not in own:
-                        changes = _stale_changes(run["created_at"])
-                        cancelled += (
-                            transport.request("PATCH", run_path(run["event_id"]), encode(changes)).status == 200
-                        )
+                        body = encode(_stale_changes(run["created_at"]))
+                        cancelled += transport.request("PATCH", run_path(run["event_id"]), body).status == 200
                 page = _next_page(answer.headers.get("link", ""))
         except (UnreachableError, KeyError, TypeError) as error:
             logger.warning("Stale runs not cleaned up: %s", error)

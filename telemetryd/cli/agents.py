@@ -36,7 +36,7 @@ from telemetryd.client.folder import (
 from telemetryd.client.lines import dead_letter, encode, read_object
 from telemetryd.client.sender import Backoff
 from telemetryd.client.transport import Transport
-from telemetryd.errors import describe
+from telemetryd.errors import ErrorItem, describe
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -351,6 +351,6 @@ class _Refusals:
 def _reasons(reason: object) -> list[str]:
     faults = reason if isinstance(reason, list) else [reason]
     return [
-        describe(fault) if isinstance(fault, dict) and {"loc", "msg"} <= fault.keys() else str(fault)
+        describe(cast("ErrorItem", fault)) if isinstance(fault, dict) and {"loc", "msg"} <= fault.keys() else str(fault)
         for fault in faults
     ]
