@@ -1,4 +1,4 @@
--- The schema of a telemetryd database, version 10.
+-- The schema of a telemetryd database, version 11.
 -- Generated from migrations/ by `make schema`; do not edit.
 
 CREATE TABLE agent_runs (
@@ -50,6 +50,15 @@ CREATE TABLE agent_runs (
     git_commit_timestamp TEXT
 ) STRICT;
 
+CREATE TABLE run_events (
+    id INTEGER PRIMARY KEY,
+    run INTEGER NOT NULL REFERENCES agent_runs (id) ON DELETE CASCADE,
+    event_key TEXT NOT NULL CHECK (length(event_key) BETWEEN 1 AND 255),
+    event_type TEXT NOT NULL,
+    timestamp TEXT NOT NULL,
+    payload TEXT CHECK (payload IS NULL OR json_valid(payload))
+) STRICT;
+
 CREATE TABLE run_hours (
     hour TEXT NOT NULL PRIMARY KEY,
     first_start TEXT NOT NULL,
@@ -60,6 +69,21 @@ CREATE TABLE run_minutes (
     minute TEXT NOT NULL PRIMARY KEY,
     runs INTEGER NOT NULL CHECK (runs >= 0)
 ) STRICT, WITHOUT ROWID;
+
+CREATE TABLE run_processes (
+    run INTEGER PRIMARY KEY REFERENCES agent_runs (id) ON DELETE CASCADE,
+    pid INTEGER NOT NULL,
+    start_time INTEGER NOT NULL,
+    boot_id TEXT NOT NULL,
+    machine TEXT NOT NULL,
+    pid_namespace TEXT NOT NULL,
+    cgroup TEXT,
+    oom_kills INTEGER,
+    registered_at TEXT NOT NULL,
+    certified_at TEXT,
+    error_summary TEXT,
+    error_details TEXT
+) STRICT;
 
 CREATE TABLE run_totals (
     agent_name TEXT NOT NULL,
@@ -83,6 +107,12 @@ CREATE TABLE unconverted_values (
     PRIMARY KEY (run, field)
 ) STRICT, WITHOUT ROWID;
 
+CREATE UNIQUE INDEX idx_events_key ON run_events (run, event_key);
+
+CREATE INDEX idx_events_time ON run_events (run, timestamp);
+
+CREATE INDEX idx_processes_waiting ON run_processes (pid, start_time) WHERE certified_at IS NULL;
+
 CREATE INDEX idx_runs_agent ON agent_runs (agent_name, job_type, status, created_at);
 
 CREATE INDEX idx_runs_agent_created ON agent_runs (agent_name, created_at);
@@ -100,4 +130,4 @@ CREATE INDEX idx_runs_start ON agent_runs (start_time);
 CREATE INDEX idx_runs_status ON agent_runs (status, created_at);
 
 PRAGMA application_id = 1953262948;
-PRAGMA user_version = 10;
+PRAGMA user_version = 11;

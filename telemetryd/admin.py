@@ -109,7 +109,7 @@ async def prune(store: Store, body: object, now: datetime) -> Answer:
     done = await store.submit(PruneRuns(before, wanted.limit, wanted.agent_name, wanted.status, versions))
     return {
         "pruned": done.runs,
-        "more": done.runs == wanted.limit or done.free_pages > 0,
+        "more": done.more,
         "created_before": before,
     }
 

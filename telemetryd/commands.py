@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 
 from telemetryd.runs import Row, SqlValue
 
@@ -52,10 +53,116 @@ class Updated:
 
 
 @dataclass(frozen=True, slots=True)
+class CreateEvents:
+    """Store events of a run, each unless its key is known. Outcome: `EventsCreated`, or None if there is no run."""
+
+    event_id: str
+    rows: tuple[Row, ...]
+    """In the order of `events.STORED`."""
+    size: int = 0
+    """About how many bytes the rows hold: those of the body that they came in."""
+
+    @property
+    def cost(self) -> int:
+        """How many rows it touches at most."""
+        return len(self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class EventsCreated:
+    """How many of a `CreateEvents` were new."""
+
+    inserted: int
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A process that works on runs, as this machine knows it: neither a number used again nor a namesake elsewhere."""
+
+    pid: int
+    start_time: int
+    """Clock ticks since boot (field 22 of /proc/PID/stat)."""
+    boot_id: str
+    machine: str
+    """A hash of the machine's id; empty if it has none."""
+    pid_namespace: str
+    """In which the pid counts."""
+    cgroup: str | None = None
+    oom_kills: int | None = None
+    """The cgroup's count of out-of-memory kills when the process was registered."""
+
+
+@dataclass(frozen=True, slots=True)
+class RegisterProcess:
+    """Note which process works on a run, in the place of any earlier one. Outcome: `Registration`."""
+
+    event_id: str
+    process: Process
+
+    @property
+    def cost(self) -> int:
+        """How many rows it touches at most."""
+        return 1
+
+    @property
+    def size(self) -> int:
+        """About how many bytes it holds."""
+        return 0
+
+
+class Registration(StrEnum):
+    """What came of a `RegisterProcess`."""
+
+    DONE = "done"
+    NO_RUN = "no run"
+    NOT_RUNNING = "not running"
+
+
+@dataclass(frozen=True, slots=True)
+class Death:
+    """What is known of a process's end, in the words that its runs get."""
+
+    ended_at: str
+    error_summary: str
+    error_details: str
+
+
+@dataclass(frozen=True, slots=True)
+class EndProcess:
+    """Fail the running runs of a process that has ended, at most `limit`; without a death only forget them.
+
+    Outcome: `ProcessEnded`.
+    """
+
+    process: Process
+    death: Death | None
+    limit: int
+
+    @property
+    def cost(self) -> int:
+        """How many rows it touches at most."""
+        return self.limit
+
+    @property
+    def size(self) -> int:
+        """About how many bytes it holds."""
+        return 0
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessEnded:
+    """Which runs an `EndProcess` failed (their event_ids), and whether others of that process are left."""
+
+    failed: tuple[str, ...]
+    more: bool
+
+
+@dataclass(frozen=True, slots=True)
 class PruneRuns:
     """Delete the oldest runs created before a moment, at most `limit`. Outcome: `Pruned`.
 
-    If there are fewer, a slice of the file's free space is returned as well.
+    A slice that meets very many events is cut short; the rest is left for the next one.
+    If there are fewer runs than `limit`, a slice of the file's free space is returned as well.
     With `versions`, pairs of id and updated_at, only those of them that have not changed since: so a client
     deletes exactly what it has archived, whatever its clock says.
     """
@@ -79,10 +186,10 @@ class PruneRuns:
 
 @dataclass(frozen=True, slots=True)
 class Pruned:
-    """How many runs a `PruneRuns` deleted, and how many free pages of the file could still be returned."""
+    """How many runs a `PruneRuns` deleted, and whether there is more to do: runs to delete or space to return."""
 
     runs: int
-    free_pages: int
+    more: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,5 +218,5 @@ class Reaped:
     runs: int
 
 
-Command = CreateRuns | UpdateRun | PruneRuns | ReapRuns
-Outcome = Created | Updated | Pruned | Reaped | None
+Command = CreateRuns | UpdateRun | CreateEvents | RegisterProcess | EndProcess | PruneRuns | ReapRuns
+Outcome = Created | Updated | EventsCreated | Registration | ProcessEnded | Pruned | Reaped | None

@@ -14,12 +14,13 @@ from typing import Any, Final
 
 import orjson
 from aiohttp import web
+from prometheus_client import Counter
 from pydantic_core import from_json
 
 import telemetryd
-from telemetryd import admin, openapi, queries, runs
+from telemetryd import admin, events, openapi, queries, runs
 from telemetryd.body import JSON_TYPES, NDJSON_TYPES, check_media_type, read_body
-from telemetryd.commands import CreateRuns, UpdateRun
+from telemetryd.commands import CreateEvents, CreateRuns, UpdateRun
 from telemetryd.errors import (
     BodyTooLargeError,
     InvalidBodyError,
@@ -28,7 +29,7 @@ from telemetryd.errors import (
 )
 from telemetryd.metrics import Metrics, wants_prometheus
 from telemetryd.middleware import NOTE, Handler, json_response, middleware
-from telemetryd.openapi import EVENT_ID, INTEGER, STRING, WARNINGS, Operation, obj, ref
+from telemetryd.openapi import EVENT_ID, INCLUDE, INTEGER, STRING, WARNINGS, Operation, obj, ref
 from telemetryd.settings import Settings
 from telemetryd.store import Store
 
@@ -47,7 +48,7 @@ async def create_run(request: web.Request) -> web.Response:
     event_id, run_id = parsed.row[runs.EVENT_ID], parsed.row[runs.RUN_ID]
     created = await request.app[STORE].submit(CreateRuns((parsed.row,)))
     is_new = created.new[0]
-    _count_runs(request, created=int(is_new), duplicate=int(not is_new))
+    _count(request.app[METRICS].runs, created=int(is_new), duplicate=int(not is_new))
     request[NOTE].say("Run created" if is_new else "Run already exists", event_id=event_id, run_id=run_id)
     if is_new:
         answer = {"status": "created", "event_id": event_id, "run_id": run_id}
@@ -62,7 +63,7 @@ async def create_batch(request: web.Request) -> web.Response:
     created = await request.app[STORE].submit(CreateRuns(tuple(batch.rows))) if batch.rows else None
     inserted = sum(created.new) if created is not None else 0
     duplicates = len(batch.rows) - inserted
-    _count_runs(request, created=inserted, duplicate=duplicates, invalid=len(batch.errors))
+    _count(request.app[METRICS].runs, created=inserted, duplicate=duplicates, invalid=len(batch.errors))
     request[NOTE].say(
         "Batch stored", inserted=inserted, duplicates=duplicates, errors=len(batch.errors), total=batch.total
     )
@@ -83,12 +84,19 @@ async def list_runs(request: web.Request) -> web.Response:
     page = await request.app[STORE].fetch(query)
     request[NOTE].say("Query executed", query_params=query.parameters(), result_count=len(page.rows))
     headers = {} if page.end is None else {"Link": f'<{query.next_page(request.path, page.end)}>; rel="next"'}
-    return json_response([runs.to_json(row) for row in page.rows], headers=headers)
+    found = [runs.to_json(row) for row in page.rows]
+    if query.with_events:
+        await _add_events(request, found, queries.DEFAULT_LIMIT)
+    return json_response(found, headers=headers)
 
 
 async def get_run(request: web.Request) -> web.Response:
-    """Answer one run."""
-    return json_response(await _stored_run(request))
+    """Answer one run, with its first events if they are asked for."""
+    with_events = queries.parse_include(request.rel_url.raw_query_string)
+    run = await _stored_run(request)
+    if with_events:
+        await _add_events(request, [run], events.MAX_EVENTS)
+    return json_response(run)
 
 
 async def update_run(request: web.Request) -> web.Response:
@@ -134,6 +142,11 @@ async def get_repo_url(request: web.Request) -> web.Response:
     return json_response({"repo_url": run["repo_url"]})
 
 
+async def _add_events(request: web.Request, found: list[dict[str, Any]], limit: int) -> None:
+    asked = queries.ListEvents(tuple(run["event_id"] for run in found), limit)
+    events.put_into(found, await request.app[STORE].fetch(asked))
+
+
 async def _stored_run(request: web.Request) -> dict[str, Any]:
     event_id = request.match_info["event_id"]
     request[NOTE].say("Run queried", event_id=event_id)
@@ -152,10 +165,41 @@ def _with_warnings(answer: dict[str, Any], ignored: tuple[str, ...]) -> dict[str
     return {**answer, "warnings": runs.ignored_field_warnings(ignored)} if ignored else answer
 
 
-def _count_runs(request: web.Request, **outcomes: int) -> None:
+def _count(counter: Counter, **outcomes: int) -> None:
     for outcome, count in outcomes.items():
         if count:
-            request.app[METRICS].runs.labels(outcome).inc(count)
+            counter.labels(outcome).inc(count)
+
+
+# --- Events --------------------------------------------------------------------------------------
+
+
+async def create_events(request: web.Request) -> web.Response:
+    """Store one or many events of a run, each once, or none if one is bad."""
+    event_id = request.match_info["event_id"]
+    check_media_type(request, JSON_TYPES)
+    body = await read_body(request, request.app[SETTINGS].max_body_bytes)
+    parsed = events.parse_events(runs.parse_json(body))
+    created = await request.app[STORE].submit(CreateEvents(event_id, parsed.rows, len(body)))
+    if created is None:
+        raise RunNotFoundError(runs.shorten(event_id))
+    answer = {"inserted": created.inserted, "duplicates": len(parsed.rows) - created.inserted}
+    _count(request.app[METRICS].events, created=answer["inserted"], duplicate=answer["duplicates"])
+    request[NOTE].say("Events stored", event_id=event_id, **answer)
+    return json_response(_with_warnings(answer, parsed.ignored), 201)
+
+
+async def list_events(request: web.Request) -> web.Response:
+    """Answer the events of a run, oldest first."""
+    event_id = request.match_info["event_id"]
+    query = queries.parse_event_list(request.rel_url.raw_query_string, event_id)
+    page = (await request.app[STORE].fetch(query)).get(event_id)
+    if page is None:
+        raise RunNotFoundError(runs.shorten(event_id))
+    request[NOTE].say("Events queried", event_id=event_id, result_count=len(page.rows))
+    following = f"{request.rel_url.raw_path}?limit={query.limit}&offset={query.offset + query.limit}"
+    headers = {"Link": f'<{following}>; rel="next"'} if page.more else {}
+    return json_response([events.to_json(row) for row in page.rows], headers=headers)
 
 
 # --- Admin ---------------------------------------------------------------------------------------
@@ -516,7 +560,12 @@ ROUTES: Final[tuple[Route, ...]] = (
         "GET",
         "/api/v1/runs/{event_id}",
         get_run,
-        Operation("Get a run", parameters=(EVENT_ID,), answers={200: ("The run.", ref("Run"))}, errors=(404, 503)),
+        Operation(
+            "Get a run",
+            parameters=(EVENT_ID, INCLUDE),
+            answers={200: ("The run.", ref("Run"))},
+            errors=(400, 404, 503),
+        ),
     ),
     Route(
         "PATCH",
@@ -557,6 +606,43 @@ ROUTES: Final[tuple[Route, ...]] = (
                 )
             },
             errors=(404, *_WRITE_ERRORS),
+        ),
+    ),
+    Route(
+        "POST",
+        "/api/v1/runs/{event_id}/events",
+        create_events,
+        Operation(
+            "Report events of a run",
+            f"One event, or an array of at most {events.MAX_EVENTS}; with one bad event none is stored. A key that the "
+            "run already has is a duplicate: the stored event stays as it is.",
+            parameters=(EVENT_ID,),
+            body={
+                "anyOf": [
+                    ref("NewEvent"),
+                    {"type": "array", "items": ref("NewEvent"), "maxItems": events.MAX_EVENTS},
+                ]
+            },
+            body_types=JSON_TYPES,
+            answers={
+                201: (
+                    "The events are stored and durable; those with a known key were so before.",
+                    obj({"inserted": INTEGER, "duplicates": INTEGER, "warnings": WARNINGS}, ("inserted", "duplicates")),
+                )
+            },
+            errors=(404, *_WRITE_ERRORS),
+        ),
+    ),
+    Route(
+        "GET",
+        "/api/v1/runs/{event_id}/events",
+        list_events,
+        Operation(
+            "List a run's events",
+            "Oldest first. If more follow, the Link header holds the next page (rel=next).",
+            parameters=(EVENT_ID, *openapi.page_parameters("Events")),
+            answers={200: ("The events.", {"type": "array", "items": ref("Event")})},
+            errors=(400, 404, 503),
         ),
     ),
     *(

@@ -55,6 +55,12 @@ class Metrics:
             ("outcome",),
             registry=self.registry,
         )
+        self.events = Counter(
+            "telemetryd_events_received",
+            "Run events received, by what became of them.",
+            ("outcome",),
+            registry=self.registry,
+        )
         self.refused = Counter(
             "telemetryd_writes_refused",
             "Writes answered 503, by reason.",

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 import telemetryd
-from telemetryd import admin, queries, runs
+from telemetryd import admin, events, queries, runs
 
 _REF: Final = "#/components/schemas/{model}"
 Schema = dict[str, Any]
@@ -87,23 +87,27 @@ def list_parameters() -> tuple[Schema, ...]:
         (name, f"Only runs with {column} {comparison} this.", {"type": "string", "format": "date-time"})
         for name, (column, comparison) in queries.TIME_BOUNDS.items()
     ]
-    described += [
-        (
-            "limit",
-            "Runs in one answer.",
-            {"type": "integer", "minimum": 1, "maximum": queries.MAX_LIMIT, "default": queries.DEFAULT_LIMIT},
-        ),
-        (
-            "offset",
-            "Runs to skip; a cursor is faster.",
-            {"type": "integer", "minimum": 0, "maximum": runs.MAX_INTEGER, "default": 0},
-        ),
-        ("cursor", "Where to go on, from the Link header of an earlier answer.", {"type": "string"}),
-    ]
-    return tuple(
-        {"name": name, "in": "query", "required": False, "description": text, "schema": schema}
-        for name, text, schema in described
+    cursor = _parameter("cursor", "Where to go on, from the Link header of an earlier answer.", {"type": "string"})
+    return (*(_parameter(*parts) for parts in described), *page_parameters("Runs"), cursor, INCLUDE)
+
+
+def page_parameters(what: str) -> tuple[Schema, ...]:
+    """Return the query parameters that bound an answer."""
+    limit = {"type": "integer", "minimum": 1, "maximum": queries.MAX_LIMIT, "default": queries.DEFAULT_LIMIT}
+    offset = {"type": "integer", "minimum": 0, "maximum": runs.MAX_INTEGER, "default": 0}
+    return (
+        _parameter("limit", f"{what} in one answer.", limit),
+        _parameter("offset", f"{what} to skip; following the Link header is surer.", offset),
     )
+
+
+def _parameter(name: str, text: str, schema: Schema) -> Schema:
+    return {"name": name, "in": "query", "required": False, "description": text, "schema": schema}
+
+
+INCLUDE: Final[Schema] = _parameter(
+    "include", "Show each run's first events as well.", {"type": "string", "enum": [queries.EVENTS]}
+)
 
 
 def _without_title(schema: Schema) -> Schema:
@@ -180,6 +184,7 @@ def _schemas() -> dict[str, Schema]:
     models: list[tuple[type[BaseModel], str]] = [
         (runs.NewRun, "validation"),
         (runs.RunPatch, "validation"),
+        (events.NewEvent, "validation"),
         (runs.CommitAssociation, "validation"),
         (admin.PruneRequest, "validation"),
         (admin.ReapRequest, "validation"),
@@ -190,7 +195,14 @@ def _schemas() -> dict[str, Schema]:
     stored["status"] = {"type": "string", "enum": [str(status) for status in runs.Status]}
     stored["api_posted"] = {"type": "boolean"}
     url = {"anyOf": [{"type": "string", "format": "uri"}, {"type": "null"}]}
-    schemas["Run"] = obj({**stored, "commit_url": url, "repo_url": url})
+    event = events.Event.model_json_schema(ref_template=_REF, mode="serialization")["properties"]
+    schemas["Event"] = obj(event)
+    for schema in (schemas["NewEvent"]["properties"], event):
+        for name in ("id", "event_key", "timestamp"):
+            schema.get(name, {}).pop("default", None)
+    shown: Schema = {"events": {"type": "array", "items": ref("Event")}, "more_events": {"type": "boolean"}}
+    always: Schema = {**stored, "commit_url": url, "repo_url": url}
+    schemas["Run"] = obj({**always, **shown}, always)
     for schema in (schemas["NewRun"]["properties"], stored):
         schema["created_at"].pop("default", None)
         schema.get("updated_at", {}).pop("default", None)

@@ -7,7 +7,7 @@ import binascii
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 from urllib.parse import parse_qsl, urlencode
 
@@ -31,7 +31,10 @@ TIME_BOUNDS: Final = {
 }
 """Each time parameter with the field and the comparison that it stands for."""
 
-PARAMETERS: Final = (*FILTERS, *TIME_BOUNDS, "limit", "offset", "cursor")
+EVENTS: Final = "events"
+"""What `include` may ask for besides the run itself."""
+
+PARAMETERS: Final = (*FILTERS, *TIME_BOUNDS, "limit", "offset", "cursor", "include")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +54,16 @@ class ListRuns:
     limit: int = DEFAULT_LIMIT
     offset: int = 0
     after: Position | None = None
+    with_events: bool = False
+    """Whether the answer shows the runs' events as well."""
 
     def parameters(self) -> dict[str, str | int]:
         """Return the query as parameters with canonical values, for the log and the next page."""
         page: dict[str, str | int] = {**self.equal, **self.bounds, "limit": self.limit}
         if self.offset:
             page["offset"] = self.offset
+        if self.with_events:
+            page["include"] = EVENTS
         return page
 
     def cursor(self, last: Position) -> str:
@@ -66,7 +73,8 @@ class ListRuns:
 
     def next_page(self, path: str, last: Position) -> str:
         """Return the relative address of the page that follows the one which ended at `last`."""
-        page = {**self.equal, **self.bounds, "limit": self.limit, "cursor": self.cursor(last)}
+        page = {**self.parameters(), "cursor": self.cursor(last)}
+        page.pop("offset", None)
         return f"{path}?{urlencode(page)}"
 
     def _fingerprint(self) -> str:
@@ -107,6 +115,23 @@ class GetRun:
     """The one run with an event_id. Answer: its `Row`, or None."""
 
     event_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class ListEvents:
+    """The events of the runs with these event_ids, for each oldest first. Answer: an `EventPage` for each there is.
+
+    `limit` and `offset` count for each run by itself.
+    """
+
+    event_ids: tuple[str, ...]
+    limit: int = DEFAULT_LIMIT
+    offset: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ListProcesses:
+    """The processes that are registered with runs and have no certificate yet. Answer: a list of `Process`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,12 +185,44 @@ def parse_list(query_string: str) -> ListRuns:
         bounds,
         _integer("limit", given.get("limit", str(DEFAULT_LIMIT)), 1, MAX_LIMIT),
         _integer("offset", given.get("offset", "0"), 0, MAX_INTEGER),
+        with_events=_includes_events(given),
     )
     if "cursor" not in given:
         return query
     if query.offset:
         raise InvalidRequestError("Use either cursor or offset, not both: a cursor already says where to go on")
-    return ListRuns(equal, bounds, query.limit, 0, query.position(given["cursor"]))
+    return replace(query, after=query.position(given["cursor"]))
+
+
+def parse_event_list(query_string: str, event_id: str) -> ListEvents:
+    """Read the query string of `GET /api/v1/runs/{event_id}/events`.
+
+    Raises:
+        InvalidRequestError: with one sentence that names the parameter, the value and what is allowed.
+
+    """
+    given = parse_parameters(query_string, ("limit", "offset"))
+    return ListEvents(
+        (event_id,),
+        _integer("limit", given.get("limit", str(DEFAULT_LIMIT)), 1, MAX_LIMIT),
+        _integer("offset", given.get("offset", "0"), 0, MAX_INTEGER),
+    )
+
+
+def parse_include(query_string: str) -> bool:
+    """Read the query string of `GET /api/v1/runs/{event_id}`; tell whether it asks for the events.
+
+    Raises:
+        InvalidRequestError: with one sentence that names the parameter, the value and what is allowed.
+
+    """
+    return _includes_events(parse_parameters(query_string, ("include",)))
+
+
+def _includes_events(given: Mapping[str, str]) -> bool:
+    if given.get("include", EVENTS) != EVENTS:
+        raise _refuse("include", given["include"], EVENTS)
+    return "include" in given
 
 
 def parse_parameters(query_string: str, allowed: tuple[str, ...]) -> dict[str, str]:

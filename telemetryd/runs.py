@@ -316,17 +316,21 @@ class Run(BaseModel):
     )
 
 
-_ROLES: Final = {
-    name: next(mark for mark in field.metadata if isinstance(mark, Role)) for name, field in Run.model_fields.items()
-}
+def names(model: type[BaseModel], role: Role | None = None) -> tuple[str, ...]:
+    """Return the names of a definition's fields, or of those that have a role, in the order in which they stand."""
+    return tuple(
+        name
+        for name, field in model.model_fields.items()
+        if role is None or any(role in mark for mark in field.metadata if isinstance(mark, Role))
+    )
 
 
 def columns(role: Role) -> tuple[str, ...]:
-    """Return the names of the fields that have a role, in the order of the definition."""
-    return tuple(name for name, roles in _ROLES.items() if role in roles)
+    """Return the names of a run's fields that have a role."""
+    return names(Run, role)
 
 
-COLUMNS: Final = tuple(_ROLES)
+COLUMNS: Final = names(Run)
 """Every field, in the order in which a run is answered."""
 STORED: Final = columns(Role.SET)
 """The fields that a new run brings along."""

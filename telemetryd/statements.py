@@ -4,27 +4,46 @@ from __future__ import annotations
 
 import sqlite3
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, fields
 from itertools import groupby
 from typing import Final
 
 import orjson
 
-from telemetryd import migrate
+from telemetryd import events, migrate
 from telemetryd.commands import (
     Command,
     Created,
+    CreateEvents,
     CreateRuns,
+    EndProcess,
+    EventsCreated,
     Outcome,
+    Process,
+    ProcessEnded,
     Pruned,
     PruneRuns,
     Reaped,
     ReapRuns,
+    RegisterProcess,
+    Registration,
     Updated,
     UpdateRun,
 )
-from telemetryd.queries import TIME_BOUNDS, CountPrunable, Counts, CountStale, GetRun, ListRuns, Page, Position
+from telemetryd.events import TIMESTAMP, EventPage
+from telemetryd.queries import (
+    TIME_BOUNDS,
+    CountPrunable,
+    Counts,
+    CountStale,
+    GetRun,
+    ListEvents,
+    ListRuns,
+    Page,
+    Position,
+)
 from telemetryd.runs import (
     AGENT_NAME,
     COLUMNS,
@@ -55,7 +74,40 @@ _LAST_EVENT_IDS: Final = """
     SELECT json_group_array(event_id) FROM agent_runs WHERE id > (SELECT max(id) FROM agent_runs) - ?
 """
 
-_FIND_RUN: Final = "SELECT run_id, agent_name, job_type, status FROM agent_runs WHERE event_id = ?"
+_FIND_RUN: Final = "SELECT id, run_id, agent_name, job_type, status FROM agent_runs WHERE event_id = ?"
+
+_INSERT_EVENT: Final = f"""
+    INSERT INTO run_events (run, {", ".join(events.STORED)})
+    VALUES ({", ".join("?" * (len(events.STORED) + 1))})
+    ON CONFLICT (run, event_key) DO NOTHING
+"""  # noqa: S608 - column names from the definition of an event
+
+_PROCESS: Final = tuple(field.name for field in fields(Process))
+_REGISTER: Final = f"""
+    INSERT OR REPLACE INTO run_processes (run, registered_at, {", ".join(_PROCESS)})
+    VALUES (:run, :now, {", ".join(f":{name}" for name in _PROCESS)})
+"""  # noqa: S608 - column names from the definition of a process
+
+_REGISTERED: Final = """
+    SELECT run, event_id, agent_name, job_type, status
+    FROM run_processes INDEXED BY idx_processes_waiting CROSS JOIN agent_runs ON agent_runs.id = run
+    WHERE certified_at IS NULL AND pid = :pid AND start_time = :start_time AND boot_id = :boot_id
+        AND pid_namespace = :pid_namespace
+    LIMIT :limit
+"""
+_FAIL: Final = """
+    UPDATE agent_runs SET
+        status = 'failure', end_time = max(:ended_at, start_time), updated_at = :now,
+        duration_ms = max(0, CAST(round((julianday(:ended_at) - julianday(start_time)) * 86400000) AS INTEGER)),
+        error_summary = :error_summary, error_details = :error_details
+    WHERE id = :run AND status = 'running'
+"""
+_CERTIFY: Final = """
+    UPDATE run_processes SET certified_at = :now, error_summary = :error_summary, error_details = :error_details
+    WHERE run = :run
+"""
+_FIND_CERTIFICATE: Final = "SELECT certified_at, error_summary, error_details FROM run_processes WHERE run = ?"
+_FORGET_PROCESS: Final = "DELETE FROM run_processes WHERE run = ?"
 
 # A total that has drifted (a row changed by hand) is no reason to refuse what agents send.
 _ADD_TO_TOTAL: Final = """
@@ -74,6 +126,22 @@ _DROP_HOUR: Final = """
     DELETE FROM run_hours WHERE hour = ?1
         AND NOT EXISTS (SELECT 1 FROM run_minutes WHERE minute >= ?1 || ':' AND minute < ?1 || ';')
 """
+
+_PRUNE_EVENTS: Final = 5_000
+"""Events that one `PruneRuns` deletes at most, so that a few talkative runs do not hold the writer up."""
+_DELETE_EVENTS: Final = """
+    DELETE FROM run_events WHERE id IN (
+        SELECT run_events.id FROM json_each(?) CROSS JOIN run_events INDEXED BY idx_events_time ON run = value LIMIT ?
+    )
+"""
+_WITHOUT_EVENTS: Final = """
+    SELECT value FROM json_each(?) WHERE NOT EXISTS (SELECT 1 FROM run_events WHERE run = value)
+"""
+_DELETE_PRUNED: Final = (
+    "DELETE FROM agent_runs WHERE id = ?",
+    "DELETE FROM run_processes WHERE run = ?",
+    "DELETE FROM unconverted_values WHERE run = ?",
+)
 
 _VACUUM_PAGES: Final = 256
 """Pages that one `PruneRuns` returns to the file system at most: 1 MiB, a few milliseconds."""
@@ -124,15 +192,23 @@ class Transaction:
         return outcomes
 
     def _apply_alone(self, command: Command) -> Outcome:
+        outcome: Outcome
         match command:
             case CreateRuns(rows):
-                return self._create([rows])[0]
+                outcome = self._create([rows])[0]
             case UpdateRun():
-                return self._update(command)
+                outcome = self._update(command)
+            case CreateEvents():
+                outcome = self._create_events(command)
+            case RegisterProcess():
+                outcome = self._register(command)
+            case EndProcess():
+                outcome = self._end_process(command)
             case PruneRuns():
-                return self._prune(command)
+                outcome = self._prune(command)
             case ReapRuns():
-                return self._reap(command)
+                outcome = self._reap(command)
+        return outcome
 
     @contextmanager
     def savepoint(self) -> Iterator[None]:
@@ -201,28 +277,88 @@ class Transaction:
         found = self._cursor.execute(_FIND_RUN, (command.event_id,)).fetchone()
         if found is None:
             return None
-        run_id, agent_name, job_type, status = found
+        run, run_id, agent_name, job_type, status = found
         changes = {**command.changes, "updated_at": self._now}
         assignments = ", ".join(f"{name} = ?" for name in changes)
+        if "status" in changes:
+            assignments += self._take_certificate_back(run, changes)
         self._cursor.execute(
-            f"UPDATE agent_runs SET {assignments} WHERE event_id = ?",  # noqa: S608 - names from the definition
-            (*changes.values(), command.event_id),
+            f"UPDATE agent_runs SET {assignments} WHERE id = ?",  # noqa: S608 - names from the definition
+            (*changes.values(), run),
         )
-        new_status = changes.get("status", status)
-        if new_status != status:
-            self._totals[agent_name, job_type, status] -= 1
-            self._totals[agent_name, job_type, str(new_status)] += 1
+        self._move(agent_name, job_type, status, str(changes.get("status", status)))
         return Updated(run_id)
+
+    def _take_certificate_back(self, run: int, changes: Mapping[str, SqlValue]) -> str:
+        """Forget the process of a run that speaks for itself; return assignments that clear what its certificate says.
+
+        Only what the certificate itself wrote is cleared, and only where the change sets nothing.
+        """
+        found = self._cursor.execute(_FIND_CERTIFICATE, (run,)).fetchone()
+        if found is None or (found[0] is None and changes["status"] == Status.RUNNING):
+            return ""
+        self._cursor.execute(_FORGET_PROCESS, (run,))
+        written = zip(("error_summary", "error_details"), found[1:], strict=True)
+        said = {name: text for name, text in written if text is not None and name not in changes}
+        if not said:
+            return ""
+        columns = self._cursor.execute(f"SELECT {', '.join(said)} FROM agent_runs WHERE id = ?", (run,)).fetchone()  # noqa: S608 - two names
+        return "".join(f", {name} = NULL" for name, now in zip(said, columns, strict=True) if now == said[name])
+
+    def _move(self, agent_name: str, job_type: str, old: str, new: str) -> None:
+        if new != old:
+            self._totals[agent_name, job_type, old] -= 1
+            self._totals[agent_name, job_type, new] += 1
+
+    def _create_events(self, command: CreateEvents) -> EventsCreated | None:
+        found = self._cursor.execute(_FIND_RUN, (command.event_id,)).fetchone()
+        if found is None:
+            return None
+        run = found[0]
+        rows = [(run, *row[:TIMESTAMP], row[TIMESTAMP] or self._now, *row[TIMESTAMP + 1 :]) for row in command.rows]
+        inserted = self._cursor.executemany(_INSERT_EVENT, rows).rowcount if rows else 0
+        if inserted:  # so an archived run is not deleted with events that came later, and it is not stale
+            self._cursor.execute("UPDATE agent_runs SET updated_at = ? WHERE id = ?", (self._now, run))
+        return EventsCreated(inserted)
+
+    def _register(self, command: RegisterProcess) -> Registration:
+        found = self._cursor.execute(_FIND_RUN, (command.event_id,)).fetchone()
+        if found is None:
+            return Registration.NO_RUN
+        run, *_, status = found
+        if status != Status.RUNNING:
+            return Registration.NOT_RUNNING
+        self._cursor.execute(_REGISTER, {"run": run, "now": self._now, **asdict(command.process)})
+        return Registration.DONE
+
+    def _end_process(self, command: EndProcess) -> ProcessEnded:
+        found = self._cursor.execute(_REGISTERED, {**asdict(command.process), "limit": command.limit}).fetchall()
+        failed = []
+        for run, event_id, agent_name, job_type, status in found:
+            if command.death is None or status != Status.RUNNING:
+                self._cursor.execute(_FORGET_PROCESS, (run,))
+                continue
+            values = {"run": run, "now": self._now, **asdict(command.death)}
+            self._cursor.execute(_FAIL, values)
+            self._cursor.execute(_CERTIFY, values)
+            self._move(agent_name, job_type, status, str(Status.FAILURE))
+            failed.append(event_id)
+        return ProcessEnded(tuple(failed), len(found) == command.limit)
 
     def _prune(self, command: PruneRuns) -> Pruned:
         chosen = self._cursor.execute(*_select_prunable(command)).fetchall()
-        ids = [row[:1] for row in chosen]
-        self._cursor.executemany("DELETE FROM agent_runs WHERE id = ?", ids)
-        self._cursor.executemany("DELETE FROM unconverted_values WHERE run = ?", ids)
+        found = len(chosen)
+        ids = orjson.dumps([row[0] for row in chosen]).decode()
+        if self._cursor.execute(_DELETE_EVENTS, (ids, _PRUNE_EVENTS)).rowcount == _PRUNE_EVENTS:
+            done_with = {run for (run,) in self._cursor.execute(_WITHOUT_EVENTS, (ids,))}
+            chosen = [row for row in chosen if row[0] in done_with]
+        for deleted in _DELETE_PRUNED:
+            self._cursor.executemany(deleted, [row[:1] for row in chosen])
         for _, agent_name, job_type, status, created_at in chosen:
             self._totals[agent_name, job_type, status] -= 1
             self._minutes[created_at[:_MINUTE]] -= 1
-        return Pruned(len(chosen), self._return_space() if len(chosen) < command.limit else 0)
+        is_more = found == command.limit or len(chosen) < found
+        return Pruned(len(chosen), is_more or self._return_space() > 0)
 
     def _return_space(self) -> int:
         """Return some free pages to the file system; tell how many are left that can be returned."""
@@ -277,6 +413,14 @@ def _select_stale(what: str, stale_before: str, agent_name: str | None) -> tuple
 
 # --- Queries -------------------------------------------------------------------------------------
 
+_SELECT_EVENTS: Final = f"""
+    SELECT {", ".join(events.COLUMNS)} FROM run_events INDEXED BY idx_events_time
+    WHERE run = ? ORDER BY timestamp, id LIMIT ? OFFSET ?
+"""  # noqa: S608 - names from the definition of an event
+_SELECT_PROCESSES: Final = f"""
+    SELECT {", ".join(_PROCESS[:-1])}, max({_PROCESS[-1]}) FROM run_processes INDEXED BY idx_processes_waiting
+    WHERE certified_at IS NULL GROUP BY pid, start_time, boot_id, pid_namespace
+"""  # noqa: S608 - names from the definition of a process
 _SELECT: Final = f"SELECT {', '.join(COLUMNS)} FROM agent_runs"  # noqa: S608 - names from the definition
 _NEWEST_FIRST: Final = "ORDER BY created_at DESC, id DESC"
 
@@ -375,6 +519,22 @@ def fetch_run(connection: sqlite3.Connection, query: GetRun) -> Row | None:
     """Fetch the run with an event_id."""
     row: Row | None = connection.execute(f"{_SELECT} WHERE event_id = ?", (query.event_id,)).fetchone()
     return row
+
+
+def fetch_events(connection: sqlite3.Connection, query: ListEvents) -> dict[str, EventPage]:
+    """Fetch the events of each of the runs that there are, by event_id."""
+    pages = {}
+    for event_id in query.event_ids:
+        run = connection.execute("SELECT id FROM agent_runs WHERE event_id = ?", (event_id,)).fetchone()
+        if run is not None:
+            rows = connection.execute(_SELECT_EVENTS, (*run, query.limit + 1, query.offset)).fetchall()
+            pages[event_id] = EventPage(rows[: query.limit], len(rows) > query.limit)
+    return pages
+
+
+def fetch_processes(connection: sqlite3.Connection) -> list[Process]:
+    """Fetch each process that is registered and not certified, with the most out-of-memory kills it is known with."""
+    return [Process(*row) for row in connection.execute(_SELECT_PROCESSES)]
 
 
 def count_prunable(connection: sqlite3.Connection, query: CountPrunable) -> int:

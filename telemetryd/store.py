@@ -9,6 +9,7 @@ import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import overload
 
@@ -16,12 +17,19 @@ from telemetryd import migrate, statements
 from telemetryd.commands import (
     Command,
     Created,
+    CreateEvents,
     CreateRuns,
+    EndProcess,
+    EventsCreated,
     Outcome,
+    Process,
+    ProcessEnded,
     Pruned,
     PruneRuns,
     Reaped,
     ReapRuns,
+    RegisterProcess,
+    Registration,
     Updated,
     UpdateRun,
 )
@@ -41,8 +49,19 @@ from telemetryd.database import (
 )
 from telemetryd.database import Kind as FileKind
 from telemetryd.errors import DatabaseError
+from telemetryd.events import EventPage
 from telemetryd.metrics import Metrics
-from telemetryd.queries import CountPrunable, CountRuns, Counts, CountStale, GetRun, ListRuns, Page
+from telemetryd.queries import (
+    CountPrunable,
+    CountRuns,
+    Counts,
+    CountStale,
+    GetRun,
+    ListEvents,
+    ListProcesses,
+    ListRuns,
+    Page,
+)
 from telemetryd.reader import Readers
 from telemetryd.runs import Row, format_timestamp, utc_now
 from telemetryd.settings import Settings
@@ -171,6 +190,15 @@ class Store:
     async def submit(self, command: UpdateRun) -> Updated | None: ...
 
     @overload
+    async def submit(self, command: CreateEvents) -> EventsCreated | None: ...
+
+    @overload
+    async def submit(self, command: RegisterProcess) -> Registration: ...
+
+    @overload
+    async def submit(self, command: EndProcess) -> ProcessEnded: ...
+
+    @overload
     async def submit(self, command: PruneRuns) -> Pruned: ...
 
     @overload
@@ -193,33 +221,45 @@ class Store:
     async def fetch(self, query: GetRun) -> Row | None: ...
 
     @overload
+    async def fetch(self, query: ListEvents) -> dict[str, EventPage]: ...
+
+    @overload
+    async def fetch(self, query: ListProcesses) -> list[Process]: ...
+
+    @overload
     async def fetch(self, query: CountRuns) -> Counts: ...
 
     @overload
     async def fetch(self, query: CountPrunable | CountStale) -> int: ...
 
     async def fetch(
-        self, query: ListRuns | GetRun | CountRuns | CountPrunable | CountStale
-    ) -> Page | Row | Counts | int | None:
+        self, query: ListRuns | GetRun | ListEvents | ListProcesses | CountRuns | CountPrunable | CountStale
+    ) -> Page | Row | dict[str, EventPage] | list[Process] | Counts | int | None:
         """Answer a query; it sees every change that was acknowledged before it.
 
         Raises:
             UnavailableError: if the answer takes too long, or the database cannot be read.
 
         """
+        read: Callable[[sqlite3.Connection], Page | Row | dict[str, EventPage] | list[Process] | Counts | int | None]
         match query:
             case ListRuns():
-                return await self._readers.fetch(lambda plain: statements.fetch_page(plain, query))
+                read = partial(statements.fetch_page, query=query)
             case GetRun():
-                return await self._readers.fetch(lambda plain: statements.fetch_run(plain, query))
+                read = partial(statements.fetch_run, query=query)
+            case ListEvents():
+                read = partial(statements.fetch_events, query=query)
+            case ListProcesses():
+                read = statements.fetch_processes
             case CountRuns():
                 now = self._clock()
-                day = format_timestamp(now - timedelta(hours=24)), format_timestamp(now)
-                return await self._readers.fetch(lambda plain: statements.fetch_counts(plain, *day))
+                since = format_timestamp(now - timedelta(hours=24))
+                read = partial(statements.fetch_counts, recent_since=since, now=format_timestamp(now))
             case CountPrunable():
-                return await self._readers.fetch(lambda plain: statements.count_prunable(plain, query))
+                read = partial(statements.count_prunable, query=query)
             case CountStale():
-                return await self._readers.fetch(lambda plain: statements.count_stale(plain, query))
+                read = partial(statements.count_stale, query=query)
+        return await self._readers.fetch(read)
 
     def health(self) -> Health:
         """Tell how the database is, at once: without the queue, a connection, or opening the file."""

@@ -8,7 +8,7 @@ import jsonschema_rs
 import pytest
 from schemathesis.specs.openapi.definitions import OPENAPI_31
 
-from telemetryd import openapi, runs
+from telemetryd import events, openapi, runs
 from telemetryd.errors import InvalidBodyError
 from telemetryd.http import ROUTES, operations
 from tests.conftest import Api, make_run
@@ -58,7 +58,7 @@ def test_every_route_is_in_it() -> None:
     served = {(route.method.lower(), route.path) for route in ROUTES}
     pages = {(method, path) for method, path in served if path.startswith(("/docs", "/openapi.json"))}
     assert {(method, path) for method, path, _ in described()} == served - pages
-    assert len(served - pages) == 14
+    assert len(served - pages) == 16
 
 
 def test_every_operation_and_field_is_described() -> None:
@@ -85,8 +85,11 @@ def test_the_fields_of_a_run_are_those_of_the_definition() -> None:
     assert SCHEMAS["NewRun"]["required"] == ["event_id", "run_id", "start_time", "agent_name", "job_type"]
     assert list(SCHEMAS["RunPatch"]["properties"]) == list(runs.PATCHABLE)
     assert "required" not in SCHEMAS["RunPatch"]
-    assert list(SCHEMAS["Run"]["properties"]) == [*runs.COLUMNS, "commit_url", "repo_url"]
-    assert set(SCHEMAS["Run"]["required"]) == set(SCHEMAS["Run"]["properties"])
+    assert SCHEMAS["Run"]["required"] == [*runs.COLUMNS, "commit_url", "repo_url"]
+    assert list(SCHEMAS["Run"]["properties"]) == [*SCHEMAS["Run"]["required"], "events", "more_events"]
+    assert list(SCHEMAS["NewEvent"]["properties"]) == list(events.STORED)
+    assert SCHEMAS["NewEvent"]["required"] == ["event_type"]
+    assert list(SCHEMAS["Event"]["properties"]) == list(events.COLUMNS)
     assert SCHEMAS["NewRun"]["properties"]["status"]["default"] == "running"
     for name in ("items_discovered", "duration_ms", "api_retry_count"):
         assert SCHEMAS["NewRun"]["properties"][name]["default"] == 0
