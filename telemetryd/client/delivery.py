@@ -13,11 +13,10 @@ from typing import Any, Final, Protocol, TypeVar
 
 import orjson
 
+from telemetryd.client.complaints import Complaints
 from telemetryd.client.counters import Counters
 from telemetryd.client.lines import EventItem, Json, RunItem, after_of, mend, plan, read_object
 from telemetryd.client.transport import Answer, UnreachableError, run_path
-
-logger: Final = logging.getLogger("telemetryd.client")
 
 DEFAULT_ROWS: Final = 1000
 MAX_ROWS: Final = 10_000
@@ -150,6 +149,7 @@ class Delivery:
         self._requests = requests
         self._bury = bury
         self._counters = counters
+        self._complaints = Complaints()
         self.rows = DEFAULT_ROWS
         self.pause_s = 0.0
 
@@ -176,7 +176,8 @@ class Delivery:
             self._bury(lines, status, reason)
             parcel.dead.pop(0)
             self._counters.dead += len(lines)
-            logger.error("%d telemetry line(s) went to the dead-letter file: %.500s", len(lines), reason)
+            text = "The daemon refuses %d line(s), which are in the dead-letter file now: %.500s"
+            self._complaints.say(logging.ERROR, text, len(lines), reason)
         self._counters.sent += len(parcel.lines)
 
     # --- Runs ------------------------------------------------------------------------------------

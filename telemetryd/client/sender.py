@@ -9,6 +9,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Final, Protocol
 
+from telemetryd.client.complaints import Complaints
 from telemetryd.client.config import Config
 from telemetryd.client.context import ProcessIdentity
 from telemetryd.client.counters import Counters
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     from telemetryd.client.delivery import Delivery, RetryError
     from telemetryd.client.transport import Answer, Transport
 
-logger: Final = logging.getLogger("telemetryd.client")
-
 _BACKOFF_FIRST_S: Final = 0.25
 _BACKOFF_MOST_S: Final = 30.0
 _REFUSAL_S: Final = 60.0
@@ -32,7 +31,7 @@ _REFUSAL_S: Final = 60.0
 _LOOK_AROUND_S: Final = 15.0
 _FIRST_LOOK_S: Final = 2.0
 _TIDY_S: Final = 5.0
-_COMPLAIN_S: Final = 60.0
+_REFUSALS: Final = 3
 _PASSING: Final = (408, 429, 500, 502, 503, 504)
 
 
@@ -100,6 +99,7 @@ class Sender:
         self._folder = config.folder
         self._spool = spool
         self._counters = counters
+        self._complaints = Complaints()
         self._reset()
 
     def _reset(self) -> None:
@@ -116,6 +116,8 @@ class Sender:
         self._registered: set[str] = set()
         self._beats: dict[str, float] = {}
         self._certifies = True
+        self._refusals: int | None = 0
+        """How often we were refused since the beginning; None when it has once been granted."""
         self._identity: ProcessIdentity | None = None
         self._transport: Transport | None = None
         self._delivery: Delivery | None = None
@@ -126,7 +128,6 @@ class Sender:
         self._next_look = now + _FIRST_LOOK_S * random.uniform(0.5, 1.5)  # noqa: S311
         self._next_tidy = now + _TIDY_S
         self._quiet_until = 0.0
-        self._complained: dict[str, float] = {}
 
     # --- Any thread ------------------------------------------------------------------------------
 
@@ -229,11 +230,11 @@ class Sender:
             self._quiet_until = time.monotonic() + self._backoff.pause_s(error)
             self._counters.retries += 1
             self._counters.problem = str(error)
-            self._complain("sending", f"Telemetry cannot be sent now and stays in the spool: {error}")
+            self._complaints.say(logging.WARNING, "Telemetry cannot be sent now and stays in the spool: %s", error)
         except OSError as error:
             self._quiet_until = time.monotonic() + 1.0
             self._counters.problem = str(error)
-            self._complain("folder", f"The telemetry spool in {self._folder} cannot be read or written: {error}")
+            self._complaints.say(logging.WARNING, "The spool in %s cannot be read or written: %s", self._folder, error)
             with contextlib.suppress(OSError):
                 make_room(self._folder)
         else:
@@ -333,13 +334,8 @@ class Sender:
 
     def _dropped(self, entry: Entry, lines: int, reason: str) -> None:
         self._counters.dropped += lines
-        logger.error("%d unsent telemetry lines given up, file %s deleted: %s", lines, entry.path.name, reason)
-
-    def _complain(self, about: str, text: str) -> None:
-        now = time.monotonic()
-        if now - self._complained.get(about, float("-inf")) >= _COMPLAIN_S:
-            self._complained[about] = now
-            logger.warning("%s", text)
+        text = "%d unsent telemetry lines given up, file %s deleted: %s"
+        self._complaints.say(logging.ERROR, text, lines, entry.path.name, reason)
 
     # --- Runs that are alive ---------------------------------------------------------------------
 
@@ -349,7 +345,7 @@ class Sender:
         Both go past the spool: that a run is alive is no news later.
         """
         for run in live:
-            if self._certifies and run.event_id not in self._registered:
+            if self._certifies and run.event_id in self.live and run.event_id not in self._registered:
                 self._register(run)
             if run.heartbeat_s is not None:
                 self._beat(run, run.heartbeat_s)
@@ -369,9 +365,13 @@ class Sender:
         if answer is None or answer.status in _PASSING:
             return
         self._registered.add(run.event_id)
-        if answer.status not in (200, 201) and not str(answer.detail).startswith("Run not found"):
-            # Another machine, another PID namespace, or a daemon without the feature: heartbeats remain.
-            self._certifies = False
+        if answer.status in (200, 201):
+            self._refusals = None
+        elif self._refusals is not None:
+            # Perhaps this run has just ended; but if it is always so, then it is another machine, another PID
+            # namespace, or a daemon without the feature: heartbeats remain.
+            self._refusals += 1
+            self._certifies = self._refusals < _REFUSALS
 
     def _beat(self, run: LiveRun, every_s: float) -> None:
         now = time.monotonic()

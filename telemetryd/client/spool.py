@@ -18,10 +18,9 @@ import time
 from pathlib import Path
 from typing import Final
 
+from telemetryd.client.complaints import Complaints
 from telemetryd.client.folder import ACTIVE, READY, Position, Stream, make_room, open_active
 from telemetryd.client.lines import After
-
-logger: Final = logging.getLogger("telemetryd.client")
 
 _HELD_BYTES: Final = 8 << 20
 """How much is held in memory when the disk takes nothing more."""
@@ -48,6 +47,7 @@ class Spool:
         self._file_age_s = file_age_s
         self.after: After | None = None
         """Where the parent's stream stood when this process was forked."""
+        self._complaints = Complaints()
         self.refused = 0
         """Lines that neither the disk nor the memory had room for."""
         self._reset()
@@ -67,7 +67,6 @@ class Spool:
         self._taken: list[bytes] = []
         self._torn = False
         self._next_try = 0.0
-        self._complained = float("-inf")
 
     # --- Any thread ------------------------------------------------------------------------------
 
@@ -98,7 +97,7 @@ class Spool:
         with self._lock:
             if self._held_bytes + len(line) > _HELD_BYTES:
                 self.refused += 1
-                self._complain("The spool and the memory behind it are full: a line is lost")
+                self._complaints.say(logging.ERROR, "The spool and the memory behind it are full: a line is lost")
                 return False
             self._held.append(line)
             self._held_bytes += len(line)
@@ -130,7 +129,9 @@ class Spool:
                 os.fsync(self._file)
         except OSError as error:
             self._next_try = time.monotonic() + _HELD_RETRY_S
-            self._complain(f"The spool in {self._folder} cannot be written, lines are kept in memory: {error}")
+            self._complaints.say(
+                logging.WARNING, "The spool in %s cannot be written, lines are kept in memory: %s", self._folder, error
+            )
             with contextlib.suppress(OSError):
                 make_room(self._folder)
             return False
@@ -152,12 +153,6 @@ class Spool:
             finally:
                 os.close(folder)
 
-    def _complain(self, text: str) -> None:
-        now = time.monotonic()
-        if now - self._complained >= 60:
-            self._complained = now
-            logger.warning("%s", text)
-
     def _rotate(self, *, wait: bool) -> None:
         """Begin a new file, unless another thread is just doing so."""
         if not self._lock.acquire(blocking=wait):
@@ -173,7 +168,7 @@ class Spool:
             self.stream.path(old_number, ACTIVE).rename(self.stream.path(old_number, READY))
         except OSError as error:  # then this file grows on
             self._written = 0
-            self._complain(f"The spool in {self._folder} cannot begin a new file: {error}")
+            self._complaints.say(logging.WARNING, "The spool in %s cannot begin a new file: %s", self._folder, error)
         finally:
             self._lock.release()
 

@@ -158,9 +158,7 @@ async def test_the_number_of_events_in_a_request_is_bounded(api: Api) -> None:
 
 async def test_pages_of_events_follow_each_other(api: Api) -> None:
     path = await new_run(api)
-    await report(
-        api, path, [{"event_type": "x", "event_key": str(number), "timestamp": TIME} for number in range(250)]
-    )
+    await report(api, path, [{"event_type": "x", "event_key": str(number), "timestamp": TIME} for number in range(250)])
     assert len(await api.get(f"{path}/events")) == 100
     following, keys = f"{path}/events?limit=120", []
     while following:

@@ -1,6 +1,6 @@
 """Kills and restarts agents and their daemon at random, and counts what was promised, stored, lost and stored twice.
 
-    python -m tests.tools.client_soak --minutes 10
+python -m tests.tools.client_soak --minutes 10
 """
 
 from __future__ import annotations
@@ -105,7 +105,9 @@ class Soak:
 
     def disturb(self) -> None:
         """Let something happen, and some time pass."""
-        self._random.choice([self.kill_agent, self.kill_agent, self.kill_daemon, self.start_daemon, self.start_daemon])()
+        self._random.choice(
+            [self.kill_agent, self.kill_agent, self.kill_daemon, self.start_daemon, self.start_daemon]
+        )()
         time.sleep(self._random.uniform(0, 0.6))
 
     def promised(self) -> dict[str, int]:
