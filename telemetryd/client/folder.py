@@ -116,8 +116,14 @@ def entries(folder: Path) -> list[Entry]:
 
 
 def waiting(folder: Path) -> list[str]:
-    """Return the names of the streams that have unsent files, the oldest first."""
-    return list(dict.fromkeys(entry.stream for entry in entries(folder) if entry.state != SYNCED))
+    """Return the names of the streams that have unsent files, the oldest first, and of those with a lock only.
+
+    Such a lock is left if a process dies after the last acknowledgement; to take the stream tidies it up.
+    """
+    names = dict.fromkeys(entry.stream for entry in entries(folder) if entry.state != SYNCED)
+    with contextlib.suppress(FileNotFoundError):
+        names |= dict.fromkeys(path.name.removesuffix(_LOCK) for path in folder.glob(f"*{_LOCK}"))
+    return list(names)
 
 
 class Stream:
@@ -274,8 +280,11 @@ class Stream:
         for state in (READY, ACTIVE):
             path = self.path(self.number, state)
             if path.exists():
-                _rename(path, SYNCED)
-                os.utime(self.path(self.number, SYNCED))  # kept from now on
+                if path.stat().st_size == 0:
+                    path.unlink()
+                else:
+                    _rename(path, SYNCED)
+                    os.utime(self.path(self.number, SYNCED))  # kept from now on
         self.number, self.offset = self.number + 1, 0
         self._save()
 

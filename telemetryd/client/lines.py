@@ -69,7 +69,7 @@ def mend(line: bytes) -> bytes | None:
     """Return the whole line that stands behind a torn one, or None.
 
     A write that the disk cut short leaves half a line without a newline, and the next line of another thread
-    follows at once. Where a line begins can be told: only the true beginning is a JSON text up to the end.
+    follows at once. Where that one begins can be told: only its true beginning is a JSON text up to the end.
     """
     for start in _STARTS:
         at = line.rfind(start)

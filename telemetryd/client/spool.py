@@ -136,6 +136,8 @@ class Spool:
                 make_room(self._folder)
             return False
         self._next_try = 0.0
+        if self._written >= self._file_bytes:
+            self._rotate(wait=True)
         return True
 
     def _open(self) -> None:

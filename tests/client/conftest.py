@@ -1,0 +1,59 @@
+"""Clients with a folder of their own, in front of the real app or behind a bad proxy."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from telemetryd.client import Client
+from tests.conftest import Api
+from tests.tools.bad_proxy import BadProxy, bad_proxy
+
+MakeClient = Callable[..., Client]
+
+
+@pytest.fixture
+def buffer(tmp_path: Path) -> Path:
+    return tmp_path / "buffer"
+
+
+@pytest.fixture
+def make_client(buffer: Path) -> Iterator[MakeClient]:
+    """Return a function that makes a client; keyword arguments are settings."""
+    made: list[Client] = []
+
+    def make(url: str = "http://127.0.0.1:9", **settings: Any) -> Client:
+        given = {"buffer_dir": buffer, "linger_s": 0.01, "flush_timeout_s": 0.5, **settings}
+        made.append(Client(url, **given))
+        return made[-1]
+
+    yield make
+    for client in made:
+        client.close()
+
+
+def url_of(api: Api) -> str:
+    return str(api.client.make_url("/")).rstrip("/")
+
+
+async def flushed(client: Client, timeout_s: float = 20) -> None:
+    """Wait for the client without holding up the app, which runs on this very loop."""
+    assert await asyncio.to_thread(client.flush, timeout_s), client.stats()
+
+
+@pytest.fixture
+async def proxy(api: Api) -> AsyncIterator[BadProxy]:
+    with bad_proxy(url_of(api)) as bad:
+        yield bad
+
+
+def states(buffer: Path) -> dict[str, int]:
+    """Return how many files of each state a buffer folder holds."""
+    counts: dict[str, int] = {}
+    for path in buffer.iterdir():
+        counts[path.suffix] = counts.get(path.suffix, 0) + 1
+    return counts

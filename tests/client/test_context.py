@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import threading
+import uuid
+from pathlib import Path
+
+import pytest
+
+from telemetryd.client import context
+from telemetryd.client.context import ProcessIdentity, Surroundings, git_fields, new_run_id, new_uuid, timestamp
+from telemetryd.runs import canonical_timestamp
+from tests.conftest import require_program
+
+
+def test_uuids_are_random_ones_and_differ() -> None:
+    made = [new_uuid() for _ in range(10_000)]
+    assert len(set(made)) == len(made)
+    for text in made[:100]:
+        parsed = uuid.UUID(text)
+        assert (str(parsed), parsed.version, parsed.variant) == (text, 4, uuid.RFC_4122)
+
+
+def test_a_forked_process_makes_other_uuids() -> None:
+    out, into = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(into, "".join(new_uuid() for _ in range(10)).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    theirs = os.read(out, 4096).decode()
+    assert not any(new_uuid() in theirs for _ in range(10))
+    os.close(out)
+    os.close(into)
+
+
+def test_seeding_the_shared_generator_does_not_repeat_uuids() -> None:
+    import random
+
+    random.seed(1)
+    first = new_uuid()
+    random.seed(1)
+    assert new_uuid() != first
+
+
+@pytest.mark.parametrize(
+    ("agent", "shown"), [("hugo-translator", "hugo-translator"), ("a b/ü", "a-b-"), ("", ""), ("x" * 500, "x" * 200)]
+)
+def test_run_ids_have_the_form_that_agents_know(agent: str, shown: str) -> None:
+    run_id = new_run_id(agent)
+    assert re.fullmatch(rf"\d{{8}}T\d{{6}}Z-{shown}-[0-9a-f]{{8}}", run_id), run_id
+    assert len(run_id) <= 255
+
+
+@pytest.mark.parametrize("moment", [0.0, 1_767_195_045.999_999_9, 1_767_195_046.0, 1_700_000_000.123456])
+def test_timestamps_are_what_the_daemon_stores(moment: float) -> None:
+    text = timestamp(moment)
+    assert canonical_timestamp(text) == text
+    assert len(timestamp()) == len("2025-12-31T15:30:45.123456Z")
+
+
+def test_the_process_is_told_by_what_proc_says() -> None:
+    if sys.platform != "linux":
+        pytest.skip("Linux only")
+    own = ProcessIdentity.own()
+    assert own is not None
+    assert own.pid == os.getpid()
+    uptime = float(Path("/proc/uptime").read_text().split()[0])
+    assert 0 < own.start_time / os.sysconf("SC_CLK_TCK") <= uptime + 1
+    assert uuid.UUID(own.boot_id)
+
+
+# --- git -----------------------------------------------------------------------------------------
+
+
+def git(folder: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "init.defaultBranch=main"]
+    environment = {**os.environ, "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull}
+    done = subprocess.run(
+        ["git", *identity, *arguments], cwd=folder, env=environment, check=True, capture_output=True, text=True
+    )
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    require_program("git", "git")
+    folder = tmp_path / "checkout"
+    folder.mkdir()
+    git(folder, "init", "-q")
+    git(folder, "commit", "-q", "--allow-empty", "-m", "first")
+    git(folder, "remote", "add", "fork", "https://example.com/fork.git")
+    git(folder, "remote", "add", "origin", "https://user:secret@example.com/acme/site.git")
+    return folder
+
+
+def test_git_is_read_from_a_folder_inside_a_checkout(checkout: Path) -> None:
+    inside = checkout / "a" / "b"
+    inside.mkdir(parents=True)
+    assert git_fields(inside) == {
+        "git_repo": "https://example.com/acme/site.git",
+        "git_branch": "main",
+        "git_commit_hash": git(checkout, "rev-parse", "HEAD"),
+    }
+
+
+def test_packed_references_worktrees_and_detached_heads(checkout: Path, tmp_path: Path) -> None:
+    commit = git(checkout, "rev-parse", "HEAD")
+    git(checkout, "branch", "feature/x")
+    git(checkout, "pack-refs", "--all")
+    assert git_fields(checkout)["git_commit_hash"] == commit
+    git(checkout, "worktree", "add", "-q", str(tmp_path / "other"), "feature/x")
+    assert git_fields(tmp_path / "other") == {**git_fields(checkout), "git_branch": "feature/x"}
+    git(checkout, "checkout", "-q", "--detach")
+    assert "git_branch" not in git_fields(checkout)
+    assert git_fields(checkout)["git_commit_hash"] == commit
+
+
+def test_no_checkout_and_broken_ones_give_nothing(tmp_path: Path) -> None:
+    assert git_fields(tmp_path) == {}
+    (tmp_path / ".git").mkdir()
+    assert git_fields(tmp_path) == {}
+    (tmp_path / ".git" / "HEAD").write_bytes(b"\xff\xfe")
+    assert git_fields(tmp_path) == {}
+    (tmp_path / ".git" / "HEAD").write_text("ref: refs/heads/unborn\n")
+    assert git_fields(tmp_path) == {"git_branch": "unborn"}
+
+
+def test_the_surroundings_are_looked_up_again_after_a_while(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(checkout)
+    surroundings = Surroundings({"environment": "prod", "host": "box"}, fresh_s=0)
+    before = surroundings.fields()
+    assert (before["environment"], before["host"]) == ("prod", "box")
+    git(checkout, "commit", "-q", "--allow-empty", "-m", "second")
+    assert surroundings.fields()["git_commit_hash"] != before["git_commit_hash"]
+
+
+def test_a_deleted_working_directory_is_no_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert Surroundings({}).fields()["host"]
+
+
+def test_the_enclosing_run_is_that_of_the_task_or_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(context.PARENT_VARIABLE, "from-outside")
+    assert context.parent_run_id() == "from-outside"
+    token = context.enclosing_run_id.set("mine")
+    seen: list[str | None] = []
+    thread = threading.Thread(target=lambda: seen.append(context.parent_run_id()))
+    thread.start()
+    thread.join()
+    assert (context.parent_run_id(), seen) == ("mine", ["from-outside"])
+    context.enclosing_run_id.reset(token)

@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+import typing
+
+from telemetryd import runs
+from telemetryd.client import fields
+from telemetryd.client.fields import CHANGES, FIELDS, Details, Fields
+from telemetryd.runs import Role
+
+
+def test_the_fields_are_those_of_a_run() -> None:
+    assert set(runs.columns(Role.SET)) == FIELDS
+    assert set(runs.columns(Role.PATCH)) == CHANGES
+
+
+def test_the_keyword_arguments_have_the_types_of_a_run() -> None:
+    hints = typing.get_type_hints(fields.NamedFields)
+    schema = runs.Run.model_json_schema()["properties"]
+    json_types = {"string": str, "integer": int, "boolean": bool, "object": dict}
+    for name in FIELDS:
+        kinds = {part.get("type") for part in schema[name].get("anyOf", [schema[name]])} - {"null"}
+        plain = typing.get_origin(hints[name]) or hints[name]
+        assert plain in {json_types[kind] for kind in kinds}, name
+
+
+def test_a_start_and_an_end_take_every_field_that_may_be_given_then() -> None:
+    assert FIELDS - {"agent_name", "job_type"} == set(typing.get_type_hints(Fields))
+    assert CHANGES - {"status"} == set(typing.get_type_hints(Details))
