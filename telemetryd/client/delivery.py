@@ -227,7 +227,7 @@ class Delivery:
     def _send_events(self, parcel: Parcel, step: _Events) -> Sequence[_Step]:
         path = run_path(step.items[0].event_id) + "/events"
         answer = self._ask("POST", path, orjson.dumps([item.event for item in step.items]))
-        if answer.status in (200, 201) and isinstance(answer.body, dict):
+        if answer.status in (200, 201) and _counts(answer.body) == len(step.items):
             return []
         if _is_body_fault(answer) and len(step.items) > 1:
             return step.parts()
@@ -239,7 +239,7 @@ class Delivery:
 
     def _send_update(self, parcel: Parcel, step: _Update) -> Sequence[_Step]:
         answer = self._ask("PATCH", run_path(step.event_id), orjson.dumps(step.fields))
-        if answer.status == 200 and isinstance(answer.body, dict):
+        if answer.status == 200 and isinstance(answer.body, dict) and answer.body.get("updated") is True:
             return []
         if _is_body_fault(answer) or (answer.status == 400 and answer.detail == _NOTHING_TO_UPDATE):
             if parts := step.parts():
@@ -319,6 +319,14 @@ def _batch_answer(answer: Answer, sent: int) -> _Batch:
     if inserted + duplicates + len(errors) != sent:
         raise RetryError(f"The answer to a batch of {sent} accounts for {inserted + duplicates + len(errors)}")
     return _Batch(inserted, duplicates, errors, details)
+
+
+def _counts(body: object) -> int | None:
+    """Return how many events an answer accounts for."""
+    try:
+        return int(body["inserted"]) + int(body["duplicates"])  # type: ignore[index]
+    except (TypeError, KeyError, ValueError):
+        return None
 
 
 def _named_fields(detail: object) -> set[str]:

@@ -99,7 +99,14 @@ def test_changes_join_the_start_that_is_sent_with_them_and_else_each_other() -> 
 
 
 def test_every_line_is_accounted_for() -> None:
-    lines = [start("a"), b"garbage", update("a", x=1), b'{"op":"update"}', b'{"op":"event","event_id":"a"}', event("a", "1")]
+    lines = [
+        start("a"),
+        b"garbage",
+        update("a", x=1),
+        b'{"op":"update"}',
+        b'{"op":"event","event_id":"a"}',
+        event("a", "1"),
+    ]
     lines += [b'{"op":"dance","event_id":"a"}', encode({"op": "update", "event_id": "a", "fields": 5}).rstrip()]
     wanted = plan(lines)
     found = [line for run in wanted.runs for line in run.lines] + wanted.unreadable

@@ -265,8 +265,8 @@ def test_the_replaced_clients_finished_files_are_sent_and_its_open_ones_left(buf
 def test_a_lock_that_somebody_looks_at_just_now_is_not_ours(buffer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     buffer.mkdir()
     names = iter([b"\0\0\0\1", b"\0\0\0\2"])
-    monkeypatch.setattr(folders.os, "urandom", lambda _: next(names))
-    monkeypatch.setattr(folders.time, "strftime", lambda *_: "20251224T100000Z")
+    monkeypatch.setattr(os, "urandom", lambda _: next(names))
+    monkeypatch.setattr(time, "strftime", lambda *_: "20251224T100000Z")
     taken = buffer / f"20251224T100000Z-{os.getpid()}-00000001.lock"
     with taken.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -408,7 +408,12 @@ def test_memory_is_bounded_when_nothing_can_be_written(tmp_path: Path) -> None:
 def test_each_call_waits_for_the_disk_if_that_is_wanted(buffer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[int] = []
     real = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda file: (synced.append(os.fstat(file).st_size), real(file))[1])
+
+    def noted(file: int) -> None:
+        synced.append(os.fstat(file).st_size)
+        real(file)
+
+    monkeypatch.setattr(os, "fsync", noted)
     spool = spool_in(buffer, fsync=True)
     spool.append(b"one\n")
     spool.append(b"two\n")

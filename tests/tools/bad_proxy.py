@@ -44,7 +44,8 @@ class BadProxy:
             def do_POST(self) -> None:
                 proxy.handle(self)
 
-            do_PATCH = do_GET = do_POST
+            do_PATCH = do_POST  # noqa: N815
+            do_GET = do_POST  # noqa: N815
 
             def log_message(self, *_: Any) -> None:
                 pass
