@@ -1,0 +1,300 @@
+"""Forks, spawned and short-lived processes, threads and the end of the interpreter, with a real daemon."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.client.conftest import states
+from tests.conftest import Daemon, StartDaemon
+from tests.http_client import get
+from tests.tools.process import telemetryd
+
+
+@pytest.fixture
+def daemon(start_daemon: StartDaemon) -> Daemon:
+    return start_daemon(TELEMETRY_DB_JOURNAL_MODE="WAL")
+
+
+def environment(url: str, buffer: Path, **variables: str) -> dict[str, str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("TELEMETRY_")}
+    return {**clean, "TELEMETRY_API_URL": url, "TELEMETRY_BUFFER_DIR": str(buffer), **variables}
+
+
+def python(
+    program: str, url: str, buffer: Path, *, status: int = 0, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a program that uses the default client."""
+    head = "import os, sys, time\nfrom telemetryd import client as telemetry\n"
+    done = subprocess.run(
+        [sys.executable, "-c", head + program],
+        env=environment(url, buffer, **variables),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    return done
+
+
+def runs(url: str, **filters: str) -> list[dict[str, Any]]:
+    query = "&".join(f"{name}={value}" for name, value in {"limit": "1000", **filters}.items())
+    status, answer = get(url, f"/api/v1/runs?{query}")
+    assert status == 200
+    assert isinstance(answer, list)
+    return answer
+
+
+def test_the_end_of_the_interpreter_sends_what_is_left(daemon: Daemon, buffer: Path) -> None:
+    program = """
+import atexit, threading
+atexit.register(lambda: telemetry.record({"agent_name": "a", "job_type": "late", "event_id": "late"}))
+with telemetry.run("a", "j", event_id="main") as run:
+    run.event("x")
+def work():
+    with telemetry.run("a", "thread", event_id="thread"):
+        time.sleep(0.05)
+threading.Thread(target=work).start()
+"""
+    done = python(program, daemon.url, buffer)
+    assert done.stderr == ""
+    assert {run["event_id"]: run["status"] for run in runs(daemon.url)} == {
+        "main": "success",
+        "thread": "success",
+        "late": "running",
+    }
+    assert states(buffer) == {".synced": 1}
+
+
+@pytest.mark.parametrize("how", ["sys.exit(3)", "raise ValueError('x')", "os.kill(os.getpid(), 2)"])
+def test_every_way_to_leave_says_how_it_was(daemon: Daemon, buffer: Path, how: str) -> None:
+    program = f"with telemetry.run('a', 'j'):\n    {how}\n    time.sleep(5)\n"
+    status = {"s": 3, "r": 1, "o": -signal.SIGINT}[how[0]]
+    python(program, daemon.url, buffer, status=status)
+    assert [run["status"] for run in runs(daemon.url)] == ["cancelled" if how[0] == "o" else "failure"]
+
+
+def test_the_end_is_not_held_up_by_a_daemon_that_is_down(buffer: Path, free_port: int) -> None:
+    began = time.monotonic()
+    python("telemetry.record({'agent_name': 'a', 'job_type': 'j'})", f"http://127.0.0.1:{free_port}", buffer)
+    assert time.monotonic() - began < 5
+    assert states(buffer) == {".ready": 1, ".lock": 1}
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_multiprocessing(daemon: Daemon, buffer: Path, method: str, tmp_path: Path) -> None:
+    script = tmp_path / "program.py"
+    script.write_text(f"""
+import multiprocessing, os
+from telemetryd import client as telemetry
+
+def work(number):
+    with telemetry.run("a", "inner", item_name=str(number)) as run:
+        run.event("step", number=number)
+
+if __name__ == "__main__":
+    with telemetry.run("a", "outer", run_id="the-outer-run") as run:
+        os.environ.update(run.environment())
+        context = multiprocessing.get_context({method!r})
+        workers = [context.Process(target=work, args=(number,)) for number in range(6)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+            assert worker.exitcode == 0
+""")
+    done = subprocess.run(
+        [sys.executable, script],
+        env=environment(daemon.url, buffer),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    # multiprocessing ends its children by os._exit, so they have left their files to whoever comes next.
+    telemetryd("sync", "--buffer-dir", buffer, "--url", daemon.url)
+    inner = runs(daemon.url, job_type="inner")
+    assert sorted(run["item_name"] for run in inner) == [str(number) for number in range(6)]
+    assert {(run["status"], run["parent_run_id"]) for run in inner} == {("success", "the-outer-run")}
+    assert [run["status"] for run in runs(daemon.url, job_type="outer")] == ["success"]
+    assert states(buffer).keys() == {".synced"}
+
+
+def test_what_a_forked_process_says_of_its_parents_run_comes_after_its_start(
+    daemon: Daemon, buffer: Path, free_port: int
+) -> None:
+    program = """
+telemetry.record({"agent_name": "a", "job_type": "before"})
+with telemetry.run("a", "j", event_id="shared") as run:
+    if os.fork() == 0:
+        run.event("from the child")
+        run.metrics(child=1)
+        telemetry.record({"agent_name": "a", "job_type": "own", "event_id": "own"})
+        os._exit(0)
+    os.wait()
+"""
+    python(program, f"http://127.0.0.1:{free_port}", buffer)
+    # The child's file first, as if it were the older one.
+    files = sorted(buffer.glob("*.jsonl.*"), key=lambda path: path.stat().st_size)
+    child = next(path for path in files if b"from the child" in path.read_bytes())
+    os.utime(child, (1, 1))
+    telemetryd("sync", "--buffer-dir", buffer, "--url", daemon.url)
+    status, shared = get(daemon.url, "/api/v1/runs/shared?include=events")
+    assert (status, shared["status"], shared["metrics_json"]) == (200, "success", {"child": 1})
+    assert [event["event_type"] for event in shared["events"]] == ["from the child"]
+    assert len(runs(daemon.url)) == 3
+    assert states(buffer).keys() == {".synced"}
+
+
+def test_a_forked_process_that_leaves_the_block_does_not_end_its_parents_run(daemon: Daemon, buffer: Path) -> None:
+    program = """
+try:
+    with telemetry.run("a", "j", event_id="parents") as run:
+        child = os.fork()
+        if child == 0:
+            sys.exit(5)
+        os.waitpid(child, 0)
+        run.finish("partial")
+finally:
+    pass
+"""
+    python(program, daemon.url, buffer)
+    telemetryd("sync", "--buffer-dir", buffer, "--url", daemon.url)
+    assert [run["status"] for run in runs(daemon.url)] == ["partial"]
+
+
+def test_many_short_lived_processes_at_once(daemon: Daemon, buffer: Path) -> None:
+    program = """
+import sys
+from telemetryd import client as telemetry
+with telemetry.run("a", "short", event_id=sys.argv[1]) as run:
+    run.items(succeeded=1)
+"""
+    count = 40
+    processes = [
+        subprocess.Popen([sys.executable, "-c", program, f"short-{number}"], env=environment(daemon.url, buffer))
+        for number in range(count)
+    ]
+    assert [process.wait(120) for process in processes] == [0] * count
+    telemetryd("sync", "--buffer-dir", buffer, "--url", daemon.url)
+    found = runs(daemon.url, job_type="short")
+    assert sorted(run["event_id"] for run in found) == sorted(f"short-{number}" for number in range(count))
+    assert {(run["status"], run["items_succeeded"]) for run in found} == {("success", 1)}
+    assert states(buffer).keys() == {".synced"}
+
+
+def test_the_next_process_sends_what_dead_ones_left_once(daemon: Daemon, buffer: Path, free_port: int) -> None:
+    dead = "telemetry.record({'agent_name': 'a', 'job_type': 'j'})\nos.kill(os.getpid(), 9)"
+    for _ in range(3):
+        python(dead, f"http://127.0.0.1:{free_port}", buffer, status=-9)
+    assert states(buffer) == {".active": 3, ".lock": 3}
+    long_lived = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                "import time\nfrom telemetryd import client\nclient.run('a', 'long').start(); time.sleep(8)",
+            ],
+            env=environment(daemon.url, buffer),
+        )
+        for _ in range(2)
+    ]
+    for process in long_lived:
+        assert process.wait(60) == 0
+    assert len(runs(daemon.url, job_type="j")) == 3
+    assert states(buffer) == {".synced": 5}
+    requests = [line for line in daemon.lines if line["message"] == "Batch stored"]
+    assert sum(line["duplicates"] for line in requests) == 0
+
+
+def test_a_daemon_that_is_killed_at_random_moments_gets_everything_in_the_end(
+    start_daemon: StartDaemon, buffer: Path, free_port: int
+) -> None:
+    url = f"http://127.0.0.1:{free_port}"
+    program = """
+for number in range(3000):
+    telemetry.record({"agent_name": "a", "job_type": "j", "event_id": f"e-{number}", "status": "success"})
+    if number % 50 == 0:
+        time.sleep(0.02)
+print(telemetry.flush(30), telemetry.stats()["dead"])
+"""
+    agent = subprocess.Popen(
+        [sys.executable, "-c", "import time\nfrom telemetryd import client as telemetry\n" + program],
+        env=environment(url, buffer),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    daemon = None
+    for _ in range(3):
+        daemon = start_daemon(TELEMETRY_API_PORT=str(free_port), TELEMETRY_DB_JOURNAL_MODE="WAL")
+        daemon.wait_for_line("Serving")
+        time.sleep(0.15)
+        daemon.stop(signal.SIGKILL)
+    daemon = start_daemon(TELEMETRY_API_PORT=str(free_port), TELEMETRY_DB_JOURNAL_MODE="WAL")
+    out, _ = agent.communicate(timeout=60)
+    assert out == "True 0\n"
+    status, metrics = get(daemon.url, "/metrics")
+    assert (status, metrics["total_runs"]) == (200, 3000)
+
+
+def test_a_flush_that_cannot_succeed_says_so(buffer: Path, free_port: int) -> None:
+    program = "telemetry.record({'agent_name': 'a', 'job_type': 'j'})\nprint(telemetry.flush(0.3))"
+    done = python(program, f"http://127.0.0.1:{free_port}", buffer)
+    assert done.stdout == "False\n"
+    assert done.stderr.count("Telemetry cannot be sent now and stays in the spool") == 1
+
+
+def test_a_wrong_variable_is_named(buffer: Path) -> None:
+    done = python("telemetry.record({})", "http://x", buffer, status=1, TELEMETRY_BUFFER_MAX_MB="much")
+    assert "TELEMETRY_BUFFER_MAX_MB" in done.stderr
+
+
+def test_memory_stays_flat_while_the_daemon_is_down(buffer: Path, free_port: int) -> None:
+    program = """
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+run = {"agent_name": "a", "job_type": "j", "metrics_json": {"tokens": 5}, "status": "success"}
+def load(seconds):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        for _ in range(100):
+            telemetry.record(run)
+load(1.0)
+before = resident()
+load(3.0)
+print(telemetry.stats()["recorded"], resident() - before)
+"""
+    done = python(program, f"http://127.0.0.1:{free_port}", buffer, TELEMETRY_FLUSH_TIMEOUT_S="0.1")
+    recorded, grown = map(int, done.stdout.split())
+    assert recorded > 10_000
+    assert grown < 2 << 20
+
+
+def test_the_folder_stays_within_its_bound_while_the_daemon_is_down(buffer: Path, free_port: int) -> None:
+    program = """
+from telemetryd.client import Client
+client = Client(file_bytes=100_000, max_bytes=1_000_000)
+end = time.monotonic() + 7
+while time.monotonic() < end:
+    client.record({"agent_name": "a", "job_type": "j", "output_summary": "x" * 1000})
+    time.sleep(0.001)
+print(client.stats()["dropped"], client.stats()["recorded"])
+"""
+    done = python(program, f"http://127.0.0.1:{free_port}", buffer)
+    dropped, recorded = map(int, done.stdout.split())
+    assert dropped > 100
+    assert "unsent telemetry lines given up" in done.stderr
+    kept = sum(path.read_bytes().count(b"\n") for path in buffer.glob("*.jsonl.*"))
+    assert kept + dropped == recorded
+    assert json.loads(next(buffer.glob("*.jsonl.ready")).read_bytes().splitlines()[0])["agent_name"] == "a"

@@ -1,0 +1,181 @@
+"""telemetryd sync and replay."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from telemetryd.client import Client
+from tests.client.conftest import states
+from tests.conftest import Daemon, StartDaemon, make_run
+from tests.http_client import call, get
+from tests.tools.process import telemetryd
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
+
+@pytest.fixture
+def daemon(start_daemon: StartDaemon) -> Daemon:
+    return start_daemon(TELEMETRY_DB_JOURNAL_MODE="WAL")
+
+
+@pytest.fixture
+def buffer(tmp_path: Path) -> Path:
+    return tmp_path / "buffer"
+
+
+def leave(buffer: Path, count: int = 5, **fields: object) -> None:
+    """Be a process that records and does not send."""
+    client = Client("http://127.0.0.1:9", buffer_dir=buffer, send=False)
+    for _ in range(count):
+        assert client.record(make_run(**fields))
+    client.close()
+
+
+def test_sync_sends_what_is_left_and_says_so(daemon: Daemon, buffer: Path) -> None:
+    leave(buffer)
+    shown = json.loads(telemetryd("sync", "--buffer-dir", buffer, "--dry-run", "--json").stdout)
+    assert shown["left"]["ready"]["files"] == 1
+    assert shown["sent"] == 0
+    out = telemetryd("sync", TELEMETRY_BUFFER_DIR=str(buffer), TELEMETRY_API_URL=daemon.url).stdout
+    assert out == "5 lines sent: 5 runs stored, 0 known before, 0 lines refused\n"
+    assert states(buffer) == {".synced": 1}
+    again = json.loads(telemetryd("sync", "--buffer-dir", buffer, "--url", daemon.url, "--json").stdout)
+    assert (again["sent"], again["left"], again["problem"]) == (0, {}, None)
+    assert get(daemon.url, "/metrics")[1]["total_runs"] == 5
+
+
+def test_sync_of_no_folder_and_an_empty_one(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "missing"):
+        assert telemetryd("sync", "--buffer-dir", folder).stdout.startswith("0 lines sent")
+
+
+def test_sync_without_a_daemon_fails_and_loses_nothing(buffer: Path, free_port: int) -> None:
+    leave(buffer)
+    url = f"http://127.0.0.1:{free_port}"
+    done = telemetryd("sync", "--buffer-dir", buffer, "--url", url, "--retry-for", "0.3", status=1)
+    assert "refused" in done.stderr
+    assert done.stdout.splitlines()[-1].startswith("1 files to be sent")
+    assert states(buffer) == {".ready": 1, ".lock": 1}
+
+
+def test_sync_leaves_the_living_alone_and_tells_of_refusals(daemon: Daemon, buffer: Path) -> None:
+    leave(buffer, 3, items_failed=-1)
+    alive = Client("http://127.0.0.1:9", buffer_dir=buffer, send=False)
+    alive.record(make_run())
+    done = telemetryd("sync", "--buffer-dir", buffer, "--url", daemon.url, status=1)
+    assert "1 files of processes that are alive" in done.stdout
+    assert done.stderr.startswith("telemetryd: ")
+    assert "3 lines were refused; see " in done.stderr
+    alive.close()
+
+
+def test_a_wrong_setting_of_the_client_is_a_usage_error(buffer: Path) -> None:
+    done = telemetryd("sync", "--buffer-dir", buffer, "--url", "ftp://x", status=2)
+    assert "url must be http://" in done.stderr
+
+
+def test_sync_watches_until_it_is_told_to_stop(daemon: Daemon, buffer: Path) -> None:
+    watching = subprocess.Popen(
+        [sys.executable, "-m", "telemetryd", "sync", "--watch", "--json", "--buffer-dir", buffer, "--url", daemon.url],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        for expected in (5, 10):
+            leave(buffer)
+            deadline = time.monotonic() + 20
+            while get(daemon.url, "/metrics")[1]["total_runs"] < expected:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+        watching.send_signal(signal.SIGTERM)
+        out, _ = watching.communicate(timeout=20)
+    finally:
+        watching.kill()
+        watching.wait()
+    assert watching.returncode == 0
+    assert json.loads(out)["stored"] == 10
+
+
+def test_two_syncs_at_once_send_each_line_once(daemon: Daemon, buffer: Path) -> None:
+    for _ in range(20):
+        leave(buffer, 20)
+    commands = [sys.executable, "-m", "telemetryd", "sync", "--json", "--buffer-dir", buffer, "--url", daemon.url]
+    both = [subprocess.Popen(commands, stdout=subprocess.PIPE) for _ in range(2)]
+    told = [json.loads(process.communicate(timeout=60)[0]) for process in both]
+    assert sum(each["stored"] for each in told) == 400
+    assert sum(each["duplicates"] for each in told) == 0
+
+
+def test_a_bar_is_drawn_on_a_terminal(daemon: Daemon, buffer: Path) -> None:
+    leave(buffer)
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "telemetryd", "sync", "--buffer-dir", buffer, "--url", daemon.url]
+    subprocess.run(command, stdout=subprocess.DEVNULL, stderr=theirs, check=True)
+    drawn = os.read(ours, 65536).decode()
+    assert "Sending" in drawn
+    assert "100%" in drawn
+    os.close(ours)
+    os.close(theirs)
+
+
+@pytest.mark.parametrize("form", ["plain", "gzip", "zstd", "standard input"])
+def test_replay_sends_files_of_any_form(daemon: Daemon, tmp_path: Path, form: str) -> None:
+    text = b"".join(json.dumps(make_run()).encode() + b"\n" for _ in range(2500)) + b"\n"
+    path = tmp_path / "runs"
+    path.write_bytes({"gzip": gzip.compress, "zstd": zstd.compress}.get(form, bytes)(text))  # type: ignore[operator]
+    if form == "standard input":
+        command = [sys.executable, "-m", "telemetryd", "replay", "-", "--json", "--url", daemon.url]
+        with path.open("rb") as file:
+            out = subprocess.run(command, stdin=file, capture_output=True, check=True).stdout.decode()
+    else:
+        out = telemetryd("replay", path, "--json", "--url", daemon.url).stdout
+    assert json.loads(out)["stored"] == 2500
+    if form == "plain":
+        again = json.loads(telemetryd("replay", path, "--json", "--url", daemon.url).stdout)
+        assert (again["stored"], again["duplicates"]) == (0, 2500)
+
+
+def test_replay_keeps_what_is_refused_and_takes_it_again_once_it_is_mended(daemon: Daemon, tmp_path: Path) -> None:
+    path, rejects = tmp_path / "runs.ndjson", tmp_path / "bad.jsonl"
+    path.write_text("".join(json.dumps(make_run(items_failed=n - 2)) + "\n" for n in range(5)) + "{broken\n")
+    done = telemetryd("replay", path, "--rejects", rejects, "--url", daemon.url, status=1)
+    assert done.stdout.startswith("6 lines sent: 3 runs stored")
+    assert "items_failed: " in done.stderr
+    assert len(rejects.read_text().splitlines()) == 3
+    rejects.write_text(rejects.read_text().replace('"items_failed":-', '"items_failed":'))
+    done = telemetryd("replay", rejects, "--url", daemon.url, status=1)
+    assert done.stdout.startswith("3 lines sent: 2 runs stored")
+
+
+def test_replay_takes_spool_files_with_changes_and_events(daemon: Daemon, buffer: Path) -> None:
+    client = Client("http://127.0.0.1:9", buffer_dir=buffer, send=False)
+    with client.run("a", "j", event_id="one") as run:
+        run.event("step")
+    client.close()
+    (file,) = buffer.glob("*.ready")
+    out = telemetryd("replay", file, "--json", "--url", daemon.url).stdout
+    assert json.loads(out)["sent"] == 3
+    status, stored = call(daemon.url, "GET", "/api/v1/runs/one?include=events")
+    assert (status, stored["status"], len(stored["events"])) == (200, "success", 1)
+
+
+def test_replay_without_a_daemon_or_with_a_broken_file_fails(tmp_path: Path, free_port: int, daemon: Daemon) -> None:
+    path = tmp_path / "runs"
+    path.write_text(json.dumps(make_run()))
+    url = f"http://127.0.0.1:{free_port}"
+    assert "refused" in telemetryd("replay", path, "--url", url, "--retry-for", "0.2", status=1).stderr
+    path.write_bytes(gzip.compress(b"{}\n" * 100_000)[:-20])
+    assert telemetryd("replay", path, "--url", daemon.url, status=1).stderr
