@@ -112,7 +112,17 @@ def test_sync_watches_until_it_is_told_to_stop(daemon: Daemon, buffer: Path) -> 
 def test_two_syncs_at_once_send_each_line_once(daemon: Daemon, buffer: Path) -> None:
     for _ in range(20):
         leave(buffer, 20)
-    commands = [sys.executable, "-m", "telemetryd", "sync", "--json", "--buffer-dir", buffer, "--url", daemon.url]
+    commands: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "telemetryd",
+        "sync",
+        "--json",
+        "--buffer-dir",
+        buffer,
+        "--url",
+        daemon.url,
+    ]
     both = [subprocess.Popen(commands, stdout=subprocess.PIPE) for _ in range(2)]
     told = [json.loads(process.communicate(timeout=60)[0]) for process in both]
     assert sum(each["stored"] for each in told) == 400
@@ -122,7 +132,16 @@ def test_two_syncs_at_once_send_each_line_once(daemon: Daemon, buffer: Path) -> 
 def test_a_bar_is_drawn_on_a_terminal(daemon: Daemon, buffer: Path) -> None:
     leave(buffer)
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "telemetryd", "sync", "--buffer-dir", buffer, "--url", daemon.url]
+    command: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "telemetryd",
+        "sync",
+        "--buffer-dir",
+        buffer,
+        "--url",
+        daemon.url,
+    ]
     subprocess.run(command, stdout=subprocess.DEVNULL, stderr=theirs, check=True)
     drawn = os.read(ours, 65536).decode()
     assert "Sending" in drawn

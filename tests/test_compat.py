@@ -91,12 +91,12 @@ def test_no_daemon_is_no_exception(tmp_path: Path, free_port: int) -> None:
     client.close()
 
 
-async def test_stale_runs_are_cancelled_as_the_guide_does_it(make_api: MakeApi, config: TelemetryConfig) -> None:
+async def test_stale_runs_are_cancelled_as_the_guide_does_it(make_api: MakeApi, tmp_path: Path) -> None:
     now = datetime.now(UTC)
     moment = now - timedelta(hours=3)
     api = await make_api(clock=lambda: moment)
-    config.api_url = str(api.client.make_url("/")).rstrip("/")
-    client = TelemetryClient(config)
+    url = str(api.client.make_url("/")).rstrip("/")
+    client = TelemetryClient(TelemetryConfig(api_url=url, buffer_dir=tmp_path / "buffer"))
     stale = [make_run(agent_name="mine", created_at=moment.isoformat()) for _ in range(7)]
     await api.batch(stale)
     await api.batch([make_run(agent_name="theirs", created_at=moment.isoformat())])
@@ -106,11 +106,7 @@ async def test_stale_runs_are_cancelled_as_the_guide_does_it(make_api: MakeApi, 
     own = client.start_run("mine", "j", created_at=(now - timedelta(hours=3)).isoformat())
     await stored(api, client, own)
     assert await asyncio.to_thread(client.cleanup_stale_runs, "mine", 1) == 6
-    cancelled = (
-        await api.list(params={"status": "cancelled"})
-        if False
-        else await api.get("/api/v1/runs", params={"status": "cancelled"})
-    )
+    cancelled = await api.get("/api/v1/runs", params={"status": "cancelled"})
     assert {run["event_id"] for run in cancelled} == {run["event_id"] for run in stale[1:]}
     assert cancelled[0]["error_summary"].startswith("Stale run cleaned up on startup (created at 20")
     assert cancelled[0]["output_summary"] == "Process did not complete - cleanup on restart"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import gzip
 import io
+import logging
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import IO, Any, Final, TypeVar, cast
 
@@ -34,8 +34,8 @@ from telemetryd.client.folder import (
     waiting,
 )
 from telemetryd.client.lines import dead_letter, encode, read_object
-from telemetryd.client.sender import Backoff
 from telemetryd.client.transport import Transport
+from telemetryd.client.worker import Backoff
 from telemetryd.errors import ErrorItem, describe
 
 if sys.version_info >= (3, 14):
@@ -62,6 +62,7 @@ retry_option = click.option(
 
 
 def _config(**given: Any) -> Config:
+    logging.getLogger("telemetryd.client").addHandler(logging.NullHandler())  # here the commands say it themselves
     try:
         return Config.load(**given)
     except ValueError as error:
@@ -198,7 +199,8 @@ class _Sync:
         self._counters = counters
         self._patience = patience
         self._transport = Transport(config)
-        self._delivery = Delivery(self._transport, partial(bury, config.folder), counters)
+        self._refusals = _Refusals(None)
+        self._delivery = Delivery(self._transport, self._bury, counters)
 
     def pass_over(self) -> int:
         """Send every stream that nobody else sends; return how many lines that were."""
@@ -229,6 +231,10 @@ class _Sync:
 
     def close(self) -> None:
         self._transport.close()
+
+    def _bury(self, lines: list[bytes], status: int | None, reason: object) -> None:
+        bury(self._config.folder, lines, status, reason)
+        self._refusals.add(lines, status, reason)
 
     def _dropped(self, entry: Entry, lines: int, reason: str) -> None:
         self._counters.dropped += lines

@@ -17,10 +17,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from telemetryd.client import sender
+from telemetryd.client import worker
 from telemetryd.client.delivery import MAX_ROWS, RetryError, parse_flow, retry_after_s
-from telemetryd.client.sender import Backoff
 from telemetryd.client.transport import Answer
+from telemetryd.client.worker import Backoff
 from tests.client.conftest import MakeClient, flushed, states, url_of
 from tests.conftest import Api, MakeApi
 from tests.tools.bad_proxy import BREAKS, ERRORS, BadProxy
@@ -29,7 +29,8 @@ from tests.tools.bad_proxy import BREAKS, ERRORS, BadProxy
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Back off in hundredths of a second, so that the tests need not wait."""
-    monkeypatch.setattr(sender, "Backoff", lambda: Backoff(0.005, 0.02))
+    monkeypatch.setattr(worker, "Backoff", lambda: Backoff(0.005, 0.02))
+    monkeypatch.setattr(worker, "_FIRST_LOOK_S", 0.0)
 
 
 def letters(buffer: Path) -> list[Any]:
@@ -119,7 +120,6 @@ async def test_an_end_that_joined_a_start_whose_answer_was_lost_is_not_lost_with
     run.finish("partial")
     first._spool.close()
     second = make_client(proxy.url)
-    second._sender._next_look = 0
     second.record(finished(1))
     await flushed(second)
     assert (await api.get(f"/api/v1/runs/{run.event_id}"))["status"] == "partial"
@@ -291,11 +291,11 @@ async def test_a_wrong_token_is_said_once_and_everything_waits(
     own = [record.getMessage() for record in caplog.records if record.name == "telemetryd.client"]
     assert len([text for text in own if "401" in text]) == 1
     assert "401" in client.stats()["problem"]
-    assert client._sender._quiet_until - time.monotonic() > 20, "slowly"
+    assert client._sender._worker is not None
+    assert client._sender._worker._quiet_until - time.monotonic() > 20, "slowly"
     await asyncio.to_thread(client.close)
     assert not letters(buffer)
     right = make_client(url_of(api), token="0123456789")
-    right._sender._next_look = 0
     right.record(finished(2))
     await flushed(right)
     assert len(await api.get("/api/v1/runs", headers={"Authorization": "Bearer 0123456789"})) == 2
@@ -433,9 +433,8 @@ async def test_bodies_are_compressed_on_the_way_to_another_machine(
     client.record(finished(0))
     await flushed(client)
     assert "content-encoding" not in proxy.headers[0], "not on this machine"
-    transport = client._sender._transport
-    assert transport is not None
-    transport._compresses = True
+    assert client._sender._worker is not None
+    client._sender._worker._transport._compresses = True
     for number in range(1, 50):
         client.record(finished(number))
     await flushed(client)

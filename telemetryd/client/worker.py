@@ -1,0 +1,305 @@
+"""The background thread's work: this process's stream, what dead processes left, and that runs are alive.
+
+Imports the HTTP client, so it is imported by that thread only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+import time
+from collections.abc import Iterable
+from typing import Final
+
+from telemetryd.client.complaints import Complaints
+from telemetryd.client.config import Config
+from telemetryd.client.context import ProcessIdentity
+from telemetryd.client.counters import Counters
+from telemetryd.client.courier import Courier
+from telemetryd.client.delivery import Delivery, Parcel, RetryError, WaitError
+from telemetryd.client.folder import Bounds, Entry, Stream, bury, enforce, make_room, waiting
+from telemetryd.client.lines import encode
+from telemetryd.client.sender import LiveRun, Sender
+from telemetryd.client.spool import Spool
+from telemetryd.client.transport import Answer, Transport, UnreachableError, run_path
+
+logger: Final = logging.getLogger("telemetryd.client")
+
+_BACKOFF_FIRST_S: Final = 0.25
+_BACKOFF_MOST_S: Final = 30.0
+_REFUSAL_S: Final = 60.0
+"""How slowly we ask again where only a change of the configuration can help (a token, an address)."""
+_LOOK_AROUND_S: Final = 15.0
+_FIRST_LOOK_S: Final = 2.0
+_TIDY_S: Final = 5.0
+_REFUSALS: Final = 3
+_PASSING: Final = (408, 429, 500, 502, 503, 504)
+
+
+class Backoff:
+    """Exponential back-off with full jitter: each pause is random between nothing and twice the last bound.
+
+    Full jitter spreads the clients that lost the same daemon at the same moment (Brooker, AWS Architecture Blog 2015).
+    """
+
+    def __init__(self, first_s: float = _BACKOFF_FIRST_S, most_s: float = _BACKOFF_MOST_S) -> None:
+        self._first_s = first_s
+        self._most_s = most_s
+        self._failures = 0
+
+    def pause_s(self, error: RetryError) -> float:
+        """Return how long to wait after a failure, never less than the daemon asked for."""
+        bound = min(self._first_s * 2**self._failures, self._most_s)
+        self._failures = min(self._failures + 1, 30)
+        jitter = random.uniform(0, bound)  # noqa: S311 - no secret
+        if error.is_refusal:
+            return max(error.wait_s, _REFUSAL_S) * random.uniform(0.5, 1.0)  # noqa: S311
+        return error.wait_s + jitter
+
+    def reset(self) -> None:
+        """Note a success."""
+        self._failures = 0
+
+
+class Worker:
+    """Sends what there is to send, turn after turn.
+
+    Args:
+        config: the client's settings.
+        spool: this process's stream.
+        counters: where is counted what becomes of lines.
+        sender: tells when there is something to do.
+
+    """
+
+    def __init__(self, config: Config, spool: Spool, counters: Counters, sender: Sender) -> None:
+        self._config = config
+        self._folder = config.folder
+        self._spool = spool
+        self._counters = counters
+        self._sender = sender
+        self._complaints = Complaints()
+        self._transport = Transport(config)
+        self._delivery = Delivery(self._transport, self._bury, counters)
+        self._backoff = Backoff()
+        self._quiet_until = 0.0
+        self._own: Courier | None = None
+        self._orphan: Courier | None = None
+        now = time.monotonic()
+        self._next_look = now + _FIRST_LOOK_S * random.uniform(0.5, 1.5)  # noqa: S311
+        self._next_tidy = now + _TIDY_S
+        self._registered: set[str] = set()
+        self._beats: dict[str, float] = {}
+        self._certifies = True
+        self._refusals: int | None = 0
+        """How often we were refused since the beginning; None when it has once been granted."""
+        self._identity: ProcessIdentity | None = None
+
+    def work(self) -> None:
+        """Work until the sender is told to stop."""
+        try:
+            while not self._sender.stopping:
+                may_send = self._wait()
+                if self._sender.stopping:
+                    break
+                try:
+                    self._tidy()
+                    if may_send:
+                        self._turn()
+                except Exception:
+                    self._quiet_until = time.monotonic() + _BACKOFF_MOST_S
+                    logger.exception("Telemetry could not be sent because of an error of the client itself")
+        finally:
+            self._release_orphan()
+            self._transport.close()
+
+    def forget(self) -> None:
+        """In a forked process: close what belongs to the parent, and touch nothing of it."""
+        self._transport.close()
+        if self._orphan is not None:
+            self._orphan.stream.forget()
+
+    def _wait(self) -> bool:
+        """Sleep until there is something to do; return whether it is time to send, or only to tidy up."""
+        sender, now = self._sender, time.monotonic()
+        if self._quiet_until > now:  # backing off: only a flush may hurry us
+            hurried = sender.hurry.wait(max(min(self._quiet_until, self._next_tidy) - now, 0.0))
+            may_send = hurried or time.monotonic() >= self._quiet_until
+        else:
+            may_send = True
+            if not sender.flushes:
+                if sender.is_idle:
+                    due = min([self._next_look, self._next_tidy, *self._beats.values()])
+                    sender.wake.wait(max(due - now, 0.01))
+                if not sender.is_idle:
+                    sender.hurry.wait(self._config.linger_s)  # a batch gathers
+        sender.wake.clear()
+        sender.hurry.clear()
+        return may_send
+
+    def _turn(self) -> None:
+        flushes, self._sender.flushes = self._sender.flushes, []
+        live = list(self._sender.live.values())  # their starts are in the spool, so they will have been sent
+        try:
+            self._send_all()
+            self._attend(live)
+        except WaitError as error:
+            self._quiet_until = time.monotonic() + error.wait_s
+        except RetryError as error:
+            self._quiet_until = time.monotonic() + self._backoff.pause_s(error)
+            self._counters.retries += 1
+            self._counters.problem = str(error)
+            self._complaints.say(logging.WARNING, "Telemetry cannot be sent now and stays in the spool: %s", error)
+        except OSError as error:
+            self._quiet_until = time.monotonic() + 1.0
+            self._counters.problem = str(error)
+            self._complaints.say(logging.WARNING, "The spool in %s cannot be read or written: %s", self._folder, error)
+            with contextlib.suppress(OSError):
+                make_room(self._folder)
+        else:
+            self._quiet_until = 0.0
+            self._backoff.reset()
+            self._counters.problem = None
+            for flush in flushes:
+                flush.end(succeeded=True)
+            return
+        for flush in flushes:
+            if flush.is_last:
+                flush.end(succeeded=False)
+            else:
+                self._sender.flushes.append(flush)
+
+    def _send_all(self) -> None:
+        now = time.monotonic()
+        self._spool.write_held()
+        self._send_own()
+        if self._orphan is not None:
+            self._send_orphan(self._orphan)
+        if now >= self._next_look:
+            self._next_look = now + _LOOK_AROUND_S * random.uniform(0.5, 1.5)  # noqa: S311
+            self._send_orphans()
+
+    def _send_own(self) -> None:
+        self._sender.is_idle = True  # from here on a line wakes us again
+        end = self._spool.end()
+        stream = self._spool.stream
+        if stream is not None:
+            if self._own is None or self._own.stream is not stream:
+                self._own = Courier(stream, self._delivery, self._counters)
+            while (lines := self._own.carry()) and not self._sender.stopping:
+                # Less than a batch beyond what there was when we began may gather first.
+                if lines < self._delivery.rows and (stream.number, stream.offset) >= end:
+                    break
+                self._breathe()
+        while self._spool.holds and not self._sender.stopping:
+            self._send_held()
+
+    def _send_orphans(self) -> None:
+        """Send what processes that are gone have left."""
+        for name in waiting(self._folder):
+            own = self._spool.stream
+            if self._sender.stopping:
+                return
+            stream = None if own is not None and own.name == name else Stream.take(self._folder, name)
+            if stream is not None:
+                self._orphan = Courier(stream, self._delivery, self._counters)
+                self._send_orphan(self._orphan)
+
+    def _send_orphan(self, orphan: Courier) -> None:
+        while not self._sender.stopping and orphan.carry():
+            self._breathe()
+            if not self._sender.is_idle:  # our own lines go first
+                self._send_own()
+        self._release_orphan()
+
+    def _release_orphan(self) -> None:
+        if self._orphan is not None:
+            with contextlib.suppress(OSError):
+                self._orphan.stream.release()
+            self._orphan = None
+
+    def _send_held(self) -> None:
+        lines = self._spool.take_held(self._delivery.rows)
+        sent = False
+        try:
+            self._delivery.send(Parcel.of(lines))
+            sent = True
+        finally:
+            self._spool.give_back(sent=sent)
+
+    def _breathe(self) -> None:
+        if self._delivery.pause_s and not self._sender.stopping:
+            self._sender.hurry.wait(self._delivery.pause_s)
+
+    def _bury(self, lines: list[bytes], status: int | None, reason: object) -> None:
+        bury(self._folder, lines, status, reason)
+
+    # --- Bounds ----------------------------------------------------------------------------------
+
+    def _tidy(self) -> None:
+        """Keep the folder within its bounds, every few seconds, whether the daemon can be reached or not."""
+        now = time.monotonic()
+        if now < self._next_tidy:
+            return
+        self._next_tidy = now + _TIDY_S
+        self._spool.rotate_if_old()
+        config = self._config
+        bounds = Bounds(config.max_bytes, config.max_age_s, config.keep_s)
+        try:
+            enforce(self._folder, bounds, self._spool.stream, self._dropped)
+        except OSError as error:
+            self._complaints.say(logging.WARNING, "The spool in %s cannot be tidied up: %s", self._folder, error)
+
+    def _dropped(self, entry: Entry, lines: int, reason: str) -> None:
+        self._counters.dropped += lines
+        text = "%d unsent telemetry lines given up, file %s deleted: %s"
+        self._complaints.say(logging.ERROR, text, lines, entry.path.name, reason)
+
+    # --- Runs that are alive ---------------------------------------------------------------------
+
+    def _attend(self, live: Iterable[LiveRun]) -> None:
+        """Register runs for a death certificate, and send the heartbeats that are due.
+
+        Both go past the spool: that a run is alive is no news later.
+        """
+        for run in live:
+            if self._certifies and run.event_id in self._sender.live and run.event_id not in self._registered:
+                self._register(run)
+            if run.heartbeat_s is not None:
+                self._beat(run, run.heartbeat_s)
+        self._registered &= self._sender.live.keys()
+        self._beats = {event_id: due for event_id, due in self._beats.items() if event_id in self._sender.live}
+
+    def _register(self, run: LiveRun) -> None:
+        if self._identity is None:
+            self._identity = ProcessIdentity.own() if self._transport.is_local else None
+            if self._identity is None:
+                self._certifies = False
+                return
+        identity = self._identity
+        body = {"pid": identity.pid, "start_time": identity.start_time, "boot_id": identity.boot_id}
+        answer = self._tell("POST", run.event_id, "/process", body)
+        if answer is None or answer.status in _PASSING:
+            return
+        self._registered.add(run.event_id)
+        if answer.status in (200, 201):
+            self._refusals = None
+        elif self._refusals is not None:
+            # Perhaps this run has just ended; but if it is always so, then it is another machine, another PID
+            # namespace, or a daemon without the feature: heartbeats remain.
+            self._refusals += 1
+            self._certifies = self._refusals < _REFUSALS
+
+    def _beat(self, run: LiveRun, every_s: float) -> None:
+        now = time.monotonic()
+        if now >= self._beats.setdefault(run.event_id, now + every_s):
+            self._beats[run.event_id] = now + every_s
+            # Any field will do; this one cannot bring a run back that somebody else has ended.
+            self._tell("PATCH", run.event_id, "", {"duration_ms": run.elapsed_ms()})
+
+    def _tell(self, method: str, event_id: str, suffix: str, body: dict[str, object]) -> Answer | None:
+        try:
+            return self._transport.request(method, run_path(event_id) + suffix, encode(body))
+        except UnreachableError:
+            return None
