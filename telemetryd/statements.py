@@ -596,7 +596,8 @@ SAVE_RUN: Final = (
 )
 KEEP_ORIGINAL: Final = "INSERT OR IGNORE INTO unconverted_values (run, field, reason, original) VALUES (?, ?, ?, ?)"
 
-ORIGINALS: Final = "unconverted_values"
+BESIDE_RUNS: Final = ("unconverted_values", "run_events", "run_processes")
+"""The tables of the schema whose rows a salvage copies as they are."""
 
 FIRST_NUMBER: Final = -(2**63)
 LAST_NUMBER: Final = 2**63 - 1
@@ -624,10 +625,34 @@ def read_table(connection: sqlite3.Connection, name: str) -> Iterator[list[tuple
         yield part
 
 
+def make_alike(source: sqlite3.Connection, name: str, target: sqlite3.Connection, new: str) -> None:
+    """Make a table with the columns of another one, of any type, under a new name."""
+    quoted = name.replace('"', '""')
+    columns = ['"{}"'.format(row[1].replace('"', '""')) for row in source.execute(f'PRAGMA table_info("{quoted}")')]
+    target.execute(f'CREATE TABLE "{new}" ({", ".join(columns)})')
+
+
 def fill_table(connection: sqlite3.Connection, name: str, rows: list[tuple[object, ...]]) -> int:
     """Insert rows into any table, except those that are there already; return how many were new."""
     quoted, places = name.replace('"', '""'), ", ".join("?" * len(rows[0]))
     return connection.executemany(f'INSERT OR IGNORE INTO "{quoted}" VALUES ({places})', rows).rowcount  # noqa: S608 - quoted
+
+
+_STRAYS: Final = "FROM {table} WHERE run NOT IN (SELECT id FROM agent_runs)"
+
+
+def count_strays(connection: sqlite3.Connection) -> dict[str, int]:
+    """Count the rows that refer to runs that are gone, in each table that has some."""
+    counted = ((table, f"SELECT count(*) {_STRAYS.format(table=table)}") for table in BESIDE_RUNS)
+    found = ((table, int(connection.execute(sql).fetchone()[0])) for table, sql in counted)
+    return {table: rows for table, rows in found if rows}
+
+
+def delete_strays(connection: sqlite3.Connection) -> dict[str, int]:
+    """Delete the rows that refer to runs that are gone: a new run could get the number of theirs. Return how many."""
+    deleted = ((table, f"DELETE {_STRAYS.format(table=table)}") for table in BESIDE_RUNS)
+    done = ((table, connection.execute(sql).rowcount) for table, sql in deleted)
+    return {table: rows for table, rows in done if rows}
 
 
 def count_wrong_totals(connection: sqlite3.Connection) -> int:

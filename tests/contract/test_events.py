@@ -74,7 +74,7 @@ async def test_a_known_key_is_a_duplicate_and_the_stored_event_stays(api: Api) -
 
 async def test_without_a_key_equal_content_is_one_event(api: Api) -> None:
     path = await new_run(api)
-    body = [
+    body: list[dict[str, Any]] = [
         {"event_type": "step", "payload": {"a": 1, "b": [2]}},
         {"payload": {"b": [2], "a": 1}, "event_type": "step"},
         {"event_type": "step", "payload": {"a": 1, "b": [2]}, "timestamp": "2025-12-24T10:00:00Z"},
@@ -158,9 +158,7 @@ async def test_the_number_of_events_in_a_request_is_bounded(api: Api) -> None:
 
 async def test_pages_of_events_follow_each_other(api: Api) -> None:
     path = await new_run(api)
-    await report(
-        api, path, [{"event_type": "x", "event_key": str(number), "timestamp": TIME} for number in range(250)]
-    )
+    await report(api, path, [{"event_type": "x", "event_key": str(number), "timestamp": TIME} for number in range(250)])
     assert len(await api.get(f"{path}/events")) == 100
     following, keys = f"{path}/events?limit=120", []
     while following:
