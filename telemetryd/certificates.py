@@ -15,7 +15,15 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from telemetryd import processes
 from telemetryd.commands import Death, EndProcess, Process, RegisterProcess, Registration
-from telemetryd.errors import NotWatchedError, RunNotFoundError, StoppingError, UnavailableError, WriterDeadError
+from telemetryd.errors import (
+    CommandFailedError,
+    NotWatchedError,
+    RunNotFoundError,
+    StoppingError,
+    UnavailableError,
+    WriterDeadError,
+    sentence,
+)
 from telemetryd.logs import log
 from telemetryd.metrics import Metrics
 from telemetryd.processes import GoneError, Machine, NotVisibleError
@@ -195,9 +203,10 @@ class Certificates:
             return
         if (process.pid, process.start_time) in self._watched:  # registered anew, before we came to it
             return
+        if process.pid_namespace != machine.pid_namespace or len(self._watched) >= self._most:
+            await self._end(process, None)
+            return
         try:
-            if process.pid_namespace != machine.pid_namespace or len(self._watched) >= self._most:
-                raise NotVisibleError
             pidfd = processes.hold(process.pid, process.start_time)
         except GoneError:
             await self._end(process, _death(process, format_timestamp(utc_now()), None, while_down=True))
@@ -217,6 +226,9 @@ class Certificates:
             except UnavailableError:
                 await asyncio.sleep(_RETRY_S)
                 continue
+            except CommandFailedError as error:
+                log.error("Death certificate refused", extra={"pid": process.pid, "error_message": sentence(error)})
+                return
             more = done.more
             self._metrics.certificates.inc(len(done.failed))
             for event_id in done.failed:
@@ -235,9 +247,10 @@ class Certificates:
 def _death(process: Process, ended_at: str, code: int | None, *, while_down: bool = False) -> Death:
     """Say what is known of the end of a process."""
     kills = processes.oom_kills(process.cgroup)
-    if code in (None, -signal.SIGKILL) and kills is not None and kills > (process.oom_kills or 0):
+    before = process.oom_kills
+    if code in (None, -signal.SIGKILL) and kills is not None and before is not None and kills > before:
         how = f"Out of memory: process {process.pid} ended before it finished the run"
-        more = f"Out-of-memory kills in its control group {process.cgroup} rose from {process.oom_kills} to {kills}."
+        more = f"Out-of-memory kills in its control group {process.cgroup} rose from {before} to {kills}."
     elif code is None:
         how, more = f"Process {process.pid} ended without finishing the run", "How it ended is not known."
     elif code < 0:

@@ -103,15 +103,19 @@ def hold(pid: int, started: int) -> int:
         what = "not a process" if error.errno in (errno.EINVAL, errno.ENOENT) else f"not open to us ({error.strerror})"
         raise NotVisibleError(f"{pid} is {what}") from error
     try:
-        found = start_time(pid)
-        if has_ended(descriptor) or (found is not None and found != started):
-            raise GoneError(f"Process {pid} has ended, or is not the one that started at {started}")
-        if found is None:
-            raise NotVisibleError(f"Process {pid} is hidden from us")
+        _recognise(descriptor, pid, started)
     except BaseException:
         os.close(descriptor)
         raise
     return descriptor
+
+
+def _recognise(descriptor: int, pid: int, started: int) -> None:
+    found = start_time(pid)
+    if has_ended(descriptor) or (found is not None and found != started):
+        raise GoneError(f"Process {pid} has ended, or is not the one that started at {started}")
+    if found is None:
+        raise NotVisibleError(f"Process {pid} is hidden from us")
 
 
 def start_time(pid: int) -> int | None:

@@ -156,7 +156,7 @@ _REAP: Final = """
         error_summary = 'Stale run cleaned up on startup (created at ' || created_at || ')',
         output_summary = 'Process did not complete - cleanup on restart'
     WHERE id IN ({stale} ORDER BY created_at LIMIT :limit)
-    RETURNING agent_name, job_type
+    RETURNING id, agent_name, job_type
 """
 
 
@@ -372,9 +372,9 @@ class Transaction:
         reaped = self._cursor.execute(
             _REAP.format(stale=stale), {**values, "now": self._now, "limit": command.limit}
         ).fetchall()
-        for agent_name, job_type in reaped:
-            self._totals[agent_name, job_type, str(Status.RUNNING)] -= 1
-            self._totals[agent_name, job_type, str(Status.CANCELLED)] += 1
+        self._cursor.executemany(_FORGET_PROCESS, [row[:1] for row in reaped])
+        for _, agent_name, job_type in reaped:
+            self._move(agent_name, job_type, str(Status.RUNNING), str(Status.CANCELLED))
         return Reaped(len(reaped))
 
 

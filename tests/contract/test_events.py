@@ -101,7 +101,7 @@ async def test_an_event_without_a_time_happened_on_arrival_and_is_a_sign_of_life
 
 async def test_with_one_bad_event_none_is_stored_and_every_fault_has_its_place(api: Api) -> None:
     path = await new_run(api)
-    body = [
+    body: list[Any] = [
         {"event_type": "good"},
         {"event_type": " ", "timestamp": "yesterday"},
         {"event_type": "x", "event_key": "k" * 256, "payload": [1]},
