@@ -223,7 +223,10 @@ class Certificates:
                 done = await self._store.submit(EndProcess(process, death, _SLICE))
             except (StoppingError, WriterDeadError):
                 return  # the next start looks again
-            except UnavailableError:
+            except UnavailableError as error:
+                log.warning(
+                    "Death certificate postponed", extra={"pid": process.pid, "error_message": sentence(error)}
+                )
                 await asyncio.sleep(_RETRY_S)
                 continue
             except CommandFailedError as error:

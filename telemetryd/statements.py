@@ -90,9 +90,9 @@ _REGISTER: Final = f"""
 
 _REGISTERED: Final = """
     SELECT run, event_id, agent_name, job_type, status
-    FROM run_processes INDEXED BY idx_processes_waiting CROSS JOIN agent_runs ON agent_runs.id = run
-    WHERE certified_at IS NULL AND pid = :pid AND start_time = :start_time AND boot_id = :boot_id
-        AND pid_namespace = :pid_namespace
+    FROM run_processes AS p INDEXED BY idx_processes_waiting CROSS JOIN agent_runs ON agent_runs.id = run
+    WHERE certified_at IS NULL AND p.pid = :pid AND p.start_time = :start_time AND p.boot_id = :boot_id
+        AND p.pid_namespace = :pid_namespace
     LIMIT :limit
 """
 _FAIL: Final = """
