@@ -183,7 +183,7 @@ class Certificates:
         watched = self._watched[key]
         code = processes.exit_code(watched.pidfd)
         self._let_go(key)
-        await self._end(watched.process, _death(watched.process, ended_at, code))
+        await self._end(watched.process, describe(watched.process, ended_at, code))
 
     async def _look_again(self, machine: Machine) -> None:
         while True:
@@ -209,7 +209,7 @@ class Certificates:
         try:
             pidfd = processes.hold(process.pid, process.start_time)
         except GoneError:
-            await self._end(process, _death(process, format_timestamp(utc_now()), None, while_down=True))
+            await self._end(process, describe(process, format_timestamp(utc_now()), None, while_down=True))
         except NotVisibleError:
             await self._end(process, None)
         else:
@@ -224,9 +224,7 @@ class Certificates:
             except (StoppingError, WriterDeadError):
                 return  # the next start looks again
             except UnavailableError as error:
-                log.warning(
-                    "Death certificate postponed", extra={"pid": process.pid, "error_message": sentence(error)}
-                )
+                log.warning("Death certificate postponed", extra={"pid": process.pid, "error_message": sentence(error)})
                 await asyncio.sleep(_RETRY_S)
                 continue
             except CommandFailedError as error:
@@ -247,8 +245,8 @@ class Certificates:
 # --- The words -----------------------------------------------------------------------------------
 
 
-def _death(process: Process, ended_at: str, code: int | None, *, while_down: bool = False) -> Death:
-    """Say what is known of the end of a process."""
+def describe(process: Process, ended_at: str, code: int | None, *, while_down: bool = False) -> Death:
+    """Say what is known of the end of a process, in the words that its runs get."""
     kills = processes.oom_kills(process.cgroup)
     before = process.oom_kills
     if code in (None, -signal.SIGKILL) and kills is not None and before is not None and kills > before:
