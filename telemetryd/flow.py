@@ -11,7 +11,7 @@ METHODS: Final = ("POST", "PATCH")
 
 FEWEST_ROWS: Final = 100
 """Below that, a batch costs more for itself than for its rows; beyond it a pause does the rest."""
-_LONGEST_PAUSE_S: Final = 60.0
+_LONGEST_PAUSE_S: Final = 5.0
 _IDLE_AFTER_S: Final = 1.0
 _FORGET: Final = 0.9
 _FIRST_ROW_S: Final = 20e-6
@@ -43,6 +43,7 @@ class Flow:
         self._row_s = _FIRST_ROW_S
         self._group_s = 0.0
         self._latency_s = 0.0
+        self._pause_s = 0.0
 
     def text(self, *, is_idle: bool) -> str:
         """Return the header's value; an idle daemon soon asks for nothing any more."""
@@ -77,6 +78,7 @@ class Flow:
         self._until = time.monotonic() + _IDLE_AFTER_S
         largest = max(largest, 1)
         left_s = self._target_s - self._group_s
+        rows = round(rows * (1 + self._pause_s / max(self._latency_s, 1e-6)))  # what there would be without a pause
         batch, pause_s = float(self._full), 0.0
         if left_s > 0:
             fitting = left_s / self._row_s
@@ -88,7 +90,8 @@ class Flow:
                 pause_s = self._latency_s * max(thinned / fitting - 1, 0.0)
         crowded_s = (2 * fullness - 1) * max(self._latency_s, self._target_s)
         batch = min(max(batch, FEWEST_ROWS), self._full)
-        self._text = _text(int(batch), min(max(pause_s, crowded_s, 0.0), _LONGEST_PAUSE_S))
+        self._pause_s = min(max(pause_s, crowded_s, 0.0), _LONGEST_PAUSE_S)
+        self._text = _text(int(batch), self._pause_s)
 
 
 def _text(batch: int, pause_s: float) -> str:

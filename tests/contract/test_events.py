@@ -142,7 +142,8 @@ async def test_unknown_fields_are_named(api: Api) -> None:
 
 
 async def test_an_unknown_run_is_404(api: Api) -> None:
-    for body in ({"event_type": "x"}, []):
+    bodies: list[Any] = [{"event_type": "x"}, []]
+    for body in bodies:
         answer = await send(api, "POST", f"{RUNS}/nobody/events", json=body)
         assert check_error(answer, 404) == "Run not found: nobody"
     assert check_error(await send(api, "GET", f"{RUNS}/nobody/events"), 404) == "Run not found: nobody"
