@@ -50,7 +50,7 @@ def examine(path: Path, watch: Watch = ignore_progress) -> list[Finding]:
         DatabaseError: if it cannot be opened at all.
 
     """
-    checks = (_integrity, _schema, _totals, _foreign_keys, _index_usage)
+    checks = (_integrity, _schema, _totals, _strays, _foreign_keys, _index_usage)
     findings: list[Finding] = []
     try:
         with contextlib.closing(connect(path, "ro")) as connection:
@@ -122,9 +122,19 @@ def _totals(connection: sqlite3.Connection) -> Iterator[Finding]:
         yield Finding("totals", Severity.PROBLEM, f"{wrong} totals differ from the table", REPAIR)
 
 
+def _strays(connection: sqlite3.Connection) -> Iterator[Finding]:
+    try:
+        found = statements.count_strays(connection)
+    except sqlite3.OperationalError as error:  # a table is missing, which the schema check has reported
+        yield Finding("strays", Severity.PROBLEM, f"they cannot be counted: {error}", REPAIR)
+        return
+    for table, rows in found.items():
+        yield Finding("strays", Severity.PROBLEM, f"{rows} rows of {table} belong to runs that are gone", REPAIR)
+
+
 def _foreign_keys(connection: sqlite3.Connection) -> Iterator[Finding]:
     tables = [row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")]
-    for table in tables:
+    for table in (name for name in tables if name not in migrate.expected_schema()):
         quoted = '"' + table.replace('"', '""') + '"'
         try:
             broken = len(connection.execute(f"PRAGMA foreign_key_check({quoted})").fetchall())
@@ -192,6 +202,8 @@ def repair(path: Path, watch: Watch = ignore_progress) -> list[str]:
             connection.execute("REINDEX")
             done.append("every index built again from its table")
             watch("Repairing", 1, 3)
+            for table, rows in statements.delete_strays(connection).items():
+                done.append(f"{rows} rows of {table} deleted, whose runs are gone")
             wrong = statements.count_wrong_totals(connection)
             if wrong:
                 statements.recount_totals(connection)

@@ -1,4 +1,4 @@
-"""Turns a run of an older layout into one that the current schema admits, and tells what that took."""
+"""Turns a run (or an event) of an older layout into one that the current schema admits, and tells what that took."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
+
+import orjson
 
 from telemetryd.errors import InvalidBodyError
 from telemetryd.runs import (
@@ -248,3 +250,47 @@ class Converter:
             if values[index] is None:
                 values[index] = known
                 self.tally.changed[name, "missing, taken from the run's other times"] += 1
+
+
+# --- One event -----------------------------------------------------------------------------------
+
+_OLD_EVENT_COLUMNS: Final = {
+    "run_id": ("run_id",),
+    "event_type": ("event_type", "event", "type", "name"),
+    "timestamp": ("timestamp", "event_time", "ts", "created_at"),
+    "payload": ("payload", "payload_json", "event_data", "data", "metadata_json", "details", "message"),
+}
+"""Where an older table of events may keep a value: the first of these columns that it has."""
+
+
+class EventConverter:
+    """Converts events of a table whose layout was never fixed; the caller keeps the originals."""
+
+    def __init__(self, old_columns: Sequence[str]) -> None:
+        place = {name: index for index, name in enumerate(old_columns)}
+        self._places = {
+            name: next((place[old] for old in candidates if old in place), None)
+            for name, candidates in _OLD_EVENT_COLUMNS.items()
+        }
+
+    def convert(self, number: int, raw: Sequence[RawValue]) -> dict[str, SqlValue] | None:
+        """Return the values of one event by name, with the run_id of its run, or None if it has no run or type."""
+        given = {name: None if place is None else raw[place] for name, place in self._places.items()}
+        run_id, event_type = _plain(_text(given["run_id"])), _plain(_text(given["event_type"]))
+        if not isinstance(run_id, str) or not isinstance(event_type, str) or not event_type.strip():
+            return None
+        payload = _json_object(given["payload"])
+        if isinstance(payload, _Replaced):  # no JSON, so text that somebody wrote
+            text = str(_plain(_text(given["payload"]))).replace("\0", "")
+            payload = orjson.dumps({"value": text}).decode()
+        return {
+            "run_id": run_id,
+            "event_key": f"legacy-{number}",
+            "event_type": event_type.replace("\0", "")[:255],
+            "timestamp": _plain(_timestamp(given["timestamp"])),
+            "payload": _plain(payload),
+        }
+
+
+def _plain(result: _Result) -> SqlValue:
+    return result.value if isinstance(result, tuple) else result

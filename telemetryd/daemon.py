@@ -24,10 +24,12 @@ from aiohttp.web_protocol import RequestHandler
 
 import telemetryd
 from telemetryd import upkeep
-from telemetryd.http import make_app
+from telemetryd.certificates import most_processes
+from telemetryd.http import SETTINGS, make_app
 from telemetryd.logs import log
 from telemetryd.metrics import Metrics
 from telemetryd.middleware import error_response, request_id, unexpected_detail
+from telemetryd.processes import descriptor_limit
 from telemetryd.runs import utc_now
 from telemetryd.settings import LoadedSettings, Settings
 from telemetryd.store import Store
@@ -35,23 +37,10 @@ from telemetryd.systemd import Notifier, passed_sockets
 
 _BACKLOG: Final = 2048
 _KEEPALIVE_S: Final = 75.0
-_MOST_DESCRIPTORS: Final = 65_536
 _SPARE_DESCRIPTORS: Final = 80
 """For the database, its journal and log, the lock files, the sockets that listen, and what Python opens."""
 _STATUS_EVERY_S: Final = 10.0
 EXIT_FAILURE: Final = 1
-
-
-def _descriptor_limit() -> int:
-    """Raise the process's limit on open files as far as it may be raised, and return it."""
-    if sys.platform == "win32":
-        return 8192
-    import resource  # noqa: PLC0415 - POSIX only
-
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    limit = min(hard, _MOST_DESCRIPTORS) if hard != resource.RLIM_INFINITY else _MOST_DESCRIPTORS
-    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-    return limit
 
 
 class _Protocol(RequestHandler):
@@ -110,7 +99,7 @@ class _Runner(web.AppRunner):
                 )
 
         server = _Server(answer, request_factory=made.request_factory, **made._kwargs)
-        server.most_connections = _descriptor_limit() - _SPARE_DESCRIPTORS
+        server.most_connections = descriptor_limit() - _SPARE_DESCRIPTORS - most_processes(self._app[SETTINGS])
         return server
 
 

@@ -52,6 +52,10 @@ class RunNotFoundError(TelemetrydError):
         super().__init__(f"Run not found: {event_id}")
 
 
+class NotWatchedError(TelemetrydError):
+    """The process cannot be watched; the message says why. Heartbeats can stand in."""
+
+
 class BodyTooLargeError(TelemetrydError):
     """The request body is larger than the daemon takes."""
 

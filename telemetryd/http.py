@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib import resources
@@ -20,6 +20,7 @@ from pydantic_core import from_json
 import telemetryd
 from telemetryd import admin, events, openapi, queries, runs
 from telemetryd.body import JSON_TYPES, NDJSON_TYPES, check_media_type, read_body
+from telemetryd.certificates import Certificates, ProcessRequest
 from telemetryd.commands import CreateEvents, CreateRuns, UpdateRun
 from telemetryd.errors import (
     BodyTooLargeError,
@@ -36,6 +37,7 @@ from telemetryd.store import Store
 STORE: Final = web.AppKey("store", Store)
 SETTINGS: Final = web.AppKey("settings", Settings)
 METRICS: Final = web.AppKey("metrics", Metrics)
+CERTIFICATES: Final = web.AppKey("certificates", Certificates)
 DOCUMENT: Final = web.AppKey("document", bytes)
 
 
@@ -200,6 +202,25 @@ async def list_events(request: web.Request) -> web.Response:
     following = f"{request.rel_url.raw_path}?limit={query.limit}&offset={query.offset + query.limit}"
     headers = {"Link": f'<{following}>; rel="next"'} if page.more else {}
     return json_response([events.to_json(row) for row in page.rows], headers=headers)
+
+
+# --- Death certificates --------------------------------------------------------------------------
+
+
+async def register_process(request: web.Request) -> web.Response:
+    """Watch the process that works on a run."""
+    event_id = request.match_info["event_id"]
+    wanted: ProcessRequest = runs.validate(ProcessRequest, await _json_body(request))
+    request[NOTE].say("Process registered", event_id=event_id, pid=wanted.pid)
+    await request.app[CERTIFICATES].register(event_id, wanted)
+    answer = {"event_id": event_id, "pid": wanted.pid, "watched": True}
+    return json_response(_with_warnings(answer, tuple(wanted.__pydantic_extra__ or ())), 201)
+
+
+async def _watch_processes(app: web.Application) -> AsyncIterator[None]:
+    app[CERTIFICATES].resume()
+    yield
+    await app[CERTIFICATES].close()
 
 
 # --- Admin ---------------------------------------------------------------------------------------
@@ -645,6 +666,34 @@ ROUTES: Final[tuple[Route, ...]] = (
             errors=(400, 404, 503),
         ),
     ),
+    Route(
+        "POST",
+        "/api/v1/runs/{event_id}/process",
+        register_process,
+        Operation(
+            "Register the process that works on a run",
+            "If it ends while the run is still running, the run becomes a failure within a second. Only a process on "
+            "the daemon's own machine can be watched.",
+            parameters=(EVENT_ID,),
+            body=ref("ProcessRequest"),
+            body_types=JSON_TYPES,
+            answers={
+                201: (
+                    "The process is watched, also after a restart of the daemon.",
+                    obj(
+                        {
+                            "event_id": STRING,
+                            "pid": INTEGER,
+                            "watched": {"const": True},
+                            "warnings": WARNINGS,
+                        },
+                        ("event_id", "pid", "watched"),
+                    ),
+                )
+            },
+            errors=(404, 409, *_WRITE_ERRORS),
+        ),
+    ),
     *(
         Route(
             "GET",
@@ -828,8 +877,11 @@ def operations() -> Iterator[tuple[str, str, Operation]]:
 
 def make_app(store: Store, settings: Settings, metrics: Metrics) -> web.Application:
     """Return the app that answers for one store."""
-    app = web.Application(middlewares=[middleware(settings, metrics)], client_max_size=settings.max_body_bytes)
+    passed = middleware(settings, metrics, store.flow)
+    app = web.Application(middlewares=[passed], client_max_size=settings.max_body_bytes)
     app[STORE], app[SETTINGS], app[METRICS] = store, settings, metrics
+    app[CERTIFICATES] = Certificates(store, settings, metrics)
+    app.cleanup_ctx.append(_watch_processes)
     app[DOCUMENT] = orjson.dumps(openapi.document(operations(), needs_token=settings.api_auth_enabled))
     # aiohttp's own pattern of a variable part leaves out braces, which an event_id may hold.
     paths = ((route, route.path.replace("{event_id}", "{event_id:[^/]+}")) for route in ROUTES)

@@ -15,9 +15,10 @@ from typing import Final
 
 from telemetryd import migrate
 from telemetryd.backup import Watch, ignore_progress, sync_directory
-from telemetryd.conversion import Converter, Original, RawValue, Tally
+from telemetryd.conversion import Converter, EventConverter, Original, RawValue, Tally
 from telemetryd.database import APPLICATION_ID, SIDE_FILES, connect, corrupt, is_unfinished, lenient_text
 from telemetryd.errors import DatabaseError
+from telemetryd.events import STORED
 from telemetryd.runs import COLUMNS
 
 FIRST_VERSION: Final = 8
@@ -29,6 +30,15 @@ _SLICE: Final = 2000
 _INCREMENTAL: Final = 2
 
 _INSERT_RUN: Final = f"INSERT INTO agent_runs ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"  # noqa: S608 - names from the definition of a run
+_EVENTS: Final = "run_events"
+# Only a run_id says whose event it was; where runs share one, the newest is meant.
+_INSERT_OLD_EVENT: Final = f"""
+    INSERT INTO run_events (run, {", ".join(STORED)})
+    SELECT id, :event_key, :event_type, coalesce(:timestamp, created_at), :payload FROM agent_runs
+    WHERE run_id = :run_id ORDER BY id DESC LIMIT 1
+"""  # noqa: S608 - names from the definition of an event
+_INDEX_RUN_IDS: Final = "CREATE INDEX telemetryd_migration_run_ids ON agent_runs (run_id)"
+_DROP_RUN_IDS: Final = "DROP INDEX telemetryd_migration_run_ids"
 _INSERT_ORIGINAL: Final = "INSERT OR IGNORE INTO unconverted_values (run, field, reason, original) VALUES (?, ?, ?, ?)"
 
 
@@ -43,6 +53,8 @@ class Layout:
     rows: int
     kept: dict[str, int]
     """Tables that stay as they are, with their rows."""
+    aside: dict[str, int]
+    """Tables whose name the current schema needs, with their rows; they are kept as legacy_…."""
     triggers: tuple[str, ...]
     has_row_numbers: bool
     event_id_is_unique: bool
@@ -57,8 +69,10 @@ class Layout:
         new = migrate.current_version()
         if not self.is_legacy:
             pending = [step for step in migrate.steps() if step.version > self.version]
-            return [f"Step {step.version}: {step.description}" for step in pending] + [
-                f"Update schema version to {new}"
+            return [
+                *self._steps_aside(),
+                *(f"Step {step.version}: {step.description}" for step in pending),
+                f"Update schema version to {new}",
             ]
         steps = []
         if "event_id" not in self.columns:
@@ -74,9 +88,17 @@ class Layout:
         if self.kept:
             listed = ", ".join(f"{name} ({rows} rows)" for name, rows in self.kept.items())
             steps.append(f"Keep these tables as they are: {listed}")
+        steps += self._steps_aside()
         if self.triggers:
             steps.append(f"Drop the triggers of the old table: {', '.join(self.triggers)}")
         return [*steps, f"Update schema version to {new}"]
+
+    def _steps_aside(self) -> list[str]:
+        served = {_EVENTS: ", and serve its events where they name a run and a type"}
+        return [
+            f"Keep the table {name} ({rows} rows) as {migrate.aside(name)}{served.get(name, '')}"
+            for name, rows in self.aside.items()
+        ]
 
 
 @dataclass(slots=True)
@@ -179,13 +201,17 @@ def look(connection: sqlite3.Connection, path: Path) -> Layout:
     # A column "id" that is not the row number is a value like any other, without a place in our schema.
     names = tuple("legacy id" if row[1] == "id" and not is_alias else str(row[1]) for row in info)
     log = "schema_migrations" in tables
-    kept = [name for name in tables if name not in ("agent_runs", "schema_migrations")]
+    version = connection.execute("PRAGMA user_version").fetchone()[0] if is_ours else _guess_version(names)
+    others = sorted(name for name in tables if name not in ("agent_runs", "schema_migrations"))
+    needed = migrate.claimed(version if is_ours else 0)
+    kept = [] if is_ours else [name for name in others if name not in needed]
     return Layout(
-        version=connection.execute("PRAGMA user_version").fetchone()[0] if is_ours else _guess_version(names),
+        version=version,
         recorded=_recorded_version(connection) if log else None,
         columns=names,
         rows=_count(connection, "agent_runs"),
-        kept={} if is_ours else {name: _count(connection, name) for name in sorted(kept)},
+        kept={name: _count(connection, name) for name in kept},
+        aside={name: _count(connection, name) for name in others if name in needed},
         triggers=tuple(
             row[0]
             for row in connection.execute(
@@ -279,13 +305,17 @@ def migrate_file(path: Path, now: str, watch: Watch = ignore_progress) -> Migrat
 
 
 def _step(connection: sqlite3.Connection, layout: Layout, now: str) -> Migration:
+    done = Migration(layout, Tally(), layout.rows)
+    _set_neighbours_aside(connection, layout)
     migrate.run_steps(connection, now, after=layout.version)
-    return Migration(layout, Tally(), layout.rows)
+    _serve_old_events(connection, done)
+    return done
 
 
 def _rebuild(connection: sqlite3.Connection, layout: Layout, now: str, watch: Watch) -> Migration:
     done = Migration(layout, Tally())
     _set_aside(connection)
+    _set_neighbours_aside(connection, layout)
     migrate.run_steps(connection, now, after=0)
     indexes = _drop_indexes(connection)
     converter = Converter(layout.columns)
@@ -304,6 +334,7 @@ def _rebuild(connection: sqlite3.Connection, layout: Layout, now: str, watch: Wa
         connection.execute(sql)
     watch("Creating indexes", len(indexes), len(indexes))
     migrate.derive(connection)
+    _serve_old_events(connection, done)
     _keep_log(connection)
     connection.execute(f"DROP TABLE {_OLD_RUNS}")
     if layout.triggers:
@@ -321,6 +352,41 @@ def _set_aside(connection: sqlite3.Connection) -> None:
     connection.execute(f"ALTER TABLE agent_runs RENAME TO {_OLD_RUNS}")
     if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'schema_migrations'").fetchone():
         connection.execute(f"ALTER TABLE schema_migrations RENAME TO {_OLD_LOG}")
+
+
+def _set_neighbours_aside(connection: sqlite3.Connection, layout: Layout) -> None:
+    """Rename the tables whose names the schema needs; of their indexes only those go whose names it needs, too."""
+    ours = migrate.expected_schema()
+    for name in layout.aside:
+        connection.execute(f"ALTER TABLE {_quoted(name)} RENAME TO {_quoted(migrate.aside(name))}")
+        found = connection.execute(
+            "SELECT name FROM sqlite_master WHERE type = 'index' AND tbl_name = ? AND sql IS NOT NULL",
+            (migrate.aside(name),),
+        )
+        for (index,) in found.fetchall():
+            if index in ours:
+                connection.execute(f"DROP INDEX {_quoted(index)}")
+
+
+def _serve_old_events(connection: sqlite3.Connection, done: Migration) -> None:
+    """Copy what the old table of events holds into the new one, where it names a run and a type.
+
+    The old table stays as well: its layout was never fixed, so only it still has everything.
+    """
+    if _EVENTS not in done.layout.aside:
+        return
+    old = _quoted(migrate.aside(_EVENTS))
+    columns = [str(row[1]) for row in connection.execute(f"PRAGMA table_info({old})")]
+    converter = EventConverter(columns)
+    served = number = 0
+    rows = connection.execute(f"SELECT * FROM {old}")  # noqa: S608 - quoted
+    connection.execute(_INDEX_RUN_IDS)
+    while part := rows.fetchmany(_SLICE):
+        converted = [converter.convert(number + place, raw) for place, raw in enumerate(part, 1)]
+        served += connection.executemany(_INSERT_OLD_EVENT, [event for event in converted if event]).rowcount
+        number += len(part)
+    connection.execute(_DROP_RUN_IDS)
+    done.remarks.append(f"{served} of {number} old events are served; all are kept in {migrate.aside(_EVENTS)}")
 
 
 def _drop_indexes(connection: sqlite3.Connection) -> list[str]:

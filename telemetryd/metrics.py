@@ -84,12 +84,24 @@ class Metrics:
             "When the last group was committed.",
             registry=self.registry,
         )
+        self.certificates = Counter(
+            "telemetryd_death_certificates",
+            "Runs failed because their process had ended.",
+            registry=self.registry,
+        )
+        self._processes = Gauge(
+            "telemetryd_processes_watched", "Processes watched for death certificates.", registry=self.registry
+        )
         self._queue_depth = Gauge("telemetryd_queue_depth", "Commands waiting for the writer.", registry=self.registry)
         self._runs_stored = Gauge("telemetryd_runs_stored", "Runs in the database.", registry=self.registry)
 
     def watch_queue(self, depth: Callable[[], int]) -> None:
         """Take the queue's depth from a function whenever it is asked for."""
         self._queue_depth.set_function(depth)
+
+    def watch_processes(self, count: Callable[[], int]) -> None:
+        """Take the number of watched processes from a function whenever it is asked for."""
+        self._processes.set_function(count)
 
     def count_request(self, method: str, route: str, status: int, seconds: float) -> None:
         """Count one answered request; methods that no route knows are counted together."""

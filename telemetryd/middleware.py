@@ -23,11 +23,13 @@ from aiohttp import ClientPayloadError, web
 from aiohttp.http_exceptions import BadHttpMessage
 from aiohttp.typedefs import Middleware
 
+from telemetryd import flow
 from telemetryd.errors import (
     BodyTooLargeError,
     CommandFailedError,
     InvalidBodyError,
     InvalidRequestError,
+    NotWatchedError,
     RunNotFoundError,
     TelemetrydError,
     UnavailableError,
@@ -51,6 +53,7 @@ STATUSES: Final[tuple[tuple[type[TelemetrydError], int], ...]] = (
     (InvalidBodyError, 422),
     (InvalidRequestError, 400),
     (RunNotFoundError, 404),
+    (NotWatchedError, 409),
     (BodyTooLargeError, 413),
     (UnsupportedBodyError, 415),
     (UnavailableError, 503),
@@ -201,8 +204,8 @@ def request_id(request: web.BaseRequest) -> str:
     return given if _REQUEST_ID.fullmatch(given) else f"{_PROCESS}-{next(_numbers):x}"
 
 
-def middleware(settings: Settings, metrics: Metrics) -> Middleware:
-    """Return the one middleware of the app."""
+def middleware(settings: Settings, metrics: Metrics, advice: Callable[[], str]) -> Middleware:
+    """Return the one middleware of the app; `advice` gives the value of the Telemetry-Flow header."""
     gate = Gate(settings)
 
     @web.middleware
@@ -226,10 +229,12 @@ def middleware(settings: Settings, metrics: Metrics) -> Middleware:
             problem = error
             response = _answer_error(error, identity)
         response.headers["X-Request-ID"] = identity
+        if request.method in flow.METHODS or response.status in (429, 503):
+            response.headers[flow.HEADER] = advice()
         seconds = time.perf_counter() - started
         endpoint = await _endpoint(request)
         metrics.count_request(request.method, endpoint, response.status, seconds)
-        if isinstance(problem, UnavailableError) and request.method in ("POST", "PATCH"):
+        if isinstance(problem, UnavailableError) and request.method in flow.METHODS:
             metrics.refused.labels(_reason(problem)).inc()
         _log(
             request,
@@ -294,7 +299,7 @@ def _log(
     seconds: float,
     identity: str,
 ) -> None:
-    is_write = request.method in ("POST", "PATCH")
+    is_write = request.method in flow.METHODS
     level = note.level if status < 400 else logging.ERROR if status in (400, 422) or status >= 500 else logging.WARNING
     if not log.isEnabledFor(level):
         return

@@ -36,6 +36,10 @@ class Step:
         if re.sub(r"--.*", "", statement).strip():
             raise ValueError(f"migration {self.version} ends in an unfinished statement")
 
+    def tables(self) -> list[str]:
+        """Return the names of the tables that the step makes."""
+        return re.findall(r"^CREATE TABLE (\w+)", self.sql, re.MULTILINE)
+
 
 @cache
 def steps() -> tuple[Step, ...]:
@@ -50,6 +54,16 @@ def steps() -> tuple[Step, ...]:
 def current_version() -> int:
     """Return the schema version that this telemetryd writes."""
     return steps()[-1].version
+
+
+def claimed(after: int) -> tuple[str, ...]:
+    """Return the names of the tables that the steps behind a version make."""
+    return tuple(name for step in steps() if step.version > after for name in step.tables())
+
+
+def aside(name: str) -> str:
+    """Return the name under which a table of somebody else's is kept when the schema needs its name."""
+    return f"legacy_{name}"
 
 
 def refuse_unless_usable(path: Path, state: FileState) -> None:

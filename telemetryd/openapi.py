@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 import telemetryd
-from telemetryd import admin, events, queries, runs
+from telemetryd import admin, certificates, events, flow, queries, runs
 
 _REF: Final = "#/components/schemas/{model}"
 Schema = dict[str, Any]
@@ -65,6 +65,7 @@ _ERROR_TEXTS: Final = {
     401: "A token is needed.",
     403: "Protected mode: only this machine is served.",
     404: "There is no such run.",
+    409: "The process cannot be watched; send heartbeats instead.",
     413: "The body or the batch is too large.",
     415: "The media type or the content coding is not known.",
     422: "The body is wrong; every fault is listed.",
@@ -73,6 +74,13 @@ _ERROR_TEXTS: Final = {
     503: "Not now; repeat the same request after Retry-After seconds.",
 }
 _RETRY_AFTER: Final = {"Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer"}}}
+_FLOW: Final = {
+    flow.HEADER: {
+        "description": "Advice to writers: most rows in the next request, and milliseconds to pause before it.",
+        "schema": {"type": "string", "pattern": r"^batch=\d+, pause=\d+(, \w+=\d+)*$"},
+        "example": "batch=5000, pause=0",
+    }
+}
 _EVERYWHERE: Final = (401, 403, 429, 500)
 
 
@@ -175,8 +183,11 @@ def _operation(method: str, path: str, operation: Operation) -> Schema:
             "content": {"application/json": {"schema": ref("ValidationErrors" if status == 422 else "Error")}},
         }
         if status in (429, 503):
-            answer["headers"] = _RETRY_AFTER
+            answer["headers"] = _RETRY_AFTER | _FLOW
         described["responses"].setdefault(str(status), answer)
+    if method in flow.METHODS:
+        for answer in described["responses"].values():
+            answer["headers"] = _FLOW | answer.get("headers", {})
     return described
 
 
@@ -185,6 +196,7 @@ def _schemas() -> dict[str, Schema]:
         (runs.NewRun, "validation"),
         (runs.RunPatch, "validation"),
         (events.NewEvent, "validation"),
+        (certificates.ProcessRequest, "validation"),
         (runs.CommitAssociation, "validation"),
         (admin.PruneRequest, "validation"),
         (admin.ReapRequest, "validation"),

@@ -31,7 +31,7 @@ class Salvage:
     rejected: int = 0
     """Rows that were read but could not be stored: their event_id was there already."""
     neighbours: dict[str, int] = field(default_factory=dict)
-    """Rows saved of the tables that are not telemetryd's own, and of the originals kept by a migration."""
+    """Rows saved of the tables that hold neither runs nor totals."""
     aside: Path | None = None
     tally: Tally = field(default_factory=Tally)
 
@@ -105,15 +105,21 @@ def _copy(source: sqlite3.Connection, target: sqlite3.Connection, done: Salvage,
 def _copy_neighbours(source: sqlite3.Connection, target: sqlite3.Connection, done: Salvage) -> None:
     known = migrate.expected_schema()
     for name, sql in migrate.schema_of(source).items():
-        if name in known and name != statements.ORIGINALS:
+        if name in known and name not in statements.BESIDE_RUNS:
             continue
         with contextlib.suppress(sqlite3.DatabaseError):  # what cannot be made or read stays in the old file only
+            new = name
             if name not in known:
                 target.execute(sql)
+            elif known[name] != sql:  # of an older layout, before a migration: nothing but its name is ours
+                new = migrate.aside(name)
+                statements.make_alike(source, name, target, new)
             if sql.startswith("CREATE TABLE"):
-                done.neighbours[name] = 0
+                done.neighbours[new] = 0
                 for rows in statements.read_table(source, name):
-                    done.neighbours[name] += statements.fill_table(target, name, rows)
+                    done.neighbours[new] += statements.fill_table(target, new, rows)
+    for name, rows_of_lost_runs in statements.delete_strays(target).items():
+        done.neighbours[name] -= rows_of_lost_runs
 
 
 def _store(target: sqlite3.Connection, values: Sequence[SqlValue], originals: list[Original]) -> bool:

@@ -160,6 +160,9 @@ class Settings(BaseModel):
     rate_limit_enabled: bool = Field(False, description="Limit the requests of each client address.")
     rate_limit_rpm: Positive = Field(60, description="Requests per minute and client address.")
     queue_max: Positive = Field(10_000, description="Writes that may wait for the writer; beyond it 503.")
+    commit_target_ms: Annotated[int, Field(ge=1, le=60_000)] = Field(
+        100, description="Commit latency that Telemetry-Flow headers keep clients within, in milliseconds."
+    )
     max_body_bytes: Annotated[int, Field(ge=1024)] = Field(
         16 * 1024 * 1024, description="Largest request body, decoded; beyond it 413."
     )
@@ -169,6 +172,13 @@ class Settings(BaseModel):
     )
     stale_after: Duration | None = Field(
         None, description="Cancel running runs without a change for so long (1h, 30m), by itself; none leaves them."
+    )
+    death_certificates: bool = Field(
+        True,
+        description="Fail a run at once when its process, registered by its client, has ended without finishing it.",
+    )
+    watched_processes: Positive = Field(
+        4096, description="Most processes watched for that; at most a quarter of the open files that are allowed."
     )
     backup_dir: FilePath | None = Field(None, description="Directory for backups made by POST /api/v1/admin/backup.")
     backup_keep: Positive | None = Field(None, description="How many of those backups are kept; none keeps all.")

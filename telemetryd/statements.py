@@ -90,9 +90,9 @@ _REGISTER: Final = f"""
 
 _REGISTERED: Final = """
     SELECT run, event_id, agent_name, job_type, status
-    FROM run_processes INDEXED BY idx_processes_waiting CROSS JOIN agent_runs ON agent_runs.id = run
-    WHERE certified_at IS NULL AND pid = :pid AND start_time = :start_time AND boot_id = :boot_id
-        AND pid_namespace = :pid_namespace
+    FROM run_processes AS p INDEXED BY idx_processes_waiting CROSS JOIN agent_runs ON agent_runs.id = run
+    WHERE certified_at IS NULL AND p.pid = :pid AND p.start_time = :start_time AND p.boot_id = :boot_id
+        AND p.pid_namespace = :pid_namespace
     LIMIT :limit
 """
 _FAIL: Final = """
@@ -156,7 +156,7 @@ _REAP: Final = """
         error_summary = 'Stale run cleaned up on startup (created at ' || created_at || ')',
         output_summary = 'Process did not complete - cleanup on restart'
     WHERE id IN ({stale} ORDER BY created_at LIMIT :limit)
-    RETURNING agent_name, job_type
+    RETURNING id, agent_name, job_type
 """
 
 
@@ -372,9 +372,9 @@ class Transaction:
         reaped = self._cursor.execute(
             _REAP.format(stale=stale), {**values, "now": self._now, "limit": command.limit}
         ).fetchall()
-        for agent_name, job_type in reaped:
-            self._totals[agent_name, job_type, str(Status.RUNNING)] -= 1
-            self._totals[agent_name, job_type, str(Status.CANCELLED)] += 1
+        self._cursor.executemany(_FORGET_PROCESS, [row[:1] for row in reaped])
+        for _, agent_name, job_type in reaped:
+            self._move(agent_name, job_type, str(Status.RUNNING), str(Status.CANCELLED))
         return Reaped(len(reaped))
 
 
@@ -596,7 +596,8 @@ SAVE_RUN: Final = (
 )
 KEEP_ORIGINAL: Final = "INSERT OR IGNORE INTO unconverted_values (run, field, reason, original) VALUES (?, ?, ?, ?)"
 
-ORIGINALS: Final = "unconverted_values"
+BESIDE_RUNS: Final = ("unconverted_values", "run_events", "run_processes")
+"""The tables of the schema whose rows a salvage copies as they are."""
 
 FIRST_NUMBER: Final = -(2**63)
 LAST_NUMBER: Final = 2**63 - 1
@@ -624,10 +625,34 @@ def read_table(connection: sqlite3.Connection, name: str) -> Iterator[list[tuple
         yield part
 
 
+def make_alike(source: sqlite3.Connection, name: str, target: sqlite3.Connection, new: str) -> None:
+    """Make a table with the columns of another one, of any type, under a new name."""
+    quoted = name.replace('"', '""')
+    columns = ['"{}"'.format(row[1].replace('"', '""')) for row in source.execute(f'PRAGMA table_info("{quoted}")')]
+    target.execute(f'CREATE TABLE "{new}" ({", ".join(columns)})')
+
+
 def fill_table(connection: sqlite3.Connection, name: str, rows: list[tuple[object, ...]]) -> int:
     """Insert rows into any table, except those that are there already; return how many were new."""
     quoted, places = name.replace('"', '""'), ", ".join("?" * len(rows[0]))
     return connection.executemany(f'INSERT OR IGNORE INTO "{quoted}" VALUES ({places})', rows).rowcount  # noqa: S608 - quoted
+
+
+_STRAYS: Final = "FROM {table} WHERE run NOT IN (SELECT id FROM agent_runs)"
+
+
+def count_strays(connection: sqlite3.Connection) -> dict[str, int]:
+    """Count the rows that refer to runs that are gone, in each table that has some."""
+    counted = ((table, f"SELECT count(*) {_STRAYS.format(table=table)}") for table in BESIDE_RUNS)
+    found = ((table, int(connection.execute(sql).fetchone()[0])) for table, sql in counted)
+    return {table: rows for table, rows in found if rows}
+
+
+def delete_strays(connection: sqlite3.Connection) -> dict[str, int]:
+    """Delete the rows that refer to runs that are gone: a new run could get the number of theirs. Return how many."""
+    deleted = ((table, f"DELETE {_STRAYS.format(table=table)}") for table in BESIDE_RUNS)
+    done = ((table, connection.execute(sql).rowcount) for table, sql in deleted)
+    return {table: rows for table, rows in done if rows}
 
 
 def count_wrong_totals(connection: sqlite3.Connection) -> int:

@@ -50,6 +50,7 @@ from telemetryd.database import (
 from telemetryd.database import Kind as FileKind
 from telemetryd.errors import DatabaseError
 from telemetryd.events import EventPage
+from telemetryd.flow import Flow
 from telemetryd.metrics import Metrics
 from telemetryd.queries import (
     CountPrunable,
@@ -65,7 +66,7 @@ from telemetryd.queries import (
 from telemetryd.reader import Readers
 from telemetryd.runs import Row, format_timestamp, utc_now
 from telemetryd.settings import Settings
-from telemetryd.writer import Writer
+from telemetryd.writer import GROUP_ROWS, Writer
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +113,7 @@ class Store:
             clock=lambda: format_timestamp(clock()),
             make_durable=self._make_durable,
             queue_max=settings.queue_max,
+            flow=Flow(settings.commit_target_ms / 1000, min(settings.max_batch, GROUP_ROWS)),
             metrics=metrics,
         )
         self.writing = asyncio.create_task(self._writer.run(), name="writer")
@@ -260,6 +262,10 @@ class Store:
             case CountStale():
                 read = partial(statements.count_stale, query=query)
         return await self._readers.fetch(read)
+
+    def flow(self) -> str:
+        """Tell writers how much to send and how long to pause (the value of the Telemetry-Flow header), at once."""
+        return self._writer.advice()
 
     def health(self) -> Health:
         """Tell how the database is, at once: without the queue, a connection, or opening the file."""

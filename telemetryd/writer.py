@@ -23,6 +23,7 @@ from telemetryd.errors import (
     WriterDeadError,
     sentence,
 )
+from telemetryd.flow import Flow
 from telemetryd.metrics import Metrics
 
 QUEUE_BYTES: Final = 128 * 1024 * 1024
@@ -88,6 +89,7 @@ class Writer(Generic[C, R]):
         make_durable: called after each COMMIT, before anybody is told.
         queue_max: how many commands may wait.
         queue_bytes: how many bytes they may hold together, besides a first one of any size.
+        flow: learns from each group what to advise to those who send.
         metrics: where group sizes and commit times are counted.
 
     """
@@ -101,6 +103,7 @@ class Writer(Generic[C, R]):
         make_durable: Callable[[], None],
         queue_max: int,
         queue_bytes: int = QUEUE_BYTES,
+        flow: Flow,
         metrics: Metrics,
     ) -> None:
         self._connection = connection
@@ -108,7 +111,10 @@ class Writer(Generic[C, R]):
         self._clock = clock
         self._make_durable = make_durable
         self._queue: asyncio.Queue[_Waiting[C, R] | None] = asyncio.Queue(queue_max)
-        self._bytes_left = queue_bytes
+        self._queue_bytes = self._bytes_left = queue_bytes
+        self._rows = 0
+        self._largest = 0
+        self._flow = flow
         self._metrics = metrics
         self._stopping = False
         self.groups = 0
@@ -149,15 +155,18 @@ class Writer(Generic[C, R]):
             raise WriterDeadError
         if self._stopping:
             raise StoppingError
-        if command.size > self._bytes_left and not self._queue.empty():
+        if self._queue.full() or (command.size > self._bytes_left and not self._queue.empty()):
+            self._flow.advise(self.depth, self._rows, self._largest, 1.0)
             raise QueueFullError
         future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
-        try:
-            self._queue.put_nowait(_Waiting(command, future))
-        except asyncio.QueueFull:
-            raise QueueFullError from None
+        self._queue.put_nowait(_Waiting(command, future))
         self._bytes_left -= command.size
+        self._rows += command.cost
         return future
+
+    def advice(self) -> str:
+        """Return what to tell those who send; made once for each group, so that it costs an answer nothing."""
+        return self._flow.text(is_idle=self.idle)
 
     async def run(self) -> None:
         """Commit group after group until `stop`; never cancel it, a cancelled await does not stop the thread.
@@ -197,6 +206,7 @@ class Writer(Generic[C, R]):
                 group.append(entry)
                 rows += entry.command.cost
                 self._bytes_left += entry.command.size
+                self._rows -= entry.command.cost
             if rows >= GROUP_ROWS or self._queue.empty():
                 return group
             entry = self._queue.get_nowait()
@@ -223,7 +233,9 @@ class Writer(Generic[C, R]):
                 _fail(entry, error)
             return
         self._problem = None
-        self._metrics.commit_seconds.observe(time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        self._learn(group, seconds)
+        self._metrics.commit_seconds.observe(seconds)
         self._metrics.group_commands.observe(len(group))
         self._metrics.last_commit.set_to_current_time()
         for entry, outcome in zip(group, outcomes, strict=True):
@@ -231,6 +243,13 @@ class Writer(Generic[C, R]):
                 _fail(entry, outcome)
             elif not entry.future.done():  # its caller may have left
                 entry.future.set_result(outcome)
+
+    def _learn(self, group: list[_Waiting[C, R]], seconds: float) -> None:
+        costs = [entry.command.cost for entry in group]
+        rows, self._largest = sum(costs), max(costs)
+        self._flow.measure(rows, seconds, time.monotonic() - group[0].since)
+        fullness = max(self.depth / self._queue.maxsize, 1 - self._bytes_left / self._queue_bytes)
+        self._flow.advise(len(group) + self.depth, rows + self._rows, self._largest, fullness)
 
     # Below this line everything runs in the connection's thread.
 

@@ -118,9 +118,10 @@ def test_a_salvage_brings_the_neighbours_along(tmp_path: Path) -> None:
         file.write(os.urandom(20_000))
     done = check(path, "--repair")
     assert done["ok"]
-    assert "table run_events: 3 rows saved" in done["repaired"]
+    assert "table legacy_run_events: 3 rows saved" in done["repaired"]
     assert "table commits: 1 rows saved" in done["repaired"]
     with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("SELECT count(*) FROM legacy_run_events").fetchone() == (3,)
         assert connection.execute("SELECT count(*) FROM run_events").fetchone() == (3,)
         assert connection.execute("SELECT count(*) FROM unconverted_values").fetchone()[0] > 0
 
@@ -134,3 +135,18 @@ def test_a_file_without_a_readable_schema_is_left_as_it_is(tmp_path: Path) -> No
     assert "restore a backup" in telemetryd("check", "--db-path", path, status=1).stdout
     assert telemetryd("check", "--repair", "--db-path", path, status=1).stderr
     assert path.read_bytes() == before
+
+
+def test_rows_whose_run_is_gone_are_found_and_deleted(tmp_path: Path) -> None:
+    path = make_database(tmp_path / "telemetry.sqlite", 3)
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("INSERT INTO run_events (run, event_key, event_type, timestamp) VALUES (3, 'k', 't', '')")
+        connection.execute("INSERT INTO run_events (run, event_key, event_type, timestamp) VALUES (2, 'k', 't', '')")
+        connection.execute("DELETE FROM agent_runs WHERE id = 3")
+    report = check(path, status=1)
+    assert "1 rows of run_events belong to runs that are gone" in [finding["text"] for finding in report["findings"]]
+    done = check(path, "--repair")
+    assert done["ok"]
+    assert "1 rows of run_events deleted, whose runs are gone" in done["repaired"]
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("SELECT run FROM run_events").fetchall() == [(2,)]

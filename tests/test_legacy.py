@@ -19,6 +19,7 @@ from telemetryd.database import Kind, Ownership, inspect
 from telemetryd.legacy import migrate_file
 from telemetryd.runs import COLUMNS
 from tests.conftest import StartDaemon
+from tests.http_client import get
 from tests.tools.old_databases import LAYOUTS, make_old_database, spoil
 from tests.tools.process import telemetryd
 
@@ -52,10 +53,21 @@ def test_every_layout_becomes_the_schema_of_a_fresh_database(tmp_path: Path, lay
         migrate.check_schema(connection, path)
         assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         extra = set(migrate.schema_of(connection)) - set(migrate.expected_schema())
-    assert extra == {"run_events", "idx_events_run", "commits", "latest"}
+    assert extra == {"legacy_run_events", "idx_events_run", "commits", "latest"}
     assert inspect(path).kind is Kind.OURS
     assert inspect(path).version == migrate.current_version()
-    assert rows(path, "SELECT count(*) FROM run_events") == [(3,)]
+    assert rows(path, "SELECT run_id, event FROM legacy_run_events") == [
+        ("run-1", "started"),
+        ("run-1", "ended"),
+        ("run-2", "started"),
+    ]
+    assert rows(path, "SELECT run_id, event_type FROM run_events JOIN agent_runs ON agent_runs.id = run") == [
+        ("run-1", "started"),
+        ("run-1", "ended"),
+        ("run-2", "started"),
+    ]
+    assert report["aside_tables"] == {"run_events": 3}
+    assert report["remarks"][0] == "3 of 3 old events are served; all are kept in legacy_run_events"
     assert rows(path, "SELECT * FROM commits") == [("abc1234", "a commit")]
     assert rows(path, "SELECT sum(runs) FROM run_totals") == [(20,)]
     assert rows(path, "SELECT sum(runs) FROM run_minutes") == [(20,)]
@@ -257,3 +269,49 @@ def test_killed_at_any_moment_it_is_old_or_new(tmp_path: Path, seconds: float) -
     telemetryd("migrate", "--no-backup", "--db-path", path)
     assert rows(path, "SELECT count(*) FROM agent_runs WHERE length(event_id) = 36") == [(4000,)]
     assert sum(outcomes.values()) > 0
+
+
+OLD_EVENTS = """
+    CREATE TABLE run_events (
+        id TEXT PRIMARY KEY, run_id TEXT, event_type TEXT, timestamp TEXT, payload_json TEXT, level INTEGER
+    ) WITHOUT ROWID;
+    CREATE INDEX idx_events_time ON run_events (timestamp);
+    CREATE INDEX idx_own ON run_events (level);
+    INSERT INTO run_events VALUES ('a', 'run-1', 'step', '2025-01-01 10:00:00', '{"n": 1}', 3),
+        ('b', 'run-1', 'step', NULL, '[1]', 3), ('c', 'run-1', 'step', 'soon', 'in words', 3),
+        ('d', 'nobody', 'step', NULL, NULL, 3), ('e', 'run-1', NULL, NULL, NULL, 3), ('f', NULL, 'step', NULL, NULL, 3);
+"""
+
+
+@pytest.mark.parametrize("is_ours", [False, True])
+def test_old_events_are_served_where_they_name_a_run_and_a_type(
+    tmp_path: Path, start_daemon: StartDaemon, is_ours: bool
+) -> None:
+    path = make_old_database(tmp_path / "telemetry.sqlite", "v7", neighbours=False)
+    if is_ours:  # a migration by an earlier telemetryd has kept the table under its own name
+        migrated(path)
+        with closing(sqlite3.connect(path)) as connection, connection:
+            connection.executescript("DROP TABLE run_events; DROP TABLE run_processes; PRAGMA user_version = 10")
+            connection.execute("DELETE FROM schema_migrations WHERE version > 10")
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.executescript(OLD_EVENTS)
+    before = rows(path, "SELECT * FROM run_events")
+    dry = json.loads(telemetryd("migrate", "--dry-run", "--json", "--db-path", path).stdout)
+    assert any("Keep the table run_events (6 rows) as legacy_run_events" in step for step in dry["steps"])
+    report = json.loads(telemetryd("migrate", "--json", "--no-backup", "--db-path", path).stdout)
+    assert report["steps"] == dry["steps"]
+    assert "3 of 6 old events are served; all are kept in legacy_run_events" in report["remarks"]
+    assert rows(path, "SELECT * FROM legacy_run_events") == before
+    with closing(sqlite3.connect(path)) as connection:
+        migrate.check_schema(connection, path)
+        assert set(migrate.schema_of(connection)) - set(migrate.expected_schema()) == {"legacy_run_events", "idx_own"}
+    daemon = start_daemon()
+    status, found = get(daemon.url, "/api/v1/runs/event-1/events")
+    created_at = "2025-01-02T10:00:00.000000Z"
+    assert status == 200
+    assert [(event["event_key"], event["timestamp"], event["payload"]) for event in found] == [
+        ("legacy-1", "2025-01-01T10:00:00.000000Z", {"n": 1}),
+        ("legacy-2", created_at, {"value": [1]}),
+        ("legacy-3", created_at, {"value": "in words"}),
+    ]
+    assert daemon.stop() == 0

@@ -129,7 +129,7 @@ def make_query(
 def test_the_combinations_cover_every_documented_filter() -> None:
     from telemetryd.queries import PARAMETERS
 
-    assert {*EQUAL, *BOUNDS, "limit", "offset", "cursor"} == set(PARAMETERS)
+    assert {*EQUAL, *BOUNDS, "limit", "offset", "cursor", "include"} == set(PARAMETERS)
     assert len(COMBINATIONS) == 2**7
 
 

@@ -171,6 +171,13 @@ def test_the_unit_is_hardened() -> None:
     assert done.returncode == 0, done.stdout[-300:]
 
 
+def test_the_unit_does_not_hide_the_agents_from_death_certificates() -> None:
+    lines = (ROOT / "telemetryd.service").read_text().splitlines()
+    assert "ProtectProc=default" in lines
+    assert "ProcSubset=all" in lines
+    assert not any(line.startswith("PrivatePIDs=") for line in lines)
+
+
 @analyze
 def test_the_units_are_valid(tmp_path: Path) -> None:
     program = Path(sys.executable).with_name("telemetryd")

@@ -213,6 +213,54 @@ async def test_prune_goes_through_the_daemon_by_its_unix_socket(start_daemon: St
     assert daemon.stop() == 0
 
 
+@pytest.mark.parametrize("is_running", [True, False])
+async def test_events_go_into_the_archive_and_away_with_their_runs(
+    start_daemon: StartDaemon, tmp_path: Path, is_running: bool
+) -> None:
+    unix = tmp_path / "d.sock"
+    daemon = start_daemon(TELEMETRY_API_UNIX=str(unix), TELEMETRY_DB_JOURNAL_MODE="WAL")
+    runs = [*old_runs(20), make_run()]
+    await post(daemon, runs)
+    talkative, quiet, young = runs[3]["event_id"], runs[5]["event_id"], runs[-1]["event_id"]
+    with closing(sqlite3.connect(daemon.database)) as connection, connection:  # 12 requests would be slower
+        connection.executemany(
+            "INSERT INTO run_events (run, event_key, event_type, timestamp, payload) "
+            "SELECT id, ?, 'step', '2025-12-24T10:00:00.000000Z', '{\"n\": 1}' FROM agent_runs WHERE event_id = ?",
+            [(str(number), talkative) for number in range(12_000)] + [("1", quiet), ("1", young)],
+        )
+    where = ("--unix", unix) if is_running else ()
+    if not is_running:
+        daemon.stop()
+    archive = tmp_path / "runs.ndjson.zst"
+    common = ("prune", "--older-than", "90d", "--db-path", daemon.database, "--json", *where)
+    done = json.loads(telemetryd(*common, "--archive", archive).stdout)
+    assert (done["pruned"], done["archived"]) == (20, 20)
+    with zstd.open(archive, "rb") as packed:
+        archived = {run["event_id"]: run["events"] for run in map(json.loads, packed)}
+    assert [int(event["event_key"]) for event in archived[talkative]] == list(range(12_000))
+    assert archived[talkative][0]["payload"] == {"n": 1}
+    assert [len(events) for event_id, events in archived.items() if event_id not in (talkative, quiet)] == [0] * 18
+    assert len(archived[quiet]) == 1
+    assert rows(daemon.database, "SELECT count(*) FROM agent_runs") == [(1,)]
+    assert rows(daemon.database, "SELECT count(*) FROM run_events") == [(1,)]
+    totals_are_right(daemon.database)
+
+
+async def test_a_run_that_gets_events_after_it_was_archived_stays(make_api: MakeApi) -> None:
+    api = await make_api(api_auth_enabled=True, api_auth_token=TOKEN)
+    token = {"Authorization": f"Bearer {TOKEN}"}
+    run = old_runs(1)[0]
+    await api.post(run, headers=token)
+    path = f"/api/v1/runs/{run['event_id']}"
+    before = await api.get(path, headers=token)
+    await api.call("POST", f"{path}/events", json={"event_type": "late"}, status=201, headers=token)
+    version = {"id": before["id"], "updated_at": before["updated_at"]}
+    body = {"older_than": "90d", "versions": [version]}
+    answer = await api.call("POST", "/api/v1/admin/prune", json=body, status=200, headers=token)
+    assert answer["pruned"] == 0
+    assert len(await api.get(f"{path}/events", headers=token)) == 1
+
+
 async def test_reap_goes_through_the_daemon_by_its_token(start_daemon: StartDaemon, tmp_path: Path) -> None:
     (tmp_path / "token").write_text(TOKEN)
     token = {"TELEMETRY_API_AUTH_ENABLED": "true", "TELEMETRY_API_AUTH_TOKEN_FILE": str(tmp_path / "token")}

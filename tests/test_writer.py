@@ -30,6 +30,7 @@ from telemetryd.errors import (
     StorageFullError,
     WriterDeadError,
 )
+from telemetryd.flow import Flow
 from telemetryd.metrics import Metrics
 from telemetryd.writer import GROUP_ROWS, Writer
 from tests.conftest import Api, MakeApi, StartDaemon, eventually, make_run
@@ -87,6 +88,7 @@ async def bench(
         clock=lambda: NOW,
         make_durable=make_durable,
         queue_max=queue_max,
+        flow=Flow(0.1, 5000),
         metrics=Metrics(),
     )
     task = asyncio.create_task(writer.run())

@@ -157,6 +157,7 @@ def _migration_as_json(
         "rows": done.rows,
         "steps": done.layout.steps(),
         "kept_tables": done.layout.kept,
+        "aside_tables": done.layout.aside,
         **done.counts(),
         "compacted": done.compacted,
         "remarks": done.remarks,

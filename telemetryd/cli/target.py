@@ -7,12 +7,12 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import Any, Final, Protocol
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl, quote, urlsplit
 
 import aiohttp
 import orjson
 
-from telemetryd import admin, queries, runs
+from telemetryd import admin, events, queries, runs
 from telemetryd.cli.database import refuse_missing
 from telemetryd.database import Ownership
 from telemetryd.errors import DatabaseOwnedError, TelemetrydError, UnavailableError
@@ -35,7 +35,10 @@ class Target(Protocol):
         """Answer what `POST /api/v1/admin/reap` answers."""
 
     def pages(self, filters: dict[str, str]) -> AsyncIterator[list[Body]]:
-        """Yield page after page of what `GET /api/v1/runs` answers."""
+        """Yield page after page of what `GET /api/v1/runs` answers, each run with its first events."""
+
+    async def events(self, event_id: str, offset: int) -> list[Body]:
+        """Answer what `GET /api/v1/runs/{event_id}/events` answers, as many as there are at once."""
 
 
 class RefusedError(TelemetrydError):
@@ -64,10 +67,19 @@ class Local:
         equal = {name: value for name, value in filters.items() if name not in bounds}
         while True:
             page = await self._store.fetch(queries.ListRuns(equal, bounds, _PAGE, 0, after))
-            yield [runs.to_json(row) for row in page.rows]
+            answer = [runs.to_json(row) for row in page.rows]
+            asked = queries.ListEvents(tuple(run["event_id"] for run in answer))
+            events.put_into(answer, await self._store.fetch(asked))
+            yield answer
             if page.end is None:
                 return
             after = page.end
+
+    async def events(self, event_id: str, offset: int) -> list[Body]:
+        """Read events from the database."""
+        asked = queries.ListEvents((event_id,), events.MAX_EVENTS, offset)
+        pages = await self._store.fetch(asked)
+        return [events.to_json(row) for page in pages.values() for row in page.rows]
 
 
 class Remote:
@@ -88,11 +100,19 @@ class Remote:
 
     async def pages(self, filters: dict[str, str]) -> AsyncIterator[list[Body]]:
         """Yield pages by following the Link header."""
-        parameters: dict[str, str] | None = {**filters, "limit": str(_PAGE)}
+        parameters: dict[str, str] | None = {**filters, "limit": str(_PAGE), "include": queries.EVENTS}
         while parameters is not None:
             page, following = await self._ask("GET", "/api/v1/runs", params=parameters)
             yield page
             parameters = dict(parse_qsl(following)) if following else None
+
+    async def events(self, event_id: str, offset: int) -> list[Body]:
+        """Ask for the events of one run; of one that was deleted there are none."""
+        parameters = {"limit": str(events.MAX_EVENTS), "offset": str(offset)}
+        answer: tuple[list[Body], str] = await self._ask(
+            "GET", f"/api/v1/runs/{quote(event_id, safe='')}/events", params=parameters
+        )
+        return answer[0]
 
     async def _ask(self, method: str, path: str, **options: Any) -> tuple[Any, str]:
         """Send a request until it is answered; return the answer, and the query string of the next page.

@@ -56,7 +56,7 @@ class StatusType(click.ParamType[str]):
 @click.option(
     "--archive",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="First write the runs to this file, one JSON object a line, Zstandard-compressed; only those are deleted.",
+    help="First write the runs with their events to this file (NDJSON, Zstandard); only those are deleted.",
 )
 @json_flag
 @address
@@ -115,11 +115,17 @@ async def _prune(settings: Settings, url: str | None, chosen: Body, *, dry_run: 
                 return {**count, "dry_run": False, "pruned": done}
             archived = await _write_archive(target, chosen, archive, lambda rows: drawn("Archiving", rows, total))
             slices = _archived_versions(archive)
+            versions: list[Body] = []
+            is_cut_short = False
 
             async def next_slice() -> Body:
-                versions = next(slices, [])
+                nonlocal versions, is_cut_short
+                if not is_cut_short:
+                    versions = next(slices, [])
                 # Behind the last one nothing is chosen any more, so what remains is to return the space.
                 answer = await one_slice({**chosen, "versions": versions, "limit": len(versions) or admin.SLICE})
+                # Runs with very many events take several turns; `more` then means these runs.
+                is_cut_short = answer["more"] and answer["pruned"] < len(versions)
                 return {**answer, "more": bool(versions) or answer["more"]}
 
             await in_slices(next_slice, "pruned")
@@ -137,11 +143,20 @@ async def _write_archive(target: Target, chosen: Body, archive: Path, watch: Any
     with partial_file(archive) as path:
         with zstd.open(path, "wb", level=6) as packed:
             async for page in target.pages(chosen):
+                for run in page:
+                    if run.pop("more_events"):
+                        await _add_other_events(target, run)
                 packed.write(b"".join(orjson.dumps(run, option=orjson.OPT_APPEND_NEWLINE) for run in page))
                 rows += len(page)
                 watch(rows)
         publish(path, archive)
     return rows
+
+
+async def _add_other_events(target: Target, run: Body) -> None:
+    """Complete the events of a run that has more than a page of runs shows of each."""
+    while part := await target.events(run["event_id"], len(run["events"])):
+        run["events"] += part
 
 
 def _archived_versions(archive: Path) -> Iterator[list[Body]]:

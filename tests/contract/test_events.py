@@ -74,7 +74,7 @@ async def test_a_known_key_is_a_duplicate_and_the_stored_event_stays(api: Api) -
 
 async def test_without_a_key_equal_content_is_one_event(api: Api) -> None:
     path = await new_run(api)
-    body = [
+    body: list[dict[str, Any]] = [
         {"event_type": "step", "payload": {"a": 1, "b": [2]}},
         {"payload": {"b": [2], "a": 1}, "event_type": "step"},
         {"event_type": "step", "payload": {"a": 1, "b": [2]}, "timestamp": "2025-12-24T10:00:00Z"},
@@ -101,7 +101,7 @@ async def test_an_event_without_a_time_happened_on_arrival_and_is_a_sign_of_life
 
 async def test_with_one_bad_event_none_is_stored_and_every_fault_has_its_place(api: Api) -> None:
     path = await new_run(api)
-    body = [
+    body: list[Any] = [
         {"event_type": "good"},
         {"event_type": " ", "timestamp": "yesterday"},
         {"event_type": "x", "event_key": "k" * 256, "payload": [1]},
@@ -142,7 +142,8 @@ async def test_unknown_fields_are_named(api: Api) -> None:
 
 
 async def test_an_unknown_run_is_404(api: Api) -> None:
-    for body in ({"event_type": "x"}, []):
+    bodies: list[Any] = [{"event_type": "x"}, []]
+    for body in bodies:
         answer = await send(api, "POST", f"{RUNS}/nobody/events", json=body)
         assert check_error(answer, 404) == "Run not found: nobody"
     assert check_error(await send(api, "GET", f"{RUNS}/nobody/events"), 404) == "Run not found: nobody"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from telemetryd import runs
+from telemetryd import events, runs
 from telemetryd.cli import NO_FLAG, flag
 from telemetryd.runs import Role
 from telemetryd.settings import Settings, variable
@@ -45,6 +45,16 @@ def fields_table() -> str:
     return "\n".join(lines)
 
 
+def event_fields_table() -> str:
+    """Return the fields that a new event brings along as a Markdown table."""
+    lines = ["| Field | Required | |", "|---|---|---|"]
+    required = events.NewEvent.model_json_schema()["required"]
+    for name in events.STORED:
+        given = "yes" if name in required else ""
+        lines.append(f"| `{name}` | {given} | {events.Event.model_fields[name].description} |")
+    return "\n".join(lines)
+
+
 def env_example() -> str:
     """Return .env.example: every variable, commented out, with its default."""
     lines = ["# telemetryd reads this file as .env in its working directory; variables of the environment win.", ""]
@@ -64,10 +74,11 @@ def _fill(text: str, marker: str, content: str) -> str:
 
 def rendered() -> dict[Path, str]:
     """Return each file that holds generated parts, as it should be."""
-    readme, reference = ROOT / "README.md", ROOT / "docs" / "runs.md"
+    readme, reference, api = ROOT / "README.md", ROOT / "docs" / "runs.md", ROOT / "docs" / "api.md"
     return {
         readme: _fill(readme.read_text("utf-8"), "settings", settings_table()),
         reference: _fill(reference.read_text("utf-8"), "fields", fields_table()),
+        api: _fill(api.read_text("utf-8"), "event fields", event_fields_table()),
         ROOT / ".env.example": env_example(),
     }
 

@@ -1,0 +1,98 @@
+"""Tells writers how many rows to send at once and how long to pause, so that commits stay within a target latency."""
+
+from __future__ import annotations
+
+import time
+from typing import Final
+
+HEADER: Final = "Telemetry-Flow"
+METHODS: Final = ("POST", "PATCH")
+"""Requests whose answers always carry the header; answers of 429 and 503 do so as well."""
+
+FEWEST_ROWS: Final = 100
+"""Below that, a batch costs more for itself than for its rows; beyond it a pause does the rest."""
+_LONGEST_PAUSE_S: Final = 5.0
+_IDLE_AFTER_S: Final = 1.0
+_FORGET: Final = 0.9
+_FIRST_ROW_S: Final = 20e-6
+_LEAST_ROW_S: Final = 1e-6
+_LEAST_SPREAD: Final = 10.0
+
+
+class Flow:
+    """Learns what a commit costs, by itself and for each row, and shares the rows that fit into the target.
+
+    A commit of n rows takes a + b·n seconds; a and b come from a regression that forgets (each group counts a
+    tenth less than the next). So (target - a) / b rows may be on their way at once. If more are, everybody's batch
+    shrinks by that ratio, and where a batch cannot shrink any more, a pause thins the requests out. If fewer are, the
+    rows that are left are shared by those who send. If a alone misses the target, small batches would not help.
+
+    Args:
+        target_s: seconds from a request's arrival in the queue to durable that should not be exceeded.
+        full: most rows of a batch.
+
+    """
+
+    def __init__(self, target_s: float, full: int) -> None:
+        self._target_s = target_s
+        self._full = full
+        self._idle = _text(full, 0.0)
+        self._text = self._idle
+        self._until = 0.0
+        self._weight = self._rows = self._seconds = self._rows_rows = self._rows_seconds = 0.0
+        self._row_s = _FIRST_ROW_S
+        self._group_s = 0.0
+        self._latency_s = 0.0
+        self._pause_s = 0.0
+
+    def text(self, *, is_idle: bool) -> str:
+        """Return the header's value; an idle daemon soon asks for nothing any more."""
+        return self._idle if is_idle and time.monotonic() > self._until else self._text
+
+    def measure(self, rows: int, seconds: float, latency_s: float) -> None:
+        """Take in a group: its rows, how long its commit took, and how long its oldest command has waited in all."""
+        self._weight = self._weight * _FORGET + 1
+        self._rows = self._rows * _FORGET + rows
+        self._seconds = self._seconds * _FORGET + seconds
+        self._rows_rows = self._rows_rows * _FORGET + rows * rows
+        self._rows_seconds = self._rows_seconds * _FORGET + rows * seconds
+        mean_rows, mean_seconds = self._rows / self._weight, self._seconds / self._weight
+        variance = self._rows_rows / self._weight - mean_rows * mean_rows
+        # Groups of about one size cannot tell a row's cost from the group's; what was learnt before stands.
+        if variance > max(_LEAST_SPREAD, mean_rows / 10) ** 2:
+            self._row_s = (self._rows_seconds / self._weight - mean_rows * mean_seconds) / variance
+        self._row_s = min(max(self._row_s, _LEAST_ROW_S), mean_seconds / max(mean_rows, 1.0))
+        self._group_s = mean_seconds - self._row_s * mean_rows
+        self._latency_s = latency_s
+
+    def advise(self, commands: int, rows: int, largest: int, fullness: float) -> None:
+        """Make the advice for so many commands and rows on their way, the largest command among them, and the queue.
+
+        Args:
+            commands: those of the group just committed, and those that wait.
+            rows: the rows of both.
+            largest: most rows of one command.
+            fullness: how full the queue is, 0 to 1.
+
+        """
+        self._until = time.monotonic() + _IDLE_AFTER_S
+        largest = max(largest, 1)
+        left_s = self._target_s - self._group_s
+        rows = round(rows * (1 + self._pause_s / max(self._latency_s, 1e-6)))  # what there would be without a pause
+        batch, pause_s = float(self._full), 0.0
+        if left_s > 0:
+            fitting = left_s / self._row_s
+            if rows <= fitting:
+                batch = largest + (fitting - rows) / max(commands, 1)
+            else:
+                batch = max(largest * fitting / rows, FEWEST_ROWS)
+                thinned = rows * min(batch / largest, 1.0)
+                pause_s = self._latency_s * max(thinned / fitting - 1, 0.0)
+        crowded_s = (2 * fullness - 1) * max(self._latency_s, self._target_s)
+        batch = min(max(batch, FEWEST_ROWS), self._full)
+        self._pause_s = min(max(pause_s, crowded_s, 0.0), _LONGEST_PAUSE_S)
+        self._text = _text(int(batch), self._pause_s)
+
+
+def _text(batch: int, pause_s: float) -> str:
+    return f"batch={batch}, pause={pause_s * 1000:.0f}"

@@ -1,0 +1,173 @@
+"""What this machine knows of a process: that it is the one that is meant, that it has ended, and how."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import select
+import struct
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+PROC: Final = Path("/proc")
+_CGROUPS: Final = (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/unified"))
+_MACHINE_IDS: Final = (Path("/etc/machine-id"), Path("/var/lib/dbus/machine-id"))
+_MOST_DESCRIPTORS: Final = 65_536
+
+# ioctl_pidfd(2): struct pidfd_info with mask, cgroupid, eleven numbers, exit_code; the kernel tells the last one
+# (from 6.15) only of a process that its parent has waited for.
+_PIDFD_INFO: Final = struct.Struct("QQ11Ii")
+_PIDFD_GET_INFO: Final = 0xC0000000 | _PIDFD_INFO.size << 16 | 0xFF << 8 | 11
+_PIDFD_INFO_EXIT: Final = 1 << 3
+
+
+def descriptor_limit() -> int:
+    """Raise the process's limit on open files as far as it may be raised, and return it."""
+    if sys.platform == "win32":
+        return 8192
+    import resource  # noqa: PLC0415 - POSIX only
+
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = min(hard, _MOST_DESCRIPTORS) if hard != resource.RLIM_INFINITY else _MOST_DESCRIPTORS
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    return limit
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Where this process runs; a pid means something only together with all of it."""
+
+    boot_id: str
+    machine: str
+    """A hash of the machine's id (machine-id(5) asks not to show the id itself); empty if it has none."""
+    pid_namespace: str
+
+
+def this_machine() -> Machine | None:
+    """Return where we run, or None if processes cannot be watched here."""
+    if sys.platform != "linux" or not hasattr(os, "pidfd_open"):
+        return None
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+        boot_id = (PROC / "sys/kernel/random/boot_id").read_text("ascii").strip()
+        namespace = os.readlink(PROC / "self/ns/pid")
+    except OSError:  # no /proc, a sandbox, a kernel before 5.3
+        return None
+    return Machine(boot_id, _machine(), namespace) if start_time(os.getpid()) is not None else None
+
+
+def _machine() -> str:
+    for path in _MACHINE_IDS:
+        try:
+            identity = path.read_text("ascii").strip()
+        except OSError:
+            continue
+        if identity:
+            return hashlib.blake2b(identity.encode(), digest_size=16, person=b"telemetryd").hexdigest()
+    return ""
+
+
+def booted_at() -> float:
+    """Return the moment of this boot, in seconds since the epoch."""
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+class NotVisibleError(Exception):
+    """There is no such process here, or it cannot be told whether it is the one."""
+
+
+class GoneError(NotVisibleError):
+    """The process has ended: its pid is free, or another process has it."""
+
+
+def hold(pid: int, started: int) -> int:
+    """Return a pidfd of the process with a pid and a start time, which names it even after its end.
+
+    The pidfd comes first: whatever has the start time that was claimed before has had the pid all the time.
+
+    Raises:
+        GoneError: if it has ended.
+        NotVisibleError: if there is none that can be recognised here; also for a thread that is not a process.
+
+    """
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError as error:
+        raise GoneError(f"There is no process {pid} here") from error
+    except OSError as error:
+        what = "not a process" if error.errno in (errno.EINVAL, errno.ENOENT) else f"not open to us ({error.strerror})"
+        raise NotVisibleError(f"{pid} is {what}") from error
+    try:
+        _recognise(descriptor, pid, started)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _recognise(descriptor: int, pid: int, started: int) -> None:
+    found = start_time(pid)
+    if has_ended(descriptor) or (found is not None and found != started):
+        raise GoneError(f"Process {pid} has ended, or is not the one that started at {started}")
+    if found is None:
+        raise NotVisibleError(f"Process {pid} is hidden from us")
+
+
+def start_time(pid: int) -> int | None:
+    """Return when a process started, in clock ticks since boot (field 22 of proc_pid_stat(5)); None if hidden."""
+    try:
+        line = (PROC / str(pid) / "stat").read_bytes()
+    except OSError:
+        return None
+    return int(line.rpartition(b")")[2].split()[19])  # the name in front of it may hold anything
+
+
+def has_ended(pidfd: int) -> bool:
+    """Tell whether a process has ended, be it waited for or not."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def exit_code(pidfd: int) -> int | None:
+    """Return how an ended process ended (negative: by a signal), or None if the kernel does not tell, or not yet."""
+    if sys.platform != "linux":
+        return None
+    import fcntl  # noqa: PLC0415 - POSIX only
+
+    info = bytearray(_PIDFD_INFO.pack(_PIDFD_INFO_EXIT, *[0] * 13))
+    try:
+        fcntl.ioctl(pidfd, _PIDFD_GET_INFO, info)
+    except OSError:
+        return None
+    mask, *_, status = _PIDFD_INFO.unpack(info)
+    return os.waitstatus_to_exitcode(status) if mask & _PIDFD_INFO_EXIT else None
+
+
+def cgroup(pid: int) -> str | None:
+    """Return the path of a process's control group in the unified hierarchy, as we see it, or None."""
+    try:
+        lines = (PROC / str(pid) / "cgroup").read_text("utf-8", "replace")
+    except OSError:
+        return None
+    found = re.search(r"^0::(/.*)$", lines, re.MULTILINE)
+    return found[1] if found and ".." not in found[1].split("/") else None
+
+
+def oom_kills(path: str | None) -> int | None:
+    """Return how many processes of a control group the kernel has killed for lack of memory, or None if unknown."""
+    if path is None:
+        return None
+    for root in _CGROUPS:
+        try:
+            counts = (root / path.lstrip("/") / "memory.events").read_text("ascii")
+        except OSError:
+            continue
+        found = re.search(r"^oom_kill (\d+)$", counts, re.MULTILINE)
+        return int(found[1]) if found else None
+    return None

@@ -1,0 +1,441 @@
+"""Death certificates: real processes, killed, watched by a real daemon."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from telemetryd import certificates, processes
+from telemetryd.check import Severity, examine
+from telemetryd.commands import Process
+from tests.conftest import Daemon, StartDaemon, make_run
+from tests.http_client import call, get, post
+
+pytestmark = pytest.mark.skipif(processes.this_machine() is None, reason="processes cannot be watched here")
+
+Spawn = Callable[..., "subprocess.Popen[bytes]"]
+SLEEP = "import time; time.sleep(600)"
+
+
+@pytest.fixture
+def spawn() -> Iterator[Spawn]:
+    """Return a function that starts a Python process; whatever is left of it is killed."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(code: str = SLEEP, prefix: tuple[str, ...] = (), **options: Any) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen([*prefix, sys.executable, "-c", code], **options)
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        for stream in (process.stdin, process.stdout):
+            if stream is not None:
+                stream.close()
+
+
+def identity(pid: int) -> dict[str, Any]:
+    """What a client tells of a process."""
+    machine = processes.this_machine()
+    assert machine is not None
+    return {"pid": pid, "start_time": processes.start_time(pid), "boot_id": machine.boot_id}
+
+
+def new_run(url: str, **fields: Any) -> str:
+    run = make_run(**fields)
+    assert post(url, run)[0] == 201
+    return f"/api/v1/runs/{run['event_id']}"
+
+
+def register(url: str, path: str, body: object, status: int = 201) -> Any:
+    answer = call(url, "POST", f"{path}/process", body)
+    assert answer[0] == status, answer
+    return answer[1]
+
+
+def wait_until_closed(url: str, path: str, seconds: float = 10) -> dict[str, Any]:
+    """Wait until a run is not running any more."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        run: dict[str, Any] = get(url, path)[1]
+        if run["status"] != "running":
+            return run
+        time.sleep(0.02)
+    raise AssertionError("the run is still running")
+
+
+def stays_running(url: str, *paths: str, seconds: float = 1.0) -> None:
+    time.sleep(seconds)
+    assert [get(url, path)[1]["status"] for path in paths] == ["running"] * len(paths)
+
+
+def test_a_killed_process_fails_its_runs_within_a_second(start_daemon: StartDaemon, spawn: Spawn) -> None:
+    daemon = start_daemon()
+    url = daemon.url
+    agent, other = spawn(), spawn()
+    paths = [new_run(url, start_time="2025-12-24T10:00:00Z") for _ in range(3)]
+    for path in paths:
+        assert register(url, path, identity(agent.pid)) == {
+            "event_id": path.rpartition("/")[2],
+            "pid": agent.pid,
+            "watched": True,
+        }
+        register(url, path, identity(agent.pid))  # harmless
+    alive = new_run(url)
+    register(url, alive, identity(other.pid))
+    assert "telemetryd_processes_watched 2.0" in prometheus(daemon)
+    totals = get(url, "/metrics")[1]["agents"]
+    agent.kill()
+    killed = time.monotonic()
+    agent.wait()
+    runs = [wait_until_closed(url, path) for path in paths]
+    assert time.monotonic() - killed < 1.5  # a second, and what a busy machine adds
+    for run in runs:
+        assert run["status"] == "failure"
+        assert run["error_summary"] in (
+            f"Process {agent.pid} was killed by SIGKILL before it finished the run",
+            f"Process {agent.pid} ended without finishing the run",  # where the kernel does not tell how
+        )
+        assert f"Death certificate of process {agent.pid}" in run["error_details"]
+        assert run["end_time"] <= run["updated_at"]
+        assert abs(run["duration_ms"] - milliseconds(run["start_time"], run["end_time"])) <= 1
+    stays_running(url, alive, seconds=0.2)
+    assert get(url, "/metrics")[1]["agents"] == totals
+    failed = get(url, "/api/v1/runs?status=failure")[1]
+    assert len(failed) == 3
+    assert "telemetryd_processes_watched 1.0" in prometheus(daemon)
+    assert "telemetryd_death_certificates_total 3.0" in prometheus(daemon)
+    assert daemon.stop() == 0
+    check_database(daemon)
+
+
+def milliseconds(start: str, end: str) -> float:
+    return (datetime.fromisoformat(end) - datetime.fromisoformat(start)).total_seconds() * 1000
+
+
+def prometheus(daemon: Daemon) -> str:
+    with urllib.request.urlopen(f"{daemon.url}/metrics?format=prometheus", timeout=10) as answer:
+        return str(answer.read().decode())
+
+
+def check_database(daemon: Daemon) -> None:
+    """The totals are right, and no row belongs to a run that is gone."""
+    assert [finding for finding in examine(daemon.database) if finding.severity is not Severity.NOTE] == []
+
+
+def stored(daemon: Daemon, sql: str) -> list[Any]:
+    with closing(sqlite3.connect(daemon.database)) as connection:
+        return connection.execute(sql).fetchall()
+
+
+def test_a_process_that_nobody_waits_for_has_ended_all_the_same(start_daemon: StartDaemon, spawn: Spawn) -> None:
+    daemon = start_daemon()
+    url = daemon.url
+    child = "import os, time; pid = os.fork(); print(pid, flush=True) if pid else None; time.sleep(600)"
+    parent = spawn(child, stdout=subprocess.PIPE)
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    path = new_run(url)
+    register(url, path, identity(pid))
+    os.kill(pid, signal.SIGKILL)  # a zombie: its parent sleeps
+    run = wait_until_closed(url, path)
+    assert run["error_summary"] == f"Process {pid} ended without finishing the run"
+    late = new_run(url)
+    assert "has ended" in register(url, late, identity(pid), 409)["detail"]
+    stays_running(url, late, seconds=0.1)
+
+
+@pytest.mark.parametrize(
+    ("code", "said"), [("raise SystemExit(3)", "status 3"), ("import os; os._exit(0)", "status 0")]
+)
+def test_an_exit_without_a_finish_is_a_failure(start_daemon: StartDaemon, spawn: Spawn, code: str, said: str) -> None:
+    url = start_daemon().url
+    agent = spawn(f"input()\n{code}", stdin=subprocess.PIPE)
+    path = new_run(url)
+    register(url, path, identity(agent.pid))
+    agent.communicate(b"\n")
+    run = wait_until_closed(url, path)
+    assert run["status"] == "failure"
+    assert said in run["error_summary"] or run["error_summary"].endswith("ended without finishing the run")
+
+
+def test_a_run_that_was_finished_gets_no_certificate(start_daemon: StartDaemon, spawn: Spawn) -> None:
+    daemon = start_daemon()
+    url = daemon.url
+    agent = spawn()
+    finished, beaten, cancelled = new_run(url), new_run(url), new_run(url)
+    for path in (finished, beaten, cancelled):
+        register(url, path, identity(agent.pid))
+    call(url, "PATCH", finished, {"status": "success", "output_summary": "well"})
+    call(url, "PATCH", cancelled, {"status": "cancelled"})
+    call(url, "PATCH", beaten, {"status": "running", "items_succeeded": 3})  # a heartbeat keeps the registration
+    before = [get(url, path)[1] for path in (finished, cancelled)]
+    agent.kill()
+    assert wait_until_closed(url, beaten)["items_succeeded"] == 3
+    assert [get(url, path)[1] for path in (finished, cancelled)] == before
+    assert stored(daemon, "SELECT count(*) FROM run_processes WHERE certified_at IS NULL") == [(0,)]
+
+
+def test_a_finish_that_comes_while_the_process_ends_is_not_overtaken(start_daemon: StartDaemon, spawn: Spawn) -> None:
+    url = start_daemon().url
+    agent = spawn()
+    path = new_run(url)
+    register(url, path, identity(agent.pid))
+    agent.kill()
+    call(url, "PATCH", path, {"status": "success"})
+    time.sleep(1.0)
+    run = get(url, path)[1]
+    assert (run["status"], run["error_summary"]) == ("success", None)
+
+
+@pytest.mark.parametrize(
+    ("patch", "summary", "details"),
+    [
+        ({"status": "success"}, None, None),
+        ({"status": "failure", "error_summary": "my own words"}, "my own words", None),
+        ({"status": "partial", "error_details": "my own words"}, None, "my own words"),
+        ({"status": "running"}, None, None),
+    ],
+)
+def test_a_late_finish_wins(
+    start_daemon: StartDaemon, spawn: Spawn, patch: dict[str, str], summary: str | None, details: str | None
+) -> None:
+    daemon = start_daemon()
+    url = daemon.url
+    agent = spawn()
+    path = new_run(url)
+    register(url, path, identity(agent.pid))
+    agent.kill()
+    before = wait_until_closed(url, path)
+    call(url, "PATCH", path, {"items_succeeded": 5})  # no finish, so what the certificate says stands
+    assert get(url, path)[1]["error_summary"] == before["error_summary"]
+    call(url, "PATCH", path, patch)
+    run = get(url, path)[1]
+    assert (run["status"], run["error_summary"], run["error_details"]) == (patch["status"], summary, details)
+    assert run["end_time"] == before["end_time"]
+    call(url, "PATCH", path, {"status": "failure", "error_summary": before["error_summary"]})
+    call(url, "PATCH", path, {"status": "success"})  # what an agent says itself is never cleared
+    assert get(url, path)[1]["error_summary"] == before["error_summary"]
+    assert daemon.stop() == 0
+    assert stored(daemon, "SELECT count(*) FROM run_processes") == [(0,)]
+    check_database(daemon)
+
+
+def test_words_that_somebody_changed_stay(start_daemon: StartDaemon, spawn: Spawn) -> None:
+    url = start_daemon().url
+    agent = spawn()
+    path = new_run(url)
+    register(url, path, identity(agent.pid))
+    agent.kill()
+    wait_until_closed(url, path)
+    call(url, "PATCH", path, {"error_summary": "an operator's note"})
+    call(url, "PATCH", path, {"status": "success"})
+    run = get(url, path)[1]
+    assert (run["error_summary"], run["error_details"]) == ("an operator's note", None)
+
+
+def test_what_is_not_that_very_process_is_refused(start_daemon: StartDaemon, spawn: Spawn) -> None:
+    daemon = start_daemon()
+    url = daemon.url
+    threads = (
+        "import threading, time; t = threading.Thread(target=time.sleep, args=(600,), daemon=True); t.start(); "
+        "print(t.native_id, flush=True); time.sleep(600)"
+    )
+    agent, dead = spawn(threads, stdout=subprocess.PIPE), spawn("pass")
+    assert agent.stdout is not None
+    thread = int(agent.stdout.readline())
+    gone = identity(dead.pid)
+    dead.wait()
+    good = identity(agent.pid)
+    path = new_run(url)
+    for wrong in (
+        {**good, "boot_id": "39af8825-0000-0000-0000-d9bc8f995a4a"},
+        {**good, "start_time": good["start_time"] - 1},
+        gone,
+        identity(thread),
+        {**good, "pid": 2**31 - 1},
+    ):
+        assert set(register(url, path, wrong, 409)) == {"detail"}
+    assert register(url, "/api/v1/runs/nobody", good, 404) == {"detail": "Run not found: nobody"}
+    bodies: list[Any] = [{}, [], *({**good, **wrong} for wrong in ({"pid": 0}, {"pid": "1"}, {"start_time": -1}))]
+    for body in [*bodies, {**good, "boot_id": ""}]:
+        detail = register(url, path, body, 422)["detail"]
+        assert all(item["loc"][0] == "body" for item in detail)
+    ended = new_run(url, status="success")
+    assert register(url, ended, good, 409) == {"detail": "The run is not running"}
+    assert register(url, path, {**good, "mood": "fine"})["warnings"] == ["Unknown field ignored: mood"]
+    agent.kill()
+    wait_until_closed(url, path)
+
+
+def test_a_process_in_another_pid_namespace_is_refused(start_daemon: StartDaemon, spawn: Spawn) -> None:
+    unshare = ("unshare", "--pid", "--fork", "--mount-proc")
+    probe = subprocess.run([*unshare, "true"], capture_output=True, check=False)
+    if probe.returncode:
+        pytest.skip("no PID namespace can be made here")
+    url = start_daemon().url
+    code = (
+        "import os, time; stat = open('/proc/self/stat').read().rpartition(')')[2].split(); "
+        "print(os.getpid(), stat[19], flush=True); time.sleep(600)"
+    )
+    inner = spawn(code, unshare, stdout=subprocess.PIPE)
+    assert inner.stdout is not None
+    pid, start_time = map(int, inner.stdout.readline().split())
+    assert pid < 10
+    path = new_run(url)
+    register(url, path, {**identity(os.getpid()), "pid": pid, "start_time": start_time}, 409)
+    inner.kill()
+    stays_running(url, path)
+
+
+def test_it_can_be_off_and_is_bounded(start_daemon: StartDaemon, spawn: Spawn, tmp_path: Path) -> None:
+    first, second = spawn(), spawn()
+    daemon = start_daemon(TELEMETRY_WATCHED_PROCESSES="1")
+    url = daemon.url
+    paths = [new_run(url) for _ in range(3)]
+    register(url, paths[0], identity(first.pid))
+    register(url, paths[1], identity(first.pid))
+    assert "TELEMETRY_WATCHED_PROCESSES" in register(url, paths[2], identity(second.pid), 409)["detail"]
+    for path in paths[:2]:
+        call(url, "PATCH", path, {"status": "success"})
+    time.sleep(1.1)
+    register(url, paths[2], identity(second.pid))  # the first one has nothing to do any more
+    assert daemon.stop() == 0
+    off = start_daemon(TELEMETRY_DEATH_CERTIFICATES="false")
+    assert "off" in register(off.url, paths[2], identity(second.pid), 409)["detail"]
+    second.kill()
+    second.wait()
+    stays_running(off.url, paths[2])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_after_a_restart_it_looks_again(start_daemon: StartDaemon, spawn: Spawn, number: signal.Signals) -> None:
+    daemon = start_daemon()
+    url = daemon.url
+    dies, lives, finishes = spawn(), spawn(), spawn()
+    paths = [new_run(url) for _ in range(3)]
+    for path, agent in zip(paths, (dies, lives, finishes), strict=True):
+        register(url, path, identity(agent.pid))
+    call(url, "PATCH", paths[2], {"status": "success"})
+    daemon.stop(number)
+    for agent in (dies, finishes):
+        agent.kill()
+        agent.wait()
+    daemon = start_daemon()
+    url = daemon.url
+    run = wait_until_closed(url, paths[0])
+    assert run["error_summary"] == f"Process {dies.pid} ended without finishing the run"
+    assert "when it started" in run["error_details"]
+    stays_running(url, paths[1], seconds=0.3)
+    assert get(url, paths[2])[1]["error_summary"] is None
+    lives.kill()
+    assert wait_until_closed(url, paths[1])["status"] == "failure"
+    assert daemon.stop() == 0
+    check_database(daemon)
+
+
+def test_a_reboot_is_told_from_a_move(start_daemon: StartDaemon, spawn: Spawn) -> None:
+    daemon = start_daemon()
+    url = daemon.url
+    agent = spawn()
+    rebooted, moved, confined = (new_run(url, start_time="2020-01-01T00:00:00Z") for _ in range(3))
+    for path in (rebooted, moved, confined):
+        register(url, path, identity(agent.pid))
+    assert daemon.stop() == 0
+    ids = {
+        path: f"(SELECT id FROM agent_runs WHERE event_id = '{path.rpartition('/')[2]}')"
+        for path in (rebooted, moved, confined)
+    }
+    with closing(sqlite3.connect(daemon.database)) as connection, connection:
+        connection.execute(f"UPDATE run_processes SET boot_id = 'earlier' WHERE run = {ids[rebooted]}")
+        connection.execute(f"UPDATE run_processes SET boot_id = 'other', machine = 'other' WHERE run = {ids[moved]}")
+        connection.execute(f"UPDATE run_processes SET pid_namespace = 'pid:[1]' WHERE run = {ids[confined]}")
+    daemon = start_daemon()
+    url = daemon.url
+    run = wait_until_closed(url, rebooted)
+    assert run["error_summary"] == f"The machine was rebooted before process {agent.pid} finished the run"
+    assert abs(datetime.fromisoformat(run["end_time"]).timestamp() - processes.booted_at()) < 5
+    stays_running(url, moved, confined)
+    assert daemon.stop() == 0
+    assert stored(daemon, "SELECT count(*) FROM run_processes WHERE certified_at IS NULL") == [(0,)]
+    check_database(daemon)
+
+
+def test_many_processes_that_are_killed_at_once(start_daemon: StartDaemon, spawn: Spawn) -> None:
+    daemon = start_daemon(TELEMETRY_DB_JOURNAL_MODE="WAL")
+    url = daemon.url
+    brood = (
+        "import os, time\n"
+        "pids = []\n"
+        "for _ in range(100):\n"
+        "    pid = os.fork()\n"
+        "    if not pid: time.sleep(600); os._exit(0)\n"
+        "    pids.append(pid)\n"
+        "print(*pids, flush=True)\n"
+        "time.sleep(600)"
+    )
+    parent = spawn(brood, stdout=subprocess.PIPE)
+    assert parent.stdout is not None
+    pids = [int(pid) for pid in parent.stdout.readline().split()]
+    paths = []
+    for pid in pids:
+        path = new_run(url)
+        register(url, path, identity(pid))
+        paths.append(path)
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    parent.kill()
+    assert {wait_until_closed(url, path)["status"] for path in paths} == {"failure"}
+    assert daemon.stop() == 0
+    check_database(daemon)
+
+
+def test_a_stale_run_that_was_reaped_and_a_run_that_was_deleted_leave_nothing(
+    start_daemon: StartDaemon, spawn: Spawn, tmp_path: Path
+) -> None:
+    daemon = start_daemon(TELEMETRY_STALE_AFTER="1s", TELEMETRY_RETENTION_DAYS="3650")
+    url = daemon.url
+    agent = spawn()
+    path = new_run(url)
+    register(url, path, identity(agent.pid))
+    assert wait_until_closed(url, path)["status"] == "cancelled"
+    agent.kill()
+    assert daemon.stop() == 0
+    assert stored(daemon, "SELECT count(*) FROM run_processes") == [(0,)]
+
+
+def test_an_out_of_memory_kill_is_told_where_the_control_group_counts_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "_CGROUPS", (tmp_path,))
+    (tmp_path / "agents").mkdir()
+    counts = tmp_path / "agents" / "memory.events"
+    counts.write_text("low 0\nhigh 0\nmax 3\noom 1\noom_kill 1\noom_group_kill 0\n")
+    assert processes.oom_kills("/agents") == 1
+    assert processes.oom_kills("/nowhere") is None
+    process = Process(7, 8, "boot", "machine", "pid:[1]", "/agents", 1)
+    moment = "2026-01-01T00:00:00.000000Z"
+    assert "Out of memory" not in certificates.describe(process, moment, -9).error_summary
+    counts.write_text("oom 2\noom_kill 2\n")
+    death = certificates.describe(process, moment, -9)
+    assert death.error_summary == "Out of memory: process 7 ended before it finished the run"
+    assert "rose from 1 to 2" in death.error_details
+    assert "Out of memory" in certificates.describe(process, moment, None).error_summary
+    assert "status 1" in certificates.describe(process, moment, 1).error_summary  # it ended by itself
+    unknown = Process(7, 8, "boot", "machine", "pid:[1]", "/agents", None)
+    assert "SIGKILL" in certificates.describe(unknown, moment, -9).error_summary

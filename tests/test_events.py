@@ -1,0 +1,112 @@
+"""Run events: whatever is reported, however often and in whatever pieces, each is stored once, as it came first."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from telemetryd import runs
+from telemetryd.events import parse_events
+from tests.conftest import MakeApi, StartDaemon, make_run
+from tests.http_client import call, get, post
+from tests.test_properties import REPEATABLE
+
+NAMES = st.sampled_from(["step", "warning", "é", "end"])
+TIMES = st.sampled_from(["2025-12-24T10:00:00Z", "2025-12-24T11:00:00+01:00", "2025-12-24T10:00:00.5Z"])
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63 - 1)
+    | st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("abc", max_size=2), inner, max_size=3),
+    max_leaves=5,
+)
+EVENTS = st.fixed_dictionaries(
+    {"event_type": NAMES},
+    optional={
+        "event_key": st.text("kK1", min_size=1, max_size=2),
+        "timestamp": TIMES,
+        "payload": st.dictionaries(st.text("xy", max_size=2), VALUES, max_size=3),
+    },
+)
+
+
+def key_of(event: dict[str, Any]) -> str:
+    return str(parse_events(event).rows[0][0])
+
+
+@given(st.lists(EVENTS, max_size=12), st.randoms(use_true_random=False))
+@REPEATABLE
+def test_a_derived_key_depends_on_the_content_alone(reported: list[dict[str, Any]], chance: Any) -> None:
+    for event in reported:
+        names = list(event)
+        chance.shuffle(names)
+        same = json.loads(json.dumps({name: event[name] for name in names}))
+        assert key_of(same) == key_of(event)
+        if "event_key" not in event:
+            assert key_of({**event, "event_type": event["event_type"] + "!"}) != key_of(event)
+
+
+def test_events_are_stored_once_however_they_are_sent(start_daemon: StartDaemon) -> None:
+    url = start_daemon(TELEMETRY_DB_JOURNAL_MODE="WAL").url
+
+    @given(st.lists(st.lists(EVENTS, max_size=8), max_size=6), st.data())
+    @REPEATABLE
+    def check(requests: list[list[dict[str, Any]]], data: st.DataObject) -> None:
+        run = make_run()
+        assert post(url, run)[0] == 201
+        path = f"/api/v1/runs/{run['event_id']}/events"
+        expected: dict[str, dict[str, Any]] = {}
+        sent = 0
+        for request in requests:
+            for _ in range(data.draw(st.integers(1, 2))):
+                body: Any = request[0] if len(request) == 1 and data.draw(st.booleans()) else request
+                before = len(expected)
+                for event in request:
+                    expected.setdefault(key_of(event), event)
+                status, answer = call(url, "POST", path, body)
+                assert status == 201
+                inserted = len(expected) - before
+                assert answer == {"inserted": inserted, "duplicates": len(request) - inserted}
+                sent += inserted
+        found = get(url, f"{path}?limit=1000")[1]
+        assert len(found) == sent == len(expected)
+        assert sorted(found, key=lambda event: (event["timestamp"], event["id"])) == found
+        for event in found:
+            first = expected[event["event_key"]]
+            assert event["event_type"] == first["event_type"]
+            assert event["payload"] == first.get("payload")
+            if "timestamp" in first:
+                assert event["timestamp"] == runs.canonical_timestamp(first["timestamp"])
+
+    check()
+
+
+def test_events_survive_a_kill_and_the_repeat_after_it(start_daemon: StartDaemon) -> None:
+    daemon = start_daemon()
+    run = make_run()
+    post(daemon.url, run)
+    path = f"/api/v1/runs/{run['event_id']}/events"
+    body = [{"event_type": "step", "event_key": str(number)} for number in range(50)]
+    assert call(daemon.url, "POST", path, body) == (201, {"inserted": 50, "duplicates": 0})
+    daemon.process.kill()
+    daemon.wait()
+    daemon = start_daemon()
+    assert call(daemon.url, "POST", path, body) == (201, {"inserted": 0, "duplicates": 50})
+    assert len(get(daemon.url, path)[1]) == 50
+
+
+async def test_events_count_towards_the_bound_in_bytes_of_the_queue(make_api: MakeApi) -> None:
+    from telemetryd import writer
+    from telemetryd.commands import CreateEvents
+
+    big = writer.QUEUE_BYTES // 2
+    api = await make_api()
+    commands = [CreateEvents("nobody", (), size) for size in (big, big, 1)]
+    results = await asyncio.gather(*(api.store.submit(command) for command in commands), return_exceptions=True)
+    assert [type(result).__name__ for result in results] == ["NoneType", "NoneType", "QueueFullError"]
+    assert await api.store.submit(commands[2]) is None

@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+import timeit
+
+import pytest
+
+from telemetryd.flow import FEWEST_ROWS, HEADER, Flow
+from tests.conftest import Api, MakeApi, make_run
+from tests.contract.wire import RUNS, send
+
+TARGET_S = 0.1
+FULL = 5000
+ADVICE = re.compile(r"batch=(\d+), pause=(\d+)")
+
+
+def read(text: str) -> tuple[int, int]:
+    found = ADVICE.fullmatch(text)
+    assert found, text
+    return int(found[1]), int(found[2])
+
+
+class Disk:
+    """Clients that obey, a writer that takes all they send into one group, and a disk of a certain speed."""
+
+    def __init__(self, group_s: float, row_s: float, clients: int) -> None:
+        self.flow = Flow(TARGET_S, FULL)
+        self.group_s, self.row_s, self.clients = group_s, row_s, clients
+        self.batch, self.pause_s = FULL, 0.0
+
+    def latency(self, groups: int) -> float:
+        """Let so many groups pass; return the latency of the last one."""
+        latency_s = 0.0
+        for number in range(groups):
+            # A pause as long as a commit halves what is on its way; sizes differ a little, as they do.
+            thinned = latency_s / (latency_s + self.pause_s) if self.pause_s else 1.0
+            rows = max(1, int(self.clients * self.batch * thinned * (0.9 + 0.2 * (number % 2))))
+            latency_s = self.group_s + self.row_s * rows
+            self.flow.measure(rows, latency_s, latency_s)
+            self.flow.advise(self.clients, rows, self.batch, 0.0)
+            self.batch, pause_ms = read(self.flow.text(is_idle=False))
+            self.pause_s = pause_ms / 1000
+        return latency_s
+
+
+@pytest.mark.parametrize("row_s", [10e-6, 50e-6, 200e-6])
+@pytest.mark.parametrize("clients", [1, 4, 64])
+def test_clients_that_obey_come_to_the_target(row_s: float, clients: int) -> None:
+    disk = Disk(0.005, row_s, clients)
+    assert disk.latency(1) > TARGET_S or row_s * FULL < TARGET_S
+    assert disk.latency(60) < TARGET_S * 1.5
+    rows = disk.clients * disk.batch
+    if disk.pause_s == 0 and disk.batch < FULL:
+        assert rows * row_s > TARGET_S / 2  # and they use what the disk can do
+
+
+def test_a_disk_whose_syncs_alone_miss_the_target_gets_full_batches() -> None:
+    disk = Disk(0.3, 10e-6, 4)
+    disk.latency(30)
+    assert (disk.batch, disk.pause_s) == (FULL, 0.0)
+
+
+def test_single_runs_do_not_make_batches_small_when_there_is_room() -> None:
+    flow = Flow(TARGET_S, FULL)
+    for _ in range(50):
+        flow.measure(1, 0.004, 0.004)
+        flow.advise(1, 1, 1, 0.0)
+    assert read(flow.text(is_idle=False)) == (FULL, 0) or read(flow.text(is_idle=False))[0] >= FEWEST_ROWS
+
+
+def test_a_queue_that_fills_asks_for_a_pause_and_an_idle_daemon_for_none() -> None:
+    flow = Flow(TARGET_S, FULL)
+    assert flow.text(is_idle=True) == "batch=5000, pause=0"
+    flow.measure(100, 0.01, 0.02)
+    flow.advise(50, 100, 2, 0.5)
+    assert read(flow.text(is_idle=False))[1] == 0
+    flow.advise(100, 200, 2, 1.0)
+    assert read(flow.text(is_idle=False))[1] >= TARGET_S * 1000
+    assert read(flow.text(is_idle=True))[1] >= TARGET_S * 1000  # it may only just have become idle
+    time.sleep(1.05)
+    assert flow.text(is_idle=True) == "batch=5000, pause=0"
+    flow.advise(1, 0, 0, 0.0)  # an empty command
+    assert read(flow.text(is_idle=False))[1] == 0
+
+
+def test_advice_costs_an_answer_less_than_a_microsecond() -> None:
+    flow = Flow(TARGET_S, FULL)
+    flow.advise(1, 1, 1, 0.0)
+    best = min(timeit.repeat(lambda: flow.text(is_idle=True), number=10_000, repeat=7)) / 10_000
+    assert best < 1e-6
+
+
+async def test_answers_to_writes_and_refusals_carry_it(make_api: MakeApi) -> None:
+    api = await make_api(rate_limit_enabled=True, rate_limit_rpm=8, max_batch=300)
+    run = make_run()
+    path = f"{RUNS}/{run['event_id']}"
+    answers = [
+        await send(api, "POST", RUNS, json=run),
+        await send(api, "POST", RUNS, json=run),
+        await send(api, "POST", RUNS, json={}),
+        await send(api, "POST", f"{RUNS}/batch", json=[make_run()]),
+        await send(api, "PATCH", path, json={"status": "success"}),
+        await send(api, "PATCH", f"{RUNS}/nobody", json={"status": "success"}),
+        await send(api, "POST", f"{path}/events", json={"event_type": "x"}),
+    ]
+    assert [answer.status for answer in answers] == [201, 200, 422, 200, 200, 404, 201]
+    reading = await send(api, "GET", path)
+    assert HEADER.lower() not in reading.headers
+    refused = await send(api, "GET", path)
+    assert refused.status == 429
+    for answer in [*answers, refused]:
+        batch, pause = read(answer.headers[HEADER.lower()])
+        assert (batch, pause) == (300, 0)
+
+
+async def test_a_full_queue_asks_for_a_pause(make_api: MakeApi) -> None:
+    api = await make_api(queue_max=2)
+
+    async def post(api: Api) -> tuple[int, int]:
+        answer = await send(api, "POST", RUNS, json=make_run())
+        return answer.status, read(answer.headers[HEADER.lower()])[1]
+
+    answers = await asyncio.gather(*(post(api) for _ in range(200)))
+    refused = [pause for status, pause in answers if status == 503]
+    assert refused, "the queue was never full"
+    assert min(refused) > 0
