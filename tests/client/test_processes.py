@@ -297,3 +297,42 @@ print(client.stats()["dropped"], client.stats()["recorded"])
     kept = sum(path.read_bytes().count(b"\n") for path in buffer.glob("*.jsonl.*"))
     assert kept + dropped == recorded
     assert json.loads(next(buffer.glob("*.jsonl.ready")).read_bytes().splitlines()[0])["agent_name"] == "a"
+
+
+def test_a_killed_agents_run_is_closed_at_once_and_a_late_end_wins(daemon: Daemon, buffer: Path) -> None:
+    """The client has registered its process, so the daemon sees its death."""
+    program = """
+from telemetryd import client as telemetry
+import os, signal, sys, time
+run = telemetry.run("a", "j", event_id="dying").start()
+telemetry.flush(20)
+print("begun", flush=True)
+time.sleep(60)
+"""
+    agent = subprocess.Popen(
+        [sys.executable, "-c", program], env=environment(daemon.url, buffer), stdout=subprocess.PIPE, text=True
+    )
+    with agent:
+        assert agent.stdout is not None
+        assert agent.stdout.readline() == "begun\n"
+        agent.kill()
+    deadline = time.monotonic() + 10
+    while (run := get(daemon.url, "/api/v1/runs/dying")[1])["status"] == "running":
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert run["status"] == "failure"
+    assert run["error_summary"]
+
+
+def test_a_refused_registration_is_not_repeated_for_ever(start_daemon: StartDaemon, buffer: Path) -> None:
+    daemon = start_daemon(TELEMETRY_DB_JOURNAL_MODE="WAL", TELEMETRY_DEATH_CERTIFICATES="false")
+    program = """
+for number in range(6):
+    with telemetry.run("a", "j"):
+        assert telemetry.flush(20)
+print(telemetry.stats()["dead"])
+"""
+    assert python(program, daemon.url, buffer).stdout == "0\n"
+    daemon.stop()
+    asked = [line for line in daemon.lines if line.get("endpoint", "").endswith("/process")]
+    assert [line["status"] for line in asked] == [409] * 3
