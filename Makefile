@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 BENCH_INSTALLED := $(VENV)/.installed-bench
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-all check bench bench-large schema docs build clean
+.PHONY: help run test test-all check bench bench-large bench-client schema docs build clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -42,6 +42,9 @@ bench: $(BENCH_INSTALLED) ## measure against limits, a baseline and the targets 
 
 bench-large: $(BENCH_INSTALLED) ## the same with 10 million runs, where size matters (up to an hour; 15 GB of disk)
 	$(BIN)/python -m bench --large
+
+bench-client: $(INSTALLED) ## measure the client: cost of a call, events per second end to end, memory while the daemon is down
+	$(BIN)/python -m bench.agent
 
 schema: $(INSTALLED) ## write schema/telemetry.sql from migrations/
 	$(BIN)/python -m tests.tools.schema

@@ -26,7 +26,20 @@ from pydantic import (
 from telemetryd.errors import ConfigurationError
 
 PREFIX: Final = "TELEMETRY_"
-CLIENT_VARIABLES: Final = frozenset({"TELEMETRY_BUFFER_DIR", "TELEMETRY_API_URL"})
+CLIENT_VARIABLES: Final = frozenset(
+    {
+        "TELEMETRY_API_URL",
+        "TELEMETRY_BUFFER_DIR",
+        "TELEMETRY_BUFFER_DURABILITY",
+        "TELEMETRY_BUFFER_KEEP_HOURS",
+        "TELEMETRY_BUFFER_MAX_DAYS",
+        "TELEMETRY_BUFFER_MAX_MB",
+        "TELEMETRY_FLUSH_TIMEOUT_S",
+        "TELEMETRY_PARENT_RUN_ID",
+        "TELEMETRY_SEND",
+        "TELEMETRY_TIMEOUT_S",
+    }
+)
 """Variables of the same family that belong to the agents' side and may be set beside ours."""
 
 

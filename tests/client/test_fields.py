@@ -4,8 +4,11 @@ import typing
 
 from telemetryd import runs
 from telemetryd.client import fields
+from telemetryd.client.config import VARIABLES
+from telemetryd.client.context import PARENT_VARIABLE
 from telemetryd.client.fields import CHANGES, FIELDS, Details, Fields
 from telemetryd.runs import Role
+from telemetryd.settings import CLIENT_VARIABLES, Settings, variable
 
 
 def test_the_fields_are_those_of_a_run() -> None:
@@ -21,6 +24,11 @@ def test_the_keyword_arguments_have_the_types_of_a_run() -> None:
         kinds = {part.get("type") for part in schema[name].get("anyOf", [schema[name]])} - {"null"}
         plain = typing.get_origin(hints[name]) or hints[name]
         assert plain in {json_types[kind] for kind in kinds}, name
+
+
+def test_the_daemon_knows_the_clients_variables() -> None:
+    own = {variable(name) for name in Settings.model_fields}
+    assert {*VARIABLES, PARENT_VARIABLE} - own == CLIENT_VARIABLES
 
 
 def test_a_start_and_an_end_take_every_field_that_may_be_given_then() -> None:

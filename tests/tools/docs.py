@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 from telemetryd import events, runs
 from telemetryd.cli import NO_FLAG, flag
+from telemetryd.client.config import VARIABLES, Config
+from telemetryd.client.context import PARENT_VARIABLE
 from telemetryd.runs import Role
 from telemetryd.settings import Settings, variable
 
@@ -55,6 +58,21 @@ def event_fields_table() -> str:
     return "\n".join(lines)
 
 
+def client_table() -> str:
+    """Return the client's variables as a Markdown table."""
+    lines = ["| Variable | Default | |", "|---|---|---|"]
+    defaults = {**asdict(Config()), "buffer_dir": "~/.local/state/telemetryd/buffer"}
+    scale = {"max_bytes": 1 << 20, "max_age_s": 86_400, "keep_s": 3600}
+    for name, (field, _, text) in VARIABLES.items():
+        value = defaults[field]
+        shown = (
+            f"{value / scale[field]:g}" if field in scale else str(value).lower() if value in (True, False) else value
+        )
+        lines.append(f"| `{name}` | {'' if value is None else f'`{shown}`'} | {text} |")
+    lines.append(f"| `{PARENT_VARIABLE}` | | The run_id of the run that started this process. |")
+    return "\n".join(lines)
+
+
 def env_example() -> str:
     """Return .env.example: every variable, commented out, with its default."""
     lines = ["# telemetryd reads this file as .env in its working directory; variables of the environment win.", ""]
@@ -74,11 +92,13 @@ def _fill(text: str, marker: str, content: str) -> str:
 
 def rendered() -> dict[Path, str]:
     """Return each file that holds generated parts, as it should be."""
+    client = ROOT / "docs" / "client.md"
     readme, reference, api = ROOT / "README.md", ROOT / "docs" / "runs.md", ROOT / "docs" / "api.md"
     return {
         readme: _fill(readme.read_text("utf-8"), "settings", settings_table()),
         reference: _fill(reference.read_text("utf-8"), "fields", fields_table()),
         api: _fill(api.read_text("utf-8"), "event fields", event_fields_table()),
+        client: _fill(client.read_text("utf-8"), "client settings", client_table()),
         ROOT / ".env.example": env_example(),
     }
 
