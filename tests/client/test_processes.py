@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -336,3 +337,19 @@ print(telemetry.stats()["dead"])
     daemon.stop()
     asked = [line for line in daemon.lines if line.get("endpoint", "").endswith("/process")]
     assert [line["status"] for line in asked] == [409] * 3
+
+
+def test_the_readme_works_as_pasted(daemon: Daemon, buffer: Path) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+    section = readme.partition("## From Python")[2].partition("\n## ")[0]
+    program = "\n".join(re.findall(r"```python\n(.*?)```", section, re.DOTALL))
+    assert program.count("telemetry.run(") == 2
+    python(program, daemon.url, buffer)
+    found = {run["job_type"]: run for run in runs(daemon.url)}
+    assert found.keys() == {"translate_directory", "nightly", "crawl"}
+    assert {run["status"] for run in found.values()} == {"success"}
+    translated = found["translate_directory"]
+    assert (translated["items_succeeded"], translated["metrics_json"]) == (3, {"tokens": 1200})
+    events = get(daemon.url, f"/api/v1/runs/{translated['event_id']}/events")[1]
+    assert [event["payload"]["file"] for event in events] == ["a.md", "b.md", "c.md"]
+    assert found["crawl"]["parent_run_id"] == found["nightly"]["run_id"]

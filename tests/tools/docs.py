@@ -65,9 +65,9 @@ def client_table() -> str:
     scale = {"max_bytes": 1 << 20, "max_age_s": 86_400, "keep_s": 3600}
     for name, (field, _, text) in VARIABLES.items():
         value = defaults[field]
-        shown = (
-            f"{value / scale[field]:g}" if field in scale else str(value).lower() if value in (True, False) else value
-        )
+        if field in scale:
+            value = f"{value / scale[field]:g}"
+        shown = str(value).lower() if isinstance(value, bool) else value
         lines.append(f"| `{name}` | {'' if value is None else f'`{shown}`'} | {text} |")
     lines.append(f"| `{PARENT_VARIABLE}` | | The run_id of the run that started this process. |")
     return "\n".join(lines)
