@@ -209,10 +209,19 @@ def restore(source: Path, database: Path, moment: datetime, watch: Watch = ignor
                     _pump(plain, target, watch, "Copying", source.stat().st_size)
         except (OSError, EOFError, zstd.ZstdError) as error:
             raise DatabaseError(f"Cannot read the backup {source}: {error}") from error
+        _forget_processes(copy)
         watch("Verifying", 0, 1)
         content = verify(copy)
         watch("Verifying", 1, 1)
         return content, replace(database, copy, database.with_name(f"{database.name}.before-{moment:%Y%m%d_%H%M%S}"))
+
+
+def _forget_processes(copy: Path) -> None:
+    """Drop what a backup knows of processes: since then they may have finished their runs, and ended well."""
+    # If there is no such table there is nothing to drop, and if the file is damaged `verify` says so.
+    with contextlib.suppress(sqlite3.DatabaseError), contextlib.closing(connect(copy, "rw")) as connection:
+        connection.execute("DELETE FROM run_processes WHERE certified_at IS NULL")
+        connection.execute("PRAGMA journal_mode = DELETE").fetchall()
 
 
 def replace(database: Path, new: Path, aside: Path) -> Path:

@@ -35,7 +35,8 @@ from telemetryd.store import Store
 _GRACE_S: Final = 0.25
 """A finish may still be on its way when its process is gone; it comes in before the certificate then."""
 _RETRY_S: Final = 0.5
-_SLICE: Final = 250
+_SLICE: Final = 100
+_AT_ONCE: Final = 500
 _LOOK_EVERY_S: Final = 1.0
 
 
@@ -193,8 +194,9 @@ class Certificates:
                 await asyncio.sleep(_RETRY_S)
             else:
                 break
-        for process in known:
-            await self._end_unless_alive(process, machine)
+        for start in range(0, len(known), _AT_ONCE):  # many ends share a commit
+            part = known[start : start + _AT_ONCE]
+            await asyncio.gather(*(self._end_unless_alive(process, machine) for process in part))
 
     async def _end_unless_alive(self, process: Process, machine: Machine) -> None:
         if process.boot_id != machine.boot_id:

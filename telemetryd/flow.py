@@ -35,7 +35,7 @@ class Flow:
 
     def __init__(self, target_s: float, full: int) -> None:
         self._target_s = target_s
-        self._full = full
+        self._full = self._batch = full
         self._idle = _text(full, 0.0)
         self._text = self._idle
         self._until = 0.0
@@ -75,7 +75,10 @@ class Flow:
             fullness: how full the queue is, 0 to 1.
 
         """
-        self._until = time.monotonic() + _IDLE_AFTER_S
+        now = time.monotonic()
+        if now > self._until:
+            self._pause_s = 0.0  # whatever was advised, nobody follows it any more
+        self._until = now + _IDLE_AFTER_S
         largest = max(largest, 1)
         left_s = self._target_s - self._group_s
         rows = round(rows * (1 + self._pause_s / max(self._latency_s, 1e-6)))  # what there would be without a pause
@@ -89,9 +92,14 @@ class Flow:
                 thinned = rows * min(batch / largest, 1.0)
                 pause_s = self._latency_s * max(thinned / fitting - 1, 0.0)
         crowded_s = (2 * fullness - 1) * max(self._latency_s, self._target_s)
-        batch = min(max(batch, FEWEST_ROWS), self._full)
+        self._batch = int(min(max(batch, FEWEST_ROWS), self._full))
         self._pause_s = min(max(pause_s, crowded_s, 0.0), _LONGEST_PAUSE_S)
-        self._text = _text(int(batch), self._pause_s)
+        self._text = _text(self._batch, self._pause_s)
+
+    def refuse(self) -> None:
+        """Advise those for whom there is no room in the queue: one commit has to pass at least."""
+        self._until = time.monotonic() + _IDLE_AFTER_S
+        self._text = _text(self._batch, max(self._pause_s, self._latency_s, self._target_s))
 
 
 def _text(batch: int, pause_s: float) -> str:

@@ -49,18 +49,20 @@ class Metrics:
             registry=self.registry,
         )
         self._requests: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
-        self.runs = Counter(
+        runs = Counter(
             "telemetryd_runs_received",
             "Runs received, by what became of them.",
             ("outcome",),
             registry=self.registry,
         )
-        self.events = Counter(
+        self._runs = {outcome: runs.labels(outcome) for outcome in ("created", "duplicate", "invalid")}
+        events = Counter(
             "telemetryd_events_received",
             "Run events received, by what became of them.",
             ("outcome",),
             registry=self.registry,
         )
+        self._events = {outcome: events.labels(outcome) for outcome in ("created", "duplicate")}
         self.refused = Counter(
             "telemetryd_writes_refused",
             "Writes answered 503, by reason.",
@@ -114,6 +116,18 @@ class Metrics:
         answered, duration = children
         answered.inc()
         duration.observe(seconds)
+
+    def count_runs(self, *, created: int = 0, duplicate: int = 0, invalid: int = 0) -> None:
+        """Count runs received, by what became of them."""
+        for outcome, runs in (("created", created), ("duplicate", duplicate), ("invalid", invalid)):
+            if runs:
+                self._runs[outcome].inc(runs)
+
+    def count_events(self, *, created: int, duplicate: int) -> None:
+        """Count run events received, by what became of them."""
+        for outcome, events in (("created", created), ("duplicate", duplicate)):
+            if events:
+                self._events[outcome].inc(events)
 
     def expose(self, accept: str, runs_stored: int) -> tuple[bytes, str]:
         """Return the metrics as text and its media type: OpenMetrics if the client prefers it."""

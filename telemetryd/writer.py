@@ -113,7 +113,6 @@ class Writer(Generic[C, R]):
         self._queue: asyncio.Queue[_Waiting[C, R] | None] = asyncio.Queue(queue_max)
         self._queue_bytes = self._bytes_left = queue_bytes
         self._rows = 0
-        self._largest = 0
         self._flow = flow
         self._metrics = metrics
         self._stopping = False
@@ -156,7 +155,7 @@ class Writer(Generic[C, R]):
         if self._stopping:
             raise StoppingError
         if self._queue.full() or (command.size > self._bytes_left and not self._queue.empty()):
-            self._flow.advise(self.depth, self._rows, self._largest, 1.0)
+            self._flow.refuse()
             raise QueueFullError
         future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
         self._queue.put_nowait(_Waiting(command, future))
@@ -246,10 +245,10 @@ class Writer(Generic[C, R]):
 
     def _learn(self, group: list[_Waiting[C, R]], seconds: float) -> None:
         costs = [entry.command.cost for entry in group]
-        rows, self._largest = sum(costs), max(costs)
+        rows = sum(costs)
         self._flow.measure(rows, seconds, time.monotonic() - group[0].since)
         fullness = max(self.depth / self._queue.maxsize, 1 - self._bytes_left / self._queue_bytes)
-        self._flow.advise(len(group) + self.depth, rows + self._rows, self._largest, fullness)
+        self._flow.advise(len(group) + self.depth, rows + self._rows, max(costs), fullness)
 
     # Below this line everything runs in the connection's thread.
 

@@ -22,6 +22,7 @@ from telemetryd.check import Severity, examine
 from telemetryd.commands import Process
 from tests.conftest import Daemon, StartDaemon, make_run
 from tests.http_client import call, get, post
+from tests.tools.process import telemetryd
 
 pytestmark = pytest.mark.skipif(processes.this_machine() is None, reason="processes cannot be watched here")
 
@@ -374,6 +375,22 @@ def test_a_reboot_is_told_from_a_move(start_daemon: StartDaemon, spawn: Spawn) -
     assert daemon.stop() == 0
     assert stored(daemon, "SELECT count(*) FROM run_processes WHERE certified_at IS NULL") == [(0,)]
     check_database(daemon)
+
+
+def test_a_restored_backup_alarms_nobody(start_daemon: StartDaemon, spawn: Spawn, tmp_path: Path) -> None:
+    daemon = start_daemon()
+    url = daemon.url
+    agent = spawn()
+    path = new_run(url)
+    register(url, path, identity(agent.pid))
+    telemetryd("backup", tmp_path / "saved.sqlite", "--db-path", daemon.database)
+    call(url, "PATCH", path, {"status": "success"})
+    assert daemon.stop() == 0
+    agent.kill()
+    agent.wait()
+    telemetryd("restore", tmp_path / "saved.sqlite", "--db-path", daemon.database)
+    daemon = start_daemon()
+    stays_running(daemon.url, path)
 
 
 def test_many_processes_that_are_killed_at_once(start_daemon: StartDaemon, spawn: Spawn) -> None:

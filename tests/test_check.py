@@ -94,6 +94,10 @@ def test_what_the_old_service_left_is_a_note(tmp_path: Path) -> None:
 
 def test_a_damaged_file_is_salvaged_and_the_loss_counted(tmp_path: Path, start_daemon: StartDaemon) -> None:
     path = make_database(tmp_path / "telemetry.sqlite", 5000)
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute(
+            "INSERT INTO run_events (run, event_key, event_type, timestamp) SELECT id, 'k', 't', '' FROM agent_runs"
+        )
     with path.open("r+b") as file:
         file.seek(path.stat().st_size // 3)
         file.write(os.urandom(60_000))
@@ -105,6 +109,11 @@ def test_a_damaged_file_is_salvaged_and_the_loss_counted(tmp_path: Path, start_d
     assert 0 < done["lost"] < 2500
     assert count(path) == done["saved"] == 5000 - done["lost"]
     assert Path(done["old_file"]).exists()
+    with closing(sqlite3.connect(path)) as connection:
+        saved = connection.execute(
+            "SELECT count(*), count(agent_runs.id) FROM run_events LEFT JOIN agent_runs ON agent_runs.id = run"
+        ).fetchone()
+    assert saved == (done["saved"], done["saved"])  # each has its run, none its neighbour's
     daemon = start_daemon()
     assert daemon.url
     assert daemon.stop() == 0
