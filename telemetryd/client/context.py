@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import re
@@ -30,8 +31,19 @@ def parent_run_id() -> str | None:
 
 # Our own generator: the agent may seed the shared one, and asking the system each time costs a call.
 _random: Final = random.Random()  # noqa: S311 - unique, not secret
+_suffixes = itertools.count(_random.getrandbits(32))
+_SCATTER: Final = 0x9E3779B1
+"""Odd, so that multiplying by it maps 32 bits one to one."""
+
+
+def _after_fork() -> None:
+    global _suffixes  # noqa: PLW0603 - a forked process must not go on where its parent goes on
+    _random.seed()
+    _suffixes = itertools.count(_random.getrandbits(32))
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_random.seed)
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def new_uuid() -> str:
@@ -46,9 +58,14 @@ _MAX_AGENT: Final = 200
 
 
 def new_run_id(agent_name: str) -> str:
-    """Return a run_id such as 20251231T153045Z-hugo-translator-a1b2c3d4."""
+    """Return a run_id such as 20251231T153045Z-hugo-translator-a1b2c3d4.
+
+    Random digits alone would soon be the same for two runs of one second, where there are thousands of them: 32 bits
+    are few. So each process counts on from a place of its own, and scatters the numbers.
+    """
+    suffix = next(_suffixes) * _SCATTER & 0xFFFFFFFF
     agent = _UNSAFE.sub("-", agent_name)[:_MAX_AGENT] if not agent_name.isidentifier() else agent_name[:_MAX_AGENT]
-    return f"{_second(time.time())[1]}-{agent}-{_random.getrandbits(32):08x}"
+    return f"{_second(time.time())[1]}-{agent}-{suffix:08x}"
 
 
 # --- Time ----------------------------------------------------------------------------------------

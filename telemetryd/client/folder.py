@@ -40,7 +40,9 @@ _FILE: Final = re.compile(
     r"(?P<stem>(?P<stream>.+?)(?:\.(?P<number>\d{6,}))?\.jsonl)(?P<state>\.active|\.ready|\.synced)"
 )
 _OWN_STREAM: Final = re.compile(r"\d{8}T\d{6}Z-\d+-[0-9a-f]{8}")
-_CHUNK: Final = 1 << 20
+_CHUNK: Final = 1 << 16
+_USUAL_LINE: Final = 1024
+"""No more than so much is read ahead for each line that is asked for."""
 _MODE: Final = 0o600
 _FOLDER_MODE: Final = 0o700
 
@@ -197,7 +199,7 @@ class Stream:
             file = self._open()
             if file is None:
                 return None
-            size, chunk = _CHUNK, b""
+            size, chunk = min(max(rows * _USUAL_LINE, _CHUNK), max_bytes), b""
             while True:
                 chunk = os.pread(file, size, self.offset)
                 end = chunk.rfind(b"\n")

@@ -55,6 +55,10 @@ def test_run_ids_have_the_form_that_agents_know(agent: str, shown: str) -> None:
     assert len(run_id) <= 255
 
 
+def test_run_ids_of_one_second_differ() -> None:
+    assert len({new_run_id("a") for _ in range(300_000)}) == 300_000
+
+
 @pytest.mark.parametrize("moment", [0.0, 1_767_195_045.999_999, 1_767_195_046.0, 1_700_000_000.123456])
 def test_timestamps_are_what_the_daemon_stores(moment: float) -> None:
     text = timestamp(moment)

@@ -13,9 +13,10 @@ told = os.open(journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 for number in itertools.count():
     if number % 10:
         run = {"agent_name": "soak", "job_type": "recorded", "status": "success", "items_succeeded": number}
+        run["item_name"] = f"{journal} {number}"
         event_id, events = telemetry.record(run), 0
     else:
-        with telemetry.run("soak", "tracked", items_discovered=number) as tracked:
+        with telemetry.run("soak", "tracked", items_discovered=number, item_name=f"{journal} {number}") as tracked:
             tracked.items(succeeded=number)
             tracked.event("checkpoint", number=number)
         event_id, events = tracked.event_id, 1

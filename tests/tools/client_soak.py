@@ -135,9 +135,9 @@ class Soak:
             return self._judge(database, left)
 
     def _judge(self, database: sqlite3.Connection, left: list[str]) -> Verdict:
-        rows = database.execute("SELECT event_id, run_id, status, items_succeeded, job_type FROM agent_runs").fetchall()
+        rows = database.execute("SELECT event_id, item_name, status FROM agent_runs").fetchall()
         whole = {row[0] for row in rows if row[2] == "success"}
-        twice = len(rows) - len({row[0] for row in rows}) + len(rows) - len({row[1] for row in rows})
+        twice = len(rows) - len({row[1] for row in rows})  # the agent's own name of each of its runs
         promised = self.promised()
         lost = promised.keys() - whole
         if database.execute("SELECT 1 FROM sqlite_master WHERE name = 'run_events'").fetchone():
@@ -159,11 +159,12 @@ class Soak:
 @click.command()
 @click.option("--minutes", default=10.0, show_default=True, help="How long.")
 @click.option("--agents", default=2, show_default=True, help="How many agents at a time.")
+@click.option("--pause", default=0.1, show_default=True, help="Seconds that an agent rests after each 20 runs.")
 @click.option("--seed", type=int, help="Of the moments of death.")
-def main(minutes: float, agents: int, seed: int | None) -> None:
+def main(minutes: float, agents: int, pause: float, seed: int | None) -> None:
     """Kill and restart agents and daemon at random; print what was sent, stored, lost and stored twice."""
     with tempfile.TemporaryDirectory() as folder:
-        soak = Soak(Path(folder), agents, seed=seed)
+        soak = Soak(Path(folder), agents, pause, seed)
         try:
             end = time.monotonic() + minutes * 60
             while time.monotonic() < end:
