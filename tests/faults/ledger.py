@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
@@ -71,6 +72,7 @@ class Ledger:
         duplicated: int = 0,
         unrecovered: int = 0,
         server_errors: int = 0,
+        notes: Sequence[str] = (),
     ) -> None:
         """Add a row, then fail the test unless everything that has to be zero is.
 
@@ -83,6 +85,7 @@ class Ledger:
             duplicated: events that were there twice.
             unrecovered: rounds after which the database or the daemon did not come back by itself, intact.
             server_errors: 5xx answers that are not the promised 503.
+            notes: what to show if the test fails.
 
         """
         if self._path is not None:
@@ -102,4 +105,4 @@ class Ledger:
             )
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(entry)) + "\n")
-        assert (lost, duplicated, unrecovered, server_errors) == (0, 0, 0, 0), fault
+        assert (lost, duplicated, unrecovered, server_errors) == (0, 0, 0, 0), "\n".join([fault, *notes[:20]])

@@ -8,7 +8,7 @@ import json
 import random
 import sqlite3
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -275,14 +275,3 @@ def _damage(connection: sqlite3.Connection) -> Iterator[str]:
     for counted, kept in _COUNTED:
         if Counter(connection.execute(counted)) != Counter(connection.execute(kept)):
             yield f"the totals differ from: {counted}"
-
-
-def until(condition: Callable[[], bool], stop: asyncio.Event) -> asyncio.Task[None]:
-    """Set `stop` as soon as something is the case; return the task that waits for it."""
-
-    async def wait() -> None:
-        while not condition():
-            await asyncio.sleep(0.002)
-        stop.set()
-
-    return asyncio.create_task(wait())

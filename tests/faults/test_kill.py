@@ -65,7 +65,6 @@ async def test_kill_under_load(
         total.add(load.check(look(last.database)), f"round {first}, seed {seed}, the last")
         assert last.stop() == 0
         acknowledged += sum(len(client.runs) for client in load.clients)
-    print("\n".join(total.notes[:20]))
     assert acknowledged > full * 20
     ledger.record(
         fault="SIGKILL under mixed load",
@@ -75,4 +74,5 @@ async def test_kill_under_load(
         lost=total.counts["lost"],
         duplicated=total.counts["duplicated"],
         unrecovered=total.counts["unrecovered"],
+        notes=total.notes,
     )
