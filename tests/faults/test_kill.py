@@ -58,7 +58,7 @@ async def test_kill_under_load(
             url = daemon.url
             if number > first:
                 total.add(load.check(look(daemon.database)), f"round {number}, seed {seed}")
-            await asyncio.gather(load.run(url, asyncio.Event()), kill(daemon, load, chance))
+            await asyncio.gather(load.run(url), kill(daemon, load, chance))
             daemon.wait()
         last = start_daemon(folder=folder, TELEMETRY_DB_JOURNAL_MODE=mode)
         assert last.url
