@@ -162,7 +162,7 @@ class Load:
 
     async def run(self, url: str, enough: float = math.inf) -> None:
         """Let all clients send until enough is acknowledged, or the daemon is gone."""
-        async with aiohttp.ClientSession(url, timeout=aiohttp.ClientTimeout(20)) as session:
+        async with aiohttp.ClientSession(url, timeout=aiohttp.ClientTimeout(120)) as session:
             await asyncio.gather(*(client.run(session, lambda: self.acknowledged < enough) for client in self.clients))
 
     def check(self, database: Contents) -> Findings:
@@ -265,7 +265,7 @@ def read(connection: sqlite3.Connection) -> Contents:
     """Read every run, and check the file and its totals."""
     rows = [_row(values) for values in connection.execute(f"SELECT {', '.join(FIELDS)} FROM agent_runs NOT INDEXED")]
     runs = {row["event_id"]: row for row in rows}
-    return Contents(runs, len(rows) - len(runs), tuple(_damage(connection)))
+    return Contents(runs, len(rows) - len(runs), tuple(damage(connection)))
 
 
 def _row(values: Iterable[Any]) -> Row:
@@ -273,7 +273,8 @@ def _row(values: Iterable[Any]) -> Row:
     return {**row, "metrics_json": json.loads(row["metrics_json"])}
 
 
-def _damage(connection: sqlite3.Connection) -> Iterator[str]:
+def damage(connection: sqlite3.Connection) -> Iterator[str]:
+    """Yield what is wrong with a file of the current schema and its totals."""
     for (finding,) in connection.execute("PRAGMA integrity_check"):
         if finding != "ok":
             yield f"integrity_check: {finding}"
