@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import re
 import signal
@@ -70,7 +71,8 @@ def record_daemon(start_daemon: StartDaemon, tmp_path: Path) -> RecordDaemon:
         (hook / "sitecustomize.py").write_text(_CHECKPOINT_OFTEN + change)
         recorder = Recorder(folder, tmp_path)
         load = Load(random.randrange(1 << 30), clients=6, summary_bytes=300)
-        variables |= {**recorder.environment, "PYTHONPATH": str(hook), "TELEMETRY_DB_JOURNAL_MODE": mode}
+        search = os.pathsep.join(filter(None, [str(hook), os.environ.get("PYTHONPATH")]))
+        variables |= {**recorder.environment, "PYTHONPATH": search, "TELEMETRY_DB_JOURNAL_MODE": mode}
         for life, end in enumerate((signal.SIGKILL, signal.SIGTERM), 1):
             daemon = start_daemon(folder=folder, **variables)
             asyncio.run(load.run(daemon.url, life * _ANSWERS))
