@@ -26,20 +26,18 @@ class Edit:
     old: str
     new: str
 
-    def apply(self, root: Path) -> None:
-        """Change the file below `root`.
+    def apply(self, text: str) -> str:
+        """Return the file's text, changed.
 
         Raises:
-            ValueError: if the text does not stand there exactly once, so that the mutant has to be written anew.
+            ValueError: if the place is not to be found exactly once, so that the mutant has to be written anew.
 
         """
-        path = root / self.file
-        text = path.read_text("utf-8")
         if text.count(self.old) != 1:
             raise ValueError(f"{self.file} holds this {text.count(self.old)} times instead of once:\n{self.old}")
         changed = text.replace(self.old, self.new)
         compile(changed, self.file, "exec")
-        path.write_text(changed, "utf-8")
+        return changed
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +49,13 @@ class Mutant:
     tests: tuple[str, ...]
     """At least one of them has to fail."""
     edits: tuple[Edit, ...]
+
+    def files(self) -> dict[str, str]:
+        """Return the files that it changes, as they become."""
+        texts: dict[str, str] = {}
+        for edit in self.edits:
+            texts[edit.file] = edit.apply(texts.get(edit.file) or (ROOT / edit.file).read_text("utf-8"))
+        return texts
 
 
 def _parse(text: str) -> Iterator[Mutant]:
