@@ -32,7 +32,7 @@ from telemetryd.database import (
     Ownership,
     check_quickly,
     identify,
-    inspect,
+    inspect_before_opening,
     is_unfinished,
     looking,
     needs_directory_sync,
@@ -113,7 +113,7 @@ class Store:
             ownership = Ownership(path, settings.lock_file)
             ownership.acquire()
             undo.callback(ownership.release)
-            state = inspect(path)
+            state = inspect_before_opening(path)
             migrate.refuse_unless_usable(path, state)
             if state.kind is FileKind.OURS:
                 check_quickly(path)

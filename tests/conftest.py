@@ -35,6 +35,14 @@ Row = dict[str, Any]
 _numbers = itertools.count()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Take how long the fault tests go on, and where they write down what they counted (`make torture`)."""
+    parser.addoption(
+        "--rounds-scale", type=float, default=0.01, help="what share of its long form each fault test does [0.01]"
+    )
+    parser.addoption("--ledger", type=Path, help="append what each fault test counted to this file, as JSON lines")
+
+
 def make_run(**fields: Any) -> Row:
     """A valid run with an event_id of its own; fields given here replace or join the required ones."""
     number = next(_numbers)
@@ -161,7 +169,7 @@ class Daemon:
         port = line["addresses"][0].rpartition(":")[2]
         return f"http://127.0.0.1:{port}"
 
-    def wait_for_line(self, message: str, timeout_s: float = 20) -> dict[str, Any]:
+    def wait_for_line(self, message: str, timeout_s: float = 60) -> dict[str, Any]:
         """Wait for a log line with this message."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:

@@ -9,6 +9,7 @@ from telemetryd import runs
 from telemetryd.cli import NO_FLAG, flag
 from telemetryd.runs import Role
 from telemetryd.settings import Settings, variable
+from tests.faults import mutants
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,7 +55,8 @@ def env_example() -> str:
     return "\n".join(lines)
 
 
-def _fill(text: str, marker: str, content: str) -> str:
+def fill(text: str, marker: str, content: str) -> str:
+    """Return a text with the part between two markers replaced."""
     pattern = rf"(<!-- begin {marker} -->\n).*?(<!-- end {marker} -->)"
     filled, count = re.subn(pattern, lambda match: f"{match[1]}{content}\n{match[2]}", text, flags=re.DOTALL)
     if count != 1:
@@ -64,10 +66,11 @@ def _fill(text: str, marker: str, content: str) -> str:
 
 def rendered() -> dict[Path, str]:
     """Return each file that holds generated parts, as it should be."""
-    readme, reference = ROOT / "README.md", ROOT / "docs" / "runs.md"
+    readme, reference, reliability = ROOT / "README.md", ROOT / "docs" / "runs.md", ROOT / "docs" / "reliability.md"
     return {
-        readme: _fill(readme.read_text("utf-8"), "settings", settings_table()),
-        reference: _fill(reference.read_text("utf-8"), "fields", fields_table()),
+        readme: fill(readme.read_text("utf-8"), "settings", settings_table()),
+        reference: fill(reference.read_text("utf-8"), "fields", fields_table()),
+        reliability: fill(reliability.read_text("utf-8"), "sabotage", mutants.table()),
         ROOT / ".env.example": env_example(),
     }
 
