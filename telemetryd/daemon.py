@@ -208,7 +208,7 @@ def _remove_dead_socket(path: str) -> None:
 
 
 async def serve(loaded: LoadedSettings) -> int:
-    """Serve until SIGTERM or SIGINT, or until the writer dies; return the process's exit status.
+    """Serve until SIGTERM or SIGINT, or until the writer dies of a bug; return the process's exit status.
 
     Raises:
         DatabaseError: if the database cannot be used.
@@ -219,11 +219,13 @@ async def serve(loaded: LoadedSettings) -> int:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, _on_signal, stop, number)
+        loop.add_signal_handler(number, _leave)
     for remark in loaded.remarks:
         log.warning("Configuration remark", extra={"remark": remark})
     notifier = Notifier()
     async with running(settings, passed=passed_sockets()) as daemon:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, _on_signal, stop, number)
         _announce(settings, daemon)
         notifier.send(READY=1, STATUS="Serving")
         signs = asyncio.create_task(_show_life(notifier, daemon.store))
@@ -241,7 +243,7 @@ async def serve(loaded: LoadedSettings) -> int:
         loop.call_later(settings.shutdown_timeout_s, _give_up, settings.shutdown_timeout_s)
     death = daemon.store.writing.exception()
     if death is not None:  # perhaps only while it committed what was queued
-        log.critical("Stopped after the writer's death", exc_info=death)
+        log.critical("Stopped while the database was not usable", exc_info=death)
         return EXIT_FAILURE
     log.info("Stopped")
     return 0
@@ -255,12 +257,19 @@ async def _show_life(notifier: Notifier, store: Store) -> None:
     groups = -1
     while True:
         health = store.health()
-        if health.problem is None and (health.idle or health.groups != groups):
-            notifier.send(WATCHDOG=1, STATUS=f"Serving, {health.queue_depth} writes waiting")
+        if health.idle or health.groups != groups:
+            # A problem of the disk is none that a restart would mend.
+            notifier.send(WATCHDOG=1, STATUS=health.problem or f"Serving, {health.queue_depth} writes waiting")
         else:
             notifier.send(STATUS=health.problem or f"The writer does not get on, {health.queue_depth} writes waiting")
         groups = health.groups
         await asyncio.sleep(pause_s)
+
+
+def _leave() -> None:
+    """End before anything was served: at once, because SQLite may be waiting long for somebody else's lock."""
+    print("telemetryd: stopped before it served", file=sys.stderr, flush=True)  # noqa: T201
+    os._exit(0)
 
 
 def _on_signal(stop: asyncio.Event, number: int) -> None:

@@ -9,7 +9,7 @@ import sqlite3
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -322,7 +322,7 @@ def looking(path: Path) -> Iterator[sqlite3.Connection]:
         DatabaseError: if SQLite cannot read it.
 
     """
-    immutable = "" if _beside(path, "-wal").exists() else "&immutable=1"
+    immutable = "" if beside(path, "-wal").exists() else "&immutable=1"
     try:
         with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro{immutable}", uri=True)) as connection:
             yield connection
@@ -338,16 +338,41 @@ def looking(path: Path) -> Iterator[sqlite3.Connection]:
 def is_unfinished(path: Path) -> bool:
     """Tell whether a transaction was cut off: SQLite recovers it on opening; until then the file is in between."""
     try:
-        with _beside(path, "-journal").open("rb") as journal:
+        with beside(path, "-journal").open("rb") as journal:
             is_hot = journal.read(1) not in (b"", b"\0")  # SQLite's own test; PERSIST leaves a blank one
     except FileNotFoundError:
         is_hot = False
-    return is_hot or _beside(path, "-wal").exists()
+    return is_hot or beside(path, "-wal").exists()
 
 
-def _beside(path: Path, suffix: str) -> Path:
+def beside(path: Path, suffix: str) -> Path:
+    """Return where SQLite keeps one of a database's `SIDE_FILES`."""
     real = path.resolve()  # where SQLite puts it, too
     return real.with_name(real.name + suffix)
+
+
+def forget_cached(path: Path) -> None:
+    """Let the next look at a database be at what the disk holds. Call it only while no connection to it is open.
+
+    After a failed sync the kernel keeps pages that it could not write, marked as if it had (danluu.com/fsyncgate).
+
+    Raises:
+        DatabaseError: if a file cannot be opened.
+
+    """
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for place in (path, beside(path, "-wal"), beside(path, "-journal")):
+        try:
+            descriptor = os.open(place, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise DatabaseError(f"Cannot read {place}: {error.strerror}") from error
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
 
 
 def check_quickly(path: Path) -> None:
@@ -389,8 +414,9 @@ class Connection(aiosqlite.Connection):
         return await self._execute(function, self._conn)  # type: ignore[no-any-return, no-untyped-call]
 
     def interrupt_now(self) -> None:
-        """Interrupt what runs in the connection's thread, if anything does."""
-        self._conn.interrupt()
+        """Interrupt what runs in the connection's thread, if anything does; closed ones have nothing to interrupt."""
+        with suppress(ValueError, sqlite3.ProgrammingError):
+            self._conn.interrupt()
 
 
 @dataclass(frozen=True, slots=True)

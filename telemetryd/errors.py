@@ -94,6 +94,12 @@ class WriteFailedError(UnavailableError):
     """The write was rolled back; repeat it with the same event_id."""
 
 
+class DatabaseSuspectError(UnavailableError):
+    """The database failed and is being opened again; if this was stored or not, repeat it with the same event_id."""
+
+    retry_after_seconds = 5
+
+
 class WriterDeadError(UnavailableError):
     """The writer has stopped after a failure; the daemon is restarting."""
 
