@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import errno
 import inspect
-import json
 import os
 import sqlite3
 import threading
@@ -37,7 +36,7 @@ from telemetryd.metrics import Metrics
 from telemetryd.writer import GROUP_ROWS, Writer
 from tests.conftest import Api, MakeApi, StartDaemon, eventually, make_run
 from tests.faults.strace import needs_strace, strace
-from tests.http_client import get, post
+from tests.http_client import post
 
 NOW = "2026-01-01T00:00:00.000000Z"
 
@@ -500,7 +499,9 @@ async def test_health_tells_that_nothing_is_taken_and_then_it_goes_on(make_api: 
 
 
 @needs_strace
-def test_a_database_that_cannot_be_opened_again_during_the_stop_is_not_a_clean_exit(start_daemon: StartDaemon, tmp_path: Path) -> None:
+def test_a_database_that_cannot_be_opened_again_during_the_stop_is_not_a_clean_exit(
+    start_daemon: StartDaemon, tmp_path: Path
+) -> None:
     daemon = start_daemon(TELEMETRY_DB_JOURNAL_MODE="WAL")
     assert post(daemon.url, make_run())[0] == 201
     answers: list[int | None] = []
