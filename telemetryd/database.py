@@ -35,6 +35,9 @@ _WRITE_CACHE_KIB: Final = 40 * 1024
 _CHECKPOINT_PAGES: Final = 8_000
 """The write-ahead log is written back at 32 MiB: rarer than SQLite's 4 MiB, so each page more seldom."""
 
+LOG_BYTES: Final = 64 * 1024 * 1024
+"""What a write-ahead log or journal keeps of its size; it is larger only while a reader holds it up."""
+
 T = TypeVar("T")
 
 
@@ -509,6 +512,7 @@ def _configure_writer(connection: sqlite3.Connection, journal_mode: str, synchro
     connection.execute(f"PRAGMA journal_mode = {journal_mode}")
     connection.execute(f"PRAGMA synchronous = {synchronous}")
     connection.execute(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
+    connection.execute(f"PRAGMA journal_size_limit = {LOG_BYTES}")
     return read_modes(connection)
 
 

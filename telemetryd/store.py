@@ -26,6 +26,7 @@ from telemetryd.commands import (
     UpdateRun,
 )
 from telemetryd.database import (
+    LOG_BYTES,
     Connection,
     DirectorySync,
     Modes,
@@ -44,6 +45,7 @@ from telemetryd.database import (
 )
 from telemetryd.database import Kind as FileKind
 from telemetryd.errors import DatabaseError, DatabaseSuspectError, UnavailableError, sentence
+from telemetryd.logs import log
 from telemetryd.metrics import Metrics
 from telemetryd.queries import CountPrunable, CountRuns, Counts, CountStale, GetRun, ListRuns, Page
 from telemetryd.reader import Readers
@@ -239,10 +241,21 @@ class Store:
 
     async def _watch(self) -> None:
         """Notice within a second or so when a file is taken away, even if nobody writes."""
+        held_up = False
         while True:
             await asyncio.sleep(_WATCH_EVERY_S)
             if (displaced := self._displaced()) is not None:
                 self._writer.suspect(DatabaseSuspectError(displaced))
+            size = _size(beside(self._path, "-wal"))
+            if (size > 2 * LOG_BYTES) is not held_up:
+                held_up = not held_up
+                if held_up:
+                    log.warning(
+                        "The write-ahead log grows: another program holds a snapshot of the database",
+                        extra={"wal_bytes": size, "db_path": str(self._path)},
+                    )
+                else:
+                    log.info("The write-ahead log is short again", extra={"wal_bytes": size})
 
     def _make_durable(self) -> None:
         assert self._opened is not None  # noqa: S101 - the writer has a connection only while it is
@@ -263,8 +276,8 @@ class Store:
         """Say if the database, its log or a lock is not at its place any more, where another owner may find it."""
         if (misplaced := self._misplaced()) is not None:
             return misplaced
-        if self._opened is not None and (log := self._opened.lost_log()) is not None:
-            return f"The file {log} was deleted or replaced while in use; it is part of the database"
+        if self._opened is not None and (lost := self._opened.lost_log()) is not None:
+            return f"The file {lost} was deleted or replaced while in use; it is part of the database"
         if (lock := self._ownership.missing()) is not None:
             return f"The lock file {lock} was deleted or replaced while in use; nothing may remove it"
         return None
@@ -352,6 +365,13 @@ def _checkpoint(plain: sqlite3.Connection) -> None:
 
 def _quick_check(plain: sqlite3.Connection) -> str:
     return str(plain.execute("PRAGMA quick_check(1)").fetchone()[0])
+
+
+def _size(path: Path) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
