@@ -24,6 +24,9 @@ HEAD_S: Final = 10.0
 DEAF_S: Final = 30.0
 """How long a client may take in nothing of what waits for it."""
 
+LINGER_S: Final = 5.0
+"""How long the rest of a body is waited for whose request is answered already, so that the answer gets through."""
+
 _PATROL_EVERY_S: Final = 1.0
 _MOST_DESCRIPTORS: Final = 65_536
 _SPARE_DESCRIPTORS: Final = 80
@@ -162,6 +165,7 @@ def make_runner(app: web.Application, settings: Settings) -> web.AppRunner:
         access_log=None,
         auto_decompress=False,  # body.py does it, within its limits
         keepalive_timeout=KEEPALIVE_S,
+        lingering_time=LINGER_S,
         # aiohttp waits that long for the handlers, cancels them, and waits as long again.
         shutdown_timeout=settings.shutdown_timeout_s / 4,
     )

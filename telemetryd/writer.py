@@ -41,7 +41,7 @@ _PRIMARY_CODE: Final = 0xFF
 _SUSPECT: Final = frozenset({sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 """After these nobody knows what the disk holds: nothing is taken until the database is open again and verified."""
 
-_PAUSES_S: Final = (0.1, 0.5, 1, 2, 5, 10)
+_PAUSES_S: Final = (0.1, 0.5, 1, 2, 5)
 """The pauses between attempts to open the database again; the last one repeats."""
 
 
