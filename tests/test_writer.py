@@ -357,8 +357,9 @@ async def test_a_queue_is_full_of_large_bodies_long_before_it_is_full_of_command
     with _lock(api.settings.db_path):
         calls = [asyncio.create_task(api.post(make_run()))]
         await eventually(lambda: _in_hand(api))
-        calls += [send("POST", "/api/v1/runs", make_run(error_details=large), 201) for _ in range(fitting)]
-        await eventually(lambda: api.store.health().queue_depth == fitting)
+        for number in range(1, fitting + 1):  # one after the other, or there are too many that are being received
+            calls.append(send("POST", "/api/v1/runs", make_run(error_details=large), 201))
+            await eventually(lambda wanted=number: api.store.health().queue_depth == wanted)  # type: ignore[misc]
         refused = await send("PATCH", "/api/v1/runs/unknown", {"error_details": large}, 503)
         assert "Too many writes are waiting" in refused["detail"]
     assert [answer["status"] for answer in await asyncio.gather(*calls)] == ["created"] * (1 + fitting)
