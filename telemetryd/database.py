@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -36,6 +36,9 @@ _READ_CACHE_KIB: Final = 4 * 1024
 _WRITE_CACHE_KIB: Final = 40 * 1024
 _CHECKPOINT_PAGES: Final = 8_000
 """The write-ahead log is written back at 32 MiB: rarer than SQLite's 4 MiB, so each page more seldom."""
+
+LOG_BYTES: Final = 64 * 1024 * 1024
+"""What a write-ahead log or journal keeps of its size; it is larger only while a reader holds it up."""
 
 T = TypeVar("T")
 
@@ -359,7 +362,7 @@ def looking(path: Path) -> Iterator[sqlite3.Connection]:
 
     """
     with undisturbed(path) if _has_hot_journal(path) else nullcontext(path) as quiet:
-        mode = "rw" if quiet != path else "ro" if _beside(path, "-wal").exists() else "ro&immutable=1"
+        mode = "rw" if quiet != path else "ro" if beside(path, "-wal").exists() else "ro&immutable=1"
         yield from _look(path, f"{quiet.resolve().as_uri()}?mode={mode}")
 
 
@@ -387,8 +390,8 @@ def undisturbed(path: Path) -> Iterator[Path]:
         try:
             shutil.copyfile(path, copy)
             for suffix in SIDE_FILES:
-                if _beside(path, suffix).exists():
-                    shutil.copyfile(_beside(path, suffix), copy.with_name(copy.name + suffix))
+                if beside(path, suffix).exists():
+                    shutil.copyfile(beside(path, suffix), copy.with_name(copy.name + suffix))
         except OSError as error:
             raise DatabaseError(f"Cannot copy {path} to look at it: {error.strerror}") from error
         yield copy
@@ -410,20 +413,45 @@ def recover(path: Path) -> None:
 
 def is_unfinished(path: Path) -> bool:
     """Tell whether a transaction was cut off: SQLite recovers it on opening; until then the file is in between."""
-    return _has_hot_journal(path) or _beside(path, "-wal").exists()
+    return _has_hot_journal(path) or beside(path, "-wal").exists()
 
 
 def _has_hot_journal(path: Path) -> bool:
     try:
-        with _beside(path, "-journal").open("rb") as journal:
+        with beside(path, "-journal").open("rb") as journal:
             return journal.read(1) not in (b"", b"\0")  # SQLite's own test; PERSIST leaves a blank one
     except FileNotFoundError:
         return False
 
 
-def _beside(path: Path, suffix: str) -> Path:
+def beside(path: Path, suffix: str) -> Path:
+    """Return where SQLite keeps one of a database's `SIDE_FILES`."""
     real = path.resolve()  # where SQLite puts it, too
     return real.with_name(real.name + suffix)
+
+
+def forget_cached(path: Path) -> None:
+    """Let the next look at a database be at what the disk holds. Call it only while no connection to it is open.
+
+    After a failed sync the kernel keeps pages that it could not write, marked as if it had (danluu.com/fsyncgate).
+
+    Raises:
+        DatabaseError: if a file cannot be opened.
+
+    """
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for place in (path, beside(path, "-wal"), beside(path, "-journal")):
+        try:
+            descriptor = os.open(place, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise DatabaseError(f"Cannot read {place}: {error.strerror}") from error
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
 
 
 def check_quickly(path: Path) -> None:
@@ -465,8 +493,9 @@ class Connection(aiosqlite.Connection):
         return await self._execute(function, self._conn)  # type: ignore[no-any-return, no-untyped-call]
 
     def interrupt_now(self) -> None:
-        """Interrupt what runs in the connection's thread, if anything does."""
-        self._conn.interrupt()
+        """Interrupt what runs in the connection's thread, if anything does; closed ones have nothing to interrupt."""
+        with suppress(ValueError, sqlite3.ProgrammingError):
+            self._conn.interrupt()
 
 
 @dataclass(frozen=True, slots=True)
@@ -559,6 +588,7 @@ def _configure_writer(connection: sqlite3.Connection, journal_mode: str, synchro
     connection.execute(f"PRAGMA journal_mode = {journal_mode}")
     connection.execute(f"PRAGMA synchronous = {synchronous}")
     connection.execute(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
+    connection.execute(f"PRAGMA journal_size_limit = {LOG_BYTES}")
     connection.execute("PRAGMA temp_store = MEMORY")  # an INSERT of many rows keeps a journal of its own
     return read_modes(connection)
 
