@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 import sqlite3
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -246,11 +248,41 @@ class FileState:
 def inspect(path: Path) -> FileState:
     """Look at a database file without writing to it. Call it only while no connection to it is open.
 
-    What a cut-off transaction left (a hot journal) is not undone for this; whoever opens the file afterwards
-    has to ask `identify` again.
+    Raises:
+        DatabaseError: if it is not a usable SQLite file; the message says what it is and what to run.
+
+    """
+    header = _examine_file(path)
+    if isinstance(header, FileState):
+        return header
+    with looking(path) as connection:
+        return identify(connection)
+
+
+def inspect_before_opening(path: Path) -> FileState:
+    """Look at a database file like `inspect`, but never for long, for one who is going to open it.
+
+    After a commit that was cut off, what the header of a file of ours says has to do: the file is between two
+    states then, and to see the right one takes a copy of it. Ask `identify` again when it is open.
 
     Raises:
         DatabaseError: if it is not a usable SQLite file; the message says what it is and what to run.
+
+    """
+    header = _examine_file(path)
+    if isinstance(header, FileState):
+        return header
+    if _has_hot_journal(path) and _application_id(header) == APPLICATION_ID:
+        return FileState(Kind.OURS, int.from_bytes(header[60:64], "big"))
+    with looking(path) as connection:
+        return identify(connection)
+
+
+def _examine_file(path: Path) -> FileState | bytes:
+    """Return what a file is if SQLite is not needed to tell, or else its header.
+
+    Raises:
+        DatabaseError: if it is not a usable SQLite file.
 
     """
     try:
@@ -277,8 +309,7 @@ def inspect(path: Path) -> FileState:
             f"{path} is not a SQLite database; move it away, or point TELEMETRY_DB_PATH at the right file"
         )
     _check_length(path, header, status.st_size)
-    with looking(path) as connection:
-        return identify(connection)
+    return header
 
 
 def _check_length(path: Path, header: bytes, actual: int) -> None:
@@ -310,7 +341,11 @@ def is_ours(path: Path) -> bool:
             header = file.read(_HEADER_BYTES)
     except OSError:
         return False
-    return int.from_bytes(header[68:72], "big") == APPLICATION_ID
+    return _application_id(header) == APPLICATION_ID
+
+
+def _application_id(header: bytes) -> int:
+    return int.from_bytes(header[68:72], "big")  # sqlite.org/fileformat2.html, section 1.3
 
 
 @contextmanager
@@ -319,15 +354,21 @@ def looking(path: Path) -> Iterator[sqlite3.Connection]:
 
     `immutable` keeps SQLite from locking, and from making a shared-memory file beside a database in WAL
     mode; where a log waits, the connection has to read it (and may make that file), because even the
-    header may stand only there.
+    header may stand only there. Where a rollback journal waits, a copy is looked at, in which SQLite can
+    undo what was cut off.
 
     Raises:
         DatabaseError: if SQLite cannot read it.
 
     """
-    immutable = "" if beside(path, "-wal").exists() else "&immutable=1"
+    with undisturbed(path) if _has_hot_journal(path) else nullcontext(path) as quiet:
+        mode = "rw" if quiet != path else "ro" if beside(path, "-wal").exists() else "ro&immutable=1"
+        yield from _look(path, f"{quiet.resolve().as_uri()}?mode={mode}")
+
+
+def _look(path: Path, uri: str) -> Iterator[sqlite3.Connection]:
     try:
-        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro{immutable}", uri=True)) as connection:
+        with closing(sqlite3.connect(uri, uri=True)) as connection:
             yield connection
     except sqlite3.DatabaseError as error:
         code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
@@ -338,14 +379,49 @@ def looking(path: Path) -> Iterator[sqlite3.Connection]:
         raise DatabaseError(f"Cannot read {path}: {error}") from error
 
 
+@contextmanager
+def undisturbed(path: Path) -> Iterator[Path]:
+    """Give a path where a database may be looked at without a trace: a temporary copy if a journal is beside it."""
+    if not is_unfinished(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="telemetryd-") as folder:
+        copy = Path(folder) / path.name
+        try:
+            shutil.copyfile(path, copy)
+            for suffix in SIDE_FILES:
+                if beside(path, suffix).exists():
+                    shutil.copyfile(beside(path, suffix), copy.with_name(copy.name + suffix))
+        except OSError as error:
+            raise DatabaseError(f"Cannot copy {path} to look at it: {error.strerror}") from error
+        yield copy
+
+
+def recover(path: Path) -> None:
+    """Let SQLite undo or finish what was cut off; the caller owns the database.
+
+    Raises:
+        DatabaseError: if that is not possible.
+
+    """
+    try:
+        with closing(connect(path, "rw")) as connection:
+            connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    except sqlite3.Error as error:
+        raise DatabaseError(f"Cannot open {path}: {error}") from error
+
+
 def is_unfinished(path: Path) -> bool:
     """Tell whether a transaction was cut off: SQLite recovers it on opening; until then the file is in between."""
+    return _has_hot_journal(path) or beside(path, "-wal").exists()
+
+
+def _has_hot_journal(path: Path) -> bool:
     try:
         with beside(path, "-journal").open("rb") as journal:
-            is_hot = journal.read(1) not in (b"", b"\0")  # SQLite's own test; PERSIST leaves a blank one
+            return journal.read(1) not in (b"", b"\0")  # SQLite's own test; PERSIST leaves a blank one
     except FileNotFoundError:
-        is_hot = False
-    return is_hot or beside(path, "-wal").exists()
+        return False
 
 
 def beside(path: Path, suffix: str) -> Path:

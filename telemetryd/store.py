@@ -36,7 +36,7 @@ from telemetryd.database import (
     corrupt,
     forget_cached,
     identify,
-    inspect,
+    inspect_before_opening,
     is_unfinished,
     looking,
     needs_directory_sync,
@@ -93,7 +93,7 @@ class _Opened:
         """
         path = settings.db_path.absolute()
         async with contextlib.AsyncExitStack() as undo:
-            state = inspect(path)
+            state = inspect_before_opening(path)
             migrate.refuse_unless_usable(path, state)
             if state.kind is FileKind.OURS:
                 check_quickly(path)

@@ -16,6 +16,7 @@ from telemetryd import migrate
 from telemetryd.database import Kind, Ownership, inspect
 from telemetryd.legacy import migrate_file
 from tests.conftest import StartDaemon
+from tests.faults.hot_journal import cut_off_growing
 from tests.tools.old_databases import LAYOUTS, make_old_database, spoil
 from tests.tools.process import telemetryd
 
@@ -215,3 +216,33 @@ def test_it_refuses_while_the_old_service_writes(tmp_path: Path) -> None:
         done = telemetryd("migrate", "--no-backup", "--db-path", path, status=1, timeout_s=60)
     assert "in use by another process" in done.stderr
     assert inspect(path).kind is Kind.LEGACY
+
+
+@pytest.mark.parametrize("layout", ["v5", "v7"])
+def test_a_file_in_the_middle_of_a_commit_is_recovered_first(
+    start_daemon: StartDaemon, tmp_path: Path, layout: str
+) -> None:
+    path = make_old_database(tmp_path / "telemetry.sqlite", layout, rows=300)
+    cut_off_growing(path)
+    before = path.read_bytes()
+    assert "telemetryd migrate" in start_daemon().wait()[1]
+    assert json.loads(telemetryd("migrate", "--dry-run", "--json", "--db-path", path).stdout)["rows"] == 300
+    assert path.read_bytes() == before
+    telemetryd("migrate", "--db-path", path)
+    assert rows(path, "SELECT count(*) FROM agent_runs") == [(300,)]
+
+
+def test_a_migration_cut_off_in_its_commit_is_not_taken_for_done(tmp_path: Path) -> None:
+    """The first page is that of the new schema already, and the journal undoes it."""
+    path = make_old_database(tmp_path / "telemetry.sqlite", "v7", rows=300)
+    old, journal = path.read_bytes(), path.with_name("telemetry.sqlite-journal")
+    cut_off_growing(path)
+    log = journal.read_bytes()
+    journal.unlink()
+    path.write_bytes(old)
+    telemetryd("migrate", "--no-backup", "--db-path", path)
+    new_first_page = path.read_bytes()[:4096]
+    path.write_bytes(new_first_page + old[4096:])
+    journal.write_bytes(log)
+    assert json.loads(telemetryd("migrate", "--json", "--db-path", path).stdout)["migrated"] is True
+    assert rows(path, "SELECT count(*) FROM agent_runs") == [(300,)]

@@ -25,7 +25,7 @@ from telemetryd.cli.options import (
     settings_flags,
     size,
 )
-from telemetryd.database import Kind, Ownership, inspect, is_ours
+from telemetryd.database import Kind, Ownership, inspect, is_ours, recover, undisturbed
 from telemetryd.errors import DatabaseError
 from telemetryd.migrate import current_version, refuse_unless_usable
 from telemetryd.runs import format_timestamp, utc_now
@@ -111,12 +111,13 @@ def _is_older(path: Path) -> bool:
 def _preview(path: Path) -> legacy.Migration | None:
     if is_ours(path) and not _is_older(path):
         return None  # maybe in use, and a copy of it would cost much and tell nothing
-    with legacy.undisturbed(path) as quiet, progress() as drawn:
+    with undisturbed(path) as quiet, progress() as drawn:
         return legacy.preview(quiet, drawn) if _is_older(quiet) else None
 
 
 def _migrate(path: Path, *, with_backup: bool, as_json: bool) -> None:
     saved = None
+    recover(path)  # or the backup, which may not write, could not read it
     with progress() as drawn:
         if with_backup:
             saved = backups.backup(path, path.with_name(backups.backup_name(path, _local_now())), watch=drawn)

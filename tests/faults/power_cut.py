@@ -315,13 +315,13 @@ class Disk:
 
 def places_to_cut(records: Sequence[Record], images: int, chance: random.Random) -> dict[int, list[Way]]:
     """Spread a number of images over the moments of a recording: for each place, the ways to cut there."""
-    ways: dict[int, list[Way]] = {}
     moments = [record.place for record in records if record.kind is not Kind.CLOSE]
+    ways: dict[int, list[Way]] = {}
     while images > 0:
-        for place in chance.sample(moments, min(len(moments), images)):
-            done = ways.setdefault(place, [])
-            done.append(list(Way)[len(done)] if len(done) < len(Way) else chance.choice(list(Way)[2:]))
-        images -= len(moments)
+        chosen = chance.sample(moments, min(len(moments), images))
+        for number, place in enumerate(chosen):
+            ways.setdefault(place, []).append(list(Way)[(images + number) % len(Way)])
+        images -= len(chosen)
     return ways
 
 
