@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 BENCH_INSTALLED := $(VENV)/.installed-bench
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-all test-faults torture check bench bench-large schema docs build clean
+.PHONY: help run test test-all test-faults torture fuzz check bench bench-large schema docs build clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -34,6 +34,11 @@ torture: $(INSTALLED) ## the fault tests in their long form; publishes the figur
 	rm -f build/ledger.jsonl && mkdir -p build
 	$(BIN)/pytest tests/faults --rounds-scale 1 --ledger build/ledger.jsonl
 	$(BIN)/python -m tests.tools.reliability build/ledger.jsonl
+
+fuzz: $(INSTALLED) ## ten minutes of coverage-guided fuzzing of each parser (Linux); new inputs go into tests/fuzz/corpus
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[fuzz]'
+	$(BIN)/python -m tests.fuzz body -max_total_time=600
+	$(BIN)/python -m tests.fuzz query -max_total_time=600
 
 check: $(INSTALLED) ## lint, types, and the direction of imports
 	$(BIN)/ruff check .

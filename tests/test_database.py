@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from telemetryd.database import Modes, needs_directory_sync
+from telemetryd.database import FileLock, Modes, needs_directory_sync
 from tests.conftest import StartDaemon, make_run
 from tests.faults.strace import completed, needs_strace, strace
 from tests.http_client import get, post
@@ -283,15 +283,26 @@ def test_a_file_that_is_no_lock_file_is_refused_and_left_alone(
     assert (tmp_path / "precious").read_text() == content
 
 
-def test_nothing_is_acknowledged_after_the_lock_file_was_deleted(start_daemon: StartDaemon, tmp_path: Path) -> None:
+def test_nothing_is_acknowledged_while_somebody_else_has_the_lock_file(
+    start_daemon: StartDaemon, tmp_path: Path
+) -> None:
     daemon = start_daemon()
     assert post(daemon.url, make_run())[0] == 201
-    (tmp_path / "telemetry.sqlite.lock").unlink()
+    other = FileLock(tmp_path / "other.lock")
+    other.acquire()
+    (tmp_path / "other.lock").rename(tmp_path / "telemetry.sqlite.lock")  # as if deleted, and taken by a newcomer
     status, answer = get(daemon.url, "/health")
     assert status == 503
     assert "telemetry.sqlite.lock was deleted" in answer["detail"]
     assert post(daemon.url, make_run())[0] == 503
-    assert daemon.wait()[0] == 1
+    daemon.wait_for_line("The database could not be opened again")
+    assert f"(PID {os.getpid()}) owns this database" in get(daemon.url, "/health")[1]["detail"]
+    assert post(daemon.url, make_run())[0] == 503
+    other.release()
+    daemon.wait_for_line("The database is open again and verified; writes are taken")
+    assert post(daemon.url, make_run())[0] == 201
+    assert start_daemon().wait()[0] == 1, "it owns the database again"
+    assert daemon.stop() == 0
 
 
 def test_a_database_that_another_program_has_marked_is_not_taken_over(
