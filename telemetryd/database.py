@@ -9,7 +9,7 @@ import sqlite3
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -30,6 +30,7 @@ _HEADER_BYTES: Final = 100
 _HOLDER_READS: Final = 50
 _LOCK_CONTENT: Final = re.compile(rb"\s*\d{0,10}\s*")
 _QUICK_CHECK_BYTES: Final = 16 * 1024 * 1024
+_CRASH_CHECK_BYTES: Final = 1024 * 1024 * 1024
 _READ_CACHE_KIB: Final = 4 * 1024
 _WRITE_CACHE_KIB: Final = 40 * 1024
 _CHECKPOINT_PAGES: Final = 8_000
@@ -51,6 +52,8 @@ class FileLock:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._descriptor: int | None = None
+        self.was_dropped = False
+        """Whether the last owner ended without `settle`."""
 
     def acquire(self) -> None:
         """Take the lock at once.
@@ -64,7 +67,8 @@ class FileLock:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
         except OSError as error:
             raise DatabaseError(f"Cannot open the lock file {self.path}: {error.strerror}") from error
-        if not _LOCK_CONTENT.fullmatch(os.read(descriptor, 64)):
+        content = os.read(descriptor, 64)
+        if not _LOCK_CONTENT.fullmatch(content):
             os.close(descriptor)
             raise DatabaseError(f"{self.path} is not a lock file; nothing was changed: look at TELEMETRY_LOCK_FILE")
         try:
@@ -78,6 +82,7 @@ class FileLock:
                 f"Another telemetryd (PID {holder or 'unknown'}) owns this database: it holds the lock {self.path}"
             ) from error
         self._descriptor = descriptor
+        self.was_dropped = bool(content.strip())
         try:
             os.ftruncate(descriptor, 0)
             os.lseek(descriptor, 0, os.SEEK_SET)
@@ -106,6 +111,12 @@ class FileLock:
         finally:
             os.close(descriptor)
         return None
+
+    def settle(self) -> None:
+        """Blank the PID: everything is in order, so that the next owner need not look for what a crash left."""
+        if self._descriptor is not None:
+            with suppress(OSError):
+                os.ftruncate(self._descriptor, 0)
 
     def release(self) -> None:
         """Give the lock back; the file stays."""
@@ -179,6 +190,16 @@ class Ownership:
         except DatabaseError:
             self.release()
             raise
+
+    @property
+    def was_dropped(self) -> bool:
+        """Whether the last owner ended without `settle`: killed, or with an error."""
+        return any(lock.was_dropped for lock in self._locks)
+
+    def settle(self) -> None:
+        """Note for the next owner that this one ended in order; call it right before `release`."""
+        for lock in self._locks:
+            lock.settle()
 
     def missing(self) -> Path | None:
         """Return the path of a lock file that was deleted or replaced, or None."""
@@ -350,6 +371,29 @@ def _beside(path: Path, suffix: str) -> Path:
     return real.with_name(real.name + suffix)
 
 
+def wal_bytes(path: Path) -> int:
+    """Return the size of the write-ahead log, 0 if there is none; the file is not opened."""
+    try:
+        return _beside(path, "-wal").stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def check_after_crash(connection: sqlite3.Connection, path: Path) -> bool:
+    """Find damage in a recovered file, through the connection that has recovered it.
+
+    Returns whether it was done: a file beyond a gigabyte would keep the daemon from its clients for too long.
+
+    Raises:
+        DatabaseError: if the file is damaged.
+
+    """
+    if path.stat().st_size > _CRASH_CHECK_BYTES:
+        return False
+    _quick_check(connection, path)
+    return True
+
+
 def check_quickly(path: Path) -> None:
     """Find damage inside a small file; a large one would take too long to read at every start.
 
@@ -362,7 +406,11 @@ def check_quickly(path: Path) -> None:
     if path.stat().st_size > _QUICK_CHECK_BYTES:
         return
     with looking(path) as connection:
-        finding = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+        _quick_check(connection, path)
+
+
+def _quick_check(connection: sqlite3.Connection, path: Path) -> None:
+    finding = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
     if finding != "ok":
         raise corrupt(path, finding)
 
@@ -491,6 +539,15 @@ def _configure_reader(connection: sqlite3.Connection) -> None:
     connection.execute("PRAGMA query_only = ON")
     # Not on the writer: SQLite before 3.41 refuses json_valid() in our own CHECK constraints then.
     connection.execute("PRAGMA trusted_schema = OFF")
+
+
+def checkpoint_passively(connection: sqlite3.Connection) -> None:
+    """Write back what no reader keeps from it, without waiting.
+
+    Only for the write connection: before 3.51.3, two that checkpoint at the same moment could damage a
+    database (sqlite.org/wal.html#walresetbug).
+    """
+    connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
 
 def read_modes(connection: sqlite3.Connection) -> Modes:

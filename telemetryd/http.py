@@ -329,6 +329,10 @@ async def get_health(request: web.Request) -> web.Response:
         if health.durable
         else "an acknowledged write survives a crash, not a power cut",
         "queue_depth": health.queue_depth,
+        "oldest_waiting_s": round(health.oldest_s, 3),
+        "last_commit_at": None if health.last_commit is None else runs.format_timestamp(health.last_commit),
+        "wal_bytes": health.wal_bytes,
+        "disk_free_bytes": health.free_bytes,
     }
     if health.problem is not None:
         answer["detail"] = health.problem
@@ -621,6 +625,10 @@ ROUTES: Final[tuple[Route, ...]] = (
                             "durable": {"type": "boolean"},
                             "durability": STRING,
                             "queue_depth": INTEGER,
+                            "oldest_waiting_s": {"type": "number", "minimum": 0},
+                            "last_commit_at": {"anyOf": [STRING, {"type": "null"}]},
+                            "wal_bytes": INTEGER,
+                            "disk_free_bytes": INTEGER,
                         }
                     ),
                 )

@@ -179,6 +179,9 @@ class Settings(BaseModel):
         16 * 1024 * 1024, description="Largest request body, decoded; beyond it 413."
     )
     max_batch: Positive = Field(10_000, description="Most runs in one batch; beyond it 413.")
+    min_free_mb: Annotated[int, Field(ge=0, le=1024 * 1024)] = Field(
+        64, description="MiB of disk that new runs leave free; beyond it 503, before SQLite fails. 0: no reserve."
+    )
     retention_days: Annotated[float, Field(gt=0, le=36_500, allow_inf_nan=False)] | None = Field(
         None, description="Delete runs created more than so many days ago, by itself; none keeps them for ever."
     )

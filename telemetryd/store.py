@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import sqlite3
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import overload
+from typing import Final, overload
 
 from telemetryd import migrate, statements
 from telemetryd.commands import (
@@ -30,7 +32,9 @@ from telemetryd.database import (
     DirectorySync,
     Modes,
     Ownership,
+    check_after_crash,
     check_quickly,
+    checkpoint_passively,
     identify,
     inspect,
     is_unfinished,
@@ -38,15 +42,20 @@ from telemetryd.database import (
     needs_directory_sync,
     open_writer,
     prepare_directory,
+    wal_bytes,
 )
 from telemetryd.database import Kind as FileKind
+from telemetryd.disk import Disk, Look
 from telemetryd.errors import DatabaseError
+from telemetryd.logs import log
 from telemetryd.metrics import Metrics
 from telemetryd.queries import CountPrunable, CountRuns, Counts, CountStale, GetRun, ListRuns, Page
 from telemetryd.reader import Readers
 from telemetryd.runs import Row, format_timestamp, utc_now
 from telemetryd.settings import Settings
 from telemetryd.writer import Writer
+
+_LOOK_EVERY_S: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +70,12 @@ class Health:
     groups: int
     """Groups that the writer has finished; while it is not idle, a number that stands still means it is stuck."""
     idle: bool
+    oldest_s: float
+    """For how many seconds the oldest command waits to be durable."""
+    last_commit: datetime | None
+    wal_bytes: int
+    free_bytes: int
+    """Room left on the disk, like the size of the write-ahead log about a second old."""
 
 
 class Store:
@@ -92,11 +107,14 @@ class Store:
             begin=statements.Transaction,
             clock=lambda: format_timestamp(clock()),
             make_durable=self._make_durable,
+            at_rest=checkpoint_passively if modes.journal_mode == "WAL" else lambda _: None,
             queue_max=settings.queue_max,
             metrics=metrics,
         )
         self.writing = asyncio.create_task(self._writer.run(), name="writer")
         """The writer's task; it ends only after `close`, or with the error that killed it."""
+        self._disk = Disk(self._look, settings.min_free_mb << 20, metrics)
+        self._watching = asyncio.create_task(self._watch(), name="watch")
 
     @classmethod
     async def open(cls, settings: Settings, metrics: Metrics, clock: Callable[[], datetime] = utc_now) -> Store:
@@ -113,6 +131,7 @@ class Store:
             ownership = Ownership(path, settings.lock_file)
             ownership.acquire()
             undo.callback(ownership.release)
+            after_crash = ownership.was_dropped or is_unfinished(path)
             state = inspect(path)
             migrate.refuse_unless_usable(path, state)
             if state.kind is FileKind.OURS:
@@ -132,6 +151,8 @@ class Store:
                 if state.kind is not FileKind.OURS:
                     await connection.run(lambda plain: migrate.create(plain, format_timestamp(clock())))
                     directory()
+                elif after_crash:
+                    await _look_for_damage(connection, path)
                 await connection.run(lambda plain: migrate.check_schema(plain, path))
                 readers = await Readers.open(
                     path, settings.db_readers, settings.query_timeout_s, settings.db_busy_timeout_ms
@@ -139,7 +160,7 @@ class Store:
             except (sqlite3.Error, OSError) as error:
                 raise DatabaseError(f"Cannot use {path}: {error}") from error
             undo.pop_all()
-        return cls(
+        store = cls(
             settings,
             connection=connection,
             modes=modes,
@@ -149,6 +170,17 @@ class Store:
             metrics=metrics,
             clock=clock,
         )
+        await store._disk.look()
+        return store
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(_LOOK_EVERY_S)
+            await self._disk.look()
+            self._writer.rest()
+
+    def _look(self) -> Look:
+        return Look(shutil.disk_usage(self._path.parent).free, wal_bytes(self._path), self._displaced())
 
     def _make_durable(self) -> None:
         if needs_directory_sync(self._modes):
@@ -184,6 +216,8 @@ class Store:
             CommandFailedError: if the database refused this change alone.
 
         """
+        if not isinstance(command, PruneRuns):  # which makes room, and may use the reserve for it
+            self._disk.check_room()
         return await self._writer.submit(command)
 
     @overload
@@ -222,18 +256,31 @@ class Store:
                 return await self._readers.fetch(lambda plain: statements.count_stale(plain, query))
 
     def health(self) -> Health:
-        """Tell how the database is, at once: without the queue, a connection, or opening the file."""
-        problem = self._writer.problem or self._displaced()
+        """Tell how the database is, at once: without the queue, a connection, or a call that a disk could hold up."""
+        writer, disk = self._writer, self._disk
         return Health(
-            self._path, self._modes, self._durable, self._writer.depth, problem, self._writer.groups, self._writer.idle
+            path=self._path,
+            modes=self._modes,
+            durable=self._durable,
+            queue_depth=writer.depth,
+            problem=writer.problem or disk.problem,
+            groups=writer.groups,
+            idle=writer.idle,
+            oldest_s=writer.oldest_s,
+            last_commit=None if writer.last_commit is None else datetime.fromtimestamp(writer.last_commit, UTC),
+            wal_bytes=disk.last.wal_bytes,
+            free_bytes=disk.last.free_bytes,
         )
 
     async def close(self) -> None:
         """Commit what is queued, checkpoint the write-ahead log, close every connection, and give up the lock."""
+        self._watching.cancel()
         await self._writer.stop()
-        await asyncio.wait((self.writing,))
+        await asyncio.wait((self.writing, self._watching))
         await self._close_connections()
         self._directory.close()
+        if self._writer.failure is None:
+            self._ownership.settle()
         self._ownership.release()
 
     async def _close_connections(self) -> None:
@@ -248,6 +295,19 @@ class Store:
             with contextlib.suppress(sqlite3.Error):  # the next start recovers the log just as well
                 await self._connection.run(_checkpoint)
         await self._connection.close()
+
+
+async def _look_for_damage(connection: Connection, path: Path) -> None:
+    started = time.monotonic()
+    is_done = await connection.run(lambda plain: check_after_crash(plain, path))
+    log.warning(
+        "Recovered after an unclean stop",
+        extra={
+            "db_path": str(path),
+            "quick_check": "ok" if is_done else "skipped, the file is large; run: telemetryd check",
+            "duration_ms": round((time.monotonic() - started) * 1000, 3),
+        },
+    )
 
 
 def _checkpoint(plain: sqlite3.Connection) -> None:

@@ -19,6 +19,7 @@ from telemetryd.errors import (
     StoppingError,
     StorageFullError,
     TelemetrydError,
+    UnavailableError,
     WriteFailedError,
     WriterDeadError,
     sentence,
@@ -32,6 +33,9 @@ GROUP_ROWS: Final = 5_000
 """A group commit takes in what waits up to about so many rows; the rest goes into the next one."""
 
 _PROBLEM_S: Final = 60
+
+REST_AFTER_S: Final = 5.0
+"""Without a commit for so long, the writer tidies up."""
 
 _PRIMARY_CODE: Final = 0xFF
 _FATAL: Final = frozenset({sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
@@ -86,6 +90,7 @@ class Writer(Generic[C, R]):
         begin: makes the transaction object for one group, given the plain connection and the moment.
         clock: gives that moment, one for each group, as stored text.
         make_durable: called after each COMMIT, before anybody is told.
+        at_rest: called once when nothing has come for a while after a COMMIT.
         queue_max: how many commands may wait.
         queue_bytes: how many bytes they may hold together, besides a first one of any size.
         metrics: where group sizes and commit times are counted.
@@ -99,6 +104,7 @@ class Writer(Generic[C, R]):
         begin: Callable[[sqlite3.Connection, str], Transaction[C, R]],
         clock: Callable[[], str],
         make_durable: Callable[[], None],
+        at_rest: Callable[[sqlite3.Connection], None] = lambda _: None,
         queue_max: int,
         queue_bytes: int = QUEUE_BYTES,
         metrics: Metrics,
@@ -107,6 +113,7 @@ class Writer(Generic[C, R]):
         self._begin = begin
         self._clock = clock
         self._make_durable = make_durable
+        self._at_rest = at_rest
         self._queue: asyncio.Queue[_Waiting[C, R] | None] = asyncio.Queue(queue_max)
         self._bytes_left = queue_bytes
         self._metrics = metrics
@@ -117,13 +124,22 @@ class Writer(Generic[C, R]):
         """Whether it waits for work."""
         self.failure: str | None = None
         """Why the writer has died, or None while it lives."""
+        self.last_commit: float | None = None
+        """When the last group was committed, in seconds since 1970, or None."""
         self._problem: tuple[str, float] | None = None
-        metrics.watch_queue(self._queue.qsize)
+        self._oldest: float | None = None
+        self._untidy_since: float | None = None
+        metrics.watch_queue(self._queue.qsize, lambda: self.oldest_s)
 
     @property
     def depth(self) -> int:
         """How many commands wait."""
         return self._queue.qsize()
+
+    @property
+    def oldest_s(self) -> float:
+        """For how many seconds the oldest command waits; that is the first of the group being committed."""
+        return 0.0 if self._oldest is None else time.monotonic() - self._oldest
 
     @property
     def problem(self) -> str | None:
@@ -171,13 +187,23 @@ class Writer(Generic[C, R]):
             while not self._stopping or not self._queue.empty():
                 waiting = await self._next_group()
                 if waiting:
+                    self._oldest = waiting[0].since
                     await self._commit(waiting)
+                    self._oldest = None
+                elif not self._stopping:
+                    await self._tidy()
                 self.groups += 1
         except BaseException as error:
             self.failure = sentence(error)
             for entry in [*waiting, *self._drain()]:
                 _fail(entry, WriterDeadError())
             raise
+
+    def rest(self) -> None:
+        """Let the writer tidy up if it has had nothing to do for a while; call it from time to time."""
+        since = self._untidy_since
+        if self.idle and self._queue.empty() and since is not None and time.monotonic() - since > REST_AFTER_S:
+            self._queue.put_nowait(None)
 
     async def stop(self) -> None:
         """Refuse new commands, and let `run` end after everything that waits is committed."""
@@ -225,14 +251,32 @@ class Writer(Generic[C, R]):
         self._problem = None
         self._metrics.commit_seconds.observe(time.perf_counter() - started)
         self._metrics.group_commands.observe(len(group))
-        self._metrics.last_commit.set_to_current_time()
+        self.last_commit = time.time()
+        self._metrics.last_commit.set(self.last_commit)
+        self._untidy_since = time.monotonic()
         for entry, outcome in zip(group, outcomes, strict=True):
             if isinstance(outcome, CommandFailedError):
                 _fail(entry, outcome)
             elif not entry.future.done():  # its caller may have left
                 entry.future.set_result(outcome)
 
+    async def _tidy(self) -> None:
+        self._untidy_since = None
+        try:
+            await self._connection.run(self._rest)
+        except WriterDeadError:
+            raise
+        except UnavailableError:  # nothing was lost: the next commit's or rest's turn
+            self._untidy_since = time.monotonic()
+
     # Below this line everything runs in the connection's thread.
+
+    def _rest(self, connection: sqlite3.Connection) -> None:
+        try:
+            self._at_rest(connection)
+        except sqlite3.Error as error:
+            traceback.clear_frames(error.__traceback__)
+            raise _translate(error) from error
 
     def _write(self, connection: sqlite3.Connection, commands: list[C]) -> list[R | CommandFailedError]:
         """Commit one group in one hop.
