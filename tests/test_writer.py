@@ -77,6 +77,7 @@ async def bench(
     busy_timeout_ms: int = 5000,
     queue_max: int = 10_000,
     make_durable: Callable[[], None] = lambda: None,
+    at_rest: Callable[[sqlite3.Connection], None] = lambda _: None,
 ) -> AsyncIterator[Bench]:
     path = folder / "telemetry.sqlite"
     connection, _ = await open_writer(path, journal_mode, "FULL", busy_timeout_ms)
@@ -86,6 +87,7 @@ async def bench(
         begin=statements.Transaction,
         clock=lambda: NOW,
         make_durable=make_durable,
+        at_rest=at_rest,
         queue_max=queue_max,
         metrics=Metrics(),
     )
@@ -494,6 +496,76 @@ async def test_stop_commits_what_waits_and_refuses_what_comes(tmp_path: Path) ->
         assert await asyncio.gather(first, *waiting) == [Created((True,))] * 51
         assert len(made.stored()) == 51
         await made.writer.stop()  # twice does no harm
+
+
+# --- At rest -------------------------------------------------------------------------------------
+
+
+async def test_it_tidies_up_once_after_it_has_worked_and_rested(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rests: list[int] = []
+    async with bench(tmp_path, at_rest=lambda plain: rests.append(plain.total_changes)) as made:
+        monkeypatch.setattr("telemetryd.writer.REST_AFTER_S", 0.2)
+        made.writer.rest()
+        await made.writer.submit(create("one"))
+        made.writer.rest()
+        await asyncio.sleep(0.05)
+        assert rests == [], "nothing to do before it has worked, and not at once after it"
+        await asyncio.sleep(0.2)
+        for _ in range(3):
+            made.writer.rest()
+        await eventually(lambda: len(rests) == 1)
+        await made.writer.submit(create("two"))
+        await asyncio.sleep(0.25)
+        made.writer.rest()
+        await eventually(lambda: len(rests) == 2)
+        assert rests[1] > rests[0]
+        assert made.stored() == {"one", "two"}
+
+
+async def test_a_failed_sync_at_rest_ends_the_writer_and_a_lock_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("telemetryd.writer.REST_AFTER_S", 0)
+    codes = [sqlite3.SQLITE_BUSY, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_FSYNC]
+
+    def fail(_plain: sqlite3.Connection) -> None:
+        error = sqlite3.OperationalError("injected")
+        error.sqlite_errorcode = codes.pop(0)
+        raise error
+
+    async with bench(tmp_path, at_rest=fail) as made:
+        for left in (2, 1, 0):
+            await made.writer.submit(create(f"e{left}"))
+            await asyncio.sleep(0.01)
+            made.writer.rest()
+            await eventually(lambda left=left: len(codes) == left)  # type: ignore[misc]
+        await asyncio.wait_for(asyncio.wait((made.task,)), 5)
+        assert isinstance(made.task.exception(), WriterDeadError)
+        with pytest.raises(WriterDeadError):
+            made.writer.submit(create("too late"))
+        assert made.stored() == {"e2", "e1", "e0"}
+
+
+def test_the_log_is_written_back_when_nothing_comes(start_daemon: StartDaemon) -> None:
+    daemon = start_daemon(TELEMETRY_DB_JOURNAL_MODE="WAL")
+    assert post(daemon.url, make_run())[0] == 201
+    assert _runs_without_log(daemon.database) == 0
+    deadline = time.monotonic() + 15
+    while _runs_without_log(daemon.database) != 1:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert post(daemon.url, make_run())[0] == 201
+    assert get(daemon.url, "/metrics")[1]["total_runs"] == 2
+
+
+def _runs_without_log(path: Path) -> int:
+    """Count what stands in the database file itself, as a copy of it alone would."""
+    with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?immutable=1", uri=True)) as connection:
+        if not connection.execute("SELECT 1 FROM sqlite_master").fetchone():
+            return 0  # not even the schema
+        return int(connection.execute("SELECT count(*) FROM agent_runs").fetchone()[0])
 
 
 # --- Helpers -------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from schemathesis.specs.openapi.definitions import OPENAPI_31_VALIDATOR
 import telemetryd
 from telemetryd import statements
 from telemetryd.runs import PATCHABLE, STORED
-from tests.conftest import Api, MakeApi, make_run
+from tests.conftest import Api, MakeApi, eventually, make_run
 from tests.contract.test_runs import FULL
 from tests.contract.wire import BATCH, RUNS, check_error, send
 
@@ -84,6 +84,7 @@ async def test_health_never_waits_on_the_queue(make_api: MakeApi) -> None:
 async def test_health_is_503_with_the_reason_when_the_database_is_gone(make_api: MakeApi, tmp_path: Path) -> None:
     api = await make_api()
     api.settings.db_path.rename(tmp_path / "elsewhere.sqlite")
+    await eventually(lambda: api.store.health().problem is not None, timeout_s=3)
     answer = await send(api, "GET", "/health")
     assert answer.status == 503
     assert answer.json["status"] == "error"
