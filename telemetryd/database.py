@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import sqlite3
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +30,8 @@ _MINIMUM_SQLITE: Final = (3, 37, 0)  # STRICT tables
 _HEADER_BYTES: Final = 100
 _HOLDER_READS: Final = 50
 _LOCK_CONTENT: Final = re.compile(rb"\s*\d{0,10}\s*")
+_LOCK_FLAGS: Final = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+"""A link or a pipe that somebody has put there is neither written through nor waited for."""
 _QUICK_CHECK_BYTES: Final = 16 * 1024 * 1024
 _CRASH_CHECK_BYTES: Final = 1024 * 1024 * 1024
 _READ_CACHE_KIB: Final = 4 * 1024
@@ -64,11 +67,12 @@ class FileLock:
 
         """
         try:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | _LOCK_FLAGS, 0o600)
         except OSError as error:
-            raise DatabaseError(f"Cannot open the lock file {self.path}: {error.strerror}") from error
-        content = os.read(descriptor, 64)
-        if not _LOCK_CONTENT.fullmatch(content):
+            reason = "it is a symbolic link" if self.path.is_symlink() else error.strerror
+            raise DatabaseError(f"Cannot open the lock file {self.path}: {reason}") from error
+        content = _read_lock(descriptor)
+        if content is None:
             os.close(descriptor)
             raise DatabaseError(f"{self.path} is not a lock file; nothing was changed: look at TELEMETRY_LOCK_FILE")
         try:
@@ -101,7 +105,7 @@ class FileLock:
     def holder(self) -> str | None:
         """Tell the PID of whoever holds the lock ("unknown" if it does not say), or None; makes no file."""
         try:
-            descriptor = os.open(self.path, os.O_RDWR | getattr(os, "O_CLOEXEC", 0))
+            descriptor = os.open(self.path, os.O_RDWR | _LOCK_FLAGS)
         except OSError:
             return None
         try:
@@ -123,6 +127,15 @@ class FileLock:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+
+
+def _read_lock(descriptor: int) -> bytes | None:
+    """Return what a lock file says, or None if it is no lock file: a PID is not to be written into anything else."""
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        return None
+    content = os.read(descriptor, 64)
+    return content if _LOCK_CONTENT.fullmatch(content) else None
 
 
 def _holder(descriptor: int) -> str:
