@@ -9,7 +9,7 @@ RELEASE_INSTALLED := $(VENV)/.installed-release
 LOCK ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-all check bench bench-large schema docs lock audit sbom build clean
+.PHONY: help run test test-all test-faults torture check bench bench-large schema docs lock audit sbom build clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -28,8 +28,16 @@ run: $(INSTALLED) ## set everything up and run the daemon on port 8765
 test: $(INSTALLED) ## set everything up and pass the tests (about two minutes)
 	$(BIN)/pytest -m "not slow"
 
-test-all: $(INSTALLED) ## the tests, and the slow fault and load suites in full
-	$(BIN)/pytest
+test-all: $(INSTALLED) ## the tests, the slow suites, and a tenth of `make torture`
+	$(BIN)/pytest --rounds-scale 0.1
+
+test-faults: $(INSTALLED) ## the fault tests alone, in their short form
+	$(BIN)/pytest tests/faults
+
+torture: $(INSTALLED) ## the fault tests in their long form; publishes the figures in docs/reliability.md (about an hour)
+	rm -f build/ledger.jsonl && mkdir -p build
+	$(BIN)/pytest tests/faults --rounds-scale 1 --ledger build/ledger.jsonl
+	$(BIN)/python -m tests.tools.reliability build/ledger.jsonl
 
 check: $(INSTALLED) ## lint, types, and the direction of imports
 	$(BIN)/ruff check .

@@ -33,11 +33,14 @@ _LOCK_CONTENT: Final = re.compile(rb"\s*\d{0,10}\s*")
 _LOCK_FLAGS: Final = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 """A link or a pipe that somebody has put there is neither written through nor waited for."""
 _QUICK_CHECK_BYTES: Final = 16 * 1024 * 1024
-_CRASH_CHECK_BYTES: Final = 1024 * 1024 * 1024
+_CRASH_CHECK_BYTES: Final = 512 * 1024 * 1024
 _READ_CACHE_KIB: Final = 4 * 1024
 _WRITE_CACHE_KIB: Final = 40 * 1024
 _CHECKPOINT_PAGES: Final = 8_000
 """The write-ahead log is written back at 32 MiB: rarer than SQLite's 4 MiB, so each page more seldom."""
+
+LOG_BYTES: Final = 64 * 1024 * 1024
+"""What a write-ahead log or journal keeps of its size; it is larger only while a reader holds it up."""
 
 T = TypeVar("T")
 
@@ -356,7 +359,7 @@ def looking(path: Path) -> Iterator[sqlite3.Connection]:
         DatabaseError: if SQLite cannot read it.
 
     """
-    immutable = "" if _beside(path, "-wal").exists() else "&immutable=1"
+    immutable = "" if beside(path, "-wal").exists() else "&immutable=1"
     try:
         with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro{immutable}", uri=True)) as connection:
             yield connection
@@ -372,14 +375,15 @@ def looking(path: Path) -> Iterator[sqlite3.Connection]:
 def is_unfinished(path: Path) -> bool:
     """Tell whether a transaction was cut off: SQLite recovers it on opening; until then the file is in between."""
     try:
-        with _beside(path, "-journal").open("rb") as journal:
+        with beside(path, "-journal").open("rb") as journal:
             is_hot = journal.read(1) not in (b"", b"\0")  # SQLite's own test; PERSIST leaves a blank one
     except FileNotFoundError:
         is_hot = False
-    return is_hot or _beside(path, "-wal").exists()
+    return is_hot or beside(path, "-wal").exists()
 
 
-def _beside(path: Path, suffix: str) -> Path:
+def beside(path: Path, suffix: str) -> Path:
+    """Return where SQLite keeps one of a database's `SIDE_FILES`."""
     real = path.resolve()  # where SQLite puts it, too
     return real.with_name(real.name + suffix)
 
@@ -387,7 +391,7 @@ def _beside(path: Path, suffix: str) -> Path:
 def wal_bytes(path: Path) -> int:
     """Return the size of the write-ahead log, 0 if there is none; the file is not opened."""
     try:
-        return _beside(path, "-wal").stat().st_size
+        return beside(path, "-wal").stat().st_size
     except FileNotFoundError:
         return 0
 
@@ -395,7 +399,7 @@ def wal_bytes(path: Path) -> int:
 def check_after_crash(connection: sqlite3.Connection, path: Path) -> bool:
     """Find damage in a recovered file, through the connection that has recovered it.
 
-    Returns whether it was done: a file beyond a gigabyte would keep the daemon from its clients for too long.
+    Returns whether it was done: a larger file (at 100 MiB a second) would keep clients waiting for more than 5 s.
 
     Raises:
         DatabaseError: if the file is damaged.
@@ -403,8 +407,32 @@ def check_after_crash(connection: sqlite3.Connection, path: Path) -> bool:
     """
     if path.stat().st_size > _CRASH_CHECK_BYTES:
         return False
-    _quick_check(connection, path)
+    quick_check(connection, path)
     return True
+
+
+def forget_cached(path: Path) -> None:
+    """Let the next look at a database be at what the disk holds. Call it only while no connection to it is open.
+
+    After a failed sync the kernel keeps pages that it could not write, marked as if it had (danluu.com/fsyncgate).
+
+    Raises:
+        DatabaseError: if a file cannot be opened.
+
+    """
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for place in (path, beside(path, "-wal"), beside(path, "-journal")):
+        try:
+            descriptor = os.open(place, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise DatabaseError(f"Cannot read {place}: {error.strerror}") from error
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
 
 
 def check_quickly(path: Path) -> None:
@@ -419,10 +447,11 @@ def check_quickly(path: Path) -> None:
     if path.stat().st_size > _QUICK_CHECK_BYTES:
         return
     with looking(path) as connection:
-        _quick_check(connection, path)
+        quick_check(connection, path)
 
 
-def _quick_check(connection: sqlite3.Connection, path: Path) -> None:
+def quick_check(connection: sqlite3.Connection, path: Path) -> None:
+    """Read a whole file through an open connection; raise DatabaseError if it is damaged."""
     finding = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
     if finding != "ok":
         raise corrupt(path, finding)
@@ -450,8 +479,9 @@ class Connection(aiosqlite.Connection):
         return await self._execute(function, self._conn)  # type: ignore[no-any-return, no-untyped-call]
 
     def interrupt_now(self) -> None:
-        """Interrupt what runs in the connection's thread, if anything does."""
-        self._conn.interrupt()
+        """Interrupt what runs in the connection's thread, if anything does; closed ones have nothing to interrupt."""
+        with suppress(ValueError, sqlite3.ProgrammingError):
+            self._conn.interrupt()
 
 
 @dataclass(frozen=True, slots=True)
@@ -544,6 +574,7 @@ def _configure_writer(connection: sqlite3.Connection, journal_mode: str, synchro
     connection.execute(f"PRAGMA journal_mode = {journal_mode}")
     connection.execute(f"PRAGMA synchronous = {synchronous}")
     connection.execute(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
+    connection.execute(f"PRAGMA journal_size_limit = {LOG_BYTES}")
     return read_modes(connection)
 
 

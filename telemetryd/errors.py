@@ -72,6 +72,16 @@ class SlowBodyError(UnavailableError):
     retry_after_seconds = 5
 
 
+class TooManyBodiesError(UnavailableError):
+    """Too many large bodies are being received; try again shortly."""
+
+
+class NoMemoryError(UnavailableError):
+    """There is not enough memory for this request now; a smaller one may succeed."""
+
+    retry_after_seconds = 5
+
+
 class QueueFullError(UnavailableError):
     """Too many writes are waiting; try again shortly."""
 
@@ -98,6 +108,12 @@ class LowDiskError(UnavailableError):
 
 class WriteFailedError(UnavailableError):
     """The write was rolled back; repeat it with the same event_id."""
+
+
+class DatabaseSuspectError(UnavailableError):
+    """The database failed and is being opened again; if this was stored or not, repeat it with the same event_id."""
+
+    retry_after_seconds = 5
 
 
 class WriterDeadError(UnavailableError):

@@ -28,6 +28,7 @@ from telemetryd.errors import (
     CommandFailedError,
     InvalidBodyError,
     InvalidRequestError,
+    NoMemoryError,
     RunNotFoundError,
     TelemetrydError,
     UnavailableError,
@@ -269,6 +270,10 @@ def middleware(settings: Settings, metrics: Metrics) -> Middleware:
         ) as error:
             problem = error
             response = _answer_error(error, identity)
+        except MemoryError as error:
+            problem = NoMemoryError()
+            problem.__cause__ = error
+            response = _answer_error(problem, identity)
         except Exception as error:  # noqa: BLE001 - whatever it is must not reach the client; the log has it in full
             problem = error
             response = _answer_error(error, identity)

@@ -23,7 +23,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import BaseTestServer, TestClient
 
-from telemetryd.daemon import make_runner
+from telemetryd.connections import make_runner
 from telemetryd.http import make_app
 from telemetryd.metrics import Metrics
 from telemetryd.runs import utc_now
@@ -33,6 +33,14 @@ from telemetryd.store import Store
 Client = TestClient[web.Request, web.Application]
 Row = dict[str, Any]
 _numbers = itertools.count()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Take how long the fault tests go on, and where they write down what they counted (`make torture`)."""
+    parser.addoption(
+        "--rounds-scale", type=float, default=0.01, help="what share of its long form each fault test does [0.01]"
+    )
+    parser.addoption("--ledger", type=Path, help="append what each fault test counted to this file, as JSON lines")
 
 
 def make_run(**fields: Any) -> Row:

@@ -54,7 +54,8 @@ def env_example() -> str:
     return "\n".join(lines)
 
 
-def _fill(text: str, marker: str, content: str) -> str:
+def fill(text: str, marker: str, content: str) -> str:
+    """Return a text with the part between two markers replaced."""
     pattern = rf"(<!-- begin {marker} -->\n).*?(<!-- end {marker} -->)"
     filled, count = re.subn(pattern, lambda match: f"{match[1]}{content}\n{match[2]}", text, flags=re.DOTALL)
     if count != 1:
@@ -66,8 +67,8 @@ def rendered() -> dict[Path, str]:
     """Return each file that holds generated parts, as it should be."""
     readme, reference = ROOT / "README.md", ROOT / "docs" / "runs.md"
     return {
-        readme: _fill(readme.read_text("utf-8"), "settings", settings_table()),
-        reference: _fill(reference.read_text("utf-8"), "fields", fields_table()),
+        readme: fill(readme.read_text("utf-8"), "settings", settings_table()),
+        reference: fill(reference.read_text("utf-8"), "fields", fields_table()),
         ROOT / ".env.example": env_example(),
     }
 
