@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Flag, StrEnum, auto
 from itertools import islice
 from operator import itemgetter
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, NamedTuple
 
 import orjson
 from pydantic import (
@@ -432,8 +431,7 @@ _MARKS: Final = (b",", b"[", b"{")
 """One of these stands before every value except the first."""
 
 
-@dataclass(frozen=True, slots=True)
-class ParsedRun:
+class ParsedRun(NamedTuple):
     """A valid run: its row, and the names of body fields that were not used."""
 
     row: Row

@@ -169,7 +169,7 @@ class Daemon:
         port = line["addresses"][0].rpartition(":")[2]
         return f"http://127.0.0.1:{port}"
 
-    def wait_for_line(self, message: str, timeout_s: float = 20) -> dict[str, Any]:
+    def wait_for_line(self, message: str, timeout_s: float = 60) -> dict[str, Any]:
         """Wait for a log line with this message."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:

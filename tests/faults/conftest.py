@@ -1,6 +1,9 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -25,3 +28,12 @@ def ledger(request: pytest.FixtureRequest) -> Ledger:
     """Where a test writes down what it counted."""
     config = request.config
     return Ledger(config.getoption("--ledger"), request.node.nodeid, config.getoption("--rounds-scale"))
+
+
+@pytest.fixture
+def fast_folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory if there is one: thousands of images are written to it."""
+    memory = Path("/dev/shm")
+    folder = (memory if os.access(memory, os.W_OK) else tmp_path) / f"images-{os.getpid()}"
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)

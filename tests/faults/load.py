@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import random
 import sqlite3
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -70,10 +71,10 @@ class Client:
         """What was sent and not answered."""
         self.answered: list[Request] = []
 
-    async def run(self, session: aiohttp.ClientSession, stop: asyncio.Event) -> None:
-        """Send until told to stop, or until there is no answer."""
+    async def run(self, session: aiohttp.ClientSession, go_on: Callable[[], bool]) -> None:
+        """Send for as long as it should go on and there are answers."""
         with contextlib.suppress(aiohttp.ClientError, ConnectionError, TimeoutError, json.JSONDecodeError):
-            while not stop.is_set():
+            while go_on():
                 if self.pending is None:
                     make = self._random.choice((self._create, self._batch, self._update, self._repeat))
                     self.pending = make()
@@ -96,6 +97,10 @@ class Client:
         request.apply(self.runs)
         self.answered.append(request)
         self.pending = None
+
+    def request_after(self, count: int) -> Request | None:
+        """Return the request that was sent after so many were answered."""
+        return self.answered[count] if count < len(self.answered) else self.pending
 
     def _create(self) -> Request:
         run = self._make()
@@ -155,10 +160,10 @@ class Load:
         """How many requests were answered."""
         return sum(len(client.answered) for client in self.clients)
 
-    async def run(self, url: str, stop: asyncio.Event) -> None:
-        """Let all clients send until `stop` is set, or the daemon is gone."""
-        async with aiohttp.ClientSession(url, timeout=aiohttp.ClientTimeout(20)) as session:
-            await asyncio.gather(*(client.run(session, stop) for client in self.clients))
+    async def run(self, url: str, enough: float = math.inf) -> None:
+        """Let all clients send until enough is acknowledged, or the daemon is gone."""
+        async with aiohttp.ClientSession(url, timeout=aiohttp.ClientTimeout(120)) as session:
+            await asyncio.gather(*(client.run(session, lambda: self.acknowledged < enough) for client in self.clients))
 
     def check(self, database: Contents) -> Findings:
         """Compare a database with what was acknowledged, and take for acknowledged what else is there."""
@@ -260,7 +265,7 @@ def read(connection: sqlite3.Connection) -> Contents:
     """Read every run, and check the file and its totals."""
     rows = [_row(values) for values in connection.execute(f"SELECT {', '.join(FIELDS)} FROM agent_runs NOT INDEXED")]
     runs = {row["event_id"]: row for row in rows}
-    return Contents(runs, len(rows) - len(runs), tuple(_damage(connection)))
+    return Contents(runs, len(rows) - len(runs), tuple(damage(connection)))
 
 
 def _row(values: Iterable[Any]) -> Row:
@@ -268,7 +273,8 @@ def _row(values: Iterable[Any]) -> Row:
     return {**row, "metrics_json": json.loads(row["metrics_json"])}
 
 
-def _damage(connection: sqlite3.Connection) -> Iterator[str]:
+def damage(connection: sqlite3.Connection) -> Iterator[str]:
+    """Yield what is wrong with a file of the current schema and its totals."""
     for (finding,) in connection.execute("PRAGMA integrity_check"):
         if finding != "ok":
             yield f"integrity_check: {finding}"

@@ -9,6 +9,7 @@ from telemetryd import runs
 from telemetryd.cli import NO_FLAG, flag
 from telemetryd.runs import Role
 from telemetryd.settings import Settings, variable
+from tests.faults import mutants
 
 ROOT = Path(__file__).parents[2]
 
@@ -65,10 +66,11 @@ def fill(text: str, marker: str, content: str) -> str:
 
 def rendered() -> dict[Path, str]:
     """Return each file that holds generated parts, as it should be."""
-    readme, reference = ROOT / "README.md", ROOT / "docs" / "runs.md"
+    readme, reference, reliability = ROOT / "README.md", ROOT / "docs" / "runs.md", ROOT / "docs" / "reliability.md"
     return {
         readme: fill(readme.read_text("utf-8"), "settings", settings_table()),
         reference: fill(reference.read_text("utf-8"), "fields", fields_table()),
+        reliability: fill(reliability.read_text("utf-8"), "sabotage", mutants.table()),
         ROOT / ".env.example": env_example(),
     }
 
