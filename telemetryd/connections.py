@@ -12,7 +12,7 @@ from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
 from telemetryd.logs import log
-from telemetryd.middleware import error_response, request_id, unexpected_detail
+from telemetryd.middleware import error_response, mark, request_id, unexpected_detail
 from telemetryd.settings import Settings
 
 KEEPALIVE_S: Final = 75.0
@@ -79,7 +79,8 @@ class _Protocol(RequestHandler):
             exc_info=exc if unexpected else None,
         )
         detail = unexpected_detail(identity) if unexpected else "The request is not valid HTTP/1.1"
-        response = error_response(status, detail, {"X-Request-ID": identity})
+        response = error_response(status, detail)
+        mark(response, identity)
         response.force_close()
         return response
 
@@ -147,9 +148,9 @@ class _Runner(web.AppRunner):
             try:
                 return await made.request_handler(request)
             except web.HTTPExpectationFailed as error:  # the one answer that aiohttp gives before any middleware
-                return error_response(
-                    error.status, "Expect can only be 100-continue", {"X-Request-ID": request_id(request)}
-                )
+                response = error_response(error.status, "Expect can only be 100-continue")
+                mark(response, request_id(request))
+                return response
 
         server = _Server(answer, request_factory=made.request_factory, **made._kwargs)
         server.most_connections = self.most_connections

@@ -82,10 +82,7 @@ async def _listen(runner: web.AppRunner, settings: Settings, passed: Sequence[so
     if len(unix_passed) == len(passed):
         await web.TCPSite(runner, settings.api_host, settings.api_port, backlog=_BACKLOG).start()
     if settings.api_unix is not None and not unix_passed:
-        path = settings.api_unix.absolute()
-        _remove_dead_socket(str(path))
-        await web.UnixSite(runner, path, backlog=_BACKLOG).start()
-        path.chmod(0o660)
+        await web.SockSite(runner, _bind_unix(str(settings.api_unix.absolute())), backlog=_BACKLOG).start()
     addresses = []
     for address in runner.addresses:
         if isinstance(address, str):
@@ -94,6 +91,26 @@ async def _listen(runner: web.AppRunner, settings: Settings, passed: Sequence[so
             host = f"[{address[0]}]" if ":" in address[0] else address[0]
             addresses.append(f"http://{host}:{address[1]}")
     return tuple(addresses)
+
+
+def _bind_unix(path: str) -> socket.socket:
+    """Return a socket that is nobody else's from its first moment on, whatever the umask.
+
+    Raises:
+        OSError: if something else stands there, or it cannot be made.
+
+    """
+    _remove_dead_socket(path)
+    bound = socket.socket(socket.AF_UNIX)
+    before = os.umask(0o117)
+    try:
+        bound.bind(path)
+    except OSError as error:
+        bound.close()
+        raise OSError(error.errno or errno.EINVAL, error.strerror or str(error), path) from error
+    finally:
+        os.umask(before)
+    return bound
 
 
 def _remove_dead_socket(path: str) -> None:

@@ -100,6 +100,12 @@ class StorageFullError(UnavailableError):
     retry_after_seconds = 10
 
 
+class LowDiskError(UnavailableError):
+    """The disk is almost full, so no new writes are taken (TELEMETRY_MIN_FREE_MB); nothing of this was stored."""
+
+    retry_after_seconds = 10
+
+
 class WriteFailedError(UnavailableError):
     """The write was rolled back; repeat it with the same event_id."""
 

@@ -311,6 +311,10 @@ async def get_health(request: web.Request) -> web.Response:
         if health.durable
         else "an acknowledged write survives a crash, not a power cut",
         "queue_depth": health.queue_depth,
+        "oldest_waiting_s": round(health.oldest_s, 3),
+        "last_commit_at": None if health.last_commit is None else runs.format_timestamp(health.last_commit),
+        "wal_bytes": health.wal_bytes,
+        "disk_free_bytes": health.free_bytes,
     }
     if health.problem is not None:
         answer["detail"] = health.problem
@@ -360,8 +364,9 @@ _PAGE_HEADERS: Final = {
     # Swagger UI sets style attributes through the DOM, which this policy allows; nothing is inline or foreign.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
     "connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
-    "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
 }
 
 
@@ -602,6 +607,10 @@ ROUTES: Final[tuple[Route, ...]] = (
                             "durable": {"type": "boolean"},
                             "durability": STRING,
                             "queue_depth": INTEGER,
+                            "oldest_waiting_s": {"type": "number", "minimum": 0},
+                            "last_commit_at": {"anyOf": [STRING, {"type": "null"}]},
+                            "wal_bytes": INTEGER,
+                            "disk_free_bytes": INTEGER,
                         }
                     ),
                 )

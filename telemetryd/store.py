@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import sqlite3
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final, overload
 
@@ -32,8 +34,9 @@ from telemetryd.database import (
     Modes,
     Ownership,
     beside,
+    check_after_crash,
     check_quickly,
-    corrupt,
+    checkpoint_passively,
     forget_cached,
     identify,
     inspect_before_opening,
@@ -42,8 +45,11 @@ from telemetryd.database import (
     needs_directory_sync,
     open_writer,
     prepare_directory,
+    quick_check,
+    wal_bytes,
 )
 from telemetryd.database import Kind as FileKind
+from telemetryd.disk import Disk, Look
 from telemetryd.errors import DatabaseError, DatabaseSuspectError, UnavailableError, sentence
 from telemetryd.logs import log
 from telemetryd.metrics import Metrics
@@ -53,7 +59,7 @@ from telemetryd.runs import Row, format_timestamp, utc_now
 from telemetryd.settings import Settings
 from telemetryd.writer import Writer
 
-_WATCH_EVERY_S: Final = 1.0
+_LOOK_EVERY_S: Final = 1.0
 _BUSY_SLICE_MS: Final = 2_000
 """SQLite waits for a lock so long at a time; between two slices the writer sees whether it is to stop."""
 
@@ -70,6 +76,12 @@ class Health:
     groups: int
     """Groups that the writer has finished; while it is not idle, a number that stands still means it is stuck."""
     idle: bool
+    oldest_s: float
+    """For how many seconds the oldest command waits to be durable."""
+    last_commit: datetime | None
+    wal_bytes: int
+    free_bytes: int
+    """Room left on the disk, like the size of the write-ahead log about a second old."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +96,9 @@ class _Opened:
     """The write-ahead log and its index, which SQLite goes on using when their names are gone."""
 
     @classmethod
-    async def open(cls, settings: Settings, clock: Callable[[], datetime], *, may_create: bool) -> _Opened:
+    async def open(
+        cls, settings: Settings, clock: Callable[[], datetime], *, may_create: bool, after_crash: bool
+    ) -> _Opened:
         """Look at the file, make the schema if it is new (and may be), and open the connections.
 
         Raises:
@@ -114,6 +128,8 @@ class _Opened:
                 if state.kind is not FileKind.OURS and may_create:
                     await connection.run(lambda plain: migrate.create(plain, format_timestamp(clock())))
                     directory()
+                elif after_crash:
+                    await _look_for_damage(connection, path)
                 await connection.run(lambda plain: migrate.check_schema(plain, path))
                 slice_ms = min(settings.db_busy_timeout_ms, _BUSY_SLICE_MS)
                 await connection.run(lambda plain: plain.execute(f"PRAGMA busy_timeout = {slice_ms}").fetchall())
@@ -177,6 +193,7 @@ class Store:
             begin=statements.Transaction,
             clock=lambda: format_timestamp(clock()),
             make_durable=self._make_durable,
+            at_rest=checkpoint_passively if opened.modes.journal_mode == "WAL" else lambda _: None,
             reopen=self._reopen,
             busy_timeout_s=settings.db_busy_timeout_ms / 1000,
             queue_max=settings.queue_max,
@@ -184,6 +201,7 @@ class Store:
         )
         self.writing = asyncio.create_task(self._writer.run(), name="writer")
         """The writer's task; it ends only after `close`, or with the error that killed it."""
+        self._disk = Disk(self._look, settings.min_free_mb << 20, metrics)
         self._watching = asyncio.create_task(self._watch(), name="watch")
 
     @classmethod
@@ -201,9 +219,12 @@ class Store:
             ownership = Ownership(path, settings.lock_file)
             ownership.acquire()
             undo.callback(ownership.release)
-            opened = await _Opened.open(settings, clock, may_create=True)
+            after_crash = ownership.was_dropped or is_unfinished(path)
+            opened = await _Opened.open(settings, clock, may_create=True, after_crash=after_crash)
             undo.pop_all()
-        return cls(settings, opened=opened, ownership=ownership, metrics=metrics, clock=clock)
+        store = cls(settings, opened=opened, ownership=ownership, metrics=metrics, clock=clock)
+        await store._disk.look()
+        return store
 
     @property
     def _readers(self) -> Readers:
@@ -231,22 +252,23 @@ class Store:
                 self._ownership.release()
                 self._ownership.acquire()
             forget_cached(self._path)
-            self._opened = opened = await _Opened.open(self._settings, self._clock, may_create=False)
-            finding = await opened.connection.run(_quick_check)
+            self._opened = opened = await _Opened.open(self._settings, self._clock, may_create=False, after_crash=False)
+            await opened.connection.run(lambda plain: quick_check(plain, self._path))
         except (OSError, sqlite3.Error, MemoryError) as error:
             raise DatabaseError(f"Cannot use {self._path}: {sentence(error)}") from error
-        if finding != "ok":
-            raise corrupt(self._path, finding)
         return opened.connection
 
     async def _watch(self) -> None:
         """Notice within a second or so when a file is taken away, even if nobody writes."""
         held_up = False
         while True:
-            await asyncio.sleep(_WATCH_EVERY_S)
-            if (displaced := self._displaced()) is not None:
+            await asyncio.sleep(_LOOK_EVERY_S)
+            await self._disk.look()
+            # Asked again, because the database may have been opened again during the look.
+            if self._disk.last.displaced is not None and (displaced := self._displaced()) is not None:
                 self._writer.suspect(DatabaseSuspectError(displaced))
-            size = _size(beside(self._path, "-wal"))
+            self._writer.rest()
+            size = self._disk.last.wal_bytes
             if (size > 2 * LOG_BYTES) is not held_up:
                 held_up = not held_up
                 if held_up:
@@ -256,6 +278,9 @@ class Store:
                     )
                 else:
                     log.info("The write-ahead log is short again", extra={"wal_bytes": size})
+
+    def _look(self) -> Look:
+        return Look(shutil.disk_usage(self._path.parent).free, wal_bytes(self._path), self._displaced())
 
     def _make_durable(self) -> None:
         assert self._opened is not None  # noqa: S101 - the writer has a connection only while it is
@@ -276,7 +301,8 @@ class Store:
         """Say if the database, its log or a lock is not at its place any more, where another owner may find it."""
         if (misplaced := self._misplaced()) is not None:
             return misplaced
-        if self._opened is not None and (lost := self._opened.lost_log()) is not None:
+        opened = self._opened  # which may change meanwhile: the look at the disk is taken in a thread
+        if opened is not None and (lost := opened.lost_log()) is not None:
             return f"The file {lost} was deleted or replaced while in use; it is part of the database"
         if (lock := self._ownership.missing()) is not None:
             return f"The lock file {lock} was deleted or replaced while in use; nothing may remove it"
@@ -302,6 +328,8 @@ class Store:
             CommandFailedError: if the database refused this change alone.
 
         """
+        if not isinstance(command, PruneRuns):  # which makes room, and may use the reserve for it
+            self._disk.check_room()
         return await self._writer.submit(command)
 
     @overload
@@ -340,10 +368,20 @@ class Store:
                 return await self._readers.fetch(lambda plain: statements.count_stale(plain, query))
 
     def health(self) -> Health:
-        """Tell how the database is, at once: without the queue, a connection, or opening the file."""
-        problem = self._writer.problem or self._displaced()
+        """Tell how the database is, at once: without the queue, a connection, or a call that a disk could hold up."""
+        writer, disk = self._writer, self._disk
         return Health(
-            self._path, self._modes, self._durable, self._writer.depth, problem, self._writer.groups, self._writer.idle
+            path=self._path,
+            modes=self._modes,
+            durable=self._durable,
+            queue_depth=writer.depth,
+            problem=writer.problem or disk.problem,
+            groups=writer.groups,
+            idle=writer.idle,
+            oldest_s=writer.oldest_s,
+            last_commit=None if writer.last_commit is None else datetime.fromtimestamp(writer.last_commit, UTC),
+            wal_bytes=disk.last.wal_bytes,
+            free_bytes=disk.last.free_bytes,
         )
 
     async def close(self) -> None:
@@ -355,23 +393,27 @@ class Store:
         await asyncio.wait((self.writing, self._watching))
         if self._opened is not None:
             await (self._opened.close() if self._writer.failure is None else self._opened.drop())
+        if self._writer.failure is None:
+            self._ownership.settle()
         self._ownership.release()
+
+
+async def _look_for_damage(connection: Connection, path: Path) -> None:
+    started = time.monotonic()
+    is_done = await connection.run(lambda plain: check_after_crash(plain, path))
+    log.warning(
+        "Recovered after an unclean stop",
+        extra={
+            "db_path": str(path),
+            "quick_check": "ok" if is_done else "skipped, the file is large; run: telemetryd check",
+            "duration_ms": round((time.monotonic() - started) * 1000, 3),
+        },
+    )
 
 
 def _checkpoint(plain: sqlite3.Connection) -> None:
     plain.execute("PRAGMA busy_timeout = 0")  # a reader of somebody else's may hold it up, which is no reason to wait
     plain.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-
-
-def _quick_check(plain: sqlite3.Connection) -> str:
-    return str(plain.execute("PRAGMA quick_check(1)").fetchone()[0])
-
-
-def _size(path: Path) -> int:
-    try:
-        return os.stat(path).st_size
-    except OSError:
-        return 0
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

@@ -22,6 +22,7 @@ from telemetryd.errors import (
     StoppingError,
     StorageFullError,
     TelemetrydError,
+    UnavailableError,
     WriteFailedError,
     WriterDeadError,
     sentence,
@@ -36,6 +37,9 @@ GROUP_ROWS: Final = 5_000
 """A group commit takes in what waits up to about so many rows; the rest goes into the next one."""
 
 _PROBLEM_S: Final = 60
+
+REST_AFTER_S: Final = 5.0
+"""Without a commit for so long, the writer tidies up."""
 
 _PRIMARY_CODE: Final = 0xFF
 _SUSPECT: Final = frozenset({sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
@@ -93,6 +97,7 @@ class Writer(Generic[C, R]):
         begin: makes the transaction object for one group, given the plain connection and the moment.
         clock: gives that moment, one for each group, as stored text.
         make_durable: called after each COMMIT, before anybody is told.
+        at_rest: called once when nothing has come for a while after a COMMIT.
         reopen: closes everything that is open on the database, opens it again, verifies it, and returns the
             new write connection; called until it raises no `DatabaseError` any more.
         busy_timeout_s: how long a group is tried again while another process has the database locked, in
@@ -112,6 +117,7 @@ class Writer(Generic[C, R]):
         make_durable: Callable[[], None],
         reopen: Callable[[], Awaitable[Connection]],
         busy_timeout_s: float,
+        at_rest: Callable[[sqlite3.Connection], None] = lambda _: None,
         queue_max: int,
         queue_bytes: int = QUEUE_BYTES,
         metrics: Metrics,
@@ -120,6 +126,7 @@ class Writer(Generic[C, R]):
         self._begin = begin
         self._clock = clock
         self._make_durable = make_durable
+        self._at_rest = at_rest
         self._reopen = reopen
         self._busy_timeout_s = busy_timeout_s
         self._queue: asyncio.Queue[_Waiting[C, R] | None] = asyncio.Queue(queue_max)
@@ -133,13 +140,22 @@ class Writer(Generic[C, R]):
         """Whether it waits for work."""
         self.failure: str | None = None
         """Why nothing is taken: the writer has died, or the database is being opened again. None while it is well."""
+        self.last_commit: float | None = None
+        """When the last group was committed, in seconds since 1970, or None."""
         self._problem: tuple[str, float] | None = None
-        metrics.watch_queue(self._queue.qsize)
+        self._oldest: float | None = None
+        self._untidy_since: float | None = None
+        metrics.watch_queue(self._queue.qsize, lambda: self.oldest_s)
 
     @property
     def depth(self) -> int:
         """How many commands wait."""
         return self._queue.qsize()
+
+    @property
+    def oldest_s(self) -> float:
+        """For how many seconds the oldest command waits; that is the first of the group being committed."""
+        return 0.0 if self._oldest is None else time.monotonic() - self._oldest
 
     @property
     def problem(self) -> str | None:
@@ -197,7 +213,11 @@ class Writer(Generic[C, R]):
             while not self._stopping.is_set() or not self._queue.empty():
                 waiting = await self._next_group()
                 if waiting and self._suspicion is None:
+                    self._oldest = waiting[0].since
                     await self._commit(waiting)
+                    self._oldest = None
+                elif not waiting and self._suspicion is None and not self._stopping.is_set():
+                    await self._tidy()
                 if self._suspicion is not None:
                     _refuse([*waiting, *self._drain()], self._suspicion)
                     await self._recover(self._suspicion)
@@ -207,6 +227,12 @@ class Writer(Generic[C, R]):
             self._suspicion = None
             _refuse([*waiting, *self._drain()], WriterDeadError())
             raise
+
+    def rest(self) -> None:
+        """Let the writer tidy up if it has had nothing to do for a while; call it from time to time."""
+        since = self._untidy_since
+        if self.idle and self._queue.empty() and since is not None and time.monotonic() - since > REST_AFTER_S:
+            self._queue.put_nowait(None)
 
     async def stop(self) -> None:
         """Refuse new commands, and let `run` end after everything that waits is committed."""
@@ -285,12 +311,23 @@ class Writer(Generic[C, R]):
         self._problem = None
         self._metrics.commit_seconds.observe(time.perf_counter() - started)
         self._metrics.group_commands.observe(len(group))
-        self._metrics.last_commit.set_to_current_time()
+        self.last_commit = time.time()
+        self._metrics.last_commit.set(self.last_commit)
+        self._untidy_since = time.monotonic()
         for entry, outcome in zip(group, outcomes, strict=True):
             if isinstance(outcome, CommandFailedError):
                 _fail(entry, outcome)
             elif not entry.future.done():  # its caller may have left
                 entry.future.set_result(outcome)
+
+    async def _tidy(self) -> None:
+        self._untidy_since = None
+        try:
+            await self._connection.run(self._rest)
+        except DatabaseSuspectError as error:
+            self._suspicion = error
+        except UnavailableError:  # nothing was lost: the next commit's or rest's turn
+            self._untidy_since = time.monotonic()
 
     async def _write_in_time(self, commands: list[C]) -> list[R | CommandFailedError]:
         deadline = time.monotonic() + self._busy_timeout_s
@@ -302,6 +339,13 @@ class Writer(Generic[C, R]):
                     raise
 
     # Below this line everything runs in the connection's thread.
+
+    def _rest(self, connection: sqlite3.Connection) -> None:
+        try:
+            self._at_rest(connection)
+        except sqlite3.Error as error:
+            traceback.clear_frames(error.__traceback__)
+            raise _translate(error) from error
 
     def _write(self, connection: sqlite3.Connection, commands: list[C]) -> list[R | CommandFailedError]:
         """Commit one group in one hop.

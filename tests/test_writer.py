@@ -38,7 +38,7 @@ from telemetryd.metrics import Metrics
 from telemetryd.writer import GROUP_ROWS, QUEUE_BYTES, Writer
 from tests.conftest import Api, MakeApi, StartDaemon, eventually, make_run
 from tests.faults.strace import needs_strace, strace
-from tests.http_client import post
+from tests.http_client import get, post
 
 NOW = "2026-01-01T00:00:00.000000Z"
 
@@ -81,6 +81,7 @@ async def bench(
     busy_timeout_ms: int = 5000,
     queue_max: int = 10_000,
     make_durable: Callable[[], None] = lambda: None,
+    at_rest: Callable[[sqlite3.Connection], None] = lambda _: None,
     reopen: Callable[[], Awaitable[Connection]] | None = None,
 ) -> AsyncIterator[Bench]:
     path = folder / "telemetry.sqlite"
@@ -91,6 +92,7 @@ async def bench(
         begin=statements.Transaction,
         clock=lambda: NOW,
         make_durable=make_durable,
+        at_rest=at_rest,
         reopen=reopen or _never,
         busy_timeout_s=busy_timeout_ms / 1000,
         queue_max=queue_max,
@@ -557,6 +559,80 @@ async def test_stop_commits_what_waits_and_refuses_what_comes(tmp_path: Path) ->
         assert await asyncio.gather(first, *waiting) == [Created((True,))] * 51
         assert len(made.stored()) == 51
         await made.writer.stop()  # twice does no harm
+
+
+# --- At rest -------------------------------------------------------------------------------------
+
+
+async def test_it_tidies_up_once_after_it_has_worked_and_rested(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rests: list[int] = []
+    async with bench(tmp_path, at_rest=lambda plain: rests.append(plain.total_changes)) as made:
+        monkeypatch.setattr("telemetryd.writer.REST_AFTER_S", 0.2)
+        made.writer.rest()
+        await made.writer.submit(create("one"))
+        made.writer.rest()
+        await asyncio.sleep(0.05)
+        assert rests == [], "nothing to do before it has worked, and not at once after it"
+        await asyncio.sleep(0.2)
+        for _ in range(3):
+            made.writer.rest()
+        await eventually(lambda: len(rests) == 1)
+        await made.writer.submit(create("two"))
+        await asyncio.sleep(0.25)
+        made.writer.rest()
+        await eventually(lambda: len(rests) == 2)
+        assert rests[1] > rests[0]
+        assert made.stored() == {"one", "two"}
+
+
+async def test_a_failed_sync_at_rest_is_as_bad_as_one_of_a_commit_and_a_lock_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("telemetryd.writer.REST_AFTER_S", 0)
+    codes = [sqlite3.SQLITE_BUSY, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_FSYNC]
+    reopened: list[int] = []
+
+    def fail(_plain: sqlite3.Connection) -> None:
+        error = sqlite3.OperationalError("injected")
+        error.sqlite_errorcode = codes.pop(0)
+        raise error
+
+    async def reopen() -> Connection:
+        reopened.append(len(codes))
+        return made.connection
+
+    async with bench(tmp_path, at_rest=fail, reopen=reopen) as made:
+        for left in (2, 1, 0):
+            await made.writer.submit(create(f"e{left}"))
+            await asyncio.sleep(0.01)
+            made.writer.rest()
+            await eventually(lambda left=left: len(codes) == left)  # type: ignore[misc]
+        await eventually(lambda: reopened == [0] and made.writer.problem is None)
+        monkeypatch.setattr("telemetryd.writer.REST_AFTER_S", 1000)
+        await made.writer.submit(create("after"))
+        assert made.stored() == {"e2", "e1", "e0", "after"}
+
+
+def test_the_log_is_written_back_when_nothing_comes(start_daemon: StartDaemon) -> None:
+    daemon = start_daemon(TELEMETRY_DB_JOURNAL_MODE="WAL")
+    assert post(daemon.url, make_run())[0] == 201
+    assert _runs_without_log(daemon.database) == 0
+    deadline = time.monotonic() + 15
+    while _runs_without_log(daemon.database) != 1:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert post(daemon.url, make_run())[0] == 201
+    assert get(daemon.url, "/metrics")[1]["total_runs"] == 2
+
+
+def _runs_without_log(path: Path) -> int:
+    """Count what stands in the database file itself, as a copy of it alone would."""
+    with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?immutable=1", uri=True)) as connection:
+        if not connection.execute("SELECT 1 FROM sqlite_master").fetchone():
+            return 0  # not even the schema
+        return int(connection.execute("SELECT count(*) FROM agent_runs").fetchone()[0])
 
 
 # --- Helpers -------------------------------------------------------------------------------------
