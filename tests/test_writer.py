@@ -218,7 +218,7 @@ async def test_a_failing_command_is_undone_alone(tmp_path: Path) -> None:
     async with bench(tmp_path) as made:
         results = await asyncio.gather(
             made.writer.submit(create("before")),
-            made.writer.submit(create_refused("half", "broken")),
+            made.writer.submit(create_refused("half", "whole", "broken")),  # two statements, of which the second fails
             made.writer.submit(create("after", "half")),
             made.writer.submit(create_refused("last")),
             made.writer.submit(UpdateRun("before", {"status": "success"})),

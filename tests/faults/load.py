@@ -270,7 +270,9 @@ def read(connection: sqlite3.Connection) -> Contents:
 
 def _row(values: Iterable[Any]) -> Row:
     row = dict(zip(FIELDS, values, strict=True))
-    return {**row, "metrics_json": json.loads(row["metrics_json"])}
+    with contextlib.suppress(TypeError, ValueError):  # in a damaged file anything may stand there
+        row["metrics_json"] = json.loads(row["metrics_json"])
+    return row
 
 
 def damage(connection: sqlite3.Connection) -> Iterator[str]:

@@ -15,7 +15,7 @@ from typing import Final
 from tests.faults.ledger import ROOT
 
 _COPIED: Final = ("telemetryd", "migrations", "schema", "tests", "bench", "docs", "setup.cfg", "README.md")
-_TIMEOUT_S: Final = 600
+_TIMEOUT_S: Final = 180
 
 
 @dataclass(frozen=True, slots=True)
