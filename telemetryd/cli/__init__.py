@@ -6,9 +6,9 @@ import click
 
 import telemetryd
 from telemetryd.cli import database, serve, upkeep
-from telemetryd.cli.options import NO_FLAG, flag
+from telemetryd.cli.options import NO_FLAG
 
-__all__ = ["NO_FLAG", "flag", "main"]
+__all__ = ["NO_FLAG", "main"]
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -53,18 +53,24 @@ def serve(**flags: Any) -> None:
 @json_flag
 @settings_flags()
 def config(as_json: bool, **flags: Any) -> None:
-    r"""Print every setting with its value and where it came from; the token is masked.
+    r"""Print every setting with its value and where it came from; the token is masked, paths are absolute.
+
+    What a start would remark on goes to standard error.
 
     \b
     Examples:
       telemetryd config
       telemetryd config --json | jq '.TELEMETRY_DB_PATH.value'
     """
-    shown = load_settings(flags).shown()
+    loaded = load_settings(flags)
+    for remark in loaded.remarks:
+        click.echo(f"telemetryd: remark: {remark}", err=True)
+    shown = loaded.shown()
     if as_json:
         print_json(shown)
         return
     width = max(map(len, shown))
     for name, entry in shown.items():
         value = "" if entry["value"] is None else entry["value"]
+        value = str(value).lower() if isinstance(value, bool) else value
         click.echo(f"{name:<{width}} = {value}  # {entry['origin']}")
