@@ -361,6 +361,12 @@ async def get_metrics(request: web.Request) -> web.Response:
     return json_response(answer)
 
 
+async def go_to_docs(request: web.Request) -> web.Response:
+    """Send whoever opens the bare address in a browser to the page."""
+    request[NOTE].say("Page served", logging.DEBUG)
+    return web.Response(status=302, headers={"Location": "/docs"})
+
+
 async def get_openapi(request: web.Request) -> web.Response:
     """Answer the OpenAPI document."""
     request[NOTE].say("Document served", logging.DEBUG)
@@ -723,6 +729,7 @@ ROUTES: Final[tuple[Route, ...]] = (
             errors=_WRITE_ERRORS,
         ),
     ),
+    Route("GET", "/", go_to_docs),
     Route("GET", "/openapi.json", get_openapi),
     Route("GET", "/docs", _serve_file("docs.html")),
     *(

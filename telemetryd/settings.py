@@ -92,9 +92,11 @@ def _one(value: int) -> int:
     return value
 
 
-def _not_blank(value: object) -> object:
+def _text(value: object) -> object:
     if isinstance(value, str) and not value.strip():
         raise ValueError("must not be blank")
+    if isinstance(value, str) and not value.isascii() and re.search("[\ud800-\udfff]", value):
+        raise ValueError("must be UTF-8")  # answers and log lines tell it
     return value
 
 
@@ -117,7 +119,7 @@ def parse_duration(text: object) -> float:
     return seconds
 
 
-FilePath = Annotated[Path, BeforeValidator(_not_blank)]
+FilePath = Annotated[Path, BeforeValidator(_text)]
 Upper = BeforeValidator(_upper)
 Positive = Annotated[int, Field(ge=1)]
 Duration = Annotated[float, BeforeValidator(parse_duration)]
@@ -147,9 +149,9 @@ class Settings(BaseModel):
         4, description="Read-only connections, that is, queries that may run at the same time."
     )
     query_timeout_s: Seconds = Field(10.0, description="A query is interrupted after so many seconds.")
-    api_host: Annotated[str, BeforeValidator(_not_blank)] = Field(
+    api_host: Annotated[str, BeforeValidator(_text)] = Field(
         "0.0.0.0",  # noqa: S104 - the guide's default; protected mode keeps others out
-        description="Address to listen on; 0.0.0.0 means all.",
+        description="Address to listen on; 0.0.0.0 is every IPv4 address, :: every one of IPv6 and IPv4.",
     )
     api_port: Annotated[int, Field(ge=0, le=65535)] = Field(8765, description="Port to listen on; 0 takes a free one.")
     api_unix: FilePath | None = Field(None, description="Unix socket to listen on as well.")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import os
+import sys
+
 import click
 
 import telemetryd
@@ -27,6 +31,12 @@ def main() -> None:
       eval "$(_TELEMETRYD_COMPLETE=zsh_source telemetryd)"       # in ~/.zshrc
       _TELEMETRYD_COMPLETE=fish_source telemetryd | source       # in ~/.config/fish/completions/telemetryd.fish
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us; what is opened next must not take its place
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - until the process ends
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):  # no text is worth an error, whatever the locale is
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
 for command in (

@@ -11,7 +11,7 @@ import click
 
 from telemetryd import daemon
 from telemetryd.cli.options import EXIT_FAILURE, json_flag, load_settings, print_json, settings_flags
-from telemetryd.errors import DatabaseError, sentence
+from telemetryd.errors import AddressError, DatabaseError, sentence
 from telemetryd.logs import logging_to
 
 try:
@@ -39,12 +39,8 @@ def serve(**flags: Any) -> None:
         try:
             with asyncio.Runner(loop_factory=new_event_loop) as runner:
                 status = runner.run(daemon.serve(loaded))
-        except DatabaseError as error:
+        except (AddressError, DatabaseError) as error:
             click.echo(f"telemetryd: {sentence(error)}", err=True)
-            status = EXIT_FAILURE
-        except OSError as error:
-            place = error.filename or f"{settings.api_host}:{settings.api_port}"
-            click.echo(f"telemetryd: cannot listen on {place}: {error.strerror or error}", err=True)
             status = EXIT_FAILURE
     sys.exit(status)
 

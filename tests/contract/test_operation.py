@@ -353,6 +353,12 @@ async def test_the_page_and_its_assets_ship_in_the_package(api: Api) -> None:
     assert b"/openapi.json" in (await send(api, "GET", "/docs/static/docs.js")).body
 
 
+async def test_the_bare_address_leads_to_the_page(api: Api) -> None:
+    answer = await send(api, "GET", "/", allow_redirects=False)
+    assert (answer.status, answer.headers["location"]) == (302, "/docs")
+    assert (await send(api, "GET", "/")).headers["content-type"] == "text/html; charset=utf-8"
+
+
 async def test_the_page_lets_nothing_foreign_in(api: Api) -> None:
     headers = (await send(api, "GET", "/docs")).headers
     policy = dict(part.strip().split(" ", 1) for part in headers["content-security-policy"].split(";"))
