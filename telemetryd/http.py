@@ -434,6 +434,7 @@ ROUTES: Final[tuple[Route, ...]] = (
             "A known event_id is a duplicate: the stored run stays as it is.",
             body=_NEW_RUN,
             body_types=JSON_TYPES,
+            example=runs.example(runs.NewRun, runs.BEGUN),
             answers={
                 201: (
                     "The run is stored and durable.",
@@ -478,6 +479,7 @@ ROUTES: Final[tuple[Route, ...]] = (
                 ]
             },
             body_types=(*JSON_TYPES, NDJSON_TYPES[0]),
+            example=[runs.example(runs.NewRun, runs.BEGUN, number) for number in (0, 1)],
             answers={
                 200: (
                     "What became of the items.",
@@ -534,6 +536,7 @@ ROUTES: Final[tuple[Route, ...]] = (
             parameters=(EVENT_ID,),
             body=ref("RunPatch"),
             body_types=JSON_TYPES,
+            example=runs.example(runs.RunPatch, runs.ENDED, 1),
             answers={200: ("The run is changed and the change durable.", _UPDATE_ANSWER)},
             errors=(404, *_WRITE_ERRORS),
         ),
@@ -547,6 +550,7 @@ ROUTES: Final[tuple[Route, ...]] = (
             parameters=(EVENT_ID,),
             body=ref("CommitAssociation"),
             body_types=JSON_TYPES,
+            example=runs.example(runs.CommitAssociation),
             answers={
                 200: (
                     "The commit is recorded and durable.",
