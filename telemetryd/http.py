@@ -27,7 +27,7 @@ from telemetryd.errors import (
     RunNotFoundError,
 )
 from telemetryd.metrics import Metrics, wants_prometheus
-from telemetryd.middleware import NOTE, Handler, json_response, middleware
+from telemetryd.middleware import NOTE, REASON, Handler, json_response, middleware
 from telemetryd.openapi import EVENT_ID, INTEGER, STRING, WARNINGS, Operation, obj, ref
 from telemetryd.settings import Settings
 from telemetryd.store import Store
@@ -332,7 +332,9 @@ async def get_health(request: web.Request) -> web.Response:
     }
     if health.problem is not None:
         answer["detail"] = health.problem
-    return json_response(answer, 200 if health.problem is None else 503, {"Cache-Control": "no-store"})
+    response = json_response(answer, 200 if health.problem is None else 503, {"Cache-Control": "no-store"})
+    response[REASON] = health.problem or ""
+    return response
 
 
 async def get_metrics(request: web.Request) -> web.Response:

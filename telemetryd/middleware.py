@@ -351,7 +351,7 @@ def _log(
             if isinstance(problem, (InvalidBodyError, InvalidRequestError))
             else type(problem).__name__
         )
-        text = sentence(problem) if problem is not None else reason
+        text = sentence(problem) if problem is not None else reason or f"Answered with status {status}"
         fields |= {"error_type": kind if problem is not None else "Refused", "error_message": text[:2000]}
         if isinstance(problem, UnavailableError) and problem.__cause__ is not None:
             fields["error_cause"] = str(problem.__cause__)
