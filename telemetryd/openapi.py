@@ -131,8 +131,8 @@ def document(operations: Iterable[tuple[str, str, Operation]], *, needs_token: b
         "components": {
             "schemas": _schemas(),
             "securitySchemes": {
-                "bearer": {"type": "http", "scheme": "bearer"},
-                "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+                "bearer": {"type": "http", "scheme": "bearer", "description": "The daemon's token."},
+                "key": {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": "The same token."},
             },
         },
         "security": [*([] if needs_token else [{}]), {"bearer": []}, {"key": []}],
