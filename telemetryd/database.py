@@ -493,6 +493,7 @@ def _configure_writer(connection: sqlite3.Connection, journal_mode: str, synchro
     connection.execute(f"PRAGMA journal_mode = {journal_mode}")
     connection.execute(f"PRAGMA synchronous = {synchronous}")
     connection.execute(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
+    connection.execute("PRAGMA temp_store = MEMORY")  # an INSERT of many rows keeps a journal of its own
     return read_modes(connection)
 
 

@@ -43,11 +43,12 @@ DOCUMENT: Final = web.AppKey("document", bytes)
 
 async def create_run(request: web.Request) -> web.Response:
     """Store one run; a single is a batch of one."""
-    parsed = runs.parse_run(await _json_body(request))
+    body, size = await _json_body(request)
+    parsed = runs.parse_run(body)
     event_id, run_id = parsed.row[runs.EVENT_ID], parsed.row[runs.RUN_ID]
-    created = await request.app[STORE].submit(CreateRuns((parsed.row,)))
+    created = await request.app[STORE].submit(CreateRuns((parsed.row,), size))
     is_new = created.new[0]
-    _count_runs(request, created=int(is_new), duplicate=int(not is_new))
+    request.app[METRICS].count_runs(created=int(is_new), duplicate=int(not is_new))
     request[NOTE].say("Run created" if is_new else "Run already exists", event_id=event_id, run_id=run_id)
     if is_new:
         answer = {"status": "created", "event_id": event_id, "run_id": run_id}
@@ -59,10 +60,10 @@ async def create_run(request: web.Request) -> web.Response:
 async def create_batch(request: web.Request) -> web.Response:
     """Store the good runs of a batch in one transaction, and tell of each bad one."""
     batch = await _parse_batch(request)
-    created = await request.app[STORE].submit(CreateRuns(tuple(batch.rows))) if batch.rows else None
+    created = await request.app[STORE].submit(CreateRuns(tuple(batch.rows), batch.size)) if batch.rows else None
     inserted = sum(created.new) if created is not None else 0
     duplicates = len(batch.rows) - inserted
-    _count_runs(request, created=inserted, duplicate=duplicates, invalid=len(batch.errors))
+    request.app[METRICS].count_runs(created=inserted, duplicate=duplicates, invalid=len(batch.errors))
     request[NOTE].say(
         "Batch stored", inserted=inserted, duplicates=duplicates, errors=len(batch.errors), total=batch.total
     )
@@ -93,12 +94,13 @@ async def get_run(request: web.Request) -> web.Response:
 
 async def update_run(request: web.Request) -> web.Response:
     """Change the given fields of a run."""
-    changes, ignored = runs.parse_patch(await _json_body(request))
+    body, size = await _json_body(request)
+    changes, ignored = runs.parse_patch(body)
     event_id = request.match_info["event_id"]
     if not changes:
         raise InvalidRequestError("No valid fields to update")
     request[NOTE].say("Run updated", event_id=event_id, fields_updated=list(changes))
-    if await request.app[STORE].submit(UpdateRun(event_id, changes)) is None:
+    if await request.app[STORE].submit(UpdateRun(event_id, changes, size)) is None:
         raise RunNotFoundError(runs.shorten(event_id))
     return json_response(
         _with_warnings({"event_id": event_id, "updated": True, "fields_updated": list(changes)}, ignored)
@@ -107,10 +109,11 @@ async def update_run(request: web.Request) -> web.Response:
 
 async def associate_commit(request: web.Request) -> web.Response:
     """Record the commit that a run led to."""
-    changes, ignored = runs.parse_commit(await _json_body(request))
+    body, size = await _json_body(request)
+    changes, ignored = runs.parse_commit(body)
     event_id = request.match_info["event_id"]
     request[NOTE].say("Commit associated", event_id=event_id, fields_updated=list(changes))
-    updated = await request.app[STORE].submit(UpdateRun(event_id, changes))
+    updated = await request.app[STORE].submit(UpdateRun(event_id, changes, size))
     if updated is None:
         raise RunNotFoundError(runs.shorten(event_id))
     answer = {
@@ -143,19 +146,15 @@ async def _stored_run(request: web.Request) -> dict[str, Any]:
     return runs.to_json(row)
 
 
-async def _json_body(request: web.Request) -> object:
+async def _json_body(request: web.Request) -> tuple[object, int]:
+    """Return the decoded body, and how many bytes it came in."""
     check_media_type(request, JSON_TYPES)
-    return runs.parse_json(await read_body(request, request.app[SETTINGS].max_body_bytes))
+    body = await read_body(request, request.app[SETTINGS].max_body_bytes)
+    return runs.parse_json(body), len(body)
 
 
 def _with_warnings(answer: dict[str, Any], ignored: tuple[str, ...]) -> dict[str, Any]:
     return {**answer, "warnings": runs.ignored_field_warnings(ignored)} if ignored else answer
-
-
-def _count_runs(request: web.Request, **outcomes: int) -> None:
-    for outcome, count in outcomes.items():
-        if count:
-            request.app[METRICS].runs.labels(outcome).inc(count)
 
 
 # --- Admin ---------------------------------------------------------------------------------------
@@ -163,21 +162,24 @@ def _count_runs(request: web.Request, **outcomes: int) -> None:
 
 async def prune_runs(request: web.Request) -> web.Response:
     """Delete one slice of old runs."""
-    answer = await admin.prune(request.app[STORE], await _json_body(request), runs.utc_now())
+    body, _ = await _json_body(request)
+    answer = await admin.prune(request.app[STORE], body, runs.utc_now())
     request[NOTE].say("Runs pruned", **answer)
     return json_response(answer)
 
 
 async def reap_runs(request: web.Request) -> web.Response:
     """Cancel one slice of stale runs."""
-    answer = await admin.reap(request.app[STORE], await _json_body(request), runs.utc_now())
+    body, _ = await _json_body(request)
+    answer = await admin.reap(request.app[STORE], body, runs.utc_now())
     request[NOTE].say("Runs reaped", **answer)
     return json_response(answer)
 
 
 async def make_backup(request: web.Request) -> web.Response:
     """Make a verified backup in the configured directory."""
-    if await _json_body(request) != {}:
+    body, _ = await _json_body(request)
+    if body != {}:
         raise InvalidRequestError("The body must be {}: where backups go is a setting, TELEMETRY_BACKUP_DIR")
     answer = await admin.back_up(request.app[SETTINGS], runs.utc_now())
     request[NOTE].say("Backup made", **answer)
@@ -199,7 +201,9 @@ _SHORTEST_RUN: Final = 64
 class _Batch:
     """The rows of a batch, and the faults of what is not in them."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int) -> None:
+        self.size = size
+        """How many bytes it came in."""
         self.rows: list[runs.Row] = []
         self.errors: list[str] = []
         self.error_details: list[dict[str, Any]] = []
@@ -239,7 +243,7 @@ async def _parse_batch(request: web.Request) -> _Batch:
     media_type = check_media_type(request, (*JSON_TYPES, *NDJSON_TYPES))
     body = await read_body(request, request.app[SETTINGS].max_body_bytes)
     limit = request.app[SETTINGS].max_batch
-    batch = _Batch()
+    batch = _Batch(len(body))
     items: list[Any]
     decode: Callable[[Any], object]
     if media_type in NDJSON_TYPES:

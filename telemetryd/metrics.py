@@ -49,12 +49,13 @@ class Metrics:
             registry=self.registry,
         )
         self._requests: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
-        self.runs = Counter(
+        runs = Counter(
             "telemetryd_runs_received",
             "Runs received, by what became of them.",
             ("outcome",),
             registry=self.registry,
         )
+        self._runs = {outcome: runs.labels(outcome) for outcome in ("created", "duplicate", "invalid")}
         self.refused = Counter(
             "telemetryd_writes_refused",
             "Writes answered 503, by reason.",
@@ -96,6 +97,12 @@ class Metrics:
         answered, duration = children
         answered.inc()
         duration.observe(seconds)
+
+    def count_runs(self, *, created: int = 0, duplicate: int = 0, invalid: int = 0) -> None:
+        """Count runs received, by what became of them."""
+        for outcome, runs in (("created", created), ("duplicate", duplicate), ("invalid", invalid)):
+            if runs:
+                self._runs[outcome].inc(runs)
 
     def expose(self, accept: str, runs_stored: int) -> tuple[bytes, str]:
         """Return the metrics as text and its media type: OpenMetrics if the client prefers it."""

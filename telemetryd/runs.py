@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Flag, StrEnum, auto
 from itertools import islice
 from operator import itemgetter
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, NamedTuple
 
 import orjson
 from pydantic import (
@@ -441,8 +440,7 @@ def parse_json(body: bytes | str) -> object:
         raise InvalidBodyError([_item([], f"Invalid JSON: {error}", "json_invalid")]) from error
 
 
-@dataclass(frozen=True, slots=True)
-class ParsedRun:
+class ParsedRun(NamedTuple):
     """A valid run: its row, and the names of body fields that were not used."""
 
     row: Row

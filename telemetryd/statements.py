@@ -6,7 +6,8 @@ import sqlite3
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import groupby
+from functools import cache
+from itertools import chain, groupby
 from typing import Final
 
 import orjson
@@ -44,11 +45,19 @@ from telemetryd.runs import (
 _MINUTE: Final = len("2025-12-24T10:00")
 _HOUR: Final = len("2025-12-24T10")
 
-_INSERT_RUN: Final = f"""
-    INSERT INTO agent_runs ({", ".join(STORED)}, updated_at)
-    VALUES ({", ".join("?" * (len(STORED) + 1))})
-    ON CONFLICT (event_id) DO NOTHING
-"""  # noqa: S608 - column names from the definition of a run
+_ROWS_AT_ONCE: Final = (256, 128, 64, 32, 16, 8, 4, 2, 1)
+"""How many rows one INSERT may take: each number has its own prepared statement."""
+
+
+@cache
+def _insert_runs(rows: int) -> str:
+    """Return the statement that stores so many runs, except those whose event_id is known already."""
+    places = f"({', '.join('?' * (len(STORED) + 1))})"
+    return f"""
+        INSERT INTO agent_runs ({", ".join(STORED)}, updated_at) VALUES {", ".join([places] * rows)}
+        ON CONFLICT (event_id) DO NOTHING
+    """  # noqa: S608 - column names from the definition of a run
+
 
 # Rows that were inserted next to each other have successive ids (sqlite.org/autoinc.html: the largest plus one).
 _LAST_EVENT_IDS: Final = """
@@ -57,16 +66,31 @@ _LAST_EVENT_IDS: Final = """
 
 _FIND_RUN: Final = "SELECT run_id, agent_name, job_type, status FROM agent_runs WHERE event_id = ?"
 
-# A total that has drifted (a row changed by hand) is no reason to refuse what agents send.
-_ADD_TO_TOTAL: Final = """
-    INSERT INTO run_totals (agent_name, job_type, status, runs) VALUES (?1, ?2, ?3, max(?4, 0))
-    ON CONFLICT (agent_name, job_type, status) DO UPDATE SET runs = max(runs + ?4, 0)
+# What is added to the totals goes in as one JSON array, in one step of SQLite (see `Transaction`).
+_ADD_TO_TOTALS: Final = """
+    INSERT INTO run_totals (agent_name, job_type, status, runs)
+    SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'), json_extract(value, '$[2]'),
+        json_extract(value, '$[3]') FROM json_each(?) WHERE true
+    ON CONFLICT (agent_name, job_type, status) DO UPDATE SET runs = runs + excluded.runs
+"""
+_ADD_TO_MINUTES: Final = """
+    INSERT INTO run_minutes (minute, runs)
+    SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]') FROM json_each(?) WHERE true
+    ON CONFLICT (minute) DO UPDATE SET runs = runs + excluded.runs
+"""
+_WIDEN_HOURS: Final = """
+    INSERT INTO run_hours (hour, first_start, last_start)
+    SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'), json_extract(value, '$[2]')
+        FROM json_each(?) WHERE true
+    ON CONFLICT (hour) DO UPDATE SET
+        first_start = min(first_start, excluded.first_start), last_start = max(last_start, excluded.last_start)
 """
 
-_ADD_TO_MINUTE: Final = """
-    INSERT INTO run_minutes (minute, runs) VALUES (?1, max(?2, 0))
-    ON CONFLICT (minute) DO UPDATE SET runs = max(runs + ?2, 0)
+# A total that has drifted (a row changed by hand) is no reason to refuse what agents send.
+_TAKE_FROM_TOTAL: Final = """
+    UPDATE run_totals SET runs = max(runs - ?4, 0) WHERE agent_name = ?1 AND job_type = ?2 AND status = ?3
 """
+_TAKE_FROM_MINUTE: Final = "UPDATE run_minutes SET runs = max(runs - ?2, 0) WHERE minute = ?1"
 
 _DROP_TOTAL: Final = "DELETE FROM run_totals WHERE agent_name = ? AND job_type = ? AND status = ? AND runs = 0"
 _DROP_MINUTE: Final = "DELETE FROM run_minutes WHERE minute = ? AND runs = 0"
@@ -92,15 +116,12 @@ _REAP: Final = """
 """
 
 
-_WIDEN_HOUR: Final = """
-    INSERT INTO run_hours (hour, first_start, last_start) VALUES (?1, ?2, ?3)
-    ON CONFLICT (hour) DO UPDATE SET
-        first_start = min(first_start, excluded.first_start), last_start = max(last_start, excluded.last_start)
-"""
-
-
 class Transaction:
-    """One open transaction: applies commands and, at its end, brings the totals up to date."""
+    """One open transaction: applies commands and, at its end, brings the totals up to date.
+
+    Python gives the interpreter's lock away for each step of SQLite, and a busy event loop gives it back late; so
+    whatever many commands have in common is done in few steps, not row by row.
+    """
 
     def __init__(self, connection: sqlite3.Connection, now: str) -> None:
         self._cursor = connection.cursor()
@@ -112,8 +133,7 @@ class Transaction:
     def apply(self, commands: Sequence[Command]) -> list[Outcome]:
         """Run the commands' statements in order and return their outcomes; the totals follow in `finish`.
 
-        Creates that stand next to each other are stored by one `executemany`: with a call for each row, the
-        interpreter's lock would change hands several times a row, and a busy event loop gives it back late.
+        Creates that stand next to each other are stored together.
         """
         outcomes: list[Outcome] = []
         for kind, neighbours in groupby(commands, type):
@@ -152,20 +172,30 @@ class Transaction:
 
     def finish(self) -> None:
         """Write the totals that the commands changed."""
-        write = self._cursor.executemany
-        write(_ADD_TO_TOTAL, [(*key, difference) for key, difference in self._totals.items() if difference])
-        write(_ADD_TO_MINUTE, [(minute, difference) for minute, difference in self._minutes.items() if difference])
+        added = [(*key, runs) for key, runs in self._totals.items() if runs > 0]
+        taken = [(*key, -runs) for key, runs in self._totals.items() if runs < 0]
+        minutes_added = [(minute, runs) for minute, runs in self._minutes.items() if runs > 0]
+        minutes_taken = [(minute, -runs) for minute, runs in self._minutes.items() if runs < 0]
         # A command that was undone may have widened a span; a span too wide costs time, not correctness.
-        write(_WIDEN_HOUR, [(hour, *span) for hour, span in self._hours.items()])
-        # Where nothing is left of a minute or an hour, it leaves no row of zeros behind.
-        write(_DROP_TOTAL, [key for key, difference in self._totals.items() if difference < 0])
-        emptied = [minute for minute, difference in self._minutes.items() if difference < 0]
-        write(_DROP_MINUTE, [(minute,) for minute in emptied])
-        write(_DROP_HOUR, [(hour,) for hour in {minute[:_HOUR] for minute in emptied}])
+        spans = [(hour, *span) for hour, span in self._hours.items()]
+        for statement, rows in ((_ADD_TO_TOTALS, added), (_ADD_TO_MINUTES, minutes_added), (_WIDEN_HOURS, spans)):
+            if rows:
+                self._cursor.execute(statement, (orjson.dumps(rows).decode(),))
+        if taken or minutes_taken:
+            self._take(taken, minutes_taken)
+
+    def _take(self, totals: list[tuple[str, str, str, int]], minutes: list[tuple[str, int]]) -> None:
+        """Lower totals; where nothing is left of one, a minute or an hour, it leaves no row of zeros behind."""
+        write = self._cursor.executemany
+        write(_TAKE_FROM_TOTAL, totals)
+        write(_DROP_TOTAL, [total[:3] for total in totals])
+        write(_TAKE_FROM_MINUTE, minutes)
+        write(_DROP_MINUTE, [minute[:1] for minute in minutes])
+        write(_DROP_HOUR, [(hour,) for hour in {minute[:_HOUR] for minute, _ in minutes}])
 
     def _create(self, batches: list[tuple[Row, ...]]) -> list[Created]:
         rows = [self._complete(row) for batch in batches for row in batch]
-        inserted = self._cursor.executemany(_INSERT_RUN, rows).rowcount
+        inserted = self._insert(rows)
         if inserted == len(rows):
             self._count(rows)
             return [Created((True,) * len(batch)) for batch in batches]
@@ -182,6 +212,16 @@ class Transaction:
                 unseen.discard(row[EVENT_ID])  # a repeat in the same group is a duplicate of the first one
             outcomes.append(Created(tuple(new)))
         return outcomes
+
+    def _insert(self, rows: list[Row]) -> int:
+        """Insert as many rows as possible with each statement; return how many were new."""
+        inserted = start = 0
+        for size in _ROWS_AT_ONCE:
+            while len(rows) - start >= size:
+                values = [*chain.from_iterable(rows[start : start + size])]
+                inserted += self._cursor.execute(_insert_runs(size), values).rowcount
+                start += size
+        return inserted
 
     def _complete(self, row: Row) -> Row:
         """Return a row as it is stored: created now unless it says when, and updated now."""

@@ -23,7 +23,6 @@ def exposed_names() -> set[str]:
         if isinstance(labelled, Histogram) and labelled._labelnames:
             labelled.labels(*labelled._labelnames).observe(1)
     metrics.requests.labels("GET", "/", 200)
-    metrics.runs.labels("created")
     metrics.refused.labels("queue full")
     text = metrics.expose("text/plain", 0)[0].decode()
     return {sample.name for family in text_string_to_metric_families(text) for sample in family.samples}

@@ -17,7 +17,10 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
+import orjson
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from telemetryd.logs import JsonLines, ReadableLines, log, logging_to
 from telemetryd.settings import LogFormat, LogLevel
@@ -78,6 +81,26 @@ def test_nothing_that_is_logged_can_break_or_paint_its_line(formatter: logging.F
     own_colours = re.sub(r"\x1b\[(0|2|3[0-7]|9[0-7])m", "", line) if isinstance(formatter, ReadableLines) else line
     assert own_colours.isprintable()
     assert "\\u2028" in line
+
+
+@given(
+    st.dictionaries(
+        st.text(st.sampled_from('ab":,\\\\ \n'), min_size=1).filter(lambda name: name not in record().__dict__),
+        st.recursive(
+            st.text(st.sampled_from('ab":,\\\\ \n')) | st.integers(0, 9) | st.none(),
+            lambda part: st.lists(part, max_size=3) | st.dictionaries(st.text("a:,", min_size=1), part, max_size=3),
+        ),
+        max_size=5,
+    )
+)
+def test_blanks_stand_between_the_fields_and_nowhere_else(fields: dict[str, object]) -> None:
+    plain = record()
+    vars(plain).update(fields)
+    line = JsonLines().format(plain)
+    known = {name: json.loads(line)[name] for name in ("timestamp", "level", "logger", "message")}
+    expected = [f"{orjson.dumps(name).decode()}: {orjson.dumps(value).decode()}" for name, value in known.items()]
+    expected += [f"{orjson.dumps(name).decode()}: {orjson.dumps(value).decode()}" for name, value in fields.items()]
+    assert line == "{" + ", ".join(expected) + "}"
 
 
 def test_json_gives_everything_back() -> None:

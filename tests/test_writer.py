@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import inspect
+import io
 import json
 import os
 import sqlite3
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import orjson
 import pytest
 
 from telemetryd import migrate, runs, statements
@@ -31,7 +33,7 @@ from telemetryd.errors import (
     WriterDeadError,
 )
 from telemetryd.metrics import Metrics
-from telemetryd.writer import GROUP_ROWS, Writer
+from telemetryd.writer import GROUP_ROWS, QUEUE_BYTES, Writer
 from tests.conftest import Api, MakeApi, StartDaemon, eventually, make_run
 from tests.faults.strace import needs_strace, strace
 from tests.http_client import get, post
@@ -335,6 +337,26 @@ async def test_a_full_queue_is_503_with_retry_after(make_api: MakeApi) -> None:
         assert time.monotonic() - started < 1
         assert (await api.get("/health"))["queue_depth"] == 2
     assert [answer["status"] for answer in await asyncio.gather(*calls)] == ["created"] * 3
+
+
+async def test_a_queue_is_full_of_large_bodies_long_before_it_is_full_of_commands(make_api: MakeApi) -> None:
+    api = await make_api()
+    large = "x" * 15_000_000
+    fitting = QUEUE_BYTES // len(large)
+
+    def send(method: str, path: str, body: object, status: int) -> asyncio.Task[Any]:
+        headers = {"Content-Type": "application/json"}
+        data = io.BytesIO(orjson.dumps(body))
+        return asyncio.create_task(api.call(method, path, status=status, data=data, headers=headers))
+
+    with _lock(api.settings.db_path):
+        calls = [asyncio.create_task(api.post(make_run()))]
+        await eventually(lambda: _in_hand(api))
+        calls += [send("POST", "/api/v1/runs", make_run(error_details=large), 201) for _ in range(fitting)]
+        await eventually(lambda: api.store.health().queue_depth == fitting)
+        refused = await send("PATCH", "/api/v1/runs/unknown", {"error_details": large}, 503)
+        assert "Too many writes are waiting" in refused["detail"]
+    assert [answer["status"] for answer in await asyncio.gather(*calls)] == ["created"] * (1 + fitting)
 
 
 @pytest.mark.parametrize("journal_mode", ["DELETE", "WAL"])

@@ -22,6 +22,14 @@ else:
     new_event_loop = uvloop.new_event_loop
 
 
+_SWITCH_INTERVAL_S = 0.0001
+"""How long a thread waits before it asks a busy one for the interpreter's lock.
+
+The writer's thread needs the lock again after each step of SQLite. With Python's 5 ms it gets on only when the event
+loop has nothing left to do, so that one of the two is always idle (measured: docs/performance.md).
+"""
+
+
 @click.command()
 @settings_flags()
 def serve(**flags: Any) -> None:
@@ -35,6 +43,7 @@ def serve(**flags: Any) -> None:
     """
     loaded = load_settings(flags)
     settings = loaded.settings
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
     with logging_to(sys.stdout, settings.log_level, settings.log_format):
         try:
             with asyncio.Runner(loop_factory=new_event_loop) as runner:
