@@ -2,27 +2,38 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+RUNNABLE := $(VENV)/.runnable
 INSTALLED := $(VENV)/.installed
 BENCH_INSTALLED := $(VENV)/.installed-bench
 RELEASE_INSTALLED := $(VENV)/.installed-release
 # LOCK=requirements.lock installs exactly what the image holds (CI does), instead of the newest that setup.cfg allows.
 LOCK ?=
+# setuptools warns of every editable installation, whatever its layout.
+INSTALL := PYTHONWARNINGS='ignore:Editable installation' $(BIN)/pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-all test-faults torture fuzz check bench bench-large schema docs lock audit sbom build clean
+.PHONY: help install run test test-all test-faults torture fuzz check bench bench-large schema docs lock audit sbom build clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
-$(INSTALLED): setup.cfg pyproject.toml $(LOCK)
+$(RUNNABLE): setup.cfg pyproject.toml $(LOCK)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.11 …"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade pip
-	$(if $(LOCK),$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --requirement $(LOCK))
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@echo "Installing telemetryd into $(VENV)/ (once, about half a minute) …"
+	@$(PYTHON) -m venv $(VENV)
+	@$(INSTALL) --upgrade pip
+	@$(if $(LOCK),$(INSTALL) --require-hashes --requirement $(LOCK),true)
+	@$(INSTALL) --editable .
 	@touch $@
 
-run: $(INSTALLED) ## set everything up and run the daemon on port 8765
+$(INSTALLED): $(RUNNABLE)
+	@echo "Installing what tests and checks need into $(VENV)/ (once, about a minute) …"
+	@$(INSTALL) --editable '.[dev]'
+	@touch $@
+
+install: $(RUNNABLE) ## set up what the daemon needs
+
+run: $(RUNNABLE) ## set up what the daemon needs, and run it on port 8765
 	$(BIN)/telemetryd serve
 
 test: $(INSTALLED) ## set everything up and pass the tests (about two minutes)
@@ -51,7 +62,8 @@ check: $(INSTALLED) ## lint, types, and the direction of imports
 	$(BIN)/lint-imports
 
 $(BENCH_INSTALLED): $(INSTALLED)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	@echo "Installing what benchmarks need into $(VENV)/ (once) …"
+	@$(INSTALL) --editable '.[bench]'
 	@touch $@
 
 bench: $(BENCH_INSTALLED) ## measure against limits, a baseline and the targets (ten minutes; needs wrk and gcc)

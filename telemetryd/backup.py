@@ -18,7 +18,7 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Final, Protocol
 
-from telemetryd.database import APPLICATION_ID, SIDE_FILES, connect, corrupt, is_unfinished
+from telemetryd.database import APPLICATION_ID, SIDE_FILES, connect, corrupt, is_unfinished, sync_directory
 from telemetryd.errors import DatabaseError
 
 if sys.version_info >= (3, 14):
@@ -304,16 +304,6 @@ def publish(path: Path, destination: Path) -> None:
         raise DatabaseError(f"{destination} exists already; nothing was replaced")
     path.rename(destination)
     sync_directory(destination.parent)
-
-
-def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable (Windows has no such call and needs none)."""
-    if sys.platform != "win32":
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _compress(raw: Path, packed: Path, watch: Watch) -> None:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import math
 import os
 import signal
 import socket
 import sqlite3
-import stat
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import Final
 
 from aiohttp import web
@@ -23,6 +22,7 @@ import telemetryd
 from telemetryd import upkeep
 from telemetryd.connections import make_runner
 from telemetryd.http import make_app
+from telemetryd.listening import bound
 from telemetryd.logs import log
 from telemetryd.metrics import Metrics
 from telemetryd.runs import utc_now
@@ -49,40 +49,36 @@ class Running:
 async def running(
     settings: Settings, clock: Callable[[], datetime] = utc_now, passed: Sequence[socket.socket] = ()
 ) -> AsyncIterator[Running]:
-    """Run a daemon inside the block: lock → schema → writer → readers → app → sockets; then in reverse.
+    """Run a daemon inside the block: address → lock → schema → writer → readers → app → listen; then in reverse.
 
     Sockets that the service manager has passed stand in for those that the settings name.
 
     Raises:
+        AddressError: if an address cannot be listened on; the database is not touched then.
         DatabaseError: if the database cannot be used.
-        OSError: if an address cannot be listened on.
 
     """
-    metrics = Metrics()
-    store = await Store.open(settings, metrics, clock)
-    try:
-        runner = make_runner(make_app(store, settings, metrics), settings)
-        await runner.setup()
-        chores = asyncio.create_task(upkeep.keep_up(store, settings, clock))
+    async with bound(settings, passed) as sockets:
+        metrics = Metrics()
+        store = await Store.open(settings, metrics, clock)
         try:
-            yield Running(store, await _listen(runner, settings, passed))
+            runner = make_runner(make_app(store, settings, metrics), settings)
+            await runner.setup()
+            chores = asyncio.create_task(upkeep.keep_up(store, settings, clock))
+            try:
+                yield Running(store, await _listen(runner, sockets))
+            finally:
+                chores.cancel()
+                await asyncio.wait((chores,))
+                # First no new requests and an answer to those in flight, for which the writer is still needed.
+                await runner.cleanup()
         finally:
-            chores.cancel()
-            await asyncio.wait((chores,))
-            # First no new requests and an answer to those in flight, for which the writer is still needed.
-            await runner.cleanup()
-    finally:
-        await store.close()
+            await store.close()
 
 
-async def _listen(runner: web.AppRunner, settings: Settings, passed: Sequence[socket.socket]) -> tuple[str, ...]:
-    for listening in passed:
+async def _listen(runner: web.AppRunner, sockets: Sequence[socket.socket]) -> tuple[str, ...]:
+    for listening in sockets:
         await web.SockSite(runner, listening, backlog=_BACKLOG).start()
-    unix_passed = [listening for listening in passed if listening.family == socket.AF_UNIX]
-    if len(unix_passed) == len(passed):
-        await web.TCPSite(runner, settings.api_host, settings.api_port, backlog=_BACKLOG).start()
-    if settings.api_unix is not None and not unix_passed:
-        await web.SockSite(runner, _bind_unix(str(settings.api_unix.absolute())), backlog=_BACKLOG).start()
     addresses = []
     for address in runner.addresses:
         if isinstance(address, str):
@@ -93,60 +89,19 @@ async def _listen(runner: web.AppRunner, settings: Settings, passed: Sequence[so
     return tuple(addresses)
 
 
-def _bind_unix(path: str) -> socket.socket:
-    """Return a socket that is nobody else's from its first moment on, whatever the umask.
-
-    Raises:
-        OSError: if something else stands there, or it cannot be made.
-
-    """
-    _remove_dead_socket(path)
-    bound = socket.socket(socket.AF_UNIX)
-    before = os.umask(0o117)
-    try:
-        bound.bind(path)
-    except OSError as error:
-        bound.close()
-        raise OSError(error.errno or errno.EINVAL, error.strerror or str(error), path) from error
-    finally:
-        os.umask(before)
-    return bound
-
-
-def _remove_dead_socket(path: str) -> None:
-    """Remove the socket of a daemon that died, because binding would also take that of one that is alive.
-
-    Raises:
-        OSError: if the socket is in use, or what stands there is no socket.
-
-    """
-    try:
-        if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            raise FileExistsError(errno.EEXIST, "there is a file that is not a socket", path)
-    except FileNotFoundError:
-        return
-    with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)
-            return
-    raise OSError(errno.EADDRINUSE, "another process listens there", path)
-
-
 async def serve(loaded: LoadedSettings) -> int:
     """Serve until SIGTERM or SIGINT, or until the writer dies of a bug; return the process's exit status.
 
     Raises:
+        AddressError: if an address cannot be listened on.
         DatabaseError: if the database cannot be used.
-        OSError: if an address cannot be listened on.
 
     """
     settings = loaded.settings
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, _on_signal, stop, number)
+        _handle_signal(loop, number, partial(_on_signal, stop, number))
     for remark in loaded.remarks:
         log.warning("Configuration remark", extra={"remark": remark})
     notifier = Notifier()
@@ -161,7 +116,8 @@ async def serve(loaded: LoadedSettings) -> int:
         stopped.cancel()
         signs.cancel()
         notifier.send(STOPPING=1, STATUS="Committing what is queued")
-        if daemon.store.writing.done():
+        is_told = daemon.store.writing.done()
+        if is_told:
             log.critical(
                 "The writer has died; exiting, so that the service manager restarts the daemon",
                 exc_info=daemon.store.writing.exception(),
@@ -169,8 +125,9 @@ async def serve(loaded: LoadedSettings) -> int:
         log.info("Stopping", extra={"queue_depth": daemon.store.health().queue_depth})
         loop.call_later(settings.shutdown_timeout_s, _give_up, settings.shutdown_timeout_s)
     death = daemon.store.writing.exception()
-    if death is not None:  # perhaps only while it committed what was queued
-        log.critical("Stopped while the database was not usable", exc_info=death)
+    if death is not None:
+        # It may have come only while what was queued was committed.
+        log.critical("Stopped while the database was not usable", exc_info=None if is_told else death)
         return EXIT_FAILURE
     log.info("Stopped")
     return 0
@@ -199,6 +156,13 @@ async def _leave_after(stop: asyncio.Event) -> None:
     await asyncio.sleep(_LONGEST_START_S)
     print("telemetryd: stopped before it served", file=sys.stderr, flush=True)  # noqa: T201
     os._exit(0)
+
+
+def _handle_signal(loop: asyncio.AbstractEventLoop, number: signal.Signals, handle: Callable[[], None]) -> None:
+    if sys.platform == "win32":  # its event loops have no add_signal_handler
+        signal.signal(number, lambda *_: loop.call_soon_threadsafe(handle))
+    else:
+        loop.add_signal_handler(number, handle)
 
 
 def _on_signal(stop: asyncio.Event, number: int) -> None:
@@ -234,6 +198,18 @@ def _announce(settings: Settings, daemon: Running) -> None:
             "Acknowledged writes survive a crash, not a power cut",
             extra={"setting": "TELEMETRY_DB_SYNCHRONOUS=NORMAL"},
         )
-    if not settings.api_auth_enabled:
-        state = "loopback clients only" if settings.api_protected_mode else "every client that can reach it"
-        log.info("Authentication is off", extra={"served": state})
+    if settings.api_auth_enabled:
+        served = "every client that brings the token"
+    else:
+        served = "this machine only" if settings.api_protected_mode else "every client that can reach it"
+    log.info(f"Authentication is {'on' if settings.api_auth_enabled else 'off'}", extra={"served": served})
+    terminal = next((stream for stream in (sys.stderr, sys.stdout) if stream is not None and stream.isatty()), None)
+    if terminal is not None:  # somebody tries it out
+        print(_hint(settings, daemon.addresses, served), file=terminal, flush=True)
+
+
+def _hint(settings: Settings, addresses: Sequence[str], served: str) -> str:
+    page = next((f"{address}/docs" for address in addresses if address.startswith("http")), "/docs")
+    page = page.replace("//0.0.0.0:", "//localhost:").replace("//[::]:", "//localhost:")
+    state = "on" if settings.api_auth_enabled else "off"
+    return f"telemetryd: ready; try {page}. Authentication is {state}: {served}. Ctrl-C stops."

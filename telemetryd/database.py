@@ -325,8 +325,8 @@ def _examine_file(path: Path) -> FileState | bytes:
             raise DatabaseError(f"{path} is not a regular file")
         if status.st_nlink > 1:
             raise DatabaseError(
-                f"{path} has {status.st_nlink} hard links; SQLite can corrupt a database that is opened by two names "
-                "(sqlite.org/howtocorrupt.html): remove the others"
+                f"{path} has {status.st_nlink} hard links{_other_names(path, status)}; SQLite can corrupt a database "
+                "that is opened by two names (sqlite.org/howtocorrupt.html): remove the others"
             )
         with path.open("rb") as file:
             header = file.read(_HEADER_BYTES)
@@ -344,6 +344,16 @@ def _examine_file(path: Path) -> FileState | bytes:
         )
     _check_length(path, header, status.st_size)
     return header
+
+
+def _other_names(path: Path, status: os.stat_result) -> str:
+    """Say which other names of a file stand beside it, and who uses it by them."""
+    real, names = path.resolve(), []
+    for other in real.parent.iterdir():
+        if other != real and other.is_file() and os.path.samestat(other.stat(), status):
+            holder = FileLock(other.with_name(other.name + ".lock")).holder()
+            names.append(f"{other}, which PID {holder} owns" if holder else str(other))
+    return f" (also {'; '.join(sorted(names))})" if names else ""
 
 
 def _check_length(path: Path, header: bytes, actual: int) -> None:
@@ -696,15 +706,18 @@ class DirectorySync:
     """
 
     def __init__(self, database: Path) -> None:
-        self._descriptor = os.open(database.resolve().parent, os.O_RDONLY)
+        # Windows cannot open a directory, and SQLite does not sync one there either (os_win.c, winDelete).
+        self._descriptor = -1 if sys.platform == "win32" else os.open(database.resolve().parent, os.O_RDONLY)
 
     def __call__(self) -> None:
         """Sync the directory; raise OSError if that fails."""
-        os.fsync(self._descriptor)
+        if self._descriptor >= 0:
+            os.fsync(self._descriptor)
 
     def close(self) -> None:
         """Close the directory."""
-        os.close(self._descriptor)
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
 
 
 def needs_directory_sync(modes: Modes) -> bool:

@@ -25,6 +25,10 @@ class ConfigurationError(TelemetrydError):
         self.problems = problems
 
 
+class AddressError(TelemetrydError):
+    """An address cannot be listened on; the message says why and what to do."""
+
+
 class DatabaseError(TelemetrydError):
     """The database file cannot be used as it is; the message says why and what to run."""
 

@@ -27,7 +27,7 @@ from telemetryd.errors import (
     RunNotFoundError,
 )
 from telemetryd.metrics import Metrics, wants_prometheus
-from telemetryd.middleware import NOTE, Handler, json_response, middleware
+from telemetryd.middleware import NOTE, REASON, Handler, json_response, middleware
 from telemetryd.openapi import EVENT_ID, INTEGER, STRING, WARNINGS, Operation, obj, ref
 from telemetryd.settings import Settings
 from telemetryd.store import Store
@@ -318,7 +318,9 @@ async def get_health(request: web.Request) -> web.Response:
     }
     if health.problem is not None:
         answer["detail"] = health.problem
-    return json_response(answer, 200 if health.problem is None else 503, {"Cache-Control": "no-store"})
+    response = json_response(answer, 200 if health.problem is None else 503, {"Cache-Control": "no-store"})
+    response[REASON] = health.problem or ""
+    return response
 
 
 async def get_metrics(request: web.Request) -> web.Response:
@@ -345,6 +347,12 @@ async def get_metrics(request: web.Request) -> web.Response:
         },
     }
     return json_response(answer)
+
+
+async def go_to_docs(request: web.Request) -> web.Response:
+    """Send whoever opens the bare address in a browser to the page."""
+    request[NOTE].say("Page served", logging.DEBUG)
+    return web.Response(status=302, headers={"Location": "/docs"})
 
 
 async def get_openapi(request: web.Request) -> web.Response:
@@ -415,6 +423,7 @@ ROUTES: Final[tuple[Route, ...]] = (
             "A known event_id is a duplicate: the stored run stays as it is.",
             body=_NEW_RUN,
             body_types=JSON_TYPES,
+            example=runs.example(runs.NewRun, runs.BEGUN),
             answers={
                 201: (
                     "The run is stored and durable.",
@@ -459,6 +468,7 @@ ROUTES: Final[tuple[Route, ...]] = (
                 ]
             },
             body_types=(*JSON_TYPES, NDJSON_TYPES[0]),
+            example=[runs.example(runs.NewRun, runs.BEGUN, number) for number in (0, 1)],
             answers={
                 200: (
                     "What became of the items.",
@@ -515,6 +525,7 @@ ROUTES: Final[tuple[Route, ...]] = (
             parameters=(EVENT_ID,),
             body=ref("RunPatch"),
             body_types=JSON_TYPES,
+            example=runs.example(runs.RunPatch, runs.ENDED, 1),
             answers={200: ("The run is changed and the change durable.", _UPDATE_ANSWER)},
             errors=(404, *_WRITE_ERRORS),
         ),
@@ -528,6 +539,7 @@ ROUTES: Final[tuple[Route, ...]] = (
             parameters=(EVENT_ID,),
             body=ref("CommitAssociation"),
             body_types=JSON_TYPES,
+            example=runs.example(runs.CommitAssociation),
             answers={
                 200: (
                     "The commit is recorded and durable.",
@@ -714,6 +726,7 @@ ROUTES: Final[tuple[Route, ...]] = (
             errors=_WRITE_ERRORS,
         ),
     ),
+    Route("GET", "/", go_to_docs),
     Route("GET", "/openapi.json", get_openapi),
     Route("GET", "/docs", _serve_file("docs.html")),
     *(

@@ -12,9 +12,16 @@ from pathlib import Path
 from typing import Final
 
 from telemetryd import migrate
-from telemetryd.backup import Watch, ignore_progress, sync_directory
+from telemetryd.backup import Watch, ignore_progress
 from telemetryd.conversion import Converter, Original, RawValue, Tally
-from telemetryd.database import APPLICATION_ID, connect, corrupt, is_unfinished, lenient_text
+from telemetryd.database import (
+    APPLICATION_ID,
+    connect,
+    corrupt,
+    is_unfinished,
+    lenient_text,
+    sync_directory,
+)
 from telemetryd.errors import DatabaseError
 from telemetryd.runs import COLUMNS
 

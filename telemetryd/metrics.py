@@ -70,7 +70,7 @@ class Metrics:
         )
         self.commit_seconds = Histogram(
             "telemetryd_commit_duration_seconds",
-            "Time of one group commit, from BEGIN to durable.",
+            "Time of one group commit, from its hand-over to the writing thread until the event loop knows it durable.",
             buckets=_LATENCY,
             registry=self.registry,
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import hmac
 import ipaddress
 import itertools
@@ -48,6 +50,7 @@ _REQUEST_ID: Final = re.compile(r"[\x21-\x7e](?:[\x20-\x7e]{0,126}[\x21-\x7e])?"
 _CREDENTIALS: Final = struct.Struct("3i")
 """Linux's struct ucred: process, user, group (unix(7), SO_PEERCRED)."""
 ADMIN_PREFIX: Final = "/api/v1/admin/"
+PAGE_PREFIXES: Final = ("/docs", "/openapi.json")
 _JSON: Final = "application/json"
 _SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 """Methods that change nothing (RFC 9110 §9.2.1); a browser sends an Origin with all others."""
@@ -88,9 +91,17 @@ def json_response(payload: object, status: int = 200, headers: Mapping[str, str]
     return web.Response(body=orjson.dumps(payload), status=status, headers=headers, content_type=_JSON)
 
 
-def error_response(status: int, detail: object, headers: Mapping[str, str] | None = None) -> web.Response:
-    """Return an error in the one shape that all errors have: `{"detail": …}`."""
-    return json_response({"detail": detail}, status, headers)
+REASON: Final = web.ResponseKey("reason", str)
+"""Why a request was refused, for the log."""
+
+
+def error_response(
+    status: int, detail: object, headers: Mapping[str, str] | None = None, reason: str = ""
+) -> web.Response:
+    """Return an error in the one shape that all errors have: `{"detail": …}`; the log may know more of the reason."""
+    response = json_response({"detail": detail}, status, headers)
+    response[REASON] = reason or str(detail)
+    return response
 
 
 def mark(response: web.StreamResponse, identity: str) -> None:
@@ -190,18 +201,49 @@ class Gate:
             if wait:
                 return error_response(429, "Too many requests from this address", {"Retry-After": str(math.ceil(wait))})
         if self._token is not None and request.path != "/health" and not self._is_authentic(request):
-            return error_response(
-                401,
-                "A valid token is needed: Authorization: Bearer … or X-API-Key: …",
-                {"WWW-Authenticate": 'Bearer realm="telemetryd"'},
-            )
+            return _ask_for_token(request)
         return None
 
     def _is_authentic(self, request: web.Request) -> bool:
         assert self._token is not None  # noqa: S101 - for the type checker
-        scheme, _, credentials = request.headers.get("Authorization", "").partition(" ")
-        given = credentials.strip() if scheme.lower() == "bearer" else request.headers.get("X-API-Key", "")
-        return hmac.compare_digest(given.encode("utf-8", "surrogateescape"), self._token)
+        sent = [token.encode("utf-8", "surrogateescape") for token in _tokens(request)]
+        return any(hmac.compare_digest(token, self._token) for token in sent)
+
+
+def _tokens(request: web.Request) -> list[str]:
+    """Return what a request brings as its token."""
+    scheme, _, credentials = request.headers.get("Authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        return [credentials.strip()]
+    tokens = [request.headers.get("X-API-Key", "")]
+    if scheme.lower() == "basic" and _is_page(request):
+        with contextlib.suppress(ValueError):  # it is no base64
+            user_and_password = base64.b64decode(credentials, validate=True).decode("utf-8", "surrogateescape")
+            tokens.append(user_and_password.partition(":")[2])
+    return tokens
+
+
+def _ask_for_token(request: web.Request) -> web.Response:
+    """Return a 401; a browser that opens a page is also told the one way that it can ask its user for the token."""
+    if any(_tokens(request)):
+        reason = "The token is wrong"
+    else:
+        reason = "Authorization holds no bearer token" if "Authorization" in request.headers else "No token was sent"
+    response = error_response(
+        401,
+        "A valid token is needed: Authorization: Bearer … or X-API-Key: …",
+        {"WWW-Authenticate": 'Bearer realm="telemetryd"'},
+        reason,
+    )
+    if _is_page(request) and "text/html" in request.headers.get("Accept", ""):
+        response.headers.add("WWW-Authenticate", 'Basic realm="telemetryd: the token is the password", charset="UTF-8"')
+    return response
+
+
+def _is_page(request: web.Request) -> bool:
+    """Tell whether a request is for a page or the document: these only read, so a browser may remember the token."""
+    resource = request.match_info.route.resource
+    return resource is not None and (resource.canonical == "/" or resource.canonical.startswith(PAGE_PREFIXES))
 
 
 def _port(request: web.Request) -> int:
@@ -291,6 +333,7 @@ def middleware(settings: Settings, metrics: Metrics) -> Middleware:
             status=response.status,
             seconds=seconds,
             identity=identity,
+            reason=response.get(REASON, ""),
         )
         return response
 
@@ -345,6 +388,7 @@ def _log(
     status: int,
     seconds: float,
     identity: str,
+    reason: str,
 ) -> None:
     is_write = request.method in ("POST", "PATCH")
     level = note.level if status < 400 else logging.ERROR if status in (400, 422) or status >= 500 else logging.WARNING
@@ -359,7 +403,7 @@ def _log(
             if isinstance(problem, (InvalidBodyError, InvalidRequestError))
             else type(problem).__name__
         )
-        text = sentence(problem) if problem is not None else f"Refused with status {status}"
+        text = sentence(problem) if problem is not None else reason or f"Answered with status {status}"
         fields |= {"error_type": kind if problem is not None else "Refused", "error_message": text[:2000]}
         if isinstance(problem, UnavailableError) and problem.__cause__ is not None:
             fields["error_cause"] = str(problem.__cause__)

@@ -84,7 +84,7 @@ def test_a_hard_link_does_not_make_a_second_owner(start_daemon: StartDaemon, tmp
     before = link.read_bytes()
     status, errors = start_daemon(TELEMETRY_DB_PATH=str(link)).wait()
     assert status == 1
-    assert "2 hard links" in one_line(errors)
+    assert f"2 hard links (also {owner.database}, which PID {owner.process.pid} owns);" in one_line(errors)
     assert link.read_bytes() == before
     assert post(owner.url, make_run())[0] == 201
 

@@ -10,13 +10,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from telemetryd.backup import rotate
-from telemetryd.daemon import _bind_unix
+from telemetryd.errors import AddressError
+from telemetryd.listening import _bind_unix
 from tests.conftest import Api, MakeApi, StartDaemon, make_run
 from tests.contract.wire import JSON, RUNS, check_alive, check_error, send, send_raw
 from tests.http_client import call, get, post
@@ -252,10 +254,11 @@ def test_the_socket_is_nobody_elses_from_its_first_moment_on(tmp_path: Path, mon
     monkeypatch.setattr(os, "chmod", never)
     before = os.umask(0)
     try:
-        with _bind_unix(str(tmp_path / "socket")):
+        with ExitStack() as cleanup:
+            _bind_unix(tmp_path / "socket", cleanup)
             assert mode_of(tmp_path / "socket") == 0o660
-        with pytest.raises(OSError, match="too long"):
-            _bind_unix(str(tmp_path / ("s" * 200)))
+            with pytest.raises(AddressError, match="too long"):
+                _bind_unix(tmp_path / ("s" * 200), cleanup)
         assert os.umask(0) == 0
     finally:
         os.umask(before)

@@ -196,7 +196,7 @@ def _print_migration(path: Path, done: legacy.Migration, *, dry_run: bool) -> No
 
 @click.command()
 @click.argument("destination", metavar="DEST", type=click.Path(path_type=Path))
-@click.option("--keep", type=click.IntRange(1), help="Keep only the newest N backups in the directory DEST.")
+@click.option("--keep", type=click.IntRange(1), metavar="N", help="Keep only the newest N backups in DEST.")
 @click.option("--zstd", "compress", is_flag=True, help="Compress with Zstandard.")
 @json_flag
 @settings_flags("db_path")

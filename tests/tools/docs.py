@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 
 from telemetryd import runs
-from telemetryd.cli import NO_FLAG, flag
+from telemetryd.cli import NO_FLAG
 from telemetryd.runs import Role
-from telemetryd.settings import Settings, variable
+from telemetryd.settings import Settings, flag, variable
 from tests.faults import mutants
 
 ROOT = Path(__file__).parents[2]
