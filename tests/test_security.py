@@ -205,7 +205,7 @@ def umask(request: pytest.FixtureRequest) -> Iterator[None]:
 def test_every_file_that_we_make_is_private_whatever_the_umask(start_daemon: StartDaemon, tmp_path: Path) -> None:
     made, backups = tmp_path / "made", tmp_path / "backups"
     backups.mkdir(0o755)
-    unix, database = made / "socket", made / "telemetry.sqlite"
+    unix, database = tmp_path / "socket", made / "telemetry.sqlite"  # the socket is bound before the directory is made
     daemon = start_daemon(
         TELEMETRY_DB_PATH=str(database),
         TELEMETRY_DB_JOURNAL_MODE="WAL",
