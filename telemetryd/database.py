@@ -435,7 +435,7 @@ def undisturbed(path: Path) -> Iterator[Path]:
             shutil.copyfile(path, copy)
             for suffix in SIDE_FILES:
                 if beside(path, suffix).exists():
-                    shutil.copyfile(beside(path, suffix), copy.with_name(copy.name + suffix))
+                    shutil.copyfile(beside(path, suffix), beside(copy, suffix))
         except OSError as error:
             raise DatabaseError(f"Cannot copy {path} to look at it: {error.strerror}") from error
         yield copy

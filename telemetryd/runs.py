@@ -159,9 +159,7 @@ def _unstorable(value: object, depth: int, left: Iterator[int]) -> str | None:
         return f"is nested more than {MAX_JSON_DEPTH} levels deep"
     for child in (part for item in value.items() for part in item) if isinstance(value, dict) else value:
         is_too_much = next(left, None) is None
-        fault = (
-            f"holds more than {MAX_JSON_VALUES} keys and values" if is_too_much else _unstorable(child, depth - 1, left)
-        )
+        fault = _TOO_MUCH if is_too_much else _unstorable(child, depth - 1, left)
         if fault is not None:
             return fault
     return None

@@ -237,6 +237,22 @@ def require_program(program: str, package: str) -> None:
         give_up(f"{program} is needed, which is missing: apt-get install {package}")
 
 
+@contextlib.contextmanager
+def small_file_system(path: Path, mebibytes: int) -> Iterator[Path]:
+    """Mount an empty file system of that size on a new directory; skip the test where that is not possible."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs", str(path)]
+    mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if mounted.returncode != 0:
+        pytest.skip(f"cannot mount here: {mounted.stderr.strip()}")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "-l", str(path)], check=True)
+
+
 @pytest.fixture
 def free_port() -> int:
     """A port that nobody listens on now."""

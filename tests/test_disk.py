@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -22,10 +21,10 @@ from telemetryd import disk
 from telemetryd.disk import Disk, Look
 from telemetryd.errors import LowDiskError
 from telemetryd.metrics import Metrics
-from tests.conftest import Api, Daemon, MakeApi, StartDaemon, eventually, make_run
+from tests.conftest import Api, MakeApi, StartDaemon, eventually, make_run, small_file_system
 from tests.contract.test_operation import locked
 from tests.contract.wire import RUNS, check_error, send
-from tests.http_client import call, get, post
+from tests.http_client import call, get, post, wait_for_health
 from tests.tools.process import telemetryd
 
 RESERVE = 100_000_000
@@ -76,25 +75,8 @@ async def test_without_a_reserve_it_is_never_low() -> None:
 @pytest.fixture
 def small_volume(tmp_path: Path) -> Iterator[Path]:
     """A file system of 8 MiB."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small file system needs root")
-    path = tmp_path / "volume"
-    path.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(path)], capture_output=True, text=True, check=False
-    )
-    if mounted.returncode != 0:
-        pytest.skip(f"cannot mount here: {mounted.stderr.strip()}")
-    yield path
-    subprocess.run(["umount", "-l", str(path)], check=True)
-
-
-def wait_for_health(daemon: Daemon, status: int) -> Any:
-    deadline = time.monotonic() + 5
-    while (answer := get(daemon.url, "/health"))[0] != status:
-        assert time.monotonic() < deadline, answer
-        time.sleep(0.05)
-    return answer[1]
+    with small_file_system(tmp_path / "volume", 8) as path:
+        yield path
 
 
 @pytest.mark.parametrize("journal_mode", ["DELETE", "WAL"])
@@ -123,14 +105,14 @@ def test_a_disk_that_fills_up_refuses_runs_before_sqlite_fails_and_recovers_alon
     refused = make_run()
     assert call(daemon.url, "POST", "/api/v1/runs/batch", [refused])[0] == 503
     assert call(daemon.url, "PATCH", f"/api/v1/runs/{old[0]['event_id']}", {"status": "failed"})[0] == 503
-    health = wait_for_health(daemon, 503)
+    health = wait_for_health(daemon.url, 503)
     assert health["detail"].startswith("The disk is almost full: ")
     assert get(daemon.url, "/metrics")[1]["total_runs"] == acknowledged, "reads are answered, and nothing was lost"
 
     # Pruning makes room, so it may use the reserve.
     assert "300" in telemetryd("prune", "--older-than", "365d", "--unix", unix, "--db-path", path).stdout
     subprocess.run(["mount", "-o", "remount,size=32m", str(small_volume)], check=True)
-    wait_for_health(daemon, 200)
+    wait_for_health(daemon.url, 200)
     assert post(daemon.url, refused)[0] == 201
     assert daemon.stop() == 0
     told = [line["message"] for line in daemon.lines if line["message"].startswith("The disk")]

@@ -202,6 +202,10 @@ class Findings:
         self.counts[kind] += count
         self.notes.append(f"{kind}: {what}")
 
+    def figures(self) -> dict[str, Any]:
+        """Return them as `Ledger.record` takes them."""
+        return {**self.counts, "notes": self.notes}
+
     def add(self, other: Findings, where: str) -> None:
         """Take in what was found elsewhere."""
         self.counts += other.counts

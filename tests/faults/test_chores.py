@@ -66,10 +66,7 @@ def test_killed_at_any_moment(tmp_path: Path, rounds: Rounds, ledger: Ledger, ch
         fault=f"SIGKILL during {chore.fault}",
         rounds=full,
         acknowledged=runs,
-        lost=total.counts["lost"],
-        duplicated=total.counts["duplicated"],
-        unrecovered=total.counts["unrecovered"],
-        notes=total.notes,
+        **total.figures(),
     )
 
 
@@ -105,8 +102,5 @@ def test_power_cut_at_any_moment(
         fault=f"power cut during {chore.fault}",
         rounds=images,
         acknowledged=runs,
-        lost=total.counts["lost"],
-        duplicated=total.counts["duplicated"],
-        unrecovered=total.counts["unrecovered"],
-        notes=total.notes,
+        **total.figures(),
     )

@@ -71,8 +71,5 @@ async def test_kill_under_load(
         mode=mode,
         rounds=full,
         acknowledged=acknowledged,
-        lost=total.counts["lost"],
-        duplicated=total.counts["duplicated"],
-        unrecovered=total.counts["unrecovered"],
-        notes=total.notes,
+        **total.figures(),
     )

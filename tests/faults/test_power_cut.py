@@ -168,10 +168,7 @@ class Examiner:
             mode=self._recording.mode,
             rounds=len(self.distinct),
             acknowledged=sum(len(client.runs) for client in self._recording.load.clients),
-            lost=self.findings.counts["lost"],
-            duplicated=self.findings.counts["duplicated"],
-            unrecovered=self.findings.counts["unrecovered"],
-            notes=self.findings.notes,
+            **self.findings.figures(),
         )
 
 
