@@ -27,7 +27,6 @@ from telemetryd.commands import (
 )
 from telemetryd.database import (
     Connection,
-    DirectorySync,
     Modes,
     Ownership,
     check_quickly,
@@ -35,9 +34,9 @@ from telemetryd.database import (
     inspect_before_opening,
     is_unfinished,
     looking,
-    needs_directory_sync,
     open_writer,
     prepare_directory,
+    sync_directory,
 )
 from telemetryd.database import Kind as FileKind
 from telemetryd.errors import DatabaseError
@@ -74,7 +73,6 @@ class Store:
         modes: Modes,
         ownership: Ownership,
         readers: Readers,
-        directory: DirectorySync,
         metrics: Metrics,
         clock: Callable[[], datetime],
     ) -> None:
@@ -86,12 +84,11 @@ class Store:
         self._connection = connection
         self._ownership = ownership
         self._readers = readers
-        self._directory = directory
         self._writer: Writer[Command, Outcome] = Writer(
             connection,
             begin=statements.Transaction,
             clock=lambda: format_timestamp(clock()),
-            make_durable=self._make_durable,
+            make_durable=self._check_place,
             queue_max=settings.queue_max,
             metrics=metrics,
         )
@@ -125,13 +122,11 @@ class Store:
             )
             undo.push_async_callback(connection.close)
             try:
-                directory = DirectorySync(path)
-                undo.callback(directory.close)
                 state = await connection.run(identify)  # again: opening has undone what was cut off
                 migrate.refuse_unless_usable(path, state)
                 if state.kind is not FileKind.OURS:
                     await connection.run(lambda plain: migrate.create(plain, format_timestamp(clock())))
-                    directory()
+                    sync_directory(path.resolve().parent)
                 await connection.run(lambda plain: migrate.check_schema(plain, path))
                 readers = await Readers.open(
                     path, settings.db_readers, settings.query_timeout_s, settings.db_busy_timeout_ms
@@ -145,14 +140,11 @@ class Store:
             modes=modes,
             ownership=ownership,
             readers=readers,
-            directory=directory,
             metrics=metrics,
             clock=clock,
         )
 
-    def _make_durable(self) -> None:
-        if needs_directory_sync(self._modes):
-            self._directory()
+    def _check_place(self) -> None:
         if (displaced := self._displaced()) is not None:
             raise OSError(displaced)
 
@@ -233,7 +225,6 @@ class Store:
         await self._writer.stop()
         await asyncio.wait((self.writing,))
         await self._close_connections()
-        self._directory.close()
         self._ownership.release()
 
     async def _close_connections(self) -> None:

@@ -249,7 +249,7 @@ class Writer(Generic[C, R]):
             # The frames hold cursors, with which the connection would not really close when it is told to.
             traceback.clear_frames(error.__traceback__)
             raise _translate(error) from error
-        except OSError as error:  # the directory could not be synced
+        except OSError as error:  # the file is not at its place any more
             traceback.clear_frames(error.__traceback__)
             raise WriterDeadError(f"The writer has stopped: {error}") from error
 

@@ -8,7 +8,7 @@ import errno
 import inspect
 import io
 import json
-import os
+import re
 import sqlite3
 import threading
 import time
@@ -417,14 +417,13 @@ async def test_health_and_writes_tell_that_the_writer_is_dead(make_api: MakeApi)
     api = await make_api(db_journal_mode="DELETE")
     kept = make_run()
     await api.post(kept)
-    readable, writable = os.pipe()
-    os.dup2(readable, api.store._directory._descriptor)  # a real descriptor that fsync() refuses
+    api.settings.db_path.with_name(f"{api.settings.db_path.name}.lock").unlink()
     assert "writer has stopped" in (await api.post(make_run(), 503))["detail"]
     async with api.client.get("/health") as response:
         health = await response.json()
         assert response.status == 503
         assert health["status"] == "error"
-        assert "Invalid argument" in health["detail"]
+        assert "deleted or replaced" in health["detail"]
     for method, path, body in (
         ("POST", "/api/v1/runs", make_run()),
         ("POST", "/api/v1/runs/batch", [make_run()]),
@@ -434,26 +433,25 @@ async def test_health_and_writes_tell_that_the_writer_is_dead(make_api: MakeApi)
             assert response.status == 503
             assert "Retry-After" in response.headers
     assert (await api.get(f"/api/v1/runs/{kept['event_id']}"))["status"] == "running"
-    os.close(readable)
-    os.close(writable)
     with contextlib.suppress(WriterDeadError):
         await api.store.writing
 
 
 @needs_strace
-@pytest.mark.parametrize(("journal_mode", "call"), [("DELETE", "fdatasync"), ("DELETE", "fsync"), ("WAL", "fdatasync")])
+@pytest.mark.parametrize("journal_mode", ["DELETE", "WAL"])
 def test_after_a_failed_sync_the_process_ends_with_an_error(
-    start_daemon: StartDaemon, tmp_path: Path, journal_mode: str, call: str
+    start_daemon: StartDaemon, tmp_path: Path, journal_mode: str
 ) -> None:
     daemon = start_daemon(TELEMETRY_DB_JOURNAL_MODE=journal_mode)
     kept, lost = make_run(), make_run()
     assert post(daemon.url, kept)[0] == 201
-    with strace(daemon.process.pid, tmp_path / "trace", "-e", f"inject={call}:error=EIO"):
+    with strace(daemon.process.pid, tmp_path / "trace", "-e", "inject=fsync,fdatasync:error=EIO"):
         assert post(daemon.url, lost)[0] in (503, None)
         status, errors = daemon.wait()
     assert status == 1, errors
-    failed = [line for line in (tmp_path / "trace").read_text().splitlines() if f" {call}(" in line]
-    assert len(failed) == 1, "a sync that failed must not be tried again: the kernel may report success now"
+    failed = re.findall(r" f(?:data)?sync\(\d+<(.*?)>", (tmp_path / "trace").read_text())
+    assert failed
+    assert len(failed) == len(set(failed)), "a sync that failed must not be tried again: the kernel may report success"
     assert "Traceback" not in errors
     assert any(line["level"] == "CRITICAL" for line in daemon.lines)
 
