@@ -4,17 +4,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BENCH_INSTALLED := $(VENV)/.installed-bench
+RELEASE_INSTALLED := $(VENV)/.installed-release
+# LOCK=requirements.lock installs exactly what the image holds (CI does), instead of the newest that setup.cfg allows.
+LOCK ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-all test-faults torture check bench bench-large schema docs build clean
+.PHONY: help run test test-all test-faults torture fuzz check bench bench-large schema docs lock audit sbom build clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
-$(INSTALLED): setup.cfg pyproject.toml
+$(INSTALLED): setup.cfg pyproject.toml $(LOCK)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.11 …"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade pip
+	$(if $(LOCK),$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --requirement $(LOCK))
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
@@ -34,6 +38,11 @@ torture: $(INSTALLED) ## the fault tests in their long form; publishes the figur
 	rm -f build/ledger.jsonl && mkdir -p build
 	$(BIN)/pytest tests/faults --rounds-scale 1 --ledger build/ledger.jsonl
 	$(BIN)/python -m tests.tools.reliability build/ledger.jsonl
+
+fuzz: $(INSTALLED) ## ten minutes of coverage-guided fuzzing of each parser (Linux); new inputs go into tests/fuzz/corpus
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[fuzz]'
+	$(BIN)/python -m tests.fuzz body -max_total_time=600
+	$(BIN)/python -m tests.fuzz query -max_total_time=600
 
 check: $(INSTALLED) ## lint, types, and the direction of imports
 	$(BIN)/ruff check .
@@ -56,6 +65,21 @@ schema: $(INSTALLED) ## write schema/telemetry.sql from migrations/
 
 docs: $(INSTALLED) ## write the generated parts of README.md and .env.example
 	$(BIN)/python -m tests.tools.docs
+
+$(RELEASE_INSTALLED): $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[release]'
+	@touch $@
+
+lock: $(RELEASE_INSTALLED) ## write requirements.lock: every package that is installed with us, with its hashes
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --upgrade \
+		--custom-compile-command 'make lock' --output-file requirements.lock setup.cfg
+
+audit: $(RELEASE_INSTALLED) ## look for published advisories on what requirements.lock holds
+	$(BIN)/python -m tests.tools.audit
+
+sbom: $(RELEASE_INSTALLED) ## write dist/telemetryd.cdx.json, the bill of materials (CycloneDX)
+	mkdir -p dist
+	$(BIN)/cyclonedx-py requirements --output-reproducible --output-file dist/telemetryd.cdx.json requirements.lock
 
 build: $(INSTALLED) ## build the wheel into dist/
 	$(BIN)/python -m build --wheel

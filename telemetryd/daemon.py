@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import logging
 import math
 import os
 import signal
@@ -12,119 +11,30 @@ import socket
 import sqlite3
 import stat
 import sys
-import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Final, cast
+from typing import Final
 
 from aiohttp import web
-from aiohttp.web_protocol import RequestHandler
 
 import telemetryd
 from telemetryd import upkeep
+from telemetryd.connections import make_runner
 from telemetryd.http import make_app
 from telemetryd.logs import log
 from telemetryd.metrics import Metrics
-from telemetryd.middleware import error_response, request_id, unexpected_detail
 from telemetryd.runs import utc_now
 from telemetryd.settings import LoadedSettings, Settings
 from telemetryd.store import Store
 from telemetryd.systemd import Notifier, passed_sockets
 
 _BACKLOG: Final = 2048
-_KEEPALIVE_S: Final = 75.0
-_MOST_DESCRIPTORS: Final = 65_536
-_SPARE_DESCRIPTORS: Final = 80
-"""For the database, its journal and log, the lock files, the sockets that listen, and what Python opens."""
 _STATUS_EVERY_S: Final = 10.0
+_LONGEST_START_S: Final = 1.0
+"""How long a start may go on after a signal, before the process ends without it: nothing was acknowledged yet."""
 EXIT_FAILURE: Final = 1
-
-
-def _descriptor_limit() -> int:
-    """Raise the process's limit on open files as far as it may be raised, and return it."""
-    if sys.platform == "win32":
-        return 8192
-    import resource  # noqa: PLC0415 - POSIX only
-
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    limit = min(hard, _MOST_DESCRIPTORS) if hard != resource.RLIM_INFINITY else _MOST_DESCRIPTORS
-    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-    return limit
-
-
-class _Protocol(RequestHandler):
-    """aiohttp's protocol, except that its own errors (a malformed request) are JSON like all others."""
-
-    def handle_error(
-        self,
-        request: web.BaseRequest,
-        status: int = 500,
-        exc: BaseException | None = None,
-        message: str | None = None,
-    ) -> web.StreamResponse:
-        """Answer what never became a request; the parser's text may echo the input, so it is not passed on."""
-        identity = uuid.uuid4().hex
-        unexpected = status >= 500
-        log.log(
-            logging.ERROR if unexpected else logging.WARNING,
-            "Request failed outside of any handler" if unexpected else "Malformed request",
-            extra={
-                "status": status,
-                "client": request.remote or "unix",
-                "error_type": type(exc).__name__,
-                "request_id": identity,
-            },
-            exc_info=exc if unexpected else None,
-        )
-        detail = unexpected_detail(identity) if unexpected else "The request is not valid HTTP/1.1"
-        response = error_response(status, detail, {"X-Request-ID": identity})
-        response.force_close()
-        return response
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Take a connection, unless so many are open that the database would find no descriptor any more."""
-        super().connection_made(transport)
-        if isinstance(self._manager, _Server) and len(self._manager.connections) > self._manager.most_connections:
-            cast(asyncio.Transport, transport).abort()
-
-
-class _Server(web.Server):
-    most_connections: int
-
-    def __call__(self) -> RequestHandler:
-        return _Protocol(self, loop=self._loop, **self._kwargs)
-
-
-class _Runner(web.AppRunner):
-    async def _make_server(self) -> web.Server:
-        made = await super()._make_server()
-
-        async def answer(request: web.BaseRequest) -> web.StreamResponse:
-            try:
-                return await made.request_handler(request)
-            except web.HTTPExpectationFailed as error:  # the one answer that aiohttp gives before any middleware
-                return error_response(
-                    error.status, "Expect can only be 100-continue", {"X-Request-ID": request_id(request)}
-                )
-
-        server = _Server(answer, request_factory=made.request_factory, **made._kwargs)
-        server.most_connections = _descriptor_limit() - _SPARE_DESCRIPTORS
-        return server
-
-
-def make_runner(app: web.Application, settings: Settings) -> web.AppRunner:
-    """Return aiohttp's runner with our own handling of signals, bodies, errors and time limits."""
-    return _Runner(
-        app,
-        handle_signals=False,  # aiohttp's second SIGTERM aborts the drain
-        access_log=None,
-        auto_decompress=False,  # body.py does it, within its limits
-        keepalive_timeout=_KEEPALIVE_S,
-        # aiohttp waits that long for the handlers, cancels them, and waits as long again.
-        shutdown_timeout=settings.shutdown_timeout_s / 4,
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,10 +82,7 @@ async def _listen(runner: web.AppRunner, settings: Settings, passed: Sequence[so
     if len(unix_passed) == len(passed):
         await web.TCPSite(runner, settings.api_host, settings.api_port, backlog=_BACKLOG).start()
     if settings.api_unix is not None and not unix_passed:
-        path = settings.api_unix.absolute()
-        _remove_dead_socket(str(path))
-        await web.UnixSite(runner, path, backlog=_BACKLOG).start()
-        path.chmod(0o660)
+        await web.SockSite(runner, _bind_unix(str(settings.api_unix.absolute())), backlog=_BACKLOG).start()
     addresses = []
     for address in runner.addresses:
         if isinstance(address, str):
@@ -184,6 +91,26 @@ async def _listen(runner: web.AppRunner, settings: Settings, passed: Sequence[so
             host = f"[{address[0]}]" if ":" in address[0] else address[0]
             addresses.append(f"http://{host}:{address[1]}")
     return tuple(addresses)
+
+
+def _bind_unix(path: str) -> socket.socket:
+    """Return a socket that is nobody else's from its first moment on, whatever the umask.
+
+    Raises:
+        OSError: if something else stands there, or it cannot be made.
+
+    """
+    _remove_dead_socket(path)
+    bound = socket.socket(socket.AF_UNIX)
+    before = os.umask(0o117)
+    try:
+        bound.bind(path)
+    except OSError as error:
+        bound.close()
+        raise OSError(error.errno or errno.EINVAL, error.strerror or str(error), path) from error
+    finally:
+        os.umask(before)
+    return bound
 
 
 def _remove_dead_socket(path: str) -> None:
@@ -208,7 +135,7 @@ def _remove_dead_socket(path: str) -> None:
 
 
 async def serve(loaded: LoadedSettings) -> int:
-    """Serve until SIGTERM or SIGINT, or until the writer dies; return the process's exit status.
+    """Serve until SIGTERM or SIGINT, or until the writer dies of a bug; return the process's exit status.
 
     Raises:
         DatabaseError: if the database cannot be used.
@@ -223,7 +150,9 @@ async def serve(loaded: LoadedSettings) -> int:
     for remark in loaded.remarks:
         log.warning("Configuration remark", extra={"remark": remark})
     notifier = Notifier()
+    impatience = asyncio.create_task(_leave_after(stop))
     async with running(settings, passed=passed_sockets()) as daemon:
+        impatience.cancel()
         _announce(settings, daemon)
         notifier.send(READY=1, STATUS="Serving")
         signs = asyncio.create_task(_show_life(notifier, daemon.store))
@@ -241,7 +170,7 @@ async def serve(loaded: LoadedSettings) -> int:
         loop.call_later(settings.shutdown_timeout_s, _give_up, settings.shutdown_timeout_s)
     death = daemon.store.writing.exception()
     if death is not None:  # perhaps only while it committed what was queued
-        log.critical("Stopped after the writer's death", exc_info=death)
+        log.critical("Stopped while the database was not usable", exc_info=death)
         return EXIT_FAILURE
     log.info("Stopped")
     return 0
@@ -255,12 +184,21 @@ async def _show_life(notifier: Notifier, store: Store) -> None:
     groups = -1
     while True:
         health = store.health()
-        if health.problem is None and (health.idle or health.groups != groups):
-            notifier.send(WATCHDOG=1, STATUS=f"Serving, {health.queue_depth} writes waiting")
+        if health.idle or health.groups != groups:
+            # A problem of the disk is none that a restart would mend.
+            notifier.send(WATCHDOG=1, STATUS=health.problem or f"Serving, {health.queue_depth} writes waiting")
         else:
             notifier.send(STATUS=health.problem or f"The writer does not get on, {health.queue_depth} writes waiting")
         groups = health.groups
         await asyncio.sleep(pause_s)
+
+
+async def _leave_after(stop: asyncio.Event) -> None:
+    """End a start that is told to stop and does not come to its end: SQLite may wait long for somebody else's lock."""
+    await stop.wait()
+    await asyncio.sleep(_LONGEST_START_S)
+    print("telemetryd: stopped before it served", file=sys.stderr, flush=True)  # noqa: T201
+    os._exit(0)
 
 
 def _on_signal(stop: asyncio.Event, number: int) -> None:

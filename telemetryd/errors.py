@@ -72,6 +72,16 @@ class SlowBodyError(UnavailableError):
     retry_after_seconds = 5
 
 
+class TooManyBodiesError(UnavailableError):
+    """Too many large bodies are being received; try again shortly."""
+
+
+class NoMemoryError(UnavailableError):
+    """There is not enough memory for this request now; a smaller one may succeed."""
+
+    retry_after_seconds = 5
+
+
 class QueueFullError(UnavailableError):
     """Too many writes are waiting; try again shortly."""
 
@@ -90,8 +100,20 @@ class StorageFullError(UnavailableError):
     retry_after_seconds = 10
 
 
+class LowDiskError(UnavailableError):
+    """The disk is almost full, so no new writes are taken (TELEMETRY_MIN_FREE_MB); nothing of this was stored."""
+
+    retry_after_seconds = 10
+
+
 class WriteFailedError(UnavailableError):
     """The write was rolled back; repeat it with the same event_id."""
+
+
+class DatabaseSuspectError(UnavailableError):
+    """The database failed and is being opened again; if this was stored or not, repeat it with the same event_id."""
+
+    retry_after_seconds = 5
 
 
 class WriterDeadError(UnavailableError):

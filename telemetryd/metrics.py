@@ -79,12 +79,29 @@ class Metrics:
             "When the last group was committed.",
             registry=self.registry,
         )
+        self._oldest_waiting = Gauge(
+            "telemetryd_oldest_waiting_seconds",
+            "For how long the oldest command waits to be durable; 0 if none does.",
+            registry=self.registry,
+        )
+        self._wal_bytes = Gauge(
+            "telemetryd_wal_bytes", "Size of the write-ahead log, a second ago at most.", registry=self.registry
+        )
+        self._disk_free = Gauge(
+            "telemetryd_disk_free_bytes", "Room left on the database's disk, a second ago.", registry=self.registry
+        )
         self._queue_depth = Gauge("telemetryd_queue_depth", "Commands waiting for the writer.", registry=self.registry)
         self._runs_stored = Gauge("telemetryd_runs_stored", "Runs in the database.", registry=self.registry)
 
-    def watch_queue(self, depth: Callable[[], int]) -> None:
-        """Take the queue's depth from a function whenever it is asked for."""
+    def watch_queue(self, depth: Callable[[], int], oldest_s: Callable[[], float]) -> None:
+        """Take the queue's depth and its oldest command's age from functions whenever they are asked for."""
         self._queue_depth.set_function(depth)
+        self._oldest_waiting.set_function(oldest_s)
+
+    def show_disk(self, free_bytes: int, wal_bytes: int) -> None:
+        """Show what was seen of the disk."""
+        self._disk_free.set(free_bytes)
+        self._wal_bytes.set(wal_bytes)
 
     def count_request(self, method: str, route: str, status: int, seconds: float) -> None:
         """Count one answered request; methods that no route knows are counted together."""

@@ -1,4 +1,4 @@
-"""What every request passes: request id, peer and token checks, rate limit, errors to JSON, log and counters."""
+"""What every request passes: request id, host, peer and token checks, rate limit, errors to JSON, log and counters."""
 
 from __future__ import annotations
 
@@ -28,14 +28,17 @@ from telemetryd.errors import (
     CommandFailedError,
     InvalidBodyError,
     InvalidRequestError,
+    NoMemoryError,
     RunNotFoundError,
     TelemetrydError,
     UnavailableError,
     UnsupportedBodyError,
     sentence,
 )
+from telemetryd.hosts import Names
 from telemetryd.logs import log
 from telemetryd.metrics import Metrics
+from telemetryd.runs import shorten
 from telemetryd.settings import Settings
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -46,6 +49,8 @@ _CREDENTIALS: Final = struct.Struct("3i")
 """Linux's struct ucred: process, user, group (unix(7), SO_PEERCRED)."""
 ADMIN_PREFIX: Final = "/api/v1/admin/"
 _JSON: Final = "application/json"
+_SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
+"""Methods that change nothing (RFC 9110 §9.2.1); a browser sends an Origin with all others."""
 
 STATUSES: Final[tuple[tuple[type[TelemetrydError], int], ...]] = (
     (InvalidBodyError, 422),
@@ -88,6 +93,14 @@ def error_response(status: int, detail: object, headers: Mapping[str, str] | Non
     return json_response({"detail": detail}, status, headers)
 
 
+def mark(response: web.StreamResponse, identity: str) -> None:
+    """Give an answer what every answer carries: its request id, and nothing that helps an attacker."""
+    headers = response.headers
+    headers["X-Request-ID"] = identity
+    headers["Server"] = "telemetryd"  # aiohttp would name its own version and Python's
+    headers["X-Content-Type-Options"] = "nosniff"
+
+
 class RateLimit:
     """A token bucket for each client address, for a bounded number of addresses.
 
@@ -124,9 +137,38 @@ class Gate:
         self._token = settings.token() if settings.api_auth_enabled else None
         self._loopback_only = self._token is None and settings.api_protected_mode
         self._limit = RateLimit(settings.rate_limit_rpm) if settings.rate_limit_enabled else None
+        self._names = Names(settings.host_names, settings.api_host)
+        # A page that has rebound its name does not know the token.
+        self._checks_host = self._token is None or settings.host_names is not None
 
     def refusal(self, request: web.Request) -> web.Response | None:
         """Return the answer that keeps a request out, or None."""
+        return self._refusal_of_page(request) or self._refusal_of_client(request)
+
+    def _refusal_of_page(self, request: web.Request) -> web.Response | None:
+        """Keep out what a foreign web page makes a browser send."""
+        host = request.headers.get("Host", "")
+        if self._checks_host and request.remote and not self._is_called(request, host):
+            return error_response(
+                403,
+                f"Host {shorten(host)!r} is not a name of this daemon; if it is, list it in TELEMETRY_ALLOWED_HOSTS",
+            )
+        if request.method in _SAFE_METHODS:
+            return None
+        origin = request.headers.get("Origin")
+        if origin is None or self._names.has_origin(origin, host):
+            return None
+        return error_response(
+            403,
+            f"A page of {shorten(origin)!r} must not change anything here; if it is served by a proxy of this "
+            "daemon, list its name in TELEMETRY_ALLOWED_HOSTS",
+        )
+
+    def _is_called(self, request: web.Request, host: str) -> bool:
+        return self._names.has_host(host) or self._names.may_be_a_proxys(host, _port(request))
+
+    def _refusal_of_client(self, request: web.Request) -> web.Response | None:
+        """Keep out who has no right to ask, or asks too often."""
         resource = request.match_info.route.resource
         if resource is not None and resource.canonical.startswith(ADMIN_PREFIX):
             if _is_own_unix_peer(request):
@@ -160,6 +202,12 @@ class Gate:
         scheme, _, credentials = request.headers.get("Authorization", "").partition(" ")
         given = credentials.strip() if scheme.lower() == "bearer" else request.headers.get("X-API-Key", "")
         return hmac.compare_digest(given.encode("utf-8", "surrogateescape"), self._token)
+
+
+def _port(request: web.Request) -> int:
+    """Return the port where a request came in, 0 if that is not known."""
+    name = request.transport.get_extra_info("sockname") if request.transport is not None else None
+    return int(name[1]) if isinstance(name, tuple) else 0
 
 
 def _is_own_unix_peer(request: web.Request) -> bool:
@@ -222,10 +270,14 @@ def middleware(settings: Settings, metrics: Metrics) -> Middleware:
         ) as error:
             problem = error
             response = _answer_error(error, identity)
+        except MemoryError as error:
+            problem = NoMemoryError()
+            problem.__cause__ = error
+            response = _answer_error(problem, identity)
         except Exception as error:  # noqa: BLE001 - whatever it is must not reach the client; the log has it in full
             problem = error
             response = _answer_error(error, identity)
-        response.headers["X-Request-ID"] = identity
+        mark(response, identity)
         seconds = time.perf_counter() - started
         endpoint = await _endpoint(request)
         metrics.count_request(request.method, endpoint, response.status, seconds)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from enum import Flag, StrEnum, auto
 from itertools import islice
@@ -25,7 +25,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError, from_json
 
-from telemetryd.errors import ErrorItem, InvalidBodyError
+from telemetryd.errors import BodyTooLargeError, ErrorItem, InvalidBodyError
 from telemetryd.git_urls import commit_url, repo_url
 
 SqlValue = str | int | None
@@ -34,6 +34,10 @@ Row = tuple[SqlValue, ...]
 
 MAX_INTEGER: Final = 2**63 - 1
 MAX_JSON_DEPTH: Final = 64
+MAX_JSON_VALUES: Final = 100_000
+"""Values in one JSON object of an agent's own; to look at so many takes some 20 ms, in which nobody is answered."""
+MAX_BODY_VALUES: Final = 1_000_000
+"""Values in one JSON text; decoding takes at most about a tenth of a second for so many."""
 MAX_ECHO: Final = 200
 MAX_WARNINGS: Final = 100
 
@@ -140,22 +144,24 @@ def canonical_timestamp(text: str) -> str:
     raise PydanticCustomError("value_error", f"Timestamp {_TIMESTAMP_RULE}")
 
 
-def _unstorable(value: object, depth: int) -> str | None:
-    """Say why a decoded JSON value cannot be stored, or return None."""
+_TOO_MUCH: Final = f"holds more than {MAX_JSON_VALUES} keys and values"
+
+
+def _unstorable(value: object, depth: int, left: Iterator[int]) -> str | None:
+    """Say why a decoded JSON value cannot be stored, or return None; each value in it takes one out of `left`."""
     if isinstance(value, str):
         return "holds a NUL character" if "\0" in value else None
     if isinstance(value, float):
         return None if value - value == 0.0 else "holds a number that is not finite"
-    if isinstance(value, dict):
-        children: Iterable[object] = (part for item in value.items() for part in item)
-    elif isinstance(value, list):
-        children = value
-    else:
+    if not isinstance(value, (dict, list)):
         return None
     if depth == 0:
         return f"is nested more than {MAX_JSON_DEPTH} levels deep"
-    for child in children:
-        fault = _unstorable(child, depth - 1)
+    for child in (part for item in value.items() for part in item) if isinstance(value, dict) else value:
+        is_too_much = next(left, None) is None
+        fault = (
+            f"holds more than {MAX_JSON_VALUES} keys and values" if is_too_much else _unstorable(child, depth - 1, left)
+        )
         if fault is not None:
             return fault
     return None
@@ -167,7 +173,7 @@ def _json_text(value: object) -> str | None:
         return None
     if not isinstance(value, dict):
         raise PydanticCustomError("dict_type", "Input should be a JSON object")
-    fault = _unstorable(value, MAX_JSON_DEPTH)
+    fault = _unstorable(value, MAX_JSON_DEPTH, iter(range(MAX_JSON_VALUES)))
     if fault is not None:
         raise PydanticCustomError("value_error", f"JSON object {fault}")
     try:
@@ -329,6 +335,8 @@ COLUMNS: Final = tuple(_ROLES)
 """Every field, in the order in which a run is answered."""
 STORED: Final = columns(Role.SET)
 """The fields that a new run brings along."""
+TEXTS: Final = tuple(name for name, field in Run.model_fields.items() if field.annotation not in (int, bool))
+"""The fields that hold text."""
 PATCHABLE: Final = columns(Role.PATCH)
 FILTERS: Final = columns(Role.FILTER)
 _JSON_COLUMNS: Final = columns(Role.JSON)
@@ -378,7 +386,7 @@ class CommitAssociation(BaseModel):
 _values_of: Final = itemgetter(*STORED)
 
 
-def parse_json(body: bytes | str) -> object:
+def parse_json(text: bytes | str) -> object:
     """Decode a JSON text strictly (RFC 8259: no NaN, no lone surrogates); integers keep every digit.
 
     Raises:
@@ -386,9 +394,41 @@ def parse_json(body: bytes | str) -> object:
 
     """
     try:
-        return from_json(body, allow_inf_nan=False)
+        return from_json(text, allow_inf_nan=False)
     except ValueError as error:
         raise InvalidBodyError([_item([], f"Invalid JSON: {error}", "json_invalid")]) from error
+
+
+def parse_body(body: bytes) -> object:
+    """Decode a body, or a line of one, like `parse_json`, unless it holds too much to be decoded at once.
+
+    Raises:
+        BodyTooLargeError: if it holds more than `MAX_BODY_VALUES` values.
+        InvalidBodyError: one error of type `json_invalid` that says what is wrong, and where.
+
+    """
+    if len(body) > MAX_BODY_VALUES and _holds_too_much(body):
+        raise BodyTooLargeError(f"A body must not hold more than {MAX_BODY_VALUES} JSON values; split it")
+    return parse_json(body)
+
+
+def _holds_too_much(body: bytes) -> bool:
+    """Tell whether a JSON text holds more values than may be decoded at once.
+
+    Decoding keeps the interpreter's lock, in a thread too, so everybody else would wait. Counting takes some
+    hundredths of a second for 16 MiB.
+    """
+    if sum(map(body.count, _MARKS)) <= MAX_BODY_VALUES:  # those inside of texts included
+        return False
+    plain = body.replace(rb"\\", b"").replace(rb"\"", b"")
+    if plain.count(b'"') > 2 * MAX_BODY_VALUES:
+        return True
+    outside = b"".join(plain.split(b'"')[::2])
+    return sum(map(outside.count, _MARKS)) > MAX_BODY_VALUES
+
+
+_MARKS: Final = (b",", b"[", b"{")
+"""One of these stands before every value except the first."""
 
 
 class ParsedRun(NamedTuple):

@@ -116,6 +116,16 @@ def parse_duration(text: object) -> float:
     return seconds
 
 
+_HOST_NAME: Final = re.compile(r"\*|(?=.{1,253}$)[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?)*")
+
+
+def _host_names(text: str) -> str:
+    names = [name.strip().lower() for name in text.split(",")]
+    if not all(map(_HOST_NAME.fullmatch, names)):
+        raise ValueError("must be host names without ports, separated by commas, or *")
+    return ",".join(names)
+
+
 FilePath = Annotated[Path, BeforeValidator(_not_blank)]
 Upper = BeforeValidator(_upper)
 Positive = Annotated[int, Field(ge=1)]
@@ -157,6 +167,11 @@ class Settings(BaseModel):
     api_auth_token: SecretStr | None = Field(None, description="The token; better in a file.")
     api_auth_token_file: FilePath | None = Field(None, description="File that holds the token.")
     api_protected_mode: bool = Field(True, description="While authentication is off, serve loopback peers only.")
+    allowed_hosts: Annotated[str, AfterValidator(_host_names)] | None = Field(
+        None,
+        description="Names by which clients and proxies may call (Host), separated by commas; * means any; "
+        "none: localhost, this machine's name, and a proxy's name while authentication is off, any while it is on.",
+    )
     rate_limit_enabled: bool = Field(False, description="Limit the requests of each client address.")
     rate_limit_rpm: Positive = Field(60, description="Requests per minute and client address.")
     queue_max: Positive = Field(10_000, description="Writes that may wait for the writer; beyond it 503.")
@@ -164,6 +179,9 @@ class Settings(BaseModel):
         16 * 1024 * 1024, description="Largest request body, decoded; beyond it 413."
     )
     max_batch: Positive = Field(10_000, description="Most runs in one batch; beyond it 413.")
+    min_free_mb: Annotated[int, Field(ge=0, le=1024 * 1024)] = Field(
+        64, description="MiB of disk that new runs leave free; beyond it 503, before SQLite fails. 0: no reserve."
+    )
     retention_days: Annotated[float, Field(gt=0, le=36_500, allow_inf_nan=False)] | None = Field(
         None, description="Delete runs created more than so many days ago, by itself; none keeps them for ever."
     )
@@ -211,6 +229,11 @@ class Settings(BaseModel):
         if len(text.strip()) < 8:
             raise ValueError(f"{variable}: must hold at least 8 characters; make one with: openssl rand -hex 32")
         return text.strip().encode()
+
+    @property
+    def host_names(self) -> frozenset[str] | None:
+        """The names of TELEMETRY_ALLOWED_HOSTS, or None if it is not set."""
+        return None if self.allowed_hosts is None else frozenset(self.allowed_hosts.split(","))
 
     @property
     def durable(self) -> bool:

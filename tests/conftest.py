@@ -23,7 +23,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import BaseTestServer, TestClient
 
-from telemetryd.daemon import make_runner
+from telemetryd.connections import make_runner
 from telemetryd.http import make_app
 from telemetryd.metrics import Metrics
 from telemetryd.runs import utc_now

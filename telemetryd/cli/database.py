@@ -48,6 +48,8 @@ def owned(settings: Settings) -> Iterator[Path]:
     ownership.acquire()
     try:
         yield path
+        if not ownership.was_dropped:  # what a crash left is still for the daemon's next start to look at
+            ownership.settle()
     finally:
         ownership.release()
 

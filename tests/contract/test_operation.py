@@ -21,7 +21,7 @@ from schemathesis.specs.openapi.definitions import OPENAPI_31_VALIDATOR
 import telemetryd
 from telemetryd import statements
 from telemetryd.runs import PATCHABLE, STORED
-from tests.conftest import Api, MakeApi, make_run
+from tests.conftest import Api, MakeApi, eventually, make_run
 from tests.contract.test_runs import FULL
 from tests.contract.wire import BATCH, RUNS, check_error, send
 
@@ -84,6 +84,7 @@ async def test_health_never_waits_on_the_queue(make_api: MakeApi) -> None:
 async def test_health_is_503_with_the_reason_when_the_database_is_gone(make_api: MakeApi, tmp_path: Path) -> None:
     api = await make_api()
     api.settings.db_path.rename(tmp_path / "elsewhere.sqlite")
+    await eventually(lambda: api.store.health().problem is not None, timeout_s=3)
     answer = await send(api, "GET", "/health")
     assert answer.status == 503
     assert answer.json["status"] == "error"
@@ -147,10 +148,16 @@ async def test_metrics_are_negotiated(api: Api, accept: str, query: str, kind: s
         assert answer.json["total_runs"] == 3
         return
     parse = parse_openmetrics if kind == "application/openmetrics-text" else parse_prometheus
-    values = {sample.name: sample.value for family in parse(answer.text) for sample in family.samples}
+    samples = [sample for family in parse(answer.text) for sample in family.samples]
+    received = [sample for sample in samples if sample.name == "telemetryd_runs_received_total"]
+    assert {sample.labels["outcome"]: sample.value for sample in received} == {
+        "created": 3,
+        "duplicate": 0,
+        "invalid": 0,
+    }
+    values = {sample.name: sample.value for sample in samples}
     assert values["telemetryd_runs_stored"] == 3
     assert values["telemetryd_queue_depth"] == 0
-    assert values["telemetryd_runs_received_total"] == 3
     assert values["telemetryd_group_commands_count"] == 1
 
 

@@ -36,7 +36,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.parametrize("journal_mode", ["DELETE", "WAL"])
 def test_a_full_disk_is_503_and_then_it_goes_on(start_daemon: StartDaemon, small_disk: Path, journal_mode: str) -> None:
     daemon = start_daemon(
-        TELEMETRY_DB_PATH=str(small_disk / "telemetry.sqlite"), TELEMETRY_DB_JOURNAL_MODE=journal_mode
+        TELEMETRY_DB_PATH=str(small_disk / "telemetry.sqlite"),
+        TELEMETRY_DB_JOURNAL_MODE=journal_mode,
+        TELEMETRY_MIN_FREE_MB="0",
     )
     url = daemon.url
     ballast = small_disk / "ballast"
