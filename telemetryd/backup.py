@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import chain, count
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -228,7 +229,7 @@ def replace(database: Path, new: Path, aside: Path) -> Path:
         with contextlib.suppress(sqlite3.DatabaseError), contextlib.closing(connect(database, "rw")) as connection:
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
             connection.execute("PRAGMA journal_mode = DELETE").fetchall()
-        os.link(database, aside)
+        aside = _link_aside(database, aside)
         sync_directory(database.parent)
         for suffix in SIDE_FILES:
             side = database.with_name(database.name + suffix)
@@ -237,6 +238,15 @@ def replace(database: Path, new: Path, aside: Path) -> Path:
     new.replace(database)
     sync_directory(database.parent)
     return aside
+
+
+def _link_aside(database: Path, aside: Path) -> Path:
+    """Give a file a second name; where that is taken, as by a restore in the same second, a numbered one."""
+    for name in chain([aside], (aside.with_name(f"{aside.name}.{number}") for number in count(2))):
+        with contextlib.suppress(FileExistsError):
+            os.link(database, name)
+            return name
+    raise AssertionError("numbers do not end")
 
 
 def forget_leftovers(database: Path) -> None:

@@ -8,6 +8,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,14 @@ def test_a_restore_through_a_symbolic_link_keeps_the_link(tmp_path: Path) -> Non
     telemetryd("restore", other, "--db-path", link)
     assert link.is_symlink()
     assert rows(path) == 30
+
+
+def test_each_of_two_restores_in_one_second_keeps_the_file_it_replaces(tmp_path: Path) -> None:
+    path, source = make_database(tmp_path / "telemetry.sqlite", 20), make_database(tmp_path / "source.sqlite", 10)
+    moment = datetime(2026, 1, 2, tzinfo=UTC)
+    kept = [backup.restore(source, path, moment)[1] for _ in range(2)]
+    assert [file.name.partition(".before-")[2] for file in kept] == ["20260102_000000", "20260102_000000.2"]
+    assert [rows(file) for file in kept] == [20, 10]
 
 
 def test_a_bad_backup_is_not_restored(tmp_path: Path) -> None:

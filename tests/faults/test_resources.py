@@ -239,6 +239,7 @@ def locked(daemon: Daemon, _: Path) -> Iterator[None]:
 
 def test_another_program_holds_the_lock(lasting: tuple[Daemon, Told], ledger: Ledger, rounds: Rounds) -> None:
     daemon, told = lasting
+    told.wait_until_well()
     count = rounds(20)
     for _ in range(count):
         with locked(daemon, Path()):

@@ -65,6 +65,13 @@ class Told:
         self.slowest_health_s = max(self.slowest_health_s, time.monotonic() - started)
         return status, answer
 
+    def wait_until_well(self) -> None:
+        """Wait for the look at the disk, once a second, to see that what an earlier test took away is back."""
+        deadline = time.monotonic() + 5
+        while self.health()[0] != 200:
+            assert time.monotonic() < deadline, self.health()
+            time.sleep(0.05)
+
     def call(self, method: str, path: str, body: object = None, timeout_s: float = 20) -> tuple[int | None, Row, Any]:
         """Send a request over a connection of its own; return status, headers and decoded answer."""
         connection = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=timeout_s)
