@@ -662,7 +662,13 @@ def _configure_writer(connection: sqlite3.Connection, journal_mode: str, synchro
     connection.execute(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
     connection.execute(f"PRAGMA journal_size_limit = {LOG_BYTES}")
     connection.execute("PRAGMA temp_store = MEMORY")  # an INSERT of many rows keeps a journal of its own
-    return read_modes(connection)
+    modes = read_modes(connection)
+    if modes == Modes("DELETE", "FULL"):
+        # At FULL nothing makes the unlink of the journal durable, which is the commit: a power cut can bring the
+        # journal back. It would undo an acknowledged commit, or, where the file was truncated after it, need pages
+        # that are gone. EXTRA syncs the directory between the two (sqlite.org/pragma.html#pragma_synchronous).
+        connection.execute("PRAGMA synchronous = EXTRA")
+    return modes
 
 
 def _configure_reader(connection: sqlite3.Connection) -> None:
@@ -689,37 +695,12 @@ def read_modes(connection: sqlite3.Connection) -> Modes:
 
 
 def sync_directory(path: Path) -> None:
-    """Make durable what was made or renamed in a directory."""
-    directory = DirectorySync(path / "any")
-    try:
-        directory()
-    finally:
-        directory.close()
-
-
-class DirectorySync:
-    """Makes the disappearance of the rollback journal durable.
-
-    With a rollback journal the commit point is the journal's unlink, and at `synchronous=FULL` SQLite
-    does not sync the directory after it: a power cut can bring the journal back and undo a commit that
-    was acknowledged (sqlite.org/pragma.html#pragma_synchronous, on EXTRA).
-    """
-
-    def __init__(self, database: Path) -> None:
+    """Make durable what was made or renamed in a directory; raise OSError if that fails."""
+    if sys.platform == "win32":
         # Windows cannot open a directory, and SQLite does not sync one there either (os_win.c, winDelete).
-        self._descriptor = -1 if sys.platform == "win32" else os.open(database.resolve().parent, os.O_RDONLY)
-
-    def __call__(self) -> None:
-        """Sync the directory; raise OSError if that fails."""
-        if self._descriptor >= 0:
-            os.fsync(self._descriptor)
-
-    def close(self) -> None:
-        """Close the directory."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-
-
-def needs_directory_sync(modes: Modes) -> bool:
-    """Tell whether a commit in these modes is durable only after the directory is synced too."""
-    return modes == Modes("DELETE", "FULL")
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -30,7 +30,6 @@ from telemetryd.commands import (
 from telemetryd.database import (
     LOG_BYTES,
     Connection,
-    DirectorySync,
     Modes,
     Ownership,
     beside,
@@ -42,10 +41,10 @@ from telemetryd.database import (
     inspect_before_opening,
     is_unfinished,
     looking,
-    needs_directory_sync,
     open_writer,
     prepare_directory,
     quick_check,
+    sync_directory,
     wal_bytes,
 )
 from telemetryd.database import Kind as FileKind
@@ -91,7 +90,6 @@ class _Opened:
     connection: Connection
     modes: Modes
     readers: Readers
-    directory: DirectorySync
     logs: Mapping[Path, tuple[int, int] | None]
     """The write-ahead log and its index, which SQLite goes on using when their names are gone."""
 
@@ -121,13 +119,11 @@ class _Opened:
             )
             undo.push_async_callback(connection.close)
             try:
-                directory = DirectorySync(path)
-                undo.callback(directory.close)
                 state = await connection.run(identify)  # again: opening has undone what was cut off
                 migrate.refuse_unless_usable(path, state)
                 if state.kind is not FileKind.OURS and may_create:
                     await connection.run(lambda plain: migrate.create(plain, format_timestamp(clock())))
-                    directory()
+                    sync_directory(path.resolve().parent)
                 elif after_crash:
                     await _look_for_damage(connection, path)
                 await connection.run(lambda plain: migrate.check_schema(plain, path))
@@ -141,7 +137,7 @@ class _Opened:
             undo.pop_all()
         suffixes = ("-wal", "-shm") if modes.journal_mode == "WAL" else ()
         logs = {place: _identity(place) for place in (beside(path, suffix) for suffix in suffixes)}
-        return cls(connection, modes, readers, directory, logs)
+        return cls(connection, modes, readers, logs)
 
     def lost_log(self) -> Path | None:
         """Return the log file that was deleted or replaced, or None."""
@@ -154,7 +150,6 @@ class _Opened:
             with contextlib.suppress(sqlite3.Error):  # the next start recovers the log just as well
                 await self.connection.run(_checkpoint)
         await self.connection.close()
-        self.directory.close()
 
     async def drop(self) -> None:
         """Close every connection without a sync, after a failure.
@@ -165,7 +160,6 @@ class _Opened:
         """
         await self.connection.close()
         await self.readers.close()
-        self.directory.close()
 
 
 class Store:
@@ -192,7 +186,7 @@ class Store:
             opened.connection,
             begin=statements.Transaction,
             clock=lambda: format_timestamp(clock()),
-            make_durable=self._make_durable,
+            make_durable=self._check_place,
             at_rest=checkpoint_passively if opened.modes.journal_mode == "WAL" else lambda _: None,
             reopen=self._reopen,
             busy_timeout_s=settings.db_busy_timeout_ms / 1000,
@@ -282,10 +276,7 @@ class Store:
     def _look(self) -> Look:
         return Look(shutil.disk_usage(self._path.parent).free, wal_bytes(self._path), self._displaced())
 
-    def _make_durable(self) -> None:
-        assert self._opened is not None  # noqa: S101 - the writer has a connection only while it is
-        if needs_directory_sync(self._modes):
-            self._opened.directory()
+    def _check_place(self) -> None:
         if (displaced := self._displaced()) is not None:
             raise OSError(displaced)
 

@@ -364,7 +364,7 @@ class Writer(Generic[C, R]):
             if connection.in_transaction:
                 raise DatabaseSuspectError(f"A transaction could not be ended: {error}") from error
             raise _translate(error) from error
-        except OSError as error:  # the directory could not be synced
+        except OSError as error:  # the file is not at its place any more
             traceback.clear_frames(error.__traceback__)
             raise DatabaseSuspectError(str(error)) from error
 

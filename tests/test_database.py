@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from telemetryd.database import FileLock, Modes, needs_directory_sync
+from telemetryd.database import FileLock
 from telemetryd.metrics import Metrics
 from telemetryd.settings import Settings
 from telemetryd.store import Store
@@ -265,11 +265,6 @@ def test_syncs_happen_between_commit_and_answer(start_daemon: StartDaemon, tmp_p
         assert kinds[-4:] == ["sync database", "unlink journal", "sync directory", "answer"]
     else:
         assert kinds == ["sync log", "answer"]
-
-
-def test_only_delete_with_full_needs_the_directory_synced() -> None:
-    modes = {(j, s) for j in ("DELETE", "TRUNCATE", "PERSIST", "WAL") for s in ("NORMAL", "FULL", "EXTRA")}
-    assert {mode for mode in modes if needs_directory_sync(Modes(*mode))} == {("DELETE", "FULL")}
 
 
 def _files(folder: Path) -> dict[str, tuple[int, int]]:

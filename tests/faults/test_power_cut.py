@@ -32,18 +32,14 @@ _ANSWERS = 100
 _ANSWER = re.compile(rb"HTTP/1\.1 20[01] .*?X-Request-ID: (load-(\d+)-\d+)\r\n", re.DOTALL)
 
 _CHECKPOINT_OFTEN = "import telemetryd.database\ntelemetryd.database._CHECKPOINT_PAGES = 60\n"
-_SYNCHRONOUS_OFF = """
+_SYNCHRONOUS = """
 import telemetryd.database
 configure = telemetryd.database._configure_writer
 def configure_badly(connection, *modes):
     answer = configure(connection, *modes)
-    connection.execute("PRAGMA synchronous = OFF")
+    connection.execute("PRAGMA synchronous = {}")
     return answer
 telemetryd.database._configure_writer = configure_badly
-"""
-_NO_DIRECTORY_SYNC = """
-import telemetryd.store
-telemetryd.store.needs_directory_sync = lambda modes: False
 """
 
 
@@ -233,9 +229,9 @@ class SetUp:
     "bad",
     [
         pytest.param(SetUp("WAL", synchronous="NORMAL"), id="WAL-NORMAL"),
-        pytest.param(SetUp("WAL", _SYNCHRONOUS_OFF, may_corrupt=True), id="WAL-OFF"),
-        pytest.param(SetUp("DELETE", _SYNCHRONOUS_OFF, may_corrupt=True), id="DELETE-OFF"),
-        pytest.param(SetUp("DELETE", _NO_DIRECTORY_SYNC), id="DELETE-without-directory-sync"),
+        pytest.param(SetUp("WAL", _SYNCHRONOUS.format("OFF"), may_corrupt=True), id="WAL-OFF"),
+        pytest.param(SetUp("DELETE", _SYNCHRONOUS.format("OFF"), may_corrupt=True), id="DELETE-OFF"),
+        pytest.param(SetUp("DELETE", _SYNCHRONOUS.format("FULL")), id="DELETE-without-directory-sync"),
     ],
 )
 def test_a_power_cut_shows_what_is_not_synced(record_daemon: RecordDaemon, fast_folder: Path, bad: SetUp) -> None:
