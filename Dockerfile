@@ -4,7 +4,9 @@ FROM python:3.13-slim AS build
 WORKDIR /src
 COPY . .
 RUN python -m venv /opt/telemetryd \
-    && /opt/telemetryd/bin/pip install --no-cache-dir --disable-pip-version-check .
+    && /opt/telemetryd/bin/pip install --no-cache-dir --disable-pip-version-check \
+        --require-hashes --requirement requirements.lock \
+    && /opt/telemetryd/bin/pip install --no-cache-dir --disable-pip-version-check --no-deps .
 
 FROM python:3.13-slim
 RUN useradd --system --uid 10001 --home-dir /data --shell /usr/sbin/nologin telemetry \

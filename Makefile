@@ -2,30 +2,58 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+RUNNABLE := $(VENV)/.runnable
 INSTALLED := $(VENV)/.installed
 BENCH_INSTALLED := $(VENV)/.installed-bench
+RELEASE_INSTALLED := $(VENV)/.installed-release
+# LOCK=requirements.lock installs exactly what the image holds (CI does), instead of the newest that setup.cfg allows.
+LOCK ?=
+# setuptools warns of every editable installation, whatever its layout.
+INSTALL := PYTHONWARNINGS='ignore:Editable installation' $(BIN)/pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-all check bench bench-large bench-client schema docs build clean
+.PHONY: help install run test test-all test-faults torture fuzz check bench bench-large bench-client schema docs lock audit sbom build clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
-$(INSTALLED): setup.cfg pyproject.toml
+$(RUNNABLE): setup.cfg pyproject.toml $(LOCK)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.11 …"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade pip
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@echo "Installing telemetryd into $(VENV)/ (once, about half a minute) …"
+	@$(PYTHON) -m venv $(VENV)
+	@$(INSTALL) --upgrade pip
+	@$(if $(LOCK),$(INSTALL) --require-hashes --requirement $(LOCK),true)
+	@$(INSTALL) --editable .
 	@touch $@
 
-run: $(INSTALLED) ## set everything up and run the daemon on port 8765
+$(INSTALLED): $(RUNNABLE)
+	@echo "Installing what tests and checks need into $(VENV)/ (once, about a minute) …"
+	@$(INSTALL) --editable '.[dev]'
+	@touch $@
+
+install: $(RUNNABLE) ## set up what the daemon needs
+
+run: $(RUNNABLE) ## set up what the daemon needs, and run it on port 8765
 	$(BIN)/telemetryd serve
 
 test: $(INSTALLED) ## set everything up and pass the tests (about two minutes)
 	$(BIN)/pytest -m "not slow"
 
-test-all: $(INSTALLED) ## the tests, and the slow fault and load suites in full
-	$(BIN)/pytest
+test-all: $(INSTALLED) ## the tests, the slow suites, and a tenth of `make torture`
+	$(BIN)/pytest --rounds-scale 0.1
+
+test-faults: $(INSTALLED) ## the fault tests alone, in their short form
+	$(BIN)/pytest tests/faults
+
+torture: $(INSTALLED) ## the fault tests in their long form; publishes the figures in docs/reliability.md (about an hour)
+	rm -f build/ledger.jsonl && mkdir -p build
+	$(BIN)/pytest tests/faults --rounds-scale 1 --ledger build/ledger.jsonl
+	$(BIN)/python -m tests.tools.reliability build/ledger.jsonl
+
+fuzz: $(INSTALLED) ## ten minutes of coverage-guided fuzzing of each parser (Linux); new inputs go into tests/fuzz/corpus
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[fuzz]'
+	$(BIN)/python -m tests.fuzz body -max_total_time=600
+	$(BIN)/python -m tests.fuzz query -max_total_time=600
 
 check: $(INSTALLED) ## lint, types, and the direction of imports
 	$(BIN)/ruff check .
@@ -34,7 +62,8 @@ check: $(INSTALLED) ## lint, types, and the direction of imports
 	$(BIN)/lint-imports
 
 $(BENCH_INSTALLED): $(INSTALLED)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	@echo "Installing what benchmarks need into $(VENV)/ (once) …"
+	@$(INSTALL) --editable '.[bench]'
 	@touch $@
 
 bench: $(BENCH_INSTALLED) ## measure against limits, a baseline and the targets (ten minutes; needs wrk and gcc)
@@ -51,6 +80,21 @@ schema: $(INSTALLED) ## write schema/telemetry.sql from migrations/
 
 docs: $(INSTALLED) ## write the generated parts of README.md and .env.example
 	$(BIN)/python -m tests.tools.docs
+
+$(RELEASE_INSTALLED): $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[release]'
+	@touch $@
+
+lock: $(RELEASE_INSTALLED) ## write requirements.lock: every package that is installed with us, with its hashes
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --upgrade \
+		--custom-compile-command 'make lock' --output-file requirements.lock setup.cfg
+
+audit: $(RELEASE_INSTALLED) ## look for published advisories on what requirements.lock holds
+	$(BIN)/python -m tests.tools.audit
+
+sbom: $(RELEASE_INSTALLED) ## write dist/telemetryd.cdx.json, the bill of materials (CycloneDX)
+	mkdir -p dist
+	$(BIN)/cyclonedx-py requirements --output-reproducible --output-file dist/telemetryd.cdx.json requirements.lock
 
 build: $(INSTALLED) ## build the wheel into dist/
 	$(BIN)/python -m build --wheel

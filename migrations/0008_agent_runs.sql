@@ -60,6 +60,8 @@ CREATE INDEX idx_runs_agent_created ON agent_runs (agent_name, created_at);
 CREATE INDEX idx_runs_agent_status_created ON agent_runs (agent_name, status, created_at);
 CREATE INDEX idx_runs_agent ON agent_runs (agent_name, job_type, status, created_at);
 CREATE INDEX idx_runs_job ON agent_runs (job_type, status, created_at);
+-- No query of ours walks this one (ranges of start_time go through run_hours): the guide names it, people who look
+-- with sqlite3 use it, and a repair finds runs by it.
 CREATE INDEX idx_runs_start ON agent_runs (start_time);
 
 CREATE TABLE schema_migrations (

@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import chain, count
 from pathlib import Path
 from typing import Final, Protocol
 
-from telemetryd.database import APPLICATION_ID, SIDE_FILES, connect, corrupt, is_unfinished
+from telemetryd.database import APPLICATION_ID, SIDE_FILES, beside, connect, corrupt, is_unfinished, sync_directory
 from telemetryd.errors import DatabaseError
 
 if sys.version_info >= (3, 14):
@@ -213,7 +214,7 @@ def restore(source: Path, database: Path, moment: datetime, watch: Watch = ignor
         watch("Verifying", 0, 1)
         content = verify(copy)
         watch("Verifying", 1, 1)
-        return content, replace(database, copy, database.with_name(f"{database.name}.before-{moment:%Y%m%d_%H%M%S}"))
+        return content, replace(database, copy, moment)
 
 
 def _forget_processes(copy: Path) -> None:
@@ -224,8 +225,8 @@ def _forget_processes(copy: Path) -> None:
         connection.execute("PRAGMA journal_mode = DELETE").fetchall()
 
 
-def replace(database: Path, new: Path, aside: Path) -> Path:
-    """Put a synced new file in a database's place in one step, and keep the old one under another name.
+def replace(database: Path, new: Path, moment: datetime) -> Path:
+    """Put a synced new file in a database's place in one step; return the name under which the old one is kept.
 
     The old file gets its second name first, so that there is a database at the path at every moment. What
     its journal holds is settled before; if that fails because the file is damaged, the journal is kept
@@ -233,6 +234,7 @@ def replace(database: Path, new: Path, aside: Path) -> Path:
     """
     with new.open("rb") as file:
         os.fsync(file.fileno())
+    aside = _new_name(database.with_name(f"{database.name}.before-{moment:%Y%m%d_%H%M%S}"))
     if database.exists():
         with contextlib.suppress(sqlite3.DatabaseError), contextlib.closing(connect(database, "rw")) as connection:
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
@@ -240,12 +242,18 @@ def replace(database: Path, new: Path, aside: Path) -> Path:
         os.link(database, aside)
         sync_directory(database.parent)
         for suffix in SIDE_FILES:
-            side = database.with_name(database.name + suffix)
+            side = beside(database, suffix)
             if side.exists():
-                side.rename(aside.with_name(aside.name + suffix))
+                side.rename(beside(aside, suffix))
     new.replace(database)
     sync_directory(database.parent)
     return aside
+
+
+def _new_name(path: Path) -> Path:
+    """Return a path, or where that is taken, as by a restore in the same second, the first one with a number."""
+    numbered = (path.with_name(f"{path.name}.{number}") for number in count(2))
+    return next(name for name in chain([path], numbered) if not os.path.lexists(name))
 
 
 def forget_leftovers(database: Path) -> None:
@@ -303,16 +311,6 @@ def publish(path: Path, destination: Path) -> None:
         raise DatabaseError(f"{destination} exists already; nothing was replaced")
     path.rename(destination)
     sync_directory(destination.parent)
-
-
-def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable (Windows has no such call and needs none)."""
-    if sys.platform != "win32":
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _compress(raw: Path, packed: Path, watch: Watch) -> None:

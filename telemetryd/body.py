@@ -1,16 +1,23 @@
-"""Reads a request body: in time, decoded, and never larger than the limit while it is being decoded."""
+"""Reads request bodies: in time, decoded, none larger than its limit, and all together within theirs."""
 
 from __future__ import annotations
 
 import asyncio
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final, Protocol
 
 from aiohttp import web
 
-from telemetryd.errors import BodyTooLargeError, InvalidRequestError, SlowBodyError, UnsupportedBodyError
+from telemetryd.errors import (
+    BodyTooLargeError,
+    InvalidRequestError,
+    SlowBodyError,
+    TooManyBodiesError,
+    UnsupportedBodyError,
+)
 from telemetryd.runs import shorten
 
 if sys.version_info >= (3, 14):
@@ -26,6 +33,9 @@ SILENCE_S: Final = 30.0
 
 SLOWEST_BYTES_PER_S: Final = 1024
 """What a body must bring on average after that time; a byte now and then would hold its connection for ever."""
+
+BODIES_BYTES: Final = 64 * 1024 * 1024
+"""What all bodies may hold together while they are being read; decoded JSON takes several times as much."""
 
 JSON_TYPES: Final = ("application/json",)
 NDJSON_TYPES: Final = ("application/x-ndjson", "application/ndjson", "application/jsonl")
@@ -98,37 +108,81 @@ def check_media_type(request: web.Request, allowed: tuple[str, ...]) -> str:
     raise UnsupportedBodyError(f"Content-Type must be {' or '.join(allowed)} in UTF-8, not {said!r}")
 
 
-async def read_body(request: web.Request, limit: int) -> bytes:
-    """Return the decoded body of a request (gzip, deflate and zstd are known), at most `limit` bytes.
+class Bodies:
+    """Reads bodies, so many at a time that all of them together stay within bounds.
 
-    Raises:
-        BodyTooLargeError: as soon as the encoded or the decoded bytes pass the limit.
-        InvalidRequestError: if the bytes are not in the coding that the request names.
-        SlowBodyError: if it pauses for `SILENCE_S` seconds, or brings less than `SLOWEST_BYTES_PER_S`.
-        UnsupportedBodyError: if the coding is not known.
+    Args:
+        limit: how many bytes a body may have, encoded and decoded.
+        together: how many bytes all bodies may have that are being read, besides a first one of any size.
 
     """
-    coding = ", ".join(request.headers.getall("Content-Encoding", [])).strip().lower()
-    if coding not in ("", "identity") and coding not in _DECODERS:
-        raise UnsupportedBodyError(f"Content-Encoding must be gzip, deflate, zstd or identity, not {shorten(coding)!r}")
-    if request.headers.get("Transfer-Encoding", "chunked").strip().lower() != "chunked":
-        raise UnsupportedBodyError("Transfer-Encoding can only be chunked")  # aiohttp takes others and decodes none
-    if (request.content_length or 0) > limit:
-        raise _too_large(limit)
-    body = await _receive(request, limit)
-    return await _decode(body, coding, limit) if coding in _DECODERS else body
+
+    def __init__(self, limit: int, together: int = BODIES_BYTES) -> None:
+        self._limit = limit
+        self._together = together
+        self._held = 0
+
+    @asynccontextmanager
+    async def read(self, request: web.Request) -> AsyncIterator[bytes]:
+        """Give the decoded body of a request (gzip, deflate and zstd are known); it counts until the block's end.
+
+        Raises:
+            BodyTooLargeError: as soon as the encoded or the decoded bytes pass the limit.
+            InvalidRequestError: if the bytes are not in the coding that the request names.
+            SlowBodyError: if it pauses for `SILENCE_S` seconds, or brings less than `SLOWEST_BYTES_PER_S`.
+            TooManyBodiesError: if others take all the room.
+            UnsupportedBodyError: if the coding is not known.
+
+        """
+        coding = ", ".join(request.headers.getall("Content-Encoding", [])).strip().lower()
+        if coding not in ("", "identity") and coding not in _DECODERS:
+            raise UnsupportedBodyError(
+                f"Content-Encoding must be gzip, deflate, zstd or identity, not {shorten(coding)!r}"
+            )
+        if request.headers.get("Transfer-Encoding", "chunked").strip().lower() != "chunked":
+            raise UnsupportedBodyError("Transfer-Encoding can only be chunked")  # aiohttp takes others, decodes none
+        if (request.content_length or 0) > self._limit:
+            raise _too_large(self._limit)
+        share = _Share(self)
+        try:
+            body = await _receive(request, share)
+            yield await _decode(body, coding, share) if coding in _DECODERS else body
+        finally:
+            self._held -= share.held
+
+    def take(self, size: int, share: _Share) -> None:
+        """Count what a body has grown by."""
+        if self._held + size > self._together and self._held > share.held:
+            raise TooManyBodiesError
+        self._held += size
+        share.held += size
+
+    @property
+    def limit(self) -> int:
+        """How many bytes a body may have."""
+        return self._limit
+
+
+class _Share:
+    """What one body takes of the room for all."""
+
+    __slots__ = ("bodies", "held")
+
+    def __init__(self, bodies: Bodies) -> None:
+        self.bodies = bodies
+        self.held = 0
 
 
 def _too_large(limit: int) -> BodyTooLargeError:
     return BodyTooLargeError(f"The body must not be larger than {limit} bytes (TELEMETRY_MAX_BODY_BYTES)")
 
 
-async def _receive(request: web.Request, limit: int) -> bytes:
+async def _receive(request: web.Request, share: _Share) -> bytes:
     stream = request.content
     if stream.is_eof():  # arrived together with the headers: the usual case of a small body
         body = stream.read_nowait()
-        if len(body) > limit:
-            raise _too_large(limit)
+        if len(body) > share.bodies.limit:
+            raise _too_large(share.bodies.limit)
         return body
     parts: list[bytes] = []
     size = 0
@@ -138,8 +192,9 @@ async def _receive(request: web.Request, limit: int) -> bytes:
         async with asyncio.timeout(SILENCE_S) as patience:
             while part := await stream.readany():
                 size += len(part)
-                if size > limit:
-                    raise _too_large(limit)
+                if size > share.bodies.limit:
+                    raise _too_large(share.bodies.limit)
+                share.bodies.take(len(part), share)
                 parts.append(part)
                 patience.reschedule(min(loop.time() + SILENCE_S, started + SILENCE_S + size / SLOWEST_BYTES_PER_S))
     except TimeoutError as error:
@@ -150,7 +205,7 @@ async def _receive(request: web.Request, limit: int) -> bytes:
 _SLICE: Final = 1 << 16
 
 
-async def _decode(body: bytes, coding: str, limit: int) -> bytes:
+async def _decode(body: bytes, coding: str, share: _Share) -> bytes:
     """Decode in small slices, so that neither memory nor the event loop pays for a compression bomb."""
     decoder = _DECODERS[coding](body)
     unread = memoryview(body)
@@ -164,8 +219,9 @@ async def _decode(body: bytes, coding: str, limit: int) -> bytes:
             if is_starved and not part:
                 break
             size += len(part)
-            if size > limit:
-                raise _too_large(limit)
+            if size > share.bodies.limit:
+                raise _too_large(share.bodies.limit)
+            share.bodies.take(len(part), share)
             parts.append(part)
             if size >= _SLICE or unread:
                 await asyncio.sleep(0)

@@ -3,117 +3,38 @@
 from __future__ import annotations
 
 import asyncio
-import errno
-import logging
 import math
 import os
 import signal
 import socket
 import sqlite3
-import stat
 import sys
-import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Final, cast
+from functools import partial
+from typing import Final
 
 from aiohttp import web
-from aiohttp.web_protocol import RequestHandler
 
 import telemetryd
 from telemetryd import upkeep
-from telemetryd.certificates import most_processes
-from telemetryd.http import SETTINGS, make_app
+from telemetryd.connections import make_runner
+from telemetryd.http import make_app
+from telemetryd.listening import bound
 from telemetryd.logs import log
 from telemetryd.metrics import Metrics
-from telemetryd.middleware import error_response, request_id, unexpected_detail
-from telemetryd.processes import descriptor_limit
 from telemetryd.runs import utc_now
 from telemetryd.settings import LoadedSettings, Settings
 from telemetryd.store import Store
 from telemetryd.systemd import Notifier, passed_sockets
 
 _BACKLOG: Final = 2048
-_KEEPALIVE_S: Final = 75.0
-_SPARE_DESCRIPTORS: Final = 80
-"""For the database, its journal and log, the lock files, the sockets that listen, and what Python opens."""
 _STATUS_EVERY_S: Final = 10.0
+_LONGEST_START_S: Final = 1.0
+"""How long a start may go on after a signal, before the process ends without it: nothing was acknowledged yet."""
 EXIT_FAILURE: Final = 1
-
-
-class _Protocol(RequestHandler):
-    """aiohttp's protocol, except that its own errors (a malformed request) are JSON like all others."""
-
-    def handle_error(
-        self,
-        request: web.BaseRequest,
-        status: int = 500,
-        exc: BaseException | None = None,
-        message: str | None = None,
-    ) -> web.StreamResponse:
-        """Answer what never became a request; the parser's text may echo the input, so it is not passed on."""
-        identity = uuid.uuid4().hex
-        unexpected = status >= 500
-        log.log(
-            logging.ERROR if unexpected else logging.WARNING,
-            "Request failed outside of any handler" if unexpected else "Malformed request",
-            extra={
-                "status": status,
-                "client": request.remote or "unix",
-                "error_type": type(exc).__name__,
-                "request_id": identity,
-            },
-            exc_info=exc if unexpected else None,
-        )
-        detail = unexpected_detail(identity) if unexpected else "The request is not valid HTTP/1.1"
-        response = error_response(status, detail, {"X-Request-ID": identity})
-        response.force_close()
-        return response
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Take a connection, unless so many are open that the database would find no descriptor any more."""
-        super().connection_made(transport)
-        if isinstance(self._manager, _Server) and len(self._manager.connections) > self._manager.most_connections:
-            cast(asyncio.Transport, transport).abort()
-
-
-class _Server(web.Server):
-    most_connections: int
-
-    def __call__(self) -> RequestHandler:
-        return _Protocol(self, loop=self._loop, **self._kwargs)
-
-
-class _Runner(web.AppRunner):
-    async def _make_server(self) -> web.Server:
-        made = await super()._make_server()
-
-        async def answer(request: web.BaseRequest) -> web.StreamResponse:
-            try:
-                return await made.request_handler(request)
-            except web.HTTPExpectationFailed as error:  # the one answer that aiohttp gives before any middleware
-                return error_response(
-                    error.status, "Expect can only be 100-continue", {"X-Request-ID": request_id(request)}
-                )
-
-        server = _Server(answer, request_factory=made.request_factory, **made._kwargs)
-        server.most_connections = descriptor_limit() - _SPARE_DESCRIPTORS - most_processes(self._app[SETTINGS])
-        return server
-
-
-def make_runner(app: web.Application, settings: Settings) -> web.AppRunner:
-    """Return aiohttp's runner with our own handling of signals, bodies, errors and time limits."""
-    return _Runner(
-        app,
-        handle_signals=False,  # aiohttp's second SIGTERM aborts the drain
-        access_log=None,
-        auto_decompress=False,  # body.py does it, within its limits
-        keepalive_timeout=_KEEPALIVE_S,
-        # aiohttp waits that long for the handlers, cancels them, and waits as long again.
-        shutdown_timeout=settings.shutdown_timeout_s / 4,
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,43 +49,36 @@ class Running:
 async def running(
     settings: Settings, clock: Callable[[], datetime] = utc_now, passed: Sequence[socket.socket] = ()
 ) -> AsyncIterator[Running]:
-    """Run a daemon inside the block: lock → schema → writer → readers → app → sockets; then in reverse.
+    """Run a daemon inside the block: address → lock → schema → writer → readers → app → listen; then in reverse.
 
     Sockets that the service manager has passed stand in for those that the settings name.
 
     Raises:
+        AddressError: if an address cannot be listened on; the database is not touched then.
         DatabaseError: if the database cannot be used.
-        OSError: if an address cannot be listened on.
 
     """
-    metrics = Metrics()
-    store = await Store.open(settings, metrics, clock)
-    try:
-        runner = make_runner(make_app(store, settings, metrics), settings)
-        await runner.setup()
-        chores = asyncio.create_task(upkeep.keep_up(store, settings, clock))
+    async with bound(settings, passed) as sockets:
+        metrics = Metrics()
+        store = await Store.open(settings, metrics, clock)
         try:
-            yield Running(store, await _listen(runner, settings, passed))
+            runner = make_runner(make_app(store, settings, metrics), settings)
+            await runner.setup()
+            chores = asyncio.create_task(upkeep.keep_up(store, settings, clock))
+            try:
+                yield Running(store, await _listen(runner, sockets))
+            finally:
+                chores.cancel()
+                await asyncio.wait((chores,))
+                # First no new requests and an answer to those in flight, for which the writer is still needed.
+                await runner.cleanup()
         finally:
-            chores.cancel()
-            await asyncio.wait((chores,))
-            # First no new requests and an answer to those in flight, for which the writer is still needed.
-            await runner.cleanup()
-    finally:
-        await store.close()
+            await store.close()
 
 
-async def _listen(runner: web.AppRunner, settings: Settings, passed: Sequence[socket.socket]) -> tuple[str, ...]:
-    for listening in passed:
+async def _listen(runner: web.AppRunner, sockets: Sequence[socket.socket]) -> tuple[str, ...]:
+    for listening in sockets:
         await web.SockSite(runner, listening, backlog=_BACKLOG).start()
-    unix_passed = [listening for listening in passed if listening.family == socket.AF_UNIX]
-    if len(unix_passed) == len(passed):
-        await web.TCPSite(runner, settings.api_host, settings.api_port, backlog=_BACKLOG).start()
-    if settings.api_unix is not None and not unix_passed:
-        path = settings.api_unix.absolute()
-        _remove_dead_socket(str(path))
-        await web.UnixSite(runner, path, backlog=_BACKLOG).start()
-        path.chmod(0o660)
     addresses = []
     for address in runner.addresses:
         if isinstance(address, str):
@@ -175,44 +89,25 @@ async def _listen(runner: web.AppRunner, settings: Settings, passed: Sequence[so
     return tuple(addresses)
 
 
-def _remove_dead_socket(path: str) -> None:
-    """Remove the socket of a daemon that died, because binding would also take that of one that is alive.
-
-    Raises:
-        OSError: if the socket is in use, or what stands there is no socket.
-
-    """
-    try:
-        if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            raise FileExistsError(errno.EEXIST, "there is a file that is not a socket", path)
-    except FileNotFoundError:
-        return
-    with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)
-            return
-    raise OSError(errno.EADDRINUSE, "another process listens there", path)
-
-
 async def serve(loaded: LoadedSettings) -> int:
-    """Serve until SIGTERM or SIGINT, or until the writer dies; return the process's exit status.
+    """Serve until SIGTERM or SIGINT, or until the writer dies of a bug; return the process's exit status.
 
     Raises:
+        AddressError: if an address cannot be listened on.
         DatabaseError: if the database cannot be used.
-        OSError: if an address cannot be listened on.
 
     """
     settings = loaded.settings
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, _on_signal, stop, number)
+        _handle_signal(loop, number, partial(_on_signal, stop, number))
     for remark in loaded.remarks:
         log.warning("Configuration remark", extra={"remark": remark})
     notifier = Notifier()
+    impatience = asyncio.create_task(_leave_after(stop))
     async with running(settings, passed=passed_sockets()) as daemon:
+        impatience.cancel()
         _announce(settings, daemon)
         notifier.send(READY=1, STATUS="Serving")
         signs = asyncio.create_task(_show_life(notifier, daemon.store))
@@ -221,7 +116,8 @@ async def serve(loaded: LoadedSettings) -> int:
         stopped.cancel()
         signs.cancel()
         notifier.send(STOPPING=1, STATUS="Committing what is queued")
-        if daemon.store.writing.done():
+        is_told = daemon.store.writing.done()
+        if is_told:
             log.critical(
                 "The writer has died; exiting, so that the service manager restarts the daemon",
                 exc_info=daemon.store.writing.exception(),
@@ -229,8 +125,9 @@ async def serve(loaded: LoadedSettings) -> int:
         log.info("Stopping", extra={"queue_depth": daemon.store.health().queue_depth})
         loop.call_later(settings.shutdown_timeout_s, _give_up, settings.shutdown_timeout_s)
     death = daemon.store.writing.exception()
-    if death is not None:  # perhaps only while it committed what was queued
-        log.critical("Stopped after the writer's death", exc_info=death)
+    if death is not None:
+        # It may have come only while what was queued was committed.
+        log.critical("Stopped while the database was not usable", exc_info=None if is_told else death)
         return EXIT_FAILURE
     log.info("Stopped")
     return 0
@@ -244,12 +141,28 @@ async def _show_life(notifier: Notifier, store: Store) -> None:
     groups = -1
     while True:
         health = store.health()
-        if health.problem is None and (health.idle or health.groups != groups):
-            notifier.send(WATCHDOG=1, STATUS=f"Serving, {health.queue_depth} writes waiting")
+        if health.idle or health.groups != groups:
+            # A problem of the disk is none that a restart would mend.
+            notifier.send(WATCHDOG=1, STATUS=health.problem or f"Serving, {health.queue_depth} writes waiting")
         else:
             notifier.send(STATUS=health.problem or f"The writer does not get on, {health.queue_depth} writes waiting")
         groups = health.groups
         await asyncio.sleep(pause_s)
+
+
+async def _leave_after(stop: asyncio.Event) -> None:
+    """End a start that is told to stop and does not come to its end: SQLite may wait long for somebody else's lock."""
+    await stop.wait()
+    await asyncio.sleep(_LONGEST_START_S)
+    print("telemetryd: stopped before it served", file=sys.stderr, flush=True)  # noqa: T201
+    os._exit(0)
+
+
+def _handle_signal(loop: asyncio.AbstractEventLoop, number: signal.Signals, handle: Callable[[], None]) -> None:
+    if sys.platform == "win32":  # its event loops have no add_signal_handler
+        signal.signal(number, lambda *_: loop.call_soon_threadsafe(handle))
+    else:
+        loop.add_signal_handler(number, handle)
 
 
 def _on_signal(stop: asyncio.Event, number: int) -> None:
@@ -285,6 +198,18 @@ def _announce(settings: Settings, daemon: Running) -> None:
             "Acknowledged writes survive a crash, not a power cut",
             extra={"setting": "TELEMETRY_DB_SYNCHRONOUS=NORMAL"},
         )
-    if not settings.api_auth_enabled:
-        state = "loopback clients only" if settings.api_protected_mode else "every client that can reach it"
-        log.info("Authentication is off", extra={"served": state})
+    if settings.api_auth_enabled:
+        served = "every client that brings the token"
+    else:
+        served = "this machine only" if settings.api_protected_mode else "every client that can reach it"
+    log.info(f"Authentication is {'on' if settings.api_auth_enabled else 'off'}", extra={"served": served})
+    terminal = next((stream for stream in (sys.stderr, sys.stdout) if stream is not None and stream.isatty()), None)
+    if terminal is not None:  # somebody tries it out
+        print(_hint(settings, daemon.addresses, served), file=terminal, flush=True)
+
+
+def _hint(settings: Settings, addresses: Sequence[str], served: str) -> str:
+    page = next((f"{address}/docs" for address in addresses if address.startswith("http")), "/docs")
+    page = page.replace("//0.0.0.0:", "//localhost:").replace("//[::]:", "//localhost:")
+    state = "on" if settings.api_auth_enabled else "off"
+    return f"telemetryd: ready; try {page}. Authentication is {state}: {served}. Ctrl-C stops."

@@ -5,11 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 import sqlite3
+import stat
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -29,11 +32,17 @@ _MINIMUM_SQLITE: Final = (3, 37, 0)  # STRICT tables
 _HEADER_BYTES: Final = 100
 _HOLDER_READS: Final = 50
 _LOCK_CONTENT: Final = re.compile(rb"\s*\d{0,10}\s*")
+_LOCK_FLAGS: Final = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+"""A link or a pipe that somebody has put there is neither written through nor waited for."""
 _QUICK_CHECK_BYTES: Final = 16 * 1024 * 1024
+_CRASH_CHECK_BYTES: Final = 512 * 1024 * 1024
 _READ_CACHE_KIB: Final = 4 * 1024
 _WRITE_CACHE_KIB: Final = 40 * 1024
 _CHECKPOINT_PAGES: Final = 8_000
 """The write-ahead log is written back at 32 MiB: rarer than SQLite's 4 MiB, so each page more seldom."""
+
+LOG_BYTES: Final = 64 * 1024 * 1024
+"""What a write-ahead log or journal keeps of its size; it is larger only while a reader holds it up."""
 
 T = TypeVar("T")
 
@@ -51,6 +60,8 @@ class FileLock:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._descriptor: int | None = None
+        self.was_dropped = False
+        """Whether the last owner ended without `settle`."""
 
     def acquire(self) -> None:
         """Take the lock at once.
@@ -61,10 +72,12 @@ class FileLock:
 
         """
         try:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | _LOCK_FLAGS, 0o600)
         except OSError as error:
-            raise DatabaseError(f"Cannot open the lock file {self.path}: {error.strerror}") from error
-        if not _LOCK_CONTENT.fullmatch(os.read(descriptor, 64)):
+            reason = "it is a symbolic link" if self.path.is_symlink() else error.strerror
+            raise DatabaseError(f"Cannot open the lock file {self.path}: {reason}") from error
+        content = _read_lock(descriptor)
+        if content is None:
             os.close(descriptor)
             raise DatabaseError(f"{self.path} is not a lock file; nothing was changed: look at TELEMETRY_LOCK_FILE")
         try:
@@ -78,6 +91,7 @@ class FileLock:
                 f"Another telemetryd (PID {holder or 'unknown'}) owns this database: it holds the lock {self.path}"
             ) from error
         self._descriptor = descriptor
+        self.was_dropped = bool(content.strip())
         try:
             os.ftruncate(descriptor, 0)
             os.lseek(descriptor, 0, os.SEEK_SET)
@@ -96,7 +110,7 @@ class FileLock:
     def holder(self) -> str | None:
         """Tell the PID of whoever holds the lock ("unknown" if it does not say), or None; makes no file."""
         try:
-            descriptor = os.open(self.path, os.O_RDWR | getattr(os, "O_CLOEXEC", 0))
+            descriptor = os.open(self.path, os.O_RDWR | _LOCK_FLAGS)
         except OSError:
             return None
         try:
@@ -107,11 +121,26 @@ class FileLock:
             os.close(descriptor)
         return None
 
+    def settle(self) -> None:
+        """Blank the PID: everything is in order, so that the next owner need not look for what a crash left."""
+        if self._descriptor is not None:
+            with suppress(OSError):
+                os.ftruncate(self._descriptor, 0)
+
     def release(self) -> None:
         """Give the lock back; the file stays."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+
+
+def _read_lock(descriptor: int) -> bytes | None:
+    """Return what a lock file says, or None if it is no lock file: a PID is not to be written into anything else."""
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        return None
+    content = os.read(descriptor, 64)
+    return content if _LOCK_CONTENT.fullmatch(content) else None
 
 
 def _holder(descriptor: int) -> str:
@@ -180,6 +209,16 @@ class Ownership:
             self.release()
             raise
 
+    @property
+    def was_dropped(self) -> bool:
+        """Whether the last owner ended without `settle`: killed, or with an error."""
+        return any(lock.was_dropped for lock in self._locks)
+
+    def settle(self) -> None:
+        """Note for the next owner that this one ended in order; call it right before `release`."""
+        for lock in self._locks:
+            lock.settle()
+
     def missing(self) -> Path | None:
         """Return the path of a lock file that was deleted or replaced, or None."""
         return next((lock.path for lock in self._locks if not lock.is_in_place()), None)
@@ -243,11 +282,41 @@ class FileState:
 def inspect(path: Path) -> FileState:
     """Look at a database file without writing to it. Call it only while no connection to it is open.
 
-    What a cut-off transaction left (a hot journal) is not undone for this; whoever opens the file afterwards
-    has to ask `identify` again.
+    Raises:
+        DatabaseError: if it is not a usable SQLite file; the message says what it is and what to run.
+
+    """
+    header = _examine_file(path)
+    if isinstance(header, FileState):
+        return header
+    with looking(path) as connection:
+        return identify(connection)
+
+
+def inspect_before_opening(path: Path) -> FileState:
+    """Look at a database file like `inspect`, but never for long, for one who is going to open it.
+
+    After a commit that was cut off, what the header of a file of ours says has to do: the file is between two
+    states then, and to see the right one takes a copy of it. Ask `identify` again when it is open.
 
     Raises:
         DatabaseError: if it is not a usable SQLite file; the message says what it is and what to run.
+
+    """
+    header = _examine_file(path)
+    if isinstance(header, FileState):
+        return header
+    if _has_hot_journal(path) and _application_id(header) == APPLICATION_ID:
+        return FileState(Kind.OURS, int.from_bytes(header[60:64], "big"))
+    with looking(path) as connection:
+        return identify(connection)
+
+
+def _examine_file(path: Path) -> FileState | bytes:
+    """Return what a file is if SQLite is not needed to tell, or else its header.
+
+    Raises:
+        DatabaseError: if it is not a usable SQLite file.
 
     """
     try:
@@ -256,8 +325,8 @@ def inspect(path: Path) -> FileState:
             raise DatabaseError(f"{path} is not a regular file")
         if status.st_nlink > 1:
             raise DatabaseError(
-                f"{path} has {status.st_nlink} hard links; SQLite can corrupt a database that is opened by two names "
-                "(sqlite.org/howtocorrupt.html): remove the others"
+                f"{path} has {status.st_nlink} hard links{_other_names(path, status)}; SQLite can corrupt a database "
+                "that is opened by two names (sqlite.org/howtocorrupt.html): remove the others"
             )
         with path.open("rb") as file:
             header = file.read(_HEADER_BYTES)
@@ -274,8 +343,17 @@ def inspect(path: Path) -> FileState:
             f"{path} is not a SQLite database; move it away, or point TELEMETRY_DB_PATH at the right file"
         )
     _check_length(path, header, status.st_size)
-    with looking(path) as connection:
-        return identify(connection)
+    return header
+
+
+def _other_names(path: Path, status: os.stat_result) -> str:
+    """Say which other names of a file stand beside it, and who uses it by them."""
+    real, names = path.resolve(), []
+    for other in real.parent.iterdir():
+        if other != real and other.is_file() and os.path.samestat(other.stat(), status):
+            holder = FileLock(other.with_name(other.name + ".lock")).holder()
+            names.append(f"{other}, which PID {holder} owns" if holder else str(other))
+    return f" (also {'; '.join(sorted(names))})" if names else ""
 
 
 def _check_length(path: Path, header: bytes, actual: int) -> None:
@@ -307,7 +385,11 @@ def is_ours(path: Path) -> bool:
             header = file.read(_HEADER_BYTES)
     except OSError:
         return False
-    return int.from_bytes(header[68:72], "big") == APPLICATION_ID
+    return _application_id(header) == APPLICATION_ID
+
+
+def _application_id(header: bytes) -> int:
+    return int.from_bytes(header[68:72], "big")  # sqlite.org/fileformat2.html, section 1.3
 
 
 @contextmanager
@@ -316,15 +398,21 @@ def looking(path: Path) -> Iterator[sqlite3.Connection]:
 
     `immutable` keeps SQLite from locking, and from making a shared-memory file beside a database in WAL
     mode; where a log waits, the connection has to read it (and may make that file), because even the
-    header may stand only there.
+    header may stand only there. Where a rollback journal waits, a copy is looked at, in which SQLite can
+    undo what was cut off.
 
     Raises:
         DatabaseError: if SQLite cannot read it.
 
     """
-    immutable = "" if _beside(path, "-wal").exists() else "&immutable=1"
+    with undisturbed(path) if _has_hot_journal(path) else nullcontext(path) as quiet:
+        mode = "rw" if quiet != path else "ro" if beside(path, "-wal").exists() else "ro&immutable=1"
+        yield from _look(path, f"{quiet.resolve().as_uri()}?mode={mode}")
+
+
+def _look(path: Path, uri: str) -> Iterator[sqlite3.Connection]:
     try:
-        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro{immutable}", uri=True)) as connection:
+        with closing(sqlite3.connect(uri, uri=True)) as connection:
             yield connection
     except sqlite3.DatabaseError as error:
         code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
@@ -335,19 +423,102 @@ def looking(path: Path) -> Iterator[sqlite3.Connection]:
         raise DatabaseError(f"Cannot read {path}: {error}") from error
 
 
+@contextmanager
+def undisturbed(path: Path) -> Iterator[Path]:
+    """Give a path where a database may be looked at without a trace: a temporary copy if a journal is beside it."""
+    if not is_unfinished(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="telemetryd-") as folder:
+        copy = Path(folder) / path.name
+        try:
+            shutil.copyfile(path, copy)
+            for suffix in SIDE_FILES:
+                if beside(path, suffix).exists():
+                    shutil.copyfile(beside(path, suffix), beside(copy, suffix))
+        except OSError as error:
+            raise DatabaseError(f"Cannot copy {path} to look at it: {error.strerror}") from error
+        yield copy
+
+
+def recover(path: Path) -> None:
+    """Let SQLite undo or finish what was cut off; the caller owns the database.
+
+    Raises:
+        DatabaseError: if that is not possible.
+
+    """
+    try:
+        with closing(connect(path, "rw")) as connection:
+            connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    except sqlite3.Error as error:
+        raise DatabaseError(f"Cannot open {path}: {error}") from error
+
+
 def is_unfinished(path: Path) -> bool:
     """Tell whether a transaction was cut off: SQLite recovers it on opening; until then the file is in between."""
+    return _has_hot_journal(path) or beside(path, "-wal").exists()
+
+
+def _has_hot_journal(path: Path) -> bool:
     try:
-        with _beside(path, "-journal").open("rb") as journal:
-            is_hot = journal.read(1) not in (b"", b"\0")  # SQLite's own test; PERSIST leaves a blank one
+        with beside(path, "-journal").open("rb") as journal:
+            return journal.read(1) not in (b"", b"\0")  # SQLite's own test; PERSIST leaves a blank one
     except FileNotFoundError:
-        is_hot = False
-    return is_hot or _beside(path, "-wal").exists()
+        return False
 
 
-def _beside(path: Path, suffix: str) -> Path:
+def beside(path: Path, suffix: str) -> Path:
+    """Return where SQLite keeps one of a database's `SIDE_FILES`."""
     real = path.resolve()  # where SQLite puts it, too
     return real.with_name(real.name + suffix)
+
+
+def wal_bytes(path: Path) -> int:
+    """Return the size of the write-ahead log, 0 if there is none; the file is not opened."""
+    try:
+        return beside(path, "-wal").stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def check_after_crash(connection: sqlite3.Connection, path: Path) -> bool:
+    """Find damage in a recovered file, through the connection that has recovered it.
+
+    Returns whether it was done: a larger file (at 100 MiB a second) would keep clients waiting for more than 5 s.
+
+    Raises:
+        DatabaseError: if the file is damaged.
+
+    """
+    if path.stat().st_size > _CRASH_CHECK_BYTES:
+        return False
+    quick_check(connection, path)
+    return True
+
+
+def forget_cached(path: Path) -> None:
+    """Let the next look at a database be at what the disk holds. Call it only while no connection to it is open.
+
+    After a failed sync the kernel keeps pages that it could not write, marked as if it had (danluu.com/fsyncgate).
+
+    Raises:
+        DatabaseError: if a file cannot be opened.
+
+    """
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for place in (path, beside(path, "-wal"), beside(path, "-journal")):
+        try:
+            descriptor = os.open(place, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise DatabaseError(f"Cannot read {place}: {error.strerror}") from error
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
 
 
 def check_quickly(path: Path) -> None:
@@ -362,7 +533,12 @@ def check_quickly(path: Path) -> None:
     if path.stat().st_size > _QUICK_CHECK_BYTES:
         return
     with looking(path) as connection:
-        finding = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+        quick_check(connection, path)
+
+
+def quick_check(connection: sqlite3.Connection, path: Path) -> None:
+    """Read a whole file through an open connection; raise DatabaseError if it is damaged."""
+    finding = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
     if finding != "ok":
         raise corrupt(path, finding)
 
@@ -389,8 +565,9 @@ class Connection(aiosqlite.Connection):
         return await self._execute(function, self._conn)  # type: ignore[no-any-return, no-untyped-call]
 
     def interrupt_now(self) -> None:
-        """Interrupt what runs in the connection's thread, if anything does."""
-        self._conn.interrupt()
+        """Interrupt what runs in the connection's thread, if anything does; closed ones have nothing to interrupt."""
+        with suppress(ValueError, sqlite3.ProgrammingError):
+            self._conn.interrupt()
 
 
 @dataclass(frozen=True, slots=True)
@@ -483,8 +660,15 @@ def _configure_writer(connection: sqlite3.Connection, journal_mode: str, synchro
     connection.execute(f"PRAGMA journal_mode = {journal_mode}")
     connection.execute(f"PRAGMA synchronous = {synchronous}")
     connection.execute(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
+    connection.execute(f"PRAGMA journal_size_limit = {LOG_BYTES}")
     connection.execute("PRAGMA temp_store = MEMORY")  # an INSERT of many rows keeps a journal of its own
-    return read_modes(connection)
+    modes = read_modes(connection)
+    if modes == Modes("DELETE", "FULL"):
+        # At FULL nothing makes the unlink of the journal durable, which is the commit: a power cut can bring the
+        # journal back. It would undo an acknowledged commit, or, where the file was truncated after it, need pages
+        # that are gone. EXTRA syncs the directory between the two (sqlite.org/pragma.html#pragma_synchronous).
+        connection.execute("PRAGMA synchronous = EXTRA")
+    return modes
 
 
 def _configure_reader(connection: sqlite3.Connection) -> None:
@@ -492,6 +676,15 @@ def _configure_reader(connection: sqlite3.Connection) -> None:
     connection.execute("PRAGMA query_only = ON")
     # Not on the writer: SQLite before 3.41 refuses json_valid() in our own CHECK constraints then.
     connection.execute("PRAGMA trusted_schema = OFF")
+
+
+def checkpoint_passively(connection: sqlite3.Connection) -> None:
+    """Write back what no reader keeps from it, without waiting.
+
+    Only for the write connection: before 3.51.3, two that checkpoint at the same moment could damage a
+    database (sqlite.org/wal.html#walresetbug).
+    """
+    connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
 
 def read_modes(connection: sqlite3.Connection) -> Modes:
@@ -502,34 +695,12 @@ def read_modes(connection: sqlite3.Connection) -> Modes:
 
 
 def sync_directory(path: Path) -> None:
-    """Make durable what was made or renamed in a directory."""
-    directory = DirectorySync(path / "any")
+    """Make durable what was made or renamed in a directory; raise OSError if that fails."""
+    if sys.platform == "win32":
+        # Windows cannot open a directory, and SQLite does not sync one there either (os_win.c, winDelete).
+        return
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        directory()
+        os.fsync(descriptor)
     finally:
-        directory.close()
-
-
-class DirectorySync:
-    """Makes the disappearance of the rollback journal durable.
-
-    With a rollback journal the commit point is the journal's unlink, and at `synchronous=FULL` SQLite
-    does not sync the directory after it: a power cut can bring the journal back and undo a commit that
-    was acknowledged (sqlite.org/pragma.html#pragma_synchronous, on EXTRA).
-    """
-
-    def __init__(self, database: Path) -> None:
-        self._descriptor = os.open(database.resolve().parent, os.O_RDONLY)
-
-    def __call__(self) -> None:
-        """Sync the directory; raise OSError if that fails."""
-        os.fsync(self._descriptor)
-
-    def close(self) -> None:
-        """Close the directory."""
-        os.close(self._descriptor)
-
-
-def needs_directory_sync(modes: Modes) -> bool:
-    """Tell whether a commit in these modes is durable only after the directory is synced too."""
-    return modes == Modes("DELETE", "FULL")
+        os.close(descriptor)

@@ -25,6 +25,10 @@ class ConfigurationError(TelemetrydError):
         self.problems = problems
 
 
+class AddressError(TelemetrydError):
+    """An address cannot be listened on; the message says why and what to do."""
+
+
 class DatabaseError(TelemetrydError):
     """The database file cannot be used as it is; the message says why and what to run."""
 
@@ -76,6 +80,16 @@ class SlowBodyError(UnavailableError):
     retry_after_seconds = 5
 
 
+class TooManyBodiesError(UnavailableError):
+    """Too many large bodies are being received; try again shortly."""
+
+
+class NoMemoryError(UnavailableError):
+    """There is not enough memory for this request now; a smaller one may succeed."""
+
+    retry_after_seconds = 5
+
+
 class QueueFullError(UnavailableError):
     """Too many writes are waiting; try again shortly."""
 
@@ -94,8 +108,20 @@ class StorageFullError(UnavailableError):
     retry_after_seconds = 10
 
 
+class LowDiskError(UnavailableError):
+    """The disk is almost full, so no new writes are taken (TELEMETRY_MIN_FREE_MB); nothing of this was stored."""
+
+    retry_after_seconds = 10
+
+
 class WriteFailedError(UnavailableError):
     """The write was rolled back; repeat it with the same event_id."""
+
+
+class DatabaseSuspectError(UnavailableError):
+    """The database failed and is being opened again; if this was stored or not, repeat it with the same event_id."""
+
+    retry_after_seconds = 5
 
 
 class WriterDeadError(UnavailableError):

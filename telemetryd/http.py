@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -14,11 +15,10 @@ from typing import Any, Final
 
 import orjson
 from aiohttp import web
-from pydantic_core import from_json
 
 import telemetryd
 from telemetryd import admin, events, openapi, queries, runs
-from telemetryd.body import JSON_TYPES, NDJSON_TYPES, check_media_type, read_body
+from telemetryd.body import JSON_TYPES, NDJSON_TYPES, Bodies, check_media_type
 from telemetryd.certificates import Certificates, ProcessRequest
 from telemetryd.commands import CreateEvents, CreateRuns, UpdateRun
 from telemetryd.errors import (
@@ -28,7 +28,7 @@ from telemetryd.errors import (
     RunNotFoundError,
 )
 from telemetryd.metrics import Metrics, wants_prometheus
-from telemetryd.middleware import NOTE, Handler, json_response, middleware
+from telemetryd.middleware import NOTE, REASON, Handler, json_response, middleware
 from telemetryd.openapi import EVENT_ID, INCLUDE, INTEGER, STRING, WARNINGS, Operation, obj, ref
 from telemetryd.settings import Settings
 from telemetryd.store import Store
@@ -37,6 +37,7 @@ STORE: Final = web.AppKey("store", Store)
 SETTINGS: Final = web.AppKey("settings", Settings)
 METRICS: Final = web.AppKey("metrics", Metrics)
 CERTIFICATES: Final = web.AppKey("certificates", Certificates)
+BODIES: Final = web.AppKey("bodies", Bodies)
 DOCUMENT: Final = web.AppKey("document", bytes)
 
 
@@ -163,8 +164,8 @@ async def _stored_run(request: web.Request) -> dict[str, Any]:
 async def _json_body(request: web.Request) -> tuple[object, int]:
     """Return the decoded body, and how many bytes it came in."""
     check_media_type(request, JSON_TYPES)
-    body = await read_body(request, request.app[SETTINGS].max_body_bytes)
-    return runs.parse_json(body), len(body)
+    async with request.app[BODIES].read(request) as body:
+        return runs.parse_body(body), len(body)
 
 
 def _with_warnings(answer: dict[str, Any], ignored: tuple[str, ...]) -> dict[str, Any]:
@@ -252,14 +253,11 @@ async def make_backup(request: web.Request) -> web.Response:
 
 # --- A batch -------------------------------------------------------------------------------------
 
-_SLICE: Final = 50
-"""Items that are checked before the event loop gets its turn (1 ms if they are good, 10 ms at worst)."""
+_SLICE_S: Final = 0.002
+"""How long items are checked before the event loop gets its turn."""
 
 _TOLD_IN_FULL: Final = 1000
 """Errors of one batch that are all told; of items beyond, each tells its first error and how many more it has."""
-
-_SHORTEST_RUN: Final = 64
-"""Fewer bytes than any valid run takes."""
 
 
 class _Batch:
@@ -305,22 +303,23 @@ class _Batch:
 
 async def _parse_batch(request: web.Request) -> _Batch:
     media_type = check_media_type(request, (*JSON_TYPES, *NDJSON_TYPES))
-    body = await read_body(request, request.app[SETTINGS].max_body_bytes)
     limit = request.app[SETTINGS].max_batch
-    batch = _Batch(len(body))
-    items: list[Any]
-    decode: Callable[[Any], object]
-    if media_type in NDJSON_TYPES:
-        items, decode = [line[0] for line in islice(_LINES.finditer(body), limit + 1)], runs.parse_json
-    else:
-        _refuse_early(body, limit)
-        items, decode = _items(runs.parse_json(body), batch), _as_it_is
-    _check_size(items, limit)
-    del body
-    for number, item in enumerate(items):
-        if number % _SLICE == _SLICE - 1:
-            await asyncio.sleep(0)
-        batch.add(partial(decode, item))
+    async with request.app[BODIES].read(request) as body:
+        batch = _Batch(len(body))
+        items: list[Any]
+        if media_type in NDJSON_TYPES:
+            items = [line[0] for line in islice(_LINES.finditer(body), limit + 1)]
+        else:
+            items = _items(runs.parse_body(body), batch)
+        if len(items) > limit:
+            raise BodyTooLargeError(f"A batch must not hold more than {limit} runs (TELEMETRY_MAX_BATCH)")
+        decode: Callable[[Any], object] = runs.parse_body if media_type in NDJSON_TYPES else _as_it_is
+        turn = time.perf_counter()
+        for item in items:
+            if time.perf_counter() - turn > _SLICE_S:
+                await asyncio.sleep(0)
+                turn = time.perf_counter()
+            batch.add(partial(decode, item))
     if batch.errors and not batch.is_readable:
         raise InvalidBodyError([error for item in batch.error_details[:100] for error in item["detail"]])
     return batch
@@ -332,27 +331,6 @@ _LINES: Final = re.compile(rb"[^ \t\r\n][^\n]*")
 
 def _as_it_is(item: object) -> object:
     return item
-
-
-def _check_size(items: list[Any], limit: int) -> None:
-    if len(items) > limit:
-        raise BodyTooLargeError(f"A batch must not hold more than {limit} runs (TELEMETRY_MAX_BATCH)")
-
-
-def _refuse_early(body: bytes, limit: int) -> None:
-    """Look at the head of a large batch, which holds more items than are allowed only if they are no runs.
-
-    Decoding keeps the interpreter's lock, in a thread too, so millions of tiny items would stop every other answer.
-    """
-    head = limit * _SHORTEST_RUN
-    if len(body) > head:
-        try:
-            begun = from_json(body[:head], allow_partial=True)
-        except ValueError:  # decoding all of it says what is wrong
-            return
-        items = begun.get("runs") if isinstance(begun, dict) else begun
-        if isinstance(items, list):
-            _check_size(items, limit)
 
 
 def _items(decoded: object, batch: _Batch) -> list[object]:
@@ -397,10 +375,16 @@ async def get_health(request: web.Request) -> web.Response:
         if health.durable
         else "an acknowledged write survives a crash, not a power cut",
         "queue_depth": health.queue_depth,
+        "oldest_waiting_s": round(health.oldest_s, 3),
+        "last_commit_at": None if health.last_commit is None else runs.format_timestamp(health.last_commit),
+        "wal_bytes": health.wal_bytes,
+        "disk_free_bytes": health.free_bytes,
     }
     if health.problem is not None:
         answer["detail"] = health.problem
-    return json_response(answer, 200 if health.problem is None else 503, {"Cache-Control": "no-store"})
+    response = json_response(answer, 200 if health.problem is None else 503, {"Cache-Control": "no-store"})
+    response[REASON] = health.problem or ""
+    return response
 
 
 async def get_metrics(request: web.Request) -> web.Response:
@@ -429,6 +413,12 @@ async def get_metrics(request: web.Request) -> web.Response:
     return json_response(answer)
 
 
+async def go_to_docs(request: web.Request) -> web.Response:
+    """Send whoever opens the bare address in a browser to the page."""
+    request[NOTE].say("Page served", logging.DEBUG)
+    return web.Response(status=302, headers={"Location": "/docs"})
+
+
 async def get_openapi(request: web.Request) -> web.Response:
     """Answer the OpenAPI document."""
     request[NOTE].say("Document served", logging.DEBUG)
@@ -446,8 +436,9 @@ _PAGE_HEADERS: Final = {
     # Swagger UI sets style attributes through the DOM, which this policy allows; nothing is inline or foreign.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
     "connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
-    "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
 }
 
 
@@ -496,6 +487,7 @@ ROUTES: Final[tuple[Route, ...]] = (
             "A known event_id is a duplicate: the stored run stays as it is.",
             body=_NEW_RUN,
             body_types=JSON_TYPES,
+            example=runs.example(runs.NewRun, runs.BEGUN),
             answers={
                 201: (
                     "The run is stored and durable.",
@@ -540,6 +532,7 @@ ROUTES: Final[tuple[Route, ...]] = (
                 ]
             },
             body_types=(*JSON_TYPES, NDJSON_TYPES[0]),
+            example=[runs.example(runs.NewRun, runs.BEGUN, number) for number in (0, 1)],
             answers={
                 200: (
                     "What became of the items.",
@@ -601,6 +594,7 @@ ROUTES: Final[tuple[Route, ...]] = (
             parameters=(EVENT_ID,),
             body=ref("RunPatch"),
             body_types=JSON_TYPES,
+            example=runs.example(runs.RunPatch, runs.ENDED, 1),
             answers={200: ("The run is changed and the change durable.", _UPDATE_ANSWER)},
             errors=(404, *_WRITE_ERRORS),
         ),
@@ -614,6 +608,7 @@ ROUTES: Final[tuple[Route, ...]] = (
             parameters=(EVENT_ID,),
             body=ref("CommitAssociation"),
             body_types=JSON_TYPES,
+            example=runs.example(runs.CommitAssociation),
             answers={
                 200: (
                     "The commit is recorded and durable.",
@@ -758,6 +753,10 @@ ROUTES: Final[tuple[Route, ...]] = (
                             "durable": {"type": "boolean"},
                             "durability": STRING,
                             "queue_depth": INTEGER,
+                            "oldest_waiting_s": {"type": "number", "minimum": 0},
+                            "last_commit_at": {"anyOf": [STRING, {"type": "null"}]},
+                            "wal_bytes": INTEGER,
+                            "disk_free_bytes": INTEGER,
                         }
                     ),
                 )
@@ -861,6 +860,7 @@ ROUTES: Final[tuple[Route, ...]] = (
             errors=_WRITE_ERRORS,
         ),
     ),
+    Route("GET", "/", go_to_docs),
     Route("GET", "/openapi.json", get_openapi),
     Route("GET", "/docs", _serve_file("docs.html")),
     *(
@@ -885,6 +885,7 @@ def make_app(store: Store, settings: Settings, metrics: Metrics) -> web.Applicat
     app[STORE], app[SETTINGS], app[METRICS] = store, settings, metrics
     app[CERTIFICATES] = Certificates(store, settings, metrics)
     app.cleanup_ctx.append(_watch_processes)
+    app[BODIES] = Bodies(settings.max_body_bytes)
     app[DOCUMENT] = orjson.dumps(openapi.document(operations(), needs_token=settings.api_auth_enabled))
     # aiohttp's own pattern of a variable part leaves out braces, which an event_id may hold.
     paths = ((route, route.path.replace("{event_id}", "{event_id:[^/]+}")) for route in ROUTES)

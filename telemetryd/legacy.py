@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import sqlite3
-import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,9 +12,16 @@ from pathlib import Path
 from typing import Final
 
 from telemetryd import migrate
-from telemetryd.backup import Watch, ignore_progress, sync_directory
+from telemetryd.backup import Watch, ignore_progress
 from telemetryd.conversion import Converter, EventConverter, Original, RawValue, Tally
-from telemetryd.database import APPLICATION_ID, SIDE_FILES, connect, corrupt, is_unfinished, lenient_text
+from telemetryd.database import (
+    APPLICATION_ID,
+    connect,
+    corrupt,
+    is_unfinished,
+    lenient_text,
+    sync_directory,
+)
 from telemetryd.errors import DatabaseError
 from telemetryd.events import STORED
 from telemetryd.runs import COLUMNS
@@ -123,20 +128,6 @@ class Migration:
 
 
 # --- Looking -------------------------------------------------------------------------------------
-
-
-@contextmanager
-def undisturbed(path: Path) -> Iterator[Path]:
-    """Give a path where a database may be looked at without a trace: a temporary copy if a journal is beside it."""
-    if not is_unfinished(path):
-        yield path
-        return
-    with tempfile.TemporaryDirectory(prefix="telemetryd-") as folder:
-        copy = Path(folder) / path.name
-        for suffix in ("", *SIDE_FILES):
-            if path.with_name(path.name + suffix).exists():
-                shutil.copyfile(path.with_name(path.name + suffix), copy.with_name(copy.name + suffix))
-        yield copy
 
 
 def preview(path: Path, watch: Watch = ignore_progress) -> Migration:

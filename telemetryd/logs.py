@@ -116,22 +116,40 @@ _COLOURS: Final = {
 
 
 class ReadableLines(logging.Formatter):
-    """A coloured line for people: time, level, message, then name=value. Control characters are escaped."""
+    """A line for people: time, level, message, then name=value. Control characters are escaped.
+
+    What the message or the traceback says already is not said again.
+    """
+
+    def __init__(self, *, coloured: bool = True) -> None:
+        super().__init__()
+        self._coloured = coloured
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line; a traceback follows on lines of its own."""
         fields = _fields(record)
         traceback = fields.pop("traceback", None)
         moment = datetime.fromtimestamp(record.created).astimezone()
-        level = click.style(f"{record.levelname:<8}", fg=_COLOURS.get(record.levelname))
-        extras = "".join(
-            f" {click.style(name, dim=True)}={_dumps(value)}" for name, value in fields.items() if value is not None
-        )
         message = record.getMessage()
+        extras = "".join(
+            f" {self._paint(name, dim=True)}={_dumps(value)}"
+            for name, value in fields.items()
+            if value is not None and not _is_said(name, value, message, traceback)
+        )
+        level = self._paint(f"{record.levelname:<8}", fg=_COLOURS.get(record.levelname))
         if not message.isprintable():
             message = message.encode("unicode_escape").decode("ascii")
         line = f"{moment:%H:%M:%S}.{moment.microsecond // 1000:03d} {level} {message}{extras}"
         return "\n".join([line, *map(_printable, traceback.split("\n"))]) if traceback else line
+
+    def _paint(self, text: str, **look: Any) -> str:
+        return click.style(text, **look) if self._coloured else text
+
+
+def _is_said(name: str, value: object, message: str, traceback: str | None) -> bool:
+    if name in ("error_type", "error_message") and traceback is not None:
+        return True
+    return name in ("endpoint", "error_message") and str(value) in message
 
 
 class _Backlog(logging.handlers.QueueHandler):
@@ -220,8 +238,9 @@ def _dropped_record(dropped: int) -> logging.LogRecord:
 @contextmanager
 def logging_to(stream: TextIO, level: LogLevel, form: LogFormat) -> Iterator[None]:
     """Send every logger's lines (ours and the libraries') to one stream until the block ends."""
-    readable = form is LogFormat.TEXT or (form is LogFormat.AUTO and stream.isatty())
-    formatter = ReadableLines() if readable else JsonLines()
+    terminal = stream.isatty()
+    readable = form is LogFormat.TEXT or (form is LogFormat.AUTO and terminal)
+    formatter = ReadableLines(coloured=terminal) if readable else JsonLines()
     records: queue.SimpleQueue[logging.LogRecord | None] = queue.SimpleQueue()
     backlog = _Backlog(records)
     sink = _Sink(records, formatter, stream, backlog)

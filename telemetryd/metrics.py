@@ -77,7 +77,7 @@ class Metrics:
         )
         self.commit_seconds = Histogram(
             "telemetryd_commit_duration_seconds",
-            "Time of one group commit, from BEGIN to durable.",
+            "Time of one group commit, from its hand-over to the writing thread until the event loop knows it durable.",
             buckets=_LATENCY,
             registry=self.registry,
         )
@@ -94,12 +94,29 @@ class Metrics:
         self._processes = Gauge(
             "telemetryd_processes_watched", "Processes watched for death certificates.", registry=self.registry
         )
+        self._oldest_waiting = Gauge(
+            "telemetryd_oldest_waiting_seconds",
+            "For how long the oldest command waits to be durable; 0 if none does.",
+            registry=self.registry,
+        )
+        self._wal_bytes = Gauge(
+            "telemetryd_wal_bytes", "Size of the write-ahead log, a second ago at most.", registry=self.registry
+        )
+        self._disk_free = Gauge(
+            "telemetryd_disk_free_bytes", "Room left on the database's disk, a second ago.", registry=self.registry
+        )
         self._queue_depth = Gauge("telemetryd_queue_depth", "Commands waiting for the writer.", registry=self.registry)
         self._runs_stored = Gauge("telemetryd_runs_stored", "Runs in the database.", registry=self.registry)
 
-    def watch_queue(self, depth: Callable[[], int]) -> None:
-        """Take the queue's depth from a function whenever it is asked for."""
+    def watch_queue(self, depth: Callable[[], int], oldest_s: Callable[[], float]) -> None:
+        """Take the queue's depth and its oldest command's age from functions whenever they are asked for."""
         self._queue_depth.set_function(depth)
+        self._oldest_waiting.set_function(oldest_s)
+
+    def show_disk(self, free_bytes: int, wal_bytes: int) -> None:
+        """Show what was seen of the disk."""
+        self._disk_free.set(free_bytes)
+        self._wal_bytes.set(wal_bytes)
 
     def watch_processes(self, count: Callable[[], int]) -> None:
         """Take the number of watched processes from a function whenever it is asked for."""

@@ -1,7 +1,9 @@
-"""What every request passes: request id, peer and token checks, rate limit, errors to JSON, log and counters."""
+"""What every request passes: request id, host, peer and token checks, rate limit, errors to JSON, log and counters."""
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import hmac
 import ipaddress
 import itertools
@@ -29,6 +31,7 @@ from telemetryd.errors import (
     CommandFailedError,
     InvalidBodyError,
     InvalidRequestError,
+    NoMemoryError,
     NotWatchedError,
     RunNotFoundError,
     TelemetrydError,
@@ -36,8 +39,10 @@ from telemetryd.errors import (
     UnsupportedBodyError,
     sentence,
 )
+from telemetryd.hosts import Names
 from telemetryd.logs import log
 from telemetryd.metrics import Metrics
+from telemetryd.runs import shorten
 from telemetryd.settings import Settings
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -47,7 +52,10 @@ _REQUEST_ID: Final = re.compile(r"[\x21-\x7e](?:[\x20-\x7e]{0,126}[\x21-\x7e])?"
 _CREDENTIALS: Final = struct.Struct("3i")
 """Linux's struct ucred: process, user, group (unix(7), SO_PEERCRED)."""
 ADMIN_PREFIX: Final = "/api/v1/admin/"
+PAGE_PREFIXES: Final = ("/docs", "/openapi.json")
 _JSON: Final = "application/json"
+_SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
+"""Methods that change nothing (RFC 9110 §9.2.1); a browser sends an Origin with all others."""
 
 STATUSES: Final[tuple[tuple[type[TelemetrydError], int], ...]] = (
     (InvalidBodyError, 422),
@@ -86,9 +94,25 @@ def json_response(payload: object, status: int = 200, headers: Mapping[str, str]
     return web.Response(body=orjson.dumps(payload), status=status, headers=headers, content_type=_JSON)
 
 
-def error_response(status: int, detail: object, headers: Mapping[str, str] | None = None) -> web.Response:
-    """Return an error in the one shape that all errors have: `{"detail": …}`."""
-    return json_response({"detail": detail}, status, headers)
+REASON: Final = web.ResponseKey("reason", str)
+"""Why a request was refused, for the log."""
+
+
+def error_response(
+    status: int, detail: object, headers: Mapping[str, str] | None = None, reason: str = ""
+) -> web.Response:
+    """Return an error in the one shape that all errors have: `{"detail": …}`; the log may know more of the reason."""
+    response = json_response({"detail": detail}, status, headers)
+    response[REASON] = reason or str(detail)
+    return response
+
+
+def mark(response: web.StreamResponse, identity: str) -> None:
+    """Give an answer what every answer carries: its request id, and nothing that helps an attacker."""
+    headers = response.headers
+    headers["X-Request-ID"] = identity
+    headers["Server"] = "telemetryd"  # aiohttp would name its own version and Python's
+    headers["X-Content-Type-Options"] = "nosniff"
 
 
 class RateLimit:
@@ -127,9 +151,38 @@ class Gate:
         self._token = settings.token() if settings.api_auth_enabled else None
         self._loopback_only = self._token is None and settings.api_protected_mode
         self._limit = RateLimit(settings.rate_limit_rpm) if settings.rate_limit_enabled else None
+        self._names = Names(settings.host_names, settings.api_host)
+        # A page that has rebound its name does not know the token.
+        self._checks_host = self._token is None or settings.host_names is not None
 
     def refusal(self, request: web.Request) -> web.Response | None:
         """Return the answer that keeps a request out, or None."""
+        return self._refusal_of_page(request) or self._refusal_of_client(request)
+
+    def _refusal_of_page(self, request: web.Request) -> web.Response | None:
+        """Keep out what a foreign web page makes a browser send."""
+        host = request.headers.get("Host", "")
+        if self._checks_host and request.remote and not self._is_called(request, host):
+            return error_response(
+                403,
+                f"Host {shorten(host)!r} is not a name of this daemon; if it is, list it in TELEMETRY_ALLOWED_HOSTS",
+            )
+        if request.method in _SAFE_METHODS:
+            return None
+        origin = request.headers.get("Origin")
+        if origin is None or self._names.has_origin(origin, host):
+            return None
+        return error_response(
+            403,
+            f"A page of {shorten(origin)!r} must not change anything here; if it is served by a proxy of this "
+            "daemon, list its name in TELEMETRY_ALLOWED_HOSTS",
+        )
+
+    def _is_called(self, request: web.Request, host: str) -> bool:
+        return self._names.has_host(host) or self._names.may_be_a_proxys(host, _port(request))
+
+    def _refusal_of_client(self, request: web.Request) -> web.Response | None:
+        """Keep out who has no right to ask, or asks too often."""
         resource = request.match_info.route.resource
         if resource is not None and resource.canonical.startswith(ADMIN_PREFIX):
             if _is_own_unix_peer(request):
@@ -151,18 +204,55 @@ class Gate:
             if wait:
                 return error_response(429, "Too many requests from this address", {"Retry-After": str(math.ceil(wait))})
         if self._token is not None and request.path != "/health" and not self._is_authentic(request):
-            return error_response(
-                401,
-                "A valid token is needed: Authorization: Bearer … or X-API-Key: …",
-                {"WWW-Authenticate": 'Bearer realm="telemetryd"'},
-            )
+            return _ask_for_token(request)
         return None
 
     def _is_authentic(self, request: web.Request) -> bool:
         assert self._token is not None  # noqa: S101 - for the type checker
-        scheme, _, credentials = request.headers.get("Authorization", "").partition(" ")
-        given = credentials.strip() if scheme.lower() == "bearer" else request.headers.get("X-API-Key", "")
-        return hmac.compare_digest(given.encode("utf-8", "surrogateescape"), self._token)
+        sent = [token.encode("utf-8", "surrogateescape") for token in _tokens(request)]
+        return any(hmac.compare_digest(token, self._token) for token in sent)
+
+
+def _tokens(request: web.Request) -> list[str]:
+    """Return what a request brings as its token."""
+    scheme, _, credentials = request.headers.get("Authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        return [credentials.strip()]
+    tokens = [request.headers.get("X-API-Key", "")]
+    if scheme.lower() == "basic" and _is_page(request):
+        with contextlib.suppress(ValueError):  # it is no base64
+            user_and_password = base64.b64decode(credentials, validate=True).decode("utf-8", "surrogateescape")
+            tokens.append(user_and_password.partition(":")[2])
+    return tokens
+
+
+def _ask_for_token(request: web.Request) -> web.Response:
+    """Return a 401; a browser that opens a page is also told the one way that it can ask its user for the token."""
+    if any(_tokens(request)):
+        reason = "The token is wrong"
+    else:
+        reason = "Authorization holds no bearer token" if "Authorization" in request.headers else "No token was sent"
+    response = error_response(
+        401,
+        "A valid token is needed: Authorization: Bearer … or X-API-Key: …",
+        {"WWW-Authenticate": 'Bearer realm="telemetryd"'},
+        reason,
+    )
+    if _is_page(request) and "text/html" in request.headers.get("Accept", ""):
+        response.headers.add("WWW-Authenticate", 'Basic realm="telemetryd: the token is the password", charset="UTF-8"')
+    return response
+
+
+def _is_page(request: web.Request) -> bool:
+    """Tell whether a request is for a page or the document: these only read, so a browser may remember the token."""
+    resource = request.match_info.route.resource
+    return resource is not None and (resource.canonical == "/" or resource.canonical.startswith(PAGE_PREFIXES))
+
+
+def _port(request: web.Request) -> int:
+    """Return the port where a request came in, 0 if that is not known."""
+    name = request.transport.get_extra_info("sockname") if request.transport is not None else None
+    return int(name[1]) if isinstance(name, tuple) else 0
 
 
 def _is_own_unix_peer(request: web.Request) -> bool:
@@ -225,10 +315,14 @@ def middleware(settings: Settings, metrics: Metrics, advice: Callable[[], str]) 
         ) as error:
             problem = error
             response = _answer_error(error, identity)
+        except MemoryError as error:
+            problem = NoMemoryError()
+            problem.__cause__ = error
+            response = _answer_error(problem, identity)
         except Exception as error:  # noqa: BLE001 - whatever it is must not reach the client; the log has it in full
             problem = error
             response = _answer_error(error, identity)
-        response.headers["X-Request-ID"] = identity
+        mark(response, identity)
         if request.method in flow.METHODS or response.status in (429, 503):
             response.headers[flow.HEADER] = advice()
         seconds = time.perf_counter() - started
@@ -244,6 +338,7 @@ def middleware(settings: Settings, metrics: Metrics, advice: Callable[[], str]) 
             status=response.status,
             seconds=seconds,
             identity=identity,
+            reason=response.get(REASON, ""),
         )
         return response
 
@@ -298,6 +393,7 @@ def _log(
     status: int,
     seconds: float,
     identity: str,
+    reason: str,
 ) -> None:
     is_write = request.method in flow.METHODS
     level = note.level if status < 400 else logging.ERROR if status in (400, 422) or status >= 500 else logging.WARNING
@@ -312,7 +408,7 @@ def _log(
             if isinstance(problem, (InvalidBodyError, InvalidRequestError))
             else type(problem).__name__
         )
-        text = sentence(problem) if problem is not None else f"Refused with status {status}"
+        text = sentence(problem) if problem is not None else reason or f"Answered with status {status}"
         fields |= {"error_type": kind if problem is not None else "Refused", "error_message": text[:2000]}
         if isinstance(problem, UnavailableError) and problem.__cause__ is not None:
             fields["error_cause"] = str(problem.__cause__)

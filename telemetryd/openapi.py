@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, cast
 
+import orjson
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
@@ -26,6 +27,8 @@ class Operation:
     tags: tuple[str, ...] = ("runs",)
     body: Schema | None = None
     body_types: tuple[str, ...] = ()
+    example: object = None
+    """A body that works; a list is one item a line for NDJSON."""
     parameters: tuple[Schema, ...] = ()
     answers: dict[int, tuple[str, Schema]] = field(default_factory=dict)
     other_answer_types: tuple[str, ...] = ()
@@ -58,6 +61,7 @@ EVENT_ID: Final[Schema] = {
     "required": True,
     "description": "The run's event_id, percent-encoded.",
     "schema": STRING,
+    "example": runs.example(runs.NewRun, ("event_id",))["event_id"],
 }
 
 _ERROR_TEXTS: Final = {
@@ -139,8 +143,8 @@ def document(operations: Iterable[tuple[str, str, Operation]], *, needs_token: b
         "components": {
             "schemas": _schemas(),
             "securitySchemes": {
-                "bearer": {"type": "http", "scheme": "bearer"},
-                "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+                "bearer": {"type": "http", "scheme": "bearer", "description": "The daemon's token."},
+                "key": {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": "The same token."},
             },
         },
         "security": [*([] if needs_token else [{}]), {"bearer": []}, {"key": []}],
@@ -170,10 +174,7 @@ def _operation(method: str, path: str, operation: Operation) -> Schema:
     if operation.body is not None:
         described["requestBody"] = {
             "required": True,
-            "content": {
-                kind: {"schema": operation.body if kind == "application/json" else STRING}
-                for kind in operation.body_types
-            },
+            "content": {kind: _content(operation, kind) for kind in operation.body_types},
         }
     if operation.open:
         described["security"] = []
@@ -189,6 +190,16 @@ def _operation(method: str, path: str, operation: Operation) -> Schema:
         for answer in described["responses"].values():
             answer["headers"] = _FLOW | answer.get("headers", {})
     return described
+
+
+def _content(operation: Operation, kind: str) -> Schema:
+    if kind == "application/json":
+        content: Schema = {"schema": operation.body}
+        example = operation.example
+    else:
+        content = {"schema": STRING}
+        example = "\n".join(orjson.dumps(item).decode() for item in cast(list[object], operation.example))
+    return content if example is None else {**content, "example": example}
 
 
 def _schemas() -> dict[str, Schema]:

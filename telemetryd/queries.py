@@ -6,9 +6,10 @@ import base64
 import binascii
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Final
+from itertools import islice
+from typing import Any, Final
 from urllib.parse import parse_qsl, urlencode
 
 import orjson
@@ -20,6 +21,8 @@ from telemetryd.runs import FILTERS, MAX_INTEGER, Name, Row, Status, canonical_s
 DEFAULT_LIMIT: Final = 100
 MAX_LIMIT: Final = 1000
 _MAX_PARAMETERS: Final = 32
+_MAX_TOLD: Final = 5
+"""Unknown parameters that an error names."""
 _CURSOR_VERSION: Final = 1
 _ANY_CURSOR: Final = "a cursor from the Link header of an earlier answer"
 
@@ -174,23 +177,30 @@ def parse_list(query_string: str) -> ListRuns:
     """Read the query string of `GET /api/v1/runs`.
 
     Raises:
-        InvalidRequestError: with one sentence that names the parameter, the value and what is allowed.
+        InvalidRequestError: with a sentence for each fault that names the parameter, the value and what is allowed.
 
     """
-    given = parse_parameters(query_string, PARAMETERS)
-    equal = {name: _FILTER_PARSERS.get(name, _name)(name, given[name]) for name in FILTERS if name in given}
-    bounds = {name: _timestamp(name, given[name]) for name in TIME_BOUNDS if name in given}
-    query = ListRuns(
-        equal,
-        bounds,
-        _integer("limit", given.get("limit", str(DEFAULT_LIMIT)), 1, MAX_LIMIT),
-        _integer("offset", given.get("offset", "0"), 0, MAX_INTEGER),
-        with_events=_includes_events(given),
-    )
+    given, faults = _split(query_string, PARAMETERS)
+
+    def read(name: str, parse: Callable[..., Any], *bounds: int) -> Any:
+        try:
+            return parse(name, given[name], *bounds)
+        except InvalidRequestError as error:
+            faults.append(str(error))
+            return None
+
+    equal = {name: read(name, _FILTER_PARSERS.get(name, _name)) for name in FILTERS if name in given}
+    times = {name: read(name, _timestamp) for name in TIME_BOUNDS if name in given}
+    limit = read("limit", _integer, 1, MAX_LIMIT) if "limit" in given else DEFAULT_LIMIT
+    offset = read("offset", _integer, 0, MAX_INTEGER) if "offset" in given else 0
+    with_events = read("include", _include) if "include" in given else False
+    if "cursor" in given and offset:
+        faults.append("Use either cursor or offset, not both: a cursor already says where to go on")
+    if faults:
+        raise InvalidRequestError(". ".join(faults))
+    query = ListRuns(equal, times, limit, offset, with_events=with_events)
     if "cursor" not in given:
         return query
-    if query.offset:
-        raise InvalidRequestError("Use either cursor or offset, not both: a cursor already says where to go on")
     return replace(query, after=query.position(given["cursor"]))
 
 
@@ -216,22 +226,31 @@ def parse_include(query_string: str) -> bool:
         InvalidRequestError: with one sentence that names the parameter, the value and what is allowed.
 
     """
-    return _includes_events(parse_parameters(query_string, ("include",)))
+    given = parse_parameters(query_string, ("include",))
+    return "include" in given and _include("include", given["include"])
 
 
-def _includes_events(given: Mapping[str, str]) -> bool:
-    if given.get("include", EVENTS) != EVENTS:
-        raise _refuse("include", given["include"], EVENTS)
-    return "include" in given
+def _include(name: str, value: str) -> bool:
+    if value != EVENTS:
+        raise _refuse(name, value, EVENTS)
+    return True
 
 
 def parse_parameters(query_string: str, allowed: tuple[str, ...]) -> dict[str, str]:
     """Split a query string strictly: valid UTF-8, known names, each once.
 
     Raises:
-        InvalidRequestError: with one sentence that names the parameter and what is allowed.
+        InvalidRequestError: with a sentence for each fault that names the parameter and what is allowed.
 
     """
+    given, faults = _split(query_string, allowed)
+    if faults:
+        raise InvalidRequestError(". ".join(faults))
+    return given
+
+
+def _split(query_string: str, allowed: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:
+    """Return the parameters that are known, and what is wrong with the others."""
     try:
         pairs = parse_qsl(query_string, keep_blank_values=True, errors="strict", max_num_fields=_MAX_PARAMETERS)
     except UnicodeDecodeError as error:
@@ -239,14 +258,22 @@ def parse_parameters(query_string: str, allowed: tuple[str, ...]) -> dict[str, s
     except ValueError as error:
         raise InvalidRequestError(f"The query string must not hold more than {_MAX_PARAMETERS} parameters") from error
     given: dict[str, str] = {}
+    unknown: dict[str, None] = {}
+    repeated: dict[str, None] = {}
     for name, value in pairs:
         if name not in allowed:
-            known = ", ".join(allowed) or "none"
-            raise InvalidRequestError(f"Unknown query parameter {shorten(name)!r}; known are: {known}")
-        if name in given:
-            raise InvalidRequestError(f"Query parameter {name} is given more than once; give it once")
-        given[name] = value
-    return given
+            unknown[repr(shorten(name))] = None
+        elif name in given:
+            repeated[name] = None
+        else:
+            given[name] = value
+    for name in repeated:
+        del given[name]  # which of its values was meant?
+    faults = [f"Query parameter {name} is given more than once; give it once" for name in repeated]
+    if unknown:
+        known = ", ".join(allowed) or "none"
+        faults.append(f"Unknown query parameter {', '.join(islice(unknown, _MAX_TOLD))}; known are: {known}")
+    return given, faults
 
 
 def _refuse(name: str, value: str, allowed: str) -> InvalidRequestError:

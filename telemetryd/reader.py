@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final, TypeVar
@@ -25,6 +26,7 @@ class Readers:
         for connection in connections:
             self._idle.put_nowait(connection)
         self._timeout_s = timeout_s
+        self._closed = False
 
     @classmethod
     async def open(cls, path: Path, count: int, timeout_s: float, busy_timeout_ms: int) -> Readers:
@@ -53,6 +55,9 @@ class Readers:
                 connection = await self._idle.get()
         except TimeoutError:
             raise QueryTimeoutError("Too many slow queries are running; try again later") from None
+        if self._closed:
+            self._idle.put_nowait(connection)  # for the next who waits, to be told the same
+            raise UnavailableError("The database is being closed; try again shortly")
         # The query is shielded: if its caller leaves, the connection still must not be handed on before it ends.
         answer = asyncio.ensure_future(connection.run(query))
         answer.add_done_callback(lambda ended: self._take_back(connection, ended))
@@ -68,6 +73,8 @@ class Readers:
             _end(connection, answer)
             raise
         except sqlite3.Error as error:
+            # The frames hold cursors, with which the connection would not really close when it is told to.
+            traceback.clear_frames(error.__traceback__)
             raise UnavailableError("The database cannot be read now; try again later") from error
 
     def _take_back(self, connection: Connection, ended: asyncio.Future[T]) -> None:
@@ -76,11 +83,12 @@ class Readers:
         self._idle.put_nowait(connection)
 
     async def close(self) -> None:
-        """Interrupt what runs, and close every connection."""
+        """Interrupt what runs, refuse what waits, and close every connection."""
+        self._closed = True
         for connection in self._all:
-            await connection.interrupt()
-        for connection in self._all:
-            await connection.close()
+            closing = asyncio.ensure_future(connection.close())
+            _end(connection, closing)
+            await closing
 
 
 def _end(connection: Connection, answer: asyncio.Future[T]) -> None:

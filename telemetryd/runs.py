@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from enum import Flag, StrEnum, auto
 from itertools import islice
@@ -25,7 +25,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError, from_json
 
-from telemetryd.errors import ErrorItem, InvalidBodyError
+from telemetryd.errors import BodyTooLargeError, ErrorItem, InvalidBodyError
 from telemetryd.git_urls import commit_url, repo_url
 
 SqlValue = str | int | None
@@ -34,6 +34,10 @@ Row = tuple[SqlValue, ...]
 
 MAX_INTEGER: Final = 2**63 - 1
 MAX_JSON_DEPTH: Final = 64
+MAX_JSON_VALUES: Final = 100_000
+"""Values in one JSON object of an agent's own; to look at so many takes some 20 ms, in which nobody is answered."""
+MAX_BODY_VALUES: Final = 1_000_000
+"""Values in one JSON text; decoding takes at most about a tenth of a second for so many."""
 MAX_ECHO: Final = 200
 MAX_WARNINGS: Final = 100
 
@@ -140,22 +144,22 @@ def canonical_timestamp(text: str) -> str:
     raise PydanticCustomError("value_error", f"Timestamp {_TIMESTAMP_RULE}")
 
 
-def _unstorable(value: object, depth: int) -> str | None:
-    """Say why a decoded JSON value cannot be stored, or return None."""
+_TOO_MUCH: Final = f"holds more than {MAX_JSON_VALUES} keys and values"
+
+
+def _unstorable(value: object, depth: int, left: Iterator[int]) -> str | None:
+    """Say why a decoded JSON value cannot be stored, or return None; each value in it takes one out of `left`."""
     if isinstance(value, str):
         return "holds a NUL character" if "\0" in value else None
     if isinstance(value, float):
         return None if value - value == 0.0 else "holds a number that is not finite"
-    if isinstance(value, dict):
-        children: Iterable[object] = (part for item in value.items() for part in item)
-    elif isinstance(value, list):
-        children = value
-    else:
+    if not isinstance(value, (dict, list)):
         return None
     if depth == 0:
         return f"is nested more than {MAX_JSON_DEPTH} levels deep"
-    for child in children:
-        fault = _unstorable(child, depth - 1)
+    for child in (part for item in value.items() for part in item) if isinstance(value, dict) else value:
+        is_too_much = next(left, None) is None
+        fault = _TOO_MUCH if is_too_much else _unstorable(child, depth - 1, left)
         if fault is not None:
             return fault
     return None
@@ -167,7 +171,7 @@ def _json_text(value: object) -> str | None:
         return None
     if not isinstance(value, dict):
         raise PydanticCustomError("dict_type", "Input should be a JSON object")
-    fault = _unstorable(value, MAX_JSON_DEPTH)
+    fault = _unstorable(value, MAX_JSON_DEPTH, iter(range(MAX_JSON_VALUES)))
     if fault is not None:
         raise PydanticCustomError("value_error", f"JSON object {fault}")
     try:
@@ -261,57 +265,83 @@ class Role(Flag):
 _SET, _PATCH = Role.SET, Role.SET | Role.PATCH
 
 
+def _field(default: Any, description: str, *examples: Any) -> Any:
+    """Return a field's default (none if it is required), what it is, and what it may hold, the usual value first."""
+    return Field(default, description=description, examples=[*examples])
+
+
 class Run(BaseModel):
     """A run: one execution of one job by one agent."""
 
-    id: Annotated[int, Role.SERVER] = Field(0, description="Row number, ascending in order of arrival.")
-    event_id: Annotated[Name, _SET] = Field(description="Unique id of the run's record; makes retries harmless.")
-    run_id: Annotated[Name, _SET] = Field(description="The agent's own id of the run.")
-    created_at: Annotated[Timestamp, _SET] = Field("", description="When the record was made; default: on arrival.")
-    updated_at: Annotated[Timestamp, Role.SERVER] = Field("", description="When the record last changed.")
-    start_time: Annotated[Timestamp, _SET] = Field(description="When the run began.")
-    end_time: Annotated[Timestamp | None, _PATCH] = Field(None, description="When the run ended.")
-    agent_name: Annotated[Name, _SET | Role.FILTER] = Field(description="Which agent ran.")
-    job_type: Annotated[Name, _SET | Role.FILTER] = Field(description="What kind of job it ran.")
-    status: Annotated[StatusValue, _PATCH | Role.FILTER] = Field("running", description="How the run stands.")
-    product: Annotated[Text | None, _SET] = Field(None, description="Product worked on.")
-    product_family: Annotated[Text | None, _SET] = Field(None, description="Family of the product.")
-    platform: Annotated[Text | None, _SET] = Field(None, description="Platform worked on.")
-    subdomain: Annotated[Text | None, _SET] = Field(None, description="Subdomain worked on.")
-    website: Annotated[Text | None, _SET] = Field(None, description="Website worked on.")
-    website_section: Annotated[Text | None, _SET] = Field(None, description="Section of the website.")
-    item_name: Annotated[Text | None, _SET] = Field(None, description="The single item worked on.")
-    items_discovered: Annotated[Count, _SET] = Field(0, description="Items found.")
-    items_succeeded: Annotated[Count, _PATCH] = Field(0, description="Items done.")
-    items_failed: Annotated[Count, _PATCH] = Field(0, description="Items failed.")
-    items_skipped: Annotated[Count, _PATCH] = Field(0, description="Items left out.")
-    duration_ms: Annotated[Duration, _PATCH] = Field(0, description="Duration in milliseconds.")
-    input_summary: Annotated[Text | None, _SET] = Field(None, description="What went in.")
-    output_summary: Annotated[Text | None, _PATCH] = Field(None, description="What came out.")
-    source_ref: Annotated[Text | None, _SET] = Field(None, description="Where the input was.")
-    target_ref: Annotated[Text | None, _SET] = Field(None, description="Where the output went.")
-    error_summary: Annotated[Text | None, _PATCH] = Field(None, description="The error in one line.")
-    error_details: Annotated[Text | None, _PATCH] = Field(None, description="The error in full.")
-    git_repo: Annotated[Text | None, _SET] = Field(None, description="Address of the repository.")
-    git_branch: Annotated[Text | None, _SET] = Field(None, description="Branch.")
-    git_commit_hash: Annotated[Text | None, _SET | Role.COMMIT] = Field(None, description="Commit of the run.")
-    git_run_tag: Annotated[Text | None, _SET] = Field(None, description="Tag of the run.")
-    host: Annotated[Text | None, _SET] = Field(None, description="Machine that ran it.")
-    environment: Annotated[Text | None, _SET] = Field(None, description="Environment, such as prod or dev.")
-    trigger_type: Annotated[Text | None, _SET] = Field(None, description="What started the run.")
-    metrics_json: Annotated[JsonObject | None, _PATCH | Role.JSON] = Field(None, description="The agent's own figures.")
-    context_json: Annotated[JsonObject | None, _PATCH | Role.JSON] = Field(None, description="The agent's own context.")
-    api_posted: Annotated[Boolean, _SET | Role.BOOLEAN] = Field(False, description="Posted to another API as well.")
-    api_posted_at: Annotated[Timestamp | None, _SET] = Field(None, description="When it was posted there.")
-    api_retry_count: Annotated[Count, _SET] = Field(0, description="How often that was tried again.")
-    insight_id: Annotated[Text | None, _SET] = Field(None, description="Insight that led to the run.")
-    parent_run_id: Annotated[Text | None, _SET] = Field(None, description="run_id of the run that started this one.")
-    git_commit_source: Annotated[SourceValue | None, _PATCH | Role.COMMIT] = Field(
-        None, description="Who made the commit."
+    id: Annotated[int, Role.SERVER] = _field(0, "Row number, ascending in order of arrival.", 1)
+    event_id: Annotated[Name, _SET] = _field(
+        ...,
+        "Unique id of the run's record; makes retries harmless.",
+        "translate-2025-12-24-001",
+        "translate-2025-12-24-002",
     )
-    git_commit_author: Annotated[Text | None, _PATCH | Role.COMMIT] = Field(None, description="Author of the commit.")
-    git_commit_timestamp: Annotated[Timestamp | None, _PATCH | Role.COMMIT] = Field(
-        None, description="When the commit was made."
+    run_id: Annotated[Name, _SET] = _field(
+        ..., "The agent's own id of the run.", "20251224T100000Z-hugo-translator-a1b2c3d4"
+    )
+    created_at: Annotated[Timestamp, _SET] = _field(
+        "", "When the record was made; default: on arrival.", "2025-12-24T10:00:00Z"
+    )
+    updated_at: Annotated[Timestamp, Role.SERVER] = _field("", "When the record last changed.", "2025-12-24T10:05:00Z")
+    start_time: Annotated[Timestamp, _SET] = _field(..., "When the run began.", "2025-12-24T10:00:00Z")
+    end_time: Annotated[Timestamp | None, _PATCH] = _field(None, "When the run ended.", "2025-12-24T10:05:00Z")
+    agent_name: Annotated[Name, _SET | Role.FILTER] = _field(..., "Which agent ran.", "hugo-translator")
+    job_type: Annotated[Name, _SET | Role.FILTER] = _field(..., "What kind of job it ran.", "translate_directory")
+    status: Annotated[StatusValue, _PATCH | Role.FILTER] = _field(
+        "running", "How the run stands.", "running", "success"
+    )
+    product: Annotated[Text | None, _SET] = _field(None, "Product worked on.", "words")
+    product_family: Annotated[Text | None, _SET] = _field(None, "Family of the product.", "words-family")
+    platform: Annotated[Text | None, _SET] = _field(None, "Platform worked on.", "python")
+    subdomain: Annotated[Text | None, _SET] = _field(None, "Subdomain worked on.", "docs")
+    website: Annotated[Text | None, _SET] = _field(None, "Website worked on.", "example.com")
+    website_section: Annotated[Text | None, _SET] = _field(None, "Section of the website.", "blog")
+    item_name: Annotated[Text | None, _SET] = _field(None, "The single item worked on.", "index.md")
+    items_discovered: Annotated[Count, _SET] = _field(0, "Items found.", 100)
+    items_succeeded: Annotated[Count, _PATCH] = _field(0, "Items done.", 98)
+    items_failed: Annotated[Count, _PATCH] = _field(0, "Items failed.", 2)
+    items_skipped: Annotated[Count, _PATCH] = _field(0, "Items left out.", 0)
+    duration_ms: Annotated[Duration, _PATCH] = _field(0, "Duration in milliseconds.", 300000)
+    input_summary: Annotated[Text | None, _SET] = _field(None, "What went in.", "100 pages in English")
+    output_summary: Annotated[Text | None, _PATCH] = _field(None, "What came out.", "98 pages in German")
+    source_ref: Annotated[Text | None, _SET] = _field(None, "Where the input was.", "content/en")
+    target_ref: Annotated[Text | None, _SET] = _field(None, "Where the output went.", "content/de")
+    error_summary: Annotated[Text | None, _PATCH] = _field(None, "The error in one line.", "2 pages failed")
+    error_details: Annotated[Text | None, _PATCH] = _field(
+        None, "The error in full.", "a.md: not UTF-8; b.md: not UTF-8"
+    )
+    git_repo: Annotated[Text | None, _SET] = _field(
+        None, "Address of the repository.", "https://github.com/acme/website.git"
+    )
+    git_branch: Annotated[Text | None, _SET] = _field(None, "Branch.", "main")
+    git_commit_hash: Annotated[Text | None, _SET | Role.COMMIT] = _field(None, "Commit of the run.", "3f2a91c")
+    git_run_tag: Annotated[Text | None, _SET] = _field(None, "Tag of the run.", "nightly")
+    host: Annotated[Text | None, _SET] = _field(None, "Machine that ran it.", "build-07")
+    environment: Annotated[Text | None, _SET] = _field(None, "Environment, such as prod or dev.", "prod")
+    trigger_type: Annotated[Text | None, _SET] = _field(None, "What started the run.", "schedule")
+    metrics_json: Annotated[JsonObject | None, _PATCH | Role.JSON] = _field(
+        None, "The agent's own figures.", {"tokens": 48211}
+    )
+    context_json: Annotated[JsonObject | None, _PATCH | Role.JSON] = _field(
+        None, "The agent's own context.", {"language": "de"}
+    )
+    api_posted: Annotated[Boolean, _SET | Role.BOOLEAN] = _field(False, "Posted to another API as well.", False)
+    api_posted_at: Annotated[Timestamp | None, _SET] = _field(None, "When it was posted there.", "2025-12-24T10:05:01Z")
+    api_retry_count: Annotated[Count, _SET] = _field(0, "How often that was tried again.", 0)
+    insight_id: Annotated[Text | None, _SET] = _field(None, "Insight that led to the run.", "insight-42")
+    parent_run_id: Annotated[Text | None, _SET] = _field(
+        None, "run_id of the run that started this one.", "20251224T095900Z-nightly-0001"
+    )
+    git_commit_source: Annotated[SourceValue | None, _PATCH | Role.COMMIT] = _field(None, "Who made the commit.", "llm")
+    git_commit_author: Annotated[Text | None, _PATCH | Role.COMMIT] = _field(
+        None, "Author of the commit.", "Hugo Translator <hugo@example.com>"
+    )
+    git_commit_timestamp: Annotated[Timestamp | None, _PATCH | Role.COMMIT] = _field(
+        None, "When the commit was made.", "2025-12-24T10:05:00Z"
     )
 
 
@@ -333,6 +363,8 @@ COLUMNS: Final = names(Run)
 """Every field, in the order in which a run is answered."""
 STORED: Final = columns(Role.SET)
 """The fields that a new run brings along."""
+TEXTS: Final = tuple(name for name, field in Run.model_fields.items() if field.annotation not in (int, bool))
+"""The fields that hold text."""
 PATCHABLE: Final = columns(Role.PATCH)
 FILTERS: Final = columns(Role.FILTER)
 _JSON_COLUMNS: Final = columns(Role.JSON)
@@ -347,7 +379,7 @@ EVENT_ID, RUN_ID, CREATED_AT, START_TIME, AGENT_NAME, JOB_TYPE, STATUS = (
 
 def _optional(field: FieldInfo) -> Any:
     """Return a field's type for a partial update, where null or missing means "leave"."""
-    return (field.rebuild_annotation() | None, Field(None, description=field.description))
+    return (field.rebuild_annotation() | None, Field(None, description=field.description, examples=field.examples))
 
 
 NewRun: Final[type[BaseModel]] = create_model(
@@ -370,11 +402,34 @@ class CommitAssociation(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
     commit_hash: Annotated[str, Field(min_length=7, max_length=40, pattern=r"^[0-9A-Fa-f]+$")] = Field(
-        description="Full or short hash."
+        description="Full or short hash.", examples=Run.model_fields["git_commit_hash"].examples
     )
-    commit_source: SourceValue = Field(description="Who made the commit.")
-    commit_author: Text | None = Field(None, description="Author of the commit.")
-    commit_timestamp: Timestamp | None = Field(None, description="When the commit was made.")
+    commit_source: SourceValue = Field(
+        description="Who made the commit.", examples=Run.model_fields["git_commit_source"].examples
+    )
+    commit_author: Text | None = Field(
+        None, description="Author of the commit.", examples=Run.model_fields["git_commit_author"].examples
+    )
+    commit_timestamp: Timestamp | None = Field(
+        None, description="When the commit was made.", examples=Run.model_fields["git_commit_timestamp"].examples
+    )
+
+
+def example(model: type[BaseModel], names: Iterable[str] = (), number: int = 0) -> dict[str, Any]:
+    """Return a body for people to start from: the `number`-th example of each field, or its last."""
+    fields = {name: model.model_fields[name].examples or [] for name in names or model.model_fields}
+    return {name: examples[min(number, len(examples) - 1)] for name, examples in fields.items()}
+
+
+BEGUN: Final = (
+    "event_id", "run_id", "agent_name", "job_type", "start_time", "status", "items_discovered", "git_repo",
+    "git_branch", "host", "environment", "trigger_type", "context_json",
+)  # fmt: skip
+"""The fields of a run that most agents give when it begins; the documentation shows them."""
+ENDED: Final = (
+    "status", "end_time", "duration_ms", "items_succeeded", "items_failed", "output_summary", "metrics_json",
+)  # fmt: skip
+"""The fields that most agents give when it has ended."""
 
 
 # --- From a body to values -----------------------------------------------------------------------
@@ -382,7 +437,7 @@ class CommitAssociation(BaseModel):
 _values_of: Final = itemgetter(*STORED)
 
 
-def parse_json(body: bytes | str) -> object:
+def parse_json(text: bytes | str) -> object:
     """Decode a JSON text strictly (RFC 8259: no NaN, no lone surrogates); integers keep every digit.
 
     Raises:
@@ -390,9 +445,41 @@ def parse_json(body: bytes | str) -> object:
 
     """
     try:
-        return from_json(body, allow_inf_nan=False)
+        return from_json(text, allow_inf_nan=False)
     except ValueError as error:
         raise InvalidBodyError([_item([], f"Invalid JSON: {error}", "json_invalid")]) from error
+
+
+def parse_body(body: bytes) -> object:
+    """Decode a body, or a line of one, like `parse_json`, unless it holds too much to be decoded at once.
+
+    Raises:
+        BodyTooLargeError: if it holds more than `MAX_BODY_VALUES` values.
+        InvalidBodyError: one error of type `json_invalid` that says what is wrong, and where.
+
+    """
+    if len(body) > MAX_BODY_VALUES and _holds_too_much(body):
+        raise BodyTooLargeError(f"A body must not hold more than {MAX_BODY_VALUES} JSON values; split it")
+    return parse_json(body)
+
+
+def _holds_too_much(body: bytes) -> bool:
+    """Tell whether a JSON text holds more values than may be decoded at once.
+
+    Decoding keeps the interpreter's lock, in a thread too, so everybody else would wait. Counting takes some
+    hundredths of a second for 16 MiB.
+    """
+    if sum(map(body.count, _MARKS)) <= MAX_BODY_VALUES:  # those inside of texts included
+        return False
+    plain = body.replace(rb"\\", b"").replace(rb"\"", b"")
+    if plain.count(b'"') > 2 * MAX_BODY_VALUES:
+        return True
+    outside = b"".join(plain.split(b'"')[::2])
+    return sum(map(outside.count, _MARKS)) > MAX_BODY_VALUES
+
+
+_MARKS: Final = (b",", b"[", b"{")
+"""One of these stands before every value except the first."""
 
 
 class ParsedRun(NamedTuple):

@@ -65,7 +65,7 @@ def salvage(path: Path, moment: datetime, watch: Watch = ignore_progress) -> Sal
             _copy_neighbours(source, target, done)
             target.execute("COMMIT")
         verify(new)
-        done.aside = replace(path, new, path.with_name(f"{path.name}.before-{moment:%Y%m%d_%H%M%S}"))
+        done.aside = replace(path, new, moment)
     return done
 
 

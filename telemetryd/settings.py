@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import sys
@@ -11,7 +12,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Final, Self
 
-from dotenv import dotenv_values
+from dotenv.parser import parse_stream
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -104,9 +105,11 @@ def _one(value: int) -> int:
     return value
 
 
-def _not_blank(value: object) -> object:
+def _text(value: object) -> object:
     if isinstance(value, str) and not value.strip():
         raise ValueError("must not be blank")
+    if isinstance(value, str) and not value.isascii() and re.search("[\ud800-\udfff]", value):
+        raise ValueError("must be UTF-8")  # answers and log lines tell it
     return value
 
 
@@ -129,7 +132,17 @@ def parse_duration(text: object) -> float:
     return seconds
 
 
-FilePath = Annotated[Path, BeforeValidator(_not_blank)]
+_HOST_NAME: Final = re.compile(r"\*|(?=.{1,253}$)[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?)*")
+
+
+def _host_names(text: str) -> str:
+    names = [name.strip().lower() for name in text.split(",")]
+    if not all(map(_HOST_NAME.fullmatch, names)):
+        raise ValueError("must be host names without ports, separated by commas, or *")
+    return ",".join(names)
+
+
+FilePath = Annotated[Path, BeforeValidator(_text)]
 Upper = BeforeValidator(_upper)
 Positive = Annotated[int, Field(ge=1)]
 Duration = Annotated[float, BeforeValidator(parse_duration)]
@@ -159,9 +172,9 @@ class Settings(BaseModel):
         4, description="Read-only connections, that is, queries that may run at the same time."
     )
     query_timeout_s: Seconds = Field(10.0, description="A query is interrupted after so many seconds.")
-    api_host: Annotated[str, BeforeValidator(_not_blank)] = Field(
+    api_host: Annotated[str, BeforeValidator(_text)] = Field(
         "0.0.0.0",  # noqa: S104 - the guide's default; protected mode keeps others out
-        description="Address to listen on; 0.0.0.0 means all.",
+        description="Address to listen on; 0.0.0.0 is every IPv4 address, :: every one of IPv6 and IPv4.",
     )
     api_port: Annotated[int, Field(ge=0, le=65535)] = Field(8765, description="Port to listen on; 0 takes a free one.")
     api_unix: FilePath | None = Field(None, description="Unix socket to listen on as well.")
@@ -170,6 +183,11 @@ class Settings(BaseModel):
     api_auth_token: SecretStr | None = Field(None, description="The token; better in a file.")
     api_auth_token_file: FilePath | None = Field(None, description="File that holds the token.")
     api_protected_mode: bool = Field(True, description="While authentication is off, serve loopback peers only.")
+    allowed_hosts: Annotated[str, AfterValidator(_host_names)] | None = Field(
+        None,
+        description="Names by which clients and proxies may call (Host), separated by commas; * means any; "
+        "none: localhost, this machine's name, and a proxy's name while authentication is off, any while it is on.",
+    )
     rate_limit_enabled: bool = Field(False, description="Limit the requests of each client address.")
     rate_limit_rpm: Positive = Field(60, description="Requests per minute and client address.")
     queue_max: Positive = Field(10_000, description="Writes that may wait for the writer; beyond it 503.")
@@ -180,6 +198,9 @@ class Settings(BaseModel):
         16 * 1024 * 1024, description="Largest request body, decoded; beyond it 413."
     )
     max_batch: Positive = Field(10_000, description="Most runs in one batch; beyond it 413.")
+    min_free_mb: Annotated[int, Field(ge=0, le=1024 * 1024)] = Field(
+        64, description="MiB of disk that new runs leave free; beyond it 503, before SQLite fails. 0: no reserve."
+    )
     retention_days: Annotated[float, Field(gt=0, le=36_500, allow_inf_nan=False)] | None = Field(
         None, description="Delete runs created more than so many days ago, by itself; none keeps them for ever."
     )
@@ -236,6 +257,11 @@ class Settings(BaseModel):
         return text.strip().encode()
 
     @property
+    def host_names(self) -> frozenset[str] | None:
+        """The names of TELEMETRY_ALLOWED_HOSTS, or None if it is not set."""
+        return None if self.allowed_hosts is None else frozenset(self.allowed_hosts.split(","))
+
+    @property
     def durable(self) -> bool:
         """Whether an acknowledged write survives a power cut, and not only a crash."""
         return self.db_synchronous is not Synchronous.NORMAL
@@ -244,6 +270,11 @@ class Settings(BaseModel):
 def variable(name: str) -> str:
     """Return the environment variable of a field: db_path → TELEMETRY_DB_PATH."""
     return PREFIX + name.upper()
+
+
+def flag(name: str) -> str:
+    """Return the flag of a field: api_port → --port, db_path → --db-path."""
+    return "--" + name.removeprefix("api_").replace("_", "-")
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,8 +286,9 @@ class LoadedSettings:
     remarks: tuple[str, ...]
 
     def shown(self) -> dict[str, dict[str, Any]]:
-        """Return variable → value and origin, with the token masked."""
+        """Return variable → value and origin, with absolute paths and the token masked."""
         values = self.settings.model_dump(mode="json")
+        values |= {name: str(path.absolute()) for name, path in self.settings if isinstance(path, Path)}
         if values["api_auth_token"] is not None:
             values["api_auth_token"] = "********"  # noqa: S105 - a mask
         return {variable(name): {"value": values[name], "origin": str(self.origins[name])} for name in values}
@@ -279,47 +311,106 @@ def load(
 
     """
     variables = os.environ if environment is None else environment
-    file = dotenv_values(dotenv, interpolate=False) if dotenv is not None and dotenv.is_file() else {}
-    given: dict[str, Any] = {}
-    origins: dict[str, Origin] = {}
+    file = _read_dotenv(dotenv) if dotenv is not None and dotenv.is_file() else _DotEnv({}, {}, ())
+    given: dict[str, _Given] = {}
     for name in Settings.model_fields:
         sources = (
-            (Origin.FLAG, (flags or {}).get(name)),
-            (Origin.ENVIRONMENT, variables.get(variable(name)) or None),
-            (Origin.DOTENV, file.get(variable(name)) or None),
+            _Given(Origin.FLAG, (flags or {}).get(name), flag(name)),
+            _Given(Origin.ENVIRONMENT, variables.get(variable(name)) or None, "the environment"),
+            _Given(Origin.DOTENV, file.values.get(variable(name)) or None, file.places.get(variable(name), "")),
         )
-        origin, value = next(((o, v) for o, v in sources if v is not None), (Origin.DEFAULT, None))
-        origins[name] = origin
-        if origin is not Origin.DEFAULT:
-            given[name] = value
+        if (strongest := next((source for source in sources if source.value is not None), None)) is not None:
+            given[name] = strongest
+    problems = list(file.problems)
     try:
-        settings = Settings.model_validate(given)
+        settings = Settings.model_validate({name: source.value for name, source in given.items()})
     except ValidationError as error:
-        raise ConfigurationError([*_problems(error, given), *_problems_of_the_rest(error, given)]) from error
-    return LoadedSettings(settings, origins, tuple(_remarks(settings, {**file, **variables})))
+        problems += [*_problems(error, given), *_problems_of_the_rest(error, given)]
+    if problems:
+        raise ConfigurationError(problems)
+    origins = {name: given[name].origin if name in given else Origin.DEFAULT for name in Settings.model_fields}
+    return LoadedSettings(settings, origins, tuple(_remarks(settings, {**file.values, **variables})))
 
 
-def _problems(error: ValidationError, given: Mapping[str, Any]) -> list[str]:
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """A value that is not checked yet, and the place that an error message names."""
+
+    origin: Origin
+    value: Any
+    place: str
+
+
+@dataclass(frozen=True, slots=True)
+class _DotEnv:
+    """What a `.env` file says: values and their places by variable, and what could not be understood."""
+
+    values: Mapping[str, str]
+    places: Mapping[str, str]
+    problems: tuple[str, ...]
+
+
+def _read_dotenv(path: Path) -> _DotEnv:
+    """Read a `.env` file. A line that cannot be read is a problem: it may be the one that sets the token."""
+    try:
+        text = path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        return _DotEnv({}, {}, (f"{path}: is not UTF-8 text (byte {error.start + 1} cannot be)",))
+    except OSError as error:
+        return _DotEnv({}, {}, (f"{path}: cannot be read: {error.strerror}",))
+    values, places, problems = {}, {}, []
+    for binding in parse_stream(io.StringIO(text)):
+        text = binding.original.string  # begins with the blank lines above it
+        blank_lines = text[: len(text) - len(text.lstrip())].count("\n")
+        place = f"{path} line {binding.original.line + blank_lines}"
+        if binding.error or (binding.key is not None and binding.value is None and binding.key.startswith(PREFIX)):
+            problems.append(f"{place}: must be NAME=value, with quotes closed")  # not shown: it may hold the token
+        elif binding.key is not None and binding.value is not None:
+            values[binding.key], places[binding.key] = binding.value, place
+    return _DotEnv(values, places, tuple(problems))
+
+
+def _problems(error: ValidationError, given: Mapping[str, _Given]) -> list[str]:
     problems = []
     for fault in error.errors():
-        message = fault["msg"].removeprefix("Value error, ")
+        own_words = fault["msg"].removeprefix("Value error, ") if fault["type"] == "value_error" else None
         if fault["loc"]:
             name = str(fault["loc"][0])
             is_secret = Settings.model_fields[name].annotation == SecretStr | None
-            shown = "" if is_secret else f" (it is {given[name]!r:.100})"
-            message = f"{variable(name)}: {message[0].lower()}{message[1:]}{shown}"
-        problems.append(message)
+            shown = "" if is_secret else f" (it is {given[name].value!r:.100}, from {given[name].place})"
+            problems.append(f"{variable(name)}: {own_words or _rule(name)}{shown}")
+        elif own_words is not None:
+            problems.append(own_words)
     return problems
 
 
-def _problems_of_the_rest(error: ValidationError, given: Mapping[str, Any]) -> list[str]:
+def _rule(name: str) -> str:
+    """Say what a setting may be, from its type: must be a whole number from 0 to 65535."""
+    schema = Settings.model_json_schema()
+    parts = schema["properties"][name].get("anyOf", [schema["properties"][name]])
+    rule = next(part for part in parts if part.get("type") != "null")
+    if "$ref" in rule:
+        *others, last = schema["$defs"][rule["$ref"].rpartition("/")[2]]["enum"]
+        return f"must be {', '.join(others)} or {last}"
+    if rule["type"] == "boolean":
+        return "must be true or false"
+    number = "a whole number" if rule["type"] == "integer" else "a number"
+    above, low, high = (rule.get(bound) for bound in ("exclusiveMinimum", "minimum", "maximum"))
+    if above is not None:
+        return f"must be {number} above {above:g} and up to {high:g}"
+    if high is not None:
+        return f"must be {number} from {low} to {high}"
+    return f"must be {number}" if low is None else f"must be {number}, {low} or more"
+
+
+def _problems_of_the_rest(error: ValidationError, given: Mapping[str, _Given]) -> list[str]:
     """Return what is wrong with values that are fine alone but not together; pydantic looks no further than alone."""
     wrong_alone = {str(fault["loc"][0]) for fault in error.errors() if fault["loc"]}
     if not wrong_alone or any(name.startswith("api_auth") for name in wrong_alone):
         return []
-    rest = {name: value for name, value in given.items() if name not in wrong_alone}
+    rest = {name: source for name, source in given.items() if name not in wrong_alone}
     try:
-        Settings.model_validate(rest)
+        Settings.model_validate({name: source.value for name, source in rest.items()})
     except ValidationError as together:
         return _problems(together, rest)
     return []
@@ -332,6 +423,8 @@ def _remarks(settings: Settings, variables: Mapping[str, str | None]) -> list[st
         for name in sorted(variables)
         if name.startswith(PREFIX) and name not in known
     ]
+    if not settings.api_auth_enabled and (settings.api_auth_token or settings.api_auth_token_file):
+        remarks.append("A token is set but not asked for, because TELEMETRY_API_AUTH_ENABLED is false")
     if sys.platform != "win32" and re.match(r"[A-Za-z]:[/\\]", str(settings.db_path)):
         remarks.append(
             f"TELEMETRY_DB_PATH={settings.db_path} is a Windows path; here it means {settings.db_path.absolute()}"

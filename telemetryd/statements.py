@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, fields
 from functools import cache
 from itertools import chain, groupby
+from operator import itemgetter
 from typing import Final
 
 import orjson
@@ -33,6 +34,7 @@ from telemetryd.commands import (
     Updated,
     UpdateRun,
 )
+from telemetryd.errors import InvalidRequestError
 from telemetryd.events import TIMESTAMP, EventPage
 from telemetryd.queries import (
     TIME_BOUNDS,
@@ -54,6 +56,7 @@ from telemetryd.runs import (
     START_TIME,
     STATUS,
     STORED,
+    TEXTS,
     Row,
     SqlValue,
     Status,
@@ -539,9 +542,30 @@ def _walks(query: ListRuns, created: Span | None, values: dict[str, SqlValue]) -
     return [" AND ".join(filter(None, part)) for part in parts]
 
 
+PAGE_BYTES: Final = 32 * 1024 * 1024
+"""About how much one page may hold, which is in memory several times over while it is answered."""
+
+_texts_of: Final = itemgetter(*map(COLUMNS.index, TEXTS))
+
+
 def fetch_page(connection: sqlite3.Connection, query: ListRuns) -> Page:
-    """Fetch one page of runs."""
-    rows: list[Row] = connection.execute(*select_page(query, _created_span(connection, query))).fetchall()
+    """Fetch one page of runs.
+
+    Raises:
+        InvalidRequestError: if they hold more than `PAGE_BYTES`. A shorter page would lose runs to whoever pages
+            by offset.
+
+    """
+    rows: list[Row] = []
+    size = 0
+    for row in connection.execute(*select_page(query, _created_span(connection, query))):
+        size += len("".join(filter(None, _texts_of(row))))
+        if size > PAGE_BYTES and 0 < len(rows) < query.limit:
+            raise InvalidRequestError(
+                f"Invalid limit: {query.limit}; the first {len(rows)} of these runs hold {PAGE_BYTES >> 20} MiB, "
+                f"the most that one answer holds: ask for at most {len(rows)} at a time"
+            )
+        rows.append(row)
     if len(rows) <= query.limit:
         return Page(rows, None)
     rows.pop()

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import sqlite3
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import overload
+from typing import Final, overload
 
 from telemetryd import migrate, statements
 from telemetryd.commands import (
@@ -34,23 +36,31 @@ from telemetryd.commands import (
     UpdateRun,
 )
 from telemetryd.database import (
+    LOG_BYTES,
     Connection,
-    DirectorySync,
     Modes,
     Ownership,
+    beside,
+    check_after_crash,
     check_quickly,
+    checkpoint_passively,
+    forget_cached,
     identify,
-    inspect,
+    inspect_before_opening,
     is_unfinished,
     looking,
-    needs_directory_sync,
     open_writer,
     prepare_directory,
+    quick_check,
+    sync_directory,
+    wal_bytes,
 )
 from telemetryd.database import Kind as FileKind
-from telemetryd.errors import DatabaseError
+from telemetryd.disk import Disk, Look
+from telemetryd.errors import DatabaseError, DatabaseSuspectError, UnavailableError, sentence
 from telemetryd.events import EventPage
 from telemetryd.flow import Flow
+from telemetryd.logs import log
 from telemetryd.metrics import Metrics
 from telemetryd.queries import (
     CountPrunable,
@@ -68,6 +78,10 @@ from telemetryd.runs import Row, format_timestamp, utc_now
 from telemetryd.settings import Settings
 from telemetryd.writer import GROUP_ROWS, Writer
 
+_LOOK_EVERY_S: Final = 1.0
+_BUSY_SLICE_MS: Final = 2_000
+"""SQLite waits for a lock so long at a time; between two slices the writer sees whether it is to stop."""
+
 
 @dataclass(frozen=True, slots=True)
 class Health:
@@ -81,6 +95,91 @@ class Health:
     groups: int
     """Groups that the writer has finished; while it is not idle, a number that stands still means it is stuck."""
     idle: bool
+    oldest_s: float
+    """For how many seconds the oldest command waits to be durable."""
+    last_commit: datetime | None
+    wal_bytes: int
+    free_bytes: int
+    """Room left on the disk, like the size of the write-ahead log about a second old."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """What is open on the database, and the files that it holds by name and inode."""
+
+    connection: Connection
+    modes: Modes
+    readers: Readers
+    logs: Mapping[Path, tuple[int, int] | None]
+    """The write-ahead log and its index, which SQLite goes on using when their names are gone."""
+
+    @classmethod
+    async def open(
+        cls, settings: Settings, clock: Callable[[], datetime], *, may_create: bool, after_crash: bool
+    ) -> _Opened:
+        """Look at the file, make the schema if it is new (and may be), and open the connections.
+
+        Raises:
+            DatabaseError: if the file is not, or not yet, a database of this version. Nothing is written then.
+
+        """
+        path = settings.db_path.absolute()
+        async with contextlib.AsyncExitStack() as undo:
+            state = inspect_before_opening(path)
+            migrate.refuse_unless_usable(path, state)
+            if state.kind is FileKind.OURS:
+                check_quickly(path)
+                if not is_unfinished(path):
+                    with looking(path) as plain:
+                        migrate.check_schema(plain, path)  # before opening may change the journal mode in the file
+            elif not may_create:
+                raise DatabaseError(f"{path} is not a telemetryd database any more")
+            connection, modes = await open_writer(
+                path, settings.db_journal_mode, settings.db_synchronous, settings.db_busy_timeout_ms
+            )
+            undo.push_async_callback(connection.close)
+            try:
+                state = await connection.run(identify)  # again: opening has undone what was cut off
+                migrate.refuse_unless_usable(path, state)
+                if state.kind is not FileKind.OURS and may_create:
+                    await connection.run(lambda plain: migrate.create(plain, format_timestamp(clock())))
+                    sync_directory(path.resolve().parent)
+                elif after_crash:
+                    await _look_for_damage(connection, path)
+                await connection.run(lambda plain: migrate.check_schema(plain, path))
+                slice_ms = min(settings.db_busy_timeout_ms, _BUSY_SLICE_MS)
+                await connection.run(lambda plain: plain.execute(f"PRAGMA busy_timeout = {slice_ms}").fetchall())
+                readers = await Readers.open(
+                    path, settings.db_readers, settings.query_timeout_s, settings.db_busy_timeout_ms
+                )
+            except (sqlite3.Error, OSError) as error:
+                raise DatabaseError(f"Cannot use {path}: {error}") from error
+            undo.pop_all()
+        suffixes = ("-wal", "-shm") if modes.journal_mode == "WAL" else ()
+        logs = {place: _identity(place) for place in (beside(path, suffix) for suffix in suffixes)}
+        return cls(connection, modes, readers, logs)
+
+    def lost_log(self) -> Path | None:
+        """Return the log file that was deleted or replaced, or None."""
+        return next((place for place, identity in self.logs.items() if _identity(place) != identity), None)
+
+    async def close(self) -> None:
+        """Write the write-ahead log back, and close every connection."""
+        await self.readers.close()
+        if self.modes.journal_mode == "WAL":
+            with contextlib.suppress(sqlite3.Error):  # the next start recovers the log just as well
+                await self.connection.run(_checkpoint)
+        await self.connection.close()
+
+    async def drop(self) -> None:
+        """Close every connection without a sync, after a failure.
+
+        The write connection is closed before the readers: so it does not checkpoint. After a failed sync nothing
+        must be synced again as it is, because the kernel may have dropped what it could not write, and would
+        report success now.
+        """
+        await self.connection.close()
+        await self.readers.close()
 
 
 class Store:
@@ -90,34 +189,35 @@ class Store:
         self,
         settings: Settings,
         *,
-        connection: Connection,
-        modes: Modes,
+        opened: _Opened,
         ownership: Ownership,
-        readers: Readers,
-        directory: DirectorySync,
         metrics: Metrics,
         clock: Callable[[], datetime],
     ) -> None:
+        self._settings = settings
         self._path = settings.db_path.absolute()
         self._identity = _identity(self._path)
         self._durable = settings.durable
-        self._modes = modes
+        self._modes = opened.modes
         self._clock = clock
-        self._connection = connection
+        self._opened: _Opened | None = opened
         self._ownership = ownership
-        self._readers = readers
-        self._directory = directory
         self._writer: Writer[Command, Outcome] = Writer(
-            connection,
+            opened.connection,
             begin=statements.Transaction,
             clock=lambda: format_timestamp(clock()),
-            make_durable=self._make_durable,
+            make_durable=self._check_place,
+            at_rest=checkpoint_passively if opened.modes.journal_mode == "WAL" else lambda _: None,
+            reopen=self._reopen,
+            busy_timeout_s=settings.db_busy_timeout_ms / 1000,
             queue_max=settings.queue_max,
             flow=Flow(settings.commit_target_ms / 1000, min(settings.max_batch, GROUP_ROWS)),
             metrics=metrics,
         )
         self.writing = asyncio.create_task(self._writer.run(), name="writer")
         """The writer's task; it ends only after `close`, or with the error that killed it."""
+        self._disk = Disk(self._look, settings.min_free_mb << 20, metrics)
+        self._watching = asyncio.create_task(self._watch(), name="watch")
 
     @classmethod
     async def open(cls, settings: Settings, metrics: Metrics, clock: Callable[[], datetime] = utc_now) -> Store:
@@ -130,57 +230,92 @@ class Store:
         """
         path = settings.db_path.absolute()
         prepare_directory(path)
-        async with contextlib.AsyncExitStack() as undo:
+        with contextlib.ExitStack() as undo:
             ownership = Ownership(path, settings.lock_file)
             ownership.acquire()
             undo.callback(ownership.release)
-            state = inspect(path)
-            migrate.refuse_unless_usable(path, state)
-            if state.kind is FileKind.OURS:
-                check_quickly(path)
-                if not is_unfinished(path):
-                    with looking(path) as plain:
-                        migrate.check_schema(plain, path)  # before opening may change the journal mode in the file
-            connection, modes = await open_writer(
-                path, settings.db_journal_mode, settings.db_synchronous, settings.db_busy_timeout_ms
-            )
-            undo.push_async_callback(connection.close)
-            try:
-                directory = DirectorySync(path)
-                undo.callback(directory.close)
-                state = await connection.run(identify)  # again: opening has undone what was cut off
-                migrate.refuse_unless_usable(path, state)
-                if state.kind is not FileKind.OURS:
-                    await connection.run(lambda plain: migrate.create(plain, format_timestamp(clock())))
-                    directory()
-                await connection.run(lambda plain: migrate.check_schema(plain, path))
-                readers = await Readers.open(
-                    path, settings.db_readers, settings.query_timeout_s, settings.db_busy_timeout_ms
-                )
-            except (sqlite3.Error, OSError) as error:
-                raise DatabaseError(f"Cannot use {path}: {error}") from error
+            after_crash = ownership.was_dropped or is_unfinished(path)
+            opened = await _Opened.open(settings, clock, may_create=True, after_crash=after_crash)
             undo.pop_all()
-        return cls(
-            settings,
-            connection=connection,
-            modes=modes,
-            ownership=ownership,
-            readers=readers,
-            directory=directory,
-            metrics=metrics,
-            clock=clock,
-        )
+        store = cls(settings, opened=opened, ownership=ownership, metrics=metrics, clock=clock)
+        await store._disk.look()
+        return store
 
-    def _make_durable(self) -> None:
-        if needs_directory_sync(self._modes):
-            self._directory()
+    @property
+    def _readers(self) -> Readers:
+        if self._opened is None:
+            raise UnavailableError("The database is being opened again; try again shortly")
+        return self._opened.readers
+
+    async def _reopen(self) -> Connection:
+        """Close everything, let SQLite recover, and verify the whole file as the disk holds it.
+
+        As long as the database file is not at its place, everything stays open: that may be the only way to it.
+
+        Raises:
+            DatabaseError: if the database is not at its place, is somebody else's, cannot be opened, or is damaged.
+
+        """
+        if (misplaced := self._misplaced()) is not None:
+            raise DatabaseError(misplaced)
+        try:
+            if self._opened is not None:
+                opened, self._opened = self._opened, None
+                # A log whose name is gone is written back, or what stands only there would be lost.
+                await (opened.drop() if opened.lost_log() is None else opened.close())
+            if self._ownership.missing() is not None:
+                self._ownership.release()
+                self._ownership.acquire()
+            forget_cached(self._path)
+            self._opened = opened = await _Opened.open(self._settings, self._clock, may_create=False, after_crash=False)
+            await opened.connection.run(lambda plain: quick_check(plain, self._path))
+        except (OSError, sqlite3.Error, MemoryError) as error:
+            raise DatabaseError(f"Cannot use {self._path}: {sentence(error)}") from error
+        return opened.connection
+
+    async def _watch(self) -> None:
+        """Notice within a second or so when a file is taken away, even if nobody writes."""
+        held_up = False
+        while True:
+            await asyncio.sleep(_LOOK_EVERY_S)
+            await self._disk.look()
+            # Asked again, because the database may have been opened again during the look.
+            if self._disk.last.displaced is not None and (displaced := self._displaced()) is not None:
+                self._writer.suspect(DatabaseSuspectError(displaced))
+            self._writer.rest()
+            size = self._disk.last.wal_bytes
+            if (size > 2 * LOG_BYTES) is not held_up:
+                held_up = not held_up
+                if held_up:
+                    log.warning(
+                        "The write-ahead log grows: another program holds a snapshot of the database",
+                        extra={"wal_bytes": size, "db_path": str(self._path)},
+                    )
+                else:
+                    log.info("The write-ahead log is short again", extra={"wal_bytes": size})
+
+    def _look(self) -> Look:
+        return Look(shutil.disk_usage(self._path.parent).free, wal_bytes(self._path), self._displaced())
+
+    def _check_place(self) -> None:
         if (displaced := self._displaced()) is not None:
             raise OSError(displaced)
 
+    def _misplaced(self) -> str | None:
+        if _identity(self._path) == self._identity:
+            return None
+        return (
+            f"The database file {self._path} was deleted or replaced while in use; put it back, "
+            "or restart telemetryd to go on with what is there"
+        )
+
     def _displaced(self) -> str | None:
-        """Say if the database or a lock is not at its place any more, where another owner may find it."""
-        if _identity(self._path) != self._identity:
-            return f"The database file {self._path} was deleted or replaced while in use"
+        """Say if the database, its log or a lock is not at its place any more, where another owner may find it."""
+        if (misplaced := self._misplaced()) is not None:
+            return misplaced
+        opened = self._opened  # which may change meanwhile: the look at the disk is taken in a thread
+        if opened is not None and (lost := opened.lost_log()) is not None:
+            return f"The file {lost} was deleted or replaced while in use; it is part of the database"
         if (lock := self._ownership.missing()) is not None:
             return f"The lock file {lock} was deleted or replaced while in use; nothing may remove it"
         return None
@@ -214,6 +349,8 @@ class Store:
             CommandFailedError: if the database refused this change alone.
 
         """
+        if not isinstance(command, PruneRuns):  # which makes room, and may use the reserve for it
+            self._disk.check_room()
         return await self._writer.submit(command)
 
     @overload
@@ -268,32 +405,47 @@ class Store:
         return self._writer.advice()
 
     def health(self) -> Health:
-        """Tell how the database is, at once: without the queue, a connection, or opening the file."""
-        problem = self._writer.problem or self._displaced()
+        """Tell how the database is, at once: without the queue, a connection, or a call that a disk could hold up."""
+        writer, disk = self._writer, self._disk
         return Health(
-            self._path, self._modes, self._durable, self._writer.depth, problem, self._writer.groups, self._writer.idle
+            path=self._path,
+            modes=self._modes,
+            durable=self._durable,
+            queue_depth=writer.depth,
+            problem=writer.problem or disk.problem,
+            groups=writer.groups,
+            idle=writer.idle,
+            oldest_s=writer.oldest_s,
+            last_commit=None if writer.last_commit is None else datetime.fromtimestamp(writer.last_commit, UTC),
+            wal_bytes=disk.last.wal_bytes,
+            free_bytes=disk.last.free_bytes,
         )
 
     async def close(self) -> None:
         """Commit what is queued, checkpoint the write-ahead log, close every connection, and give up the lock."""
+        self._watching.cancel()
         await self._writer.stop()
-        await asyncio.wait((self.writing,))
-        await self._close_connections()
-        self._directory.close()
+        if self._writer.failure is not None and self._opened is not None:
+            self._opened.connection.interrupt_now()  # it may be verifying a large file
+        await asyncio.wait((self.writing, self._watching))
+        if self._opened is not None:
+            await (self._opened.close() if self._writer.failure is None else self._opened.drop())
+        if self._writer.failure is None:
+            self._ownership.settle()
         self._ownership.release()
 
-    async def _close_connections(self) -> None:
-        if self._writer.failure is not None:
-            # Closed before the readers, it does not checkpoint: after a failed sync nothing must be synced again,
-            # because the kernel may have dropped what it could not write, and would report success now.
-            await self._connection.close()
-            await self._readers.close()
-            return
-        await self._readers.close()
-        if self._modes.journal_mode == "WAL":
-            with contextlib.suppress(sqlite3.Error):  # the next start recovers the log just as well
-                await self._connection.run(_checkpoint)
-        await self._connection.close()
+
+async def _look_for_damage(connection: Connection, path: Path) -> None:
+    started = time.monotonic()
+    is_done = await connection.run(lambda plain: check_after_crash(plain, path))
+    log.warning(
+        "Recovered after an unclean stop",
+        extra={
+            "db_path": str(path),
+            "quick_check": "ok" if is_done else "skipped, the file is large; run: telemetryd check",
+            "duration_ms": round((time.monotonic() - started) * 1000, 3),
+        },
+    )
 
 
 def _checkpoint(plain: sqlite3.Connection) -> None:

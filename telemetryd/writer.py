@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sqlite3
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Final, Generic, Protocol, TypeVar
@@ -15,15 +16,19 @@ from telemetryd.database import Connection
 from telemetryd.errors import (
     CommandFailedError,
     DatabaseBusyError,
+    DatabaseError,
+    DatabaseSuspectError,
     QueueFullError,
     StoppingError,
     StorageFullError,
     TelemetrydError,
+    UnavailableError,
     WriteFailedError,
     WriterDeadError,
     sentence,
 )
 from telemetryd.flow import Flow
+from telemetryd.logs import log
 from telemetryd.metrics import Metrics
 
 QUEUE_BYTES: Final = 128 * 1024 * 1024
@@ -34,9 +39,15 @@ GROUP_ROWS: Final = 5_000
 
 _PROBLEM_S: Final = 60
 
+REST_AFTER_S: Final = 5.0
+"""Without a commit for so long, the writer tidies up."""
+
 _PRIMARY_CODE: Final = 0xFF
-_FATAL: Final = frozenset({sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
-"""After these nobody knows what the disk holds: stop, and let the next start recover (PostgreSQL's rule)."""
+_SUSPECT: Final = frozenset({sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
+"""After these nobody knows what the disk holds: nothing is taken until the database is open again and verified."""
+
+_PAUSES_S: Final = (0.1, 0.5, 1, 2, 5)
+"""The pauses between attempts to open the database again; the last one repeats."""
 
 
 class Command(Protocol):
@@ -87,6 +98,11 @@ class Writer(Generic[C, R]):
         begin: makes the transaction object for one group, given the plain connection and the moment.
         clock: gives that moment, one for each group, as stored text.
         make_durable: called after each COMMIT, before anybody is told.
+        at_rest: called once when nothing has come for a while after a COMMIT.
+        reopen: closes everything that is open on the database, opens it again, verifies it, and returns the
+            new write connection; called until it raises no `DatabaseError` any more.
+        busy_timeout_s: how long a group is tried again while another process has the database locked, in
+            attempts as long as the connection's own busy timeout. A stop ends that sooner.
         queue_max: how many commands may wait.
         queue_bytes: how many bytes they may hold together, besides a first one of any size.
         flow: learns from each group what to advise to those who send.
@@ -101,6 +117,9 @@ class Writer(Generic[C, R]):
         begin: Callable[[sqlite3.Connection, str], Transaction[C, R]],
         clock: Callable[[], str],
         make_durable: Callable[[], None],
+        reopen: Callable[[], Awaitable[Connection]],
+        busy_timeout_s: float,
+        at_rest: Callable[[sqlite3.Connection], None] = lambda _: None,
         queue_max: int,
         queue_bytes: int = QUEUE_BYTES,
         flow: Flow,
@@ -110,20 +129,28 @@ class Writer(Generic[C, R]):
         self._begin = begin
         self._clock = clock
         self._make_durable = make_durable
+        self._at_rest = at_rest
+        self._reopen = reopen
+        self._busy_timeout_s = busy_timeout_s
         self._queue: asyncio.Queue[_Waiting[C, R] | None] = asyncio.Queue(queue_max)
         self._queue_bytes = self._bytes_left = queue_bytes
         self._rows = 0
         self._flow = flow
         self._metrics = metrics
-        self._stopping = False
+        self._stopping = asyncio.Event()
+        self._suspicion: DatabaseSuspectError | None = None
         self.groups = 0
-        """How many groups are finished, well or not."""
+        """How many groups are finished, well or not, and how often the database was opened again."""
         self.idle = True
         """Whether it waits for work."""
         self.failure: str | None = None
-        """Why the writer has died, or None while it lives."""
+        """Why nothing is taken: the writer has died, or the database is being opened again. None while it is well."""
+        self.last_commit: float | None = None
+        """When the last group was committed, in seconds since 1970, or None."""
         self._problem: tuple[str, float] | None = None
-        metrics.watch_queue(self._queue.qsize)
+        self._oldest: float | None = None
+        self._untidy_since: float | None = None
+        metrics.watch_queue(self._queue.qsize, lambda: self.oldest_s)
 
     @property
     def depth(self) -> int:
@@ -131,8 +158,13 @@ class Writer(Generic[C, R]):
         return self._queue.qsize()
 
     @property
+    def oldest_s(self) -> float:
+        """For how many seconds the oldest command waits; that is the first of the group being committed."""
+        return 0.0 if self._oldest is None else time.monotonic() - self._oldest
+
+    @property
     def problem(self) -> str | None:
-        """Why writes are not taken, or not stored: the writer's death, or the failure of the last group.
+        """Why writes are not taken, or not stored: `failure`, or the failure of the last group.
 
         A failure is told for a minute at most, or nobody might dare to try again.
         """
@@ -147,12 +179,15 @@ class Writer(Generic[C, R]):
         Raises:
             QueueFullError: if too many commands wait.
             StoppingError: if the daemon is shutting down.
+            DatabaseSuspectError: until the database is open again after a failure.
             WriterDeadError: if the writer has died.
 
         """
+        if self._suspicion is not None:
+            raise DatabaseSuspectError
         if self.failure is not None:
             raise WriterDeadError
-        if self._stopping:
+        if self._stopping.is_set():
             raise StoppingError
         if self._queue.full() or (command.size > self._bytes_left and not self._queue.empty()):
             self._flow.refuse()
@@ -167,32 +202,80 @@ class Writer(Generic[C, R]):
         """Return what to tell those who send; made once for each group, so that it costs an answer nothing."""
         return self._flow.text(is_idle=self.idle)
 
+    def suspect(self, error: DatabaseSuspectError) -> None:
+        """Take nothing more until the database is open again and verified."""
+        if self._suspicion is None and self.failure is None:
+            self._suspicion = error
+            if self._queue.empty():
+                self._queue.put_nowait(None)  # to wake it up
+
     async def run(self) -> None:
         """Commit group after group until `stop`; never cancel it, a cancelled await does not stop the thread.
 
         Raises:
-            WriterDeadError: after a failure that leaves the state of the disk unknown.
+            DatabaseSuspectError: if it is stopped while the state of the disk is unknown.
 
         """
         waiting: list[_Waiting[C, R]] = []
         try:
-            while not self._stopping or not self._queue.empty():
+            while not self._stopping.is_set() or not self._queue.empty():
                 waiting = await self._next_group()
-                if waiting:
+                if waiting and self._suspicion is None:
+                    self._oldest = waiting[0].since
                     await self._commit(waiting)
+                    self._oldest = None
+                elif not waiting and self._suspicion is None and not self._stopping.is_set():
+                    await self._tidy()
+                if self._suspicion is not None:
+                    _refuse([*waiting, *self._drain()], self._suspicion)
+                    await self._recover(self._suspicion)
                 self.groups += 1
         except BaseException as error:
             self.failure = sentence(error)
-            for entry in [*waiting, *self._drain()]:
-                _fail(entry, WriterDeadError())
+            self._suspicion = None
+            _refuse([*waiting, *self._drain()], WriterDeadError())
             raise
+
+    def rest(self) -> None:
+        """Let the writer tidy up if it has had nothing to do for a while; call it from time to time."""
+        since = self._untidy_since
+        if self.idle and self._queue.empty() and since is not None and time.monotonic() - since > REST_AFTER_S:
+            self._queue.put_nowait(None)
 
     async def stop(self) -> None:
         """Refuse new commands, and let `run` end after everything that waits is committed."""
-        if not self._stopping:
-            self._stopping = True
+        if not self._stopping.is_set():
+            self._stopping.set()
             if self.failure is None:
                 await self._queue.put(None)
+
+    async def _recover(self, error: DatabaseSuspectError) -> None:
+        """Refuse everything until the database is open again and verified, however often that takes."""
+        self.failure = sentence(error)
+        log.critical("Writes are refused until the database is open again and verified", extra={"reason": self.failure})
+        started = time.monotonic()
+        attempt = 0
+        while True:
+            if self._stopping.is_set():
+                raise error
+            try:
+                self._connection = await self._reopen()
+            except DatabaseError as refusal:
+                if self.failure != sentence(refusal):
+                    self.failure = sentence(refusal)
+                    log.error("The database could not be opened again", extra={"reason": self.failure})
+            else:
+                break
+            self.groups += 1
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_PAUSES_S[min(attempt, len(_PAUSES_S) - 1)]):
+                    await self._stopping.wait()
+            attempt += 1
+        log.warning(
+            "The database is open again and verified; writes are taken",
+            extra={"reason": sentence(error), "duration_ms": round((time.monotonic() - started) * 1000)},
+        )
+        self.failure = self._problem = self._suspicion = None
 
     async def _next_group(self) -> list[_Waiting[C, R]]:
         group: list[_Waiting[C, R]] = []
@@ -215,6 +298,7 @@ class Writer(Generic[C, R]):
         while not self._queue.empty():
             entry = self._queue.get_nowait()
             if entry is not None:
+                self._bytes_left += entry.command.size
                 entries.append(entry)
         return entries
 
@@ -222,21 +306,25 @@ class Writer(Generic[C, R]):
         commands = [entry.command for entry in group]
         started = time.perf_counter()
         try:
-            outcomes = await self._connection.run(lambda plain: self._write(plain, commands))
+            outcomes = await self._write_in_time(commands)
+        except DatabaseSuspectError as error:
+            self._suspicion = error
+            return
+        except DatabaseBusyError:  # somebody else's doing, which passes
+            _refuse([*group, *self._drain()] if self._stopping.is_set() else group, DatabaseBusyError())
+            return
         except TelemetrydError as error:
-            if isinstance(error, WriterDeadError):
-                raise
-            if not isinstance(error, DatabaseBusyError):  # that is somebody else's doing, and passes
-                self._problem = f"The last write failed: {sentence(error.__cause__ or error)}", time.monotonic()
-            for entry in group:
-                _fail(entry, error)
+            self._problem = f"The last write failed: {sentence(error.__cause__ or error)}", time.monotonic()
+            _refuse(group, error)
             return
         self._problem = None
         seconds = time.perf_counter() - started
         self._learn(group, seconds)
         self._metrics.commit_seconds.observe(seconds)
         self._metrics.group_commands.observe(len(group))
-        self._metrics.last_commit.set_to_current_time()
+        self.last_commit = time.time()
+        self._metrics.last_commit.set(self.last_commit)
+        self._untidy_since = time.monotonic()
         for entry, outcome in zip(group, outcomes, strict=True):
             if isinstance(outcome, CommandFailedError):
                 _fail(entry, outcome)
@@ -250,7 +338,32 @@ class Writer(Generic[C, R]):
         fullness = max(self.depth / self._queue.maxsize, 1 - self._bytes_left / self._queue_bytes)
         self._flow.advise(len(group) + self.depth, rows + self._rows, max(costs), fullness)
 
+    async def _tidy(self) -> None:
+        self._untidy_since = None
+        try:
+            await self._connection.run(self._rest)
+        except DatabaseSuspectError as error:
+            self._suspicion = error
+        except UnavailableError:  # nothing was lost: the next commit's or rest's turn
+            self._untidy_since = time.monotonic()
+
+    async def _write_in_time(self, commands: list[C]) -> list[R | CommandFailedError]:
+        deadline = time.monotonic() + self._busy_timeout_s
+        while True:
+            try:
+                return await self._connection.run(lambda plain: self._write(plain, commands))
+            except DatabaseBusyError:
+                if self._stopping.is_set() or time.monotonic() >= deadline:
+                    raise
+
     # Below this line everything runs in the connection's thread.
+
+    def _rest(self, connection: sqlite3.Connection) -> None:
+        try:
+            self._at_rest(connection)
+        except sqlite3.Error as error:
+            traceback.clear_frames(error.__traceback__)
+            raise _translate(error) from error
 
     def _write(self, connection: sqlite3.Connection, commands: list[C]) -> list[R | CommandFailedError]:
         """Commit one group in one hop.
@@ -263,13 +376,15 @@ class Writer(Generic[C, R]):
                 return self._transact(connection, commands, isolated=False)
             except CommandFailedError:
                 return self._transact(connection, commands, isolated=True)
-        except sqlite3.Error as error:
+        except (sqlite3.Error, MemoryError) as error:
             # The frames hold cursors, with which the connection would not really close when it is told to.
             traceback.clear_frames(error.__traceback__)
+            if connection.in_transaction:
+                raise DatabaseSuspectError(f"A transaction could not be ended: {error}") from error
             raise _translate(error) from error
-        except OSError as error:  # the directory could not be synced
+        except OSError as error:  # the file is not at its place any more
             traceback.clear_frames(error.__traceback__)
-            raise WriterDeadError(f"The writer has stopped: {error}") from error
+            raise DatabaseSuspectError(str(error)) from error
 
     def _transact(
         self, connection: sqlite3.Connection, commands: list[C], *, isolated: bool
@@ -317,17 +432,22 @@ def _apply(connection: sqlite3.Connection, transaction: Transaction[C, R], comma
         raise CommandFailedError(f"The database refused the change: {error}") from error
 
 
-def _translate(error: sqlite3.Error) -> TelemetrydError:
+def _translate(error: sqlite3.Error | MemoryError) -> TelemetrydError:
     """Say what a failure of the whole group means for those who wait."""
     extended = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
     code = extended & _PRIMARY_CODE
-    if code in _FATAL or extended == sqlite3.SQLITE_READONLY_DBMOVED:
-        return WriterDeadError(f"The writer has stopped: {error}")
+    if code in _SUSPECT or extended == sqlite3.SQLITE_READONLY_DBMOVED:
+        return DatabaseSuspectError(f"The last write failed: {error}")
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return DatabaseBusyError()
     if code == sqlite3.SQLITE_FULL:
         return StorageFullError()
     return WriteFailedError()
+
+
+def _refuse(waiting: list[_Waiting[C, R]], error: TelemetrydError) -> None:
+    for entry in waiting:
+        _fail(entry, error)
 
 
 def _fail(entry: _Waiting[C, R], error: TelemetrydError) -> None:

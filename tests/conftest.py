@@ -23,7 +23,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import BaseTestServer, TestClient
 
-from telemetryd.daemon import make_runner
+from telemetryd.connections import make_runner
 from telemetryd.http import make_app
 from telemetryd.metrics import Metrics
 from telemetryd.runs import utc_now
@@ -33,6 +33,14 @@ from telemetryd.store import Store
 Client = TestClient[web.Request, web.Application]
 Row = dict[str, Any]
 _numbers = itertools.count()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Take how long the fault tests go on, and where they write down what they counted (`make torture`)."""
+    parser.addoption(
+        "--rounds-scale", type=float, default=0.01, help="what share of its long form each fault test does [0.01]"
+    )
+    parser.addoption("--ledger", type=Path, help="append what each fault test counted to this file, as JSON lines")
 
 
 def make_run(**fields: Any) -> Row:
@@ -161,7 +169,7 @@ class Daemon:
         port = line["addresses"][0].rpartition(":")[2]
         return f"http://127.0.0.1:{port}"
 
-    def wait_for_line(self, message: str, timeout_s: float = 20) -> dict[str, Any]:
+    def wait_for_line(self, message: str, timeout_s: float = 60) -> dict[str, Any]:
         """Wait for a log line with this message."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
@@ -227,6 +235,22 @@ def require_program(program: str, package: str) -> None:
     if shutil.which(program) is None:
         give_up = pytest.fail if os.environ.get("CI") else pytest.skip
         give_up(f"{program} is needed, which is missing: apt-get install {package}")
+
+
+@contextlib.contextmanager
+def small_file_system(path: Path, size: str) -> Iterator[Path]:
+    """Mount an empty file system of that size ("4m") on a new directory; skip the test where that is not possible."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)]
+    mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if mounted.returncode != 0:
+        pytest.skip(f"cannot mount here: {mounted.stderr.strip()}")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "-l", str(path)], check=True)
 
 
 @pytest.fixture

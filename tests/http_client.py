@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import time
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -27,3 +28,12 @@ def post(url: str, run: object) -> tuple[int | None, Any]:
 
 def get(url: str, path: str) -> tuple[int | None, Any]:
     return call(url, "GET", path)
+
+
+def wait_for_health(url: str, status: int) -> Any:
+    """Wait until /health has a status, which may be a second late; return its answer."""
+    deadline = time.monotonic() + 5
+    while (answer := get(url, "/health"))[0] != status:
+        assert time.monotonic() < deadline, answer
+        time.sleep(0.05)
+    return answer[1]

@@ -51,7 +51,6 @@ def test_without_wrk_it_says_how_to_install_it(tmp_path: Path, monkeypatch: pyte
     assert "apt-get install wrk" in result.output
 
 
-@pytest.mark.slow
 @needs_wrk
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted_it_leaves_neither_processes_nor_files(tmp_path: Path, number: int, status: int) -> None:

@@ -22,6 +22,7 @@ import pytest
 
 from telemetryd import migrate
 from tests.conftest import Daemon, StartDaemon, make_run
+from tests.faults.hot_journal import cut_off_growing
 from tests.faults.strace import needs_strace, strace
 from tests.http_client import call, get, post
 
@@ -218,6 +219,17 @@ def test_it_recovers_from_a_hot_journal(start_daemon: StartDaemon, tmp_path: Pat
     assert get(daemon.url, "/api/v1/runs?agent_name=torn")[1] == []
     assert daemon.stop() == 0
     assert len(stored(path)) == 2000
+
+
+def test_it_recovers_when_the_file_was_to_become_longer(start_daemon: StartDaemon, tmp_path: Path) -> None:
+    """A commit writes the first page first: it tells of pages that are not there yet."""
+    path = tmp_path / "telemetry.sqlite"
+    _make_database(path, 200)
+    cut_off_growing(path)
+    daemon = start_daemon()
+    assert get(daemon.url, "/metrics")[1]["total_runs"] == 200
+    assert daemon.stop() == 0
+    assert len(stored(path)) == 200
 
 
 @pytest.mark.parametrize("next_mode", ["WAL", "DELETE"])

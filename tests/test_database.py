@@ -16,10 +16,14 @@ from pathlib import Path
 
 import pytest
 
-from telemetryd.database import Modes, needs_directory_sync
+from telemetryd.database import FileLock
+from telemetryd.metrics import Metrics
+from telemetryd.settings import Settings
+from telemetryd.store import Store
 from tests.conftest import StartDaemon, make_run
 from tests.faults.strace import completed, needs_strace, strace
-from tests.http_client import get, post
+from tests.http_client import call, post
+from tests.tools.process import telemetryd
 
 
 def one_line(errors: str) -> str:
@@ -80,7 +84,7 @@ def test_a_hard_link_does_not_make_a_second_owner(start_daemon: StartDaemon, tmp
     before = link.read_bytes()
     status, errors = start_daemon(TELEMETRY_DB_PATH=str(link)).wait()
     assert status == 1
-    assert "2 hard links" in one_line(errors)
+    assert f"2 hard links (also {owner.database}, which PID {owner.process.pid} owns);" in one_line(errors)
     assert link.read_bytes() == before
     assert post(owner.url, make_run())[0] == 201
 
@@ -263,11 +267,6 @@ def test_syncs_happen_between_commit_and_answer(start_daemon: StartDaemon, tmp_p
         assert kinds == ["sync log", "answer"]
 
 
-def test_only_delete_with_full_needs_the_directory_synced() -> None:
-    modes = {(j, s) for j in ("DELETE", "TRUNCATE", "PERSIST", "WAL") for s in ("NORMAL", "FULL", "EXTRA")}
-    assert {mode for mode in modes if needs_directory_sync(Modes(*mode))} == {("DELETE", "FULL")}
-
-
 def _files(folder: Path) -> dict[str, tuple[int, int]]:
     return {path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.iterdir()}
 
@@ -283,15 +282,35 @@ def test_a_file_that_is_no_lock_file_is_refused_and_left_alone(
     assert (tmp_path / "precious").read_text() == content
 
 
-def test_nothing_is_acknowledged_after_the_lock_file_was_deleted(start_daemon: StartDaemon, tmp_path: Path) -> None:
+def test_a_lock_file_that_was_deleted_is_taken_again(start_daemon: StartDaemon, tmp_path: Path) -> None:
     daemon = start_daemon()
     assert post(daemon.url, make_run())[0] == 201
     (tmp_path / "telemetry.sqlite.lock").unlink()
-    status, answer = get(daemon.url, "/health")
-    assert status == 503
-    assert "telemetry.sqlite.lock was deleted" in answer["detail"]
+    line = daemon.wait_for_line("Writes are refused until the database is open again and verified")
+    assert "telemetry.sqlite.lock was deleted" in line["reason"]
+    daemon.wait_for_line("The database is open again and verified; writes are taken")
+    assert (tmp_path / "telemetry.sqlite.lock").exists()
+    assert post(daemon.url, make_run())[0] == 201
+    assert f"PID {daemon.process.pid}" in one_line(start_daemon().wait()[1]), "nobody else got in between"
+
+
+def test_nothing_is_acknowledged_while_somebody_else_has_the_lock_file(
+    start_daemon: StartDaemon, tmp_path: Path
+) -> None:
+    daemon = start_daemon()
+    assert post(daemon.url, make_run())[0] == 201
+    other = FileLock(tmp_path / "other.lock")
+    other.acquire()
+    (tmp_path / "other.lock").rename(tmp_path / "telemetry.sqlite.lock")  # as if deleted, and taken by a newcomer
     assert post(daemon.url, make_run())[0] == 503
-    assert daemon.wait()[0] == 1
+    line = daemon.wait_for_line("The database could not be opened again")
+    assert f"(PID {os.getpid()}) owns this database" in json.dumps(line)
+    assert post(daemon.url, make_run())[0] == 503
+    other.release()
+    daemon.wait_for_line("The database is open again and verified; writes are taken")
+    assert post(daemon.url, make_run())[0] == 201
+    assert start_daemon().wait()[0] == 1, "it owns the database again"
+    assert daemon.stop() == 0
 
 
 def test_a_database_that_another_program_has_marked_is_not_taken_over(
@@ -305,3 +324,82 @@ def test_a_database_that_another_program_has_marked_is_not_taken_over(
     assert status == 1
     assert "another program" in errors
     assert (tmp_path / "telemetry.sqlite").read_bytes() == before
+
+
+# --- After an unclean stop -----------------------------------------------------------------------
+
+RECOVERED = "Recovered after an unclean stop"
+
+
+@pytest.mark.parametrize("journal_mode", ["DELETE", "WAL", "PERSIST"])
+def test_after_kill_the_file_is_checked_and_the_log_says_so(start_daemon: StartDaemon, journal_mode: str) -> None:
+    mode = {"TELEMETRY_DB_JOURNAL_MODE": journal_mode}
+    first = start_daemon(**mode)
+    assert post(first.url, make_run())[0] == 201
+    first.stop(signal.SIGKILL)
+    second = start_daemon(**mode)
+    assert second.url
+    line = second.wait_for_line(RECOVERED)
+    assert (line["level"], line["quick_check"]) == ("WARNING", "ok")
+    assert line["duration_ms"] < 1000
+    assert post(second.url, make_run())[0] == 201
+    assert second.stop() == 0
+    third = start_daemon(**mode)
+    assert third.url
+    assert RECOVERED not in [line["message"] for line in third.lines], "that stop was in order"
+    assert third.stop() == 0
+
+
+@pytest.mark.parametrize(("journal_mode", "runs"), [("DELETE", 7000), ("WAL", 500)])
+def test_damage_found_after_kill_is_one_clear_line_and_nothing_is_served(
+    start_daemon: StartDaemon, journal_mode: str, runs: int
+) -> None:
+    mode = {"TELEMETRY_DB_JOURNAL_MODE": journal_mode}
+    first = start_daemon(**mode)
+    batch = [make_run(error_details="x" * 3000) for _ in range(runs)]
+    for start in range(0, runs, 1000):
+        assert call(first.url, "POST", "/api/v1/runs/batch", batch[start : start + 1000])[0] == 200
+    assert first.stop() == 0
+    size = first.database.stat().st_size
+    assert journal_mode == "WAL" or size > 17 << 20, "what every start reads ends at 16 MiB"
+    second = start_daemon(**mode)
+    assert post(second.url, make_run())[0] == 201
+    second.stop(signal.SIGKILL)
+    with second.database.open("r+b") as file:
+        file.seek(size // 2 & ~4095)
+        file.write(os.urandom(3 * 4096))
+    status, errors = start_daemon(**mode).wait()
+    assert status == 1
+    assert "is damaged (" in one_line(errors)
+    assert "telemetryd check --repair" in errors
+    assert start_daemon(**mode).wait()[0] == 1, "and it stays so: a failed start settles nothing"
+
+
+async def test_a_file_that_is_too_large_for_it_is_not_read_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = Settings(db_path=tmp_path / "telemetry.sqlite")
+    await (await Store.open(settings, Metrics())).close()
+    (tmp_path / "telemetry.sqlite.lock").write_text("1234567\n")
+    monkeypatch.setattr("telemetryd.database._CRASH_CHECK_BYTES", 4096)
+    await (await Store.open(settings, Metrics())).close()
+    [record] = [record for record in caplog.records if record.message == RECOVERED]
+    assert record.__dict__["quick_check"].startswith("skipped")
+    assert (tmp_path / "telemetry.sqlite.lock").read_bytes() == b""
+
+
+def test_a_command_leaves_what_a_crash_left_for_the_next_start(start_daemon: StartDaemon, tmp_path: Path) -> None:
+    lock = tmp_path / "telemetry.sqlite.lock"
+    first = start_daemon()
+    assert post(first.url, make_run())[0] == 201
+    assert first.stop() == 0
+    assert lock.read_bytes() == b""
+    telemetryd("check", "--repair", "--db-path", tmp_path / "telemetry.sqlite")
+    assert lock.read_bytes() == b"", "it ended in order"
+    second = start_daemon()
+    assert second.url
+    second.stop(signal.SIGKILL)
+    telemetryd("check", "--repair", "--db-path", tmp_path / "telemetry.sqlite")
+    third = start_daemon()
+    assert third.url
+    assert third.wait_for_line(RECOVERED)

@@ -8,7 +8,8 @@ import pytest
 
 from telemetryd import http
 from telemetryd.settings import load
-from tests.tools import docs, schema
+from tests.faults.ledger import Ledger, read
+from tests.tools import docs, reliability, schema
 
 ROOT = docs.ROOT
 
@@ -49,3 +50,23 @@ def test_the_architecture_page_has_every_module_with_its_own_sentence() -> None:
             continue
         sentence = (import_module(f"telemetryd.{path.stem}").__doc__ or "").splitlines()[0]
         assert f"| `{path.name}` | {sentence} |" in page, path.name
+
+
+def test_every_command_of_the_reliability_page_names_a_test() -> None:
+    rows = re.findall(r"^\|.*\| `pytest '(.*)::(\w+).*?' .*` \|$", reliability.PAGE.read_text("utf-8"), re.MULTILINE)
+    for path, name in rows:
+        assert f"def {name}(" in (ROOT / path).read_text("utf-8"), f"{path}::{name}"
+
+
+def test_what_a_fault_test_counts_becomes_a_row_and_anything_lost_fails_it(tmp_path: Path) -> None:
+    written = tmp_path / "ledger.jsonl"
+    ledger = Ledger(written, "tests/faults/test_kill.py::test_x[WAL]", 0.5)
+    ledger.record(fault="SIGKILL", mode="WAL", rounds=1000, acknowledged=12_345)
+    with pytest.raises(AssertionError, match="power cut"):
+        ledger.record(fault="power cut", rounds=5, acknowledged=10, lost=1)
+    rows = reliability.table(read(written)).splitlines()[-2:]
+    command = "`pytest 'tests/faults/test_kill.py::test_x[WAL]' --rounds-scale 0.5`"
+    assert rows == [
+        f"| SIGKILL | WAL | 1,000 | 12,345 | 0 | 0 | 0 | 0 | {command} |",
+        f"| power cut | both | 5 | 10 | 1 | 0 | 0 | 0 | {command} |",
+    ]

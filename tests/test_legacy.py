@@ -2,11 +2,9 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import sqlite3
 import subprocess
 import sys
-import time
 import uuid
 from contextlib import closing
 from pathlib import Path
@@ -17,8 +15,8 @@ import pytest
 from telemetryd import migrate
 from telemetryd.database import Kind, Ownership, inspect
 from telemetryd.legacy import migrate_file
-from telemetryd.runs import COLUMNS
 from tests.conftest import StartDaemon
+from tests.faults.hot_journal import cut_off_growing
 from tests.http_client import get
 from tests.tools.old_databases import LAYOUTS, make_old_database, spoil
 from tests.tools.process import telemetryd
@@ -232,43 +230,34 @@ def test_it_refuses_while_the_old_service_writes(tmp_path: Path) -> None:
     assert inspect(path).kind is Kind.LEGACY
 
 
-@pytest.mark.parametrize(
-    "seconds",
-    [pytest.param(3, id="short"), pytest.param(120, id="long", marks=pytest.mark.slow)],
-)
-def test_killed_at_any_moment_it_is_old_or_new(tmp_path: Path, seconds: float) -> None:
-    """SIGKILL at random moments; a new round begins with the old file whenever one got through."""
-    master = make_old_database(tmp_path / "master.sqlite", "v5", rows=4000)
-    path = tmp_path / "telemetry.sqlite"
-    deadline, outcomes = time.monotonic() + seconds, {"old": 0, "new": 0}
-    path.write_bytes(master.read_bytes())
-    while time.monotonic() < deadline:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "telemetryd", "migrate", "--no-backup", "--db-path", path],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        try:
-            process.wait(random.uniform(0.3, 1.4))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        with closing(sqlite3.connect(path)) as connection:
-            assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-            assert connection.execute("SELECT count(*) FROM agent_runs").fetchone() == (4000,)
-            names = [row[1] for row in connection.execute("PRAGMA table_info(agent_runs)")]
-            is_new = connection.execute("PRAGMA user_version").fetchone()[0] == migrate.current_version()
-            assert ("event_id" in names) is is_new
-            if is_new:
-                assert names == list(COLUMNS)
-                migrate.check_schema(connection, path)
-        outcomes["new" if is_new else "old"] += 1
-        if is_new:
-            telemetryd("migrate", "--db-path", path)
-            path.write_bytes(master.read_bytes())
+@pytest.mark.parametrize("layout", ["v5", "v7"])
+def test_a_file_in_the_middle_of_a_commit_is_recovered_first(
+    start_daemon: StartDaemon, tmp_path: Path, layout: str
+) -> None:
+    path = make_old_database(tmp_path / "telemetry.sqlite", layout, rows=300)
+    cut_off_growing(path)
+    before = path.read_bytes()
+    assert "telemetryd migrate" in start_daemon().wait()[1]
+    assert json.loads(telemetryd("migrate", "--dry-run", "--json", "--db-path", path).stdout)["rows"] == 300
+    assert path.read_bytes() == before
+    telemetryd("migrate", "--db-path", path)
+    assert rows(path, "SELECT count(*) FROM agent_runs") == [(300,)]
+
+
+def test_a_migration_cut_off_in_its_commit_is_not_taken_for_done(tmp_path: Path) -> None:
+    """The first page is that of the new schema already, and the journal undoes it."""
+    path = make_old_database(tmp_path / "telemetry.sqlite", "v7", rows=300)
+    old, journal = path.read_bytes(), path.with_name("telemetry.sqlite-journal")
+    cut_off_growing(path)
+    log = journal.read_bytes()
+    journal.unlink()
+    path.write_bytes(old)
     telemetryd("migrate", "--no-backup", "--db-path", path)
-    assert rows(path, "SELECT count(*) FROM agent_runs WHERE length(event_id) = 36") == [(4000,)]
-    assert sum(outcomes.values()) > 0
+    new_first_page = path.read_bytes()[:4096]
+    path.write_bytes(new_first_page + old[4096:])
+    journal.write_bytes(log)
+    assert json.loads(telemetryd("migrate", "--json", "--db-path", path).stdout)["migrated"] is True
+    assert rows(path, "SELECT count(*) FROM agent_runs") == [(300,)]
 
 
 OLD_EVENTS = """

@@ -367,12 +367,68 @@ def test_on_a_terminal_the_lines_are_for_people(tmp_path: Path, free_port: int) 
     os.close(ours)
     assert status == 0
     lines = seen.decode().splitlines()
-    assert re.match(r"\d\d:\d\d:\d\d\.\d{3} \x1b\[32mINFO    \x1b\[0m Serving \x1b\[2maddresses\x1b\[0m=\[", lines[0])
-    assert f"http://127.0.0.1:{free_port}" in lines[0]
+    (serving,) = [line for line in lines if "Serving" in line]
+    assert re.match(r"\d\d:\d\d:\d\d\.\d{3} \x1b\[32mINFO    \x1b\[0m Serving \x1b\[2maddresses\x1b\[0m=\[", serving)
+    assert f"http://127.0.0.1:{free_port}" in serving
+    assert (
+        f"telemetryd: ready; try http://127.0.0.1:{free_port}/docs. "
+        "Authentication is off: this machine only. Ctrl-C stops."
+    ) in lines
     (refused,) = [line for line in lines if "\x1b[31mERROR" in line]
     assert "\x1b[2J" not in refused
     assert "Error in /api/v1/runs: Invalid status" in refused
     assert not [line for line in lines if line.startswith("{")]
+
+
+def test_a_line_for_people_says_nothing_twice() -> None:
+    with written(form=LogFormat.TEXT) as lines:
+        extra = {"endpoint": "/x", "error_type": "Refused", "error_message": "no token", "method": "GET"}
+        log.warning("Error in /x: no token", extra=extra)
+        try:
+            int("x")
+        except ValueError:
+            log.exception("Failed", extra={"endpoint": "/x"})
+    assert lines[0].endswith('WARNING  Error in /x: no token error_type="Refused" method="GET"')
+    assert lines[1].endswith('ERROR    Failed endpoint="/x"')
+    assert lines[-1].startswith("ValueError: ")
+
+
+def test_text_is_coloured_on_a_terminal_only() -> None:
+    with written(form=LogFormat.TEXT) as lines:
+        log.info("plain", extra={"field": 1})
+    assert lines[0].isprintable()
+
+
+def test_no_locale_can_stop_the_log(start_daemon: StartDaemon, tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    narrow = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    daemon = start_daemon(
+        "--log-format", "text", "--unix", "sock", prefix=("sh", "-c", f'exec "$@" >{path}', "sh"), **narrow
+    )
+    deadline = time.monotonic() + 15
+    while not (tmp_path / "sock").exists() or not listening_port(daemon.process.pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    connection = connect(listening_port(daemon.process.pid))
+    for query in ("status=%C3%BC", "%ED%A0%80=1"):
+        connection.request("GET", f"/api/v1/runs?{query}")
+        connection.getresponse().read()
+    connection.close()
+    assert daemon.stop() == 0
+    lines = path.read_text("utf-8").splitlines()
+    assert "Error in /api/v1/runs: Invalid status: 'ü'" in "".join(lines)
+    assert lines[-1].endswith("Stopped")
+
+
+def test_it_starts_with_its_standard_output_closed(start_daemon: StartDaemon) -> None:
+    daemon = start_daemon("--unix", "sock", prefix=("sh", "-c", 'exec "$@" >&-', "sh"))
+    deadline = time.monotonic() + 15
+    while not (daemon.folder / "sock").exists():
+        assert daemon.process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(0.3)
+    assert daemon.stop() == 0
 
 
 @pytest.mark.parametrize(("form", "is_json"), [(LogFormat.JSON, True), (LogFormat.TEXT, False), (LogFormat.AUTO, True)])

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
-import socket
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
 from telemetryd import migrate
-from telemetryd.cli import main
 from telemetryd.database import APPLICATION_ID, Kind, inspect
+from telemetryd.errors import DatabaseError
 from telemetryd.metrics import Metrics
 from telemetryd.settings import Settings
 from telemetryd.store import Store
@@ -120,13 +119,17 @@ def test_the_schema_for_people_is_the_current_one() -> None:
 # --- Files that are not ours are left alone ------------------------------------------------------
 
 
-@pytest.fixture
-def taken_port() -> Iterator[int]:
-    """A port in use: should a file be accepted by mistake, `serve` ends there instead of serving."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
-        yield int(listener.getsockname()[1])
+def refusal(path: Path, journal_mode: str = "DELETE") -> str:
+    """What the daemon says when it opens a file that it refuses."""
+
+    async def open_it() -> None:
+        store = await Store.open(Settings(db_path=path, db_journal_mode=journal_mode), Metrics())
+        await store.close()
+
+    with pytest.raises(DatabaseError) as caught:
+        asyncio.run(open_it())
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 def state(folder: Path) -> dict[str, tuple[bytes, int, int, int]]:
@@ -237,9 +240,7 @@ BAD_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("journal_mode", ["DELETE", "WAL"])
 @pytest.mark.parametrize("kind", BAD_FILES)
-def test_a_file_that_is_not_ours_is_refused_and_left_as_it_is(
-    tmp_path: Path, taken_port: int, kind: str, journal_mode: str
-) -> None:
+def test_a_file_that_is_not_ours_is_refused_and_left_as_it_is(tmp_path: Path, kind: str, journal_mode: str) -> None:
     path = tmp_path / "telemetry.sqlite"
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         migrate.create(connection, NOW)
@@ -248,16 +249,13 @@ def test_a_file_that_is_not_ours_is_refused_and_left_as_it_is(
     break_it(path)
     before = state(tmp_path)
     assert set(before) == {"telemetry.sqlite"}
-    arguments = ["--db-path", str(path), "--port", str(taken_port), "--db-journal-mode", journal_mode]
-    result = CliRunner().invoke(main, ["serve", "--host", "127.0.0.1", *arguments])
-    assert result.exit_code == 1, result.output
-    assert len(result.stderr.splitlines()) == 1, result.stderr
-    assert re.search(sentence, result.stderr.strip()), result.stderr
-    assert result.stderr.startswith(f"telemetryd: {path} ") or "schema of" in result.stderr
+    told = refusal(path, journal_mode)
+    assert re.search(sentence, told), told
+    assert told.startswith(f"{path} ") or "schema of" in told
     assert state(tmp_path) == before
 
 
-def test_a_foreign_database_that_stands_only_in_its_log_is_refused_too(tmp_path: Path, taken_port: int) -> None:
+def test_a_foreign_database_that_stands_only_in_its_log_is_refused_too(tmp_path: Path) -> None:
     path, log = tmp_path / "telemetry.sqlite", tmp_path / "telemetry.sqlite-wal"
     with closing(sqlite3.connect(tmp_path / "source.sqlite", isolation_level=None)) as connection:
         connection.execute("PRAGMA journal_mode = WAL")
@@ -265,9 +263,7 @@ def test_a_foreign_database_that_stands_only_in_its_log_is_refused_too(tmp_path:
         path.write_bytes((tmp_path / "source.sqlite").read_bytes())
         log.write_bytes((tmp_path / "source.sqlite-wal").read_bytes())
     before = state(tmp_path)
-    result = CliRunner().invoke(main, ["serve", "--db-path", str(path), "--port", str(taken_port)])
-    assert result.exit_code == 1
-    assert "of another program" in result.stderr
+    assert "of another program" in refusal(path)
     after = state(tmp_path)
     assert (after[path.name], after[log.name]) == (before[path.name], before[log.name])
 
@@ -280,7 +276,7 @@ def test_the_process_says_so_too(start_daemon: StartDaemon, tmp_path: Path) -> N
     assert "of another program" in errors
 
 
-def test_a_large_damaged_database_is_refused(tmp_path: Path, taken_port: int) -> None:
+def test_a_large_damaged_database_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "telemetry.sqlite"
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         migrate.create(connection, NOW)
@@ -288,10 +284,7 @@ def test_a_large_damaged_database_is_refused(tmp_path: Path, taken_port: int) ->
         connection.execute("INSERT INTO ballast VALUES (zeroblob(20000000))")
     flip(path, *range(110, 300))
     before = state(tmp_path)
-    result = CliRunner().invoke(main, ["serve", "--db-path", str(path), "--port", str(taken_port)])
-    assert result.exit_code == 1
-    assert len(result.stderr.splitlines()) == 1, result.stderr
-    assert "is damaged (" in result.stderr
+    assert "is damaged (" in refusal(path)
     assert state(tmp_path) == before
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jsonschema_rs
 import pytest
+from pydantic import BaseModel
 from schemathesis.specs.openapi.definitions import OPENAPI_31
 
 from telemetryd import events, openapi, runs
@@ -56,7 +57,7 @@ def test_every_reference_leads_somewhere() -> None:
 
 def test_every_route_is_in_it() -> None:
     served = {(route.method.lower(), route.path) for route in ROUTES}
-    pages = {(method, path) for method, path in served if path.startswith(("/docs", "/openapi.json"))}
+    pages = {(method, path) for method, path in served if path == "/" or path.startswith(("/docs", "/openapi.json"))}
     assert {(method, path) for method, path, _ in described()} == served - pages
     assert len(served - pages) == 17
 
@@ -155,6 +156,44 @@ async def test_it_is_served_and_holds_for_a_stored_run(api: Api) -> None:
     for body in ({}, {**full, "status": "nope"}):
         assert validator("ValidationErrors").is_valid(await api.post(body, 422))
     assert validator("Error").is_valid(await api.get("/api/v1/runs/none", 404))
+
+
+@pytest.mark.parametrize("model", [runs.NewRun, runs.RunPatch, runs.CommitAssociation])
+def test_every_field_has_examples_that_the_document_and_the_validation_admit(model: type[BaseModel]) -> None:
+    for name, field in model.model_fields.items():
+        assert field.examples, name
+        assert SCHEMAS[model.__name__]["properties"][name]["examples"] == field.examples
+        for value in field.examples:
+            others = runs.example(runs.NewRun, runs.BEGUN) if model is runs.NewRun else runs.example(model)
+            body = {**others, name: value}
+            assert [fault.message for fault in validator(model.__name__).iter_errors(body)] == []
+            assert runs.validate(model, body)
+
+
+async def test_every_example_of_a_body_works_as_it_stands(api: Api) -> None:
+    tried = []
+    for method, path, spoken in described():
+        for kind, content in spoken.get("requestBody", {}).get("content", {}).items():
+            if path.startswith("/api/v1/admin/"):
+                continue
+            target = path.replace("{event_id}", openapi.EVENT_ID["example"])
+            body = content["example"] if isinstance(content["example"], str) else json.dumps(content["example"])
+            async with api.client.request(method, target, data=body, headers={"Content-Type": kind}) as response:
+                assert response.status in (200, 201), f"{method} {path}: {await response.text()}"
+                answer = await response.json()
+            assert "warnings" not in answer
+            assert not answer.get("errors")
+            tried.append((method, path, kind, response.status))
+    assert [(path, status) for _, path, _, status in tried] == [
+        ("/api/v1/runs", 201),
+        ("/api/v1/runs/batch", 200),
+        ("/api/v1/runs/batch", 200),
+        ("/api/v1/runs/{event_id}", 200),
+        ("/api/v1/runs/{event_id}/associate-commit", 200),
+    ]
+    first, second = sorted(await api.list(), key=lambda run: str(run["event_id"]))
+    assert first["event_id"] == openapi.EVENT_ID["example"]
+    assert (first["status"], first["git_commit_source"], second["status"]) == ("success", "llm", "success")
 
 
 async def test_docs_shows_it_with_assets_of_its_own(api: Api) -> None:

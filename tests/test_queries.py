@@ -122,6 +122,20 @@ def test_an_unknown_parameter_is_named_with_the_known_ones(name: str) -> None:
     assert "agent_name, job_type, status, created_before" in sentence
 
 
+def test_every_fault_of_a_query_is_told() -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        parse_list("limit=0&status=x&created_before=soon&nope=1&other=2&offset=-1&job_type=a&job_type=b")
+    told = str(caught.value).split(". ")
+    assert [sentence.partition(":")[0] for sentence in told] == [
+        "Query parameter job_type is given more than once; give it once",
+        "Unknown query parameter 'nope', 'other'; known are",
+        "Invalid status",
+        "Invalid created_before",
+        "Invalid limit",
+        "Invalid offset",
+    ]
+
+
 @pytest.mark.parametrize("name", ["agent_name", "limit", "cursor", "created_before"])
 def test_a_parameter_given_twice_is_refused(name: str) -> None:
     assert refusal(f"{name}=1&{name}=1") == f"Query parameter {name} is given more than once; give it once"

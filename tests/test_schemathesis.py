@@ -70,6 +70,8 @@ def test_no_request_makes_the_daemon_break_its_own_document(start_daemon: StartD
     # What a valid cursor is depends on earlier answers and on the other filters; test_queries.py forges them.
     parameters = document["paths"]["/api/v1/runs"]["get"]["parameters"]
     parameters.remove(next(parameter for parameter in parameters if parameter["name"] == "cursor"))
+    # Schemathesis knows no NDJSON, so it would stumble over the example; test_openapi.py sends it.
+    del document["paths"]["/api/v1/runs/batch"]["post"]["requestBody"]["content"]["application/x-ndjson"]["example"]
     (tmp_path / "openapi.json").write_text(json.dumps(document))
     (tmp_path / "schemathesis.toml").write_text(CONFIG)
     (tmp_path / "hooks.py").write_text(HOOKS)

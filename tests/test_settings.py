@@ -79,11 +79,13 @@ def test_the_defaults_are_those_of_the_guide_and_the_contract() -> None:
         "api_auth_token": None,
         "api_auth_token_file": None,
         "api_protected_mode": True,
+        "allowed_hosts": None,
         "rate_limit_enabled": False,
         "rate_limit_rpm": 60,
         "queue_max": 10_000,
         "max_body_bytes": 16_777_216,
         "max_batch": 10_000,
+        "min_free_mb": 64,
         "retention_days": None,
         "stale_after": None,
         "backup_dir": None,
@@ -189,11 +191,13 @@ WRONG = {
     "TELEMETRY_API_AUTH_ENABLED": "maybe",
     "TELEMETRY_API_AUTH_TOKEN_FILE": " ",
     "TELEMETRY_API_PROTECTED_MODE": "2",
+    "TELEMETRY_ALLOWED_HOSTS": "telemetry.example.com:8765",
     "TELEMETRY_RATE_LIMIT_ENABLED": "x",
     "TELEMETRY_RATE_LIMIT_RPM": "0",
     "TELEMETRY_QUEUE_MAX": "1e3",
     "TELEMETRY_MAX_BODY_BYTES": "1023",
     "TELEMETRY_MAX_BATCH": "many",
+    "TELEMETRY_MIN_FREE_MB": "-1",
     "TELEMETRY_RETENTION_DAYS": "0",
     "TELEMETRY_STALE_AFTER": "soon",
     "TELEMETRY_BACKUP_DIR": " ",
@@ -217,7 +221,55 @@ def test_every_problem_is_told_at_once_with_the_name_of_its_variable() -> None:
 def test_each_problem_is_told_alone_too(name: str, value: str) -> None:
     (problem,) = problems({name: value})
     assert problem.startswith(f"{name}: ")
-    assert problem.endswith(f"(it is {value!r})")
+    assert problem.endswith(f"(it is {value!r}, from the environment)")
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        ("TELEMETRY_DB_JOURNAL_MODE", "must be DELETE, TRUNCATE, PERSIST or WAL"),
+        ("TELEMETRY_API_PORT", "must be a whole number from 0 to 65535"),
+        ("TELEMETRY_RATE_LIMIT_RPM", "must be a whole number, 1 or more"),
+        ("TELEMETRY_API_AUTH_ENABLED", "must be true or false"),
+        ("TELEMETRY_QUERY_TIMEOUT_S", "must be a number above 0 and up to 3600"),
+        ("TELEMETRY_BACKUP_KEEP", "must be a whole number, 1 or more"),
+    ],
+)
+def test_a_problem_says_what_is_allowed(name: str, rule: str) -> None:
+    assert problems({name: "x"}) == [f"{name}: {rule} (it is 'x', from the environment)"]
+
+
+def test_a_problem_names_the_flag_or_the_line_that_it_comes_from(tmp_path: Path) -> None:
+    dotenv = tmp_path / ".env"
+    dotenv.write_text("# comment\n\nTELEMETRY_LOG_LEVEL=LOUD\n\n\n  export TELEMETRY_API_HOST=' '\n")
+    with pytest.raises(ConfigurationError) as caught:
+        loaded({"TELEMETRY_MAX_BATCH": "0"}, dotenv, api_port="http")
+    assert [problem.rpartition("from ")[2] for problem in caught.value.problems] == [
+        f"{dotenv} line 6)",
+        "--port)",
+        "the environment)",
+        f"{dotenv} line 3)",
+    ]
+
+
+def test_a_line_of_dotenv_that_cannot_be_read_is_a_problem_and_is_not_shown(tmp_path: Path) -> None:
+    dotenv = tmp_path / ".env"
+    dotenv.write_text(f"A=1\n\nsome words\nTELEMETRY_API_AUTH_TOKEN\nOTHER\nTELEMETRY_X='{TOKEN}\n")
+    with pytest.raises(ConfigurationError) as caught:
+        loaded({"TELEMETRY_API_PORT": "x"}, dotenv)
+    *lines, port = caught.value.problems
+    assert lines == [f"{dotenv} line {number}: must be NAME=value, with quotes closed" for number in (3, 4, 6)]
+    assert port.startswith("TELEMETRY_API_PORT: ")
+    assert TOKEN not in str(caught.value)
+
+
+def test_a_dotenv_that_is_not_utf_8_is_a_problem(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_bytes(b"TELEMETRY_API_HOST=m\xfcnchen\n")
+    refused = run(tmp_path, "config")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr == "telemetryd: .env: is not UTF-8 text (byte 21 cannot be)\n"
+    (tmp_path / ".env").write_bytes("\ufeffTELEMETRY_API_HOST=münchen\n".encode())  # as Windows' Notepad writes it
+    assert loaded(dotenv=tmp_path / ".env").settings.api_host == "münchen"
 
 
 def test_a_setting_that_fits_alone_but_not_with_others_is_told_beside_the_other_problems() -> None:
@@ -234,7 +286,7 @@ def test_there_is_one_worker(workers: str) -> None:
     (problem,) = problems({"TELEMETRY_API_WORKERS": workers})
     assert problem == (
         f"TELEMETRY_API_WORKERS: must be 1, not {workers}: one writer is the whole point, more would corrupt the "
-        f"database (it is {workers!r})"
+        f"database (it is {workers!r}, from the environment)"
     )
 
 
@@ -302,6 +354,19 @@ def test_an_unknown_variable_of_the_family_is_remarked_on(tmp_path: Path) -> Non
     )
 
 
+def test_a_token_that_is_not_asked_for_is_remarked_on(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text(TOKEN)
+    on = {"TELEMETRY_API_AUTH_ENABLED": "true"}
+    for given in ({"TELEMETRY_API_AUTH_TOKEN": TOKEN}, {"TELEMETRY_API_AUTH_TOKEN_FILE": str(tmp_path / "token")}):
+        assert loaded(given).remarks == (
+            "A token is set but not asked for, because TELEMETRY_API_AUTH_ENABLED is false",
+        )
+        assert loaded(given | on).remarks == ()
+    shown = run(tmp_path, "config", "--json", TELEMETRY_API_AUTH_TOKEN=TOKEN)
+    assert shown.stderr == f"telemetryd: remark: {loaded({'TELEMETRY_API_AUTH_TOKEN': TOKEN}).remarks[0]}\n"
+    assert json.loads(shown.stdout)["TELEMETRY_API_AUTH_TOKEN"]["value"] == "********"
+
+
 # --- The process ---------------------------------------------------------------------------------
 
 
@@ -321,6 +386,9 @@ def test_config_prints_every_setting_with_its_origin(tmp_path: Path) -> None:
     lines = run(tmp_path, *arguments).stdout.splitlines()
     assert [line.split()[0] for line in lines] == list(shown)
     assert next(line for line in lines if line.startswith("TELEMETRY_QUEUE_MAX ")).endswith("= 7  # .env")
+    printed_of = {line.split()[0]: line.partition(" = ")[2] for line in lines}
+    assert printed_of["TELEMETRY_API_PROTECTED_MODE"] == "false  # flag"
+    assert printed_of["TELEMETRY_DB_PATH"] == f"{tmp_path / 'data' / 'telemetry.sqlite'}  # default"
     assert not (tmp_path / "data").exists()
 
 

@@ -9,6 +9,7 @@ import sys
 import time
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ import aiohttp
 import pytest
 from backports import zstd
 
+from telemetryd.commands import CreateRuns
 from telemetryd.database import connect
-from telemetryd.runs import format_timestamp
+from telemetryd.runs import format_timestamp, parse_run
+from telemetryd.settings import Settings
 from tests.conftest import Api, Daemon, MakeApi, StartDaemon, make_run
 from tests.tools.fill import make_database
 from tests.tools.process import telemetryd
@@ -294,6 +297,31 @@ async def test_without_a_daemon_they_work_on_the_database(start_daemon: StartDae
     totals_are_right(path)
     assert telemetryd("prune", "--older-than", "90d", "--db-path", tmp_path / "none.sqlite", status=1).stderr
     assert not (tmp_path / "none.sqlite").exists()
+
+
+async def test_a_run_that_comes_after_the_archive_was_written_is_spared(
+    start_daemon: StartDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    daemon = start_daemon()
+    await post(daemon, old_runs(5))
+    daemon.stop()
+    late = make_run(created_at=ago(days=100))
+    upkeep = import_module("telemetryd.cli.upkeep")
+    write_archive = upkeep._write_archive
+
+    async def write_and_be_late(target: Any, *arguments: Any) -> Any:
+        rows = await write_archive(target, *arguments)
+        await target._store.submit(CreateRuns((parse_run(late).row,)))
+        return rows
+
+    monkeypatch.setattr(upkeep, "_write_archive", write_and_be_late)
+    settings = Settings(db_path=daemon.database)
+    done = await upkeep._prune(
+        settings, None, {"created_before": ago(days=90)}, dry_run=False, archive=tmp_path / "archive.zst"
+    )
+    assert (done["archived"], done["pruned"]) == (5, 5)
+    assert rows(daemon.database, "SELECT event_id FROM agent_runs") == [(late["event_id"],)]
+    totals_are_right(daemon.database)
 
 
 def test_a_prune_killed_at_any_moment_loses_no_run_and_can_be_repeated(

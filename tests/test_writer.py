@@ -7,12 +7,10 @@ import contextlib
 import errno
 import inspect
 import io
-import json
-import os
 import sqlite3
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,9 +25,12 @@ from telemetryd.database import Connection, open_writer
 from telemetryd.errors import (
     CommandFailedError,
     DatabaseBusyError,
+    DatabaseError,
+    DatabaseSuspectError,
     QueueFullError,
     StoppingError,
     StorageFullError,
+    WriteFailedError,
     WriterDeadError,
 )
 from telemetryd.flow import Flow
@@ -80,6 +81,8 @@ async def bench(
     busy_timeout_ms: int = 5000,
     queue_max: int = 10_000,
     make_durable: Callable[[], None] = lambda: None,
+    at_rest: Callable[[sqlite3.Connection], None] = lambda _: None,
+    reopen: Callable[[], Awaitable[Connection]] | None = None,
 ) -> AsyncIterator[Bench]:
     path = folder / "telemetry.sqlite"
     connection, _ = await open_writer(path, journal_mode, "FULL", busy_timeout_ms)
@@ -89,6 +92,9 @@ async def bench(
         begin=statements.Transaction,
         clock=lambda: NOW,
         make_durable=make_durable,
+        at_rest=at_rest,
+        reopen=reopen or _never,
+        busy_timeout_s=busy_timeout_ms / 1000,
         queue_max=queue_max,
         flow=Flow(0.1, 5000),
         metrics=Metrics(),
@@ -213,7 +219,7 @@ async def test_a_failing_command_is_undone_alone(tmp_path: Path) -> None:
     async with bench(tmp_path) as made:
         results = await asyncio.gather(
             made.writer.submit(create("before")),
-            made.writer.submit(create_refused("half", "broken")),
+            made.writer.submit(create_refused("half", "whole", "broken")),  # two statements, the second fails
             made.writer.submit(create("after", "half")),
             made.writer.submit(create_refused("last")),
             made.writer.submit(UpdateRun("before", {"status": "success"})),
@@ -354,8 +360,9 @@ async def test_a_queue_is_full_of_large_bodies_long_before_it_is_full_of_command
     with _lock(api.settings.db_path):
         calls = [asyncio.create_task(api.post(make_run()))]
         await eventually(lambda: _in_hand(api))
-        calls += [send("POST", "/api/v1/runs", make_run(error_details=large), 201) for _ in range(fitting)]
-        await eventually(lambda: api.store.health().queue_depth == fitting)
+        for number in range(1, fitting + 1):  # one after the other, or there are too many that are being received
+            calls.append(send("POST", "/api/v1/runs", make_run(error_details=large), 201))
+            await eventually(lambda wanted=number: api.store.health().queue_depth == wanted)  # type: ignore[misc]
         refused = await send("PATCH", "/api/v1/runs/unknown", {"error_details": large}, 503)
         assert "Too many writes are waiting" in refused["detail"]
     assert [answer["status"] for answer in await asyncio.gather(*calls)] == ["created"] * (1 + fitting)
@@ -391,42 +398,111 @@ async def test_a_database_locked_too_long_is_503_and_then_works_again(make_api: 
 # --- Death and stop ------------------------------------------------------------------------------
 
 
-async def test_a_dead_writer_fails_everybody_and_takes_nothing_more(tmp_path: Path) -> None:
-    gate = threading.Event()
+async def test_a_failed_sync_fails_everybody_until_the_database_is_open_again(tmp_path: Path) -> None:
+    gate, may_reopen = threading.Event(), asyncio.Event()
+    attempts: list[int] = []
 
     def break_down() -> None:
         _wait(gate)
-        raise OSError(errno.EIO, "Input/output error")
+        if not may_reopen.is_set():
+            raise OSError(errno.EIO, "Input/output error")
 
-    async with bench(tmp_path, make_durable=break_down) as made:
+    async def reopen() -> Connection:
+        attempts.append(1)
+        if len(attempts) < 3:
+            raise DatabaseError("Not yet")
+        await may_reopen.wait()
+        return made.connection
+
+    async with bench(tmp_path, make_durable=break_down, reopen=reopen) as made:
         first = made.writer.submit(create("first"))
         await eventually(lambda: made.stored() == {"first"})
         queued = [made.writer.submit(create(f"e{number}")) for number in range(5)]
         gate.set()
         results = await asyncio.gather(first, *queued, return_exceptions=True)
-        assert [type(result) for result in results] == [WriterDeadError] * 6
+        assert [type(result) for result in results] == [DatabaseSuspectError] * 6
+        assert all("Input/output error" in str(result) for result in results)
+        await eventually(lambda: made.writer.failure == "Not yet")
+        with pytest.raises(DatabaseSuspectError):
+            made.writer.submit(create("later"))
+        assert made.writer.problem == "Not yet"
+        assert made.stored() == {"first"}  # committed, but nobody was told so
+        assert made.count("COMMIT") == 1
+        may_reopen.set()
+        await eventually(lambda: made.writer.failure is None)
+        assert len(attempts) == 3
+        assert made.writer.problem is None
+        assert await made.writer.submit(create("first")) == Created((False,))
+
+
+async def test_a_writer_that_is_stopped_while_the_disk_is_unknown_says_so(tmp_path: Path) -> None:
+    def break_down() -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    async with bench(tmp_path, make_durable=break_down) as made:
+        with pytest.raises(DatabaseSuspectError):
+            await made.writer.submit(create("first"))
+        await made.writer.stop()
+        await asyncio.wait((made.task,), timeout=5)
+        assert isinstance(made.task.exception(), DatabaseSuspectError)
+        assert made.writer.problem == "[Errno 5] Input/output error"
+        with pytest.raises(WriterDeadError):
+            made.writer.submit(create("later"))
+
+
+class Broken(statements.Transaction):
+    """A transaction with a fault that nobody foresaw."""
+
+    def finish(self) -> None:
+        raise RuntimeError("a bug")
+
+
+async def test_a_bug_ends_the_writer_and_nobody_waits_for_ever(tmp_path: Path) -> None:
+    async with bench(tmp_path) as made:
+        made.writer._begin = Broken
+        results = await asyncio.gather(
+            *(made.writer.submit(create(name)) for name in ("a", "b")), return_exceptions=True
+        )
+        assert [type(result) for result in results] == [WriterDeadError] * 2
         with pytest.raises(WriterDeadError):
             made.writer.submit(create("later"))
         await asyncio.wait((made.task,))
-        assert isinstance(made.task.exception(), WriterDeadError)
-        assert made.writer.failure is not None
-        assert "Input/output error" in made.writer.failure
-        assert made.stored() == {"first"}  # committed, but nobody was told so
-        assert made.count("COMMIT") == 1
+        assert isinstance(made.task.exception(), RuntimeError)
+        assert made.writer.problem == "a bug"
 
 
-async def test_health_and_writes_tell_that_the_writer_is_dead(make_api: MakeApi) -> None:
+class Greedy(statements.Transaction):
+    """A transaction that finds no memory for one event."""
+
+    def finish(self) -> None:
+        super().finish()
+        if self._cursor.execute("SELECT count(*) FROM agent_runs WHERE event_id = 'large'").fetchone() != (0,):
+            raise MemoryError
+
+
+async def test_a_lack_of_memory_costs_one_group(tmp_path: Path) -> None:
+    async with bench(tmp_path) as made:
+        made.writer._begin = Greedy
+        with pytest.raises(WriteFailedError):
+            await made.writer.submit(create("large"))
+        assert await made.writer.submit(create("small")) == Created((True,))
+        assert made.stored() == {"small"}
+        assert made.totals_agree()
+
+
+async def test_health_tells_that_nothing_is_taken_and_then_it_goes_on(make_api: MakeApi) -> None:
     api = await make_api(db_journal_mode="DELETE")
-    kept = make_run()
+    kept, unsure = make_run(), make_run()
     await api.post(kept)
-    readable, writable = os.pipe()
-    os.dup2(readable, api.store._directory._descriptor)  # a real descriptor that fsync() refuses
-    assert "writer has stopped" in (await api.post(make_run(), 503))["detail"]
+    moved = api.settings.db_path.rename(api.settings.db_path.with_suffix(".moved"))
+    async with api.client.post("/api/v1/runs", json=unsure) as response:
+        assert response.status == 503
+        assert response.headers["Retry-After"] == "5"
     async with api.client.get("/health") as response:
         health = await response.json()
         assert response.status == 503
         assert health["status"] == "error"
-        assert "Invalid argument" in health["detail"]
+        assert "was deleted or replaced while in use" in health["detail"]
     for method, path, body in (
         ("POST", "/api/v1/runs", make_run()),
         ("POST", "/api/v1/runs/batch", [make_run()]),
@@ -436,42 +512,22 @@ async def test_health_and_writes_tell_that_the_writer_is_dead(make_api: MakeApi)
             assert response.status == 503
             assert "Retry-After" in response.headers
     assert (await api.get(f"/api/v1/runs/{kept['event_id']}"))["status"] == "running"
-    os.close(readable)
-    os.close(writable)
-    with contextlib.suppress(WriterDeadError):
-        await api.store.writing
+    moved.rename(api.settings.db_path)
+    await eventually(lambda: api.store.health().problem is None, timeout_s=15)
+    assert (await api.post(kept, 200))["status"] == "duplicate"
+    await api.call("POST", "/api/v1/runs", json=unsure)
+    assert len(await api.list()) == 2
 
 
 @needs_strace
-@pytest.mark.parametrize(("journal_mode", "call"), [("DELETE", "fdatasync"), ("DELETE", "fsync"), ("WAL", "fdatasync")])
-def test_after_a_failed_sync_the_process_ends_with_an_error(
-    start_daemon: StartDaemon, tmp_path: Path, journal_mode: str, call: str
+def test_a_database_that_cannot_be_opened_again_during_the_stop_is_not_a_clean_exit(
+    start_daemon: StartDaemon, tmp_path: Path
 ) -> None:
-    daemon = start_daemon(TELEMETRY_DB_JOURNAL_MODE=journal_mode)
-    kept, lost = make_run(), make_run()
-    assert post(daemon.url, kept)[0] == 201
-    with strace(daemon.process.pid, tmp_path / "trace", "-e", f"inject={call}:error=EIO"):
-        assert post(daemon.url, lost)[0] in (503, None)
-        status, errors = daemon.wait()
-    assert status == 1, errors
-    failed = [line for line in (tmp_path / "trace").read_text().splitlines() if f" {call}(" in line]
-    assert len(failed) == 1, "a sync that failed must not be tried again: the kernel may report success now"
-    assert "Traceback" not in errors
-    assert any(line["level"] == "CRITICAL" for line in daemon.lines)
-
-    again = start_daemon(TELEMETRY_DB_JOURNAL_MODE=journal_mode)
-    assert post(again.url, kept)[0] == 200
-    assert post(again.url, lost)[0] in (200, 201)
-    assert get(again.url, "/metrics")[1]["total_runs"] == 2
-    assert again.stop() == 0
-
-
-@needs_strace
-def test_a_writer_that_dies_during_the_stop_is_not_a_clean_exit(start_daemon: StartDaemon, tmp_path: Path) -> None:
     daemon = start_daemon(TELEMETRY_DB_JOURNAL_MODE="WAL")
     assert post(daemon.url, make_run())[0] == 201
     answers: list[int | None] = []
-    with strace(daemon.process.pid, tmp_path / "trace", "-e", "inject=fdatasync:error=EIO:delay_enter=1000000"):
+    fail = "-e", "inject=fdatasync:error=EIO:delay_enter=1000000", "-e", "inject=pread64:error=EIO"
+    with strace(daemon.process.pid, tmp_path / "trace", *fail):
         sender = threading.Thread(target=lambda: answers.append(post(daemon.url, make_run())[0]))
         sender.start()
         deadline = time.monotonic() + 10
@@ -481,25 +537,6 @@ def test_a_writer_that_dies_during_the_stop_is_not_a_clean_exit(start_daemon: St
         sender.join()
     assert answers in ([503], [None])
     assert status == 1
-
-
-@pytest.mark.parametrize("replaced", [False, True])
-@pytest.mark.parametrize("journal_mode", ["DELETE", "WAL"])
-def test_nothing_is_acknowledged_into_a_file_that_is_gone(
-    start_daemon: StartDaemon, journal_mode: str, replaced: bool
-) -> None:
-    daemon = start_daemon(TELEMETRY_DB_JOURNAL_MODE=journal_mode)
-    url = daemon.url
-    assert post(url, make_run())[0] == 201
-    daemon.database.rename(daemon.folder / "moved.sqlite")
-    if replaced:
-        daemon.database.touch()
-    assert post(url, make_run())[0] in (503, None)
-    status, errors = daemon.wait()
-    assert status == 1, errors
-    assert any(line["level"] == "CRITICAL" for line in daemon.lines)
-    if journal_mode == "WAL":  # in the other modes SQLite itself notices, before COMMIT
-        assert "was deleted or replaced while in use" in json.dumps(daemon.lines)
 
 
 async def test_stop_commits_what_waits_and_refuses_what_comes(tmp_path: Path) -> None:
@@ -520,7 +557,85 @@ async def test_stop_commits_what_waits_and_refuses_what_comes(tmp_path: Path) ->
         await made.writer.stop()  # twice does no harm
 
 
+# --- At rest -------------------------------------------------------------------------------------
+
+
+async def test_it_tidies_up_once_after_it_has_worked_and_rested(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rests: list[int] = []
+    async with bench(tmp_path, at_rest=lambda plain: rests.append(plain.total_changes)) as made:
+        monkeypatch.setattr("telemetryd.writer.REST_AFTER_S", 0.2)
+        made.writer.rest()
+        await made.writer.submit(create("one"))
+        made.writer.rest()
+        await asyncio.sleep(0.05)
+        assert rests == [], "nothing to do before it has worked, and not at once after it"
+        await asyncio.sleep(0.2)
+        for _ in range(3):
+            made.writer.rest()
+        await eventually(lambda: len(rests) == 1)
+        await made.writer.submit(create("two"))
+        await asyncio.sleep(0.25)
+        made.writer.rest()
+        await eventually(lambda: len(rests) == 2)
+        assert rests[1] > rests[0]
+        assert made.stored() == {"one", "two"}
+
+
+async def test_a_failed_sync_at_rest_is_as_bad_as_one_of_a_commit_and_a_lock_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("telemetryd.writer.REST_AFTER_S", 0)
+    codes = [sqlite3.SQLITE_BUSY, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_FSYNC]
+    reopened: list[int] = []
+
+    def fail(_plain: sqlite3.Connection) -> None:
+        error = sqlite3.OperationalError("injected")
+        error.sqlite_errorcode = codes.pop(0)
+        raise error
+
+    async def reopen() -> Connection:
+        reopened.append(len(codes))
+        return made.connection
+
+    async with bench(tmp_path, at_rest=fail, reopen=reopen) as made:
+        for left in (2, 1, 0):
+            await made.writer.submit(create(f"e{left}"))
+            await asyncio.sleep(0.01)
+            made.writer.rest()
+            await eventually(lambda left=left: len(codes) == left)  # type: ignore[misc]
+        await eventually(lambda: reopened == [0] and made.writer.problem is None)
+        monkeypatch.setattr("telemetryd.writer.REST_AFTER_S", 1000)
+        await made.writer.submit(create("after"))
+        assert made.stored() == {"e2", "e1", "e0", "after"}
+
+
+def test_the_log_is_written_back_when_nothing_comes(start_daemon: StartDaemon) -> None:
+    daemon = start_daemon(TELEMETRY_DB_JOURNAL_MODE="WAL")
+    assert post(daemon.url, make_run())[0] == 201
+    assert _runs_without_log(daemon.database) == 0
+    deadline = time.monotonic() + 15
+    while _runs_without_log(daemon.database) != 1:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert post(daemon.url, make_run())[0] == 201
+    assert get(daemon.url, "/metrics")[1]["total_runs"] == 2
+
+
+def _runs_without_log(path: Path) -> int:
+    """Count what stands in the database file itself, as a copy of it alone would."""
+    with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?immutable=1", uri=True)) as connection:
+        if not connection.execute("SELECT 1 FROM sqlite_master").fetchone():
+            return 0  # not even the schema
+        return int(connection.execute("SELECT count(*) FROM agent_runs").fetchone()[0])
+
+
 # --- Helpers -------------------------------------------------------------------------------------
+
+
+async def _never() -> Connection:
+    raise DatabaseError("It stays closed")
 
 
 def _wait(gate: threading.Event) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import os
+import sys
+
 import click
 
 import telemetryd
 from telemetryd.cli import agents, database, serve, upkeep
-from telemetryd.cli.options import NO_FLAG, flag
+from telemetryd.cli.options import NO_FLAG
 
-__all__ = ["NO_FLAG", "flag", "main"]
+__all__ = ["NO_FLAG", "main"]
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -27,6 +31,12 @@ def main() -> None:
       eval "$(_TELEMETRYD_COMPLETE=zsh_source telemetryd)"       # in ~/.zshrc
       _TELEMETRYD_COMPLETE=fish_source telemetryd | source       # in ~/.config/fish/completions/telemetryd.fish
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us; what is opened next must not take its place
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - until the process ends
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):  # no text is worth an error, whatever the locale is
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
 for command in (

@@ -25,7 +25,7 @@ from telemetryd.cli.options import (
     settings_flags,
     size,
 )
-from telemetryd.database import Kind, Ownership, inspect, is_ours
+from telemetryd.database import Kind, Ownership, inspect, is_ours, recover, undisturbed
 from telemetryd.errors import DatabaseError
 from telemetryd.migrate import current_version, refuse_unless_usable
 from telemetryd.runs import format_timestamp, utc_now
@@ -48,6 +48,8 @@ def owned(settings: Settings) -> Iterator[Path]:
     ownership.acquire()
     try:
         yield path
+        if not ownership.was_dropped:  # what a crash left is still for the daemon's next start to look at
+            ownership.settle()
     finally:
         ownership.release()
 
@@ -111,12 +113,13 @@ def _is_older(path: Path) -> bool:
 def _preview(path: Path) -> legacy.Migration | None:
     if is_ours(path) and not _is_older(path):
         return None  # maybe in use, and a copy of it would cost much and tell nothing
-    with legacy.undisturbed(path) as quiet, progress() as drawn:
+    with undisturbed(path) as quiet, progress() as drawn:
         return legacy.preview(quiet, drawn) if _is_older(quiet) else None
 
 
 def _migrate(path: Path, *, with_backup: bool, as_json: bool) -> None:
     saved = None
+    recover(path)  # or the backup, which may not write, could not read it
     with progress() as drawn:
         if with_backup:
             saved = backups.backup(path, path.with_name(backups.backup_name(path, _local_now())), watch=drawn)
@@ -194,7 +197,7 @@ def _print_migration(path: Path, done: legacy.Migration, *, dry_run: bool) -> No
 
 @click.command()
 @click.argument("destination", metavar="DEST", type=click.Path(path_type=Path))
-@click.option("--keep", type=click.IntRange(1), help="Keep only the newest N backups in the directory DEST.")
+@click.option("--keep", type=click.IntRange(1), metavar="N", help="Keep only the newest N backups in DEST.")
 @click.option("--zstd", "compress", is_flag=True, help="Compress with Zstandard.")
 @json_flag
 @settings_flags("db_path")

@@ -6,13 +6,15 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Final, NoReturn, TypeVar, get_args, get_origin
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Final, NoReturn, TypeVar, Union, get_args, get_origin
 
 import click
 import orjson
 
 from telemetryd.errors import ConfigurationError, TelemetrydError, sentence
-from telemetryd.settings import LoadedSettings, Settings, load, parse_duration, variable
+from telemetryd.settings import LoadedSettings, Settings, flag, load, parse_duration, variable
 
 EXIT_FAILURE: Final = 1
 EXIT_USAGE: Final = 2
@@ -22,15 +24,25 @@ NO_FLAG: Final = frozenset({"api_auth_token"})
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def flag(name: str) -> str:
-    """Return the flag of a setting: api_port → --port, db_path → --db-path."""
-    return "--" + name.removeprefix("api_").replace("_", "-")
+_UNITS: Final = {"ms": "MS", "s": "SECONDS", "bytes": "BYTES", "days": "DAYS", "after": "DURATION", "host": "ADDRESS"}
 
 
-def _is_switch(name: str) -> bool:
+def _kind(name: str) -> Any:
+    """Return a setting's type, without the None of an optional one."""
     annotation = Settings.model_fields[name].annotation
-    kinds = get_args(annotation) if get_origin(annotation) is types.UnionType else (annotation,)
-    return bool in kinds
+    if get_origin(annotation) in (types.UnionType, Union):
+        annotation = next(kind for kind in get_args(annotation) if kind is not types.NoneType)
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+
+
+def _metavar(name: str) -> str | None:
+    """Say what stands behind a setting's flag; nothing behind a switch."""
+    kind = _kind(name)
+    if kind is bool:
+        return None
+    if issubclass(kind, StrEnum):
+        return f"[{'|'.join(kind)}]"
+    return "PATH" if kind is Path else _UNITS.get(name.rpartition("_")[2], "N")
 
 
 def settings_flags(*names: str) -> Callable[[F], F]:
@@ -44,8 +56,8 @@ def settings_flags(*names: str) -> Callable[[F], F]:
                 shown = setting.get_default(call_default_factory=True)
                 default = "none" if shown is None else str(shown).lower() if isinstance(shown, bool) else shown
                 text = f"{setting.description}  [{variable(name)}; default: {default}]"
-                declaration = f"{flag(name)}/--no-{flag(name)[2:]}" if _is_switch(name) else flag(name)
-                function = click.option(declaration, name, default=None, help=text)(function)
+                declaration = f"{flag(name)}/--no-{flag(name)[2:]}" if _kind(name) is bool else flag(name)
+                function = click.option(declaration, name, default=None, help=text, metavar=_metavar(name))(function)
         return function
 
     return decorate

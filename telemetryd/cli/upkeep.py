@@ -30,9 +30,9 @@ _SETTINGS: Final = ("db_path", "lock_file", "api_unix", "api_port", "api_auth_to
 older_than = click.option(
     "--older-than", type=DurationType(), required=True, help="Age of the runs by created_at: 90d, 12h, 30m, 45s, 2w."
 )
-agent = click.option("--agent", "agent_name", help="Only runs of this agent.")
+agent = click.option("--agent", "agent_name", metavar="NAME", help="Only runs of this agent.")
 dry = click.option("--dry-run", is_flag=True, help="Only count.")
-address = click.option("--url", help="Base URL of the daemon; default: the one that owns the database.")
+address = click.option("--url", metavar="URL", help="Base URL of the daemon; default: the one that owns the database.")
 
 
 class StatusType(click.ParamType[str]):

@@ -22,7 +22,6 @@ from telemetryd.client import folder as folders
 from telemetryd.client.folder import Bounds, Entry, Stream, bury, enforce, entries, is_sent, summary, waiting
 from telemetryd.client.spool import Spool
 from tests.client.conftest import states
-from tests.tools.small_disk import limited_disk
 
 
 def spool_in(folder: Path, *, file_bytes: int = 1000, fsync: bool = False) -> Spool:
@@ -358,7 +357,7 @@ def test_a_forked_process_has_a_stream_of_its_own(buffer: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    with limited_disk(tmp_path / "disk", "256k") as path:
+    with small_file_system(tmp_path / "disk", "256k") as path:
         yield path
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import ipaddress
 import json
 import subprocess
@@ -29,6 +30,7 @@ CLOSED = [
     ("GET", "/api/v1/metadata"),
     ("GET", "/metrics"),
     ("GET", "/openapi.json"),
+    ("GET", "/"),
     ("GET", "/docs"),
     ("GET", "/docs/static/docs.js"),
     ("GET", "/nope"),
@@ -117,6 +119,62 @@ async def test_a_wrong_token_is_401(make_api: MakeApi) -> None:
         assert answer.headers["www-authenticate"].startswith("Bearer"), label
         [answer] = await send_raw(api, b"GET /health" + tail)
         assert answer.status == 200, label
+
+
+PAGES = ["/docs", "/docs/static/docs.js", "/docs/static/swagger-ui.css", "/openapi.json"]
+
+
+def as_password(token: str) -> dict[str, str]:
+    return {"Authorization": "Basic " + base64.b64encode(f"anybody:{token}".encode()).decode()}
+
+
+async def test_a_browser_may_open_the_page_with_the_token_as_the_password(make_api: MakeApi) -> None:
+    api = await make_closed(make_api)
+    for path in PAGES:
+        assert (await send(api, "GET", path, headers=as_password(TOKEN))).status == 200, path
+        check_error(await send(api, "GET", path, headers=as_password(TOKEN + "x")), 401)
+        check_error(await send(api, "GET", path, headers={"Authorization": "Basic ÿ%"}), 401)
+    for method, path in CLOSED:  # what a browser remembers must not serve a foreign page that makes it send something
+        if path.startswith(("/api/", "/metrics")):
+            check_error(await send(api, method, path, headers=as_password(TOKEN)), 401)
+
+
+async def test_only_a_browser_that_opens_a_page_is_asked_for_a_password(make_api: MakeApi) -> None:
+    api = await make_closed(make_api)
+    for path, accept, schemes in (
+        ("/docs", "text/html,*/*;q=0.8", ["Bearer", "Basic"]),
+        ("/", "text/html,*/*;q=0.8", ["Bearer", "Basic"]),
+        ("/docs", "*/*", ["Bearer"]),
+        (RUNS, "text/html,*/*;q=0.8", ["Bearer"]),
+        ("/nope", "text/html,*/*;q=0.8", ["Bearer"]),
+    ):
+        async with api.client.get(path, headers={"Accept": accept}) as answer:
+            assert answer.status == 401
+            assert [asked.split()[0] for asked in answer.headers.getall("WWW-Authenticate")] == schemes, path
+
+
+async def test_the_log_tells_why_somebody_was_refused(make_api: MakeApi, caplog: pytest.LogCaptureFixture) -> None:
+    api = await make_closed(make_api, rate_limit_enabled=True, rate_limit_rpm=5)
+    guess = "wrong-horse-battery"
+    for path, headers in (
+        (RUNS, {}),
+        (RUNS, {"X-API-Key": guess}),
+        (RUNS, {"Authorization": f"Bearer {guess}"}),
+        (RUNS, as_password(guess)),
+        ("/docs", as_password(guess)),
+        (RUNS, {}),
+    ):
+        await send(api, "GET", path, headers=headers)
+    told = [record.error_message for record in caplog.records if hasattr(record, "error_message")]
+    assert told == [
+        "No token was sent",
+        "The token is wrong",
+        "The token is wrong",
+        "Authorization holds no bearer token",
+        "The token is wrong",
+        "Too many requests from this address",
+    ]
+    assert guess not in str([record.__dict__ for record in caplog.records])
 
 
 async def test_a_token_in_the_query_is_no_token(make_api: MakeApi) -> None:

@@ -14,14 +14,18 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 
 from telemetryd import body as body_module
-from tests.conftest import Api, Daemon, MakeApi, StartDaemon, make_run, require_program
+from telemetryd.metrics import Metrics
+from telemetryd.middleware import middleware
+from tests.conftest import Api, Client, Daemon, DaemonServer, MakeApi, StartDaemon, make_run, require_program
 from tests.contract.wire import BATCH, JSON, NDJSON, RUNS, Answer, check_alive, check_error, post, send, send_raw
 
 if sys.version_info >= (3, 14):
@@ -97,19 +101,44 @@ async def test_head_is_get_without_the_body(api: Api, path: str) -> None:
 # --- 500 and 503 ---------------------------------------------------------------------------------
 
 
-async def test_an_unexpected_error_tells_only_a_request_id_that_the_log_has_too(
-    api: Api, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    async def fail(_: object) -> None:
-        raise RuntimeError("secret of the house")
-
-    monkeypatch.setattr(api.store, "fetch", fail)
-    answer = await send(api, "GET", RUNS)
-    detail = check_error(answer, 500)
+def line_of(answer: Answer, caplog: pytest.LogCaptureFixture) -> logging.LogRecord:
+    """Check that a 500 tells only its request id; return the one line of the log that has it too."""
     identity = answer.headers["x-request-id"]
-    assert detail == f"Internal error; the log tells more under request id {identity}"
+    assert check_error(answer, 500) == f"Internal error; the log tells more under request id {identity}"
     [line] = [record for record in caplog.records if getattr(record, "request_id", None) == identity]
     assert line.levelno == logging.ERROR
+    return line
+
+
+@OWN_LOOP
+async def test_a_change_that_the_database_refuses_tells_only_a_request_id(
+    make_api: MakeApi, caplog: pytest.LogCaptureFixture
+) -> None:
+    api = await make_api()
+    with closing(sqlite3.connect(api.settings.db_path, isolation_level=None)) as connection:
+        connection.execute(
+            "CREATE TRIGGER refuse BEFORE INSERT ON agent_runs BEGIN SELECT RAISE(ABORT, 'secret of the house'); END"
+        )
+    line = line_of(await send(api, "POST", RUNS, json=make_run()), caplog)
+    assert "secret of the house" in line.getMessage()
+    assert await api.list() == []
+
+
+@OWN_LOOP
+async def test_an_unexpected_error_tells_only_a_request_id(
+    make_api: MakeApi,
+    aiohttp_client: Callable[[DaemonServer], Awaitable[Client]],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    api = await make_api()
+
+    async def fail(_: web.Request) -> web.Response:
+        raise RuntimeError("secret of the house")
+
+    app = web.Application(middlewares=[middleware(api.settings, Metrics(), api.store.flow)])
+    app.router.add_get("/", fail)
+    client = await aiohttp_client(DaemonServer(app, api.settings))
+    line = line_of(await send(Api(client, api.store, api.settings), "GET", "/"), caplog)
     assert line.exc_info is not None
     assert "secret of the house" in str(line.exc_info[1])
 
@@ -448,5 +477,6 @@ async def test_decoding_costs_as_much_as_there_is() -> None:
     """Random bytes do not shrink, so every slice leaves all the rest: 160 MB were copied 2,500 times."""
     data = os.urandom(160_000_000)
     started = time.perf_counter()
-    assert await body_module._decode(gzip.compress(data, 0), "gzip", len(data)) == data
+    share = body_module._Share(body_module.Bodies(len(data)))
+    assert await body_module._decode(gzip.compress(data, 0), "gzip", share) == data
     assert time.perf_counter() - started < 4

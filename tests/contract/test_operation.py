@@ -21,7 +21,7 @@ from schemathesis.specs.openapi.definitions import OPENAPI_31_VALIDATOR
 import telemetryd
 from telemetryd import statements
 from telemetryd.runs import PATCHABLE, STORED
-from tests.conftest import Api, MakeApi, make_run
+from tests.conftest import Api, MakeApi, eventually, make_run
 from tests.contract.test_runs import FULL
 from tests.contract.wire import BATCH, RUNS, check_error, send
 
@@ -81,22 +81,41 @@ async def test_health_never_waits_on_the_queue(make_api: MakeApi) -> None:
     assert {(await task).status for task in writing} == {201}
 
 
-async def test_health_is_503_with_the_reason_when_the_database_is_gone(make_api: MakeApi, tmp_path: Path) -> None:
+async def test_health_is_503_with_the_reason_when_the_database_is_gone(
+    make_api: MakeApi, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     api = await make_api()
     api.settings.db_path.rename(tmp_path / "elsewhere.sqlite")
+    await eventually(lambda: api.store.health().problem is not None, timeout_s=3)
     answer = await send(api, "GET", "/health")
     assert answer.status == 503
     assert answer.json["status"] == "error"
     assert str(api.settings.db_path) in answer.json["detail"]
     assert "deleted or replaced" in answer.json["detail"]
+    assert caplog.records[-1].getMessage() == f"Error in /health: {answer.json['detail']}"
 
 
 async def test_health_and_writes_are_503_when_the_writer_has_died(make_api: MakeApi) -> None:
     api = await make_api()
     await api.post(make_run())
+    lock = api.settings.db_path.with_name(api.settings.db_path.name + ".lock")
+    lock.rename(lock.with_name("elsewhere"))  # somebody else could own the database now, so the writer must stop
+    check_error(await send(api, "POST", RUNS, json=make_run()), 503)
+    lock.with_name("elsewhere").rename(lock)  # what has died stays dead
+    answer = await send(api, "GET", "/health")
+    assert (answer.status, answer.json["status"]) == (503, "error")
+    assert answer.json["detail"].startswith("The writer has stopped")
+    answer = await send(api, "POST", RUNS, json=make_run())
+    assert "The writer has stopped" in check_error(answer, 503)
+    assert int(answer.headers["retry-after"]) >= 1
+    assert len(await api.list()) <= 2, "reads go on"
+
+
+async def test_writes_are_503_while_the_daemon_stops(make_api: MakeApi) -> None:
+    api = await make_api()
     await api.store._writer.stop()
     answer = await send(api, "POST", RUNS, json=make_run())
-    check_error(answer, 503)
+    assert "shutting down" in check_error(answer, 503)
     assert int(answer.headers["retry-after"]) >= 1
 
 
@@ -147,10 +166,16 @@ async def test_metrics_are_negotiated(api: Api, accept: str, query: str, kind: s
         assert answer.json["total_runs"] == 3
         return
     parse = parse_openmetrics if kind == "application/openmetrics-text" else parse_prometheus
-    values = {sample.name: sample.value for family in parse(answer.text) for sample in family.samples}
+    samples = [sample for family in parse(answer.text) for sample in family.samples]
+    received = [sample for sample in samples if sample.name == "telemetryd_runs_received_total"]
+    assert {sample.labels["outcome"]: sample.value for sample in received} == {
+        "created": 3,
+        "duplicate": 0,
+        "invalid": 0,
+    }
+    values = {sample.name: sample.value for sample in samples}
     assert values["telemetryd_runs_stored"] == 3
     assert values["telemetryd_queue_depth"] == 0
-    assert values["telemetryd_runs_received_total"] == 3
     assert values["telemetryd_group_commands_count"] == 1
 
 
@@ -351,6 +376,12 @@ async def test_the_page_and_its_assets_ship_in_the_package(api: Api) -> None:
         assert answer.headers["x-content-type-options"] == "nosniff"
         assert len(answer.body) > 100
     assert b"/openapi.json" in (await send(api, "GET", "/docs/static/docs.js")).body
+
+
+async def test_the_bare_address_leads_to_the_page(api: Api) -> None:
+    answer = await send(api, "GET", "/", allow_redirects=False)
+    assert (answer.status, answer.headers["location"]) == (302, "/docs")
+    assert (await send(api, "GET", "/")).headers["content-type"] == "text/html; charset=utf-8"
 
 
 async def test_the_page_lets_nothing_foreign_in(api: Api) -> None:

@@ -12,22 +12,23 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import StartDaemon, make_run
+from tests.conftest import StartDaemon, make_run, small_file_system
 from tests.http_client import call, get, post
-from tests.tools.small_disk import limited_disk
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """An empty file system of 4 MiB."""
-    with limited_disk(tmp_path / "disk", "4m") as path:
+    with small_file_system(tmp_path / "disk", "4m") as path:
         yield path
 
 
 @pytest.mark.parametrize("journal_mode", ["DELETE", "WAL"])
 def test_a_full_disk_is_503_and_then_it_goes_on(start_daemon: StartDaemon, small_disk: Path, journal_mode: str) -> None:
     daemon = start_daemon(
-        TELEMETRY_DB_PATH=str(small_disk / "telemetry.sqlite"), TELEMETRY_DB_JOURNAL_MODE=journal_mode
+        TELEMETRY_DB_PATH=str(small_disk / "telemetry.sqlite"),
+        TELEMETRY_DB_JOURNAL_MODE=journal_mode,
+        TELEMETRY_MIN_FREE_MB="0",
     )
     url = daemon.url
     ballast = small_disk / "ballast"

@@ -7,11 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from telemetryd import events, runs
-from telemetryd.cli import NO_FLAG, flag
+from telemetryd.cli import NO_FLAG
 from telemetryd.client.config import VARIABLES, Config
 from telemetryd.client.context import PARENT_VARIABLE
 from telemetryd.runs import Role
-from telemetryd.settings import Settings, variable
+from telemetryd.settings import Settings, flag, variable
+from tests.faults import mutants
 
 ROOT = Path(__file__).parents[2]
 
@@ -82,7 +83,8 @@ def env_example() -> str:
     return "\n".join(lines)
 
 
-def _fill(text: str, marker: str, content: str) -> str:
+def fill(text: str, marker: str, content: str) -> str:
+    """Return a text with the part between two markers replaced."""
     pattern = rf"(<!-- begin {marker} -->\n).*?(<!-- end {marker} -->)"
     filled, count = re.subn(pattern, lambda match: f"{match[1]}{content}\n{match[2]}", text, flags=re.DOTALL)
     if count != 1:
@@ -92,13 +94,14 @@ def _fill(text: str, marker: str, content: str) -> str:
 
 def rendered() -> dict[Path, str]:
     """Return each file that holds generated parts, as it should be."""
-    client = ROOT / "docs" / "client.md"
-    readme, reference, api = ROOT / "README.md", ROOT / "docs" / "runs.md", ROOT / "docs" / "api.md"
+    readme, reference, reliability = ROOT / "README.md", ROOT / "docs" / "runs.md", ROOT / "docs" / "reliability.md"
+    api, client = ROOT / "docs" / "api.md", ROOT / "docs" / "client.md"
     return {
-        readme: _fill(readme.read_text("utf-8"), "settings", settings_table()),
-        reference: _fill(reference.read_text("utf-8"), "fields", fields_table()),
-        api: _fill(api.read_text("utf-8"), "event fields", event_fields_table()),
-        client: _fill(client.read_text("utf-8"), "client settings", client_table()),
+        readme: fill(readme.read_text("utf-8"), "settings", settings_table()),
+        reference: fill(reference.read_text("utf-8"), "fields", fields_table()),
+        api: fill(api.read_text("utf-8"), "event fields", event_fields_table()),
+        client: fill(client.read_text("utf-8"), "client settings", client_table()),
+        reliability: fill(reliability.read_text("utf-8"), "sabotage", mutants.table()),
         ROOT / ".env.example": env_example(),
     }
 

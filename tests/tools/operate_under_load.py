@@ -1,25 +1,31 @@
 """Runs every operator's command against a live daemon while 32 clients post, and shows what ingest felt.
 
 Usage: python -m tests.tools.operate_under_load FOLDER [JOURNAL_MODE]
-FOLDER holds telemetry.sqlite, made by `python -m tests.tools.fill FOLDER/telemetry.sqlite 1000000`.
+FOLDER holds telemetry.sqlite, made by `python -m tests.tools.fill FOLDER/telemetry.sqlite 1000000`. What may not be
+done to a database in use (migrate, restore, check --repair) is done to others beside it, of as many runs.
 """
 
 from __future__ import annotations
 
 import asyncio
+import shutil
 import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 
 import aiohttp
 import click
 
+from telemetryd.database import connect
 from tests.conftest import Daemon, eventually, make_run
+from tests.tools.old_databases import make_old_database
 
 _CLIENTS = 32
 _BASELINE_S = 10.0
+_PAGE_BYTES = 4096
 
 
 class Load:
@@ -56,6 +62,7 @@ class Load:
 async def operate(folder: Path, mode: str) -> None:
     """Run the phases and print the table."""
     unix, database = folder / "d.sock", folder / "telemetry.sqlite"
+    old, restored, damaged = _make_neighbours(folder)
     backups = folder / "backups"
     backups.mkdir(exist_ok=True)
     daemon = Daemon(
@@ -81,6 +88,14 @@ async def operate(folder: Path, mode: str) -> None:
             "prune", "--older-than", "100d", "--archive", str(folder / f"archive-{mode}.ndjson.zst"), *through,
         ),
     }  # fmt: skip
+    aside = {
+        "migrate --dry-run (v5, beside)": ("migrate", "--dry-run", "--db-path", str(old)),
+        "migrate (v5, beside)": ("migrate", "--db-path", str(old)),
+        "restore (beside)": ("restore", "NEWEST", "--db-path", str(restored)),
+        "check (damaged, beside)": ("check", "--db-path", str(damaged)),
+        "check --repair (damaged, beside)": ("check", "--repair", "--db-path", str(damaged)),
+        "check (repaired, beside)": ("check", "--db-path", str(damaged)),
+    }
     lines = []
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=_CLIENTS)) as session:
         clients = [asyncio.create_task(load.client(session)) for _ in range(_CLIENTS)]
@@ -88,7 +103,9 @@ async def operate(folder: Path, mode: str) -> None:
         load.take("warm-up", 1)
         await asyncio.sleep(_BASELINE_S)
         lines.append(load.take("nothing (baseline)", _BASELINE_S))
-        for name, arguments in commands.items():
+        for name, words in {**commands, **aside}.items():
+            newest = str(max(backups.iterdir(), default=backups, key=lambda path: path.stat().st_mtime))
+            arguments = [newest if word == "NEWEST" else word for word in words]
             started = time.monotonic()
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "telemetryd", *arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -108,6 +125,22 @@ async def operate(folder: Path, mode: str) -> None:
         f"\n{mode}\n| during | s | answers/s | p50 ms | p99 ms | worst ms | answers |\n|---|---|---|---|---|---|---|"
     )
     click.echo("\n".join(lines))
+
+
+def _make_neighbours(folder: Path) -> tuple[Path, Path, Path]:
+    """Make an old database, the name of one to restore, and one with a damaged page in its middle."""
+    source = folder / "telemetry.sqlite"
+    old, damaged = folder / "old.sqlite", folder / "damaged.sqlite"
+    for path in (old, damaged):
+        path.unlink(missing_ok=True)
+    with closing(connect(source, "ro")) as connection:
+        runs = connection.execute("SELECT count(*) FROM agent_runs").fetchone()[0]
+    make_old_database(old, "v5", runs)
+    shutil.copyfile(source, damaged)
+    with damaged.open("r+b") as file:
+        file.seek(source.stat().st_size // 2 // _PAGE_BYTES * _PAGE_BYTES)
+        file.write(b"\xff" * 4 * _PAGE_BYTES)
+    return old, folder / "restored.sqlite", damaged
 
 
 if __name__ == "__main__":

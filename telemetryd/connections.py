@@ -1,0 +1,164 @@
+"""Keeps connections within bounds: how many there are, and how long one may take to ask and to listen."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from typing import Final, cast
+
+from aiohttp import web
+from aiohttp.web_protocol import RequestHandler
+
+from telemetryd.certificates import most_processes
+from telemetryd.logs import log
+from telemetryd.middleware import error_response, mark, request_id, unexpected_detail
+from telemetryd.processes import descriptor_limit
+from telemetryd.settings import Settings
+
+KEEPALIVE_S: Final = 75.0
+"""How long a connection may rest between two requests."""
+
+HEAD_S: Final = 10.0
+"""How long the head of a request may take, from its first byte, or from the connection's begin."""
+
+DEAF_S: Final = 30.0
+"""How long a client may take in nothing of what waits for it."""
+
+LINGER_S: Final = 5.0
+"""How long the rest of a body is waited for whose request is answered already, so that the answer gets through."""
+
+_PATROL_EVERY_S: Final = 1.0
+_SPARE_DESCRIPTORS: Final = 80
+"""For the lock files, the sockets that listen, backups, and what Python opens."""
+_DESCRIPTORS_PER_READER: Final = 2
+
+
+class _Protocol(RequestHandler):
+    """aiohttp's protocol, except that its own errors (a malformed request) are JSON like all others, and its patience.
+
+    aiohttp alone lets a head take as long as a connection may rest, and an answer that nobody reads for ever.
+    """
+
+    asking_since: float | None = None
+    """Since when a head is awaited that has begun, or is the connection's first."""
+    unsent: tuple[int, float] = (0, 0.0)
+    """How much of the answer waited for the client when the patrol last saw a change, and when that was."""
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """Answer what never became a request; the parser's text may echo the input, so it is not passed on."""
+        identity = uuid.uuid4().hex
+        unexpected = status >= 500
+        log.log(
+            logging.ERROR if unexpected else logging.WARNING,
+            "Request failed outside of any handler" if unexpected else "Malformed request",
+            extra={
+                "status": status,
+                "client": request.remote or "unix",
+                "error_type": type(exc).__name__,
+                "request_id": identity,
+            },
+            exc_info=exc if unexpected else None,
+        )
+        detail = unexpected_detail(identity) if unexpected else "The request is not valid HTTP/1.1"
+        response = error_response(status, detail)
+        mark(response, identity)
+        response.force_close()
+        return response
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Take a connection, unless so many are open that the database would find no descriptor any more."""
+        super().connection_made(transport)
+        self.asking_since = self._loop.time()
+        if isinstance(self._manager, _Server) and len(self._manager.connections) > self._manager.most_connections:
+            cast(asyncio.Transport, transport).abort()
+
+    def data_received(self, data: bytes) -> None:
+        """Take in bytes, and see whether a head is begun and not ended."""
+        super().data_received(data)
+        if self._request_count and (self._waiter is None or self._waiter.done()):  # one is complete, or being answered
+            self.asking_since = None
+        elif self.asking_since is None:
+            self.asking_since = self._loop.time()
+
+    def lost_patience(self, now: float) -> str | None:
+        """Say why the connection should be cut, or return None."""
+        if self.asking_since is not None and now - self.asking_since > HEAD_S:
+            return f"No complete request head within {HEAD_S:g} s"
+        waiting = self.transport.get_write_buffer_size() if self.transport is not None else 0
+        if waiting != self.unsent[0]:
+            self.unsent = waiting, now
+        elif waiting and now - self.unsent[1] > DEAF_S:
+            return f"The client read nothing for {DEAF_S:g} s"
+        return None
+
+
+class _Server(web.Server):
+    most_connections: int
+    _patrol: asyncio.Task[None]
+
+    def __call__(self) -> RequestHandler:
+        return _Protocol(self, loop=self._loop, **self._kwargs)
+
+    def start_patrol(self) -> None:
+        """Look after every connection again and again, until `shutdown`."""
+        self._patrol = asyncio.create_task(self._look_after(), name="patrol")
+
+    async def _look_after(self) -> None:
+        while True:
+            await asyncio.sleep(_PATROL_EVERY_S)
+            now = self._loop.time()
+            for protocol, transport in list(self._connections.items()):
+                reason = protocol.lost_patience(now) if isinstance(protocol, _Protocol) else None
+                if reason is not None:
+                    log.debug("Connection cut", extra={"reason": reason})
+                    transport.abort()
+
+    async def shutdown(self, timeout: float | None = None) -> None:  # noqa: ASYNC109 - aiohttp's own
+        """End every connection."""
+        self._patrol.cancel()
+        await super().shutdown(timeout)
+
+
+class _Runner(web.AppRunner):
+    most_connections: int
+
+    async def _make_server(self) -> web.Server:
+        made = await super()._make_server()
+
+        async def answer(request: web.BaseRequest) -> web.StreamResponse:
+            try:
+                return await made.request_handler(request)
+            except web.HTTPExpectationFailed as error:  # the one answer that aiohttp gives before any middleware
+                response = error_response(error.status, "Expect can only be 100-continue")
+                mark(response, request_id(request))
+                return response
+
+        server = _Server(answer, request_factory=made.request_factory, **made._kwargs)
+        server.most_connections = self.most_connections
+        server.start_patrol()
+        return server
+
+
+def make_runner(app: web.Application, settings: Settings) -> web.AppRunner:
+    """Return aiohttp's runner with our own handling of signals, bodies, errors and time limits."""
+    runner = _Runner(
+        app,
+        handle_signals=False,  # aiohttp's second SIGTERM aborts the drain
+        access_log=None,
+        auto_decompress=False,  # body.py does it, within its limits
+        keepalive_timeout=KEEPALIVE_S,
+        lingering_time=LINGER_S,
+        # aiohttp waits that long for the handlers, cancels them, and waits as long again.
+        shutdown_timeout=settings.shutdown_timeout_s / 4,
+    )
+    limit = descriptor_limit()
+    spare = _SPARE_DESCRIPTORS + _DESCRIPTORS_PER_READER * settings.db_readers + most_processes(settings)
+    runner.most_connections = max(limit - spare, limit // 4)
+    return runner

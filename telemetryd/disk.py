@@ -1,0 +1,91 @@
+"""Looks at the database's disk from a thread: room left, size of the write-ahead log, files in their places."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from telemetryd.errors import LowDiskError
+from telemetryd.logs import log
+from telemetryd.metrics import Metrics
+
+PATIENCE_S: Final = 10.0
+"""A disk that has not answered for so long is a problem of its own."""
+
+_ENOUGH: Final = 1.25
+"""Writes are taken again when there is a quarter more room than the reserve, or they would go on and off."""
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What there was to see."""
+
+    free_bytes: int
+    wal_bytes: int
+    displaced: str | None
+    """Which file is not at its place any more, in a sentence, or None."""
+
+
+class Disk:
+    """Remembers the last look at the disk, so that nobody on the event loop waits for it.
+
+    Args:
+        look: takes a look; it may block, and raises OSError if there is nothing to see.
+        reserve_bytes: with less room than that, no new writes are taken.
+        metrics: where the figures are shown.
+
+    """
+
+    def __init__(self, look: Callable[[], Look], reserve_bytes: int, metrics: Metrics) -> None:
+        self._look = look
+        self._reserve_bytes = reserve_bytes
+        self._metrics = metrics
+        self._asked: float | None = None
+        self._failure: str | None = None
+        self._is_low = False
+        self.last = Look(0, 0, None)
+        """The last look that succeeded."""
+
+    async def look(self) -> None:
+        """Take a look in a thread, however long that takes."""
+        self._asked = time.monotonic()
+        try:
+            look = await asyncio.to_thread(self._look)
+        except OSError as error:
+            self._failure = f"Cannot look at the disk: {error}"
+            return
+        finally:
+            self._asked = None
+        self._failure = None
+        self.last = look
+        self._metrics.show_disk(look.free_bytes, look.wal_bytes)
+        self._weigh(look.free_bytes)
+
+    def _weigh(self, free_bytes: int) -> None:
+        is_low = free_bytes < self._reserve_bytes * (_ENOUGH if self._is_low else 1)
+        if is_low is self._is_low:
+            return
+        self._is_low = is_low
+        sizes = {"free_bytes": free_bytes, "reserve_bytes": self._reserve_bytes, "setting": "TELEMETRY_MIN_FREE_MB"}
+        if is_low:
+            log.error("The disk is almost full: writes are refused", extra=sizes)
+        else:
+            log.info("The disk has room again: writes are taken", extra=sizes)
+
+    def check_room(self) -> None:
+        """Raise LowDiskError while there is less room than the reserve."""
+        if self._is_low:
+            raise LowDiskError
+
+    @property
+    def problem(self) -> str | None:
+        """Why writes are not taken, or should not be trusted, or None."""
+        if self._asked is not None and (silent_s := time.monotonic() - self._asked) > PATIENCE_S:
+            return f"The disk has not answered for {silent_s:.0f} s"
+        if self._is_low:
+            free, least = self.last.free_bytes >> 20, self._reserve_bytes >> 20
+            return f"The disk is almost full: {free} MiB are left, and {least} are kept free (TELEMETRY_MIN_FREE_MB)"
+        return self.last.displaced or self._failure

@@ -1,0 +1,91 @@
+"""Tells by which names the daemon may be called, so that no foreign web page reaches it through a browser.
+
+A page of evil.example can let its own name point to 127.0.0.1 (DNS rebinding) and then talk to the daemon as
+to its own server, from the operator's machine, where protected mode lets it in. What it cannot change is the
+`Host` its browser sends: its own name, and the port unless that is the scheme's default (RFC 9110 §7.2; Host
+and Origin are forbidden to scripts, fetch.spec.whatwg.org/#forbidden-request-header).
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import socket
+from typing import Final
+
+ANY: Final = "*"
+_AUTHORITY: Final = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\s\[\]:/@]*))(?::([0-9]*))?")
+_HTTP_PORT: Final = 80
+_REMEMBERED: Final = 1000
+
+
+def split(authority: str) -> tuple[str, str] | None:
+    """Return name (in lower case, without a last dot) and port ("" if there is none) of a Host, or None."""
+    match = _AUTHORITY.fullmatch(authority)
+    if match is None:
+        return None
+    name: str = match[1] or match[2]
+    return name.lower().removesuffix("."), match[3] or ""
+
+
+def is_address(name: str) -> bool:
+    """Tell whether a name is an IP address, which nobody can rebind: a page with it came from that machine."""
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+class Names:
+    """The names by which the daemon may be called.
+
+    Args:
+        listed: TELEMETRY_ALLOWED_HOSTS, or None if it is not set; `*` allows every Host.
+        bound: the name or address that it listens on.
+
+    """
+
+    def __init__(self, listed: frozenset[str] | None, bound: str) -> None:
+        machine = socket.gethostname().lower()
+        self._listed = listed
+        self._names = frozenset({"localhost", bound.lower(), machine, machine.partition(".")[0]}) | (listed or set())
+        self._known: set[str] = set()
+
+    def has_host(self, host: str) -> bool:
+        """Tell whether a Host names us."""
+        if host in self._known:
+            return True
+        parts = split(host)
+        if parts is None or not (parts[0] in self._names or ANY in self._names or is_address(parts[0])):
+            return False
+        if len(self._known) < _REMEMBERED:
+            self._known.add(host)
+        return True
+
+    def may_be_a_proxys(self, host: str, port: int) -> bool:
+        """Tell whether a Host that does not name us can only come from a program, such as a proxy (nginx's `$host`).
+
+        A browser that came to this port would name it, unless it is the default of http. Once names are
+        listed, the proxy's has to be among them.
+
+        Args:
+            host: the header's value.
+            port: where the request came in.
+
+        """
+        parts = split(host)
+        return self._listed is None and parts is not None and not parts[1] and port != _HTTP_PORT
+
+    def has_origin(self, origin: str, host: str) -> bool:
+        """Tell whether a page may change something here: one of ours, or one of a listed name.
+
+        The scheme does not count, because a proxy may speak TLS; nor does the port if the proxy left it out.
+        """
+        scheme, _, authority = origin.lower().partition("://")
+        if scheme not in ("http", "https"):
+            return False
+        page, own = split(authority), split(host.lower())
+        if page is None or own is None or not page[0]:
+            return False
+        return (page[0] == own[0] and own[1] in ("", page[1])) or page[0] in (self._listed or ())

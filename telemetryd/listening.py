@@ -1,0 +1,126 @@
+"""Binds the sockets to listen on, or says in one sentence why it cannot; removes the Unix socket's file at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import socket
+import stat
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, suppress
+from pathlib import Path
+from typing import Final
+
+from telemetryd.errors import AddressError
+from telemetryd.settings import Settings
+
+_NO_ADDRESS: Final = "that is no address of this machine (TELEMETRY_API_HOST)"
+
+
+@asynccontextmanager
+async def bound(settings: Settings, passed: Sequence[socket.socket] = ()) -> AsyncIterator[list[socket.socket]]:
+    """Bind what the settings name, so that the address is ours before the database is touched; nobody listens yet.
+
+    Sockets that the service manager has passed stand in for those of the settings that are of the same kind.
+
+    Raises:
+        AddressError: if an address cannot be used.
+
+    """
+    with ExitStack() as cleanup:
+        sockets = [cleanup.enter_context(listening) for listening in passed]
+        unix_passed = [listening for listening in passed if listening.family == socket.AF_UNIX]
+        if len(unix_passed) == len(passed):
+            sockets += await _bind_tcp(settings.api_host, settings.api_port, cleanup)
+        if settings.api_unix is not None and not unix_passed:
+            sockets.append(_bind_unix(settings.api_unix.absolute(), cleanup))
+        yield sockets
+
+
+async def _bind_tcp(host: str, port: int, cleanup: ExitStack) -> list[socket.socket]:
+    place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    except (OSError, UnicodeError) as error:
+        raise AddressError(f"Cannot listen on {place}: {_NO_ADDRESS}") from error
+    sockets = []
+    for family, kind, protocol, _, address in dict.fromkeys(found):
+        listening = cleanup.enter_context(socket.socket(family, kind, protocol))
+        if sys.platform != "win32":  # where it would let two processes share a port
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, host != "::")
+        try:
+            listening.bind(address)
+        except OSError as error:
+            raise AddressError(f"Cannot listen on {place}: {_tcp_reason(error, port)}") from error
+        sockets.append(listening)
+    return sockets
+
+
+def _tcp_reason(error: OSError, port: int) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return (
+            f"port {port} is already in use, perhaps by another telemetryd; stop what uses it, or choose another port "
+            "with --port (TELEMETRY_API_PORT)"
+        )
+    if error.errno == errno.EADDRNOTAVAIL:
+        return _NO_ADDRESS
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return f"this user may not use port {port}; choose one from 1024 on with --port (TELEMETRY_API_PORT)"
+    return error.strerror or str(error)
+
+
+def _bind_unix(path: Path, cleanup: ExitStack) -> socket.socket:
+    """Bind a socket that is nobody else's from its first moment on, whatever the umask."""
+    _remove_dead_socket(path)
+    listening = cleanup.enter_context(socket.socket(socket.AF_UNIX))
+    before = os.umask(0o117)
+    try:
+        listening.bind(str(path))
+        made = path.lstat()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if isinstance(error, FileNotFoundError):
+            reason = f"the directory {path.parent} does not exist; make it: mkdir -p {path.parent}"
+        raise _unix_error(path, reason) from error
+    finally:
+        os.umask(before)
+    cleanup.callback(_remove_own_socket, path, made)
+    return listening
+
+
+def _remove_own_socket(path: Path, made: os.stat_result) -> None:
+    with suppress(OSError):
+        if os.path.samestat(path.lstat(), made):  # and not that of a daemon that came after us
+            path.unlink()
+
+
+def _remove_dead_socket(path: Path) -> None:
+    """Remove the socket of a daemon that was killed, because binding would also take that of one that is alive.
+
+    Raises:
+        AddressError: if the socket is in use, or what stands there is no socket.
+
+    """
+    try:
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise _unix_error(path, "there is a file that is not a socket")
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.connect(str(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return  # binding says it better
+    except ConnectionRefusedError:
+        path.unlink()
+        return
+    except OSError as error:
+        raise _unix_error(path, error.strerror or str(error)) from error
+    raise _unix_error(path, "another process listens there; stop it, or choose another path")
+
+
+def _unix_error(path: Path, reason: str) -> AddressError:
+    return AddressError(f"Cannot listen on the Unix socket {path}: {reason} (TELEMETRY_API_UNIX)")

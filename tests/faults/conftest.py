@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.faults.ledger import Ledger
+
+Rounds = Callable[..., int]
+
+
+@pytest.fixture
+def rounds(request: pytest.FixtureRequest) -> Rounds:
+    """Return a function that takes how often (or how long) the long form does it, and says how often to do it now."""
+    scale: float = request.config.getoption("--rounds-scale")
+
+    def scaled(full: int, least: int = 1) -> int:
+        return max(least, round(full * scale))
+
+    return scaled
+
+
+@pytest.fixture
+def ledger(request: pytest.FixtureRequest) -> Ledger:
+    """Where a test writes down what it counted."""
+    config = request.config
+    return Ledger(config.getoption("--ledger"), request.node.nodeid, config.getoption("--rounds-scale"))
+
+
+@pytest.fixture
+def fast_folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory if there is one: thousands of images are written to it."""
+    memory = Path("/dev/shm")
+    folder = (memory if os.access(memory, os.W_OK) else tmp_path) / f"images-{os.getpid()}"
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,289 @@
+"""Clients that send a mix of requests and write down what they were told, and the comparison of a database with it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import math
+import random
+import sqlite3
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import aiohttp
+
+from tests.conftest import Row, make_run
+
+_STATUSES: Final = ("running", "success", "failure", "partial", "timeout", "cancelled")
+_CHANGED: Final = ("status", "duration_ms", "items_succeeded", "error_summary", "metrics_json")
+FIELDS: Final = (
+    "event_id", "run_id", "created_at", "start_time", "agent_name", "job_type", "output_summary", "git_commit_hash",
+    *_CHANGED,
+)  # fmt: skip
+"""What every run of the load has, and what is compared."""
+
+Runs = Mapping[str, Row]
+"""Runs by their event_id."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request of the load: it creates runs, unless they are there already, or changes one."""
+
+    identity: str
+    """The `X-Request-ID` that it was sent with."""
+    method: str
+    path: str
+    body: Any
+    creates: tuple[Row, ...] = ()
+    changes: str | None = None
+    """The event_id of the run that it changes."""
+
+    def apply(self, runs: dict[str, Row]) -> None:
+        """Do to `runs` what the daemon does to the database."""
+        for run in self.creates:
+            runs.setdefault(run["event_id"], run)
+        if self.changes is not None:
+            runs[self.changes] = {**runs[self.changes], **self.body}
+
+    @property
+    def touched(self) -> set[str]:
+        """The runs that it creates or changes."""
+        return {run["event_id"] for run in self.creates} | ({self.changes} if self.changes else set())
+
+
+class Client:
+    """Sends one request after the other, so that at any moment all but the last were answered.
+
+    Its runs are touched by nobody else. After a crash it repeats the request that got no answer, as clients do.
+    """
+
+    def __init__(self, number: int, seed: int, summary_bytes: int) -> None:
+        self.number = number
+        self._random = random.Random(seed)
+        self._summary_bytes = summary_bytes
+        self.runs: dict[str, Row] = {}
+        """What was acknowledged."""
+        self.pending: Request | None = None
+        """What was sent and not answered."""
+        self.answered: list[Request] = []
+
+    async def run(self, session: aiohttp.ClientSession, go_on: Callable[[], bool]) -> None:
+        """Send for as long as it should go on and there are answers."""
+        with contextlib.suppress(aiohttp.ClientError, ConnectionError, TimeoutError, json.JSONDecodeError):
+            while go_on():
+                if self.pending is None:
+                    make = self._random.choice((self._create, self._batch, self._update, self._repeat))
+                    self.pending = make()
+                await self._send(session, self.pending)
+
+    async def _send(self, session: aiohttp.ClientSession, request: Request) -> None:
+        headers = {"X-Request-ID": request.identity}
+        path = f"/api/v1/runs{request.path}"
+        async with session.request(request.method, path, json=request.body, headers=headers) as response:
+            text = await response.text()
+            if response.status == 503:
+                raise ConnectionError(text)
+            assert response.status in (200, 201), text
+            answer = json.loads(text)
+        new = sum(run["event_id"] not in self.runs for run in request.creates)
+        if request.path == "/batch":
+            assert (answer["inserted"], answer["duplicates"]) == (new, len(request.creates) - new), text
+        elif request.creates:
+            assert answer["status"] == ("created" if new else "duplicate"), text
+        request.apply(self.runs)
+        self.answered.append(request)
+        self.pending = None
+
+    def request_after(self, count: int) -> Request | None:
+        """Return the request that was sent after so many were answered."""
+        return self.answered[count] if count < len(self.answered) else self.pending
+
+    def _create(self) -> Request:
+        run = self._make()
+        return self._request("POST", "", run, creates=(run,))
+
+    def _batch(self) -> Request:
+        batch = tuple(self._make() for _ in range(self._random.randint(2, 40)))
+        return self._request("POST", "/batch", list(batch), creates=batch)
+
+    def _update(self) -> Request:
+        if not self.runs:
+            return self._create()
+        event_id = self._random.choice(list(self.runs))
+        return self._request("PATCH", f"/{event_id}", self._values(), changes=event_id)
+
+    def _repeat(self) -> Request:
+        known = [request for request in self.answered[-20:] if request.creates]
+        if not known:
+            return self._batch()
+        old = self._random.choice(known)
+        return self._request("POST", old.path, old.body, creates=old.creates)
+
+    def _request(self, method: str, path: str, body: Any, **what: Any) -> Request:
+        return Request(f"load-{self.number}-{len(self.answered)}", method, path, body, **what)
+
+    def _make(self) -> Row:
+        chance = self._random
+        return make_run(
+            created_at=f"2026-01-01T{chance.randrange(3):02}:{chance.randrange(60):02}:00.000000Z",
+            start_time=f"2026-01-0{chance.randrange(1, 4)}T00:00:00.000000Z",
+            agent_name=f"agent-{chance.randrange(5)}",
+            job_type=f"job-{chance.randrange(3)}",
+            output_summary="x" * chance.randrange(self._summary_bytes),
+            git_commit_hash=f"{chance.randrange(16**12):012x}",
+            **self._values(),
+        )
+
+    def _values(self) -> Row:
+        chance = self._random
+        return {
+            "status": chance.choice(_STATUSES),
+            "duration_ms": chance.randrange(1_000_000),
+            "items_succeeded": chance.randrange(1000),
+            "error_summary": "e" * chance.randrange(100),
+            "metrics_json": {"tokens": chance.randrange(1_000_000), "host": "ü"},
+        }
+
+
+class Load:
+    """Twelve clients, whose runs outlive the daemon that they were sent to."""
+
+    def __init__(self, seed: int, clients: int = 12, summary_bytes: int = 2000) -> None:
+        self.clients = [Client(number, seed * clients + number, summary_bytes) for number in range(clients)]
+
+    @property
+    def acknowledged(self) -> int:
+        """How many requests were answered."""
+        return sum(len(client.answered) for client in self.clients)
+
+    async def run(self, url: str, enough: float = math.inf) -> None:
+        """Let all clients send until enough is acknowledged, or the daemon is gone."""
+        async with aiohttp.ClientSession(url, timeout=aiohttp.ClientTimeout(120)) as session:
+            await asyncio.gather(*(client.run(session, lambda: self.acknowledged < enough) for client in self.clients))
+
+    def check(self, database: Contents) -> Findings:
+        """Compare a database with what was acknowledged, and take for acknowledged what else is there."""
+        findings = Findings.of(database)
+        for client in self.clients:
+            judge(database.runs, client.runs, client.pending, findings)
+            if client.pending is not None and client.pending.touched <= database.runs.keys():
+                client.pending.apply(applied := dict(client.runs))
+                if all(same(database.runs[name], applied[name]) for name in client.pending.touched):
+                    client.runs = applied
+        strangers = database.runs.keys() - {name for client in self.clients for name in client.runs}
+        if strangers:
+            findings.note("unrecovered", f"{len(strangers)} runs that nobody sent")
+        return findings
+
+
+@dataclass
+class Findings:
+    """What is wrong with a database."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, database: Contents) -> Findings:
+        """Return what is wrong with a database in itself."""
+        findings = cls()
+        if database.duplicates:
+            findings.note("duplicated", f"{database.duplicates} runs are there twice", database.duplicates)
+        for damage in database.damage:
+            findings.note("unrecovered", damage)
+        return findings
+
+    def note(self, kind: str, what: str, count: int = 1) -> None:
+        """Take down one thing: "lost", "duplicated" or "unrecovered"."""
+        self.counts[kind] += count
+        self.notes.append(f"{kind}: {what}")
+
+    def figures(self) -> dict[str, Any]:
+        """Return them as `Ledger.record` takes them."""
+        return {**self.counts, "notes": self.notes}
+
+    def add(self, other: Findings, where: str) -> None:
+        """Take in what was found elsewhere."""
+        self.counts += other.counts
+        self.notes += [f"{where}: {note}" for note in other.notes]
+
+
+def judge(found: Runs, acknowledged: Runs, pending: Request | None, findings: Findings) -> None:
+    """Compare one client's runs in a database with what it was told; its last request is there whole or not at all."""
+    after = dict(acknowledged)
+    touched: set[str] = set()
+    if pending is not None:
+        pending.apply(after)
+        touched = pending.touched
+    for name, run in acknowledged.items():
+        if name not in found:
+            findings.note("lost", f"{name} is gone")
+        elif not same(found[name], run) and not (name in touched and same(found[name], after[name])):
+            findings.note("lost", f"{name} is {found[name]} instead of {run}")
+    new = touched - acknowledged.keys()
+    stored = new & found.keys()
+    if stored and stored != new:
+        findings.note("unrecovered", f"half a batch: {len(stored)} of {len(new)}")
+    for name in stored:
+        if not same(found[name], after[name]):
+            findings.note("unrecovered", f"half a run: {found[name]} instead of {after[name]}")
+
+
+def same(found: Row, sent: Row) -> bool:
+    """Tell whether a stored run has the values of one that was sent."""
+    return all(found[name] == sent[name] for name in FIELDS)
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What stands in a database, and what is wrong with it in itself."""
+
+    runs: Runs
+    duplicates: int
+    damage: tuple[str, ...]
+
+
+_COUNTED: Final = (
+    (
+        "SELECT agent_name, job_type, status, count(*) FROM agent_runs NOT INDEXED GROUP BY 1, 2, 3",
+        "SELECT agent_name, job_type, status, runs FROM run_totals WHERE runs <> 0",
+    ),
+    (
+        "SELECT substr(created_at, 1, 16), count(*) FROM agent_runs NOT INDEXED GROUP BY 1",
+        "SELECT minute, runs FROM run_minutes WHERE runs <> 0",
+    ),
+    (
+        "SELECT substr(created_at, 1, 13), min(start_time), max(start_time) FROM agent_runs NOT INDEXED GROUP BY 1",
+        # An hour may be kept too wide, never too narrow.
+        "SELECT hour, max(first_start, min(start_time)), min(last_start, max(start_time))"
+        " FROM run_hours JOIN agent_runs ON substr(created_at, 1, 13) = hour GROUP BY 1",
+    ),
+)
+
+
+def read(connection: sqlite3.Connection) -> Contents:
+    """Read every run, and check the file and its totals."""
+    rows = [_row(values) for values in connection.execute(f"SELECT {', '.join(FIELDS)} FROM agent_runs NOT INDEXED")]
+    runs = {row["event_id"]: row for row in rows}
+    return Contents(runs, len(rows) - len(runs), tuple(damage(connection)))
+
+
+def _row(values: Iterable[Any]) -> Row:
+    row = dict(zip(FIELDS, values, strict=True))
+    with contextlib.suppress(TypeError, ValueError):  # in a damaged file anything may stand there
+        row["metrics_json"] = json.loads(row["metrics_json"])
+    return row
+
+
+def damage(connection: sqlite3.Connection) -> Iterator[str]:
+    """Yield what is wrong with a file of the current schema and its totals."""
+    for (finding,) in connection.execute("PRAGMA integrity_check"):
+        if finding != "ok":
+            yield f"integrity_check: {finding}"
+    for counted, kept in _COUNTED:
+        if Counter(connection.execute(counted)) != Counter(connection.execute(kept)):
+            yield f"the totals differ from: {counted}"

@@ -1,0 +1,277 @@
+"""Connections that rest, crawl, do not listen or break off: they are cut, cost little, and leave nothing behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import resource
+import socket
+import struct
+import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any, cast
+
+import orjson
+import pytest
+from yarl import URL
+
+from telemetryd import body, connections
+from tests.conftest import Daemon, MakeApi, StartDaemon, make_run
+from tests.faults.conftest import Rounds
+from tests.faults.ledger import Ledger
+from tests.faults.test_overload import resident_mb
+from tests.faults.told import Told
+
+_HEAD = b"POST /api/v1/runs HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+_LIST = b"GET /api/v1/runs?limit=1000 HTTP/1.1\r\nHost: localhost\r\n\r\n"
+_HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+Open = Callable[[], Coroutine[Any, Any, tuple[asyncio.StreamReader, asyncio.StreamWriter]]]
+
+
+# --- Slow loris ----------------------------------------------------------------------------------
+
+
+async def silent(open_connection: Open) -> None:
+    """Say nothing."""
+    reader, writer = await open_connection()
+    await closed(reader)
+    writer.close()
+
+
+async def crawling_head(open_connection: Open) -> None:
+    """Send a head byte by byte."""
+    await crawl(open_connection, b"", b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Long: " + b"x" * 1000, pause_s=0.2)
+
+
+async def crawling_second_head(open_connection: Open) -> None:
+    """Ask once, and then send a head byte by byte."""
+    await crawl(open_connection, _HEALTH, b"GET /health HTTP/1.1\r\nX-Long: " + b"x" * 1000, pause_s=0.2)
+
+
+async def crawling_body(open_connection: Open) -> None:
+    """Send a body byte by byte."""
+    await crawl(open_connection, _HEAD % 1000, b"{" + b" " * 998, pause_s=0.2)
+
+
+async def halting_body(open_connection: Open) -> None:
+    """Send a head, half a body, and then nothing."""
+    reader, writer = await open_connection()
+    writer.write(_HEAD % 1000 + b"{")
+    await closed(reader)
+    writer.close()
+
+
+async def deaf(open_connection: Open) -> None:
+    """Ask for large answers and read none of them."""
+    _, writer = await open_connection()
+    cast("asyncio.Transport", writer.transport).pause_reading()
+    try:
+        while True:  # what the daemon does not read stays here; the end shows when it is written to
+            writer.write(_LIST)
+            await asyncio.sleep(0.2)
+            if writer.transport.is_closing():
+                return
+    finally:
+        writer.transport.abort()
+
+
+async def crawl(open_connection: Open, before: bytes, slowly: bytes, pause_s: float) -> None:
+    reader, writer = await open_connection()
+    writer.write(before)
+    end = asyncio.ensure_future(closed(reader))
+    for place in range(len(slowly)):
+        writer.write(slowly[place : place + 1])
+        await asyncio.wait((end,), timeout=pause_s)
+        if end.done():
+            break
+    assert end.done(), "it was never cut off"
+    writer.close()
+
+
+async def closed(reader: asyncio.StreamReader) -> None:
+    with contextlib.suppress(ConnectionError):
+        while await reader.read(1 << 16):
+            pass
+
+
+SLOW = (silent, crawling_head, crawling_second_head, crawling_body, halting_body, deaf)
+
+
+@pytest.mark.parametrize("client", SLOW)
+async def test_a_slow_client_is_cut_off(
+    make_api: MakeApi, monkeypatch: pytest.MonkeyPatch, client: Callable[[Open], Coroutine[Any, Any, None]]
+) -> None:
+    monkeypatch.setattr(connections, "HEAD_S", 0.5)
+    monkeypatch.setattr(connections, "DEAF_S", 1.0)
+    monkeypatch.setattr(connections, "LINGER_S", 0.5)
+    monkeypatch.setattr(body, "SILENCE_S", 0.5)
+    monkeypatch.setattr(connections, "_PATROL_EVERY_S", 0.1)
+    api = await make_api()
+    for _ in range(12):
+        await api.post(make_run(error_details="x" * 1_000_000))
+
+    async def open_connection() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        assert api.client.port is not None
+        peer = socket.socket()
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        peer.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(peer, ("127.0.0.1", api.client.port))
+        return await asyncio.open_connection(sock=peer, limit=1024)
+
+    await asyncio.wait_for(client(open_connection), 15)
+    assert (await api.get("/health"))["status"] == "ok"
+
+
+async def test_a_patient_reader_and_a_resting_connection_are_left_alone(
+    make_api: MakeApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "HEAD_S", 0.3)
+    monkeypatch.setattr(connections, "DEAF_S", 1.0)
+    monkeypatch.setattr(connections, "_PATROL_EVERY_S", 0.1)
+    api = await make_api()
+    for _ in range(12):
+        await api.post(make_run(error_details="x" * 1_000_000))
+    assert api.client.port is not None
+    reader, writer = await asyncio.open_connection("127.0.0.1", api.client.port, limit=1 << 16)
+    writer.write(_LIST.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+    size = 0
+    while part := await reader.read(300_000):
+        size += len(part)
+        await asyncio.sleep(0.05)
+    assert size > 12_000_000
+    writer.close()
+    reader, writer = await asyncio.open_connection("127.0.0.1", api.client.port)
+    for _ in range(2):
+        writer.write(_HEALTH)
+        assert (await reader.readuntil(b"}")).startswith(b"HTTP/1.1 200")
+        await asyncio.sleep(0.8)  # a rest between two requests may be longer than a head may take
+    writer.close()
+
+
+@pytest.mark.slow
+async def test_hundreds_of_slow_clients_do_not_disturb_the_others(
+    start_daemon: StartDaemon, rounds: Rounds, ledger: Ledger
+) -> None:
+    """With the real limits: 10 s for a head, 30 s for a body's pause or an answer that nobody reads."""
+    daemon = start_daemon(TELEMETRY_DB_JOURNAL_MODE="WAL")
+    told = Told(daemon.url)
+    for _ in range(12):
+        assert await asyncio.to_thread(told.send, error_details="x" * 1_000_000) == 201
+    address = URL(daemon.url)
+
+    async def open_connection() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        return await asyncio.open_connection(address.host, address.port, limit=1024)
+
+    each = rounds(150, least=10)
+    clients = [asyncio.create_task(client(open_connection)) for client in SLOW for _ in range(each)]
+    async with asyncio.timeout(150):
+        while not all(client.done() for client in clients):
+            assert await asyncio.to_thread(told.send) == 201
+            assert (await asyncio.to_thread(told.health))[0] == 200
+            await asyncio.sleep(0.2)
+    await asyncio.gather(*clients)
+    assert await asyncio.to_thread(daemon.stop) == 0
+    ledger.record(fault="slow loris", mode="WAL", rounds=len(clients), **told.compare(daemon.database))
+
+
+# --- Many idle connections ------------------------------------------------------------------------
+
+
+def _hold_idle(start_daemon: StartDaemon, ledger: Ledger, count: int, most_mb: float) -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < count + 500:
+        pytest.skip(f"the limit on open files is {hard}")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(count + 500, 1024), hard))
+    daemon = start_daemon(TELEMETRY_DB_JOURNAL_MODE="WAL")
+    told = Told(daemon.url)
+    assert told.send() == 201
+    descriptors = open_descriptors(daemon)
+    address = URL(daemon.url)
+    idle = []
+    try:
+        for _ in range(count):
+            peer = socket.create_connection((address.host, address.port), timeout=20)
+            peer.sendall(_HEALTH)
+            idle.append(peer)
+        for peer in idle:
+            assert peer.recv(12) == b"HTTP/1.1 200"
+        times = []
+        for _ in range(20):
+            started = time.monotonic()
+            assert told.send() == 201
+            times.append(time.monotonic() - started)
+            assert told.health()[0] == 200
+        assert sorted(times)[10] < 0.2
+        assert resident_mb(daemon) < most_mb
+    finally:
+        for peer in idle:
+            peer.close()
+    wait_for_descriptors(daemon, descriptors)
+    assert daemon.stop() == 0
+    ledger.record(fault="idle connections", mode="WAL", rounds=count, **told.compare(daemon.database))
+
+
+def open_descriptors(daemon: Daemon) -> int:
+    return len(list(Path(f"/proc/{daemon.process.pid}/fd").iterdir()))
+
+
+def wait_for_descriptors(daemon: Daemon, count: int) -> None:
+    deadline = time.monotonic() + 20
+    while open_descriptors(daemon) > count:
+        assert time.monotonic() < deadline, f"{open_descriptors(daemon)} descriptors instead of {count}"
+        time.sleep(0.05)
+
+
+def test_a_thousand_idle_connections(start_daemon: StartDaemon, ledger: Ledger) -> None:
+    _hold_idle(start_daemon, ledger, 1_000, 120)
+
+
+@pytest.mark.slow
+def test_ten_thousand_idle_connections(start_daemon: StartDaemon, ledger: Ledger) -> None:
+    _hold_idle(start_daemon, ledger, 10_000, 220)
+
+
+# --- Clients that leave ---------------------------------------------------------------------------
+
+
+def test_clients_that_leave_at_every_stage(start_daemon: StartDaemon, ledger: Ledger, rounds: Rounds) -> None:
+    """In the head, in the body, before the answer, in the middle of it; with a farewell, or with a reset."""
+    daemon = start_daemon(TELEMETRY_DB_JOURNAL_MODE="WAL")
+    told = Told(daemon.url)
+    for _ in range(5):
+        assert told.send(error_details="x" * 500_000) == 201
+    descriptors = open_descriptors(daemon)
+    address = URL(daemon.url)
+    chance = random.Random(6)
+    runs, count = {}, rounds(20_000, least=400)
+    for number in range(count):
+        run = make_run(output_summary="y" * 2_000)
+        text = orjson.dumps(run)
+        request = _HEAD % len(text) + text if number % 4 else _LIST
+        cut = chance.choice((1, 20, len(request) // 3, len(request) // 2, len(request) - 1, len(request)))
+        peer = socket.create_connection((address.host, address.port), timeout=20)
+        peer.sendall(request[:cut])
+        if cut == len(request) and chance.random() < 0.5:
+            peer.recv(chance.choice((1, 100, 5_000)))
+        if chance.random() < 0.5:  # reset
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        peer.close()
+        runs[run["event_id"]] = run, cut == len(request) and number % 4 != 0
+    wait_for_descriptors(daemon, descriptors)
+    status, health = told.health()
+    assert (status, health["queue_depth"]) == (200, 0)
+    for event_id, (run, is_whole) in list(runs.items())[-200:]:
+        status, _, stored = told.call("GET", f"/api/v1/runs/{event_id}")
+        assert status in ((200, 404) if is_whole else (404,))
+        if status == 200:
+            assert {name: stored[name] for name in run if name != "start_time"} == {
+                name: value for name, value in run.items() if name != "start_time"
+            }
+    assert not [line for line in daemon.lines if line["level"] == "CRITICAL" or line.get("status", 0) >= 500]
+    assert not [line for line in daemon.lines if "exc_info" in line]
+    assert resident_mb(daemon) < 200
+    assert daemon.stop() == 0
+    ledger.record(fault="clients leave at every stage", mode="WAL", rounds=count, **told.compare(daemon.database))

@@ -1,0 +1,122 @@
+"""More than the daemon can take: 503 for what the queue does not hold, /health at once, and full speed after it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bench import wrk
+from bench.shim import slow_fsync
+from tests.conftest import Daemon, StartDaemon, require_program
+from tests.faults.conftest import Rounds
+from tests.faults.ledger import Ledger
+from tests.faults.told import Told
+
+_QUEUE = 20
+_FSYNC_MS = 100
+"""So that the disk can take about 200 runs a second, whatever the machine."""
+
+
+def resident_mb(daemon: Daemon, name: str = "VmRSS") -> float:
+    """How much memory the daemon has (VmHWM: had at most)."""
+    status = Path(f"/proc/{daemon.process.pid}/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith(name)).split()[1]) / 1024
+
+
+def calm() -> bool:
+    """Whether the machine has the processors that such a test needs; others may be at work."""
+    return os.getloadavg()[0] <= (os.cpu_count() or 1)
+
+
+@contextlib.contextmanager
+def overload(daemon: Daemon, connections: int, seconds: float, nonce: str) -> Iterator[wrk.Wrk]:
+    load = wrk.start(daemon.url, "post", connections, seconds, nonce)
+    try:
+        yield load
+    finally:
+        load.kill()
+
+
+def run_through(start_daemon: StartDaemon, tmp_path: Path, ledger: Ledger, connections: int, seconds: float) -> None:
+    require_program("wrk", "wrk")
+    require_program("gcc", "gcc")
+    daemon = start_daemon(
+        TELEMETRY_DB_JOURNAL_MODE="WAL",
+        TELEMETRY_QUEUE_MAX=str(_QUEUE),
+        **slow_fsync(tmp_path, _FSYNC_MS),
+    )
+    told = Told(daemon.url)
+    alone = timed(told, 5)
+    before = resident_mb(daemon)
+    healths: list[float] = []
+    accepted: list[float] = []
+    refused: list[float] = []
+    with overload(daemon, connections, seconds, "overload") as load:
+        time.sleep(0.5)
+        end = time.monotonic() + seconds - 1
+        while time.monotonic() < end:
+            started = time.monotonic()
+            assert told.health()[0] in (200, 503)
+            healths.append(time.monotonic() - started)
+            started = time.monotonic()
+            status = told.send()
+            (accepted if status == 201 else refused).append(time.monotonic() - started)
+            time.sleep(0.01)
+        output, errors = load.process.communicate()
+    told.send_until(lambda status: status == 201, timeout_s=2)  # what was queued at the end goes first
+    afterwards = timed(told, 5)
+    assert load.process.returncode == 0, errors
+    line = next(line for line in output.splitlines() if line.startswith("SUMMARY "))
+    summary = wrk.Summary(**json.loads(line.removeprefix("SUMMARY ")))
+
+    assert summary.requests > 10 * summary.acknowledged, f"that was no overload: {summary}"
+    assert resident_mb(daemon, "VmHWM") - before < 100
+    assert refused
+    assert told.details[-1].startswith("Too many writes are waiting")
+    assert max(accepted, default=0) < 20 * _FSYNC_MS / 1000
+    assert statistics.median(healths) < 0.1
+    assert not calm() or max(healths) < 0.1 * (1 + connections / 64), sorted(healths)[-5:]
+    assert afterwards < 2 * alone + 0.2, "it is as fast as before, at once"
+
+    stored = told.call("GET", "/metrics")[2]["total_runs"]
+    acknowledged = summary.acknowledged + len(told.acknowledged)
+    told.repeat()
+    assert daemon.stop() == 0
+    counted = told.compare(daemon.database)
+    counted["acknowledged"] = acknowledged
+    counted["lost"] += max(0, acknowledged - stored)
+    ledger.record(
+        fault=f"overload, {summary.requests / max(1, summary.acknowledged):.0f} times what the disk takes, "
+        f"{seconds:.0f} s over {connections} connections; slowest /health {max(healths) * 1000:.0f} ms",
+        mode="WAL",
+        rounds=1,
+        **counted,
+    )
+
+
+def timed(told: Told, count: int) -> float:
+    """Return the median of how long a run takes that is sent alone."""
+    times = []
+    for _ in range(count):
+        started = time.monotonic()
+        assert told.send() == 201
+        times.append(time.monotonic() - started)
+    return statistics.median(times)
+
+
+def test_ten_times_what_it_can_take(start_daemon: StartDaemon, tmp_path: Path, ledger: Ledger) -> None:
+    run_through(start_daemon, tmp_path, ledger, connections=64, seconds=5)
+
+
+@pytest.mark.slow
+def test_ten_times_what_it_can_take_for_minutes(
+    start_daemon: StartDaemon, tmp_path: Path, ledger: Ledger, rounds: Rounds
+) -> None:
+    run_through(start_daemon, tmp_path, ledger, connections=256, seconds=rounds(180, least=60))

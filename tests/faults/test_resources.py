@@ -1,0 +1,468 @@
+"""What the daemon stands on fails, and comes back: 503 meanwhile, never a false 201, and then it goes on by itself.
+
+One daemon for each journal mode goes through all the faults of a table, so each fault also meets what the others left.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import Daemon, StartDaemon, make_run, require_program, small_file_system
+from tests.faults.conftest import Rounds
+from tests.faults.ledger import Ledger
+from tests.faults.strace import needs_strace, strace
+from tests.faults.told import Told
+from tests.http_client import wait_for_health
+
+_BUSY_MS = 400
+
+
+@pytest.fixture(scope="module", params=["DELETE", "WAL"])
+def lasting(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Daemon, Told]]:
+    """A daemon for all the tests of a mode, and what its client was told; each test adds a fault."""
+    daemon = Daemon(
+        tmp_path_factory.mktemp("lasting"),
+        TELEMETRY_DB_JOURNAL_MODE=request.param,
+        TELEMETRY_DB_BUSY_TIMEOUT_MS=str(_BUSY_MS),
+    )
+    try:
+        yield daemon, Told(daemon.url)
+        assert daemon.stop() == 0
+    finally:
+        daemon.close()
+
+
+def mode(daemon: Daemon) -> str:
+    return str(daemon.wait_for_line("Serving")["journal_mode"])
+
+
+def messages(daemon: Daemon) -> list[str]:
+    return [line["message"] for line in daemon.lines]
+
+
+Fault = Callable[[Daemon, Path], AbstractContextManager[Any]]
+
+
+def go_through(lasting: tuple[Daemon, Told], scratch: Path, ledger: Ledger, rounds: int, fault: Fault) -> None:
+    """Let a fault come and go so many times."""
+    daemon, told = lasting
+    for number in range(rounds):
+        told.send_until(lambda status: status == 201)
+        trouble = scratch / str(number)
+        trouble.mkdir()
+        with fault(daemon, trouble):
+            told.send_until(lambda status: status == 503)
+            for _ in range(3):
+                assert told.send() == 503
+            status, health = told.health()
+            assert (status, health["status"]) == (503, "error"), health
+        told.send_until(lambda status: status == 201)
+        told.repeat()
+        assert told.health()[0] == 200
+    assert daemon.process.poll() is None, "it is the same process all the time"
+    ledger.record(fault=fault.__doc__ or "", mode=mode(daemon), rounds=rounds, **told.compare(daemon.database))
+
+
+def failing(name: str, calls: str, how: str) -> Fault:
+    """System calls on the database's files that fail as long as strace is attached."""
+
+    @contextmanager
+    def fail(daemon: Daemon, scratch: Path) -> Iterator[None]:
+        files = [f"{daemon.database}{suffix}" for suffix in ("", "-wal", "-journal")]
+        only = [option for file in files for option in ("-P", file)]
+        with strace(daemon.process.pid, scratch / "trace", *only, "-e", f"inject={calls}:{how}"):
+            yield
+
+    fail.__doc__ = name
+    return fail
+
+
+CALLS = {
+    "EIO on write": ("pwrite64,write", "error=EIO"),
+    "EIO on fsync": ("fdatasync,fsync", "error=EIO"),
+    "file system read-only": ("pwrite64,write,ftruncate,unlink", "error=EROFS"),
+    "quota exceeded": ("pwrite64,write", "error=EDQUOT"),
+}
+
+
+@needs_strace
+@pytest.mark.parametrize("name", CALLS)
+def test_a_system_call_fails(
+    lasting: tuple[Daemon, Told], tmp_path: Path, ledger: Ledger, rounds: Rounds, name: str
+) -> None:
+    go_through(lasting, tmp_path, ledger, rounds(20), failing(name, *CALLS[name]))
+    said = messages(lasting[0])
+    assert "Writes are refused until the database is open again and verified" in said
+    assert "The database is open again and verified; writes are taken" in said
+
+
+@needs_strace
+def test_a_failed_sync_is_not_tried_again(start_daemon: StartDaemon, tmp_path: Path) -> None:
+    """The kernel may report success the second time, although it has dropped the pages."""
+    daemon = start_daemon(TELEMETRY_DB_JOURNAL_MODE="WAL")
+    told = Told(daemon.url)
+    assert told.send() == 201
+    with strace(daemon.process.pid, tmp_path / "trace", "-e", "inject=fdatasync:error=EIO"):
+        assert told.send() == 503
+        daemon.wait_for_line("The database is open again and verified; writes are taken")
+    failed = [line for line in (tmp_path / "trace").read_text().splitlines() if "fdatasync(" in line and "EIO" in line]
+    assert len(failed) == 1, failed
+    told.repeat()
+    assert daemon.stop() == 0
+
+
+# --- Files that are not where they were ------------------------------------------------------------
+
+
+@contextmanager
+def moved(daemon: Daemon, scratch: Path) -> Iterator[None]:
+    """database moved away, and put back"""
+    daemon.database.rename(scratch / "elsewhere")
+    try:
+        yield
+    finally:
+        (scratch / "elsewhere").rename(daemon.database)
+
+
+@contextmanager
+def replaced(daemon: Daemon, scratch: Path) -> Iterator[None]:
+    """database replaced, and put back"""
+    with moved(daemon, scratch):
+        shutil.copy(scratch / "elsewhere", daemon.database)
+        yield
+        daemon.database.rename(scratch / "impostor")
+
+
+@pytest.mark.parametrize("fault", [moved, replaced])
+def test_the_database_is_not_where_it_was(
+    lasting: tuple[Daemon, Told], tmp_path: Path, ledger: Ledger, rounds: Rounds, fault: Fault
+) -> None:
+    go_through(lasting, tmp_path, ledger, rounds(20), fault)
+    reasons = [line.get("reason", "") for line in lasting[0].lines]
+    assert any("was deleted or replaced while in use; put it back" in reason for reason in reasons)
+
+
+def test_it_is_noticed_without_a_write(lasting: tuple[Daemon, Told], tmp_path: Path) -> None:
+    daemon, told = lasting
+    refused = "Writes are refused until the database is open again and verified"
+    before = messages(daemon).count(refused)
+    with moved(daemon, tmp_path):
+        deadline = time.monotonic() + 5
+        while messages(daemon).count(refused) == before:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    told.send_until(lambda status: status == 201)
+
+
+@pytest.mark.parametrize("suffix", ["-wal", "-shm", ".lock"])
+def test_a_file_beside_the_database_is_deleted(lasting: tuple[Daemon, Told], ledger: Ledger, suffix: str) -> None:
+    """What stands only in a log without a name is written back before the log is let go of."""
+    daemon, told = lasting
+    if suffix != ".lock" and mode(daemon) != "WAL":
+        pytest.skip("only a write-ahead log has these files")
+    for _ in range(20):
+        assert told.send() == 201
+    Path(f"{daemon.database}{suffix}").unlink()
+    told.send_until(lambda status: status == 503)
+    told.send_until(lambda status: status == 201)
+    told.repeat()
+    assert Path(f"{daemon.database}{suffix}").exists()
+    ledger.record(fault=f"{suffix} deleted", mode=mode(daemon), rounds=1, **told.compare(daemon.database))
+
+
+def test_a_deleted_database_can_still_be_saved(start_daemon: StartDaemon) -> None:
+    """Its last descriptors are the daemon's own; a restart would begin an empty one."""
+    daemon = start_daemon(TELEMETRY_DB_JOURNAL_MODE="DELETE")
+    told = Told(daemon.url)
+    for _ in range(5):
+        assert told.send() == 201
+    daemon.database.unlink()
+    told.send_until(lambda status: status == 503)
+    links = {os.readlink(link): link for link in Path(f"/proc/{daemon.process.pid}/fd").iterdir()}
+    shutil.copy(links[f"{daemon.database} (deleted)"], daemon.folder / "saved.sqlite")
+    assert daemon.stop() == 1
+    assert not daemon.database.exists()
+    (daemon.folder / "saved.sqlite").rename(daemon.database)
+    again = start_daemon(TELEMETRY_DB_JOURNAL_MODE="DELETE")
+    told.url = again.url
+    told.repeat()
+    assert again.stop() == 0
+    assert told.compare(daemon.database)["lost"] == 0
+
+
+def test_a_damaged_page_is_not_written_on(start_daemon: StartDaemon, tmp_path: Path) -> None:
+    daemon = start_daemon(TELEMETRY_DB_JOURNAL_MODE="DELETE")
+    told = Told(daemon.url)
+    for _ in range(200):
+        assert told.send(output_summary="x" * 500) == 201
+    whole = daemon.database.read_bytes()
+    with daemon.database.open("r+b") as file:
+        file.seek(4096)
+        file.write(os.urandom(len(whole) - 4096))
+    with daemon.database.open("r+b") as file:  # the change counter, or the cache hides the damage
+        file.seek(24)
+        file.write(os.urandom(4))
+    told.send_until(lambda status: status == 503)
+    time.sleep(1)
+    status, health = told.health()
+    assert status == 503
+    assert "damaged" in health["detail"], health
+    assert "telemetryd check" in health["detail"]
+    with daemon.database.open("r+b") as file:
+        file.write(whole)
+    told.send_until(lambda status: status == 201)
+    told.repeat()
+    assert daemon.stop() == 0
+    assert told.compare(daemon.database)["lost"] == 0
+
+
+# --- Other programs ------------------------------------------------------------------------------
+
+
+@contextmanager
+def locked(daemon: Daemon, _: Path) -> Iterator[None]:
+    with closing(sqlite3.connect(daemon.database, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        yield
+
+
+def test_another_program_holds_the_lock(lasting: tuple[Daemon, Told], ledger: Ledger, rounds: Rounds) -> None:
+    daemon, told = lasting
+    wait_for_health(daemon.url, 200)  # what an earlier test took away is back
+    count = rounds(20)
+    for _ in range(count):
+        with locked(daemon, Path()):
+            started = time.monotonic()
+            assert told.send() == 503
+            assert _BUSY_MS / 1000 * 0.9 <= time.monotonic() - started < 5
+            assert told.details[-1].startswith("The database is locked by another process")
+            assert told.health()[0] == 200, "somebody else's lock passes"
+        assert told.send() == 201
+        told.repeat()
+    ledger.record(
+        fault="SQLite's lock held elsewhere", mode=mode(daemon), rounds=count, **told.compare(daemon.database)
+    )
+
+
+def test_a_stop_does_not_wait_for_another_programs_lock(start_daemon: StartDaemon) -> None:
+    daemon = start_daemon(TELEMETRY_DB_BUSY_TIMEOUT_MS="60000", TELEMETRY_SHUTDOWN_TIMEOUT_S="8")
+    told = Told(daemon.url)
+    assert told.send() == 201
+    with locked(daemon, Path()):
+        sender = threading.Thread(target=told.send)
+        sender.start()
+        time.sleep(0.5)
+        started = time.monotonic()
+        assert daemon.stop() == 0
+        assert time.monotonic() - started < 7
+        sender.join()
+    assert told.compare(daemon.database)["lost"] == 0
+
+
+def test_a_start_that_waits_for_a_lock_can_be_stopped(start_daemon: StartDaemon, tmp_path: Path) -> None:
+    first = start_daemon()
+    assert first.url
+    assert first.stop() == 0
+    with locked(first, Path()):
+        second = start_daemon(TELEMETRY_DB_BUSY_TIMEOUT_MS="60000")
+        time.sleep(2)
+        assert second.process.poll() is None
+        started = time.monotonic()
+        assert second.stop() == 0
+        assert time.monotonic() - started < 5
+    third = start_daemon()
+    assert third.url
+    assert third.stop() == 0
+
+
+@pytest.mark.slow
+def test_another_programs_snapshot_is_told_of_and_the_log_shrinks_again(
+    start_daemon: StartDaemon, ledger: Ledger
+) -> None:
+    daemon = start_daemon(TELEMETRY_DB_JOURNAL_MODE="WAL")
+    told = Told(daemon.url)
+    assert told.send() == 201
+    log = Path(f"{daemon.database}-wal")
+    large = "x" * 12_000_000
+    with closing(sqlite3.connect(f"{daemon.database.as_uri()}?mode=ro", uri=True, isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT count(*) FROM agent_runs").fetchone()
+        while log.stat().st_size < 140 << 20:
+            assert told.send(error_details=large) == 201
+        warned = "The write-ahead log grows: another program holds a snapshot of the database"
+        assert daemon.wait_for_line(warned)["level"] == "WARNING"
+        assert told.health()[0] == 200
+    for _ in range(10):
+        assert told.send(error_details=large) == 201
+    daemon.wait_for_line("The write-ahead log is short again")
+    assert log.stat().st_size <= 66 << 20
+    assert daemon.stop() == 0
+    ledger.record(fault="snapshot held by another program", mode="WAL", rounds=1, **told.compare(daemon.database))
+
+
+# --- Descriptors, memory, time, slowness -----------------------------------------------------------
+
+
+def prlimit(daemon: Daemon, **limits: int) -> None:
+    options = [f"--{name.lower()}={value}:" for name, value in limits.items()]
+    subprocess.run(["prlimit", f"--pid={daemon.process.pid}", *options], check=True)
+
+
+@pytest.mark.parametrize("journal_mode", ["DELETE", "WAL"])
+def test_descriptors_run_out_and_come_back(
+    start_daemon: StartDaemon, ledger: Ledger, rounds: Rounds, journal_mode: str
+) -> None:
+    """In DELETE mode each transaction opens its journal; that is the write that fails, and not for ever."""
+    daemon = start_daemon(TELEMETRY_DB_JOURNAL_MODE=journal_mode)
+    told = Told(daemon.url)
+    count = rounds(10)
+    for _ in range(count):
+        told.send_until(lambda status: status == 201, timeout_s=40)
+        in_use = len(list(Path(f"/proc/{daemon.process.pid}/fd").iterdir()))
+        used_s = cpu_s(daemon)
+        prlimit(daemon, nofile=in_use + 1)
+        for _ in range(3):
+            told.send(timeout_s=1)
+        time.sleep(1)
+        assert cpu_s(daemon) - used_s < 1.5, "it does not spin while it cannot accept"
+        prlimit(daemon, nofile=1024)
+        told.send_until(lambda status: status == 201, timeout_s=40)
+        told.repeat()
+        assert told.health()[0] == 200
+    assert daemon.stop() == 0
+    ledger.record(fault="descriptors run out", mode=journal_mode, rounds=count, **told.compare(daemon.database))
+
+
+def cpu_s(daemon: Daemon) -> float:
+    fields = Path(f"/proc/{daemon.process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_a_small_limit_on_descriptors_still_serves(start_daemon: StartDaemon) -> None:
+    daemon = start_daemon(prefix=("prlimit", "--nofile=64:64"), TELEMETRY_DB_JOURNAL_MODE="WAL")
+    assert Told(daemon.url).send() == 201
+    assert daemon.stop() == 0
+
+
+def test_no_single_request_needs_more_memory_than_there_is(start_daemon: StartDaemon, ledger: Ledger) -> None:
+    """The largest bodies and pages, with 512 MiB of address space beyond what an idle daemon has."""
+    daemon = start_daemon(TELEMETRY_DB_JOURNAL_MODE="WAL")
+    told = Told(daemon.url)
+    assert told.send() == 201
+    status = Path(f"/proc/{daemon.process.pid}/status").read_text()
+    size = int(next(line for line in status.splitlines() if line.startswith("VmSize")).split()[1]) << 10
+    prlimit(daemon, AS=size + (4 << 20))  # hardly any
+    starved = [told.call("POST", "/api/v1/runs", make_run(error_details="x" * 16_000_000), 10)[0] for _ in range(3)]
+    assert set(starved) <= {503, None}
+    prlimit(daemon, AS=size + (512 << 20))
+    told.send_until(lambda status: status == 201)
+    assert told.send(error_details="x" * 16_700_000) in (201, 503)
+    values = dict.fromkeys(map(str, range(900_000)), 1)
+    statuses = {
+        told.call("POST", "/api/v1/runs", make_run(metrics_json=values))[0],
+        told.call("POST", "/api/v1/runs/batch", [{} for _ in range(900_000)])[0],
+        told.call("POST", "/api/v1/runs/batch", [make_run(host="h" * 1000) for _ in range(9_000)])[0],
+        told.call("GET", "/api/v1/runs?limit=1")[0],
+    }
+    assert statuses <= {200, 413, 422, 503}, statuses
+    assert daemon.process.poll() is None
+    assert told.send() == 201
+    assert not [line for line in daemon.lines if line.get("status") == 500]
+    assert daemon.stop() == 0
+    ledger.record(fault="memory runs out", mode="WAL", rounds=1, **told.compare(daemon.database))
+
+
+def test_the_clock_jumps(start_daemon: StartDaemon, tmp_path: Path, ledger: Ledger) -> None:
+    """Back by a day and forth by a year: nothing lasts a negative time, no timer sticks, the order is told by id."""
+    require_program("gcc", "gcc")
+    library = tmp_path / "wall_clock.so"
+    source = Path(__file__).with_name("wall_clock.c")
+    subprocess.run(["gcc", "-O2", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
+    clock = tmp_path / "clock"
+    clock.write_text("0")
+    daemon = start_daemon(
+        LD_PRELOAD=str(library),
+        WALL_CLOCK=str(clock),
+        TELEMETRY_DB_JOURNAL_MODE="WAL",
+        TELEMETRY_RATE_LIMIT_ENABLED="true",
+        TELEMETRY_RATE_LIMIT_RPM="6000",
+    )
+    told = Told(daemon.url)
+    order = []
+    for jump in (0, -86_400, 365 * 86_400, -365 * 86_400, 0):
+        clock.write_text(str(jump))
+        started = time.monotonic()
+        for _ in range(5):
+            run = make_run()
+            assert told.send(run) == 201
+            order.append(run["event_id"])
+        assert time.monotonic() - started < 5
+        assert told.health()[0] == 200
+        assert told.call("GET", "/metrics")[0] == 200
+    runs = told.call("GET", "/api/v1/runs?limit=1000")[2]
+    assert [run["event_id"] for run in sorted(runs, key=lambda run: run["id"])] == order
+    assert runs == sorted(runs, key=lambda run: (run["created_at"], run["id"]), reverse=True)
+    assert told.call("PATCH", f"/api/v1/runs/{order[-1]}", {"status": "success"})[0] == 200
+    assert min(line["duration_ms"] for line in daemon.lines if "duration_ms" in line) >= 0
+    started = time.monotonic()
+    assert daemon.stop() == 0
+    assert time.monotonic() - started < 10
+    ledger.record(fault="clock jumps", mode="WAL", rounds=5, **told.compare(daemon.database))
+
+
+@needs_strace
+def test_a_slow_disk_makes_groups_larger_not_answers_fail(
+    lasting: tuple[Daemon, Told], tmp_path: Path, ledger: Ledger
+) -> None:
+    daemon, told = lasting
+    wait_for_health(daemon.url, 200)  # what an earlier test took away is back
+    statuses: list[int | None] = []
+
+    def send() -> None:
+        statuses.extend(Told.send(told) for _ in range(5))
+
+    with failing("slow", "fdatasync,fsync", "delay_enter=200000")(daemon, tmp_path):
+        threads = [threading.Thread(target=send) for _ in range(20)]
+        started = time.monotonic()
+        told.slowest_health_s = 0
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            assert told.health()[0] == 200
+            time.sleep(0.05)
+        seconds = time.monotonic() - started
+    assert statuses == [201] * 100
+    assert seconds < 15, "a hundred commits of a second each would take longer"
+    assert told.slowest_health_s < 0.1 or os.getloadavg()[0] > 2 * (os.cpu_count() or 1)
+    ledger.record(fault="fsync takes 200 ms", mode=mode(daemon), rounds=1, **told.compare(daemon.database))
+
+
+# --- A file system that is full, or read-only ------------------------------------------------------
+
+
+def test_a_read_only_file_system_at_the_start_is_one_clear_line(start_daemon: StartDaemon, tmp_path: Path) -> None:
+    with small_file_system(tmp_path / "disk", "8m") as disk:
+        first = start_daemon(TELEMETRY_DB_PATH=str(disk / "telemetry.sqlite"), TELEMETRY_MIN_FREE_MB="0")
+        assert first.url
+        assert first.stop() == 0
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        status, errors = start_daemon(
+            TELEMETRY_DB_PATH=str(disk / "telemetry.sqlite"), TELEMETRY_MIN_FREE_MB="0"
+        ).wait()
+        assert (status, len(errors.splitlines())) == (1, 1), errors
+        assert str(disk) in errors
+        subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
+        again = start_daemon(TELEMETRY_DB_PATH=str(disk / "telemetry.sqlite"), TELEMETRY_MIN_FREE_MB="0")
+        assert Told(again.url).send() == 201
+        assert again.stop() == 0

@@ -1,0 +1,69 @@
+"""What is fuzzed: everything between the bytes of a request and a command or a query. Bad input has its own errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Final
+
+import orjson
+
+from telemetryd import queries, runs
+from telemetryd.commands import CreateRuns
+from telemetryd.errors import BodyTooLargeError, InvalidBodyError, InvalidRequestError
+from telemetryd.statements import select_page
+
+CORPUS: Final = Path(__file__).with_name("corpus")
+
+
+def body(data: bytes) -> None:
+    """Read bytes as each kind of body; whatever is let through must be storable."""
+    try:
+        value = runs.parse_body(data)
+    except (InvalidBodyError, BodyTooLargeError) as error:
+        orjson.dumps(str(error))
+        return
+    for parse in (runs.parse_patch, runs.parse_commit):
+        try:
+            changes, ignored = parse(value)
+        except InvalidBodyError as error:
+            orjson.dumps(error.errors)
+        else:
+            assert all(_is_storable(change) for change in changes.values())
+            orjson.dumps(runs.ignored_field_warnings(ignored))
+    for item in value if isinstance(value, list) else [value]:
+        try:
+            parsed = runs.parse_run(item)
+        except InvalidBodyError as error:
+            orjson.dumps(error.errors)
+            continue
+        assert CreateRuns((parsed.row,)).cost == 1
+        assert all(map(_is_storable, parsed.row))
+        assert len(parsed.row) == len(runs.STORED)
+        assert parsed.row[runs.STATUS] in set(runs.Status)
+        orjson.dumps(runs.ignored_field_warnings(parsed.ignored))
+
+
+def _is_storable(value: object) -> bool:
+    if isinstance(value, str):
+        value.encode()
+        return "\0" not in value
+    return value is None or (isinstance(value, int) and -(2**63) <= value < 2**63)
+
+
+def query(data: bytes) -> None:
+    """Read bytes as the query string of GET /api/v1/runs, and go on behind its first page."""
+    text = data.decode("latin-1")
+    try:
+        listed = queries.parse_list(text)
+    except InvalidRequestError as error:
+        orjson.dumps(str(error))
+        return
+    select_page(listed)
+    following = listed.next_page("/api/v1/runs", queries.Position("2026-01-01T00:00:00.000000Z", 5))
+    again = queries.parse_list(following.partition("?")[2])
+    assert (again.equal, again.bounds, again.limit) == (listed.equal, listed.bounds, listed.limit)
+    orjson.dumps(listed.parameters())
+
+
+TARGETS: Final[Mapping[str, Callable[[bytes], None]]] = {"body": body, "query": query}
