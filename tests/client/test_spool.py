@@ -22,6 +22,7 @@ from telemetryd.client import folder as folders
 from telemetryd.client.folder import Bounds, Entry, Stream, bury, enforce, entries, is_sent, summary, waiting
 from telemetryd.client.spool import Spool
 from tests.client.conftest import states
+from tests.conftest import small_file_system
 
 
 def spool_in(folder: Path, *, file_bytes: int = 1000, fsync: bool = False) -> Spool:
