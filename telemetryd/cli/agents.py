@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, Final, TypeVar, cast
 
@@ -166,7 +166,7 @@ def _sync(config: Config, counters: Counters, retry_s: float | None) -> str | No
         return str(error)
     finally:
         work.close()
-    return None
+    return None if watch else work.problem
 
 
 def _end(problem: str | None, counters: Counters, where: str = "") -> None:
@@ -201,6 +201,8 @@ class _Sync:
         self._transport = Transport(config)
         self._refusals = _Refusals(None)
         self._delivery = Delivery(self._transport, self._bury, counters)
+        self.problem: str | None = None
+        """The last trouble with one of the files."""
 
     def pass_over(self) -> int:
         """Send every stream that nobody else sends; return how many lines that were."""
@@ -209,25 +211,42 @@ class _Sync:
             total = sum(entry.size for entry in entries(folder) if entry.state != SYNCED)
             done = 0
             for name in waiting(folder):
-                stream = Stream.take(folder, name)
-                if stream is None:
-                    continue
-                courier = Courier(stream, self._delivery, self._counters)
                 try:
-                    while self._patience.attempt(courier.carry, 0):
-                        done += courier.carried_bytes
+                    for size_of_part in self._send(name):
+                        done += size_of_part
                         drawn("Sending", min(done, total), total)
                         time.sleep(self._delivery.pause_s)
                 except WaitError:
                     pass  # it comes after another stream, perhaps one of this pass
-                finally:
-                    stream.release()
+                except OSError as error:
+                    self._note(error)  # the others can be sent all the same
         return self._counters.sent - before
+
+    def _send(self, name: str) -> Iterator[int]:
+        """Send a stream unless somebody else does; yield the size of each part that was sent."""
+        stream = Stream.take(self._config.folder, name)
+        if stream is None:
+            return
+        courier = Courier(stream, self._delivery, self._counters)
+        try:
+            while self._patience.attempt(courier.carry, 0):
+                yield courier.carried_bytes
+        finally:
+            stream.release()
 
     def tidy(self) -> None:
         """Keep the folder within its bounds."""
         config = self._config
-        enforce(config.folder, Bounds(config.max_bytes, config.max_age_s, config.keep_s), None, self._dropped)
+        bounds = Bounds(config.max_bytes, config.max_age_s, config.keep_s)
+        try:
+            enforce(config.folder, bounds, None, self._dropped)
+        except OSError as error:
+            self._note(error)
+
+    def _note(self, error: OSError) -> None:
+        if self.problem != str(error):
+            self.problem = str(error)
+            click.echo(f"telemetryd: {error}", err=True)
 
     def close(self) -> None:
         self._transport.close()
