@@ -101,6 +101,7 @@ async def test_health_and_writes_are_503_when_the_writer_has_died(make_api: Make
     lock = api.settings.db_path.with_name(api.settings.db_path.name + ".lock")
     lock.rename(lock.with_name("elsewhere"))  # somebody else could own the database now, so the writer must stop
     check_error(await send(api, "POST", RUNS, json=make_run()), 503)
+    await eventually(lambda: (api.store.health().problem or "").startswith("The writer has stopped"))
     lock.with_name("elsewhere").rename(lock)  # what has died stays dead
     answer = await send(api, "GET", "/health")
     assert (answer.status, answer.json["status"]) == (503, "error")
