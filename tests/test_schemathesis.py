@@ -33,7 +33,7 @@ expected-statuses = ["2xx", 400, 404]
 HOOKS = """
 import schemathesis
 
-FREE = ("metrics_json", "context_json")
+FREE = ("metrics_json", "context_json", "payload")
 
 def whole(value):
     is_whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**63

@@ -147,7 +147,8 @@ async def test_metrics_are_negotiated(api: Api, accept: str, query: str, kind: s
         assert answer.json["total_runs"] == 3
         return
     parse = parse_openmetrics if kind == "application/openmetrics-text" else parse_prometheus
-    values = {sample.name: sample.value for family in parse(answer.text) for sample in family.samples}
+    samples = [sample for family in parse(answer.text) for sample in family.samples]
+    values = {sample.name: sample.value for sample in samples if sample.labels.get("outcome", "created") == "created"}
     assert values["telemetryd_runs_stored"] == 3
     assert values["telemetryd_queue_depth"] == 0
     assert values["telemetryd_runs_received_total"] == 3
@@ -255,6 +256,9 @@ async def test_the_document_lists_every_endpoint(api: Api) -> None:
         ("POST", "/api/v1/runs/batch"),
         ("GET", "/api/v1/runs/{event_id}"),
         ("PATCH", "/api/v1/runs/{event_id}"),
+        ("POST", "/api/v1/runs/{event_id}/events"),
+        ("GET", "/api/v1/runs/{event_id}/events"),
+        ("POST", "/api/v1/runs/{event_id}/process"),
         ("POST", "/api/v1/runs/{event_id}/associate-commit"),
         ("GET", "/api/v1/runs/{event_id}/commit-url"),
         ("GET", "/api/v1/runs/{event_id}/repo-url"),
