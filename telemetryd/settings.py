@@ -291,7 +291,9 @@ class LoadedSettings:
         values = self.settings.model_dump(mode="json")
         values |= {name: str(path.absolute()) for name, path in self.settings if isinstance(path, Path)}
         if self.settings.stale_after is not None:
-            values["stale_after"] = f"{self.settings.stale_after:.15g}s"  # as it may be given again
+            values["stale_after"] = (
+                f"{self.settings.stale_after:f}".rstrip("0").rstrip(".") + "s"
+            )  # as it may be given again
         if values["api_auth_token"] is not None:
             values["api_auth_token"] = "********"  # noqa: S105 - a mask
         return {variable(name): {"value": values[name], "origin": str(self.origins[name])} for name in values}

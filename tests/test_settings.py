@@ -168,7 +168,8 @@ def test_a_flag_beats_the_environment_which_beats_dotenv_which_beats_the_default
 
 
 @pytest.mark.parametrize(
-    ("text", "seconds"), [("45s", 45), ("30m", 1800), ("1h", 3600), ("90d", 7_776_000), ("2W", 1_209_600), ("1.5 m", 90)]
+    ("text", "seconds"),
+    [("45s", 45), ("30m", 1800), ("1h", 3600), ("90d", 7_776_000), ("2W", 1_209_600), ("1.5 m", 90)],
 )
 def test_a_duration_is_a_number_with_its_unit(text: str, seconds: float) -> None:
     assert loaded({"TELEMETRY_STALE_AFTER": text}).settings.stale_after == seconds

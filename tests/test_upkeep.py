@@ -21,6 +21,7 @@ from telemetryd.commands import CreateRuns
 from telemetryd.database import connect
 from telemetryd.runs import format_timestamp, parse_run
 from telemetryd.settings import Settings
+from telemetryd.upkeep import keep_up
 from tests.conftest import Api, Daemon, MakeApi, StartDaemon, make_run
 from tests.tools.fill import make_database
 from tests.tools.process import telemetryd
@@ -349,6 +350,24 @@ def test_a_prune_killed_at_any_moment_loses_no_run_and_can_be_repeated(
     assert not kept & archived
     totals_are_right(path)
     assert daemon.stop() == 0
+
+
+async def test_it_is_done_at_any_age(make_api: MakeApi) -> None:
+    moment = datetime.now(UTC)
+    api = await make_api(clock=lambda: moment, stale_after="1000000s", retention_days=30)
+    await api.batch([make_run(status=status) for status in ("running", "success")])
+    moment += timedelta(days=11)
+    chores = asyncio.create_task(keep_up(api.store, api.settings, lambda: moment))
+    await asyncio.sleep(0.2)
+    assert len(await api.get("/api/v1/runs?status=running")) == 1
+    for days, expected in ((1, ["cancelled", "success"]), (19, [])):
+        moment += timedelta(days=days)
+        chores.cancel()
+        chores = asyncio.create_task(keep_up(api.store, api.settings, lambda: moment))
+        async with asyncio.timeout(20):
+            while sorted(run["status"] for run in await api.get("/api/v1/runs")) != expected:
+                await asyncio.sleep(0.02)
+    chores.cancel()
 
 
 async def test_the_daemon_does_it_by_itself_if_told_to(start_daemon: StartDaemon) -> None:
