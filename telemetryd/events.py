@@ -22,11 +22,21 @@ class Event(BaseModel):
 
     id: Annotated[int, Role.SERVER] = Field(0, description="Row number, ascending in order of arrival.")
     event_key: Annotated[Name, Role.SET] = Field(
-        "", description="Unique in its run; makes retries harmless. Default: derived from what was given."
+        "",
+        description="Unique in its run; makes retries harmless. Default: derived from what was given.",
+        examples=["9f2c-0001", "9f2c-0002"],
     )
-    event_type: Annotated[Name, Role.SET] = Field(description="What kind of thing happened.")
-    timestamp: Annotated[Timestamp, Role.SET] = Field("", description="When it happened; default: on arrival.")
-    payload: Annotated[JsonObject | None, Role.SET | Role.JSON] = Field(None, description="Anything about it.")
+    event_type: Annotated[Name, Role.SET] = Field(
+        description="What kind of thing happened.", examples=["step", "warning"]
+    )
+    timestamp: Annotated[Timestamp, Role.SET] = Field(
+        "",
+        description="When it happened; default: on arrival.",
+        examples=["2025-12-24T10:00:01Z", "2025-12-24T10:00:02Z"],
+    )
+    payload: Annotated[JsonObject | None, Role.SET | Role.JSON] = Field(
+        None, description="Anything about it.", examples=[{"file": "a.md"}, {"file": "b.md", "words": 0}]
+    )
 
 
 COLUMNS: Final = names(Event)
