@@ -24,18 +24,16 @@ class Event(BaseModel):
     event_key: Annotated[Name, Role.SET] = Field(
         "",
         description="Unique in its run; makes retries harmless. Default: derived from what was given.",
-        examples=["9f2c-0001", "9f2c-0002"],
+        examples=["page-17"],
     )
     event_type: Annotated[Name, Role.SET] = Field(
-        description="What kind of thing happened.", examples=["step", "warning"]
+        description="What kind of thing happened.", examples=["page_translated"]
     )
     timestamp: Annotated[Timestamp, Role.SET] = Field(
-        "",
-        description="When it happened; default: on arrival.",
-        examples=["2025-12-24T10:00:01Z", "2025-12-24T10:00:02Z"],
+        "", description="When it happened; default: on arrival.", examples=["2025-12-24T10:01:30Z"]
     )
     payload: Annotated[JsonObject | None, Role.SET | Role.JSON] = Field(
-        None, description="Anything about it.", examples=[{"file": "a.md"}, {"file": "b.md", "words": 0}]
+        None, description="Anything about it.", examples=[{"page": 17, "seconds": 1.25}]
     )
 
 

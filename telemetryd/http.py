@@ -643,7 +643,7 @@ ROUTES: Final[tuple[Route, ...]] = (
                 ]
             },
             body_types=JSON_TYPES,
-            example=[runs.example(events.NewEvent, number=number) for number in (0, 1)],
+            example=runs.example(events.NewEvent),
             answers={
                 201: (
                     "The events are stored and durable; those with a known key were so before.",
