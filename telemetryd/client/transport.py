@@ -107,7 +107,8 @@ class Transport:
                 return self._exchange(method, path, body, headers)
         except (OSError, http.client.HTTPException, ValueError) as error:
             self.close()
-            raise UnreachableError(f"{self._address.geturl()}: {error or type(error).__name__}") from error
+            why = error.strerror if isinstance(error, OSError) else None
+            raise UnreachableError(f"{self._address.geturl()}: {why or error or type(error).__name__}") from error
 
     def _exchange(self, method: str, path: str, body: bytes | None, headers: Mapping[str, str | bytes]) -> Answer:
         connection = self._connection
