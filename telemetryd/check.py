@@ -13,7 +13,7 @@ from typing import Final
 
 from telemetryd import migrate, statements
 from telemetryd.backup import Watch, ignore_progress
-from telemetryd.database import connect, corrupt
+from telemetryd.database import connect, connect_to_read, is_damage
 from telemetryd.errors import DatabaseError
 from telemetryd.queries import TIME_BOUNDS, ListRuns, Position
 from telemetryd.runs import FILTERS
@@ -47,14 +47,13 @@ def examine(path: Path, watch: Watch = ignore_progress) -> list[Finding]:
     """Run every check on a database, which may be in use: only a read-only connection is opened.
 
     Raises:
-        DatabaseError: if it cannot be opened at all.
+        DatabaseError: if it cannot be examined, for instance because another process locks it.
 
     """
     checks = (_integrity, _schema, _totals, _strays, _foreign_keys, _index_usage)
     findings: list[Finding] = []
     try:
-        with contextlib.closing(connect(path, "ro")) as connection:
-            connection.execute("PRAGMA query_only = ON")
+        with contextlib.closing(connect_to_read(path)) as connection:
             for number, check in enumerate(checks):
                 watch("Checking", number, len(checks))
                 findings += check(connection)
@@ -62,27 +61,27 @@ def examine(path: Path, watch: Watch = ignore_progress) -> list[Finding]:
                     break  # what a damaged file says of itself means nothing
             watch("Checking", len(checks), len(checks))
     except sqlite3.Error as error:
-        raise corrupt(path, str(error)) from error
+        if not is_damage(error):
+            raise DatabaseError(f"Cannot examine {path}: {error}") from error
+        findings.append(_damage(str(error)))
     return findings
 
 
+def _damage(text: str) -> Finding:
+    advice = f"restore a backup (telemetryd restore), or save what can be read: {REPAIR}"
+    return Finding("integrity", Severity.DAMAGE, text, advice)
+
+
 def _integrity(connection: sqlite3.Connection) -> Iterator[Finding]:
-    try:
-        lines = [row[0] for row in connection.execute(f"PRAGMA integrity_check({_LISTED})")]
-    except sqlite3.DatabaseError as error:
-        lines = [str(error)]
+    lines = [row[0] for row in connection.execute(f"PRAGMA integrity_check({_LISTED})")]
     if lines == ["ok"]:
         return
     faults = [line for text in lines for line in text.splitlines() if not line.startswith("***")]
-    only_indexes = all("index" in line for line in faults)
-    yield Finding(
-        "integrity",
-        Severity.PROBLEM if only_indexes else Severity.DAMAGE,
-        f"{len(faults)} faults, the first: {faults[0] if faults else lines[0]}",
-        f"the indexes disagree with the table; {REPAIR}"
-        if only_indexes
-        else f"restore a backup (telemetryd restore), or save what can be read: {REPAIR}",
-    )
+    text = f"{len(faults)} faults, the first: {faults[0] if faults else lines[0]}"
+    if faults and all("index" in line for line in faults):
+        yield Finding("integrity", Severity.PROBLEM, text, f"the indexes disagree with the table; {REPAIR}")
+    else:
+        yield _damage(text)
 
 
 def _schema(connection: sqlite3.Connection) -> Iterator[Finding]:

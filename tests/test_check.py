@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 
 from telemetryd.check import documented_queries, examine
+from telemetryd.database import is_damage
+from telemetryd.errors import DatabaseError
 from tests.conftest import StartDaemon
+from tests.faults.hot_journal import cut_off_growing
 from tests.tools.fill import make_database
 from tests.tools.old_databases import make_old_database
 from tests.tools.process import telemetryd
@@ -159,3 +162,28 @@ def test_rows_whose_run_is_gone_are_found_and_deleted(tmp_path: Path) -> None:
     assert "1 rows of run_events deleted, whose runs are gone" in done["repaired"]
     with closing(sqlite3.connect(path)) as connection:
         assert connection.execute("SELECT run FROM run_events").fetchall() == [(2,)]
+
+
+@pytest.mark.parametrize("flags", [[], ["--repair"]])
+def test_a_commit_that_was_cut_off_is_no_damage(tmp_path: Path, flags: list[str]) -> None:
+    path = make_database(tmp_path / "telemetry.sqlite", 300)
+    cut_off_growing(path)
+    assert check(path, *flags)["ok"]
+    assert count(path) == 300
+
+
+def test_what_cannot_be_opened_is_no_damage(tmp_path: Path) -> None:
+    with pytest.raises(DatabaseError, match=r"Cannot examine .*: unable to open"):
+        examine(tmp_path / "gone.sqlite")
+    path = make_database(tmp_path / "telemetry.sqlite", 3)
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with closing(sqlite3.connect(path, timeout=0)) as connection, pytest.raises(sqlite3.Error) as locked:
+            connection.execute("SELECT count(*) FROM agent_runs")
+        assert not is_damage(locked.value)
+
+
+def test_a_file_that_is_no_database_is_damage(tmp_path: Path) -> None:
+    path = tmp_path / "telemetry.sqlite"
+    path.write_bytes(b"no database" * 1000)
+    assert check(path, status=1)["findings"][0]["severity"] == "damage"
