@@ -183,6 +183,16 @@ def test_what_cannot_be_opened_is_no_damage(tmp_path: Path) -> None:
         assert not is_damage(locked.value)
 
 
+def test_what_is_left_of_a_file_that_was_cut_short_is_saved(tmp_path: Path) -> None:
+    path = make_database(tmp_path / "telemetry.sqlite", 3000)
+    os.truncate(path, path.stat().st_size * 2 // 3 // 4096 * 4096)
+    assert check(path, status=1)["findings"][0]["severity"] == "damage"
+    done = check(path, "--repair")
+    assert done["ok"]
+    assert count(path) == done["saved"] > 1000
+    assert done["lost"] in (None, 3000 - done["saved"])  # as far as the rest still tells how many there were
+
+
 def test_a_file_that_is_no_database_is_damage(tmp_path: Path) -> None:
     path = tmp_path / "telemetry.sqlite"
     path.write_bytes(b"no database" * 1000)
