@@ -11,7 +11,7 @@ from itertools import product
 from pathlib import Path
 from typing import Final
 
-from telemetryd import migrate, statements
+from telemetryd import legacy, migrate, statements
 from telemetryd.backup import Watch, ignore_progress
 from telemetryd.database import connect, connect_to_read, is_damage
 from telemetryd.errors import DatabaseError
@@ -50,7 +50,7 @@ def examine(path: Path, watch: Watch = ignore_progress) -> list[Finding]:
         DatabaseError: if it cannot be examined, for instance because another process locks it.
 
     """
-    checks = (_integrity, _schema, _totals, _strays, _foreign_keys, _index_usage)
+    checks = (_integrity, _schema, _totals, _strays, _space, _foreign_keys, _index_usage)
     findings: list[Finding] = []
     try:
         with contextlib.closing(connect_to_read(path)) as connection:
@@ -131,6 +131,12 @@ def _strays(connection: sqlite3.Connection) -> Iterator[Finding]:
         yield Finding("strays", Severity.PROBLEM, f"{rows} rows of {table} belong to runs that are gone", REPAIR)
 
 
+def _space(connection: sqlite3.Connection) -> Iterator[Finding]:
+    if not legacy.is_compact(connection):
+        text = "deleted runs do not make the file smaller: a migration was cut off before its end, or lacked room"
+        yield Finding("space", Severity.PROBLEM, text, REPAIR)
+
+
 def _foreign_keys(connection: sqlite3.Connection) -> Iterator[Finding]:
     tables = [row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")]
     for table in (name for name in tables if name not in migrate.expected_schema()):
@@ -181,7 +187,9 @@ def documented_queries() -> Iterator[ListRuns]:
 
 
 def repair(path: Path, watch: Watch = ignore_progress) -> list[str]:
-    """Mend the indexes and the totals in one transaction; the caller owns the database. Return what was done.
+    """Mend the indexes and the totals in one transaction, then the file; the caller owns the database.
+
+    Return what was done.
 
     Raises:
         DatabaseError: if that is not enough; the database is as before.
@@ -214,4 +222,10 @@ def repair(path: Path, watch: Watch = ignore_progress) -> list[str]:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
             raise DatabaseError(f"Cannot repair {path} in place: {error}; it is as before") from error
+        if not legacy.is_compact(connection):
+            try:
+                legacy.compact(connection)
+            except sqlite3.OperationalError as error:
+                raise DatabaseError(f"{path}: {'; '.join(done)}; but its space stays ({error})") from error
+            done.append("free space returned")
     return done

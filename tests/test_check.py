@@ -86,6 +86,18 @@ def test_an_index_that_disagrees_is_built_again(tmp_path: Path) -> None:
     assert check(path, "--repair")["ok"]
 
 
+def test_space_that_a_migration_did_not_return_is_returned(tmp_path: Path) -> None:
+    """It was killed in its last step, VACUUM: the runs are in their new table, and the old one's pages are free."""
+    path = make_database(tmp_path / "telemetry.sqlite", 300)
+    change(path, "CREATE TABLE old AS SELECT randomblob(3000) FROM agent_runs", "PRAGMA auto_vacuum = NONE", "VACUUM")
+    change(path, "DROP TABLE old")
+    size = path.stat().st_size
+    assert [finding.check for finding in examine(path)] == ["space"]
+    assert "free space returned" in check(path, "--repair")["repaired"]
+    assert path.stat().st_size < size / 2
+    assert count(path) == 300
+
+
 def test_what_the_old_service_left_is_a_note(tmp_path: Path) -> None:
     path = make_old_database(tmp_path / "telemetry.sqlite", "v7")
     assert "run: telemetryd migrate" in telemetryd("check", "--db-path", path, status=1).stdout
