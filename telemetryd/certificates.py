@@ -45,10 +45,13 @@ class ProcessRequest(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True)
 
-    pid: Annotated[int, Field(ge=1, le=2**31 - 1)] = Field(description="Its process id.")
-    start_time: Count = Field(description="When it started: clock ticks since boot, field 22 of /proc/PID/stat.")
+    pid: Annotated[int, Field(ge=1, le=2**31 - 1)] = Field(description="Its process id.", examples=[4711])
+    start_time: Count = Field(
+        description="When it started: clock ticks since boot, field 22 of /proc/PID/stat.", examples=[8_675_309]
+    )
     boot_id: Annotated[str, Field(min_length=1, max_length=64)] = Field(
-        description="What /proc/sys/kernel/random/boot_id holds."
+        description="What /proc/sys/kernel/random/boot_id holds.",
+        examples=["2b1f63a1-5b0e-4e0a-9d0c-6a2f0d1c8e57"],
     )
 
 
