@@ -227,7 +227,7 @@ def restore(source: Path, database: Path, moment: datetime, watch: Watch = ignor
                     _pump(plain, target, watch, "Copying", source.stat().st_size)
                     _copy_side_files(source, copy)
         except (OSError, EOFError, zstd.ZstdError) as error:
-            raise DatabaseError(f"Cannot read the backup {source}: {error}") from error
+            raise DatabaseError(f"Cannot copy the backup {source}: {error}") from error
         _settle(copy)
         watch("Verifying", 0, 1)
         content = verify(copy, source, _IF_BACKUP_DAMAGED)
@@ -305,7 +305,7 @@ def partial_file(destination: Path) -> Iterator[Path]:
     """Make a file of mode 0600 beside its destination for as long as it is not whole; remove what is left of it.
 
     Raises:
-        DatabaseError: if it cannot be made.
+        DatabaseError: if it cannot be made or written, as on a full disk.
 
     """
     path = destination.with_name(f".{destination.name}.{secrets.token_hex(4)}{_PARTIAL}")
@@ -316,6 +316,8 @@ def partial_file(destination: Path) -> Iterator[Path]:
         raise DatabaseError(f"Cannot write to {destination.parent}: {error.strerror}") from error
     try:
         yield path
+    except OSError as error:
+        raise DatabaseError(f"Cannot write {destination}: {error.strerror or error}") from error
     finally:
         for suffix in ("", *SIDE_FILES):
             path.with_name(path.name + suffix).unlink(missing_ok=True)

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import click
 import orjson
+from click.shell_completion import CompletionItem
 
 from telemetryd import admin
 from telemetryd.backup import partial_file, publish
@@ -46,6 +47,10 @@ class StatusType(click.ParamType[str]):
             return canonical_status(value)
         except ValueError:
             self.fail(f"{value!r} is not one of {', '.join(Status)}", param, ctx)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Offer the stored forms."""
+        return [CompletionItem(status) for status in Status if status.startswith(incomplete)]
 
 
 @click.command()
