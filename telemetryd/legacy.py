@@ -76,7 +76,7 @@ class Layout:
             pending = [step for step in migrate.steps() if step.version > self.version]
             return [
                 *self._steps_aside(),
-                *(f"Step {step.version}: {step.description}" for step in pending),
+                *(f"Apply migration {step.version}: {step.description}" for step in pending),
                 f"Update schema version to {new}",
             ]
         steps = []
