@@ -54,6 +54,7 @@ def examine(path: Path, watch: Watch = ignore_progress) -> list[Finding]:
     findings: list[Finding] = []
     try:
         with contextlib.closing(connect_to_read(path)) as connection:
+            connection.execute("PRAGMA query_only = ON")
             for number, check in enumerate(checks):
                 watch("Checking", number, len(checks))
                 findings += check(connection)

@@ -664,7 +664,6 @@ def connect_to_read(path: Path) -> sqlite3.Connection:
             raise
         recover(path)
         connection = connect(path, "ro")
-    connection.execute("PRAGMA query_only = ON")
     return connection
 
 
