@@ -194,6 +194,37 @@ def test_replay_takes_spool_files_with_changes_and_events(daemon: Daemon, buffer
     assert (status, stored["status"], len(stored["events"])) == (200, "success", 1)
 
 
+def test_replay_brings_an_archive_back_with_its_events(start_daemon: StartDaemon, tmp_path: Path) -> None:
+    daemon = start_daemon(TELEMETRY_API_UNIX=str(tmp_path / "socket"))
+    for name in ("talkative", "silent"):
+        call(daemon.url, "POST", "/api/v1/runs", make_run(event_id=name, created_at="2025-01-01T00:00:00Z"))
+    told = [{"event_key": str(number), "event_type": "step", "payload": {"n": number}} for number in range(1100)]
+    for at in (0, 1000):
+        status, _ = call(daemon.url, "POST", "/api/v1/runs/talkative/events", told[at : at + 1000])
+        assert status in (200, 201)
+
+    def stored() -> list[object]:
+        runs = [call(daemon.url, "GET", f"/api/v1/runs/{name}")[1] for name in ("talkative", "silent")]
+        events = [
+            event
+            for offset in (0, 1000)
+            for event in get(daemon.url, f"/api/v1/runs/talkative/events?limit=1000&offset={offset}")[1]
+        ]
+        assert len(events) == 1100
+        return [{**row, "id": None, "updated_at": None} for row in [*runs, *events]]
+
+    before = stored()
+    archive = tmp_path / "archive.ndjson.zst"
+    paths = ("--db-path", daemon.database, "--unix", tmp_path / "socket")
+    telemetryd("prune", "--older-than", "90d", "--archive", archive, *paths)
+    assert get(daemon.url, "/metrics")[1]["total_runs"] == 0
+    out = json.loads(telemetryd("replay", archive, "--json", "--url", daemon.url).stdout)
+    assert (out["stored"], out["refused"]) == (2, 0)
+    assert stored() == before
+    telemetryd("replay", archive, "--url", daemon.url)
+    assert stored() == before
+
+
 def test_replay_without_a_daemon_or_with_a_broken_file_fails(tmp_path: Path, free_port: int, daemon: Daemon) -> None:
     path = tmp_path / "runs"
     path.write_text(json.dumps(make_run()))

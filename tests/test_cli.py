@@ -35,6 +35,9 @@ def test_completion_is_made() -> None:
     environment = {**os.environ, "_TELEMETRYD_COMPLETE": "bash_source"}
     done = subprocess.run([program], env=environment, capture_output=True, text=True, check=True)
     assert "complete -o nosort -F _telemetryd_completion telemetryd" in done.stdout
+    typed = {"_TELEMETRYD_COMPLETE": "bash_complete", "COMP_WORDS": "telemetryd prune --status ca", "COMP_CWORD": "3"}
+    done = subprocess.run([program], env={**os.environ, **typed}, capture_output=True, text=True, check=True)
+    assert done.stdout == "plain,cancelled\n"
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ from telemetryd.client.folder import (
     summary,
     waiting,
 )
-from telemetryd.client.lines import dead_letter, encode, read_object
+from telemetryd.client.lines import dead_letter, encode, read_object, unfold
 from telemetryd.client.transport import Transport
 from telemetryd.client.worker import Backoff
 from telemetryd.errors import ErrorItem, describe
@@ -285,8 +285,8 @@ def replay(*, files: tuple[str, ...], rejects: Path | None, retry_s: float, as_j
     r"""Send the runs of NDJSON files.
 
     One JSON object a line, as POST /api/v1/runs takes it. Plain, gzip or Zstandard; - is standard input. Spool files,
-    dead-letter files and the archives of `telemetryd prune` will do as well. Runs that are known by their event_id
-    are left as they are, so a file may be replayed again.
+    dead-letter files and the archives of `telemetryd prune`, with the events of their runs, will do as well. Runs that
+    are known by their event_id are left as they are, so a file may be replayed again.
 
     \b
     Examples:
@@ -324,10 +324,9 @@ def _replay_file(name: str, delivery: Delivery, patience: Patience, drawn: Progr
         lines: list[bytes] = []
         length = 0
         for line in _plain(file):
-            text = _unwrap(line.strip())
-            if text:
-                lines.append(text)
-                length += len(text)
+            unfolded = [text for text in unfold(_unwrap(line.strip())) if text]
+            lines += unfolded
+            length += sum(map(len, unfolded))
             if len(lines) >= delivery.rows or length >= MAX_BYTES:
                 _send(lines, delivery, patience)
                 lines, length = [], 0

@@ -103,6 +103,22 @@ def _read_writable(line: bytes) -> Json | None:
     return value
 
 
+def unfold(line: bytes) -> list[bytes]:
+    """Return a run that holds its events, as in an archive of `telemetryd prune`, as one line for each of them.
+
+    The events' ids are the daemon's own, which gives new ones. Any other line comes back as it is.
+    """
+    run = (_read_writable(line) or {}) if b'"events"' in line and not line.startswith(OP) else {}
+    event_id, events = run.get("event_id"), run.pop("events", None)
+    if not isinstance(event_id, str) or not isinstance(events, list) or not events:
+        return [line]
+    lines = [encode(run)]
+    for event in events:
+        told = {name: value for name, value in event.items() if name != "id"} if isinstance(event, dict) else event
+        lines.append(encode({"op": "event", "event_id": event_id, "event": told}))
+    return [unfolded.rstrip() for unfolded in lines]
+
+
 @dataclass(slots=True)
 class RunItem:
     """A run to be created, and the lines that it stands for."""
