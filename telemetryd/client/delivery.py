@@ -25,6 +25,8 @@ MAX_BYTES: Final = 4 << 20
 _MAX_PAUSE_S: Final = 60.0
 _MAX_RETRY_AFTER_S: Final = 3600.0
 FLOW_HEADER: Final = "telemetry-flow"
+_PASSING: Final = (408, 429, 502, 503, 504)
+"""Answers that have nothing to do with what was asked."""
 _TRIES_BEFORE_SPLIT: Final = 3
 _TRIES_BEFORE_GIVING_UP: Final = 10
 
@@ -271,6 +273,18 @@ class Delivery:
         return answer.status == 200 and isinstance(answer.body, dict) and answer.body.get("status") == "ok"
 
     # --- One request -----------------------------------------------------------------------------
+
+    def tell(self, method: str, path: str, body: bytes) -> Answer:
+        """Send a request that concerns no line, and return its answer.
+
+        Raises:
+            RetryError: if the daemon takes nothing now.
+
+        """
+        answer = self._ask(method, path, body)
+        if answer.status in _PASSING:
+            raise _retry(answer)
+        return answer
 
     def _ask(self, method: str, path: str, body: bytes | None, media_type: str = "application/json") -> Answer:
         try:

@@ -177,11 +177,15 @@ class Stream:
         if lock is None:
             return None
         stream = cls(folder, name, lock)
-        for entry in stream.files():
-            if entry.number < stream.number:
-                _rename(entry.path, SYNCED)
-            elif entry.state == ACTIVE:
-                _rename(entry.path, READY)
+        try:
+            for entry in stream.files():
+                if entry.number < stream.number:
+                    _rename(entry.path, SYNCED)
+                elif entry.state == ACTIVE:
+                    _rename(entry.path, READY)
+        except OSError:
+            stream.forget()  # somebody else may get on with it
+            raise
         return stream
 
     def files(self) -> list[Entry]:

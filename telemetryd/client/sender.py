@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Final, Protocol
 
 from telemetryd.client.config import Config
@@ -31,6 +31,37 @@ class LiveRun(Protocol):
 
     def elapsed_ms(self) -> int:
         """Return how long it has been running."""
+
+
+class Bell:
+    """Wakes a thread. A signal handler may ring it at any moment, even in the middle of another ring.
+
+    `threading.Event` takes a lock that is not re-entrant for this; `SimpleQueue.put` is re-entrant.
+    """
+
+    def __init__(self) -> None:
+        self._rings: SimpleQueue[None] = SimpleQueue()
+
+    def ring(self) -> None:
+        """Wake whoever waits, now or next."""
+        self._rings.put(None)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Return True at once if it has been rung since `quieten`, else when it is; False after the time-out."""
+        try:
+            self._rings.get(timeout=max(timeout_s, 0.0))
+        except Empty:
+            return False
+        self._rings.put(None)
+        return True
+
+    def quieten(self) -> None:
+        """Forget what was rung so far."""
+        try:
+            while True:
+                self._rings.get_nowait()
+        except Empty:
+            return
 
 
 class Flush:
@@ -67,11 +98,13 @@ class Sender:
     def _reset(self) -> None:
         self._thread: threading.Thread | None = None
         self._worker: Worker | None = None
-        self._starting = threading.Lock()
-        self.wake = threading.Event()
-        self.hurry = threading.Event()
+        self._starting = threading.RLock()  # a signal handler may record while this thread starts it
+        self._ended = False
+        self.wake = Bell()
+        self.hurry = Bell()
         """Wakes the thread from its pauses as well."""
         self.flushes: list[Flush] = []
+        """Who waits now; each of them leaves by itself."""
         self.stopping = False
         self.is_idle = True
         """Whether the next line has to wake the thread."""
@@ -83,28 +116,30 @@ class Sender:
         if self.is_idle:
             self.is_idle = False
             self._start()
-            self.wake.set()
+            self.wake.ring()
 
     def _start(self) -> None:
         if self._thread is not None or not self._config.send:
             return
         with self._starting:
             if self._thread is None and not self.stopping:
-                thread = threading.Thread(target=self._work, name="telemetryd-client", daemon=True)
-                with contextlib.suppress(RuntimeError):  # the interpreter is shutting down: the spool keeps it
-                    thread.start()
-                    self._thread = thread
+                self._thread = threading.Thread(target=self._work, name="telemetryd-client", daemon=True)
+                try:
+                    self._thread.start()
+                except RuntimeError:  # the interpreter is shutting down: the spool keeps it
+                    self._thread = None
 
     def _work(self) -> None:
-        with _importing:
-            import encodings.idna  # noqa: F401, PLC0415 - else the first connection imports it
-
-            from telemetryd.client.worker import Worker  # noqa: PLC0415
-        self._worker = Worker(self._config, self._spool, self._counters, self)
         try:
+            with _importing:
+                import encodings.idna  # noqa: F401, PLC0415 - else the first connection imports it
+
+                from telemetryd.client.worker import Worker  # noqa: PLC0415
+            self._worker = Worker(self._config, self._spool, self._counters, self)
             self._worker.work()
         finally:
-            for flush in self.flushes:
+            self._ended = True
+            for flush in [*self.flushes]:
                 flush.end(succeeded=False)
 
     def flush(self, timeout_s: float, *, is_last: bool = False) -> bool:
@@ -116,16 +151,21 @@ class Sender:
             return False
         flush = Flush(is_last=is_last)
         self.flushes.append(flush)
-        self.hurry.set()
-        self.wake.set()
-        flush.done.wait(timeout_s)
+        try:
+            if self._ended:  # looked at after we are on the list, which is looked through after it is set
+                return False
+            self.hurry.ring()
+            self.wake.ring()
+            flush.done.wait(timeout_s)
+        finally:
+            self.flushes.remove(flush)
         return flush.succeeded
 
     def stop(self, timeout_s: float) -> bool:
         """End the thread; return whether nobody works on the stream any more."""
         self.stopping = True
-        self.hurry.set()
-        self.wake.set()
+        self.hurry.ring()
+        self.wake.ring()
         if self._thread is None:
             return True
         self._thread.join(timeout_s)

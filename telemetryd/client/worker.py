@@ -23,7 +23,7 @@ from telemetryd.client.folder import Bounds, Entry, Stream, bury, enforce, make_
 from telemetryd.client.lines import encode
 from telemetryd.client.sender import LiveRun, Sender
 from telemetryd.client.spool import Spool
-from telemetryd.client.transport import Answer, Transport, UnreachableError, run_path
+from telemetryd.client.transport import Transport, run_path
 
 logger: Final = logging.getLogger("telemetryd.client")
 
@@ -36,7 +36,6 @@ _FIRST_LOOK_S: Final = 2.0
 _TIDY_S: Final = 5.0
 _REFUSALS: Final = 3
 _NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT)
-_PASSING: Final = (408, 429, 500, 502, 503, 504)
 
 
 class Backoff:
@@ -86,8 +85,11 @@ class Worker:
         self._delivery = Delivery(self._transport, self._bury, counters)
         self._backoff = Backoff()
         self._quiet_until = 0.0
+        self._not_before = 0.0
         self._own: Courier | None = None
         self._orphan: Courier | None = None
+        self._left: list[str] = []
+        """Streams found at the last look around and not yet tried."""
         now = time.monotonic()
         self._next_look = now + _FIRST_LOOK_S * random.uniform(0.5, 1.5)  # noqa: S311
         self._next_tidy = now + _TIDY_S
@@ -125,8 +127,12 @@ class Worker:
     def _wait(self) -> bool:
         """Sleep until there is something to do; return whether it is time to send, or only to tidy up."""
         sender, now = self._sender, time.monotonic()
+        if self._not_before > now:  # the daemon asked for it: not even a flush may hurry us
+            sender.wake.wait(min(self._not_before, self._next_tidy) - now)
+            sender.wake.quieten()
+            return False
         if self._quiet_until > now:  # backing off: only a flush may hurry us
-            hurried = sender.hurry.wait(max(min(self._quiet_until, self._next_tidy) - now, 0.0))
+            hurried = sender.hurry.wait(min(self._quiet_until, self._next_tidy) - now)
             may_send = hurried or time.monotonic() >= self._quiet_until
         else:
             may_send = True
@@ -136,20 +142,20 @@ class Worker:
                     sender.wake.wait(max(due - now, 0.01))
                 if not sender.is_idle:
                     sender.hurry.wait(self._config.linger_s)  # a batch gathers
-        sender.wake.clear()
-        sender.hurry.clear()
+        sender.wake.quieten()
+        sender.hurry.quieten()
         return may_send
 
     def _turn(self) -> None:
-        flushes, self._sender.flushes = self._sender.flushes, []
-        live = list(self._sender.live.values())  # their starts are in the spool, so they will have been sent
         try:
-            self._send_all()
-            self._attend(live)
+            self._serve()
+            self._send_orphans()
         except WaitError as error:
             self._quiet_until = time.monotonic() + error.wait_s
         except RetryError as error:
-            self._quiet_until = time.monotonic() + self._backoff.pause_s(error)
+            now = time.monotonic()
+            self._not_before = now + error.wait_s
+            self._quiet_until = now + self._backoff.pause_s(error)
             self._counters.retries += 1
             self._counters.problem = str(error)
             self._complaints.say(logging.WARNING, "Telemetry cannot be sent now and stays in the spool: %s", error)
@@ -161,24 +167,24 @@ class Worker:
             self._quiet_until = 0.0
             self._backoff.reset()
             self._counters.problem = None
-            for flush in flushes:
-                flush.end(succeeded=True)
-            return
-        for flush in flushes:
-            if flush.is_last:
-                flush.end(succeeded=False)
-            else:
-                self._sender.flushes.append(flush)
 
-    def _send_all(self) -> None:
-        now = time.monotonic()
-        self._spool.write_held()
-        self._send_own()
-        if self._orphan is not None:
-            self._send_orphan(self._orphan)
-        if now >= self._next_look:
-            self._next_look = now + _LOOK_AROUND_S * random.uniform(0.5, 1.5)  # noqa: S311
-            self._send_orphans()
+    # --- This process's own lines ----------------------------------------------------------------
+
+    def _serve(self) -> None:
+        """Send our own lines, tell those who wait for that, and say which runs are alive."""
+        flushes = [*self._sender.flushes]
+        live = [*self._sender.live.values()]  # their starts are in the spool, so they will have been sent
+        try:
+            self._spool.write_held()
+            self._send_own()
+        except (RetryError, OSError) as error:
+            for flush in flushes:
+                if flush.is_last and not isinstance(error, WaitError):
+                    flush.end(succeeded=False)
+            raise
+        for flush in flushes:
+            flush.end(succeeded=not self._sender.stopping)
+        self._attend(live)
 
     def _send_own(self) -> None:
         self._sender.is_idle = True  # from here on a line wakes us again
@@ -195,35 +201,48 @@ class Worker:
         while self._spool.holds and not self._sender.stopping:
             self._send_held()
 
+    # --- What processes that are gone have left --------------------------------------------------
+
     def _send_orphans(self) -> None:
-        """Send what processes that are gone have left."""
-        for name in waiting(self._folder):
-            own = self._spool.stream
-            if self._sender.stopping:
-                return
+        """Send other streams, those found at the last look around; one that cannot be sent now has to wait."""
+        now = time.monotonic()
+        if now >= self._next_look:
+            self._next_look = now + _LOOK_AROUND_S * random.uniform(0.5, 1.5)  # noqa: S311
+            self._left = waiting(self._folder)
+        while not self._sender.stopping and (orphan := self._orphan or self._next_orphan()) is not None:
+            is_left = False
             try:
-                stream = None if own is not None and own.name == name else Stream.take(self._folder, name)
+                is_left = orphan.carry() > 0
+            except WaitError:
+                pass  # it comes after a stream that another process is still sending
             except OSError as error:
-                self._complain(error)
+                self._complain_of(orphan.stream.name, error)
+            if not is_left:
+                self._release_orphan()
+                continue
+            self._breathe()
+            if not self._sender.is_idle or self._sender.flushes or self._beat_is_due():
+                self._serve()
+
+    def _next_orphan(self) -> Courier | None:
+        own = self._spool.stream
+        while self._left:
+            name = self._left.pop(0)
+            if own is not None and own.name == name:
+                continue
+            try:
+                stream = Stream.take(self._folder, name)
+            except OSError as error:  # another user's, perhaps
+                self._complain_of(name, error)
                 continue
             if stream is not None:
                 self._orphan = Courier(stream, self._delivery, self._counters)
-                self._send_orphan(self._orphan)
+                return self._orphan
+        return None
 
-    def _send_orphan(self, orphan: Courier) -> None:
-        while not self._sender.stopping and self._carry(orphan):
-            self._breathe()
-            if not self._sender.is_idle:  # our own lines go first
-                self._send_own()
-        self._release_orphan()
-
-    def _carry(self, orphan: Courier) -> bool:
-        """Send an orphan's next lines; one that cannot be read must not hold up the others."""
-        try:
-            return orphan.carry() > 0
-        except OSError as error:
-            self._complain(error)
-            return False
+    def _complain_of(self, stream: str, error: OSError) -> None:
+        text = "The stream %s in %s cannot be sent: %s"
+        self._complaints.say(logging.WARNING, text, stream, self._folder, error)
 
     def _complain(self, error: OSError) -> None:
         self._complaints.say(logging.WARNING, "The spool in %s cannot be read or written: %s", self._folder, error)
@@ -297,8 +316,8 @@ class Worker:
                 return
         identity = self._identity
         body = {"pid": identity.pid, "start_time": identity.start_time, "boot_id": identity.boot_id}
-        answer = self._tell("POST", run.event_id, "/process", body)
-        if answer is None or answer.status in _PASSING:
+        answer = self._delivery.tell("POST", run_path(run.event_id) + "/process", encode(body))
+        if answer.status == 500:
             return
         self._registered.add(run.event_id)
         if answer.status in (200, 201):
@@ -312,12 +331,9 @@ class Worker:
     def _beat(self, run: LiveRun, every_s: float) -> None:
         now = time.monotonic()
         if now >= self._beats.setdefault(run.event_id, now + every_s):
-            self._beats[run.event_id] = now + every_s
             # Any field will do; this one cannot bring a run back that somebody else has ended.
-            self._tell("PATCH", run.event_id, "", {"duration_ms": run.elapsed_ms()})
+            self._delivery.tell("PATCH", run_path(run.event_id), encode({"duration_ms": run.elapsed_ms()}))
+            self._beats[run.event_id] = now + every_s
 
-    def _tell(self, method: str, event_id: str, suffix: str, body: dict[str, object]) -> Answer | None:
-        try:
-            return self._transport.request(method, run_path(event_id) + suffix, encode(body))
-        except UnreachableError:
-            return None
+    def _beat_is_due(self) -> bool:
+        return bool(self._beats) and min(self._beats.values()) <= time.monotonic()

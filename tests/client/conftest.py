@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,14 @@ def url_of(api: Api) -> str:
 async def flushed(client: Client, timeout_s: float = 20) -> None:
     """Wait for the client without holding up the app, which runs on this very loop."""
     assert await asyncio.to_thread(client.flush, timeout_s), client.stats()
+
+
+async def stored(api: Api, wanted: int, timeout_s: float = 10, **headers: str) -> None:
+    """Wait until the daemon has so many runs."""
+    deadline = time.monotonic() + timeout_s
+    while len(await api.get("/api/v1/runs?limit=1000", headers=headers)) < wanted:
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.02)
 
 
 @pytest.fixture
