@@ -7,7 +7,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from datetime import UTC, datetime, timedelta
 from importlib import import_module
 from pathlib import Path
@@ -21,6 +21,7 @@ from telemetryd.commands import CreateRuns
 from telemetryd.database import connect
 from telemetryd.runs import format_timestamp, parse_run
 from telemetryd.settings import Settings
+from telemetryd.upkeep import keep_up
 from tests.conftest import Api, Daemon, MakeApi, StartDaemon, make_run
 from tests.tools.fill import make_database
 from tests.tools.process import telemetryd
@@ -352,6 +353,18 @@ def test_a_prune_killed_at_any_moment_loses_no_run_and_can_be_repeated(
     assert not kept & archived
     totals_are_right(path)
     assert daemon.stop() == 0
+
+
+async def test_it_is_done_at_any_age(make_api: MakeApi) -> None:
+    posted = datetime.now(UTC)
+    api = await make_api(clock=lambda: posted, stale_after="1000000s", retention_days=30)
+    await api.batch([make_run(status=status) for status in ("running", "success")])
+    for days, expected in ((11, ["running", "success"]), (12, ["cancelled", "success"]), (31, [])):
+        now = posted + timedelta(days=days)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(0.5):
+                await keep_up(api.store, api.settings, lambda now=now: now)  # type: ignore[misc]
+        assert sorted(run["status"] for run in await api.list()) == expected
 
 
 async def test_the_daemon_does_it_by_itself_if_told_to(start_daemon: StartDaemon) -> None:

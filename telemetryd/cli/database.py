@@ -69,11 +69,11 @@ _RULE = "=" * 70
 @json_flag
 @settings_flags(*DATABASE_SETTINGS)
 def migrate(dry_run: bool, with_backup: bool, as_json: bool, **flags: Any) -> None:
-    r"""Bring a database of any older version to the schema of this one, in one transaction.
+    r"""Bring an older database to the schema of this version.
 
-    Killed at any moment, the file has the old schema or the new one, and the command may be repeated.
-    Every run stays. Values that the current schema does not admit are normalised and counted; where that
-    is not possible, the original is kept in the table unconverted_values.
+    It is one transaction: killed at any moment, the file has the old schema or the new one, and the command may be
+    repeated. Every run stays. Values that the current schema does not admit are normalised and counted; where that is
+    not possible, the original is kept in the table unconverted_values.
 
     \b
     Examples:
@@ -202,8 +202,9 @@ def _print_migration(path: Path, done: legacy.Migration, *, dry_run: bool) -> No
 @json_flag
 @settings_flags("db_path")
 def backup(destination: Path, keep: int | None, compress: bool, as_json: bool, **flags: Any) -> None:
-    r"""Copy the database to DEST while the daemon writes to it; the copy is verified before it gets its name.
+    r"""Copy the database to DEST while the daemon writes to it.
 
+    The copy is verified before it gets its name.
     If DEST is a directory, the file in it is named by the time: telemetry_backup_20251224_100000.sqlite.
 
     \b
@@ -258,9 +259,10 @@ def refuse_missing(path: Path) -> None:
 @json_flag
 @settings_flags(*DATABASE_SETTINGS)
 def restore(source: Path, as_json: bool, **flags: Any) -> None:
-    r"""Put a backup (also a compressed one) in the database's place; the old file is kept beside it.
+    r"""Put a backup in the database's place.
 
-    The backup is verified first. A running daemon must be stopped before.
+    The backup, also a compressed one, is verified first, and the old file is kept beside it. A running daemon must be
+    stopped before.
 
     \b
     Examples:
@@ -309,10 +311,11 @@ def _refuse_in_use(source: Path, database: Path) -> None:
 @json_flag
 @settings_flags(*DATABASE_SETTINGS)
 def check(repair: bool, as_json: bool, **flags: Any) -> None:
-    r"""Examine the database: integrity, schema, totals, foreign keys, and the index of every documented query.
+    r"""Examine the database, and repair it on request.
 
-    Without --repair nothing is changed and the daemon may run; only what a crash cut off is undone, as by any
-    program that opens the file. Exit status 1 means that something was found, or that it could not be examined.
+    That is its integrity, schema, totals, foreign keys, and the index of every documented query. Without --repair
+    nothing is changed and the daemon may run; only what a crash cut off is undone, as by any program that opens the
+    file. Exit status 1 means that something was found, or that it could not be examined.
 
     \b
     Examples:

@@ -6,6 +6,7 @@ Imports the HTTP client, so it is imported by that thread only.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import random
 import time
@@ -34,6 +35,7 @@ _LOOK_AROUND_S: Final = 15.0
 _FIRST_LOOK_S: Final = 2.0
 _TIDY_S: Final = 5.0
 _REFUSALS: Final = 3
+_NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT)
 _PASSING: Final = (408, 429, 500, 502, 503, 504)
 
 
@@ -154,9 +156,7 @@ class Worker:
         except OSError as error:
             self._quiet_until = time.monotonic() + 1.0
             self._counters.problem = str(error)
-            self._complaints.say(logging.WARNING, "The spool in %s cannot be read or written: %s", self._folder, error)
-            with contextlib.suppress(OSError):
-                make_room(self._folder)
+            self._complain(error)
         else:
             self._quiet_until = 0.0
             self._backoff.reset()
@@ -201,17 +201,35 @@ class Worker:
             own = self._spool.stream
             if self._sender.stopping:
                 return
-            stream = None if own is not None and own.name == name else Stream.take(self._folder, name)
+            try:
+                stream = None if own is not None and own.name == name else Stream.take(self._folder, name)
+            except OSError as error:
+                self._complain(error)
+                continue
             if stream is not None:
                 self._orphan = Courier(stream, self._delivery, self._counters)
                 self._send_orphan(self._orphan)
 
     def _send_orphan(self, orphan: Courier) -> None:
-        while not self._sender.stopping and orphan.carry():
+        while not self._sender.stopping and self._carry(orphan):
             self._breathe()
             if not self._sender.is_idle:  # our own lines go first
                 self._send_own()
         self._release_orphan()
+
+    def _carry(self, orphan: Courier) -> bool:
+        """Send an orphan's next lines; one that cannot be read must not hold up the others."""
+        try:
+            return orphan.carry() > 0
+        except OSError as error:
+            self._complain(error)
+            return False
+
+    def _complain(self, error: OSError) -> None:
+        self._complaints.say(logging.WARNING, "The spool in %s cannot be read or written: %s", self._folder, error)
+        if error.errno in _NO_ROOM:
+            with contextlib.suppress(OSError):
+                make_room(self._folder)
 
     def _release_orphan(self) -> None:
         if self._orphan is not None:
