@@ -60,6 +60,8 @@ class Config:
         scheme = self.url.partition("://")[0].lower()
         if scheme not in ("http", "https", "unix") or len(self.url) <= len(scheme) + 3:
             raise ValueError(f"url must be http://…, https://… or unix:///path, not {self.url!r}")
+        if self.token is not None and not (self.token.isascii() and self.token.isprintable()):
+            raise ValueError("token must be printable ASCII in one line")  # not shown: it is a secret
         if self.durability not in ("write", "fsync"):
             raise ValueError(f"durability must be 'write' or 'fsync', not {self.durability!r}")
         for name in ("linger_s", "flush_timeout_s", "keep_s"):

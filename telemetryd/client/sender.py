@@ -26,7 +26,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _at_end_of_child(close: Callable[[], None]) -> None:
-    """Have this called at the end of a process of multiprocessing, which may end by os._exit, without atexit handlers."""
+    """Have this called at the end of a process of multiprocessing: os._exit may end it, without atexit handlers."""
     process, util = sys.modules.get("multiprocessing.process"), sys.modules.get("multiprocessing.util")
     if process is not None and util is not None and process.parent_process() is not None:
         util.Finalize(None, close, exitpriority=-100)

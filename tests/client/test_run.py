@@ -253,7 +253,14 @@ async def test_nothing_raises_into_the_agent(make_client: MakeClient, buffer: Pa
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"url": "ftp://x"}, {"url": "localhost:8765"}, {"durability": "maybe"}, {"timeout_s": 0}, {"keep_s": -1}],
+    [
+        {"url": "ftp://x"},
+        {"url": "localhost:8765"},
+        {"durability": "maybe"},
+        {"timeout_s": 0},
+        {"keep_s": -1},
+        {"token": "secret\nX: y"},
+    ],
 )
 def test_a_setting_that_cannot_be_used_is_an_error_at_once(wrong: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
