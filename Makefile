@@ -36,7 +36,7 @@ install: $(RUNNABLE) ## set up what the daemon needs
 run: $(RUNNABLE) ## set up what the daemon needs, and run it on port 8765
 	$(BIN)/telemetryd serve
 
-test: $(INSTALLED) ## set everything up and pass the tests (about two minutes)
+test: $(INSTALLED) ## set everything up and pass the tests (some five minutes)
 	$(BIN)/pytest -m "not slow"
 
 test-all: $(INSTALLED) ## the tests, the slow suites, and a tenth of `make torture`

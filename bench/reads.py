@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import urlencode
 
+import orjson
+
 from bench.acknowledged import check_created, last_id
 from bench.client import Client
+from bench.errors import BenchError
 from bench.figures import Figure, Samples, Unit, at_least, at_most, show_ratio, show_value
 from bench.limit_select import median_s
 from bench.scenario import Bench, Measure, new_nonce, thousands
@@ -55,6 +58,9 @@ def filters(bench: Bench) -> list[Figure]:
     with ExitStack() as stack:
         clients = {rows: stack.enter_context(_client(bench, bench.seeds.database(rows))) for rows in names}
         paths = {rows: dict(_combinations(bench.seeds.database(rows), limit)) for rows in names}
+        for rows, client in clients.items():
+            for combination, path in paths[rows].items():
+                _check_full(client, path, limit, f"filter {combination} at {names[rows]}")
         for number in range(options.rounds):
             for combination in paths[options.big]:
                 for rows, client in clients.items():
@@ -77,6 +83,12 @@ def filters(bench: Bench) -> list[Figure]:
             bench.say(f"misses with {show_ratio(figure.ratio, figure.target)}: {figure.load}")
     bench.say(f"{sum(figure.is_met for figure in found)} of {len(found)} combinations meet the target")
     return found[:3]
+
+
+def _check_full(client: Client, path: str, limit: int, name: str) -> None:
+    status, body = client.get(path)
+    if status == 200 and (count := len(orjson.loads(body))) != limit:
+        raise BenchError(f"{name}: {count} runs instead of {limit}")
 
 
 def _combinations(database: Path, limit: int) -> Iterator[tuple[str, str]]:

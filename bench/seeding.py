@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from bench.workplace import TELEMETRYD_WAL, Workplace
+from telemetryd import migrate
 
 STEP_S: Final = 3
 """Seconds between two runs, so that a larger database has a longer history, not a denser one."""
@@ -42,10 +43,6 @@ _FILL: Final = """
         'main', 'abcdef1234567', 'words', 'cron'
     FROM moments
 """
-_TOTALS: Final = (
-    "INSERT INTO run_totals SELECT agent_name, job_type, status, count(*) FROM agent_runs GROUP BY 1, 2, 3",
-    "INSERT INTO run_minutes SELECT substr(created_at, 1, 16), count(*) FROM agent_runs GROUP BY 1",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +100,5 @@ def _fill(connection: sqlite3.Connection, rows: int) -> None:
     connection.execute(_FILL, {"rows": rows, "step": STEP_S, "now": int(time.time())})
     for _, sql in indexes:
         connection.execute(sql)
-    for sql in _TOTALS:
-        connection.execute(sql)
+    migrate.derive(connection)
     connection.execute("COMMIT")

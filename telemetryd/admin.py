@@ -35,7 +35,7 @@ def _age(value: object) -> float:
 Age = Annotated[
     float,
     BeforeValidator(_age),
-    WithJsonSchema({"type": "string", "pattern": r"^\s*\d+(\.\d+)?\s*[smhdwSMHDW]?\s*$"}),
+    WithJsonSchema({"type": "string", "pattern": r"^\s*\d+(\.\d+)?\s*[smhdwSMHDW]\s*$"}),
 ]
 Limit = Annotated[int, Field(ge=1, le=MAX_SLICE)]
 

@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import secrets
+import shutil
 import sqlite3
 import sys
 import time
@@ -18,7 +19,17 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Final, Protocol
 
-from telemetryd.database import APPLICATION_ID, SIDE_FILES, beside, connect, corrupt, is_unfinished, sync_directory
+from telemetryd.database import (
+    APPLICATION_ID,
+    IF_DAMAGED,
+    SIDE_FILES,
+    beside,
+    connect,
+    connect_to_read,
+    corrupt,
+    is_unfinished,
+    sync_directory,
+)
 from telemetryd.errors import DatabaseError
 
 if sys.version_info >= (3, 14):
@@ -30,6 +41,10 @@ Watch = Callable[[str, int, int], None]
 """Called with the phase of a long work, how much of it is done, and how much there is."""
 
 COMPRESSED: Final = ".zst"
+_ZSTD: Final = b"\x28\xb5\x2f\xfd"
+_IF_BACKUP_DAMAGED: Final = (
+    "take another backup, or save what can be read of a copy of it with: telemetryd check --repair --db-path COPY"
+)
 _PAGES: Final = 2048
 """Pages copied in one step: 8 MiB at the usual page size, some milliseconds."""
 _RESTARTS: Final = 3
@@ -88,7 +103,7 @@ def backup(source: Path, destination: Path, *, compress: bool = False, watch: Wa
         try:
             blocked, expected = _copy(source, raw, watch)
             watch("Verifying", 0, 1)
-            content = verify(raw)
+            content = verify(raw, source)
         except sqlite3.Error as error:
             raise DatabaseError(f"Cannot copy {source}: {error}") from error
         if expected is not None and content.rows != expected:
@@ -105,7 +120,7 @@ def backup(source: Path, destination: Path, *, compress: bool = False, watch: Wa
 
 def _copy(source: Path, target: Path, watch: Watch) -> tuple[bool, int | None]:
     """Copy in steps; return whether writers were kept out, and the row count if it is known of the snapshot."""
-    with contextlib.closing(connect(source, "ro")) as reading, contextlib.closing(connect(target, "rw")) as writing:
+    with contextlib.closing(connect_to_read(source)) as reading, contextlib.closing(connect(target, "rw")) as writing:
         writing.execute("PRAGMA synchronous = OFF")  # the whole file is synced once, before it gets its name
         is_wal = reading.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
         if is_wal or not _copy_between_writes(reading, writing, watch):
@@ -149,28 +164,29 @@ def _report(watch: Watch) -> Callable[[int, int, int], None]:
     return lambda _status, remaining, total: watch("Copying pages", total - remaining, total)
 
 
-def verify(path: Path) -> Content:
-    """Read a database file that nobody uses from end to end.
+def verify(path: Path, original: Path | None = None, advice: str = IF_DAMAGED) -> Content:
+    """Read a database file that nobody uses from end to end; an error names the file that it is a copy of.
 
     Raises:
         DatabaseError: if it is damaged, or holds no runs.
 
     """
+    called = path if original is None else original
     if is_unfinished(path):
-        raise DatabaseError(f"{path} has a journal beside it, so it is not a whole database by itself")
+        raise DatabaseError(f"{called} has a journal beside it, so it is not a whole database by itself")
     with contextlib.closing(connect(path, "ro&immutable=1")) as connection:
         try:
             finding = connection.execute("PRAGMA integrity_check(1)").fetchone()[0]
             if finding != "ok":
-                raise corrupt(path, finding)
+                raise corrupt(called, finding, advice)
             tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
             if "agent_runs" not in tables:
-                raise DatabaseError(f"{path} has no table agent_runs: it is not a telemetry database")
+                raise DatabaseError(f"{called} has no table agent_runs: it is not a telemetry database")
             rows = connection.execute("SELECT count(*) FROM agent_runs").fetchone()[0]
             ours = connection.execute("PRAGMA application_id").fetchone()[0] == APPLICATION_ID
             version = connection.execute("PRAGMA user_version").fetchone()[0]
         except sqlite3.DatabaseError as error:
-            raise corrupt(path, str(error)) from error
+            raise corrupt(called, str(error), advice) from error
     return Content(rows, version, ours)
 
 
@@ -194,6 +210,7 @@ def rotate(directory: Path, database: Path, keep: int) -> list[Path]:
 def restore(source: Path, database: Path, moment: datetime, watch: Watch = ignore_progress) -> tuple[Content, Path]:
     """Put a verified copy of a backup in the database's place; the caller owns the database.
 
+    A source may be compressed, or a file as a crash left it with its journal or log beside it; it does not change.
     Returns what it holds, and where the old file is kept (a path that does not exist if there was none).
 
     Raises:
@@ -202,27 +219,35 @@ def restore(source: Path, database: Path, moment: datetime, watch: Watch = ignor
     """
     with partial_file(database.with_name(f"{database.name}.restored")) as copy:
         try:
-            if source.suffix == COMPRESSED:
-                with zstd.open(source, "rb") as packed, copy.open("wb") as target:
-                    _pump(packed, target, watch, "Unpacking", 0)
-            else:
-                with source.open("rb") as plain, copy.open("wb") as target:
+            with source.open("rb") as plain, copy.open("wb") as target:
+                if plain.peek(len(_ZSTD)).startswith(_ZSTD):
+                    with zstd.open(plain) as packed:
+                        _pump(packed, target, watch, "Unpacking", 0)
+                else:
                     _pump(plain, target, watch, "Copying", source.stat().st_size)
+                    _copy_side_files(source, copy)
         except (OSError, EOFError, zstd.ZstdError) as error:
-            raise DatabaseError(f"Cannot read the backup {source}: {error}") from error
-        _forget_processes(copy)
+            raise DatabaseError(f"Cannot copy the backup {source}: {error}") from error
+        _settle(copy)
         watch("Verifying", 0, 1)
-        content = verify(copy)
+        content = verify(copy, source, _IF_BACKUP_DAMAGED)
         watch("Verifying", 1, 1)
         return content, replace(database, copy, moment)
 
 
-def _forget_processes(copy: Path) -> None:
-    """Drop what a backup knows of processes: since then they may have finished their runs, and ended well."""
+def _copy_side_files(source: Path, copy: Path) -> None:
+    """Take along what SQLite needs to see the last commits; the shared memory (-shm) it makes anew."""
+    for suffix in ("-wal", "-journal"):
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copyfile(beside(source, suffix), beside(copy, suffix))
+
+
+def _settle(copy: Path) -> None:
+    """Make a copy one file, and drop what it knows of processes: since then they may have finished their runs."""
     # If there is no such table there is nothing to drop, and if the file is damaged `verify` says so.
     with contextlib.suppress(sqlite3.DatabaseError), contextlib.closing(connect(copy, "rw")) as connection:
-        connection.execute("DELETE FROM run_processes WHERE certified_at IS NULL")
         connection.execute("PRAGMA journal_mode = DELETE").fetchall()
+        connection.execute("DELETE FROM run_processes WHERE certified_at IS NULL")
 
 
 def replace(database: Path, new: Path, moment: datetime) -> Path:
@@ -280,7 +305,7 @@ def partial_file(destination: Path) -> Iterator[Path]:
     """Make a file of mode 0600 beside its destination for as long as it is not whole; remove what is left of it.
 
     Raises:
-        DatabaseError: if it cannot be made.
+        DatabaseError: if it cannot be made or written, as on a full disk.
 
     """
     path = destination.with_name(f".{destination.name}.{secrets.token_hex(4)}{_PARTIAL}")
@@ -291,6 +316,8 @@ def partial_file(destination: Path) -> Iterator[Path]:
         raise DatabaseError(f"Cannot write to {destination.parent}: {error.strerror}") from error
     try:
         yield path
+    except OSError as error:
+        raise DatabaseError(f"Cannot write {destination}: {error.strerror or error}") from error
     finally:
         for suffix in ("", *SIDE_FILES):
             path.with_name(path.name + suffix).unlink(missing_ok=True)

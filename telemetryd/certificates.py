@@ -45,10 +45,13 @@ class ProcessRequest(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True)
 
-    pid: Annotated[int, Field(ge=1, le=2**31 - 1)] = Field(description="Its process id.")
-    start_time: Count = Field(description="When it started: clock ticks since boot, field 22 of /proc/PID/stat.")
+    pid: Annotated[int, Field(ge=1, le=2**31 - 1)] = Field(description="Its process id.", examples=[4711])
+    start_time: Count = Field(
+        description="When it started: clock ticks since boot, field 22 of /proc/PID/stat.", examples=[8_675_309]
+    )
     boot_id: Annotated[str, Field(min_length=1, max_length=64)] = Field(
-        description="What /proc/sys/kernel/random/boot_id holds."
+        description="What /proc/sys/kernel/random/boot_id holds.",
+        examples=["2b1f63a1-5b0e-4e0a-9d0c-6a2f0d1c8e57"],
     )
 
 
@@ -65,6 +68,8 @@ class _Watched:
     pidfd: int
     registering: int = 0
     """Registrations that are not stored yet."""
+    is_stored: bool = False
+    """Whether the database may know it: then it is watched until it has ended, or has nothing to do."""
     has_ended: bool = False
 
 
@@ -121,11 +126,15 @@ class Certificates:
             await self._let_idle_ones_go()
         watched = self._watched.get(key) or self._take(self._machine, *key)
         watched.registering += 1
+        outcome = None
         try:
             # Nothing is awaited between taking it and this: its end is queued behind its registration.
             outcome = await self._store.submit(RegisterProcess(event_id, watched.process))
         finally:
             watched.registering -= 1
+            watched.is_stored |= outcome in (None, Registration.DONE)  # without an outcome it may have been
+        if not (watched.is_stored or watched.registering or watched.has_ended):
+            self._let_go(key)  # nobody's place, least of all that of one who guesses
         if outcome is Registration.NO_RUN:
             raise RunNotFoundError(shorten(event_id))
         if outcome is Registration.NOT_RUNNING:
@@ -137,7 +146,8 @@ class Certificates:
         try:
             pidfd = processes.hold(pid, start_time)
         except NotVisibleError as error:
-            raise NotWatchedError(str(error)) from error
+            # Whoever may write runs need not be on this machine, and must not list its processes; the log tells more.
+            raise NotWatchedError(f"No process {pid} that started at {start_time} can be watched here") from error
         cgroup = processes.cgroup(pid)
         process = Process(
             pid,
@@ -215,7 +225,7 @@ class Certificates:
         except NotVisibleError:
             await self._end(process, None)
         else:
-            self._watch(process, pidfd)
+            self._watch(process, pidfd).is_stored = True
 
     async def _end(self, process: Process, death: Death | None) -> None:
         """Write what is known, however long the database takes; without a death the process is only forgotten."""

@@ -11,9 +11,9 @@ from itertools import product
 from pathlib import Path
 from typing import Final
 
-from telemetryd import migrate, statements
+from telemetryd import legacy, migrate, statements
 from telemetryd.backup import Watch, ignore_progress
-from telemetryd.database import connect, corrupt
+from telemetryd.database import connect, connect_to_read, is_damage
 from telemetryd.errors import DatabaseError
 from telemetryd.queries import TIME_BOUNDS, ListRuns, Position
 from telemetryd.runs import FILTERS
@@ -47,13 +47,13 @@ def examine(path: Path, watch: Watch = ignore_progress) -> list[Finding]:
     """Run every check on a database, which may be in use: only a read-only connection is opened.
 
     Raises:
-        DatabaseError: if it cannot be opened at all.
+        DatabaseError: if it cannot be examined, for instance because another process locks it.
 
     """
-    checks = (_integrity, _schema, _totals, _strays, _foreign_keys, _index_usage)
+    checks = (_integrity, _schema, _totals, _strays, _space, _foreign_keys, _index_usage)
     findings: list[Finding] = []
     try:
-        with contextlib.closing(connect(path, "ro")) as connection:
+        with contextlib.closing(connect_to_read(path)) as connection:
             connection.execute("PRAGMA query_only = ON")
             for number, check in enumerate(checks):
                 watch("Checking", number, len(checks))
@@ -62,27 +62,27 @@ def examine(path: Path, watch: Watch = ignore_progress) -> list[Finding]:
                     break  # what a damaged file says of itself means nothing
             watch("Checking", len(checks), len(checks))
     except sqlite3.Error as error:
-        raise corrupt(path, str(error)) from error
+        if not is_damage(error):
+            raise DatabaseError(f"Cannot examine {path}: {error}") from error
+        findings.append(_damage(str(error)))
     return findings
 
 
+def _damage(text: str) -> Finding:
+    advice = f"restore a backup (telemetryd restore), or save what can be read: {REPAIR}"
+    return Finding("integrity", Severity.DAMAGE, text, advice)
+
+
 def _integrity(connection: sqlite3.Connection) -> Iterator[Finding]:
-    try:
-        lines = [row[0] for row in connection.execute(f"PRAGMA integrity_check({_LISTED})")]
-    except sqlite3.DatabaseError as error:
-        lines = [str(error)]
+    lines = [row[0] for row in connection.execute(f"PRAGMA integrity_check({_LISTED})")]
     if lines == ["ok"]:
         return
     faults = [line for text in lines for line in text.splitlines() if not line.startswith("***")]
-    only_indexes = all("index" in line for line in faults)
-    yield Finding(
-        "integrity",
-        Severity.PROBLEM if only_indexes else Severity.DAMAGE,
-        f"{len(faults)} faults, the first: {faults[0] if faults else lines[0]}",
-        f"the indexes disagree with the table; {REPAIR}"
-        if only_indexes
-        else f"restore a backup (telemetryd restore), or save what can be read: {REPAIR}",
-    )
+    text = f"{len(faults)} faults, the first: {faults[0] if faults else lines[0]}"
+    if faults and all("index" in line for line in faults):
+        yield Finding("integrity", Severity.PROBLEM, text, f"the indexes disagree with the table; {REPAIR}")
+    else:
+        yield _damage(text)
 
 
 def _schema(connection: sqlite3.Connection) -> Iterator[Finding]:
@@ -130,6 +130,12 @@ def _strays(connection: sqlite3.Connection) -> Iterator[Finding]:
         return
     for table, rows in found.items():
         yield Finding("strays", Severity.PROBLEM, f"{rows} rows of {table} belong to runs that are gone", REPAIR)
+
+
+def _space(connection: sqlite3.Connection) -> Iterator[Finding]:
+    if not legacy.is_compact(connection):
+        text = "deleted runs do not make the file smaller: a migration was cut off before its end, or lacked room"
+        yield Finding("space", Severity.PROBLEM, text, REPAIR)
 
 
 def _foreign_keys(connection: sqlite3.Connection) -> Iterator[Finding]:
@@ -182,7 +188,9 @@ def documented_queries() -> Iterator[ListRuns]:
 
 
 def repair(path: Path, watch: Watch = ignore_progress) -> list[str]:
-    """Mend the indexes and the totals in one transaction; the caller owns the database. Return what was done.
+    """Mend the indexes and the totals in one transaction, then the file; the caller owns the database.
+
+    Return what was done.
 
     Raises:
         DatabaseError: if that is not enough; the database is as before.
@@ -215,4 +223,10 @@ def repair(path: Path, watch: Watch = ignore_progress) -> list[str]:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
             raise DatabaseError(f"Cannot repair {path} in place: {error}; it is as before") from error
+        if not legacy.is_compact(connection):
+            try:
+                legacy.compact(connection)
+            except sqlite3.OperationalError as error:
+                raise DatabaseError(f"{path}: {'; '.join(done)}; but its space stays ({error})") from error
+            done.append("free space returned")
     return done

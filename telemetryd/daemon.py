@@ -21,6 +21,7 @@ from aiohttp import web
 import telemetryd
 from telemetryd import upkeep
 from telemetryd.connections import make_runner
+from telemetryd.disk import network_file_system
 from telemetryd.http import make_app
 from telemetryd.listening import bound
 from telemetryd.logs import log
@@ -197,6 +198,12 @@ def _announce(settings: Settings, daemon: Running) -> None:
         log.warning(
             "Acknowledged writes survive a crash, not a power cut",
             extra={"setting": "TELEMETRY_DB_SYNCHRONOUS=NORMAL"},
+        )
+    kind = network_file_system(health.path)
+    if kind is not None:
+        log.warning(
+            "The database is on a network file system",
+            extra={"file_system": kind, "advice": "Locks and syncs are not reliable there: move it to a local disk"},
         )
     if settings.api_auth_enabled:
         served = "every client that brings the token"

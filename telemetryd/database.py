@@ -452,6 +452,11 @@ def recover(path: Path) -> None:
         with closing(connect(path, "rw")) as connection:
             connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
     except sqlite3.Error as error:
+        if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_READONLY:
+            raise DatabaseError(
+                f"A commit of {path} was cut off, and this user may not write there to undo it; "
+                "run the command as the daemon's user, or start the daemon"
+            ) from error
         raise DatabaseError(f"Cannot open {path}: {error}") from error
 
 
@@ -543,12 +548,14 @@ def quick_check(connection: sqlite3.Connection, path: Path) -> None:
         raise corrupt(path, finding)
 
 
-def corrupt(path: Path, finding: str) -> DatabaseError:
+IF_DAMAGED: Final = (
+    "restore a backup, or look at it with: telemetryd check; save what can be read with: telemetryd check --repair"
+)
+
+
+def corrupt(path: Path, finding: str, advice: str = IF_DAMAGED) -> DatabaseError:
     """Return the error for a damaged file, with what was found and what to do."""
-    return DatabaseError(
-        f"{path} is damaged ({' '.join(finding.split())}); nothing was changed: restore a backup, or "
-        "look at it with: telemetryd check; save what can be read with: telemetryd check --repair"
-    )
+    return DatabaseError(f"{path} is damaged ({' '.join(finding.split())}); nothing was changed: {advice}")
 
 
 # --- Connections ---------------------------------------------------------------------------------
@@ -636,6 +643,35 @@ def connect(path: Path, mode: str, busy_timeout_ms: int = 30_000) -> sqlite3.Con
         check_same_thread=False,  # interrupt() is called from the event loop
         cached_statements=256,
     )
+
+
+def connect_to_read(path: Path) -> sqlite3.Connection:
+    """Open a connection that cannot write to a database that may be in use.
+
+    Where a commit was cut off and nobody is there to finish it, SQLite undoes it first, which needs to write.
+
+    Raises:
+        DatabaseError: if that is not possible.
+        sqlite3.Error: if the file cannot be opened.
+
+    """
+    connection = connect(path, "ro")
+    try:
+        connection.execute("SELECT 1 FROM sqlite_master").fetchone()
+    except sqlite3.Error as error:
+        connection.close()
+        if getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_READONLY_ROLLBACK:
+            raise
+        recover(path)
+        connection = connect(path, "ro")
+    return connection
+
+
+def is_damage(error: sqlite3.Error) -> bool:
+    """Tell an error that comes from the file itself from one of whoever wants to open it (a lock, a permission)."""
+    # Errors of Python's own, such as a text that is not UTF-8, have no code.
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
+    return code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_IOERR)
 
 
 def lenient_text(raw: bytes) -> str | bytes:

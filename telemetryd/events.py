@@ -22,11 +22,19 @@ class Event(BaseModel):
 
     id: Annotated[int, Role.SERVER] = Field(0, description="Row number, ascending in order of arrival.")
     event_key: Annotated[Name, Role.SET] = Field(
-        "", description="Unique in its run; makes retries harmless. Default: derived from what was given."
+        "",
+        description="Unique in its run; makes retries harmless. Default: derived from what was given.",
+        examples=["page-17"],
     )
-    event_type: Annotated[Name, Role.SET] = Field(description="What kind of thing happened.")
-    timestamp: Annotated[Timestamp, Role.SET] = Field("", description="When it happened; default: on arrival.")
-    payload: Annotated[JsonObject | None, Role.SET | Role.JSON] = Field(None, description="Anything about it.")
+    event_type: Annotated[Name, Role.SET] = Field(
+        description="What kind of thing happened.", examples=["page_translated"]
+    )
+    timestamp: Annotated[Timestamp, Role.SET] = Field(
+        "", description="When it happened; default: on arrival.", examples=["2025-12-24T10:01:30Z"]
+    )
+    payload: Annotated[JsonObject | None, Role.SET | Role.JSON] = Field(
+        None, description="Anything about it.", examples=[{"page": 17, "seconds": 1.25}]
+    )
 
 
 COLUMNS: Final = names(Event)

@@ -643,6 +643,7 @@ ROUTES: Final[tuple[Route, ...]] = (
                 ]
             },
             body_types=JSON_TYPES,
+            example=runs.example(events.NewEvent),
             answers={
                 201: (
                     "The events are stored and durable; those with a known key were so before.",
@@ -675,6 +676,7 @@ ROUTES: Final[tuple[Route, ...]] = (
             parameters=(EVENT_ID,),
             body=ref("ProcessRequest"),
             body_types=JSON_TYPES,
+            example=runs.example(ProcessRequest),
             answers={
                 201: (
                     "The process is watched, also after a restart of the daemon.",

@@ -76,7 +76,7 @@ class Layout:
             pending = [step for step in migrate.steps() if step.version > self.version]
             return [
                 *self._steps_aside(),
-                *(f"Step {step.version}: {step.description}" for step in pending),
+                *(f"Apply migration {step.version}: {step.description}" for step in pending),
                 f"Update schema version to {new}",
             ]
         steps = []
@@ -451,19 +451,29 @@ def _keep_log(connection: sqlite3.Connection) -> None:
 
 
 def _compact(connection: sqlite3.Connection, done: Migration, watch: Watch) -> None:
-    """Give the old table's space back and let later ones be given back in slices; the migration itself is over.
-
-    VACUUM is a transaction of its own: killed in it, the database is the migrated one, only larger.
-    """
-    if connection.execute("PRAGMA auto_vacuum").fetchone()[0] == _INCREMENTAL:
-        done.compacted = True
-        return
+    """Give the old table's space back; the migration itself is over."""
     watch("Returning space", 0, 1)
     try:
-        connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
-        connection.execute("VACUUM")
+        compact(connection)
     except sqlite3.OperationalError as error:
-        done.remarks.append(f"The file was migrated but not compacted ({error}); nothing else depends on it")
+        done.remarks.append(
+            f"The file was migrated but not compacted ({error}); telemetryd check --repair does that, if there is room"
+        )
     else:
         done.compacted = True
     watch("Returning space", 1, 1)
+
+
+def is_compact(connection: sqlite3.Connection) -> bool:
+    """Tell whether a database gives its free space back in slices, as one that we made does."""
+    return bool(connection.execute("PRAGMA auto_vacuum").fetchone()[0] == _INCREMENTAL)
+
+
+def compact(connection: sqlite3.Connection) -> None:
+    """Give all free space back, and let later space be given back in slices, if it is not so yet.
+
+    VACUUM is a transaction of its own: killed in it, the database is as before, only larger than it need be.
+    """
+    if not is_compact(connection):
+        connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
+        connection.execute("VACUUM")

@@ -410,7 +410,7 @@ def _log(
         )
         text = sentence(problem) if problem is not None else reason or f"Answered with status {status}"
         fields |= {"error_type": kind if problem is not None else "Refused", "error_message": text[:2000]}
-        if isinstance(problem, UnavailableError) and problem.__cause__ is not None:
+        if isinstance(problem, (UnavailableError, NotWatchedError)) and problem.__cause__ is not None:
             fields["error_cause"] = str(problem.__cause__)
         message = f"Error in {endpoint}: {text[:2000]}"
         if endpoint == _NOWHERE:

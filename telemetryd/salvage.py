@@ -73,6 +73,8 @@ def _open_damaged(path: Path) -> sqlite3.Connection:
     connection = connect(path, "ro")
     connection.text_factory = lenient_text
     connection.execute("PRAGMA query_only = ON")
+    # Else SQLite refuses a file that is shorter than its first page says (btree.c, lockBtree); nothing is written.
+    connection.execute("PRAGMA writable_schema = ON")
     return connection
 
 

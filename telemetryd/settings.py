@@ -113,22 +113,23 @@ def _text(value: object) -> object:
     return value
 
 
-_DURATION: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([smhdw]?)\s*", re.ASCII | re.IGNORECASE)
-_UNIT_SECONDS: Final = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+_DURATION: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([smhdw])\s*", re.ASCII | re.IGNORECASE)
+_UNIT_SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 _CENTURY_S: Final = 100 * 366 * 86_400
 
 
 def parse_duration(text: object) -> float:
-    """Return a duration such as 90d, 12h, 30m, 45s, 2w or plain seconds, in seconds.
+    """Return a duration such as 90d, 12h, 30m, 45s or 2w, in seconds.
 
     Raises:
-        ValueError: if it is none, is not positive, or is longer than a century.
+        ValueError: if it is none, has no unit (whoever prunes what is older than "90" means days), is not positive,
+            or is longer than a century.
 
     """
     match = _DURATION.fullmatch(str(text))
     seconds = float(match[1]) * _UNIT_SECONDS[match[2].lower()] if match else 0.0
     if not 0 < seconds <= _CENTURY_S:
-        raise ValueError("must be a duration such as 90d, 12h, 30m or 45s")
+        raise ValueError("must be a duration with its unit, such as 90d, 12h, 30m or 45s")
     return seconds
 
 
@@ -289,6 +290,10 @@ class LoadedSettings:
         """Return variable → value and origin, with absolute paths and the token masked."""
         values = self.settings.model_dump(mode="json")
         values |= {name: str(path.absolute()) for name, path in self.settings if isinstance(path, Path)}
+        if self.settings.stale_after is not None:
+            values["stale_after"] = (
+                f"{self.settings.stale_after:f}".rstrip("0").rstrip(".") + "s"
+            )  # as it may be given again
         if values["api_auth_token"] is not None:
             values["api_auth_token"] = "********"  # noqa: S105 - a mask
         return {variable(name): {"value": values[name], "origin": str(self.origins[name])} for name in values}

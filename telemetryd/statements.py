@@ -409,7 +409,12 @@ class Transaction:
         """Return some free pages to the file system; tell how many are left that can be returned."""
         if self._cursor.execute("PRAGMA auto_vacuum").fetchone()[0] != _INCREMENTAL:
             return 0
-        self._cursor.execute(f"PRAGMA incremental_vacuum({_VACUUM_PAGES})").fetchall()
+        for _ in range(min(self._free_pages(), _VACUUM_PAGES)):
+            # Each page is a step without columns, and sqlite3 takes one step of such a statement, whatever N is.
+            self._cursor.execute("PRAGMA incremental_vacuum(1)")
+        return self._free_pages()
+
+    def _free_pages(self) -> int:
         return int(self._cursor.execute("PRAGMA freelist_count").fetchone()[0])
 
     def _reap(self, command: ReapRuns) -> Reaped:

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from datetime import datetime
+from functools import partial
 from typing import Any, Final
 
 from telemetryd import admin
@@ -41,12 +42,22 @@ async def keep_up(store: Store, settings: Settings, clock: Callable[[], datetime
     """Prune and reap for ever; cancel it to end it. Nothing happens if neither is configured."""
     async with asyncio.TaskGroup() as group:
         if (days := settings.retention_days) is not None:
-            body = {"older_than": f"{days * _DAY_S:.0f}"}
-            group.create_task(_repeat("Pruned", "pruned", _PRUNE_EVERY_S, lambda: admin.prune(store, body, clock())))
+            prune = partial(_older, admin.prune, store, days * _DAY_S, clock)
+            group.create_task(_repeat("Pruned", "pruned", _PRUNE_EVERY_S, prune))
         if (age := settings.stale_after) is not None:
-            stale = {"older_than": f"{age:g}"}
-            pause = min(_REAP_EVERY_S, age / 4)
-            group.create_task(_repeat("Reaped", "reaped", pause, lambda: admin.reap(store, stale, clock())))
+            reap = partial(_older, admin.reap, store, age, clock)
+            group.create_task(_repeat("Reaped", "reaped", min(_REAP_EVERY_S, age / 4), reap))
+
+
+async def _older(
+    do: Callable[[Store, object, datetime], Awaitable[dict[str, Any]]],
+    store: Store,
+    seconds: float,
+    clock: Callable[[], datetime],
+) -> dict[str, Any]:
+    """Do one slice of what was created so long ago."""
+    now = clock()
+    return await do(store, {"created_before": admin.moment_ago(now, seconds)}, now)
 
 
 async def _repeat(message: str, counted: str, pause_s: float, do: Slice) -> None:

@@ -60,14 +60,16 @@ def test_sync_sends_what_is_left_and_says_so(daemon: Daemon, buffer: Path) -> No
 def test_sync_of_no_folder_and_an_empty_one(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "missing"):
         assert telemetryd("sync", "--buffer-dir", folder).stdout.startswith("0 lines sent")
+        shown = telemetryd("sync", "--buffer-dir", folder, "--dry-run").stdout
+        assert shown == f"Nothing is left to be sent in {folder}\n"
 
 
 def test_sync_without_a_daemon_fails_and_loses_nothing(buffer: Path, free_port: int) -> None:
     leave(buffer)
     url = f"http://127.0.0.1:{free_port}"
     done = telemetryd("sync", "--buffer-dir", buffer, "--url", url, "--retry-for", "0.3", status=1)
-    assert "refused" in done.stderr
-    assert done.stdout.splitlines()[-1].startswith("1 files to be sent")
+    assert done.stderr == f"telemetryd: {url}: Connection refused\n"
+    assert done.stdout.splitlines()[-1].startswith("1 file to be sent")
     assert states(buffer) == {".ready": 1, ".lock": 1}
 
 
@@ -76,9 +78,9 @@ def test_sync_leaves_the_living_alone_and_tells_of_refusals(daemon: Daemon, buff
     alive = Client("http://127.0.0.1:9", buffer_dir=buffer, send=False)
     alive.record(make_run())
     done = telemetryd("sync", "--buffer-dir", buffer, "--url", daemon.url, status=1)
-    assert "1 files of processes that are alive" in done.stdout
+    assert "1 file of processes that are alive" in done.stdout
     assert done.stderr.startswith("telemetryd: ")
-    assert "3 lines were refused; see " in done.stderr
+    assert "3 lines refused; see " in done.stderr
     alive.close()
 
 
@@ -94,6 +96,7 @@ def test_sync_watches_until_it_is_told_to_stop(daemon: Daemon, buffer: Path) -> 
         text=True,
     )
     try:
+        leave(buffer, 1, items_failed=-1)  # told when it comes; to be stopped is no failure
         for expected in (5, 10):
             leave(buffer)
             deadline = time.monotonic() + 20
@@ -172,7 +175,7 @@ def test_replay_keeps_what_is_refused_and_takes_it_again_once_it_is_mended(daemo
     path.write_text("".join(json.dumps(make_run(items_failed=n - 2)) + "\n" for n in range(5)) + "{broken\n")
     done = telemetryd("replay", path, "--rejects", rejects, "--url", daemon.url, status=1)
     assert done.stdout.startswith("6 lines sent: 3 runs stored")
-    assert "items_failed: " in done.stderr
+    assert "refused (422): items_failed: " in done.stderr
     assert len(rejects.read_text().splitlines()) == 3
     rejects.write_text(rejects.read_text().replace('"items_failed":-', '"items_failed":'))
     done = telemetryd("replay", rejects, "--url", daemon.url, status=1)
@@ -189,6 +192,37 @@ def test_replay_takes_spool_files_with_changes_and_events(daemon: Daemon, buffer
     assert json.loads(out)["sent"] == 3
     status, stored = call(daemon.url, "GET", "/api/v1/runs/one?include=events")
     assert (status, stored["status"], len(stored["events"])) == (200, "success", 1)
+
+
+def test_replay_brings_an_archive_back_with_its_events(start_daemon: StartDaemon, tmp_path: Path) -> None:
+    daemon = start_daemon(TELEMETRY_API_UNIX=str(tmp_path / "socket"))
+    for name in ("talkative", "silent"):
+        call(daemon.url, "POST", "/api/v1/runs", make_run(event_id=name, created_at="2025-01-01T00:00:00Z"))
+    told = [{"event_key": str(number), "event_type": "step", "payload": {"n": number}} for number in range(1100)]
+    for at in (0, 1000):
+        status, _ = call(daemon.url, "POST", "/api/v1/runs/talkative/events", told[at : at + 1000])
+        assert status in (200, 201)
+
+    def stored() -> list[object]:
+        runs = [call(daemon.url, "GET", f"/api/v1/runs/{name}")[1] for name in ("talkative", "silent")]
+        events = [
+            event
+            for offset in (0, 1000)
+            for event in get(daemon.url, f"/api/v1/runs/talkative/events?limit=1000&offset={offset}")[1]
+        ]
+        assert len(events) == 1100
+        return [{**row, "id": None, "updated_at": None} for row in [*runs, *events]]
+
+    before = stored()
+    archive = tmp_path / "archive.ndjson.zst"
+    paths = ("--db-path", daemon.database, "--unix", tmp_path / "socket")
+    telemetryd("prune", "--older-than", "90d", "--archive", archive, *paths)
+    assert get(daemon.url, "/metrics")[1]["total_runs"] == 0
+    out = json.loads(telemetryd("replay", archive, "--json", "--url", daemon.url).stdout)
+    assert (out["stored"], out["refused"]) == (2, 0)
+    assert stored() == before
+    telemetryd("replay", archive, "--url", daemon.url)
+    assert stored() == before
 
 
 def test_replay_without_a_daemon_or_with_a_broken_file_fails(tmp_path: Path, free_port: int, daemon: Daemon) -> None:

@@ -16,6 +16,7 @@ import pytest
 from telemetryd import backup, migrate
 from telemetryd.database import Ownership
 from tests.conftest import Daemon, StartDaemon, make_run
+from tests.faults.hot_journal import cut_off_growing
 from tests.tools.fill import make_database
 from tests.tools.process import telemetryd
 
@@ -197,3 +198,64 @@ def test_a_restored_older_database_asks_for_migration(tmp_path: Path) -> None:
     with closing(sqlite3.connect(old)) as connection:
         connection.execute(f"PRAGMA user_version = {migrate.current_version() - 1}")
     assert "telemetryd migrate" in telemetryd("restore", old, "--db-path", tmp_path / "telemetry.sqlite").stdout
+
+
+def test_a_commit_that_was_cut_off_is_undone_before_the_copy(tmp_path: Path) -> None:
+    path = make_database(tmp_path / "telemetry.sqlite", 300)
+    cut_off_growing(path)
+    assert backup.backup(path, tmp_path / "copy.sqlite").rows == 300
+    assert rows(tmp_path / "copy.sqlite") == 300
+
+
+@pytest.mark.parametrize("mode", ["WAL", "DELETE"])
+def test_what_a_crash_left_beside_the_source_is_restored_with_it(tmp_path: Path, mode: str) -> None:
+    source = make_database(tmp_path / "copied.sqlite", 300)
+    if mode == "WAL":
+        with closing(sqlite3.connect(source)) as connection:
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("DELETE FROM agent_runs WHERE id > 200")
+            connection.commit()
+            crashed = tmp_path / "crashed"
+            crashed.mkdir()
+            for suffix in ("", "-wal"):
+                (crashed / f"copied.sqlite{suffix}").write_bytes(Path(f"{source}{suffix}").read_bytes())
+        source = crashed / "copied.sqlite"
+    else:
+        cut_off_growing(source)
+    before = {path: path.read_bytes() for path in source.parent.glob("copied.sqlite*")}
+    telemetryd("restore", source, "--db-path", tmp_path / "telemetry.sqlite")
+    assert rows(tmp_path / "telemetry.sqlite") == (200 if mode == "WAL" else 300)
+    assert {path: path.read_bytes() for path in source.parent.glob("copied.sqlite*")} == before
+    assert not [path for path in tmp_path.iterdir() if "restored" in path.name]
+
+
+def test_a_database_in_use_is_not_a_source(tmp_path: Path, start_daemon: StartDaemon) -> None:
+    daemon = start_daemon()
+    assert daemon.url
+    refused = telemetryd("restore", daemon.database, "--db-path", tmp_path / "other.sqlite", status=1)
+    assert "telemetryd backup" in refused.stderr
+    assert not (tmp_path / "other.sqlite").exists()
+
+
+def test_a_bad_source_is_called_by_its_own_name(tmp_path: Path) -> None:
+    source = tmp_path / "photo.sqlite"
+    source.write_bytes(b"not a database" * 100)
+    refused = telemetryd("restore", source, "--db-path", tmp_path / "telemetry.sqlite", status=1).stderr
+    assert str(source) in refused
+    assert ".partial" not in refused
+    assert "check --repair --db-path" in refused  # without it, that would be the database and not the backup
+
+
+def test_a_compressed_backup_is_known_by_its_content(tmp_path: Path) -> None:
+    path = make_database(tmp_path / "telemetry.sqlite", 30)
+    telemetryd("backup", tmp_path / "monday.backup", "--zstd", "--db-path", path)
+    telemetryd("restore", tmp_path / "monday.backup", "--db-path", tmp_path / "other.sqlite")
+    assert rows(tmp_path / "other.sqlite") == 30
+
+
+def test_every_path_in_the_report_is_absolute(tmp_path: Path) -> None:
+    path = make_database(tmp_path / "telemetry.sqlite", 3)
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "telemetry_backup_20250101_000000.sqlite").touch()
+    done = telemetryd("backup", "kept", "--keep", "1", "--json", "--db-path", path, cwd=tmp_path)
+    assert json.loads(done.stdout)["removed"] == [str(tmp_path / "kept" / "telemetry_backup_20250101_000000.sqlite")]

@@ -157,7 +157,7 @@ def test_a_process_that_nobody_waits_for_has_ended_all_the_same(start_daemon: St
     run = wait_until_closed(url, path)
     assert run["error_summary"] == f"Process {pid} ended without finishing the run"
     late = new_run(url)
-    assert "has ended" in register(url, late, identity(pid), 409)["detail"]
+    assert "can be watched" in register(url, late, identity(pid), 409)["detail"]
     stays_running(url, late, seconds=0.1)
 
 
@@ -280,6 +280,36 @@ def test_what_is_not_that_very_process_is_refused(start_daemon: StartDaemon, spa
     ended = new_run(url, status="success")
     assert register(url, ended, good, 409) == {"detail": "The run is not running"}
     assert register(url, path, {**good, "mood": "fine"})["warnings"] == ["Unknown field ignored: mood"]
+    agent.kill()
+    wait_until_closed(url, path)
+
+
+def test_a_refusal_does_not_tell_which_processes_there_are(start_daemon: StartDaemon, spawn: Spawn) -> None:
+    """Whoever may write runs, from a container or another machine as well, must not list our processes with it."""
+    daemon = start_daemon()
+    url, agent, boot = daemon.url, spawn(), identity(os.getpid())["boot_id"]
+    path = new_run(url)
+    guesses = [1, 2, os.getpid(), agent.pid, 2**31 - 1]
+    for pid in guesses:
+        refused = register(url, path, {"pid": pid, "start_time": 0, "boot_id": boot}, 409)
+        assert refused == {"detail": f"No process {pid} that started at 0 can be watched here"}
+    assert daemon.stop() == 0
+    causes = {line["error_cause"] for line in daemon.lines if line["message"].startswith("Error in")}
+    assert f"There is no process {2**31 - 1} here" in causes, "the operator's log knows more"
+    assert f"Process {agent.pid} has ended, or is not the one that started at 0" in causes
+
+
+def test_who_names_no_running_run_takes_no_place(start_daemon: StartDaemon, spawn: Spawn) -> None:
+    """Else one client could fill the table with processes that have nothing to do, and keep the others out."""
+    agent, strangers = spawn(), [spawn() for _ in range(3)]
+    daemon = start_daemon(TELEMETRY_WATCHED_PROCESSES="1")
+    url = daemon.url
+    path, ended = new_run(url), new_run(url, status="success")
+    for stranger in strangers:
+        register(url, "/api/v1/runs/nobody", identity(stranger.pid), 404)
+        register(url, ended, identity(stranger.pid), 409)
+    register(url, path, identity(agent.pid))
+    register(url, "/api/v1/runs/nobody", identity(agent.pid), 404)  # which costs the run nothing
     agent.kill()
     wait_until_closed(url, path)
 

@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 
 from telemetryd.check import documented_queries, examine
+from telemetryd.database import is_damage
+from telemetryd.errors import DatabaseError
 from tests.conftest import StartDaemon
+from tests.faults.hot_journal import cut_off_growing
 from tests.tools.fill import make_database
 from tests.tools.old_databases import make_old_database
 from tests.tools.process import telemetryd
@@ -81,6 +84,18 @@ def test_an_index_that_disagrees_is_built_again(tmp_path: Path) -> None:
     change(path, f"UPDATE sqlite_master SET sql = replace(sql, ' WHERE start_time < ''''', '') WHERE rootpage = {root}")
     assert [(finding.check, finding.severity) for finding in examine(path)] == [("integrity", "problem")]
     assert check(path, "--repair")["ok"]
+
+
+def test_space_that_a_migration_did_not_return_is_returned(tmp_path: Path) -> None:
+    """It was killed in its last step, VACUUM: the runs are in their new table, and the old one's pages are free."""
+    path = make_database(tmp_path / "telemetry.sqlite", 300)
+    change(path, "CREATE TABLE old AS SELECT randomblob(3000) FROM agent_runs", "PRAGMA auto_vacuum = NONE", "VACUUM")
+    change(path, "DROP TABLE old")
+    size = path.stat().st_size
+    assert [finding.check for finding in examine(path)] == ["space"]
+    assert "free space returned" in check(path, "--repair")["repaired"]
+    assert path.stat().st_size < size / 2
+    assert count(path) == 300
 
 
 def test_what_the_old_service_left_is_a_note(tmp_path: Path) -> None:
@@ -159,3 +174,38 @@ def test_rows_whose_run_is_gone_are_found_and_deleted(tmp_path: Path) -> None:
     assert "1 rows of run_events deleted, whose runs are gone" in done["repaired"]
     with closing(sqlite3.connect(path)) as connection:
         assert connection.execute("SELECT run FROM run_events").fetchall() == [(2,)]
+
+
+@pytest.mark.parametrize("flags", [[], ["--repair"]])
+def test_a_commit_that_was_cut_off_is_no_damage(tmp_path: Path, flags: list[str]) -> None:
+    path = make_database(tmp_path / "telemetry.sqlite", 300)
+    cut_off_growing(path)
+    assert check(path, *flags)["ok"]
+    assert count(path) == 300
+
+
+def test_what_cannot_be_opened_is_no_damage(tmp_path: Path) -> None:
+    with pytest.raises(DatabaseError, match=r"Cannot examine .*: unable to open"):
+        examine(tmp_path / "gone.sqlite")
+    path = make_database(tmp_path / "telemetry.sqlite", 3)
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with closing(sqlite3.connect(path, timeout=0)) as connection, pytest.raises(sqlite3.Error) as locked:
+            connection.execute("SELECT count(*) FROM agent_runs")
+        assert not is_damage(locked.value)
+
+
+def test_what_is_left_of_a_file_that_was_cut_short_is_saved(tmp_path: Path) -> None:
+    path = make_database(tmp_path / "telemetry.sqlite", 3000)
+    os.truncate(path, path.stat().st_size * 2 // 3 // 4096 * 4096)
+    assert check(path, status=1)["findings"][0]["severity"] == "damage"
+    done = check(path, "--repair")
+    assert done["ok"]
+    assert count(path) == done["saved"] > 1000
+    assert done["lost"] in (None, 3000 - done["saved"])  # as far as the rest still tells how many there were
+
+
+def test_a_file_that_is_no_database_is_damage(tmp_path: Path) -> None:
+    path = tmp_path / "telemetry.sqlite"
+    path.write_bytes(b"no database" * 1000)
+    assert check(path, status=1)["findings"][0]["severity"] == "damage"

@@ -27,6 +27,7 @@ def test_the_help_lists_exit_statuses_and_completion() -> None:
     assert "Exit status: 0 done;" in out
     assert "_TELEMETRYD_COMPLETE=zsh_source" in out
     assert set(main.commands) <= set(out.split())
+    assert "..." not in out.partition("Commands:")[2]
 
 
 def test_completion_is_made() -> None:
@@ -34,10 +35,31 @@ def test_completion_is_made() -> None:
     environment = {**os.environ, "_TELEMETRYD_COMPLETE": "bash_source"}
     done = subprocess.run([program], env=environment, capture_output=True, text=True, check=True)
     assert "complete -o nosort -F _telemetryd_completion telemetryd" in done.stdout
+    typed = {"_TELEMETRYD_COMPLETE": "bash_complete", "COMP_WORDS": "telemetryd prune --status ca", "COMP_CWORD": "3"}
+    done = subprocess.run([program], env={**os.environ, **typed}, capture_output=True, text=True, check=True)
+    assert done.stdout == "plain,cancelled\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("telemetryd sy", ["plain,sync"]),
+        ("telemetryd serve --log-level w", ["plain,WARNING"]),
+        ("telemetryd serve --db-journal-mode wa", ["plain,WAL"]),
+        ("telemetryd check --db-path te", ["file,te"]),
+        ("telemetryd prune --status f", ["plain,failure"]),
+    ],
+)
+def test_values_are_completed(words: str, offered: list[str]) -> None:
+    program = Path(sys.executable).with_name("telemetryd")
+    variables = {"_TELEMETRYD_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    done = subprocess.run([program], env={**os.environ, **variables}, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == offered
 
 
 def test_a_wrong_command_line_ends_with_status_2(tmp_path: Path) -> None:
-    assert "duration" in telemetryd("prune", "--older-than", "soon", status=2).stderr
+    for text in ("soon", "90"):  # days were meant, and seconds would delete nearly everything
+        assert "duration with its unit" in telemetryd("prune", "--older-than", text, status=2).stderr
     assert "TELEMETRY_API_PORT" in telemetryd("check", status=2, cwd=tmp_path, TELEMETRY_API_PORT="x").stderr
     assert telemetryd("check", status=1, cwd=tmp_path).stdout == ""
     assert list(tmp_path.iterdir()) == []

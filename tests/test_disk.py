@@ -218,3 +218,52 @@ async def test_a_folder_that_is_gone_is_told(make_api: MakeApi, tmp_path: Path) 
     assert (answer.status, str(folder) in answer.json["detail"]) == (503, True)
     (tmp_path / "elsewhere").rename(folder)
     await eventually(lambda: api.store.health().problem is None)
+
+
+# --- The kind of file system ---------------------------------------------------------------------
+
+MOUNTS = r"""22 1 8:1 / / rw - ext4 /dev/sda1 rw
+30 22 0:40 / /data rw,relatime shared:5 master:1 - nfs4 server:/export rw
+31 30 8:2 / /data/local rw - xfs /dev/sdb1 rw
+32 22 0:41 / /with\040blank rw - cifs //server/share rw
+33 22 0:42 / /home rw - fuse.sshfs me@server: rw
+34 22 8:3 / /covered rw - ext4 /dev/sdc1 rw
+35 22 0:43 / /covered rw - 9p host rw
+36 22 0:44 / /fused rw - fuse.ntfs /dev/sdd1 rw
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/telemetry.sqlite", None),
+        ("/data", "nfs4"),
+        ("/data/x/telemetry.sqlite", "nfs4"),
+        ("/data/local/telemetry.sqlite", None),
+        ("/database/telemetry.sqlite", None),
+        ("/with blank/telemetry.sqlite", "cifs"),
+        ("/home/me/telemetry.sqlite", "fuse.sshfs"),
+        ("/covered/telemetry.sqlite", "9p"),
+        ("/fused/telemetry.sqlite", None),
+    ],
+)
+def test_a_network_file_system_is_known(tmp_path: Path, path: str, kind: str | None) -> None:
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text(MOUNTS)
+    assert disk.network_file_system(Path(path), mounts) == kind
+    assert disk.network_file_system(Path(path), tmp_path / "nowhere") is None
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    assert disk.network_file_system(link, mounts) == kind
+
+
+def test_a_database_on_a_network_file_system_is_warned_of(start_daemon: StartDaemon, tmp_path: Path) -> None:
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text(f"22 1 0:40 / {tmp_path} rw - nfs4 server:/export rw\n")
+    over = 'mount --bind "$0" /proc/$$/mountinfo && exec "$@"'
+    prefix = ("unshare", "--mount", "sh", "-c", over, str(mounts))
+    if subprocess.run([*prefix, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("nothing can be mounted here")
+    daemon = start_daemon(prefix=prefix)
+    assert daemon.wait_for_line("The database is on a network file system")["file_system"] == "nfs4"
+    assert daemon.stop() == 0

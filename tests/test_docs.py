@@ -45,11 +45,12 @@ def test_every_endpoint_stands_in_the_readme() -> None:
 
 def test_the_architecture_page_has_every_module_with_its_own_sentence() -> None:
     page = (ROOT / "docs" / "architecture.md").read_text("utf-8")
-    for path in sorted((ROOT / "telemetryd").glob("*.py")):
+    for path in sorted((ROOT / "telemetryd").rglob("*.py")):
         if path.stem in ("__init__", "__main__"):
             continue
-        sentence = (import_module(f"telemetryd.{path.stem}").__doc__ or "").splitlines()[0]
-        assert f"| `{path.name}` | {sentence} |" in page, path.name
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        sentence = (import_module(".".join(parts)).__doc__ or "").splitlines()[0]
+        assert f"| `{'/'.join(parts[1:])}.py` | {sentence} |" in page, path
 
 
 def test_every_command_of_the_reliability_page_names_a_test() -> None:

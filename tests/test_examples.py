@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import configparser
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +55,25 @@ def test_every_variable_of_the_deployment_files_is_a_setting(file: str) -> None:
     used = set(re.findall(r"\bTELEMETRY_[A-Z_]+[A-Z]\b", (ROOT / file).read_text()))
     assert used
     assert used <= {variable(name) for name in Settings.model_fields}
+
+
+def test_the_build_context_holds_what_the_image_is_built_from(tmp_path: Path) -> None:
+    """`COPY . .` brings what .dockerignore lets through, and no more."""
+    let_through = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
+    required = re.search(r"--requirement (\S+)", (ROOT / "Dockerfile").read_text())
+    assert required is not None
+    assert required[1] in let_through
+    for name in let_through:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, tmp_path / name)
+    listed = configparser.ConfigParser()
+    listed.read(tmp_path / "setup.cfg")
+    folders = dict(line.split(" = ") for line in listed["options"]["package_dir"].split("\n") if line)
+    for package in listed["options"]["packages"].split():
+        assert (tmp_path / folders.get(package, package.replace(".", "/")) / "__init__.py").is_file()
 
 
 def test_the_health_check_of_the_image_sees_the_daemon(start_daemon: StartDaemon) -> None:

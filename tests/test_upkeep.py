@@ -7,7 +7,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from datetime import UTC, datetime, timedelta
 from importlib import import_module
 from pathlib import Path
@@ -21,6 +21,7 @@ from telemetryd.commands import CreateRuns
 from telemetryd.database import connect
 from telemetryd.runs import format_timestamp, parse_run
 from telemetryd.settings import Settings
+from telemetryd.upkeep import keep_up
 from tests.conftest import Api, Daemon, MakeApi, StartDaemon, make_run
 from tests.tools.fill import make_database
 from tests.tools.process import telemetryd
@@ -86,8 +87,11 @@ async def test_prune_deletes_a_slice_and_keeps_the_totals_right(make_api: MakeAp
     totals_are_right(path)
     answer = await admin(api, "prune", older_than="90d", limit=1000, agent_name="hugo-translator")
     assert answer["pruned"] > 0
+    slices = 0
     while answer["more"]:
         answer = await admin(api, "prune", older_than="90d", limit=1000)
+        slices += 1
+    assert slices < 5  # free pages go back many at a time
     assert await count(api) == 50
     assert rows(path, "PRAGMA freelist_count") == [(0,)]
     totals_are_right(path)
@@ -351,6 +355,18 @@ def test_a_prune_killed_at_any_moment_loses_no_run_and_can_be_repeated(
     assert daemon.stop() == 0
 
 
+async def test_it_is_done_at_any_age(make_api: MakeApi) -> None:
+    posted = datetime.now(UTC)
+    api = await make_api(clock=lambda: posted, stale_after="1000000s", retention_days=30)
+    await api.batch([make_run(status=status) for status in ("running", "success")])
+    for days, expected in ((11, ["running", "success"]), (12, ["cancelled", "success"]), (31, [])):
+        now = posted + timedelta(days=days)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(0.5):
+                await keep_up(api.store, api.settings, lambda now=now: now)  # type: ignore[misc]
+        assert sorted(run["status"] for run in await api.list()) == expected
+
+
 async def test_the_daemon_does_it_by_itself_if_told_to(start_daemon: StartDaemon) -> None:
     daemon = start_daemon(TELEMETRY_RETENTION_DAYS="90", TELEMETRY_STALE_AFTER="1s")
     await post(daemon, [make_run() for _ in range(3)])
@@ -360,3 +376,17 @@ async def test_the_daemon_does_it_by_itself_if_told_to(start_daemon: StartDaemon
     daemon = start_daemon(TELEMETRY_RETENTION_DAYS="90")
     assert daemon.wait_for_line("Pruned")["result_count"] == 3
     totals_are_right(daemon.database)
+
+
+def test_an_archive_that_finds_no_room_deletes_nothing(tmp_path: Path) -> None:
+    path = make_database(tmp_path / "telemetry.sqlite", 5000)
+    command = [sys.executable, "-m", "telemetryd", "prune", "--older-than", "1d", "--db-path", str(path)]
+    command += ["--archive", str(tmp_path / "archive.ndjson.zst")]
+    # A file that may not become longer than 20 KiB, as on a disk that is full.
+    limited = ["bash", "-c", 'ulimit -f 20; exec "$@"', "bash", *command]
+    done = subprocess.run(limited, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"telemetryd: Cannot write {tmp_path / 'archive.ndjson.zst'}: ")
+    assert done.stderr.count("\n") == 1
+    assert rows(path, "SELECT count(*) FROM agent_runs") == [(5000,)]
+    assert not [file for file in tmp_path.iterdir() if "archive" in file.name]

@@ -9,13 +9,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, Final, TypeVar, cast
 
 import click
 
-from telemetryd.cli.options import EXIT_USAGE, Progress, fail, json_flag, print_json, progress, size
+from telemetryd.cli.options import EXIT_USAGE, Progress, counted, fail, json_flag, print_json, progress, size
 from telemetryd.client.config import Config
 from telemetryd.client.context import timestamp
 from telemetryd.client.counters import Counters
@@ -33,7 +33,7 @@ from telemetryd.client.folder import (
     summary,
     waiting,
 )
-from telemetryd.client.lines import dead_letter, encode, read_object
+from telemetryd.client.lines import dead_letter, encode, read_object, unfold
 from telemetryd.client.transport import Transport
 from telemetryd.client.worker import Backoff
 from telemetryd.errors import ErrorItem, describe
@@ -50,14 +50,20 @@ _WATCH_S: Final = 2.0
 _ZSTD: Final = b"\x28\xb5\x2f\xfd"
 _GZIP: Final = b"\x1f\x8b"
 
-url_option = click.option("--url", help="The daemon's address.  [TELEMETRY_API_URL; default: http://localhost:8765]")
+_FOLDER: Final = "The spool's folder.  [TELEMETRY_BUFFER_DIR; default: ~/.local/state/telemetryd/buffer]"
+url_option = click.option(
+    "--url",
+    metavar="URL",
+    help="The daemon's address; its token comes from TELEMETRY_API_AUTH_TOKEN or TELEMETRY_API_AUTH_TOKEN_FILE.  "
+    "[TELEMETRY_API_URL; default: http://localhost:8765]",
+)
 retry_option = click.option(
     "--retry-for",
     "retry_s",
     type=click.FloatRange(min=0),
     default=10.0,
-    show_default=True,
-    help="Seconds to try again while the daemon does not take anything.",
+    metavar="SECONDS",
+    help="How long to try again while the daemon does not take anything.  [default: 10]",
 )
 
 
@@ -113,7 +119,7 @@ class Patience:
 
 
 @click.command()
-@click.option("--buffer-dir", type=click.Path(path_type=Path), help="The spool's folder.  [TELEMETRY_BUFFER_DIR]")
+@click.option("--buffer-dir", type=click.Path(path_type=Path), help=_FOLDER)
 @click.option("--watch", is_flag=True, help="Go on until SIGTERM or SIGINT: send whatever comes.")
 @click.option("--dry-run", is_flag=True, help="Only say what the folder holds.")
 @retry_option
@@ -143,9 +149,13 @@ def sync(
     else:
         if not dry_run:
             click.echo(_sentence(counters))
+        elif not left:
+            click.echo(f"Nothing is left to be sent in {config.folder}")
         for state, total in left.items():
             whose = "of processes that are alive" if state == "active" else "to be sent"
-            click.echo(f"{total['files']} files {whose}, {size(total['bytes'])} (.{state})")
+            click.echo(f"{counted(total['files'], 'file')} {whose}, {size(total['bytes'])} (.{state})")
+    if watch and problem is None:
+        return  # stopped as it was meant to be; each refusal was told when it came
     _end(problem, counters, f"; see {config.folder / DEAD_LETTERS}")
 
 
@@ -166,14 +176,14 @@ def _sync(config: Config, counters: Counters, retry_s: float | None) -> str | No
         return str(error)
     finally:
         work.close()
-    return None
+    return None if watch else work.problem
 
 
 def _end(problem: str | None, counters: Counters, where: str = "") -> None:
     if problem is not None:
         fail(problem)
     if counters.dead:
-        fail(f"{counters.dead} lines were refused{where}")
+        fail(f"{counted(counters.dead, 'line')} refused{where}")
 
 
 def _outcome(counters: Counters) -> dict[str, int]:
@@ -188,8 +198,8 @@ def _outcome(counters: Counters) -> dict[str, int]:
 
 def _sentence(counters: Counters) -> str:
     return (
-        f"{counters.sent} lines sent: {counters.stored} runs stored, {counters.duplicates} known before, "
-        f"{counters.dead} lines refused"
+        f"{counted(counters.sent, 'line')} sent: {counted(counters.stored, 'run')} stored, "
+        f"{counters.duplicates} known before, {counted(counters.dead, 'line')} refused"
     )
 
 
@@ -201,6 +211,8 @@ class _Sync:
         self._transport = Transport(config)
         self._refusals = _Refusals(None)
         self._delivery = Delivery(self._transport, self._bury, counters)
+        self.problem: str | None = None
+        """The last trouble with one of the files."""
 
     def pass_over(self) -> int:
         """Send every stream that nobody else sends; return how many lines that were."""
@@ -209,25 +221,42 @@ class _Sync:
             total = sum(entry.size for entry in entries(folder) if entry.state != SYNCED)
             done = 0
             for name in waiting(folder):
-                stream = Stream.take(folder, name)
-                if stream is None:
-                    continue
-                courier = Courier(stream, self._delivery, self._counters)
                 try:
-                    while self._patience.attempt(courier.carry, 0):
-                        done += courier.carried_bytes
+                    for size_of_part in self._send(name):
+                        done += size_of_part
                         drawn("Sending", min(done, total), total)
                         time.sleep(self._delivery.pause_s)
                 except WaitError:
                     pass  # it comes after another stream, perhaps one of this pass
-                finally:
-                    stream.release()
+                except OSError as error:
+                    self._note(error)  # the others can be sent all the same
         return self._counters.sent - before
+
+    def _send(self, name: str) -> Iterator[int]:
+        """Send a stream unless somebody else does; yield the size of each part that was sent."""
+        stream = Stream.take(self._config.folder, name)
+        if stream is None:
+            return
+        courier = Courier(stream, self._delivery, self._counters)
+        try:
+            while self._patience.attempt(courier.carry, 0):
+                yield courier.carried_bytes
+        finally:
+            stream.release()
 
     def tidy(self) -> None:
         """Keep the folder within its bounds."""
         config = self._config
-        enforce(config.folder, Bounds(config.max_bytes, config.max_age_s, config.keep_s), None, self._dropped)
+        bounds = Bounds(config.max_bytes, config.max_age_s, config.keep_s)
+        try:
+            enforce(config.folder, bounds, None, self._dropped)
+        except OSError as error:
+            self._note(error)
+
+    def _note(self, error: OSError) -> None:
+        if self.problem != str(error):
+            self.problem = str(error)
+            click.echo(f"telemetryd: {error}", err=True)
 
     def close(self) -> None:
         self._transport.close()
@@ -238,7 +267,9 @@ class _Sync:
 
     def _dropped(self, entry: Entry, lines: int, reason: str) -> None:
         self._counters.dropped += lines
-        click.echo(f"telemetryd: {lines} unsent lines given up, {entry.path.name} deleted: {reason}", err=True)
+        click.echo(
+            f"telemetryd: {counted(lines, 'unsent line')} given up, {entry.path.name} deleted: {reason}", err=True
+        )
 
 
 # --- replay --------------------------------------------------------------------------------------
@@ -251,11 +282,11 @@ class _Sync:
 @json_flag
 @url_option
 def replay(*, files: tuple[str, ...], rejects: Path | None, retry_s: float, as_json: bool, url: str | None) -> None:
-    r"""Send the runs of NDJSON files: one JSON object a line, as POST /api/v1/runs takes it.
+    r"""Send the runs of NDJSON files.
 
-    Plain, gzip or Zstandard; - is standard input. Spool files, dead-letter files and the archives of
-    `telemetryd prune` will do as well. Runs that are known by their event_id are left as they are, so a file may be
-    replayed again.
+    One JSON object a line, as POST /api/v1/runs takes it. Plain, gzip or Zstandard; - is standard input. Spool files,
+    dead-letter files and the archives of `telemetryd prune`, with the events of their runs, will do as well. Runs that
+    are known by their event_id are left as they are, so a file may be replayed again.
 
     \b
     Examples:
@@ -293,10 +324,9 @@ def _replay_file(name: str, delivery: Delivery, patience: Patience, drawn: Progr
         lines: list[bytes] = []
         length = 0
         for line in _plain(file):
-            text = _unwrap(line.strip())
-            if text:
-                lines.append(text)
-                length += len(text)
+            unfolded = [text for text in unfold(_unwrap(line.strip())) if text]
+            lines += unfolded
+            length += sum(map(len, unfolded))
             if len(lines) >= delivery.rows or length >= MAX_BYTES:
                 _send(lines, delivery, patience)
                 lines, length = [], 0
@@ -355,8 +385,12 @@ class _Refusals:
 
 
 def _reasons(reason: object) -> list[str]:
-    faults = reason if isinstance(reason, list) else [reason]
-    return [
-        describe(cast("ErrorItem", fault)) if isinstance(fault, dict) and {"loc", "msg"} <= fault.keys() else str(fault)
-        for fault in faults
-    ]
+    return [_reason(fault) for fault in (reason if isinstance(reason, list) else [reason])]
+
+
+def _reason(fault: object) -> str:
+    """Say a fault without the line's number in its request, which nobody has seen."""
+    if not (isinstance(fault, dict) and isinstance(fault.get("loc"), list) and "msg" in fault):
+        return str(fault)
+    place = [part for part in fault["loc"] if not isinstance(part, int)]
+    return describe(cast("ErrorItem", {**fault, "loc": place}))

@@ -69,11 +69,11 @@ _RULE = "=" * 70
 @json_flag
 @settings_flags(*DATABASE_SETTINGS)
 def migrate(dry_run: bool, with_backup: bool, as_json: bool, **flags: Any) -> None:
-    r"""Bring a database of any older version to the schema of this one, in one transaction.
+    r"""Bring an older database to the schema of this version.
 
-    Killed at any moment, the file has the old schema or the new one, and the command may be repeated.
-    Every run stays. Values that the current schema does not admit are normalised and counted; where that
-    is not possible, the original is kept in the table unconverted_values.
+    It is one transaction: killed at any moment, the file has the old schema or the new one, and the command may be
+    repeated. Every run stays. Values that the current schema does not admit are normalised and counted; where that is
+    not possible, the original is kept in the table unconverted_values.
 
     \b
     Examples:
@@ -202,8 +202,9 @@ def _print_migration(path: Path, done: legacy.Migration, *, dry_run: bool) -> No
 @json_flag
 @settings_flags("db_path")
 def backup(destination: Path, keep: int | None, compress: bool, as_json: bool, **flags: Any) -> None:
-    r"""Copy the database to DEST while the daemon writes to it; the copy is verified before it gets its name.
+    r"""Copy the database to DEST while the daemon writes to it.
 
+    The copy is verified before it gets its name.
     If DEST is a directory, the file in it is named by the time: telemetry_backup_20251224_100000.sqlite.
 
     \b
@@ -222,7 +223,7 @@ def backup(destination: Path, keep: int | None, compress: bool, as_json: bool, *
             destination / backups.backup_name(path, _local_now(), compress=compress) if is_directory else destination
         )
         done = backups.backup(path, target.absolute(), compress=compress, watch=drawn)
-        removed = backups.rotate(destination, path, keep) if keep is not None else []
+        removed = backups.rotate(destination.absolute(), path, keep) if keep is not None else []
     if as_json:
         print_json(
             {
@@ -258,9 +259,10 @@ def refuse_missing(path: Path) -> None:
 @json_flag
 @settings_flags(*DATABASE_SETTINGS)
 def restore(source: Path, as_json: bool, **flags: Any) -> None:
-    r"""Put a backup (also a compressed one) in the database's place; the old file is kept beside it.
+    r"""Put a backup in the database's place.
 
-    The backup is verified first. A running daemon must be stopped before.
+    The backup, also a compressed one, is verified first, and the old file is kept beside it. A running daemon must be
+    stopped before.
 
     \b
     Examples:
@@ -269,6 +271,8 @@ def restore(source: Path, as_json: bool, **flags: Any) -> None:
       systemctl start telemetryd
     """
     settings = load_settings(flags).settings
+    with failing():
+        _refuse_in_use(source, settings.db_path)
     with failing(), owned(settings) as path, progress() as drawn:
         backups.forget_leftovers(path)
         content, aside = backups.restore(source, path, _local_now(), drawn)
@@ -284,6 +288,21 @@ def restore(source: Path, as_json: bool, **flags: Any) -> None:
         click.echo("It has an older schema; before the daemon starts, run: telemetryd migrate")
 
 
+def _refuse_in_use(source: Path, database: Path) -> None:
+    """Stop if a file is no backup but a database at work, of which a plain copy may be torn.
+
+    Raises:
+        DatabaseError: then.
+
+    """
+    if source.resolve() == database.resolve():
+        raise DatabaseError(f"{source} is the database itself; give a backup of it")
+    if owner := Ownership(source, None).holder():
+        raise DatabaseError(
+            f"{source} is in use by PID {owner}; copy it first: telemetryd backup COPY --db-path {source}"
+        )
+
+
 # --- check ---------------------------------------------------------------------------------------
 
 
@@ -292,9 +311,11 @@ def restore(source: Path, as_json: bool, **flags: Any) -> None:
 @json_flag
 @settings_flags(*DATABASE_SETTINGS)
 def check(repair: bool, as_json: bool, **flags: Any) -> None:
-    r"""Examine the database: integrity, schema, totals, foreign keys, and the index of every documented query.
+    r"""Examine the database, and repair it on request.
 
-    Without --repair nothing is written and the daemon may run. Exit status 1 means that something was found.
+    That is its integrity, schema, totals, foreign keys, and the index of every documented query. Without --repair
+    nothing is changed and the daemon may run; only what a crash cut off is undone, as by any program that opens the
+    file. Exit status 1 means that something was found, or that it could not be examined.
 
     \b
     Examples:
@@ -328,7 +349,7 @@ def check(repair: bool, as_json: bool, **flags: Any) -> None:
 def _repair(path: Path, drawn: Progress) -> dict[str, Any]:
     """Mend in place what can be; otherwise save what can be read into a new file."""
     backups.forget_leftovers(path)
-    if not any(finding.severity is checks.Severity.DAMAGE for finding in _examine_damaged(path, drawn)):
+    if not any(finding.severity is checks.Severity.DAMAGE for finding in checks.examine(path, drawn)):
         return {"repaired": checks.repair(path, drawn)}
     done = salvage(path, _local_now(), drawn)
     lost = "an unknown number" if done.lost is None else str(done.lost)
@@ -341,10 +362,3 @@ def _repair(path: Path, drawn: Progress) -> dict[str, Any]:
         "rejected": done.rejected,
         "old_file": done.aside,
     }
-
-
-def _examine_damaged(path: Path, drawn: Progress) -> list[checks.Finding]:
-    try:
-        return checks.examine(path, drawn)
-    except DatabaseError as error:  # so damaged that it cannot even be examined
-        return [checks.Finding("integrity", checks.Severity.DAMAGE, str(error), "")]

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Final, NoReturn, TypeVar, Union, get_args, ge
 
 import click
 import orjson
+from click.shell_completion import CompletionItem
 
 from telemetryd.errors import ConfigurationError, TelemetrydError, sentence
 from telemetryd.settings import LoadedSettings, Settings, flag, load, parse_duration, variable
@@ -24,7 +25,15 @@ NO_FLAG: Final = frozenset({"api_auth_token"})
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-_UNITS: Final = {"ms": "MS", "s": "SECONDS", "bytes": "BYTES", "days": "DAYS", "after": "DURATION", "host": "ADDRESS"}
+_UNITS: Final = {
+    "ms": "MS",
+    "s": "SECONDS",
+    "bytes": "BYTES",
+    "days": "DAYS",
+    "after": "DURATION",
+    "host": "ADDRESS",
+    "hosts": "NAMES",
+}
 
 
 def _kind(name: str) -> Any:
@@ -45,8 +54,26 @@ def _metavar(name: str) -> str | None:
     return "PATH" if kind is Path else _UNITS.get(name.rpartition("_")[2], "N")
 
 
-def settings_flags(*names: str) -> Callable[[F], F]:
-    """Give a command one flag for each of these settings; for every setting if none is named."""
+def _complete(name: str) -> Callable[[click.Context, click.Parameter, str], list[CompletionItem]]:
+    """Return what a shell may offer behind a setting's flag: its words, or files."""
+    kind = _kind(name)
+
+    def offer(context: click.Context, parameter: click.Parameter, begun: str) -> list[CompletionItem]:
+        if issubclass(kind, StrEnum):
+            return [CompletionItem(str(word)) for word in kind if word.lower().startswith(begun.lower())]
+        return [CompletionItem(begun, type="file")] if kind is Path else []
+
+    return offer
+
+
+def settings_flags(*names: str, **helps: str) -> Callable[[F], F]:
+    """Give a command one flag for each of these settings; for every setting if none is named.
+
+    Args:
+        *names: the settings' fields.
+        **helps: what a setting means to this command, if that is something else than to the daemon.
+
+    """
     chosen = names or tuple(Settings.model_fields)
 
     def decorate(function: F) -> F:
@@ -55,9 +82,11 @@ def settings_flags(*names: str) -> Callable[[F], F]:
             if name not in NO_FLAG:
                 shown = setting.get_default(call_default_factory=True)
                 default = "none" if shown is None else str(shown).lower() if isinstance(shown, bool) else shown
-                text = f"{setting.description}  [{variable(name)}; default: {default}]"
+                text = f"{helps.get(name, setting.description)}  [{variable(name)}; default: {default}]"
                 declaration = f"{flag(name)}/--no-{flag(name)[2:]}" if _kind(name) is bool else flag(name)
-                function = click.option(declaration, name, default=None, help=text, metavar=_metavar(name))(function)
+                function = click.option(
+                    declaration, name, default=None, help=text, metavar=_metavar(name), shell_complete=_complete(name)
+                )(function)
         return function
 
     return decorate
@@ -145,6 +174,11 @@ def progress() -> Iterator[Progress]:
         yield drawn
     finally:
         drawn.close()
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun: 1 line, 2 lines."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def size(count: int) -> str:

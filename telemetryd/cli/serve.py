@@ -58,9 +58,9 @@ def serve(**flags: Any) -> None:
 @json_flag
 @settings_flags()
 def config(as_json: bool, **flags: Any) -> None:
-    r"""Print every setting with its value and where it came from; the token is masked, paths are absolute.
+    r"""Print every setting with its value and where it came from.
 
-    What a start would remark on goes to standard error.
+    The token is masked, paths are absolute. What a start would remark on goes to standard error.
 
     \b
     Examples:

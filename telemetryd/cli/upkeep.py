@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
 import click
 import orjson
+from click.shell_completion import CompletionItem
 
 from telemetryd import admin
 from telemetryd.backup import partial_file, publish
-from telemetryd.cli.options import DurationType, failing, json_flag, load_settings, print_json, progress, settings_flags
+from telemetryd.cli.options import (
+    DurationType,
+    F,
+    failing,
+    json_flag,
+    load_settings,
+    print_json,
+    progress,
+    settings_flags,
+)
 from telemetryd.cli.target import Body, Target, find_target
 from telemetryd.errors import DatabaseError
 from telemetryd.runs import Status, canonical_status, utc_now
@@ -27,9 +37,18 @@ else:
 
 _SETTINGS: Final = ("db_path", "lock_file", "api_unix", "api_port", "api_auth_token_file")
 
-older_than = click.option(
-    "--older-than", type=DurationType(), required=True, help="Age of the runs by created_at: 90d, 12h, 30m, 45s, 2w."
-)
+_DAEMON: Final = {
+    "api_unix": "Unix socket of the running daemon.",
+    "api_port": "Port of the running daemon on this machine.",
+    "api_auth_token_file": "File that holds the daemon's token; or set TELEMETRY_API_AUTH_TOKEN.",
+}
+
+
+def older_than(text: str) -> Callable[[F], F]:
+    """Give a command the age that it asks for."""
+    return click.option("--older-than", type=DurationType(), required=True, help=f"{text}: 90d, 12h, 30m, 45s, 2w.")
+
+
 agent = click.option("--agent", "agent_name", metavar="NAME", help="Only runs of this agent.")
 dry = click.option("--dry-run", is_flag=True, help="Only count.")
 address = click.option("--url", metavar="URL", help="Base URL of the daemon; default: the one that owns the database.")
@@ -47,9 +66,13 @@ class StatusType(click.ParamType[str]):
         except ValueError:
             self.fail(f"{value!r} is not one of {', '.join(Status)}", param, ctx)
 
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Offer the statuses."""
+        return [CompletionItem(str(status)) for status in Status if status.startswith(incomplete.lower())]
+
 
 @click.command()
-@older_than
+@older_than("Age of the runs by created_at")
 @agent
 @click.option("--status", type=StatusType(), help="Only runs of this status.")
 @dry
@@ -60,7 +83,7 @@ class StatusType(click.ParamType[str]):
 )
 @json_flag
 @address
-@settings_flags(*_SETTINGS)
+@settings_flags(*_SETTINGS, **_DAEMON)
 def prune(
     *,
     older_than: float,
@@ -72,10 +95,10 @@ def prune(
     url: str | None,
     **flags: Any,
 ) -> None:
-    r"""Delete runs that were created long ago, keep the totals right, and return the space.
+    r"""Delete runs that were created long ago, and return the space.
 
-    Work goes through the running daemon in small slices with pauses, or directly if none runs. With
-    --archive, exactly the archived runs are deleted, and only if they did not change meanwhile.
+    The totals stay right. Work goes through the running daemon in small slices with pauses, or directly if none runs.
+    With --archive, exactly the archived runs are deleted, and only if they did not change meanwhile.
 
     \b
     Examples:
@@ -174,12 +197,12 @@ def _archived_versions(archive: Path) -> Iterator[list[Body]]:
 
 
 @click.command()
-@older_than
+@older_than("How long ago the runs were created and last changed")
 @agent
 @dry
 @json_flag
 @address
-@settings_flags(*_SETTINGS)
+@settings_flags(*_SETTINGS, **_DAEMON)
 def reap(
     *,
     older_than: float,
@@ -189,11 +212,11 @@ def reap(
     url: str | None,
     **flags: Any,
 ) -> None:
-    r"""Cancel running runs that were neither created nor changed for a while (the guide's stale runs).
+    r"""Cancel runs that still run but have not changed for a while.
 
-    They become `cancelled` with an end_time of now, error_summary `Stale run cleaned up on startup (created at …)`
-    and output_summary `Process did not complete - cleanup on restart`. A run that was changed lately by PATCH
-    (a heartbeat) is left alone.
+    These are the guide's stale runs. They become `cancelled` with an end_time of now, error_summary `Stale run
+    cleaned up on startup (created at …)` and output_summary `Process did not complete - cleanup on restart`. A run
+    that was changed lately by PATCH (a heartbeat) is left alone.
 
     \b
     Examples:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
+from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -57,19 +59,10 @@ class Config:
     """Sent files (.synced) are deleted when they are so old."""
 
     def __post_init__(self) -> None:
-        scheme = self.url.partition("://")[0].lower()
-        if scheme not in ("http", "https", "unix") or len(self.url) <= len(scheme) + 3:
-            raise ValueError(f"url must be http://…, https://… or unix:///path, not {self.url!r}")
-        if self.token is not None and not (self.token.isascii() and self.token.isprintable()):
-            raise ValueError("token must be printable ASCII in one line")  # not shown: it is a secret
-        if self.durability not in ("write", "fsync"):
-            raise ValueError(f"durability must be 'write' or 'fsync', not {self.durability!r}")
-        for name in ("linger_s", "flush_timeout_s", "keep_s"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, it is {getattr(self, name)!r}")
-        for name in ("timeout_s", "file_bytes", "file_age_s", "max_bytes", "max_age_s"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, it is {getattr(self, name)!r}")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if (fault := _fault(field.name, value)) is not None:
+                raise ValueError(f"{field.name} {fault}{_shown(field.name, value)}")
 
     @property
     def folder(self) -> Path:
@@ -94,6 +87,41 @@ class Config:
         return cls(**values)
 
 
+def _fault(name: str, value: Any) -> str | None:
+    """Return what a setting must be if this value cannot be used."""
+    if name == "url":
+        return _fault_of_url(value)
+    if name == "token" and value is not None and not value.isprintable():
+        return "must be printable text of one line"
+    if name == "durability" and value not in ("write", "fsync"):
+        return "must be write or fsync"
+    if name in ("linger_s", "flush_timeout_s", "keep_s") and not value >= 0:
+        return "must not be negative"
+    if name in ("timeout_s", "file_bytes", "file_age_s", "max_bytes", "max_age_s") and not value > 0:
+        return "must be positive"
+    return None
+
+
+def _fault_of_url(url: str) -> str | None:
+    try:
+        parts = urlsplit(url)
+        is_usable = bool(parts.netloc + parts.path if parts.scheme == "unix" else parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is none, or half an IPv6 address
+        is_usable = False
+    else:
+        if parts.username is not None:
+            return "must not hold a user or a password; the token is a setting of its own"
+    if is_usable and parts.scheme in ("http", "https", "unix") and not parts.query + parts.fragment:
+        return None
+    return "must be http://…, https://… or unix:///path"
+
+
+def _shown(name: str, value: object) -> str:
+    """Return a wrong value as an error shows it, unless it may hold a secret."""
+    is_secret = name == "token" or "@" in str(value)
+    return "" if is_secret else f" (it is {value!r:.100})"
+
+
 def _switch(text: str) -> bool:
     if text.strip().lower() in ("1", "true", "yes", "on"):
         return True
@@ -102,22 +130,39 @@ def _switch(text: str) -> bool:
     raise ValueError("must be true or false")
 
 
+def _number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError("must be a number")
+    return number
+
+
 def _scaled(factor: float) -> Callable[[str], float]:
-    return lambda text: float(text) * factor
+    return lambda text: _number(text) * factor
+
+
+def _token_file(path: str) -> str:
+    try:
+        return Path(path).read_text("utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot be read: {error}") from error
 
 
 VARIABLES: Final[Mapping[str, tuple[str, Callable[[str], Any], str]]] = {
     "TELEMETRY_API_URL": ("url", str, "The daemon: http://host:port, https://…, or unix:///path."),
-    "TELEMETRY_API_AUTH_TOKEN": ("token", str, "The daemon's token, if it asks for one."),
-    "TELEMETRY_API_AUTH_TOKEN_FILE": ("token", lambda path: Path(path).read_text("utf-8").strip(), "Or its file."),
+    "TELEMETRY_API_AUTH_TOKEN": ("token", str.strip, "The daemon's token, if it asks for one."),
+    "TELEMETRY_API_AUTH_TOKEN_FILE": ("token", _token_file, "Or its file."),
     "TELEMETRY_BUFFER_DIR": ("buffer_dir", Path, "The spool's folder."),
     "TELEMETRY_BUFFER_DURABILITY": ("durability", str, "write, or fsync: each call waits for the disk."),
-    "TELEMETRY_BUFFER_MAX_MB": ("max_bytes", lambda text: int(float(text) * MIB), "The folder's bound, in MiB."),
+    "TELEMETRY_BUFFER_MAX_MB": ("max_bytes", lambda text: int(_number(text) * MIB), "The folder's bound, in MiB."),
     "TELEMETRY_BUFFER_MAX_DAYS": ("max_age_s", _scaled(86_400), "Unsent files are given up after so many days."),
     "TELEMETRY_BUFFER_KEEP_HOURS": ("keep_s", _scaled(3600), "Sent files are deleted after so many hours."),
     "TELEMETRY_SEND": ("send", _switch, "false: only fill the spool; `telemetryd sync --watch` sends."),
-    "TELEMETRY_TIMEOUT_S": ("timeout_s", float, "How long an answer may take."),
-    "TELEMETRY_FLUSH_TIMEOUT_S": ("flush_timeout_s", float, "How long sending may hold up the end of the process."),
+    "TELEMETRY_TIMEOUT_S": ("timeout_s", _number, "How long an answer may take."),
+    "TELEMETRY_FLUSH_TIMEOUT_S": ("flush_timeout_s", _number, "How long sending may hold up the end of the process."),
 }
 """Variable → setting, how its text is read, and what it is."""
 
@@ -128,8 +173,11 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
         text = environment.get(variable)
         if text:
             try:
-                values.setdefault(name, read(text))
-            except (ValueError, OSError) as error:
-                shown = "" if name == "token" else f" (it is {text!r:.100})"
-                raise ValueError(f"{variable}: {error}{shown}") from error
+                value = read(text)
+                fault = _fault(name, value)
+            except ValueError as error:
+                fault = str(error)
+            if fault is not None:
+                raise ValueError(f"{variable}: {fault}{_shown(name, text)}")
+            values.setdefault(name, value)
     return values

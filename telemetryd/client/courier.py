@@ -71,6 +71,6 @@ class Courier:
             if read_object(window.torn) is not None:  # only its newline is missing
                 return [window.torn]
             self._counters.torn += 1
-            text = "The last line of a spool file is torn and left out; its call had not returned: %.100r"
-            logger.warning(text, window.torn)
+            text = "The last line of a spool file is torn and left out; its call had not returned: %r"
+            logger.warning(text, window.torn[:100])
         return [line for line in window.lines if line.strip()]

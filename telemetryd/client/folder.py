@@ -20,6 +20,7 @@ import fcntl
 import os
 import random
 import re
+import stat
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -37,12 +38,15 @@ DEAD_LETTERS: Final = "dead-letter.jsonl"
 _DEAD_LETTERS_BYTES: Final = 16 << 20
 _LOCK: Final = ".lock"
 _FILE: Final = re.compile(
-    r"(?P<stem>(?P<stream>.+?)(?:\.(?P<number>\d{6,}))?\.jsonl)(?P<state>\.active|\.ready|\.synced)"
+    r"(?P<stem>(?P<stream>.+?)(?:\.(?P<number>\d{6}|[1-9]\d{6,}))?\.jsonl)(?P<state>\.active|\.ready|\.synced)"
 )
 _OWN_STREAM: Final = re.compile(r"\d{8}T\d{6}Z-\d+-[0-9a-f]{8}")
 _CHUNK: Final = 1 << 16
 _USUAL_LINE: Final = 1024
 """No more than so much is read ahead for each line that is asked for."""
+_LONGEST_LINE: Final = 256 << 20
+"""A line beyond that is no line of ours: it is read, and left out, in pieces."""
+_LARGEST: Final = 2**62
 _MODE: Final = 0o600
 _FOLDER_MODE: Final = 0o700
 
@@ -78,7 +82,7 @@ class Window:
     start: int
     """Where the first line begins in the file of that number."""
     torn: bytes = b""
-    """What stands behind the last newline of a file that nobody writes any more."""
+    """What stands behind the last newline of a file that nobody writes any more, or a piece of what has no newline."""
 
     @property
     def end(self) -> Position:
@@ -111,7 +115,9 @@ def entries(folder: Path) -> list[Entry]:
                 continue  # the replaced client's; it closes them itself
             stream = match["stream"] if own else match["stem"].removesuffix(".jsonl")
             with contextlib.suppress(FileNotFoundError):  # renamed or deleted meanwhile
-                facts = item.stat()
+                facts = item.stat(follow_symlinks=False)
+                if not stat.S_ISREG(facts.st_mode):
+                    continue  # whatever it is, no process of ours has made it
                 number = int(match["number"]) if own else 0
                 found.append(Entry(Path(item.path), stream, number, match["state"], facts.st_size, facts.st_mtime))
     return sorted(found, key=lambda entry: (entry.modified, entry.stream, entry.number))
@@ -203,16 +209,11 @@ class Stream:
             file = self._open()
             if file is None:
                 return None
-            size, chunk = min(max(rows * _USUAL_LINE, _CHUNK), max_bytes), b""
-            while True:
-                chunk = os.pread(file, size, self.offset)
-                end = chunk.rfind(b"\n")
-                if end >= 0 or len(chunk) < size:
-                    break
-                size *= 4  # a line that is longer than a chunk
+            chunk = self._read(file, min(max(rows * _USUAL_LINE, _CHUNK), max_bytes))
+            end = chunk.rfind(b"\n")
             if end >= 0:
                 return self._cut(chunk, end, rows, max_bytes)
-            if self.live is not None:
+            if self.live is not None and len(chunk) < _LONGEST_LINE:
                 if not self.live.settled(self.number):
                     return None
                 if len(os.pread(file, len(chunk) + 1, self.offset)) > len(chunk):
@@ -220,6 +221,14 @@ class Stream:
             if chunk:
                 return Window([], self.number, self.offset, chunk)
             self._finish_file()
+
+    def _read(self, file: int, size: int) -> bytes:
+        """Return what comes next, with one newline at least unless there is none (within the longest line)."""
+        while True:
+            chunk = os.pread(file, size, self.offset)
+            if b"\n" in chunk or len(chunk) < size or size >= _LONGEST_LINE:
+                return chunk
+            size *= 4  # a line that is longer than a chunk
 
     def _cut(self, chunk: bytes, end: int, rows: int, max_bytes: int) -> Window:
         lines = chunk[:end].split(b"\n", rows)
@@ -238,7 +247,7 @@ class Stream:
         """Delete an unsent file of which nothing is written any more; return how many lines were given up."""
         path = self.path(number, READY)
         begin = self.offset if number == self.number else 0
-        with path.open("rb") as file:
+        with open(open_regular(path, os.O_RDONLY), "rb") as file:
             file.seek(begin)
             lines = sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(_CHUNK), b""))
         if number == self.number:
@@ -272,7 +281,7 @@ class Stream:
         for state in (ACTIVE, READY, ACTIVE, READY):  # it may be renamed between the two
             path = self.path(self.number, state)
             with contextlib.suppress(FileNotFoundError):
-                self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                self._file = open_regular(path, os.O_RDONLY)
                 self._path = path
                 return self._file
         later = [entry.number for entry in self.files() if entry.number > self.number]
@@ -308,17 +317,19 @@ class Stream:
 def read_position(lock: int) -> Position:
     """Return how far a stream has been sent; what cannot be read counts as not at all."""
     try:
-        number, offset = os.pread(lock, 64, 0).split()
-        return int(number), int(offset)
+        number, offset = map(int, os.pread(lock, 64, 0).split())
     except (OSError, ValueError):
         return 0, 0
+    return (number, offset) if 0 <= number < _LARGEST and 0 <= offset < _LARGEST else (0, 0)
 
 
 def is_sent(folder: Path, after: After) -> bool:
     """Tell whether another stream has been sent up to a place."""
     name, number, size = after
+    if not _OWN_STREAM.fullmatch(name):
+        return True  # no process of ours wrote that
     try:
-        lock = os.open(folder / (name + _LOCK), os.O_RDONLY | os.O_CLOEXEC)
+        lock = open_regular(folder / (name + _LOCK), os.O_RDONLY)
     except FileNotFoundError:
         return True
     try:
@@ -331,10 +342,27 @@ def _unsent(folder: Path) -> Iterator[Entry]:
     return (entry for entry in entries(folder) if entry.state != SYNCED)
 
 
+def open_regular(path: Path, flags: int) -> int:
+    """Open a regular file; whatever else stands in its place is neither followed nor waited for, nor written to.
+
+    A file with a second name may be somebody else's, so it is not written to either.
+
+    Raises:
+        OSError: if it cannot be opened, or is another kind of file.
+
+    """
+    file = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, _MODE)
+    facts = os.fstat(file)
+    if stat.S_ISREG(facts.st_mode) and (facts.st_nlink <= 1 or flags & os.O_ACCMODE == os.O_RDONLY):
+        return file
+    os.close(file)
+    raise OSError(errno.EPERM, "It is not a regular file with one name", str(path))
+
+
 def _lock(path: Path, flags: int) -> int | None:
     """Open and lock a lock file; None if somebody else holds it, or it is deleted by the one who held it."""
     try:
-        lock = os.open(path, os.O_RDWR | os.O_CLOEXEC | flags, _MODE)
+        lock = open_regular(path, os.O_RDWR | flags)
     except FileExistsError:
         return None
     try:
@@ -361,7 +389,7 @@ def open_active(path: Path) -> int:
         OSError: if it cannot be made.
 
     """
-    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _MODE)
+    return open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL)
 
 
 # --- Dead letters --------------------------------------------------------------------------------
@@ -378,7 +406,7 @@ def bury(folder: Path, lines: list[bytes], status: int | None, reason: object) -
     text = b"".join(dead_letter(line, status, reason, moment) for line in lines)
     make_folder(folder)
     path = folder / DEAD_LETTERS
-    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, _MODE)
+    file = open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     try:
         if os.write(file, text) != len(text):
             os.write(file, b"\n")
@@ -410,8 +438,13 @@ def enforce(folder: Path, bounds: Bounds, own: Stream | None, dropped: Dropped) 
     """Keep a folder within its bounds: sent files go first, then the oldest unsent ones that are closed.
 
     A file that is being written is never touched, nor is one of another living process, which does this itself.
+
+    Raises:
+        OSError: the first of what could not be done; everything else is done all the same.
+
     """
     now = time.time()
+    failures: list[OSError] = []
     found = entries(folder)
     for entry in [entry for entry in found if entry.state == SYNCED and now - entry.modified > bounds.keep_s]:
         entry.path.unlink(missing_ok=True)
@@ -426,9 +459,15 @@ def enforce(folder: Path, bounds: Bounds, own: Stream | None, dropped: Dropped) 
             entry.path.unlink(missing_ok=True)
         else:
             reason = f"older than {bounds.max_age_s / 86400:g} days" if is_old else "the folder is over its bound"
-            if not _give_up(folder, entry, own, dropped, reason):
+            try:
+                if not _give_up(folder, entry, own, dropped, reason):
+                    continue
+            except OSError as error:
+                failures.append(error)
                 continue
         excess -= entry.size
+    if failures:
+        raise failures[0]
 
 
 def _give_up(folder: Path, entry: Entry, own: Stream | None, dropped: Dropped, reason: str) -> bool:

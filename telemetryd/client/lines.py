@@ -23,6 +23,8 @@ OP: Final = b'{"op":"'
 RUN: Final = b'{"event_id":"'
 _STARTS: Final = (RUN, OP)
 _NUL: Final = b"\\u0000"
+_BEGINNINGS: Final = 100
+"""How many places are tried where a whole line may begin."""
 
 Json = dict[str, Any]
 After = tuple[str, int, int]
@@ -72,11 +74,13 @@ def mend(line: bytes) -> bytes | None:
     follows at once. Where that one begins can be told: only its true beginning is a JSON text up to the end.
     """
     for start in _STARTS:
-        at = line.rfind(start)
-        while at > 0:
+        at = len(line)
+        for _ in range(_BEGINNINGS):
+            at = line.rfind(start, 0, at)
+            if at <= 0:
+                break
             if read_object(line[at:]) is not None:
                 return line[at:]
-            at = line.rfind(start, 0, at)
     return None
 
 
@@ -87,6 +91,32 @@ def read_object(line: bytes) -> Json | None:
     except ValueError:
         return None
     return value if isinstance(value, dict) else None
+
+
+def _read_writable(line: bytes) -> Json | None:
+    """Return a line as an object that can be written again; orjson reads 1024 levels of nesting and writes 254."""
+    value = read_object(line)
+    try:
+        orjson.dumps(value)
+    except TypeError:
+        return None
+    return value
+
+
+def unfold(line: bytes) -> list[bytes]:
+    """Return a run that holds its events, as in an archive of `telemetryd prune`, as one line for each of them.
+
+    The events' ids are the daemon's own, which gives new ones. Any other line comes back as it is.
+    """
+    run = (_read_writable(line) or {}) if b'"events"' in line and not line.startswith(OP) else {}
+    event_id, events = run.get("event_id"), run.pop("events", None)
+    if not isinstance(event_id, str) or not isinstance(events, list) or not events:
+        return [line]
+    lines = [encode(run)]
+    for event in events:
+        told = {name: value for name, value in event.items() if name != "id"} if isinstance(event, dict) else event
+        lines.append(encode({"op": "event", "event_id": event_id, "event": told}))
+    return [unfolded.rstrip() for unfolded in lines]
 
 
 @dataclass(slots=True)
@@ -131,9 +161,9 @@ class Plan:
 def after_of(line: bytes) -> After | None:
     """Return what must have been sent before a line, or None."""
     if line.startswith(OP) and b'"after":[' in line:
-        value = (read_object(line) or {}).get("after")
-        if isinstance(value, list) and len(value) == 3:
-            return str(value[0]), int(value[1]), int(value[2])
+        match (read_object(line) or {}).get("after"):
+            case [str() as stream, int() as number, int() as size]:
+                return stream, number, size
     return None
 
 
@@ -153,10 +183,14 @@ def plan(lines: list[bytes]) -> Plan:
         if line.startswith(OP):
             _add_operation(result, started, line)
     for item in started.values():
-        if item.changes:
-            run = read_object(item.body)
-            if run is not None:
-                item.body = orjson.dumps({**run, **item.changes})
+        run = read_object(item.body) if item.changes else None
+        if run is None or item.changes is None:
+            continue
+        try:
+            item.body = orjson.dumps({**run, **item.changes})
+        except TypeError:  # deeper than orjson writes, though it could be read
+            result.updates[item.event_id] = UpdateItem(item.event_id, item.changes, item.lines[1:])
+            item.lines, item.changes = item.lines[:1], None
     return result
 
 
@@ -170,7 +204,7 @@ def _event_id(line: bytes) -> str:
 
 
 def _add_operation(result: Plan, started: Mapping[str, RunItem], line: bytes) -> None:
-    value = read_object(line) or {}
+    value = _read_writable(line) or {}
     event_id, fields, event = value.get("event_id"), value.get("fields"), value.get("event")
     if not isinstance(event_id, str):
         result.unreadable.append(line)
@@ -193,5 +227,14 @@ def dead_letter(line: bytes, status: int | None, reason: object, moment: str) ->
     """Return the dead-letter file's line for a line that will never be taken."""
     value = read_object(line)
     told: Json = {"time": moment, "status": status, "reason": reason}
-    told["line"] = value if value is not None else line.decode("utf-8", "backslashreplace")
-    return json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n"
+    text = line.decode("utf-8", "backslashreplace")
+    told["line"] = value if value is not None else text
+    try:
+        encoded = _compact(told)
+    except RecursionError:
+        encoded = _compact({**told, "line": text})
+    return encoded.encode("utf-8", "replace") + b"\n"
+
+
+def _compact(value: Json) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

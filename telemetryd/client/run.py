@@ -147,7 +147,11 @@ class Run:
         failed: int | None = None,
         skipped: int | None = None,
     ) -> None:
-        """Record how many items were found, done, failed and left out so far."""
+        """Record how many items were found, done, failed and left out so far.
+
+        The number found stands in its own field only if the run is started with it (items_discovered=…), because
+        PATCH does not change it; said here, it stands in metrics_json.
+        """
         counts = {
             "items_discovered": discovered,
             "items_succeeded": succeeded,

@@ -7,6 +7,7 @@ import gzip
 import http.client
 import os
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import SplitResult, quote, unquote, urlsplit
@@ -65,9 +66,9 @@ class Transport:
         self._address: SplitResult = urlsplit(config.url)
         self._timeout_s = config.timeout_s
         self._prefix = "" if self._address.scheme == "unix" else self._address.path.rstrip("/")
-        self._headers = {"User-Agent": f"telemetryd-client/{telemetryd.__version__}"}
+        self._headers: dict[str, str | bytes] = {"User-Agent": f"telemetryd-client/{telemetryd.__version__}"}
         if config.token:
-            self._headers["Authorization"] = f"Bearer {config.token}"
+            self._headers["Authorization"] = f"Bearer {config.token}".encode()
         self._connection: http.client.HTTPConnection | None = None
         # On the same machine compressing costs more than it saves (docs/client.md has the figures).
         self._compresses = not self.is_local
@@ -107,9 +108,10 @@ class Transport:
                 return self._exchange(method, path, body, headers)
         except (OSError, http.client.HTTPException, ValueError) as error:
             self.close()
-            raise UnreachableError(f"{self._address.geturl()}: {error or type(error).__name__}") from error
+            why = error.strerror if isinstance(error, OSError) else None
+            raise UnreachableError(f"{self._address.geturl()}: {why or error or type(error).__name__}") from error
 
-    def _exchange(self, method: str, path: str, body: bytes | None, headers: dict[str, str]) -> Answer:
+    def _exchange(self, method: str, path: str, body: bytes | None, headers: Mapping[str, str | bytes]) -> Answer:
         connection = self._connection
         if connection is None:
             connection = self._connection = self._connect()

@@ -6,6 +6,7 @@ Imports the HTTP client, so it is imported by that thread only.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import random
 import time
@@ -34,6 +35,7 @@ _LOOK_AROUND_S: Final = 15.0
 _FIRST_LOOK_S: Final = 2.0
 _TIDY_S: Final = 5.0
 _REFUSALS: Final = 3
+_NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Backoff:
@@ -160,9 +162,7 @@ class Worker:
         except OSError as error:
             self._quiet_until = time.monotonic() + 1.0
             self._counters.problem = str(error)
-            self._complaints.say(logging.WARNING, "The spool in %s cannot be read or written: %s", self._folder, error)
-            with contextlib.suppress(OSError):
-                make_room(self._folder)
+            self._complain(error)
         else:
             self._quiet_until = 0.0
             self._backoff.reset()
@@ -243,6 +243,12 @@ class Worker:
     def _complain_of(self, stream: str, error: OSError) -> None:
         text = "The stream %s in %s cannot be sent: %s"
         self._complaints.say(logging.WARNING, text, stream, self._folder, error)
+
+    def _complain(self, error: OSError) -> None:
+        self._complaints.say(logging.WARNING, "The spool in %s cannot be read or written: %s", self._folder, error)
+        if error.errno in _NO_ROOM:
+            with contextlib.suppress(OSError):
+                make_room(self._folder)
 
     def _release_orphan(self) -> None:
         if self._orphan is not None:

@@ -417,3 +417,14 @@ def test_the_readme_works_as_pasted(daemon: Daemon, buffer: Path) -> None:
     events = get(daemon.url, f"/api/v1/runs/{translated['event_id']}/events")[1]
     assert [event["payload"]["file"] for event in events] == ["a.md", "b.md", "c.md"]
     assert found["crawl"]["parent_run_id"] == found["nightly"]["run_id"]
+
+
+def test_the_clients_page_works_as_pasted(daemon: Daemon, buffer: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "client.md").read_text("utf-8")
+    snippets = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(snippets) == 2
+    python("\n".join(snippets), daemon.url, buffer)
+    (run,) = runs(daemon.url)
+    assert (run["status"], run["items_discovered"], run["items_succeeded"]) == ("partial", 120, 45)
+    assert (run["metrics_json"], run["context_json"]) == ({"tokens": 5200}, {"shard": 3})
+    assert (run["environment"], run["output_summary"]) == ("prod", "…")

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from telemetryd.client import Client, Run
+from telemetryd.client import Client, Config, Run
 from telemetryd.client.context import PARENT_VARIABLE
 from tests.client.conftest import MakeClient, flushed, url_of
-from tests.conftest import Api
+from tests.conftest import Api, MakeApi, make_run
 
 
 async def stored(api: Api, run: Run | str) -> dict[str, Any]:
@@ -254,19 +254,48 @@ async def test_nothing_raises_into_the_agent(make_client: MakeClient, buffer: Pa
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"url": "ftp://x"},
-        {"url": "localhost:8765"},
+        *({"url": url} for url in ("ftp://x", "localhost:8765", "http://", "http://:8765", "http://h:port", "unix://")),
+        *({"url": url} for url in ("http://h:70000", "http://me:secret@h", "http://[::1", "http://h/?x=1")),
+        *({"token": token} for token in ("two\nlines", "a\0b")),
         {"durability": "maybe"},
         {"timeout_s": 0},
         {"keep_s": -1},
-        {"token": "secret\nX: y"},
     ],
 )
 def test_a_setting_that_cannot_be_used_is_an_error_at_once(wrong: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=next(iter(wrong))):
+    with pytest.raises(ValueError, match=f"^{next(iter(wrong))} ") as caught:
         Client(**{"buffer_dir": tmp_path, **wrong})
+    assert "secret" not in str(caught.value)
     with pytest.raises(TypeError, match="unknown settings: colour"):
         Client(buffer_dir=tmp_path, colour="red")
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "rule"),
+    [
+        ("TELEMETRY_API_URL", "ftp://x", "must be http://…, https://… or unix:///path (it is 'ftp://x')"),
+        ("TELEMETRY_TIMEOUT_S", "0", "must be positive (it is '0')"),
+        ("TELEMETRY_TIMEOUT_S", "soon", "must be a number (it is 'soon')"),
+        ("TELEMETRY_BUFFER_MAX_MB", "much", "must be a number (it is 'much')"),
+        ("TELEMETRY_BUFFER_DURABILITY", "maybe", "must be write or fsync (it is 'maybe')"),
+        ("TELEMETRY_SEND", "perhaps", "must be true or false (it is 'perhaps')"),
+        ("TELEMETRY_API_AUTH_TOKEN", "a\tb", "must be printable text of one line"),
+    ],
+)
+def test_a_variable_that_cannot_be_used_is_named(
+    monkeypatch: pytest.MonkeyPatch, variable: str, text: str, rule: str
+) -> None:
+    monkeypatch.setenv(variable, text)
+    with pytest.raises(ValueError, match=re.escape(f"{variable}: {rule}") + "$"):
+        Config.load()
+
+
+async def test_a_token_may_hold_any_letter(make_api: MakeApi, make_client: MakeClient) -> None:
+    token = "Schlüssel-Æ-鍵-…"
+    api = await make_api(api_auth_enabled=True, api_auth_token=token)
+    client = make_client(url_of(api), token=token)
+    client.record(make_run())
+    assert await asyncio.to_thread(client.flush, 20), client.stats()
 
 
 async def test_a_signal_handler_may_record_while_the_agent_does(

@@ -13,6 +13,7 @@ from urllib.parse import quote
 
 import pytest
 
+from telemetryd import queries, runs
 from tests.conftest import Api, make_run
 from tests.contract.wire import BATCH, NDJSON, RUNS, check_alive, check_error, places, post, send, send_raw
 
@@ -181,6 +182,13 @@ TEXTS = [
     "parent_run_id",
     "git_commit_author",
 ]
+
+
+async def test_the_table_has_every_text() -> None:
+    """A field that comes later has to come here too."""
+    schema = runs.NewRun.model_json_schema()["properties"]
+    plain = {name for name, field in schema.items() if {"type": "string"} in field.get("anyOf", [field])}
+    assert plain <= set(TEXTS)
 
 
 @pytest.mark.parametrize("value", ["a\0b", 5, True, 1.5, [], {}], ids=repr)
@@ -385,6 +393,7 @@ PARAMETERS = [
     "limit",
     "offset",
     "cursor",
+    "include",
 ]
 
 
@@ -393,6 +402,10 @@ async def query(shared: Api, query_string: str) -> Any:
         shared, f"GET {RUNS}?{query_string} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode()
     )
     return answer
+
+
+async def test_the_table_has_every_parameter() -> None:
+    assert set(PARAMETERS) == set(queries.PARAMETERS)
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -515,7 +528,7 @@ async def test_a_path_that_is_not_there(shared: Api, path: str) -> None:
     "event_id",
     ["%00", "a%0d%0ab", "%ff", "%zz", "%2e%2e%2fx", "%F0%9F%98%80", "%20", "x" * 5000, quote("'; DROP TABLE--")],
 )
-@pytest.mark.parametrize("suffix", ["", "/commit-url", "/repo-url"])
+@pytest.mark.parametrize("suffix", ["", "/commit-url", "/repo-url", "/events"])
 async def test_an_event_id_that_is_not_there(shared: Api, event_id: str, suffix: str) -> None:
     [answer] = await send_raw(
         shared, f"GET {RUNS}/{event_id}{suffix} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode()
@@ -676,6 +689,16 @@ async def test_a_body_cut_off_is_never_stored(shared: Api) -> None:
         assert all(answer.status == 400 for answer in await send_raw(shared, request, half_close=True))
         await shared.get(f"{RUNS}/good", 404)
         await check_alive(shared)
+
+
+async def test_who_closes_his_half_behind_a_request_has_it_done_whole_or_not_at_all(shared: Api) -> None:
+    """The library takes it for the end of the connection, so there need not be an answer."""
+    batch = [make_run(agent_name="half") for _ in range(10)]
+    body = json.dumps(batch).encode()
+    head = TYPED.replace(RUNS.encode(), BATCH.encode())
+    answers = await send_raw(shared, head + b"Content-Length: %d\r\n\r\n%s" % (len(body), body), half_close=True)
+    await check_alive(shared)
+    assert len(await shared.list(agent_name="half")) in ([10] if answers else [0, 10])
 
 
 async def test_a_content_length_too_small_ends_the_connection(shared: Api) -> None:

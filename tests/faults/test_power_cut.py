@@ -153,7 +153,7 @@ class Examiner:
                 return read(connection)
         except UnrecoveredError as error:
             return Contents({}, 0, (str(error),))
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:  # a damaged schema is quoted as it stands in the file
             is_new = str(error) == "no such table: agent_runs"
             return Contents({}, 0, () if is_new else (f"{error}",))
 

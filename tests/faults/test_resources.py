@@ -107,6 +107,21 @@ def test_a_system_call_fails(
     assert "The database is open again and verified; writes are taken" in said
 
 
+@contextmanager
+def no_growth(daemon: Daemon, _scratch: Path) -> Iterator[None]:
+    """files must not grow"""
+    prlimit(daemon, fsize=100)
+    yield
+    prlimit(daemon, fsize="unlimited")
+
+
+def test_a_limit_on_the_size_of_files(
+    lasting: tuple[Daemon, Told], tmp_path: Path, ledger: Ledger, rounds: Rounds
+) -> None:
+    """RLIMIT_FSIZE also sends SIGXFSZ, which ends a process that does not ignore it."""
+    go_through(lasting, tmp_path, ledger, rounds(20), no_growth)
+
+
 @needs_strace
 def test_a_failed_sync_is_not_tried_again(start_daemon: StartDaemon, tmp_path: Path) -> None:
     """The kernel may report success the second time, although it has dropped the pages."""
@@ -314,7 +329,7 @@ def test_another_programs_snapshot_is_told_of_and_the_log_shrinks_again(
 # --- Descriptors, memory, time, slowness -----------------------------------------------------------
 
 
-def prlimit(daemon: Daemon, **limits: int) -> None:
+def prlimit(daemon: Daemon, **limits: int | str) -> None:
     options = [f"--{name.lower()}={value}:" for name, value in limits.items()]
     subprocess.run(["prlimit", f"--pid={daemon.process.pid}", *options], check=True)
 
