@@ -68,7 +68,7 @@ class Client:
             file_bytes=self.config.file_bytes,
             file_age_s=self.config.file_age_s,
         )
-        self._sender = Sender(self.config, self._spool, self._counters)
+        self._sender = Sender(self.config, self._spool, self._counters, self.close)
         self._closed = False
         _clients.add(self)
 

@@ -36,7 +36,6 @@ _MAX_DETAILS: Final = 64 * 1024
 _MAX_SUMMARY: Final = 500
 _COROUTINE: Final = 0x80
 """inspect.CO_COROUTINE, without importing inspect."""
-_LOCK_S: Final = 1.0
 
 
 class Recorder(Protocol):
@@ -88,6 +87,7 @@ class Run:
         self._metrics: Json = {}
         self._context: Json = {}
         self._lock = threading.RLock()
+        self._lock_process = os.getpid()
         self._began = 0.0
         self._process = 0
         self._finished = False
@@ -185,14 +185,11 @@ class Run:
         return {**os.environ, PARENT_VARIABLE: self.run_id}
 
     def _update(self, changes: Mapping[str, Any]) -> None:
-        # A fork may have copied the lock while another thread held it; better late than never.
-        locked = self._lock.acquire(timeout=_LOCK_S)
-        try:
+        if self._lock_process != os.getpid():  # a fork may have copied the lock while another thread held it
+            self._lock, self._lock_process = threading.RLock(), os.getpid()
+        with self._lock:
             self.start()
             self._operation("update", "fields", self._sorted(changes, CHANGES))
-        finally:
-            if locked:
-                self._lock.release()
 
     def _operation(self, op: str, name: str, value: Json) -> None:
         if not self._process:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
+from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -21,6 +23,13 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(
         before=_importing.acquire, after_in_parent=_importing.release, after_in_child=_importing.release
     )
+
+
+def _at_end_of_child(close: Callable[[], None]) -> None:
+    """Have this called at the end of a process of multiprocessing: os._exit may end it, without atexit handlers."""
+    process, util = sys.modules.get("multiprocessing.process"), sys.modules.get("multiprocessing.util")
+    if process is not None and util is not None and process.parent_process() is not None:
+        util.Finalize(None, close, exitpriority=-100)
 
 
 class LiveRun(Protocol):
@@ -86,10 +95,12 @@ class Sender:
         config: the client's settings.
         spool: this process's stream.
         counters: where is counted what becomes of lines.
+        close: what is to be called at the end of the process.
 
     """
 
-    def __init__(self, config: Config, spool: Spool, counters: Counters) -> None:
+    def __init__(self, config: Config, spool: Spool, counters: Counters, close: Callable[[], None]) -> None:
+        self._close = close
         self._config = config
         self._spool = spool
         self._counters = counters
@@ -128,6 +139,8 @@ class Sender:
                     self._thread.start()
                 except RuntimeError:  # the interpreter is shutting down: the spool keeps it
                     self._thread = None
+                else:
+                    _at_end_of_child(self._close)
 
     def _work(self) -> None:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import http.client
+import os
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -145,3 +146,12 @@ class Transport:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+
+    def forget(self) -> None:
+        """In a forked process: close the copy of the parent's connection, and nothing else of it.
+
+        The parent's thread may have been reading, and then the copy of the reader's lock is never released.
+        """
+        if self._connection is not None and self._connection.sock is not None:
+            os.close(self._connection.sock.detach())
+        self._connection = None

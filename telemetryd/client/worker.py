@@ -120,7 +120,7 @@ class Worker:
 
     def forget(self) -> None:
         """In a forked process: close what belongs to the parent, and touch nothing of it."""
-        self._transport.close()
+        self._transport.forget()
         if self._orphan is not None:
             self._orphan.stream.forget()
 

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from telemetryd.client import worker
 from telemetryd.client.delivery import MAX_ROWS, RetryError, parse_flow, retry_after_s
+from telemetryd.client.folder import waiting
 from telemetryd.client.transport import Answer
 from telemetryd.client.worker import Backoff
 from tests.client.conftest import MakeClient, flushed, states, stored, url_of
@@ -122,7 +123,7 @@ async def test_an_end_that_joined_a_start_whose_answer_was_lost_is_not_lost_with
     second = make_client(proxy.url)
     second.record(finished(1))
     await flushed(second)
-    while any(buffer.glob(f"{stream.name}.lock")):  # what others left comes after its own  # noqa: ASYNC110
+    while stream.name in waiting(buffer):  # what others left comes after its own  # noqa: ASYNC110
         await asyncio.sleep(0.01)
     assert (await api.get(f"/api/v1/runs/{run.event_id}"))["status"] == "partial"
     assert [path.split("/")[-1] for method, path, _ in proxy.seen if method == "PATCH"] == [run.event_id]

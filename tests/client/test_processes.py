@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 
@@ -45,6 +46,14 @@ def python(
     )
     assert status is None or done.returncode == status, done.stdout + done.stderr
     return done
+
+
+def certificates(url: str) -> int:
+    """Return how many runs the daemon has declared dead."""
+    with urlopen(f"{url}/metrics?format=prometheus") as answer:
+        found = re.search(r"^telemetryd_death_certificates_total (\d+)", answer.read().decode(), re.MULTILINE)
+    assert found
+    return int(found[1])
 
 
 def runs(url: str, **filters: str) -> list[dict[str, Any]]:
@@ -99,6 +108,7 @@ from telemetryd import client as telemetry
 
 def work(number):
     with telemetry.run("a", "inner", item_name=str(number)) as run:
+        assert telemetry.flush()  # the process is registered now
         run.event("step", number=number)
 
 if __name__ == "__main__":
@@ -121,13 +131,13 @@ if __name__ == "__main__":
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
-    # multiprocessing ends its children by os._exit, so they have left their files to whoever comes next.
-    telemetryd("sync", "--buffer-dir", buffer, "--url", daemon.url)
     inner = runs(daemon.url, job_type="inner")
     assert sorted(run["item_name"] for run in inner) == [str(number) for number in range(6)]
     assert {(run["status"], run["parent_run_id"]) for run in inner} == {("success", "the-outer-run")}
     assert [run["status"] for run in runs(daemon.url, job_type="outer")] == ["success"]
     assert states(buffer).keys() == {".synced"}
+    time.sleep(0.5)
+    assert certificates(daemon.url) == 0, "no false alarm"
 
 
 def test_what_a_forked_process_says_of_its_parents_run_comes_after_its_start(
@@ -171,6 +181,60 @@ finally:
     python(program, daemon.url, buffer)
     telemetryd("sync", "--buffer-dir", buffer, "--url", daemon.url)
     assert [run["status"] for run in runs(daemon.url)] == ["partial"]
+
+
+def test_a_fork_while_an_answer_is_being_read_does_not_hang(buffer: Path) -> None:
+    program = """
+import socket, threading
+listening = socket.create_server(("127.0.0.1", 0))
+def answer():
+    connection, _ = listening.accept()
+    connection.recv(65536)
+    connection.sendall(b"HTTP/1.1 200 OK\\r\\nContent-Length: 100\\r\\n\\r\\n{")
+    begun.set()
+    time.sleep(60)
+begun = threading.Event()
+threading.Thread(target=answer, daemon=True).start()
+client = telemetry.Client(f"http://127.0.0.1:{listening.getsockname()[1]}", flush_timeout_s=0.1)
+client.record({"agent_name": "a", "job_type": "parent"})
+begun.wait()
+time.sleep(0.3)
+child = os.fork()
+if child == 0:
+    assert client.record({"agent_name": "a", "job_type": "child"})
+    os._exit(0)
+deadline = time.monotonic() + 10
+while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
+    if time.monotonic() > deadline:
+        os.kill(child, 9)
+        sys.exit("the child hangs")
+    time.sleep(0.01)
+assert ended[1] == 0
+"""
+    python(program, "http://127.0.0.1:9", buffer)
+
+
+def test_a_forked_process_need_not_wait_for_a_lock_of_its_parents(buffer: Path) -> None:
+    program = """
+import threading
+run = telemetry.run("a", "j").start()
+held, done = threading.Event(), threading.Event()
+def hold():
+    with run._lock:
+        held.set()
+        done.wait()
+threading.Thread(target=hold).start()
+held.wait()
+child = os.fork()
+if child == 0:
+    began = time.monotonic()
+    for number in range(3):
+        run.items(succeeded=number)
+    os._exit(time.monotonic() - began > 0.5)
+done.set()
+assert os.waitpid(child, 0)[1] == 0
+"""
+    python(program, "http://127.0.0.1:9", buffer, TELEMETRY_FLUSH_TIMEOUT_S="0.1")
 
 
 def test_many_short_lived_processes_at_once(daemon: Daemon, buffer: Path) -> None:

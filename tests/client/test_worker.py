@@ -53,7 +53,7 @@ async def test_a_stream_that_waits_for_a_silent_process_holds_up_nothing(
     assert silent.stream is not None
     after = [silent.stream.name, 0, 10_000]
     leave(buffer, {"op": "update", "event_id": "parent", "fields": {"status": "success"}, "after": after})
-    time.sleep(0.02)  # the next one is younger
+    await asyncio.sleep(0.02)  # the next one is younger
     leave(buffer, finished("other"))
     client = make_client(url_of(api))
     with client.run("a", "j", heartbeat=0.05) as run:
@@ -76,7 +76,7 @@ async def test_a_stream_that_cannot_be_opened_holds_up_no_other(
     lock = buffer / f"{name}.lock"
     lock.unlink()
     lock.mkdir()  # as good as another user's file, for root too
-    time.sleep(0.02)
+    await asyncio.sleep(0.02)
     leave(buffer, finished("other"))
     client = make_client(url_of(api))
     client.record(finished("own"))
