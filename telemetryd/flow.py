@@ -7,7 +7,9 @@ from typing import Final
 
 HEADER: Final = "Telemetry-Flow"
 METHODS: Final = ("POST", "PATCH")
-"""Requests whose answers always carry the header; answers of 429 and 503 do so as well."""
+"""Requests whose answers carry the header; answers of 429 and 503 do so as well."""
+NEVER: Final = (401, 403)
+"""Answers that never carry it: how busy the daemon is concerns nobody who has no right to ask."""
 
 FEWEST_ROWS: Final = 100
 """Below that, a batch costs more for itself than for its rows; beyond it a pause does the rest."""
@@ -17,8 +19,6 @@ _FORGET: Final = 0.9
 _FIRST_ROW_S: Final = 20e-6
 _LEAST_ROW_S: Final = 1e-6
 _LEAST_SPREAD: Final = 10.0
-_PROBE_EVERY: Final = 8
-"""Where commits miss the target whatever they hold, as it seems, one group in so many is asked for half of that."""
 
 
 class Flow:
@@ -27,8 +27,9 @@ class Flow:
     A commit of n rows takes a + b·n seconds; a and b come from a regression that forgets (each group counts a
     tenth less than the next). So (target - a) / b rows may be on their way at once. If more are, everybody's batch
     shrinks by that ratio, and where a batch cannot shrink any more, a pause thins the requests out. If fewer are, the
-    rows that are left are shared by those who send. If a alone misses the target, small batches would not help; but
-    groups that are all of one size look like that too, so a smaller batch now and then tells the two apart.
+    rows that are left are shared by those who send. If a alone misses the target, small batches would not help. But
+    groups of one size cannot tell a from b: then a batch that would fit if all the time were its rows' is advised,
+    and what it takes tells.
 
     Args:
         target_s: seconds from a request's arrival in the queue to durable that should not be exceeded.
@@ -47,7 +48,7 @@ class Flow:
         self._group_s = 0.0
         self._latency_s = 0.0
         self._pause_s = 0.0
-        self._hopeless = 0
+        self._sizes_differ = False
 
     def text(self, *, is_idle: bool) -> str:
         """Return the header's value; an idle daemon soon asks for nothing any more."""
@@ -63,7 +64,8 @@ class Flow:
         mean_rows, mean_seconds = self._rows / self._weight, self._seconds / self._weight
         variance = self._rows_rows / self._weight - mean_rows * mean_rows
         # Groups of about one size cannot tell a row's cost from the group's; what was learnt before stands.
-        if variance > max(_LEAST_SPREAD, mean_rows / 10) ** 2:
+        self._sizes_differ = variance > max(_LEAST_SPREAD, mean_rows / 10) ** 2
+        if self._sizes_differ:
             self._row_s = (self._rows_seconds / self._weight - mean_rows * mean_seconds) / variance
         self._row_s = min(max(self._row_s, _LEAST_ROW_S), mean_seconds / max(mean_rows, 1.0))
         self._group_s = mean_seconds - self._row_s * mean_rows
@@ -87,7 +89,6 @@ class Flow:
         left_s = self._target_s - self._group_s
         rows = round(rows * (1 + self._pause_s / max(self._latency_s, 1e-6)))  # what there would be without a pause
         batch, pause_s = float(self._full), 0.0
-        self._hopeless = 0 if left_s > 0 else self._hopeless + 1
         if left_s > 0:
             fitting = left_s / self._row_s
             if rows <= fitting:
@@ -96,8 +97,8 @@ class Flow:
                 batch = max(largest * fitting / rows, FEWEST_ROWS)
                 thinned = rows * min(batch / largest, 1.0)
                 pause_s = self._latency_s * max(thinned / fitting - 1, 0.0)
-        elif self._hopeless % _PROBE_EVERY == 1 and largest > FEWEST_ROWS:
-            batch = largest / 2
+        elif not self._sizes_differ and largest > FEWEST_ROWS:
+            batch = largest * self._target_s / self._seconds * self._weight
         crowded_s = (2 * fullness - 1) * max(self._latency_s, self._target_s)
         self._batch = int(min(max(batch, FEWEST_ROWS), self._full))
         self._pause_s = min(max(pause_s, crowded_s, 0.0), _LONGEST_PAUSE_S)
