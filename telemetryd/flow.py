@@ -27,9 +27,9 @@ class Flow:
     A commit of n rows takes a + b·n seconds; a and b come from a regression that forgets (each group counts a
     tenth less than the next). So (target - a) / b rows may be on their way at once. If more are, everybody's batch
     shrinks by that ratio, and where a batch cannot shrink any more, a pause thins the requests out. If fewer are, the
-    rows that are left are shared by those who send. If a alone misses the target, small batches would not help. But
-    groups of one size cannot tell a from b: then a batch that would fit if all the time were its rows' is advised,
-    and what it takes tells.
+    rows that are left are shared by those who send. If a alone takes most of the target or more, rows may take as long
+    as a again: smaller batches would halve the latency at best, at any cost. Groups of one size cannot tell a from b:
+    then a batch that would fit if all the time were its rows' is advised, and what it takes tells.
 
     Args:
         target_s: seconds from a request's arrival in the queue to durable that should not be exceeded.
@@ -45,7 +45,7 @@ class Flow:
         self._until = 0.0
         self._weight = self._rows = self._seconds = self._rows_rows = self._rows_seconds = 0.0
         self._row_s = _FIRST_ROW_S
-        self._group_s = 0.0
+        self._group_s = self._mean_s = 0.0
         self._latency_s = 0.0
         self._pause_s = 0.0
         self._sizes_differ = False
@@ -68,6 +68,7 @@ class Flow:
         if self._sizes_differ:
             self._row_s = (self._rows_seconds / self._weight - mean_rows * mean_seconds) / variance
         self._row_s = min(max(self._row_s, _LEAST_ROW_S), mean_seconds / max(mean_rows, 1.0))
+        self._mean_s = mean_seconds
         self._group_s = mean_seconds - self._row_s * mean_rows
         self._latency_s = latency_s
 
@@ -86,19 +87,18 @@ class Flow:
             self._pause_s = 0.0  # whatever was advised, nobody follows it any more
         self._until = now + _IDLE_AFTER_S
         largest = max(largest, 1)
-        left_s = self._target_s - self._group_s
+        left_s = max(self._target_s - self._group_s, self._group_s)
         rows = round(rows * (1 + self._pause_s / max(self._latency_s, 1e-6)))  # what there would be without a pause
-        batch, pause_s = float(self._full), 0.0
-        if left_s > 0:
-            fitting = left_s / self._row_s
-            if rows <= fitting:
-                batch = largest + (fitting - rows) / max(commands, 1)
-            else:
-                batch = max(largest * fitting / rows, FEWEST_ROWS)
-                thinned = rows * min(batch / largest, 1.0)
-                pause_s = self._latency_s * max(thinned / fitting - 1, 0.0)
-        elif not self._sizes_differ and largest > FEWEST_ROWS:
-            batch = largest * self._target_s / self._seconds * self._weight
+        pause_s = 0.0
+        fitting = left_s / self._row_s
+        if rows <= fitting:
+            batch = largest + (fitting - rows) / max(commands, 1)
+        else:
+            batch = max(largest * fitting / rows, FEWEST_ROWS)
+            thinned = rows * min(batch / largest, 1.0)
+            pause_s = self._latency_s * max(thinned / fitting - 1, 0.0)
+        if not self._sizes_differ and largest > FEWEST_ROWS:
+            batch = min(batch, largest * self._target_s / max(self._mean_s, 1e-6))
         crowded_s = (2 * fullness - 1) * max(self._latency_s, self._target_s)
         self._batch = int(min(max(batch, FEWEST_ROWS), self._full))
         self._pause_s = min(max(pause_s, crowded_s, 0.0), _LONGEST_PAUSE_S)
