@@ -88,7 +88,8 @@ class Flow:
         self._until = now + _IDLE_AFTER_S
         largest = max(largest, 1)
         left_s = max(self._target_s - self._group_s, self._group_s)
-        rows = round(rows * (1 + self._pause_s / max(self._latency_s, 1e-6)))  # what there would be without a pause
+        thinning = 1 + self._pause_s / max(self._latency_s, 1e-6)
+        rows, fullness = round(rows * thinning), fullness * thinning  # what there would be without a pause
         pause_s = 0.0
         fitting = left_s / self._row_s
         if rows <= fitting:
@@ -99,7 +100,7 @@ class Flow:
             pause_s = self._latency_s * max(thinned / fitting - 1, 0.0)
         if not self._sizes_differ and largest > FEWEST_ROWS:
             batch = min(batch, largest * self._target_s / max(self._mean_s, 1e-6))
-        crowded_s = (2 * fullness - 1) * max(self._latency_s, self._target_s)
+        crowded_s = (2 * fullness - 1) * self._latency_s  # leaves the queue half full
         self._batch = int(min(max(batch, FEWEST_ROWS), self._full))
         self._pause_s = min(max(pause_s, crowded_s, 0.0), _LONGEST_PAUSE_S)
         self._text = _text(self._batch, self._pause_s)
