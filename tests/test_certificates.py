@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from datetime import datetime
 from pathlib import Path
@@ -384,26 +385,72 @@ def test_a_reboot_is_told_from_a_move(start_daemon: StartDaemon, spawn: Spawn) -
     daemon = start_daemon()
     url = daemon.url
     agent = spawn()
-    rebooted, moved, confined = (new_run(url, start_time="2020-01-01T00:00:00Z") for _ in range(3))
-    for path in (rebooted, moved, confined):
+    rebooted, moved, confined, reused = (new_run(url, start_time="2020-01-01T00:00:00Z") for _ in range(4))
+    for path in (rebooted, moved, confined, reused):
         register(url, path, identity(agent.pid))
     assert daemon.stop() == 0
     ids = {
         path: f"(SELECT id FROM agent_runs WHERE event_id = '{path.rpartition('/')[2]}')"
-        for path in (rebooted, moved, confined)
+        for path in (rebooted, moved, confined, reused)
     }
     with closing(sqlite3.connect(daemon.database)) as connection, connection:
         connection.execute(f"UPDATE run_processes SET boot_id = 'earlier' WHERE run = {ids[rebooted]}")
         connection.execute(f"UPDATE run_processes SET boot_id = 'other', machine = 'other' WHERE run = {ids[moved]}")
         connection.execute(f"UPDATE run_processes SET pid_namespace = 'pid:[1]' WHERE run = {ids[confined]}")
+        connection.execute(f"UPDATE run_processes SET start_time = start_time - 1 WHERE run = {ids[reused]}")
     daemon = start_daemon()
     url = daemon.url
     run = wait_until_closed(url, rebooted)
     assert run["error_summary"] == f"The machine was rebooted before process {agent.pid} finished the run"
     assert abs(datetime.fromisoformat(run["end_time"]).timestamp() - processes.booted_at()) < 5
+    run = wait_until_closed(url, reused)  # its pid belongs to another process now, which is alive
+    assert run["error_summary"] == f"Process {agent.pid} ended without finishing the run"
     stays_running(url, moved, confined)
     assert daemon.stop() == 0
     assert stored(daemon, "SELECT count(*) FROM run_processes WHERE certified_at IS NULL") == [(0,)]
+    check_database(daemon)
+
+
+def test_a_run_that_is_reopened_is_watched_once_it_is_registered_anew(start_daemon: StartDaemon, spawn: Spawn) -> None:
+    url = start_daemon().url
+    agent, heir = spawn(), spawn()
+    finished, certified = new_run(url), new_run(url)
+    for path in (finished, certified):
+        register(url, path, identity(agent.pid))
+    call(url, "PATCH", finished, {"status": "success"})
+    agent.kill()
+    wait_until_closed(url, certified)
+    for path in (finished, certified):
+        call(url, "PATCH", path, {"status": "running"})
+    stays_running(url, finished, certified, seconds=0.6)  # whoever says so knows better than the certificate
+    for path in (finished, certified):
+        register(url, path, identity(heir.pid))
+    heir.kill()
+    assert {wait_until_closed(url, path)["status"] for path in (finished, certified)} == {"failure"}
+
+
+def test_a_certificate_waits_for_room_in_the_queue(start_daemon: StartDaemon, spawn: Spawn) -> None:
+    daemon = start_daemon(TELEMETRY_QUEUE_MAX="1")
+    url = daemon.url
+    agents = [spawn() for _ in range(5)]
+    paths = [new_run(url) for _ in agents]
+    for path, agent in zip(paths, agents, strict=True):
+        register(url, path, identity(agent.pid))
+    with ThreadPoolExecutor(8) as senders:
+        ends = time.monotonic() + 1.5
+
+        def send() -> set[int]:
+            statuses = set()
+            while time.monotonic() < ends:
+                statuses.add(post(url, make_run())[0])
+            return statuses
+
+        sending = [senders.submit(send) for _ in range(8)]
+        for agent in agents:
+            agent.kill()
+        assert 503 in set().union(*(sent.result() for sent in sending)), "the queue was never full"
+    assert {wait_until_closed(url, path)["status"] for path in paths} == {"failure"}
+    assert daemon.stop() == 0
     check_database(daemon)
 
 
