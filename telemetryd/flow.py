@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Final
 
@@ -19,6 +20,7 @@ _FORGET: Final = 0.9
 _FIRST_ROW_S: Final = 20e-6
 _LEAST_ROW_S: Final = 1e-6
 _LEAST_SPREAD: Final = 10.0
+_FASTEST_GROWS: Final = 1.05
 
 
 class Flow:
@@ -46,6 +48,7 @@ class Flow:
         self._weight = self._rows = self._seconds = self._rows_rows = self._rows_seconds = 0.0
         self._row_s = _FIRST_ROW_S
         self._group_s = self._mean_s = 0.0
+        self._fastest_s = math.inf
         self._latency_s = 0.0
         self._pause_s = 0.0
         self._sizes_differ = False
@@ -70,6 +73,10 @@ class Flow:
         self._row_s = min(max(self._row_s, _LEAST_ROW_S), mean_seconds / max(mean_rows, 1.0))
         self._mean_s = mean_seconds
         self._group_s = mean_seconds - self._row_s * mean_rows
+        self._fastest_s = min(self._fastest_s * _FASTEST_GROWS, seconds)
+        if mean_rows > FEWEST_ROWS and self._group_s > self._fastest_s:  # noise; no group takes less than a
+            self._group_s = self._fastest_s
+            self._row_s = (mean_seconds - self._group_s) / mean_rows
         self._latency_s = latency_s
 
     def advise(self, commands: int, rows: int, largest: int, fullness: float) -> None:
@@ -79,7 +86,7 @@ class Flow:
             commands: those of the group just committed, and those that wait.
             rows: the rows of both.
             largest: most rows of one command.
-            fullness: how full the queue is, 0 to 1.
+            fullness: what part of the queue they would take if all of them waited in it; more than 1 is refused.
 
         """
         now = time.monotonic()
@@ -100,7 +107,7 @@ class Flow:
             pause_s = self._latency_s * max(thinned / fitting - 1, 0.0)
         if not self._sizes_differ and largest > FEWEST_ROWS:
             batch = min(batch, largest * self._target_s / max(self._mean_s, 1e-6))
-        crowded_s = (2 * fullness - 1) * self._latency_s  # leaves the queue half full
+        crowded_s = (2 * fullness - 1) * self._latency_s  # then half of the queue is enough for them
         self._batch = int(min(max(batch, FEWEST_ROWS), self._full))
         self._pause_s = min(max(pause_s, crowded_s, 0.0), _LONGEST_PAUSE_S)
         self._text = _text(self._batch, self._pause_s)

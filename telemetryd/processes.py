@@ -16,7 +16,8 @@ from typing import Final
 
 PROC: Final = Path("/proc")
 _CGROUPS: Final = Path("/sys/fs/cgroup")
-_KILL_COUNTS: Final = (  # cgroups(7): version 2, which counts a group's own kills apart; version 1, then a mixture of both
+# cgroups(7): version 2, which counts a group's own kills apart; version 1; a mixture of both.
+_KILL_COUNTS: Final = (
     ("", "memory.events.local"),
     ("memory", "memory.oom_control"),
     ("unified", "memory.events.local"),

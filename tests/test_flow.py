@@ -7,7 +7,7 @@ import timeit
 
 import pytest
 
-from telemetryd.flow import FEWEST_ROWS, HEADER, Flow
+from telemetryd.flow import HEADER, Flow
 from tests.conftest import Api, MakeApi, make_run
 from tests.contract.wire import RUNS, send
 
@@ -105,10 +105,10 @@ def test_single_runs_come_to_leave_room_in_a_small_queue(clients: int) -> None:
     flow, places, pause_s, latency_s = Flow(TARGET_S, FULL), 50, 0.0, 0.02
     fullest = []
     for _ in range(40):
-        waiting = clients * latency_s / (latency_s + pause_s)
-        fullest.append(waiting / places)
-        flow.measure(min(round(waiting), places), latency_s / 2, latency_s)
-        flow.advise(places, places, 1, min(waiting / places, 1.0))
+        on_their_way = clients * latency_s / (latency_s + pause_s)
+        fullest.append(on_their_way / places)
+        flow.measure(min(round(on_their_way), places), latency_s / 2, latency_s)
+        flow.advise(places, places, 1, min(on_their_way / places, 2.0))
         pause_s = read(flow.text(is_idle=False))[1] / 1000
     assert max(fullest[10:]) < max(0.7, clients / places if clients < 40 else 0)
 
@@ -145,7 +145,9 @@ async def test_answers_to_writes_and_refusals_carry_it(make_api: MakeApi) -> Non
 
 async def test_who_has_no_right_to_ask_does_not_see_how_busy_the_daemon_is(make_api: MakeApi) -> None:
     name = HEADER.lower()
-    api = await make_api(api_auth_enabled=True, api_auth_token="a-good-token", rate_limit_enabled=True, rate_limit_rpm=4)
+    api = await make_api(
+        api_auth_enabled=True, api_auth_token="a-good-token", rate_limit_enabled=True, rate_limit_rpm=4
+    )
     good = {"Authorization": "Bearer a-good-token"}
     foreign = {**good, "Origin": "http://evil.example"}
     answers = [
@@ -171,6 +173,28 @@ async def test_who_has_no_right_to_ask_does_not_see_how_busy_the_daemon_is(make_
 async def test_the_document_tells_which_answers_carry_it(api: Api) -> None:
     responses = (await api.get("/openapi.json"))["paths"][RUNS]["post"]["responses"]
     assert {status for status, answer in responses.items() if HEADER not in answer.get("headers", {})} == {"401", "403"}
+
+
+async def test_clients_that_obey_are_seldom_refused(make_api: MakeApi) -> None:
+    api = await make_api(queue_max=50)
+
+    async def post_for(seconds: float, *, obey: bool) -> list[int]:
+        statuses, begun, ends = [], time.monotonic() + seconds / 2, time.monotonic() + seconds
+        while time.monotonic() < ends:
+            answer = await send(api, "POST", RUNS, json=make_run())
+            if time.monotonic() > begun:  # at first nobody has any advice
+                statuses.append(answer.status)
+            await asyncio.sleep(read(answer.headers[HEADER.lower()])[1] / 1000 if obey else 0)
+        return statuses
+
+    async def refused(*, obey: bool) -> float:
+        statuses = [
+            status for each in await asyncio.gather(*(post_for(2, obey=obey) for _ in range(100))) for status in each
+        ]
+        assert statuses.count(201) > 50
+        return statuses.count(503) / len(statuses)
+
+    assert await refused(obey=True) < await refused(obey=False) / 2
 
 
 async def test_a_full_queue_asks_for_a_pause(make_api: MakeApi) -> None:
