@@ -14,6 +14,8 @@ NEVER: Final = (401, 403)
 
 FEWEST_ROWS: Final = 100
 """Below that, a batch costs more for itself than for its rows; beyond it a pause does the rest."""
+_FULLNESS: Final = 0.5
+"""What part of the queue all that is on its way may need; with three quarters, bursts met it full three times as often."""
 _LONGEST_PAUSE_S: Final = 5.0
 _IDLE_AFTER_S: Final = 1.0
 _FORGET: Final = 0.9
@@ -21,6 +23,7 @@ _FIRST_ROW_S: Final = 20e-6
 _LEAST_ROW_S: Final = 1e-6
 _LEAST_SPREAD: Final = 10.0
 _FASTEST_GROWS: Final = 1.05
+"""By what factor the fastest commit known is forgotten with each group."""
 
 
 class Flow:
@@ -107,7 +110,7 @@ class Flow:
             pause_s = self._latency_s * max(thinned / fitting - 1, 0.0)
         if not self._sizes_differ and largest > FEWEST_ROWS:
             batch = min(batch, largest * self._target_s / max(self._mean_s, 1e-6))
-        crowded_s = (2 * fullness - 1) * self._latency_s  # then half of the queue is enough for them
+        crowded_s = (fullness / _FULLNESS - 1) * self._latency_s
         self._batch = int(min(max(batch, FEWEST_ROWS), self._full))
         self._pause_s = min(max(pause_s, crowded_s, 0.0), _LONGEST_PAUSE_S)
         self._text = _text(self._batch, self._pause_s)
