@@ -15,7 +15,7 @@ NEVER: Final = (401, 403)
 FEWEST_ROWS: Final = 100
 """Below that, a batch costs more for itself than for its rows; beyond it a pause does the rest."""
 _FULLNESS: Final = 0.5
-"""What part of the queue all that is on its way may need; with three quarters, bursts met it full three times as often."""
+"""What part of the queue all that is on its way may need; with three quarters, three times as much was refused."""
 _LONGEST_PAUSE_S: Final = 5.0
 _IDLE_AFTER_S: Final = 1.0
 _FORGET: Final = 0.9
