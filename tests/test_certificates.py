@@ -439,7 +439,7 @@ def test_a_certificate_waits_for_room_in_the_queue(start_daemon: StartDaemon, sp
     with ThreadPoolExecutor(8) as senders:
         ends = time.monotonic() + 1.5
 
-        def send() -> set[int]:
+        def send() -> set[int | None]:
             statuses = set()
             while time.monotonic() < ends:
                 statuses.add(post(url, make_run())[0])
