@@ -84,10 +84,10 @@ def test_power_cut_at_any_moment(
     records = recorder.records()
     ways = places_to_cut(records, rounds(3000, least=60), chance)
     last = max(record.place for record in records if record.kind is not Kind.CLOSE)
-    ways[last] = [*Way, *Way]  # when it has said that all is done
     for record in records:
         if record.kind is Kind.TRUNCATE:  # a rare moment: what is cut off must not be needed any more
             ways[record.place] = [Way.SUBSET] * 4
+    ways[last] = [*Way, *Way]  # when it has said that all is done
     image_folder = fast_folder / "disk"
     images = 0
     for record in records:
