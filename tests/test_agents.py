@@ -73,15 +73,26 @@ def test_sync_without_a_daemon_fails_and_loses_nothing(buffer: Path, free_port: 
     assert states(buffer) == {".ready": 1, ".lock": 1}
 
 
-def test_sync_leaves_the_living_alone_and_tells_of_refusals(daemon: Daemon, buffer: Path) -> None:
+def test_sync_tells_of_refusals_and_leaves_alone_who_sends_for_himself(daemon: Daemon, buffer: Path) -> None:
     leave(buffer, 3, items_failed=-1)
-    alive = Client("http://127.0.0.1:9", buffer_dir=buffer, send=False)
+    alive = Client("http://127.0.0.1:9", buffer_dir=buffer, flush_timeout_s=0.1)
     alive.record(make_run())
     done = telemetryd("sync", "--buffer-dir", buffer, "--url", daemon.url, status=1)
     assert "1 file of processes that are alive" in done.stdout
     assert done.stderr.startswith("telemetryd: ")
     assert "3 lines refused; see " in done.stderr
     alive.close()
+
+
+def test_sync_sends_the_lines_of_a_living_process_that_does_not_send(daemon: Daemon, buffer: Path) -> None:
+    alive = Client("http://127.0.0.1:9", buffer_dir=buffer, send=False)
+    for count in (1, 2, 3):
+        alive.record(make_run())
+        done = telemetryd("sync", "--buffer-dir", buffer, "--url", daemon.url, "--json")
+        assert (json.loads(done.stdout)["sent"], get(daemon.url, "/metrics")[1]["total_runs"]) == (1, count)
+    alive.close()
+    telemetryd("sync", "--buffer-dir", buffer, "--url", daemon.url)
+    assert states(buffer) == {".synced": 1}
 
 
 def test_a_wrong_setting_of_the_client_is_a_usage_error(buffer: Path) -> None:

@@ -64,6 +64,7 @@ class Client:
         self._counters = Counters()
         self._spool = Spool(
             self.config.folder,
+            sends=self.config.send,
             fsync=self.config.durability == "fsync",
             file_bytes=self.config.file_bytes,
             file_age_s=self.config.file_age_s,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import sys
 import threading
@@ -9,6 +11,8 @@ from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Final, Protocol
 
+from telemetryd.client.bounds import Upkeep, counted
+from telemetryd.client.complaints import Complaints
 from telemetryd.client.config import Config
 from telemetryd.client.counters import Counters
 from telemetryd.client.spool import Spool
@@ -104,7 +108,10 @@ class Sender:
         self._config = config
         self._spool = spool
         self._counters = counters
+        self._complaints = Complaints()
         self._reset()
+        if not config.send:
+            spool.changed = self._tidy
 
     def _reset(self) -> None:
         self._thread: threading.Thread | None = None
@@ -121,6 +128,8 @@ class Sender:
         """Whether the next line has to wake the thread."""
         self.live: dict[str, LiveRun] = {}
         """Runs that have begun and not ended, by event_id."""
+        self._upkeep = Upkeep(self._config, counted(self._counters, self._complaints))
+        self._tidying: threading.Thread | None = None
 
     def notice(self) -> None:
         """Say that there is something to send; costs next to nothing while the thread is busy."""
@@ -142,6 +151,20 @@ class Sender:
                 else:
                     _at_end_of_child(self._close)
 
+    def _tidy(self) -> None:
+        """Where no thread sends: keep the folder within its bounds when a file is full, without a wait."""
+        if self._tidying is None or not self._tidying.is_alive():
+            self._tidying = threading.Thread(target=self._attend, name="telemetryd-client", daemon=True)
+            with contextlib.suppress(RuntimeError):  # the interpreter is shutting down
+                self._tidying.start()
+
+    def _attend(self) -> None:
+        try:
+            self._upkeep.attend(None)
+        except OSError as error:
+            text = "The spool in %s cannot be tidied up: %s"
+            self._complaints.say(logging.WARNING, text, self._config.folder, error)
+
     def _work(self) -> None:
         try:
             with _importing:
@@ -157,7 +180,7 @@ class Sender:
 
     def flush(self, timeout_s: float, *, is_last: bool = False) -> bool:
         """Wait until everything recorded so far has been acknowledged; return whether it has."""
-        if self._thread is None and self._spool.stream is None and not self._spool.holds:
+        if self._thread is None and self._spool.name is None and not self._spool.holds:
             return True
         self._start()
         if self._thread is None:

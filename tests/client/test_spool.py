@@ -18,8 +18,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from telemetryd.client import folder as folders
-from telemetryd.client.folder import Bounds, Entry, Stream, bury, enforce, entries, is_sent, summary, waiting
+from telemetryd.client import dead_letters
+from telemetryd.client.bounds import Bounds, enforce
+from telemetryd.client.dead_letters import bury
+from telemetryd.client.folder import Entry, Stream, entries, is_sent, summary, waiting
 from telemetryd.client.spool import Spool
 from tests.client.conftest import states
 from tests.conftest import small_file_system
@@ -442,7 +444,7 @@ def enforced(buffer: Path, own: Stream | None = None, **bounds: float) -> list[t
     dropped: list[tuple[str, int, str]] = []
 
     def note(entry: Entry, lines: int, reason: str) -> None:
-        dropped.append((entry.path.name[-19:-12], lines, reason))
+        dropped.append((Path(entry.path).name[-19:-12], lines, reason))
 
     given = {"max_bytes": 1 << 30, "max_age_s": 1e9, "keep_s": 1e9, **bounds}
     enforce(buffer, Bounds(**given), own, note)  # type: ignore[arg-type]
@@ -498,7 +500,7 @@ def test_dead_letters_are_kept_with_their_reason(buffer: Path) -> None:
 
 
 def test_the_dead_letter_file_begins_anew_when_it_is_large(buffer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folders, "_DEAD_LETTERS_BYTES", 10)
+    monkeypatch.setattr(dead_letters, "_MAX_BYTES", 10)
     for _ in range(3):
         bury(buffer, [b"{}"], 422, "no")
     assert len(list(buffer.glob("dead-letter.*.jsonl"))) == 3
