@@ -7,10 +7,10 @@ closed, `.synced` when every line of it has been acknowledged:
     20251231T153045Z-4711-a1b2c3d4.000001.jsonl.active
     20251231T153045Z-4711-a1b2c3d4.lock
 
-Whoever holds the lock (flock(2)) of the `.lock` file sends the stream: its process while it lives, if that sends at all,
-else whoever comes. The lock file also tells how far sending has come. Because a stream is sent by one process and in
-order, a run's start goes out before whatever is said of it later. A `.jsonl.ready` file with another name (the replaced
-client's) is a stream too.
+Whoever holds the lock (flock(2)) of the `.lock` file sends the stream: its process while that lives, if it sends at
+all, else whoever comes. The lock file also tells how far sending has come. Because a stream is sent by one process and
+in order, a run's start goes out before whatever is said of it later. A `.jsonl.ready` file with another name (the
+replaced client's) is a stream too.
 
 Whoever writes a file holds that file's own lock, alive or not: once the lock can be had, nothing is added any more.
 """

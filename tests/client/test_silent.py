@@ -1,4 +1,4 @@
-"""A process that does not send (TELEMETRY_SEND=false): others send its lines while it lives, and its folder is bounded."""
+"""A process that does not send (TELEMETRY_SEND=false): others send its lines while it lives; its folder is bounded."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ from tests.client.test_spool import drain, pick_up
 from tests.conftest import Api, make_run
 
 
-def silent(buffer: Path, **settings: float) -> Client:
+def silent(buffer: Path, **settings: Any) -> Client:
     return Client("http://127.0.0.1:9", buffer_dir=buffer, send=False, **settings)
 
 
