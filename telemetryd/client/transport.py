@@ -20,6 +20,7 @@ from telemetryd.client.config import Config
 _CONNECT_TIMEOUT_S: Final = 5.0
 _MAX_ANSWER: Final = 32 << 20
 _GZIP_FROM: Final = 1024
+_MAX_PATH: Final = 8000
 _IDLE_ERRORS: Final = (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError)
 
 
@@ -46,6 +47,14 @@ class Answer:
 def run_path(event_id: str) -> str:
     """Return the path of a run."""
     return f"/api/v1/runs/{quote(event_id, safe='')}"
+
+
+def is_addressable(event_id: str) -> bool:
+    """Tell whether a run with this event_id can have a path; servers take lines of 8 KiB or so."""
+    try:
+        return event_id != "" and len(run_path(event_id)) <= _MAX_PATH
+    except UnicodeEncodeError:  # half a surrogate pair
+        return False
 
 
 class _UnixConnection(http.client.HTTPConnection):

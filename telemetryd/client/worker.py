@@ -25,7 +25,7 @@ from telemetryd.client.folder import Position, Stream, waiting
 from telemetryd.client.lines import encode
 from telemetryd.client.sender import LiveRun, Sender
 from telemetryd.client.spool import Spool
-from telemetryd.client.transport import Transport, run_path
+from telemetryd.client.transport import Transport, is_addressable, run_path
 
 logger: Final = logging.getLogger("telemetryd.client")
 
@@ -178,7 +178,8 @@ class Worker:
     def _serve(self) -> None:
         """Send our own lines, tell those who wait for that, and say which runs are alive."""
         flushes = [*self._sender.flushes]
-        live = [*self._sender.live.values()]  # their starts are in the spool, so they will have been sent
+        # Their starts are in the spool, so they will have been sent.
+        live = [run for run in [*self._sender.live.values()] if is_addressable(run.event_id)]
         try:
             self._spool.write_held()
             self._send_own()

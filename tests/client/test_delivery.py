@@ -279,6 +279,85 @@ async def test_a_line_at_which_the_daemon_breaks_every_time_is_given_up_at_last(
     assert [(letter["status"], letter["line"]["event_id"]) for letter in letters(buffer)] == [(500, "e-7")]
 
 
+@pytest.mark.parametrize("event_id", ["", "x" * 9000, "x" * 2_000_000, "é" * 2000, ".", "..", "a/../b"], ids=range(7))
+async def test_an_event_id_that_has_no_place_in_an_address_blocks_nobody(
+    api: Api, make_client: MakeClient, buffer: Path, event_id: str
+) -> None:
+    client = make_client(url_of(api))
+    client.record(finished(1))
+    client.write({"op": "update", "event_id": event_id, "fields": {"status": "success"}})
+    client.write({"op": "event", "event_id": event_id, "event": {"event_key": "k", "event_type": "x"}})
+    run = client.run("a", "j", event_id=event_id or "good", heartbeat=0.01).start()
+    run.event("x")
+    client.record(finished(2))
+    await flushed(client)
+    run.finish()
+    client.record(finished(3))
+    await flushed(client)
+    assert {f"e-{n}" for n in (1, 2, 3)} <= {row["event_id"] for row in await api.list(agent_name="a", limit=1000)}
+    assert client.stats()["problem"] is None
+    stored_after_all = [row for row in await api.list(agent_name="a", limit=1000) if row["event_id"] == event_id]
+    told = {letter["line"].get("op") for letter in letters(buffer)}
+    assert stored_after_all or {"event", "update"} <= told
+
+
+@pytest.mark.parametrize("status", [400, 405, 414])
+async def test_a_proxy_that_refuses_one_path_costs_that_line_only(
+    api: Api, proxy: BadProxy, make_client: MakeClient, buffer: Path, status: int
+) -> None:
+    real = proxy._forward
+
+    def refuse(request: Any, body: bytes) -> tuple[int, dict[str, str], bytes]:
+        return (status, {}, b"no") if "odd" in request.path else real(request, body)
+
+    proxy._forward = refuse  # type: ignore[method-assign]
+    client = make_client(proxy.url)
+    with client.run("a", "j", event_id="even") as even:
+        await flushed(client)
+        client.write({"op": "update", "event_id": "odd", "fields": {"status": "success"}})
+        client.write({"op": "event", "event_id": "odd", "event": {"event_key": "k", "event_type": "x"}})
+    await flushed(client)
+    assert (await api.get(f"/api/v1/runs/{even.event_id}"))["status"] == "success"
+    assert [letter["status"] for letter in letters(buffer)] == [status] * 2
+
+
+async def test_a_proxy_that_refuses_every_change_makes_no_dead_letters(
+    api: Api, proxy: BadProxy, make_client: MakeClient, buffer: Path
+) -> None:
+    real = proxy._forward
+
+    def refuse(request: Any, body: bytes) -> tuple[int, dict[str, str], bytes]:
+        return (405, {}, b"no") if request.command == "PATCH" else real(request, body)
+
+    proxy._forward = refuse  # type: ignore[method-assign]
+    client = make_client(proxy.url)
+    with client.run("a", "j"):
+        await flushed(client)
+    assert not await asyncio.to_thread(client.flush, 0.5)
+    assert "405" in client.stats()["problem"]
+    assert not letters(buffer)
+
+
+async def test_lines_that_other_programs_have_written_with_blanks_are_read(
+    api: Api, make_client: MakeClient, buffer: Path
+) -> None:
+    lines = [
+        finished(1, status="running", run_id="r", start_time="2025-12-24T10:00:00Z"),
+        {"op": "event", "event_id": "e-1", "event": {"event_key": "k", "event_type": "x"}},
+        {"event_id": "e-1", "fields": {"status": "partial"}, "op": "update"},
+        finished(2, run_id="r2", start_time="2025-12-24T10:00:00Z", output_summary='an "op" of its own'),
+    ]
+    client = make_client(url_of(api))
+    for line in lines:
+        client._spool.append(json.dumps(line).encode() + b"\n")
+    client.record(finished(3))
+    await flushed(client)
+    assert len(await api.list(agent_name="a")) == 3
+    run = await api.get("/api/v1/runs/e-1?include=events")
+    assert (run["status"], len(run["events"])) == ("partial", 1)
+    assert not letters(buffer)
+
+
 # --- Refusals ------------------------------------------------------------------------------------
 
 

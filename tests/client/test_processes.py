@@ -371,6 +371,7 @@ from telemetryd import client as telemetry
 import os, signal, sys, time
 run = telemetry.run("a", "j", event_id="dying").start()
 telemetry.flush(20)
+time.sleep(0.5)  # the registration comes after what was waited for
 print("begun", flush=True)
 time.sleep(60)
 """
