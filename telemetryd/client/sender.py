@@ -178,33 +178,47 @@ class Sender:
             for flush in [*self.flushes]:
                 flush.end(succeeded=False)
 
-    def flush(self, timeout_s: float, *, is_last: bool = False) -> bool:
+    def flush(self, timeout_s: float) -> bool:
         """Wait until everything recorded so far has been acknowledged; return whether it has."""
+        return self.end_flush(self.begin_flush(is_last=False), timeout_s)
+
+    def begin_flush(self, *, is_last: bool) -> Flush:
+        """Have everything recorded so far sent at once; `end_flush` waits for it, and has to be called."""
+        flush = Flush(is_last=is_last)
         if self._thread is None and self._spool.name is None and not self._spool.holds:
-            return True
+            flush.end(succeeded=True)
+            return flush
         self._start()
         if self._thread is None:
-            return False
-        flush = Flush(is_last=is_last)
+            flush.end(succeeded=False)
+            return flush
         self.flushes.append(flush)
+        if self._ended:  # looked at after it is on the list, which is looked through after this is set
+            flush.end(succeeded=False)
+        self.hurry.ring()
+        self.wake.ring()
+        return flush
+
+    def end_flush(self, flush: Flush, timeout_s: float) -> bool:
+        """Wait until everything recorded before the flush has been acknowledged; return whether it has."""
         try:
-            if self._ended:  # looked at after we are on the list, which is looked through after it is set
-                return False
-            self.hurry.ring()
-            self.wake.ring()
-            flush.done.wait(timeout_s)
+            flush.done.wait(max(timeout_s, 0.0))
         finally:
-            self.flushes.remove(flush)
+            if flush in self.flushes:
+                self.flushes.remove(flush)
         return flush.succeeded
 
-    def stop(self, timeout_s: float) -> bool:
-        """End the thread; return whether nobody works on the stream any more."""
+    def stop(self) -> None:
+        """Tell the thread to end."""
         self.stopping = True
         self.hurry.ring()
         self.wake.ring()
+
+    def has_stopped(self, timeout_s: float) -> bool:
+        """Wait for the thread's end; return whether nobody works on the stream any more."""
         if self._thread is None:
             return True
-        self._thread.join(timeout_s)
+        self._thread.join(max(timeout_s, 0.0))
         return not self._thread.is_alive()
 
     def after_fork(self) -> None:

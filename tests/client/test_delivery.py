@@ -113,7 +113,8 @@ async def test_an_end_that_joined_a_start_whose_answer_was_lost_is_not_lost_with
     run = first.run("a", "j").start()
     while not proxy.seen:  # noqa: ASYNC110
         await asyncio.sleep(0.01)
-    await asyncio.to_thread(first._sender.stop, 5)
+    first._sender.stop()
+    await asyncio.to_thread(first._sender.has_stopped, 5)
     proxy.script = []
     stream = first._spool.stream
     assert stream is not None
