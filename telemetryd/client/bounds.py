@@ -77,7 +77,8 @@ def _give_up(folder: Path, entry: Entry, own: Stream | None, dropped: Dropped, r
         return False
     if lines is None:
         return False
-    dropped(entry, lines, reason)
+    if lines:
+        dropped(entry, lines, reason)
     return True
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import random
 import re
 import stat
 import time
@@ -20,7 +19,7 @@ DEAD_LETTERS: Final = "dead-letter.jsonl"
 DEAD: Final = ".dead"
 """The state of a file of dead letters, as an entry of the folder."""
 _MAX_BYTES: Final = 16 << 20
-_CLOSED: Final = re.compile(r"dead-letter\.\d{8}T\d{6}Z-[0-9a-f]{4}\.jsonl")
+_CLOSED: Final = re.compile(r"dead-letter\.\d{8}T\d{6}Z-[0-9a-f]{4,8}\.jsonl")
 
 
 def bury(folder: Path, lines: list[bytes], status: int | None, reason: object) -> None:
@@ -42,7 +41,7 @@ def bury(folder: Path, lines: list[bytes], status: int | None, reason: object) -
         if os.fstat(file).st_size > _MAX_BYTES:
             stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
             with contextlib.suppress(FileNotFoundError):  # another process has just done it
-                path.rename(folder / f"dead-letter.{stamp}-{random.getrandbits(16):04x}.jsonl")
+                path.rename(folder / f"dead-letter.{stamp}-{os.urandom(4).hex()}.jsonl")
     finally:
         os.close(file)
 

@@ -308,6 +308,8 @@ class Worker:
 
     def _register(self, run: LiveRun) -> None:
         if self._identity is None:
+            if self._transport.is_local is None:
+                return  # nothing has been sent yet
             self._identity = ProcessIdentity.own() if self._transport.is_local else None
             if self._identity is None:
                 self._certifies = False

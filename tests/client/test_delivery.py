@@ -17,10 +17,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from telemetryd.client import worker
+from telemetryd.client import Config, worker
 from telemetryd.client.delivery import MAX_ROWS, RetryError, parse_flow, retry_after_s
 from telemetryd.client.folder import waiting
-from telemetryd.client.transport import Answer
+from telemetryd.client.transport import Answer, Transport
 from telemetryd.client.worker import Backoff
 from tests.client.conftest import MakeClient, flushed, states, stored, url_of
 from tests.conftest import Api, MakeApi
@@ -359,6 +359,55 @@ async def test_lines_that_other_programs_have_written_with_blanks_are_read(
     assert not letters(buffer)
 
 
+async def test_an_answer_that_trickles_is_given_up_as_a_whole(
+    api: Api, proxy: BadProxy, make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trickle(request: Any, *_: Any) -> None:
+        for byte in b"HTTP/1.1 200 OK\r\nX-Long: " + b"x" * 200:
+            try:
+                request.wfile.write(bytes([byte]))
+            except OSError:
+                return
+            time.sleep(0.1)
+
+    real = proxy._answer
+    monkeypatch.setattr(proxy, "_answer", trickle)
+    client = make_client(proxy.url, timeout_s=0.4)
+    began = time.monotonic()
+    client.record(finished(1))
+    while not client.stats()["retries"]:
+        assert time.monotonic() - began < 3
+        await asyncio.sleep(0.01)
+    assert "timed out" in client.stats()["problem"]
+    monkeypatch.setattr(proxy, "_answer", real)
+    await flushed(client)
+
+
+async def test_the_machines_own_address_is_local(api: Api, make_client: MakeClient) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # sends nothing
+        except OSError:
+            pytest.skip("no address but the loopback's")
+        own = probe.getsockname()[0]
+    if own.startswith("127."):
+        pytest.skip("no address but the loopback's")
+    answer = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
+    with socket.create_server((own, 0)) as listening:
+        transport = Transport(Config(url=f"http://{own}:{listening.getsockname()[1]}"))
+        assert transport.is_local is None
+
+        def serve() -> None:
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(answer)
+
+        await asyncio.gather(asyncio.to_thread(serve), asyncio.to_thread(transport.request, "GET", "/health"))
+    assert transport.is_local
+    transport.close()
+
+
 # --- Refusals ------------------------------------------------------------------------------------
 
 
@@ -517,7 +566,7 @@ async def test_bodies_are_compressed_on_the_way_to_another_machine(
     await flushed(client)
     assert "content-encoding" not in proxy.headers[0], "not on this machine"
     assert client._sender._worker is not None
-    client._sender._worker._transport._compresses = True
+    client._sender._worker._transport.is_local = False
     for number in range(1, 50):
         client.record(finished(number))
     await flushed(client)

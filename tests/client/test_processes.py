@@ -339,7 +339,8 @@ try:
 except ValueError as error:
     print(error)
 """
-    done = python(program, daemon.url, buffer, **{variable: text})
+    wrong: dict[str, Any] = {variable: text}
+    done = python(program, daemon.url, buffer, **wrong)
     assert done.stdout.startswith(f"1\n{variable}: ")
     assert done.stderr.count(variable) == 1
     assert len(runs(daemon.url)) == (2 if is_sent else 0)

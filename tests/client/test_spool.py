@@ -18,7 +18,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from telemetryd.client import dead_letters
+from telemetryd.client import Config, bounds, dead_letters
 from telemetryd.client.bounds import Bounds, enforce
 from telemetryd.client.dead_letters import bury
 from telemetryd.client.folder import Entry, Stream, entries, is_sent, summary, waiting
@@ -504,6 +504,72 @@ def test_the_dead_letter_file_begins_anew_when_it_is_large(buffer: Path, monkeyp
     for _ in range(3):
         bury(buffer, [b"{}"], 422, "no")
     assert len(list(buffer.glob("dead-letter.*.jsonl"))) == 3
+
+
+def test_full_dead_letter_files_are_bounded_too_and_go_before_what_is_unsent(
+    buffer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dead_letters, "_MAX_BYTES", 10)
+    for _ in range(4):
+        bury(buffer, [b"{}", b"{}"], 422, "no")
+    size = next(buffer.glob("dead-letter.*.jsonl")).stat().st_size
+    fill(buffer, 2).release()
+    assert [lines for _, lines, _ in enforced(buffer, max_bytes=200 + 2 * size)] == [2, 2]
+    assert len(list(buffer.glob("dead-letter.*.jsonl"))) == 2
+    os.utime(next(buffer.glob("dead-letter.*.jsonl")), (1, 1))
+    assert [lines for _, lines, _ in enforced(buffer, max_age_s=3600)] == [2]
+    assert len(pick_up(buffer)) == 2
+
+
+def test_processes_that_begin_a_new_dead_letter_file_at_once_lose_none(
+    buffer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dead_letters, "_MAX_BYTES", 10)
+    children = []
+    for _ in range(4):
+        child = os.fork()
+        if child == 0:
+            with contextlib.ExitStack() as stack:
+                stack.callback(os._exit, 1)
+                for _ in range(300):
+                    bury(buffer, [b"{}"], 422, "no")
+                os._exit(0)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
+    assert sum(len(path.read_bytes().splitlines()) for path in buffer.glob("dead-letter*")) == 1200
+
+
+def test_a_clock_that_is_set_makes_no_file_old(buffer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(buffer, 2).release()
+    dropped: list[str] = []
+    config = Config(buffer_dir=buffer)
+    monkeypatch.setattr(bounds, "_EVERY_S", 0.0)
+    upkeep = bounds.Upkeep(config, lambda entry, _lines, _why: dropped.append(entry.path))
+    real = time.time
+    for jump_s in (40 * 86_400, -40 * 86_400):
+        monkeypatch.setattr(time, "time", lambda jump_s=jump_s: real() + jump_s)
+        upkeep.due = 0.0
+        upkeep.attend(None)
+    assert not dropped
+    for entry in entries(buffer):
+        os.utime(entry.path, (real() - 40 * 86_400,) * 2)
+    monkeypatch.setattr(time, "time", real)
+    upkeep.due = 0.0
+    upkeep.attend(None)
+    assert len(dropped) == 2
+
+
+def test_thousands_of_dead_streams_are_picked_up_in_one_look_each(buffer: Path) -> None:
+    buffer.mkdir()
+    for number in range(3000):
+        (buffer / f"20251231T153045Z-1-{number:08x}.000000.jsonl.ready").write_bytes(b"%d\n" % number)
+    began = time.monotonic()
+    streams = [Stream.take(buffer, name, numbers) for name, numbers in waiting(buffer).items()][:1000]
+    for stream in streams:
+        assert stream is not None
+        assert len(drain(stream)) == 1
+        stream.release()
+    assert time.monotonic() - began < 10  # it took minutes when each of them looked through the folder
 
 
 def test_streams_of_others_are_not_disturbed_by_a_look_around(buffer: Path) -> None:
