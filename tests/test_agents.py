@@ -18,6 +18,7 @@ from telemetryd.client import Client
 from tests.client.conftest import states
 from tests.conftest import Daemon, StartDaemon, make_run
 from tests.http_client import call, get
+from tests.tools.bad_proxy import bad_proxy
 from tests.tools.process import telemetryd
 
 if sys.version_info >= (3, 14):
@@ -121,6 +122,45 @@ def test_sync_watches_until_it_is_told_to_stop(daemon: Daemon, buffer: Path) -> 
         watching.wait()
     assert watching.returncode == 0
     assert json.loads(out)["stored"] == 10
+
+
+def watch(buffer: Path, url: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "telemetryd", "sync", "--watch", "--buffer-dir", str(buffer), "--url", url]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def await_runs(url: str, count: int) -> None:
+    deadline = time.monotonic() + 20
+    while get(url, "/metrics")[1]["total_runs"] < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_to_watch_outlives_trouble_with_the_folder(daemon: Daemon, buffer: Path) -> None:
+    buffer.write_text("no folder")
+    with watch(buffer, daemon.url) as watching:
+        assert watching.stderr is not None
+        assert "Not a directory" in watching.stderr.readline()
+        buffer.unlink()
+        leave(buffer)
+        await_runs(daemon.url, 5)
+        watching.terminate()
+        assert watching.wait(10) == 0
+
+
+def test_to_watch_ends_at_once_when_it_is_told_to_even_in_a_pause_that_the_daemon_asked_for(
+    daemon: Daemon, buffer: Path
+) -> None:
+    for _ in range(2):
+        leave(buffer, 1)
+    with bad_proxy(daemon.url) as proxy:
+        proxy.flow = "batch=1, pause=60000"
+        with watch(buffer, proxy.url) as watching:
+            await_runs(daemon.url, 1)
+            time.sleep(0.2)
+            watching.terminate()
+            assert watching.wait(10) == 0
+    assert states(buffer) == {".synced": 1, ".ready": 1}
 
 
 def test_two_syncs_at_once_send_each_line_once(daemon: Daemon, buffer: Path) -> None:
