@@ -479,6 +479,7 @@ def open_active(folder: Path, stream: str, number: int) -> tuple[int, int]:
                     return file, number
         except OSError:
             os.close(file)
+            path.unlink(missing_ok=True)
             raise
         os.close(file)
         number += 1

@@ -200,7 +200,6 @@ class Run:
 
     def _update(self, changes: Mapping[str, Any]) -> None:
         with self._own_lock():
-            self.start()
             try:
                 self._operation("update", "fields", self._sorted(changes, CHANGES))
             except Exception:  # noqa: BLE001 - whatever it is must not reach the agent

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Final, Protocol
@@ -153,7 +154,8 @@ class Sender:
 
     def _tidy(self) -> None:
         """Where no thread sends: keep the folder within its bounds when a file is full, without a wait."""
-        if self._tidying is None or not self._tidying.is_alive():
+        is_busy = self._tidying is not None and self._tidying.is_alive()
+        if not is_busy and time.monotonic() >= self._upkeep.due:
             self._tidying = threading.Thread(target=self._attend, name="telemetryd-client", daemon=True)
             with contextlib.suppress(RuntimeError):  # the interpreter is shutting down
                 self._tidying.start()

@@ -114,10 +114,11 @@ class Spool:
             self._torn = self._torn or written > 0
             return self._append_behind_held(line)
         self._written += written
-        if self._written >= self._file_bytes:
+        if self._written >= self._file_bytes or (
+            not self._sends
+            and time.monotonic() - self._opened >= self._file_age_s  # else the sender's thread sees to it
+        ):
             self._rotate(wait=False)
-        elif not self._sends:
-            self.rotate_if_old()
         if self._retired:
             self._close_retired()
         return True
