@@ -115,8 +115,7 @@ class Spool:
             return self._append_behind_held(line)
         self._written += written
         if self._written >= self._file_bytes or (
-            not self._sends
-            and time.monotonic() - self._opened >= self._file_age_s  # else the sender's thread sees to it
+            not self._sends and time.monotonic() - self._opened >= self._file_age_s  # else the thread sees to it
         ):
             self._rotate(wait=False)
         if self._retired:
