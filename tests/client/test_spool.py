@@ -27,8 +27,8 @@ from tests.client.conftest import states
 from tests.conftest import small_file_system
 
 
-def spool_in(folder: Path, *, file_bytes: int = 1000, fsync: bool = False) -> Spool:
-    return Spool(folder, fsync=fsync, file_bytes=file_bytes, file_age_s=600)
+def spool_in(folder: Path, *, file_bytes: int = 1000, fsync: bool = False, sends: bool = True) -> Spool:
+    return Spool(folder, sends=sends, fsync=fsync, file_bytes=file_bytes, file_age_s=600)
 
 
 def drain(stream: Stream, rows: int = 1000) -> list[bytes]:
@@ -73,10 +73,10 @@ class SpoolMachine(RuleBasedStateMachine):
 
     processes = Bundle("processes")
 
-    @rule(target=processes, file_bytes=st.sampled_from([1, 40, 10_000]))
-    def begin(self, file_bytes: int) -> int:
+    @rule(target=processes, file_bytes=st.sampled_from([1, 40, 10_000]), sends=st.booleans())
+    def begin(self, file_bytes: int, sends: bool) -> int:
         self.count += 1
-        self.spools[self.count] = spool_in(self.folder, file_bytes=file_bytes)
+        self.spools[self.count] = spool_in(self.folder, file_bytes=file_bytes, sends=sends)
         self.promised[self.count], self.sent[self.count] = [], []
         return self.count
 
@@ -113,8 +113,8 @@ class SpoolMachine(RuleBasedStateMachine):
     @rule(process=consumes(processes), torn=st.binary(max_size=30).filter(lambda text: b"\n" not in text))
     def die(self, process: int, torn: bytes) -> None:
         spool = self.spools.pop(process)
-        if spool.stream is not None and torn:
-            active = list(self.folder.glob(f"{spool.stream.name}.*.active"))
+        if spool.name is not None and torn:
+            active = list(self.folder.glob(f"{spool.name}.*.active"))
             with active[-1].open("ab") as file:
                 file.write(torn)
         die(spool)
@@ -147,7 +147,7 @@ class SpoolMachine(RuleBasedStateMachine):
             assert sent == promised[: len(sent)]
 
     @invariant()
-    def the_living_are_left_alone(self) -> None:
+    def the_living_that_send_are_left_alone(self) -> None:
         for spool in self.spools.values():
             if spool.stream is not None:
                 assert Stream.take(self.folder, spool.stream.name) is None
