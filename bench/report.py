@@ -43,7 +43,7 @@ def _cells(figure: Figure) -> tuple[str, ...]:
 
 
 def write(folder: Path, name: str, figures: Sequence[Figure], options: Options, loads: tuple[float, float]) -> None:
-    """Write the JSON and the chart; `loads` are the machine's load averages before and after the run."""
+    """Write the JSON, the table and the chart; `loads` are the machine's load averages before and after the run."""
     folder.mkdir(parents=True, exist_ok=True)
     report = {
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -61,3 +61,8 @@ def write(folder: Path, name: str, figures: Sequence[Figure], options: Options, 
     }
     (folder / f"{name}.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", "utf-8")
     (folder / f"{name}.svg").write_text(draw(figures), "utf-8")
+    measured = (
+        f"Measured at {report['measured_at']} on {os.cpu_count()} processors, Python {platform.python_version()}, "
+    )
+    measured += f"SQLite {sqlite3.sqlite_version}; load average {loads[0]:.1f} before and {loads[1]:.1f} after."
+    (folder / f"{name}.md").write_text(f"{measured}\n\n{table(figures)}\n", "utf-8")
