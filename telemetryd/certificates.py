@@ -187,14 +187,15 @@ class Certificates:
         watched = self._watched[key]
         watched.has_ended = True
         asyncio.get_running_loop().remove_reader(watched.pidfd)
-        self._start(self._certify(key, format_timestamp(utc_now())))
+        kills = processes.oom_kills(watched.process.cgroup)  # now: systemd removes the group of a service that ended
+        self._start(self._certify(key, format_timestamp(utc_now()), kills))
 
-    async def _certify(self, key: _Key, ended_at: str) -> None:
+    async def _certify(self, key: _Key, ended_at: str, kills: int | None) -> None:
         await asyncio.sleep(_GRACE_S)
         watched = self._watched[key]
         code = processes.exit_code(watched.pidfd)
         self._let_go(key)
-        await self._end(watched.process, describe(watched.process, ended_at, code))
+        await self._end(watched.process, describe(watched.process, ended_at, code, kills))
 
     async def _look_again(self, machine: Machine) -> None:
         while True:
@@ -221,7 +222,8 @@ class Certificates:
         try:
             pidfd = processes.hold(process.pid, process.start_time)
         except GoneError:
-            await self._end(process, describe(process, format_timestamp(utc_now()), None, while_down=True))
+            kills = processes.oom_kills(process.cgroup)
+            await self._end(process, describe(process, format_timestamp(utc_now()), None, kills, while_down=True))
         except NotVisibleError:
             await self._end(process, None)
         else:
@@ -257,9 +259,19 @@ class Certificates:
 # --- The words -----------------------------------------------------------------------------------
 
 
-def describe(process: Process, ended_at: str, code: int | None, *, while_down: bool = False) -> Death:
-    """Say what is known of the end of a process, in the words that its runs get."""
-    kills = processes.oom_kills(process.cgroup)
+def describe(
+    process: Process, ended_at: str, code: int | None, kills: int | None, *, while_down: bool = False
+) -> Death:
+    """Say what is known of the end of a process, in the words that its runs get.
+
+    Args:
+        process: the one that ended.
+        ended_at: when that was seen.
+        code: its exit status, negative for a signal; None if it is not known.
+        kills: how many out-of-memory kills its control group counted then.
+        while_down: whether it ended while no daemon ran.
+
+    """
     before = process.oom_kills
     if code in (None, -signal.SIGKILL) and kills is not None and before is not None and kills > before:
         how = f"Out of memory: process {process.pid} ended before it finished the run"

@@ -138,7 +138,7 @@ class TelemetryClient:
 
     def log_event(self, run_id: str, event_type: str, payload: Mapping[str, Any] | None = None) -> None:
         """Record something that happened during a run."""
-        run = self._runs.get(run_id)
+        run = self._runs.get(str(run_id))
         if run is None:
             logger.warning("No run of this process has run_id %r: event %r is not recorded", run_id, event_type)
         else:
@@ -146,7 +146,7 @@ class TelemetryClient:
 
     def end_run(self, run_id: str, status: str = "success", **kw: Any) -> None:
         """End a run."""
-        run = self._runs.pop(run_id, None)
+        run = self._runs.pop(str(run_id), None)
         if run is None:
             logger.warning("No run of this process has run_id %r: its end is not recorded", run_id)
         else:
@@ -189,10 +189,14 @@ class TelemetryClient:
         """
         from telemetryd.client.transport import Transport, UnreachableError, run_path  # noqa: PLC0415
 
+        try:
+            before = timestamp(time.time() - stale_threshold_hours * 3600)
+        except (TypeError, ValueError, OverflowError, OSError) as error:
+            logger.warning("Stale runs not cleaned up: stale_threshold_hours=%r: %s", stale_threshold_hours, error)
+            return 0
         transport = Transport(self._client.config)
-        before = timestamp(time.time() - stale_threshold_hours * 3600)
         query = {"agent_name": agent_name, "status": "running", "created_before": before, "limit": str(_PAGE)}
-        page: str | None = f"/api/v1/runs?{urlencode(query)}"
+        page: str | None = f"/api/v1/runs?{urlencode(query, errors='replace')}"
         own = {run.event_id for run in list(self._runs.values())}
         cancelled = 0
         try:

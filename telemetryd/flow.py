@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Final
 
 HEADER: Final = "Telemetry-Flow"
 METHODS: Final = ("POST", "PATCH")
-"""Requests whose answers always carry the header; answers of 429 and 503 do so as well."""
+"""Requests whose answers carry the header; answers of 429 and 503 do so as well."""
+NEVER: Final = (401, 403)
+"""Answers that never carry it: how busy the daemon is concerns nobody who has no right to ask."""
 
 FEWEST_ROWS: Final = 100
 """Below that, a batch costs more for itself than for its rows; beyond it a pause does the rest."""
+_FULLNESS: Final = 0.5
+"""What part of the queue all that is on its way may need; with three quarters, three times as much was refused."""
 _LONGEST_PAUSE_S: Final = 5.0
 _IDLE_AFTER_S: Final = 1.0
 _FORGET: Final = 0.9
 _FIRST_ROW_S: Final = 20e-6
 _LEAST_ROW_S: Final = 1e-6
 _LEAST_SPREAD: Final = 10.0
+_FASTEST_GROWS: Final = 1.05
+"""By what factor the fastest commit known is forgotten with each group."""
 
 
 class Flow:
@@ -25,7 +32,9 @@ class Flow:
     A commit of n rows takes a + b·n seconds; a and b come from a regression that forgets (each group counts a
     tenth less than the next). So (target - a) / b rows may be on their way at once. If more are, everybody's batch
     shrinks by that ratio, and where a batch cannot shrink any more, a pause thins the requests out. If fewer are, the
-    rows that are left are shared by those who send. If a alone misses the target, small batches would not help.
+    rows that are left are shared by those who send. If a alone takes most of the target or more, rows may take as long
+    as a again: smaller batches would halve the latency at best, at any cost. Groups of one size cannot tell a from b:
+    then a batch that would fit if all the time were its rows' is advised, and what it takes tells.
 
     Args:
         target_s: seconds from a request's arrival in the queue to durable that should not be exceeded.
@@ -41,9 +50,11 @@ class Flow:
         self._until = 0.0
         self._weight = self._rows = self._seconds = self._rows_rows = self._rows_seconds = 0.0
         self._row_s = _FIRST_ROW_S
-        self._group_s = 0.0
+        self._group_s = self._mean_s = 0.0
+        self._fastest_s = math.inf
         self._latency_s = 0.0
         self._pause_s = 0.0
+        self._sizes_differ = False
 
     def text(self, *, is_idle: bool) -> str:
         """Return the header's value; an idle daemon soon asks for nothing any more."""
@@ -59,10 +70,16 @@ class Flow:
         mean_rows, mean_seconds = self._rows / self._weight, self._seconds / self._weight
         variance = self._rows_rows / self._weight - mean_rows * mean_rows
         # Groups of about one size cannot tell a row's cost from the group's; what was learnt before stands.
-        if variance > max(_LEAST_SPREAD, mean_rows / 10) ** 2:
+        self._sizes_differ = variance > max(_LEAST_SPREAD, mean_rows / 10) ** 2
+        if self._sizes_differ:
             self._row_s = (self._rows_seconds / self._weight - mean_rows * mean_seconds) / variance
         self._row_s = min(max(self._row_s, _LEAST_ROW_S), mean_seconds / max(mean_rows, 1.0))
+        self._mean_s = mean_seconds
         self._group_s = mean_seconds - self._row_s * mean_rows
+        self._fastest_s = min(self._fastest_s * _FASTEST_GROWS, seconds)
+        if mean_rows > FEWEST_ROWS and self._group_s > self._fastest_s:  # noise; no group takes less than a
+            self._group_s = self._fastest_s
+            self._row_s = (mean_seconds - self._group_s) / mean_rows
         self._latency_s = latency_s
 
     def advise(self, commands: int, rows: int, largest: int, fullness: float) -> None:
@@ -72,7 +89,7 @@ class Flow:
             commands: those of the group just committed, and those that wait.
             rows: the rows of both.
             largest: most rows of one command.
-            fullness: how full the queue is, 0 to 1.
+            fullness: what part of the queue they would take if all of them waited in it; more than 1 is refused.
 
         """
         now = time.monotonic()
@@ -80,18 +97,20 @@ class Flow:
             self._pause_s = 0.0  # whatever was advised, nobody follows it any more
         self._until = now + _IDLE_AFTER_S
         largest = max(largest, 1)
-        left_s = self._target_s - self._group_s
-        rows = round(rows * (1 + self._pause_s / max(self._latency_s, 1e-6)))  # what there would be without a pause
-        batch, pause_s = float(self._full), 0.0
-        if left_s > 0:
-            fitting = left_s / self._row_s
-            if rows <= fitting:
-                batch = largest + (fitting - rows) / max(commands, 1)
-            else:
-                batch = max(largest * fitting / rows, FEWEST_ROWS)
-                thinned = rows * min(batch / largest, 1.0)
-                pause_s = self._latency_s * max(thinned / fitting - 1, 0.0)
-        crowded_s = (2 * fullness - 1) * max(self._latency_s, self._target_s)
+        left_s = max(self._target_s - self._group_s, self._group_s)
+        thinning = 1 + self._pause_s / max(self._latency_s, 1e-6)
+        rows, fullness = round(rows * thinning), fullness * thinning  # what there would be without a pause
+        pause_s = 0.0
+        fitting = left_s / self._row_s
+        if rows <= fitting:
+            batch = largest + (fitting - rows) / max(commands, 1)
+        else:
+            batch = max(largest * fitting / rows, FEWEST_ROWS)
+            thinned = rows * min(batch / largest, 1.0)
+            pause_s = self._latency_s * max(thinned / fitting - 1, 0.0)
+        if not self._sizes_differ and largest > FEWEST_ROWS:
+            batch = min(batch, largest * self._target_s / max(self._mean_s, 1e-6))
+        crowded_s = (fullness / _FULLNESS - 1) * self._latency_s
         self._batch = int(min(max(batch, FEWEST_ROWS), self._full))
         self._pause_s = min(max(pause_s, crowded_s, 0.0), _LONGEST_PAUSE_S)
         self._text = _text(self._batch, self._pause_s)

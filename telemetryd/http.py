@@ -196,6 +196,11 @@ async def list_events(request: web.Request) -> web.Response:
     page = (await request.app[STORE].fetch(query)).get(event_id)
     if page is None:
         raise RunNotFoundError(runs.shorten(event_id))
+    if page.more and len(page.rows) < query.limit:  # a shorter page would lose events to whoever pages by offset
+        raise InvalidRequestError(
+            f"Invalid limit: {query.limit}; that is more than one answer holds: ask for at most {len(page.rows)} at a "
+            "time"
+        )
     request[NOTE].say("Events queried", event_id=event_id, result_count=len(page.rows))
     following = f"{request.rel_url.raw_path}?limit={query.limit}&offset={query.offset + query.limit}"
     headers = {"Link": f'<{following}>; rel="next"'} if page.more else {}

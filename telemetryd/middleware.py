@@ -159,6 +159,12 @@ class Gate:
         """Return the answer that keeps a request out, or None."""
         return self._refusal_of_page(request) or self._refusal_of_client(request)
 
+    def may_advise(self, request: web.Request, status: int) -> bool:
+        """Tell whether an answer may say how busy the daemon is; who asks too often has not shown a token yet."""
+        if status == 429:
+            return self._token is None or self._is_authentic(request)
+        return status == 503 or (request.method in flow.METHODS and status not in flow.NEVER)
+
     def _refusal_of_page(self, request: web.Request) -> web.Response | None:
         """Keep out what a foreign web page makes a browser send."""
         host = request.headers.get("Host", "")
@@ -323,7 +329,7 @@ def middleware(settings: Settings, metrics: Metrics, advice: Callable[[], str]) 
             problem = error
             response = _answer_error(error, identity)
         mark(response, identity)
-        if request.method in flow.METHODS or response.status in (429, 503):
+        if gate.may_advise(request, response.status):
             response.headers[flow.HEADER] = advice()
         seconds = time.perf_counter() - started
         endpoint = await _endpoint(request)

@@ -187,8 +187,9 @@ def _operation(method: str, path: str, operation: Operation) -> Schema:
             answer["headers"] = _RETRY_AFTER | _FLOW
         described["responses"].setdefault(str(status), answer)
     if method in flow.METHODS:
-        for answer in described["responses"].values():
-            answer["headers"] = _FLOW | answer.get("headers", {})
+        for status, answer in described["responses"].items():
+            if int(status) not in flow.NEVER:
+                answer["headers"] = _FLOW | answer.get("headers", {})
     return described
 
 

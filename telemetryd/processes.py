@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import Final
 
 PROC: Final = Path("/proc")
-_CGROUPS: Final = (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/unified"))
+_CGROUPS: Final = Path("/sys/fs/cgroup")
+# cgroups(7): version 2, which counts a group's own kills apart; version 1; a mixture of both.
+_KILL_COUNTS: Final = (
+    ("", "memory.events.local"),
+    ("memory", "memory.oom_control"),
+    ("unified", "memory.events.local"),
+)
 _MACHINE_IDS: Final = (Path("/etc/machine-id"), Path("/var/lib/dbus/machine-id"))
 _MOST_DESCRIPTORS: Final = 65_536
 
@@ -150,22 +156,26 @@ def exit_code(pidfd: int) -> int | None:
 
 
 def cgroup(pid: int) -> str | None:
-    """Return the path of a process's control group in the unified hierarchy, as we see it, or None."""
+    """Return the path of the control group that bounds a process's memory, as we see it, or None."""
     try:
         lines = (PROC / str(pid) / "cgroup").read_text("utf-8", "replace")
     except OSError:
         return None
-    found = re.search(r"^0::(/.*)$", lines, re.MULTILINE)
+    found = _VERSION_1.search(lines) or _VERSION_2.search(lines)
     return found[1] if found and ".." not in found[1].split("/") else None
+
+
+_VERSION_1: Final = re.compile(r"^\d+:(?:[^:]*,)?memory(?:,[^:]*)?:(/.*)$", re.MULTILINE)
+_VERSION_2: Final = re.compile(r"^0::(/.*)$", re.MULTILINE)
 
 
 def oom_kills(path: str | None) -> int | None:
     """Return how many processes of a control group the kernel has killed for lack of memory, or None if unknown."""
     if path is None:
         return None
-    for root in _CGROUPS:
+    for hierarchy, name in _KILL_COUNTS:
         try:
-            counts = (root / path.lstrip("/") / "memory.events").read_text("ascii")
+            counts = (_CGROUPS / hierarchy / path.lstrip("/") / name).read_text("ascii")
         except OSError:
             continue
         found = re.search(r"^oom_kill (\d+)$", counts, re.MULTILINE)

@@ -467,6 +467,7 @@ _SELECT_EVENTS: Final = f"""
     SELECT {", ".join(events.COLUMNS)} FROM run_events INDEXED BY idx_events_time
     WHERE run = ? ORDER BY timestamp, id LIMIT ? OFFSET ?
 """  # noqa: S608 - names from the definition of an event
+_EVENT_PAYLOAD: Final = events.COLUMNS.index("payload")
 _SELECT_PROCESSES: Final = f"""
     SELECT {", ".join(_PROCESS[:-1])}, max({_PROCESS[-1]}) FROM run_processes INDEXED BY idx_processes_waiting
     WHERE certified_at IS NULL GROUP BY pid, start_time, boot_id, pid_namespace
@@ -593,13 +594,22 @@ def fetch_run(connection: sqlite3.Connection, query: GetRun) -> Row | None:
 
 
 def fetch_events(connection: sqlite3.Connection, query: ListEvents) -> dict[str, EventPage]:
-    """Fetch the events of each of the runs that there are, by event_id."""
-    pages = {}
+    """Fetch the events of each of the runs that there are, by event_id; all pages together hold about `PAGE_BYTES`."""
+    pages: dict[str, EventPage] = {}
+    room = PAGE_BYTES
     for event_id in query.event_ids:
         run = connection.execute("SELECT id FROM agent_runs WHERE event_id = ?", (event_id,)).fetchone()
-        if run is not None:
-            rows = connection.execute(_SELECT_EVENTS, (*run, query.limit + 1, query.offset)).fetchall()
-            pages[event_id] = EventPage(rows[: query.limit], len(rows) > query.limit)
+        if run is None:
+            continue
+        rows: list[Row] = []
+        more = False
+        for row in connection.execute(_SELECT_EVENTS, (*run, query.limit + 1, query.offset)):
+            room -= len(row[_EVENT_PAYLOAD] or "")
+            more = len(rows) == query.limit or (room < 0 and bool(rows or pages))
+            if more:
+                break
+            rows.append(row)
+        pages[event_id] = EventPage(rows, more)
     return pages
 
 

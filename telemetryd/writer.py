@@ -335,8 +335,10 @@ class Writer(Generic[C, R]):
         costs = [entry.command.cost for entry in group]
         rows = sum(costs)
         self._flow.measure(rows, seconds, time.monotonic() - group[0].since)
-        fullness = max(self.depth / self._queue.maxsize, 1 - self._bytes_left / self._queue_bytes)
-        self._flow.advise(len(group) + self.depth, rows + self._rows, max(costs), fullness)
+        commands = len(group) + self.depth
+        size = sum(entry.command.size for entry in group) + self._queue_bytes - self._bytes_left
+        fullness = max(commands / self._queue.maxsize, size / self._queue_bytes)
+        self._flow.advise(commands, rows + self._rows, max(costs), fullness)
 
     async def _tidy(self) -> None:
         self._untidy_since = None

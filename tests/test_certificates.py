@@ -10,7 +10,8 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import pytest
 
 from telemetryd import certificates, processes
 from telemetryd.check import Severity, examine
-from telemetryd.commands import Process
+from telemetryd.commands import Death, Process
 from tests.conftest import Daemon, StartDaemon, make_run
 from tests.http_client import call, get, post
 from tests.tools.process import telemetryd
@@ -384,26 +385,72 @@ def test_a_reboot_is_told_from_a_move(start_daemon: StartDaemon, spawn: Spawn) -
     daemon = start_daemon()
     url = daemon.url
     agent = spawn()
-    rebooted, moved, confined = (new_run(url, start_time="2020-01-01T00:00:00Z") for _ in range(3))
-    for path in (rebooted, moved, confined):
+    rebooted, moved, confined, reused = (new_run(url, start_time="2020-01-01T00:00:00Z") for _ in range(4))
+    for path in (rebooted, moved, confined, reused):
         register(url, path, identity(agent.pid))
     assert daemon.stop() == 0
     ids = {
         path: f"(SELECT id FROM agent_runs WHERE event_id = '{path.rpartition('/')[2]}')"
-        for path in (rebooted, moved, confined)
+        for path in (rebooted, moved, confined, reused)
     }
     with closing(sqlite3.connect(daemon.database)) as connection, connection:
         connection.execute(f"UPDATE run_processes SET boot_id = 'earlier' WHERE run = {ids[rebooted]}")
         connection.execute(f"UPDATE run_processes SET boot_id = 'other', machine = 'other' WHERE run = {ids[moved]}")
         connection.execute(f"UPDATE run_processes SET pid_namespace = 'pid:[1]' WHERE run = {ids[confined]}")
+        connection.execute(f"UPDATE run_processes SET start_time = start_time - 1 WHERE run = {ids[reused]}")
     daemon = start_daemon()
     url = daemon.url
     run = wait_until_closed(url, rebooted)
     assert run["error_summary"] == f"The machine was rebooted before process {agent.pid} finished the run"
     assert abs(datetime.fromisoformat(run["end_time"]).timestamp() - processes.booted_at()) < 5
+    run = wait_until_closed(url, reused)  # its pid belongs to another process now, which is alive
+    assert run["error_summary"] == f"Process {agent.pid} ended without finishing the run"
     stays_running(url, moved, confined)
     assert daemon.stop() == 0
     assert stored(daemon, "SELECT count(*) FROM run_processes WHERE certified_at IS NULL") == [(0,)]
+    check_database(daemon)
+
+
+def test_a_run_that_is_reopened_is_watched_once_it_is_registered_anew(start_daemon: StartDaemon, spawn: Spawn) -> None:
+    url = start_daemon().url
+    agent, heir = spawn(), spawn()
+    finished, certified = new_run(url), new_run(url)
+    for path in (finished, certified):
+        register(url, path, identity(agent.pid))
+    call(url, "PATCH", finished, {"status": "success"})
+    agent.kill()
+    wait_until_closed(url, certified)
+    for path in (finished, certified):
+        call(url, "PATCH", path, {"status": "running"})
+    stays_running(url, finished, certified, seconds=0.6)  # whoever says so knows better than the certificate
+    for path in (finished, certified):
+        register(url, path, identity(heir.pid))
+    heir.kill()
+    assert {wait_until_closed(url, path)["status"] for path in (finished, certified)} == {"failure"}
+
+
+def test_a_certificate_waits_for_room_in_the_queue(start_daemon: StartDaemon, spawn: Spawn) -> None:
+    daemon = start_daemon(TELEMETRY_QUEUE_MAX="1")
+    url = daemon.url
+    agents = [spawn() for _ in range(5)]
+    paths = [new_run(url) for _ in agents]
+    for path, agent in zip(paths, agents, strict=True):
+        register(url, path, identity(agent.pid))
+    with ThreadPoolExecutor(8) as senders:
+        ends = time.monotonic() + 1.5
+
+        def send() -> set[int | None]:
+            statuses = set()
+            while time.monotonic() < ends:
+                statuses.add(post(url, make_run())[0])
+            return statuses
+
+        sending = [senders.submit(send) for _ in range(8)]
+        for agent in agents:
+            agent.kill()
+        assert 503 in set().union(*(sent.result() for sent in sending)), "the queue was never full"
+    assert {wait_until_closed(url, path)["status"] for path in paths} == {"failure"}
+    assert daemon.stop() == 0
     check_database(daemon)
 
 
@@ -466,23 +513,92 @@ def test_a_stale_run_that_was_reaped_and_a_run_that_was_deleted_leave_nothing(
     assert stored(daemon, "SELECT count(*) FROM run_processes") == [(0,)]
 
 
+@pytest.fixture
+def small_group() -> Iterator[Path]:
+    """Make a control group with room for 40 MiB; return its folder."""
+    for root, limit in (("/sys/fs/cgroup", "memory.max"), ("/sys/fs/cgroup/memory", "memory.limit_in_bytes")):
+        if not Path(root, "cgroup.procs").exists():  # another version of control groups
+            continue
+        group = Path(root, f"telemetryd-test-{os.getpid()}")
+        try:
+            group.mkdir()
+            (group / limit).write_text("40M")
+        except OSError:
+            continue
+        yield group
+        with suppress(FileNotFoundError):
+            group.rmdir()
+        return
+    pytest.skip("no memory control group can be made here")
+
+
+@pytest.mark.parametrize("removed", [False, True], ids=["the group stays", "systemd removes the group at once"])
+def test_a_process_that_the_kernel_kills_for_lack_of_memory(
+    start_daemon: StartDaemon, spawn: Spawn, small_group: Path, removed: bool
+) -> None:
+    url = start_daemon().url
+    eat = (
+        f"open('{small_group}/cgroup.procs', 'w').write('0'); print(flush=True); input()\n"
+        "held = []\n"
+        "while True: held.append(bytearray(1 << 20))"
+    )
+    agent = spawn(eat, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert agent.stdout is not None
+    assert agent.stdin is not None
+    agent.stdout.readline()
+    path = new_run(url)
+    register(url, path, identity(agent.pid))
+    agent.stdin.write(b"\n")
+    agent.stdin.flush()
+    agent.wait()
+    if removed:
+        time.sleep(0.1)  # the daemon looks at once, long before it certifies
+        small_group.rmdir()
+    run = wait_until_closed(url, path)
+    assert run["error_summary"] == f"Out of memory: process {agent.pid} ended before it finished the run"
+    assert f"/{small_group.name} rose from 0 to 1" in run["error_details"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "path"),
+    [
+        ("0::/system.slice/a.service\n", "/system.slice/a.service"),
+        ("4:memory:/jobs/a:b\n1:cpu:/other\n0::/\n", "/jobs/a:b"),
+        ("5:cpuset,memory,pids:/jobs\n0::/\n", "/jobs"),
+        ("1:name=memory:/x\n0::/../outside\n", None),
+        ("", None),
+    ],
+)
+def test_the_group_that_bounds_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: str, path: str | None
+) -> None:
+    monkeypatch.setattr(processes, "PROC", tmp_path)
+    (tmp_path / "7").mkdir()
+    (tmp_path / "7" / "cgroup").write_text(lines)
+    assert processes.cgroup(7) == path
+
+
 def test_an_out_of_memory_kill_is_told_where_the_control_group_counts_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(processes, "_CGROUPS", (tmp_path,))
+    monkeypatch.setattr(processes, "_CGROUPS", tmp_path)
     (tmp_path / "agents").mkdir()
-    counts = tmp_path / "agents" / "memory.events"
+    counts = tmp_path / "agents" / "memory.events.local"
     counts.write_text("low 0\nhigh 0\nmax 3\noom 1\noom_kill 1\noom_group_kill 0\n")
     assert processes.oom_kills("/agents") == 1
     assert processes.oom_kills("/nowhere") is None
     process = Process(7, 8, "boot", "machine", "pid:[1]", "/agents", 1)
     moment = "2026-01-01T00:00:00.000000Z"
-    assert "Out of memory" not in certificates.describe(process, moment, -9).error_summary
+
+    def describe(process: Process, code: int | None) -> Death:
+        return certificates.describe(process, moment, code, processes.oom_kills(process.cgroup))
+
+    assert "Out of memory" not in describe(process, -9).error_summary
     counts.write_text("oom 2\noom_kill 2\n")
-    death = certificates.describe(process, moment, -9)
+    death = describe(process, -9)
     assert death.error_summary == "Out of memory: process 7 ended before it finished the run"
     assert "rose from 1 to 2" in death.error_details
-    assert "Out of memory" in certificates.describe(process, moment, None).error_summary
-    assert "status 1" in certificates.describe(process, moment, 1).error_summary  # it ended by itself
+    assert "Out of memory" in describe(process, None).error_summary
+    assert "status 1" in describe(process, 1).error_summary  # it ended by itself
     unknown = Process(7, 8, "boot", "machine", "pid:[1]", "/agents", None)
-    assert "SIGKILL" in certificates.describe(unknown, moment, -9).error_summary
+    assert "SIGKILL" in describe(unknown, -9).error_summary

@@ -78,6 +78,17 @@ async def test_a_run_of_another_process_is_a_warning(client: TelemetryClient, ca
     assert [record.getMessage().count("unknown") for record in caplog.records] == [1, 1]
 
 
+@pytest.mark.parametrize("odd", [None, float("nan"), "x", 10**30, [], {}], ids=repr)
+def test_nonsense_is_a_warning(tmp_path: Path, free_port: int, caplog: pytest.LogCaptureFixture, odd: Any) -> None:
+    client = TelemetryClient(TelemetryConfig(api_url=f"http://127.0.0.1:{free_port}", buffer_dir=tmp_path / "buffer"))
+    assert client.cleanup_stale_runs("mine", odd) == 0
+    client.end_run(odd)
+    client.log_event(odd, "x")
+    assert client.cleanup_stale_runs("\ud800", 1) == 0
+    client.close()
+    assert [repr(odd) in record.getMessage() for record in caplog.records[:3]] == [True] * 3
+
+
 async def test_the_totals(api: Api, client: TelemetryClient) -> None:
     await api.post(make_run())
     stats = await asyncio.to_thread(client.get_stats)

@@ -6,10 +6,11 @@ import asyncio
 import json
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from telemetryd import runs
+from telemetryd import runs, statements
 from telemetryd.events import parse_events
 from tests.conftest import MakeApi, StartDaemon, make_run
 from tests.http_client import call, get, post
@@ -110,3 +111,24 @@ async def test_events_count_towards_the_bound_in_bytes_of_the_queue(make_api: Ma
     results = await asyncio.gather(*(api.store.submit(command) for command in commands), return_exceptions=True)
     assert [type(result).__name__ for result in results] == ["NoneType", "NoneType", "QueueFullError"]
     assert await api.store.submit(commands[2]) is None
+
+
+async def test_a_page_of_large_events_is_bounded(make_api: MakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statements, "PAGE_BYTES", 100_000)
+    api = await make_api()
+    first, second = make_run(created_at="2025-12-24T11:00:00Z"), make_run(created_at="2025-12-24T10:00:00Z")
+    for run in (first, second):
+        await api.post(run)
+        path = f"/api/v1/runs/{run['event_id']}"
+        body = [{"event_type": "step", "event_key": str(n), "payload": {"x": "x" * 9_980}} for n in range(12)]
+        await api.call("POST", f"{path}/events", json=body, status=201)
+    path = f"/api/v1/runs/{first['event_id']}"
+    refused = await api.call("GET", f"{path}/events", status=400)
+    assert refused == {"detail": "Invalid limit: 100; that is more than one answer holds: ask for at most 10 at a time"}
+    pages = [await api.get(f"{path}/events", params={"limit": 10, "offset": offset}) for offset in (0, 10)]
+    assert [event["event_key"] for page in pages for event in page] == [str(n) for n in range(12)]
+    run = await api.get(path, params={"include": "events"})
+    assert (len(run["events"]), run["more_events"]) == (10, True)
+    listed = await api.list(include="events")
+    assert [(len(run["events"]), run["more_events"]) for run in listed] == [(10, True), (0, True)]
+    assert "events" in (await api.get(f"/api/v1/runs/{second['event_id']}", params={"include": "events"}))
