@@ -18,6 +18,7 @@ from telemetryd.client import Client
 from tests.client.conftest import states
 from tests.conftest import Daemon, StartDaemon, make_run
 from tests.http_client import call, get
+from tests.tools.bad_proxy import bad_proxy
 from tests.tools.process import telemetryd
 
 if sys.version_info >= (3, 14):
@@ -73,15 +74,26 @@ def test_sync_without_a_daemon_fails_and_loses_nothing(buffer: Path, free_port: 
     assert states(buffer) == {".ready": 1, ".lock": 1}
 
 
-def test_sync_leaves_the_living_alone_and_tells_of_refusals(daemon: Daemon, buffer: Path) -> None:
+def test_sync_tells_of_refusals_and_leaves_alone_who_sends_for_himself(daemon: Daemon, buffer: Path) -> None:
     leave(buffer, 3, items_failed=-1)
-    alive = Client("http://127.0.0.1:9", buffer_dir=buffer, send=False)
+    alive = Client("http://127.0.0.1:9", buffer_dir=buffer, flush_timeout_s=0.1)
     alive.record(make_run())
     done = telemetryd("sync", "--buffer-dir", buffer, "--url", daemon.url, status=1)
     assert "1 file of processes that are alive" in done.stdout
     assert done.stderr.startswith("telemetryd: ")
     assert "3 lines refused; see " in done.stderr
     alive.close()
+
+
+def test_sync_sends_the_lines_of_a_living_process_that_does_not_send(daemon: Daemon, buffer: Path) -> None:
+    alive = Client("http://127.0.0.1:9", buffer_dir=buffer, send=False)
+    for count in (1, 2, 3):
+        alive.record(make_run())
+        done = telemetryd("sync", "--buffer-dir", buffer, "--url", daemon.url, "--json")
+        assert (json.loads(done.stdout)["sent"], get(daemon.url, "/metrics")[1]["total_runs"]) == (1, count)
+    alive.close()
+    telemetryd("sync", "--buffer-dir", buffer, "--url", daemon.url)
+    assert states(buffer) == {".synced": 1}
 
 
 def test_a_wrong_setting_of_the_client_is_a_usage_error(buffer: Path) -> None:
@@ -110,6 +122,45 @@ def test_sync_watches_until_it_is_told_to_stop(daemon: Daemon, buffer: Path) -> 
         watching.wait()
     assert watching.returncode == 0
     assert json.loads(out)["stored"] == 10
+
+
+def watch(buffer: Path, url: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "telemetryd", "sync", "--watch", "--buffer-dir", str(buffer), "--url", url]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def await_runs(url: str, count: int) -> None:
+    deadline = time.monotonic() + 20
+    while get(url, "/metrics")[1]["total_runs"] < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_to_watch_outlives_trouble_with_the_folder(daemon: Daemon, buffer: Path) -> None:
+    buffer.write_text("no folder")
+    with watch(buffer, daemon.url) as watching:
+        assert watching.stderr is not None
+        assert "Not a directory" in watching.stderr.readline()
+        buffer.unlink()
+        leave(buffer)
+        await_runs(daemon.url, 5)
+        watching.terminate()
+        assert watching.wait(10) == 0
+
+
+def test_to_watch_ends_at_once_when_it_is_told_to_even_in_a_pause_that_the_daemon_asked_for(
+    daemon: Daemon, buffer: Path
+) -> None:
+    for _ in range(2):
+        leave(buffer, 1)
+    with bad_proxy(daemon.url) as proxy:
+        proxy.flow = "batch=1, pause=60000"
+        with watch(buffer, proxy.url) as watching:
+            await_runs(daemon.url, 1)
+            time.sleep(0.2)
+            watching.terminate()
+            assert watching.wait(10) == 0
+    assert states(buffer) == {".synced": 1, ".ready": 1}
 
 
 def test_two_syncs_at_once_send_each_line_once(daemon: Daemon, buffer: Path) -> None:

@@ -16,23 +16,14 @@ from typing import IO, Any, Final, TypeVar, cast
 import click
 
 from telemetryd.cli.options import EXIT_USAGE, Progress, counted, fail, json_flag, print_json, progress, size
+from telemetryd.client.bounds import Upkeep
 from telemetryd.client.config import Config
 from telemetryd.client.context import timestamp
 from telemetryd.client.counters import Counters
 from telemetryd.client.courier import Courier
+from telemetryd.client.dead_letters import DEAD_LETTERS, bury
 from telemetryd.client.delivery import MAX_BYTES, Delivery, Parcel, RetryError, WaitError
-from telemetryd.client.folder import (
-    DEAD_LETTERS,
-    SYNCED,
-    Bounds,
-    Entry,
-    Stream,
-    bury,
-    enforce,
-    entries,
-    summary,
-    waiting,
-)
+from telemetryd.client.folder import UNSENT, Entry, Stream, summary, waiting
 from telemetryd.client.lines import dead_letter, encode, read_object, unfold
 from telemetryd.client.transport import Transport
 from telemetryd.client.worker import Backoff
@@ -47,6 +38,8 @@ T = TypeVar("T")
 
 _TOLD: Final = 20
 _WATCH_S: Final = 2.0
+_COST: Final = 20
+"""To look through a folder takes at most one twentieth of the time."""
 _ZSTD: Final = b"\x28\xb5\x2f\xfd"
 _GZIP: Final = b"\x1f\x8b"
 
@@ -130,9 +123,10 @@ def sync(
 ) -> None:
     r"""Send what agents have left in their buffer folder.
 
-    Files of processes that are alive are theirs to send; the others are taken one after the other, each under a
-    lock, so any number of agents and of these commands may work on one folder. A file is `.synced` when every line
-    of it has been acknowledged, or stands in dead-letter.jsonl with the daemon's reason.
+    What processes that are alive send themselves is left to them; everything else, the lines of those that run with
+    TELEMETRY_SEND=false included, is taken stream after stream, each under a lock, so any number of agents and of
+    these commands may work on one folder. A file is `.synced` when every line of it has been acknowledged, or stands
+    in dead-letter.jsonl with the daemon's reason.
 
     \b
     Examples:
@@ -143,7 +137,7 @@ def sync(
     config = _config(buffer_dir=buffer_dir, url=url)
     counters = Counters()
     problem = None if dry_run else _sync(config, counters, None if watch else retry_s)
-    left = {state: total for state, total in summary(config.folder).items() if state != "synced"}
+    left = summary(config.folder, UNSENT)
     if as_json:
         print_json({**_outcome(counters), "left": left, "problem": problem})
     else:
@@ -165,13 +159,13 @@ def _sync(config: Config, counters: Counters, retry_s: float | None) -> str | No
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT) if watch else ():
         signal.signal(number, lambda *_: stopped.set())
-    work = _Sync(config, counters, Patience(retry_s, stopped))
+    work = _Sync(config, counters, Patience(retry_s, stopped), stopped)
     try:
-        while not stopped.is_set():
-            if watch:
-                work.tidy()
-            if not work.pass_over() and (not watch or stopped.wait(_WATCH_S)):
-                break
+        if watch:
+            work.watch()
+        else:
+            while work.pass_over():  # until nothing waits for what has been sent meanwhile
+                pass
     except (RetryError, OSError) as error:
         return str(error)
     finally:
@@ -204,54 +198,74 @@ def _sentence(counters: Counters) -> str:
 
 
 class _Sync:
-    def __init__(self, config: Config, counters: Counters, patience: Patience) -> None:
-        self._config = config
+    def __init__(self, config: Config, counters: Counters, patience: Patience, stopped: threading.Event) -> None:
+        self._folder = config.folder
         self._counters = counters
         self._patience = patience
+        self._stopped = stopped
         self._transport = Transport(config)
         self._refusals = _Refusals(None)
         self._delivery = Delivery(self._transport, self._bury, counters)
+        self._upkeep = Upkeep(config, self._dropped)
         self.problem: str | None = None
         """The last trouble with one of the files."""
 
-    def pass_over(self) -> int:
-        """Send every stream that nobody else sends; return how many lines that were."""
-        folder, before = self._config.folder, self._counters.sent
+    def watch(self) -> None:
+        """Send whatever comes, and keep the folder within its bounds, until we are stopped."""
+        while not self._stopped.is_set():
+            began, before = time.monotonic(), self._counters.sent
+            looking = 0.0
+            try:
+                self.pass_over()
+                looking = self._looking_s
+                self._upkeep.attend(None)
+            except OSError as error:
+                self._note(error)
+            if self._counters.sent == before:
+                self._stopped.wait(max(_WATCH_S, _COST * looking) - (time.monotonic() - began))
+
+    def pass_over(self) -> bool:
+        """Send every stream that nobody else sends, as far as it has come; return whether another pass may get on.
+
+        Raises:
+            OSError: if the folder cannot be read.
+            RetryError: if the daemon takes nothing.
+
+        """
+        began, before = time.monotonic(), self._counters.sent
+        found = waiting(self._folder)
+        total = sum(each["bytes"] for each in summary(self._folder, UNSENT).values())
+        self._looking_s = time.monotonic() - began
+        some_wait = False
+        done = 0
         with progress() as drawn:
-            total = sum(entry.size for entry in entries(folder) if entry.state != SYNCED)
-            done = 0
-            for name in waiting(folder):
+            for name, numbers in found.items():
+                if self._stopped.is_set():
+                    break
                 try:
-                    for size_of_part in self._send(name):
+                    for size_of_part in self._send(name, numbers):
                         done += size_of_part
                         drawn("Sending", min(done, total), total)
-                        time.sleep(self._delivery.pause_s)
+                        self._stopped.wait(self._delivery.pause_s)
                 except WaitError:
-                    pass  # it comes after another stream, perhaps one of this pass
+                    some_wait = True  # it comes after another stream, perhaps one of this pass
                 except OSError as error:
                     self._note(error)  # the others can be sent all the same
-        return self._counters.sent - before
+        return some_wait and self._counters.sent > before
 
-    def _send(self, name: str) -> Iterator[int]:
+    def _send(self, name: str, numbers: list[int]) -> Iterator[int]:
         """Send a stream unless somebody else does; yield the size of each part that was sent."""
-        stream = Stream.take(self._config.folder, name)
+        stream = Stream.take(self._folder, name, numbers)
         if stream is None:
             return
         courier = Courier(stream, self._delivery, self._counters)
         try:
-            while self._patience.attempt(courier.carry, 0):
+            end = stream.end()
+            while (stream.number, stream.offset) < end and self._patience.attempt(courier.carry, 0):
                 yield courier.carried_bytes
+            stream.window(1, 1)  # marks a file that has been sent whole
         finally:
             stream.release()
-
-    def tidy(self) -> None:
-        """Keep the folder within its bounds."""
-        config = self._config
-        bounds = Bounds(config.max_bytes, config.max_age_s, config.keep_s)
-        try:
-            enforce(config.folder, bounds, None, self._dropped)
-        except OSError as error:
-            self._note(error)
 
     def _note(self, error: OSError) -> None:
         if self.problem != str(error):
@@ -262,14 +276,13 @@ class _Sync:
         self._transport.close()
 
     def _bury(self, lines: list[bytes], status: int | None, reason: object) -> None:
-        bury(self._config.folder, lines, status, reason)
+        bury(self._folder, lines, status, reason)
         self._refusals.add(lines, status, reason)
 
     def _dropped(self, entry: Entry, lines: int, reason: str) -> None:
         self._counters.dropped += lines
-        click.echo(
-            f"telemetryd: {counted(lines, 'unsent line')} given up, {entry.path.name} deleted: {reason}", err=True
-        )
+        text = f"{counted(lines, 'line')} not stored and given up, {Path(entry.path).name} deleted: {reason}"
+        click.echo(f"telemetryd: {text}", err=True)
 
 
 # --- replay --------------------------------------------------------------------------------------

@@ -28,11 +28,9 @@ __all__ = ["Client", "Config", "Run", "close", "default", "flush", "parent_run_i
 def default() -> Client:
     """Return the client that the functions of this module use.
 
-    Raises:
-        ValueError: if a variable of the environment cannot be used.
-
+    A variable that cannot be used does not keep the agent from its work: see `Client.tolerant`.
     """
-    return Client()
+    return Client.tolerant()
 
 
 def run(agent_name: str, job_type: str, *, heartbeat: bool | float = False, **fields: Unpack[Fields]) -> Run:

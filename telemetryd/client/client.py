@@ -5,8 +5,9 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from types import TracebackType
 from typing import Any, Final, Self, Unpack
@@ -57,20 +58,39 @@ class Client:
         fields: Mapping[str, str] | None = None,
         **settings: Any,
     ) -> None:
-        self.config = Config.load(
-            url=url, token=token, buffer_dir=buffer_dir, durability=durability, send=send, **settings
-        )
-        self._surroundings = Surroundings(fields or {})
+        given = {"url": url, "token": token, "buffer_dir": buffer_dir, "durability": durability, "send": send}
+        self._begin(Config.load(**given, **settings), fields or {})
+
+    @classmethod
+    def tolerant(cls) -> Self:
+        """Return a client with those variables of the environment that can be used; the log tells of the others.
+
+        Where the address or the token is among the others, nothing is sent, and the spool keeps everything.
+        """
+        config, faults = Config.tolerant()
+        client = cls.__new__(cls)
+        client._begin(config, {})
+        if faults:
+            client._counters.failures = len(faults)
+            client._counters.problem = "; ".join(faults)
+            what = "its default is used" if config.send else "telemetry stays in the spool and is not sent"
+            logger.error("A variable of the environment cannot be used, so %s: %s", what, client._counters.problem)
+        return client
+
+    def _begin(self, config: Config, fields: Mapping[str, str]) -> None:
+        self.config = config
+        self._surroundings = Surroundings(fields)
         self._counters = Counters()
         self._spool = Spool(
             self.config.folder,
+            sends=self.config.send,
             fsync=self.config.durability == "fsync",
             file_bytes=self.config.file_bytes,
             file_age_s=self.config.file_age_s,
         )
-        self._sender = Sender(self.config, self._spool, self._counters, self.close)
-        self._closed = False
+        self._sender = Sender(self.config, self._spool, self._counters, _close_all)
         _clients.add(self)
+        _open.add(self)
 
     # --- Recording -------------------------------------------------------------------------------
 
@@ -108,7 +128,7 @@ class Client:
                 line["parent_run_id"] = parent_run_id()
             return event_id if self.write(line) else None
         except Exception:  # noqa: BLE001 - whatever it is must not reach the agent
-            self._fail()
+            self.failed()
             return None
 
     def write(self, line: Mapping[str, Any]) -> bool:
@@ -121,14 +141,9 @@ class Client:
                 self._counters.held += 1
             self._sender.notice()
         except Exception:  # noqa: BLE001 - whatever it is must not reach the agent
-            self._fail()
+            self.failed()
             return False
         return is_safe
-
-    def _fail(self) -> None:
-        self._counters.failures += 1
-        if self._counters.failures in (1, 10, 100, 1000):
-            logger.exception("Telemetry could not be recorded (%d times so far)", self._counters.failures)
 
     # --- What a run asks for ---------------------------------------------------------------------
 
@@ -137,7 +152,7 @@ class Client:
         try:
             return self._surroundings.fields()
         except Exception:  # noqa: BLE001 - whatever it is must not reach the agent
-            self._fail()
+            self.failed()
             return {}
 
     def begun(self, run: Run) -> None:
@@ -171,13 +186,13 @@ class Client:
             timeout_s: the bound; by default the setting flush_timeout_s.
 
         """
-        if self._closed:
-            return
-        self._closed = True
-        if self.config.send:
-            self._sender.flush(self.config.flush_timeout_s if timeout_s is None else timeout_s, is_last=True)
-        if self._sender.stop(_STOP_S):  # else it still works on the stream, and the end of the process frees it
-            self._spool.close()
+        _close([self], self.config.flush_timeout_s if timeout_s is None else timeout_s)
+
+    def failed(self) -> None:
+        """Count and log, within an except clause, what went wrong inside the client."""
+        self._counters.failures += 1
+        if self._counters.failures in (1, 10, 100, 1000):
+            logger.exception("Telemetry could not be recorded (%d times so far)", self._counters.failures)
 
     def __enter__(self) -> Self:
         return self
@@ -194,11 +209,30 @@ class Client:
 
 
 _clients: Final[weakref.WeakSet[Client]] = weakref.WeakSet()
+_open: Final[set[Client]] = set()
+"""Those that are not closed, whether the agent still knows them or not: their lines are to be sent."""
+
+
+def _close(clients: Sequence[Client], timeout_s: float) -> None:
+    """Close clients at the same time, within one bound for all."""
+    clients = [client for client in clients if client in _open]
+    _open.difference_update(clients)
+    end = time.monotonic() + timeout_s
+    flushes = [(client._sender, client._sender.begin_flush(is_last=True)) for client in clients if client.config.send]
+    for sender, flush in flushes:
+        sender.end_flush(flush, end - time.monotonic())
+    for client in clients:
+        client._sender.stop()
+    end = time.monotonic() + _STOP_S
+    for client in clients:
+        # Who has not stopped still works on the stream, which the end of the process frees.
+        if client._sender.has_stopped(end - time.monotonic()):
+            client._spool.close()
 
 
 def _close_all() -> None:
-    for client in list(_clients):
-        client.close()
+    clients = [*_open]
+    _close(clients, max((client.config.flush_timeout_s for client in clients), default=0.0))
 
 
 def _after_fork() -> None:

@@ -19,7 +19,10 @@ MIB: Final = 1 << 20
 def default_buffer_dir() -> Path:
     """Return where the spool is kept if nothing says otherwise: in the user's state folder (XDG base directories)."""
     state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
-    return Path(state).expanduser() / "telemetryd" / "buffer"
+    try:
+        return Path(state).expanduser() / "telemetryd" / "buffer"
+    except RuntimeError:  # a user without a home, as in some containers
+        return Path("/var/tmp") / f"telemetryd-{os.getuid()}" / "buffer"  # noqa: S108 - the folder is made for us alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +84,24 @@ class Config:
         unknown = set(given) - {field.name for field in fields(cls)}
         if unknown:
             raise TypeError(f"unknown settings: {', '.join(sorted(unknown))}")
-        values = {**_from_environment(os.environ), **{k: v for k, v in given.items() if v is not None}}
+        known, faults = _from_environment(os.environ)
+        if faults:
+            raise ValueError("; ".join(faults.values()))
+        values = {**known, **{name: value for name, value in given.items() if value is not None}}
         if "buffer_dir" in values:
-            values["buffer_dir"] = Path(values["buffer_dir"]).expanduser().absolute()
+            values["buffer_dir"] = _folder(values["buffer_dir"])
         return cls(**values)
+
+    @classmethod
+    def tolerant(cls) -> tuple[Config, list[str]]:
+        """Collect the variables that can be used; also return what is wrong with the others.
+
+        Nothing is sent if the address or the token is wrong: the default may be somebody else.
+        """
+        values, faults = _from_environment(os.environ)
+        if faults.keys() & {"url", "token"}:
+            values["send"] = False
+        return cls(**values), list(faults.values())
 
 
 def _fault(name: str, value: Any) -> str | None:
@@ -122,6 +139,13 @@ def _shown(name: str, value: object) -> str:
     return "" if is_secret else f" (it is {value!r:.100})"
 
 
+def _folder(path: str | os.PathLike[str]) -> Path:
+    try:
+        return Path(path).expanduser().absolute()
+    except RuntimeError as error:  # ~somebody who does not exist
+        raise ValueError(f"cannot be found: {error}") from error
+
+
 def _switch(text: str) -> bool:
     if text.strip().lower() in ("1", "true", "yes", "on"):
         return True
@@ -155,7 +179,7 @@ VARIABLES: Final[Mapping[str, tuple[str, Callable[[str], Any], str]]] = {
     "TELEMETRY_API_URL": ("url", str, "The daemon: http://host:port, https://…, or unix:///path."),
     "TELEMETRY_API_AUTH_TOKEN": ("token", str.strip, "The daemon's token, if it asks for one."),
     "TELEMETRY_API_AUTH_TOKEN_FILE": ("token", _token_file, "Or its file."),
-    "TELEMETRY_BUFFER_DIR": ("buffer_dir", Path, "The spool's folder."),
+    "TELEMETRY_BUFFER_DIR": ("buffer_dir", _folder, "The spool's folder."),
     "TELEMETRY_BUFFER_DURABILITY": ("durability", str, "write, or fsync: each call waits for the disk."),
     "TELEMETRY_BUFFER_MAX_MB": ("max_bytes", lambda text: int(_number(text) * MIB), "The folder's bound, in MiB."),
     "TELEMETRY_BUFFER_MAX_DAYS": ("max_age_s", _scaled(86_400), "Unsent files are given up after so many days."),
@@ -167,8 +191,10 @@ VARIABLES: Final[Mapping[str, tuple[str, Callable[[str], Any], str]]] = {
 """Variable → setting, how its text is read, and what it is."""
 
 
-def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+def _from_environment(environment: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the settings that the variables give, and what is wrong with the others."""
     values: dict[str, Any] = {}
+    faults: dict[str, str] = {}
     for variable, (name, read, _) in VARIABLES.items():
         text = environment.get(variable)
         if text:
@@ -177,7 +203,8 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
                 fault = _fault(name, value)
             except ValueError as error:
                 fault = str(error)
-            if fault is not None:
-                raise ValueError(f"{variable}: {fault}{_shown(name, text)}")
-            values.setdefault(name, value)
-    return values
+            if fault is None:
+                values.setdefault(name, value)
+            else:
+                faults.setdefault(name, f"{variable}: {fault}{_shown(name, text)}")
+    return values, faults

@@ -14,9 +14,10 @@ from typing import Any, Final, Protocol, TypeVar
 import orjson
 
 from telemetryd.client.complaints import Complaints
+from telemetryd.client.context import new_uuid
 from telemetryd.client.counters import Counters
 from telemetryd.client.lines import EventItem, Json, RunItem, after_of, mend, plan, read_object
-from telemetryd.client.transport import Answer, UnreachableError, run_path
+from telemetryd.client.transport import Answer, UnreachableError, is_addressable, run_path
 
 DEFAULT_ROWS: Final = 1000
 MAX_ROWS: Final = 10_000
@@ -120,9 +121,16 @@ class Parcel:
         parcel = cls(lines)
         if wanted.runs:
             parcel.steps.append(_Runs(wanted.runs))
-        for events in wanted.events.values():
+        for event_id, events in wanted.events.items():
+            if not is_addressable(event_id):
+                parcel.refuse([item.line for item in events], None, _NO_ADDRESS)
+                continue
             parcel.steps.extend(_Events(events[at : at + MAX_EVENTS]) for at in range(0, len(events), MAX_EVENTS))
-        parcel.steps.extend(_Update(item.event_id, item.fields, item.lines) for item in wanted.updates.values())
+        for update in wanted.updates.values():
+            if is_addressable(update.event_id):
+                parcel.steps.append(_Update(update.event_id, update.fields, update.lines))
+            else:
+                parcel.refuse(update.lines, None, _NO_ADDRESS)
         parcel.refuse(wanted.unreadable, None, "The line cannot be read")
         return parcel
 
@@ -227,8 +235,8 @@ class Delivery:
     # --- Events and changes ----------------------------------------------------------------------
 
     def _send_events(self, parcel: Parcel, step: _Events) -> Sequence[_Step]:
-        path = run_path(step.items[0].event_id) + "/events"
-        answer = self._ask("POST", path, orjson.dumps([item.event for item in step.items]))
+        body = orjson.dumps([item.event for item in step.items])
+        answer = self._ask("POST", run_path(step.items[0].event_id) + "/events", body)
         if answer.status in (200, 201) and _counts(answer.body) == len(step.items):
             return []
         if _is_body_fault(answer) and len(step.items) > 1:
@@ -237,10 +245,14 @@ class Delivery:
             # 404: no such run, because its start was refused; or a daemon that is too old to know events.
             parcel.refuse(step.lines, answer.status, answer.detail)
             return []
+        if answer.status in _PATH_FAULTS and self._is_taken("POST", "/events", body):
+            parcel.refuse(step.lines, answer.status, answer.detail or _NO_ADDRESS)
+            return []
         return self._fail(parcel, step, answer)
 
     def _send_update(self, parcel: Parcel, step: _Update) -> Sequence[_Step]:
-        answer = self._ask("PATCH", run_path(step.event_id), orjson.dumps(step.fields))
+        body = orjson.dumps(step.fields)
+        answer = self._ask("PATCH", run_path(step.event_id), body)
         if answer.status == 200 and isinstance(answer.body, dict) and answer.body.get("updated") is True:
             return []
         if _is_body_fault(answer) or (answer.status == 400 and answer.detail == _NOTHING_TO_UPDATE):
@@ -251,8 +263,9 @@ class Delivery:
             bad = _named_fields(answer.detail)
             rest = {name: value for name, value in step.fields.items() if name not in bad}
             return [_Update(step.event_id, rest, [])] if rest and len(rest) < len(step.fields) else []
-        if answer.status == 404 and str(answer.detail).startswith("Run not found"):
-            parcel.refuse(step.lines, answer.status, answer.detail)
+        is_unknown = answer.status == 404 and str(answer.detail).startswith(_NOT_FOUND)
+        if is_unknown or (answer.status in _PATH_FAULTS and self._is_taken("PATCH", "", body)):
+            parcel.refuse(step.lines, answer.status, answer.detail or _NO_ADDRESS)
             return []
         return self._fail(parcel, step, answer)
 
@@ -267,6 +280,14 @@ class Delivery:
                 parcel.refuse(step.lines, answer.status, answer.detail)
                 return []
         raise _retry(answer)
+
+    def _is_taken(self, method: str, suffix: str, body: bytes) -> bool:
+        """Tell whether the daemon itself answers the same request about another run, which does not exist.
+
+        Then it is the event_id that has no place in an address; else the daemon or its address is wrong, for all runs.
+        """
+        answer = self._ask(method, run_path(new_uuid()) + suffix, body)
+        return answer.status == 422 or (answer.status == 404 and str(answer.detail).startswith(_NOT_FOUND))
 
     def _is_healthy(self) -> bool:
         answer = self._ask("GET", "/health", None)
@@ -297,6 +318,10 @@ class Delivery:
         return answer
 
 
+_NOT_FOUND: Final = "Run not found"
+_NO_ADDRESS: Final = "This event_id cannot stand in the address of a run"
+_PATH_FAULTS: Final = (400, 404, 405, 414, 431)
+"""Answers that an event_id may get which is no part of an address, from the daemon or from a proxy."""
 _NOTHING_TO_UPDATE: Final = "No valid fields to update"
 
 

@@ -1,4 +1,4 @@
-"""The spool's folder: names, ownership, the lines that wait in it, and its bounds.
+"""The spool's folder: names, ownership, and the lines that wait in it.
 
 A *stream* is what one process writes: numbered files, each of them `.active` while it is written, `.ready` when it is
 closed, `.synced` when every line of it has been acknowledged:
@@ -7,9 +7,12 @@ closed, `.synced` when every line of it has been acknowledged:
     20251231T153045Z-4711-a1b2c3d4.000001.jsonl.active
     20251231T153045Z-4711-a1b2c3d4.lock
 
-Whoever holds the lock (flock(2)) of a stream sends it: its process while it lives, then whoever comes next. The lock
-file also tells how far sending has come. Because a stream is sent by one process and in order, a run's start goes out
-before whatever is said of it later. A `.jsonl.ready` file with another name (the replaced client's) is a stream too.
+Whoever holds the lock (flock(2)) of the `.lock` file sends the stream: its process while that lives, if it sends at
+all, else whoever comes. The lock file also tells how far sending has come. Because a stream is sent by one process and
+in order, a run's start goes out before whatever is said of it later. A `.jsonl.ready` file with another name (the
+replaced client's) is a stream too.
+
+Whoever writes a file holds that file's own lock, alive or not: once the lock can be had, nothing is added any more.
 """
 
 from __future__ import annotations
@@ -18,24 +21,22 @@ import contextlib
 import errno
 import fcntl
 import os
-import random
 import re
 import stat
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
-from telemetryd.client.context import timestamp
-from telemetryd.client.lines import After, dead_letter
+from telemetryd.client.lines import After
 
 ACTIVE: Final = ".active"
 READY: Final = ".ready"
 SYNCED: Final = ".synced"
-DEAD_LETTERS: Final = "dead-letter.jsonl"
-_DEAD_LETTERS_BYTES: Final = 16 << 20
+UNSENT: Final = (ACTIVE, READY)
+STATES: Final = (ACTIVE, READY, SYNCED)
 _LOCK: Final = ".lock"
 _FILE: Final = re.compile(
     r"(?P<stem>(?P<stream>.+?)(?:\.(?P<number>\d{6}|[1-9]\d{6,}))?\.jsonl)(?P<state>\.active|\.ready|\.synced)"
@@ -54,18 +55,11 @@ Position = tuple[int, int]
 """A file's number, and an offset in it."""
 
 
-class Live(Protocol):
-    """The process's own end of a stream that is still being written."""
-
-    def settled(self, number: int) -> bool:
-        """Tell whether nobody writes to this file any more."""
-
-
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One file of the folder that belongs to a stream."""
 
-    path: Path
+    path: str
     stream: str
     number: int
     state: str
@@ -102,51 +96,93 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(mode=_FOLDER_MODE, exist_ok=True)
 
 
-def entries(folder: Path) -> list[Entry]:
-    """Return the streams' files, the oldest first."""
+def entries(folder: Path, states: tuple[str, ...] = STATES) -> list[Entry]:
+    """Return the streams' files that are in one of some states, the oldest first."""
     found = []
     with contextlib.suppress(FileNotFoundError), os.scandir(folder) as listing:
         for item in listing:
-            match = _FILE.fullmatch(item.name)
-            if match is None:
+            named = _read_name(item.name) if item.name.endswith(states) else None  # most are sent: not worth a stat
+            if named is None:
                 continue
-            own = match["number"] is not None and _OWN_STREAM.fullmatch(match["stream"])
-            if not own and match["state"] == ACTIVE:
-                continue  # the replaced client's; it closes them itself
-            stream = match["stream"] if own else match["stem"].removesuffix(".jsonl")
             with contextlib.suppress(FileNotFoundError):  # renamed or deleted meanwhile
                 facts = item.stat(follow_symlinks=False)
-                if not stat.S_ISREG(facts.st_mode):
-                    continue  # whatever it is, no process of ours has made it
-                number = int(match["number"]) if own else 0
-                found.append(Entry(Path(item.path), stream, number, match["state"], facts.st_size, facts.st_mtime))
+                if stat.S_ISREG(facts.st_mode):  # else no process of ours has made it, whatever it is
+                    found.append(Entry(item.path, *named, facts.st_size, facts.st_mtime))
     return sorted(found, key=lambda entry: (entry.modified, entry.stream, entry.number))
 
 
-def waiting(folder: Path) -> list[str]:
-    """Return the names of the streams that have unsent files, the oldest first, and of those with a lock only.
+def _read_name(name: str) -> tuple[str, int, str] | None:
+    """Return the stream, the number and the state of a file of this name; None if it belongs to no stream."""
+    match = _FILE.fullmatch(name)
+    if match is None:
+        return None
+    if match["number"] is not None and _OWN_STREAM.fullmatch(match["stream"]):
+        return match["stream"], int(match["number"]), match["state"]
+    if match["state"] == ACTIVE:
+        return None  # the replaced client's; it closes them itself
+    return match["stem"].removesuffix(".jsonl"), 0, match["state"]
 
-    Such a lock is left if a process dies after the last acknowledgement; to take the stream tidies it up.
+
+def waiting(folder: Path) -> dict[str, list[int]]:
+    """Return the streams that have unsent files, with the files' numbers, the oldest first.
+
+    At the end stand those of which there is a lock only, which is left if a process dies after the last
+    acknowledgement; to take the stream tidies it up.
     """
-    names = dict.fromkeys(entry.stream for entry in entries(folder) if entry.state != SYNCED)
-    with contextlib.suppress(FileNotFoundError):
-        names |= dict.fromkeys(path.name.removesuffix(_LOCK) for path in folder.glob(f"*{_LOCK}"))
-    return list(names)
+    found: dict[str, list[int]] = defaultdict(list)
+    for entry in entries(folder, UNSENT):
+        found[entry.stream].append(entry.number)
+    for name in _names(folder):
+        if name.endswith(_LOCK):
+            found.setdefault(name.removesuffix(_LOCK), [])
+    return dict(found)
+
+
+def _unsent_numbers(folder: Path, stream: str) -> list[int]:
+    """Return the numbers of a stream's unsent files."""
+    named = (_read_name(name) for name in _names(folder) if name.startswith(stream) and name.endswith(UNSENT))
+    return [each[1] for each in named if each is not None and each[0] == stream]
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except FileNotFoundError:
+        return []
+
+
+def new_stream_name() -> str:
+    """Return a name that no other stream has."""
+    return f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{os.getpid()}-{os.urandom(4).hex()}"
+
+
+def file_path(folder: Path, stream: str, number: int, state: str) -> Path:
+    """Return the name of one of a stream's files."""
+    numbered = f".{number:06d}" if _OWN_STREAM.fullmatch(stream) else ""
+    return folder / f"{stream}{numbered}.jsonl{state}"
 
 
 class Stream:
     """The lock on one stream, and the place up to which it has been sent.
 
     Only one thread uses it. Use `create` or `take`.
+
+    Args:
+        folder: where it is.
+        name: the stream's name.
+        lock: the descriptor that holds the lock.
+        numbers: which files it has; None if more may come at any time.
+
     """
 
-    def __init__(self, folder: Path, name: str, lock: int) -> None:
+    def __init__(self, folder: Path, name: str, lock: int, numbers: Iterable[int] | None) -> None:
         self.folder = folder
         self.name = name
-        self.live: Live | None = None
         self._lock: int | None = lock
+        self._numbers = None if numbers is None else sorted(numbers)
         self._file: int | None = None
-        self._path: Path | None = None
+        self._is_settled = False
+        """Whether nobody writes to the open file any more."""
         self.number, self.offset = read_position(lock)
 
     @classmethod
@@ -159,15 +195,19 @@ class Stream:
         """
         make_folder(folder)
         while True:
-            moment = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-            name = f"{moment}-{os.getpid()}-{os.urandom(4).hex()}"
+            name = new_stream_name()
             lock = _lock(folder / (name + _LOCK), os.O_CREAT | os.O_EXCL)
             if lock is not None:  # else somebody looked for left streams just now and took it
-                return cls(folder, name, lock)
+                return cls(folder, name, lock, None)
 
     @classmethod
-    def take(cls, folder: Path, name: str) -> Stream | None:
-        """Take over a stream whose process is gone, or return None if somebody has it.
+    def take(cls, folder: Path, name: str, numbers: Iterable[int] | None = None) -> Stream | None:
+        """Take over a stream that nobody sends, or return None if somebody does.
+
+        Args:
+            folder: where it is.
+            name: the stream's name.
+            numbers: which unsent files it has, as `waiting` says; by default they are looked up.
 
         Raises:
             OSError: if the folder does not allow it.
@@ -176,27 +216,39 @@ class Stream:
         lock = _lock(folder / (name + _LOCK), os.O_CREAT)
         if lock is None:
             return None
-        stream = cls(folder, name, lock)
         try:
-            for entry in stream.files():
-                if entry.number < stream.number:
-                    _rename(entry.path, SYNCED)
-                elif entry.state == ACTIVE:
-                    _rename(entry.path, READY)
+            stream = cls(folder, name, lock, _unsent_numbers(folder, name) if numbers is None else numbers)
+        except OSError:
+            os.close(lock)
+            raise
+        try:
+            for number in stream._numbers or ():
+                stream._close_left(number)
         except OSError:
             stream.forget()  # somebody else may get on with it
             raise
         return stream
 
-    def files(self) -> list[Entry]:
-        """Return the stream's unsent files in the order of their numbers."""
-        own = [entry for entry in entries(self.folder) if entry.stream == self.name and entry.state != SYNCED]
-        return sorted(own, key=lambda entry: entry.number)
+    def _close_left(self, number: int) -> None:
+        """Give a file that a dead process has left the state in which that should have left it."""
+        if number < self.number:
+            with contextlib.suppress(FileNotFoundError):
+                self._rename(number, READY, SYNCED)
+        with contextlib.suppress(FileNotFoundError):
+            file = open_regular(self.path(number, ACTIVE), os.O_RDONLY)
+            try:
+                if _try_lock(file, fcntl.LOCK_SH):
+                    self._rename(number, ACTIVE, SYNCED if number < self.number else READY)
+            finally:
+                os.close(file)
+
+    def seal(self) -> None:
+        """Say that no more files will come."""
+        self._numbers = []
 
     def path(self, number: int, state: str) -> Path:
         """Return the name of one of the stream's files."""
-        numbered = f".{number:06d}" if _OWN_STREAM.fullmatch(self.name) else ""
-        return self.folder / f"{self.name}{numbered}.jsonl{state}"
+        return file_path(self.folder, self.name, number, state)
 
     def window(self, rows: int, max_bytes: int) -> Window | None:
         """Return the next unsent lines, at least one of any length; None if there are none (now).
@@ -213,11 +265,11 @@ class Stream:
             end = chunk.rfind(b"\n")
             if end >= 0:
                 return self._cut(chunk, end, rows, max_bytes)
-            if self.live is not None and len(chunk) < _LONGEST_LINE:
-                if not self.live.settled(self.number):
+            if not self._is_settled and len(chunk) < _LONGEST_LINE:
+                if not _try_lock(file, fcntl.LOCK_SH):
                     return None
-                if len(os.pread(file, len(chunk) + 1, self.offset)) > len(chunk):
-                    continue  # somebody was just about to write
+                self._is_settled = True
+                continue  # somebody may have written something just before
             if chunk:
                 return Window([], self.number, self.offset, chunk)
             self._finish_file()
@@ -243,18 +295,39 @@ class Stream:
         self.number, self.offset = window.end
         self._save()
 
-    def drop_file(self, number: int) -> int:
-        """Delete an unsent file of which nothing is written any more; return how many lines were given up."""
-        path = self.path(number, READY)
+    def end(self) -> Position:
+        """Return where the last file that is known ends now.
+
+        Raises:
+            OSError: if it cannot be looked at.
+
+        """
+        for number in reversed(self._numbers or ()):
+            for state in (ACTIVE, READY, ACTIVE, READY):
+                with contextlib.suppress(FileNotFoundError):
+                    return number, self.path(number, state).stat().st_size
+        return self.number, self.offset
+
+    def drop_file(self, number: int) -> int | None:
+        """Delete an unsent file; return how many lines were given up, or None if it is still being written.
+
+        Raises:
+            OSError: if it cannot be read or deleted.
+
+        """
+        state = READY if self.path(number, READY).exists() else ACTIVE
+        path = self.path(number, state)
         begin = self.offset if number == self.number else 0
         with open(open_regular(path, os.O_RDONLY), "rb") as file:
+            if not _try_lock(file.fileno(), fcntl.LOCK_SH):
+                return None
             file.seek(begin)
             lines = sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(_CHUNK), b""))
-        if number == self.number:
-            self._close_file()
-            self.number, self.offset = number + 1, 0
-            self._save()
-        path.unlink()
+            if number == self.number:
+                self._close_file()
+                self.number, self.offset = number + 1, 0
+                self._save()
+            path.unlink()
         return lines
 
     def release(self) -> None:
@@ -263,7 +336,8 @@ class Stream:
         if self._lock is None:
             return
         lock, self._lock = self._lock, None
-        if not self.files():
+        # The place matters only while the file is there to which it belongs.
+        if not any(self.path(self.number, state).exists() for state in (ACTIVE, READY)):
             (self.folder / (self.name + _LOCK)).unlink(missing_ok=True)
         os.close(lock)
 
@@ -276,37 +350,39 @@ class Stream:
 
     def _open(self) -> int | None:
         """Return the file that is to be sent now."""
-        if self._file is not None:
-            return self._file
-        for state in (ACTIVE, READY, ACTIVE, READY):  # it may be renamed between the two
-            path = self.path(self.number, state)
-            with contextlib.suppress(FileNotFoundError):
-                self._file = open_regular(path, os.O_RDONLY)
-                self._path = path
-                return self._file
-        later = [entry.number for entry in self.files() if entry.number > self.number]
-        if not later:
-            return None
-        self.number, self.offset = later[0], 0
-        return self._open()
+        while self._file is None:
+            for state in (ACTIVE, READY, ACTIVE, READY):  # it may be renamed between the two
+                with contextlib.suppress(FileNotFoundError):
+                    self._file = open_regular(self.path(self.number, state), os.O_RDONLY)
+                    return self._file
+            numbers = _unsent_numbers(self.folder, self.name) if self._numbers is None else self._numbers
+            later = min((number for number in numbers if number > self.number), default=None)
+            if later is None:
+                return None
+            self.number, self.offset = later, 0
+        return self._file
 
     def _finish_file(self) -> None:
-        self._close_file()
+        assert self._file is not None  # noqa: S101 - it has just been read to its end
+        is_empty = os.fstat(self._file).st_size == 0
         for state in (READY, ACTIVE):
-            path = self.path(self.number, state)
-            if path.exists():
-                if path.stat().st_size == 0:
-                    path.unlink()
+            with contextlib.suppress(FileNotFoundError):
+                if is_empty:
+                    self.path(self.number, state).unlink()
                 else:
-                    _rename(path, SYNCED)
+                    self._rename(self.number, state, SYNCED)
                     os.utime(self.path(self.number, SYNCED))  # kept from now on
+        self._close_file()  # until here it holds the file's lock
         self.number, self.offset = self.number + 1, 0
         self._save()
+
+    def _rename(self, number: int, state: str, new_state: str) -> None:
+        self.path(number, state).rename(self.path(number, new_state))
 
     def _close_file(self) -> None:
         if self._file is not None:
             os.close(self._file)
-            self._file = None
+            self._file, self._is_settled = None, False
 
     def _save(self) -> None:
         assert self._lock is not None  # noqa: S101 - nobody sends what he does not own
@@ -328,18 +404,14 @@ def is_sent(folder: Path, after: After) -> bool:
     name, number, size = after
     if not _OWN_STREAM.fullmatch(name):
         return True  # no process of ours wrote that
-    try:
+    with contextlib.suppress(FileNotFoundError):  # then nobody has begun to send it, or it has been sent whole
         lock = open_regular(folder / (name + _LOCK), os.O_RDONLY)
-    except FileNotFoundError:
-        return True
-    try:
-        return read_position(lock) >= (number, size) or not any(entry.stream == name for entry in _unsent(folder))
-    finally:
-        os.close(lock)
-
-
-def _unsent(folder: Path) -> Iterator[Entry]:
-    return (entry for entry in entries(folder) if entry.state != SYNCED)
+        try:
+            if read_position(lock) >= (number, size):
+                return True
+        finally:
+            os.close(lock)
+    return all(unsent > number for unsent in _unsent_numbers(folder, name))
 
 
 def open_regular(path: Path, flags: int) -> int:
@@ -365,136 +437,58 @@ def _lock(path: Path, flags: int) -> int | None:
         lock = open_regular(path, os.O_RDWR | flags)
     except FileExistsError:
         return None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    if not _try_lock(lock, fcntl.LOCK_EX):
         os.close(lock)
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            return None
-        raise
+        return None
     if os.fstat(lock).st_nlink == 0:
         os.close(lock)
         return None
     return lock
 
 
-def _rename(path: Path, state: str) -> None:
-    path.rename(path.with_suffix(state))
+def _try_lock(file: int, kind: int) -> bool:
+    """Lock an open file if nobody else has, which would be the end of it; tell whether it is locked now.
+
+    Raises:
+        OSError: if the file system knows no locks.
+
+    """
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
-def open_active(path: Path) -> int:
-    """Make a stream's next file.
+def open_active(folder: Path, stream: str, number: int) -> tuple[int, int]:
+    """Make a stream's next file, and lock it; return its descriptor and its number.
+
+    Whoever sends the stream may find the new file before it is locked, and put it away as an empty one: then the next
+    number is taken.
 
     Raises:
         OSError: if it cannot be made.
 
     """
-    return open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL)
-
-
-# --- Dead letters --------------------------------------------------------------------------------
-
-
-def bury(folder: Path, lines: list[bytes], status: int | None, reason: object) -> None:
-    """Append lines that will never be taken to the dead-letter file, with the reason.
-
-    Raises:
-        OSError: if the disk refuses; then the lines must stay where they are.
-
-    """
-    moment = timestamp()
-    text = b"".join(dead_letter(line, status, reason, moment) for line in lines)
-    make_folder(folder)
-    path = folder / DEAD_LETTERS
-    file = open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    try:
-        if os.write(file, text) != len(text):
-            os.write(file, b"\n")
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        if os.fstat(file).st_size > _DEAD_LETTERS_BYTES:
-            stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-            path.rename(folder / f"dead-letter.{stamp}-{random.getrandbits(16):04x}.jsonl")
-    finally:
+    while True:
+        path = file_path(folder, stream, number, ACTIVE)
+        file = open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL)
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                if _try_lock(file, fcntl.LOCK_EX) and path.stat().st_ino == os.fstat(file).st_ino:
+                    return file, number
+        except OSError:
+            os.close(file)
+            path.unlink(missing_ok=True)
+            raise
         os.close(file)
+        number += 1
 
 
-# --- Bounds --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Bounds:
-    """How much a folder may hold, and for how long."""
-
-    max_bytes: int
-    max_age_s: float
-    keep_s: float
-
-
-Dropped = Callable[[Entry, int, str], None]
-"""Is told of each file that was given up: the file, its unsent lines, and why."""
-
-
-def enforce(folder: Path, bounds: Bounds, own: Stream | None, dropped: Dropped) -> None:
-    """Keep a folder within its bounds: sent files go first, then the oldest unsent ones that are closed.
-
-    A file that is being written is never touched, nor is one of another living process, which does this itself.
-
-    Raises:
-        OSError: the first of what could not be done; everything else is done all the same.
-
-    """
-    now = time.time()
-    failures: list[OSError] = []
-    found = entries(folder)
-    for entry in [entry for entry in found if entry.state == SYNCED and now - entry.modified > bounds.keep_s]:
-        entry.path.unlink(missing_ok=True)
-        found.remove(entry)
-    excess = sum(entry.size for entry in found) - bounds.max_bytes
-    order = {SYNCED: 0, READY: 1}
-    for entry in sorted((e for e in found if e.state in order), key=lambda e: order[e.state]):
-        is_old = entry.state == READY and now - entry.modified > bounds.max_age_s
-        if not is_old and excess <= 0:
-            continue
-        if entry.state == SYNCED:
-            entry.path.unlink(missing_ok=True)
-        else:
-            reason = f"older than {bounds.max_age_s / 86400:g} days" if is_old else "the folder is over its bound"
-            try:
-                if not _give_up(folder, entry, own, dropped, reason):
-                    continue
-            except OSError as error:
-                failures.append(error)
-                continue
-        excess -= entry.size
-    if failures:
-        raise failures[0]
-
-
-def _give_up(folder: Path, entry: Entry, own: Stream | None, dropped: Dropped, reason: str) -> bool:
-    stream = own if own is not None and own.name == entry.stream else Stream.take(folder, entry.stream)
-    if stream is None:
-        return False
-    try:
-        dropped(entry, stream.drop_file(entry.number), reason)
-    except FileNotFoundError:
-        return False
-    finally:
-        if stream is not own:
-            stream.release()
-    return True
-
-
-def make_room(folder: Path) -> None:
-    """Delete every sent file, because the disk is full."""
-    for entry in entries(folder):
-        if entry.state == SYNCED:
-            entry.path.unlink(missing_ok=True)
-
-
-def summary(folder: Path) -> dict[str, dict[str, int]]:
-    """Return how many files and bytes there are of each state."""
+def summary(folder: Path, states: tuple[str, ...] = STATES) -> dict[str, dict[str, int]]:
+    """Return how many files and bytes there are of each of some states."""
     totals: dict[str, dict[str, int]] = defaultdict(lambda: {"files": 0, "bytes": 0})
-    for entry in entries(folder):
+    for entry in entries(folder, states):
         total = totals[entry.state[1:]]
         total["files"] += 1
         total["bytes"] += entry.size

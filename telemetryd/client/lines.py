@@ -1,6 +1,6 @@
 """The spool's lines: how a run, a change to a run and an event of a run are written, and read again.
 
-A line is one JSON object, and says by its first bytes what it is:
+A line is one JSON object, and is a run unless it has an `op`, by which ours begin:
 
     {"event_id":"…", …}                                       a run, just as POST /api/v1/runs takes it
     {"op":"update","event_id":"…","fields":{…}}               changes, as PATCH takes them
@@ -108,7 +108,7 @@ def unfold(line: bytes) -> list[bytes]:
 
     The events' ids are the daemon's own, which gives new ones. Any other line comes back as it is.
     """
-    run = (_read_writable(line) or {}) if b'"events"' in line and not line.startswith(OP) else {}
+    run = (_read_writable(line) or {}) if b'"events"' in line and not is_operation(line) else {}
     event_id, events = run.get("event_id"), run.pop("events", None)
     if not isinstance(event_id, str) or not isinstance(events, list) or not events:
         return [line]
@@ -158,9 +158,16 @@ class Plan:
     unreadable: list[bytes] = field(default_factory=list)
 
 
+def is_operation(line: bytes) -> bool:
+    """Tell whether a line says something of a run, instead of being one; other programs may put blanks into it."""
+    if line.startswith(_STARTS):
+        return line.startswith(OP)
+    return b'"op"' in line and "op" in (read_object(line) or {})
+
+
 def after_of(line: bytes) -> After | None:
     """Return what must have been sent before a line, or None."""
-    if line.startswith(OP) and b'"after":[' in line:
+    if b'"after"' in line and is_operation(line):
         match (read_object(line) or {}).get("after"):
             case [str() as stream, int() as number, int() as size]:
                 return stream, number, size
@@ -171,17 +178,19 @@ def plan(lines: list[bytes]) -> Plan:
     """Sort lines into requests: changes of a run whose start is among the lines become part of its start."""
     result = Plan()
     started: dict[str, RunItem] = {}
+    operations: list[bytes] = []
     for line in lines:
-        if not line.startswith(OP):
+        if is_operation(line):
+            operations.append(line)
+        else:
             result.runs.append(RunItem(line, [line]))
-    if len(result.runs) == len(lines):
+    if not operations:
         return result
     for item in result.runs:
         item.event_id = _event_id(item.body)
         started.setdefault(item.event_id, item)
-    for line in lines:
-        if line.startswith(OP):
-            _add_operation(result, started, line)
+    for line in operations:
+        _add_operation(result, started, line)
     for item in started.values():
         run = read_object(item.body) if item.changes else None
         if run is None or item.changes is None:

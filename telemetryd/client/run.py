@@ -35,7 +35,8 @@ HEARTBEAT_S: Final = 60.0
 _MAX_DETAILS: Final = 64 * 1024
 _MAX_SUMMARY: Final = 500
 _COROUTINE: Final = 0x80
-"""inspect.CO_COROUTINE, without importing inspect."""
+_GENERATOR: Final = 0x20 | 0x200
+"""inspect.CO_COROUTINE, CO_GENERATOR and CO_ASYNC_GENERATOR, without importing inspect."""
 
 
 class Recorder(Protocol):
@@ -52,6 +53,9 @@ class Recorder(Protocol):
 
     def ended(self, run: Run) -> None:
         """Take note that it is not any more."""
+
+    def failed(self) -> None:
+        """Count and log, within an except clause, what must not reach the agent."""
 
     def after(self) -> After | None:
         """Return what must have been sent before a line about a run of the parent process."""
@@ -97,10 +101,17 @@ class Run:
 
     def start(self) -> Self:
         """Record that the run has begun; once is enough."""
-        if self._process:
-            return self
-        self._began = time.monotonic()
-        self._process = os.getpid()
+        with self._own_lock():
+            if not self._process:
+                self._began = time.monotonic()
+                self._process = os.getpid()
+                try:
+                    self._record_start()
+                except Exception:  # noqa: BLE001 - whatever it is must not reach the agent
+                    self._recorder.failed()
+        return self
+
+    def _record_start(self) -> None:
         line: Json = {
             "event_id": self.event_id,
             "run_id": self.run_id,
@@ -115,7 +126,6 @@ class Run:
         line["event_id"], line["run_id"] = self.event_id, self.run_id
         self._recorder.write(line)
         self._recorder.begun(self)
-        return self
 
     def finish(self, status: str = "success", **changes: Unpack[Details]) -> None:
         """Record that the run has ended; the first call counts.
@@ -125,13 +135,14 @@ class Run:
             **changes: whatever else is to be said of the run.
 
         """
-        if self._finished:
-            return
-        self.start()
-        self._finished = True
-        self._recorder.ended(self)
-        ending: Json = {"status": status, "end_time": timestamp(), "duration_ms": self.elapsed_ms()}
-        self._update({**ending, **changes})
+        with self._own_lock():
+            if self._finished:
+                return
+            self.start()
+            self._finished = True
+            self._recorder.ended(self)
+            ending: Json = {"status": status, "end_time": timestamp(), "duration_ms": self.elapsed_ms()}
+            self._update({**ending, **changes})
 
     def elapsed_ms(self) -> int:
         """Return how long the run has been going on, in milliseconds."""
@@ -174,22 +185,30 @@ class Run:
 
     def event(self, event_type: str, payload: Mapping[str, Any] | None = None, /, **more: Any) -> None:
         """Record something that happened during the run: a type, and a payload (a JSON object) or its items."""
-        event: Json = {"event_key": new_uuid(), "event_type": str(event_type), "timestamp": timestamp()}
-        joined = {**_object(payload), **more}
-        if joined:
-            event["payload"] = joined
-        self._operation("event", "event", event)
+        try:
+            event: Json = {"event_key": new_uuid(), "event_type": str(event_type), "timestamp": timestamp()}
+            joined = {**_object(payload), **more}
+            if joined:
+                event["payload"] = joined
+            self._operation("event", "event", event)
+        except Exception:  # noqa: BLE001 - whatever it is must not reach the agent
+            self._recorder.failed()
 
     def environment(self) -> dict[str, str]:
         """Return this process's environment for a child process whose runs shall have this one as their parent."""
         return {**os.environ, PARENT_VARIABLE: self.run_id}
 
     def _update(self, changes: Mapping[str, Any]) -> None:
+        with self._own_lock():
+            try:
+                self._operation("update", "fields", self._sorted(changes, CHANGES))
+            except Exception:  # noqa: BLE001 - whatever it is must not reach the agent
+                self._recorder.failed()
+
+    def _own_lock(self) -> threading.RLock:
         if self._lock_process != os.getpid():  # a fork may have copied the lock while another thread held it
             self._lock, self._lock_process = threading.RLock(), os.getpid()
-        with self._lock:
-            self.start()
-            self._operation("update", "fields", self._sorted(changes, CHANGES))
+        return self._lock
 
     def _operation(self, op: str, name: str, value: Json) -> None:
         if not self._process:
@@ -266,13 +285,21 @@ class Run:
         self.finish(status, error_summary=_summary(error), error_details=_details(error))
 
     def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
-        """Decorate a function, async or not: each call of it is a run of its own."""
+        """Decorate a function, async or not: each call of it is a run of its own.
+
+        Raises:
+            TypeError: if it is a generator, whose call ends before its work begins.
+
+        """
 
         def another() -> Run:
             own = {name: value for name, value in self._fields.items() if name not in ("event_id", "run_id")}
             return Run(self._recorder, self._agent_name, self._job_type, self.heartbeat_s, own)
 
         code = getattr(function, "__code__", None)
+        if code is not None and code.co_flags & _GENERATOR:
+            name = getattr(function, "__qualname__", function)
+            raise TypeError(f"{name} is a generator: use `with client.run(…):` within it instead of decorating it")
         if code is not None and code.co_flags & _COROUTINE:
 
             @functools.wraps(function)
@@ -306,7 +333,7 @@ def _object(value: object) -> Mapping[str, Any]:
     if isinstance(value, str):
         import json  # noqa: PLC0415
 
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(value)
     return value if isinstance(value, Mapping) else {} if value is None else {"value": value}
 

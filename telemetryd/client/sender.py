@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Final, Protocol
 
+from telemetryd.client.bounds import Upkeep, counted
+from telemetryd.client.complaints import Complaints
 from telemetryd.client.config import Config
 from telemetryd.client.counters import Counters
 from telemetryd.client.spool import Spool
@@ -104,7 +109,10 @@ class Sender:
         self._config = config
         self._spool = spool
         self._counters = counters
+        self._complaints = Complaints()
         self._reset()
+        if not config.send:
+            spool.changed = self._tidy
 
     def _reset(self) -> None:
         self._thread: threading.Thread | None = None
@@ -121,6 +129,8 @@ class Sender:
         """Whether the next line has to wake the thread."""
         self.live: dict[str, LiveRun] = {}
         """Runs that have begun and not ended, by event_id."""
+        self._upkeep = Upkeep(self._config, counted(self._counters, self._complaints))
+        self._tidying: threading.Thread | None = None
 
     def notice(self) -> None:
         """Say that there is something to send; costs next to nothing while the thread is busy."""
@@ -142,6 +152,21 @@ class Sender:
                 else:
                     _at_end_of_child(self._close)
 
+    def _tidy(self) -> None:
+        """Where no thread sends: keep the folder within its bounds when a file is full, without a wait."""
+        is_busy = self._tidying is not None and self._tidying.is_alive()
+        if not is_busy and time.monotonic() >= self._upkeep.due:
+            self._tidying = threading.Thread(target=self._attend, name="telemetryd-client", daemon=True)
+            with contextlib.suppress(RuntimeError):  # the interpreter is shutting down
+                self._tidying.start()
+
+    def _attend(self) -> None:
+        try:
+            self._upkeep.attend(None)
+        except OSError as error:
+            text = "The spool in %s cannot be tidied up: %s"
+            self._complaints.say(logging.WARNING, text, self._config.folder, error)
+
     def _work(self) -> None:
         try:
             with _importing:
@@ -155,33 +180,47 @@ class Sender:
             for flush in [*self.flushes]:
                 flush.end(succeeded=False)
 
-    def flush(self, timeout_s: float, *, is_last: bool = False) -> bool:
+    def flush(self, timeout_s: float) -> bool:
         """Wait until everything recorded so far has been acknowledged; return whether it has."""
-        if self._thread is None and self._spool.stream is None and not self._spool.holds:
-            return True
+        return self.end_flush(self.begin_flush(is_last=False), timeout_s)
+
+    def begin_flush(self, *, is_last: bool) -> Flush:
+        """Have everything recorded so far sent at once; `end_flush` waits for it, and has to be called."""
+        flush = Flush(is_last=is_last)
+        if self._thread is None and self._spool.name is None and not self._spool.holds:
+            flush.end(succeeded=True)
+            return flush
         self._start()
         if self._thread is None:
-            return False
-        flush = Flush(is_last=is_last)
+            flush.end(succeeded=False)
+            return flush
         self.flushes.append(flush)
+        if self._ended:  # looked at after it is on the list, which is looked through after this is set
+            flush.end(succeeded=False)
+        self.hurry.ring()
+        self.wake.ring()
+        return flush
+
+    def end_flush(self, flush: Flush, timeout_s: float) -> bool:
+        """Wait until everything recorded before the flush has been acknowledged; return whether it has."""
         try:
-            if self._ended:  # looked at after we are on the list, which is looked through after it is set
-                return False
-            self.hurry.ring()
-            self.wake.ring()
-            flush.done.wait(timeout_s)
+            flush.done.wait(max(timeout_s, 0.0))
         finally:
-            self.flushes.remove(flush)
+            if flush in self.flushes:
+                self.flushes.remove(flush)
         return flush.succeeded
 
-    def stop(self, timeout_s: float) -> bool:
-        """End the thread; return whether nobody works on the stream any more."""
+    def stop(self) -> None:
+        """Tell the thread to end."""
         self.stopping = True
         self.hurry.ring()
         self.wake.ring()
+
+    def has_stopped(self, timeout_s: float) -> bool:
+        """Wait for the thread's end; return whether nobody works on the stream any more."""
         if self._thread is None:
             return True
-        self._thread.join(timeout_s)
+        self._thread.join(max(timeout_s, 0.0))
         return not self._thread.is_alive()
 
     def after_fork(self) -> None:

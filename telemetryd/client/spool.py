@@ -15,11 +15,22 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+from telemetryd.client.bounds import make_room
 from telemetryd.client.complaints import Complaints
-from telemetryd.client.folder import ACTIVE, READY, Position, Stream, make_room, open_active
+from telemetryd.client.folder import (
+    ACTIVE,
+    READY,
+    Position,
+    Stream,
+    file_path,
+    make_folder,
+    new_stream_name,
+    open_active,
+)
 from telemetryd.client.lines import After
 
 _HELD_BYTES: Final = 8 << 20
@@ -29,19 +40,30 @@ _GRACE_S: Final = 0.0005
 _CLOSED: Final = -1
 
 
+def _do_nothing() -> None:
+    """Stand in for whoever wants to know of a new file."""
+
+
 class Spool:
     """One process's stream, to which any thread may append.
 
     Args:
         folder: where the files are; made when the first line comes.
+        sends: whether this process sends its stream itself. If not, anybody may, while it is being written.
         fsync: wait for the disk at each line.
         file_bytes: begin a new file when this one is so large,
         file_age_s: or so old, in seconds.
 
+    Attributes:
+        name: the stream's name; None as long as there is none.
+        stream: the stream in the hands of this process's sender, if it sends itself.
+        changed: is called when a new file has been begun.
+
     """
 
-    def __init__(self, folder: Path, *, fsync: bool, file_bytes: int, file_age_s: float) -> None:
+    def __init__(self, folder: Path, *, fsync: bool, file_bytes: int, file_age_s: float, sends: bool = True) -> None:
         self._folder = folder
+        self._sends = sends
         self._fsync = fsync
         self._file_bytes = file_bytes
         self._file_age_s = file_age_s
@@ -50,16 +72,19 @@ class Spool:
         self._complaints = Complaints()
         self.refused = 0
         """Lines that neither the disk nor the memory had room for."""
+        self.changed: Callable[[], None] = _do_nothing
         self._reset()
 
     def _reset(self) -> None:
+        self.name: str | None = None
         self.stream: Stream | None = None
         self._lock = threading.RLock()  # a signal handler may append while this thread does
         self._file = _CLOSED
         self._number = 0
         self._written = 0
         self._opened = 0.0
-        self._retired: list[int] = []
+        self._retired: list[tuple[int, set[int]]] = []
+        """Files that were full, and the tickets of those who may be writing to them still."""
         self._tickets = itertools.count()
         self._writing: set[int] = set()
         self._held: list[bytes] = []
@@ -76,7 +101,7 @@ class Spool:
             return self._append_behind_held(line)
         ticket = next(self._tickets)
         try:
-            self._writing.add(ticket)  # before the descriptor is looked at: see settled()
+            self._writing.add(ticket)  # before the descriptor is looked at: see _close_retired()
             file = self._file
             written = os.write(file, line)
             if self._fsync:
@@ -89,8 +114,12 @@ class Spool:
             self._torn = self._torn or written > 0
             return self._append_behind_held(line)
         self._written += written
-        if self._written >= self._file_bytes:
+        if self._written >= self._file_bytes or (
+            not self._sends and time.monotonic() - self._opened >= self._file_age_s  # else the thread sees to it
+        ):
             self._rotate(wait=False)
+        if self._retired:
+            self._close_retired()
         return True
 
     def _append_behind_held(self, line: bytes) -> bool:
@@ -132,8 +161,7 @@ class Spool:
             self._complaints.say(
                 logging.WARNING, "The spool in %s cannot be written, lines are kept in memory: %s", self._folder, error
             )
-            with contextlib.suppress(OSError):
-                make_room(self._folder)
+            make_room(self._folder, error)
             return False
         self._next_try = 0.0
         if self._written >= self._file_bytes:
@@ -141,11 +169,15 @@ class Spool:
         return True
 
     def _open(self) -> None:
-        if self.stream is None:
-            self.stream = Stream.create(self._folder)
-            self.stream.live = self
+        if self.name is None:
+            if self._sends:
+                self.stream = Stream.create(self._folder)
+                self.name = self.stream.name
+            else:
+                make_folder(self._folder)
+                self.name = new_stream_name()
             self._number = 0
-        self._file = open_active(self.stream.path(self._number, ACTIVE))
+        self._file, self._number = open_active(self._folder, self.name, self._number)
         self._written = 0
         self._opened = time.monotonic()
         if self._fsync:
@@ -160,19 +192,40 @@ class Spool:
         if not self._lock.acquire(blocking=wait):
             return
         try:
-            if self._file == _CLOSED or self.stream is None or self._written == 0:
+            if self._file == _CLOSED or self.name is None or self._written == 0:
                 return
             old, old_number = self._file, self._number
-            new = open_active(self.stream.path(old_number + 1, ACTIVE))
-            self._file, self._number = new, old_number + 1
+            self._file, self._number = open_active(self._folder, self.name, old_number + 1)
             self._written, self._opened = 0, time.monotonic()
-            self._retired.append(old)
-            self.stream.path(old_number, ACTIVE).rename(self.stream.path(old_number, READY))
+            self._retired.append((old, set(self._writing)))
+            file_path(self._folder, self.name, old_number, ACTIVE).rename(
+                file_path(self._folder, self.name, old_number, READY)
+            )
         except OSError as error:  # then this file grows on
-            self._written = 0
+            self._written, self._opened = 0, time.monotonic()
             self._complaints.say(logging.WARNING, "The spool in %s cannot begin a new file: %s", self._folder, error)
         finally:
             self._lock.release()
+        self.changed()
+
+    def _close_retired(self) -> None:
+        """Close the files to which nobody writes any more; until then they are locked.
+
+        A thread notes that it writes before it looks which file that is. So whoever looked before the file was
+        retired is among those that wrote at that moment, and looks here when he has written.
+        """
+        with self._lock:
+            retired, self._retired = self._retired, []
+            for file, writing in retired:
+                if writing.isdisjoint(self._writing):
+                    os.close(file)
+                else:
+                    self._retired.append((file, writing))
+
+    def rotate_if_old(self) -> None:
+        """Begin a new file if this one has been written for long enough."""
+        if self._file != _CLOSED and time.monotonic() - self._opened >= self._file_age_s:
+            self._rotate(wait=False)
 
     # --- The sender's thread ---------------------------------------------------------------------
 
@@ -182,26 +235,6 @@ class Spool:
             if self._file == _CLOSED:
                 return self._number, 0
             return self._number, os.fstat(self._file).st_size
-
-    def rotate_if_old(self) -> None:
-        """Begin a new file if this one has been written for long enough."""
-        if self._file != _CLOSED and time.monotonic() - self._opened >= self._file_age_s:
-            self._rotate(wait=True)
-
-    def settled(self, number: int) -> bool:
-        """Tell whether nobody writes to a file any more; closes it then.
-
-        A thread notes that it writes before it looks which file that is. So whoever looked before the file was
-        retired is among those that write now, and has written when they have.
-        """
-        with self._lock:
-            if number >= self._number and self._file != _CLOSED:
-                return False
-            retired, self._retired = self._retired, []
-        self._wait_for_writers()
-        for file in retired:
-            os.close(file)
-        return True
 
     def _wait_for_writers(self) -> None:
         for ticket in tuple(self._writing):
@@ -233,32 +266,33 @@ class Spool:
         with self._lock:
             if self._held and not self._taken:
                 self._write_held()
-            stream, file, number = self.stream, self._file, self._number
-            self.stream, self._file = None, _CLOSED
+            stream, name, file, number = self.stream, self.name, self._file, self._number
+            self.stream, self.name, self._file = None, None, _CLOSED
             retired, self._retired = self._retired, []
         self._wait_for_writers()
-        for each in (*retired, file):
+        if name is not None and file != _CLOSED:
+            with contextlib.suppress(OSError):
+                file_path(self._folder, name, number, ACTIVE).rename(file_path(self._folder, name, number, READY))
+        for each in (*(old for old, _ in retired), file):
             if each != _CLOSED:
                 os.close(each)
-        if stream is None:
-            return
-        stream.live = None
-        with contextlib.suppress(OSError):
-            if file != _CLOSED:
-                stream.path(number, ACTIVE).rename(stream.path(number, READY))
-            stream.window(1, 1)  # marks files that have been sent whole
-        with contextlib.suppress(OSError):
-            stream.release()
+        if stream is not None:
+            with contextlib.suppress(OSError):
+                stream.seal()
+                stream.window(1, 1)  # marks files that have been sent whole
+            with contextlib.suppress(OSError):
+                stream.release()
 
     # --- fork ------------------------------------------------------------------------------------
 
     def after_fork(self) -> None:
         """In a forked process: leave the parent's stream alone, and remember how far it had come."""
-        stream, files = self.stream, (*self._retired, self._file)
-        if stream is not None:
+        stream, files = self.stream, (*(old for old, _ in self._retired), self._file)
+        if self.name is not None:
             with contextlib.suppress(OSError):
                 size = os.fstat(self._file).st_size if self._file != _CLOSED else 0
-                self.after = (stream.name, self._number, size)
+                self.after = (self.name, self._number, size)
+        if stream is not None:
             stream.forget()
         for file in files:
             if file != _CLOSED:

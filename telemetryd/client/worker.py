@@ -6,24 +6,26 @@ Imports the HTTP client, so it is imported by that thread only.
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import random
 import time
+from collections import deque
 from collections.abc import Iterable
 from typing import Final
 
+from telemetryd.client.bounds import Upkeep, counted, make_room
 from telemetryd.client.complaints import Complaints
 from telemetryd.client.config import Config
 from telemetryd.client.context import ProcessIdentity
 from telemetryd.client.counters import Counters
 from telemetryd.client.courier import Courier
+from telemetryd.client.dead_letters import bury
 from telemetryd.client.delivery import Delivery, Parcel, RetryError, WaitError
-from telemetryd.client.folder import Bounds, Entry, Stream, bury, enforce, make_room, waiting
+from telemetryd.client.folder import Position, Stream, waiting
 from telemetryd.client.lines import encode
 from telemetryd.client.sender import LiveRun, Sender
 from telemetryd.client.spool import Spool
-from telemetryd.client.transport import Transport, run_path
+from telemetryd.client.transport import Transport, is_addressable, run_path
 
 logger: Final = logging.getLogger("telemetryd.client")
 
@@ -33,9 +35,10 @@ _REFUSAL_S: Final = 60.0
 """How slowly we ask again where only a change of the configuration can help (a token, an address)."""
 _LOOK_AROUND_S: Final = 15.0
 _FIRST_LOOK_S: Final = 2.0
-_TIDY_S: Final = 5.0
+_COST: Final = 100
+"""Looking around takes at most one hundredth of the time."""
+_SETTLE_S: Final = 0.005
 _REFUSALS: Final = 3
-_NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Backoff:
@@ -88,11 +91,13 @@ class Worker:
         self._not_before = 0.0
         self._own: Courier | None = None
         self._orphan: Courier | None = None
-        self._left: list[str] = []
-        """Streams found at the last look around and not yet tried."""
+        self._orphan_end: Position = (0, 0)
+        """Where it ended when we took it; what its process, if that lives, has added since is for the next time."""
+        self._left: deque[tuple[str, list[int]]] = deque()
+        """Streams found at the last look around and not yet tried, with the numbers of their files."""
         now = time.monotonic()
         self._next_look = now + _FIRST_LOOK_S * random.uniform(0.5, 1.5)  # noqa: S311
-        self._next_tidy = now + _TIDY_S
+        self._upkeep = Upkeep(config, counted(counters, self._complaints))
         self._registered: set[str] = set()
         self._beats: dict[str, float] = {}
         self._certifies = True
@@ -128,17 +133,17 @@ class Worker:
         """Sleep until there is something to do; return whether it is time to send, or only to tidy up."""
         sender, now = self._sender, time.monotonic()
         if self._not_before > now:  # the daemon asked for it: not even a flush may hurry us
-            sender.wake.wait(min(self._not_before, self._next_tidy) - now)
+            sender.wake.wait(min(self._not_before, self._upkeep.due) - now)
             sender.wake.quieten()
             return False
         if self._quiet_until > now:  # backing off: only a flush may hurry us
-            hurried = sender.hurry.wait(min(self._quiet_until, self._next_tidy) - now)
+            hurried = sender.hurry.wait(min(self._quiet_until, self._upkeep.due) - now)
             may_send = hurried or time.monotonic() >= self._quiet_until
         else:
             may_send = True
             if not sender.flushes:
                 if sender.is_idle:
-                    due = min([self._next_look, self._next_tidy, *self._beats.values()])
+                    due = min([self._next_look, self._upkeep.due, *self._beats.values()])
                     sender.wake.wait(max(due - now, 0.01))
                 if not sender.is_idle:
                     sender.hurry.wait(self._config.linger_s)  # a batch gathers
@@ -173,7 +178,8 @@ class Worker:
     def _serve(self) -> None:
         """Send our own lines, tell those who wait for that, and say which runs are alive."""
         flushes = [*self._sender.flushes]
-        live = [*self._sender.live.values()]  # their starts are in the spool, so they will have been sent
+        # Their starts are in the spool, so they will have been sent.
+        live = [run for run in [*self._sender.live.values()] if is_addressable(run.event_id)]
         try:
             self._spool.write_held()
             self._send_own()
@@ -198,6 +204,8 @@ class Worker:
                 if lines < self._delivery.rows and (stream.number, stream.offset) >= end:
                     break
                 self._breathe()
+            if stream.number < end[0] and not self._sender.stopping:
+                raise WaitError("Somebody still writes to a file that is full", _SETTLE_S)
         while self._spool.holds and not self._sender.stopping:
             self._send_held()
 
@@ -207,12 +215,13 @@ class Worker:
         """Send other streams, those found at the last look around; one that cannot be sent now has to wait."""
         now = time.monotonic()
         if now >= self._next_look:
-            self._next_look = now + _LOOK_AROUND_S * random.uniform(0.5, 1.5)  # noqa: S311
-            self._left = waiting(self._folder)
+            self._left = deque(waiting(self._folder).items())
+            pause = max(_LOOK_AROUND_S, _COST * (time.monotonic() - now))
+            self._next_look = now + pause * random.uniform(0.5, 1.5)  # noqa: S311
         while not self._sender.stopping and (orphan := self._orphan or self._next_orphan()) is not None:
             is_left = False
             try:
-                is_left = orphan.carry() > 0
+                is_left = orphan.carry() > 0 and (orphan.stream.number, orphan.stream.offset) < self._orphan_end
             except WaitError:
                 pass  # it comes after a stream that another process is still sending
             except OSError as error:
@@ -221,17 +230,19 @@ class Worker:
                 self._release_orphan()
                 continue
             self._breathe()
+            self._tidy()
             if not self._sender.is_idle or self._sender.flushes or self._beat_is_due():
                 self._serve()
 
     def _next_orphan(self) -> Courier | None:
         own = self._spool.stream
         while self._left:
-            name = self._left.pop(0)
+            name, numbers = self._left.popleft()
             if own is not None and own.name == name:
                 continue
             try:
-                stream = Stream.take(self._folder, name)
+                stream = Stream.take(self._folder, name, numbers)
+                self._orphan_end = stream.end() if stream is not None else (0, 0)
             except OSError as error:  # another user's, perhaps
                 self._complain_of(name, error)
                 continue
@@ -246,9 +257,7 @@ class Worker:
 
     def _complain(self, error: OSError) -> None:
         self._complaints.say(logging.WARNING, "The spool in %s cannot be read or written: %s", self._folder, error)
-        if error.errno in _NO_ROOM:
-            with contextlib.suppress(OSError):
-                make_room(self._folder)
+        make_room(self._folder, error)
 
     def _release_orphan(self) -> None:
         if self._orphan is not None:
@@ -275,23 +284,12 @@ class Worker:
     # --- Bounds ----------------------------------------------------------------------------------
 
     def _tidy(self) -> None:
-        """Keep the folder within its bounds, every few seconds, whether the daemon can be reached or not."""
-        now = time.monotonic()
-        if now < self._next_tidy:
-            return
-        self._next_tidy = now + _TIDY_S
+        """Keep the folder within its bounds, whether the daemon can be reached or not."""
         self._spool.rotate_if_old()
-        config = self._config
-        bounds = Bounds(config.max_bytes, config.max_age_s, config.keep_s)
         try:
-            enforce(self._folder, bounds, self._spool.stream, self._dropped)
+            self._upkeep.attend(self._spool.stream)
         except OSError as error:
             self._complaints.say(logging.WARNING, "The spool in %s cannot be tidied up: %s", self._folder, error)
-
-    def _dropped(self, entry: Entry, lines: int, reason: str) -> None:
-        self._counters.dropped += lines
-        text = "%d unsent telemetry lines given up, file %s deleted: %s"
-        self._complaints.say(logging.ERROR, text, lines, entry.path.name, reason)
 
     # --- Runs that are alive ---------------------------------------------------------------------
 
@@ -310,6 +308,8 @@ class Worker:
 
     def _register(self, run: LiveRun) -> None:
         if self._identity is None:
+            if self._transport.is_local is None:
+                return  # nothing has been sent yet
             self._identity = ProcessIdentity.own() if self._transport.is_local else None
             if self._identity is None:
                 self._certifies = False

@@ -17,10 +17,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from telemetryd.client import worker
+from telemetryd.client import Config, worker
 from telemetryd.client.delivery import MAX_ROWS, RetryError, parse_flow, retry_after_s
 from telemetryd.client.folder import waiting
-from telemetryd.client.transport import Answer
+from telemetryd.client.transport import Answer, Transport
 from telemetryd.client.worker import Backoff
 from tests.client.conftest import MakeClient, flushed, states, stored, url_of
 from tests.conftest import Api, MakeApi
@@ -113,7 +113,8 @@ async def test_an_end_that_joined_a_start_whose_answer_was_lost_is_not_lost_with
     run = first.run("a", "j").start()
     while not proxy.seen:  # noqa: ASYNC110
         await asyncio.sleep(0.01)
-    await asyncio.to_thread(first._sender.stop, 5)
+    first._sender.stop()
+    await asyncio.to_thread(first._sender.has_stopped, 5)
     proxy.script = []
     stream = first._spool.stream
     assert stream is not None
@@ -279,6 +280,134 @@ async def test_a_line_at_which_the_daemon_breaks_every_time_is_given_up_at_last(
     assert [(letter["status"], letter["line"]["event_id"]) for letter in letters(buffer)] == [(500, "e-7")]
 
 
+@pytest.mark.parametrize("event_id", ["", "x" * 9000, "x" * 2_000_000, "é" * 2000, ".", "..", "a/../b"], ids=range(7))
+async def test_an_event_id_that_has_no_place_in_an_address_blocks_nobody(
+    api: Api, make_client: MakeClient, buffer: Path, event_id: str
+) -> None:
+    client = make_client(url_of(api))
+    client.record(finished(1))
+    client.write({"op": "update", "event_id": event_id, "fields": {"status": "success"}})
+    client.write({"op": "event", "event_id": event_id, "event": {"event_key": "k", "event_type": "x"}})
+    run = client.run("a", "j", event_id=event_id or "good", heartbeat=0.01).start()
+    run.event("x")
+    client.record(finished(2))
+    await flushed(client)
+    run.finish()
+    client.record(finished(3))
+    await flushed(client)
+    assert {f"e-{n}" for n in (1, 2, 3)} <= {row["event_id"] for row in await api.list(agent_name="a", limit=1000)}
+    assert client.stats()["problem"] is None
+    stored_after_all = [row for row in await api.list(agent_name="a", limit=1000) if row["event_id"] == event_id]
+    told = {letter["line"].get("op") for letter in letters(buffer)}
+    assert stored_after_all or {"event", "update"} <= told
+
+
+@pytest.mark.parametrize("status", [400, 405, 414])
+async def test_a_proxy_that_refuses_one_path_costs_that_line_only(
+    api: Api, proxy: BadProxy, make_client: MakeClient, buffer: Path, status: int
+) -> None:
+    real = proxy._forward
+
+    def refuse(request: Any, body: bytes) -> tuple[int, dict[str, str], bytes]:
+        return (status, {}, b"no") if "odd" in request.path else real(request, body)
+
+    proxy._forward = refuse  # type: ignore[method-assign]
+    client = make_client(proxy.url)
+    with client.run("a", "j", event_id="even") as even:
+        await flushed(client)
+        client.write({"op": "update", "event_id": "odd", "fields": {"status": "success"}})
+        client.write({"op": "event", "event_id": "odd", "event": {"event_key": "k", "event_type": "x"}})
+    await flushed(client)
+    assert (await api.get(f"/api/v1/runs/{even.event_id}"))["status"] == "success"
+    assert [letter["status"] for letter in letters(buffer)] == [status] * 2
+
+
+async def test_a_proxy_that_refuses_every_change_makes_no_dead_letters(
+    api: Api, proxy: BadProxy, make_client: MakeClient, buffer: Path
+) -> None:
+    real = proxy._forward
+
+    def refuse(request: Any, body: bytes) -> tuple[int, dict[str, str], bytes]:
+        return (405, {}, b"no") if request.command == "PATCH" else real(request, body)
+
+    proxy._forward = refuse  # type: ignore[method-assign]
+    client = make_client(proxy.url)
+    with client.run("a", "j"):
+        await flushed(client)
+    assert not await asyncio.to_thread(client.flush, 0.5)
+    assert "405" in client.stats()["problem"]
+    assert not letters(buffer)
+
+
+async def test_lines_that_other_programs_have_written_with_blanks_are_read(
+    api: Api, make_client: MakeClient, buffer: Path
+) -> None:
+    lines = [
+        finished(1, status="running", run_id="r", start_time="2025-12-24T10:00:00Z"),
+        {"op": "event", "event_id": "e-1", "event": {"event_key": "k", "event_type": "x"}},
+        {"event_id": "e-1", "fields": {"status": "partial"}, "op": "update"},
+        finished(2, run_id="r2", start_time="2025-12-24T10:00:00Z", output_summary='an "op" of its own'),
+    ]
+    client = make_client(url_of(api))
+    for line in lines:
+        client._spool.append(json.dumps(line).encode() + b"\n")
+    client.record(finished(3))
+    await flushed(client)
+    assert len(await api.list(agent_name="a")) == 3
+    run = await api.get("/api/v1/runs/e-1?include=events")
+    assert (run["status"], len(run["events"])) == ("partial", 1)
+    assert not letters(buffer)
+
+
+async def test_an_answer_that_trickles_is_given_up_as_a_whole(
+    api: Api, proxy: BadProxy, make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trickle(request: Any, *_: Any) -> None:
+        for byte in b"HTTP/1.1 200 OK\r\nX-Long: " + b"x" * 200:
+            try:
+                request.wfile.write(bytes([byte]))
+            except OSError:
+                return
+            time.sleep(0.1)
+
+    real = proxy._answer
+    monkeypatch.setattr(proxy, "_answer", trickle)
+    client = make_client(proxy.url, timeout_s=0.4)
+    began = time.monotonic()
+    client.record(finished(1))
+    while not client.stats()["retries"]:
+        assert time.monotonic() - began < 3
+        await asyncio.sleep(0.01)
+    assert "timed out" in client.stats()["problem"]
+    monkeypatch.setattr(proxy, "_answer", real)
+    await flushed(client)
+
+
+async def test_the_machines_own_address_is_local(api: Api, make_client: MakeClient) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # sends nothing
+        except OSError:
+            pytest.skip("no address but the loopback's")
+        own = probe.getsockname()[0]
+    if own.startswith("127."):
+        pytest.skip("no address but the loopback's")
+    answer = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
+    with socket.create_server((own, 0)) as listening:
+        transport = Transport(Config(url=f"http://{own}:{listening.getsockname()[1]}"))
+        assert transport.is_local is None
+
+        def serve() -> None:
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(answer)
+
+        await asyncio.gather(asyncio.to_thread(serve), asyncio.to_thread(transport.request, "GET", "/health"))
+    assert transport.is_local
+    transport.close()
+
+
 # --- Refusals ------------------------------------------------------------------------------------
 
 
@@ -437,7 +566,7 @@ async def test_bodies_are_compressed_on_the_way_to_another_machine(
     await flushed(client)
     assert "content-encoding" not in proxy.headers[0], "not on this machine"
     assert client._sender._worker is not None
-    client._sender._worker._transport._compresses = True
+    client._sender._worker._transport.is_local = False
     for number in range(1, 50):
         client.record(finished(number))
     await flushed(client)

@@ -14,7 +14,9 @@ import pytest
 
 from telemetryd.client import Client
 from telemetryd.client import folder as folders
-from telemetryd.client.folder import DEAD_LETTERS, Bounds, Stream, bury, enforce, entries, is_sent, waiting
+from telemetryd.client.bounds import Bounds, enforce
+from telemetryd.client.dead_letters import DEAD_LETTERS, bury
+from telemetryd.client.folder import Stream, entries, is_sent, waiting
 from telemetryd.client.lines import after_of, dead_letter, mend
 from tests.client.conftest import MakeClient, flushed, url_of
 from tests.client.test_spool import drain
@@ -142,10 +144,10 @@ def test_a_position_is_written_into_no_file_of_somebody_else(full: Path, other: 
 def test_the_bounds_concern_files_only(full: Path, other: Path, put: Put) -> None:
     for name in ("a.jsonl.ready", "b.jsonl.synced"):
         put(full / name, other)
-    names = {entry.path.name for entry in entries(full)}
+    names = {Path(entry.path).name for entry in entries(full)}
     assert "left.jsonl.ready" in names
     given_up: list[str] = []
-    enforce(full, Bounds(0, 1, 0), None, lambda entry, _lines, _why: given_up.append(entry.path.name))
+    enforce(full, Bounds(0, 1, 0), None, lambda entry, _lines, _why: given_up.append(Path(entry.path).name))
     assert "left.jsonl.ready" in given_up
     check_untouched(other)
 

@@ -7,6 +7,7 @@ import concurrent.futures
 import re
 import sys
 import threading
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -344,3 +345,71 @@ async def test_a_heartbeat_keeps_a_run_fresh_and_does_not_bring_it_back(api: Api
     last = await stored(api, run)
     await asyncio.sleep(0.3)
     assert await stored(api, run) == last, "no heartbeat after the end"
+
+
+class Unspeakable:
+    """Whatever is asked of it fails."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("never")
+
+    __repr__ = __str__
+
+
+async def test_nothing_that_is_told_of_a_run_raises(api: Api, make_client: MakeClient) -> None:
+    class Broken(dict[str, Any]):
+        def keys(self) -> Any:
+            raise RuntimeError("never")
+
+    client = make_client(url_of(api))
+    with client.run("a", "j", metrics_json=Broken(a=1)) as run:
+        run.event(Unspeakable())  # type: ignore[arg-type]
+        run.event("x", Broken(a=1))
+        run.event("deep", "[" * 100_000)  # type: ignore[arg-type]
+        run.metrics(x=Unspeakable())
+        run.update(metrics_json="[" * 100_000)  # type: ignore[arg-type]
+        run.update(context_json=Broken(a=1))
+        run.items(succeeded=Unspeakable())  # type: ignore[arg-type]
+    run = client.run("a", "j")
+    with run:
+        run.items(succeeded=2)
+    await flushed(client)
+    assert (await stored(api, run))["items_succeeded"] == 2
+    assert client.stats()["failures"] >= 4
+
+
+def test_many_threads_that_end_a_run_end_it_once(make_client: MakeClient, buffer: Path) -> None:
+    client = make_client(send=False)
+    for _ in range(30):
+        run = client.run("a", "j")
+        together = threading.Barrier(8)
+
+        def end(run: Run = run, together: threading.Barrier = together) -> None:
+            together.wait()
+            run.finish()
+
+        threads = [threading.Thread(target=end) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    client.close()
+    (file,) = buffer.glob("*.ready")
+    lines = file.read_bytes().splitlines()
+    assert len([line for line in lines if line.startswith(b'{"op":"update"')]) == 30
+    assert len(lines) == 60
+
+
+def test_to_decorate_a_generator_is_an_error_at_once(make_client: MakeClient) -> None:
+    client = make_client(send=False)
+    with pytest.raises(TypeError, match="generator"):
+
+        @client.run("a", "j")
+        def items() -> Iterator[int]:
+            yield 1
+
+    with pytest.raises(TypeError, match="generator"):
+
+        @client.run("a", "j")
+        async def more_items() -> AsyncIterator[int]:
+            yield 1

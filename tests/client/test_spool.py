@@ -18,15 +18,17 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from telemetryd.client import folder as folders
-from telemetryd.client.folder import Bounds, Entry, Stream, bury, enforce, entries, is_sent, summary, waiting
+from telemetryd.client import Config, bounds, dead_letters
+from telemetryd.client.bounds import Bounds, enforce
+from telemetryd.client.dead_letters import bury
+from telemetryd.client.folder import Entry, Stream, entries, is_sent, summary, waiting
 from telemetryd.client.spool import Spool
 from tests.client.conftest import states
 from tests.conftest import small_file_system
 
 
-def spool_in(folder: Path, *, file_bytes: int = 1000, fsync: bool = False) -> Spool:
-    return Spool(folder, fsync=fsync, file_bytes=file_bytes, file_age_s=600)
+def spool_in(folder: Path, *, file_bytes: int = 1000, fsync: bool = False, sends: bool = True) -> Spool:
+    return Spool(folder, sends=sends, fsync=fsync, file_bytes=file_bytes, file_age_s=600)
 
 
 def drain(stream: Stream, rows: int = 1000) -> list[bytes]:
@@ -71,10 +73,10 @@ class SpoolMachine(RuleBasedStateMachine):
 
     processes = Bundle("processes")
 
-    @rule(target=processes, file_bytes=st.sampled_from([1, 40, 10_000]))
-    def begin(self, file_bytes: int) -> int:
+    @rule(target=processes, file_bytes=st.sampled_from([1, 40, 10_000]), sends=st.booleans())
+    def begin(self, file_bytes: int, sends: bool) -> int:
         self.count += 1
-        self.spools[self.count] = spool_in(self.folder, file_bytes=file_bytes)
+        self.spools[self.count] = spool_in(self.folder, file_bytes=file_bytes, sends=sends)
         self.promised[self.count], self.sent[self.count] = [], []
         return self.count
 
@@ -111,8 +113,8 @@ class SpoolMachine(RuleBasedStateMachine):
     @rule(process=consumes(processes), torn=st.binary(max_size=30).filter(lambda text: b"\n" not in text))
     def die(self, process: int, torn: bytes) -> None:
         spool = self.spools.pop(process)
-        if spool.stream is not None and torn:
-            active = list(self.folder.glob(f"{spool.stream.name}.*.active"))
+        if spool.name is not None and torn:
+            active = list(self.folder.glob(f"{spool.name}.*.active"))
             with active[-1].open("ab") as file:
                 file.write(torn)
         die(spool)
@@ -145,7 +147,7 @@ class SpoolMachine(RuleBasedStateMachine):
             assert sent == promised[: len(sent)]
 
     @invariant()
-    def the_living_are_left_alone(self) -> None:
+    def the_living_that_send_are_left_alone(self) -> None:
         for spool in self.spools.values():
             if spool.stream is not None:
                 assert Stream.take(self.folder, spool.stream.name) is None
@@ -442,7 +444,7 @@ def enforced(buffer: Path, own: Stream | None = None, **bounds: float) -> list[t
     dropped: list[tuple[str, int, str]] = []
 
     def note(entry: Entry, lines: int, reason: str) -> None:
-        dropped.append((entry.path.name[-19:-12], lines, reason))
+        dropped.append((Path(entry.path).name[-19:-12], lines, reason))
 
     given = {"max_bytes": 1 << 30, "max_age_s": 1e9, "keep_s": 1e9, **bounds}
     enforce(buffer, Bounds(**given), own, note)  # type: ignore[arg-type]
@@ -498,10 +500,76 @@ def test_dead_letters_are_kept_with_their_reason(buffer: Path) -> None:
 
 
 def test_the_dead_letter_file_begins_anew_when_it_is_large(buffer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folders, "_DEAD_LETTERS_BYTES", 10)
+    monkeypatch.setattr(dead_letters, "_MAX_BYTES", 10)
     for _ in range(3):
         bury(buffer, [b"{}"], 422, "no")
     assert len(list(buffer.glob("dead-letter.*.jsonl"))) == 3
+
+
+def test_full_dead_letter_files_are_bounded_too_and_go_before_what_is_unsent(
+    buffer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dead_letters, "_MAX_BYTES", 10)
+    for _ in range(4):
+        bury(buffer, [b"{}", b"{}"], 422, "no")
+    size = next(buffer.glob("dead-letter.*.jsonl")).stat().st_size
+    fill(buffer, 2).release()
+    assert [lines for _, lines, _ in enforced(buffer, max_bytes=200 + 2 * size)] == [2, 2]
+    assert len(list(buffer.glob("dead-letter.*.jsonl"))) == 2
+    os.utime(next(buffer.glob("dead-letter.*.jsonl")), (1, 1))
+    assert [lines for _, lines, _ in enforced(buffer, max_age_s=3600)] == [2]
+    assert len(pick_up(buffer)) == 2
+
+
+def test_processes_that_begin_a_new_dead_letter_file_at_once_lose_none(
+    buffer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dead_letters, "_MAX_BYTES", 10)
+    children = []
+    for _ in range(4):
+        child = os.fork()
+        if child == 0:
+            with contextlib.ExitStack() as stack:
+                stack.callback(os._exit, 1)
+                for _ in range(300):
+                    bury(buffer, [b"{}"], 422, "no")
+                os._exit(0)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
+    assert sum(len(path.read_bytes().splitlines()) for path in buffer.glob("dead-letter*")) == 1200
+
+
+def test_a_clock_that_is_set_makes_no_file_old(buffer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(buffer, 2).release()
+    dropped: list[str] = []
+    config = Config(buffer_dir=buffer)
+    monkeypatch.setattr(bounds, "_EVERY_S", 0.0)
+    upkeep = bounds.Upkeep(config, lambda entry, _lines, _why: dropped.append(entry.path))
+    real = time.time
+    for jump_s in (40 * 86_400, -40 * 86_400):
+        monkeypatch.setattr(time, "time", lambda jump_s=jump_s: real() + jump_s)
+        upkeep.due = 0.0
+        upkeep.attend(None)
+    assert not dropped
+    for entry in entries(buffer):
+        os.utime(entry.path, (real() - 40 * 86_400,) * 2)
+    monkeypatch.setattr(time, "time", real)
+    upkeep.due = 0.0
+    upkeep.attend(None)
+    assert len(dropped) == 2
+
+
+def test_thousands_of_dead_streams_are_picked_up_in_one_look_each(buffer: Path) -> None:
+    buffer.mkdir()
+    for number in range(3000):
+        (buffer / f"20251231T153045Z-1-{number:08x}.000000.jsonl.ready").write_bytes(b"%d\n" % number)
+    began = time.monotonic()
+    streams = [Stream.take(buffer, name, numbers) for name, numbers in waiting(buffer).items()][:1000]
+    for stream in streams:
+        assert stream is not None
+        assert len(drain(stream)) == 1
+        stream.release()
+    assert time.monotonic() - began < 10  # it took minutes when each of them looked through the folder
 
 
 def test_streams_of_others_are_not_disturbed_by_a_look_around(buffer: Path) -> None:
