@@ -42,7 +42,7 @@ async def test_kill_under_load(
     start_daemon: StartDaemon, tmp_path: Path, rounds: Rounds, ledger: Ledger, mode: str
 ) -> None:
     total, acknowledged = Findings(), 0
-    full = rounds(500, least=4)
+    full = rounds(1000, least=4)
     seed = random.randrange(1 << 30)
     chance = random.Random(seed)
     for first in range(0, full, _ROUNDS_PER_DATABASE):
