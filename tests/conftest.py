@@ -19,6 +19,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import BaseTestServer, TestClient
@@ -29,6 +30,10 @@ from telemetryd.metrics import Metrics
 from telemetryd.runs import utc_now
 from telemetryd.settings import Settings
 from telemetryd.store import Store
+
+# A busy machine is no fault of what is tested.
+hypothesis.settings.register_profile("unhurried", deadline=None)
+hypothesis.settings.load_profile("unhurried")
 
 Client = TestClient[web.Request, web.Application]
 Row = dict[str, Any]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import time
+import urllib.request
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -28,6 +29,12 @@ def post(url: str, run: object) -> tuple[int | None, Any]:
 
 def get(url: str, path: str) -> tuple[int | None, Any]:
     return call(url, "GET", path)
+
+
+def prometheus(url: str) -> str:
+    """Return the metrics as Prometheus reads them."""
+    with urllib.request.urlopen(f"{url}/metrics?format=prometheus", timeout=10) as answer:
+        return str(answer.read().decode())
 
 
 def wait_for_health(url: str, status: int) -> Any:

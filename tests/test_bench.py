@@ -60,6 +60,7 @@ def test_interrupted_it_leaves_neither_processes_nor_files(tmp_path: Path, numbe
     while not processes_in(tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+    time.sleep(0.5)  # its parent knows of it, too
     running.send_signal(number)
     running.communicate(timeout=60)
     assert running.returncode == status
@@ -115,7 +116,7 @@ def test_the_report_is_a_table_json_and_a_chart(tmp_path: Path) -> None:
     figures = [figure(60), figure(40), figure(1e6, target=20)]
     assert report.table(figures).splitlines()[3].endswith("| 40 %       | ≥ 50 %   | NO  |")
     report.write(tmp_path, "latest", figures, Options(), (0.5, 1.5))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest.json", "latest.svg"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest.json", "latest.md", "latest.svg"]
     assert ET.fromstring(chart.draw(figures)).tag.endswith("svg")
 
 

@@ -8,7 +8,6 @@ import sqlite3
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
@@ -22,7 +21,7 @@ from telemetryd import certificates, processes
 from telemetryd.check import Severity, examine
 from telemetryd.commands import Death, Process
 from tests.conftest import Daemon, StartDaemon, make_run
-from tests.http_client import call, get, post
+from tests.http_client import call, get, post, prometheus
 from tests.tools.process import telemetryd
 
 pytestmark = pytest.mark.skipif(processes.this_machine() is None, reason="processes cannot be watched here")
@@ -100,7 +99,7 @@ def test_a_killed_process_fails_its_runs_within_a_second(start_daemon: StartDaem
         register(url, path, identity(agent.pid))  # harmless
     alive = new_run(url)
     register(url, alive, identity(other.pid))
-    assert "telemetryd_processes_watched 2.0" in prometheus(daemon)
+    assert "telemetryd_processes_watched 2.0" in prometheus(daemon.url)
     totals = get(url, "/metrics")[1]["agents"]
     agent.kill()
     killed = time.monotonic()
@@ -120,19 +119,14 @@ def test_a_killed_process_fails_its_runs_within_a_second(start_daemon: StartDaem
     assert get(url, "/metrics")[1]["agents"] == totals
     failed = get(url, "/api/v1/runs?status=failure")[1]
     assert len(failed) == 3
-    assert "telemetryd_processes_watched 1.0" in prometheus(daemon)
-    assert "telemetryd_death_certificates_total 3.0" in prometheus(daemon)
+    assert "telemetryd_processes_watched 1.0" in prometheus(daemon.url)
+    assert "telemetryd_death_certificates_total 3.0" in prometheus(daemon.url)
     assert daemon.stop() == 0
     check_database(daemon)
 
 
 def milliseconds(start: str, end: str) -> float:
     return (datetime.fromisoformat(end) - datetime.fromisoformat(start)).total_seconds() * 1000
-
-
-def prometheus(daemon: Daemon) -> str:
-    with urllib.request.urlopen(f"{daemon.url}/metrics?format=prometheus", timeout=10) as answer:
-        return str(answer.read().decode())
 
 
 def check_database(daemon: Daemon) -> None:

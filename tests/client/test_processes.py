@@ -17,7 +17,7 @@ import pytest
 
 from tests.client.conftest import states
 from tests.conftest import Daemon, StartDaemon
-from tests.http_client import get
+from tests.http_client import get, prometheus
 from tests.tools.process import telemetryd
 
 
@@ -430,7 +430,6 @@ from telemetryd import client as telemetry
 import os, signal, sys, time
 run = telemetry.run("a", "j", event_id="dying").start()
 telemetry.flush(20)
-time.sleep(0.5)  # the registration comes after what was waited for
 print("begun", flush=True)
 time.sleep(60)
 """
@@ -440,6 +439,10 @@ time.sleep(60)
     with agent:
         assert agent.stdout is not None
         assert agent.stdout.readline() == "begun\n"
+        deadline = time.monotonic() + 20
+        while "telemetryd_processes_watched 1.0" not in prometheus(daemon.url):  # it comes after the flush
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
         agent.kill()
     deadline = time.monotonic() + 10
     while (run := get(daemon.url, "/api/v1/runs/dying")[1])["status"] == "running":
