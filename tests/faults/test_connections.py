@@ -182,9 +182,9 @@ async def test_hundreds_of_slow_clients_do_not_disturb_the_others(
 
 def _hold_idle(start_daemon: StartDaemon, ledger: Ledger, count: int, most_mb: float) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard < count + 500:
+    if hard < count + 2_000:  # earlier tests in this process hold some, too
         pytest.skip(f"the limit on open files is {hard}")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(count + 500, 1024), hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     daemon = start_daemon(TELEMETRY_DB_JOURNAL_MODE="WAL")
     told = Told(daemon.url)
     assert told.send() == 201
