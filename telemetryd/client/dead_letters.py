@@ -6,13 +6,12 @@ import contextlib
 import errno
 import os
 import re
-import stat
 import time
 from pathlib import Path
 from typing import Final
 
 from telemetryd.client.context import timestamp
-from telemetryd.client.folder import Entry, make_folder, open_regular
+from telemetryd.client.folder import Entry, look_through, make_folder, open_regular
 from telemetryd.client.lines import dead_letter
 
 DEAD_LETTERS: Final = "dead-letter.jsonl"
@@ -48,13 +47,4 @@ def bury(folder: Path, lines: list[bytes], status: int | None, reason: object) -
 
 def dead_letter_files(folder: Path) -> list[Entry]:
     """Return the dead-letter files that are full, the oldest first; nothing is added to them any more."""
-    found = []
-    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as listing:
-        for item in listing:
-            if not item.name.startswith("dead-letter.") or not _CLOSED.fullmatch(item.name):
-                continue
-            with contextlib.suppress(FileNotFoundError):
-                facts = item.stat(follow_symlinks=False)
-                if stat.S_ISREG(facts.st_mode):
-                    found.append(Entry(item.path, "", 0, DEAD, facts.st_size, facts.st_mtime))
-    return sorted(found, key=lambda entry: entry.modified)
+    return look_through(folder, lambda name: ("", 0, DEAD) if _CLOSED.fullmatch(name) else None)

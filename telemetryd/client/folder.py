@@ -25,7 +25,7 @@ import re
 import stat
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -98,10 +98,21 @@ def make_folder(folder: Path) -> None:
 
 def entries(folder: Path, states: tuple[str, ...] = STATES) -> list[Entry]:
     """Return the streams' files that are in one of some states, the oldest first."""
+    return look_through(folder, lambda name: _read_name(name) if name.endswith(states) else None)
+
+
+def look_through(folder: Path, read_name: Callable[[str], tuple[str, int, str] | None]) -> list[Entry]:
+    """Return the files whose names say their stream, number and state, the oldest first.
+
+    Args:
+        folder: where to look.
+        read_name: returns the three, or None for a file that is not wanted: most are not, and are not worth a stat.
+
+    """
     found = []
     with contextlib.suppress(FileNotFoundError), os.scandir(folder) as listing:
         for item in listing:
-            named = _read_name(item.name) if item.name.endswith(states) else None  # most are sent: not worth a stat
+            named = read_name(item.name)
             if named is None:
                 continue
             with contextlib.suppress(FileNotFoundError):  # renamed or deleted meanwhile

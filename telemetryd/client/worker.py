@@ -167,7 +167,8 @@ class Worker:
         except OSError as error:
             self._quiet_until = time.monotonic() + 1.0
             self._counters.problem = str(error)
-            self._complain(error)
+            self._complaints.say(logging.WARNING, "The spool in %s cannot be read or written: %s", self._folder, error)
+            make_room(self._folder, error)
         else:
             self._quiet_until = 0.0
             self._backoff.reset()
@@ -254,10 +255,6 @@ class Worker:
     def _complain_of(self, stream: str, error: OSError) -> None:
         text = "The stream %s in %s cannot be sent: %s"
         self._complaints.say(logging.WARNING, text, stream, self._folder, error)
-
-    def _complain(self, error: OSError) -> None:
-        self._complaints.say(logging.WARNING, "The spool in %s cannot be read or written: %s", self._folder, error)
-        make_room(self._folder, error)
 
     def _release_orphan(self) -> None:
         if self._orphan is not None:

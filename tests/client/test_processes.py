@@ -11,7 +11,6 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
 
 import pytest
 
@@ -50,8 +49,7 @@ def python(
 
 def certificates(url: str) -> int:
     """Return how many runs the daemon has declared dead."""
-    with urlopen(f"{url}/metrics?format=prometheus") as answer:
-        found = re.search(r"^telemetryd_death_certificates_total (\d+)", answer.read().decode(), re.MULTILINE)
+    found = re.search(r"^telemetryd_death_certificates_total (\d+)", prometheus(url), re.MULTILINE)
     assert found
     return int(found[1])
 
