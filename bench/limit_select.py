@@ -11,7 +11,7 @@ import orjson
 
 from telemetryd.queries import ListRuns
 from telemetryd.runs import COLUMNS
-from telemetryd.statements import select_page
+from telemetryd.statements.fetching import select_page
 
 
 def median_s(database: Path, limit: int, seconds: float) -> float:

@@ -11,12 +11,13 @@ from itertools import product
 from pathlib import Path
 from typing import Final
 
-from telemetryd import legacy, migrate, statements
+from telemetryd import legacy, migrate
 from telemetryd.backup import Watch, ignore_progress
 from telemetryd.database import connect, connect_to_read, is_damage
 from telemetryd.errors import DatabaseError
 from telemetryd.queries import TIME_BOUNDS, ListRuns, Position
 from telemetryd.runs import FILTERS
+from telemetryd.statements import examining, fetching
 
 _LISTED: Final = 100
 REPAIR: Final = "stop the daemon and run: telemetryd check --repair"
@@ -114,7 +115,7 @@ def _is_index(sql: str) -> bool:
 
 def _totals(connection: sqlite3.Connection) -> Iterator[Finding]:
     try:
-        wrong = statements.count_wrong_totals(connection)
+        wrong = examining.count_wrong_totals(connection)
     except sqlite3.OperationalError as error:  # a table is missing, which the schema check has reported
         yield Finding("totals", Severity.PROBLEM, f"the totals cannot be read: {error}", REPAIR)
         return
@@ -124,7 +125,7 @@ def _totals(connection: sqlite3.Connection) -> Iterator[Finding]:
 
 def _strays(connection: sqlite3.Connection) -> Iterator[Finding]:
     try:
-        found = statements.count_strays(connection)
+        found = examining.count_strays(connection)
     except sqlite3.OperationalError as error:  # a table is missing, which the schema check has reported
         yield Finding("strays", Severity.PROBLEM, f"they cannot be counted: {error}", REPAIR)
         return
@@ -164,7 +165,7 @@ def _foreign_keys(connection: sqlite3.Connection) -> Iterator[Finding]:
 def _index_usage(connection: sqlite3.Connection) -> Iterator[Finding]:
     """Ask SQLite how it would answer every documented query; each must walk an index and sort nothing."""
     for query in documented_queries():
-        sql, values = statements.select_page(query)
+        sql, values = fetching.select_page(query)
         asked = ", ".join([*query.equal, *query.bounds]) or "no filter"
         try:
             plan = [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {sql}", values)]
@@ -210,11 +211,11 @@ def repair(path: Path, watch: Watch = ignore_progress) -> list[str]:
             connection.execute("REINDEX")
             done.append("every index built again from its table")
             watch("Repairing", 1, 3)
-            for table, rows in statements.delete_strays(connection).items():
+            for table, rows in examining.delete_strays(connection).items():
                 done.append(f"{rows} rows of {table} deleted, whose runs are gone")
-            wrong = statements.count_wrong_totals(connection)
+            wrong = examining.count_wrong_totals(connection)
             if wrong:
-                statements.recount_totals(connection)
+                examining.recount_totals(connection)
                 done.append(f"{wrong} totals counted again")
             watch("Repairing", 2, 3)
             connection.execute("COMMIT")

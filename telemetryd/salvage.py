@@ -10,12 +10,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Final
 
-from telemetryd import migrate, statements
+from telemetryd import migrate
 from telemetryd.backup import Watch, ignore_progress, partial_file, replace, verify
 from telemetryd.conversion import Converter, Original, RawValue, Tally
 from telemetryd.database import connect, lenient_text
 from telemetryd.errors import DatabaseError
 from telemetryd.runs import SqlValue, format_timestamp
+from telemetryd.statements import examining
 
 _SLICE: Final = 500
 _Raw = tuple[RawValue, ...]
@@ -61,7 +62,7 @@ def salvage(path: Path, moment: datetime, watch: Watch = ignore_progress) -> Sal
             done.expected = _expected(source)
             target.execute("BEGIN EXCLUSIVE")
             _copy(source, target, done, watch)
-            statements.recount_totals(target)
+            examining.recount_totals(target)
             _copy_neighbours(source, target, done)
             target.execute("COMMIT")
         verify(new)
@@ -80,7 +81,7 @@ def _open_damaged(path: Path) -> sqlite3.Connection:
 
 def _expected(source: sqlite3.Connection) -> int | None:
     """Ask whatever may still know how many runs there were: the totals, or one of the indexes."""
-    for counted in statements.COUNTS_OF_RUNS:
+    for counted in examining.COUNTS_OF_RUNS:
         with contextlib.suppress(sqlite3.DatabaseError):
             return int(source.execute(counted).fetchone()[0] or 0)
     return None
@@ -107,7 +108,7 @@ def _copy(source: sqlite3.Connection, target: sqlite3.Connection, done: Salvage,
 def _copy_neighbours(source: sqlite3.Connection, target: sqlite3.Connection, done: Salvage) -> None:
     known = migrate.expected_schema()
     for name, sql in migrate.schema_of(source).items():
-        if name in known and name not in statements.BESIDE_RUNS:
+        if name in known and name not in examining.BESIDE_RUNS:
             continue
         with contextlib.suppress(sqlite3.DatabaseError):  # what cannot be made or read stays in the old file only
             new = name
@@ -115,29 +116,29 @@ def _copy_neighbours(source: sqlite3.Connection, target: sqlite3.Connection, don
                 target.execute(sql)
             elif known[name] != sql:  # of an older layout, before a migration: nothing but its name is ours
                 new = migrate.aside(name)
-                statements.make_alike(source, name, target, new)
+                examining.make_alike(source, name, target, new)
             if sql.startswith("CREATE TABLE"):
                 done.neighbours[new] = 0
-                for rows in statements.read_table(source, name):
-                    done.neighbours[new] += statements.fill_table(target, new, rows)
-    for name, rows_of_lost_runs in statements.delete_strays(target).items():
+                for rows in examining.read_table(source, name):
+                    done.neighbours[new] += examining.fill_table(target, new, rows)
+    for name, rows_of_lost_runs in examining.delete_strays(target).items():
         done.neighbours[name] -= rows_of_lost_runs
 
 
 def _store(target: sqlite3.Connection, values: Sequence[SqlValue], originals: list[Original]) -> bool:
-    if target.execute(statements.SAVE_RUN, values).rowcount != 1:
+    if target.execute(examining.SAVE_RUN, values).rowcount != 1:
         return False
-    target.executemany(statements.KEEP_ORIGINAL, [(values[0], *original) for original in originals])
+    target.executemany(examining.KEEP_ORIGINAL, [(values[0], *original) for original in originals])
     return True
 
 
 def _readable(source: sqlite3.Connection) -> Iterator[list[_Raw]]:
     """Yield every row that can be read: from the front, from the back, and what lies between bit by bit."""
-    last = statements.FIRST_NUMBER
+    last = examining.FIRST_NUMBER
     for rows in _walk(source, "front", last):
         yield rows
         last = int(rows[-1][0] or 0)
-    first = statements.LAST_NUMBER
+    first = examining.LAST_NUMBER
     for rows in _walk(source, "back", first):
         fresh = [row for row in rows if int(row[0] or 0) > last]
         if fresh:
@@ -150,7 +151,7 @@ def _readable(source: sqlite3.Connection) -> Iterator[list[_Raw]]:
 
 def _walk(source: sqlite3.Connection, end: str, start: int) -> Iterator[list[_Raw]]:
     """Yield slices from one end until the damage; a slice that cannot be read is tried with fewer rows."""
-    sql, size = statements.WALK_FROM[end], _SLICE
+    sql, size = examining.WALK_FROM[end], _SLICE
     while True:
         try:
             rows: list[_Raw] = source.execute(sql, (start, size)).fetchall()
@@ -168,11 +169,11 @@ def _walk(source: sqlite3.Connection, end: str, start: int) -> Iterator[list[_Ra
 def _between(source: sqlite3.Connection, low: int, high: int) -> Iterator[list[_Raw]]:
     """Yield what lies between the two ends of the damage, by the row numbers that the indexes still know."""
     numbers: set[int] = set()
-    for sql in statements.NUMBERS_IN_INDEXES:
+    for sql in examining.NUMBERS_IN_INDEXES:
         with contextlib.suppress(sqlite3.DatabaseError):
             numbers.update(row[0] for row in source.execute(sql, (low, high)))
     for number in sorted(numbers):
         with contextlib.suppress(sqlite3.DatabaseError):
-            row = source.execute(statements.READ_BY_NUMBER, (number,)).fetchone()
+            row = source.execute(examining.READ_BY_NUMBER, (number,)).fetchone()
             if row is not None:
                 yield [row]

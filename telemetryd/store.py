@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final, overload
 
-from telemetryd import migrate, statements
+from telemetryd import migrate
 from telemetryd.commands import (
     Command,
     Created,
@@ -76,6 +76,8 @@ from telemetryd.queries import (
 from telemetryd.reader import Readers
 from telemetryd.runs import Row, format_timestamp, utc_now
 from telemetryd.settings import Settings
+from telemetryd.statements import fetching
+from telemetryd.statements.transaction import Transaction
 from telemetryd.writer import GROUP_ROWS, Writer
 
 _LOOK_EVERY_S: Final = 1.0
@@ -204,7 +206,7 @@ class Store:
         self._ownership = ownership
         self._writer: Writer[Command, Outcome] = Writer(
             opened.connection,
-            begin=statements.Transaction,
+            begin=Transaction,
             clock=lambda: format_timestamp(clock()),
             make_durable=self._check_place,
             at_rest=checkpoint_passively if opened.modes.journal_mode == "WAL" else lambda _: None,
@@ -383,21 +385,21 @@ class Store:
         read: Callable[[sqlite3.Connection], Page | Row | dict[str, EventPage] | list[Process] | Counts | int | None]
         match query:
             case ListRuns():
-                read = partial(statements.fetch_page, query=query)
+                read = partial(fetching.fetch_page, query=query)
             case GetRun():
-                read = partial(statements.fetch_run, query=query)
+                read = partial(fetching.fetch_run, query=query)
             case ListEvents():
-                read = partial(statements.fetch_events, query=query)
+                read = partial(fetching.fetch_events, query=query)
             case ListProcesses():
-                read = statements.fetch_processes
+                read = fetching.fetch_processes
             case CountRuns():
                 now = self._clock()
                 since = format_timestamp(now - timedelta(hours=24))
-                read = partial(statements.fetch_counts, recent_since=since, now=format_timestamp(now))
+                read = partial(fetching.fetch_counts, recent_since=since, now=format_timestamp(now))
             case CountPrunable():
-                read = partial(statements.count_prunable, query=query)
+                read = partial(fetching.count_prunable, query=query)
             case CountStale():
-                read = partial(statements.count_stale, query=query)
+                read = partial(fetching.count_stale, query=query)
         return await self._readers.fetch(read)
 
     def flow(self) -> str:

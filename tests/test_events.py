@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from telemetryd import runs, statements
+from telemetryd import runs
 from telemetryd.events import parse_events
+from telemetryd.statements import fetching
 from tests.conftest import MakeApi, StartDaemon, make_run
 from tests.http_client import call, get, post
 from tests.test_properties import REPEATABLE
@@ -114,7 +115,7 @@ async def test_events_count_towards_the_bound_in_bytes_of_the_queue(make_api: Ma
 
 
 async def test_a_page_of_large_events_is_bounded(make_api: MakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(statements, "PAGE_BYTES", 100_000)
+    monkeypatch.setattr(fetching, "PAGE_BYTES", 100_000)
     api = await make_api()
     first, second = make_run(created_at="2025-12-24T11:00:00Z"), make_run(created_at="2025-12-24T10:00:00Z")
     for run in (first, second):

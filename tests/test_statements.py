@@ -20,7 +20,8 @@ from telemetryd import migrate
 from telemetryd.commands import Created, CreateRuns, Updated, UpdateRun
 from telemetryd.queries import Counts, GetRun, ListRuns, Position, parse_list
 from telemetryd.runs import COLUMNS, CREATED_AT, Row, Status, parse_run
-from telemetryd.statements import Transaction, fetch_counts, fetch_page, fetch_run, select_page
+from telemetryd.statements.fetching import fetch_counts, fetch_page, fetch_run, select_page
+from telemetryd.statements.transaction import Transaction
 
 NOW = "2025-12-24T12:00:00.000000Z"
 AGENTS = ("hugo-translator", "seo", "crawler")

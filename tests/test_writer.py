@@ -19,7 +19,7 @@ from typing import Any, cast
 import orjson
 import pytest
 
-from telemetryd import migrate, runs, statements
+from telemetryd import migrate, runs
 from telemetryd.commands import Command, Created, CreateRuns, Outcome, Updated, UpdateRun
 from telemetryd.database import Connection, open_writer
 from telemetryd.errors import (
@@ -35,6 +35,7 @@ from telemetryd.errors import (
 )
 from telemetryd.flow import Flow
 from telemetryd.metrics import Metrics
+from telemetryd.statements.transaction import Transaction
 from telemetryd.writer import GROUP_ROWS, QUEUE_BYTES, Writer
 from tests.conftest import Api, MakeApi, StartDaemon, eventually, make_run
 from tests.faults.strace import needs_strace, strace
@@ -89,7 +90,7 @@ async def bench(
     await connection.run(lambda plain: migrate.create(plain, NOW))
     writer: Writer[Command, Outcome] = Writer(
         connection,
-        begin=statements.Transaction,
+        begin=Transaction,
         clock=lambda: NOW,
         make_durable=make_durable,
         at_rest=at_rest,
@@ -237,7 +238,7 @@ async def test_a_failing_command_is_undone_alone(tmp_path: Path) -> None:
         assert made.totals_agree()
 
 
-class Fussy(statements.Transaction):
+class Fussy(Transaction):
     """The real transaction, except that it cannot stand one event."""
 
     def apply(self, commands: Sequence[Command]) -> list[Outcome]:
@@ -450,7 +451,7 @@ async def test_a_writer_that_is_stopped_while_the_disk_is_unknown_says_so(tmp_pa
             made.writer.submit(create("later"))
 
 
-class Broken(statements.Transaction):
+class Broken(Transaction):
     """A transaction with a fault that nobody foresaw."""
 
     def finish(self) -> None:
@@ -471,7 +472,7 @@ async def test_a_bug_ends_the_writer_and_nobody_waits_for_ever(tmp_path: Path) -
         assert made.writer.problem == "a bug"
 
 
-class Greedy(statements.Transaction):
+class Greedy(Transaction):
     """A transaction that finds no memory for one event."""
 
     def finish(self) -> None:

@@ -19,8 +19,8 @@ from prometheus_client.parser import text_string_to_metric_families as parse_pro
 from schemathesis.specs.openapi.definitions import OPENAPI_31_VALIDATOR
 
 import telemetryd
-from telemetryd import statements
 from telemetryd.runs import PATCHABLE, STORED
+from telemetryd.statements.fetching import fetch_counts
 from tests.conftest import Api, MakeApi, eventually, make_run
 from tests.contract.test_runs import FULL
 from tests.contract.wire import BATCH, RUNS, check_error, send
@@ -202,7 +202,7 @@ async def test_totals_do_not_cost_more_with_more_runs(api: Api) -> None:
 
         connection = sqlite3.connect(f"file:{api.settings.db_path}?mode=ro", uri=True)
         connection.set_progress_handler(step, 1)
-        statements.fetch_counts(connection, "2025-01-01T00:00:00.000000Z", "2026-01-01T00:00:00.000000Z")
+        fetch_counts(connection, "2025-01-01T00:00:00.000000Z", "2026-01-01T00:00:00.000000Z")
         connection.close()
         return count
 

@@ -9,7 +9,8 @@ from urllib.parse import parse_qsl, urlsplit
 
 import pytest
 
-from telemetryd import queries, statements
+from telemetryd import queries
+from telemetryd.statements import fetching
 from tests.conftest import Api, Row, make_run
 from tests.contract.test_runs import FULL, SERVER_FIELDS
 from tests.contract.wire import RUNS, STATUSES, Answer, check_error, send
@@ -248,7 +249,7 @@ async def test_a_deep_page_costs_what_the_first_costs(api: Api) -> None:
         costs = []
         for minute in (4999, 2500, 100):
             given = queries.ListRuns(filters, {}, limit=20, after=queries.Position(at(minute), minute + 1))
-            costs.append(_steps(api, *statements.select_page(given)))
+            costs.append(_steps(api, *fetching.select_page(given)))
         assert max(costs) <= 1.2 * min(costs), filters
 
 

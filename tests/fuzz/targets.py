@@ -11,7 +11,7 @@ import orjson
 from telemetryd import queries, runs
 from telemetryd.commands import CreateRuns
 from telemetryd.errors import BodyTooLargeError, InvalidBodyError, InvalidRequestError
-from telemetryd.statements import select_page
+from telemetryd.statements.fetching import select_page
 
 CORPUS: Final = Path(__file__).with_name("corpus")
 

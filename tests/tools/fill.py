@@ -11,7 +11,7 @@ from telemetryd import migrate
 from telemetryd.commands import CreateRuns
 from telemetryd.database import connect
 from telemetryd.runs import format_timestamp, parse_run
-from telemetryd.statements import Transaction
+from telemetryd.statements.transaction import Transaction
 
 _SLICE = 5000
 _STATUSES = ("success", "failure", "running", "partial", "timeout", "cancelled")

@@ -1,4 +1,4 @@
-"""The only Python with SQL: how each command and each query is said to SQLite."""
+"""How each command is said to SQLite, and how a group of them keeps the totals in the same transaction."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, fields
 from functools import cache
 from itertools import chain, groupby
-from operator import itemgetter
 from typing import Final
 
 import orjson
 
-from telemetryd import events, migrate
+from telemetryd import events
 from telemetryd.commands import (
     Command,
     Created,
@@ -34,38 +33,23 @@ from telemetryd.commands import (
     Updated,
     UpdateRun,
 )
-from telemetryd.errors import InvalidRequestError
-from telemetryd.events import TIMESTAMP, EventPage
-from telemetryd.queries import (
-    TIME_BOUNDS,
-    CountPrunable,
-    Counts,
-    CountStale,
-    GetRun,
-    ListEvents,
-    ListRuns,
-    Page,
-    Position,
-)
+from telemetryd.events import TIMESTAMP
 from telemetryd.runs import (
     AGENT_NAME,
-    COLUMNS,
     CREATED_AT,
     EVENT_ID,
     JOB_TYPE,
     START_TIME,
     STATUS,
     STORED,
-    TEXTS,
     Row,
     SqlValue,
     Status,
 )
+from telemetryd.statements.choosing import select_prunable, select_stale
 
-# --- Commands ------------------------------------------------------------------------------------
-
-_MINUTE: Final = len("2025-12-24T10:00")
-_HOUR: Final = len("2025-12-24T10")
+MINUTE: Final = len("2025-12-24T10:00")
+HOUR: Final = len("2025-12-24T10")
 
 _ROWS_AT_ONCE: Final = (256, 128, 64, 32, 16, 8, 4, 2, 1)
 """How many rows one INSERT may take: each number has its own prepared statement."""
@@ -96,10 +80,10 @@ _LAST_EVENT_IDS: Final = """
 
 _FIND_RUN: Final = "SELECT id, run_id, agent_name, job_type, status FROM agent_runs WHERE event_id = ?"
 
-_PROCESS: Final = tuple(field.name for field in fields(Process))
+PROCESS: Final = tuple(field.name for field in fields(Process))
 _REGISTER: Final = f"""
-    INSERT OR REPLACE INTO run_processes (run, registered_at, {", ".join(_PROCESS)})
-    VALUES (:run, :now, {", ".join(f":{name}" for name in _PROCESS)})
+    INSERT OR REPLACE INTO run_processes (run, registered_at, {", ".join(PROCESS)})
+    VALUES (:run, :now, {", ".join(f":{name}" for name in PROCESS)})
 """  # noqa: S608 - column names from the definition of a process
 
 _REGISTERED: Final = """
@@ -176,7 +160,6 @@ _VACUUM_PAGES: Final = 256
 """Pages that one `PruneRuns` returns to the file system at most: 1 MiB, a few milliseconds."""
 _INCREMENTAL: Final = 2
 
-_IS_STALE: Final = "status = 'running' AND created_at < :stale_before AND updated_at < :stale_before"
 
 # The guide's values for a stale run; a run that was changed lately (a heartbeat by PATCH) is not stale.
 _REAP: Final = """
@@ -272,7 +255,7 @@ class Transaction:
         write(_DROP_TOTAL, [total[:3] for total in totals])
         write(_TAKE_FROM_MINUTE, minutes)
         write(_DROP_MINUTE, [minute[:1] for minute in minutes])
-        write(_DROP_HOUR, [(hour,) for hour in {minute[:_HOUR] for minute, _ in minutes}])
+        write(_DROP_HOUR, [(hour,) for hour in {minute[:HOUR] for minute, _ in minutes}])
 
     def _create(self, batches: list[tuple[Row, ...]]) -> list[Created]:
         rows = [self._complete(row) for batch in batches for row in batch]
@@ -314,9 +297,9 @@ class Transaction:
         for row in new:
             created_at, start_time = str(row[CREATED_AT]), str(row[START_TIME])
             self._totals[str(row[AGENT_NAME]), str(row[JOB_TYPE]), str(row[STATUS])] += 1
-            self._minutes[created_at[:_MINUTE]] += 1
-            first, last = self._hours.get(created_at[:_HOUR], (start_time, start_time))
-            self._hours[created_at[:_HOUR]] = (min(first, start_time), max(last, start_time))
+            self._minutes[created_at[:MINUTE]] += 1
+            first, last = self._hours.get(created_at[:HOUR], (start_time, start_time))
+            self._hours[created_at[:HOUR]] = (min(first, start_time), max(last, start_time))
 
     def _update(self, command: UpdateRun) -> Updated | None:
         found = self._cursor.execute(_FIND_RUN, (command.event_id,)).fetchone()
@@ -391,7 +374,7 @@ class Transaction:
         return ProcessEnded(tuple(failed), len(found) == command.limit)
 
     def _prune(self, command: PruneRuns) -> Pruned:
-        chosen = self._cursor.execute(*_select_prunable(command)).fetchall()
+        chosen = self._cursor.execute(*select_prunable(command)).fetchall()
         found = len(chosen)
         ids = orjson.dumps([row[0] for row in chosen]).decode()
         if self._cursor.execute(_DELETE_EVENTS, (ids, _PRUNE_EVENTS)).rowcount == _PRUNE_EVENTS:
@@ -401,7 +384,7 @@ class Transaction:
             self._cursor.executemany(deleted, [row[:1] for row in chosen])
         for _, agent_name, job_type, status, created_at in chosen:
             self._totals[agent_name, job_type, status] -= 1
-            self._minutes[created_at[:_MINUTE]] -= 1
+            self._minutes[created_at[:MINUTE]] -= 1
         is_more = found == command.limit or len(chosen) < found
         return Pruned(len(chosen), is_more or self._return_space() > 0)
 
@@ -418,7 +401,7 @@ class Transaction:
         return int(self._cursor.execute("PRAGMA freelist_count").fetchone()[0])
 
     def _reap(self, command: ReapRuns) -> Reaped:
-        stale, values = _select_stale("id", command.stale_before, command.agent_name)
+        stale, values = select_stale("id", command.stale_before, command.agent_name)
         reaped = self._cursor.execute(
             _REAP.format(stale=stale), {**values, "now": self._now, "limit": command.limit}
         ).fetchall()
@@ -426,323 +409,3 @@ class Transaction:
         for _, agent_name, job_type in reaped:
             self._move(agent_name, job_type, str(Status.RUNNING), str(Status.CANCELLED))
         return Reaped(len(reaped))
-
-
-def _old_runs(command: PruneRuns | CountPrunable) -> tuple[str, list[str], dict[str, SqlValue]]:
-    """Return the index, the conditions and the parameters that find the runs to prune."""
-    equal = {name: value for name in ("agent_name", "status") if (value := getattr(command, name)) is not None}
-    index, _ = _INDEXES[frozenset(equal)]
-    conditions = ["created_at < :created_before", *(f"{name} = :{name}" for name in equal)]
-    return index, conditions, {**equal, "created_before": command.created_before}
-
-
-def _select_prunable(command: PruneRuns) -> tuple[str, dict[str, SqlValue]]:
-    index, conditions, values = _old_runs(command)
-    source = f"agent_runs INDEXED BY {index}"
-    if command.versions is not None:
-        # A cross join is done in the order in which it stands: each version finds its run by the row number.
-        source = "json_each(:versions) CROSS JOIN agent_runs NOT INDEXED ON agent_runs.id = json_extract(value, '$[0]')"
-        conditions.append("updated_at = json_extract(value, '$[1]')")
-        values["versions"] = orjson.dumps(command.versions).decode()
-    return (
-        "SELECT agent_runs.id, agent_name, job_type, status, created_at "  # noqa: S608 - our own words
-        f"FROM {source} "
-        f"WHERE {' AND '.join(conditions)} ORDER BY created_at LIMIT :limit",
-        {**values, "limit": command.limit},
-    )
-
-
-def _select_stale(what: str, stale_before: str, agent_name: str | None) -> tuple[str, dict[str, SqlValue]]:
-    index, _ = _INDEXES[frozenset({"status"} if agent_name is None else {"status", "agent_name"})]
-    agent = "" if agent_name is None else " AND agent_name = :agent_name"
-    values: dict[str, SqlValue] = {"stale_before": stale_before}
-    if agent_name is not None:
-        values["agent_name"] = agent_name
-    return f"SELECT {what} FROM agent_runs INDEXED BY {index} WHERE {_IS_STALE}{agent}", values  # noqa: S608 - our own words
-
-
-# --- Queries -------------------------------------------------------------------------------------
-
-_SELECT_EVENTS: Final = f"""
-    SELECT {", ".join(events.COLUMNS)} FROM run_events INDEXED BY idx_events_time
-    WHERE run = ? ORDER BY timestamp, id LIMIT ? OFFSET ?
-"""  # noqa: S608 - names from the definition of an event
-_EVENT_PAYLOAD: Final = events.COLUMNS.index("payload")
-_SELECT_PROCESSES: Final = f"""
-    SELECT {", ".join(_PROCESS[:-1])}, max({_PROCESS[-1]}) FROM run_processes INDEXED BY idx_processes_waiting
-    WHERE certified_at IS NULL GROUP BY pid, start_time, boot_id, pid_namespace
-"""  # noqa: S608 - names from the definition of a process
-_SELECT: Final = f"SELECT {', '.join(COLUMNS)} FROM agent_runs"  # noqa: S608 - names from the definition
-_NEWEST_FIRST: Final = "ORDER BY created_at DESC, id DESC"
-
-# Which index serves which equality filters. Every index goes on with created_at and the rowid, so a walk
-# backwards is already in order. Where an index has the status but the query has not, the walk is a merge of
-# one ordered arm for each of the six statuses.
-_INDEXES: Final[dict[frozenset[str], tuple[str, bool]]] = {
-    frozenset(names.split()): (index, merge_statuses)
-    for names, index, merge_statuses in (
-        ("", "idx_runs_created_desc", False),
-        ("status", "idx_runs_status", False),
-        ("agent_name", "idx_runs_agent_created", False),
-        ("agent_name status", "idx_runs_agent_status_created", False),
-        ("agent_name job_type", "idx_runs_agent", True),
-        ("agent_name job_type status", "idx_runs_agent", False),
-        ("job_type", "idx_runs_job", True),
-        ("job_type status", "idx_runs_job", False),
-    )
-}
-
-
-_SPAN_OF_HOURS: Final = """
-    SELECT min(hour), max(hour) || ';' FROM run_hours
-    WHERE last_start >= coalesce(:start_time_from, '') AND first_start <= coalesce(:start_time_to, '~')
-"""
-"""The hours in which runs that started in a range can have been created; ';' is the character behind ':'."""
-
-Span = tuple[SqlValue, SqlValue]
-
-
-def select_page(query: ListRuns, created: Span | None = None) -> tuple[str, dict[str, SqlValue]]:
-    """Return the SQL text and the parameters that fetch a page, and one row more to see if others follow.
-
-    `created` is a span of created_at outside of which nothing can match.
-    """
-    index, merge_statuses = _INDEXES[frozenset(query.equal)]
-    values: dict[str, SqlValue] = {**query.equal, **query.bounds, "rows": query.limit + 1, "offset": query.offset}
-    conditions = [f"{name} = :{name}" for name in query.equal]
-    for name, (column, comparison) in TIME_BOUNDS.items():
-        if name in query.bounds and column != "created_at":
-            conditions.append(f"{column} {comparison} :{name}")
-    walks = _walks(query, created, values)
-    statuses = [f"status = '{status}'" for status in Status] if merge_statuses else []
-    arms = []
-    for walk in walks:
-        for status in statuses or [""]:
-            where = " AND ".join(filter(None, [status, *conditions, walk]))
-            arms.append(f"{_SELECT} INDEXED BY {index}" + (f" WHERE {where}" if where else ""))
-    return f"{' UNION ALL '.join(arms)} {_NEWEST_FIRST} LIMIT :rows OFFSET :offset", values
-
-
-def _walks(query: ListRuns, created: Span | None, values: dict[str, SqlValue]) -> list[str]:
-    """Return the conditions on created_at for each walk down an index: one bound at each end, for it uses only one.
-
-    A walk that goes on behind a cursor has two parts: the rest of the runs created at the same moment, and all
-    runs created before it. A comparison of pairs would only use the moment, and read all of its runs again.
-    """
-    lower, upper, end = query.bounds.get("created_after"), query.bounds.get("created_before"), ""
-    if created is not None and (lower is None or created[0] is None or str(created[0]) > lower):
-        end, values["span_from"] = "created_at >= :span_from", created[0]
-    elif lower is not None:
-        end = "created_at > :created_after"
-    if created is not None and created[1] is not None:
-        upper = min(upper or "~", str(created[1]))
-    if query.after is not None and (upper is None or query.after.created_at < upper):
-        values |= {"moment": query.after.created_at, "after_id": query.after.id}
-        # The plus keeps the index to the one moment, in which its rows are in the order of their ids.
-        parts = [["created_at = :moment", "id < :after_id", end and f"+{end}"], ["created_at < :moment", end]]
-    elif upper is not None:
-        values["upper"] = upper
-        parts = [["created_at < :upper", end]]
-    else:
-        parts = [[end]]
-    return [" AND ".join(filter(None, part)) for part in parts]
-
-
-PAGE_BYTES: Final = 32 * 1024 * 1024
-"""About how much one page may hold, which is in memory several times over while it is answered."""
-
-_texts_of: Final = itemgetter(*map(COLUMNS.index, TEXTS))
-
-
-def fetch_page(connection: sqlite3.Connection, query: ListRuns) -> Page:
-    """Fetch one page of runs.
-
-    Raises:
-        InvalidRequestError: if they hold more than `PAGE_BYTES`. A shorter page would lose runs to whoever pages
-            by offset.
-
-    """
-    rows: list[Row] = []
-    size = 0
-    for row in connection.execute(*select_page(query, _created_span(connection, query))):
-        size += len("".join(filter(None, _texts_of(row))))
-        if size > PAGE_BYTES and 0 < len(rows) < query.limit:
-            raise InvalidRequestError(
-                f"Invalid limit: {query.limit}; the first {len(rows)} of these runs hold {PAGE_BYTES >> 20} MiB, "
-                f"the most that one answer holds: ask for at most {len(rows)} at a time"
-            )
-        rows.append(row)
-    if len(rows) <= query.limit:
-        return Page(rows, None)
-    rows.pop()
-    last = dict(zip(COLUMNS, rows[-1], strict=True))
-    return Page(rows, Position(str(last["created_at"]), int(last["id"] or 0)))
-
-
-def _created_span(connection: sqlite3.Connection, query: ListRuns) -> Span | None:
-    started = {name: query.bounds.get(name) for name in ("start_time_from", "start_time_to")}
-    if not any(started.values()):
-        return None
-    span: Span = connection.execute(_SPAN_OF_HOURS, started).fetchone()
-    return span
-
-
-def fetch_run(connection: sqlite3.Connection, query: GetRun) -> Row | None:
-    """Fetch the run with an event_id."""
-    row: Row | None = connection.execute(f"{_SELECT} WHERE event_id = ?", (query.event_id,)).fetchone()
-    return row
-
-
-def fetch_events(connection: sqlite3.Connection, query: ListEvents) -> dict[str, EventPage]:
-    """Fetch the events of each of the runs that there are, by event_id; all pages together hold about `PAGE_BYTES`."""
-    pages: dict[str, EventPage] = {}
-    room = PAGE_BYTES
-    for event_id in query.event_ids:
-        run = connection.execute("SELECT id FROM agent_runs WHERE event_id = ?", (event_id,)).fetchone()
-        if run is None:
-            continue
-        rows: list[Row] = []
-        more = False
-        for row in connection.execute(_SELECT_EVENTS, (*run, query.limit + 1, query.offset)):
-            room -= len(row[_EVENT_PAYLOAD] or "")
-            more = len(rows) == query.limit or (room < 0 and bool(rows or pages))
-            if more:
-                break
-            rows.append(row)
-        pages[event_id] = EventPage(rows, more)
-    return pages
-
-
-def fetch_processes(connection: sqlite3.Connection) -> list[Process]:
-    """Fetch each process that is registered and not certified, with the most out-of-memory kills it is known with."""
-    return [Process(*row) for row in connection.execute(_SELECT_PROCESSES)]
-
-
-def count_prunable(connection: sqlite3.Connection, query: CountPrunable) -> int:
-    """Count the runs that pruning would delete."""
-    index, conditions, values = _old_runs(query)
-    where = " AND ".join(conditions)
-    return int(
-        connection.execute(f"SELECT count(*) FROM agent_runs INDEXED BY {index} WHERE {where}", values).fetchone()[0]  # noqa: S608 - our own words
-    )
-
-
-def count_stale(connection: sqlite3.Connection, query: CountStale) -> int:
-    """Count the runs that reaping would cancel."""
-    return int(connection.execute(*_select_stale("count(*)", query.stale_before, query.agent_name)).fetchone()[0])
-
-
-def fetch_counts(connection: sqlite3.Connection, recent_since: str, now: str) -> Counts:
-    """Read the totals that the writer keeps; their cost does not grow with the number of runs.
-
-    `recent` are the runs created in the minutes from that of `recent_since` to that of `now`.
-    """
-    agents = connection.execute("SELECT agent_name, sum(runs) FROM run_totals GROUP BY agent_name HAVING sum(runs) > 0")
-    job_types = connection.execute("SELECT DISTINCT job_type FROM run_totals WHERE runs > 0 ORDER BY job_type")
-    recent = connection.execute(
-        "SELECT coalesce(sum(runs), 0) FROM run_minutes WHERE minute BETWEEN ? AND ?",
-        (recent_since[:_MINUTE], now[:_MINUTE]),
-    )
-    return Counts(dict(agents), tuple(row[0] for row in job_types), recent.fetchone()[0])
-
-
-# --- Checking and salvaging ----------------------------------------------------------------------
-
-_WRONG_TOTALS: Final = """
-    WITH counted AS (
-        SELECT agent_name || char(0) || job_type || char(0) || status AS place, count(*) AS runs
-            FROM agent_runs GROUP BY agent_name, job_type, status
-        UNION ALL
-        SELECT substr(created_at, 1, 16), count(*) FROM agent_runs GROUP BY 1
-    ), kept AS (
-        SELECT agent_name || char(0) || job_type || char(0) || status AS place, runs FROM run_totals WHERE runs <> 0
-        UNION ALL
-        SELECT minute, runs FROM run_minutes WHERE runs <> 0
-    )
-    SELECT count(DISTINCT place) FROM (
-        SELECT place FROM (SELECT * FROM counted EXCEPT SELECT * FROM kept)
-        UNION ALL
-        SELECT place FROM (SELECT * FROM kept EXCEPT SELECT * FROM counted)
-        UNION ALL
-        SELECT c.hour FROM (
-            SELECT substr(created_at, 1, 13) AS hour, min(start_time) AS first, max(start_time) AS last
-            FROM agent_runs GROUP BY 1
-        ) AS c LEFT JOIN run_hours AS k ON k.hour = c.hour
-        WHERE k.hour IS NULL OR k.first_start > c.first OR k.last_start < c.last
-    )
-"""
-
-SAVE_RUN: Final = (
-    f"INSERT INTO agent_runs ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))}) ON CONFLICT DO NOTHING"  # noqa: S608 - names from the definition
-)
-KEEP_ORIGINAL: Final = "INSERT OR IGNORE INTO unconverted_values (run, field, reason, original) VALUES (?, ?, ?, ?)"
-
-BESIDE_RUNS: Final = ("unconverted_values", "run_events", "run_processes")
-"""The tables of the schema whose rows a salvage copies as they are."""
-
-FIRST_NUMBER: Final = -(2**63)
-LAST_NUMBER: Final = 2**63 - 1
-WALK_FROM: Final = {
-    "front": "SELECT rowid, * FROM agent_runs NOT INDEXED WHERE rowid > ? ORDER BY rowid LIMIT ?",
-    "back": "SELECT rowid, * FROM agent_runs NOT INDEXED WHERE rowid < ? ORDER BY rowid DESC LIMIT ?",
-}
-READ_BY_NUMBER: Final = "SELECT rowid, * FROM agent_runs NOT INDEXED WHERE rowid = ?"
-_SMALL_INDEXES: Final = ("idx_runs_created_desc", "idx_runs_start", "idx_runs_event_id")
-NUMBERS_IN_INDEXES: Final = tuple(
-    f"SELECT rowid FROM agent_runs INDEXED BY {index} WHERE {column} >= '' AND rowid > ? AND rowid < ?"  # noqa: S608 - our own names
-    for index, column in zip(_SMALL_INDEXES, ("created_at", "start_time", "event_id"), strict=True)
-)
-COUNTS_OF_RUNS: Final = (
-    "SELECT sum(runs) FROM run_totals",
-    *(f"SELECT count(*) FROM agent_runs INDEXED BY {index}" for index in _SMALL_INDEXES),  # noqa: S608 - our own names
-)
-
-
-def read_table(connection: sqlite3.Connection, name: str) -> Iterator[list[tuple[object, ...]]]:
-    """Yield the rows of any table in slices, until its end or the first damage."""
-    quoted = name.replace('"', '""')
-    rows = connection.execute(f'SELECT * FROM "{quoted}"')  # noqa: S608 - quoted
-    while part := rows.fetchmany(500):
-        yield part
-
-
-def make_alike(source: sqlite3.Connection, name: str, target: sqlite3.Connection, new: str) -> None:
-    """Make a table with the columns of another one, of any type, under a new name."""
-    quoted = name.replace('"', '""')
-    columns = ['"{}"'.format(row[1].replace('"', '""')) for row in source.execute(f'PRAGMA table_info("{quoted}")')]
-    target.execute(f'CREATE TABLE "{new}" ({", ".join(columns)})')
-
-
-def fill_table(connection: sqlite3.Connection, name: str, rows: list[tuple[object, ...]]) -> int:
-    """Insert rows into any table, except those that are there already; return how many were new."""
-    quoted, places = name.replace('"', '""'), ", ".join("?" * len(rows[0]))
-    return connection.executemany(f'INSERT OR IGNORE INTO "{quoted}" VALUES ({places})', rows).rowcount  # noqa: S608 - quoted
-
-
-_STRAYS: Final = "FROM {table} WHERE run NOT IN (SELECT id FROM agent_runs)"
-
-
-def count_strays(connection: sqlite3.Connection) -> dict[str, int]:
-    """Count the rows that refer to runs that are gone, in each table that has some."""
-    counted = ((table, f"SELECT count(*) {_STRAYS.format(table=table)}") for table in BESIDE_RUNS)
-    found = ((table, int(connection.execute(sql).fetchone()[0])) for table, sql in counted)
-    return {table: rows for table, rows in found if rows}
-
-
-def delete_strays(connection: sqlite3.Connection) -> dict[str, int]:
-    """Delete the rows that refer to runs that are gone: a new run could get the number of theirs. Return how many."""
-    deleted = ((table, f"DELETE {_STRAYS.format(table=table)}") for table in BESIDE_RUNS)
-    done = ((table, connection.execute(sql).rowcount) for table, sql in deleted)
-    return {table: rows for table, rows in done if rows}
-
-
-def count_wrong_totals(connection: sqlite3.Connection) -> int:
-    """Count the totals that differ from what the table holds."""
-    return int(connection.execute(_WRONG_TOTALS).fetchone()[0])
-
-
-def recount_totals(connection: sqlite3.Connection) -> None:
-    """Count every total again, inside the caller's transaction."""
-    for table in ("run_totals", "run_minutes", "run_hours"):
-        connection.execute(f"DELETE FROM {table}")  # noqa: S608 - one of three names
-    migrate.derive(connection)

@@ -1,0 +1,1 @@
+"""The only Python with SQL: how each command and each query is said to SQLite."""

@@ -1,0 +1,111 @@
+"""What a check and a salvage ask of a database, and what a repair writes."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from typing import Final
+
+from telemetryd import migrate
+from telemetryd.runs import (
+    COLUMNS,
+)
+
+_WRONG_TOTALS: Final = """
+    WITH counted AS (
+        SELECT agent_name || char(0) || job_type || char(0) || status AS place, count(*) AS runs
+            FROM agent_runs GROUP BY agent_name, job_type, status
+        UNION ALL
+        SELECT substr(created_at, 1, 16), count(*) FROM agent_runs GROUP BY 1
+    ), kept AS (
+        SELECT agent_name || char(0) || job_type || char(0) || status AS place, runs FROM run_totals WHERE runs <> 0
+        UNION ALL
+        SELECT minute, runs FROM run_minutes WHERE runs <> 0
+    )
+    SELECT count(DISTINCT place) FROM (
+        SELECT place FROM (SELECT * FROM counted EXCEPT SELECT * FROM kept)
+        UNION ALL
+        SELECT place FROM (SELECT * FROM kept EXCEPT SELECT * FROM counted)
+        UNION ALL
+        SELECT c.hour FROM (
+            SELECT substr(created_at, 1, 13) AS hour, min(start_time) AS first, max(start_time) AS last
+            FROM agent_runs GROUP BY 1
+        ) AS c LEFT JOIN run_hours AS k ON k.hour = c.hour
+        WHERE k.hour IS NULL OR k.first_start > c.first OR k.last_start < c.last
+    )
+"""
+
+SAVE_RUN: Final = (
+    f"INSERT INTO agent_runs ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))}) ON CONFLICT DO NOTHING"  # noqa: S608 - names from the definition
+)
+KEEP_ORIGINAL: Final = "INSERT OR IGNORE INTO unconverted_values (run, field, reason, original) VALUES (?, ?, ?, ?)"
+
+BESIDE_RUNS: Final = ("unconverted_values", "run_events", "run_processes")
+"""The tables of the schema whose rows a salvage copies as they are."""
+
+FIRST_NUMBER: Final = -(2**63)
+LAST_NUMBER: Final = 2**63 - 1
+WALK_FROM: Final = {
+    "front": "SELECT rowid, * FROM agent_runs NOT INDEXED WHERE rowid > ? ORDER BY rowid LIMIT ?",
+    "back": "SELECT rowid, * FROM agent_runs NOT INDEXED WHERE rowid < ? ORDER BY rowid DESC LIMIT ?",
+}
+READ_BY_NUMBER: Final = "SELECT rowid, * FROM agent_runs NOT INDEXED WHERE rowid = ?"
+_SMALL_INDEXES: Final = ("idx_runs_created_desc", "idx_runs_start", "idx_runs_event_id")
+NUMBERS_IN_INDEXES: Final = tuple(
+    f"SELECT rowid FROM agent_runs INDEXED BY {index} WHERE {column} >= '' AND rowid > ? AND rowid < ?"  # noqa: S608 - our own names
+    for index, column in zip(_SMALL_INDEXES, ("created_at", "start_time", "event_id"), strict=True)
+)
+COUNTS_OF_RUNS: Final = (
+    "SELECT sum(runs) FROM run_totals",
+    *(f"SELECT count(*) FROM agent_runs INDEXED BY {index}" for index in _SMALL_INDEXES),  # noqa: S608 - our own names
+)
+
+
+def read_table(connection: sqlite3.Connection, name: str) -> Iterator[list[tuple[object, ...]]]:
+    """Yield the rows of any table in slices, until its end or the first damage."""
+    quoted = name.replace('"', '""')
+    rows = connection.execute(f'SELECT * FROM "{quoted}"')  # noqa: S608 - quoted
+    while part := rows.fetchmany(500):
+        yield part
+
+
+def make_alike(source: sqlite3.Connection, name: str, target: sqlite3.Connection, new: str) -> None:
+    """Make a table with the columns of another one, of any type, under a new name."""
+    quoted = name.replace('"', '""')
+    columns = ['"{}"'.format(row[1].replace('"', '""')) for row in source.execute(f'PRAGMA table_info("{quoted}")')]
+    target.execute(f'CREATE TABLE "{new}" ({", ".join(columns)})')
+
+
+def fill_table(connection: sqlite3.Connection, name: str, rows: list[tuple[object, ...]]) -> int:
+    """Insert rows into any table, except those that are there already; return how many were new."""
+    quoted, places = name.replace('"', '""'), ", ".join("?" * len(rows[0]))
+    return connection.executemany(f'INSERT OR IGNORE INTO "{quoted}" VALUES ({places})', rows).rowcount  # noqa: S608 - quoted
+
+
+_STRAYS: Final = "FROM {table} WHERE run NOT IN (SELECT id FROM agent_runs)"
+
+
+def count_strays(connection: sqlite3.Connection) -> dict[str, int]:
+    """Count the rows that refer to runs that are gone, in each table that has some."""
+    counted = ((table, f"SELECT count(*) {_STRAYS.format(table=table)}") for table in BESIDE_RUNS)
+    found = ((table, int(connection.execute(sql).fetchone()[0])) for table, sql in counted)
+    return {table: rows for table, rows in found if rows}
+
+
+def delete_strays(connection: sqlite3.Connection) -> dict[str, int]:
+    """Delete the rows that refer to runs that are gone: a new run could get the number of theirs. Return how many."""
+    deleted = ((table, f"DELETE {_STRAYS.format(table=table)}") for table in BESIDE_RUNS)
+    done = ((table, connection.execute(sql).rowcount) for table, sql in deleted)
+    return {table: rows for table, rows in done if rows}
+
+
+def count_wrong_totals(connection: sqlite3.Connection) -> int:
+    """Count the totals that differ from what the table holds."""
+    return int(connection.execute(_WRONG_TOTALS).fetchone()[0])
+
+
+def recount_totals(connection: sqlite3.Connection) -> None:
+    """Count every total again, inside the caller's transaction."""
+    for table in ("run_totals", "run_minutes", "run_hours"):
+        connection.execute(f"DELETE FROM {table}")  # noqa: S608 - one of three names
+    migrate.derive(connection)
