@@ -360,7 +360,7 @@ async def get_metadata(request: web.Request) -> web.Response:
         "agent_names": agents,
         "job_types": counts.job_types,
         "counts": {"agent_names": len(agents), "job_types": len(counts.job_types)},
-        "cache_hit": False,
+        "cache_hit": counts.is_remembered,
     }
     return json_response(answer)
 

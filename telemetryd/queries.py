@@ -166,6 +166,8 @@ class Counts:
     agents: Mapping[str, int]
     job_types: tuple[str, ...]
     recent: int
+    is_remembered: bool = False
+    """Whether they are those of an earlier answer, because nothing has changed since."""
 
     @property
     def total(self) -> int:

@@ -9,7 +9,7 @@ import shutil
 import sqlite3
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -77,7 +77,7 @@ from telemetryd.reader import Readers
 from telemetryd.runs import Row, format_timestamp, utc_now
 from telemetryd.settings import Settings
 from telemetryd.statements import fetching
-from telemetryd.statements.transaction import Transaction
+from telemetryd.statements.transaction import MINUTE, Transaction
 from telemetryd.writer import GROUP_ROWS, Writer
 
 _LOOK_EVERY_S: Final = 1.0
@@ -218,6 +218,7 @@ class Store:
         )
         self.writing = asyncio.create_task(self._writer.run(), name="writer")
         """The writer's task; it ends only after `close`, or with the error that killed it."""
+        self._counted: tuple[tuple[int, str], Counts] | None = None
         self._disk = Disk(self._look, settings.min_free_mb << 20, metrics)
         self._watching = asyncio.create_task(self._watch(), name="watch")
 
@@ -393,14 +394,23 @@ class Store:
             case ListProcesses():
                 read = fetching.fetch_processes
             case CountRuns():
-                now = self._clock()
-                since = format_timestamp(now - timedelta(hours=24))
-                read = partial(fetching.fetch_counts, recent_since=since, now=format_timestamp(now))
+                return await self._count_runs()
             case CountPrunable():
                 read = partial(fetching.count_prunable, query=query)
             case CountStale():
                 read = partial(fetching.count_stale, query=query)
         return await self._readers.fetch(read)
+
+    async def _count_runs(self) -> Counts:
+        """Return the totals, read again only if a group was committed or a minute has passed since the last time."""
+        now = self._clock()
+        since, until = format_timestamp(now - timedelta(hours=24)), format_timestamp(now)
+        moment = (self._writer.groups, until[: MINUTE])
+        if self._counted is not None and self._counted[0] == moment:
+            return self._counted[1]
+        counts = await self._readers.fetch(partial(fetching.fetch_counts, recent_since=since, now=until))
+        self._counted = moment, replace(counts, is_remembered=True)
+        return counts
 
     def flow(self) -> str:
         """Tell writers how much to send and how long to pause (the value of the Telemetry-Flow header), at once."""

@@ -229,11 +229,25 @@ async def test_metadata_lists_the_names_in_use(api: Api) -> None:
     assert metadata["agent_names"] == ["a", "b", "c"]
     assert metadata["job_types"] == ["x", "y"]
     assert metadata["counts"] == {"agent_names": 3, "job_types": 2}
-    assert isinstance(metadata["cache_hit"], bool)
     await api.post(make_run(agent_name="d", job_type="z"))
     metadata = await api.get("/api/v1/metadata")
     assert metadata["agent_names"][-1] == "d"
     assert metadata["job_types"][-1] == "z"
+
+
+async def test_the_totals_are_read_again_only_after_a_change(make_api: MakeApi) -> None:
+    now = datetime(2026, 1, 2, 10, 0, 30, tzinfo=UTC)
+    api = await make_api(clock=lambda: now)
+    created = make_run(created_at="2026-01-01T10:00:10Z")
+    await api.post(created)
+    assert not (await api.get("/api/v1/metadata"))["cache_hit"]
+    assert (await api.get("/api/v1/metadata"))["cache_hit"]
+    assert (await api.get("/metrics?format=json"))["recent_24h"] == 1
+    now += timedelta(minutes=1)  # the run is more than 24 hours old now
+    assert (await api.get("/metrics?format=json"))["recent_24h"] == 0
+    assert (await api.get("/api/v1/metadata"))["cache_hit"]
+    await api.call("PATCH", f"{RUNS}/{created['event_id']}", json={"status": "failure"}, status=200)
+    assert not (await api.get("/api/v1/metadata"))["cache_hit"]
 
 
 # --- The document --------------------------------------------------------------------------------
