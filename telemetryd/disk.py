@@ -6,7 +6,7 @@ import asyncio
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -77,6 +77,7 @@ class Disk:
         self._reserve_bytes = reserve_bytes
         self._metrics = metrics
         self._asked: float | None = None
+        self._opened_again = 0
         self._failure: str | None = None
         self._is_low = False
         self.last = Look(0, 0, None)
@@ -84,7 +85,7 @@ class Disk:
 
     async def look(self) -> None:
         """Take a look in a thread, however long that takes."""
-        self._asked = time.monotonic()
+        self._asked, opened_again = time.monotonic(), self._opened_again
         try:
             look = await asyncio.to_thread(self._look)
         except OSError as error:
@@ -93,7 +94,7 @@ class Disk:
         finally:
             self._asked = None
         self._failure = None
-        self.last = look
+        self.last = look if opened_again == self._opened_again else replace(look, displaced=None)
         self._metrics.show_disk(look.free_bytes, look.wal_bytes)
         self._weigh(look.free_bytes)
 
@@ -107,6 +108,11 @@ class Disk:
             log.error("The disk is almost full: writes are refused", extra=sizes)
         else:
             log.info("The disk has room again: writes are taken", extra=sizes)
+
+    def forget_displaced(self) -> None:
+        """Forget which file was not at its place, also what a look says of it that has begun: it is opened again."""
+        self._opened_again += 1
+        self.last = replace(self.last, displaced=None)
 
     def check_room(self) -> None:
         """Raise LowDiskError while there is less room than the reserve."""

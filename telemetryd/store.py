@@ -272,6 +272,7 @@ class Store:
             forget_cached(self._path)
             self._opened = opened = await _Opened.open(self._settings, self._clock, may_create=False, after_crash=False)
             await opened.connection.run(lambda plain: quick_check(plain, self._path))
+            self._disk.forget_displaced()
         except (OSError, sqlite3.Error, MemoryError) as error:
             raise DatabaseError(f"Cannot use {self._path}: {sentence(error)}") from error
         return opened.connection
@@ -405,7 +406,7 @@ class Store:
         """Return the totals, read again only if a group was committed or a minute has passed since the last time."""
         now = self._clock()
         since, until = format_timestamp(now - timedelta(hours=24)), format_timestamp(now)
-        moment = (self._writer.groups, until[: MINUTE])
+        moment = (self._writer.groups, until[:MINUTE])
         if self._counted is not None and self._counted[0] == moment:
             return self._counted[1]
         counts = await self._readers.fetch(partial(fetching.fetch_counts, recent_since=since, now=until))

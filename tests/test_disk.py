@@ -53,6 +53,30 @@ def test_it_is_low_below_the_reserve_until_there_is_a_quarter_more(sizes: list[i
             watched.check_room()
 
 
+async def test_what_was_displaced_before_the_database_was_opened_again_is_told_no_more() -> None:
+    """Also by a look that had begun before, and sees it only afterwards."""
+    seen = threading.Event()
+
+    def look() -> Look:
+        seen.wait(5)
+        return Look(RESERVE * 2, 0, "The database file was moved")
+
+    watched = Disk(look, RESERVE, Metrics())
+    seen.set()
+    await watched.look()
+    assert watched.problem == "The database file was moved"
+    seen.clear()
+    late = asyncio.create_task(watched.look())
+    await asyncio.sleep(0)
+    watched.forget_displaced()
+    assert watched.problem is None
+    seen.set()
+    await late
+    assert watched.problem is None
+    await watched.look()
+    assert watched.problem == "The database file was moved"
+
+
 async def test_each_change_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     watched = disk_of([RESERVE * 2, RESERVE - 1, 5, RESERVE - 2, RESERVE + 1, RESERVE * 2, RESERVE * 2, 0])
