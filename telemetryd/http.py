@@ -46,6 +46,7 @@ DOCUMENT: Final = web.AppKey("document", bytes)
 
 async def create_run(request: web.Request) -> web.Response:
     """Store one run; a single is a batch of one."""
+    request.app[STORE].check_open()
     body, size = await _json_body(request)
     parsed = runs.parse_run(body)
     event_id, run_id = parsed.row[runs.EVENT_ID], parsed.row[runs.RUN_ID]
@@ -62,6 +63,7 @@ async def create_run(request: web.Request) -> web.Response:
 
 async def create_batch(request: web.Request) -> web.Response:
     """Store the good runs of a batch in one transaction, and tell of each bad one."""
+    request.app[STORE].check_open()
     batch = await _parse_batch(request)
     created = await request.app[STORE].submit(CreateRuns(tuple(batch.rows), batch.size)) if batch.rows else None
     inserted = sum(created.new) if created is not None else 0
@@ -104,6 +106,7 @@ async def get_run(request: web.Request) -> web.Response:
 
 async def update_run(request: web.Request) -> web.Response:
     """Change the given fields of a run."""
+    request.app[STORE].check_open()
     body, size = await _json_body(request)
     changes, ignored = runs.parse_patch(body)
     event_id = request.match_info["event_id"]
@@ -119,6 +122,7 @@ async def update_run(request: web.Request) -> web.Response:
 
 async def associate_commit(request: web.Request) -> web.Response:
     """Record the commit that a run led to."""
+    request.app[STORE].check_open()
     body, size = await _json_body(request)
     changes, ignored = runs.parse_commit(body)
     event_id = request.match_info["event_id"]
@@ -177,6 +181,7 @@ def _with_warnings(answer: dict[str, Any], ignored: tuple[str, ...]) -> dict[str
 
 async def create_events(request: web.Request) -> web.Response:
     """Store one or many events of a run, each once, or none if one is bad."""
+    request.app[STORE].check_open()
     event_id = request.match_info["event_id"]
     body, size = await _json_body(request)
     parsed = events.parse_events(body)

@@ -324,6 +324,15 @@ class Store:
             return f"The lock file {lock} was deleted or replaced while in use; nothing may remove it"
         return None
 
+    def check_open(self) -> None:
+        """See that changes are taken at all, before anything is spent on reading one.
+
+        Raises:
+            UnavailableError: if `submit` would raise it now, whatever the change.
+
+        """
+        self._writer.check_open()
+
     @overload
     async def submit(self, command: CreateRuns) -> Created: ...
 

@@ -173,6 +173,18 @@ class Writer(Generic[C, R]):
             return text if time.monotonic() - since < _PROBLEM_S else None
         return self.failure
 
+    def check_open(self, size: int = 0) -> None:
+        """Raise what `submit` raises for a command of so many bytes, if it would not be taken now."""
+        if self._suspicion is not None:
+            raise DatabaseSuspectError
+        if self.failure is not None:
+            raise WriterDeadError
+        if self._stopping.is_set():
+            raise StoppingError
+        if self._queue.full() or (size > self._bytes_left and not self._queue.empty()):
+            self._flow.refuse()
+            raise QueueFullError
+
     def submit(self, command: C) -> asyncio.Future[R]:
         """Queue a command; the future gets its own outcome or error once its group is committed.
 
@@ -183,15 +195,7 @@ class Writer(Generic[C, R]):
             WriterDeadError: if the writer has died.
 
         """
-        if self._suspicion is not None:
-            raise DatabaseSuspectError
-        if self.failure is not None:
-            raise WriterDeadError
-        if self._stopping.is_set():
-            raise StoppingError
-        if self._queue.full() or (command.size > self._bytes_left and not self._queue.empty()):
-            self._flow.refuse()
-            raise QueueFullError
+        self.check_open(command.size)
         future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
         self._queue.put_nowait(_Waiting(command, future))
         self._bytes_left -= command.size

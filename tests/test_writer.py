@@ -344,8 +344,21 @@ async def test_a_full_queue_is_503_with_retry_after(make_api: MakeApi) -> None:
             assert int(response.headers["Retry-After"]) >= 1
             assert "Too many writes are waiting" in (await response.json())["detail"]
         assert time.monotonic() - started < 1
+        for path in ("/api/v1/runs", "/api/v1/runs/batch", "/api/v1/runs/x/events"):
+            assert await _status_without_body(api, path) == 503, "nothing is spent on a body that is refused anyway"
         assert (await api.get("/health"))["queue_depth"] == 2
     assert [answer["status"] for answer in await asyncio.gather(*calls)] == ["created"] * 3
+
+
+async def _status_without_body(api: Api, path: str) -> int:
+    """Return the status that a POST gets before it has sent its body."""
+    reader, writer = await asyncio.open_connection(api.client.host, api.client.port)
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
+    writer.write(head.encode())
+    async with asyncio.timeout(5):
+        line = await reader.readline()
+    writer.close()
+    return int(line.split()[1])
 
 
 async def test_a_queue_is_full_of_large_bodies_long_before_it_is_full_of_commands(make_api: MakeApi) -> None:

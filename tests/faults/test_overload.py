@@ -81,8 +81,9 @@ def run_through(start_daemon: StartDaemon, tmp_path: Path, ledger: Ledger, conne
     assert refused
     assert told.details[-1].startswith("Too many writes are waiting")
     assert max(accepted, default=0) < 20 * _FSYNC_MS / 1000
-    assert statistics.median(healths) < 0.1
-    assert not calm() or max(healths) < 0.1 * (1 + connections / 64), sorted(healths)[-5:]
+    if calm():
+        assert statistics.median(healths) < 0.1
+        assert max(healths) < 0.1 * (1 + connections / 64), sorted(healths)[-5:]
     assert afterwards < 2 * alone + 0.2, "it is as fast as before, at once"
 
     stored = told.call("GET", "/metrics")[2]["total_runs"]
