@@ -20,7 +20,7 @@ import aiohttp
 import click
 
 from telemetryd.database import connect
-from tests.conftest import Daemon, eventually, make_run
+from tests.conftest import Daemon, make_run
 from tests.tools.old_databases import make_old_database
 
 _CLIENTS = 32
@@ -69,11 +69,8 @@ async def operate(folder: Path, mode: str) -> None:
         folder,
         TELEMETRY_DB_JOURNAL_MODE=mode,
         TELEMETRY_API_UNIX=str(unix),
-        TELEMETRY_LOG_LEVEL="WARNING",
-        TELEMETRY_API_PORT="18765",
     )
-    await eventually(unix.exists, 60)
-    load = Load("http://127.0.0.1:18765")
+    load = Load(daemon.url)
     common = ("--db-path", str(database))
     through = (*common, "--unix", str(unix))
     commands = {
