@@ -93,12 +93,14 @@ def table(answer: Body, width: int) -> str:
     if not groups:
         return f"No runs were created from {span}"
     names = [*(["bucket"] if answer["bucket"] else []), *answer["group_by"]]
-    named = [[str(group[name]).replace(":00:00Z", "h") for name in names] for group in groups]
+    is_whole_days = all("T00:" in group.get("bucket", "T00:") for group in groups)
+    named = [[_name(group, name, is_whole_days=is_whole_days) for name in names] for group in groups]
     figures = [_figures(group) for group in groups]
     name_widths, figure_widths = _widths([names, *named]), _widths([_HEADINGS, *figures])
     room = width - sum(figure_widths) - 2 * (len(figure_widths) + len(names) - 1)
-    while sum(name_widths) > room and max(name_widths) > _NARROWEST:
-        name_widths[name_widths.index(max(name_widths))] -= 1
+    cut = range(1 if answer["bucket"] else 0, len(names))
+    while sum(name_widths) > room and max((name_widths[place] for place in cut), default=0) > _NARROWEST:
+        name_widths[max(cut, key=name_widths.__getitem__)] -= 1
     lines = [
         "  ".join(
             [
@@ -109,6 +111,13 @@ def table(answer: Body, width: int) -> str:
         for left, right in zip([names, *named], [_HEADINGS, *figures], strict=True)
     ]
     return "\n".join([f"Runs created from {span}", *lines])
+
+
+def _name(group: Body, name: str, *, is_whole_days: bool) -> str:
+    if name != "bucket":
+        return str(group[name])
+    date, _, time = str(group[name]).partition("T")
+    return date if is_whole_days else f"{date} {time[:5]}"
 
 
 def _figures(group: Body) -> Sequence[str]:
