@@ -1,4 +1,4 @@
--- The schema of a telemetryd database, version 11.
+-- The schema of a telemetryd database, version 12.
 -- Generated from migrations/ by `make schema`; do not edit.
 
 CREATE TABLE agent_runs (
@@ -85,6 +85,29 @@ CREATE TABLE run_processes (
     error_details TEXT
 ) STRICT;
 
+CREATE TABLE run_stats (
+    hours INTEGER NOT NULL CHECK (hours IN (1, 24)),
+    names INTEGER NOT NULL CHECK (names IN (1, 2, 3)),
+    start INTEGER NOT NULL,
+    agent_name TEXT NOT NULL,
+    job_type TEXT NOT NULL,
+    status TEXT NOT NULL,
+    runs INTEGER NOT NULL,
+    items_discovered ANY NOT NULL,
+    items_succeeded ANY NOT NULL,
+    items_failed ANY NOT NULL,
+    items_skipped ANY NOT NULL,
+    duration_ms ANY NOT NULL,
+    bins BLOB NOT NULL,
+    PRIMARY KEY (hours, names, start, agent_name, job_type, status)
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE run_stats_log (
+    id INTEGER PRIMARY KEY,
+    total INTEGER NOT NULL,
+    changes TEXT NOT NULL
+) STRICT;
+
 CREATE TABLE run_totals (
     agent_name TEXT NOT NULL,
     job_type TEXT NOT NULL,
@@ -130,4 +153,4 @@ CREATE INDEX idx_runs_start ON agent_runs (start_time);
 CREATE INDEX idx_runs_status ON agent_runs (status, created_at);
 
 PRAGMA application_id = 1953262948;
-PRAGMA user_version = 11;
+PRAGMA user_version = 12;

@@ -17,7 +17,7 @@ import orjson
 from aiohttp import web
 
 import telemetryd
-from telemetryd import admin, events, openapi, queries, runs
+from telemetryd import admin, events, openapi, queries, runs, stats
 from telemetryd.body import JSON_TYPES, NDJSON_TYPES, Bodies, check_media_type
 from telemetryd.certificates import Certificates, ProcessRequest
 from telemetryd.commands import CreateEvents, CreateRuns, UpdateRun
@@ -354,6 +354,14 @@ def _items(decoded: object, batch: _Batch) -> list[object]:
 
 
 # --- Everything else -----------------------------------------------------------------------------
+
+
+async def get_stats(request: web.Request) -> web.Response:
+    """Answer statistics of the runs that were created in some hours."""
+    query = stats.parse(request.rel_url.raw_query_string, runs.utc_now())
+    groups = await request.app[STORE].fetch(query)
+    request[NOTE].say("Statistics queried", query_params=stats.parameters(query), result_count=len(groups))
+    return json_response(stats.to_json(query, groups))
 
 
 async def get_metadata(request: web.Request) -> web.Response:
@@ -721,6 +729,19 @@ ROUTES: Final[tuple[Route, ...]] = (
             ("commit", "commit", get_commit_url),
             ("repo", "repository", get_repo_url),
         )
+    ),
+    Route(
+        "GET",
+        "/api/v1/stats",
+        get_stats,
+        Operation(
+            "Statistics of runs",
+            "Counts, sums and quantiles by the time of created_at, from figures that the writer keeps: they are right "
+            "as soon as a change is acknowledged. Only groups with runs are answered.",
+            parameters=openapi.stats_parameters(),
+            answers={200: ("The groups, the earliest bucket first, then by names.", openapi.stats_answer())},
+            errors=(400, 503),
+        ),
     ),
     Route(
         "GET",

@@ -25,6 +25,7 @@ from telemetryd.database import (
 from telemetryd.errors import DatabaseError
 from telemetryd.events import STORED
 from telemetryd.runs import COLUMNS
+from telemetryd.statements import rollups
 
 FIRST_VERSION: Final = 8
 """The first schema version of telemetryd; what is older belonged to the service it replaced."""
@@ -299,6 +300,7 @@ def _step(connection: sqlite3.Connection, layout: Layout, now: str) -> Migration
     done = Migration(layout, Tally(), layout.rows)
     _set_neighbours_aside(connection, layout)
     migrate.run_steps(connection, now, after=layout.version)
+    rollups.rebuild(connection)
     _serve_old_events(connection, done)
     return done
 
@@ -325,6 +327,7 @@ def _rebuild(connection: sqlite3.Connection, layout: Layout, now: str, watch: Wa
         connection.execute(sql)
     watch("Creating indexes", len(indexes), len(indexes))
     migrate.derive(connection)
+    rollups.rebuild(connection)
     _serve_old_events(connection, done)
     _keep_log(connection)
     connection.execute(f"DROP TABLE {_OLD_RUNS}")

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 import telemetryd
-from telemetryd import admin, certificates, events, flow, queries, runs
+from telemetryd import admin, certificates, events, flow, queries, runs, sketches, stats
 
 _REF: Final = "#/components/schemas/{model}"
 Schema = dict[str, Any]
@@ -101,6 +101,56 @@ def list_parameters() -> tuple[Schema, ...]:
     ]
     cursor = _parameter("cursor", "Where to go on, from the Link header of an earlier answer.", {"type": "string"})
     return (*(_parameter(*parts) for parts in described), *page_parameters("Runs"), cursor, INCLUDE)
+
+
+def stats_parameters() -> tuple[Schema, ...]:
+    """Return the query parameters of `GET /api/v1/stats`."""
+    moment = "An ISO 8601 date and time, an age such as -24h or -30d, or now."
+    names = "|".join(stats.NAMES)
+    return (
+        _parameter(
+            "group_by",
+            f"Some of {', '.join(stats.NAMES)}, separated by commas; without it there is one group.",
+            {"type": "string", "pattern": f"^({names})(,({names}))*$"},
+        ),
+        _parameter(
+            "bucket",
+            "Groups by time as well: a number of hours, days or weeks. Buckets are counted from 1970-01-01T00:00:00Z.",
+            {"type": "string", "pattern": "^[1-9][0-9]{0,4}[hdw]$"},
+        ),
+        _parameter("from", f"{moment} Rounded down to the hour.", {"type": "string", "default": "-24h"}),
+        _parameter("to", f"{moment} Rounded up to the hour; not included.", {"type": "string", "default": "now"}),
+        *(
+            _parameter(name, f"Only this {name}; several are separated by commas, * stands for any text.", STRING)
+            for name in stats.NAMES
+        ),
+    )
+
+
+def stats_answer() -> Schema:
+    """Return the schema of what `GET /api/v1/stats` answers."""
+    quantile: Schema = {
+        "anyOf": [INTEGER, {"type": "null"}],
+        "description": f"Within {sketches.ERROR:.0%} of the exact one, in whole ms; null if no run is finished.",
+    }
+    rate = {"anyOf": [{"type": "number", "minimum": 0, "maximum": 1}, {"type": "null"}]}
+    number: Schema = {"type": "number", "minimum": 0}
+    group: Schema = {
+        "runs": INTEGER,
+        "success_rate": {**rate, "description": "Successes among the finished runs; null if none is."},
+        **dict.fromkeys(stats.ITEMS, number),
+        "duration_ms": obj({**{f"p{percent}": quantile for percent in stats.PERCENTS}, "sum": number}),
+    }
+    named = {**dict.fromkeys(stats.NAMES, STRING), "bucket": {"type": "string", "format": "date-time"}}
+    return obj(
+        {
+            "from": {"type": "string", "format": "date-time"},
+            "to": {"type": "string", "format": "date-time"},
+            "bucket": {"anyOf": [STRING, {"type": "null"}]},
+            "group_by": {"type": "array", "items": {"enum": list(stats.NAMES)}},
+            "groups": {"type": "array", "items": obj({**named, **group}, group)},
+        }
+    )
 
 
 def page_parameters(what: str) -> tuple[Schema, ...]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import Final, overload
+from typing import Any, Final, overload
 
 from telemetryd import migrate
 from telemetryd.commands import (
@@ -76,8 +76,9 @@ from telemetryd.queries import (
 from telemetryd.reader import Readers
 from telemetryd.runs import Row, format_timestamp, utc_now
 from telemetryd.settings import Settings
-from telemetryd.statements import fetching
+from telemetryd.statements import fetching, rollups
 from telemetryd.statements.transaction import MINUTE, Transaction
+from telemetryd.stats import GetStats
 from telemetryd.writer import GROUP_ROWS, Writer
 
 _LOOK_EVERY_S: Final = 1.0
@@ -384,16 +385,22 @@ class Store:
     @overload
     async def fetch(self, query: CountPrunable | CountStale) -> int: ...
 
+    @overload
+    async def fetch(self, query: GetStats) -> list[dict[str, Any]]: ...
+
     async def fetch(
-        self, query: ListRuns | GetRun | ListEvents | ListProcesses | CountRuns | CountPrunable | CountStale
-    ) -> Page | Row | dict[str, EventPage] | list[Process] | Counts | int | None:
+        self, query: ListRuns | GetRun | ListEvents | ListProcesses | CountRuns | CountPrunable | CountStale | GetStats
+    ) -> Page | Row | dict[str, EventPage] | list[Process] | Counts | int | list[dict[str, Any]] | None:
         """Answer a query; it sees every change that was acknowledged before it.
 
         Raises:
             UnavailableError: if the answer takes too long, or the database cannot be read.
 
         """
-        read: Callable[[sqlite3.Connection], Page | Row | dict[str, EventPage] | list[Process] | Counts | int | None]
+        read: Callable[
+            [sqlite3.Connection],
+            Page | Row | dict[str, EventPage] | list[Process] | Counts | int | list[dict[str, Any]] | None,
+        ]
         match query:
             case ListRuns():
                 read = partial(fetching.fetch_page, query=query)
@@ -409,6 +416,8 @@ class Store:
                 read = partial(fetching.count_prunable, query=query)
             case CountStale():
                 read = partial(fetching.count_stale, query=query)
+            case GetStats():
+                read = partial(rollups.fetch_stats, query=query)
         return await self._readers.fetch(read)
 
     async def _count_runs(self) -> Counts:

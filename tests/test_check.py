@@ -55,6 +55,13 @@ def test_the_queries_of_every_filter_are_examined() -> None:
     [
         ("UPDATE run_totals SET runs = runs + 1", "totals"),
         ("DELETE FROM run_minutes", "totals"),
+        ("UPDATE run_stats SET runs = runs + 1 WHERE hours = 24 AND names = 1", "totals"),
+        ("UPDATE agent_runs SET duration_ms = duration_ms + 50000 WHERE id = 7", "totals"),
+        ("DELETE FROM run_stats_log", "totals"),
+        (
+            "INSERT INTO run_stats VALUES (24, 1, 24000, '', '', 'success', 1, 0, 0, 0, 0, 0, x'')",
+            "totals",
+        ),
         ("DROP INDEX idx_runs_job", "schema"),
         ("DROP INDEX idx_runs_agent", "index usage"),
     ],

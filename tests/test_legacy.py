@@ -280,7 +280,9 @@ def test_old_events_are_served_where_they_name_a_run_and_a_type(
     if is_ours:  # a migration by an earlier telemetryd has kept the table under its own name
         migrated(path)
         with closing(sqlite3.connect(path)) as connection, connection:
-            connection.executescript("DROP TABLE run_events; DROP TABLE run_processes; PRAGMA user_version = 10")
+            for table in migrate.claimed(10):
+                connection.execute(f"DROP TABLE {table}")
+            connection.execute("PRAGMA user_version = 10")
             connection.execute("DELETE FROM schema_migrations WHERE version > 10")
     with closing(sqlite3.connect(path)) as connection, connection:
         connection.executescript(OLD_EVENTS)

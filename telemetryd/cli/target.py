@@ -1,4 +1,4 @@
-"""Where prune and reap are done: by the daemon that runs, or in the database directly if none does."""
+"""Where prune, reap and stats are done: by the daemon that runs, or in the database directly if none does."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import Any, Final, Protocol
-from urllib.parse import parse_qsl, quote, urlsplit
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 import aiohttp
 import orjson
 
-from telemetryd import admin, events, queries, runs
+from telemetryd import admin, events, queries, runs, stats
 from telemetryd.cli.database import refuse_missing
 from telemetryd.database import Ownership
 from telemetryd.errors import DatabaseOwnedError, TelemetrydError, UnavailableError
@@ -26,13 +26,16 @@ _TRIES: Final = 30
 
 
 class Target(Protocol):
-    """Something that prunes, reaps and lists runs."""
+    """Something that prunes, reaps, lists and counts runs."""
 
     async def prune(self, body: Body) -> Body:
         """Answer what `POST /api/v1/admin/prune` answers."""
 
     async def reap(self, body: Body) -> Body:
         """Answer what `POST /api/v1/admin/reap` answers."""
+
+    async def stats(self, parameters: dict[str, str]) -> Body:
+        """Answer what `GET /api/v1/stats` answers."""
 
     def pages(self, filters: dict[str, str]) -> AsyncIterator[list[Body]]:
         """Yield page after page of what `GET /api/v1/runs` answers, each run with its first events."""
@@ -59,6 +62,11 @@ class Local:
     async def reap(self, body: Body) -> Body:
         """Cancel a slice."""
         return await admin.reap(self._store, body, self._clock())
+
+    async def stats(self, parameters: dict[str, str]) -> Body:
+        """Read the statistics from the database."""
+        query = stats.parse(urlencode(parameters), self._clock())
+        return stats.to_json(query, await self._store.fetch(query))
 
     async def pages(self, filters: dict[str, str]) -> AsyncIterator[list[Body]]:
         """Yield pages from the database."""
@@ -96,6 +104,11 @@ class Remote:
     async def reap(self, body: Body) -> Body:
         """Ask for a slice."""
         answer: tuple[Body, str] = await self._ask("POST", "/api/v1/admin/reap", json=body)
+        return answer[0]
+
+    async def stats(self, parameters: dict[str, str]) -> Body:
+        """Ask for statistics."""
+        answer: tuple[Body, str] = await self._ask("GET", "/api/v1/stats", params=parameters)
         return answer[0]
 
     async def pages(self, filters: dict[str, str]) -> AsyncIterator[list[Body]]:

@@ -35,9 +35,9 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 
-_SETTINGS: Final = ("db_path", "lock_file", "api_unix", "api_port", "api_auth_token_file")
+SETTINGS: Final = ("db_path", "lock_file", "api_unix", "api_port", "api_auth_token_file")
 
-_DAEMON: Final = {
+DAEMON: Final = {
     "api_unix": "Unix socket of the running daemon.",
     "api_port": "Port of the running daemon on this machine.",
     "api_auth_token_file": "File that holds the daemon's token; or set TELEMETRY_API_AUTH_TOKEN.",
@@ -83,7 +83,7 @@ class StatusType(click.ParamType[str]):
 )
 @json_flag
 @address
-@settings_flags(*_SETTINGS, **_DAEMON)
+@settings_flags(*SETTINGS, **DAEMON)
 def prune(
     *,
     older_than: float,
@@ -202,7 +202,7 @@ def _archived_versions(archive: Path) -> Iterator[list[Body]]:
 @dry
 @json_flag
 @address
-@settings_flags(*_SETTINGS, **_DAEMON)
+@settings_flags(*SETTINGS, **DAEMON)
 def reap(
     *,
     older_than: float,

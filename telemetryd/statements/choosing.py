@@ -15,6 +15,7 @@ from telemetryd.queries import (
 from telemetryd.runs import (
     SqlValue,
 )
+from telemetryd.statements.rollups import FACTS
 
 # Which index serves which equality filters. Every index goes on with created_at and the rowid, so a walk
 # backwards is already in order. Where an index has the status but the query has not, the walk is a merge of
@@ -55,7 +56,7 @@ def select_prunable(command: PruneRuns) -> tuple[str, dict[str, SqlValue]]:
         conditions.append("updated_at = json_extract(value, '$[1]')")
         values["versions"] = orjson.dumps(command.versions).decode()
     return (
-        "SELECT agent_runs.id, agent_name, job_type, status, created_at "  # noqa: S608 - our own words
+        f"SELECT agent_runs.id, {', '.join(FACTS)} "  # noqa: S608 - our own words
         f"FROM {source} "
         f"WHERE {' AND '.join(conditions)} ORDER BY created_at LIMIT :limit",
         {**values, "limit": command.limit},

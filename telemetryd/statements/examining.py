@@ -10,6 +10,7 @@ from telemetryd import migrate
 from telemetryd.runs import (
     COLUMNS,
 )
+from telemetryd.statements import rollups
 
 _WRONG_TOTALS: Final = """
     WITH counted AS (
@@ -100,12 +101,13 @@ def delete_strays(connection: sqlite3.Connection) -> dict[str, int]:
 
 
 def count_wrong_totals(connection: sqlite3.Connection) -> int:
-    """Count the totals that differ from what the table holds."""
-    return int(connection.execute(_WRONG_TOTALS).fetchone()[0])
+    """Count the totals and statistics that differ from what the table holds."""
+    return int(connection.execute(_WRONG_TOTALS).fetchone()[0]) + rollups.count_wrong(connection)
 
 
 def recount_totals(connection: sqlite3.Connection) -> None:
-    """Count every total again, inside the caller's transaction."""
+    """Count every total and the statistics again, inside the caller's transaction."""
     for table in ("run_totals", "run_minutes", "run_hours"):
         connection.execute(f"DELETE FROM {table}")  # noqa: S608 - one of three names
     migrate.derive(connection)
+    rollups.rebuild(connection)

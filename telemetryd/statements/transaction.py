@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, fields
 from functools import cache
 from itertools import chain, groupby
-from typing import Final
+from operator import itemgetter
+from typing import Any, Final
 
 import orjson
 
@@ -35,18 +36,17 @@ from telemetryd.commands import (
 )
 from telemetryd.events import TIMESTAMP
 from telemetryd.runs import (
-    AGENT_NAME,
     CREATED_AT,
     EVENT_ID,
-    JOB_TYPE,
     START_TIME,
-    STATUS,
     STORED,
     Row,
     SqlValue,
     Status,
 )
+from telemetryd.statements import rollups
 from telemetryd.statements.choosing import select_prunable, select_stale
+from telemetryd.statements.rollups import FACTS, Facts
 
 MINUTE: Final = len("2025-12-24T10:00")
 HOUR: Final = len("2025-12-24T10")
@@ -78,7 +78,9 @@ _LAST_EVENT_IDS: Final = """
     SELECT json_group_array(event_id) FROM agent_runs WHERE id > (SELECT max(id) FROM agent_runs) - ?
 """
 
-_FIND_RUN: Final = "SELECT id, run_id, agent_name, job_type, status FROM agent_runs WHERE event_id = ?"
+_facts_of: Final = itemgetter(*map(STORED.index, FACTS))
+_STATUS: Final = FACTS.index("status")
+_FIND_RUN: Final = f"SELECT id, run_id, {', '.join(FACTS)} FROM agent_runs WHERE event_id = ?"  # noqa: S608 - names from the definition
 
 PROCESS: Final = tuple(field.name for field in fields(Process))
 _REGISTER: Final = f"""
@@ -86,20 +88,21 @@ _REGISTER: Final = f"""
     VALUES (:run, :now, {", ".join(f":{name}" for name in PROCESS)})
 """  # noqa: S608 - column names from the definition of a process
 
-_REGISTERED: Final = """
-    SELECT run, event_id, agent_name, job_type, status
+_REGISTERED: Final = f"""
+    SELECT run, event_id, {", ".join(FACTS)}
     FROM run_processes AS p INDEXED BY idx_processes_waiting CROSS JOIN agent_runs ON agent_runs.id = run
     WHERE certified_at IS NULL AND p.pid = :pid AND p.start_time = :start_time AND p.boot_id = :boot_id
         AND p.pid_namespace = :pid_namespace
     LIMIT :limit
-"""
-_FAIL: Final = """
+"""  # noqa: S608 - names from the definition
+_FAIL: Final = f"""
     UPDATE agent_runs SET
         status = 'failure', end_time = max(:ended_at, start_time), updated_at = :now,
         duration_ms = max(0, CAST(round((julianday(:ended_at) - julianday(start_time)) * 86400000) AS INTEGER)),
         error_summary = :error_summary, error_details = :error_details
     WHERE id = :run AND status = 'running'
-"""
+    RETURNING {", ".join(FACTS)}
+"""  # noqa: S608 - names from the definition
 _CERTIFY: Final = """
     UPDATE run_processes SET certified_at = :now, error_summary = :error_summary, error_details = :error_details
     WHERE run = :run
@@ -168,7 +171,7 @@ _REAP: Final = """
         error_summary = 'Stale run cleaned up on startup (created at ' || created_at || ')',
         output_summary = 'Process did not complete - cleanup on restart'
     WHERE id IN ({stale} ORDER BY created_at LIMIT :limit)
-    RETURNING id, agent_name, job_type
+    RETURNING id, {facts}
 """
 
 
@@ -182,9 +185,10 @@ class Transaction:
     def __init__(self, connection: sqlite3.Connection, now: str) -> None:
         self._cursor = connection.cursor()
         self._now = now
-        self._totals: Counter[tuple[str, str, str]] = Counter()
-        self._minutes: Counter[str] = Counter()
-        self._hours: dict[str, tuple[str, str]] = {}
+        self._created: list[Row] = []
+        self._deleted: list[Facts] = []
+        self._changed: list[tuple[Facts, Facts]] = []
+        """What each change found and what it left."""
 
     def apply(self, commands: Sequence[Command]) -> list[Outcome]:
         """Run the commands' statements in order and return their outcomes; the totals follow in `finish`.
@@ -221,32 +225,56 @@ class Transaction:
     @contextmanager
     def savepoint(self) -> Iterator[None]:
         """Undo everything that is applied inside the block if the block fails."""
-        totals, minutes = self._totals.copy(), self._minutes.copy()
+        lists: tuple[list[Any], ...] = (self._created, self._deleted, self._changed)
+        lengths = [*map(len, lists)]
         self._cursor.execute("SAVEPOINT command")
         try:
             yield
         except Exception:
             if self._cursor.connection.in_transaction:
                 self._cursor.execute("ROLLBACK TO command")
-            self._totals, self._minutes = totals, minutes
+            for changes, length in zip(lists, lengths, strict=True):
+                del changes[length:]
             raise
         finally:
             if self._cursor.connection.in_transaction:
                 self._cursor.execute("RELEASE command")
 
     def finish(self) -> None:
-        """Write the totals that the commands changed."""
-        added = [(*key, runs) for key, runs in self._totals.items() if runs > 0]
-        taken = [(*key, -runs) for key, runs in self._totals.items() if runs < 0]
-        minutes_added = [(minute, runs) for minute, runs in self._minutes.items() if runs > 0]
-        minutes_taken = [(minute, -runs) for minute, runs in self._minutes.items() if runs < 0]
-        # A command that was undone may have widened a span; a span too wide costs time, not correctness.
-        spans = [(hour, *span) for hour, span in self._hours.items()]
+        """Write the totals and the statistics that the commands changed."""
+        changes = len(self._created) + len(self._deleted) + len(self._changed)
+        if not changes:
+            return
+        summary: rollups.Summary = {}
+        rollups.summarize(summary, map(_facts_of, self._created))
+        rollups.summarize(summary, self._deleted, -1)
+        rollups.summarize(summary, (old for old, _ in self._changed), -1)
+        rollups.summarize(summary, (new for _, new in self._changed))
+        totals: Counter[tuple[str, str, str]] = Counter()
+        for (_, agent_name, job_type, status), (sums, _) in summary.items():
+            totals[agent_name, job_type, status] += sums[0]
+        minutes = Counter(str(row[CREATED_AT])[:MINUTE] for row in self._created)
+        minutes.subtract(facts[0][:MINUTE] for facts in self._deleted)
+        added = [(*key, runs) for key, runs in totals.items() if runs > 0]
+        taken = [(*key, -runs) for key, runs in totals.items() if runs < 0]
+        minutes_added = [(minute, runs) for minute, runs in minutes.items() if runs > 0]
+        minutes_taken = [(minute, -runs) for minute, runs in minutes.items() if runs < 0]
+        spans = [(hour, *span) for hour, span in self._spans().items()]
         for statement, rows in ((_ADD_TO_TOTALS, added), (_ADD_TO_MINUTES, minutes_added), (_WIDEN_HOURS, spans)):
             if rows:
                 self._cursor.execute(statement, (orjson.dumps(rows).decode(),))
         if taken or minutes_taken:
             self._take(taken, minutes_taken)
+        rollups.record(self._cursor, summary, changes)
+
+    def _spans(self) -> dict[str, tuple[str, str]]:
+        """Return for each hour in which runs were created the first and the last of their start times."""
+        spans: dict[str, tuple[str, str]] = {}
+        for row in self._created:
+            hour, start_time = str(row[CREATED_AT])[:HOUR], str(row[START_TIME])
+            first, last = spans.get(hour, (start_time, start_time))
+            spans[hour] = (min(first, start_time), max(last, start_time))
+        return spans
 
     def _take(self, totals: list[tuple[str, str, str, int]], minutes: list[tuple[str, int]]) -> None:
         """Lower totals; where nothing is left of one, a minute or an hour, it leaves no row of zeros behind."""
@@ -261,13 +289,15 @@ class Transaction:
         rows = [self._complete(row) for batch in batches for row in batch]
         inserted = self._insert("agent_runs", rows)
         if inserted == len(rows):
-            self._count(rows)
+            self._created += rows
             return [Created((True,) * len(batch)) for batch in batches]
         last = orjson.loads(self._cursor.execute(_LAST_EVENT_IDS, (inserted,)).fetchone()[0])
         unseen = set(last)
         if len(unseen) != inserted:
             raise sqlite3.InternalError("the ids of new runs are not successive")
-        self._count([row for row in {row[EVENT_ID]: row for row in reversed(rows)}.values() if row[EVENT_ID] in unseen])
+        self._created += [
+            row for row in {row[EVENT_ID]: row for row in reversed(rows)}.values() if row[EVENT_ID] in unseen
+        ]
         outcomes = []
         for batch in batches:
             new = []
@@ -293,19 +323,11 @@ class Transaction:
             return (*row, self._now)
         return (*row[:CREATED_AT], self._now, *row[CREATED_AT + 1 :], self._now)
 
-    def _count(self, new: list[Row]) -> None:
-        for row in new:
-            created_at, start_time = str(row[CREATED_AT]), str(row[START_TIME])
-            self._totals[str(row[AGENT_NAME]), str(row[JOB_TYPE]), str(row[STATUS])] += 1
-            self._minutes[created_at[:MINUTE]] += 1
-            first, last = self._hours.get(created_at[:HOUR], (start_time, start_time))
-            self._hours[created_at[:HOUR]] = (min(first, start_time), max(last, start_time))
-
     def _update(self, command: UpdateRun) -> Updated | None:
         found = self._cursor.execute(_FIND_RUN, (command.event_id,)).fetchone()
         if found is None:
             return None
-        run, run_id, agent_name, job_type, status = found
+        run, run_id, *facts = found
         changes = {**command.changes, "updated_at": self._now}
         assignments = ", ".join(f"{name} = ?" for name in changes)
         if "status" in changes:
@@ -314,7 +336,7 @@ class Transaction:
             f"UPDATE agent_runs SET {assignments} WHERE id = ?",  # noqa: S608 - names from the definition
             (*changes.values(), run),
         )
-        self._move(agent_name, job_type, status, str(changes.get("status", status)))
+        self._note(facts, [changes.get(name, value) for name, value in zip(FACTS, facts, strict=True)])
         return Updated(run_id)
 
     def _take_certificate_back(self, run: int, changes: Mapping[str, SqlValue]) -> str:
@@ -333,10 +355,9 @@ class Transaction:
         columns = self._cursor.execute(f"SELECT {', '.join(said)} FROM agent_runs WHERE id = ?", (run,)).fetchone()  # noqa: S608 - two names
         return "".join(f", {name} = NULL" for name, now in zip(said, columns, strict=True) if now == said[name])
 
-    def _move(self, agent_name: str, job_type: str, old: str, new: str) -> None:
+    def _note(self, old: Sequence[SqlValue], new: Sequence[SqlValue]) -> None:
         if new != old:
-            self._totals[agent_name, job_type, old] -= 1
-            self._totals[agent_name, job_type, new] += 1
+            self._changed.append((tuple(old), tuple(new)))
 
     def _create_events(self, command: CreateEvents) -> EventsCreated | None:
         found = self._cursor.execute(_FIND_RUN, (command.event_id,)).fetchone()
@@ -353,8 +374,8 @@ class Transaction:
         found = self._cursor.execute(_FIND_RUN, (command.event_id,)).fetchone()
         if found is None:
             return Registration.NO_RUN
-        run, *_, status = found
-        if status != Status.RUNNING:
+        run, _, *facts = found
+        if facts[_STATUS] != Status.RUNNING:
             return Registration.NOT_RUNNING
         self._cursor.execute(_REGISTER, {"run": run, "now": self._now, **asdict(command.process)})
         return Registration.DONE
@@ -362,14 +383,13 @@ class Transaction:
     def _end_process(self, command: EndProcess) -> ProcessEnded:
         found = self._cursor.execute(_REGISTERED, {**asdict(command.process), "limit": command.limit}).fetchall()
         failed = []
-        for run, event_id, agent_name, job_type, status in found:
-            if command.death is None or status != Status.RUNNING:
+        for run, event_id, *facts in found:
+            if command.death is None or facts[_STATUS] != Status.RUNNING:
                 self._cursor.execute(_FORGET_PROCESS, (run,))
                 continue
             values = {"run": run, "now": self._now, **asdict(command.death)}
-            self._cursor.execute(_FAIL, values)
+            self._note(facts, [*self._cursor.execute(_FAIL, values).fetchall()[0]])
             self._cursor.execute(_CERTIFY, values)
-            self._move(agent_name, job_type, status, str(Status.FAILURE))
             failed.append(event_id)
         return ProcessEnded(tuple(failed), len(found) == command.limit)
 
@@ -382,9 +402,7 @@ class Transaction:
             chosen = [row for row in chosen if row[0] in done_with]
         for deleted in _DELETE_PRUNED:
             self._cursor.executemany(deleted, [row[:1] for row in chosen])
-        for _, agent_name, job_type, status, created_at in chosen:
-            self._totals[agent_name, job_type, status] -= 1
-            self._minutes[created_at[:MINUTE]] -= 1
+        self._deleted += [row[1:] for row in chosen]
         is_more = found == command.limit or len(chosen) < found
         return Pruned(len(chosen), is_more or self._return_space() > 0)
 
@@ -403,9 +421,9 @@ class Transaction:
     def _reap(self, command: ReapRuns) -> Reaped:
         stale, values = select_stale("id", command.stale_before, command.agent_name)
         reaped = self._cursor.execute(
-            _REAP.format(stale=stale), {**values, "now": self._now, "limit": command.limit}
+            _REAP.format(stale=stale, facts=", ".join(FACTS)), {**values, "now": self._now, "limit": command.limit}
         ).fetchall()
         self._cursor.executemany(_FORGET_PROCESS, [row[:1] for row in reaped])
-        for _, agent_name, job_type in reaped:
-            self._move(agent_name, job_type, str(Status.RUNNING), str(Status.CANCELLED))
+        for _, *facts in reaped:
+            self._note([*facts[:_STATUS], str(Status.RUNNING), *facts[_STATUS + 1 :]], facts)
         return Reaped(len(reaped))

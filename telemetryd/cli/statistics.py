@@ -1,0 +1,147 @@
+"""The command that shows statistics of the runs: stats."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Sequence
+from typing import Any, Final
+
+import click
+
+from telemetryd.cli.options import failing, json_flag, load_settings, print_json, settings_flags
+from telemetryd.cli.target import Body, find_target
+from telemetryd.cli.upkeep import DAEMON, SETTINGS, address
+from telemetryd.settings import Settings
+
+_UNITS: Final = ((86_400_000, "d"), (3_600_000, "h"), (60_000, "min"), (1000, "s"))
+_HEADINGS: Final = ("runs", "success", "done", "failed", "skipped", "p50", "p95", "p99", "total")
+_NARROWEST: Final = 6
+"""Characters that a name is left at least, however narrow the terminal is."""
+
+
+@click.command()
+@click.option(
+    "--group-by",
+    default="agent_name",
+    show_default=True,
+    metavar="NAMES",
+    help="Some of agent_name, job_type, status, separated by commas; an empty text adds all up.",
+)
+@click.option("--bucket", metavar="SPAN", help="Group by time as well: 1h, 6h, 1d, 1w.")
+@click.option("--from", "begin", default="-24h", show_default=True, metavar="TIME", help="A time, or an age: -7d.")
+@click.option("--to", "end", default="now", show_default=True, metavar="TIME", help="A time, an age, or now.")
+@click.option("--agent", "agent_name", metavar="NAMES", help="Only these agents: a,b or web-*.")
+@click.option("--job", "job_type", metavar="NAMES", help="Only these job types.")
+@click.option("--status", metavar="STATUSES", help="Only these statuses: failure,timeout.")
+@json_flag
+@address
+@settings_flags(*SETTINGS, **DAEMON)
+def stats(
+    *,
+    group_by: str,
+    bucket: str | None,
+    begin: str,
+    end: str,
+    agent_name: str | None,
+    job_type: str | None,
+    status: str | None,
+    as_json: bool,
+    url: str | None,
+    **flags: Any,
+) -> None:
+    r"""Show how many runs there were, how many succeeded, and how long they took.
+
+    Times are those of created_at, in whole hours (UTC). Quantiles of durations are within 1 % of the exact ones. The
+    running daemon is asked, or the database directly if none runs.
+
+    \b
+    Examples:
+      telemetryd stats
+      telemetryd stats --group-by agent_name,status --from -7d
+      telemetryd stats --group-by '' --bucket 1d --from -30d
+      telemetryd stats --agent 'hugo-*' --bucket 1h --json --unix /run/telemetryd/telemetryd.sock
+    """
+    settings = load_settings(flags).settings
+    given = {
+        "group_by": group_by or None,
+        "bucket": bucket,
+        "from": begin,
+        "to": end,
+        "agent_name": agent_name,
+        "job_type": job_type,
+        "status": status,
+    }
+    parameters = {name: value for name, value in given.items() if value is not None}
+    with failing():
+        answer = asyncio.run(_fetch(settings, url, parameters))
+    if as_json:
+        print_json(answer)
+    else:
+        click.echo(table(answer, shutil.get_terminal_size((100, 24)).columns))
+
+
+async def _fetch(settings: Settings, url: str | None, parameters: dict[str, str]) -> Body:
+    async with find_target(settings, url) as target:
+        return await target.stats(parameters)
+
+
+def table(answer: Body, width: int) -> str:
+    """Return the answer as lines for people; names are cut so that the lines fit, as far as that is possible."""
+    span = f"{answer['from']} to {answer['to']}"
+    groups: list[Body] = answer["groups"]
+    if not groups:
+        return f"No runs were created from {span}"
+    names = [*(["bucket"] if answer["bucket"] else []), *answer["group_by"]]
+    is_whole_days = all("T00:" in group.get("bucket", "T00:") for group in groups)
+    named = [[_name(group, name, is_whole_days=is_whole_days) for name in names] for group in groups]
+    figures = [_figures(group) for group in groups]
+    name_widths, figure_widths = _widths([names, *named]), _widths([_HEADINGS, *figures])
+    room = width - sum(figure_widths) - 2 * (len(figure_widths) + len(names) - 1)
+    cut = range(1 if answer["bucket"] else 0, len(names))
+    while sum(name_widths) > room and max((name_widths[place] for place in cut), default=0) > _NARROWEST:
+        name_widths[max(cut, key=name_widths.__getitem__)] -= 1
+    lines = [
+        "  ".join(
+            [
+                *(_cut(text, size).ljust(size) for text, size in zip(left, name_widths, strict=True)),
+                *(text.rjust(size) for text, size in zip(right, figure_widths, strict=True)),
+            ]
+        )
+        for left, right in zip([names, *named], [_HEADINGS, *figures], strict=True)
+    ]
+    return "\n".join([f"Runs created from {span}", *lines])
+
+
+def _name(group: Body, name: str, *, is_whole_days: bool) -> str:
+    if name != "bucket":
+        return str(group[name])
+    date, _, time = str(group[name]).partition("T")
+    return date if is_whole_days else f"{date} {time[:5]}"
+
+
+def _figures(group: Body) -> Sequence[str]:
+    rate, times = group["success_rate"], group["duration_ms"]
+    return (
+        f"{group['runs']:,}",
+        "-" if rate is None else f"{rate:.1%}",
+        *(f"{group[f'items_{word}']:,.0f}" for word in ("succeeded", "failed", "skipped")),
+        *(_duration(times[name]) for name in ("p50", "p95", "p99", "sum")),
+    )
+
+
+def _duration(ms: float | None) -> str:
+    if ms is None:
+        return "-"
+    for size, unit in _UNITS:
+        if ms >= size:
+            return f"{ms / size:.1f} {unit}"
+    return f"{ms:.0f} ms"
+
+
+def _widths(rows: Sequence[Sequence[str]]) -> list[int]:
+    return [max(map(len, column)) for column in zip(*rows, strict=True)]
+
+
+def _cut(text: str, size: int) -> str:
+    return text if len(text) <= size else text[: size - 1] + "…"
