@@ -55,7 +55,7 @@ def select_prunable(command: PruneRuns) -> tuple[str, dict[str, SqlValue]]:
         conditions.append("updated_at = json_extract(value, '$[1]')")
         values["versions"] = orjson.dumps(command.versions).decode()
     return (
-        "SELECT agent_runs.id, agent_name, job_type, status, created_at "  # noqa: S608 - our own words
+        "SELECT agent_runs.id, agent_name, job_type, status, created_at, event_id "  # noqa: S608 - our own words
         f"FROM {source} "
         f"WHERE {' AND '.join(conditions)} ORDER BY created_at LIMIT :limit",
         {**values, "limit": command.limit},

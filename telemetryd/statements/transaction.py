@@ -47,6 +47,7 @@ from telemetryd.runs import (
     Status,
 )
 from telemetryd.statements.choosing import select_prunable, select_stale
+from telemetryd.statements.sequence import Sequence as CommitSequence
 
 MINUTE: Final = len("2025-12-24T10:00")
 HOUR: Final = len("2025-12-24T10")
@@ -63,20 +64,22 @@ _INSERTED: Final = {
 
 
 @cache
-def _insert_into(table: str, rows: int) -> str:
-    """Return the statement that stores so many rows, except those whose key is known already."""
+def _insert_into(table: str, rows: int, *, numbered: bool = False) -> str:
+    """Return the statement that stores so many rows, except those whose key is known already.
+
+    If it is numbered, its first parameter is the id of the first row, and each row has the next one; otherwise
+    SQLite gives each the largest id plus one (sqlite.org/autoinc.html).
+    """
     columns, key = _INSERTED[table]
-    places = f"({', '.join('?' * len(columns))})"
+    places = ", ".join("?" * len(columns))
+    given = [f"(?1 + {row}, {places})" for row in range(rows)] if numbered else [f"({places})"] * rows
     return f"""
-        INSERT INTO {table} ({", ".join(columns)}) VALUES {", ".join([places] * rows)}
+        INSERT INTO {table} ({"id, " if numbered else ""}{", ".join(columns)}) VALUES {", ".join(given)}
         ON CONFLICT ({key}) DO NOTHING
     """  # noqa: S608 - names from the definitions of a run and an event
 
 
-# Rows that were inserted next to each other have successive ids (sqlite.org/autoinc.html: the largest plus one).
-_LAST_EVENT_IDS: Final = """
-    SELECT json_group_array(event_id) FROM agent_runs WHERE id > (SELECT max(id) FROM agent_runs) - ?
-"""
+_EVENT_IDS_BEHIND: Final = "SELECT json_group_array(event_id) FROM agent_runs WHERE id > ?"
 
 _FIND_RUN: Final = "SELECT id, run_id, agent_name, job_type, status FROM agent_runs WHERE event_id = ?"
 
@@ -153,6 +156,7 @@ _WITHOUT_EVENTS: Final = """
 _DELETE_PRUNED: Final = (
     "DELETE FROM agent_runs WHERE id = ?",
     "DELETE FROM run_processes WHERE run = ?",
+    "DELETE FROM run_changes WHERE run = ?",
     "DELETE FROM unconverted_values WHERE run = ?",
 )
 
@@ -185,6 +189,7 @@ class Transaction:
         self._totals: Counter[tuple[str, str, str]] = Counter()
         self._minutes: Counter[str] = Counter()
         self._hours: dict[str, tuple[str, str]] = {}
+        self._sequence = CommitSequence(self._cursor)
 
     def apply(self, commands: Sequence[Command]) -> list[Outcome]:
         """Run the commands' statements in order and return their outcomes; the totals follow in `finish`.
@@ -221,7 +226,7 @@ class Transaction:
     @contextmanager
     def savepoint(self) -> Iterator[None]:
         """Undo everything that is applied inside the block if the block fails."""
-        totals, minutes = self._totals.copy(), self._minutes.copy()
+        totals, minutes, sequence = self._totals.copy(), self._minutes.copy(), self._sequence.state()
         self._cursor.execute("SAVEPOINT command")
         try:
             yield
@@ -229,13 +234,15 @@ class Transaction:
             if self._cursor.connection.in_transaction:
                 self._cursor.execute("ROLLBACK TO command")
             self._totals, self._minutes = totals, minutes
+            self._sequence.restore(sequence)
             raise
         finally:
             if self._cursor.connection.in_transaction:
                 self._cursor.execute("RELEASE command")
 
     def finish(self) -> None:
-        """Write the totals that the commands changed."""
+        """Write the totals that the commands changed, and which runs they changed."""
+        self._sequence.finish()
         added = [(*key, runs) for key, runs in self._totals.items() if runs > 0]
         taken = [(*key, -runs) for key, runs in self._totals.items() if runs < 0]
         minutes_added = [(minute, runs) for minute, runs in self._minutes.items() if runs > 0]
@@ -259,14 +266,15 @@ class Transaction:
 
     def _create(self, batches: list[tuple[Row, ...]]) -> list[Created]:
         rows = [self._complete(row) for batch in batches for row in batch]
-        inserted = self._insert("agent_runs", rows)
+        before = self._sequence.last
+        inserted = self._insert_runs(rows)
         if inserted == len(rows):
             self._count(rows)
             return [Created((True,) * len(batch)) for batch in batches]
-        last = orjson.loads(self._cursor.execute(_LAST_EVENT_IDS, (inserted,)).fetchone()[0])
-        unseen = set(last)
+        # Every new run has a number of the sequence behind the last one that was drawn before.
+        unseen = set(orjson.loads(self._cursor.execute(_EVENT_IDS_BEHIND, (before,)).fetchone()[0]))
         if len(unseen) != inserted:
-            raise sqlite3.InternalError("the ids of new runs are not successive")
+            raise sqlite3.InternalError("the new runs are not those behind the last number that was drawn")
         self._count([row for row in {row[EVENT_ID]: row for row in reversed(rows)}.values() if row[EVENT_ID] in unseen])
         outcomes = []
         for batch in batches:
@@ -285,6 +293,22 @@ class Transaction:
                 values = [*chain.from_iterable(rows[start : start + size])]
                 inserted += self._cursor.execute(_insert_into(table, size), values).rowcount
                 start += size
+        return inserted
+
+    def _insert_runs(self, rows: list[Row]) -> int:
+        """Insert runs as `_insert` does, each with the next number of the sequence as its id."""
+        start = inserted = 0
+        for size in _ROWS_AT_ONCE:
+            while self._sequence.is_ahead and len(rows) - start >= size:
+                values = [self._sequence.last + 1, *chain.from_iterable(rows[start : start + size])]
+                new = self._cursor.execute(_insert_into("agent_runs", size, numbered=True), values).rowcount
+                if new:
+                    self._sequence.created(self._cursor.lastrowid or 0)
+                inserted += new
+                start += size
+        if start < len(rows) and (new := self._insert("agent_runs", rows[start:] if start else rows)):
+            self._sequence.created(self._cursor.lastrowid or 0)
+            inserted += new
         return inserted
 
     def _complete(self, row: Row) -> Row:
@@ -314,6 +338,7 @@ class Transaction:
             f"UPDATE agent_runs SET {assignments} WHERE id = ?",  # noqa: S608 - names from the definition
             (*changes.values(), run),
         )
+        self._sequence.changed(run)
         self._move(agent_name, job_type, status, str(changes.get("status", status)))
         return Updated(run_id)
 
@@ -347,6 +372,7 @@ class Transaction:
         inserted = self._insert("run_events", rows)
         if inserted:  # so an archived run is not deleted with events that came later, and it is not stale
             self._cursor.execute("UPDATE agent_runs SET updated_at = ? WHERE id = ?", (self._now, run))
+            self._sequence.changed(run)
         return EventsCreated(inserted)
 
     def _register(self, command: RegisterProcess) -> Registration:
@@ -369,6 +395,7 @@ class Transaction:
             values = {"run": run, "now": self._now, **asdict(command.death)}
             self._cursor.execute(_FAIL, values)
             self._cursor.execute(_CERTIFY, values)
+            self._sequence.changed(run)
             self._move(agent_name, job_type, status, str(Status.FAILURE))
             failed.append(event_id)
         return ProcessEnded(tuple(failed), len(found) == command.limit)
@@ -382,7 +409,8 @@ class Transaction:
             chosen = [row for row in chosen if row[0] in done_with]
         for deleted in _DELETE_PRUNED:
             self._cursor.executemany(deleted, [row[:1] for row in chosen])
-        for _, agent_name, job_type, status, created_at in chosen:
+        self._sequence.deleted((row[0] for row in chosen), [row[-1] for row in chosen])
+        for _, agent_name, job_type, status, created_at, _ in chosen:
             self._totals[agent_name, job_type, status] -= 1
             self._minutes[created_at[:MINUTE]] -= 1
         is_more = found == command.limit or len(chosen) < found
@@ -406,6 +434,7 @@ class Transaction:
             _REAP.format(stale=stale), {**values, "now": self._now, "limit": command.limit}
         ).fetchall()
         self._cursor.executemany(_FORGET_PROCESS, [row[:1] for row in reaped])
-        for _, agent_name, job_type in reaped:
+        for run, agent_name, job_type in reaped:
+            self._sequence.changed(run)
             self._move(agent_name, job_type, str(Status.RUNNING), str(Status.CANCELLED))
         return Reaped(len(reaped))
