@@ -1,4 +1,4 @@
--- The schema of a telemetryd database, version 12.
+-- The schema of a telemetryd database, version 13.
 -- Generated from migrations/ by `make schema`; do not edit.
 
 CREATE TABLE agent_runs (
@@ -48,6 +48,22 @@ CREATE TABLE agent_runs (
     git_commit_source TEXT CHECK (git_commit_source IS NULL OR git_commit_source IN ('manual', 'llm', 'ci')),
     git_commit_author TEXT,
     git_commit_timestamp TEXT
+) STRICT;
+
+CREATE TABLE change_feed (
+    epoch TEXT NOT NULL,
+    floor INTEGER NOT NULL,
+    horizon INTEGER NOT NULL
+) STRICT;
+
+CREATE TABLE run_changes (
+    run INTEGER PRIMARY KEY REFERENCES agent_runs (id) ON DELETE CASCADE,
+    seq INTEGER NOT NULL
+) STRICT;
+
+CREATE TABLE run_deletions (
+    seq INTEGER PRIMARY KEY,
+    event_id TEXT NOT NULL
 ) STRICT;
 
 CREATE TABLE run_events (
@@ -107,6 +123,8 @@ CREATE TABLE unconverted_values (
     PRIMARY KEY (run, field)
 ) STRICT, WITHOUT ROWID;
 
+CREATE UNIQUE INDEX idx_changes_seq ON run_changes (seq);
+
 CREATE UNIQUE INDEX idx_events_key ON run_events (run, event_key);
 
 CREATE INDEX idx_events_time ON run_events (run, timestamp);
@@ -146,4 +164,4 @@ CREATE INDEX idx_runs_status ON agent_runs (status, created_at);
 CREATE INDEX idx_runs_website ON agent_runs (website, created_at) WHERE website IS NOT NULL;
 
 PRAGMA application_id = 1953262948;
-PRAGMA user_version = 12;
+PRAGMA user_version = 13;

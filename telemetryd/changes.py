@@ -1,20 +1,20 @@
-"""A place in the one commit sequence, what can be asked of what lies behind it, and how both are read from a request."""
+"""A place in the one commit sequence, and what can be asked of what lies behind it, as frozen data without SQL."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
-from urllib.parse import urlencode
 
-from telemetryd import queries
-from telemetryd.errors import CursorGoneError, InvalidRequestError
-from telemetryd.runs import COLUMNS, FILTERS, MAX_INTEGER, Row, shorten
+from telemetryd import filters
+from telemetryd.errors import CursorGoneError
+from telemetryd.filters import Filters, Parameters, read_integer, refuse
+from telemetryd.queries import DEFAULT_LIMIT, MAX_LIMIT
+from telemetryd.runs import MAX_INTEGER, Row
 
 MAX_WAIT_S: Final = 60
 PAGE_PARAMETERS: Final = ("after", "begun", "limit", "wait")
-STREAM_PARAMETERS: Final = (*FILTERS, "after")
+STREAM_PARAMETERS: Final = (*filters.PARAMETERS, "after")
 
 BEGINNING: Final = -(2**63)
 """Behind no number: where whoever wants everything begins."""
@@ -40,7 +40,9 @@ class ListChanges:
     """What lies behind a number, in the order of the commits: of each run only its newest change. Answer: `Changes`."""
 
     after: int = BEGINNING
-    limit: int = queries.DEFAULT_LIMIT
+    limit: int = DEFAULT_LIMIT
+    filters: tuple[Filters, ...] = ()
+    """For each of these the answer tells which of the runs match."""
 
 
 Deleted = str
@@ -59,6 +61,8 @@ class Changes:
     epoch: str
     horizon: int
     """Deletions up to this number are forgotten."""
+    matching: tuple[frozenset[int], ...] = ()
+    """For each of the query's filters, the ids of the runs that match."""
 
     @property
     def more(self) -> bool:
@@ -80,15 +84,6 @@ class Changes:
             )
 
 
-Filters = frozenset[tuple[str, str]]
-"""Names of fields with the values that they must have."""
-
-
-def matches(row: Row, filters: Filters) -> bool:
-    """Tell whether a run (in the order of `runs.COLUMNS`) passes every filter."""
-    return all(row[COLUMNS.index(name)] == value for name, value in filters)
-
-
 @dataclass(frozen=True, slots=True)
 class ChangesRequest:
     """What `GET /api/v1/changes` asks for."""
@@ -103,16 +98,18 @@ def parse_changes(query_string: str) -> ChangesRequest:
     """Read the query string of `GET /api/v1/changes`.
 
     Raises:
-        InvalidRequestError: with one sentence that names the parameter, the value and what is allowed.
+        InvalidRequestError: with a sentence for each fault that names the parameter, the value and what is allowed.
 
     """
-    given = queries.parse_parameters(query_string, PAGE_PARAMETERS)
-    return ChangesRequest(
-        _place("after", given["after"]) if "after" in given else Place(BEGINNING),
-        _integer(given, "begun", 0, MAX_INTEGER) if "begun" in given else None,
-        _integer(given, "limit", 1, queries.MAX_LIMIT) if "limit" in given else queries.DEFAULT_LIMIT,
-        _integer(given, "wait", 0, MAX_WAIT_S) if "wait" in given else 0,
+    parameters = Parameters(query_string, PAGE_PARAMETERS)
+    asked = ChangesRequest(
+        parameters.read("after", _place, default=Place(BEGINNING)),
+        parameters.read("begun", read_integer, 0, MAX_INTEGER),
+        parameters.read("limit", read_integer, 1, MAX_LIMIT, default=DEFAULT_LIMIT),
+        parameters.read("wait", read_integer, 0, MAX_WAIT_S, default=0),
     )
+    parameters.finish()
+    return asked
 
 
 def parse_stream(query_string: str, last_event_id: str | None) -> tuple[Place | None, Filters]:
@@ -121,32 +118,21 @@ def parse_stream(query_string: str, last_event_id: str | None) -> tuple[Place | 
     Return where to go on, None for from now on, and the filters.
 
     Raises:
-        InvalidRequestError: with a sentence that names the parameter or the header, the value and what is allowed.
+        InvalidRequestError: with a sentence for each fault that names the parameter, the value and what is allowed.
 
     """
-    given = queries.parse_parameters(query_string, STREAM_PARAMETERS)
-    place = _place("after", given["after"]) if "after" in given else None
-    if last_event_id is not None:
-        place = _place("Last-Event-ID", last_event_id)
-    return place, _filters({name: value for name, value in given.items() if name in FILTERS})
-
-
-def _filters(given: Mapping[str, str]) -> Filters:
-    return frozenset(queries.parse_list(urlencode(given)).equal.items())
+    parameters = Parameters(query_string, STREAM_PARAMETERS)
+    wanted = parameters.read_filters()
+    place = parameters.read("after", _place)
+    parameters.finish()
+    return place if last_event_id is None else _place("Last-Event-ID", last_event_id), wanted
 
 
 def _place(name: str, value: str) -> Place:
     match = _PLACE.fullmatch(value)
     if match is None or int(match[2]) > MAX_INTEGER:
-        raise InvalidRequestError(f"Invalid {name}: {shorten(value)!r}; it must be {_ANY_PLACE}")
+        raise refuse(name, value, _ANY_PLACE)
     return Place(int(match[2]), match[1])
-
-
-def _integer(given: Mapping[str, str], name: str, low: int, high: int) -> int:
-    value = given[name]
-    if re.fullmatch(r"[0-9]{1,19}", value) is None or not low <= int(value) <= high:
-        raise InvalidRequestError(f"Invalid {name}: {shorten(value)!r}; it must be an integer from {low} to {high}")
-    return int(value)
 
 
 def put_beside(changes: Changes, found: list[dict[str, Any]]) -> dict[str, Any]:

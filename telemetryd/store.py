@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final, overload
 
 from telemetryd import migrate
+from telemetryd.changes import Changes, ListChanges
 from telemetryd.commands import (
     Command,
     Created,
@@ -76,7 +77,7 @@ from telemetryd.queries import (
 from telemetryd.reader import Readers
 from telemetryd.runs import Row, format_timestamp, utc_now
 from telemetryd.settings import Settings
-from telemetryd.statements import fetching
+from telemetryd.statements import fetching, following
 from telemetryd.statements.transaction import Transaction
 from telemetryd.writer import GROUP_ROWS, Writer
 
@@ -204,12 +205,14 @@ class Store:
         self._clock = clock
         self._opened: _Opened | None = opened
         self._ownership = ownership
+        self._committed: Callable[[], None] = lambda: None
         self._writer: Writer[Command, Outcome] = Writer(
             opened.connection,
             begin=Transaction,
             clock=lambda: format_timestamp(clock()),
             make_durable=self._check_place,
             at_rest=checkpoint_passively if opened.modes.journal_mode == "WAL" else lambda _: None,
+            committed=self._tell_of_commit,
             reopen=self._reopen,
             busy_timeout_s=settings.db_busy_timeout_ms / 1000,
             queue_max=settings.queue_max,
@@ -368,21 +371,27 @@ class Store:
     async def fetch(self, query: ListProcesses) -> list[Process]: ...
 
     @overload
+    async def fetch(self, query: ListChanges) -> Changes: ...
+
+    @overload
     async def fetch(self, query: CountRuns) -> Counts: ...
 
     @overload
     async def fetch(self, query: CountPrunable | CountStale) -> int: ...
 
     async def fetch(
-        self, query: ListRuns | GetRun | ListEvents | ListProcesses | CountRuns | CountPrunable | CountStale
-    ) -> Page | Row | dict[str, EventPage] | list[Process] | Counts | int | None:
+        self,
+        query: ListRuns | GetRun | ListEvents | ListProcesses | ListChanges | CountRuns | CountPrunable | CountStale,
+    ) -> Page | Row | dict[str, EventPage] | list[Process] | Changes | Counts | int | None:
         """Answer a query; it sees every change that was acknowledged before it.
 
         Raises:
             UnavailableError: if the answer takes too long, or the database cannot be read.
 
         """
-        read: Callable[[sqlite3.Connection], Page | Row | dict[str, EventPage] | list[Process] | Counts | int | None]
+        read: Callable[
+            [sqlite3.Connection], Page | Row | dict[str, EventPage] | list[Process] | Changes | Counts | int | None
+        ]
         match query:
             case ListRuns():
                 read = partial(fetching.fetch_page, query=query)
@@ -390,6 +399,8 @@ class Store:
                 read = partial(fetching.fetch_run, query=query)
             case ListEvents():
                 read = partial(fetching.fetch_events, query=query)
+            case ListChanges():
+                read = partial(following.fetch_changes, query=query)
             case ListProcesses():
                 read = fetching.fetch_processes
             case CountRuns():
@@ -401,6 +412,13 @@ class Store:
             case CountStale():
                 read = partial(fetching.count_stale, query=query)
         return await self._readers.fetch(read)
+
+    def watch_commits(self, committed: Callable[[], None]) -> None:
+        """Call a function after each commit, in the event loop; it has to be quick."""
+        self._committed = committed
+
+    def _tell_of_commit(self) -> None:
+        self._committed()
 
     def flow(self) -> str:
         """Tell writers how much to send and how long to pause (the value of the Telemetry-Flow header), at once."""

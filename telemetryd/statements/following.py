@@ -9,7 +9,10 @@ from typing import Final
 import orjson
 
 from telemetryd.changes import Changes, Deleted, ListChanges
+from telemetryd.filters import Filters
 from telemetryd.runs import COLUMNS, TEXTS, Row
+from telemetryd.statements import full_text
+from telemetryd.statements.choosing import conditions
 from telemetryd.statements.sequence import NEWEST
 
 PAGE_BYTES: Final = 8 * 1024 * 1024
@@ -32,8 +35,12 @@ _CREATED: Final = """
 """
 # A cross join is done in the order in which it stands.
 _RUNS: Final = f"""
-    SELECT {", ".join(COLUMNS)} FROM json_each(?) CROSS JOIN agent_runs ON agent_runs.id = value
+    SELECT {", ".join(COLUMNS)} FROM (SELECT value AS number FROM json_each(?)) CROSS JOIN agent_runs ON id = number
 """  # noqa: S608 - names from the definition
+
+_MATCHING: Final = """
+    SELECT id FROM (SELECT value AS number FROM json_each(:ids)) CROSS JOIN agent_runs ON id = number WHERE
+"""
 
 _texts_of: Final = itemgetter(*map(COLUMNS.index, TEXTS))
 
@@ -41,13 +48,22 @@ _Found = list[tuple[int, int | Deleted]]
 
 
 def fetch_changes(connection: sqlite3.Connection, query: ListChanges) -> Changes:
-    """Fetch what lies behind a number, from one snapshot: three walks, none of which goes behind the others' ends."""
+    """Fetch what lies behind a number, from one snapshot: three walks, none of which goes behind the others' ends.
+
+    Raises:
+        InvalidRequestError: if a filter needs the full-text index, and there is none.
+
+    """
+    for filters in query.filters:
+        full_text.require(connection, filters)
     connection.execute("BEGIN")
     try:
         epoch, horizon, newest = connection.execute(_STAND).fetchone()
         found, last = _find(connection, query, newest)
         changes, last = _load(connection, found, last)
-        return Changes(changes, last, newest, epoch, horizon)
+        ids = orjson.dumps([what[0] for _, what in changes if isinstance(what, tuple)]).decode()
+        matching = tuple(_matching(connection, ids, filters) for filters in query.filters)
+        return Changes(changes, last, newest, epoch, horizon, matching)
     finally:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
@@ -87,3 +103,9 @@ def _load(connection: sqlite3.Connection, found: _Found, last: int) -> tuple[lis
         for seq, what in found
         if seq <= last and (not isinstance(what, int) or what in rows)
     ], last
+
+
+def _matching(connection: sqlite3.Connection, ids: str, filters: Filters) -> frozenset[int]:
+    found, values = conditions(filters)
+    sql = f"{_MATCHING} {' AND '.join(found) or 'true'}"
+    return frozenset(run for (run,) in connection.execute(sql, {**values, "ids": ids}))

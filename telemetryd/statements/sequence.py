@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Sequence as Many
+from collections.abc import Iterable
+from collections.abc import Sequence as Many
 from typing import Final
 
 import orjson
@@ -32,8 +33,6 @@ _LAST_FORGOTTEN: Final = """
 """
 _FORGET: Final = ("DELETE FROM run_deletions WHERE seq <= ?", "UPDATE change_feed SET horizon = ?")
 
-NEW_EPOCH: Final = "UPDATE change_feed SET epoch = lower(hex(randomblob(6)))"
-"""To be said where a database is put in the place of another one."""
 KEEP_NUMBERS: Final = f"UPDATE change_feed SET floor = {NEWEST}"  # noqa: S608 - our own words
 """To be said before rows that hold numbers are deleted outside of a `Transaction`."""
 MAKE_FEED: Final = f"""
@@ -56,7 +55,7 @@ class Sequence:
     @property
     def is_ahead(self) -> bool:
         """Whether SQLite would give a new row an id that was drawn already: it takes the largest plus one."""
-        return self.last != self._highest_id
+        return bool(self.last != self._highest_id)
 
     def created(self, highest_id: int) -> None:
         """Take note of new runs, whose ids are numbers of the sequence."""
