@@ -143,7 +143,7 @@ class Following(RuleBasedStateMachine):
     def begin_with_old_runs(self, ids: list[int]) -> None:
         """Runs of a database that is older than the sequence."""
         for number in ids:
-            row = (number, *new(f"old-{number}"))
+            row = (number, *new(f"old-{number}", created_at=NOW))
             names = ", ".join(("id", *(name for name in COLUMNS if name not in ("id", "updated_at")), "updated_at"))
             values = (*row, NOW)
             self.connection.execute(

@@ -210,7 +210,7 @@ async def test_it_is_counted_while_it_is_open_and_logged_when_it_ends(
         async with api.client.get("/metrics", params={"format": "prometheus"}) as response:
             return await response.text()
 
-    with caplog.at_level("INFO", "telemetryd"):
+    with caplog.at_level("INFO", "telemetry_api"):
         async with streaming(api) as events:
             assert "telemetryd_tails_open 1.0" in await metrics()
             await api.post(make_run())
