@@ -11,6 +11,7 @@ import click
 import telemetryd
 from telemetryd.cli import agents, database, serve, upkeep
 from telemetryd.cli.options import NO_FLAG
+from telemetryd.cli.tail import tail
 
 __all__ = ["NO_FLAG", "main"]
 
@@ -48,6 +49,7 @@ for command in (
     database.check,
     upkeep.prune,
     upkeep.reap,
+    tail,
     agents.sync,
     agents.replay,
 ):
