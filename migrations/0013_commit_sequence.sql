@@ -21,3 +21,11 @@ CREATE TABLE change_feed (
 ) STRICT;
 
 INSERT INTO change_feed (epoch, floor, horizon) VALUES (lower(hex(randomblob(6))), 0, 0);
+
+-- How far a follower (`telemetryd follow`) has come in the sequence of another database, whose copy this one is: one
+-- row, or none if it is nobody's copy. `begun` is where that sequence stood when it began.
+CREATE TABLE followed_feed (
+    epoch TEXT NOT NULL,
+    seq INTEGER NOT NULL,
+    begun INTEGER NOT NULL
+) STRICT;

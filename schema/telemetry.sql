@@ -56,6 +56,12 @@ CREATE TABLE change_feed (
     horizon INTEGER NOT NULL
 ) STRICT;
 
+CREATE TABLE followed_feed (
+    epoch TEXT NOT NULL,
+    seq INTEGER NOT NULL,
+    begun INTEGER NOT NULL
+) STRICT;
+
 CREATE TABLE run_changes (
     run INTEGER PRIMARY KEY REFERENCES agent_runs (id) ON DELETE CASCADE,
     seq INTEGER NOT NULL

@@ -85,6 +85,23 @@ class Changes:
 
 
 @dataclass(frozen=True, slots=True)
+class GetFollowed:
+    """How far this database has come as a copy of another one. Answer: `Followed`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Followed:
+    """How far a copy has come."""
+
+    newest: int
+    """The last number that stands in the copy."""
+    place: Place | None
+    """Up to where it has taken over the other database's changes; None if it has taken nothing."""
+    begun: int
+    """Where the other sequence stood when it began."""
+
+
+@dataclass(frozen=True, slots=True)
 class ChangesRequest:
     """What `GET /api/v1/changes` asks for."""
 

@@ -609,3 +609,14 @@ def to_json(row: Row) -> dict[str, Any]:
     run["commit_url"] = commit_url(repo, commit)
     run["repo_url"] = repo_url(repo)
     return run
+
+
+def stored_row(run: Mapping[str, Any]) -> Row:
+    """Return a run as `to_json` gives it in the form in which it is stored (in the order of `STORED`)."""
+    values = dict(run)
+    for name in _JSON_COLUMNS:
+        if values[name] is not None:
+            values[name] = orjson.dumps(values[name]).decode()
+    for name in _BOOLEAN_COLUMNS:
+        values[name] = int(values[name])
+    return tuple(values[name] for name in STORED)

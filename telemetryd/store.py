@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Final, overload
 
 from telemetryd import migrate
-from telemetryd.changes import Changes, ListChanges
+from telemetryd.changes import Changes, Followed, GetFollowed, ListChanges
 from telemetryd.commands import (
+    Applied,
+    ApplyChanges,
     Command,
     Created,
     CreateEvents,
@@ -77,9 +79,14 @@ from telemetryd.queries import (
 from telemetryd.reader import Readers
 from telemetryd.runs import Row, format_timestamp, utc_now
 from telemetryd.settings import Settings
-from telemetryd.statements import fetching, following
+from telemetryd.statements import copying, fetching, following
 from telemetryd.statements.transaction import Transaction
 from telemetryd.writer import GROUP_ROWS, Writer
+
+Query = (
+    ListRuns | GetRun | ListEvents | ListProcesses | ListChanges | GetFollowed | CountRuns | CountPrunable | CountStale
+)
+Answer = Page | Row | dict[str, EventPage] | list[Process] | Changes | Followed | Counts | int | None
 
 _LOOK_EVERY_S: Final = 1.0
 _BUSY_SLICE_MS: Final = 2_000
@@ -344,6 +351,9 @@ class Store:
     async def submit(self, command: PruneRuns) -> Pruned: ...
 
     @overload
+    async def submit(self, command: ApplyChanges) -> Applied: ...
+
+    @overload
     async def submit(self, command: ReapRuns) -> Reaped: ...
 
     async def submit(self, command: Command) -> Outcome:
@@ -371,6 +381,9 @@ class Store:
     async def fetch(self, query: ListProcesses) -> list[Process]: ...
 
     @overload
+    async def fetch(self, query: GetFollowed) -> Followed: ...
+
+    @overload
     async def fetch(self, query: ListChanges) -> Changes: ...
 
     @overload
@@ -379,19 +392,14 @@ class Store:
     @overload
     async def fetch(self, query: CountPrunable | CountStale) -> int: ...
 
-    async def fetch(
-        self,
-        query: ListRuns | GetRun | ListEvents | ListProcesses | ListChanges | CountRuns | CountPrunable | CountStale,
-    ) -> Page | Row | dict[str, EventPage] | list[Process] | Changes | Counts | int | None:
+    async def fetch(self, query: Query) -> Answer:
         """Answer a query; it sees every change that was acknowledged before it.
 
         Raises:
             UnavailableError: if the answer takes too long, or the database cannot be read.
 
         """
-        read: Callable[
-            [sqlite3.Connection], Page | Row | dict[str, EventPage] | list[Process] | Changes | Counts | int | None
-        ]
+        read: Callable[[sqlite3.Connection], Answer]
         match query:
             case ListRuns():
                 read = partial(fetching.fetch_page, query=query)
@@ -399,6 +407,8 @@ class Store:
                 read = partial(fetching.fetch_run, query=query)
             case ListEvents():
                 read = partial(fetching.fetch_events, query=query)
+            case GetFollowed():
+                read = copying.fetch_followed
             case ListChanges():
                 read = partial(following.fetch_changes, query=query)
             case ListProcesses():

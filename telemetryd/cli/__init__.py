@@ -10,6 +10,7 @@ import click
 
 import telemetryd
 from telemetryd.cli import agents, database, serve, upkeep
+from telemetryd.cli.follow import follow
 from telemetryd.cli.options import NO_FLAG
 from telemetryd.cli.tail import tail
 
@@ -50,6 +51,7 @@ for command in (
     upkeep.prune,
     upkeep.reap,
     tail,
+    follow,
     agents.sync,
     agents.replay,
 ):

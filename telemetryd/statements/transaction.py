@@ -15,7 +15,10 @@ import orjson
 
 from telemetryd import events
 from telemetryd.commands import (
+    Applied,
+    ApplyChanges,
     Command,
+    CopiedRun,
     Created,
     CreateEvents,
     CreateRuns,
@@ -46,6 +49,7 @@ from telemetryd.runs import (
     SqlValue,
     Status,
 )
+from telemetryd.statements import copying
 from telemetryd.statements.choosing import select_prunable, select_stale
 from telemetryd.statements.sequence import Sequence as CommitSequence
 
@@ -221,6 +225,8 @@ class Transaction:
                 outcome = self._prune(command)
             case ReapRuns():
                 outcome = self._reap(command)
+            case ApplyChanges():
+                outcome = self._apply_changes(command)
         return outcome
 
     @contextmanager
@@ -415,6 +421,13 @@ class Transaction:
             self._minutes[created_at[:MINUTE]] -= 1
         is_more = found == command.limit or len(chosen) < found
         return Pruned(len(chosen), is_more or self._return_space() > 0)
+
+    def _apply_changes(self, command: ApplyChanges) -> Applied:
+        for agent_name, job_type, status, created_at in copying.apply_changes(self._cursor, command):
+            self._totals[agent_name, job_type, status] -= 1
+            self._minutes[created_at[:MINUTE]] -= 1
+        self._count([what.row for _, what in command.changes if isinstance(what, CopiedRun)])
+        return Applied(len(command.changes))
 
     def _return_space(self) -> int:
         """Return some free pages to the file system; tell how many are left that can be returned."""
