@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from telemetryd.runs import Row, SqlValue
+from telemetryd.runs import EVENT_ID, Row, SqlValue
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,5 +218,48 @@ class Reaped:
     runs: int
 
 
-Command = CreateRuns | UpdateRun | CreateEvents | RegisterProcess | EndProcess | PruneRuns | ReapRuns
-Outcome = Created | Updated | EventsCreated | Registration | ProcessEnded | Pruned | Reaped | None
+@dataclass(frozen=True, slots=True)
+class CopiedRun:
+    """A run of another database, to be stored as it is."""
+
+    id: int
+    row: Row
+    updated_at: str
+
+    @property
+    def event_id(self) -> str:
+        """Its event_id."""
+        return str(self.row[EVENT_ID])
+
+
+@dataclass(frozen=True, slots=True)
+class ApplyChanges:
+    """Take over changes of the database that this one is a copy of. Outcome: `Applied`."""
+
+    changes: tuple[tuple[int, CopiedRun | str], ...]
+    """Numbers with runs, or with the event_ids of deleted ones, in their order."""
+    epoch: str
+    last: int
+    """Up to which number these are all the changes."""
+    begun: int
+
+    @property
+    def cost(self) -> int:
+        """How many rows it touches at most."""
+        return len(self.changes)
+
+    @property
+    def size(self) -> int:
+        """About how many bytes it holds."""
+        return 0
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """How many changes an `ApplyChanges` took over."""
+
+    changes: int
+
+
+Command = CreateRuns | UpdateRun | CreateEvents | RegisterProcess | EndProcess | PruneRuns | ReapRuns | ApplyChanges
+Outcome = Created | Updated | EventsCreated | Registration | ProcessEnded | Pruned | Reaped | Applied | None

@@ -56,6 +56,10 @@ class RunNotFoundError(TelemetrydError):
         super().__init__(f"Run not found: {event_id}")
 
 
+class CursorGoneError(TelemetrydError):
+    """What lies behind this place is not known any more; the message says why. Begin again."""
+
+
 class NotWatchedError(TelemetrydError):
     """The process cannot be watched; the message says why. Heartbeats can stand in."""
 
@@ -82,6 +86,12 @@ class SlowBodyError(UnavailableError):
 
 class TooManyBodiesError(UnavailableError):
     """Too many large bodies are being received; try again shortly."""
+
+
+class TooManyTailsError(UnavailableError):
+    """Too many streams are open; try again later."""
+
+    retry_after_seconds = 10
 
 
 class NoMemoryError(UnavailableError):

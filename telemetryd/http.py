@@ -32,6 +32,7 @@ from telemetryd.middleware import NOTE, REASON, Handler, json_response, middlewa
 from telemetryd.openapi import EVENT_ID, INCLUDE, INTEGER, STRING, WARNINGS, Operation, obj, ref
 from telemetryd.settings import Settings
 from telemetryd.store import Store
+from telemetryd.tails import add_feed, list_changes, stream_runs
 
 STORE: Final = web.AppKey("store", Store)
 SETTINGS: Final = web.AppKey("settings", Settings)
@@ -591,6 +592,55 @@ ROUTES: Final[tuple[Route, ...]] = (
             errors=(400, 503),
         ),
     ),
+    Route(  # before the runs themselves: one whose event_id is "stream" is found in the list
+        "GET",
+        "/api/v1/runs/stream",
+        stream_runs,
+        Operation(
+            "Follow the runs",
+            "Server-sent events: `run` with each run that is created or changed, after its commit, as one answers it; "
+            "`missed` with the number of changes that were left out because the client was too slow. Whoever comes "
+            "back with the last id goes on there, also after a restart of the daemon.",
+            parameters=openapi.stream_parameters(),
+            answers={200: ("Events without an end.", STRING)},
+            answer_type="text/event-stream",
+            errors=(400, 503),
+        ),
+    ),
+    Route(
+        "GET",
+        "/api/v1/changes",
+        list_changes,
+        Operation(
+            "List the changes behind a number of the commit sequence",
+            "In the order of the commits; of each run only its newest change, with the run as it is now. Go on with "
+            "`last` as `after`, while `more` is true at once.",
+            parameters=openapi.change_parameters(),
+            answers={
+                200: (
+                    "The changes.",
+                    obj(
+                        {
+                            "changes": {
+                                "type": "array",
+                                "items": {
+                                    "anyOf": [
+                                        obj({"seq": {"type": "integer"}, "run": ref("Run")}),
+                                        obj({"seq": INTEGER, "deleted": STRING}),
+                                    ]
+                                },
+                            },
+                            "last": INTEGER,
+                            "more": {"type": "boolean"},
+                            "newest": INTEGER,
+                            "epoch": STRING,
+                        }
+                    ),
+                )
+            },
+            errors=(400, 410, 503),
+        ),
+    ),
     Route(
         "GET",
         "/api/v1/runs/{event_id}",
@@ -918,6 +968,7 @@ def make_app(store: Store, settings: Settings, metrics: Metrics) -> web.Applicat
     app[STORE], app[SETTINGS], app[METRICS] = store, settings, metrics
     app[CERTIFICATES] = Certificates(store, settings, metrics)
     app.cleanup_ctx.append(_watch_processes)
+    add_feed(app, store, metrics)
     app[BODIES] = Bodies(settings.max_body_bytes)
     app[DOCUMENT] = orjson.dumps(openapi.document(operations(), needs_token=settings.api_auth_enabled))
     # aiohttp's own pattern of a variable part leaves out braces, which an event_id may hold.

@@ -29,6 +29,7 @@ from telemetryd import flow
 from telemetryd.errors import (
     BodyTooLargeError,
     CommandFailedError,
+    CursorGoneError,
     InvalidBodyError,
     InvalidRequestError,
     NoMemoryError,
@@ -62,6 +63,7 @@ STATUSES: Final[tuple[tuple[type[TelemetrydError], int], ...]] = (
     (InvalidRequestError, 400),
     (RunNotFoundError, 404),
     (NotWatchedError, 409),
+    (CursorGoneError, 410),
     (BodyTooLargeError, 413),
     (UnsupportedBodyError, 415),
     (UnavailableError, 503),
@@ -93,6 +95,12 @@ def json_response(payload: object, status: int = 200, headers: Mapping[str, str]
     """Return an answer in JSON."""
     return web.Response(body=orjson.dumps(payload), status=status, headers=headers, content_type=_JSON)
 
+
+IDENTITY: Final = web.RequestKey("identity", str)
+"""The request's id, for an answer that is sent before its handler returns."""
+
+WAITED: Final = web.ResponseKey("waited", float)
+"""For how many seconds a handler only waited for something to tell; they do not count as time that it took."""
 
 REASON: Final = web.ResponseKey("reason", str)
 """Why a request was refused, for the log."""
@@ -307,7 +315,7 @@ def middleware(settings: Settings, metrics: Metrics, advice: Callable[[], str]) 
     @web.middleware
     async def pass_through(request: web.Request, handler: Handler) -> web.StreamResponse:
         started = time.perf_counter()
-        identity = request_id(request)
+        identity = request[IDENTITY] = request_id(request)
         note = request[NOTE] = Note()
         problem: BaseException | None = None
         try:
@@ -331,7 +339,7 @@ def middleware(settings: Settings, metrics: Metrics, advice: Callable[[], str]) 
         mark(response, identity)
         if gate.may_advise(request, response.status):
             response.headers[flow.HEADER] = advice()
-        seconds = time.perf_counter() - started
+        seconds = time.perf_counter() - started - response.get(WAITED, 0.0)
         endpoint = await _endpoint(request)
         metrics.count_request(request.method, endpoint, response.status, seconds)
         if isinstance(problem, UnavailableError) and request.method in flow.METHODS:

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 import telemetryd
-from telemetryd import admin, certificates, events, flow, queries, runs, sketches, stats
+from telemetryd import admin, certificates, changes, events, filters, flow, queries, runs, sketches, stats
 
 _REF: Final = "#/components/schemas/{model}"
 Schema = dict[str, Any]
@@ -31,6 +31,7 @@ class Operation:
     """A body that works; a list is one item a line for NDJSON."""
     parameters: tuple[Schema, ...] = ()
     answers: dict[int, tuple[str, Schema]] = field(default_factory=dict)
+    answer_type: str = "application/json"
     other_answer_types: tuple[str, ...] = ()
     """Media types of a successful answer beside JSON; they hold text."""
     errors: tuple[int, ...] = ()
@@ -70,6 +71,7 @@ _ERROR_TEXTS: Final = {
     403: "Protected mode: only this machine is served.",
     404: "There is no such run.",
     409: "The process cannot be watched; send heartbeats instead.",
+    410: "What lies behind this place is not known any more; begin again, without `after`.",
     413: "The body or the batch is too large.",
     415: "The media type or the content coding is not known.",
     422: "The body is wrong; every fault is listed.",
@@ -88,19 +90,93 @@ _FLOW: Final = {
 _EVERYWHERE: Final = (401, 403, 429, 500)
 
 
+def _parameter(name: str, text: str, schema: Schema) -> Schema:
+    return {"name": name, "in": "query", "required": False, "description": text, "schema": schema}
+
+
 def list_parameters() -> tuple[Schema, ...]:
     """Return the query parameters of `GET /api/v1/runs`, from the definition of a run and of a query."""
+    cursor = _parameter("cursor", "Where to go on, from the Link header of an earlier answer.", {"type": "string"})
+    return (*filter_parameters(), *page_parameters("Runs"), cursor, INCLUDE)
+
+
+def filter_parameters() -> tuple[Schema, ...]:
+    """Return the query parameters that are filters."""
     fields = runs.Run.model_fields
     stored = _schemas()["Run"]["properties"]
     described: list[tuple[str, str, Schema]] = [
-        (name, f"Only this {name}. {fields[name].description}", _without_title(stored[name])) for name in runs.FILTERS
+        (name, f"{_filter_text(name)} {fields[name].description}", _values_schema(stored[name], name))
+        for name in runs.FILTERS
     ]
     described += [
-        (name, f"Only runs with {column} {comparison} this.", {"type": "string", "format": "date-time"})
-        for name, (column, comparison) in queries.TIME_BOUNDS.items()
+        (name, f"Only runs with {column} {comparison} this: a moment, now, or a time ago such as -2h.", STRING)
+        for name, (column, comparison) in filters.TIME_BOUNDS.items()
     ]
-    cursor = _parameter("cursor", "Where to go on, from the Link header of an earlier answer.", {"type": "string"})
-    return (*(_parameter(*parts) for parts in described), *page_parameters("Runs"), cursor, INCLUDE)
+    described += [
+        ("min_duration_ms", "Only runs that took so many milliseconds or more.", _PLAIN_INTEGER),
+        ("error", "Only runs whose error_summary or error_details holds this text, in any case.", _PLAIN_TEXT),
+        (
+            filters.METRIC,
+            "Only runs with such a value in metrics_json. NAME is its key (with dots for keys inside of keys), and the "
+            f"sign may also be another one of {' '.join(filters.OPERATORS)}: metrics.tokens>1000.",
+            _PLAIN_TEXT,
+        ),
+        ("q", 'Only runs with these words, prefix* and "phrases" in their summaries or errors.', _PLAIN_TEXT),
+    ]
+    return tuple(_parameter(*parts) for parts in described)
+
+
+def change_parameters() -> tuple[Schema, ...]:
+    """Return the query parameters of `GET /api/v1/changes`."""
+    return (
+        _AFTER,
+        _parameter(
+            "begun",
+            "Of whoever began without after: the newest of the first answer. Deletions before it do not matter then.",
+            _PLAIN_INTEGER,
+        ),
+        page_parameters("Changes")[0],
+        _parameter(
+            "wait",
+            "Seconds to wait for a change if there is none behind after.",
+            {"type": "integer", "minimum": 0, "maximum": changes.MAX_WAIT_S, "default": 0},
+        ),
+    )
+
+
+def stream_parameters() -> tuple[Schema, ...]:
+    """Return the parameters of `GET /api/v1/runs/stream`."""
+    header = {
+        "name": "Last-Event-ID",
+        "in": "header",
+        "required": False,
+        "description": "As after, which it overrules; a browser that comes back sends it by itself.",
+        "schema": _PLACE,
+    }
+    return (*filter_parameters(), _AFTER, header)
+
+
+_PLAIN_TEXT: Final[Schema] = {"type": "string", "minLength": 1, "maxLength": filters.MAX_TEXT}
+_PLAIN_INTEGER: Final[Schema] = {"type": "integer", "minimum": 0, "maximum": runs.MAX_INTEGER}
+
+
+_PLACE: Final[Schema] = {"type": "string", "pattern": r"^([0-9a-f]{12}-)?[0-9]{1,18}$"}
+_AFTER: Final[Schema] = _parameter(
+    "after",
+    "Go on behind this number of the commit sequence; with the epoch before it (as in the id of an event) the answer "
+    "tells if the database is another one since.",
+    _PLACE,
+)
+
+
+def _filter_text(name: str) -> str:
+    wildcards = ", in which * stands for any text" if name == filters.WILDCARD else ""
+    return f"Only this {name}, or one of several with commas between them{wildcards}."
+
+
+def _values_schema(stored: Schema, name: str) -> Schema:
+    """Return what one value of a filter is: a status, or a text; several are one string with commas."""
+    return _without_title(stored) if name == "status" else _PLAIN_TEXT
 
 
 def stats_parameters() -> tuple[Schema, ...]:
@@ -163,10 +239,6 @@ def page_parameters(what: str) -> tuple[Schema, ...]:
     )
 
 
-def _parameter(name: str, text: str, schema: Schema) -> Schema:
-    return {"name": name, "in": "query", "required": False, "description": text, "schema": schema}
-
-
 INCLUDE: Final[Schema] = _parameter(
     "include", "Show each run's first events as well.", {"type": "string", "enum": [queries.EVENTS]}
 )
@@ -210,7 +282,7 @@ def _operation(method: str, path: str, operation: Operation) -> Schema:
             str(status): {
                 "description": text,
                 "content": {
-                    "application/json": {"schema": schema},
+                    operation.answer_type: {"schema": schema},
                     **{kind: {"schema": STRING} for kind in operation.other_answer_types},
                 },
             }

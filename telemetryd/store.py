@@ -16,7 +16,10 @@ from pathlib import Path
 from typing import Any, Final, overload
 
 from telemetryd import migrate
+from telemetryd.changes import Changes, Followed, GetFollowed, ListChanges
 from telemetryd.commands import (
+    Applied,
+    ApplyChanges,
     Command,
     Created,
     CreateEvents,
@@ -76,10 +79,39 @@ from telemetryd.queries import (
 from telemetryd.reader import Readers
 from telemetryd.runs import Row, format_timestamp, utc_now
 from telemetryd.settings import Settings
-from telemetryd.statements import fetching, rollups
+from telemetryd.statements import copying, fetching, following, rollups
 from telemetryd.statements.transaction import MINUTE, Transaction
 from telemetryd.stats import GetStats
 from telemetryd.writer import GROUP_ROWS, Writer
+
+Query = (
+    ListRuns
+    | GetRun
+    | ListEvents
+    | ListProcesses
+    | ListChanges
+    | GetFollowed
+    | CountRuns
+    | CountPrunable
+    | CountStale
+    | GetStats
+)
+Answer = (
+    Page | Row | dict[str, EventPage] | list[Process] | Changes | Followed | Counts | int | list[dict[str, Any]] | None
+)
+
+_READERS: Final[Mapping[type[Query], Callable[..., Answer]]] = {
+    ListRuns: fetching.fetch_page,
+    GetRun: fetching.fetch_run,
+    ListEvents: fetching.fetch_events,
+    ListProcesses: lambda connection, query: fetching.fetch_processes(connection),
+    ListChanges: following.fetch_changes,
+    GetFollowed: lambda connection, query: copying.fetch_followed(connection),
+    CountPrunable: fetching.count_prunable,
+    CountStale: fetching.count_stale,
+    GetStats: rollups.fetch_stats,
+}
+"""What answers each query, given a connection and the query, in a reader's thread."""
 
 _LOOK_EVERY_S: Final = 1.0
 _BUSY_SLICE_MS: Final = 2_000
@@ -205,12 +237,14 @@ class Store:
         self._clock = clock
         self._opened: _Opened | None = opened
         self._ownership = ownership
+        self._committed: Callable[[], None] = lambda: None
         self._writer: Writer[Command, Outcome] = Writer(
             opened.connection,
             begin=Transaction,
             clock=lambda: format_timestamp(clock()),
             make_durable=self._check_place,
             at_rest=checkpoint_passively if opened.modes.journal_mode == "WAL" else lambda _: None,
+            committed=self._tell_of_commit,
             reopen=self._reopen,
             busy_timeout_s=settings.db_busy_timeout_ms / 1000,
             queue_max=settings.queue_max,
@@ -353,6 +387,9 @@ class Store:
     async def submit(self, command: PruneRuns) -> Pruned: ...
 
     @overload
+    async def submit(self, command: ApplyChanges) -> Applied: ...
+
+    @overload
     async def submit(self, command: ReapRuns) -> Reaped: ...
 
     async def submit(self, command: Command) -> Outcome:
@@ -380,6 +417,12 @@ class Store:
     async def fetch(self, query: ListProcesses) -> list[Process]: ...
 
     @overload
+    async def fetch(self, query: GetFollowed) -> Followed: ...
+
+    @overload
+    async def fetch(self, query: ListChanges) -> Changes: ...
+
+    @overload
     async def fetch(self, query: CountRuns) -> Counts: ...
 
     @overload
@@ -388,37 +431,16 @@ class Store:
     @overload
     async def fetch(self, query: GetStats) -> list[dict[str, Any]]: ...
 
-    async def fetch(
-        self, query: ListRuns | GetRun | ListEvents | ListProcesses | CountRuns | CountPrunable | CountStale | GetStats
-    ) -> Page | Row | dict[str, EventPage] | list[Process] | Counts | int | list[dict[str, Any]] | None:
+    async def fetch(self, query: Query) -> Answer:
         """Answer a query; it sees every change that was acknowledged before it.
 
         Raises:
             UnavailableError: if the answer takes too long, or the database cannot be read.
 
         """
-        read: Callable[
-            [sqlite3.Connection],
-            Page | Row | dict[str, EventPage] | list[Process] | Counts | int | list[dict[str, Any]] | None,
-        ]
-        match query:
-            case ListRuns():
-                read = partial(fetching.fetch_page, query=query)
-            case GetRun():
-                read = partial(fetching.fetch_run, query=query)
-            case ListEvents():
-                read = partial(fetching.fetch_events, query=query)
-            case ListProcesses():
-                read = fetching.fetch_processes
-            case CountRuns():
-                return await self._count_runs()
-            case CountPrunable():
-                read = partial(fetching.count_prunable, query=query)
-            case CountStale():
-                read = partial(fetching.count_stale, query=query)
-            case GetStats():
-                read = partial(rollups.fetch_stats, query=query)
-        return await self._readers.fetch(read)
+        if isinstance(query, CountRuns):
+            return await self._count_runs()
+        return await self._readers.fetch(partial(_READERS[type(query)], query=query))
 
     async def _count_runs(self) -> Counts:
         """Return the totals, read again only if a group was committed or a minute has passed since the last time."""
@@ -430,6 +452,13 @@ class Store:
         counts = await self._readers.fetch(partial(fetching.fetch_counts, recent_since=since, now=until))
         self._counted = moment, replace(counts, is_remembered=True)
         return counts
+
+    def watch_commits(self, committed: Callable[[], None]) -> None:
+        """Call a function after each commit, in the event loop; it has to be quick."""
+        self._committed = committed
+
+    def _tell_of_commit(self) -> None:
+        self._committed()
 
     def flow(self) -> str:
         """Tell writers how much to send and how long to pause (the value of the Telemetry-Flow header), at once."""

@@ -99,6 +99,7 @@ class Writer(Generic[C, R]):
         clock: gives that moment, one for each group, as stored text.
         make_durable: called after each COMMIT, before anybody is told.
         at_rest: called once when nothing has come for a while after a COMMIT.
+        committed: called in the event loop after each COMMIT, when everybody is told; it has to be quick.
         reopen: closes everything that is open on the database, opens it again, verifies it, and returns the
             new write connection; called until it raises no `DatabaseError` any more.
         busy_timeout_s: how long a group is tried again while another process has the database locked, in
@@ -120,6 +121,7 @@ class Writer(Generic[C, R]):
         reopen: Callable[[], Awaitable[Connection]],
         busy_timeout_s: float,
         at_rest: Callable[[sqlite3.Connection], None] = lambda _: None,
+        committed: Callable[[], None] = lambda: None,
         queue_max: int,
         queue_bytes: int = QUEUE_BYTES,
         flow: Flow,
@@ -130,6 +132,7 @@ class Writer(Generic[C, R]):
         self._clock = clock
         self._make_durable = make_durable
         self._at_rest = at_rest
+        self._committed = committed
         self._reopen = reopen
         self._busy_timeout_s = busy_timeout_s
         self._queue: asyncio.Queue[_Waiting[C, R] | None] = asyncio.Queue(queue_max)
@@ -334,6 +337,7 @@ class Writer(Generic[C, R]):
                 _fail(entry, outcome)
             elif not entry.future.done():  # its caller may have left
                 entry.future.set_result(outcome)
+        self._committed()
 
     def _learn(self, group: list[_Waiting[C, R]], seconds: float) -> None:
         costs = [entry.command.cost for entry in group]

@@ -10,7 +10,9 @@ import click
 
 import telemetryd
 from telemetryd.cli import agents, database, serve, statistics, upkeep
+from telemetryd.cli.follow import follow
 from telemetryd.cli.options import NO_FLAG
+from telemetryd.cli.tail import tail
 
 __all__ = ["NO_FLAG", "main"]
 
@@ -49,6 +51,8 @@ for command in (
     upkeep.prune,
     upkeep.reap,
     statistics.stats,
+    tail,
+    follow,
     agents.sync,
     agents.replay,
 ):

@@ -11,6 +11,7 @@ from telemetryd.runs import (
     COLUMNS,
 )
 from telemetryd.statements import rollups
+from telemetryd.statements.sequence import KEEP_NUMBERS, MAKE_FEED
 
 _WRONG_TOTALS: Final = """
     WITH counted AS (
@@ -43,6 +44,9 @@ KEEP_ORIGINAL: Final = "INSERT OR IGNORE INTO unconverted_values (run, field, re
 
 BESIDE_RUNS: Final = ("unconverted_values", "run_events", "run_processes")
 """The tables of the schema whose rows a salvage copies as they are."""
+
+_ABOUT_RUNS: Final = (*BESIDE_RUNS, "run_changes")
+"""The tables whose rows refer to runs. A salvage makes a new sequence, in which no run has changed yet."""
 
 FIRST_NUMBER: Final = -(2**63)
 LAST_NUMBER: Final = 2**63 - 1
@@ -88,14 +92,16 @@ _STRAYS: Final = "FROM {table} WHERE run NOT IN (SELECT id FROM agent_runs)"
 
 def count_strays(connection: sqlite3.Connection) -> dict[str, int]:
     """Count the rows that refer to runs that are gone, in each table that has some."""
-    counted = ((table, f"SELECT count(*) {_STRAYS.format(table=table)}") for table in BESIDE_RUNS)
+    counted = ((table, f"SELECT count(*) {_STRAYS.format(table=table)}") for table in _ABOUT_RUNS)
     found = ((table, int(connection.execute(sql).fetchone()[0])) for table, sql in counted)
     return {table: rows for table, rows in found if rows}
 
 
 def delete_strays(connection: sqlite3.Connection) -> dict[str, int]:
     """Delete the rows that refer to runs that are gone: a new run could get the number of theirs. Return how many."""
-    deleted = ((table, f"DELETE {_STRAYS.format(table=table)}") for table in BESIDE_RUNS)
+    connection.execute(MAKE_FEED)
+    connection.execute(KEEP_NUMBERS)
+    deleted = ((table, f"DELETE {_STRAYS.format(table=table)}") for table in _ABOUT_RUNS)
     done = ((table, connection.execute(sql).rowcount) for table, sql in deleted)
     return {table: rows for table, rows in done if rows}
 

@@ -16,7 +16,10 @@ import orjson
 
 from telemetryd import events
 from telemetryd.commands import (
+    Applied,
+    ApplyChanges,
     Command,
+    CopiedRun,
     Created,
     CreateEvents,
     CreateRuns,
@@ -44,9 +47,10 @@ from telemetryd.runs import (
     SqlValue,
     Status,
 )
-from telemetryd.statements import rollups
+from telemetryd.statements import copying, rollups
 from telemetryd.statements.choosing import select_prunable, select_stale
 from telemetryd.statements.rollups import FACTS, Facts
+from telemetryd.statements.sequence import Sequence as CommitSequence
 
 MINUTE: Final = len("2025-12-24T10:00")
 HOUR: Final = len("2025-12-24T10")
@@ -63,20 +67,22 @@ _INSERTED: Final = {
 
 
 @cache
-def _insert_into(table: str, rows: int) -> str:
-    """Return the statement that stores so many rows, except those whose key is known already."""
+def _insert_into(table: str, rows: int, *, numbered: bool = False) -> str:
+    """Return the statement that stores so many rows, except those whose key is known already.
+
+    If it is numbered, its first parameter is the id of the first row, and each row has the next one; otherwise
+    SQLite gives each the largest id plus one (sqlite.org/autoinc.html).
+    """
     columns, key = _INSERTED[table]
-    places = f"({', '.join('?' * len(columns))})"
+    places = ", ".join("?" * len(columns))
+    given = [f"(?1 + {row}, {places})" for row in range(rows)] if numbered else [f"({places})"] * rows
     return f"""
-        INSERT INTO {table} ({", ".join(columns)}) VALUES {", ".join([places] * rows)}
+        INSERT INTO {table} ({"id, " if numbered else ""}{", ".join(columns)}) VALUES {", ".join(given)}
         ON CONFLICT ({key}) DO NOTHING
     """  # noqa: S608 - names from the definitions of a run and an event
 
 
-# Rows that were inserted next to each other have successive ids (sqlite.org/autoinc.html: the largest plus one).
-_LAST_EVENT_IDS: Final = """
-    SELECT json_group_array(event_id) FROM agent_runs WHERE id > (SELECT max(id) FROM agent_runs) - ?
-"""
+_EVENT_IDS_BEHIND: Final = "SELECT json_group_array(event_id) FROM agent_runs WHERE id > ?"
 
 _facts_of: Final = itemgetter(*map(STORED.index, FACTS))
 _STATUS: Final = FACTS.index("status")
@@ -156,6 +162,7 @@ _WITHOUT_EVENTS: Final = """
 _DELETE_PRUNED: Final = (
     "DELETE FROM agent_runs WHERE id = ?",
     "DELETE FROM run_processes WHERE run = ?",
+    "DELETE FROM run_changes WHERE run = ?",
     "DELETE FROM unconverted_values WHERE run = ?",
 )
 
@@ -189,6 +196,7 @@ class Transaction:
         self._deleted: list[Facts] = []
         self._changed: list[tuple[Facts, Facts]] = []
         """What each change found and what it left."""
+        self._sequence = CommitSequence(self._cursor)
 
     def apply(self, commands: Sequence[Command]) -> list[Outcome]:
         """Run the commands' statements in order and return their outcomes; the totals follow in `finish`.
@@ -220,6 +228,8 @@ class Transaction:
                 outcome = self._prune(command)
             case ReapRuns():
                 outcome = self._reap(command)
+            case ApplyChanges():
+                outcome = self._apply_changes(command)
         return outcome
 
     @contextmanager
@@ -227,6 +237,7 @@ class Transaction:
         """Undo everything that is applied inside the block if the block fails."""
         lists: tuple[list[Any], ...] = (self._created, self._deleted, self._changed)
         lengths = [*map(len, lists)]
+        sequence = self._sequence.state()
         self._cursor.execute("SAVEPOINT command")
         try:
             yield
@@ -235,13 +246,15 @@ class Transaction:
                 self._cursor.execute("ROLLBACK TO command")
             for changes, length in zip(lists, lengths, strict=True):
                 del changes[length:]
+            self._sequence.restore(sequence)
             raise
         finally:
             if self._cursor.connection.in_transaction:
                 self._cursor.execute("RELEASE command")
 
     def finish(self) -> None:
-        """Write the totals and the statistics that the commands changed."""
+        """Write the totals and the statistics that the commands changed, and which runs they changed."""
+        self._sequence.finish()
         changes = len(self._created) + len(self._deleted) + len(self._changed)
         if not changes:
             return
@@ -287,14 +300,15 @@ class Transaction:
 
     def _create(self, batches: list[tuple[Row, ...]]) -> list[Created]:
         rows = [self._complete(row) for batch in batches for row in batch]
-        inserted = self._insert("agent_runs", rows)
+        before = self._sequence.last
+        inserted = self._insert_runs(rows)
         if inserted == len(rows):
             self._created += rows
             return [Created((True,) * len(batch)) for batch in batches]
-        last = orjson.loads(self._cursor.execute(_LAST_EVENT_IDS, (inserted,)).fetchone()[0])
-        unseen = set(last)
+        # Every new run has a number of the sequence behind the last one that was drawn before.
+        unseen = set(orjson.loads(self._cursor.execute(_EVENT_IDS_BEHIND, (before,)).fetchone()[0]))
         if len(unseen) != inserted:
-            raise sqlite3.InternalError("the ids of new runs are not successive")
+            raise sqlite3.InternalError("the new runs are not those behind the last number that was drawn")
         self._created += [
             row for row in {row[EVENT_ID]: row for row in reversed(rows)}.values() if row[EVENT_ID] in unseen
         ]
@@ -317,6 +331,22 @@ class Transaction:
                 start += size
         return inserted
 
+    def _insert_runs(self, rows: list[Row]) -> int:
+        """Insert runs as `_insert` does, each with the next number of the sequence as its id."""
+        start = inserted = 0
+        for size in _ROWS_AT_ONCE:
+            while self._sequence.is_ahead and len(rows) - start >= size:
+                values = [self._sequence.last + 1, *chain.from_iterable(rows[start : start + size])]
+                new = self._cursor.execute(_insert_into("agent_runs", size, numbered=True), values).rowcount
+                if new:
+                    self._sequence.created(self._cursor.lastrowid or 0)
+                inserted += new
+                start += size
+        if start < len(rows) and (new := self._insert("agent_runs", rows[start:] if start else rows)):
+            self._sequence.created(self._cursor.lastrowid or 0)
+            inserted += new
+        return inserted
+
     def _complete(self, row: Row) -> Row:
         """Return a row as it is stored: created now unless it says when, and updated now."""
         if row[CREATED_AT]:
@@ -336,6 +366,7 @@ class Transaction:
             f"UPDATE agent_runs SET {assignments} WHERE id = ?",  # noqa: S608 - names from the definition
             (*changes.values(), run),
         )
+        self._sequence.changed(run)
         self._note(facts, [changes.get(name, value) for name, value in zip(FACTS, facts, strict=True)])
         return Updated(run_id)
 
@@ -368,6 +399,7 @@ class Transaction:
         inserted = self._insert("run_events", rows)
         if inserted:  # so an archived run is not deleted with events that came later, and it is not stale
             self._cursor.execute("UPDATE agent_runs SET updated_at = ? WHERE id = ?", (self._now, run))
+            self._sequence.changed(run)
         return EventsCreated(inserted)
 
     def _register(self, command: RegisterProcess) -> Registration:
@@ -390,6 +422,7 @@ class Transaction:
             values = {"run": run, "now": self._now, **asdict(command.death)}
             self._note(facts, [*self._cursor.execute(_FAIL, values).fetchall()[0]])
             self._cursor.execute(_CERTIFY, values)
+            self._sequence.changed(run)
             failed.append(event_id)
         return ProcessEnded(tuple(failed), len(found) == command.limit)
 
@@ -402,9 +435,15 @@ class Transaction:
             chosen = [row for row in chosen if row[0] in done_with]
         for deleted in _DELETE_PRUNED:
             self._cursor.executemany(deleted, [row[:1] for row in chosen])
-        self._deleted += [row[1:] for row in chosen]
+        self._sequence.deleted((row[0] for row in chosen), [row[-1] for row in chosen])
+        self._deleted += [row[1:-1] for row in chosen]
         is_more = found == command.limit or len(chosen) < found
         return Pruned(len(chosen), is_more or self._return_space() > 0)
+
+    def _apply_changes(self, command: ApplyChanges) -> Applied:
+        self._deleted += copying.apply_changes(self._cursor, command)
+        self._created += [what.row for _, what in command.changes if isinstance(what, CopiedRun)]
+        return Applied(len(command.changes))
 
     def _return_space(self) -> int:
         """Return some free pages to the file system; tell how many are left that can be returned."""
@@ -424,6 +463,7 @@ class Transaction:
             _REAP.format(stale=stale, facts=", ".join(FACTS)), {**values, "now": self._now, "limit": command.limit}
         ).fetchall()
         self._cursor.executemany(_FORGET_PROCESS, [row[:1] for row in reaped])
-        for _, *facts in reaped:
+        for run, *facts in reaped:
+            self._sequence.changed(run)
             self._note([*facts[:_STATUS], str(Status.RUNNING), *facts[_STATUS + 1 :]], facts)
         return Reaped(len(reaped))

@@ -1,0 +1,110 @@
+"""The command that keeps a second database in step with a daemon's: follow."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import sys
+from typing import Any, Final
+
+import click
+
+from telemetryd.changes import GetFollowed
+from telemetryd.cli.options import EXIT_USAGE, counted, failing, load_settings, settings_flags
+from telemetryd.cli.stream import Daemon, reach
+from telemetryd.client.config import Config
+from telemetryd.commands import ApplyChanges, CopiedRun
+from telemetryd.errors import DatabaseError, UnavailableError
+from telemetryd.metrics import Metrics
+from telemetryd.runs import stored_row
+from telemetryd.store import Store
+
+_PAGE: Final = 500
+_WAIT_S: Final = 30
+_PAUSES_S: Final = (0.2, 1.0, 5.0)
+
+
+@click.command()
+@click.argument("url")
+@click.option("--once", is_flag=True, help="End when everything that there is has been taken over.")
+@settings_flags("db_path", "lock_file", db_path="The copy; made if it is not there.")
+def follow(url: str, *, once: bool, **flags: Any) -> None:
+    r"""Keep a copy of a daemon's runs in step, until SIGTERM or SIGINT.
+
+    The copy is a database of its own that this command owns: others may read it (sqlite3, telemetryd check), and it can
+    take the primary's place with `telemetryd serve`, after which it is nobody's copy any more. It has the runs, their
+    ids and the commit sequence; events, registered processes and originals of old values stay with the primary.
+    Interrupted at any moment, it goes on where it was. The token comes from TELEMETRY_API_AUTH_TOKEN.
+
+    \b
+    Examples:
+      telemetryd follow http://primary:8765 --db-path copy.sqlite
+      telemetryd follow unix:///run/telemetryd/telemetryd.sock --db-path copy.sqlite --once
+    """
+    settings = load_settings(flags).settings
+    try:
+        config = Config.load(url=url)
+    except ValueError as error:
+        click.echo(f"telemetryd: {error}", err=True)
+        sys.exit(EXIT_USAGE)
+
+    async def run() -> None:
+        store = await Store.open(settings, Metrics())
+        try:
+            async with reach(config) as daemon:
+                following = asyncio.create_task(_follow(daemon, store, once=once))
+                for number in (signal.SIGTERM, signal.SIGINT):
+                    asyncio.get_running_loop().add_signal_handler(number, following.cancel)
+                with contextlib.suppress(asyncio.CancelledError):
+                    await following
+        finally:
+            await store.close()
+
+    with failing():
+        asyncio.run(run())
+
+
+async def _follow(daemon: Daemon, store: Store, *, once: bool) -> None:
+    failures = 0
+    taken = 0
+    while True:
+        followed = await store.fetch(GetFollowed())
+        place = followed.place
+        if followed.newest > (place.seq if place is not None else 0):
+            raise DatabaseError(
+                "This database holds changes that are not the primary's; follow with --db-path of one that does not "
+                "exist yet"
+            )
+        parameters = {"limit": str(_PAGE), "wait": "0" if once else str(_WAIT_S)}
+        if place is not None:
+            parameters |= {"after": str(place), "begun": str(followed.begun)}
+        try:
+            page = await daemon.get("/api/v1/changes", parameters)
+        except UnavailableError as error:
+            if failures == 0:
+                click.echo(f"telemetryd: {error}; trying again", err=True)
+            if once and failures == len(_PAUSES_S):
+                raise
+            await asyncio.sleep(_PAUSES_S[min(failures, len(_PAUSES_S) - 1)])
+            failures += 1
+            continue
+        failures = 0
+        if place is None or page["last"] != place.seq:
+            # Not to be interrupted half-way: the writer carries it out anyway, and the next turn sees that.
+            await asyncio.shield(store.submit(_command(page, followed.begun if place is not None else page["newest"])))
+            taken += len(page["changes"])
+        if once and not page["more"]:
+            click.echo(f"{counted(taken, 'change')} taken over, up to {page['epoch']}-{page['last']}")
+            return
+
+
+def _command(page: dict[str, Any], begun: int) -> ApplyChanges:
+    changes: list[tuple[int, CopiedRun | str]] = []
+    for change in page["changes"]:
+        if "deleted" in change:
+            changes.append((change["seq"], change["deleted"]))
+        else:
+            run = change["run"]
+            changes.append((change["seq"], CopiedRun(run["id"], stored_row(run), run["updated_at"])))
+    return ApplyChanges(tuple(changes), page["epoch"], page["last"], begun)

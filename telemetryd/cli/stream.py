@@ -1,0 +1,143 @@
+"""Follows the daemon's stream of runs, and comes back to it where it was, however often it is cut off."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+from urllib.parse import unquote, urlsplit
+
+import aiohttp
+import orjson
+
+from telemetryd import runs
+from telemetryd.client.config import Config
+from telemetryd.errors import TelemetrydError, UnavailableError
+
+_SILENT_S: Final = 40.0
+"""A stream that says nothing for so long is dead: the daemon gives a sign of life every 15 seconds."""
+_FIRST_PAUSE_S: Final = 0.2
+_LONGEST_PAUSE_S: Final = 10.0
+_PATIENT: Final = (429, 502, 503, 504)
+
+
+class DaemonRefusedError(TelemetrydError):
+    """The daemon refused the request."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One event of the stream; without data only the place is told."""
+
+    event: str
+    data: bytes
+    id: str
+
+
+class Daemon:
+    """A daemon to be asked. Make it with `reach`."""
+
+    def __init__(self, session: aiohttp.ClientSession, prefix: str) -> None:
+        self._session = session
+        self._prefix = prefix
+
+    async def get(self, path: str, parameters: Mapping[str, str]) -> Any:
+        """Return the answer to a request.
+
+        Raises:
+            DaemonRefusedError: if it is refused; the message is the daemon's.
+            UnavailableError: if there is no answer, or none now.
+
+        """
+        try:
+            async with self._session.get(self._prefix + path, params=parameters) as response:
+                text = await response.read()
+                _check(response.status, text)
+                return orjson.loads(text)
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            raise UnavailableError(f"Cannot reach the daemon: {error or type(error).__name__}") from error
+
+    async def stream(
+        self, parameters: Mapping[str, str], on_loss: Callable[[str], None]
+    ) -> AsyncGenerator[Message, None]:
+        """Yield the messages of the stream for ever; `on_loss` is told why it was cut off.
+
+        Raises:
+            DaemonRefusedError: if it is refused.
+            UnavailableError: if it cannot be opened the first time.
+
+        """
+        last_id = ""
+        pause = _FIRST_PAUSE_S
+        while True:
+            try:
+                async for message in self._listen(parameters, last_id):
+                    last_id, pause = message.id, _FIRST_PAUSE_S
+                    yield message
+                reason = "the stream has ended"
+            except UnavailableError as error:
+                if not last_id:
+                    raise
+                reason = str(error)
+            on_loss(reason)
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, _LONGEST_PAUSE_S)
+
+    async def _listen(self, parameters: Mapping[str, str], last_id: str) -> AsyncIterator[Message]:
+        headers = {"Last-Event-ID": last_id} if last_id else {}
+        silence = aiohttp.ClientTimeout(total=None, sock_connect=_LONGEST_PAUSE_S, sock_read=_SILENT_S)
+        try:
+            path = f"{self._prefix}/api/v1/runs/stream"
+            async with self._session.get(path, params=parameters, headers=headers, timeout=silence) as response:
+                if response.status != 200:
+                    _check(response.status, await response.read())
+                async for message in read_messages(response.content.iter_any()):
+                    yield message
+        except (aiohttp.ClientError, OSError) as error:
+            raise UnavailableError(f"Cannot reach the daemon: {error or type(error).__name__}") from error
+
+
+async def read_messages(chunks: AsyncIterator[bytes]) -> AsyncIterator[Message]:
+    """Yield the messages of an event stream that comes in pieces; what is cut off at its end is left out."""
+    begun = bytearray()
+    last_id = ""
+    async for chunk in chunks:
+        begun += chunk
+        while (end := begun.find(b"\n\n")) >= 0:
+            event, data = "message", b""
+            for line in bytes(begun[:end]).split(b"\n"):
+                name, _, value = line.partition(b": ")
+                if name == b"id":
+                    last_id = value.decode()
+                elif name == b"event":
+                    event = value.decode()
+                elif name == b"data":
+                    data += value
+            del begun[: end + 2]
+            yield Message(event, data, last_id)
+
+
+def _check(status: int, text: bytes) -> None:
+    if status == 200:
+        return
+    try:
+        detail = orjson.loads(text)["detail"]
+    except (ValueError, KeyError, TypeError):
+        detail = text[: runs.MAX_ECHO].decode("utf-8", "replace")
+    problem = f"The daemon answered {status}: {detail}"
+    raise UnavailableError(problem) if status in _PATIENT else DaemonRefusedError(problem)
+
+
+@asynccontextmanager
+async def reach(config: Config) -> AsyncIterator[Daemon]:
+    """Give the daemon at the address of a client's settings, with its token."""
+    address = urlsplit(config.url)
+    is_unix = address.scheme == "unix"
+    connector = aiohttp.UnixConnector(unquote(address.netloc + address.path)) if is_unix else aiohttp.TCPConnector()
+    base = "http://localhost" if is_unix else f"{address.scheme}://{address.netloc}"
+    headers = {"Authorization": f"Bearer {config.token}"} if config.token else {}
+    timeout = aiohttp.ClientTimeout(total=config.timeout_s + 60)
+    async with aiohttp.ClientSession(base, connector=connector, headers=headers, timeout=timeout) as session:
+        yield Daemon(session, "" if is_unix else address.path.rstrip("/"))

@@ -1,0 +1,49 @@
+"""How a follower's database takes over the changes of the one that it follows."""
+
+from __future__ import annotations
+
+import sqlite3
+from typing import Final
+
+from telemetryd.changes import Followed, Place
+from telemetryd.commands import ApplyChanges, CopiedRun
+from telemetryd.runs import STORED
+from telemetryd.statements.rollups import FACTS, Facts
+from telemetryd.statements.sequence import NEWEST
+
+_FIND: Final = f"SELECT id, {', '.join(FACTS)} FROM agent_runs WHERE event_id = ?"  # noqa: S608 - names from the definition
+_DELETE: Final = ("DELETE FROM agent_runs WHERE id = ?", "DELETE FROM run_changes WHERE run = ?")
+_INSERT: Final = f"""
+    INSERT INTO agent_runs (id, {", ".join(STORED)}, updated_at) VALUES ({", ".join("?" * (len(STORED) + 2))})
+"""  # noqa: S608 - names from the definition
+_NUMBER: Final = "INSERT INTO run_changes (run, seq) VALUES (?, ?)"
+_REMEMBER: Final = "INSERT INTO run_deletions (seq, event_id) VALUES (?, ?)"
+_COME: Final = ("DELETE FROM followed_feed", "INSERT INTO followed_feed (epoch, seq, begun) VALUES (?, ?, ?)")
+_WHERE: Final = f"SELECT {NEWEST}, epoch, seq, begun FROM (SELECT 1) LEFT JOIN followed_feed"  # noqa: S608 - our own words
+
+
+def apply_changes(cursor: sqlite3.Cursor, command: ApplyChanges) -> list[Facts]:
+    """Take over changes with the ids and numbers that they have, and how far that goes; return what was replaced."""
+    replaced = []
+    for seq, what in command.changes:
+        event_id = what if isinstance(what, str) else what.event_id
+        found = cursor.execute(_FIND, (event_id,)).fetchone()
+        if found is not None:
+            for statement in _DELETE:
+                cursor.execute(statement, found[:1])
+            replaced.append(found[1:])
+        if isinstance(what, CopiedRun):
+            cursor.execute(_INSERT, (what.id, *what.row, what.updated_at))
+            if seq != what.id:
+                cursor.execute(_NUMBER, (what.id, seq))
+        else:
+            cursor.execute(_REMEMBER, (seq, event_id))
+    for statement, values in zip(_COME, ((), (command.epoch, command.last, command.begun)), strict=True):
+        cursor.execute(statement, values)
+    return replaced
+
+
+def fetch_followed(connection: sqlite3.Connection) -> Followed:
+    """Fetch how far a copy has come, and the last number that stands in it."""
+    newest, epoch, seq, begun = connection.execute(_WHERE).fetchone()
+    return Followed(newest, None if epoch is None else Place(seq, epoch), begun or 0)

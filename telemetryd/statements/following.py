@@ -1,0 +1,111 @@
+"""How what lies behind a number of the commit sequence is asked of SQLite."""
+
+from __future__ import annotations
+
+import sqlite3
+from operator import itemgetter
+from typing import Final
+
+import orjson
+
+from telemetryd.changes import Changes, Deleted, ListChanges
+from telemetryd.filters import Filters
+from telemetryd.runs import COLUMNS, TEXTS, Row
+from telemetryd.statements import full_text
+from telemetryd.statements.choosing import conditions
+from telemetryd.statements.sequence import NEWEST
+
+PAGE_BYTES: Final = 8 * 1024 * 1024
+"""About how much one answer may hold; what is left out comes with the next one."""
+
+_SCANNED: Final = 10_000
+"""Runs that are looked at for one answer, which have changed since they were made and so are found elsewhere."""
+
+_STAND: Final = f"SELECT epoch, horizon, {NEWEST} FROM change_feed"  # noqa: S608 - our own words
+_CHANGED: Final = """
+    SELECT seq, run FROM run_changes INDEXED BY idx_changes_seq WHERE seq > ? AND seq <= ? ORDER BY seq LIMIT ?
+"""
+_DELETED: Final = "SELECT seq, event_id FROM run_deletions WHERE seq > ? AND seq <= ? ORDER BY seq LIMIT ?"
+_SCAN_ENDS: Final = f"""
+    SELECT id FROM agent_runs NOT INDEXED WHERE id > ? AND id <= ? ORDER BY id LIMIT 1 OFFSET {_SCANNED}
+"""  # noqa: S608 - a number
+_CREATED: Final = """
+    SELECT id, id FROM agent_runs NOT INDEXED
+    WHERE id > ? AND id <= ? AND NOT EXISTS (SELECT 1 FROM run_changes WHERE run = id) ORDER BY id LIMIT ?
+"""
+# A cross join is done in the order in which it stands.
+_RUNS: Final = f"""
+    SELECT {", ".join(COLUMNS)} FROM (SELECT value AS number FROM json_each(?)) CROSS JOIN agent_runs ON id = number
+"""  # noqa: S608 - names from the definition
+
+_MATCHING: Final = """
+    SELECT id FROM (SELECT value AS number FROM json_each(:ids)) CROSS JOIN agent_runs ON id = number WHERE
+"""
+
+_texts_of: Final = itemgetter(*map(COLUMNS.index, TEXTS))
+
+_Found = list[tuple[int, int | Deleted]]
+
+
+def fetch_changes(connection: sqlite3.Connection, query: ListChanges) -> Changes:
+    """Fetch what lies behind a number, from one snapshot: three walks, none of which goes behind the others' ends.
+
+    Raises:
+        InvalidRequestError: if a filter needs the full-text index, and there is none.
+
+    """
+    for filters in query.filters:
+        full_text.require(connection, filters)
+    connection.execute("BEGIN")
+    try:
+        epoch, horizon, newest = connection.execute(_STAND).fetchone()
+        found, last = _find(connection, query, newest)
+        changes, last = _load(connection, found, last)
+        ids = orjson.dumps([what[0] for _, what in changes if isinstance(what, tuple)]).decode()
+        matching = tuple(_matching(connection, ids, filters) for filters in query.filters)
+        return Changes(changes, last, newest, epoch, horizon, matching)
+    finally:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+
+
+def _find(connection: sqlite3.Connection, query: ListChanges, newest: int) -> tuple[_Found, int]:
+    """Return the numbers behind the query's, with the run's id or the deleted event_id, and how far they go."""
+    found: _Found = []
+    last = newest
+    for sql in (_CHANGED, _DELETED, _CREATED):
+        if sql is _CREATED:
+            beyond = connection.execute(_SCAN_ENDS, (query.after, last)).fetchone()
+            last = last if beyond is None else beyond[0] - 1
+        rows = connection.execute(sql, (query.after, last, query.limit + 1)).fetchall()
+        if len(rows) > query.limit:
+            last = rows.pop()[0] - 1
+        found += rows
+    found = sorted((place for place in found if place[0] <= last), key=itemgetter(0))
+    if len(found) > query.limit:
+        last = found[query.limit][0] - 1
+    return found[: query.limit], last
+
+
+def _load(connection: sqlite3.Connection, found: _Found, last: int) -> tuple[list[tuple[int, Row | Deleted]], int]:
+    """Return the runs as they are, as many as may be held, and how far they go."""
+    ids = orjson.dumps([what for _, what in found if isinstance(what, int)]).decode()
+    rows: dict[int, Row] = {}
+    size = 0
+    for row in connection.execute(_RUNS, (ids,)):
+        size += len("".join(filter(None, _texts_of(row))))
+        if size > PAGE_BYTES and rows:
+            last = next(seq for seq, what in found if what == row[0]) - 1
+            break
+        rows[row[0]] = row
+    return [
+        (seq, rows[what] if isinstance(what, int) else what)
+        for seq, what in found
+        if seq <= last and (not isinstance(what, int) or what in rows)
+    ], last
+
+
+def _matching(connection: sqlite3.Connection, ids: str, filters: Filters) -> frozenset[int]:
+    found, values = conditions(filters)
+    sql = f"{_MATCHING} {' AND '.join(found) or 'true'}"
+    return frozenset(run for (run,) in connection.execute(sql, {**values, "ids": ids}))

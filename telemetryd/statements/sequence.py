@@ -1,0 +1,97 @@
+"""The one commit sequence: draws the numbers of a transaction's changes, and writes down what they belong to."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable
+from collections.abc import Sequence as Many
+from typing import Final
+
+import orjson
+
+REMEMBERED: Final = 1_000_000
+"""Deletions are remembered for so many changes; a follower who is further behind has to start anew."""
+
+_FORGOTTEN_AT_ONCE: Final = 5_000
+
+NEWEST: Final = """max(
+    (SELECT coalesce(max(id), 0) FROM agent_runs),
+    (SELECT coalesce(max(seq), 0) FROM run_changes),
+    (SELECT coalesce(max(seq), 0) FROM run_deletions),
+    (SELECT coalesce(max(max(floor, horizon)), 0) FROM change_feed)
+)"""
+"""The last number that was drawn, in words of SQL."""
+
+_STAND: Final = f"SELECT {NEWEST}, (SELECT coalesce(max(id), 0) FROM agent_runs)"  # noqa: S608 - our own words
+_CHANGED: Final = """
+    INSERT INTO run_changes (run, seq) SELECT value, :last + 1 + key FROM json_each(:runs) WHERE true
+    ON CONFLICT (run) DO UPDATE SET seq = excluded.seq
+"""
+_DELETED: Final = "INSERT INTO run_deletions (seq, event_id) SELECT :last + 1 + key, value FROM json_each(:event_ids)"
+_LAST_FORGOTTEN: Final = """
+    SELECT max(seq) FROM (SELECT seq FROM run_deletions WHERE seq <= :oldest ORDER BY seq LIMIT :limit)
+"""
+_FORGET: Final = ("DELETE FROM run_deletions WHERE seq <= ?", "UPDATE change_feed SET horizon = ?")
+
+KEEP_NUMBERS: Final = f"UPDATE change_feed SET floor = {NEWEST}"  # noqa: S608 - our own words
+"""To be said before rows that hold numbers are deleted outside of a `Transaction`."""
+MAKE_FEED: Final = f"""
+    INSERT INTO change_feed (epoch, floor, horizon)
+    SELECT lower(hex(randomblob(6))), {NEWEST}, {NEWEST} WHERE NOT EXISTS (SELECT 1 FROM change_feed)
+"""  # noqa: S608 - our own words
+"""To be said where the one row of `change_feed` may be missing: then nobody knows what was deleted."""
+
+
+class Sequence:
+    """The numbers that one open transaction draws; those of changed runs are written down in `finish`."""
+
+    def __init__(self, cursor: sqlite3.Cursor) -> None:
+        self._cursor = cursor
+        self.last: int
+        """The last number that was drawn."""
+        self.last, self._highest_id = cursor.execute(_STAND).fetchone()
+        self._changed: dict[int, None] = {}
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether SQLite would give a new row an id that was drawn already: it takes the largest plus one."""
+        return bool(self.last != self._highest_id)
+
+    def created(self, highest_id: int) -> None:
+        """Take note of new runs, whose ids are numbers of the sequence."""
+        self.last = self._highest_id = highest_id
+
+    def changed(self, run: int) -> None:
+        """Take note that a run has changed; of several changes in one transaction the last one counts."""
+        self._changed.pop(run, None)
+        self._changed[run] = None
+
+    def deleted(self, runs: Iterable[int], event_ids: Many[str]) -> None:
+        """Draw the numbers of deletions at once: one of these event_ids may be created again right behind."""
+        for run in runs:
+            self._changed.pop(run, None)
+        if not event_ids:
+            return
+        self._cursor.execute(_DELETED, {"last": self.last, "event_ids": orjson.dumps(event_ids).decode()})
+        self.last += len(event_ids)
+        oldest = self.last - REMEMBERED
+        (forgotten,) = self._cursor.execute(_LAST_FORGOTTEN, {"oldest": oldest, "limit": _FORGOTTEN_AT_ONCE}).fetchone()
+        if forgotten is not None:
+            for statement in _FORGET:
+                self._cursor.execute(statement, (forgotten,))
+
+    def finish(self) -> None:
+        """Write down the numbers of the runs that have changed."""
+        if self._changed:
+            runs = orjson.dumps([*self._changed]).decode()
+            self._cursor.execute(_CHANGED, {"last": self.last, "runs": runs})
+            self.last += len(self._changed)
+            self._changed = {}
+
+    def state(self) -> tuple[int, int, dict[int, None]]:
+        """Return what `restore` needs to undo everything that is noted from now on."""
+        return self.last, self._highest_id, self._changed.copy()
+
+    def restore(self, state: tuple[int, int, dict[int, None]]) -> None:
+        """Undo what was noted since; the caller has undone it in the database."""
+        self.last, self._highest_id, self._changed = state

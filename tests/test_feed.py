@@ -1,0 +1,315 @@
+"""The stream of runs: in order, without a gap or a repeat, to many at once, and never at the writer's cost."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import signal
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiohttp
+import pytest
+
+from telemetryd import feed
+from telemetryd.connections import _Protocol, _Server
+from telemetryd.errors import TooManyTailsError
+from telemetryd.feed import Feed
+from telemetryd.filters import Filters
+from telemetryd.tails import FEED
+from tests.conftest import Api, StartDaemon, eventually, make_run
+from tests.event_stream import Reader, Sent, events_of, take
+
+STREAM = "/api/v1/runs/stream"
+
+
+@asynccontextmanager
+async def streaming(api: Api, *, last_id: str | None = None, **parameters: str) -> AsyncIterator[AsyncIterator[Sent]]:
+    """Follow the runs; inside the block the stream has begun."""
+    headers = {} if last_id is None else {"Last-Event-ID": last_id}
+    async with api.client.get(STREAM, params=parameters, headers=headers) as response:
+        assert response.status == 200, await response.text()
+        assert response.headers["Content-Type"] == "text/event-stream"
+        yield events_of(response)
+
+
+def feed_of(api: Api) -> Feed:
+    assert api.client.app is not None
+    return api.client.app[FEED]
+
+
+def seen(sent: list[Sent]) -> list[tuple[str, str]]:
+    return [(event.data["event_id"], event.data["status"]) for event in sent]
+
+
+async def patch(api: Api, event_id: str, **fields: object) -> None:
+    await api.call("PATCH", f"/api/v1/runs/{event_id}", json=fields, status=200)
+
+
+async def test_each_created_and_changed_run_comes_after_its_commit_as_it_is_answered(api: Api) -> None:
+    await api.post(make_run(event_id="before"))
+    async with streaming(api) as events:
+        await api.post(make_run(event_id="a", metrics_json={"tokens": 5}))
+        (first,) = await take(events, 1)
+        assert first.event == "run"
+        assert first.data == await api.get("/api/v1/runs/a")
+        await patch(api, "a", status="success")
+        await patch(api, "before", status="failure")
+        changed = await take(events, 2)
+        assert seen(changed) == [("a", "success"), ("before", "failure")]
+    page = await api.get("/api/v1/changes")
+    ids = [f"{page['epoch']}-{number}" for number in (2, 3, 4)]
+    assert [event.id for event in (first, *changed)] == ids
+
+
+async def test_it_goes_on_behind_any_number_of_the_sequence(api: Api) -> None:
+    await api.batch([make_run(event_id=f"event-{number}") for number in range(600)])
+    await patch(api, "event-0", status="success")
+    epoch = (await api.get("/api/v1/changes"))["epoch"]
+    for options in ({"after": "598"}, {"after": "5", "last_id": f"{epoch}-598"}, {"after": f"{epoch}-598"}):
+        async with streaming(api, **options) as events:
+            assert seen(await take(events, 3)) == [
+                ("event-598", "running"),
+                ("event-599", "running"),
+                ("event-0", "success"),
+            ]
+    async with streaming(api, after="0") as events:
+        everything = await take(events, 600)
+        assert [event.data["id"] for event in everything] == [*range(2, 601), 1]
+
+
+@pytest.mark.parametrize(
+    ("filters", "expected"),
+    [
+        ({"agent_name": "seo"}, ["seo", "seo failed"]),
+        ({"agent_name": "s*,crawler"}, ["seo", "crawler", "seo failed"]),
+        ({"status": "failure,timeout"}, ["seo failed"]),
+        ({"job_type": "crawl"}, ["crawler"]),
+        ({"metrics.tokens": "7"}, ["crawler"]),
+    ],
+)
+async def test_filters_are_those_of_the_list(api: Api, filters: dict[str, str], expected: list[str]) -> None:
+    async with streaming(api, **filters) as events, streaming(api) as everything:
+        runs = [
+            make_run(event_id="seo", agent_name="seo"),
+            make_run(event_id="crawler", agent_name="crawler", job_type="crawl", metrics_json={"tokens": 7}),
+            make_run(event_id="other"),
+            make_run(event_id="seo failed", agent_name="seo", status="failure"),
+        ]
+        for run in runs:
+            await api.post(run)
+        assert [event.data["event_id"] for event in await take(everything, 4)] == [run["event_id"] for run in runs]
+        assert [event.data["event_id"] for event in await take(events, len(expected))] == expected
+    assert [run["event_id"] for run in (await api.get("/api/v1/runs", params=filters))[::-1]] == expected
+
+
+@pytest.mark.parametrize(
+    ("parameters", "headers", "text"),
+    [
+        ({"status": "nope"}, {}, "Invalid status: 'nope'; it must be one of"),
+        ({"after": "x"}, {}, "Invalid after: 'x'; it must be an integer from 0"),
+        ({"limit": "5"}, {}, "Unknown query parameter 'limit'"),
+        ({"q": "words"}, {}, "Invalid q: this daemon keeps no full-text index"),
+        ({}, {"Last-Event-ID": "?"}, "Invalid Last-Event-ID: '?'"),
+    ],
+)
+async def test_what_cannot_be_followed(
+    api: Api, parameters: dict[str, str], headers: dict[str, str], text: str
+) -> None:
+    answer = await api.get(STREAM, 400, params=parameters, headers=headers)
+    assert answer["detail"].startswith(text)
+
+
+async def test_a_place_of_another_database_is_told_and_goes_on_from_now(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feed, "HEARTBEAT_S", 0.01)
+    await api.batch([make_run() for _ in range(3)])
+    for after in ("0123456789ab-1", "9"):
+        async with streaming(api, after=after) as events:
+            await eventually(lambda: len(feed_of(api)._live) == 1)
+            await patch(api, (await api.list())[0]["event_id"], items_failed=1)
+            missed, run = await take(events, 2)
+            assert (missed.event, run.event) == ("missed", "run")
+            assert missed.data["missed"] >= 3
+        await eventually(lambda: not feed_of(api)._live)
+
+
+async def test_one_who_does_not_read_loses_nothing_and_holds_nobody_up(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feed, "BUFFER_BYTES", 20_000)
+    async with feed_of(api).open(None, Filters()) as slow, streaming(api) as events:
+        await slow.begin()
+        chunks = slow.chunks()
+        reading = asyncio.ensure_future(anext(chunks))
+        await eventually(lambda: slow._is_live)
+        for number in range(300):
+            await api.post(make_run(event_id=f"event-{number}"))
+        assert len(await take(events, 300)) == 300
+        assert slow._bytes <= 20_000
+        assert not slow._is_live
+        reader = Reader()
+        received = reader.feed((await reading).decode().split("\n")[:-1])
+        while len(received) < 300:
+            received += reader.feed((await anext(chunks)).decode().split("\n")[:-1])
+        assert [event.data["event_id"] for event in received] == [f"event-{number}" for number in range(300)]
+        assert slow.missed == 0
+        await chunks.aclose()
+
+
+async def test_one_who_is_too_far_behind_is_told_how_far(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feed, "BEHIND", 10)
+    await api.batch([make_run() for _ in range(30)])
+    async with streaming(api, after="20") as events:
+        assert len(await take(events, 10)) == 10
+    async with streaming(api, after="19") as events:
+        (missed,) = await take(events, 1)
+        assert (missed.event, missed.data) == ("missed", {"missed": 11})
+        await eventually(lambda: len(feed_of(api)._live) == 1)
+        await api.post(make_run(event_id="next"))
+        assert seen(await take(events, 1)) == [("next", "running")]
+    metrics = (await api.client.get("/metrics", params={"format": "prometheus"})).text()
+    assert "telemetryd_tails_missed_total 11.0" in await metrics
+
+
+async def test_a_stream_is_kept_alive_and_tells_how_far_it_is(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feed, "HEARTBEAT_S", 0.01)
+    async with api.client.get(STREAM, params={"agent_name": "nobody"}) as response:
+        reader = Reader()
+        epoch = (await api.get("/api/v1/changes"))["epoch"]
+        await api.post(make_run())
+        while reader.comments < 2 or reader.last_id != f"{epoch}-1":
+            assert reader.feed([(await response.content.readline()).decode().removesuffix("\n")]) == []
+
+
+async def test_bounds_on_time_do_not_cut_a_stream_off_but_one_who_is_deaf(api: Api) -> None:
+    async with streaming(api):
+        runner = api.client.server.runner
+        assert runner is not None
+        server = runner.server
+        assert isinstance(server, _Server)
+        (protocol,) = [one for one in server.connections if isinstance(one, _Protocol)]
+        far = asyncio.get_running_loop().time() + 1e6
+        assert protocol.lost_patience(far) is None
+        protocol.unsent = (1, 0.0)
+        assert protocol.lost_patience(far) is None  # what waited has been read
+
+
+async def test_it_is_counted_while_it_is_open_and_logged_when_it_ends(
+    api: Api, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feed, "HEARTBEAT_S", 0.01)  # with the next thing that it sends it notices that nobody listens
+
+    async def metrics() -> str:
+        async with api.client.get("/metrics", params={"format": "prometheus"}) as response:
+            return await response.text()
+
+    with caplog.at_level("INFO", "telemetry_api"):
+        async with streaming(api) as events:
+            assert "telemetryd_tails_open 1.0" in await metrics()
+            await api.post(make_run())
+            await take(events, 1)
+        await eventually(lambda: any(record.message == "Stream ended" for record in caplog.records))
+    (line,) = [record for record in caplog.records if record.message == "Stream ended"]
+    assert line.__dict__["runs_sent"] >= 1
+    assert line.__dict__["is_slow"] is False
+    text = await metrics()
+    assert "telemetryd_tails_open 0.0" in text
+    assert 'telemetryd_http_requests_total{method="GET",route="/api/v1/runs/stream",status="200"} 1.0' in text
+
+
+async def test_too_many_are_refused(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feed, "MAX_TAILS", 1)
+    async with streaming(api):
+        assert (await api.get(STREAM, 503))["detail"] == "Too many streams are open; try again later."
+        with pytest.raises(TooManyTailsError):
+            feed_of(api).open(None, Filters())
+
+
+async def test_five_hundred_at_once(api: Api) -> None:
+    runs, tails = 20, 500
+    async with contextlib.AsyncExitStack() as stack:
+        connector = aiohttp.TCPConnector(limit=0)
+        base = str(api.client.make_url(""))
+        session = await stack.enter_async_context(aiohttp.ClientSession(base, connector=connector))
+        streams = []
+        for number in range(tails):
+            filters = {"status": "running"} if number % 2 else {}
+            response = await stack.enter_async_context(session.get(STREAM, params=filters))
+            streams.append(events_of(response))
+        await eventually(lambda: sum(map(len, feed_of(api)._live.values())) == tails)
+        for number in range(runs):
+            await api.post(make_run(event_id=f"event-{number}"))
+        expected = [f"event-{number}" for number in range(runs)]
+        for received in await asyncio.gather(*(take(events, runs) for events in streams)):
+            assert [event.data["event_id"] for event in received] == expected
+
+
+async def test_nothing_is_lost_or_repeated_however_often_the_daemon_is_killed(start_daemon: StartDaemon) -> None:
+    received: list[Sent] = []
+    written = itertools.count()
+    last_id: str | None = None
+    for killed_by in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
+        daemon = start_daemon(TELEMETRY_DB_JOURNAL_MODE="WAL")
+        async with aiohttp.ClientSession(daemon.url) as session:
+
+            async def post(session: aiohttp.ClientSession = session) -> None:
+                run = make_run(event_id=f"event-{next(written)}")
+                async with session.post("/api/v1/runs", json=run) as response:
+                    assert response.status == 201
+                if run["event_id"] != "event-0":
+                    body = {"status": "success"}
+                    async with session.patch("/api/v1/runs/event-0", json=body) as response:
+                        assert response.status == 200
+
+            headers: dict[str, str] = {} if last_id is None else {"Last-Event-ID": last_id}
+            reader = Reader()
+            async with session.get(STREAM, headers=headers) as response:
+                events = events_of(response, reader)
+                for _ in range(5):
+                    await post()
+                received += await take(events, 3)
+                last_id = reader.last_id
+                # What is sent from here on is not read any more.
+            for _ in range(3):
+                await post()
+        daemon.stop(killed_by)
+    daemon = start_daemon(TELEMETRY_DB_JOURNAL_MODE="WAL")
+    async with aiohttp.ClientSession(daemon.url) as session:
+        async with session.get("/api/v1/changes", params={"limit": "1000"}) as response:
+            page: dict[str, Any] = await response.json()
+        async with session.get(STREAM, headers={"Last-Event-ID": str(last_id)}) as response:
+            behind = [change for change in page["changes"] if change["seq"] > int(str(last_id).partition("-")[2])]
+            received += await take(events_of(response), len(behind))
+    numbers = [int(event.id.partition("-")[2]) for event in received]
+    assert numbers == sorted(set(numbers))
+    latest = {event.data["event_id"]: event.data for event in received}
+    assert latest == {change["run"]["event_id"]: change["run"] for change in page["changes"]}
+    assert len(latest) == next(written)
+
+
+async def test_a_stop_is_not_held_up_by_streams_even_by_one_that_nobody_reads(start_daemon: StartDaemon) -> None:
+    daemon = start_daemon(TELEMETRY_DB_JOURNAL_MODE="WAL", TELEMETRY_SHUTDOWN_TIMEOUT_S="600")
+    address = urlsplit(daemon.url)
+    with socket.socket() as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        deaf.connect((address.hostname, address.port))
+        deaf.sendall(b"GET " + STREAM.encode() + b" HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert deaf.recv(12) == b"HTTP/1.1 200"
+        async with aiohttp.ClientSession(daemon.url) as session, session.get(STREAM) as response:
+            events = events_of(response)
+            for _ in range(40):
+                async with session.post("/api/v1/runs", json=make_run(error_details="x" * 400_000)) as posted:
+                    assert posted.status == 201
+            await take(events, 40)
+            stopping = asyncio.get_running_loop().run_in_executor(None, daemon.stop)
+            assert [event async for event in events] == []
+            assert await stopping == 0
+    assert [line for line in daemon.lines if line["message"] == "Stopped"]
+    assert json.dumps([line for line in daemon.lines if line["level"] in ("ERROR", "CRITICAL")]) == "[]"

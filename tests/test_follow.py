@@ -1,0 +1,162 @@
+"""`telemetryd follow`: the copy of a real daemon's database is equal to it, whatever was interrupted."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import orjson
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from telemetryd import backup, migrate
+from telemetryd.changes import BEGINNING, ListChanges
+from telemetryd.check import examine
+from telemetryd.cli.follow import _command
+from telemetryd.runs import COLUMNS, STORED, parse_run, stored_row, to_json, utc_now
+from telemetryd.statements.copying import fetch_followed
+from telemetryd.statements.following import fetch_changes
+from telemetryd.statements.transaction import Transaction
+from tests.conftest import Daemon, StartDaemon, make_run
+from tests.test_changes import NOW, commands, commit, connect
+from tests.test_tail import send
+
+TABLES = ("agent_runs", "run_changes", "run_deletions", "run_totals", "run_minutes")
+
+
+def content(path: Path) -> dict[str, list[Any]]:
+    with closing(sqlite3.connect(path)) as connection:
+        return {table: connection.execute(f"SELECT * FROM {table} ORDER BY 1, 2").fetchall() for table in TABLES}
+
+
+def following(url: str, copy: Path, *flags: str) -> subprocess.Popen[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TELEMETRY_")}
+    environment["TELEMETRY_API_AUTH_TOKEN"] = "secret-secret-secret"
+    command = [sys.executable, "-m", "telemetryd", "follow", url, "--db-path", str(copy), *flags]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def follow(url: str, copy: Path, *flags: str) -> tuple[int, str, str]:
+    with following(url, copy, *flags) as process:
+        out, errors = process.communicate(timeout=60)
+    return process.returncode, out, errors
+
+
+def start(start_daemon: StartDaemon, port: int = 0) -> Daemon:
+    return start_daemon(TELEMETRY_DB_JOURNAL_MODE="WAL", TELEMETRY_API_PORT=str(port), TELEMETRY_STALE_AFTER="1h")
+
+
+def test_the_copy_is_equal_whatever_was_interrupted(start_daemon: StartDaemon, tmp_path: Path, free_port: int) -> None:
+    copy = tmp_path / "copy" / "copy.sqlite"
+    daemon = start(start_daemon, free_port)
+    runs = [
+        make_run(event_id=f"event-{number}", metrics_json={"tokens": number, "ä": [1.5, None]}, api_posted=True)
+        for number in range(1200)
+    ]
+    send(daemon.url, "/api/v1/runs/batch", runs)
+    send(daemon.url, "/api/v1/runs/event-3", {"status": "success", "context_json": {"language": "de"}}, "PATCH")
+    status, out, errors = follow(daemon.url, copy, "--once")
+    assert (status, errors) == (0, "")
+    assert out.startswith("1200 changes taken over, up to ")
+    assert content(copy) == content(daemon.database)
+
+    with following(daemon.url, copy) as process:
+        for number in range(20):
+            send(daemon.url, "/api/v1/runs", make_run(event_id=f"late-{number}"))
+            if number == 10:
+                process.kill()
+    daemon.stop(signal.SIGKILL)
+    daemon = start(start_daemon, free_port)
+    with following(daemon.url, copy) as process:
+        send(daemon.url, "/api/v1/runs/late-3", {"status": "failure"}, "PATCH")
+        deadline = time.monotonic() + 30
+        while content(copy) != content(daemon.database):
+            assert time.monotonic() < deadline
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+    assert follow(daemon.url, copy, "--once")[1].startswith("0 changes taken over")
+    assert [finding.text for finding in examine(copy)] == []
+
+
+def test_it_refuses_what_is_no_copy_and_a_primary_that_is_another_one(
+    start_daemon: StartDaemon, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy.sqlite"
+    daemon = start(start_daemon)
+    send(daemon.url, "/api/v1/runs", make_run(event_id="a"))
+    assert follow(daemon.url, copy, "--once")[0] == 0
+    assert daemon.stop() == 0
+    backup.backup(daemon.database, tmp_path / "saved")
+    backup.restore(tmp_path / "saved", daemon.database, utc_now())
+    daemon = start(start_daemon)
+    status, _, errors = follow(daemon.url, copy, "--once")
+    assert status == 1
+    assert "410: The database was restored from a backup since" in errors
+    status, _, errors = follow("http://127.0.0.1:1", copy, "--once")
+    assert status == 1
+    assert "Cannot reach the daemon" in errors
+    with closing(connect(copy)) as connection:
+        commit(connection, [])
+        connection.execute("UPDATE followed_feed SET seq = 0")
+    status, _, errors = follow(daemon.url, copy, "--once")
+    assert status == 1
+    assert "holds changes that are not the primary's" in errors
+    assert follow("ftp://x", copy)[0] == 2
+
+
+@settings(max_examples=20)
+@given(st.lists(st.tuples(st.lists(commands, max_size=4), st.integers(0, 4)), max_size=8))
+def test_pages_of_any_size_at_any_time_make_an_equal_copy(steps: list[tuple[list[Any], int]]) -> None:
+    with (
+        closing(sqlite3.connect(":memory:", isolation_level=None)) as primary,
+        closing(sqlite3.connect(":memory:", isolation_level=None)) as copy,
+    ):
+        for connection in (primary, copy):
+            migrate.create(connection, NOW)
+
+        def take(limit: int) -> bool:
+            followed = fetch_followed(copy)
+            after = BEGINNING if followed.place is None else followed.place.seq
+            changes = fetch_changes(primary, ListChanges(after, limit))
+            found = [
+                {"seq": seq, "run": _decoded(what)} if isinstance(what, tuple) else {"seq": seq, "deleted": what}
+                for seq, what in changes.found
+            ]
+            page = {"changes": found, "last": max(changes.last, 0), "epoch": changes.epoch}
+            copy.execute("BEGIN")
+            transaction = Transaction(copy, NOW)
+            transaction.apply([_command(page, followed.begun)])
+            transaction.finish()
+            copy.execute("COMMIT")
+            return changes.more
+
+        for group, limit in steps:
+            commit(primary, group)
+            if limit:
+                take(limit)
+        while take(3):
+            pass
+        for table in ("agent_runs", "run_changes", "run_totals", "run_minutes"):
+            sql = f"SELECT * FROM {table} ORDER BY 1, 2"
+            assert copy.execute(sql).fetchall() == primary.execute(sql).fetchall(), table
+
+
+def _decoded(row: tuple[Any, ...]) -> dict[str, Any]:
+    decoded: dict[str, Any] = orjson.loads(orjson.dumps(to_json(row)))
+    return decoded
+
+
+def test_a_run_comes_back_as_it_was_stored() -> None:
+    row = parse_run(
+        make_run(created_at=NOW, metrics_json={"b": 1.5, "a": [None, "ä"]}, api_posted=1, duration_ms=7)
+    ).row
+    stored = (7, *row, NOW)
+    values = dict(zip(("id", *STORED, "updated_at"), stored, strict=True))
+    assert stored_row(_decoded(tuple(values[name] for name in COLUMNS))) == row
