@@ -20,8 +20,9 @@ from telemetryd import migrate, stats
 from telemetryd.cli.statistics import table
 from telemetryd.commands import Command, CreateRuns, Death, EndProcess, PruneRuns, ReapRuns, RegisterProcess, UpdateRun
 from telemetryd.commands import Process as RunProcess
+from telemetryd.database import APPLICATION_ID
 from telemetryd.legacy import migrate_file
-from telemetryd.runs import MAX_INTEGER, Status, format_timestamp, parse_run
+from telemetryd.runs import MAX_INTEGER, STORED, Status, format_timestamp, parse_run
 from telemetryd.sketches import ERROR
 from telemetryd.statements import rollups
 from telemetryd.statements.transaction import Transaction
@@ -218,13 +219,19 @@ def test_a_migrated_database_has_statistics(tmp_path: Path, layout: str) -> None
 
 
 def test_a_database_of_an_earlier_version_gets_statistics(tmp_path: Path) -> None:
-    path = make_old_database(tmp_path / "telemetry.sqlite", "v7", neighbours=False)
-    migrate_file(path, MOMENTS[0])
+    path = tmp_path / "telemetry.sqlite"
+    columns = (*STORED, "updated_at")
+    insert = f"INSERT INTO agent_runs ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
     with closing(sqlite3.connect(path, isolation_level=None)) as opened:
-        for name in migrate.claimed(11):
-            opened.execute(f"DROP TABLE {name}")
+        for step in migrate.steps():
+            if step.version <= 11:
+                for statement in step.statements():
+                    opened.execute(statement)
+                opened.execute("INSERT INTO schema_migrations VALUES (?, ?, '')", (step.version, step.description))
+        opened.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         opened.execute("PRAGMA user_version = 11")
-        opened.execute("DELETE FROM schema_migrations WHERE version > 11")
+        for _ in range(20):
+            opened.execute(insert, (*parse_run(make_run(created_at=MOMENTS[3])).row, MOMENTS[3]))
     migrate_file(path, MOMENTS[0])
     with closing(sqlite3.connect(path, isolation_level=None)) as opened:
         assert rollups.count_wrong(opened) == 0
