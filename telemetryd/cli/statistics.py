@@ -50,7 +50,7 @@ def stats(
     url: str | None,
     **flags: Any,
 ) -> None:
-    r"""Show how many runs there were, how many succeeded, and how long they took.
+    r"""Show how many runs there were, and how they went.
 
     Times are those of created_at, in whole hours (UTC). Quantiles of durations are within 1 % of the exact ones. The
     running daemon is asked, or the database directly if none runs.
