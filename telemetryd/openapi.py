@@ -111,12 +111,26 @@ def list_parameters() -> tuple[Schema, ...]:
         ),
         ("q", 'Only runs with these words, prefix* and "phrases" in their summaries or errors.', _PLAIN_TEXT),
     ]
+    orders = [order for column in queries.SORTED for order in (f"-{column}", column)]
+    described += [
+        ("sort", "In which order; a minus means the last ones first.", {"type": "string", "enum": orders}),
+        ("fields", "Only these fields of each run, with commas between them.", _FIELDS),
+        (
+            "count",
+            "Tell in X-Total-Count how many runs match, and in X-Total-Count-Accuracy if that is exact, an estimate, "
+            "or at-least what was counted.",
+            {"type": "string", "enum": [str(count) for count in queries.Count]},
+        ),
+    ]
     cursor = _parameter("cursor", "Where to go on, from the Link header of an earlier answer.", {"type": "string"})
     return (*(_parameter(*parts) for parts in described), *page_parameters("Runs"), cursor, INCLUDE)
 
 
 _PLAIN_TEXT: Final[Schema] = {"type": "string", "minLength": 1, "maxLength": filters.MAX_TEXT}
 _PLAIN_INTEGER: Final[Schema] = {"type": "integer", "minimum": 0, "maximum": runs.MAX_INTEGER}
+
+
+_FIELDS: Final[Schema] = {"type": "string", "pattern": "^({0})(,({0}))*$".format("|".join(runs.ANSWERED))}
 
 
 def _filter_text(name: str) -> str:
