@@ -77,6 +77,8 @@ def select_page(
     source, columns, arms = _source(query, filters, is_rare=is_rare)
     bounds = {name for name, (column, _) in TIME_BOUNDS.items() if column == query.order.column}
     found, values = conditions(filters, {*columns, *bounds, *(["q"] if is_rare else [])})
+    # Where many conditions leave hardly a row, as SQLite guesses, it would rather sort than walk an index backwards.
+    found = [f"likelihood({condition}, 1.0)" for condition in found]
     values |= {"rows": query.limit + 1, "offset": query.offset}
     if is_rare:
         values["q"] = match_expression(filters.words or "")
