@@ -18,7 +18,7 @@ from telemetryd.errors import DatabaseError
 from telemetryd.filters import TIME_BOUNDS, Filters
 from telemetryd.queries import ListRuns, Position
 from telemetryd.runs import FILTERS
-from telemetryd.statements import examining, fetching
+from telemetryd.statements import examining, fetching, full_text
 
 _LISTED: Final = 100
 REPAIR: Final = "stop the daemon and run: telemetryd check --repair"
@@ -52,7 +52,7 @@ def examine(path: Path, watch: Watch = ignore_progress) -> list[Finding]:
         DatabaseError: if it cannot be examined, for instance because another process locks it.
 
     """
-    checks = (_integrity, _schema, _totals, _strays, _space, _foreign_keys, _index_usage)
+    checks = (_integrity, _schema, _totals, _strays, _full_text, _space, _foreign_keys, _index_usage)
     findings: list[Finding] = []
     try:
         with contextlib.closing(connect_to_read(path)) as connection:
@@ -103,7 +103,7 @@ def _schema(connection: sqlite3.Connection) -> Iterator[Finding]:
             state = "different" if name in actual else "missing"
             advice = REPAIR if _is_index(sql) else "restore a backup, or re-create it as in schema/telemetry.sql"
             yield Finding("schema", Severity.PROBLEM, f"{name} is {state}", advice)
-    extra = sorted(set(actual) - set(expected))
+    extra = sorted(name for name in set(actual) - set(expected) if not full_text.is_ours(name))
     if extra:
         yield Finding(
             "schema", Severity.NOTE, f"not telemetryd's own: {', '.join(extra)}", "nothing; they are left alone"
@@ -134,6 +134,15 @@ def _strays(connection: sqlite3.Connection) -> Iterator[Finding]:
         yield Finding("strays", Severity.PROBLEM, f"{rows} rows of {table} belong to runs that are gone", REPAIR)
 
 
+def _full_text(connection: sqlite3.Connection) -> Iterator[Finding]:
+    connection.execute("PRAGMA query_only = OFF")  # for temporary tables; the file itself is open for reading only
+    wrong = full_text.count_wrong(connection)
+    connection.execute("PRAGMA query_only = ON")
+    if wrong:
+        text = f"the full-text index differs from the table, in {wrong} places or more"
+        yield Finding("full text", Severity.PROBLEM, text, REPAIR)
+
+
 def _space(connection: sqlite3.Connection) -> Iterator[Finding]:
     if not legacy.is_compact(connection):
         text = "deleted runs do not make the file smaller: a migration was cut off before its end, or lacked room"
@@ -142,7 +151,8 @@ def _space(connection: sqlite3.Connection) -> Iterator[Finding]:
 
 def _foreign_keys(connection: sqlite3.Connection) -> Iterator[Finding]:
     tables = [row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")]
-    for table in (name for name in tables if name not in migrate.expected_schema()):
+    known = migrate.expected_schema()
+    for table in (name for name in tables if name not in known and not full_text.is_ours(name)):
         quoted = '"' + table.replace('"', '""') + '"'
         try:
             broken = len(connection.execute(f"PRAGMA foreign_key_check({quoted})").fetchall())
@@ -225,6 +235,9 @@ def repair(path: Path, watch: Watch = ignore_progress) -> list[str]:
             if wrong:
                 examining.recount_totals(connection)
                 done.append(f"{wrong} totals counted again")
+            if full_text.count_wrong(connection):
+                full_text.rebuild(connection)
+                done.append("full-text index made again")
             watch("Repairing", 2, 3)
             connection.execute("COMMIT")
             watch("Repairing", 3, 3)

@@ -63,6 +63,7 @@ async def running(
         metrics = Metrics()
         store = await Store.open(settings, metrics, clock)
         try:
+            await store.keep_full_text()
             runner = make_runner(make_app(store, settings, metrics), settings)
             await runner.setup()
             chores = asyncio.create_task(upkeep.keep_up(store, settings, clock))

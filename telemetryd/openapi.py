@@ -96,8 +96,20 @@ def _parameter(name: str, text: str, schema: Schema) -> Schema:
 
 def list_parameters() -> tuple[Schema, ...]:
     """Return the query parameters of `GET /api/v1/runs`, from the definition of a run and of a query."""
+    orders = [order for column in queries.SORTED for order in (f"-{column}", column)]
+    shape: tuple[tuple[str, str, Schema], ...] = (
+        ("sort", "In which order; a minus means the last ones first.", {"type": "string", "enum": orders}),
+        ("fields", "Only these fields of each run, with commas between them.", _FIELDS),
+        (
+            "count",
+            "Tell in X-Total-Count how many runs match, and in X-Total-Count-Accuracy if that is exact, an estimate, "
+            "or at-least what was counted.",
+            {"type": "string", "enum": [str(count) for count in queries.Count]},
+        ),
+    )
     cursor = _parameter("cursor", "Where to go on, from the Link header of an earlier answer.", {"type": "string"})
-    return (*filter_parameters(), *page_parameters("Runs"), cursor, INCLUDE)
+    parts = (_parameter(*part) for part in shape)
+    return (*filter_parameters(), *parts, *page_parameters("Runs"), cursor, INCLUDE)
 
 
 def filter_parameters() -> tuple[Schema, ...]:
@@ -167,6 +179,7 @@ _AFTER: Final[Schema] = _parameter(
     "tells if the database is another one since.",
     _PLACE,
 )
+_FIELDS: Final[Schema] = {"type": "string", "pattern": "^({0})(,({0}))*$".format("|".join(runs.ANSWERED))}
 
 
 def _filter_text(name: str) -> str:

@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from enum import StrEnum
 from typing import Final
 from urllib.parse import urlencode
 
@@ -15,7 +16,7 @@ import orjson
 
 from telemetryd import filters
 from telemetryd.filters import Filters, Parameters, read_integer, refuse
-from telemetryd.runs import MAX_INTEGER, Row, canonical_timestamp, utc_now
+from telemetryd.runs import ANSWERED, COLUMNS, MAX_INTEGER, Row, canonical_timestamp, needed, utc_now
 
 DEFAULT_LIMIT: Final = 100
 MAX_LIMIT: Final = 1000
@@ -25,21 +26,47 @@ _ANY_CURSOR: Final = "a cursor from the Link header of an earlier answer"
 EVENTS: Final = "events"
 """What `include` may ask for besides the run itself."""
 
-PARAMETERS: Final = (*filters.PARAMETERS, "limit", "offset", "cursor", "include")
+PARAMETERS: Final = (*filters.PARAMETERS, "sort", "fields", "count", "limit", "offset", "cursor", "include")
+
+
+SORTED: Final = ("created_at", "start_time")
+"""The fields in whose order runs can be answered: those with an index in that order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """In which order runs are answered; the id decides between equals, in the same direction."""
+
+    column: str = "created_at"
+    """One of `SORTED`."""
+    descending: bool = True
+
+    def parameter(self) -> str:
+        """Return the order as `sort` has it."""
+        return f"-{self.column}" if self.descending else self.column
+
+
+class Count(StrEnum):
+    """How the number of matching runs is told."""
+
+    EXACT = "exact"
+    """Counted, however long it takes, within the deadline of a query."""
+    ESTIMATED = "estimated"
+    """From the totals where they can tell, else counted up to a bound."""
 
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where a page ended: the place of its last run in the order of every answer."""
+    """Where a page ended: the place of its last run in the order of the answer."""
 
     moment: str
-    """Its created_at."""
+    """Its value of the column that the order is by."""
     id: int
 
 
 @dataclass(frozen=True, slots=True)
 class ListRuns:
-    """Runs that match every filter, newest first (created_at, then id, both descending)."""
+    """Runs that match every filter; newest first unless told otherwise."""
 
     filters: Filters = field(default_factory=Filters)
     limit: int = DEFAULT_LIMIT
@@ -47,14 +74,30 @@ class ListRuns:
     after: Position | None = None
     with_events: bool = False
     """Whether the answer shows the runs' events as well."""
+    order: Order = Order()
+    fields: tuple[str, ...] = ()
+    """The fields that are answered; none means all."""
+    count: Count | None = None
+    """Whether the answer tells how many runs match."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that are fetched: for the fields, the events and the place where the page ends."""
+        return needed((*self.fields, "id", "event_id", "created_at", self.order.column)) if self.fields else COLUMNS
 
     def parameters(self) -> dict[str, str | int]:
         """Return the query as parameters with canonical values, for the log and the next page."""
         page: dict[str, str | int] = {**self.filters.parameters(), "limit": self.limit}
+        if self.order != Order():
+            page["sort"] = self.order.parameter()
+        if self.fields:
+            page["fields"] = ",".join(self.fields)
         if self.offset:
             page["offset"] = self.offset
         if self.with_events:
             page["include"] = EVENTS
+        if self.count is not None:
+            page["count"] = self.count
         return page
 
     def cursor(self, last: Position) -> str:
@@ -66,10 +109,11 @@ class ListRuns:
         """Return the relative address of the page that follows the one which ended at `last`."""
         page = {**self.parameters(), "cursor": self.cursor(last)}
         page.pop("offset", None)
+        page.pop("count", None)  # the first page has told it
         return f"{path}?{urlencode(page)}"
 
     def _fingerprint(self) -> str:
-        packed = orjson.dumps(self.filters.parameters(), option=orjson.OPT_SORT_KEYS)
+        packed = orjson.dumps([self.filters.parameters(), self.order.parameter()], option=orjson.OPT_SORT_KEYS)
         return hashlib.blake2b(packed, digest_size=6).hexdigest()
 
     def position(self, cursor: str) -> Position:
@@ -95,10 +139,34 @@ class ListRuns:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """The rows of one page (in the order of `runs.COLUMNS`), and where it ended if more follow."""
+    """The rows of one page (in the order of `ListRuns.columns`), and where it ended if more follow."""
 
     rows: list[Row]
     end: Position | None
+
+
+@dataclass(frozen=True, slots=True)
+class CountMatching:
+    """How many runs match. Answer: `Total`."""
+
+    filters: Filters
+    count: Count = Count.EXACT
+
+
+class Accuracy(StrEnum):
+    """How far a total can be believed."""
+
+    EXACT = "exact"
+    ESTIMATE = "estimate"
+    AT_LEAST = "at-least"
+
+
+@dataclass(frozen=True, slots=True)
+class Total:
+    """How many runs match, and how sure that is."""
+
+    runs: int
+    accuracy: Accuracy = Accuracy.EXACT
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,12 +244,36 @@ def parse_list(query_string: str, clock: Callable[[], datetime] = utc_now) -> Li
         parameters.read("limit", read_integer, 1, MAX_LIMIT, default=DEFAULT_LIMIT),
         parameters.read("offset", read_integer, 0, MAX_INTEGER, default=0),
         with_events=parameters.read("include", _include, default=False),
+        order=parameters.read("sort", _order, default=Order()),
+        fields=parameters.read("fields", _fields, default=()),
+        count=parameters.read("count", _count),
     )
     cursor = parameters.given.get("cursor")
     if cursor is not None and query.offset:
         parameters.faults.append("Use either cursor or offset, not both: a cursor already says where to go on")
     parameters.finish()
     return query if cursor is None else replace(query, after=query.position(cursor))
+
+
+def _order(name: str, value: str) -> Order:
+    order = Order(value.removeprefix("-"), descending=value.startswith("-"))
+    if order.column not in SORTED:
+        raise refuse(name, value, f"one of {', '.join(SORTED)}, with a minus before it for the last ones first")
+    return order
+
+
+def _fields(name: str, value: str) -> tuple[str, ...]:
+    asked = tuple(dict.fromkeys(value.split(",")))
+    for field_name in asked:
+        if field_name not in ANSWERED:
+            raise refuse(name, field_name, "fields of a run with commas between them, such as event_id,status")
+    return asked
+
+
+def _count(name: str, value: str) -> Count:
+    if value not in set(Count):
+        raise refuse(name, value, " or ".join(Count))
+    return Count(value)
 
 
 def parse_event_list(query_string: str, event_id: str) -> ListEvents:

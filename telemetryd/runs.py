@@ -596,9 +596,22 @@ def ignored_field_warnings(names: Collection[str]) -> list[str]:
 # --- From a row to an answer ---------------------------------------------------------------------
 
 
-def to_json(row: Row) -> dict[str, Any]:
-    """Return a stored row (in the order of `COLUMNS`) as the JSON object that answers carry."""
-    run: dict[str, Any] = dict(zip(COLUMNS, row, strict=True))
+ANSWERED: Final = (*COLUMNS, "commit_url", "repo_url")
+"""What an answered run has, in this order."""
+_MADE_FROM: Final = {"commit_url": ("git_repo", "git_commit_hash"), "repo_url": ("git_repo",)}
+
+
+def needed(fields: Iterable[str]) -> tuple[str, ...]:
+    """Return the columns that some fields of an answered run are made from, in the order of `COLUMNS`."""
+    columns = {column for name in fields for column in _MADE_FROM.get(name, (name,))}
+    return tuple(name for name in COLUMNS if name in columns)
+
+
+def to_json(row: Row, columns: tuple[str, ...] = COLUMNS, fields: Iterable[str] = ()) -> dict[str, Any]:
+    """Return a stored row (in the order of `columns`) as the JSON object that answers carry, or only some fields."""
+    run: dict[str, Any] = dict(zip(columns, row, strict=True))
+    if fields:
+        run = dict.fromkeys(COLUMNS) | run
     for name in _JSON_COLUMNS:
         text = run[name]
         if isinstance(text, str):
@@ -608,7 +621,7 @@ def to_json(row: Row) -> dict[str, Any]:
     repo, commit = run["git_repo"], run["git_commit_hash"]
     run["commit_url"] = commit_url(repo, commit)
     run["repo_url"] = repo_url(repo)
-    return run
+    return {name: run[name] for name in fields} if fields else run
 
 
 def stored_row(run: Mapping[str, Any]) -> Row:

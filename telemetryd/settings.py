@@ -208,6 +208,11 @@ class Settings(BaseModel):
     stale_after: Duration | None = Field(
         None, description="Cancel running runs without a change for so long (1h, 30m), by itself; none leaves them."
     )
+    full_text: bool = Field(
+        False,
+        description="Index the words of summaries and errors for q=; new runs cost more then. Changed at the start: on "
+        "indexes the runs that are there, off drops the index.",
+    )
     death_certificates: bool = Field(
         True,
         description="Fail a run at once when its process, registered by its client, has ended without finishing it.",

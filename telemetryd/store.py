@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, overload
+from typing import Any, Final, TypeVar, overload
 
 from telemetryd import migrate
 from telemetryd.changes import Changes, Followed, GetFollowed, ListChanges
@@ -66,6 +66,7 @@ from telemetryd.flow import Flow
 from telemetryd.logs import log
 from telemetryd.metrics import Metrics
 from telemetryd.queries import (
+    CountMatching,
     CountPrunable,
     CountRuns,
     Counts,
@@ -75,11 +76,12 @@ from telemetryd.queries import (
     ListProcesses,
     ListRuns,
     Page,
+    Total,
 )
 from telemetryd.reader import Readers
 from telemetryd.runs import Row, format_timestamp, utc_now
 from telemetryd.settings import Settings
-from telemetryd.statements import copying, fetching, following, rollups
+from telemetryd.statements import copying, counting, fetching, following, full_text, rollups
 from telemetryd.statements.transaction import MINUTE, Transaction
 from telemetryd.stats import GetStats
 from telemetryd.writer import GROUP_ROWS, Writer
@@ -94,10 +96,21 @@ Query = (
     | CountRuns
     | CountPrunable
     | CountStale
+    | CountMatching
     | GetStats
 )
 Answer = (
-    Page | Row | dict[str, EventPage] | list[Process] | Changes | Followed | Counts | int | list[dict[str, Any]] | None
+    Page
+    | Total
+    | Row
+    | dict[str, EventPage]
+    | list[Process]
+    | Changes
+    | Followed
+    | Counts
+    | int
+    | list[dict[str, Any]]
+    | None
 )
 
 _READERS: Final[Mapping[type[Query], Callable[..., Answer]]] = {
@@ -109,9 +122,12 @@ _READERS: Final[Mapping[type[Query], Callable[..., Answer]]] = {
     GetFollowed: lambda connection, query: copying.fetch_followed(connection),
     CountPrunable: fetching.count_prunable,
     CountStale: fetching.count_stale,
+    CountMatching: counting.count_matching,
     GetStats: rollups.fetch_stats,
 }
 """What answers each query, given a connection and the query, in a reader's thread."""
+
+T = TypeVar("T")
 
 _LOOK_EVERY_S: Final = 1.0
 _BUSY_SLICE_MS: Final = 2_000
@@ -408,6 +424,9 @@ class Store:
     async def fetch(self, query: ListRuns) -> Page: ...
 
     @overload
+    async def fetch(self, query: CountMatching) -> Total: ...
+
+    @overload
     async def fetch(self, query: GetRun) -> Row | None: ...
 
     @overload
@@ -460,6 +479,27 @@ class Store:
     def _tell_of_commit(self) -> None:
         self._committed()
 
+    async def keep_full_text(self) -> None:
+        """Make or drop the full-text index, as the setting says; call it before anything is submitted.
+
+        Raises:
+            DatabaseError: if that is not possible; what is not finished is made anew the next time.
+
+        """
+        if self._opened is None:
+            return
+        connection, wanted = self._opened.connection, self._settings.full_text
+        try:
+            if await connection.run(full_text.is_complete if wanted else full_text.is_there) is wanted:
+                return
+            started = time.monotonic()
+            log.info("Building the full-text index" if wanted else "Dropping the full-text index")
+            await (_build_full_text(connection) if wanted else _at_once(connection, full_text.drop))
+            took = {"duration_ms": round((time.monotonic() - started) * 1000, 3)}
+            log.info("The full-text index is built" if wanted else "The full-text index is dropped", extra=took)
+        except sqlite3.Error as error:
+            raise DatabaseError(f"Cannot change the full-text index of {self._path}: {error}") from error
+
     def flow(self) -> str:
         """Tell writers how much to send and how long to pause (the value of the Telemetry-Flow header), at once."""
         return self._writer.advice()
@@ -493,6 +533,19 @@ class Store:
         if self._writer.failure is None:
             self._ownership.settle()
         self._ownership.release()
+
+
+async def _at_once(connection: Connection, step: Callable[[sqlite3.Connection], T]) -> T:
+    return await connection.run(partial(full_text.at_once, step=step))
+
+
+async def _build_full_text(connection: Connection) -> None:
+    """Index every run, in slices, between which the daemon can be stopped."""
+    await _at_once(connection, full_text.begin)
+    last: int | None = full_text.FIRST_RUN
+    while last is not None:
+        last = await _at_once(connection, partial(full_text.index_slice, after=last))
+    await _at_once(connection, full_text.finish)
 
 
 async def _look_for_damage(connection: Connection, path: Path) -> None:

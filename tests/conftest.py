@@ -117,6 +117,7 @@ async def make_api(
         metrics = Metrics()
         store = await Store.open(settings, metrics, clock)
         stores.append(store)
+        await store.keep_full_text()
         client = await aiohttp_client(DaemonServer(make_app(store, settings, metrics), settings))
         clients.append(client)
         return Api(client, store, settings)

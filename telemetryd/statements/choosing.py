@@ -12,6 +12,7 @@ from telemetryd.commands import (
     PruneRuns,
 )
 from telemetryd.filters import (
+    MAX_VALUES,
     TIME_BOUNDS,
     WILDCARD,
     Comparison,
@@ -56,8 +57,8 @@ _CHOICE: Final = (
 )  # fmt: skip
 """The filters that an index serves, those first which usually leave fewest runs."""
 
-MAX_ARMS: Final = 64
-"""Ordered walks that one statement merges."""
+MAX_ARMS: Final = MAX_VALUES * len(Status)
+"""Ordered walks that one statement merges; behind a cursor they are twice as many, and SQLite takes 500."""
 
 
 def choose(equal: Mapping[str, tuple[str, ...]], most: int = MAX_ARMS) -> tuple[str, tuple[str, ...], list[Values]]:
@@ -84,7 +85,7 @@ def conditions(filters: Filters, but: Collection[str] = ()) -> tuple[list[str], 
     """Return what the filters are in SQL, to be joined by AND, and the values that are bound to them.
 
     Columns stand without their table's name, and what is bound is named after its parameter. `but` are names of
-    fields and time bounds that the caller sees to.
+    parameters that the caller sees to.
     """
     found: list[str] = []
     values: Values = {}
@@ -103,8 +104,9 @@ def conditions(filters: Filters, but: Collection[str] = ()) -> tuple[list[str], 
         operator, values["error"] = _holds(filters.error)
         found.append(f"(error_summary {operator} OR error_details {operator})")
     found += [_metric(number, metric, values) for number, metric in enumerate(filters.metrics)]
-    if filters.words is not None:
-        found.append("agent_runs.id IN (SELECT rowid FROM runs_text WHERE runs_text MATCH :q)")
+    if filters.words is not None and "q" not in but:
+        # The plus keeps the walk to its index, whose order it would give up for the rows by their ids.
+        found.append("+id IN (SELECT rowid FROM runs_text WHERE runs_text MATCH :q)")
         values["q"] = match_expression(filters.words)
     return found, values
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from operator import itemgetter
 from typing import Final
 
@@ -13,7 +15,7 @@ from telemetryd.commands import (
 )
 from telemetryd.errors import InvalidRequestError
 from telemetryd.events import EventPage
-from telemetryd.filters import WILDCARD, Filters
+from telemetryd.filters import TIME_BOUNDS, WILDCARD, Filters
 from telemetryd.queries import (
     CountPrunable,
     Counts,
@@ -31,7 +33,16 @@ from telemetryd.runs import (
     SqlValue,
 )
 from telemetryd.statements import full_text
-from telemetryd.statements.choosing import MAX_ARMS, Values, choose, conditions, glob, old_runs, select_stale
+from telemetryd.statements.choosing import (
+    MAX_ARMS,
+    Values,
+    choose,
+    conditions,
+    glob,
+    match_expression,
+    old_runs,
+    select_stale,
+)
 from telemetryd.statements.transaction import MINUTE, PROCESS
 
 _SELECT_EVENTS: Final = f"""
@@ -43,9 +54,7 @@ _SELECT_PROCESSES: Final = f"""
     SELECT {", ".join(PROCESS[:-1])}, max({PROCESS[-1]}) FROM run_processes INDEXED BY idx_processes_waiting
     WHERE certified_at IS NULL GROUP BY pid, start_time, boot_id, pid_namespace
 """  # noqa: S608 - names from the definition of a process
-_SELECT: Final = f"SELECT {', '.join(COLUMNS)} FROM agent_runs"  # noqa: S608 - names from the definition
-_NEWEST_FIRST: Final = "ORDER BY created_at DESC, id DESC"
-
+_SELECT_RUN: Final = f"SELECT {', '.join(COLUMNS)} FROM agent_runs WHERE event_id = ?"  # noqa: S608 - names from the definition
 
 _SPAN_OF_HOURS: Final = """
     SELECT min(hour), max(hour) || ';' FROM run_hours
@@ -57,19 +66,24 @@ Span = tuple[SqlValue, SqlValue]
 
 
 def select_page(
-    query: ListRuns, created: Span | None = None, agents: tuple[str, ...] | None = None
+    query: ListRuns, created: Span | None = None, agents: tuple[str, ...] | None = None, *, is_rare: bool = False
 ) -> tuple[str, Values]:
     """Return the SQL text and the parameters that fetch a page, and one row more to see if others follow.
 
     `created` is a span of created_at outside of which nothing can match, `agents` the names that the patterns stand
-    for.
+    for, and `is_rare` says that few runs have the words that are searched for.
     """
     filters = query.filters if agents is None else named(query.filters, agents)
-    # A search of the full text would be done again in each arm.
-    index, columns, arms = choose({} if filters.patterns else filters.equal, MAX_ARMS if filters.words is None else 1)
-    found, values = conditions(filters, (*columns, "created_after", "created_before"))
+    source, columns, arms = _source(query, filters, is_rare=is_rare)
+    bounds = {name for name, (column, _) in TIME_BOUNDS.items() if column == query.order.column}
+    found, values = conditions(filters, {*columns, *bounds, *(["q"] if is_rare else [])})
+    # Where many conditions leave hardly a row, as SQLite guesses, it would rather sort than walk an index backwards.
+    found = [f"likelihood({condition}, 1.0)" for condition in found]
     values |= {"rows": query.limit + 1, "offset": query.offset}
+    if is_rare:
+        values["q"] = match_expression(filters.words or "")
     walks = _walks(query, created, values)
+    select = _select(query.columns)
     texts = []
     for number, arm in enumerate(arms):
         places = {f"{name}_{number}": name for name in columns}
@@ -77,34 +91,88 @@ def select_page(
         equal = [f"{name} = :{place}" for place, name in places.items()]
         for walk in walks:
             where = " AND ".join(filter(None, [*equal, *found, walk]))
-            texts.append(f"{_SELECT} INDEXED BY {index}" + (f" WHERE {where}" if where else ""))
-    return f"{' UNION ALL '.join(texts)} {_NEWEST_FIRST} LIMIT :rows OFFSET :offset", values
+            texts.append(f"{select} FROM {source}" + (f" WHERE {where}" if where else ""))
+    direction = "DESC" if query.order.descending else "ASC"
+    order = f"ORDER BY {query.order.column} {direction}, id {direction}"
+    return f"{' UNION ALL '.join(texts)} {order} LIMIT :rows OFFSET :offset", values
+
+
+FOUND: Final = (
+    "(SELECT rowid AS found FROM runs_text WHERE runs_text MATCH :q) CROSS JOIN agent_runs NOT INDEXED ON id = found"
+)
+"""The runs with the words that are searched for, one by one."""
+
+
+def _source(query: ListRuns, filters: Filters, *, is_rare: bool) -> tuple[str, tuple[str, ...], list[Values]]:
+    """Return where runs come from, the columns that have one value in each walk, and these values for each of them."""
+    if is_rare:
+        return FOUND, (), [{}]
+    if query.order.column != "created_at":
+        return "agent_runs INDEXED BY idx_runs_start", (), [{}]
+    # A search for words would be done again in each arm.
+    index, columns, arms = choose({} if filters.patterns else filters.equal, MAX_ARMS if filters.words is None else 1)
+    return f"agent_runs INDEXED BY {index}", columns, arms
+
+
+@cache
+def _select(columns: tuple[str, ...]) -> str:
+    return f"SELECT {', '.join(columns)}"
+
+
+Bound = tuple[str, SqlValue]
+"""A comparison, and what is compared with."""
+
+
+def _ends(query: ListRuns, created: Span | None) -> tuple[Bound | None, Bound | None]:
+    """Return the lower and the upper bound of the column that the order is by."""
+    bounds = query.filters.bounds
+    given: dict[str, Bound] = {
+        comparison[0]: (comparison, bounds[name])
+        for name, (column, comparison) in TIME_BOUNDS.items()
+        if column == query.order.column and name in bounds
+    }
+    lower, upper = given.get(">"), given.get("<")
+    if created is not None and query.order.column == "created_at":
+        first, last = created
+        if lower is None or first is None or str(first) > str(lower[1]):
+            lower = (">=", first)
+        if last is not None and (upper is None or str(last) < str(upper[1])):
+            upper = ("<", last)
+    return lower, upper
 
 
 def _walks(query: ListRuns, created: Span | None, values: Values) -> list[str]:
-    """Return the conditions on created_at for each walk down an index: one bound at each end, for it uses only one.
+    """Return the conditions on the order's column for each walk of an index: one bound at each end, it uses only one.
 
-    A walk that goes on behind a cursor has two parts: the rest of the runs created at the same moment, and all
-    runs created before it. A comparison of pairs would only use the moment, and read all of its runs again.
+    A walk that goes on behind a cursor has two parts: the rest of the runs of the same moment, and all runs beyond
+    it. A comparison of pairs would only use the moment, and read all of its runs again.
     """
-    bounds = query.filters.bounds
-    lower, upper, end = bounds.get("created_after"), bounds.get("created_before"), ""
-    if created is not None and (lower is None or created[0] is None or str(created[0]) > lower):
-        end, values["span_from"] = "created_at >= :span_from", created[0]
-    elif lower is not None:
-        end, values["created_after"] = "created_at > :created_after", lower
-    if created is not None and created[1] is not None:
-        upper = min(upper or "~", str(created[1]))
-    if query.after is not None and (upper is None or query.after.moment < upper):
-        values |= {"moment": query.after.moment, "after_id": query.after.id}
+    column, after = query.order.column, query.after
+    lower, upper = _ends(query, created)
+    near, far, beyond = (upper, lower, "<") if query.order.descending else (lower, upper, ">")
+    end = ""
+    if far is not None:
+        end, values["far"] = f"{column} {far[0]} :far", far[1]
+    if after is not None and (near is None or _is_within(after.moment, near)):
+        values |= {"moment": after.moment, "after_id": after.id}
         # The plus keeps the index to the one moment, in which its rows are in the order of their ids.
-        parts = [["created_at = :moment", "id < :after_id", end and f"+{end}"], ["created_at < :moment", end]]
-    elif upper is not None:
-        values["upper"] = upper
-        parts = [["created_at < :upper", end]]
+        parts = [
+            [f"{column} = :moment", f"id {beyond} :after_id", end and f"+{end}"],
+            [f"{column} {beyond} :moment", end],
+        ]
+    elif near is not None:
+        values["near"] = near[1]
+        parts = [[f"{column} {near[0]} :near", end]]
     else:
         parts = [[end]]
     return [" AND ".join(filter(None, part)) for part in parts]
+
+
+def _is_within(moment: str, bound: Bound) -> bool:
+    comparison, value = bound[0], str(bound[1])
+    if moment == value:
+        return comparison.endswith("=")
+    return (moment < value) is comparison.startswith("<")
 
 
 _AGENTS: Final = """
@@ -142,7 +210,23 @@ def named(filters: Filters, agents: tuple[str, ...]) -> Filters:
 PAGE_BYTES: Final = 32 * 1024 * 1024
 """About how much one page may hold, which is in memory several times over while it is answered."""
 
-_texts_of: Final = itemgetter(*map(COLUMNS.index, TEXTS))
+
+@cache
+def _texts_of(columns: tuple[str, ...]) -> Callable[[Row], tuple[str | None, ...]]:
+    return itemgetter(*(columns.index(name) for name in TEXTS if name in columns))
+
+
+_SOME: Final = 10_000
+"""Runs that are better sorted than found again on a walk through all of them."""
+_COUNT_SOME: Final = "SELECT count(*) FROM (SELECT 1 FROM runs_text WHERE runs_text MATCH ? LIMIT ?)"
+
+
+def _is_rare(connection: sqlite3.Connection, filters: Filters) -> bool:
+    """Tell whether few runs have the words that are searched for."""
+    if filters.words is None:
+        return False
+    found = connection.execute(_COUNT_SOME, (match_expression(filters.words), _SOME)).fetchone()[0]
+    return bool(found < _SOME)
 
 
 def fetch_page(connection: sqlite3.Connection, query: ListRuns) -> Page:
@@ -157,10 +241,12 @@ def fetch_page(connection: sqlite3.Connection, query: ListRuns) -> Page:
     agents = find_agents(connection, query.filters)
     if agents == ():
         return Page([], None)
+    columns, is_rare = query.columns, _is_rare(connection, query.filters)
+    texts_of = _texts_of(columns)
     rows: list[Row] = []
     size = 0
-    for row in connection.execute(*select_page(query, _created_span(connection, query), agents)):
-        size += len("".join(filter(None, _texts_of(row))))
+    for row in connection.execute(*select_page(query, _created_span(connection, query), agents, is_rare=is_rare)):
+        size += len("".join(filter(None, texts_of(row))))
         if size > PAGE_BYTES and 0 < len(rows) < query.limit:
             raise InvalidRequestError(
                 f"Invalid limit: {query.limit}; the first {len(rows)} of these runs hold {PAGE_BYTES >> 20} MiB, "
@@ -170,8 +256,8 @@ def fetch_page(connection: sqlite3.Connection, query: ListRuns) -> Page:
     if len(rows) <= query.limit:
         return Page(rows, None)
     rows.pop()
-    last = dict(zip(COLUMNS, rows[-1], strict=True))
-    return Page(rows, Position(str(last["created_at"]), int(last["id"] or 0)))
+    last = dict(zip(columns, rows[-1], strict=True))
+    return Page(rows, Position(str(last[query.order.column]), int(last["id"] or 0)))
 
 
 def _created_span(connection: sqlite3.Connection, query: ListRuns) -> Span | None:
@@ -184,7 +270,7 @@ def _created_span(connection: sqlite3.Connection, query: ListRuns) -> Span | Non
 
 def fetch_run(connection: sqlite3.Connection, query: GetRun) -> Row | None:
     """Fetch the run with an event_id."""
-    row: Row | None = connection.execute(f"{_SELECT} WHERE event_id = ?", (query.event_id,)).fetchone()
+    row: Row | None = connection.execute(_SELECT_RUN, (query.event_id,)).fetchone()
     return row
 
 

@@ -1,0 +1,272 @@
+"""What GET /api/v1/runs offers beyond the guide: filters of every kind, orders, fields, totals, full text."""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+
+from telemetryd.check import Severity, examine, repair
+from telemetryd.commands import CreateRuns, PruneRuns, ReapRuns
+from telemetryd.filters import Filters
+from telemetryd.metrics import Metrics
+from telemetryd.queries import ListRuns
+from telemetryd.runs import ANSWERED, parse_run
+from telemetryd.settings import Settings
+from telemetryd.store import Store
+from tests.conftest import Api, MakeApi, Row, make_run
+from tests.contract.test_query import at, ids, listed, next_page
+from tests.contract.wire import RUNS, check_error, send, send_raw
+
+
+async def found(api: Api, query: str) -> list[str]:
+    answer = await send(api, "GET", f"{RUNS}?{query}")
+    assert answer.status == 200, answer.text
+    return ids(answer.json)
+
+
+CONTEXT = ("run_id", "product", "website", "git_commit_hash", "host", "environment", "insight_id", "parent_run_id")
+
+
+@pytest.mark.parametrize("name", CONTEXT)
+async def test_each_context_field_is_a_filter_with_several_values(api: Api, name: str) -> None:
+    await api.batch([make_run(event_id=value, **{name: value}) for value in ("a1b2c3d", "b", "c,d", "E")])
+    await api.post(make_run(event_id="none"))
+    assert await found(api, f"{name}=a1b2c3d") == ["a1b2c3d"]
+    assert await found(api, f"{name}=b,a1b2c3d,b") == ["b", "a1b2c3d"]
+    assert await found(api, f"{name}=c%5C,d,e") == ["c,d"]
+    assert await found(api, f"{name}=*") == []
+
+
+async def test_a_commit_that_is_associated_later_is_found(api: Api) -> None:
+    await api.post(make_run(event_id="x"))
+    commit = {"commit_hash": "abcdef1", "commit_source": "llm"}
+    await api.call("POST", f"{RUNS}/x/associate-commit", json=commit, status=200)
+    assert await found(api, "git_commit_hash=abcdef1") == ["x"]
+
+
+async def test_agents_by_wildcards(api: Api) -> None:
+    await api.batch(
+        [make_run(event_id=name, agent_name=name) for name in ("seo", "seo-blog", "SEO", "blog-seo", "a*c")]
+    )
+    assert await found(api, "agent_name=seo*") == ["seo-blog", "seo"]
+    assert await found(api, "agent_name=*seo") == ["blog-seo", "seo"]
+    assert await found(api, "agent_name=*-*,SEO") == ["blog-seo", "SEO", "seo-blog"]
+    assert await found(api, "agent_name=a%5C*c") == ["a*c"]
+    assert await found(api, "agent_name=nobody*") == []
+    assert len(await found(api, "agent_name=*")) == 5
+
+
+async def test_more_agents_than_one_statement_merges(api: Api) -> None:
+    runs = [make_run(agent_name=f"agent-{number}", created_at=at(number)) for number in range(200)]
+    await api.batch([*runs, make_run(agent_name="other", created_at=at(500))])
+    assert await found(api, "agent_name=agent-*&limit=150") == ids(runs[::-1][:150])
+
+
+async def test_a_relative_time_stays_where_it_was_on_the_next_pages(api: Api) -> None:
+    ago = [datetime.now(UTC) - timedelta(minutes=minutes) for minutes in (10, 50, 70, 300)]
+    await api.batch([make_run(event_id=str(n), created_at=moment.isoformat()) for n, moment in enumerate(ago)])
+    assert await found(api, "created_after=-1h") == ["0", "1"]
+    assert await found(api, "created_before=-1h&created_after=-2h") == ["2"]
+    assert await found(api, "created_before=now") == ["0", "1", "2", "3"]
+    first = await send(api, "GET", f"{RUNS}?created_after=-2h&limit=2")
+    path = next_page(first)
+    assert path is not None
+    assert "-2h" not in path
+    assert ids(first.json) + ids((await send(api, "GET", path)).json) == ["0", "1", "2"]
+
+
+async def test_runs_by_what_they_took_and_by_their_errors(api: Api) -> None:
+    await api.post(make_run(event_id="quick", duration_ms=5, error_summary="Connection RESET by peer"))
+    await api.post(make_run(event_id="slow", duration_ms=5000, error_details="Übertragung: 100%_fehlgeschlagen"))
+    assert await found(api, "min_duration_ms=6") == ["slow"]
+    assert await found(api, "error=reset") == ["quick"]
+    assert await found(api, f"error={quote('ÜBERTRAGUNG')}") == ["slow"]
+    assert await found(api, f"error={quote('100%_F')}") == ["slow"]
+    assert await found(api, f"error={quote('s_t')}") == []
+
+
+async def test_metrics_raw_and_encoded(api: Api) -> None:
+    for name, metrics in (("few", {"tokens": 10}), ("many", {"tokens": 5000, "usage": {"in": 1.5}, "model": "gpt"})):
+        await api.post(make_run(event_id=name, metrics_json=metrics))
+    for written in ("metrics.tokens>1000", "metrics.tokens%3E1000", "metrics.tokens%3e%3D1000", "metrics.tokens!=10"):
+        head = f"GET {RUNS}?{written}&limit=5 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+        [answer] = await send_raw(api, head.encode())
+        assert (answer.status, ids(answer.json)) == (200, ["many"]), written
+    assert await found(api, "metrics.usage.in=1.5") == ["many"]
+    assert await found(api, "metrics.model=gpt&metrics.tokens>1") == ["many"]
+    assert await found(api, "metrics.tokens<1e4") == ["many", "few"]
+    assert "metrics.tokens" in check_error(await send(api, "GET", f"{RUNS}?metrics.tokens>"), 400)
+
+
+@pytest.mark.parametrize("order", ["created_at", "-created_at", "start_time", "-start_time"])
+@pytest.mark.parametrize("limit", [1, 4, 100])
+async def test_each_order_and_its_cursors(api: Api, order: str, limit: int) -> None:
+    runs: list[Row] = [
+        make_run(event_id=f"{n:02}", created_at=at(n // 3), start_time=at(-(n // 4)), host=f"h{n % 2}")
+        for n in range(24)
+    ]
+    await api.batch(runs)
+    name = order.removeprefix("-")
+    inserted = {run["event_id"]: number for number, run in enumerate(runs)}
+    ordered = sorted(runs, key=lambda run: (run[name], inserted[run["event_id"]]), reverse=order.startswith("-"))
+    wanted = [run for run in ordered if run["host"] == "h1" and run["start_time"] <= at(-1)]
+    path: str | None = f"{RUNS}?sort={order}&limit={limit}&host=h1&start_time_to={at(-1)}"
+    walked: list[str] = []
+    while path is not None:
+        answer = await send(api, "GET", path)
+        walked += ids(answer.json)
+        path = next_page(answer)
+    assert walked == ids(wanted)
+
+
+async def test_a_cursor_belongs_to_its_order(api: Api) -> None:
+    await api.batch([make_run() for _ in range(3)])
+    path = next_page(await send(api, "GET", f"{RUNS}?limit=1"))
+    assert path is not None
+    assert "same filters" in check_error(await send(api, "GET", f"{path}&sort=start_time"), 400)
+
+
+async def test_fields_choose_what_is_answered(api: Api) -> None:
+    await api.post(make_run(event_id="x", git_repo="https://github.com/a/b.git", git_commit_hash="abcdef1",
+                            metrics_json={"tokens": 1}, api_posted=True))  # fmt: skip
+    [whole] = await listed(api)
+    assert list(whole) == list(ANSWERED)
+    for name in ANSWERED:
+        assert await listed(api, fields=name) == [{name: whole[name]}]
+    [part] = await listed(api, fields="status,commit_url,event_id", sort="start_time")
+    assert list(part.items()) == [(name, whole[name]) for name in ("status", "commit_url", "event_id")]
+    await api.call("POST", f"{RUNS}/x/events", json={"event_type": "step"}, status=201)
+    [part] = await listed(api, fields="status", include="events")
+    assert set(part) == {"status", "events", "more_events"}
+    detail = check_error(await send(api, "GET", RUNS, params={"fields": "status,secret"}), 400)
+    assert detail.startswith("Invalid fields: 'secret'")
+
+
+async def total(api: Api, query: str) -> tuple[str, str]:
+    answer = await send(api, "GET", f"{RUNS}?limit=1&{query}")
+    assert answer.status == 200, answer.text
+    return answer.headers["x-total-count"], answer.headers["x-total-count-accuracy"]
+
+
+async def test_totals(api: Api) -> None:
+    runs = [make_run(agent_name=("a", "b")[n % 2], host=f"h{n % 3}", created_at=at(n)) for n in range(60)]
+    await api.batch(runs)
+    assert "x-total-count" not in (await send(api, "GET", RUNS)).headers
+    for count in ("exact", "estimated"):
+        assert await total(api, f"count={count}") == ("60", "exact")
+        assert await total(api, f"count={count}&agent_name=a*,c") == ("30", "exact")
+        assert await total(api, f"count={count}&host=h0,h1&agent_name=b") == ("20", "exact")
+        assert await total(api, f"count={count}&agent_name=none*") == ("0", "exact")
+    half = f"agent_name=a&created_before={at(30)}"
+    assert await total(api, f"count=exact&{half}") == ("15", "exact")
+    told, accuracy = await total(api, f"count=estimated&{half}")
+    assert accuracy == "estimate"
+    assert 13 <= int(told) <= 17
+    path = next_page(await send(api, "GET", f"{RUNS}?limit=1&count=exact"))
+    assert path is not None
+    assert "count" not in path.replace("cursor", "")
+
+
+# --- Full text -----------------------------------------------------------------------------------
+
+
+async def test_without_the_index_q_is_refused_and_the_setting_named(api: Api) -> None:
+    detail = check_error(await send(api, "GET", f"{RUNS}?q=word"), 400)
+    assert detail.startswith("Invalid q: ")
+    assert "TELEMETRY_FULL_TEXT" in detail
+
+
+async def test_words_prefixes_and_phrases(make_api: MakeApi) -> None:
+    api = await make_api(full_text=True)
+    await api.post(make_run(event_id="1", input_summary="The quick brown fox", output_summary="jumps"))
+    await api.post(make_run(event_id="2", error_summary="Fox: QUICK exit", error_details="over the café"))
+    await api.post(make_run(event_id="3"))
+    for query, wanted in (
+        ("quick", ["2", "1"]), ("quick fox", ["2", "1"]), ('"quick brown"', ["1"]), ('"fox quick"', ["2"]),
+        ("caf*", ["2"]), ("CAFE", ["2"]), ("jumps brown", ["1"]), ("bro", []), ("fox:", ["2", "1"]),
+        ("error_summary", []),
+    ):  # fmt: skip
+        assert await found(api, f"q={quote(query)}") == wanted, query
+    for syntax in ('"', '"fox', "fox OR quick", "NEAR(fox quick)", "error_summary:fox", "^fox", "fox -quick", "(fox",
+                   "a AND", "{a b}: fox", "fox + quick", "*fox", "'; DROP TABLE x; --", 'fo"x"*'):  # fmt: skip
+        answer = await send(api, "GET", f"{RUNS}?q={quote(syntax)}")
+        assert answer.status == (200 if any(map(str.isalnum, syntax)) else 400), syntax
+    assert await found(api, "q=quick&status=running&agent_name=*&sort=created_at&limit=1") == ["1"]
+    assert await total(api, "q=quick&count=exact") == ("2", "exact")
+
+
+def words(path: Path) -> int:
+    """How many of the findings of a check are of the full-text index."""
+    return sum(finding.check == "full text" for finding in examine(path))
+
+
+async def test_the_index_follows_every_change(make_api: MakeApi) -> None:
+    api = await make_api(full_text=True)
+    await api.batch([make_run(event_id=str(n), input_summary=f"made{n}", created_at=at(n)) for n in range(5)])
+    await api.post(make_run(event_id="0", input_summary="again"), 200)  # a duplicate
+    patch = {"output_summary": "patched words", "error_summary": "first"}
+    await api.call("PATCH", f"{RUNS}/1", json=patch, status=200)
+    await api.call("PATCH", f"{RUNS}/1", json={"error_summary": "second"}, status=200)
+    await api.post(make_run(event_id="late"))
+    await api.call("PATCH", f"{RUNS}/late", json={"error_details": "afterwards"}, status=200)
+    for query, wanted in (("made0", ["0"]), ("again", []), ("patched", ["1"]), ("first", []), ("second made1", ["1"]),
+                          ("afterwards", ["late"])):  # fmt: skip
+        assert await found(api, f"q={quote(query)}") == wanted, query
+    before = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    assert (await api.store.submit(ReapRuns(before, 3))).runs == 3
+    assert await found(api, "q=stale") == ["2", "1", "0"]
+    assert words(api.settings.db_path) == 0
+    assert (await api.store.submit(PruneRuns(before, 2))).runs == 2
+    assert await found(api, "q=made*") == ["4", "3", "2"]
+    assert words(api.settings.db_path) == 0
+
+
+async def test_the_setting_makes_and_drops_the_index(tmp_path: Path) -> None:
+    path = tmp_path / "telemetry.sqlite"
+    rows = tuple(parse_run(make_run(output_summary=f"word{n}")).row for n in range(50))
+    for is_wanted, submitted in ((False, rows[:30]), (True, rows[30:]), (True, ()), (False, ())):
+        store = await Store.open(Settings(db_path=path, full_text=is_wanted), Metrics())
+        await store.keep_full_text()
+        if submitted:
+            await store.submit(CreateRuns(submitted))
+        for word in ("word7", "word37") if is_wanted else ():
+            page = await store.fetch(ListRuns(Filters(words=word)))
+            assert len(page.rows) == 1
+        await store.close()
+        assert examine(path) == []
+        with closing(sqlite3.connect(path)) as connection:
+            there = connection.execute("SELECT 1 FROM sqlite_master WHERE name LIKE 'runs_text%'").fetchall()
+        assert bool(there) is is_wanted
+
+
+@pytest.mark.parametrize(
+    "harm",
+    ["DROP TRIGGER runs_text_changed", "INSERT INTO runs_text (rowid, input_summary) VALUES (3, 'stray')",
+     "INSERT INTO runs_text (runs_text) VALUES ('delete-all')", "DROP TABLE runs_text"],
+)  # fmt: skip
+async def test_check_finds_an_index_that_differs_and_repair_mends_it(make_api: MakeApi, harm: str) -> None:
+    api = await make_api(full_text=True)
+    await api.batch([make_run(event_id=str(n), output_summary=f"word{n}") for n in range(50)])
+    path = api.settings.db_path
+    assert examine(path) == []
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute(harm)
+    assert [(finding.check, finding.severity) for finding in examine(path)] == [("full text", Severity.PROBLEM)]
+    assert "full-text index made again" in repair(path)
+    assert examine(path) == []
+
+
+async def test_a_request_tells_every_fault(api: Api) -> None:
+    query = (
+        "host=&status=ok,success&q=-&fields=x&sort=y&count=z&min_duration_ms=-1&metrics.a=&error=%20&created_after=-1y"
+    )
+    told: Any = check_error(await send(api, "GET", f"{RUNS}?{query}"), 400).split(". ")
+    assert [sentence.partition(":")[0].removeprefix("Invalid ") for sentence in told] == [
+        "status", "host", "created_after", "min_duration_ms", "error", "metrics.a", "q", "sort", "fields", "count",
+    ]  # fmt: skip
