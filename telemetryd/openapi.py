@@ -33,6 +33,8 @@ class Operation:
     answers: dict[int, tuple[str, Schema]] = field(default_factory=dict)
     other_answer_types: tuple[str, ...] = ()
     """Media types of a successful answer beside JSON; they hold text."""
+    is_json: bool = True
+    """Whether a successful answer may be JSON; else its form is one of `other_answer_types`."""
     errors: tuple[int, ...] = ()
     open: bool = False
     """Whether it answers without a token even where authentication is on."""
@@ -103,6 +105,17 @@ def list_parameters() -> tuple[Schema, ...]:
     return (*(_parameter(*parts) for parts in described), *page_parameters("Runs"), cursor, INCLUDE)
 
 
+def export_parameters() -> tuple[Schema, ...]:
+    """Return the query parameters of `GET /api/v1/runs/export`."""
+    filters = [each for each in list_parameters() if each["name"] in queries.EXPORT_PARAMETERS and each != INCLUDE]
+    form = {"type": "string", "enum": [str(form) for form in queries.Format]}
+    return (
+        *filters,
+        _parameter("format", "Overrules the Accept header; without either it is ndjson.", form),
+        {**INCLUDE, "description": "Show each run's events as well, all of them; only with ndjson."},
+    )
+
+
 def page_parameters(what: str) -> tuple[Schema, ...]:
     """Return the query parameters that bound an answer."""
     limit = {"type": "integer", "minimum": 1, "maximum": queries.MAX_LIMIT, "default": queries.DEFAULT_LIMIT}
@@ -160,7 +173,7 @@ def _operation(method: str, path: str, operation: Operation) -> Schema:
             str(status): {
                 "description": text,
                 "content": {
-                    "application/json": {"schema": schema},
+                    **({"application/json": {"schema": schema}} if operation.is_json else {}),
                     **{kind: {"schema": STRING} for kind in operation.other_answer_types},
                 },
             }

@@ -8,6 +8,7 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from itertools import islice
 from typing import Any, Final
 from urllib.parse import parse_qsl, urlencode
@@ -113,6 +114,40 @@ class Page:
     end: Position | None
 
 
+class Format(StrEnum):
+    """The forms of an export, the usual one first."""
+
+    NDJSON = "ndjson"
+    CSV = "csv"
+    PARQUET = "parquet"
+
+
+MEDIA_TYPES: Final = {
+    Format.NDJSON: "application/x-ndjson",
+    Format.CSV: "text/csv",
+    Format.PARQUET: "application/vnd.apache.parquet",
+}
+
+
+SNAPSHOT: Final = "Telemetry-Snapshot"
+"""The header that says what an export is: exact, one snapshot; or sliced, each run at some moment of the copying."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExportRuns:
+    """All runs that match every filter, in the order of their arrival."""
+
+    equal: Mapping[str, str]
+    bounds: Mapping[str, str]
+    form: Format = Format.NDJSON
+    with_events: bool = False
+
+    def parameters(self) -> dict[str, str]:
+        """Return the query as parameters with canonical values, for the log."""
+        events = {"include": EVENTS} if self.with_events else {}
+        return {**self.equal, **self.bounds, "format": str(self.form), **events}
+
+
 @dataclass(frozen=True, slots=True)
 class GetRun:
     """The one run with an event_id. Answer: its `Row`, or None."""
@@ -202,6 +237,37 @@ def parse_list(query_string: str) -> ListRuns:
     if "cursor" not in given:
         return query
     return replace(query, after=query.position(given["cursor"]))
+
+
+EXPORT_PARAMETERS: Final = (*FILTERS, *TIME_BOUNDS, "format", "include")
+
+
+def parse_export(query_string: str, accept: str) -> ExportRuns:
+    """Read the query string of `GET /api/v1/runs/export`; without a format there, the Accept header chooses it.
+
+    Raises:
+        InvalidRequestError: with a sentence for each fault that names the parameter, the value and what is allowed.
+
+    """
+    given, faults = _split(query_string, EXPORT_PARAMETERS)
+    form, wanted = given.pop("format", None), given.pop("include", None)
+    if form is None:
+        form = next((form for form in Format if MEDIA_TYPES[form] in accept.lower()), Format.NDJSON)
+    filters = ListRuns({}, {})
+    try:
+        if form not in list(Format):
+            raise _refuse("format", form, f"one of {', '.join(Format)}")
+        if wanted is not None and _include("include", wanted) and form != Format.NDJSON:
+            raise _refuse("include", wanted, f"left out with format={form}: only ndjson has room for events")
+    except InvalidRequestError as error:
+        faults.append(str(error))
+    try:
+        filters = parse_list(urlencode(given))
+    except InvalidRequestError as error:
+        faults.append(str(error))
+    if faults:
+        raise InvalidRequestError(". ".join(faults))
+    return ExportRuns(filters.equal, filters.bounds, Format(form), with_events=wanted is not None)
 
 
 def parse_event_list(query_string: str, event_id: str) -> ListEvents:

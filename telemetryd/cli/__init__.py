@@ -9,7 +9,7 @@ import sys
 import click
 
 import telemetryd
-from telemetryd.cli import agents, database, serve, upkeep
+from telemetryd.cli import agents, database, serve, transfer, upkeep
 from telemetryd.cli.options import NO_FLAG
 
 __all__ = ["NO_FLAG", "main"]
@@ -48,6 +48,8 @@ for command in (
     database.check,
     upkeep.prune,
     upkeep.reap,
+    transfer.export,
+    transfer.import_,
     agents.sync,
     agents.replay,
 ):
