@@ -87,9 +87,7 @@ async def _main(rows: int, mode: str, folder: Path) -> None:
     daemon = await asyncio.create_subprocess_exec(sys.executable, "-m", "telemetryd", "serve", *flags)
     try:
         await asyncio.sleep(3)
-        print(  # noqa: T201
-            "| form | snapshot | copied after s | whole after s | MiB | RSS MiB | WAL MiB | POST ms, median | 99 % | max |"
-        )
+        print(_HEAD, flush=True)  # noqa: T201
         for form in ("", "ndjson", "ndjson", "csv", "parquet", "parquet"):
             await _measure(path, daemon.pid, form)
     finally:

@@ -133,7 +133,9 @@ async def test_the_filters_are_those_of_the_list(api: Api) -> None:
     await api.batch(
         [
             make_run(event_id=f"{agent}-{job}-{status}-{day}", agent_name=agent, job_type=job, status=status,
-                     created_at=f"2025-12-2{day}T10:00:00Z", start_time=f"2025-12-2{day}T09:00:00Z")
+                     host="h", duration_ms=9, error_summary="bad",
+                     metrics_json={"tokens": day}, created_at=f"2025-12-2{day}T10:00:00Z",
+                     start_time=f"2025-12-2{day}T09:00:00Z")
             for agent in "ab" for job in "xy" for status in ("failure", "success") for day in range(3)
         ]
     )  # fmt: skip
@@ -145,6 +147,10 @@ async def test_the_filters_are_those_of_the_list(api: Api) -> None:
         {"status": "FAILED", "agent_name": "b"},
         {"created_after": "2025-12-20T10:00:00Z", "status": "success"},
         {"created_before": "2025-12-22T11:00:00+01:00"},
+        {"agent_name": "a*,b", "status": "success"},
+        {"agent_name": "a,b", "job_type": "x,y", "host": "h"},
+        {"host": "h", "created_after": "2025-12-21T10:00:00Z", "min_duration_ms": "5", "error": "BAD"},
+        {"metrics.tokens>1": ""},
         {"start_time_from": "2025-12-21T09:00:00Z", "start_time_to": "2025-12-21T09:00:00Z"},
     ):
         body, _ = await export(api, 200, **asked)
@@ -159,7 +165,7 @@ async def test_the_filters_are_those_of_the_list(api: Api) -> None:
         ({"format": "xlsx"}, "Invalid format: 'xlsx'; it must be one of ndjson, csv, parquet"),
         ({"format": "csv", "include": "events"}, "only ndjson has room for events"),
         ({"include": "all"}, "Invalid include: 'all'; it must be events"),
-        ({"limit": "5"}, "Unknown query parameter 'limit'; known are: agent_name"),
+        ({"limit": "5"}, "Unknown query parameter 'limit'; known are: run_id"),
         ({"status": "odd"}, "Invalid status: 'odd'"),
     ],
 )

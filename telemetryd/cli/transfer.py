@@ -23,8 +23,8 @@ from telemetryd.cli.target import RefusedError, detail_of
 from telemetryd.client.config import Config
 from telemetryd.client.counters import Counters
 from telemetryd.errors import DatabaseError, InvalidRequestError, UnavailableError
-from telemetryd.queries import EVENTS, SNAPSHOT, TIME_BOUNDS, Format
-from telemetryd.runs import FILTERS
+from telemetryd.filters import METRIC, PARAMETERS
+from telemetryd.queries import EVENTS, SNAPSHOT, Format
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -39,13 +39,15 @@ _PACKED: Final[dict[str, Callable[[Path], Any]]] = {
     ".zst": lambda path: zstd.open(path, "wb", level=6),
     ".gz": lambda path: gzip.GzipFile(path, "wb", 6),
 }
-_EXPORTED: Final = (*FILTERS, *TIME_BOUNDS)
+_FILTERS: Final = tuple(name for name in PARAMETERS if name != METRIC)
 
 
 def _filters(function: F) -> F:
     """Give a command one flag for each filter of the export; the daemon says what is wrong with a value."""
-    for name in reversed(_EXPORTED):
-        text = f"Only runs with this {name}." if name in FILTERS else f"As the parameter {name} of the API."
+    metric = "Only runs with such a value in metrics_json, as tokens>1000; several times: all of them."
+    function = click.option("--metric", "metrics", multiple=True, metavar="NAME>VALUE", help=metric)(function)
+    for name in reversed(_FILTERS):
+        text = f"As the parameter {name} of GET /api/v1/runs."
         function = click.option(f"--{name.replace('_', '-')}", name, metavar="VALUE", help=text)(function)
     return function
 
@@ -68,6 +70,7 @@ def export(
     file: str,
     form: str | None,
     with_events: bool,
+    metrics: tuple[str, ...],
     retry_s: float,
     as_json: bool,
     url: str | None,
@@ -88,6 +91,7 @@ def export(
         raise click.UsageError("--json needs a file: standard output holds the runs.")
     config = client_config(url=url)
     asked = {name: value for name, value in filters.items() if value is not None}
+    asked |= {f"metrics.{comparison}": "" for comparison in metrics}
     asked["format"] = form or _form_of(file)
     if with_events:
         asked["include"] = EVENTS

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Final
 
 from telemetryd import events, runs
-from telemetryd.queries import TIME_BOUNDS, ExportRuns
-from telemetryd.runs import COLUMNS, Role, SqlValue
-from telemetryd.statements.choosing import INDEXES
+from telemetryd.filters import TIME_BOUNDS, WILDCARD
+from telemetryd.queries import ExportRuns
+from telemetryd.runs import COLUMNS, Role
+from telemetryd.statements import full_text
+from telemetryd.statements.choosing import Values, choose, conditions
 
 CHUNK_BYTES: Final = 256 * 1024
 """About how much is read of the copy at once, besides a single line of any length."""
@@ -67,7 +69,13 @@ def prepare(connection: sqlite3.Connection, database: Path, room_bytes: int, end
 
 
 def copy_at_once(connection: sqlite3.Connection, query: ExportRuns) -> int:
-    """Copy all that matches in one transaction, which is one snapshot; return how many runs that is."""
+    """Copy all that matches in one transaction, which is one snapshot; return how many runs that is.
+
+    Raises:
+        InvalidRequestError: if words are searched for, and the database has no index of them.
+
+    """
+    full_text.require(connection, query.filters, "source")
     connection.execute("BEGIN")
     try:
         copied = connection.execute(*_select(query)).rowcount
@@ -113,15 +121,18 @@ def let_go(connection: sqlite3.Connection) -> None:
     connection.execute("DETACH source")
 
 
-def _select(query: ExportRuns, ids: str = "") -> tuple[str, dict[str, SqlValue]]:
-    conditions = [f"{name} = :{name}" for name in query.equal]
-    conditions += [f"{TIME_BOUNDS[name][0]} {TIME_BOUNDS[name][1]} :{name}" for name in query.bounds]
-    is_by_time = any(TIME_BOUNDS[name][0] == "created_at" for name in query.bounds)
-    by = (
-        f"INDEXED BY {INDEXES[frozenset(query.equal)][0]}" if (query.equal or is_by_time) and not ids else "NOT INDEXED"
-    )
-    where = " AND ".join([*conditions, *([ids] if ids else [])])
-    return f"{_COPY_RUNS} {by}" + (f" WHERE {where}" if where else ""), {**query.equal, **query.bounds}
+def _select(query: ExportRuns, ids: str = "") -> tuple[str, Values]:
+    found, values = conditions(query.filters)
+    equal = {
+        name: wanted
+        for name, wanted in query.filters.equal.items()
+        if not (name == WILDCARD and query.filters.patterns)
+    }
+    is_by_time = any(TIME_BOUNDS[name][0] == "created_at" for name in query.filters.bounds)
+    # Slices are short walks by id; and without a filter that an index knows, reading all is soonest by id, too.
+    by = f"INDEXED BY {choose(equal)[0]}" if (equal or is_by_time) and not ids else "NOT INDEXED"
+    where = " AND ".join([*found, *([ids] if ids else [])])
+    return f"{_COPY_RUNS} {by}" + (f" WHERE {where}" if where else ""), values
 
 
 # --- Lines of the copy ---------------------------------------------------------------------------
