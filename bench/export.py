@@ -80,7 +80,7 @@ async def _measure(path: Path, pid: int, form: str) -> None:
     )
 
 
-async def _main(rows: int, mode: str, folder: Path) -> None:
+async def _main(rows: int, mode: str, folder: Path, forms: list[str]) -> None:
     path = folder / "telemetry.sqlite"
     _seed(path, rows)
     flags = ["--db-path", str(path), "--port", str(_PORT), "--db-journal-mode", mode, "--log-level", "WARNING"]
@@ -88,7 +88,7 @@ async def _main(rows: int, mode: str, folder: Path) -> None:
     try:
         await asyncio.sleep(3)
         print(_HEAD, flush=True)  # noqa: T201
-        for form in ("", "ndjson", "ndjson", "csv", "parquet", "parquet"):
+        for form in ["", *forms]:
             await _measure(path, daemon.pid, form)
     finally:
         daemon.terminate()
@@ -100,6 +100,7 @@ if __name__ == "__main__":
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--journal-mode", default="WAL")
     parser.add_argument("--folder", type=Path, help="where the database is made [a temporary folder]")
+    parser.add_argument("forms", nargs="*", default=["ndjson", "csv", "parquet", "parquet"])
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=given.folder) as made:
-        asyncio.run(_main(given.rows, given.journal_mode, Path(made)))
+        asyncio.run(_main(given.rows, given.journal_mode, Path(made), given.forms))

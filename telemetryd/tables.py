@@ -16,7 +16,7 @@ from telemetryd.errors import TelemetrydError
 from telemetryd.runs import COLUMNS, Role, format_timestamp
 
 INSTALL: Final = "Parquet needs the package pyarrow: pip install 'telemetryd[parquet]'"
-GROUP_BYTES: Final = 8 * 1024 * 1024
+GROUP_BYTES: Final = 4 * 1024 * 1024
 """How much CSV becomes one row group of a Parquet file; so much is in memory a few times over."""
 
 _JSON: Final = frozenset(runs.columns(Role.JSON))

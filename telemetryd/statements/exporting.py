@@ -152,7 +152,7 @@ def _csv_field(name: str) -> str:
     if name in runs.columns(Role.BOOLEAN):
         return f"iif({name}, 'true', 'false')"
     if name in runs.TEXTS:
-        return f"""iif({name} IS NULL, '', '"' || replace({name}, '"', '""') || '"')"""
+        return f"""coalesce('"' || replace({name}, '"', '""') || '"', '')"""
     return f"coalesce({name}, '')"
 
 
