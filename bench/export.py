@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import os
 import statistics
 import sys
@@ -80,13 +81,22 @@ async def _measure(path: Path, pid: int, form: str) -> None:
     )
 
 
+async def _until_it_serves() -> None:
+    async with aiohttp.ClientSession() as session:
+        while True:
+            with contextlib.suppress(aiohttp.ClientConnectionError):
+                async with session.get(f"{_URL}/health"):
+                    return
+            await asyncio.sleep(0.1)
+
+
 async def _main(rows: int, mode: str, folder: Path, forms: list[str]) -> None:
     path = folder / "telemetry.sqlite"
     _seed(path, rows)
     flags = ["--db-path", str(path), "--port", str(_PORT), "--db-journal-mode", mode, "--log-level", "WARNING"]
     daemon = await asyncio.create_subprocess_exec(sys.executable, "-m", "telemetryd", "serve", *flags)
     try:
-        await asyncio.sleep(3)
+        await _until_it_serves()
         print(_HEAD, flush=True)  # noqa: T201
         for form in ["", *forms]:
             await _measure(path, daemon.pid, form)
