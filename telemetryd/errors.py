@@ -112,6 +112,12 @@ class DatabaseBusyError(UnavailableError):
     """The database is locked by another process; try again shortly."""
 
 
+class TooManyExportsError(UnavailableError):
+    """As many exports are running as may at once; try again later."""
+
+    retry_after_seconds = 10
+
+
 class StorageFullError(UnavailableError):
     """The disk is full; nothing of this request was acknowledged."""
 

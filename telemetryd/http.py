@@ -27,6 +27,7 @@ from telemetryd.errors import (
     InvalidRequestError,
     RunNotFoundError,
 )
+from telemetryd.exports import Exports
 from telemetryd.metrics import Metrics, wants_prometheus
 from telemetryd.middleware import NOTE, REASON, Handler, json_response, middleware
 from telemetryd.openapi import EVENT_ID, INCLUDE, INTEGER, STRING, WARNINGS, Operation, obj, ref
@@ -39,6 +40,7 @@ SETTINGS: Final = web.AppKey("settings", Settings)
 METRICS: Final = web.AppKey("metrics", Metrics)
 CERTIFICATES: Final = web.AppKey("certificates", Certificates)
 BODIES: Final = web.AppKey("bodies", Bodies)
+EXPORTS: Final = web.AppKey("exports", Exports)
 DOCUMENT: Final = web.AppKey("document", bytes)
 
 
@@ -101,6 +103,12 @@ async def list_runs(request: web.Request) -> web.Response:
             for run in found:
                 del run["event_id"]
     return json_response(found, headers=headers)
+
+
+async def export_runs(request: web.Request) -> web.StreamResponse:
+    """Stream all runs that match every filter, oldest arrival first."""
+    query = queries.parse_export(request.rel_url.raw_query_string, request.headers.get("Accept", ""))
+    return await request.app[EXPORTS].answer(request, query)
 
 
 async def get_run(request: web.Request) -> web.Response:
@@ -650,6 +658,22 @@ ROUTES: Final[tuple[Route, ...]] = (
     ),
     Route(
         "GET",
+        "/api/v1/runs/export",
+        export_runs,
+        Operation(
+            "Export runs",
+            "All that match, in the order of their arrival, as NDJSON, CSV (RFC 4180) or Parquet. The "
+            f"header {queries.SNAPSHOT} says `exact` if they are one snapshot, X-Total-Count how many they are. An "
+            "export that could not be brought to its end is cut off in the middle of the chunked encoding.",
+            parameters=openapi.export_parameters(),
+            answers={200: ("The runs.", STRING)},
+            answer_type=queries.MEDIA_TYPES[queries.Format.NDJSON],
+            other_answer_types=tuple(queries.MEDIA_TYPES.values())[1:],
+            errors=(400, 503),
+        ),
+    ),
+    Route(
+        "GET",
         "/api/v1/runs/{event_id}",
         get_run,
         Operation(
@@ -977,6 +1001,7 @@ def make_app(store: Store, settings: Settings, metrics: Metrics) -> web.Applicat
     app.cleanup_ctx.append(_watch_processes)
     add_feed(app, store, metrics)
     app[BODIES] = Bodies(settings.max_body_bytes)
+    app[EXPORTS] = Exports(settings)
     app[DOCUMENT] = orjson.dumps(openapi.document(operations(), needs_token=settings.api_auth_enabled))
     # aiohttp's own pattern of a variable part leaves out braces, which an event_id may hold.
     paths = ((route, route.path.replace("{event_id}", "{event_id:[^/]+}")) for route in ROUTES)

@@ -32,8 +32,9 @@ class Operation:
     parameters: tuple[Schema, ...] = ()
     answers: dict[int, tuple[str, Schema]] = field(default_factory=dict)
     answer_type: str = "application/json"
+    """The media type of a successful answer."""
     other_answer_types: tuple[str, ...] = ()
-    """Media types of a successful answer beside JSON; they hold text."""
+    """Further media types of a successful answer; they hold text."""
     errors: tuple[int, ...] = ()
     open: bool = False
     """Whether it answers without a token even where authentication is on."""
@@ -166,6 +167,17 @@ def stream_parameters() -> tuple[Schema, ...]:
         "schema": _PLACE,
     }
     return (*filter_parameters(), _AFTER, header)
+
+
+def export_parameters() -> tuple[Schema, ...]:
+    """Return the query parameters of `GET /api/v1/runs/export`."""
+    shared = [each for each in list_parameters() if each["name"] in filters.PARAMETERS]
+    form = {"type": "string", "enum": [str(form) for form in queries.Format]}
+    return (
+        *shared,
+        _parameter("format", "Overrules the Accept header; without either it is ndjson.", form),
+        {**INCLUDE, "description": "Show each run's events as well, all of them; only with ndjson."},
+    )
 
 
 _PLAIN_TEXT: Final[Schema] = {"type": "string", "minLength": 1, "maxLength": filters.MAX_TEXT}

@@ -145,6 +145,39 @@ class Page:
     end: Position | None
 
 
+class Format(StrEnum):
+    """The forms of an export, the usual one first."""
+
+    NDJSON = "ndjson"
+    CSV = "csv"
+    PARQUET = "parquet"
+
+
+MEDIA_TYPES: Final = {
+    Format.NDJSON: "application/x-ndjson",
+    Format.CSV: "text/csv",
+    Format.PARQUET: "application/vnd.apache.parquet",
+}
+
+
+SNAPSHOT: Final = "Telemetry-Snapshot"
+"""The header that says what an export is: exact, one snapshot; or sliced, each run at some moment of the copying."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExportRuns:
+    """All runs that match every filter, in the order of their arrival."""
+
+    filters: Filters = field(default_factory=Filters)
+    form: Format = Format.NDJSON
+    with_events: bool = False
+
+    def parameters(self) -> dict[str, str | int]:
+        """Return the query as parameters with canonical values, for the log."""
+        events = {"include": EVENTS} if self.with_events else {}
+        return {**self.filters.parameters(), "format": str(self.form), **events}
+
+
 @dataclass(frozen=True, slots=True)
 class CountMatching:
     """How many runs match. Answer: `Total`."""
@@ -274,6 +307,34 @@ def _count(name: str, value: str) -> Count:
     if value not in set(Count):
         raise refuse(name, value, " or ".join(Count))
     return Count(value)
+
+
+EXPORT_PARAMETERS: Final = (*filters.PARAMETERS, "format", "include")
+
+
+def parse_export(query_string: str, accept: str, clock: Callable[[], datetime] = utc_now) -> ExportRuns:
+    """Read the query string of `GET /api/v1/runs/export`; without a format there, the Accept header chooses it.
+
+    Raises:
+        InvalidRequestError: with a sentence for each fault that names the parameter, the value and what is allowed.
+
+    """
+    parameters = Parameters(query_string, EXPORT_PARAMETERS)
+    accepted = next((form for form in Format if MEDIA_TYPES[form] in accept.lower()), Format.NDJSON)
+    form = parameters.read("format", _format, default=accepted)
+    with_events = parameters.read("include", _include, default=False)
+    if with_events and form is not Format.NDJSON:
+        allowed = f"left out with format={form}: only ndjson has room for events"
+        parameters.faults.append(str(refuse("include", EVENTS, allowed)))
+    query = ExportRuns(parameters.read_filters(clock), form, with_events=with_events)
+    parameters.finish()
+    return query
+
+
+def _format(name: str, value: str) -> Format:
+    if value not in list(Format):
+        raise refuse(name, value, f"one of {', '.join(Format)}")
+    return Format(value)
 
 
 def parse_event_list(query_string: str, event_id: str) -> ListEvents:

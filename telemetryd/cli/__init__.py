@@ -9,7 +9,7 @@ import sys
 import click
 
 import telemetryd
-from telemetryd.cli import agents, database, serve, statistics, upkeep
+from telemetryd.cli import agents, database, serve, statistics, transfer, upkeep
 from telemetryd.cli.follow import follow
 from telemetryd.cli.options import NO_FLAG
 from telemetryd.cli.tail import tail
@@ -53,6 +53,8 @@ for command in (
     statistics.stats,
     tail,
     follow,
+    transfer.export,
+    transfer.import_,
     agents.sync,
     agents.replay,
 ):

@@ -2,46 +2,32 @@
 
 from __future__ import annotations
 
-import gzip
-import io
 import logging
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, Final, TypeVar, cast
+from typing import Any, Final
 
 import click
 
-from telemetryd.cli.options import EXIT_USAGE, Progress, counted, fail, json_flag, print_json, progress, size
+from telemetryd.cli.files import READ_ERRORS, Patience, Refusals, Sending
+from telemetryd.cli.options import EXIT_USAGE, counted, fail, json_flag, print_json, progress, size
 from telemetryd.client.bounds import Upkeep
 from telemetryd.client.config import Config
-from telemetryd.client.context import timestamp
 from telemetryd.client.counters import Counters
 from telemetryd.client.courier import Courier
 from telemetryd.client.dead_letters import DEAD_LETTERS, bury
-from telemetryd.client.delivery import MAX_BYTES, Delivery, Parcel, RetryError, WaitError
+from telemetryd.client.delivery import Delivery, RetryError, WaitError
 from telemetryd.client.folder import UNSENT, Entry, Stream, summary, waiting
-from telemetryd.client.lines import dead_letter, encode, read_object, unfold
 from telemetryd.client.transport import Transport
-from telemetryd.client.worker import Backoff
-from telemetryd.errors import ErrorItem, describe
+from telemetryd.errors import sentence
 
-if sys.version_info >= (3, 14):
-    from compression import zstd
-else:
-    from backports import zstd
-
-T = TypeVar("T")
-
-_TOLD: Final = 20
 _WATCH_S: Final = 2.0
 _COST: Final = 20
 """To look through a folder takes at most one twentieth of the time."""
-_ZSTD: Final = b"\x28\xb5\x2f\xfd"
-_GZIP: Final = b"\x1f\x8b"
 
 _FOLDER: Final = "The spool's folder.  [TELEMETRY_BUFFER_DIR; default: ~/.local/state/telemetryd/buffer]"
 url_option = click.option(
@@ -60,52 +46,14 @@ retry_option = click.option(
 )
 
 
-def _config(**given: Any) -> Config:
+def client_config(**given: Any) -> Config:
+    """Return the client's settings, or end the process with what is wrong with them."""
     logging.getLogger("telemetryd.client").addHandler(logging.NullHandler())  # here the commands say it themselves
     try:
         return Config.load(**given)
     except ValueError as error:
         click.echo(f"telemetryd: {error}", err=True)
         sys.exit(EXIT_USAGE)
-
-
-class Patience:
-    """Repeats what may succeed later, until nothing has got on for too long or somebody stops us.
-
-    Args:
-        seconds: how long nothing may get on; None means for ever.
-        stopped: is set when the work shall end.
-
-    """
-
-    def __init__(self, seconds: float | None, stopped: threading.Event) -> None:
-        self._seconds = seconds
-        self._stopped = stopped
-        self._backoff = Backoff()
-
-    def attempt(self, step: Callable[[], T], stopped: T) -> T:
-        """Return what a step returns, or the other value if we were stopped.
-
-        Raises:
-            RetryError: if it failed for too long.
-
-        """
-        since = time.monotonic()
-        while not self._stopped.is_set():
-            try:
-                done = step()
-            except WaitError:
-                raise
-            except RetryError as error:
-                waited = time.monotonic() - since
-                if self._seconds is not None and waited >= self._seconds:
-                    raise
-                pause = self._backoff.pause_s(error)
-                self._stopped.wait(pause if self._seconds is None else min(pause, self._seconds - waited))
-            else:
-                self._backoff.reset()
-                return done
-        return stopped
 
 
 # --- sync ----------------------------------------------------------------------------------------
@@ -134,7 +82,7 @@ def sync(
       telemetryd sync --buffer-dir /var/lib/agents/buffer --json
       telemetryd sync --watch --url unix:///run/telemetryd/telemetryd.sock
     """
-    config = _config(buffer_dir=buffer_dir, url=url)
+    config = client_config(buffer_dir=buffer_dir, url=url)
     counters = Counters()
     problem = None if dry_run else _sync(config, counters, None if watch else retry_s)
     left = summary(config.folder, UNSENT)
@@ -150,7 +98,7 @@ def sync(
             click.echo(f"{counted(total['files'], 'file')} {whose}, {size(total['bytes'])} (.{state})")
     if watch and problem is None:
         return  # stopped as it was meant to be; each refusal was told when it came
-    _end(problem, counters, f"; see {config.folder / DEAD_LETTERS}")
+    end(problem, counters, f"; see {config.folder / DEAD_LETTERS}")
 
 
 def _sync(config: Config, counters: Counters, retry_s: float | None) -> str | None:
@@ -173,7 +121,8 @@ def _sync(config: Config, counters: Counters, retry_s: float | None) -> str | No
     return None if watch else work.problem
 
 
-def _end(problem: str | None, counters: Counters, where: str = "") -> None:
+def end(problem: str | None, counters: Counters, where: str = "") -> None:
+    """End the process with exit status 1 if something went wrong or was refused."""
     if problem is not None:
         fail(problem)
     if counters.dead:
@@ -204,7 +153,7 @@ class _Sync:
         self._patience = patience
         self._stopped = stopped
         self._transport = Transport(config)
-        self._refusals = _Refusals(None)
+        self._refusals = Refusals(None)
         self._delivery = Delivery(self._transport, self._bury, counters)
         self._upkeep = Upkeep(config, self._dropped)
         self.problem: str | None = None
@@ -285,6 +234,26 @@ class _Sync:
         click.echo(f"telemetryd: {text}", err=True)
 
 
+def send_files(
+    config: Config, files: tuple[str, ...], counters: Counters, refusals: Refusals, retry_s: float
+) -> str | None:
+    """Send the runs of files, and return what went wrong."""
+    transport = Transport(config)
+    sending = Sending(transport, counters, refusals, Patience(retry_s, threading.Event()))
+    name = ""
+    try:
+        with progress() as drawn:
+            for name in files:
+                sending.send(name, drawn)
+    except RetryError as error:
+        return str(error)
+    except READ_ERRORS as error:
+        return sentence(error) if name in sentence(error) else f"{name}: {sentence(error)}"
+    finally:
+        transport.close()
+    return None
+
+
 # --- replay --------------------------------------------------------------------------------------
 
 
@@ -308,102 +277,11 @@ def replay(*, files: tuple[str, ...], rejects: Path | None, retry_s: float, as_j
       telemetryd replay ~/.local/state/telemetryd/buffer/dead-letter.jsonl
       zcat old.ndjson.gz | telemetryd replay -
     """
-    config = _config(url=url)
+    config = client_config(url=url)
     counters = Counters()
-    transport = Transport(config)
-    refusals = _Refusals(rejects)
-    delivery = Delivery(transport, refusals.add, counters)
-    patience = Patience(retry_s, threading.Event())
-    problem = None
-    try:
-        with progress() as drawn:
-            for name in files:
-                _replay_file(name, delivery, patience, drawn)
-    except (RetryError, OSError, EOFError, zstd.ZstdError) as error:
-        problem = str(error)
-    finally:
-        transport.close()
+    problem = send_files(config, files, counters, Refusals(rejects), retry_s)
     if as_json:
         print_json({**_outcome(counters), "problem": problem})
     else:
         click.echo(_sentence(counters))
-    _end(problem, counters)
-
-
-def _replay_file(name: str, delivery: Delivery, patience: Patience, drawn: Progress) -> None:
-    with click.open_file(name, "rb") as raw:
-        total = Path(name).stat().st_size if name != "-" else 0
-        file = io.BufferedReader(raw) if isinstance(raw, io.RawIOBase) else raw
-        lines: list[bytes] = []
-        length = 0
-        for line in _plain(file):
-            unfolded = [text for text in unfold(_unwrap(line.strip())) if text]
-            lines += unfolded
-            length += sum(map(len, unfolded))
-            if len(lines) >= delivery.rows or length >= MAX_BYTES:
-                _send(lines, delivery, patience)
-                lines, length = [], 0
-                if total:
-                    drawn(Path(name).name, raw.tell(), total)
-        _send(lines, delivery, patience)
-        if total:
-            drawn(Path(name).name, total, total)
-
-
-def _send(lines: list[bytes], delivery: Delivery, patience: Patience) -> None:
-    if lines:
-        parcel = Parcel.of(lines)
-        patience.attempt(lambda: delivery.send(parcel), None)
-        time.sleep(delivery.pause_s)
-
-
-def _plain(file: Any) -> IO[bytes]:
-    """Return a file's text, unpacked if its first bytes say so."""
-    start = file.peek(4)[:4]
-    if start.startswith(_GZIP):
-        return cast("IO[bytes]", gzip.open(file))
-    if start == _ZSTD:
-        return cast("IO[bytes]", zstd.open(file))
-    return cast("IO[bytes]", file)
-
-
-def _unwrap(line: bytes) -> bytes:
-    """Return the line that a dead letter holds; any other line as it is."""
-    if line.startswith(b'{"time":'):
-        letter = read_object(line) or {}
-        if {"reason", "status", "line"} <= letter.keys():
-            inner = letter["line"]
-            return encode(inner).rstrip() if isinstance(inner, dict) else str(inner).encode()
-    return line
-
-
-class _Refusals:
-    """Tells of refused lines on standard error, the first ones in words, and keeps them if a file is given."""
-
-    def __init__(self, file: Path | None) -> None:
-        self._file = file
-        self._told = 0
-
-    def add(self, lines: list[bytes], status: int | None, reason: object) -> None:
-        """Take in refused lines."""
-        if self._told < _TOLD:
-            self._told += 1
-            text = "; ".join(_reasons(reason))
-            click.echo(
-                f"telemetryd: refused ({status}): {text:.300}: {lines[0].decode('utf-8', 'replace'):.200}", err=True
-            )
-        if self._file is not None:
-            with self._file.open("ab") as out:
-                out.write(b"".join(dead_letter(line, status, reason, timestamp()) for line in lines))
-
-
-def _reasons(reason: object) -> list[str]:
-    return [_reason(fault) for fault in (reason if isinstance(reason, list) else [reason])]
-
-
-def _reason(fault: object) -> str:
-    """Say a fault without the line's number in its request, which nobody has seen."""
-    if not (isinstance(fault, dict) and isinstance(fault.get("loc"), list) and "msg" in fault):
-        return str(fault)
-    place = [part for part in fault["loc"] if not isinstance(part, int)]
-    return describe(cast("ErrorItem", {**fault, "loc": place}))
+    end(problem, counters)

@@ -142,7 +142,7 @@ class Remote:
                         link = response.links["next"]["url"] if "next" in response.links else ""
                         return orjson.loads(text), urlsplit(str(link)).query
                     if response.status not in (429, 503) or attempt == _TRIES:
-                        raise RefusedError(f"The daemon answered {response.status}: {_detail(text)}")
+                        raise RefusedError(f"The daemon answered {response.status}: {detail_of(text)}")
                     pause = float(response.headers.get("Retry-After", "1"))
             except (aiohttp.ClientConnectionError, TimeoutError) as error:
                 if attempt == _TRIES:
@@ -152,7 +152,8 @@ class Remote:
         raise AssertionError("the last attempt returns or raises")
 
 
-def _detail(text: bytes) -> str:
+def detail_of(text: bytes) -> str:
+    """Return what an error of the daemon says of itself."""
     try:
         detail = orjson.loads(text)["detail"]
     except (ValueError, KeyError, TypeError):

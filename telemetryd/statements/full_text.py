@@ -76,14 +76,14 @@ def is_ours(name: str) -> bool:
     return name == _TABLE or name.startswith(f"{_TABLE}_")
 
 
-def require(connection: sqlite3.Connection, filters: Filters) -> None:
+def require(connection: sqlite3.Connection, filters: Filters, schema: str = "main") -> None:
     """Refuse a search for words where there is no index of them.
 
     Raises:
         InvalidRequestError: if that is so; the sentence names the setting.
 
     """
-    if filters.words is not None and not is_complete(connection):
+    if filters.words is not None and not is_complete(connection, schema):
         raise InvalidRequestError(
             "Invalid q: this daemon keeps no full-text index; to search for words it must be started with "
             "TELEMETRY_FULL_TEXT=true"
@@ -95,14 +95,15 @@ def is_there(connection: sqlite3.Connection) -> bool:
     return bool(_made(connection))
 
 
-def is_complete(connection: sqlite3.Connection) -> bool:
+def is_complete(connection: sqlite3.Connection, schema: str = "main") -> bool:
     """Tell whether a database has the whole index, so that it follows every change."""
-    return _made(connection) == _OBJECTS
+    return _made(connection, schema) == _OBJECTS
 
 
-def _made(connection: sqlite3.Connection) -> dict[str, str]:
+def _made(connection: sqlite3.Connection, schema: str = "main") -> dict[str, str]:
     names = ", ".join("?" * len(_OBJECTS))
-    return dict(connection.execute(f"SELECT name, sql FROM sqlite_master WHERE name IN ({names})", [*_OBJECTS]))  # noqa: S608 - places
+    made = f"SELECT name, sql FROM {schema}.sqlite_master WHERE name IN ({names})"  # noqa: S608 - our own word, places
+    return dict(connection.execute(made, [*_OBJECTS]))
 
 
 def drop(connection: sqlite3.Connection) -> None:

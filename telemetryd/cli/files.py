@@ -1,0 +1,221 @@
+"""Files of runs on their way to the daemon: read in any form, sent in batches, each refusal told with its place."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final, TypeVar, cast
+
+import click
+
+from telemetryd import tables
+from telemetryd.cli.options import Progress
+from telemetryd.client.context import timestamp
+from telemetryd.client.counters import Counters
+from telemetryd.client.delivery import MAX_BYTES, Delivery, Parcel, Requests, RetryError, WaitError
+from telemetryd.client.lines import dead_letter, encode, read_object, unfold
+from telemetryd.client.worker import Backoff
+from telemetryd.errors import ErrorItem, TelemetrydError, describe
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
+T = TypeVar("T")
+
+_TOLD: Final = 20
+_KEPT: Final = 1000
+_ZSTD: Final = b"\x28\xb5\x2f\xfd"
+_GZIP: Final = b"\x1f\x8b"
+_PARQUET: Final = b"PAR1"
+
+READ_ERRORS: Final = (OSError, EOFError, UnicodeDecodeError, zstd.ZstdError, TelemetrydError)
+"""What reading a file may raise."""
+
+
+class Patience:
+    """Repeats what may succeed later, until nothing has got on for too long or somebody stops us.
+
+    Args:
+        seconds: how long nothing may get on; None means for ever.
+        stopped: is set when the work shall end.
+
+    """
+
+    def __init__(self, seconds: float | None, stopped: threading.Event) -> None:
+        self._seconds = seconds
+        self._stopped = stopped
+        self._backoff = Backoff()
+
+    def attempt(self, step: Callable[[], T], stopped: T) -> T:
+        """Return what a step returns, or the other value if we were stopped.
+
+        Raises:
+            RetryError: if it failed for too long.
+
+        """
+        since = time.monotonic()
+        while not self._stopped.is_set():
+            try:
+                done = step()
+            except WaitError:
+                raise
+            except RetryError as error:
+                waited = time.monotonic() - since
+                if self._seconds is not None and waited >= self._seconds:
+                    raise
+                pause = self._backoff.pause_s(error)
+                self._stopped.wait(pause if self._seconds is None else min(pause, self._seconds - waited))
+            else:
+                self._backoff.reset()
+                return done
+        return stopped
+
+
+class Refusals:
+    """Tells of refused lines on standard error, the first ones in words, and keeps them if a file is given."""
+
+    def __init__(self, file: Path | None) -> None:
+        self._file = file
+        self._told = 0
+        self.places: dict[bytes, tuple[str, int]] = {}
+        """Where the lines that are on their way stand: the file, and the line or row in it."""
+        self.kept: list[dict[str, object]] = []
+        """The first refusals, for a summary."""
+
+    def add(self, lines: list[bytes], status: int | None, reason: object) -> None:
+        """Take in refused lines."""
+        name, number = self.places.get(lines[0], ("", 0))
+        text = "; ".join(_reasons(reason))
+        if len(self.kept) < _KEPT:
+            self.kept.append({"file": name or None, "line": number or None, "status": status, "reason": f"{text:.300}"})
+        if self._told < _TOLD:
+            self._told += 1
+            place = f"{name} line {number}: " if number else ""
+            shown = lines[0].decode("utf-8", "replace")
+            click.echo(f"telemetryd: {place}refused ({status}): {text:.300}: {shown:.200}", err=True)
+        if self._file is not None:
+            with self._file.open("ab") as out:
+                out.write(b"".join(dead_letter(line, status, reason, timestamp()) for line in lines))
+
+
+def _reasons(reason: object) -> list[str]:
+    return [_reason(fault) for fault in (reason if isinstance(reason, list) else [reason])]
+
+
+def _reason(fault: object) -> str:
+    """Say a fault without the line's number in its request, which nobody has seen."""
+    if not (isinstance(fault, dict) and isinstance(fault.get("loc"), list) and "msg" in fault):
+        return str(fault)
+    place = [part for part in fault["loc"] if not isinstance(part, int)]
+    return describe(cast("ErrorItem", {**fault, "loc": place}))
+
+
+class Sending:
+    """Sends files of runs: NDJSON, CSV or Parquet, plain, gzip or Zstandard, as their first bytes say.
+
+    Args:
+        requests: what sends a request.
+        counters: take in what became of the lines.
+        refusals: take in what the daemon refuses, and what cannot be read.
+        patience: how long to try again.
+
+    """
+
+    def __init__(self, requests: Requests, counters: Counters, refusals: Refusals, patience: Patience) -> None:
+        self._delivery = Delivery(requests, refusals.add, counters)
+        self._counters = counters
+        self._refusals = refusals
+        self._patience = patience
+
+    def send(self, name: str, drawn: Progress) -> None:
+        """Send one file; - is standard input.
+
+        Raises:
+            RetryError: if the daemon takes nothing.
+            OSError, EOFError, ZstdError, UnicodeDecodeError, TelemetrydError: if it cannot be read.
+
+        """
+        with click.open_file(name, "rb") as raw:
+            total = Path(name).stat().st_size if name != "-" else 0
+            file = io.BufferedReader(raw) if isinstance(raw, io.RawIOBase) else raw
+            lines: list[bytes] = []
+            length = 0
+            for number, found in _records(name, file):
+                for line in found if isinstance(found, list) else ():
+                    lines.append(line)
+                    length += len(line)
+                    self._refusals.places.setdefault(line, (name, number))
+                if isinstance(found, str):
+                    self._refuse(name, number, found)
+                if len(lines) >= self._delivery.rows or length >= MAX_BYTES:
+                    self._send(lines)
+                    lines, length = [], 0
+                    if total:
+                        drawn(Path(name).name, min(raw.tell(), total), total)
+            self._send(lines)
+            if total:
+                drawn(Path(name).name, total, total)
+
+    def _refuse(self, name: str, number: int, fault: str) -> None:
+        self._counters.sent += 1
+        self._counters.dead += 1
+        letter = encode({"file": name, "line": number}).rstrip()
+        self._refusals.places[letter] = (name, number)
+        self._refusals.add([letter], None, fault)
+
+    def _send(self, lines: list[bytes]) -> None:
+        if lines:
+            parcel = Parcel.of(lines)
+            self._patience.attempt(lambda: self._delivery.send(parcel), None)
+            time.sleep(self._delivery.pause_s)
+        self._refusals.places.clear()
+
+
+def _records(name: str, file: Any) -> Iterator[tuple[int, list[bytes] | tables.Fault]]:
+    """Yield the place of each record with the lines that it means, or with what is wrong with it."""
+    if file.peek(4).startswith(_PARQUET):
+        if name == "-":
+            raise OSError("Parquet cannot be read from standard input; give the file's name")
+        yield from _as_lines(tables.read_parquet(Path(name)))
+        return
+    plain = _plain(file)
+    start = plain.peek(512).lstrip()[:1]
+    if start not in (b"", b"{", b"["):
+        yield from _as_lines(tables.read_csv(plain))
+        return
+    for number, line in enumerate(plain, 1):
+        found = [text for text in unfold(_unwrap(line.strip())) if text]
+        if found:
+            yield number, found
+
+
+def _as_lines(records: Iterator[tables.Record]) -> Iterator[tuple[int, list[bytes] | tables.Fault]]:
+    for number, record in records:
+        yield number, record if isinstance(record, str) else [encode(record).rstrip()]
+
+
+def _plain(file: Any) -> Any:
+    """Return a file's bytes, unpacked if the first ones say so; they can be peeked at."""
+    start = file.peek(4)[:4]
+    if start.startswith(_GZIP):
+        return io.BufferedReader(cast("io.RawIOBase", gzip.open(file)))
+    if start == _ZSTD:
+        return io.BufferedReader(cast("io.RawIOBase", zstd.open(file)))
+    return file
+
+
+def _unwrap(line: bytes) -> bytes:
+    """Return the line that a dead letter holds; any other line as it is."""
+    if line.startswith(b'{"time":'):
+        letter = read_object(line) or {}
+        if {"reason", "status", "line"} <= letter.keys():
+            inner = letter["line"]
+            return encode(inner).rstrip() if isinstance(inner, dict) else str(inner).encode()
+    return line

@@ -1,0 +1,255 @@
+"""The commands that carry runs from one daemon to another: export, import."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import IO, Any, Final
+from urllib.parse import unquote, urlsplit
+
+import aiohttp
+import click
+
+from telemetryd.backup import partial_file, publish
+from telemetryd.cli.agents import client_config, end, retry_option, send_files, url_option
+from telemetryd.cli.files import Refusals
+from telemetryd.cli.options import F, Progress, counted, failing, json_flag, print_json, progress, size
+from telemetryd.cli.target import RefusedError, detail_of
+from telemetryd.client.config import Config
+from telemetryd.client.counters import Counters
+from telemetryd.errors import DatabaseError, InvalidRequestError, UnavailableError
+from telemetryd.filters import METRIC, PARAMETERS
+from telemetryd.queries import EVENTS, SNAPSHOT, Format
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
+_PATH: Final = "/api/v1/runs/export"
+_QUIET_S: Final = 120.0
+"""How long the daemon may be silent: it copies what is asked for before it answers."""
+_PAUSE_S: Final = 1.0
+_PACKED: Final[dict[str, Callable[[Path], Any]]] = {
+    ".zst": lambda path: zstd.open(path, "wb", level=6),
+    ".gz": lambda path: gzip.GzipFile(path, "wb", 6),
+}
+_FILTERS: Final = tuple(name for name in PARAMETERS if name != METRIC)
+
+
+def _filters(function: F) -> F:
+    """Give a command one flag for each filter of the export; the daemon says what is wrong with a value."""
+    metric = "Only runs with such a value in metrics_json, as tokens>1000; several times: all of them."
+    function = click.option("--metric", "metrics", multiple=True, metavar="NAME>VALUE", help=metric)(function)
+    for name in reversed(_FILTERS):
+        text = f"As the parameter {name} of GET /api/v1/runs."
+        function = click.option(f"--{name.replace('_', '-')}", name, metavar="VALUE", help=text)(function)
+    return function
+
+
+@click.command()
+@click.argument("file", type=click.Path(dir_okay=False, allow_dash=True))
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice([str(form) for form in Format]),
+    help="The form of the file.  [default: as its name ends, else ndjson]",
+)
+@click.option("--events", "with_events", is_flag=True, help="Each run with its events; only with ndjson.")
+@_filters
+@retry_option
+@json_flag
+@url_option
+def export(
+    *,
+    file: str,
+    form: str | None,
+    with_events: bool,
+    metrics: tuple[str, ...],
+    retry_s: float,
+    as_json: bool,
+    url: str | None,
+    **filters: str | None,
+) -> None:
+    r"""Write runs to a file, or to standard output (-).
+
+    All that match, in the order of their arrival, from one snapshot (docs/api.md says what that means in which journal
+    mode). A name that ends in .zst or .gz packs it. The file gets its name when it is whole; no file is ever replaced.
+
+    \b
+    Examples:
+      telemetryd export runs.ndjson.zst --events
+      telemetryd export runs.parquet --created-after 2025-12-01T00:00:00Z
+      telemetryd export - --format csv --agent-name hugo-translator --status failure > failures.csv
+    """
+    if as_json and file == "-":
+        raise click.UsageError("--json needs a file: standard output holds the runs.")
+    config = client_config(url=url)
+    asked = {name: value for name, value in filters.items() if value is not None}
+    asked |= {f"metrics.{comparison}": "" for comparison in metrics}
+    asked["format"] = form or _form_of(file)
+    if with_events:
+        asked["include"] = EVENTS
+    with failing():
+        done = asyncio.run(_export(config, file, asked, retry_s))
+    if as_json:
+        print_json(done)
+    elif file != "-":
+        kind = "one snapshot" if done["snapshot"] == "exact" else "not one snapshot: copied in slices"
+        click.echo(f"{counted(done['rows'], 'run')} written to {file} ({size(done['bytes'])}; {kind})")
+
+
+def _form_of(file: str) -> str:
+    ends = Path(file.removesuffix(".zst").removesuffix(".gz")).suffix.removeprefix(".")
+    return ends if ends in list(Format) else str(Format.NDJSON)
+
+
+async def _export(config: Config, file: str, asked: dict[str, str], retry_s: float) -> dict[str, Any]:
+    began = time.monotonic()
+    with progress() as drawn, _opened(file, asked["format"]) as out:
+        async with _answer(config, asked, retry_s) as response:
+            rows = int(response.headers["X-Total-Count"])
+            received = await _receive(response, out, rows, drawn, is_lines=asked["format"] == Format.NDJSON)
+    return {
+        "file": file,
+        "format": asked["format"],
+        "rows": rows,
+        "bytes": received,
+        "snapshot": response.headers[SNAPSHOT],
+        "seconds": round(time.monotonic() - began, 3),
+    }
+
+
+async def _receive(
+    response: aiohttp.ClientResponse, out: IO[bytes], rows: int, drawn: Progress, *, is_lines: bool
+) -> int:
+    """Write what comes, and return how many bytes that were.
+
+    Raises:
+        UnavailableError: if it was cut off.
+
+    """
+    received = lines = 0
+    try:
+        async for chunk in response.content.iter_any():
+            out.write(chunk)
+            received += len(chunk)
+            if rows and is_lines:
+                lines += chunk.count(b"\n")
+                drawn("Exporting", min(lines, rows), rows)
+    except (aiohttp.ClientError, TimeoutError) as error:
+        raise UnavailableError(f"The export was cut off after {size(received)}; nothing of it was kept") from error
+    if is_lines and lines != rows:
+        raise UnavailableError(f"The export has {lines} runs instead of {rows}; nothing of it was kept")
+    return received
+
+
+@contextmanager
+def _opened(file: str, form: str) -> Iterator[IO[bytes]]:
+    """Give what to write to; a file gets its name at the end of the block, if that is reached.
+
+    Raises:
+        DatabaseError: if it cannot be made, or exists already.
+        InvalidRequestError: if this form cannot be packed.
+
+    """
+    if file == "-":
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+        return
+    destination = Path(file).absolute()
+    pack = _PACKED.get(destination.suffix)
+    if pack is not None and form == Format.PARQUET:
+        raise InvalidRequestError(f"{file}: Parquet is packed by itself; leave {destination.suffix} out")
+    if destination.exists():
+        raise DatabaseError(f"{destination} exists already; an export never replaces a file")
+    with partial_file(destination) as path:
+        with path.open("wb") if pack is None else pack(path) as out:
+            yield out
+        publish(path, destination)
+
+
+@asynccontextmanager
+async def _answer(config: Config, asked: dict[str, str], retry_s: float) -> AsyncIterator[aiohttp.ClientResponse]:
+    """Ask until the daemon begins to answer.
+
+    Raises:
+        RefusedError: if it refuses.
+        UnavailableError: if it cannot be reached, or cannot do it now, for so long.
+
+    """
+    address = urlsplit(config.url)
+    is_unix = address.scheme == "unix"
+    connector = aiohttp.UnixConnector(unquote(address.netloc + address.path)) if is_unix else aiohttp.TCPConnector()
+    url = ("http://telemetryd" if is_unix else config.url.rstrip("/")) + _PATH
+    headers = {"Authorization": f"Bearer {config.token}"} if config.token else {}
+    patience = aiohttp.ClientTimeout(total=None, sock_connect=config.timeout_s, sock_read=_QUIET_S)
+    until = time.monotonic() + retry_s
+    async with aiohttp.ClientSession(connector=connector, headers=headers, timeout=patience) as session:
+        while True:
+            pause = _PAUSE_S
+            try:
+                response = await session.get(url, params=asked)
+            except (aiohttp.ClientError, TimeoutError) as error:
+                problem = f"{config.url}: {error or type(error).__name__}"
+            else:
+                async with response:
+                    if response.status == 200:
+                        yield response
+                        return
+                    problem = f"The daemon answered {response.status}: {detail_of(await response.read())}"
+                    if response.status not in (429, 503):
+                        raise RefusedError(problem)
+                    pause = float(response.headers.get("Retry-After", _PAUSE_S))
+            if time.monotonic() + pause > until:
+                raise UnavailableError(problem)
+            await asyncio.sleep(pause)
+
+
+# --- import --------------------------------------------------------------------------------------
+
+
+@click.command("import")
+@click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, allow_dash=True))
+@click.option("--rejects", type=click.Path(path_type=Path), help="Append what the daemon refuses to this file.")
+@retry_option
+@json_flag
+@url_option
+def import_(*, files: tuple[str, ...], rejects: Path | None, retry_s: float, as_json: bool, url: str | None) -> None:
+    r"""Send the runs of exported files to the daemon.
+
+    NDJSON (with events, if it has them) and CSV, plain, gzip or Zstandard, and Parquet; what a file is, its first bytes
+    tell. - is standard input. Runs that are known by their event_id stay as they are, so a file may be imported again.
+    Each run that is refused is told with its line, and costs the others nothing.
+
+    \b
+    Examples:
+      telemetryd import runs.ndjson.zst
+      telemetryd import runs.csv more.parquet --rejects bad.jsonl --json
+      telemetryd export - --url http://old:8765 --events | telemetryd import - --url http://new:8765
+    """
+    counters = Counters()
+    refusals = Refusals(rejects)
+    problem = send_files(client_config(url=url), files, counters, refusals, retry_s)
+    if as_json:
+        print_json(
+            {
+                "files": list(files),
+                "inserted": counters.stored,
+                "duplicates": counters.duplicates,
+                "errors": counters.dead,
+                "error_details": refusals.kept,
+                "problem": problem,
+            }
+        )
+    else:
+        click.echo(
+            f"{counted(counters.stored, 'run')} inserted, {counted(counters.duplicates, 'duplicate')}, "
+            f"{counted(counters.dead, 'error')}"
+        )
+    end(problem, counters)
