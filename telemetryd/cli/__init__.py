@@ -9,7 +9,7 @@ import sys
 import click
 
 import telemetryd
-from telemetryd.cli import agents, database, serve, upkeep
+from telemetryd.cli import agents, database, demo, serve, upkeep
 from telemetryd.cli.options import NO_FLAG
 
 __all__ = ["NO_FLAG", "main"]
@@ -50,6 +50,7 @@ for command in (
     upkeep.reap,
     agents.sync,
     agents.replay,
+    demo.demo,
 ):
     main.add_command(command)
 
