@@ -18,7 +18,7 @@ def median_s(database: Path, limit: int, seconds: float) -> float:
     """Return the median time of selecting so many runs and turning them into JSON."""
     connection = sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)
     connection.execute(f"PRAGMA cache_size = -{16 * 1024}")
-    statement = select_page(ListRuns({}, {}, limit))
+    statement = select_page(ListRuns(limit=limit))
     times: list[float] = []
     end = time.perf_counter() + seconds
     while (started := time.perf_counter()) < end or not times:

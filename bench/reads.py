@@ -112,7 +112,7 @@ def cursor(bench: Bench) -> list[Figure]:
     """Page 10,000 by cursor compared with page 1."""
     limit = min(100, bench.options.big // _FAR_PAGE)
     database = bench.seeds.database(bench.options.big)
-    query = ListRuns({}, {}, limit)
+    query = ListRuns(limit=limit)
     with closing(sqlite3.connect(database)) as connection:
         sql = "SELECT created_at, id FROM agent_runs ORDER BY created_at DESC, id DESC LIMIT 1 OFFSET ?"
         end_of_page_before = Position(*connection.execute(sql, (limit * (_FAR_PAGE - 1) - 1,)).fetchone())

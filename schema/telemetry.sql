@@ -1,4 +1,4 @@
--- The schema of a telemetryd database, version 11.
+-- The schema of a telemetryd database, version 12.
 -- Generated from migrations/ by `make schema`; do not edit.
 
 CREATE TABLE agent_runs (
@@ -121,13 +121,29 @@ CREATE INDEX idx_runs_agent_status_created ON agent_runs (agent_name, status, cr
 
 CREATE INDEX idx_runs_created_desc ON agent_runs (created_at);
 
+CREATE INDEX idx_runs_environment ON agent_runs (environment, created_at) WHERE environment IS NOT NULL;
+
 CREATE UNIQUE INDEX idx_runs_event_id ON agent_runs (event_id);
 
+CREATE INDEX idx_runs_git_commit_hash ON agent_runs (git_commit_hash, created_at) WHERE git_commit_hash IS NOT NULL;
+
+CREATE INDEX idx_runs_host ON agent_runs (host, created_at) WHERE host IS NOT NULL;
+
+CREATE INDEX idx_runs_insight_id ON agent_runs (insight_id, created_at) WHERE insight_id IS NOT NULL;
+
 CREATE INDEX idx_runs_job ON agent_runs (job_type, status, created_at);
+
+CREATE INDEX idx_runs_parent_run_id ON agent_runs (parent_run_id, created_at) WHERE parent_run_id IS NOT NULL;
+
+CREATE INDEX idx_runs_product ON agent_runs (product, created_at) WHERE product IS NOT NULL;
+
+CREATE INDEX idx_runs_run_id ON agent_runs (run_id, created_at);
 
 CREATE INDEX idx_runs_start ON agent_runs (start_time);
 
 CREATE INDEX idx_runs_status ON agent_runs (status, created_at);
 
+CREATE INDEX idx_runs_website ON agent_runs (website, created_at) WHERE website IS NOT NULL;
+
 PRAGMA application_id = 1953262948;
-PRAGMA user_version = 11;
+PRAGMA user_version = 12;

@@ -15,7 +15,8 @@ from telemetryd import legacy, migrate
 from telemetryd.backup import Watch, ignore_progress
 from telemetryd.database import connect, connect_to_read, is_damage
 from telemetryd.errors import DatabaseError
-from telemetryd.queries import TIME_BOUNDS, ListRuns, Position
+from telemetryd.filters import TIME_BOUNDS, Filters
+from telemetryd.queries import ListRuns, Position
 from telemetryd.runs import FILTERS
 from telemetryd.statements import examining, fetching
 
@@ -166,7 +167,7 @@ def _index_usage(connection: sqlite3.Connection) -> Iterator[Finding]:
     """Ask SQLite how it would answer every documented query; each must walk an index and sort nothing."""
     for query in documented_queries():
         sql, values = fetching.select_page(query)
-        asked = ", ".join([*query.equal, *query.bounds]) or "no filter"
+        asked = ", ".join(query.filters.parameters()) or "no filter"
         try:
             plan = [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {sql}", values)]
         except sqlite3.OperationalError as error:
@@ -178,14 +179,21 @@ def _index_usage(connection: sqlite3.Connection) -> Iterator[Finding]:
 
 
 def documented_queries() -> Iterator[ListRuns]:
-    """Yield a query for every combination of equality filters, each alone, with time bounds, and with a cursor."""
+    """Yield a query for each documented combination of filters, each alone, with time bounds, and with a cursor."""
     moment = "2026-01-01T00:00:00.000000Z"
     bounds = {name: moment for name, (column, _) in TIME_BOUNDS.items() if column == "created_at"}
-    for chosen in product((False, True), repeat=len(FILTERS)):
-        equal = {name: "x" for name, is_given in zip(FILTERS, chosen, strict=True) if is_given}
-        yield ListRuns(equal, {})
-        yield ListRuns(equal, bounds)
-        yield ListRuns(equal, {}, after=Position(moment, 1))
+    combined = product((False, True), repeat=len(_COMBINED))
+    asked = [[name for name, is_given in zip(_COMBINED, chosen, strict=True) if is_given] for chosen in combined]
+    for names in [*asked, *([name] for name in FILTERS if name not in _COMBINED)]:
+        equal = dict.fromkeys(names, ("x",))
+        several = dict.fromkeys(names, ("x", "y"))
+        yield ListRuns(Filters(equal))
+        yield ListRuns(Filters(equal, bounds))
+        yield ListRuns(Filters(several), after=Position(moment, 1))
+
+
+_COMBINED: Final = ("agent_name", "job_type", "status")
+"""The filters that are combined most; each combination of them has an index of its own."""
 
 
 def repair(path: Path, watch: Watch = ignore_progress) -> list[str]:

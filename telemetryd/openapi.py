@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 import telemetryd
-from telemetryd import admin, certificates, events, flow, queries, runs
+from telemetryd import admin, certificates, events, filters, flow, queries, runs
 
 _REF: Final = "#/components/schemas/{model}"
 Schema = dict[str, Any]
@@ -93,14 +93,40 @@ def list_parameters() -> tuple[Schema, ...]:
     fields = runs.Run.model_fields
     stored = _schemas()["Run"]["properties"]
     described: list[tuple[str, str, Schema]] = [
-        (name, f"Only this {name}. {fields[name].description}", _without_title(stored[name])) for name in runs.FILTERS
+        (name, f"{_filter_text(name)} {fields[name].description}", _values_schema(stored[name], name))
+        for name in runs.FILTERS
     ]
     described += [
-        (name, f"Only runs with {column} {comparison} this.", {"type": "string", "format": "date-time"})
-        for name, (column, comparison) in queries.TIME_BOUNDS.items()
+        (name, f"Only runs with {column} {comparison} this: a moment, now, or a time ago such as -2h.", STRING)
+        for name, (column, comparison) in filters.TIME_BOUNDS.items()
+    ]
+    described += [
+        ("min_duration_ms", "Only runs that took so many milliseconds or more.", _PLAIN_INTEGER),
+        ("error", "Only runs whose error_summary or error_details holds this text, in any case.", _PLAIN_TEXT),
+        (
+            filters.METRIC,
+            "Only runs with such a value in metrics_json. NAME is its key (with dots for keys inside of keys), and the "
+            f"sign may also be another one of {' '.join(filters.OPERATORS)}: metrics.tokens>1000.",
+            _PLAIN_TEXT,
+        ),
+        ("q", 'Only runs with these words, prefix* and "phrases" in their summaries or errors.', _PLAIN_TEXT),
     ]
     cursor = _parameter("cursor", "Where to go on, from the Link header of an earlier answer.", {"type": "string"})
     return (*(_parameter(*parts) for parts in described), *page_parameters("Runs"), cursor, INCLUDE)
+
+
+_PLAIN_TEXT: Final[Schema] = {"type": "string", "minLength": 1, "maxLength": filters.MAX_TEXT}
+_PLAIN_INTEGER: Final[Schema] = {"type": "integer", "minimum": 0, "maximum": runs.MAX_INTEGER}
+
+
+def _filter_text(name: str) -> str:
+    wildcards = ", in which * stands for any text" if name == filters.WILDCARD else ""
+    return f"Only this {name}, or one of several with commas between them{wildcards}."
+
+
+def _values_schema(stored: Schema, name: str) -> Schema:
+    """Return what one value of a filter is: a status, or a text; several are one string with commas."""
+    return _without_title(stored) if name == "status" else _PLAIN_TEXT
 
 
 def page_parameters(what: str) -> tuple[Schema, ...]:

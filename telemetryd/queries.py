@@ -5,46 +5,35 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from itertools import islice
-from typing import Any, Final
-from urllib.parse import parse_qsl, urlencode
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from typing import Final
+from urllib.parse import urlencode
 
 import orjson
-from pydantic import TypeAdapter, ValidationError
 
-from telemetryd.errors import InvalidRequestError
-from telemetryd.runs import FILTERS, MAX_INTEGER, Name, Row, Status, canonical_status, canonical_timestamp, shorten
+from telemetryd import filters
+from telemetryd.filters import Filters, Parameters, read_integer, refuse
+from telemetryd.runs import MAX_INTEGER, Row, canonical_timestamp, utc_now
 
 DEFAULT_LIMIT: Final = 100
 MAX_LIMIT: Final = 1000
-_MAX_PARAMETERS: Final = 32
-_MAX_TOLD: Final = 5
-"""Unknown parameters that an error names."""
 _CURSOR_VERSION: Final = 1
 _ANY_CURSOR: Final = "a cursor from the Link header of an earlier answer"
-
-TIME_BOUNDS: Final = {
-    "created_before": ("created_at", "<"),
-    "created_after": ("created_at", ">"),
-    "start_time_from": ("start_time", ">="),
-    "start_time_to": ("start_time", "<="),
-}
-"""Each time parameter with the field and the comparison that it stands for."""
 
 EVENTS: Final = "events"
 """What `include` may ask for besides the run itself."""
 
-PARAMETERS: Final = (*FILTERS, *TIME_BOUNDS, "limit", "offset", "cursor", "include")
+PARAMETERS: Final = (*filters.PARAMETERS, "limit", "offset", "cursor", "include")
 
 
 @dataclass(frozen=True, slots=True)
 class Position:
     """Where a page ended: the place of its last run in the order of every answer."""
 
-    created_at: str
+    moment: str
+    """Its created_at."""
     id: int
 
 
@@ -52,8 +41,7 @@ class Position:
 class ListRuns:
     """Runs that match every filter, newest first (created_at, then id, both descending)."""
 
-    equal: Mapping[str, str]
-    bounds: Mapping[str, str]
+    filters: Filters = field(default_factory=Filters)
     limit: int = DEFAULT_LIMIT
     offset: int = 0
     after: Position | None = None
@@ -62,7 +50,7 @@ class ListRuns:
 
     def parameters(self) -> dict[str, str | int]:
         """Return the query as parameters with canonical values, for the log and the next page."""
-        page: dict[str, str | int] = {**self.equal, **self.bounds, "limit": self.limit}
+        page: dict[str, str | int] = {**self.filters.parameters(), "limit": self.limit}
         if self.offset:
             page["offset"] = self.offset
         if self.with_events:
@@ -71,7 +59,7 @@ class ListRuns:
 
     def cursor(self, last: Position) -> str:
         """Return the opaque cursor of the page that follows the one which ended at `last`."""
-        packed = orjson.dumps([_CURSOR_VERSION, self._fingerprint(), last.created_at, last.id])
+        packed = orjson.dumps([_CURSOR_VERSION, self._fingerprint(), last.moment, last.id])
         return base64.urlsafe_b64encode(packed).rstrip(b"=").decode()
 
     def next_page(self, path: str, last: Position) -> str:
@@ -81,8 +69,8 @@ class ListRuns:
         return f"{path}?{urlencode(page)}"
 
     def _fingerprint(self) -> str:
-        filters = orjson.dumps([dict(self.equal), dict(self.bounds)], option=orjson.OPT_SORT_KEYS)
-        return hashlib.blake2b(filters, digest_size=6).hexdigest()
+        packed = orjson.dumps(self.filters.parameters(), option=orjson.OPT_SORT_KEYS)
+        return hashlib.blake2b(packed, digest_size=6).hexdigest()
 
     def position(self, cursor: str) -> Position:
         """Read a cursor that an answer to the same filters gave out.
@@ -97,11 +85,11 @@ class ListRuns:
             position = Position(canonical_timestamp(created_at), run)
             is_whole = version == _CURSOR_VERSION and isinstance(run, int) and 0 <= run <= MAX_INTEGER
         except (ValueError, TypeError, binascii.Error) as error:
-            raise _refuse("cursor", cursor, _ANY_CURSOR) from error
+            raise refuse("cursor", cursor, _ANY_CURSOR) from error
         if not is_whole:
-            raise _refuse("cursor", cursor, _ANY_CURSOR)
+            raise refuse("cursor", cursor, _ANY_CURSOR)
         if fingerprint != self._fingerprint():
-            raise _refuse("cursor", cursor, "one that was given for the same filters")
+            raise refuse("cursor", cursor, "one that was given for the same filters")
         return position
 
 
@@ -173,35 +161,25 @@ class Counts:
         return sum(self.agents.values())
 
 
-def parse_list(query_string: str) -> ListRuns:
-    """Read the query string of `GET /api/v1/runs`.
+def parse_list(query_string: str, clock: Callable[[], datetime] = utc_now) -> ListRuns:
+    """Read the query string of `GET /api/v1/runs`; relative times count from one reading of the clock.
 
     Raises:
         InvalidRequestError: with a sentence for each fault that names the parameter, the value and what is allowed.
 
     """
-    given, faults = _split(query_string, PARAMETERS)
-
-    def read(name: str, parse: Callable[..., Any], *bounds: int) -> Any:
-        try:
-            return parse(name, given[name], *bounds)
-        except InvalidRequestError as error:
-            faults.append(str(error))
-            return None
-
-    equal = {name: read(name, _FILTER_PARSERS.get(name, _name)) for name in FILTERS if name in given}
-    times = {name: read(name, _timestamp) for name in TIME_BOUNDS if name in given}
-    limit = read("limit", _integer, 1, MAX_LIMIT) if "limit" in given else DEFAULT_LIMIT
-    offset = read("offset", _integer, 0, MAX_INTEGER) if "offset" in given else 0
-    with_events = read("include", _include) if "include" in given else False
-    if "cursor" in given and offset:
-        faults.append("Use either cursor or offset, not both: a cursor already says where to go on")
-    if faults:
-        raise InvalidRequestError(". ".join(faults))
-    query = ListRuns(equal, times, limit, offset, with_events=with_events)
-    if "cursor" not in given:
-        return query
-    return replace(query, after=query.position(given["cursor"]))
+    parameters = Parameters(query_string, PARAMETERS)
+    query = ListRuns(
+        parameters.read_filters(clock),
+        parameters.read("limit", read_integer, 1, MAX_LIMIT, default=DEFAULT_LIMIT),
+        parameters.read("offset", read_integer, 0, MAX_INTEGER, default=0),
+        with_events=parameters.read("include", _include, default=False),
+    )
+    cursor = parameters.given.get("cursor")
+    if cursor is not None and query.offset:
+        parameters.faults.append("Use either cursor or offset, not both: a cursor already says where to go on")
+    parameters.finish()
+    return query if cursor is None else replace(query, after=query.position(cursor))
 
 
 def parse_event_list(query_string: str, event_id: str) -> ListEvents:
@@ -214,8 +192,8 @@ def parse_event_list(query_string: str, event_id: str) -> ListEvents:
     given = parse_parameters(query_string, ("limit", "offset"))
     return ListEvents(
         (event_id,),
-        _integer("limit", given.get("limit", str(DEFAULT_LIMIT)), 1, MAX_LIMIT),
-        _integer("offset", given.get("offset", "0"), 0, MAX_INTEGER),
+        read_integer("limit", given.get("limit", str(DEFAULT_LIMIT)), 1, MAX_LIMIT),
+        read_integer("offset", given.get("offset", "0"), 0, MAX_INTEGER),
     )
 
 
@@ -232,7 +210,7 @@ def parse_include(query_string: str) -> bool:
 
 def _include(name: str, value: str) -> bool:
     if value != EVENTS:
-        raise _refuse(name, value, EVENTS)
+        raise refuse(name, value, EVENTS)
     return True
 
 
@@ -243,74 +221,6 @@ def parse_parameters(query_string: str, allowed: tuple[str, ...]) -> dict[str, s
         InvalidRequestError: with a sentence for each fault that names the parameter and what is allowed.
 
     """
-    given, faults = _split(query_string, allowed)
-    if faults:
-        raise InvalidRequestError(". ".join(faults))
-    return given
-
-
-def _split(query_string: str, allowed: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:
-    """Return the parameters that are known, and what is wrong with the others."""
-    try:
-        pairs = parse_qsl(query_string, keep_blank_values=True, errors="strict", max_num_fields=_MAX_PARAMETERS)
-    except UnicodeDecodeError as error:
-        raise InvalidRequestError("The query string must be percent-encoded UTF-8") from error
-    except ValueError as error:
-        raise InvalidRequestError(f"The query string must not hold more than {_MAX_PARAMETERS} parameters") from error
-    given: dict[str, str] = {}
-    unknown: dict[str, None] = {}
-    repeated: dict[str, None] = {}
-    for name, value in pairs:
-        if name not in allowed:
-            unknown[repr(shorten(name))] = None
-        elif name in given:
-            repeated[name] = None
-        else:
-            given[name] = value
-    for name in repeated:
-        del given[name]  # which of its values was meant?
-    faults = [f"Query parameter {name} is given more than once; give it once" for name in repeated]
-    if unknown:
-        known = ", ".join(allowed) or "none"
-        faults.append(f"Unknown query parameter {', '.join(islice(unknown, _MAX_TOLD))}; known are: {known}")
-    return given, faults
-
-
-def _refuse(name: str, value: str, allowed: str) -> InvalidRequestError:
-    return InvalidRequestError(f"Invalid {name}: {shorten(value)!r}; it must be {allowed}")
-
-
-_NAME: Final = TypeAdapter(Name)
-
-
-def _name(name: str, value: str) -> str:
-    try:
-        return _NAME.validate_python(value)
-    except ValidationError as error:
-        raise _refuse(name, value, "1 to 255 characters, not only blanks, without NUL") from error
-
-
-def _status(name: str, value: str) -> str:
-    try:
-        return canonical_status(value)
-    except ValueError as error:
-        raise _refuse(name, value, f"one of {', '.join(Status)}") from error
-
-
-_FILTER_PARSERS: Final = {"status": _status}
-
-# A "+" that was not percent-encoded arrives as a blank: "…T10:00:00 00:00" can only mean "+00:00".
-_LOST_PLUS: Final = re.compile(r"([Tt ]\d\d[\d:.,]*) (\d\d:?\d\d)", re.ASCII)
-
-
-def _timestamp(name: str, value: str) -> str:
-    try:
-        return canonical_timestamp(_LOST_PLUS.sub(r"\1+\2", value))
-    except ValueError as error:
-        raise _refuse(name, value, "an ISO 8601 date and time such as 2025-12-24T10:00:00Z") from error
-
-
-def _integer(name: str, value: str, low: int, high: int) -> int:
-    if re.fullmatch(r"[0-9]{1,19}", value) is None or not low <= int(value) <= high:
-        raise _refuse(name, value, f"an integer from {low} to {high}")
-    return int(value)
+    parameters = Parameters(query_string, allowed)
+    parameters.finish()
+    return parameters.given

@@ -255,7 +255,7 @@ class Role(Flag):
     COMMIT = auto()
     """Is set by associate-commit."""
     FILTER = auto()
-    """`GET /api/v1/runs` filters by its exact value."""
+    """Requests filter by its exact value, which an index in the order of created_at answers."""
     JSON = auto()
     """Is stored as text and answered as a JSON object."""
     BOOLEAN = auto()
@@ -280,7 +280,7 @@ class Run(BaseModel):
         "translate-2025-12-24-001",
         "translate-2025-12-24-002",
     )
-    run_id: Annotated[Name, _SET] = _field(
+    run_id: Annotated[Name, _SET | Role.FILTER] = _field(
         ..., "The agent's own id of the run.", "20251224T100000Z-hugo-translator-a1b2c3d4"
     )
     created_at: Annotated[Timestamp, _SET] = _field(
@@ -294,11 +294,11 @@ class Run(BaseModel):
     status: Annotated[StatusValue, _PATCH | Role.FILTER] = _field(
         "running", "How the run stands.", "running", "success"
     )
-    product: Annotated[Text | None, _SET] = _field(None, "Product worked on.", "words")
+    product: Annotated[Text | None, _SET | Role.FILTER] = _field(None, "Product worked on.", "words")
     product_family: Annotated[Text | None, _SET] = _field(None, "Family of the product.", "words-family")
     platform: Annotated[Text | None, _SET] = _field(None, "Platform worked on.", "python")
     subdomain: Annotated[Text | None, _SET] = _field(None, "Subdomain worked on.", "docs")
-    website: Annotated[Text | None, _SET] = _field(None, "Website worked on.", "example.com")
+    website: Annotated[Text | None, _SET | Role.FILTER] = _field(None, "Website worked on.", "example.com")
     website_section: Annotated[Text | None, _SET] = _field(None, "Section of the website.", "blog")
     item_name: Annotated[Text | None, _SET] = _field(None, "The single item worked on.", "index.md")
     items_discovered: Annotated[Count, _SET] = _field(0, "Items found.", 100)
@@ -318,10 +318,12 @@ class Run(BaseModel):
         None, "Address of the repository.", "https://github.com/acme/website.git"
     )
     git_branch: Annotated[Text | None, _SET] = _field(None, "Branch.", "main")
-    git_commit_hash: Annotated[Text | None, _SET | Role.COMMIT] = _field(None, "Commit of the run.", "3f2a91c")
+    git_commit_hash: Annotated[Text | None, _SET | Role.COMMIT | Role.FILTER] = _field(
+        None, "Commit of the run.", "3f2a91c"
+    )
     git_run_tag: Annotated[Text | None, _SET] = _field(None, "Tag of the run.", "nightly")
-    host: Annotated[Text | None, _SET] = _field(None, "Machine that ran it.", "build-07")
-    environment: Annotated[Text | None, _SET] = _field(None, "Environment, such as prod or dev.", "prod")
+    host: Annotated[Text | None, _SET | Role.FILTER] = _field(None, "Machine that ran it.", "build-07")
+    environment: Annotated[Text | None, _SET | Role.FILTER] = _field(None, "Environment, such as prod or dev.", "prod")
     trigger_type: Annotated[Text | None, _SET] = _field(None, "What started the run.", "schedule")
     metrics_json: Annotated[JsonObject | None, _PATCH | Role.JSON] = _field(
         None, "The agent's own figures.", {"tokens": 48211}
@@ -332,8 +334,8 @@ class Run(BaseModel):
     api_posted: Annotated[Boolean, _SET | Role.BOOLEAN] = _field(False, "Posted to another API as well.", False)
     api_posted_at: Annotated[Timestamp | None, _SET] = _field(None, "When it was posted there.", "2025-12-24T10:05:01Z")
     api_retry_count: Annotated[Count, _SET] = _field(0, "How often that was tried again.", 0)
-    insight_id: Annotated[Text | None, _SET] = _field(None, "Insight that led to the run.", "insight-42")
-    parent_run_id: Annotated[Text | None, _SET] = _field(
+    insight_id: Annotated[Text | None, _SET | Role.FILTER] = _field(None, "Insight that led to the run.", "insight-42")
+    parent_run_id: Annotated[Text | None, _SET | Role.FILTER] = _field(
         None, "run_id of the run that started this one.", "20251224T095900Z-nightly-0001"
     )
     git_commit_source: Annotated[SourceValue | None, _PATCH | Role.COMMIT] = _field(None, "Who made the commit.", "llm")

@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from telemetryd import runs
+from telemetryd.filters import quoted
 from tests.conftest import Api, StartDaemon, make_run
 
 REPEATABLE = settings(
@@ -202,7 +203,7 @@ def test_any_valid_run_comes_back_equal_by_every_way_in(
                 assert type(stored[name]) is type(expected[name]), name
         assert before <= stored["updated_at"] <= after
         found = wire.json(
-            "GET", f"/api/v1/runs?{urlencode({n: stored[n] for n in runs.FILTERS})}&limit=1000", status=200
+            "GET", f"/api/v1/runs?{urlencode({n: quoted(stored[n]) for n in NEVER_NULL})}&limit=1000", status=200
         )
         assert stored in found or len(found) == 1000
 
@@ -345,6 +346,7 @@ def check_error(status: int, text: bytes) -> None:
         assert all(item["loc"][0] == "body" and len(item["msg"]) <= 400 for item in answer["detail"])
 
 
+NEVER_NULL = ("run_id", "agent_name", "job_type", "status")
 PIECES = st.sampled_from(
     [*runs.FILTERS, "limit", "offset", "cursor", "created_before", "format", "=", "&", "%", "%00", "+", "5"]
 )

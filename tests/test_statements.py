@@ -18,6 +18,7 @@ import pytest
 
 from telemetryd import migrate
 from telemetryd.commands import Created, CreateRuns, Updated, UpdateRun
+from telemetryd.filters import Filters
 from telemetryd.queries import Counts, GetRun, ListRuns, Position, parse_list
 from telemetryd.runs import COLUMNS, CREATED_AT, Row, Status, parse_run
 from telemetryd.statements.fetching import fetch_counts, fetch_page, fetch_run, select_page
@@ -98,8 +99,8 @@ def brute_force(runs: list[dict[str, Any]], query: ListRuns) -> list[int]:
     matching = [
         run
         for run in runs
-        if all(run[name] == value for name, value in query.equal.items())
-        and all(COMPARE[name][1](run[COMPARE[name][0]], value) for name, value in query.bounds.items())
+        if all(run[name] in values for name, values in query.filters.equal.items())
+        and all(COMPARE[name][1](run[COMPARE[name][0]], value) for name, value in query.filters.bounds.items())
     ]
     return [run["id"] for run in sorted(matching, key=lambda run: (run["created_at"], run["id"]), reverse=True)]
 
@@ -109,7 +110,7 @@ def ids(rows: list[Row]) -> list[int]:
 
 
 def plan(connection: sqlite3.Connection, query: ListRuns) -> list[str]:
-    started = {"start_time_from", "start_time_to"} & set(query.bounds)
+    started = {"start_time_from", "start_time_to"} & set(query.filters.bounds)
     sql, values = select_page(query, ("2025-12-24T09", "2025-12-24T10;") if started else None)
     return [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {sql}", values)]
 
@@ -122,15 +123,14 @@ def make_query(
     if source is not None:
         values = {"agent_name": source.choice(AGENTS), "status": source.choice(list(Status)), "job_type": JOBS[1]}
         moments = {name: source.choice(MOMENTS) for name in BOUNDS}
-    return ListRuns(
-        {name: str(values[name]) for name in equal}, {name: moments[name] for name in bounds}, limit=100, after=after
-    )
+    filters = Filters({name: (str(values[name]),) for name in equal}, {name: moments[name] for name in bounds})
+    return ListRuns(filters, limit=100, after=after)
 
 
 def test_the_combinations_cover_every_documented_filter() -> None:
-    from telemetryd.queries import PARAMETERS
+    from telemetryd.statements.choosing import INDEXES
 
-    assert {*EQUAL, *BOUNDS, "limit", "offset", "cursor", "include"} == set(PARAMETERS)
+    assert {frozenset(equal) for equal in subsets(EQUAL)} == {names for names in INDEXES if names <= set(EQUAL)}
     assert len(COMBINATIONS) == 2**7
 
 
@@ -215,7 +215,18 @@ def test_paging_by_cursor_is_not_disturbed_by_new_runs(filled: sqlite3.Connectio
     for number, page in enumerate(pages_by_cursor(filled, query)):
         visited += page
         newest = {"created_at": "2025-12-24T12:00:00Z"} if number % 2 else {}
-        store(filled, [random_row(source, f"new-{number}-{n}", **{**query.equal, **newest}) for n in range(3)])
+        store(
+            filled,
+            [
+                random_row(
+                    source,
+                    f"new-{number}-{n}",
+                    **{name: values[0] for name, values in query.filters.equal.items()},
+                    **newest,
+                )
+                for n in range(3)
+            ],
+        )
         assert number < 1000
     assert len(visited) == len(set(visited))
     known = set(expected)
@@ -245,8 +256,8 @@ def test_a_page_far_behind_costs_what_the_first_one_costs(connection: sqlite3.Co
         far = replace(query, after=Position(created_at, order[-30]))
         assert ids(fetch_page(connection, far).rows) == order[-29:-19]
         assert cost(far) <= cost(query) * 1.5 + 2, equal
-    skipping = ListRuns({}, {}, limit=10, offset=2900)
-    assert cost(skipping) > 3 * cost(ListRuns({}, {}, limit=10))  # so the measure does tell a skip
+    skipping = ListRuns(limit=10, offset=2900)
+    assert cost(skipping) > 3 * cost(ListRuns(limit=10))  # so the measure does tell a skip
 
 
 def test_a_run_is_found_by_its_event_id_through_the_unique_index(filled: sqlite3.Connection) -> None:
@@ -324,7 +335,7 @@ def test_a_page_deep_behind_a_cursor_costs_what_the_first_one_costs(bounds: dict
             connection.set_progress_handler(None, 0)
             return count
 
-        first = ListRuns({}, bounds, limit=20)
+        first = ListRuns(Filters(bounds=bounds), limit=20)
         deep = fetch_page(connection, replace(first, limit=20, offset=4900)).end
         assert deep is not None
         assert steps(replace(first, after=deep)) <= steps(first) * 1.5 + 20

@@ -16,6 +16,7 @@ from telemetryd import admin, events, queries, runs
 from telemetryd.cli.database import refuse_missing
 from telemetryd.database import Ownership
 from telemetryd.errors import DatabaseOwnedError, TelemetrydError, UnavailableError
+from telemetryd.filters import TIME_BOUNDS, Filters, quoted
 from telemetryd.metrics import Metrics
 from telemetryd.settings import Settings
 from telemetryd.store import Store
@@ -63,10 +64,10 @@ class Local:
     async def pages(self, filters: dict[str, str]) -> AsyncIterator[list[Body]]:
         """Yield pages from the database."""
         after: queries.Position | None = None
-        bounds = {name: value for name, value in filters.items() if name in queries.TIME_BOUNDS}
-        equal = {name: value for name, value in filters.items() if name not in bounds}
+        bounds = {name: value for name, value in filters.items() if name in TIME_BOUNDS}
+        equal = {name: (value,) for name, value in filters.items() if name not in bounds}
         while True:
-            page = await self._store.fetch(queries.ListRuns(equal, bounds, _PAGE, 0, after))
+            page = await self._store.fetch(queries.ListRuns(Filters(equal, bounds), _PAGE, 0, after))
             answer = [runs.to_json(row) for row in page.rows]
             asked = queries.ListEvents(tuple(run["event_id"] for run in answer))
             events.put_into(answer, await self._store.fetch(asked))
@@ -100,7 +101,8 @@ class Remote:
 
     async def pages(self, filters: dict[str, str]) -> AsyncIterator[list[Body]]:
         """Yield pages by following the Link header."""
-        parameters: dict[str, str] | None = {**filters, "limit": str(_PAGE), "include": queries.EVENTS}
+        asked = {name: quoted(value) for name, value in filters.items()}
+        parameters: dict[str, str] | None = {**asked, "limit": str(_PAGE), "include": queries.EVENTS}
         while parameters is not None:
             page, following = await self._ask("GET", "/api/v1/runs", params=parameters)
             yield page

@@ -1,7 +1,9 @@
-"""Which index serves which filters, and which runs a prune or a reap means."""
+"""Which index serves which filters, what the filters are in SQL, and which runs a prune or a reap means."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+from itertools import product
 from typing import Final
 
 import orjson
@@ -9,12 +11,24 @@ import orjson
 from telemetryd.commands import (
     PruneRuns,
 )
+from telemetryd.filters import (
+    TIME_BOUNDS,
+    WILDCARD,
+    Comparison,
+    Filters,
+    Pattern,
+)
 from telemetryd.queries import (
     CountPrunable,
 )
 from telemetryd.runs import (
+    FILTERS,
     SqlValue,
+    Status,
 )
+
+Values = dict[str, SqlValue | float]
+"""What is bound to the names of a statement."""
 
 # Which index serves which equality filters. Every index goes on with created_at and the rowid, so a walk
 # backwards is already in order. Where an index has the status but the query has not, the walk is a merge of
@@ -32,6 +46,132 @@ INDEXES: Final[dict[frozenset[str], tuple[str, bool]]] = {
         ("job_type status", "idx_runs_job", False),
     )
 }
+INDEXES.update((frozenset({name}), (f"idx_runs_{name}", False)) for name in FILTERS if frozenset({name}) not in INDEXES)
+
+_CHOICE: Final = (
+    "run_id", "parent_run_id", "insight_id", "git_commit_hash", "agent_name job_type status", "agent_name job_type",
+    "agent_name status", "agent_name", "website", "host", "product", "job_type status", "job_type", "status",
+    "environment", "",
+)  # fmt: skip
+"""The filters that an index serves, those first which usually leave fewest runs."""
+
+MAX_ARMS: Final = 64
+"""Ordered walks that one statement merges."""
+
+
+def choose(equal: Mapping[str, tuple[str, ...]], most: int = MAX_ARMS) -> tuple[str, tuple[str, ...], list[Values]]:
+    """Return the index that serves these values best, its columns, and the values of these for each of its walks.
+
+    One filter may have several values: each, and each combination of them, is a walk in order of its own. Where that
+    would be more than `most`, fewer columns are taken.
+    """
+    for names in _CHOICE:
+        columns = tuple(names.split())
+        if not all(equal.get(name) for name in columns):
+            continue
+        index, merge_statuses = INDEXES[frozenset(columns)]
+        values = {name: equal[name] for name in columns}
+        if merge_statuses:
+            values["status"] = equal.get("status") or tuple(map(str, Status))
+        arms = [dict(zip(values, arm, strict=True)) for arm in product(*values.values())]
+        if len(arms) <= most:
+            return index, tuple(values), [{**arm} for arm in arms]
+    raise AssertionError("a walk through all runs takes one arm")
+
+
+def conditions(filters: Filters, but: Collection[str] = ()) -> tuple[list[str], Values]:
+    """Return what the filters are in SQL, to be joined by AND, and the values that are bound to them.
+
+    Columns stand without their table's name, and what is bound is named after its parameter. `but` are names of
+    fields and time bounds that the caller sees to.
+    """
+    found: list[str] = []
+    values: Values = {}
+    for name in FILTERS:
+        if name not in but:
+            _any_of(name, filters.equal.get(name, ()), filters.patterns if name == WILDCARD else (), found, values)
+    for name, moment in filters.bounds.items():
+        if name not in but:
+            column, comparison = TIME_BOUNDS[name]
+            found.append(f"{column} {comparison} :{name}")
+            values[name] = moment
+    if filters.min_duration_ms is not None:
+        found.append("duration_ms >= :min_duration_ms")
+        values["min_duration_ms"] = filters.min_duration_ms
+    if filters.error is not None:
+        operator, values["error"] = _holds(filters.error)
+        found.append(f"(error_summary {operator} OR error_details {operator})")
+    found += [_metric(number, metric, values) for number, metric in enumerate(filters.metrics)]
+    if filters.words is not None:
+        found.append("agent_runs.id IN (SELECT rowid FROM runs_text WHERE runs_text MATCH :q)")
+        values["q"] = match_expression(filters.words)
+    return found, values
+
+
+def _any_of(name: str, equal: tuple[str, ...], patterns: tuple[Pattern, ...], found: list[str], values: Values) -> None:
+    bound = {f"{name}_{number}": value for number, value in enumerate(equal)}
+    globs = {f"{name}_glob_{number}": glob(pattern) for number, pattern in enumerate(patterns)}
+    either = [f"{name} GLOB :{place}" for place in globs]
+    if len(bound) == 1:
+        either.insert(0, f"{name} = :{name}_0")
+    elif bound:
+        either.insert(0, f"{name} IN ({', '.join(f':{place}' for place in bound)})")
+    if either:
+        found.append(either[0] if len(either) == 1 else f"({' OR '.join(either)})")
+        values |= bound | globs
+
+
+def glob(pattern: Pattern) -> str:
+    """Return a pattern as SQLite's GLOB has it, in which `?` and `[` are special as well."""
+    return "*".join("".join(f"[{sign}]" if sign in "*?[" else sign for sign in piece) for piece in pattern)
+
+
+def _holds(text: str) -> tuple[str, str]:
+    """Return the comparison that finds a text inside of another, in any case, and what is bound to it.
+
+    LIKE is the faster one, but knows only the case of ASCII letters.
+    """
+    if text.isascii():
+        escaped = "".join(f"\\{sign}" if sign in "\\%_" else sign for sign in text)
+        return r"LIKE :error ESCAPE '\'", f"%{escaped}%"
+    return "GLOB :error", f"*{''.join(map(_either_case, text))}*"
+
+
+def _either_case(sign: str) -> str:
+    forms = dict.fromkeys(form for form in (sign, sign.lower(), sign.upper()) if len(form) == 1)
+    return f"[{''.join(forms)}]" if len(forms) > 1 or sign in "*?[" else sign
+
+
+_SQL_OPERATORS: Final = {"!=": "<>"}
+
+
+def _metric(number: int, comparison: Comparison, values: Values) -> str:
+    """Return one comparison in SQL; what JSON has of another kind is less or greater than nothing."""
+    path, value = f"metric_path_{number}", f"metric_{number}"
+    values[path] = "$" + "".join(f'."{key}"' for key in comparison.path)
+    values[value] = comparison.value
+    kinds = (
+        "'true', 'false'"
+        if isinstance(comparison.value, bool)
+        else "'text'"
+        if isinstance(comparison.value, str)
+        else "'integer', 'real'"
+    )
+    operator = _SQL_OPERATORS.get(comparison.operator, comparison.operator)
+    return (
+        f"(json_type(metrics_json, :{path}) IN ({kinds}) AND json_extract(metrics_json, :{path}) {operator} :{value})"
+    )
+
+
+def match_expression(words: str) -> str:
+    """Return words, `prefix*` and "phrases" as an expression of FTS5, quoted, so that nothing in them is syntax."""
+    quoted = []
+    for place, part in enumerate(words.split('"')):
+        for term in [part] if place % 2 else part.split():
+            is_prefix = place % 2 == 0 and term.endswith("*")
+            if any(map(str.isalnum, term)):
+                quoted.append(f'"{term}"' + (" *" if is_prefix else ""))
+    return " ".join(quoted)
 
 
 _IS_STALE: Final = "status = 'running' AND created_at < :stale_before AND updated_at < :stale_before"

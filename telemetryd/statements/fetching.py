@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from dataclasses import replace
 from operator import itemgetter
 from typing import Final
 
@@ -12,8 +13,8 @@ from telemetryd.commands import (
 )
 from telemetryd.errors import InvalidRequestError
 from telemetryd.events import EventPage
+from telemetryd.filters import WILDCARD, Filters
 from telemetryd.queries import (
-    TIME_BOUNDS,
     CountPrunable,
     Counts,
     CountStale,
@@ -28,9 +29,9 @@ from telemetryd.runs import (
     TEXTS,
     Row,
     SqlValue,
-    Status,
 )
-from telemetryd.statements.choosing import INDEXES, old_runs, select_stale
+from telemetryd.statements import full_text
+from telemetryd.statements.choosing import MAX_ARMS, Values, choose, conditions, glob, old_runs, select_stale
 from telemetryd.statements.transaction import MINUTE, PROCESS
 
 _SELECT_EVENTS: Final = f"""
@@ -55,42 +56,47 @@ _SPAN_OF_HOURS: Final = """
 Span = tuple[SqlValue, SqlValue]
 
 
-def select_page(query: ListRuns, created: Span | None = None) -> tuple[str, dict[str, SqlValue]]:
+def select_page(
+    query: ListRuns, created: Span | None = None, agents: tuple[str, ...] | None = None
+) -> tuple[str, Values]:
     """Return the SQL text and the parameters that fetch a page, and one row more to see if others follow.
 
-    `created` is a span of created_at outside of which nothing can match.
+    `created` is a span of created_at outside of which nothing can match, `agents` the names that the patterns stand
+    for.
     """
-    index, merge_statuses = INDEXES[frozenset(query.equal)]
-    values: dict[str, SqlValue] = {**query.equal, **query.bounds, "rows": query.limit + 1, "offset": query.offset}
-    conditions = [f"{name} = :{name}" for name in query.equal]
-    for name, (column, comparison) in TIME_BOUNDS.items():
-        if name in query.bounds and column != "created_at":
-            conditions.append(f"{column} {comparison} :{name}")
+    filters = query.filters if agents is None else named(query.filters, agents)
+    # A search of the full text would be done again in each arm.
+    index, columns, arms = choose({} if filters.patterns else filters.equal, MAX_ARMS if filters.words is None else 1)
+    found, values = conditions(filters, (*columns, "created_after", "created_before"))
+    values |= {"rows": query.limit + 1, "offset": query.offset}
     walks = _walks(query, created, values)
-    statuses = [f"status = '{status}'" for status in Status] if merge_statuses else []
-    arms = []
-    for walk in walks:
-        for status in statuses or [""]:
-            where = " AND ".join(filter(None, [status, *conditions, walk]))
-            arms.append(f"{_SELECT} INDEXED BY {index}" + (f" WHERE {where}" if where else ""))
-    return f"{' UNION ALL '.join(arms)} {_NEWEST_FIRST} LIMIT :rows OFFSET :offset", values
+    texts = []
+    for number, arm in enumerate(arms):
+        places = {f"{name}_{number}": name for name in columns}
+        values |= {place: arm[name] for place, name in places.items()}
+        equal = [f"{name} = :{place}" for place, name in places.items()]
+        for walk in walks:
+            where = " AND ".join(filter(None, [*equal, *found, walk]))
+            texts.append(f"{_SELECT} INDEXED BY {index}" + (f" WHERE {where}" if where else ""))
+    return f"{' UNION ALL '.join(texts)} {_NEWEST_FIRST} LIMIT :rows OFFSET :offset", values
 
 
-def _walks(query: ListRuns, created: Span | None, values: dict[str, SqlValue]) -> list[str]:
+def _walks(query: ListRuns, created: Span | None, values: Values) -> list[str]:
     """Return the conditions on created_at for each walk down an index: one bound at each end, for it uses only one.
 
     A walk that goes on behind a cursor has two parts: the rest of the runs created at the same moment, and all
     runs created before it. A comparison of pairs would only use the moment, and read all of its runs again.
     """
-    lower, upper, end = query.bounds.get("created_after"), query.bounds.get("created_before"), ""
+    bounds = query.filters.bounds
+    lower, upper, end = bounds.get("created_after"), bounds.get("created_before"), ""
     if created is not None and (lower is None or created[0] is None or str(created[0]) > lower):
         end, values["span_from"] = "created_at >= :span_from", created[0]
     elif lower is not None:
-        end = "created_at > :created_after"
+        end, values["created_after"] = "created_at > :created_after", lower
     if created is not None and created[1] is not None:
         upper = min(upper or "~", str(created[1]))
-    if query.after is not None and (upper is None or query.after.created_at < upper):
-        values |= {"moment": query.after.created_at, "after_id": query.after.id}
+    if query.after is not None and (upper is None or query.after.moment < upper):
+        values |= {"moment": query.after.moment, "after_id": query.after.id}
         # The plus keeps the index to the one moment, in which its rows are in the order of their ids.
         parts = [["created_at = :moment", "id < :after_id", end and f"+{end}"], ["created_at < :moment", end]]
     elif upper is not None:
@@ -99,6 +105,38 @@ def _walks(query: ListRuns, created: Span | None, values: dict[str, SqlValue]) -
     else:
         parts = [[end]]
     return [" AND ".join(filter(None, part)) for part in parts]
+
+
+_AGENTS: Final = """
+    WITH RECURSIVE found (name) AS (
+        SELECT min(agent_name) FROM agent_runs INDEXED BY idx_runs_agent_created
+            WHERE agent_name >= :first AND agent_name < :last
+        UNION ALL
+        SELECT (SELECT min(agent_name) FROM agent_runs INDEXED BY idx_runs_agent_created
+            WHERE agent_name > name AND agent_name < :last)
+        FROM found WHERE name IS NOT NULL
+    )
+    SELECT name FROM found WHERE name GLOB :pattern LIMIT :most
+"""
+"""The agents of a pattern: one step down the index for each name between the ends, however many runs it has."""
+_BEHIND_ALL: Final = chr(0x10FFFF)
+
+
+def find_agents(connection: sqlite3.Connection, filters: Filters) -> tuple[str, ...] | None:
+    """Return the agents that the filters' patterns stand for; None if there are no patterns, or too many agents."""
+    if not filters.patterns:
+        return None
+    names = set(filters.equal.get(WILDCARD, ()))
+    for pattern in filters.patterns:
+        prefix = pattern[0]
+        ends = {"first": prefix, "last": prefix + _BEHIND_ALL, "pattern": glob(pattern), "most": MAX_ARMS + 1}
+        names.update(name for (name,) in connection.execute(_AGENTS, ends))
+    return tuple(sorted(names)) if len(names) <= MAX_ARMS else None
+
+
+def named(filters: Filters, agents: tuple[str, ...]) -> Filters:
+    """Return filters in which the patterns are replaced by the agents that they stand for."""
+    return replace(filters, patterns=(), equal={**filters.equal, WILDCARD: agents})
 
 
 PAGE_BYTES: Final = 32 * 1024 * 1024
@@ -115,9 +153,13 @@ def fetch_page(connection: sqlite3.Connection, query: ListRuns) -> Page:
             by offset.
 
     """
+    full_text.require(connection, query.filters)
+    agents = find_agents(connection, query.filters)
+    if agents == ():
+        return Page([], None)
     rows: list[Row] = []
     size = 0
-    for row in connection.execute(*select_page(query, _created_span(connection, query))):
+    for row in connection.execute(*select_page(query, _created_span(connection, query), agents)):
         size += len("".join(filter(None, _texts_of(row))))
         if size > PAGE_BYTES and 0 < len(rows) < query.limit:
             raise InvalidRequestError(
@@ -133,7 +175,7 @@ def fetch_page(connection: sqlite3.Connection, query: ListRuns) -> Page:
 
 
 def _created_span(connection: sqlite3.Connection, query: ListRuns) -> Span | None:
-    started = {name: query.bounds.get(name) for name in ("start_time_from", "start_time_to")}
+    started = {name: query.filters.bounds.get(name) for name in ("start_time_from", "start_time_to")}
     if not any(started.values()):
         return None
     span: Span = connection.execute(_SPAN_OF_HOURS, started).fetchone()
