@@ -39,6 +39,8 @@ class _Poster:
     def __init__(self, transport: Transport, sleep: Callable[[float], None] = time.sleep) -> None:
         self._transport = transport
         self._sleep = sleep
+        self.posted = 0
+        """How many runs were new to the daemon."""
 
     def send(self, method: str, path: str, body: object) -> Any:
         """Send a request until it is taken; return the answer's JSON.
@@ -62,7 +64,7 @@ class _Poster:
     def begin(self, stories: list[Story], now: datetime) -> list[Story]:
         """Post runs as they are now, with their events; return those that are not over."""
         runs = [finished(story) if story.ends_at <= now else story.run for story in stories]
-        self.send("POST", "/api/v1/runs/batch", runs)
+        self.posted += self.send("POST", "/api/v1/runs/batch", runs)["inserted"]
         for story in stories:
             if story.events:
                 self.send("POST", f"{run_path(story.run['event_id'])}/events", story.events)
@@ -87,8 +89,8 @@ def demo(*, number: int | None, days: int, seed: int, live: bool, url: str | Non
     r"""Post a day of invented runs of 20 agents, then go on live, to have something to look at.
 
     They have parents and children, events, figures and commits; failures come in clusters, and one agent
-    (seo-optimizer) fails from a certain commit on. Their event_ids begin with `demo-`. Meant for a database to try
-    things out with.
+    (seo-optimizer) fails from a certain commit on. Their event_ids begin with `demo-`; what a seed has invented on one
+    day is not stored twice. Meant for a database to try things out with.
 
     \b
     Examples:
@@ -129,19 +131,16 @@ def _config(settings: Settings, url: str | None) -> Config:
 def _post(poster: _Poster, world: World, number: int, now: datetime) -> list[Story]:
     """Post the past; return the runs that are not over."""
     open_runs: list[Story] = []
-    done = 0
     with progress() as drawn:
         waiting: list[Story] = []
         for story in world.runs(number):
             waiting.append(story)
             if len(waiting) == _BATCH:
                 open_runs += poster.begin(waiting, now)
-                done += len(waiting)
                 waiting = []
-                drawn("Inventing", min(done, number), number)
+                drawn("Inventing", min(poster.posted, number), number)
         open_runs += poster.begin(waiting, now)
-        done += len(waiting)
-    click.echo(f"{counted(done, 'run')} of {counted(len(AGENTS), 'agent')} posted")
+    click.echo(f"{counted(poster.posted, 'run')} of {counted(len(AGENTS), 'agent')} posted")
     return open_runs
 
 

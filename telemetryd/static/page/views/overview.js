@@ -67,23 +67,17 @@ function ranking(rows, of, most) {
     h("li", {}, h("a", { href: of.href(row), "data-item": true }, h("span", { class: "name" }, row.agent_name), h("span", { class: "quiet" }, of.note(row)), h("b", {}, of.value(row)), h("meter", { min: 0, max: most, value: of.size(row), "aria-label": of.label, class: of.kind })))));
 }
 
-function failing(groups, since) {
-  const agents = new Map();
-  for (const group of groups) {
-    const agent = agents.get(group.agent_name) ?? { agent_name: group.agent_name, runs: 0, bad: 0 };
-    agent.runs += group.runs;
-    if (BAD.includes(group.status)) agent.bad += group.runs;
-    agents.set(group.agent_name, agent);
-  }
-  const rows = [...agents.values()].filter((agent) => agent.bad).sort((a, b) => b.bad - a.bad).slice(0, SHOWN);
+function failing(bad, agents, since) {
+  const all = new Map(agents.map((group) => [group.agent_name, group.runs]));
+  const rows = bad.filter((group) => group.runs).sort((a, b) => b.runs - a.runs).slice(0, SHOWN);
   return ranking(rows, {
     href: (row) => href("runs", { agent_name: exact(row.agent_name), status: BAD.join(","), created_after: since }),
-    note: (row) => `${percent(row.bad / row.runs)} of ${counted(row.runs, "run")}`,
-    value: (row) => count(row.bad),
-    size: (row) => row.bad,
+    note: (row) => `${percent(row.runs / (all.get(row.agent_name) ?? row.runs))} of ${counted(all.get(row.agent_name) ?? row.runs, "run")}`,
+    value: (row) => count(row.runs),
+    size: (row) => row.runs,
     label: "Failed runs",
     kind: "bad",
-  }, rows[0]?.bad);
+  }, rows[0]?.runs);
 }
 
 function slowest(groups, since) {
@@ -155,7 +149,7 @@ export function show(root, { parameters, signal }) {
       return groups.length ? stackedBars(bars(groups, from, period, now), signal) : sentence("No run in this time. telemetryd demo posts some.");
     });
     fillLater(slow, signal, async () => slowest(await byAgent, since));
-    fillLater(worst, signal, async () => failing(await ask({ group_by: "agent_name,status" }), since));
+    fillLater(worst, signal, async () => failing(await ask({ group_by: "agent_name", status: BAD.join(",") }), await byAgent, since));
     fillLater(latest, signal, async () => failures((await page(`/api/v1/runs?status=${BAD.join(",")}&limit=${SHOWN + 2}`, signal)).items));
   }
 

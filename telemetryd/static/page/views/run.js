@@ -49,7 +49,7 @@ function items(run) {
   });
   const rest = h("span", { class: "part" });
   rest.style.flexGrow = all - handled;
-  return h("div", { class: "items" },
+  return h("div", { class: "item-bar" },
     h("p", {}, h("b", {}, counted(all, "item")), given.map(([kind, name, number]) => h("span", { class: `key ${kind}` }, shape(kind), `${count(number)} ${name}`))),
     h("div", { class: "progress", "aria-hidden": "true" }, segments, rest));
 }
@@ -89,9 +89,10 @@ function sections(run) {
       ["Environment", run.environment && h("a", { href: href("runs", { environment: exact(run.environment) }) }, run.environment)],
       ["Trigger", run.trigger_type],
     ]))),
-    run.metrics_json && panel("Its figures", h("div", { class: "body" }, facts(own(run.metrics_json)))),
-    run.context_json && panel("Its context", h("div", { class: "body" }, facts(own(run.context_json)))),
-    (run.git_repo || run.git_commit_hash) && panel("Commit", h("div", { class: "body" }, commit(run))));
+    (run.git_repo || run.git_commit_hash) && panel("Commit", h("div", { class: "body" }, commit(run))),
+    (run.metrics_json || run.context_json) && h("div", { class: "stack" },
+      run.metrics_json && panel("Its figures", h("div", { class: "body" }, facts(own(run.metrics_json)))),
+      run.context_json && panel("Its context", h("div", { class: "body" }, facts(own(run.context_json))))));
 }
 
 function timeline(list, run) {

@@ -22,8 +22,8 @@ function cell(kind, ...content) {
 }
 
 function line(run) {
-  const done = run.items_succeeded + run.items_failed + run.items_skipped;
-  const items = run.items_failed ? [count(run.items_succeeded), h("span", { class: "bad-text" }, ` +${count(run.items_failed)} failed`)] : done ? count(done) : "–";
+  const handled = run.items_succeeded + run.items_failed + run.items_skipped;
+  const items = run.items_failed ? h("span", { class: "bad-text" }, `${count(run.items_failed)} of ${count(handled)} failed`) : handled ? count(handled) : "–";
   return h(
     "div",
     { class: "line", role: "row" },

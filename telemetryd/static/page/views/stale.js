@@ -33,7 +33,7 @@ function list(runs, emptyText) {
   return h("ul", { class: "lines" }, runs.map((run) =>
     h("li", {}, h("a", { href: runHref(run.event_id), "data-item": true },
       badge(run.status), h("span", { class: "name" }, run.agent_name), h("span", { class: "quiet what" }, run.job_type),
-      h("span", { class: "quiet" }, `begun ${ago(run.start_time)}`), h("span", {}, "silent for ", h("b", {}, duration(Date.now() - Date.parse(run.updated_at))))))));
+      h("span", { class: "quiet begun" }, `begun ${ago(run.start_time)}`), h("span", { class: "silent" }, "silent for ", h("b", {}, duration(Date.now() - Date.parse(run.updated_at))))))));
 }
 
 /** Ask whether so many runs are to be cancelled; answer true or false. */
