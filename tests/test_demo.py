@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -113,10 +114,11 @@ def test_the_command_reaches_a_socket_and_brings_the_token(start_daemon: StartDa
     socket = tmp_path / "d.sock"
     daemon = start_daemon("--unix", str(socket), **token)
     daemon.wait_for_line("Serving")
-    done = telemetryd(
-        "demo", "--unix", socket, "--no-live", "--runs", "20", TELEMETRY_API_AUTH_TOKEN="secret-of-the-house"
-    )
-    assert "Look at / at the daemon's address" in done.stdout
+    arguments = ("demo", "--unix", socket, "--no-live", "--runs", "20")
+    done = telemetryd(*arguments, "--json", TELEMETRY_API_AUTH_TOKEN="secret-of-the-house")
+    told = json.loads(done.stdout)
+    assert 0 < told.pop("runs") < 40
+    assert told == {"agents": 20, "page": None}
     refused = telemetryd(*arguments, status=1)
     assert "The daemon answered 401: A valid token is needed" in refused.stderr
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 import click
 import orjson
 
-from telemetryd.cli.options import counted, failing, load_settings, progress, settings_flags
+from telemetryd.cli.options import counted, failing, json_flag, load_settings, print_json, progress, settings_flags
 from telemetryd.client.config import Config
 from telemetryd.client.transport import Answer, Transport, UnreachableError, run_path
 from telemetryd.demo import AGENTS, Story, World, finished
@@ -76,6 +76,7 @@ class _Poster:
 @click.option("--days", type=click.IntRange(1, 366), default=1, show_default=True, help="How many days they lie back.")
 @click.option("--seed", type=int, default=1, show_default=True, help="The same seed at the same time invents the same.")
 @click.option("--live/--no-live", default=True, help="Whether to go on with new runs until Ctrl-C.")
+@json_flag
 @click.option("--url", metavar="URL", help="Base URL of the daemon; default: this machine's, at its port.")
 @settings_flags(
     "api_unix",
@@ -85,17 +86,17 @@ class _Poster:
     api_port="Port of the running daemon on this machine.",
     api_auth_token_file="File that holds the daemon's token; or set TELEMETRY_API_AUTH_TOKEN.",  # noqa: S106 - a help text
 )
-def demo(*, number: int | None, days: int, seed: int, live: bool, url: str | None, **flags: Any) -> None:
-    r"""Post a day of invented runs of 20 agents, then go on live, to have something to look at.
+def demo(*, number: int | None, days: int, seed: int, live: bool, as_json: bool, url: str | None, **flags: Any) -> None:
+    r"""Post a day of invented runs, then go on live until Ctrl-C.
 
-    They have parents and children, events, figures and commits; failures come in clusters, and one agent
+    Twenty agents have made them, so that there is something to look at. They have parents and children, events, figures and commits; failures come in clusters, and one agent
     (seo-optimizer) fails from a certain commit on. Their event_ids begin with `demo-`; what a seed has invented on one
     day is not stored twice. Meant for a database to try things out with.
 
     \b
     Examples:
       telemetryd demo
-      telemetryd demo --days 365 --runs 50000 --no-live
+      telemetryd demo --days 365 --runs 50000 --no-live --json
       telemetryd demo --unix /run/telemetryd/telemetryd.sock --seed 7
     """
     settings = load_settings(flags).settings
@@ -106,8 +107,12 @@ def demo(*, number: int | None, days: int, seed: int, live: bool, url: str | Non
             poster = _Poster(transport)
             world = World(seed, now - timedelta(days=days), now)
             open_runs = _post(poster, world, number or days * _PER_DAY, now)
-            page = f"{config.url}/" if not config.url.startswith("unix:") else "/ at the daemon's address"
-            click.echo(f"Look at {page}")
+            page = None if config.url.startswith("unix:") else f"{config.url}/"
+            if as_json:
+                print_json({"runs": poster.posted, "agents": len(AGENTS), "page": page})
+            else:
+                click.echo(f"{counted(poster.posted, 'run')} of {counted(len(AGENTS), 'agent')} posted")
+                click.echo(f"Look at {page or 'the address of the daemon'}")
             if live:
                 click.echo("Going on live; Ctrl-C stops.", err=True)
                 try:
@@ -140,7 +145,6 @@ def _post(poster: _Poster, world: World, number: int, now: datetime) -> list[Sto
                 waiting = []
                 drawn("Inventing", min(poster.posted, number), number)
         open_runs += poster.begin(waiting, now)
-    click.echo(f"{counted(poster.posted, 'run')} of {counted(len(AGENTS), 'agent')} posted")
     return open_runs
 
 

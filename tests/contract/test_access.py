@@ -160,7 +160,7 @@ async def test_the_page_needs_no_token_because_it_asks_for_it(make_api: MakeApi)
     assert (page.status, page.headers["content-type"]) == (200, "text/html; charset=utf-8")
     for asset in re.findall(r'(?:src|href)="(/page/[^"]+)"', page.text):
         assert (await send(api, "GET", asset)).status == 200, asset
-    for path in ("/page/", "/page/nope.js", "/page/..%2fdocs", "/page/index.html", "//"):
+    for path in ("/page/", "/page/nope.js", "/page/..%2fdocs", "/page/index.html"):
         check_error(await send(api, "GET", path, headers=browser), 401)
     check_error(await send(api, "POST", "/", headers=browser), 401)
 
