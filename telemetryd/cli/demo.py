@@ -89,9 +89,10 @@ class _Poster:
 def demo(*, number: int | None, days: int, seed: int, live: bool, as_json: bool, url: str | None, **flags: Any) -> None:
     r"""Post a day of invented runs, then go on live until Ctrl-C.
 
-    Twenty agents have made them, so that there is something to look at. They have parents and children, events, figures and commits; failures come in clusters, and one agent
-    (seo-optimizer) fails from a certain commit on. Their event_ids begin with `demo-`; what a seed has invented on one
-    day is not stored twice. Meant for a database to try things out with.
+    Twenty agents have made them, so that there is something to look at: parents and children, events, figures and
+    commits; failures come in clusters, and one agent (seo-optimizer) fails from a certain commit on. Their event_ids
+    begin with `demo-`; what a seed has invented on one day is not stored twice. Meant for a database to try things
+    out with.
 
     \b
     Examples:
