@@ -194,6 +194,8 @@ class World:
         }
         if error is not None:
             finish |= {"error_summary": error[0], "error_details": error[1]}
+        elif status == "cancelled":
+            finish["output_summary"] = "Cancelled before it was done"
         else:
             finish["output_summary"] = f"{number - failed} of {number} items done by {job_type}"
         run: Json = {

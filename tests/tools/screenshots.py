@@ -59,7 +59,7 @@ def main() -> None:
         try:
             demo = ("demo", "--url", daemon.url, "--no-live")
             telemetryd(*demo, "--days", "300", "--runs", "60000", "--seed", "3", timeout_s=600)
-            telemetryd(*demo)
+            telemetryd(*demo, "--runs", "800")
             FOLDER.mkdir(exist_ok=True)
             with chromium() as browser:
                 take(browser, daemon.url, FOLDER)

@@ -12,7 +12,7 @@ const LEVELS = 4;
 const MONTH = new Intl.DateTimeFormat("en-GB", { month: "short", timeZone: "UTC" });
 
 /** Below this success rate a day is marked. */
-export const POOR = 0.9;
+export const POOR = 0.8;
 
 /** Return midnight (UTC) of the Monday that begins the oldest of the weeks shown. */
 export function firstDay(now) {
@@ -37,13 +37,16 @@ export function calendar(agent, days, now, hrefOf) {
     picture.append(s("text", { x: 0, y: TOP + row * PITCH + 9, class: "tick" }, name));
   }
   let month = null;
+  let label = null;
   for (let date = first; date <= now; date += DAY) {
     const index = Math.round((date - first) / DAY);
     const [week, row] = [Math.floor(index / 7), index % 7];
     const [x, y] = [LEFT + week * PITCH, TOP + row * PITCH];
     const name = MONTH.format(date);
     if (row === 0 && name !== month) {
-      if (week < WEEKS - 2) picture.append(s("text", { x, y: 10, class: "tick" }, name));
+      if (label !== null && week - label.week < 3) label.element.remove(); // no room for both
+      label = { week, element: s("text", { x, y: 10, class: "tick" }, name) };
+      if (week < WEEKS - 2) picture.append(label.element);
       month = name;
     }
     const day = days.get(date);
@@ -58,8 +61,8 @@ export function calendar(agent, days, now, hrefOf) {
     const mark = isPoor ? s("path", { d: `M${x + SIZE} ${y + 3}v${SIZE - 3}h-${SIZE - 3}z`, class: "poor" }) : null;
     picture.append(s("a", { href: hrefOf(date), tabindex: -1 }, s("title", {}, text), square, mark));
   }
-  const label = `${agent}: ${count(sum)} runs on ${days.size} days of the last year; on ${counted(poor, "day")} less than ${POOR * 100} % succeeded`;
-  return h("div", { class: "scroll calendar-frame", role: "img", "aria-label": label }, picture);
+  const sentence = `${agent}: ${count(sum)} runs on ${days.size} days of the last year; on ${counted(poor, "day")} less than ${POOR * 100} % succeeded`;
+  return h("div", { class: "scroll calendar-frame", role: "img", "aria-label": sentence, tabindex: "0" }, picture);
 }
 
 /** Return what the squares mean. */

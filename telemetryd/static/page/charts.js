@@ -2,7 +2,7 @@
 
 import { h, s } from "./dom.js";
 import { count, short } from "./format.js";
-import { BAD, STATUSES, shape } from "./status.js";
+import { BAD, STATUSES } from "./status.js";
 
 const HEIGHT = 240;
 const FOOT = 24;
@@ -18,6 +18,12 @@ export function ticks(most) {
   const marks = [0];
   while (marks.at(-1) < most) marks.push(marks.at(-1) + step);
   return marks.length === 1 ? [0, step] : marks;
+}
+
+/** Return a square that looks as the bars of a status do. */
+function swatch(status) {
+  const look = status === "failure" ? { fill: "url(#hatch)" } : { class: `fill ${status}` };
+  return s("svg", { class: "swatch", viewBox: "0 0 12 12", "aria-hidden": "true" }, s("rect", { width: 12, height: 12, rx: 3, ...look }));
 }
 
 const total = (bar) => STATUSES.reduce((sum, status) => sum + (bar.counts[status] ?? 0), 0);
@@ -73,7 +79,7 @@ function tooltip() {
       const lines = STATUSES.filter((status) => bar.counts[status]).reverse();
       element.replaceChildren(
         h("strong", {}, bar.title),
-        ...lines.map((status) => h("span", { class: `line ${status}` }, shape(status), h("span", {}, status), h("b", {}, count(bar.counts[status])))),
+        ...lines.map((status) => h("span", { class: "line" }, swatch(status), h("span", {}, status), h("b", {}, count(bar.counts[status])))),
         lines.length ? "" : h("span", { class: "quiet" }, "no runs"),
       );
       element.hidden = false;
@@ -97,7 +103,7 @@ function table(bars, statuses) {
 function legend(bars, statuses) {
   const sum = (status) => bars.reduce((runs, bar) => runs + (bar.counts[status] ?? 0), 0);
   return h("ul", { class: "legend" }, statuses.map((status) =>
-    h("li", {}, h("span", { class: `key ${status}` }, shape(status)), status, h("b", {}, short(sum(status))))));
+    h("li", {}, swatch(status), status, h("b", {}, short(sum(status))))));
 }
 
 /**

@@ -49,7 +49,7 @@ export function show(root, { parameters, signal }) {
     for (const { target, isIntersecting } of entries) {
       if (!isIntersecting) continue;
       seer.unobserve(target);
-      fillLater(target, signal, () => year(target.agent, signal));
+      fillLater(target, signal, () => year(target.agent, signal)).then(() => target.firstChild?.scrollTo({ left: 1000 })); // to today
     }
   }, { rootMargin: "300px" });
   signal.addEventListener("abort", () => seer.disconnect(), { once: true });

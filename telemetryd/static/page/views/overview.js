@@ -61,10 +61,17 @@ function tiles(groups, agents, period, since) {
   );
 }
 
+/** Return a line whose length shows a share of the largest; the figure itself stands beside it. */
+function track(share, kind) {
+  const part = h("span", { class: kind });
+  part.style.width = `${100 * share}%`;
+  return h("span", { class: "track", "aria-hidden": "true" }, part);
+}
+
 function ranking(rows, of, most) {
   if (!rows.length) return sentence("Nobody.");
   return h("ol", { class: "ranking" }, rows.map((row) =>
-    h("li", {}, h("a", { href: of.href(row), "data-item": true }, h("span", { class: "name" }, row.agent_name), h("span", { class: "quiet" }, of.note(row)), h("b", {}, of.value(row)), h("meter", { min: 0, max: most, value: of.size(row), "aria-label": of.label, class: of.kind })))));
+    h("li", {}, h("a", { href: of.href(row), "data-item": true }, h("span", { class: "name" }, row.agent_name), h("span", { class: "quiet" }, of.note(row)), h("b", {}, of.value(row)), track(of.size(row) / most, of.kind)))));
 }
 
 function failing(bad, agents, since) {
@@ -75,7 +82,6 @@ function failing(bad, agents, since) {
     note: (row) => `${percent(row.runs / (all.get(row.agent_name) ?? row.runs))} of ${counted(all.get(row.agent_name) ?? row.runs, "run")}`,
     value: (row) => count(row.runs),
     size: (row) => row.runs,
-    label: "Failed runs",
     kind: "bad",
   }, rows[0]?.runs);
 }
@@ -87,7 +93,6 @@ function slowest(groups, since) {
     note: (row) => `half within ${duration(row.duration_ms.p50)}`,
     value: (row) => duration(row.duration_ms.p95),
     size: (row) => row.duration_ms.p95,
-    label: "95th percentile of the duration",
     kind: "slow",
   }, rows[0]?.duration_ms.p95);
 }
