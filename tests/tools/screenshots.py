@@ -29,7 +29,7 @@ def views(url: str) -> dict[str, tuple[str, str]]:
     failed = get(url, "/api/v1/runs?agent_name=seo-optimizer&status=failure&limit=1")[1][0]
     return {
         "overview": ("#/", "main .chart svg"),
-        "runs": ("#/runs?live=1", "main .table-body .line"),
+        "runs": ("#/runs", "main .table-body .line"),
         "failed": (f"#/run/{failed['event_id']}", "main .timeline"),
         "family": (f"#/run/{orchestrator['event_id']}", "main .tree"),
         "stale": ("#/stale?older_than=1s", "main .lines"),

@@ -2,6 +2,7 @@
 
 import { h, s } from "./dom.js";
 import { DAY, count, counted, dayOf, percent } from "./format.js";
+import { go } from "./route.js";
 
 const SIZE = 11;
 const PITCH = 13;
@@ -59,7 +60,7 @@ export function calendar(agent, days, now, hrefOf) {
     const text = `${dayOf(date)}: ${counted(day.runs, "run")}, ${percent(day.success_rate)} succeeded`;
     const isPoor = day.success_rate !== null && day.success_rate < POOR;
     const mark = isPoor ? s("path", { d: `M${x + SIZE} ${y + 3}v${SIZE - 3}h-${SIZE - 3}z`, class: "poor" }) : null;
-    picture.append(s("a", { href: hrefOf(date), tabindex: -1 }, s("title", {}, text), square, mark));
+    picture.append(s("g", { class: "day", on: { click: () => go(hrefOf(date)) } }, s("title", {}, text), square, mark));
   }
   const sentence = `${agent}: ${count(sum)} runs on ${days.size} days of the last year; on ${counted(poor, "day")} less than ${POOR * 100} % succeeded`;
   return h("div", { class: "scroll calendar-frame", role: "img", "aria-label": sentence, tabindex: "0" }, picture);

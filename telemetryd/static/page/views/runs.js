@@ -11,7 +11,7 @@ import { follow } from "../stream.js";
 import { virtualList } from "../virtual.js";
 
 const PAGE = 200;
-const FILTERS = ["q", "status", "agent_name", "job_type", "environment", "host", "git_commit_hash", "parent_run_id", "created_after", "created_before", "min_duration_ms"];
+const FILTERS = ["q", "error", "status", "agent_name", "job_type", "environment", "host", "git_commit_hash", "parent_run_id", "created_after", "created_before", "min_duration_ms"];
 const SINCE = [["", "Any time"], ["-1h", "Last hour"], ["-24h", "Last 24 hours"], ["-7d", "Last 7 days"], ["-30d", "Last 30 days"]];
 const TYPING_MS = 350;
 
@@ -148,8 +148,13 @@ export function show(root, { parameters, signal }) {
       isLoading = false;
       next = null;
       told.textContent = "";
-      foot.replaceChildren(problem(error.message));
+      foot.replaceChildren(problem(error.message), error.status === 400 && filters.q ? elsewhere() : "");
     }
+  }
+
+  /** Return the way to search without the full-text index, which a daemon need not have. */
+  function elsewhere() {
+    return h("p", {}, h("a", { href: href("runs", { ...parameters, q: null, error: filters.q }) }, `Look for “${filters.q}” in error texts only`));
   }
 
   function showFresh() {
