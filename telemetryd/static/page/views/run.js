@@ -7,7 +7,7 @@ import { copyButton, every, fillLater, panel, problem, sentence, summaryOf, when
 import { exact, href, runHref } from "../route.js";
 import { badge, shape } from "../status.js";
 
-const REFRESH_MS = 5000;
+const REFRESH_MS = 3000;
 const EVENTS = 200;
 const CHILDREN = 100;
 const ANCESTORS = 5;
