@@ -45,6 +45,9 @@ def take(browser: Browser, url: str, folder: Path) -> None:
             page.goto(f"{url}/{address}")
             page.wait_for_selector(marker)
             page.wait_for_function("!document.querySelector('[aria-busy]')")
+            if name == "family":
+                page.locator(marker).scroll_into_view_if_needed()
+                page.evaluate("scrollBy(0, 400)")
             path = folder / f"{name}-{way}.png"
             page.screenshot(path=path)
             page.context.close()
@@ -58,7 +61,7 @@ def main() -> None:
         daemon = Daemon(Path(folder), TELEMETRY_DB_JOURNAL_MODE="WAL")
         try:
             demo = ("demo", "--url", daemon.url, "--no-live")
-            telemetryd(*demo, "--days", "300", "--runs", "60000", "--seed", "3", timeout_s=600)
+            telemetryd(*demo, "--days", "300", "--runs", "40000", "--seed", "3", timeout_s=600)
             telemetryd(*demo, "--runs", "800")
             FOLDER.mkdir(exist_ok=True)
             with chromium() as browser:

@@ -47,8 +47,8 @@ function items(run) {
     part.style.flexGrow = number;
     return part;
   });
-  const rest = h("span", { class: "part" });
-  rest.style.flexGrow = all - handled;
+  const rest = all > handled && h("span", { class: "part" });
+  if (rest) rest.style.flexGrow = all - handled;
   return h("div", { class: "item-bar" },
     h("p", {}, h("b", {}, counted(all, "item")), given.map(([kind, name, number]) => h("span", { class: `key ${kind}` }, shape(kind), `${count(number)} ${name}`))),
     h("div", { class: "progress", "aria-hidden": "true" }, segments, rest));
