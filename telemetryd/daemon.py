@@ -217,7 +217,7 @@ def _announce(settings: Settings, daemon: Running) -> None:
 
 
 def _hint(settings: Settings, addresses: Sequence[str], served: str) -> str:
-    page = next((f"{address}/docs" for address in addresses if address.startswith("http")), "/docs")
+    page = next((f"{address}/" for address in addresses if address.startswith("http")), "/")
     page = page.replace("//0.0.0.0:", "//localhost:").replace("//[::]:", "//localhost:")
     state = "on" if settings.api_auth_enabled else "off"
     return f"telemetryd: ready; try {page}. Authentication is {state}: {served}. Ctrl-C stops."

@@ -9,7 +9,6 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from importlib import resources
 from itertools import islice
 from typing import Any, Final
 
@@ -17,7 +16,7 @@ import orjson
 from aiohttp import web
 
 import telemetryd
-from telemetryd import admin, events, openapi, queries, runs, stats
+from telemetryd import admin, events, openapi, pages, queries, runs, stats
 from telemetryd.body import JSON_TYPES, NDJSON_TYPES, Bodies, check_media_type
 from telemetryd.certificates import Certificates, ProcessRequest
 from telemetryd.commands import CreateEvents, CreateRuns, UpdateRun
@@ -447,43 +446,10 @@ async def get_metrics(request: web.Request) -> web.Response:
     return json_response(answer)
 
 
-async def go_to_docs(request: web.Request) -> web.Response:
-    """Send whoever opens the bare address in a browser to the page."""
-    request[NOTE].say("Page served", logging.DEBUG)
-    return web.Response(status=302, headers={"Location": "/docs"})
-
-
 async def get_openapi(request: web.Request) -> web.Response:
     """Answer the OpenAPI document."""
     request[NOTE].say("Document served", logging.DEBUG)
     return web.Response(body=request.app[DOCUMENT], content_type="application/json")
-
-
-_STATIC: Final = {
-    "docs.html": "text/html",
-    "docs.js": "text/javascript",
-    "swagger-ui/swagger-ui.css": "text/css",
-    "swagger-ui/swagger-ui-bundle.js": "text/javascript",
-    "swagger-ui/favicon-32x32.png": "image/png",
-}
-_PAGE_HEADERS: Final = {
-    # Swagger UI sets style attributes through the DOM, which this policy allows; nothing is inline or foreign.
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
-    "connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
-    "Referrer-Policy": "no-referrer",
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "Cross-Origin-Resource-Policy": "same-origin",
-}
-
-
-def _serve_file(name: str) -> Handler:
-    async def serve(request: web.Request) -> web.Response:
-        request[NOTE].say("Page served", logging.DEBUG)
-        body = resources.files("telemetryd.static").joinpath(name).read_bytes()
-        charset = None if _STATIC[name].startswith("image/") else "utf-8"
-        return web.Response(body=body, content_type=_STATIC[name], charset=charset, headers=_PAGE_HEADERS)
-
-    return serve
 
 
 # --- The routes, which are also what the OpenAPI document tells ----------------------------------
@@ -974,14 +940,8 @@ ROUTES: Final[tuple[Route, ...]] = (
             errors=_WRITE_ERRORS,
         ),
     ),
-    Route("GET", "/", go_to_docs),
     Route("GET", "/openapi.json", get_openapi),
-    Route("GET", "/docs", _serve_file("docs.html")),
-    *(
-        Route("GET", f"/docs/static/{name.rpartition('/')[2]}", _serve_file(name))
-        for name in _STATIC
-        if name != "docs.html"
-    ),
+    *(Route("GET", path, handler) for path, handler in pages.handlers()),
 )
 
 

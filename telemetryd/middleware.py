@@ -54,6 +54,8 @@ _CREDENTIALS: Final = struct.Struct("3i")
 """Linux's struct ucred: process, user, group (unix(7), SO_PEERCRED)."""
 ADMIN_PREFIX: Final = "/api/v1/admin/"
 PAGE_PREFIXES: Final = ("/docs", "/openapi.json")
+PAGE: Final = "/page/"
+"""Where the files of the page at `/` are."""
 _JSON: Final = "application/json"
 _SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 """Methods that change nothing (RFC 9110 §9.2.1); a browser sends an Origin with all others."""
@@ -217,7 +219,7 @@ class Gate:
             wait = self._limit.wait_s(request.remote or "")
             if wait:
                 return error_response(429, "Too many requests from this address", {"Retry-After": str(math.ceil(wait))})
-        if self._token is not None and request.path != "/health" and not self._is_authentic(request):
+        if self._token is not None and not _is_open(request) and not self._is_authentic(request):
             return _ask_for_token(request)
         return None
 
@@ -255,6 +257,21 @@ def _ask_for_token(request: web.Request) -> web.Response:
     if _is_page(request) and "text/html" in request.headers.get("Accept", ""):
         response.headers.add("WWW-Authenticate", 'Basic realm="telemetryd: the token is the password", charset="UTF-8"')
     return response
+
+
+def wants_page(request: web.Request) -> bool:
+    """Tell whether the bare address is opened in a browser."""
+    return "text/html" in request.headers.get("Accept", "")
+
+
+def _is_open(request: web.Request) -> bool:
+    """Tell whether a request needs no token: the health, and the page, which holds no data and asks for the token."""
+    if request.path == "/health":
+        return True
+    resource = request.match_info.route.resource
+    if resource is None:
+        return False
+    return resource.canonical.startswith(PAGE) or (resource.canonical == "/" and wants_page(request))
 
 
 def _is_page(request: web.Request) -> bool:

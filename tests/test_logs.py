@@ -371,8 +371,7 @@ def test_on_a_terminal_the_lines_are_for_people(tmp_path: Path, free_port: int) 
     assert re.match(r"\d\d:\d\d:\d\d\.\d{3} \x1b\[32mINFO    \x1b\[0m Serving \x1b\[2maddresses\x1b\[0m=\[", serving)
     assert f"http://127.0.0.1:{free_port}" in serving
     assert (
-        f"telemetryd: ready; try http://127.0.0.1:{free_port}/docs. "
-        "Authentication is off: this machine only. Ctrl-C stops."
+        f"telemetryd: ready; try http://127.0.0.1:{free_port}/. Authentication is off: this machine only. Ctrl-C stops."
     ) in lines
     (refused,) = [line for line in lines if "\x1b[31mERROR" in line]
     assert "\x1b[2J" not in refused

@@ -9,7 +9,7 @@ import sys
 import click
 
 import telemetryd
-from telemetryd.cli import agents, database, serve, statistics, transfer, upkeep
+from telemetryd.cli import agents, database, demo, serve, statistics, transfer, upkeep
 from telemetryd.cli.follow import follow
 from telemetryd.cli.options import NO_FLAG
 from telemetryd.cli.tail import tail
@@ -57,6 +57,7 @@ for command in (
     transfer.import_,
     agents.sync,
     agents.replay,
+    demo.demo,
 ):
     main.add_command(command)
 

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import ipaddress
 import json
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -143,7 +144,6 @@ async def test_only_a_browser_that_opens_a_page_is_asked_for_a_password(make_api
     api = await make_closed(make_api)
     for path, accept, schemes in (
         ("/docs", "text/html,*/*;q=0.8", ["Bearer", "Basic"]),
-        ("/", "text/html,*/*;q=0.8", ["Bearer", "Basic"]),
         ("/docs", "*/*", ["Bearer"]),
         (RUNS, "text/html,*/*;q=0.8", ["Bearer"]),
         ("/nope", "text/html,*/*;q=0.8", ["Bearer"]),
@@ -151,6 +151,18 @@ async def test_only_a_browser_that_opens_a_page_is_asked_for_a_password(make_api
         async with api.client.get(path, headers={"Accept": accept}) as answer:
             assert answer.status == 401
             assert [asked.split()[0] for asked in answer.headers.getall("WWW-Authenticate")] == schemes, path
+
+
+async def test_the_page_needs_no_token_because_it_asks_for_it(make_api: MakeApi) -> None:
+    api = await make_closed(make_api)
+    browser = {"Accept": "text/html,*/*;q=0.8"}
+    page = await send(api, "GET", "/", headers=browser)
+    assert (page.status, page.headers["content-type"]) == (200, "text/html; charset=utf-8")
+    for asset in re.findall(r'(?:src|href)="(/page/[^"]+)"', page.text):
+        assert (await send(api, "GET", asset)).status == 200, asset
+    for path in ("/page/", "/page/nope.js", "/page/..%2fdocs", "/page/index.html"):
+        check_error(await send(api, "GET", path, headers=browser), 401)
+    check_error(await send(api, "POST", "/", headers=browser), 401)
 
 
 async def test_the_log_tells_why_somebody_was_refused(make_api: MakeApi, caplog: pytest.LogCaptureFixture) -> None:

@@ -380,7 +380,27 @@ async def test_the_page_and_its_assets_ship_in_the_package(api: Api) -> None:
     assert b"/openapi.json" in (await send(api, "GET", "/docs/static/docs.js")).body
 
 
-async def test_the_bare_address_leads_to_the_page(api: Api) -> None:
+async def test_the_bare_address_is_the_page_for_browsers(api: Api) -> None:
+    page = await send(api, "GET", "/", headers={"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"})
+    assert (page.status, page.headers["content-type"], page.headers["vary"]) == (
+        200,
+        "text/html; charset=utf-8",
+        "Accept",
+    )
+    policy = page.headers["content-security-policy"]
+    assert "unsafe" not in policy
+    assert "require-trusted-types-for 'script'; trusted-types 'none'" in policy
+    assert not re.findall(r"<script(?![^>]* src=)|<style| style=| on\w+=", page.text)
+    assets = re.findall(r'(?:src|href)="(/page/[^"]+)"', page.text)
+    assert len(assets) > 5
+    for asset in assets:
+        first = await send(api, "GET", asset)
+        assert first.headers["cache-control"] == "no-cache"
+        again = await send(api, "GET", asset, headers={"If-None-Match": first.headers["etag"]})
+        assert (again.status, again.body, again.headers["etag"]) == (304, b"", first.headers["etag"])
+
+
+async def test_the_bare_address_leads_programs_to_the_description(api: Api) -> None:
     answer = await send(api, "GET", "/", allow_redirects=False)
     assert (answer.status, answer.headers["location"]) == (302, "/docs")
     assert (await send(api, "GET", "/")).headers["content-type"] == "text/html; charset=utf-8"

@@ -1,0 +1,169 @@
+"""The command that fills a daemon with invented runs, to have something to look at: demo."""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections.abc import Callable
+from contextlib import closing
+from datetime import datetime, timedelta
+from random import Random
+from typing import Any, Final
+
+import click
+import orjson
+
+from telemetryd.cli.options import counted, failing, json_flag, load_settings, print_json, progress, settings_flags
+from telemetryd.client.config import Config
+from telemetryd.client.transport import Answer, Transport, UnreachableError, run_path
+from telemetryd.demo import AGENTS, Story, World, finished
+from telemetryd.errors import TelemetrydError
+from telemetryd.runs import utc_now
+from telemetryd.settings import Settings
+
+_BATCH: Final = 500
+_PER_DAY: Final = 2400
+_TRIES: Final = 30
+_LIVE_EVERY_S: Final = 1.5
+_LIVE_SPEED: Final = 6
+"""How much faster than real ones live runs end, so that one sees them end."""
+
+
+class RefusedError(TelemetrydError):
+    """The daemon refused an invented run."""
+
+
+class _Poster:
+    """Posts to one daemon, and posts again while it is busy."""
+
+    def __init__(self, transport: Transport, sleep: Callable[[float], None] = time.sleep) -> None:
+        self._transport = transport
+        self._sleep = sleep
+        self.posted = 0
+        """How many runs were new to the daemon."""
+
+    def send(self, method: str, path: str, body: object) -> Any:
+        """Send a request until it is taken; return the answer's JSON.
+
+        Raises:
+            RefusedError: if it is refused, or the daemon does not answer.
+
+        """
+        for attempt in range(1, _TRIES + 1):
+            try:
+                answer: Answer = self._transport.request(method, path, orjson.dumps(body))
+            except UnreachableError as error:
+                raise RefusedError(f"Cannot reach the daemon: {error}") from error
+            if answer.status < 400:
+                return answer.body
+            if answer.status not in (429, 503) or attempt == _TRIES:
+                raise RefusedError(f"The daemon answered {answer.status}: {answer.detail}")
+            self._sleep(float(answer.headers.get("retry-after", "1")))
+        raise AssertionError("the last attempt returns or raises")
+
+    def begin(self, stories: list[Story], now: datetime) -> list[Story]:
+        """Post runs as they are now, with their events; return those that are not over."""
+        runs = [finished(story) if story.ends_at <= now else story.run for story in stories]
+        self.posted += self.send("POST", "/api/v1/runs/batch", runs)["inserted"]
+        for story in stories:
+            if story.events:
+                self.send("POST", f"{run_path(story.run['event_id'])}/events", story.events)
+        return [story for story in stories if story.finish and story.ends_at > now]
+
+
+@click.command()
+@click.option("--runs", "number", type=click.IntRange(1), help=f"How many runs; default: {_PER_DAY} a day.")
+@click.option("--days", type=click.IntRange(1, 366), default=1, show_default=True, help="How many days they lie back.")
+@click.option("--seed", type=int, default=1, show_default=True, help="The same seed at the same time invents the same.")
+@click.option("--live/--no-live", default=True, help="Whether to go on with new runs until Ctrl-C.")
+@json_flag
+@click.option("--url", metavar="URL", help="Base URL of the daemon; default: this machine's, at its port.")
+@settings_flags(
+    "api_unix",
+    "api_port",
+    "api_auth_token_file",
+    api_unix="Unix socket of the running daemon.",
+    api_port="Port of the running daemon on this machine.",
+    api_auth_token_file="File that holds the daemon's token; or set TELEMETRY_API_AUTH_TOKEN.",  # noqa: S106 - a help text
+)
+def demo(*, number: int | None, days: int, seed: int, live: bool, as_json: bool, url: str | None, **flags: Any) -> None:
+    r"""Post a day of invented runs, then go on live until Ctrl-C.
+
+    Twenty agents have made them, so that there is something to look at: parents and children, events, figures and
+    commits; failures come in clusters, and one agent (seo-optimizer) fails from a certain commit on. Their event_ids
+    begin with `demo-`; what a seed has invented on one day is not stored twice. Meant for a database to try things
+    out with.
+
+    \b
+    Examples:
+      telemetryd demo
+      telemetryd demo --days 365 --runs 50000 --no-live --json
+      telemetryd demo --unix /run/telemetryd/telemetryd.sock --seed 7
+    """
+    settings = load_settings(flags).settings
+    now = utc_now()
+    with failing():
+        config = _config(settings, url)
+        with closing(Transport(config)) as transport:
+            poster = _Poster(transport)
+            world = World(seed, now - timedelta(days=days), now)
+            open_runs = _post(poster, world, number or days * _PER_DAY, now)
+            page = None if config.url.startswith("unix:") else f"{config.url}/"
+            if as_json:
+                print_json({"runs": poster.posted, "agents": len(AGENTS), "page": page})
+            else:
+                click.echo(f"{counted(poster.posted, 'run')} of {counted(len(AGENTS), 'agent')} posted")
+                click.echo(f"Look at {page or 'the address of the daemon'}")
+            if live:
+                click.echo("Going on live; Ctrl-C stops.", err=True)
+                try:
+                    _go_on(poster, world, open_runs)
+                except KeyboardInterrupt:
+                    click.echo("Stopped.", err=True)
+
+
+def _config(settings: Settings, url: str | None) -> Config:
+    token = settings.token()
+    if url is None:
+        url = f"http://localhost:{settings.api_port}"
+        if settings.api_unix is not None:
+            url = f"unix://{settings.api_unix}"
+    try:
+        return Config(url=url.rstrip("/"), token=None if token is None else token.decode())
+    except ValueError as error:
+        raise RefusedError(str(error)) from error
+
+
+def _post(poster: _Poster, world: World, number: int, now: datetime) -> list[Story]:
+    """Post the past; return the runs that are not over."""
+    open_runs: list[Story] = []
+    with progress() as drawn:
+        waiting: list[Story] = []
+        for story in world.runs(number):
+            waiting.append(story)
+            if len(waiting) == _BATCH:
+                open_runs += poster.begin(waiting, now)
+                waiting = []
+                drawn("Inventing", min(poster.posted, number), number)
+        open_runs += poster.begin(waiting, now)
+    return open_runs
+
+
+def _go_on(poster: _Poster, world: World, open_runs: list[Story]) -> None:
+    """Begin runs and end them, for ever."""
+    random = Random(f"{world.seed} live")  # noqa: S311 - invented data
+    session = f"{world.end:%Y%m%dT%H%M%S}"
+    ends = [(story.ends_at, index, story) for index, story in enumerate(open_runs)]
+    heapq.heapify(ends)
+    serial = len(ends)
+    while True:
+        now = utc_now()
+        while ends and ends[0][0] <= now:
+            story = heapq.heappop(ends)[2]
+            poster.send("PATCH", run_path(story.run["event_id"]), story.finish)
+        agent = random.choices(AGENTS, [each.weight for each in AGENTS])[0]
+        story = world.story(random, agent, now, f"live-{session}-{serial}", None)
+        poster.begin([story], now)
+        heapq.heappush(ends, (now + (story.ends_at - now) / _LIVE_SPEED, serial, story))
+        serial += 1
+        time.sleep(random.expovariate(1 / _LIVE_EVERY_S))

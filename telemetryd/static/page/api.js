@@ -1,0 +1,71 @@
+// Speaks to the daemon: JSON in and out, the token where one is needed, errors as sentences.
+
+import { asHeader, askForToken, storedToken } from "./token.js";
+
+/** An answer that is no success; `status` is 0 if there was no answer. */
+export class ApiError extends Error {
+  constructor(status, sentence) {
+    super(sentence);
+    this.status = status;
+  }
+}
+
+/** Return a path with its query; parameters that are null or empty are left out. */
+export function address(path, parameters = {}) {
+  const given = Object.entries(parameters).filter(([, value]) => value !== null && value !== undefined && value !== "");
+  const query = new URLSearchParams(given).toString();
+  return query ? `${path}?${query}` : path;
+}
+
+/** Return the path of a run. */
+export const runPath = (eventId) => `/api/v1/runs/${encodeURIComponent(eventId)}`;
+
+async function sentenceOf(response) {
+  try {
+    const { detail } = await response.json();
+    return typeof detail === "string" ? detail : detail.map((fault) => `${fault.loc.join(".")}: ${fault.msg}`).join(". ");
+  } catch {
+    return `The daemon answered ${response.status}.`;
+  }
+}
+
+/** Send a request until it is not refused for its token; return the response. */
+export async function send(path, { accepted = [], headers = {}, ...options } = {}) {
+  for (;;) {
+    const token = storedToken();
+    const all = { Accept: "application/json", ...headers, ...(token === null ? {} : { Authorization: asHeader(token) }) };
+    let response;
+    try {
+      response = await fetch(path, { ...options, headers: all, credentials: "omit", cache: "no-store" });
+    } catch (error) {
+      if (options.signal?.aborted) throw error;
+      throw new ApiError(0, "The daemon does not answer. Does it run?");
+    }
+    if (response.status === 401) {
+      await askForToken(token);
+    } else if (response.ok || accepted.includes(response.status)) {
+      return response;
+    } else {
+      throw new ApiError(response.status, await sentenceOf(response));
+    }
+  }
+}
+
+/** Answer the decoded JSON of a GET. */
+export async function get(path, parameters, signal, accepted) {
+  const response = await send(address(path, parameters), { signal, accepted });
+  return response.json();
+}
+
+/** Answer one page of a list, and the address of the next (null behind the last). */
+export async function page(whole, signal) {
+  const response = await send(whole, { signal });
+  const link = /<([^>]*)>;\s*rel="next"/.exec(response.headers.get("Link") ?? "");
+  return { items: await response.json(), next: link && link[1] };
+}
+
+/** Answer the decoded JSON of a POST. */
+export async function post(path, body) {
+  const response = await send(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
+  return response.json();
+}

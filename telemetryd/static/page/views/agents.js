@@ -1,0 +1,102 @@
+// The agents: each with its year in squares, which is asked for when it comes into view.
+
+import { get } from "../api.js";
+import { calendar, calendarKey, firstDay } from "../calendar.js";
+import { h } from "../dom.js";
+import { DAY, counted, duration, percent, short } from "../format.js";
+import { fillLater, panel, problem, sentence } from "../parts.js";
+import { exact, go, href } from "../route.js";
+
+const AT_ONCE = 50;
+const SPAN_DAYS = 30;
+
+export const title = () => "Agents";
+
+const iso = (ms) => new Date(ms).toISOString();
+
+async function year(agent, signal) {
+  const now = Date.now();
+  const parameters = { agent_name: exact(agent), group_by: "agent_name", bucket: "1d", from: iso(firstDay(now)) };
+  const { groups } = await get("/api/v1/stats", parameters, signal);
+  const days = new Map(groups.map((group) => [Date.parse(group.bucket), group]));
+  const hrefOf = (midnight) => href("runs", { agent_name: exact(agent), created_after: iso(midnight - 1).replace("Z", "999Z"), created_before: iso(midnight + DAY) });
+  return calendar(agent, days, now, hrefOf);
+}
+
+function card(agent, lately, total, watch) {
+  const squares = h("div", { class: "body year" });
+  const figures = lately
+    ? [["Runs", short(lately.runs)], ["Succeeded", percent(lately.success_rate)], ["Half within", duration(lately.duration_ms.p50)], ["95 % within", duration(lately.duration_ms.p95)]]
+    : [["Runs", "none"]];
+  const element = panel(agent, squares, {
+    tools: h("dl", { class: "inline" }, figures.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))),
+  });
+  const heading = element.querySelector("h2");
+  heading.replaceChildren(h("a", { href: href("runs", { agent_name: exact(agent) }), "data-item": true }, agent));
+  heading.after(h("p", { class: "quiet" }, `${short(total)} in all`));
+  watch(squares, agent);
+  return element;
+}
+
+export function show(root, { parameters, signal }) {
+  const cards = h("div", { class: "stack" });
+  const told = h("p", { class: "quiet told", role: "status" });
+  const search = h("input", { type: "search", id: "agent-search", placeholder: "Part of a name", autocomplete: "off", on: { input: () => go(href("agents", { name: search.value.trim() }), true) } });
+  let agents = null; // [name, runs in all, statistics of late]
+  let wanted = "";
+
+  const seer = new IntersectionObserver((entries) => {
+    for (const { target, isIntersecting } of entries) {
+      if (!isIntersecting) continue;
+      seer.unobserve(target);
+      fillLater(target, signal, () => year(target.agent, signal)).then(() => target.firstChild?.scrollTo({ left: 1000 })); // to today
+    }
+  }, { rootMargin: "300px" });
+  signal.addEventListener("abort", () => seer.disconnect(), { once: true });
+  const watch = (element, agent) => {
+    element.agent = agent;
+    seer.observe(element);
+  };
+
+  function draw(most = AT_ONCE) {
+    seer.disconnect();
+    const found = agents.filter(([name]) => name.toLowerCase().includes(wanted.toLowerCase()));
+    told.textContent = counted(found.length, "agent");
+    const rest = found.length - most;
+    cards.replaceChildren(
+      ...found.slice(0, most).map(([name, total, lately]) => card(name, lately, total, watch)),
+      rest > 0 ? h("button", { type: "button", class: "button", on: { click: () => draw(most + AT_ONCE) } }, `Show more (${rest})`) : "",
+      found.length ? "" : sentence(agents.length ? "No agent has such a name." : "There is no agent yet. telemetryd demo posts the runs of some."),
+    );
+  }
+
+  async function load() {
+    try {
+      const [metrics, stats] = await Promise.all([
+        get("/metrics", {}, signal),
+        get("/api/v1/stats", { group_by: "agent_name", from: iso(Date.now() - SPAN_DAYS * DAY) }, signal),
+      ]);
+      const lately = new Map(stats.groups.map((group) => [group.agent_name, group]));
+      agents = Object.entries(metrics.agents).map(([name, total]) => [name, total, lately.get(name)]);
+      agents.sort(([a, , x], [b, , y]) => (y?.runs ?? 0) - (x?.runs ?? 0) || a.localeCompare(b));
+      draw();
+    } catch (error) {
+      if (!signal.aborted) cards.replaceChildren(problem(error.message));
+    }
+  }
+
+  function change(next) {
+    wanted = next.name ?? "";
+    if (search !== document.activeElement) search.value = wanted;
+    if (agents !== null) draw();
+  }
+
+  root.append(
+    h("div", { class: "view-head" }, h("h1", {}, "Agents"), told, h("div", { class: "field inline-field" }, h("label", { for: "agent-search", class: "unseen" }, "Search agents"), search)),
+    h("div", { class: "view-head lead" }, h("p", { class: "quiet" }, `Figures of the last ${SPAN_DAYS} days; squares of the last year, in UTC.`), calendarKey()),
+    cards,
+  );
+  change(parameters);
+  load();
+  return change;
+}

@@ -1,0 +1,182 @@
+// One run: how it went, what it says of itself, its errors, its events, and the runs around it.
+
+import { address, get, page, runPath } from "../api.js";
+import { h, outside } from "../dom.js";
+import { MINUTE, ago, count, counted, duration, fullTime } from "../format.js";
+import { copyButton, every, fillLater, panel, problem, sentence, summaryOf, when } from "../parts.js";
+import { exact, href, runHref } from "../route.js";
+import { badge, shape } from "../status.js";
+
+const REFRESH_MS = 3000;
+const EVENTS = 200;
+const CHILDREN = 100;
+const ANCESTORS = 5;
+const QUIET_MS = 5 * MINUTE;
+
+export const title = (name) => `Run ${name}`;
+
+function facts(pairs) {
+  const given = pairs.filter(([, value]) => value !== null && value !== undefined && value !== "" && value !== false);
+  return given.length ? h("dl", { class: "facts" }, given.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))) : sentence("Nothing was reported.");
+}
+
+function value(any) {
+  if (typeof any === "number") return Number.isInteger(any) ? count(any) : String(any);
+  if (typeof any === "object" && any !== null) return h("pre", {}, JSON.stringify(any, null, 2));
+  return String(any);
+}
+
+const moment = (text) => (text ? [fullTime(text), " ", h("span", { class: "quiet" }, "(", when(text), ")")] : null);
+
+function age(run) {
+  const silent = Date.now() - Date.parse(run.updated_at);
+  const isQuiet = silent > QUIET_MS;
+  return h("p", { class: isQuiet ? "note warn" : "note" },
+    `Running for ${duration(Date.now() - Date.parse(run.start_time))}. Last heard of ${ago(run.updated_at)}`,
+    isQuiet ? ": no heartbeat, no event and no change since." : ".");
+}
+
+function items(run) {
+  const parts = [["success", "done", run.items_succeeded], ["failure", "failed", run.items_failed], ["cancelled", "skipped", run.items_skipped]];
+  const handled = parts.reduce((sum, [, , number]) => sum + number, 0);
+  const all = Math.max(run.items_discovered, handled);
+  if (!all) return null;
+  const given = parts.filter(([, , number]) => number);
+  const segments = given.map(([kind, , number]) => {
+    const part = h("span", { class: `part ${kind}` });
+    part.style.flexGrow = number;
+    return part;
+  });
+  const rest = all > handled && h("span", { class: "part" });
+  if (rest) rest.style.flexGrow = all - handled;
+  return h("div", { class: "item-bar" },
+    h("p", {}, h("b", {}, counted(all, "item")), given.map(([kind, name, number]) => h("span", { class: `key ${kind}` }, shape(kind), `${count(number)} ${name}`))),
+    h("div", { class: "progress", "aria-hidden": "true" }, segments, rest));
+}
+
+function errors(run) {
+  if (!run.error_summary && !run.error_details) return null;
+  const text = [run.error_summary, run.error_details].filter(Boolean).join("\n\n");
+  return h("section", { class: `panel error-panel ${run.status}` },
+    h("header", {}, h("h2", {}, "What went wrong"), copyButton(text, "the error")),
+    h("div", { class: "body" }, run.error_summary && h("p", { class: "headline" }, run.error_summary), run.error_details && h("pre", { tabindex: "0", role: "region", "aria-label": "Error in full" }, run.error_details)));
+}
+
+function commit(run) {
+  const hash = run.git_commit_hash;
+  const shown = hash && h("code", {}, hash.slice(0, 12));
+  return facts([
+    ["Repository", run.git_repo && outside(run.repo_url, run.git_repo)],
+    ["Branch", run.git_branch],
+    ["Commit", hash && [run.commit_url ? outside(run.commit_url, shown) : shown, " ", copyButton(hash, "the commit")]],
+    ["Its runs", hash && h("a", { href: href("runs", { git_commit_hash: exact(hash) }) }, "Runs of this commit")],
+    ["Made by", run.git_commit_source && `${run.git_commit_source}${run.git_commit_author ? `, ${run.git_commit_author}` : ""}`],
+    ["Committed", moment(run.git_commit_timestamp)],
+    ["Tag", run.git_run_tag],
+  ]);
+}
+
+function sections(run) {
+  const own = (object) => Object.entries(object ?? {}).map(([name, any]) => [name, value(any)]);
+  return h("div", { class: "columns" },
+    panel("What it did", h("div", { class: "body" }, items(run), facts([
+      ["Input", run.input_summary], ["Output", run.output_summary], ["Item", run.item_name], ["From", run.source_ref], ["To", run.target_ref],
+      ["Product", [run.product, run.product_family].filter(Boolean).join(" · ")], ["Website", [run.website, run.subdomain, run.website_section].filter(Boolean).join(" · ")], ["Platform", run.platform], ["Insight", run.insight_id],
+    ]))),
+    panel("Where and when", h("div", { class: "body" }, facts([
+      ["Started", moment(run.start_time)], ["Ended", moment(run.end_time)], ["Last change", moment(run.updated_at)],
+      ["Host", run.host && h("a", { href: href("runs", { host: exact(run.host) }) }, run.host)],
+      ["Environment", run.environment && h("a", { href: href("runs", { environment: exact(run.environment) }) }, run.environment)],
+      ["Trigger", run.trigger_type],
+    ]))),
+    (run.git_repo || run.git_commit_hash) && panel("Commit", h("div", { class: "body" }, commit(run))),
+    (run.metrics_json || run.context_json) && h("div", { class: "stack" },
+      run.metrics_json && panel("Its figures", h("div", { class: "body" }, facts(own(run.metrics_json)))),
+      run.context_json && panel("Its context", h("div", { class: "body" }, facts(own(run.context_json))))));
+}
+
+function timeline(list, run) {
+  if (!list.items.length) return sentence("It reported no events.");
+  const start = Date.parse(run.start_time);
+  const lines = list.items.map((event) =>
+    h("li", { class: /error|fail|warn/i.test(event.event_type) ? "loud" : null },
+      h("span", { class: "at", title: event.timestamp }, `+${duration(Math.max(0, Date.parse(event.timestamp) - start))}`),
+      h("b", {}, event.event_type),
+      event.payload && h("span", { class: "quiet payload" }, Object.entries(event.payload).map(([name, any]) => h("span", {}, `${name} `, h("code", {}, typeof any === "string" ? any : JSON.stringify(any)))))));
+  return h("ol", { class: "timeline" }, lines, list.next && h("li", { class: "quiet" }, `The first ${EVENTS} are shown.`));
+}
+
+function node(run, isThis, below) {
+  const content = [badge(run.status), h("span", { class: "name" }, run.agent_name), h("span", { class: "quiet what" }, summaryOf(run) || run.job_type), h("span", { class: "quiet" }, run.status === "running" ? "" : duration(run.duration_ms))];
+  return h("li", { class: isThis ? "this" : null }, isThis ? h("div", { class: "node", "aria-current": "true" }, content) : h("a", { class: "node", href: runHref(run.event_id), "data-item": true }, content), below);
+}
+
+async function family(run, signal) {
+  const find = async (parameters) => (await page(address("/api/v1/runs", parameters), signal)).items;
+  const ancestors = [];
+  let above = run.parent_run_id;
+  while (above && ancestors.length < ANCESTORS) {
+    const [parent] = await find({ run_id: exact(above), limit: 1 });
+    if (parent === undefined || ancestors.some(({ run_id }) => run_id === parent.run_id)) break;
+    ancestors.unshift(parent);
+    above = parent.parent_run_id;
+  }
+  const [children, siblings] = await Promise.all([
+    find({ parent_run_id: exact(run.run_id), limit: CHILDREN }),
+    run.parent_run_id ? find({ parent_run_id: exact(run.parent_run_id), limit: CHILDREN }) : [run],
+  ]);
+  if (!ancestors.length && !children.length && siblings.length < 2) return sentence("It started no other run, and none started it.");
+  const below = children.length ? h("ul", {}, children.reverse().map((child) => node(child, false))) : null;
+  const known = siblings.some(({ event_id }) => event_id === run.event_id) ? siblings : [run, ...siblings];
+  const own = known.reverse().map((sibling) => node(sibling, sibling.event_id === run.event_id, sibling.event_id === run.event_id ? below : null));
+  const full = children.length === CHILDREN || siblings.length === CHILDREN;
+  return [h("ul", { class: "tree" }, ancestors.reduceRight((inner, parent) => node(parent, false, h("ul", {}, inner)), own)), full && sentence(`At most ${CHILDREN} of a family are shown.`)].filter(Boolean);
+}
+
+function everything(run) {
+  const rows = Object.entries(run).map(([name, any]) =>
+    h("tr", {}, h("th", { scope: "row" }, h("code", {}, name)), h("td", {}, any === null ? h("span", { class: "quiet" }, "null") : typeof any === "object" ? h("pre", {}, JSON.stringify(any, null, 2)) : String(any))));
+  return h("details", { class: "panel everything" }, h("summary", {}, "All fields"), h("div", { class: "body scroll", tabindex: "0", role: "region", "aria-label": "All fields" }, h("table", {}, h("tbody", {}, rows))));
+}
+
+export function show(root, { name, signal }) {
+  const top = h("div", { class: "stack" }, h("h1", {}, "Run"));
+  const events = h("div", { class: "body" }, sentence("Asking …"));
+  const relatives = h("div", { class: "body" }, sentence("Asking …"));
+  const bottom = h("div", {});
+  let seen = null;
+
+  function draw(run) {
+    const wasOpen = bottom.querySelector("details")?.open;
+    top.replaceChildren(...[
+      h("div", { class: "run-head" },
+        h("p", { class: "quiet crumbs" }, h("a", { href: "#/runs" }, "Runs"), " / ", h("a", { href: href("runs", { agent_name: exact(run.agent_name) }) }, run.agent_name)),
+        h("div", { class: "view-head" }, h("h1", {}, run.job_type), badge(run.status), run.status !== "running" && h("span", { class: "took" }, duration(run.duration_ms))),
+        h("p", { class: "quiet ids" }, h("code", {}, run.event_id), copyButton(run.event_id, "the event_id"), h("span", {}, "run ", h("code", {}, run.run_id)), h("span", {}, "created ", when(run.created_at)))),
+      run.status === "running" && age(run),
+      errors(run),
+      sections(run),
+    ].filter(Boolean));
+    bottom.replaceChildren(everything(run));
+    bottom.querySelector("details").open = Boolean(wasOpen);
+  }
+
+  async function load() {
+    const run = await get(runPath(name), {}, signal);
+    if (seen?.updated_at !== run.updated_at || run.status === "running") {
+      if (!top.contains(document.activeElement) || seen === null) draw(run); // whoever stands in there is not disturbed
+    }
+    if (seen?.updated_at !== run.updated_at) {
+      fillLater(events, signal, async () => timeline(await page(`${runPath(name)}/events?limit=${EVENTS}`, signal), run));
+      fillLater(relatives, signal, () => family(run, signal));
+    }
+    seen = run;
+  }
+
+  root.append(top, panel("Events", events), panel("Family", relatives, { note: "the run that started it, and those it started" }), bottom);
+  load().catch((error) => {
+    if (signal.aborted) return;
+    root.replaceChildren(h("h1", {}, error.status === 404 ? "There is no such run" : "This run cannot be shown"), problem(error.message), h("p", {}, h("a", { href: "#/runs" }, "All runs")));
+  });
+  every(REFRESH_MS, signal, () => seen?.status === "running" && load().catch(() => {})); // the next look may succeed
+}

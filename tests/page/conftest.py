@@ -1,0 +1,107 @@
+"""A real daemon with invented runs, and Debian's Chromium that opens its page and watches what it says and asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from playwright.sync_api import Browser, Page
+
+from tests.conftest import Daemon, require_program
+from tests.tools.browser import CHROMIUM, chromium, open_page
+from tests.tools.process import telemetryd
+
+TOKEN = "correct-horse-bättery"
+RUNS = 1500
+
+# Playwright's event loop runs in this thread until its browser is closed, which other tests could not bear: so
+# everything here ends with this folder.
+
+
+@pytest.fixture(scope="package")
+def browser() -> Iterator[Browser]:
+    require_program(CHROMIUM, CHROMIUM)
+    with chromium() as opened:
+        yield opened
+
+
+@pytest.fixture(scope="package")
+def url(tmp_path_factory: pytest.TempPathFactory, browser: Browser) -> Iterator[str]:
+    """The address of a daemon that `telemetryd demo` has filled."""
+    daemon = Daemon(tmp_path_factory.mktemp("open"), TELEMETRY_DB_JOURNAL_MODE="WAL")
+    telemetryd("demo", "--url", daemon.url, "--no-live", "--runs", str(RUNS))
+    yield daemon.url
+    daemon.close()
+
+
+@pytest.fixture(scope="package")
+def closed_url(tmp_path_factory: pytest.TempPathFactory, browser: Browser) -> Iterator[str]:
+    """The address of a daemon that wants a token."""
+    folder: Path = tmp_path_factory.mktemp("closed")
+    daemon = Daemon(
+        folder,
+        TELEMETRY_DB_JOURNAL_MODE="WAL",
+        TELEMETRY_API_AUTH_ENABLED="true",
+        TELEMETRY_API_AUTH_TOKEN=TOKEN,
+    )
+    telemetryd("demo", "--url", daemon.url, "--no-live", "--runs", "60", TELEMETRY_API_AUTH_TOKEN=TOKEN)
+    yield daemon.url
+    daemon.close()
+
+
+class Watched:
+    """What a page has said on its console, and asked for elsewhere."""
+
+    def __init__(self) -> None:
+        self.errors: list[str] = []
+        self.requests: list[str] = []
+        self.expected: tuple[str, ...] = ()
+        """Parts of messages that a test means to provoke, such as a refused request."""
+
+    def watch(self, page: Page) -> None:
+        page.on("console", lambda message: self.errors.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.on("request", lambda request: self.requests.append(request.url))
+
+    def check(self, origins: tuple[str, ...]) -> None:
+        surprising = [text for text in self.errors if not any(part in text for part in self.expected)]
+        assert not surprising
+        foreign = [url for url in self.requests if urlsplit(url).netloc not in origins and not url.startswith("data:")]
+        assert not foreign
+
+
+OpenPage = Callable[..., Page]
+
+
+@pytest.fixture
+def watched() -> Watched:
+    return Watched()
+
+
+@pytest.fixture
+def open_view(browser: Browser, url: str, watched: Watched) -> Iterator[OpenPage]:
+    """Return a function that opens an address; at the end nothing went wrong, and nothing left the origin."""
+    pages: list[Page] = []
+    origins = [urlsplit(url).netloc]
+
+    def open_one(address: str = "#/", *, at: str = url, **options: Any) -> Page:
+        page = open_page(browser, **options)
+        watched.watch(page)
+        pages.append(page)
+        origins.append(urlsplit(at).netloc)
+        page.goto(f"{at}/{address}")
+        return page
+
+    yield open_one
+    for page in pages:
+        page.context.close()
+    watched.check(tuple(origins))
+
+
+@pytest.fixture
+def page(open_view: OpenPage) -> Page:
+    """The overview on a desktop."""
+    return open_view()

@@ -1,0 +1,419 @@
+"""The page at `/` as somebody with a browser sees it."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Page, expect
+
+from tests.conftest import make_run
+from tests.http_client import call, get, post
+from tests.page.conftest import RUNS, TOKEN, OpenPage, Watched
+from tests.tools.browser import Theme
+from tests.tools.docs import ROOT
+
+VIEWS = {
+    "overview": ("#/", ".chart svg .bar-group"),
+    "week": ("#/?period=7d", ".chart svg .bar-group"),
+    "runs": ("#/runs", ".table-body .line"),
+    "run": ("#/run/{event_id}", ".timeline li"),
+    "stale": ("#/stale?older_than=1s", ".lines a"),
+    "agents": ("#/agents?name=re", ".calendar rect"),
+}
+
+
+def address_of(view: str, url: str) -> str:
+    failed = get(url, "/api/v1/runs?status=failure&limit=1")[1][0]["event_id"]
+    return VIEWS[view][0].format(event_id=failed)
+
+
+def opened(open_view: OpenPage, url: str, view: str, **options: Any) -> Page:
+    """Open a view and wait until everything on it has come."""
+    page = open_view(address_of(view, url), **options)
+    expect(page.locator(f"main {VIEWS[view][1]}").first).to_be_visible()
+    expect(page.locator("[aria-busy]")).to_have_count(0)
+    return page
+
+
+# --- What the views show -------------------------------------------------------------------------
+
+
+def test_the_overview_tells_what_happened(page: Page, url: str) -> None:
+    tiles = page.locator(".tile")
+    expect(tiles.filter(has_text="Runs").locator("dd").first).to_have_text(re.compile(r"^1,\d{3}$"))
+    expect(tiles.filter(has_text="Success rate")).to_contain_text(re.compile(r"\d\d\.\d %"))
+    metrics = get(url, "/metrics")[1]
+    expect(page.locator(".facts")).to_contain_text(f"{metrics['total_runs']:,} by 20 agents")
+    expect(page.locator(".facts")).to_contain_text("empty")
+    expect(page.locator(".panel", has_text="Most failures").locator("li")).to_have_count(6)
+    slowest = page.locator(".panel", has_text="Slowest agents").locator("li").first
+    expect(slowest).to_contain_text("nightly-orchestrator")
+    expect(page.locator(".panel", has_text="Latest failures").locator("li").first).to_be_visible()
+    expect(page.locator("#health")).to_have_text("Healthy")
+
+
+def test_the_bars_have_the_figures_of_the_api(page: Page, url: str) -> None:
+    expect(page.locator(".chart svg")).to_be_visible()
+    page.locator("summary", has_text="Show as a table").click()
+    heads = page.locator(".as-table thead th").all_inner_texts()
+    sums = dict.fromkeys(heads[1:], 0)
+    for row in page.locator(".as-table tbody tr").all():
+        for name, text in zip(heads[1:], row.locator("td").all_inner_texts(), strict=True):
+            sums[name] += int(text.replace(",", ""))
+    since = page.evaluate("new Date(Math.floor(Date.now() / 3600000) * 3600000 - 23 * 3600000).toISOString()")
+    groups = get(url, f"/api/v1/stats?group_by=status&from={since}")[1]["groups"]
+    assert sums == {group["status"]: group["runs"] for group in groups}
+
+
+def test_a_bar_leads_to_its_runs(page: Page) -> None:
+    bar = page.locator(".bar-group", has=page.locator("rect.fill")).nth(3)
+    bar.locator(".target").hover()
+    expect(page.locator(".tip")).to_contain_text("success")
+    runs = sum(int(text.replace(",", "")) for text in page.locator(".tip b").all_inner_texts())
+    bar.locator(".target").click()
+    expect(page).to_have_url(re.compile(r"#/runs\?created_after="))
+    expect(page.locator(".told")).to_have_text(f"{runs} run{'' if runs == 1 else 's'}")
+
+
+def test_a_run_shows_everything(open_view: OpenPage, url: str) -> None:
+    run = get(url, "/api/v1/runs?status=failure&agent_name=seo-optimizer&limit=1")[1][0]
+    page = open_view(f"#/run/{run['event_id']}")
+    expect(page.locator("h1")).to_have_text(run["job_type"])
+    expect(page.locator(".error-panel .headline")).to_have_text(run["error_summary"])
+    expect(page.locator(".error-panel pre")).to_have_text(run["error_details"])
+    expect(page.locator(".timeline")).to_contain_text("retry")
+    expect(page.locator(f'a[href="{run["commit_url"]}"]')).to_have_attribute("rel", "noopener noreferrer")
+    page.locator("summary", has_text="All fields").click()
+    assert page.locator(".everything th").all_inner_texts() == list(run)
+
+
+def test_a_family_is_a_tree(open_view: OpenPage, url: str) -> None:
+    child = next(run for run in get(url, "/api/v1/runs?limit=1000")[1] if run["parent_run_id"])
+    [parent] = get(url, f"/api/v1/runs?run_id={child['parent_run_id']}")[1]
+    page = open_view(f"#/run/{child['event_id']}")
+    expect(page.locator(".tree > li > .node").first).to_contain_text("nightly-orchestrator")
+    expect(page.locator(".tree .this")).to_contain_text(child["agent_name"])
+    page.locator(".tree > li > .node").first.click()
+    expect(page).to_have_url(re.compile(f"#/run/{parent['event_id']}$"))
+    expect(page.locator(".tree .this .node").filter(has_text=child["agent_name"]).first).to_be_visible()
+
+
+def test_a_running_run_shows_its_age_and_its_end(open_view: OpenPage, url: str) -> None:
+    run = make_run(start_time="2026-01-01T00:00:00Z", created_at="2026-01-01T00:00:00Z")
+    post(url, run)
+    page = open_view(f"#/run/{run['event_id']}")
+    expect(page.locator(".note")).to_contain_text("Last heard of just now")
+    call(url, "PATCH", f"/api/v1/runs/{run['event_id']}", {"status": "partial", "items_failed": 3})
+    expect(page.locator(".run-head .badge")).to_have_text("partial", timeout=15_000)  # it looks every 3 s
+    expect(page.locator(".item-bar")).to_contain_text("3 failed")
+
+
+def test_an_agent_has_a_year_in_squares_that_lead_to_its_runs(open_view: OpenPage, url: str) -> None:
+    page = open_view("#/agents?name=seo")
+    expect(page.locator(".told")).to_have_text("1 agent")
+    expect(page.locator(".calendar rect")).not_to_have_count(0)
+    assert 365 <= page.locator(".calendar rect").count() <= 371
+    last = page.locator(".calendar .day").last
+    runs = int(re.findall(r": ([\d,]+) run", last.locator("title").text_content() or "")[0])
+    last.locator("rect").click()
+    expect(page).to_have_url(re.compile(r"#/runs\?agent_name=seo-optimizer&created_after="))
+    expect(page.locator(".told")).to_have_text(f"{runs} run{'' if runs == 1 else 's'}")
+
+
+def test_what_is_not_there_is_said(open_view: OpenPage, watched: Watched) -> None:
+    watched.expected = ("404",)
+    page = open_view("#/run/nobody%2Fknows%25it")
+    expect(page.locator("h1")).to_have_text("There is no such run")
+    expect(page.locator("[role=alert]")).to_contain_text("nobody/knows%it")
+    page.goto(page.url.partition("#")[0] + "#/nowhere")
+    expect(page.locator("h1")).to_have_text("There is no such view")
+
+
+# --- The table of runs ---------------------------------------------------------------------------
+
+
+def test_filters_stand_in_the_address(open_view: OpenPage, url: str) -> None:
+    page = open_view("#/runs")
+    page.get_by_label("Agent", exact=True).fill("seo-*")
+    page.keyboard.press("Enter")
+    page.locator(".check.failure").click()
+    expect(page).to_have_url(re.compile(r"agent_name=seo-\*.*status=failure"))
+    expected = get(url, "/api/v1/runs?agent_name=seo-*&status=failure&limit=1000")[1]
+    expect(page.locator(".told")).to_have_text(f"{len(expected)} runs")
+    page.reload()
+    expect(page.get_by_label("Agent", exact=True)).to_have_value("seo-*")
+    expect(page.get_by_label("failure")).to_be_checked()
+    expect(page.locator(".told")).to_have_text(f"{len(expected)} runs")
+    assert set(page.locator(".table-body .badge").all_inner_texts()) == {"failure"}
+
+
+def test_a_filter_without_a_field_can_be_taken_away(open_view: OpenPage) -> None:
+    page = open_view("#/runs?host=edge-01&status=failure")
+    expect(page.locator(".chip")).to_have_text("host: edge-01 ×")
+    page.locator(".chip").click()
+    expect(page).to_have_url(re.compile(r"#/runs\?status=failure$"))
+    expect(page.locator(".chip")).to_have_count(0)
+
+
+def test_a_filter_that_the_daemon_refuses_is_explained(open_view: OpenPage, watched: Watched) -> None:
+    watched.expected = ("400",)
+    page = open_view("#/runs?created_after=yesterday")
+    expect(page.locator(".foot [role=alert]")).to_contain_text("Invalid created_after: 'yesterday'")
+
+
+def test_scrolling_goes_through_all_pages_with_few_lines_in_the_document(open_view: OpenPage, url: str) -> None:
+    everything = get(url, "/metrics")[1]["total_runs"]
+    page = open_view("#/runs")
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url) if "cursor=" in request.url else None)
+    told = page.locator(".told")
+    expect(told).to_contain_text("200 runs")
+    while "more come" in told.inner_text():
+        before = told.inner_text()
+        page.evaluate("scrollTo(0, document.body.scrollHeight)")
+        expect(told).not_to_have_text(before)
+    expect(told).to_have_text(f"{everything:,} runs")
+    page.evaluate("scrollTo(0, document.body.scrollHeight)")
+    oldest = get(url, f"/api/v1/runs?offset={everything - 1}")[1][0]
+    expect(page.locator(".table-body .line").last.locator("a")).to_have_attribute("href", f"#/run/{oldest['event_id']}")
+    assert len(asked) >= RUNS // 200
+    assert page.locator(".table-body .line").count() < 80
+
+
+def test_live_shows_what_comes_and_what_changes(open_view: OpenPage, url: str) -> None:
+    page = open_view("#/runs?agent_name=live-agent")
+    expect(page.locator(".foot")).to_contain_text("No run matches")
+    page.get_by_role("button", name="Live").click()
+    expect(page.locator("#said")).to_contain_text("Live")
+    run = make_run(agent_name="live-agent", job_type="appear")
+    post(url, run)
+    line = page.locator(".table-body .line")
+    expect(line).to_have_count(1)
+    expect(line).to_contain_text("appear")
+    expect(line.locator(".badge")).to_have_text("running")
+    call(url, "PATCH", f"/api/v1/runs/{run['event_id']}", {"status": "success"})
+    expect(line.locator(".badge")).to_have_text("success")
+    post(url, make_run(agent_name="somebody-else"))
+    post(url, make_run(agent_name="live-agent", job_type="second"))
+    expect(line).to_have_count(2)
+    expect(line.first).to_contain_text("second")
+    page.get_by_role("button", name="Live").click()
+    expect(page).to_have_url(re.compile(r"#/runs\?agent_name=live-agent$"))
+
+
+def test_new_runs_do_not_move_what_is_read(open_view: OpenPage, url: str) -> None:
+    page = open_view("#/runs?live=1")
+    expect(page.locator("#said")).to_contain_text("Live")
+    expect(page.locator(".told")).to_contain_text("200 runs")
+    page.evaluate("scrollTo(0, 3000)")
+    post(url, make_run(agent_name="late-comer"))
+    page.locator(".fresh", has_text="1 new run").click()
+    expect(page.locator(".table-body .line").first).to_contain_text("late-comer")
+
+
+# --- Stale runs, errors, the token ---------------------------------------------------------------
+
+
+def sign_in(page: Page, token: str = TOKEN) -> None:
+    page.get_by_role("textbox", name="Token").fill(token)
+    page.get_by_role("button", name="Sign in").click()
+
+
+def authorized(url: str, method: str, path: str, body: object = None) -> Any:
+    """Ask a daemon that wants a token."""
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=20)
+    headers: dict[str, Any] = {"Content-Type": "application/json", "X-API-Key": TOKEN.encode()}
+    connection.request(method, path, None if body is None else json.dumps(body), headers)
+    with connection.getresponse() as response:
+        answer = json.loads(response.read())
+    connection.close()
+    return answer
+
+
+def test_the_page_asks_for_the_token_and_keeps_it_in_the_tab(
+    open_view: OpenPage, closed_url: str, watched: Watched
+) -> None:
+    watched.expected = ("401",)
+    page = open_view("#/runs", at=closed_url)
+    sign_in(page, "wrong")
+    expect(page.locator("#token-hint")).to_contain_text("That token was refused")
+    sign_in(page)
+    expect(page.locator(".table-body .line").first).to_be_visible()
+    expect(page.locator("dialog")).to_have_count(0)
+    assert page.evaluate("[localStorage.length, document.cookie]") == [0, ""]
+    page.reload()
+    expect(page.locator(".table-body .line").first).to_be_visible()
+    expect(page.locator("dialog")).to_have_count(0)
+
+
+def test_stale_runs_are_cancelled_after_a_question(open_view: OpenPage, closed_url: str, watched: Watched) -> None:
+    watched.expected = ("401",)
+    run = make_run(agent_name="lost", start_time="2026-01-01T00:00:00Z", created_at="2026-01-01T00:00:00Z")
+    authorized(closed_url, "POST", "/api/v1/runs", run)
+    page = open_view("#/stale?older_than=1s", at=closed_url)
+    sign_in(page)
+    silent = page.locator(".panel", has=page.get_by_role("heading", name="Silent"))
+    button = silent.get_by_role("button")
+    # The list looks again by itself only every few seconds, and the run has to be silent for one.
+    while not silent.locator("li", has_text="lost").count():
+        page.reload()
+        expect(silent.locator("[role=alert], li, .empty").first).to_be_visible()
+        expect(silent).not_to_contain_text("Asking")
+    button.click()
+    page.get_by_role("button", name="Leave them").click()
+    expect(page.locator("dialog")).to_have_count(0)
+    assert authorized(closed_url, "GET", f"/api/v1/runs/{run['event_id']}")["status"] == "running"
+    button.click()
+    expect(page.locator("dialog")).to_contain_text("still run, but have not been heard of for 1s")
+    page.locator("dialog").get_by_role("button", name=re.compile("^Cancel")).click()
+    expect(page.locator(".note")).to_contain_text(re.compile(r"\d+ runs? cancelled"))
+    expect(silent).to_contain_text("Every run has been heard of")
+    expect(button).to_be_disabled()
+    assert authorized(closed_url, "GET", f"/api/v1/runs/{run['event_id']}")["status"] == "cancelled"
+
+
+def test_without_authentication_the_page_says_how_to_cancel(open_view: OpenPage, url: str, watched: Watched) -> None:
+    watched.expected = ("403",)
+    page = open_view("#/stale?older_than=1s")
+    page.get_by_role("button", name=re.compile(r"^Cancel \d")).click()
+    expect(page.locator(".note.warn")).to_contain_text("Admin endpoints need authentication")
+    expect(page.locator(".note.warn code")).to_have_text("telemetryd reap --older-than 1s")
+
+
+def test_an_error_is_copied_as_it_is(open_view: OpenPage, url: str) -> None:
+    run = make_run(status="failure", error_summary="It broke", error_details="Traceback\n  <b>&amp;</b> 'x'")
+    post(url, run)
+    page = open_view(f"#/run/{run['event_id']}", permissions=["clipboard-read", "clipboard-write"])
+    page.get_by_role("button", name="Copy the error").click()
+    expect(page.locator("#said")).to_have_text("Copied the error")
+    assert page.evaluate("navigator.clipboard.readText()") == "It broke\n\nTraceback\n  <b>&amp;</b> 'x'"
+
+
+def test_what_agents_write_is_never_markup(open_view: OpenPage, url: str) -> None:
+    evil = "<img src=x onerror=document.title='owned'><script>document.title='owned'</script>"
+    texts = ("input_summary", "output_summary", "error_summary", "error_details", "host", "git_branch", "item_name")
+    run = make_run(
+        status="failure",
+        **dict.fromkeys(texts, evil),
+        agent_name=evil,
+        job_type=evil,
+        git_repo="javascript:alert(1)//github.com/a/b",
+        git_commit_hash=evil[:40],
+        metrics_json={evil: evil},
+        context_json={evil: [evil]},
+    )
+    post(url, run)
+    call(url, "POST", f"/api/v1/runs/{run['event_id']}/events", {"event_type": evil, "payload": {evil: evil}})
+    page = open_view(f"#/run/{run['event_id']}")
+    expect(page.locator("h1")).to_have_text(evil)
+    expect(page.locator(".timeline li").first).to_contain_text(evil)
+    for address in ("#/runs", "#/agents", "#/"):
+        assert page.locator("main img, main script").count() == 0
+        assert page.locator("a[href^='javascript:' i]").count() == 0
+        page.goto(f"{url}/{address}")
+        expect(page.locator("main")).to_contain_text(evil[:20])
+    assert "owned" not in page.title()
+
+
+# --- Keyboard, accessibility, phone, size --------------------------------------------------------
+
+
+def test_the_keyboard_is_enough(page: Page, watched: Watched) -> None:
+    watched.expected = ("400",)  # the daemon of this test has no full-text index
+    expect(page.locator(".ranking a").first).to_be_visible()
+    page.keyboard.press("j")
+    expect(page.locator(".ranking a").first).to_be_focused()
+    page.keyboard.press("?")
+    expect(page.get_by_role("heading", name="Keyboard")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.locator("dialog")).to_have_count(0)
+    page.keyboard.press("/")
+    expect(page.locator("#filter-q")).to_be_focused()
+    page.keyboard.type("j?t")
+    expect(page).to_have_url(re.compile(r"q=j%3Ft"))
+    page.locator("#filter-q").fill("canonical_url")
+    page.keyboard.press("Enter")
+    page.get_by_role("link", name="in error texts only").click()
+    expect(page.locator(".chip")).to_have_text("error: canonical_url ×")
+    expect(page.locator(".table-body .line").first).to_contain_text("KeyError: 'canonical_url'")
+    page.keyboard.press("/")
+    page.keyboard.press("Escape")
+    expect(page.locator("#filter-q")).not_to_be_focused()
+    lines = page.locator(".table-body .cover")
+    expect(lines.nth(2)).to_be_visible()
+    for _ in range(3):
+        page.keyboard.press("j")
+    page.keyboard.press("k")
+    expect(lines.nth(1)).to_be_focused()
+    wanted = lines.nth(1).get_attribute("href")
+    page.keyboard.press("Enter")
+    assert wanted is not None
+    expect(page).to_have_url(re.compile(f"{re.escape(wanted)}$"))
+    page.keyboard.press("g")
+    page.keyboard.press("a")
+    expect(page.locator("h1")).to_have_text("Agents")
+    theme = page.locator("html").get_attribute("data-theme")
+    page.keyboard.press("t")
+    expect(page.locator("html")).not_to_have_attribute("data-theme", str(theme))
+
+
+def test_j_goes_on_beyond_the_first_page(open_view: OpenPage) -> None:
+    page = open_view("#/runs")
+    expect(page.locator(".told")).to_contain_text("200 runs")
+    for _ in range(215):
+        page.keyboard.press("j")
+    expect(page.locator(".line:focus-within")).to_have_attribute("aria-rowindex", "216")
+
+
+def test_the_theme_is_the_systems_until_it_is_chosen(open_view: OpenPage) -> None:
+    page = open_view(theme="dark")
+    expect(page.locator("html")).to_have_attribute("data-theme", "dark")
+    page.get_by_role("button", name="Change to the light theme").click()
+    page.reload()
+    expect(page.locator("html")).to_have_attribute("data-theme", "light")
+
+
+def check_accessibility(page: Page) -> None:
+    rules = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
+    found = Axe().run(page, options={"runOnly": rules})
+    assert found.violations_count == 0, found.generate_report()
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("view", VIEWS)
+def test_axe_finds_nothing(open_view: OpenPage, url: str, view: str, theme: Theme) -> None:
+    page = opened(open_view, url, view, theme=theme)
+    check_accessibility(page)
+
+
+def test_axe_finds_nothing_in_dialogs(open_view: OpenPage, closed_url: str, watched: Watched) -> None:
+    watched.expected = ("401",)
+    page = open_view("#/runs", at=closed_url)
+    expect(page.get_by_role("textbox", name="Token")).to_be_visible()
+    check_accessibility(page)
+    sign_in(page)
+    expect(page.locator(".table-body .line").first).to_be_visible()
+    page.get_by_role("button", name="Keyboard shortcuts").click()
+    check_accessibility(page)
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_a_phone_needs_no_sideways_scrolling(open_view: OpenPage, url: str, view: str) -> None:
+    page = opened(open_view, url, view, is_phone=True)
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    for link in page.locator(".nav a").all():
+        expect(link).to_be_in_viewport()
+
+
+def test_all_assets_together_are_small(page: Page, url: str, watched: Watched) -> None:
+    sizes = {path.name: path.stat().st_size for path in (ROOT / "telemetryd/static/page").rglob("*") if path.is_file()}
+    assert sum(sizes.values()) <= 200_000
+    expect(page.locator(".chart svg")).to_be_visible()
+    loaded = {request.rpartition("/")[2] for request in watched.requests if "/page/" in request}
+    assert {*sizes} - loaded == {"index.html"}

@@ -1,0 +1,42 @@
+"""Opens Debian's Chromium for the tests of the page and for its screenshots."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final, Literal
+
+from playwright.sync_api import Browser, Page, sync_playwright
+
+CHROMIUM: Final = "chromium"
+DESKTOP: Final = {"width": 1280, "height": 900}
+PHONE: Final = {"width": 390, "height": 844}
+Theme = Literal["dark", "light"]
+
+
+@contextmanager
+def chromium() -> Iterator[Browser]:
+    """Give a browser that has no window."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which(CHROMIUM), args=["--no-sandbox"])
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+def open_page(browser: Browser, *, is_phone: bool = False, theme: Theme = "light", **options: Any) -> Page:
+    """Return a new page of its own, with nothing remembered; animations are off."""
+    context = browser.new_context(
+        viewport=PHONE if is_phone else DESKTOP,  # type: ignore[arg-type]
+        is_mobile=is_phone,
+        has_touch=is_phone,
+        color_scheme=theme,
+        reduced_motion="reduce",
+        locale="en-GB",
+        timezone_id="Europe/Berlin",
+        **options,
+    )
+    context.set_default_timeout(15_000)
+    return context.new_page()

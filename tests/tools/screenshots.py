@@ -1,0 +1,74 @@
+"""Takes the pictures of docs/screenshots/, of a daemon that `telemetryd demo` has filled."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Final
+
+from playwright.sync_api import Browser
+
+from tests.conftest import Daemon
+from tests.http_client import get
+from tests.tools.browser import Theme, chromium, open_page
+from tests.tools.docs import ROOT
+from tests.tools.process import telemetryd
+
+FOLDER: Final = ROOT / "docs" / "screenshots"
+MAX_BYTES: Final = 150_000
+WAYS: Final[tuple[tuple[str, Theme, bool], ...]] = (
+    ("light", "light", False),
+    ("dark", "dark", False),
+    ("phone", "dark", True),
+)
+
+
+def views(url: str) -> dict[str, tuple[str, str]]:
+    """Return the address of each view, and what stands there when it is drawn."""
+    orchestrator = get(url, "/api/v1/runs?agent_name=nightly-orchestrator&status=success&limit=20")[1][-1]
+    failed = get(url, "/api/v1/runs?agent_name=seo-optimizer&status=failure&limit=1")[1][0]
+    return {
+        "overview": ("#/", "main .chart svg"),
+        "runs": ("#/runs", "main .table-body .line"),
+        "failed": (f"#/run/{failed['event_id']}", "main .timeline"),
+        "family": (f"#/run/{orchestrator['event_id']}", "main .tree"),
+        "stale": ("#/stale?older_than=1s", "main .lines"),
+        "agents": ("#/agents", "main .calendar"),
+    }
+
+
+def take(browser: Browser, url: str, folder: Path) -> None:
+    """Take every picture."""
+    for name, (address, marker) in views(url).items():
+        for way, theme, is_phone in WAYS:
+            page = open_page(browser, is_phone=is_phone, theme=theme)
+            page.goto(f"{url}/{address}")
+            page.wait_for_selector(marker)
+            page.wait_for_function("!document.querySelector('[aria-busy]')")
+            if name == "family":
+                page.locator(marker).scroll_into_view_if_needed()
+                page.evaluate("scrollBy(0, 400)")
+            path = folder / f"{name}-{way}.png"
+            page.screenshot(path=path)
+            page.context.close()
+            if path.stat().st_size > MAX_BYTES:
+                raise SystemExit(f"{path.name} has {path.stat().st_size} bytes; {MAX_BYTES} are allowed")
+
+
+def main() -> None:
+    """Start a daemon, fill it, and take the pictures."""
+    with tempfile.TemporaryDirectory() as folder:
+        daemon = Daemon(Path(folder), TELEMETRY_DB_JOURNAL_MODE="WAL")
+        try:
+            demo = ("demo", "--url", daemon.url, "--no-live")
+            telemetryd(*demo, "--days", "300", "--runs", "40000", "--seed", "3", timeout_s=600)
+            telemetryd(*demo, "--runs", "800")
+            FOLDER.mkdir(exist_ok=True)
+            with chromium() as browser:
+                take(browser, daemon.url, FOLDER)
+        finally:
+            daemon.close()
+
+
+if __name__ == "__main__":
+    main()
