@@ -16,7 +16,7 @@ from telemetryd.backup import Watch, ignore_progress
 from telemetryd.database import connect, connect_to_read, is_damage
 from telemetryd.errors import DatabaseError
 from telemetryd.filters import TIME_BOUNDS, Filters
-from telemetryd.queries import ListRuns, Position
+from telemetryd.queries import SORTED, ListRuns, Order, Position
 from telemetryd.runs import FILTERS
 from telemetryd.statements import examining, fetching, full_text
 
@@ -189,7 +189,7 @@ def _index_usage(connection: sqlite3.Connection) -> Iterator[Finding]:
 
 
 def documented_queries() -> Iterator[ListRuns]:
-    """Yield a query for each documented combination of filters, each alone, with time bounds, and with a cursor."""
+    """Yield each documented combination of filters, alone, with time bounds and with a cursor; and each order."""
     moment = "2026-01-01T00:00:00.000000Z"
     bounds = {name: moment for name, (column, _) in TIME_BOUNDS.items() if column == "created_at"}
     combined = product((False, True), repeat=len(_COMBINED))
@@ -200,6 +200,9 @@ def documented_queries() -> Iterator[ListRuns]:
         yield ListRuns(Filters(equal))
         yield ListRuns(Filters(equal, bounds))
         yield ListRuns(Filters(several), after=Position(moment, 1))
+    for column, is_descending in product(SORTED, (False, True)):
+        yield ListRuns(order=Order(column, descending=is_descending))
+        yield ListRuns(order=Order(column, descending=is_descending), after=Position(moment, 1))
 
 
 _COMBINED: Final = ("agent_name", "job_type", "status")

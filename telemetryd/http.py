@@ -569,7 +569,7 @@ ROUTES: Final[tuple[Route, ...]] = (
             "Query runs",
             "Newest first. If more follow, the Link header holds the next page (rel=next).",
             parameters=openapi.list_parameters(),
-            answers={200: ("The runs.", {"type": "array", "items": ref("Run")})},
+            answers={200: ("The runs.", {"type": "array", "items": {"anyOf": [ref("Run"), ref("RunPart")]}})},
             errors=(400, 503),
         ),
     ),

@@ -201,7 +201,7 @@ def _filter_text(name: str) -> str:
 
 def _values_schema(stored: Schema, name: str) -> Schema:
     """Return what one value of a filter is: a status, or a text; several are one string with commas."""
-    return _without_title(stored) if name == "status" else _PLAIN_TEXT
+    return _without_title(stored) if name == "status" else {"type": "string", "minLength": 1}
 
 
 def stats_parameters() -> tuple[Schema, ...]:
@@ -374,6 +374,7 @@ def _schemas() -> dict[str, Schema]:
     shown: Schema = {"events": {"type": "array", "items": ref("Event")}, "more_events": {"type": "boolean"}}
     always: Schema = {**stored, "commit_url": url, "repo_url": url}
     schemas["Run"] = obj({**always, **shown}, always)
+    schemas["RunPart"] = obj({**always, **shown}, ())  # what `fields` chooses of a run
     for schema in (schemas["NewRun"]["properties"], stored):
         schema["created_at"].pop("default", None)
         schema.get("updated_at", {}).pop("default", None)

@@ -28,6 +28,12 @@ include-name = "PATCH /api/v1/runs/{event_id}"
 expected-statuses = ["2xx", 400, 404]
 
 [[operations]]
+# A filter is a string with a language of its own (a,b and -2h and metrics.tokens>1000), and q needs a setting.
+include-name = "GET /api/v1/runs"
+[operations.checks.positive_data_acceptance]
+expected-statuses = ["2xx", 400]
+
+[[operations]]
 # More events than one request may hold are too large, not wrong.
 include-name = "POST /api/v1/runs/{event_id}/events"
 [operations.checks.negative_data_rejection]
