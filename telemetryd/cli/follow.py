@@ -36,7 +36,8 @@ def follow(url: str, *, once: bool, as_json: bool, **flags: Any) -> None:
     The copy is a database of its own that this command owns: others may read it (sqlite3, telemetryd check), and it can
     take the primary's place with `telemetryd serve`, after which it is nobody's copy any more. It has the runs, their
     ids and the commit sequence; events, registered processes and originals of old values stay with the primary.
-    Interrupted at any moment, it goes on where it was; what --once has done is printed. The token comes from TELEMETRY_API_AUTH_TOKEN.
+    Interrupted at any moment, it goes on where it was; what --once has done is printed. The token comes from
+    TELEMETRY_API_AUTH_TOKEN.
 
     \b
     Examples:
