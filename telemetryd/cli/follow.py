@@ -11,7 +11,7 @@ from typing import Any, Final
 import click
 
 from telemetryd.changes import GetFollowed
-from telemetryd.cli.options import EXIT_USAGE, counted, failing, load_settings, settings_flags
+from telemetryd.cli.options import EXIT_USAGE, counted, failing, json_flag, load_settings, print_json, settings_flags
 from telemetryd.cli.stream import Daemon, reach
 from telemetryd.client.config import Config
 from telemetryd.commands import ApplyChanges, CopiedRun
@@ -28,14 +28,16 @@ _PAUSES_S: Final = (0.2, 1.0, 5.0)
 @click.command()
 @click.argument("url")
 @click.option("--once", is_flag=True, help="End when everything that there is has been taken over.")
+@json_flag
 @settings_flags("db_path", "lock_file", db_path="The copy; made if it is not there.")
-def follow(url: str, *, once: bool, **flags: Any) -> None:
+def follow(url: str, *, once: bool, as_json: bool, **flags: Any) -> None:
     r"""Keep a copy of a daemon's runs in step, until SIGTERM or SIGINT.
 
     The copy is a database of its own that this command owns: others may read it (sqlite3, telemetryd check), and it can
     take the primary's place with `telemetryd serve`, after which it is nobody's copy any more. It has the runs, their
     ids and the commit sequence; events, registered processes and originals of old values stay with the primary.
-    Interrupted at any moment, it goes on where it was. The token comes from TELEMETRY_API_AUTH_TOKEN.
+    Interrupted at any moment, it goes on where it was; what --once has done is printed. The token comes from
+    TELEMETRY_API_AUTH_TOKEN.
 
     \b
     Examples:
@@ -53,7 +55,7 @@ def follow(url: str, *, once: bool, **flags: Any) -> None:
         store = await Store.open(settings, Metrics())
         try:
             async with reach(config) as daemon:
-                following = asyncio.create_task(_follow(daemon, store, once=once))
+                following = asyncio.create_task(_follow(daemon, store, once=once, as_json=as_json))
                 for number in (signal.SIGTERM, signal.SIGINT):
                     asyncio.get_running_loop().add_signal_handler(number, following.cancel)
                 with contextlib.suppress(asyncio.CancelledError):
@@ -65,7 +67,7 @@ def follow(url: str, *, once: bool, **flags: Any) -> None:
         asyncio.run(run())
 
 
-async def _follow(daemon: Daemon, store: Store, *, once: bool) -> None:
+async def _follow(daemon: Daemon, store: Store, *, once: bool, as_json: bool) -> None:
     failures = 0
     taken = 0
     while True:
@@ -95,7 +97,10 @@ async def _follow(daemon: Daemon, store: Store, *, once: bool) -> None:
             await asyncio.shield(store.submit(_command(page, followed.begun if place is not None else page["newest"])))
             taken += len(page["changes"])
         if once and not page["more"]:
-            click.echo(f"{counted(taken, 'change')} taken over, up to {page['epoch']}-{page['last']}")
+            if as_json:
+                print_json({"changes": taken, "epoch": page["epoch"], "last": page["last"]})
+            else:
+                click.echo(f"{counted(taken, 'change')} taken over, up to {page['epoch']}-{page['last']}")
             return
 
 

@@ -58,10 +58,11 @@ def tail(
     as_json: bool,
     url: str | None,
 ) -> None:
-    r"""Show the last runs, and with -f each run that is created or changed, as soon as it is stored.
+    r"""Show the last runs, and with -f those that come.
 
-    A filter that is given several times matches any of its values. When the daemon is restarted, -f goes on where it
-    was: nothing is left out, nothing is shown twice.
+    That is each run that is created or changed, as soon as it is stored. A filter that is given several times matches
+    any of its values. When the daemon is restarted, -f goes on where it was: nothing is left out, nothing is shown
+    twice.
 
     \b
     Examples:
