@@ -34,6 +34,12 @@ include-name = "GET /api/v1/runs"
 expected-statuses = ["2xx", 400]
 
 [[operations]]
+# What a valid place is depends on the database: of another epoch or number the answer is that it is gone.
+include-name = "GET /api/v1/changes"
+[operations.checks.positive_data_acceptance]
+expected-statuses = ["2xx", 410]
+
+[[operations]]
 # More events than one request may hold are too large, not wrong.
 include-name = "POST /api/v1/runs/{event_id}/events"
 [operations.checks.negative_data_rejection]
