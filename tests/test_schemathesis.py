@@ -43,6 +43,12 @@ include-name = "GET /api/v1/runs"
 expected-statuses = ["2xx", 400]
 
 [[operations]]
+# The same language of filters and times.
+include-name = "GET /api/v1/stats"
+[operations.checks.positive_data_acceptance]
+expected-statuses = ["2xx", 400]
+
+[[operations]]
 # What a valid place is depends on the database: of another epoch or number the answer is that it is gone.
 include-name = "GET /api/v1/changes"
 [operations.checks.positive_data_acceptance]
