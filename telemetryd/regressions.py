@@ -27,6 +27,8 @@ MIN_FALL: Final = 0.05
 """By how much the success rate must fall, however certain it is, to be worth a finding."""
 MIN_GROWTH: Final = 1.2
 """By which factor the median duration must grow, however certain it is, to be worth a finding."""
+PARTS: Final = 3
+"""In how many parts the runs since a commit are looked at, each of which must be worse."""
 SHOWN: Final = 5
 """How many runs a finding names."""
 PARAMETERS: Final = ("agent_name", "job_type", "from", "to")
@@ -187,9 +189,11 @@ def find(agent_name: str, job_type: str, commits: Sequence[Sequence[Run]]) -> li
         borders = [0, *(place for place, _ in changes), len(blocks)]
         for (place, p_value), first, last in zip(changes, borders[:-2], borders[2:], strict=True):
             before, after = _side(measure, blocks[first:place]), _side(measure, blocks[place:last])
-            if _is_worse(measure, before.value, after.value):
+            since = sorted(
+                (run for runs in blocks[place:last] for run in runs), key=attrgetter("created_at", "event_id")
+            )
+            if _is_worse(measure, before.value, after.value) and _lasts(measure, before.value, after.value, since):
                 bad = blocks[place][0]
-                since = (run for runs in blocks[place:last] for run in runs)
                 showing = [run.event_id for run in since if _shows(measure, run, before.value)][:SHOWN]
                 repo = next((run.repo for run in blocks[place] if run.repo is not None), None)
                 page = commit_url(repo, bad.commit)
@@ -205,15 +209,26 @@ def _counts(measure: Measure, run: Run) -> bool:
 
 def _side(measure: Measure, blocks: Sequence[Sequence[Run]]) -> Side:
     runs = [run for block in blocks for run in block]
+    return Side(len(blocks), len(runs), _value(measure, runs))
+
+
+def _value(measure: Measure, runs: Sequence[Run]) -> float:
     if measure == "success_rate":
-        value = sum(run.succeeded for run in runs) / len(runs)
-    else:
-        value = median(run.duration_ms for run in runs)
-    return Side(len(blocks), len(runs), value)
+        return sum(run.succeeded for run in runs) / len(runs)
+    return median(run.duration_ms for run in runs)
 
 
 def _is_worse(measure: Measure, before: float, after: float) -> bool:
     return before - after >= MIN_FALL if measure == "success_rate" else after >= MIN_GROWTH * before
+
+
+def _lasts(measure: Measure, before: float, after: float, since: Sequence[Run]) -> bool:
+    """Tell whether the runs since are worse all the time: an outage of some hours is no commit's work.
+
+    Each part of them, in the order in which they were created, has to show at least such a part of the difference.
+    """
+    parts = [since[len(since) * part // PARTS : len(since) * (part + 1) // PARTS] for part in range(PARTS)]
+    return all(abs(_value(measure, part) - before) >= abs(after - before) / PARTS for part in parts)
 
 
 def _shows(measure: Measure, run: Run, before: float) -> bool:

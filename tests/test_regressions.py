@@ -138,22 +138,32 @@ def test_a_slowdown_is_found_among_successful_runs_only() -> None:
     assert regressions_of([run._replace(succeeded=True) for run in unknown]) == []
 
 
+def outcomes_of(blocks: tuple[tuple[int, int], ...]) -> list[tuple[int, bool]]:
+    """For each commit so many successes and failures, these spread evenly: the commit's number and the outcome."""
+    return [
+        (number, place * f // (s + f) == (place + 1) * f // (s + f))
+        for number, (s, f) in enumerate(blocks)
+        for place in range(s + f)
+    ]
+
+
 def steps(*blocks: tuple[int, int]) -> list[Run]:
     """Runs of one commit after the other: for each how many succeed and how many fail."""
-    outcomes = [(number, good) for number, (s, f) in enumerate(blocks) for good in [True] * s + [False] * f]
+    outcomes = outcomes_of(blocks)
     return [
         Run(f"e{place}", f"{place:06}", COMMIT(number), REPO, good, 0) for place, (number, good) in enumerate(outcomes)
     ]
 
 
 def test_a_finding_tells_everything() -> None:
-    [finding] = regressions_of(steps((20, 0), (19, 1), (8, 12), (9, 11)))
+    runs = steps((20, 0), (19, 1), (8, 12), (9, 11))
+    [finding] = regressions_of(runs)
     assert (finding.first_bad_commit, finding.last_good_commit) == (COMMIT(2), COMMIT(1))
     assert finding.to_json()["before"] == {"commits": 2, "runs": 40, "success_rate": 0.975}
     assert finding.to_json()["after"] == {"commits": 2, "runs": 40, "success_rate": 0.425}
     assert finding.p_value <= ALPHA
     assert finding.commit_url == f"https://github.com/acme/site/commit/{COMMIT(2)}"
-    assert finding.runs == tuple(f"e{place}" for place in range(48, 53))
+    assert finding.runs == tuple([run.event_id for run in runs[40:] if not run.succeeded][:5])
 
 
 def test_what_was_mended_and_broke_again_is_two_findings() -> None:
@@ -171,6 +181,16 @@ def test_what_becomes_better_is_none() -> None:
 def test_what_is_certain_but_small_is_none() -> None:
     assert regressions_of(steps((1000, 0), (960, 40))) == []
     assert regressions_of(steps((1000, 0), (940, 60))) != []
+
+
+def test_an_outage_of_some_hours_is_no_commits_work() -> None:
+    def runs(fails: range) -> list[Run]:
+        return [run._replace(succeeded=place not in fails) for place, run in enumerate(steps((80, 0), (60, 0)))]
+
+    assert regressions_of(runs(range(100, 120))) == []
+    assert regressions_of(runs(range(80, 100))) == []
+    [finding] = regressions_of(runs(range(80, 140)))
+    assert finding.first_bad_commit == COMMIT(1)
 
 
 RUNS = st.lists(
@@ -263,7 +283,7 @@ def _seen(run: dict[str, Any]) -> Run:
 
 def posted(blocks: tuple[tuple[int, int], ...], **fields: Any) -> list[dict[str, Any]]:
     """Runs as they are posted, a minute apart up to now, in each block so many successes and failures."""
-    outcomes = [(number, good) for number, (s, f) in enumerate(blocks) for good in [True] * s + [False] * f]
+    outcomes = outcomes_of(blocks)
     begin = datetime.now(UTC) - timedelta(minutes=len(outcomes) + 1)
     return [
         make_run(
@@ -301,7 +321,7 @@ async def test_the_answer_names_the_commit_with_its_runs(api: Api) -> None:
         "before": {"commits": 2, "runs": 60, "success_rate": 0.983333},
         "after": {"commits": 1, "runs": 30, "success_rate": 0.333333},
         "commit_url": f"https://github.com/acme/site/commit/{COMMIT(2)}",
-        "runs": [run["event_id"] for run in runs[70:75]],
+        "runs": [run["event_id"] for run in runs[60:] if run["status"] == "failure"][:5],
     }
 
 
@@ -386,8 +406,8 @@ def test_the_command_asks_the_daemon_or_the_database(tmp_path: Path, start_daemo
 
 def test_durations_are_told_in_their_unit() -> None:
     query = parse("", NOW)
-    runs = invent(Random(1), 200, 10, duration=lambda place: 1000 if place < 100 else 90_000)
+    runs = invent(Random(1), 200, 10, duration=lambda place: 2000 if place < 100 else 90_000)
     text = told(to_json(query, gather([("a", "j", runs)])))
-    assert "a / j: median duration 1." in text
+    assert " s -> 1." in text
     assert " min (p = " in text
     assert "1 pair of agent and job type" in text

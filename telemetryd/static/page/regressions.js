@@ -3,7 +3,7 @@
 import { get } from "./api.js";
 import { h, outside } from "./dom.js";
 import { count, counted, duration, percent } from "./format.js";
-import { panel, sentence } from "./parts.js";
+import { fillLater, panel } from "./parts.js";
 import { exact, href, runHref } from "./route.js";
 
 const LETTERS = 12;
@@ -32,16 +32,15 @@ export function regressionsPanel(signal) {
   const place = h("div", { class: "body" });
   const whole = panel("Which commit broke it", place, { id: "regressions", note: "last 30 days" });
   whole.hidden = true;
-  get("/api/v1/regressions", {}, signal).then(
-    ({ regressions }) => {
-      place.replaceChildren(h("ul", { class: "findings" }, regressions.map(finding)));
+  fillLater(place, signal, async () => {
+    try {
+      const { regressions } = await get("/api/v1/regressions", {}, signal);
       whole.hidden = regressions.length === 0;
-    },
-    (error) => {
-      if (signal.aborted) return;
-      place.replaceChildren(sentence(error.message));
+      return h("ul", {}, regressions.map(finding));
+    } catch (error) {
       whole.hidden = false;
-    },
-  );
+      throw error;
+    }
+  });
   return whole;
 }
