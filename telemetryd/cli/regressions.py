@@ -25,7 +25,7 @@ from telemetryd.settings import Settings
 def regressions(
     *, begin: str, end: str, agent_name: str | None, job_type: str | None, as_json: bool, url: str | None, **flags: Any
 ) -> None:
-    r"""Name the commits since which runs fail more often or take longer.
+    r"""Name the commits that made runs fail or take longer.
 
     Runs count by their git_commit_hash, for each agent and job type. A pair in which no commit changes anything gives a
     finding in at most 1 of 100 looks. The running daemon is asked, or the database directly if none runs.
