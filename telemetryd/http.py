@@ -16,7 +16,7 @@ import orjson
 from aiohttp import web
 
 import telemetryd
-from telemetryd import admin, events, openapi, pages, queries, runs, stats
+from telemetryd import admin, events, openapi, pages, queries, regressions, runs, stats
 from telemetryd.body import JSON_TYPES, NDJSON_TYPES, Bodies, check_media_type
 from telemetryd.certificates import Certificates, ProcessRequest
 from telemetryd.commands import CreateEvents, CreateRuns, UpdateRun
@@ -377,6 +377,15 @@ async def get_stats(request: web.Request) -> web.Response:
     groups = await request.app[STORE].fetch(query)
     request[NOTE].say("Statistics queried", query_params=stats.parameters(query), result_count=len(groups))
     return json_response(stats.to_json(query, groups))
+
+
+async def get_regressions(request: web.Request) -> web.Response:
+    """Answer since which commits runs are worse."""
+    query = regressions.parse(request.rel_url.raw_query_string, runs.utc_now())
+    findings = await request.app[STORE].fetch(query)
+    count = len(findings.regressions)
+    request[NOTE].say("Regressions queried", query_params=query.parameters(), result_count=count)
+    return json_response(regressions.to_json(query, findings))
 
 
 async def get_metadata(request: web.Request) -> web.Response:
@@ -787,6 +796,20 @@ ROUTES: Final[tuple[Route, ...]] = (
             "as soon as a change is acknowledged. Only groups with runs are answered.",
             parameters=openapi.stats_parameters(),
             answers={200: ("The groups, the earliest bucket first, then by names.", openapi.stats_answer())},
+            errors=(400, 503),
+        ),
+    ),
+    Route(
+        "GET",
+        "/api/v1/regressions",
+        get_regressions,
+        Operation(
+            "Commits that broke something",
+            "For each agent and job type: the commit since which runs fail more often or take longer, if chance hardly "
+            f"explains it. Looked at are the newest {regressions.MAX_RUNS:,} finished runs with a git_commit_hash. "
+            "Commits are in the order of their first runs.",
+            parameters=openapi.regressions_parameters(),
+            answers={200: ("What was found, the most certain first.", openapi.regressions_answer())},
             errors=(400, 503),
         ),
     ),

@@ -12,7 +12,19 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 import telemetryd
-from telemetryd import admin, certificates, changes, events, filters, flow, queries, runs, sketches, stats
+from telemetryd import (
+    admin,
+    certificates,
+    changes,
+    events,
+    filters,
+    flow,
+    queries,
+    regressions,
+    runs,
+    sketches,
+    stats,
+)
 
 _REF: Final = "#/components/schemas/{model}"
 Schema = dict[str, Any]
@@ -251,6 +263,58 @@ def stats_answer() -> Schema:
             "bucket": {"anyOf": [STRING, {"type": "null"}]},
             "group_by": {"type": "array", "items": {"enum": list(stats.NAMES)}},
             "groups": {"type": "array", "items": obj({**named, **group}, group)},
+        }
+    )
+
+
+def regressions_parameters() -> tuple[Schema, ...]:
+    """Return the query parameters of `GET /api/v1/regressions`."""
+    named = {parameter["name"]: parameter for parameter in filter_parameters()}
+    moment = "An ISO 8601 date and time, a time before now such as -30d, or now."
+    return (
+        named["agent_name"],
+        named["job_type"],
+        _parameter("from", f"{moment} The first moment of created_at.", {"type": "string", "default": "-30d"}),
+        _parameter("to", f"{moment} Not included.", {"type": "string", "default": "now"}),
+    )
+
+
+def regressions_answer() -> Schema:
+    """Return the schema of what `GET /api/v1/regressions` answers."""
+    moment: Schema = {"type": "string", "format": "date-time"}
+    share: Schema = {"type": "number", "minimum": 0, "maximum": 1}
+    side = obj(
+        {"commits": INTEGER, "runs": INTEGER, "success_rate": share, "median_duration_ms": {"type": "number"}},
+        ("commits", "runs"),
+    )
+    finding: Schema = {
+        "agent_name": STRING,
+        "job_type": STRING,
+        "measure": {"enum": list(regressions.MEASURES)},
+        "first_bad_commit": STRING,
+        "last_good_commit": {**STRING, "description": "The commit before it."},
+        "before": side,
+        "after": side,
+        "p_value": {
+            **share,
+            "description": "How likely such a difference would be, at any commit and in either measure, if no commit "
+            "changed anything; at most alpha.",
+        },
+        "commit_url": {"anyOf": [STRING, {"type": "null"}]},
+        "runs": {
+            "type": "array",
+            "items": STRING,
+            "maxItems": regressions.SHOWN,
+            "description": "event_id of the first runs that show it.",
+        },
+    }
+    return obj(
+        {
+            "from": moment,
+            "to": moment,
+            "alpha": {**share, "description": "How often a pair in which no commit changes anything gives a finding."},
+            "pairs": {**INTEGER, "description": "Pairs of agent and job type with runs of at least two commits."},
+            "regressions": {"type": "array", "items": obj(finding)},
         }
     )
 

@@ -79,9 +79,10 @@ from telemetryd.queries import (
     Total,
 )
 from telemetryd.reader import Readers
+from telemetryd.regressions import Findings, FindRegressions
 from telemetryd.runs import Row, format_timestamp, utc_now
 from telemetryd.settings import Settings
-from telemetryd.statements import copying, counting, fetching, following, full_text, rollups
+from telemetryd.statements import copying, counting, fetching, following, full_text, regressing, rollups
 from telemetryd.statements.transaction import MINUTE, Transaction
 from telemetryd.stats import GetStats
 from telemetryd.writer import GROUP_ROWS, Writer
@@ -98,6 +99,7 @@ Query = (
     | CountStale
     | CountMatching
     | GetStats
+    | FindRegressions
 )
 Answer = (
     Page
@@ -108,6 +110,7 @@ Answer = (
     | Changes
     | Followed
     | Counts
+    | Findings
     | int
     | list[dict[str, Any]]
     | None
@@ -124,6 +127,7 @@ _READERS: Final[Mapping[type[Query], Callable[..., Answer]]] = {
     CountStale: fetching.count_stale,
     CountMatching: counting.count_matching,
     GetStats: rollups.fetch_stats,
+    FindRegressions: regressing.fetch_regressions,
 }
 """What answers each query, given a connection and the query, in a reader's thread."""
 
@@ -449,6 +453,9 @@ class Store:
 
     @overload
     async def fetch(self, query: GetStats) -> list[dict[str, Any]]: ...
+
+    @overload
+    async def fetch(self, query: FindRegressions) -> Findings: ...
 
     async def fetch(self, query: Query) -> Answer:
         """Answer a query; it sees every change that was acknowledged before it.

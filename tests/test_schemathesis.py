@@ -49,6 +49,11 @@ include-name = "GET /api/v1/stats"
 expected-statuses = ["2xx", 400]
 
 [[operations]]
+include-name = "GET /api/v1/regressions"
+[operations.checks.positive_data_acceptance]
+expected-statuses = ["2xx", 400]
+
+[[operations]]
 # What a valid place is depends on the database: of another epoch or number the answer is that it is gone.
 include-name = "GET /api/v1/changes"
 [operations.checks.positive_data_acceptance]

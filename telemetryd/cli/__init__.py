@@ -12,6 +12,7 @@ import telemetryd
 from telemetryd.cli import agents, database, demo, serve, statistics, transfer, upkeep
 from telemetryd.cli.follow import follow
 from telemetryd.cli.options import NO_FLAG
+from telemetryd.cli.regressions import regressions
 from telemetryd.cli.tail import tail
 
 __all__ = ["NO_FLAG", "main"]
@@ -51,6 +52,7 @@ for command in (
     upkeep.prune,
     upkeep.reap,
     statistics.stats,
+    regressions,
     tail,
     follow,
     transfer.export,

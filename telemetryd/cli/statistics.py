@@ -126,11 +126,12 @@ def _figures(group: Body) -> Sequence[str]:
         f"{group['runs']:,}",
         "-" if rate is None else f"{rate:.1%}",
         *(f"{group[f'items_{word}']:,.0f}" for word in ("succeeded", "failed", "skipped")),
-        *(_duration(times[name]) for name in ("p50", "p95", "p99", "sum")),
+        *(show_duration(times[name]) for name in ("p50", "p95", "p99", "sum")),
     )
 
 
-def _duration(ms: float | None) -> str:
+def show_duration(ms: float | None) -> str:
+    """Return milliseconds in the unit that suits them."""
     if ms is None:
         return "-"
     for size, unit in _UNITS:

@@ -1,4 +1,4 @@
-"""Where prune, reap and stats are done: by the daemon that runs, or in the database directly if none does."""
+"""Where commands are done that a daemon can do, too: by the one that runs, or in the database directly if none does."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 import aiohttp
 import orjson
 
-from telemetryd import admin, events, queries, runs, stats
+from telemetryd import admin, events, queries, regressions, runs, stats
 from telemetryd.cli.database import refuse_missing
 from telemetryd.database import Ownership
 from telemetryd.errors import DatabaseOwnedError, TelemetrydError, UnavailableError
@@ -37,6 +37,9 @@ class Target(Protocol):
 
     async def stats(self, parameters: dict[str, str]) -> Body:
         """Answer what `GET /api/v1/stats` answers."""
+
+    async def regressions(self, parameters: dict[str, str]) -> Body:
+        """Answer what `GET /api/v1/regressions` answers."""
 
     def pages(self, filters: dict[str, str]) -> AsyncIterator[list[Body]]:
         """Yield page after page of what `GET /api/v1/runs` answers, each run with its first events."""
@@ -68,6 +71,11 @@ class Local:
         """Read the statistics from the database."""
         query = stats.parse(urlencode(parameters), self._clock())
         return stats.to_json(query, await self._store.fetch(query))
+
+    async def regressions(self, parameters: dict[str, str]) -> Body:
+        """Look for regressions in the database."""
+        query = regressions.parse(urlencode(parameters), self._clock())
+        return regressions.to_json(query, await self._store.fetch(query))
 
     async def pages(self, filters: dict[str, str]) -> AsyncIterator[list[Body]]:
         """Yield pages from the database."""
@@ -110,6 +118,11 @@ class Remote:
     async def stats(self, parameters: dict[str, str]) -> Body:
         """Ask for statistics."""
         answer: tuple[Body, str] = await self._ask("GET", "/api/v1/stats", params=parameters)
+        return answer[0]
+
+    async def regressions(self, parameters: dict[str, str]) -> Body:
+        """Ask for regressions."""
+        answer: tuple[Body, str] = await self._ask("GET", "/api/v1/regressions", params=parameters)
         return answer[0]
 
     async def pages(self, filters: dict[str, str]) -> AsyncIterator[list[Body]]:

@@ -82,6 +82,25 @@ def test_a_bar_leads_to_its_runs(page: Page) -> None:
     expect(page.locator(".told")).to_have_text(f"{runs} run{'' if runs == 1 else 's'}")
 
 
+def test_the_commit_that_broke_an_agent_is_named_with_its_runs(open_view: OpenPage, url: str) -> None:
+    found = get(url, "/api/v1/regressions")[1]["regressions"]
+    first = next(each for each in found if each["agent_name"] == "seo-optimizer")
+    page = open_view()
+    panel = page.locator("#regressions")
+    expect(panel.locator("li")).to_have_count(len(found))
+    shown = panel.locator("li").nth(found.index(first))
+    expect(shown).to_contain_text(f"{first['after']['success_rate'] * 100:.1f} % since commit")
+    expect(shown.locator(f'a[href="{first["commit_url"]}"]')).to_have_attribute("rel", "noopener noreferrer")
+    expect(shown.get_by_role("link", name="Run demo-")).to_have_count(len(first["runs"]))
+    shown.get_by_role("link", name=f"Run {first['runs'][0]}", exact=True).click()
+    expect(page).to_have_url(re.compile(f"#/run/{first['runs'][0]}$"))
+    expect(page.locator(f'a[href="{first["commit_url"]}"]')).to_be_visible()
+    page.go_back()
+    shown.locator(".name").click()
+    expect(page).to_have_url(re.compile(f"git_commit_hash={first['first_bad_commit']}"))
+    expect(page.locator(".table-body .line").first).to_contain_text("seo-optimizer")
+
+
 def test_a_run_shows_everything(open_view: OpenPage, url: str) -> None:
     run = get(url, "/api/v1/runs?status=failure&agent_name=seo-optimizer&limit=1")[1][0]
     page = open_view(f"#/run/{run['event_id']}")

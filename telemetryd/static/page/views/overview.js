@@ -6,6 +6,7 @@ import { h } from "../dom.js";
 import { DAY, HOUR, bytes, count, counted, dayOf, duration, percent, short, timeOf } from "../format.js";
 import { onHealth } from "../health.js";
 import { choice, every, fillLater, panel, sentence, summaryOf, when } from "../parts.js";
+import { regressionsPanel } from "../regressions.js";
 import { exact, href, runHref } from "../route.js";
 import { BAD, badge } from "../status.js";
 
@@ -170,6 +171,7 @@ export function show(root, { parameters, signal }) {
     h("div", { class: "view-head" }, heading, picker),
     figures,
     panel("Runs per hour", chart),
+    regressionsPanel(signal),
     h("div", { class: "columns" }, panel("Most failures", worst), panel("Slowest agents", slow, { note: "95 % end within" })),
     h("div", { class: "columns wide-left" }, panel("Latest failures", latest, { tools: h("a", { href: href("runs", { status: BAD.join(",") }) }, "All", h("span", { class: "unseen" }, " failures")) }), daemonPanel(signal)),
   );

@@ -1,0 +1,78 @@
+"""The command that names the commits that broke something: regressions."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import click
+
+from telemetryd.cli.options import failing, json_flag, load_settings, print_json, settings_flags
+from telemetryd.cli.statistics import show_duration
+from telemetryd.cli.target import Body, find_target
+from telemetryd.cli.upkeep import DAEMON, SETTINGS, address
+from telemetryd.settings import Settings
+
+
+@click.command()
+@click.option("--from", "begin", default="-30d", show_default=True, metavar="TIME", help="A time, or an age: -7d.")
+@click.option("--to", "end", default="now", show_default=True, metavar="TIME", help="A time, an age, or now.")
+@click.option("--agent", "agent_name", metavar="NAMES", help="Only these agents: a,b or web-*.")
+@click.option("--job", "job_type", metavar="NAMES", help="Only these job types.")
+@json_flag
+@address
+@settings_flags(*SETTINGS, **DAEMON)
+def regressions(
+    *, begin: str, end: str, agent_name: str | None, job_type: str | None, as_json: bool, url: str | None, **flags: Any
+) -> None:
+    r"""Name the commits that made runs fail or take longer.
+
+    Runs count by their git_commit_hash, for each agent and job type. A pair in which no commit changes anything gives a
+    finding in at most 1 of 100 looks. The running daemon is asked, or the database directly if none runs.
+
+    \b
+    Examples:
+      telemetryd regressions
+      telemetryd regressions --agent 'seo-*' --from -7d
+      telemetryd regressions --json --unix /run/telemetryd/telemetryd.sock
+    """
+    settings = load_settings(flags).settings
+    given = {"from": begin, "to": end, "agent_name": agent_name, "job_type": job_type}
+    parameters = {name: value for name, value in given.items() if value is not None}
+    with failing():
+        answer = asyncio.run(_fetch(settings, url, parameters))
+    if as_json:
+        print_json(answer)
+    else:
+        click.echo(told(answer))
+
+
+async def _fetch(settings: Settings, url: str | None, parameters: dict[str, str]) -> Body:
+    async with find_target(settings, url) as target:
+        return await target.regressions(parameters)
+
+
+def told(answer: Body) -> str:
+    """Return the answer as lines for people, a paragraph for each finding."""
+    pairs, span = answer["pairs"], f"from {answer['from']} to {answer['to']}"
+    looked = f"{pairs:,} pair{'' if pairs == 1 else 's'} of agent and job type with several commits, {span}"
+    if not answer["regressions"]:
+        return f"No commit made anything worse in {looked}"
+    return "\n\n".join([*map(_paragraph, answer["regressions"]), f"Looked at: {looked}"])
+
+
+def _paragraph(finding: Body) -> str:
+    before, after = finding["before"], finding["after"]
+    if finding["measure"] == "success_rate":
+        change = f"success rate {before['success_rate']:.1%} -> {after['success_rate']:.1%}"
+    else:
+        times = (show_duration(side["median_duration_ms"]) for side in (before, after))
+        change = f"median duration {' -> '.join(times)}"
+    return "\n".join(
+        [
+            f"{finding['agent_name']} / {finding['job_type']}: {change} (p = {finding['p_value']:.1g})",
+            f"  first bad commit  {finding['first_bad_commit']}  {finding['commit_url'] or ''}".rstrip(),
+            f"  last good commit  {finding['last_good_commit']}",
+            f"  runs              {before['runs']:,} before, {after['runs']:,} since; see {', '.join(finding['runs'])}",
+        ]
+    )
