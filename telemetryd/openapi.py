@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 import telemetryd
-from telemetryd import admin, certificates, changes, events, filters, flow, queries, runs, sketches, stats
+from telemetryd import admin, certificates, changes, events, filters, flow, queries, rules, runs, sketches, stats
 
 _REF: Final = "#/components/schemas/{model}"
 Schema = dict[str, Any]
@@ -250,6 +250,34 @@ def stats_answer() -> Schema:
             "bucket": {"anyOf": [STRING, {"type": "null"}]},
             "group_by": {"type": "array", "items": {"enum": list(stats.NAMES)}},
             "groups": {"type": "array", "items": obj({**named, **group}, group)},
+        }
+    )
+
+
+def alerts_answer() -> Schema:
+    """Return the schema of what `GET /api/v1/alerts` answers."""
+    moment: Schema = {"type": "string", "format": "date-time"}
+    firing = {
+        "subject": obj({"agent_name": STRING, "job_type": STRING}, ("agent_name",)),
+        "since": moment,
+        "seq": {**INTEGER, "description": "Where the commit sequence stood when it was found."},
+        "summary": STRING,
+        "details": {"type": "object"},
+    }
+    rule = {
+        "name": STRING,
+        "kind": {"enum": list(rules.KINDS)},
+        "state": {"enum": ["firing", "ok"]},
+        "problem": {"anyOf": [STRING, {"type": "null"}], "description": "Why it cannot be evaluated now."},
+        "webhooks": {"type": "array", "items": STRING},
+        "firing": {"type": "array", "items": obj(firing)},
+    }
+    waiting = {**INTEGER, "description": "Messages that are not confirmed yet."}
+    return obj(
+        {
+            "evaluated_at": {"anyOf": [moment, {"type": "null"}]},
+            "rules": {"type": "array", "items": obj(rule)},
+            "webhooks": {"type": "array", "items": obj({"name": STRING, "waiting": waiting})},
         }
     )
 

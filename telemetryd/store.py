@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any, Final, TypeVar, overload
 
 from telemetryd import migrate
+from telemetryd.alerts import Delivery, EvaluateRules, Evaluation, Kept, ListDeliveries, ListFiring
 from telemetryd.changes import Changes, Followed, GetFollowed, ListChanges
 from telemetryd.commands import (
+    AlertCommand,
     Applied,
     ApplyChanges,
     Command,
@@ -81,7 +83,7 @@ from telemetryd.queries import (
 from telemetryd.reader import Readers
 from telemetryd.runs import Row, format_timestamp, utc_now
 from telemetryd.settings import Settings
-from telemetryd.statements import copying, counting, fetching, following, full_text, rollups
+from telemetryd.statements import alerting, copying, counting, fetching, following, full_text, rollups
 from telemetryd.statements.transaction import MINUTE, Transaction
 from telemetryd.stats import GetStats
 from telemetryd.writer import GROUP_ROWS, Writer
@@ -98,6 +100,9 @@ Query = (
     | CountStale
     | CountMatching
     | GetStats
+    | EvaluateRules
+    | ListFiring
+    | ListDeliveries
 )
 Answer = (
     Page
@@ -110,6 +115,9 @@ Answer = (
     | Counts
     | int
     | list[dict[str, Any]]
+    | Evaluation
+    | Kept
+    | list[Delivery]
     | None
 )
 
@@ -124,6 +132,9 @@ _READERS: Final[Mapping[type[Query], Callable[..., Answer]]] = {
     CountStale: fetching.count_stale,
     CountMatching: counting.count_matching,
     GetStats: rollups.fetch_stats,
+    EvaluateRules: alerting.evaluate,
+    ListFiring: lambda connection, query: alerting.fetch_kept(connection),
+    ListDeliveries: alerting.fetch_deliveries,
 }
 """What answers each query, given a connection and the query, in a reader's thread."""
 
@@ -408,6 +419,9 @@ class Store:
     @overload
     async def submit(self, command: ReapRuns) -> Reaped: ...
 
+    @overload
+    async def submit(self, command: AlertCommand) -> int: ...
+
     async def submit(self, command: Command) -> Outcome:
         """Queue a change and wait until it is durable; return its outcome.
 
@@ -449,6 +463,15 @@ class Store:
 
     @overload
     async def fetch(self, query: GetStats) -> list[dict[str, Any]]: ...
+
+    @overload
+    async def fetch(self, query: EvaluateRules) -> Evaluation: ...
+
+    @overload
+    async def fetch(self, query: ListFiring) -> Kept: ...
+
+    @overload
+    async def fetch(self, query: ListDeliveries) -> list[Delivery]: ...
 
     async def fetch(self, query: Query) -> Answer:
         """Answer a query; it sees every change that was acknowledged before it.
