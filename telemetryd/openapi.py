@@ -122,7 +122,7 @@ def filter_parameters() -> tuple[Schema, ...]:
         for name in runs.FILTERS
     ]
     described += [
-        (name, f"Only runs with {column} {comparison} this: a moment, now, or a time ago such as -2h.", STRING)
+        (name, f"Only runs with {column} {comparison} this: a moment, now, or a time ago such as -2h.", _MOMENT)
         for name, (column, comparison) in filters.TIME_BOUNDS.items()
     ]
     described += [
@@ -180,6 +180,7 @@ def export_parameters() -> tuple[Schema, ...]:
     )
 
 
+_MOMENT: Final[Schema] = {"type": "string", "minLength": 1}
 _PLAIN_TEXT: Final[Schema] = {"type": "string", "minLength": 1, "maxLength": filters.MAX_TEXT}
 _PLAIN_INTEGER: Final[Schema] = {"type": "integer", "minimum": 0, "maximum": runs.MAX_INTEGER}
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from telemetryd.errors import InvalidRequestError
-from telemetryd.filters import Filters
+from telemetryd.filters import Filters, quoted
 from telemetryd.queries import ListRuns, Position, parse_list
 from telemetryd.runs import MAX_INTEGER, canonical_timestamp
 from tests.conftest import Api, make_run
@@ -173,7 +173,7 @@ def test_any_query_string_is_read_or_refused_in_one_sentence(text: str) -> None:
 POSITIONS = st.builds(
     Position, st.datetimes().map(lambda moment: canonical_timestamp(moment.isoformat())), st.integers(0, MAX_INTEGER)
 )
-NAMES = st.text(min_size=1, max_size=20).filter(lambda text: text.strip() and "\0" not in text)
+NAMES = st.text(min_size=1, max_size=20).filter(lambda text: text.strip() and "\0" not in text).map(quoted)
 FILTERS = st.fixed_dictionaries(
     {},
     optional={

@@ -440,7 +440,7 @@ async def test_a_bad_value_of_each_parameter(shared: Api, name: str) -> None:
     await check_alive(shared)
 
 
-@pytest.mark.parametrize("name", ["limits", "Limit", "agent", "sort", "id", "__proto__", "a" * 5000, "%00", ""])
+@pytest.mark.parametrize("name", ["limits", "Limit", "agent", "order", "id", "__proto__", "a" * 5000, "%00", ""])
 async def test_an_unknown_parameter(shared: Api, name: str) -> None:
     detail = check_error(await query(shared, f"{name}=1"), 400)
     assert detail.startswith("Unknown query parameter ")

@@ -44,7 +44,7 @@ def take(browser: Browser, url: str, folder: Path) -> None:
             page = open_page(browser, is_phone=is_phone, theme=theme)
             page.goto(f"{url}/{address}")
             page.wait_for_selector(marker)
-            page.wait_for_function("!document.querySelector('[aria-busy]')")
+            page.wait_for_selector("[aria-busy]", state="detached")
             if name == "family":
                 page.locator(marker).scroll_into_view_if_needed()
                 page.evaluate("scrollBy(0, 400)")
