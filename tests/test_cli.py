@@ -13,7 +13,6 @@ from telemetryd.cli import main
 from tests.tools.old_databases import make_old_database
 from tests.tools.process import telemetryd
 
-
 COMMANDS = {
     " ".join((*group, name)): command
     for name, each in main.commands.items()
