@@ -1,4 +1,4 @@
--- The schema of a telemetryd database, version 14.
+-- The schema of a telemetryd database, version 15.
 -- Generated from migrations/ by `make schema`; do not edit.
 
 CREATE TABLE agent_runs (
@@ -49,6 +49,25 @@ CREATE TABLE agent_runs (
     git_commit_author TEXT,
     git_commit_timestamp TEXT
 ) STRICT;
+
+CREATE TABLE alert_deliveries (
+    number INTEGER PRIMARY KEY,
+    webhook TEXT NOT NULL,
+    id TEXT NOT NULL,
+    created_at TEXT NOT NULL,
+    body TEXT NOT NULL
+) STRICT;
+
+CREATE TABLE alert_states (
+    rule TEXT NOT NULL,
+    agent_name TEXT NOT NULL,
+    job_type TEXT NOT NULL,
+    since TEXT NOT NULL,
+    seq INTEGER NOT NULL,
+    summary TEXT NOT NULL,
+    details TEXT NOT NULL CHECK (json_valid(details)),
+    PRIMARY KEY (rule, agent_name, job_type)
+) STRICT, WITHOUT ROWID;
 
 CREATE TABLE change_feed (
     epoch TEXT NOT NULL,
@@ -154,6 +173,8 @@ CREATE TABLE unconverted_values (
 
 CREATE UNIQUE INDEX idx_changes_seq ON run_changes (seq);
 
+CREATE INDEX idx_deliveries_webhook ON alert_deliveries (webhook, number);
+
 CREATE UNIQUE INDEX idx_events_key ON run_events (run, event_key);
 
 CREATE INDEX idx_events_time ON run_events (run, timestamp);
@@ -193,4 +214,4 @@ CREATE INDEX idx_runs_status ON agent_runs (status, created_at);
 CREATE INDEX idx_runs_website ON agent_runs (website, created_at) WHERE website IS NOT NULL;
 
 PRAGMA application_id = 1953262948;
-PRAGMA user_version = 14;
+PRAGMA user_version = 15;

@@ -261,5 +261,87 @@ class Applied:
     changes: int
 
 
-Command = CreateRuns | UpdateRun | CreateEvents | RegisterProcess | EndProcess | PruneRuns | ReapRuns | ApplyChanges
-Outcome = Created | Updated | EventsCreated | Registration | ProcessEnded | Pruned | Reaped | Applied | None
+@dataclass(frozen=True, slots=True)
+class AlertChange:
+    """That a rule began to fire for a subject, or ceased, and the message that tells of it."""
+
+    id: str
+    rule: str
+    agent_name: str
+    job_type: str
+    """Empty if the rule is about agents."""
+    firing: bool
+    since: str
+    seq: int
+    summary: str
+    details: str
+    """JSON."""
+    webhooks: tuple[str, ...]
+    body: str
+
+
+@dataclass(frozen=True, slots=True)
+class RecordAlerts:
+    """Store changes of alerts with the deliveries that they make. Outcome: how many old deliveries were given up."""
+
+    changes: tuple[AlertChange, ...]
+
+    @property
+    def cost(self) -> int:
+        """How many rows it touches at most."""
+        return sum(1 + len(change.webhooks) for change in self.changes)
+
+    @property
+    def size(self) -> int:
+        """About how many bytes it holds."""
+        return sum(len(change.body) for change in self.changes)
+
+
+@dataclass(frozen=True, slots=True)
+class ConfirmDelivery:
+    """Forget a delivery: it was confirmed, or is given up. Outcome: how many there were, 1 or 0."""
+
+    number: int
+
+    @property
+    def cost(self) -> int:
+        """How many rows it touches at most."""
+        return 1
+
+    @property
+    def size(self) -> int:
+        """About how many bytes it holds."""
+        return 0
+
+
+@dataclass(frozen=True, slots=True)
+class KeepAlerts:
+    """Forget alerts of all rules but these, and deliveries to all webhooks but these. Outcome: how many there were."""
+
+    rules: tuple[str, ...]
+    webhooks: tuple[str, ...]
+
+    @property
+    def cost(self) -> int:
+        """How many rows it touches at most."""
+        return 1
+
+    @property
+    def size(self) -> int:
+        """About how many bytes it holds."""
+        return 0
+
+
+AlertCommand = RecordAlerts | ConfirmDelivery | KeepAlerts
+Command = (
+    CreateRuns
+    | UpdateRun
+    | CreateEvents
+    | RegisterProcess
+    | EndProcess
+    | PruneRuns
+    | ReapRuns
+    | ApplyChanges
+    | AlertCommand
+)
+Outcome = Created | Updated | EventsCreated | Registration | ProcessEnded | Pruned | Reaped | Applied | int | None

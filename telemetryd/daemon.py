@@ -20,12 +20,14 @@ from aiohttp import web
 
 import telemetryd
 from telemetryd import upkeep
+from telemetryd.alerting import Alerting
 from telemetryd.connections import make_runner
 from telemetryd.disk import network_file_system
 from telemetryd.http import make_app
 from telemetryd.listening import bound
 from telemetryd.logs import log
 from telemetryd.metrics import Metrics
+from telemetryd.rules import load_rules
 from telemetryd.runs import utc_now
 from telemetryd.settings import LoadedSettings, Settings
 from telemetryd.store import Store
@@ -55,23 +57,27 @@ async def running(
     Sockets that the service manager has passed stand in for those that the settings name.
 
     Raises:
+        ConfigurationError: if the rules of alerts cannot be used; nothing is touched then.
         AddressError: if an address cannot be listened on; the database is not touched then.
         DatabaseError: if the database cannot be used.
 
     """
+    rules = load_rules(settings.alerts_file)
     async with bound(settings, passed) as sockets:
         metrics = Metrics()
         store = await Store.open(settings, metrics, clock)
         try:
             await store.keep_full_text()
-            runner = make_runner(make_app(store, settings, metrics), settings)
+            alerting = Alerting(store, rules, clock)
+            runner = make_runner(make_app(store, settings, metrics, alerting), settings)
             await runner.setup()
-            chores = asyncio.create_task(upkeep.keep_up(store, settings, clock))
+            chores = tuple(map(asyncio.create_task, (upkeep.keep_up(store, settings, clock), alerting.run())))
             try:
                 yield Running(store, await _listen(runner, sockets))
             finally:
-                chores.cancel()
-                await asyncio.wait((chores,))
+                for chore in chores:
+                    chore.cancel()
+                await asyncio.wait(chores)
                 # First no new requests and an answer to those in flight, for which the writer is still needed.
                 await runner.cleanup()
         finally:
@@ -95,6 +101,7 @@ async def serve(loaded: LoadedSettings) -> int:
     """Serve until SIGTERM or SIGINT, or until the writer dies of a bug; return the process's exit status.
 
     Raises:
+        ConfigurationError: if the rules of alerts cannot be used.
         AddressError: if an address cannot be listened on.
         DatabaseError: if the database cannot be used.
 

@@ -17,6 +17,7 @@ from aiohttp import web
 
 import telemetryd
 from telemetryd import admin, events, openapi, pages, queries, regressions, runs, stats
+from telemetryd.alerting import Alerting
 from telemetryd.body import JSON_TYPES, NDJSON_TYPES, Bodies, check_media_type
 from telemetryd.certificates import Certificates, ProcessRequest
 from telemetryd.commands import CreateEvents, CreateRuns, UpdateRun
@@ -30,6 +31,7 @@ from telemetryd.exports import Exports
 from telemetryd.metrics import Metrics, wants_prometheus
 from telemetryd.middleware import NOTE, REASON, Handler, json_response, middleware
 from telemetryd.openapi import EVENT_ID, INCLUDE, INTEGER, STRING, WARNINGS, Operation, obj, ref
+from telemetryd.rules import Rules
 from telemetryd.settings import Settings
 from telemetryd.store import Store
 from telemetryd.tails import add_feed, list_changes, stream_runs
@@ -40,6 +42,7 @@ METRICS: Final = web.AppKey("metrics", Metrics)
 CERTIFICATES: Final = web.AppKey("certificates", Certificates)
 BODIES: Final = web.AppKey("bodies", Bodies)
 EXPORTS: Final = web.AppKey("exports", Exports)
+ALERTING: Final = web.AppKey("alerting", Alerting)
 DOCUMENT: Final = web.AppKey("document", bytes)
 
 
@@ -455,6 +458,14 @@ async def get_metrics(request: web.Request) -> web.Response:
     return json_response(answer)
 
 
+async def list_alerts(request: web.Request) -> web.Response:
+    """Answer the rules of alerts with what they are firing for."""
+    queries.parse_parameters(request.rel_url.raw_query_string, ())
+    answer = await request.app[ALERTING].shown()
+    request[NOTE].say("Alerts listed", result_count=sum(len(rule["firing"]) for rule in answer["rules"]))
+    return json_response(answer)
+
+
 async def get_openapi(request: web.Request) -> web.Response:
     """Answer the OpenAPI document."""
     request[NOTE].say("Document served", logging.DEBUG)
@@ -815,6 +826,17 @@ ROUTES: Final[tuple[Route, ...]] = (
     ),
     Route(
         "GET",
+        "/api/v1/alerts",
+        list_alerts,
+        Operation(
+            "List the rules of alerts and their state",
+            "The rules of TELEMETRY_ALERTS_FILE, in its order, and for which agents (and job types) each is firing.",
+            answers={200: ("The rules.", openapi.alerts_answer())},
+            errors=(400, 503),
+        ),
+    ),
+    Route(
+        "GET",
         "/api/v1/metadata",
         get_metadata,
         Operation(
@@ -975,7 +997,7 @@ def operations() -> Iterator[tuple[str, str, Operation]]:
             yield route.method, route.path, route.operation
 
 
-def make_app(store: Store, settings: Settings, metrics: Metrics) -> web.Application:
+def make_app(store: Store, settings: Settings, metrics: Metrics, alerting: Alerting | None = None) -> web.Application:
     """Return the app that answers for one store."""
     passed = middleware(settings, metrics, store.flow)
     app = web.Application(middlewares=[passed], client_max_size=settings.max_body_bytes)
@@ -985,6 +1007,7 @@ def make_app(store: Store, settings: Settings, metrics: Metrics) -> web.Applicat
     add_feed(app, store, metrics)
     app[BODIES] = Bodies(settings.max_body_bytes)
     app[EXPORTS] = Exports(settings)
+    app[ALERTING] = alerting or Alerting(store, Rules())
     app[DOCUMENT] = orjson.dumps(openapi.document(operations(), needs_token=settings.api_auth_enabled))
     # aiohttp's own pattern of a variable part leaves out braces, which an event_id may hold.
     paths = ((route, route.path.replace("{event_id}", "{event_id:[^/]+}")) for route in ROUTES)

@@ -21,6 +21,7 @@ from telemetryd import (
     flow,
     queries,
     regressions,
+    rules,
     runs,
     sketches,
     stats,
@@ -315,6 +316,34 @@ def regressions_answer() -> Schema:
             "alpha": {**share, "description": "How often a pair in which no commit changes anything gives a finding."},
             "pairs": {**INTEGER, "description": "Pairs of agent and job type with runs of at least two commits."},
             "regressions": {"type": "array", "items": obj(finding)},
+        }
+    )
+
+
+def alerts_answer() -> Schema:
+    """Return the schema of what `GET /api/v1/alerts` answers."""
+    moment: Schema = {"type": "string", "format": "date-time"}
+    firing = {
+        "subject": obj({"agent_name": STRING, "job_type": STRING}, ("agent_name",)),
+        "since": moment,
+        "seq": {**INTEGER, "description": "Where the commit sequence stood when it was found."},
+        "summary": STRING,
+        "details": {"type": "object"},
+    }
+    rule = {
+        "name": STRING,
+        "kind": {"enum": list(rules.KINDS)},
+        "state": {"enum": ["firing", "ok"]},
+        "problem": {"anyOf": [STRING, {"type": "null"}], "description": "Why it cannot be evaluated now."},
+        "webhooks": {"type": "array", "items": STRING},
+        "firing": {"type": "array", "items": obj(firing)},
+    }
+    waiting = {**INTEGER, "description": "Messages that are not confirmed yet."}
+    return obj(
+        {
+            "evaluated_at": {"anyOf": [moment, {"type": "null"}]},
+            "rules": {"type": "array", "items": obj(rule)},
+            "webhooks": {"type": "array", "items": obj({"name": STRING, "waiting": waiting})},
         }
     )
 

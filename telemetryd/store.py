@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any, Final, TypeVar, overload
 
 from telemetryd import migrate
+from telemetryd.alerts import Delivery, EvaluateRules, Evaluation, Kept, ListDeliveries, ListFiring
 from telemetryd.changes import Changes, Followed, GetFollowed, ListChanges
 from telemetryd.commands import (
+    AlertCommand,
     Applied,
     ApplyChanges,
     Command,
@@ -82,7 +84,7 @@ from telemetryd.reader import Readers
 from telemetryd.regressions import Findings, FindRegressions
 from telemetryd.runs import Row, format_timestamp, utc_now
 from telemetryd.settings import Settings
-from telemetryd.statements import copying, counting, fetching, following, full_text, regressing, rollups
+from telemetryd.statements import alerting, copying, counting, fetching, following, full_text, regressing, rollups
 from telemetryd.statements.transaction import MINUTE, Transaction
 from telemetryd.stats import GetStats
 from telemetryd.writer import GROUP_ROWS, Writer
@@ -100,6 +102,9 @@ Query = (
     | CountMatching
     | GetStats
     | FindRegressions
+    | EvaluateRules
+    | ListFiring
+    | ListDeliveries
 )
 Answer = (
     Page
@@ -113,6 +118,9 @@ Answer = (
     | Findings
     | int
     | list[dict[str, Any]]
+    | Evaluation
+    | Kept
+    | list[Delivery]
     | None
 )
 
@@ -128,6 +136,9 @@ _READERS: Final[Mapping[type[Query], Callable[..., Answer]]] = {
     CountMatching: counting.count_matching,
     GetStats: rollups.fetch_stats,
     FindRegressions: regressing.fetch_regressions,
+    EvaluateRules: alerting.evaluate,
+    ListFiring: lambda connection, query: alerting.fetch_kept(connection),
+    ListDeliveries: alerting.fetch_deliveries,
 }
 """What answers each query, given a connection and the query, in a reader's thread."""
 
@@ -412,6 +423,9 @@ class Store:
     @overload
     async def submit(self, command: ReapRuns) -> Reaped: ...
 
+    @overload
+    async def submit(self, command: AlertCommand) -> int: ...
+
     async def submit(self, command: Command) -> Outcome:
         """Queue a change and wait until it is durable; return its outcome.
 
@@ -456,6 +470,15 @@ class Store:
 
     @overload
     async def fetch(self, query: FindRegressions) -> Findings: ...
+
+    @overload
+    async def fetch(self, query: EvaluateRules) -> Evaluation: ...
+
+    @overload
+    async def fetch(self, query: ListFiring) -> Kept: ...
+
+    @overload
+    async def fetch(self, query: ListDeliveries) -> list[Delivery]: ...
 
     async def fetch(self, query: Query) -> Answer:
         """Answer a query; it sees every change that was acknowledged before it.

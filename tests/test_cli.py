@@ -6,16 +6,24 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
 from telemetryd.cli import main
 from tests.tools.old_databases import make_old_database
 from tests.tools.process import telemetryd
 
+COMMANDS = {
+    " ".join((*group, name)): command
+    for name, each in main.commands.items()
+    for group, commands in [((name,), each.commands) if isinstance(each, click.Group) else ((), {name: each})]
+    for name, command in commands.items()
+}
 
-@pytest.mark.parametrize("command", sorted(main.commands))
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_help_shows_examples_and_a_json_flag(command: str) -> None:
-    described = main.commands[command]
+    described = COMMANDS[command]
     assert "Examples:" in (described.help or "")
     assert "\\b" not in (described.help or "")
     if command != "serve":

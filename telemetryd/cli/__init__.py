@@ -10,6 +10,7 @@ import click
 
 import telemetryd
 from telemetryd.cli import agents, database, demo, serve, statistics, transfer, upkeep
+from telemetryd.cli.alerts import alerts
 from telemetryd.cli.follow import follow
 from telemetryd.cli.options import NO_FLAG
 from telemetryd.cli.regressions import regressions
@@ -53,6 +54,7 @@ for command in (
     upkeep.reap,
     statistics.stats,
     regressions,
+    alerts,
     tail,
     follow,
     transfer.export,
@@ -63,6 +65,6 @@ for command in (
 ):
     main.add_command(command)
 
-for described in (main, *main.commands.values()):
+for described in (main, *main.commands.values(), *alerts.commands.values()):
     # Click leaves a paragraph's lines as they are behind a backspace, which a raw docstring cannot hold.
     described.help = (described.help or "").replace("\\b", "\b")

@@ -10,8 +10,8 @@ from typing import Any
 import click
 
 from telemetryd import daemon
-from telemetryd.cli.options import EXIT_FAILURE, json_flag, load_settings, print_json, settings_flags
-from telemetryd.errors import AddressError, DatabaseError, sentence
+from telemetryd.cli.options import EXIT_FAILURE, EXIT_USAGE, json_flag, load_settings, print_json, settings_flags
+from telemetryd.errors import AddressError, ConfigurationError, DatabaseError, sentence
 from telemetryd.logs import logging_to
 
 try:
@@ -51,6 +51,10 @@ def serve(**flags: Any) -> None:
         except (AddressError, DatabaseError) as error:
             click.echo(f"telemetryd: {sentence(error)}", err=True)
             status = EXIT_FAILURE
+        except ConfigurationError as error:
+            for problem in error.problems:
+                click.echo(f"telemetryd: {problem}", err=True)
+            status = EXIT_USAGE
     sys.exit(status)
 
 

@@ -42,10 +42,12 @@ SAVE_RUN: Final = (
 )
 KEEP_ORIGINAL: Final = "INSERT OR IGNORE INTO unconverted_values (run, field, reason, original) VALUES (?, ?, ?, ?)"
 
-BESIDE_RUNS: Final = ("unconverted_values", "run_events", "run_processes")
+_OF_RUNS: Final = ("unconverted_values", "run_events", "run_processes")
+
+BESIDE_RUNS: Final = (*_OF_RUNS, "alert_states", "alert_deliveries")
 """The tables of the schema whose rows a salvage copies as they are."""
 
-_ABOUT_RUNS: Final = (*BESIDE_RUNS, "run_changes")
+_ABOUT_RUNS: Final = (*_OF_RUNS, "run_changes")
 """The tables whose rows refer to runs. A salvage makes a new sequence, in which no run has changed yet."""
 
 FIRST_NUMBER: Final = -(2**63)

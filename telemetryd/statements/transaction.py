@@ -19,12 +19,14 @@ from telemetryd.commands import (
     Applied,
     ApplyChanges,
     Command,
+    ConfirmDelivery,
     CopiedRun,
     Created,
     CreateEvents,
     CreateRuns,
     EndProcess,
     EventsCreated,
+    KeepAlerts,
     Outcome,
     Process,
     ProcessEnded,
@@ -32,6 +34,7 @@ from telemetryd.commands import (
     PruneRuns,
     Reaped,
     ReapRuns,
+    RecordAlerts,
     RegisterProcess,
     Registration,
     Updated,
@@ -47,7 +50,7 @@ from telemetryd.runs import (
     SqlValue,
     Status,
 )
-from telemetryd.statements import copying, rollups
+from telemetryd.statements import alerting, copying, rollups
 from telemetryd.statements.choosing import select_prunable, select_stale
 from telemetryd.statements.rollups import FACTS, Facts
 from telemetryd.statements.sequence import Sequence as CommitSequence
@@ -230,6 +233,8 @@ class Transaction:
                 outcome = self._reap(command)
             case ApplyChanges():
                 outcome = self._apply_changes(command)
+            case RecordAlerts() | ConfirmDelivery() | KeepAlerts():
+                outcome = alerting.apply(self._cursor, command, self._now)
         return outcome
 
     @contextmanager

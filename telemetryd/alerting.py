@@ -1,0 +1,163 @@
+"""Evaluates the rules of alerts again and again, keeps what changed, and has it delivered until it is confirmed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, Final
+
+import aiohttp
+
+from telemetryd import alerts, webhooks
+from telemetryd.alerts import Delivery, EvaluateRules, ListDeliveries, ListFiring
+from telemetryd.commands import ConfirmDelivery, KeepAlerts, RecordAlerts
+from telemetryd.errors import TelemetrydError, sentence
+from telemetryd.logs import log
+from telemetryd.rules import Rules, Webhook
+from telemetryd.runs import format_timestamp, utc_now
+from telemetryd.store import Store
+
+_GIVE_UP_AFTER: Final = timedelta(hours=24)
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How long to wait before a message is sent again: twice as long each time, up to a bound, less a random part."""
+
+    first_s: float = 1.0
+    longest_s: float = 300.0
+
+    def pause_s(self, failures: int) -> float:
+        """Return the pause after so many failures, from half of the full one up to that."""
+        full_s: float = min(self.first_s * 2 ** min(failures - 1, 30), self.longest_s)
+        return full_s * random.uniform(0.5, 1.0)  # noqa: S311 - only so that not all come at once
+
+
+class Alerting:
+    """The alerts of one daemon."""
+
+    def __init__(
+        self, store: Store, rules: Rules, clock: Callable[[], datetime] = utc_now, pace: Pace | None = None
+    ) -> None:
+        self._store, self._rules, self._clock = store, rules, clock
+        self._pace = pace or Pace()
+        self._news = {webhook.name: asyncio.Event() for webhook in rules.webhooks}
+        self._evaluated_at: str | None = None
+        self._problems: dict[str, str] = {}
+
+    async def shown(self) -> dict[str, Any]:
+        """Return what `GET /api/v1/alerts` answers.
+
+        Raises:
+            UnavailableError: if the database cannot be read.
+
+        """
+        return alerts.shown(self._rules, await self._store.fetch(ListFiring()), self._evaluated_at, self._problems)
+
+    async def run(self) -> None:
+        """Work for ever; cancel it to end it. Nothing happens if there are no rules.
+
+        The first evaluation comes after one pause, so that agents can send what waited for the daemon to start.
+        """
+        if not self._rules.rules and not self._rules.webhooks:
+            return
+        await self._forget()
+        async with webhooks.open_session() as session, asyncio.TaskGroup() as group:
+            for webhook in self._rules.webhooks:
+                group.create_task(self._deliver(session, webhook))
+            while True:
+                await asyncio.sleep(self._rules.every_s)
+                try:
+                    await self.evaluate()
+                except TelemetrydError as error:
+                    log.warning("Alerts postponed", extra={"error_message": sentence(error)})
+
+    async def _forget(self) -> None:
+        """Forget what belongs to rules and webhooks that are not in the file any more."""
+        rules, hooks = self._rules.rules, self._rules.webhooks
+        command = KeepAlerts(tuple(rule.name for rule in rules), tuple(webhook.name for webhook in hooks))
+        while True:
+            try:
+                forgotten = await self._store.submit(command)
+            except TelemetrydError as error:
+                log.warning("Alerts postponed", extra={"error_message": sentence(error)})
+                await asyncio.sleep(self._pace.longest_s / 60)
+                continue
+            if forgotten:
+                log.info("Alerts of rules and webhooks that are gone forgotten", extra={"result_count": forgotten})
+            return
+
+    async def evaluate(self) -> None:
+        """Evaluate every rule once, and store what changed together with what is to be delivered.
+
+        Raises:
+            UnavailableError: if that is not possible; what changed is found again the next time.
+
+        """
+        evaluation = await self._store.fetch(EvaluateRules(self._rules.rules, self._clock()))
+        problems = {rule: found for rule, found in evaluation.found.items() if isinstance(found, str)}
+        for rule, problem in problems.items():
+            if self._problems.get(rule) != problem:
+                log.warning("Rule not evaluated", extra={"rule": rule, "error_message": problem})
+        changed = alerts.changes(evaluation, self._rules, lambda: str(uuid.uuid4()))
+        if changed:
+            given_up = await self._store.submit(RecordAlerts(changed))
+            if given_up:
+                log.error("Deliveries given up: too many wait", extra={"result_count": given_up})
+        for change in changed:
+            log.log(
+                logging.WARNING if change.firing else logging.INFO,
+                "Alert firing" if change.firing else "Alert resolved",
+                extra={"rule": change.rule, "summary": change.summary, "delivery": change.id},
+            )
+            for name in change.webhooks:
+                self._news[name].set()
+        self._evaluated_at, self._problems = format_timestamp(evaluation.now), problems
+
+    async def _deliver(self, session: aiohttp.ClientSession, webhook: Webhook) -> None:
+        """Send what waits for a webhook, in its order, each until it is confirmed."""
+        news = self._news[webhook.name]
+        while True:
+            news.clear()
+            try:
+                waiting = await self._store.fetch(ListDeliveries(webhook.name))
+            except TelemetrydError as error:
+                log.warning("Alerts postponed", extra={"error_message": sentence(error)})
+                await asyncio.sleep(self._pace.pause_s(5))
+                continue
+            for delivery in waiting:
+                await self._send(session, webhook, delivery)
+                await self._confirm(delivery)
+            if not waiting:
+                await news.wait()
+
+    async def _send(self, session: aiohttp.ClientSession, webhook: Webhook, delivery: Delivery) -> None:
+        """Return when a message is confirmed, or too old."""
+        about = {"webhook": webhook.name, "delivery": delivery.id}
+        failures = 0
+        while (problem := await webhooks.post(session, webhook, delivery.id, delivery.body)) is not None:
+            failures += 1
+            if delivery.created_at < format_timestamp(self._clock() - _GIVE_UP_AFTER):
+                log.error("Delivery given up: a day old", extra={**about, "error_message": problem})
+                return
+            log.warning("Delivery postponed", extra={**about, "error_message": problem, "failures": failures})
+            await asyncio.sleep(self._pace.pause_s(failures))
+        log.info("Alert delivered", extra=about)
+
+    async def _confirm(self, delivery: Delivery) -> None:
+        """Note that a message needs not be sent again."""
+        failures = 0
+        while True:
+            try:
+                await self._store.submit(ConfirmDelivery(delivery.number))
+            except TelemetrydError as error:
+                failures += 1
+                log.warning("Alerts postponed", extra={"error_message": sentence(error)})
+                await asyncio.sleep(self._pace.pause_s(failures))
+            else:
+                return

@@ -1,0 +1,294 @@
+"""What alerts there are: facts become findings, findings become changes of state, as frozen data without SQL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, Final
+
+import orjson
+
+from telemetryd.commands import AlertChange
+from telemetryd.rules import ANY, FailureRate, Rule, Rules, Silent, Slow, Stale
+from telemetryd.runs import Status, format_timestamp
+from telemetryd.stats import GetStats, hour_number
+
+FAILED: Final = (str(Status.FAILURE), str(Status.TIMEOUT))
+"""What a failure rate counts as failed."""
+FINISHED: Final = tuple(str(status) for status in Status if status is not Status.RUNNING)
+_LONGEST: Final = timedelta(days=36_500)
+
+Group = Mapping[str, Any]
+"""A group as `stats` answers it."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Subject:
+    """What a rule has found: an agent, or a job type of an agent; else job_type is empty."""
+
+    agent_name: str
+    job_type: str = ""
+
+    def to_json(self) -> dict[str, str]:
+        """Return it as it is told."""
+        return {"agent_name": self.agent_name, **({"job_type": self.job_type} if self.job_type else {})}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """That a rule holds for a subject, in a sentence, and the figures."""
+
+    subject: Subject
+    summary: str
+    details: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluateRules:
+    """Which subjects each rule holds for, at a moment. Answer: `Evaluation`."""
+
+    rules: tuple[Rule, ...]
+    now: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class ListFiring:
+    """What is firing as it is stored, and how many deliveries wait. Answer: `Kept`."""
+
+
+@dataclass(frozen=True, slots=True)
+class ListDeliveries:
+    """The oldest deliveries that wait for a webhook. Answer: a list of `Delivery`."""
+
+    webhook: str
+    limit: int = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Firing:
+    """A rule that is firing for a subject, as it is stored."""
+
+    rule: str
+    subject: Subject
+    since: str
+    seq: int
+    summary: str
+    details: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What is firing, and for each webhook how many deliveries wait."""
+
+    firing: tuple[Firing, ...]
+    waiting: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """A message that waits for a webhook; the same id is the same message, however often it comes."""
+
+    number: int
+    id: str
+    created_at: str
+    body: str
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What the rules hold for in one snapshot, and what was firing in it."""
+
+    now: datetime
+    found: Mapping[str, tuple[Finding, ...] | str]
+    """By rule; or a sentence that says why that cannot be told, and then nothing changes."""
+    firing: tuple[Firing, ...]
+    seq: int
+    """Where the commit sequence stood, and in which epoch."""
+    epoch: str
+
+
+def silent(rule: Silent, now: datetime, heard: Mapping[str, str | None]) -> tuple[Finding, ...]:
+    """Find the agents that were last heard of too long ago, or never."""
+    before = ago(now, rule.after_s)
+    span = span_text(rule.after_s)
+    return tuple(
+        Finding(
+            Subject(agent),
+            f"{agent} has been silent for more than {span}" if last else f"{agent} has never been heard of",
+            {"last_heard": last, "after_s": rule.after_s},
+        )
+        for agent, last in heard.items()
+        if last is None or last < before
+    )
+
+
+def window_of(rule: FailureRate | Slow, now: datetime) -> GetStats:
+    """Return what to ask the statistics: the whole hours from that in which the window begins."""
+    names = {"agent_name": rule.agent_name, "job_type": rule.job_type}
+    chosen = {name: patterns for name, patterns in names.items() if patterns != ANY}
+    if isinstance(rule, Slow):
+        chosen["status"] = FINISHED
+    group_by = ("agent_name", "status" if isinstance(rule, FailureRate) else "job_type")
+    return GetStats(
+        hour_number(ago(now, rule.window_s)), hour_number(format_timestamp(now)) + 1, group_by, chosen=chosen
+    )
+
+
+def failure_rate(rule: FailureRate, groups: Iterable[Group]) -> tuple[Finding, ...]:
+    """Find the agents of which too many finished runs failed; groups are by agent and status."""
+    finished: dict[str, int] = {}
+    failed: dict[str, int] = {}
+    for group in groups:
+        if group["status"] in FINISHED:
+            agent = group["agent_name"]
+            finished[agent] = finished.get(agent, 0) + group["runs"]
+            failed[agent] = failed.get(agent, 0) + (group["runs"] if group["status"] in FAILED else 0)
+    return tuple(
+        Finding(
+            Subject(agent),
+            f"{failed[agent]} of the last {runs} runs of {agent} failed ({failed[agent] / runs:.1%}, more than "
+            f"{rule.above:.1%}) within {span_text(rule.window_s)}",
+            {"runs": runs, "failed": failed[agent], "rate": round(failed[agent] / runs, 6), "above": rule.above},
+        )
+        for agent, runs in finished.items()
+        if runs >= rule.min_runs and failed[agent] / runs > rule.above
+    )
+
+
+def limits(rule: Slow, groups: Iterable[Group]) -> dict[Subject, float]:
+    """Return for each job type of an agent how many milliseconds a run may take, where enough runs tell that."""
+    return {
+        Subject(group["agent_name"], group["job_type"]): group["duration_ms"]["p99"] * rule.factor
+        for group in groups
+        if group["runs"] >= rule.min_runs and group["duration_ms"]["p99"]
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """The running runs of a subject that are meant: how many, and the one that counts most."""
+
+    runs: int
+    event_id: str
+    since: str
+
+
+def slow(subject: Subject, limit_ms: float, running: Running) -> Finding:
+    """Tell of runs that take longer than the limit."""
+    return Finding(
+        subject,
+        f"{_runs(running.runs)} of {subject.agent_name} ({subject.job_type}) for longer than usual "
+        f"({span_text(limit_ms / 1000)}); the longest is {running.event_id}",
+        {"runs": running.runs, "limit_ms": round(limit_ms), "longest": running.event_id, "start_time": running.since},
+    )
+
+
+def stale(rule: Stale, agent: str, running: Running) -> Finding:
+    """Tell of runs that nobody has touched for too long."""
+    return Finding(
+        Subject(agent),
+        f"{_runs(running.runs)} of {agent} without a change for more than {span_text(rule.after_s)}; the oldest is "
+        f"{running.event_id}",
+        {"runs": running.runs, "after_s": rule.after_s, "oldest": running.event_id, "created_at": running.since},
+    )
+
+
+def _runs(number: int) -> str:
+    return "1 run is running" if number == 1 else f"{number} runs are running"
+
+
+def ago(now: datetime, seconds: float) -> str:
+    """Return the stored form of the moment so many seconds before now, at most a century."""
+    return format_timestamp(now - min(timedelta(seconds=min(seconds, _LONGEST.total_seconds())), _LONGEST))
+
+
+def span_text(seconds: float) -> str:
+    """Return a time for people: 90s, 2h, 1.5d."""
+    for size, unit in ((86_400, "d"), (3600, "h"), (60, "m")):
+        if seconds >= 2 * size or seconds == size:
+            return f"{seconds / size:.3g}{unit}"
+    return f"{seconds:.3g}s"
+
+
+def changes(evaluation: Evaluation, rules: Rules, new_id: Callable[[], str]) -> tuple[AlertChange, ...]:
+    """Return what has changed: who began to fire, and who ceased; one who goes on firing is no change."""
+    at = format_timestamp(evaluation.now)
+    changed: list[AlertChange] = []
+    for name, found in evaluation.found.items():
+        if isinstance(found, str):
+            continue
+        rule = rules.named(name)
+        fired = {firing.subject: firing for firing in evaluation.firing if firing.rule == name}
+        now_found = {finding.subject: finding for finding in found}
+        changed += [
+            _change(evaluation, rule, finding, at, new_id(), firing=True)
+            for subject, finding in sorted(now_found.items(), key=lambda item: item[0])
+            if subject not in fired
+        ]
+        changed += [
+            _change(evaluation, rule, Finding(subject, was.summary, was.details), was.since, new_id(), firing=False)
+            for subject, was in sorted(fired.items(), key=lambda item: item[0])
+            if subject not in now_found
+        ]
+    return tuple(changed)
+
+
+def _change(
+    evaluation: Evaluation, rule: Rule, finding: Finding, since: str, new_id: str, *, firing: bool
+) -> AlertChange:
+    body = {
+        "id": new_id,
+        "state": "firing" if firing else "resolved",
+        "rule": rule.name,
+        "kind": rule.kind,
+        "subject": finding.subject.to_json(),
+        "summary": finding.summary if firing else f"No longer so: {finding.summary}",
+        "details": finding.details,
+        "since": since,
+        "at": format_timestamp(evaluation.now),
+        "seq": evaluation.seq,
+        "epoch": evaluation.epoch,
+    }
+    return AlertChange(
+        id=new_id,
+        rule=rule.name,
+        agent_name=finding.subject.agent_name,
+        job_type=finding.subject.job_type,
+        firing=firing,
+        since=since,
+        seq=evaluation.seq,
+        summary=finding.summary,
+        details=orjson.dumps(finding.details).decode(),
+        webhooks=rule.webhooks,
+        body=orjson.dumps(body).decode(),
+    )
+
+
+def shown(rules: Rules, kept: Kept, evaluated_at: str | None, problems: Mapping[str, str]) -> dict[str, Any]:
+    """Return what `GET /api/v1/alerts` answers."""
+    return {
+        "evaluated_at": evaluated_at,
+        "rules": [
+            {
+                "name": rule.name,
+                "kind": rule.kind,
+                "state": "firing" if any(firing.rule == rule.name for firing in kept.firing) else "ok",
+                "problem": problems.get(rule.name),
+                "webhooks": list(rule.webhooks),
+                "firing": [
+                    {
+                        "subject": firing.subject.to_json(),
+                        "since": firing.since,
+                        "seq": firing.seq,
+                        "summary": firing.summary,
+                        "details": firing.details,
+                    }
+                    for firing in kept.firing
+                    if firing.rule == rule.name
+                ],
+            }
+            for rule in rules.rules
+        ],
+        "webhooks": [{"name": hook.name, "waiting": kept.waiting.get(hook.name, 0)} for hook in rules.webhooks],
+    }

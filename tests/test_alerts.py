@@ -1,0 +1,577 @@
+"""Alerts: each rule against brute force, the file's faults, and one delivery for each change, whatever is killed."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import json
+import random
+import re
+import signal
+import sqlite3
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, closing
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+from hypothesis import given
+from hypothesis import strategies as st
+
+from telemetryd import migrate, sketches
+from telemetryd.alerting import Alerting, Pace
+from telemetryd.alerts import (
+    EvaluateRules,
+    Evaluation,
+    Finding,
+    ListDeliveries,
+    ListFiring,
+    Subject,
+    changes,
+    span_text,
+)
+from telemetryd.commands import ConfirmDelivery, KeepAlerts, RecordAlerts
+from telemetryd.database import connect
+from telemetryd.errors import ConfigurationError
+from telemetryd.rules import FailureRate, Rule, Rules, Silent, Slow, Stale, Webhook, load_rules, matcher
+from telemetryd.runs import format_timestamp
+from telemetryd.statements import alerting as statements
+from telemetryd.statements.transaction import Transaction
+from tests.conftest import Api, MakeApi, StartDaemon, eventually, make_run
+from tests.tools.process import telemetryd
+
+SECRET = "a-secret-of-25-characters"
+NOW = datetime(2026, 1, 10, 12, 30, tzinfo=UTC)
+START = "2026-01-10T12:30:00.000000Z"
+
+
+def at(**before: float) -> str:
+    return format_timestamp(NOW - timedelta(**before))
+
+
+# --- Each kind against brute force ---------------------------------------------------------------
+
+
+async def found(api: Api, rule: Rule) -> dict[Subject, dict[str, Any]]:
+    evaluation = await api.store.fetch(EvaluateRules((rule,), NOW))
+    findings = evaluation.found[rule.name]
+    assert not isinstance(findings, str)
+    assert len({finding.subject for finding in findings}) == len(findings)
+    return {finding.subject: dict(finding.details) for finding in findings}
+
+
+def set_updated(api: Api, runs: list[dict[str, Any]]) -> None:
+    """Give runs the updated_at that the test has thought of: the daemon's clock gives all of them the same."""
+    with closing(connect(api.settings.db_path, "rw")) as connection:
+        connection.executemany(
+            "UPDATE agent_runs SET updated_at = ? WHERE event_id = ?",
+            [(run["changed"], run["event_id"]) for run in runs],
+        )
+
+
+def random_runs(seed: int, count: int = 400) -> list[dict[str, Any]]:
+    choose = random.Random(seed)
+    runs = []
+    for _ in range(count):
+        # On a grid, so that no age is near a limit that is known within 1 % only.
+        age = choose.choice((choose.randrange(10), choose.randrange(600))) / 2 + choose.uniform(0, 0.01)
+        duration = choose.choice((0, 60_000, 600_000, 6_000_000))
+        runs.append(
+            make_run(
+                agent_name=f"{choose.choice(('web', 'seo'))}-{choose.randrange(5)}",
+                job_type=choose.choice(("crawl", "write")),
+                status=choose.choice(("running", "success", "success", "failure", "timeout", "partial", "cancelled")),
+                created_at=at(hours=age),
+                start_time=at(hours=age + choose.choice((0, 0, 40))),
+                duration_ms=duration,
+            )
+        )
+    return runs
+
+
+async def post_all(api: Api, runs: list[dict[str, Any]]) -> None:
+    assert (await api.batch(runs))["inserted"] == len(runs)
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_silent_is_what_brute_force_finds(api: Api, seed: int) -> None:
+    runs = random_runs(seed, 60)
+    choose = random.Random(seed)
+    for run in runs:
+        run["changed"] = at(hours=choose.uniform(0, 100))
+    await post_all(api, [{name: value for name, value in run.items() if name != "changed"} for run in runs])
+    set_updated(api, runs)
+    rule = Silent("quiet", (), ("web-*", "seo-1", "never-seen", "not-*"), 4 * 3600)
+    heard: dict[str, list[str]] = {"never-seen": [], "seo-1": []}
+    for run in runs:
+        if run["agent_name"].startswith("web-") or run["agent_name"] == "seo-1":
+            heard.setdefault(run["agent_name"], []).append(run["created_at"])
+            if run["status"] == "running":
+                heard[run["agent_name"]].append(run["changed"])
+    expected = {Subject(agent) for agent, times in heard.items() if max(times, default="") < at(hours=4)}
+    assert {*await found(api, rule)} == expected
+    assert Subject("never-seen") in expected
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_the_failure_rate_is_what_brute_force_finds(api: Api, seed: int) -> None:
+    runs = random_runs(seed)
+    await post_all(api, runs)
+    rule = FailureRate("bad", (), ("web-*", "seo-3"), ("crawl",), 100 * 3600, 5, 0.35)
+    expected = {}
+    since = at(hours=100)[:13]
+    for agent in {run["agent_name"] for run in runs if matcher(rule.agent_name)(run["agent_name"])}:
+        meant = [
+            run["status"]
+            for run in runs
+            if run["agent_name"] == agent
+            and run["job_type"] == "crawl"
+            and run["created_at"] >= since
+            and run["status"] != "running"
+        ]
+        failed = sum(status in ("failure", "timeout") for status in meant)
+        if len(meant) >= 5 and failed / len(meant) > 0.35:
+            expected[Subject(agent)] = (len(meant), failed)
+    answer = await found(api, rule)
+    assert {subject: (details["runs"], details["failed"]) for subject, details in answer.items()} == expected
+    assert expected
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_slow_is_what_brute_force_finds(api: Api, seed: int) -> None:
+    runs = random_runs(seed)
+    await post_all(api, runs)
+    rule = Slow("slow", (), ("*",), ("*",), 200 * 3600, 8, 2.0)
+    expected = {}
+    since = at(hours=200)[:13]
+    for subject in {Subject(run["agent_name"], run["job_type"]) for run in runs}:
+        mine = [run for run in runs if Subject(run["agent_name"], run["job_type"]) == subject]
+        ended = sorted(run["duration_ms"] for run in mine if run["status"] != "running" and run["created_at"] >= since)
+        if len(ended) < 8 or not (p99 := ended[99 * (len(ended) - 1) // 100]):
+            continue
+        ages = {
+            run["event_id"]: (NOW - datetime.fromisoformat(run["start_time"])).total_seconds() * 1000
+            for run in mine
+            if run["status"] == "running"
+        }
+        assert not any(abs(age / (2 * p99) - 1) < 2 * sketches.ERROR for age in ages.values())  # else it may be either
+        if over := [age for age in ages.values() if age > 2 * p99]:
+            expected[subject] = (len(over), max(over))
+    answer = await found(api, rule)
+    assert {subject: details["runs"] for subject, details in answer.items()} == {
+        subject: number for subject, (number, _) in expected.items()
+    }
+    for subject, details in answer.items():
+        age = (NOW - datetime.fromisoformat(details["start_time"])).total_seconds() * 1000
+        assert age == expected[subject][1]
+    assert expected
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_stale_is_what_brute_force_finds(api: Api, seed: int) -> None:
+    runs = random_runs(seed)
+    choose = random.Random(seed)
+    for run in runs:
+        run["changed"] = at(hours=choose.uniform(0, 20))
+    await post_all(api, [{name: value for name, value in run.items() if name != "changed"} for run in runs])
+    set_updated(api, runs)
+    rule = Stale("stale", (), ("web-*",), 10 * 3600)
+    expected: dict[Subject, list[tuple[str, str]]] = {}
+    for run in runs:
+        is_old = run["created_at"] < at(hours=10) and run["changed"] < at(hours=10)
+        if run["agent_name"].startswith("web-") and run["status"] == "running" and is_old:
+            expected.setdefault(Subject(run["agent_name"]), []).append((run["created_at"], run["event_id"]))
+    answer = await found(api, rule)
+    assert {subject: (details["runs"], details["oldest"]) for subject, details in answer.items()} == {
+        subject: (len(each), min(each)[1]) for subject, each in expected.items()
+    }
+    assert expected
+
+
+async def test_no_rule_scans_the_runs(api: Api) -> None:
+    runs = random_runs(1)
+    await post_all(api, runs)
+    set_updated(api, [{**run, "changed": run["created_at"]} for run in runs])
+    rules = (
+        Silent("a", (), ("*",), 1),
+        FailureRate("b", (), ("*",), ("*",), 90 * 86_400, 1, 0.0),
+        Slow("c", (), ("*",), ("*",), 90 * 86_400, 1, 1.0),
+        Stale("d", (), ("*",), 1),
+    )
+    said: list[str] = []
+    with closing(connect(api.settings.db_path, "ro")) as connection:
+        connection.set_trace_callback(said.append)
+        evaluation = statements.evaluate(connection, EvaluateRules(rules, NOW))
+        connection.set_trace_callback(None)
+        assert all(evaluation.found[rule.name] for rule in rules)
+        selects = [sql for sql in said if sql.lstrip().startswith("SELECT") and "agent_runs" in sql]
+        assert len({re.sub(r"'[^']*'", "", sql) for sql in selects}) >= 4
+        for sql in selects:
+            for *_, step in connection.execute(f"EXPLAIN QUERY PLAN {sql}"):
+                assert not step.startswith("SCAN agent_runs"), sql
+
+
+async def test_too_many_groups_are_a_problem_of_that_rule_alone(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = random_runs(1)
+    await post_all(api, runs)
+    set_updated(api, [{**run, "changed": run["created_at"]} for run in runs])
+    monkeypatch.setattr("telemetryd.stats.MAX_GROUPS", 3)
+    rules = (FailureRate("b", (), ("*",), ("*",), 90 * 86_400, 1, 0.0), Stale("d", (), ("*",), 1))
+    evaluation = await api.store.fetch(EvaluateRules(rules, NOW))
+    assert isinstance(evaluation.found["b"], str)
+    assert evaluation.found["d"]
+
+
+def test_times_are_told_for_people() -> None:
+    assert [*map(span_text, (45, 60, 90, 7200, 86_400, 129_600, 604_800))] == [
+        "45s",
+        "1m",
+        "90s",
+        "2h",
+        "1d",
+        "36h",
+        "7d",
+    ]
+
+
+# --- One delivery for each change ----------------------------------------------------------------
+
+HOOK = Webhook("team", "http://127.0.0.1:1/", SECRET.encode())
+RULES = Rules((Stale("one", ("team",), ("*",), 60.0), Silent("two", ("team",), ("*",), 60.0)), (HOOK,))
+subjects = st.frozensets(st.sampled_from([Subject("a"), Subject("b"), Subject("a", "job")]))
+evaluations = st.fixed_dictionaries({"one": st.none() | subjects, "two": st.none() | subjects})
+
+
+@given(st.lists(evaluations, max_size=12), st.data())
+def test_each_change_makes_one_delivery_and_nothing_else_does(
+    steps: list[dict[str, frozenset[Subject] | None]], data: st.DataObject
+) -> None:
+    """Whatever is found, can not be told, is evaluated again, or is lost between evaluation and commit."""
+    with closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
+        migrate.create(connection, START)
+        firing: dict[str, frozenset[Subject]] = {"one": frozenset(), "two": frozenset()}
+        expected: list[tuple[str, Subject, str]] = []
+        for number, step in enumerate(steps):
+            evaluation = Evaluation(
+                NOW + timedelta(minutes=number),
+                {
+                    rule: "cannot be told" if each is None else tuple(Finding(one, "so it is", {}) for one in each)
+                    for rule, each in step.items()
+                },
+                statements.fetch_kept(connection).firing,
+                number,
+                "0" * 12,
+            )
+            ids = iter(range(100))
+            changed = changes(evaluation, RULES, lambda: f"{number}-{next(ids)}")  # noqa: B023 - used at once
+            is_lost = data.draw(st.booleans())
+            connection.execute("BEGIN")
+            transaction = Transaction(connection, START)
+            transaction.apply([RecordAlerts(changed)])
+            transaction.finish()
+            connection.execute("ROLLBACK" if is_lost else "COMMIT")
+            if is_lost:
+                continue
+            for rule, each in step.items():
+                if each is None:
+                    continue
+                expected += [(rule, subject, "firing") for subject in sorted(each - firing[rule])]
+                expected += [(rule, subject, "resolved") for subject in sorted(firing[rule] - each)]
+                firing[rule] = each
+            kept = statements.fetch_kept(connection)
+            assert {(each.rule, each.subject) for each in kept.firing} == {
+                (rule, subject) for rule, each in firing.items() for subject in each
+            }
+        deliveries = statements.fetch_deliveries(connection, ListDeliveries("team", 1000))
+        bodies = [json.loads(delivery.body) for delivery in deliveries]
+        told = [
+            (body["rule"], Subject(body["subject"]["agent_name"], body["subject"].get("job_type", "")), body["state"])
+            for body in bodies
+        ]
+        assert told == expected
+        assert len({delivery.id for delivery in deliveries}) == len(deliveries)
+        assert [delivery.id for delivery in deliveries] == [body["id"] for body in bodies]
+
+
+async def test_only_so_many_deliveries_wait(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statements, "MAX_WAITING", 3)
+    given_up = []
+    for number in range(3):
+        agents = tuple(Finding(Subject(f"{number}-{each}"), "so", {}) for each in range(2))
+        kept = await api.store.fetch(ListFiring())
+        old = tuple(Finding(each.subject, each.summary, each.details) for each in kept.firing)
+        evaluation = Evaluation(NOW, {"one": (*old, *agents)}, kept.firing, 0, "")
+        changed = changes(evaluation, RULES, lambda: "id")
+        assert len(changed) == 2
+        given_up.append(await api.store.submit(RecordAlerts(changed)))
+    assert given_up == [0, 1, 2]
+    waiting = await api.store.fetch(ListDeliveries("team"))
+    assert [json.loads(each.body)["subject"]["agent_name"] for each in waiting] == ["1-1", "2-0", "2-1"]
+    assert await api.store.submit(ConfirmDelivery(waiting[0].number)) == 1
+    assert await api.store.submit(ConfirmDelivery(waiting[0].number)) == 0
+    assert await api.store.submit(KeepAlerts(("one",), ())) == 2
+    assert len((await api.store.fetch(ListFiring())).firing) == 6
+    assert await api.store.submit(KeepAlerts(("other",), ())) == 6
+
+
+# --- Over the wire -------------------------------------------------------------------------------
+
+
+class Receiver:
+    """A webhook: keeps what comes, and answers what it is told to."""
+
+    def __init__(self) -> None:
+        self.url = ""
+        self.got: list[dict[str, Any]] = []
+        self.answers: list[int] = []
+        """Answers to the next messages; then 204."""
+        self.hold: asyncio.Event | None = None
+
+    async def take(self, request: web.Request) -> web.Response:
+        body = await request.read()
+        signed = request.headers["Telemetry-Timestamp"].encode() + b"." + body
+        expected = "sha256=" + hmac.new(SECRET.encode(), signed, hashlib.sha256).hexdigest()
+        assert request.headers["Telemetry-Signature"] == expected
+        message = json.loads(body)
+        assert request.headers["Telemetry-Delivery"] == message["id"]
+        self.got.append(message)
+        if self.hold is not None:
+            await self.hold.wait()
+        return web.Response(status=self.answers.pop(0) if self.answers else 204, headers={"Location": "/elsewhere"})
+
+
+@asynccontextmanager
+async def receiving() -> AsyncIterator[Receiver]:
+    receiver = Receiver()
+    app = web.Application()
+    app.router.add_post("/hook", receiver.take)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    receiver.url = f"http://127.0.0.1:{runner.addresses[0][1]}/hook"
+    try:
+        yield receiver
+    finally:
+        await runner.cleanup()
+
+
+def write_rules(folder: Path, url: str, rules: str = "") -> Path:
+    path = folder / "alerts.toml"
+    (folder / "secret").write_text(SECRET + "\n")
+    path.write_text(
+        f'every = "1s"\n[webhooks.team]\nurl = "{url}"\nsecret_file = "secret"\n'
+        + (rules or '[[rules]]\nname = "quiet"\nkind = "silent"\nagent_name = "hugo-*"\nafter = "1h"\n')
+    )
+    return path
+
+
+async def test_a_message_is_sent_until_it_is_confirmed_and_in_order(api: Api, tmp_path: Path) -> None:
+    now = NOW
+    async with receiving() as receiver:
+        receiver.answers = [500, 302, 404]
+        rules = load_rules(write_rules(tmp_path, receiver.url))
+        alerting = Alerting(api.store, rules, lambda: now, Pace(0.001, 0.01))
+        await api.post(make_run(created_at=at(hours=2), status="success"))
+        await alerting.evaluate()
+        await alerting.evaluate()
+        await api.post(make_run(created_at=at(), status="success"))
+        await alerting.evaluate()
+        working = asyncio.create_task(alerting.run())
+        await eventually(lambda: len(receiver.got) >= 5)
+        with closing(connect(api.settings.db_path, "ro")) as connection:
+            await eventually(lambda: not statements.fetch_kept(connection).waiting)
+        working.cancel()
+        await asyncio.wait((working,))
+    assert [message["state"] for message in receiver.got] == ["firing"] * 4 + ["resolved"]
+    assert len({message["id"] for message in receiver.got}) == 2
+    first, last = receiver.got[0], receiver.got[-1]
+    assert (first["subject"], first["rule"], first["kind"]) == ({"agent_name": "hugo-translator"}, "quiet", "silent")
+    assert first["since"] == last["since"] == first["at"] == START
+    assert (first["seq"], last["seq"]) == (1, 2)
+    assert len(first["epoch"]) == 12
+
+
+async def wait_for(check: Callable[[], bool]) -> None:
+    await eventually(check, 30)
+
+
+async def test_a_daemon_that_is_killed_before_the_answer_sends_the_same_message_again(
+    start_daemon: StartDaemon, tmp_path: Path
+) -> None:
+    async with receiving() as receiver:
+        receiver.hold = asyncio.Event()  # the message arrives, its confirmation does not
+        path = write_rules(tmp_path, receiver.url)
+        daemon = start_daemon(TELEMETRY_ALERTS_FILE=str(path))
+        url = await asyncio.to_thread(lambda: daemon.url)
+        old = format_timestamp(datetime.now(UTC) - timedelta(hours=2))
+        async with aiohttp.ClientSession(url) as session:
+            async with session.post("/api/v1/runs", json=make_run(created_at=old, status="success")) as response:
+                assert response.status == 201
+            await wait_for(lambda: len(receiver.got) == 1)
+            async with session.get("/api/v1/alerts") as response:
+                listed = await response.json()
+        assert listed["webhooks"] == [{"name": "team", "waiting": 1}]
+        assert listed["rules"][0]["state"] == "firing"
+        assert listed["rules"][0]["firing"][0]["subject"] == {"agent_name": "hugo-translator"}
+        await asyncio.to_thread(daemon.stop, signal.SIGKILL)
+        receiver.hold.set()
+        again = start_daemon(TELEMETRY_ALERTS_FILE=str(path))
+        await asyncio.to_thread(again.wait_for_line, "Alert delivered")
+        assert len(receiver.got) == 2
+        assert receiver.got[0] == receiver.got[1]
+        url = await asyncio.to_thread(lambda: again.url)
+        async with aiohttp.ClientSession(url) as session:
+            async with session.post("/api/v1/runs", json=make_run(status="success")) as response:
+                assert response.status == 201
+            await wait_for(lambda: len(receiver.got) == 3)  # after some evaluations that told nothing new
+            async with session.get("/api/v1/alerts") as response:
+                assert (await response.json())["rules"][0]["firing"] == []
+        assert await asyncio.to_thread(again.stop) == 0
+    assert receiver.got[2]["state"] == "resolved"
+    assert receiver.got[2]["id"] != receiver.got[0]["id"]
+    for line in (*daemon.lines, *again.lines):
+        assert SECRET not in json.dumps(line)
+        assert receiver.url not in json.dumps(line)
+
+
+async def test_alerts_test_shows_what_would_be_sent_beside_the_daemon(
+    start_daemon: StartDaemon, tmp_path: Path
+) -> None:
+    async with receiving() as receiver:
+        path = write_rules(tmp_path, receiver.url)
+        daemon = start_daemon()
+        url = await asyncio.to_thread(lambda: daemon.url)
+        old = format_timestamp(datetime.now(UTC) - timedelta(hours=2))
+        run = make_run(created_at=old, status="success")
+        async with aiohttp.ClientSession(url) as session, session.post("/api/v1/runs", json=run) as response:
+            assert response.status == 201
+        options = ("alerts", "test", "--alerts-file", path, "--db-path", daemon.database)
+        shown = await asyncio.to_thread(telemetryd, *options)
+        assert "firing  quiet (silent)" in shown.stdout
+        assert "1 change would be sent" in shown.stdout
+        assert receiver.got == []
+        sent = json.loads((await asyncio.to_thread(telemetryd, *options, "--send", "--json")).stdout)
+        assert sent["sent"] == {"team": None}
+        assert [message["state"] for message in sent["would_send"]] == ["firing"]
+        assert sent["would_send"][0]["webhooks"] == ["team"]
+        assert [message["state"] for message in receiver.got] == ["test"]
+        receiver.answers = [500]
+        failed = await asyncio.to_thread(telemetryd, *options, "--send", status=1)
+        assert "team: not confirmed: it answered 500" in failed.stdout
+
+
+async def test_without_a_file_there_are_no_rules(make_api: MakeApi) -> None:
+    api = await make_api()
+    assert await api.get("/api/v1/alerts") == {"evaluated_at": None, "rules": [], "webhooks": []}
+    answer = await api.get("/api/v1/alerts?state=firing", 400)
+    assert "state" in answer["detail"]
+    await Alerting(api.store, Rules()).run()  # which ends at once
+
+
+# --- The file ------------------------------------------------------------------------------------
+
+HEAD = '[webhooks.team]\nurl = "https://example.org/x"\nsecret_env = "HOOK"\n'
+RULE = '[[rules]]\nname = "n"\nkind = "stale"\nafter = "1h"\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "faults"),
+    [
+        ("rules = 1", ["rules: must be tables, each under a line [[rules]] (it is 1)"]),
+        ("x = 1", ["x: is no key of a rule file; it may have every, webhooks, rules"]),
+        ('every = "2h"', ["every: must be a duration from 1s to 1h, such as 1m (it is '2h')"]),
+        ("[[rules]]", ["rule 1: name: is missing", "rule 1: kind: is missing; it must be one of silent, failure-rate"]),
+        (
+            RULE.replace("stale", "old"),
+            ["rule 'n': kind: must be one of silent, failure-rate, slow, stale (it is 'old')"],
+        ),
+        (RULE.replace("1h", "1"), ["rule 'n': after: must be a duration such as 6h or 30m (it is '1')"]),
+        (RULE + "above = 1", ["rule 'n': above: is no key of a rule of the kind stale; it may have name, kind"]),
+        (
+            RULE + 'webhooks = ["x"]',
+            ["rule 'n': webhooks: must be an array of names of webhooks; there are team (it is"],
+        ),
+        (RULE + "agent_name = []", ["rule 'n': agent_name: must be a name of 1 to 255 characters, or an array"]),
+        (RULE + RULE, ["rule 'n': name: must be another one than that of the other rules"]),
+        (
+            '[[rules]]\nname = "n"\nkind = "failure-rate"\nwindow = "30m"\nabove = 20\nmin_runs = true',
+            [
+                "rule 'n': window: must be a duration of 1h or more, such as 6h or 30d",
+                "rule 'n': min_runs: must be a whole number, 1 or more (it is True)",
+                "rule 'n': above: must be a number from 0 up to, but not, 1 (it is 20)",
+            ],
+        ),
+        (
+            '[[rules]]\nname = "n"\nkind = "slow"\nwindow = "7d"\nfactor = 0.5',
+            ["rule 'n': factor: must be a number from 1 to 1000 (it is 0.5)"],
+        ),
+        (
+            '[webhooks.b]\nurl = "ftp://x/"\nsecret_env = "HOOK"',
+            ["webhook 'b': url: must be an address that begins with"],
+        ),
+        ('[webhooks.b]\nurl = "http://x/"', ["webhook 'b': secret_env: must be given, or secret_file, but not both"]),
+        (
+            '[webhooks.b]\nurl = "http://x/"\nsecret_env = "NONE"',
+            ["webhook 'b': secret_env: the environment variable NONE must hold at least 16 characters"],
+        ),
+        (
+            '[webhooks.b]\nurl = "http://x/"\nsecret_file = "none"',
+            ["webhook 'b': secret_file: must be a file that can be read (it is 'none'"],
+        ),
+        ("[", ["is not a TOML file: "]),
+    ],
+)
+def test_a_wrong_file_is_told_with_every_fault_and_its_place(tmp_path: Path, text: str, faults: list[str]) -> None:
+    path = tmp_path / "alerts.toml"
+    path.write_text(f"{text}\n{HEAD}" if text.startswith(("rules", "x", "every")) else f"{HEAD}{text}")
+    with pytest.raises(ConfigurationError) as raised:
+        load_rules(path, {"HOOK": SECRET})
+    assert len(raised.value.problems) == len(faults)
+    for problem, fault in zip(raised.value.problems, faults, strict=True):
+        assert problem.startswith(f"{path}: {fault}")
+        assert SECRET not in problem
+
+
+def test_the_example_of_the_documentation_is_read_as_it_stands(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "alerts.md").read_text("utf-8")
+    path = tmp_path / "alerts.toml"
+    path.write_text(page.split("```toml\n")[1].split("```")[0])
+    rules = load_rules(path, {"TEAM_HOOK_SECRET": SECRET})
+    assert [rule.kind for rule in rules.rules] == ["silent", "failure-rate", "slow", "stale"]
+    assert all(rule.webhooks == ("team",) for rule in rules.rules)
+    assert (rules.every_s, rules.rules[1].agent_name) == (60, ("hugo-*", "seo-*"))
+    assert SECRET not in repr(rules)
+    assert "example.org" not in repr(rules)
+
+
+def test_the_verification_of_the_documentation_works() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "alerts.md").read_text("utf-8")
+    names: dict[str, Any] = {}
+    exec(page.split("```python\n")[1].split("```")[0], names)
+    from telemetryd.webhooks import sign
+
+    now = str(int(datetime.now(UTC).timestamp()))
+    headers = {"Telemetry-Timestamp": now, "Telemetry-Signature": sign(b"secret", now, b"{}")}
+    assert names["is_genuine"](b"secret", headers, b"{}")
+    assert not names["is_genuine"](b"secret", headers, b"{} ")
+    assert not names["is_genuine"](b"another", headers, b"{}")
+    old = str(int(now) - 1000)
+    assert not names["is_genuine"](b"secret", {**headers, "Telemetry-Timestamp": old}, b"{}")
+
+
+def test_the_daemon_refuses_a_wrong_file(tmp_path: Path) -> None:
+    path = write_rules(tmp_path, "https://example.org/", RULE.replace("1h", "soon"))
+    database = tmp_path / "t.sqlite"
+    for command in (("serve",), ("alerts", "test")):
+        done = telemetryd(*command, "--alerts-file", path, "--db-path", database, status=2, cwd=tmp_path)
+        assert (
+            done.stderr == f"telemetryd: {path}: rule 'n': after: must be a duration such as 6h or 30m (it is 'soon')\n"
+        )
+    missing = telemetryd("serve", "--alerts-file", "none.toml", "--db-path", database, status=2, cwd=tmp_path)
+    assert missing.stderr.startswith("telemetryd: TELEMETRY_ALERTS_FILE: none.toml cannot be read: No such file")
+    assert not database.exists()
+    assert "TELEMETRY_ALERTS_FILE" in telemetryd("alerts", "test", status=2, cwd=tmp_path).stderr
