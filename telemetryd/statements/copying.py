@@ -8,8 +8,8 @@ from typing import Final
 from telemetryd.changes import Followed, Place
 from telemetryd.commands import ApplyChanges, CopiedRun
 from telemetryd.runs import STORED
-from telemetryd.statements.rollups import FACTS, Facts
 from telemetryd.statements.sequence import NEWEST
+from telemetryd.stats import FACTS, Facts
 
 _FIND: Final = f"SELECT id, {', '.join(FACTS)} FROM agent_runs WHERE event_id = ?"  # noqa: S608 - names from the definition
 _DELETE: Final = ("DELETE FROM agent_runs WHERE id = ?", "DELETE FROM run_changes WHERE run = ?")
