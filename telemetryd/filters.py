@@ -68,11 +68,9 @@ class Comparison:
     value: str | float | bool
 
     def parameter(self) -> tuple[str, str]:
-        """Return the comparison as the name and the value of a query parameter."""
-        name, value = _METRICS + ".".join(self.path), self.value
-        text = f'"{value}"' if isinstance(value, str) else repr(value).lower()
-        sign = self.operator.removesuffix("=")
-        return (f"{name}{sign}", text) if self.operator.endswith("=") else (f"{name}{sign}{text}", "")
+        """Return the comparison as the name and the value of a query parameter; no other comparison has that name."""
+        value = f'"{self.value}"' if isinstance(self.value, str) else repr(self.value).lower()
+        return f"{_METRICS}{'.'.join(self.path)}{self.operator}{value}", ""
 
 
 OPERATORS: Final = (">=", "<=", "!=", "=", ">", "<")
