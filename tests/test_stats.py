@@ -21,6 +21,7 @@ from telemetryd.cli.statistics import table
 from telemetryd.commands import Command, CreateRuns, Death, EndProcess, PruneRuns, ReapRuns, RegisterProcess, UpdateRun
 from telemetryd.commands import Process as RunProcess
 from telemetryd.database import APPLICATION_ID
+from telemetryd.errors import InvalidRequestError
 from telemetryd.filters import matches
 from telemetryd.legacy import migrate_file
 from telemetryd.runs import MAX_INTEGER, STORED, Status, format_timestamp, parse_run
@@ -456,3 +457,26 @@ def test_the_command_asks_the_daemon_or_the_database(tmp_path: Path, start_daemo
     direct = json.loads(telemetryd("stats", *asked, "--json", "--group-by", "status").stdout)
     assert direct["groups"] == answer["groups"]
     assert "Invalid bucket" in telemetryd("stats", *asked, "--bucket", "5s", status=1).stderr
+
+
+def test_a_refused_answer_leaves_no_snapshot_behind(
+    connection: sqlite3.Connection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def create(*rows: tuple[Any, ...]) -> None:
+        connection.execute("BEGIN")
+        transaction = Transaction(connection, MOMENTS[0])
+        transaction.apply([CreateRuns(rows)])
+        transaction.finish()
+        rollups.fold(connection.cursor())
+        connection.execute("COMMIT")
+
+    monkeypatch.setattr(stats, "MAX_GROUPS", 1)
+    connection.execute("PRAGMA journal_mode = WAL").fetchall()
+    create(*(parse_run(make_run(agent_name=f"agent-{number}")).row for number in range(9)))
+    query = stats.parse("group_by=agent_name&from=-7d", NOW)
+    with closing(sqlite3.connect(tmp_path / "telemetry.sqlite", isolation_level=None)) as reader:
+        with pytest.raises(InvalidRequestError) as refused:
+            rollups.fetch_stats(reader, query)
+        create(parse_run(make_run()).row)
+        assert reader.execute("SELECT count(*) FROM agent_runs").fetchone() == (10,)
+        assert refused.value

@@ -8,7 +8,8 @@ many runs, and the many are few steps of SQLite.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from itertools import chain, groupby
 from operator import add
 from typing import Any, Final
@@ -229,10 +230,12 @@ def fetch_stats(connection: sqlite3.Connection, query: GetStats) -> list[dict[st
         InvalidRequestError: if they are too many.
 
     """
-    return stats.answer(query, _fetch_cells(connection, query))
+    # Closed also when the answer is refused: an error holds on to what it has seen, and so to a snapshot.
+    with closing(_fetch_cells(connection, query)) as cells:
+        return stats.answer(query, cells)
 
 
-def _fetch_cells(connection: sqlite3.Connection, query: GetStats) -> Iterator[Named]:
+def _fetch_cells(connection: sqlite3.Connection, query: GetStats) -> Generator[Named, None, None]:
     """Yield the cells of the fewest rows that tell enough; the log's come with them, from the same snapshot."""
     names = 3 if "job_type" in query.names else 2 if "agent_name" in query.names else 1
     spans = [(1, query.start, query.end)]
