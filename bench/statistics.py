@@ -24,8 +24,8 @@ from telemetryd.commands import CreateRuns
 from telemetryd.database import connect
 from telemetryd.runs import STORED, Row, format_timestamp, parse_run
 from telemetryd.statements import rollups
-from telemetryd.statements.rollups import FACTS, Facts
 from telemetryd.statements.transaction import Transaction
+from telemetryd.stats import FACTS, Facts
 
 _END = datetime(2026, 1, 31, tzinfo=UTC)
 _NOW = format_timestamp(_END)

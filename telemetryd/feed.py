@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Collection
+from functools import cached_property
 from typing import Final, NamedTuple
 from urllib.parse import urlencode
 
@@ -13,7 +14,7 @@ import orjson
 
 from telemetryd import runs
 from telemetryd.changes import Changes, ChangesRequest, ListChanges, Place
-from telemetryd.errors import TooManyTailsError, UnavailableError
+from telemetryd.errors import QueryTimeoutError, TooManyTailsError, UnavailableError
 from telemetryd.filters import Filters
 from telemetryd.metrics import Metrics
 from telemetryd.runs import MAX_INTEGER
@@ -24,7 +25,7 @@ HEARTBEAT_S: Final = 15.0
 """After so long without anything to say, a tail says that it is still there, and how far it is."""
 
 BUFFER_BYTES: Final = 1024 * 1024
-"""What waits for one tail at most. A chunk is shared by all tails with the same filters."""
+"""What waits for one tail at most, besides a single chunk. Tails with the same filters share their chunks."""
 
 BEHIND: Final = 50_000
 """A tail that is more changes behind than this is told how many it missed, and goes on from now."""
@@ -44,6 +45,24 @@ class Frame(NamedTuple):
     seq: int
     run: int
     text: bytes
+
+
+class Chunk:
+    """Frames that are handed to many tails at once, and held in memory once for all of them."""
+
+    def __init__(self, frames: list[Frame]) -> None:
+        self.frames = frames
+
+    @cached_property
+    def text(self) -> bytes:
+        """All of them as they are sent."""
+        return b"".join(frame.text for frame in self.frames)
+
+    def behind(self, seq: int) -> Chunk:
+        """Return those that lie behind a number."""
+        if not self.frames or self.frames[0].seq > seq:
+            return self
+        return Chunk([frame for frame in self.frames if frame.seq > seq])
 
 
 class Feed:
@@ -114,6 +133,10 @@ class Feed:
                     await self._hand_out(changes, [*groups])
                     if not changes.more:
                         break
+            except QueryTimeoutError:  # the filters of all of them are too much for one query
+                for tails in [*self._live.values()]:
+                    for tail in tails:
+                        tail.fall_behind()
             except UnavailableError:  # it is opened again, or overloaded; those who follow only wait longer
                 await asyncio.sleep(_PAUSE_S)
                 self._unread.set()
@@ -126,7 +149,7 @@ class Feed:
         for key, tails in [*self._live.items()]:
             if key in groups:
                 matching = changes.matching[groups.index(key)]
-                chosen = [frame for frame in frames if frame.run in matching]
+                chosen = Chunk([frame for frame in frames if frame.run in matching])
                 for tail in [*tails]:
                     tail.offer(chosen)
             else:
@@ -136,7 +159,8 @@ class Feed:
 
     def join(self, tail: Tail, changes: Changes) -> bool:
         """Let a tail that has read up to `changes.last` live on what is handed out, if it has caught up."""
-        if self._live and changes.last < self.position:
+        # Also if nobody lives on it now: what somebody was handed since this was read may be on its way still.
+        if changes.last < self.position:
             return False
         if not self._live:
             self.position = changes.last
@@ -170,6 +194,8 @@ class Feed:
 
     def close(self) -> None:
         """End every tail and every wait at once; who comes back later goes on where it was."""
+        if self.closed:
+            return
         self.closed = True
         self._wake()
         for tail in [*self._tails]:
@@ -215,18 +241,16 @@ class Tail:
         """End the block at once."""
         self._life.reschedule(0)
 
-    def offer(self, frames: list[Frame]) -> None:
+    def offer(self, chunk: Chunk) -> None:
         """Let frames wait for it; if it is too slow for that, it reads them from the database later."""
-        if frames and frames[0].seq <= self._position:  # it has read further than the others
-            frames = [frame for frame in frames if frame.seq > self._position]
-        if not frames:
+        chunk = chunk.behind(self._position)  # it may have read further than the others
+        if not chunk.frames:
             return
-        chunk = b"".join(frame.text for frame in frames)
-        if self._waiting and self._bytes + len(chunk) > BUFFER_BYTES:
+        if self._waiting and self._bytes + len(chunk.text) > BUFFER_BYTES:
             self.fall_behind()
         else:
-            self._waiting.append((len(frames), chunk))
-            self._bytes += len(chunk)
+            self._waiting.append((len(chunk.frames), chunk.text))
+            self._bytes += len(chunk.text)
             self._ready.set()
 
     def fall_behind(self) -> None:
@@ -300,6 +324,8 @@ class Tail:
             async with asyncio.timeout(HEARTBEAT_S):
                 await self._ready.wait()
         except TimeoutError:
+            if self._ready.is_set():  # in the same turn of the loop
+                return True
             self._position = max(self._position, self._feed.position)
             return False
         return True

@@ -68,11 +68,9 @@ class Comparison:
     value: str | float | bool
 
     def parameter(self) -> tuple[str, str]:
-        """Return the comparison as the name and the value of a query parameter."""
-        name, value = _METRICS + ".".join(self.path), self.value
-        text = f'"{value}"' if isinstance(value, str) else repr(value).lower()
-        sign = self.operator.removesuffix("=")
-        return (f"{name}{sign}", text) if self.operator.endswith("=") else (f"{name}{sign}{text}", "")
+        """Return the comparison as the name and the value of a query parameter; no other comparison has that name."""
+        value = f'"{self.value}"' if isinstance(self.value, str) else repr(self.value).lower()
+        return f"{_METRICS}{'.'.join(self.path)}{self.operator}{value}", ""
 
 
 OPERATORS: Final = (">=", "<=", "!=", "=", ">", "<")
@@ -139,6 +137,20 @@ def _split_values(text: str, *, wildcards: bool) -> list[Pattern]:
     return [tuple(pieces) for pieces in values]
 
 
+def matches(pattern: Pattern, text: str) -> bool:
+    """Tell whether a text matches a pattern, in a time that grows only with their lengths."""
+    first, *middle, last = pattern
+    if len(text) < len(first) + len(last) or not (text.startswith(first) and text.endswith(last)):
+        return False
+    place, end = len(first), len(text) - len(last)
+    for piece in middle:  # each as far in front as possible leaves most room for those behind it
+        place = text.find(piece, place, end)
+        if place < 0:
+            return False
+        place += len(piece)
+    return True
+
+
 class Parameters:
     """The parameters of one query string, and what is wrong with them: everything is told at once, by `finish`."""
 
@@ -185,12 +197,12 @@ class Parameters:
             known = ", ".join(allowed) or "none"
             self.faults.append(f"Unknown query parameter {', '.join(islice(unknown, _MAX_TOLD))}; known are: {known}")
 
-    def read(self, name: str, parse: Callable[..., Any], *bounds: int, default: Any = None) -> Any:
-        """Return a parameter's value as `parse(name, text, *bounds)` reads it, or the default."""
+    def read(self, name: str, parse: Callable[..., Any], *details: object, default: Any = None) -> Any:
+        """Return a parameter's value as `parse(name, text, *details)` reads it, or the default."""
         if name not in self.given:
             return default
         try:
-            return parse(name, self.given[name], *bounds)
+            return parse(name, self.given[name], *details)
         except InvalidRequestError as error:
             self.faults.append(str(error))
             return default
@@ -205,11 +217,7 @@ class Parameters:
             if values:
                 equal[name] = values
             patterns += found
-        bounds = {
-            name: moment
-            for name in TIME_BOUNDS
-            if (moment := self.read(name, lambda name, text: read_moment(name, text, now))) is not None
-        }
+        bounds = {name: moment for name in TIME_BOUNDS if (moment := self.read(name, read_moment, now)) is not None}
         shortest = self.read("min_duration_ms", read_integer, 0, MAX_INTEGER)
         error = self.read("error", read_text)
         metrics = []
@@ -311,7 +319,8 @@ def read_moment(name: str, value: str, now: datetime) -> str:
             return format_timestamp(now - ago)
         return canonical_timestamp(_LOST_PLUS.sub(r"\1+\2", value))
     except (ValueError, OverflowError) as error:
-        raise refuse(name, value, "an ISO 8601 date and time such as 2025-12-24T10:00:00Z") from error
+        allowed = "an ISO 8601 date and time such as 2025-12-24T10:00:00Z, an age such as -24h or -30d, or now"
+        raise refuse(name, value, allowed) from error
 
 
 def read_integer(name: str, value: str, low: int, high: int) -> int:

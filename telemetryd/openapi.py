@@ -235,10 +235,7 @@ def stats_parameters() -> tuple[Schema, ...]:
         ),
         _parameter("from", f"{moment} Rounded down to the hour.", {"type": "string", "default": "-24h"}),
         _parameter("to", f"{moment} Rounded up to the hour; not included.", {"type": "string", "default": "now"}),
-        *(
-            _parameter(name, f"Only this {name}; several are separated by commas, * stands for any text.", STRING)
-            for name in stats.NAMES
-        ),
+        *(each for each in filter_parameters() if each["name"] in stats.NAMES),
     )
 
 

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import cache, lru_cache
 from operator import add, itemgetter
 from typing import Any, Final
 
-from telemetryd import queries, sketches
+from telemetryd import sketches
 from telemetryd.errors import InvalidRequestError
-from telemetryd.runs import MAX_INTEGER, Status, canonical_status, canonical_timestamp, shorten
-from telemetryd.settings import parse_duration
+from telemetryd.filters import WILDCARD, Filters, Parameters, matches, read_moment, refuse
+from telemetryd.runs import MAX_INTEGER, Status, shorten
 
 NAMES: Final = ("agent_name", "job_type", "status")
 """What runs can be grouped by and filtered by, in the order in which a cell is named."""
 ITEMS: Final = ("items_discovered", "items_succeeded", "items_failed", "items_skipped")
 PARAMETERS: Final = ("group_by", "bucket", "from", "to", *NAMES)
+FACTS: Final = ("created_at", *NAMES, *ITEMS, "duration_ms")
+"""What the statistics need to know of a run."""
 PERCENTS: Final = (50, 95, 99)
 MAX_GROUPS: Final = 10_000
 """How many groups one answer holds at most."""
@@ -29,6 +31,8 @@ Cell = list[int]
 """Seven numbers of some runs, all of which add up: runs, the four `ITEMS`, durations (ms), and a sketch of these."""
 Named = tuple[int, str, str, str, Cell]
 """A cell with its first hour since 1970, its agent, job type and status."""
+Facts = tuple[Any, ...]
+"""The values of `FACTS`."""
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _HOUR: Final = timedelta(hours=1)
@@ -36,7 +40,6 @@ _FIRST_HOUR: Final = (datetime(1, 1, 1, tzinfo=UTC) - _EPOCH) // _HOUR
 _LAST_HOUR: Final = (datetime(9999, 12, 31, 23, tzinfo=UTC) - _EPOCH) // _HOUR
 _BUCKET: Final = re.compile(r"([1-9]\d{0,4})([hdw])", re.ASCII)
 _BUCKET_HOURS: Final = {"h": 1, "d": DAY, "w": 7 * DAY}
-_LOST_PLUS: Final = re.compile(r"([Tt ]\d\d[\d:.,]*) (\d\d:?\d\d)", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +54,14 @@ class GetStats:
     bucket: str | None = None
     hours: int | None = None
     """How many hours a bucket has."""
-    chosen: Mapping[str, tuple[str, ...]] | None = None
-    """For each name that is filtered the values that are let through; `*` stands for any text."""
+    filters: Filters = field(default_factory=Filters)
+    """Which runs are meant, by `NAMES` only."""
 
     @property
     def names(self) -> frozenset[str]:
         """Which names the cells must keep apart."""
-        return frozenset({*self.group_by, *(self.chosen or ())})
+        by_pattern = {WILDCARD} if self.filters.patterns else set()
+        return frozenset({*self.group_by, *self.filters.equal, *by_pattern})
 
     @property
     def by_days(self) -> bool:
@@ -66,20 +70,18 @@ class GetStats:
 
     def lets_through(self) -> Callable[[str, str, str], bool]:
         """Return what tells whether a cell with these names is meant."""
-        patterns = [
-            (NAMES.index(name), re.compile("|".join(map(_pattern, values)), re.DOTALL))
-            for name, values in (self.chosen or {}).items()
-        ]
+        filters = self.filters
 
         @cache
-        def test(*names: str) -> bool:
-            return all(pattern.fullmatch(names[place]) for place, pattern in patterns)
+        def is_meant(*names: str) -> bool:
+            return all(
+                name in filters.equal.get(kind, ())
+                or (kind == WILDCARD and any(matches(pattern, name) for pattern in filters.patterns))
+                for kind, name in zip(NAMES, names, strict=True)
+                if filters.equal.get(kind) or (kind == WILDCARD and filters.patterns)
+            )
 
-        return test
-
-
-def _pattern(value: str) -> str:
-    return ".*".join(map(re.escape, value.split("*")))
+        return is_meant
 
 
 def hour_name(hour: int) -> str:
@@ -103,72 +105,47 @@ def parse(query_string: str, now: datetime) -> GetStats:
     """Read the query string of `GET /api/v1/stats`.
 
     Raises:
-        InvalidRequestError: with a sentence that names the parameter, its value and what is allowed.
+        InvalidRequestError: with a sentence for each fault that names the parameter, the value and what is allowed.
 
     """
-    given = queries.parse_parameters(query_string, PARAMETERS)
-    start, _ = _hours("from", given.get("from", "-24h"), now)
-    _, end = _hours("to", given.get("to", "now"), now)
-    if start >= end:
-        raise InvalidRequestError(
-            f"Invalid from: {shorten(given.get('from', '-24h'))!r}; it must be before to "
-            f"({shorten(given.get('to', 'now'))!r})"
-        )
-    bucket = given.get("bucket")
-    return GetStats(
-        start,
-        end,
-        _group_by(given["group_by"]) if "group_by" in given else (),
-        bucket,
-        None if bucket is None else _bucket(bucket),
-        {name: _values(name, given[name]) for name in NAMES if name in given},
+    parameters = Parameters(query_string, PARAMETERS)
+    begin, end = parameters.given.setdefault("from", "-24h"), parameters.given.setdefault("to", "now")
+    query = GetStats(
+        parameters.read("from", _hour, now, default=_FIRST_HOUR),
+        parameters.read("to", _next_hour, now, default=_LAST_HOUR),
+        parameters.read("group_by", _group_by, default=()),
+        parameters.given.get("bucket"),
+        parameters.read("bucket", _bucket),
+        parameters.read_filters(lambda: now),
     )
+    parameters.finish()
+    if query.start >= query.end:
+        raise refuse("from", begin, f"before to ({shorten(end)!r})")
+    return query
 
 
-def _refuse(name: str, value: str, allowed: str) -> InvalidRequestError:
-    return InvalidRequestError(f"Invalid {name}: {shorten(value)!r}; it must be {allowed}")
+def _hour(name: str, value: str, now: datetime) -> int:
+    """Return the hour that a moment is in."""
+    return max((datetime.fromisoformat(read_moment(name, value, now)) - _EPOCH) // _HOUR, _FIRST_HOUR)
 
 
-def _hours(name: str, value: str, now: datetime) -> tuple[int, int]:
-    """Return the hour of a moment, and the first one that does not begin before it."""
-    try:
-        if value == "now":
-            moment = now
-        elif value.startswith("-"):
-            moment = now - timedelta(seconds=parse_duration(value[1:]))
-        else:
-            moment = datetime.fromisoformat(canonical_timestamp(_LOST_PLUS.sub(r"\1+\2", value)))
-    except (ValueError, OverflowError) as error:
-        allowed = "an ISO 8601 date and time such as 2025-12-24T10:00:00Z, an age such as -24h or -30d, or now"
-        raise _refuse(name, value, allowed) from error
-    since = moment - _EPOCH
-    return max(since // _HOUR, _FIRST_HOUR), min(-(-since // _HOUR), _LAST_HOUR)
+def _next_hour(name: str, value: str, now: datetime) -> int:
+    """Return the first hour that does not begin before a moment."""
+    return min(-((_EPOCH - datetime.fromisoformat(read_moment(name, value, now))) // _HOUR), _LAST_HOUR)
 
 
-def _group_by(value: str) -> tuple[str, ...]:
+def _group_by(name: str, value: str) -> tuple[str, ...]:
     names = tuple(value.split(","))
     if not set(names) <= set(NAMES) or len(set(names)) < len(names):
-        raise _refuse("group_by", value, f"some of {', '.join(NAMES)}, each once, separated by commas")
+        raise refuse(name, value, f"some of {', '.join(NAMES)}, each once, separated by commas")
     return names
 
 
-def _bucket(value: str) -> int:
+def _bucket(name: str, value: str) -> int:
     match = _BUCKET.fullmatch(value)
     if match is None:
-        raise _refuse("bucket", value, "a number of hours, days or weeks such as 1h, 6h, 1d or 2w")
+        raise refuse(name, value, "a number of hours, days or weeks such as 1h, 6h, 1d or 2w")
     return int(match[1]) * _BUCKET_HOURS[match[2]]
-
-
-def _values(name: str, value: str) -> tuple[str, ...]:
-    values = value.split(",")
-    try:
-        if name == "status":
-            return tuple(dict.fromkeys(map(canonical_status, values)))
-    except ValueError as error:
-        raise _refuse(name, value, f"one or more of {', '.join(Status)}, separated by commas") from error
-    if not all(0 < len(part) <= 255 and part.strip() and "\0" not in part for part in values):
-        raise _refuse(name, value, "names of 1 to 255 characters, separated by commas; * stands for any text")
-    return tuple(dict.fromkeys(values))
 
 
 class _Group:
@@ -193,10 +170,10 @@ def answer(query: GetStats, cells: Iterable[Named]) -> list[dict[str, Any]]:
     places = [NAMES.index(name) + 1 for name in query.group_by]
     names_of: Callable[[Named], tuple[Any, ...]] = _getter(places)
     hours = query.hours
-    is_meant = query.lets_through()
+    is_filtered, is_meant = query.filters != Filters(), query.lets_through()
     for named in cells:
         start, agent_name, job_type, status, cell = named
-        if query.chosen and not is_meant(agent_name, job_type, status):
+        if is_filtered and not is_meant(agent_name, job_type, status):
             continue
         names = names_of(named)
         key = names if hours is None else (start // hours * hours, *names)
@@ -265,11 +242,10 @@ def to_json(query: GetStats, groups: list[dict[str, Any]]) -> dict[str, Any]:
 
 def parameters(query: GetStats) -> dict[str, Any]:
     """Return the query as parameters, for the log."""
-    chosen = {name: ",".join(values) for name, values in (query.chosen or {}).items()}
     return {
         "group_by": ",".join(query.group_by),
         "bucket": query.bucket,
         "from": hour_name(query.start),
         "to": hour_name(query.end),
-        **chosen,
+        **query.filters.parameters(),
     }

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Final
 
 from aiohttp import web
@@ -15,6 +15,7 @@ from telemetryd import runs
 from telemetryd.changes import parse_changes, parse_stream, put_beside
 from telemetryd.errors import StoppingError
 from telemetryd.feed import Feed
+from telemetryd.logs import log
 from telemetryd.metrics import Metrics
 from telemetryd.middleware import IDENTITY, NOTE, WAITED, json_response, mark
 from telemetryd.store import Store
@@ -69,12 +70,24 @@ async def stream_runs(request: web.Request) -> web.StreamResponse:
     return response
 
 
+def _close_after(feed: Feed) -> Callable[[asyncio.Task[None]], None]:
+    """Return what ends every tail when the feed's task has ended: nobody would hand them anything any more."""
+
+    def close(task: asyncio.Task[None]) -> None:
+        if not task.cancelled():
+            log.critical("The feed has died: streams end, until a restart", exc_info=task.exception())
+        feed.close()
+
+    return close
+
+
 def add_feed(app: web.Application, store: Store, metrics: Metrics) -> None:
     """Let an app's handlers follow a store, for as long as the app runs."""
     app[FEED] = feed = Feed(store, metrics)
 
     async def run(_: web.Application) -> AsyncIterator[None]:
         task = asyncio.create_task(feed.run(), name="feed")
+        task.add_done_callback(_close_after(feed))
         yield
         task.cancel()
         await asyncio.wait((task,))

@@ -21,6 +21,7 @@ from telemetryd import backup, migrate
 from telemetryd.changes import BEGINNING, Changes, ListChanges, Place
 from telemetryd.check import examine, repair
 from telemetryd.commands import (
+    ApplyChanges,
     Command,
     CreateEvents,
     CreateRuns,
@@ -412,3 +413,14 @@ async def test_a_run_that_changes_while_pages_are_read_is_seen_as_it_is_at_last(
         ("event-0", "success"),
         ("event-4", "failure"),
     ]
+
+
+def test_a_copy_forgets_old_deletions_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sequence, "REMEMBERED", 3)
+    with closing(connect(tmp_path / "copy.sqlite")) as copy:
+        migrate.create(copy, NOW)
+        for start in (1, 6):
+            gone = tuple((seq, f"event-{seq}") for seq in range(start, start + 5))
+            commit(copy, [ApplyChanges(gone, "abcdefabcdef", start + 4, 0)])
+        assert copy.execute("SELECT min(seq), max(seq) FROM run_deletions").fetchone() == (8, 10)
+        assert fetch_changes(copy, ListChanges()).horizon == 7

@@ -8,6 +8,7 @@ import itertools
 import json
 import signal
 import socket
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -17,10 +18,11 @@ import aiohttp
 import pytest
 
 from telemetryd import feed
+from telemetryd.changes import BEGINNING, ListChanges
 from telemetryd.connections import _Protocol, _Server
-from telemetryd.errors import TooManyTailsError
-from telemetryd.feed import Feed
-from telemetryd.filters import Filters
+from telemetryd.errors import QueryTimeoutError, TooManyTailsError
+from telemetryd.feed import Chunk, Feed, Frame, Tail
+from telemetryd.filters import Filters, parse_filters
 from telemetryd.tails import FEED
 from tests.conftest import Api, StartDaemon, eventually, make_run
 from tests.event_stream import Reader, Sent, events_of, take
@@ -222,6 +224,89 @@ async def test_it_is_counted_while_it_is_open_and_logged_when_it_ends(
     text = await metrics()
     assert "telemetryd_tails_open 0.0" in text
     assert 'telemetryd_http_requests_total{method="GET",route="/api/v1/runs/stream",status="200"} 1.0' in text
+
+
+async def test_streams_with_other_comparisons_are_not_taken_for_the_same(api: Api) -> None:
+    first, second = (parse_filters(f"metrics.n>=1&metrics.n!=2&metrics.n!={number}")[0] for number in (3, 4))
+    assert Tail(feed_of(api), None, first).key != Tail(feed_of(api), None, second).key
+
+
+async def test_one_who_reads_slowly_does_not_join_behind_what_was_handed_out(api: Api) -> None:
+    """A page may have been read before all others left, and what they were handed since is not in it."""
+    await api.post(make_run(event_id="seen"))
+    shared = feed_of(api)
+    page = await shared.read(BEGINNING, Filters())
+    async with streaming(api) as events:
+        await eventually(lambda: bool(shared._live))
+        await api.post(make_run(event_id="handed out"))
+        await take(events, 1)
+        for tail in [*shared._tails]:
+            tail.end()
+        await eventually(lambda: not shared._live)
+    async with shared.open(None, Filters()) as late:
+        assert not shared.join(late, page)
+        assert shared.join(late, await shared.read(page.last, Filters()))
+
+
+async def test_a_sign_of_life_does_not_tell_of_more_than_was_sent(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feed, "HEARTBEAT_S", 0.01)
+    shared = feed_of(api)
+
+    def hand_out(tail: Tail) -> None:
+        tail.offer(Chunk([Frame(7, 7, b"run")]))
+        shared.position = 7
+
+    async with shared.open(None, Filters()) as tail:
+        await tail.begin()
+        assert shared.join(tail, await shared.read(BEGINNING, Filters()))
+        tail._is_live = True
+        waiting = asyncio.create_task(tail._is_ready())
+        await asyncio.sleep(0)
+        asyncio.get_running_loop().call_later(0.02, hand_out, tail)
+        time.sleep(0.1)  # noqa: ASYNC251 - so that both are due in one turn of the loop: the sign of life, and a run
+        assert await waiting
+        assert tail._take() == b"run"
+
+
+async def test_a_chunk_is_made_once_for_all_with_the_same_filters(api: Api) -> None:
+    async with streaming(api) as one, streaming(api) as other:
+        shared = feed_of(api)
+        await eventually(lambda: sum(map(len, shared._live.values())) == 2)
+        tails = [*shared._tails]
+        chunk = Chunk([Frame(number, number, b"x" * 100) for number in range(5, 9)])
+        for tail in tails:
+            tail.offer(chunk)
+        (first,), (second,) = (tail._waiting for tail in tails)
+        assert first[1] is second[1]
+        assert one is not other
+
+
+async def test_a_group_that_reads_too_long_is_parted(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with streaming(api) as events, streaming(api, agent_name="hugo-translator") as others:
+        shared = feed_of(api)
+        await eventually(lambda: len(shared._live) == 2)
+        fetch = api.store.fetch
+
+        async def fetch_alone(query: Any) -> Any:
+            if isinstance(query, ListChanges) and len(query.filters) > 1:
+                raise QueryTimeoutError("too long for two")
+            return await fetch(query)
+
+        monkeypatch.setattr(api.store, "fetch", fetch_alone)
+        await api.post(make_run(event_id="a"))
+        for stream in (events, others):
+            assert seen(await take(stream, 1)) == [("a", "running")]
+
+
+async def test_nobody_waits_for_a_feed_that_has_died(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def die(*_: object) -> None:
+        raise ZeroDivisionError
+
+    async with streaming(api) as events:
+        await eventually(lambda: bool(feed_of(api)._live))
+        monkeypatch.setattr(feed_of(api), "_hand_out", die)
+        await api.post(make_run())
+        assert [event async for event in events] == []
 
 
 async def test_too_many_are_refused(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:

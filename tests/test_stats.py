@@ -21,10 +21,13 @@ from telemetryd.cli.statistics import table
 from telemetryd.commands import Command, CreateRuns, Death, EndProcess, PruneRuns, ReapRuns, RegisterProcess, UpdateRun
 from telemetryd.commands import Process as RunProcess
 from telemetryd.database import APPLICATION_ID
+from telemetryd.errors import InvalidRequestError
+from telemetryd.filters import matches
 from telemetryd.legacy import migrate_file
 from telemetryd.runs import MAX_INTEGER, STORED, Status, format_timestamp, parse_run
 from telemetryd.sketches import ERROR
 from telemetryd.statements import rollups
+from telemetryd.statements.choosing import glob
 from telemetryd.statements.transaction import Transaction
 from tests.conftest import Api, StartDaemon, make_run
 from tests.tools.old_databases import LAYOUTS, make_old_database
@@ -40,7 +43,7 @@ QUERIES = [
     for grouped, bucket, filtered in itertools.product(
         ([], ["group_by=agent_name"], ["group_by=status,job_type"], ["group_by=job_type,agent_name,status"]),
         ([], ["bucket=1h"], ["bucket=5h"], ["bucket=1d"]),
-        ([], ["agent_name=a", "status=success,failure"], ["agent_name=*b", "job_type=j"]),
+        ([], ["agent_name=a", "status=success,failure"], ["agent_name=*b", "job_type=j"], [r"agent_name=\*b,a"]),
     )
     for parts in [[*grouped, *bucket, *filtered]]
 ] + ["", "from=-37h&to=-1h", "from=-60h&to=-13h&group_by=status", "from=-61h&to=-90m&bucket=1d"]
@@ -53,11 +56,11 @@ def brute_force(connection: sqlite3.Connection, query: stats.GetStats) -> list[d
     for row in connection.execute("SELECT * FROM agent_runs"):
         run = dict(zip(names, row, strict=True))
         hour = (datetime.fromisoformat(run["created_at"]) - datetime(1970, 1, 1, tzinfo=UTC)) // HOUR
-        chosen = query.chosen or {}
-        if not query.start <= hour < query.end or not all(
-            any(run[name] == value or ("*" in value and run[name].endswith(value[1:])) for value in values)
-            for name, values in chosen.items()
-        ):
+        agents, endings = query.filters.equal.get("agent_name", ()), [last for _, last in query.filters.patterns]
+        is_agent = run["agent_name"] in agents or any(map(run["agent_name"].endswith, endings))
+        if not query.start <= hour < query.end or ((agents or endings) and not is_agent):
+            continue
+        if any(run[name] not in query.filters.equal.get(name, (run[name],)) for name in ("job_type", "status")):
             continue
         bucket = [] if query.hours is None else [stats.hour_name(hour - hour % query.hours)]
         groups.setdefault((*bucket, *(run[name] for name in query.group_by)), []).append(run)
@@ -329,13 +332,55 @@ async def test_a_patch_is_counted_when_it_is_acknowledged(api: Api) -> None:
         ({"from": "yesterday"}, "Invalid from: 'yesterday'; it must be an ISO 8601 date and time such as"),
         ({"to": "-24"}, "Invalid to: '-24'"),
         ({"from": "now", "to": "-1h"}, "Invalid from: 'now'; it must be before to ('-1h')"),
-        ({"status": "success,done"}, "Invalid status: 'success,done'; it must be one or more of running"),
+        ({"status": "success,done"}, "Invalid status: 'done'; it must be one of running"),
         ({"agent_name": "a,,b"}, "Invalid agent_name"),
         ({"limit": "5"}, "Unknown query parameter 'limit'; known are: group_by, bucket, from, to"),
     ],
 )
 async def test_wrong_parameters(api: Api, parameters: dict[str, str], told: str) -> None:
     assert told in (await ask(api, 400, **parameters))["detail"]
+
+
+async def test_filters_are_those_of_the_list(api: Api) -> None:
+    for name in ("a", "a,b", "web-1", "web-2", "*", "web*"):
+        await api.post(make_run(agent_name=name, job_type="j*"))
+    for parameters in (
+        {"agent_name": r"a\,b"},
+        {"agent_name": r"\*,web-*"},
+        {"agent_name": r"web\*,a"},
+        {"agent_name": "*", "job_type": "j*"},
+        {"agent_name": "*b*"},
+        {"job_type": "*"},
+        {"status": "RUNNING,success"},
+    ):
+        listed = await api.get("/api/v1/runs", params=parameters)
+        groups = (await ask(api, group_by="agent_name", **parameters))["groups"]
+        assert [group["agent_name"] for group in groups] == sorted(run["agent_name"] for run in listed), parameters
+    for moment in ("-1w", "-90m", "-7200s", "2026-01-01T00:00:00 01:00"):
+        for path, name in (("/api/v1/stats", "from"), ("/api/v1/runs", "created_after")):
+            assert await api.get(path, params={name: moment})
+    for moment in ("-1", "-1H", "-1d12h", "yesterday", ""):
+        for path, name in (("/api/v1/stats", "from"), ("/api/v1/runs", "created_after")):
+            told = (await api.get(path, status=400, params={name: moment}))["detail"]
+            assert told.startswith(f"Invalid {name}: {moment!r}; it must be an ISO 8601 date")
+    told = (await ask(api, 400, bucket="1s", group_by="host", status="x", **{"from": "y"}))["detail"]
+    assert all(f"Invalid {name}: " in told for name in ("bucket", "group_by", "status", "from"))
+
+
+@settings(max_examples=300)
+@given(st.lists(st.text("ab?[]", max_size=3), min_size=2, max_size=5), st.text("ab?[]", max_size=9))
+def test_a_pattern_matches_as_in_sql(pieces: list[str], text: str) -> None:
+    with closing(sqlite3.connect(":memory:")) as opened:
+        (expected,) = opened.execute("SELECT ? GLOB ?", (text, glob((*pieces,)))).fetchone()
+    assert matches((*pieces,), text) is bool(expected)
+
+
+def test_no_pattern_takes_long() -> None:
+    pattern = (*["", *["a"] * 126, "b"],)
+    assert not matches(pattern, "a" * 255)
+    assert not matches(pattern, "a" * 125 + "xxb")
+    with closing(sqlite3.connect(":memory:")) as opened:
+        assert opened.execute("SELECT ? GLOB ?", ("a" * 255, glob(pattern))).fetchone() == (0,)
 
 
 async def test_times_at_the_ends_of_the_calendar(api: Api) -> None:
@@ -412,3 +457,26 @@ def test_the_command_asks_the_daemon_or_the_database(tmp_path: Path, start_daemo
     direct = json.loads(telemetryd("stats", *asked, "--json", "--group-by", "status").stdout)
     assert direct["groups"] == answer["groups"]
     assert "Invalid bucket" in telemetryd("stats", *asked, "--bucket", "5s", status=1).stderr
+
+
+def test_a_refused_answer_leaves_no_snapshot_behind(
+    connection: sqlite3.Connection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def create(*rows: tuple[Any, ...]) -> None:
+        connection.execute("BEGIN")
+        transaction = Transaction(connection, MOMENTS[0])
+        transaction.apply([CreateRuns(rows)])
+        transaction.finish()
+        rollups.fold(connection.cursor())
+        connection.execute("COMMIT")
+
+    monkeypatch.setattr(stats, "MAX_GROUPS", 1)
+    connection.execute("PRAGMA journal_mode = WAL").fetchall()
+    create(*(parse_run(make_run(agent_name=f"agent-{number}")).row for number in range(9)))
+    query = stats.parse("group_by=agent_name&from=-7d", NOW)
+    with closing(sqlite3.connect(tmp_path / "telemetry.sqlite", isolation_level=None)) as reader:
+        with pytest.raises(InvalidRequestError) as refused:
+            rollups.fetch_stats(reader, query)
+        create(parse_run(make_run()).row)
+        assert reader.execute("SELECT count(*) FROM agent_runs").fetchone() == (10,)
+        assert refused.value

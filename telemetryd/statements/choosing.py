@@ -27,7 +27,7 @@ from telemetryd.runs import (
     SqlValue,
     Status,
 )
-from telemetryd.statements.rollups import FACTS
+from telemetryd.stats import FACTS
 
 Values = dict[str, SqlValue | float]
 """What is bound to the names of a statement."""

@@ -8,8 +8,8 @@ from typing import Final
 from telemetryd.changes import Followed, Place
 from telemetryd.commands import ApplyChanges, CopiedRun
 from telemetryd.runs import STORED
-from telemetryd.statements.rollups import FACTS, Facts
-from telemetryd.statements.sequence import NEWEST
+from telemetryd.statements.sequence import NEWEST, forget_deletions
+from telemetryd.stats import FACTS, Facts
 
 _FIND: Final = f"SELECT id, {', '.join(FACTS)} FROM agent_runs WHERE event_id = ?"  # noqa: S608 - names from the definition
 _DELETE: Final = ("DELETE FROM agent_runs WHERE id = ?", "DELETE FROM run_changes WHERE run = ?")
@@ -40,6 +40,7 @@ def apply_changes(cursor: sqlite3.Cursor, command: ApplyChanges) -> list[Facts]:
             cursor.execute(_REMEMBER, (seq, event_id))
     for statement, values in zip(_COME, ((), (command.epoch, command.last, command.begun)), strict=True):
         cursor.execute(statement, values)
+    forget_deletions(cursor, command.last)
     return replaced
 
 

@@ -8,7 +8,8 @@ many runs, and the many are few steps of SQLite.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from itertools import chain, groupby
 from operator import add
 from typing import Any, Final
@@ -18,11 +19,8 @@ import orjson
 from telemetryd import sketches, stats
 from telemetryd.runs import MAX_INTEGER, Status
 from telemetryd.sketches import bin_of, pack, unpack
-from telemetryd.stats import DAY, ITEMS, Cell, GetStats, Named, hour_number
-
-FACTS: Final = ("created_at", "agent_name", "job_type", "status", *ITEMS, "duration_ms")
-"""What the statistics need to know of a run."""
-Facts = tuple[Any, ...]
+from telemetryd.statements.choosing import conditions
+from telemetryd.stats import DAY, FACTS, ITEMS, Cell, Facts, GetStats, Named, hour_number
 
 FOLD_AT: Final = 10_000
 """How many changes may wait in the log: a query reads them in some 15 ms, and adding them up takes about as long."""
@@ -232,25 +230,22 @@ def fetch_stats(connection: sqlite3.Connection, query: GetStats) -> list[dict[st
         InvalidRequestError: if they are too many.
 
     """
-    return stats.answer(query, _fetch_cells(connection, query))
+    # Closed also when the answer is refused: an error holds on to what it has seen, and so to a snapshot.
+    with closing(_fetch_cells(connection, query)) as cells:
+        return stats.answer(query, cells)
 
 
-def _fetch_cells(connection: sqlite3.Connection, query: GetStats) -> Iterator[Named]:
+def _fetch_cells(connection: sqlite3.Connection, query: GetStats) -> Generator[Named, None, None]:
     """Yield the cells of the fewest rows that tell enough; the log's come with them, from the same snapshot."""
     names = 3 if "job_type" in query.names else 2 if "agent_name" in query.names else 1
     spans = [(1, query.start, query.end)]
     first, last = -(-query.start // DAY) * DAY, query.end // DAY * DAY
     if query.by_days and first < last:
         spans = [(1, query.start, first), (DAY, first, last), (1, last, query.end)]
-    values: dict[str, Any] = {}
-    conditions = [f"names = {names}"]
-    for name, chosen in (query.chosen or {}).items():
-        if not any("*" in value for value in chosen):  # else they are told apart later, as those of the log are
-            conditions.append(f"{name} IN (SELECT value FROM json_each(:{name}))")  # noqa: S608 - our own names
-            values[name] = orjson.dumps(chosen).decode()
+    found, values = conditions(query.filters)
     arms = [
         f"SELECT {', '.join(_COLUMNS[2:])} FROM run_stats "  # noqa: S608 - our own names
-        f"WHERE hours = {hours} AND start >= {start} AND start < {end} AND {' AND '.join(conditions)}"
+        f"WHERE {' AND '.join([f'hours = {hours} AND names = {names} AND start >= {start} AND start < {end}', *found])}"
         for hours, start, end in spans
         if start < end
     ]

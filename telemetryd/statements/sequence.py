@@ -42,6 +42,15 @@ MAKE_FEED: Final = f"""
 """To be said where the one row of `change_feed` may be missing: then nobody knows what was deleted."""
 
 
+def forget_deletions(cursor: sqlite3.Cursor, last: int) -> None:
+    """Forget some deletions that lie further back than `REMEMBERED` changes; `last` is the newest number."""
+    oldest = {"oldest": last - REMEMBERED, "limit": _FORGOTTEN_AT_ONCE}
+    (forgotten,) = cursor.execute(_LAST_FORGOTTEN, oldest).fetchone()
+    if forgotten is not None:
+        for statement in _FORGET:
+            cursor.execute(statement, (forgotten,))
+
+
 class Sequence:
     """The numbers that one open transaction draws; those of changed runs are written down in `finish`."""
 
@@ -74,11 +83,7 @@ class Sequence:
             return
         self._cursor.execute(_DELETED, {"last": self.last, "event_ids": orjson.dumps(event_ids).decode()})
         self.last += len(event_ids)
-        oldest = self.last - REMEMBERED
-        (forgotten,) = self._cursor.execute(_LAST_FORGOTTEN, {"oldest": oldest, "limit": _FORGOTTEN_AT_ONCE}).fetchone()
-        if forgotten is not None:
-            for statement in _FORGET:
-                self._cursor.execute(statement, (forgotten,))
+        forget_deletions(self._cursor, self.last)
 
     def finish(self) -> None:
         """Write down the numbers of the runs that have changed."""

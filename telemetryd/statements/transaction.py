@@ -52,8 +52,8 @@ from telemetryd.runs import (
 )
 from telemetryd.statements import alerting, copying, rollups
 from telemetryd.statements.choosing import select_prunable, select_stale
-from telemetryd.statements.rollups import FACTS, Facts
 from telemetryd.statements.sequence import Sequence as CommitSequence
+from telemetryd.stats import FACTS, Facts
 
 MINUTE: Final = len("2025-12-24T10:00")
 HOUR: Final = len("2025-12-24T10")

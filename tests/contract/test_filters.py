@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
+from yarl import URL
 
 from telemetryd.check import Severity, examine, repair
 from telemetryd.commands import CreateRuns, PruneRuns, ReapRuns
@@ -270,3 +271,14 @@ async def test_a_request_tells_every_fault(api: Api) -> None:
     assert [sentence.partition(":")[0].removeprefix("Invalid ") for sentence in told] == [
         "status", "host", "created_after", "min_duration_ms", "error", "metrics.a", "q", "sort", "fields", "count",
     ]  # fmt: skip
+
+
+async def test_a_field_of_the_metrics_may_be_compared_several_times_also_on_the_next_page(api: Api) -> None:
+    for state in ("a", "b", "c", "c"):
+        await api.post(make_run(metrics_json={"state": state}))
+    async with api.client.get("/api/v1/runs?metrics.state!=a&metrics.state!=b&metrics.state>=a&limit=1") as response:
+        assert [run["metrics_json"]["state"] for run in await response.json()] == ["c"]
+        following = URL(response.links["next"]["url"])
+    async with api.client.get(following.relative()) as response:
+        assert [run["metrics_json"]["state"] for run in await response.json()] == ["c"]
+        assert "next" not in response.links
