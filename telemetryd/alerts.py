@@ -10,6 +10,7 @@ from typing import Any, Final
 import orjson
 
 from telemetryd.commands import AlertChange
+from telemetryd.filters import Filters
 from telemetryd.rules import ANY, FailureRate, Rule, Rules, Silent, Slow, Stale
 from telemetryd.runs import Status, format_timestamp
 from telemetryd.stats import GetStats, hour_number
@@ -125,13 +126,14 @@ def silent(rule: Silent, now: datetime, heard: Mapping[str, str | None]) -> tupl
 
 def window_of(rule: FailureRate | Slow, now: datetime) -> GetStats:
     """Return what to ask the statistics: the whole hours from that in which the window begins."""
-    names = {"agent_name": rule.agent_name, "job_type": rule.job_type}
-    chosen = {name: patterns for name, patterns in names.items() if patterns != ANY}
+    equal = {"agent_name": tuple(name for name in rule.agent_name if "*" not in name), "job_type": rule.job_type}
     if isinstance(rule, Slow):
-        chosen["status"] = FINISHED
+        equal["status"] = FINISHED
+    patterns = tuple(tuple(name.split("*")) for name in rule.agent_name if "*" in name and rule.agent_name != ANY)
+    filters = Filters({name: values for name, values in equal.items() if values}, patterns=patterns)
     group_by = ("agent_name", "status" if isinstance(rule, FailureRate) else "job_type")
     return GetStats(
-        hour_number(ago(now, rule.window_s)), hour_number(format_timestamp(now)) + 1, group_by, chosen=chosen
+        hour_number(ago(now, rule.window_s)), hour_number(format_timestamp(now)) + 1, group_by, filters=filters
     )
 
 

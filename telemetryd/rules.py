@@ -62,6 +62,7 @@ class FailureRate(_Rule):
     """Fires for an agent if too many of its finished runs are failures or timeouts."""
 
     job_type: tuple[str, ...]
+    """The job types that it is about; none means all."""
     window_s: float
     min_runs: int
     above: float
@@ -72,6 +73,7 @@ class Slow(_Rule):
     """Fires for a job type of an agent while a run of it is running longer than `factor` times their p99."""
 
     job_type: tuple[str, ...]
+    """The job types that it is about; none means all."""
     window_s: float
     min_runs: int
     factor: float
@@ -235,7 +237,7 @@ def _rule(
     if KINDS[kind] in (Silent, Stale):
         checked["after_s"] = table.read("after", _duration(1, None, "a duration such as 6h or 30m"))
     else:
-        checked["job_type"] = table.read("job_type", _patterns, ANY)
+        checked["job_type"] = table.read("job_type", _names, ())
         window = _duration(
             _HOUR_S, None, "a duration of 1h or more, such as 6h or 30d: statistics are kept by the hour"
         )
@@ -307,13 +309,17 @@ def _names_among(allowed: tuple[str, ...]) -> Callable[[Any], list[str]]:
 
 
 def _patterns(value: Any) -> tuple[str, ...]:
+    return _names(value, "; * stands for any text")
+
+
+def _names(value: Any, more: str = "") -> tuple[str, ...]:
     names = [value] if isinstance(value, str) else value
     if (
         not isinstance(names, list)
         or not names
         or not all(isinstance(each, str) and 0 < len(each) <= 255 and "\0" not in each for each in names)
     ):
-        raise _WrongError("a name of 1 to 255 characters, or an array of such; * stands for any text")
+        raise _WrongError(f"a name of 1 to 255 characters, or an array of such{more}")
     return tuple(dict.fromkeys(names))
 
 

@@ -105,8 +105,8 @@ def _heard(connection: sqlite3.Connection, rule: Silent, query: EvaluateRules) -
 
 
 def _slow(connection: sqlite3.Connection, rule: Slow, query: EvaluateRules) -> Iterator[Finding]:
-    is_agent, is_job = matcher(rule.agent_name), matcher(rule.job_type)
-    at_work = {Subject(*row) for row in connection.execute(_AT_WORK) if is_agent(row[0]) and is_job(row[1])}
+    is_agent = matcher(rule.agent_name)
+    at_work = {Subject(*row) for row in connection.execute(_AT_WORK) if is_agent(row[0])}
     if not at_work:
         return
     limits = alerts.limits(rule, rollups.fetch_stats(connection, alerts.window_of(rule, query.now)))
