@@ -34,6 +34,10 @@ from telemetryd.runs import utc_now
 from telemetryd.settings import JournalMode, Settings
 from telemetryd.statements import exporting
 
+_LEAST_BYTES_PER_S: Final = 1024
+_PATIENCE_S: Final = 60.0
+"""Whoever takes longer for a chunk than this, and at this rate, is cut off."""
+
 MAX_EXPORTS: Final = 2
 """How many may run at once; each holds a thread, some descriptors and room on the disk."""
 
@@ -152,10 +156,15 @@ class Exports:
             await response.prepare(request)
             try:
                 while (chunk := await connection.run(lambda _: next(chunks, None))) is not None:
-                    await response.write(chunk)
+                    async with asyncio.timeout(_PATIENCE_S + len(chunk) / _LEAST_BYTES_PER_S):
+                        await response.write(chunk)
                 await response.write_eof()
             except ConnectionError:
                 request[NOTE].say("Export cut off by its reader", query_params=query.parameters())
+            except TimeoutError:  # or a few who read a byte now and then would keep all others from exporting
+                request[NOTE].say("Export cut off: its reader is too slow", query_params=query.parameters())
+                if request.transport is not None:
+                    request.transport.abort()
             except (sqlite3.Error, ValueError, MemoryError) as error:  # ValueError: pyarrow's, of a cell
                 log.error("Export cut off", extra={"error_message": str(error)[:2000]})
                 if request.transport is not None:

@@ -73,6 +73,7 @@ class Feed:
         self._news = asyncio.Event()
         self._unread = asyncio.Event()
         self._reading = asyncio.Lock()
+        self._polling = asyncio.Lock()
         self._tails: set[Tail] = set()
         self._live: dict[str, list[Tail]] = {}
         self.position = 0
@@ -107,10 +108,11 @@ class Feed:
             CursorGoneError: if the place is not known any more.
 
         """
+        query = ListChanges(asked.after.seq, asked.limit)
         deadline = asyncio.get_running_loop().time() + asked.wait_s
+        news = self._news  # taken before the database is read, so that no commit comes between
+        changes = await self._store.fetch(query)
         while True:
-            news = self._news  # taken before the database is read, so that no commit comes between
-            changes = await self._store.fetch(ListChanges(asked.after.seq, asked.limit))
             changes.check(asked.after, asked.begun)
             if changes.found or changes.more or self.closed:
                 return changes
@@ -119,6 +121,9 @@ class Feed:
                     await news.wait()
             except TimeoutError:
                 return changes
+            async with self._polling:  # a commit wakes all of them, who would take every reader from those who ask
+                news = self._news
+                changes = await self._store.fetch(query)
 
     async def run(self) -> None:
         """Hand out what is committed, until it is cancelled."""

@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from telemetryd import runs, tables
+from telemetryd import exports, runs, tables
 from telemetryd.cli import main
 from telemetryd.exports import MAX_EXPORTS
 from telemetryd.http import EXPORTS
@@ -251,6 +251,23 @@ async def test_only_so_many_run_at_once_and_one_that_is_left_makes_room(api: Api
     await eventually(lambda: exports._running == 0)
     assert (await export(api, agent_name="nobody"))[0] == b""
     assert leftovers(tmp_path) == []
+
+
+async def test_a_reader_that_is_too_slow_gives_its_place_up(make_api: MakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exports, "_PATIENCE_S", 0.3)
+    monkeypatch.setattr(exports, "_LEAST_BYTES_PER_S", 1e9)
+    api = await make_api()
+    for _ in range(24):
+        await api.post(make_run(input_summary=LARGE))
+    held = [await api.client.get(PATH) for _ in range(MAX_EXPORTS)]
+    for _ in range(100):
+        async with api.client.get(PATH, params={"agent_name": "nobody"}) as response:
+            if response.status == 200:
+                break
+        await asyncio.sleep(0.1)
+    assert response.status == 200
+    for each in held:
+        each.close()
 
 
 async def test_a_copy_never_takes_the_room_that_is_kept_for_new_runs(make_api: MakeApi) -> None:
