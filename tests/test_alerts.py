@@ -145,7 +145,7 @@ async def test_the_failure_rate_is_what_brute_force_finds(api: Api, seed: int) -
 async def test_slow_is_what_brute_force_finds(api: Api, seed: int) -> None:
     runs = random_runs(seed)
     await post_all(api, runs)
-    rule = Slow("slow", (), ("*",), ("*",), 200 * 3600, 8, 2.0)
+    rule = Slow("slow", (), ("*",), (), 200 * 3600, 8, 2.0)
     expected = {}
     since = at(hours=200)[:13]
     for subject in {Subject(run["agent_name"], run["job_type"]) for run in runs}:
@@ -198,8 +198,8 @@ async def test_no_rule_scans_the_runs(api: Api) -> None:
     set_updated(api, [{**run, "changed": run["created_at"]} for run in runs])
     rules = (
         Silent("a", (), ("*",), 1),
-        FailureRate("b", (), ("*",), ("*",), 90 * 86_400, 1, 0.0),
-        Slow("c", (), ("*",), ("*",), 90 * 86_400, 1, 1.0),
+        FailureRate("b", (), ("*",), (), 90 * 86_400, 1, 0.0),
+        Slow("c", (), ("*",), (), 90 * 86_400, 1, 1.0),
         Stale("d", (), ("*",), 1),
     )
     said: list[str] = []
@@ -220,7 +220,7 @@ async def test_too_many_groups_are_a_problem_of_that_rule_alone(api: Api, monkey
     await post_all(api, runs)
     set_updated(api, [{**run, "changed": run["created_at"]} for run in runs])
     monkeypatch.setattr("telemetryd.stats.MAX_GROUPS", 3)
-    rules = (FailureRate("b", (), ("*",), ("*",), 90 * 86_400, 1, 0.0), Stale("d", (), ("*",), 1))
+    rules = (FailureRate("b", (), ("*",), (), 90 * 86_400, 1, 0.0), Stale("d", (), ("*",), 1))
     evaluation = await api.store.fetch(EvaluateRules(rules, NOW))
     assert isinstance(evaluation.found["b"], str)
     assert evaluation.found["d"]
