@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator
+from functools import cache
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import PurePosixPath
@@ -70,8 +71,7 @@ async def serve_page(request: web.Request) -> web.StreamResponse:
 def _serve(name: str, media_type: str, policy: str) -> Handler:
     async def serve(request: web.Request) -> web.StreamResponse:
         request[NOTE].say("Page served", logging.DEBUG)
-        body = resources.files("telemetryd.static").joinpath(name).read_bytes()
-        tag = hashlib.blake2b(body, digest_size=12).hexdigest()
+        body, tag = _read(name)
         response: web.Response
         if any(ETag(tag) == known for known in request.if_none_match or ()):
             response = web.Response(status=304, headers=_HEADERS)
@@ -83,3 +83,10 @@ def _serve(name: str, media_type: str, policy: str) -> Handler:
         return response
 
     return serve
+
+
+@cache
+def _read(name: str) -> tuple[bytes, str]:
+    """Return a file and its tag; an installed package does not change while it runs."""
+    body = resources.files("telemetryd.static").joinpath(name).read_bytes()
+    return body, hashlib.blake2b(body, digest_size=12).hexdigest()

@@ -58,24 +58,26 @@ class Silent(_Rule):
 
 
 @dataclass(frozen=True, slots=True)
-class FailureRate(_Rule):
-    """Fires for an agent if too many of its finished runs are failures or timeouts."""
+class _WindowRule(_Rule):
+    """What rules have that look at the runs of some time."""
 
     job_type: tuple[str, ...]
     """The job types that it is about; none means all."""
     window_s: float
     min_runs: int
+
+
+@dataclass(frozen=True, slots=True)
+class FailureRate(_WindowRule):
+    """Fires for an agent if too many of its finished runs are failures or timeouts."""
+
     above: float
 
 
 @dataclass(frozen=True, slots=True)
-class Slow(_Rule):
+class Slow(_WindowRule):
     """Fires for a job type of an agent while a run of it is running longer than `factor` times their p99."""
 
-    job_type: tuple[str, ...]
-    """The job types that it is about; none means all."""
-    window_s: float
-    min_runs: int
     factor: float
 
 

@@ -180,16 +180,21 @@ def _groups(chunks: Iterable[bytes]) -> Iterator[bytes]:
     """Join chunks to row groups, without the header, which is a chunk of its own."""
     lines = iter(chunks)
     next(lines)
-    group: list[bytes] = []
-    size = 0
-    for chunk in lines:
-        group.append(chunk)
-        size += len(chunk)
-        if size >= GROUP_BYTES:
-            yield b"".join(group)
-            group, size = [], 0
-    if group:
-        yield b"".join(group)
+    return join_pieces(lines, GROUP_BYTES)
+
+
+def join_pieces(pieces: Iterable[bytes], size: int) -> Iterator[bytes]:
+    """Join pieces to larger ones of `size` bytes or more; the last one may be shorter."""
+    joined: list[bytes] = []
+    held = 0
+    for piece in pieces:
+        joined.append(piece)
+        held += len(piece)
+        if held >= size:
+            yield b"".join(joined)
+            joined, held = [], 0
+    if joined:
+        yield b"".join(joined)
 
 
 class _Sink(io.RawIOBase):

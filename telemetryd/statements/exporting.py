@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Final
@@ -14,6 +15,7 @@ from telemetryd.queries import ExportRuns
 from telemetryd.runs import COLUMNS, Role
 from telemetryd.statements import full_text
 from telemetryd.statements.choosing import Values, choose, conditions
+from telemetryd.tables import join_pieces
 
 CHUNK_BYTES: Final = 256 * 1024
 """About how much is read of the copy at once, besides a single line of any length."""
@@ -76,17 +78,24 @@ def copy_at_once(connection: sqlite3.Connection, query: ExportRuns) -> int:
 
     """
     full_text.require(connection, query.filters, "source")
-    connection.execute("BEGIN")
-    try:
+    with _transaction(connection):
         copied = connection.execute(*_select(query)).rowcount
         if query.with_events:
             connection.execute(_COPY_EVENTS)
+    return copied
+
+
+@contextmanager
+def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    """Read and copy in one snapshot."""
+    connection.execute("BEGIN")
+    try:
+        yield
         connection.execute("COMMIT")
     except sqlite3.Error:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         raise
-    return copied
 
 
 def last_id(connection: sqlite3.Connection) -> int:
@@ -99,8 +108,7 @@ def copy_slice(connection: sqlite3.Connection, query: ExportRuns, after: int, la
 
     Returns how many runs were copied, and the id up to which that was; `last` when it is done.
     """
-    connection.execute("BEGIN")
-    try:
+    with _transaction(connection):
         end = connection.execute(_SLICE_END, (after, last, rows)).fetchone()[0]
         copied = 0
         if end is not None:
@@ -108,11 +116,6 @@ def copy_slice(connection: sqlite3.Connection, query: ExportRuns, after: int, la
             copied = connection.execute(statement, {**values, "after_id": after, "end_id": end}).rowcount
             if query.with_events:
                 connection.execute(f"{_COPY_EVENTS} WHERE runs.id > ? AND runs.id <= ?", (after, end))
-        connection.execute("COMMIT")
-    except sqlite3.Error:
-        if connection.in_transaction:
-            connection.execute("ROLLBACK")
-        raise
     return copied, last if end is None else int(end)
 
 
@@ -176,7 +179,9 @@ def ndjson_chunks(connection: sqlite3.Connection, *, with_events: bool) -> Itera
     """
     connection.text_factory = bytes
     lines = connection.execute(_NDJSON)
-    return _in_chunks(_lines_with_events(connection, lines) if with_events else (line + b"\n" for _, line in lines))
+    return join_pieces(
+        _lines_with_events(connection, lines) if with_events else (line + b"\n" for _, line in lines), CHUNK_BYTES
+    )
 
 
 def _lines_with_events(connection: sqlite3.Connection, lines: sqlite3.Cursor) -> Iterator[bytes]:
@@ -195,17 +200,4 @@ def _lines_with_events(connection: sqlite3.Connection, lines: sqlite3.Cursor) ->
 def csv_chunks(connection: sqlite3.Connection) -> Iterator[bytes]:
     """Yield the copy's runs in the order of their ids as CSV with a header, in whole lines of about `CHUNK_BYTES`."""
     connection.text_factory = bytes
-    return chain([CSV_HEADER], _in_chunks(line + b"\r\n" for _, line in connection.execute(_CSV)))
-
-
-def _in_chunks(pieces: Iterator[bytes]) -> Iterator[bytes]:
-    chunk: list[bytes] = []
-    size = 0
-    for piece in pieces:
-        chunk.append(piece)
-        size += len(piece)
-        if size >= CHUNK_BYTES:
-            yield b"".join(chunk)
-            chunk, size = [], 0
-    if chunk:
-        yield b"".join(chunk)
+    return chain([CSV_HEADER], join_pieces((line + b"\r\n" for _, line in connection.execute(_CSV)), CHUNK_BYTES))
