@@ -84,7 +84,7 @@ class Local:
         equal = {name: (value,) for name, value in filters.items() if name not in bounds}
         while True:
             page = await self._store.fetch(queries.ListRuns(Filters(equal, bounds), _PAGE, 0, after))
-            answer = [runs.to_json(row) for row in page.rows]
+            answer = [orjson.loads(run) for run in page.runs]
             asked = queries.ListEvents(tuple(run["event_id"] for run in answer))
             events.put_into(answer, await self._store.fetch(asked))
             yield answer
