@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sqlite3
 from functools import cache, lru_cache
-from itertools import groupby
 from typing import Final, NamedTuple
 
 import orjson
@@ -16,10 +15,6 @@ from telemetryd.git_urls import commit_url, repo_url
 from telemetryd.runs import Role, columns, needed
 from telemetryd.statements.choosing import Values
 
-_AS_IT_IS: Final = {name: f"coalesce({name}, 'null')" for name in columns(Role.JSON)} | {
-    name: f"iif({name}, 'true', 'false')" for name in columns(Role.BOOLEAN)
-}
-"""What is JSON already, or becomes it without quotation marks."""
 _ADDRESSES: Final = ("commit_url", "repo_url")
 """The fields that are not stored; a page has few different ones."""
 _BETWEEN: Final = "\x1e"
@@ -55,7 +50,7 @@ def render(
     made = tuple(name for name in fields if name in _ADDRESSES)
     # Both aggregates see the rows in the order of the subquery, which SQLite keeps because of its LIMIT.
     text = f"""
-        SELECT group_concat({_object(stored)}, char({ord(_BETWEEN)})),
+        SELECT group_concat({json_object(stored)}, char({ord(_BETWEEN)})),
             json_group_array(json_array({", ".join(("id", order, *needed(made)))}))
         FROM ({sql})
     """  # noqa: S608 - names from the definition of a run
@@ -74,7 +69,7 @@ def render(
     comma = "," if stored and made else ""
     ends = [f"{comma}{_addresses(made, *of[2:])}}}" for of in known]
     return Rendered(
-        [begun + end for begun, end in zip(found.split(_BETWEEN), ends, strict=True)],
+        [run[:-1] + end for run, end in zip(found.split(_BETWEEN), ends, strict=True)],
         [(of[0], of[1]) for of in known],
     )
 
@@ -83,22 +78,21 @@ def sizes(select: tuple[str, Values], fields: tuple[str, ...]) -> tuple[str, Val
     """Return the statement that fetches about how many bytes each run takes in JSON."""
     sql, values = select
     stored = tuple(name for name in fields if name not in _ADDRESSES)
-    return f"SELECT length(CAST({_object(stored)} AS BLOB)) FROM ({sql})", values  # noqa: S608 - as above
+    return f"SELECT length(CAST({json_object(stored)} AS BLOB)) FROM ({sql})", values  # noqa: S608 - as above
 
 
 @cache
-def _object(stored: tuple[str, ...]) -> str:
-    """Return the SQL expression of a JSON object that is not closed yet."""
-    parts = []
-    for as_it_is, names in groupby(stored, key=_AS_IT_IS.get):
-        if as_it_is is not None:
-            parts += [f"""'"{name}":' || {as_it_is}""" for name in names]
-        else:
-            pairs = ", ".join(f"'{name}', {name}" for name in names)
-            parts.append(
-                f"trim(json_object({pairs}), '{{}}')"
-            )  # each value ends with a quotation mark, or has no braces
-    return "'{' || " + (" || ',' || ".join(parts) or "''")
+def json_object(stored: tuple[str, ...]) -> str:
+    """Return the SQL expression that makes a JSON object of some columns of a run."""
+    return f"json_object({', '.join(map(_member, stored))})"
+
+
+def _member(name: str) -> str:
+    if name in columns(Role.JSON):
+        return f"'{name}', json({name})"
+    if name in columns(Role.BOOLEAN):
+        return f"'{name}', json(iif({name}, 'true', 'false'))"
+    return f"'{name}', {name}"
 
 
 @lru_cache(maxsize=4096)
