@@ -132,6 +132,7 @@ def test_a_running_run_shows_its_age_and_its_end(open_view: OpenPage, url: str) 
     call(url, "PATCH", f"/api/v1/runs/{run['event_id']}", {"status": "partial", "items_failed": 3})
     expect(page.locator(".run-head .badge")).to_have_text("partial", timeout=15_000)  # it looks every 3 s
     expect(page.locator(".item-bar")).to_contain_text("3 failed")
+    expect(page.locator("main")).not_to_contain_text("Nothing was reported")
 
 
 def test_an_agent_has_a_year_in_squares_that_lead_to_its_runs(open_view: OpenPage, url: str) -> None:
@@ -171,6 +172,17 @@ def test_filters_stand_in_the_address(open_view: OpenPage, url: str) -> None:
     expect(page.get_by_label("failure")).to_be_checked()
     expect(page.locator(".told")).to_have_text(f"{len(expected)} runs")
     assert set(page.locator(".table-body .badge").all_inner_texts()) == {"failure"}
+
+
+def test_the_fields_follow_the_address(open_view: OpenPage, url: str) -> None:
+    page = open_view("#/runs")
+    field = page.get_by_label("Agent", exact=True)
+    field.fill("seo-*")
+    page.keyboard.press("Enter")
+    expect(page).to_have_url(re.compile(r"agent_name=seo-\*"))
+    page.goto(f"{url}/#/runs?status=failure")  # a bookmark, while the field has the focus
+    expect(page.get_by_label("failure")).to_be_checked()
+    expect(field).to_have_value("")
 
 
 def test_a_filter_without_a_field_can_be_taken_away(open_view: OpenPage) -> None:
