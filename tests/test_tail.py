@@ -59,6 +59,8 @@ def test_it_prints_the_last_runs_that_match(start_daemon: StartDaemon) -> None:
     assert "\x1b" not in out
     status, out, _ = finish(url, "--filter", "metrics.tokens=7")
     assert (status, out) == (0, "")
+    for comparison in ("metrics.tokens>7", "metrics.tokens>=7", "metrics.tokens<7"):
+        assert finish(url, "--filter", comparison)[:2] == (0, "")
     status, _, errors = finish(url, "--status", "nope")
     assert status == 1
     assert "The daemon answered 400: Invalid status: 'nope'" in errors
