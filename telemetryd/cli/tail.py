@@ -44,7 +44,13 @@ Run = dict[str, Any]
 @click.option("--agent", "agents", multiple=True, metavar="NAME", help="Only this agent; * stands for any text.")
 @click.option("--job-type", "job_types", multiple=True, metavar="NAME", help="Only this job type.")
 @click.option("--status", "statuses", multiple=True, metavar="STATUS", help="Only this status.")
-@click.option("--filter", "filters", multiple=True, metavar="NAME=VALUE", help="Any filter of GET /api/v1/runs, also metrics.tokens>1000.")
+@click.option(
+    "--filter",
+    "filters",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Any filter of GET /api/v1/runs, also metrics.tokens>1000.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print each run as JSON on a line of its own.")
 @url_option
 def tail(
