@@ -57,6 +57,9 @@ def test_the_overview_tells_what_happened(page: Page, url: str) -> None:
     expect(slowest).to_contain_text("nightly-orchestrator")
     expect(page.locator(".panel", has_text="Latest failures").locator("li").first).to_be_visible()
     expect(page.locator("#health")).to_have_text("Healthy")
+    expect(page.locator(".view-head")).to_contain_text(re.compile(r"whole hours since \d+ \w+, \d\d:00"))
+    running = tiles.filter(has_text="Still running").get_by_role("link")
+    expect(running).to_have_attribute("href", re.compile("created_after="))
 
 
 def test_the_bars_have_the_figures_of_the_api(page: Page, url: str) -> None:
@@ -195,6 +198,8 @@ def test_a_filter_without_a_field_can_be_taken_away(open_view: OpenPage) -> None
 
 def test_a_filter_that_the_daemon_refuses_is_explained(open_view: OpenPage, watched: Watched) -> None:
     watched.expected = ("400",)
+    page = open_view("#/runs?agent_name=nobody")
+    expect(page.locator(".foot")).to_contain_text("Fewer filters may show more")
     page = open_view("#/runs?created_after=yesterday")
     expect(page.locator(".foot [role=alert]")).to_contain_text("Invalid created_after: 'yesterday'")
 

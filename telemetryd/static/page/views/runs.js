@@ -131,7 +131,7 @@ export function show(root, { parameters, signal }) {
   function tell() {
     const shown = next ? `The newest ${counted(items.length, "run")}; more come as you scroll` : counted(items.length, "run");
     told.textContent = shown;
-    foot.replaceChildren(isLoading ? sentence("Loading …") : items.length ? "" : sentence("No run matches. Fewer filters may show more."));
+    foot.replaceChildren(isLoading ? sentence("Loading …") : items.length ? "" : sentence(Object.keys(filters).length ? "No run matches. Fewer filters may show more." : "There is no run yet. telemetryd demo posts some."));
   }
 
   async function more(first) {
