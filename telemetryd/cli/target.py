@@ -15,6 +15,7 @@ import orjson
 
 from telemetryd import admin, events, migrate, queries, regressions, runs, stats
 from telemetryd.cli.database import refuse_missing
+from telemetryd.cli.stream import reason
 from telemetryd.database import Ownership, connect_to_read
 from telemetryd.errors import DatabaseError, DatabaseOwnedError, TelemetrydError, UnavailableError
 from telemetryd.filters import TIME_BOUNDS, Filters, quoted
@@ -183,7 +184,7 @@ class Remote:
                     pause = float(response.headers.get("Retry-After", "1"))
             except (aiohttp.ClientConnectionError, TimeoutError) as error:
                 if attempt == _TRIES:
-                    raise UnavailableError(f"Cannot reach the daemon: {error}") from error
+                    raise UnavailableError(f"Cannot reach the daemon: {reason(error)}") from error
                 pause = 1.0
             await asyncio.sleep(pause)
         raise AssertionError("the last attempt returns or raises")
