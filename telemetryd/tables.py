@@ -15,7 +15,7 @@ from telemetryd import runs
 from telemetryd.errors import TelemetrydError
 from telemetryd.runs import COLUMNS, Role, format_timestamp
 
-INSTALL: Final = "Parquet needs the package pyarrow: pip install 'telemetryd[parquet]'"
+INSTALL: Final = "Parquet needs the package pyarrow, beside telemetryd: pip install pyarrow"
 GROUP_BYTES: Final = 4 * 1024 * 1024
 """How much CSV becomes one row group of a Parquet file; so much is in memory a few times over."""
 
@@ -33,7 +33,7 @@ Record = tuple[int, dict[str, Any] | Fault]
 
 
 class NoParquetError(TelemetrydError):
-    """Parquet needs the package pyarrow: pip install 'telemetryd[parquet]'."""
+    """Parquet needs the package pyarrow, which the extra `parquet` brings."""
 
 
 # --- CSV -----------------------------------------------------------------------------------------

@@ -399,6 +399,7 @@ def test_the_command_asks_the_daemon_or_the_database(tmp_path: Path, start_daemo
     assert "seo / translate_directory: success rate 98.3% -> 33.3% (p = " in shown
     assert f"first bad commit  {COMMIT(2)}  https://github.com/acme/site/commit/" in shown
     answer = json.loads(telemetryd(*asked, "--unix", place, "--json").stdout)
+    assert json.loads(telemetryd(*asked, "--json").stdout)["regressions"] == answer["regressions"]
     daemon.stop()
     direct = json.loads(telemetryd(*asked, "--json", "--agent", "s*").stdout)
     assert direct["regressions"] == answer["regressions"] != []

@@ -453,6 +453,9 @@ def test_the_command_asks_the_daemon_or_the_database(tmp_path: Path, start_daemo
     assert shown[2].split()[:3] == ["hugo-translator", "1", "100.0%"]
     answer = json.loads(telemetryd("stats", *asked, "--unix", place, "--json", "--group-by", "status").stdout)
     assert [group["status"] for group in answer["groups"]] == ["success"]
+    beside = json.loads(telemetryd("stats", *asked, "--json", "--group-by", "status").stdout)
+    assert beside["groups"] == answer["groups"]
+    assert "Invalid bucket" in telemetryd("stats", *asked, "--bucket", "5s", status=1).stderr
     daemon.stop()
     direct = json.loads(telemetryd("stats", *asked, "--json", "--group-by", "status").stdout)
     assert direct["groups"] == answer["groups"]
