@@ -343,6 +343,12 @@ async def test_the_most_certain_comes_first_and_filters_choose(api: Api) -> None
     assert await found("from=-20m") == []  # the good commits are older than that
 
 
+async def test_no_pattern_takes_long(api: Api) -> None:
+    await api.batch(posted(BROKEN, agent_name="a" * 255))
+    assert (await api.get(f"{PATH}?agent_name=*{'a*' * 126}b"))["regressions"] == []
+    assert len((await api.get(f"{PATH}?agent_name=*{'a*' * 126}"))["regressions"]) == 1
+
+
 @pytest.mark.parametrize(
     ("query", "named"),
     [
