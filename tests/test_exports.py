@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from telemetryd import exports, runs, tables
 from telemetryd.cli import main
+from telemetryd.cli.files import Refusals
 from telemetryd.exports import MAX_EXPORTS
 from telemetryd.http import EXPORTS
 from telemetryd.queries import SNAPSHOT
@@ -412,6 +413,11 @@ def test_import_tells_each_bad_record_with_its_line_and_takes_the_others(
     assert sorted(places) == [("some.csv", 3), ("some.csv", 5), ("some.ndjson.gz", 3), ("some.ndjson.gz", 4)]
     assert "some.ndjson.gz line 4: refused (422): items_failed: " in result.stderr
     assert len((tmp_path / "bad.jsonl").read_bytes().splitlines()) == 4
+
+
+def test_no_refused_line_controls_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    Refusals(None).add([b'{"run_id": "\x1b]0;a title\x07\xc2\x9b2J\xff"}'], 422, ["\x1b[2J"])
+    assert capsys.readouterr().err.removesuffix("\n").isprintable()
 
 
 def test_an_export_that_was_cut_off_leaves_no_file_and_cannot_be_taken_for_whole(

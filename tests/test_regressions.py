@@ -417,3 +417,11 @@ def test_durations_are_told_in_their_unit() -> None:
     assert " s -> 1." in text
     assert " min (p = " in text
     assert "1 pair of agent and job type" in text
+
+
+def test_no_name_controls_the_terminal() -> None:
+    names = ("\x1b]0;a title\x07", "j\n\x9b2J")
+    runs = invent(Random(1), 200, 10, duration=lambda place: 2000 if place < 100 else 90_000)
+    text = told(to_json(parse("", NOW), gather([(*names, [run._replace(commit=f"\x1b{run.commit}") for run in runs])])))
+    assert r"\u001b]0;a title\u0007 / j\u000a\u009b2J: median duration" in text
+    assert all(line.isprintable() for line in text.split("\n"))
