@@ -4,7 +4,10 @@ import asyncio
 import csv
 import gzip
 import io
+import itertools
 import json
+import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -418,6 +421,42 @@ def test_import_tells_each_bad_record_with_its_line_and_takes_the_others(
 def test_no_refused_line_controls_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     Refusals(None).add([b'{"run_id": "\x1b]0;a title\x07\xc2\x9b2J\xff"}'], 422, ["\x1b[2J"])
     assert capsys.readouterr().err.removesuffix("\n").isprintable()
+
+
+def test_csv_takes_no_more_memory_than_it_holds() -> None:
+    fields, memory = None, 0
+    tracemalloc.start()
+    try:
+        ((_, fields),) = tables.read_csv(io.BytesIO(b'event_id\n"' + b'a""' * 1_000_000 + b'"\n'))
+        memory = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert fields == {"event_id": 'a"' * 1_000_000}
+    assert memory < 50_000_000
+
+
+def test_csv_whose_quote_is_not_closed_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "MAX_RECORD", 100)
+    lines = itertools.chain([b'event_id\n"one"\n"two\n'], itertools.repeat(b"line\n"))
+    read = tables.read_csv(io.BufferedReader(_Lines(lines)))
+    assert next(read) == (2, {"event_id": "one"})
+    with pytest.raises(OSError, match="begins in line 3 does not end"):
+        next(read)
+
+
+class _Lines(io.RawIOBase):
+    """A file without an end."""
+
+    def __init__(self, lines: Iterator[bytes]) -> None:
+        self._lines = lines
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        line = next(self._lines)
+        buffer[: len(line)] = line
+        return len(line)
 
 
 def test_an_export_that_was_cut_off_leaves_no_file_and_cannot_be_taken_for_whole(
