@@ -6,8 +6,10 @@ import gzip
 import io
 import itertools
 import json
+import sqlite3
 import tracemalloc
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -229,6 +231,8 @@ async def test_an_export_is_one_snapshot_whatever_is_written_meanwhile(make_api:
 async def test_what_takes_too_long_is_copied_in_slices_and_says_so(api: Api) -> None:
     for _ in range(3):
         await api.batch([make_run() for _ in range(1500)])
+    with closing(sqlite3.connect(api.settings.db_path)) as opened, opened:  # a migrated database may hold such ids
+        opened.execute("UPDATE agent_runs SET id = -id WHERE id <= 7")
     app = api.client.app
     assert app is not None
     app[EXPORTS]._longest_s = 0.0
@@ -236,7 +240,7 @@ async def test_what_takes_too_long_is_copied_in_slices_and_says_so(api: Api) -> 
     assert headers[SNAPSHOT] == "sliced"
     assert headers["X-Total-Count"] == "4500"
     first = [json.loads(line)["id"] for line in body.splitlines()]
-    assert first == list(range(1, 4501))
+    assert first == [*range(-7, 0), *range(8, 4501)]
 
 
 async def test_only_so_many_run_at_once_and_one_that_is_left_makes_room(api: Api, tmp_path: Path) -> None:
