@@ -11,6 +11,7 @@ from telemetryd.cli.options import failing, json_flag, load_settings, print_json
 from telemetryd.cli.statistics import show_duration
 from telemetryd.cli.target import Body, find_source
 from telemetryd.cli.upkeep import DAEMON, SETTINGS, address
+from telemetryd.logs import printable
 from telemetryd.settings import Settings
 
 
@@ -70,10 +71,11 @@ def _paragraph(finding: Body) -> str:
         times = (show_duration(side["median_duration_ms"]) for side in (before, after))
         change = f"median duration {' -> '.join(times)}"
     return "\n".join(
-        [
+        printable(line)
+        for line in (
             f"{finding['agent_name']} / {finding['job_type']}: {change} (p = {finding['p_value']:.1g})",
             f"  first bad commit  {finding['first_bad_commit']}  {finding['commit_url'] or ''}".rstrip(),
             f"  last good commit  {finding['last_good_commit']}",
             f"  runs              {before['runs']:,} before, {after['runs']:,} since; see {', '.join(finding['runs'])}",
-        ]
+        )
     )

@@ -12,6 +12,7 @@ import click
 from telemetryd.cli.options import failing, json_flag, load_settings, print_json, settings_flags
 from telemetryd.cli.target import Body, find_source
 from telemetryd.cli.upkeep import DAEMON, SETTINGS, address
+from telemetryd.logs import printable
 from telemetryd.settings import Settings
 
 _UNITS: Final = ((86_400_000, "d"), (3_600_000, "h"), (60_000, "min"), (1000, "s"))
@@ -115,7 +116,7 @@ def table(answer: Body, width: int) -> str:
 
 def _name(group: Body, name: str, *, is_whole_days: bool) -> str:
     if name != "bucket":
-        return str(group[name])
+        return printable(group[name])
     date, _, time = str(group[name]).partition("T")
     return date if is_whole_days else f"{date} {time[:5]}"
 

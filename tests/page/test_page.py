@@ -155,8 +155,11 @@ def test_what_is_not_there_is_said(open_view: OpenPage, watched: Watched) -> Non
     page = open_view("#/run/nobody%2Fknows%25it")
     expect(page.locator("h1")).to_have_text("There is no such run")
     expect(page.locator("[role=alert]")).to_contain_text("nobody/knows%it")
-    page.goto(page.url.partition("#")[0] + "#/nowhere")
-    expect(page.locator("h1")).to_have_text("There is no such view")
+    for name in ("nowhere", "constructor", "__proto__"):
+        page.goto(f"{page.url.partition('#')[0]}#/{name}")
+        expect(page.locator("h1")).to_have_text("There is no such view")
+    page.goto(page.url.partition("#")[0] + "#/overview?period=constructor")
+    expect(page.locator("h1")).to_have_text("Last 24 hours")
 
 
 # --- The table of runs ---------------------------------------------------------------------------

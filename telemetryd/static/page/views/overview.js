@@ -162,7 +162,7 @@ export function show(root, { parameters, signal }) {
   }
 
   function change(next) {
-    const name = next.period in PERIODS ? next.period : "24h";
+    const name = Object.hasOwn(PERIODS, next.period ?? "") ? next.period : "24h";
     period = PERIODS[name];
     heading.textContent = period.name;
     picker.replaceChildren(choice("Period", Object.keys(PERIODS).map((key) => [key, key, href("overview", key === "24h" ? {} : { period: key })]), name));
