@@ -374,7 +374,7 @@ async def test_the_changes_of_every_kind(make_api: MakeApi) -> None:
         ({"limit": "1001"}, "Invalid limit: '1001'; it must be an integer from 1 to 1000"),
         ({"wait": "61"}, "Invalid wait: '61'; it must be an integer from 0 to 60"),
         ({"begun": "no"}, "Invalid begun: 'no'; it must be an integer from 0"),
-        ({"from": "1"}, "Unknown query parameter 'from'; known are: after, begun, limit, wait"),
+        ({"from": "1"}, "Unknown query parameter 'from'; known are: after, begun, events_after, limit, wait"),
     ],
 )
 async def test_what_cannot_be_asked(api: Api, parameters: dict[str, str], text: str) -> None:
@@ -421,6 +421,6 @@ def test_a_copy_forgets_old_deletions_as_well(tmp_path: Path, monkeypatch: pytes
         migrate.create(copy, NOW)
         for start in (1, 6):
             gone = tuple((seq, f"event-{seq}") for seq in range(start, start + 5))
-            commit(copy, [ApplyChanges(gone, "abcdefabcdef", start + 4, 0)])
+            commit(copy, [ApplyChanges(gone, (), "abcdefabcdef", start + 4, 0)])
         assert copy.execute("SELECT min(seq), max(seq) FROM run_deletions").fetchone() == (8, 10)
         assert fetch_changes(copy, ListChanges()).horizon == 7

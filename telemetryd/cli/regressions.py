@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 import click
 
 from telemetryd.cli.options import failing, json_flag, load_settings, print_json, settings_flags
 from telemetryd.cli.statistics import show_duration
-from telemetryd.cli.target import Body, find_target
+from telemetryd.cli.target import Body, ask_target
 from telemetryd.cli.upkeep import DAEMON, SETTINGS, address
-from telemetryd.settings import Settings
 
 
 @click.command()
@@ -40,16 +38,11 @@ def regressions(
     given = {"from": begin, "to": end, "agent_name": agent_name, "job_type": job_type}
     parameters = {name: value for name, value in given.items() if value is not None}
     with failing():
-        answer = asyncio.run(_fetch(settings, url, parameters))
+        answer = ask_target(settings, url, lambda target: target.regressions(parameters))
     if as_json:
         print_json(answer)
     else:
         click.echo(told(answer))
-
-
-async def _fetch(settings: Settings, url: str | None, parameters: dict[str, str]) -> Body:
-    async with find_target(settings, url) as target:
-        return await target.regressions(parameters)
 
 
 def told(answer: Body) -> str:

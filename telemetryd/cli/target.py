@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import Any, Final, Protocol
@@ -204,3 +204,18 @@ async def find_target(settings: Settings, url: str | None) -> AsyncIterator[Targ
     base = "http://telemetryd" if use_unix else url or f"http://127.0.0.1:{settings.api_port}"
     async with aiohttp.ClientSession(base, connector=connector, headers=headers) as session:
         yield Remote(session)
+
+
+def ask_target(settings: Settings, url: str | None, question: Callable[[Target], Awaitable[Body]]) -> Body:
+    """Return the answer to one question, from the target that `find_target` gives.
+
+    Raises:
+        TelemetrydError: if there is none.
+
+    """
+
+    async def ask() -> Body:
+        async with find_target(settings, url) as target:
+            return await question(target)
+
+    return asyncio.run(ask())
