@@ -641,7 +641,8 @@ ROUTES: Final[tuple[Route, ...]] = (
                             "more": {"type": "boolean"},
                             "newest": INTEGER,
                             "epoch": STRING,
-                        }
+                        },
+                        required=("changes", "last", "more", "newest", "epoch"),
                     ),
                 )
             },
