@@ -8,8 +8,9 @@ import click
 
 from telemetryd.cli.options import failing, json_flag, load_settings, print_json, settings_flags
 from telemetryd.cli.statistics import show_duration
-from telemetryd.cli.target import Body, ask_target
+from telemetryd.cli.target import Body, ask_source
 from telemetryd.cli.upkeep import DAEMON, SETTINGS, address
+from telemetryd.logs import printable
 
 
 @click.command()
@@ -26,7 +27,8 @@ def regressions(
     r"""Name the commits that made runs fail or take longer.
 
     Runs count by their git_commit_hash, for each agent and job type. A pair in which no commit changes anything gives a
-    finding in at most 1 of 100 looks. The running daemon is asked, or the database directly if none runs.
+    finding in at most 1 of 100 looks. The database is read, also beside the daemon that owns it; with --url, --unix or
+    a token the daemon is asked.
 
     \b
     Examples:
@@ -38,7 +40,7 @@ def regressions(
     given = {"from": begin, "to": end, "agent_name": agent_name, "job_type": job_type}
     parameters = {name: value for name, value in given.items() if value is not None}
     with failing():
-        answer = ask_target(settings, url, lambda target: target.regressions(parameters))
+        answer = ask_source(settings, url, lambda source: source.regressions(parameters))
     if as_json:
         print_json(answer)
     else:
@@ -62,10 +64,11 @@ def _paragraph(finding: Body) -> str:
         times = (show_duration(side["median_duration_ms"]) for side in (before, after))
         change = f"median duration {' -> '.join(times)}"
     return "\n".join(
-        [
+        printable(line)
+        for line in (
             f"{finding['agent_name']} / {finding['job_type']}: {change} (p = {finding['p_value']:.1g})",
             f"  first bad commit  {finding['first_bad_commit']}  {finding['commit_url'] or ''}".rstrip(),
             f"  last good commit  {finding['last_good_commit']}",
             f"  runs              {before['runs']:,} before, {after['runs']:,} since; see {', '.join(finding['runs'])}",
-        ]
+        )
     )

@@ -9,8 +9,9 @@ from typing import Any, Final
 import click
 
 from telemetryd.cli.options import failing, json_flag, load_settings, print_json, settings_flags
-from telemetryd.cli.target import Body, ask_target
+from telemetryd.cli.target import Body, ask_source
 from telemetryd.cli.upkeep import DAEMON, SETTINGS, address
+from telemetryd.logs import printable
 
 _UNITS: Final = ((86_400_000, "d"), (3_600_000, "h"), (60_000, "min"), (1000, "s"))
 _HEADINGS: Final = ("runs", "success", "done", "failed", "skipped", "p50", "p95", "p99", "total")
@@ -51,7 +52,7 @@ def stats(
     r"""Show how many runs there were, and how they went.
 
     Times are those of created_at, in whole hours (UTC). Quantiles of durations are within 1 % of the exact ones. The
-    running daemon is asked, or the database directly if none runs.
+    database is read, also beside the daemon that owns it; with --url, --unix or a token the daemon is asked.
 
     \b
     Examples:
@@ -72,7 +73,7 @@ def stats(
     }
     parameters = {name: value for name, value in given.items() if value is not None}
     with failing():
-        answer = ask_target(settings, url, lambda target: target.stats(parameters))
+        answer = ask_source(settings, url, lambda source: source.stats(parameters))
     if as_json:
         print_json(answer)
     else:
@@ -108,7 +109,7 @@ def table(answer: Body, width: int) -> str:
 
 def _name(group: Body, name: str, *, is_whole_days: bool) -> str:
     if name != "bucket":
-        return str(group[name])
+        return printable(group[name])
     date, _, time = str(group[name]).partition("T")
     return date if is_whole_days else f"{date} {time[:5]}"
 

@@ -35,7 +35,7 @@ def fetch_regressions(connection: sqlite3.Connection, query: FindRegressions) ->
 
 
 def _pairs(connection: sqlite3.Connection, query: FindRegressions) -> Iterator[tuple[str, str, list[Run]]]:
-    is_meant = query.lets_through()
+    is_meant = query.filters.lets_through("agent_name", "job_type")
     pair: tuple[str, str] = ("", "")
     while (following := connection.execute(NEXT_PAIR, pair).fetchone()) is not None:
         pair = following
