@@ -1,4 +1,4 @@
--- The schema of a telemetryd database, version 16.
+-- The schema of a telemetryd database, version 17.
 -- Generated from migrations/ by `make schema`; do not edit.
 
 CREATE TABLE agent_runs (
@@ -73,7 +73,7 @@ CREATE TABLE change_feed (
     epoch TEXT NOT NULL,
     floor INTEGER NOT NULL,
     horizon INTEGER NOT NULL
-) STRICT;
+, event_floor INTEGER NOT NULL DEFAULT 0) STRICT;
 
 CREATE TABLE followed_feed (
     epoch TEXT NOT NULL,
@@ -220,4 +220,4 @@ CREATE INDEX idx_runs_status ON agent_runs (status, created_at);
 CREATE INDEX idx_runs_website ON agent_runs (website, created_at) WHERE website IS NOT NULL;
 
 PRAGMA application_id = 1953262948;
-PRAGMA user_version = 16;
+PRAGMA user_version = 17;
