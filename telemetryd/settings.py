@@ -171,7 +171,7 @@ class Settings(BaseModel):
     )
     db_readers: Annotated[int, Field(ge=1, le=64)] = Field(
         4,
-        description="Read-only connections, that is, queries that may run at once; half of them are for long queries.",
+        description="Read-only connections: queries that may run at once, half of them long ones.",
     )
     query_timeout_s: Seconds = Field(10.0, description="A query is interrupted after so many seconds.")
     api_host: Annotated[str, BeforeValidator(_text)] = Field(
