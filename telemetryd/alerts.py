@@ -11,7 +11,7 @@ import orjson
 
 from telemetryd.commands import AlertChange
 from telemetryd.filters import Filters
-from telemetryd.regressions import ALERT_ALPHA, MEASURED, FindRegressions, Run, find, lasts
+from telemetryd.regressions import ALERT_ALPHA, MEASURED, MEND_ALPHA, FindRegressions, Run, find, lasts
 from telemetryd.rules import ANY, FailureRate, Regression, Rule, Rules, Silent, Slow, Stale
 from telemetryd.runs import Status, format_timestamp
 from telemetryd.stats import GetStats, hour_number
@@ -248,7 +248,7 @@ def regressions(
             subject = Subject(told.pop("agent_name"), told.pop("job_type"), measure, found.first_bad_commit)
             before, after = told["before"][name], told["after"][name]
             is_new = subject not in standing and found.p_value <= ALERT_ALPHA
-            if is_new and lasts(measure, commits, found.first_bad_commit, before, after):
+            if is_new and lasts(measure, commits, found.first_bad_commit, before, after, MEND_ALPHA):
                 yield Finding(subject, _regression_text(subject, before, after), told)
 
 

@@ -31,6 +31,8 @@ PARTS: Final = 3
 """In how many parts the runs since a commit are looked at, each of which must be worse."""
 ALERT_ALPHA: Final = 0.001
 """How unlikely a finding must be to raise an alert: alerts look again and again, and each look may err."""
+MEND_ALPHA: Final = 0.5
+"""How unlikely by chance a mend must be to keep a commit from being told: hardly, so that a mended one is not told anew."""
 SHOWN: Final = 5
 """How many runs a finding names."""
 PARAMETERS: Final = ("agent_name", "job_type", "from", "to")
@@ -209,7 +211,12 @@ def find(
 
 
 def lasts(
-    measure: Measure, commits: Sequence[Sequence[Run]], first_bad_commit: str, before: float, after: float
+    measure: Measure,
+    commits: Sequence[Sequence[Run]],
+    first_bad_commit: str,
+    before: float,
+    after: float,
+    alpha: float = ALPHA,
 ) -> bool:
     """Tell whether a commit is still not mended: whether at no change since it half of the difference was made good.
 
@@ -219,12 +226,13 @@ def lasts(
         first_bad_commit: The commit.
         before: The success rate, or the median duration in ms, that was found before it.
         after: That since it.
+        alpha: How unlikely by chance a change must be to count.
 
     """
     blocks = _blocks(measure, commits)
     begin = next((place for place, runs in enumerate(blocks) if runs[0].commit == first_bad_commit), 0)
     since = blocks[begin:]
-    borders = [0, *(place for place, _ in _changes(measure, since)), len(since)]
+    borders = [0, *(place for place, _ in _changes(measure, since, alpha)), len(since)]
     values = [_side(measure, since[first:last]).value for first, last in pairwise(borders) if first < last]
     return bool(values) and all((value - before) / (after - before) > 0.5 for value in values)
 
@@ -273,7 +281,7 @@ def _shows(measure: Measure, run: Run, before: float) -> bool:
 # --- Statistics ----------------------------------------------------------------------------------
 
 
-def _changes(measure: Measure, blocks: Sequence[Sequence[Run]]) -> list[Split]:
+def _changes(measure: Measure, blocks: Sequence[Sequence[Run]], alpha: float = ALPHA) -> list[Split]:
     """Return every change in order: the surest one, then those on either side of it (binary segmentation).
 
     Without any change only the first test can give a false alarm, so that looking further does not add to these.
@@ -287,7 +295,7 @@ def _changes(measure: Measure, blocks: Sequence[Sequence[Run]]) -> list[Split]:
         if surest is None:
             continue
         place, p_value = first + surest[0], min(1.0, surest[1] * len(MEASURES))
-        if p_value <= ALPHA:
+        if p_value <= alpha:
             found.append((place, p_value))
             waiting += [(first, place), (place, last)]
     return sorted(found)

@@ -28,9 +28,7 @@ after = "1h"
 [[rules]]
 name = "broken by a commit"
 kind = "regression"
-agent_name = "seo-optimizer"
-job_type = "audit"
-measure = "success_rate"
+agent_name = "broken-agent"
 """
 
 # Playwright's event loop runs in this thread until its browser is closed, which other tests could not bear: so

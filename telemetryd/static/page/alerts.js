@@ -18,8 +18,7 @@ function line({ rule, subject, since, summary }) {
   return h(
     "li",
     { class: "finding" },
-    h("p", { class: "alert" }, h("span", { class: "pill ill" }, rule.name), h("a", { href: href("runs", { ...chosen, status: STATUS[rule.kind] }), "data-item": true, class: "name" }, subject.job_type ? `${subject.agent_name}, ${subject.job_type}` : subject.agent_name), h("span", { class: "quiet" }, "since ", when(since))),
-    h("p", { class: "quiet" }, summary),
+    h("p", { class: "alert" }, h("span", { class: "pill ill" }, rule.name), h("a", { href: href("runs", { ...chosen, status: STATUS[rule.kind] }), "data-item": true, class: "name" }, subject.job_type ? `${subject.agent_name}, ${subject.job_type}` : subject.agent_name), h("span", { class: "quiet" }, "began ", when(since)), h("span", { class: "quiet said" }, summary)),
   );
 }
 
@@ -29,7 +28,7 @@ function list(rules) {
   const troubled = rules.filter((rule) => rule.problem);
   return [
     lines.length ? h("ul", {}, lines.slice(0, SHOWN)) : sentence(`Nothing is wrong by ${counted(rules.length, "rule")}.`),
-    lines.length > SHOWN ? h("details", {}, h("summary", {}, `${lines.length - SHOWN} more`), h("ul", {}, lines.slice(SHOWN))) : "",
+    lines.length > SHOWN ? h("details", { class: "alerts-more" }, h("summary", {}, `${lines.length - SHOWN} more`), h("ul", {}, lines.slice(SHOWN))) : "",
     ...troubled.map((rule) => h("p", { class: "note warn" }, `${rule.name} cannot be evaluated: ${rule.problem}`)),
   ];
 }
