@@ -248,7 +248,7 @@ def regressions(
             subject = Subject(told.pop("agent_name"), told.pop("job_type"), measure, found.first_bad_commit)
             before, after = told["before"][name], told["after"][name]
             is_new = subject not in standing and found.p_value <= ALERT_ALPHA
-            if is_new and lasts(measure, commits, found.first_bad_commit, before, after, MEND_ALPHA):
+            if is_new and lasts(measure, commits, found.first_bad_commit, before, after, alpha=MEND_ALPHA):
                 yield Finding(subject, _regression_text(subject, before, after), told)
 
 

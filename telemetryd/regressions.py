@@ -32,7 +32,7 @@ PARTS: Final = 3
 ALERT_ALPHA: Final = 0.001
 """How unlikely a finding must be to raise an alert: alerts look again and again, and each look may err."""
 MEND_ALPHA: Final = 0.5
-"""How unlikely by chance a mend must be to keep a commit from being told: hardly, so that a mended one is not told anew."""
+"""How unlikely by chance a mend must be to keep a commit from being told: hardly, so that none is told anew."""
 SHOWN: Final = 5
 """How many runs a finding names."""
 PARAMETERS: Final = ("agent_name", "job_type", "from", "to")
@@ -216,6 +216,7 @@ def lasts(
     first_bad_commit: str,
     before: float,
     after: float,
+    *,
     alpha: float = ALPHA,
 ) -> bool:
     """Tell whether a commit is still not mended: whether at no change since it half of the difference was made good.
