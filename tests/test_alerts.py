@@ -348,7 +348,8 @@ def firing_after(runs: list[Run], fired: list[Firing], now: datetime = NOW) -> l
     ]
 
 
-@pytest.mark.parametrize("seed", range(4))
+# With seeds 5, 10 and 33 another commit becomes likelier as runs come, with 1 it is plain all the time.
+@pytest.mark.parametrize("seed", [1, 5, 10, 33])
 def test_a_bad_commit_is_told_once_however_its_runs_come(seed: int) -> None:
     """A rule looks again and again; what it has told does not come and go with each run, nor change its name."""
     choose = random.Random(seed)
@@ -366,11 +367,12 @@ def test_a_bad_commit_is_told_once_however_its_runs_come(seed: int) -> None:
     assert 300 < mended <= 350
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_a_flood_of_looks_at_what_no_commit_changed_tells_nothing(seed: int) -> None:
+# With seeds 112, 159 and 273 some look finds what chance alone gives in 1 of 100.
+@pytest.mark.parametrize("seed", [0, 112, 159, 273])
+def test_many_looks_at_what_no_commit_changed_tell_nothing(seed: int) -> None:
     choose = random.Random(seed)
-    runs = seen([(n // 10, choose.random() < 0.9) for n in range(200)])
-    assert not any(firing_after(runs[:number], []) for number in range(20, 201, 3))
+    runs = seen([(n // 10, choose.random() < 0.85) for n in range(300)])
+    assert not any(firing_after(runs[:number], []) for number in range(20, 301, 4))
 
 
 def steps(*blocks: tuple[int, int]) -> list[Run]:
