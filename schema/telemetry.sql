@@ -1,4 +1,4 @@
--- The schema of a telemetryd database, version 16.
+-- The schema of a telemetryd database, version 17.
 -- Generated from migrations/ by `make schema`; do not edit.
 
 CREATE TABLE agent_runs (
@@ -87,6 +87,12 @@ CREATE TABLE run_changes (
     run INTEGER PRIMARY KEY REFERENCES agent_runs (id) ON DELETE CASCADE,
     seq INTEGER NOT NULL
 ) STRICT;
+
+CREATE TABLE run_days (
+    day TEXT NOT NULL PRIMARY KEY,
+    first_start TEXT NOT NULL,
+    last_start TEXT NOT NULL
+) STRICT, WITHOUT ROWID;
 
 CREATE TABLE run_deletions (
     seq INTEGER PRIMARY KEY,
@@ -216,4 +222,4 @@ CREATE INDEX idx_runs_status ON agent_runs (status, created_at);
 CREATE INDEX idx_runs_website ON agent_runs (website, created_at) WHERE website IS NOT NULL;
 
 PRAGMA application_id = 1953262948;
-PRAGMA user_version = 16;
+PRAGMA user_version = 17;

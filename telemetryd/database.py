@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import re
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -569,7 +571,18 @@ class Connection(aiosqlite.Connection):
 
     async def run(self, function: Callable[[sqlite3.Connection], T]) -> T:
         """Call a function with the plain connection, in the connection's own thread."""
-        return await self._execute(function, self._conn)  # type: ignore[no-any-return, no-untyped-call]
+        return await self.start(function)
+
+    def start(self, function: Callable[[sqlite3.Connection], T]) -> asyncio.Future[T]:
+        """Do the same at once; a task for it would wait for two more turns of a busy event loop.
+
+        Raises:
+            ValueError: if the connection is closed.
+
+        """
+        answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._tx.put_nowait((answer, partial(function, self._conn)))
+        return answer
 
     def interrupt_now(self) -> None:
         """Interrupt what runs in the connection's thread, if anything does; closed ones have nothing to interrupt."""

@@ -18,6 +18,7 @@ from aiohttp import web
 
 from telemetryd import tables
 from telemetryd.backup import partial_file
+from telemetryd.changes import BEGINNING
 from telemetryd.database import Connection, connect
 from telemetryd.errors import (
     DatabaseError,
@@ -97,7 +98,7 @@ class _Export:
 
     def _copy_in_slices(self, connection: sqlite3.Connection) -> None:
         """Copy in short transactions with pauses as long, up to the run that is the newest now."""
-        self.exact, self.rows, after = False, 0, 0
+        self.exact, self.rows, after = False, 0, BEGINNING
         last = exporting.last_id(connection)
         while after < last:
             started = time.monotonic()

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import cache
 from itertools import islice
 from typing import Any, Final
 from urllib.parse import parse_qsl
@@ -92,6 +93,26 @@ class Filters:
     metrics: tuple[Comparison, ...] = ()
     words: str | None = None
     """What is searched for in the full-text index: words, `prefix*`, "phrases"; all of them."""
+
+    def lets_through(self, *fields: str) -> Callable[..., bool]:
+        """Return what tells whether the values of these fields, in their order, are meant; other filters do not count.
+
+        Names are the agents' own, so patterns are matched in linear time: a regular expression could take for ever.
+        """
+        tests = [
+            (place, self.equal.get(name, ()), self.patterns if name == WILDCARD else ())
+            for place, name in enumerate(fields)
+            if self.equal.get(name) or (name == WILDCARD and self.patterns)
+        ]
+
+        @cache
+        def is_meant(*values: str) -> bool:
+            return all(
+                values[place] in equal or any(matches(pattern, values[place]) for pattern in patterns)
+                for place, equal, patterns in tests
+            )
+
+        return is_meant
 
     def parameters(self) -> dict[str, str | int]:
         """Return the filters as query parameters with canonical values, for the log and the next page."""

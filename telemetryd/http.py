@@ -92,18 +92,18 @@ async def list_runs(request: web.Request) -> web.Response:
     """Answer the runs that match every filter, newest first."""
     query = queries.parse_list(request.rel_url.raw_query_string)
     page = await request.app[STORE].fetch(query)
-    request[NOTE].say("Query executed", query_params=query.parameters(), result_count=len(page.rows))
+    request[NOTE].say("Query executed", query_params=query.parameters(), result_count=len(page.runs))
     headers = {} if page.end is None else {"Link": f'<{query.next_page(request.path, page.end)}>; rel="next"'}
     if query.count is not None:
         total = await request.app[STORE].fetch(queries.CountMatching(query.filters, query.count))
         headers |= {"X-Total-Count": str(total.runs), "X-Total-Count-Accuracy": str(total.accuracy)}
-    fields = (*query.fields, "event_id") if query.fields and query.with_events else query.fields
-    found = [runs.to_json(row, query.columns, fields) for row in page.rows]
-    if query.with_events:
-        await _add_events(request, found, queries.DEFAULT_LIMIT)
-        if query.fields and "event_id" not in query.fields:
-            for run in found:
-                del run["event_id"]
+    if not query.with_events:
+        return json_response(orjson.Fragment(f"[{','.join(page.runs)}]"), headers=headers)
+    found = [orjson.loads(run) for run in page.runs]
+    await _add_events(request, found, queries.DEFAULT_LIMIT)
+    if query.fields and "event_id" not in query.fields:
+        for run in found:
+            del run["event_id"]
     return json_response(found, headers=headers)
 
 

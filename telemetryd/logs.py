@@ -88,10 +88,11 @@ def _dumps(value: object) -> str:
         text = orjson.dumps(value, default=str, option=orjson.OPT_NON_STR_KEYS).decode()
     except TypeError:  # a lone surrogate, an integer of more than 64 bits, too deep a nesting
         return json.dumps(str(value))
-    return _printable(text)
+    return printable(text)
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
+    """Return a text in which whatever could control a terminal, or break its line, is escaped."""
     return text if text.isprintable() else _UNPRINTABLE.sub(_escape, text)
 
 
@@ -140,7 +141,7 @@ class ReadableLines(logging.Formatter):
         if not message.isprintable():
             message = message.encode("unicode_escape").decode("ascii")
         line = f"{moment:%H:%M:%S}.{moment.microsecond // 1000:03d} {level} {message}{extras}"
-        return "\n".join([line, *map(_printable, traceback.split("\n"))]) if traceback else line
+        return "\n".join([line, *map(printable, traceback.split("\n"))]) if traceback else line
 
     def _paint(self, text: str, **look: Any) -> str:
         return click.style(text, **look) if self._coloured else text

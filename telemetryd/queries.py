@@ -16,7 +16,7 @@ import orjson
 
 from telemetryd import filters
 from telemetryd.filters import Filters, Parameters, read_integer, refuse
-from telemetryd.runs import ANSWERED, COLUMNS, MAX_INTEGER, Row, canonical_timestamp, needed, utc_now
+from telemetryd.runs import ANSWERED, COLUMNS, MAX_INTEGER, canonical_timestamp, needed, utc_now
 
 DEFAULT_LIMIT: Final = 100
 MAX_LIMIT: Final = 1000
@@ -82,8 +82,13 @@ class ListRuns:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns that are fetched: for the fields, the events and the place where the page ends."""
-        return needed((*self.fields, "id", "event_id", "created_at", self.order.column)) if self.fields else COLUMNS
+        """The columns that are fetched: for the fields that are answered, and the place where the page ends."""
+        return needed((*self.answered, "id", self.order.column)) if self.fields else COLUMNS
+
+    @property
+    def answered(self) -> tuple[str, ...]:
+        """The fields of each run in the page; events are found by event_id."""
+        return (*self.fields, "event_id") if self.fields and self.with_events else self.fields or ANSWERED
 
     def parameters(self) -> dict[str, str | int]:
         """Return the query as parameters with canonical values, for the log and the next page."""
@@ -139,9 +144,9 @@ class ListRuns:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """The rows of one page (in the order of `ListRuns.columns`), and where it ended if more follow."""
+    """The runs of one page, each as a JSON object, and where it ended if more follow."""
 
-    rows: list[Row]
+    runs: list[str]
     end: Position | None
 
 

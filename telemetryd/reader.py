@@ -59,7 +59,7 @@ class Readers:
             self._idle.put_nowait(connection)  # for the next who waits, to be told the same
             raise UnavailableError("The database is being closed; try again shortly")
         # The query is shielded: if its caller leaves, the connection still must not be handed on before it ends.
-        answer = asyncio.ensure_future(connection.run(query))
+        answer = connection.start(query)
         answer.add_done_callback(lambda ended: self._take_back(connection, ended))
         try:
             async with asyncio.timeout_at(deadline):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from itertools import accumulate, groupby, pairwise
@@ -69,17 +68,6 @@ class FindRegressions:
     """The first moment of created_at, in the stored form."""
     end: str
     """The moment behind the last one."""
-
-    def lets_through(self) -> Callable[[str, str], bool]:
-        """Return what tells whether a pair of agent and job type is meant."""
-        agents, jobs = (self.filters.equal.get(name, ()) for name in ("agent_name", "job_type"))
-        patterns = [re.compile(".*".join(map(re.escape, parts)), re.DOTALL) for parts in self.filters.patterns]
-
-        def test(agent_name: str, job_type: str) -> bool:
-            is_agent = agent_name in agents or any(pattern.fullmatch(agent_name) for pattern in patterns)
-            return (is_agent or not (agents or patterns)) and (job_type in jobs or not jobs)
-
-        return test
 
     def parameters(self) -> dict[str, str | int]:
         """Return the query as parameters, for the log."""

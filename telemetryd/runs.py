@@ -607,11 +607,9 @@ def needed(fields: Iterable[str]) -> tuple[str, ...]:
     return tuple(name for name in COLUMNS if name in columns)
 
 
-def to_json(row: Row, columns: tuple[str, ...] = COLUMNS, fields: Iterable[str] = ()) -> dict[str, Any]:
-    """Return a stored row (in the order of `columns`) as the JSON object that answers carry, or only some fields."""
-    run: dict[str, Any] = dict(zip(columns, row, strict=True))
-    if fields:
-        run = dict.fromkeys(COLUMNS) | run
+def to_json(row: Row) -> dict[str, Any]:
+    """Return a stored row (in the order of `COLUMNS`) as the JSON object that answers carry."""
+    run: dict[str, Any] = dict(zip(COLUMNS, row, strict=True))
     for name in _JSON_COLUMNS:
         text = run[name]
         if isinstance(text, str):
@@ -621,7 +619,7 @@ def to_json(row: Row, columns: tuple[str, ...] = COLUMNS, fields: Iterable[str] 
     repo, commit = run["git_repo"], run["git_commit_hash"]
     run["commit_url"] = commit_url(repo, commit)
     run["repo_url"] = repo_url(repo)
-    return {name: run[name] for name in fields} if fields else run
+    return run
 
 
 def stored_row(run: Mapping[str, Any]) -> Row:

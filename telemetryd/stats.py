@@ -6,13 +6,13 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from functools import cache, lru_cache
+from functools import lru_cache
 from operator import add, itemgetter
 from typing import Any, Final
 
 from telemetryd import sketches
 from telemetryd.errors import InvalidRequestError
-from telemetryd.filters import WILDCARD, Filters, Parameters, matches, read_moment, refuse
+from telemetryd.filters import WILDCARD, Filters, Parameters, read_moment, refuse
 from telemetryd.runs import MAX_INTEGER, Status, shorten
 
 NAMES: Final = ("agent_name", "job_type", "status")
@@ -67,21 +67,6 @@ class GetStats:
     def by_days(self) -> bool:
         """Whether the cells of whole days tell enough."""
         return self.hours is None or self.hours % DAY == 0
-
-    def lets_through(self) -> Callable[[str, str, str], bool]:
-        """Return what tells whether a cell with these names is meant."""
-        filters = self.filters
-
-        @cache
-        def is_meant(*names: str) -> bool:
-            return all(
-                name in filters.equal.get(kind, ())
-                or (kind == WILDCARD and any(matches(pattern, name) for pattern in filters.patterns))
-                for kind, name in zip(NAMES, names, strict=True)
-                if filters.equal.get(kind) or (kind == WILDCARD and filters.patterns)
-            )
-
-        return is_meant
 
 
 def hour_name(hour: int) -> str:
@@ -170,7 +155,7 @@ def answer(query: GetStats, cells: Iterable[Named]) -> list[dict[str, Any]]:
     places = [NAMES.index(name) + 1 for name in query.group_by]
     names_of: Callable[[Named], tuple[Any, ...]] = _getter(places)
     hours = query.hours
-    is_filtered, is_meant = query.filters != Filters(), query.lets_through()
+    is_filtered, is_meant = query.filters != Filters(), query.filters.lets_through(*NAMES)
     for named in cells:
         start, agent_name, job_type, status, cell = named
         if is_filtered and not is_meant(agent_name, job_type, status):

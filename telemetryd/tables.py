@@ -15,7 +15,7 @@ from telemetryd import runs
 from telemetryd.errors import TelemetrydError
 from telemetryd.runs import COLUMNS, Role, format_timestamp
 
-INSTALL: Final = "Parquet needs the package pyarrow: pip install 'telemetryd[parquet]'"
+INSTALL: Final = "Parquet needs the package pyarrow, beside telemetryd: pip install pyarrow"
 GROUP_BYTES: Final = 4 * 1024 * 1024
 """How much CSV becomes one row group of a Parquet file; so much is in memory a few times over."""
 
@@ -33,16 +33,25 @@ Record = tuple[int, dict[str, Any] | Fault]
 
 
 class NoParquetError(TelemetrydError):
-    """Parquet needs the package pyarrow: pip install 'telemetryd[parquet]'."""
+    """Parquet needs the package pyarrow, which the extra `parquet` brings."""
 
 
 # --- CSV -----------------------------------------------------------------------------------------
 
-_FIELD: Final = re.compile(r'(?:"((?:[^"]|"")*)"|([^",]*))(,|$)')
+# Possessive, or the interpreter would remember each quote of a long text to come back to it.
+_FIELD: Final = re.compile(r'(?:"((?:[^"]++|"")*+)"|([^",]*+))(,|$)')
+
+MAX_RECORD: Final = 64 * 1024 * 1024
+"""Characters of one record of CSV: more than the daemon takes as one run, however many quotes are doubled."""
 
 
 def read_csv(file: IO[bytes]) -> Iterator[Record]:
-    """Yield the records of CSV (RFC 4180) with a header; a field that is empty and has no quotes is null."""
+    """Yield the records of CSV (RFC 4180) with a header; a field that is empty and has no quotes is null.
+
+    Raises:
+        OSError: if a record is longer than `MAX_RECORD`: no run is so long, but a text whose quote is not closed.
+
+    """
     text = io.TextIOWrapper(file, "utf-8-sig", newline="")
     header: list[str] | None = None
     try:
@@ -67,15 +76,19 @@ def read_csv(file: IO[bytes]) -> Iterator[Record]:
         text.detach()
 
 
-def _csv_lines(text: Iterable[str]) -> Iterator[tuple[int, str]]:
+def _csv_lines(text: IO[str]) -> Iterator[tuple[int, str]]:
     """Yield each record, without its line end, with the number of its first line; quoted fields hold line breaks."""
     parts: list[str] = []
     first = 1
+    length = 0
     is_open = False
-    for number, line in enumerate(text, 1):
+    for number, line in enumerate(iter(lambda: text.readline(MAX_RECORD + 1), ""), 1):
         if not parts:
-            first = number
+            first, length = number, 0
         parts.append(line)
+        length += len(line)
+        if length > MAX_RECORD:
+            raise OSError(f"The record that begins in line {first} does not end; is a quote not closed?")
         is_open ^= bool(line.count('"') % 2)
         if not is_open:
             record = "".join(parts).rstrip("\r\n")
@@ -226,6 +239,10 @@ class _Sink(io.RawIOBase):
         return taken
 
 
+_ROWS_AT_ONCE: Final = 64
+"""A few bytes of Parquet may stand for very many long texts, so few rows are unpacked at once."""
+
+
 def read_parquet(path: Path) -> Iterator[Record]:
     """Yield the rows of a Parquet file.
 
@@ -241,7 +258,7 @@ def read_parquet(path: Path) -> Iterator[Record]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             number = 0
-            for batch in file.iter_batches(batch_size=1000):
+            for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
                 for row in batch.to_pylist():
                     number += 1
                     yield number, {name: _from_cell(name, value) for name, value in row.items() if value is not None}

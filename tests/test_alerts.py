@@ -658,13 +658,14 @@ async def test_alerts_test_shows_what_would_be_sent_beside_the_daemon(
         daemon = start_daemon()
         url = await asyncio.to_thread(lambda: daemon.url)
         old = format_timestamp(datetime.now(UTC) - timedelta(hours=2))
-        run = make_run(created_at=old, status="success")
+        run = make_run(created_at=old, status="success", agent_name="hugo-\x1b]0;a title")
         async with aiohttp.ClientSession(url) as session, session.post("/api/v1/runs", json=run) as response:
             assert response.status == 201
         options = ("alerts", "test", "--alerts-file", path, "--db-path", daemon.database)
         shown = await asyncio.to_thread(telemetryd, *options)
         assert "firing  quiet (silent)" in shown.stdout
         assert "1 change would be sent" in shown.stdout
+        assert shown.stdout.count(r"hugo-\u001b]0;a title has been silent") == 2
         assert receiver.got == []
         sent = json.loads((await asyncio.to_thread(telemetryd, *options, "--send", "--json")).stdout)
         assert sent["sent"] == {"team": None}

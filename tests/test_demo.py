@@ -104,9 +104,11 @@ def test_the_command_fills_a_daemon_once(start_daemon: StartDaemon) -> None:
     total = get(daemon.url, "/metrics")[1]["total_runs"]
     assert told[0] == f"{total} runs of 20 agents posted"
     assert 280 <= total <= 320
-    assert get(daemon.url, "/api/v1/runs?include=events&status=failure")[1][0]["events"]
-    assert telemetryd(*arguments).stdout.startswith("0 runs")
-    assert get(daemon.url, "/metrics")[1]["total_runs"] == total
+    stored = get(daemon.url, "/api/v1/runs?include=events&limit=1000")[1]
+    assert any(run["events"] for run in stored)
+    again = telemetryd(*arguments).stdout.splitlines()
+    assert again[0].startswith("0 runs of 20 agents posted: what seed 5 invents today was there already")
+    assert get(daemon.url, "/api/v1/runs?include=events&limit=1000")[1] == stored
 
 
 def test_the_command_reaches_a_socket_and_brings_the_token(start_daemon: StartDaemon, tmp_path: Path) -> None:

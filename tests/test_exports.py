@@ -4,7 +4,12 @@ import asyncio
 import csv
 import gzip
 import io
+import itertools
 import json
+import sqlite3
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -19,6 +24,7 @@ from hypothesis import strategies as st
 
 from telemetryd import exports, runs, tables
 from telemetryd.cli import main
+from telemetryd.cli.files import Refusals
 from telemetryd.exports import MAX_EXPORTS
 from telemetryd.http import EXPORTS
 from telemetryd.queries import SNAPSHOT
@@ -225,6 +231,8 @@ async def test_an_export_is_one_snapshot_whatever_is_written_meanwhile(make_api:
 async def test_what_takes_too_long_is_copied_in_slices_and_says_so(api: Api) -> None:
     for _ in range(3):
         await api.batch([make_run() for _ in range(1500)])
+    with closing(sqlite3.connect(api.settings.db_path)) as opened, opened:  # a migrated database may hold such ids
+        opened.execute("UPDATE agent_runs SET id = -id WHERE id <= 7")
     app = api.client.app
     assert app is not None
     app[EXPORTS]._longest_s = 0.0
@@ -232,7 +240,7 @@ async def test_what_takes_too_long_is_copied_in_slices_and_says_so(api: Api) -> 
     assert headers[SNAPSHOT] == "sliced"
     assert headers["X-Total-Count"] == "4500"
     first = [json.loads(line)["id"] for line in body.splitlines()]
-    assert first == list(range(1, 4501))
+    assert first == [*range(-7, 0), *range(8, 4501)]
 
 
 async def test_only_so_many_run_at_once_and_one_that_is_left_makes_room(api: Api, tmp_path: Path) -> None:
@@ -412,6 +420,47 @@ def test_import_tells_each_bad_record_with_its_line_and_takes_the_others(
     assert sorted(places) == [("some.csv", 3), ("some.csv", 5), ("some.ndjson.gz", 3), ("some.ndjson.gz", 4)]
     assert "some.ndjson.gz line 4: refused (422): items_failed: " in result.stderr
     assert len((tmp_path / "bad.jsonl").read_bytes().splitlines()) == 4
+
+
+def test_no_refused_line_controls_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    Refusals(None).add([b'{"run_id": "\x1b]0;a title\x07\xc2\x9b2J\xff"}'], 422, ["\x1b[2J"])
+    assert capsys.readouterr().err.removesuffix("\n").isprintable()
+
+
+def test_csv_takes_no_more_memory_than_it_holds() -> None:
+    fields, memory = None, 0
+    tracemalloc.start()
+    try:
+        ((_, fields),) = tables.read_csv(io.BytesIO(b'event_id\n"' + b'a""' * 1_000_000 + b'"\n'))
+        memory = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert fields == {"event_id": 'a"' * 1_000_000}
+    assert memory < 50_000_000
+
+
+def test_csv_whose_quote_is_not_closed_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "MAX_RECORD", 100)
+    lines = itertools.chain([b'event_id\n"one"\n"two\n'], itertools.repeat(b"line\n"))
+    read = tables.read_csv(io.BufferedReader(_Lines(lines)))
+    assert next(read) == (2, {"event_id": "one"})
+    with pytest.raises(OSError, match="begins in line 3 does not end"):
+        next(read)
+
+
+class _Lines(io.RawIOBase):
+    """A file without an end."""
+
+    def __init__(self, lines: Iterator[bytes]) -> None:
+        self._lines = lines
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        line = next(self._lines)
+        buffer[: len(line)] = line
+        return len(line)
 
 
 def test_an_export_that_was_cut_off_leaves_no_file_and_cannot_be_taken_for_whole(

@@ -343,6 +343,12 @@ async def test_the_most_certain_comes_first_and_filters_choose(api: Api) -> None
     assert await found("from=-20m") == []  # the good commits are older than that
 
 
+async def test_no_pattern_takes_long(api: Api) -> None:
+    await api.batch(posted(BROKEN, agent_name="a" * 255))
+    assert (await api.get(f"{PATH}?agent_name=*{'a*' * 126}b"))["regressions"] == []
+    assert len((await api.get(f"{PATH}?agent_name=*{'a*' * 126}"))["regressions"]) == 1
+
+
 @pytest.mark.parametrize(
     ("query", "named"),
     [
@@ -399,6 +405,7 @@ def test_the_command_asks_the_daemon_or_the_database(tmp_path: Path, start_daemo
     assert "seo / translate_directory: success rate 98.3% -> 33.3% (p = " in shown
     assert f"first bad commit  {COMMIT(2)}  https://github.com/acme/site/commit/" in shown
     answer = json.loads(telemetryd(*asked, "--unix", place, "--json").stdout)
+    assert json.loads(telemetryd(*asked, "--json").stdout)["regressions"] == answer["regressions"]
     daemon.stop()
     direct = json.loads(telemetryd(*asked, "--json", "--agent", "s*").stdout)
     assert direct["regressions"] == answer["regressions"] != []
@@ -411,3 +418,11 @@ def test_durations_are_told_in_their_unit() -> None:
     assert " s -> 1." in text
     assert " min (p = " in text
     assert "1 pair of agent and job type" in text
+
+
+def test_no_name_controls_the_terminal() -> None:
+    names = ("\x1b]0;a title\x07", "j\n\x9b2J")
+    runs = invent(Random(1), 200, 10, duration=lambda place: 2000 if place < 100 else 90_000)
+    text = told(to_json(parse("", NOW), gather([(*names, [run._replace(commit=f"\x1b{run.commit}") for run in runs])])))
+    assert r"\u001b]0;a title\u0007 / j\u000a\u009b2J: median duration" in text
+    assert all(line.isprintable() for line in text.split("\n"))

@@ -418,14 +418,14 @@ def test_the_table_fits_the_terminal() -> None:
         "group_by": ["agent_name", "job_type"],
         "groups": [
             {"bucket": "2026-01-01T05:00:00Z", "agent_name": "x" * 80, "job_type": "translate", **group},
-            {"bucket": "2026-01-01T06:00:00Z", "agent_name": "y", "job_type": "z", **group},
+            {"bucket": "2026-01-01T06:00:00Z", "agent_name": "y", "job_type": "z\x1b", **group},
         ],
     }
     lines = table(answer, 120).splitlines()
     assert {len(line) for line in lines[1:]} == {120}
     assert lines[1].split()[:4] == ["bucket", "agent_name", "job_type", "runs"]
     assert "x…" in lines[2]
-    assert lines[3].split()[:6] == ["2026-01-01", "06:00", "y", "z", "1,234", "50.0%"]
+    assert lines[3].split()[:6] == ["2026-01-01", "06:00", "y", r"z\u001b", "1,234", "50.0%"]
     assert max(map(len, table(answer, 400).splitlines())) < 200
     assert table({**answer, "groups": []}, 80).startswith("No runs were created from 2026-01-01T00:00:00Z to")
 
@@ -453,6 +453,9 @@ def test_the_command_asks_the_daemon_or_the_database(tmp_path: Path, start_daemo
     assert shown[2].split()[:3] == ["hugo-translator", "1", "100.0%"]
     answer = json.loads(telemetryd("stats", *asked, "--unix", place, "--json", "--group-by", "status").stdout)
     assert [group["status"] for group in answer["groups"]] == ["success"]
+    beside = json.loads(telemetryd("stats", *asked, "--json", "--group-by", "status").stdout)
+    assert beside["groups"] == answer["groups"]
+    assert "Invalid bucket" in telemetryd("stats", *asked, "--bucket", "5s", status=1).stderr
     daemon.stop()
     direct = json.loads(telemetryd("stats", *asked, "--json", "--group-by", "status").stdout)
     assert direct["groups"] == answer["groups"]

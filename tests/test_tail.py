@@ -59,11 +59,15 @@ def test_it_prints_the_last_runs_that_match(start_daemon: StartDaemon) -> None:
     assert "\x1b" not in out
     status, out, _ = finish(url, "--filter", "metrics.tokens=7")
     assert (status, out) == (0, "")
+    for comparison in ("metrics.tokens>7", "metrics.tokens>=7", "metrics.tokens<7"):
+        assert finish(url, "--filter", comparison)[:2] == (0, "")
     status, _, errors = finish(url, "--status", "nope")
     assert status == 1
     assert "The daemon answered 400: Invalid status: 'nope'" in errors
     assert finish(url, "--filter", "x")[0] == 2
-    assert "Cannot reach the daemon" in finish("http://127.0.0.1:1", "-f")[2]
+    for more in ((), ("-f",)):
+        errors = finish("http://127.0.0.1:1", *more)[2]
+        assert "Cannot reach the daemon: 127.0.0.1:1: Connection refused" in errors
 
 
 def test_it_follows_across_the_daemons_death_without_a_gap_or_a_repeat(

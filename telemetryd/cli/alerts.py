@@ -28,6 +28,7 @@ from telemetryd.cli.options import (
 )
 from telemetryd.database import connect_to_read
 from telemetryd.errors import ConfigurationError, DatabaseError
+from telemetryd.logs import printable
 from telemetryd.rules import Rules, load_rules
 from telemetryd.runs import format_timestamp, utc_now
 from telemetryd.statements.alerting import evaluate
@@ -127,10 +128,10 @@ def _show(evaluation: Evaluation, rules: Rules, would_send: list[dict[str, Any]]
     for rule in _rules(evaluation, rules):
         click.echo(f"{rule['problem'] or rule['state']:<7} {rule['name']} ({rule['kind']})")
         for firing in rule["firing"]:
-            click.echo(f"        {firing['summary']}")
+            click.echo(f"        {printable(firing['summary'])}")
     click.echo(f"{counted(len(would_send), 'change')} would be sent")
     for message in would_send:
         to = ", ".join(message["webhooks"]) or "nobody"
-        click.echo(f"  {message['state']}: {message['rule']}: {message['summary']} → {to}")
+        click.echo(printable(f"  {message['state']}: {message['rule']}: {message['summary']} → {to}"))
     for name, problem in sent.items():
         click.echo(f"{name}: {'confirmed' if problem is None else 'not confirmed: ' + problem}")

@@ -62,9 +62,15 @@ class _Poster:
         raise AssertionError("the last attempt returns or raises")
 
     def begin(self, stories: list[Story], now: datetime) -> list[Story]:
-        """Post runs as they are now, with their events; return those that are not over."""
+        """Post runs as they are now, with their events; return those that are not over.
+
+        Runs that were there already have another story, invented earlier today; they are left as they are.
+        """
         runs = [finished(story) if story.ends_at <= now else story.run for story in stories]
-        self.posted += self.send("POST", "/api/v1/runs/batch", runs)["inserted"]
+        answer = self.send("POST", "/api/v1/runs/batch", runs)
+        self.posted += answer["inserted"]
+        if answer["duplicates"]:
+            return []
         for story in stories:
             if story.events:
                 self.send("POST", f"{run_path(story.run['event_id'])}/events", story.events)
@@ -112,7 +118,8 @@ def demo(*, number: int | None, days: int, seed: int, live: bool, as_json: bool,
             if as_json:
                 print_json({"runs": poster.posted, "agents": len(AGENTS), "page": page})
             else:
-                click.echo(f"{counted(poster.posted, 'run')} of {counted(len(AGENTS), 'agent')} posted")
+                known = "" if poster.posted else f": what seed {seed} invents today was there already"
+                click.echo(f"{counted(poster.posted, 'run')} of {counted(len(AGENTS), 'agent')} posted{known}")
                 click.echo(f"Look at {page or 'the address of the daemon'}")
             if live:
                 click.echo("Going on live; Ctrl-C stops.", err=True)

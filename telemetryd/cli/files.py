@@ -21,6 +21,7 @@ from telemetryd.client.delivery import MAX_BYTES, Delivery, Parcel, Requests, Re
 from telemetryd.client.lines import dead_letter, encode, read_object, unfold
 from telemetryd.client.worker import Backoff
 from telemetryd.errors import ErrorItem, TelemetrydError, describe
+from telemetryd.logs import printable
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -99,7 +100,7 @@ class Refusals:
             self._told += 1
             place = f"{name} line {number}: " if number else ""
             shown = lines[0].decode("utf-8", "replace")
-            click.echo(f"telemetryd: {place}refused ({status}): {text:.300}: {shown:.200}", err=True)
+            click.echo(printable(f"telemetryd: {place}refused ({status}): {text:.300}: {shown:.200}"), err=True)
         if self._file is not None:
             with self._file.open("ab") as out:
                 out.write(b"".join(dead_letter(line, status, reason, timestamp()) for line in lines))

@@ -9,8 +9,9 @@ import click
 
 from telemetryd.cli.options import failing, json_flag, load_settings, print_json, settings_flags
 from telemetryd.cli.statistics import show_duration
-from telemetryd.cli.target import Body, find_target
+from telemetryd.cli.target import Body, find_source
 from telemetryd.cli.upkeep import DAEMON, SETTINGS, address
+from telemetryd.logs import printable
 from telemetryd.settings import Settings
 
 
@@ -28,7 +29,8 @@ def regressions(
     r"""Name the commits that made runs fail or take longer.
 
     Runs count by their git_commit_hash, for each agent and job type. A pair in which no commit changes anything gives a
-    finding in at most 1 of 100 looks. The running daemon is asked, or the database directly if none runs.
+    finding in at most 1 of 100 looks. The database is read, also beside the daemon that owns it; with --url, --unix or
+    a token the daemon is asked.
 
     \b
     Examples:
@@ -48,8 +50,8 @@ def regressions(
 
 
 async def _fetch(settings: Settings, url: str | None, parameters: dict[str, str]) -> Body:
-    async with find_target(settings, url) as target:
-        return await target.regressions(parameters)
+    async with find_source(settings, url) as source:
+        return await source.regressions(parameters)
 
 
 def told(answer: Body) -> str:
@@ -69,10 +71,11 @@ def _paragraph(finding: Body) -> str:
         times = (show_duration(side["median_duration_ms"]) for side in (before, after))
         change = f"median duration {' -> '.join(times)}"
     return "\n".join(
-        [
+        printable(line)
+        for line in (
             f"{finding['agent_name']} / {finding['job_type']}: {change} (p = {finding['p_value']:.1g})",
             f"  first bad commit  {finding['first_bad_commit']}  {finding['commit_url'] or ''}".rstrip(),
             f"  last good commit  {finding['last_good_commit']}",
             f"  runs              {before['runs']:,} before, {after['runs']:,} since; see {', '.join(finding['runs'])}",
-        ]
+        )
     )

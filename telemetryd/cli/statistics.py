@@ -10,8 +10,9 @@ from typing import Any, Final
 import click
 
 from telemetryd.cli.options import failing, json_flag, load_settings, print_json, settings_flags
-from telemetryd.cli.target import Body, find_target
+from telemetryd.cli.target import Body, find_source
 from telemetryd.cli.upkeep import DAEMON, SETTINGS, address
+from telemetryd.logs import printable
 from telemetryd.settings import Settings
 
 _UNITS: Final = ((86_400_000, "d"), (3_600_000, "h"), (60_000, "min"), (1000, "s"))
@@ -53,7 +54,7 @@ def stats(
     r"""Show how many runs there were, and how they went.
 
     Times are those of created_at, in whole hours (UTC). Quantiles of durations are within 1 % of the exact ones. The
-    running daemon is asked, or the database directly if none runs.
+    database is read, also beside the daemon that owns it; with --url, --unix or a token the daemon is asked.
 
     \b
     Examples:
@@ -82,8 +83,8 @@ def stats(
 
 
 async def _fetch(settings: Settings, url: str | None, parameters: dict[str, str]) -> Body:
-    async with find_target(settings, url) as target:
-        return await target.stats(parameters)
+    async with find_source(settings, url) as source:
+        return await source.stats(parameters)
 
 
 def table(answer: Body, width: int) -> str:
@@ -115,7 +116,7 @@ def table(answer: Body, width: int) -> str:
 
 def _name(group: Body, name: str, *, is_whole_days: bool) -> str:
     if name != "bucket":
-        return str(group[name])
+        return printable(group[name])
     date, _, time = str(group[name]).partition("T")
     return date if is_whole_days else f"{date} {time[:5]}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from urllib.parse import unquote, urlsplit
 
 import aiohttp
 import orjson
+from aiohttp.client_exceptions import UnixClientConnectorError
 
 from telemetryd import runs
 from telemetryd.client.config import Config
@@ -57,7 +59,7 @@ class Daemon:
                 _check(response.status, text)
                 return orjson.loads(text)
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            raise UnavailableError(f"Cannot reach the daemon: {error or type(error).__name__}") from error
+            raise UnavailableError(f"Cannot reach the daemon: {reason(error)}") from error
 
     async def stream(
         self, parameters: Mapping[str, str], on_loss: Callable[[str], None]
@@ -96,7 +98,15 @@ class Daemon:
                 async for message in read_messages(response.content.iter_any()):
                     yield message
         except (aiohttp.ClientError, OSError) as error:
-            raise UnavailableError(f"Cannot reach the daemon: {error or type(error).__name__}") from error
+            raise UnavailableError(f"Cannot reach the daemon: {reason(error)}") from error
+
+
+def reason(error: Exception) -> str:
+    """Return why a daemon was not reached; where a connection was refused, the address and the system's words."""
+    if isinstance(error, aiohttp.ClientConnectorError) and error.errno is not None and error.errno > 0:
+        place = error.path if isinstance(error, UnixClientConnectorError) else f"{error.host}:{error.port}"
+        return f"{place}: {os.strerror(error.errno)}"
+    return str(error) or type(error).__name__
 
 
 async def read_messages(chunks: AsyncIterator[bytes]) -> AsyncIterator[Message]:

@@ -44,7 +44,13 @@ Run = dict[str, Any]
 @click.option("--agent", "agents", multiple=True, metavar="NAME", help="Only this agent; * stands for any text.")
 @click.option("--job-type", "job_types", multiple=True, metavar="NAME", help="Only this job type.")
 @click.option("--status", "statuses", multiple=True, metavar="STATUS", help="Only this status.")
-@click.option("--filter", "filters", multiple=True, metavar="NAME=VALUE", help="Any filter of GET /api/v1/runs.")
+@click.option(
+    "--filter",
+    "filters",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Any filter of GET /api/v1/runs, also metrics.tokens>1000.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print each run as JSON on a line of its own.")
 @url_option
 def tail(
@@ -81,7 +87,8 @@ def tail(
     }
     for given in filters:
         name, equals, value = given.partition("=")
-        if not equals or name in parameters:
+        is_comparison = given.startswith("metrics.")
+        if not (equals or is_comparison) or name in parameters:
             raise click.UsageError(f"--filter {given!r} must be NAME=VALUE, each name once")
         parameters[name] = value
     try:

@@ -1,10 +1,11 @@
-"""Where commands are done that a daemon can do, too: by the one that runs, or in the database directly if none does."""
+"""Where commands are done that a daemon can do, too: by the one that runs, or in the database directly."""
 
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from datetime import datetime
 from typing import Any, Final, Protocol
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
@@ -12,13 +13,15 @@ from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 import aiohttp
 import orjson
 
-from telemetryd import admin, events, queries, regressions, runs, stats
+from telemetryd import admin, events, migrate, queries, regressions, runs, stats
 from telemetryd.cli.database import refuse_missing
-from telemetryd.database import Ownership
-from telemetryd.errors import DatabaseOwnedError, TelemetrydError, UnavailableError
+from telemetryd.cli.stream import reason
+from telemetryd.database import Ownership, connect_to_read
+from telemetryd.errors import DatabaseError, DatabaseOwnedError, TelemetrydError, UnavailableError
 from telemetryd.filters import TIME_BOUNDS, Filters, quoted
 from telemetryd.metrics import Metrics
 from telemetryd.settings import Settings
+from telemetryd.statements import regressing, rollups
 from telemetryd.store import Store
 
 Body = dict[str, Any]
@@ -26,20 +29,24 @@ _PAGE: Final = 500
 _TRIES: Final = 30
 
 
-class Target(Protocol):
-    """Something that prunes, reaps, lists and counts runs."""
-
-    async def prune(self, body: Body) -> Body:
-        """Answer what `POST /api/v1/admin/prune` answers."""
-
-    async def reap(self, body: Body) -> Body:
-        """Answer what `POST /api/v1/admin/reap` answers."""
+class Source(Protocol):
+    """Something that can be asked what the runs add up to."""
 
     async def stats(self, parameters: dict[str, str]) -> Body:
         """Answer what `GET /api/v1/stats` answers."""
 
     async def regressions(self, parameters: dict[str, str]) -> Body:
         """Answer what `GET /api/v1/regressions` answers."""
+
+
+class Target(Source, Protocol):
+    """Something that prunes, reaps and lists runs, too."""
+
+    async def prune(self, body: Body) -> Body:
+        """Answer what `POST /api/v1/admin/prune` answers."""
+
+    async def reap(self, body: Body) -> Body:
+        """Answer what `POST /api/v1/admin/reap` answers."""
 
     def pages(self, filters: dict[str, str]) -> AsyncIterator[list[Body]]:
         """Yield page after page of what `GET /api/v1/runs` answers, each run with its first events."""
@@ -50,6 +57,24 @@ class Target(Protocol):
 
 class RefusedError(TelemetrydError):
     """The daemon refused the request."""
+
+
+class Beside:
+    """The database, read beside the daemon that owns it."""
+
+    def __init__(self, connection: sqlite3.Connection, clock: Callable[[], datetime] = runs.utc_now) -> None:
+        self._connection = connection
+        self._clock = clock
+
+    async def stats(self, parameters: dict[str, str]) -> Body:
+        """Read the statistics."""
+        query = stats.parse(urlencode(parameters), self._clock())
+        return stats.to_json(query, rollups.fetch_stats(self._connection, query))
+
+    async def regressions(self, parameters: dict[str, str]) -> Body:
+        """Look for regressions."""
+        query = regressions.parse(urlencode(parameters), self._clock())
+        return regressions.to_json(query, regressing.fetch_regressions(self._connection, query))
 
 
 class Local:
@@ -84,7 +109,7 @@ class Local:
         equal = {name: (value,) for name, value in filters.items() if name not in bounds}
         while True:
             page = await self._store.fetch(queries.ListRuns(Filters(equal, bounds), _PAGE, 0, after))
-            answer = [runs.to_json(row) for row in page.rows]
+            answer = [orjson.loads(run) for run in page.runs]
             asked = queries.ListEvents(tuple(run["event_id"] for run in answer))
             events.put_into(answer, await self._store.fetch(asked))
             yield answer
@@ -159,7 +184,7 @@ class Remote:
                     pause = float(response.headers.get("Retry-After", "1"))
             except (aiohttp.ClientConnectionError, TimeoutError) as error:
                 if attempt == _TRIES:
-                    raise UnavailableError(f"Cannot reach the daemon: {error}") from error
+                    raise UnavailableError(f"Cannot reach the daemon: {reason(error)}") from error
                 pause = 1.0
             await asyncio.sleep(pause)
         raise AssertionError("the last attempt returns or raises")
@@ -204,3 +229,25 @@ async def find_target(settings: Settings, url: str | None) -> AsyncIterator[Targ
     base = "http://telemetryd" if use_unix else url or f"http://127.0.0.1:{settings.api_port}"
     async with aiohttp.ClientSession(base, connector=connector, headers=headers) as session:
         yield Remote(session)
+
+
+@asynccontextmanager
+async def find_source(settings: Settings, url: str | None) -> AsyncIterator[Source]:
+    """Give what `find_target` gives; but the database beside its daemon, where nothing says how to reach that.
+
+    Raises:
+        TelemetrydError: if it cannot be used.
+
+    """
+    path = settings.db_path.absolute()
+    is_reachable = url is not None or settings.api_unix is not None or settings.token() is not None
+    if is_reachable or Ownership(path, settings.lock_file).holder() is None:
+        async with find_target(settings, url) as target:
+            yield target
+        return
+    try:
+        with closing(connect_to_read(path)) as connection:
+            migrate.check_schema(connection, path)
+            yield Beside(connection)
+    except sqlite3.Error as error:
+        raise DatabaseError(f"Cannot read {path}: {error}") from error

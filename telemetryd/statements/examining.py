@@ -34,6 +34,12 @@ _WRONG_TOTALS: Final = """
             FROM agent_runs GROUP BY 1
         ) AS c LEFT JOIN run_hours AS k ON k.hour = c.hour
         WHERE k.hour IS NULL OR k.first_start > c.first OR k.last_start < c.last
+        UNION ALL
+        SELECT c.day FROM (
+            SELECT substr(hour, 1, 10) AS day, min(first_start) AS first, max(last_start) AS last
+            FROM run_hours GROUP BY 1
+        ) AS c LEFT JOIN run_days AS k ON k.day = c.day
+        WHERE k.day IS NULL OR k.first_start > c.first OR k.last_start < c.last
     )
 """
 
@@ -115,7 +121,7 @@ def count_wrong_totals(connection: sqlite3.Connection) -> int:
 
 def recount_totals(connection: sqlite3.Connection) -> None:
     """Count every total and the statistics again, inside the caller's transaction."""
-    for table in ("run_totals", "run_minutes", "run_hours"):
-        connection.execute(f"DELETE FROM {table}")  # noqa: S608 - one of three names
+    for table in ("run_totals", "run_minutes", "run_hours", "run_days"):
+        connection.execute(f"DELETE FROM {table}")  # noqa: S608 - one of our own names
     migrate.derive(connection)
     rollups.rebuild(connection)

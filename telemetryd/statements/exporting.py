@@ -15,6 +15,7 @@ from telemetryd.queries import ExportRuns
 from telemetryd.runs import COLUMNS, Role
 from telemetryd.statements import full_text
 from telemetryd.statements.choosing import Values, choose, conditions
+from telemetryd.statements.rendering import json_object
 from telemetryd.tables import join_pieces
 
 CHUNK_BYTES: Final = 256 * 1024
@@ -141,15 +142,6 @@ def _select(query: ExportRuns, ids: str = "") -> tuple[str, Values]:
 # --- Lines of the copy ---------------------------------------------------------------------------
 
 
-def _json_member(name: str) -> str:
-    """Return the two arguments of json_object() for a field."""
-    if name in runs.columns(Role.JSON):
-        return f"'{name}', json({name})"
-    if name in runs.columns(Role.BOOLEAN):
-        return f"'{name}', json(iif({name}, 'true', 'false'))"
-    return f"'{name}', {name}"
-
-
 def _csv_field(name: str) -> str:
     """Return a field as CSV: texts in quotes, numbers and truth values without, nothing at all for null."""
     if name in runs.columns(Role.BOOLEAN):
@@ -159,7 +151,7 @@ def _csv_field(name: str) -> str:
     return f"coalesce({name}, '')"
 
 
-_NDJSON: Final = f"SELECT id, json_object({', '.join(map(_json_member, COLUMNS))}) FROM runs ORDER BY id"  # noqa: S608 - names from the definition
+_NDJSON: Final = f"SELECT id, {json_object(COLUMNS)} FROM runs ORDER BY id"  # noqa: S608 - names from the definition
 _CSV: Final = f"""
     SELECT id, printf('{",".join(["%s"] * len(COLUMNS))}', {", ".join(map(_csv_field, COLUMNS))}) FROM runs ORDER BY id
 """  # noqa: S608 - names from the definition

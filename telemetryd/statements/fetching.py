@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
-from operator import itemgetter
+from functools import cache, partial
+from itertools import accumulate
 from typing import Final
 
 from telemetryd import events
@@ -28,11 +27,10 @@ from telemetryd.queries import (
 )
 from telemetryd.runs import (
     COLUMNS,
-    TEXTS,
     Row,
     SqlValue,
 )
-from telemetryd.statements import full_text
+from telemetryd.statements import full_text, rendering
 from telemetryd.statements.choosing import (
     MAX_ARMS,
     Values,
@@ -56,11 +54,17 @@ _SELECT_PROCESSES: Final = f"""
 """  # noqa: S608 - names from the definition of a process
 _SELECT_RUN: Final = f"SELECT {', '.join(COLUMNS)} FROM agent_runs WHERE event_id = ?"  # noqa: S608 - names from the definition
 
-_SPAN_OF_HOURS: Final = """
-    SELECT min(hour), max(hour) || ';' FROM run_hours
-    WHERE last_start >= coalesce(:start_time_from, '') AND first_start <= coalesce(:start_time_to, '~')
+_MEETS: Final = "last_start >= coalesce(:start_time_from, '') AND first_start <= coalesce(:start_time_to, '~')"
+_SPAN_OF_HOURS: Final = f"""
+    SELECT
+        (SELECT hour FROM run_hours WHERE hour >= first_day AND {_MEETS} ORDER BY hour LIMIT 1),
+        (SELECT hour || ';' FROM run_hours WHERE hour < last_day || 'U' AND {_MEETS} ORDER BY hour DESC LIMIT 1)
+    FROM (SELECT min(day) AS first_day, max(day) AS last_day FROM run_days WHERE {_MEETS})
+"""  # noqa: S608 - our own words
+"""The hours in which runs that started in a range can have been created; ';' is the character behind ':', U behind T.
+
+The days come first, because a year has many hours.
 """
-"""The hours in which runs that started in a range can have been created; ';' is the character behind ':'."""
 
 Span = tuple[SqlValue, SqlValue]
 
@@ -211,11 +215,6 @@ PAGE_BYTES: Final = 32 * 1024 * 1024
 """About how much one page may hold, which is in memory several times over while it is answered."""
 
 
-@cache
-def _texts_of(columns: tuple[str, ...]) -> Callable[[Row], tuple[str | None, ...]]:
-    return itemgetter(*(columns.index(name) for name in TEXTS if name in columns))
-
-
 _SOME: Final = 10_000
 """Runs that are better sorted than found again on a walk through all of them."""
 _COUNT_SOME: Final = "SELECT count(*) FROM (SELECT 1 FROM runs_text WHERE runs_text MATCH ? LIMIT ?)"
@@ -241,23 +240,29 @@ def fetch_page(connection: sqlite3.Connection, query: ListRuns) -> Page:
     agents = find_agents(connection, query.filters)
     if agents == ():
         return Page([], None)
-    columns, is_rare = query.columns, _is_rare(connection, query.filters)
-    texts_of = _texts_of(columns)
-    rows: list[Row] = []
-    size = 0
-    for row in connection.execute(*select_page(query, _created_span(connection, query), agents, is_rare=is_rare)):
-        size += len("".join(filter(None, texts_of(row))))
-        if size > PAGE_BYTES and 0 < len(rows) < query.limit:
+    is_rare = _is_rare(connection, query.filters)
+    select = select_page(query, _created_span(connection, query), agents, is_rare=is_rare)
+    render = partial(rendering.render, connection, select, query.answered, query.order.column)
+    try:
+        runs, places = render(PAGE_BYTES)
+    except rendering.TooLargeError:
+        fitting = _count_fitting(connection, rendering.sizes(select, query.answered))
+        if 0 < fitting < query.limit:
             raise InvalidRequestError(
-                f"Invalid limit: {query.limit}; the first {len(rows)} of these runs hold {PAGE_BYTES >> 20} MiB, "
-                f"the most that one answer holds: ask for at most {len(rows)} at a time"
-            )
-        rows.append(row)
-    if len(rows) <= query.limit:
-        return Page(rows, None)
-    rows.pop()
-    last = dict(zip(columns, rows[-1], strict=True))
-    return Page(rows, Position(str(last[query.order.column]), int(last["id"] or 0)))
+                f"Invalid limit: {query.limit}; the first {fitting} of these runs hold {PAGE_BYTES >> 20} MiB, "
+                f"the most that one answer holds: ask for at most {fitting} at a time"
+            ) from None
+        runs, places = render(None)
+    if len(runs) <= query.limit:
+        return Page(runs, None)
+    run, moment = places[query.limit - 1]
+    return Page(runs[: query.limit], Position(moment, run))
+
+
+def _count_fitting(connection: sqlite3.Connection, sizes: tuple[str, Values]) -> int:
+    """Count how many of the first runs fit into a page, given the statement that fetches their sizes."""
+    totals = accumulate(size for (size,) in connection.execute(*sizes))
+    return sum(total <= PAGE_BYTES for total in totals)
 
 
 def _created_span(connection: sqlite3.Connection, query: ListRuns) -> Span | None:

@@ -36,7 +36,7 @@ def fetch_regressions(connection: sqlite3.Connection, query: FindRegressions) ->
 
 def fetch_pairs(connection: sqlite3.Connection, query: FindRegressions) -> Iterator[tuple[str, str, list[Run]]]:
     """Yield each pair that is meant, its agent and its job type, with its runs that have a commit."""
-    is_meant = query.lets_through()
+    is_meant = query.filters.lets_through("agent_name", "job_type")
     pair: tuple[str, str] = ("", "")
     while (following := connection.execute(NEXT_PAIR, pair).fetchone()) is not None:
         pair = following

@@ -57,6 +57,7 @@ from telemetryd.stats import FACTS, Facts
 
 MINUTE: Final = len("2025-12-24T10:00")
 HOUR: Final = len("2025-12-24T10")
+DAY: Final = len("2025-12-24")
 
 _ROWS_AT_ONCE: Final = (256, 128, 64, 32, 16, 8, 4, 2, 1)
 """How many rows one INSERT may take: each number has its own prepared statement."""
@@ -131,13 +132,16 @@ _ADD_TO_MINUTES: Final = """
     SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]') FROM json_each(?) WHERE true
     ON CONFLICT (minute) DO UPDATE SET runs = runs + excluded.runs
 """
-_WIDEN_HOURS: Final = """
-    INSERT INTO run_hours (hour, first_start, last_start)
+_WIDEN_HOURS, _WIDEN_DAYS = (
+    f"""
+    INSERT INTO {table} ({key}, first_start, last_start)
     SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'), json_extract(value, '$[2]')
         FROM json_each(?) WHERE true
-    ON CONFLICT (hour) DO UPDATE SET
+    ON CONFLICT ({key}) DO UPDATE SET
         first_start = min(first_start, excluded.first_start), last_start = max(last_start, excluded.last_start)
-"""
+"""  # noqa: S608 - our own words
+    for table, key in (("run_hours", "hour"), ("run_days", "day"))
+)
 
 # A total that has drifted (a row changed by hand) is no reason to refuse what agents send.
 _TAKE_FROM_TOTAL: Final = """
@@ -151,6 +155,10 @@ _DROP_HOUR: Final = """
     DELETE FROM run_hours WHERE hour = ?1
         AND NOT EXISTS (SELECT 1 FROM run_minutes WHERE minute >= ?1 || ':' AND minute < ?1 || ';')
 """
+
+_DROP_DAY: Final = """
+    DELETE FROM run_days WHERE day = ?1 AND NOT EXISTS (SELECT 1 FROM run_hours WHERE hour >= ?1 AND hour < ?1 || 'U')
+"""  # U is the character behind T
 
 _PRUNE_EVENTS: Final = 5_000
 """Events that one `PruneRuns` deletes at most, so that a few talkative runs do not hold the writer up."""
@@ -277,31 +285,37 @@ class Transaction:
         taken = [(*key, -runs) for key, runs in totals.items() if runs < 0]
         minutes_added = [(minute, runs) for minute, runs in minutes.items() if runs > 0]
         minutes_taken = [(minute, -runs) for minute, runs in minutes.items() if runs < 0]
-        spans = [(hour, *span) for hour, span in self._spans().items()]
-        for statement, rows in ((_ADD_TO_TOTALS, added), (_ADD_TO_MINUTES, minutes_added), (_WIDEN_HOURS, spans)):
+        statements = (
+            (_ADD_TO_TOTALS, added),
+            (_ADD_TO_MINUTES, minutes_added),
+            (_WIDEN_HOURS, self._spans(HOUR)),
+            (_WIDEN_DAYS, self._spans(DAY)),
+        )
+        for statement, rows in statements:
             if rows:
                 self._cursor.execute(statement, (orjson.dumps(rows).decode(),))
         if taken or minutes_taken:
             self._take(taken, minutes_taken)
         rollups.record(self._cursor, summary, changes)
 
-    def _spans(self) -> dict[str, tuple[str, str]]:
-        """Return for each hour in which runs were created the first and the last of their start times."""
+    def _spans(self, length: int) -> list[tuple[str, str, str]]:
+        """Return for each hour or day in which runs were created the first and the last of their start times."""
         spans: dict[str, tuple[str, str]] = {}
         for row in self._created:
-            hour, start_time = str(row[CREATED_AT])[:HOUR], str(row[START_TIME])
-            first, last = spans.get(hour, (start_time, start_time))
-            spans[hour] = (min(first, start_time), max(last, start_time))
-        return spans
+            key, start_time = str(row[CREATED_AT])[:length], str(row[START_TIME])
+            first, last = spans.get(key, (start_time, start_time))
+            spans[key] = (min(first, start_time), max(last, start_time))
+        return [(key, *span) for key, span in spans.items()]
 
     def _take(self, totals: list[tuple[str, str, str, int]], minutes: list[tuple[str, int]]) -> None:
-        """Lower totals; where nothing is left of one, a minute or an hour, it leaves no row of zeros behind."""
+        """Lower totals; where nothing is left of one, a minute, an hour or a day, it leaves no row behind."""
         write = self._cursor.executemany
         write(_TAKE_FROM_TOTAL, totals)
         write(_DROP_TOTAL, [total[:3] for total in totals])
         write(_TAKE_FROM_MINUTE, minutes)
         write(_DROP_MINUTE, [minute[:1] for minute in minutes])
         write(_DROP_HOUR, [(hour,) for hour in {minute[:HOUR] for minute, _ in minutes}])
+        write(_DROP_DAY, [(day,) for day in {minute[:DAY] for minute, _ in minutes}])
 
     def _create(self, batches: list[tuple[Row, ...]]) -> list[Created]:
         rows = [self._complete(row) for batch in batches for row in batch]

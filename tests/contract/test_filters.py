@@ -141,7 +141,7 @@ async def test_fields_choose_what_is_answered(api: Api) -> None:
     for name in ANSWERED:
         assert await listed(api, fields=name) == [{name: whole[name]}]
     [part] = await listed(api, fields="status,commit_url,event_id", sort="start_time")
-    assert list(part.items()) == [(name, whole[name]) for name in ("status", "commit_url", "event_id")]
+    assert part == {name: whole[name] for name in ("status", "commit_url", "event_id")}
     await api.call("POST", f"{RUNS}/x/events", json={"event_type": "step"}, status=201)
     [part] = await listed(api, fields="status", include="events")
     assert set(part) == {"status", "events", "more_events"}
@@ -238,7 +238,7 @@ async def test_the_setting_makes_and_drops_the_index(tmp_path: Path) -> None:
             await store.submit(CreateRuns(submitted))
         for word in ("word7", "word37") if is_wanted else ():
             page = await store.fetch(ListRuns(Filters(words=word)))
-            assert len(page.rows) == 1
+            assert len(page.runs) == 1
         await store.close()
         assert examine(path) == []
         with closing(sqlite3.connect(path)) as connection:

@@ -58,6 +58,9 @@ def test_the_overview_tells_what_happened(page: Page, url: str) -> None:
     expect(slowest).to_contain_text("nightly-orchestrator")
     expect(page.locator(".panel", has_text="Latest failures").locator("li").first).to_be_visible()
     expect(page.locator("#health")).to_have_text("Healthy")
+    expect(page.locator(".view-head")).to_contain_text(re.compile(r"whole hours since \d+ \w+, \d\d:00"))
+    running = tiles.filter(has_text="Still running").get_by_role("link")
+    expect(running).to_have_attribute("href", re.compile("created_after="))
 
 
 def test_the_bars_have_the_figures_of_the_api(page: Page, url: str) -> None:
@@ -177,6 +180,7 @@ def test_a_running_run_shows_its_age_and_its_end(open_view: OpenPage, url: str) 
     call(url, "PATCH", f"/api/v1/runs/{run['event_id']}", {"status": "partial", "items_failed": 3})
     expect(page.locator(".run-head .badge")).to_have_text("partial", timeout=15_000)  # it looks every 3 s
     expect(page.locator(".item-bar")).to_contain_text("3 failed")
+    expect(page.locator("main")).not_to_contain_text("Nothing was reported")
 
 
 def test_an_agent_has_a_year_in_squares_that_lead_to_its_runs(open_view: OpenPage, url: str) -> None:
@@ -196,8 +200,11 @@ def test_what_is_not_there_is_said(open_view: OpenPage, watched: Watched) -> Non
     page = open_view("#/run/nobody%2Fknows%25it")
     expect(page.locator("h1")).to_have_text("There is no such run")
     expect(page.locator("[role=alert]")).to_contain_text("nobody/knows%it")
-    page.goto(page.url.partition("#")[0] + "#/nowhere")
-    expect(page.locator("h1")).to_have_text("There is no such view")
+    for name in ("nowhere", "constructor", "__proto__"):
+        page.goto(f"{page.url.partition('#')[0]}#/{name}")
+        expect(page.locator("h1")).to_have_text("There is no such view")
+    page.goto(page.url.partition("#")[0] + "#/overview?period=constructor")
+    expect(page.locator("h1")).to_have_text("Last 24 hours")
 
 
 # --- The table of runs ---------------------------------------------------------------------------
@@ -218,6 +225,17 @@ def test_filters_stand_in_the_address(open_view: OpenPage, url: str) -> None:
     assert set(page.locator(".table-body .badge").all_inner_texts()) == {"failure"}
 
 
+def test_the_fields_follow_the_address(open_view: OpenPage, url: str) -> None:
+    page = open_view("#/runs")
+    field = page.get_by_label("Agent", exact=True)
+    field.fill("seo-*")
+    page.keyboard.press("Enter")
+    expect(page).to_have_url(re.compile(r"agent_name=seo-\*"))
+    page.goto(f"{url}/#/runs?status=failure")  # a bookmark, while the field has the focus
+    expect(page.get_by_label("failure")).to_be_checked()
+    expect(field).to_have_value("")
+
+
 def test_a_filter_without_a_field_can_be_taken_away(open_view: OpenPage) -> None:
     page = open_view("#/runs?host=edge-01&status=failure")
     expect(page.locator(".chip")).to_have_text("host: edge-01 ×")
@@ -228,6 +246,8 @@ def test_a_filter_without_a_field_can_be_taken_away(open_view: OpenPage) -> None
 
 def test_a_filter_that_the_daemon_refuses_is_explained(open_view: OpenPage, watched: Watched) -> None:
     watched.expected = ("400",)
+    page = open_view("#/runs?agent_name=nobody")
+    expect(page.locator(".foot")).to_contain_text("Fewer filters may show more")
     page = open_view("#/runs?created_after=yesterday")
     expect(page.locator(".foot [role=alert]")).to_contain_text("Invalid created_after: 'yesterday'")
 

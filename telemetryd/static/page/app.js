@@ -10,7 +10,7 @@ import * as run from "./views/run.js";
 import * as runs from "./views/runs.js";
 import * as stale from "./views/stale.js";
 
-const VIEWS = { overview, runs, run, agents, stale };
+const VIEWS = new Map(Object.entries({ overview, runs, run, agents, stale }));
 const main = document.getElementById("main");
 let shown = { view: null, name: null, leave: new AbortController(), change: null };
 
@@ -31,7 +31,7 @@ function showRoute() {
     if (link.dataset.view === view) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
-  const known = VIEWS[view];
+  const known = VIEWS.get(view);
   document.title = `${known ? known.title(name) : "Not found"} · telemetryd`;
   if (known) shown.change = known.show(main, { name, parameters, signal: leave.signal }) ?? null;
   else main.append(h("h1", {}, "There is no such view"), h("p", {}, h("a", { href: "#/" }, "Go to the overview")));

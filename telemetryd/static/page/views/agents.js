@@ -96,6 +96,7 @@ export function show(root, { parameters, signal }) {
     h("div", { class: "view-head lead" }, h("p", { class: "quiet" }, `Figures of the last ${SPAN_DAYS} days; squares of the last year, in UTC.`), calendarKey()),
     cards,
   );
+  cards.append(sentence("Loading …"));
   change(parameters);
   load();
   return change;

@@ -59,7 +59,7 @@ function tiles(groups, agents, period, since) {
     tile("Runs", short(all), `by ${counted(agents.length, "agent")}, ${short(Math.round(all / period.hours))} per hour`),
     tile("Success rate", percent(finished ? succeeded / finished : null), `${short(succeeded)} of ${short(finished)} finished`),
     tile("Failed", h("a", { href: href("runs", { status: BAD.join(","), created_after: since }) }, short(failed + timedOut)), `${short(failed)} failures, ${counted(timedOut, "timeout")}`, failed + timedOut ? "bad" : ""),
-    tile("Still running", h("a", { href: href("runs", { status: "running" }) }, short(running)), "begun in this time"),
+    tile("Still running", h("a", { href: href("runs", { status: "running", created_after: since }) }, short(running)), "begun in this time"),
   );
 }
 
@@ -133,6 +133,7 @@ function daemonPanel(signal) {
 export function show(root, { parameters, signal }) {
   const heading = h("h1", {});
   const picker = h("div", {});
+  const begun = h("p", { class: "quiet" });
   const figures = h("div", { class: "figures" });
   const chart = h("div", { class: "body chart-body" });
   const worst = h("div", { class: "body" });
@@ -145,6 +146,7 @@ export function show(root, { parameters, signal }) {
     const now = Date.now();
     const from = beginning(period, now);
     const since = iso(from - 1).replace("Z", "999Z");
+    begun.textContent = `whole hours since ${dayOf(new Date(from))}, ${timeOf(new Date(from))}`;
     const ask = (parameters) => get("/api/v1/stats", { from: iso(from), ...parameters }, signal).then((answer) => answer.groups);
     const byHour = ask({ group_by: "status", bucket: "1h" });
     const byAgent = ask({ group_by: "agent_name" });
@@ -162,7 +164,7 @@ export function show(root, { parameters, signal }) {
   }
 
   function change(next) {
-    const name = next.period in PERIODS ? next.period : "24h";
+    const name = Object.hasOwn(PERIODS, next.period ?? "") ? next.period : "24h";
     period = PERIODS[name];
     heading.textContent = period.name;
     picker.replaceChildren(choice("Period", Object.keys(PERIODS).map((key) => [key, key, href("overview", key === "24h" ? {} : { period: key })]), name));
@@ -170,7 +172,7 @@ export function show(root, { parameters, signal }) {
   }
 
   root.append(
-    h("div", { class: "view-head" }, heading, picker),
+    h("div", { class: "view-head" }, heading, picker, begun),
     figures,
     alerts.whole,
     panel("Runs per hour", chart),

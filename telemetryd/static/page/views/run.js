@@ -15,9 +15,9 @@ const QUIET_MS = 5 * MINUTE;
 
 export const title = (name) => `Run ${name}`;
 
-function facts(pairs) {
+function facts(pairs, otherwise = sentence("Nothing was reported.")) {
   const given = pairs.filter(([, value]) => value !== null && value !== undefined && value !== "" && value !== false);
-  return given.length ? h("dl", { class: "facts" }, given.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))) : sentence("Nothing was reported.");
+  return given.length ? h("dl", { class: "facts" }, given.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))) : otherwise;
 }
 
 function value(any) {
@@ -77,12 +77,13 @@ function commit(run) {
 }
 
 function sections(run) {
+  const bar = items(run);
   const own = (object) => Object.entries(object ?? {}).map(([name, any]) => [name, value(any)]);
   return h("div", { class: "columns" },
-    panel("What it did", h("div", { class: "body" }, items(run), facts([
+    panel("What it did", h("div", { class: "body" }, bar, facts([
       ["Input", run.input_summary], ["Output", run.output_summary], ["Item", run.item_name], ["From", run.source_ref], ["To", run.target_ref],
       ["Product", [run.product, run.product_family].filter(Boolean).join(" · ")], ["Website", [run.website, run.subdomain, run.website_section].filter(Boolean).join(" · ")], ["Platform", run.platform], ["Insight", run.insight_id],
-    ]))),
+    ], bar ? null : undefined))),
     panel("Where and when", h("div", { class: "body" }, facts([
       ["Started", moment(run.start_time)], ["Ended", moment(run.end_time)], ["Last change", moment(run.updated_at)],
       ["Host", run.host && h("a", { href: href("runs", { host: exact(run.host) }) }, run.host)],

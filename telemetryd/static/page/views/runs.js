@@ -71,6 +71,7 @@ function filterBar(onChange) {
     jobs,
   );
   let timer = null;
+  let shown = {}; // what the address says; while it stays, a field with the focus is left to its writer
 
   function typed(event) {
     clearTimeout(timer);
@@ -79,7 +80,8 @@ function filterBar(onChange) {
   function changed() {
     clearTimeout(timer);
     const chosen = statuses.filter(({ box }) => box.checked).map(({ box }) => box.value);
-    onChange({ ...Object.fromEntries(Object.entries(controls).map(([name, control]) => [name, control.value.trim()])), status: chosen.join(",") });
+    shown = Object.fromEntries(Object.entries(controls).map(([name, control]) => [name, control.value.trim()]));
+    onChange({ ...shown, status: chosen.join(",") });
   }
 
   return {
@@ -95,7 +97,9 @@ function filterBar(onChange) {
         since.append(h("option", { value: moment }, moment.startsWith("-") ? `Last ${moment.slice(1)}` : `After ${moment.slice(0, 16).replace("T", " ")}`));
       }
       for (const [name, control] of Object.entries(controls)) {
-        if (control !== document.activeElement) control.value = parameters[name] ?? "";
+        const given = parameters[name] ?? "";
+        if (control !== document.activeElement || given !== shown[name]) control.value = given;
+        shown[name] = given;
       }
       const chosen = (parameters.status ?? "").split(",");
       for (const { box } of statuses) box.checked = chosen.includes(box.value);
@@ -127,7 +131,7 @@ export function show(root, { parameters, signal }) {
   function tell() {
     const shown = next ? `The newest ${counted(items.length, "run")}; more come as you scroll` : counted(items.length, "run");
     told.textContent = shown;
-    foot.replaceChildren(isLoading ? sentence("Loading …") : items.length ? "" : sentence("No run matches. Fewer filters may show more."));
+    foot.replaceChildren(isLoading ? sentence("Loading …") : items.length ? "" : sentence(Object.keys(filters).length ? "No run matches. Fewer filters may show more." : "There is no run yet. telemetryd demo posts some."));
   }
 
   async function more(first) {

@@ -1,0 +1,94 @@
+"""A page that SQLite writes as JSON is what the rows say, whatever they hold."""
+
+from __future__ import annotations
+
+import random
+import sqlite3
+from collections.abc import Iterator
+from typing import Any
+
+import orjson
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from telemetryd import migrate, runs
+from telemetryd.commands import CreateRuns
+from telemetryd.queries import ListRuns
+from telemetryd.runs import COLUMNS, Row, parse_run
+from telemetryd.statements import rendering
+from telemetryd.statements.fetching import fetch_page, select_page
+from telemetryd.statements.transaction import Transaction
+from tests.test_properties import PAIRS, SIMPLE
+
+NOW = "2025-12-24T12:00:00.000000Z"
+ADDRESSES = ("git@github.com:acme/site.git", 'https://gitlab.com/acme/"site', "nowhere", None)
+
+
+@pytest.fixture(scope="module")
+def empty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[sqlite3.Connection]:
+    opened = sqlite3.connect(tmp_path_factory.mktemp("rendering") / "telemetry.sqlite", isolation_level=None)
+    opened.execute("PRAGMA synchronous = OFF")
+    migrate.create(opened, NOW)
+    yield opened
+    opened.close()
+
+
+def store(connection: sqlite3.Connection, rows: list[Row]) -> None:
+    """Have only these runs in the database, until a rollback."""
+    connection.execute("BEGIN")
+    transaction = Transaction(connection, NOW)
+    transaction.apply([CreateRuns(tuple(rows))])
+
+
+def plain(run: dict[str, Any]) -> Any:
+    return orjson.loads(orjson.dumps(run))
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(PAIRS, min_size=1, max_size=4), st.lists(st.sampled_from(runs.ANSWERED), unique=True), st.randoms())
+def test_every_run_is_rendered_as_it_is_stored(
+    empty: sqlite3.Connection, pairs: list[dict[str, Any]], fields: list[str], source: random.Random
+) -> None:
+    given_runs = [
+        {name: value for name, (value, _) in {**SIMPLE, **each}.items()}
+        | {"event_id": f"e{number}", "git_repo": source.choice(ADDRESSES), "git_commit_hash": "abcdef1"}
+        for number, each in enumerate(pairs)
+    ]
+    store(empty, [parse_run(run).row for run in given_runs])
+    try:
+        page = fetch_page(empty, ListRuns(fields=tuple(fields)))
+        rows = empty.execute(f"SELECT {', '.join(COLUMNS)} FROM agent_runs ORDER BY created_at DESC, id DESC")
+        stored = [plain(runs.to_json(row)) for row in rows]
+        answered = [orjson.loads(run) for run in page.runs]
+        assert answered == [{name: run[name] for name in fields or runs.ANSWERED} for run in stored]
+        made_last = sorted(fields or runs.ANSWERED, key=lambda name: name in ("commit_url", "repo_url"))
+        assert all(list(run) == made_last for run in answered)
+    finally:
+        empty.execute("ROLLBACK")
+
+
+def test_a_page_takes_one_step_and_the_walk_of_its_rows(empty: sqlite3.Connection) -> None:
+    """What makes it quick beside a busy writer; and rendering must not make SQLite sort."""
+    query = ListRuns()
+    steps: list[str] = []
+    sql, values = select_page(query)
+    walk = [row[3] for row in empty.execute(f"EXPLAIN QUERY PLAN {sql}", values)]
+    empty.set_trace_callback(steps.append)
+    rendering.render(empty, (sql, values), query.answered, query.order.column, None)
+    empty.set_trace_callback(None)
+    assert len(steps) == 1
+    plan = [row[3] for row in empty.execute(f"EXPLAIN QUERY PLAN {steps[0]}")]
+    assert [step for step in plan if "agent_runs" in step] == walk
+    assert not [step for step in plan if "TEMP B-TREE" in step]
+
+
+def test_a_run_too_large_for_the_room_is_told(empty: sqlite3.Connection) -> None:
+    query = ListRuns()
+    store(empty, [parse_run({**{name: value for name, (value, _) in SIMPLE.items()}, "event_id": "e"}).row])
+    try:
+        with pytest.raises(rendering.TooLargeError):
+            rendering.render(empty, select_page(query), query.answered, "created_at", 100)
+        assert len(rendering.render(empty, select_page(query), query.answered, "created_at", None).runs) == 1
+    finally:
+        empty.execute("ROLLBACK")
