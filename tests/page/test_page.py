@@ -110,7 +110,7 @@ def test_what_fires_now_is_shown_with_its_runs(open_view: OpenPage, url: str) ->
         rules = get(url, "/api/v1/alerts")[1]["rules"]
         return {rule["name"]: rule["firing"][0] for rule in rules if rule["firing"]}
 
-    begin = datetime.now(UTC) - timedelta(minutes=90)
+    begin = datetime.now(UTC) - timedelta(hours=20)
     for number in range(80):
         run = make_run(
             agent_name="broken-agent",
