@@ -75,7 +75,7 @@ CREATE TABLE change_feed (
     epoch TEXT NOT NULL,
     floor INTEGER NOT NULL,
     horizon INTEGER NOT NULL
-) STRICT;
+, event_floor INTEGER NOT NULL DEFAULT 0) STRICT;
 
 CREATE TABLE followed_feed (
     epoch TEXT NOT NULL,

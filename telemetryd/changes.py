@@ -6,14 +6,14 @@ import re
 from dataclasses import dataclass
 from typing import Any, Final
 
-from telemetryd import filters
+from telemetryd import events, filters
 from telemetryd.errors import CursorGoneError
 from telemetryd.filters import Filters, Parameters, read_integer, refuse
 from telemetryd.queries import DEFAULT_LIMIT, MAX_LIMIT
 from telemetryd.runs import MAX_INTEGER, Row
 
 MAX_WAIT_S: Final = 60
-PAGE_PARAMETERS: Final = ("after", "begun", "limit", "wait")
+PAGE_PARAMETERS: Final = ("after", "begun", "events_after", "limit", "wait")
 STREAM_PARAMETERS: Final = (*filters.PARAMETERS, "after")
 
 BEGINNING: Final = -(2**63)
@@ -43,6 +43,8 @@ class ListChanges:
     limit: int = DEFAULT_LIMIT
     filters: tuple[Filters, ...] = ()
     """For each of these the answer tells which of the runs match."""
+    events_after: int | None = None
+    """Behind which id events are wanted, if any are."""
 
 
 Deleted = str
@@ -63,11 +65,17 @@ class Changes:
     """Deletions up to this number are forgotten."""
     matching: tuple[frozenset[int], ...] = ()
     """For each of the query's filters, the ids of the runs that match."""
+    events: list[Row] | None = None
+    """If events are wanted, those behind the id in their order: the run's id, and what is in `events.COLUMNS`.
+
+    They come with the page that has the last change there is, so that whoever gets one knows its run.
+    """
+    more_events: bool = False
 
     @property
     def more(self) -> bool:
-        """Whether there is more behind `last`."""
-        return self.last < self.newest
+        """Whether there is more behind `last`, or behind the last event."""
+        return self.last < self.newest or self.more_events
 
     def check(self, after: Place, begun: int | None) -> None:
         """See that whoever asked from a place, and began at another one, has learnt of every deletion.
@@ -99,6 +107,8 @@ class Followed:
     """Up to where it has taken over the other database's changes; None if it has taken nothing."""
     begun: int
     """Where the other sequence stood when it began."""
+    last_event: int
+    """The highest id of an event in the copy: there is nothing to be had up to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +119,12 @@ class ChangesRequest:
     begun: int | None
     limit: int
     wait_s: int
+    events_after: int | None = None
+
+    @property
+    def query(self) -> ListChanges:
+        """What is to be read."""
+        return ListChanges(self.after.seq, self.limit, events_after=self.events_after)
 
 
 def parse_changes(query_string: str) -> ChangesRequest:
@@ -124,6 +140,7 @@ def parse_changes(query_string: str) -> ChangesRequest:
         parameters.read("begun", read_integer, 0, MAX_INTEGER),
         parameters.read("limit", read_integer, 1, MAX_LIMIT, default=DEFAULT_LIMIT),
         parameters.read("wait", read_integer, 0, MAX_WAIT_S, default=0),
+        parameters.read("events_after", read_integer, 0, MAX_INTEGER),
     )
     parameters.finish()
     return asked
@@ -154,8 +171,11 @@ def _place(name: str, value: str) -> Place:
 
 def put_beside(changes: Changes, found: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the answer of `GET /api/v1/changes` around its changes."""
+    rows = changes.events
+    happened = {} if rows is None else {"events": [{"run": run, **events.to_json(tuple(row))} for run, *row in rows]}
     return {
         "changes": found,
+        **happened,
         "last": max(changes.last, 0),
         "more": changes.more,
         "newest": changes.newest,

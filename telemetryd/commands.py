@@ -238,6 +238,8 @@ class ApplyChanges:
 
     changes: tuple[tuple[int, CopiedRun | str], ...]
     """Numbers with runs, or with the event_ids of deleted ones, in their order."""
+    events: tuple[Row, ...]
+    """New events of runs that are there then: the run's id, and what is in the order of `events.COLUMNS`."""
     epoch: str
     last: int
     """Up to which number these are all the changes."""
@@ -246,7 +248,7 @@ class ApplyChanges:
     @property
     def cost(self) -> int:
         """How many rows it touches at most."""
-        return len(self.changes)
+        return len(self.changes) + len(self.events)
 
     @property
     def size(self) -> int:
@@ -256,9 +258,10 @@ class ApplyChanges:
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """How many changes an `ApplyChanges` took over."""
+    """How many changes and events an `ApplyChanges` took over."""
 
     changes: int
+    events: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,9 @@ HEAD_S: Final = 10.0
 DEAF_S: Final = 30.0
 """How long a client may take in nothing of what waits for it."""
 
+MOST_UNREAD_BYTES: Final = 256 * 1024 * 1024
+"""How much of all answers together may wait for clients to read; beyond it, those with most of it are cut off."""
+
 LINGER_S: Final = 5.0
 """How long the rest of a body is waited for whose request is answered already, so that the answer gets through."""
 
@@ -119,6 +122,20 @@ class _Server(web.Server):
                 if reason is not None:
                     log.debug("Connection cut", extra={"reason": reason})
                     transport.abort()
+            self._bound_unread()
+
+    def _bound_unread(self) -> None:
+        """Cut off those who leave most unread, as long as it is too much in total: it is all in memory."""
+        unread = {transport: transport.get_write_buffer_size() for transport in self._connections.values()}
+        most, total = sorted(unread, key=unread.__getitem__), sum(unread.values())
+        while total > MOST_UNREAD_BYTES:
+            transport = most.pop()
+            total -= unread[transport]
+            log.warning(
+                "Connection cut: too much waits to be read by all clients together",
+                extra={"client": str(transport.get_extra_info("peername")), "unread_bytes": unread[transport]},
+            )
+            transport.abort()
 
     async def shutdown(self, timeout: float | None = None) -> None:  # noqa: ASYNC109 - aiohttp's own
         """End every connection."""

@@ -124,6 +124,15 @@ def to_json(row: Row) -> dict[str, Any]:
     return event
 
 
+def stored_row(event: Mapping[str, Any]) -> Row:
+    """Return an event as `to_json` gives it in the form in which it is stored (in the order of `COLUMNS`)."""
+    values = dict(event)
+    for name in _JSON_COLUMNS:
+        if values[name] is not None:
+            values[name] = orjson.dumps(values[name]).decode()
+    return tuple(values[name] for name in COLUMNS)
+
+
 def put_into(answered: list[dict[str, Any]], pages: Mapping[str, EventPage]) -> None:
     """Show in the answer of each run its events, and whether there are more; pages are found by event_id."""
     for run in answered:

@@ -108,13 +108,12 @@ class Feed:
             CursorGoneError: if the place is not known any more.
 
         """
-        query = ListChanges(asked.after.seq, asked.limit)
         deadline = asyncio.get_running_loop().time() + asked.wait_s
         news = self._news  # taken before the database is read, so that no commit comes between
-        changes = await self._store.fetch(query)
+        changes = await self._store.fetch(asked.query)
         while True:
             changes.check(asked.after, asked.begun)
-            if changes.found or changes.more or self.closed:
+            if changes.found or changes.events or changes.more or self.closed:
                 return changes
             try:
                 async with asyncio.timeout_at(deadline):
@@ -123,7 +122,7 @@ class Feed:
                 return changes
             async with self._polling:  # a commit wakes all of them, who would take every reader from those who ask
                 news = self._news
-                changes = await self._store.fetch(query)
+                changes = await self._store.fetch(asked.query)
 
     async def run(self) -> None:
         """Hand out what is committed, until it is cancelled."""

@@ -94,6 +94,11 @@ class Filters:
     words: str | None = None
     """What is searched for in the full-text index: words, `prefix*`, "phrases"; all of them."""
 
+    @property
+    def is_search(self) -> bool:
+        """Whether there is a filter that no index in the order of created_at serves: runs are looked at one by one."""
+        return bool(self.min_duration_ms is not None or self.error is not None or self.metrics or self.words)
+
     def lets_through(self, *fields: str) -> Callable[..., bool]:
         """Return what tells whether the values of these fields, in their order, are meant; other filters do not count.
 

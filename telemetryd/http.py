@@ -620,7 +620,8 @@ ROUTES: Final[tuple[Route, ...]] = (
         Operation(
             "List the changes behind a number of the commit sequence",
             "In the order of the commits; of each run only its newest change, with the run as it is now. Go on with "
-            "`last` as `after`, while `more` is true at once.",
+            "`last` as `after`, while `more` is true at once. Events come with the page that has the last change, each "
+            "with the id of its run; go on with the id of the last one as `events_after`.",
             parameters=openapi.change_parameters(),
             answers={
                 200: (
@@ -636,11 +637,17 @@ ROUTES: Final[tuple[Route, ...]] = (
                                     ]
                                 },
                             },
+                            "events": {
+                                "type": "array",
+                                "items": {"allOf": [obj({"run": INTEGER}), ref("Event")]},
+                                "description": "If events_after is given.",
+                            },
                             "last": INTEGER,
                             "more": {"type": "boolean"},
                             "newest": INTEGER,
                             "epoch": STRING,
-                        }
+                        },
+                        required=("changes", "last", "more", "newest", "epoch"),
                     ),
                 )
             },

@@ -161,6 +161,11 @@ def change_parameters() -> tuple[Schema, ...]:
             "Of whoever began without after: the newest of the first answer. Deletions before it do not matter then.",
             _PLAIN_INTEGER,
         ),
+        _parameter(
+            "events_after",
+            "Also answer the events of runs whose id is larger, in its order: 0 for all of them.",
+            _PLAIN_INTEGER,
+        ),
         page_parameters("Changes")[0],
         _parameter(
             "wait",

@@ -132,7 +132,7 @@ class ListRuns:
             padded = cursor.encode("ascii") + b"=" * (-len(cursor) % 4)
             version, fingerprint, created_at, run = orjson.loads(base64.b64decode(padded, b"-_", validate=True))
             position = Position(canonical_timestamp(created_at), run)
-            is_whole = version == _CURSOR_VERSION and isinstance(run, int) and 0 <= run <= MAX_INTEGER
+            is_whole = version == _CURSOR_VERSION and isinstance(run, int) and -MAX_INTEGER <= run <= MAX_INTEGER
         except (ValueError, TypeError, binascii.Error) as error:
             raise refuse("cursor", cursor, _ANY_CURSOR) from error
         if not is_whole:

@@ -18,13 +18,18 @@ _INTERRUPT_AGAIN_S: Final = 0.02
 
 
 class Readers:
-    """Connections that cannot write; each runs one query at a time."""
+    """Connections that cannot write; each runs one query at a time.
+
+    Half of them are for long queries, so that quick ones need not wait until those are through.
+    """
 
     def __init__(self, connections: list[Connection], timeout_s: float) -> None:
         self._all = connections
-        self._idle: asyncio.LifoQueue[Connection] = asyncio.LifoQueue()
-        for connection in connections:
-            self._idle.put_nowait(connection)
+        # Those that run nothing.
+        self._quick: asyncio.LifoQueue[Connection] = asyncio.LifoQueue()
+        self._long: asyncio.LifoQueue[Connection] = asyncio.LifoQueue() if len(connections) > 1 else self._quick
+        for place, connection in enumerate(connections):
+            (self._long if place < len(connections) // 2 else self._quick).put_nowait(connection)
         self._timeout_s = timeout_s
         self._closed = False
 
@@ -41,8 +46,12 @@ class Readers:
             raise
         return cls(connections, timeout_s)
 
-    async def fetch(self, query: Callable[[sqlite3.Connection], T]) -> T:
+    async def fetch(self, query: Callable[[sqlite3.Connection], T], *, is_long: bool = False) -> T:
         """Run a query in the thread of an idle connection; waiting for one counts towards the deadline.
+
+        Args:
+            query: called with the connection.
+            is_long: whether it may read many runs, however few it answers.
 
         Raises:
             QueryTimeoutError: if there is no answer when the deadline comes; the query is interrupted.
@@ -50,17 +59,18 @@ class Readers:
 
         """
         deadline = asyncio.get_running_loop().time() + self._timeout_s
+        idle = self._long if is_long else self._quick
         try:
             async with asyncio.timeout_at(deadline):
-                connection = await self._idle.get()
+                connection = await idle.get()
         except TimeoutError:
             raise QueryTimeoutError("Too many slow queries are running; try again later") from None
         if self._closed:
-            self._idle.put_nowait(connection)  # for the next who waits, to be told the same
+            idle.put_nowait(connection)  # for the next who waits, to be told the same
             raise UnavailableError("The database is being closed; try again shortly")
         # The query is shielded: if its caller leaves, the connection still must not be handed on before it ends.
         answer = connection.start(query)
-        answer.add_done_callback(lambda ended: self._take_back(connection, ended))
+        answer.add_done_callback(lambda ended: _take_back(idle, connection, ended))
         try:
             async with asyncio.timeout_at(deadline):
                 return await asyncio.shield(answer)
@@ -77,11 +87,6 @@ class Readers:
             traceback.clear_frames(error.__traceback__)
             raise UnavailableError("The database cannot be read now; try again later") from error
 
-    def _take_back(self, connection: Connection, ended: asyncio.Future[T]) -> None:
-        if not ended.cancelled():
-            ended.exception()  # a caller who left does not read it; that is no accident to report
-        self._idle.put_nowait(connection)
-
     async def close(self) -> None:
         """Interrupt what runs, refuse what waits, and close every connection."""
         self._closed = True
@@ -89,6 +94,12 @@ class Readers:
             closing = asyncio.ensure_future(connection.close())
             _end(connection, closing)
             await closing
+
+
+def _take_back(idle: asyncio.LifoQueue[Connection], connection: Connection, ended: asyncio.Future[T]) -> None:
+    if not ended.cancelled():
+        ended.exception()  # a caller who left does not read it; that is no accident to report
+    idle.put_nowait(connection)
 
 
 def _end(connection: Connection, answer: asyncio.Future[T]) -> None:

@@ -170,7 +170,8 @@ class Settings(BaseModel):
         30_000, description="How long to wait for another process that locks the database, in milliseconds."
     )
     db_readers: Annotated[int, Field(ge=1, le=64)] = Field(
-        4, description="Read-only connections, that is, queries that may run at the same time."
+        4,
+        description="Read-only connections, that is, queries that may run at once; half of them are for long queries.",
     )
     query_timeout_s: Seconds = Field(10.0, description="A query is interrupted after so many seconds.")
     api_host: Annotated[str, BeforeValidator(_text)] = Field(

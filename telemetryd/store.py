@@ -142,6 +142,14 @@ _READERS: Final[Mapping[type[Query], Callable[..., Answer]]] = {
 }
 """What answers each query, given a connection and the query, in a reader's thread."""
 
+
+def _is_long(query: Query) -> bool:
+    """Tell whether a query may read many runs to answer few."""
+    if isinstance(query, ListRuns):
+        return query.filters.is_search
+    return isinstance(query, CountMatching | GetStats | FindRegressions | EvaluateRules)
+
+
 T = TypeVar("T")
 
 _LOOK_EVERY_S: Final = 1.0
@@ -489,7 +497,7 @@ class Store:
         """
         if isinstance(query, CountRuns):
             return await self._count_runs()
-        return await self._readers.fetch(partial(_READERS[type(query)], query=query))
+        return await self._readers.fetch(partial(_READERS[type(query)], query=query), is_long=_is_long(query))
 
     async def _count_runs(self) -> Counts:
         """Return the totals, read again only if a group was committed or a minute has passed since the last time."""

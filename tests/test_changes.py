@@ -12,12 +12,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from telemetryd import backup, migrate
+from telemetryd import backup, events, migrate
 from telemetryd.changes import BEGINNING, Changes, ListChanges, Place
 from telemetryd.check import examine, repair
 from telemetryd.commands import (
@@ -46,6 +47,7 @@ NOW = "2025-12-24T12:00:00.000000Z"
 PROCESS = Process(7, 7, "boot", "machine", "space")
 DEATH = Death(NOW, "died", "of a signal")
 EVENT_ID = COLUMNS.index("event_id")
+EVENTS = f"SELECT run, {', '.join(events.COLUMNS)} FROM run_events ORDER BY run, id"
 
 
 def connect(path: Path) -> sqlite3.Connection:
@@ -73,10 +75,12 @@ def stored(connection: sqlite3.Connection) -> dict[str, Row]:
 
 
 class Follower:
-    """Keeps a copy in step, page by page; a number may only ever have one meaning."""
+    """Keeps a copy in step, page by page; a number may only ever have one meaning, and an event comes once."""
 
     def __init__(self) -> None:
         self.copy: dict[str, Row] = {}
+        self.events: dict[int, Row] = {}
+        self.last_event = 0
         self.last = BEGINNING
         self.numbers: list[int] = []
 
@@ -87,15 +91,22 @@ class Follower:
             assert self.last < seq <= changes.last
             self.numbers.append(seq)
             if isinstance(what, str):
-                self.copy.pop(what, None)
+                gone = self.copy.pop(what, (None,))[0]
+                self.events = {number: row for number, row in self.events.items() if row[0] != gone}
             else:
                 self.copy[str(what[EVENT_ID])] = what
         self.last = changes.last
+        known = {row[0] for row in self.copy.values()}
+        for run, number, *event in changes.events or ():
+            assert run in known
+            assert self.last_event < int(number or 0)
+            self.last_event = int(number or 0)
+            self.events[self.last_event] = (run, number, *event)
 
     def read(self, connection: sqlite3.Connection, limit: int) -> bool:
         """Read one page; tell whether there is more."""
-        changes = fetch_changes(connection, ListChanges(self.last, limit))
-        assert len(changes.found) <= limit
+        changes = fetch_changes(connection, ListChanges(self.last, limit, events_after=self.last_event))
+        assert max(len(changes.found), len(changes.events or ())) <= limit
         self.take(changes, self.last)
         return changes.more
 
@@ -213,8 +224,10 @@ class Following(RuleBasedStateMachine):
         for follower in self.followers:
             late = Follower()
             late.copy, late.last = dict(follower.copy), follower.last
+            late.events, late.last_event = dict(follower.events), follower.last_event
             late.catch_up(self.connection, 3)
             assert late.copy == stored(self.connection)
+            assert sorted(late.events.values()) == self.connection.execute(EVENTS).fetchall()
 
     def teardown(self) -> None:
         self.connection.close()
@@ -288,6 +301,50 @@ def test_a_page_of_large_runs_is_shorter_and_loses_nothing(path: Path) -> None:
         follower = Follower()
         follower.catch_up(connection)
         assert sorted(follower.copy) == [f"event-{number}" for number in range(7)]
+
+
+def test_a_page_of_large_events_is_shorter_and_comes_when_their_runs_are_known(path: Path) -> None:
+    large = orjson.dumps({"text": "x" * 3_000_000}).decode()
+    with closing(connect(path)) as connection:
+        commit(connection, [CreateRuns(tuple(new(f"event-{number}") for number in range(4)))])
+        commit(
+            connection,
+            [
+                CreateEvents(f"event-{number}", (("a", "step", "", large), ("b", "step", "", None)))
+                for number in range(4)
+            ],
+        )
+        assert fetch_changes(connection, ListChanges()).events is None
+        first = fetch_changes(connection, ListChanges(BEGINNING, 3, events_after=0))
+        assert (first.events, first.more) == ([], True)
+        page = fetch_changes(connection, ListChanges(first.newest, events_after=0))
+        assert page.events is not None
+        assert [row[1] for row in page.events] == [1, 2, 3, 4]
+        assert page.more
+        follower = Follower()
+        follower.catch_up(connection)
+        assert [*follower.events.values()] == connection.execute(EVENTS).fetchall()
+        huge = orjson.dumps({"text": "x" * 9_000_000}).decode()
+        commit(connection, [CreateEvents("event-0", (("c", "step", "", huge),))])
+        follower.catch_up(connection)
+        assert len(follower.events) == 9
+
+
+def test_no_event_gets_the_id_of_one_that_was_deleted(path: Path) -> None:
+    def ids(connection: sqlite3.Connection) -> list[int]:
+        return [number for (number,) in connection.execute("SELECT id FROM run_events ORDER BY id")]
+
+    with closing(connect(path)) as connection:
+        commit(connection, [CreateRuns((new("a"), new("b"))), CreateEvents("a", (("k", "step", "", None),) * 3)])
+        commit(connection, [CreateEvents("b", (("k", "step", "", None),))])
+        highest = max(ids(connection))
+        commit(connection, [PruneRuns("9999", 10), CreateRuns((new("c"),)), CreateEvents("c", (("k", "x", "", None),))])
+        assert ids(connection) == [highest + 1]
+        connection.execute("DELETE FROM agent_runs")  # what a repair finds and takes away
+    repair(path)
+    with closing(connect(path)) as connection:
+        commit(connection, [CreateRuns((new("d"),)), CreateEvents("d", (("k", "step", "", None),))])
+        assert ids(connection) == [highest + 2]
 
 
 def test_a_restored_and_a_salvaged_database_begin_a_new_epoch(path: Path, tmp_path: Path) -> None:
@@ -373,8 +430,9 @@ async def test_the_changes_of_every_kind(make_api: MakeApi) -> None:
         ({"after": str(2**63)}, "Invalid after"),
         ({"limit": "1001"}, "Invalid limit: '1001'; it must be an integer from 1 to 1000"),
         ({"wait": "61"}, "Invalid wait: '61'; it must be an integer from 0 to 60"),
+        ({"events_after": "-1"}, "Invalid events_after: '-1'; it must be an integer from 0"),
         ({"begun": "no"}, "Invalid begun: 'no'; it must be an integer from 0"),
-        ({"from": "1"}, "Unknown query parameter 'from'; known are: after, begun, limit, wait"),
+        ({"from": "1"}, "Unknown query parameter 'from'; known are: after, begun, events_after, limit, wait"),
     ],
 )
 async def test_what_cannot_be_asked(api: Api, parameters: dict[str, str], text: str) -> None:
@@ -401,6 +459,22 @@ async def test_whoever_waits_is_answered_by_the_commit(api: Api) -> None:
     assert (await changes(api, after=1, wait=1))["changes"] == []
 
 
+async def test_events_come_with_the_last_change(api: Api) -> None:
+    await api.batch([make_run(event_id="a"), make_run(event_id="b")])
+    waiting = asyncio.create_task(changes(api, after=2, events_after=0, wait=60))
+    told = [{"event_type": "step", "payload": {"n": number, "ä": [1.5, None]}} for number in range(3)]
+    await api.call("POST", "/api/v1/runs/b/events", json=told, status=201)
+    page = await waiting
+    assert [change["run"]["event_id"] for change in page["changes"]] == ["b"]
+    assert page["events"] == [{"run": 2, **event} for event in await api.get("/api/v1/runs/b/events")]
+    assert page["more"] is False
+    assert "events" not in await changes(api, after=2)
+    first = await changes(api, limit=2, events_after=0)
+    assert (len(first["changes"]), len(first["events"]), first["more"]) == (2, 2, True)
+    rest = await changes(api, after=first["last"], limit=2, events_after=first["events"][-1]["id"], wait=60)
+    assert (rest["changes"], rest["events"], rest["more"]) == ([], page["events"][2:], False)
+
+
 async def test_a_run_that_changes_while_pages_are_read_is_seen_as_it_is_at_last(api: Api) -> None:
     await api.batch([make_run(event_id=f"event-{number}") for number in range(5)])
     page = await changes(api, limit=2)
@@ -421,6 +495,6 @@ def test_a_copy_forgets_old_deletions_as_well(tmp_path: Path, monkeypatch: pytes
         migrate.create(copy, NOW)
         for start in (1, 6):
             gone = tuple((seq, f"event-{seq}") for seq in range(start, start + 5))
-            commit(copy, [ApplyChanges(gone, "abcdefabcdef", start + 4, 0)])
+            commit(copy, [ApplyChanges(gone, (), "abcdefabcdef", start + 4, 0)])
         assert copy.execute("SELECT min(seq), max(seq) FROM run_deletions").fetchone() == (8, 10)
         assert fetch_changes(copy, ListChanges()).horizon == 7

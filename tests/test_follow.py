@@ -8,7 +8,8 @@ import sqlite3
 import subprocess
 import sys
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from telemetryd import backup, migrate
-from telemetryd.changes import BEGINNING, ListChanges
+from telemetryd.changes import BEGINNING, ListChanges, put_beside
 from telemetryd.check import examine
 from telemetryd.cli.follow import _command
+from telemetryd.commands import CreateEvents, CreateRuns, PruneRuns
 from telemetryd.runs import COLUMNS, STORED, parse_run, stored_row, to_json, utc_now
 from telemetryd.statements.copying import fetch_followed
 from telemetryd.statements.following import fetch_changes
 from telemetryd.statements.transaction import Transaction
 from tests.conftest import Daemon, StartDaemon, make_run
-from tests.test_changes import NOW, commands, commit, connect
+from tests.test_changes import NOW, commands, commit, connect, new
 from tests.test_tail import send
 
-TABLES = ("agent_runs", "run_changes", "run_deletions", "run_totals", "run_minutes")
+TABLES = ("agent_runs", "run_events", "run_changes", "run_deletions", "run_totals", "run_minutes", "run_hours")
 
 
 def content(path: Path) -> dict[str, list[Any]]:
@@ -36,11 +38,17 @@ def content(path: Path) -> dict[str, list[Any]]:
         return {table: connection.execute(f"SELECT * FROM {table} ORDER BY 1, 2").fetchall() for table in TABLES}
 
 
-def following(url: str, copy: Path, *flags: str) -> subprocess.Popen[str]:
+@contextmanager
+def following(url: str, copy: Path, *flags: str) -> Iterator[subprocess.Popen[str]]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TELEMETRY_")}
     environment["TELEMETRY_API_AUTH_TOKEN"] = "secret-secret-secret"
     command = [sys.executable, "-m", "telemetryd", "follow", url, "--db-path", str(copy), *flags]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def follow(url: str, copy: Path, *flags: str) -> tuple[int, str, str]:
@@ -60,28 +68,39 @@ def test_the_copy_is_equal_whatever_was_interrupted(start_daemon: StartDaemon, t
         make_run(event_id=f"event-{number}", metrics_json={"tokens": number, "ä": [1.5, None]}, api_posted=True)
         for number in range(1200)
     ]
+    told = [{"event_type": "step", "payload": {"page": page, "ä": [1.5, None]}} for page in range(40)]
     send(daemon.url, "/api/v1/runs/batch", runs)
     send(daemon.url, "/api/v1/runs/event-3", {"status": "success", "context_json": {"language": "de"}}, "PATCH")
     status, out, errors = follow(daemon.url, copy, "--once")
     assert (status, errors) == (0, "")
-    assert out.startswith("1200 changes taken over, up to ")
+    assert out.startswith("1200 changes and 0 events taken over, up to ")
     assert content(copy) == content(daemon.database)
 
     with following(daemon.url, copy) as process:
         for number in range(20):
             send(daemon.url, "/api/v1/runs", make_run(event_id=f"late-{number}"))
+            send(daemon.url, f"/api/v1/runs/event-{number}/events", told)
             if number == 10:
                 process.kill()
     daemon.stop(signal.SIGKILL)
+    with closing(connect(daemon.database)) as connection:
+        commit(connection, [PruneRuns("9999", 10, status="success")])
     daemon = start(start_daemon, free_port)
     with following(daemon.url, copy) as process:
         send(daemon.url, "/api/v1/runs/late-3", {"status": "failure"}, "PATCH")
+        send(daemon.url, "/api/v1/runs/late-3/events", told)
         deadline = time.monotonic() + 30
         while content(copy) != content(daemon.database):
             assert time.monotonic() < deadline
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
-    assert orjson.loads(follow(daemon.url, copy, "--once", "--json")[1])["changes"] == 0
+    done = orjson.loads(follow(daemon.url, copy, "--once", "--json")[1])
+    assert (done["changes"], done["events"]) == (0, 0)
+    with closing(sqlite3.connect(copy)) as connection, connection:
+        connection.execute("DELETE FROM run_events WHERE id > 500")  # as in a copy that was made before events were
+    done = orjson.loads(follow(daemon.url, copy, "--once", "--json")[1])
+    assert (done["changes"], done["events"]) == (0, 340)
+    assert content(copy) == content(daemon.database)
     assert [finding.text for finding in examine(copy)] == []
 
 
@@ -99,6 +118,12 @@ def test_it_refuses_what_is_no_copy_and_a_primary_that_is_another_one(
     status, _, errors = follow(daemon.url, copy, "--once")
     assert status == 1
     assert "410: The database was restored from a backup since" in errors
+    assert f"{copy} cannot be kept in step any more: move it away or delete it, and start this command again" in errors
+    copy.rename(tmp_path / "old.sqlite")
+    assert follow(daemon.url, copy, "--once")[0] == 0
+    assert content(copy)["agent_runs"] == content(daemon.database)["agent_runs"]
+    copy.unlink()
+    (tmp_path / "old.sqlite").rename(copy)
     status, _, errors = follow("http://127.0.0.1:1", copy, "--once")
     assert status == 1
     assert "Cannot reach the daemon" in errors
@@ -111,9 +136,18 @@ def test_it_refuses_what_is_no_copy_and_a_primary_that_is_another_one(
     assert follow("ftp://x", copy)[0] == 2
 
 
-@settings(max_examples=20)
-@given(st.lists(st.tuples(st.lists(commands, max_size=4), st.integers(0, 4)), max_size=8))
-def test_pages_of_any_size_at_any_time_make_an_equal_copy(steps: list[tuple[list[Any], int]]) -> None:
+_STRAYS = "SELECT * FROM run_events WHERE run NOT IN (SELECT id FROM agent_runs)"
+told = st.builds(
+    lambda run, keys: CreateEvents(f"event-{run}", tuple((key, "step", "", '{"ä":[1.5,null]}') for key in keys)),
+    st.integers(0, 3),
+    st.lists(st.sampled_from("abcdefgh"), min_size=1, unique=True),
+)
+made = CreateRuns(tuple(new(f"event-{run}", created_at=f"2025-12-0{run + 1}T10:00:00Z") for run in range(4)))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.lists(commands | told, max_size=4), st.integers(0, 4), st.booleans()), max_size=12))
+def test_pages_of_any_size_at_any_time_make_an_equal_copy(steps: list[tuple[list[Any], int, bool]]) -> None:
     with (
         closing(sqlite3.connect(":memory:", isolation_level=None)) as primary,
         closing(sqlite3.connect(":memory:", isolation_level=None)) as copy,
@@ -121,29 +155,31 @@ def test_pages_of_any_size_at_any_time_make_an_equal_copy(steps: list[tuple[list
         for connection in (primary, copy):
             migrate.create(connection, NOW)
 
-        def take(limit: int) -> bool:
+        def take(limit: int, end: str = "COMMIT") -> bool:
             followed = fetch_followed(copy)
             after = BEGINNING if followed.place is None else followed.place.seq
-            changes = fetch_changes(primary, ListChanges(after, limit))
+            changes = fetch_changes(primary, ListChanges(after, limit, events_after=followed.last_event))
             found = [
                 {"seq": seq, "run": _decoded(what)} if isinstance(what, tuple) else {"seq": seq, "deleted": what}
                 for seq, what in changes.found
             ]
-            page = {"changes": found, "last": max(changes.last, 0), "epoch": changes.epoch}
+            page = orjson.loads(orjson.dumps(put_beside(changes, found)))
             copy.execute("BEGIN")
             transaction = Transaction(copy, NOW)
             transaction.apply([_command(page, followed.begun)])
             transaction.finish()
-            copy.execute("COMMIT")
+            copy.execute(end)
             return changes.more
 
-        for group, limit in steps:
+        commit(primary, [made])
+        for group, limit, is_killed in steps:
             commit(primary, group)
             if limit:
-                take(limit)
+                take(limit, "ROLLBACK" if is_killed else "COMMIT")
+            assert copy.execute(_STRAYS).fetchall() == []
         while take(3):
             pass
-        for table in ("agent_runs", "run_changes", "run_totals", "run_minutes"):
+        for table in ("agent_runs", "run_events", "run_changes", "run_totals", "run_minutes"):
             sql = f"SELECT * FROM {table} ORDER BY 1, 2"
             assert copy.execute(sql).fetchall() == primary.execute(sql).fetchall(), table
 

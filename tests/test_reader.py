@@ -53,8 +53,8 @@ async def pool(folder: Path, count: int = 1, timeout_s: float = 20) -> AsyncIter
 
 async def test_slow_queries_block_neither_each_other_nor_writes_nor_health(make_api: MakeApi) -> None:
     api = await make_api(db_readers=4)
-    slow = [asyncio.create_task(api.store._readers.fetch(endless)) for _ in range(3)]
-    await eventually(lambda: api.store._readers._idle.qsize() == 1)
+    slow = [asyncio.create_task(api.store._readers.fetch(endless, is_long=True)) for _ in range(6)]
+    await eventually(api.store._readers._long.empty)
     slowest = 0.0
     for number in range(20):
         run = make_run()
@@ -73,8 +73,8 @@ async def test_slow_queries_block_neither_each_other_nor_writes_nor_health(make_
 
 async def test_health_and_writes_go_on_when_every_reader_is_taken(make_api: MakeApi) -> None:
     api = await make_api(db_readers=2)
-    slow = [asyncio.create_task(api.store._readers.fetch(endless)) for _ in range(2)]
-    await eventually(api.store._readers._idle.empty)
+    slow = [asyncio.create_task(api.store._readers.fetch(endless, is_long=is_long)) for is_long in (False, True)]
+    await eventually(lambda: api.store._readers._quick.empty() and api.store._readers._long.empty())
     started = time.monotonic()
     assert (await api.get("/health"))["status"] == "ok"
     await api.post(make_run())
@@ -85,7 +85,7 @@ async def test_health_and_writes_go_on_when_every_reader_is_taken(make_api: Make
 
 
 async def test_slow_queries_run_at_the_same_time(tmp_path: Path) -> None:
-    async with pool(tmp_path, count=3) as readers:
+    async with pool(tmp_path, count=6) as readers:
         meeting = asyncio.Barrier(3)
         loop = asyncio.get_running_loop()
 
@@ -111,7 +111,7 @@ async def test_a_query_is_interrupted_at_its_deadline(tmp_path: Path) -> None:
 async def test_waiting_for_a_connection_counts_towards_the_deadline(tmp_path: Path) -> None:
     async with pool(tmp_path, timeout_s=0.4) as readers:
         slow = asyncio.create_task(readers.fetch(endless))
-        await eventually(readers._idle.empty)
+        await eventually(readers._quick.empty)
         await asyncio.sleep(0.1)
         started = time.monotonic()
         answers = await asyncio.gather(slow, readers.fetch(endless), return_exceptions=True)
@@ -124,7 +124,7 @@ async def test_over_http_a_query_that_takes_too_long_is_503(make_api: MakeApi) -
     api = await make_api(db_readers=1, query_timeout_s=0.3)
     await api.post(make_run())
     other = asyncio.create_task(api.store._readers.fetch(endless))
-    await eventually(api.store._readers._idle.empty)
+    await eventually(api.store._readers._quick.empty)
     api.store._readers._timeout_s = 0.05  # shorter than the one in its way still has
     async with api.client.get("/api/v1/runs") as response:
         assert response.status == 503
@@ -193,13 +193,13 @@ async def test_the_pool_survives_callers_that_leave(tmp_path: Path) -> None:
     async with pool(tmp_path, count=2) as readers:
         for _ in range(10):
             tasks = [asyncio.create_task(readers.fetch(endless)) for _ in range(2)]
-            await eventually(readers._idle.empty)
+            await eventually(readers._quick.empty)
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
             assert all(task.cancelled() for task in tasks)
             assert await asyncio.gather(*(readers.fetch(one) for _ in range(4))) == [1] * 4
-        await eventually(lambda: readers._idle.qsize() == 2)
+        await eventually(lambda: readers._quick.qsize() + readers._long.qsize() == 2)
 
 
 @pytest.mark.parametrize("steps", range(6))

@@ -10,9 +10,10 @@ from typing import Any, Final
 
 import click
 
+from telemetryd import events
 from telemetryd.changes import GetFollowed
 from telemetryd.cli.options import EXIT_USAGE, counted, failing, json_flag, load_settings, print_json, settings_flags
-from telemetryd.cli.stream import Daemon, reach
+from telemetryd.cli.stream import Daemon, GoneError, reach
 from telemetryd.client.config import Config
 from telemetryd.commands import ApplyChanges, CopiedRun
 from telemetryd.errors import DatabaseError, UnavailableError
@@ -34,10 +35,11 @@ def follow(url: str, *, once: bool, as_json: bool, **flags: Any) -> None:
     r"""Keep a copy of a daemon's runs in step, until it is stopped.
 
     The copy is a database of its own that this command owns: others may read it (sqlite3, telemetryd check), and it can
-    take the primary's place with `telemetryd serve`, after which it is nobody's copy any more. It has the runs, their
-    ids and the commit sequence; events, registered processes and originals of old values stay with the primary.
-    Interrupted at any moment, it goes on where it was; what --once has done is printed. The token comes from
-    TELEMETRY_API_AUTH_TOKEN.
+    take the primary's place with `telemetryd serve`, after which it is nobody's copy any more. It has the runs and
+    their events, with their ids, and the commit sequence; registered processes and originals of old values stay with
+    the primary. Interrupted at any moment, it goes on where it was; what --once has done is printed. If the primary was
+    restored, or the copy is too far behind, the command says so and ends: move the copy away, and start again. The
+    token comes from TELEMETRY_API_AUTH_TOKEN.
 
     \b
     Examples:
@@ -64,12 +66,17 @@ def follow(url: str, *, once: bool, as_json: bool, **flags: Any) -> None:
             await store.close()
 
     with failing():
-        asyncio.run(run())
+        try:
+            asyncio.run(run())
+        except GoneError as error:
+            raise DatabaseError(
+                f"{error}. {settings.db_path} cannot be kept in step any more: "
+                "move it away or delete it, and start this command again; it makes a new copy"
+            ) from error
 
 
 async def _follow(daemon: Daemon, store: Store, *, once: bool, as_json: bool) -> None:
-    failures = 0
-    taken = 0
+    failures = changes = happened = 0
     while True:
         followed = await store.fetch(GetFollowed())
         place = followed.place
@@ -78,7 +85,11 @@ async def _follow(daemon: Daemon, store: Store, *, once: bool, as_json: bool) ->
                 "This database holds changes that are not the primary's; follow with --db-path of one that does not "
                 "exist yet"
             )
-        parameters = {"limit": str(_PAGE), "wait": "0" if once else str(_WAIT_S)}
+        parameters = {
+            "limit": str(_PAGE),
+            "wait": "0" if once else str(_WAIT_S),
+            "events_after": str(followed.last_event),
+        }
         if place is not None:
             parameters |= {"after": str(place), "begun": str(followed.begun)}
         try:
@@ -92,15 +103,17 @@ async def _follow(daemon: Daemon, store: Store, *, once: bool, as_json: bool) ->
             failures += 1
             continue
         failures = 0
-        if place is None or page["last"] != place.seq:
+        if place is None or page["last"] != place.seq or page["events"]:
             # Not to be interrupted half-way: the writer carries it out anyway, and the next turn sees that.
             await asyncio.shield(store.submit(_command(page, followed.begun if place is not None else page["newest"])))
-            taken += len(page["changes"])
+            changes += len(page["changes"])
+            happened += len(page["events"])
         if once and not page["more"]:
             if as_json:
-                print_json({"changes": taken, "epoch": page["epoch"], "last": page["last"]})
+                print_json({"changes": changes, "events": happened, "epoch": page["epoch"], "last": page["last"]})
             else:
-                click.echo(f"{counted(taken, 'change')} taken over, up to {page['epoch']}-{page['last']}")
+                taken = f"{counted(changes, 'change')} and {counted(happened, 'event')}"
+                click.echo(f"{taken} taken over, up to {page['epoch']}-{page['last']}")
             return
 
 
@@ -112,4 +125,5 @@ def _command(page: dict[str, Any], begun: int) -> ApplyChanges:
         else:
             run = change["run"]
             changes.append((change["seq"], CopiedRun(run["id"], stored_row(run), run["updated_at"])))
-    return ApplyChanges(tuple(changes), page["epoch"], page["last"], begun)
+    happened = tuple((event["run"], *events.stored_row(event)) for event in page["events"])
+    return ApplyChanges(tuple(changes), happened, page["epoch"], page["last"], begun)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 import click
 
 from telemetryd.cli.options import failing, json_flag, load_settings, print_json, settings_flags
 from telemetryd.cli.statistics import show_duration
-from telemetryd.cli.target import Body, find_source
+from telemetryd.cli.target import Body, ask_source
 from telemetryd.cli.upkeep import DAEMON, SETTINGS, address
 from telemetryd.logs import printable
-from telemetryd.settings import Settings
 
 
 @click.command()
@@ -42,16 +40,11 @@ def regressions(
     given = {"from": begin, "to": end, "agent_name": agent_name, "job_type": job_type}
     parameters = {name: value for name, value in given.items() if value is not None}
     with failing():
-        answer = asyncio.run(_fetch(settings, url, parameters))
+        answer = ask_source(settings, url, lambda source: source.regressions(parameters))
     if as_json:
         print_json(answer)
     else:
         click.echo(told(answer))
-
-
-async def _fetch(settings: Settings, url: str | None, parameters: dict[str, str]) -> Body:
-    async with find_source(settings, url) as source:
-        return await source.regressions(parameters)
 
 
 def told(answer: Body) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import shutil
 from collections.abc import Sequence
 from typing import Any, Final
@@ -10,10 +9,9 @@ from typing import Any, Final
 import click
 
 from telemetryd.cli.options import failing, json_flag, load_settings, print_json, settings_flags
-from telemetryd.cli.target import Body, find_source
+from telemetryd.cli.target import Body, ask_source
 from telemetryd.cli.upkeep import DAEMON, SETTINGS, address
 from telemetryd.logs import printable
-from telemetryd.settings import Settings
 
 _UNITS: Final = ((86_400_000, "d"), (3_600_000, "h"), (60_000, "min"), (1000, "s"))
 _HEADINGS: Final = ("runs", "success", "done", "failed", "skipped", "p50", "p95", "p99", "total")
@@ -75,16 +73,11 @@ def stats(
     }
     parameters = {name: value for name, value in given.items() if value is not None}
     with failing():
-        answer = asyncio.run(_fetch(settings, url, parameters))
+        answer = ask_source(settings, url, lambda source: source.stats(parameters))
     if as_json:
         print_json(answer)
     else:
         click.echo(table(answer, shutil.get_terminal_size((100, 24)).columns))
-
-
-async def _fetch(settings: Settings, url: str | None, parameters: dict[str, str]) -> Body:
-    async with find_source(settings, url) as source:
-        return await source.stats(parameters)
 
 
 def table(answer: Body, width: int) -> str:

@@ -29,6 +29,10 @@ class DaemonRefusedError(TelemetrydError):
     """The daemon refused the request."""
 
 
+class GoneError(DaemonRefusedError):
+    """The daemon does not know any more what the request refers to."""
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
     """One event of the stream; without data only the place is told."""
@@ -49,7 +53,7 @@ class Daemon:
         """Return the answer to a request.
 
         Raises:
-            DaemonRefusedError: if it is refused; the message is the daemon's.
+            DaemonRefusedError: if it is refused; the message is the daemon's. A `GoneError` for 410.
             UnavailableError: if there is no answer, or none now.
 
         """
@@ -137,7 +141,9 @@ def _check(status: int, text: bytes) -> None:
     except (ValueError, KeyError, TypeError):
         detail = text[: runs.MAX_ECHO].decode("utf-8", "replace")
     problem = f"The daemon answered {status}: {detail}"
-    raise UnavailableError(problem) if status in _PATIENT else DaemonRefusedError(problem)
+    if status in _PATIENT:
+        raise UnavailableError(problem)
+    raise (GoneError if status == 410 else DaemonRefusedError)(problem)
 
 
 @asynccontextmanager

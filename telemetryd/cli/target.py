@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, closing
 from datetime import datetime
 from typing import Any, Final, Protocol
@@ -251,3 +251,18 @@ async def find_source(settings: Settings, url: str | None) -> AsyncIterator[Sour
             yield Beside(connection)
     except sqlite3.Error as error:
         raise DatabaseError(f"Cannot read {path}: {error}") from error
+
+
+def ask_source(settings: Settings, url: str | None, question: Callable[[Source], Awaitable[Body]]) -> Body:
+    """Return the answer to one question, from the source that `find_source` gives.
+
+    Raises:
+        TelemetrydError: if there is none.
+
+    """
+
+    async def ask() -> Body:
+        async with find_source(settings, url) as source:
+            return await question(source)
+
+    return asyncio.run(ask())

@@ -11,7 +11,7 @@ from telemetryd.runs import (
     COLUMNS,
 )
 from telemetryd.statements import rollups
-from telemetryd.statements.sequence import KEEP_NUMBERS, MAKE_FEED
+from telemetryd.statements.sequence import KEEP_EVENT_NUMBERS, KEEP_NUMBERS, MAKE_FEED
 
 _WRONG_TOTALS: Final = """
     WITH counted AS (
@@ -107,8 +107,8 @@ def count_strays(connection: sqlite3.Connection) -> dict[str, int]:
 
 def delete_strays(connection: sqlite3.Connection) -> dict[str, int]:
     """Delete the rows that refer to runs that are gone: a new run could get the number of theirs. Return how many."""
-    connection.execute(MAKE_FEED)
-    connection.execute(KEEP_NUMBERS)
+    for statement in (MAKE_FEED, KEEP_NUMBERS, KEEP_EVENT_NUMBERS):
+        connection.execute(statement)
     deleted = ((table, f"DELETE {_STRAYS.format(table=table)}") for table in _ABOUT_RUNS)
     done = ((table, connection.execute(sql).rowcount) for table, sql in deleted)
     return {table: rows for table, rows in done if rows}

@@ -8,6 +8,7 @@ from typing import Final
 
 import orjson
 
+from telemetryd import events
 from telemetryd.changes import Changes, Deleted, ListChanges
 from telemetryd.filters import Filters
 from telemetryd.runs import COLUMNS, TEXTS, Row
@@ -16,7 +17,7 @@ from telemetryd.statements.choosing import conditions
 from telemetryd.statements.sequence import NEWEST
 
 PAGE_BYTES: Final = 8 * 1024 * 1024
-"""About how much one answer may hold; what is left out comes with the next one."""
+"""About how much of runs, and as much again of events, one answer may hold; the rest comes with the next one."""
 
 _SCANNED: Final = 10_000
 """Runs that are looked at for one answer, which have changed since they were made and so are found elsewhere."""
@@ -37,6 +38,10 @@ _CREATED: Final = """
 _RUNS: Final = f"""
     SELECT {", ".join(COLUMNS)} FROM (SELECT value AS number FROM json_each(?)) CROSS JOIN agent_runs ON id = number
 """  # noqa: S608 - names from the definition
+_EVENTS: Final = f"""
+    SELECT run, {", ".join(events.COLUMNS)} FROM run_events NOT INDEXED WHERE id > ? ORDER BY id LIMIT ?
+"""  # noqa: S608 - names from the definition of an event
+_PAYLOAD: Final = 1 + events.COLUMNS.index("payload")
 
 _MATCHING: Final = """
     SELECT id FROM (SELECT value AS number FROM json_each(:ids)) CROSS JOIN agent_runs ON id = number WHERE
@@ -63,7 +68,10 @@ def fetch_changes(connection: sqlite3.Connection, query: ListChanges) -> Changes
         changes, last = _load(connection, found, last)
         ids = orjson.dumps([what[0] for _, what in changes if isinstance(what, tuple)]).decode()
         matching = tuple(_matching(connection, ids, filters) for filters in query.filters)
-        return Changes(changes, last, newest, epoch, horizon, matching)
+        happened, more = None, False
+        if query.events_after is not None:
+            happened, more = _happened(connection, query) if last == newest else ([], False)
+        return Changes(changes, last, newest, epoch, horizon, matching, happened, more)
     finally:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
@@ -103,6 +111,18 @@ def _load(connection: sqlite3.Connection, found: _Found, last: int) -> tuple[lis
         for seq, what in found
         if seq <= last and (not isinstance(what, int) or what in rows)
     ], last
+
+
+def _happened(connection: sqlite3.Connection, query: ListChanges) -> tuple[list[Row], bool]:
+    """Return the events behind the query's id, as many as may be held, and whether there are more."""
+    rows: list[Row] = []
+    room = PAGE_BYTES
+    for row in connection.execute(_EVENTS, (query.events_after, query.limit + 1)):
+        room -= len(row[_PAYLOAD] or "")
+        if len(rows) == query.limit or (room < 0 and rows):
+            return rows, True
+        rows.append(row)
+    return rows, False
 
 
 def _matching(connection: sqlite3.Connection, ids: str, filters: Filters) -> frozenset[int]:

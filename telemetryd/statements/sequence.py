@@ -33,6 +33,17 @@ _LAST_FORGOTTEN: Final = """
 """
 _FORGET: Final = ("DELETE FROM run_deletions WHERE seq <= ?", "UPDATE change_feed SET horizon = ?")
 
+_NEWEST_EVENT: Final = """max(
+    (SELECT coalesce(max(id), 0) FROM run_events), (SELECT coalesce(max(event_floor), 0) FROM change_feed)
+)"""
+"""The highest id that an event has had, in words of SQL."""
+
+_LAST_EVENT: Final = f"SELECT {_NEWEST_EVENT}"
+
+KEEP_EVENT_NUMBERS: Final = f"""
+    UPDATE change_feed SET event_floor = {_NEWEST_EVENT} WHERE event_floor < {_NEWEST_EVENT}
+"""  # noqa: S608 - our own words
+"""To be said before events are deleted."""
 KEEP_NUMBERS: Final = f"UPDATE change_feed SET floor = {NEWEST}"  # noqa: S608 - our own words
 """To be said before rows that hold numbers are deleted outside of a `Transaction`."""
 MAKE_FEED: Final = f"""
@@ -60,6 +71,7 @@ class Sequence:
         """The last number that was drawn."""
         self.last, self._highest_id = cursor.execute(_STAND).fetchone()
         self._changed: dict[int, None] = {}
+        self._last_event: int | None = None
 
     @property
     def is_ahead(self) -> bool:
@@ -84,6 +96,14 @@ class Sequence:
         self._cursor.execute(_DELETED, {"last": self.last, "event_ids": orjson.dumps(event_ids).decode()})
         self.last += len(event_ids)
         forget_deletions(self._cursor, self.last)
+
+    def event_ids(self, count: int) -> range:
+        """Draw ids of new events, from a counter of their own; those that turn out to be known leave theirs unused."""
+        if self._last_event is None:
+            self._last_event = int(self._cursor.execute(_LAST_EVENT).fetchone()[0])
+        first = self._last_event + 1
+        self._last_event += count
+        return range(first, first + count)
 
     def finish(self) -> None:
         """Write down the numbers of the runs that have changed."""

@@ -52,6 +52,7 @@ from telemetryd.runs import (
 )
 from telemetryd.statements import alerting, copying, rollups
 from telemetryd.statements.choosing import select_prunable, select_stale
+from telemetryd.statements.sequence import KEEP_EVENT_NUMBERS
 from telemetryd.statements.sequence import Sequence as CommitSequence
 from telemetryd.stats import FACTS, Facts
 
@@ -65,7 +66,7 @@ _ROWS_AT_ONCE: Final = (256, 128, 64, 32, 16, 8, 4, 2, 1)
 
 _INSERTED: Final = {
     "agent_runs": ((*STORED, "updated_at"), "event_id"),
-    "run_events": (("run", *events.STORED), "run, event_key"),
+    "run_events": (("id", "run", *events.STORED), "run, event_key"),
 }
 """The tables that take many rows at once: the columns that are given, and the key that no two rows share."""
 
@@ -414,7 +415,10 @@ class Transaction:
         if found is None:
             return None
         run = found[0]
-        rows = [(run, *row[:TIMESTAMP], row[TIMESTAMP] or self._now, *row[TIMESTAMP + 1 :]) for row in command.rows]
+        rows = [
+            (number, run, *row[:TIMESTAMP], row[TIMESTAMP] or self._now, *row[TIMESTAMP + 1 :])
+            for number, row in zip(self._sequence.event_ids(len(command.rows)), command.rows, strict=True)
+        ]
         inserted = self._insert("run_events", rows)
         if inserted:  # so an archived run is not deleted with events that came later, and it is not stale
             self._cursor.execute("UPDATE agent_runs SET updated_at = ? WHERE id = ?", (self._now, run))
@@ -449,6 +453,8 @@ class Transaction:
         chosen = self._cursor.execute(*select_prunable(command)).fetchall()
         found = len(chosen)
         ids = orjson.dumps([row[0] for row in chosen]).decode()
+        if chosen:
+            self._cursor.execute(KEEP_EVENT_NUMBERS)
         if self._cursor.execute(_DELETE_EVENTS, (ids, _PRUNE_EVENTS)).rowcount == _PRUNE_EVENTS:
             done_with = {run for (run,) in self._cursor.execute(_WITHOUT_EVENTS, (ids,))}
             chosen = [row for row in chosen if row[0] in done_with]
@@ -462,7 +468,7 @@ class Transaction:
     def _apply_changes(self, command: ApplyChanges) -> Applied:
         self._deleted += copying.apply_changes(self._cursor, command)
         self._created += [what.row for _, what in command.changes if isinstance(what, CopiedRun)]
-        return Applied(len(command.changes))
+        return Applied(len(command.changes), len(command.events))
 
     def _return_space(self) -> int:
         """Return some free pages to the file system; tell how many are left that can be returned."""

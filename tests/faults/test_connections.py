@@ -125,6 +125,40 @@ async def test_a_slow_client_is_cut_off(
     assert (await api.get("/health"))["status"] == "ok"
 
 
+async def test_those_who_leave_most_unread_are_cut_off_when_it_is_too_much(
+    make_api: MakeApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "MOST_UNREAD_BYTES", 30_000_000)
+    monkeypatch.setattr(connections, "_PATROL_EVERY_S", 0.1)
+    api = await make_api()
+    for _ in range(12):
+        await api.post(make_run(error_details="x" * 1_000_000))
+    assert api.client.port is not None
+    peers = [await asyncio.open_connection("127.0.0.1", api.client.port, limit=1024) for _ in range(4)]
+    for reader, writer in peers:  # 12 MB each, of which the sockets take a part
+        cast("asyncio.Transport", writer.transport).pause_reading()
+        writer.write(_LIST)
+        await reader.read(1)
+    reader, writer = await asyncio.open_connection("127.0.0.1", api.client.port)
+
+    async def is_cut(writer: asyncio.StreamWriter) -> bool:
+        writer.write(b" ")
+        await asyncio.sleep(0)
+        return writer.transport.is_closing()
+
+    async def some_are_cut() -> bool:
+        return any([await is_cut(writer) for _, writer in peers])
+
+    async with asyncio.timeout(10):
+        while not await some_are_cut():
+            await asyncio.sleep(0.1)
+    assert not all([await is_cut(writer) for _, writer in peers])
+    writer.write(_HEALTH)
+    assert (await reader.readuntil(b"}")).startswith(b"HTTP/1.1 200")
+    for _, each in [*peers, (reader, writer)]:
+        each.transport.abort()
+
+
 async def test_a_patient_reader_and_a_resting_connection_are_left_alone(
     make_api: MakeApi, monkeypatch: pytest.MonkeyPatch
 ) -> None:
