@@ -1,4 +1,4 @@
--- The schema of a telemetryd database, version 17.
+-- The schema of a telemetryd database, version 18.
 -- Generated from migrations/ by `make schema`; do not edit.
 
 CREATE TABLE agent_runs (
@@ -222,4 +222,4 @@ CREATE INDEX idx_runs_status ON agent_runs (status, created_at);
 CREATE INDEX idx_runs_website ON agent_runs (website, created_at) WHERE website IS NOT NULL;
 
 PRAGMA application_id = 1953262948;
-PRAGMA user_version = 17;
+PRAGMA user_version = 18;
