@@ -1,4 +1,4 @@
--- The schema of a telemetryd database, version 17.
+-- The schema of a telemetryd database, version 18.
 -- Generated from migrations/ by `make schema`; do not edit.
 
 CREATE TABLE agent_runs (
@@ -62,11 +62,13 @@ CREATE TABLE alert_states (
     rule TEXT NOT NULL,
     agent_name TEXT NOT NULL,
     job_type TEXT NOT NULL,
+    measure TEXT NOT NULL,
+    first_bad_commit TEXT NOT NULL,
     since TEXT NOT NULL,
     seq INTEGER NOT NULL,
     summary TEXT NOT NULL,
     details TEXT NOT NULL CHECK (json_valid(details)),
-    PRIMARY KEY (rule, agent_name, job_type)
+    PRIMARY KEY (rule, agent_name, job_type, measure, first_bad_commit)
 ) STRICT, WITHOUT ROWID;
 
 CREATE TABLE change_feed (
@@ -220,4 +222,4 @@ CREATE INDEX idx_runs_status ON agent_runs (status, created_at);
 CREATE INDEX idx_runs_website ON agent_runs (website, created_at) WHERE website IS NOT NULL;
 
 PRAGMA application_id = 1953262948;
-PRAGMA user_version = 17;
+PRAGMA user_version = 18;

@@ -18,11 +18,13 @@ from telemetryd.alerts import Delivery, EvaluateRules, ListDeliveries, ListFirin
 from telemetryd.commands import ConfirmDelivery, KeepAlerts, RecordAlerts
 from telemetryd.errors import TelemetrydError, sentence
 from telemetryd.logs import log
-from telemetryd.rules import Rules, Webhook
+from telemetryd.rules import Regression, Rule, Rules, Webhook
 from telemetryd.runs import format_timestamp, utc_now
 from telemetryd.store import Store
 
 _GIVE_UP_AFTER: Final = timedelta(hours=24)
+_REST: Final = 100
+"""How many times as long as an evaluation the pause behind it lasts at least: it takes 1 % of a reader at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +72,22 @@ class Alerting:
         async with webhooks.open_session() as session, asyncio.TaskGroup() as group:
             for webhook in self._rules.webhooks:
                 group.create_task(self._deliver(session, webhook))
-            while True:
-                await asyncio.sleep(self._rules.every_s)
-                try:
-                    await self.evaluate()
-                except TelemetrydError as error:
-                    log.warning("Alerts postponed", extra={"error_message": sentence(error)})
+            dear = [rule for rule in self._rules.rules if isinstance(rule, Regression)]
+            for rules in (tuple(rule for rule in self._rules.rules if rule not in dear), *((rule,) for rule in dear)):
+                group.create_task(self._watch(rules))
+
+    async def _watch(self, rules: tuple[Rule, ...]) -> None:
+        """Evaluate some rules again and again, for ever, with pauses that are long beside the work."""
+        now_s, pause_s = asyncio.get_running_loop().time, self._rules.every_s
+        while True:
+            await asyncio.sleep(pause_s)
+            begin_s = now_s()
+            try:
+                await self._evaluate(rules)
+            except TelemetrydError as error:
+                log.warning("Alerts postponed", extra={"error_message": sentence(error)})
+                self._problems |= {rule.name: sentence(error) for rule in rules}
+            pause_s = max(self._rules.every_s, _REST * (now_s() - begin_s))
 
     async def _forget(self) -> None:
         """Forget what belongs to rules and webhooks that are not in the file any more."""
@@ -99,7 +111,10 @@ class Alerting:
             UnavailableError: if that is not possible; what changed is found again the next time.
 
         """
-        evaluation = await self._store.fetch(EvaluateRules(self._rules.rules, self._clock()))
+        await self._evaluate(self._rules.rules)
+
+    async def _evaluate(self, rules: tuple[Rule, ...]) -> None:
+        evaluation = await self._store.fetch(EvaluateRules(rules, self._clock()))
         problems = {rule: found for rule, found in evaluation.found.items() if isinstance(found, str)}
         for rule, problem in problems.items():
             if self._problems.get(rule) != problem:
@@ -117,7 +132,9 @@ class Alerting:
             )
             for name in change.webhooks:
                 self._news[name].set()
-        self._evaluated_at, self._problems = format_timestamp(evaluation.now), problems
+        self._evaluated_at = format_timestamp(evaluation.now)
+        kept = {name: problem for name, problem in self._problems.items() if name not in evaluation.found}
+        self._problems = kept | problems
 
     async def _deliver(self, session: aiohttp.ClientSession, webhook: Webhook) -> None:
         """Send what waits for a webhook, in its order, each until it is confirmed."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass
 from datetime import datetime, timedelta
 from typing import Any, Final
 
@@ -11,7 +11,8 @@ import orjson
 
 from telemetryd.commands import AlertChange
 from telemetryd.filters import Filters
-from telemetryd.rules import ANY, FailureRate, Rule, Rules, Silent, Slow, Stale
+from telemetryd.regressions import ALERT_ALPHA, MEASURED, MEND_ALPHA, FindRegressions, Run, find, lasts
+from telemetryd.rules import ANY, FailureRate, Regression, Rule, Rules, Silent, Slow, Stale
 from telemetryd.runs import Status, format_timestamp
 from telemetryd.stats import GetStats, hour_number
 
@@ -19,6 +20,7 @@ FAILED: Final = (str(Status.FAILURE), str(Status.TIMEOUT))
 """What a failure rate counts as failed."""
 FINISHED: Final = tuple(str(status) for status in Status if status is not Status.RUNNING)
 _LONGEST: Final = timedelta(days=36_500)
+_LETTERS: Final = 12
 
 Group = Mapping[str, Any]
 """A group as `stats` answers it."""
@@ -26,14 +28,16 @@ Group = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True, order=True)
 class Subject:
-    """What a rule has found: an agent, or a job type of an agent; else job_type is empty."""
+    """What a rule has found: an agent, a job type of an agent, or a commit that made it worse; else that is empty."""
 
     agent_name: str
     job_type: str = ""
+    measure: str = ""
+    first_bad_commit: str = ""
 
     def to_json(self) -> dict[str, str]:
         """Return it as it is told."""
-        return {"agent_name": self.agent_name, **({"job_type": self.job_type} if self.job_type else {})}
+        return {name: value for name, value in asdict(self).items() if value}
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,15 +130,24 @@ def silent(rule: Silent, now: datetime, heard: Mapping[str, str | None]) -> tupl
 
 def window_of(rule: FailureRate | Slow, now: datetime) -> GetStats:
     """Return what to ask the statistics: the whole hours from that in which the window begins."""
-    equal = {"agent_name": tuple(name for name in rule.agent_name if "*" not in name), "job_type": rule.job_type}
-    if isinstance(rule, Slow):
-        equal["status"] = FINISHED
-    patterns = tuple(tuple(name.split("*")) for name in rule.agent_name if "*" in name and rule.agent_name != ANY)
-    filters = Filters({name: values for name, values in equal.items() if values}, patterns=patterns)
     group_by = ("agent_name", "status" if isinstance(rule, FailureRate) else "job_type")
     return GetStats(
-        hour_number(ago(now, rule.window_s)), hour_number(format_timestamp(now)) + 1, group_by, filters=filters
+        hour_number(ago(now, rule.window_s)),
+        hour_number(format_timestamp(now)) + 1,
+        group_by,
+        filters=_filters(rule, {"status": FINISHED} if isinstance(rule, Slow) else {}),
     )
+
+
+def runs_of(rule: Regression, now: datetime) -> FindRegressions:
+    """Return in which runs to look for bad commits."""
+    return FindRegressions(_filters(rule, {}), ago(now, rule.window_s), format_timestamp(now))
+
+
+def _filters(rule: FailureRate | Slow | Regression, more: Mapping[str, tuple[str, ...]]) -> Filters:
+    equal = {"agent_name": tuple(name for name in rule.agent_name if "*" not in name), "job_type": rule.job_type}
+    patterns = tuple(tuple(name.split("*")) for name in rule.agent_name if "*" in name and rule.agent_name != ANY)
+    return Filters({name: values for name, values in {**equal, **more}.items() if values}, patterns=patterns)
 
 
 def failure_rate(rule: FailureRate, groups: Iterable[Group]) -> tuple[Finding, ...]:
@@ -196,6 +209,58 @@ def stale(rule: Stale, agent: str, running: Running) -> Finding:
     )
 
 
+def regressions(
+    rule: Regression, pair: tuple[str, str], commits: Sequence[Sequence[Run]], fired: Iterable[Firing], now: datetime
+) -> Iterator[Finding]:
+    """Find the commits that made a job type of an agent worse; one that fires goes on until it is mended or too old.
+
+    While one fires, others are looked for among the runs since it only: chance may make its neighbour likelier.
+
+    Args:
+        rule: The rule.
+        pair: agent_name and job_type.
+        commits: The pair's runs, as `regressions.in_order` returns them.
+        fired: What the rule is firing for.
+        now: The moment.
+
+    """
+    places = {runs[0].commit: place for place, runs in enumerate(commits)}
+    for measure in rule.measure:
+        name = MEASURED[measure]
+        standing = {
+            each.subject: each
+            for each in fired
+            if (each.subject.agent_name, each.subject.job_type, each.subject.measure) == (*pair, measure)
+            and each.since >= ago(now, rule.window_s)
+            and lasts(
+                measure,
+                commits,
+                each.subject.first_bad_commit,
+                each.details["before"][name],
+                each.details["after"][name],
+            )
+        }
+        for subject, each in standing.items():
+            yield Finding(subject, each.summary, each.details)
+        newest = max((places.get(subject.first_bad_commit, 0) for subject in standing), default=0)
+        for found in find(*pair, commits[newest:], (measure,)):
+            told = found.to_json()
+            subject = Subject(told.pop("agent_name"), told.pop("job_type"), measure, found.first_bad_commit)
+            before, after = told["before"][name], told["after"][name]
+            is_new = subject not in standing and found.p_value <= ALERT_ALPHA
+            if is_new and lasts(measure, commits, found.first_bad_commit, before, after, alpha=MEND_ALPHA):
+                yield Finding(subject, _regression_text(subject, before, after), told)
+
+
+def _regression_text(subject: Subject, before: float, after: float) -> str:
+    who = f"{subject.agent_name} ({subject.job_type})"
+    since = f"since commit {subject.first_bad_commit[:_LETTERS]}"
+    if subject.measure == "success_rate":
+        return f"{after:.1%} of the runs of {who} succeed {since}, {before:.1%} before"
+    spans = span_text(after / 1000), span_text(before / 1000)
+    return f"half of the runs of {who} take {spans[0]} or longer {since}, {spans[1]} before"
+
+
 def _runs(number: int) -> str:
     return "1 run is running" if number == 1 else f"{number} runs are running"
 
@@ -255,8 +320,7 @@ def _change(
     return AlertChange(
         id=new_id,
         rule=rule.name,
-        agent_name=finding.subject.agent_name,
-        job_type=finding.subject.job_type,
+        subject=astuple(finding.subject),
         firing=firing,
         since=since,
         seq=evaluation.seq,

@@ -270,9 +270,8 @@ class AlertChange:
 
     id: str
     rule: str
-    agent_name: str
-    job_type: str
-    """Empty if the rule is about agents."""
+    subject: tuple[str, ...]
+    """What identifies it: agent_name, job_type, measure, first_bad_commit; empty where it is not about such."""
     firing: bool
     since: str
     seq: int

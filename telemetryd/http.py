@@ -441,6 +441,11 @@ async def get_metrics(request: web.Request) -> web.Response:
     counts = await request.app[STORE].fetch(queries.CountRuns())
     request[NOTE].say("Metrics queried", logging.DEBUG)
     if form == "prometheus":
+        alerts = await request.app[ALERTING].shown()
+        request.app[METRICS].show_alerts(
+            {rule["name"]: len(rule["firing"]) for rule in alerts["rules"]},
+            {webhook["name"]: webhook["waiting"] for webhook in alerts["webhooks"]},
+        )
         body, content_type = request.app[METRICS].expose(request.headers.get("Accept", ""), counts.total)
         return web.Response(body=body, headers={"Content-Type": content_type})
     health = request.app[STORE].health()

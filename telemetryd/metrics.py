@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final
 
 from prometheus_client import (
@@ -100,6 +100,18 @@ class Metrics:
             "Changes that were left out of streams because their clients were too slow.",
             registry=self.registry,
         )
+        self._alerts_firing = Gauge(
+            "telemetryd_alerts_firing",
+            "For how many subjects a rule of alerts is firing.",
+            ("rule",),
+            registry=self.registry,
+        )
+        self._deliveries_waiting = Gauge(
+            "telemetryd_alert_deliveries_waiting",
+            "Messages of alerts that a webhook has not confirmed yet.",
+            ("webhook",),
+            registry=self.registry,
+        )
         self._oldest_waiting = Gauge(
             "telemetryd_oldest_waiting_seconds",
             "For how long the oldest command waits to be durable; 0 if none does.",
@@ -123,6 +135,13 @@ class Metrics:
         """Show what was seen of the disk."""
         self._disk_free.set(free_bytes)
         self._wal_bytes.set(wal_bytes)
+
+    def show_alerts(self, firing: Mapping[str, int], waiting: Mapping[str, int]) -> None:
+        """Show for how many subjects each rule is firing, and how many messages wait for each webhook."""
+        for rule, subjects in firing.items():
+            self._alerts_firing.labels(rule).set(subjects)
+        for webhook, messages in waiting.items():
+            self._deliveries_waiting.labels(webhook).set(messages)
 
     def watch_processes(self, count: Callable[[], int]) -> None:
         """Take the number of watched processes from a function whenever it is asked for."""

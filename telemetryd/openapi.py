@@ -326,7 +326,15 @@ def alerts_answer() -> Schema:
     """Return the schema of what `GET /api/v1/alerts` answers."""
     moment: Schema = {"type": "string", "format": "date-time"}
     firing = {
-        "subject": obj({"agent_name": STRING, "job_type": STRING}, ("agent_name",)),
+        "subject": obj(
+            {
+                "agent_name": STRING,
+                "job_type": STRING,
+                "measure": {"enum": list(regressions.MEASURES)},
+                "first_bad_commit": STRING,
+            },
+            ("agent_name",),
+        ),
         "since": moment,
         "seq": {**INTEGER, "description": "Where the commit sequence stood when it was found."},
         "summary": STRING,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from itertools import accumulate, groupby
+from itertools import accumulate, groupby, pairwise
 from math import erfc, exp, lgamma, sqrt
 from operator import attrgetter
 from statistics import median
@@ -28,12 +28,19 @@ MIN_GROWTH: Final = 1.2
 """By which factor the median duration must grow, however certain it is, to be worth a finding."""
 PARTS: Final = 3
 """In how many parts the runs since a commit are looked at, each of which must be worse."""
+ALERT_ALPHA: Final = 0.001
+"""How unlikely a finding must be to raise an alert: alerts look again and again, and each look may err."""
+MEND_ALPHA: Final = 0.5
+"""How unlikely by chance a mend must be to keep a commit from being told: hardly, so that none is told anew."""
 SHOWN: Final = 5
 """How many runs a finding names."""
 PARAMETERS: Final = ("agent_name", "job_type", "from", "to")
 
 Measure = Literal["success_rate", "duration"]
 MEASURES: Final[tuple[Measure, ...]] = ("success_rate", "duration")
+
+MEASURED: Final[Mapping[Measure, str]] = {"success_rate": "success_rate", "duration": "median_duration_ms"}
+"""What a side's value is called in answers, by measure."""
 
 Split = tuple[int, float]
 """The place of the block with which a change begins, and how likely it would be without a change."""
@@ -97,7 +104,7 @@ class Regression:
 
     def to_json(self) -> dict[str, Any]:
         """Return the finding as it is answered."""
-        name = "success_rate" if self.measure == "success_rate" else "median_duration_ms"
+        name = MEASURED[self.measure]
         return {**asdict(self), "before": _shown(self.before, name), "after": _shown(self.after, name)}
 
 
@@ -166,21 +173,21 @@ def in_order(runs: Iterable[Run]) -> list[list[Run]]:
     return list(by_commit.values())
 
 
-def find(agent_name: str, job_type: str, commits: Sequence[Sequence[Run]]) -> list[Regression]:
+def find(
+    agent_name: str, job_type: str, commits: Sequence[Sequence[Run]], measures: Sequence[Measure] = MEASURES
+) -> list[Regression]:
     """Return the commits since which a pair's runs are worse; `commits` as `in_order` returns them."""
     found = []
-    for measure in MEASURES:
-        # An agent that does not tell durations, or a commit without a success, leaves nothing to compare.
-        taken = [[run for run in runs if _counts(measure, run)] for runs in commits]
-        blocks = [runs for runs in taken if runs]
-        changes = _changes(blocks, _rate_split if measure == "success_rate" else _duration_split)
+    for measure in measures:
+        blocks = _blocks(measure, commits)
+        changes = _changes(measure, blocks)
         borders = [0, *(place for place, _ in changes), len(blocks)]
         for (place, p_value), first, last in zip(changes, borders[:-2], borders[2:], strict=True):
             before, after = _side(measure, blocks[first:place]), _side(measure, blocks[place:last])
             since = sorted(
                 (run for runs in blocks[place:last] for run in runs), key=attrgetter("created_at", "event_id")
             )
-            if _is_worse(measure, before.value, after.value) and _lasts(measure, before.value, after.value, since):
+            if _is_worse(measure, before.value, after.value) and _is_steady(measure, before.value, after.value, since):
                 bad = blocks[place][0]
                 showing = [run.event_id for run in since if _shows(measure, run, before.value)][:SHOWN]
                 repo = next((run.repo for run in blocks[place] if run.repo is not None), None)
@@ -189,6 +196,43 @@ def find(agent_name: str, job_type: str, commits: Sequence[Sequence[Run]]) -> li
                 names = agent_name, job_type, measure, bad.commit, good
                 found.append(Regression(*names, before, after, p_value, page, tuple(showing)))
     return found
+
+
+def lasts(
+    measure: Measure,
+    commits: Sequence[Sequence[Run]],
+    first_bad_commit: str,
+    before: float,
+    after: float,
+    *,
+    alpha: float = ALPHA,
+) -> bool:
+    """Tell whether a commit is still not mended: whether at no change since it half of the difference was made good.
+
+    Args:
+        measure: In which the commit was found to be bad.
+        commits: The pair's runs, as `in_order` returns them; if the commit is not among them, all are newer.
+        first_bad_commit: The commit.
+        before: The success rate, or the median duration in ms, that was found before it.
+        after: That since it.
+        alpha: How unlikely by chance a change must be to count.
+
+    """
+    blocks = _blocks(measure, commits)
+    begin = next((place for place, runs in enumerate(blocks) if runs[0].commit == first_bad_commit), 0)
+    since = blocks[begin:]
+    borders = [0, *(place for place, _ in _changes(measure, since, alpha)), len(since)]
+    values = [_side(measure, since[first:last]).value for first, last in pairwise(borders) if first < last]
+    return bool(values) and all((value - before) / (after - before) > 0.5 for value in values)
+
+
+def _blocks(measure: Measure, commits: Sequence[Sequence[Run]]) -> list[list[Run]]:
+    """Return the runs that count of each commit that has any.
+
+    An agent that does not tell durations, or a commit without a success, leaves nothing to compare.
+    """
+    taken = ([run for run in runs if _counts(measure, run)] for runs in commits)
+    return [runs for runs in taken if runs]
 
 
 def _counts(measure: Measure, run: Run) -> bool:
@@ -210,7 +254,7 @@ def _is_worse(measure: Measure, before: float, after: float) -> bool:
     return before - after >= MIN_FALL if measure == "success_rate" else after >= MIN_GROWTH * before
 
 
-def _lasts(measure: Measure, before: float, after: float, since: Sequence[Run]) -> bool:
+def _is_steady(measure: Measure, before: float, after: float, since: Sequence[Run]) -> bool:
     """Tell whether the runs since are worse all the time: an outage of some hours is no commit's work.
 
     Each part of them, in the order in which they were created, has to show at least such a part of the difference.
@@ -226,11 +270,12 @@ def _shows(measure: Measure, run: Run, before: float) -> bool:
 # --- Statistics ----------------------------------------------------------------------------------
 
 
-def _changes(blocks: Sequence[Sequence[Run]], split: Callable[[Sequence[Sequence[Run]]], Split | None]) -> list[Split]:
+def _changes(measure: Measure, blocks: Sequence[Sequence[Run]], alpha: float = ALPHA) -> list[Split]:
     """Return every change in order: the surest one, then those on either side of it (binary segmentation).
 
     Without any change only the first test can give a false alarm, so that looking further does not add to these.
     """
+    split = _rate_split if measure == "success_rate" else _duration_split
     found: list[Split] = []
     waiting = [(0, len(blocks))]
     while waiting:
@@ -239,7 +284,7 @@ def _changes(blocks: Sequence[Sequence[Run]], split: Callable[[Sequence[Sequence
         if surest is None:
             continue
         place, p_value = first + surest[0], min(1.0, surest[1] * len(MEASURES))
-        if p_value <= ALPHA:
+        if p_value <= alpha:
             found.append((place, p_value))
             waiting += [(first, place), (place, last)]
     return sorted(found)

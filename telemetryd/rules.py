@@ -12,12 +12,14 @@ from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
 
 from telemetryd.errors import ConfigurationError
+from telemetryd.regressions import MEASURES, Measure
 from telemetryd.settings import parse_duration
 
 ANY: Final = ("*",)
 """The patterns that let every name through."""
 
 _HOUR_S: Final = 3600.0
+_MONTH_S: Final = 30 * 86_400.0
 _MAX_RUNS: Final = 1_000_000_000
 _LEAST_SECRET: Final = 16
 _NAME: Final = re.compile(r"[^\x00-\x1f\x7f]{1,100}")
@@ -64,13 +66,13 @@ class _WindowRule(_Rule):
     job_type: tuple[str, ...]
     """The job types that it is about; none means all."""
     window_s: float
-    min_runs: int
 
 
 @dataclass(frozen=True, slots=True)
 class FailureRate(_WindowRule):
     """Fires for an agent if too many of its finished runs are failures or timeouts."""
 
+    min_runs: int
     above: float
 
 
@@ -78,7 +80,15 @@ class FailureRate(_WindowRule):
 class Slow(_WindowRule):
     """Fires for a job type of an agent while a run of it is running longer than `factor` times their p99."""
 
+    min_runs: int
     factor: float
+
+
+@dataclass(frozen=True, slots=True)
+class Regression(_WindowRule):
+    """Fires for each commit that makes the runs of a job type of an agent fail more often or take longer."""
+
+    measure: tuple[Measure, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +98,13 @@ class Stale(_Rule):
     after_s: float
 
 
-Rule = Silent | FailureRate | Slow | Stale
+Rule = Silent | FailureRate | Slow | Stale | Regression
 KINDS: Final[Mapping[str, type[Rule]]] = {
     "silent": Silent,
     "failure-rate": FailureRate,
     "slow": Slow,
     "stale": Stale,
+    "regression": Regression,
 }
 
 
@@ -243,8 +254,11 @@ def _rule(
         window = _duration(
             _HOUR_S, None, "a duration of 1h or more, such as 6h or 30d: statistics are kept by the hour"
         )
-        checked["window_s"] = table.read("window", window)
+        checked["window_s"] = table.read("window", window, _MONTH_S if KINDS[kind] is Regression else _REQUIRED)
+    if KINDS[kind] in (FailureRate, Slow):
         checked["min_runs"] = table.read("min_runs", _min_runs, 20)
+    if KINDS[kind] is Regression:
+        checked["measure"] = table.read("measure", _measures, MEASURES)
     if KINDS[kind] is FailureRate:
         checked["above"] = table.read("above", _number("a number from 0 up to, but not, 1", lambda each: 0 <= each < 1))
     if KINDS[kind] is Slow:
@@ -323,6 +337,13 @@ def _names(value: Any, more: str = "") -> tuple[str, ...]:
     ):
         raise _WrongError(f"a name of 1 to 255 characters, or an array of such{more}")
     return tuple(dict.fromkeys(names))
+
+
+def _measures(value: Any) -> tuple[Measure, ...]:
+    given = [value] if isinstance(value, str) else value
+    if not isinstance(given, list) or not given or not all(each in MEASURES for each in given):
+        raise _WrongError(f"{' or '.join(MEASURES)}, or an array of both")
+    return tuple(dict.fromkeys(given))
 
 
 def _duration(least_s: float, most_s: float | None, allowed: str) -> Callable[[Any], float]:

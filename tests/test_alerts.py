@@ -12,6 +12,7 @@ import signal
 import sqlite3
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, closing
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import pytest
 from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
 
 from telemetryd import migrate, sketches
 from telemetryd.alerting import Alerting, Pace
@@ -28,16 +30,19 @@ from telemetryd.alerts import (
     EvaluateRules,
     Evaluation,
     Finding,
+    Firing,
     ListDeliveries,
     ListFiring,
     Subject,
     changes,
+    regressions,
     span_text,
 )
 from telemetryd.commands import ConfirmDelivery, KeepAlerts, RecordAlerts
 from telemetryd.database import connect
 from telemetryd.errors import ConfigurationError
-from telemetryd.rules import FailureRate, Rule, Rules, Silent, Slow, Stale, Webhook, load_rules, matcher
+from telemetryd.regressions import MEASURES, Run, in_order
+from telemetryd.rules import FailureRate, Regression, Rule, Rules, Silent, Slow, Stale, Webhook, load_rules, matcher
 from telemetryd.runs import format_timestamp
 from telemetryd.statements import alerting as statements
 from telemetryd.statements.transaction import Transaction
@@ -318,6 +323,208 @@ async def test_only_so_many_deliveries_wait(api: Api, monkeypatch: pytest.Monkey
     assert await api.store.submit(KeepAlerts(("other",), ())) == 6
 
 
+# --- Which commit broke it -----------------------------------------------------------------------
+
+BROKE = Regression("broke", ("team",), ("*",), (), 30 * 86_400.0, MEASURES)
+PAIR = ("seo", "audit")
+COMMIT = "{:040x}".format
+
+
+def seen(outcomes: list[tuple[int, bool]]) -> list[Run]:
+    """Runs of seo's audit, one a minute: the number of each one's commit, and whether it succeeded."""
+    begin = NOW - timedelta(minutes=len(outcomes))
+    return [
+        Run(str(place), format_timestamp(begin + timedelta(minutes=place)), COMMIT(commit), None, good, 1000)
+        for place, (commit, good) in enumerate(outcomes)
+    ]
+
+
+def firing_after(runs: list[Run], fired: list[Firing], now: datetime = NOW) -> list[Firing]:
+    """Return what fires once these runs have been looked at."""
+    since = {firing.subject: firing.since for firing in fired}
+    return [
+        Firing("broke", each.subject, since.get(each.subject, format_timestamp(now)), 0, each.summary, each.details)
+        for each in regressions(BROKE, PAIR, in_order(runs), fired, now)
+    ]
+
+
+# With seeds 5, 10 and 33 another commit becomes likelier as runs come, with 1 it is plain all the time.
+@pytest.mark.parametrize("seed", [1, 5, 10, 33])
+def test_a_bad_commit_is_told_once_however_its_runs_come(seed: int) -> None:
+    """A rule looks again and again; what it has told does not come and go with each run, nor change its name."""
+    choose = random.Random(seed)
+    runs = seen([(n // 10, choose.random() < (0.5 if 200 <= n < 300 else 0.95)) for n in range(400)])
+    fired: list[Firing] = []
+    told: list[tuple[int, str]] = []
+    for number in range(150, 401, 2):
+        now_fired = firing_after(runs[:number], fired)
+        before, after = ({each.subject for each in some} for some in (fired, now_fired))
+        told += [(number, "firing") for _ in after - before] + [(number, "resolved") for _ in before - after]
+        fired = now_fired
+    assert [state for _, state in told] == ["firing", "resolved"]
+    (broke, _), (mended, _) = told
+    assert 200 < broke <= 250
+    assert 300 < mended <= 350
+
+
+# With seeds 112, 159 and 273 some look finds what chance alone gives in 1 of 100.
+@pytest.mark.parametrize("seed", [0, 112, 159, 273])
+def test_many_looks_at_what_no_commit_changed_tell_nothing(seed: int) -> None:
+    choose = random.Random(seed)
+    runs = seen([(n // 10, choose.random() < 0.85) for n in range(300)])
+    assert not any(firing_after(runs[:number], []) for number in range(20, 301, 4))
+
+
+def steps(*blocks: tuple[int, int]) -> list[Run]:
+    """Runs of one commit after the other: for each how many succeed and fail, evenly spread."""
+    return seen(
+        [
+            (commit, place * bad // (good + bad) == (place + 1) * bad // (good + bad))
+            for commit, (good, bad) in enumerate(blocks)
+            for place in range(good + bad)
+        ]
+    )
+
+
+def test_each_bad_commit_is_an_alert_of_its_own() -> None:
+    def named(blocks: list[tuple[int, int]], fired: list[Firing]) -> tuple[list[str], list[Firing]]:
+        now_fired = firing_after(steps(*blocks), fired)
+        return [each.subject.first_bad_commit for each in now_fired], now_fired
+
+    blocks = [(60, 0), (40, 20)]
+    commits, fired = named(blocks, [])
+    assert commits == [COMMIT(1)]
+    blocks.append((10, 50))  # another one makes it still worse
+    commits, fired = named(blocks, fired)
+    assert commits == [COMMIT(1), COMMIT(2)]
+    blocks.append((40, 20))  # the second is mended, the first is not
+    commits, fired = named(blocks, fired)
+    assert commits == [COMMIT(1)]
+    blocks.append((60, 0))
+    commits, fired = named(blocks, fired)
+    assert commits == []
+    blocks.append((20, 40))  # a mended one does not come back with the next
+    commits, fired = named(blocks, fired)
+    assert commits == [COMMIT(5)]
+    assert named(blocks, [])[0] == [COMMIT(5)]
+
+
+def test_an_alert_of_a_commit_ends_after_the_window() -> None:
+    runs = steps((60, 0), (20, 40))
+    fired = firing_after(runs, [])
+    later = NOW + timedelta(days=31)
+    bad = [run for run in runs if run.commit == COMMIT(1)]
+    assert firing_after(bad, fired, later - timedelta(days=2)) == fired
+    assert firing_after(bad, fired, later) == []
+    assert firing_after([], fired) == []
+
+
+async def test_a_bad_commit_is_delivered_with_what_shows_it(api: Api) -> None:
+    def posted(number: int, commit: int, status: str, **more: Any) -> dict[str, Any]:
+        return make_run(
+            agent_name="seo",
+            job_type="audit",
+            created_at=at(minutes=500 - number),
+            status=status,
+            git_commit_hash=COMMIT(commit),
+            git_repo="git@github.com:acme/site.git",
+            **more,
+        )
+
+    runs = [posted(n, n // 20, "success" if n < 60 else "failure") for n in range(80)]
+    await post_all(api, runs)
+    rules = Rules((BROKE,), (HOOK,))
+    now = NOW
+    alerting = Alerting(api.store, rules, lambda: now)
+
+    async def bodies() -> list[dict[str, Any]]:
+        return [json.loads(each.body) for each in await api.store.fetch(ListDeliveries("team"))]
+
+    await alerting.evaluate()
+    await alerting.evaluate()
+    [body] = await bodies()
+    [finding] = (await api.get("/api/v1/regressions?from=2026-01-01T00:00:00Z"))["regressions"]
+    del finding["agent_name"], finding["job_type"]
+    assert body["details"] == finding
+    assert (finding["first_bad_commit"], finding["last_good_commit"]) == (COMMIT(3), COMMIT(2))
+    assert finding["commit_url"] == f"https://github.com/acme/site/commit/{COMMIT(3)}"
+    assert finding["runs"] == [run["event_id"] for run in runs[60:65]]
+    assert (body["kind"], body["state"]) == ("regression", "firing")
+    assert body["subject"] == {
+        "agent_name": "seo",
+        "job_type": "audit",
+        "measure": "success_rate",
+        "first_bad_commit": COMMIT(3),
+    }
+    assert body["summary"] == "0.0% of the runs of seo (audit) succeed since commit 000000000000, 100.0% before"
+    await post_all(api, [posted(n, n // 20, "success", duration_ms=1000 if n < 160 else 9000) for n in range(80, 240)])
+    now = NOW + timedelta(minutes=1)
+    await alerting.evaluate()
+    told = [(each["state"], each["subject"]["measure"], each["subject"]["first_bad_commit"]) for each in await bodies()]
+    assert told[0] == ("firing", "success_rate", COMMIT(3))
+    assert sorted(told[1:]) == [("firing", "duration", COMMIT(8)), ("resolved", "success_rate", COMMIT(3))]
+    shown = await alerting.shown()
+    [firing] = shown["rules"][0]["firing"]
+    assert firing["summary"] == (
+        "half of the runs of seo (audit) take 9s or longer since commit 000000000000, 1s before"
+    )
+    await alerting.evaluate()
+    assert len(await bodies()) == 3
+
+
+async def test_a_rule_names_agents_jobs_and_measures(api: Api) -> None:
+    for agent, job in (("a", "x"), ("a", "y"), ("b", "x")):
+        await post_all(
+            api,
+            [
+                make_run(
+                    agent_name=agent,
+                    job_type=job,
+                    created_at=at(minutes=100 - n),
+                    status="success" if n < 60 else "failure",
+                    git_commit_hash=COMMIT(n // 20),
+                )
+                for n in range(80)
+            ],
+        )
+
+    async def pairs(**fields: Any) -> set[tuple[str, str]]:
+        rule = replace(BROKE, **fields)
+        return {(each.agent_name, each.job_type) for each in await found(api, rule)}
+
+    assert await pairs() == {("a", "x"), ("a", "y"), ("b", "x")}
+    assert await pairs(agent_name=("a*",)) == {("a", "x"), ("a", "y")}
+    assert await pairs(agent_name=("b", "c-*"), job_type=("x",)) == {("b", "x")}
+    assert await pairs(measure=("duration",)) == set()
+    assert await pairs(window_s=3600.0) == {("a", "x"), ("a", "y"), ("b", "x")}
+    assert await pairs(window_s=1200.0) == set()  # the good commits are older than that
+
+
+async def test_a_rule_that_cannot_be_evaluated_says_so_and_keeps_no_other_from_it(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise sqlite3.OperationalError("interrupted")
+
+    rules = Rules((Silent("quiet", (), ("nobody",), 60.0), replace(BROKE, webhooks=())), (), 0.01)
+    alerting = Alerting(api.store, rules, lambda: NOW)
+    problem: str | None = None
+    working = asyncio.create_task(alerting.run())
+    with monkeypatch.context() as patched:
+        patched.setattr(statements, "fetch_pairs", fail)
+        while not problem:
+            quiet, broke = (await alerting.shown())["rules"]
+            problem = broke["problem"] if quiet["state"] == "firing" else None
+            await asyncio.sleep(0.01)
+        assert problem == "The database cannot be read now; try again later"
+        assert quiet["problem"] is None
+    while problem:
+        problem = (await alerting.shown())["rules"][1]["problem"]
+        await asyncio.sleep(0.01)
+    working.cancel()
+    await asyncio.wait((working,))
+
+
 # --- Over the wire -------------------------------------------------------------------------------
 
 
@@ -414,6 +621,11 @@ async def test_a_daemon_that_is_killed_before_the_answer_sends_the_same_message_
             await wait_for(lambda: len(receiver.got) == 1)
             async with session.get("/api/v1/alerts") as response:
                 listed = await response.json()
+            async with session.get("/metrics?format=prometheus") as response:
+                families = [*text_string_to_metric_families(await response.text())]
+        samples = [(each.name, *each.labels.values(), each.value) for family in families for each in family.samples]
+        assert ("telemetryd_alerts_firing", "quiet", 1) in samples
+        assert ("telemetryd_alert_deliveries_waiting", "team", 1) in samples
         assert listed["webhooks"] == [{"name": "team", "waiting": 1}]
         assert listed["rules"][0]["state"] == "firing"
         assert listed["rules"][0]["firing"][0]["subject"] == {"agent_name": "hugo-translator"}
@@ -488,7 +700,7 @@ RULE = '[[rules]]\nname = "n"\nkind = "stale"\nafter = "1h"\n'
         ("[[rules]]", ["rule 1: name: is missing", "rule 1: kind: is missing; it must be one of silent, failure-rate"]),
         (
             RULE.replace("stale", "old"),
-            ["rule 'n': kind: must be one of silent, failure-rate, slow, stale (it is 'old')"],
+            ["rule 'n': kind: must be one of silent, failure-rate, slow, stale, regression (it is 'old')"],
         ),
         (RULE.replace("1h", "1"), ["rule 'n': after: must be a duration such as 6h or 30m (it is '1')"]),
         (RULE + "above = 1", ["rule 'n': above: is no key of a rule of the kind stale; it may have name, kind"]),
@@ -509,6 +721,13 @@ RULE = '[[rules]]\nname = "n"\nkind = "stale"\nafter = "1h"\n'
         (
             '[[rules]]\nname = "n"\nkind = "slow"\nwindow = "7d"\nfactor = 0.5',
             ["rule 'n': factor: must be a number from 1 to 1000 (it is 0.5)"],
+        ),
+        (
+            '[[rules]]\nname = "n"\nkind = "regression"\nmeasure = ["speed"]\nmin_runs = 5',
+            [
+                "rule 'n': measure: must be success_rate or duration, or an array of both (it is ['speed'])",
+                "rule 'n': min_runs: is no key of a rule of the kind regression; it may have name, kind, webhooks",
+            ],
         ),
         (
             '[webhooks.b]\nurl = "ftp://x/"\nsecret_env = "HOOK"',
@@ -542,8 +761,11 @@ def test_the_example_of_the_documentation_is_read_as_it_stands(tmp_path: Path) -
     path = tmp_path / "alerts.toml"
     path.write_text(page.split("```toml\n")[1].split("```")[0])
     rules = load_rules(path, {"TEAM_HOOK_SECRET": SECRET})
-    assert [rule.kind for rule in rules.rules] == ["silent", "failure-rate", "slow", "stale"]
+    assert [rule.kind for rule in rules.rules] == ["silent", "failure-rate", "slow", "stale", "regression"]
     assert all(rule.webhooks == ("team",) for rule in rules.rules)
+    assert isinstance(regression := rules.rules[4], Regression)
+    assert (regression.window_s, regression.job_type) == (30 * 86_400, ())
+    assert regression.measure == ("success_rate", "duration")
     assert (rules.every_s, rules.rules[1].agent_name) == (60, ("hugo-*", "seo-*"))
     assert SECRET not in repr(rules)
     assert "example.org" not in repr(rules)

@@ -116,6 +116,17 @@ def test_the_schema_for_people_is_the_current_one() -> None:
     assert SCHEMA.read_text("utf-8") == render(), "run: make schema"
 
 
+def test_what_fires_goes_on_firing_in_version_18(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "t.sqlite", isolation_level=None)) as connection:
+        for step in migrate.steps():
+            if step.version == 18:
+                connection.execute("INSERT INTO alert_states VALUES ('rule', 'agent', 'job', ?, 7, 'so', '{}')", (NOW,))
+            for statement in step.statements():
+                connection.execute(statement)
+        rows = connection.execute("SELECT * FROM alert_states").fetchall()
+    assert rows == [("rule", "agent", "job", "", "", NOW, 7, "so", "{}")]
+
+
 # --- Files that are not ours are left alone ------------------------------------------------------
 
 

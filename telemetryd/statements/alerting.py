@@ -22,9 +22,11 @@ from telemetryd.alerts import (
 )
 from telemetryd.commands import AlertChange, AlertCommand, ConfirmDelivery, KeepAlerts, RecordAlerts
 from telemetryd.errors import InvalidRequestError, sentence
-from telemetryd.rules import FailureRate, Rule, Silent, Slow, Stale, matcher
+from telemetryd.regressions import in_order
+from telemetryd.rules import FailureRate, Regression, Rule, Silent, Slow, Stale, matcher
 from telemetryd.statements import rollups
 from telemetryd.statements.choosing import select_stale
+from telemetryd.statements.regressing import fetch_pairs
 from telemetryd.statements.sequence import NEWEST
 
 MAX_WAITING: Final = 1000
@@ -32,8 +34,8 @@ MAX_WAITING: Final = 1000
 
 _STAND: Final = f"SELECT {NEWEST}, (SELECT coalesce(max(epoch), '') FROM change_feed)"  # noqa: S608 - our own words
 _FIRING: Final = """
-    SELECT rule, agent_name, job_type, since, seq, summary, details FROM alert_states
-    ORDER BY rule, agent_name, job_type
+    SELECT rule, since, seq, summary, details, agent_name, job_type, measure, first_bad_commit FROM alert_states
+    ORDER BY rule, agent_name, job_type, measure, first_bad_commit
 """
 _AGENTS: Final = "SELECT DISTINCT agent_name FROM run_totals WHERE runs > 0"
 _LAST_CREATED: Final = """
@@ -51,10 +53,14 @@ _RUNNING_LONG: Final = """
 """
 
 _FIRE: Final = """
-    INSERT OR REPLACE INTO alert_states (rule, agent_name, job_type, since, seq, summary, details)
-    VALUES (?, ?, ?, ?, ?, ?, ?)
+    INSERT OR REPLACE INTO alert_states
+    (rule, agent_name, job_type, measure, first_bad_commit, since, seq, summary, details)
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
 """
-_RESOLVE: Final = "DELETE FROM alert_states WHERE rule = ? AND agent_name = ? AND job_type = ?"
+_RESOLVE: Final = """
+    DELETE FROM alert_states
+    WHERE rule = ? AND agent_name = ? AND job_type = ? AND measure = ? AND first_bad_commit = ?
+"""
 _DELIVER: Final = "INSERT INTO alert_deliveries (webhook, id, created_at, body) VALUES (?, ?, ?, ?)"
 _GIVE_UP: Final = """
     DELETE FROM alert_deliveries WHERE webhook = ?1 AND number <= (
@@ -70,14 +76,17 @@ def evaluate(connection: sqlite3.Connection, query: EvaluateRules) -> Evaluation
     connection.execute("BEGIN")
     try:
         seq, epoch = connection.execute(_STAND).fetchone()
-        found = {rule.name: _find(connection, rule, query) for rule in query.rules}
-        return Evaluation(query.now, found, _fetch_firing(connection), seq, epoch)
+        firing = _fetch_firing(connection)
+        found = {rule.name: _find(connection, rule, query, firing) for rule in query.rules}
+        return Evaluation(query.now, found, firing, seq, epoch)
     finally:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
 
 
-def _find(connection: sqlite3.Connection, rule: Rule, query: EvaluateRules) -> tuple[Finding, ...] | str:
+def _find(
+    connection: sqlite3.Connection, rule: Rule, query: EvaluateRules, firing: tuple[Firing, ...]
+) -> tuple[Finding, ...] | str:
     try:
         match rule:
             case Silent():
@@ -89,6 +98,9 @@ def _find(connection: sqlite3.Connection, rule: Rule, query: EvaluateRules) -> t
                 return tuple(_slow(connection, rule, query))
             case Stale():
                 return tuple(_stale(connection, rule, query))
+            case Regression():
+                fired = [each for each in firing if each.rule == rule.name]
+                return tuple(_regressions(connection, rule, query, fired))
     except InvalidRequestError as error:  # too many groups
         return sentence(error)
 
@@ -126,10 +138,17 @@ def _stale(connection: sqlite3.Connection, rule: Stale, query: EvaluateRules) ->
             yield alerts.stale(rule, agent, Running(*running))
 
 
+def _regressions(
+    connection: sqlite3.Connection, rule: Regression, query: EvaluateRules, fired: list[Firing]
+) -> Iterator[Finding]:
+    for agent, job_type, runs in fetch_pairs(connection, alerts.runs_of(rule, query.now)):
+        yield from alerts.regressions(rule, (agent, job_type), in_order(runs), fired, query.now)
+
+
 def _fetch_firing(connection: sqlite3.Connection) -> tuple[Firing, ...]:
     return tuple(
-        Firing(rule, Subject(agent_name, job_type), since, seq, summary, orjson.loads(details))
-        for rule, agent_name, job_type, since, seq, summary, details in connection.execute(_FIRING)
+        Firing(rule, Subject(*subject), since, seq, summary, orjson.loads(details))
+        for rule, since, seq, summary, details, *subject in connection.execute(_FIRING)
     )
 
 
@@ -164,7 +183,7 @@ def apply(cursor: sqlite3.Cursor, command: AlertCommand, now: str) -> int:
 
 def _record(cursor: sqlite3.Cursor, changes: tuple[AlertChange, ...], now: str) -> int:
     for change in changes:
-        key = (change.rule, change.agent_name, change.job_type)
+        key = (change.rule, *change.subject)
         if change.firing:
             cursor.execute(_FIRE, (*key, change.since, change.seq, change.summary, change.details))
         else:

@@ -31,10 +31,11 @@ RUNS: Final = (
 
 def fetch_regressions(connection: sqlite3.Connection, query: FindRegressions) -> Findings:
     """Look for regressions in every pair that is meant."""
-    return regressions.gather(_pairs(connection, query))
+    return regressions.gather(fetch_pairs(connection, query))
 
 
-def _pairs(connection: sqlite3.Connection, query: FindRegressions) -> Iterator[tuple[str, str, list[Run]]]:
+def fetch_pairs(connection: sqlite3.Connection, query: FindRegressions) -> Iterator[tuple[str, str, list[Run]]]:
+    """Yield each pair that is meant, its agent and its job type, with its runs that have a commit."""
     is_meant = query.filters.lets_through("agent_name", "job_type")
     pair: tuple[str, str] = ("", "")
     while (following := connection.execute(NEXT_PAIR, pair).fetchone()) is not None:

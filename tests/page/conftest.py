@@ -16,6 +16,20 @@ from tests.tools.process import telemetryd
 
 TOKEN = "correct-horse-bättery"
 RUNS = 1500
+RULES = """
+every = "1s"
+
+[[rules]]
+name = "nothing heard"
+kind = "silent"
+agent_name = "nobody, <b>at all</b>"
+after = "1h"
+
+[[rules]]
+name = "broken by a commit"
+kind = "regression"
+agent_name = "broken-agent"
+"""
 
 # Playwright's event loop runs in this thread until its browser is closed, which other tests could not bear: so
 # everything here ends with this folder.
@@ -31,7 +45,9 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="package")
 def url(tmp_path_factory: pytest.TempPathFactory, browser: Browser) -> Iterator[str]:
     """The address of a daemon that `telemetryd demo` has filled."""
-    daemon = Daemon(tmp_path_factory.mktemp("open"), TELEMETRY_DB_JOURNAL_MODE="WAL")
+    folder = tmp_path_factory.mktemp("open")
+    (folder / "alerts.toml").write_text(RULES)
+    daemon = Daemon(folder, TELEMETRY_DB_JOURNAL_MODE="WAL", TELEMETRY_ALERTS_FILE="alerts.toml")
     telemetryd("demo", "--url", daemon.url, "--no-live", "--runs", str(RUNS))
     yield daemon.url
     daemon.close()

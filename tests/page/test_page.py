@@ -6,6 +6,7 @@ import http.client
 import json
 import re
 import time
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -102,6 +103,50 @@ def test_the_commit_that_broke_an_agent_is_named_with_its_runs(open_view: OpenPa
     shown.locator(".name").click()
     expect(page).to_have_url(re.compile(f"git_commit_hash={first['first_bad_commit']}"))
     expect(page.locator(".table-body .line").first).to_contain_text("seo-optimizer")
+
+
+def test_what_fires_now_is_shown_with_its_runs(open_view: OpenPage, url: str) -> None:
+    def firing() -> dict[str, dict[str, Any]]:
+        rules = get(url, "/api/v1/alerts")[1]["rules"]
+        return {rule["name"]: rule["firing"][0] for rule in rules if rule["firing"]}
+
+    begin = datetime.now(UTC) - timedelta(hours=20)
+    for number in range(80):
+        run = make_run(
+            agent_name="broken-agent",
+            job_type="build",
+            created_at=(begin + timedelta(minutes=number)).isoformat(),
+            status="success" if number < 40 else "failure",
+            git_commit_hash=f"{number // 20:040x}",
+        )
+        post(url, run)
+    deadline = time.monotonic() + 60
+    while len(firing()) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    page = open_view()
+    lines = page.locator("#alerts li")
+    expect(lines).to_have_count(2)
+    silent = lines.filter(has_text="nothing heard")
+    expect(silent).to_contain_text("nobody, <b>at all</b> has never been heard of")
+    expect(silent.get_by_role("link")).to_have_attribute("href", re.compile(r"agent_name=nobody%5C%2C"))
+    broken = lines.filter(has_text="broken by a commit")
+    found = firing()["broken by a commit"]
+    expect(broken).to_contain_text(found["summary"])
+    assert found["subject"]["first_bad_commit"] == f"{2:040x}"
+    expect(broken.locator("time")).to_have_attribute("datetime", found["since"])
+    broken.get_by_role("link", name="broken-agent, build").click()
+    expect(page).to_have_url(re.compile(f"git_commit_hash={2:040x}"))
+    expect(page.locator(".told")).to_have_text("20 runs")
+
+
+def test_without_rules_there_is_no_panel_of_alerts(open_view: OpenPage, closed_url: str, watched: Watched) -> None:
+    watched.expected = ("401",)
+    page = open_view(at=closed_url)
+    sign_in(page)
+    expect(page.locator(".chart svg")).to_be_visible()
+    expect(page.locator("[aria-busy]")).to_have_count(0)
+    expect(page.locator("#alerts")).to_be_hidden()
 
 
 def test_a_run_shows_everything(open_view: OpenPage, url: str) -> None:
@@ -368,7 +413,7 @@ def test_what_agents_write_is_never_markup(open_view: OpenPage, url: str) -> Non
 
 def test_the_keyboard_is_enough(page: Page, watched: Watched) -> None:
     watched.expected = ("400",)  # the daemon of this test has no full-text index
-    for panel in ("#regressions", ".ranking"):  # the first comes late, and stands before the second
+    for panel in ("#alerts", "#regressions", ".ranking"):  # the first ones come late, and stand before the last
         expect(page.locator(f"{panel} [data-item]").first).to_be_visible()
     page.keyboard.press("j")
     expect(page.locator("main [data-item]").first).to_be_focused()

@@ -1,5 +1,6 @@
 // The overview: what the agents did lately, who fails, who is slow, and how the daemon is.
 
+import { alertsPanel } from "../alerts.js";
 import { get, page } from "../api.js";
 import { stackedBars } from "../charts.js";
 import { h } from "../dom.js";
@@ -138,6 +139,7 @@ export function show(root, { parameters, signal }) {
   const worst = h("div", { class: "body" });
   const slow = h("div", { class: "body" });
   const latest = h("div", { class: "body" });
+  const alerts = alertsPanel(signal);
   let period = null;
 
   function load() {
@@ -172,12 +174,14 @@ export function show(root, { parameters, signal }) {
   root.append(
     h("div", { class: "view-head" }, heading, picker, begun),
     figures,
+    alerts.whole,
     panel("Runs per hour", chart),
     regressionsPanel(signal),
     h("div", { class: "columns" }, panel("Most failures", worst), panel("Slowest agents", slow, { note: "95 % end within" })),
     h("div", { class: "columns wide-left" }, panel("Latest failures", latest, { tools: h("a", { href: href("runs", { status: BAD.join(",") }) }, "All", h("span", { class: "unseen" }, " failures")) }), daemonPanel(signal)),
   );
   change(parameters);
-  every(REFRESH_MS, signal, load);
+  alerts.load();
+  every(REFRESH_MS, signal, () => { load(); alerts.load(); });
   return change;
 }
