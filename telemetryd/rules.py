@@ -12,6 +12,7 @@ from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
 
 from telemetryd.errors import ConfigurationError
+from telemetryd.filters import matches
 from telemetryd.regressions import MEASURES, Measure
 from telemetryd.settings import parse_duration
 
@@ -124,8 +125,8 @@ class Rules:
 
 def matcher(patterns: Iterable[str]) -> Callable[[str], bool]:
     """Return what tells whether a name is let through by one of the patterns."""
-    compiled = re.compile("|".join(".*".join(map(re.escape, each.split("*"))) for each in patterns), re.DOTALL)
-    return lambda name: compiled.fullmatch(name) is not None
+    split = [tuple(each.split("*")) for each in patterns]
+    return lambda name: any(matches(pattern, name) if len(pattern) > 1 else name == pattern[0] for pattern in split)
 
 
 def load_rules(path: Path | None, environment: Mapping[str, str] | None = None) -> Rules:

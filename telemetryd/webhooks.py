@@ -33,7 +33,7 @@ def sign(secret: bytes, timestamp: str, body: bytes) -> str:
 
 
 async def post(session: aiohttp.ClientSession, webhook: Webhook, message_id: str, body: str) -> str | None:
-    """Send a message once; return None if it was confirmed (2xx), else what went wrong, without the address."""
+    """Send a message once; return None if it was confirmed (2xx), else what went wrong, without the address's path."""
     timestamp, data = str(int(time.time())), body.encode()
     headers = {
         "Content-Type": "application/json",

@@ -798,3 +798,12 @@ def test_the_daemon_refuses_a_wrong_file(tmp_path: Path) -> None:
     assert missing.stderr.startswith("telemetryd: TELEMETRY_ALERTS_FILE: none.toml cannot be read: No such file")
     assert not database.exists()
     assert "TELEMETRY_ALERTS_FILE" in telemetryd("alerts", "test", status=2, cwd=tmp_path).stderr
+
+
+def test_a_pattern_of_many_asterisks_is_matched_in_linear_time() -> None:
+    """As a regular expression it would hold the interpreter for hours."""
+    is_meant = matcher(("*a" * 20 + "b", "exact"))
+    assert not is_meant("a" * 255)
+    assert is_meant("a" * 254 + "b")
+    assert is_meant("exact")
+    assert not is_meant("exactly")

@@ -180,7 +180,8 @@ class Remote:
                         link = response.links["next"]["url"] if "next" in response.links else ""
                         return orjson.loads(text), urlsplit(str(link)).query
                     if response.status not in (429, 503) or attempt == _TRIES:
-                        raise RefusedError(f"The daemon answered {response.status}: {detail_of(text)}")
+                        hint = _WHERE_ACCESS_COMES_FROM if response.status == 401 else ""
+                        raise RefusedError(f"The daemon answered {response.status}: {detail_of(text)}{hint}")
                     pause = float(response.headers.get("Retry-After", "1"))
             except (aiohttp.ClientConnectionError, TimeoutError) as error:
                 if attempt == _TRIES:
@@ -188,6 +189,11 @@ class Remote:
                 pause = 1.0
             await asyncio.sleep(pause)
         raise AssertionError("the last attempt returns or raises")
+
+
+_WHERE_ACCESS_COMES_FROM: Final = (
+    ". A command finds its token in TELEMETRY_API_AUTH_TOKEN or in the file that TELEMETRY_API_AUTH_TOKEN_FILE names"
+)
 
 
 def detail_of(text: bytes) -> str:
