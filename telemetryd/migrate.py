@@ -57,8 +57,12 @@ def current_version() -> int:
 
 
 def claimed(after: int) -> tuple[str, ...]:
-    """Return the names of the tables that the steps behind a version make."""
-    return tuple(name for step in steps() if step.version > after for name in step.tables())
+    """Return the names of the tables that are new behind a version."""
+    first: dict[str, int] = {}
+    for step in steps():
+        for name in step.tables():
+            first.setdefault(name, step.version)  # a later step may make a table anew
+    return tuple(name for name, version in first.items() if version > after)
 
 
 def aside(name: str) -> str:

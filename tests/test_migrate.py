@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from telemetryd import migrate
+from telemetryd import legacy, migrate
 from telemetryd.database import APPLICATION_ID, Kind, inspect
 from telemetryd.errors import DatabaseError
 from telemetryd.metrics import Metrics
@@ -350,3 +350,17 @@ def test_a_first_start_that_was_killed_anywhere_is_made_good_by_the_next(
         assert get(daemon.url, "/metrics")[1]["total_runs"] == 1
         assert daemon.stop() == 0
         path.unlink()
+
+
+@pytest.mark.parametrize("version", [step.version for step in migrate.steps()[:-1]])
+def test_every_version_of_ours_migrates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int) -> None:
+    """No table of an earlier step is taken for somebody else's, also if a later step makes it anew."""
+    path = tmp_path / "telemetry.sqlite"
+    earlier = tuple(step for step in migrate.steps() if step.version <= version)
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection, monkeypatch.context() as patched:
+        patched.setattr(migrate, "steps", lambda: earlier)
+        migrate.create(connection, NOW)
+    done = legacy.migrate_file(path, NOW)
+    assert (done.layout.version, done.layout.aside) == (version, {})
+    with closing(sqlite3.connect(path)) as connection:
+        assert migrate.schema_of(connection) == migrate.expected_schema()

@@ -500,7 +500,7 @@ async def test_forged_cursors(shared: Api) -> None:
         forge([version, filters, "yesterday", run]),
         forge([version, filters, None, run]),
         forge([version, filters, moment, "1"]),
-        forge([version, filters, moment, -1]),
+        forge([version, filters, moment, -(2**63)]),
         forge([version, filters, moment, 2**63]),
         forge([version, filters, moment, 10**300]),
         forge([version, filters, moment, 1.5]),
