@@ -24,7 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from telemetryd import migrate, sketches
+from telemetryd import migrate, sketches, store
 from telemetryd.alerting import Alerting, Pace
 from telemetryd.alerts import (
     EvaluateRules,
@@ -521,6 +521,26 @@ async def test_a_rule_that_cannot_be_evaluated_says_so_and_keeps_no_other_from_i
     while problem:
         problem = (await alerting.shown())["rules"][1]["problem"]
         await asyncio.sleep(0.01)
+    working.cancel()
+    await asyncio.wait((working,))
+
+
+async def test_only_a_rule_of_commits_rests_as_long_as_its_evaluation_asks_for(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else one look that had to wait, for a reader or the disk, would keep the others from being heard for long."""
+    monkeypatch.setattr("telemetryd.alerting._REST", 1_000_000)
+    asked: list[tuple[Rule, ...]] = []
+
+    def evaluate(connection: sqlite3.Connection, query: EvaluateRules) -> Evaluation:
+        asked.append(query.rules)
+        return statements.evaluate(connection, query)
+
+    monkeypatch.setitem(store._READERS, EvaluateRules, evaluate)
+    quiet = Silent("quiet", (), ("nobody",), 60.0)
+    working = asyncio.create_task(Alerting(api.store, Rules((quiet, BROKE), (), 0.01), lambda: NOW).run())
+    await eventually(lambda: asked.count((quiet,)) > 5 and (BROKE,) in asked)
+    assert asked.count((BROKE,)) == 1
     working.cancel()
     await asyncio.wait((working,))
 
