@@ -147,7 +147,7 @@ def _is_long(query: Query) -> bool:
     """Tell whether a query may read many runs to answer few."""
     if isinstance(query, ListRuns):
         return query.filters.is_search
-    return isinstance(query, CountMatching | GetStats | FindRegressions | EvaluateRules)
+    return isinstance(query, CountMatching | CountPrunable | GetStats | FindRegressions | EvaluateRules)
 
 
 T = TypeVar("T")
