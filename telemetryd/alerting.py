@@ -24,7 +24,7 @@ from telemetryd.store import Store
 
 _GIVE_UP_AFTER: Final = timedelta(hours=24)
 _REST: Final = 100
-"""How many times as long as an evaluation the pause behind it lasts at least: it takes 1 % of a reader at most."""
+"""How many times as long as its evaluation a rule of commits rests at least: it takes 1 % of a reader at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,21 +73,33 @@ class Alerting:
             for webhook in self._rules.webhooks:
                 group.create_task(self._deliver(session, webhook))
             dear = [rule for rule in self._rules.rules if isinstance(rule, Regression)]
-            for rules in (tuple(rule for rule in self._rules.rules if rule not in dear), *((rule,) for rule in dear)):
-                group.create_task(self._watch(rules))
+            cheap = tuple(rule for rule in self._rules.rules if rule not in dear)
+            if cheap:
+                group.create_task(self._watch(cheap, asyncio.Lock(), rest=0))
+            turn = asyncio.Lock()
+            for rule in dear:
+                group.create_task(self._watch((rule,), turn, rest=_REST))
 
-    async def _watch(self, rules: tuple[Rule, ...]) -> None:
-        """Evaluate some rules again and again, for ever, with pauses that are long beside the work."""
+    async def _watch(self, rules: tuple[Rule, ...], turn: asyncio.Lock, rest: int) -> None:
+        """Evaluate some rules again and again, for ever.
+
+        Args:
+            rules: evaluated together.
+            turn: held meanwhile, so that not all dear rules are evaluated at once.
+            rest: how many times as long as an evaluation a pause lasts at least.
+
+        """
         now_s, pause_s = asyncio.get_running_loop().time, self._rules.every_s
         while True:
             await asyncio.sleep(pause_s)
-            begin_s = now_s()
-            try:
-                await self._evaluate(rules)
-            except TelemetrydError as error:
-                log.warning("Alerts postponed", extra={"error_message": sentence(error)})
-                self._problems |= {rule.name: sentence(error) for rule in rules}
-            pause_s = max(self._rules.every_s, _REST * (now_s() - begin_s))
+            async with turn:
+                begin_s = now_s()
+                try:
+                    await self._evaluate(rules)
+                except TelemetrydError as error:
+                    log.warning("Alerts postponed", extra={"error_message": sentence(error)})
+                    self._problems |= {rule.name: sentence(error) for rule in rules}
+            pause_s = max(self._rules.every_s, rest * (now_s() - begin_s))
 
     async def _forget(self) -> None:
         """Forget what belongs to rules and webhooks that are not in the file any more."""

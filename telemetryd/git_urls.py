@@ -10,7 +10,8 @@ _COMMIT_PATH = {
     "gitlab.com": "-/commit",
     "bitbucket.org": "commits",
 }
-_MAX_ADDRESS = 1000
+MAX_ADDRESS = 1000
+"""Characters of an address; what is longer is none."""
 # What stands before the host, the host, and the path; each part ends where the next one's sign begins, so that
 # a long text that is no address is given up in one pass.
 _ADDRESS = re.compile(
@@ -27,7 +28,7 @@ def repo_url(git_repo: str | None) -> str | None:
     Understands `https://…`, `ssh://git@…` and `git@host:path`, with or without `.git` and slashes at
     the end. The host must match exactly; user names and passwords in the address are dropped.
     """
-    return _page(git_repo) if git_repo and len(git_repo) <= _MAX_ADDRESS else None
+    return _page(git_repo) if git_repo and len(git_repo) <= MAX_ADDRESS else None
 
 
 def commit_url(git_repo: str | None, git_commit_hash: str | None) -> str | None:

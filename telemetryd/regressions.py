@@ -218,9 +218,8 @@ def lasts(
         alpha: How unlikely by chance a change must be to count.
 
     """
-    blocks = _blocks(measure, commits)
-    begin = next((place for place, runs in enumerate(blocks) if runs[0].commit == first_bad_commit), 0)
-    since = blocks[begin:]
+    begin = next((place for place, runs in enumerate(commits) if runs[0].commit == first_bad_commit), 0)
+    since = _blocks(measure, commits[begin:])
     borders = [0, *(place for place, _ in _changes(measure, since, alpha)), len(since)]
     values = [_side(measure, since[first:last]).value for first, last in pairwise(borders) if first < last]
     return bool(values) and all((value - before) / (after - before) > 0.5 for value in values)

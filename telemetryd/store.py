@@ -77,6 +77,7 @@ from telemetryd.queries import (
     ListEvents,
     ListProcesses,
     ListRuns,
+    Order,
     Page,
     Total,
 )
@@ -84,7 +85,17 @@ from telemetryd.reader import Readers
 from telemetryd.regressions import Findings, FindRegressions
 from telemetryd.runs import Row, format_timestamp, utc_now
 from telemetryd.settings import Settings
-from telemetryd.statements import alerting, copying, counting, fetching, following, full_text, regressing, rollups
+from telemetryd.statements import (
+    alerting,
+    choosing,
+    copying,
+    counting,
+    fetching,
+    following,
+    full_text,
+    regressing,
+    rollups,
+)
 from telemetryd.statements.transaction import MINUTE, Transaction
 from telemetryd.stats import GetStats
 from telemetryd.writer import GROUP_ROWS, Writer
@@ -146,9 +157,13 @@ _READERS: Final[Mapping[type[Query], Callable[..., Answer]]] = {
 def _is_long(query: Query) -> bool:
     """Tell whether a query may read many runs to answer few."""
     if isinstance(query, ListRuns):
-        return query.filters.is_search
-    return isinstance(query, CountMatching | FindRegressions | EvaluateRules)
+        walked = choosing.INDEXES.keys() if query.order == Order() else (frozenset(),)
+        return query.filters.is_search or frozenset(query.filters.equal) not in walked or query.offset > _FAR
+    return isinstance(query, CountMatching | CountPrunable | FindRegressions | EvaluateRules)
 
+
+_FAR: Final = 10_000
+"""Runs that an offset has to walk over before the page begins."""
 
 T = TypeVar("T")
 

@@ -24,7 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from telemetryd import migrate, sketches
+from telemetryd import migrate, sketches, store
 from telemetryd.alerting import Alerting, Pace
 from telemetryd.alerts import (
     EvaluateRules,
@@ -339,12 +339,12 @@ def seen(outcomes: list[tuple[int, bool]]) -> list[Run]:
     ]
 
 
-def firing_after(runs: list[Run], fired: list[Firing], now: datetime = NOW) -> list[Firing]:
+def firing_after(runs: list[Run], fired: list[Firing], now: datetime = NOW, rule: Regression = BROKE) -> list[Firing]:
     """Return what fires once these runs have been looked at."""
     since = {firing.subject: firing.since for firing in fired}
     return [
         Firing("broke", each.subject, since.get(each.subject, format_timestamp(now)), 0, each.summary, each.details)
-        for each in regressions(BROKE, PAIR, in_order(runs), fired, now)
+        for each in regressions(rule, PAIR, in_order(runs), fired, now)
     ]
 
 
@@ -417,6 +417,18 @@ def test_an_alert_of_a_commit_ends_after_the_window() -> None:
     assert firing_after(bad, fired, later - timedelta(days=2)) == fired
     assert firing_after(bad, fired, later) == []
     assert firing_after([], fired) == []
+
+
+def test_a_bad_commit_whose_own_runs_do_not_count_any_more_is_not_mended_by_older_ones() -> None:
+    """As when its successes have been pruned or corrected: durations are those of successes."""
+    runs = [
+        run._replace(duration_ms=9000 if run.commit > COMMIT(0) else 1000) for run in steps((60, 0), (20, 0), (60, 0))
+    ]
+    rule = replace(BROKE, measure=("duration",))
+    [fired] = firing_after(runs, [], rule=rule)
+    assert fired.subject.first_bad_commit == COMMIT(1)
+    failed = [run._replace(succeeded=run.commit != COMMIT(1)) for run in runs]
+    assert firing_after(failed, [fired], rule=rule) == [fired]
 
 
 async def test_a_bad_commit_is_delivered_with_what_shows_it(api: Api) -> None:
@@ -521,6 +533,26 @@ async def test_a_rule_that_cannot_be_evaluated_says_so_and_keeps_no_other_from_i
     while problem:
         problem = (await alerting.shown())["rules"][1]["problem"]
         await asyncio.sleep(0.01)
+    working.cancel()
+    await asyncio.wait((working,))
+
+
+async def test_only_a_rule_of_commits_rests_as_long_as_its_evaluation_asks_for(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else one look that had to wait, for a reader or the disk, would keep the others from being heard for long."""
+    monkeypatch.setattr("telemetryd.alerting._REST", 1_000_000)
+    asked: list[tuple[Rule, ...]] = []
+
+    def evaluate(connection: sqlite3.Connection, query: EvaluateRules) -> Evaluation:
+        asked.append(query.rules)
+        return statements.evaluate(connection, query)
+
+    monkeypatch.setitem(store._READERS, EvaluateRules, evaluate)
+    quiet = Silent("quiet", (), ("nobody",), 60.0)
+    working = asyncio.create_task(Alerting(api.store, Rules((quiet, BROKE), (), 0.01), lambda: NOW).run())
+    await eventually(lambda: asked.count((quiet,)) > 5 and (BROKE,) in asked)
+    assert asked.count((BROKE,)) == 1
     working.cancel()
     await asyncio.wait((working,))
 

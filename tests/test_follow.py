@@ -30,7 +30,16 @@ from tests.conftest import Daemon, StartDaemon, make_run
 from tests.test_changes import NOW, commands, commit, connect, new
 from tests.test_tail import send
 
-TABLES = ("agent_runs", "run_events", "run_changes", "run_deletions", "run_totals", "run_minutes", "run_hours")
+TABLES = (
+    "agent_runs",
+    "run_events",
+    "run_changes",
+    "run_deletions",
+    "run_totals",
+    "run_minutes",
+    "run_hours",
+    "run_days",
+)
 
 
 def content(path: Path) -> dict[str, list[Any]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from telemetryd.errors import QueryTimeoutError
+from telemetryd.queries import CountPrunable
 from telemetryd.reader import Readers
 from tests.conftest import Api, MakeApi, eventually, make_run
 
@@ -69,6 +70,33 @@ async def test_slow_queries_block_neither_each_other_nor_writes_nor_health(make_
     for task in slow:
         task.cancel()
     await asyncio.wait(slow)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "/api/v1/runs?error=x",
+        "/api/v1/runs?metrics.tokens>1",
+        "/api/v1/runs?min_duration_ms=1",
+        "/api/v1/runs?count=exact",
+        "/api/v1/regressions",
+        CountPrunable("2026-01-01T00:00:00.000000Z"),
+    ],
+)
+async def test_what_may_read_many_runs_waits_for_its_like_and_nothing_else_does(
+    make_api: MakeApi, asked: str | CountPrunable
+) -> None:
+    api = await make_api(db_readers=2)
+    slow = asyncio.create_task(api.store._readers.fetch(endless, is_long=True))
+    await eventually(api.store._readers._long.empty)
+    answer = api.get(asked) if isinstance(asked, str) else api.store.fetch(asked)
+    waiting = asyncio.create_task(answer)
+    for _ in range(3):
+        assert await api.list() == []
+    assert not waiting.done()
+    slow.cancel()
+    await asyncio.wait((slow, waiting))
+    assert waiting.exception() is None
 
 
 async def test_health_and_writes_go_on_when_every_reader_is_taken(make_api: MakeApi) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from telemetryd import migrate, runs
 from telemetryd.commands import CreateRuns
+from telemetryd.git_urls import MAX_ADDRESS
 from telemetryd.queries import ListRuns
 from telemetryd.runs import COLUMNS, Row, parse_run
 from telemetryd.statements import rendering
@@ -90,5 +91,27 @@ def test_a_run_too_large_for_the_room_is_told(empty: sqlite3.Connection) -> None
         with pytest.raises(rendering.TooLargeError):
             rendering.render(empty, select_page(query), query.answered, "created_at", 100)
         assert len(rendering.render(empty, select_page(query), query.answered, "created_at", None).runs) == 1
+    finally:
+        empty.execute("ROLLBACK")
+
+
+def test_a_text_too_long_to_be_an_address_is_not_kept_in_memory(
+    empty: sqlite3.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[str, ...]] = []
+    addresses = rendering._addresses
+
+    def noted(fields: tuple[str, ...], *of: str) -> str:
+        made.append(of)
+        return addresses(fields, *of)
+
+    monkeypatch.setattr(rendering, "_addresses", noted)
+    long = f"git@github.com:acme/{'x' * 10_000}"
+    given_run = {name: value for name, (value, _) in SIMPLE.items()} | {"event_id": "e", "git_repo": long}
+    store(empty, [parse_run(given_run | {"git_commit_hash": "abcdef1"}).row])
+    try:
+        page = fetch_page(empty, ListRuns(fields=("commit_url", "repo_url")))
+        assert page.runs == ['{"commit_url":null,"repo_url":null}']
+        assert max(map(len, made[0])) == MAX_ADDRESS + 1
     finally:
         empty.execute("ROLLBACK")

@@ -221,6 +221,24 @@ async def test_prune_goes_through_the_daemon_by_its_unix_socket(start_daemon: St
 
 
 @pytest.mark.parametrize("is_running", [True, False])
+async def test_runs_too_large_for_usual_pages_are_archived_in_smaller_ones(
+    start_daemon: StartDaemon, tmp_path: Path, is_running: bool
+) -> None:
+    unix = tmp_path / "d.sock"
+    daemon = start_daemon(TELEMETRY_API_UNIX=str(unix))
+    for run in old_runs(40):
+        await post(daemon, [{**run, "error_details": "x" * 900_000}])
+    if not is_running:
+        assert daemon.stop() == 0
+    archive = tmp_path / "runs.ndjson.zst"
+    place = ("--unix", unix) if is_running else ()
+    told = telemetryd(
+        "prune", "--older-than", "90d", "--db-path", daemon.database, "--json", *place, "--archive", archive
+    )
+    assert (json.loads(told.stdout)["pruned"], json.loads(told.stdout)["archived"]) == (40, 40)
+
+
+@pytest.mark.parametrize("is_running", [True, False])
 async def test_events_go_into_the_archive_and_away_with_their_runs(
     start_daemon: StartDaemon, tmp_path: Path, is_running: bool
 ) -> None:

@@ -17,7 +17,7 @@ from telemetryd import admin, events, migrate, queries, regressions, runs, stats
 from telemetryd.cli.database import refuse_missing
 from telemetryd.cli.stream import reason
 from telemetryd.database import Ownership, connect_to_read
-from telemetryd.errors import DatabaseError, DatabaseOwnedError, TelemetrydError, UnavailableError
+from telemetryd.errors import DatabaseError, DatabaseOwnedError, InvalidRequestError, TelemetrydError, UnavailableError
 from telemetryd.filters import TIME_BOUNDS, Filters, quoted
 from telemetryd.metrics import Metrics
 from telemetryd.settings import Settings
@@ -56,7 +56,11 @@ class Target(Source, Protocol):
 
 
 class RefusedError(TelemetrydError):
-    """The daemon refused the request."""
+    """The daemon refused the request, with a status of 4xx or 5xx."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class Beside:
@@ -105,10 +109,17 @@ class Local:
     async def pages(self, filters: dict[str, str]) -> AsyncIterator[list[Body]]:
         """Yield pages from the database."""
         after: queries.Position | None = None
+        limit = _PAGE
         bounds = {name: value for name, value in filters.items() if name in TIME_BOUNDS}
         equal = {name: (value,) for name, value in filters.items() if name not in bounds}
         while True:
-            page = await self._store.fetch(queries.ListRuns(Filters(equal, bounds), _PAGE, 0, after))
+            try:
+                page = await self._store.fetch(queries.ListRuns(Filters(equal, bounds), limit, 0, after))
+            except InvalidRequestError:
+                limit //= 2  # so many runs are too large for one page
+                if not limit:
+                    raise
+                continue
             answer = [orjson.loads(run) for run in page.runs]
             asked = queries.ListEvents(tuple(run["event_id"] for run in answer))
             events.put_into(answer, await self._store.fetch(asked))
@@ -155,7 +166,14 @@ class Remote:
         asked = {name: quoted(value) for name, value in filters.items()}
         parameters: dict[str, str] | None = {**asked, "limit": str(_PAGE), "include": queries.EVENTS}
         while parameters is not None:
-            page, following = await self._ask("GET", "/api/v1/runs", params=parameters)
+            try:
+                page, following = await self._ask("GET", "/api/v1/runs", params=parameters)
+            except RefusedError as error:
+                limit = int(parameters["limit"]) // 2  # so many runs may be too large for one page
+                if error.status != 400 or not limit:
+                    raise
+                parameters["limit"] = str(limit)
+                continue
             yield page
             parameters = dict(parse_qsl(following)) if following else None
 
@@ -181,7 +199,9 @@ class Remote:
                         return orjson.loads(text), urlsplit(str(link)).query
                     if response.status not in (429, 503) or attempt == _TRIES:
                         hint = _WHERE_ACCESS_COMES_FROM if response.status == 401 else ""
-                        raise RefusedError(f"The daemon answered {response.status}: {detail_of(text)}{hint}")
+                        raise RefusedError(
+                            f"The daemon answered {response.status}: {detail_of(text)}{hint}", response.status
+                        )
                     pause = float(response.headers.get("Retry-After", "1"))
             except (aiohttp.ClientConnectionError, TimeoutError) as error:
                 if attempt == _TRIES:

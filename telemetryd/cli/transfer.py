@@ -204,7 +204,7 @@ async def _answer(config: Config, asked: dict[str, str], retry_s: float) -> Asyn
                         return
                     problem = f"The daemon answered {response.status}: {detail_of(await response.read())}"
                     if response.status not in (429, 503):
-                        raise RefusedError(problem)
+                        raise RefusedError(problem, response.status)
                     pause = float(response.headers.get("Retry-After", _PAUSE_S))
             if time.monotonic() + pause > until:
                 raise UnavailableError(problem)

@@ -246,8 +246,9 @@ def fetch_page(connection: sqlite3.Connection, query: ListRuns) -> Page:
     try:
         runs, places = render(PAGE_BYTES)
     except rendering.TooLargeError:
-        fitting = _count_fitting(connection, rendering.sizes(select, query.answered))
-        if 0 < fitting < query.limit:
+        totals = [*accumulate(size for (size,) in connection.execute(*rendering.sizes(select, query.answered)))]
+        fitting = max(sum(total <= PAGE_BYTES for total in totals), 1)
+        if fitting < min(len(totals), query.limit):
             raise InvalidRequestError(
                 f"Invalid limit: {query.limit}; the first {fitting} of these runs hold {PAGE_BYTES >> 20} MiB, "
                 f"the most that one answer holds: ask for at most {fitting} at a time"
@@ -257,12 +258,6 @@ def fetch_page(connection: sqlite3.Connection, query: ListRuns) -> Page:
         return Page(runs, None)
     run, moment = places[query.limit - 1]
     return Page(runs[: query.limit], Position(moment, run))
-
-
-def _count_fitting(connection: sqlite3.Connection, sizes: tuple[str, Values]) -> int:
-    """Count how many of the first runs fit into a page, given the statement that fetches their sizes."""
-    totals = accumulate(size for (size,) in connection.execute(*sizes))
-    return sum(total <= PAGE_BYTES for total in totals)
 
 
 def _created_span(connection: sqlite3.Connection, query: ListRuns) -> Span | None:

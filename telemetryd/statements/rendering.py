@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 
 import orjson
 
-from telemetryd.git_urls import commit_url, repo_url
+from telemetryd.git_urls import MAX_ADDRESS, commit_url, repo_url
 from telemetryd.runs import Role, columns, needed
 from telemetryd.statements.choosing import Values
 
@@ -48,10 +48,12 @@ def render(
     sql, values = select
     stored = tuple(name for name in fields if name not in _ADDRESSES)
     made = tuple(name for name in fields if name in _ADDRESSES)
+    # One character too many is enough to see that an address is none; the whole text would stay in a cache.
+    parts = (f"substr({name}, 1, {MAX_ADDRESS + 1})" for name in needed(made))
     # Both aggregates see the rows in the order of the subquery, which SQLite keeps because of its LIMIT.
     text = f"""
         SELECT group_concat({json_object(stored)}, char({ord(_BETWEEN)})),
-            json_group_array(json_array({", ".join(("id", order, *needed(made)))}))
+            json_group_array(json_array({", ".join(("id", order, *parts))}))
         FROM ({sql})
     """  # noqa: S608 - names from the definition of a run
     usual = connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, -1 if room is None else room)  # -1 changes nothing

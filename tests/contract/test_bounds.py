@@ -65,6 +65,9 @@ async def test_a_page_too_large_says_how_many_runs_fit(api: Api, monkeypatch: py
     assert sorted(found) == sorted(run["event_id"] for run in events)
     await api.post(make_run(error_details="y" * 200_000))
     assert len(await api.list(limit=1)) == 1, "one run always fits"
+    detail = check_error(await send(api, "GET", RUNS, params={"limit": "10"}), 400)
+    assert "ask for at most 1 at a time" in detail
+    assert len(await api.list(limit=100, fields="event_id")) == 11, "what is not answered takes no room"
 
 
 async def test_all_bodies_together_have_a_bound(api: Api) -> None:
