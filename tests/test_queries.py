@@ -224,7 +224,7 @@ def forgeries() -> list[str]:
         [version, "", moment, number], [version, None, moment, number], [version, mark[::-1] + "0", moment, number],
         [version, mark, "", number], [version, mark, "yesterday", number], [version, mark, None, number],
         [version, mark, 5, number], [version, mark, [moment], number], [version, mark, moment + "' OR 1=1", number],
-        [version, mark, moment, -1], [version, mark, moment, 2**63], [version, mark, moment, 1.5],
+        [version, mark, moment, -(2**63)], [version, mark, moment, 2**63], [version, mark, moment, 1.5],
         [version, mark, moment, "7"], [version, mark, moment, None], [version, mark, moment, [7]],
         [version, mark, moment], [version, mark, moment, number, 1], [], {}, None, 5, "text", "four",
         {"a": 1, "b": 2, "c": 3, "d": 4}, [[version, mark, moment, number]],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sqlite3
 from collections.abc import Mapping
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from urllib.parse import parse_qsl, urlsplit
 
@@ -274,3 +275,18 @@ def _steps(api: Api, sql: str, values: Mapping[str, str | float | None]) -> int:
     finally:
         connection.close()
     return steps
+
+
+async def test_cursors_walk_through_runs_with_negative_ids_too(api: Api) -> None:
+    """Only other programs gave such ids; `migrate` keeps them."""
+    await api.batch([make_run(event_id=f"{n}", created_at=at(0)) for n in range(4)])
+    with closing(sqlite3.connect(api.settings.db_path)) as connection, connection:
+        connection.execute("UPDATE agent_runs SET id = id - 3")
+    path: str | None = f"{RUNS}?limit=1"
+    walked: list[str] = []
+    while path is not None:
+        answer = await send(api, "GET", path)
+        assert answer.status == 200
+        walked += ids(answer.json)
+        path = next_page(answer)
+    assert walked == ["3", "2", "1", "0"]
