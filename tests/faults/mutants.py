@@ -15,7 +15,7 @@ from typing import Final
 from tests.faults.ledger import ROOT
 
 _COPIED: Final = ("telemetryd", "migrations", "schema", "tests", "bench", "docs", "setup.cfg", "README.md")
-_TIMEOUT_S: Final = 180
+_TIMEOUT_S: Final = 180.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ def copy_product(target: Path) -> None:
         shutil.copytree(ROOT / name, target / "telemetryd" / name, ignore=ignored)
 
 
-def run(root: Path, tests: Sequence[str]) -> tuple[int, str]:
+def run(root: Path, tests: Sequence[str], timeout_s: float = _TIMEOUT_S) -> tuple[int, str]:
     """Run tests in a copy; return pytest's exit status and output. A hang counts as a failed test."""
     environment = os.environ | {"PYTHONPATH": str(root)}
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "not slow"]
@@ -104,7 +104,7 @@ def run(root: Path, tests: Sequence[str]) -> tuple[int, str]:
             env=environment,
             capture_output=True,
             text=True,
-            timeout=_TIMEOUT_S,
+            timeout=timeout_s,
             check=False,
         )
     except subprocess.TimeoutExpired:

@@ -86,7 +86,7 @@ def test_power_cut_at_any_moment(
     last = max(record.place for record in records if record.kind is not Kind.CLOSE)
     for record in records:
         if record.kind is Kind.TRUNCATE:  # a rare moment: what is cut off must not be needed any more
-            ways[record.place] = [Way.SUBSET] * 4
+            ways[record.place] = [Way.SUBSET] * 16
     ways[last] = [*Way, *Way]  # when it has said that all is done
     image_folder = fast_folder / "disk"
     images = 0

@@ -23,7 +23,7 @@ def test_every_mutant_still_fits_the_code() -> None:
 @pytest.mark.slow
 def test_the_tests_of_the_mutants_pass_without_sabotage(tmp_path: Path) -> None:
     copy_product(tmp_path)
-    status, output = run(tmp_path, sorted({test for mutant in MUTANTS for test in mutant.tests}))
+    status, output = run(tmp_path, sorted({test for mutant in MUTANTS for test in mutant.tests}), timeout_s=1800)
     assert status == 0, output
 
 
