@@ -5,21 +5,64 @@ from __future__ import annotations
 import io
 import os
 import sys
+from importlib import import_module
+from keyword import iskeyword
+from typing import Final
 
 import click
 
 import telemetryd
-from telemetryd.cli import agents, database, demo, serve, statistics, transfer, upkeep
-from telemetryd.cli.alerts import alerts
-from telemetryd.cli.follow import follow
 from telemetryd.cli.options import NO_FLAG
-from telemetryd.cli.regressions import regressions
-from telemetryd.cli.tail import tail
 
 __all__ = ["NO_FLAG", "main"]
 
+_COMMANDS: Final = {
+    "serve": "serve",
+    "config": "serve",
+    "migrate": "database",
+    "backup": "database",
+    "restore": "database",
+    "check": "database",
+    "prune": "upkeep",
+    "reap": "upkeep",
+    "stats": "statistics",
+    "regressions": "regressions",
+    "alerts": "alerts",
+    "tail": "tail",
+    "follow": "follow",
+    "export": "transfer",
+    "import": "transfer",
+    "sync": "agents",
+    "replay": "agents",
+    "demo": "demo",
+}
+"""Each command with the module that has it."""
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+
+class Commands(click.Group):
+    """Imports a command's module only when the command is asked for: all of them together take twice as long."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of all commands, in the order of the alphabet."""
+        return sorted(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return a command, None if there is none of that name."""
+        if cmd_name not in _COMMANDS:
+            return None
+        module = import_module(f"telemetryd.cli.{_COMMANDS[cmd_name]}")
+        command: click.Command = getattr(module, f"{cmd_name}_" if iskeyword(cmd_name) else cmd_name)
+        for described in (command, *(command.commands.values() if isinstance(command, click.Group) else ())):
+            described.help = _paragraphs(described.help)
+        return command
+
+
+def _paragraphs(text: str | None) -> str:
+    # Click leaves a paragraph's lines as they are behind a backspace, which a raw docstring cannot hold.
+    return (text or "").replace("\\b", "\b")
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(telemetryd.__version__, message="telemetryd %(version)s")
 def main() -> None:
     r"""Run telemetryd, the one daemon that owns a telemetry database, and look after that database.
@@ -43,28 +86,4 @@ def main() -> None:
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
-for command in (
-    serve.serve,
-    serve.config,
-    database.migrate,
-    database.backup,
-    database.restore,
-    database.check,
-    upkeep.prune,
-    upkeep.reap,
-    statistics.stats,
-    regressions,
-    alerts,
-    tail,
-    follow,
-    transfer.export,
-    transfer.import_,
-    agents.sync,
-    agents.replay,
-    demo.demo,
-):
-    main.add_command(command)
-
-for described in (main, *main.commands.values(), *alerts.commands.values()):
-    # Click leaves a paragraph's lines as they are behind a backspace, which a raw docstring cannot hold.
-    described.help = (described.help or "").replace("\\b", "\b")
+main.help = _paragraphs(main.help)
