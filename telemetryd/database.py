@@ -631,7 +631,7 @@ async def open_writer(
 
 async def open_reader(path: Path, busy_timeout_ms: int) -> Connection:
     """Open one connection that cannot write and never checkpoints."""
-    connection = Connection(lambda: connect(path, "ro", busy_timeout_ms), 1000)
+    connection = Connection(lambda: connect(path, "ro", busy_timeout_ms, statements=_READERS_STATEMENTS), 1000)
     await connection
     try:
         await connection.run(_configure_reader)
@@ -641,7 +641,11 @@ async def open_reader(path: Path, busy_timeout_ms: int) -> Connection:
     return connection
 
 
-def connect(path: Path, mode: str, busy_timeout_ms: int = 30_000) -> sqlite3.Connection:
+_READERS_STATEMENTS: Final = 64
+"""Prepared statements that a reader keeps: one that renders whole runs takes some 50 KiB."""
+
+
+def connect(path: Path, mode: str, busy_timeout_ms: int = 30_000, *, statements: int = 256) -> sqlite3.Connection:
     """Open a plain connection without implicit transactions; `mode` is that of SQLite's URI: ro, rw or rwc.
 
     Raises:
@@ -654,7 +658,7 @@ def connect(path: Path, mode: str, busy_timeout_ms: int = 30_000) -> sqlite3.Con
         timeout=busy_timeout_ms / 1000,
         isolation_level=None,
         check_same_thread=False,  # interrupt() is called from the event loop
-        cached_statements=256,
+        cached_statements=statements,
     )
 
 

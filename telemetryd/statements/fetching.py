@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from dataclasses import replace
-from functools import cache, partial
+from functools import lru_cache, partial
 from itertools import accumulate
 from typing import Final
 
@@ -118,7 +118,7 @@ def _source(query: ListRuns, filters: Filters, *, is_rare: bool) -> tuple[str, t
     return f"agent_runs INDEXED BY {index}", columns, arms
 
 
-@cache
+@lru_cache(maxsize=64)
 def _select(columns: tuple[str, ...]) -> str:
     return f"SELECT {', '.join(columns)}"
 

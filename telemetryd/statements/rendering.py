@@ -6,7 +6,7 @@ A row that comes out of SQLite by itself takes two turns of the interpreter's lo
 from __future__ import annotations
 
 import sqlite3
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 import orjson
@@ -83,7 +83,7 @@ def sizes(select: tuple[str, Values], fields: tuple[str, ...]) -> tuple[str, Val
     return f"SELECT length(CAST({json_object(stored)} AS BLOB)) FROM ({sql})", values  # noqa: S608 - as above
 
 
-@cache
+@lru_cache(maxsize=64)  # who asks for fields may ask for any of them, in any order
 def json_object(stored: tuple[str, ...]) -> str:
     """Return the SQL expression that makes a JSON object of some columns of a run."""
     return f"json_object({', '.join(map(_member, stored))})"
@@ -97,7 +97,7 @@ def _member(name: str) -> str:
     return f"'{name}', {name}"
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def _addresses(made: tuple[str, ...], repo: str | None = None, commit: str | None = None) -> str:
     values = {"commit_url": commit_url(repo, commit), "repo_url": repo_url(repo)}
     return ",".join(f'"{name}":{orjson.dumps(values[name]).decode()}' for name in made)
