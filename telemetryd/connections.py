@@ -127,7 +127,10 @@ class _Server(web.Server):
     def _bound_unread(self) -> None:
         """Cut off those who leave most unread, as long as it is too much in total: it is all in memory."""
         unread = {transport: transport.get_write_buffer_size() for transport in self._connections.values()}
-        most, total = sorted(unread, key=unread.__getitem__), sum(unread.values())
+        total = sum(unread.values())
+        if total <= MOST_UNREAD_BYTES:
+            return
+        most = sorted(unread, key=unread.__getitem__)
         while total > MOST_UNREAD_BYTES:
             transport = most.pop()
             total -= unread[transport]
