@@ -14,7 +14,7 @@ from typing import Any, Final
 import aiohttp
 
 from telemetryd import alerts, webhooks
-from telemetryd.alerts import Delivery, EvaluateRules, ListDeliveries, ListFiring
+from telemetryd.alerts import Delivery, EvaluateRules, Kept, ListDeliveries, ListFiring
 from telemetryd.commands import ConfirmDelivery, KeepAlerts, RecordAlerts
 from telemetryd.errors import TelemetrydError, sentence
 from telemetryd.logs import log
@@ -59,14 +59,20 @@ class Alerting:
             UnavailableError: if the database cannot be read.
 
         """
-        return alerts.shown(self._rules, await self._store.fetch(ListFiring()), self._evaluated_at, self._problems)
+        # Without rules nothing that is kept would be shown, and each look at the metrics would read it.
+        kept = await self._store.fetch(ListFiring()) if self._has_rules else Kept((), {})
+        return alerts.shown(self._rules, kept, self._evaluated_at, self._problems)
+
+    @property
+    def _has_rules(self) -> bool:
+        return bool(self._rules.rules or self._rules.webhooks)
 
     async def run(self) -> None:
         """Work for ever; cancel it to end it. Nothing happens if there are no rules.
 
         The first evaluation comes after one pause, so that agents can send what waited for the daemon to start.
         """
-        if not self._rules.rules and not self._rules.webhooks:
+        if not self._has_rules:
             return
         await self._forget()
         async with webhooks.open_session() as session, asyncio.TaskGroup() as group:

@@ -133,14 +133,19 @@ async def read_messages(chunks: AsyncIterator[bytes]) -> AsyncIterator[Message]:
             yield Message(event, data, last_id)
 
 
-def _check(status: int, text: bytes) -> None:
-    if status == 200:
-        return
+def detail_of(text: bytes) -> str:
+    """Return what an error of the daemon says of itself."""
     try:
         detail = orjson.loads(text)["detail"]
     except (ValueError, KeyError, TypeError):
-        detail = text[: runs.MAX_ECHO].decode("utf-8", "replace")
-    problem = f"The daemon answered {status}: {detail}"
+        return text[: runs.MAX_ECHO].decode("utf-8", "replace")
+    return detail if isinstance(detail, str) else orjson.dumps(detail).decode()
+
+
+def _check(status: int, text: bytes) -> None:
+    if status == 200:
+        return
+    problem = f"The daemon answered {status}: {detail_of(text)}"
     if status in _PATIENT:
         raise UnavailableError(problem)
     raise (GoneError if status == 410 else DaemonRefusedError)(problem)

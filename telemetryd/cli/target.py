@@ -15,7 +15,7 @@ import orjson
 
 from telemetryd import admin, events, migrate, queries, regressions, runs, stats
 from telemetryd.cli.database import refuse_missing
-from telemetryd.cli.stream import reason
+from telemetryd.cli.stream import detail_of, reason
 from telemetryd.database import Ownership, connect_to_read
 from telemetryd.errors import DatabaseError, DatabaseOwnedError, InvalidRequestError, TelemetrydError, UnavailableError
 from telemetryd.filters import TIME_BOUNDS, Filters, quoted
@@ -214,15 +214,6 @@ class Remote:
 _WHERE_ACCESS_COMES_FROM: Final = (
     ". A command finds its token in TELEMETRY_API_AUTH_TOKEN or in the file that TELEMETRY_API_AUTH_TOKEN_FILE names"
 )
-
-
-def detail_of(text: bytes) -> str:
-    """Return what an error of the daemon says of itself."""
-    try:
-        detail = orjson.loads(text)["detail"]
-    except (ValueError, KeyError, TypeError):
-        return text[: runs.MAX_ECHO].decode("utf-8", "replace")
-    return detail if isinstance(detail, str) else orjson.dumps(detail).decode()
 
 
 @asynccontextmanager

@@ -19,7 +19,8 @@ from telemetryd.backup import partial_file, publish
 from telemetryd.cli.agents import client_config, end, retry_option, send_files, url_option
 from telemetryd.cli.files import Refusals
 from telemetryd.cli.options import F, Progress, counted, failing, json_flag, print_json, progress, size
-from telemetryd.cli.target import RefusedError, detail_of
+from telemetryd.cli.stream import detail_of
+from telemetryd.cli.target import RefusedError
 from telemetryd.client.config import Config
 from telemetryd.client.counters import Counters
 from telemetryd.errors import DatabaseError, InvalidRequestError, UnavailableError
