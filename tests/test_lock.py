@@ -94,3 +94,23 @@ def test_what_could_not_be_asked_is_said_and_fails_nothing() -> None:
     assert audit.report(packages) == (0, ["audit: not audited: b", "audit: 1 packages audited, 0 advisories"])
     status, [line] = audit.report(None)
     assert (status, line.startswith("audit: NOT DONE: ")) == (0, True)
+
+
+def test_a_withdrawn_release_fails_the_audit_and_a_newer_one_is_told() -> None:
+    locked = {name: audit.Release("1.0", is_withdrawn=name == "b") for name in "abc"}
+    newest = locked | {"c": audit.Release("1.1", is_withdrawn=False)}
+    assert audit.report_index(locked, newest) == (
+        1,
+        [
+            "audit: b 1.0 was withdrawn by its authors; run: make lock",
+            "audit: c 1.0 is locked, 1.1 is the newest",
+            "audit: 3 releases looked up, 1 withdrawn, 1 not the newest",
+        ],
+    )
+    assert audit.report_index({"c": locked["c"]}, newest)[0] == 0
+
+
+def test_an_index_that_does_not_answer_is_said_and_fails_nothing() -> None:
+    assert audit.ask_index("--no-index", "telemetryd-has-no-such-dependency") is None
+    status, [line] = audit.report_index(None, None)
+    assert (status, line.startswith("audit: NOT DONE: ")) == (0, True)

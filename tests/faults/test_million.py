@@ -23,6 +23,10 @@ from tests.faults.told import Told
 _CONNECTIONS = 4
 _PIPELINED = 25
 _HANG_S = 30
+_GROWTH_MB = 40
+"""How much more memory the second half of the requests may leave. It holds no leak of 100 bytes a request in a million,
+but some of SQLite's page caches, which fill with the database: 40 MiB of the writer's, 4 of each reader's."""
+_MOST_MB = 256
 _LENGTH = re.compile(rb"\r\ncontent-length: (\d+)\r\n", re.IGNORECASE)
 
 
@@ -96,32 +100,34 @@ async def _send_generated(daemon: Daemon, ledger: Ledger, count: int) -> None:
     told = Told(daemon.url)
     assert await asyncio.to_thread(told.send) == 201
     clients = [Client(daemon.url, seed) for seed in range(_CONNECTIONS)]
-    warm = min(count // 10, 20_000)
-    await asyncio.gather(*(client.run(warm // _CONNECTIONS) for client in clients))
+    unexpected = await _send_half(daemon, clients, count // 2)
     memory, descriptors = resident_mb(daemon), open_descriptors(daemon)
-    left = count - warm
-    unexpected: list[str] = []
-    while left > 0:
-        part = min(left, 20_000)
-        await asyncio.gather(*(client.run(part // _CONNECTIONS) for client in clients))
-        left -= part
-        lines, daemon.lines = daemon.lines, []
-        unexpected += [str(line)[:2000] for line in lines if "exc_info" in line or line["level"] == "CRITICAL"]
-        if unexpected:
-            break
+    unexpected += await _send_half(daemon, clients, count // 2)
     statuses = sum((client.statuses for client in clients), Counter())
     wrong = [line for client in clients for line in client.wrong]
     assert not unexpected, unexpected[:3]
     assert not wrong, wrong[:10]
     assert await asyncio.to_thread(told.send) == 201
     wait_for_descriptors(daemon, descriptors + 4)
-    assert resident_mb(daemon) - memory < 64, "memory must not grow with the number of requests"
+    assert resident_mb(daemon) - memory < _GROWTH_MB, "memory must not grow with the number of requests"
+    assert resident_mb(daemon) < _MOST_MB
     assert {200, 201, 400, 404, 405, 415, 422} <= statuses.keys()
     assert await asyncio.to_thread(daemon.stop) == 0
     counted = told.compare(daemon.database)
     counted["acknowledged"] = sum(number for status, number in statuses.items() if status in (200, 201))
     counted["server_errors"] = sum(number for status, number in statuses.items() if status >= 500)
     ledger.record(fault="generated requests, valid and broken", mode="WAL", rounds=statuses.total(), **counted)
+
+
+async def _send_half(daemon: Daemon, clients: list[Client], count: int) -> list[str]:
+    """Send so many requests; return what the log holds that nothing a client sends may cause."""
+    unexpected: list[str] = []
+    for start in range(0, count, 20_000):
+        part = min(count - start, 20_000)
+        await asyncio.gather(*(client.run(part // len(clients)) for client in clients))
+        lines, daemon.lines = daemon.lines, []
+        unexpected += [str(line)[:2000] for line in lines if "exc_info" in line or line["level"] == "CRITICAL"]
+    return unexpected
 
 
 async def test_some_thousand_generated_requests(start_daemon: StartDaemon, ledger: Ledger) -> None:
