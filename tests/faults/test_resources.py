@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sqlite3
 import subprocess
 import threading
@@ -285,13 +286,22 @@ def test_a_stop_does_not_wait_for_another_programs_lock(start_daemon: StartDaemo
     assert told.compare(daemon.database)["lost"] == 0
 
 
+def catches(daemon: Daemon, number: int) -> bool:
+    """Whether a process handles a signal by now (proc(5), SigCgt)."""
+    status = Path(f"/proc/{daemon.process.pid}/status").read_text()
+    mask = next(line for line in status.splitlines() if line.startswith("SigCgt")).split()[1]
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
 def test_a_start_that_waits_for_a_lock_can_be_stopped(start_daemon: StartDaemon, tmp_path: Path) -> None:
     first = start_daemon()
     assert first.url
     assert first.stop() == 0
     with locked(first, Path()):
         second = start_daemon(TELEMETRY_DB_BUSY_TIMEOUT_MS="60000")
-        time.sleep(2)
+        while not catches(second, signal.SIGTERM):
+            time.sleep(0.05)
+        time.sleep(1)  # now it waits for the lock
         assert second.process.poll() is None
         started = time.monotonic()
         assert second.stop() == 0
