@@ -9,7 +9,7 @@ import resource
 import socket
 import struct
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -260,6 +260,62 @@ def test_a_thousand_idle_connections(start_daemon: StartDaemon, ledger: Ledger) 
 @pytest.mark.slow
 def test_ten_thousand_idle_connections(start_daemon: StartDaemon, ledger: Ledger) -> None:
     _hold_idle(start_daemon, ledger, 10_000, 220)
+
+
+# --- Streams that nobody reads --------------------------------------------------------------------
+
+_BATCH = _HEAD.replace(b"/runs ", b"/runs/batch ").replace(b"/json", b"/x-ndjson")
+
+
+@contextlib.contextmanager
+def unread_streams(daemon: Daemon, queries: list[str]) -> Iterator[None]:
+    """Open streams, and read no more of each than that it has begun."""
+    address = URL(daemon.url)
+    with contextlib.ExitStack() as stack:
+        for query in queries:
+            peer = stack.enter_context(socket.socket())
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            peer.settimeout(20)
+            peer.connect((address.host, address.port))
+            peer.sendall(f"GET /api/v1/runs/stream?{query} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            assert peer.recv(12) == b"HTTP/1.1 200"
+        yield
+
+
+def post_batch(daemon: Daemon, runs: list[dict[str, Any]]) -> None:
+    address = URL(daemon.url)
+    text = b"\n".join(map(orjson.dumps, runs))
+    with socket.create_connection((address.host, address.port), timeout=20) as peer:
+        peer.sendall(_BATCH % len(text) + text)
+        assert peer.recv(12) == b"HTTP/1.1 200"
+
+
+def most_mb(daemon: Daemon, seconds: float) -> float:
+    """Return how much memory it has at most in the next time."""
+    most, end = 0.0, time.monotonic() + seconds
+    while time.monotonic() < end:
+        most = max(most, resident_mb(daemon))
+        time.sleep(0.02)
+    return most
+
+
+def test_streams_with_different_filters_hold_runs_once(start_daemon: StartDaemon) -> None:
+    daemon = start_daemon(TELEMETRY_DB_JOURNAL_MODE="WAL")
+    with unread_streams(daemon, [f"agent_name=a,n{number}" for number in range(60)]):
+        before = most = resident_mb(daemon)
+        for _ in range(3):
+            post_batch(daemon, [make_run(agent_name="a", error_details="x" * 31_000) for _ in range(240)])
+            most = max(most, most_mb(daemon, 0.7))
+        assert most - before < 200
+
+
+def test_streams_that_read_old_runs_hold_a_bounded_part_of_them(start_daemon: StartDaemon) -> None:
+    daemon = start_daemon(TELEMETRY_DB_JOURNAL_MODE="WAL")
+    for _ in range(3):
+        post_batch(daemon, [make_run(agent_name="a", error_details="x" * 31_000) for _ in range(240)])
+    before = resident_mb(daemon)
+    with unread_streams(daemon, [f"agent_name=a,n{number}&after=0" for number in range(80)]):
+        assert most_mb(daemon, 3) - before < 200
 
 
 # --- Clients that leave ---------------------------------------------------------------------------
