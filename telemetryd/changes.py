@@ -16,6 +16,9 @@ MAX_WAIT_S: Final = 60
 PAGE_PARAMETERS: Final = ("after", "begun", "events_after", "limit", "wait")
 STREAM_PARAMETERS: Final = (*filters.PARAMETERS, "after")
 
+PAGE_BYTES: Final = 8 * 1024 * 1024
+"""About how much of runs, and as much again of events, one answer may hold; the rest comes with the next one."""
+
 BEGINNING: Final = -(2**63)
 """Behind no number: where whoever wants everything begins."""
 
@@ -45,6 +48,8 @@ class ListChanges:
     """For each of these the answer tells which of the runs match."""
     events_after: int | None = None
     """Behind which id events are wanted, if any are."""
+    most_bytes: int = PAGE_BYTES
+    """About how much of runs, and as much again of events, the answer may hold, besides a single one."""
 
 
 Deleted = str

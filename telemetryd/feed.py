@@ -1,4 +1,4 @@
-"""Hands what was committed to all who follow: read and encoded once, to each as fast as it can take it."""
+"""Hands what was committed to all who follow: read, encoded and held once, to each as fast as it can take it."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Collection
-from functools import cached_property
-from typing import Final, NamedTuple
+from typing import Final
 from urllib.parse import urlencode
 
 import orjson
 
 from telemetryd import runs
-from telemetryd.changes import Changes, ChangesRequest, ListChanges, Place
+from telemetryd.changes import PAGE_BYTES, Changes, ChangesRequest, ListChanges, Place
 from telemetryd.errors import QueryTimeoutError, TooManyTailsError, UnavailableError
 from telemetryd.filters import Filters
+from telemetryd.logs import log
 from telemetryd.metrics import Metrics
 from telemetryd.runs import MAX_INTEGER
 from telemetryd.store import Store
@@ -25,12 +25,19 @@ HEARTBEAT_S: Final = 15.0
 """After so long without anything to say, a tail says that it is still there, and how far it is."""
 
 BUFFER_BYTES: Final = 1024 * 1024
-"""What waits for one tail at most, besides a single chunk. Tails with the same filters share their chunks."""
+"""What waits for one tail at most, besides a single chunk; beyond it, the tail reads from the database later."""
+
+HELD_BYTES: Final = 64 * 1024 * 1024
+"""What waits for all tails together at most; beyond it, those who take nothing give it up."""
+
+PIECE_BYTES: Final = 64 * 1024
+"""What a tail sends at once at most, so that no more is copied for it than the client is about to take."""
 
 BEHIND: Final = 50_000
 """A tail that is more changes behind than this is told how many it missed, and goes on from now."""
 
 _PAGE: Final = 250
+_LEAST_PAGE_BYTES: Final = 256 * 1024
 _SLICE_S: Final = 0.002
 """How long changes are encoded before the event loop gets its turn."""
 _PAUSE_S: Final = 0.5
@@ -39,24 +46,36 @@ RETRY: Final = b"retry: 2000\n"
 """Tells a browser after how many milliseconds to come back."""
 
 
-class Frame(NamedTuple):
-    """A run as an event of a stream."""
+class Held:
+    """How many bytes all frames have that there are."""
 
-    seq: int
-    run: int
-    text: bytes
+    def __init__(self) -> None:
+        self.bytes = 0
+
+
+class Frame:
+    """A run as an event of a stream: in memory once, however many tails it waits for, and counted while it is."""
+
+    __slots__ = ("_held", "run", "seq", "text")
+
+    def __init__(self, held: Held, seq: int, run: int, text: bytes) -> None:
+        self.seq = seq
+        self.run = run
+        self.text = text
+        self._held = held
+        held.bytes += len(text)
+
+    def __del__(self) -> None:
+        """Count it no more: the last tail it waited for has let it go."""
+        self._held.bytes -= len(self.text)
 
 
 class Chunk:
-    """Frames that are handed to many tails at once, and held in memory once for all of them."""
+    """Frames that are handed at once to many tails."""
 
     def __init__(self, frames: list[Frame]) -> None:
         self.frames = frames
-
-    @cached_property
-    def text(self) -> bytes:
-        """All of them as they are sent."""
-        return b"".join(frame.text for frame in self.frames)
+        self.size = sum(len(frame.text) for frame in frames)
 
     def behind(self, seq: int) -> Chunk:
         """Return those that lie behind a number."""
@@ -79,6 +98,7 @@ class Feed:
         self.position = 0
         """Up to which number everything was handed to the tails that are not behind."""
         self.closed = False
+        self.held = Held()
         self.metrics = metrics
         metrics.watch_tails(lambda: len(self._tails))
         store.watch_commits(self._wake)
@@ -99,6 +119,20 @@ class Feed:
         """
         async with self._reading:
             return await self._store.fetch(ListChanges(after, _PAGE, filters))
+
+    async def catch_up(self, tail: Tail) -> bytes:
+        """Let the next page from the database wait for a tail that is behind; return what it is to be told instead.
+
+        Raises:
+            UnavailableError: if the database cannot be read now.
+
+        """
+        most_bytes = min(max(HELD_BYTES // len(self._tails), _LEAST_PAGE_BYTES), PAGE_BYTES)
+        async with self._reading:  # until it has joined: so nothing is handed out that is not in the page
+            page = ListChanges(tail.position, _PAGE, (tail.filters,), most_bytes=most_bytes)
+            told = await tail.take_in(await self._store.fetch(page))
+            self._relieve()
+            return told
 
     async def wait(self, asked: ChangesRequest) -> Changes:
         """Read what lies behind a place; if that is nothing, wait for a commit as long as was asked for.
@@ -130,13 +164,11 @@ class Feed:
             await self._unread.wait()
             self._unread.clear()
             try:
-                while self._live:
+                more = True
+                while more and self._live:
                     async with self._reading:
-                        groups = {key: tails[0].filters for key, tails in self._live.items()}
-                        changes = await self._store.fetch(ListChanges(self.position, _PAGE, (*groups.values(),)))
-                    await self._hand_out(changes, [*groups])
-                    if not changes.more:
-                        break
+                        more = await self._hand_out()
+                        self._relieve()
             except QueryTimeoutError:  # the filters of all of them are too much for one query
                 for tails in [*self._live.values()]:
                     for tail in tails:
@@ -145,21 +177,35 @@ class Feed:
                 await asyncio.sleep(_PAUSE_S)
                 self._unread.set()
 
-    async def _hand_out(self, changes: Changes, groups: list[str]) -> None:
-        """Give each group of tails with the same filters what matches them."""
-        frames = await encode(changes, frozenset().union(*changes.matching))
-        # From here on nothing is awaited, so that every tail is at the same place as the feed. One that has joined
-        # in the meantime may have filters that nobody had asked for: it reads for itself.
+    async def _hand_out(self) -> bool:
+        """Give each group of tails with the same filters what matches them; return whether there is more."""
+        groups = {key: tails[0].filters for key, tails in self._live.items()}
+        changes = await self._store.fetch(ListChanges(self.position, _PAGE, (*groups.values(),)))
+        frames = await encode(changes, frozenset().union(*changes.matching), self.held)
+        matching = dict(zip(groups, changes.matching, strict=True))
+        # From here on nothing is awaited, so that every tail is at the same place as the feed.
         for key, tails in [*self._live.items()]:
-            if key in groups:
-                matching = changes.matching[groups.index(key)]
-                chosen = Chunk([frame for frame in frames if frame.run in matching])
-                for tail in [*tails]:
-                    tail.offer(chosen)
-            else:
-                for tail in [*tails]:
-                    tail.fall_behind()
+            chunk = Chunk([frame for frame in frames if frame.run in matching[key]])
+            for tail in [*tails]:
+                tail.offer(chunk)
         self.position = max(self.position, changes.last)
+        return changes.more
+
+    def _relieve(self) -> None:
+        """While too much waits for all together, have those who take nothing give it up; if need be, end them.
+
+        It is called when nobody else holds frames, so that letting them go here is what frees them.
+        """
+        if self.held.bytes <= HELD_BYTES:
+            return
+        slowest = sorted((tail for tail in self._tails if tail.is_sending), key=lambda tail: tail.since)
+        for tail in slowest:
+            if self.held.bytes > HELD_BYTES:
+                tail.give_up()
+        for tail in slowest[:-1]:  # the last one may be sent a single run of any size
+            if self.held.bytes > HELD_BYTES:
+                log.warning("Stream cut: too much waits to be read by all streams together")
+                tail.end()
 
     def join(self, tail: Tail, changes: Changes) -> bool:
         """Let a tail that has read up to `changes.last` live on what is handed out, if it has caught up."""
@@ -219,11 +265,17 @@ class Tail:
         """Changes that were left out because it was too slow."""
         self._feed = feed
         self._place = place
-        self._position = 0
+        self.position = 0
+        """How far it has read; what waits goes up to here."""
+        self.since = 0.0
+        """Since when what waits has not become less."""
         self._epoch = ""
         self._is_live = False
-        self._waiting: deque[tuple[int, bytes]] = deque()
+        self._has_ended = False
+        self._waiting: deque[Frame] = deque()
         self._bytes = 0
+        self._offset = 0
+        """How much of the first frame that waits is sent already."""
         self._ready = asyncio.Event()
         self._life = asyncio.timeout(None)
 
@@ -243,27 +295,48 @@ class Tail:
 
     def end(self) -> None:
         """End the block at once."""
+        self._has_ended = True
+        self._waiting.clear()
         self._life.reschedule(0)
+
+    @property
+    def is_sending(self) -> bool:
+        """Whether anything waits for it."""
+        return bool(self._waiting)
 
     def offer(self, chunk: Chunk) -> None:
         """Let frames wait for it; if it is too slow for that, it reads them from the database later."""
-        chunk = chunk.behind(self._position)  # it may have read further than the others
+        chunk = chunk.behind(self.position)  # it may have read further than the others
         if not chunk.frames:
             return
-        if self._waiting and self._bytes + len(chunk.text) > BUFFER_BYTES:
+        if self._waiting and self._bytes + chunk.size > BUFFER_BYTES:
             self.fall_behind()
         else:
-            self._waiting.append((len(chunk.frames), chunk.text))
-            self._bytes += len(chunk.text)
+            self._let_wait(chunk)
+            self.position = chunk.frames[-1].seq
             self._ready.set()
 
+    def _let_wait(self, chunk: Chunk) -> None:
+        if not self._waiting:
+            self.since = time.monotonic()
+        self._waiting.extend(chunk.frames)
+        self._bytes += chunk.size
+
     def fall_behind(self) -> None:
-        """Give up what waits, and read from the database what lies behind the last thing that was sent."""
-        self._feed.leave(self)
-        self._is_live = False
-        self._waiting.clear()
-        self._bytes = 0
-        self._ready.set()
+        """Be handed nothing more, and read from the database what lies behind that which waits."""
+        if self._is_live:
+            self._feed.leave(self)
+            self._is_live = False
+            self.position = max(self.position, self._feed.position)
+            self._ready.set()
+
+    def give_up(self) -> None:
+        """Keep only the run that is being sent, and read from the database what lies behind it."""
+        self.fall_behind()
+        first = self._waiting[0]
+        self._waiting = deque([first])
+        self._bytes = len(first.text) - self._offset
+        self.position = first.seq
 
     async def begin(self) -> bytes:
         """Find the place to begin at; return what tells it, so that who is cut off at once knows where to go on.
@@ -274,30 +347,29 @@ class Tail:
 
         """
         changes = await self._feed.read(MAX_INTEGER, self.filters)
-        self._epoch, self._position = changes.epoch, changes.newest
+        self._epoch, self.position = changes.epoch, changes.newest
         place = self._place
         if place is None:
             return RETRY + self._mark()
         if place.epoch not in (None, changes.epoch) or place.seq > changes.newest:
             # Another database gave that place; nobody knows what was seen of this one.
             return RETRY + self._tell_missed(changes.newest)
-        self._position = place.seq
+        self.position = place.seq
         return RETRY + self._mark()
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
         """Yield what is to be sent after the beginning, without an end; now and then a sign of life."""
-        while not self._feed.closed:
-            if not self._is_live:
-                chunk = await self._catch_up()
-            elif await self._is_ready():
-                chunk = self._take()
-            else:
-                chunk = b":\n" + self._mark()
-            if chunk:
-                yield chunk
+        while not (self._feed.closed or self._has_ended):
+            if self._waiting:
+                yield self._take()
+            elif not self._is_live:
+                if told := await self._catch_up():
+                    yield told
+            elif not await self._is_ready():
+                yield b":\n" + self._mark()
 
     def _mark(self) -> bytes:
-        return f"id: {Place(self._position, self._epoch)}\n\n".encode()
+        return f"id: {Place(self.position, self._epoch)}\n\n".encode()
 
     def _tell_missed(self, missed: int) -> bytes:
         self._feed.metrics.tails_missed.inc(missed)
@@ -306,55 +378,69 @@ class Tail:
         return b"event: missed\ndata: " + data + b"\n" + self._mark()
 
     async def _catch_up(self) -> bytes:
-        """Read the next page from the database; join those who live on what is handed out if that was the last one."""
         try:
-            changes = await self._feed.read(self._position, self.filters)
+            return await self._feed.catch_up(self)
         except UnavailableError:
             await asyncio.sleep(_PAUSE_S)
             return b""
-        behind = changes.newest - self._position
+
+    async def take_in(self, changes: Changes) -> bytes:
+        """Let a page wait; join those who live on what is handed out if it was the last one.
+
+        Return what is to be sent instead if it is not wanted any more.
+        """
+        behind = changes.newest - self.position
         if behind > BEHIND:
-            self._position = changes.newest
+            self.position = changes.newest
             return self._tell_missed(behind)
-        frames = await encode(changes, changes.matching[0])
-        self._position = changes.last
+        self._let_wait(Chunk(await encode(changes, changes.matching[0], self._feed.held)))
+        self.position = changes.last
         self._ready.clear()
         self._is_live = not changes.more and self._feed.join(self, changes)
-        self.sent += len(frames)
-        return b"".join(frame.text for frame in frames)
+        return b""
 
     async def _is_ready(self) -> bool:
         try:
             async with asyncio.timeout(HEARTBEAT_S):
                 await self._ready.wait()
         except TimeoutError:
-            if self._ready.is_set():  # in the same turn of the loop
-                return True
-            self._position = max(self._position, self._feed.position)
-            return False
+            if not self._ready.is_set():  # it may be, in the same turn of the loop
+                self.position = max(self.position, self._feed.position)
+                return False
+        self._ready.clear()
         return True
 
     def _take(self) -> bytes:
-        """Take everything that waits."""
-        self._ready.clear()
-        if not self._is_live:  # what waited was given up
-            return b""
-        self.sent += sum(count for count, _ in self._waiting)
-        chunk = b"".join(chunk for _, chunk in self._waiting)
-        self._waiting.clear()
-        self._bytes = 0
-        self._position = max(self._position, self._feed.position)
-        return chunk
+        """Take as much of what waits as is sent at once: small runs as wholes, or a part of a large one."""
+        parts: list[bytes] = []
+        room = PIECE_BYTES
+        while self._waiting:
+            text = self._waiting[0].text
+            if parts and len(text) > room:
+                break
+            part = text[self._offset : self._offset + room]
+            parts.append(part)
+            room -= len(part)
+            self._offset += len(part)
+            if self._offset < len(text):
+                break
+            self._waiting.popleft()
+            self._offset = 0
+            self.sent += 1
+        self._bytes -= PIECE_BYTES - room
+        self.since = time.monotonic()
+        return b"".join(parts)
 
 
-async def encode(changes: Changes, matching: Collection[int]) -> list[Frame]:
+async def encode(changes: Changes, matching: Collection[int], held: Held) -> list[Frame]:
     """Return the runs with these ids as events of a stream, in their order."""
     frames = []
     turn = time.perf_counter()
     for seq, what in changes.found:
         if isinstance(what, tuple) and what[0] in matching:
             place, data = str(Place(seq, changes.epoch)).encode(), orjson.dumps(runs.to_json(what))
-            frames.append(Frame(seq, int(what[0] or 0), b"id: %b\nevent: run\ndata: %b\n\n" % (place, data)))
+            text = b"id: %b\nevent: run\ndata: %b\n\n" % (place, data)
+            frames.append(Frame(held, seq, int(what[0] or 0), text))
             if time.perf_counter() - turn > _SLICE_S:
                 await asyncio.sleep(0)
                 turn = time.perf_counter()

@@ -18,7 +18,7 @@ import aiohttp
 import pytest
 
 from telemetryd import feed
-from telemetryd.changes import BEGINNING, ListChanges
+from telemetryd.changes import BEGINNING, ListChanges, Place
 from telemetryd.connections import _Protocol, _Server
 from telemetryd.errors import QueryTimeoutError, TooManyTailsError
 from telemetryd.feed import Chunk, Feed, Frame, Tail
@@ -47,6 +47,15 @@ def feed_of(api: Api) -> Feed:
 
 def seen(sent: list[Sent]) -> list[tuple[str, str]]:
     return [(event.data["event_id"], event.data["status"]) for event in sent]
+
+
+async def read_runs(chunks: AsyncIterator[bytes], count: int, text: bytes = b"") -> list[Sent]:
+    """Take from a tail what follows a beginning, until it ends with so many runs."""
+    while text.count(b"event: run") < count or not text.endswith(b"\n\n"):
+        piece = await anext(chunks)
+        assert len(piece) <= feed.PIECE_BYTES
+        text += piece
+    return Reader().feed(text.decode().split("\n")[:-1])
 
 
 async def patch(api: Api, event_id: str, **fields: object) -> None:
@@ -156,10 +165,7 @@ async def test_one_who_does_not_read_loses_nothing_and_holds_nobody_up(
         assert len(await take(events, 300)) == 300
         assert slow._bytes <= 20_000
         assert not slow._is_live
-        reader = Reader()
-        received = reader.feed((await reading).decode().split("\n")[:-1])
-        while len(received) < 300:
-            received += reader.feed((await anext(chunks)).decode().split("\n")[:-1])
+        received = await read_runs(chunks, 300, await reading)
         assert [event.data["event_id"] for event in received] == [f"event-{number}" for number in range(300)]
         assert slow.missed == 0
         await chunks.aclose()
@@ -253,7 +259,7 @@ async def test_a_sign_of_life_does_not_tell_of_more_than_was_sent(api: Api, monk
     shared = feed_of(api)
 
     def hand_out(tail: Tail) -> None:
-        tail.offer(Chunk([Frame(7, 7, b"run")]))
+        tail.offer(Chunk([Frame(shared.held, 7, 7, b"run")]))
         shared.position = 7
 
     async with shared.open(None, Filters()) as tail:
@@ -268,17 +274,83 @@ async def test_a_sign_of_life_does_not_tell_of_more_than_was_sent(api: Api, monk
         assert tail._take() == b"run"
 
 
-async def test_a_chunk_is_made_once_for_all_with_the_same_filters(api: Api) -> None:
-    async with streaming(api) as one, streaming(api) as other:
-        shared = feed_of(api)
-        await eventually(lambda: sum(map(len, shared._live.values())) == 2)
-        tails = [*shared._tails]
-        chunk = Chunk([Frame(number, number, b"x" * 100) for number in range(5, 9)])
+async def test_a_run_is_held_once_however_many_filters_it_matches(api: Api) -> None:
+    shared = feed_of(api)
+    async with shared.open(None, Filters()) as one, shared.open(None, parse_filters("status=running")[0]) as other:
+        chunks = [tail.chunks() for tail in (one, other)]
+        reading = [asyncio.ensure_future(anext(each)) for each in chunks]
+        await eventually(lambda: len(shared._live) == 2)
+        await api.batch([make_run(error_details="x" * 100_000) for _ in range(3)])
+        await asyncio.gather(*reading)
+        assert [*map(id, one._waiting)] == [*map(id, other._waiting)]
+        assert shared.held.bytes == sum(len(frame.text) for frame in one._waiting)
+        for each in chunks:
+            await each.aclose()
+    del one, other
+    assert shared.held.bytes == 0
+
+
+class Stuck:
+    """A tail that reads old runs for itself, and whose client takes one piece, until it is told to go on."""
+
+    def __init__(self, shared: Feed) -> None:
+        self.text = b""
+        self.go_on = asyncio.Event()
+        self.following = asyncio.create_task(self._follow(shared))
+
+    async def _follow(self, shared: Feed) -> None:
+        async with shared.open(Place(0), Filters()) as tail:
+            await tail.begin()
+            async with contextlib.aclosing(tail.chunks()) as chunks:
+                async for piece in chunks:
+                    self.text += piece
+                    await self.go_on.wait()
+
+
+@asynccontextmanager
+async def stuck(api: Api, count: int) -> AsyncIterator[list[Stuck]]:
+    """Have tails read ten large runs, one tail after the other."""
+    await api.batch([make_run(event_id=f"event-{number}", error_details="x" * 100_000) for number in range(10)])
+    tails: list[Stuck] = []
+    for _ in range(count):
+        tails.append(Stuck(feed_of(api)))
+        await eventually(lambda: bool(tails[-1].text))
+        assert len(tails[-1].text) == feed.PIECE_BYTES
+    yield tails
+    for tail in tails:
+        tail.following.cancel()
+
+
+async def all_read(tail: Stuck) -> bool:
+    """Let a client go on, and see that it gets each run once, in their order."""
+    tail.go_on.set()
+    await eventually(lambda: tail.text.count(b"event: run") == 10 and tail.text.endswith(b"\n\n"))
+    received = Reader().feed(tail.text.decode().split("\n")[:-1])
+    return [event.data["event_id"] for event in received] == [f"event-{number}" for number in range(10)]
+
+
+async def test_who_takes_nothing_gives_up_what_waits_when_it_is_too_much_and_loses_nothing(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feed, "HELD_BYTES", 1_500_000)
+    async with stuck(api, 6) as tails:
+        assert feed_of(api).held.bytes <= 1_500_000
         for tail in tails:
-            tail.offer(chunk)
-        (first,), (second,) = (tail._waiting for tail in tails)
-        assert first[1] is second[1]
-        assert one is not other
+            assert await all_read(tail)
+
+
+async def test_who_takes_nothing_is_cut_off_when_single_runs_are_too_much(
+    api: Api, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(feed, "HELD_BYTES", 250_000)
+    async with stuck(api, 4) as tails:
+        await asyncio.wait_for(asyncio.gather(*(tail.following for tail in tails[:2])), 5)
+        assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
+            "Stream cut: too much waits to be read by all streams together"
+        ] * 2
+        assert feed_of(api).held.bytes <= 250_000
+        for tail in tails[2:]:
+            assert await all_read(tail)
 
 
 async def test_a_group_that_reads_too_long_is_parted(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:

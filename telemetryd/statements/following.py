@@ -16,9 +16,6 @@ from telemetryd.statements import full_text
 from telemetryd.statements.choosing import conditions
 from telemetryd.statements.sequence import NEWEST
 
-PAGE_BYTES: Final = 8 * 1024 * 1024
-"""About how much of runs, and as much again of events, one answer may hold; the rest comes with the next one."""
-
 _SCANNED: Final = 10_000
 """Runs that are looked at for one answer, which have changed since they were made and so are found elsewhere."""
 
@@ -65,7 +62,7 @@ def fetch_changes(connection: sqlite3.Connection, query: ListChanges) -> Changes
     try:
         epoch, horizon, newest = connection.execute(_STAND).fetchone()
         found, last = _find(connection, query, newest)
-        changes, last = _load(connection, found, last)
+        changes, last = _load(connection, found, last, query.most_bytes)
         ids = orjson.dumps([what[0] for _, what in changes if isinstance(what, tuple)]).decode()
         matching = tuple(_matching(connection, ids, filters) for filters in query.filters)
         happened, more = None, False
@@ -95,14 +92,16 @@ def _find(connection: sqlite3.Connection, query: ListChanges, newest: int) -> tu
     return found[: query.limit], last
 
 
-def _load(connection: sqlite3.Connection, found: _Found, last: int) -> tuple[list[tuple[int, Row | Deleted]], int]:
+def _load(
+    connection: sqlite3.Connection, found: _Found, last: int, most_bytes: int
+) -> tuple[list[tuple[int, Row | Deleted]], int]:
     """Return the runs as they are, as many as may be held, and how far they go."""
     ids = orjson.dumps([what for _, what in found if isinstance(what, int)]).decode()
     rows: dict[int, Row] = {}
     size = 0
     for row in connection.execute(_RUNS, (ids,)):
         size += len("".join(filter(None, _texts_of(row))))
-        if size > PAGE_BYTES and rows:
+        if size > most_bytes and rows:
             last = next(seq for seq, what in found if what == row[0]) - 1
             break
         rows[row[0]] = row
@@ -116,7 +115,7 @@ def _load(connection: sqlite3.Connection, found: _Found, last: int) -> tuple[lis
 def _happened(connection: sqlite3.Connection, query: ListChanges) -> tuple[list[Row], bool]:
     """Return the events behind the query's id, as many as may be held, and whether there are more."""
     rows: list[Row] = []
-    room = PAGE_BYTES
+    room = query.most_bytes
     for row in connection.execute(_EVENTS, (query.events_after, query.limit + 1)):
         room -= len(row[_PAYLOAD] or "")
         if len(rows) == query.limit or (room < 0 and rows):
