@@ -127,8 +127,8 @@ class Feed:
             UnavailableError: if the database cannot be read now.
 
         """
-        most_bytes = min(max(HELD_BYTES // len(self._tails), _LEAST_PAGE_BYTES), PAGE_BYTES)
         async with self._reading:  # until it has joined: so nothing is handed out that is not in the page
+            most_bytes = min(max(HELD_BYTES // len(self._tails), _LEAST_PAGE_BYTES), PAGE_BYTES)
             page = ListChanges(tail.position, _PAGE, (tail.filters,), most_bytes=most_bytes)
             told = await tail.take_in(await self._store.fetch(page))
             self._relieve()
@@ -295,9 +295,11 @@ class Tail:
 
     def end(self) -> None:
         """End the block at once."""
-        self._has_ended = True
-        self._waiting.clear()
-        self._life.reschedule(0)
+        if not self._has_ended:
+            self._has_ended = True
+            self._feed.leave(self)
+            self._waiting.clear()
+            self._life.reschedule(0)
 
     @property
     def is_sending(self) -> bool:
