@@ -114,25 +114,22 @@ class Local:
         equal = {name: (value,) for name, value in filters.items() if name not in bounds}
         while True:
             try:
-                page = await self._store.fetch(queries.ListRuns(Filters(equal, bounds), limit, 0, after))
+                asked = queries.ListRuns(Filters(equal, bounds), limit, 0, after, with_events=True)
+                page = await self._store.fetch(asked)
             except InvalidRequestError:
                 limit //= 2  # so many runs are too large for one page
                 if not limit:
                     raise
                 continue
-            answer = [orjson.loads(run) for run in page.runs]
-            asked = queries.ListEvents(tuple(run["event_id"] for run in answer))
-            events.put_into(answer, await self._store.fetch(asked))
-            yield answer
+            yield [orjson.loads(run) for run in page.runs]
             if page.end is None:
                 return
             after = page.end
 
     async def events(self, event_id: str, offset: int) -> list[Body]:
         """Read events from the database."""
-        asked = queries.ListEvents((event_id,), events.MAX_EVENTS, offset)
-        pages = await self._store.fetch(asked)
-        return [events.to_json(row) for page in pages.values() for row in page.rows]
+        page = await self._store.fetch(queries.ListEvents(event_id, events.MAX_EVENTS, offset))
+        return [] if page is None else [events.to_json(row) for row in page.rows]
 
 
 class Remote:
