@@ -14,18 +14,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import Daemon, StartDaemon, make_run, require_program, small_file_system
+from tests.conftest import Daemon, Row, StartDaemon, make_run, require_program, small_file_system
 from tests.faults.conftest import Rounds
 from tests.faults.control import calm, check_health, control, probe
 from tests.faults.ledger import Ledger
 from tests.faults.strace import needs_strace, strace
 from tests.faults.told import Told
-from tests.http_client import wait_for_health
+from tests.http_client import prometheus, wait_for_health
 
 _BUSY_MS = 400
 
@@ -51,6 +52,17 @@ def mode(daemon: Daemon) -> str:
 
 def messages(daemon: Daemon) -> list[str]:
     return [line["message"] for line in daemon.lines]
+
+
+def wait_for_log(daemon: Daemon, since: int, is_wanted: Callable[[Row], bool]) -> Row:
+    """Wait for a line of the log behind the first `since`: what an earlier fault has left there proves nothing."""
+    deadline = time.monotonic() + 10
+    while True:
+        for line in daemon.lines[since:]:
+            if is_wanted(line):
+                return line
+        assert time.monotonic() < deadline, daemon.lines[since:]
+        time.sleep(0.02)
 
 
 Fault = Callable[[Daemon, Path], AbstractContextManager[Any]]
@@ -421,13 +433,14 @@ def test_the_clock_jumps(start_daemon: StartDaemon, tmp_path: Path, ledger: Ledg
         LD_PRELOAD=str(library),
         WALL_CLOCK=str(clock),
         TELEMETRY_DB_JOURNAL_MODE="WAL",
+        TELEMETRY_DB_BUSY_TIMEOUT_MS="3000",
         TELEMETRY_RATE_LIMIT_ENABLED="true",
         TELEMETRY_RATE_LIMIT_RPM="6000",
     )
     told = Told(daemon.url)
     order = []
     for jump in (0, -86_400, 365 * 86_400, -365 * 86_400, 0):
-        clock.write_text(str(jump))
+        jump_to(clock, jump)
         started = time.monotonic()
         for _ in range(5):
             run = make_run()
@@ -436,15 +449,58 @@ def test_the_clock_jumps(start_daemon: StartDaemon, tmp_path: Path, ledger: Ledg
         assert time.monotonic() - started < 5
         assert told.health()[0] == 200
         assert told.call("GET", "/metrics")[0] == 200
+        created_at = datetime.fromisoformat(told.call("GET", f"/api/v1/runs/{order[-1]}")[2]["created_at"])
+        assert abs(created_at.timestamp() - time.time() - jump) < 60, "the clock did not jump"
     runs = told.call("GET", "/api/v1/runs?limit=1000")[2]
     assert [run["event_id"] for run in sorted(runs, key=lambda run: run["id"])] == order
     assert runs == sorted(runs, key=lambda run: (run["created_at"], run["id"]), reverse=True)
     assert told.call("PATCH", f"/api/v1/runs/{order[-1]}", {"status": "success"})[0] == 200
+    check_a_jump_while_a_write_waits(daemon, told, clock, 365 * 86_400, held_s=2.5, answered=201)
+    check_a_jump_while_a_write_waits(daemon, told, clock, -86_400, held_s=30, answered=503)
+    told.repeat()
     assert min(line["duration_ms"] for line in daemon.lines if "duration_ms" in line) >= 0
     started = time.monotonic()
     assert daemon.stop() == 0
     assert time.monotonic() - started < 10
-    ledger.record(fault="clock jumps", mode="WAL", rounds=5, **told.compare(daemon.database))
+    ledger.record(fault="clock jumps", mode="WAL", rounds=7, **told.compare(daemon.database))
+
+
+def jump_to(clock: Path, seconds: int) -> None:
+    """Set how wrong the clock is, at one stroke: it is read all the time."""
+    clock.with_name("new").write_text(str(seconds))
+    clock.with_name("new").replace(clock)
+
+
+def check_a_jump_while_a_write_waits(
+    daemon: Daemon, told: Told, clock: Path, jump: int, *, held_s: float, answered: int
+) -> None:
+    """Let the clock jump while another program holds the lock: neither the waiting nor what is told of it changes.
+
+    Until 3 s have passed the write is tried again, so it is stored if the lock is held for less, and else refused.
+    """
+    jump_to(clock, 0)
+    statuses: list[int | None] = []
+    sender = threading.Thread(target=lambda: statuses.append(told.send()))
+    before = len(daemon.lines)
+    with locked(daemon, Path()):
+        started = time.monotonic()
+        sender.start()
+        while told.health()[1]["oldest_waiting_s"] == 0:
+            assert time.monotonic() - started < 2
+            time.sleep(0.02)
+        jump_to(clock, jump)
+        time.sleep(0.3)
+        asked = time.monotonic()
+        assert 0.2 < told.health()[1]["oldest_waiting_s"] <= time.monotonic() - started
+        sender.join(held_s - (asked - started))
+    sender.join()
+    seconds = time.monotonic() - started
+    assert statuses == [answered]
+    assert 2.4 < seconds < 10, "it waits as long as the setting says"
+    line = wait_for_log(daemon, before, lambda line: line.get("method") == "POST")
+    assert 2_000 < line["duration_ms"] <= seconds * 1000
+    counted = dict(line.rsplit(" ", 1) for line in prometheus(daemon.url).splitlines())
+    assert 0 <= float(counted["telemetryd_commit_duration_seconds_sum"]) < 60
 
 
 @needs_strace
