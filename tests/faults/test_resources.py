@@ -5,6 +5,9 @@ One daemon for each journal mode goes through all the faults of a table, so each
 
 from __future__ import annotations
 
+import http.client
+import itertools
+import json
 import os
 import shutil
 import signal
@@ -17,6 +20,7 @@ from contextlib import AbstractContextManager, closing, contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -367,19 +371,40 @@ def test_descriptors_run_out_and_come_back(
     count = rounds(10)
     for _ in range(count):
         told.send_until(lambda status: status == 201, timeout_s=40)
-        in_use = len(list(Path(f"/proc/{daemon.process.pid}/fd").iterdir()))
-        used_s = cpu_s(daemon)
-        prlimit(daemon, nofile=in_use + 1)
-        for _ in range(3):
-            told.send(timeout_s=1)
-        time.sleep(1)
-        assert cpu_s(daemon) - used_s < 1.5, "it does not spin while it cannot accept"
+        with closing(http.client.HTTPConnection(urlsplit(daemon.url).netloc, timeout=20)) as kept:
+            assert send_over(kept, told) == 201
+            in_use = {int(link.name) for link in Path(f"/proc/{daemon.process.pid}/fd").iterdir()}
+            free = next(number for number in itertools.count() if number not in in_use)
+            used_s = cpu_s(daemon)
+            prlimit(daemon, nofile=free)
+            assert told.send(timeout_s=1) is None, "there was a descriptor left for a new connection"
+            for _ in range(3):
+                assert send_over(kept, told) == (201 if journal_mode == "WAL" else 503)
+            prlimit(daemon, nofile=free + 1)
+            for _ in range(2):
+                told.send(timeout_s=1)
+            time.sleep(1)
+            assert cpu_s(daemon) - used_s < 1.5, "it does not spin while it cannot accept"
         prlimit(daemon, nofile=1024)
         told.send_until(lambda status: status == 201, timeout_s=40)
         told.repeat()
         assert told.health()[0] == 200
     assert daemon.stop() == 0
     ledger.record(fault="descriptors run out", mode=journal_mode, rounds=count, **told.compare(daemon.database))
+
+
+def send_over(connection: http.client.HTTPConnection, told: Told) -> int:
+    """Post one run over a connection that stays open; return the status."""
+    run = make_run()
+    connection.request("POST", "/api/v1/runs", json.dumps(run), {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    response.read()
+    told.statuses[response.status] += 1
+    if response.status == 201:
+        told.acknowledged.add(run["event_id"])
+    else:
+        told.refused[run["event_id"]] = run
+    return response.status
 
 
 def cpu_s(daemon: Daemon) -> float:
