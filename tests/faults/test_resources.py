@@ -270,6 +270,45 @@ def test_a_damaged_page_is_not_written_on(start_daemon: StartDaemon, tmp_path: P
     assert told.compare(daemon.database)["lost"] == 0
 
 
+@needs_strace
+def test_a_damaged_page_of_a_large_file_is_found_before_it_is_written_on(
+    start_daemon: StartDaemon, tmp_path: Path
+) -> None:
+    """A start does not read a large file; a failure of the disk makes it suspect, and then all of it is read."""
+    daemon = start_daemon(TELEMETRY_DB_JOURNAL_MODE="DELETE")
+    told = Told(daemon.url)
+    for _ in range(200):
+        assert told.send(output_summary="found by its text") == 201
+    for _ in range(2):
+        assert told.send(error_details="x" * 9_000_000) == 201
+    assert daemon.database.stat().st_size > 16 << 20
+    whole = daemon.database.read_bytes()
+    page = leaf_page(whole, b"found by its text")
+    with daemon.database.open("r+b") as file:
+        file.seek(page + 8)
+        file.write(b"\xff" * 32)  # where its cells are
+    with failing("EIO", *CALLS["EIO on write"])(daemon, tmp_path):
+        told.send_until(lambda status: status == 503)
+    wait_for_log(daemon, 0, lambda line: "is damaged" in line.get("reason", ""))
+    assert [told.send() for _ in range(3)] == [503] * 3
+    status, health = told.health()
+    assert status == 503
+    assert "is damaged" in health["detail"], health
+    with daemon.database.open("r+b") as file:
+        file.write(whole)
+    told.send_until(lambda status: status == 201)
+    told.repeat()
+    assert daemon.stop() == 0
+    assert told.compare(daemon.database)["lost"] == 0
+
+
+def leaf_page(database: bytes, text: bytes) -> int:
+    """Where a leaf page of a table begins that holds a text, somewhere in the middle of the runs."""
+    size = int.from_bytes(database[16:18], "big")
+    leaves = [at for at in range(0, len(database), size) if database[at] == 13 and text in database[at : at + size]]
+    return leaves[len(leaves) // 2]
+
+
 # --- Other programs ------------------------------------------------------------------------------
 
 
