@@ -54,14 +54,18 @@ class Held:
 
 
 class Frame:
-    """A run as an event of a stream: in memory once, however many tails it waits for, and counted while it is."""
+    """A run as an event of a stream: in memory once, however many tails it waits for, and counted while it is.
 
-    __slots__ = ("_held", "run", "seq", "text")
+    Some small ones that are put together are one, which has the number of the last.
+    """
 
-    def __init__(self, held: Held, seq: int, run: int, text: bytes) -> None:
+    __slots__ = ("_held", "run", "runs", "seq", "text")
+
+    def __init__(self, held: Held, seq: int, run: int, text: bytes, runs: int = 1) -> None:
         self.seq = seq
         self.run = run
         self.text = text
+        self.runs = runs
         self._held = held
         held.bytes += len(text)
 
@@ -69,13 +73,38 @@ class Frame:
         """Count it no more: the last tail it waited for has let it go."""
         self._held.bytes -= len(self.text)
 
+    @staticmethod
+    def join(frames: list[Frame]) -> Frame:
+        """Return some as one."""
+        last = frames[-1]
+        if len(frames) == 1:
+            return last
+        return Frame(last._held, last.seq, last.run, b"".join(frame.text for frame in frames), len(frames))
+
 
 class Chunk:
     """Frames that are handed at once to many tails."""
 
-    def __init__(self, frames: list[Frame]) -> None:
+    def __init__(self, frames: list[Frame], pieces: list[Frame] | None = None) -> None:
         self.frames = frames
+        self.pieces = frames if pieces is None else pieces
+        """The same, as they wait for a tail."""
         self.size = sum(len(frame.text) for frame in frames)
+
+    def joined(self) -> Chunk:
+        """Return them put together up to `PIECE_BYTES`: once, for all tails that they are handed to."""
+        pieces: list[Frame] = []
+        together: list[Frame] = []
+        size = 0
+        for frame in self.frames:
+            size += len(frame.text)
+            if together and size > PIECE_BYTES:
+                pieces.append(Frame.join(together))
+                together, size = [], len(frame.text)
+            together.append(frame)
+        if together:
+            pieces.append(Frame.join(together))
+        return Chunk(self.frames, pieces)
 
     def behind(self, seq: int) -> Chunk:
         """Return those that lie behind a number."""
@@ -186,6 +215,8 @@ class Feed:
         # From here on nothing is awaited, so that every tail is at the same place as the feed.
         for key, tails in [*self._live.items()]:
             chunk = Chunk([frame for frame in frames if frame.run in matching[key]])
+            if len(tails) > 1:
+                chunk = chunk.joined()
             for tail in [*tails]:
                 tail.offer(chunk)
         self.position = max(self.position, changes.last)
@@ -321,7 +352,7 @@ class Tail:
     def _let_wait(self, chunk: Chunk) -> None:
         if not self._waiting:
             self.since = time.monotonic()
-        self._waiting.extend(chunk.frames)
+        self._waiting.extend(chunk.pieces)
         self._bytes += chunk.size
 
     def fall_behind(self) -> None:
@@ -417,7 +448,8 @@ class Tail:
         parts: list[bytes] = []
         room = PIECE_BYTES
         while self._waiting:
-            text = self._waiting[0].text
+            frame = self._waiting[0]
+            text = frame.text
             if parts and len(text) > room:
                 break
             part = text[self._offset : self._offset + room]
@@ -428,7 +460,7 @@ class Tail:
                 break
             self._waiting.popleft()
             self._offset = 0
-            self.sent += 1
+            self.sent += frame.runs
         self._bytes -= PIECE_BYTES - room
         self.since = time.monotonic()
         return b"".join(parts)
