@@ -21,6 +21,7 @@ from telemetryd.runs import (
     canonical_status,
     canonical_timestamp,
     columns,
+    json_text,
     parse_json,
 )
 
@@ -154,7 +155,12 @@ def _json_object(raw: RawValue) -> _Result:
         return _Replaced(None, "not JSON")
     if value is None:
         return _Changed(None, "JSON null to NULL")
-    return text if isinstance(value, dict) else _Changed(f'{{"value":{inner}}}', "put into an object")
+    is_object = isinstance(value, dict)
+    try:
+        json_text(value if is_object else {"value": value})
+    except ValueError as error:
+        return _Replaced(None, str(error))
+    return text if is_object else _Changed(f'{{"value":{inner}}}', "put into an object")
 
 
 def _commit_source(raw: RawValue) -> _Result:
@@ -280,7 +286,7 @@ class EventConverter:
         if not isinstance(run_id, str) or not isinstance(event_type, str) or not event_type.strip():
             return None
         payload = _json_object(given["payload"])
-        if isinstance(payload, _Replaced):  # no JSON, so text that somebody wrote
+        if isinstance(payload, _Replaced):  # no JSON that may be stored, so text that somebody wrote
             text = str(_plain(_text(given["payload"]))).replace("\0", "")
             payload = orjson.dumps({"value": text}).decode()
         return {
