@@ -30,6 +30,7 @@ RawValue = str | int | float | bytes | None
 
 EPOCH: Final = "1970-01-01T00:00:00.000000Z"
 UNKNOWN: Final = "unknown"
+_NO_CHARACTER: Final = "\N{REPLACEMENT CHARACTER}"
 NO_SUCH_FIELD: Final = "no such field any more"
 
 
@@ -70,14 +71,16 @@ class Original(NamedTuple):
 
 
 def _text(raw: RawValue) -> _Result:
-    if raw is None or isinstance(raw, str):
-        return raw
-    if isinstance(raw, bytes):
-        try:
-            return _Changed(raw.decode(), "blob to text")
-        except UnicodeDecodeError:
-            return _Replaced(raw.decode("utf-8", "replace"), "not UTF-8")
-    return _Changed(str(raw), "number to text")
+    if raw is None:
+        return None
+    if isinstance(raw, (int, float)):
+        return _Changed(str(raw), "number to text")
+    text = raw.decode("utf-8", "replace") if isinstance(raw, bytes) else raw
+    if "\0" in text:
+        return _Replaced(text.replace("\0", _NO_CHARACTER), "holds a NUL character")
+    if text == raw:
+        return text
+    return _Changed(text, "blob to text") if text.encode() == raw else _Replaced(text, "not UTF-8")
 
 
 def _name(raw: RawValue) -> _Result:
@@ -88,9 +91,7 @@ def _event_id(raw: RawValue) -> _Result:
     if raw is None:
         return _Changed(str(uuid.uuid4()), "UUID made")
     result = _text(raw)
-    text = result if isinstance(result, str) else str(result[0]) if isinstance(result, tuple) else ""
-    # SQLite's length() ends at a NUL, and so does what its CHECK sees.
-    if isinstance(result, _Replaced) or not 1 <= len(text.partition("\0")[0]) <= 255:
+    if isinstance(result, _Replaced) or not 1 <= len(str(_plain(result))) <= 255:
         return _Replaced(str(uuid.uuid4()), "not 1 to 255 characters of text")
     return result
 
@@ -287,12 +288,11 @@ class EventConverter:
             return None
         payload = _json_object(given["payload"])
         if isinstance(payload, _Replaced):  # no JSON that may be stored, so text that somebody wrote
-            text = str(_plain(_text(given["payload"]))).replace("\0", "")
-            payload = orjson.dumps({"value": text}).decode()
+            payload = orjson.dumps({"value": _plain(_text(given["payload"]))}).decode()
         return {
             "run_id": run_id,
             "event_key": f"legacy-{number}",
-            "event_type": event_type.replace("\0", "")[:255],
+            "event_type": event_type[:255],
             "timestamp": _plain(_timestamp(given["timestamp"])),
             "payload": _plain(payload),
         }

@@ -88,6 +88,8 @@ def test_what_has_a_form_of_today_is_normalised(field: str, raw: object, value: 
         ("metrics_json", '{"a": 18446744073709551616}', None),
         ("metrics_json", '{"a": ' + "9" * 5000 + "}", None),
         ("host", b"\xff", "\ufffd"),
+        ("product", "p\0q", "p\ufffdq"),
+        ("agent_name", b"a\0", "a\ufffd"),
         ("git_commit_source", "robot", None),
     ],
 )
@@ -98,7 +100,7 @@ def test_what_has_none_is_replaced_and_kept(field: str, raw: object, value: obje
     assert sum(converter.tally.replaced.values()) == 1
 
 
-@pytest.mark.parametrize("raw", ["", "x" * 256, "\0nul", b"\xff\xfe"])
+@pytest.mark.parametrize("raw", ["", "x" * 256, "\0nul", "x\0y", b"\xff\xfe"])
 def test_an_event_id_that_cannot_stay_becomes_a_uuid(raw: object) -> None:
     values, originals, _ = converted(event_id=raw)
     assert str(uuid.UUID(values["event_id"])) == values["event_id"]
@@ -134,3 +136,10 @@ def test_a_payload_that_could_not_be_posted_is_kept_as_text(raw: str, kept: str)
     event = EventConverter(["run_id", "event_type", "payload"]).convert(1, ["r", "step", raw])
     assert event is not None
     assert event["payload"] == kept
+
+
+def test_an_event_of_a_run_with_a_nul_in_its_name_stays_with_it() -> None:
+    event = EventConverter(["run_id", "event_type", "payload"]).convert(1, ["r\0", "s\0", "p\0q"])
+    assert event is not None
+    assert event["run_id"] == converted(run_id="r\0")[0]["run_id"]
+    assert (event["event_type"], event["payload"]) == ("s\ufffd", '{"value":"p\ufffdq"}')

@@ -91,6 +91,20 @@ async def test_csv_is_rfc_4180_and_tells_an_empty_text_from_none(api: Api) -> No
     assert "product" not in read[1]
 
 
+@pytest.mark.parametrize("form", ["csv", "parquet"])
+async def test_a_nul_that_an_earlier_migration_kept_breaks_no_line(api: Api, tmp_path: Path, form: str) -> None:
+    await api.batch([make_run(product="p,q"), make_run(product="next")])
+    with closing(sqlite3.connect(api.settings.db_path)) as connection, connection:
+        connection.execute("UPDATE agent_runs SET product = 'p' || char(0) || 'q' WHERE product = 'p,q'")
+    body, _ = await export(api, format=form)
+    if form == "csv":
+        found = [fields["product"] for _, fields in tables.read_csv(io.BytesIO(body)) if isinstance(fields, dict)]
+    else:
+        (tmp_path / "runs.parquet").write_bytes(body)
+        found = pyarrow.parquet.read_table(tmp_path / "runs.parquet")["product"].to_pylist()
+    assert found == ["p\0q", "next"]
+
+
 async def test_parquet_is_typed_and_counts_its_rows(api: Api, tmp_path: Path) -> None:
     await api.batch([make_run(**{**FULL, "event_id": "full"}), make_run()])
     body, _ = await export(api, format="parquet")
