@@ -222,7 +222,7 @@ class Converter:
         absent[COLUMNS.index("status")] = str(Status.RUNNING)
         self._absent = absent
 
-    def convert(self, number: int | None, raw: Sequence[RawValue]) -> tuple[list[SqlValue], list[Original]]:
+    def convert(self, number: int, raw: Sequence[RawValue]) -> tuple[list[SqlValue], list[Original]]:
         """Return the values of one run in the order of `COLUMNS`, and the originals for the side table."""
         values = self._absent.copy()
         values[0] = number

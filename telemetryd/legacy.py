@@ -13,7 +13,7 @@ from typing import Final
 
 from telemetryd import migrate
 from telemetryd.backup import Watch, ignore_progress
-from telemetryd.conversion import Converter, EventConverter, Original, RawValue, Tally
+from telemetryd.conversion import Converter, EventConverter, Original, Tally
 from telemetryd.database import (
     APPLICATION_ID,
     connect,
@@ -33,6 +33,7 @@ FIRST_VERSION: Final = 8
 _OLD_RUNS: Final = "telemetryd_migration_runs"
 _OLD_LOG: Final = "telemetryd_migration_log"
 _SLICE: Final = 2000
+_HIGHEST_ID: Final = 2**62
 _INCREMENTAL: Final = 2
 
 _INSERT_RUN: Final = f"INSERT INTO agent_runs ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"  # noqa: S608 - names from the definition of a run
@@ -63,6 +64,8 @@ class Layout:
     """Tables whose name the current schema needs, with their rows; they are kept as legacy_…."""
     triggers: tuple[str, ...]
     has_row_numbers: bool
+    keeps_row_numbers: bool
+    """Whether a row's number becomes the run's id; otherwise the rows are numbered anew, in their order."""
     event_id_is_unique: bool
 
     @property
@@ -189,9 +192,11 @@ def look(connection: sqlite3.Connection, path: Path) -> Layout:
     info = connection.execute("PRAGMA table_info(agent_runs)").fetchall()
     is_ours = connection.execute("PRAGMA application_id").fetchone()[0] == APPLICATION_ID
     row_number = [row[1] for row in info if row[5] and str(row[2]).upper() == "INTEGER"]
-    is_alias = row_number == ["id"] and sum(bool(row[5]) for row in info) == 1 and not tables["agent_runs"]
-    # A column "id" that is not the row number is a value like any other, without a place in our schema.
-    names = tuple("legacy id" if row[1] == "id" and not is_alias else str(row[1]) for row in info)
+    has_row_numbers = not tables["agent_runs"]
+    keeps_row_numbers = has_row_numbers and _is_sequence(connection)
+    is_id = row_number == ["id"] and sum(bool(row[5]) for row in info) == 1 and keeps_row_numbers
+    # A column "id" that does not become the run's id is a value like any other, without a place in our schema.
+    names = tuple("legacy id" if row[1] == "id" and not is_id else str(row[1]) for row in info)
     log = "schema_migrations" in tables
     version = connection.execute("PRAGMA user_version").fetchone()[0] if is_ours else _guess_version(names)
     others = sorted(name for name in tables if name not in ("agent_runs", "schema_migrations"))
@@ -210,9 +215,18 @@ def look(connection: sqlite3.Connection, path: Path) -> Layout:
                 "SELECT name FROM sqlite_master WHERE type = 'trigger' AND tbl_name = 'agent_runs'"
             )
         ),
-        has_row_numbers=not tables["agent_runs"],
+        has_row_numbers=has_row_numbers,
+        keeps_row_numbers=keeps_row_numbers,
         event_id_is_unique=_is_unique(connection, "event_id"),
     )
+
+
+def _is_sequence(connection: sqlite3.Connection) -> bool:
+    """Tell whether the numbers of the rows can begin the commit sequence, which counts from 1 and needs room to go on."""
+    low, high = connection.execute(
+        "SELECT (SELECT min(rowid) FROM agent_runs), (SELECT max(rowid) FROM agent_runs)"
+    ).fetchone()
+    return low is None or (low >= 1 and high <= _HIGHEST_ID)
 
 
 def _guess_version(columns: tuple[str, ...]) -> int:
@@ -258,7 +272,10 @@ def _converted(
     rows = connection.execute(f"SELECT {number}, {names} FROM {_quoted(table)} {order}")  # noqa: S608 - quoted
     done = 0
     while raw := rows.fetchmany(_SLICE):
-        yield [converter.convert(row[0], row[1:]) for row in raw]
+        yield [
+            converter.convert(row[0] if layout.keeps_row_numbers else place, row[1:])
+            for place, row in enumerate(raw, done + 1)
+        ]
         done += len(raw)
         watch("Reading rows", done, layout.rows)
 
@@ -313,10 +330,7 @@ def _rebuild(connection: sqlite3.Connection, layout: Layout, now: str, watch: Wa
     indexes = _drop_indexes(connection)
     converter = Converter(layout.columns)
     done.tally = converter.tally
-    if layout.has_row_numbers:
-        _copy_rows(connection, layout, converter, watch)
-    else:
-        _copy_rows_without_numbers(connection, layout, converter, watch)
+    _copy_rows(connection, layout, converter, watch)
     done.rows = _count(connection, "agent_runs")
     if done.rows != layout.rows:
         raise DatabaseError(f"{done.rows} rows were copied instead of {layout.rows}; the database is as before")
@@ -397,25 +411,7 @@ def _copy_rows(connection: sqlite3.Connection, layout: Layout, converter: Conver
     for part in _converted(connection, _OLD_RUNS, layout, converter, watch):
         connection.executemany(_INSERT_RUN, [values for values, _ in part])
         originals = [(values[0], *original) for values, kept in part for original in kept]
-        _insert_originals(connection, originals)
-
-
-def _copy_rows_without_numbers(
-    connection: sqlite3.Connection, layout: Layout, converter: Converter, watch: Watch
-) -> None:
-    number = 0
-    for part in _converted(connection, _OLD_RUNS, layout, converter, watch):
-        for values, kept in part:
-            number += 1
-            values[0] = number
-            connection.execute(_INSERT_RUN, values)
-            _insert_originals(connection, [(number, *original) for original in kept])
-
-
-def _insert_originals(
-    connection: sqlite3.Connection, originals: list[tuple[str | int | None, str, str, RawValue]]
-) -> None:
-    connection.executemany(_INSERT_ORIGINAL, originals)
+        connection.executemany(_INSERT_ORIGINAL, originals)
 
 
 def _separate_equal_event_ids(connection: sqlite3.Connection, tally: Tally) -> None:

@@ -18,7 +18,7 @@ from telemetryd.database import Kind, Ownership, inspect
 from telemetryd.legacy import migrate_file
 from tests.conftest import StartDaemon
 from tests.faults.hot_journal import cut_off_growing
-from tests.http_client import get
+from tests.http_client import call, get
 from tests.tools.old_databases import LAYOUTS, make_old_database, spoil
 from tests.tools.process import telemetryd
 
@@ -149,6 +149,30 @@ def test_equal_event_ids_are_separated(tmp_path: Path) -> None:
         (9, "same"),
     ]
     assert rows(path, "SELECT count(DISTINCT event_id) FROM agent_runs") == [(20,)]
+
+
+@pytest.mark.parametrize("number", [-3, 0, 2**63 - 1])
+@pytest.mark.parametrize("layout", ["v5", "v7"])
+def test_rows_whose_numbers_cannot_go_on_are_numbered_anew_in_their_order(
+    tmp_path: Path, start_daemon: StartDaemon, layout: str, number: int
+) -> None:
+    path = make_old_database(tmp_path / "telemetry.sqlite", layout)
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE agent_runs SET rowid = ? WHERE run_id = 'run-7'", (number,))
+    in_order = rows(path, "SELECT run_id FROM agent_runs ORDER BY rowid")
+    migrated(path)
+    assert rows(path, "SELECT run_id FROM agent_runs ORDER BY id") == in_order
+    assert rows(path, "SELECT min(id), max(id) FROM agent_runs") == [(1, 20)]
+    old = rows(path, "SELECT original FROM unconverted_values JOIN agent_runs ON id = run WHERE field = 'legacy id'")
+    assert ((number,) in old) == (layout == "v7")
+    daemon = start_daemon()
+    last = rows(path, "SELECT event_id FROM agent_runs ORDER BY id DESC LIMIT 1")[0][0]
+    assert call(daemon.url, "PATCH", f"/api/v1/runs/{last}", {"status": "timeout"})[0] == 200
+    copy = tmp_path / "copy.sqlite"
+    telemetryd("follow", daemon.url, "--once", "--db-path", copy)
+    both = "SELECT id, event_id, status, updated_at FROM agent_runs"
+    assert rows(copy, both) == rows(path, both)
+    assert daemon.stop() == 0
 
 
 @pytest.mark.parametrize("wal", [False, True])
