@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from telemetryd import migrate
 from telemetryd.backup import Watch, ignore_progress
@@ -35,6 +35,8 @@ _OLD_LOG: Final = "telemetryd_migration_log"
 _SLICE: Final = 2000
 _HIGHEST_ID: Final = 2**62
 _INCREMENTAL: Final = 2
+_HIDDEN: Final = 1
+"""In `PRAGMA table_xinfo`, a column that `SELECT *` does not show; 2 and 3 are generated ones, which it shows."""
 
 _INSERT_RUN: Final = f"INSERT INTO agent_runs ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"  # noqa: S608 - names from the definition of a run
 _EVENTS: Final = "run_events"
@@ -189,14 +191,13 @@ def look(connection: sqlite3.Connection, path: Path) -> Layout:
     }
     if "agent_runs" not in tables:
         raise DatabaseError(f"{path} has no table agent_runs: it is not a telemetry database")
-    info = connection.execute("PRAGMA table_info(agent_runs)").fetchall()
+    columns = _columns(connection, "agent_runs")
     is_ours = connection.execute("PRAGMA application_id").fetchone()[0] == APPLICATION_ID
-    row_number = [row[1] for row in info if row[5] and str(row[2]).upper() == "INTEGER"]
     has_row_numbers = not tables["agent_runs"]
     keeps_row_numbers = has_row_numbers and _is_sequence(connection)
-    is_id = row_number == ["id"] and sum(bool(row[5]) for row in info) == 1 and keeps_row_numbers
+    is_id = [column[:2] for column in columns if column.is_key] == [("id", "INTEGER")] and keeps_row_numbers
     # A column "id" that does not become the run's id is a value like any other, without a place in our schema.
-    names = tuple("legacy id" if row[1] == "id" and not is_id else str(row[1]) for row in info)
+    names = tuple("legacy id" if column.name == "id" and not is_id else column.name for column in columns)
     log = "schema_migrations" in tables
     version = connection.execute("PRAGMA user_version").fetchone()[0] if is_ours else _guess_version(names)
     others = sorted(name for name in tables if name not in ("agent_runs", "schema_migrations"))
@@ -221,6 +222,26 @@ def look(connection: sqlite3.Connection, path: Path) -> Layout:
     )
 
 
+class _Column(NamedTuple):
+    name: str
+    type: str
+    is_key: bool
+
+
+def _columns(connection: sqlite3.Connection, table: str) -> list[_Column]:
+    """Return the columns that `SELECT *` shows, generated ones, too, in small letters: SQLite does not tell cases apart."""
+    return [
+        _Column(_small(name), kind.upper(), bool(key))
+        for _, name, kind, _, _, key, hidden in connection.execute(f"PRAGMA table_xinfo({_quoted(table)})")
+        if hidden != _HIDDEN
+    ]
+
+
+def _small(name: str) -> str:
+    """Return a name as SQLite compares names: only the letters of ASCII have a case for it."""
+    return "".join(letter.lower() if letter.isascii() else letter for letter in name)
+
+
 def _is_sequence(connection: sqlite3.Connection) -> bool:
     """Tell whether the numbers of the rows can begin the commit sequence, which counts from 1 and needs room to go on."""
     low, high = connection.execute(
@@ -234,7 +255,7 @@ def _guess_version(columns: tuple[str, ...]) -> int:
 
 
 def _recorded_version(connection: sqlite3.Connection) -> int | None:
-    columns = {row[1] for row in connection.execute("PRAGMA table_info(schema_migrations)")}
+    columns = {column.name for column in _columns(connection, "schema_migrations")}
     key = "version" if "version" in columns else "id" if "id" in columns else None
     if key is None:
         return None
@@ -249,7 +270,7 @@ def _count(connection: sqlite3.Connection, table: str) -> int:
 def _is_unique(connection: sqlite3.Connection, column: str) -> bool:
     indexes = connection.execute("SELECT name FROM pragma_index_list('agent_runs') WHERE \"unique\" AND NOT partial")
     return any(
-        [row[2] for row in connection.execute(f"PRAGMA index_info({_quoted(name)})")] == [column]
+        [_small(row[2] or "") for row in connection.execute(f"PRAGMA index_info({_quoted(name)})")] == [column]
         for (name,) in indexes.fetchall()
     )
 
@@ -383,18 +404,17 @@ def _serve_old_events(connection: sqlite3.Connection, done: Migration) -> None:
     """
     if _EVENTS not in done.layout.aside:
         return
-    old = _quoted(migrate.aside(_EVENTS))
-    columns = [str(row[1]) for row in connection.execute(f"PRAGMA table_info({old})")]
-    converter = EventConverter(columns)
+    old = migrate.aside(_EVENTS)
+    converter = EventConverter([column.name for column in _columns(connection, old)])
     served = number = 0
-    rows = connection.execute(f"SELECT * FROM {old}")  # noqa: S608 - quoted
+    rows = connection.execute(f"SELECT * FROM {_quoted(old)}")  # noqa: S608 - quoted
     connection.execute(_INDEX_RUN_IDS)
     while part := rows.fetchmany(_SLICE):
         converted = [converter.convert(number + place, raw) for place, raw in enumerate(part, 1)]
         served += connection.executemany(_INSERT_OLD_EVENT, [event for event in converted if event]).rowcount
         number += len(part)
     connection.execute(_DROP_RUN_IDS)
-    done.remarks.append(f"{served} of {number} old events are served; all are kept in {migrate.aside(_EVENTS)}")
+    done.remarks.append(f"{served} of {number} old events are served; all are kept in {old}")
 
 
 def _drop_indexes(connection: sqlite3.Connection) -> list[str]:
@@ -433,7 +453,7 @@ def _separate_equal_event_ids(connection: sqlite3.Connection, tally: Tally) -> N
 
 def _keep_log(connection: sqlite3.Connection) -> None:
     """Keep what the old schema_migrations told, whatever its columns were, and drop it."""
-    columns = [row[1] for row in connection.execute(f"PRAGMA table_info({_OLD_LOG})")]
+    columns = [column.name for column in _columns(connection, _OLD_LOG)]
     if not columns:
         return
     key = next((name for name in ("version", "id") if name in columns), None)

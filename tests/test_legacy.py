@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 from telemetryd import migrate
 from telemetryd.database import Kind, Ownership, inspect
 from telemetryd.legacy import migrate_file
+from telemetryd.runs import COLUMNS
 from tests.conftest import StartDaemon
 from tests.faults.hot_journal import cut_off_growing
 from tests.http_client import call, get
@@ -149,6 +151,40 @@ def test_equal_event_ids_are_separated(tmp_path: Path) -> None:
         (9, "same"),
     ]
     assert rows(path, "SELECT count(DISTINCT event_id) FROM agent_runs") == [(20,)]
+
+
+def test_generated_columns_are_columns(tmp_path: Path) -> None:
+    path = tmp_path / "telemetry.sqlite"
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.executescript("""
+            CREATE TABLE agent_runs (id INTEGER PRIMARY KEY, event_id TEXT, run_id TEXT, agent_name TEXT,
+                job_type TEXT AS ('job of ' || agent_name) VIRTUAL, label TEXT AS (run_id || '!') STORED,
+                start_time TEXT, created_at TEXT);
+            INSERT INTO agent_runs (id, event_id, run_id, agent_name, start_time)
+                VALUES (1, 'e', 'r', 'a', '2025-01-01');
+            CREATE TABLE run_events (id INTEGER PRIMARY KEY, twice INTEGER AS (id * 2), run_id TEXT, event_type TEXT);
+            INSERT INTO run_events (run_id, event_type) VALUES ('r', 'step');
+        """)
+    migrate_file(path, "2026-01-01T00:00:00.000000Z")
+    assert rows(path, "SELECT job_type FROM agent_runs") == [("job of a",)]
+    assert rows(path, "SELECT field, original FROM unconverted_values") == [("label", "r!")]
+    assert rows(path, "SELECT run, event_type FROM run_events") == [(1, "step")]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_case_of_a_column_is_none_of_its_name(tmp_path: Path, layout: str) -> None:
+    path, usual = tmp_path / "telemetry.sqlite", make_old_database(tmp_path / "usual.sqlite", layout)
+    shutil.copyfile(usual, path)
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("PRAGMA legacy_alter_table = ON")
+        connection.execute("DROP VIEW latest")
+        for table in ("agent_runs", "run_events", "schema_migrations"):
+            for (name,) in connection.execute(f"SELECT name FROM pragma_table_info('{table}')").fetchall():
+                connection.execute(f'ALTER TABLE {table} RENAME COLUMN "{name}" TO "{name.title()}"')
+    assert migrated(path) == migrated(usual)
+    everything = f"SELECT {', '.join(name for name in COLUMNS if name != 'event_id')} FROM agent_runs"
+    for sql in (everything, "SELECT * FROM unconverted_values", "SELECT * FROM run_events"):
+        assert rows(path, sql) == rows(usual, sql)
 
 
 @pytest.mark.parametrize("number", [-3, 0, 2**63 - 1])
