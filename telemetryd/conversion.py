@@ -147,20 +147,17 @@ def _json_object(raw: RawValue) -> _Result:
     text = _text(raw)
     if isinstance(text, _Replaced):
         return _Replaced(None, text.reason)
-    inner = text.value if isinstance(text, _Changed) else text
-    if not str(inner).strip():
+    inner = str(_plain(text))
+    if not inner.strip():
         return _Changed(None, "empty to NULL")
     try:
-        value = parse_json(str(inner))
-    except InvalidBodyError:
-        return _Replaced(None, "not JSON")
-    if value is None:
-        return _Changed(None, "JSON null to NULL")
-    is_object = isinstance(value, dict)
-    try:
+        value = parse_json(inner)
+        if value is None:
+            return _Changed(None, "JSON null to NULL")
+        is_object = isinstance(value, dict)
         json_text(value if is_object else {"value": value})
-    except ValueError as error:
-        return _Replaced(None, str(error))
+    except (InvalidBodyError, ValueError) as error:
+        return _Replaced(None, "not JSON" if isinstance(error, InvalidBodyError) else str(error))
     return text if is_object else _Changed(f'{{"value":{inner}}}', "put into an object")
 
 

@@ -32,8 +32,11 @@ FIRST_VERSION: Final = 8
 
 _OLD_RUNS: Final = "telemetryd_migration_runs"
 _OLD_LOG: Final = "telemetryd_migration_log"
+_RUN_IDS: Final = "telemetryd_migration_run_ids"
 _SLICE: Final = 2000
 _HIGHEST_ID: Final = 2**62
+_ROW_NUMBER: Final = ("rowid", "_rowid_", "oid")
+"""What SQLite calls the number of a row, as far as a table has no column of that name."""
 _INCREMENTAL: Final = 2
 _HIDDEN: Final = 1
 """In `PRAGMA table_xinfo`, a column that `SELECT *` does not show; 2 and 3 are generated ones, which it shows."""
@@ -46,8 +49,8 @@ _INSERT_OLD_EVENT: Final = f"""
     SELECT id, :event_key, :event_type, coalesce(:timestamp, created_at), :payload FROM agent_runs
     WHERE run_id = :run_id ORDER BY id DESC LIMIT 1
 """  # noqa: S608 - names from the definition of an event
-_INDEX_RUN_IDS: Final = "CREATE INDEX telemetryd_migration_run_ids ON agent_runs (run_id)"
-_DROP_RUN_IDS: Final = "DROP INDEX telemetryd_migration_run_ids"
+_INDEX_RUN_IDS: Final = f"CREATE INDEX {_RUN_IDS} ON agent_runs (run_id)"
+_DROP_RUN_IDS: Final = f"DROP INDEX {_RUN_IDS}"
 _INSERT_ORIGINAL: Final = "INSERT OR IGNORE INTO unconverted_values (run, field, reason, original) VALUES (?, ?, ?, ?)"
 
 
@@ -65,7 +68,8 @@ class Layout:
     aside: dict[str, int]
     """Tables whose name the current schema needs, with their rows; they are kept as legacy_…."""
     triggers: tuple[str, ...]
-    has_row_numbers: bool
+    row_number: str | None
+    """How SQL calls the number of a row: `rowid`, unless a column has that name; None if rows have none."""
     keeps_row_numbers: bool
     """Whether a row's number becomes the run's id; otherwise the rows are numbered anew, in their order."""
     event_id_is_unique: bool
@@ -179,7 +183,7 @@ def look(connection: sqlite3.Connection, path: Path) -> Layout:
     """Tell which layout a database has.
 
     Raises:
-        DatabaseError: if it has no runs.
+        DatabaseError: if it has no runs, or something whose name a migration needs.
 
     """
     tables = {
@@ -193,8 +197,9 @@ def look(connection: sqlite3.Connection, path: Path) -> Layout:
         raise DatabaseError(f"{path} has no table agent_runs: it is not a telemetry database")
     columns = _columns(connection, "agent_runs")
     is_ours = connection.execute("PRAGMA application_id").fetchone()[0] == APPLICATION_ID
-    has_row_numbers = not tables["agent_runs"]
-    keeps_row_numbers = has_row_numbers and _is_sequence(connection)
+    hidden = (name for name in _ROW_NUMBER if name not in {column.name for column in columns})
+    row_number = None if tables["agent_runs"] else next(hidden, None)
+    keeps_row_numbers = row_number is not None and _is_sequence(connection, row_number)
     is_id = [column[:2] for column in columns if column.is_key] == [("id", "INTEGER")] and keeps_row_numbers
     # A column "id" that does not become the run's id is a value like any other, without a place in our schema.
     names = tuple("legacy id" if column.name == "id" and not is_id else column.name for column in columns)
@@ -203,23 +208,54 @@ def look(connection: sqlite3.Connection, path: Path) -> Layout:
     others = sorted(name for name in tables if name not in ("agent_runs", "schema_migrations"))
     needed = migrate.claimed(version if is_ours else 0)
     kept = [] if is_ours else [name for name in others if name not in needed]
+    aside = [name for name in others if name in needed]
+    _refuse_what_is_in_the_way(connection, path, version if is_ours else 0, aside)
     return Layout(
         version=version,
         recorded=_recorded_version(connection) if log else None,
         columns=names,
         rows=_count(connection, "agent_runs"),
         kept={name: _count(connection, name) for name in kept},
-        aside={name: _count(connection, name) for name in others if name in needed},
+        aside={name: _count(connection, name) for name in aside},
         triggers=tuple(
             row[0]
             for row in connection.execute(
                 "SELECT name FROM sqlite_master WHERE type = 'trigger' AND tbl_name = 'agent_runs'"
             )
         ),
-        has_row_numbers=has_row_numbers,
+        row_number=row_number,
         keeps_row_numbers=keeps_row_numbers,
         event_id_is_unique=_is_unique(connection, "event_id"),
     )
+
+
+def _refuse_what_is_in_the_way(connection: sqlite3.Connection, path: Path, version: int, aside: list[str]) -> None:
+    """Stop if something that stays has a name that the current schema or the migration needs.
+
+    Raises:
+        DatabaseError: that names it, and says what to do.
+
+    """
+    needed = {
+        *migrate.claimed(version),
+        *migrate.claimed(version, "INDEX"),
+        *map(migrate.aside, aside),
+        _OLD_RUNS,
+        _OLD_LOG,
+        _RUN_IDS,
+    }
+    moved = {*aside, *(() if version else ("agent_runs", "schema_migrations"))}
+    found = connection.execute("SELECT type, name, tbl_name FROM sqlite_master WHERE type <> 'trigger' ORDER BY name")
+    in_the_way = [
+        f"{kind} {name}"
+        for kind, name, table in found
+        if _small(name) in needed and not (kind in ("table", "index") and table in moved)
+    ]
+    if in_the_way:
+        raise DatabaseError(
+            f"{path} has something of your own whose name telemetryd needs: {', '.join(in_the_way)}; "
+            "rename or drop it, then run telemetryd migrate again; nothing was changed"
+        )
 
 
 class _Column(NamedTuple):
@@ -229,7 +265,7 @@ class _Column(NamedTuple):
 
 
 def _columns(connection: sqlite3.Connection, table: str) -> list[_Column]:
-    """Return the columns that `SELECT *` shows, generated ones, too, in small letters: SQLite does not tell cases apart."""
+    """Return the columns that `SELECT *` shows, generated ones, too; in small letters, as SQLite compares them."""
     return [
         _Column(_small(name), kind.upper(), bool(key))
         for _, name, kind, _, _, key, hidden in connection.execute(f"PRAGMA table_xinfo({_quoted(table)})")
@@ -242,10 +278,10 @@ def _small(name: str) -> str:
     return "".join(letter.lower() if letter.isascii() else letter for letter in name)
 
 
-def _is_sequence(connection: sqlite3.Connection) -> bool:
-    """Tell whether the numbers of the rows can begin the commit sequence, which counts from 1 and needs room to go on."""
+def _is_sequence(connection: sqlite3.Connection, number: str) -> bool:
+    """Tell whether the rows' numbers can begin the commit sequence, which counts from 1 and needs room to go on."""
     low, high = connection.execute(
-        "SELECT (SELECT min(rowid) FROM agent_runs), (SELECT max(rowid) FROM agent_runs)"
+        f"SELECT (SELECT min({number}) FROM agent_runs), (SELECT max({number}) FROM agent_runs)"  # noqa: S608 - one of three names
     ).fetchone()
     return low is None or (low >= 1 and high <= _HIGHEST_ID)
 
@@ -289,7 +325,7 @@ def _converted(
 ) -> Iterator[_Slice]:
     """Yield the runs of an older table in slices, converted, in the order in which they arrived."""
     names = ", ".join(_quoted("id" if name == "legacy id" else name) for name in layout.columns)
-    number, order = ("rowid", "ORDER BY rowid") if layout.has_row_numbers else ("NULL", "")
+    number, order = (layout.row_number, f"ORDER BY {layout.row_number}") if layout.row_number else ("NULL", "")
     rows = connection.execute(f"SELECT {number}, {names} FROM {_quoted(table)} {order}")  # noqa: S608 - quoted
     done = 0
     while raw := rows.fetchmany(_SLICE):

@@ -187,6 +187,54 @@ def test_the_case_of_a_column_is_none_of_its_name(tmp_path: Path, layout: str) -
         assert rows(path, sql) == rows(usual, sql)
 
 
+@pytest.mark.parametrize(
+    ("own", "named"),
+    [
+        ("CREATE VIEW run_changes AS SELECT 1", "view run_changes"),
+        ("CREATE TABLE idx_runs_job (x)", "table idx_runs_job"),
+        ("CREATE INDEX idx_runs_job ON commits (hash)", "index idx_runs_job"),
+        ("CREATE TABLE telemetryd_migration_runs (x)", "table telemetryd_migration_runs"),
+        ("CREATE VIEW legacy_run_events AS SELECT 1", "view legacy_run_events"),
+        ("CREATE TABLE alert_states (x); CREATE TABLE legacy_alert_states (x)", "table legacy_alert_states"),
+        ("CREATE TABLE Alert_States (x)", "table Alert_States"),
+        ("CREATE VIEW old_alert_states AS SELECT 1", "view old_alert_states"),
+    ],
+)
+def test_what_is_in_the_way_of_a_migration_is_named(tmp_path: Path, own: str, named: str) -> None:
+    path = make_old_database(tmp_path / "telemetry.sqlite", "v7")
+    with closing(sqlite3.connect(path)) as connection:
+        connection.executescript(own)
+    before = snapshot(tmp_path)
+    for flags in (["--dry-run"], ["--no-backup"]):
+        told = telemetryd("migrate", *flags, "--db-path", path, status=1).stderr
+        assert f"whose name telemetryd needs: {named}; rename or drop it, then run telemetryd migrate again" in told
+    assert before["telemetry.sqlite"][2] == path.read_bytes()
+
+
+def test_what_is_in_the_way_of_new_steps_is_named_too(tmp_path: Path) -> None:
+    path = tmp_path / "telemetry.sqlite"
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        migrate.create(connection, "")
+        drop_indexes_made_after(9, connection)
+        connection.execute("DROP TABLE unconverted_values")
+        connection.execute("CREATE VIEW unconverted_values AS SELECT 1")
+        connection.execute("PRAGMA user_version = 9")
+    told = telemetryd("migrate", "--no-backup", "--db-path", path, status=1).stderr
+    assert "whose name telemetryd needs: view unconverted_values" in told
+
+
+def test_a_column_may_be_called_rowid(tmp_path: Path) -> None:
+    path = make_old_database(tmp_path / "telemetry.sqlite", "v5")
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("ALTER TABLE agent_runs ADD COLUMN RowId TEXT")
+        connection.execute("UPDATE agent_runs SET RowId = 'mine' WHERE run_id = 'run-3'")
+    migrated(path)
+    assert rows(
+        path, "SELECT run_id, original FROM unconverted_values JOIN agent_runs ON id = run WHERE field = 'rowid'"
+    ) == [("run-3", "mine")]
+    assert rows(path, "SELECT id FROM agent_runs WHERE run_id = 'run-3'") == [(4,)]
+
+
 @pytest.mark.parametrize("number", [-3, 0, 2**63 - 1])
 @pytest.mark.parametrize("layout", ["v5", "v7"])
 def test_rows_whose_numbers_cannot_go_on_are_numbered_anew_in_their_order(
@@ -352,7 +400,7 @@ def test_old_events_are_served_where_they_name_a_run_and_a_type(
         with closing(sqlite3.connect(path)) as connection, connection:
             drop_indexes_made_after(10, connection)
             for table in migrate.claimed(10):
-                connection.execute(f"DROP TABLE {table}")
+                connection.execute(f"DROP TABLE IF EXISTS {table}")
             connection.execute("PRAGMA user_version = 10")
             connection.execute("DELETE FROM schema_migrations WHERE version > 10")
     with closing(sqlite3.connect(path)) as connection, connection:
