@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Final
 
 from telemetryd import events, runs
+from telemetryd.database import connect
 from telemetryd.filters import TIME_BOUNDS, WILDCARD
 from telemetryd.queries import ExportRuns
 from telemetryd.runs import COLUMNS, Role
@@ -55,6 +56,9 @@ def prepare(connection: sqlite3.Connection, database: Path, room_bytes: int, end
         ended: is asked every few milliseconds; once it says yes, statements end with SQLITE_INTERRUPT.
 
     """
+    with closing(connect(database, "ro")) as source:
+        (encoding,) = source.execute("PRAGMA encoding").fetchone()
+    connection.execute(f"PRAGMA encoding = '{encoding}'")  # of an older service's file maybe UTF-16; both must be alike
     for pragma in (
         f"page_size = {_PAGE_BYTES}",
         "journal_mode = MEMORY",  # it only ever holds the few pages that are there before a transaction
