@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -96,6 +97,10 @@ def _event_id(raw: RawValue) -> _Result:
     return result
 
 
+# Python refuses to read a number of thousands of digits.
+_DIGITS: Final = re.compile(r"\s*\d{1,19}\s*", re.ASCII)
+
+
 def _count(raw: RawValue) -> _Result:
     if isinstance(raw, int) and raw >= 0:
         return raw
@@ -103,7 +108,7 @@ def _count(raw: RawValue) -> _Result:
         return _Changed(0, "NULL to 0")
     if isinstance(raw, float) and raw.is_integer() and 0 <= raw < MAX_INTEGER:
         return _Changed(int(raw), "real to integer")
-    if isinstance(raw, str) and raw.strip().isascii() and raw.strip().isdigit() and int(raw) <= MAX_INTEGER:
+    if isinstance(raw, str) and _DIGITS.fullmatch(raw) and int(raw) <= MAX_INTEGER:
         return _Changed(int(raw), "text to integer")
     return _Replaced(0, "not a count")
 

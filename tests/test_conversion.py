@@ -78,6 +78,8 @@ def test_what_has_a_form_of_today_is_normalised(field: str, raw: object, value: 
         ("items_failed", float("inf"), 0),
         ("items_failed", 1e30, 0),
         ("items_failed", "٣", 0),
+        ("items_failed", "9" * 5000, 0),
+        ("items_failed", "9" * 19, 0),
         ("api_posted", 2, 0),
         ("metrics_json", "{", None),
         ("metrics_json", '{"a": NaN}', None),
