@@ -13,7 +13,7 @@ from typing import Final
 
 from telemetryd import legacy, migrate
 from telemetryd.backup import Watch, ignore_progress
-from telemetryd.database import connect, connect_to_read, is_damage
+from telemetryd.database import connect, connect_to_read, identify, is_damage
 from telemetryd.errors import DatabaseError
 from telemetryd.filters import TIME_BOUNDS, Filters
 from telemetryd.queries import SORTED, ListRuns, Order, Position
@@ -21,6 +21,7 @@ from telemetryd.runs import FILTERS
 from telemetryd.statements import examining, fetching, full_text
 
 _LISTED: Final = 100
+_VERSION: Final = "version"
 REPAIR: Final = "stop the daemon and run: telemetryd check --repair"
 
 
@@ -52,7 +53,7 @@ def examine(path: Path, watch: Watch = ignore_progress) -> list[Finding]:
         DatabaseError: if it cannot be examined, for instance because another process locks it.
 
     """
-    checks = (_integrity, _schema, _totals, _strays, _full_text, _space, _foreign_keys, _index_usage)
+    checks = (_integrity, _version, _schema, _totals, _strays, _full_text, _space, _foreign_keys, _index_usage)
     findings: list[Finding] = []
     try:
         with contextlib.closing(connect_to_read(path)) as connection:
@@ -60,8 +61,9 @@ def examine(path: Path, watch: Watch = ignore_progress) -> list[Finding]:
             for number, check in enumerate(checks):
                 watch("Checking", number, len(checks))
                 findings += check(connection)
-                if any(finding.severity is Severity.DAMAGE for finding in findings):
-                    break  # what a damaged file says of itself means nothing
+                # What a damaged file says of itself means nothing, and one of another version knows other tables.
+                if any(finding.severity is Severity.DAMAGE or finding.check == _VERSION for finding in findings):
+                    break
             watch("Checking", len(checks), len(checks))
     except sqlite3.Error as error:
         if not is_damage(error):
@@ -87,17 +89,15 @@ def _integrity(connection: sqlite3.Connection) -> Iterator[Finding]:
         yield _damage(text)
 
 
+def _version(connection: sqlite3.Connection) -> Iterator[Finding]:
+    found, needed = connection.execute("PRAGMA user_version").fetchone()[0], migrate.current_version()
+    if found != needed:
+        advice = "run: telemetryd migrate" if found < needed else "install the newer telemetryd"
+        yield Finding(_VERSION, Severity.PROBLEM, f"schema version {found}, not {needed}", advice)
+
+
 def _schema(connection: sqlite3.Connection) -> Iterator[Finding]:
-    version = connection.execute("PRAGMA user_version").fetchone()[0]
     actual, expected = migrate.schema_of(connection), migrate.expected_schema()
-    if version != migrate.current_version():
-        yield Finding(
-            "schema",
-            Severity.PROBLEM,
-            f"schema version {version}, not {migrate.current_version()}",
-            "run: telemetryd migrate",
-        )
-        return
     for name, sql in expected.items():
         if actual.get(name) != sql:
             state = "different" if name in actual else "missing"
@@ -222,6 +222,7 @@ def repair(path: Path, watch: Watch = ignore_progress) -> list[str]:
     with contextlib.closing(connect(path, "rw")) as connection:
         try:
             connection.execute("BEGIN EXCLUSIVE")
+            migrate.refuse_unless_usable(path, identify(connection))
             watch("Repairing", 0, 3)
             actual = migrate.schema_of(connection)
             for name, sql in migrate.expected_schema().items():

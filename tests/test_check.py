@@ -111,7 +111,13 @@ def test_space_that_a_migration_did_not_return_is_returned(tmp_path: Path) -> No
 
 def test_what_the_old_service_left_is_a_note(tmp_path: Path) -> None:
     path = make_old_database(tmp_path / "telemetry.sqlite", "v7")
-    assert "run: telemetryd migrate" in telemetryd("check", "--db-path", path, status=1).stdout
+    (finding,) = check(path, status=1)["findings"]
+    assert finding["advice"] == "run: telemetryd migrate"
+    before = path.read_bytes()
+    assert "nothing was changed: run telemetryd migrate" in telemetryd(
+        "check", "--repair", "--db-path", path, status=1
+    ).stderr
+    assert path.read_bytes() == before
     telemetryd("migrate", "--no-backup", "--db-path", path)
     report = check(path)
     assert report["ok"]
