@@ -21,6 +21,7 @@ from telemetryd.runs import FILTERS
 from telemetryd.statements import examining, fetching, full_text
 
 _LISTED: Final = 100
+_NAMED: Final = 10
 _VERSION: Final = "version"
 REPAIR: Final = "stop the daemon and run: telemetryd check --repair"
 
@@ -53,7 +54,7 @@ def examine(path: Path, watch: Watch = ignore_progress) -> list[Finding]:
         DatabaseError: if it cannot be examined, for instance because another process locks it.
 
     """
-    checks = (_integrity, _version, _schema, _totals, _strays, _full_text, _space, _foreign_keys, _index_usage)
+    checks = (_integrity, _version, _schema, _totals, _strays, _values, _full_text, _space, _foreign_keys, _index_usage)
     findings: list[Finding] = []
     try:
         with contextlib.closing(connect_to_read(path)) as connection:
@@ -132,6 +133,19 @@ def _strays(connection: sqlite3.Connection) -> Iterator[Finding]:
         return
     for table, rows in found.items():
         yield Finding("strays", Severity.PROBLEM, f"{rows} rows of {table} belong to runs that are gone", REPAIR)
+
+
+def _values(connection: sqlite3.Connection) -> Iterator[Finding]:
+    try:
+        found = list(examining.find_unstorable(connection))
+    except sqlite3.OperationalError as error:  # a table is missing, which the schema check has reported
+        yield Finding("values", Severity.PROBLEM, f"they cannot be read: {error}", REPAIR)
+        return
+    if found:
+        listed = [f"{one.field} of {one.table} {one.number} ({one.reason})" for one in found[:_NAMED]]
+        more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+        text = f"an earlier migration kept what no request could bring: {', '.join(listed)}{more}"
+        yield Finding("values", Severity.PROBLEM, text, REPAIR)
 
 
 def _full_text(connection: sqlite3.Connection) -> Iterator[Finding]:
@@ -218,23 +232,20 @@ def repair(path: Path, watch: Watch = ignore_progress) -> list[str]:
         DatabaseError: if that is not enough; the database is as before.
 
     """
-    done = []
+    done: list[str] = []
     with contextlib.closing(connect(path, "rw")) as connection:
         try:
             connection.execute("BEGIN EXCLUSIVE")
             migrate.refuse_unless_usable(path, identify(connection))
             watch("Repairing", 0, 3)
-            actual = migrate.schema_of(connection)
-            for name, sql in migrate.expected_schema().items():
-                if _is_index(sql) and actual.get(name) != sql:
-                    connection.execute(f"DROP INDEX IF EXISTS {name}")
-                    connection.execute(sql)
-                    done.append(f"index {name} made again")
-            connection.execute("REINDEX")
-            done.append("every index built again from its table")
+            done += _mend_indexes(connection)
             watch("Repairing", 1, 3)
             for table, rows in examining.delete_strays(connection).items():
                 done.append(f"{rows} rows of {table} deleted, whose runs are gone")
+            if replaced := examining.replace_unstorable(connection):
+                done.append(
+                    f"{replaced} values replaced that no request could bring; unconverted_values has the originals"
+                )
             wrong = examining.count_wrong_totals(connection)
             if wrong:
                 examining.recount_totals(connection)
@@ -256,3 +267,15 @@ def repair(path: Path, watch: Watch = ignore_progress) -> list[str]:
                 raise DatabaseError(f"{path}: {'; '.join(done)}; but its space stays ({error})") from error
             done.append("free space returned")
     return done
+
+
+def _mend_indexes(connection: sqlite3.Connection) -> Iterator[str]:
+    """Make the indexes that are missing or different, build all again from their tables, and tell it."""
+    actual = migrate.schema_of(connection)
+    for name, sql in migrate.expected_schema().items():
+        if _is_index(sql) and actual.get(name) != sql:
+            connection.execute(f"DROP INDEX IF EXISTS {name}")
+            connection.execute(sql)
+            yield f"index {name} made again"
+    connection.execute("REINDEX")
+    yield "every index built again from its table"

@@ -166,6 +166,13 @@ def _json_object(raw: RawValue) -> _Result:
     return text if is_object else _Changed(f'{{"value":{inner}}}', "put into an object")
 
 
+def _payload(raw: RawValue) -> _Result:
+    result = _json_object(raw)
+    if isinstance(result, _Replaced):  # no JSON that may be stored, so text that somebody wrote
+        return _Replaced(orjson.dumps({"value": _plain(_text(raw))}).decode(), result.reason)
+    return result
+
+
 def _commit_source(raw: RawValue) -> _Result:
     if raw is None or raw in set(CommitSource):
         return None if raw is None else str(raw)
@@ -195,6 +202,16 @@ _CONVERTERS: Final[dict[str, Callable[[RawValue], _Result]]] = {
     "status": _status,
     "git_commit_source": _commit_source,
 }
+
+
+PLAIN_TEXTS: Final = tuple(name for name in COLUMNS[1:] if _CONVERTERS[name] in (_text, _name, _event_id))
+"""The fields of a run that hold whatever somebody wrote."""
+
+
+def replacement(name: str, stored: str) -> tuple[SqlValue, str] | None:
+    """Return what takes the place of a value (of a plain text, or of JSON) that nobody could post, and the reason."""
+    result = (_payload if name == "payload" else _CONVERTERS[name])(stored)
+    return (result.value, result.reason) if isinstance(result, _Replaced) else None
 
 
 # --- One row -------------------------------------------------------------------------------------
@@ -288,15 +305,12 @@ class EventConverter:
         run_id, event_type = _plain(_text(given["run_id"])), _plain(_text(given["event_type"]))
         if not isinstance(run_id, str) or not isinstance(event_type, str) or not event_type.strip():
             return None
-        payload = _json_object(given["payload"])
-        if isinstance(payload, _Replaced):  # no JSON that may be stored, so text that somebody wrote
-            payload = orjson.dumps({"value": _plain(_text(given["payload"]))}).decode()
         return {
             "run_id": run_id,
             "event_key": f"legacy-{number}",
             "event_type": event_type[:255],
             "timestamp": _plain(_timestamp(given["timestamp"])),
-            "payload": _plain(payload),
+            "payload": _plain(_payload(given["payload"])),
         }
 
 
