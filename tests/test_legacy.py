@@ -18,6 +18,7 @@ from telemetryd import migrate
 from telemetryd.database import Kind, Ownership, inspect
 from telemetryd.legacy import migrate_file
 from telemetryd.runs import COLUMNS
+from telemetryd.tables import read_csv, read_parquet
 from tests.conftest import StartDaemon
 from tests.faults.hot_journal import cut_off_growing
 from tests.http_client import call, get
@@ -151,6 +152,39 @@ def test_equal_event_ids_are_separated(tmp_path: Path) -> None:
         (9, "same"),
     ]
     assert rows(path, "SELECT count(DISTINCT event_id) FROM agent_runs") == [(20,)]
+
+
+@pytest.mark.parametrize("encoding", ["UTF-8", "UTF-16le"])
+def test_what_no_request_could_bring_breaks_no_reader(tmp_path: Path, start_daemon: StartDaemon, encoding: str) -> None:
+    path = tmp_path / "telemetry.sqlite"
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute(f"PRAGMA encoding = '{encoding}'")
+    make_old_database(path, "v7", neighbours=False)
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.executescript(OLD_EVENTS)
+        connection.execute("UPDATE run_events SET payload_json = '{\"a\": 1e999}'")
+        connection.execute("UPDATE agent_runs SET metrics_json = '{\"a\": 1e999}', product = 'p' || char(0) || 'q'")
+        connection.execute(
+            "UPDATE agent_runs SET event_id = 'x' || char(0) || run_id, items_discovered = ?", ("9" * 5000,)
+        )
+    counted = {(line["field"], line["kind"]): line["values"] for line in migrated(path)["kept_aside"]}
+    assert counted["product", "holds a NUL character"] == counted["items_discovered", "not a count"] == 20
+    assert counted["metrics_json", "JSON object holds a number that is not finite"] == 20
+    assert json.loads(telemetryd("check", "--json", "--db-path", path).stdout)["ok"]
+    daemon = start_daemon()
+    status, found = get(daemon.url, "/api/v1/runs?include=events")
+    assert (status, len(found)) == (200, 20)
+    assert {run["product"] for run in found} == {"p\ufffdq"}
+    for form in ("ndjson", "csv", "parquet"):
+        target = tmp_path / f"runs.{form}"
+        telemetryd("export", target, "--url", daemon.url, "--format", form)
+    with (tmp_path / "runs.csv").open("rb") as file:
+        assert len([record for _, record in read_csv(file) if isinstance(record, dict)]) == 20
+    assert len([record for _, record in read_parquet(tmp_path / "runs.parquet") if isinstance(record, dict)]) == 20
+    telemetryd("follow", daemon.url, "--once", "--db-path", tmp_path / "copy.sqlite")
+    for sql in ("SELECT id, event_id, product, metrics_json FROM agent_runs", "SELECT * FROM run_events"):
+        assert rows(tmp_path / "copy.sqlite", sql) == rows(path, sql)
+    assert daemon.stop() == 0
 
 
 def test_generated_columns_are_columns(tmp_path: Path) -> None:
