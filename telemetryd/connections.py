@@ -8,6 +8,8 @@ import uuid
 from typing import Final, cast
 
 from aiohttp import web
+from aiohttp.abc import AbstractStreamWriter
+from aiohttp.payload import Payload
 from aiohttp.web_protocol import RequestHandler
 
 from telemetryd.certificates import most_processes
@@ -28,6 +30,11 @@ DEAF_S: Final = 30.0
 MOST_UNREAD_BYTES: Final = 256 * 1024 * 1024
 """How much of all answers together may wait for clients to read; beyond it, those with most of it are cut off."""
 
+_LARGE_BYTES: Final = 1024 * 1024
+"""Answers from this size on are sent in pieces, and counted at once; hundreds of them come between two patrols."""
+
+_PIECE_BYTES: Final = 256 * 1024
+
 LINGER_S: Final = 5.0
 """How long the rest of a body is waited for whose request is answered already, so that the answer gets through."""
 
@@ -35,6 +42,31 @@ _PATROL_EVERY_S: Final = 1.0
 _SPARE_DESCRIPTORS: Final = 80
 """For the lock files, the sockets that listen, backups, and what Python opens."""
 _DESCRIPTORS_PER_READER: Final = 2
+
+
+class _Pieces(Payload):
+    """The body of a large answer, which goes to the transport as the client reads: that would hold a second copy."""
+
+    _value: bytes
+
+    def __init__(self, body: bytes) -> None:
+        super().__init__(body)
+        self._size = self.left = len(body)
+
+    def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
+        """Return the body as text."""
+        return self._value.decode(encoding, errors)
+
+    async def write(self, writer: AbstractStreamWriter) -> None:
+        """Send the body; whether it gets through or not, nothing holds it then."""
+        try:
+            for start in range(0, self.left, _PIECE_BYTES):
+                piece = self._value[start : start + _PIECE_BYTES]
+                self.left -= len(piece)
+                await writer.write(piece)
+        finally:
+            self.left = 0
+            self._value = b""  # a connection that was cut leaves cycles, which are collected late
 
 
 class _Protocol(RequestHandler):
@@ -47,6 +79,13 @@ class _Protocol(RequestHandler):
     """Since when a head is awaited that has begun, or is the connection's first."""
     unsent: tuple[int, float] = (0, 0.0)
     """How much of the answer waited for the client when the patrol last saw a change, and when that was."""
+    _answer: _Pieces | None = None
+
+    @property
+    def unread(self) -> int:
+        """How many bytes of answers are in memory until the client reads them."""
+        waiting = self.transport.get_write_buffer_size() if self.transport is not None else 0
+        return waiting if self._answer is None else waiting + self._answer.left
 
     def handle_error(
         self,
@@ -90,11 +129,30 @@ class _Protocol(RequestHandler):
         elif self.asking_since is None:
             self.asking_since = self._loop.time()
 
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        """Send an answer, unless with it too much waits to be read, and nowhere more than here."""
+        if (
+            not isinstance(resp, web.Response)
+            or not isinstance(body := resp.body, bytes | bytearray)
+            or len(body) < _LARGE_BYTES
+        ):
+            return await super().finish_response(request, resp, start_time)
+        resp.body = self._answer = _Pieces(bytes(body))
+        del body  # whoever does not read it would keep it here
+        if isinstance(self._manager, _Server):
+            self._manager.bound_unread()
+        try:
+            return await super().finish_response(request, resp, start_time)
+        finally:
+            self._answer = None
+
     def lost_patience(self, now: float) -> str | None:
         """Say why the connection should be cut, or return None."""
         if self.asking_since is not None and now - self.asking_since > HEAD_S:
             return f"No complete request head within {HEAD_S:g} s"
-        waiting = self.transport.get_write_buffer_size() if self.transport is not None else 0
+        waiting = self.unread
         if waiting != self.unsent[0]:
             self.unsent = waiting, now
         elif waiting and now - self.unsent[1] > DEAF_S:
@@ -122,11 +180,15 @@ class _Server(web.Server):
                 if reason is not None:
                     log.debug("Connection cut", extra={"reason": reason})
                     transport.abort()
-            self._bound_unread()
+            self.bound_unread()
 
-    def _bound_unread(self) -> None:
+    def bound_unread(self) -> None:
         """Cut off those who leave most unread, as long as it is too much in total: it is all in memory."""
-        unread = {transport: transport.get_write_buffer_size() for transport in self._connections.values()}
+        unread = {
+            transport: protocol.unread
+            for protocol, transport in self._connections.items()
+            if isinstance(protocol, _Protocol)
+        }
         total = sum(unread.values())
         if total <= MOST_UNREAD_BYTES:
             return

@@ -133,9 +133,6 @@ def stored_row(event: Mapping[str, Any]) -> Row:
     return tuple(values[name] for name in COLUMNS)
 
 
-def put_into(answered: list[dict[str, Any]], pages: Mapping[str, EventPage]) -> None:
-    """Show in the answer of each run its events, and whether there are more; pages are found by event_id."""
-    for run in answered:
-        page = pages.get(run["event_id"], EventPage([], more=False))  # a run may have been deleted meanwhile
-        run["events"] = [to_json(row) for row in page.rows]
-        run["more_events"] = page.more
+def beside(page: EventPage) -> dict[str, Any]:
+    """Return what the answer of a run holds besides it: its events, and whether there are more."""
+    return {"events": [to_json(row) for row in page.rows], "more_events": page.more}

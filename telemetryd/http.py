@@ -91,20 +91,15 @@ async def create_batch(request: web.Request) -> web.Response:
 async def list_runs(request: web.Request) -> web.Response:
     """Answer the runs that match every filter, newest first."""
     query = queries.parse_list(request.rel_url.raw_query_string)
-    page = await request.app[STORE].fetch(query)
-    request[NOTE].say("Query executed", query_params=query.parameters(), result_count=len(page.runs))
-    headers = {} if page.end is None else {"Link": f'<{query.next_page(request.path, page.end)}>; rel="next"'}
-    if query.count is not None:
+    headers: dict[str, str] = {}
+    if query.count is not None:  # first, for a page would be in memory while this waits its turn
         total = await request.app[STORE].fetch(queries.CountMatching(query.filters, query.count))
         headers |= {"X-Total-Count": str(total.runs), "X-Total-Count-Accuracy": str(total.accuracy)}
-    if not query.with_events:
-        return json_response(orjson.Fragment(f"[{','.join(page.runs)}]"), headers=headers)
-    found = [orjson.loads(run) for run in page.runs]
-    await _add_events(request, found, queries.DEFAULT_LIMIT)
-    if query.fields and "event_id" not in query.fields:
-        for run in found:
-            del run["event_id"]
-    return json_response(found, headers=headers)
+    page = await request.app[STORE].fetch(query)
+    request[NOTE].say("Query executed", query_params=query.parameters(), result_count=len(page.runs))
+    if page.end is not None:
+        headers["Link"] = f'<{query.next_page(request.path, page.end)}>; rel="next"'
+    return json_response(orjson.Fragment(f"[{','.join(page.runs)}]"), headers=headers)
 
 
 async def export_runs(request: web.Request) -> web.StreamResponse:
@@ -116,10 +111,8 @@ async def export_runs(request: web.Request) -> web.StreamResponse:
 async def get_run(request: web.Request) -> web.Response:
     """Answer one run, with its first events if they are asked for."""
     with_events = queries.parse_include(request.rel_url.raw_query_string)
-    run = await _stored_run(request)
-    if with_events:
-        await _add_events(request, [run], events.MAX_EVENTS)
-    return json_response(run)
+    run, page = await _stored_run(request, events.MAX_EVENTS if with_events else 0)
+    return json_response(run | events.beside(page) if with_events else run)
 
 
 async def update_run(request: web.Request) -> web.Response:
@@ -159,28 +152,24 @@ async def associate_commit(request: web.Request) -> web.Response:
 
 async def get_commit_url(request: web.Request) -> web.Response:
     """Answer the page of a run's commit."""
-    run = await _stored_run(request)
+    run, _ = await _stored_run(request)
     return json_response({"commit_url": run["commit_url"]})
 
 
 async def get_repo_url(request: web.Request) -> web.Response:
     """Answer the page of a run's repository."""
-    run = await _stored_run(request)
+    run, _ = await _stored_run(request)
     return json_response({"repo_url": run["repo_url"]})
 
 
-async def _add_events(request: web.Request, found: list[dict[str, Any]], limit: int) -> None:
-    asked = queries.ListEvents(tuple(run["event_id"] for run in found), limit)
-    events.put_into(found, await request.app[STORE].fetch(asked))
-
-
-async def _stored_run(request: web.Request) -> dict[str, Any]:
+async def _stored_run(request: web.Request, most_events: int = 0) -> tuple[dict[str, Any], events.EventPage]:
     event_id = request.match_info["event_id"]
     request[NOTE].say("Run queried", event_id=event_id)
-    row = await request.app[STORE].fetch(queries.GetRun(event_id))
-    if row is None:
+    found = await request.app[STORE].fetch(queries.GetRun(event_id, most_events))
+    if found is None:
         raise RunNotFoundError(runs.shorten(event_id))
-    return runs.to_json(row)
+    row, page = found
+    return runs.to_json(row), page
 
 
 async def _json_body(request: web.Request) -> tuple[object, int]:
@@ -216,7 +205,7 @@ async def list_events(request: web.Request) -> web.Response:
     """Answer the events of a run, oldest first."""
     event_id = request.match_info["event_id"]
     query = queries.parse_event_list(request.rel_url.raw_query_string, event_id)
-    page = (await request.app[STORE].fetch(query)).get(event_id)
+    page = await request.app[STORE].fetch(query)
     if page is None:
         raise RunNotFoundError(runs.shorten(event_id))
     if page.more and len(page.rows) < query.limit:  # a shorter page would lose events to whoever pages by offset

@@ -16,6 +16,7 @@ import socket
 import struct
 import sys
 import time
+import traceback
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
@@ -347,6 +348,7 @@ def middleware(settings: Settings, metrics: Metrics, advice: Callable[[], str]) 
             problem = error
             response = _answer_error(error, identity)
         except MemoryError as error:
+            traceback.clear_frames(error.__traceback__)  # which hold what there was no memory for
             problem = NoMemoryError()
             problem.__cause__ = error
             response = _answer_error(problem, identity)

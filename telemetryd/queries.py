@@ -87,8 +87,8 @@ class ListRuns:
 
     @property
     def answered(self) -> tuple[str, ...]:
-        """The fields of each run in the page; events are found by event_id."""
-        return (*self.fields, "event_id") if self.fields and self.with_events else self.fields or ANSWERED
+        """The fields of each run in the page."""
+        return self.fields or ANSWERED
 
     def parameters(self) -> dict[str, str | int]:
         """Return the query as parameters with canonical values, for the log and the next page."""
@@ -209,19 +209,18 @@ class Total:
 
 @dataclass(frozen=True, slots=True)
 class GetRun:
-    """The one run with an event_id. Answer: its `Row`, or None."""
+    """The one run with an event_id. Answer: its `Row`, and its first events if any are asked for; or None."""
 
     event_id: str
+    events: int = 0
+    """How many of them."""
 
 
 @dataclass(frozen=True, slots=True)
 class ListEvents:
-    """The events of the runs with these event_ids, for each oldest first. Answer: an `EventPage` for each there is.
+    """The events of the run with an event_id, oldest first. Answer: an `EventPage`, or None if there is no such run."""
 
-    `limit` and `offset` count for each run by itself.
-    """
-
-    event_ids: tuple[str, ...]
+    event_id: str
     limit: int = DEFAULT_LIMIT
     offset: int = 0
 
@@ -351,7 +350,7 @@ def parse_event_list(query_string: str, event_id: str) -> ListEvents:
     """
     given = parse_parameters(query_string, ("limit", "offset"))
     return ListEvents(
-        (event_id,),
+        event_id,
         read_integer("limit", given.get("limit", str(DEFAULT_LIMIT)), 1, MAX_LIMIT),
         read_integer("offset", given.get("offset", "0"), 0, MAX_INTEGER),
     )

@@ -121,7 +121,8 @@ Answer = (
     Page
     | Total
     | Row
-    | dict[str, EventPage]
+    | EventPage
+    | tuple[Row, EventPage]
     | list[Process]
     | Changes
     | Followed
@@ -468,10 +469,10 @@ class Store:
     async def fetch(self, query: CountMatching) -> Total: ...
 
     @overload
-    async def fetch(self, query: GetRun) -> Row | None: ...
+    async def fetch(self, query: GetRun) -> tuple[Row, EventPage] | None: ...
 
     @overload
-    async def fetch(self, query: ListEvents) -> dict[str, EventPage]: ...
+    async def fetch(self, query: ListEvents) -> EventPage | None: ...
 
     @overload
     async def fetch(self, query: ListProcesses) -> list[Process]: ...

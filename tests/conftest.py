@@ -160,12 +160,15 @@ class Daemon:
             text=True,
         )
         self.lines: list[dict[str, Any]] = []
+        self.raw: list[str] = []
+        """The same lines as they were written."""
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def _read(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
+            self.raw.append(line.removesuffix("\n"))
             self.lines.append(json.loads(line))
 
     @property

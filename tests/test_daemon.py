@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+import telemetryd
 from telemetryd import migrate
 from tests.conftest import Daemon, StartDaemon, make_run
 from tests.faults.hot_journal import cut_off_growing
@@ -177,6 +178,14 @@ def test_a_signal_during_the_start_is_a_clean_stop(start_daemon: StartDaemon) ->
 
 
 # --- Start ---------------------------------------------------------------------------------------
+
+
+def test_the_first_line_says_what_runs(start_daemon: StartDaemon) -> None:
+    """Whoever reads a report needs SQLite's version as much as ours."""
+    line = start_daemon(TELEMETRY_DB_JOURNAL_MODE="WAL").wait_for_line("Serving")
+    assert line["sqlite_version"] == sqlite3.sqlite_version
+    assert line["version"] == telemetryd.__version__
+    assert (line["journal_mode"], line["synchronous"]) == ("WAL", "FULL")
 
 
 @pytest.mark.parametrize("journal_mode", ["DELETE", "PERSIST", "WAL"])

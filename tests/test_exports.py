@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import sqlite3
+import time
 import tracemalloc
 from collections.abc import Iterator
 from contextlib import closing
@@ -25,11 +26,14 @@ from hypothesis import strategies as st
 from telemetryd import exports, migrate, runs, tables
 from telemetryd.cli import main
 from telemetryd.cli.files import Refusals
+from telemetryd.database import LOG_BYTES, wal_bytes
 from telemetryd.exports import MAX_EXPORTS
 from telemetryd.http import EXPORTS
 from telemetryd.queries import SNAPSHOT
 from telemetryd.runs import COLUMNS, STORED, Role
+from telemetryd.statements import exporting
 from tests.conftest import Api, MakeApi, StartDaemon, eventually, make_run
+from tests.contract.wire import JSON
 from tests.http_client import call
 
 PATH = "/api/v1/runs/export"
@@ -277,10 +281,48 @@ async def test_what_takes_too_long_is_copied_in_slices_and_says_so(api: Api) -> 
     assert app is not None
     app[EXPORTS]._longest_s = 0.0
     body, headers = await export(api)
-    assert headers[SNAPSHOT] == "sliced"
     assert headers["X-Total-Count"] == "4500"
     first = [json.loads(line)["id"] for line in body.splitlines()]
     assert first == [*range(-7, 0), *range(8, 4501)]
+
+
+@pytest.mark.parametrize(("mode", "longest_s"), [("WAL", 60.0), ("DELETE", 0.5), ("PERSIST", 0.5)])
+async def test_a_snapshot_is_held_only_so_long(make_api: MakeApi, mode: str, longest_s: float) -> None:
+    """In WAL mode it holds back checkpoints, and in the other modes each commit."""
+    api = await make_api(db_journal_mode=mode)
+    await api.post(make_run())
+    app = api.client.app
+    assert app is not None
+    assert app[EXPORTS]._longest_s == longest_s
+
+
+async def test_the_log_stays_short_while_an_export_is_copied_slowly(
+    make_api: MakeApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A snapshot that is held to the end would let it grow with all that is written meanwhile."""
+    real = exports._Export.is_over
+    written, longest, enough = 0, 0, 2 * LOG_BYTES
+
+    def is_over(self: exports._Export) -> bool:
+        time.sleep(0.01 if written < enough else 0)
+        return real(self)
+
+    monkeypatch.setattr(exports, "_LONGEST_WAL_S", 0.2)
+    monkeypatch.setattr(exports, "_SLICE_ROWS", 100)
+    monkeypatch.setattr(exports._Export, "is_over", is_over)
+    monkeypatch.setattr(exporting, "_OPS", 1_000)
+    api = await make_api()
+    await api.batch([make_run() for _ in range(1000)])
+    await api.batch([make_run() for _ in range(1000)])
+    copied = asyncio.create_task(export(api))
+    while written < enough:
+        large = io.BytesIO(orjson.dumps(make_run(error_details="x" * 12_000_000)))
+        await api.call("POST", "/api/v1/runs", data=large, headers=JSON, status=201)
+        written += 12_000_000
+        longest = max(longest, wal_bytes(api.settings.db_path))
+    _, headers = await copied
+    assert headers[SNAPSHOT] == "sliced"
+    assert longest < 1.25 * LOG_BYTES
 
 
 async def test_only_so_many_run_at_once_and_one_that_is_left_makes_room(api: Api, tmp_path: Path) -> None:

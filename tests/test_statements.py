@@ -262,9 +262,9 @@ def test_a_page_far_behind_costs_what_the_first_one_costs(connection: sqlite3.Co
 
 
 def test_a_run_is_found_by_its_event_id_through_the_unique_index(filled: sqlite3.Connection) -> None:
-    row = fetch_run(filled, GetRun("event-17"))
-    assert row is not None
-    assert row[COLUMNS.index("run_id")] == "run-event-17"
+    found = fetch_run(filled, GetRun("event-17"))
+    assert found is not None
+    assert found[0][COLUMNS.index("run_id")] == "run-event-17"
     assert fetch_run(filled, GetRun("event-1700")) is None
     assert fetch_run(filled, GetRun("' OR 1=1 --")) is None
 

@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import closing, suppress
 from datetime import UTC, datetime, timedelta
 from importlib import import_module
@@ -15,10 +16,14 @@ from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 from backports import zstd
 
+from telemetryd.cli import target
 from telemetryd.commands import CreateRuns
 from telemetryd.database import connect
+from telemetryd.middleware import error_response
 from telemetryd.runs import format_timestamp, parse_run
 from telemetryd.settings import Settings
 from telemetryd.upkeep import keep_up
@@ -284,6 +289,30 @@ async def test_a_run_that_gets_events_after_it_was_archived_stays(make_api: Make
     answer = await api.call("POST", "/api/v1/admin/prune", json=body, status=200, headers=token)
     assert answer["pruned"] == 0
     assert len(await api.get(f"{path}/events", headers=token)) == 1
+
+
+async def test_a_daemon_that_goes_on_refusing_is_told_of_and_given_up(
+    aiohttp_server: Callable[[web.Application], Awaitable[TestServer]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With a full disk `prune` was silent for five minutes."""
+    monkeypatch.setattr(target, "_PATIENCE_S", 0.3)
+    asked = 0
+
+    async def refuse(_: web.Request) -> web.Response:
+        nonlocal asked
+        asked += 1
+        return error_response(503, "The disk is full", {"Retry-After": "0.1"})
+
+    app = web.Application()
+    app.router.add_post("/api/v1/admin/prune", refuse)
+    server = await aiohttp_server(app)
+    async with target.find_target(Settings(), str(server.make_url("/"))) as found:
+        with pytest.raises(target.RefusedError, match="The daemon answered 503: The disk is full"):
+            await found.prune({"older_than": "90d"})
+    assert 2 <= asked <= 4
+    assert "The daemon answers 503: The disk is full; trying again in 0.1 s" in capsys.readouterr().err
 
 
 async def test_reap_goes_through_the_daemon_by_its_token(start_daemon: StartDaemon, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, closing
 from datetime import datetime
@@ -11,6 +12,7 @@ from typing import Any, Final, Protocol
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 import aiohttp
+import click
 import orjson
 
 from telemetryd import admin, events, migrate, queries, regressions, runs, stats
@@ -26,7 +28,8 @@ from telemetryd.store import Store
 
 Body = dict[str, Any]
 _PAGE: Final = 500
-_TRIES: Final = 30
+_PATIENCE_S: Final = 30.0
+"""How long a daemon may refuse for the moment, or not be there (a restart takes a second or two)."""
 
 
 class Source(Protocol):
@@ -114,25 +117,22 @@ class Local:
         equal = {name: (value,) for name, value in filters.items() if name not in bounds}
         while True:
             try:
-                page = await self._store.fetch(queries.ListRuns(Filters(equal, bounds), limit, 0, after))
+                asked = queries.ListRuns(Filters(equal, bounds), limit, 0, after, with_events=True)
+                page = await self._store.fetch(asked)
             except InvalidRequestError:
                 limit //= 2  # so many runs are too large for one page
                 if not limit:
                     raise
                 continue
-            answer = [orjson.loads(run) for run in page.runs]
-            asked = queries.ListEvents(tuple(run["event_id"] for run in answer))
-            events.put_into(answer, await self._store.fetch(asked))
-            yield answer
+            yield [orjson.loads(run) for run in page.runs]
             if page.end is None:
                 return
             after = page.end
 
     async def events(self, event_id: str, offset: int) -> list[Body]:
         """Read events from the database."""
-        asked = queries.ListEvents((event_id,), events.MAX_EVENTS, offset)
-        pages = await self._store.fetch(asked)
-        return [events.to_json(row) for page in pages.values() for row in page.rows]
+        page = await self._store.fetch(queries.ListEvents(event_id, events.MAX_EVENTS, offset))
+        return [] if page is None else [events.to_json(row) for row in page.rows]
 
 
 class Remote:
@@ -190,25 +190,27 @@ class Remote:
 
         Every request of ours may be repeated: what was done already is not there to be done again.
         """
-        for attempt in range(1, _TRIES + 1):
+        until = time.monotonic() + _PATIENCE_S
+        while True:
             try:
                 async with self._session.request(method, path, **options) as response:
                     text = await response.read()
                     if response.status == 200:
                         link = response.links["next"]["url"] if "next" in response.links else ""
                         return orjson.loads(text), urlsplit(str(link)).query
-                    if response.status not in (429, 503) or attempt == _TRIES:
+                    pause = float(response.headers.get("Retry-After", "1"))
+                    if response.status not in (429, 503) or time.monotonic() + pause > until:
                         hint = _WHERE_ACCESS_COMES_FROM if response.status == 401 else ""
                         raise RefusedError(
                             f"The daemon answered {response.status}: {detail_of(text)}{hint}", response.status
                         )
-                    pause = float(response.headers.get("Retry-After", "1"))
+                    problem = f"The daemon answers {response.status}: {detail_of(text)}"
             except (aiohttp.ClientConnectionError, TimeoutError) as error:
-                if attempt == _TRIES:
-                    raise UnavailableError(f"Cannot reach the daemon: {reason(error)}") from error
-                pause = 1.0
+                problem, pause = f"Cannot reach the daemon: {reason(error)}", 1.0
+                if time.monotonic() + pause > until:
+                    raise UnavailableError(problem) from error
+            click.echo(f"{problem}; trying again in {pause:g} s", err=True)
             await asyncio.sleep(pause)
-        raise AssertionError("the last attempt returns or raises")
 
 
 _WHERE_ACCESS_COMES_FROM: Final = (

@@ -8,6 +8,8 @@ from functools import lru_cache, partial
 from itertools import accumulate
 from typing import Final
 
+import orjson
+
 from telemetryd import events
 from telemetryd.commands import (
     Process,
@@ -16,6 +18,7 @@ from telemetryd.errors import InvalidRequestError
 from telemetryd.events import EventPage
 from telemetryd.filters import TIME_BOUNDS, WILDCARD, Filters
 from telemetryd.queries import (
+    DEFAULT_LIMIT,
     CountPrunable,
     Counts,
     CountStale,
@@ -48,6 +51,7 @@ _SELECT_EVENTS: Final = f"""
     WHERE run = ? ORDER BY timestamp, id LIMIT ? OFFSET ?
 """  # noqa: S608 - names from the definition of an event
 _EVENT_PAYLOAD: Final = events.COLUMNS.index("payload")
+_ID: Final = COLUMNS.index("id")
 _SELECT_PROCESSES: Final = f"""
     SELECT {", ".join(PROCESS[:-1])}, max({PROCESS[-1]}) FROM run_processes INDEXED BY idx_processes_waiting
     WHERE certified_at IS NULL GROUP BY pid, start_time, boot_id, pid_namespace
@@ -254,10 +258,23 @@ def fetch_page(connection: sqlite3.Connection, query: ListRuns) -> Page:
                 f"the most that one answer holds: ask for at most {fitting} at a time"
             ) from None
         runs, places = render(None)
+    shown = runs[: query.limit]
+    if query.with_events:
+        shown = _with_events(connection, shown, [run for run, _ in places])
     if len(runs) <= query.limit:
-        return Page(runs, None)
+        return Page(shown, None)
     run, moment = places[query.limit - 1]
-    return Page(runs[: query.limit], Position(moment, run))
+    return Page(shown, Position(moment, run))
+
+
+def _with_events(connection: sqlite3.Connection, shown: list[str], ids: list[int]) -> list[str]:
+    """Return runs, each a JSON object, with their first events, which hold about `PAGE_BYTES` together."""
+    room = PAGE_BYTES
+    whole: list[str] = []
+    for run, id_ in zip(shown, ids, strict=False):
+        page, room = _read_events(connection, id_, ListEvents("", DEFAULT_LIMIT), room, is_first=not whole)
+        whole.append(f"{run[:-1]},{orjson.dumps(events.beside(page)).decode()[1:]}")
+    return whole
 
 
 def _created_span(connection: sqlite3.Connection, query: ListRuns) -> Span | None:
@@ -268,30 +285,32 @@ def _created_span(connection: sqlite3.Connection, query: ListRuns) -> Span | Non
     return span
 
 
-def fetch_run(connection: sqlite3.Connection, query: GetRun) -> Row | None:
-    """Fetch the run with an event_id."""
+def fetch_run(connection: sqlite3.Connection, query: GetRun) -> tuple[Row, EventPage] | None:
+    """Fetch the run with an event_id, and its first events."""
     row: Row | None = connection.execute(_SELECT_RUN, (query.event_id,)).fetchone()
-    return row
+    if row is None:
+        return None
+    asked = ListEvents(query.event_id, query.events)
+    return row, _read_events(connection, row[_ID], asked, PAGE_BYTES)[0] if query.events else EventPage([], more=False)
 
 
-def fetch_events(connection: sqlite3.Connection, query: ListEvents) -> dict[str, EventPage]:
-    """Fetch the events of each of the runs that there are, by event_id; all pages together hold about `PAGE_BYTES`."""
-    pages: dict[str, EventPage] = {}
-    room = PAGE_BYTES
-    for event_id in query.event_ids:
-        run = connection.execute("SELECT id FROM agent_runs WHERE event_id = ?", (event_id,)).fetchone()
-        if run is None:
-            continue
-        rows: list[Row] = []
-        more = False
-        for row in connection.execute(_SELECT_EVENTS, (*run, query.limit + 1, query.offset)):
-            room -= len(row[_EVENT_PAYLOAD] or "")
-            more = len(rows) == query.limit or (room < 0 and bool(rows or pages))
-            if more:
-                break
-            rows.append(row)
-        pages[event_id] = EventPage(rows, more)
-    return pages
+def fetch_events(connection: sqlite3.Connection, query: ListEvents) -> EventPage | None:
+    """Fetch the events of a run, about `PAGE_BYTES` of them at most."""
+    run = connection.execute("SELECT id FROM agent_runs WHERE event_id = ?", (query.event_id,)).fetchone()
+    return None if run is None else _read_events(connection, run[0], query, PAGE_BYTES)[0]
+
+
+def _read_events(
+    connection: sqlite3.Connection, run: SqlValue, query: ListEvents, room: int, *, is_first: bool = True
+) -> tuple[EventPage, int]:
+    """Return the events of a run that fit into so many bytes, or one if it `is_first`, and the room that is left."""
+    rows: list[Row] = []
+    for row in connection.execute(_SELECT_EVENTS, (run, query.limit + 1, query.offset)):
+        room -= len(row[_EVENT_PAYLOAD] or "")
+        if len(rows) == query.limit or (room < 0 and (rows or not is_first)):
+            return EventPage(rows, more=True), room
+        rows.append(row)
+    return EventPage(rows, more=False), room
 
 
 def fetch_processes(connection: sqlite3.Connection) -> list[Process]:

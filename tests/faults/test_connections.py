@@ -125,11 +125,16 @@ async def test_a_slow_client_is_cut_off(
     assert (await api.get("/health"))["status"] == "ok"
 
 
+@pytest.mark.parametrize("look", ["at the patrol", "when it is written"])
 async def test_those_who_leave_most_unread_are_cut_off_when_it_is_too_much(
-    make_api: MakeApi, monkeypatch: pytest.MonkeyPatch
+    make_api: MakeApi, monkeypatch: pytest.MonkeyPatch, look: str
 ) -> None:
     monkeypatch.setattr(connections, "MOST_UNREAD_BYTES", 15_000_000)
-    monkeypatch.setattr(connections, "_PATROL_EVERY_S", 0.1)
+    if look == "at the patrol":
+        monkeypatch.setattr(connections, "_PATROL_EVERY_S", 0.1)
+        monkeypatch.setattr(connections, "_LARGE_BYTES", 1 << 40)
+    else:
+        monkeypatch.setattr(connections, "_PATROL_EVERY_S", 1000)
     api = await make_api()
     for _ in range(12):
         await api.post(make_run(error_details="x" * 1_000_000))

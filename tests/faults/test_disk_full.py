@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from tests.conftest import StartDaemon, make_run, small_file_system
-from tests.http_client import call, get, post
+from tests.faults.told import Told
+from tests.http_client import call, get
 
 
 @pytest.fixture
@@ -31,18 +32,21 @@ def test_a_full_disk_is_503_and_then_it_goes_on(start_daemon: StartDaemon, small
         TELEMETRY_MIN_FREE_MB="0",
     )
     url = daemon.url
+    told = Told(url)
     ballast = small_disk / "ballast"
     ballast.write_bytes(bytes(1 << 20))
     sent: dict[str, bool] = {}
     refused: list[Any] = []
     for number in range(400):
         runs = [make_run(output_summary=os.urandom(400).hex()) for _ in range(1 if number % 3 else 40)]
-        status, answer = post(url, runs[0]) if len(runs) == 1 else call(url, "POST", "/api/v1/runs/batch", runs)
+        path, body = ("/api/v1/runs", runs[0]) if len(runs) == 1 else ("/api/v1/runs/batch", runs)
+        status, headers, answer = told.call("POST", path, body)
         assert status in (200, 201, 503), answer
         sent |= {run["event_id"]: status != 503 for run in runs}
         if status == 503:
             refused.append(runs)
             assert answer["detail"].startswith("The disk is full")
+            assert headers["Retry-After"] == "10", "a disk is not emptied in a second"
             if len(refused) >= 6:
                 break
     assert len(refused) >= 6
@@ -56,6 +60,10 @@ def test_a_full_disk_is_503_and_then_it_goes_on(start_daemon: StartDaemon, small
         assert call(url, "POST", "/api/v1/runs/batch", runs)[1]["inserted"] == len(runs)
     assert get(url, "/health")[0] == 200
     assert daemon.stop() == 0
+    lines = [line for line in daemon.lines if line.get("error_type") == "StorageFullError"]
+    assert [(line["level"], line["status"], line["error_cause"]) for line in lines] == [
+        ("ERROR", 503, "database or disk is full")
+    ] * len(refused)
     with closing(sqlite3.connect(small_disk / "telemetry.sqlite")) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
         assert {row[0] for row in connection.execute("SELECT event_id FROM agent_runs")} == set(sent)

@@ -40,7 +40,6 @@ class Told:
     """5xx answers that are not a 503 with `Retry-After`."""
     statuses: Counter[int | None] = field(default_factory=Counter)
     details: list[str] = field(default_factory=list)
-    slowest_health_s: float = 0.0
 
     def send(self, run: Row | None = None, timeout_s: float = 20, **fields: Any) -> int | None:
         """Post one run; return the status, or None if there was no answer."""
@@ -59,10 +58,8 @@ class Told:
         return status
 
     def health(self) -> tuple[int | None, Row]:
-        """Ask for the health, and see how long that takes."""
-        started = time.monotonic()
+        """Ask for the health."""
         status, _, answer = self.call("GET", "/health")
-        self.slowest_health_s = max(self.slowest_health_s, time.monotonic() - started)
         return status, answer
 
     def call(self, method: str, path: str, body: object = None, timeout_s: float = 20) -> tuple[int | None, Row, Any]:
