@@ -13,7 +13,7 @@ from typing import Final
 
 from telemetryd import legacy, migrate
 from telemetryd.backup import Watch, ignore_progress
-from telemetryd.database import connect, connect_to_read, is_damage
+from telemetryd.database import connect, connect_to_read, identify, is_damage
 from telemetryd.errors import DatabaseError
 from telemetryd.filters import TIME_BOUNDS, Filters
 from telemetryd.queries import SORTED, ListRuns, Order, Position
@@ -21,6 +21,8 @@ from telemetryd.runs import FILTERS
 from telemetryd.statements import examining, fetching, full_text
 
 _LISTED: Final = 100
+_NAMED: Final = 10
+_VERSION: Final = "version"
 REPAIR: Final = "stop the daemon and run: telemetryd check --repair"
 
 
@@ -52,7 +54,7 @@ def examine(path: Path, watch: Watch = ignore_progress) -> list[Finding]:
         DatabaseError: if it cannot be examined, for instance because another process locks it.
 
     """
-    checks = (_integrity, _schema, _totals, _strays, _full_text, _space, _foreign_keys, _index_usage)
+    checks = (_integrity, _version, _schema, _totals, _strays, _values, _full_text, _space, _foreign_keys, _index_usage)
     findings: list[Finding] = []
     try:
         with contextlib.closing(connect_to_read(path)) as connection:
@@ -60,8 +62,9 @@ def examine(path: Path, watch: Watch = ignore_progress) -> list[Finding]:
             for number, check in enumerate(checks):
                 watch("Checking", number, len(checks))
                 findings += check(connection)
-                if any(finding.severity is Severity.DAMAGE for finding in findings):
-                    break  # what a damaged file says of itself means nothing
+                # What a damaged file says of itself means nothing, and one of another version knows other tables.
+                if any(finding.severity is Severity.DAMAGE or finding.check == _VERSION for finding in findings):
+                    break
             watch("Checking", len(checks), len(checks))
     except sqlite3.Error as error:
         if not is_damage(error):
@@ -87,17 +90,15 @@ def _integrity(connection: sqlite3.Connection) -> Iterator[Finding]:
         yield _damage(text)
 
 
+def _version(connection: sqlite3.Connection) -> Iterator[Finding]:
+    found, needed = connection.execute("PRAGMA user_version").fetchone()[0], migrate.current_version()
+    if found != needed:
+        advice = "run: telemetryd migrate" if found < needed else "install the newer telemetryd"
+        yield Finding(_VERSION, Severity.PROBLEM, f"schema version {found}, not {needed}", advice)
+
+
 def _schema(connection: sqlite3.Connection) -> Iterator[Finding]:
-    version = connection.execute("PRAGMA user_version").fetchone()[0]
     actual, expected = migrate.schema_of(connection), migrate.expected_schema()
-    if version != migrate.current_version():
-        yield Finding(
-            "schema",
-            Severity.PROBLEM,
-            f"schema version {version}, not {migrate.current_version()}",
-            "run: telemetryd migrate",
-        )
-        return
     for name, sql in expected.items():
         if actual.get(name) != sql:
             state = "different" if name in actual else "missing"
@@ -132,6 +133,19 @@ def _strays(connection: sqlite3.Connection) -> Iterator[Finding]:
         return
     for table, rows in found.items():
         yield Finding("strays", Severity.PROBLEM, f"{rows} rows of {table} belong to runs that are gone", REPAIR)
+
+
+def _values(connection: sqlite3.Connection) -> Iterator[Finding]:
+    try:
+        found = list(examining.find_unstorable(connection))
+    except sqlite3.OperationalError as error:  # a table is missing, which the schema check has reported
+        yield Finding("values", Severity.PROBLEM, f"they cannot be read: {error}", REPAIR)
+        return
+    if found:
+        listed = [f"{one.field} of {one.table} {one.number} ({one.reason})" for one in found[:_NAMED]]
+        more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+        text = f"an earlier migration kept what no request could bring: {', '.join(listed)}{more}"
+        yield Finding("values", Severity.PROBLEM, text, REPAIR)
 
 
 def _full_text(connection: sqlite3.Connection) -> Iterator[Finding]:
@@ -218,22 +232,20 @@ def repair(path: Path, watch: Watch = ignore_progress) -> list[str]:
         DatabaseError: if that is not enough; the database is as before.
 
     """
-    done = []
+    done: list[str] = []
     with contextlib.closing(connect(path, "rw")) as connection:
         try:
             connection.execute("BEGIN EXCLUSIVE")
+            migrate.refuse_unless_usable(path, identify(connection))
             watch("Repairing", 0, 3)
-            actual = migrate.schema_of(connection)
-            for name, sql in migrate.expected_schema().items():
-                if _is_index(sql) and actual.get(name) != sql:
-                    connection.execute(f"DROP INDEX IF EXISTS {name}")
-                    connection.execute(sql)
-                    done.append(f"index {name} made again")
-            connection.execute("REINDEX")
-            done.append("every index built again from its table")
+            done += _mend_indexes(connection)
             watch("Repairing", 1, 3)
             for table, rows in examining.delete_strays(connection).items():
                 done.append(f"{rows} rows of {table} deleted, whose runs are gone")
+            if replaced := examining.replace_unstorable(connection):
+                done.append(
+                    f"{replaced} values replaced that no request could bring; unconverted_values has the originals"
+                )
             wrong = examining.count_wrong_totals(connection)
             if wrong:
                 examining.recount_totals(connection)
@@ -255,3 +267,15 @@ def repair(path: Path, watch: Watch = ignore_progress) -> list[str]:
                 raise DatabaseError(f"{path}: {'; '.join(done)}; but its space stays ({error})") from error
             done.append("free space returned")
     return done
+
+
+def _mend_indexes(connection: sqlite3.Connection) -> Iterator[str]:
+    """Make the indexes that are missing or different, build all again from their tables, and tell it."""
+    actual = migrate.schema_of(connection)
+    for name, sql in migrate.expected_schema().items():
+        if _is_index(sql) and actual.get(name) != sql:
+            connection.execute(f"DROP INDEX IF EXISTS {name}")
+            connection.execute(sql)
+            yield f"index {name} made again"
+    connection.execute("REINDEX")
+    yield "every index built again from its table"

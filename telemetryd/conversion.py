@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from telemetryd.runs import (
     canonical_status,
     canonical_timestamp,
     columns,
+    json_text,
     parse_json,
 )
 
@@ -29,6 +31,7 @@ RawValue = str | int | float | bytes | None
 
 EPOCH: Final = "1970-01-01T00:00:00.000000Z"
 UNKNOWN: Final = "unknown"
+_NO_CHARACTER: Final = "\N{REPLACEMENT CHARACTER}"
 NO_SUCH_FIELD: Final = "no such field any more"
 
 
@@ -69,14 +72,16 @@ class Original(NamedTuple):
 
 
 def _text(raw: RawValue) -> _Result:
-    if raw is None or isinstance(raw, str):
-        return raw
-    if isinstance(raw, bytes):
-        try:
-            return _Changed(raw.decode(), "blob to text")
-        except UnicodeDecodeError:
-            return _Replaced(raw.decode("utf-8", "replace"), "not UTF-8")
-    return _Changed(str(raw), "number to text")
+    if raw is None:
+        return None
+    if isinstance(raw, (int, float)):
+        return _Changed(str(raw), "number to text")
+    text = raw.decode("utf-8", "replace") if isinstance(raw, bytes) else raw
+    if "\0" in text:
+        return _Replaced(text.replace("\0", _NO_CHARACTER), "holds a NUL character")
+    if text == raw:
+        return text
+    return _Changed(text, "blob to text") if text.encode() == raw else _Replaced(text, "not UTF-8")
 
 
 def _name(raw: RawValue) -> _Result:
@@ -87,11 +92,13 @@ def _event_id(raw: RawValue) -> _Result:
     if raw is None:
         return _Changed(str(uuid.uuid4()), "UUID made")
     result = _text(raw)
-    text = result if isinstance(result, str) else str(result[0]) if isinstance(result, tuple) else ""
-    # SQLite's length() ends at a NUL, and so does what its CHECK sees.
-    if isinstance(result, _Replaced) or not 1 <= len(text.partition("\0")[0]) <= 255:
+    if isinstance(result, _Replaced) or not 1 <= len(str(_plain(result))) <= 255:
         return _Replaced(str(uuid.uuid4()), "not 1 to 255 characters of text")
     return result
+
+
+# Python refuses to read a number of thousands of digits.
+_DIGITS: Final = re.compile(r"\s*\d{1,19}\s*", re.ASCII)
 
 
 def _count(raw: RawValue) -> _Result:
@@ -101,7 +108,7 @@ def _count(raw: RawValue) -> _Result:
         return _Changed(0, "NULL to 0")
     if isinstance(raw, float) and raw.is_integer() and 0 <= raw < MAX_INTEGER:
         return _Changed(int(raw), "real to integer")
-    if isinstance(raw, str) and raw.strip().isascii() and raw.strip().isdigit() and int(raw) <= MAX_INTEGER:
+    if isinstance(raw, str) and _DIGITS.fullmatch(raw) and int(raw) <= MAX_INTEGER:
         return _Changed(int(raw), "text to integer")
     return _Replaced(0, "not a count")
 
@@ -145,16 +152,25 @@ def _json_object(raw: RawValue) -> _Result:
     text = _text(raw)
     if isinstance(text, _Replaced):
         return _Replaced(None, text.reason)
-    inner = text.value if isinstance(text, _Changed) else text
-    if not str(inner).strip():
+    inner = str(_plain(text))
+    if not inner.strip():
         return _Changed(None, "empty to NULL")
     try:
-        value = parse_json(str(inner))
-    except InvalidBodyError:
-        return _Replaced(None, "not JSON")
-    if value is None:
-        return _Changed(None, "JSON null to NULL")
-    return text if isinstance(value, dict) else _Changed(f'{{"value":{inner}}}', "put into an object")
+        value = parse_json(inner)
+        if value is None:
+            return _Changed(None, "JSON null to NULL")
+        is_object = isinstance(value, dict)
+        json_text(value if is_object else {"value": value})
+    except (InvalidBodyError, ValueError) as error:
+        return _Replaced(None, "not JSON" if isinstance(error, InvalidBodyError) else str(error))
+    return text if is_object else _Changed(f'{{"value":{inner}}}', "put into an object")
+
+
+def _payload(raw: RawValue) -> _Result:
+    result = _json_object(raw)
+    if isinstance(result, _Replaced):  # no JSON that may be stored, so text that somebody wrote
+        return _Replaced(orjson.dumps({"value": _plain(_text(raw))}).decode(), result.reason)
+    return result
 
 
 def _commit_source(raw: RawValue) -> _Result:
@@ -188,6 +204,16 @@ _CONVERTERS: Final[dict[str, Callable[[RawValue], _Result]]] = {
 }
 
 
+PLAIN_TEXTS: Final = tuple(name for name in COLUMNS[1:] if _CONVERTERS[name] in (_text, _name, _event_id))
+"""The fields of a run that hold whatever somebody wrote."""
+
+
+def replacement(name: str, stored: str) -> tuple[SqlValue, str] | None:
+    """Return what takes the place of a value (of a plain text, or of JSON) that nobody could post, and the reason."""
+    result = (_payload if name == "payload" else _CONVERTERS[name])(stored)
+    return (result.value, result.reason) if isinstance(result, _Replaced) else None
+
+
 # --- One row -------------------------------------------------------------------------------------
 
 _REQUIRED_TIMES: Final = ("created_at", "start_time", "updated_at")
@@ -215,7 +241,7 @@ class Converter:
         absent[COLUMNS.index("status")] = str(Status.RUNNING)
         self._absent = absent
 
-    def convert(self, number: int | None, raw: Sequence[RawValue]) -> tuple[list[SqlValue], list[Original]]:
+    def convert(self, number: int, raw: Sequence[RawValue]) -> tuple[list[SqlValue], list[Original]]:
         """Return the values of one run in the order of `COLUMNS`, and the originals for the side table."""
         values = self._absent.copy()
         values[0] = number
@@ -279,16 +305,12 @@ class EventConverter:
         run_id, event_type = _plain(_text(given["run_id"])), _plain(_text(given["event_type"]))
         if not isinstance(run_id, str) or not isinstance(event_type, str) or not event_type.strip():
             return None
-        payload = _json_object(given["payload"])
-        if isinstance(payload, _Replaced):  # no JSON, so text that somebody wrote
-            text = str(_plain(_text(given["payload"]))).replace("\0", "")
-            payload = orjson.dumps({"value": text}).decode()
         return {
             "run_id": run_id,
             "event_key": f"legacy-{number}",
-            "event_type": event_type.replace("\0", "")[:255],
+            "event_type": event_type[:255],
             "timestamp": _plain(_timestamp(given["timestamp"])),
-            "payload": _plain(payload),
+            "payload": _plain(_payload(given["payload"])),
         }
 
 

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from telemetryd import migrate
 from telemetryd.backup import Watch, ignore_progress
-from telemetryd.conversion import Converter, EventConverter, Original, RawValue, Tally
+from telemetryd.conversion import Converter, EventConverter, Original, Tally
 from telemetryd.database import (
     APPLICATION_ID,
     connect,
@@ -32,8 +32,14 @@ FIRST_VERSION: Final = 8
 
 _OLD_RUNS: Final = "telemetryd_migration_runs"
 _OLD_LOG: Final = "telemetryd_migration_log"
+_RUN_IDS: Final = "telemetryd_migration_run_ids"
 _SLICE: Final = 2000
+_HIGHEST_ID: Final = 2**62
+_ROW_NUMBER: Final = ("rowid", "_rowid_", "oid")
+"""What SQLite calls the number of a row, as far as a table has no column of that name."""
 _INCREMENTAL: Final = 2
+_HIDDEN: Final = 1
+"""In `PRAGMA table_xinfo`, a column that `SELECT *` does not show; 2 and 3 are generated ones, which it shows."""
 
 _INSERT_RUN: Final = f"INSERT INTO agent_runs ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"  # noqa: S608 - names from the definition of a run
 _EVENTS: Final = "run_events"
@@ -43,8 +49,8 @@ _INSERT_OLD_EVENT: Final = f"""
     SELECT id, :event_key, :event_type, coalesce(:timestamp, created_at), :payload FROM agent_runs
     WHERE run_id = :run_id ORDER BY id DESC LIMIT 1
 """  # noqa: S608 - names from the definition of an event
-_INDEX_RUN_IDS: Final = "CREATE INDEX telemetryd_migration_run_ids ON agent_runs (run_id)"
-_DROP_RUN_IDS: Final = "DROP INDEX telemetryd_migration_run_ids"
+_INDEX_RUN_IDS: Final = f"CREATE INDEX {_RUN_IDS} ON agent_runs (run_id)"
+_DROP_RUN_IDS: Final = f"DROP INDEX {_RUN_IDS}"
 _INSERT_ORIGINAL: Final = "INSERT OR IGNORE INTO unconverted_values (run, field, reason, original) VALUES (?, ?, ?, ?)"
 
 
@@ -62,7 +68,10 @@ class Layout:
     aside: dict[str, int]
     """Tables whose name the current schema needs, with their rows; they are kept as legacy_…."""
     triggers: tuple[str, ...]
-    has_row_numbers: bool
+    row_number: str | None
+    """How SQL calls the number of a row: `rowid`, unless a column has that name; None if rows have none."""
+    keeps_row_numbers: bool
+    """Whether a row's number becomes the run's id; otherwise the rows are numbered anew, in their order."""
     event_id_is_unique: bool
 
     @property
@@ -174,7 +183,7 @@ def look(connection: sqlite3.Connection, path: Path) -> Layout:
     """Tell which layout a database has.
 
     Raises:
-        DatabaseError: if it has no runs.
+        DatabaseError: if it has no runs, or something whose name a migration needs.
 
     """
     tables = {
@@ -186,33 +195,95 @@ def look(connection: sqlite3.Connection, path: Path) -> Layout:
     }
     if "agent_runs" not in tables:
         raise DatabaseError(f"{path} has no table agent_runs: it is not a telemetry database")
-    info = connection.execute("PRAGMA table_info(agent_runs)").fetchall()
+    columns = _columns(connection, "agent_runs")
     is_ours = connection.execute("PRAGMA application_id").fetchone()[0] == APPLICATION_ID
-    row_number = [row[1] for row in info if row[5] and str(row[2]).upper() == "INTEGER"]
-    is_alias = row_number == ["id"] and sum(bool(row[5]) for row in info) == 1 and not tables["agent_runs"]
-    # A column "id" that is not the row number is a value like any other, without a place in our schema.
-    names = tuple("legacy id" if row[1] == "id" and not is_alias else str(row[1]) for row in info)
+    hidden = (name for name in _ROW_NUMBER if name not in {column.name for column in columns})
+    row_number = None if tables["agent_runs"] else next(hidden, None)
+    keeps_row_numbers = row_number is not None and _is_sequence(connection, row_number)
+    is_id = [column[:2] for column in columns if column.is_key] == [("id", "INTEGER")] and keeps_row_numbers
+    # A column "id" that does not become the run's id is a value like any other, without a place in our schema.
+    names = tuple("legacy id" if column.name == "id" and not is_id else column.name for column in columns)
     log = "schema_migrations" in tables
     version = connection.execute("PRAGMA user_version").fetchone()[0] if is_ours else _guess_version(names)
     others = sorted(name for name in tables if name not in ("agent_runs", "schema_migrations"))
     needed = migrate.claimed(version if is_ours else 0)
     kept = [] if is_ours else [name for name in others if name not in needed]
+    aside = [name for name in others if name in needed]
+    _refuse_what_is_in_the_way(connection, path, version if is_ours else 0, aside)
     return Layout(
         version=version,
         recorded=_recorded_version(connection) if log else None,
         columns=names,
         rows=_count(connection, "agent_runs"),
         kept={name: _count(connection, name) for name in kept},
-        aside={name: _count(connection, name) for name in others if name in needed},
+        aside={name: _count(connection, name) for name in aside},
         triggers=tuple(
             row[0]
             for row in connection.execute(
                 "SELECT name FROM sqlite_master WHERE type = 'trigger' AND tbl_name = 'agent_runs'"
             )
         ),
-        has_row_numbers=not tables["agent_runs"],
+        row_number=row_number,
+        keeps_row_numbers=keeps_row_numbers,
         event_id_is_unique=_is_unique(connection, "event_id"),
     )
+
+
+def _refuse_what_is_in_the_way(connection: sqlite3.Connection, path: Path, version: int, aside: list[str]) -> None:
+    """Stop if something that stays has a name that the current schema or the migration needs.
+
+    Raises:
+        DatabaseError: that names it, and says what to do.
+
+    """
+    needed = {
+        *migrate.claimed(version),
+        *migrate.claimed(version, "INDEX"),
+        *map(migrate.aside, aside),
+        _OLD_RUNS,
+        _OLD_LOG,
+        _RUN_IDS,
+    }
+    moved = {*aside, *(() if version else ("agent_runs", "schema_migrations"))}
+    found = connection.execute("SELECT type, name, tbl_name FROM sqlite_master WHERE type <> 'trigger' ORDER BY name")
+    in_the_way = [
+        f"{kind} {name}"
+        for kind, name, table in found
+        if _small(name) in needed and not (kind in ("table", "index") and table in moved)
+    ]
+    if in_the_way:
+        raise DatabaseError(
+            f"{path} has something of your own whose name telemetryd needs: {', '.join(in_the_way)}; "
+            "rename or drop it, then run telemetryd migrate again; nothing was changed"
+        )
+
+
+class _Column(NamedTuple):
+    name: str
+    type: str
+    is_key: bool
+
+
+def _columns(connection: sqlite3.Connection, table: str) -> list[_Column]:
+    """Return the columns that `SELECT *` shows, generated ones, too; in small letters, as SQLite compares them."""
+    return [
+        _Column(_small(name), kind.upper(), bool(key))
+        for _, name, kind, _, _, key, hidden in connection.execute(f"PRAGMA table_xinfo({_quoted(table)})")
+        if hidden != _HIDDEN
+    ]
+
+
+def _small(name: str) -> str:
+    """Return a name as SQLite compares names: only the letters of ASCII have a case for it."""
+    return "".join(letter.lower() if letter.isascii() else letter for letter in name)
+
+
+def _is_sequence(connection: sqlite3.Connection, number: str) -> bool:
+    """Tell whether the rows' numbers can begin the commit sequence, which counts from 1 and needs room to go on."""
+    low, high = connection.execute(
+        f"SELECT (SELECT min({number}) FROM agent_runs), (SELECT max({number}) FROM agent_runs)"  # noqa: S608 - one of three names
+    ).fetchone()
+    return low is None or (low >= 1 and high <= _HIGHEST_ID)
 
 
 def _guess_version(columns: tuple[str, ...]) -> int:
@@ -220,7 +291,7 @@ def _guess_version(columns: tuple[str, ...]) -> int:
 
 
 def _recorded_version(connection: sqlite3.Connection) -> int | None:
-    columns = {row[1] for row in connection.execute("PRAGMA table_info(schema_migrations)")}
+    columns = {column.name for column in _columns(connection, "schema_migrations")}
     key = "version" if "version" in columns else "id" if "id" in columns else None
     if key is None:
         return None
@@ -235,7 +306,7 @@ def _count(connection: sqlite3.Connection, table: str) -> int:
 def _is_unique(connection: sqlite3.Connection, column: str) -> bool:
     indexes = connection.execute("SELECT name FROM pragma_index_list('agent_runs') WHERE \"unique\" AND NOT partial")
     return any(
-        [row[2] for row in connection.execute(f"PRAGMA index_info({_quoted(name)})")] == [column]
+        [_small(row[2] or "") for row in connection.execute(f"PRAGMA index_info({_quoted(name)})")] == [column]
         for (name,) in indexes.fetchall()
     )
 
@@ -254,11 +325,14 @@ def _converted(
 ) -> Iterator[_Slice]:
     """Yield the runs of an older table in slices, converted, in the order in which they arrived."""
     names = ", ".join(_quoted("id" if name == "legacy id" else name) for name in layout.columns)
-    number, order = ("rowid", "ORDER BY rowid") if layout.has_row_numbers else ("NULL", "")
+    number, order = (layout.row_number, f"ORDER BY {layout.row_number}") if layout.row_number else ("NULL", "")
     rows = connection.execute(f"SELECT {number}, {names} FROM {_quoted(table)} {order}")  # noqa: S608 - quoted
     done = 0
     while raw := rows.fetchmany(_SLICE):
-        yield [converter.convert(row[0], row[1:]) for row in raw]
+        yield [
+            converter.convert(row[0] if layout.keeps_row_numbers else place, row[1:])
+            for place, row in enumerate(raw, done + 1)
+        ]
         done += len(raw)
         watch("Reading rows", done, layout.rows)
 
@@ -313,10 +387,7 @@ def _rebuild(connection: sqlite3.Connection, layout: Layout, now: str, watch: Wa
     indexes = _drop_indexes(connection)
     converter = Converter(layout.columns)
     done.tally = converter.tally
-    if layout.has_row_numbers:
-        _copy_rows(connection, layout, converter, watch)
-    else:
-        _copy_rows_without_numbers(connection, layout, converter, watch)
+    _copy_rows(connection, layout, converter, watch)
     done.rows = _count(connection, "agent_runs")
     if done.rows != layout.rows:
         raise DatabaseError(f"{done.rows} rows were copied instead of {layout.rows}; the database is as before")
@@ -369,18 +440,17 @@ def _serve_old_events(connection: sqlite3.Connection, done: Migration) -> None:
     """
     if _EVENTS not in done.layout.aside:
         return
-    old = _quoted(migrate.aside(_EVENTS))
-    columns = [str(row[1]) for row in connection.execute(f"PRAGMA table_info({old})")]
-    converter = EventConverter(columns)
+    old = migrate.aside(_EVENTS)
+    converter = EventConverter([column.name for column in _columns(connection, old)])
     served = number = 0
-    rows = connection.execute(f"SELECT * FROM {old}")  # noqa: S608 - quoted
+    rows = connection.execute(f"SELECT * FROM {_quoted(old)}")  # noqa: S608 - quoted
     connection.execute(_INDEX_RUN_IDS)
     while part := rows.fetchmany(_SLICE):
         converted = [converter.convert(number + place, raw) for place, raw in enumerate(part, 1)]
         served += connection.executemany(_INSERT_OLD_EVENT, [event for event in converted if event]).rowcount
         number += len(part)
     connection.execute(_DROP_RUN_IDS)
-    done.remarks.append(f"{served} of {number} old events are served; all are kept in {migrate.aside(_EVENTS)}")
+    done.remarks.append(f"{served} of {number} old events are served; all are kept in {old}")
 
 
 def _drop_indexes(connection: sqlite3.Connection) -> list[str]:
@@ -397,25 +467,7 @@ def _copy_rows(connection: sqlite3.Connection, layout: Layout, converter: Conver
     for part in _converted(connection, _OLD_RUNS, layout, converter, watch):
         connection.executemany(_INSERT_RUN, [values for values, _ in part])
         originals = [(values[0], *original) for values, kept in part for original in kept]
-        _insert_originals(connection, originals)
-
-
-def _copy_rows_without_numbers(
-    connection: sqlite3.Connection, layout: Layout, converter: Converter, watch: Watch
-) -> None:
-    number = 0
-    for part in _converted(connection, _OLD_RUNS, layout, converter, watch):
-        for values, kept in part:
-            number += 1
-            values[0] = number
-            connection.execute(_INSERT_RUN, values)
-            _insert_originals(connection, [(number, *original) for original in kept])
-
-
-def _insert_originals(
-    connection: sqlite3.Connection, originals: list[tuple[str | int | None, str, str, RawValue]]
-) -> None:
-    connection.executemany(_INSERT_ORIGINAL, originals)
+        connection.executemany(_INSERT_ORIGINAL, originals)
 
 
 def _separate_equal_event_ids(connection: sqlite3.Connection, tally: Tally) -> None:
@@ -437,7 +489,7 @@ def _separate_equal_event_ids(connection: sqlite3.Connection, tally: Tally) -> N
 
 def _keep_log(connection: sqlite3.Connection) -> None:
     """Keep what the old schema_migrations told, whatever its columns were, and drop it."""
-    columns = [row[1] for row in connection.execute(f"PRAGMA table_info({_OLD_LOG})")]
+    columns = [column.name for column in _columns(connection, _OLD_LOG)]
     if not columns:
         return
     key = next((name for name in ("version", "id") if name in columns), None)

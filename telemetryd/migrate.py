@@ -36,9 +36,9 @@ class Step:
         if re.sub(r"--.*", "", statement).strip():
             raise ValueError(f"migration {self.version} ends in an unfinished statement")
 
-    def tables(self) -> list[str]:
-        """Return the names of the tables that the step makes."""
-        return re.findall(r"^CREATE TABLE (\w+)", self.sql, re.MULTILINE)
+    def names(self, kind: str) -> list[str]:
+        """Return the names that the step gives to objects of a kind (`TABLE` or `INDEX`), if only until its end."""
+        return re.findall(rf"^(?:CREATE (?:UNIQUE )?{kind}|ALTER {kind} \w+ RENAME TO) (\w+)", self.sql, re.MULTILINE)
 
 
 @cache
@@ -56,12 +56,12 @@ def current_version() -> int:
     return steps()[-1].version
 
 
-def claimed(after: int) -> tuple[str, ...]:
-    """Return the names of the tables that are new behind a version."""
+def claimed(after: int, kind: str = "TABLE") -> tuple[str, ...]:
+    """Return the names of the tables (or indexes) that are needed behind a version and not before."""
     first: dict[str, int] = {}
     for step in steps():
-        for name in step.tables():
-            first.setdefault(name, step.version)  # a later step may make a table anew
+        for name in step.names(kind):
+            first.setdefault(name, step.version)  # a later step may make one anew
     return tuple(name for name, version in first.items() if version > after)
 
 

@@ -165,8 +165,13 @@ def _unstorable(value: object, depth: int, left: Iterator[int]) -> str | None:
     return None
 
 
-def _json_text(value: object) -> str | None:
-    """Return a JSON object as the text that is stored: `{"tokens":5}`."""
+def json_text(value: object) -> str | None:
+    """Return a decoded JSON object as the text that is stored: `{"tokens":5}`.
+
+    Raises:
+        ValueError: with the reason why it cannot be stored.
+
+    """
     if value is None:
         return None
     if not isinstance(value, dict):
@@ -230,7 +235,7 @@ SourceValue = Annotated[
 ]
 JsonObject = Annotated[
     str,
-    PlainValidator(_json_text),
+    PlainValidator(json_text),
     WithJsonSchema({"anyOf": [{"type": "object"}, {"type": "null"}]}),
 ]
 Boolean = Annotated[

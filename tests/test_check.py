@@ -15,6 +15,7 @@ from telemetryd.errors import DatabaseError
 from telemetryd.statements import rollups
 from tests.conftest import StartDaemon
 from tests.faults.hot_journal import cut_off_growing
+from tests.http_client import get
 from tests.tools.fill import make_database
 from tests.tools.old_databases import make_old_database
 from tests.tools.process import telemetryd
@@ -111,7 +112,14 @@ def test_space_that_a_migration_did_not_return_is_returned(tmp_path: Path) -> No
 
 def test_what_the_old_service_left_is_a_note(tmp_path: Path) -> None:
     path = make_old_database(tmp_path / "telemetry.sqlite", "v7")
-    assert "run: telemetryd migrate" in telemetryd("check", "--db-path", path, status=1).stdout
+    (finding,) = check(path, status=1)["findings"]
+    assert finding["advice"] == "run: telemetryd migrate"
+    before = path.read_bytes()
+    assert (
+        "nothing was changed: run telemetryd migrate"
+        in telemetryd("check", "--repair", "--db-path", path, status=1).stderr
+    )
+    assert path.read_bytes() == before
     telemetryd("migrate", "--no-backup", "--db-path", path)
     report = check(path)
     assert report["ok"]
@@ -185,6 +193,34 @@ def test_rows_whose_run_is_gone_are_found_and_deleted(tmp_path: Path) -> None:
     assert "1 rows of run_events deleted, whose runs are gone" in done["repaired"]
     with closing(sqlite3.connect(path)) as connection:
         assert connection.execute("SELECT run FROM run_events").fetchall() == [(2,)]
+
+
+def test_values_that_an_earlier_migration_kept_are_named_and_replaced(
+    tmp_path: Path, start_daemon: StartDaemon
+) -> None:
+    path = make_database(tmp_path / "telemetry.sqlite", 20)
+    change(
+        path,
+        """UPDATE agent_runs SET metrics_json = '{"a":1e999}' WHERE id = 3""",
+        "UPDATE agent_runs SET agent_name = 'a' || char(0), event_id = 'e' || char(0) WHERE id = 5",
+        """INSERT INTO run_events (run, event_key, event_type, timestamp, payload)
+        VALUES (7, 'k', 't', '2026-01-01T00:00:00.000000Z', '[1e999]')""",
+        "DELETE FROM run_stats",
+    )
+    texts = {finding["check"]: finding["text"] for finding in check(path, status=1)["findings"]}
+    assert "metrics_json of agent_runs 3 (JSON object holds a number that is not finite)" in texts["values"]
+    assert "agent_name of agent_runs 5 (holds a NUL character)" in texts["values"]
+    assert "payload of run_events 1" in texts["values"]
+    done = check(path, "--repair")
+    assert done["ok"]
+    assert any(line.startswith("4 values replaced") for line in done["repaired"])
+    with closing(sqlite3.connect(path)) as connection:
+        kept = connection.execute("SELECT run, field, original FROM unconverted_values ORDER BY 1, 2").fetchall()
+    assert kept == [(3, "metrics_json", '{"a":1e999}'), (5, "agent_name", "a\0"), (5, "event_id", "e\0")]
+    daemon = start_daemon()
+    assert len(get(daemon.url, "/api/v1/runs?include=events")[1]) == 20
+    telemetryd("follow", daemon.url, "--once", "--db-path", tmp_path / "copy.sqlite")
+    assert daemon.stop() == 0
 
 
 @pytest.mark.parametrize("flags", [[], ["--repair"]])

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from telemetryd.conversion import EPOCH, Converter
+from telemetryd.conversion import EPOCH, Converter, EventConverter
 from telemetryd.runs import COLUMNS
 
 DAY = "2025-01-01T00:00:00.000000Z"
@@ -78,10 +78,20 @@ def test_what_has_a_form_of_today_is_normalised(field: str, raw: object, value: 
         ("items_failed", float("inf"), 0),
         ("items_failed", 1e30, 0),
         ("items_failed", "٣", 0),
+        ("items_failed", "9" * 5000, 0),
+        ("items_failed", "9" * 19, 0),
         ("api_posted", 2, 0),
         ("metrics_json", "{", None),
         ("metrics_json", '{"a": NaN}', None),
+        ("metrics_json", '{"a": 1e999}', None),
+        ("context_json", "-1e999", None),
+        ("metrics_json", '{"a": ' + "[" * 150 + "]" * 150 + "}", None),
+        ("metrics_json", '{"a": "\\u0000"}', None),
+        ("metrics_json", '{"a": 18446744073709551616}', None),
+        ("metrics_json", '{"a": ' + "9" * 5000 + "}", None),
         ("host", b"\xff", "\ufffd"),
+        ("product", "p\0q", "p\ufffdq"),
+        ("agent_name", b"a\0", "a\ufffd"),
         ("git_commit_source", "robot", None),
     ],
 )
@@ -92,7 +102,7 @@ def test_what_has_none_is_replaced_and_kept(field: str, raw: object, value: obje
     assert sum(converter.tally.replaced.values()) == 1
 
 
-@pytest.mark.parametrize("raw", ["", "x" * 256, "\0nul", b"\xff\xfe"])
+@pytest.mark.parametrize("raw", ["", "x" * 256, "\0nul", "x\0y", b"\xff\xfe"])
 def test_an_event_id_that_cannot_stay_becomes_a_uuid(raw: object) -> None:
     values, originals, _ = converted(event_id=raw)
     assert str(uuid.UUID(values["event_id"])) == values["event_id"]
@@ -108,3 +118,30 @@ def test_without_any_time_the_epoch_is_better_than_no_row() -> None:
 def test_a_field_that_is_gone_is_kept_unless_it_is_null() -> None:
     _, originals, _ = converted(agent_owner="me", schema_version=None)
     assert originals == {"agent_owner": ("no such field any more", "me")}
+
+
+def test_why_a_json_object_cannot_be_stored_is_told() -> None:
+    _, originals, _ = converted(metrics_json='{"a": 1e999}')
+    assert originals["metrics_json"][0] == "JSON object holds a number that is not finite"
+
+
+@pytest.mark.parametrize(
+    ("raw", "kept"),
+    [
+        ('{"a": 1}', '{"a": 1}'),
+        ('{"a": 1e999}', r'{"value":"{\"a\": 1e999}"}'),
+        ("1e999", '{"value":"1e999"}'),
+        ('["\\u0000"]', r'{"value":"[\"\\u0000\"]"}'),
+    ],
+)
+def test_a_payload_that_could_not_be_posted_is_kept_as_text(raw: str, kept: str) -> None:
+    event = EventConverter(["run_id", "event_type", "payload"]).convert(1, ["r", "step", raw])
+    assert event is not None
+    assert event["payload"] == kept
+
+
+def test_an_event_of_a_run_with_a_nul_in_its_name_stays_with_it() -> None:
+    event = EventConverter(["run_id", "event_type", "payload"]).convert(1, ["r\0", "s\0", "p\0q"])
+    assert event is not None
+    assert event["run_id"] == converted(run_id="r\0")[0]["run_id"]
+    assert (event["event_type"], event["payload"]) == ("s\ufffd", '{"value":"p\ufffdq"}')

@@ -23,7 +23,7 @@ from click.testing import CliRunner, Result
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from telemetryd import exports, runs, tables
+from telemetryd import exports, migrate, runs, tables
 from telemetryd.cli import main
 from telemetryd.cli.files import Refusals
 from telemetryd.database import LOG_BYTES, wal_bytes
@@ -93,6 +93,46 @@ async def test_csv_is_rfc_4180_and_tells_an_empty_text_from_none(api: Api) -> No
     assert isinstance(read[1], dict)
     assert read[0]["product"] == ""
     assert "product" not in read[1]
+
+
+@pytest.mark.parametrize("encoding", ["UTF-16le", "UTF-16be"])
+async def test_a_database_in_utf_16_is_exported_like_any_other(
+    make_api: MakeApi, tmp_path: Path, encoding: str
+) -> None:
+    with closing(sqlite3.connect(tmp_path / "telemetry.sqlite", isolation_level=None)) as connection:
+        connection.execute(f"PRAGMA encoding = '{encoding}'")
+        migrate.create(connection, "2026-01-01T00:00:00.000000Z")
+    api = await make_api()
+    await api.batch([make_run(**{**FULL, "event_id": "full"}), make_run(agent_name="ä\N{SNOWMAN}\N{ROCKET}")])
+    await api.call("POST", "/api/v1/runs/full/events", json={"event_type": "é", "payload": {"ü": 1}}, status=201)
+    all_of_them = await stored(api)
+    body, _ = await export(api, include="events")
+    found = [json.loads(line) for line in body.splitlines()]
+    assert [(run["error_details"], run["metrics_json"]) for run in found] == [
+        (run["error_details"], run["metrics_json"]) for run in all_of_them
+    ]
+    assert [run["agent_name"] for run in found] == [run["agent_name"] for run in all_of_them]
+    assert [(event["event_type"], event["payload"]) for event in found[0]["events"]] == [("é", {"ü": 1})]
+    body, _ = await export(api, format="csv")
+    records = [fields for _, fields in tables.read_csv(io.BytesIO(body))]
+    assert records == [{name: value for name, value in run.items() if value is not None} for run in all_of_them]
+    body, _ = await export(api, format="parquet", agent_name="ä*")
+    (tmp_path / "runs.parquet").write_bytes(body)
+    assert pyarrow.parquet.read_table(tmp_path / "runs.parquet")["agent_name"].to_pylist() == ["ä\N{SNOWMAN}\N{ROCKET}"]
+
+
+@pytest.mark.parametrize("form", ["csv", "parquet"])
+async def test_a_nul_that_an_earlier_migration_kept_breaks_no_line(api: Api, tmp_path: Path, form: str) -> None:
+    await api.batch([make_run(product="p,q"), make_run(product="next")])
+    with closing(sqlite3.connect(api.settings.db_path)) as connection, connection:
+        connection.execute("UPDATE agent_runs SET product = 'p' || char(0) || 'q' WHERE product = 'p,q'")
+    body, _ = await export(api, format=form)
+    if form == "csv":
+        found = [fields["product"] for _, fields in tables.read_csv(io.BytesIO(body)) if isinstance(fields, dict)]
+    else:
+        (tmp_path / "runs.parquet").write_bytes(body)
+        found = pyarrow.parquet.read_table(tmp_path / "runs.parquet")["product"].to_pylist()
+    assert found == ["p\0q", "next"]
 
 
 async def test_parquet_is_typed_and_counts_its_rows(api: Api, tmp_path: Path) -> None:

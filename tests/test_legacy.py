@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -16,9 +17,11 @@ import pytest
 from telemetryd import migrate
 from telemetryd.database import Kind, Ownership, inspect
 from telemetryd.legacy import migrate_file
+from telemetryd.runs import COLUMNS
+from telemetryd.tables import read_csv, read_parquet
 from tests.conftest import StartDaemon
 from tests.faults.hot_journal import cut_off_growing
-from tests.http_client import get
+from tests.http_client import call, get
 from tests.tools.old_databases import LAYOUTS, make_old_database, spoil
 from tests.tools.process import telemetryd
 
@@ -149,6 +152,145 @@ def test_equal_event_ids_are_separated(tmp_path: Path) -> None:
         (9, "same"),
     ]
     assert rows(path, "SELECT count(DISTINCT event_id) FROM agent_runs") == [(20,)]
+
+
+@pytest.mark.parametrize("encoding", ["UTF-8", "UTF-16le"])
+def test_what_no_request_could_bring_breaks_no_reader(tmp_path: Path, start_daemon: StartDaemon, encoding: str) -> None:
+    path = tmp_path / "telemetry.sqlite"
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute(f"PRAGMA encoding = '{encoding}'")
+    make_old_database(path, "v7", neighbours=False)
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.executescript(OLD_EVENTS)
+        connection.execute("UPDATE run_events SET payload_json = '{\"a\": 1e999}'")
+        connection.execute("UPDATE agent_runs SET metrics_json = '{\"a\": 1e999}', product = 'p' || char(0) || 'q'")
+        connection.execute(
+            "UPDATE agent_runs SET event_id = 'x' || char(0) || run_id, items_discovered = ?", ("9" * 5000,)
+        )
+    counted = {(line["field"], line["kind"]): line["values"] for line in migrated(path)["kept_aside"]}
+    assert counted["product", "holds a NUL character"] == counted["items_discovered", "not a count"] == 20
+    assert counted["metrics_json", "JSON object holds a number that is not finite"] == 20
+    assert json.loads(telemetryd("check", "--json", "--db-path", path).stdout)["ok"]
+    daemon = start_daemon()
+    status, found = get(daemon.url, "/api/v1/runs?include=events")
+    assert (status, len(found)) == (200, 20)
+    assert {run["product"] for run in found} == {"p\ufffdq"}
+    for form in ("ndjson", "csv", "parquet"):
+        target = tmp_path / f"runs.{form}"
+        telemetryd("export", target, "--url", daemon.url, "--format", form)
+    with (tmp_path / "runs.csv").open("rb") as file:
+        assert len([record for _, record in read_csv(file) if isinstance(record, dict)]) == 20
+    assert len([record for _, record in read_parquet(tmp_path / "runs.parquet") if isinstance(record, dict)]) == 20
+    telemetryd("follow", daemon.url, "--once", "--db-path", tmp_path / "copy.sqlite")
+    for sql in ("SELECT id, event_id, product, metrics_json FROM agent_runs", "SELECT * FROM run_events"):
+        assert rows(tmp_path / "copy.sqlite", sql) == rows(path, sql)
+    assert daemon.stop() == 0
+
+
+def test_generated_columns_are_columns(tmp_path: Path) -> None:
+    path = tmp_path / "telemetry.sqlite"
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.executescript("""
+            CREATE TABLE agent_runs (id INTEGER PRIMARY KEY, event_id TEXT, run_id TEXT, agent_name TEXT,
+                job_type TEXT AS ('job of ' || agent_name) VIRTUAL, label TEXT AS (run_id || '!') STORED,
+                start_time TEXT, created_at TEXT);
+            INSERT INTO agent_runs (id, event_id, run_id, agent_name, start_time)
+                VALUES (1, 'e', 'r', 'a', '2025-01-01');
+            CREATE TABLE run_events (id INTEGER PRIMARY KEY, twice INTEGER AS (id * 2), run_id TEXT, event_type TEXT);
+            INSERT INTO run_events (run_id, event_type) VALUES ('r', 'step');
+        """)
+    migrate_file(path, "2026-01-01T00:00:00.000000Z")
+    assert rows(path, "SELECT job_type FROM agent_runs") == [("job of a",)]
+    assert rows(path, "SELECT field, original FROM unconverted_values") == [("label", "r!")]
+    assert rows(path, "SELECT run, event_type FROM run_events") == [(1, "step")]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_case_of_a_column_is_none_of_its_name(tmp_path: Path, layout: str) -> None:
+    path, usual = tmp_path / "telemetry.sqlite", make_old_database(tmp_path / "usual.sqlite", layout)
+    shutil.copyfile(usual, path)
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("PRAGMA legacy_alter_table = ON")
+        connection.execute("DROP VIEW latest")
+        for table in ("agent_runs", "run_events", "schema_migrations"):
+            for (name,) in connection.execute(f"SELECT name FROM pragma_table_info('{table}')").fetchall():
+                connection.execute(f'ALTER TABLE {table} RENAME COLUMN "{name}" TO "{name.title()}"')
+    assert migrated(path) == migrated(usual)
+    everything = f"SELECT {', '.join(name for name in COLUMNS if name != 'event_id')} FROM agent_runs"
+    for sql in (everything, "SELECT * FROM unconverted_values", "SELECT * FROM run_events"):
+        assert rows(path, sql) == rows(usual, sql)
+
+
+@pytest.mark.parametrize(
+    ("own", "named"),
+    [
+        ("CREATE VIEW run_changes AS SELECT 1", "view run_changes"),
+        ("CREATE TABLE idx_runs_job (x)", "table idx_runs_job"),
+        ("CREATE INDEX idx_runs_job ON commits (hash)", "index idx_runs_job"),
+        ("CREATE TABLE telemetryd_migration_runs (x)", "table telemetryd_migration_runs"),
+        ("CREATE VIEW legacy_run_events AS SELECT 1", "view legacy_run_events"),
+        ("CREATE TABLE alert_states (x); CREATE TABLE legacy_alert_states (x)", "table legacy_alert_states"),
+        ("CREATE TABLE Alert_States (x)", "table Alert_States"),
+        ("CREATE VIEW old_alert_states AS SELECT 1", "view old_alert_states"),
+    ],
+)
+def test_what_is_in_the_way_of_a_migration_is_named(tmp_path: Path, own: str, named: str) -> None:
+    path = make_old_database(tmp_path / "telemetry.sqlite", "v7")
+    with closing(sqlite3.connect(path)) as connection:
+        connection.executescript(own)
+    before = snapshot(tmp_path)
+    for flags in (["--dry-run"], ["--no-backup"]):
+        told = telemetryd("migrate", *flags, "--db-path", path, status=1).stderr
+        assert f"whose name telemetryd needs: {named}; rename or drop it, then run telemetryd migrate again" in told
+    assert before["telemetry.sqlite"][2] == path.read_bytes()
+
+
+def test_what_is_in_the_way_of_new_steps_is_named_too(tmp_path: Path) -> None:
+    path = tmp_path / "telemetry.sqlite"
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        migrate.create(connection, "")
+        drop_indexes_made_after(9, connection)
+        connection.execute("DROP TABLE unconverted_values")
+        connection.execute("CREATE VIEW unconverted_values AS SELECT 1")
+        connection.execute("PRAGMA user_version = 9")
+    told = telemetryd("migrate", "--no-backup", "--db-path", path, status=1).stderr
+    assert "whose name telemetryd needs: view unconverted_values" in told
+
+
+def test_a_column_may_be_called_rowid(tmp_path: Path) -> None:
+    path = make_old_database(tmp_path / "telemetry.sqlite", "v5")
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("ALTER TABLE agent_runs ADD COLUMN RowId TEXT")
+        connection.execute("UPDATE agent_runs SET RowId = 'mine' WHERE run_id = 'run-3'")
+    migrated(path)
+    assert rows(
+        path, "SELECT run_id, original FROM unconverted_values JOIN agent_runs ON id = run WHERE field = 'rowid'"
+    ) == [("run-3", "mine")]
+    assert rows(path, "SELECT id FROM agent_runs WHERE run_id = 'run-3'") == [(4,)]
+
+
+@pytest.mark.parametrize("number", [-3, 0, 2**63 - 1])
+@pytest.mark.parametrize("layout", ["v5", "v7"])
+def test_rows_whose_numbers_cannot_go_on_are_numbered_anew_in_their_order(
+    tmp_path: Path, start_daemon: StartDaemon, layout: str, number: int
+) -> None:
+    path = make_old_database(tmp_path / "telemetry.sqlite", layout)
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE agent_runs SET rowid = ? WHERE run_id = 'run-7'", (number,))
+    in_order = rows(path, "SELECT run_id FROM agent_runs ORDER BY rowid")
+    migrated(path)
+    assert rows(path, "SELECT run_id FROM agent_runs ORDER BY id") == in_order
+    assert rows(path, "SELECT min(id), max(id) FROM agent_runs") == [(1, 20)]
+    old = rows(path, "SELECT original FROM unconverted_values JOIN agent_runs ON id = run WHERE field = 'legacy id'")
+    assert ((number,) in old) == (layout == "v7")
+    daemon = start_daemon()
+    last = rows(path, "SELECT event_id FROM agent_runs ORDER BY id DESC LIMIT 1")[0][0]
+    assert call(daemon.url, "PATCH", f"/api/v1/runs/{last}", {"status": "timeout"})[0] == 200
+    copy = tmp_path / "copy.sqlite"
+    telemetryd("follow", daemon.url, "--once", "--db-path", copy)
+    both = "SELECT id, event_id, status, updated_at FROM agent_runs"
+    assert rows(copy, both) == rows(path, both)
+    assert daemon.stop() == 0
 
 
 @pytest.mark.parametrize("wal", [False, True])
@@ -292,7 +434,7 @@ def test_old_events_are_served_where_they_name_a_run_and_a_type(
         with closing(sqlite3.connect(path)) as connection, connection:
             drop_indexes_made_after(10, connection)
             for table in migrate.claimed(10):
-                connection.execute(f"DROP TABLE {table}")
+                connection.execute(f"DROP TABLE IF EXISTS {table}")
             connection.execute("PRAGMA user_version = 10")
             connection.execute("DELETE FROM schema_migrations WHERE version > 10")
     with closing(sqlite3.connect(path)) as connection, connection:

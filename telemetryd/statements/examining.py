@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator
-from typing import Final
+from typing import Final, NamedTuple
 
 from telemetryd import migrate
-from telemetryd.runs import (
-    COLUMNS,
-)
+from telemetryd.conversion import PLAIN_TEXTS, replacement
+from telemetryd.runs import COLUMNS, Role, SqlValue, columns
 from telemetryd.statements import rollups
-from telemetryd.statements.sequence import KEEP_EVENT_NUMBERS, KEEP_NUMBERS, MAKE_FEED
+from telemetryd.statements.sequence import KEEP_EVENT_NUMBERS, KEEP_NUMBERS, MAKE_FEED, NEWEST
 
 _WRONG_TOTALS: Final = """
     WITH counted AS (
@@ -112,6 +111,53 @@ def delete_strays(connection: sqlite3.Connection) -> dict[str, int]:
     deleted = ((table, f"DELETE {_STRAYS.format(table=table)}") for table in _ABOUT_RUNS)
     done = ((table, connection.execute(sql).rowcount) for table, sql in deleted)
     return {table: rows for table, rows in done if rows}
+
+
+_NULS: Final = f"""
+    SELECT id, {", ".join(PLAIN_TEXTS)} FROM agent_runs
+    WHERE {" OR ".join(f"instr({name}, char(0))" for name in PLAIN_TEXTS)}
+"""  # noqa: S608 - names from the definition
+_JSON: Final = (*(("agent_runs", name) for name in columns(Role.JSON)), ("run_events", "payload"))
+_CHANGE: Final = f"""
+    INSERT INTO run_changes (run, seq) SELECT ?, {NEWEST} + 1 WHERE true
+    ON CONFLICT (run) DO UPDATE SET seq = excluded.seq
+"""
+
+
+class Unstorable(NamedTuple):
+    """A stored value that nobody could post: an earlier migration let it pass."""
+
+    table: str
+    number: int
+    field: str
+    original: str
+    value: SqlValue
+    """What takes its place."""
+    reason: str
+
+
+def find_unstorable(connection: sqlite3.Connection) -> Iterator[Unstorable]:
+    """Yield each value of a run or an event that could not come by a request, and at which readers may fail."""
+    for number, *texts in connection.execute(_NULS):
+        for name, text in zip(PLAIN_TEXTS, texts, strict=True):
+            if text is not None and (found := replacement(name, text)):
+                yield Unstorable("agent_runs", number, name, text, *found)
+    for table, name in _JSON:
+        rows = connection.execute(f"SELECT id, {name} FROM {table} WHERE {name} IS NOT NULL")  # noqa: S608 - our own names
+        for number, text in rows:
+            if found := replacement(name, text):
+                yield Unstorable(table, number, name, text, *found)
+
+
+def replace_unstorable(connection: sqlite3.Connection) -> int:
+    """Do with such values what a migration does with them today; return how many there were."""
+    all_of_them = list(find_unstorable(connection))
+    for found in all_of_them:
+        connection.execute(f"UPDATE {found.table} SET {found.field} = ? WHERE id = ?", (found.value, found.number))  # noqa: S608 - our own names
+        if found.table == "agent_runs":
+            connection.execute(KEEP_ORIGINAL, (found.number, found.field, found.reason, found.original))
+            connection.execute(_CHANGE, (found.number,))
+    return len(all_of_them)
 
 
 def count_wrong_totals(connection: sqlite3.Connection) -> int:

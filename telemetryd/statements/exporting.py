@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Final
 
 from telemetryd import events, runs
+from telemetryd.database import connect
 from telemetryd.filters import TIME_BOUNDS, WILDCARD
 from telemetryd.queries import ExportRuns
 from telemetryd.runs import COLUMNS, Role
@@ -55,6 +56,9 @@ def prepare(connection: sqlite3.Connection, database: Path, room_bytes: int, end
         ended: is asked every few milliseconds; once it says yes, statements end with SQLITE_INTERRUPT.
 
     """
+    with closing(connect(database, "ro")) as source:
+        (encoding,) = source.execute("PRAGMA encoding").fetchone()
+    connection.execute(f"PRAGMA encoding = '{encoding}'")  # of an older service's file maybe UTF-16; both must be alike
     for pragma in (
         f"page_size = {_PAGE_BYTES}",
         "journal_mode = MEMORY",  # it only ever holds the few pages that are there before a transaction
@@ -143,18 +147,21 @@ def _select(query: ExportRuns, ids: str = "") -> tuple[str, Values]:
 
 
 def _csv_field(name: str) -> str:
-    """Return a field as CSV: texts in quotes, numbers and truth values without, nothing at all for null."""
+    """Return a field as CSV: texts in quotes, numbers and truth values without, nothing at all for null.
+
+    The comma behind it is part of each constant: of as many `||` again a line would take half as long again.
+    """
+    end = "" if name == COLUMNS[-1] else ","
     if name in runs.columns(Role.BOOLEAN):
-        return f"iif({name}, 'true', 'false')"
+        return f"iif({name}, 'true{end}', 'false{end}')"
     if name in runs.TEXTS:
-        return f"""coalesce('"' || replace({name}, '"', '""') || '"', '')"""
-    return f"coalesce({name}, '')"
+        return f"""coalesce('"' || replace({name}, '"', '""') || '"{end}', '{end}')"""
+    return f"coalesce({name} || '{end}', '{end}')"
 
 
 _NDJSON: Final = f"SELECT id, {json_object(COLUMNS)} FROM runs ORDER BY id"  # noqa: S608 - names from the definition
-_CSV: Final = f"""
-    SELECT id, printf('{",".join(["%s"] * len(COLUMNS))}', {", ".join(map(_csv_field, COLUMNS))}) FROM runs ORDER BY id
-"""  # noqa: S608 - names from the definition
+# Not printf(), which would end a text at a NUL, and leave its quote open.
+_CSV: Final = f"SELECT id, {' || '.join(map(_csv_field, COLUMNS))} FROM runs ORDER BY id"  # noqa: S608 - names from the definition
 _EVENT_MEMBERS: Final = (f"'{name}', {f'json({name})' if name == 'payload' else name}" for name in _EVENT)
 _EVENTS: Final = f"""
     SELECT run, json_object({", ".join(_EVENT_MEMBERS)})
