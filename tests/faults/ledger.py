@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
+import pytest
+
 ROOT: Final = Path(__file__).parents[2]
 
 
@@ -60,6 +62,12 @@ class Ledger:
         self._test = test
         self._scale = scale
         self._started = time.monotonic()
+
+    @classmethod
+    def of(cls, request: pytest.FixtureRequest, test: str = "") -> Ledger:
+        """Return the ledger of a test; `test` is what pytest has to be given instead, if not the test alone."""
+        option = request.config.getoption
+        return cls(option("--ledger"), test or request.node.nodeid, option("--rounds-scale"))
 
     def record(
         self,

@@ -290,6 +290,11 @@ class Contents:
     damage: tuple[str, ...]
 
 
+def count_server_errors(log: Iterable[Row]) -> int:
+    """Count in the lines of a daemon's log the 5xx answers other than the documented 503."""
+    return sum(line.get("status", 0) >= 500 and line["status"] != 503 for line in log)
+
+
 _COUNTED: Final = (
     (
         "SELECT agent_name, job_type, status, count(*) FROM agent_runs NOT INDEXED GROUP BY 1, 2, 3",
