@@ -8,6 +8,9 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import sqlite3
+from collections import Counter
+from contextlib import closing
 from typing import Any
 from urllib.parse import quote
 
@@ -17,6 +20,8 @@ from telemetryd import queries, runs
 from telemetryd.filters import quoted
 from tests.conftest import Api, make_run
 from tests.contract.wire import BATCH, NDJSON, RUNS, check_alive, check_error, places, post, send, send_raw
+from tests.faults.ledger import Ledger
+from tests.faults.load import Findings, read
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -738,9 +743,28 @@ async def test_pipelined_requests_are_answered_in_order(shared: Api) -> None:
     ]
 
 
-async def test_nothing_in_the_catalogue_was_an_internal_error(shared: Api) -> None:
+_REQUESTS = r'telemetryd_http_requests_total{[^}]*method="(\w+)"[^}]*status="(\d+)"[^}]*} (\S+)'
+
+
+async def test_nothing_in_the_catalogue_was_an_internal_error(shared: Api, request: pytest.FixtureRequest) -> None:
     """The daemon's own counters have seen everything above."""
     text = (await send(shared, "GET", "/metrics", params={"format": "prometheus"})).text
-    statuses = set(re.findall(r'telemetryd_http_requests_total{[^}]*status="(\d+)"', text))
-    assert {"200", "201", "400", "404", "413", "415", "422"} <= statuses
-    assert not {status for status in statuses if status >= "500"}
+    statuses, written = Counter[str](), 0
+    for method, status, number in re.findall(_REQUESTS, text):
+        statuses[status] += int(float(number))
+        written += int(float(number)) if method in ("POST", "PATCH") and status in ("200", "201") else 0
+    assert {"200", "201", "400", "404", "413", "415", "422"} <= statuses.keys()
+    with closing(sqlite3.connect(f"{shared.settings.db_path.as_uri()}?mode=ro", uri=True)) as database:
+        contents = read(database)
+    findings = Findings.of(contents)
+    created = int(float(re.findall(r'telemetryd_runs_received_total{outcome="created"} (\S+)', text)[0]))
+    if created > len(contents.runs):
+        findings.note("lost", f"{created} runs were created, {len(contents.runs)} are there")
+    Ledger.of(request, "tests/contract/test_bad_input.py").record(
+        fault="the catalogue of bad input",
+        mode="WAL",
+        rounds=statuses.total(),
+        acknowledged=written,
+        server_errors=sum(number for status, number in statuses.items() if status >= "500"),
+        **findings.figures(),
+    )

@@ -26,8 +26,7 @@ def rounds(request: pytest.FixtureRequest) -> Rounds:
 @pytest.fixture
 def ledger(request: pytest.FixtureRequest) -> Ledger:
     """Where a test writes down what it counted."""
-    config = request.config
-    return Ledger(config.getoption("--ledger"), request.node.nodeid, config.getoption("--rounds-scale"))
+    return Ledger.of(request)
 
 
 @pytest.fixture

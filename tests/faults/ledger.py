@@ -1,4 +1,4 @@
-"""What each fault test counted, as a line of a file from which `tests.tools.reliability` makes a table."""
+"""What each fault test counted: a line of pytest's summary, and of a file that `tests.tools.reliability` tabulates."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
+
+import pytest
 
 ROOT: Final = Path(__file__).parents[2]
 
@@ -22,7 +24,7 @@ class Entry:
     scale: float
     """What `--rounds-scale` was."""
     commit: str
-    """What was tested; ends in `-dirty` if files differed from the commit."""
+    """What was tested; ends in `-dirty` if files differed from the commit. Empty if no file is written."""
     seconds: float
     """How long the test took."""
     fault: str
@@ -39,6 +41,12 @@ class Entry:
         """What has to be typed to measure this row again."""
         return f"pytest '{self.test}' --rounds-scale {self.scale:g}"
 
+    def __str__(self) -> str:
+        return (
+            f"{self.fault} ({self.mode}): rounds {self.rounds:,}, acknowledged {self.acknowledged:,}, "
+            f"lost {self.lost}, duplicated {self.duplicated}, unrecovered {self.unrecovered}, 5xx {self.server_errors}"
+        )
+
 
 def read(path: Path) -> list[Entry]:
     """Return the entries of a file; of those of the same test and fault only the last."""
@@ -52,14 +60,36 @@ def current_commit() -> str:
     return subprocess.run(described, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
 
-class Ledger:
-    """Takes down what one test counted; nothing is written unless a file is given."""
+class _Summary:
+    """A plugin of pytest that shows every row at the end of a run."""
 
-    def __init__(self, path: Path | None, test: str, scale: float) -> None:
+    def __init__(self) -> None:
+        self.rows: list[str] = []
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        terminalreporter.section("what the fault tests counted")
+        for row in self.rows:
+            terminalreporter.write_line(row)
+
+
+class Ledger:
+    """Takes down what one test counted; only the summary has it unless a file is given."""
+
+    def __init__(self, path: Path | None, test: str, scale: float, summary: list[str] | None = None) -> None:
         self._path = path
+        self._summary = [] if summary is None else summary
         self._test = test
         self._scale = scale
         self._started = time.monotonic()
+
+    @classmethod
+    def of(cls, request: pytest.FixtureRequest, test: str = "") -> Ledger:
+        """Return the ledger of a test; `test` is what pytest has to be given instead, if not the test alone."""
+        option, plugins = request.config.getoption, request.config.pluginmanager
+        summary = plugins.get_plugin(_Summary.__name__)
+        if summary is None:
+            plugins.register(summary := _Summary(), _Summary.__name__)
+        return cls(option("--ledger"), test or request.node.nodeid, option("--rounds-scale"), summary.rows)
 
     def record(
         self,
@@ -88,21 +118,22 @@ class Ledger:
             notes: what to show if the test fails.
 
         """
+        entry = Entry(
+            test=self._test,
+            scale=self._scale,
+            commit="" if self._path is None else current_commit(),
+            seconds=round(time.monotonic() - self._started, 1),
+            fault=fault,
+            mode=mode,
+            rounds=rounds,
+            acknowledged=acknowledged,
+            lost=lost,
+            duplicated=duplicated,
+            unrecovered=unrecovered,
+            server_errors=server_errors,
+        )
+        self._summary.append(str(entry))
         if self._path is not None:
-            entry = Entry(
-                test=self._test,
-                scale=self._scale,
-                commit=current_commit(),
-                seconds=round(time.monotonic() - self._started, 1),
-                fault=fault,
-                mode=mode,
-                rounds=rounds,
-                acknowledged=acknowledged,
-                lost=lost,
-                duplicated=duplicated,
-                unrecovered=unrecovered,
-                server_errors=server_errors,
-            )
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(entry)) + "\n")
         assert (lost, duplicated, unrecovered, server_errors) == (0, 0, 0, 0), "\n".join([fault, *notes[:20]])

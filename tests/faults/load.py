@@ -25,13 +25,17 @@ FIELDS: Final = (
 )  # fmt: skip
 """What every run of the load has, and what is compared."""
 
+EVENTS: Final = "events"
+"""Where a run holds its events, by their keys; an event is what `_EVENT_FIELDS` names."""
+_EVENT_FIELDS: Final = ("event_key", "event_type", "timestamp", "payload")
+
 Runs = Mapping[str, Row]
-"""Runs by their event_id."""
+"""Runs by their event_id, each with its events."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One request of the load: it creates runs, unless they are there already, or changes one."""
+    """One request of the load: it creates runs (unless they are there), changes one, or reports events of one."""
 
     identity: str
     """The `X-Request-ID` that it was sent with."""
@@ -41,18 +45,29 @@ class Request:
     creates: tuple[Row, ...] = ()
     changes: str | None = None
     """The event_id of the run that it changes."""
+    reports: tuple[Row, ...] = ()
+    """Events of that run; then it changes nothing else of it."""
 
     def apply(self, runs: dict[str, Row]) -> None:
         """Do to `runs` what the daemon does to the database."""
         for run in self.creates:
             runs.setdefault(run["event_id"], run)
         if self.changes is not None:
-            runs[self.changes] = {**runs[self.changes], **self.body}
+            old = runs[self.changes]
+            runs[self.changes] = {**old, **(self._with_reports(old) if self.reports else self.body)}
+
+    def _with_reports(self, run: Row) -> Row:
+        return {EVENTS: {event["event_key"]: event for event in self.reports} | _events(run)}
 
     @property
     def touched(self) -> set[str]:
         """The runs that it creates or changes."""
         return {run["event_id"] for run in self.creates} | ({self.changes} if self.changes else set())
+
+
+def _events(run: Row) -> Row:
+    events: Row = run.get(EVENTS, {})
+    return events
 
 
 class Client:
@@ -76,7 +91,7 @@ class Client:
         with contextlib.suppress(aiohttp.ClientError, ConnectionError, TimeoutError, json.JSONDecodeError):
             while go_on():
                 if self.pending is None:
-                    make = self._random.choice((self._create, self._batch, self._update, self._repeat))
+                    make = self._random.choice((self._create, self._batch, self._update, self._report, self._repeat))
                     self.pending = make()
                 await self._send(session, self.pending)
 
@@ -90,13 +105,22 @@ class Client:
             assert response.status in (200, 201), text
             answer = json.loads(text)
         new = sum(run["event_id"] not in self.runs for run in request.creates)
-        if request.path == "/batch":
+        if request.reports:
+            known = _events(self.runs[request.changes or ""])
+            new = sum(event["event_key"] not in known for event in request.reports)
+            assert (answer["inserted"], answer["duplicates"]) == (new, len(request.reports) - new), text
+        elif request.path == "/batch":
             assert (answer["inserted"], answer["duplicates"]) == (new, len(request.creates) - new), text
         elif request.creates:
             assert answer["status"] == ("created" if new else "duplicate"), text
         request.apply(self.runs)
         self.answered.append(request)
         self.pending = None
+
+    @property
+    def stored(self) -> int:
+        """How many runs and events it was told are stored."""
+        return len(self.runs) + sum(len(_events(run)) for run in self.runs.values())
 
     def request_after(self, count: int) -> Request | None:
         """Return the request that was sent after so many were answered."""
@@ -116,12 +140,30 @@ class Client:
         event_id = self._random.choice(list(self.runs))
         return self._request("PATCH", f"/{event_id}", self._values(), changes=event_id)
 
+    def _report(self) -> Request:
+        if not self.runs:
+            return self._create()
+        event_id = self._random.choice(list(self.runs))
+        count = self._random.choice((1, 1, self._random.randint(2, 40)))
+        events = tuple(self._event(number) for number in range(count))
+        body = list(events) if count > 1 else events[0]
+        return self._request("POST", f"/{event_id}/events", body, changes=event_id, reports=events)
+
+    def _event(self, number: int) -> Row:
+        chance = self._random
+        return {
+            "event_key": f"{len(self.answered)}-{number}",
+            "event_type": f"type-{chance.randrange(4)}",
+            "timestamp": f"2026-01-01T{chance.randrange(24):02}:{chance.randrange(60):02}:00.000000Z",
+            "payload": {"page": chance.randrange(1000), "text": "ü" * chance.randrange(self._summary_bytes // 8)},
+        }
+
     def _repeat(self) -> Request:
-        known = [request for request in self.answered[-20:] if request.creates]
+        known = [request for request in self.answered[-20:] if request.creates or request.reports]
         if not known:
             return self._batch()
         old = self._random.choice(known)
-        return self._request("POST", old.path, old.body, creates=old.creates)
+        return self._request("POST", old.path, old.body, creates=old.creates, changes=old.changes, reports=old.reports)
 
     def _request(self, method: str, path: str, body: Any, **what: Any) -> Request:
         return Request(f"load-{self.number}-{len(self.answered)}", method, path, body, **what)
@@ -192,7 +234,8 @@ class Findings:
         """Return what is wrong with a database in itself."""
         findings = cls()
         if database.duplicates:
-            findings.note("duplicated", f"{database.duplicates} runs are there twice", database.duplicates)
+            what = f"{database.duplicates} runs or events are there twice"
+            findings.note("duplicated", what, database.duplicates)
         for damage in database.damage:
             findings.note("unrecovered", damage)
         return findings
@@ -234,8 +277,8 @@ def judge(found: Runs, acknowledged: Runs, pending: Request | None, findings: Fi
 
 
 def same(found: Row, sent: Row) -> bool:
-    """Tell whether a stored run has the values of one that was sent."""
-    return all(found[name] == sent[name] for name in FIELDS)
+    """Tell whether a stored run has the values of one that was sent, and its events, all of them and no other."""
+    return _events(found) == _events(sent) and all(found[name] == sent[name] for name in FIELDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +288,11 @@ class Contents:
     runs: Runs
     duplicates: int
     damage: tuple[str, ...]
+
+
+def count_server_errors(log: Iterable[Row]) -> int:
+    """Count in the lines of a daemon's log the 5xx answers other than the documented 503."""
+    return sum(line.get("status", 0) >= 500 and line["status"] != 503 for line in log)
 
 
 _COUNTED: Final = (
@@ -265,17 +313,36 @@ _COUNTED: Final = (
 )
 
 
+_READ_EVENTS: Final = f"""
+    SELECT (SELECT event_id FROM agent_runs WHERE id = run), {", ".join(_EVENT_FIELDS)} FROM run_events NOT INDEXED
+"""
+
+
 def read(connection: sqlite3.Connection) -> Contents:
-    """Read every run, and check the file and its totals."""
+    """Read every run and event, and check the file and its totals."""
     rows = [_row(values) for values in connection.execute(f"SELECT {', '.join(FIELDS)} FROM agent_runs NOT INDEXED")]
     runs = {row["event_id"]: row for row in rows}
-    return Contents(runs, len(rows) - len(runs), tuple(damage(connection)))
+    duplicates = len(rows) - len(runs)
+    strangers = 0
+    for event_id, *values in connection.execute(_READ_EVENTS):
+        event = _decoded(dict(zip(_EVENT_FIELDS, values, strict=True)), "payload")
+        if (run := runs.get(event_id)) is None:
+            strangers += 1
+            continue
+        events = run.setdefault(EVENTS, {})
+        duplicates += event["event_key"] in events
+        events[event["event_key"]] = event
+    found = [*damage(connection), *([f"{strangers} events of no run"] if strangers else [])]
+    return Contents(runs, duplicates, tuple(found))
 
 
 def _row(values: Iterable[Any]) -> Row:
-    row = dict(zip(FIELDS, values, strict=True))
+    return _decoded(dict(zip(FIELDS, values, strict=True)), "metrics_json")
+
+
+def _decoded(row: Row, name: str) -> Row:
     with contextlib.suppress(TypeError, ValueError):  # in a damaged file anything may stand there
-        row["metrics_json"] = json.loads(row["metrics_json"])
+        row[name] = json.loads(row[name])
     return row
 
 

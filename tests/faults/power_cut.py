@@ -13,7 +13,7 @@ import random
 import shutil
 import struct
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from pathlib import Path
@@ -87,6 +87,14 @@ class Recorder:
         """Return what was recorded, in order."""
         return list(_parse(self._log.read_bytes()))
 
+    def calls(self) -> list[Record]:
+        """Return those of the records that `RECORDER_KILL_AT` counts."""
+        return list(_counted(self.records()))
+
+    def forget(self) -> None:
+        """Begin a new recording."""
+        self._log.unlink(missing_ok=True)
+
     def files(self) -> Image:
         """Return the files as they are."""
         return {str(path): path.read_bytes() for path in self._folder.rglob("*") if path.is_file() and _counts(path)}
@@ -94,6 +102,22 @@ class Recorder:
 
 def _counts(path: str | Path) -> bool:
     return not str(path).endswith(_VOLATILE)
+
+
+def _counted(records: Iterable[Record]) -> Iterator[Record]:
+    open_files: dict[tuple[int, int], str] = {}
+    for record in records:
+        match record.kind:
+            case Kind.OPEN:
+                open_files[record.descriptor] = record.paths[0]
+            case Kind.WRITE | Kind.TRUNCATE | Kind.SYNC:
+                if _counts(open_files[record.descriptor]):
+                    yield record
+            case Kind.RENAME | Kind.LINK | Kind.UNLINK:
+                if _counts(record.paths[0]):
+                    yield record
+            case _:
+                pass
 
 
 def _parse(log: bytes) -> Iterator[Record]:
@@ -323,6 +347,22 @@ def places_to_cut(records: Sequence[Record], images: int, chance: random.Random)
             ways.setdefault(place, []).append(list(Way)[(images + number) % len(Way)])
         images -= len(chosen)
     return ways
+
+
+def calls_to_kill_at(calls: Sequence[Record], rounds: int, chance: random.Random) -> list[str]:
+    """Spread kills over the calls of a recording, as values of `RECORDER_KILL_AT`; none falls outside of its work.
+
+    Every other one is before its call, every other pair at one of the few calls that are no plain writes.
+    """
+    kills = []
+    for number in range(rounds):
+        when = ("before", "after")[number % 2]
+        inside = range(2, len(calls) + 1) if when == "before" else range(1, len(calls))
+        rare = [place for place in inside if calls[place - 1].kind is not Kind.WRITE]
+        among = rare if number // 2 % 2 else inside
+        share = (number // 4 + chance.random()) / (rounds / 4 + 1)
+        kills.append(f"{when} {among[int(share * len(among))]}")
+    return kills
 
 
 def write(image: Image, old: Path, folder: Path) -> None:

@@ -3,12 +3,16 @@
  * Each record is appended to RECORD_LOG (see struct head; tests/faults/power_cut.py reads them). A lock makes the
  * order of the records that of the calls. A sync is recorded when it has returned, with the place in the log at
  * which it began: it vouches only for what stood before that place. An answer is recorded before it is sent.
+ *
+ * RECORDER_KILL_AT="before 17" or "after 17" makes the process end itself with SIGKILL at its 17th write, truncation,
+ * sync, rename, link or unlink, not counting those of lock files and shared memory.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -32,11 +36,15 @@ struct head {
 
 #define DESCRIPTORS 65536
 #define ANSWER_BYTES 1024
+#define TRACKED 1
+#define COUNTED 2
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-static char tracked[DESCRIPTORS];
+static char tracked[DESCRIPTORS]; /* 0, or TRACKED, or COUNTED: its calls count for RECORDER_KILL_AT */
 static const char *folder;
 static int out = -1;
+static char kill_when[8];
+static unsigned long kill_at, done;
 
 #define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
 
@@ -46,6 +54,9 @@ __attribute__((constructor)) static void start(void)
     folder = getenv("RECORD_FOLDER");
     if (folder && path) {
         out = REAL(open)(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
+    }
+    if (getenv("RECORDER_KILL_AT") && sscanf(getenv("RECORDER_KILL_AT"), "%7s %lu", kill_when, &kill_at) != 2) {
+        abort();
     }
 }
 
@@ -57,6 +68,39 @@ static int ours(const char *path)
     }
     length = strlen(folder);
     return strncmp(path, folder, length) == 0 && (path[length] == '/' || path[length] == 0);
+}
+
+static int ends_with(const char *path, const char *end)
+{
+    size_t length = strlen(path), of_end = strlen(end);
+    return length >= of_end && strcmp(path + length - of_end, end) == 0;
+}
+
+static int counts(const char *path)
+{
+    return !ends_with(path, ".lock") && !ends_with(path, "-shm");
+}
+
+static void die(void)
+{
+    kill(getpid(), SIGKILL);
+    for (;;) {
+        pause();
+    }
+}
+
+static void begin(int is_counted)
+{
+    if (is_counted && done + 1 == kill_at && strcmp(kill_when, "before") == 0) {
+        die();
+    }
+}
+
+static void end(int is_counted)
+{
+    if (is_counted && ++done == kill_at && strcmp(kill_when, "after") == 0) {
+        die();
+    }
 }
 
 static int is_tracked(int descriptor)
@@ -84,7 +128,7 @@ static int open_recorded(int at, const char *path, int flags, mode_t mode)
     existed = stat(path, &status) == 0;
     descriptor = REAL(openat)(at, path, flags, mode);
     if (descriptor >= 0 && descriptor < DESCRIPTORS) {
-        tracked[descriptor] = 1;
+        tracked[descriptor] = counts(path) ? COUNTED : TRACKED;
         record(OPEN, descriptor, (existed ? 0 : 1) | (flags & O_TRUNC ? 2 : 0), path, strlen(path));
     }
     pthread_mutex_unlock(&lock);
@@ -142,6 +186,7 @@ static ssize_t written(ssize_t result, int descriptor, const void *data, off_t o
 {
     if (result > 0) {
         record(WRITE, descriptor, (uint64_t)offset, data, (size_t)result);
+        end(tracked[descriptor] == COUNTED);
     }
     pthread_mutex_unlock(&lock);
     return result;
@@ -153,6 +198,7 @@ ssize_t pwrite(int descriptor, const void *data, size_t size, off_t offset)
         return REAL(pwrite)(descriptor, data, size, offset);
     }
     pthread_mutex_lock(&lock);
+    begin(tracked[descriptor] == COUNTED);
     return written(REAL(pwrite)(descriptor, data, size, offset), descriptor, data, offset);
 }
 
@@ -188,6 +234,7 @@ ssize_t write(int descriptor, const void *data, size_t size)
         return REAL(write)(descriptor, data, size);
     }
     pthread_mutex_lock(&lock);
+    begin(tracked[descriptor] == COUNTED);
     offset = lseek(descriptor, 0, SEEK_CUR);
     return written(REAL(write)(descriptor, data, size), descriptor, data, offset);
 }
@@ -221,9 +268,11 @@ int ftruncate(int descriptor, off_t size)
         return REAL(ftruncate)(descriptor, size);
     }
     pthread_mutex_lock(&lock);
+    begin(tracked[descriptor] == COUNTED);
     result = REAL(ftruncate)(descriptor, size);
     if (result == 0) {
         record(TRUNCATE, descriptor, (uint64_t)size, NULL, 0);
+        end(tracked[descriptor] == COUNTED);
     }
     pthread_mutex_unlock(&lock);
     return result;
@@ -242,12 +291,14 @@ static int synced(int (*sync)(int), int descriptor)
         return sync(descriptor);
     }
     pthread_mutex_lock(&lock);
+    begin(tracked[descriptor] == COUNTED);
     place = lseek(out, 0, SEEK_END);
     pthread_mutex_unlock(&lock);
     result = sync(descriptor);
     if (result == 0) {
         pthread_mutex_lock(&lock);
         record(SYNC, descriptor, (uint64_t)place, NULL, 0);
+        end(tracked[descriptor] == COUNTED);
         pthread_mutex_unlock(&lock);
     }
     return result;
@@ -269,6 +320,7 @@ static int named(enum kind kind, int result, const char *from, const char *to)
     int length = snprintf(text, sizeof text, "%s%c%s", from, 0, to);
     if (result == 0) {
         record(kind, -1, 0, text, (size_t)length);
+        end(counts(from));
     }
     pthread_mutex_unlock(&lock);
     return result;
@@ -280,6 +332,7 @@ int unlink(const char *path)
         return REAL(unlink)(path);
     }
     pthread_mutex_lock(&lock);
+    begin(counts(path));
     return named(UNLINK, REAL(unlink)(path), path, "");
 }
 
@@ -289,6 +342,7 @@ int rename(const char *from, const char *to)
         return REAL(rename)(from, to);
     }
     pthread_mutex_lock(&lock);
+    begin(counts(from));
     return named(RENAME, REAL(rename)(from, to), from, to);
 }
 
@@ -298,6 +352,7 @@ int link(const char *from, const char *to)
         return REAL(link)(from, to);
     }
     pthread_mutex_lock(&lock);
+    begin(counts(from));
     return named(LINK, REAL(link)(from, to), from, to);
 }
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from tests.faults.chores import CHORES, Chore
 from tests.faults.conftest import Rounds
 from tests.faults.ledger import Ledger
 from tests.faults.load import Findings
-from tests.faults.power_cut import Disk, Kind, Recorder, Way, places_to_cut, write
+from tests.faults.power_cut import Disk, Kind, Recorder, Way, calls_to_kill_at, places_to_cut, write
 from tests.tools.process import telemetryd
 
 each_chore = pytest.mark.parametrize("chore", CHORES, ids=lambda chore: type(chore).__name__.lower())
@@ -33,6 +34,22 @@ def look(chore: Chore, folder: Path, runs: int, *, finished: bool) -> Findings:
     return findings
 
 
+def killed(chore: Chore, folder: Path, recorder: Recorder, kill_at: str) -> tuple[bool, int]:
+    """Let a chore kill itself at one of its calls; return whether it did, and how many calls it had made."""
+    recorder.forget()
+    environment = os.environ | recorder.environment | {"RECORDER_KILL_AT": kill_at}
+    done = subprocess.run(
+        [sys.executable, "-m", "telemetryd", *chore.arguments(folder)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode in (0, -signal.SIGKILL), f"exit {done.returncode}: {done.stdout}{done.stderr}"
+    return done.returncode != 0, len(recorder.calls())
+
+
 @each_chore
 def test_killed_at_any_moment(tmp_path: Path, rounds: Rounds, ledger: Ledger, chore: Chore) -> None:
     runs, total = 1200, Findings()
@@ -40,31 +57,32 @@ def test_killed_at_any_moment(tmp_path: Path, rounds: Rounds, ledger: Ledger, ch
     fresh.mkdir()
     chore.prepare(fresh, runs)
     shutil.copytree(fresh, folder)
-    started = time.monotonic()
-    telemetryd(*chore.arguments(folder))
-    seconds = time.monotonic() - started
+    recorder = Recorder(folder, tmp_path)
+    telemetryd(*chore.arguments(folder), **recorder.environment)  # type: ignore[arg-type]
+    calls = recorder.calls()
     total.add(look(chore, folder, runs, finished=True), "unharmed")
-    full = rounds(250, least=2)
-    for number in range(full):
-        if number % 3 == 0:  # twice it goes on with what the killed one has left
-            shutil.rmtree(folder)
-            shutil.copytree(fresh, folder)
-        process = subprocess.Popen(
-            [sys.executable, "-m", "telemetryd", *chore.arguments(folder)],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        try:
-            process.wait(random.uniform(0.4, 1.1) * seconds)
-        except subprocess.TimeoutExpired:
-            process.kill()
-        finished = process.wait() == 0
-        total.add(look(chore, folder, runs, finished=finished), f"round {number}")
+    full = rounds(250, least=4)
+    seed = random.randrange(1 << 30)
+    chance = random.Random(seed)
+    in_the_middle = 0
+    for number, kill_at in enumerate(calls_to_kill_at(calls, full, chance)):
+        shutil.rmtree(folder)
+        shutil.copytree(fresh, folder)
+        is_killed, made = killed(chore, folder, recorder, kill_at)
+        in_the_middle += is_killed and 0 < made < len(calls)
+        where = f"round {number}, seed {seed}, killed {kill_at} of {len(calls)}"
+        total.add(look(chore, folder, runs, finished=not is_killed), where)
+        if number % 3 == 0:  # one more goes on with what the killed one has left, and may come to its end
+            again = f"after {chance.randint(1, len(calls))}"
+            is_killed, _ = killed(chore, folder, recorder, again)
+            total.add(look(chore, folder, runs, finished=not is_killed), f"{where}, then {again}")
     telemetryd(*chore.arguments(folder))
     total.add(look(chore, folder, runs, finished=True), "repeated")
+    # A run may make a few calls fewer than the one that was counted, never many.
+    assert in_the_middle >= 0.95 * full, f"{in_the_middle} of {full} kills, seed {seed}, were in the middle"
     ledger.record(
         fault=f"SIGKILL during {chore.fault}",
-        rounds=full,
+        rounds=in_the_middle,
         acknowledged=runs,
         **total.figures(),
     )

@@ -163,7 +163,7 @@ class Examiner:
             fault=fault,
             mode=self._recording.mode,
             rounds=len(self.distinct),
-            acknowledged=sum(len(client.runs) for client in self._recording.load.clients),
+            acknowledged=sum(client.stored for client in self._recording.load.clients),
             **self.findings.figures(),
         )
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import click
 
 from tests.conftest import Daemon
+from tests.faults.load import count_server_errors, damage
 from tests.tools.process import telemetryd
 
 
@@ -39,11 +40,16 @@ class Verdict:
     """Files of the buffer folder that are neither sent nor empty of news."""
     agent_kills: int
     daemon_kills: int
+    damage: tuple[str, ...]
+    """What is wrong with the database in itself."""
+    server_errors: int
+    """5xx answers other than the documented 503, by the daemon's log."""
 
     def __str__(self) -> str:
         return (
             f"sent {self.promised}, stored {self.stored}, lost {len(self.lost)}, twice {self.twice}, "
-            f"unsent files left {self.left} ({self.agent_kills} agents and {self.daemon_kills} daemons killed)"
+            f"unsent files left {self.left}, unrecovered {len(self.damage)}, 5xx {self.server_errors} "
+            f"({self.agent_kills} agents and {self.daemon_kills} daemons killed)"
         )
 
 
@@ -70,7 +76,7 @@ class Soak:
             self._port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self._port}"
         self._started = 0
-        self.agent_kills = self.daemon_kills = 0
+        self.agent_kills = self.daemon_kills = self._server_errors = 0
         self._daemon: Daemon | None = None
         self._agents = [self._start_agent() for _ in range(agents)]
 
@@ -99,9 +105,13 @@ class Soak:
         """Kill the daemon if it runs."""
         if self._daemon is not None:
             self._daemon.stop(signal.SIGKILL)
+            self._read_log(self._daemon)
             self._daemon.close()
             self._daemon = None
             self.daemon_kills += 1
+
+    def _read_log(self, daemon: Daemon) -> None:
+        self._server_errors += count_server_errors(daemon.lines)
 
     def disturb(self) -> None:
         """Let something happen, and some time pass."""
@@ -130,6 +140,7 @@ class Soak:
         self._daemon.wait_for_line("Serving")
         telemetryd("sync", "--buffer-dir", self.buffer, "--url", self.url, timeout_s=600)
         assert self._daemon.stop() == 0
+        self._read_log(self._daemon)
         left = [path.name for path in self.buffer.iterdir() if path.suffix not in (".synced",)]
         with contextlib.closing(sqlite3.connect(self._folder / "telemetry.sqlite")) as database:
             return self._judge(database, left)
@@ -145,7 +156,17 @@ class Soak:
             events = dict(database.execute(query).fetchall())
             lost |= {event_id for event_id, count in promised.items() if events.get(event_id, 0) < count}
             twice += sum(count - 1 for count in events.values() if count > 1)
-        return Verdict(len(promised), len(rows), lost, twice, len(left), self.agent_kills, self.daemon_kills)
+        return Verdict(
+            len(promised),
+            len(rows),
+            lost,
+            twice,
+            len(left),
+            self.agent_kills,
+            self.daemon_kills,
+            tuple(damage(database)),
+            self._server_errors,
+        )
 
     def close(self) -> None:
         """Leave no process behind."""
@@ -173,7 +194,7 @@ def main(minutes: float, agents: int, pause: float, seed: int | None) -> None:
         finally:
             soak.close()
     click.echo(str(verdict))
-    sys.exit(1 if verdict.lost or verdict.twice or verdict.left else 0)
+    sys.exit(1 if verdict.lost or verdict.twice or verdict.left or verdict.damage or verdict.server_errors else 0)
 
 
 if __name__ == "__main__":

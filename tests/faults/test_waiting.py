@@ -1,0 +1,44 @@
+"""Whoever waits for the writer is told, also when it dies or stops; where nobody is told, these tests end too."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from pathlib import Path
+from typing import Final
+
+from telemetryd.commands import Created
+from telemetryd.errors import WriterDeadError
+from tests.conftest import eventually
+from tests.test_writer import Broken, bench, create
+
+_PATIENCE_S: Final = 30.0
+"""Who is not told waits for ever."""
+
+
+async def test_everybody_is_told_that_the_writer_has_died(tmp_path: Path) -> None:
+    async with bench(tmp_path) as made:
+        made.writer._begin = Broken
+        waiting = [asyncio.ensure_future(made.writer.submit(create(name))) for name in ("a", "b")]
+        done, _ = await asyncio.wait(waiting, timeout=_PATIENCE_S)
+        assert {type(future.exception()) for future in done} == {WriterDeadError}, "nobody was told"
+        assert len(done) == len(waiting)
+
+
+async def test_what_was_taken_is_stored_and_told_before_the_writer_stops(tmp_path: Path) -> None:
+    gate = threading.Event()
+
+    def hold() -> None:
+        gate.wait(_PATIENCE_S)
+
+    async with bench(tmp_path, make_durable=hold) as made:
+        waiting = [asyncio.ensure_future(made.writer.submit(create("first")))]
+        await eventually(lambda: made.stored() == {"first"})
+        waiting += [asyncio.ensure_future(made.writer.submit(create(f"e{number}"))) for number in range(5)]
+        stopping = asyncio.create_task(made.writer.stop())
+        await asyncio.sleep(0)
+        gate.set()
+        done, _ = await asyncio.wait(waiting, timeout=_PATIENCE_S)
+        assert len(done) == len(waiting), "what was taken was not committed"
+        assert all(future.result() == Created((True,)) for future in done)
+        await stopping
