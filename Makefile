@@ -47,7 +47,7 @@ test-faults: $(INSTALLED) ## the fault tests alone, in their short form
 
 torture: $(INSTALLED) ## the fault tests in their long form; publishes the figures in docs/reliability.md (two hours)
 	rm -f build/ledger.jsonl && mkdir -p build
-	$(BIN)/pytest tests/faults --rounds-scale 1 --ledger build/ledger.jsonl
+	$(BIN)/pytest tests/faults tests/contract/test_bad_input.py --rounds-scale 1 --ledger build/ledger.jsonl
 	$(BIN)/python -m tests.tools.reliability build/ledger.jsonl
 
 fuzz: $(INSTALLED) ## ten minutes of coverage-guided fuzzing of each parser (Linux); new inputs go into tests/fuzz/corpus

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sqlite3
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.conftest import StartDaemon, make_run, small_file_system
+from tests.faults.ledger import Ledger
+from tests.faults.load import count_server_errors
 from tests.faults.told import Told
 from tests.http_client import call, get
 
@@ -25,7 +25,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("journal_mode", ["DELETE", "WAL"])
-def test_a_full_disk_is_503_and_then_it_goes_on(start_daemon: StartDaemon, small_disk: Path, journal_mode: str) -> None:
+def test_a_full_disk_is_503_and_then_it_goes_on(
+    start_daemon: StartDaemon, small_disk: Path, journal_mode: str, ledger: Ledger
+) -> None:
     daemon = start_daemon(
         TELEMETRY_DB_PATH=str(small_disk / "telemetry.sqlite"),
         TELEMETRY_DB_JOURNAL_MODE=journal_mode,
@@ -64,9 +66,10 @@ def test_a_full_disk_is_503_and_then_it_goes_on(start_daemon: StartDaemon, small
     assert [(line["level"], line["status"], line["error_cause"]) for line in lines] == [
         ("ERROR", 503, "database or disk is full")
     ] * len(refused)
-    with closing(sqlite3.connect(small_disk / "telemetry.sqlite")) as connection:
-        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-        assert {row[0] for row in connection.execute("SELECT event_id FROM agent_runs")} == set(sent)
+    told.acknowledged |= sent.keys()
+    counted = told.compare(small_disk / "telemetry.sqlite")
+    counted["server_errors"] += count_server_errors(daemon.lines)
+    ledger.record(fault="the disk is full", mode=journal_mode, rounds=1, **counted)
 
 
 @pytest.mark.parametrize("lock_has_room", [False, True])
