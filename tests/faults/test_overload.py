@@ -142,4 +142,4 @@ def test_ten_times_what_it_can_take(start_daemon: StartDaemon, tmp_path: Path, l
 def test_ten_times_what_it_can_take_for_minutes(
     start_daemon: StartDaemon, tmp_path: Path, ledger: Ledger, rounds: Rounds
 ) -> None:
-    run_through(start_daemon, tmp_path, ledger, connections=256, seconds=rounds(180, least=60))
+    run_through(start_daemon, tmp_path, ledger, connections=64, seconds=rounds(180, least=60))
