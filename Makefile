@@ -45,7 +45,7 @@ test-all: $(INSTALLED) ## the tests, the slow suites, and a tenth of `make tortu
 test-faults: $(INSTALLED) ## the fault tests alone, in their short form
 	$(BIN)/pytest tests/faults
 
-torture: $(INSTALLED) ## the fault tests in their long form; publishes the figures in docs/reliability.md (two hours)
+torture: $(INSTALLED) ## the fault tests in their long form; publishes the figures in docs/reliability.md (two to three hours)
 	rm -f build/ledger.jsonl && mkdir -p build
 	$(BIN)/pytest tests/faults tests/contract/test_bad_input.py --rounds-scale 1 --ledger build/ledger.jsonl
 	$(BIN)/python -m tests.tools.reliability build/ledger.jsonl
