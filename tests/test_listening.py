@@ -50,6 +50,20 @@ async def test_a_unix_socket_that_cannot_be_made_is_named_with_the_reason(tmp_pa
     assert (tmp_path / "file").read_text() == "precious"
 
 
+async def test_a_socket_at_which_somebody_listens_is_left_to_him(tmp_path: Path) -> None:
+    path = tmp_path / "sock"
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(path))
+        other.listen()
+        assert "another process listens there" in await refusal(tmp_path, unix=str(path))
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))  # it still leads to him
+            other.accept()[0].close()
+    settings = Settings(db_path=tmp_path / "telemetry.sqlite", api_host="127.0.0.1", api_port=0, api_unix=path)
+    async with bound(settings):  # nobody listens there any more
+        assert path.is_socket()
+
+
 async def test_the_unix_sockets_file_goes_with_its_owner_but_not_that_of_a_successor(tmp_path: Path) -> None:
     path = tmp_path / "sock"
     settings = Settings(db_path=tmp_path / "telemetry.sqlite", api_host="127.0.0.1", api_port=0, api_unix=path)
