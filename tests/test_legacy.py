@@ -247,12 +247,9 @@ def test_what_is_in_the_way_of_a_migration_is_named(tmp_path: Path, own: str, na
 
 def test_what_is_in_the_way_of_new_steps_is_named_too(tmp_path: Path) -> None:
     path = tmp_path / "telemetry.sqlite"
-    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
-        migrate.create(connection, "")
-        drop_indexes_made_after(9, connection)
-        connection.execute("DROP TABLE unconverted_values")
+    make_version_9(path)
+    with closing(sqlite3.connect(path)) as connection:
         connection.execute("CREATE VIEW unconverted_values AS SELECT 1")
-        connection.execute("PRAGMA user_version = 9")
     told = telemetryd("migrate", "--no-backup", "--db-path", path, status=1).stderr
     assert "whose name telemetryd needs: view unconverted_values" in told
 
@@ -346,14 +343,19 @@ def drop_indexes_made_after(version: int, connection: sqlite3.Connection) -> Non
                 connection.execute(f"DROP INDEX {name}")
 
 
-def test_a_database_of_an_earlier_telemetryd_gets_the_missing_steps(tmp_path: Path) -> None:
-    path = tmp_path / "telemetry.sqlite"
+def make_version_9(path: Path) -> None:
+    """Make a database without runs as the telemetryd of that version had it, as far as the next step needs it."""
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         migrate.create(connection, "")
         drop_indexes_made_after(9, connection)
         connection.execute("DROP TABLE unconverted_values")
         connection.execute("DELETE FROM schema_migrations WHERE version > 9")
         connection.execute("PRAGMA user_version = 9")
+
+
+def test_a_database_of_an_earlier_telemetryd_gets_the_missing_steps(tmp_path: Path) -> None:
+    path = tmp_path / "telemetry.sqlite"
+    make_version_9(path)
     report = json.loads(telemetryd("migrate", "--json", "--db-path", path).stdout)
     assert report["from_version"] == 9
     with closing(sqlite3.connect(path)) as connection:
