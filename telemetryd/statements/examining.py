@@ -10,7 +10,7 @@ from telemetryd import migrate
 from telemetryd.conversion import PLAIN_TEXTS, replacement
 from telemetryd.runs import COLUMNS, Role, SqlValue, columns
 from telemetryd.statements import rollups
-from telemetryd.statements.sequence import KEEP_EVENT_NUMBERS, KEEP_NUMBERS, MAKE_FEED, NEWEST
+from telemetryd.statements.sequence import KEEP_EVENT_NUMBERS, KEEP_NUMBERS, MAKE_FEED, Sequence
 
 _WRONG_TOTALS: Final = """
     WITH counted AS (
@@ -118,10 +118,6 @@ _NULS: Final = f"""
     WHERE {" OR ".join(f"instr({name}, char(0))" for name in PLAIN_TEXTS)}
 """  # noqa: S608 - names from the definition
 _JSON: Final = (*(("agent_runs", name) for name in columns(Role.JSON)), ("run_events", "payload"))
-_CHANGE: Final = f"""
-    INSERT INTO run_changes (run, seq) SELECT ?, {NEWEST} + 1 WHERE true
-    ON CONFLICT (run) DO UPDATE SET seq = excluded.seq
-"""
 
 
 class Unstorable(NamedTuple):
@@ -152,11 +148,13 @@ def find_unstorable(connection: sqlite3.Connection) -> Iterator[Unstorable]:
 def replace_unstorable(connection: sqlite3.Connection) -> int:
     """Do with such values what a migration does with them today; return how many there were."""
     all_of_them = list(find_unstorable(connection))
+    sequence = Sequence(connection.cursor())
     for found in all_of_them:
         connection.execute(f"UPDATE {found.table} SET {found.field} = ? WHERE id = ?", (found.value, found.number))  # noqa: S608 - our own names
         if found.table == "agent_runs":
             connection.execute(KEEP_ORIGINAL, (found.number, found.field, found.reason, found.original))
-            connection.execute(_CHANGE, (found.number,))
+            sequence.changed(found.number)
+    sequence.finish()
     return len(all_of_them)
 
 

@@ -272,7 +272,7 @@ def _with_events(connection: sqlite3.Connection, shown: list[str], ids: list[int
     room = PAGE_BYTES
     whole: list[str] = []
     for run, id_ in zip(shown, ids, strict=False):
-        page, room = _read_events(connection, id_, ListEvents("", DEFAULT_LIMIT), room, is_first=not whole)
+        page, room = _read_events(connection, id_, DEFAULT_LIMIT, 0, room, is_first=not whole)
         whole.append(f"{run[:-1]},{orjson.dumps(events.beside(page)).decode()[1:]}")
     return whole
 
@@ -290,24 +290,25 @@ def fetch_run(connection: sqlite3.Connection, query: GetRun) -> tuple[Row, Event
     row: Row | None = connection.execute(_SELECT_RUN, (query.event_id,)).fetchone()
     if row is None:
         return None
-    asked = ListEvents(query.event_id, query.events)
-    return row, _read_events(connection, row[_ID], asked, PAGE_BYTES)[0] if query.events else EventPage([], more=False)
+    if not query.events:
+        return row, EventPage([], more=False)
+    return row, _read_events(connection, row[_ID], query.events, 0, PAGE_BYTES)[0]
 
 
 def fetch_events(connection: sqlite3.Connection, query: ListEvents) -> EventPage | None:
     """Fetch the events of a run, about `PAGE_BYTES` of them at most."""
     run = connection.execute("SELECT id FROM agent_runs WHERE event_id = ?", (query.event_id,)).fetchone()
-    return None if run is None else _read_events(connection, run[0], query, PAGE_BYTES)[0]
+    return None if run is None else _read_events(connection, run[0], query.limit, query.offset, PAGE_BYTES)[0]
 
 
 def _read_events(
-    connection: sqlite3.Connection, run: SqlValue, query: ListEvents, room: int, *, is_first: bool = True
+    connection: sqlite3.Connection, run: SqlValue, limit: int, offset: int, room: int, *, is_first: bool = True
 ) -> tuple[EventPage, int]:
     """Return the events of a run that fit into so many bytes, or one if it `is_first`, and the room that is left."""
     rows: list[Row] = []
-    for row in connection.execute(_SELECT_EVENTS, (run, query.limit + 1, query.offset)):
+    for row in connection.execute(_SELECT_EVENTS, (run, limit + 1, offset)):
         room -= len(row[_EVENT_PAYLOAD] or "")
-        if len(rows) == query.limit or (room < 0 and (rows or not is_first)):
+        if len(rows) == limit or (room < 0 and (rows or not is_first)):
             return EventPage(rows, more=True), room
         rows.append(row)
     return EventPage(rows, more=False), room
