@@ -207,10 +207,17 @@ def rotate(directory: Path, database: Path, keep: int) -> list[Path]:
 # --- Putting a file in the database's place ------------------------------------------------------
 
 
-def restore(source: Path, database: Path, moment: datetime, watch: Watch = ignore_progress) -> tuple[Content, Path]:
+def restore(
+    source: Path,
+    database: Path,
+    moment: datetime,
+    watch: Watch = ignore_progress,
+    refuse: Callable[[sqlite3.Connection, Content], None] = lambda _connection, _content: None,
+) -> tuple[Content, Path]:
     """Put a verified copy of a backup in the database's place; the caller owns the database.
 
     A source may be compressed, or a file as a crash left it with its journal or log beside it; it does not change.
+    `refuse` gets a connection to the verified copy, and raises DatabaseError if that must not be served.
     Returns what it holds, and where the old file is kept (a path that does not exist if there was none).
 
     Raises:
@@ -231,6 +238,8 @@ def restore(source: Path, database: Path, moment: datetime, watch: Watch = ignor
         _settle(copy)
         watch("Verifying", 0, 1)
         content = verify(copy, source, _IF_BACKUP_DAMAGED)
+        with contextlib.closing(connect(copy, "ro&immutable=1")) as connection:
+            refuse(connection, content)
         watch("Verifying", 1, 1)
         return content, replace(database, copy, moment)
 

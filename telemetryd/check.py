@@ -18,7 +18,7 @@ from telemetryd.errors import DatabaseError
 from telemetryd.filters import TIME_BOUNDS, Filters
 from telemetryd.queries import SORTED, ListRuns, Order, Position
 from telemetryd.runs import FILTERS
-from telemetryd.statements import examining, fetching, full_text
+from telemetryd.statements import examining, fetching, foreign, full_text
 
 _LISTED: Final = 100
 _NAMED: Final = 10
@@ -54,7 +54,19 @@ def examine(path: Path, watch: Watch = ignore_progress) -> list[Finding]:
         DatabaseError: if it cannot be examined, for instance because another process locks it.
 
     """
-    checks = (_integrity, _version, _schema, _totals, _strays, _values, _full_text, _space, _foreign_keys, _index_usage)
+    checks = (
+        _integrity,
+        _version,
+        _schema,
+        _numbers,
+        _totals,
+        _strays,
+        _values,
+        _full_text,
+        _space,
+        _foreign_keys,
+        _index_usage,
+    )
     findings: list[Finding] = []
     try:
         with contextlib.closing(connect_to_read(path)) as connection:
@@ -104,11 +116,23 @@ def _schema(connection: sqlite3.Connection) -> Iterator[Finding]:
             state = "different" if name in actual else "missing"
             advice = REPAIR if _is_index(sql) else "restore a backup, or re-create it as in schema/telemetry.sql"
             yield Finding("schema", Severity.PROBLEM, f"{name} is {state}", advice)
-    extra = sorted(name for name in set(actual) - set(expected) if not full_text.is_ours(name))
-    if extra:
-        yield Finding(
-            "schema", Severity.NOTE, f"not telemetryd's own: {', '.join(extra)}", "nothing; they are left alone"
-        )
+    found = [*foreign.find_foreign(connection)]
+    path = connection.execute("SELECT file FROM pragma_database_list WHERE name = 'main'").fetchone()[0]
+    for harmful in (one for one in found if one.harm is not None):
+        text = f"{harmful} is not telemetryd's own: {harmful.harm}"
+        yield Finding("schema", Severity.PROBLEM, text, f"remove it: {harmful.removal(path)}")
+    harmless = [str(one) for one in found if one.harm is None]
+    if harmless:
+        text = f"not telemetryd's own: {', '.join(harmless)}"
+        yield Finding("schema", Severity.NOTE, text, "nothing; they are left alone")
+
+
+def _numbers(connection: sqlite3.Connection) -> Iterator[Finding]:
+    try:
+        for spent in foreign.find_spent_numbers(connection):
+            yield Finding("numbers", Severity.PROBLEM, f"{spent}, and numbers end at 2^63", REPAIR)
+    except sqlite3.OperationalError as error:  # a table is missing, which the schema check has reported
+        yield Finding("numbers", Severity.PROBLEM, f"they cannot be read: {error}", REPAIR)
 
 
 def _is_index(sql: str) -> bool:
@@ -237,6 +261,7 @@ def repair(path: Path, watch: Watch = ignore_progress) -> list[str]:
         try:
             connection.execute("BEGIN EXCLUSIVE")
             migrate.refuse_unless_usable(path, identify(connection))
+            foreign.refuse_harmful(connection, path, is_current=False)  # a trigger would work on the repair, too
             watch("Repairing", 0, 3)
             done += _mend_indexes(connection)
             watch("Repairing", 1, 3)

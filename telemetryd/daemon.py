@@ -22,11 +22,11 @@ import telemetryd
 from telemetryd import upkeep
 from telemetryd.alerting import Alerting
 from telemetryd.connections import make_runner
-from telemetryd.disk import network_file_system
 from telemetryd.http import make_app
 from telemetryd.listening import bound
 from telemetryd.logs import log
 from telemetryd.metrics import Metrics
+from telemetryd.mounts import network_file_system
 from telemetryd.rules import load_rules
 from telemetryd.runs import utc_now
 from telemetryd.settings import LoadedSettings, Settings

@@ -1,17 +1,14 @@
-"""Opens SQLite: who owns the file, what the file is, one read-write connection, read-only ones."""
+"""Opens SQLite: what the file is, one read-write connection, read-only ones."""
 
 from __future__ import annotations
 
 import asyncio
-import errno
 import os
-import re
 import shutil
 import sqlite3
 import stat
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -22,7 +19,9 @@ from typing import Final, TypeVar
 
 import aiosqlite
 
-from telemetryd.errors import DatabaseError, DatabaseOwnedError
+from telemetryd.descriptors import CountedConnection, borrowed, copy_to, read_at
+from telemetryd.errors import DatabaseError
+from telemetryd.ownership import FileLock, create_privately
 
 APPLICATION_ID: Final = 0x746C6D64
 """`PRAGMA application_id` of our files: the letters "tlmd"."""
@@ -32,10 +31,6 @@ SIDE_FILES: Final = ("-wal", "-shm", "-journal")
 
 _MINIMUM_SQLITE: Final = (3, 37, 0)  # STRICT tables
 _HEADER_BYTES: Final = 100
-_HOLDER_READS: Final = 50
-_LOCK_CONTENT: Final = re.compile(rb"\s*\d{0,10}\s*")
-_LOCK_FLAGS: Final = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-"""A link or a pipe that somebody has put there is neither written through nor waited for."""
 _QUICK_CHECK_BYTES: Final = 16 * 1024 * 1024
 _CRASH_CHECK_BYTES: Final = 512 * 1024 * 1024
 _READ_CACHE_KIB: Final = 4 * 1024
@@ -47,217 +42,6 @@ LOG_BYTES: Final = 64 * 1024 * 1024
 """What a write-ahead log or journal keeps of its size; it is larger only while a reader holds it up."""
 
 T = TypeVar("T")
-
-
-# --- Who owns the file ---------------------------------------------------------------------------
-
-
-class FileLock:
-    """An exclusive lock on a file that holds its owner's PID; the system frees it when the owner dies.
-
-    The file is never deleted: a waiter that has opened the old file and a newcomer that makes a new one
-    would both get their lock.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._descriptor: int | None = None
-        self.was_dropped = False
-        """Whether the last owner ended without `settle`."""
-
-    def acquire(self) -> None:
-        """Take the lock at once.
-
-        Raises:
-            DatabaseOwnedError: if another process holds it; the message names its PID.
-            DatabaseError: if the lock file cannot be made.
-
-        """
-        try:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | _LOCK_FLAGS, 0o600)
-        except OSError as error:
-            reason = "it is a symbolic link" if self.path.is_symlink() else error.strerror
-            raise DatabaseError(f"Cannot open the lock file {self.path}: {reason}") from error
-        content = _read_lock(descriptor)
-        if content is None:
-            os.close(descriptor)
-            raise DatabaseError(f"{self.path} is not a lock file; nothing was changed: look at TELEMETRY_LOCK_FILE")
-        try:
-            _lock(descriptor)
-        except OSError as error:
-            holder = _holder(descriptor)
-            os.close(descriptor)
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise DatabaseError(f"Cannot lock {self.path}: {error.strerror}") from error
-            raise DatabaseOwnedError(
-                f"Another telemetryd (PID {holder or 'unknown'}) owns this database: it holds the lock {self.path}"
-            ) from error
-        self._descriptor = descriptor
-        self.was_dropped = bool(content.strip())
-        try:
-            os.ftruncate(descriptor, 0)
-            os.lseek(descriptor, 0, os.SEEK_SET)
-            os.write(descriptor, f"{os.getpid()}\n".encode())
-        except OSError as error:
-            self.release()
-            raise DatabaseError(f"Cannot write the lock file {self.path}: {error.strerror}") from error
-
-    def is_in_place(self) -> bool:
-        """Tell whether the locked file still stands at its path; if not, somebody else can lock another one."""
-        try:
-            return self._descriptor is not None and os.path.samestat(os.fstat(self._descriptor), os.stat(self.path))
-        except OSError:
-            return False
-
-    def holder(self) -> str | None:
-        """Tell the PID of whoever holds the lock ("unknown" if it does not say), or None; makes no file."""
-        try:
-            descriptor = os.open(self.path, os.O_RDWR | _LOCK_FLAGS)
-        except OSError:
-            return None
-        try:
-            _lock(descriptor)
-        except OSError:
-            return _holder(descriptor) or "unknown"
-        finally:
-            os.close(descriptor)
-        return None
-
-    def settle(self) -> None:
-        """Blank the PID: everything is in order, so that the next owner need not look for what a crash left."""
-        if self._descriptor is not None:
-            with suppress(OSError):
-                os.ftruncate(self._descriptor, 0)
-
-    def release(self) -> None:
-        """Give the lock back; the file stays."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
-
-
-def _read_lock(descriptor: int) -> bytes | None:
-    """Return what a lock file says, or None if it is no lock file: a PID is not to be written into anything else."""
-    status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-        return None
-    content = os.read(descriptor, 64)
-    return content if _LOCK_CONTENT.fullmatch(content) else None
-
-
-def _holder(descriptor: int) -> str:
-    """Read the owner's PID; one that has only just taken the lock writes it within milliseconds."""
-    holder = ""
-    for _ in range(_HOLDER_READS):
-        os.lseek(descriptor, 0, os.SEEK_SET)
-        holder = os.read(descriptor, 32).decode("ascii", "replace").strip()
-        if holder.isdigit() and _is_alive(int(holder)):
-            return holder
-        time.sleep(0.01)
-    return holder
-
-
-if sys.platform == "win32":
-    import msvcrt
-
-    def _is_alive(pid: int) -> bool:
-        return True  # os.kill(pid, 0) would end it there
-
-    def _lock(descriptor: int) -> None:
-        os.lseek(descriptor, 1 << 30, os.SEEK_SET)  # a byte far behind the PID, which others may read
-        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        os.lseek(descriptor, 0, os.SEEK_SET)
-else:
-    import fcntl
-
-    def _is_alive(pid: int) -> bool:
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return False
-        except OSError:  # of another user
-            return True
-        return True
-
-    def _lock(descriptor: int) -> None:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-class Ownership:
-    """The right to write to one database, whatever lock file was configured.
-
-    Two locks make it: the configured one, and one beside the database's real path (symbolic links
-    resolved), so that two daemons with different settings cannot own the same file.
-    """
-
-    def __init__(self, database: Path, lock_file: Path | None) -> None:
-        real = database.resolve()
-        beside = real.with_name(real.name + ".lock")
-        paths = [beside] if lock_file is None or lock_file.resolve() == beside else [beside, lock_file]
-        self._locks = [FileLock(path) for path in paths]
-
-    def acquire(self) -> None:
-        """Take every lock or none.
-
-        Raises:
-            DatabaseOwnedError: if another process owns the database.
-            DatabaseError: if a lock file cannot be made.
-
-        """
-        try:
-            for lock in self._locks:
-                lock.acquire()
-        except DatabaseError:
-            self.release()
-            raise
-
-    @property
-    def was_dropped(self) -> bool:
-        """Whether the last owner ended without `settle`: killed, or with an error."""
-        return any(lock.was_dropped for lock in self._locks)
-
-    def settle(self) -> None:
-        """Note for the next owner that this one ended in order; call it right before `release`."""
-        for lock in self._locks:
-            lock.settle()
-
-    def missing(self) -> Path | None:
-        """Return the path of a lock file that was deleted or replaced, or None."""
-        return next((lock.path for lock in self._locks if not lock.is_in_place()), None)
-
-    def holder(self) -> str | None:
-        """Tell the PID of whoever owns the database now, or None; takes nothing and makes no file."""
-        return next((pid for lock in self._locks if (pid := lock.holder()) is not None), None)
-
-    def release(self) -> None:
-        """Give all locks back."""
-        for lock in reversed(self._locks):
-            lock.release()
-
-
-def prepare_directory(database: Path) -> None:
-    """Make the database's directory (mode 0700) if only that last step of its path is missing.
-
-    A deeper gap is refused: it is more often a typing error or a disk that is not mounted, and a
-    database made in the wrong place is data lost from sight.
-
-    Raises:
-        DatabaseError: if the directory cannot be made or written to.
-
-    """
-    directory = database.absolute().parent
-    try:
-        if not directory.exists():
-            directory.mkdir(mode=0o700, exist_ok=True)
-            sync_directory(directory.parent)  # or a power cut may take it away, with everything in it
-    except FileNotFoundError as error:
-        raise DatabaseError(
-            f"The directory {directory} does not exist; if it is the right one, make it: mkdir -p {directory}"
-        ) from error
-    except OSError as error:
-        raise DatabaseError(f"Cannot make the directory {directory}: {error.strerror}") from error
-    if not os.access(directory, os.W_OK | os.X_OK):
-        raise DatabaseError(f"The directory {directory} is not writable for this user")
 
 
 # --- What the file is ----------------------------------------------------------------------------
@@ -282,7 +66,7 @@ class FileState:
 
 
 def inspect(path: Path) -> FileState:
-    """Look at a database file without writing to it. Call it only while no connection to it is open.
+    """Look at a database file without writing to it.
 
     Raises:
         DatabaseError: if it is not a usable SQLite file; the message says what it is and what to run.
@@ -325,13 +109,14 @@ def _examine_file(path: Path) -> FileState | bytes:
         status = path.stat()
         if not path.is_file():
             raise DatabaseError(f"{path} is not a regular file")
+        refuse_strange_side_files(path)
         if status.st_nlink > 1:
             raise DatabaseError(
                 f"{path} has {status.st_nlink} hard links{_other_names(path, status)}; SQLite can corrupt a database "
                 "that is opened by two names (sqlite.org/howtocorrupt.html): remove the others"
             )
-        with path.open("rb") as file:
-            header = file.read(_HEADER_BYTES)
+        with borrowed(path) as descriptor:
+            header = read_at(descriptor, _HEADER_BYTES, 0)
     except FileNotFoundError:
         return FileState(Kind.MISSING, 0)
     except OSError as error:
@@ -354,7 +139,7 @@ def _other_names(path: Path, status: os.stat_result) -> str:
     for other in real.parent.iterdir():
         if other != real and other.is_file() and os.path.samestat(other.stat(), status):
             holder = FileLock(other.with_name(other.name + ".lock")).holder()
-            names.append(f"{other}, which PID {holder} owns" if holder else str(other))
+            names.append(f"{other}, which {holder} owns" if holder else str(other))
     return f" (also {'; '.join(sorted(names))})" if names else ""
 
 
@@ -383,8 +168,8 @@ def identify(connection: sqlite3.Connection) -> FileState:
 def is_ours(path: Path) -> bool:
     """Tell from the header alone whether telemetryd made a file; nothing is opened by SQLite."""
     try:
-        with path.open("rb") as file:
-            header = file.read(_HEADER_BYTES)
+        with borrowed(path) as descriptor:
+            header = read_at(descriptor, _HEADER_BYTES, 0)
     except OSError:
         return False
     return _application_id(header) == APPLICATION_ID
@@ -408,13 +193,13 @@ def looking(path: Path) -> Iterator[sqlite3.Connection]:
 
     """
     with undisturbed(path) if _has_hot_journal(path) else nullcontext(path) as quiet:
-        mode = "rw" if quiet != path else "ro" if beside(path, "-wal").exists() else "ro&immutable=1"
+        mode = "rw" if quiet != path else "ro" if wal_bytes(path) else "ro&immutable=1"
         yield from _look(path, f"{quiet.resolve().as_uri()}?mode={mode}")
 
 
 def _look(path: Path, uri: str) -> Iterator[sqlite3.Connection]:
     try:
-        with closing(sqlite3.connect(uri, uri=True)) as connection:
+        with closing(CountedConnection(path, uri, uri=True)) as connection:
             yield connection
     except sqlite3.DatabaseError as error:
         code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
@@ -434,8 +219,9 @@ def undisturbed(path: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="telemetryd-") as folder:
         copy = Path(folder) / path.name
         try:
-            shutil.copyfile(path, copy)
-            for suffix in SIDE_FILES:
+            with borrowed(path) as descriptor:
+                copy_to(descriptor, copy)
+            for suffix in ("-wal", "-journal"):  # not the index of the log, which holds locks, and is made anew
                 if beside(path, suffix).exists():
                     shutil.copyfile(beside(path, suffix), beside(copy, suffix))
         except OSError as error:
@@ -462,12 +248,40 @@ def recover(path: Path) -> None:
         raise DatabaseError(f"Cannot open {path}: {error}") from error
 
 
+def refuse_strange_side_files(path: Path) -> None:
+    """Stop if something else than a file stands where SQLite keeps its journal: it would wait for a pipe for ever.
+
+    Raises:
+        DatabaseError: that names it.
+
+    """
+    for side in (beside(path, suffix) for suffix in SIDE_FILES):
+        try:
+            mode = side.lstat().st_mode
+        except OSError:  # nothing is there, or what is wrong with the folder will be told of the database itself
+            continue
+        if not stat.S_ISREG(mode):
+            what = next((name for is_it, name in _STRANGE if is_it(mode)), "device")
+            raise DatabaseError(
+                f"{side} is a {what}, but SQLite keeps a file of the database there; nothing was changed: move it away"
+            )
+
+
+_STRANGE: Final = (
+    (stat.S_ISFIFO, "pipe"),
+    (stat.S_ISSOCK, "socket"),
+    (stat.S_ISDIR, "directory"),
+    (stat.S_ISLNK, "symbolic link"),
+)
+
+
 def is_unfinished(path: Path) -> bool:
     """Tell whether a transaction was cut off: SQLite recovers it on opening; until then the file is in between."""
-    return _has_hot_journal(path) or beside(path, "-wal").exists()
+    return _has_hot_journal(path) or wal_bytes(path) > 0  # an orderly stop leaves a log, but an empty one
 
 
 def _has_hot_journal(path: Path) -> bool:
+    refuse_strange_side_files(path)
     try:
         with beside(path, "-journal").open("rb") as journal:
             return journal.read(1) not in (b"", b"\0")  # SQLite's own test; PERSIST leaves a blank one
@@ -505,7 +319,7 @@ def check_after_crash(connection: sqlite3.Connection, path: Path) -> bool:
 
 
 def forget_cached(path: Path) -> None:
-    """Let the next look at a database be at what the disk holds. Call it only while no connection to it is open.
+    """Let the next look at a database be at what the disk holds, as far as no connection has it in its own memory.
 
     After a failed sync the kernel keeps pages that it could not write, marked as if it had (danluu.com/fsyncgate).
 
@@ -517,15 +331,12 @@ def forget_cached(path: Path) -> None:
         return
     for place in (path, beside(path, "-wal"), beside(path, "-journal")):
         try:
-            descriptor = os.open(place, os.O_RDONLY)
+            with borrowed(place) as descriptor:
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         except FileNotFoundError:
             continue
         except OSError as error:
             raise DatabaseError(f"Cannot read {place}: {error.strerror}") from error
-        try:
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)
 
 
 def check_quickly(path: Path) -> None:
@@ -612,7 +423,7 @@ async def open_writer(
     """
     if sqlite3.sqlite_version_info < _MINIMUM_SQLITE:
         raise DatabaseError(f"SQLite {sqlite3.sqlite_version} is too old; 3.37 or newer is needed")
-    os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))  # the mode of a new file, whatever the umask
+    create_privately(path)
     connection = Connection(lambda: connect(path, "rw", busy_timeout_ms), 1000)
     try:
         await connection
@@ -645,14 +456,17 @@ _READERS_STATEMENTS: Final = 64
 """Prepared statements that a reader keeps: one that renders whole runs takes 28 KiB."""
 
 
-def connect(path: Path, mode: str, busy_timeout_ms: int = 30_000, *, statements: int = 256) -> sqlite3.Connection:
+def connect(path: Path, mode: str, busy_timeout_ms: int = 30_000, *, statements: int = 256) -> CountedConnection:
     """Open a plain connection without implicit transactions; `mode` is that of SQLite's URI: ro, rw or rwc.
 
     Raises:
+        DatabaseError: if something else than a file stands where SQLite keeps its journal.
         sqlite3.Error: if the file cannot be opened.
 
     """
-    return sqlite3.connect(
+    refuse_strange_side_files(path)
+    return CountedConnection(
+        path,
         f"{path.resolve().as_uri()}?mode={mode}",
         uri=True,
         timeout=busy_timeout_ms / 1000,
@@ -745,6 +559,31 @@ def read_modes(connection: sqlite3.Connection) -> Modes:
     journal_mode: str = connection.execute("PRAGMA journal_mode").fetchone()[0]
     synchronous: int = connection.execute("PRAGMA synchronous").fetchone()[0]
     return Modes(journal_mode.upper(), _SYNCHRONOUS[synchronous])
+
+
+def prepare_directory(database: Path) -> None:
+    """Make the database's directory (mode 0700) if only that last step of its path is missing.
+
+    A deeper gap is refused: it is more often a typing error or a disk that is not mounted, and a
+    database made in the wrong place is data lost from sight.
+
+    Raises:
+        DatabaseError: if the directory cannot be made or written to.
+
+    """
+    directory = database.absolute().parent
+    try:
+        if not directory.exists():
+            directory.mkdir(mode=0o700, exist_ok=True)
+            sync_directory(directory.parent)  # or a power cut may take it away, with everything in it
+    except FileNotFoundError as error:
+        raise DatabaseError(
+            f"The directory {directory} does not exist; if it is the right one, make it: mkdir -p {directory}"
+        ) from error
+    except OSError as error:
+        raise DatabaseError(f"Cannot make the directory {directory}: {error.strerror}") from error
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise DatabaseError(f"The directory {directory} is not writable for this user")
 
 
 def sync_directory(path: Path) -> None:

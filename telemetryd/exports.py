@@ -200,6 +200,7 @@ class Exports:
         """Open an empty file beside the database; it vanishes with the process, or else when `files` is closed."""
         path = files.enter_context(partial_file(self._database.with_name(f"{self._database.name}.export")))
         connection = connect(path, "rw")
+        connection.use(self._database)  # which is attached to the copy
         if os.name == "posix":  # an open file needs no name there
             path.unlink()
         return connection

@@ -25,7 +25,7 @@ from telemetryd.database import (
 from telemetryd.errors import DatabaseError
 from telemetryd.events import STORED
 from telemetryd.runs import COLUMNS
-from telemetryd.statements import rollups
+from telemetryd.statements import foreign, rollups
 
 FIRST_VERSION: Final = 8
 """The first schema version of telemetryd; what is older belonged to the service it replaced."""
@@ -150,6 +150,7 @@ def preview(path: Path, watch: Watch = ignore_progress) -> Migration:
     mode = "ro&immutable=1" if not is_unfinished(path) else "rw"
     with contextlib.closing(_connect(path, mode)) as connection, _as_database_error(path):
         layout = look(connection, path)
+        _refuse_harmful(connection, layout, path)
         tally = Tally()
         if layout.is_legacy:
             converter = Converter(layout.columns)
@@ -357,6 +358,7 @@ def migrate_file(path: Path, now: str, watch: Watch = ignore_progress) -> Migrat
         connection.execute("BEGIN EXCLUSIVE")
         try:
             layout = look(connection, path)
+            _refuse_harmful(connection, layout, path)
             done = _rebuild(connection, layout, now, watch) if layout.is_legacy else _step(connection, layout, now)
             watch("Committing", 0, 1)
             connection.execute("COMMIT")
@@ -368,6 +370,12 @@ def migrate_file(path: Path, now: str, watch: Watch = ignore_progress) -> Migrat
         watch("Committing", 1, 1)
         _compact(connection, done, watch)
     return done
+
+
+def _refuse_harmful(connection: sqlite3.Connection, layout: Layout, path: Path) -> None:
+    """Stop at what would work on our writes; of the replaced service's tables nothing but the rows is kept."""
+    if not layout.is_legacy:
+        foreign.refuse_harmful(connection, path, is_current=False)
 
 
 def _step(connection: sqlite3.Connection, layout: Layout, now: str) -> Migration:

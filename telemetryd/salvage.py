@@ -16,7 +16,7 @@ from telemetryd.conversion import Converter, Original, RawValue, Tally
 from telemetryd.database import connect, lenient_text
 from telemetryd.errors import DatabaseError
 from telemetryd.runs import SqlValue, format_timestamp
-from telemetryd.statements import examining, full_text
+from telemetryd.statements import examining, foreign, full_text
 
 _SLICE: Final = 500
 _Raw = tuple[RawValue, ...]
@@ -107,8 +107,10 @@ def _copy(source: sqlite3.Connection, target: sqlite3.Connection, done: Salvage,
 
 def _copy_neighbours(source: sqlite3.Connection, target: sqlite3.Connection, done: Salvage) -> None:
     known = migrate.expected_schema()
+    # What works on our tables, such as a trigger, would work on the copy, too; it stays in the old file only.
+    left = {found.name for found in foreign.find_foreign(source) if found.harm is not None}
     for name, sql in migrate.schema_of(source).items():
-        if (name in known and name not in examining.BESIDE_RUNS) or full_text.is_ours(name):
+        if (name in known and name not in examining.BESIDE_RUNS) or full_text.is_ours(name) or name in left:
             continue
         with contextlib.suppress(sqlite3.DatabaseError):  # what cannot be made or read stays in the old file only
             new = name

@@ -44,7 +44,6 @@ from telemetryd.database import (
     LOG_BYTES,
     Connection,
     Modes,
-    Ownership,
     beside,
     check_after_crash,
     check_quickly,
@@ -54,6 +53,7 @@ from telemetryd.database import (
     inspect_before_opening,
     is_unfinished,
     looking,
+    open_reader,
     open_writer,
     prepare_directory,
     quick_check,
@@ -67,6 +67,7 @@ from telemetryd.events import EventPage
 from telemetryd.flow import Flow
 from telemetryd.logs import log
 from telemetryd.metrics import Metrics
+from telemetryd.ownership import Ownership
 from telemetryd.queries import (
     CountMatching,
     CountPrunable,
@@ -92,6 +93,7 @@ from telemetryd.statements import (
     counting,
     fetching,
     following,
+    foreign,
     full_text,
     regressing,
     rollups,
@@ -197,6 +199,7 @@ class Health:
 class _Opened:
     """What is open on the database, and the files that it holds by name and inode."""
 
+    path: Path
     connection: Connection
     modes: Modes
     readers: Readers
@@ -221,7 +224,7 @@ class _Opened:
                 check_quickly(path)
                 if not is_unfinished(path):
                     with looking(path) as plain:
-                        migrate.check_schema(plain, path)  # before opening may change the journal mode in the file
+                        _check_schema(plain, path)  # before opening may change the journal mode in the file
             elif not may_create:
                 raise DatabaseError(f"{path} is not a telemetryd database any more")
             connection, modes = await open_writer(
@@ -236,7 +239,7 @@ class _Opened:
                     sync_directory(path.resolve().parent)
                 elif after_crash:
                     await _look_for_damage(connection, path)
-                await connection.run(lambda plain: migrate.check_schema(plain, path))
+                await connection.run(lambda plain: _check_schema(plain, path))
                 slice_ms = min(settings.db_busy_timeout_ms, _BUSY_SLICE_MS)
                 await connection.run(lambda plain: plain.execute(f"PRAGMA busy_timeout = {slice_ms}").fetchall())
                 readers = await Readers.open(
@@ -247,7 +250,7 @@ class _Opened:
             undo.pop_all()
         suffixes = ("-wal", "-shm") if modes.journal_mode == "WAL" else ()
         logs = {place: _identity(place) for place in (beside(path, suffix) for suffix in suffixes)}
-        return cls(connection, modes, readers, logs)
+        return cls(path, connection, modes, readers, logs)
 
     def lost_log(self) -> Path | None:
         """Return the log file that was deleted or replaced, or None."""
@@ -255,11 +258,21 @@ class _Opened:
 
     async def close(self) -> None:
         """Write the write-ahead log back, and close every connection."""
-        await self.readers.close()
-        if self.modes.journal_mode == "WAL":
+        if self.modes.journal_mode != "WAL":
+            await self.readers.close()
+            await self.connection.close()
+            return
+        async with contextlib.AsyncExitStack() as last:
             with contextlib.suppress(sqlite3.Error):  # the next start recovers the log just as well
+                # The last connection to close cannot write, so the log (empty) and its index stay: on a disk that is
+                # full by then, the next start would find no room for them.
+                keeper = await open_reader(self.path, 0)
+                last.push_async_callback(keeper.close)
+                await keeper.run(lambda plain: plain.execute("SELECT 1 FROM sqlite_master").fetchone())
+            await self.readers.close()
+            with contextlib.suppress(sqlite3.Error):
                 await self.connection.run(_checkpoint)
-        await self.connection.close()
+            await self.connection.close()
 
     async def drop(self) -> None:
         """Close every connection without a sync, after a failure.
@@ -286,7 +299,7 @@ class Store:
     ) -> None:
         self._settings = settings
         self._path = settings.db_path.absolute()
-        self._identity = _identity(self._path)
+        self._identity = ownership.identity
         self._durable = settings.durable
         self._modes = opened.modes
         self._clock = clock
@@ -325,7 +338,7 @@ class Store:
         prepare_directory(path)
         with contextlib.ExitStack() as undo:
             ownership = Ownership(path, settings.lock_file)
-            ownership.acquire()
+            ownership.acquire(create=True)
             undo.callback(ownership.release)
             after_crash = ownership.was_dropped or is_unfinished(path)
             opened = await _Opened.open(settings, clock, may_create=True, after_crash=after_crash)
@@ -356,9 +369,7 @@ class Store:
                 opened, self._opened = self._opened, None
                 # A log whose name is gone is written back, or what stands only there would be lost.
                 await (opened.drop() if opened.lost_log() is None else opened.close())
-            if self._ownership.missing() is not None:
-                self._ownership.release()
-                self._ownership.acquire()
+            self._ownership.take_again()
             forget_cached(self._path)
             self._opened = opened = await _Opened.open(self._settings, self._clock, may_create=False, after_crash=False)
             await opened.connection.run(lambda plain: quick_check(plain, self._path))
@@ -587,6 +598,11 @@ class Store:
         if self._writer.failure is None:
             self._ownership.settle()
         self._ownership.release()
+
+
+def _check_schema(plain: sqlite3.Connection, path: Path) -> None:
+    migrate.check_schema(plain, path)
+    foreign.refuse_harmful(plain, path)
 
 
 async def _at_once(connection: Connection, step: Callable[[sqlite3.Connection], T]) -> T:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from telemetryd import backup, migrate
-from telemetryd.database import Ownership
+from telemetryd.ownership import Ownership
 from tests.conftest import Daemon, StartDaemon, make_run
 from tests.faults.hot_journal import cut_off_growing
 from tests.tools.fill import make_database

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from telemetryd.database import FileLock
 from telemetryd.metrics import Metrics
+from telemetryd.ownership import FileLock
 from telemetryd.settings import Settings
 from telemetryd.store import Store
 from tests.conftest import StartDaemon, make_run

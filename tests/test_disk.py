@@ -21,6 +21,7 @@ from telemetryd import disk
 from telemetryd.disk import Disk, Look
 from telemetryd.errors import LowDiskError
 from telemetryd.metrics import Metrics
+from telemetryd.mounts import network_file_system
 from tests.conftest import Api, MakeApi, StartDaemon, eventually, make_run, small_file_system
 from tests.contract.test_operation import locked
 from tests.contract.wire import RUNS, check_error, send
@@ -274,11 +275,11 @@ MOUNTS = r"""22 1 8:1 / / rw - ext4 /dev/sda1 rw
 def test_a_network_file_system_is_known(tmp_path: Path, path: str, kind: str | None) -> None:
     mounts = tmp_path / "mountinfo"
     mounts.write_text(MOUNTS)
-    assert disk.network_file_system(Path(path), mounts) == kind
-    assert disk.network_file_system(Path(path), tmp_path / "nowhere") is None
+    assert network_file_system(Path(path), mounts) == kind
+    assert network_file_system(Path(path), tmp_path / "nowhere") is None
     link = tmp_path / "link"
     link.symlink_to(path)
-    assert disk.network_file_system(link, mounts) == kind
+    assert network_file_system(link, mounts) == kind
 
 
 def test_a_database_on_a_network_file_system_is_warned_of(start_daemon: StartDaemon, tmp_path: Path) -> None:

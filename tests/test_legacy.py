@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from telemetryd import migrate
-from telemetryd.database import Kind, Ownership, inspect
+from telemetryd.database import Kind, inspect
 from telemetryd.legacy import migrate_file
+from telemetryd.ownership import Ownership
 from telemetryd.runs import COLUMNS
 from telemetryd.tables import read_csv, read_parquet
 from tests.conftest import StartDaemon

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sqlite3
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +27,14 @@ from telemetryd.cli.options import (
     settings_flags,
     size,
 )
-from telemetryd.database import Kind, Ownership, inspect, is_ours, recover, undisturbed
+from telemetryd.database import Kind, inspect, is_ours, recover, undisturbed
 from telemetryd.errors import DatabaseError
-from telemetryd.migrate import current_version, refuse_unless_usable
+from telemetryd.migrate import check_schema, current_version, refuse_unless_usable
+from telemetryd.ownership import Ownership, refuse_other_name
 from telemetryd.runs import format_timestamp, utc_now
 from telemetryd.salvage import salvage
 from telemetryd.settings import Settings
+from telemetryd.statements import foreign
 
 DATABASE_SETTINGS = ("db_path", "lock_file")
 
@@ -244,7 +248,7 @@ def backup(destination: Path, keep: int | None, compress: bool, as_json: bool, *
 
 
 def refuse_missing(path: Path) -> None:
-    """Stop if there is no database.
+    """Stop if there is no database, or if a daemon has it open by another name.
 
     Raises:
         DatabaseError: then.
@@ -252,6 +256,7 @@ def refuse_missing(path: Path) -> None:
     """
     if not path.is_file():
         raise DatabaseError(f"There is no database at {path}; is TELEMETRY_DB_PATH right?")
+    refuse_other_name(path)
 
 
 @click.command()
@@ -275,7 +280,7 @@ def restore(source: Path, as_json: bool, **flags: Any) -> None:
         _refuse_in_use(source, settings.db_path)
     with failing(), owned(settings) as path, progress() as drawn:
         backups.forget_leftovers(path)
-        content, aside = backups.restore(source, path, _local_now(), drawn)
+        content, aside = backups.restore(source, path, _local_now(), drawn, partial(_refuse_harmful, source))
     kept = aside if aside.exists() else None
     needs_migration = not content.ours or content.version < current_version()
     if as_json:
@@ -288,6 +293,20 @@ def restore(source: Path, as_json: bool, **flags: Any) -> None:
         click.echo("It has an older schema; before the daemon starts, run: telemetryd migrate")
 
 
+def _refuse_harmful(source: Path, connection: sqlite3.Connection, content: backups.Content) -> None:
+    """Stop if what others have put into a database of ours can harm what is stored; a migration drops older ones.
+
+    Raises:
+        DatabaseError: then.
+
+    """
+    if content.ours:
+        is_current = content.version == current_version()
+        if is_current:
+            check_schema(connection, source)
+        foreign.refuse_harmful(connection, source, is_current=is_current)
+
+
 def _refuse_in_use(source: Path, database: Path) -> None:
     """Stop if a file is no backup but a database at work, of which a plain copy may be torn.
 
@@ -295,12 +314,10 @@ def _refuse_in_use(source: Path, database: Path) -> None:
         DatabaseError: then.
 
     """
-    if source.resolve() == database.resolve():
+    if source.resolve() == database.resolve() or (database.exists() and source.samefile(database)):
         raise DatabaseError(f"{source} is the database itself; give a backup of it")
     if owner := Ownership(source, None).holder():
-        raise DatabaseError(
-            f"{source} is in use by PID {owner}; copy it first: telemetryd backup COPY --db-path {source}"
-        )
+        raise DatabaseError(f"{source} is in use by {owner}; copy it first: telemetryd backup COPY --db-path {source}")
 
 
 # --- check ---------------------------------------------------------------------------------------

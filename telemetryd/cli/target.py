@@ -18,10 +18,11 @@ import orjson
 from telemetryd import admin, events, migrate, queries, regressions, runs, stats
 from telemetryd.cli.database import refuse_missing
 from telemetryd.cli.stream import detail_of, reason
-from telemetryd.database import Ownership, connect_to_read
+from telemetryd.database import connect_to_read
 from telemetryd.errors import DatabaseError, DatabaseOwnedError, InvalidRequestError, TelemetrydError, UnavailableError
 from telemetryd.filters import TIME_BOUNDS, Filters, quoted
 from telemetryd.metrics import Metrics
+from telemetryd.ownership import Ownership, refuse_other_name
 from telemetryd.settings import Settings
 from telemetryd.statements import regressing, rollups
 from telemetryd.store import Store
@@ -240,7 +241,7 @@ async def find_target(settings: Settings, url: str | None) -> AsyncIterator[Targ
     headers = {"Authorization": f"Bearer {token.decode()}"} if token is not None else {}
     if url is None and settings.api_unix is None and token is None:
         raise DatabaseOwnedError(
-            f"A telemetryd (PID {owner}) owns this database; to reach it, give --unix SOCKET as the daemon has it, "
+            f"A telemetryd ({owner}) owns this database; to reach it, give --unix SOCKET as the daemon has it, "
             "or set TELEMETRY_API_AUTH_TOKEN (or --auth-token-file) to its token"
         )
     use_unix = url is None and settings.api_unix is not None
@@ -264,6 +265,7 @@ async def find_source(settings: Settings, url: str | None) -> AsyncIterator[Sour
         async with find_target(settings, url) as target:
             yield target
         return
+    refuse_other_name(path)
     try:
         with closing(connect_to_read(path)) as connection:
             migrate.check_schema(connection, path)

@@ -76,6 +76,11 @@ def is_ours(name: str) -> bool:
     return name == _TABLE or name.startswith(f"{_TABLE}_")
 
 
+def is_part(kind: str, name: str, sql: str) -> bool:
+    """Tell whether an object is a part of the index; a trigger is one only if it says what ours says."""
+    return _OBJECTS.get(name) == sql if kind == "trigger" else is_ours(name)
+
+
 def require(connection: sqlite3.Connection, filters: Filters, schema: str = "main") -> None:
     """Refuse a search for words where there is no index of them.
 
