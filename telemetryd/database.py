@@ -110,11 +110,7 @@ def _examine_file(path: Path) -> FileState | bytes:
         if not path.is_file():
             raise DatabaseError(f"{path} is not a regular file")
         refuse_strange_side_files(path)
-        if status.st_nlink > 1:
-            raise DatabaseError(
-                f"{path} has {status.st_nlink} hard links{_other_names(path, status)}; SQLite can corrupt a database "
-                "that is opened by two names (sqlite.org/howtocorrupt.html): remove the others"
-            )
+        refuse_hard_links(path)
         with borrowed(path) as descriptor:
             header = read_at(descriptor, _HEADER_BYTES, 0)
     except FileNotFoundError:
@@ -131,6 +127,24 @@ def _examine_file(path: Path) -> FileState | bytes:
         )
     _check_length(path, header, status.st_size)
     return header
+
+
+def refuse_hard_links(path: Path) -> None:
+    """Stop if a file has several names, and say who uses it by the others.
+
+    Raises:
+        DatabaseError: then.
+
+    """
+    try:
+        status = path.stat()
+    except OSError:  # whoever opens it will say so
+        return
+    if status.st_nlink > 1 and stat.S_ISREG(status.st_mode):
+        raise DatabaseError(
+            f"{path} has {status.st_nlink} hard links{_other_names(path, status)}; SQLite can corrupt a database "
+            "that is opened by two names (sqlite.org/howtocorrupt.html): remove the others"
+        )
 
 
 def _other_names(path: Path, status: os.stat_result) -> str:

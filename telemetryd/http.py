@@ -413,7 +413,10 @@ async def get_health(request: web.Request) -> web.Response:
         "last_commit_at": None if health.last_commit is None else runs.format_timestamp(health.last_commit),
         "wal_bytes": health.wal_bytes,
         "disk_free_bytes": health.free_bytes,
+        "counts": health.counts.as_json(),
     }
+    if health.counts.warning is not None:
+        answer["warning"] = health.counts.warning
     if health.problem is not None:
         answer["detail"] = health.problem
     response = json_response(answer, 200 if health.problem is None else 503, {"Cache-Control": "no-store"})
@@ -883,6 +886,14 @@ ROUTES: Final[tuple[Route, ...]] = (
                             "last_commit_at": {"anyOf": [STRING, {"type": "null"}]},
                             "wal_bytes": INTEGER,
                             "disk_free_bytes": INTEGER,
+                            # And "warning", a sentence, while they are being compared.
+                            "counts": obj(
+                                {
+                                    "state": {"type": "string", "enum": ["right", "being compared"]},
+                                    "foreign_commit_at": {"anyOf": [STRING, {"type": "null"}]},
+                                    "corrected": INTEGER,
+                                }
+                            ),
                         }
                     ),
                 )

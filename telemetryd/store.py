@@ -57,6 +57,7 @@ from telemetryd.database import (
     open_writer,
     prepare_directory,
     quick_check,
+    refuse_hard_links,
     sync_directory,
     wal_bytes,
 )
@@ -83,6 +84,8 @@ from telemetryd.queries import (
     Total,
 )
 from telemetryd.reader import Readers
+from telemetryd.recount import Counts as KeptCounts
+from telemetryd.recount import Recount
 from telemetryd.regressions import Findings, FindRegressions
 from telemetryd.runs import Row, format_timestamp, utc_now
 from telemetryd.settings import Settings
@@ -98,7 +101,7 @@ from telemetryd.statements import (
     regressing,
     rollups,
 )
-from telemetryd.statements.transaction import MINUTE, Transaction
+from telemetryd.statements.transaction import MINUTE
 from telemetryd.stats import GetStats
 from telemetryd.writer import GROUP_ROWS, Writer
 
@@ -191,6 +194,8 @@ class Health:
     """For how many seconds the oldest command waits to be durable."""
     last_commit: datetime | None
     wal_bytes: int
+    counts: KeptCounts
+    """Whether the counts agree with the runs."""
     free_bytes: int
     """Room left on the disk, like the size of the write-ahead log about a second old."""
 
@@ -294,6 +299,7 @@ class Store:
         *,
         opened: _Opened,
         ownership: Ownership,
+        recount: Recount,
         metrics: Metrics,
         clock: Callable[[], datetime],
     ) -> None:
@@ -308,9 +314,9 @@ class Store:
         self._committed: Callable[[], None] = lambda: None
         self._writer: Writer[Command, Outcome] = Writer(
             opened.connection,
-            begin=Transaction,
+            begin=recount.begin,
             clock=lambda: format_timestamp(clock()),
-            make_durable=self._check_place,
+            make_durable=self._confirm,
             at_rest=checkpoint_passively if opened.modes.journal_mode == "WAL" else lambda _: None,
             committed=self._tell_of_commit,
             reopen=self._reopen,
@@ -323,7 +329,11 @@ class Store:
         """The writer's task; it ends only after `close`, or with the error that killed it."""
         self._counted: tuple[tuple[int, str], Counts] | None = None
         self._disk = Disk(self._look, settings.min_free_mb << 20, metrics)
-        self._watching = asyncio.create_task(self._watch(), name="watch")
+        self._recount = recount
+        self._chores = {
+            asyncio.create_task(self._watch(), name="watch"),
+            asyncio.create_task(recount.run(self._writer, self._tell_of_commit), name="recount"),
+        }
 
     @classmethod
     async def open(cls, settings: Settings, metrics: Metrics, clock: Callable[[], datetime] = utc_now) -> Store:
@@ -336,6 +346,7 @@ class Store:
         """
         path = settings.db_path.absolute()
         prepare_directory(path)
+        refuse_hard_links(path)  # whose message tells more than that of a lock
         with contextlib.ExitStack() as undo:
             ownership = Ownership(path, settings.lock_file)
             ownership.acquire(create=True)
@@ -343,7 +354,9 @@ class Store:
             after_crash = ownership.was_dropped or is_unfinished(path)
             opened = await _Opened.open(settings, clock, may_create=True, after_crash=after_crash)
             undo.pop_all()
-        store = cls(settings, opened=opened, ownership=ownership, metrics=metrics, clock=clock)
+        recount = Recount(partial(_check_schema, path=path), clock)
+        await opened.connection.run(recount.start)
+        store = cls(settings, opened=opened, ownership=ownership, recount=recount, metrics=metrics, clock=clock)
         await store._disk.look()
         return store
 
@@ -372,6 +385,7 @@ class Store:
             self._ownership.take_again()
             forget_cached(self._path)
             self._opened = opened = await _Opened.open(self._settings, self._clock, may_create=False, after_crash=False)
+            await opened.connection.run(self._recount.start)
             await opened.connection.run(lambda plain: quick_check(plain, self._path))
             self._disk.forget_displaced()
         except (OSError, sqlite3.Error, MemoryError) as error:
@@ -402,7 +416,8 @@ class Store:
     def _look(self) -> Look:
         return Look(shutil.disk_usage(self._path.parent).free, wal_bytes(self._path), self._displaced())
 
-    def _check_place(self) -> None:
+    def _confirm(self) -> None:
+        self._recount.confirm()
         if (displaced := self._displaced()) is not None:
             raise OSError(displaced)
 
@@ -583,16 +598,18 @@ class Store:
             oldest_s=writer.oldest_s,
             last_commit=None if writer.last_commit is None else datetime.fromtimestamp(writer.last_commit, UTC),
             wal_bytes=disk.last.wal_bytes,
+            counts=self._recount.counts,
             free_bytes=disk.last.free_bytes,
         )
 
     async def close(self) -> None:
         """Commit what is queued, checkpoint the write-ahead log, close every connection, and give up the lock."""
-        self._watching.cancel()
+        for chore in self._chores:
+            chore.cancel()
         await self._writer.stop()
         if self._writer.failure is not None and self._opened is not None:
             self._opened.connection.interrupt_now()  # it may be verifying a large file
-        await asyncio.wait((self.writing, self._watching))
+        await asyncio.wait((self.writing, *self._chores))
         if self._opened is not None:
             await (self._opened.close() if self._writer.failure is None else self._opened.drop())
         if self._writer.failure is None:

@@ -7,7 +7,7 @@ import contextlib
 import sqlite3
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Final, Generic, Protocol, TypeVar
@@ -64,6 +64,7 @@ class Command(Protocol):
 
 C = TypeVar("C", bound=Command)
 R = TypeVar("R")
+T = TypeVar("T")
 C_contra = TypeVar("C_contra", bound=Command, contravariant=True)
 R_co = TypeVar("R_co", covariant=True)
 
@@ -249,6 +250,35 @@ class Writer(Generic[C, R]):
         if self.idle and self._queue.empty() and since is not None and time.monotonic() - since > REST_AFTER_S:
             self._queue.put_nowait(None)
 
+    async def between_groups(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Do something in a transaction of its own, as soon as the group that is being committed is through.
+
+        Raises:
+            UnavailableError: if that is not possible now; nothing was changed then.
+
+        """
+        return await self._visit(lambda plain: self._transact_alone(plain, work))
+
+    async def ask(self, question: Callable[[sqlite3.Connection], T]) -> T:
+        """Ask the write connection something, in no transaction, as soon as no group holds it.
+
+        Raises:
+            UnavailableError: if that is not possible now.
+
+        """
+        return await self._visit(lambda plain: self._ask(plain, question))
+
+    async def _visit(self, visit: Callable[[sqlite3.Connection], T]) -> T:
+        if self._suspicion is not None or self.failure is not None:
+            raise DatabaseSuspectError
+        try:
+            return await self._connection.run(visit)
+        except DatabaseSuspectError as error:
+            self.suspect(error)
+            raise
+        except ValueError as error:  # it was closed meanwhile
+            raise DatabaseSuspectError from error
+
     async def stop(self) -> None:
         """Refuse new commands, and let `run` end after everything that waits is committed."""
         if not self._stopping.is_set():
@@ -381,33 +411,28 @@ class Writer(Generic[C, R]):
         A group in which every command works needs no savepoints. If one fails, the group is rolled back and
         done again with a savepoint around each command, so that only the failing ones are undone.
         """
-        try:
+        with _translated(connection):
             try:
-                return self._transact(connection, commands, isolated=False)
+                return self._transact(connection, lambda: self._carry_out(connection, commands, isolated=False))
             except CommandFailedError:
-                return self._transact(connection, commands, isolated=True)
-        except (sqlite3.Error, MemoryError) as error:
-            # The frames hold cursors, with which the connection would not really close when it is told to.
-            traceback.clear_frames(error.__traceback__)
-            if connection.in_transaction:
-                raise DatabaseSuspectError(f"A transaction could not be ended: {error}") from error
-            raise _translate(error) from error
-        except OSError as error:  # the file is not at its place any more
-            traceback.clear_frames(error.__traceback__)
-            raise DatabaseSuspectError(str(error)) from error
+                return self._transact(connection, lambda: self._carry_out(connection, commands, isolated=True))
 
-    def _transact(
+    def _carry_out(
         self, connection: sqlite3.Connection, commands: list[C], *, isolated: bool
     ) -> list[R | CommandFailedError]:
+        transaction = self._begin(connection, self._clock())
+        outcomes: list[R | CommandFailedError]
+        if isolated:
+            outcomes = [_apply_alone(connection, transaction, command) for command in commands]
+        else:
+            outcomes = [*_apply(connection, transaction, commands)]
+        transaction.finish()
+        return outcomes
+
+    def _transact(self, connection: sqlite3.Connection, work: Callable[[], T]) -> T:
         connection.execute("BEGIN IMMEDIATE")
         try:
-            transaction = self._begin(connection, self._clock())
-            outcomes: list[R | CommandFailedError]
-            if isolated:
-                outcomes = [_apply_alone(connection, transaction, command) for command in commands]
-            else:
-                outcomes = [*_apply(connection, transaction, commands)]
-            transaction.finish()
+            outcomes = work()
             connection.execute("COMMIT")
         except BaseException:
             # SQLite may have rolled back by itself (disk full, I/O error): then there is nothing left to undo.
@@ -416,6 +441,35 @@ class Writer(Generic[C, R]):
             raise
         self._make_durable()
         return outcomes
+
+    def _transact_alone(self, connection: sqlite3.Connection, work: Callable[[sqlite3.Connection], T]) -> T:
+        with _translated(connection):
+            return self._transact(connection, lambda: work(connection))
+
+    def _ask(self, connection: sqlite3.Connection, question: Callable[[sqlite3.Connection], T]) -> T:
+        with _translated(connection):
+            return question(connection)
+
+
+@contextlib.contextmanager
+def _translated(connection: sqlite3.Connection) -> Iterator[None]:
+    """Say what an error of SQLite or of the disk means for those who wait.
+
+    Raises:
+        TelemetrydError: with the error as its cause.
+
+    """
+    try:
+        yield
+    except (sqlite3.Error, MemoryError) as error:
+        # The frames hold cursors, with which the connection would not really close when it is told to.
+        traceback.clear_frames(error.__traceback__)
+        if connection.in_transaction:
+            raise DatabaseSuspectError(f"A transaction could not be ended: {error}") from error
+        raise _translate(error) from error
+    except OSError as error:  # the file is not at its place any more
+        traceback.clear_frames(error.__traceback__)
+        raise DatabaseSuspectError(str(error)) from error
 
 
 def _apply_alone(connection: sqlite3.Connection, transaction: Transaction[C, R], command: C) -> R | CommandFailedError:

@@ -65,6 +65,7 @@ _SELECT_DAY: Final = f"""
     SELECT {", ".join(_COLUMNS)} FROM run_stats
     WHERE hours = ?1 AND names = ?2 AND start BETWEEN ?3 AND ?3 + 23
 """  # noqa: S608 - our own names
+_SELECT_AT: Final = f"SELECT {', '.join(_COLUMNS)} FROM run_stats WHERE hours = ? AND names = ? AND start = ?"  # noqa: S608 - our own names
 _SELECT_DAYS: Final = "SELECT DISTINCT start - ((start % 24) + 24) % 24 FROM run_stats"
 
 
@@ -221,6 +222,39 @@ def _cell(columns: tuple[Any, ...]) -> Cell:
 def _differences(expected: dict[Place, Cell], kept: dict[Place, Cell]) -> int:
     nothing = [0] * len(_CELL)
     return sum(expected.get(place, nothing) != kept.get(place, nothing) for place in {*expected, *kept})
+
+
+def settle_hour(cursor: sqlite3.Cursor, hour: str, summary: Summary) -> int:
+    """Make what is kept of one hour (2025-12-24T10) what its runs add up to; return how many rows were wrong."""
+    fold(cursor)
+    cells = (named for named in _cells_of(summary) if named[-1][0] > 0)
+    expected = {place: cell for place, cell in _spread(cells).items() if place[0] == 1}
+    return _settle(cursor, expected, _kept_at(cursor, 1, hour_number(hour)))
+
+
+def settle_day(cursor: sqlite3.Cursor, day: int) -> int:
+    """Make what is kept of one day (its first hour since 1970) what its hours add up to; return what was wrong."""
+    fold(cursor)
+    hours = [
+        ((DAY, place[1], day, *place[3:]), cell)
+        for hour in range(day, day + DAY)
+        for place, cell in _kept_at(cursor, 1, hour).items()
+    ]
+    return _settle(cursor, _add_up(hours), _kept_at(cursor, DAY, day))
+
+
+def _kept_at(cursor: sqlite3.Cursor, hours: int, start: int) -> dict[Place, Cell]:
+    rows = (row for names in (1, 2, 3) for row in cursor.execute(_SELECT_AT, (hours, names, start)))
+    return {row[: len(_KEY)]: _cell(row[len(_KEY) :]) for row in rows}
+
+
+def _settle(cursor: sqlite3.Cursor, expected: dict[Place, Cell], kept: dict[Place, Cell]) -> int:
+    wrong = {place: cell for place, cell in expected.items() if kept.get(place) != cell}
+    surplus = [*(kept.keys() - expected.keys())]
+    if surplus:
+        cursor.execute(_DROP, (orjson.dumps(surplus).decode(),))
+    _write(cursor, wrong)
+    return len(wrong) + len(surplus)
 
 
 def fetch_stats(connection: sqlite3.Connection, query: GetStats) -> list[dict[str, Any]]:

@@ -33,15 +33,15 @@ _LAST_FORGOTTEN: Final = """
 """
 _FORGET: Final = ("DELETE FROM run_deletions WHERE seq <= ?", "UPDATE change_feed SET horizon = ?")
 
-_NEWEST_EVENT: Final = """max(
+NEWEST_EVENT: Final = """max(
     (SELECT coalesce(max(id), 0) FROM run_events), (SELECT coalesce(max(event_floor), 0) FROM change_feed)
 )"""
 """The highest id that an event has had, in words of SQL."""
 
-_LAST_EVENT: Final = f"SELECT {_NEWEST_EVENT}"
+_LAST_EVENT: Final = f"SELECT {NEWEST_EVENT}"
 
 KEEP_EVENT_NUMBERS: Final = f"""
-    UPDATE change_feed SET event_floor = {_NEWEST_EVENT} WHERE event_floor < {_NEWEST_EVENT}
+    UPDATE change_feed SET event_floor = {NEWEST_EVENT} WHERE event_floor < {NEWEST_EVENT}
 """  # noqa: S608 - our own words
 """To be said before events are deleted."""
 KEEP_NUMBERS: Final = f"UPDATE change_feed SET floor = {NEWEST}"  # noqa: S608 - our own words
@@ -72,6 +72,11 @@ class Sequence:
         self.last, self._highest_id = cursor.execute(_STAND).fetchone()
         self._changed: dict[int, None] = {}
         self._last_event: int | None = None
+
+    @property
+    def last_event(self) -> int:
+        """The last id of an event that this transaction has drawn, or 0."""
+        return self._last_event or 0
 
     @property
     def is_ahead(self) -> bool:

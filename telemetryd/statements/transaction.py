@@ -52,6 +52,7 @@ from telemetryd.runs import (
 )
 from telemetryd.statements import alerting, copying, rollups
 from telemetryd.statements.choosing import select_prunable, select_stale
+from telemetryd.statements.recounting import Tally
 from telemetryd.statements.sequence import KEEP_EVENT_NUMBERS
 from telemetryd.statements.sequence import Sequence as CommitSequence
 from telemetryd.stats import FACTS, Facts
@@ -201,8 +202,9 @@ class Transaction:
     whatever many commands have in common is done in few steps, not row by row.
     """
 
-    def __init__(self, connection: sqlite3.Connection, now: str) -> None:
+    def __init__(self, connection: sqlite3.Connection, now: str, tally: Tally | None = None) -> None:
         self._cursor = connection.cursor()
+        self._tally = tally
         self._now = now
         self._created: list[Row] = []
         self._deleted: list[Facts] = []
@@ -269,6 +271,7 @@ class Transaction:
     def finish(self) -> None:
         """Write the totals and the statistics that the commands changed, and which runs they changed."""
         self._sequence.finish()
+        self._tell()
         changes = len(self._created) + len(self._deleted) + len(self._changed)
         if not changes:
             return
@@ -298,6 +301,19 @@ class Transaction:
         if taken or minutes_taken:
             self._take(taken, minutes_taken)
         rollups.record(self._cursor, summary, changes)
+
+    def _tell(self) -> None:
+        """Tell who compares the counts with the runs what this transaction is going to commit."""
+        if self._tally is None:
+            return
+        drawn = self._sequence.last, self._sequence.last_event
+        if not self._tally.is_counting:
+            self._tally.note(*drawn)
+            return
+        created = [(_facts_of(row), str(row[START_TIME])) for row in self._created]
+        changed = [(new, None) for _, new in self._changed]
+        taken = [*((facts, None) for facts in self._deleted), *((old, None) for old, _ in self._changed)]
+        self._tally.note(*drawn, [*created, *changed], taken)
 
     def _spans(self, length: int) -> list[tuple[str, str, str]]:
         """Return for each hour or day in which runs were created the first and the last of their start times."""

@@ -1,0 +1,239 @@
+"""One owner, whatever the database is called: bind mounts, hard links, other containers, and what a close may cost."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import urllib.request
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from telemetryd.database import connect
+from telemetryd.metrics import Metrics
+from telemetryd.settings import Settings
+from telemetryd.store import Store
+from tests.conftest import Daemon, StartDaemon, eventually, make_run, require_program
+from tests.faults.strace import completed, needs_strace, strace
+from tests.http_client import call, get, post
+from tests.tools.process import telemetryd
+
+BIND = 'mount --bind "$0" "$1" && shift && exec "$@"'
+
+
+def by_another_name(database: Path, name: Path) -> tuple[str, ...]:
+    """A prefix that runs a command where the database's file stands at a second place, too."""
+    require_program("unshare", "util-linux")
+    name.parent.mkdir(exist_ok=True)
+    name.touch()
+    prefix = ("unshare", "--mount", "sh", "-c", BIND, str(database), str(name))
+    if subprocess.run([*prefix, "true"], capture_output=True, check=False).returncode:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("nothing can be mounted here")
+    return prefix
+
+
+def refusal(daemon: Daemon) -> str:
+    status, errors = daemon.wait()
+    assert status == 1
+    [line] = errors.splitlines()
+    return line
+
+
+# --- Other names ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("journal_mode", ["DELETE", "WAL"])
+def test_a_bind_mount_of_the_file_does_not_make_a_second_owner(
+    start_daemon: StartDaemon, tmp_path: Path, journal_mode: str
+) -> None:
+    owner = start_daemon(TELEMETRY_DB_JOURNAL_MODE=journal_mode)
+    assert post(owner.url, make_run())[0] == 201
+    name = tmp_path / "elsewhere" / "other.sqlite"
+    prefix = by_another_name(owner.database, name)
+    line = refusal(start_daemon(prefix=prefix, TELEMETRY_DB_PATH=str(name), TELEMETRY_DB_JOURNAL_MODE=journal_mode))
+    assert f"Another telemetryd (PID {owner.process.pid}) owns this database" in line
+    assert post(owner.url, make_run())[0] == 201
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["migrate"],
+        ["check", "--repair"],
+        ["check"],
+        ["backup", "copy.sqlite"],
+        ["restore", "good.sqlite"],
+        ["prune", "--older-than", "1d"],
+        ["stats"],
+        ["follow", "http://127.0.0.1:1", "--once"],
+    ],
+    ids=lambda command: " ".join(command[:2]),
+)
+def test_no_command_works_on_the_file_by_another_name(
+    start_daemon: StartDaemon, tmp_path: Path, command: list[str]
+) -> None:
+    owner = start_daemon()
+    assert post(owner.url, make_run())[0] == 201
+    telemetryd("backup", tmp_path / "good.sqlite", "--db-path", owner.database)
+    name = tmp_path / "elsewhere" / "other.sqlite"
+    prefix = by_another_name(owner.database, name)
+    done = subprocess.run(
+        [*prefix, sys.executable, "-m", "telemetryd", *command, "--db-path", str(name)],
+        cwd=tmp_path,
+        env={key: value for key, value in os.environ.items() if not key.startswith("TELEMETRY_")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert f"PID {owner.process.pid}" in done.stderr
+    assert not (tmp_path / "copy.sqlite").exists()
+    assert call(owner.url, "GET", "/api/v1/runs")[0] == 200
+
+
+def test_a_hard_link_made_after_the_start_is_refused_and_does_no_harm(
+    start_daemon: StartDaemon, tmp_path: Path
+) -> None:
+    owner = start_daemon()
+    assert post(owner.url, make_run())[0] == 201
+    (tmp_path / "elsewhere").mkdir()
+    link = tmp_path / "elsewhere" / "hard.sqlite"
+    os.link(owner.database, link)
+    assert "2 hard links" in refusal(start_daemon(TELEMETRY_DB_PATH=str(link)))
+    done = telemetryd("check", "--db-path", link, status=1)
+    assert "another name of a database" in done.stderr
+    assert post(owner.url, make_run())[0] == 201
+
+
+def test_the_owner_in_another_container_is_not_called_by_a_pid_that_is_somebody_elses_here(
+    start_daemon: StartDaemon, tmp_path: Path
+) -> None:
+    owner = start_daemon()
+    assert post(owner.url, make_run())[0] == 201
+    require_program("unshare", "util-linux")
+    container = ("unshare", "--pid", "--fork", "--mount-proc")
+    if subprocess.run([*container, "true"], capture_output=True, check=False).returncode:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("no namespace can be made here")
+    line = refusal(start_daemon(prefix=container))
+    assert "in another container" in line
+    assert "PID" not in line
+    name = tmp_path / "elsewhere" / "other.sqlite"
+    inner = by_another_name(owner.database, name)
+    line = refusal(start_daemon(prefix=(*container, *inner), TELEMETRY_DB_PATH=str(name)))
+    assert "in another container" in line
+    assert "PID" not in line
+
+
+def test_a_lock_file_on_another_file_system_does_not_matter(start_daemon: StartDaemon, tmp_path: Path) -> None:
+    elsewhere = Path("/dev/shm") if Path("/dev/shm").is_dir() else tmp_path
+    lock = elsewhere / f"telemetryd-test-{os.getpid()}.lock"
+    try:
+        owner = start_daemon(TELEMETRY_LOCK_FILE=str(lock))
+        assert post(owner.url, make_run())[0] == 201
+        name = tmp_path / "elsewhere" / "other.sqlite"
+        prefix = by_another_name(owner.database, name)
+        variables = {"TELEMETRY_DB_PATH": str(name), "TELEMETRY_LOCK_FILE": str(tmp_path / "another.lock")}
+        assert f"PID {owner.process.pid}" in refusal(start_daemon(prefix=prefix, **variables))
+        assert owner.stop() == 0
+    finally:
+        lock.unlink(missing_ok=True)
+
+
+def test_on_an_overlay_the_file_that_is_locked_is_the_one_that_is_written(
+    start_daemon: StartDaemon, tmp_path: Path
+) -> None:
+    """Opening a file of a lower layer for writing makes another file of it (copy-up)."""
+    first = start_daemon()
+    assert post(first.url, make_run())[0] == 201
+    assert first.stop() == 0
+    for folder in ("merged", "space"):
+        (tmp_path / folder).mkdir()
+    script = (
+        'mount -t tmpfs tmpfs "$0/space" && cd "$0/space" && mkdir upper work lower && '
+        'cp "$0/telemetry.sqlite" lower/ && '
+        'mount -t overlay overlay -o lowerdir=lower,upperdir=upper,workdir=work "$0/merged" && exec "$@"'
+    )
+    prefix = ("unshare", "--mount", "sh", "-c", script, str(tmp_path))
+    if subprocess.run([*prefix, "true"], capture_output=True, check=False).returncode:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("no overlay can be mounted here")
+    merged = tmp_path / "merged" / "telemetry.sqlite"
+    daemon = start_daemon(prefix=prefix, TELEMETRY_DB_PATH=str(merged))
+    assert post(daemon.url, make_run())[0] == 201
+    enter = ("nsenter", "--mount", "--target", str(daemon.process.pid))
+    other = start_daemon(
+        prefix=(*enter, "sh", "-c", f"touch '{tmp_path}/merged/b' && {BIND}", str(merged), f"{tmp_path}/merged/b"),
+        TELEMETRY_DB_PATH=f"{tmp_path}/merged/b",
+    )
+    assert "Another telemetryd" in refusal(other)
+
+
+# --- What a close may cost -----------------------------------------------------------------------
+
+
+@needs_strace
+@pytest.mark.parametrize("journal_mode", ["DELETE", "WAL"])
+def test_nobody_but_sqlite_closes_the_database_while_the_daemon_runs(
+    start_daemon: StartDaemon, tmp_path: Path, journal_mode: str
+) -> None:
+    """Any close of any descriptor of the file drops the locks of SQLite (sqlite.org/howtocorrupt.html, section 2.2)."""
+    backups = tmp_path / "backups"
+    backups.mkdir()
+    daemon = start_daemon(TELEMETRY_DB_JOURNAL_MODE=journal_mode, TELEMETRY_BACKUP_DIR=str(backups))
+    assert post(daemon.url, make_run())[0] == 201
+    held = _held(daemon)
+    trace = tmp_path / "trace"
+    with strace(daemon.process.pid, trace, "-e", "trace=open,openat,close"):
+        assert get(daemon.url, "/health")[0] == 200
+        assert call(daemon.url, "POST", "/api/v1/admin/backup", {})[0] == 200
+        with urllib.request.urlopen(f"{daemon.url}/api/v1/runs/export?format=csv", timeout=20) as answer:
+            assert answer.read()
+        (tmp_path / "telemetry.sqlite.lock").unlink()
+        daemon.wait_for_line("The database is open again and verified; writes are taken")
+        assert post(daemon.url, make_run())[0] == 201
+    calls = completed(trace)
+    opened = [one for one in calls if re.search(r'open(at)?\(.*"[^"]*/telemetry\.sqlite(-shm)?"', one)]
+    assert len(opened) > 3
+    assert [one for one in opened if "O_NOFOLLOW" not in one] == [], "SQLite always asks for it, and we never do"
+    assert [one for one in calls if re.search(rf"close\({held}<.*telemetry\.sqlite>", one)] == []
+    assert _held(daemon) == held
+    assert daemon.stop() == 0
+
+
+def _held(daemon: Daemon) -> int:
+    """The one descriptor of the database that is not SQLite's, which holds the lock on the file itself."""
+    folder = Path(f"/proc/{daemon.process.pid}")
+    [held] = [
+        int(descriptor.name)
+        for descriptor in (folder / "fd").iterdir()
+        if descriptor.readlink() == daemon.database and "FLOCK" in (folder / "fdinfo" / descriptor.name).read_text()
+    ]
+    return held
+
+
+async def test_a_backup_keeps_its_locks_while_the_database_is_opened_again(tmp_path: Path) -> None:
+    settings = Settings(db_path=tmp_path / "telemetry.sqlite")
+    store = await Store.open(settings, Metrics())
+    with closing(connect(settings.db_path, "ro")) as reading:
+        reading.execute("BEGIN")
+        reading.execute("SELECT count(*) FROM agent_runs").fetchone()
+        groups = store.health().groups
+        (tmp_path / "telemetry.sqlite.lock").unlink()
+        await eventually(lambda: store.health().groups > groups and store.health().problem is None, 10)
+        assert _can_write(settings.db_path) == "database is locked"
+        await store.close()
+        assert _can_write(settings.db_path) == "database is locked"
+        other = telemetryd("check", "--repair", "--db-path", settings.db_path, status=1)
+        assert f"PID {os.getpid()}" in other.stderr, "the file is owned until nothing of this process has it open"
+    assert _can_write(settings.db_path) == "yes"
+
+
+def _can_write(path: Path) -> str:
+    script = (
+        "import sqlite3, sys\nc = sqlite3.connect(sys.argv[1], timeout=0, isolation_level=None)\n"
+        "try: c.execute('BEGIN EXCLUSIVE'); print('yes')\nexcept sqlite3.Error as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=False)
+    return done.stdout.strip()
