@@ -18,7 +18,7 @@ from telemetryd.errors import DatabaseError
 from telemetryd.filters import TIME_BOUNDS, Filters
 from telemetryd.queries import SORTED, ListRuns, Order, Position
 from telemetryd.runs import FILTERS
-from telemetryd.statements import examining, fetching, foreign, full_text
+from telemetryd.statements import examining, fetching, foreign, full_text, renumbering
 
 _LISTED: Final = 100
 _NAMED: Final = 10
@@ -265,6 +265,8 @@ def repair(path: Path, watch: Watch = ignore_progress) -> list[str]:
             watch("Repairing", 0, 3)
             done += _mend_indexes(connection)
             watch("Repairing", 1, 3)
+            if any(foreign.find_spent_numbers(connection)):
+                done.append(f"{renumbering.free_numbers(connection)} rows numbered anew; who follows begins anew")
             for table, rows in examining.delete_strays(connection).items():
                 done.append(f"{rows} rows of {table} deleted, whose runs are gone")
             if replaced := examining.replace_unstorable(connection):

@@ -314,6 +314,8 @@ def create_privately(path: Path) -> None:
         DatabaseError: if it cannot be made.
 
     """
+    if path.exists():
+        return
     try:
         os.close(os.open(path.resolve(), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     except FileExistsError:

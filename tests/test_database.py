@@ -10,12 +10,13 @@ import sqlite3
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from telemetryd import migrate
 from telemetryd.metrics import Metrics
 from telemetryd.ownership import FileLock
 from telemetryd.settings import Settings
@@ -211,6 +212,39 @@ def test_unusable_paths_are_one_clear_line(start_daemon: StartDaemon, tmp_path: 
     assert "not a regular file" in one_line(errors)
 
 
+@pytest.mark.parametrize(
+    ("suffix", "kind", "journal_mode"),
+    [
+        ("-journal", "pipe", "DELETE"),
+        ("-journal", "socket", "WAL"),
+        ("-journal", "directory", "DELETE"),
+        ("-wal", "pipe", "WAL"),
+        ("-wal", "symbolic link", "WAL"),
+        ("-shm", "pipe", "WAL"),
+    ],
+)
+def test_what_is_no_file_in_the_place_of_a_journal_is_one_clear_line_and_hangs_nothing(
+    start_daemon: StartDaemon, tmp_path: Path, suffix: str, kind: str, journal_mode: str
+) -> None:
+    database = tmp_path / "telemetry.sqlite"
+    with closing(sqlite3.connect(database, isolation_level=None)) as connection:
+        connection.execute(f"PRAGMA journal_mode = {journal_mode}")
+        migrate.create(connection, "2026-01-01T00:00:00.000000Z")
+    side = tmp_path / f"telemetry.sqlite{suffix}"
+    make: dict[str, Callable[[], None]] = {
+        "pipe": lambda: os.mkfifo(side),
+        "socket": lambda: os.mknod(side, stat.S_IFSOCK | 0o600),
+        "directory": side.mkdir,
+        "symbolic link": lambda: side.symlink_to("precious"),
+    }
+    make[kind]()
+    status, errors = start_daemon(TELEMETRY_DB_JOURNAL_MODE=journal_mode).wait()
+    assert status == 1
+    assert f"{side} is a {kind}" in one_line(errors)
+    for command in (["check"], ["backup", str(tmp_path / "copy.sqlite")], ["migrate"]):
+        assert f"{side} is a {kind}" in telemetryd(*command, "--db-path", database, status=1).stderr
+
+
 def test_a_database_that_another_program_locks_is_not_called_damaged(start_daemon: StartDaemon, tmp_path: Path) -> None:
     daemon = start_daemon(TELEMETRY_DB_BUSY_TIMEOUT_MS="200")
     assert post(daemon.url, make_run())[0] == 201
@@ -393,7 +427,7 @@ def test_a_command_leaves_what_a_crash_left_for_the_next_start(start_daemon: Sta
     first = start_daemon()
     assert post(first.url, make_run())[0] == 201
     assert first.stop() == 0
-    assert lock.read_bytes().strip() == b""
+    assert lock.read_bytes().isspace(), "it keeps its room, which a full disk would not give it again"
     telemetryd("check", "--repair", "--db-path", tmp_path / "telemetry.sqlite")
     assert lock.read_bytes().strip() == b"", "it ended in order"
     second = start_daemon()

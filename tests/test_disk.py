@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -22,7 +25,7 @@ from telemetryd.disk import Disk, Look
 from telemetryd.errors import LowDiskError
 from telemetryd.metrics import Metrics
 from telemetryd.mounts import network_file_system
-from tests.conftest import Api, MakeApi, StartDaemon, eventually, make_run, small_file_system
+from tests.conftest import Api, Daemon, MakeApi, StartDaemon, eventually, make_run, require_program, small_file_system
 from tests.contract.test_operation import locked
 from tests.contract.wire import RUNS, check_error, send
 from tests.http_client import call, get, post, wait_for_health
@@ -144,6 +147,52 @@ def test_a_disk_that_fills_up_refuses_runs_before_sqlite_fails_and_recovers_alon
     assert told == ["The disk is almost full: writes are refused", "The disk has room again: writes are taken"]
     assert "StorageFullError" not in json.dumps(daemon.lines)
     assert "database or disk is full" not in json.dumps(daemon.lines)
+
+
+@pytest.mark.parametrize("journal_mode", ["DELETE", "WAL"])
+def test_on_a_full_disk_it_starts_and_answers_reads(
+    start_daemon: StartDaemon, small_volume: Path, journal_mode: str
+) -> None:
+    variables = {
+        "TELEMETRY_DB_PATH": str(small_volume / "telemetry.sqlite"),
+        "TELEMETRY_DB_JOURNAL_MODE": journal_mode,
+        "TELEMETRY_LOCK_FILE": str(small_volume / "configured.lock"),
+        "TELEMETRY_API_UNIX": str(small_volume / "s"),
+        "TELEMETRY_API_PORT": "0",
+        "TELEMETRY_MIN_FREE_MB": "0",
+    }
+    require_program("curl", "curl")
+    first = start_daemon(**variables)
+    run = make_run()
+    assert call_over(small_volume / "s", first, "POST", "/api/v1/runs", run)[0] == 201
+    assert first.stop() == 0
+    with (small_volume / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
+        while True:
+            filler.write(bytes(4096))
+    assert shutil.disk_usage(small_volume).free == 0
+    for lock in ("telemetry.sqlite.lock", "other.lock"):  # one that is there, and one that is new
+        again = start_daemon(**variables | {"TELEMETRY_LOCK_FILE": str(small_volume / lock)})
+        assert call_over(small_volume / "s", again, "GET", f"/api/v1/runs/{run['event_id']}")[0] == 200
+        assert call_over(small_volume / "s", again, "POST", "/api/v1/runs", make_run())[0] == 503
+        assert again.stop() == 0
+    killed = start_daemon(**variables)
+    assert killed.wait_for_line("Serving")
+    killed.stop(signal.SIGKILL)
+    after = start_daemon(**variables)
+    assert call_over(small_volume / "s", after, "GET", f"/api/v1/runs/{run['event_id']}")[0] == 200
+    (small_volume / "filler").unlink()
+    assert call_over(small_volume / "s", after, "POST", "/api/v1/runs", make_run())[0] == 201
+
+
+def call_over(path: Path, daemon: Daemon, method: str, target: str, body: object = None) -> tuple[int, Any]:
+    """Send a request over a daemon's Unix socket, once it serves."""
+    daemon.wait_for_line("Serving")
+    command = ["curl", "-s", "-w", "\n%{http_code}", "--unix-socket", str(path), "-X", method]
+    if body is not None:
+        command += ["-H", "Content-Type: application/json", "-d", json.dumps(body)]
+    text = subprocess.run([*command, f"http://localhost{target}"], capture_output=True, text=True, check=True).stdout
+    answer, _, status = text.rpartition("\n")
+    return int(status), json.loads(answer)
 
 
 async def test_a_refusal_says_when_to_come_again_and_is_counted(make_api: MakeApi) -> None:
