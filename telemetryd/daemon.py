@@ -26,7 +26,7 @@ from telemetryd.http import make_app
 from telemetryd.listening import bound
 from telemetryd.logs import log
 from telemetryd.metrics import Metrics
-from telemetryd.mounts import network_file_system
+from telemetryd.mounts import is_mount_point, network_file_system
 from telemetryd.rules import load_rules
 from telemetryd.runs import utc_now
 from telemetryd.settings import LoadedSettings, Settings
@@ -212,6 +212,14 @@ def _announce(settings: Settings, daemon: Running) -> None:
         log.warning(
             "The database is on a network file system",
             extra={"file_system": kind, "advice": "Locks and syncs are not reliable there: move it to a local disk"},
+        )
+    if is_mount_point(health.path):
+        log.warning(
+            "The database file is mounted by itself",
+            extra={
+                "db_path": str(health.path),
+                "advice": "SQLite keeps its journal next to it, where it may be lost: mount the directory instead",
+            },
         )
     if settings.api_auth_enabled:
         served = "every client that brings the token"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -23,15 +24,26 @@ def network_file_system(path: Path, mounts: Path = _MOUNTS) -> str | None:
         mounts: what mounts there are, in the form of proc_pid_mountinfo(5).
 
     """
+    real, found, depth = path.resolve(), "", -1
+    for point, what in _read(mounts):
+        if len(point.parts) >= depth and real.is_relative_to(point):  # of two at one place, the later covers the other
+            found, depth = what, len(point.parts)
+    return found if _NETWORK.fullmatch(found) else None
+
+
+def is_mount_point(path: Path, mounts: Path = _MOUNTS) -> bool:
+    """Tell whether something is mounted right at a path, as far as is known."""
+    real = path.resolve()
+    return any(point == real for point, _ in _read(mounts))
+
+
+def _read(mounts: Path) -> Iterator[tuple[Path, str]]:
+    """Yield each mount point, and the type of its file system; none on another system than Linux."""
     try:
         lines = mounts.read_text("utf-8", "surrogateescape").splitlines()
-    except OSError:  # another system than Linux
-        return None
-    real, found, depth = path.resolve(), "", -1
+    except OSError:
+        return
     for line in lines:
         where, _, what = line.partition(" - ")
         escaped = where.split()[4]
-        point = Path(re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), escaped))
-        if len(point.parts) >= depth and real.is_relative_to(point):  # of two at one place, the later covers the other
-            found, depth = what.split()[0], len(point.parts)
-    return found if _NETWORK.fullmatch(found) else None
+        yield Path(re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), escaped)), what.split()[0]

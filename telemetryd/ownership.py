@@ -27,6 +27,8 @@ _FULL: Final = frozenset({errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)})
 _HELD: Final = frozenset({errno.EWOULDBLOCK, errno.EACCES})
 _LOCKS: Final = Path("/proc/locks")
 _FLOCK: Final = re.compile(r"\d+: FLOCK +ADVISORY +\w+ +(\d+) ([0-9a-f]+:[0-9a-f]+):(\d+) ")
+_SETTLED: Final = "user.telemetryd.settled"
+"""The extended attribute in which the size and the time of a file stand as its last owner left it."""
 _UNSEEN: Final = "a process that cannot be seen from here, as in another container"
 
 
@@ -277,6 +279,25 @@ class _OwnFile:
             give_back(file)
         return None
 
+    def was_changed(self) -> bool:
+        """Tell whether somebody else has written to the file since `settle`, as far as that is known."""
+        if self._file is None or not hasattr(os, "getxattr"):
+            return False
+        try:
+            return os.getxattr(self._path, _SETTLED) != self._mark()
+        except OSError:  # nobody has settled this file, or the file system cannot keep such a mark
+            return False
+
+    def settle(self) -> None:
+        """Mark the file as it is now; to be called when no connection is open any more."""
+        if self._file is not None and hasattr(os, "setxattr"):
+            with suppress(OSError):
+                os.setxattr(self._path, _SETTLED, self._mark())
+
+    def _mark(self) -> bytes:
+        status = os.stat(self._path)
+        return f"{status.st_size} {status.st_mtime_ns}".encode()
+
     def release(self) -> None:
         """Give the file back; its lock goes with the last connection of this process."""
         if self._file is not None:
@@ -378,8 +399,14 @@ class Ownership:
         """Whether the last owner ended without `settle`: killed, or with an error."""
         return any(lock.was_dropped for lock in self._locks)
 
+    @property
+    def was_changed(self) -> bool:
+        """Whether somebody else has written to the file since its last owner ended in order, as far as is known."""
+        return self._file.was_changed()
+
     def settle(self) -> None:
         """Note for the next owner that this one ended in order; call it right before `release`."""
+        self._file.settle()
         for lock in self._locks:
             lock.settle()
 

@@ -151,6 +151,12 @@ class Recount:
         self._version = _data_version(connection)
         self._tally.number, self._tally.event = last_drawn(connection)
 
+    def notice(self) -> None:
+        """Take note that somebody else has committed; the numbers that he may have set free are kept."""
+        self._noticed += 1
+        self._noticed_at = self._clock()
+        self._has_to_keep = True
+
     def look(self, connection: sqlite3.Connection) -> None:
         """See whether somebody else has committed since the last time.
 
@@ -162,9 +168,7 @@ class Recount:
         if version == self._version:
             return
         self._version = version
-        self._noticed += 1
-        self._noticed_at = self._clock()
-        self._has_to_keep = True
+        self.notice()
         try:
             self._check(connection)
         except DatabaseError as error:

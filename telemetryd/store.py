@@ -356,6 +356,8 @@ class Store:
             undo.pop_all()
         recount = Recount(partial(_check_schema, path=path), clock)
         await opened.connection.run(recount.start)
+        if ownership.was_changed and not after_crash:
+            recount.notice()
         store = cls(settings, opened=opened, ownership=ownership, recount=recount, metrics=metrics, clock=clock)
         await store._disk.look()
         return store

@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 
 from telemetryd import migrate
+from telemetryd.check import Severity, examine, repair
+from telemetryd.commands import CreateRuns
+from telemetryd.errors import DatabaseError
+from telemetryd.metrics import Metrics
+from telemetryd.queries import GetRun
+from telemetryd.runs import parse_json, parse_run
+from telemetryd.settings import Settings
 from telemetryd.statements.foreign import HIGHEST_NUMBER
+from telemetryd.store import Store
 from tests.conftest import StartDaemon, make_run
 from tests.http_client import get, post
 from tests.tools.process import telemetryd
@@ -65,7 +73,7 @@ def findings(path: Path, status: int) -> list[dict[str, str]]:
     return found
 
 
-@pytest.mark.parametrize("kind", HARMFUL)
+@pytest.mark.parametrize("kind", ["trigger", "unique index"])
 def test_what_would_work_on_our_writes_is_neither_served_nor_restored(
     start_daemon: StartDaemon, tmp_path: Path, kind: str
 ) -> None:
@@ -89,8 +97,25 @@ def test_what_would_work_on_our_writes_is_neither_served_nor_restored(
     drop = shlex.split(line[line.index("sqlite3 ") :])[2]  # the command that it gives
     with closing(sqlite3.connect(path)) as connection:
         connection.execute(drop)
-    assert findings(path, 0) == []
     assert post(start_daemon().url, make_run())[0] == 201
+
+
+@pytest.mark.parametrize("kind", HARMFUL)
+async def test_each_kind_of_harm_is_known_and_its_removal_said(tmp_path: Path, kind: str) -> None:
+    statement, removal = HARMFUL[kind]
+    path = tmp_path / "telemetry.sqlite"
+    make_database(path, statement)
+    with pytest.raises(DatabaseError, match=removal) as refusal:
+        await open_store(path)
+    found = [one for one in examine(path) if (one.check, one.severity) == ("schema", Severity.PROBLEM)]
+    assert [removal in one.advice for one in found] == [True]
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute(shlex.split(str(refusal.value).partition("sqlite3 ")[2])[1])
+    await (await open_store(path)).close()
+
+
+async def open_store(path: Path) -> Store:
+    return await Store.open(Settings(db_path=path), Metrics())
 
 
 def test_what_harms_nothing_is_served_and_listed(start_daemon: StartDaemon, tmp_path: Path) -> None:
@@ -122,20 +147,31 @@ def test_what_harms_nothing_is_served_and_listed(start_daemon: StartDaemon, tmp_
     ],
     ids=lambda statement: " ".join(statement.split()[:5]),
 )
-def test_a_file_whose_numbers_are_used_up_is_neither_served_nor_restored(
-    start_daemon: StartDaemon, tmp_path: Path, statement: str
+async def test_a_file_whose_numbers_are_used_up_is_not_served_until_they_are_freed(
+    tmp_path: Path, statement: str
 ) -> None:
     path = tmp_path / "telemetry.sqlite"
     make_database(path, statement.format(high=HIGHEST_NUMBER + 1))
-    status, errors = start_daemon().wait()
-    assert status == 1
-    assert str(HIGHEST_NUMBER + 1) in errors
-    assert "check --repair" in errors
-    assert str(HIGHEST_NUMBER + 1) in telemetryd("restore", path, "--db-path", tmp_path / "new.sqlite", status=1).stderr
-    telemetryd("check", "--repair", "--db-path", path)
-    daemon = start_daemon()
-    assert post(daemon.url, make_run())[0] == 201
-    assert get(daemon.url, "/api/v1/changes")[1]["newest"] < HIGHEST_NUMBER
+    with pytest.raises(DatabaseError, match=f"{HIGHEST_NUMBER + 1}.*check --repair"):
+        await open_store(path)
+    assert [one.check for one in examine(path) if one.check == "numbers"]
+    repair(path)
+    assert [one for one in examine(path) if one.severity is not Severity.NOTE] == []
+    store = await open_store(path)
+    row = parse_run(parse_json(json.dumps(make_run(event_id="new")).encode())).row
+    assert (await store.submit(CreateRuns((row,)))).new == (True,)
+    found = await store.fetch(GetRun("new"))
+    assert found is not None
+    assert int(found[0][0] or 0) < HIGHEST_NUMBER
+    await store.close()
+
+
+def test_a_file_whose_numbers_are_used_up_is_not_restored(tmp_path: Path) -> None:
+    path = tmp_path / "telemetry.sqlite"
+    make_database(path, f"UPDATE change_feed SET floor = {HIGHEST_NUMBER + 1}")
+    done = telemetryd("restore", path, "--db-path", tmp_path / "new.sqlite", status=1)
+    assert str(HIGHEST_NUMBER + 1) in done.stderr
+    assert not (tmp_path / "new.sqlite").exists()
 
 
 @pytest.mark.parametrize(
@@ -143,25 +179,28 @@ def test_a_file_whose_numbers_are_used_up_is_neither_served_nor_restored(
     [
         "CREATE TABLE agent_runs_2 AS SELECT * FROM agent_runs; DROP TABLE agent_runs; "
         "ALTER TABLE agent_runs_2 RENAME TO agent_runs",
-        "ALTER TABLE agent_runs ADD COLUMN shout AS (upper(agent_name))",
+        "ALTER TABLE agent_runs ADD COLUMN shout TEXT AS (upper(agent_name))",
         "ALTER TABLE run_events ADD COLUMN extra TEXT CHECK (extra IS NOT NULL)",
         "DROP INDEX idx_runs_status; CREATE UNIQUE INDEX idx_runs_status ON agent_runs (status, created_at)",
         "ALTER TABLE run_totals RENAME TO kept; CREATE VIEW run_totals AS SELECT * FROM kept",
     ],
     ids=["table without checks", "generated column", "another check", "index of our name", "view of our name"],
 )
-def test_our_own_objects_in_another_form_are_neither_served_nor_restored(
-    start_daemon: StartDaemon, tmp_path: Path, change: str
-) -> None:
+async def test_our_own_objects_in_another_form_are_not_served(tmp_path: Path, change: str) -> None:
     path = tmp_path / "telemetry.sqlite"
     make_database(path)
     with closing(sqlite3.connect(path)) as connection:
         connection.executescript(change)
-    status, errors = start_daemon().wait()
-    assert status == 1
-    assert "missing or different" in errors
+    with pytest.raises(DatabaseError, match="missing or different"):
+        await open_store(path)
+
+
+def test_our_own_objects_in_another_form_are_not_restored(tmp_path: Path) -> None:
+    path = tmp_path / "telemetry.sqlite"
+    make_database(path, "ALTER TABLE run_events ADD COLUMN extra TEXT CHECK (extra IS NOT NULL)")
     done = telemetryd("restore", path, "--db-path", tmp_path / "new.sqlite", status=1)
     assert "missing or different" in done.stderr
+    assert not (tmp_path / "new.sqlite").exists()
 
 
 def test_migrate_refuses_what_would_work_on_its_writes(tmp_path: Path) -> None:
@@ -203,7 +242,7 @@ def test_a_trigger_that_comes_while_it_serves_swallows_nothing(start_daemon: Sta
         connection.execute(HARMFUL["trigger"][0])
         run = make_run()
         assert post(daemon.url, run)[0] == 503
-        line = daemon.wait_for_line("The database could not be opened again")
+        line = daemon.wait_for_line("Writes are refused until the database is open again and verified")
         assert "DROP TRIGGER" in line["reason"]
         assert "DROP TRIGGER" in get(daemon.url, "/health")[1]["detail"]
         connection.execute("DROP TRIGGER swallow")

@@ -60,6 +60,18 @@ def test_a_bind_mount_of_the_file_does_not_make_a_second_owner(
     assert post(owner.url, make_run())[0] == 201
 
 
+def test_a_file_that_is_mounted_by_itself_is_warned_of(start_daemon: StartDaemon, tmp_path: Path) -> None:
+    name = tmp_path / "elsewhere" / "other.sqlite"
+    prefix = by_another_name(_empty(tmp_path / "telemetry.sqlite"), name)
+    daemon = start_daemon(prefix=prefix, TELEMETRY_DB_PATH=str(name))
+    assert "mount the directory" in daemon.wait_for_line("The database file is mounted by itself")["advice"]
+
+
+def _empty(path: Path) -> Path:
+    path.touch()
+    return path
+
+
 @pytest.mark.parametrize(
     "command",
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sqlite3
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from telemetryd.commands import CreateRuns, UpdateRun
 from telemetryd.metrics import Metrics
 from telemetryd.runs import parse_json, parse_run
 from telemetryd.settings import JournalMode, Settings
-from telemetryd.statements import examining, recounting
+from telemetryd.statements import examining
 from telemetryd.store import Store
 from tests.conftest import Api, MakeApi, StartDaemon, eventually, make_run
 from tests.http_client import call, get, post
@@ -136,6 +137,26 @@ def test_our_own_commands_are_no_strangers(start_daemon: StartDaemon, tmp_path: 
 
 
 @MODES
+async def test_what_was_changed_while_nothing_ran_is_noticed_at_the_start(
+    make_api: MakeApi, tmp_path: Path, mode: str
+) -> None:
+    settings = Settings(db_path=tmp_path / "telemetry.sqlite", db_journal_mode=JournalMode(mode))
+    for expected in (None, None):  # also a start after which nothing was written
+        store = await Store.open(settings, Metrics())
+        assert store.health().counts.noticed_at is expected
+        await store.submit(CreateRuns(tuple(stored(n) for n in range(40))))
+        await store.close()
+    try:
+        os.getxattr(settings.db_path, "user.telemetryd.settled")
+    except OSError:
+        pytest.skip("this file system keeps no extended attributes")
+    by_somebody_else(settings.db_path, "DELETE FROM agent_runs WHERE id % 3 = 0")
+    api = await make_api(db_journal_mode=JournalMode(mode))
+    assert (await settled(api))["counts"]["corrected"] > 0
+    assert wrong_totals(settings.db_path) == 0
+
+
+@MODES
 async def test_what_comes_in_during_the_comparison_is_counted_once(tmp_path: Path, mode: str) -> None:
     """Runs of one hour come, change and go between the slices in which that hour is counted."""
     settings = Settings(db_path=tmp_path / "telemetry.sqlite", db_journal_mode=JournalMode(mode))
@@ -188,7 +209,6 @@ async def test_who_follows_begins_anew_as_nobody_knows_what_was_deleted(make_api
 
 
 async def test_runs_with_one_time_are_one_slice(make_api: MakeApi) -> None:
-    assert recounting.SLICE_ROWS == 7
     api = await make_api()
     await api.batch([make_run(created_at="2026-01-01T00:00:00Z") for _ in range(40)])
     by_somebody_else(api.settings.db_path, "DELETE FROM agent_runs WHERE id = 3")

@@ -317,9 +317,15 @@ def _find_strays(cursor: sqlite3.Cursor, table: str, found: Found) -> Iterator[F
 
 
 def last_drawn(connection: sqlite3.Connection) -> tuple[int, int]:
-    """Return the last number of the commit sequence and the last id of an event."""
-    number, event = connection.execute(f"SELECT {NEWEST}, {NEWEST_EVENT}").fetchone()
+    """Return the last number of the commit sequence, as far as rows of gone runs tell, and the last id of an event."""
+    number, event = connection.execute(f"SELECT max({NEWEST}, {_OF_RUNS}), {NEWEST_EVENT}").fetchone()
     return number, event
+
+
+_OF_RUNS: Final = ", ".join(
+    f"(SELECT coalesce(max(run), 0) FROM {table})"  # noqa: S608 - our own names
+    for table in ("run_events", "run_processes", "unconverted_values", "run_changes")
+)
 
 
 def forget_numbers(connection: sqlite3.Connection) -> None:
