@@ -29,6 +29,8 @@ _BETWEEN: Final = 10.0
 class _Writer(Protocol):
     """What is needed of the writer."""
 
+    idle: bool
+
     async def between_groups(self, work: Callable[[sqlite3.Connection], T]) -> T: ...
 
     async def ask(self, question: Callable[[sqlite3.Connection], T]) -> T: ...
@@ -101,7 +103,8 @@ class Recount:
         while True:
             await asyncio.sleep(_LOOK_EVERY_S)
             try:
-                await writer.ask(self.look)
+                if writer.idle:  # else each group looks
+                    await writer.ask(self.look)
                 if self._noticed != self._compared and time.monotonic() >= not_before:
                     started = time.monotonic()
                     await self._compare(writer)
@@ -149,7 +152,8 @@ class Recount:
     def start(self, connection: sqlite3.Connection) -> None:
         """Begin with a connection that was just opened: what was committed before it is nothing new."""
         self._version = _data_version(connection)
-        self._tally.number, self._tally.event = last_drawn(connection)
+        number, event = last_drawn(connection)
+        self._tally.number, self._tally.event = max(number, self._tally.number), max(event, self._tally.event)
 
     def notice(self) -> None:
         """Take note that somebody else has committed; the numbers that he may have set free are kept."""

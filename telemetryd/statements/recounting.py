@@ -31,6 +31,11 @@ _HOUR: Final = len("2025-12-24T10")
 _DATE: Final = len("2025-12-24")
 _TIME: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d")
 
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_FIRST_HOUR: Final = (datetime(1, 1, 1, tzinfo=UTC) - _EPOCH) // timedelta(hours=1)
+_LAST_HOUR: Final = (datetime(9999, 12, 31, 23, tzinfo=UTC) - _EPOCH) // timedelta(hours=1)
+"""What a time can say; other numbers of hours are nobody's."""
+
 _SELECT: Final = f"""
     SELECT {", ".join(FACTS)}, start_time FROM agent_runs INDEXED BY idx_runs_created_desc
     WHERE created_at > :after AND created_at < :end ORDER BY created_at LIMIT :limit
@@ -48,12 +53,12 @@ _NEXT: Final = """
 """
 _NEXT_CELL: Final = """
     SELECT min(start) FROM (
-        SELECT min(start) AS start FROM run_stats WHERE hours = 1 AND names = 1 AND start > :hour
-        UNION ALL SELECT min(start) FROM run_stats WHERE hours = 1 AND names = 2 AND start > :hour
-        UNION ALL SELECT min(start) FROM run_stats WHERE hours = 1 AND names = 3 AND start > :hour
-        UNION ALL SELECT min(start) FROM run_stats WHERE hours = 24 AND names = 1 AND start > :hour
-        UNION ALL SELECT min(start) FROM run_stats WHERE hours = 24 AND names = 2 AND start > :hour
-        UNION ALL SELECT min(start) FROM run_stats WHERE hours = 24 AND names = 3 AND start > :hour
+        SELECT min(start) AS start FROM run_stats WHERE hours = 1 AND names = 1 AND start > :hour AND start <= :last
+        UNION ALL SELECT min(start) FROM run_stats WHERE hours = 1 AND names = 2 AND start > :hour AND start <= :last
+        UNION ALL SELECT min(start) FROM run_stats WHERE hours = 1 AND names = 3 AND start > :hour AND start <= :last
+        UNION ALL SELECT min(start) FROM run_stats WHERE hours = 24 AND names = 1 AND start > :hour AND start <= :last
+        UNION ALL SELECT min(start) FROM run_stats WHERE hours = 24 AND names = 2 AND start > :hour AND start <= :last
+        UNION ALL SELECT min(start) FROM run_stats WHERE hours = 24 AND names = 3 AND start > :hour AND start <= :last
     )
 """
 _NEXT_AGENT: Final = """
@@ -197,7 +202,7 @@ def _next_hour(cursor: sqlite3.Cursor, hour: str) -> str | None:
     """Return the next hour of which there are runs or counts, or None."""
     # Behind an hour stands a colon in every time of it, and a semicolon comes next.
     behind = f"{hour};" if hour else ""
-    number = hour_number(hour) if hour else -(2**62)
+    number = hour_number(hour) if hour else _FIRST_HOUR - 1
     places = []
     while True:
         place = cursor.execute(_NEXT, {"end": behind}).fetchone()[0]
@@ -206,9 +211,9 @@ def _next_hour(cursor: sqlite3.Cursor, hour: str) -> str | None:
         behind = f"{place}\0"  # somebody's text that is no time counts nowhere
     if place is not None:
         places.append(place[:_HOUR])
-    start = cursor.execute(_NEXT_CELL, {"hour": number}).fetchone()[0]
+    start = cursor.execute(_NEXT_CELL, {"hour": number, "last": _LAST_HOUR}).fetchone()[0]
     if start is not None:
-        moment = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(hours=start)
+        moment = _EPOCH + timedelta(hours=start)
         places.append(f"{moment.year:04}-{moment:%m-%dT%H}")
     return min(places, default=None)
 
