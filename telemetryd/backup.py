@@ -245,13 +245,15 @@ def _copy_side_files(source: Path, copy: Path) -> None:
 def _settle(copy: Path) -> None:
     """Make a copy one file, and drop what it knows of processes: since then they may have finished their runs.
 
-    Numbers of the commit sequence that were drawn since may get another meaning, so it begins a new epoch.
+    Numbers of the commit sequence that were drawn since may get another meaning, so it begins a new epoch. Nothing is
+    deleted of it by itself until that is confirmed again: old runs may be what it was restored for.
     """
     # If there is no such table there is nothing to drop, and if the file is damaged `verify` says so.
     with contextlib.suppress(sqlite3.DatabaseError), contextlib.closing(connect(copy, "rw")) as connection:
         connection.execute("PRAGMA journal_mode = DELETE").fetchall()
         connection.execute("DELETE FROM run_processes WHERE certified_at IS NULL")
         connection.execute("UPDATE change_feed SET epoch = lower(hex(randomblob(6)))")
+        connection.execute("DELETE FROM confirmed_prune")
 
 
 def replace(database: Path, new: Path, moment: datetime) -> Path:

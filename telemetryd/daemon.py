@@ -19,7 +19,6 @@ from typing import Final
 from aiohttp import web
 
 import telemetryd
-from telemetryd import upkeep
 from telemetryd.alerting import Alerting
 from telemetryd.connections import make_runner
 from telemetryd.disk import network_file_system
@@ -32,6 +31,7 @@ from telemetryd.runs import utc_now
 from telemetryd.settings import LoadedSettings, Settings
 from telemetryd.store import Store
 from telemetryd.systemd import Notifier, passed_sockets
+from telemetryd.upkeep import Upkeep
 
 _BACKLOG: Final = 2048
 _STATUS_EVERY_S: Final = 10.0
@@ -68,10 +68,10 @@ async def running(
         store = await Store.open(settings, metrics, clock)
         try:
             await store.keep_full_text()
-            alerting = Alerting(store, rules, clock)
-            runner = make_runner(make_app(store, settings, metrics, alerting), settings)
+            alerting, upkeep = Alerting(store, rules, clock), Upkeep(store, settings, clock)
+            runner = make_runner(make_app(store, settings, metrics, alerting, upkeep), settings)
             await runner.setup()
-            chores = tuple(map(asyncio.create_task, (upkeep.keep_up(store, settings, clock), alerting.run())))
+            chores = tuple(map(asyncio.create_task, (upkeep.run(), alerting.run())))
             try:
                 yield Running(store, await _listen(runner, sockets))
             finally:

@@ -35,6 +35,7 @@ from telemetryd.rules import Rules
 from telemetryd.settings import Settings
 from telemetryd.store import Store
 from telemetryd.tails import add_feed, list_changes, stream_runs
+from telemetryd.upkeep import Upkeep
 
 STORE: Final = web.AppKey("store", Store)
 SETTINGS: Final = web.AppKey("settings", Settings)
@@ -43,6 +44,7 @@ CERTIFICATES: Final = web.AppKey("certificates", Certificates)
 BODIES: Final = web.AppKey("bodies", Bodies)
 EXPORTS: Final = web.AppKey("exports", Exports)
 ALERTING: Final = web.AppKey("alerting", Alerting)
+UPKEEP: Final = web.AppKey("upkeep", Upkeep)
 DOCUMENT: Final = web.AppKey("document", bytes)
 
 
@@ -258,6 +260,15 @@ async def reap_runs(request: web.Request) -> web.Response:
     return json_response(answer)
 
 
+async def confirm(request: web.Request) -> web.Response:
+    """Take note of what the operator confirms."""
+    body, _ = await _json_body(request)
+    answer = await admin.confirm(request.app[STORE], body, runs.utc_now())
+    request.app[UPKEEP].look_again()
+    request[NOTE].say("Confirmed", **answer)
+    return json_response(answer)
+
+
 async def make_backup(request: web.Request) -> web.Response:
     """Make a verified backup in the configured directory."""
     body, _ = await _json_body(request)
@@ -413,6 +424,8 @@ async def get_health(request: web.Request) -> web.Response:
         "last_commit_at": None if health.last_commit is None else runs.format_timestamp(health.last_commit),
         "wal_bytes": health.wal_bytes,
         "disk_free_bytes": health.free_bytes,
+        "automatic": request.app[UPKEEP].shown(),
+        "notices": request.app[UPKEEP].notices(),
     }
     if health.problem is not None:
         answer["detail"] = health.problem
@@ -481,6 +494,7 @@ class Route:
 
 _WRITE_ERRORS: Final = (400, 413, 415, 422, 503)
 _NEW_RUN: Final = ref("NewRun")
+_TEXT_OR_NULL: Final = {"anyOf": [STRING, {"type": "null"}]}
 _UPDATE_ANSWER: Final = obj(
     {
         "event_id": STRING,
@@ -883,6 +897,24 @@ ROUTES: Final[tuple[Route, ...]] = (
                             "last_commit_at": {"anyOf": [STRING, {"type": "null"}]},
                             "wal_bytes": INTEGER,
                             "disk_free_bytes": INTEGER,
+                            "automatic": obj(
+                                {
+                                    "prune_after": _TEXT_OR_NULL,
+                                    "stale_after": _TEXT_OR_NULL,
+                                    "paused": {
+                                        "type": "boolean",
+                                        "description": "Whether nothing goes on by itself, as the clock has jumped.",
+                                    },
+                                    "unconfirmed": {
+                                        "anyOf": [
+                                            obj({"would_delete": INTEGER, "oldest": _TEXT_OR_NULL}),
+                                            {"type": "null"},
+                                        ],
+                                        "description": "What prune_after would delete if it were confirmed.",
+                                    },
+                                }
+                            ),
+                            "notices": {"type": "array", "items": STRING},
                         }
                     ),
                 )
@@ -945,6 +977,7 @@ ROUTES: Final[tuple[Route, ...]] = (
                                 "more": {"type": "boolean"},
                                 "dry_run": {"type": "boolean"},
                                 "matching": INTEGER,
+                                "oldest": _TEXT_OR_NULL,
                                 "created_before": STRING,
                             },
                             ("created_before",),
@@ -958,6 +991,35 @@ ROUTES: Final[tuple[Route, ...]] = (
             ("prune", "pruned", prune_runs, "Delete old runs", "PruneRequest"),
             ("reap", "reaped", reap_runs, "Cancel stale runs", "ReapRequest"),
         )
+    ),
+    Route(
+        "POST",
+        "/api/v1/admin/confirm",
+        confirm,
+        Operation(
+            "Confirm what may be done without a command",
+            "Needs authentication, or the Unix socket. Runs of an age may be deleted by themselves (a shorter age has "
+            "to be confirmed again), or the clock is right although it has jumped.",
+            tags=("admin",),
+            body=ref("ConfirmRequest"),
+            body_types=JSON_TYPES,
+            answers={
+                200: (
+                    "It is written down for this database.",
+                    obj(
+                        {
+                            "prune_after": STRING,
+                            "created_before": STRING,
+                            "matching": INTEGER,
+                            "oldest": _TEXT_OR_NULL,
+                            "clock": STRING,
+                        },
+                        (),
+                    ),
+                )
+            },
+            errors=_WRITE_ERRORS,
+        ),
     ),
     Route(
         "POST",
@@ -998,7 +1060,13 @@ def operations() -> Iterator[tuple[str, str, Operation]]:
             yield route.method, route.path, route.operation
 
 
-def make_app(store: Store, settings: Settings, metrics: Metrics, alerting: Alerting | None = None) -> web.Application:
+def make_app(
+    store: Store,
+    settings: Settings,
+    metrics: Metrics,
+    alerting: Alerting | None = None,
+    upkeep: Upkeep | None = None,
+) -> web.Application:
     """Return the app that answers for one store."""
     passed = middleware(settings, metrics, store.flow)
     app = web.Application(middlewares=[passed], client_max_size=settings.max_body_bytes)
@@ -1009,6 +1077,7 @@ def make_app(store: Store, settings: Settings, metrics: Metrics, alerting: Alert
     app[BODIES] = Bodies(settings.max_body_bytes)
     app[EXPORTS] = Exports(settings)
     app[ALERTING] = alerting or Alerting(store, Rules())
+    app[UPKEEP] = upkeep or Upkeep(store, settings)
     app[DOCUMENT] = orjson.dumps(openapi.document(operations(), needs_token=settings.api_auth_enabled))
     # aiohttp's own pattern of a variable part leaves out braces, which an event_id may hold.
     paths = ((route, route.path.replace("{event_id}", "{event_id:[^/]+}")) for route in ROUTES)

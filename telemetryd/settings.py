@@ -44,8 +44,8 @@ CLIENT_VARIABLES: Final = frozenset(
 """Variables of the same family that belong to the agents' side and may be set beside ours."""
 
 _REPLACED: Final = {
-    "TELEMETRY_RETENTION_DAYS": "TELEMETRY_RETENTION_DAYS has no effect, as in 3.x: nothing is deleted by itself. To have "
-    "old runs deleted, set TELEMETRY_PRUNE_AFTER (such as 90d) and confirm the age once for the database: "
+    "TELEMETRY_RETENTION_DAYS": "TELEMETRY_RETENTION_DAYS has no effect, as in 3.x: nothing is deleted by itself. To "
+    "have old runs deleted, set TELEMETRY_PRUNE_AFTER (such as 90d) and confirm the age once for the database: "
     "telemetryd prune --confirm-automatic 90d",
 }
 """Variables of 3.x that had no effect there and look as if one of ours were meant, with the remark on each."""

@@ -39,6 +39,7 @@ from telemetryd.commands import (
     Registration,
     Updated,
     UpdateRun,
+    UpkeepCommand,
 )
 from telemetryd.database import (
     LOG_BYTES,
@@ -68,17 +69,20 @@ from telemetryd.flow import Flow
 from telemetryd.logs import log
 from telemetryd.metrics import Metrics
 from telemetryd.queries import (
+    Confirmed,
     CountMatching,
     CountPrunable,
     CountRuns,
     Counts,
     CountStale,
+    GetConfirmed,
     GetRun,
     ListEvents,
     ListProcesses,
     ListRuns,
     Order,
     Page,
+    Prunable,
     Total,
 )
 from telemetryd.reader import Readers
@@ -88,6 +92,7 @@ from telemetryd.settings import Settings
 from telemetryd.statements import (
     alerting,
     choosing,
+    confirming,
     copying,
     counting,
     fetching,
@@ -109,6 +114,7 @@ Query = (
     | GetFollowed
     | CountRuns
     | CountPrunable
+    | GetConfirmed
     | CountStale
     | CountMatching
     | GetStats
@@ -127,6 +133,8 @@ Answer = (
     | Changes
     | Followed
     | Counts
+    | Prunable
+    | Confirmed
     | Findings
     | int
     | list[dict[str, Any]]
@@ -145,6 +153,7 @@ _READERS: Final[Mapping[type[Query], Callable[..., Answer]]] = {
     GetFollowed: lambda connection, query: copying.fetch_followed(connection),
     CountPrunable: fetching.count_prunable,
     CountStale: fetching.count_stale,
+    GetConfirmed: lambda connection, query: confirming.fetch_confirmed(connection),
     CountMatching: counting.count_matching,
     GetStats: rollups.fetch_stats,
     FindRegressions: regressing.fetch_regressions,
@@ -448,6 +457,9 @@ class Store:
     async def submit(self, command: ReapRuns) -> Reaped: ...
 
     @overload
+    async def submit(self, command: UpkeepCommand) -> None: ...
+
+    @overload
     async def submit(self, command: AlertCommand) -> int: ...
 
     async def submit(self, command: Command) -> Outcome:
@@ -487,7 +499,13 @@ class Store:
     async def fetch(self, query: CountRuns) -> Counts: ...
 
     @overload
-    async def fetch(self, query: CountPrunable | CountStale) -> int: ...
+    async def fetch(self, query: CountPrunable) -> Prunable: ...
+
+    @overload
+    async def fetch(self, query: GetConfirmed) -> Confirmed: ...
+
+    @overload
+    async def fetch(self, query: CountStale) -> int: ...
 
     @overload
     async def fetch(self, query: GetStats) -> list[dict[str, Any]]: ...

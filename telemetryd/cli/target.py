@@ -51,6 +51,9 @@ class Target(Source, Protocol):
     async def reap(self, body: Body) -> Body:
         """Answer what `POST /api/v1/admin/reap` answers."""
 
+    async def confirm(self, body: Body) -> Body:
+        """Answer what `POST /api/v1/admin/confirm` answers."""
+
     def pages(self, filters: dict[str, str]) -> AsyncIterator[list[Body]]:
         """Yield page after page of what `GET /api/v1/runs` answers, each run with its first events."""
 
@@ -98,6 +101,10 @@ class Local:
     async def reap(self, body: Body) -> Body:
         """Cancel a slice."""
         return await admin.reap(self._store, body, self._clock())
+
+    async def confirm(self, body: Body) -> Body:
+        """Write it into the database."""
+        return await admin.confirm(self._store, body, self._clock())
 
     async def stats(self, parameters: dict[str, str]) -> Body:
         """Read the statistics from the database."""
@@ -149,6 +156,11 @@ class Remote:
     async def reap(self, body: Body) -> Body:
         """Ask for a slice."""
         answer: tuple[Body, str] = await self._ask("POST", "/api/v1/admin/reap", json=body)
+        return answer[0]
+
+    async def confirm(self, body: Body) -> Body:
+        """Ask to write it down."""
+        answer: tuple[Body, str] = await self._ask("POST", "/api/v1/admin/confirm", json=body)
         return answer[0]
 
     async def stats(self, parameters: dict[str, str]) -> Body:
