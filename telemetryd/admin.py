@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from datetime import datetime, timedelta
+from datetime import UTC, date, datetime, time, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -23,8 +23,8 @@ SLICE: Final = 250
 """Runs deleted or cancelled in one transaction unless told otherwise: some 10 ms of the writer's time."""
 MAX_SLICE: Final = 1000
 
-_HALF_A_DAY_ANYWHERE: Final = timedelta(hours=12 + 14)
-"""How far noon of a day in UTC may be from any moment of that day in any time zone."""
+_ANY_TIME_OF_THE_DAY: Final = timedelta(hours=12 + 14)
+"""How far noon of a day in UTC may be from a moment of that day in any time zone."""
 
 Answer = dict[str, Any]
 
@@ -41,6 +41,16 @@ Age = Annotated[
     BeforeValidator(_age),
     WithJsonSchema({"type": "string", "pattern": r"^\s*\d+(\.\d+)?\s*[smhdwSMHDW]\s*$"}),
 ]
+
+
+def _noon(value: object) -> datetime:
+    try:
+        return datetime.combine(date.fromisoformat(str(value)), time(12), UTC)
+    except ValueError as error:
+        raise PydanticCustomError("value_error", "Date must be a day such as 2025-12-24") from error
+
+
+Day = Annotated[datetime, BeforeValidator(_noon), WithJsonSchema({"type": "string", "format": "date"})]
 Limit = Annotated[int, Field(ge=1, le=MAX_SLICE)]
 
 
@@ -143,7 +153,7 @@ class ConfirmRequest(BaseModel):
     prune_after: Age | None = Field(
         None, description="Runs of this age or older may be deleted in this database by themselves (90d)."
     )
-    date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] | None = Field(
+    date: Day | None = Field(
         None, description="Or: the clock is right; the date of the day, with which it has to agree."
     )
 
@@ -176,27 +186,13 @@ async def confirm(store: Store, body: object, now: datetime) -> Answer:
             "oldest": found.oldest,
         }
     assert wanted.date is not None  # noqa: S101 - checked above
-    _check_date(wanted.date, now)
+    if abs(now - wanted.date) > _ANY_TIME_OF_THE_DAY:
+        raise InvalidRequestError(
+            f"The clock says {reading.moment}, which is not {wanted.date:%Y-%m-%d}: set the clock of the daemon's "
+            "machine right; nothing was confirmed"
+        )
     await store.submit(TrustClock(reading))
     return {"clock": reading.moment}
-
-
-def _check_date(text: str, now: datetime) -> None:
-    """See that it is that day now, somewhere on Earth.
-
-    Raises:
-        InvalidRequestError: if it is not.
-
-    """
-    try:
-        noon = datetime.fromisoformat(f"{text}T12:00:00+00:00")
-    except ValueError as error:
-        raise InvalidRequestError(f"Invalid date: {text!r}; it must be a day such as 2025-12-24") from error
-    if abs(now - noon) > _HALF_A_DAY_ANYWHERE:
-        raise InvalidRequestError(
-            f"The clock says {format_timestamp(now)}, which is not {text}: set the clock of the daemon's machine "
-            "right; nothing was confirmed"
-        )
 
 
 async def back_up(settings: Settings, now: datetime) -> Answer:

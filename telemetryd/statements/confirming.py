@@ -27,7 +27,8 @@ _NEWEST: Final = """
 """
 _AHEAD: Final = """
     INSERT INTO run_arrivals (created_at, run, agent_name, arrived_at)
-    SELECT created_at, id, agent_name, ?2 FROM json_each(?1) CROSS JOIN agent_runs ON event_id = value WHERE true
+    SELECT created_at, agent_runs.id, agent_name, ?2 FROM json_each(?1) CROSS JOIN agent_runs ON event_id = value
+    WHERE true
     ON CONFLICT DO NOTHING
 """
 
