@@ -71,6 +71,11 @@ CREATE TABLE alert_states (
     PRIMARY KEY (rule, agent_name, job_type, measure, first_bad_commit)
 ) STRICT, WITHOUT ROWID;
 
+CREATE TABLE backup_mark (
+    number INTEGER NOT NULL,
+    made_at TEXT NOT NULL
+) STRICT;
+
 CREATE TABLE change_feed (
     epoch TEXT NOT NULL,
     floor INTEGER NOT NULL,

@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 from pydantic_core import PydanticCustomError
 
 from telemetryd import backup as backups
-from telemetryd import clocks
+from telemetryd import clocks, rotation
 from telemetryd.commands import ConfirmPrune, PruneRuns, ReapRuns, TrustClock
 from telemetryd.errors import DatabaseError, InvalidRequestError, UnavailableError, sentence
 from telemetryd.queries import CountPrunable, CountStale
@@ -221,5 +221,5 @@ async def back_up(settings: Settings, now: datetime) -> Answer:
 
 
 def _back_up(database: Path, directory: Path, keep: int | None, now: datetime) -> tuple[backups.Backup, list[Path]]:
-    done = backups.backup(database, directory / backups.backup_name(database, now, compress=True), compress=True)
-    return done, [] if keep is None else backups.rotate(directory, database, keep)
+    done = backups.back_up_into(directory, database, now, compress=True)
+    return done, [] if keep is None else rotation.rotate(directory, database, keep, done.path)

@@ -17,7 +17,6 @@ from typing import Final
 from aiohttp import web
 
 from telemetryd import tables
-from telemetryd.backup import partial_file
 from telemetryd.changes import BEGINNING
 from telemetryd.database import Connection, connect
 from telemetryd.errors import (
@@ -30,6 +29,7 @@ from telemetryd.errors import (
 )
 from telemetryd.logs import log
 from telemetryd.middleware import NOTE, mark, request_id
+from telemetryd.partials import partial_file
 from telemetryd.queries import MEDIA_TYPES, SNAPSHOT, ExportRuns, Format
 from telemetryd.runs import utc_now
 from telemetryd.settings import JournalMode, Settings

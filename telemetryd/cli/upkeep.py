@@ -13,7 +13,6 @@ import orjson
 from click.shell_completion import CompletionItem
 
 from telemetryd import admin
-from telemetryd.backup import partial_file, publish
 from telemetryd.cli.options import (
     DurationType,
     F,
@@ -26,6 +25,7 @@ from telemetryd.cli.options import (
 )
 from telemetryd.cli.target import Body, Target, find_target
 from telemetryd.errors import DatabaseError
+from telemetryd.partials import partial_file, publish
 from telemetryd.runs import Status, canonical_status, utc_now
 from telemetryd.settings import Settings, duration_text
 from telemetryd.upkeep import in_slices

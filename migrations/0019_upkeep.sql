@@ -30,3 +30,10 @@ CREATE TABLE trusted_clock (
     boot_id TEXT NOT NULL,
     up_s REAL NOT NULL
 ) STRICT;
+
+-- In a backup, and only there: its place in the order in which the backups of its folder were made, and when it was made by
+-- the clock of that moment. Rotation goes by the number, because a clock may be set back.
+CREATE TABLE backup_mark (
+    number INTEGER NOT NULL,
+    made_at TEXT NOT NULL
+) STRICT;
