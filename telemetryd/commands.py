@@ -375,6 +375,28 @@ class KeepAlerts:
         return 0
 
 
+@dataclass(frozen=True, slots=True)
+class IndexTexts:
+    """Go on with the full-text index that was begun. Outcome: `Indexed`, or None if there is none or it is complete."""
+
+    @property
+    def cost(self) -> int:
+        """How many rows it touches at most."""
+        return 2_000
+
+    @property
+    def size(self) -> int:
+        """About how many bytes it holds."""
+        return 0
+
+
+@dataclass(frozen=True, slots=True)
+class Indexed:
+    """What an `IndexTexts` did: whether there is more to do."""
+
+    more: bool
+
+
 UpkeepCommand = ConfirmPrune | TrustClock
 AlertCommand = RecordAlerts | ConfirmDelivery | KeepAlerts
 Command = (
@@ -386,7 +408,10 @@ Command = (
     | PruneRuns
     | ReapRuns
     | UpkeepCommand
+    | IndexTexts
     | ApplyChanges
     | AlertCommand
 )
-Outcome = Created | Updated | EventsCreated | Registration | ProcessEnded | Pruned | Reaped | Applied | int | None
+Outcome = (
+    Created | Updated | EventsCreated | Registration | ProcessEnded | Pruned | Reaped | Applied | Indexed | int | None
+)

@@ -10,7 +10,7 @@ import socket
 import sqlite3
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -115,24 +115,28 @@ async def serve(loaded: LoadedSettings) -> int:
         log.warning("Configuration remark", extra={"remark": remark})
     notifier = Notifier()
     impatience = asyncio.create_task(_leave_after(stop))
-    async with running(settings, passed=passed_sockets()) as daemon:
-        impatience.cancel()
-        _announce(settings, daemon)
-        notifier.send(READY=1, STATUS="Serving")
-        signs = asyncio.create_task(_show_life(notifier, daemon.store))
-        stopped = asyncio.create_task(stop.wait())
-        await asyncio.wait((stopped, daemon.store.writing), return_when=asyncio.FIRST_COMPLETED)
-        stopped.cancel()
-        signs.cancel()
-        notifier.send(STOPPING=1, STATUS="Committing what is queued")
-        is_told = daemon.store.writing.done()
-        if is_told:
-            log.critical(
-                "The writer has died; exiting, so that the service manager restarts the daemon",
-                exc_info=daemon.store.writing.exception(),
-            )
-        log.info("Stopping", extra={"queue_depth": daemon.store.health().queue_depth})
-        loop.call_later(settings.shutdown_timeout_s, _give_up, settings.shutdown_timeout_s)
+    with ExitStack() as patience:
+        async with AsyncExitStack() as up:
+            with notifier.asking_for_time("Starting"):
+                daemon = await up.enter_async_context(running(settings, passed=passed_sockets()))
+            impatience.cancel()
+            _announce(settings, daemon)
+            notifier.send(READY=1, STATUS="Serving")
+            signs = asyncio.create_task(_show_life(notifier, daemon.store))
+            stopped = asyncio.create_task(stop.wait())
+            await asyncio.wait((stopped, daemon.store.writing), return_when=asyncio.FIRST_COMPLETED)
+            stopped.cancel()
+            signs.cancel()
+            notifier.send(STOPPING=1, STATUS="Committing what is queued")
+            patience.enter_context(notifier.asking_for_time("Committing what is queued"))
+            is_told = daemon.store.writing.done()
+            if is_told:
+                log.critical(
+                    "The writer has died; exiting, so that the service manager restarts the daemon",
+                    exc_info=daemon.store.writing.exception(),
+                )
+            log.info("Stopping", extra={"queue_depth": daemon.store.health().queue_depth})
+            loop.call_later(settings.shutdown_timeout_s, _give_up, settings.shutdown_timeout_s)
     death = daemon.store.writing.exception()
     if death is not None:
         # It may have come only while what was queued was committed.

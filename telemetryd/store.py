@@ -28,6 +28,8 @@ from telemetryd.commands import (
     CreateRuns,
     EndProcess,
     EventsCreated,
+    Indexed,
+    IndexTexts,
     Outcome,
     Process,
     ProcessEnded,
@@ -460,6 +462,9 @@ class Store:
     async def submit(self, command: UpkeepCommand) -> None: ...
 
     @overload
+    async def submit(self, command: IndexTexts) -> Indexed | None: ...
+
+    @overload
     async def submit(self, command: AlertCommand) -> int: ...
 
     async def submit(self, command: Command) -> Outcome:
@@ -552,23 +557,26 @@ class Store:
         self._committed()
 
     async def keep_full_text(self) -> None:
-        """Make or drop the full-text index, as the setting says; call it before anything is submitted.
+        """Begin the full-text index or drop it, as the setting says; call it before anything is submitted.
+
+        What is begun is built by `IndexTexts`, slice by slice, also after a restart; until then there is no search.
 
         Raises:
-            DatabaseError: if that is not possible; what is not finished is made anew the next time.
+            DatabaseError: if that is not possible.
 
         """
         if self._opened is None:
             return
         connection, wanted = self._opened.connection, self._settings.full_text
         try:
-            if await connection.run(full_text.is_complete if wanted else full_text.is_there) is wanted:
-                return
-            started = time.monotonic()
-            log.info("Building the full-text index" if wanted else "Dropping the full-text index")
-            await (_build_full_text(connection) if wanted else _at_once(connection, full_text.drop))
-            took = {"duration_ms": round((time.monotonic() - started) * 1000, 3)}
-            log.info("The full-text index is built" if wanted else "The full-text index is dropped", extra=took)
+            if not wanted and await connection.run(full_text.is_there):
+                started = time.monotonic()
+                log.info("Dropping the full-text index")
+                await _at_once(connection, full_text.drop)
+                took = {"duration_ms": round((time.monotonic() - started) * 1000, 3)}
+                log.info("The full-text index is dropped", extra=took)
+            elif wanted and not await connection.run(lambda it: full_text.is_complete(it) or full_text.is_begun(it)):
+                await _at_once(connection, full_text.begin)
         except sqlite3.Error as error:
             raise DatabaseError(f"Cannot change the full-text index of {self._path}: {error}") from error
 
@@ -609,15 +617,6 @@ class Store:
 
 async def _at_once(connection: Connection, step: Callable[[sqlite3.Connection], T]) -> T:
     return await connection.run(partial(full_text.at_once, step=step))
-
-
-async def _build_full_text(connection: Connection) -> None:
-    """Index every run, in slices, between which the daemon can be stopped."""
-    await _at_once(connection, full_text.begin)
-    last: int | None = full_text.FIRST_RUN
-    while last is not None:
-        last = await _at_once(connection, partial(full_text.index_slice, after=last))
-    await _at_once(connection, full_text.finish)
 
 
 async def _look_for_damage(connection: Connection, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Prunes and reaps by itself, in slices with pauses, as far as it is confirmed and the clock can be believed."""
+"""Prunes, reaps and indexes by itself, in slices with pauses; deleting waits for a confirmation and a sound clock."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from telemetryd import admin, clocks
 from telemetryd.clocks import Reading
-from telemetryd.commands import TrustClock
+from telemetryd.commands import IndexTexts, TrustClock
 from telemetryd.errors import TelemetrydError, sentence
 from telemetryd.logs import log
 from telemetryd.queries import Confirmed, CountPrunable, GetConfirmed, Prunable
@@ -26,6 +26,7 @@ _LOOK_EVERY_S: Final = 60.0
 """How often the clock is looked at."""
 _TRUST_AGAIN_AFTER: Final = timedelta(hours=1)
 _LEAST_PAUSE_S: Final = 0.01
+_AGAIN_S: Final = 5.0
 _HOW_TO_CONFIRM_THE_CLOCK: Final = (
     "nothing is deleted or cancelled by itself until the clock is set right, or confirmed by the date of the day: "
     "telemetryd confirm-clock YYYY-MM-DD"
@@ -58,7 +59,7 @@ class _Unconfirmed:
 
 
 class Upkeep:
-    """What one daemon does by itself: delete runs of an age, and cancel those that are stale.
+    """What one daemon does by itself: delete runs of an age, cancel those that are stale, index their words.
 
     Deleting waits until the operator has confirmed the age for this database, and both wait while the clock has
     jumped: a wrong clock would make everything old at once.
@@ -67,20 +68,42 @@ class Upkeep:
     def __init__(self, store: Store, settings: Settings, clock: Callable[[], datetime] = utc_now) -> None:
         self._store, self._clock = store, clock
         self._prune_after, self._stale_after = settings.prune_after, settings.stale_after
+        self._full_text = settings.full_text
         self._news = asyncio.Event()
         self._doubt: str | None = None
         self._unconfirmed: _Unconfirmed | None = None
 
     async def run(self) -> None:
-        """Work for ever; cancel it to end it. Nothing happens if neither is configured."""
-        if self._prune_after is None and self._stale_after is None:
-            return
+        """Work for ever; cancel it to end it. Nothing happens if nothing is configured."""
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._repeat("clock", _LOOK_EVERY_S, self._keep_clock))
-            if (age := self._prune_after) is not None:
+            if self._full_text:
+                group.create_task(self.index_texts())
+            if self._prune_after is not None or self._stale_after is not None:
+                group.create_task(self._repeat("clock", _LOOK_EVERY_S, self._keep_clock))
+            if self._prune_after is not None:
                 group.create_task(self._repeat("pruned", _PRUNE_EVERY_S, self._prune))
             if (age := self._stale_after) is not None:
                 group.create_task(self._repeat("reaped", min(_REAP_EVERY_S, age / 4), self._reap))
+
+    async def index_texts(self) -> None:
+        """Build the full-text index as far as it is not built, however often that is put off."""
+        started = time.monotonic()
+        slices = 0
+        while True:
+            try:
+                slices += await in_slices(self._index_slice, "slices")
+            except TelemetrydError as error:
+                log.warning("Upkeep postponed", extra={"task": "full text", "error_message": sentence(error)})
+                await asyncio.sleep(_AGAIN_S)
+            else:
+                break
+        if slices:
+            took = {"duration_ms": round((time.monotonic() - started) * 1000, 3)}
+            log.info("The full-text index is built", extra=took)
+
+    async def _index_slice(self) -> dict[str, Any]:
+        done = await self._store.submit(IndexTexts())
+        return {"slices": int(done is not None), "more": done is not None and done.more}
 
     def look_again(self) -> None:
         """Look at once at what has been confirmed."""

@@ -28,6 +28,8 @@ from telemetryd.commands import (
     CreateRuns,
     EndProcess,
     EventsCreated,
+    Indexed,
+    IndexTexts,
     KeepAlerts,
     Outcome,
     Process,
@@ -54,7 +56,7 @@ from telemetryd.runs import (
     SqlValue,
     Status,
 )
-from telemetryd.statements import alerting, confirming, copying, rollups, thinning
+from telemetryd.statements import alerting, confirming, copying, full_text, rollups, thinning
 from telemetryd.statements.sequence import Sequence as CommitSequence
 from telemetryd.stats import FACTS, Facts
 
@@ -212,15 +214,20 @@ class Transaction:
                 outcome = self._reap(command)
             case ApplyChanges():
                 outcome = self._apply_changes(command)
-            case RecordAlerts() | ConfirmDelivery() | KeepAlerts() | ConfirmPrune() | TrustClock():
-                outcome = self._apply_without_runs(command)
+            case _:
+                outcome = self._apply_beside_runs(command)
         return outcome
 
-    def _apply_without_runs(self, command: AlertCommand | UpkeepCommand) -> int | None:
-        if isinstance(command, ConfirmPrune | TrustClock):
-            confirming.apply(self._cursor, command, self._now)
-            return None
-        return alerting.apply(self._cursor, command, self._now)
+    def _apply_beside_runs(self, command: AlertCommand | UpkeepCommand | IndexTexts) -> Outcome:
+        match command:
+            case ConfirmPrune() | TrustClock():
+                confirming.apply(self._cursor, command, self._now)
+                return None
+            case IndexTexts():
+                is_begun = full_text.is_begun(self._cursor.connection)
+                return Indexed(full_text.index_slice(self._cursor)) if is_begun else None
+            case RecordAlerts() | ConfirmDelivery() | KeepAlerts():
+                return alerting.apply(self._cursor, command, self._now)
 
     @contextmanager
     def savepoint(self) -> Iterator[None]:
