@@ -125,6 +125,11 @@ class Exports:
         self._longest_s = _LONGEST_WAL_S if settings.db_journal_mode is JournalMode.WAL else _LONGEST_S
         self._running = 0
 
+    @property
+    def are_running(self) -> bool:
+        """Whether one reads the database, or the copy that it has made of it."""
+        return self._running > 0
+
     async def answer(self, request: web.Request, query: ExportRuns) -> web.StreamResponse:
         """Stream an export; one that cannot be brought to its end is cut, so that nobody takes it for whole.
 

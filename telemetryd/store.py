@@ -49,6 +49,7 @@ from telemetryd.database import (
     Modes,
     Ownership,
     beside,
+    bytes_not_written_back,
     check_after_crash,
     check_quickly,
     checkpoint_passively,
@@ -64,7 +65,7 @@ from telemetryd.database import (
     wal_bytes,
 )
 from telemetryd.database import Kind as FileKind
-from telemetryd.disk import Disk, Look
+from telemetryd.disk import Disk, LogWatch, Look
 from telemetryd.errors import DatabaseError, DatabaseSuspectError, UnavailableError, sentence
 from telemetryd.events import EventPage
 from telemetryd.flow import Flow
@@ -320,6 +321,8 @@ class Store:
         self.writing = asyncio.create_task(self._writer.run(), name="writer")
         """The writer's task; it ends only after `close`, or with the error that killed it."""
         self._counted: tuple[tuple[int, str], Counts] | None = None
+        self._is_read_elsewhere: Callable[[], bool] = lambda: False
+        self._log = LogWatch(2 * LOG_BYTES, self._measure_log, self._is_reading)
         self._disk = Disk(self._look, settings.min_free_mb << 20, metrics)
         self._watching = asyncio.create_task(self._watch(), name="watch")
 
@@ -380,7 +383,6 @@ class Store:
 
     async def _watch(self) -> None:
         """Notice within a second or so when a file is taken away, even if nobody writes."""
-        held_up = False
         while True:
             await asyncio.sleep(_LOOK_EVERY_S)
             await self._disk.look()
@@ -388,16 +390,17 @@ class Store:
             if self._disk.last.displaced is not None and (displaced := self._displaced()) is not None:
                 self._writer.suspect(DatabaseSuspectError(displaced))
             self._writer.rest()
-            size = self._disk.last.wal_bytes
-            if (size > 2 * LOG_BYTES) is not held_up:
-                held_up = not held_up
-                if held_up:
-                    log.warning(
-                        "The write-ahead log grows: another program holds a snapshot of the database",
-                        extra={"wal_bytes": size, "db_path": str(self._path)},
-                    )
-                else:
-                    log.info("The write-ahead log is short again", extra={"wal_bytes": size})
+            self._log.look(self._disk.last.wal_bytes)
+
+    def _measure_log(self) -> asyncio.Future[int] | None:
+        if self._opened is None:
+            return None
+        with contextlib.suppress(ValueError):  # it is being closed
+            return self._opened.connection.start(bytes_not_written_back)
+        return None
+
+    def _is_reading(self) -> bool:
+        return (self._opened is not None and self._opened.readers.are_at_work) or self._is_read_elsewhere()
 
     def _look(self) -> Look:
         return Look(shutil.disk_usage(self._path.parent).free, wal_bytes(self._path), self._displaced())
@@ -552,6 +555,10 @@ class Store:
     def watch_commits(self, committed: Callable[[], None]) -> None:
         """Call a function after each commit, in the event loop; it has to be quick."""
         self._committed = committed
+
+    def watch_reads(self, are_at_work: Callable[[], bool]) -> None:
+        """Ask a function whether connections of our own that the store does not know of read the database."""
+        self._is_read_elsewhere = are_at_work
 
     def _tell_of_commit(self) -> None:
         self._committed()
