@@ -118,7 +118,13 @@ async def prune(store: Store, body: object, now: datetime) -> Answer:
     before = wanted.before(now)
     if wanted.dry_run:
         found = await store.fetch(CountPrunable(before, wanted.agent_name, wanted.status))
-        return {"dry_run": True, "matching": found.runs, "oldest": found.oldest, "created_before": before}
+        return {
+            "dry_run": True,
+            "matching": found.runs,
+            "oldest": found.oldest,
+            "ahead": list(found.ahead),
+            "created_before": before,
+        }
     versions = None if wanted.versions is None else tuple((run.id, run.updated_at) for run in wanted.versions)
     done = await store.submit(PruneRuns(before, wanted.limit, wanted.agent_name, wanted.status, versions))
     return {

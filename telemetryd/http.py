@@ -978,6 +978,11 @@ ROUTES: Final[tuple[Route, ...]] = (
                                 "dry_run": {"type": "boolean"},
                                 "matching": INTEGER,
                                 "oldest": _TEXT_OR_NULL,
+                                "ahead": {
+                                    "type": "array",
+                                    "items": STRING,
+                                    "description": "event_ids of those whose created_at lies ahead of their arrival.",
+                                },
                                 "created_before": STRING,
                             },
                             ("created_before",),

@@ -251,6 +251,8 @@ class Prunable:
 
     runs: int
     oldest: str | None
+    ahead: tuple[str, ...]
+    """The event_ids, `MAX_LIMIT` at most, of those whose created_at, ahead of their arrival, does not find them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -583,6 +583,33 @@ async def test_a_run_from_the_future_is_as_old_as_its_arrival(make_api: MakeApi)
     totals_are_right(api.settings.db_path)
 
 
+@pytest.mark.parametrize("is_remote", [False, True])
+async def test_a_run_from_the_future_is_archived_like_any_other(
+    make_api: MakeApi, tmp_path: Path, is_remote: bool
+) -> None:
+    now = datetime.now(UTC)
+    moments = [now - timedelta(days=100)]
+    api = await authorised(make_api, clock=lambda: moments[-1])
+    created = [make_run(created_at=ago(days=days)) for days in (-1000, 200, -1000)]
+    await api.batch(created[:2])
+    moments.append(now)
+    await api.batch(created[2:])
+    await api.call("POST", f"/api/v1/runs/{created[0]['event_id']}/events", json={"event_type": "step"}, status=201)
+    upkeep = import_module("telemetryd.cli.upkeep")
+    there = target.Remote(api.client) if is_remote else target.Local(api.store)  # type: ignore[arg-type]
+    chosen = {"created_before": ago(days=90)}
+    count = await there.prune({**chosen, "dry_run": True})
+    pages = upkeep._chosen_pages(there, chosen, count["ahead"])
+    archive = tmp_path / "archive.zst"
+    assert await upkeep._write_archive(there, pages, archive, lambda rows: None) == 2
+    (versions,) = upkeep._archived_versions(archive)
+    assert (await there.prune({**chosen, "versions": versions}))["pruned"] == 2
+    with zstd.open(archive, "rb") as packed:
+        archived = {run["event_id"]: len(run["events"]) for run in map(json.loads, packed)}
+    assert archived == {created[1]["event_id"]: 0, created[0]["event_id"]: 1}
+    assert [run["event_id"] for run in await api.list()] == [created[2]["event_id"]]
+
+
 async def test_a_batch_and_its_repeat_note_each_arrival_once(make_api: MakeApi) -> None:
     api = await make_api()
     ahead = [make_run(created_at=ago(days=-days)) for days in (1, 2)]

@@ -57,6 +57,9 @@ class Target(Source, Protocol):
     def pages(self, filters: dict[str, str]) -> AsyncIterator[list[Body]]:
         """Yield page after page of what `GET /api/v1/runs` answers, each run with its first events."""
 
+    async def run(self, event_id: str) -> Body | None:
+        """Answer what `GET /api/v1/runs/{event_id}` answers, with its first events; None if there is no such run."""
+
     async def events(self, event_id: str, offset: int) -> list[Body]:
         """Answer what `GET /api/v1/runs/{event_id}/events` answers, as many as there are at once."""
 
@@ -136,6 +139,11 @@ class Local:
                 return
             after = page.end
 
+    async def run(self, event_id: str) -> Body | None:
+        """Read a run from the database."""
+        found = await self._store.fetch(queries.GetRun(event_id, events.MAX_EVENTS))
+        return None if found is None else runs.to_json(found[0]) | events.beside(found[1])
+
     async def events(self, event_id: str, offset: int) -> list[Body]:
         """Read events from the database."""
         page = await self._store.fetch(queries.ListEvents(event_id, events.MAX_EVENTS, offset))
@@ -188,6 +196,18 @@ class Remote:
                 continue
             yield page
             parameters = dict(parse_qsl(following)) if following else None
+
+    async def run(self, event_id: str) -> Body | None:
+        """Ask for a run."""
+        try:
+            answer: tuple[Body, str] = await self._ask(
+                "GET", f"/api/v1/runs/{quote(event_id, safe='')}", params={"include": queries.EVENTS}
+            )
+        except RefusedError as error:
+            if error.status != 404:
+                raise
+            return None
+        return answer[0]
 
     async def events(self, event_id: str, offset: int) -> list[Body]:
         """Ask for the events of one run; of one that was deleted there are none."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -196,7 +196,8 @@ async def _prune(settings: Settings, url: str | None, chosen: Body, *, dry_run: 
             if archive is None:
                 await in_slices(lambda: one_slice(chosen), "pruned")
                 return {**count, "dry_run": False, "pruned": done}
-            archived = await _write_archive(target, chosen, archive, lambda rows: drawn("Archiving", rows, total))
+            pages = _chosen_pages(target, chosen, count["ahead"])
+            archived = await _write_archive(target, pages, archive, lambda rows: drawn("Archiving", rows, total))
             slices = _archived_versions(archive)
             versions: list[Body] = []
             is_cut_short = False
@@ -215,8 +216,18 @@ async def _prune(settings: Settings, url: str | None, chosen: Body, *, dry_run: 
             return {**count, "dry_run": False, "pruned": done, "archived": archived, "archive": str(archive)}
 
 
-async def _write_archive(target: Target, chosen: Body, archive: Path, watch: Any) -> int:
-    """Write every chosen run to a file that gets its name when it is whole; return how many.
+async def _chosen_pages(target: Target, chosen: Body, ahead: list[str]) -> AsyncIterator[list[Body]]:
+    """Yield page after page of the chosen runs, and then those that the list does not find by their age."""
+    async for page in target.pages(chosen):
+        yield page
+    for event_id in ahead:
+        run = await target.run(event_id)
+        if run is not None:
+            yield [run]
+
+
+async def _write_archive(target: Target, pages: AsyncIterator[list[Body]], archive: Path, watch: Any) -> int:
+    """Write runs to a file that gets its name when it is whole; return how many.
 
     Raises:
         DatabaseError: if it cannot be made.
@@ -225,7 +236,7 @@ async def _write_archive(target: Target, chosen: Body, archive: Path, watch: Any
     rows = 0
     with partial_file(archive) as path:
         with zstd.open(path, "wb", level=6) as packed:
-            async for page in target.pages(chosen):
+            async for page in pages:
                 for run in page:
                     if run.pop("more_events"):
                         await _add_other_events(target, run)

@@ -19,6 +19,7 @@ from telemetryd.events import EventPage
 from telemetryd.filters import TIME_BOUNDS, WILDCARD, Filters
 from telemetryd.queries import (
     DEFAULT_LIMIT,
+    MAX_LIMIT,
     CountPrunable,
     Counts,
     CountStale,
@@ -325,7 +326,9 @@ def count_prunable(connection: sqlite3.Connection, query: CountPrunable) -> Prun
     """Count the runs that pruning would delete."""
     walks, values = old_runs(query)
     found = connection.execute(f"SELECT count(*), min(since) FROM ({together(walks, 'agent_runs.id')})", values)  # noqa: S608 - our own words
-    return Prunable(*found.fetchone())
+    ahead = connection.execute(f"SELECT event_id FROM {walks[-1].source} LIMIT {MAX_LIMIT}", values)  # noqa: S608 - our own words
+    runs, oldest = found.fetchone()
+    return Prunable(runs, oldest, tuple(event_id for (event_id,) in ahead))
 
 
 def count_stale(connection: sqlite3.Connection, query: CountStale) -> int:
