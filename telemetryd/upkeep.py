@@ -168,6 +168,7 @@ class Upkeep:
             log.error("The clock has jumped", extra={"reason": doubt, "advice": _HOW_TO_CONFIRM_THE_CLOCK})
         elif doubt is None and was_in_doubt:
             log.info("The clock is right again, or confirmed")
+            self.look_again()
         return confirmed, reading
 
     async def _prune(self) -> None:

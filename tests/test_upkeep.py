@@ -26,12 +26,14 @@ from telemetryd.clocks import Reading, doubt
 from telemetryd.commands import CreateEvents, CreateRuns
 from telemetryd.database import connect
 from telemetryd.errors import InvalidRequestError
+from telemetryd.metrics import Metrics
 from telemetryd.middleware import error_response
 from telemetryd.runs import format_timestamp, parse_run, utc_now
 from telemetryd.settings import Settings
 from telemetryd.statements import thinning
+from telemetryd.store import Store
 from telemetryd.upkeep import Upkeep
-from tests.conftest import Api, Daemon, MakeApi, StartDaemon, make_run
+from tests.conftest import Api, Daemon, MakeApi, StartDaemon, make_run, require_program
 from tests.tools.fill import make_database
 from tests.tools.process import telemetryd
 
@@ -554,6 +556,39 @@ async def test_the_daemon_does_it_by_itself_if_told_to_and_confirmed(start_daemo
     assert done["matching"] == 3
     assert daemon.wait_for_line("Pruned")["result_count"] == 3
     totals_are_right(daemon.database)
+
+
+@pytest.fixture
+def wall_clock(tmp_path: Path) -> Path:
+    """A library under which a process sees another wall clock."""
+    require_program("gcc", "gcc")
+    library, source = tmp_path / "wall_clock.so", Path(__file__).parent / "faults" / "wall_clock.c"
+    subprocess.run(["gcc", "-O2", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
+    return library
+
+
+async def test_a_daemon_that_starts_with_a_wrong_clock_deletes_nothing(
+    start_daemon: StartDaemon, tmp_path: Path, wall_clock: Path
+) -> None:
+    wrong = tmp_path / "clock"
+    wrong.write_text(str(400 * 86_400))
+    path = make_database(tmp_path / "telemetry.sqlite", 20)
+    store = await Store.open(Settings(db_path=path), Metrics())
+    await admin_commands.confirm(store, {"prune_after": "90d"}, utc_now())
+    await store.close()
+    settings = {"TELEMETRY_PRUNE_AFTER": "90d", "TELEMETRY_STALE_AFTER": "1h"}
+    daemon = start_daemon(**settings, LD_PRELOAD=str(wall_clock), WALL_CLOCK=str(wrong))
+    assert daemon.wait_for_line("The clock has jumped")["level"] == "ERROR"
+    async with aiohttp.ClientSession() as session, session.get(f"{daemon.url}/health") as answer:
+        health = await answer.json()
+    assert health["automatic"]["paused"]
+    assert "confirm-clock" in health["notices"][0]
+    assert daemon.stop() == 0
+    assert rows(path, "SELECT count(*), sum(status = 'running') FROM agent_runs") == [(20, 3)]
+    daemon = start_daemon(**settings)
+    assert daemon.wait_for_line("Pruned")["result_count"] == 5
+    assert daemon.wait_for_line("Reaped")["result_count"] in (2, 3)
+    assert daemon.stop() == 0
 
 
 def test_the_clock_is_confirmed_without_a_daemon(tmp_path: Path) -> None:
