@@ -583,6 +583,7 @@ class Store:
                 took = {"duration_ms": round((time.monotonic() - started) * 1000, 3)}
                 log.info("The full-text index is dropped", extra=took)
             elif wanted and not await connection.run(lambda it: full_text.is_complete(it) or full_text.is_begun(it)):
+                log.info("Building the full-text index")
                 await _at_once(connection, full_text.begin)
         except sqlite3.Error as error:
             raise DatabaseError(f"Cannot change the full-text index of {self._path}: {error}") from error

@@ -496,6 +496,17 @@ async def test_nothing_is_done_by_itself_while_the_clock_is_wrong(make_api: Make
     assert await count(api) == 0
 
 
+async def test_what_a_wrong_clock_commits_does_not_prove_it_right(make_api: MakeApi) -> None:
+    wrong = utc_now() + timedelta(days=400)
+    moments = [utc_now()]
+    api = await make_api(clock=lambda: moments[-1], stale_after="1h")
+    assert (await for_a_moment(api, lambda: wrong)).shown()["paused"]
+    moments.append(wrong)
+    await api.post(make_run())
+    assert (await for_a_moment(api, lambda: wrong)).shown()["paused"]
+    assert not (await for_a_moment(api, utc_now)).shown()["paused"]
+
+
 @pytest.mark.parametrize(
     ("passed", "up", "is_right"),
     [
@@ -586,7 +597,7 @@ async def test_a_daemon_that_starts_with_a_wrong_clock_deletes_nothing(
     assert daemon.stop() == 0
     assert rows(path, "SELECT count(*), sum(status = 'running') FROM agent_runs") == [(20, 3)]
     daemon = start_daemon(**settings)
-    assert daemon.wait_for_line("Pruned")["result_count"] == 5
+    assert daemon.wait_for_line("Pruned")["result_count"] == 6
     assert daemon.wait_for_line("Reaped")["result_count"] in (2, 3)
     assert daemon.stop() == 0
 
