@@ -1,4 +1,4 @@
--- The schema of a telemetryd database, version 18.
+-- The schema of a telemetryd database, version 19.
 -- Generated from migrations/ by `make schema`; do not edit.
 
 CREATE TABLE agent_runs (
@@ -71,17 +71,35 @@ CREATE TABLE alert_states (
     PRIMARY KEY (rule, agent_name, job_type, measure, first_bad_commit)
 ) STRICT, WITHOUT ROWID;
 
+CREATE TABLE backup_mark (
+    number INTEGER NOT NULL,
+    made_at TEXT NOT NULL
+) STRICT;
+
 CREATE TABLE change_feed (
     epoch TEXT NOT NULL,
     floor INTEGER NOT NULL,
     horizon INTEGER NOT NULL
 , event_floor INTEGER NOT NULL DEFAULT 0) STRICT;
 
+CREATE TABLE confirmed_prune (
+    after_s REAL NOT NULL,
+    confirmed_at TEXT NOT NULL
+) STRICT;
+
 CREATE TABLE followed_feed (
     epoch TEXT NOT NULL,
     seq INTEGER NOT NULL,
     begun INTEGER NOT NULL
 ) STRICT;
+
+CREATE TABLE run_arrivals (
+    created_at TEXT NOT NULL,
+    run INTEGER NOT NULL REFERENCES agent_runs (id) ON DELETE CASCADE,
+    agent_name TEXT NOT NULL,
+    arrived_at TEXT NOT NULL,
+    PRIMARY KEY (created_at, run)
+) STRICT, WITHOUT ROWID;
 
 CREATE TABLE run_changes (
     run INTEGER PRIMARY KEY REFERENCES agent_runs (id) ON DELETE CASCADE,
@@ -171,6 +189,12 @@ CREATE TABLE schema_migrations (
     applied_at TEXT NOT NULL
 ) STRICT;
 
+CREATE TABLE trusted_clock (
+    moment TEXT NOT NULL,
+    boot_id TEXT NOT NULL,
+    up_s REAL NOT NULL
+) STRICT;
+
 CREATE TABLE unconverted_values (
     run INTEGER NOT NULL,
     field TEXT NOT NULL,
@@ -178,6 +202,8 @@ CREATE TABLE unconverted_values (
     original ANY NOT NULL,
     PRIMARY KEY (run, field)
 ) STRICT, WITHOUT ROWID;
+
+CREATE INDEX idx_arrivals_agent ON run_arrivals (agent_name, arrived_at);
 
 CREATE UNIQUE INDEX idx_changes_seq ON run_changes (seq);
 
@@ -222,4 +248,4 @@ CREATE INDEX idx_runs_status ON agent_runs (status, created_at);
 CREATE INDEX idx_runs_website ON agent_runs (website, created_at) WHERE website IS NOT NULL;
 
 PRAGMA application_id = 1953262948;
-PRAGMA user_version = 18;
+PRAGMA user_version = 19;

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from datetime import datetime, timedelta
+from datetime import UTC, date, datetime, time, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -11,16 +11,20 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 from pydantic_core import PydanticCustomError
 
 from telemetryd import backup as backups
-from telemetryd.commands import PruneRuns, ReapRuns
+from telemetryd import clocks, rotation
+from telemetryd.commands import ConfirmPrune, PruneRuns, ReapRuns, TrustClock
 from telemetryd.errors import DatabaseError, InvalidRequestError, UnavailableError, sentence
 from telemetryd.queries import CountPrunable, CountStale
 from telemetryd.runs import MAX_INTEGER, Name, StatusValue, Timestamp, format_timestamp, validate
-from telemetryd.settings import Settings, parse_duration
+from telemetryd.settings import Settings, duration_text, parse_duration
 from telemetryd.store import Store
 
 SLICE: Final = 250
 """Runs deleted or cancelled in one transaction unless told otherwise: some 10 ms of the writer's time."""
 MAX_SLICE: Final = 1000
+
+_ANY_TIME_OF_THE_DAY: Final = timedelta(hours=12 + 14)
+"""How far noon of a day in UTC may be from a moment of that day in any time zone."""
 
 Answer = dict[str, Any]
 
@@ -37,6 +41,16 @@ Age = Annotated[
     BeforeValidator(_age),
     WithJsonSchema({"type": "string", "pattern": r"^\s*\d+(\.\d+)?\s*[smhdwSMHDW]\s*$"}),
 ]
+
+
+def _noon(value: object) -> datetime:
+    try:
+        return datetime.combine(date.fromisoformat(str(value)), time(12), UTC)
+    except ValueError as error:
+        raise PydanticCustomError("value_error", "Date must be a day such as 2025-12-24") from error
+
+
+Day = Annotated[datetime, BeforeValidator(_noon), WithJsonSchema({"type": "string", "format": "date"})]
 Limit = Annotated[int, Field(ge=1, le=MAX_SLICE)]
 
 
@@ -103,8 +117,14 @@ async def prune(store: Store, body: object, now: datetime) -> Answer:
     wanted: PruneRequest = validate(PruneRequest, body)
     before = wanted.before(now)
     if wanted.dry_run:
-        matching = await store.fetch(CountPrunable(before, wanted.agent_name, wanted.status))
-        return {"dry_run": True, "matching": matching, "created_before": before}
+        found = await store.fetch(CountPrunable(before, wanted.agent_name, wanted.status))
+        return {
+            "dry_run": True,
+            "matching": found.runs,
+            "oldest": found.oldest,
+            "ahead": list(found.ahead),
+            "created_before": before,
+        }
     versions = None if wanted.versions is None else tuple((run.id, run.updated_at) for run in wanted.versions)
     done = await store.submit(PruneRuns(before, wanted.limit, wanted.agent_name, wanted.status, versions))
     return {
@@ -128,7 +148,57 @@ async def reap(store: Store, body: object, now: datetime) -> Answer:
         matching = await store.fetch(CountStale(before, wanted.agent_name))
         return {"dry_run": True, "matching": matching, "created_before": before}
     done = await store.submit(ReapRuns(before, wanted.limit, wanted.agent_name))
-    return {"reaped": done.runs, "more": done.runs == wanted.limit, "created_before": before}
+    return {"reaped": done.runs, "more": done.more, "created_before": before}
+
+
+class ConfirmRequest(BaseModel):
+    """What the operator confirms: that runs of an age may be deleted by themselves, or that the clock is right."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    prune_after: Age | None = Field(
+        None, description="Runs of this age or older may be deleted in this database by themselves (90d)."
+    )
+    date: Day | None = Field(
+        None, description="Or: the clock is right; the date of the day, with which it has to agree."
+    )
+
+    @model_validator(mode="after")
+    def _check_one(self) -> ConfirmRequest:
+        if (self.prune_after is None) == (self.date is None):
+            raise PydanticCustomError("value_error", "Give either prune_after or date")
+        return self
+
+
+async def confirm(store: Store, body: object, now: datetime) -> Answer:
+    """Write down what the operator confirms for this database.
+
+    Raises:
+        InvalidBodyError: with every fault of the body.
+        InvalidRequestError: if the clock does not agree with the date.
+        UnavailableError: if it was not done, or may not have been; the same request may be repeated.
+
+    """
+    wanted: ConfirmRequest = validate(ConfirmRequest, body)
+    reading = clocks.read(now)
+    if wanted.prune_after is not None:
+        before = moment_ago(now, wanted.prune_after)
+        found = await store.fetch(CountPrunable(before))
+        await store.submit(ConfirmPrune(wanted.prune_after, reading))
+        return {
+            "prune_after": duration_text(wanted.prune_after),
+            "created_before": before,
+            "matching": found.runs,
+            "oldest": found.oldest,
+        }
+    assert wanted.date is not None  # noqa: S101 - checked above
+    if abs(now - wanted.date) > _ANY_TIME_OF_THE_DAY:
+        raise InvalidRequestError(
+            f"The clock says {reading.moment}, which is not {wanted.date:%Y-%m-%d}: set the clock of the daemon's "
+            "machine right; nothing was confirmed"
+        )
+    await store.submit(TrustClock(reading))
+    return {"clock": reading.moment}
 
 
 async def back_up(settings: Settings, now: datetime) -> Answer:
@@ -157,5 +227,5 @@ async def back_up(settings: Settings, now: datetime) -> Answer:
 
 
 def _back_up(database: Path, directory: Path, keep: int | None, now: datetime) -> tuple[backups.Backup, list[Path]]:
-    done = backups.backup(database, directory / backups.backup_name(database, now, compress=True), compress=True)
-    return done, [] if keep is None else backups.rotate(directory, database, keep)
+    done = backups.back_up_into(directory, database, now, compress=True)
+    return done, [] if keep is None else rotation.rotate(directory, database, keep, done.path)

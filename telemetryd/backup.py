@@ -5,20 +5,18 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import re
-import secrets
 import shutil
 import sqlite3
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import chain, count
 from pathlib import Path
 from typing import Final, Protocol
 
+from telemetryd import rotation
 from telemetryd.database import (
     APPLICATION_ID,
     IF_DAMAGED,
@@ -31,6 +29,8 @@ from telemetryd.database import (
     sync_directory,
 )
 from telemetryd.errors import DatabaseError
+from telemetryd.partials import partial_file, publish
+from telemetryd.runs import format_timestamp, utc_now
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -40,7 +40,6 @@ else:
 Watch = Callable[[str, int, int], None]
 """Called with the phase of a long work, how much of it is done, and how much there is."""
 
-COMPRESSED: Final = ".zst"
 _ZSTD: Final = b"\x28\xb5\x2f\xfd"
 _IF_BACKUP_DAMAGED: Final = (
     "take another backup, or save what can be read of a copy of it with: telemetryd check --repair --db-path COPY"
@@ -49,10 +48,7 @@ _PAGES: Final = 2048
 """Pages copied in one step: 8 MiB at the usual page size, some milliseconds."""
 _RESTARTS: Final = 3
 _PAUSE_S: Final = 0.002
-_PARTIAL: Final = ".partial"
-_ABANDONED_S: Final = 86_400
 _CHUNK: Final = 1 << 20
-_STAMPED: Final = re.compile(r"_\d{8}_\d{6}\.sqlite(?:\.zst)?")
 
 
 def ignore_progress(_phase: str, _done: int, _total: int) -> None:
@@ -80,13 +76,30 @@ class Content:
     ours: bool
 
 
-def backup_name(database: Path, moment: datetime, *, compress: bool = False) -> str:
-    """Return the name of a backup: telemetry.sqlite → telemetry_backup_20251224_100000.sqlite."""
-    return f"{database.stem}_backup_{moment:%Y%m%d_%H%M%S}.sqlite" + (COMPRESSED if compress else "")
+def back_up_into(
+    directory: Path, source: Path, moment: datetime, *, compress: bool = False, watch: Watch = ignore_progress
+) -> Backup:
+    """Copy a database to a file of a folder that is named by the moment, or by the next name that is free.
+
+    Raises:
+        DatabaseError: as `backup`.
+
+    """
+    first, *others = (directory / name for name in rotation.names(source, moment, compress=compress))
+    return backup(source, first, others, compress=compress, watch=watch)
 
 
-def backup(source: Path, destination: Path, *, compress: bool = False, watch: Watch = ignore_progress) -> Backup:
+def backup(
+    source: Path,
+    destination: Path,
+    others: Sequence[Path] = (),
+    *,
+    compress: bool = False,
+    watch: Watch = ignore_progress,
+) -> Backup:
     """Copy a database that may be in use; the copy gets its name only when it is whole, verified and synced.
+
+    If the name is taken, one of the others will do.
 
     With a write-ahead log the copy is one snapshot, taken in steps while writes go on. With a rollback
     journal a snapshot would keep writers out, so the copy first tries to catch a moment without writes
@@ -97,11 +110,13 @@ def backup(source: Path, destination: Path, *, compress: bool = False, watch: Wa
 
     """
     started = time.monotonic()
-    if destination.exists():
+    if destination.exists() and not others:
         raise DatabaseError(f"{destination} exists already; a backup never replaces a file")
     with partial_file(destination) as raw:
         try:
             blocked, expected = _copy(source, raw, watch)
+            number = rotation.next_number(destination.parent, source)
+            rotation.mark(raw, number, format_timestamp(utc_now()))
             watch("Verifying", 0, 1)
             content = verify(raw, source)
         except sqlite3.Error as error:
@@ -112,10 +127,11 @@ def backup(source: Path, destination: Path, *, compress: bool = False, watch: Wa
         if compress:
             with partial_file(Path(f"{destination}.packed")) as packed:
                 _compress(raw, packed, watch)
-                publish(packed, destination)
+                rotation.mark_packed(packed, number)
+                name = publish(packed, destination, others)
         else:
-            publish(raw, destination)
-    return Backup(destination, destination.stat().st_size, content.rows, time.monotonic() - started, blocked)
+            name = publish(raw, destination, others)
+    return Backup(name, name.stat().st_size, content.rows, time.monotonic() - started, blocked)
 
 
 def _copy(source: Path, target: Path, watch: Watch) -> tuple[bool, int | None]:
@@ -190,20 +206,6 @@ def verify(path: Path, original: Path | None = None, advice: str = IF_DAMAGED) -
     return Content(rows, version, ours)
 
 
-def rotate(directory: Path, database: Path, keep: int) -> list[Path]:
-    """Delete the oldest backups of a database in a directory, by the time in their names, except `keep`."""
-    prefix = f"{database.stem}_backup"
-    found = sorted(
-        path
-        for path in directory.iterdir()
-        if path.name.startswith(prefix) and _STAMPED.fullmatch(path.name.removeprefix(prefix))
-    )
-    surplus = found[: max(len(found) - keep, 0)]
-    for path in surplus:
-        path.unlink()
-    return surplus
-
-
 # --- Putting a file in the database's place ------------------------------------------------------
 
 
@@ -254,13 +256,16 @@ def _copy_side_files(source: Path, copy: Path) -> None:
 def _settle(copy: Path) -> None:
     """Make a copy one file, and drop what it knows of processes: since then they may have finished their runs.
 
-    Numbers of the commit sequence that were drawn since may get another meaning, so it begins a new epoch.
+    Numbers of the commit sequence that were drawn since may get another meaning, so it begins a new epoch. Nothing is
+    deleted of it by itself until that is confirmed again: old runs may be what it was restored for.
     """
     # If there is no such table there is nothing to drop, and if the file is damaged `verify` says so.
     with contextlib.suppress(sqlite3.DatabaseError), contextlib.closing(connect(copy, "rw")) as connection:
         connection.execute("PRAGMA journal_mode = DELETE").fetchall()
         connection.execute("DELETE FROM run_processes WHERE certified_at IS NULL")
         connection.execute("UPDATE change_feed SET epoch = lower(hex(randomblob(6)))")
+        connection.execute("DELETE FROM confirmed_prune")
+        connection.execute("DELETE FROM backup_mark")
 
 
 def replace(database: Path, new: Path, moment: datetime) -> Path:
@@ -294,63 +299,7 @@ def _new_name(path: Path) -> Path:
     return next(name for name in chain([path], numbered) if not os.path.lexists(name))
 
 
-def forget_leftovers(database: Path) -> None:
-    """Remove what a `restore` or a salvage left when it was killed; the caller owns the database.
-
-    That is the second name of a file that is still in its place, and copies that never became whole.
-    """
-    for path in database.parent.glob(f".{database.name}.*{_PARTIAL}*"):
-        path.unlink()
-    try:
-        status = database.stat()
-    except FileNotFoundError:
-        return
-    for path in database.parent.glob(f"{database.name}.before-*"):
-        if status.st_nlink > 1 and os.path.samestat(path.stat(), status):
-            path.unlink()
-
-
-# --- Files ---------------------------------------------------------------------------------------
-
-
-@contextmanager
-def partial_file(destination: Path) -> Iterator[Path]:
-    """Make a file of mode 0600 beside its destination for as long as it is not whole; remove what is left of it.
-
-    Raises:
-        DatabaseError: if it cannot be made or written, as on a full disk.
-
-    """
-    path = destination.with_name(f".{destination.name}.{secrets.token_hex(4)}{_PARTIAL}")
-    try:
-        _forget_old_partials(destination.parent)
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-    except OSError as error:
-        raise DatabaseError(f"Cannot write to {destination.parent}: {error.strerror}") from error
-    try:
-        yield path
-    except OSError as error:
-        raise DatabaseError(f"Cannot write {destination}: {error.strerror or error}") from error
-    finally:
-        for suffix in ("", *SIDE_FILES):
-            path.with_name(path.name + suffix).unlink(missing_ok=True)
-
-
-def _forget_old_partials(directory: Path) -> None:
-    """Remove unfinished backups that were killed; a day old, they are nobody's any more."""
-    for path in directory.glob(f".*{_PARTIAL}"):
-        if time.time() - path.stat().st_mtime > _ABANDONED_S:
-            path.unlink(missing_ok=True)
-
-
-def publish(path: Path, destination: Path) -> None:
-    """Give a finished file its name, durably and without replacing another file."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    if destination.exists():
-        raise DatabaseError(f"{destination} exists already; nothing was replaced")
-    path.rename(destination)
-    sync_directory(destination.parent)
+# --- Compression ---------------------------------------------------------------------------------
 
 
 def _compress(raw: Path, packed: Path, watch: Watch) -> None:

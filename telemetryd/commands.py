@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
+from telemetryd.clocks import Reading
 from telemetryd.runs import EVENT_ID, Row, SqlValue
 
 
@@ -161,7 +162,8 @@ class ProcessEnded:
 class PruneRuns:
     """Delete the oldest runs created before a moment, at most `limit`. Outcome: `Pruned`.
 
-    A slice that meets very many events is cut short; the rest is left for the next one.
+    A run that says it was created after its arrival counts as created then. A slice that meets large runs or many
+    events, or takes long, is cut short; the rest is left for the next one.
     If there are fewer runs than `limit`, a slice of the file's free space is returned as well.
     With `versions`, pairs of id and updated_at, only those of them that have not changed since: so a client
     deletes exactly what it has archived, whatever its clock says.
@@ -213,9 +215,48 @@ class ReapRuns:
 
 @dataclass(frozen=True, slots=True)
 class Reaped:
-    """How many runs a `ReapRuns` cancelled."""
+    """How many runs a `ReapRuns` cancelled, and whether there may be more: a slice of large runs is cut short."""
 
     runs: int
+    more: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ConfirmPrune:
+    """Allow runs of an age to be deleted by themselves. Outcome: None.
+
+    Where nothing is known of the clock yet, it is trusted as well.
+    """
+
+    after_s: float
+    clock: Reading
+
+    @property
+    def cost(self) -> int:
+        """How many rows it touches at most."""
+        return 1
+
+    @property
+    def size(self) -> int:
+        """About how many bytes it holds."""
+        return 0
+
+
+@dataclass(frozen=True, slots=True)
+class TrustClock:
+    """Note that the clock is right, or when it last was. Outcome: None."""
+
+    clock: Reading
+
+    @property
+    def cost(self) -> int:
+        """How many rows it touches at most."""
+        return 1
+
+    @property
+    def size(self) -> int:
+        """About how many bytes it holds."""
+        return 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,6 +375,29 @@ class KeepAlerts:
         return 0
 
 
+@dataclass(frozen=True, slots=True)
+class IndexTexts:
+    """Go on with the full-text index that was begun. Outcome: `Indexed`, or None if there is none or it is complete."""
+
+    @property
+    def cost(self) -> int:
+        """How many rows it touches at most."""
+        return 2_000
+
+    @property
+    def size(self) -> int:
+        """About how many bytes it holds."""
+        return 0
+
+
+@dataclass(frozen=True, slots=True)
+class Indexed:
+    """What an `IndexTexts` did: whether there is more to do."""
+
+    more: bool
+
+
+UpkeepCommand = ConfirmPrune | TrustClock
 AlertCommand = RecordAlerts | ConfirmDelivery | KeepAlerts
 Command = (
     CreateRuns
@@ -343,7 +407,11 @@ Command = (
     | EndProcess
     | PruneRuns
     | ReapRuns
+    | UpkeepCommand
+    | IndexTexts
     | ApplyChanges
     | AlertCommand
 )
-Outcome = Created | Updated | EventsCreated | Registration | ProcessEnded | Pruned | Reaped | Applied | int | None
+Outcome = (
+    Created | Updated | EventsCreated | Registration | ProcessEnded | Pruned | Reaped | Applied | Indexed | int | None
+)

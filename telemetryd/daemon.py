@@ -10,7 +10,7 @@ import socket
 import sqlite3
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -19,7 +19,6 @@ from typing import Final
 from aiohttp import web
 
 import telemetryd
-from telemetryd import upkeep
 from telemetryd.alerting import Alerting
 from telemetryd.connections import make_runner
 from telemetryd.http import make_app
@@ -32,6 +31,7 @@ from telemetryd.runs import utc_now
 from telemetryd.settings import LoadedSettings, Settings
 from telemetryd.store import Store
 from telemetryd.systemd import Notifier, passed_sockets
+from telemetryd.upkeep import Upkeep
 
 _BACKLOG: Final = 2048
 _STATUS_EVERY_S: Final = 10.0
@@ -68,10 +68,10 @@ async def running(
         store = await Store.open(settings, metrics, clock)
         try:
             await store.keep_full_text()
-            alerting = Alerting(store, rules, clock)
-            runner = make_runner(make_app(store, settings, metrics, alerting), settings)
+            alerting, upkeep = Alerting(store, rules, clock), Upkeep(store, settings, clock)
+            runner = make_runner(make_app(store, settings, metrics, alerting, upkeep), settings)
             await runner.setup()
-            chores = tuple(map(asyncio.create_task, (upkeep.keep_up(store, settings, clock), alerting.run())))
+            chores = tuple(map(asyncio.create_task, (upkeep.run(), alerting.run())))
             try:
                 yield Running(store, await _listen(runner, sockets))
             finally:
@@ -115,24 +115,28 @@ async def serve(loaded: LoadedSettings) -> int:
         log.warning("Configuration remark", extra={"remark": remark})
     notifier = Notifier()
     impatience = asyncio.create_task(_leave_after(stop))
-    async with running(settings, passed=passed_sockets()) as daemon:
-        impatience.cancel()
-        _announce(settings, daemon)
-        notifier.send(READY=1, STATUS="Serving")
-        signs = asyncio.create_task(_show_life(notifier, daemon.store))
-        stopped = asyncio.create_task(stop.wait())
-        await asyncio.wait((stopped, daemon.store.writing), return_when=asyncio.FIRST_COMPLETED)
-        stopped.cancel()
-        signs.cancel()
-        notifier.send(STOPPING=1, STATUS="Committing what is queued")
-        is_told = daemon.store.writing.done()
-        if is_told:
-            log.critical(
-                "The writer has died; exiting, so that the service manager restarts the daemon",
-                exc_info=daemon.store.writing.exception(),
-            )
-        log.info("Stopping", extra={"queue_depth": daemon.store.health().queue_depth})
-        loop.call_later(settings.shutdown_timeout_s, _give_up, settings.shutdown_timeout_s)
+    with ExitStack() as patience:
+        async with AsyncExitStack() as up:
+            with notifier.asking_for_time("Starting"):
+                daemon = await up.enter_async_context(running(settings, passed=passed_sockets()))
+            impatience.cancel()
+            _announce(settings, daemon)
+            notifier.send(READY=1, STATUS="Serving")
+            signs = asyncio.create_task(_show_life(notifier, daemon.store))
+            stopped = asyncio.create_task(stop.wait())
+            await asyncio.wait((stopped, daemon.store.writing), return_when=asyncio.FIRST_COMPLETED)
+            stopped.cancel()
+            signs.cancel()
+            notifier.send(STOPPING=1, STATUS="Committing what is queued")
+            patience.enter_context(notifier.asking_for_time("Committing what is queued"))
+            is_told = daemon.store.writing.done()
+            if is_told:
+                log.critical(
+                    "The writer has died; exiting, so that the service manager restarts the daemon",
+                    exc_info=daemon.store.writing.exception(),
+                )
+            log.info("Stopping", extra={"queue_depth": daemon.store.health().queue_depth})
+            loop.call_later(settings.shutdown_timeout_s, _give_up, settings.shutdown_timeout_s)
     death = daemon.store.writing.exception()
     if death is not None:
         # It may have come only while what was queued was committed.

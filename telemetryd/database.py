@@ -568,6 +568,13 @@ def checkpoint_passively(connection: sqlite3.Connection) -> None:
     connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
 
+def bytes_not_written_back(connection: sqlite3.Connection) -> int:
+    """Write back what no reader keeps from it, and return how much is left; only for the write connection, too."""
+    _, frames, done = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+    page_bytes: int = connection.execute("PRAGMA page_size").fetchone()[0]
+    return max(int(frames) - int(done), 0) * page_bytes
+
+
 def read_modes(connection: sqlite3.Connection) -> Modes:
     """Ask a connection how it journals and syncs."""
     journal_mode: str = connection.execute("PRAGMA journal_mode").fetchone()[0]

@@ -95,3 +95,51 @@ class Disk:
             free, least = self.last.free_bytes >> 20, self._reserve_bytes >> 20
             return f"The disk is almost full: {free} MiB are left, and {least} are kept free (TELEMETRY_MIN_FREE_MB)"
         return self.last.displaced or self._failure
+
+
+class LogWatch:
+    """Tells when something keeps the write-ahead log from being written back, and who it is as far as that is known.
+
+    The size alone tells nothing: a long write of our own makes a long log, which is written back when it is committed,
+    and cut off with the commit after that.
+
+    Args:
+        longest: how long the log may become without a word.
+        measure: finds out in the writer's thread, between two commits, how many bytes could not be written back; None
+            if that cannot be asked now.
+        is_reading: whether queries or exports of our own are at work.
+
+    """
+
+    def __init__(
+        self, longest: int, measure: Callable[[], asyncio.Future[int] | None], is_reading: Callable[[], bool]
+    ) -> None:
+        self._longest = longest
+        self._measure = measure
+        self._is_reading = is_reading
+        self._asked: asyncio.Future[int] | None = None
+        self._was_kept = False
+        self._told = False
+
+    def look(self, size: int) -> None:
+        """Take in the size of the log; call it again and again."""
+        if size <= self._longest:
+            if self._told:
+                log.info("The write-ahead log is short again", extra={"wal_bytes": size})
+            self._was_kept = self._told = False
+        elif not self._told:
+            if self._asked is None:
+                self._asked = self._measure()
+            elif self._asked.done():  # if not, a write of our own is at work
+                self._judge(self._asked, size)
+                self._asked = None
+
+    def _judge(self, answer: asyncio.Future[int], size: int) -> None:
+        is_kept = answer.exception() is None and answer.result() > self._longest // 2
+        if is_kept and self._was_kept:  # twice: a query of a moment is none that holds the log up
+            holder = "a query or an export of this daemon" if self._is_reading() else "another program"
+            log.warning(
+                f"The write-ahead log grows: {holder} holds a snapshot of the database", extra={"wal_bytes": size}
+            )
+            self._told = True
+        self._was_kept = is_kept

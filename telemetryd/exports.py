@@ -17,7 +17,6 @@ from typing import Final
 from aiohttp import web
 
 from telemetryd import tables
-from telemetryd.backup import partial_file
 from telemetryd.changes import BEGINNING
 from telemetryd.database import Connection, connect
 from telemetryd.errors import (
@@ -30,6 +29,7 @@ from telemetryd.errors import (
 )
 from telemetryd.logs import log
 from telemetryd.middleware import NOTE, mark, request_id
+from telemetryd.partials import partial_file
 from telemetryd.queries import MEDIA_TYPES, SNAPSHOT, ExportRuns, Format
 from telemetryd.runs import utc_now
 from telemetryd.settings import JournalMode, Settings
@@ -124,6 +124,11 @@ class Exports:
         self._reserve_bytes = settings.min_free_mb << 20
         self._longest_s = _LONGEST_WAL_S if settings.db_journal_mode is JournalMode.WAL else _LONGEST_S
         self._running = 0
+
+    @property
+    def are_running(self) -> bool:
+        """Whether one reads the database, or the copy that it has made of it."""
+        return self._running > 0
 
     async def answer(self, request: web.Request, query: ExportRuns) -> web.StreamResponse:
         """Stream an export; one that cannot be brought to its end is cut, so that nobody takes it for whole.

@@ -35,6 +35,7 @@ from telemetryd.rules import Rules
 from telemetryd.settings import Settings
 from telemetryd.store import Store
 from telemetryd.tails import add_feed, list_changes, stream_runs
+from telemetryd.upkeep import Upkeep
 
 STORE: Final = web.AppKey("store", Store)
 SETTINGS: Final = web.AppKey("settings", Settings)
@@ -43,6 +44,7 @@ CERTIFICATES: Final = web.AppKey("certificates", Certificates)
 BODIES: Final = web.AppKey("bodies", Bodies)
 EXPORTS: Final = web.AppKey("exports", Exports)
 ALERTING: Final = web.AppKey("alerting", Alerting)
+UPKEEP: Final = web.AppKey("upkeep", Upkeep)
 DOCUMENT: Final = web.AppKey("document", bytes)
 
 
@@ -258,6 +260,15 @@ async def reap_runs(request: web.Request) -> web.Response:
     return json_response(answer)
 
 
+async def confirm(request: web.Request) -> web.Response:
+    """Take note of what the operator confirms."""
+    body, _ = await _json_body(request)
+    answer = await admin.confirm(request.app[STORE], body, runs.utc_now())
+    request.app[UPKEEP].look_again()
+    request[NOTE].say("Confirmed", **answer)
+    return json_response(answer)
+
+
 async def make_backup(request: web.Request) -> web.Response:
     """Make a verified backup in the configured directory."""
     body, _ = await _json_body(request)
@@ -414,6 +425,8 @@ async def get_health(request: web.Request) -> web.Response:
         "wal_bytes": health.wal_bytes,
         "disk_free_bytes": health.free_bytes,
         "counts": health.counts.as_json(),
+        "automatic": request.app[UPKEEP].shown(),
+        "notices": request.app[UPKEEP].notices(),
     }
     if health.counts.warning is not None:
         answer["warning"] = health.counts.warning
@@ -484,6 +497,7 @@ class Route:
 
 _WRITE_ERRORS: Final = (400, 413, 415, 422, 503)
 _NEW_RUN: Final = ref("NewRun")
+_TEXT_OR_NULL: Final = {"anyOf": [STRING, {"type": "null"}]}
 _UPDATE_ANSWER: Final = obj(
     {
         "event_id": STRING,
@@ -894,6 +908,24 @@ ROUTES: Final[tuple[Route, ...]] = (
                                     "corrected": INTEGER,
                                 }
                             ),
+                            "automatic": obj(
+                                {
+                                    "prune_after": _TEXT_OR_NULL,
+                                    "stale_after": _TEXT_OR_NULL,
+                                    "paused": {
+                                        "type": "boolean",
+                                        "description": "Whether nothing goes on by itself, as the clock has jumped.",
+                                    },
+                                    "unconfirmed": {
+                                        "anyOf": [
+                                            obj({"would_delete": INTEGER, "oldest": _TEXT_OR_NULL}),
+                                            {"type": "null"},
+                                        ],
+                                        "description": "What prune_after would delete if it were confirmed.",
+                                    },
+                                }
+                            ),
+                            "notices": {"type": "array", "items": STRING},
                         }
                     ),
                 )
@@ -956,6 +988,12 @@ ROUTES: Final[tuple[Route, ...]] = (
                                 "more": {"type": "boolean"},
                                 "dry_run": {"type": "boolean"},
                                 "matching": INTEGER,
+                                "oldest": _TEXT_OR_NULL,
+                                "ahead": {
+                                    "type": "array",
+                                    "items": STRING,
+                                    "description": "event_ids of those whose created_at lies ahead of their arrival.",
+                                },
                                 "created_before": STRING,
                             },
                             ("created_before",),
@@ -969,6 +1007,35 @@ ROUTES: Final[tuple[Route, ...]] = (
             ("prune", "pruned", prune_runs, "Delete old runs", "PruneRequest"),
             ("reap", "reaped", reap_runs, "Cancel stale runs", "ReapRequest"),
         )
+    ),
+    Route(
+        "POST",
+        "/api/v1/admin/confirm",
+        confirm,
+        Operation(
+            "Confirm what may be done without a command",
+            "Needs authentication, or the Unix socket. Runs of an age may be deleted by themselves (a shorter age has "
+            "to be confirmed again), or the clock is right although it has jumped.",
+            tags=("admin",),
+            body=ref("ConfirmRequest"),
+            body_types=JSON_TYPES,
+            answers={
+                200: (
+                    "It is written down for this database.",
+                    obj(
+                        {
+                            "prune_after": STRING,
+                            "created_before": STRING,
+                            "matching": INTEGER,
+                            "oldest": _TEXT_OR_NULL,
+                            "clock": STRING,
+                        },
+                        (),
+                    ),
+                )
+            },
+            errors=_WRITE_ERRORS,
+        ),
     ),
     Route(
         "POST",
@@ -1009,7 +1076,13 @@ def operations() -> Iterator[tuple[str, str, Operation]]:
             yield route.method, route.path, route.operation
 
 
-def make_app(store: Store, settings: Settings, metrics: Metrics, alerting: Alerting | None = None) -> web.Application:
+def make_app(
+    store: Store,
+    settings: Settings,
+    metrics: Metrics,
+    alerting: Alerting | None = None,
+    upkeep: Upkeep | None = None,
+) -> web.Application:
     """Return the app that answers for one store."""
     passed = middleware(settings, metrics, store.flow)
     app = web.Application(middlewares=[passed], client_max_size=settings.max_body_bytes)
@@ -1018,8 +1091,10 @@ def make_app(store: Store, settings: Settings, metrics: Metrics, alerting: Alert
     app.cleanup_ctx.append(_watch_processes)
     add_feed(app, store, metrics)
     app[BODIES] = Bodies(settings.max_body_bytes)
-    app[EXPORTS] = Exports(settings)
+    app[EXPORTS] = exports = Exports(settings)
+    store.watch_reads(lambda: exports.are_running)
     app[ALERTING] = alerting or Alerting(store, Rules())
+    app[UPKEEP] = upkeep or Upkeep(store, settings)
     app[DOCUMENT] = orjson.dumps(openapi.document(operations(), needs_token=settings.api_auth_enabled))
     # aiohttp's own pattern of a variable part leaves out braces, which an event_id may hold.
     paths = ((route, route.path.replace("{event_id}", "{event_id:[^/]+}")) for route in ROUTES)

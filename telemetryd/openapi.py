@@ -463,6 +463,7 @@ def _schemas() -> dict[str, Schema]:
         (runs.CommitAssociation, "validation"),
         (admin.PruneRequest, "validation"),
         (admin.ReapRequest, "validation"),
+        (admin.ConfirmRequest, "validation"),
     ]
     _, made = models_json_schema(models, ref_template=_REF)  # type: ignore[arg-type]  # the modes are literals
     schemas: dict[str, Schema] = made["$defs"]

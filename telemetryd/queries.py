@@ -14,7 +14,8 @@ from urllib.parse import urlencode
 
 import orjson
 
-from telemetryd import filters
+from telemetryd import clocks, filters
+from telemetryd.clocks import Reading
 from telemetryd.filters import Filters, Parameters, read_integer, refuse
 from telemetryd.runs import ANSWERED, COLUMNS, MAX_INTEGER, canonical_timestamp, needed, utc_now
 
@@ -237,11 +238,42 @@ class CountRuns:
 
 @dataclass(frozen=True, slots=True)
 class CountPrunable:
-    """How many runs a `PruneRuns` without ids and limit would delete. Answer: int."""
+    """How many runs a `PruneRuns` without ids and limit would delete. Answer: `Prunable`."""
 
     created_before: str
     agent_name: str | None = None
     status: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Prunable:
+    """How many runs would be deleted, and when the oldest of them was created."""
+
+    runs: int
+    oldest: str | None
+    ahead: tuple[str, ...]
+    """The event_ids, `MAX_LIMIT` at most, of those whose created_at, ahead of their arrival, does not find them."""
+
+
+@dataclass(frozen=True, slots=True)
+class GetConfirmed:
+    """What the operator has confirmed, and when the clock was right. Answer: `Confirmed`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Confirmed:
+    """What may be done without a command, as it is stored."""
+
+    prune_after_s: float | None
+    """Runs of that age may be deleted; None while no run may be."""
+    clock: Reading | None
+    """What the clocks said when the wall clock was last known to be right."""
+    newest: str | None
+    """The newest committed time."""
+
+    def doubt(self, now: Reading) -> str | None:
+        """Say why the clock cannot be believed now, or None."""
+        return clocks.doubt(now, self.clock, self.newest)
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,6 +46,11 @@ class Readers:
             raise
         return cls(connections, timeout_s)
 
+    @property
+    def are_at_work(self) -> bool:
+        """Whether a query runs."""
+        return sum(queue.qsize() for queue in {self._quick, self._long}) < len(self._all)
+
     async def fetch(self, query: Callable[[sqlite3.Connection], T], *, is_long: bool = False) -> T:
         """Run a query in the thread of an idle connection; waiting for one counts towards the deadline.
 

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Final
 
 from telemetryd import migrate
-from telemetryd.backup import Watch, ignore_progress, partial_file, replace, verify
+from telemetryd.backup import Watch, ignore_progress, replace, verify
 from telemetryd.conversion import Converter, Original, RawValue, Tally
 from telemetryd.database import connect, lenient_text
 from telemetryd.errors import DatabaseError
+from telemetryd.partials import partial_file
 from telemetryd.runs import SqlValue, format_timestamp
 from telemetryd.statements import examining, foreign, full_text
 

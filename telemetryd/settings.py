@@ -43,6 +43,13 @@ CLIENT_VARIABLES: Final = frozenset(
 )
 """Variables of the same family that belong to the agents' side and may be set beside ours."""
 
+_REPLACED: Final = {
+    "TELEMETRY_RETENTION_DAYS": "TELEMETRY_RETENTION_DAYS has no effect, as in 3.x: nothing is deleted by itself. To "
+    "have old runs deleted, set TELEMETRY_PRUNE_AFTER (such as 90d) and confirm the age once for the database: "
+    "telemetryd prune --confirm-automatic 90d",
+}
+"""Variables of 3.x that had no effect there and look as if one of ours were meant, with the remark on each."""
+
 
 class JournalMode(StrEnum):
     """How SQLite keeps a transaction atomic (sqlite.org/pragma.html#pragma_journal_mode)."""
@@ -133,6 +140,14 @@ def parse_duration(text: object) -> float:
     return seconds
 
 
+def duration_text(seconds: float) -> str:
+    """Return a duration as it may be given again: 90d, 36h, 1.5s."""
+    unit, size = next(
+        ((unit, size) for unit, size in (("d", 86_400), ("h", 3600), ("m", 60)) if seconds % size == 0), ("s", 1)
+    )
+    return f"{seconds / size:f}".rstrip("0").rstrip(".") + unit
+
+
 _HOST_NAME: Final = re.compile(r"\*|(?=.{1,253}$)[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?)*")
 
 
@@ -203,8 +218,10 @@ class Settings(BaseModel):
     min_free_mb: Annotated[int, Field(ge=0, le=1024 * 1024)] = Field(
         64, description="MiB of disk that new runs leave free; beyond it 503, before SQLite fails. 0: no reserve."
     )
-    retention_days: Annotated[float, Field(gt=0, le=36_500, allow_inf_nan=False)] | None = Field(
-        None, description="Delete runs created more than so many days ago, by itself; none keeps them for ever."
+    prune_after: Duration | None = Field(
+        None,
+        description="Delete runs of this age (90d), by itself, once the age is confirmed for the database: "
+        "telemetryd prune --confirm-automatic 90d; none keeps them for ever.",
     )
     stale_after: Duration | None = Field(
         None, description="Cancel running runs without a change for so long (1h, 30m), by itself; none leaves them."
@@ -212,7 +229,7 @@ class Settings(BaseModel):
     full_text: bool = Field(
         False,
         description="Index the words of summaries and errors for q=; new runs cost more then. Changed at the start: on "
-        "indexes the runs that are there, off drops the index.",
+        "indexes the runs that are there while the daemon serves (searches get 503 until then), off drops the index.",
     )
     death_certificates: bool = Field(
         True,
@@ -299,10 +316,9 @@ class LoadedSettings:
         """Return variable → value and origin, with absolute paths and the token masked."""
         values = self.settings.model_dump(mode="json")
         values |= {name: str(path.absolute()) for name, path in self.settings if isinstance(path, Path)}
-        if self.settings.stale_after is not None:
-            values["stale_after"] = (
-                f"{self.settings.stale_after:f}".rstrip("0").rstrip(".") + "s"
-            )  # as it may be given again
+        values |= {
+            name: duration_text(values[name]) for name in ("prune_after", "stale_after") if values[name] is not None
+        }
         if values["api_auth_token"] is not None:
             values["api_auth_token"] = "********"  # noqa: S105 - a mask
         return {variable(name): {"value": values[name], "origin": str(self.origins[name])} for name in values}
@@ -433,7 +449,7 @@ def _problems_of_the_rest(error: ValidationError, given: Mapping[str, _Given]) -
 def _remarks(settings: Settings, variables: Mapping[str, str | None]) -> list[str]:
     known = {variable(name) for name in Settings.model_fields} | CLIENT_VARIABLES
     remarks = [
-        f"{name} is not a setting of telemetryd and has no effect"
+        _REPLACED.get(name, f"{name} is not a setting of telemetryd and has no effect")
         for name in sorted(variables)
         if name.startswith(PREFIX) and name not in known
     ]

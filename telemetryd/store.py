@@ -28,6 +28,8 @@ from telemetryd.commands import (
     CreateRuns,
     EndProcess,
     EventsCreated,
+    Indexed,
+    IndexTexts,
     Outcome,
     Process,
     ProcessEnded,
@@ -39,12 +41,14 @@ from telemetryd.commands import (
     Registration,
     Updated,
     UpdateRun,
+    UpkeepCommand,
 )
 from telemetryd.database import (
     LOG_BYTES,
     Connection,
     Modes,
     beside,
+    bytes_not_written_back,
     check_after_crash,
     check_quickly,
     checkpoint_passively,
@@ -62,7 +66,7 @@ from telemetryd.database import (
     wal_bytes,
 )
 from telemetryd.database import Kind as FileKind
-from telemetryd.disk import Disk, Look
+from telemetryd.disk import Disk, LogWatch, Look
 from telemetryd.errors import DatabaseError, DatabaseSuspectError, UnavailableError, sentence
 from telemetryd.events import EventPage
 from telemetryd.flow import Flow
@@ -70,17 +74,20 @@ from telemetryd.logs import log
 from telemetryd.metrics import Metrics
 from telemetryd.ownership import Ownership
 from telemetryd.queries import (
+    Confirmed,
     CountMatching,
     CountPrunable,
     CountRuns,
     Counts,
     CountStale,
+    GetConfirmed,
     GetRun,
     ListEvents,
     ListProcesses,
     ListRuns,
     Order,
     Page,
+    Prunable,
     Total,
 )
 from telemetryd.reader import Readers
@@ -92,6 +99,7 @@ from telemetryd.settings import Settings
 from telemetryd.statements import (
     alerting,
     choosing,
+    confirming,
     copying,
     counting,
     fetching,
@@ -114,6 +122,7 @@ Query = (
     | GetFollowed
     | CountRuns
     | CountPrunable
+    | GetConfirmed
     | CountStale
     | CountMatching
     | GetStats
@@ -132,6 +141,8 @@ Answer = (
     | Changes
     | Followed
     | Counts
+    | Prunable
+    | Confirmed
     | Findings
     | int
     | list[dict[str, Any]]
@@ -150,6 +161,7 @@ _READERS: Final[Mapping[type[Query], Callable[..., Answer]]] = {
     GetFollowed: lambda connection, query: copying.fetch_followed(connection),
     CountPrunable: fetching.count_prunable,
     CountStale: fetching.count_stale,
+    GetConfirmed: lambda connection, query: confirming.fetch_confirmed(connection),
     CountMatching: counting.count_matching,
     GetStats: rollups.fetch_stats,
     FindRegressions: regressing.fetch_regressions,
@@ -328,6 +340,8 @@ class Store:
         self.writing = asyncio.create_task(self._writer.run(), name="writer")
         """The writer's task; it ends only after `close`, or with the error that killed it."""
         self._counted: tuple[tuple[int, str], Counts] | None = None
+        self._is_read_elsewhere: Callable[[], bool] = lambda: False
+        self._log = LogWatch(2 * LOG_BYTES, self._measure_log, self._is_reading)
         self._disk = Disk(self._look, settings.min_free_mb << 20, metrics)
         self._recount = recount
         self._chores = {
@@ -396,7 +410,6 @@ class Store:
 
     async def _watch(self) -> None:
         """Notice within a second or so when a file is taken away, even if nobody writes."""
-        held_up = False
         while True:
             await asyncio.sleep(_LOOK_EVERY_S)
             await self._disk.look()
@@ -404,16 +417,17 @@ class Store:
             if self._disk.last.displaced is not None and (displaced := self._displaced()) is not None:
                 self._writer.suspect(DatabaseSuspectError(displaced))
             self._writer.rest()
-            size = self._disk.last.wal_bytes
-            if (size > 2 * LOG_BYTES) is not held_up:
-                held_up = not held_up
-                if held_up:
-                    log.warning(
-                        "The write-ahead log grows: another program holds a snapshot of the database",
-                        extra={"wal_bytes": size, "db_path": str(self._path)},
-                    )
-                else:
-                    log.info("The write-ahead log is short again", extra={"wal_bytes": size})
+            self._log.look(self._disk.last.wal_bytes)
+
+    def _measure_log(self) -> asyncio.Future[int] | None:
+        if self._opened is None:
+            return None
+        with contextlib.suppress(ValueError):  # it is being closed
+            return self._opened.connection.start(bytes_not_written_back)
+        return None
+
+    def _is_reading(self) -> bool:
+        return (self._opened is not None and self._opened.readers.are_at_work) or self._is_read_elsewhere()
 
     def _look(self) -> Look:
         return Look(shutil.disk_usage(self._path.parent).free, wal_bytes(self._path), self._displaced())
@@ -476,6 +490,12 @@ class Store:
     async def submit(self, command: ReapRuns) -> Reaped: ...
 
     @overload
+    async def submit(self, command: UpkeepCommand) -> None: ...
+
+    @overload
+    async def submit(self, command: IndexTexts) -> Indexed | None: ...
+
+    @overload
     async def submit(self, command: AlertCommand) -> int: ...
 
     async def submit(self, command: Command) -> Outcome:
@@ -515,7 +535,13 @@ class Store:
     async def fetch(self, query: CountRuns) -> Counts: ...
 
     @overload
-    async def fetch(self, query: CountPrunable | CountStale) -> int: ...
+    async def fetch(self, query: CountPrunable) -> Prunable: ...
+
+    @overload
+    async def fetch(self, query: GetConfirmed) -> Confirmed: ...
+
+    @overload
+    async def fetch(self, query: CountStale) -> int: ...
 
     @overload
     async def fetch(self, query: GetStats) -> list[dict[str, Any]]: ...
@@ -558,27 +584,35 @@ class Store:
         """Call a function after each commit, in the event loop; it has to be quick."""
         self._committed = committed
 
+    def watch_reads(self, are_at_work: Callable[[], bool]) -> None:
+        """Ask a function whether connections of our own that the store does not know of read the database."""
+        self._is_read_elsewhere = are_at_work
+
     def _tell_of_commit(self) -> None:
         self._committed()
 
     async def keep_full_text(self) -> None:
-        """Make or drop the full-text index, as the setting says; call it before anything is submitted.
+        """Begin the full-text index or drop it, as the setting says; call it before anything is submitted.
+
+        What is begun is built by `IndexTexts`, slice by slice, also after a restart; until then there is no search.
 
         Raises:
-            DatabaseError: if that is not possible; what is not finished is made anew the next time.
+            DatabaseError: if that is not possible.
 
         """
         if self._opened is None:
             return
         connection, wanted = self._opened.connection, self._settings.full_text
         try:
-            if await connection.run(full_text.is_complete if wanted else full_text.is_there) is wanted:
-                return
-            started = time.monotonic()
-            log.info("Building the full-text index" if wanted else "Dropping the full-text index")
-            await (_build_full_text(connection) if wanted else _at_once(connection, full_text.drop))
-            took = {"duration_ms": round((time.monotonic() - started) * 1000, 3)}
-            log.info("The full-text index is built" if wanted else "The full-text index is dropped", extra=took)
+            if not wanted and await connection.run(full_text.is_there):
+                started = time.monotonic()
+                log.info("Dropping the full-text index")
+                await _at_once(connection, full_text.drop)
+                took = {"duration_ms": round((time.monotonic() - started) * 1000, 3)}
+                log.info("The full-text index is dropped", extra=took)
+            elif wanted and not await connection.run(lambda it: full_text.is_complete(it) or full_text.is_begun(it)):
+                log.info("Building the full-text index")
+                await _at_once(connection, full_text.begin)
         except sqlite3.Error as error:
             raise DatabaseError(f"Cannot change the full-text index of {self._path}: {error}") from error
 
@@ -626,15 +660,6 @@ def _check_schema(plain: sqlite3.Connection, path: Path) -> None:
 
 async def _at_once(connection: Connection, step: Callable[[sqlite3.Connection], T]) -> T:
     return await connection.run(partial(full_text.at_once, step=step))
-
-
-async def _build_full_text(connection: Connection) -> None:
-    """Index every run, in slices, between which the daemon can be stopped."""
-    await _at_once(connection, full_text.begin)
-    last: int | None = full_text.FIRST_RUN
-    while last is not None:
-        last = await _at_once(connection, partial(full_text.index_slice, after=last))
-    await _at_once(connection, full_text.finish)
 
 
 async def _look_for_damage(connection: Connection, path: Path) -> None:

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import MutableMapping
+import threading
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
 from typing import Final
 
 _FIRST_DESCRIPTOR: Final = 3
+_FIRST_ASKED_S: Final = 2.0
+_ASKED_EVERY_S: Final = 10.0
+_EXTENDED_S: Final = 60.0
+"""For how much longer the manager waits after each time it is asked to."""
 
 
 class Notifier:
@@ -39,6 +45,31 @@ class Notifier:
                 connection.sendto(message.encode(), address)
             except OSError:
                 return
+
+    @contextmanager
+    def asking_for_time(self, status: str) -> Iterator[None]:
+        """Ask the manager again and again not to give up, as long as the block takes (EXTEND_TIMEOUT_USEC).
+
+        A thread does it: what takes long may well hold up the event loop.
+        """
+        is_over = threading.Event()
+
+        def ask() -> None:
+            pause_s = _FIRST_ASKED_S
+            while not is_over.wait(pause_s):
+                self.send(EXTEND_TIMEOUT_USEC=round(_EXTENDED_S * 1e6), STATUS=status)
+                pause_s = _ASKED_EVERY_S
+
+        if not self.is_active:
+            yield
+            return
+        asking = threading.Thread(target=ask, name="patience", daemon=True)
+        asking.start()
+        try:
+            yield
+        finally:
+            is_over.set()
+            asking.join()
 
 
 def _watchdog_s(environment: MutableMapping[str, str]) -> float | None:

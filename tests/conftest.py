@@ -30,6 +30,7 @@ from telemetryd.metrics import Metrics
 from telemetryd.runs import utc_now
 from telemetryd.settings import Settings
 from telemetryd.store import Store
+from telemetryd.upkeep import Upkeep
 
 # A busy machine is no fault of what is tested.
 hypothesis.settings.register_profile("unhurried", deadline=None)
@@ -118,6 +119,8 @@ async def make_api(
         store = await Store.open(settings, metrics, clock)
         stores.append(store)
         await store.keep_full_text()
+        if settings.full_text:
+            await Upkeep(store, settings).index_texts()
         client = await aiohttp_client(DaemonServer(make_app(store, settings, metrics), settings))
         clients.append(client)
         return Api(client, store, settings)

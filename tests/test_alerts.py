@@ -122,6 +122,27 @@ async def test_silent_is_what_brute_force_finds(api: Api, seed: int) -> None:
     assert Subject("never-seen") in expected
 
 
+async def test_the_clock_of_an_agent_hides_neither_its_silence_nor_its_stale_runs(make_api: MakeApi) -> None:
+    arrivals = [NOW - timedelta(hours=5)]
+    api = await make_api(clock=lambda: arrivals[-1])
+    ahead = {"created_at": at(hours=-1000), "status": "running"}
+    await post_all(api, [make_run(agent_name=name, **ahead) for name in ("far", "near", "back")])
+    await post_all(api, [make_run(agent_name="near", created_at=at(hours=1), status="success")])  # 4 h ahead, then
+    arrivals.append(NOW - timedelta(hours=2))
+    await post_all(api, [make_run(agent_name="back", **ahead)])
+    quiet = await found(api, Silent("quiet", (), ("*",), 4 * 3600))
+    assert {subject.agent_name: details["last_heard"] for subject, details in quiet.items()} == {
+        "far": at(hours=5),
+        "near": at(hours=5),
+    }
+    left = await found(api, Stale("left", (), ("*",), 4 * 3600))
+    assert {subject.agent_name: details["created_at"] for subject, details in left.items()} == {
+        "far": at(hours=5),
+        "near": at(hours=5),
+        "back": at(hours=5),
+    }
+
+
 @pytest.mark.parametrize("seed", range(3))
 async def test_the_failure_rate_is_what_brute_force_finds(api: Api, seed: int) -> None:
     runs = random_runs(seed)

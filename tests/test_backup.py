@@ -2,19 +2,23 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sqlite3
 import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
-from telemetryd import backup, migrate
+from telemetryd import backup, migrate, rotation
+from telemetryd.backup import zstd
 from telemetryd.ownership import Ownership
+from telemetryd.partials import forget_leftovers
 from tests.conftest import Daemon, StartDaemon, make_run
 from tests.faults.hot_journal import cut_off_growing
 from tests.tools.fill import make_database
@@ -74,7 +78,7 @@ def test_backups_rotate_and_are_compressed(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "telemetry_backup_of_mine.sqlite").touch()
     for day in ("20250101", "20250102", "20250103"):
-        (folder / f"telemetry_backup_{day}_000000.sqlite").touch()
+        shutil.copyfile(path, folder / f"telemetry_backup_{day}_000000.sqlite")
     done = json.loads(telemetryd("backup", folder, "--keep", "2", "--zstd", "--json", "--db-path", path).stdout)
     left = sorted(file.name for file in folder.iterdir())
     assert left == [
@@ -174,13 +178,109 @@ def test_a_restore_killed_between_its_steps_can_be_repeated(tmp_path: Path) -> N
 
 def test_unfinished_backups_go_after_a_day(tmp_path: Path) -> None:
     path = make_database(tmp_path / "telemetry.sqlite", 5)
-    old, fresh = tmp_path / ".telemetry_backup_1.sqlite.0.partial", tmp_path / ".telemetry_backup_2.sqlite.0.partial"
-    old.touch()
-    fresh.touch()
-    os.utime(old, (1, 1))
+    old = [tmp_path / f".telemetry_backup_{number}.sqlite.0000000{number}.partial" for number in range(3)]
+    shutil.copyfile(path, old[0])
+    old[0].with_name(f"{old[0].name}-journal").touch()
+    old[1].write_bytes(zstd.compress(path.read_bytes())[:5000])
+    old[2].write_text('{"id": 1, "event_id": "e"')
+    others = [tmp_path / name for name in (".mine.partial", ".a.b.01234567.partial", ".big.download.89abcdef.partial")]
+    for other in others:
+        other.write_bytes(b"" if other is others[1] else b"somebody else's")
+    fresh = tmp_path / ".telemetry_backup_9.sqlite.00000009.partial"
+    shutil.copyfile(path, fresh)
+    for file in (*old, *others):
+        os.utime(file, (1, 1))
     backup.backup(path, tmp_path / "copy.sqlite")
-    assert not old.exists()
-    assert fresh.exists()
+    kept = {"telemetry.sqlite", "copy.sqlite", fresh.name, *(other.name for other in others)}
+    assert {file.name for file in tmp_path.iterdir()} == kept
+
+
+@pytest.mark.parametrize("hours", [-25, 25])
+def test_a_disk_whose_clock_is_another_one_takes_no_unfinished_file_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hours: int
+) -> None:
+    path = make_database(tmp_path / "telemetry.sqlite", 50)
+    copy = backup._copy
+
+    def copy_and_wait(source: Path, target: Path, watch: backup.Watch) -> tuple[bool, int | None]:
+        done = copy(source, target, watch)
+        there = target.stat().st_mtime + hours * 3600
+        os.utime(target, (there, there))
+        return done
+
+    monkeypatch.setattr(backup, "_copy", copy_and_wait)
+    assert backup.backup(path, tmp_path / "copy.sqlite.zst", compress=True).rows == 50
+
+
+def test_what_a_restore_left_is_told_from_the_files_of_others(tmp_path: Path) -> None:
+    path = make_database(tmp_path / "telemetry.sqlite", 5)
+    left = [f".telemetry.sqlite.restored.01234567.partial{suffix}" for suffix in ("", "-wal")]
+    others = [".telemetry.sqlite.csv.01234567.partial", ".telemetry.sqlite.partial", ".telemetry.sqlite.x.partial-wal"]
+    for name in (*left, *others):
+        (tmp_path / name).write_text("x")
+    forget_leftovers(path)
+    assert {file.name for file in tmp_path.iterdir()} == {"telemetry.sqlite", *others}
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_a_clock_that_is_set_back_costs_no_backup(tmp_path: Path, compress: bool) -> None:
+    path = make_database(tmp_path / "telemetry.sqlite", 5)
+    folder = tmp_path / "backups"
+    folder.mkdir()
+    ahead, behind = datetime(2026, 1, 9, tzinfo=UTC), datetime(2026, 1, 2, tzinfo=UTC)
+    made = []
+    for moment in (ahead, ahead, behind, behind, behind):  # also several within one second
+        made.append(backup.back_up_into(folder, path, moment, compress=compress).path)
+        removed = rotation.rotate(folder, path, 2, made[-1])
+        assert made[-1] not in removed
+        assert names_in(folder) == sorted(path.name for path in made[-2:])
+    os.utime(made[-1], (1, 1))
+    assert rotation.rotate(folder, path, 1, made[-2]) == []  # neither the one just made nor a later one
+
+
+def test_only_backups_that_are_ours_rotate(tmp_path: Path) -> None:
+    path = make_database(tmp_path / "telemetry.sqlite", 5)
+    folder = tmp_path / "backups"
+    folder.mkdir()
+    theirs = {
+        "telemetry_backup_20250101_000000.sqlite": b"",
+        "telemetry_backup_20250102_000000.sqlite": b"SQLite format 3\0 of the replaced service".ljust(200, b"\0"),
+        "telemetry_backup_20250103_000000.sqlite.zst": b"something else",
+        "other_backup_20250101_000000.sqlite": path.read_bytes(),
+    }
+    for name, content in theirs.items():
+        (folder / name).write_bytes(content)
+    (folder / "telemetry_backup_20250104_000000.sqlite").symlink_to(path)
+    shutil.copyfile(path, folder / "telemetry_backup_20250105_000000.sqlite")  # of a version that wrote no number
+    done = backup.back_up_into(folder, path, datetime(2024, 1, 1, tzinfo=UTC))
+    assert [gone.name for gone in rotation.rotate(folder, path, 1, done.path)] == [
+        "telemetry_backup_20250105_000000.sqlite"
+    ]
+    assert names_in(folder) == sorted([*theirs, "telemetry_backup_20250104_000000.sqlite", done.path.name])
+
+
+def test_backups_of_one_second_all_succeed(tmp_path: Path) -> None:
+    path = make_database(tmp_path / "telemetry.sqlite", 5)
+    folder = tmp_path / "backups"
+    folder.mkdir()
+    moment = datetime(2026, 1, 2, tzinfo=UTC)
+    with ThreadPoolExecutor(4) as threads:
+        done = [*threads.map(lambda _: backup.back_up_into(folder, path, moment, compress=True), range(4))]
+    assert names_in(folder) == sorted({made.path.name for made in done})
+    assert len(done) == len(names_in(folder)) == 4
+    assert all(made.rows == 5 for made in done)
+
+
+def test_a_marked_backup_is_restored_without_its_mark(tmp_path: Path) -> None:
+    path = make_database(tmp_path / "telemetry.sqlite", 5)
+    made = backup.back_up_into(tmp_path, path, datetime(2026, 1, 2, tzinfo=UTC), compress=True).path
+    backup.restore(made, tmp_path / "new.sqlite", datetime(2026, 1, 3, tzinfo=UTC))
+    with closing(sqlite3.connect(tmp_path / "new.sqlite")) as connection:
+        assert connection.execute("SELECT count(*) FROM backup_mark").fetchone() == (0,)
 
 
 def test_a_snapshot_of_an_owned_database_needs_no_lock(tmp_path: Path) -> None:
@@ -256,6 +356,6 @@ def test_a_compressed_backup_is_known_by_its_content(tmp_path: Path) -> None:
 def test_every_path_in_the_report_is_absolute(tmp_path: Path) -> None:
     path = make_database(tmp_path / "telemetry.sqlite", 3)
     (tmp_path / "kept").mkdir()
-    (tmp_path / "kept" / "telemetry_backup_20250101_000000.sqlite").touch()
+    shutil.copyfile(path, tmp_path / "kept" / "telemetry_backup_20250101_000000.sqlite")
     done = telemetryd("backup", "kept", "--keep", "1", "--json", "--db-path", path, cwd=tmp_path)
     assert json.loads(done.stdout)["removed"] == [str(tmp_path / "kept" / "telemetry_backup_20250101_000000.sqlite")]

@@ -496,7 +496,7 @@ def test_many_processes_that_are_killed_at_once(start_daemon: StartDaemon, spawn
 def test_a_stale_run_that_was_reaped_and_a_run_that_was_deleted_leave_nothing(
     start_daemon: StartDaemon, spawn: Spawn, tmp_path: Path
 ) -> None:
-    daemon = start_daemon(TELEMETRY_STALE_AFTER="1s", TELEMETRY_RETENTION_DAYS="3650")
+    daemon = start_daemon(TELEMETRY_STALE_AFTER="1s", TELEMETRY_PRUNE_AFTER="3650d")
     url = daemon.url
     agent = spawn()
     path = new_run(url)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import threading
 import time
@@ -21,8 +23,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from telemetryd import disk
-from telemetryd.disk import Disk, Look
+from telemetryd.disk import Disk, LogWatch, Look
 from telemetryd.errors import LowDiskError
+from telemetryd.logs import LOGGER_NAME
 from telemetryd.metrics import Metrics
 from telemetryd.mounts import network_file_system
 from tests.conftest import Api, Daemon, MakeApi, StartDaemon, eventually, make_run, require_program, small_file_system
@@ -341,3 +344,58 @@ def test_a_database_on_a_network_file_system_is_warned_of(start_daemon: StartDae
     daemon = start_daemon(prefix=prefix)
     assert daemon.wait_for_line("The database is on a network file system")["file_system"] == "nfs4"
     assert daemon.stop() == 0
+
+
+# --- The write-ahead log -------------------------------------------------------------------------
+
+
+def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records]
+
+
+@pytest.mark.parametrize(("is_reading", "holder"), [(False, "another program"), (True, "a query or an export of this")])
+async def test_a_log_that_is_held_up_is_told_of_with_its_holder(
+    caplog: pytest.LogCaptureFixture, is_reading: bool, holder: str
+) -> None:
+    kept = [80]
+
+    def measure() -> asyncio.Future[int]:
+        answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        answer.set_result(kept[0])
+        return answer
+
+    with caplog.at_level(logging.INFO, LOGGER_NAME):
+        watch = LogWatch(100, measure, lambda: is_reading)
+        for _ in range(8):
+            watch.look(200)
+        (message,) = told(caplog)
+        assert holder in message
+        watch.look(10)
+        assert told(caplog)[1:] == ["The write-ahead log is short again"]
+        kept[0] = 0  # a long write of our own, all of which is written back: the file stays long until the next commit
+        for _ in range(8):
+            watch.look(200)
+        assert len(told(caplog)) == 2
+
+
+async def test_a_long_write_of_our_own_is_nobodys_snapshot(caplog: pytest.LogCaptureFixture) -> None:
+    answers: list[asyncio.Future[int]] = []
+
+    def measure() -> asyncio.Future[int]:
+        answers.append(asyncio.get_running_loop().create_future())
+        return answers[-1]
+
+    with caplog.at_level(logging.INFO, LOGGER_NAME):
+        watch = LogWatch(100, measure, lambda: False)
+        for _ in range(8):  # the writer's thread is at work and does not answer
+            watch.look(1000)
+        assert len(answers) == 1
+        answers[0].set_result(1000)
+        for _ in range(4):  # kept once, by a query of a moment
+            watch.look(1000)
+        answers[1].set_result(0)
+        watch.look(1000)
+        watch.look(1000)
+        answers[2].set_exception(sqlite3.OperationalError("locked"))
+        watch.look(1000)
+        assert told(caplog) == []

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 
-from telemetryd.backup import rotate
 from telemetryd.errors import AddressError
 from telemetryd.listening import _bind_unix
 from tests.conftest import Api, MakeApi, StartDaemon, make_run
@@ -337,22 +336,6 @@ async def test_a_request_cannot_name_where_a_backup_goes(make_api: MakeApi, tmp_
         await send(api, "POST", path + query, json={}, headers=headers)
     assert {str(file) for file in os.scandir(tmp_path) if "backup_" in file.name} == set()
     assert {file.name.partition("_backup_")[0] for file in os.scandir(folder)} <= {"telemetry"}
-
-
-def test_rotation_removes_only_backups_of_this_database(tmp_path: Path) -> None:
-    precious = tmp_path / "precious"
-    precious.write_text("keep")
-    names = [f"telemetry_backup_2025010{day}_000000.sqlite" for day in range(1, 5)]
-    for name in names[:3]:
-        (tmp_path / name).write_text("")
-    (tmp_path / names[3]).symlink_to(precious)
-    others = ["telemetry_backup_20250101_000000.sqlite.part", "other_backup_20250101_000000.sqlite", "telemetry.sqlite"]
-    for name in others:
-        (tmp_path / name).write_text("")
-    removed = rotate(tmp_path, tmp_path / "telemetry.sqlite", 0)
-    assert [path.name for path in removed] == names
-    assert precious.read_text() == "keep"
-    assert {path.name for path in tmp_path.iterdir()} == {"precious", *others}
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")

@@ -87,7 +87,7 @@ def test_the_defaults_are_those_of_the_guide_and_the_contract() -> None:
         "max_body_bytes": 16_777_216,
         "max_batch": 10_000,
         "min_free_mb": 64,
-        "retention_days": None,
+        "prune_after": None,
         "stale_after": None,
         "full_text": False,
         "death_certificates": True,
@@ -135,7 +135,7 @@ def test_a_flag_beats_the_environment_which_beats_dotenv_which_beats_the_default
         "log_level": ["debug", "WARNING", "ERROR"],
         "log_format": ["text", "json", "text"],
         "api_workers": ["1", "1", "1"],
-        "retention_days": ["1.5", "2.5", "3.5"],
+        "prune_after": ["1.5s", "36h", "90d"],
         "stale_after": ["1.5s", "2.5s", "3.5s"],
         "backup_keep": ["1", "2", "3"],
     }
@@ -151,7 +151,7 @@ def test_a_flag_beats_the_environment_which_beats_dotenv_which_beats_the_default
 
     def value_of(found: LoadedSettings) -> str:
         value = found.settings.model_dump()[name]
-        if name == "stale_after":
+        if name in ("prune_after", "stale_after"):
             return found.shown()[variable(name)]["value"] or "none"  # as it may be given again
         shown = value.get_secret_value() if name == "api_auth_token" else value
         return str(shown).lower()
@@ -207,7 +207,7 @@ WRONG = {
     "TELEMETRY_MAX_BODY_BYTES": "1023",
     "TELEMETRY_MAX_BATCH": "many",
     "TELEMETRY_MIN_FREE_MB": "-1",
-    "TELEMETRY_RETENTION_DAYS": "0",
+    "TELEMETRY_PRUNE_AFTER": "90",
     "TELEMETRY_STALE_AFTER": "soon",
     "TELEMETRY_FULL_TEXT": "perhaps",
     "TELEMETRY_DEATH_CERTIFICATES": "perhaps",
@@ -365,6 +365,19 @@ def test_an_unknown_variable_of_the_family_is_remarked_on(tmp_path: Path) -> Non
         "TELEMETRY_API_PROT is not a setting of telemetryd and has no effect",
         "TELEMETRY_DB_PAHT is not a setting of telemetryd and has no effect",
     )
+
+
+@pytest.mark.parametrize("where", ["environment", ".env"])
+def test_the_retention_of_the_replaced_service_has_no_effect_and_is_remarked_on(tmp_path: Path, where: str) -> None:
+    given = {"TELEMETRY_RETENTION_DAYS": "30"}
+    if where == ".env":
+        (tmp_path / ".env").write_text("TELEMETRY_RETENTION_DAYS=30\n")
+        given = {}
+    (remark,) = loaded(given, tmp_path / ".env").remarks
+    assert remark.startswith("TELEMETRY_RETENTION_DAYS has no effect")
+    assert "TELEMETRY_PRUNE_AFTER" in remark
+    assert "telemetryd prune --confirm-automatic 90d" in remark
+    assert remark in run(tmp_path, "config", **given).stderr
 
 
 def test_a_token_that_is_not_asked_for_is_remarked_on(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import closing, suppress
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from importlib import import_module
 from pathlib import Path
@@ -20,14 +20,20 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from backports import zstd
 
+from telemetryd import admin as admin_commands
 from telemetryd.cli import target
-from telemetryd.commands import CreateRuns
+from telemetryd.clocks import Reading, doubt
+from telemetryd.commands import CreateEvents, CreateRuns
 from telemetryd.database import connect
+from telemetryd.errors import InvalidRequestError
+from telemetryd.metrics import Metrics
 from telemetryd.middleware import error_response
-from telemetryd.runs import format_timestamp, parse_run
+from telemetryd.runs import format_timestamp, parse_run, utc_now
 from telemetryd.settings import Settings
-from telemetryd.upkeep import keep_up
-from tests.conftest import Api, Daemon, MakeApi, StartDaemon, make_run
+from telemetryd.statements import thinning
+from telemetryd.store import Store
+from telemetryd.upkeep import Upkeep
+from tests.conftest import Api, Daemon, MakeApi, StartDaemon, make_run, require_program
 from tests.tools.fill import make_database
 from tests.tools.process import telemetryd
 
@@ -402,27 +408,308 @@ def test_a_prune_killed_at_any_moment_loses_no_run_and_can_be_repeated(
     assert daemon.stop() == 0
 
 
-async def test_it_is_done_at_any_age(make_api: MakeApi) -> None:
-    posted = datetime.now(UTC)
-    api = await make_api(clock=lambda: posted, stale_after="1000000s", retention_days=30)
+# --- By itself -----------------------------------------------------------------------------------
+
+
+async def for_a_moment(api: Api, now: Callable[[], datetime] = utc_now) -> Upkeep:
+    """Let the upkeep look at everything once, and do what it does."""
+    upkeep = Upkeep(api.store, api.settings, now)
+    task = asyncio.create_task(upkeep.run())
+    done: list[int] = []
+    while len(done) < 3 or done[-1] != done[-3]:
+        await asyncio.sleep(0.05)
+        done.append(api.store.health().groups)
+    task.cancel()
+    await asyncio.wait((task,))
+    return upkeep
+
+
+async def confirm(api: Api, **body: Any) -> Any:
+    return await admin(api, "confirm", **body)
+
+
+async def test_nothing_is_deleted_by_itself_until_the_age_is_confirmed(make_api: MakeApi) -> None:
+    api = await authorised(make_api, prune_after="90d")
+    await fill(api)
+    upkeep = await for_a_moment(api)
+    assert await count(api) == 650
+    assert upkeep.shown()["unconfirmed"]["would_delete"] == 600
+    (notice,) = upkeep.notices()
+    assert "600 runs would be deleted" in notice
+    assert upkeep.shown()["unconfirmed"]["oldest"][:10] in notice
+    assert notice.endswith("telemetryd prune --confirm-automatic 90d")
+    answer = await confirm(api, prune_after="90d")
+    assert (answer["prune_after"], answer["matching"]) == ("90d", 600)
+    upkeep = await for_a_moment(api)
+    assert await count(api) == 50
+    assert (upkeep.shown()["unconfirmed"], upkeep.notices()) == (None, [])
+    totals_are_right(api.settings.db_path)
+
+
+@pytest.mark.parametrize(
+    ("confirmed", "after", "left"), [("90d", "90d", 0), ("90d", "95d", 0), ("90d", "60d", 3), ("60d", "90d", 0)]
+)
+async def test_only_a_shorter_age_is_confirmed_again(make_api: MakeApi, confirmed: str, after: str, left: int) -> None:
+    api = await authorised(make_api, prune_after=after)
+    await api.batch([make_run(created_at=ago(days=100)) for _ in range(3)])
+    await confirm(api, prune_after=confirmed)
+    upkeep = await for_a_moment(api)
+    assert await count(api) == left
+    assert bool(upkeep.notices()) is bool(left)
+
+
+async def test_what_is_confirmed_is_one_thing(make_api: MakeApi) -> None:
+    api = await authorised(make_api)
+    for body in (
+        {},
+        {"prune_after": "90"},
+        {"prune_after": "90d", "date": "2026-01-01"},
+        {"date": "today"},
+        {"date": "2001-13-01"},
+    ):
+        await api.call("POST", "/api/v1/admin/confirm", json=body, status=422)
+    refused = await api.call("POST", "/api/v1/admin/confirm", json={"date": "2001-01-01"}, status=400)
+    assert "set the clock" in refused["detail"]
+
+
+async def test_nothing_is_done_by_itself_while_the_clock_is_wrong(make_api: MakeApi) -> None:
+    api = await authorised(make_api, prune_after="90d", stale_after="1h")
     await api.batch([make_run(status=status) for status in ("running", "success")])
-    for days, expected in ((11, ["running", "success"]), (12, ["cancelled", "success"]), (31, [])):
-        now = posted + timedelta(days=days)
-        with suppress(TimeoutError):
-            async with asyncio.timeout(0.5):
-                await keep_up(api.store, api.settings, lambda now=now: now)  # type: ignore[misc]
-        assert sorted(run["status"] for run in await api.list()) == expected
+    await confirm(api, prune_after="90d")
+
+    def wrong() -> datetime:
+        return utc_now() + timedelta(days=400)
+
+    for _ in range(2):  # the second one as after a restart, when it has been committed by the wrong clock
+        upkeep = await for_a_moment(api, wrong)
+        assert sorted(run["status"] for run in await api.list()) == ["running", "success"]
+        assert upkeep.shown()["paused"]
+        (notice,) = upkeep.notices()
+        assert "telemetryd confirm-clock" in notice
+        await api.store.submit(CreateEvents((await api.list())[0]["event_id"], (("k", "x", "", None),)))
+    upkeep = await for_a_moment(api)
+    assert not upkeep.shown()["paused"]
+    with pytest.raises(InvalidRequestError):
+        await admin_commands.confirm(api.store, {"date": f"{utc_now():%Y-%m-%d}"}, wrong())
+    await admin_commands.confirm(api.store, {"date": f"{wrong():%Y-%m-%d}"}, wrong())
+    await for_a_moment(api, wrong)
+    assert await count(api) == 0
 
 
-async def test_the_daemon_does_it_by_itself_if_told_to(start_daemon: StartDaemon) -> None:
-    daemon = start_daemon(TELEMETRY_RETENTION_DAYS="90", TELEMETRY_STALE_AFTER="1s")
+async def test_what_a_wrong_clock_commits_does_not_prove_it_right(make_api: MakeApi) -> None:
+    wrong = utc_now() + timedelta(days=400)
+    moments = [utc_now()]
+    api = await make_api(clock=lambda: moments[-1], stale_after="1h")
+    assert (await for_a_moment(api, lambda: wrong)).shown()["paused"]
+    moments.append(wrong)
+    await api.post(make_run())
+    assert (await for_a_moment(api, lambda: wrong)).shown()["paused"]
+    assert not (await for_a_moment(api, utc_now)).shown()["paused"]
+
+
+@pytest.mark.parametrize(
+    ("passed", "up", "is_right"),
+    [
+        (timedelta(days=3), timedelta(days=3), True),  # nobody used it, on a machine that went on
+        (timedelta(hours=20), None, True),
+        (timedelta(days=3), None, False),  # the machine was off, or the clock is wrong: who knows
+        (timedelta(days=400), timedelta(minutes=1), False),
+        (timedelta(days=-400), timedelta(minutes=1), False),
+        (timedelta(days=-2), None, False),
+    ],
+)
+def test_within_one_boot_any_rest_is_told_from_a_jump(passed: timedelta, up: timedelta | None, is_right: bool) -> None:
+    known = datetime(2026, 1, 1, tzinfo=UTC)
+    trusted = Reading(format_timestamp(known), "boot", 100.0)
+    now = Reading(
+        format_timestamp(known + passed),
+        "boot" if up is not None else "another",
+        100.0 + up.total_seconds() if up is not None else 0.0,
+    )
+    assert (doubt(now, trusted, None) is None) is is_right
+
+
+def test_a_clock_that_was_never_asked_for_is_compared_with_what_was_committed() -> None:
+    now = Reading("2026-01-03T00:00:00.000000Z", "boot", 1.0)
+    assert doubt(now, None, None) is None
+    assert doubt(now, None, "2026-01-02T12:00:00.000000Z") is None
+    assert "2026-01-01T00:00:00" in (doubt(now, None, "2026-01-01T00:00:00.000000Z") or "")
+
+
+async def test_what_was_confirmed_is_not_restored(make_api: MakeApi, tmp_path: Path) -> None:
+    api = await authorised(make_api)
+    await confirm(api, prune_after="90d")
+    confirmed = "SELECT after_s FROM confirmed_prune"
+    assert rows(api.settings.db_path, confirmed) == [(90 * 86_400,)]
+    telemetryd("backup", tmp_path / "copy.sqlite", "--db-path", api.settings.db_path)
+    telemetryd("restore", tmp_path / "copy.sqlite", "--db-path", tmp_path / "other.sqlite")
+    assert rows(tmp_path / "other.sqlite", confirmed) == []
+
+
+async def test_the_daemon_does_it_by_itself_if_told_to_and_confirmed(start_daemon: StartDaemon) -> None:
+    settings = {"TELEMETRY_PRUNE_AFTER": "90d", "TELEMETRY_STALE_AFTER": "1s", "TELEMETRY_RETENTION_DAYS": "30"}
+    daemon = start_daemon(**settings)
     await post(daemon, [make_run() for _ in range(3)])
     assert daemon.wait_for_line("Reaped")["result_count"] == 3
     await post(daemon, old_runs(3))
     daemon.stop()
-    daemon = start_daemon(TELEMETRY_RETENTION_DAYS="90")
+    telemetryd("prune", "--confirm-automatic", "120d", "--db-path", daemon.database)
+    socket = daemon.folder / "d.sock"
+    daemon = start_daemon(**settings, TELEMETRY_API_UNIX=str(socket))
+    reason = daemon.wait_for_line("Nothing is deleted by itself yet")["reason"]
+    assert "3 runs would be deleted" in reason
+    assert "confirmed are 120d" in reason
+    async with aiohttp.ClientSession() as session, session.get(f"{daemon.url}/health") as answer:
+        health = await answer.json()
+    assert (health["status"], health["notices"]) == ("ok", [reason])
+    there = ("--unix", str(socket), "--db-path", str(daemon.database))
+    done = json.loads(telemetryd("prune", "--confirm-automatic", "90d", "--json", *there).stdout)
+    assert done["matching"] == 3
     assert daemon.wait_for_line("Pruned")["result_count"] == 3
     totals_are_right(daemon.database)
+
+
+@pytest.fixture
+def wall_clock(tmp_path: Path) -> Path:
+    """A library under which a process sees another wall clock."""
+    require_program("gcc", "gcc")
+    library, source = tmp_path / "wall_clock.so", Path(__file__).parent / "faults" / "wall_clock.c"
+    subprocess.run(["gcc", "-O2", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
+    return library
+
+
+async def test_a_daemon_that_starts_with_a_wrong_clock_deletes_nothing(
+    start_daemon: StartDaemon, tmp_path: Path, wall_clock: Path
+) -> None:
+    wrong = tmp_path / "clock"
+    wrong.write_text(str(400 * 86_400))
+    path = make_database(tmp_path / "telemetry.sqlite", 20)
+    store = await Store.open(Settings(db_path=path), Metrics())
+    await admin_commands.confirm(store, {"prune_after": "90d"}, utc_now())
+    await store.close()
+    settings = {"TELEMETRY_PRUNE_AFTER": "90d", "TELEMETRY_STALE_AFTER": "1h"}
+    daemon = start_daemon(**settings, LD_PRELOAD=str(wall_clock), WALL_CLOCK=str(wrong))
+    assert daemon.wait_for_line("The clock has jumped")["level"] == "ERROR"
+    async with aiohttp.ClientSession() as session, session.get(f"{daemon.url}/health") as answer:
+        health = await answer.json()
+    assert health["automatic"]["paused"]
+    assert "confirm-clock" in health["notices"][0]
+    assert daemon.stop() == 0
+    assert rows(path, "SELECT count(*), sum(status = 'running') FROM agent_runs") == [(20, 3)]
+    daemon = start_daemon(**settings)
+    assert daemon.wait_for_line("Pruned")["result_count"] == 6
+    assert daemon.wait_for_line("Reaped")["result_count"] in (2, 3)
+    assert daemon.stop() == 0
+
+
+def test_the_clock_is_confirmed_without_a_daemon(tmp_path: Path) -> None:
+    path = make_database(tmp_path / "telemetry.sqlite", 3)
+    assert "the clock says" in telemetryd("confirm-clock", f"{utc_now():%Y-%m-%d}", "--db-path", path).stdout
+    assert len(rows(path, "SELECT * FROM trusted_clock")) == 1
+    assert "set the clock" in telemetryd("confirm-clock", "2001-01-01", "--db-path", path, status=1).stderr
+
+
+# --- Age -----------------------------------------------------------------------------------------
+
+
+async def test_a_run_from_the_future_is_as_old_as_its_arrival(make_api: MakeApi) -> None:
+    arrival = datetime.now(UTC) - timedelta(days=100)
+    api = await authorised(make_api, clock=lambda: arrival)
+    future = format_timestamp(arrival + timedelta(days=1000))
+    await api.batch([make_run(created_at=future, agent_name=name) for name in ("a", "b")])
+    await api.batch([make_run(created_at=future, agent_name="a", status="success"), make_run(agent_name="a")])
+    found = await admin(api, "prune", older_than="90d", dry_run=True)
+    assert (found["matching"], found["oldest"]) == (4, format_timestamp(arrival))
+    assert (await admin(api, "prune", older_than="110d", dry_run=True))["matching"] == 0
+    assert (await admin(api, "reap", older_than="90d", dry_run=True))["matching"] == 3
+    assert (await admin(api, "reap", older_than="90d", agent_name="b"))["reaped"] == 1
+    assert (await admin(api, "prune", older_than="90d", agent_name="a", status="running"))["pruned"] == 2
+    assert (await admin(api, "prune", older_than="90d"))["pruned"] == 2
+    assert rows(api.settings.db_path, "SELECT count(*) FROM run_arrivals") == [(0,)]
+    totals_are_right(api.settings.db_path)
+
+
+@pytest.mark.parametrize("is_remote", [False, True])
+async def test_a_run_from_the_future_is_archived_like_any_other(
+    make_api: MakeApi, tmp_path: Path, is_remote: bool
+) -> None:
+    now = datetime.now(UTC)
+    moments = [now - timedelta(days=100)]
+    api = await authorised(make_api, clock=lambda: moments[-1])
+    created = [make_run(created_at=ago(days=days)) for days in (-1000, 200, -1000)]
+    await api.batch(created[:2])
+    moments.append(now)
+    await api.batch(created[2:])
+    await api.call("POST", f"/api/v1/runs/{created[0]['event_id']}/events", json={"event_type": "step"}, status=201)
+    upkeep = import_module("telemetryd.cli.upkeep")
+    there = target.Remote(api.client) if is_remote else target.Local(api.store)  # type: ignore[arg-type]
+    chosen = {"created_before": ago(days=90)}
+    count = await there.prune({**chosen, "dry_run": True})
+    pages = upkeep._chosen_pages(there, chosen, count["ahead"])
+    archive = tmp_path / "archive.zst"
+    assert await upkeep._write_archive(there, pages, archive, lambda rows: None) == 2
+    (versions,) = upkeep._archived_versions(archive)
+    assert (await there.prune({**chosen, "versions": versions}))["pruned"] == 2
+    with zstd.open(archive, "rb") as packed:
+        archived = {run["event_id"]: len(run["events"]) for run in map(json.loads, packed)}
+    assert archived == {created[1]["event_id"]: 0, created[0]["event_id"]: 1}
+    assert [run["event_id"] for run in await api.list()] == [created[2]["event_id"]]
+
+
+async def test_a_batch_and_its_repeat_note_each_arrival_once(make_api: MakeApi) -> None:
+    api = await make_api()
+    ahead = [make_run(created_at=ago(days=-days)) for days in (1, 2)]
+    for _ in range(2):
+        await api.batch([*ahead, ahead[0], make_run(), make_run(created_at=ago(days=1))])
+    noted = rows(
+        api.settings.db_path,
+        "SELECT event_id FROM run_arrivals AS a JOIN agent_runs AS r ON r.id = a.run AND r.created_at = a.created_at "
+        "AND r.updated_at = a.arrived_at AND r.agent_name = a.agent_name ORDER BY r.id",
+    )
+    assert noted == [(run["event_id"],) for run in ahead]
+
+
+# --- Slices --------------------------------------------------------------------------------------
+
+
+async def test_a_slice_is_bounded_in_bytes(make_api: MakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(thinning, "SLICE_BYTES", 80_000)
+    api = await authorised(make_api)
+    await api.batch([make_run(created_at=ago(days=100), error_details="x" * size * 10_000) for size in (3, 3, 3, 9, 1)])
+    assert (await admin(api, "reap", older_than="1h", dry_run=True))["matching"] == 0
+    with closing(sqlite3.connect(api.settings.db_path)) as connection, connection:
+        connection.execute("UPDATE agent_runs SET updated_at = created_at")
+    for command, counted in (("reap", "reaped"), ("prune", "pruned")):
+        slices = []
+        while not slices or slices[-1]["more"]:
+            slices.append(await admin(api, command, older_than="1h" if command == "reap" else "90d"))
+        assert [answer[counted] for answer in slices if answer[counted]] == [2, 1, 1, 1]
+    totals_are_right(api.settings.db_path)
+
+
+async def test_a_slice_is_bounded_in_the_bytes_of_events(make_api: MakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(thinning, "SLICE_BYTES", 80_000)
+    api = await authorised(make_api)
+    runs = [make_run(created_at=ago(days=100)) for _ in range(2)]
+    await api.batch(runs)
+    events = [{"event_type": "step", "event_key": str(n), "payload": {"text": "x" * 10_000}} for n in range(12)]
+    await api.call("POST", f"/api/v1/runs/{runs[0]['event_id']}/events", json=events, status=201)
+    answer = await admin(api, "prune", older_than="90d")
+    assert answer["more"]
+    assert 0 < rows(api.settings.db_path, "SELECT count(*) FROM run_events")[0][0] < 12
+    while answer["more"]:
+        answer = await admin(api, "prune", older_than="90d")
+    assert rows(api.settings.db_path, "SELECT count(*) FROM run_events") == [(0,)]
+    assert await count(api) == 0
+
+
+def test_a_slice_ends_when_its_time_is_over() -> None:
+    now = [0.0]
+    budget = thinning.Budget(lambda: now[0])
+    assert budget.take([("a", 1), ("b", 1)]) == [("a",), ("b",)]
+    assert not budget.is_spent
+    now[0] = 1.0
+    assert budget.is_spent
 
 
 def test_an_archive_that_finds_no_room_deletes_nothing(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ _COMMANDS: Final = {
     "check": "database",
     "prune": "upkeep",
     "reap": "upkeep",
+    "confirm-clock": "upkeep",
     "stats": "statistics",
     "regressions": "regressions",
     "alerts": "alerts",
@@ -51,7 +52,8 @@ class Commands(click.Group):
         if cmd_name not in _COMMANDS:
             return None
         module = import_module(f"telemetryd.cli.{_COMMANDS[cmd_name]}")
-        command: click.Command = getattr(module, f"{cmd_name}_" if iskeyword(cmd_name) else cmd_name)
+        name = cmd_name.replace("-", "_")
+        command: click.Command = getattr(module, f"{name}_" if iskeyword(name) else name)
         for described in (command, *(command.commands.values() if isinstance(command, click.Group) else ())):
             described.help = _paragraphs(described.help)
         return command

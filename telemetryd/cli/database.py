@@ -15,7 +15,7 @@ import click
 
 import telemetryd.backup as backups
 import telemetryd.check as checks
-from telemetryd import legacy
+from telemetryd import legacy, rotation
 from telemetryd.cli.options import (
     EXIT_FAILURE,
     Progress,
@@ -31,6 +31,7 @@ from telemetryd.database import Kind, inspect, is_ours, recover, undisturbed
 from telemetryd.errors import DatabaseError
 from telemetryd.migrate import check_schema, current_version, refuse_unless_usable
 from telemetryd.ownership import Ownership, refuse_other_name
+from telemetryd.partials import forget_leftovers
 from telemetryd.runs import format_timestamp, utc_now
 from telemetryd.salvage import salvage
 from telemetryd.settings import Settings
@@ -126,7 +127,7 @@ def _migrate(path: Path, *, with_backup: bool, as_json: bool) -> None:
     recover(path)  # or the backup, which may not write, could not read it
     with progress() as drawn:
         if with_backup:
-            saved = backups.backup(path, path.with_name(backups.backup_name(path, _local_now())), watch=drawn)
+            saved = backups.back_up_into(path.parent, path, _local_now(), watch=drawn)
             if not as_json:
                 click.echo(f"[OK] Verified backup of {saved.rows} rows: {saved.path}")
         done = legacy.migrate_file(path, format_timestamp(utc_now()), drawn)
@@ -223,11 +224,13 @@ def backup(destination: Path, keep: int | None, compress: bool, as_json: bool, *
         raise click.UsageError(f"--keep needs a directory, and {destination} is none")
     with failing(), progress() as drawn:
         refuse_missing(path)
-        target = (
-            destination / backups.backup_name(path, _local_now(), compress=compress) if is_directory else destination
+        place = destination.absolute()
+        done = (
+            backups.back_up_into(place, path, _local_now(), compress=compress, watch=drawn)
+            if is_directory
+            else backups.backup(path, place, compress=compress, watch=drawn)
         )
-        done = backups.backup(path, target.absolute(), compress=compress, watch=drawn)
-        removed = backups.rotate(destination.absolute(), path, keep) if keep is not None else []
+        removed = rotation.rotate(place, path, keep, done.path) if keep is not None else []
     if as_json:
         print_json(
             {
@@ -279,7 +282,7 @@ def restore(source: Path, as_json: bool, **flags: Any) -> None:
     with failing():
         _refuse_in_use(source, settings.db_path)
     with failing(), owned(settings) as path, progress() as drawn:
-        backups.forget_leftovers(path)
+        forget_leftovers(path)
         content, aside = backups.restore(source, path, _local_now(), drawn, partial(_refuse_harmful, source))
     kept = aside if aside.exists() else None
     needs_migration = not content.ours or content.version < current_version()
@@ -365,7 +368,7 @@ def check(repair: bool, as_json: bool, **flags: Any) -> None:
 
 def _repair(path: Path, drawn: Progress) -> dict[str, Any]:
     """Mend in place what can be; otherwise save what can be read into a new file."""
-    backups.forget_leftovers(path)
+    forget_leftovers(path)
     if not any(finding.severity is checks.Severity.DAMAGE for finding in checks.examine(path, drawn)):
         return {"repaired": checks.repair(path, drawn)}
     done = salvage(path, _local_now(), drawn)

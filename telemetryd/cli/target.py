@@ -52,8 +52,14 @@ class Target(Source, Protocol):
     async def reap(self, body: Body) -> Body:
         """Answer what `POST /api/v1/admin/reap` answers."""
 
+    async def confirm(self, body: Body) -> Body:
+        """Answer what `POST /api/v1/admin/confirm` answers."""
+
     def pages(self, filters: dict[str, str]) -> AsyncIterator[list[Body]]:
         """Yield page after page of what `GET /api/v1/runs` answers, each run with its first events."""
+
+    async def run(self, event_id: str) -> Body | None:
+        """Answer what `GET /api/v1/runs/{event_id}` answers, with its first events; None if there is no such run."""
 
     async def events(self, event_id: str, offset: int) -> list[Body]:
         """Answer what `GET /api/v1/runs/{event_id}/events` answers, as many as there are at once."""
@@ -100,6 +106,10 @@ class Local:
         """Cancel a slice."""
         return await admin.reap(self._store, body, self._clock())
 
+    async def confirm(self, body: Body) -> Body:
+        """Write it into the database."""
+        return await admin.confirm(self._store, body, self._clock())
+
     async def stats(self, parameters: dict[str, str]) -> Body:
         """Read the statistics from the database."""
         query = stats.parse(urlencode(parameters), self._clock())
@@ -130,6 +140,11 @@ class Local:
                 return
             after = page.end
 
+    async def run(self, event_id: str) -> Body | None:
+        """Read a run from the database."""
+        found = await self._store.fetch(queries.GetRun(event_id, events.MAX_EVENTS))
+        return None if found is None else runs.to_json(found[0]) | events.beside(found[1])
+
     async def events(self, event_id: str, offset: int) -> list[Body]:
         """Read events from the database."""
         page = await self._store.fetch(queries.ListEvents(event_id, events.MAX_EVENTS, offset))
@@ -150,6 +165,11 @@ class Remote:
     async def reap(self, body: Body) -> Body:
         """Ask for a slice."""
         answer: tuple[Body, str] = await self._ask("POST", "/api/v1/admin/reap", json=body)
+        return answer[0]
+
+    async def confirm(self, body: Body) -> Body:
+        """Ask to write it down."""
+        answer: tuple[Body, str] = await self._ask("POST", "/api/v1/admin/confirm", json=body)
         return answer[0]
 
     async def stats(self, parameters: dict[str, str]) -> Body:
@@ -177,6 +197,18 @@ class Remote:
                 continue
             yield page
             parameters = dict(parse_qsl(following)) if following else None
+
+    async def run(self, event_id: str) -> Body | None:
+        """Ask for a run."""
+        try:
+            answer: tuple[Body, str] = await self._ask(
+                "GET", f"/api/v1/runs/{quote(event_id, safe='')}", params={"include": queries.EVENTS}
+            )
+        except RefusedError as error:
+            if error.status != 404:
+                raise
+            return None
+        return answer[0]
 
     async def events(self, event_id: str, offset: int) -> list[Body]:
         """Ask for the events of one run; of one that was deleted there are none."""

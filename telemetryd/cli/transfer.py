@@ -15,7 +15,6 @@ from urllib.parse import unquote, urlsplit
 import aiohttp
 import click
 
-from telemetryd.backup import partial_file, publish
 from telemetryd.cli.agents import client_config, end, retry_option, send_files, url_option
 from telemetryd.cli.files import Refusals
 from telemetryd.cli.options import F, Progress, counted, failing, json_flag, print_json, progress, size
@@ -25,6 +24,7 @@ from telemetryd.client.config import Config
 from telemetryd.client.counters import Counters
 from telemetryd.errors import DatabaseError, InvalidRequestError, UnavailableError
 from telemetryd.filters import METRIC, PARAMETERS
+from telemetryd.partials import partial_file, publish
 from telemetryd.queries import EVENTS, SNAPSHOT, Format
 
 if sys.version_info >= (3, 14):

@@ -1,10 +1,10 @@
-"""The commands that thin out the runs: prune, reap."""
+"""The commands that thin out the runs, and allow that by itself: prune, reap, confirm-clock."""
 
 from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,7 +13,6 @@ import orjson
 from click.shell_completion import CompletionItem
 
 from telemetryd import admin
-from telemetryd.backup import partial_file, publish
 from telemetryd.cli.options import (
     DurationType,
     F,
@@ -26,8 +25,9 @@ from telemetryd.cli.options import (
 )
 from telemetryd.cli.target import Body, Target, find_target
 from telemetryd.errors import DatabaseError
+from telemetryd.partials import partial_file, publish
 from telemetryd.runs import Status, canonical_status, utc_now
-from telemetryd.settings import Settings
+from telemetryd.settings import Settings, duration_text
 from telemetryd.upkeep import in_slices
 
 if sys.version_info >= (3, 14):
@@ -44,9 +44,9 @@ DAEMON: Final = {
 }
 
 
-def older_than(text: str) -> Callable[[F], F]:
+def older_than(text: str, *, required: bool = True) -> Callable[[F], F]:
     """Give a command the age that it asks for."""
-    return click.option("--older-than", type=DurationType(), required=True, help=f"{text}: 90d, 12h, 30m, 45s, 2w.")
+    return click.option("--older-than", type=DurationType(), required=required, help=f"{text}: 90d, 12h, 30m, 45s, 2w.")
 
 
 agent = click.option("--agent", "agent_name", metavar="NAME", help="Only runs of this agent.")
@@ -72,7 +72,7 @@ class StatusType(click.ParamType[str]):
 
 
 @click.command()
-@older_than("Age of the runs by created_at")
+@older_than("Age of the runs by created_at", required=False)
 @agent
 @click.option("--status", type=StatusType(), help="Only runs of this status.")
 @dry
@@ -81,16 +81,22 @@ class StatusType(click.ParamType[str]):
     type=click.Path(dir_okay=False, path_type=Path),
     help="First write the runs with their events to this file (NDJSON, Zstandard); only those are deleted.",
 )
+@click.option(
+    "--confirm-automatic",
+    type=DurationType(),
+    help="Delete nothing now, but allow TELEMETRY_PRUNE_AFTER of this age or longer in this database: 90d.",
+)
 @json_flag
 @address
 @settings_flags(*SETTINGS, **DAEMON)
 def prune(
     *,
-    older_than: float,
+    older_than: float | None,
     agent_name: str | None,
     status: str | None,
     dry_run: bool,
     archive: Path | None,
+    confirm_automatic: float | None,
     as_json: bool,
     url: str | None,
     **flags: Any,
@@ -100,13 +106,24 @@ def prune(
     The totals stay right. Work goes through the running daemon in small slices with pauses, or directly if none runs.
     With --archive, exactly the archived runs are deleted, and only if they did not change meanwhile.
 
+    The daemon deletes nothing by itself (TELEMETRY_PRUNE_AFTER) until --confirm-automatic has recorded the age in the
+    database, once; a shorter age has to be confirmed again. A restored database has to be confirmed anew.
+
     \b
     Examples:
       telemetryd prune --older-than 90d --dry-run
       telemetryd prune --older-than 90d --archive /backups/runs-2025.ndjson.zst
       telemetryd prune --older-than 30d --agent hugo-translator --status success --json
       telemetryd prune --older-than 90d --unix /run/telemetryd/telemetryd.sock
+      telemetryd prune --confirm-automatic 90d --unix /run/telemetryd/telemetryd.sock
     """
+    if confirm_automatic is not None:
+        if older_than is not None or agent_name or status or dry_run or archive is not None:
+            raise click.UsageError("--confirm-automatic stands alone: it deletes nothing now")
+        _confirm_automatic(load_settings(flags).settings, url, confirm_automatic, as_json=as_json)
+        return
+    if older_than is None:
+        raise click.UsageError("Missing option '--older-than' (or '--confirm-automatic').")
     settings = load_settings(flags).settings
     chosen: Body = {"created_before": admin.moment_ago(utc_now(), older_than)}
     chosen |= {name: value for name, value in (("agent_name", agent_name), ("status", status)) if value is not None}
@@ -116,6 +133,49 @@ def prune(
         file = None if archive is None else archive.absolute()
         answer = asyncio.run(_prune(settings, url, chosen, dry_run=dry_run, archive=file))
     _print(answer, "pruned", "deleted", as_json=as_json)
+
+
+def _confirm_automatic(settings: Settings, url: str | None, age_s: float, *, as_json: bool) -> None:
+    with failing():
+        answer = asyncio.run(_confirm(settings, url, {"prune_after": duration_text(age_s)}))
+    if as_json:
+        print_json(answer)
+        return
+    click.echo(
+        f"With TELEMETRY_PRUNE_AFTER of {answer['prune_after']} or longer the daemon may delete runs of this database "
+        f"by itself; at present that is {answer['matching']}, created before {answer['created_before']}"
+    )
+
+
+async def _confirm(settings: Settings, url: str | None, body: Body) -> Body:
+    async with find_target(settings, url) as target:
+        return await target.confirm(body)
+
+
+@click.command()
+@click.argument("date", metavar="YYYY-MM-DD")
+@json_flag
+@address
+@settings_flags(*SETTINGS, **DAEMON)
+def confirm_clock(*, date: str, as_json: bool, url: str | None, **flags: Any) -> None:
+    r"""Confirm by the date of the day that the daemon's clock is right.
+
+    When the clock has jumped by more than a day, the daemon deletes and cancels nothing by itself, because a wrong
+    clock would make everything old at once; /health and the log say so. A machine that was off for longer than a day
+    looks the same. This command lets it go on, if the clock agrees with the date that you give.
+
+    \b
+    Examples:
+      telemetryd confirm-clock 2026-11-30
+      telemetryd confirm-clock 2026-11-30 --unix /run/telemetryd/telemetryd.sock
+    """
+    settings = load_settings(flags).settings
+    with failing():
+        answer = asyncio.run(_confirm(settings, url, {"date": date}))
+    if as_json:
+        print_json(answer)
+    else:
+        click.echo(f"Confirmed: the clock says {answer['clock']}")
 
 
 async def _prune(settings: Settings, url: str | None, chosen: Body, *, dry_run: bool, archive: Path | None) -> Body:
@@ -136,7 +196,8 @@ async def _prune(settings: Settings, url: str | None, chosen: Body, *, dry_run: 
             if archive is None:
                 await in_slices(lambda: one_slice(chosen), "pruned")
                 return {**count, "dry_run": False, "pruned": done}
-            archived = await _write_archive(target, chosen, archive, lambda rows: drawn("Archiving", rows, total))
+            pages = _chosen_pages(target, chosen, count["ahead"])
+            archived = await _write_archive(target, pages, archive, lambda rows: drawn("Archiving", rows, total))
             slices = _archived_versions(archive)
             versions: list[Body] = []
             is_cut_short = False
@@ -155,8 +216,18 @@ async def _prune(settings: Settings, url: str | None, chosen: Body, *, dry_run: 
             return {**count, "dry_run": False, "pruned": done, "archived": archived, "archive": str(archive)}
 
 
-async def _write_archive(target: Target, chosen: Body, archive: Path, watch: Any) -> int:
-    """Write every chosen run to a file that gets its name when it is whole; return how many.
+async def _chosen_pages(target: Target, chosen: Body, ahead: list[str]) -> AsyncIterator[list[Body]]:
+    """Yield page after page of the chosen runs, and then those that the list does not find by their age."""
+    async for page in target.pages(chosen):
+        yield page
+    for event_id in ahead:
+        run = await target.run(event_id)
+        if run is not None:
+            yield [run]
+
+
+async def _write_archive(target: Target, pages: AsyncIterator[list[Body]], archive: Path, watch: Any) -> int:
+    """Write runs to a file that gets its name when it is whole; return how many.
 
     Raises:
         DatabaseError: if it cannot be made.
@@ -165,7 +236,7 @@ async def _write_archive(target: Target, chosen: Body, archive: Path, watch: Any
     rows = 0
     with partial_file(archive) as path:
         with zstd.open(path, "wb", level=6) as packed:
-            async for page in target.pages(chosen):
+            async for page in pages:
                 for run in page:
                     if run.pop("more_events"):
                         await _add_other_events(target, run)

@@ -24,8 +24,9 @@ from telemetryd.commands import AlertChange, AlertCommand, ConfirmDelivery, Keep
 from telemetryd.errors import InvalidRequestError, sentence
 from telemetryd.regressions import in_order
 from telemetryd.rules import FailureRate, Regression, Rule, Silent, Slow, Stale, matcher
+from telemetryd.runs import format_timestamp
 from telemetryd.statements import rollups
-from telemetryd.statements.choosing import select_stale
+from telemetryd.statements.choosing import stale_runs, together
 from telemetryd.statements.regressing import fetch_pairs
 from telemetryd.statements.sequence import NEWEST
 
@@ -38,12 +39,22 @@ _FIRING: Final = """
     ORDER BY rule, agent_name, job_type, measure, first_bad_commit
 """
 _AGENTS: Final = "SELECT DISTINCT agent_name FROM run_totals WHERE runs > 0"
-_LAST_CREATED: Final = """
-    SELECT max(created_at) FROM agent_runs INDEXED BY idx_runs_agent_created WHERE agent_name = ?
+# Neither the clock of an agent nor our own, if it was ahead for a time, may make one heard of that has fallen silent.
+_LAST_ARRIVED: Final = """
+    SELECT nullif(max(
+        coalesce((
+            SELECT created_at FROM agent_runs INDEXED BY idx_runs_agent_created
+            WHERE agent_name = :agent_name AND created_at <= :now AND NOT EXISTS (
+                SELECT 1 FROM run_arrivals AS a WHERE a.created_at = agent_runs.created_at AND a.run = agent_runs.id
+            )
+            ORDER BY created_at DESC LIMIT 1
+        ), ''),
+        coalesce((SELECT max(arrived_at) FROM run_arrivals WHERE agent_name = :agent_name AND arrived_at <= :now), '')
+    ), '')
 """
 _LAST_CHANGED: Final = """
     SELECT max(updated_at) FROM agent_runs INDEXED BY idx_runs_agent_status_created
-    WHERE agent_name = ? AND status = 'running'
+    WHERE agent_name = :agent_name AND status = 'running' AND updated_at <= :now
 """
 _AT_WORK: Final = "SELECT agent_name, job_type FROM run_totals WHERE status = 'running' AND runs > 0"
 # Beside a lone min() SQLite takes the other columns from the row that has it (sqlite.org/lang_select.html).
@@ -110,9 +121,10 @@ def _heard(connection: sqlite3.Connection, rule: Silent, query: EvaluateRules) -
     is_meant, before = matcher(rule.agent_name), alerts.ago(query.now, rule.after_s)
     agents = {name for (name,) in connection.execute(_AGENTS) if is_meant(name)}
     for agent in sorted(agents | {name for name in rule.agent_name if "*" not in name}):
-        last = connection.execute(_LAST_CREATED, (agent,)).fetchone()[0]
+        values = {"agent_name": agent, "now": format_timestamp(query.now)}
+        last = connection.execute(_LAST_ARRIVED, values).fetchone()[0]
         if last is not None and last < before:
-            last = max(last, connection.execute(_LAST_CHANGED, (agent,)).fetchone()[0] or "")
+            last = max(last, connection.execute(_LAST_CHANGED, values).fetchone()[0] or "")
         yield agent, last
 
 
@@ -130,10 +142,13 @@ def _slow(connection: sqlite3.Connection, rule: Slow, query: EvaluateRules) -> I
 
 
 def _stale(connection: sqlite3.Connection, rule: Stale, query: EvaluateRules) -> Iterator[Finding]:
-    what = "agent_name, count(*), event_id, min(created_at)"
-    text, values = select_stale(what, alerts.ago(query.now, rule.after_s), None)
+    walks, values = stale_runs(alerts.ago(query.now, rule.after_s), None)
     is_meant = matcher(rule.agent_name)
-    for agent, *running in connection.execute(f"{text} GROUP BY agent_name ORDER BY agent_name", values):
+    for agent, *running in connection.execute(
+        f"SELECT agent_name, count(*), event_id, min(since) FROM ({together(walks, 'agent_name', 'event_id')}) "  # noqa: S608 - our own words
+        "GROUP BY agent_name ORDER BY agent_name",
+        values,
+    ):
         if is_meant(agent):
             yield alerts.stale(rule, agent, Running(*running))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from itertools import product
 from typing import Final
 
@@ -27,7 +28,6 @@ from telemetryd.runs import (
     SqlValue,
     Status,
 )
-from telemetryd.stats import FACTS
 
 Values = dict[str, SqlValue | float]
 """What is bound to the names of a statement."""
@@ -177,39 +177,65 @@ def match_expression(words: str) -> str:
     return " ".join(quoted)
 
 
-_IS_STALE: Final = "status = 'running' AND created_at < :stale_before AND updated_at < :stale_before"
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """One way to some of the runs that are older than `:before`."""
+
+    source: str
+    """What stands behind FROM, with the conditions."""
+    moment: str
+    """The column, or name, that tells from when the age of these runs counts."""
+
+    @property
+    def in_order(self) -> str:
+        """The source with the oldest runs first, which costs no sort."""
+        return f"{self.source} ORDER BY {self.moment}" if self.moment == "created_at" else self.source
 
 
-def old_runs(command: PruneRuns | CountPrunable) -> tuple[str, list[str], dict[str, SqlValue]]:
-    """Return the index, the conditions and the parameters that find the runs to prune."""
+# A run is as old as its created_at says, unless that lay ahead of its arrival: then it is as old as the arrival. No run
+# is in both walks. A cross join is done in the order in which it stands.
+_AHEAD: Final = """(
+    SELECT run AS ahead, arrived_at AS arrived FROM run_arrivals WHERE created_at >= :before AND arrived_at < :before
+) CROSS JOIN agent_runs NOT INDEXED ON agent_runs.id = ahead"""
+
+_IS_ARCHIVED: Final = """
+    json_each(:versions) CROSS JOIN agent_runs NOT INDEXED ON agent_runs.id = json_extract(value, '$[0]')
+    WHERE updated_at = json_extract(value, '$[1]') AND (created_at < :before OR EXISTS (
+        SELECT 1 FROM run_arrivals AS a
+        WHERE a.created_at = agent_runs.created_at AND a.run = agent_runs.id AND a.arrived_at < :before
+    ))"""
+
+
+def old_runs(command: PruneRuns | CountPrunable) -> tuple[list[Walk], Values]:
+    """Return the walks that find the runs to prune, and what is bound to their names."""
     equal = {name: value for name in ("agent_name", "status") if (value := getattr(command, name)) is not None}
-    index, _ = INDEXES[frozenset(equal)]
-    conditions = ["created_at < :created_before", *(f"{name} = :{name}" for name in equal)]
-    return index, conditions, {**equal, "created_before": command.created_before}
-
-
-def select_prunable(command: PruneRuns) -> tuple[str, dict[str, SqlValue]]:
-    """Return the SQL text and the parameters that find the runs of one slice to prune."""
-    index, conditions, values = old_runs(command)
-    source = f"agent_runs INDEXED BY {index}"
-    if command.versions is not None:
-        # A cross join is done in the order in which it stands: each version finds its run by the row number.
-        source = "json_each(:versions) CROSS JOIN agent_runs NOT INDEXED ON agent_runs.id = json_extract(value, '$[0]')"
-        conditions.append("updated_at = json_extract(value, '$[1]')")
+    also = "".join(f" AND {name} = :{name}" for name in equal)
+    values: Values = {**equal, "before": command.created_before}
+    if isinstance(command, PruneRuns) and command.versions is not None:
         values["versions"] = orjson.dumps(command.versions).decode()
-    return (
-        f"SELECT agent_runs.id, {', '.join(FACTS)}, event_id "  # noqa: S608 - our own words
-        f"FROM {source} "
-        f"WHERE {' AND '.join(conditions)} ORDER BY created_at LIMIT :limit",
-        {**values, "limit": command.limit},
-    )
+        return [Walk(f"{_IS_ARCHIVED}{also}", "")], values
+    return _walks(frozenset(equal), also), values
 
 
-def select_stale(what: str, stale_before: str, agent_name: str | None) -> tuple[str, dict[str, SqlValue]]:
-    """Return the SQL text and the parameters that find the stale runs, or count them."""
-    index, _ = INDEXES[frozenset({"status"} if agent_name is None else {"status", "agent_name"})]
-    agent = "" if agent_name is None else " AND agent_name = :agent_name"
-    values: dict[str, SqlValue] = {"stale_before": stale_before}
+def stale_runs(stale_before: str, agent_name: str | None) -> tuple[list[Walk], Values]:
+    """Return the walks that find the stale runs, and what is bound to their names."""
+    also = " AND status = 'running' AND updated_at < :before"
+    values: Values = {"before": stale_before}
     if agent_name is not None:
+        also += " AND agent_name = :agent_name"
         values["agent_name"] = agent_name
-    return f"SELECT {what} FROM agent_runs INDEXED BY {index} WHERE {_IS_STALE}{agent}", values  # noqa: S608 - our own words
+    return _walks(frozenset({"status"} if agent_name is None else {"status", "agent_name"}), also), values
+
+
+def _walks(names: frozenset[str], also: str) -> list[Walk]:
+    index, _ = INDEXES[names]
+    return [
+        Walk(f"agent_runs INDEXED BY {index} WHERE created_at < :before{also}", "created_at"),
+        Walk(f"{_AHEAD} WHERE true{also}", "arrived"),
+    ]
+
+
+def together(walks: list[Walk], *columns: str) -> str:
+    """Return the SQL text of all runs on these walks, with columns of theirs and the moment from which they age."""
+    named = ", ".join(columns)
+    return " UNION ALL ".join(f"SELECT {named}, {walk.moment} AS since FROM {walk.source}" for walk in walks)  # noqa: S608 - our own words

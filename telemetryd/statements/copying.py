@@ -8,7 +8,7 @@ from typing import Final
 from telemetryd import events
 from telemetryd.changes import Followed, Place
 from telemetryd.commands import ApplyChanges, CopiedRun
-from telemetryd.runs import STORED
+from telemetryd.runs import CREATED_AT, STORED
 from telemetryd.statements.sequence import KEEP_EVENT_NUMBERS, NEWEST, forget_deletions
 from telemetryd.stats import FACTS, Facts
 
@@ -21,6 +21,13 @@ _INSERT: Final = f"""
 _INSERT_EVENT: Final = f"""
     INSERT OR REPLACE INTO run_events (run, {", ".join(events.COLUMNS)}) VALUES (?{", ?" * len(events.COLUMNS)})
 """  # noqa: S608 - names from the definition
+# When a run arrived at the primary is not told; its last change there is no earlier. What was known first stands.
+_ARRIVED: Final = """
+    INSERT INTO run_arrivals (created_at, run, agent_name, arrived_at)
+    SELECT created_at, id, agent_name, updated_at FROM agent_runs WHERE id = ? AND created_at > updated_at
+    ON CONFLICT DO NOTHING
+"""
+_FORGET_ARRIVAL: Final = "DELETE FROM run_arrivals WHERE created_at = ? AND run = ?"
 _NUMBER: Final = "INSERT INTO run_changes (run, seq) VALUES (?, ?)"
 _REMEMBER: Final = "INSERT INTO run_deletions (seq, event_id) VALUES (?, ?)"
 _COME: Final = ("DELETE FROM followed_feed", "INSERT INTO followed_feed (epoch, seq, begun) VALUES (?, ?, ?)")
@@ -42,9 +49,12 @@ def apply_changes(cursor: sqlite3.Cursor, command: ApplyChanges) -> list[Facts]:
                 cursor.execute(statement, found[:1])
             if isinstance(what, str) or what.id != found[0]:
                 cursor.execute(_DELETE_EVENTS, found[:1])
+                cursor.execute(_FORGET_ARRIVAL, (found[1], found[0]))
             replaced.append(found[1:])
         if isinstance(what, CopiedRun):
             cursor.execute(_INSERT, (what.id, *what.row, what.updated_at))
+            if str(what.row[CREATED_AT]) > what.updated_at:
+                cursor.execute(_ARRIVED, (what.id,))
             if seq != what.id:
                 cursor.execute(_NUMBER, (what.id, seq))
         else:

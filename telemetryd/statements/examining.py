@@ -47,7 +47,7 @@ SAVE_RUN: Final = (
 )
 KEEP_ORIGINAL: Final = "INSERT OR IGNORE INTO unconverted_values (run, field, reason, original) VALUES (?, ?, ?, ?)"
 
-_OF_RUNS: Final = ("unconverted_values", "run_events", "run_processes")
+_OF_RUNS: Final = ("unconverted_values", "run_events", "run_processes", "run_arrivals")
 
 BESIDE_RUNS: Final = (*_OF_RUNS, "alert_states", "alert_deliveries")
 """The tables of the schema whose rows a salvage copies as they are."""

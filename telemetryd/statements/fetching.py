@@ -19,6 +19,7 @@ from telemetryd.events import EventPage
 from telemetryd.filters import TIME_BOUNDS, WILDCARD, Filters
 from telemetryd.queries import (
     DEFAULT_LIMIT,
+    MAX_LIMIT,
     CountPrunable,
     Counts,
     CountStale,
@@ -27,6 +28,7 @@ from telemetryd.queries import (
     ListRuns,
     Page,
     Position,
+    Prunable,
 )
 from telemetryd.runs import (
     COLUMNS,
@@ -42,7 +44,8 @@ from telemetryd.statements.choosing import (
     glob,
     match_expression,
     old_runs,
-    select_stale,
+    stale_runs,
+    together,
 )
 from telemetryd.statements.transaction import MINUTE, PROCESS
 
@@ -319,18 +322,19 @@ def fetch_processes(connection: sqlite3.Connection) -> list[Process]:
     return [Process(*row) for row in connection.execute(_SELECT_PROCESSES)]
 
 
-def count_prunable(connection: sqlite3.Connection, query: CountPrunable) -> int:
+def count_prunable(connection: sqlite3.Connection, query: CountPrunable) -> Prunable:
     """Count the runs that pruning would delete."""
-    index, conditions, values = old_runs(query)
-    where = " AND ".join(conditions)
-    return int(
-        connection.execute(f"SELECT count(*) FROM agent_runs INDEXED BY {index} WHERE {where}", values).fetchone()[0]  # noqa: S608 - our own words
-    )
+    walks, values = old_runs(query)
+    found = connection.execute(f"SELECT count(*), min(since) FROM ({together(walks, 'agent_runs.id')})", values)  # noqa: S608 - our own words
+    ahead = connection.execute(f"SELECT event_id FROM {walks[-1].source} LIMIT {MAX_LIMIT}", values)  # noqa: S608 - our own words
+    runs, oldest = found.fetchone()
+    return Prunable(runs, oldest, tuple(event_id for (event_id,) in ahead))
 
 
 def count_stale(connection: sqlite3.Connection, query: CountStale) -> int:
     """Count the runs that reaping would cancel."""
-    return int(connection.execute(*select_stale("count(*)", query.stale_before, query.agent_name)).fetchone()[0])
+    walks, values = stale_runs(query.stale_before, query.agent_name)
+    return int(connection.execute(f"SELECT count(*) FROM ({together(walks, 'agent_runs.id')})", values).fetchone()[0])  # noqa: S608 - our own words
 
 
 def fetch_counts(connection: sqlite3.Connection, recent_since: str, now: str) -> Counts:

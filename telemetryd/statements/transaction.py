@@ -16,16 +16,20 @@ import orjson
 
 from telemetryd import events
 from telemetryd.commands import (
+    AlertCommand,
     Applied,
     ApplyChanges,
     Command,
     ConfirmDelivery,
+    ConfirmPrune,
     CopiedRun,
     Created,
     CreateEvents,
     CreateRuns,
     EndProcess,
     EventsCreated,
+    Indexed,
+    IndexTexts,
     KeepAlerts,
     Outcome,
     Process,
@@ -37,8 +41,10 @@ from telemetryd.commands import (
     RecordAlerts,
     RegisterProcess,
     Registration,
+    TrustClock,
     Updated,
     UpdateRun,
+    UpkeepCommand,
 )
 from telemetryd.events import TIMESTAMP
 from telemetryd.runs import (
@@ -50,10 +56,8 @@ from telemetryd.runs import (
     SqlValue,
     Status,
 )
-from telemetryd.statements import alerting, copying, rollups
-from telemetryd.statements.choosing import select_prunable, select_stale
+from telemetryd.statements import alerting, confirming, copying, full_text, rollups, thinning
 from telemetryd.statements.recounting import Tally
-from telemetryd.statements.sequence import KEEP_EVENT_NUMBERS
 from telemetryd.statements.sequence import Sequence as CommitSequence
 from telemetryd.stats import FACTS, Facts
 
@@ -101,7 +105,7 @@ _REGISTER: Final = f"""
 """  # noqa: S608 - column names from the definition of a process
 
 _REGISTERED: Final = f"""
-    SELECT run, event_id, {", ".join(FACTS)}
+    SELECT run, event_id, {", ".join(FACTS)}, {thinning.BYTES}
     FROM run_processes AS p INDEXED BY idx_processes_waiting CROSS JOIN agent_runs ON agent_runs.id = run
     WHERE certified_at IS NULL AND p.pid = :pid AND p.start_time = :start_time AND p.boot_id = :boot_id
         AND p.pid_namespace = :pid_namespace
@@ -162,38 +166,6 @@ _DROP_DAY: Final = """
     DELETE FROM run_days WHERE day = ?1 AND NOT EXISTS (SELECT 1 FROM run_hours WHERE hour >= ?1 AND hour < ?1 || 'U')
 """  # U is the character behind T
 
-_PRUNE_EVENTS: Final = 5_000
-"""Events that one `PruneRuns` deletes at most, so that a few talkative runs do not hold the writer up."""
-_DELETE_EVENTS: Final = """
-    DELETE FROM run_events WHERE id IN (
-        SELECT run_events.id FROM json_each(?) CROSS JOIN run_events INDEXED BY idx_events_time ON run = value LIMIT ?
-    )
-"""
-_WITHOUT_EVENTS: Final = """
-    SELECT value FROM json_each(?) WHERE NOT EXISTS (SELECT 1 FROM run_events WHERE run = value)
-"""
-_DELETE_PRUNED: Final = (
-    "DELETE FROM agent_runs WHERE id = ?",
-    "DELETE FROM run_processes WHERE run = ?",
-    "DELETE FROM run_changes WHERE run = ?",
-    "DELETE FROM unconverted_values WHERE run = ?",
-)
-
-_VACUUM_PAGES: Final = 256
-"""Pages that one `PruneRuns` returns to the file system at most: 1 MiB, a few milliseconds."""
-_INCREMENTAL: Final = 2
-
-
-# The guide's values for a stale run; a run that was changed lately (a heartbeat by PATCH) is not stale.
-_REAP: Final = """
-    UPDATE agent_runs SET
-        status = 'cancelled', end_time = :now, updated_at = :now,
-        error_summary = 'Stale run cleaned up on startup (created at ' || created_at || ')',
-        output_summary = 'Process did not complete - cleanup on restart'
-    WHERE id IN ({stale} ORDER BY created_at LIMIT :limit)
-    RETURNING id, {facts}
-"""
-
 
 class Transaction:
     """One open transaction: applies commands and, at its end, brings the totals up to date.
@@ -244,9 +216,20 @@ class Transaction:
                 outcome = self._reap(command)
             case ApplyChanges():
                 outcome = self._apply_changes(command)
-            case RecordAlerts() | ConfirmDelivery() | KeepAlerts():
-                outcome = alerting.apply(self._cursor, command, self._now)
+            case _:
+                outcome = self._apply_beside_runs(command)
         return outcome
+
+    def _apply_beside_runs(self, command: AlertCommand | UpkeepCommand | IndexTexts) -> Outcome:
+        match command:
+            case ConfirmPrune() | TrustClock():
+                confirming.apply(self._cursor, command, self._now)
+                return None
+            case IndexTexts():
+                is_begun = full_text.is_begun(self._cursor.connection)
+                return Indexed(full_text.index_slice(self._cursor)) if is_begun else None
+            case RecordAlerts() | ConfirmDelivery() | KeepAlerts():
+                return alerting.apply(self._cursor, command, self._now)
 
     @contextmanager
     def savepoint(self) -> Iterator[None]:
@@ -339,15 +322,15 @@ class Transaction:
         before = self._sequence.last
         inserted = self._insert_runs(rows)
         if inserted == len(rows):
-            self._created += rows
+            self._take_in(rows)
             return [Created((True,) * len(batch)) for batch in batches]
         # Every new run has a number of the sequence behind the last one that was drawn before.
         unseen = set(orjson.loads(self._cursor.execute(_EVENT_IDS_BEHIND, (before,)).fetchone()[0]))
         if len(unseen) != inserted:
             raise sqlite3.InternalError("the new runs are not those behind the last number that was drawn")
-        self._created += [
-            row for row in {row[EVENT_ID]: row for row in reversed(rows)}.values() if row[EVENT_ID] in unseen
-        ]
+        self._take_in(
+            [row for row in {row[EVENT_ID]: row for row in reversed(rows)}.values() if row[EVENT_ID] in unseen]
+        )
         outcomes = []
         for batch in batches:
             new = []
@@ -356,6 +339,10 @@ class Transaction:
                 unseen.discard(row[EVENT_ID])  # a repeat in the same group is a duplicate of the first one
             outcomes.append(Created(tuple(new)))
         return outcomes
+
+    def _take_in(self, created: list[Row]) -> None:
+        self._created += created
+        confirming.note_arrivals(self._cursor, created, self._now)
 
     def _insert(self, table: str, rows: list[Row]) -> int:
         """Insert as many rows as possible with each statement; return how many were new."""
@@ -452,7 +439,9 @@ class Transaction:
         return Registration.DONE
 
     def _end_process(self, command: EndProcess) -> ProcessEnded:
-        found = self._cursor.execute(_REGISTERED, {**asdict(command.process), "limit": command.limit}).fetchall()
+        budget = thinning.Budget()
+        rows = self._cursor.execute(_REGISTERED, {**asdict(command.process), "limit": command.limit})
+        found = budget.take(rows)
         failed = []
         for run, event_id, *facts in found:
             if command.death is None or facts[_STATUS] != Status.RUNNING:
@@ -463,48 +452,21 @@ class Transaction:
             self._cursor.execute(_CERTIFY, values)
             self._sequence.changed(run)
             failed.append(event_id)
-        return ProcessEnded(tuple(failed), len(found) == command.limit)
+        return ProcessEnded(tuple(failed), budget.is_spent or len(found) == command.limit)
 
     def _prune(self, command: PruneRuns) -> Pruned:
-        chosen = self._cursor.execute(*select_prunable(command)).fetchall()
-        found = len(chosen)
-        ids = orjson.dumps([row[0] for row in chosen]).decode()
-        if chosen:
-            self._cursor.execute(KEEP_EVENT_NUMBERS)
-        if self._cursor.execute(_DELETE_EVENTS, (ids, _PRUNE_EVENTS)).rowcount == _PRUNE_EVENTS:
-            done_with = {run for (run,) in self._cursor.execute(_WITHOUT_EVENTS, (ids,))}
-            chosen = [row for row in chosen if row[0] in done_with]
-        for deleted in _DELETE_PRUNED:
-            self._cursor.executemany(deleted, [row[:1] for row in chosen])
-        self._sequence.deleted((row[0] for row in chosen), [row[-1] for row in chosen])
-        self._deleted += [row[1:-1] for row in chosen]
-        is_more = found == command.limit or len(chosen) < found
-        return Pruned(len(chosen), is_more or self._return_space() > 0)
+        pruned, deleted = thinning.prune(self._cursor, self._sequence, command)
+        self._deleted += deleted
+        return pruned
 
     def _apply_changes(self, command: ApplyChanges) -> Applied:
         self._deleted += copying.apply_changes(self._cursor, command)
         self._created += [what.row for _, what in command.changes if isinstance(what, CopiedRun)]
         return Applied(len(command.changes), len(command.events))
 
-    def _return_space(self) -> int:
-        """Return some free pages to the file system; tell how many are left that can be returned."""
-        if self._cursor.execute("PRAGMA auto_vacuum").fetchone()[0] != _INCREMENTAL:
-            return 0
-        for _ in range(min(self._free_pages(), _VACUUM_PAGES)):
-            # Each page is a step without columns, and sqlite3 takes one step of such a statement, whatever N is.
-            self._cursor.execute("PRAGMA incremental_vacuum(1)")
-        return self._free_pages()
-
-    def _free_pages(self) -> int:
-        return int(self._cursor.execute("PRAGMA freelist_count").fetchone()[0])
-
     def _reap(self, command: ReapRuns) -> Reaped:
-        stale, values = select_stale("id", command.stale_before, command.agent_name)
-        reaped = self._cursor.execute(
-            _REAP.format(stale=stale, facts=", ".join(FACTS)), {**values, "now": self._now, "limit": command.limit}
-        ).fetchall()
+        reaped, is_more = thinning.reap(self._cursor, self._sequence, command, self._now)
         self._cursor.executemany(_FORGET_PROCESS, [row[:1] for row in reaped])
-        for run, *facts in reaped:
-            self._sequence.changed(run)
+        for _, *facts in reaped:
             self._note([*facts[:_STATUS], str(Status.RUNNING), *facts[_STATUS + 1 :]], facts)
-        return Reaped(len(reaped))
+        return Reaped(len(reaped), is_more)

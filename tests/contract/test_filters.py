@@ -13,12 +13,14 @@ import pytest
 from yarl import URL
 
 from telemetryd.check import Severity, examine, repair
-from telemetryd.commands import CreateRuns, PruneRuns, ReapRuns
+from telemetryd.commands import CreateRuns, IndexTexts, PruneRuns, ReapRuns, UpdateRun
+from telemetryd.errors import UnavailableError
 from telemetryd.filters import Filters
 from telemetryd.metrics import Metrics
 from telemetryd.queries import ListRuns
 from telemetryd.runs import ANSWERED, parse_run
 from telemetryd.settings import Settings
+from telemetryd.statements import full_text
 from telemetryd.store import Store
 from tests.conftest import Api, MakeApi, Row, make_run
 from tests.contract.test_query import at, ids, listed, next_page
@@ -236,6 +238,8 @@ async def test_the_setting_makes_and_drops_the_index(tmp_path: Path) -> None:
         await store.keep_full_text()
         if submitted:
             await store.submit(CreateRuns(submitted))
+        while is_wanted and (done := await store.submit(IndexTexts())) is not None and done.more:
+            pass
         for word in ("word7", "word37") if is_wanted else ():
             page = await store.fetch(ListRuns(Filters(words=word)))
             assert len(page.runs) == 1
@@ -244,6 +248,56 @@ async def test_the_setting_makes_and_drops_the_index(tmp_path: Path) -> None:
         with closing(sqlite3.connect(path)) as connection:
             there = connection.execute("SELECT 1 FROM sqlite_master WHERE name LIKE 'runs_text%'").fetchall()
         assert bool(there) is is_wanted
+
+
+async def test_an_index_is_built_while_runs_change_and_after_a_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(full_text, "_SLICE_BYTES", 20)  # some three runs
+    path = tmp_path / "telemetry.sqlite"
+    before = "9999-01-01T00:00:00.000000Z"
+
+    async def build(store: Store, slices: int) -> bool:
+        for _ in range(slices):
+            done = await store.submit(IndexTexts())
+            if done is None or not done.more:
+                return True
+        return False
+
+    async def opened(*, is_wanted: bool) -> Store:
+        store = await Store.open(Settings(db_path=path, full_text=is_wanted), Metrics())
+        await store.keep_full_text()
+        return store
+
+    def new(*numbers: int) -> CreateRuns:
+        made = (make_run(event_id=str(n), output_summary=f"word{n}", agent_name=f"a{n % 2}") for n in numbers)
+        return CreateRuns(tuple(parse_run(run).row for run in made))
+
+    store = await opened(is_wanted=False)
+    await store.submit(new(*range(40)))
+    await store.close()
+    store = await opened(is_wanted=True)
+    assert not await build(store, 3)
+    with pytest.raises(UnavailableError, match=r"being built, \d+% of it"):
+        await store.fetch(ListRuns(Filters(words="word3")))
+    for number in (1, 30):  # one that is indexed already, and one that is not yet
+        await store.submit(UpdateRun(str(number), {"output_summary": f"changed{number}"}))
+    await store.submit(new(40))
+    await store.submit(PruneRuns(before, 5))
+    assert examine(path) == []
+    await store.close()  # or a kill: each slice is committed by itself
+    with closing(sqlite3.connect(path)) as connection:
+        how_far = connection.execute("SELECT last FROM runs_text_progress").fetchone()[0]
+    assert 3 < how_far < 20
+    store = await opened(is_wanted=True)
+    assert not await build(store, 2)
+    await store.submit(new(41))
+    assert await build(store, 100)
+    for word, is_there in (("word2", 0), ("word7", 1), ("word30", 0), ("changed30", 1), ("word40", 1), ("word41", 1)):
+        assert len((await store.fetch(ListRuns(Filters(words=word)))).runs) == is_there, word
+    await store.close()
+    assert examine(path) == []
+    await (await opened(is_wanted=True)).close()
 
 
 @pytest.mark.parametrize(
