@@ -241,6 +241,6 @@ def make_runner(app: web.Application, settings: Settings) -> web.AppRunner:
         shutdown_timeout=settings.shutdown_timeout_s / 4,
     )
     limit = descriptor_limit()
-    spare = _SPARE_DESCRIPTORS + _DESCRIPTORS_PER_READER * settings.db_readers + most_processes(settings)
+    spare = _SPARE_DESCRIPTORS + _DESCRIPTORS_PER_READER * (settings.db_readers + 1) + most_processes(settings)
     runner.most_connections = max(limit - spare, limit // 4)
     return runner
