@@ -12,7 +12,7 @@ from urllib.parse import urlencode
 import orjson
 
 from telemetryd.changes import PAGE_BYTES, Changes, ChangesRequest, ListChanges, Place
-from telemetryd.errors import QueryTimeoutError, TooManyTailsError, UnavailableError
+from telemetryd.errors import QueryTimeoutError, TooManyTailsError, TooManyWaitsError, UnavailableError
 from telemetryd.filters import Filters
 from telemetryd.frames import PIECE_BYTES, Chunk, Frame, Held, encode
 from telemetryd.logs import log
@@ -21,6 +21,7 @@ from telemetryd.runs import MAX_INTEGER
 from telemetryd.store import Store
 
 MAX_TAILS: Final = 2_000
+MAX_WAITS: Final = 2_000
 HEARTBEAT_S: Final = 15.0
 """After so long without anything to say, a tail says that it is still there, and how far it is."""
 
@@ -48,6 +49,8 @@ class Feed:
         self._store = store
         self._news = asyncio.Event()
         self._polling = asyncio.Lock()
+        self.waits = 0
+        """Requests that wait for a commit."""
         self.tails: set[Tail] = set()
         self._plain = Lane(self, store.fetch_news)
         self._searching = Lane(self, store.fetch)
@@ -76,8 +79,18 @@ class Feed:
         Raises:
             UnavailableError: if the database cannot be read now.
             CursorGoneError: if the place is not known any more.
+            TooManyWaitsError: if too many wait already.
 
         """
+        if asked.wait_s and self.waits >= MAX_WAITS:
+            raise TooManyWaitsError
+        self.waits += 1
+        try:
+            return await self._wait(asked)
+        finally:
+            self.waits -= 1
+
+    async def _wait(self, asked: ChangesRequest) -> Changes:
         deadline = asyncio.get_running_loop().time() + asked.wait_s
         news = self._news  # taken before the database is read, so that no commit comes between
         changes = await self._store.fetch(asked.query)
