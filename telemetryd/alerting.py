@@ -23,6 +23,8 @@ from telemetryd.runs import format_timestamp, utc_now
 from telemetryd.store import Store
 
 _GIVE_UP_AFTER: Final = timedelta(hours=24)
+_AT_ONCE: Final = 50
+"""Changes that are logged before the event loop gets its turn."""
 _REST: Final = 100
 """How many times as long as its evaluation a rule of commits rests at least: it takes 1 % of a reader at most."""
 
@@ -51,6 +53,8 @@ class Alerting:
         self._news = {webhook.name: asyncio.Event() for webhook in rules.webhooks}
         self._evaluated_at: str | None = None
         self._problems: dict[str, str] = {}
+        self._more: dict[str, int] = {}
+        """By rule, for how many subjects it fires besides those that are kept."""
 
     async def shown(self) -> dict[str, Any]:
         """Return what `GET /api/v1/alerts` answers.
@@ -61,7 +65,7 @@ class Alerting:
         """
         # Without rules nothing that is kept would be shown, and each look at the metrics would read it.
         kept = await self._store.fetch(ListFiring()) if self._has_rules else Kept((), {})
-        return alerts.shown(self._rules, kept, self._evaluated_at, self._problems)
+        return alerts.shown(self._rules, kept, self._evaluated_at, self._problems, self._more)
 
     @property
     def _has_rules(self) -> bool:
@@ -137,12 +141,16 @@ class Alerting:
         for rule, problem in problems.items():
             if self._problems.get(rule) != problem:
                 log.warning("Rule not evaluated", extra={"rule": rule, "error_message": problem})
-        changed = alerts.changes(evaluation, self._rules, lambda: str(uuid.uuid4()))
+        self._more |= {rule: evaluation.more.get(rule, 0) for rule in evaluation.found}
+        # In a thread, for they may be thousands, and the event loop has others to look after.
+        changed = await asyncio.to_thread(alerts.changes, evaluation, self._rules, lambda: str(uuid.uuid4()))
         if changed:
             given_up = await self._store.submit(RecordAlerts(changed))
             if given_up:
                 log.error("Deliveries given up: too many wait", extra={"result_count": given_up})
-        for change in changed:
+        for place, change in enumerate(changed, 1):
+            if place % _AT_ONCE == 0:
+                await asyncio.sleep(0)
             log.log(
                 logging.WARNING if change.firing else logging.INFO,
                 "Alert firing" if change.firing else "Alert resolved",
