@@ -69,7 +69,7 @@ class ListDeliveries:
     """The oldest deliveries that wait for a webhook. Answer: a list of `Delivery`."""
 
     webhook: str
-    limit: int = 100
+    limit: int = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +100,12 @@ class Delivery:
     id: str
     created_at: str
     body: str
+
+    @property
+    def alert(self) -> tuple[str, Subject]:
+        """Return which alert it is about."""
+        told = orjson.loads(self.body)
+        return told["rule"], Subject(**told["subject"])
 
 
 @dataclass(frozen=True, slots=True)

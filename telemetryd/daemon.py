@@ -68,7 +68,7 @@ async def running(
         store = await Store.open(settings, metrics, clock)
         try:
             await store.keep_full_text()
-            alerting = Alerting(store, rules, clock)
+            alerting = Alerting(store, rules, clock, given_up=metrics.deliveries_given_up.inc)
             runner = make_runner(make_app(store, settings, metrics, alerting), settings)
             await runner.setup()
             chores = tuple(map(asyncio.create_task, (upkeep.keep_up(store, settings, clock), alerting.run())))

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from telemetryd import alerts, migrate, sketches, store
-from telemetryd.alerting import Alerting, Pace
+from telemetryd.alerting import Alerting
 from telemetryd.alerts import (
     EvaluateRules,
     Evaluation,
@@ -40,6 +40,7 @@ from telemetryd.alerts import (
 )
 from telemetryd.commands import ConfirmDelivery, KeepAlerts, RecordAlerts
 from telemetryd.database import connect
+from telemetryd.deliveries import Pace
 from telemetryd.errors import ConfigurationError
 from telemetryd.regressions import MEASURES, Run, in_order
 from telemetryd.rules import FailureRate, Regression, Rule, Rules, Silent, Slow, Stale, Webhook, load_rules, matcher
@@ -624,6 +625,9 @@ class Receiver:
         self.answers: list[int] = []
         """Answers to the next messages; then 204."""
         self.hold: asyncio.Event | None = None
+        self.refused: str | None = None
+        """The agent whose messages are never accepted."""
+        self.accepted: list[dict[str, Any]] = []
 
     async def take(self, request: web.Request) -> web.Response:
         body = await request.read()
@@ -635,6 +639,9 @@ class Receiver:
         self.got.append(message)
         if self.hold is not None:
             await self.hold.wait()
+        if self.refused is not None and message["subject"]["agent_name"] == self.refused:
+            return web.Response(status=422)
+        self.accepted.append(message)
         return web.Response(status=self.answers.pop(0) if self.answers else 204, headers={"Location": "/elsewhere"})
 
 
@@ -687,6 +694,35 @@ async def test_a_message_is_sent_until_it_is_confirmed_and_in_order(api: Api, tm
     assert first["since"] == last["since"] == first["at"] == START
     assert (first["seq"], last["seq"]) == (1, 2)
     assert len(first["epoch"]) == 12
+
+
+async def test_one_that_is_never_accepted_keeps_no_other_from_being_delivered(api: Api, tmp_path: Path) -> None:
+    now, given_up = NOW, [0]
+
+    async def evaluate(*agents: str, heard: float) -> None:
+        await api.batch([make_run(agent_name=agent, created_at=at(hours=heard), status="success") for agent in agents])
+        await alerting.evaluate()
+
+    async with receiving() as receiver:
+        receiver.refused = "hugo-poison"
+        rules = replace(load_rules(write_rules(tmp_path, receiver.url)), every_s=3600.0)
+        alerting = Alerting(api.store, rules, lambda: now, Pace(0.001, 0.01), given_up.append)
+        await evaluate("hugo-poison", heard=2)
+        await evaluate("hugo-poison", heard=0)
+        await evaluate("hugo-good", heard=2)
+        working = asyncio.create_task(alerting.run())
+        await eventually(lambda: len(receiver.accepted) == 1)
+        tried = len(receiver.got)
+        await evaluate("hugo-good", heard=0)
+        await eventually(lambda: len(receiver.accepted) == 2 and len(receiver.got) > tried + 1)
+        assert [each["state"] for each in receiver.accepted] == ["firing", "resolved"]
+        assert {each["state"] for each in receiver.got if each not in receiver.accepted} == {"firing"}
+        now = datetime.now(UTC) + timedelta(hours=25)  # the messages have the time of the store's clock
+        with closing(connect(api.settings.db_path, "ro")) as connection:
+            await eventually(lambda: not statements.fetch_kept(connection).waiting)
+        working.cancel()
+        await asyncio.wait((working,))
+    assert sum(given_up) == 2
 
 
 async def wait_for(check: Callable[[], bool]) -> None:
