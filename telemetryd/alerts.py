@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, Final
 
@@ -19,6 +19,8 @@ from telemetryd.stats import GetStats, hour_number
 FAILED: Final = (str(Status.FAILURE), str(Status.TIMEOUT))
 """What a failure rate counts as failed."""
 FINISHED: Final = tuple(str(status) for status in Status if status is not Status.RUNNING)
+MAX_FIRING: Final = 1000
+"""Subjects that a rule fires for one by one; the others are counted."""
 _LONGEST: Final = timedelta(days=36_500)
 _LETTERS: Final = 12
 
@@ -67,7 +69,7 @@ class ListDeliveries:
     """The oldest deliveries that wait for a webhook. Answer: a list of `Delivery`."""
 
     webhook: str
-    limit: int = 100
+    limit: int = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,12 @@ class Delivery:
     created_at: str
     body: str
 
+    @property
+    def alert(self) -> tuple[str, Subject]:
+        """Return which alert it is about."""
+        told = orjson.loads(self.body)
+        return told["rule"], Subject(**told["subject"])
+
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
@@ -111,6 +119,25 @@ class Evaluation:
     seq: int
     """Where the commit sequence stood, and in which epoch."""
     epoch: str
+    more: Mapping[str, int] = field(default_factory=dict)
+    """By rule, how many subjects it holds for besides those that were found."""
+
+
+def bounded(findings: Iterable[Finding], fired: Collection[Subject]) -> tuple[tuple[Finding, ...], int]:
+    """Return `MAX_FIRING` findings at most, and how many there are besides.
+
+    What fires already goes on firing, before anything new: or alerts would end though nothing has changed.
+    """
+    old: list[Finding] = []
+    new: list[Finding] = []
+    count = 0
+    for finding in findings:
+        count += 1
+        some = old if finding.subject in fired else new
+        if len(some) < MAX_FIRING:
+            some.append(finding)
+    found = (*old, *new)[:MAX_FIRING]
+    return found, count - len(found)
 
 
 def silent(rule: Silent, now: datetime, heard: Mapping[str, str | None]) -> tuple[Finding, ...]:
@@ -316,6 +343,7 @@ def _change(
         "at": format_timestamp(evaluation.now),
         "seq": evaluation.seq,
         "epoch": evaluation.epoch,
+        "more": evaluation.more.get(rule.name, 0),
     }
     return AlertChange(
         id=new_id,
@@ -331,15 +359,21 @@ def _change(
     )
 
 
-def shown(rules: Rules, kept: Kept, evaluated_at: str | None, problems: Mapping[str, str]) -> dict[str, Any]:
+def shown(
+    rules: Rules, kept: Kept, evaluated_at: str | None, problems: Mapping[str, str], more: Mapping[str, int]
+) -> dict[str, Any]:
     """Return what `GET /api/v1/alerts` answers."""
+    firing_of: dict[str, list[Firing]] = {rule.name: [] for rule in rules.rules}
+    for firing in kept.firing:
+        if firing.rule in firing_of:
+            firing_of[firing.rule].append(firing)
     return {
         "evaluated_at": evaluated_at,
         "rules": [
             {
                 "name": rule.name,
                 "kind": rule.kind,
-                "state": "firing" if any(firing.rule == rule.name for firing in kept.firing) else "ok",
+                "state": "firing" if firing_of[rule.name] else "ok",
                 "problem": problems.get(rule.name),
                 "webhooks": list(rule.webhooks),
                 "firing": [
@@ -350,9 +384,9 @@ def shown(rules: Rules, kept: Kept, evaluated_at: str | None, problems: Mapping[
                         "summary": firing.summary,
                         "details": firing.details,
                     }
-                    for firing in kept.firing
-                    if firing.rule == rule.name
+                    for firing in firing_of[rule.name]
                 ],
+                "more": more.get(rule.name, 0),
             }
             for rule in rules.rules
         ],

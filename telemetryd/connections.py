@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import uuid
-from typing import Final, cast
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, cast
 
 from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
+from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.payload import Payload
 from aiohttp.web_protocol import RequestHandler
 
 from telemetryd.certificates import most_processes
+from telemetryd.heads import ANSWERED_BYTES, HEAD_BYTES, HeadTooLargeError, Held, Parser
 from telemetryd.logs import log
-from telemetryd.middleware import error_response, mark, request_id, unexpected_detail
+from telemetryd.middleware import SAFE_METHODS, error_response, mark, request_id, unexpected_detail
 from telemetryd.processes import descriptor_limit
 from telemetryd.settings import Settings
 
@@ -80,6 +84,15 @@ class _Protocol(RequestHandler):
     unsent: tuple[int, float] = (0, 0.0)
     """How much of the answer waited for the client when the patrol last saw a change, and when that was."""
     _answer: _Pieces | None = None
+    _answering: asyncio.Task[Any] | None = None
+    """What answers a request that changes nothing: it is of no use to anybody once the client has left."""
+    _left: asyncio.Future[None] | None = None
+    _refused: bool = False
+
+    def __init__(self, server: _Server, **details: Any) -> None:
+        super().__init__(server, **details)
+        self._server = server
+        self._parser: Parser | None = Parser(self, self._loop)
 
     @property
     def unread(self) -> int:
@@ -108,7 +121,11 @@ class _Protocol(RequestHandler):
             },
             exc_info=exc if unexpected else None,
         )
-        detail = unexpected_detail(identity) if unexpected else "The request is not valid HTTP/1.1"
+        if isinstance(exc, HeadTooLargeError):
+            status = 431  # RFC 6585 §5
+        if isinstance(exc, HttpProcessingError):
+            exc.__traceback__ = None  # its frames hold what has come, as long as this is being answered
+        detail = unexpected_detail(identity) if unexpected else _MALFORMED.get(status, _MALFORMED[400])
         response = error_response(status, detail)
         mark(response, identity)
         response.force_close()
@@ -118,12 +135,45 @@ class _Protocol(RequestHandler):
         """Take a connection, unless so many are open that the database would find no descriptor any more."""
         super().connection_made(transport)
         self.asking_since = self._loop.time()
-        if isinstance(self._manager, _Server) and len(self._manager.connections) > self._manager.most_connections:
+        if len(self._server.connections) > self._server.most_connections:
             cast(asyncio.Transport, transport).abort()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """End what only the client wanted to know; a write goes on, for it is told to whoever asks later."""
+        super().connection_lost(exc)
+        self._server.held.note(self, 0)
+        if self._answering is not None:
+            self._answering.cancel()
+        if self._left is not None and not self._left.done():
+            self._left.set_result(None)
+
+    async def answer(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Answer a request, as long as there is anybody to be answered."""
+        if request.method not in SAFE_METHODS:
+            return await self._server.answer(request)
+        self._answering = asyncio.current_task()
+        self._count()
+        try:
+            return await self._server.answer(request)
+        finally:
+            self._answering = None
+            self._count()
+
+    def _count(self) -> None:
+        """Take note of what its requests hold, and cut those who hold most if it is too much."""
+        if self.transport is None or self._parser is None:
+            return
+        waiting = ANSWERED_BYTES if self._answering is not None else 0
+        self._server.note(self, self._parser.held + len(self._message_tail) + waiting)
 
     def data_received(self, data: bytes) -> None:
         """Take in bytes, and see whether a head is begun and not ended."""
+        if self._refused:  # what follows a head that is too large is let go until its answer has got through
+            return
         super().data_received(data)
+        if self._parser is not None and self._parser.has_refused:
+            self._refused, self._parser = True, Parser(self, self._loop)  # which lets go of what has come of it
+        self._count()
         if self._request_count and (self._waiter is None or self._waiter.done()):  # one is complete, or being answered
             self.asking_since = None
         elif self.asking_since is None:
@@ -133,6 +183,10 @@ class _Protocol(RequestHandler):
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> tuple[web.StreamResponse, bool]:
         """Send an answer, unless with it too much waits to be read, and nowhere more than here."""
+        if self._refused:
+            sent = await super().finish_response(request, resp, start_time)
+            await self._let_go()
+            return sent
         if (
             not isinstance(resp, web.Response)
             or not isinstance(body := resp.body, bytes | bytearray)
@@ -141,12 +195,27 @@ class _Protocol(RequestHandler):
             return await super().finish_response(request, resp, start_time)
         resp.body = self._answer = _Pieces(bytes(body))
         del body  # whoever does not read it would keep it here
-        if isinstance(self._manager, _Server):
-            self._manager.bound_unread()
+        self._server.bound_unread()
         try:
             return await super().finish_response(request, resp, start_time)
         finally:
             self._answer = None
+
+    async def _let_go(self) -> None:
+        """Wait until the client leaves: closed before all is read, a socket takes its answer back (RFC 9112 §9.6)."""
+        if self.transport is None:
+            return
+        self._left = self._loop.create_future()
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_S):
+                await self._left
+
+    def abort(self) -> None:
+        """Cut the connection."""
+        if self.transport is not None:
+            self.transport.abort()
 
     def lost_patience(self, now: float) -> str | None:
         """Say why the connection should be cut, or return None."""
@@ -160,12 +229,32 @@ class _Protocol(RequestHandler):
         return None
 
 
+_MALFORMED: Final = {
+    400: "The request is not valid HTTP/1.1",
+    431: f"The head of the request is too large: it may have {HEAD_BYTES} bytes",
+}
+"""What is told of a request that never became one, by its status; the parser's own text may echo the input."""
+
+
 class _Server(web.Server):
     most_connections: int
+    answer: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+    held: Held[_Protocol]
     _patrol: asyncio.Task[None]
 
     def __call__(self) -> RequestHandler:
         return _Protocol(self, loop=self._loop, **self._kwargs)
+
+    def note(self, protocol: _Protocol, held: int) -> None:
+        """Take note of what a connection's requests hold, and cut those who hold most if it is too much."""
+        self.held.note(protocol, held)
+        cut = [*self.held.relieve()]
+        for each in cut:
+            each.abort()
+        if cut:
+            log.warning(
+                "Connections cut: requests hold too much besides their bodies", extra={"result_count": len(cut)}
+            )
 
     def start_patrol(self) -> None:
         """Look after every connection again and again, until `shutdown`."""
@@ -208,6 +297,10 @@ class _Server(web.Server):
         await super().shutdown(timeout)
 
 
+async def _answer_while_there(request: web.BaseRequest) -> web.StreamResponse:
+    return await cast(_Protocol, request.protocol).answer(request)
+
+
 class _Runner(web.AppRunner):
     most_connections: int
 
@@ -222,8 +315,10 @@ class _Runner(web.AppRunner):
                 mark(response, request_id(request))
                 return response
 
-        server = _Server(answer, request_factory=made.request_factory, **made._kwargs)
+        server = _Server(_answer_while_there, request_factory=made.request_factory, **made._kwargs)
         server.most_connections = self.most_connections
+        server.answer = answer
+        server.held = Held()
         server.start_patrol()
         return server
 
@@ -241,6 +336,6 @@ def make_runner(app: web.Application, settings: Settings) -> web.AppRunner:
         shutdown_timeout=settings.shutdown_timeout_s / 4,
     )
     limit = descriptor_limit()
-    spare = _SPARE_DESCRIPTORS + _DESCRIPTORS_PER_READER * settings.db_readers + most_processes(settings)
+    spare = _SPARE_DESCRIPTORS + _DESCRIPTORS_PER_READER * (settings.db_readers + 1) + most_processes(settings)
     runner.most_connections = max(limit - spare, limit // 4)
     return runner

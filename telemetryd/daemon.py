@@ -68,7 +68,8 @@ async def running(
         store = await Store.open(settings, metrics, clock)
         try:
             await store.keep_full_text()
-            alerting, upkeep = Alerting(store, rules, clock), Upkeep(store, settings, clock)
+            alerting = Alerting(store, rules, clock, given_up=metrics.deliveries_given_up.inc)
+            upkeep = Upkeep(store, settings, clock)
             runner = make_runner(make_app(store, settings, metrics, alerting, upkeep), settings)
             await runner.setup()
             chores = tuple(map(asyncio.create_task, (upkeep.run(), alerting.run())))

@@ -19,6 +19,7 @@ from typing import Final, TypeVar
 
 import aiosqlite
 
+from telemetryd import searching
 from telemetryd.descriptors import CountedConnection, borrowed, copy_to, read_at
 from telemetryd.errors import DatabaseError
 from telemetryd.ownership import FileLock, create_privately
@@ -398,6 +399,9 @@ class Connection(aiosqlite.Connection):
         """Call a function with the plain connection, in the connection's own thread."""
         return await self.start(function)
 
+    is_interrupted: bool = False
+    """Whether what runs in the thread shall end: SQLite does not tell the functions that it calls."""
+
     def start(self, function: Callable[[sqlite3.Connection], T]) -> asyncio.Future[T]:
         """Do the same at once; a task for it would wait for two more turns of a busy event loop.
 
@@ -405,12 +409,14 @@ class Connection(aiosqlite.Connection):
             ValueError: if the connection is closed.
 
         """
+        self.is_interrupted = False
         answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self._tx.put_nowait((answer, partial(function, self._conn)))
         return answer
 
     def interrupt_now(self) -> None:
         """Interrupt what runs in the connection's thread, if anything does; closed ones have nothing to interrupt."""
+        self.is_interrupted = True
         with suppress(ValueError, sqlite3.ProgrammingError):
             self._conn.interrupt()
 
@@ -460,6 +466,7 @@ async def open_reader(path: Path, busy_timeout_ms: int) -> Connection:
     await connection
     try:
         await connection.run(_configure_reader)
+        await connection.run(lambda plain: searching.add_to(plain, lambda: connection.is_interrupted))
     except BaseException:
         await connection.close()
         raise

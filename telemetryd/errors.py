@@ -94,6 +94,12 @@ class TooManyTailsError(UnavailableError):
     retry_after_seconds = 10
 
 
+class TooManyWaitsError(UnavailableError):
+    """Too many requests wait for changes; try again later, or without wait."""
+
+    retry_after_seconds = 10
+
+
 class NoMemoryError(UnavailableError):
     """There is not enough memory for this request now; a smaller one may succeed."""
 

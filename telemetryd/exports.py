@@ -16,7 +16,7 @@ from typing import Final
 
 from aiohttp import web
 
-from telemetryd import tables
+from telemetryd import searching, tables
 from telemetryd.changes import BEGINNING
 from telemetryd.database import Connection, connect
 from telemetryd.errors import (
@@ -78,6 +78,7 @@ class _Export:
         """
         try:
             exporting.prepare(connection, database, room_bytes, self.is_over)
+            searching.add_to(connection, lambda: self._stopped)
             self._deadline = time.monotonic() + self.longest_s
             try:
                 self.rows = exporting.copy_at_once(connection, self.query)

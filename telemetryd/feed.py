@@ -5,22 +5,23 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Collection
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import Final
 from urllib.parse import urlencode
 
 import orjson
 
-from telemetryd import runs
 from telemetryd.changes import PAGE_BYTES, Changes, ChangesRequest, ListChanges, Place
-from telemetryd.errors import QueryTimeoutError, TooManyTailsError, UnavailableError
+from telemetryd.errors import QueryTimeoutError, TooManyTailsError, TooManyWaitsError, UnavailableError
 from telemetryd.filters import Filters
+from telemetryd.frames import PIECE_BYTES, Chunk, Frame, Held, encode
 from telemetryd.logs import log
 from telemetryd.metrics import Metrics
 from telemetryd.runs import MAX_INTEGER
 from telemetryd.store import Store
 
 MAX_TAILS: Final = 2_000
+MAX_WAITS: Final = 2_000
 HEARTBEAT_S: Final = 15.0
 """After so long without anything to say, a tail says that it is still there, and how far it is."""
 
@@ -30,87 +31,15 @@ BUFFER_BYTES: Final = 1024 * 1024
 HELD_BYTES: Final = 64 * 1024 * 1024
 """What waits for all tails together at most; beyond it, those who take nothing give it up."""
 
-PIECE_BYTES: Final = 64 * 1024
-"""What a tail sends at once at most, so that no more is copied for it than the client is about to take."""
-
 BEHIND: Final = 50_000
 """A tail that is more changes behind than this is told how many it missed, and goes on from now."""
 
 _PAGE: Final = 250
 _LEAST_PAGE_BYTES: Final = 256 * 1024
-_SLICE_S: Final = 0.002
-"""How long changes are encoded before the event loop gets its turn."""
 _PAUSE_S: Final = 0.5
 
 RETRY: Final = b"retry: 2000\n"
 """Tells a browser after how many milliseconds to come back."""
-
-
-class Held:
-    """How many bytes all frames have that there are."""
-
-    def __init__(self) -> None:
-        self.bytes = 0
-
-
-class Frame:
-    """A run as an event of a stream: in memory once, however many tails it waits for, and counted while it is.
-
-    Some small ones that are put together are one, which has the number of the last.
-    """
-
-    __slots__ = ("_held", "run", "runs", "seq", "text")
-
-    def __init__(self, held: Held, seq: int, run: int, text: bytes, runs: int = 1) -> None:
-        self.seq = seq
-        self.run = run
-        self.text = text
-        self.runs = runs
-        self._held = held
-        held.bytes += len(text)
-
-    def __del__(self) -> None:
-        """Count it no more: the last tail it waited for has let it go."""
-        self._held.bytes -= len(self.text)
-
-    @staticmethod
-    def join(frames: list[Frame]) -> Frame:
-        """Return some as one."""
-        last = frames[-1]
-        if len(frames) == 1:
-            return last
-        return Frame(last._held, last.seq, last.run, b"".join(frame.text for frame in frames), len(frames))
-
-
-class Chunk:
-    """Frames that are handed at once to many tails."""
-
-    def __init__(self, frames: list[Frame], pieces: list[Frame] | None = None) -> None:
-        self.frames = frames
-        self.pieces = frames if pieces is None else pieces
-        """The same, as they wait for a tail."""
-        self.size = sum(len(frame.text) for frame in frames)
-
-    def joined(self) -> Chunk:
-        """Return them put together up to `PIECE_BYTES`: once, for all tails that they are handed to."""
-        pieces: list[Frame] = []
-        together: list[Frame] = []
-        size = 0
-        for frame in self.frames:
-            size += len(frame.text)
-            if together and size > PIECE_BYTES:
-                pieces.append(Frame.join(together))
-                together, size = [], len(frame.text)
-            together.append(frame)
-        if together:
-            pieces.append(Frame.join(together))
-        return Chunk(self.frames, pieces)
-
-    def behind(self, seq: int) -> Chunk:
-        """Return those that lie behind a number."""
-        if not self.frames or self.frames[0].seq > seq:
-            return self
-        return Chunk([frame for frame in self.frames if frame.seq > seq])
 
 
 class Feed:
@@ -119,49 +48,30 @@ class Feed:
     def __init__(self, store: Store, metrics: Metrics) -> None:
         self._store = store
         self._news = asyncio.Event()
-        self._unread = asyncio.Event()
-        self._reading = asyncio.Lock()
         self._polling = asyncio.Lock()
-        self._tails: set[Tail] = set()
-        self._live: dict[str, list[Tail]] = {}
-        self.position = 0
-        """Up to which number everything was handed to the tails that are not behind."""
+        self.waits = 0
+        """Requests that wait for a commit."""
+        self.tails: set[Tail] = set()
+        self._plain = Lane(self, store.fetch_news)
+        self._searching = Lane(self, store.fetch)
         self.closed = False
         self.held = Held()
+        self.encoding = asyncio.Lock()
+        """Held by whoever has frames in hand that wait for no tail yet."""
         self.metrics = metrics
-        metrics.watch_tails(lambda: len(self._tails))
+        metrics.watch_tails(lambda: len(self.tails))
         store.watch_commits(self._wake)
 
+    def lane(self, filters: Filters) -> Lane:
+        """Return where tails with these filters are handed what is new."""
+        return self._searching if filters.is_search else self._plain
+
     def _wake(self) -> None:
-        """Take note of a commit; called by the writer's task, so it only sets two flags."""
-        self._unread.set()
+        """Take note of a commit; called by the writer's task, so it only sets some flags."""
+        self._plain.unread.set()
+        self._searching.unread.set()
         self._news.set()
         self._news = asyncio.Event()
-
-    async def read(self, after: int, *filters: Filters) -> Changes:
-        """Read what lies behind a number; one at a time, so that tails leave the readers to those who ask.
-
-        Raises:
-            UnavailableError: if the database cannot be read now.
-            InvalidRequestError: if a filter cannot be used.
-
-        """
-        async with self._reading:
-            return await self._store.fetch(ListChanges(after, _PAGE, filters))
-
-    async def catch_up(self, tail: Tail) -> bytes:
-        """Let the next page from the database wait for a tail that is behind; return what it is to be told instead.
-
-        Raises:
-            UnavailableError: if the database cannot be read now.
-
-        """
-        async with self._reading:  # until it has joined: so nothing is handed out that is not in the page
-            most_bytes = min(max(HELD_BYTES // len(self._tails), _LEAST_PAGE_BYTES), PAGE_BYTES)
-            page = ListChanges(tail.position, _PAGE, (tail.filters,), most_bytes=most_bytes)
-            told = await tail.take_in(await self._store.fetch(page))
-            self._relieve()
-            return told
 
     async def wait(self, asked: ChangesRequest) -> Changes:
         """Read what lies behind a place; if that is nothing, wait for a commit as long as was asked for.
@@ -169,8 +79,18 @@ class Feed:
         Raises:
             UnavailableError: if the database cannot be read now.
             CursorGoneError: if the place is not known any more.
+            TooManyWaitsError: if too many wait already.
 
         """
+        if asked.wait_s and self.waits >= MAX_WAITS:
+            raise TooManyWaitsError
+        self.waits += 1
+        try:
+            return await self._wait(asked)
+        finally:
+            self.waits -= 1
+
+    async def _wait(self, asked: ChangesRequest) -> Changes:
         deadline = asyncio.get_running_loop().time() + asked.wait_s
         news = self._news  # taken before the database is read, so that no commit comes between
         changes = await self._store.fetch(asked.query)
@@ -189,47 +109,18 @@ class Feed:
 
     async def run(self) -> None:
         """Hand out what is committed, until it is cancelled."""
-        while True:
-            await self._unread.wait()
-            self._unread.clear()
-            try:
-                more = True
-                while more and self._live:
-                    async with self._reading:
-                        more = await self._hand_out()
-                        self._relieve()
-            except QueryTimeoutError:  # the filters of all of them are too much for one query
-                for tails in [*self._live.values()]:
-                    for tail in tails:
-                        tail.fall_behind()
-            except UnavailableError:  # it is opened again, or overloaded; those who follow only wait longer
-                await asyncio.sleep(_PAUSE_S)
-                self._unread.set()
+        async with asyncio.TaskGroup() as lanes:
+            lanes.create_task(self._plain.run())
+            lanes.create_task(self._searching.run())
 
-    async def _hand_out(self) -> bool:
-        """Give each group of tails with the same filters what matches them; return whether there is more."""
-        groups = {key: tails[0].filters for key, tails in self._live.items()}
-        changes = await self._store.fetch(ListChanges(self.position, _PAGE, (*groups.values(),)))
-        frames = await encode(changes, frozenset().union(*changes.matching), self.held)
-        matching = dict(zip(groups, changes.matching, strict=True))
-        # From here on nothing is awaited, so that every tail is at the same place as the feed.
-        for key, tails in [*self._live.items()]:
-            chunk = Chunk([frame for frame in frames if frame.run in matching[key]])
-            if len(tails) > 1:
-                chunk = chunk.joined()
-            for tail in [*tails]:
-                tail.offer(chunk)
-        self.position = max(self.position, changes.last)
-        return changes.more
-
-    def _relieve(self) -> None:
+    def relieve(self) -> None:
         """While too much waits for all together, have those who take nothing give it up; if need be, end them.
 
         It is called when nobody else holds frames, so that letting them go here is what frees them.
         """
         if self.held.bytes <= HELD_BYTES:
             return
-        slowest = sorted((tail for tail in self._tails if tail.is_sending), key=lambda tail: tail.since)
+        slowest = sorted((tail for tail in self.tails if tail.is_sending), key=lambda tail: tail.since)
         for tail in slowest:
             if self.held.bytes > HELD_BYTES:
                 tail.give_up()
@@ -238,23 +129,6 @@ class Feed:
                 log.warning("Stream cut: too much waits to be read by all streams together")
                 tail.end()
 
-    def join(self, tail: Tail, changes: Changes) -> bool:
-        """Let a tail that has read up to `changes.last` live on what is handed out, if it has caught up."""
-        # Also if nobody lives on it now: what somebody was handed since this was read may be on its way still.
-        if changes.last < self.position:
-            return False
-        if not self._live:
-            self.position = changes.last
-        self._live.setdefault(tail.key, []).append(tail)
-        self._unread.set()  # there may have been a commit since it read
-        return True
-
-    def leave(self, tail: Tail) -> None:
-        """Hand a tail nothing any more."""
-        others = [other for other in self._live.pop(tail.key, []) if other is not tail]
-        if others:
-            self._live[tail.key] = others
-
     def open(self, place: Place | None, filters: Filters) -> Tail:
         """Return a new tail, which goes on behind a place, or begins with the next commit.
 
@@ -262,16 +136,11 @@ class Feed:
             TooManyTailsError: if too many are open.
 
         """
-        if len(self._tails) >= MAX_TAILS:
+        if len(self.tails) >= MAX_TAILS:
             raise TooManyTailsError
         tail = Tail(self, place, filters)
-        self._tails.add(tail)
+        self.tails.add(tail)
         return tail
-
-    def forget(self, tail: Tail) -> None:
-        """Take note that a tail has ended."""
-        self._tails.discard(tail)
-        self.leave(tail)
 
     def close(self) -> None:
         """End every tail and every wait at once; who comes back later goes on where it was."""
@@ -279,8 +148,114 @@ class Feed:
             return
         self.closed = True
         self._wake()
-        for tail in [*self._tails]:
+        for tail in [*self.tails]:
             tail.end()
+
+
+class Lane:
+    """Hands out to tails whose filters cost about the same, so that nobody waits for a costlier one.
+
+    Args:
+        feed: whose tails they are.
+        fetch: reads for them, and for nobody who would have to wait for less.
+
+    """
+
+    def __init__(self, feed: Feed, fetch: Callable[[ListChanges], Awaitable[Changes]]) -> None:
+        self._feed = feed
+        self._fetch = fetch
+        self._turn = asyncio.Lock()
+        self._reading = asyncio.Lock()
+        self.unread = asyncio.Event()
+        """Whether there was a commit since it began to read."""
+        self.live: dict[str, list[Tail]] = {}
+        """Those that are handed what is new, by their filters."""
+        self.position = 0
+        """Up to which number everything was handed to them."""
+
+    async def read(self, after: int, *filters: Filters) -> Changes:
+        """Read what lies behind a number; one at a time, so that tails leave the readers to those who ask.
+
+        Raises:
+            UnavailableError: if the database cannot be read now.
+            InvalidRequestError: if a filter cannot be used.
+
+        """
+        async with self._turn:
+            return await self._fetch(ListChanges(after, _PAGE, filters))
+
+    async def catch_up(self, tail: Tail) -> bytes:
+        """Let the next page from the database wait for a tail that is behind; return what it is to be told instead.
+
+        Raises:
+            UnavailableError: if the database cannot be read now.
+
+        """
+        # One at a time asks for the second lock, so that what is new is handed out in between. That one is held until
+        # the tail has joined: so nothing is handed out that is not in the page.
+        async with self._turn, self._reading:
+            most_bytes = min(max(HELD_BYTES // len(self._feed.tails), _LEAST_PAGE_BYTES), PAGE_BYTES)
+            page = ListChanges(tail.position, _PAGE, (tail.filters,), most_bytes=most_bytes)
+            changes = await self._fetch(page)
+            async with self._feed.encoding:
+                told = await tail.take_in(changes)
+                self._feed.relieve()
+            return told
+
+    async def run(self) -> None:
+        """Hand out what is committed, until it is cancelled."""
+        while True:
+            await self.unread.wait()
+            self.unread.clear()
+            try:
+                more = True
+                while more and self.live:
+                    async with self._reading:
+                        more = await self._hand_out()
+            except QueryTimeoutError:  # the filters of all of them are too much for one query
+                for tails in [*self.live.values()]:
+                    for tail in tails:
+                        tail.fall_behind()
+            except UnavailableError:  # it is opened again, or overloaded; those who follow only wait longer
+                await asyncio.sleep(_PAUSE_S)
+                self.unread.set()
+
+    async def _hand_out(self) -> bool:
+        """Give each group of tails with the same filters what matches them; return whether there is more."""
+        groups = {key: tails[0].filters for key, tails in self.live.items()}
+        changes = await self._fetch(ListChanges(self.position, _PAGE, (*groups.values(),)))
+        async with self._feed.encoding:
+            await self._offer(changes, dict(zip(groups, changes.matching, strict=True)))
+            self._feed.relieve()
+        return changes.more
+
+    async def _offer(self, changes: Changes, matching: Mapping[str, frozenset[int]]) -> None:
+        frames = await encode(changes, frozenset().union(*matching.values()), self._feed.held)
+        # From here on nothing is awaited, so that every tail is at the same place as the lane.
+        for key, tails in [*self.live.items()]:
+            chunk = Chunk([frame for frame in frames if frame.run in matching[key]])
+            if len(tails) > 1:
+                chunk = chunk.joined()
+            for tail in [*tails]:
+                tail.offer(chunk)
+        self.position = max(self.position, changes.last)
+
+    def join(self, tail: Tail, changes: Changes) -> bool:
+        """Let a tail that has read up to `changes.last` live on what is handed out, if it has caught up."""
+        # Also if nobody lives on it now: what somebody was handed since this was read may be on its way still.
+        if changes.last < self.position:
+            return False
+        if not self.live:
+            self.position = changes.last
+        self.live.setdefault(tail.key, []).append(tail)
+        self.unread.set()  # there may have been a commit since it read
+        return True
+
+    def leave(self, tail: Tail) -> None:
+        """Hand a tail nothing any more."""
+        others = [other for other in self.live.pop(tail.key, []) if other is not tail]
+        if others:
+            self.live[tail.key] = others
 
 
 class Tail:
@@ -295,6 +270,7 @@ class Tail:
         self.missed = 0
         """Changes that were left out because it was too slow."""
         self._feed = feed
+        self.lane = feed.lane(filters)
         self._place = place
         self.position = 0
         """How far it has read; what waits goes up to here."""
@@ -317,7 +293,8 @@ class Tail:
 
     async def __aexit__(self, *details: object) -> bool:
         """End it; an end by `end` is no error."""
-        self._feed.forget(self)
+        self._feed.tails.discard(self)
+        self.lane.leave(self)
         try:
             await self._life.__aexit__(*details)  # type: ignore[arg-type]
         except TimeoutError:
@@ -328,7 +305,7 @@ class Tail:
         """End the block at once."""
         if not self._has_ended:
             self._has_ended = True
-            self._feed.leave(self)
+            self.lane.leave(self)
             self._waiting.clear()
             self._life.reschedule(0)
 
@@ -358,9 +335,9 @@ class Tail:
     def fall_behind(self) -> None:
         """Be handed nothing more, and read from the database what lies behind that which waits."""
         if self._is_live:
-            self._feed.leave(self)
+            self.lane.leave(self)
             self._is_live = False
-            self.position = max(self.position, self._feed.position)
+            self.position = max(self.position, self.lane.position)
             self._ready.set()
 
     def give_up(self) -> None:
@@ -379,7 +356,7 @@ class Tail:
             InvalidRequestError: if its filters cannot be used.
 
         """
-        changes = await self._feed.read(MAX_INTEGER, self.filters)
+        changes = await self.lane.read(MAX_INTEGER, self.filters)
         self._epoch, self.position = changes.epoch, changes.newest
         place = self._place
         if place is None:
@@ -412,7 +389,7 @@ class Tail:
 
     async def _catch_up(self) -> bytes:
         try:
-            return await self._feed.catch_up(self)
+            return await self.lane.catch_up(self)
         except UnavailableError:
             await asyncio.sleep(_PAUSE_S)
             return b""
@@ -429,7 +406,7 @@ class Tail:
         self._let_wait(Chunk(await encode(changes, changes.matching[0], self._feed.held)))
         self.position = changes.last
         self._ready.clear()
-        self._is_live = not changes.more and self._feed.join(self, changes)
+        self._is_live = not changes.more and self.lane.join(self, changes)
         return b""
 
     async def _is_ready(self) -> bool:
@@ -438,7 +415,7 @@ class Tail:
                 await self._ready.wait()
         except TimeoutError:
             if not self._ready.is_set():  # it may be, in the same turn of the loop
-                self.position = max(self.position, self._feed.position)
+                self.position = max(self.position, self.lane.position)
                 return False
         self._ready.clear()
         return True
@@ -464,18 +441,3 @@ class Tail:
         self._bytes -= PIECE_BYTES - room
         self.since = time.monotonic()
         return b"".join(parts)
-
-
-async def encode(changes: Changes, matching: Collection[int], held: Held) -> list[Frame]:
-    """Return the runs with these ids as events of a stream, in their order."""
-    frames = []
-    turn = time.perf_counter()
-    for seq, what in changes.found:
-        if isinstance(what, tuple) and what[0] in matching:
-            place, data = str(Place(seq, changes.epoch)).encode(), orjson.dumps(runs.to_json(what))
-            text = b"id: %b\nevent: run\ndata: %b\n\n" % (place, data)
-            frames.append(Frame(held, seq, int(what[0] or 0), text))
-            if time.perf_counter() - turn > _SLICE_S:
-                await asyncio.sleep(0)
-                turn = time.perf_counter()
-    return frames

@@ -399,7 +399,7 @@ async def get_metadata(request: web.Request) -> web.Response:
     answer = {
         "agent_names": agents,
         "job_types": counts.job_types,
-        "counts": {"agent_names": len(agents), "job_types": len(counts.job_types)},
+        "counts": {"agent_names": counts.agent_names, "job_types": counts.job_type_names},
         "cache_hit": counts.is_remembered,
     }
     return json_response(answer)
@@ -448,7 +448,7 @@ async def get_metrics(request: web.Request) -> web.Response:
     if form == "prometheus":
         alerts = await request.app[ALERTING].shown()
         request.app[METRICS].show_alerts(
-            {rule["name"]: len(rule["firing"]) for rule in alerts["rules"]},
+            {rule["name"]: len(rule["firing"]) + rule["more"] for rule in alerts["rules"]},
             {webhook["name"]: webhook["waiting"] for webhook in alerts["webhooks"]},
         )
         body, content_type = request.app[METRICS].expose(request.headers.get("Accept", ""), counts.total)
@@ -457,6 +457,7 @@ async def get_metrics(request: web.Request) -> web.Response:
     answer = {
         "total_runs": counts.total,
         "agents": counts.agents,
+        **({"agents_more": more} if (more := counts.agent_names - len(counts.agents)) else {}),
         "recent_24h": counts.recent,
         "performance": {
             "db_path": str(health.path),
@@ -958,6 +959,7 @@ ROUTES: Final[tuple[Route, ...]] = (
                         {
                             "total_runs": INTEGER,
                             "agents": {"type": "object", "additionalProperties": INTEGER},
+                            "agents_more": INTEGER,
                             "recent_24h": INTEGER,
                             "performance": {"type": "object"},
                         }

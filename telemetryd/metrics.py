@@ -100,6 +100,11 @@ class Metrics:
             "Changes that were left out of streams because their clients were too slow.",
             registry=self.registry,
         )
+        self.deliveries_given_up = Counter(
+            "telemetryd_alert_deliveries_given_up",
+            "Messages to webhooks that were given up: a day old, or too many waited.",
+            registry=self.registry,
+        )
         self._alerts_firing = Gauge(
             "telemetryd_alerts_firing",
             "For how many subjects a rule of alerts is firing.",

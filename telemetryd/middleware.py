@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import hmac
@@ -58,8 +59,11 @@ PAGE_PREFIXES: Final = ("/docs", "/openapi.json")
 PAGE: Final = "/page/"
 """Where the files of the page at `/` are."""
 _JSON: Final = "application/json"
-_SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
+SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 """Methods that change nothing (RFC 9110 §9.2.1); a browser sends an Origin with all others."""
+
+_CLIENT_LEFT: Final = 499
+"""The status under which a request is counted that ended without an answer, as nginx calls it."""
 
 STATUSES: Final[tuple[tuple[type[TelemetrydError], int], ...]] = (
     (InvalidBodyError, 422),
@@ -184,7 +188,7 @@ class Gate:
                 403,
                 f"Host {shorten(host)!r} is not a name of this daemon; if it is, list it in TELEMETRY_ALLOWED_HOSTS",
             )
-        if request.method in _SAFE_METHODS:
+        if request.method in SAFE_METHODS:
             return None
         origin = request.headers.get("Origin")
         if origin is None or self._names.has_origin(origin, host):
@@ -347,6 +351,9 @@ def middleware(settings: Settings, metrics: Metrics, advice: Callable[[], str]) 
         ) as error:
             problem = error
             response = _answer_error(error, identity)
+        except asyncio.CancelledError:  # the client has left, or the daemon stops
+            metrics.count_request(request.method, await _endpoint(request), _CLIENT_LEFT, time.perf_counter() - started)
+            raise
         except MemoryError as error:
             traceback.clear_frames(error.__traceback__)  # which hold what there was no memory for
             problem = NoMemoryError()

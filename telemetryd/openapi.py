@@ -347,6 +347,7 @@ def alerts_answer() -> Schema:
         "problem": {"anyOf": [STRING, {"type": "null"}], "description": "Why it cannot be evaluated now."},
         "webhooks": {"type": "array", "items": STRING},
         "firing": {"type": "array", "items": obj(firing)},
+        "more": {**INTEGER, "description": "For how many it fires besides; they are counted, not told one by one."},
     }
     waiting = {**INTEGER, "description": "Messages that are not confirmed yet."}
     return obj(

@@ -284,20 +284,26 @@ class CountStale:
     agent_name: str | None = None
 
 
+MAX_NAMES: Final = 10_000
+"""Names of agents, or of job types, that one answer holds."""
+
+
 @dataclass(frozen=True, slots=True)
 class Counts:
     """Runs per agent, the job types there are, and how many runs were created in the last 24 hours."""
 
     agents: Mapping[str, int]
+    """Those with most runs, these first, and no more than `MAX_NAMES`."""
     job_types: tuple[str, ...]
+    """The first ones, and no more than that either."""
     recent: int
+    total: int
+    """How many runs there are."""
+    agent_names: int
+    job_type_names: int
+    """How many names there are."""
     is_remembered: bool = False
     """Whether they are those of an earlier answer, because nothing has changed since."""
-
-    @property
-    def total(self) -> int:
-        """How many runs there are."""
-        return sum(self.agents.values())
 
 
 def parse_list(query_string: str, clock: Callable[[], datetime] = utc_now) -> ListRuns:

@@ -6,6 +6,7 @@ import asyncio
 import sqlite3
 import traceback
 from collections.abc import Callable
+from enum import Enum, auto
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -14,31 +15,50 @@ from telemetryd.errors import QueryTimeoutError, UnavailableError
 
 T = TypeVar("T")
 
+MAX_WAITING: Final = 2_000
+"""Queries that may wait for a connection; each holds what its request holds."""
+
 _INTERRUPT_AGAIN_S: Final = 0.02
+
+
+class Lane(Enum):
+    """Which connections run a query."""
+
+    QUICK = auto()
+    LONG = auto()
+    """Those for queries that may read many runs, however few they answer."""
+    FEED = auto()
+    """The one of the feed."""
 
 
 class Readers:
     """Connections that cannot write; each runs one query at a time.
 
-    Half of them are for long queries, so that quick ones need not wait until those are through.
+    Half of them are for long queries, so that quick ones need not wait until those are through; one more is for the
+    feed, which waits for nobody's.
     """
 
     def __init__(self, connections: list[Connection], timeout_s: float) -> None:
         self._all = connections
+        feed, *others = connections
+        half = len(others) // 2
+        quick = _idle(others[half:])
         # Those that run nothing.
-        self._quick: asyncio.LifoQueue[Connection] = asyncio.LifoQueue()
-        self._long: asyncio.LifoQueue[Connection] = asyncio.LifoQueue() if len(connections) > 1 else self._quick
-        for place, connection in enumerate(connections):
-            (self._long if place < len(connections) // 2 else self._quick).put_nowait(connection)
+        self._idle = {
+            Lane.QUICK: quick,
+            Lane.LONG: _idle(others[:half]) if half else quick,
+            Lane.FEED: _idle([feed]),
+        }
+        self._waiting = 0
         self._timeout_s = timeout_s
         self._closed = False
 
     @classmethod
     async def open(cls, path: Path, count: int, timeout_s: float, busy_timeout_ms: int) -> Readers:
-        """Open the pool on an existing database."""
+        """Open the pool on an existing database: so many connections, and that of the feed."""
         connections: list[Connection] = []
         try:
-            for _ in range(count):
+            for _ in range(1 + count):
                 connections.append(await open_reader(path, min(busy_timeout_ms, round(timeout_s * 1000))))
         except BaseException:
             for connection in connections:
@@ -49,27 +69,33 @@ class Readers:
     @property
     def are_at_work(self) -> bool:
         """Whether a query runs."""
-        return sum(queue.qsize() for queue in {self._quick, self._long}) < len(self._all)
+        return sum(queue.qsize() for queue in set(self._idle.values())) < len(self._all)
 
-    async def fetch(self, query: Callable[[sqlite3.Connection], T], *, is_long: bool = False) -> T:
+    async def fetch(self, query: Callable[[sqlite3.Connection], T], lane: Lane = Lane.QUICK) -> T:
         """Run a query in the thread of an idle connection; waiting for one counts towards the deadline.
 
         Args:
             query: called with the connection.
-            is_long: whether it may read many runs, however few it answers.
+            lane: which connections may run it.
 
         Raises:
-            QueryTimeoutError: if there is no answer when the deadline comes; the query is interrupted.
+            QueryTimeoutError: if there is no answer when the deadline comes (the query is interrupted), or if too
+                many wait already.
             UnavailableError: if SQLite cannot read.
 
         """
         deadline = asyncio.get_running_loop().time() + self._timeout_s
-        idle = self._long if is_long else self._quick
+        idle = self._idle[lane]
+        if self._waiting >= MAX_WAITING and idle.empty():
+            raise QueryTimeoutError("Too many queries are waiting; try again later")
+        self._waiting += 1
         try:
             async with asyncio.timeout_at(deadline):
                 connection = await idle.get()
         except TimeoutError:
             raise QueryTimeoutError("Too many slow queries are running; try again later") from None
+        finally:
+            self._waiting -= 1
         if self._closed:
             idle.put_nowait(connection)  # for the next who waits, to be told the same
             raise UnavailableError("The database is being closed; try again shortly")
@@ -99,6 +125,13 @@ class Readers:
             closing = asyncio.ensure_future(connection.close())
             _end(connection, closing)
             await closing
+
+
+def _idle(connections: list[Connection]) -> asyncio.LifoQueue[Connection]:
+    idle: asyncio.LifoQueue[Connection] = asyncio.LifoQueue()
+    for connection in connections:
+        idle.put_nowait(connection)
+    return idle
 
 
 def _take_back(idle: asyncio.LifoQueue[Connection], connection: Connection, ended: asyncio.Future[T]) -> None:

@@ -90,7 +90,7 @@ from telemetryd.queries import (
     Prunable,
     Total,
 )
-from telemetryd.reader import Readers
+from telemetryd.reader import Lane, Readers
 from telemetryd.recount import Counts as KeptCounts
 from telemetryd.recount import Recount
 from telemetryd.regressions import Findings, FindRegressions
@@ -177,6 +177,8 @@ def _is_long(query: Query) -> bool:
     if isinstance(query, ListRuns):
         walked = choosing.INDEXES.keys() if query.order == Order() else (frozenset(),)
         return query.filters.is_search or frozenset(query.filters.equal) not in walked or query.offset > _FAR
+    if isinstance(query, ListChanges):
+        return any(filters.is_search for filters in query.filters)
     return isinstance(query, CountMatching | CountPrunable | FindRegressions | EvaluateRules)
 
 
@@ -567,7 +569,17 @@ class Store:
         """
         if isinstance(query, CountRuns):
             return await self._count_runs()
-        return await self._readers.fetch(partial(_READERS[type(query)], query=query), is_long=_is_long(query))
+        lane = Lane.LONG if _is_long(query) else Lane.QUICK
+        return await self._readers.fetch(partial(_READERS[type(query)], query=query), lane)
+
+    async def fetch_news(self, query: ListChanges) -> Changes:
+        """Answer a query of the feed, which waits for no query of anybody else.
+
+        Raises:
+            UnavailableError: if the database cannot be read.
+
+        """
+        return await self._readers.fetch(partial(following.fetch_changes, query=query), Lane.FEED)
 
     async def _count_runs(self) -> Counts:
         """Return the totals, read again only if a group was committed or a minute has passed since the last time."""

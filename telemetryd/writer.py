@@ -91,6 +91,54 @@ class _Waiting(Generic[C, R]):
     since: float = field(default_factory=time.monotonic)
 
 
+class _Queue(Generic[C, R]):
+    """What waits, in order, and the sums over it: whatever comes in or goes out, they are those of what is in it."""
+
+    def __init__(self, most: int, most_bytes: int) -> None:
+        self.most, self.most_bytes = most, most_bytes
+        self.bytes = self.rows = 0
+        self._entries: asyncio.Queue[_Waiting[C, R] | None] = asyncio.Queue(most)
+
+    def __len__(self) -> int:
+        return self._entries.qsize()
+
+    def is_full(self, size: int) -> bool:
+        """Tell whether there is no room for a command of so many bytes; a first one may have any size."""
+        return self._entries.full() or (len(self) > 0 and self.bytes + size > self.most_bytes)
+
+    def put(self, entry: _Waiting[C, R]) -> None:
+        """Let a command wait."""
+        self._entries.put_nowait(entry)
+        self.bytes += entry.command.size
+        self.rows += entry.command.cost
+
+    def wake(self) -> None:
+        """Let `get` return, even if nothing waits."""
+        if not len(self):
+            self._entries.put_nowait(None)
+
+    async def get(self) -> _Waiting[C, R] | None:
+        """Return the next command as soon as there is one, or None after `wake`."""
+        return self._without(await self._entries.get())
+
+    def get_nowait(self) -> _Waiting[C, R] | None:
+        """Return the next command, or None in the place of a `wake`; there must be one of them."""
+        return self._without(self._entries.get_nowait())
+
+    def drain(self) -> Iterator[_Waiting[C, R]]:
+        """Take out everything that waits."""
+        while len(self):
+            entry = self.get_nowait()
+            if entry is not None:
+                yield entry
+
+    def _without(self, entry: _Waiting[C, R] | None) -> _Waiting[C, R] | None:
+        if entry is not None:
+            self.bytes -= entry.command.size
+            self.rows -= entry.command.cost
+        return entry
+
+
 class Writer(Generic[C, R]):
     """Owns the write connection; nothing else may write.
 
@@ -136,9 +184,7 @@ class Writer(Generic[C, R]):
         self._committed = committed
         self._reopen = reopen
         self._busy_timeout_s = busy_timeout_s
-        self._queue: asyncio.Queue[_Waiting[C, R] | None] = asyncio.Queue(queue_max)
-        self._queue_bytes = self._bytes_left = queue_bytes
-        self._rows = 0
+        self._queue: _Queue[C, R] = _Queue(queue_max, queue_bytes)
         self._flow = flow
         self._metrics = metrics
         self._stopping = asyncio.Event()
@@ -154,12 +200,12 @@ class Writer(Generic[C, R]):
         self._problem: tuple[str, float] | None = None
         self._oldest: float | None = None
         self._untidy_since: float | None = None
-        metrics.watch_queue(self._queue.qsize, lambda: self.oldest_s)
+        metrics.watch_queue(self._queue.__len__, lambda: self.oldest_s)
 
     @property
     def depth(self) -> int:
         """How many commands wait."""
-        return self._queue.qsize()
+        return len(self._queue)
 
     @property
     def oldest_s(self) -> float:
@@ -185,7 +231,7 @@ class Writer(Generic[C, R]):
             raise WriterDeadError
         if self._stopping.is_set():
             raise StoppingError
-        if self._queue.full() or (size > self._bytes_left and not self._queue.empty()):
+        if self._queue.is_full(size):
             self._flow.refuse()
             raise QueueFullError
 
@@ -201,9 +247,7 @@ class Writer(Generic[C, R]):
         """
         self.check_open(command.size)
         future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
-        self._queue.put_nowait(_Waiting(command, future))
-        self._bytes_left -= command.size
-        self._rows += command.cost
+        self._queue.put(_Waiting(command, future))
         return future
 
     def advice(self) -> str:
@@ -214,8 +258,7 @@ class Writer(Generic[C, R]):
         """Take nothing more until the database is open again and verified."""
         if self._suspicion is None and self.failure is None:
             self._suspicion = error
-            if self._queue.empty():
-                self._queue.put_nowait(None)  # to wake it up
+            self._queue.wake()
 
     async def run(self) -> None:
         """Commit group after group until `stop`; never cancel it, a cancelled await does not stop the thread.
@@ -226,7 +269,7 @@ class Writer(Generic[C, R]):
         """
         waiting: list[_Waiting[C, R]] = []
         try:
-            while not self._stopping.is_set() or not self._queue.empty():
+            while not self._stopping.is_set() or self._queue:
                 waiting = await self._next_group()
                 if waiting and self._suspicion is None:
                     self._oldest = waiting[0].since
@@ -235,20 +278,20 @@ class Writer(Generic[C, R]):
                 elif not waiting and self._suspicion is None and not self._stopping.is_set():
                     await self._tidy()
                 if self._suspicion is not None:
-                    _refuse([*waiting, *self._drain()], self._suspicion)
+                    _refuse([*waiting, *self._queue.drain()], self._suspicion)
                     await self._recover(self._suspicion)
                 self.groups += 1
         except BaseException as error:
             self.failure = sentence(error)
             self._suspicion = None
-            _refuse([*waiting, *self._drain()], WriterDeadError())
+            _refuse([*waiting, *self._queue.drain()], WriterDeadError())
             raise
 
     def rest(self) -> None:
         """Let the writer tidy up if it has had nothing to do for a while; call it from time to time."""
         since = self._untidy_since
-        if self.idle and self._queue.empty() and since is not None and time.monotonic() - since > REST_AFTER_S:
-            self._queue.put_nowait(None)
+        if self.idle and since is not None and time.monotonic() - since > REST_AFTER_S:
+            self._queue.wake()
 
     async def between_groups(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """Do something in a transaction of its own, as soon as the group that is being committed is through.
@@ -284,7 +327,7 @@ class Writer(Generic[C, R]):
         if not self._stopping.is_set():
             self._stopping.set()
             if self.failure is None:
-                await self._queue.put(None)
+                self._queue.wake()
 
     async def _recover(self, error: DatabaseSuspectError) -> None:
         """Refuse everything until the database is open again and verified, however often that takes."""
@@ -316,7 +359,7 @@ class Writer(Generic[C, R]):
 
     async def _next_group(self) -> list[_Waiting[C, R]]:
         group: list[_Waiting[C, R]] = []
-        self.idle = self._queue.empty()
+        self.idle = not self._queue
         entry = await self._queue.get()
         self.idle = False
         rows = 0
@@ -324,20 +367,9 @@ class Writer(Generic[C, R]):
             if entry is not None:
                 group.append(entry)
                 rows += entry.command.cost
-                self._bytes_left += entry.command.size
-                self._rows -= entry.command.cost
-            if rows >= GROUP_ROWS or self._queue.empty():
+            if rows >= GROUP_ROWS or not self._queue:
                 return group
             entry = self._queue.get_nowait()
-
-    def _drain(self) -> list[_Waiting[C, R]]:
-        entries = []
-        while not self._queue.empty():
-            entry = self._queue.get_nowait()
-            if entry is not None:
-                self._bytes_left += entry.command.size
-                entries.append(entry)
-        return entries
 
     async def _commit(self, group: list[_Waiting[C, R]]) -> None:
         commands = [entry.command for entry in group]
@@ -348,7 +380,7 @@ class Writer(Generic[C, R]):
             self._suspicion = error
             return
         except DatabaseBusyError:  # somebody else's doing, which passes
-            _refuse([*group, *self._drain()] if self._stopping.is_set() else group, DatabaseBusyError())
+            _refuse([*group, *self._queue.drain()] if self._stopping.is_set() else group, DatabaseBusyError())
             return
         except TelemetrydError as error:
             self._problem = f"The last write failed: {sentence(error.__cause__ or error)}", time.monotonic()
@@ -374,9 +406,9 @@ class Writer(Generic[C, R]):
         rows = sum(costs)
         self._flow.measure(rows, seconds, time.monotonic() - group[0].since)
         commands = len(group) + self.depth
-        size = sum(entry.command.size for entry in group) + self._queue_bytes - self._bytes_left
-        fullness = max(commands / self._queue.maxsize, size / self._queue_bytes)
-        self._flow.advise(commands, rows + self._rows, max(costs), fullness)
+        size = sum(entry.command.size for entry in group) + self._queue.bytes
+        fullness = max(commands / self._queue.most, size / self._queue.most_bytes)
+        self._flow.advise(commands, rows + self._queue.rows, max(costs), fullness)
 
     async def _tidy(self) -> None:
         self._untidy_since = None

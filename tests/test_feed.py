@@ -17,15 +17,18 @@ from urllib.parse import urlsplit
 import aiohttp
 import pytest
 
-from telemetryd import feed
-from telemetryd.changes import BEGINNING, ListChanges, Place
+from telemetryd import feed, frames
+from telemetryd.changes import BEGINNING, Changes, ListChanges, Place
 from telemetryd.connections import _Protocol, _Server
 from telemetryd.errors import QueryTimeoutError, TooManyTailsError
-from telemetryd.feed import Chunk, Feed, Frame, Tail
+from telemetryd.feed import Feed, Tail
 from telemetryd.filters import Filters, parse_filters
+from telemetryd.frames import Chunk, Frame
+from telemetryd.reader import Lane
 from telemetryd.tails import FEED
 from tests.conftest import Api, StartDaemon, eventually, make_run
 from tests.event_stream import Reader, Sent, events_of, take
+from tests.test_reader import endless
 
 STREAM = "/api/v1/runs/stream"
 
@@ -53,7 +56,7 @@ async def read_runs(chunks: AsyncIterator[bytes], count: int, text: bytes = b"")
     """Take from a tail what follows a beginning, until it ends with so many runs."""
     while text.count(b"event: run") < count or not text.endswith(b"\n\n"):
         piece = await anext(chunks)
-        assert len(piece) <= feed.PIECE_BYTES
+        assert len(piece) <= frames.PIECE_BYTES
         text += piece
     return Reader().feed(text.decode().split("\n")[:-1])
 
@@ -143,12 +146,12 @@ async def test_a_place_of_another_database_is_told_and_goes_on_from_now(
     await api.batch([make_run() for _ in range(3)])
     for after in ("0123456789ab-1", "9"):
         async with streaming(api, after=after) as events:
-            await eventually(lambda: len(feed_of(api)._live) == 1)
+            await eventually(lambda: len(feed_of(api)._plain.live) == 1)
             await patch(api, (await api.list())[0]["event_id"], items_failed=1)
             missed, run = await take(events, 2)
             assert (missed.event, run.event) == ("missed", "run")
             assert missed.data["missed"] >= 3
-        await eventually(lambda: not feed_of(api)._live)
+        await eventually(lambda: not feed_of(api)._plain.live)
 
 
 async def test_one_who_does_not_read_loses_nothing_and_holds_nobody_up(
@@ -179,7 +182,7 @@ async def test_one_who_is_too_far_behind_is_told_how_far(api: Api, monkeypatch: 
     async with streaming(api, after="19") as events:
         (missed,) = await take(events, 1)
         assert (missed.event, missed.data) == ("missed", {"missed": 11})
-        await eventually(lambda: len(feed_of(api)._live) == 1)
+        await eventually(lambda: len(feed_of(api)._plain.live) == 1)
         await api.post(make_run(event_id="next"))
         assert seen(await take(events, 1)) == [("next", "running")]
     metrics = (await api.client.get("/metrics", params={"format": "prometheus"})).text()
@@ -241,17 +244,17 @@ async def test_one_who_reads_slowly_does_not_join_behind_what_was_handed_out(api
     """A page may have been read before all others left, and what they were handed since is not in it."""
     await api.post(make_run(event_id="seen"))
     shared = feed_of(api)
-    page = await shared.read(BEGINNING, Filters())
+    page = await shared._plain.read(BEGINNING, Filters())
     async with streaming(api) as events:
-        await eventually(lambda: bool(shared._live))
+        await eventually(lambda: bool(shared._plain.live))
         await api.post(make_run(event_id="handed out"))
         await take(events, 1)
-        for tail in [*shared._tails]:
+        for tail in [*shared.tails]:
             tail.end()
-        await eventually(lambda: not shared._live)
+        await eventually(lambda: not shared._plain.live)
     async with shared.open(None, Filters()) as late:
-        assert not shared.join(late, page)
-        assert shared.join(late, await shared.read(page.last, Filters()))
+        assert not shared._plain.join(late, page)
+        assert shared._plain.join(late, await shared._plain.read(page.last, Filters()))
 
 
 async def test_a_sign_of_life_does_not_tell_of_more_than_was_sent(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,11 +263,11 @@ async def test_a_sign_of_life_does_not_tell_of_more_than_was_sent(api: Api, monk
 
     def hand_out(tail: Tail) -> None:
         tail.offer(Chunk([Frame(shared.held, 7, 7, b"run")]))
-        shared.position = 7
+        shared._plain.position = 7
 
     async with shared.open(None, Filters()) as tail:
         await tail.begin()
-        assert shared.join(tail, await shared.read(BEGINNING, Filters()))
+        assert shared._plain.join(tail, await shared._plain.read(BEGINNING, Filters()))
         tail._is_live = True
         waiting = asyncio.create_task(tail._is_ready())
         await asyncio.sleep(0)
@@ -279,7 +282,7 @@ async def test_a_run_is_held_once_however_many_filters_it_matches(api: Api) -> N
     async with shared.open(None, Filters()) as one, shared.open(None, parse_filters("status=running")[0]) as other:
         chunks = [tail.chunks() for tail in (one, other)]
         reading = [asyncio.ensure_future(anext(each)) for each in chunks]
-        await eventually(lambda: len(shared._live) == 2)
+        await eventually(lambda: len(shared._plain.live) == 2)
         await api.batch([make_run(error_details="x" * 100_000) for _ in range(3)])
         await asyncio.gather(*reading)
         assert [*map(id, one._waiting)] == [*map(id, other._waiting)]
@@ -315,7 +318,7 @@ async def stuck(api: Api, count: int) -> AsyncIterator[list[Stuck]]:
     for _ in range(count):
         tails.append(Stuck(feed_of(api)))
         await eventually(lambda: bool(tails[-1].text))
-        assert len(tails[-1].text) == feed.PIECE_BYTES
+        assert len(tails[-1].text) == frames.PIECE_BYTES
     yield tails
     for tail in tails:
         tail.following.cancel()
@@ -356,18 +359,39 @@ async def test_who_takes_nothing_is_cut_off_when_single_runs_are_too_much(
 async def test_a_group_that_reads_too_long_is_parted(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     async with streaming(api) as events, streaming(api, agent_name="hugo-translator") as others:
         shared = feed_of(api)
-        await eventually(lambda: len(shared._live) == 2)
-        fetch = api.store.fetch
+        await eventually(lambda: len(shared._plain.live) == 2)
+        fetch = shared._plain._fetch
 
-        async def fetch_alone(query: Any) -> Any:
-            if isinstance(query, ListChanges) and len(query.filters) > 1:
+        async def fetch_alone(query: ListChanges) -> Changes:
+            if len(query.filters) > 1:
                 raise QueryTimeoutError("too long for two")
             return await fetch(query)
 
-        monkeypatch.setattr(api.store, "fetch", fetch_alone)
+        monkeypatch.setattr(shared._plain, "_fetch", fetch_alone)
         await api.post(make_run(event_id="a"))
         for stream in (events, others):
             assert seen(await take(stream, 1)) == [("a", "running")]
+
+
+async def test_what_is_new_waits_for_no_search(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    never = asyncio.Event()
+
+    async def search(_: ListChanges) -> Changes:
+        await never.wait()
+        raise AssertionError
+
+    async with streaming(api) as events, streaming(api, error="costly") as searching:
+        await eventually(lambda: bool(feed_of(api)._plain.live and feed_of(api)._searching.live))
+        monkeypatch.setattr(feed_of(api)._searching, "_fetch", search)
+        slow = [asyncio.create_task(api.store._readers.fetch(endless, lane)) for lane in (Lane.QUICK, Lane.LONG) * 9]
+        try:
+            await eventually(api.store._readers._idle[Lane.QUICK].empty)
+            await api.post(make_run(event_id="new"))
+            assert seen(await take(events, 1)) == [("new", "running")]
+        finally:
+            for task in slow:
+                task.cancel()
+        del searching
 
 
 async def test_nobody_waits_for_a_feed_that_has_died(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -375,8 +399,8 @@ async def test_nobody_waits_for_a_feed_that_has_died(api: Api, monkeypatch: pyte
         raise ZeroDivisionError
 
     async with streaming(api) as events:
-        await eventually(lambda: bool(feed_of(api)._live))
-        monkeypatch.setattr(feed_of(api), "_hand_out", die)
+        await eventually(lambda: bool(feed_of(api)._plain.live))
+        monkeypatch.setattr(feed_of(api)._plain, "_hand_out", die)
         await api.post(make_run())
         assert [event async for event in events] == []
 
@@ -400,7 +424,7 @@ async def test_five_hundred_at_once(api: Api) -> None:
             filters = {"status": "running"} if number % 2 else {}
             response = await stack.enter_async_context(session.get(STREAM, params=filters))
             streams.append(events_of(response))
-        await eventually(lambda: sum(map(len, feed_of(api)._live.values())) == tails)
+        await eventually(lambda: sum(map(len, feed_of(api)._plain.live.values())) == tails)
         for number in range(runs):
             await api.post(make_run(event_id=f"event-{number}"))
         expected = [f"event-{number}" for number in range(runs)]

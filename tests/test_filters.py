@@ -19,7 +19,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from telemetryd import migrate
+from telemetryd import migrate, searching
 from telemetryd.commands import CreateRuns
 from telemetryd.errors import InvalidRequestError
 from telemetryd.filters import OPERATORS, Comparison, Filters, parse_filters, quoted
@@ -69,6 +69,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[sqlite3.Connect
     source = random.Random(7)
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         connection.execute("PRAGMA synchronous = OFF")
+        searching.add_to(connection, lambda: False)
         migrate.create(connection, NOW)
         rows = [parse_run(random_run(source, number)).row for number in range(300)]
         connection.execute("BEGIN")

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from telemetryd import reader
 from telemetryd.errors import QueryTimeoutError
 from telemetryd.queries import CountPrunable
-from telemetryd.reader import Readers
+from telemetryd.reader import Lane, Readers
 from tests.conftest import Api, MakeApi, eventually, make_run
 
 _COUNT = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {}) SELECT max(i) FROM n"
@@ -54,8 +55,8 @@ async def pool(folder: Path, count: int = 1, timeout_s: float = 20) -> AsyncIter
 
 async def test_slow_queries_block_neither_each_other_nor_writes_nor_health(make_api: MakeApi) -> None:
     api = await make_api(db_readers=4)
-    slow = [asyncio.create_task(api.store._readers.fetch(endless, is_long=True)) for _ in range(6)]
-    await eventually(api.store._readers._long.empty)
+    slow = [asyncio.create_task(api.store._readers.fetch(endless, Lane.LONG)) for _ in range(6)]
+    await eventually(api.store._readers._idle[Lane.LONG].empty)
     slowest = 0.0
     for number in range(20):
         run = make_run()
@@ -87,8 +88,8 @@ async def test_what_may_read_many_runs_waits_for_its_like_and_nothing_else_does(
     make_api: MakeApi, asked: str | CountPrunable
 ) -> None:
     api = await make_api(db_readers=2)
-    slow = asyncio.create_task(api.store._readers.fetch(endless, is_long=True))
-    await eventually(api.store._readers._long.empty)
+    slow = asyncio.create_task(api.store._readers.fetch(endless, Lane.LONG))
+    await eventually(api.store._readers._idle[Lane.LONG].empty)
     answer = api.get(asked) if isinstance(asked, str) else api.store.fetch(asked)
     waiting = asyncio.create_task(answer)
     for _ in range(3):
@@ -101,8 +102,8 @@ async def test_what_may_read_many_runs_waits_for_its_like_and_nothing_else_does(
 
 async def test_health_and_writes_go_on_when_every_reader_is_taken(make_api: MakeApi) -> None:
     api = await make_api(db_readers=2)
-    slow = [asyncio.create_task(api.store._readers.fetch(endless, is_long=is_long)) for is_long in (False, True)]
-    await eventually(lambda: api.store._readers._quick.empty() and api.store._readers._long.empty())
+    slow = [asyncio.create_task(api.store._readers.fetch(endless, lane)) for lane in (Lane.QUICK, Lane.LONG)]
+    await eventually(lambda: all(api.store._readers._idle[lane].empty() for lane in (Lane.QUICK, Lane.LONG)))
     started = time.monotonic()
     assert (await api.get("/health"))["status"] == "ok"
     await api.post(make_run())
@@ -139,7 +140,7 @@ async def test_a_query_is_interrupted_at_its_deadline(tmp_path: Path) -> None:
 async def test_waiting_for_a_connection_counts_towards_the_deadline(tmp_path: Path) -> None:
     async with pool(tmp_path, timeout_s=0.4) as readers:
         slow = asyncio.create_task(readers.fetch(endless))
-        await eventually(readers._quick.empty)
+        await eventually(readers._idle[Lane.QUICK].empty)
         await asyncio.sleep(0.1)
         started = time.monotonic()
         answers = await asyncio.gather(slow, readers.fetch(endless), return_exceptions=True)
@@ -148,11 +149,24 @@ async def test_waiting_for_a_connection_counts_towards_the_deadline(tmp_path: Pa
         assert await readers.fetch(one) == 1
 
 
+async def test_only_so_many_wait_for_a_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "MAX_WAITING", 1)
+    async with pool(tmp_path) as readers:
+        slow, waiting = (asyncio.create_task(readers.fetch(endless)) for _ in range(2))
+        await eventually(lambda: readers._waiting == 1)
+        with pytest.raises(QueryTimeoutError, match="Too many queries are waiting"):
+            await readers.fetch(one)
+        for task in (waiting, slow):
+            task.cancel()
+        await asyncio.wait((waiting, slow))
+        assert await readers.fetch(one) == 1
+
+
 async def test_over_http_a_query_that_takes_too_long_is_503(make_api: MakeApi) -> None:
     api = await make_api(db_readers=1, query_timeout_s=0.3)
     await api.post(make_run())
     other = asyncio.create_task(api.store._readers.fetch(endless))
-    await eventually(api.store._readers._quick.empty)
+    await eventually(api.store._readers._idle[Lane.QUICK].empty)
     api.store._readers._timeout_s = 0.05  # shorter than the one in its way still has
     async with api.client.get("/api/v1/runs") as response:
         assert response.status == 503
@@ -221,13 +235,13 @@ async def test_the_pool_survives_callers_that_leave(tmp_path: Path) -> None:
     async with pool(tmp_path, count=2) as readers:
         for _ in range(10):
             tasks = [asyncio.create_task(readers.fetch(endless)) for _ in range(2)]
-            await eventually(readers._quick.empty)
+            await eventually(readers._idle[Lane.QUICK].empty)
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
             assert all(task.cancelled() for task in tasks)
             assert await asyncio.gather(*(readers.fetch(one) for _ in range(4))) == [1] * 4
-        await eventually(lambda: readers._quick.qsize() + readers._long.qsize() == 2)
+        await eventually(lambda: readers._idle[Lane.QUICK].qsize() + readers._idle[Lane.LONG].qsize() == 2)
 
 
 @pytest.mark.parametrize("steps", range(6))

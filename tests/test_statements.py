@@ -22,8 +22,10 @@ from telemetryd.commands import Created, CreateRuns, Updated, UpdateRun
 from telemetryd.filters import Filters
 from telemetryd.queries import Counts, GetRun, ListRuns, Page, Position, parse_list
 from telemetryd.runs import COLUMNS, CREATED_AT, Row, Status, parse_run
+from telemetryd.statements import fetching
 from telemetryd.statements.fetching import fetch_counts, fetch_page, fetch_run, select_page
 from telemetryd.statements.transaction import Transaction
+from tests.conftest import Api, make_run
 
 NOW = "2025-12-24T12:00:00.000000Z"
 AGENTS = ("hugo-translator", "seo", "crawler")
@@ -292,7 +294,9 @@ def test_the_totals_are_those_of_the_rows_after_any_commands(filled: sqlite3.Con
     agents = {agent: sum(run["agent_name"] == agent for run in runs) for agent in AGENTS}
     since = "2025-12-24T10:20:00.000000Z"
     recent = sum(run["created_at"] >= since for run in runs)
-    assert fetch_counts(filled, since, "9999-12-31T23:59:59.999999Z") == Counts(agents, tuple(sorted(JOBS)), recent)
+    assert fetch_counts(filled, since, "9999-12-31T23:59:59.999999Z") == Counts(
+        agents, tuple(sorted(JOBS)), recent, len(runs), len(agents), len(JOBS)
+    )
     kept = filled.execute("SELECT agent_name, job_type, status, runs FROM run_totals WHERE runs > 0 ORDER BY 1, 2, 3")
     counted = filled.execute(
         "SELECT agent_name, job_type, status, count(*) FROM agent_runs GROUP BY 1, 2, 3 ORDER BY 1, 2, 3"
@@ -305,8 +309,23 @@ def test_the_cost_of_the_counts_does_not_grow_with_the_runs(filled: sqlite3.Conn
     filled.set_trace_callback(statements.append)
     fetch_counts(filled, NOW, NOW)
     filled.set_trace_callback(None)
-    assert len(statements) == 3
+    assert len(statements) == 4
     assert not [statement for statement in statements if "agent_runs" in statement]
+
+
+async def test_of_many_agents_those_with_most_runs_are_named_and_the_others_counted(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await api.batch([make_run(agent_name=name, job_type=name) for name in "abbcccdd"])
+    assert [*(await api.get("/metrics"))["agents"].items()] == [("c", 3), ("b", 2), ("d", 2), ("a", 1)]
+    monkeypatch.setattr(fetching, "MAX_NAMES", 2)
+    await api.post(make_run(agent_name="c", job_type="c"))
+    metrics = await api.get("/metrics")
+    assert ([*metrics["agents"].items()], metrics["agents_more"]) == ([("c", 4), ("b", 2)], 2)
+    assert metrics["total_runs"] == 9
+    metadata = await api.get("/api/v1/metadata")
+    assert (metadata["agent_names"], metadata["job_types"]) == (["b", "c"], ["a", "b"])
+    assert metadata["counts"] == {"agent_names": 4, "job_types": 4}
 
 
 @pytest.mark.parametrize("bounds", [{}, {"created_before": "2025-12-25T00:00:00.000000Z"}], ids=["open", "bounded"])

@@ -449,6 +449,33 @@ async def test_a_failed_sync_fails_everybody_until_the_database_is_open_again(tm
         assert await made.writer.submit(create("first")) == Created((False,))
 
 
+async def test_what_was_refused_is_not_advised_about_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    advised: list[tuple[int, int, float]] = []
+    monkeypatch.setattr(Flow, "advise", lambda _, commands, rows, largest, full: advised.append((commands, rows, full)))
+    gate, is_broken = threading.Event(), True
+
+    def break_down() -> None:
+        _wait(gate)
+        if is_broken:
+            raise OSError(errno.EIO, "Input/output error")
+
+    async def reopen() -> Connection:
+        return made.connection
+
+    async with bench(tmp_path, make_durable=break_down, reopen=reopen) as made:
+        first = made.writer.submit(create("first"))
+        await eventually(lambda: made.stored() == {"first"})
+        refused = CreateRuns(create(*(f"e{number}" for number in range(1000))).rows, QUEUE_BYTES // 2)
+        queued = [made.writer.submit(refused), made.writer.submit(refused)]
+        gate.set()
+        results = await asyncio.gather(first, *queued, return_exceptions=True)
+        assert [type(result) for result in results] == [DatabaseSuspectError] * 3
+        is_broken = False
+        await eventually(lambda: made.writer.failure is None)
+        assert await made.writer.submit(create("second")) == Created((True,))
+        assert advised == [(1, 1, pytest.approx(1 / 10_000))]
+
+
 async def test_a_writer_that_is_stopped_while_the_disk_is_unknown_says_so(tmp_path: Path) -> None:
     def break_down() -> None:
         raise OSError(errno.EIO, "Input/output error")

@@ -119,6 +119,7 @@ def _rules(evaluation: Evaluation, rules: Rules) -> list[dict[str, Any]]:
                     {"subject": each.subject.to_json(), "summary": each.summary, "details": each.details}
                     for each in findings
                 ],
+                "more": evaluation.more.get(rule.name, 0),
             }
         )
     return shown
@@ -129,6 +130,8 @@ def _show(evaluation: Evaluation, rules: Rules, would_send: list[dict[str, Any]]
         click.echo(f"{rule['problem'] or rule['state']:<7} {rule['name']} ({rule['kind']})")
         for firing in rule["firing"]:
             click.echo(f"        {printable(firing['summary'])}")
+        if rule["more"]:
+            click.echo(f"        and {rule['more']:,} more")
     click.echo(f"{counted(len(would_send), 'change')} would be sent")
     for message in would_send:
         to = ", ".join(message["webhooks"]) or "nobody"

@@ -9,6 +9,7 @@ from typing import Final
 
 import orjson
 
+from telemetryd import searching
 from telemetryd.commands import (
     PruneRuns,
 )
@@ -101,8 +102,10 @@ def conditions(filters: Filters, but: Collection[str] = ()) -> tuple[list[str], 
         found.append("duration_ms >= :min_duration_ms")
         values["min_duration_ms"] = filters.min_duration_ms
     if filters.error is not None:
-        operator, values["error"] = _holds(filters.error)
-        found.append(f"(error_summary {operator} OR error_details {operator})")
+        in_summary, bound = searching.condition("error_summary", filters.error)
+        in_details, _ = searching.condition("error_details", filters.error)
+        found.append(f"({in_summary} OR {in_details})")
+        values |= bound
     found += [_metric(number, metric, values) for number, metric in enumerate(filters.metrics)]
     if filters.words is not None and "q" not in but:
         # The plus keeps the walk to its index, whose order it would give up for the rows by their ids.
@@ -127,22 +130,6 @@ def _any_of(name: str, equal: tuple[str, ...], patterns: tuple[Pattern, ...], fo
 def glob(pattern: Pattern) -> str:
     """Return a pattern as SQLite's GLOB has it, in which `?` and `[` are special as well."""
     return "*".join("".join(f"[{sign}]" if sign in "*?[" else sign for sign in piece) for piece in pattern)
-
-
-def _holds(text: str) -> tuple[str, str]:
-    """Return the comparison that finds a text inside of another, in any case, and what is bound to it.
-
-    LIKE is the faster one, but knows only the case of ASCII letters.
-    """
-    if text.isascii():
-        escaped = "".join(f"\\{sign}" if sign in "\\%_" else sign for sign in text)
-        return r"LIKE :error ESCAPE '\'", f"%{escaped}%"
-    return "GLOB :error", f"*{''.join(map(_either_case, text))}*"
-
-
-def _either_case(sign: str) -> str:
-    forms = dict.fromkeys(form for form in (sign, sign.lower(), sign.upper()) if len(form) == 1)
-    return f"[{''.join(forms)}]" if len(forms) > 1 or sign in "*?[" else sign
 
 
 _SQL_OPERATORS: Final = {"!=": "<>"}

@@ -20,6 +20,7 @@ from telemetryd.filters import TIME_BOUNDS, WILDCARD, Filters
 from telemetryd.queries import (
     DEFAULT_LIMIT,
     MAX_LIMIT,
+    MAX_NAMES,
     CountPrunable,
     Counts,
     CountStale,
@@ -342,10 +343,20 @@ def fetch_counts(connection: sqlite3.Connection, recent_since: str, now: str) ->
 
     `recent` are the runs created in the minutes from that of `recent_since` to that of `now`.
     """
-    agents = connection.execute("SELECT agent_name, sum(runs) FROM run_totals GROUP BY agent_name HAVING sum(runs) > 0")
-    job_types = connection.execute("SELECT DISTINCT job_type FROM run_totals WHERE runs > 0 ORDER BY job_type")
+    agents = connection.execute(
+        "SELECT agent_name, sum(runs) AS its FROM run_totals GROUP BY agent_name HAVING its > 0 "
+        "ORDER BY its DESC, agent_name LIMIT ?",
+        (MAX_NAMES,),
+    )
+    job_types = connection.execute(
+        "SELECT DISTINCT job_type FROM run_totals WHERE runs > 0 ORDER BY job_type LIMIT ?", (MAX_NAMES,)
+    )
     recent = connection.execute(
         "SELECT coalesce(sum(runs), 0) FROM run_minutes WHERE minute BETWEEN ? AND ?",
         (recent_since[:MINUTE], now[:MINUTE]),
     )
-    return Counts(dict(agents), tuple(row[0] for row in job_types), recent.fetchone()[0])
+    sums = connection.execute(
+        "SELECT coalesce(sum(runs), 0), count(DISTINCT agent_name), count(DISTINCT job_type) "
+        "FROM run_totals WHERE runs > 0"
+    )
+    return Counts(dict(agents), tuple(row[0] for row in job_types), recent.fetchone()[0], *sums.fetchone())

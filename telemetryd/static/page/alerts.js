@@ -29,6 +29,7 @@ function list(rules) {
   return [
     lines.length ? h("ul", {}, lines.slice(0, SHOWN)) : sentence(`Nothing is wrong by ${counted(rules.length, "rule")}.`),
     lines.length > SHOWN ? h("details", { class: "alerts-more" }, h("summary", {}, `${lines.length - SHOWN} more`), h("ul", {}, lines.slice(SHOWN))) : "",
+    ...rules.filter((rule) => rule.more).map((rule) => h("p", { class: "note" }, `${rule.name}: ${rule.more.toLocaleString("en")} more, which are not listed.`)),
     ...troubled.map((rule) => h("p", { class: "note warn" }, `${rule.name} cannot be evaluated: ${rule.problem}`)),
   ];
 }

@@ -1,0 +1,147 @@
+"""Reads the heads of requests within bounds: none too large, nor all that requests hold besides their bodies."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Hashable, Iterable
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+
+from aiohttp.http_exceptions import BadHttpMessage, HttpProcessingError
+from aiohttp.http_parser import HttpRequestParser, RawRequestMessage
+from aiohttp.web_protocol import MAX_MSG_QUEUE_SIZE, RequestPayloadError
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from aiohttp.base_protocol import BaseProtocol
+    from aiohttp.streams import StreamReader
+
+HEAD_BYTES: Final = 64 * 1024
+"""What a head may have; aiohttp bounds its lines, of which it takes 128, and their length."""
+
+HELD_BYTES: Final = 40 * 1024 * 1024
+"""What all requests may hold besides their bodies; beyond it, the connections with most of it are cut."""
+
+ANSWERED_BYTES: Final = 10 * 1024
+"""About what a request takes while it is being answered or waits for that: tasks, the query, its place in a queue."""
+
+_COPIES: Final = 3
+"""The parser has a head as bytes, as text, and meanwhile as what came in; it keeps it until the next one begins."""
+_FIELD_BYTES: Final = 300
+"""What a field takes besides: objects, and a place in two lists and a map."""
+_SLICE_BYTES: Final = 16 * 1024
+"""How much of a head is looked at until it is counted."""
+_READ_BYTES: Final = 64 * 1024
+"""aiohttp's own default: what of a body may wait to be read before its sender has to pause."""
+
+H = TypeVar("H", bound=Hashable)
+
+
+class HeadTooLargeError(BadHttpMessage):
+    """A head is larger than `HEAD_BYTES`."""
+
+
+class Held(Generic[H]):
+    """How much each connection holds, and all of them together."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._by_holder: dict[H, int] = {}
+
+    def note(self, holder: H, held: int) -> None:
+        """Take note of how much somebody holds now."""
+        self.bytes += held - self._by_holder.pop(holder, 0)
+        if held:
+            self._by_holder[holder] = held
+
+    def relieve(self) -> Iterable[H]:
+        """If it is too much, forget and return those who hold most, of equal ones those unchanged for longest."""
+        if self.bytes <= HELD_BYTES:
+            return
+        for holder in sorted(self._by_holder, key=self._by_holder.__getitem__, reverse=True):
+            if self.bytes <= HELD_BYTES * 3 // 4:  # some at once, for the order costs a look at all of them
+                return
+            self.note(holder, 0)
+            yield holder
+
+
+class Parser(HttpRequestParser):
+    """aiohttp's parser, which knows how much of heads it holds."""
+
+    def __init__(self, protocol: BaseProtocol, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(
+            protocol,
+            loop,
+            _READ_BYTES,
+            payload_exception=RequestPayloadError,
+            auto_decompress=False,  # body.py does it, within its limits
+            max_msg_queue_size=MAX_MSG_QUEUE_SIZE,
+        )
+        self.has_refused = False
+        """Whether something was no request, or had too large a head; what comes after it means nothing."""
+        self._body: StreamReader | None = None
+        self._unfinished = 0
+        """How many bytes have come of a head that has not ended."""
+        self._asked: deque[int] = deque()
+        """What the heads hold whose turn has not come."""
+        self._current = 0
+
+    @property
+    def held(self) -> int:
+        """About how many bytes of heads are in memory."""
+        return _COPIES * self._unfinished + sum(self._asked) + self._current
+
+    def message_consumed(self) -> None:
+        """Take note that the next request is being answered."""
+        super().message_consumed()
+        if self._asked:
+            self._current = self._asked.popleft()
+
+    def feed_data(self, data: bytes, *_: Any) -> Any:
+        """Parse what has come in.
+
+        Raises:
+            HttpProcessingError: if it is no request; a `HeadTooLargeError` if a head is too large, ended or not.
+
+        """
+        found: list[Any] = []
+        while True:
+            is_body = self._body is not None and not self._body.is_eof()
+            end = len(data) if is_body else _SLICE_BYTES
+            try:
+                messages, is_upgraded, tail = self._feed(data[:end], is_body=is_body)
+            except HttpProcessingError:
+                self.has_refused = True
+                raise
+            found += messages
+            data = data[end:]
+            if not data or is_upgraded:
+                return found, is_upgraded, tail + data
+
+    def _feed(self, data: bytes, *, is_body: bool) -> Any:
+        read = self._body.total_bytes if is_body and self._body is not None else 0
+        messages, is_upgraded, tail = super().feed_data(data)
+        received = len(data)
+        if is_body and self._body is not None:
+            received = received - (self._body.total_bytes - read) if self._body.is_eof() else 0
+        sizes = [_size(message) for message, _ in messages]
+        self._unfinished += received
+        if messages:
+            self._body = messages[-1][1]
+            self._asked.extend(
+                _COPIES * size + _FIELD_BYTES * len(message.raw_headers)
+                for size, (message, _) in zip(sizes, messages, strict=True)
+            )
+            # What lies behind them in this slice is hardly worth counting, unless much has to wait for its turn.
+            is_waiting = is_body or len(self._asked) >= MAX_MSG_QUEUE_SIZE
+            self._unfinished = max(self._unfinished - sum(sizes), 0) if is_waiting else 0
+        if max(sizes, default=0) > HEAD_BYTES or (
+            self._unfinished > HEAD_BYTES and len(self._asked) < MAX_MSG_QUEUE_SIZE
+        ):
+            raise HeadTooLargeError(f"The head of a request must not be larger than {HEAD_BYTES} bytes")
+        return messages, is_upgraded, tail
+
+
+def _size(message: RawRequestMessage) -> int:
+    """Return about how many bytes a head had."""
+    return len(message.path) + sum(len(name) + len(value) + 4 for name, value in message.raw_headers)
