@@ -54,7 +54,8 @@ def examine(path: Path, watch: Watch = ignore_progress) -> list[Finding]:
         DatabaseError: if it cannot be examined, for instance because another process locks it.
 
     """
-    checks = (_integrity, _version, _schema, _totals, _strays, _values, _full_text, _space, _foreign_keys, _index_usage)
+    checks = (_integrity, _version, _schema, _totals, _strays, _values, _credentials, _full_text, _space,
+              _foreign_keys, _index_usage)  # fmt: skip
     findings: list[Finding] = []
     try:
         with contextlib.closing(connect_to_read(path)) as connection:
@@ -146,6 +147,18 @@ def _values(connection: sqlite3.Connection) -> Iterator[Finding]:
         more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
         text = f"an earlier migration kept what no request could bring: {', '.join(listed)}{more}"
         yield Finding("values", Severity.PROBLEM, text, REPAIR)
+
+
+def _credentials(connection: sqlite3.Connection) -> Iterator[Finding]:
+    try:
+        found = examining.find_credentials(connection)
+    except sqlite3.OperationalError as error:  # a table is missing, which the schema check has reported
+        yield Finding("credentials", Severity.PROBLEM, f"they cannot be looked for: {error}", REPAIR)
+        return
+    if found:
+        text = f"{len(found)} addresses in git_repo hold more than host and path, perhaps a password or a token"
+        advice = f"{REPAIR}; older backups keep them, so replace passwords and tokens that were in use"
+        yield Finding("credentials", Severity.PROBLEM, text, advice)
 
 
 def _full_text(connection: sqlite3.Connection) -> Iterator[Finding]:
@@ -245,6 +258,10 @@ def repair(path: Path, watch: Watch = ignore_progress) -> list[str]:
             if replaced := examining.replace_unstorable(connection):
                 done.append(
                     f"{replaced} values replaced that no request could bring; unconverted_values has the originals"
+                )
+            if cleared := examining.drop_credentials(connection):
+                done.append(
+                    f"the addresses in git_repo of {cleared} runs cut to host and path; older backups keep them"
                 )
             wrong = examining.count_wrong_totals(connection)
             if wrong:

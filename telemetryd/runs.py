@@ -26,7 +26,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError, from_json
 
 from telemetryd.errors import BodyTooLargeError, ErrorItem, InvalidBodyError
-from telemetryd.git_urls import commit_url, repo_url
+from telemetryd.git_urls import commit_url, repo_url, without_credentials
 
 SqlValue = str | int | None
 Row = tuple[SqlValue, ...]
@@ -202,6 +202,8 @@ _NOT_BLANK: Final = r"^[^\x00]*[^\s\x00][^\x00]*$"
 
 Name = Annotated[str, Field(min_length=1, max_length=255, pattern=_NOT_BLANK)]
 Text = Annotated[str, Field(pattern=_NO_NUL)]
+Address = Annotated[Text, AfterValidator(without_credentials)]
+"""Of a repository; what may be a secret in it is not even stored."""
 Count = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
 Duration = Annotated[
     Count,
@@ -319,8 +321,10 @@ class Run(BaseModel):
     error_details: Annotated[Text | None, _PATCH] = _field(
         None, "The error in full.", "a.md: not UTF-8; b.md: not UTF-8"
     )
-    git_repo: Annotated[Text | None, _SET] = _field(
-        None, "Address of the repository.", "https://github.com/acme/website.git"
+    git_repo: Annotated[Address | None, _SET] = _field(
+        None,
+        "Address of the repository; user, password, query and fragment are not stored.",
+        "https://github.com/acme/website.git",
     )
     git_branch: Annotated[Text | None, _SET] = _field(None, "Branch.", "main")
     git_commit_hash: Annotated[Text | None, _SET | Role.COMMIT | Role.FILTER] = _field(
@@ -635,4 +639,6 @@ def stored_row(run: Mapping[str, Any]) -> Row:
             values[name] = orjson.dumps(values[name]).decode()
     for name in _BOOLEAN_COLUMNS:
         values[name] = int(values[name])
+    if values["git_repo"] is not None:  # stored by a daemon that kept whatever it was given
+        values["git_repo"] = without_credentials(values["git_repo"])
     return tuple(values[name] for name in STORED)
