@@ -81,7 +81,9 @@ async def test_this_checkout_is_told(api: Api, make_client: MakeClient, monkeypa
         (SystemExit(3), "failure"),
         (SystemExit(0), "success"),
         (SystemExit(), "success"),
-        (GeneratorExit(), "failure"),
+        (GeneratorExit(), "cancelled"),  # a coroutine that was closed
+        (BaseExceptionGroup("", [TimeoutError(), TimeoutError()]), "timeout"),
+        (BaseExceptionGroup("", [TimeoutError(), ValueError()]), "failure"),
     ],
 )
 async def test_a_run_ends_as_the_exception_says_which_passes_on(
