@@ -122,8 +122,8 @@ class Client:
         try:
             intake = Intake(self.rejected)
             given: dict[Any, Any] = {**self._surroundings.fields(), **run}
-            for name in OF_THE_SERVER:
-                given.pop(name, None)
+            for name in OF_THE_SERVER & given.keys():
+                del given[name]
             event_id = intake.name("event_id", given.pop("event_id", None), new_uuid)
             agent_name = intake.required("agent_name", given.pop("agent_name", None))
             line: dict[str, Any] = {
@@ -182,7 +182,8 @@ class Client:
     def rejected(self, field: str, why: str) -> None:
         """Count and log that a value is left out, because no field can take it."""
         self._counters.rejected += 1
-        text = "Telemetry: what was given as %s is left out and kept in context_json: it %s"
+        what = field if field in FIELDS else "a figure, a fact or an argument"  # a bounded number of kinds
+        text = f"Telemetry: what was given as {what} (%s) is left out and kept in context_json: it %s"
         self._complaints.say(logging.WARNING, text, field, why)
 
     # --- Sending ---------------------------------------------------------------------------------

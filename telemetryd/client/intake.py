@@ -14,7 +14,7 @@ from datetime import date, datetime, timedelta
 from typing import Any, Final
 
 from telemetryd.client.context import timestamp
-from telemetryd.client.fields import COUNTS, FLAGS, NAMES, SOURCES, STATUSES, TIMES
+from telemetryd.client.fields import COUNTS, FIELDS, FLAGS, NAMES, SOURCES, STATUSES, TIMES
 from telemetryd.client.values import MAX_VALUES, SCALARS, Room, TooMuchError, key_of, plain, short, text_of
 from telemetryd.git_urls import without_credentials
 from telemetryd.timestamps import canonical, format_timestamp
@@ -48,7 +48,7 @@ class WrongValueError(Exception):
 
 
 def _text(value: object) -> str:
-    text = text_of(value)
+    text = value if type(value) is str else text_of(value)
     if text is None:
         raise WrongValueError("must be text")
     return text
@@ -74,6 +74,8 @@ def _address(value: object) -> str | None:
 
 
 def _whole(value: object) -> int:
+    if type(value) is int and 0 <= value <= _MAX_COUNT:
+        return value
     number = plain(value, Room())
     if isinstance(number, str) and _DIGITS.fullmatch(stripped := number.strip()):
         number = int(stripped)
@@ -86,6 +88,8 @@ def _whole(value: object) -> int:
 
 def _milliseconds(value: object) -> int:
     """Return a duration; half a millisecond is no reason to lose it."""
+    if type(value) is int:
+        return _whole(value)
     if isinstance(value, timedelta):
         value = value / timedelta(milliseconds=1)
     elif getattr(getattr(value, "dtype", None), "kind", None) == "m":
@@ -106,6 +110,8 @@ def _flag(value: object) -> bool:
 
 
 def _status(value: object) -> str:
+    if type(value) is str and value in STATUSES:
+        return STATUSES[value]
     text = text_of(value)
     status = STATUSES.get(text.strip().lower()) if text is not None else None
     if status is None:
@@ -148,6 +154,9 @@ _TAKERS: Final[dict[str, Callable[[Any], Any]]] = {
 }
 """How a field's value is taken; every other field is text, or an object."""
 _OBJECTS: Final = ("metrics_json", "context_json")
+_TEXTS: Final = FIELDS - _TAKERS.keys() - {*_OBJECTS}
+_NUMBERS: Final = frozenset((*COUNTS, "duration_ms"))
+"""Most values are such, and need nothing."""
 
 
 def _take(name: str, value: object) -> Any:
@@ -189,7 +198,7 @@ class Bag:
         left = self._left - (0 if name in self.values else 2) + self._sizes.get(name, 0)
         if left < 0:
             raise WrongValueError(_TOO_MUCH)
-        if type(value) in SCALARS:
+        if type(value) in SCALARS or (type(value) is int and -_MAX_COUNT <= value <= _MAX_COUNT):
             kept, size = value, 0
         else:
             room = Room(left)
@@ -221,7 +230,7 @@ class Intake:
 
     def __init__(self, complain: Complain) -> None:
         self._complain = complain
-        self._bags = {name: Bag() for name in _OBJECTS}
+        self._bags: dict[str, Bag] = {}
         self._rejected: Json = {}
         self._is_told = True
 
@@ -238,7 +247,7 @@ class Intake:
         if value is None:
             return otherwise()
         try:
-            return str(_take(field, value))
+            return str(_take("event_id", value))  # every name is taken like this one
         except (WrongValueError, TooMuchError) as error:
             self.reject(field, value, str(error))
         text: str | None = None
@@ -270,20 +279,29 @@ class Intake:
         for name, value in [*given.items()]:
             if value is None:
                 continue  # as null in a request: nothing is said
-            if name not in known:
+            kind = type(value)
+            if name in known and (
+                (kind is str and name in _TEXTS) or (kind is int and name in _NUMBERS and 0 <= value <= _MAX_COUNT)
+            ):
+                fields[name] = value
+            elif name not in known:
                 joined |= self._put_elsewhere(name, value)
             elif name in _OBJECTS:
                 joined |= self._put_all(name, value)
-            elif type(value) is str and name not in _TAKERS:
-                fields[name] = value
             else:
                 self._put_field(fields, name, value)
         if not self._is_told:
             self._tell_rejected()
             joined.add("context_json")
         for name in joined:
-            fields[name] = self._bags[name].values
+            fields[name] = self._bag(name).values
         return fields
+
+    def _bag(self, place: str) -> Bag:
+        bag = self._bags.get(place)
+        if bag is None:
+            bag = self._bags[place] = Bag()
+        return bag
 
     def status(self, value: object) -> str:
         """Return how a run ended; one that ended in no known way has ended all the same, and counts as partial."""
@@ -300,12 +318,12 @@ class Intake:
             self._put_all("context_json", part, "payload")
         if not self._is_told:
             self._tell_rejected()
-        if told := self._bags["context_json"].values:
+        if told := self._bag("context_json").values:
             event["payload"] = told
         return event
 
     def _tell_rejected(self) -> None:
-        values = self._bags["context_json"].values
+        values = self._bag("context_json").values
         before = values.get(REJECTED)
         values[REJECTED] = {**before, **self._rejected} if isinstance(before, dict) else dict(self._rejected)
         self._is_told = True
@@ -323,21 +341,27 @@ class Intake:
 
     def _put_elsewhere(self, name: object, value: object) -> set[str]:
         """Put a value without a field into metrics or context; return which it was."""
+        if name == "git_repo":  # it cannot be changed any more, but may hold a secret all the same
+            fields: Json = {}
+            self._put_field(fields, name, value)
+            value = fields.get(name)
         place = "metrics_json" if _is_number(value) else "context_json"
-        return {place} if self._put(self._bags[place], name, value) else set()
+        return {place} if self._put(self._bag(place), name, value) else set()
 
     def _put_all(self, place: str, value: object, called: str = "") -> set[str]:
         """Put the members of an object into metrics or context; return which it was, unless nothing could be had."""
         try:
-            members = [*object_of(value).items()]
+            members = [*(value if type(value) is dict else object_of(value)).items()]
         except Exception:  # noqa: BLE001 - an agent's own class may do anything
             self.reject(called or place, value, "cannot be read")
             return set()
-        done = [self._put(self._bags[place], name, item) for name, item in members]
-        return {place} if any(done) or not members else set()
+        bag, is_kept = self._bag(place), not members
+        for name, item in members:
+            is_kept |= self._put(bag, name, item)
+        return {place} if is_kept else set()
 
     def _put(self, bag: Bag, name: object, value: object) -> bool:
-        key = key_of(name)
+        key = name if type(name) is str else key_of(name)
         try:
             bag.put(key, value)
         except WrongValueError as error:

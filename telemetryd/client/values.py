@@ -137,12 +137,13 @@ def _number(value: object) -> Any:
     kind = type(value)
     if kind.__name__ == "NAType":
         return None
-    if _is_single(value) and callable(item := getattr(value, "item", None)):  # a scalar or an array without dimensions
-        inner = item()
+    if getattr(value, "shape", None) is not None:
+        if not _is_single(value):
+            return NotImplemented
+        item = getattr(value, "item", None)
+        inner = item() if callable(item) else value
         if not isinstance(inner, kind):  # numpy's longdouble gives itself
             return _opened(inner)
-    elif getattr(value, "shape", None) is not None:
-        return NotImplemented
     if hasattr(kind, "__index__"):
         return _integer(operator.index(value))  # type: ignore[arg-type]
     return _real(value) if hasattr(kind, "__float__") else NotImplemented
