@@ -232,8 +232,9 @@ def test_a_run_that_ended_in_no_known_way_has_ended(client: Client, recorder: Re
 
 
 def test_what_has_no_field_is_kept_by_record_as_by_a_run(client: Client, recorder: Recorder) -> None:
-    client.record({"agent_name": "a", "job_type": "j", "agent_owner": "me", "retries": Whole(3), 5: "x", "id": 7,
-                   "updated_at": "x", "commit_url": None, "repo_url": "x"})  # fmt: skip
+    odd: dict[Any, Any] = {"agent_owner": "me", "retries": Whole(3), 5: "x"}
+    fetched = {"id": 7, "updated_at": "x", "commit_url": None, "repo_url": "x"}
+    client.record({"agent_name": "a", "job_type": "j", **odd, **fetched})
     (recorded,) = recorder.parsed()
     assert json.loads(recorded["context_json"]) == {"agent_owner": "me", "5": "x"}
     assert json.loads(recorded["metrics_json"]) == {"retries": 3}
@@ -280,7 +281,7 @@ def test_a_heartbeat_that_is_no_number_is_a_wish_for_some(client: Client, asked:
 
 def test_fields_of_all_runs_are_taken_in_the_same_way(make_client: MakeClient, buffer: Path) -> None:
     client = make_client(send=False, fields={"environment": 5, "team": "x", "product": ["a"]})
-    client.run("a", "j", host=None).start()
+    client.run("a", "j", host=None).start()  # type: ignore[arg-type]
     client.close()
     (line,) = [json.loads(line) for line in next(buffer.glob("*.ready")).read_bytes().splitlines()]
     assert (line["environment"], line["context_json"]) == ("5", {"team": "x", REJECTED: {"product": "['a']"}})
@@ -322,8 +323,9 @@ def test_whatever_is_said_the_daemon_takes_every_line(
     first: dict[str, Any], then: dict[str, Any], one: Any, other: Any
 ) -> None:
     recorder = Recorder()
-    names = {name: first.get(name) for name in ("agent_name", "job_type")}
-    run = Run(recorder, names["agent_name"], names["job_type"], None, first)
+    agent_name: Any = first.get("agent_name")
+    job_type: Any = first.get("job_type")
+    run = Run(recorder, agent_name, job_type, None, first)
     run.start()
     run.event(one, other)
     run.metrics(**{"x": one, **{name: value for name, value in then.items() if name != "self"}})
