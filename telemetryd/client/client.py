@@ -122,8 +122,8 @@ class Client:
         try:
             intake = Intake(self.rejected)
             given: dict[Any, Any] = {**self._surroundings.fields(), **run}
-            for name in OF_THE_SERVER & given.keys():
-                del given[name]
+            for name in OF_THE_SERVER:
+                given.pop(name, None)
             event_id = intake.name("event_id", given.pop("event_id", None), new_uuid)
             agent_name = intake.required("agent_name", given.pop("agent_name", None))
             line: dict[str, Any] = {
@@ -131,13 +131,14 @@ class Client:
                 "run_id": intake.name("run_id", given.pop("run_id", None), lambda: new_run_id(agent_name)),
                 "agent_name": agent_name,
                 "job_type": intake.required("job_type", given.pop("job_type", None)),
-                "start_time": timestamp(),
             }
             if "parent_run_id" not in given:
                 line["parent_run_id"] = parent_run_id()
             if given.get("status") is not None:
                 given["status"] = intake.status(given["status"])
             line.update(intake.sort(given, FIELDS))
+            if "start_time" not in line:
+                line["start_time"] = timestamp()
             return event_id if self.write(line) else None
         except Exception:  # noqa: BLE001 - whatever it is must not reach the agent
             self.failed()
@@ -182,8 +183,9 @@ class Client:
     def rejected(self, field: str, why: str) -> None:
         """Count and log that a value is left out, because no field can take it."""
         self._counters.rejected += 1
-        what = field if field in FIELDS else "a figure, a fact or an argument"  # a bounded number of kinds
-        text = f"Telemetry: what was given as {what} (%s) is left out and kept in context_json: it %s"
+        # A bounded number of texts, each of which is logged once a minute.
+        what = field if field in FIELDS else "a figure, a fact or an argument"
+        text = f"Telemetry: what was given as {what} is left out and kept in context_json: %s %s"
         self._complaints.say(logging.WARNING, text, field, why)
 
     # --- Sending ---------------------------------------------------------------------------------

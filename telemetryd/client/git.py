@@ -9,10 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from telemetryd.client.reftables import MOST_BYTES, find_reference
 from telemetryd.git_urls import without_credentials
 
 _HASH: Final = re.compile(r"[0-9a-f]{40}(?:[0-9a-f]{24})?")
 _BRANCH: Final = "refs/heads/"
+_IN_REFTABLES: Final = "ref: refs/heads/.invalid"
+"""What HEAD says for programs that know no reftables; no reference has such a name (git-check-ref-format(1))."""
 _LINKS: Final = 5
 """References that refer to references, one after the other: as many as git follows."""
 _SHORT: Final = 8 << 10
@@ -48,7 +51,12 @@ def _text(value: str) -> str:
 
 
 def _read(path: Path, most: int = _SHORT) -> str | None:
-    """Return a small file's text, whatever its bytes are, or None; a pipe in its place is not waited for."""
+    data = _read_bytes(path, most)
+    return None if data is None else os.fsdecode(data)
+
+
+def _read_bytes(path: Path, most: int = MOST_BYTES) -> bytes | None:
+    """Return a file's content unless it is larger or cannot be read; a pipe in its place is not waited for."""
     try:
         file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
     except (OSError, ValueError):  # a NUL in a name that was read from a file
@@ -62,7 +70,7 @@ def _read(path: Path, most: int = _SHORT) -> str | None:
         return None
     finally:
         os.close(file)
-    return os.fsdecode(data) if len(data) <= most else None
+    return data if len(data) <= most else None
 
 
 def _git_folders(folder: Path) -> _Folders | None:
@@ -93,10 +101,11 @@ def _head(folders: _Folders) -> tuple[str | None, str | None]:
     """Return the branch that is checked out, if one is, and its commit."""
     name = _linked(folders.own / "HEAD")
     head = f"ref: {name}" if name is not None else (_read(folders.own / "HEAD") or "").strip()
+    if head == _IN_REFTABLES:
+        head = find_reference(folders.own, "HEAD", _read_bytes) or ""
     if not head.startswith("ref:"):
         return None, _commit(head)
     name = head.removeprefix("ref:").strip()
-    # With reftables HEAD says refs/heads/.invalid, which is the name of no reference (git-check-ref-format(1)).
     branch = name.removeprefix(_BRANCH) if name.startswith(_BRANCH) and _is_name(name) else None
     return branch, _resolve(name, folders)
 
@@ -123,7 +132,8 @@ def _resolve(name: str, folders: _Folders) -> str | None:
         if not _is_name(name):
             return None
         text = _read(folders.own / name)
-        text = (text if text is not None else _read(folders.common / name) or "").strip()
+        text = text if text is not None else _read(folders.common / name)
+        text = (text or find_reference(folders.common, name, _read_bytes) or "").strip()
         if not text.startswith("ref:"):
             return _commit(text) or _packed(name, folders.common)
         name = text.removeprefix("ref:").strip()

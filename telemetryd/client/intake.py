@@ -11,7 +11,7 @@ import contextlib
 import re
 from collections.abc import Callable, Mapping
 from datetime import date, datetime, timedelta
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from telemetryd.client.context import timestamp
 from telemetryd.client.fields import COUNTS, FIELDS, FLAGS, NAMES, SOURCES, STATUSES, TIMES
@@ -128,6 +128,8 @@ def _source(value: object) -> str:
 
 def _moment(value: object) -> str:
     moment: str | None = None
+    if type(value) is str and (moment := canonical(value)) is not None:
+        return moment
     if isinstance(value, datetime) and value == value and value.utcoffset() is not None:  # noqa: PLR0124 - NaT
         with contextlib.suppress(OverflowError, ValueError):
             moment = format_timestamp(value)
@@ -236,16 +238,10 @@ class Intake:
 
     def name(self, field: str, value: object, otherwise: Callable[[], str]) -> str:
         """Return a name that a run must have: the given one, or what can be made of it, or another."""
-        if (
-            type(value) is str
-            and 0 < len(value) <= MAX_NAME
-            and value.isascii()
-            and value.isprintable()
-            and value[0] > " "
-        ):
-            return value
         if value is None:
             return otherwise()
+        if _is_usual(value):
+            return cast("str", value)
         try:
             return str(_take("event_id", value))  # every name is taken like this one
         except (WrongValueError, TooMuchError) as error:
@@ -257,13 +253,11 @@ class Intake:
 
     def required(self, field: str, value: object) -> str:
         """Return the agent's or the job's name; what is missing is told like what is wrong."""
-
-        def unknown() -> str:
-            if value is None:
-                self.reject(field, None, "must be given")
-            return UNKNOWN
-
-        return self.name(field, value, unknown)
+        if _is_usual(value):
+            return cast("str", value)
+        if value is None:
+            self.reject(field, None, "must be given")
+        return self.name(field, value, lambda: UNKNOWN)
 
     def reject(self, field: str, value: object, why: str) -> None:
         """Keep a value that is left out, and tell it."""
@@ -305,6 +299,8 @@ class Intake:
 
     def status(self, value: object) -> str:
         """Return how a run ended; one that ended in no known way has ended all the same, and counts as partial."""
+        if type(value) is str and value in STATUSES:
+            return STATUSES[value]
         try:
             return "success" if value is None else str(_take("status", value))
         except WrongValueError as error:
@@ -368,6 +364,13 @@ class Intake:
             self.reject(key, value, str(error))
             return False
         return True
+
+
+def _is_usual(value: object) -> bool:
+    """Tell whether a name is what nearly every agent gives, which needs no second look."""
+    if type(value) is not str:
+        return False
+    return value.isascii() and value.isprintable() and 0 < len(value) <= MAX_NAME and not value.isspace()
 
 
 def _is_number(value: object) -> bool:

@@ -22,7 +22,7 @@ from telemetryd.client.context import (
 )
 from telemetryd.client.decorating import CO_COROUTINE, decorated
 from telemetryd.client.fields import CHANGES, FIELDS, NAMES, Details, Fields
-from telemetryd.client.intake import Complain, Intake
+from telemetryd.client.intake import Complain, Intake, object_of
 from telemetryd.client.values import Room, plain, summary_of
 
 if TYPE_CHECKING:
@@ -158,8 +158,9 @@ class Run:
         succeeded: int | None = None,
         failed: int | None = None,
         skipped: int | None = None,
+        **more: Any,
     ) -> None:
-        """Record how many items were found, done, failed and left out so far.
+        """Record how many items were found, done, failed and left out so far; other counts join the figures.
 
         The number found stands in its own field only if the run is started with it (items_discovered=…), because
         PATCH does not change it; said here, it stands in metrics_json.
@@ -170,23 +171,31 @@ class Run:
             "items_failed": failed,
             "items_skipped": skipped,
         }
-        self._update({name: count for name, count in counts.items() if count is not None})
+        self._update({**counts, **more})
 
-    def metrics(self, **figures: Any) -> None:
+    def metrics(self, figures: Mapping[str, Any] | None = None, /, **more: Any) -> None:
         """Record figures of the agent's own; they join those that were recorded before."""
-        self._update({"metrics_json": figures} if figures else {})
+        self._update({"metrics_json": figures})
+        if more:
+            self._update({"metrics_json": more})
 
-    def context(self, **facts: Any) -> None:
+    def context(self, facts: Mapping[str, Any] | None = None, /, **more: Any) -> None:
         """Record facts of the agent's own; they join those that were recorded before."""
-        self._update({"context_json": facts} if facts else {})
+        self._update({"context_json": facts})
+        if more:
+            self._update({"context_json": more})
 
-    def update(self, **changes: Unpack[Fields]) -> None:
+    def update(self, changes: Mapping[str, Any] | None = None, /, **more: Unpack[Fields]) -> None:
         """Record other fields of the run, such as output_summary."""
-        self._update(changes)
+        if changes is not None:
+            self._update(changes)
+        if more:
+            self._update(more)
 
-    def event(self, event_type: str, payload: Mapping[str, Any] | None = None, /, **more: Any) -> None:
+    def event(self, event_type: str | None = None, payload: Mapping[str, Any] | None = None, /, **more: Any) -> None:
         """Record something that happened during the run: a type, and a payload (a JSON object) or its items."""
         try:
+            event_type = more.pop("event_type", None) if event_type is None else event_type
             intake = Intake(self._recorder.rejected)
             told = {"event_key": new_uuid(), "timestamp": timestamp(), **intake.event(event_type, payload, more)}
             self._operation("event", "event", told)
@@ -200,7 +209,10 @@ class Run:
     def _update(self, changes: Mapping[str, Any], besides: Mapping[str, Any] = MappingProxyType({})) -> None:
         with self._own_lock():
             try:
-                fields = {**besides, **self._intake.sort(changes, CHANGES)}
+                fields = {
+                    **besides,
+                    **self._intake.sort(changes if type(changes) is dict else object_of(changes), CHANGES),
+                }
                 if fields:
                     self._operation("update", "fields", fields)
             except Exception:  # noqa: BLE001 - whatever it is must not reach the agent

@@ -279,6 +279,24 @@ def test_a_heartbeat_that_is_no_number_is_a_wish_for_some(client: Client, asked:
     assert client.run("a", "j", heartbeat=0).heartbeat_s is None
 
 
+def test_what_is_given_in_another_way_than_asked_for_is_taken_all_the_same(recorder: Recorder) -> None:
+    run: Any = begin(recorder)
+    run.metrics({"tokens": 5}, cost=Float(0.5))
+    run.context({"shard": 3})
+    run.metrics([1])
+    run.update({"output_summary": "done"}, error_summary="none")
+    run.items(succeeded=1, done=2)
+    run.event(event_type="checkpoint", file="a.md")
+    run.event()
+    told = recorder.parsed()
+    assert json.loads(told[2]["metrics_json"]) == {"tokens": 5, "cost": 0.5}
+    assert json.loads(told[3]["context_json"]) == {"shard": 3}
+    assert json.loads(told[4]["metrics_json"])["value"] == [1]
+    assert (told[5]["output_summary"], told[6]["error_summary"]) == ("done", "none")
+    assert (told[7]["items_succeeded"], json.loads(told[7]["metrics_json"])["done"]) == (1, 2)
+    assert [event["event_type"] for event in told[8:]] == ["checkpoint", "unknown"]
+
+
 def test_fields_of_all_runs_are_taken_in_the_same_way(make_client: MakeClient, buffer: Path) -> None:
     client = make_client(send=False, fields={"environment": 5, "team": "x", "product": ["a"]})
     client.run("a", "j", host=None).start()  # type: ignore[arg-type]
