@@ -34,6 +34,8 @@ _PLACE: Final = re.compile(rf"({_HOST})(:[0-9]{{1,5}})?:?(/{_PATH})?")
 _SCP: Final = re.compile(rf"{_HOST}:(?!//|$){_PATH}")
 _REST: Final = re.compile(r"[?#;&]")
 """Where a query, a fragment or parameters begin, in whichever wrong form."""
+_SIGN: Final = re.compile(r"://|[@?#]|[;&][^;&=]*=")
+"""Without a scheme a text may be anything; with one of these it may be an address that holds a secret."""
 _ESCAPED: Final = re.compile(r"%(?:[01][0-9A-F]|2[36]|3[ABDF]|40|7F)", re.IGNORECASE)
 """Escapes of controls and of `#&:;=?@`, which no path of a repository needs."""
 _GIT: Final = "git@"
@@ -55,7 +57,7 @@ def _keep(address: str) -> str | None:
     text = address.strip()
     match = _SCHEME.match(text)
     if match is None:
-        return _without_scheme(text)
+        return _without_scheme(address)
     scheme = match[1].lower()
     kept, user = _cut(text[match.end() :].lstrip("/") if scheme != "file" else text[match.end() + 2 :])
     place = None if kept is None or _ESCAPED.search(kept) else _PLACE.fullmatch(kept)
@@ -72,7 +74,10 @@ def _keep(address: str) -> str | None:
 _kept: Final = lru_cache(maxsize=1024)(_keep)
 
 
-def _without_scheme(text: str) -> str | None:
+def _without_scheme(address: str) -> str | None:
+    text = address.strip()
+    if _SIGN.search(text) is None:
+        return address  # a folder, a name, whatever somebody wrote: nothing in it looks like a secret
     if "://" in text or not text.isprintable():
         return None
     if text.startswith(("/", "./", "../", "~")) and ":" not in text and not text.startswith("//"):

@@ -194,6 +194,8 @@ def test_a_long_text_that_is_no_address_is_given_up_at_once(address: str) -> Non
         ("file:///srv/git/site.git", "file:///srv/git/site.git"),
         ("acme/site", "acme/site"),
         ("the site (old)", "the site (old)"),
+        ("  '; DROP TABLE agent_runs; --\r\n", "  '; DROP TABLE agent_runs; --\r\n"),
+        ("example.com/acme/site;token=s3cret", "example.com/acme/site"),
         ("", ""),
     ],
 )

@@ -264,4 +264,4 @@ def short(value: object) -> Any:
 
 
 def _is_scalar(value: object) -> bool:
-    return value is None or isinstance(value, (bool, int, float))
+    return value is None or (isinstance(value, (bool, int, float)) and math.isfinite(value))
