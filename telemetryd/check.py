@@ -62,6 +62,7 @@ def examine(path: Path, watch: Watch = ignore_progress) -> list[Finding]:
         _totals,
         _strays,
         _values,
+        _credentials,
         _full_text,
         _space,
         _foreign_keys,
@@ -172,6 +173,18 @@ def _values(connection: sqlite3.Connection) -> Iterator[Finding]:
         yield Finding("values", Severity.PROBLEM, text, REPAIR)
 
 
+def _credentials(connection: sqlite3.Connection) -> Iterator[Finding]:
+    try:
+        found = examining.find_credentials(connection)
+    except sqlite3.OperationalError as error:  # a table is missing, which the schema check has reported
+        yield Finding("credentials", Severity.PROBLEM, f"they cannot be looked for: {error}", REPAIR)
+        return
+    if found:
+        text = f"{len(found)} addresses in git_repo hold more than host and path, perhaps a password or a token"
+        advice = f"{REPAIR}; older backups keep them, so replace passwords and tokens that were in use"
+        yield Finding("credentials", Severity.PROBLEM, text, advice)
+
+
 def _full_text(connection: sqlite3.Connection) -> Iterator[Finding]:
     connection.execute("PRAGMA query_only = OFF")  # for temporary tables; the file itself is open for reading only
     wrong = full_text.count_wrong(connection)
@@ -272,6 +285,10 @@ def repair(path: Path, watch: Watch = ignore_progress) -> list[str]:
             if replaced := examining.replace_unstorable(connection):
                 done.append(
                     f"{replaced} values replaced that no request could bring; unconverted_values has the originals"
+                )
+            if cleared := examining.drop_credentials(connection):
+                done.append(
+                    f"the addresses in git_repo of {cleared} runs cut to host and path; older backups keep them"
                 )
             wrong = examining.count_wrong_totals(connection)
             if wrong:

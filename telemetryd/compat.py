@@ -5,6 +5,7 @@ from telemetryd.compat import TelemetryClient, TelemetryConfig
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import time
@@ -32,11 +33,14 @@ class TelemetryConfig:
     """The replaced library's configuration; what only its own database and files needed has no effect any more."""
 
     api_url: str | None = None
-    """The daemon's address; None means TELEMETRY_API_URL, else http://localhost:8765."""
+    """The daemon's address; None means TELEMETRY_API_URL, else METRICS_API_URL, else http://localhost:8765."""
     api_token: str | None = None
     """The daemon's token; None means TELEMETRY_API_AUTH_TOKEN."""
-    api_enabled: bool = True
-    """False: nothing is sent by this process; the spool keeps everything (`telemetryd sync` sends it)."""
+    api_enabled: bool = False
+    """Without effect: it was about Google Sheets only, and runs were always sent to the service."""
+    google_sheets_api_enabled: bool = False
+    google_sheets_api_url: str | None = None
+    retry_backoff_factor: float = 1.0
     buffer_dir: Path | None = None
     """The spool's folder; None means TELEMETRY_BUFFER_DIR, else the client's default."""
     agent_owner: str | None = None
@@ -54,9 +58,8 @@ class TelemetryConfig:
         """Read the variables of the environment."""
         path = {name: Path(text) for name in _PATHS if (text := os.environ.get(_PATHS[name]))}
         return cls(
-            api_url=os.environ.get("TELEMETRY_API_URL") or None,
+            api_url=os.environ.get("TELEMETRY_API_URL") or os.environ.get("METRICS_API_URL") or None,
             api_token=os.environ.get("TELEMETRY_API_AUTH_TOKEN") or None,
-            api_enabled=os.environ.get("METRICS_API_ENABLED", "true").lower() in ("true", "1", "yes", "on"),
             agent_owner=os.environ.get("AGENT_OWNER") or None,
             test_mode=os.environ.get("TELEMETRY_TEST_MODE") or None,
             **path,  # type: ignore[arg-type]
@@ -81,9 +84,25 @@ class TelemetryConfig:
             self.api_url,
             token=self.api_token,
             buffer_dir=self.buffer_dir,
-            send=None if self.api_enabled else False,
             **self.more,
         )
+
+
+_SHEETS: Final = (
+    "METRICS_API_ENABLED",
+    "METRICS_API_TOKEN",
+    "METRICS_API_AUTH_REQUIRED",
+    "GOOGLE_SHEETS_API_ENABLED",
+    "GOOGLE_SHEETS_API_URL",
+)
+
+
+@functools.cache
+def _remark_on_sheets() -> None:
+    """Say once in a process that variables are set which were about Google Sheets."""
+    if found := [name for name in _SHEETS if name in os.environ]:
+        text = "The export to Google Sheets is gone: %s has no effect; runs are sent to the telemetry daemon as before"
+        logger.warning(text, ", ".join(found))
 
 
 _PATHS: Final = {
@@ -119,6 +138,7 @@ class TelemetryClient:
     """
 
     def __init__(self, config: TelemetryConfig | None = None) -> None:
+        _remark_on_sheets()
         self.config = config or TelemetryConfig.from_env()
         self._client = self.config.client()
         self._runs: dict[str, Run] = {}

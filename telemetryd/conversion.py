@@ -12,6 +12,7 @@ from typing import Final, NamedTuple
 import orjson
 
 from telemetryd.errors import InvalidBodyError
+from telemetryd.git_urls import without_credentials
 from telemetryd.runs import (
     COLUMNS,
     MAX_INTEGER,
@@ -82,6 +83,14 @@ def _text(raw: RawValue) -> _Result:
     if text == raw:
         return text
     return _Changed(text, "blob to text") if text.encode() == raw else _Replaced(text, "not UTF-8")
+
+
+def _address(raw: RawValue) -> _Result:
+    """Leave out what may be a secret; the side table would keep it, so it does not go there."""
+    result = _text(raw)
+    text = _plain(result)
+    kept = without_credentials(text) if isinstance(text, str) else None
+    return result if kept == text else _Changed(kept, "without credentials")
 
 
 def _name(raw: RawValue) -> _Result:
@@ -199,12 +208,13 @@ _CONVERTERS: Final[dict[str, Callable[[RawValue], _Result]]] = {
     **dict.fromkeys(columns(Role.JSON), _json_object),
     **dict.fromkeys(columns(Role.BOOLEAN), _flag),
     "event_id": _event_id,
+    "git_repo": _address,
     "status": _status,
     "git_commit_source": _commit_source,
 }
 
 
-PLAIN_TEXTS: Final = tuple(name for name in COLUMNS[1:] if _CONVERTERS[name] in (_text, _name, _event_id))
+PLAIN_TEXTS: Final = tuple(name for name in COLUMNS[1:] if _CONVERTERS[name] in (_text, _name, _address, _event_id))
 """The fields of a run that hold whatever somebody wrote."""
 
 

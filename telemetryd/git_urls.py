@@ -1,9 +1,10 @@
-"""Turns a repository address and a commit hash into pages that a browser can open."""
+"""What is kept of a repository's address, and which pages of it a browser can open; the client uses this as well."""
 
 from __future__ import annotations
 
 import re
 from functools import lru_cache
+from typing import Final
 
 _COMMIT_PATH = {
     "github.com": "commit",
@@ -15,11 +16,98 @@ MAX_ADDRESS = 1000
 # What stands before the host, the host, and the path; each part ends where the next one's sign begins, so that
 # a long text that is no address is given up in one pass.
 _ADDRESS = re.compile(
-    r"(?:(?:https?|ssh)://(?:[^/@\s]*@)?(?P<host>[A-Za-z0-9.-]+)(?::\d+)?/|[\w.-]+@(?P<scp_host>[A-Za-z0-9.-]+):)"
+    r"(?:(?:https?|ssh)://(?:[^/@\s]*@)?(?P<host>[A-Za-z0-9.-]+)(?::\d+)?/"
+    r"|(?:[\w.-]+@)?(?P<scp_host>[A-Za-z0-9.-]+):)"
     r"/*(?P<path>[\w.~+/-]+)",
     re.ASCII,  # a page is a URI, and a lookalike letter is another host
 )
 _COMMIT = re.compile(r"[0-9A-Fa-f]{7,64}")
+
+
+# --- What is kept of an address ------------------------------------------------------------------
+
+_HOST: Final = r"(?:[\w.-]+|\[[0-9A-Fa-f:.]+\])"
+_PATH: Final = r"[\w.~+:%,!'()*/-]*"
+"""What paths of repositories are made of; a parameter with a secret needs a `=`."""
+_SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,19}):(?=//)")
+_PLACE: Final = re.compile(rf"({_HOST})(:[0-9]{{1,5}})?:?(/{_PATH})?")
+_SCP: Final = re.compile(rf"{_HOST}:(?!//|$){_PATH}")
+_REST: Final = re.compile(r"[?#;&]")
+"""Where a query, a fragment or parameters begin, in whichever wrong form."""
+_SIGN: Final = re.compile(r"://|[@?#]|[;&][^;&=]*=")
+"""Without a scheme a text may be anything; with one of these it may be an address that holds a secret."""
+_ESCAPED: Final = re.compile(r"%(?:[01][0-9A-F]|2[36]|3[ABDF]|40|7F)", re.IGNORECASE)
+"""Escapes of controls and of `#&:;=?@`, which no path of a repository needs."""
+_GIT: Final = "git@"
+"""The user of most servers that are reached by ssh; no secret, and part of the address."""
+_SSH: Final = ("ssh", "git+ssh", "ssh+git")
+
+
+def without_credentials(address: str) -> str | None:
+    """Return what is kept of a repository's address: scheme, host, port and path, or a path or a name of other text.
+
+    User and password (except the user `git` of ssh), query, fragment and parameters are left out. Passwords may hold
+    any character, also where a URL does not allow it, so everything before the last `@` counts as one. Returns None if
+    no form is known in which the host and the path can be told from a secret.
+    """
+    return _kept(address) if len(address) <= MAX_ADDRESS else _keep(address)
+
+
+def _keep(address: str) -> str | None:
+    text = address.strip()
+    match = _SCHEME.match(text)
+    if match is None:
+        return _without_scheme(address)
+    scheme = match[1].lower()
+    kept, user = _cut(text[match.end() :].lstrip("/") if scheme != "file" else text[match.end() + 2 :])
+    place = None if kept is None or _ESCAPED.search(kept) else _PLACE.fullmatch(kept)
+    prefix = f"{scheme}://{_GIT if user and scheme in _SSH and _is_git(user) else ''}"
+    if place is not None and (place[3] or user is None):
+        return f"{prefix}{place[1]}{place[2] or ''}{place[3] or ''}"
+    if kept is not None and scheme == "file" and user is None and re.fullmatch(rf"/{_PATH}", kept):
+        return f"file://{kept}"
+    if kept is not None and user is not None and scheme in _SSH and not _ESCAPED.search(kept) and _SCP.fullmatch(kept):
+        return f"{prefix}{kept}" if _is_git(user) else kept  # `ssh://git@host:acme/site` mixes two forms, as many do
+    return None
+
+
+_kept: Final = lru_cache(maxsize=1024)(_keep)
+
+
+def _without_scheme(address: str) -> str | None:
+    text = address.strip()
+    if _SIGN.search(text) is None:
+        return address  # a folder, a name, whatever somebody wrote: nothing in it looks like a secret
+    if "://" in text or not text.isprintable():
+        return None
+    if text.startswith(("/", "./", "../", "~")) and ":" not in text and not text.startswith("//"):
+        return _REST.split(text, maxsplit=1)[0].rstrip()  # a folder, whose name may hold an @
+    kept, user = _cut(text)
+    if user is None or kept is None:
+        return kept
+    if _ESCAPED.search(kept) or _SCP.fullmatch(kept) is None:
+        return None
+    return f"{_GIT}{kept}" if _is_git(user) else kept
+
+
+def _cut(text: str) -> tuple[str | None, str | None]:
+    """Return what stands between user and query, or None if that is unclear, and the user's part if there is one."""
+    kept, *rest = _REST.split(text, maxsplit=1)
+    if rest and "@" in rest[0]:  # is it in the query, or is the query's sign in the password?
+        has_password = ":" in kept and _PLACE.fullmatch(kept) is None
+        if "@" in kept or rest[0].count("@") > 1 or not has_password:
+            return None, None
+        kept, *rest = _REST.split(rest[0].rpartition("@")[2], maxsplit=1)
+        return kept.rstrip(), ""
+    user, at, place = kept.rpartition("@")
+    return place.rstrip(), (user if at else None)
+
+
+def _is_git(user: str) -> bool:
+    return user.partition(":")[0] == "git"
+
+
+# --- Pages ---------------------------------------------------------------------------------------
 
 
 def repo_url(git_repo: str | None) -> str | None:

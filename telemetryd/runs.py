@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from enum import Flag, StrEnum, auto
@@ -25,8 +24,9 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError, from_json
 
+from telemetryd import timestamps
 from telemetryd.errors import BodyTooLargeError, ErrorItem, InvalidBodyError
-from telemetryd.git_urls import commit_url, repo_url
+from telemetryd.git_urls import commit_url, repo_url, without_credentials
 
 SqlValue = str | int | None
 Row = tuple[SqlValue, ...]
@@ -95,34 +95,12 @@ def _commit_source(value: str) -> str:
     raise PydanticCustomError("value_error", f"Commit source must be one of: {[str(s) for s in CommitSource]}")
 
 
-# RFC 3339 and the ISO 8601 forms that hold a date and a time. Hour 24 and second 60 exist on paper
-# only: no clock of ours can store them.
-_TIMESTAMP: Final = re.compile(
-    r"\d{4}(?:-?\d\d-?\d\d|-?[Ww]\d\d-?\d)[Tt ](?:[01]\d|2[0-3])(?::?[0-5]\d(?::?[0-5]\d(?:[.,]\d+)?)?)?"
-    r"(?:[Zz]|[+-](?:[01]\d|2[0-3])(?::?[0-5]\d)?)?",
-    re.ASCII,
-)
-_TIMESTAMP_RULE: Final = (
-    "must be an ISO 8601 date and time such as 2025-12-24T10:00:00Z (without an offset it is taken as UTC)"
-)
-
-
-def format_timestamp(moment: datetime) -> str:
-    """Return an aware moment in the one stored form: UTC, fixed width, text order = time order."""
-    return moment.astimezone(UTC).replace(tzinfo=None).isoformat(timespec="microseconds") + "Z"
+format_timestamp: Final = timestamps.format_timestamp
 
 
 def utc_now() -> datetime:
     """Return the present moment; the daemon's clock unless a test passes another."""
     return datetime.now(UTC)
-
-
-_MAX_TIMESTAMP: Final = 64
-
-# The form that nearly every agent sends, which needs no arithmetic to become the stored one.
-_USUAL_TIMESTAMP: Final = re.compile(
-    r"(\d{4}-\d\d-\d\dT(?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d)(?:\.(\d{1,6})\d{0,30})?(?:Z|\+00:00)", re.ASCII
-)
 
 
 def canonical_timestamp(text: str) -> str:
@@ -132,16 +110,11 @@ def canonical_timestamp(text: str) -> str:
         ValueError: if the text is no such date and time, or falls outside the years 1 to 9999 in UTC.
 
     """
-    try:
-        if usual := _USUAL_TIMESTAMP.fullmatch(text):
-            datetime.fromisoformat(usual[1])  # is there such a day?
-            return f"{usual[1]}.{usual[2] or '':0<6}Z"
-        if len(text) <= _MAX_TIMESTAMP and _TIMESTAMP.fullmatch(text):
-            moment = datetime.fromisoformat(text.upper())
-            return format_timestamp(moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC))
-    except (ValueError, OverflowError):
-        pass
-    raise PydanticCustomError("value_error", f"Timestamp {_TIMESTAMP_RULE}")
+    stored = timestamps.canonical(text)
+    if stored is None:
+        rule = "must be an ISO 8601 date and time such as 2025-12-24T10:00:00Z (without an offset it is taken as UTC)"
+        raise PydanticCustomError("value_error", f"Timestamp {rule}")
+    return stored
 
 
 _TOO_MUCH: Final = f"holds more than {MAX_JSON_VALUES} keys and values"
@@ -202,6 +175,8 @@ _NOT_BLANK: Final = r"^[^\x00]*[^\s\x00][^\x00]*$"
 
 Name = Annotated[str, Field(min_length=1, max_length=255, pattern=_NOT_BLANK)]
 Text = Annotated[str, Field(pattern=_NO_NUL)]
+Address = Annotated[Text, AfterValidator(without_credentials)]
+"""Of a repository; what may be a secret in it is not even stored."""
 Count = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
 Duration = Annotated[
     Count,
@@ -319,8 +294,10 @@ class Run(BaseModel):
     error_details: Annotated[Text | None, _PATCH] = _field(
         None, "The error in full.", "a.md: not UTF-8; b.md: not UTF-8"
     )
-    git_repo: Annotated[Text | None, _SET] = _field(
-        None, "Address of the repository.", "https://github.com/acme/website.git"
+    git_repo: Annotated[Address | None, _SET] = _field(
+        None,
+        "Address of the repository; user, password, query and fragment are not stored.",
+        "https://github.com/acme/website.git",
     )
     git_branch: Annotated[Text | None, _SET] = _field(None, "Branch.", "main")
     git_commit_hash: Annotated[Text | None, _SET | Role.COMMIT | Role.FILTER] = _field(
@@ -635,4 +612,6 @@ def stored_row(run: Mapping[str, Any]) -> Row:
             values[name] = orjson.dumps(values[name]).decode()
     for name in _BOOLEAN_COLUMNS:
         values[name] = int(values[name])
+    if values["git_repo"] is not None:  # stored by a daemon that kept whatever it was given
+        values["git_repo"] = without_credentials(values["git_repo"])
     return tuple(values[name] for name in STORED)

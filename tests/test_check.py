@@ -223,6 +223,28 @@ def test_values_that_an_earlier_migration_kept_are_named_and_replaced(
     assert daemon.stop() == 0
 
 
+def test_credentials_that_an_earlier_daemon_stored_are_found_and_leave_the_file(tmp_path: Path) -> None:
+    path = make_database(tmp_path / "telemetry.sqlite", 20)
+    change(
+        path,
+        "UPDATE agent_runs SET git_repo = 'ssh://user:s3cret@example.com/acme/site.git' WHERE id IN (3, 5)",
+        "UPDATE agent_runs SET git_repo = 's3cret@example.com/acme' WHERE id = 7",
+    )
+    (finding,) = check(path, status=1)["findings"]
+    assert finding["text"].startswith("2 addresses in git_repo hold more than host and path")
+    assert "s3cret" not in str(finding)
+    done = check(path, "--repair")
+    assert done["ok"]
+    assert any("of 3 runs" in line for line in done["repaired"])
+    assert b"s3cret" not in path.read_bytes()
+    with closing(sqlite3.connect(path)) as connection:
+        kept = connection.execute("SELECT id, git_repo FROM agent_runs WHERE id IN (3, 5, 7)").fetchall()
+        told = connection.execute("SELECT run FROM run_changes ORDER BY run").fetchall()
+    clean = "ssh://example.com/acme/site.git"
+    assert kept == [(3, clean), (5, clean), (7, None)]
+    assert told == [(3,), (5,), (7,)], "who follows the changes is told"
+
+
 @pytest.mark.parametrize("flags", [[], ["--repair"]])
 def test_a_commit_that_was_cut_off_is_no_damage(tmp_path: Path, flags: list[str]) -> None:
     path = make_database(tmp_path / "telemetry.sqlite", 300)

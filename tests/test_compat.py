@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from telemetryd import compat
 from telemetryd.compat import TelemetryClient, TelemetryConfig
 from tests.conftest import Api, MakeApi, make_run
 
@@ -129,15 +130,36 @@ def test_the_configuration_comes_from_the_environment(monkeypatch: pytest.Monkey
     monkeypatch.setenv("TELEMETRY_API_URL", "http://somewhere:1")
     monkeypatch.setenv("TELEMETRY_BUFFER_DIR", str(tmp_path / "b"))
     monkeypatch.setenv("TELEMETRY_API_AUTH_TOKEN", "a-token")
-    monkeypatch.setenv("METRICS_API_ENABLED", "false")
     monkeypatch.setenv("AGENT_OWNER", "me")
     config = TelemetryConfig.from_env()
     assert config.validate() == (True, [])
     made = TelemetryClient()._client.config
-    assert (made.url, made.token, made.send, made.folder) == ("http://somewhere:1", "a-token", False, tmp_path / "b")
+    assert (made.url, made.token, made.send, made.folder) == ("http://somewhere:1", "a-token", True, tmp_path / "b")
     valid, problems = TelemetryConfig(api_url="nonsense").validate()
     assert not valid
     assert "nonsense" in problems[0]
+
+
+@pytest.mark.parametrize(
+    "given", [None, {"api_enabled": False, "google_sheets_api_enabled": False}], ids=["variable", "field"]
+)
+async def test_what_was_about_google_sheets_does_not_stop_sending_and_is_told_once(
+    api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, given: Any
+) -> None:
+    url = str(api.client.make_url("/")).rstrip("/")
+    monkeypatch.delenv("TELEMETRY_API_URL", raising=False)
+    monkeypatch.setenv("METRICS_API_URL", url)
+    monkeypatch.setenv("METRICS_API_ENABLED", "false")
+    monkeypatch.setenv("TELEMETRY_BUFFER_DIR", str(tmp_path / "buffer"))
+    compat._remark_on_sheets.cache_clear()
+    clients = [TelemetryClient(TelemetryConfig(api_url=url, **given) if given else None) for _ in range(2)]
+    run_id = clients[0].start_run("a", "j")
+    clients[0].end_run(run_id)
+    assert (await stored(api, clients[0], run_id))["status"] == "success"
+    (remark,) = [record.getMessage() for record in caplog.records]
+    assert "Google Sheets is gone: METRICS_API_ENABLED has no effect" in remark
+    for client in clients:
+        client.close()
 
 
 def test_the_signatures_are_those_that_agents_use() -> None:

@@ -28,6 +28,7 @@ from telemetryd.cli import main
 from telemetryd.cli.files import Refusals
 from telemetryd.database import LOG_BYTES, wal_bytes
 from telemetryd.exports import MAX_EXPORTS
+from telemetryd.git_urls import without_credentials
 from telemetryd.http import EXPORTS
 from telemetryd.queries import SNAPSHOT
 from telemetryd.runs import COLUMNS, STORED, Role
@@ -423,6 +424,8 @@ def values_of(name: str) -> st.SearchStrategy[Any]:  # noqa: PLR0911 - one for e
         return st.sampled_from(list(runs.Status))
     if name == "git_commit_source":
         return st.none() | st.sampled_from(list(runs.CommitSource))
+    if name == "git_repo":
+        return st.none() | texts.map(without_credentials)
     return names if field.is_required() else st.none() | texts
 
 

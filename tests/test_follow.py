@@ -29,6 +29,7 @@ from telemetryd.statements.transaction import Transaction
 from tests.conftest import Daemon, StartDaemon, make_run
 from tests.test_changes import NOW, commands, commit, connect, new
 from tests.test_tail import send
+from tests.tools.process import telemetryd
 
 TABLES = (
     "agent_runs",
@@ -205,3 +206,17 @@ def test_a_run_comes_back_as_it_was_stored() -> None:
     stored = (7, *row, NOW)
     values = dict(zip(("id", *STORED, "updated_at"), stored, strict=True))
     assert stored_row(_decoded(tuple(values[name] for name in COLUMNS))) == row
+
+
+def test_credentials_that_the_followed_daemon_stored_are_not_copied(tmp_path: Path, start_daemon: StartDaemon) -> None:
+    daemon = start_daemon()
+    send(daemon.url, "/api/v1/runs", make_run(event_id="e", git_repo="https://example.com/acme/site"))
+    assert daemon.stop() == 0
+    with closing(sqlite3.connect(tmp_path / "telemetry.sqlite")) as connection, connection:
+        connection.execute("UPDATE agent_runs SET git_repo = 'https://user:s3cret@example.com/acme/site'")
+    daemon = start_daemon()
+    copy = tmp_path / "copy.sqlite"
+    telemetryd("follow", daemon.url, "--once", "--db-path", copy)
+    with closing(sqlite3.connect(copy)) as connection:
+        assert connection.execute("SELECT git_repo FROM agent_runs").fetchall() == [("https://example.com/acme/site",)]
+    assert daemon.stop() == 0

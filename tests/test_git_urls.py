@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from telemetryd.git_urls import commit_url, repo_url
+from telemetryd.git_urls import commit_url, repo_url, without_credentials
 
 GITHUB = "https://github.com/acme/tool"
 GITLAB = "https://gitlab.com/acme/tool"
@@ -152,3 +152,108 @@ def test_a_long_text_that_is_no_address_is_given_up_at_once(address: str) -> Non
     started = time.perf_counter()
     assert repo_url(address) is None
     assert time.perf_counter() - started < 0.05
+
+
+@pytest.mark.parametrize(
+    ("address", "kept"),
+    [
+        ("https://user:s3cret@example.com/acme/site.git", "https://example.com/acme/site.git"),
+        ("https://s3cret@example.com/acme/site.git", "https://example.com/acme/site.git"),
+        ("https://s3cret:x-oauth-basic@example.com/acme/site", "https://example.com/acme/site"),
+        ("https://:s3cret@example.com/acme/site", "https://example.com/acme/site"),
+        ("HTTPS://user:s3cret@Example.com/acme/site", "https://Example.com/acme/site"),
+        ("http://user:s3cret@example.com:8080/acme/site", "http://example.com:8080/acme/site"),
+        ("https://user:s3cret@[::1]:8443/acme/site", "https://[::1]:8443/acme/site"),
+        ("https://user:s3c@s3cret@example.com/acme/site", "https://example.com/acme/site"),
+        ("https://user:s3c/s3cret@example.com/acme/site", "https://example.com/acme/site"),
+        ("https://user:12/s3cret@example.com/acme/site", "https://example.com/acme/site"),
+        ("https://user:s3c#s3cret@example.com/acme/site", "https://example.com/acme/site"),
+        ("https://user:s3c?s3cret@example.com/acme/site?x=1", "https://example.com/acme/site"),
+        ("https:////user:s3cret@example.com/acme/site", "https://example.com/acme/site"),
+        ("  https://user:s3cret@example.com/acme/site\n", "https://example.com/acme/site"),
+        ("ssh://user:s3cret@example.com/acme/site.git", "ssh://example.com/acme/site.git"),
+        ("ssh://git:s3cret@example.com:22/acme/site.git", "ssh://git@example.com:22/acme/site.git"),
+        ("SSH://git@example.com/acme/site.git", "ssh://git@example.com/acme/site.git"),
+        ("ssh://git@example.com:acme/site.git", "ssh://git@example.com:acme/site.git"),
+        ("git+ssh://git@example.com/acme/site.git", "git+ssh://git@example.com/acme/site.git"),
+        ("git+https://user:s3cret@example.com/acme/site.git", "git+https://example.com/acme/site.git"),
+        ("ftp://user:s3cret@example.com/acme/site.git", "ftp://example.com/acme/site.git"),
+        ("git://user:s3cret@example.com/acme/site.git", "git://example.com/acme/site.git"),
+        ("https://example.com/acme/site?access_token=s3cret", "https://example.com/acme/site"),
+        ("https://example.com/acme/site&access_token=s3cret", "https://example.com/acme/site"),
+        ("https://example.com/acme/site;token=s3cret", "https://example.com/acme/site"),
+        ("https://example.com/acme/site#s3cret", "https://example.com/acme/site"),
+        ("git@example.com:acme/site.git", "git@example.com:acme/site.git"),
+        ("git@example.com:acme/site.git?token=s3cret", "git@example.com:acme/site.git"),
+        ("s3cret@example.com:acme/site.git", "example.com:acme/site.git"),
+        ("user:s3cret@example.com:acme/site.git", "example.com:acme/site.git"),
+        ("example.com/acme/site?token=s3cret", "example.com/acme/site"),
+        ("/srv/git/site.git", "/srv/git/site.git"),
+        ("/home/me@corp/site", "/home/me@corp/site"),
+        ("C:\\src\\site", "C:\\src\\site"),
+        ("file:///srv/git/site.git", "file:///srv/git/site.git"),
+        ("acme/site", "acme/site"),
+        ("the site (old)", "the site (old)"),
+        ("  '; DROP TABLE agent_runs; --\r\n", "  '; DROP TABLE agent_runs; --\r\n"),
+        ("example.com/acme/site;token=s3cret", "example.com/acme/site"),
+        ("", ""),
+    ],
+)
+def test_only_host_and_path_of_an_address_are_kept(address: str, kept: str) -> None:
+    assert without_credentials(address) == kept
+    assert without_credentials(kept) == kept
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "user:s3cret@example.com/acme/site",
+        "//user:s3cret@example.com/acme/site",
+        "https:user:s3cret@example.com/acme/site",
+        "https:/user:s3cret@example.com/acme/site",
+        "https:\\\\user:s3cret@example.com\\acme",
+        "https://user:s3cret",
+        "https://user:s3cret@",
+        "https://example.com/acme/token=s3cret",
+        "https://example.com/acme/site%3Ftoken%3Ds3cret",
+        "https://user/s3c?s3cret@example.com/acme/site",
+        "https://user:s3cret@example.com\nhttps://other.example",
+        "git clone https://user:s3cret@example.com/acme/site",
+        "url = https://user:s3cret@example.com/acme/site",
+        "git@example.com:acme/site@s3cret",
+    ],
+)
+def test_of_an_address_in_which_a_secret_cannot_be_told_from_the_rest_nothing_is_kept(address: str) -> None:
+    assert without_credentials(address) is None
+
+
+SECRETS = st.text("AZaz09-._~!$&'()*+,;=:@/?#[]%\\ \"ä", max_size=8).map("s3c{}ret".format)
+SCHEMES_OF_GIT = st.sampled_from(["https", "HTTP", "ssh", "git", "ftp", "ftps", "git+https", "git+ssh", "svn+ssh"])
+
+
+@given(
+    SCHEMES_OF_GIT, st.sampled_from(["", "user:", "git:", "user@corp:", ":"]), SECRETS, st.sampled_from(["", "?x=1"])
+)
+def test_no_password_is_kept(scheme: str, user: str, secret: str, rest: str) -> None:
+    kept = without_credentials(f"{scheme}://{user}{secret}@example.com/acme/site.git{rest}")
+    assert kept in (
+        None,
+        f"{scheme.lower()}://example.com/acme/site.git",
+        f"{scheme.lower()}://git@example.com/acme/site.git",
+    )
+
+
+@given(
+    st.sampled_from(["https://user:pw@example.com", "https://example.com", "git@example.com:x", "example.com"]), SECRETS
+)
+def test_no_part_of_a_query_or_a_fragment_is_kept(start: str, secret: str) -> None:
+    for mark in ("?access_token=", "#", "?", "&token=", ";token=", "?x=1#", "?token=%"):
+        kept = without_credentials(f"{start}/acme/site{mark}{secret}")
+        assert kept is None or not set(kept.replace("acme/site", "")) & set("3"), kept
+
+
+@given(st.one_of(st.text(), ADDRESSES.map("".join)))
+def test_what_is_kept_stays_as_it_is(address: str) -> None:
+    kept = without_credentials(address)
+    assert kept is None or without_credentials(kept) == kept
+    assert kept is None or repo_url(kept) == repo_url(address) or "@" in address or repo_url(address) is None

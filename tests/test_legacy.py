@@ -462,3 +462,13 @@ def test_old_events_are_served_where_they_name_a_run_and_a_type(
         ("legacy-3", created_at, {"value": "in words"}),
     ]
     assert daemon.stop() == 0
+
+
+def test_credentials_in_an_address_are_kept_nowhere(tmp_path: Path) -> None:
+    path = make_old_database(tmp_path / "telemetry.sqlite", "v7")
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE agent_runs SET git_repo = 'https://user:s3cret@example.com/acme/site'")
+    counts = migrated(path)
+    assert {"field": "git_repo", "kind": "without credentials", "values": 20} in counts["normalised"]
+    assert rows(path, "SELECT DISTINCT git_repo FROM agent_runs") == [("https://example.com/acme/site",)]
+    assert b"s3cret" not in path.read_bytes()

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from telemetryd import runs
 from telemetryd.filters import quoted
+from telemetryd.git_urls import without_credentials
 from tests.conftest import Api, StartDaemon, make_run
 
 REPEATABLE = settings(
@@ -145,6 +146,7 @@ SPECIAL: dict[str, st.SearchStrategy[tuple[Any, Any]]] = {
     "duration_ms": same(COUNTS) | st.just((None, 0)),
     **dict.fromkeys(("metrics_json", "context_json"), optional(same(OBJECTS))),
     "api_posted": st.sampled_from([(True, True), (False, False), (1, True), (0, False)]),
+    "git_repo": st.just((None, None)) | TEXTS.map(lambda text: (text, without_credentials(text))),
     "git_commit_source": same(st.sampled_from(["manual", "llm", "ci", None])),
     "status": STATUSES,
 }

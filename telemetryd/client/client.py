@@ -12,12 +12,14 @@ from dataclasses import asdict
 from types import TracebackType
 from typing import Any, Final, Self, Unpack
 
+from telemetryd.client.complaints import Complaints
 from telemetryd.client.config import Config
 from telemetryd.client.context import Surroundings, new_run_id, new_uuid, parent_run_id, timestamp
 from telemetryd.client.counters import Counters
-from telemetryd.client.fields import Fields
+from telemetryd.client.fields import FIELDS, Fields
+from telemetryd.client.intake import OF_THE_SERVER, Intake
 from telemetryd.client.lines import After, encode
-from telemetryd.client.run import HEARTBEAT_S, Run
+from telemetryd.client.run import Run, heartbeat_of
 from telemetryd.client.sender import Sender
 from telemetryd.client.spool import Spool
 
@@ -81,6 +83,7 @@ class Client:
         self.config = config
         self._surroundings = Surroundings(fields)
         self._counters = Counters()
+        self._complaints = Complaints()
         self._spool = Spool(
             self.config.folder,
             sends=self.config.send,
@@ -104,11 +107,12 @@ class Client:
             **fields: other fields of the run, such as product="words" (docs/runs.md).
 
         """
-        seconds = (HEARTBEAT_S if heartbeat is True else float(heartbeat)) if heartbeat else None
-        return Run(self, agent_name, job_type, seconds, fields)
+        return Run(self, agent_name, job_type, heartbeat_of(heartbeat, self.rejected), fields)
 
     def record(self, run: Mapping[str, Any]) -> str | None:
         """Record a finished run, given as POST /api/v1/runs takes it; event_id and the like are added if missing.
+
+        What no field can take is left out and kept in context_json (docs/client.md).
 
         Returns:
             the event_id when the run is in the spool; None if it is not, because the disk is full, say: then it is
@@ -116,16 +120,25 @@ class Client:
 
         """
         try:
-            line: dict[str, Any] = {"event_id": None, "run_id": None, **self._surroundings.fields(), **run}
-            event_id = line["event_id"]
-            if event_id is None:
-                event_id = line["event_id"] = new_uuid()
-            if line["run_id"] is None:
-                line["run_id"] = new_run_id(str(line.get("agent_name")))
-            if line.get("start_time") is None:
-                line["start_time"] = timestamp()
-            if "parent_run_id" not in line:
+            intake = Intake(self.rejected)
+            given: dict[Any, Any] = {**self._surroundings.fields(), **run}
+            for name in OF_THE_SERVER:
+                given.pop(name, None)
+            event_id = intake.name("event_id", given.pop("event_id", None), new_uuid)
+            agent_name = intake.required("agent_name", given.pop("agent_name", None))
+            line: dict[str, Any] = {
+                "event_id": event_id,
+                "run_id": intake.name("run_id", given.pop("run_id", None), lambda: new_run_id(agent_name)),
+                "agent_name": agent_name,
+                "job_type": intake.required("job_type", given.pop("job_type", None)),
+            }
+            if "parent_run_id" not in given:
                 line["parent_run_id"] = parent_run_id()
+            if given.get("status") is not None:
+                given["status"] = intake.status(given["status"])
+            line.update(intake.sort(given, FIELDS))
+            if "start_time" not in line:
+                line["start_time"] = timestamp()
             return event_id if self.write(line) else None
         except Exception:  # noqa: BLE001 - whatever it is must not reach the agent
             self.failed()
@@ -166,6 +179,14 @@ class Client:
     def after(self) -> After | None:
         """Return how far the parent process's stream had come when this one was forked."""
         return self._spool.after
+
+    def rejected(self, field: str, why: str) -> None:
+        """Count and log that a value is left out, because no field can take it."""
+        self._counters.rejected += 1
+        # A bounded number of texts, each of which is logged once a minute.
+        what = field if field in FIELDS else "a figure, a fact or an argument"
+        text = f"Telemetry: what was given as {what} is left out and kept in context_json: %s %s"
+        self._complaints.say(logging.WARNING, text, field, why)
 
     # --- Sending ---------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""What a run knows of its surroundings without asking: time, host, process, git, and the run around it."""
+"""What a run knows of its surroundings without asking: time, host, process, and the run around it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
+
+from telemetryd.client.git import git_fields
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -124,80 +126,7 @@ class ProcessIdentity:
             return None
 
 
-# --- git -----------------------------------------------------------------------------------------
-
-_HASH: Final = re.compile(r"[0-9a-f]{40}(?:[0-9a-f]{24})?")
-_USERINFO: Final = re.compile(r"^(https?://)[^/@]*@")
-_REMOTE: Final = re.compile(r'\[remote "(.*)"\]')
-
-
-def git_fields(folder: Path) -> dict[str, str]:
-    """Return git_repo, git_branch and git_commit_hash of the checkout around a folder, as far as they are known.
-
-    The files of .git are read directly (gitrepository-layout(5)); no process is started. Credentials in the remote's
-    address are left out.
-    """
-    try:
-        found = _git_folders(folder)
-        return _read_git(*found) if found is not None else {}
-    except (OSError, UnicodeDecodeError):
-        return {}
-
-
-def _git_folders(folder: Path) -> tuple[Path, Path] | None:
-    """Return a checkout's own git folder, and the one that it shares with the repository's other checkouts."""
-    for place in (folder, *folder.parents):
-        entry = place / ".git"
-        if entry.is_dir():
-            return entry, entry
-        if entry.is_file():
-            own = place / entry.read_text("utf-8").removeprefix("gitdir:").strip()
-            common = own / "commondir"
-            return own, own / common.read_text("utf-8").strip() if common.is_file() else own
-    return None
-
-
-def _read_git(own: Path, common: Path) -> dict[str, str]:
-    fields: dict[str, str] = {}
-    head = (own / "HEAD").read_text("utf-8").strip()
-    reference = head.removeprefix("ref:").strip() if head.startswith("ref:") else None
-    commit = head if reference is None else _resolve(reference, own, common)
-    if reference is not None and reference.startswith("refs/heads/"):
-        fields["git_branch"] = reference.removeprefix("refs/heads/")
-    if commit is not None and _HASH.fullmatch(commit):
-        fields["git_commit_hash"] = commit
-    if (repo := _remote(common / "config")) is not None:
-        fields["git_repo"] = repo
-    return fields
-
-
-def _resolve(reference: str, own: Path, common: Path) -> str | None:
-    for place in (own, common):
-        if (place / reference).is_file():
-            return (place / reference).read_text("utf-8").strip()
-    packed = common / "packed-refs"
-    if packed.is_file():
-        for line in packed.read_text("utf-8").splitlines():
-            commit, _, name = line.partition(" ")
-            if name == reference:
-                return commit
-    return None
-
-
-def _remote(config: Path) -> str | None:
-    """Return the address of `origin`, else of the first remote."""
-    remotes: dict[str, str] = {}
-    section: str | None = None
-    for line in config.read_text("utf-8").splitlines() if config.is_file() else ():
-        text = line.strip()
-        if text.startswith("["):
-            match = _REMOTE.match(text)
-            section = match[1] if match else None
-        elif section is not None:
-            name, _, value = text.partition("=")
-            if name.strip().lower() == "url":
-                remotes.setdefault(section, _USERINFO.sub(r"\1", value.strip().strip('"')))
-    return remotes.get("origin") or next(iter(remotes.values()), None)
+# --- What every run gets by itself ---------------------------------------------------------------
 
 
 class Surroundings:

@@ -25,6 +25,8 @@ class Counters:
     """Unsent lines that were given up because of the folder's bounds."""
     torn: int = 0
     """Half lines at the end of files, whose call had not returned."""
+    rejected: int = 0
+    """Values that no field can take, kept in context_json under telemetryd.rejected; see the log."""
     failures: int = 0
     """Calls that went wrong inside the client; see the log."""
     retries: int = 0

@@ -70,3 +70,17 @@ class NamedFields(Fields, total=False):
 
 CHANGES: Final = frozenset(Changes.__annotations__)
 FIELDS: Final = frozenset(NamedFields.__annotations__)
+
+NAMES: Final = ("event_id", "run_id", "agent_name", "job_type")
+COUNTS: Final = ("items_discovered", "items_succeeded", "items_failed", "items_skipped", "api_retry_count")
+TIMES: Final = ("created_at", "start_time", "end_time", "api_posted_at", "git_commit_timestamp")
+FLAGS: Final = ("api_posted",)
+SOURCES: Final = ("manual", "llm", "ci")
+STATUSES: Final = {
+    **{status: status for status in ("running", "success", "failure", "partial", "timeout", "cancelled")},
+    "failed": "failure",
+    "completed": "success",
+    "succeeded": "success",
+    "canceled": "cancelled",
+}
+"""What may be given as a status, in any case, and the status that it means."""

@@ -19,6 +19,8 @@ from typing import Any, Final
 
 import orjson
 
+from telemetryd.client.values import Room, plain
+
 OP: Final = b'{"op":"'
 RUN: Final = b'{"event_id":"'
 _STARTS: Final = (RUN, OP)
@@ -35,33 +37,31 @@ After = tuple[str, int, int]
 
 
 def encode(value: Mapping[str, Any]) -> bytes:
-    """Return a value as one line with its newline; what JSON has no form for becomes text."""
+    """Return a value as one line with its newline; what JSON has no form for becomes the nearest that it has."""
     try:
-        line = orjson.dumps(value, _as_text, orjson.OPT_APPEND_NEWLINE)
-    except (TypeError, ValueError):  # keys that are no strings, lone surrogates, integers beyond 64 bits, depth
-        line = orjson.dumps(_tame(value, 100), _as_text, orjson.OPT_APPEND_NEWLINE)
+        line = orjson.dumps(value, None, orjson.OPT_APPEND_NEWLINE)
+    except (
+        TypeError,
+        ValueError,
+    ):  # keys that are no strings, lone surrogates, integers beyond 64 bits, depth, objects
+        line = orjson.dumps(_clean(plain(value, Room(_MAX_VALUES), _MAX_DEPTH)), None, orjson.OPT_APPEND_NEWLINE)
     if _NUL in line:  # the daemon refuses NUL characters
-        line = orjson.dumps(_tame(orjson.loads(line), 100), None, orjson.OPT_APPEND_NEWLINE)
+        line = orjson.dumps(_clean(orjson.loads(line)), None, orjson.OPT_APPEND_NEWLINE)
     return line
 
 
-def _as_text(value: object) -> str:
-    return str(value)
+_MAX_VALUES: Final = 10_000_000
+"""More than any line has; each object in it has its own bound."""
+_MAX_DEPTH: Final = 100
 
 
-def _tame(value: object, depth: int) -> object:
-    """Return a value that JSON and the daemon can hold, as near to the given one as possible."""
+def _clean(value: Any) -> Any:
+    """Return a plain value without NUL characters and lone surrogates."""
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode().replace("\0", "\N{REPLACEMENT CHARACTER}")
-    if isinstance(value, int) and not isinstance(value, bool) and not -(2**63) <= value < 2**63:
-        return str(value)
-    if depth == 0:
-        return _tame(repr(value)[:1000], 1)
-    if isinstance(value, Mapping):
-        return {str(_tame(str(key), 1)): _tame(item, depth - 1) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [_tame(item, depth - 1) for item in value]
-    return value
+    if isinstance(value, dict):
+        return {_clean(key): _clean(item) for key, item in value.items()}
+    return [_clean(item) for item in value] if isinstance(value, list) else value
 
 
 # --- Reading -------------------------------------------------------------------------------------

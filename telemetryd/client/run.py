@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import logging
+import math
 import os
 import threading
 import time
 from collections.abc import Callable, Mapping
 from contextvars import Token
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Final, ParamSpec, Protocol, Self, TypeVar, Unpack
 
 from telemetryd.client.context import (
@@ -21,7 +20,10 @@ from telemetryd.client.context import (
     parent_run_id,
     timestamp,
 )
-from telemetryd.client.fields import CHANGES, FIELDS, Details, Fields
+from telemetryd.client.decorating import CO_COROUTINE, decorated
+from telemetryd.client.fields import CHANGES, FIELDS, NAMES, Details, Fields
+from telemetryd.client.intake import Complain, Intake, object_of
+from telemetryd.client.values import Room, plain, summary_of
 
 if TYPE_CHECKING:
     from telemetryd.client.lines import After, Json
@@ -32,11 +34,9 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 HEARTBEAT_S: Final = 60.0
+_AT_START: Final = FIELDS - {*NAMES}
 _MAX_DETAILS: Final = 64 * 1024
 _MAX_SUMMARY: Final = 500
-_COROUTINE: Final = 0x80
-_GENERATOR: Final = 0x20 | 0x200
-"""inspect.CO_COROUTINE, CO_GENERATOR and CO_ASYNC_GENERATOR, without importing inspect."""
 
 
 class Recorder(Protocol):
@@ -53,6 +53,9 @@ class Recorder(Protocol):
 
     def ended(self, run: Run) -> None:
         """Take note that it is not any more."""
+
+    def rejected(self, field: str, why: str) -> None:
+        """Count and log that a value is left out, because no field can take it."""
 
     def failed(self) -> None:
         """Count and log, within an except clause, what must not reach the agent."""
@@ -82,14 +85,13 @@ class Run:
         fields: Mapping[str, Any],
     ) -> None:
         self._recorder = recorder
-        self._agent_name = agent_name
-        self._job_type = job_type
-        self._fields = fields
+        self._intake = Intake(recorder.rejected)
+        self._agent_name = self._intake.required("agent_name", agent_name)
+        self._job_type = self._intake.required("job_type", job_type)
         self.heartbeat_s = heartbeat_s
-        self.event_id = str(fields.get("event_id") or new_uuid())
-        self.run_id = str(fields.get("run_id") or new_run_id(str(agent_name)))
-        self._metrics: Json = {}
-        self._context: Json = {}
+        self.event_id = self._intake.name("event_id", fields.get("event_id"), new_uuid)
+        self.run_id = self._intake.name("run_id", fields.get("run_id"), lambda: new_run_id(self._agent_name))
+        self._fields = {name: value for name, value in fields.items() if name not in ("event_id", "run_id")}
         self._lock = threading.RLock()
         self._lock_process = os.getpid()
         self._began = 0.0
@@ -119,11 +121,10 @@ class Run:
             "job_type": self._job_type,
             "start_time": timestamp(),
             "status": "running",
-            "parent_run_id": parent_run_id(),
-            **self._recorder.surroundings(),
         }
-        line.update(self._sorted(self._fields, FIELDS))
-        line["event_id"], line["run_id"] = self.event_id, self.run_id
+        if "parent_run_id" not in self._fields:
+            line["parent_run_id"] = parent_run_id()
+        line.update(self._intake.sort({**self._recorder.surroundings(), **self._fields}, _AT_START))
         self._recorder.write(line)
         self._recorder.begun(self)
 
@@ -131,7 +132,7 @@ class Run:
         """Record that the run has ended; the first call counts.
 
         Args:
-            status: success, failure, partial, timeout or cancelled.
+            status: success, failure, partial, timeout or cancelled; anything else counts as partial.
             **changes: whatever else is to be said of the run.
 
         """
@@ -141,8 +142,8 @@ class Run:
             self.start()
             self._finished = True
             self._recorder.ended(self)
-            ending: Json = {"status": status, "end_time": timestamp(), "duration_ms": self.elapsed_ms()}
-            self._update({**ending, **changes})
+            ending = {"end_time": timestamp(), "duration_ms": self.elapsed_ms()}
+            self._update(changes, {"status": self._intake.status(status), **ending})
 
     def elapsed_ms(self) -> int:
         """Return how long the run has been going on, in milliseconds."""
@@ -157,8 +158,9 @@ class Run:
         succeeded: int | None = None,
         failed: int | None = None,
         skipped: int | None = None,
+        **more: Any,
     ) -> None:
-        """Record how many items were found, done, failed and left out so far.
+        """Record how many items were found, done, failed and left out so far; other counts join the figures.
 
         The number found stands in its own field only if the run is started with it (items_discovered=…), because
         PATCH does not change it; said here, it stands in metrics_json.
@@ -169,28 +171,34 @@ class Run:
             "items_failed": failed,
             "items_skipped": skipped,
         }
-        self._update({name: count for name, count in counts.items() if count is not None})
+        self._update({**counts, **more})
 
-    def metrics(self, **figures: Any) -> None:
+    def metrics(self, figures: Mapping[str, Any] | None = None, /, **more: Any) -> None:
         """Record figures of the agent's own; they join those that were recorded before."""
         self._update({"metrics_json": figures})
+        if more:
+            self._update({"metrics_json": more})
 
-    def context(self, **facts: Any) -> None:
+    def context(self, facts: Mapping[str, Any] | None = None, /, **more: Any) -> None:
         """Record facts of the agent's own; they join those that were recorded before."""
         self._update({"context_json": facts})
+        if more:
+            self._update({"context_json": more})
 
-    def update(self, **changes: Unpack[Fields]) -> None:
+    def update(self, changes: Mapping[str, Any] | None = None, /, **more: Unpack[Fields]) -> None:
         """Record other fields of the run, such as output_summary."""
-        self._update(changes)
+        if changes is not None:
+            self._update(changes)
+        if more:
+            self._update(more)
 
-    def event(self, event_type: str, payload: Mapping[str, Any] | None = None, /, **more: Any) -> None:
+    def event(self, event_type: str | None = None, payload: Mapping[str, Any] | None = None, /, **more: Any) -> None:
         """Record something that happened during the run: a type, and a payload (a JSON object) or its items."""
         try:
-            event: Json = {"event_key": new_uuid(), "event_type": str(event_type), "timestamp": timestamp()}
-            joined = {**_object(payload), **more}
-            if joined:
-                event["payload"] = joined
-            self._operation("event", "event", event)
+            event_type = more.pop("event_type", None) if event_type is None else event_type
+            intake = Intake(self._recorder.rejected)
+            told = {"event_key": new_uuid(), "timestamp": timestamp(), **intake.event(event_type, payload, more)}
+            self._operation("event", "event", told)
         except Exception:  # noqa: BLE001 - whatever it is must not reach the agent
             self._recorder.failed()
 
@@ -198,10 +206,15 @@ class Run:
         """Return this process's environment for a child process whose runs shall have this one as their parent."""
         return {**os.environ, PARENT_VARIABLE: self.run_id}
 
-    def _update(self, changes: Mapping[str, Any]) -> None:
+    def _update(self, changes: Mapping[str, Any], besides: Mapping[str, Any] = MappingProxyType({})) -> None:
         with self._own_lock():
             try:
-                self._operation("update", "fields", self._sorted(changes, CHANGES))
+                fields = {
+                    **besides,
+                    **self._intake.sort(changes if type(changes) is dict else object_of(changes), CHANGES),
+                }
+                if fields:
+                    self._operation("update", "fields", fields)
             except Exception:  # noqa: BLE001 - whatever it is must not reach the agent
                 self._recorder.failed()
 
@@ -218,33 +231,6 @@ class Run:
             line["after"] = after
         self._recorder.write(line)
 
-    def _sorted(self, given: Mapping[str, Any], known: frozenset[str]) -> Json:
-        """Return fields as the daemon takes them; what it has no field for (any more) goes to metrics or context.
-
-        metrics_json and context_json are replaced as a whole by PATCH, so they always hold everything said so far.
-        """
-        fields: Json = {}
-        metrics: Json = {}
-        context: Json = {}
-        for name, value in given.items():
-            if name == "metrics_json":
-                metrics.update(_object(value))
-            elif name == "context_json":
-                context.update(_object(value))
-            elif name in known:
-                fields[name] = value
-            elif isinstance(value, (int, float)):
-                metrics[name] = value
-            else:
-                context[name] = value
-        if metrics:
-            self._metrics = {**self._metrics, **metrics}
-            fields["metrics_json"] = self._metrics
-        if context:
-            self._context = {**self._context, **context}
-            fields["context_json"] = self._context
-        return fields
-
     # --- with, async with, decorator -------------------------------------------------------------
 
     def __enter__(self) -> Self:
@@ -255,18 +241,22 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._token is not None:
-            try:
-                enclosing_run_id.reset(self._token)
-            except ValueError:  # left in another context than it was entered in (a generator, for instance)
-                enclosing_run_id.set(None)
-            self._token = None
+        self.step_out()
         if self._process != os.getpid():
             return  # a forked process leaves the block on its way out; the run is the parent's
         if error is None:
             self.finish()
         else:
             self.fail(error)
+
+    def step_out(self) -> None:
+        """Go on without being the parent of the runs that begin from here on."""
+        if self._token is not None:
+            try:
+                enclosing_run_id.reset(self._token)
+            except ValueError:  # left in another context than it was entered in (a generator, for instance)
+                enclosing_run_id.set(None)
+            self._token = None
 
     async def __aenter__(self) -> Self:
         return self.__enter__()
@@ -282,44 +272,29 @@ class Run:
         if status == "success":
             self.finish()
             return
-        self.finish(status, error_summary=_summary(error), error_details=_details(error))
+        self.finish(status, error_summary=summary_of(error)[:_MAX_SUMMARY], error_details=_details(error))
 
     def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
-        """Decorate a function, async or not: each call of it is a run of its own.
+        """Decorate a function, async or not: each call of it is a run of its own, until its work is done.
 
         Raises:
-            TypeError: if it is a generator, whose call ends before its work begins.
+            TypeError: if it is no function, or a generator or a context manager: their call ends before their work.
 
         """
+        return decorated(function, self._another)
 
-        def another() -> Run:
-            own = {name: value for name, value in self._fields.items() if name not in ("event_id", "run_id")}
-            return Run(self._recorder, self._agent_name, self._job_type, self.heartbeat_s, own)
-
-        code = getattr(function, "__code__", None)
-        if code is not None and code.co_flags & _GENERATOR:
-            name = getattr(function, "__qualname__", function)
-            raise TypeError(f"{name} is a generator: use `with client.run(…):` within it instead of decorating it")
-        if code is not None and code.co_flags & _COROUTINE:
-
-            @functools.wraps(function)
-            async def awaited(*args: Any, **kwargs: Any) -> Any:
-                with another():
-                    return await function(*args, **kwargs)  # type: ignore[misc]
-
-            return awaited  # type: ignore[return-value]
-
-        @functools.wraps(function)
-        def called(*args: P.args, **kwargs: P.kwargs) -> R:
-            with another():
-                return function(*args, **kwargs)
-
-        return called
+    def _another(self) -> Run:
+        return Run(self._recorder, self._agent_name, self._job_type, self.heartbeat_s, self._fields)
 
 
 def status_of(error: BaseException) -> str:
     """Return how a run ended through which an exception passed."""
-    if isinstance(error, KeyboardInterrupt) or any(k.__name__ == "CancelledError" for k in type(error).__mro__):
+    if isinstance(error, BaseExceptionGroup):
+        statuses = {status_of(inner) for inner in error.exceptions}
+        return statuses.pop() if len(statuses) == 1 else "failure"
+    if isinstance(error, GeneratorExit):
+        return _status_of_one_left(error)
+    if isinstance(error, KeyboardInterrupt) or any(k.__name__ in _CANCELLED for k in type(error).__mro__):
         return "cancelled"
     if isinstance(error, TimeoutError):
         return "timeout"
@@ -328,23 +303,32 @@ def status_of(error: BaseException) -> str:
     return "failure"
 
 
-def _object(value: object) -> Mapping[str, Any]:
-    """Return metrics or context as an object; agents of the replaced library may give its JSON text."""
-    if isinstance(value, str):
-        import json  # noqa: PLC0415
-
-        with contextlib.suppress(ValueError, RecursionError):
-            value = json.loads(value)
-    return value if isinstance(value, Mapping) else {} if value is None else {"value": value}
+def _status_of_one_left(error: GeneratorExit) -> str:
+    """Return how a run ended whose generator nobody asks for more, or whose coroutine was closed before its end."""
+    frame = error.__traceback__.tb_frame if error.__traceback__ is not None else None
+    is_coroutine = frame is not None and frame.f_code.co_flags & CO_COROUTINE
+    return "cancelled" if is_coroutine else "success"
 
 
-def _summary(error: BaseException) -> str:
+_CANCELLED: Final = ("CancelledError", "Cancelled")
+"""asyncio's and concurrent.futures', and trio's, none of which is imported for this."""
+
+
+def heartbeat_of(asked: object, rejected: Complain) -> float | None:
+    """Return the seconds between two heartbeats; what is no number of seconds is taken as the wish for some."""
+    if asked is None or asked is False:
+        return None
+    if asked is True:
+        return HEARTBEAT_S
     try:
-        text = str(error)
-    except Exception:  # noqa: BLE001 - an agent's own __str__ may do anything
-        text = "(its text cannot be made)"
-    name = type(error).__name__
-    return (f"{name}: {text}" if text else name)[:_MAX_SUMMARY]
+        seconds = plain(asked, Room())
+    except Exception:  # noqa: BLE001 - an agent's own class may do anything
+        seconds = None
+    if isinstance(seconds, (int, float)) and 0 < seconds < math.inf:
+        return float(seconds)
+    if seconds != 0:
+        rejected("heartbeat", "must be true, false or a number of seconds")
+    return HEARTBEAT_S if seconds != 0 else None
 
 
 def _details(error: BaseException) -> str:
@@ -353,4 +337,4 @@ def _details(error: BaseException) -> str:
     try:
         return "".join(traceback.format_exception(error))[-_MAX_DETAILS:]
     except Exception:  # noqa: BLE001 - as above
-        return _summary(error)
+        return summary_of(error)

@@ -8,6 +8,7 @@ from typing import Final, NamedTuple
 
 from telemetryd import migrate
 from telemetryd.conversion import PLAIN_TEXTS, replacement
+from telemetryd.git_urls import without_credentials
 from telemetryd.runs import COLUMNS, Role, SqlValue, columns
 from telemetryd.statements import rollups
 from telemetryd.statements.sequence import KEEP_EVENT_NUMBERS, KEEP_NUMBERS, MAKE_FEED, Sequence
@@ -156,6 +157,29 @@ def replace_unstorable(connection: sqlite3.Connection) -> int:
             sequence.changed(found.number)
     sequence.finish()
     return len(all_of_them)
+
+
+_ADDRESSES: Final = "SELECT DISTINCT git_repo FROM agent_runs WHERE git_repo IS NOT NULL"
+_KEEP_OF_ADDRESS: Final = "UPDATE agent_runs SET git_repo = ? WHERE git_repo = ? RETURNING id"
+
+
+def find_credentials(connection: sqlite3.Connection) -> dict[str, str | None]:
+    """Return each stored address of a repository that holds more than is stored today, and what is kept of it."""
+    kept = {address: without_credentials(address) for (address,) in connection.execute(_ADDRESSES).fetchall()}
+    return {address: rest for address, rest in kept.items() if rest != address}
+
+
+def drop_credentials(connection: sqlite3.Connection) -> int:
+    """Leave out of the addresses what is not stored today, also in the file's free space; return how many runs."""
+    connection.execute("PRAGMA secure_delete = ON")
+    sequence = Sequence(connection.cursor())
+    changed = 0
+    for address, rest in find_credentials(connection).items():
+        for (number,) in connection.execute(_KEEP_OF_ADDRESS, (rest, address)).fetchall():
+            sequence.changed(number)
+            changed += 1
+    sequence.finish()
+    return changed
 
 
 def count_wrong_totals(connection: sqlite3.Connection) -> int:

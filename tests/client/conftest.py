@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 
 from telemetryd.client import Client
-from tests.conftest import Api
+from tests.conftest import Api, require_program
 from tests.tools.bad_proxy import BadProxy, bad_proxy
 
 MakeClient = Callable[..., Client]
@@ -66,3 +68,24 @@ def states(buffer: Path) -> dict[str, int]:
     for path in buffer.iterdir():
         counts[path.suffix] = counts.get(path.suffix, 0) + 1
     return counts
+
+
+def git(folder: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "init.defaultBranch=main"]
+    environment = {**os.environ, "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull}
+    done = subprocess.run(
+        ["git", *identity, *arguments], cwd=folder, env=environment, check=True, capture_output=True, text=True
+    )
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    require_program("git", "git")
+    folder = tmp_path / "checkout"
+    folder.mkdir()
+    git(folder, "init", "-q")
+    git(folder, "commit", "-q", "--allow-empty", "-m", "first")
+    git(folder, "remote", "add", "fork", "https://example.com/fork.git")
+    git(folder, "remote", "add", "origin", "https://user:secret@example.com/acme/site.git")
+    return folder

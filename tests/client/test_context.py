@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 import threading
 import uuid
@@ -11,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from telemetryd.client import context
-from telemetryd.client.context import ProcessIdentity, Surroundings, git_fields, new_run_id, new_uuid, timestamp
+from telemetryd.client.context import ProcessIdentity, Surroundings, new_run_id, new_uuid, timestamp
 from telemetryd.runs import canonical_timestamp
-from tests.conftest import require_program
+from tests.client.conftest import git
 
 
 def test_uuids_are_random_ones_and_differ() -> None:
@@ -75,62 +74,6 @@ def test_the_process_is_told_by_what_proc_says() -> None:
     uptime = float(Path("/proc/uptime").read_text().split()[0])
     assert 0 < own.start_time / os.sysconf("SC_CLK_TCK") <= uptime + 1
     assert uuid.UUID(own.boot_id)
-
-
-# --- git -----------------------------------------------------------------------------------------
-
-
-def git(folder: Path, *arguments: str) -> str:
-    identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "init.defaultBranch=main"]
-    environment = {**os.environ, "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull}
-    done = subprocess.run(
-        ["git", *identity, *arguments], cwd=folder, env=environment, check=True, capture_output=True, text=True
-    )
-    return done.stdout.strip()
-
-
-@pytest.fixture
-def checkout(tmp_path: Path) -> Path:
-    require_program("git", "git")
-    folder = tmp_path / "checkout"
-    folder.mkdir()
-    git(folder, "init", "-q")
-    git(folder, "commit", "-q", "--allow-empty", "-m", "first")
-    git(folder, "remote", "add", "fork", "https://example.com/fork.git")
-    git(folder, "remote", "add", "origin", "https://user:secret@example.com/acme/site.git")
-    return folder
-
-
-def test_git_is_read_from_a_folder_inside_a_checkout(checkout: Path) -> None:
-    inside = checkout / "a" / "b"
-    inside.mkdir(parents=True)
-    assert git_fields(inside) == {
-        "git_repo": "https://example.com/acme/site.git",
-        "git_branch": "main",
-        "git_commit_hash": git(checkout, "rev-parse", "HEAD"),
-    }
-
-
-def test_packed_references_worktrees_and_detached_heads(checkout: Path, tmp_path: Path) -> None:
-    commit = git(checkout, "rev-parse", "HEAD")
-    git(checkout, "branch", "feature/x")
-    git(checkout, "pack-refs", "--all")
-    assert git_fields(checkout)["git_commit_hash"] == commit
-    git(checkout, "worktree", "add", "-q", str(tmp_path / "other"), "feature/x")
-    assert git_fields(tmp_path / "other") == {**git_fields(checkout), "git_branch": "feature/x"}
-    git(checkout, "checkout", "-q", "--detach")
-    assert "git_branch" not in git_fields(checkout)
-    assert git_fields(checkout)["git_commit_hash"] == commit
-
-
-def test_no_checkout_and_broken_ones_give_nothing(tmp_path: Path) -> None:
-    assert git_fields(tmp_path) == {}
-    (tmp_path / ".git").mkdir()
-    assert git_fields(tmp_path) == {}
-    (tmp_path / ".git" / "HEAD").write_bytes(b"\xff\xfe")
-    assert git_fields(tmp_path) == {}
-    (tmp_path / ".git" / "HEAD").write_text("ref: refs/heads/unborn\n")
-    assert git_fields(tmp_path) == {"git_branch": "unborn"}
 
 
 def test_the_surroundings_are_looked_up_again_after_a_while(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:

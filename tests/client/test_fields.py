@@ -6,7 +6,9 @@ from telemetryd import runs
 from telemetryd.client import fields
 from telemetryd.client.config import VARIABLES
 from telemetryd.client.context import PARENT_VARIABLE
-from telemetryd.client.fields import CHANGES, FIELDS, Details, Fields
+from telemetryd.client.fields import CHANGES, COUNTS, FIELDS, FLAGS, NAMES, SOURCES, STATUSES, TIMES, Details, Fields
+from telemetryd.client.intake import MAX_NAME
+from telemetryd.client.values import MAX_DEPTH, MAX_VALUES
 from telemetryd.runs import Role
 from telemetryd.settings import CLIENT_VARIABLES, Settings, variable
 
@@ -34,3 +36,14 @@ def test_the_daemon_knows_the_clients_variables() -> None:
 def test_a_start_and_an_end_take_every_field_that_may_be_given_then() -> None:
     assert FIELDS - {"agent_name", "job_type"} == set(typing.get_type_hints(Fields))
     assert CHANGES - {"status"} == set(typing.get_type_hints(Details))
+
+
+def test_the_kinds_of_fields_and_their_bounds_are_those_of_a_run() -> None:
+    schema = runs.NewRun.model_json_schema()["properties"]
+    assert {name for name in FIELDS if schema[name].get("maxLength") == MAX_NAME} == {*NAMES}
+    assert {name for name in FIELDS if schema[name].get("type") == "integer"} == {*COUNTS}
+    assert {name for name in FIELDS if "date-time" in str(schema[name])} == {*TIMES}
+    assert set(runs.columns(Role.BOOLEAN)) == {*FLAGS}
+    assert [str(source) for source in runs.CommitSource] == [*SOURCES]
+    assert {str(status): str(status) for status in runs.Status} | runs.STATUS_ALIASES == STATUSES
+    assert (MAX_DEPTH, MAX_VALUES) == (runs.MAX_JSON_DEPTH, runs.MAX_JSON_VALUES)

@@ -314,6 +314,22 @@ async def test_every_event_id_is_reachable_by_percent_encoding(make_api: MakeApi
     assert (stored["event_id"], stored["status"]) == (event_id, "success")
 
 
+@OWN_LOOP
+async def test_credentials_in_an_address_are_not_stored_whichever_way_it_comes(make_api: MakeApi) -> None:
+    api = await make_api()
+    secret = "https://user:s3cret@github.com/acme/site.git?access_token=s3cret#s3cret"
+    await api.post(make_run(git_repo=secret, git_commit_hash="a" * 40))
+    await api.batch([make_run(git_repo=secret), make_run(git_repo=secret)])
+    lines = "\n".join(json.dumps(make_run(git_repo=secret)) for _ in range(2))
+    headers = {"Content-Type": "application/x-ndjson"}
+    await api.call("POST", f"{RUNS}/batch", data=lines, headers=headers, status=200)
+    stored = await api.list()
+    assert [run["git_repo"] for run in stored] == ["https://github.com/acme/site.git"] * 5
+    assert stored[-1]["commit_url"] == f"https://github.com/acme/site/commit/{'a' * 40}"
+    await api.post(make_run(event_id="unclear", git_repo="//user:s3cret@github.com/acme/site"))
+    assert (await api.get(f"{RUNS}/unclear"))["git_repo"] is None
+
+
 async def test_an_unknown_run_is_404_and_named(api: Api) -> None:
     assert check_error(await send(api, "GET", f"{RUNS}/abc123"), 404) == "Run not found: abc123"
 
