@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from telemetryd.client.descriptors import Descriptor, LostError
 from telemetryd.client.lines import After
 
 ACTIVE: Final = ".active"
@@ -41,13 +42,16 @@ _LOCK: Final = ".lock"
 _FILE: Final = re.compile(
     r"(?P<stem>(?P<stream>.+?)(?:\.(?P<number>\d{6}|[1-9]\d{6,}))?\.jsonl)(?P<state>\.active|\.ready|\.synced)"
 )
-_OWN_STREAM: Final = re.compile(r"\d{8}T\d{6}Z-\d+-[0-9a-f]{8}")
+_ASIDE: Final = "aside-"
+_OWN_STREAM: Final = re.compile(rf"(?:{_ASIDE})?\d{{8}}T\d{{6}}Z-\d+-[0-9a-f]{{8}}", re.ASCII)
 _CHUNK: Final = 1 << 16
 _USUAL_LINE: Final = 1024
 """No more than so much is read ahead for each line that is asked for."""
 _LONGEST_LINE: Final = 256 << 20
 """A line beyond that is no line of ours: it is read, and left out, in pieces."""
 _LARGEST: Final = 2**62
+_POSITION: Final = re.compile(rb"-?\d+ -?\d+\n?")
+_LONGEST_POSITION: Final = 64
 _MODE: Final = 0o600
 _FOLDER_MODE: Final = 0o700
 
@@ -138,15 +142,50 @@ def waiting(folder: Path) -> dict[str, list[int]]:
     """Return the streams that have unsent files, with the files' numbers, the oldest first.
 
     At the end stand those of which there is a lock only, which is left if a process dies after the last
-    acknowledgement; to take the stream tidies it up.
+    acknowledgement; to take the stream tidies it up. Somebody else's lock file (poetry.lock) is none of them.
     """
     found: dict[str, list[int]] = defaultdict(list)
     for entry in entries(folder, UNSENT):
         found[entry.stream].append(entry.number)
     for name in _names(folder):
-        if name.endswith(_LOCK):
-            found.setdefault(name.removesuffix(_LOCK), [])
+        stream = name.removesuffix(_LOCK)
+        if stream != name and stream not in found and _is_our_lock(folder / name, stream):
+            found[stream] = []
     return dict(found)
+
+
+def _is_our_lock(path: Path, stream: str) -> bool:
+    try:
+        lock = open_regular(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        return _holds_position(lock, stream)
+    finally:
+        os.close(lock)
+
+
+def _holds_position(lock: int, stream: str) -> bool:
+    """Tell whether a lock file is one of ours: it holds a position, or the process died before it was written."""
+    text = os.pread(lock, _LONGEST_POSITION + 1, 0)
+    if not text:
+        return _OWN_STREAM.fullmatch(stream) is not None
+    return len(text) <= _LONGEST_POSITION and _POSITION.fullmatch(text) is not None
+
+
+def is_ours(entry: Entry) -> bool:
+    """Tell whether a stream's file may be deleted: by its name, or else by its content, it is telemetry.
+
+    Anybody may have a `something.jsonl.synced` of his own where the spool's folder is not ours alone.
+    """
+    if _OWN_STREAM.fullmatch(entry.stream):
+        return True
+    try:
+        with open(open_regular(Path(entry.path), os.O_RDONLY), "rb") as file:
+            beginning = file.read(_CHUNK).lstrip()
+    except OSError:
+        return False
+    return beginning.startswith(b"{") and b'"event_id"' in beginning
 
 
 def _unsent_numbers(folder: Path, stream: str) -> list[int]:
@@ -165,6 +204,16 @@ def _names(folder: Path) -> list[str]:
 def new_stream_name() -> str:
     """Return a name that no other stream has."""
     return f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{os.getpid()}-{os.urandom(4).hex()}"
+
+
+def new_aside_name() -> str:
+    """Return a name that no other stream has, for lines that are set aside."""
+    return _ASIDE + new_stream_name()
+
+
+def is_aside(stream: str) -> bool:
+    """Tell whether a stream holds what was set aside."""
+    return stream.startswith(_ASIDE) and _OWN_STREAM.fullmatch(stream) is not None
 
 
 def file_path(folder: Path, stream: str, number: int, state: str) -> Path:
@@ -189,12 +238,17 @@ class Stream:
     def __init__(self, folder: Path, name: str, lock: int, numbers: Iterable[int] | None) -> None:
         self.folder = folder
         self.name = name
-        self._lock: int | None = lock
+        self._lock: Descriptor | None = Descriptor(lock)
+        self._is_our_lock = _holds_position(lock, name)
+        """Else it is somebody else's file of this name: it serves to lock, and is neither written nor deleted."""
         self._numbers = None if numbers is None else sorted(numbers)
-        self._file: int | None = None
+        self._file: Descriptor | None = None
         self._is_settled = False
         """Whether nobody writes to the open file any more."""
         self.number, self.offset = read_position(lock)
+        if self._numbers and self._numbers[0] < self.number:
+            # Files are put away one after the other, so what is not put away was not sent, whatever this says.
+            self.number, self.offset = self._numbers[0], 0
 
     @classmethod
     def create(cls, folder: Path) -> Stream:
@@ -207,7 +261,7 @@ class Stream:
         make_folder(folder)
         while True:
             name = new_stream_name()
-            lock = _lock(folder / (name + _LOCK), os.O_CREAT | os.O_EXCL)
+            lock = _lock(folder, name, os.O_EXCL)
             if lock is not None:  # else somebody looked for left streams just now and took it
                 return cls(folder, name, lock, None)
 
@@ -224,7 +278,7 @@ class Stream:
             OSError: if the folder does not allow it.
 
         """
-        lock = _lock(folder / (name + _LOCK), os.O_CREAT)
+        lock = _lock(folder, name)
         if lock is None:
             return None
         try:
@@ -242,14 +296,11 @@ class Stream:
 
     def _close_left(self, number: int) -> None:
         """Give a file that a dead process has left the state in which that should have left it."""
-        if number < self.number:
-            with contextlib.suppress(FileNotFoundError):
-                self._rename(number, READY, SYNCED)
         with contextlib.suppress(FileNotFoundError):
             file = open_regular(self.path(number, ACTIVE), os.O_RDONLY)
             try:
                 if _try_lock(file, fcntl.LOCK_SH):
-                    self._rename(number, ACTIVE, SYNCED if number < self.number else READY)
+                    self._rename(number, ACTIVE, READY)
             finally:
                 os.close(file)
 
@@ -265,13 +316,16 @@ class Stream:
         """Return the next unsent lines, at least one of any length; None if there are none (now).
 
         Raises:
+            LostError: if the agent has closed the lock, and somebody else has it now.
             OSError: if a file cannot be read.
 
         """
+        self._hold()
         while True:
-            file = self._open()
-            if file is None:
+            opened = self._open()
+            if opened is None:
                 return None
+            file = opened.check()
             chunk = self._read(file, min(max(rows * _USUAL_LINE, _CHUNK), max_bytes))
             end = chunk.rfind(b"\n")
             if end >= 0:
@@ -348,23 +402,44 @@ class Stream:
             return
         lock, self._lock = self._lock, None
         # The place matters only while the file is there to which it belongs.
-        if not any(self.path(self.number, state).exists() for state in (ACTIVE, READY)):
-            (self.folder / (self.name + _LOCK)).unlink(missing_ok=True)
-        os.close(lock)
+        path = self.folder / (self.name + _LOCK)
+        is_left = any(self.path(self.number, state).exists() for state in (ACTIVE, READY))
+        if self._is_our_lock and lock.is_at(path) and not is_left:
+            path.unlink(missing_ok=True)
+        lock.close()
 
     def forget(self) -> None:
         """Close what a forked process has inherited; the lock stays with the parent."""
         self._close_file()
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.close()
             self._lock = None
 
-    def _open(self) -> int | None:
+    def _hold(self) -> Descriptor:
+        """Return the lock; take it again if the agent has closed it.
+
+        Raises:
+            LostError: if somebody else has taken it since.
+
+        """
+        assert self._lock is not None  # noqa: S101 - nobody sends what he does not own
+        if not self._lock.is_ours():
+            lock = _lock(self.folder, self.name)
+            if lock is None:
+                raise LostError(self.name + _LOCK)
+            self._lock = Descriptor(lock)
+        return self._lock
+
+    def _open(self) -> Descriptor | None:
         """Return the file that is to be sent now."""
+        if self._file is not None and not self._file.is_ours():
+            self._close_file()
         while self._file is None:
             for state in (ACTIVE, READY, ACTIVE, READY):  # it may be renamed between the two
                 with contextlib.suppress(FileNotFoundError):
-                    self._file = open_regular(self.path(self.number, state), os.O_RDONLY)
+                    file = open_regular(self.path(self.number, state), os.O_RDONLY)
+                    self._file = Descriptor(file)
+                    self.offset = _line_start(file, self.offset)
                     return self._file
             numbers = _unsent_numbers(self.folder, self.name) if self._numbers is None else self._numbers
             later = min((number for number in numbers if number > self.number), default=None)
@@ -375,10 +450,10 @@ class Stream:
 
     def _finish_file(self) -> None:
         assert self._file is not None  # noqa: S101 - it has just been read to its end
-        is_empty = os.fstat(self._file).st_size == 0
+        is_empty = os.fstat(self._file.check()).st_size == 0
         for state in (READY, ACTIVE):
             with contextlib.suppress(FileNotFoundError):
-                if is_empty:
+                if is_empty and _OWN_STREAM.fullmatch(self.name):
                     self.path(self.number, state).unlink()
                 else:
                     self._rename(self.number, state, SYNCED)
@@ -392,13 +467,28 @@ class Stream:
 
     def _close_file(self) -> None:
         if self._file is not None:
-            os.close(self._file)
+            self._file.close()
             self._file, self._is_settled = None, False
 
     def _save(self) -> None:
-        assert self._lock is not None  # noqa: S101 - nobody sends what he does not own
         with contextlib.suppress(OSError):  # then some lines are sent again, which is harmless
-            os.pwrite(self._lock, b"%010d %020d\n" % (self.number, self.offset), 0)
+            lock = self._hold().check()
+            if self._is_our_lock:
+                os.pwrite(lock, _position(self.number, self.offset), 0)
+
+
+def _position(number: int, offset: int) -> bytes:
+    return b"%010d %020d\n" % (number, offset)
+
+
+def _line_start(file: int, offset: int) -> int:
+    """Return an offset in a file if a line can begin there; else 0, as the place was not noted by us.
+
+    A torn line ends with its file, so behind the last byte the next one may begin in any case.
+    """
+    size = os.fstat(file).st_size
+    is_place = offset == size or (0 < offset < size and os.pread(file, 1, offset - 1) == b"\n")
+    return offset if is_place else 0
 
 
 def read_position(lock: int) -> Position:
@@ -418,11 +508,21 @@ def is_sent(folder: Path, after: After) -> bool:
     with contextlib.suppress(FileNotFoundError):  # then nobody has begun to send it, or it has been sent whole
         lock = open_regular(folder / (name + _LOCK), os.O_RDONLY)
         try:
-            if read_position(lock) >= (number, size):
+            position = read_position(lock)
+            if position >= (number, size) and not _is_beyond(folder, name, position):
                 return True
         finally:
             os.close(lock)
     return all(unsent > number for unsent in _unsent_numbers(folder, name))
+
+
+def _is_beyond(folder: Path, stream: str, position: Position) -> bool:
+    """Tell whether a position is one that its stream cannot have reached."""
+    number, offset = position
+    for state in UNSENT:
+        with contextlib.suppress(OSError):
+            return file_path(folder, stream, number, state).stat().st_size < offset
+    return False
 
 
 def open_regular(path: Path, flags: int) -> int:
@@ -442,19 +542,35 @@ def open_regular(path: Path, flags: int) -> int:
     raise OSError(errno.EPERM, "It is not a regular file with one name", str(path))
 
 
-def _lock(path: Path, flags: int) -> int | None:
-    """Open and lock a lock file; None if somebody else holds it, or it is deleted by the one who held it."""
+def _lock(folder: Path, stream: str, flags: int = 0) -> int | None:
+    """Open and lock a stream's lock file, which is made if there is none.
+
+    Returns:
+        its descriptor; None if somebody else holds the lock, or has deleted the file.
+
+    Raises:
+        OSError: if it cannot be opened.
+
+    """
+    path = folder / (stream + _LOCK)
     try:
-        lock = open_regular(path, os.O_RDWR | flags)
+        lock = open_regular(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        os.pwrite(lock, _position(0, 0), 0)  # from here on it can be told to be ours
     except FileExistsError:
-        return None
-    if not _try_lock(lock, fcntl.LOCK_EX):
-        os.close(lock)
-        return None
-    if os.fstat(lock).st_nlink == 0:
-        os.close(lock)
-        return None
-    return lock
+        if flags & os.O_EXCL:
+            return None
+        try:
+            lock = open_regular(path, os.O_RDWR)
+        except FileNotFoundError:
+            return None
+    try:
+        if _try_lock(lock, fcntl.LOCK_EX) and os.fstat(lock).st_nlink > 0:
+            held, lock = lock, -1
+            return held
+    finally:
+        if lock >= 0:
+            os.close(lock)
+    return None
 
 
 def _try_lock(file: int, kind: int) -> bool:
@@ -483,7 +599,8 @@ def open_active(folder: Path, stream: str, number: int) -> tuple[int, int]:
     """
     while True:
         path = file_path(folder, stream, number, ACTIVE)
-        file = open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL)
+        # Also to be read: if it is deleted, its lines can still be had of it.
+        file = open_regular(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL)
         try:
             with contextlib.suppress(FileNotFoundError):
                 if _try_lock(file, fcntl.LOCK_EX) and path.stat().st_ino == os.fstat(file).st_ino:

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Final
 
+from telemetryd.client.aside import Aside
 from telemetryd.client.bounds import Upkeep, counted, make_room
 from telemetryd.client.complaints import Complaints
 from telemetryd.client.config import Config
@@ -20,8 +21,9 @@ from telemetryd.client.context import ProcessIdentity
 from telemetryd.client.counters import Counters
 from telemetryd.client.courier import Courier
 from telemetryd.client.dead_letters import bury
-from telemetryd.client.delivery import Delivery, Parcel, RetryError, WaitError
-from telemetryd.client.folder import Position, Stream, waiting
+from telemetryd.client.delivery import BlockedError, Delivery, Parcel, RetryError, WaitError
+from telemetryd.client.descriptors import LostError
+from telemetryd.client.folder import Position, Stream, is_aside, waiting
 from telemetryd.client.lines import encode
 from telemetryd.client.sender import LiveRun, Sender
 from telemetryd.client.spool import Spool
@@ -85,7 +87,8 @@ class Worker:
         self._sender = sender
         self._complaints = Complaints()
         self._transport = Transport(config)
-        self._delivery = Delivery(self._transport, self._bury, counters)
+        self._aside = Aside(self._folder)
+        self._delivery = Delivery(self._transport, self._bury, counters, self._aside)
         self._backoff = Backoff()
         self._quiet_until = 0.0
         self._not_before = 0.0
@@ -190,25 +193,34 @@ class Worker:
                     flush.end(succeeded=False)
             raise
         for flush in flushes:
-            flush.end(succeeded=not self._sender.stopping)
+            flush.end(succeeded=not self._sender.stopping and not self._aside.is_used)
         self._attend(live)
 
     def _send_own(self) -> None:
         self._sender.is_idle = True  # from here on a line wakes us again
+        self._spool.look()
+        self._spool.forget_stranded()
         end = self._spool.end()
         stream = self._spool.stream
         if stream is not None:
             if self._own is None or self._own.stream is not stream:
                 self._own = Courier(stream, self._delivery, self._counters)
-            while (lines := self._own.carry()) and not self._sender.stopping:
-                # Less than a batch beyond what there was when we began may gather first.
-                if lines < self._delivery.rows and (stream.number, stream.offset) >= end:
-                    break
-                self._breathe()
-            if stream.number < end[0] and not self._sender.stopping:
-                raise WaitError("Somebody still writes to a file that is full", _SETTLE_S)
+            try:
+                self._send_stream(self._own, end)
+            except LostError:  # the agent has closed the lock, and somebody else sends the stream now
+                self._spool.leave_stream()
         while self._spool.holds and not self._sender.stopping:
             self._send_held()
+
+    def _send_stream(self, own: Courier, end: Position) -> None:
+        stream = own.stream
+        while (lines := own.carry()) and not self._sender.stopping:
+            # Less than a batch beyond what there was when we began may gather first.
+            if lines < self._delivery.rows and (stream.number, stream.offset) >= end:
+                break
+            self._breathe()
+        if stream.number < end[0] and not self._sender.stopping:
+            raise WaitError("Somebody still writes to a file that is full", _SETTLE_S)
 
     # --- What processes that are gone have left --------------------------------------------------
 
@@ -223,6 +235,8 @@ class Worker:
             is_left = False
             try:
                 is_left = orphan.carry() > 0 and (orphan.stream.number, orphan.stream.offset) < self._orphan_end
+            except BlockedError:
+                self._aside.postpone(orphan.stream.name)
             except WaitError:
                 pass  # it comes after a stream that another process is still sending
             except OSError as error:
@@ -239,7 +253,7 @@ class Worker:
         own = self._spool.stream
         while self._left:
             name, numbers = self._left.popleft()
-            if own is not None and own.name == name:
+            if (own is not None and own.name == name) or (is_aside(name) and not self._aside.is_due(name)):
                 continue
             try:
                 stream = Stream.take(self._folder, name, numbers)

@@ -18,13 +18,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from telemetryd.client import Config, worker
-from telemetryd.client.delivery import MAX_ROWS, RetryError, parse_flow, retry_after_s
+from telemetryd.client.answers import MAX_ROWS, parse_flow, retry_after_s
+from telemetryd.client.delivery import RetryError
 from telemetryd.client.folder import waiting
 from telemetryd.client.transport import Answer, Transport
 from telemetryd.client.worker import Backoff
 from tests.client.conftest import MakeClient, flushed, states, stored, url_of
 from tests.conftest import Api, MakeApi
-from tests.tools.bad_proxy import BREAKS, ERRORS, BadProxy
+from tests.tools.bad_proxy import BREAKS, DAEMONS, ERRORS, BadProxy
 
 
 @pytest.fixture(autouse=True)
@@ -269,7 +270,7 @@ async def test_a_line_at_which_the_daemon_breaks_every_time_is_given_up_at_last(
     real = proxy._forward
 
     def break_at(request: Any, body: bytes) -> tuple[int, dict[str, str], bytes]:
-        return (500, {}, b'{"detail":"Internal error"}') if b'"e-7"' in body else real(request, body)
+        return (500, DAEMONS, b'{"detail":"Internal error"}') if b'"e-7"' in body else real(request, body)
 
     proxy._forward = break_at  # type: ignore[method-assign]
     client = make_client(proxy.url)

@@ -11,6 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
 
+DAEMONS = {"Telemetry-Server": "telemetryd/4"}
+"""By this the daemon's own answers are told from a proxy's."""
 ERRORS = {
     "503": (503, {"Retry-After": "0"}, b'{"detail":"Too many writes are waiting"}'),
     "429": (429, {"Retry-After": "0"}, b'{"detail":"Too many requests"}'),
@@ -91,7 +93,8 @@ class BadProxy:
             connection.request(request.command, request.path, body or None, headers)
             response = connection.getresponse()
             answer = response.read()
-            passed = {k: v for k, v in response.getheaders() if k.lower() in ("content-type", "link", "telemetry-flow")}
+            names = ("content-type", "link", "telemetry-flow", "telemetry-server")
+            passed = {name: value for name, value in response.getheaders() if name.lower() in names}
             if self.flow is not None:
                 passed["Telemetry-Flow"] = self.flow
             return response.status, passed, answer
