@@ -86,7 +86,11 @@ def sync(
     config = client_config(buffer_dir=buffer_dir, url=url)
     counters = Counters()
     problem = None if dry_run else _sync(config, counters, None if watch else retry_s)
-    left = summary(config.folder, UNSENT)
+    try:
+        left = summary(config.folder, UNSENT)
+    except OSError as error:
+        left = {}
+        problem = problem or sentence(error)
     if as_json:
         print_json({**_outcome(counters), "left": left, "problem": problem})
     else:

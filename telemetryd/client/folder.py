@@ -289,6 +289,8 @@ class Stream:
         try:
             for number in stream._numbers or ():
                 stream._close_left(number)
+            with contextlib.suppress(OSError):  # whoever reads the file is told
+                stream._open()  # which corrects a place where no line can begin
         except OSError:
             stream.forget()  # somebody else may get on with it
             raise

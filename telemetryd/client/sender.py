@@ -87,6 +87,11 @@ class Flush:
         self.done = threading.Event()
         self.succeeded = False
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the one who waits still does. It leaves the list only when its thread gets its turn."""
+        return not self.done.is_set()
+
     def end(self, *, succeeded: bool) -> None:
         """Let the one who waits go on."""
         self.succeeded = succeeded
@@ -168,6 +173,7 @@ class Sender:
             self._complaints.say(logging.WARNING, text, self._config.folder, error)
 
     def _work(self) -> None:
+        process = os.getpid()
         try:
             with _importing:
                 import encodings.idna  # noqa: F401, PLC0415 - else the first connection imports it
@@ -176,9 +182,10 @@ class Sender:
             self._worker = Worker(self._config, self._spool, self._counters, self)
             self._worker.work()
         finally:
-            self._ended = True
-            for flush in [*self.flushes]:
-                flush.end(succeeded=False)
+            if process == os.getpid():  # else a green thread that a fork has copied
+                self._ended = True
+                for flush in [*self.flushes]:
+                    flush.end(succeeded=False)
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until everything recorded so far has been acknowledged; return whether it has."""

@@ -107,19 +107,23 @@ class Worker:
         self._refusals: int | None = 0
         """How often we were refused since the beginning; None when it has once been granted."""
         self._identity: ProcessIdentity | None = None
+        self._is_forgotten = False
+        """Whether this is a forked process, into which the fork has copied the thread, as it does with green ones."""
 
     def work(self) -> None:
         """Work until the sender is told to stop."""
         try:
-            while not self._sender.stopping:
+            while not self._has_to_end():
                 may_send = self._wait()
-                if self._sender.stopping:
+                if self._has_to_end():
                     break
                 try:
                     self._tidy()
                     if may_send:
                         self._turn()
                 except Exception:
+                    if self._is_forgotten:
+                        break
                     self._quiet_until = time.monotonic() + _BACKOFF_MOST_S
                     logger.exception("Telemetry could not be sent because of an error of the client itself")
         finally:
@@ -128,9 +132,13 @@ class Worker:
 
     def forget(self) -> None:
         """In a forked process: close what belongs to the parent, and touch nothing of it."""
+        self._is_forgotten = True
         self._transport.forget()
         if self._orphan is not None:
             self._orphan.stream.forget()
+
+    def _has_to_end(self) -> bool:
+        return self._sender.stopping or self._is_forgotten
 
     def _wait(self) -> bool:
         """Sleep until there is something to do; return whether it is time to send, or only to tidy up."""
@@ -144,7 +152,7 @@ class Worker:
             may_send = hurried or time.monotonic() >= self._quiet_until
         else:
             may_send = True
-            if not sender.flushes:
+            if not self._is_awaited():
                 if sender.is_idle:
                     due = min([self._next_look, self._upkeep.due, *self._beats.values()])
                     sender.wake.wait(max(due - now, 0.01))
@@ -153,6 +161,14 @@ class Worker:
         sender.wake.quieten()
         sender.hurry.quieten()
         return may_send
+
+    def _is_awaited(self) -> bool:
+        """Tell whether somebody waits for us who has not been told yet.
+
+        Where threads only take turns of their own accord (gevent, eventlet), who has been told cannot leave before we
+        wait.
+        """
+        return any(flush.is_open for flush in [*self._sender.flushes])
 
     def _turn(self) -> None:
         try:
@@ -181,7 +197,7 @@ class Worker:
 
     def _serve(self) -> None:
         """Send our own lines, tell those who wait for that, and say which runs are alive."""
-        flushes = [*self._sender.flushes]
+        flushes = [flush for flush in [*self._sender.flushes] if flush.is_open]
         # Their starts are in the spool, so they will have been sent.
         live = [run for run in [*self._sender.live.values()] if is_addressable(run.event_id)]
         try:
@@ -246,7 +262,7 @@ class Worker:
                 continue
             self._breathe()
             self._tidy()
-            if not self._sender.is_idle or self._sender.flushes or self._beat_is_due():
+            if not self._sender.is_idle or self._is_awaited() or self._beat_is_due():
                 self._serve()
 
     def _next_orphan(self) -> Courier | None:
