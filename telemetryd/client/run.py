@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import logging
 import os
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from contextvars import Token
 from types import TracebackType
@@ -331,8 +333,6 @@ def status_of(error: BaseException) -> str:
 def _object(value: object) -> Mapping[str, Any]:
     """Return metrics or context as an object; agents of the replaced library may give its JSON text."""
     if isinstance(value, str):
-        import json  # noqa: PLC0415
-
         with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(value)
     return value if isinstance(value, Mapping) else {} if value is None else {"value": value}
@@ -348,8 +348,6 @@ def _summary(error: BaseException) -> str:
 
 
 def _details(error: BaseException) -> str:
-    import traceback  # noqa: PLC0415
-
     try:
         return "".join(traceback.format_exception(error))[-_MAX_DETAILS:]
     except Exception:  # noqa: BLE001 - as above
