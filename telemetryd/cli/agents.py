@@ -22,7 +22,8 @@ from telemetryd.client.counters import Counters
 from telemetryd.client.courier import Courier
 from telemetryd.client.dead_letters import DEAD_LETTERS, bury
 from telemetryd.client.delivery import BlockedError, Delivery, RetryError, WaitError
-from telemetryd.client.folder import UNSENT, Entry, Stream, is_aside, summary, waiting
+from telemetryd.client.folder import UNSENT, Entry, is_aside, summary, waiting
+from telemetryd.client.streams import Stream
 from telemetryd.client.transport import Transport
 from telemetryd.errors import sentence
 

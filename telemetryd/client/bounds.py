@@ -16,7 +16,8 @@ from telemetryd.client.complaints import Complaints
 from telemetryd.client.config import Config
 from telemetryd.client.counters import Counters
 from telemetryd.client.dead_letters import DEAD, dead_letter_files
-from telemetryd.client.folder import ACTIVE, READY, SYNCED, Entry, Stream, entries, is_ours, open_regular
+from telemetryd.client.folder import ACTIVE, READY, SYNCED, Entry, entries, is_ours, open_regular
+from telemetryd.client.streams import Stream
 
 _EVERY_S: Final = 5.0
 _COST: Final = 100

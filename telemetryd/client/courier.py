@@ -7,8 +7,9 @@ from typing import Final
 
 from telemetryd.client.counters import Counters
 from telemetryd.client.delivery import Delivery, Parcel, WaitError, ready_lines
-from telemetryd.client.folder import Stream, Window, is_aside, is_sent
+from telemetryd.client.folder import is_aside
 from telemetryd.client.lines import read_object
+from telemetryd.client.streams import Stream, Window, is_sent
 
 logger: Final = logging.getLogger("telemetryd.client")
 

@@ -378,9 +378,7 @@ class Delivery:
             return [_Update(step.event_id, rest, [])] if rest and len(rest) < len(step.fields) else []
         return self._settle_address(parcel, step, answer, body)
 
-    def _settle_address(
-        self, parcel: Parcel, step: _Events | _Update, answer: Answer, body: bytes
-    ) -> Sequence[_Step]:
+    def _settle_address(self, parcel: Parcel, step: _Events | _Update, answer: Answer, body: bytes) -> Sequence[_Step]:
         """Tell an address that no run has from one that nobody takes, and from a wrong daemon or a wrong address."""
         if _is_unknown(answer):
             if self._aside is not None and not parcel.was_aside:

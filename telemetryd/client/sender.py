@@ -210,7 +210,8 @@ class Sender:
             flush.end(succeeded=False)
             return flush
         self.flushes.append(flush)
-        if self._ended or sys.is_finalizing():  # looked at after it is on the list, which is looked through after this is set
+        # Looked at after it is on the list, which is looked through after this is set.
+        if self._ended or sys.is_finalizing():
             flush.end(succeeded=False)
         self.hurry.ring()
         self.wake.ring()

@@ -22,17 +22,9 @@ from typing import Final
 from telemetryd.client.bounds import make_room
 from telemetryd.client.complaints import Complaints
 from telemetryd.client.descriptors import Descriptor
-from telemetryd.client.folder import (
-    ACTIVE,
-    READY,
-    Position,
-    Stream,
-    file_path,
-    make_folder,
-    new_stream_name,
-    open_active,
-)
+from telemetryd.client.folder import ACTIVE, READY, file_path, make_folder, new_stream_name, open_active
 from telemetryd.client.lines import After
+from telemetryd.client.streams import Position, Stream
 
 _HELD_BYTES: Final = 8 << 20
 """How much is held in memory when the disk takes nothing more."""

@@ -23,10 +23,11 @@ from telemetryd.client.courier import Courier
 from telemetryd.client.dead_letters import bury
 from telemetryd.client.delivery import BlockedError, Delivery, Parcel, RetryError, WaitError
 from telemetryd.client.descriptors import LostError
-from telemetryd.client.folder import Position, Stream, is_aside, waiting
+from telemetryd.client.folder import is_aside, waiting
 from telemetryd.client.lines import encode
 from telemetryd.client.sender import LiveRun, Sender
 from telemetryd.client.spool import Spool
+from telemetryd.client.streams import Position, Stream
 from telemetryd.client.transport import Transport, is_addressable, run_path
 
 logger: Final = logging.getLogger("telemetryd.client")

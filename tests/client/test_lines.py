@@ -86,7 +86,13 @@ def start(event_id: str) -> bytes:
 
 
 def test_changes_join_the_start_that_is_sent_with_them_and_else_each_other() -> None:
-    lines = [start("a"), update("a", items_failed=1), update("b", items_failed=1), event("a", "1"), update("a", status="success")]
+    lines = [
+        start("a"),
+        update("a", items_failed=1),
+        update("b", items_failed=1),
+        event("a", "1"),
+        update("a", status="success"),
+    ]
     lines += [update("b", status="failure", items_failed=2), event("b", "2"), event("a", "3")]
     wanted = plan(lines)
     (run,) = wanted.runs
