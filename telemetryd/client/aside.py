@@ -32,8 +32,8 @@ from telemetryd.client.lines import event_id_of
 _FIRST_PAUSE_S: Final = 15.0
 _LONGEST_PAUSE_S: Final = 900.0
 _FRESH_S: Final = 15.0
-_BEGINNING: Final = 1 << 16
-"""So much of a file's first line tells whose it is; a longer one is read whole."""
+_TICK_NS: Final = 50_000_000
+"""Two changes of a folder within so short a time may bear the same time."""
 
 
 class Aside:
@@ -70,7 +70,7 @@ class Aside:
         known: dict[str, str] = {}
         with contextlib.suppress(OSError):
             changed_ns = os.stat(self._folder).st_mtime_ns
-            if changed_ns == self._changed_ns:
+            if changed_ns == self._changed_ns and time.time_ns() - changed_ns > _TICK_NS:
                 return
             self._changed_ns = changed_ns
             for entry in entries(self._folder, UNSENT):
@@ -120,6 +120,8 @@ class Aside:
     @property
     def is_used(self) -> bool:
         """Whether lines of this process are set aside and not sent yet."""
+        if self._own:
+            self.look()
         return bool(self._own)
 
     # --- Trying again ----------------------------------------------------------------------------

@@ -252,6 +252,8 @@ class Worker:
             is_left = False
             try:
                 is_left = orphan.carry() > 0 and (orphan.stream.number, orphan.stream.offset) < self._orphan_end
+                if not is_left:
+                    orphan.stream.window(1, 1)  # marks a file that has been sent whole
             except BlockedError:
                 self._aside.postpone(orphan.stream.name)
             except WaitError:

@@ -38,6 +38,8 @@ class BadProxy:
         self.bodies: list[bytes] = []
         self.flow: str | None = None
         """A Telemetry-Flow header to put into answers."""
+        self.limit: int | None = None
+        """How large a body may be, as nginx's client_max_body_size."""
         proxy = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -63,6 +65,9 @@ class BadProxy:
         self.seen.append((request.command, request.path, len(body)))
         self.headers.append({name.lower(): value for name, value in request.headers.items()})
         self.bodies.append(body)
+        if self.limit is not None and len(body) > self.limit:
+            self._answer(request, 413, {"Content-Type": "text/html"}, b"<html>413 Request Entity Too Large</html>")
+            return
         what = self.script.pop(0) if self.script else "pass"
         if what in ERRORS:
             self._answer(request, *ERRORS[what])
