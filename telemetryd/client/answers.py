@@ -93,8 +93,13 @@ def shown(answer: Answer) -> str:
 
 
 def retry_after_s(answer: Answer) -> float:
-    """Return the seconds of Retry-After (RFC 9110, 10.2.3: seconds or a date), or 0."""
-    text = answer.headers.get("retry-after", "").strip()
+    """Return the seconds for which an answer asks us to wait, or 0."""
+    return seconds_of(answer.headers.get("retry-after", ""))
+
+
+def seconds_of(text: str) -> float:
+    """Return the seconds of Retry-After (RFC 9110, 10.2.3: seconds or a date), or 0; never more than an hour."""
+    text = text.strip()
     try:
         is_number = _SECONDS.fullmatch(text) is not None
         seconds = float(text) if is_number else parsedate_to_datetime(text).timestamp() - time.time()

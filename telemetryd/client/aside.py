@@ -19,9 +19,8 @@ from telemetryd.client.folder import (
     ACTIVE,
     READY,
     UNSENT,
-    entries,
+    aside_entries,
     file_path,
-    is_aside,
     make_folder,
     new_aside_name,
     open_active,
@@ -32,6 +31,8 @@ from telemetryd.client.lines import event_id_of
 _FIRST_PAUSE_S: Final = 15.0
 _LONGEST_PAUSE_S: Final = 900.0
 _FRESH_S: Final = 15.0
+_COST: Final = 100
+"""Looking through the folder takes at most one hundredth of the time; where it is asked for, a tenth."""
 _TICK_NS: Final = 50_000_000
 """Two changes of a folder within so short a time may bear the same time."""
 
@@ -51,6 +52,7 @@ class Aside:
         self._known: dict[str, str] = {}
         """Stream → event_id, of all that were ever read: what a stream holds does not change."""
         self._looked_at = float("-inf")
+        self._took_s = 0.0
         self._changed_ns = -1
         """When the folder had last changed at the last look; while that is so, another look tells nothing new."""
         self._own: set[str] = set()
@@ -60,21 +62,24 @@ class Aside:
 
     def holds(self, event_id: str) -> bool:
         """Tell whether lines of a run are set aside, so that others of it have to wait for them."""
-        if time.monotonic() - self._looked_at >= _FRESH_S:
+        if time.monotonic() - self._looked_at >= max(_FRESH_S, _COST * self._took_s):
             self.look()
         return event_id in self._streams
 
     def look(self) -> None:
         """Learn from the folder which runs' lines are set aside, by any process."""
-        self._looked_at = time.monotonic()
+        began = time.monotonic()
+        if began - self._looked_at < _COST / 10 * self._took_s:
+            return
+        self._looked_at = began
         known: dict[str, str] = {}
         with contextlib.suppress(OSError):
             changed_ns = os.stat(self._folder).st_mtime_ns
             if changed_ns == self._changed_ns and time.time_ns() - changed_ns > _TICK_NS:
                 return
             self._changed_ns = changed_ns
-            for entry in entries(self._folder, UNSENT):
-                if is_aside(entry.stream) and entry.stream not in known:
+            for entry in aside_entries(self._folder, UNSENT):
+                if entry.stream not in known:
                     event_id = self._known.get(entry.stream) or self._read(Path(entry.path))
                     if event_id is not None:
                         known[entry.stream] = event_id
@@ -82,6 +87,7 @@ class Aside:
         self._streams = {event_id: name for name, event_id in known.items()}
         self._pauses = {name: pause for name, pause in self._pauses.items() if name in known}
         self._own &= self._streams.keys()
+        self._took_s = time.monotonic() - began
 
     def _read(self, path: Path) -> str | None:
         with contextlib.suppress(OSError), open(open_regular(path, os.O_RDONLY), "rb") as file:
@@ -97,7 +103,7 @@ class Aside:
         """
         make_folder(self._folder)
         name = self._streams.get(event_id) or new_aside_name()
-        numbers = [entry.number for entry in entries(self._folder) if entry.stream == name]
+        numbers = [entry.number for entry in aside_entries(self._folder) if entry.stream == name]
         file, number = open_active(self._folder, name, max(numbers, default=-1) + 1)
         path = file_path(self._folder, name, number, ACTIVE)
         try:

@@ -1,4 +1,4 @@
-"""The spool's folder: names, ownership, and the lines that wait in it.
+"""The spool's folder: names, ownership, and the files that wait in it.
 
 A *stream* is what one process writes: numbered files, each of them `.active` while it is written, `.ready` when it is
 closed, `.synced` when every line of it has been acknowledged:
@@ -75,6 +75,13 @@ def make_folder(folder: Path) -> None:
 def entries(folder: Path, states: tuple[str, ...] = STATES) -> list[Entry]:
     """Return the streams' files that are in one of some states, the oldest first."""
     return look_through(folder, lambda name: _read_name(name) if name.endswith(states) else None)
+
+
+def aside_entries(folder: Path, states: tuple[str, ...] = STATES) -> list[Entry]:
+    """Return the files of what is set aside, in some states; costs next to nothing where there are none."""
+    return look_through(
+        folder, lambda name: _read_name(name) if name.startswith(_ASIDE) and name.endswith(states) else None
+    )
 
 
 def look_through(folder: Path, read_name: Callable[[str], tuple[str, int, str] | None]) -> list[Entry]:

@@ -231,7 +231,9 @@ class Transport:
                 headers["Content-Length"] = str(len(body))
                 connection.request(method, self._prefix + path, None, headers)
                 is_whole = self._send_body(connection, own, body)
-        except (BrokenPipeError, ConnectionResetError):
+        except OSError as error:
+            if isinstance(error, (TimeoutError, LostError)):
+                raise
             is_whole = False  # who takes no more has perhaps said why
         ends = time.monotonic() + (self._timeout_s if is_whole else min(self._timeout_s, _LATE_ANSWER_S))
         connection.response_class = partial(_Answering, ends, own)  # type: ignore[assignment]
