@@ -71,7 +71,7 @@ def enforce(folder: Path, bounds: Bounds, own: Stream | None, dropped: Dropped, 
 
 def _give_up(folder: Path, entry: Entry, own: Stream | None, dropped: Dropped, reason: str) -> bool:
     """Delete a file of ours; return whether it is gone."""
-    if entry.state != DEAD and not is_ours(entry):
+    if entry.state != DEAD and not is_ours(Path(entry.path), entry.stream):
         return False
     if entry.state == SYNCED:
         Path(entry.path).unlink(missing_ok=True)
@@ -114,7 +114,7 @@ def make_room(folder: Path, error: OSError) -> None:
     if error.errno in _NO_ROOM:
         for entry in entries(folder, (SYNCED,)):
             with contextlib.suppress(OSError):
-                if is_ours(entry):
+                if is_ours(Path(entry.path), entry.stream):
                     os.unlink(entry.path)
 
 

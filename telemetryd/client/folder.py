@@ -152,15 +152,15 @@ def holds_position(lock: int, stream: str) -> bool:
     return len(text) <= _LONGEST_POSITION and _POSITION.fullmatch(text) is not None
 
 
-def is_ours(entry: Entry) -> bool:
+def is_ours(path: Path, stream: str) -> bool:
     """Tell whether a stream's file may be deleted: by its name, or else by its content, it is telemetry.
 
     Anybody may have a `something.jsonl.synced` of his own where the spool's folder is not ours alone.
     """
-    if OWN_STREAM.fullmatch(entry.stream):
+    if OWN_STREAM.fullmatch(stream):
         return True
     try:
-        with open(open_regular(Path(entry.path), os.O_RDONLY), "rb") as file:
+        with open(open_regular(path, os.O_RDONLY), "rb") as file:
             beginning = file.read(CHUNK).lstrip()
     except OSError:
         return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 from collections.abc import Iterable
@@ -21,6 +22,7 @@ from telemetryd.client.folder import (
     UNSENT,
     file_path,
     holds_position,
+    is_ours,
     make_folder,
     new_stream_name,
     open_regular,
@@ -299,7 +301,10 @@ class Stream:
         self._save()
 
     def _rename(self, number: int, state: str, new_state: str) -> None:
-        self.path(number, state).rename(self.path(number, new_state))
+        source, target = self.path(number, state), self.path(number, new_state)
+        if source.exists() and target.exists() and not is_ours(target, self.name):
+            raise FileExistsError(errno.EEXIST, "It is in the place of a file that was sent", str(target))
+        source.rename(target)
 
     def _close_file(self) -> None:
         if self._file is not None:

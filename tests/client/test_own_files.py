@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import orjson
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from telemetryd.client import Client, Config
+from telemetryd.client.aside import Aside
 from telemetryd.client.bounds import Bounds, enforce, make_room
 from telemetryd.client.config import default_buffer_dir
 from telemetryd.client.dead_letters import bury
@@ -297,6 +302,15 @@ def test_the_bounds_cost_nobody_else_a_file(buffer: Path) -> None:
     assert sorted(path.name for path in buffer.iterdir()) == sorted(FOREIGN)
 
 
+def test_a_file_that_was_sent_takes_nobody_elses_place(buffer: Path) -> None:
+    buffer.mkdir()
+    (buffer / "data.jsonl.synced").write_bytes(b"1,2,3\n")
+    (buffer / "data.jsonl.ready").write_bytes(b"1\n")
+    with pytest.raises(FileExistsError):
+        pick_up(buffer)
+    assert (buffer / "data.jsonl.synced").read_bytes() == b"1,2,3\n"
+
+
 # --- A position that nobody can have reached -----------------------------------------------------
 
 
@@ -371,3 +385,63 @@ def test_a_home_of_ones_own_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert default_buffer_dir() == tmp_path / ".local/state/telemetryd/buffer"
     monkeypatch.setenv("XDG_STATE_HOME", "/state")
     assert default_buffer_dir() == Path("/state/telemetryd/buffer")
+
+
+# --- Anything in the folder ----------------------------------------------------------------------
+
+OWN_STEM = "20250101T000000Z-1-aaaaaaaa"
+STEMS = st.sampled_from([OWN_STEM, "aside-" + OWN_STEM, "data", "aside-x", "x\udcff"])
+NUMBERS = st.sampled_from(["", ".000000", ".000001", ".9999999999"])
+STATES = st.sampled_from([".jsonl.ready", ".jsonl.synced", ".jsonl.active", ".lock", ".jsonl", ".tmp", ""])
+CSV = b"1,2,3\n4,5,6\n"
+POSITIONS = [b"", b"0 5\n", b"7 0", b"-1 -1", b"9" * 5000]
+BYTES = st.sampled_from([*POSITIONS, b"\n", b"\0" * 100, b"torn", CSV, encode(finished("e"))])
+THINGS = st.dictionaries(
+    st.builds("{}{}{}".format, STEMS, NUMBERS, STATES),
+    st.tuples(st.just("file"), BYTES) | st.tuples(st.sampled_from(["folder", "pipe", "link", "nowhere"]), st.just(b"")),
+    max_size=6,
+)
+
+
+def put(path: Path, kind: str, content: bytes) -> None:
+    if kind == "file":
+        path.write_bytes(content)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/etc/passwd" if kind == "link" else "/nowhere/at/all")
+
+
+def taken(folder: Path) -> list[bytes]:
+    """Send everything that can be sent; a stream that cannot costs the others nothing."""
+    found: list[bytes] = []
+    for name in waiting(folder):
+        with contextlib.suppress(OSError):
+            stream = Stream.take(folder, name)
+            if stream is not None:
+                try:
+                    found += drain(stream)
+                finally:
+                    stream.release()
+    return found
+
+
+@settings(deadline=None, max_examples=60)
+@given(things=THINGS)
+def test_whatever_lies_in_the_folder_hurts_nobody_and_is_not_hurt(things: dict[str, tuple[str, bytes]]) -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for name, (kind, content) in things.items():
+            put(folder / name, kind, content)
+        (folder / "good.jsonl.ready").write_bytes(b"good\n")
+        assert b"good" in taken(folder)
+        Aside(folder).look()
+        with contextlib.suppress(OSError):
+            enforce(folder, Bounds(0, 1, 0), None, lambda *_: None, now=time.time() + 10**6)
+        for name, (kind, content) in things.items():
+            if kind != "file":
+                assert os.path.lexists(folder / name)
+            elif name.endswith((".tmp", ".jsonl")) or (name.endswith(".lock") and len(content) > 64):
+                assert (folder / name).read_bytes() == content
