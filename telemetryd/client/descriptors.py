@@ -19,13 +19,15 @@ class LostError(OSError):
 class Descriptor:
     """An open file or socket, and what tells it from all others: its device and its inode."""
 
-    __slots__ = ("_device", "_inode", "number")
+    __slots__ = ("_device", "_inode", "_named", "number")
 
     def __init__(self, number: int) -> None:
         facts = os.fstat(number)
         self.number = number
         self._device = facts.st_dev
         self._inode = facts.st_ino
+        self._named = min(facts.st_nlink, 1)
+        """Some file systems in user space count no names."""
 
     def is_ours(self) -> bool:
         """Tell whether the number still means the file that we opened."""
@@ -41,7 +43,7 @@ class Descriptor:
             facts = os.fstat(self.number)
         except OSError:
             return False
-        return facts.st_ino == self._inode and facts.st_dev == self._device and facts.st_nlink > 0
+        return facts.st_ino == self._inode and facts.st_dev == self._device and facts.st_nlink >= self._named
 
     def is_at(self, path: str | os.PathLike[str]) -> bool:
         """Tell whether a path leads to the very file."""

@@ -315,6 +315,7 @@ class Worker:
 
     def _tidy(self) -> None:
         """Keep the folder within its bounds, whether the daemon can be reached or not."""
+        self._spool.look()
         self._spool.rotate_if_old()
         try:
             self._upkeep.attend(self._spool.stream)
