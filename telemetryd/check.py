@@ -278,25 +278,7 @@ def repair(path: Path, watch: Watch = ignore_progress) -> list[str]:
             watch("Repairing", 0, 3)
             done += _mend_indexes(connection)
             watch("Repairing", 1, 3)
-            if any(foreign.find_spent_numbers(connection)):
-                done.append(f"{renumbering.free_numbers(connection)} rows numbered anew; who follows begins anew")
-            for table, rows in examining.delete_strays(connection).items():
-                done.append(f"{rows} rows of {table} deleted, whose runs are gone")
-            if replaced := examining.replace_unstorable(connection):
-                done.append(
-                    f"{replaced} values replaced that no request could bring; unconverted_values has the originals"
-                )
-            if cleared := examining.drop_credentials(connection):
-                done.append(
-                    f"the addresses in git_repo of {cleared} runs cut to host and path; older backups keep them"
-                )
-            wrong = examining.count_wrong_totals(connection)
-            if wrong:
-                examining.recount_totals(connection)
-                done.append(f"{wrong} totals counted again")
-            if full_text.count_wrong(connection):
-                full_text.rebuild(connection)
-                done.append("full-text index made again")
+            done += _fix_rows(connection)
             watch("Repairing", 2, 3)
             connection.execute("COMMIT")
             watch("Repairing", 3, 3)
@@ -311,6 +293,25 @@ def repair(path: Path, watch: Watch = ignore_progress) -> list[str]:
                 raise DatabaseError(f"{path}: {'; '.join(done)}; but its space stays ({error})") from error
             done.append("free space returned")
     return done
+
+
+def _fix_rows(connection: sqlite3.Connection) -> Iterator[str]:
+    """Bring what the rows say into order, and what is counted of them, and tell it."""
+    if any(foreign.find_spent_numbers(connection)):
+        yield f"{renumbering.free_numbers(connection)} rows numbered anew; who follows begins anew"
+    for table, rows in examining.delete_strays(connection).items():
+        yield f"{rows} rows of {table} deleted, whose runs are gone"
+    if replaced := examining.replace_unstorable(connection):
+        yield f"{replaced} values replaced that no request could bring; unconverted_values has the originals"
+    if cleared := examining.drop_credentials(connection):
+        yield f"the addresses in git_repo of {cleared} runs cut to host and path; older backups keep them"
+    wrong = examining.count_wrong_totals(connection)
+    if wrong:
+        examining.recount_totals(connection)
+        yield f"{wrong} totals counted again"
+    if full_text.count_wrong(connection):
+        full_text.rebuild(connection)
+        yield "full-text index made again"
 
 
 def _mend_indexes(connection: sqlite3.Connection) -> Iterator[str]:

@@ -187,6 +187,7 @@ class TelemetryClient:
 
     def get_stats(self) -> dict[str, Any]:
         """Return the daemon's totals (`GET /metrics`), and under `client` what became of this client's lines."""
+        from telemetryd.client.answers import shown  # noqa: PLC0415
         from telemetryd.client.transport import Transport, UnreachableError  # noqa: PLC0415
 
         stats: dict[str, Any] = {"client": self._client.stats()}
@@ -197,8 +198,8 @@ class TelemetryClient:
             return {**stats, "error": str(error)}
         finally:
             transport.close()
-        if answer.status != 200 or not isinstance(answer.body, dict):
-            return {**stats, "error": f"The daemon answered {answer.status}: {answer.detail}"}
+        if not answer.is_daemons or answer.status != 200 or not isinstance(answer.body, dict):
+            return {**stats, "error": shown(answer)}
         return {**answer.body, **stats}
 
     def cleanup_stale_runs(self, agent_name: str, stale_threshold_hours: float = 1.0) -> int:
@@ -207,6 +208,7 @@ class TelemetryClient:
         This is the flow of the deployment guide: query, then PATCH each. Runs that this process has begun are left
         alone. If the daemon cannot be reached, nothing is done and the log tells.
         """
+        from telemetryd.client.answers import shown  # noqa: PLC0415
         from telemetryd.client.transport import Transport, UnreachableError, run_path  # noqa: PLC0415
 
         try:
@@ -222,8 +224,8 @@ class TelemetryClient:
         try:
             while page is not None:
                 answer = transport.request("GET", page)
-                if answer.status != 200 or not isinstance(answer.body, list):
-                    logger.warning("Stale runs not cleaned up: answer %s: %s", answer.status, answer.detail)
+                if not answer.is_daemons or answer.status != 200 or not isinstance(answer.body, list):
+                    logger.warning("Stale runs not cleaned up: %s", shown(answer))
                     break
                 for run in answer.body:
                     if run["updated_at"] < before and run["event_id"] not in own:

@@ -27,7 +27,7 @@ from aiohttp import ClientPayloadError, web
 from aiohttp.http_exceptions import BadHttpMessage
 from aiohttp.typedefs import Middleware
 
-from telemetryd import flow
+from telemetryd import __version__, flow
 from telemetryd.errors import (
     BodyTooLargeError,
     CommandFailedError,
@@ -122,12 +122,17 @@ def error_response(
     return response
 
 
+_SERVER: Final = f"telemetryd/{__version__}"
+"""By this a client knows that telemetryd itself answered, and nobody else behind the address."""
+
+
 def mark(response: web.StreamResponse, identity: str) -> None:
     """Give an answer what every answer carries: its request id, and nothing that helps an attacker."""
     headers = response.headers
     headers["X-Request-ID"] = identity
     headers["Server"] = "telemetryd"  # aiohttp would name its own version and Python's
     headers["X-Content-Type-Options"] = "nosniff"
+    headers["Telemetry-Server"] = _SERVER
 
 
 class RateLimit:

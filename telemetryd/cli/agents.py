@@ -15,13 +15,15 @@ import click
 
 from telemetryd.cli.files import READ_ERRORS, Patience, Refusals, Sending
 from telemetryd.cli.options import EXIT_USAGE, counted, fail, json_flag, print_json, progress, size
+from telemetryd.client.aside import Aside
 from telemetryd.client.bounds import Upkeep
 from telemetryd.client.config import Config
 from telemetryd.client.counters import Counters
 from telemetryd.client.courier import Courier
 from telemetryd.client.dead_letters import DEAD_LETTERS, bury
-from telemetryd.client.delivery import Delivery, RetryError, WaitError
-from telemetryd.client.folder import UNSENT, Entry, Stream, summary, waiting
+from telemetryd.client.delivery import BlockedError, Delivery, RetryError, WaitError
+from telemetryd.client.folder import UNSENT, Entry, is_aside, summary, waiting
+from telemetryd.client.streams import Stream
 from telemetryd.client.transport import Transport
 from telemetryd.errors import sentence
 
@@ -85,7 +87,11 @@ def sync(
     config = client_config(buffer_dir=buffer_dir, url=url)
     counters = Counters()
     problem = None if dry_run else _sync(config, counters, None if watch else retry_s)
-    left = summary(config.folder, UNSENT)
+    try:
+        left = summary(config.folder, UNSENT)
+    except OSError as error:
+        left = {}
+        problem = problem or sentence(error)
     if as_json:
         print_json({**_outcome(counters), "left": left, "problem": problem})
     else:
@@ -118,7 +124,7 @@ def _sync(config: Config, counters: Counters, retry_s: float | None) -> str | No
         return str(error)
     finally:
         work.close()
-    return None if watch else work.problem
+    return None if watch else work.trouble
 
 
 def end(problem: str | None, counters: Counters, where: str = "") -> None:
@@ -154,10 +160,19 @@ class _Sync:
         self._stopped = stopped
         self._transport = Transport(config)
         self._refusals = Refusals(None)
-        self._delivery = Delivery(self._transport, self._bury, counters)
+        self._aside = Aside(config.folder)
+        self._delivery = Delivery(self._transport, self._bury, counters, self._aside)
         self._upkeep = Upkeep(config, self._dropped)
         self.problem: str | None = None
         """The last trouble with one of the files."""
+        self._blocked = ""
+
+    @property
+    def trouble(self) -> str | None:
+        """What kept us from sending everything."""
+        if self.problem is None and (self._blocked or self._counters.aside):
+            return f"Some lines do not get through to the daemon; they are tried again later. {self._blocked}".rstrip()
+        return self.problem
 
     def watch(self) -> None:
         """Send whatever comes, and keep the folder within its bounds, until we are stopped."""
@@ -191,11 +206,16 @@ class _Sync:
             for name, numbers in found.items():
                 if self._stopped.is_set():
                     break
+                if is_aside(name) and not self._aside.is_due(name):
+                    continue
                 try:
                     for size_of_part in self._send(name, numbers):
                         done += size_of_part
                         drawn("Sending", min(done, total), total)
                         self._stopped.wait(self._delivery.pause_s)
+                except BlockedError as error:
+                    self._aside.postpone(name)
+                    self._blocked = str(error)
                 except WaitError:
                     some_wait = True  # it comes after another stream, perhaps one of this pass
                 except OSError as error:

@@ -18,6 +18,7 @@ import orjson
 from telemetryd import admin, events, migrate, queries, regressions, runs, stats
 from telemetryd.cli.database import refuse_missing
 from telemetryd.cli.stream import detail_of, reason
+from telemetryd.client.answers import seconds_of
 from telemetryd.database import connect_to_read
 from telemetryd.errors import DatabaseError, DatabaseOwnedError, InvalidRequestError, TelemetrydError, UnavailableError
 from telemetryd.filters import TIME_BOUNDS, Filters, quoted
@@ -230,8 +231,11 @@ class Remote:
                     text = await response.read()
                     if response.status == 200:
                         link = response.links["next"]["url"] if "next" in response.links else ""
-                        return orjson.loads(text), urlsplit(str(link)).query
-                    pause = float(response.headers.get("Retry-After", "1"))
+                        try:
+                            return orjson.loads(text), urlsplit(str(link)).query
+                        except ValueError as error:
+                            raise RefusedError("What answered is no telemetryd: it sent no JSON", 200) from error
+                    pause = seconds_of(response.headers.get("Retry-After", "1"))
                     if response.status not in (429, 503) or time.monotonic() + pause > until:
                         hint = _WHERE_ACCESS_COMES_FROM if response.status == 401 else ""
                         raise RefusedError(

@@ -20,6 +20,7 @@ from telemetryd.cli.files import Refusals
 from telemetryd.cli.options import F, Progress, counted, failing, json_flag, print_json, progress, size
 from telemetryd.cli.stream import detail_of
 from telemetryd.cli.target import RefusedError
+from telemetryd.client.answers import seconds_of
 from telemetryd.client.config import Config
 from telemetryd.client.counters import Counters
 from telemetryd.errors import DatabaseError, InvalidRequestError, UnavailableError
@@ -200,13 +201,15 @@ async def _answer(config: Config, asked: dict[str, str], retry_s: float) -> Asyn
                 problem = f"{config.url}: {error or type(error).__name__}"
             else:
                 async with response:
+                    if response.status == 200 and SNAPSHOT not in response.headers:
+                        raise RefusedError("What answered is no telemetryd: it sent no export", 200)
                     if response.status == 200:
                         yield response
                         return
                     problem = f"The daemon answered {response.status}: {detail_of(await response.read())}"
                     if response.status not in (429, 503):
                         raise RefusedError(problem, response.status)
-                    pause = float(response.headers.get("Retry-After", _PAUSE_S))
+                    pause = seconds_of(response.headers.get("Retry-After", str(_PAUSE_S)))
             if time.monotonic() + pause > until:
                 raise UnavailableError(problem)
             await asyncio.sleep(pause)

@@ -16,12 +16,15 @@ from telemetryd.client.complaints import Complaints
 from telemetryd.client.config import Config
 from telemetryd.client.counters import Counters
 from telemetryd.client.dead_letters import DEAD, dead_letter_files
-from telemetryd.client.folder import ACTIVE, READY, SYNCED, Entry, Stream, entries
+from telemetryd.client.folder import ACTIVE, READY, SYNCED, Entry, entries, is_ours, open_regular
+from telemetryd.client.streams import Stream
 
 _EVERY_S: Final = 5.0
 _COST: Final = 100
 """Looking through the folder takes at most one hundredth of the time."""
 _ORDER: Final = {SYNCED: 0, DEAD: 1, READY: 2, ACTIVE: 2}
+_LETTER: Final = b'{"time":'
+"""By this each dead letter begins."""
 _NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -67,7 +70,9 @@ def enforce(folder: Path, bounds: Bounds, own: Stream | None, dropped: Dropped, 
 
 
 def _give_up(folder: Path, entry: Entry, own: Stream | None, dropped: Dropped, reason: str) -> bool:
-    """Delete a file; return whether it is gone."""
+    """Delete a file of ours; return whether it is gone."""
+    if entry.state != DEAD and not is_ours(Path(entry.path), entry.stream):
+        return False
     if entry.state == SYNCED:
         Path(entry.path).unlink(missing_ok=True)
         return True
@@ -82,9 +87,11 @@ def _give_up(folder: Path, entry: Entry, own: Stream | None, dropped: Dropped, r
     return True
 
 
-def _drop_dead_letters(entry: Entry) -> int:
+def _drop_dead_letters(entry: Entry) -> int | None:
     path = Path(entry.path)
-    with path.open("rb") as file:
+    with open(open_regular(path, os.O_RDONLY), "rb") as file:
+        if file.read(len(_LETTER)) != _LETTER:
+            return None  # somebody else's
         lines = sum(1 for _ in file)
     path.unlink()
     return lines
@@ -107,7 +114,8 @@ def make_room(folder: Path, error: OSError) -> None:
     if error.errno in _NO_ROOM:
         for entry in entries(folder, (SYNCED,)):
             with contextlib.suppress(OSError):
-                os.unlink(entry.path)
+                if is_ours(Path(entry.path), entry.stream):
+                    os.unlink(entry.path)
 
 
 class Upkeep:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 Durability = Literal["write", "fsync"]
 MIB: Final = 1 << 20
@@ -18,11 +18,36 @@ MIB: Final = 1 << 20
 
 def default_buffer_dir() -> Path:
     """Return where the spool is kept if nothing says otherwise: in the user's state folder (XDG base directories)."""
-    state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    state = Path(os.path.expanduser(os.environ.get("XDG_STATE_HOME") or ""))
+    if state.is_absolute():  # "All paths set in these environment variables must be absolute", else they are ignored
+        return state / "telemetryd" / "buffer"
+    for home in _homes():
+        folder = home / ".local/state/telemetryd/buffer"
+        if home != Path("/") and _can_be_made(folder):
+            return folder
+    return Path("/var/tmp") / f"telemetryd-{os.getuid()}" / "buffer"  # noqa: S108 - the folder is made for us alone
+
+
+def _homes() -> Iterator[Path]:
+    """Yield the user's home by HOME, then by the system's list of users.
+
+    Containers that run as any user (docker --user, OpenShift) set HOME=/, or to the home of somebody else.
+    """
+    home = Path(os.environ.get("HOME") or "")
+    if home.is_absolute():
+        yield home
+    import pwd  # noqa: PLC0415 - hardly ever needed
+
     try:
-        return Path(state).expanduser() / "telemetryd" / "buffer"
-    except RuntimeError:  # a user without a home, as in some containers
-        return Path("/var/tmp") / f"telemetryd-{os.getuid()}" / "buffer"  # noqa: S108 - the folder is made for us alone
+        yield Path(pwd.getpwuid(os.getuid()).pw_dir or "/")
+    except KeyError:
+        return
+
+
+def _can_be_made(folder: Path) -> bool:
+    """Tell whether this user may write to a folder, or make it."""
+    place = next((each for each in (folder, *folder.parents) if os.path.exists(each)), folder)
+    return os.path.isdir(place) and os.access(place, os.W_OK | os.X_OK) and len(place.parts) > 1
 
 
 @dataclass(frozen=True, slots=True)

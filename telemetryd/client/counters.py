@@ -21,6 +21,8 @@ class Counters:
     """Runs that the daemon had already."""
     dead: int = 0
     """Lines in the dead-letter file."""
+    aside: int = 0
+    """Lines that something before the daemon did not let through: set aside, and tried again now and then."""
     dropped: int = 0
     """Unsent lines that were given up because of the folder's bounds."""
     torn: int = 0

@@ -6,9 +6,10 @@ import logging
 from typing import Final
 
 from telemetryd.client.counters import Counters
-from telemetryd.client.delivery import MAX_BYTES, Delivery, Parcel, WaitError, ready_lines
-from telemetryd.client.folder import Stream, Window, is_sent
+from telemetryd.client.delivery import Delivery, Parcel, WaitError, ready_lines
+from telemetryd.client.folder import is_aside
 from telemetryd.client.lines import read_object
+from telemetryd.client.streams import Stream, Window, is_sent
 
 logger: Final = logging.getLogger("telemetryd.client")
 
@@ -46,7 +47,7 @@ class Courier:
             self._window = self._next_window()
             if self._window is None:
                 return 0
-            self._parcel = Parcel.of(self._lines(self._window))
+            self._parcel = Parcel.of(self._lines(self._window), was_aside=is_aside(self.stream.name))
         window, parcel = self._window, self._parcel
         if (window.number, window.start) == (self.stream.number, self.stream.offset):  # else the file was given up
             self._delivery.send(parcel)
@@ -56,7 +57,7 @@ class Courier:
         return max(len(window.lines), 1)
 
     def _next_window(self) -> Window | None:
-        window = self.stream.window(self._delivery.rows, MAX_BYTES)
+        window = self.stream.window(self._delivery.rows, self._delivery.bytes)
         if window is None:
             return None
         ready = ready_lines(window.lines, lambda after: is_sent(self.stream.folder, after))

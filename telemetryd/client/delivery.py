@@ -3,29 +3,47 @@
 from __future__ import annotations
 
 import logging
-import math
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
-from typing import Any, Final, Protocol, TypeVar
+from typing import Final, Protocol, TypeVar
 
 import orjson
 
+from telemetryd.client.answers import (
+    DEFAULT_ROWS,
+    FLOW_HEADER,
+    Batch,
+    UnclearError,
+    accounts_for,
+    named_fields,
+    parse_flow,
+    read_batch,
+    retry_after_s,
+    shown,
+)
+from telemetryd.client.aside import Aside
 from telemetryd.client.complaints import Complaints
 from telemetryd.client.context import new_uuid
 from telemetryd.client.counters import Counters
-from telemetryd.client.lines import EventItem, Json, RunItem, after_of, mend, plan, read_object
+from telemetryd.client.lines import (
+    EventItem,
+    Json,
+    RunItem,
+    after_of,
+    encode,
+    event_id_of,
+    mend,
+    plan,
+    read_object,
+    said,
+)
 from telemetryd.client.transport import Answer, UnreachableError, is_addressable, run_path
 
-DEFAULT_ROWS: Final = 1000
-MAX_ROWS: Final = 10_000
 MAX_EVENTS: Final = 1000
 MAX_BYTES: Final = 4 << 20
-_MAX_PAUSE_S: Final = 60.0
-_MAX_RETRY_AFTER_S: Final = 3600.0
-FLOW_HEADER: Final = "telemetry-flow"
+_LEAST_BYTES: Final = 64 << 10
+_MORE_BYTES: Final = 16 << 10
 _PASSING: Final = (408, 429, 502, 503, 504)
 """Answers that have nothing to do with what was asked."""
 _TRIES_BEFORE_SPLIT: Final = 3
@@ -49,6 +67,10 @@ class WaitError(RetryError):
     """The next line has to wait for another process's stream; nothing is wrong."""
 
 
+class BlockedError(WaitError):
+    """A line that is set aside still does not come through."""
+
+
 class Requests(Protocol):
     """What sends a request."""
 
@@ -69,6 +91,10 @@ class _Runs:
     def lines(self) -> list[bytes]:
         return [line for item in self.items for line in item.lines]
 
+    @property
+    def event_id(self) -> str:
+        return self.items[0].event_id or event_id_of(self.items[0].body)
+
     def parts(self) -> Sequence[_Step]:
         return [_Runs(half) for half in _halves(self.items)] if len(self.items) > 1 else []
 
@@ -81,6 +107,10 @@ class _Events:
     @property
     def lines(self) -> list[bytes]:
         return [item.line for item in self.items]
+
+    @property
+    def event_id(self) -> str:
+        return self.items[0].event_id
 
     def parts(self) -> Sequence[_Step]:
         return [_Events(half) for half in _halves(self.items)] if len(self.items) > 1 else []
@@ -102,8 +132,9 @@ _Step = _Runs | _Events | _Update
 
 
 def _updates(event_id: str, lines: list[bytes]) -> list[_Update]:
-    """Return one update for each line of the spool."""
-    return [_Update(event_id, (read_object(line) or {})["fields"], [line]) for line in lines]
+    """Return one update for each line of the spool that asks for a change."""
+    asked = [(said((read_object(line) or {})["fields"]), line) for line in lines]
+    return [_Update(event_id, fields, [line]) for fields, line in asked if fields]
 
 
 @dataclass(slots=True)
@@ -113,12 +144,16 @@ class Parcel:
     lines: list[bytes]
     steps: deque[_Step] = field(default_factory=deque)
     dead: list[tuple[list[bytes], int | None, object]] = field(default_factory=list)
+    aside: dict[str, list[bytes]] = field(default_factory=dict)
+    """event_id → lines that do not come through, and those of the same run behind them."""
+    was_aside: bool = False
+    """Whether the lines come from such a stream, and so wait for nothing but themselves."""
 
     @classmethod
-    def of(cls, lines: list[bytes]) -> Parcel:
+    def of(cls, lines: list[bytes], *, was_aside: bool = False) -> Parcel:
         """Lay out the requests for some lines: starts, then events, then changes."""
         wanted = plan(lines)
-        parcel = cls(lines)
+        parcel = cls(lines, was_aside=was_aside)
         if wanted.runs:
             parcel.steps.append(_Runs(wanted.runs))
         for event_id, events in wanted.events.items():
@@ -127,6 +162,8 @@ class Parcel:
                 continue
             parcel.steps.extend(_Events(events[at : at + MAX_EVENTS]) for at in range(0, len(events), MAX_EVENTS))
         for update in wanted.updates.values():
+            if not update.fields:
+                continue  # nothing but nulls, which PATCH leaves alone
             if is_addressable(update.event_id):
                 parcel.steps.append(_Update(update.event_id, update.fields, update.lines))
             else:
@@ -153,14 +190,27 @@ def ready_lines(lines: Sequence[bytes], is_sent: Callable[[tuple[str, int, int]]
 
 
 class Delivery:
-    """Sends parcels, one after the other; knows the pace that the daemon asks for."""
+    """Sends parcels, one after the other; knows the pace that the daemon asks for.
 
-    def __init__(self, requests: Requests, bury: Bury, counters: Counters) -> None:
+    Only what the daemon itself answers decides about a line (`Answer.is_daemons`). Whatever else answers means: later.
+
+    Args:
+        requests: what sends a request.
+        bury: takes the lines that the daemon refuses for good.
+        counters: where is counted what becomes of lines.
+        aside: takes the lines that do not come through to the daemon; without it they are told as refused.
+
+    """
+
+    def __init__(self, requests: Requests, bury: Bury, counters: Counters, aside: Aside | None = None) -> None:
         self._requests = requests
         self._bury = bury
         self._counters = counters
+        self._aside = aside
         self._complaints = Complaints()
         self.rows = DEFAULT_ROWS
+        self.bytes = MAX_BYTES
+        """How much to send at once: what is too large for anybody on the way makes it smaller for a while."""
         self.pause_s = 0.0
 
     def send(self, parcel: Parcel) -> None:
@@ -168,12 +218,14 @@ class Delivery:
 
         Raises:
             RetryError: if something is left; call again with the same parcel, later.
-            OSError: if the dead-letter file cannot be written.
+            OSError: if the dead-letter file cannot be written, or lines cannot be set aside.
 
         """
         while parcel.steps:
             step = parcel.steps[0]
-            if isinstance(step, _Runs):
+            if self._has_to_wait(parcel, step):
+                more: Sequence[_Step] = self._wait_aside(parcel, step)
+            elif isinstance(step, _Runs):
                 more = self._send_runs(parcel, step)
             elif isinstance(step, _Events):
                 more = self._send_events(parcel, step)
@@ -188,20 +240,80 @@ class Delivery:
             self._counters.dead += len(lines)
             text = "The daemon refuses %d line(s), which are in the dead-letter file now: %.500s"
             self._complaints.say(logging.ERROR, text, len(lines), reason)
-        self._counters.sent += len(parcel.lines)
+        left = 0
+        while parcel.aside and self._aside is not None:
+            event_id, lines = next(iter(parcel.aside.items()))
+            self._aside.put(event_id, lines)
+            del parcel.aside[event_id]
+            left += len(lines)
+        self._counters.aside += left
+        self._counters.sent += max(len(parcel.lines) - left, 0)
+
+    # --- What does not come through --------------------------------------------------------------
+
+    def _has_to_wait(self, parcel: Parcel, step: _Step) -> bool:
+        """Tell whether lines of the run that come before these are set aside."""
+        if self._aside is None or parcel.was_aside:
+            return False
+        if isinstance(step, _Runs) and len(step.items) > 1:
+            return False  # what could be set aside before a start is said of its run without it, which is an error
+        return step.event_id in parcel.aside or self._aside.holds(step.event_id)
+
+    def _wait_aside(self, parcel: Parcel, step: _Step) -> Sequence[_Step]:
+        lines = step.lines
+        if not lines and isinstance(step, _Update):  # changes that were part of a start
+            lines = [encode({"op": "update", "event_id": step.event_id, "fields": step.fields}).rstrip()]
+        parcel.aside.setdefault(step.event_id, []).extend(lines)
+        return []
+
+    def _block(self, parcel: Parcel, step: _Step, answer: Answer) -> Sequence[_Step]:
+        """Let the others pass a line that somebody between here and the daemon does not let through."""
+        if parcel.was_aside:
+            raise BlockedError(shown(answer))
+        if self._aside is None:
+            parcel.refuse(step.lines, answer.status, shown(answer))
+            return []
+        text = "%s: %d line(s) of a run are set aside, and tried again later"
+        self._complaints.say(logging.ERROR, text, shown(answer), len(step.lines))
+        return self._wait_aside(parcel, step)
+
+    def _shrink(self, parcel: Parcel, step: _Step, answer: Answer) -> Sequence[_Step]:
+        """Do with a 413 what suits it: send less at once, or give up or set aside what is too large by itself."""
+        if parts := step.parts():
+            self.bytes = max(min(self.bytes, sum(map(len, step.lines))) // 2, _LEAST_BYTES)
+            return parts
+        if isinstance(step, _Runs) and step.items[0].changes:
+            return self._reject_run(parcel, step.items[0], answer.status, answer.detail)
+        if not answer.is_daemons:
+            return self._block(parcel, step, answer)
+        if isinstance(step, _Runs):
+            return self._reject_run(parcel, step.items[0], answer.status, answer.detail)
+        parcel.refuse(step.lines, answer.status, answer.detail)
+        if isinstance(step, _Events) or len(step.fields) == 1:
+            return []
+        # The largest field must not keep the others from saying how the run ended.
+        largest = max(step.fields, key=lambda name: len(encode({name: step.fields[name]})))
+        return [_Update(step.event_id, {n: value for n, value in step.fields.items() if n != largest}, [])]
 
     # --- Runs ------------------------------------------------------------------------------------
 
     def _send_runs(self, parcel: Parcel, step: _Runs) -> Sequence[_Step]:
         body = b"\n".join([item.body for item in step.items])
         answer = self._ask("POST", "/api/v1/runs/batch", body, "application/x-ndjson")
-        if answer.status == 200:
-            return self._settle_batch(parcel, step, _batch_answer(answer, len(step.items)))
+        if answer.is_daemons and answer.status == 200:
+            try:
+                told = read_batch(answer, len(step.items))
+            except UnclearError as error:
+                raise RetryError(str(error)) from error
+            self.bytes = min(self.bytes + _MORE_BYTES, MAX_BYTES)
+            return self._settle_batch(parcel, step, told)
+        if answer.status == 413:
+            return self._shrink(parcel, step, answer)
         if _is_body_fault(answer):
             return step.parts() or self._reject_run(parcel, step.items[0], answer.status, answer.detail)
         return self._fail(parcel, step, answer)
 
-    def _settle_batch(self, parcel: Parcel, step: _Runs, told: _Batch) -> Sequence[_Step]:
+    def _settle_batch(self, parcel: Parcel, step: _Runs, told: Batch) -> Sequence[_Step]:
         if told.errors and told.details is None:  # a daemon that does not say which ones
             return step.parts() or self._reject_run(parcel, step.items[0], 422, told.errors)
         self._counters.stored += told.inserted
@@ -237,61 +349,78 @@ class Delivery:
     def _send_events(self, parcel: Parcel, step: _Events) -> Sequence[_Step]:
         body = orjson.dumps([item.event for item in step.items])
         answer = self._ask("POST", run_path(step.items[0].event_id) + "/events", body)
-        if answer.status in (200, 201) and _counts(answer.body) == len(step.items):
+        if answer.is_daemons and answer.status in (200, 201) and accounts_for(answer, len(step.items)):
             return []
+        if answer.status == 413:
+            return self._shrink(parcel, step, answer)
         if _is_body_fault(answer) and len(step.items) > 1:
             return step.parts()
-        if _is_body_fault(answer) or (answer.status in (404, 405) and answer.detail is not None):
-            # 404: no such run, because its start was refused; or a daemon that is too old to know events.
+        if _is_body_fault(answer):
             parcel.refuse(step.lines, answer.status, answer.detail)
             return []
-        if answer.status in _PATH_FAULTS and self._is_taken("POST", "/events", body):
-            parcel.refuse(step.lines, answer.status, answer.detail or _NO_ADDRESS)
-            return []
-        return self._fail(parcel, step, answer)
+        return self._settle_address(parcel, step, answer, body)
 
     def _send_update(self, parcel: Parcel, step: _Update) -> Sequence[_Step]:
         body = orjson.dumps(step.fields)
         answer = self._ask("PATCH", run_path(step.event_id), body)
-        if answer.status == 200 and isinstance(answer.body, dict) and answer.body.get("updated") is True:
+        has_done = answer.status == 200 and isinstance(answer.body, dict) and answer.body.get("updated") is True
+        if answer.is_daemons and has_done:
             return []
-        if _is_body_fault(answer) or (answer.status == 400 and answer.detail == _NOTHING_TO_UPDATE):
+        if answer.status == 413:
+            return self._shrink(parcel, step, answer)
+        if _is_body_fault(answer) or (answer.is_daemons and answer.detail == _NOTHING_TO_UPDATE):
             if parts := step.parts():
                 return parts
             parcel.refuse(step.lines, answer.status, answer.detail)
             # One bad field must not keep the others from saying how the run ended.
-            bad = _named_fields(answer.detail)
+            bad = named_fields(answer.detail)
             rest = {name: value for name, value in step.fields.items() if name not in bad}
             return [_Update(step.event_id, rest, [])] if rest and len(rest) < len(step.fields) else []
-        is_unknown = answer.status == 404 and str(answer.detail).startswith(_NOT_FOUND)
-        if is_unknown or (answer.status in _PATH_FAULTS and self._is_taken("PATCH", "", body)):
+        return self._settle_address(parcel, step, answer, body)
+
+    def _settle_address(self, parcel: Parcel, step: _Events | _Update, answer: Answer, body: bytes) -> Sequence[_Step]:
+        """Tell an address that no run has from one that nobody takes, and from a wrong daemon or a wrong address."""
+        if _is_unknown(answer):
+            if self._aside is not None and not parcel.was_aside:
+                self._aside.look()  # the run's start may have been set aside by another process, just now
+                if self._aside.holds(step.event_id):
+                    return self._wait_aside(parcel, step)
+            parcel.refuse(step.lines, answer.status, answer.detail)
+            return []
+        if answer.status in _PATH_FAULTS and self._is_taken(step, body):
+            if not answer.is_daemons:
+                return self._block(parcel, step, answer)
             parcel.refuse(step.lines, answer.status, answer.detail or _NO_ADDRESS)
             return []
         return self._fail(parcel, step, answer)
 
     def _fail(self, parcel: Parcel, step: _Step, answer: Answer) -> Sequence[_Step]:
-        """Come back later, unless it is this very step at which the daemon breaks again and again."""
+        """Come back later, unless it is this very step at which somebody breaks again and again."""
         if answer.status == 500:
             step.tries += 1
             parts = step.parts()
             if parts and step.tries >= _TRIES_BEFORE_SPLIT:
                 return parts
             if not parts and step.tries >= _TRIES_BEFORE_GIVING_UP and self._is_healthy():
+                if not answer.is_daemons:
+                    return self._block(parcel, step, answer)
                 parcel.refuse(step.lines, answer.status, answer.detail)
                 return []
         raise _retry(answer)
 
-    def _is_taken(self, method: str, suffix: str, body: bytes) -> bool:
+    def _is_taken(self, step: _Events | _Update, body: bytes) -> bool:
         """Tell whether the daemon itself answers the same request about another run, which does not exist.
 
         Then it is the event_id that has no place in an address; else the daemon or its address is wrong, for all runs.
         """
+        method, suffix = ("POST", "/events") if isinstance(step, _Events) else ("PATCH", "")
         answer = self._ask(method, run_path(new_uuid()) + suffix, body)
-        return answer.status == 422 or (answer.status == 404 and str(answer.detail).startswith(_NOT_FOUND))
+        return answer.is_daemons and (answer.status == 422 or _is_unknown(answer))
 
     def _is_healthy(self) -> bool:
         answer = self._ask("GET", "/health", None)
-        return answer.status == 200 and isinstance(answer.body, dict) and answer.body.get("status") == "ok"
+        is_well = answer.status == 200 and isinstance(answer.body, dict) and answer.body.get("status") == "ok"
+        return answer.is_daemons and is_well
 
     # --- One request -----------------------------------------------------------------------------
 
@@ -303,7 +432,7 @@ class Delivery:
 
         """
         answer = self._ask(method, path, body)
-        if answer.status in _PASSING:
+        if answer.status in _PASSING or not answer.is_daemons:
             raise _retry(answer)
         return answer
 
@@ -313,7 +442,7 @@ class Delivery:
         except UnreachableError as error:
             raise RetryError(str(error)) from error
         flow = answer.headers.get(FLOW_HEADER)
-        if flow is not None:
+        if flow is not None and answer.is_daemons:
             self.rows, self.pause_s = parse_flow(flow)
         return answer
 
@@ -326,56 +455,13 @@ _NOTHING_TO_UPDATE: Final = "No valid fields to update"
 
 
 def _is_body_fault(answer: Answer) -> bool:
-    """Tell whether it is what we sent that is wrong, said by the daemon itself (413: by a proxy perhaps)."""
-    return answer.status == 413 or (answer.status == 422 and answer.detail is not None)
+    """Tell whether it is what we sent that is wrong, said by the daemon itself."""
+    return answer.is_daemons and answer.status == 422
 
 
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    inserted: int
-    duplicates: int
-    errors: list[Any]
-    details: dict[int, Any] | None
-    """Index of the item → what is wrong with it; None if the daemon does not tell."""
-
-
-def _batch_answer(answer: Answer, sent: int) -> _Batch:
-    """Read what became of a batch.
-
-    Raises:
-        RetryError: if the answer does not account for each run that was sent.
-
-    """
-    body = answer.body
-    try:
-        inserted, duplicates, errors = int(body["inserted"]), int(body["duplicates"]), list(body["errors"])
-        told = body.get("error_details")
-        details = None if told is None else {int(item["index"]): item["detail"] for item in told}
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
-        raise RetryError("The answer to a batch cannot be read") from error
-    if details is not None and (len(details) != len(errors) or not all(0 <= index < sent for index in details)):
-        raise RetryError("The answer to a batch names other errors than it counts")
-    if inserted + duplicates + len(errors) != sent:
-        raise RetryError(f"The answer to a batch of {sent} accounts for {inserted + duplicates + len(errors)}")
-    return _Batch(inserted, duplicates, errors, details)
-
-
-def _counts(body: object) -> int | None:
-    """Return how many events an answer accounts for."""
-    try:
-        return int(body["inserted"]) + int(body["duplicates"])  # type: ignore[index]
-    except (TypeError, KeyError, ValueError):
-        return None
-
-
-def _named_fields(detail: object) -> set[str]:
-    """Return the fields that a 422 complains about."""
-    names: set[str] = set()
-    for fault in detail if isinstance(detail, list) else ():
-        place = fault.get("loc") if isinstance(fault, dict) else None
-        if isinstance(place, list) and len(place) >= 2:
-            names.add(str(place[1]))
-    return names
+def _is_unknown(answer: Answer) -> bool:
+    """Tell whether the daemon says that there is no such run."""
+    return answer.is_daemons and answer.status == 404 and str(answer.detail).startswith(_NOT_FOUND)
 
 
 def _halves(items: list[T]) -> list[list[T]]:
@@ -385,32 +471,5 @@ def _halves(items: list[T]) -> list[list[T]]:
 
 def _retry(answer: Answer) -> RetryError:
     """Return the error that makes us come back later."""
-    shown = f"{answer.status}: {answer.detail}" if answer.detail is not None else f"{answer.status}"
     is_refusal = 300 <= answer.status < 500 and answer.status not in (408, 425, 429)
-    return RetryError(f"The daemon answered {shown}"[:500], retry_after_s(answer), is_refusal=is_refusal)
-
-
-def retry_after_s(answer: Answer) -> float:
-    """Return the seconds of Retry-After (RFC 9110, 10.2.3: seconds or a date), or 0."""
-    text = answer.headers.get("retry-after", "").strip()
-    try:
-        seconds = float(text) if text[:1].isdigit() else parsedate_to_datetime(text).timestamp() - time.time()
-    except (ValueError, TypeError, IndexError):
-        return 0.0
-    return min(max(seconds, 0.0), _MAX_RETRY_AFTER_S) if math.isfinite(seconds) else 0.0
-
-
-def parse_flow(text: str) -> tuple[int, float]:
-    """Return the batch size and the pause in seconds of `batch=<rows>, pause=<milliseconds>`.
-
-    What is missing or makes no sense counts as the default.
-    """
-    rows, pause_s = DEFAULT_ROWS, 0.0
-    for part in text.split(","):
-        name, _, value = part.strip().partition("=")
-        if value.strip().isascii() and value.strip().isdigit():
-            if name.strip() == "batch":
-                rows = min(max(int(value), 1), MAX_ROWS)
-            elif name.strip() == "pause":
-                pause_s = min(int(value) / 1000, _MAX_PAUSE_S)
-    return rows, pause_s
+    return RetryError(shown(answer), retry_after_s(answer), is_refusal=is_refusal)

@@ -1,4 +1,4 @@
-"""The spool's folder: names, ownership, and the lines that wait in it.
+"""The spool's folder: names, ownership, and the files that wait in it.
 
 A *stream* is what one process writes: numbered files, each of them `.active` while it is written, `.ready` when it is
 closed, `.synced` when every line of it has been acknowledged:
@@ -25,34 +25,27 @@ import re
 import stat
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
-
-from telemetryd.client.lines import After
 
 ACTIVE: Final = ".active"
 READY: Final = ".ready"
 SYNCED: Final = ".synced"
 UNSENT: Final = (ACTIVE, READY)
 STATES: Final = (ACTIVE, READY, SYNCED)
-_LOCK: Final = ".lock"
+LOCK: Final = ".lock"
 _FILE: Final = re.compile(
     r"(?P<stem>(?P<stream>.+?)(?:\.(?P<number>\d{6}|[1-9]\d{6,}))?\.jsonl)(?P<state>\.active|\.ready|\.synced)"
 )
-_OWN_STREAM: Final = re.compile(r"\d{8}T\d{6}Z-\d+-[0-9a-f]{8}")
-_CHUNK: Final = 1 << 16
-_USUAL_LINE: Final = 1024
-"""No more than so much is read ahead for each line that is asked for."""
-_LONGEST_LINE: Final = 256 << 20
-"""A line beyond that is no line of ours: it is read, and left out, in pieces."""
-_LARGEST: Final = 2**62
+_ASIDE: Final = "aside-"
+OWN_STREAM: Final = re.compile(rf"(?:{_ASIDE})?\d{{8}}T\d{{6}}Z-\d+-[0-9a-f]{{8}}", re.ASCII)
+CHUNK: Final = 1 << 16
+_POSITION: Final = re.compile(rb"-?\d+ -?\d+\n?")
+_LONGEST_POSITION: Final = 64
 _MODE: Final = 0o600
 _FOLDER_MODE: Final = 0o700
-
-Position = tuple[int, int]
-"""A file's number, and an offset in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,23 +58,6 @@ class Entry:
     state: str
     size: int
     modified: float
-
-
-@dataclass(frozen=True, slots=True)
-class Window:
-    """Whole lines that follow each other in a file of a stream."""
-
-    lines: list[bytes]
-    number: int
-    start: int
-    """Where the first line begins in the file of that number."""
-    torn: bytes = b""
-    """What stands behind the last newline of a file that nobody writes any more, or a piece of what has no newline."""
-
-    @property
-    def end(self) -> Position:
-        """Where the next window begins."""
-        return self.number, self.start + sum(map(len, self.lines)) + len(self.lines) + len(self.torn)
 
 
 def make_folder(folder: Path) -> None:
@@ -99,6 +75,13 @@ def make_folder(folder: Path) -> None:
 def entries(folder: Path, states: tuple[str, ...] = STATES) -> list[Entry]:
     """Return the streams' files that are in one of some states, the oldest first."""
     return look_through(folder, lambda name: _read_name(name) if name.endswith(states) else None)
+
+
+def aside_entries(folder: Path, states: tuple[str, ...] = STATES) -> list[Entry]:
+    """Return the files of what is set aside, in some states; costs next to nothing where there are none."""
+    return look_through(
+        folder, lambda name: _read_name(name) if name.startswith(_ASIDE) and name.endswith(states) else None
+    )
 
 
 def look_through(folder: Path, read_name: Callable[[str], tuple[str, int, str] | None]) -> list[Entry]:
@@ -127,7 +110,7 @@ def _read_name(name: str) -> tuple[str, int, str] | None:
     match = _FILE.fullmatch(name)
     if match is None:
         return None
-    if match["number"] is not None and _OWN_STREAM.fullmatch(match["stream"]):
+    if match["number"] is not None and OWN_STREAM.fullmatch(match["stream"]):
         return match["stream"], int(match["number"]), match["state"]
     if match["state"] == ACTIVE:
         return None  # the replaced client's; it closes them itself
@@ -138,18 +121,53 @@ def waiting(folder: Path) -> dict[str, list[int]]:
     """Return the streams that have unsent files, with the files' numbers, the oldest first.
 
     At the end stand those of which there is a lock only, which is left if a process dies after the last
-    acknowledgement; to take the stream tidies it up.
+    acknowledgement; to take the stream tidies it up. Somebody else's lock file (poetry.lock) is none of them.
     """
     found: dict[str, list[int]] = defaultdict(list)
     for entry in entries(folder, UNSENT):
         found[entry.stream].append(entry.number)
     for name in _names(folder):
-        if name.endswith(_LOCK):
-            found.setdefault(name.removesuffix(_LOCK), [])
+        stream = name.removesuffix(LOCK)
+        if stream != name and stream not in found and _is_our_lock(folder / name, stream):
+            found[stream] = []
     return dict(found)
 
 
-def _unsent_numbers(folder: Path, stream: str) -> list[int]:
+def _is_our_lock(path: Path, stream: str) -> bool:
+    try:
+        lock = open_regular(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        return holds_position(lock, stream)
+    finally:
+        os.close(lock)
+
+
+def holds_position(lock: int, stream: str) -> bool:
+    """Tell whether a lock file is one of ours: it holds a position, or the process died before it was written."""
+    text = os.pread(lock, _LONGEST_POSITION + 1, 0)
+    if not text:
+        return OWN_STREAM.fullmatch(stream) is not None
+    return len(text) <= _LONGEST_POSITION and _POSITION.fullmatch(text) is not None
+
+
+def is_ours(path: Path, stream: str) -> bool:
+    """Tell whether a stream's file may be deleted: by its name, or else by its content, it is telemetry.
+
+    Anybody may have a `something.jsonl.synced` of his own where the spool's folder is not ours alone.
+    """
+    if OWN_STREAM.fullmatch(stream):
+        return True
+    try:
+        with open(open_regular(path, os.O_RDONLY), "rb") as file:
+            beginning = file.read(CHUNK).lstrip()
+    except OSError:
+        return False
+    return beginning.startswith(b"{") and b'"event_id"' in beginning
+
+
+def unsent_numbers(folder: Path, stream: str) -> list[int]:
     """Return the numbers of a stream's unsent files."""
     named = (_read_name(name) for name in _names(folder) if name.startswith(stream) and name.endswith(UNSENT))
     return [each[1] for each in named if each is not None and each[0] == stream]
@@ -167,262 +185,20 @@ def new_stream_name() -> str:
     return f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{os.getpid()}-{os.urandom(4).hex()}"
 
 
+def new_aside_name() -> str:
+    """Return a name that no other stream has, for lines that are set aside."""
+    return _ASIDE + new_stream_name()
+
+
+def is_aside(stream: str) -> bool:
+    """Tell whether a stream holds what was set aside."""
+    return stream.startswith(_ASIDE) and OWN_STREAM.fullmatch(stream) is not None
+
+
 def file_path(folder: Path, stream: str, number: int, state: str) -> Path:
     """Return the name of one of a stream's files."""
-    numbered = f".{number:06d}" if _OWN_STREAM.fullmatch(stream) else ""
+    numbered = f".{number:06d}" if OWN_STREAM.fullmatch(stream) else ""
     return folder / f"{stream}{numbered}.jsonl{state}"
-
-
-class Stream:
-    """The lock on one stream, and the place up to which it has been sent.
-
-    Only one thread uses it. Use `create` or `take`.
-
-    Args:
-        folder: where it is.
-        name: the stream's name.
-        lock: the descriptor that holds the lock.
-        numbers: which files it has; None if more may come at any time.
-
-    """
-
-    def __init__(self, folder: Path, name: str, lock: int, numbers: Iterable[int] | None) -> None:
-        self.folder = folder
-        self.name = name
-        self._lock: int | None = lock
-        self._numbers = None if numbers is None else sorted(numbers)
-        self._file: int | None = None
-        self._is_settled = False
-        """Whether nobody writes to the open file any more."""
-        self.number, self.offset = read_position(lock)
-
-    @classmethod
-    def create(cls, folder: Path) -> Stream:
-        """Begin a new stream of this process.
-
-        Raises:
-            OSError: if the folder does not allow it.
-
-        """
-        make_folder(folder)
-        while True:
-            name = new_stream_name()
-            lock = _lock(folder / (name + _LOCK), os.O_CREAT | os.O_EXCL)
-            if lock is not None:  # else somebody looked for left streams just now and took it
-                return cls(folder, name, lock, None)
-
-    @classmethod
-    def take(cls, folder: Path, name: str, numbers: Iterable[int] | None = None) -> Stream | None:
-        """Take over a stream that nobody sends, or return None if somebody does.
-
-        Args:
-            folder: where it is.
-            name: the stream's name.
-            numbers: which unsent files it has, as `waiting` says; by default they are looked up.
-
-        Raises:
-            OSError: if the folder does not allow it.
-
-        """
-        lock = _lock(folder / (name + _LOCK), os.O_CREAT)
-        if lock is None:
-            return None
-        try:
-            stream = cls(folder, name, lock, _unsent_numbers(folder, name) if numbers is None else numbers)
-        except OSError:
-            os.close(lock)
-            raise
-        try:
-            for number in stream._numbers or ():
-                stream._close_left(number)
-        except OSError:
-            stream.forget()  # somebody else may get on with it
-            raise
-        return stream
-
-    def _close_left(self, number: int) -> None:
-        """Give a file that a dead process has left the state in which that should have left it."""
-        if number < self.number:
-            with contextlib.suppress(FileNotFoundError):
-                self._rename(number, READY, SYNCED)
-        with contextlib.suppress(FileNotFoundError):
-            file = open_regular(self.path(number, ACTIVE), os.O_RDONLY)
-            try:
-                if _try_lock(file, fcntl.LOCK_SH):
-                    self._rename(number, ACTIVE, SYNCED if number < self.number else READY)
-            finally:
-                os.close(file)
-
-    def seal(self) -> None:
-        """Say that no more files will come."""
-        self._numbers = []
-
-    def path(self, number: int, state: str) -> Path:
-        """Return the name of one of the stream's files."""
-        return file_path(self.folder, self.name, number, state)
-
-    def window(self, rows: int, max_bytes: int) -> Window | None:
-        """Return the next unsent lines, at least one of any length; None if there are none (now).
-
-        Raises:
-            OSError: if a file cannot be read.
-
-        """
-        while True:
-            file = self._open()
-            if file is None:
-                return None
-            chunk = self._read(file, min(max(rows * _USUAL_LINE, _CHUNK), max_bytes))
-            end = chunk.rfind(b"\n")
-            if end >= 0:
-                return self._cut(chunk, end, rows, max_bytes)
-            if not self._is_settled and len(chunk) < _LONGEST_LINE:
-                if not _try_lock(file, fcntl.LOCK_SH):
-                    return None
-                self._is_settled = True
-                continue  # somebody may have written something just before
-            if chunk:
-                return Window([], self.number, self.offset, chunk)
-            self._finish_file()
-
-    def _read(self, file: int, size: int) -> bytes:
-        """Return what comes next, with one newline at least unless there is none (within the longest line)."""
-        while True:
-            chunk = os.pread(file, size, self.offset)
-            if b"\n" in chunk or len(chunk) < size or size >= _LONGEST_LINE:
-                return chunk
-            size *= 4  # a line that is longer than a chunk
-
-    def _cut(self, chunk: bytes, end: int, rows: int, max_bytes: int) -> Window:
-        lines = chunk[:end].split(b"\n", rows)
-        del lines[rows:]
-        size = sum(map(len, lines))
-        while size > max_bytes and len(lines) > 1:
-            size -= len(lines.pop())
-        return Window(lines, self.number, self.offset)
-
-    def advance(self, window: Window) -> None:
-        """Note that a window has been sent."""
-        self.number, self.offset = window.end
-        self._save()
-
-    def end(self) -> Position:
-        """Return where the last file that is known ends now.
-
-        Raises:
-            OSError: if it cannot be looked at.
-
-        """
-        for number in reversed(self._numbers or ()):
-            for state in (ACTIVE, READY, ACTIVE, READY):
-                with contextlib.suppress(FileNotFoundError):
-                    return number, self.path(number, state).stat().st_size
-        return self.number, self.offset
-
-    def drop_file(self, number: int) -> int | None:
-        """Delete an unsent file; return how many lines were given up, or None if it is still being written.
-
-        Raises:
-            OSError: if it cannot be read or deleted.
-
-        """
-        state = READY if self.path(number, READY).exists() else ACTIVE
-        path = self.path(number, state)
-        begin = self.offset if number == self.number else 0
-        with open(open_regular(path, os.O_RDONLY), "rb") as file:
-            if not _try_lock(file.fileno(), fcntl.LOCK_SH):
-                return None
-            file.seek(begin)
-            lines = sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(_CHUNK), b""))
-            if number == self.number:
-                self._close_file()
-                self.number, self.offset = number + 1, 0
-                self._save()
-            path.unlink()
-        return lines
-
-    def release(self) -> None:
-        """Give the stream up; if it has been sent whole, nothing of it but `.synced` files is left."""
-        self._close_file()
-        if self._lock is None:
-            return
-        lock, self._lock = self._lock, None
-        # The place matters only while the file is there to which it belongs.
-        if not any(self.path(self.number, state).exists() for state in (ACTIVE, READY)):
-            (self.folder / (self.name + _LOCK)).unlink(missing_ok=True)
-        os.close(lock)
-
-    def forget(self) -> None:
-        """Close what a forked process has inherited; the lock stays with the parent."""
-        self._close_file()
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
-
-    def _open(self) -> int | None:
-        """Return the file that is to be sent now."""
-        while self._file is None:
-            for state in (ACTIVE, READY, ACTIVE, READY):  # it may be renamed between the two
-                with contextlib.suppress(FileNotFoundError):
-                    self._file = open_regular(self.path(self.number, state), os.O_RDONLY)
-                    return self._file
-            numbers = _unsent_numbers(self.folder, self.name) if self._numbers is None else self._numbers
-            later = min((number for number in numbers if number > self.number), default=None)
-            if later is None:
-                return None
-            self.number, self.offset = later, 0
-        return self._file
-
-    def _finish_file(self) -> None:
-        assert self._file is not None  # noqa: S101 - it has just been read to its end
-        is_empty = os.fstat(self._file).st_size == 0
-        for state in (READY, ACTIVE):
-            with contextlib.suppress(FileNotFoundError):
-                if is_empty:
-                    self.path(self.number, state).unlink()
-                else:
-                    self._rename(self.number, state, SYNCED)
-                    os.utime(self.path(self.number, SYNCED))  # kept from now on
-        self._close_file()  # until here it holds the file's lock
-        self.number, self.offset = self.number + 1, 0
-        self._save()
-
-    def _rename(self, number: int, state: str, new_state: str) -> None:
-        self.path(number, state).rename(self.path(number, new_state))
-
-    def _close_file(self) -> None:
-        if self._file is not None:
-            os.close(self._file)
-            self._file, self._is_settled = None, False
-
-    def _save(self) -> None:
-        assert self._lock is not None  # noqa: S101 - nobody sends what he does not own
-        with contextlib.suppress(OSError):  # then some lines are sent again, which is harmless
-            os.pwrite(self._lock, b"%010d %020d\n" % (self.number, self.offset), 0)
-
-
-def read_position(lock: int) -> Position:
-    """Return how far a stream has been sent; what cannot be read counts as not at all."""
-    try:
-        number, offset = map(int, os.pread(lock, 64, 0).split())
-    except (OSError, ValueError):
-        return 0, 0
-    return (number, offset) if 0 <= number < _LARGEST and 0 <= offset < _LARGEST else (0, 0)
-
-
-def is_sent(folder: Path, after: After) -> bool:
-    """Tell whether another stream has been sent up to a place."""
-    name, number, size = after
-    if not _OWN_STREAM.fullmatch(name):
-        return True  # no process of ours wrote that
-    with contextlib.suppress(FileNotFoundError):  # then nobody has begun to send it, or it has been sent whole
-        lock = open_regular(folder / (name + _LOCK), os.O_RDONLY)
-        try:
-            if read_position(lock) >= (number, size):
-                return True
-        finally:
-            os.close(lock)
-    return all(unsent > number for unsent in _unsent_numbers(folder, name))
 
 
 def open_regular(path: Path, flags: int) -> int:
@@ -442,22 +218,7 @@ def open_regular(path: Path, flags: int) -> int:
     raise OSError(errno.EPERM, "It is not a regular file with one name", str(path))
 
 
-def _lock(path: Path, flags: int) -> int | None:
-    """Open and lock a lock file; None if somebody else holds it, or it is deleted by the one who held it."""
-    try:
-        lock = open_regular(path, os.O_RDWR | flags)
-    except FileExistsError:
-        return None
-    if not _try_lock(lock, fcntl.LOCK_EX):
-        os.close(lock)
-        return None
-    if os.fstat(lock).st_nlink == 0:
-        os.close(lock)
-        return None
-    return lock
-
-
-def _try_lock(file: int, kind: int) -> bool:
+def try_lock(file: int, kind: int) -> bool:
     """Lock an open file if nobody else has, which would be the end of it; tell whether it is locked now.
 
     Raises:
@@ -483,10 +244,11 @@ def open_active(folder: Path, stream: str, number: int) -> tuple[int, int]:
     """
     while True:
         path = file_path(folder, stream, number, ACTIVE)
-        file = open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL)
+        # Also to be read: if it is deleted, its lines can still be had of it.
+        file = open_regular(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL)
         try:
             with contextlib.suppress(FileNotFoundError):
-                if _try_lock(file, fcntl.LOCK_EX) and path.stat().st_ino == os.fstat(file).st_ino:
+                if try_lock(file, fcntl.LOCK_EX) and path.stat().st_ino == os.fstat(file).st_ino:
                     return file, number
         except OSError:
             os.close(file)

@@ -19,6 +19,7 @@ from typing import Any, Final
 
 import orjson
 
+from telemetryd.client.fields import CHANGES
 from telemetryd.client.values import Room, plain
 
 OP: Final = b'{"op":"'
@@ -187,23 +188,33 @@ def plan(lines: list[bytes]) -> Plan:
     if not operations:
         return result
     for item in result.runs:
-        item.event_id = _event_id(item.body)
+        item.event_id = event_id_of(item.body)
         started.setdefault(item.event_id, item)
     for line in operations:
         _add_operation(result, started, line)
     for item in started.values():
         run = read_object(item.body) if item.changes else None
-        if run is None or item.changes is None:
+        if item.changes is None or run is None:
             continue
         try:
-            item.body = orjson.dumps({**run, **item.changes})
+            # One name twice in a line made by hand: the daemon reads the last one, so it may mean another run.
+            joined = orjson.dumps({**run, **item.changes}) if run.get("event_id") == item.event_id else None
         except TypeError:  # deeper than orjson writes, though it could be read
-            result.updates[item.event_id] = UpdateItem(item.event_id, item.changes, item.lines[1:])
+            joined = None
+        if joined is not None:
+            item.body = joined
+        else:
+            later = result.updates.get(item.event_id)
+            fields, lines = (later.fields, later.lines) if later is not None else ({}, [])
+            result.updates[item.event_id] = UpdateItem(
+                item.event_id, {**item.changes, **fields}, [*item.lines[1:], *lines]
+            )
             item.lines, item.changes = item.lines[:1], None
     return result
 
 
-def _event_id(line: bytes) -> str:
+def event_id_of(line: bytes) -> str:
+    """Return the event_id of a run, or of what is said of it; an empty text if there is none."""
     if line.startswith(RUN):
         raw = line[len(RUN) : line.find(b'"', len(RUN))]
         if b"\\" not in raw:
@@ -212,24 +223,38 @@ def _event_id(line: bytes) -> str:
     return value if isinstance(value, str) else ""
 
 
+def said(fields: Json) -> Json:
+    """Return the changes that an update asks for: PATCH leaves alone what is null."""
+    return {name: value for name, value in fields.items() if value is not None}
+
+
 def _add_operation(result: Plan, started: Mapping[str, RunItem], line: bytes) -> None:
     value = _read_writable(line) or {}
     event_id, fields, event = value.get("event_id"), value.get("fields"), value.get("event")
     if not isinstance(event_id, str):
         result.unreadable.append(line)
     elif value["op"] == "update" and isinstance(fields, dict):
-        if (run := started.get(event_id)) is not None:
-            run.changes = {**(run.changes or {}), **fields}
-            run.lines.append(line)
-        elif (known := result.updates.get(event_id)) is not None:
-            known.fields = {**known.fields, **fields}
-            known.lines.append(line)
-        else:
-            result.updates[event_id] = UpdateItem(event_id, fields, [line])
+        _add_update(result, started.get(event_id), UpdateItem(event_id, said(fields), [line]))
     elif value["op"] == "event" and isinstance(event, dict):
         result.events.setdefault(event_id, []).append(EventItem(event_id, event, line))
     else:
         result.unreadable.append(line)
+
+
+def _add_update(result: Plan, run: RunItem | None, update: UpdateItem) -> None:
+    """Join an update with what is sent before, so that the run ends as if each line were sent by itself.
+
+    What PATCH does not take (event_id, created_at, a name) a start would take: such an update stays a PATCH, and so do
+    those behind it.
+    """
+    if (known := result.updates.get(update.event_id)) is not None:
+        known.fields = {**known.fields, **update.fields}
+        known.lines += update.lines
+    elif run is not None and update.fields.keys() <= CHANGES:
+        run.changes = {**(run.changes or {}), **update.fields}
+        run.lines += update.lines
+    else:
+        result.updates[update.event_id] = update
 
 
 def dead_letter(line: bytes, status: int | None, reason: object, moment: str) -> bytes:

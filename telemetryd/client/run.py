@@ -7,6 +7,7 @@ import math
 import os
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from contextvars import Token
 from types import MappingProxyType, TracebackType
@@ -332,8 +333,6 @@ def heartbeat_of(asked: object, rejected: Complain) -> float | None:
 
 
 def _details(error: BaseException) -> str:
-    import traceback  # noqa: PLC0415
-
     try:
         return "".join(traceback.format_exception(error))[-_MAX_DETAILS:]
     except Exception:  # noqa: BLE001 - as above

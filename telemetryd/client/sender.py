@@ -30,6 +30,17 @@ if hasattr(os, "register_at_fork"):
     )
 
 
+def _is_started(thread: threading.Thread) -> bool:
+    """Start a thread, unless the interpreter is ending: Python 3.11 would wait for ever for the thread to begin."""
+    if sys.is_finalizing():
+        return False
+    try:
+        thread.start()
+    except RuntimeError:  # from Python 3.12 on it says so itself
+        return False
+    return True
+
+
 def _at_end_of_child(close: Callable[[], None]) -> None:
     """Have this called at the end of a process of multiprocessing: os._exit may end it, without atexit handlers."""
     process, util = sys.modules.get("multiprocessing.process"), sys.modules.get("multiprocessing.util")
@@ -86,6 +97,11 @@ class Flush:
         """Whether one failure is enough: the process is about to end."""
         self.done = threading.Event()
         self.succeeded = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the one who waits still does. It leaves the list only when its thread gets its turn."""
+        return not self.done.is_set()
 
     def end(self, *, succeeded: bool) -> None:
         """Let the one who waits go on."""
@@ -145,20 +161,17 @@ class Sender:
         with self._starting:
             if self._thread is None and not self.stopping:
                 self._thread = threading.Thread(target=self._work, name="telemetryd-client", daemon=True)
-                try:
-                    self._thread.start()
-                except RuntimeError:  # the interpreter is shutting down: the spool keeps it
-                    self._thread = None
-                else:
+                if _is_started(self._thread):
                     _at_end_of_child(self._close)
+                else:
+                    self._thread = None  # the spool keeps it
 
     def _tidy(self) -> None:
         """Where no thread sends: keep the folder within its bounds when a file is full, without a wait."""
         is_busy = self._tidying is not None and self._tidying.is_alive()
         if not is_busy and time.monotonic() >= self._upkeep.due:
-            self._tidying = threading.Thread(target=self._attend, name="telemetryd-client", daemon=True)
-            with contextlib.suppress(RuntimeError):  # the interpreter is shutting down
-                self._tidying.start()
+            tidying = threading.Thread(target=self._attend, name="telemetryd-client", daemon=True)
+            self._tidying = tidying if _is_started(tidying) else None
 
     def _attend(self) -> None:
         try:
@@ -168,6 +181,7 @@ class Sender:
             self._complaints.say(logging.WARNING, text, self._config.folder, error)
 
     def _work(self) -> None:
+        process = os.getpid()
         try:
             with _importing:
                 import encodings.idna  # noqa: F401, PLC0415 - else the first connection imports it
@@ -176,9 +190,10 @@ class Sender:
             self._worker = Worker(self._config, self._spool, self._counters, self)
             self._worker.work()
         finally:
-            self._ended = True
-            for flush in [*self.flushes]:
-                flush.end(succeeded=False)
+            if process == os.getpid():  # else a green thread that a fork has copied
+                self._ended = True
+                for flush in [*self.flushes]:
+                    flush.end(succeeded=False)
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until everything recorded so far has been acknowledged; return whether it has."""
@@ -195,7 +210,8 @@ class Sender:
             flush.end(succeeded=False)
             return flush
         self.flushes.append(flush)
-        if self._ended:  # looked at after it is on the list, which is looked through after this is set
+        # Looked at after it is on the list, which is looked through after this is set.
+        if self._ended or sys.is_finalizing():
             flush.end(succeeded=False)
         self.hurry.ring()
         self.wake.ring()
@@ -220,7 +236,8 @@ class Sender:
         """Wait for the thread's end; return whether nobody works on the stream any more."""
         if self._thread is None:
             return True
-        self._thread.join(max(timeout_s, 0.0))
+        with contextlib.suppress(RuntimeError):  # the interpreter is ending (Python 3.14)
+            self._thread.join(max(timeout_s, 0.0))
         return not self._thread.is_alive()
 
     def after_fork(self) -> None:

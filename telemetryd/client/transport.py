@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import http.client
 import io
 import ipaddress
-import os
+import selectors
 import socket
 import time
 from dataclasses import dataclass
@@ -19,12 +18,21 @@ import orjson
 
 import telemetryd
 from telemetryd.client.config import Config
+from telemetryd.client.descriptors import Descriptor, LostError
 
 _CONNECT_TIMEOUT_S: Final = 5.0
 _MAX_ANSWER: Final = 32 << 20
+_AT_ONCE: Final = 64 << 10
+"""A larger body is sent in pieces, with an eye on an answer that comes before its end."""
+_LATE_ANSWER_S: Final = 2.0
+"""How long we wait for the answer of who does not take the rest of a body."""
+_DEEPEST: Final = 100
+"""How deep an answer of the daemon may be nested at most; its own are not nearly as deep."""
 _GZIP_FROM: Final = 1024
 _MAX_PATH: Final = 8000
-_IDLE_ERRORS: Final = (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError)
+_IDLE_ERRORS: Final = (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError, LostError)
+_SERVER: Final = "telemetry-server"
+"""The header by which the daemon tells that it is the daemon (API.md, amendments)."""
 
 
 class UnreachableError(Exception):
@@ -42,9 +50,31 @@ class Answer:
     """The decoded JSON; None if it is none."""
 
     @property
+    def is_daemons(self) -> bool:
+        """Whether telemetryd itself gave this answer: not a proxy, and not somebody else behind the address."""
+        return self.headers.get(_SERVER, "").startswith("telemetryd")
+
+    @property
     def detail(self) -> Any:
         """What an error says of itself."""
         return self.body.get("detail") if isinstance(self.body, dict) else None
+
+
+def _decoded(text: bytes) -> Any:
+    """Return the JSON of an answer; None if it is none, or nested so deep that to handle it would break something.
+
+    orjson reads 1024 levels; repr() and json.dumps() break before.
+    """
+    try:
+        value = orjson.loads(text)
+    except ValueError:
+        return None
+    if text.count(b"[") + text.count(b"{") > _DEEPEST:
+        try:
+            orjson.dumps(value)  # at most 254 levels
+        except TypeError:
+            return None
+    return value
 
 
 def run_path(event_id: str) -> str:
@@ -68,6 +98,21 @@ def is_addressable(event_id: str) -> bool:
         return False
 
 
+def _is_free_to_send(sock: socket.socket, timeout_s: float) -> bool:
+    """Wait until a socket takes something; False if it has something to say before, be it that it is closed.
+
+    Raises:
+        TimeoutError: if it does neither.
+
+    """
+    with selectors.DefaultSelector() as selector:
+        selector.register(sock, selectors.EVENT_READ | selectors.EVENT_WRITE)
+        events = selector.select(timeout_s)
+    if not events:
+        raise TimeoutError("timed out")
+    return not any(happened & selectors.EVENT_READ for _, happened in events)
+
+
 class _UnixConnection(http.client.HTTPConnection):
     def __init__(self, path: str, timeout: float) -> None:
         super().__init__("localhost", timeout=timeout)
@@ -82,18 +127,19 @@ class _UnixConnection(http.client.HTTPConnection):
 class _Answering(http.client.HTTPResponse):
     """An answer that has to be complete by a moment: a socket's own time-out is for each read anew."""
 
-    def __init__(self, ends: float, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, ends: float, own: Descriptor, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
-        self.fp = io.BufferedReader(_Bounded(self.fp.detach(), sock, ends))
+        self.fp = io.BufferedReader(_Bounded(self.fp.detach(), sock, own, ends))
 
 
 class _Bounded(io.RawIOBase):
     """Reads from a socket until a moment (time.monotonic)."""
 
-    def __init__(self, raw: io.RawIOBase, sock: socket.socket, ends: float) -> None:
+    def __init__(self, raw: io.RawIOBase, sock: socket.socket, own: Descriptor, ends: float) -> None:
         super().__init__()
         self._raw = raw
         self._socket = sock
+        self._own = own
         self._ends = ends
 
     def readable(self) -> bool:
@@ -105,8 +151,10 @@ class _Bounded(io.RawIOBase):
 
         Raises:
             TimeoutError: if nothing comes before the moment, or it has passed.
+            LostError: if the agent has closed the socket.
 
         """
+        self._own.check()
         left = self._ends - time.monotonic()
         if left <= 0:
             raise TimeoutError("timed out")
@@ -130,6 +178,7 @@ class Transport:
         if config.token:
             self._headers["Authorization"] = f"Bearer {config.token}".encode()
         self._connection: http.client.HTTPConnection | None = None
+        self._socket: Descriptor | None = None
         self.is_local: bool | None = None
         """Whether the daemon runs on this very machine, as far as the last connection tells; None before the first."""
 
@@ -154,7 +203,7 @@ class Transport:
                 if not was_idle:
                     raise
                 return self._exchange(method, path, body, media_type)
-        except (OSError, http.client.HTTPException, ValueError) as error:
+        except (OSError, http.client.HTTPException, ValueError, OverflowError) as error:
             self.close()
             why = error.strerror if isinstance(error, OSError) else None
             raise UnreachableError(f"{self._address.geturl()}: {why or error or type(error).__name__}") from error
@@ -164,6 +213,8 @@ class Transport:
         if connection is None:
             connection = self._connection = self._connect()
             self.is_local = _is_local(connection.sock)
+        own = self._socket = self._socket or Descriptor(connection.sock.fileno())
+        own.check()
         headers = dict(self._headers)
         if body is not None:
             headers["Content-Type"] = media_type
@@ -172,20 +223,42 @@ class Transport:
                 body = gzip.compress(body, 1)
                 headers["Content-Encoding"] = "gzip"
         connection.sock.settimeout(self._timeout_s)
-        ends = time.monotonic() + self._timeout_s
-        connection.response_class = partial(_Answering, ends)  # type: ignore[assignment]
-        connection.request(method, self._prefix + path, body, headers)
+        is_whole = True
+        try:
+            if body is None or len(body) <= _AT_ONCE:
+                connection.request(method, self._prefix + path, body, headers)
+            else:
+                headers["Content-Length"] = str(len(body))
+                connection.request(method, self._prefix + path, None, headers)
+                is_whole = self._send_body(connection, own, body)
+        except OSError as error:
+            if isinstance(error, (TimeoutError, LostError)):
+                raise
+            is_whole = False  # who takes no more has perhaps said why
+        ends = time.monotonic() + (self._timeout_s if is_whole else min(self._timeout_s, _LATE_ANSWER_S))
+        connection.response_class = partial(_Answering, ends, own)  # type: ignore[assignment]
         with connection.getresponse() as response:
             text = response.read(_MAX_ANSWER)
-            if not response.isclosed():
-                self.close()  # more than we care to read
             answer_headers = {name.lower(): value for name, value in response.getheaders()}
-            if response.will_close:
-                self.close()
-        decoded = None
-        with contextlib.suppress(ValueError):
-            decoded = orjson.loads(text)
-        return Answer(response.status, answer_headers, decoded)
+            if not response.isclosed() or response.will_close or not is_whole:
+                self.close()  # there is more than we care to read, or nothing more to come
+        return Answer(response.status, answer_headers, _decoded(text))
+
+    def _send_body(self, connection: http.client.HTTPConnection, own: Descriptor, body: bytes) -> bool:
+        """Send a large body, and tell whether all of it was sent: not if an answer comes before.
+
+        "A client sending a message body SHOULD monitor the connection for an error response while it is transmitting
+        the request" (RFC 9112, 9.5). A TLS connection may bring records that are no answer, so there the answer is
+        looked for only when no more is taken.
+        """
+        rest = memoryview(body)
+        is_plain = type(connection.sock) is socket.socket
+        while rest:
+            own.check()
+            if is_plain and not _is_free_to_send(connection.sock, self._timeout_s):
+                return False
+            rest = rest[connection.sock.send(rest[:_AT_ONCE]) :]
+        return True
 
     def _connect(self) -> http.client.HTTPConnection:
         address, timeout = self._address, min(_CONNECT_TIMEOUT_S, self._timeout_s)
@@ -201,15 +274,20 @@ class Transport:
 
     def close(self) -> None:
         """Close the connection; the next request opens another."""
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
+        connection, own, self._connection, self._socket = self._connection, self._socket, None, None
+        if connection is None:
+            return
+        if connection.sock is not None and own is not None and not own.is_ours():
+            connection.sock.detach()  # what has the number now is the agent's
+        connection.close()
 
     def forget(self) -> None:
         """In a forked process: close the copy of the parent's connection, and nothing else of it.
 
         The parent's thread may have been reading, and then the copy of the reader's lock is never released.
         """
-        if self._connection is not None and self._connection.sock is not None:
-            os.close(self._connection.sock.detach())
-        self._connection = None
+        connection, own, self._connection, self._socket = self._connection, self._socket, None, None
+        if connection is not None and connection.sock is not None:
+            connection.sock.detach()
+            if own is not None:
+                own.close()

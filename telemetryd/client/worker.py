@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Final
 
+from telemetryd.client.aside import Aside
 from telemetryd.client.bounds import Upkeep, counted, make_room
 from telemetryd.client.complaints import Complaints
 from telemetryd.client.config import Config
@@ -20,11 +21,13 @@ from telemetryd.client.context import ProcessIdentity
 from telemetryd.client.counters import Counters
 from telemetryd.client.courier import Courier
 from telemetryd.client.dead_letters import bury
-from telemetryd.client.delivery import Delivery, Parcel, RetryError, WaitError
-from telemetryd.client.folder import Position, Stream, waiting
+from telemetryd.client.delivery import BlockedError, Delivery, Parcel, RetryError, WaitError
+from telemetryd.client.descriptors import LostError
+from telemetryd.client.folder import is_aside, waiting
 from telemetryd.client.lines import encode
 from telemetryd.client.sender import LiveRun, Sender
 from telemetryd.client.spool import Spool
+from telemetryd.client.streams import Position, Stream
 from telemetryd.client.transport import Transport, is_addressable, run_path
 
 logger: Final = logging.getLogger("telemetryd.client")
@@ -85,7 +88,8 @@ class Worker:
         self._sender = sender
         self._complaints = Complaints()
         self._transport = Transport(config)
-        self._delivery = Delivery(self._transport, self._bury, counters)
+        self._aside = Aside(self._folder)
+        self._delivery = Delivery(self._transport, self._bury, counters, self._aside)
         self._backoff = Backoff()
         self._quiet_until = 0.0
         self._not_before = 0.0
@@ -104,19 +108,23 @@ class Worker:
         self._refusals: int | None = 0
         """How often we were refused since the beginning; None when it has once been granted."""
         self._identity: ProcessIdentity | None = None
+        self._is_forgotten = False
+        """Whether this is a forked process, into which the fork has copied the thread, as it does with green ones."""
 
     def work(self) -> None:
         """Work until the sender is told to stop."""
         try:
-            while not self._sender.stopping:
+            while not self._has_to_end():
                 may_send = self._wait()
-                if self._sender.stopping:
+                if self._has_to_end():
                     break
                 try:
                     self._tidy()
                     if may_send:
                         self._turn()
                 except Exception:
+                    if self._is_forgotten:
+                        break
                     self._quiet_until = time.monotonic() + _BACKOFF_MOST_S
                     logger.exception("Telemetry could not be sent because of an error of the client itself")
         finally:
@@ -125,9 +133,13 @@ class Worker:
 
     def forget(self) -> None:
         """In a forked process: close what belongs to the parent, and touch nothing of it."""
+        self._is_forgotten = True
         self._transport.forget()
         if self._orphan is not None:
             self._orphan.stream.forget()
+
+    def _has_to_end(self) -> bool:
+        return self._sender.stopping or self._is_forgotten
 
     def _wait(self) -> bool:
         """Sleep until there is something to do; return whether it is time to send, or only to tidy up."""
@@ -141,7 +153,7 @@ class Worker:
             may_send = hurried or time.monotonic() >= self._quiet_until
         else:
             may_send = True
-            if not sender.flushes:
+            if not self._is_awaited():
                 if sender.is_idle:
                     due = min([self._next_look, self._upkeep.due, *self._beats.values()])
                     sender.wake.wait(max(due - now, 0.01))
@@ -150,6 +162,14 @@ class Worker:
         sender.wake.quieten()
         sender.hurry.quieten()
         return may_send
+
+    def _is_awaited(self) -> bool:
+        """Tell whether somebody waits for us who has not been told yet.
+
+        Where threads only take turns of their own accord (gevent, eventlet), who has been told cannot leave before we
+        wait.
+        """
+        return any(flush.is_open for flush in [*self._sender.flushes])
 
     def _turn(self) -> None:
         try:
@@ -178,7 +198,7 @@ class Worker:
 
     def _serve(self) -> None:
         """Send our own lines, tell those who wait for that, and say which runs are alive."""
-        flushes = [*self._sender.flushes]
+        flushes = [flush for flush in [*self._sender.flushes] if flush.is_open]
         # Their starts are in the spool, so they will have been sent.
         live = [run for run in [*self._sender.live.values()] if is_addressable(run.event_id)]
         try:
@@ -190,25 +210,34 @@ class Worker:
                     flush.end(succeeded=False)
             raise
         for flush in flushes:
-            flush.end(succeeded=not self._sender.stopping)
+            flush.end(succeeded=not self._sender.stopping and not self._aside.is_used)
         self._attend(live)
 
     def _send_own(self) -> None:
         self._sender.is_idle = True  # from here on a line wakes us again
+        self._spool.look()
+        self._spool.forget_stranded()
         end = self._spool.end()
         stream = self._spool.stream
         if stream is not None:
             if self._own is None or self._own.stream is not stream:
                 self._own = Courier(stream, self._delivery, self._counters)
-            while (lines := self._own.carry()) and not self._sender.stopping:
-                # Less than a batch beyond what there was when we began may gather first.
-                if lines < self._delivery.rows and (stream.number, stream.offset) >= end:
-                    break
-                self._breathe()
-            if stream.number < end[0] and not self._sender.stopping:
-                raise WaitError("Somebody still writes to a file that is full", _SETTLE_S)
+            try:
+                self._send_stream(self._own, end)
+            except LostError:  # the agent has closed the lock, and somebody else sends the stream now
+                self._spool.leave_stream()
         while self._spool.holds and not self._sender.stopping:
             self._send_held()
+
+    def _send_stream(self, own: Courier, end: Position) -> None:
+        stream = own.stream
+        while (lines := own.carry()) and not self._sender.stopping:
+            # Less than a batch beyond what there was when we began may gather first.
+            if lines < self._delivery.rows and (stream.number, stream.offset) >= end:
+                break
+            self._breathe()
+        if stream.number < end[0] and not self._sender.stopping:
+            raise WaitError("Somebody still writes to a file that is full", _SETTLE_S)
 
     # --- What processes that are gone have left --------------------------------------------------
 
@@ -223,6 +252,10 @@ class Worker:
             is_left = False
             try:
                 is_left = orphan.carry() > 0 and (orphan.stream.number, orphan.stream.offset) < self._orphan_end
+                if not is_left:
+                    orphan.stream.window(1, 1)  # marks a file that has been sent whole
+            except BlockedError:
+                self._aside.postpone(orphan.stream.name)
             except WaitError:
                 pass  # it comes after a stream that another process is still sending
             except OSError as error:
@@ -232,14 +265,14 @@ class Worker:
                 continue
             self._breathe()
             self._tidy()
-            if not self._sender.is_idle or self._sender.flushes or self._beat_is_due():
+            if not self._sender.is_idle or self._is_awaited() or self._beat_is_due():
                 self._serve()
 
     def _next_orphan(self) -> Courier | None:
         own = self._spool.stream
         while self._left:
             name, numbers = self._left.popleft()
-            if own is not None and own.name == name:
+            if (own is not None and own.name == name) or (is_aside(name) and not self._aside.is_due(name)):
                 continue
             try:
                 stream = Stream.take(self._folder, name, numbers)
@@ -282,6 +315,7 @@ class Worker:
 
     def _tidy(self) -> None:
         """Keep the folder within its bounds, whether the daemon can be reached or not."""
+        self._spool.look()
         self._spool.rotate_if_old()
         try:
             self._upkeep.attend(self._spool.stream)

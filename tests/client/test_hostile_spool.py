@@ -12,12 +12,12 @@ from pathlib import Path
 import orjson
 import pytest
 
-from telemetryd.client import Client
-from telemetryd.client import folder as folders
+from telemetryd.client import Client, streams
 from telemetryd.client.bounds import Bounds, enforce
 from telemetryd.client.dead_letters import DEAD_LETTERS, bury
-from telemetryd.client.folder import Stream, entries, is_sent, waiting
+from telemetryd.client.folder import entries, waiting
 from telemetryd.client.lines import after_of, dead_letter, mend
+from telemetryd.client.streams import Stream, is_sent
 from tests.client.conftest import MakeClient, flushed, url_of
 from tests.client.test_spool import drain
 from tests.conftest import Api, StartDaemon, make_run
@@ -208,7 +208,7 @@ def test_a_dead_letter_of_any_depth_is_one_line() -> None:
 
 
 def test_a_line_without_end_is_read_in_bounded_pieces(full: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folders, "_LONGEST_LINE", 1 << 20)
+    monkeypatch.setattr(streams, "_LONGEST_LINE", 1 << 20)
     with (full / "left.jsonl.ready").open("wb") as file:
         file.truncate(1 << 40)  # which a crash or somebody else may leave
     stream = Stream.take(full, "left")

@@ -86,14 +86,20 @@ def start(event_id: str) -> bytes:
 
 
 def test_changes_join_the_start_that_is_sent_with_them_and_else_each_other() -> None:
-    lines = [start("a"), update("a", items=1), update("b", items=1), event("a", "1"), update("a", status="success")]
-    lines += [update("b", status="failure", items=2), event("b", "2"), event("a", "3")]
+    lines = [
+        start("a"),
+        update("a", items_failed=1),
+        update("b", items_failed=1),
+        event("a", "1"),
+        update("a", status="success"),
+    ]
+    lines += [update("b", status="failure", items_failed=2), event("b", "2"), event("a", "3")]
     wanted = plan(lines)
     (run,) = wanted.runs
-    assert json.loads(run.body) == {"event_id": "a", "status": "success", "items": 1}
-    assert run.changes == {"items": 1, "status": "success"}
+    assert json.loads(run.body) == {"event_id": "a", "status": "success", "items_failed": 1}
+    assert run.changes == {"items_failed": 1, "status": "success"}
     assert run.lines == [lines[0], lines[1], lines[4]]
-    assert wanted.updates["b"].fields == {"items": 2, "status": "failure"}
+    assert wanted.updates["b"].fields == {"items_failed": 2, "status": "failure"}
     assert [item.event["event_key"] for item in wanted.events["a"]] == ["1", "3"]
     assert not wanted.unreadable
 

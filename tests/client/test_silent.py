@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from telemetryd.client import Client
-from telemetryd.client.folder import Stream, is_sent, waiting
+from telemetryd.client.folder import waiting
 from telemetryd.client.spool import Spool
+from telemetryd.client.streams import Stream, is_sent
 from tests.client.conftest import MakeClient, states, url_of
 from tests.client.test_spool import drain, pick_up
 from tests.conftest import Api, make_run

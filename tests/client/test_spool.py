@@ -21,8 +21,9 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from telemetryd.client import Config, bounds, dead_letters
 from telemetryd.client.bounds import Bounds, enforce
 from telemetryd.client.dead_letters import bury
-from telemetryd.client.folder import Entry, Stream, entries, is_sent, summary, waiting
+from telemetryd.client.folder import Entry, entries, summary, waiting
 from telemetryd.client.spool import Spool
+from telemetryd.client.streams import Stream, is_sent
 from tests.client.conftest import states
 from tests.conftest import small_file_system
 

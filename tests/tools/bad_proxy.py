@@ -11,6 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
 
+DAEMONS = {"Telemetry-Server": "telemetryd/4"}
+"""By this the daemon's own answers are told from a proxy's."""
 ERRORS = {
     "503": (503, {"Retry-After": "0"}, b'{"detail":"Too many writes are waiting"}'),
     "429": (429, {"Retry-After": "0"}, b'{"detail":"Too many requests"}'),
@@ -36,6 +38,8 @@ class BadProxy:
         self.bodies: list[bytes] = []
         self.flow: str | None = None
         """A Telemetry-Flow header to put into answers."""
+        self.limit: int | None = None
+        """How large a body may be, as nginx's client_max_body_size."""
         proxy = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -61,6 +65,9 @@ class BadProxy:
         self.seen.append((request.command, request.path, len(body)))
         self.headers.append({name.lower(): value for name, value in request.headers.items()})
         self.bodies.append(body)
+        if self.limit is not None and len(body) > self.limit:
+            self._answer(request, 413, {"Content-Type": "text/html"}, b"<html>413 Request Entity Too Large</html>")
+            return
         what = self.script.pop(0) if self.script else "pass"
         if what in ERRORS:
             self._answer(request, *ERRORS[what])
@@ -91,7 +98,8 @@ class BadProxy:
             connection.request(request.command, request.path, body or None, headers)
             response = connection.getresponse()
             answer = response.read()
-            passed = {k: v for k, v in response.getheaders() if k.lower() in ("content-type", "link", "telemetry-flow")}
+            names = ("content-type", "link", "telemetry-flow", "telemetry-server")
+            passed = {name: value for name, value in response.getheaders() if name.lower() in names}
             if self.flow is not None:
                 passed["Telemetry-Flow"] = self.flow
             return response.status, passed, answer
