@@ -13,10 +13,10 @@ from itertools import islice
 from typing import Any, Final
 
 import orjson
-from aiohttp import web
+from aiohttp import hdrs, web
 
 import telemetryd
-from telemetryd import admin, events, openapi, pages, queries, regressions, runs, stats
+from telemetryd import admin, browsers, events, openapi, pages, queries, regressions, runs, stats
 from telemetryd.alerting import Alerting
 from telemetryd.body import JSON_TYPES, NDJSON_TYPES, Bodies, check_media_type
 from telemetryd.certificates import Certificates, ProcessRequest
@@ -27,7 +27,7 @@ from telemetryd.errors import (
     InvalidRequestError,
     RunNotFoundError,
 )
-from telemetryd.exports import Exports
+from telemetryd.exports import Exports, describe
 from telemetryd.metrics import Metrics, wants_prometheus
 from telemetryd.middleware import NOTE, REASON, Handler, json_response, middleware
 from telemetryd.openapi import EVENT_ID, INCLUDE, INTEGER, STRING, WARNINGS, Operation, obj, ref
@@ -105,6 +105,8 @@ async def list_runs(request: web.Request) -> web.Response:
 async def export_runs(request: web.Request) -> web.StreamResponse:
     """Stream all runs that match every filter, oldest arrival first."""
     query = queries.parse_export(request.rel_url.raw_query_string, request.headers.get("Accept", ""))
+    if request.method == hdrs.METH_HEAD:
+        return await describe(request, query, request.app[STORE])
     return await request.app[EXPORTS].answer(request, query)
 
 
@@ -1005,6 +1007,8 @@ def make_app(store: Store, settings: Settings, metrics: Metrics, alerting: Alert
     app[STORE], app[SETTINGS], app[METRICS] = store, settings, metrics
     app[CERTIFICATES] = Certificates(store, settings, metrics)
     app.cleanup_ctx.append(_watch_processes)
+    if settings.reading_origins:
+        app.on_response_prepare.append(browsers.sharing(settings.reading_origins))
     add_feed(app, store, metrics)
     app[BODIES] = Bodies(settings.max_body_bytes)
     app[EXPORTS] = Exports(settings)
