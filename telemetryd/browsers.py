@@ -107,11 +107,12 @@ def _is_for_all(request: web.Request) -> bool:
     path = resource.canonical
     if path in PAGES:
         # Not in a frame, nor as an image: only what becomes a page of its own tells the foreign one nothing.
-        return (request.headers.get("Sec-Fetch-Mode"), request.headers.get("Sec-Fetch-Dest")) == (
-            "navigate",
-            "document",
-        )
+        return _says(request, "Sec-Fetch-Mode", "navigate") and _says(request, "Sec-Fetch-Dest", "document")
     return path == HEALTH or path.startswith(_ASSETS)
+
+
+def _says(request: web.Request, header: str, value: str) -> bool:
+    return request.headers.get(header) == value
 
 
 def sharing(readers: frozenset[str]) -> Callable[[web.Request, web.StreamResponse], Awaitable[None]]:
