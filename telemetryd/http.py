@@ -204,20 +204,23 @@ async def create_events(request: web.Request) -> web.Response:
 
 
 async def list_events(request: web.Request) -> web.Response:
-    """Answer the events of a run, oldest first."""
+    """Answer events of a run, from either end."""
     event_id = request.match_info["event_id"]
     query = queries.parse_event_list(request.rel_url.raw_query_string, event_id)
     page = await request.app[STORE].fetch(query)
     if page is None:
         raise RunNotFoundError(runs.shorten(event_id))
-    if page.more and len(page.rows) < query.limit:  # a shorter page would lose events to whoever pages by offset
+    # Whoever pages by offset would lose events with a shorter page; a cursor goes on behind its last one.
+    if page.more and len(page.rows) < query.limit and not query.by_cursor:
         raise InvalidRequestError(
             f"Invalid limit: {query.limit}; that is more than one answer holds: ask for at most {len(page.rows)} at a "
             "time"
         )
     request[NOTE].say("Events queried", event_id=event_id, result_count=len(page.rows))
-    following = f"{request.rel_url.raw_path}?limit={query.limit}&offset={query.offset + query.limit}"
-    headers = {"Link": f'<{following}>; rel="next"'} if page.more else {}
+    headers = {}
+    if page.more:
+        following = query.next_page(request.rel_url.raw_path, events.place(page.rows[-1]))
+        headers["Link"] = f'<{following}>; rel="next"'
     return json_response([events.to_json(row) for row in page.rows], headers=headers)
 
 
@@ -747,8 +750,9 @@ ROUTES: Final[tuple[Route, ...]] = (
         list_events,
         Operation(
             "List a run's events",
-            "Oldest first. If more follow, the Link header holds the next page (rel=next).",
-            parameters=(EVENT_ID, *openapi.page_parameters("Events")),
+            "Oldest first, or the last ones first with sort=-timestamp. If more follow, the Link header holds the next "
+            "page (rel=next).",
+            parameters=(EVENT_ID, *openapi.page_parameters("Events"), *openapi.EVENT_ORDER),
             answers={200: ("The events.", {"type": "array", "items": ref("Event")})},
             errors=(400, 404, 503),
         ),

@@ -381,6 +381,16 @@ INCLUDE: Final[Schema] = _parameter(
 )
 
 
+EVENT_ORDER: Final = (
+    _parameter(
+        "sort",
+        "In which order; a minus means the last ones first.",
+        {"type": "string", "enum": [queries.TIMESTAMP, f"-{queries.TIMESTAMP}"]},
+    ),
+    _parameter("cursor", "Where to go on: timestamp and id of an event, as in the Link header.", {"type": "string"}),
+)
+
+
 def _without_title(schema: Schema) -> Schema:
     return {key: value for key, value in schema.items() if key not in ("title", "default", "description")}
 
