@@ -28,7 +28,7 @@ function blocks(text) {
 /** Return a button that puts all of a text, which `make` returns, in the place of what an element shows. */
 function showAll(element, make, size) {
   function show() {
-    const all = h("span", { class: "whole", tabindex: "-1" }, blocks(make()));
+    const all = h("span", { class: "whole", tabindex: "0" }, blocks(make()));
     element.replaceChildren(all);
     all.focus({ preventScroll: true }); // who reads it is not disturbed by what comes
   }
