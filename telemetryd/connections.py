@@ -15,10 +15,11 @@ from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.payload import Payload
 from aiohttp.web_protocol import RequestHandler
 
+from telemetryd.browsers import SAFE_METHODS
 from telemetryd.certificates import most_processes
 from telemetryd.heads import ANSWERED_BYTES, HEAD_BYTES, HeadTooLargeError, Held, Parser
 from telemetryd.logs import log
-from telemetryd.middleware import SAFE_METHODS, error_response, mark, request_id, unexpected_detail
+from telemetryd.middleware import error_response, mark, request_id, unexpected_detail
 from telemetryd.processes import descriptor_limit
 from telemetryd.settings import Settings
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from hashlib import blake2b
+from itertools import accumulate
 from random import Random
 from typing import Any, Final, Literal
 
@@ -15,8 +17,11 @@ Rhythm = Literal["office", "night", "steady", "nightly"]
 """When an agent runs: with its users, while they sleep, all day, or in the hours after 2 o'clock."""
 
 REPO: Final = "https://github.com/acme/{}.git"
-BREAKS_AT: Final = 0.65
-"""Which share of the time has passed when the commit comes that breaks one agent."""
+BREAKS_AT: Final = 0.55
+"""Which share of its runs an agent has begun when a commit breaks it: enough on both sides, at any hour."""
+_BROKEN_FAILS: Final = 0.8
+"""Which share of its runs fails then."""
+_STEPS_OF_TIME: Final = 1000
 _PARENTS_FOR: Final = timedelta(minutes=40)
 STALE: Final = 3
 """Runs that were begun hours ago, and of which nobody has heard again."""
@@ -125,19 +130,32 @@ class World:
     end: datetime
     incidents: dict[str, list[tuple[datetime, datetime, int]]] = field(init=False)
     """For each agent when something was wrong, and with which error."""
+    breaks: dict[str, datetime] = field(init=False)
+    """When the commit comes that breaks an agent."""
 
     def __post_init__(self) -> None:
+        self.breaks = {agent.name: self._after(agent, BREAKS_AT) for agent in AGENTS if agent.breaks}
         random = Random(f"{self.seed} incidents")  # noqa: S311 - invented data
         hours = (self.end - self.begin) / timedelta(hours=1)
         self.incidents = {}
         for agent in AGENTS:
-            several = []
+            several: list[tuple[datetime, datetime, int]] = []
+            if agent.breaks:  # what is wrong with it is its commit
+                self.incidents[agent.name] = several
+                continue
             for _ in range(max(1, round(hours / 60)) if random.random() < min(0.9, 0.3 + hours / 500) else 0):
                 start = self.begin + timedelta(hours=hours * random.random())
                 several.append(
                     (start, start + timedelta(hours=0.7 + 2.5 * random.random()), random.randrange(len(_ERRORS)))
                 )
             self.incidents[agent.name] = several
+
+    def _after(self, agent: Agent, share: float) -> datetime:
+        """Return the moment when this share of an agent's runs is to be expected behind it."""
+        step = (self.end - self.begin) / _STEPS_OF_TIME
+        moments = [self.begin + step * number for number in range(_STEPS_OF_TIME)]
+        expected = [*accumulate(_likelihood(agent.rhythm, moment) for moment in moments)]
+        return moments[bisect(expected, share * expected[-1])]
 
     def runs(self, number: int) -> Iterator[Story]:
         """Yield about so many runs within the span of time, oldest first, and some that nobody has heard of again."""
@@ -227,7 +245,7 @@ class World:
 
     def _commit(self, agent: Agent, moment: datetime) -> tuple[str, datetime, bool]:
         """Return the commit that an agent runs at a moment, when it was made, and whether it is broken."""
-        breaks_at = self.begin + (self.end - self.begin) * BREAKS_AT
+        breaks_at = self.breaks.get(agent.name, self.end)
         hours = 5 + int(_hash(agent.repo)[:2], 16) % 14  # between two commits of its repository
         made = moment - (moment - datetime(2000, 1, 1, tzinfo=UTC)) % timedelta(hours=hours)
         is_broken = agent.breaks and moment >= breaks_at
@@ -238,7 +256,7 @@ class World:
     def _outcome(
         self, random: Random, agent: Agent, moment: datetime, is_broken: bool
     ) -> tuple[str, tuple[str, str] | None]:
-        if is_broken and random.random() < 0.7:
+        if is_broken and random.random() < _BROKEN_FAILS:
             return "failure", _BROKEN
         for start, end, error in self.incidents[agent.name]:
             if start <= moment < end and random.random() < 0.6:

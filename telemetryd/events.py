@@ -115,6 +115,12 @@ class EventPage:
     more: bool
 
 
+def place(row: Row) -> tuple[str, int]:
+    """Return where a stored row (in the order of `COLUMNS`) stands among the events of its run."""
+    event: dict[str, Any] = dict(zip(COLUMNS, row, strict=True))
+    return event["timestamp"], event["id"]
+
+
 def to_json(row: Row) -> dict[str, Any]:
     """Return a stored row (in the order of `COLUMNS`) as the JSON object that answers carry."""
     event: dict[str, Any] = dict(zip(COLUMNS, row, strict=True))

@@ -30,10 +30,11 @@ from telemetryd.errors import (
 from telemetryd.logs import log
 from telemetryd.middleware import NOTE, mark, request_id
 from telemetryd.partials import partial_file
-from telemetryd.queries import MEDIA_TYPES, SNAPSHOT, ExportRuns, Format
+from telemetryd.queries import MEDIA_TYPES, SNAPSHOT, CountMatching, ExportRuns, Format
 from telemetryd.runs import utc_now
 from telemetryd.settings import JournalMode, Settings
 from telemetryd.statements import exporting
+from telemetryd.store import Store
 
 _LEAST_BYTES_PER_S: Final = 1024
 _PATIENCE_S: Final = 60.0
@@ -47,6 +48,40 @@ _LONGEST_S: Final = 0.5
 """How long one transaction may copy: in WAL mode a long one holds back checkpoints, in the other modes commits."""
 _SLICE_ROWS: Final = 2_000
 _LEAST_PAUSE_S: Final = 0.002
+
+
+def _headers(form: Format, rows: int, *, exact: bool) -> dict[str, str]:
+    return {
+        "Content-Type": MEDIA_TYPES[form],
+        "Content-Disposition": f'attachment; filename="runs-{utc_now():%Y%m%dT%H%M%SZ}.{form}"',
+        "Cache-Control": "no-store",
+        "X-Total-Count": str(rows),
+        SNAPSHOT: "exact" if exact else "sliced",
+    }
+
+
+async def describe(request: web.Request, query: ExportRuns, store: Store) -> web.StreamResponse:
+    """Answer a HEAD: the headers of an export, for which nothing is copied; the runs are counted instead.
+
+    Raises:
+        InvalidRequestError: if it cannot be answered in this form, or over HTTP/1.0.
+        UnavailableError: if the database cannot be read now.
+
+    """
+    await _check_form(request, query)
+    total = await store.fetch(CountMatching(query.filters))
+    request[NOTE].say("Export described", query_params=query.parameters(), result_count=total.runs)
+    return web.StreamResponse(headers=_headers(query.form, total.runs, exact=True))  # whose length nobody knows
+
+
+async def _check_form(request: web.Request, query: ExportRuns) -> None:
+    if request.version < (1, 1):
+        raise InvalidRequestError("An export needs HTTP/1.1: in HTTP/1.0 one that was cut off would look whole")
+    if query.form is Format.PARQUET:
+        try:
+            await asyncio.to_thread(tables.require_parquet)
+        except tables.NoParquetError as error:
+            raise InvalidRequestError(f"Invalid format: 'parquet'; {sentence(error)}") from error
 
 
 @dataclass(slots=True)
@@ -139,24 +174,9 @@ class Exports:
             UnavailableError: if it cannot be made now.
 
         """
-        if request.version < (1, 1):
-            raise InvalidRequestError("An export needs HTTP/1.1: in HTTP/1.0 one that was cut off would look whole")
-        if query.form is Format.PARQUET:
-            try:
-                await asyncio.to_thread(tables.require_parquet)
-            except tables.NoParquetError as error:
-                raise InvalidRequestError(f"Invalid format: 'parquet'; {sentence(error)}") from error
+        await _check_form(request, query)
         async with self._open(query) as (export, connection, chunks):
-            name = f"runs-{utc_now():%Y%m%dT%H%M%SZ}.{query.form}"
-            response = web.StreamResponse(
-                headers={
-                    "Content-Type": MEDIA_TYPES[query.form],
-                    "Content-Disposition": f'attachment; filename="{name}"',
-                    "Cache-Control": "no-store",
-                    "X-Total-Count": str(export.rows),
-                    SNAPSHOT: "exact" if export.exact else "sliced",
-                }
-            )
+            response = web.StreamResponse(headers=_headers(query.form, export.rows, exact=export.exact))
             mark(response, request_id(request))
             response.enable_chunked_encoding()
             request[NOTE].say("Runs exported", query_params=query.parameters(), result_count=export.rows)

@@ -16,7 +16,12 @@ from typing import Final
 ANY: Final = "*"
 _AUTHORITY: Final = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\s\[\]:/@]*))(?::([0-9]*))?")
 _HTTP_PORT: Final = 80
+_PORTS: Final = {"http": "80", "https": "443"}
+_LAST_PORT: Final = 65535
+_PORT_DIGITS: Final = 5
 _REMEMBERED: Final = 1000
+HOST_NAME: Final = re.compile(r"(?=.{1,253}$)[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?)*")
+"""A name in lower case; those of other scripts in the form that goes over the wire (xn--…)."""
 
 
 def split(authority: str) -> tuple[str, str] | None:
@@ -35,6 +40,40 @@ def is_address(name: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def origin_of(address: str) -> str | None:
+    """Return the origin of a web address as browsers write it (scheme, name, and port unless it is the default's).
+
+    None if it has none, or is not written in ASCII.
+    """
+    scheme, separator, rest = address.lower().partition("://")
+    parts = split(re.split(r"[/?#]", rest, maxsplit=1)[0])
+    if not separator or scheme not in _PORTS or parts is None or not parts[0] or not address.isascii():
+        return None
+    name, port = parts
+    if not (HOST_NAME.fullmatch(name) or is_address(name)) or not _is_port(port):
+        return None
+    shown = f"[{name}]" if ":" in name else name
+    return f"{scheme}://{shown}" if port in ("", _PORTS[scheme]) else f"{scheme}://{shown}:{int(port)}"
+
+
+def _is_port(port: str) -> bool:
+    return not port or (len(port) <= _PORT_DIGITS and 0 < int(port) <= _LAST_PORT)
+
+
+def parse_origins(text: str) -> str:
+    """Return a list of origins, with commas between them, each as browsers write it.
+
+    Raises:
+        ValueError: if one is none. A star is none: a page that may read has to be named.
+
+    """
+    given = [each.strip().removesuffix("/") for each in text.split(",")]
+    origins = [None if re.search(r"://.*[/?#]", each) else origin_of(each) for each in given]
+    if None in origins:
+        raise ValueError("must be origins such as https://dashboard.example.com, separated by commas; * is none")
+    return ",".join(dict.fromkeys(str(origin) for origin in origins))
 
 
 class Names:
@@ -82,10 +121,19 @@ class Names:
 
         The scheme does not count, because a proxy may speak TLS; nor does the port if the proxy left it out.
         """
-        scheme, _, authority = origin.lower().partition("://")
-        if scheme not in ("http", "https"):
+        page, own = _authority(origin), split(host.lower())
+        if page is None or own is None:
             return False
-        page, own = split(authority), split(host.lower())
-        if page is None or own is None or not page[0]:
-            return False
-        return (page[0] == own[0] and own[1] in ("", page[1])) or page[0] in (self._listed or ())
+        return (page[0] == own[0] and own[1] in ("", page[1])) or self.lists_origin(origin)
+
+    def lists_origin(self, origin: str) -> bool:
+        """Tell whether the name of an origin is listed; the star stands for names of ours only."""
+        page = _authority(origin)
+        return page is not None and page[0] in (self._listed or ())
+
+
+def _authority(origin: str) -> tuple[str, str] | None:
+    """Return name and port of a web page's origin, or None."""
+    scheme, _, authority = origin.lower().partition("://")
+    page = split(authority)
+    return page if scheme in _PORTS and page is not None and page[0] else None

@@ -13,10 +13,10 @@ from itertools import islice
 from typing import Any, Final
 
 import orjson
-from aiohttp import web
+from aiohttp import hdrs, web
 
 import telemetryd
-from telemetryd import admin, events, openapi, pages, queries, regressions, runs, stats
+from telemetryd import admin, browsers, events, openapi, pages, queries, regressions, runs, stats
 from telemetryd.alerting import Alerting
 from telemetryd.body import JSON_TYPES, NDJSON_TYPES, Bodies, check_media_type
 from telemetryd.certificates import Certificates, ProcessRequest
@@ -27,7 +27,7 @@ from telemetryd.errors import (
     InvalidRequestError,
     RunNotFoundError,
 )
-from telemetryd.exports import Exports
+from telemetryd.exports import Exports, describe
 from telemetryd.metrics import Metrics, wants_prometheus
 from telemetryd.middleware import NOTE, REASON, Handler, json_response, middleware
 from telemetryd.openapi import EVENT_ID, INCLUDE, INTEGER, STRING, WARNINGS, Operation, obj, ref
@@ -107,6 +107,8 @@ async def list_runs(request: web.Request) -> web.Response:
 async def export_runs(request: web.Request) -> web.StreamResponse:
     """Stream all runs that match every filter, oldest arrival first."""
     query = queries.parse_export(request.rel_url.raw_query_string, request.headers.get("Accept", ""))
+    if request.method == hdrs.METH_HEAD:
+        return await describe(request, query, request.app[STORE])
     return await request.app[EXPORTS].answer(request, query)
 
 
@@ -204,20 +206,23 @@ async def create_events(request: web.Request) -> web.Response:
 
 
 async def list_events(request: web.Request) -> web.Response:
-    """Answer the events of a run, oldest first."""
+    """Answer events of a run, from either end."""
     event_id = request.match_info["event_id"]
     query = queries.parse_event_list(request.rel_url.raw_query_string, event_id)
     page = await request.app[STORE].fetch(query)
     if page is None:
         raise RunNotFoundError(runs.shorten(event_id))
-    if page.more and len(page.rows) < query.limit:  # a shorter page would lose events to whoever pages by offset
+    # Whoever pages by offset would lose events with a shorter page; a cursor goes on behind its last one.
+    if page.more and len(page.rows) < query.limit and not query.by_cursor:
         raise InvalidRequestError(
             f"Invalid limit: {query.limit}; that is more than one answer holds: ask for at most {len(page.rows)} at a "
             "time"
         )
     request[NOTE].say("Events queried", event_id=event_id, result_count=len(page.rows))
-    following = f"{request.rel_url.raw_path}?limit={query.limit}&offset={query.offset + query.limit}"
-    headers = {"Link": f'<{following}>; rel="next"'} if page.more else {}
+    headers = {}
+    if page.more:
+        following = query.next_page(request.rel_url.raw_path, events.place(page.rows[-1]))
+        headers["Link"] = f'<{following}>; rel="next"'
     return json_response([events.to_json(row) for row in page.rows], headers=headers)
 
 
@@ -763,8 +768,9 @@ ROUTES: Final[tuple[Route, ...]] = (
         list_events,
         Operation(
             "List a run's events",
-            "Oldest first. If more follow, the Link header holds the next page (rel=next).",
-            parameters=(EVENT_ID, *openapi.page_parameters("Events")),
+            "Oldest first, or the last ones first with sort=-timestamp. If more follow, the Link header holds the next "
+            "page (rel=next).",
+            parameters=(EVENT_ID, *openapi.page_parameters("Events"), *openapi.EVENT_ORDER),
             answers={200: ("The events.", {"type": "array", "items": ref("Event")})},
             errors=(400, 404, 503),
         ),
@@ -1091,6 +1097,8 @@ def make_app(
     app[STORE], app[SETTINGS], app[METRICS] = store, settings, metrics
     app[CERTIFICATES] = Certificates(store, settings, metrics)
     app.cleanup_ctx.append(_watch_processes)
+    if settings.reading_origins:
+        app.on_response_prepare.append(browsers.sharing(settings.reading_origins))
     add_feed(app, store, metrics)
     app[BODIES] = Bodies(settings.max_body_bytes)
     app[EXPORTS] = exports = Exports(settings)

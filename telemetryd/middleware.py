@@ -27,7 +27,9 @@ from aiohttp import ClientPayloadError, web
 from aiohttp.http_exceptions import BadHttpMessage
 from aiohttp.typedefs import Middleware
 
-from telemetryd import __version__, flow
+import telemetryd
+from telemetryd import SERVER_HEADER, flow
+from telemetryd.browsers import ASSETS, HEALTH, Pages
 from telemetryd.errors import (
     BodyTooLargeError,
     CommandFailedError,
@@ -54,13 +56,10 @@ SLOW_S: Final = 1.0
 _REQUEST_ID: Final = re.compile(r"[\x21-\x7e](?:[\x20-\x7e]{0,126}[\x21-\x7e])?")
 _CREDENTIALS: Final = struct.Struct("3i")
 """Linux's struct ucred: process, user, group (unix(7), SO_PEERCRED)."""
+_SERVER: Final = f"telemetryd/{telemetryd.__version__.partition('.')[0]}"
 ADMIN_PREFIX: Final = "/api/v1/admin/"
 PAGE_PREFIXES: Final = ("/docs", "/openapi.json")
-PAGE: Final = "/page/"
-"""Where the files of the page at `/` are."""
 _JSON: Final = "application/json"
-SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
-"""Methods that change nothing (RFC 9110 §9.2.1); a browser sends an Origin with all others."""
 
 _CLIENT_LEFT: Final = 499
 """The status under which a request is counted that ended without an answer, as nginx calls it."""
@@ -122,17 +121,13 @@ def error_response(
     return response
 
 
-_SERVER: Final = f"telemetryd/{__version__}"
-"""By this a client knows that telemetryd itself answered, and nobody else behind the address."""
-
-
 def mark(response: web.StreamResponse, identity: str) -> None:
-    """Give an answer what every answer carries: its request id, and nothing that helps an attacker."""
+    """Give an answer what every answer carries: its request id, who gives it, and nothing that helps an attacker."""
     headers = response.headers
     headers["X-Request-ID"] = identity
+    headers[SERVER_HEADER] = _SERVER
     headers["Server"] = "telemetryd"  # aiohttp would name its own version and Python's
     headers["X-Content-Type-Options"] = "nosniff"
-    headers["Telemetry-Server"] = _SERVER
 
 
 class RateLimit:
@@ -172,12 +167,17 @@ class Gate:
         self._loopback_only = self._token is None and settings.api_protected_mode
         self._limit = RateLimit(settings.rate_limit_rpm) if settings.rate_limit_enabled else None
         self._names = Names(settings.host_names, settings.api_host)
+        self._pages = Pages(self._names, settings.reading_origins)
         # A page that has rebound its name does not know the token.
         self._checks_host = self._token is None or settings.host_names is not None
 
     def refusal(self, request: web.Request) -> web.Response | None:
-        """Return the answer that keeps a request out, or None."""
-        return self._refusal_of_page(request) or self._refusal_of_client(request)
+        """Return the answer that ends a request before its handler, or None."""
+        return (
+            self._refusal_of_page(request)
+            or self._pages.preflight(request)  # which a browser sends without a token
+            or self._refusal_of_client(request)
+        )
 
     def may_advise(self, request: web.Request, status: int) -> bool:
         """Tell whether an answer may say how busy the daemon is; who asks too often has not shown a token yet."""
@@ -193,16 +193,8 @@ class Gate:
                 403,
                 f"Host {shorten(host)!r} is not a name of this daemon; if it is, list it in TELEMETRY_ALLOWED_HOSTS",
             )
-        if request.method in SAFE_METHODS:
-            return None
-        origin = request.headers.get("Origin")
-        if origin is None or self._names.has_origin(origin, host):
-            return None
-        return error_response(
-            403,
-            f"A page of {shorten(origin)!r} must not change anything here; if it is served by a proxy of this "
-            "daemon, list its name in TELEMETRY_ALLOWED_HOSTS",
-        )
+        refusal = self._pages.refusal(request)
+        return error_response(403, refusal) if refusal is not None else None
 
     def _is_called(self, request: web.Request, host: str) -> bool:
         return self._names.has_host(host) or self._names.may_be_a_proxys(host, _port(request))
@@ -276,12 +268,12 @@ def wants_page(request: web.Request) -> bool:
 
 def _is_open(request: web.Request) -> bool:
     """Tell whether a request needs no token: the health, and the page, which holds no data and asks for the token."""
-    if request.path == "/health":
+    if request.path == HEALTH:
         return True
     resource = request.match_info.route.resource
     if resource is None:
         return False
-    return resource.canonical.startswith(PAGE) or (resource.canonical == "/" and wants_page(request))
+    return resource.canonical.startswith(ASSETS) or (resource.canonical == "/" and wants_page(request))
 
 
 def _is_page(request: web.Request) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final, cast
 
@@ -13,6 +13,7 @@ from pydantic.json_schema import models_json_schema
 
 import telemetryd
 from telemetryd import (
+    SERVER_HEADER,
     admin,
     certificates,
     changes,
@@ -99,6 +100,13 @@ _FLOW: Final = {
         "description": "Advice to writers: most rows in the next request, and milliseconds to pause before it.",
         "schema": {"type": "string", "pattern": r"^batch=\d+, pause=\d+(, \w+=\d+)*$"},
         "example": "batch=5000, pause=0",
+    }
+}
+_SERVER: Final = {
+    SERVER_HEADER: {
+        "description": "Every answer of the daemon has it; one without it comes from somebody else, such as a proxy.",
+        "schema": {"type": "string", "pattern": r"^telemetryd/\d+$"},
+        "example": "telemetryd/4",
     }
 }
 _EVERYWHERE: Final = (401, 403, 429, 500)
@@ -374,6 +382,16 @@ INCLUDE: Final[Schema] = _parameter(
 )
 
 
+EVENT_ORDER: Final = (
+    _parameter(
+        "sort",
+        "In which order; a minus means the last ones first.",
+        {"type": "string", "enum": [queries.TIMESTAMP, f"-{queries.TIMESTAMP}"]},
+    ),
+    _parameter("cursor", "Where to go on: timestamp and id of an event, as in the Link header.", {"type": "string"}),
+)
+
+
 def _without_title(schema: Schema) -> Schema:
     return {key: value for key, value in schema.items() if key not in ("title", "default", "description")}
 
@@ -430,6 +448,17 @@ def _operation(method: str, path: str, operation: Operation) -> Schema:
         }
     if operation.open:
         described["security"] = []
+    responses = described["responses"]
+    described["responses"] = responses | {
+        status: answer for status, answer in _errors(operation) if status not in responses
+    }
+    for status, answer in described["responses"].items():
+        advice = _FLOW if method in flow.METHODS and int(status) not in flow.NEVER else {}
+        answer["headers"] = _SERVER | advice | answer.get("headers", {})
+    return described
+
+
+def _errors(operation: Operation) -> Iterator[tuple[str, Schema]]:
     for status in sorted({*operation.errors, *_EVERYWHERE}):
         answer: Schema = {
             "description": _ERROR_TEXTS[status],
@@ -437,12 +466,7 @@ def _operation(method: str, path: str, operation: Operation) -> Schema:
         }
         if status in (429, 503):
             answer["headers"] = _RETRY_AFTER | _FLOW
-        described["responses"].setdefault(str(status), answer)
-    if method in flow.METHODS:
-        for status, answer in described["responses"].items():
-            if int(status) not in flow.NEVER:
-                answer["headers"] = _FLOW | answer.get("headers", {})
-    return described
+        yield str(status), answer
 
 
 def _content(operation: Operation, kind: str) -> Schema:

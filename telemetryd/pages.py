@@ -13,7 +13,8 @@ from typing import Final
 
 from aiohttp import ETag, hdrs, web
 
-from telemetryd.middleware import NOTE, PAGE, Handler, wants_page
+from telemetryd.browsers import ASSETS
+from telemetryd.middleware import NOTE, Handler, wants_page
 
 _TYPES: Final = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 _DOCS: Final = {
@@ -42,7 +43,7 @@ def handlers() -> Iterator[tuple[str, Handler]]:
     """Yield each path with what answers for it."""
     yield "/", serve_page
     for name in _page_files(resources.files("telemetryd.static").joinpath("page"), ""):
-        yield f"{PAGE}{name}", _serve(f"page/{name}", _TYPES[PurePosixPath(name).suffix], _STRICT_POLICY)
+        yield f"{ASSETS}{name}", _serve(f"page/{name}", _TYPES[PurePosixPath(name).suffix], _STRICT_POLICY)
     for name, media_type in _DOCS.items():
         path = "/docs" if name == "docs.html" else f"/docs/static/{name.rpartition('/')[2]}"
         yield path, _serve(name, media_type, _POLICY)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -217,13 +218,33 @@ class GetRun:
     """How many of them."""
 
 
+TIMESTAMP: Final = "timestamp"
+"""By what events are sorted, and then by their ids."""
+EventPlace = tuple[str, int]
+"""Where an event stands among those of its run: its timestamp and its id."""
+_EVENT_CURSOR: Final = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z),(\d{1,19})", re.ASCII)
+
+
 @dataclass(frozen=True, slots=True)
 class ListEvents:
-    """The events of the run with an event_id, oldest first. Answer: an `EventPage`, or None if there is no such run."""
+    """The events of the run with an event_id. Answer: an `EventPage`, or None if there is no such run."""
 
     event_id: str
     limit: int = DEFAULT_LIMIT
     offset: int = 0
+    is_descending: bool = False
+    """Whether the last ones come first."""
+    after: EventPlace | None = None
+    """Behind which event, in that order, the page begins."""
+    by_cursor: bool = False
+    """Whether the next page is told by a cursor, so that this one may be shorter than asked for."""
+
+    def next_page(self, path: str, place: EventPlace) -> str:
+        """Return the path and query of the page that follows the one whose last event is at a place."""
+        if not self.by_cursor:
+            return f"{path}?limit={self.limit}&offset={self.offset + self.limit}"
+        sort = f"sort=-{TIMESTAMP}&" if self.is_descending else ""
+        return f"{path}?{sort}limit={self.limit}&cursor={place[0]},{place[1]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -386,12 +407,33 @@ def parse_event_list(query_string: str, event_id: str) -> ListEvents:
         InvalidRequestError: with one sentence that names the parameter, the value and what is allowed.
 
     """
-    given = parse_parameters(query_string, ("limit", "offset"))
-    return ListEvents(
+    parameters = Parameters(query_string, ("limit", "offset", "sort", "cursor"))
+    query = ListEvents(
         event_id,
-        read_integer("limit", given.get("limit", str(DEFAULT_LIMIT)), 1, MAX_LIMIT),
-        read_integer("offset", given.get("offset", "0"), 0, MAX_INTEGER),
+        parameters.read("limit", read_integer, 1, MAX_LIMIT, default=DEFAULT_LIMIT),
+        parameters.read("offset", read_integer, 0, MAX_INTEGER, default=0),
+        parameters.read("sort", _order_of_events, default=False),
+        parameters.read("cursor", _event_place),
+        not parameters.given.keys().isdisjoint(("sort", "cursor")),
     )
+    if query.after is not None and query.offset:
+        parameters.faults.append("Use either cursor or offset, not both: a cursor already says where to go on")
+    parameters.finish()
+    return query
+
+
+def _order_of_events(name: str, value: str) -> bool:
+    if value not in (TIMESTAMP, f"-{TIMESTAMP}"):
+        raise refuse(name, value, f"{TIMESTAMP} or -{TIMESTAMP}")
+    return value.startswith("-")
+
+
+def _event_place(name: str, value: str) -> EventPlace:
+    if (match := _EVENT_CURSOR.fullmatch(value)) is None or (id_ := int(match[2])) > MAX_INTEGER:
+        raise refuse(
+            name, value, "the timestamp and the id of an event, with a comma between them, as in a Link header"
+        )
+    return match[1], id_
 
 
 def parse_include(query_string: str) -> bool:

@@ -442,24 +442,24 @@ def parse_body(body: bytes) -> object:
         InvalidBodyError: one error of type `json_invalid` that says what is wrong, and where.
 
     """
-    if len(body) > MAX_BODY_VALUES and _holds_too_much(body):
+    if holds_more_values(body, MAX_BODY_VALUES):
         raise BodyTooLargeError(f"A body must not hold more than {MAX_BODY_VALUES} JSON values; split it")
     return parse_json(body)
 
 
-def _holds_too_much(body: bytes) -> bool:
+def holds_more_values(body: bytes, most: int) -> bool:
     """Tell whether a JSON text holds more values than may be decoded at once.
 
     Decoding keeps the interpreter's lock, in a thread too, so everybody else would wait. Counting takes some
     hundredths of a second for 16 MiB.
     """
-    if sum(map(body.count, _MARKS)) <= MAX_BODY_VALUES:  # those inside of texts included
+    if len(body) <= most or sum(map(body.count, _MARKS)) <= most:  # those inside of texts included
         return False
     plain = body.replace(rb"\\", b"").replace(rb"\"", b"")
-    if plain.count(b'"') > 2 * MAX_BODY_VALUES:
+    if plain.count(b'"') > 2 * most:
         return True
     outside = b"".join(plain.split(b'"')[::2])
-    return sum(map(outside.count, _MARKS)) > MAX_BODY_VALUES
+    return sum(map(outside.count, _MARKS)) > most
 
 
 _MARKS: Final = (b",", b"[", b"{")

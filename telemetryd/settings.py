@@ -25,6 +25,7 @@ from pydantic import (
 )
 
 from telemetryd.errors import ConfigurationError
+from telemetryd.hosts import ANY, HOST_NAME, parse_origins
 
 PREFIX: Final = "TELEMETRY_"
 CLIENT_VARIABLES: Final = frozenset(
@@ -148,12 +149,9 @@ def duration_text(seconds: float) -> str:
     return f"{seconds / size:f}".rstrip("0").rstrip(".") + unit
 
 
-_HOST_NAME: Final = re.compile(r"\*|(?=.{1,253}$)[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?)*")
-
-
 def _host_names(text: str) -> str:
     names = [name.strip().lower() for name in text.split(",")]
-    if not all(map(_HOST_NAME.fullmatch, names)):
+    if not all(name == ANY or HOST_NAME.fullmatch(name) for name in names):
         raise ValueError("must be host names without ports, separated by commas, or *")
     return ",".join(names)
 
@@ -204,6 +202,11 @@ class Settings(BaseModel):
         None,
         description="Names by which clients and proxies may call (Host), separated by commas; * means any; "
         "none: localhost, this machine's name, and a proxy's name while authentication is off, any while it is on.",
+    )
+    cors_origins: Annotated[str, AfterValidator(parse_origins)] | None = Field(
+        None,
+        description="Origins of other web pages that may read (CORS), such as https://dashboard.example.com, "
+        "separated by commas; none: no other page may.",
     )
     rate_limit_enabled: bool = Field(False, description="Limit the requests of each client address.")
     rate_limit_rpm: Positive = Field(60, description="Requests per minute and client address.")
@@ -287,6 +290,11 @@ class Settings(BaseModel):
     def host_names(self) -> frozenset[str] | None:
         """The names of TELEMETRY_ALLOWED_HOSTS, or None if it is not set."""
         return None if self.allowed_hosts is None else frozenset(self.allowed_hosts.split(","))
+
+    @property
+    def reading_origins(self) -> frozenset[str]:
+        """The origins of TELEMETRY_CORS_ORIGINS."""
+        return frozenset(self.cors_origins.split(",") if self.cors_origins is not None else ())
 
     @property
     def durable(self) -> bool:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
+import math
 import re
-from collections.abc import Iterable, Iterator
-from datetime import datetime
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -41,6 +42,9 @@ class NoParquetError(TelemetrydError):
 # Possessive, or the interpreter would remember each quote of a long text to come back to it.
 _FIELD: Final = re.compile(r'(?:"((?:[^"]++|"")*+)"|([^",]*+))(,|$)')
 
+MAX_COLUMNS: Final = 10_000
+"""Columns of CSV: more than any table of runs has."""
+
 MAX_RECORD: Final = 64 * 1024 * 1024
 """Characters of one record of CSV: more than the daemon takes as one run, however many quotes are doubled."""
 
@@ -49,7 +53,8 @@ def read_csv(file: IO[bytes]) -> Iterator[Record]:
     """Yield the records of CSV (RFC 4180) with a header; a field that is empty and has no quotes is null.
 
     Raises:
-        OSError: if a record is longer than `MAX_RECORD`: no run is so long, but a text whose quote is not closed.
+        OSError: if a record is longer than `MAX_RECORD`: no run is so long, but a text whose quote is not closed; or if
+            there are more than `MAX_COLUMNS`.
 
     """
     text = io.TextIOWrapper(file, "utf-8-sig", newline="")
@@ -59,6 +64,8 @@ def read_csv(file: IO[bytes]) -> Iterator[Record]:
             fields = _csv_fields(line)
             if header is None:
                 header = [name or "" for name in fields or ()]
+                if len(header) > MAX_COLUMNS:
+                    raise OSError(f"It has more than {MAX_COLUMNS:,} columns")
             elif fields is None:
                 yield number, "A quote stands where none may be"
             elif len(fields) != len(header):
@@ -100,7 +107,7 @@ def _csv_lines(text: IO[str]) -> Iterator[tuple[int, str]]:
 
 
 def _csv_fields(record: str) -> list[str | None] | None:
-    """Return the fields of a record, or None if its quotes are wrong."""
+    """Return the fields of a record, no more than are looked at, or None if its quotes are wrong."""
     fields: list[str | None] = []
     at = 0
     while True:
@@ -109,7 +116,7 @@ def _csv_fields(record: str) -> list[str | None] | None:
             return None
         quoted, bare, end = match.groups()
         fields.append(quoted.replace('""', '"') if quoted is not None else bare or None)
-        if not end:
+        if not end or len(fields) > MAX_COLUMNS:
             return fields
         at = match.end()
 
@@ -241,6 +248,12 @@ class _Sink(io.RawIOBase):
 
 _ROWS_AT_ONCE: Final = 64
 """A few bytes of Parquet may stand for very many long texts, so few rows are unpacked at once."""
+_PAGE_BYTES: Final = 1024 * 1024
+_LARGE_BYTES: Final = 16 * 1024 * 1024
+_MOST_NESTED: Final = 10_000_000
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_UNITS: Final = {"s": (1, 1_000_000), "ms": (1, 1000), "us": (1, 1), "ns": (1000, 1)}
+"""By what counts of a unit are divided and multiplied to become microseconds; what is finer is cut off."""
 
 
 def read_parquet(path: Path) -> Iterator[Record]:
@@ -257,16 +270,116 @@ def read_parquet(path: Path) -> Iterator[Record]:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            chosen = _choose(path, file)
+            texts = [field.name for field in file.schema_arrow if field.name in chosen and _is_text(field.type)]
+        # A text that is repeated stays in memory once, and pages are read one after the other.
+        with pyarrow.parquet.ParquetFile(path, read_dictionary=texts, buffer_size=_PAGE_BYTES) as file:
             number = 0
-            for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
-                for row in batch.to_pylist():
+            for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=chosen):
+                for row in _rows(batch):
                     number += 1
-                    yield number, {name: _from_cell(name, value) for name, value in row.items() if value is not None}
+                    yield number, row
     except pa.ArrowException as error:
         raise OSError(f"{path}: is no whole Parquet file: {error}") from error
 
 
+def _choose(path: Path, file: Any) -> list[str]:
+    """Return the columns that are fields of a run; others cannot cost one anything.
+
+    Raises:
+        OSError: if there is none, or one whose lists hold more than can be in memory.
+
+    """
+    chosen = [field.name for field in file.schema_arrow if field.name in COLUMNS]
+    if not chosen:
+        raise OSError(f"{path}: has no column that is a field of a run")
+    leaves = [file.schema.column(index).path.split(".") for index in range(len(file.schema))]
+    nested = [index for index, leaf in enumerate(leaves) if len(leaf) > 1 and leaf[0] in chosen]
+    groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
+    if any(group.column(index).num_values > _MOST_NESTED for group in groups for index in nested):
+        raise OSError(f"{path}: a row group holds more than {_MOST_NESTED:,} values inside of one column")
+    return chosen
+
+
+def _is_text(kind: Any) -> bool:
+    import pyarrow as pa  # noqa: PLC0415
+
+    return bool(pa.types.is_string(kind) or pa.types.is_binary(kind))
+
+
+def _rows(batch: Any) -> Iterator[dict[str, Any] | Fault]:
+    """Yield rows as records, one with a cell that Python cannot hold as what is wrong with it."""
+    columns = [(name, _cells(column)) for name, column in zip(batch.schema.names, batch.columns, strict=True)]
+    for index in range(batch.num_rows):
+        row: dict[str, Any] = {}
+        faults = []
+        for name, cells in columns:
+            try:
+                if (value := _from_cell(name, cells[index])) is not None:
+                    row[name] = value
+            except (ValueError, OverflowError, KeyError) as error:  # KeyError: a time zone that nobody knows
+                faults.append(f"{name}: cannot be read: {error}")
+        yield "; ".join(faults) if faults else row
+
+
+def _cells(column: Any) -> Sequence[object]:
+    """Return the values of a column: all at once, or each when it is asked for, if they are large or one is odd."""
+    import pyarrow as pa  # noqa: PLC0415
+
+    if pa.types.is_timestamp(column.type):  # not by way of Arrow, which wants pandas for ns
+        return _Lazy(column.cast(pa.int64()), _UNITS[column.type.unit])
+    if pa.types.is_dictionary(column.type):
+        if _may_be_large(column):
+            return _Lazy(column)
+        column = column.dictionary_decode()  # much quicker than one by one
+    try:
+        values: list[object] = column.to_pylist()
+    except (ValueError, OverflowError, KeyError):
+        return _Lazy(column)
+    return values
+
+
+def _may_be_large(column: Any) -> bool:
+    """Tell whether the texts that a column repeats may take much memory when each stands for itself."""
+    import pyarrow.compute as pc  # noqa: PLC0415
+
+    texts = column.dictionary
+    if texts.nbytes <= _PAGE_BYTES or not _is_text(texts.type):
+        return False
+    longest = pc.max(pc.binary_length(texts)).as_py() or 0
+    return bool(longest * len(column) > _LARGE_BYTES)
+
+
+class _Lazy(Sequence[object]):
+    """The values of a column, each made when it is asked for; counts of a unit of time become moments."""
+
+    def __init__(self, column: Any, unit: tuple[int, int] | None = None) -> None:
+        self._column = column
+        self._unit = unit
+
+    def __len__(self) -> int:
+        return len(self._column)
+
+    def __getitem__(self, index: Any) -> Any:
+        value = self._column[index].as_py()
+        if self._unit is None or value is None:
+            return value
+        divisor, factor = self._unit
+        try:
+            return _EPOCH + timedelta(microseconds=value * factor // divisor)
+        except OverflowError:
+            raise ValueError("it lies outside of the years 1 to 9999") from None
+
+
 def _from_cell(name: str, value: object) -> object:
     if isinstance(value, datetime):
-        return format_timestamp(value)
+        return format_timestamp(value if value.tzinfo is not None else value.replace(tzinfo=UTC))
+    if isinstance(value, date):
+        return f"{value.isoformat()}T00:00:00Z"
+    if isinstance(value, bytes):
+        value = value.decode()
+    if isinstance(value, float) and not math.isfinite(value):
+        if math.isnan(value):  # pandas says so where a number is missing
+            return None
+        raise ValueError(f"{value} is no number of JSON")
     return _from_text(name, value) if isinstance(value, str) else value

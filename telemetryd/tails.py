@@ -7,9 +7,10 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from typing import Final
 
-from aiohttp import web
+from aiohttp import hdrs, web
 
 from telemetryd import runs
 from telemetryd.changes import parse_changes, parse_stream, put_beside
@@ -32,6 +33,8 @@ _HEADERS: Final = {
 async def list_changes(request: web.Request) -> web.Response:
     """Answer what lies behind a number of the sequence, at once or as soon as there is something."""
     asked = parse_changes(request.rel_url.raw_query_string)
+    if request.method == hdrs.METH_HEAD:  # an answer without content has no news to wait for
+        asked = replace(asked, wait_s=0)
     began = time.perf_counter()
     changes = await request.app[FEED].wait(asked)
     waited = time.perf_counter() - began if asked.wait_s else 0.0
@@ -53,6 +56,8 @@ async def stream_runs(request: web.Request) -> web.StreamResponse:
         began = await tail.begin()
         mark(response, request[IDENTITY])
         await response.prepare(request)
+        if request.method == hdrs.METH_HEAD:
+            return response
         opened = time.perf_counter()
         with contextlib.suppress(ConnectionError):  # the client has left
             await response.write(began)

@@ -64,14 +64,15 @@ def test_a_day_has_everything_there_is_to_see() -> None:
 
 def test_one_agent_fails_from_a_commit_on() -> None:
     own = [finished(story) for story in stories() if story.run["agent_name"] == "seo-optimizer" and story.finish]
-    breaks_at = END - DAY * (1 - BREAKS_AT)
+    breaks_at = World(1, END - DAY, END).breaks["seo-optimizer"]
     late = [run for run in own if datetime.fromisoformat(run["start_time"]) >= breaks_at]
     early = [run for run in own if run not in late]
 
     def share(chosen: list[dict[str, Any]]) -> float:
         return [run["status"] for run in chosen].count("failure") / len(chosen)
 
-    assert share(early) < 0.3
+    assert abs(len(early) / len(own) - BREAKS_AT) < 0.1
+    assert share(early) < 0.1
     assert share(late) > 0.5
     assert {run["git_commit_hash"] for run in late}.isdisjoint(run["git_commit_hash"] for run in early)
     assert len({run["git_commit_hash"] for run in late}) == 1

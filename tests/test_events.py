@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from yarl import URL
 
 from telemetryd import runs
 from telemetryd.events import parse_events
 from telemetryd.statements import fetching
-from tests.conftest import MakeApi, StartDaemon, make_run
+from tests.conftest import Api, MakeApi, StartDaemon, make_run
 from tests.http_client import call, get, post
 from tests.test_properties import REPEATABLE
 
@@ -114,6 +115,55 @@ async def test_events_count_towards_the_bound_in_bytes_of_the_queue(make_api: Ma
     assert await api.store.submit(commands[2]) is None
 
 
+async def event_pages(api: Api, following: str | None) -> list[list[Any]]:
+    """Return page after page, as the Link header says."""
+    pages = []
+    while following:
+        async with api.client.get(following) as response:
+            assert response.status == 200, await response.text()
+            pages.append(await response.json())
+            following = str(URL(str(response.links["next"]["url"])).relative()) if "next" in response.links else None
+    return pages
+
+
+async def test_events_are_read_from_either_end_page_after_page(api: Api) -> None:
+    run = make_run()
+    await api.post(run)
+    path = f"/api/v1/runs/{run['event_id']}/events"
+    when = [f"2025-12-24T10:00:0{number // 3}Z" for number in range(25)]  # three at each moment, so ids decide
+    told = [{"event_type": "step", "event_key": str(n), "timestamp": at} for n, at in enumerate(when)]
+    await api.call("POST", path, json=told, status=201)
+    for sort, keys in (("timestamp", [*range(25)]), ("-timestamp", [*reversed(range(25))])):
+        pages = await event_pages(api, f"{path}?sort={sort}&limit=4")
+        assert [int(event["event_key"]) for page in pages for event in page] == keys
+        assert [len(page) for page in pages] == [4] * 6 + [1]
+    last = (await api.get(f"{path}?sort=-timestamp&limit=1"))[0]
+    place = f"{last['timestamp']},{last['id']}"
+    assert await api.get(f"{path}?cursor={place}") == []
+    later = {"event_type": "step", "event_key": "later", "timestamp": "2025-12-24T10:00:08Z"}
+    await api.call("POST", path, json=later, status=201)
+    assert [event["event_key"] for event in await api.get(f"{path}?cursor={place}")] == ["later"]
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "sort=id",
+        "sort=",
+        "cursor=x",
+        "cursor=2025-12-24T10:00:00Z,1",
+        "cursor=2025-12-24T10:00:00.000000Z,99999999999999999999",
+        "cursor=2025-12-24T10:00:00.000000Z,1&offset=1",
+        "sort=timestamp&sort=timestamp",
+    ],
+)
+async def test_what_is_no_place_among_events_is_told(api: Api, query: str) -> None:
+    run = make_run()
+    await api.post(run)
+    detail = (await api.get(f"/api/v1/runs/{run['event_id']}/events?{query}", status=400))["detail"]
+    assert any(name in detail for name in ("sort", "cursor"))
+
+
 async def test_a_page_of_large_events_is_bounded(make_api: MakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetching, "PAGE_BYTES", 100_000)
     api = await make_api()
@@ -128,6 +178,10 @@ async def test_a_page_of_large_events_is_bounded(make_api: MakeApi, monkeypatch:
     assert refused == {"detail": "Invalid limit: 100; that is more than one answer holds: ask for at most 10 at a time"}
     pages = [await api.get(f"{path}/events", params={"limit": 10, "offset": offset}) for offset in (0, 10)]
     assert [event["event_key"] for page in pages for event in page] == [str(n) for n in range(12)]
+    for sort in ("timestamp", "-timestamp"):  # whose pages go on behind their last event, however many there are
+        pages = await event_pages(api, f"{path}/events?sort={sort}")
+        assert [len(page) for page in pages] == [10, 2]
+        assert len({event["event_key"] for page in pages for event in page}) == 12
     run = await api.get(path, params={"include": "events"})
     assert (len(run["events"]), run["more_events"]) == (10, True)
     listed = await api.list(include="events")

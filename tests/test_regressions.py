@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from fractions import Fraction
@@ -253,18 +253,24 @@ def test_what_is_found_is_worse_certain_and_shown_by_its_runs(runs: list[Run]) -
 # --- What invented agents did --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
-def test_the_commit_that_breaks_an_agent_of_the_demo_is_named(seed: int) -> None:
-    end = datetime(2026, 11, 27, 22, tzinfo=UTC)  # a Friday
+@pytest.mark.parametrize(("seed", "number", "hours"), [(1, 1500, range(24)), (2, 2400, (4,)), (3, 2400, (22,))])
+def test_the_commit_that_breaks_an_agent_of_the_demo_is_named_at_every_hour(
+    seed: int, number: int, hours: Iterable[int]
+) -> None:
     [broken] = [agent.name for agent in AGENTS if agent.breaks]
-    runs = [finished(story) for story in World(seed, end - timedelta(days=1), end).runs(2400) if story.ends_at <= end]
-    [commit] = {run["git_commit_hash"] for run in runs if "canonical_url" in run.get("error_summary", "")}
-    named = {
-        (finding.agent_name, finding.job_type): finding.first_bad_commit
-        for job_type in ("rewrite", "audit")
-        for finding in find(broken, job_type, in_order([_seen(run) for run in runs if run["job_type"] == job_type]))
-    }
-    assert named == {(broken, "audit"): commit, (broken, "rewrite"): commit}
+    for hour in hours:
+        end = datetime(2026, 11, 27, hour, tzinfo=UTC)  # a Friday
+        ended = [
+            finished(story) for story in World(seed, end - timedelta(days=1), end).runs(number) if story.ends_at <= end
+        ]
+        runs = [run for run in ended if run["agent_name"] == broken]
+        [commit] = {run["git_commit_hash"] for run in runs if "canonical_url" in run.get("error_summary", "")}
+        named = {
+            finding.first_bad_commit
+            for job_type in ("rewrite", "audit")
+            for finding in find(broken, job_type, in_order([_seen(run) for run in runs if run["job_type"] == job_type]))
+        }
+        assert named == {commit}, hour
 
 
 def _seen(run: dict[str, Any]) -> Run:

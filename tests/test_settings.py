@@ -80,6 +80,7 @@ def test_the_defaults_are_those_of_the_guide_and_the_contract() -> None:
         "api_auth_token_file": None,
         "api_protected_mode": True,
         "allowed_hosts": None,
+        "cors_origins": None,
         "rate_limit_enabled": False,
         "rate_limit_rpm": 60,
         "queue_max": 10_000,
@@ -138,6 +139,7 @@ def test_a_flag_beats_the_environment_which_beats_dotenv_which_beats_the_default
         "prune_after": ["1.5s", "36h", "90d"],
         "stale_after": ["1.5s", "2.5s", "3.5s"],
         "backup_keep": ["1", "2", "3"],
+        "cors_origins": ["http://a", "http://b", "http://c"],
     }
     by_type: dict[object, list[str]] = {
         bool: ["true", "false", "true"],
@@ -200,6 +202,7 @@ WRONG = {
     "TELEMETRY_API_AUTH_TOKEN_FILE": " ",
     "TELEMETRY_API_PROTECTED_MODE": "2",
     "TELEMETRY_ALLOWED_HOSTS": "telemetry.example.com:8765",
+    "TELEMETRY_CORS_ORIGINS": "*",
     "TELEMETRY_RATE_LIMIT_ENABLED": "x",
     "TELEMETRY_RATE_LIMIT_RPM": "0",
     "TELEMETRY_QUEUE_MAX": "1e3",

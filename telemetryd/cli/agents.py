@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import click
 
-from telemetryd.cli.files import READ_ERRORS, Patience, Refusals, Sending
+from telemetryd.cli.files import LONGEST_LINE_MIB, READ_ERRORS, Patience, Refusals, Sending
 from telemetryd.cli.options import EXIT_USAGE, counted, fail, json_flag, print_json, progress, size
 from telemetryd.client.aside import Aside
 from telemetryd.client.bounds import Upkeep
@@ -45,6 +45,17 @@ retry_option = click.option(
     default=10.0,
     metavar="SECONDS",
     help="How long to try again while the daemon does not take anything.  [default: 10]",
+)
+
+
+longest_line_option = click.option(
+    "--longest-line",
+    "longest_line_mib",
+    type=click.IntRange(1, 1024),
+    default=LONGEST_LINE_MIB,
+    show_default=True,
+    metavar="MIB",
+    help="A longer line of NDJSON is refused unread, so that a small file cannot fill the memory.",
 )
 
 
@@ -255,11 +266,18 @@ class _Sync:
 
 
 def send_files(
-    config: Config, files: tuple[str, ...], counters: Counters, refusals: Refusals, retry_s: float
+    config: Config,
+    files: tuple[str, ...],
+    counters: Counters,
+    refusals: Refusals,
+    *,
+    retry_s: float,
+    longest_line_mib: int,
 ) -> str | None:
     """Send the runs of files, and return what went wrong."""
     transport = Transport(config)
-    sending = Sending(transport, counters, refusals, Patience(retry_s, threading.Event()))
+    patience = Patience(retry_s, threading.Event())
+    sending = Sending(transport, counters, refusals, patience, longest_line_mib << 20)
     name = ""
     try:
         with progress() as drawn:
@@ -280,10 +298,19 @@ def send_files(
 @click.command()
 @click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, allow_dash=True))
 @click.option("--rejects", type=click.Path(path_type=Path), help="Append what the daemon refuses to this file.")
+@longest_line_option
 @retry_option
 @json_flag
 @url_option
-def replay(*, files: tuple[str, ...], rejects: Path | None, retry_s: float, as_json: bool, url: str | None) -> None:
+def replay(
+    *,
+    files: tuple[str, ...],
+    rejects: Path | None,
+    longest_line_mib: int,
+    retry_s: float,
+    as_json: bool,
+    url: str | None,
+) -> None:
     r"""Send the runs of NDJSON files.
 
     One JSON object a line, as POST /api/v1/runs takes it. Plain, gzip or Zstandard; - is standard input. Spool files,
@@ -299,7 +326,7 @@ def replay(*, files: tuple[str, ...], rejects: Path | None, retry_s: float, as_j
     """
     config = client_config(url=url)
     counters = Counters()
-    problem = send_files(config, files, counters, Refusals(rejects), retry_s)
+    problem = send_files(config, files, counters, Refusals(rejects), retry_s=retry_s, longest_line_mib=longest_line_mib)
     if as_json:
         print_json({**_outcome(counters), "problem": problem})
     else:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gzip
 import io
+import itertools
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Final, TypeVar, cast
+from typing import Any, BinaryIO, Final, TypeVar, cast
 
 import click
 
@@ -22,6 +24,7 @@ from telemetryd.client.lines import dead_letter, encode, read_object, unfold
 from telemetryd.client.worker import Backoff
 from telemetryd.errors import ErrorItem, TelemetrydError, describe
 from telemetryd.logs import printable
+from telemetryd.runs import holds_more_values
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -36,8 +39,16 @@ _ZSTD: Final = b"\x28\xb5\x2f\xfd"
 _GZIP: Final = b"\x1f\x8b"
 _PARQUET: Final = b"PAR1"
 
-READ_ERRORS: Final = (OSError, EOFError, UnicodeDecodeError, zstd.ZstdError, TelemetrydError)
+READ_ERRORS: Final = (OSError, EOFError, UnicodeDecodeError, zlib.error, zstd.ZstdError, TelemetrydError)
 """What reading a file may raise."""
+
+LONGEST_LINE_MIB: Final = 64
+"""Four times what the daemon takes as one request unless told otherwise: a run may be followed by its events."""
+
+_BYTES_PER_VALUE: Final = 16
+"""A line may hold one JSON value for so many bytes of the longest line: decoded, each takes several times as much."""
+
+_PIECE: Final = 1 << 16
 
 
 class Patience:
@@ -100,7 +111,8 @@ class Refusals:
             self._told += 1
             place = f"{name} line {number}: " if number else ""
             shown = lines[0].decode("utf-8", "replace")
-            click.echo(printable(f"telemetryd: {place}refused ({status}): {text:.300}: {shown:.200}"), err=True)
+            answer = "" if status is None else f" ({status})"
+            click.echo(printable(f"telemetryd: {place}refused{answer}: {text:.300}: {shown:.200}"), err=True)
         if self._file is not None:
             with self._file.open("ab") as out:
                 out.write(b"".join(dead_letter(line, status, reason, timestamp()) for line in lines))
@@ -126,14 +138,23 @@ class Sending:
         counters: take in what became of the lines.
         refusals: take in what the daemon refuses, and what cannot be read.
         patience: how long to try again.
+        longest_line: bytes of a line of NDJSON that is read at all; of a longer one nothing is kept.
 
     """
 
-    def __init__(self, requests: Requests, counters: Counters, refusals: Refusals, patience: Patience) -> None:
+    def __init__(
+        self,
+        requests: Requests,
+        counters: Counters,
+        refusals: Refusals,
+        patience: Patience,
+        longest_line: int = LONGEST_LINE_MIB << 20,
+    ) -> None:
         self._delivery = Delivery(requests, refusals.add, counters)
         self._counters = counters
         self._refusals = refusals
         self._patience = patience
+        self._longest_line = longest_line
 
     def send(self, name: str, drawn: Progress) -> None:
         """Send one file; - is standard input.
@@ -146,21 +167,26 @@ class Sending:
         with click.open_file(name, "rb") as raw:
             total = Path(name).stat().st_size if name != "-" else 0
             file = io.BufferedReader(raw) if isinstance(raw, io.RawIOBase) else raw
-            lines: list[bytes] = []
+            waiting: list[bytes] = []
             length = 0
-            for number, found in _records(name, file):
-                for line in found if isinstance(found, list) else ():
-                    lines.append(line)
-                    length += len(line)
-                    self._refusals.places.setdefault(line, (name, number))
-                if isinstance(found, str):
-                    self._refuse(name, number, found)
-                if len(lines) >= self._delivery.rows or length >= MAX_BYTES:
-                    self._send(lines)
-                    lines, length = [], 0
-                    if total:
-                        drawn(Path(name).name, min(raw.tell(), total), total)
-            self._send(lines)
+            try:
+                for number, found in _records(name, file, self._longest_line):
+                    if isinstance(found, str):
+                        self._refuse(name, number, found)
+                        continue
+                    waiting += found
+                    length += sum(map(len, found))
+                    for line in found:
+                        self._refusals.places.setdefault(line, (name, number))
+                    if len(waiting) >= self._delivery.rows or length >= MAX_BYTES:
+                        self._send(waiting)
+                        waiting, length = [], 0
+                        if total:
+                            drawn(Path(name).name, min(raw.tell(), total), total)
+            except READ_ERRORS:
+                self._send(waiting)  # what comes before the place that cannot be read is as good as any
+                raise
+            self._send(waiting)
             if total:
                 drawn(Path(name).name, total, total)
 
@@ -179,7 +205,7 @@ class Sending:
         self._refusals.places.clear()
 
 
-def _records(name: str, file: Any) -> Iterator[tuple[int, list[bytes] | tables.Fault]]:
+def _records(name: str, file: Any, longest_line: int) -> Iterator[tuple[int, list[bytes] | tables.Fault]]:
     """Yield the place of each record with the lines that it means, or with what is wrong with it."""
     if file.peek(4).startswith(_PARQUET):
         if name == "-":
@@ -191,10 +217,31 @@ def _records(name: str, file: Any) -> Iterator[tuple[int, list[bytes] | tables.F
     if start not in (b"", b"{", b"["):
         yield from _as_lines(tables.read_csv(plain))
         return
-    for number, line in enumerate(plain, 1):
-        found = [text for text in unfold(_unwrap(line.strip())) if text]
-        if found:
+    for number, line in read_lines(plain, longest_line):
+        if line is None:
+            yield number, f"The line is longer than {longest_line >> 20} MiB; --longest-line MIB reads longer ones"
+        elif holds_more_values(line, longest_line // _BYTES_PER_VALUE):
+            yield number, f"The line holds more than {longest_line // _BYTES_PER_VALUE:,} JSON values (--longest-line)"
+        elif found := [text for text in unfold(_unwrap(line.strip())) if text]:
             yield number, found
+
+
+def read_lines(file: BinaryIO, longest: int) -> Iterator[tuple[int, bytes | None]]:
+    """Yield each line with its number; None in place of one that is longer, of which nothing is kept."""
+    for number in itertools.count(1):
+        parts: list[bytes] = []
+        size = 0
+        while piece := file.readline(_PIECE):
+            size += len(piece)
+            if size <= longest:
+                parts.append(piece)
+            else:
+                parts.clear()
+            if piece.endswith(b"\n"):
+                break
+        if not size:
+            return
+        yield number, b"".join(parts) if size <= longest else None
 
 
 def _as_lines(records: Iterator[tables.Record]) -> Iterator[tuple[int, list[bytes] | tables.Fault]]:

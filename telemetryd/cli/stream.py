@@ -21,6 +21,7 @@ from telemetryd.errors import TelemetrydError, UnavailableError
 _SILENT_S: Final = 40.0
 """A stream that says nothing for so long is dead: the daemon gives a sign of life every 15 seconds."""
 _FIRST_PAUSE_S: Final = 0.2
+_LONGEST_MESSAGE: Final = 256 * 1024 * 1024
 _LONGEST_PAUSE_S: Final = 10.0
 _PATIENT: Final = (429, 502, 503, 504)
 
@@ -114,12 +115,19 @@ def reason(error: Exception) -> str:
 
 
 async def read_messages(chunks: AsyncIterator[bytes]) -> AsyncIterator[Message]:
-    """Yield the messages of an event stream that comes in pieces; what is cut off at its end is left out."""
+    """Yield the messages of an event stream that comes in pieces; what is cut off at its end is left out.
+
+    Raises:
+        UnavailableError: if one does not end; no run is so long.
+
+    """
     begun = bytearray()
     last_id = ""
     async for chunk in chunks:
+        seen = max(len(begun) - 1, 0)
         begun += chunk
-        while (end := begun.find(b"\n\n")) >= 0:
+        while (end := begun.find(b"\n\n", seen)) >= 0:
+            seen = 0
             event, data = "message", b""
             for line in bytes(begun[:end]).split(b"\n"):
                 name, _, value = line.partition(b": ")
@@ -131,6 +139,8 @@ async def read_messages(chunks: AsyncIterator[bytes]) -> AsyncIterator[Message]:
                     data += value
             del begun[: end + 2]
             yield Message(event, data, last_id)
+        if len(begun) > _LONGEST_MESSAGE:
+            raise UnavailableError("The stream holds a message without an end; is this telemetryd?")
 
 
 def detail_of(text: bytes) -> str:

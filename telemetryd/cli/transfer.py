@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 import aiohttp
 import click
 
-from telemetryd.cli.agents import client_config, end, retry_option, send_files, url_option
+from telemetryd.cli.agents import client_config, end, longest_line_option, retry_option, send_files, url_option
 from telemetryd.cli.files import Refusals
 from telemetryd.cli.options import F, Progress, counted, failing, json_flag, print_json, progress, size
 from telemetryd.cli.stream import detail_of
@@ -221,10 +221,19 @@ async def _answer(config: Config, asked: dict[str, str], retry_s: float) -> Asyn
 @click.command("import")
 @click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, allow_dash=True))
 @click.option("--rejects", type=click.Path(path_type=Path), help="Append what the daemon refuses to this file.")
+@longest_line_option
 @retry_option
 @json_flag
 @url_option
-def import_(*, files: tuple[str, ...], rejects: Path | None, retry_s: float, as_json: bool, url: str | None) -> None:
+def import_(
+    *,
+    files: tuple[str, ...],
+    rejects: Path | None,
+    longest_line_mib: int,
+    retry_s: float,
+    as_json: bool,
+    url: str | None,
+) -> None:
     r"""Send the runs of exported files to the daemon.
 
     NDJSON (with events, if it has them) and CSV, plain, gzip or Zstandard, and Parquet; what a file is, its first bytes
@@ -239,7 +248,8 @@ def import_(*, files: tuple[str, ...], rejects: Path | None, retry_s: float, as_
     """
     counters = Counters()
     refusals = Refusals(rejects)
-    problem = send_files(client_config(url=url), files, counters, refusals, retry_s)
+    config = client_config(url=url)
+    problem = send_files(config, files, counters, refusals, retry_s=retry_s, longest_line_mib=longest_line_mib)
     if as_json:
         print_json(
             {

@@ -50,10 +50,13 @@ from telemetryd.statements.choosing import (
 )
 from telemetryd.statements.transaction import MINUTE, PROCESS
 
-_SELECT_EVENTS: Final = f"""
-    SELECT {", ".join(events.COLUMNS)} FROM run_events INDEXED BY idx_events_time
-    WHERE run = ? ORDER BY timestamp, id LIMIT ? OFFSET ?
-"""  # noqa: S608 - names from the definition of an event
+_EVENTS: Final = f"SELECT {', '.join(events.COLUMNS)} FROM run_events INDEXED BY idx_events_time WHERE run = :run"  # noqa: S608 - names from the definition of an event
+_SELECT_EVENTS: Final = f"{_EVENTS} ORDER BY timestamp, id LIMIT :limit OFFSET :offset"
+_SELECT_EVENTS_AFTER: Final = f"{_EVENTS} AND (timestamp, id) > (:timestamp, :id) ORDER BY timestamp, id LIMIT :limit"
+_SELECT_LAST_EVENTS: Final = f"{_EVENTS} ORDER BY timestamp DESC, id DESC LIMIT :limit OFFSET :offset"
+_SELECT_EVENTS_BEFORE: Final = (
+    f"{_EVENTS} AND (timestamp, id) < (:timestamp, :id) ORDER BY timestamp DESC, id DESC LIMIT :limit"
+)
 _EVENT_PAYLOAD: Final = events.COLUMNS.index("payload")
 _ID: Final = COLUMNS.index("id")
 _SELECT_PROCESSES: Final = f"""
@@ -276,7 +279,7 @@ def _with_events(connection: sqlite3.Connection, shown: list[str], ids: list[int
     room = PAGE_BYTES
     whole: list[str] = []
     for run, id_ in zip(shown, ids, strict=False):
-        page, room = _read_events(connection, id_, DEFAULT_LIMIT, 0, room, is_first=not whole)
+        page, room = _read_events(connection, ListEvents("", DEFAULT_LIMIT), id_, room, is_first=not whole)
         whole.append(f"{run[:-1]},{orjson.dumps(events.beside(page)).decode()[1:]}")
     return whole
 
@@ -296,23 +299,29 @@ def fetch_run(connection: sqlite3.Connection, query: GetRun) -> tuple[Row, Event
         return None
     if not query.events:
         return row, EventPage([], more=False)
-    return row, _read_events(connection, row[_ID], query.events, 0, PAGE_BYTES)[0]
+    return row, _read_events(connection, ListEvents(query.event_id, query.events), row[_ID], PAGE_BYTES)[0]
 
 
 def fetch_events(connection: sqlite3.Connection, query: ListEvents) -> EventPage | None:
     """Fetch the events of a run, about `PAGE_BYTES` of them at most."""
     run = connection.execute("SELECT id FROM agent_runs WHERE event_id = ?", (query.event_id,)).fetchone()
-    return None if run is None else _read_events(connection, run[0], query.limit, query.offset, PAGE_BYTES)[0]
+    return None if run is None else _read_events(connection, query, run[0], PAGE_BYTES)[0]
 
 
 def _read_events(
-    connection: sqlite3.Connection, run: SqlValue, limit: int, offset: int, room: int, *, is_first: bool = True
+    connection: sqlite3.Connection, query: ListEvents, run: SqlValue, room: int, *, is_first: bool = True
 ) -> tuple[EventPage, int]:
     """Return the events of a run that fit into so many bytes, or one if it `is_first`, and the room that is left."""
+    values: Values = {"run": run, "limit": query.limit + 1, "offset": query.offset}
+    if query.after is None:
+        sql = _SELECT_LAST_EVENTS if query.is_descending else _SELECT_EVENTS
+    else:
+        sql = _SELECT_EVENTS_BEFORE if query.is_descending else _SELECT_EVENTS_AFTER
+        values |= dict(zip(("timestamp", "id"), query.after, strict=True))
     rows: list[Row] = []
-    for row in connection.execute(_SELECT_EVENTS, (run, limit + 1, offset)):
+    for row in connection.execute(sql, values):
         room -= len(row[_EVENT_PAYLOAD] or "")
-        if len(rows) == limit or (room < 0 and (rows or not is_first)):
+        if len(rows) == query.limit or (room < 0 and (rows or not is_first)):
             return EventPage(rows, more=True), room
         rows.append(row)
     return EventPage(rows, more=False), room

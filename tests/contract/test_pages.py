@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import socket
 from pathlib import Path
 from typing import Any
@@ -275,9 +276,17 @@ async def test_every_answer_hides_versions_and_forbids_sniffing(api: Api) -> Non
     ]
     answers.append(await send(api, "POST", RUNS, data=b"{", headers=JSON))
     answers += await send_raw(api, b"garbage\r\n\r\n")
-    answers += await send_raw(api, b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nExpect: tea\r\n\r\n")
-    assert [answer.status for answer in answers] == [200, 200, 404, 400, 200, 200, 200, 422, 400, 417]
+    head = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+    answers += await send_raw(api, head + b"Expect: tea\r\n\r\n")
+    answers += await send_raw(api, head + b"X: " + b"x" * 10_000 + b"\r\n\r\n")
+    answers.append(await send(api, "PATCH", RUNS, headers={"Origin": "http://evil.example"}))
+    answers.append(await send(api, "OPTIONS", RUNS))
+    answers.append(await send(api, "HEAD", f"{RUNS}/stream"))
+    answers.append(await send(api, "POST", RUNS, data=io.BytesIO(b" " * (1 << 24) + b"{"), headers=JSON))
+    expected = [200, 200, 404, 400, 200, 200, 200, 422, 400, 417, 400, 403, 405, 200, 413]
+    assert [answer.status for answer in answers] == expected
     for answer in answers:
+        assert answer.headers["telemetry-server"] == "telemetryd/4", "by which clients know that it is no proxy's"
         assert answer.headers["server"] == "telemetryd"
         assert answer.headers["x-content-type-options"] == "nosniff"
         assert "x-powered-by" not in answer.headers

@@ -54,8 +54,10 @@ def test_the_overview_tells_what_happened(page: Page, url: str) -> None:
     expect(page.locator(".facts")).to_contain_text(f"{metrics['total_runs']:,} by 20 agents")
     expect(page.locator(".facts")).to_contain_text("empty")
     expect(page.locator(".panel", has_text="Most failures").locator("li")).to_have_count(6)
-    slowest = page.locator(".panel", has_text="Slowest agents").locator("li").first
-    expect(slowest).to_contain_text("nightly-orchestrator")
+    since = page.evaluate("new Date(Math.floor(Date.now() / 3600000) * 3600000 - 23 * 3600000).toISOString()")
+    groups = get(url, f"/api/v1/stats?group_by=agent_name&from={since}")[1]["groups"]
+    slowest = max(groups, key=lambda group: group["duration_ms"]["p95"] or 0)["agent_name"]
+    expect(page.locator(".panel", has_text="Slowest agents").locator("li").first).to_contain_text(slowest)
     expect(page.locator(".panel", has_text="Latest failures").locator("li").first).to_be_visible()
     expect(page.locator("#health")).to_have_text("Healthy")
     expect(page.locator(".view-head")).to_contain_text(re.compile(r"whole hours since \d+ \w+, \d\d:00"))
@@ -161,8 +163,99 @@ def test_a_run_shows_everything(open_view: OpenPage, url: str) -> None:
     assert page.locator(".everything th").all_inner_texts() == list(run)
 
 
+def test_the_last_events_of_a_failed_run_are_seen_first(open_view: OpenPage, url: str) -> None:
+    run = make_run(status="failure", error_summary="It broke", start_time="2026-01-01T00:00:00Z")
+    post(url, run)
+    told = [
+        {"event_type": "fatal error" if number == 300 else "step", "event_key": str(number), "payload": {"n": number}}
+        | {"timestamp": f"2026-01-01T00:{number // 60:02}:{number % 60:02}Z"}
+        for number in range(301)
+    ]
+    call(url, "POST", f"/api/v1/runs/{run['event_id']}/events", told)
+    page = open_view(f"#/run/{run['event_id']}")
+    lines = page.locator(".timeline li")
+    expect(lines.last).to_contain_text("fatal error")
+    expect(lines).to_have_count(25)
+    page.get_by_role("button", name="Show earlier events").click()
+    expect(lines).to_have_count(125)
+    expect(lines.first).to_contain_text("n 176")
+    page.get_by_role("button", name="First events").click()
+    expect(lines.first).to_contain_text("n 0")
+    expect(page.get_by_role("button", name="First events")).to_have_attribute("aria-pressed", "true")
+    for count in (125, 225, 301):
+        page.get_by_role("button", name="Show later events").click()
+        expect(lines).to_have_count(count)
+    expect(lines.last).to_contain_text("fatal error")
+    expect(page.get_by_role("button", name="Show later events")).to_have_count(0)
+    call(url, "PATCH", f"/api/v1/runs/{run['event_id']}", {"status": "success"})
+    page.reload()
+    expect(lines.first).to_contain_text("n 0")
+
+
+def test_events_of_a_running_run_come_by_themselves(open_view: OpenPage, url: str) -> None:
+    run = make_run()
+    post(url, run)
+    path = f"/api/v1/runs/{run['event_id']}/events"
+    page = open_view(f"#/run/{run['event_id']}")
+    expect(page.locator("main")).to_contain_text("It reported no events")
+    for number in (1, 2):
+        call(url, "POST", path, {"event_type": f"step {number}"})
+        expect(page.locator(".timeline li")).to_have_count(number, timeout=15_000)  # it looks every 3 s
+    expect(page.locator(".timeline li").last).to_contain_text("step 2")
+
+
+def test_megabytes_of_text_and_values_are_shown_in_part(open_view: OpenPage, url: str) -> None:
+    """Of some MB hardly anything is put into the document, until somebody asks for all of one text."""
+    end = "ValueError: this is the end \U0001f600"
+    run = make_run(
+        status="failure",
+        error_details="Traceback\n" + "  a line of it\n" * 20_000 + end,
+        input_summary="\U0001f600" * 50_000,
+        metrics_json={f"key {number}": number for number in range(8_000)},
+        context_json={"deep": {"values": [*range(9_000)]}},
+    )
+    post(url, run)
+    many = {f"p{number}": number for number in range(4_000)}
+    for number in range(26):
+        event = {"event_type": "step", "event_key": str(number), "payload": many | {"long": "x" * 50_000}}
+        call(url, "POST", f"/api/v1/runs/{run['event_id']}/events", event)
+    page = open_view(f"#/run/{run['event_id']}")
+    expect(page.locator(".timeline li")).to_have_count(25, timeout=60_000)
+    expect(page.locator("[aria-busy]")).to_have_count(0, timeout=60_000)
+    assert page.evaluate("document.querySelectorAll('*').length") < 3000
+    assert page.evaluate("document.querySelector('main').textContent.length") < 100_000
+    error = page.locator(".error-panel pre")
+    expect(error).to_contain_text("Traceback")
+    expect(error).to_contain_text(end)  # of an error the last line says most
+    error.get_by_role("button", name="Show all").click()
+    expect(error.locator(".whole")).to_be_focused()
+    assert page.evaluate("document.querySelector('.error-panel pre').textContent.length") > 300_000
+    page.locator(".payload").first.get_by_role("button", name="Show all (4,001 values)").click()
+    expect(page.locator(".payload .whole")).to_contain_text('"p3999": 3999')
+    page.get_by_text("7,976 more").get_by_role("button").click()
+    expect(page.locator(".panel", has_text="Its figures").locator(".whole")).to_contain_text('"key 7999": 7999')
+    page.locator("summary", has_text="All fields").click()
+    expect(page.locator(".everything")).to_contain_text("input_summary")
+    page.goto(f"{url}/#/runs")
+    expect(page.locator(".table-body .line").first).to_be_visible()
+    assert page.evaluate("document.querySelector('main').textContent.length") < 100_000
+
+
+def test_a_family_of_hundreds_leads_to_all_of_them(open_view: OpenPage, url: str) -> None:
+    parent = make_run(status="success")
+    post(url, parent)
+    children = [make_run(parent_run_id=parent["run_id"], agent_name="child") for _ in range(150)]
+    call(url, "POST", "/api/v1/runs/batch", children)
+    page = open_view(f"#/run/{parent['event_id']}")
+    expect(page.locator(".tree ul .node")).to_have_count(100)
+    page.get_by_role("link", name="All runs that it started").click()
+    expect(page.locator(".told")).to_have_text("150 runs")
+
+
 def test_a_family_is_a_tree(open_view: OpenPage, url: str) -> None:
-    child = next(run for run in get(url, "/api/v1/runs?limit=1000")[1] if run["parent_run_id"])
+    child = next(
+        run for run in get(url, "/api/v1/runs?limit=1000")[1] if run["parent_run_id"] and "demo" in run["event_id"]
+    )
     [parent] = get(url, f"/api/v1/runs?run_id={child['parent_run_id']}")[1]
     page = open_view(f"#/run/{child['event_id']}")
     expect(page.locator(".tree > li > .node").first).to_contain_text("nightly-orchestrator")

@@ -63,8 +63,14 @@ export function choice(label, options, chosen) {
   return h("nav", { class: "choice", "aria-label": label }, links);
 }
 
-/** Return what a run says of itself in one line. */
-export const summaryOf = (run) => run.error_summary || run.output_summary || run.item_name || run.input_summary || "";
+/** The fields of a run that lists show: its long texts and its JSON stay where they are. */
+export const IN_LISTS = [
+  "event_id", "run_id", "parent_run_id", "agent_name", "job_type", "status", "created_at", "start_time", "updated_at", "duration_ms",
+  "items_succeeded", "items_failed", "items_skipped", "error_summary", "output_summary", "item_name", "input_summary",
+].join(",");
+
+/** Return what a run says of itself in one line, as far as one can hold it. */
+export const summaryOf = (run) => (run.error_summary || run.output_summary || run.item_name || run.input_summary || "").slice(0, 300);
 
 /** Do something every so many milliseconds while the page is seen, until `signal` aborts. */
 export function every(ms, signal, action) {

@@ -6,7 +6,7 @@ import { stackedBars } from "../charts.js";
 import { h } from "../dom.js";
 import { DAY, HOUR, bytes, count, counted, dayOf, duration, percent, short, timeOf } from "../format.js";
 import { onHealth } from "../health.js";
-import { choice, every, fillLater, panel, sentence, summaryOf, when } from "../parts.js";
+import { IN_LISTS, choice, every, fillLater, panel, sentence, summaryOf, when } from "../parts.js";
 import { regressionsPanel } from "../regressions.js";
 import { exact, href, runHref } from "../route.js";
 import { BAD, badge } from "../status.js";
@@ -160,7 +160,7 @@ export function show(root, { parameters, signal }) {
     });
     fillLater(slow, signal, async () => slowest(await byAgent, since));
     fillLater(worst, signal, async () => failing(await ask({ group_by: "agent_name", status: BAD.join(",") }), await byAgent, since));
-    fillLater(latest, signal, async () => failures((await page(`/api/v1/runs?status=${BAD.join(",")}&limit=${SHOWN + 2}`, signal)).items));
+    fillLater(latest, signal, async () => failures((await page(`/api/v1/runs?status=${BAD.join(",")}&limit=${SHOWN + 2}&fields=${IN_LISTS}`, signal)).items));
   }
 
   function change(next) {

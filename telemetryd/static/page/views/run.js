@@ -2,13 +2,14 @@
 
 import { address, get, page, runPath } from "../api.js";
 import { h, outside } from "../dom.js";
+import { eventsPanel } from "../events.js";
 import { MINUTE, ago, count, counted, duration, fullTime } from "../format.js";
-import { copyButton, every, fillLater, panel, problem, sentence, summaryOf, when } from "../parts.js";
+import { IN_LISTS, copyButton, every, fillLater, panel, problem, sentence, summaryOf, when } from "../parts.js";
 import { exact, href, runHref } from "../route.js";
 import { badge, shape } from "../status.js";
+import { anyValue, firstEntries, longText } from "../texts.js";
 
 const REFRESH_MS = 3000;
-const EVENTS = 200;
 const CHILDREN = 100;
 const ANCESTORS = 5;
 const QUIET_MS = 5 * MINUTE;
@@ -20,11 +21,7 @@ function facts(pairs, otherwise = sentence("Nothing was reported.")) {
   return given.length ? h("dl", { class: "facts" }, given.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))) : otherwise;
 }
 
-function value(any) {
-  if (typeof any === "number") return Number.isInteger(any) ? count(any) : String(any);
-  if (typeof any === "object" && any !== null) return h("pre", {}, JSON.stringify(any, null, 2));
-  return String(any);
-}
+const number = (any) => (Number.isInteger(any) ? count(any) : String(any));
 
 const moment = (text) => (text ? [fullTime(text), " ", h("span", { class: "quiet" }, "(", when(text), ")")] : null);
 
@@ -59,7 +56,7 @@ function errors(run) {
   const text = [run.error_summary, run.error_details].filter(Boolean).join("\n\n");
   return h("section", { class: `panel error-panel ${run.status}` },
     h("header", {}, h("h2", {}, "What went wrong"), copyButton(text, "the error")),
-    h("div", { class: "body" }, run.error_summary && h("p", { class: "headline" }, run.error_summary), run.error_details && h("pre", { tabindex: "0", role: "region", "aria-label": "Error in full" }, run.error_details)));
+    h("div", { class: "body" }, run.error_summary && h("p", { class: "headline" }, longText(run.error_summary, { part: 1000 })), run.error_details && h("pre", { tabindex: "0", role: "region", "aria-label": "Error in full" }, longText(run.error_details, { part: 8000, ends: true }))));
 }
 
 function commit(run) {
@@ -78,10 +75,11 @@ function commit(run) {
 
 function sections(run) {
   const bar = items(run);
-  const own = (object) => Object.entries(object ?? {}).map(([name, any]) => [name, value(any)]);
+  const own = (object) => h("dl", { class: "facts" }, firstEntries(object, (name, any) => h("div", {}, h("dt", {}, longText(name, { part: 200 })), h("dd", {}, anyValue(any, number)))));
+  const text = (any) => any && longText(any);
   return h("div", { class: "columns" },
     panel("What it did", h("div", { class: "body" }, bar, facts([
-      ["Input", run.input_summary], ["Output", run.output_summary], ["Item", run.item_name], ["From", run.source_ref], ["To", run.target_ref],
+      ["Input", text(run.input_summary)], ["Output", text(run.output_summary)], ["Item", text(run.item_name)], ["From", text(run.source_ref)], ["To", text(run.target_ref)],
       ["Product", [run.product, run.product_family].filter(Boolean).join(" · ")], ["Website", [run.website, run.subdomain, run.website_section].filter(Boolean).join(" · ")], ["Platform", run.platform], ["Insight", run.insight_id],
     ], bar ? null : undefined))),
     panel("Where and when", h("div", { class: "body" }, facts([
@@ -92,19 +90,8 @@ function sections(run) {
     ]))),
     (run.git_repo || run.git_commit_hash) && panel("Commit", h("div", { class: "body" }, commit(run))),
     (run.metrics_json || run.context_json) && h("div", { class: "stack" },
-      run.metrics_json && panel("Its figures", h("div", { class: "body" }, facts(own(run.metrics_json)))),
-      run.context_json && panel("Its context", h("div", { class: "body" }, facts(own(run.context_json))))));
-}
-
-function timeline(list, run) {
-  if (!list.items.length) return sentence("It reported no events.");
-  const start = Date.parse(run.start_time);
-  const lines = list.items.map((event) =>
-    h("li", { class: /error|fail|warn/i.test(event.event_type) ? "loud" : null },
-      h("span", { class: "at", title: event.timestamp }, `+${duration(Math.max(0, Date.parse(event.timestamp) - start))}`),
-      h("b", {}, event.event_type),
-      event.payload && h("span", { class: "quiet payload" }, Object.entries(event.payload).map(([name, any]) => h("span", {}, `${name} `, h("code", {}, typeof any === "string" ? any : JSON.stringify(any)))))));
-  return h("ol", { class: "timeline" }, lines, list.next && h("li", { class: "quiet" }, `The first ${EVENTS} are shown.`));
+      run.metrics_json && panel("Its figures", h("div", { class: "body" }, own(run.metrics_json))),
+      run.context_json && panel("Its context", h("div", { class: "body" }, own(run.context_json)))));
 }
 
 function node(run, isThis, below) {
@@ -113,7 +100,7 @@ function node(run, isThis, below) {
 }
 
 async function family(run, signal) {
-  const find = async (parameters) => (await page(address("/api/v1/runs", parameters), signal)).items;
+  const find = async (parameters) => (await page(address("/api/v1/runs", { ...parameters, fields: IN_LISTS }), signal)).items;
   const ancestors = [];
   let above = run.parent_run_id;
   while (above && ancestors.length < ANCESTORS) {
@@ -130,51 +117,57 @@ async function family(run, signal) {
   const below = children.length ? h("ul", {}, children.reverse().map((child) => node(child, false))) : null;
   const known = siblings.some(({ event_id }) => event_id === run.event_id) ? siblings : [run, ...siblings];
   const own = known.reverse().map((sibling) => node(sibling, sibling.event_id === run.event_id, sibling.event_id === run.event_id ? below : null));
-  const full = children.length === CHILDREN || siblings.length === CHILDREN;
-  return [h("ul", { class: "tree" }, ancestors.reduceRight((inner, parent) => node(parent, false, h("ul", {}, inner)), own)), full && sentence(`At most ${CHILDREN} of a family are shown.`)].filter(Boolean);
+  const cut = [children.length === CHILDREN && run.run_id, siblings.length === CHILDREN && run.parent_run_id].filter(Boolean);
+  return [h("ul", { class: "tree" }, ancestors.reduceRight((inner, parent) => node(parent, false, h("ul", {}, inner)), own)), ...cut.map((parent) => h("p", { class: "quiet" }, `The last ${CHILDREN} are shown. `, h("a", { href: href("runs", { parent_run_id: exact(parent) }) }, parent === run.run_id ? "All runs that it started" : "All runs that its parent started")))];
 }
 
 function everything(run) {
-  const rows = Object.entries(run).map(([name, any]) =>
-    h("tr", {}, h("th", { scope: "row" }, h("code", {}, name)), h("td", {}, any === null ? h("span", { class: "quiet" }, "null") : typeof any === "object" ? h("pre", {}, JSON.stringify(any, null, 2)) : String(any))));
-  return h("details", { class: "panel everything" }, h("summary", {}, "All fields"), h("div", { class: "body scroll", tabindex: "0", role: "region", "aria-label": "All fields" }, h("table", {}, h("tbody", {}, rows))));
+  const body = h("tbody", {});
+  const element = h("details", { class: "panel everything", on: { toggle: fill } }, h("summary", {}, "All fields"), h("div", { class: "body scroll", tabindex: "0", role: "region", "aria-label": "All fields" }, h("table", {}, body)));
+  function fill() { // only if somebody wants to see them
+    if (!element.open || body.firstChild) return;
+    body.append(...Object.entries(run).map(([name, any]) =>
+      h("tr", {}, h("th", { scope: "row" }, h("code", {}, name)), h("td", {}, any === null ? h("span", { class: "quiet" }, "null") : anyValue(any)))));
+  }
+  return element;
 }
 
 export function show(root, { name, signal }) {
   const top = h("div", { class: "stack" }, h("h1", {}, "Run"));
-  const events = h("div", { class: "body" }, sentence("Asking …"));
+  const lived = h("div", {});
+  const events = eventsPanel(name, signal);
   const relatives = h("div", { class: "body" }, sentence("Asking …"));
   const bottom = h("div", {});
   let seen = null;
 
   function draw(run) {
-    const wasOpen = bottom.querySelector("details")?.open;
     top.replaceChildren(...[
       h("div", { class: "run-head" },
         h("p", { class: "quiet crumbs" }, h("a", { href: "#/runs" }, "Runs"), " / ", h("a", { href: href("runs", { agent_name: exact(run.agent_name) }) }, run.agent_name)),
         h("div", { class: "view-head" }, h("h1", {}, run.job_type), badge(run.status), run.status !== "running" && h("span", { class: "took" }, duration(run.duration_ms))),
         h("p", { class: "quiet ids" }, h("code", {}, run.event_id), copyButton(run.event_id, "the event_id"), h("span", {}, "run ", h("code", {}, run.run_id)), h("span", {}, "created ", when(run.created_at)))),
-      run.status === "running" && age(run),
+      lived,
       errors(run),
       sections(run),
     ].filter(Boolean));
+    if (bottom.contains(document.activeElement)) return;
+    const wasOpen = bottom.querySelector("details")?.open;
     bottom.replaceChildren(everything(run));
     bottom.querySelector("details").open = Boolean(wasOpen);
   }
 
   async function load() {
     const run = await get(runPath(name), {}, signal);
-    if (seen?.updated_at !== run.updated_at || run.status === "running") {
-      if (!top.contains(document.activeElement) || seen === null) draw(run); // whoever stands in there is not disturbed
-    }
+    lived.replaceChildren(run.status === "running" ? age(run) : "");
     if (seen?.updated_at !== run.updated_at) {
-      fillLater(events, signal, async () => timeline(await page(`${runPath(name)}/events?limit=${EVENTS}`, signal), run));
+      if (!top.contains(document.activeElement) || seen === null) draw(run); // whoever stands in there is not disturbed
+      events.show(run);
       fillLater(relatives, signal, () => family(run, signal));
     }
     seen = run;
   }
 
-  root.append(top, panel("Events", events), panel("Family", relatives, { note: "the run that started it, and those it started" }), bottom);
+  root.append(top, events.whole, panel("Family", relatives, { note: "the run that started it, and those it started" }), bottom);
   load().catch((error) => {
     if (signal.aborted) return;
     root.replaceChildren(h("h1", {}, error.status === 404 ? "There is no such run" : "This run cannot be shown"), problem(error.message), h("p", {}, h("a", { href: "#/runs" }, "All runs")));

@@ -4,7 +4,7 @@ import { address, get, page } from "../api.js";
 import { h, say } from "../dom.js";
 import { count, counted, duration } from "../format.js";
 import { stepWith } from "../keyboard.js";
-import { problem, sentence, summaryOf, when } from "../parts.js";
+import { IN_LISTS, problem, sentence, summaryOf, when } from "../parts.js";
 import { go, href, runHref } from "../route.js";
 import { STATUSES, badge, shape } from "../status.js";
 import { follow } from "../stream.js";
@@ -231,7 +231,7 @@ export function show(root, { parameters, signal }) {
     items.length = 0;
     list ??= virtualList(lines, items, { keyOf: (run) => run.event_id, render: (run) => withMark(run), onNear: () => more(), signal });
     list.refresh();
-    more(address("/api/v1/runs", { ...filters, limit: PAGE }));
+    more(address("/api/v1/runs", { ...filters, limit: PAGE, fields: IN_LISTS }));
     tell();
     listen();
   }

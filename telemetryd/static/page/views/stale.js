@@ -3,7 +3,7 @@
 import { address, page, post } from "../api.js";
 import { h, say } from "../dom.js";
 import { DAY, HOUR, MINUTE, SECOND, ago, counted, duration } from "../format.js";
-import { choice, copyButton, every, panel, problem, sentence, when } from "../parts.js";
+import { IN_LISTS, choice, copyButton, every, panel, problem, sentence, when } from "../parts.js";
 import { href, runHref } from "../route.js";
 import { badge } from "../status.js";
 
@@ -19,7 +19,7 @@ const msOf = (age) => parseFloat(age) * UNITS[age.at(-1)];
 
 async function find(before, signal) {
   const found = [];
-  let next = address("/api/v1/runs", { status: "running", created_before: before, limit: 500 });
+  let next = address("/api/v1/runs", { status: "running", created_before: before, limit: 500, fields: IN_LISTS });
   while (next !== null && found.length < MOST) {
     const answer = await page(next, signal);
     found.push(...answer.items);

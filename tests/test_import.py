@@ -1,0 +1,244 @@
+"""Files of runs that are hostile, huge or odd: each costs bounded memory, and a record that is wrong only itself."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import io
+import itertools
+import json
+import os
+import tracemalloc
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+
+from telemetryd import tables
+from telemetryd.cli import main, stream
+from telemetryd.cli.files import read_lines
+from telemetryd.errors import UnavailableError
+from telemetryd.runs import holds_more_values
+from tests.conftest import StartDaemon, make_run
+from tests.http_client import get
+
+MIB = 1 << 20
+
+
+class Endless(io.RawIOBase):
+    """A file that is made while it is read."""
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces = pieces
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        piece = next(self._pieces, b"")
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+
+def peak(action: Callable[[], object]) -> int:
+    """Return how many bytes an action holds at once."""
+    tracemalloc.start()
+    try:
+        action()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_line_of_any_length_takes_no_more_memory_than_may_be_read_of_it() -> None:
+    def pieces() -> Iterator[bytes]:
+        yield b"one\n"
+        yield from itertools.repeat(b"x" * 8000, 64 * MIB // 8000)
+        yield b"\n\ntwo"
+
+    found: list[tuple[int, bytes | None]] = []
+    used = peak(lambda: found.extend(read_lines(io.BufferedReader(Endless(pieces())), MIB)))
+    assert found == [(1, b"one\n"), (2, None), (3, b"\n"), (4, b"two")]
+    assert used < 4 * MIB
+    assert [*read_lines(io.BytesIO(b"x" * 10), 10)] == [(1, b"x" * 10)]
+    assert [*read_lines(io.BytesIO(b"x" * 10 + b"\n"), 10)] == [(1, None)]
+
+
+def test_values_are_counted_outside_of_texts_only() -> None:
+    assert holds_more_values(b"[" + b"{}," * 11 + b"{}]", 12)
+    assert not holds_more_values(b"[" + b"{}," * 11 + b"{}]", 100)
+    assert not holds_more_values(orjson.dumps({"csv": '",[{' * 50}), 12)
+
+
+@pytest.mark.parametrize("command", ["import", "replay"])
+def test_a_line_that_is_too_long_is_told_and_costs_the_others_nothing(
+    start_daemon: StartDaemon, tmp_path: Path, command: str
+) -> None:
+    url = start_daemon().url
+    runs = [make_run() for _ in range(3)]
+    lines = [
+        orjson.dumps(runs[0]),
+        orjson.dumps(make_run(error_details="x" * 2 * MIB)),
+        orjson.dumps(runs[1]),
+        b'{"event_id": "e", "events": [' + b"{}," * 70_000 + b"{}]}",
+        orjson.dumps(runs[2]),
+    ]
+    (tmp_path / "some.gz").write_bytes(gzip.compress(b"\n".join(lines)))
+    asked = [command, str(tmp_path / "some.gz"), "--url", url, "--longest-line", "1"]
+    result = CliRunner().invoke(main, [*asked, "--json"])
+    assert result.exit_code == 1
+    assert (
+        "some.gz line 2: refused: The line is longer than 1 MiB; --longest-line MIB reads longer ones" in result.stderr
+    )
+    assert "some.gz line 4: refused: The line holds more than 65,536 JSON values" in result.stderr
+    assert "2 lines refused" in result.stderr
+    stored = {run["event_id"] for run in get(url, "/api/v1/runs")[1]}
+    assert stored == {run["event_id"] for run in runs}
+    (tmp_path / "long").write_bytes(lines[1])
+    assert CliRunner().invoke(main, [command, str(tmp_path / "long"), "--url", url]).exit_code == 0
+    assert len(get(url, "/api/v1/runs")[1]) == 4
+
+
+def test_what_comes_before_damage_is_stored(start_daemon: StartDaemon, tmp_path: Path) -> None:
+    url = start_daemon().url
+    second = make_run(error_details=os.urandom(20_000).hex())
+    packed = gzip.compress(orjson.dumps(make_run()) + b"\n" + orjson.dumps(second))
+    for name, content in (("cut.gz", packed[: len(packed) // 2]), ("broken.gz", packed[:10_000] + b"\xff" * 9000)):
+        (tmp_path / name).write_bytes(content)
+        result = CliRunner().invoke(main, ["import", str(tmp_path / name), "--url", url, "--json"])
+        assert result.exit_code == 1
+        assert result.exception is None or isinstance(result.exception, SystemExit)
+        assert name in json.loads(result.stdout)["problem"]
+    assert len(get(url, "/api/v1/runs")[1]) == 1
+
+
+def test_csv_with_very_many_columns_is_none() -> None:
+    wide = b"event_id" + b",x" * 3_000_000 + b"\n"
+    with pytest.raises(OSError, match="more than 10,000 columns"):
+        next(tables.read_csv(io.BytesIO(wide)))
+    rows = list(tables.read_csv(io.BytesIO(b"event_id\nx" + b"," * 100_000 + b"\none\n")))
+    assert [number for number, _ in rows] == [2, 3]
+    assert rows[1] == (3, {"event_id": "one"})
+
+
+# --- Parquet -------------------------------------------------------------------------------------
+
+
+def read(tmp_path: Path, **columns: Any) -> list[tables.Record]:
+    path = tmp_path / "some.parquet"
+    pq.write_table(pa.table(columns), path, compression="zstd")
+    return list(tables.read_parquet(path))
+
+
+FAR = "start_time: cannot be read: it lies outside of the years 1 to 9999"
+
+
+@pytest.mark.parametrize("zone", [None, "UTC", "Europe/Berlin", "No/Such_Zone"])
+@pytest.mark.parametrize("unit", ["ms", "us", "ns"])
+def test_times_of_every_unit_and_zone_are_read_and_far_ones_told(tmp_path: Path, unit: str, zone: str | None) -> None:
+    far = 253_402_300_800_000 * {"ms": 1, "us": 1000, "ns": 36}[unit]  # the year 10000; ns reach the year 2262 only
+    kind = pa.timestamp(unit, zone)
+    rows = read(tmp_path, event_id=["a", "b", "c", "d"], start_time=pa.array([1_234_567, far, -far, None], kind))
+    text = {
+        "ms": "1970-01-01T00:20:34.567000Z",
+        "us": "1970-01-01T00:00:01.234567Z",
+        "ns": "1970-01-01T00:00:00.001234Z",
+    }
+    assert rows[0] == (1, {"event_id": "a", "start_time": text[unit]})
+    assert rows[3] == (4, {"event_id": "d"})
+    if unit == "ns":
+        assert rows[1] == (2, {"event_id": "b", "start_time": "2259-01-30T18:43:28.000000Z"}) or isinstance(
+            rows[1][1], dict
+        )
+    else:
+        assert rows[1:3] == [(2, FAR), (3, FAR)]
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "fault"),
+    [
+        ("agent_name", [b"\xff"], "invalid start byte"),
+        ("duration_ms", [float("inf")], "inf is no number"),
+        ("duration_ms", pa.array([2**62 + 1], pa.duration("ns")), "duration"),
+        ("product", pa.array([2**40 + 1], pa.time64("ns")), "Nanosecond"),
+        ("context_json", pa.array([{"at": 2**62 + 1}], pa.struct([("at", pa.timestamp("ns"))])), "Nanosecond"),
+    ],
+)
+def test_a_cell_that_cannot_be_read_is_told_with_its_field(tmp_path: Path, name: str, values: Any, fault: str) -> None:
+    ((number, told),) = read(tmp_path, **{"event_id": ["x"], name: values})
+    assert number == 1
+    assert isinstance(told, str)
+    assert told.startswith(f"{name}: cannot be read: ")
+    assert fault in told
+
+
+def test_odd_columns_mean_what_they_can_and_unknown_ones_nothing(tmp_path: Path) -> None:
+    ((_, run),) = read(
+        tmp_path,
+        event_id=pa.array(["x"]).dictionary_encode(),
+        agent_name=pa.array([b"bytes"]),
+        product=pa.array(["large"], pa.large_string()),
+        metrics_json=[{"tokens": 5, "kinds": ["a"]}],
+        created_at=pa.array([20_000], pa.date32()),
+        duration_ms=[float("nan")],  # pandas says so where a number is missing
+        items_failed=[5.0],
+        host=pa.nulls(1),
+        a_column_of_somebody=pa.array([2**62 + 1], pa.duration("ns")),
+    )
+    assert run == {
+        "event_id": "x",
+        "agent_name": "bytes",
+        "product": "large",
+        "metrics_json": {"tokens": 5, "kinds": ["a"]},
+        "created_at": "2024-10-04T00:00:00Z",
+        "items_failed": 5.0,
+    }
+    with pytest.raises(OSError, match="no column that is a field of a run"):
+        read(tmp_path, x=[1])
+
+
+def test_a_long_text_that_is_repeated_is_held_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = pa.array(["b" * 2 * MIB])
+    repeated = pa.DictionaryArray.from_arrays(pa.array([0] * 64, pa.int32()), text)
+    path = tmp_path / "repeated.parquet"
+    pq.write_table(pa.table({"event_id": list(map(str, range(64))), "error_details": repeated}), path)
+    before = pa.total_allocated_bytes()
+
+    def longest() -> int:
+        return max(pa.total_allocated_bytes() - before for _ in tables.read_parquet(path))
+
+    assert longest() < 16 * MIB
+    assert peak(longest) < 16 * MIB
+
+
+def test_lists_with_very_many_values_are_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "_MOST_NESTED", 1000)
+    with pytest.raises(OSError, match="holds more than 1,000 values inside of one column"):
+        read(tmp_path, event_id=["x"], metrics_json=[{"many": [0] * 1001}])
+
+
+# --- The stream ----------------------------------------------------------------------------------
+
+
+def test_a_message_without_an_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def endless() -> AsyncIterator[bytes]:
+        yield b"id: 1\nevent: run\ndata: {}\n"
+        yield b"\nid: 2\n"
+        while True:
+            yield b"data: x\n" * 1000
+
+    found = []
+
+    async def follow() -> None:
+        async for message in stream.read_messages(endless()):
+            found.append(message.id)
+
+    monkeypatch.setattr(stream, "_LONGEST_MESSAGE", 100_000)
+    with pytest.raises(UnavailableError, match="without an end"):
+        asyncio.run(follow())
+    assert found == ["1"]
