@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Final, cast
 
 import orjson
@@ -454,6 +455,7 @@ def _content(operation: Operation, kind: str) -> Schema:
     return content if example is None else {**content, "example": example}
 
 
+@cache  # the parameters of five operations look into it as well, and it takes some 25 ms
 def _schemas() -> dict[str, Schema]:
     models: list[tuple[type[BaseModel], str]] = [
         (runs.NewRun, "validation"),

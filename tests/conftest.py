@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -17,7 +18,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import hypothesis
 import pytest
@@ -32,27 +33,57 @@ from telemetryd.settings import Settings
 from telemetryd.store import Store
 
 # A busy machine is no fault of what is tested.
-hypothesis.settings.register_profile("unhurried", deadline=None)
-hypothesis.settings.load_profile("unhurried")
+_UNHURRIED: Final = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
+# The short form tries the same examples every time, so that it fails for a change and not for bad luck; the long
+# forms (`make test-all`, `make torture`) look for new ones.
+hypothesis.settings.register_profile("short", **_UNHURRIED, derandomize=True)
+hypothesis.settings.register_profile("long", **_UNHURRIED)
+
+# Hundreds of processes start here: without bytecode, each would compile the package anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+# None of them speaks TLS to a stranger, and to read the certificates of all authorities takes a tenth of a start.
+os.environ["SSL_CERT_FILE"] = os.devnull
 
 Client = TestClient[web.Request, web.Application]
 Row = dict[str, Any]
 _numbers = itertools.count()
+_chance = random.SystemRandom()
+"""Differs between processes that run tests at the same time, whatever hypothesis does to the common generator."""
+_SHORT: Final = 0.01
+"""Which share of its long form a fault test does in `make test`."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Take how long the fault tests go on, and where they write down what they counted (`make torture`)."""
     parser.addoption(
-        "--rounds-scale", type=float, default=0.01, help="what share of its long form each fault test does [0.01]"
+        "--rounds-scale", type=float, default=_SHORT, help=f"what share of its long form each fault test does [{_SHORT}]"
     )
     parser.addoption("--ledger", type=Path, help="append what each fault test counted to this file, as JSON lines")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose how property tests look for examples."""
+    hypothesis.settings.load_profile("long" if config.getoption("--rounds-scale") > _SHORT else "short")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def default_signals() -> None:
+    """Let no child inherit a signal that this process ignores (`make test &`, nohup): it has to die of it.
+
+    A signal with a handler gets its default back in a new program (execve(2)), an ignored one stays ignored. Python
+    itself ignores SIGPIPE and SIGXFSZ, and `subprocess` restores both.
+    """
+    for number in signal.valid_signals():
+        if signal.getsignal(number) is signal.SIG_IGN and number not in (signal.SIGPIPE, signal.SIGXFSZ):
+            signal.signal(number, lambda *_: None)
 
 
 def make_run(**fields: Any) -> Row:
     """A valid run with an event_id of its own; fields given here replace or join the required ones."""
     number = next(_numbers)
     return {
-        "event_id": f"event-{os.getpid()}-{number}",
+        "event_id": f"event-made-{number}",
         "run_id": f"run-{number}",
         "start_time": "2025-12-24T10:00:00Z",
         "agent_name": "hugo-translator",
@@ -264,10 +295,16 @@ def small_file_system(path: Path, size: str) -> Iterator[Path]:
 
 @pytest.fixture
 def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody listens on now, and that nobody else is given.
+
+    It is below those that the kernel gives to whoever asks for any (ip(7), `ip_local_port_range`): tests that run at
+    the same time ask for hundreds.
+    """
+    while True:
+        port = _chance.randrange(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 async def eventually(check: Callable[[], bool], timeout_s: float = 5) -> None:
