@@ -47,6 +47,8 @@ os.environ["SSL_CERT_FILE"] = os.devnull
 
 Client = TestClient[web.Request, web.Application]
 Row = dict[str, Any]
+PATIENCE_S: Final = 60.0
+"""How long a test waits for what has to come: it costs nothing unless the test fails, and a machine may be busy."""
 _numbers = itertools.count()
 _chance = random.SystemRandom()
 """Differs between processes that run tests at the same time, whatever hypothesis does to the common generator."""
@@ -57,7 +59,10 @@ _SHORT: Final = 0.01
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Take how long the fault tests go on, and where they write down what they counted (`make torture`)."""
     parser.addoption(
-        "--rounds-scale", type=float, default=_SHORT, help=f"what share of its long form each fault test does [{_SHORT}]"
+        "--rounds-scale",
+        type=float,
+        default=_SHORT,
+        help=f"the share of its long form that each fault test does [{_SHORT}]",
     )
     parser.addoption("--ledger", type=Path, help="append what each fault test counted to this file, as JSON lines")
 
@@ -209,7 +214,7 @@ class Daemon:
         port = line["addresses"][0].rpartition(":")[2]
         return f"http://127.0.0.1:{port}"
 
-    def wait_for_line(self, message: str, timeout_s: float = 60) -> dict[str, Any]:
+    def wait_for_line(self, message: str, timeout_s: float = PATIENCE_S) -> dict[str, Any]:
         """Wait for a log line with this message."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
@@ -221,15 +226,15 @@ class Daemon:
             time.sleep(0.01)
         raise AssertionError(f"no line {message!r}; exit {self.process.poll()}; log: {self.lines[-5:]}")
 
-    def wait(self, timeout_s: float = 30) -> tuple[int, str]:
+    def wait(self, timeout_s: float = PATIENCE_S) -> tuple[int, str]:
         """Wait for the end; return the exit status and what stood on stderr."""
         status = self.process.wait(timeout_s)
-        self._reader.join(5)
+        self._reader.join(PATIENCE_S)
         assert self.process.stderr is not None
         errors = self.process.stderr.read()
         return status, errors
 
-    def stop(self, number: int = signal.SIGTERM, timeout_s: float = 30) -> int:
+    def stop(self, number: int = signal.SIGTERM, timeout_s: float = PATIENCE_S) -> int:
         """Send a signal and wait for the end; return the exit status."""
         if self.process.poll() is None:
             self.process.send_signal(number)
@@ -239,7 +244,7 @@ class Daemon:
         """Make sure that nothing of it is left."""
         if self.process.poll() is None:
             self.process.kill()
-        self.process.wait(10)
+        self.process.wait(60)
         self._reader.join(5)
         for stream in (self.process.stdout, self.process.stderr):
             with contextlib.suppress(OSError, AttributeError):
@@ -307,9 +312,17 @@ def free_port() -> int:
             return port
 
 
-async def eventually(check: Callable[[], bool], timeout_s: float = 5) -> None:
-    """Wait until a condition holds."""
+async def eventually(check: Callable[[], bool | Awaitable[bool]], timeout_s: float = PATIENCE_S) -> None:
+    """Wait until a condition holds, which may have to be awaited itself."""
     deadline = asyncio.get_running_loop().time() + timeout_s
-    while not check():
+    while not (await held if isinstance(held := check(), Awaitable) else held):
         assert asyncio.get_running_loop().time() < deadline, "it did not come about in time"
         await asyncio.sleep(0.01)
+
+
+def wait_until(check: Callable[[], bool], timeout_s: float = PATIENCE_S) -> None:
+    """Wait until a condition holds, where there is no event loop."""
+    deadline = time.monotonic() + timeout_s
+    while not check():
+        assert time.monotonic() < deadline, "it did not come about in time"
+        time.sleep(0.01)

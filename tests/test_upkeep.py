@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import closing, suppress
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from importlib import import_module
 from pathlib import Path
@@ -27,7 +27,7 @@ from telemetryd.middleware import error_response
 from telemetryd.runs import format_timestamp, parse_run
 from telemetryd.settings import Settings
 from telemetryd.upkeep import keep_up
-from tests.conftest import Api, Daemon, MakeApi, StartDaemon, make_run
+from tests.conftest import Api, Daemon, MakeApi, StartDaemon, eventually, make_run
 from tests.tools.fill import make_database
 from tests.tools.process import telemetryd
 
@@ -297,7 +297,7 @@ async def test_a_daemon_that_goes_on_refusing_is_told_of_and_given_up(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """With a full disk `prune` was silent for five minutes."""
-    monkeypatch.setattr(target, "_PATIENCE_S", 0.3)
+    monkeypatch.setattr(target, "_PATIENCE_S", 1.0)
     asked = 0
 
     async def refuse(_: web.Request) -> web.Response:
@@ -311,7 +311,7 @@ async def test_a_daemon_that_goes_on_refusing_is_told_of_and_given_up(
     async with target.find_target(Settings(), str(server.make_url("/"))) as found:
         with pytest.raises(target.RefusedError, match="The daemon answered 503: The disk is full"):
             await found.prune({"older_than": "90d"})
-    assert 2 <= asked <= 4
+    assert 2 <= asked <= 11
     assert "The daemon answers 503: The disk is full; trying again in 0.1 s" in capsys.readouterr().err
 
 
@@ -408,10 +408,14 @@ async def test_it_is_done_at_any_age(make_api: MakeApi) -> None:
     await api.batch([make_run(status=status) for status in ("running", "success")])
     for days, expected in ((11, ["running", "success"]), (12, ["cancelled", "success"]), (31, [])):
         now = posted + timedelta(days=days)
-        with suppress(TimeoutError):
-            async with asyncio.timeout(0.5):
-                await keep_up(api.store, api.settings, lambda now=now: now)  # type: ignore[misc]
-        assert sorted(run["status"] for run in await api.list()) == expected
+        working = asyncio.create_task(keep_up(api.store, api.settings, lambda now=now: now))  # type: ignore[misc]
+
+        async def is_done(expected: list[str] = expected) -> bool:
+            return sorted(run["status"] for run in await api.list()) == expected
+
+        await eventually(is_done)
+        working.cancel()
+        await asyncio.wait((working,))
 
 
 async def test_the_daemon_does_it_by_itself_if_told_to(start_daemon: StartDaemon) -> None:

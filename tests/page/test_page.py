@@ -314,7 +314,7 @@ def sign_in(page: Page, token: str = TOKEN) -> None:
 
 def authorized(url: str, method: str, path: str, body: object = None) -> Any:
     """Ask a daemon that wants a token."""
-    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=20)
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
     headers: dict[str, Any] = {"Content-Type": "application/json", "X-API-Key": TOKEN.encode()}
     connection.request(method, path, None if body is None else json.dumps(body), headers)
     with connection.getresponse() as response:
