@@ -31,13 +31,14 @@ from telemetryd.metrics import Metrics
 from telemetryd.runs import utc_now
 from telemetryd.settings import Settings
 from telemetryd.store import Store
+from tests.tools.forks import popen
 
 # A busy machine is no fault of what is tested.
-_UNHURRIED: Final = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
+_UNHURRIED: Final = hypothesis.settings(deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 # The short form tries the same examples every time, so that it fails for a change and not for bad luck; the long
 # forms (`make test-all`, `make torture`) look for new ones.
-hypothesis.settings.register_profile("short", **_UNHURRIED, derandomize=True)
-hypothesis.settings.register_profile("long", **_UNHURRIED)
+hypothesis.settings.register_profile("short", _UNHURRIED, derandomize=True)
+hypothesis.settings.register_profile("long", _UNHURRIED)
 
 # Hundreds of processes start here: without bytecode, each would compile the package anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -186,14 +187,13 @@ class Daemon:
         self.database = folder / "telemetry.sqlite"
         environment = {name: value for name, value in os.environ.items() if not name.startswith("TELEMETRY_")}
         environment |= {"TELEMETRY_DB_PATH": str(self.database), "TELEMETRY_API_PORT": "0", **variables}
-        self.process = subprocess.Popen(
+        self.process = popen(
             [*prefix, sys.executable, "-m", "telemetryd", "serve", "--log-format", "json", *flags],
+            environment,
             cwd=folder,
-            env=environment,
-            pass_fds=pass_fds,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            text=True,
+            **({"pass_fds": pass_fds} if pass_fds else {}),
         )
         self.lines: list[dict[str, Any]] = []
         self.raw: list[str] = []

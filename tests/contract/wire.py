@@ -119,7 +119,7 @@ def check_error(answer: Answer, status: int) -> Any:
 def is_in_hand(api: Api) -> bool:
     """Tell whether the writer has taken the only command off the queue, and has not done it yet."""
     health = api.store.health()
-    return health.oldest_waiting_s > 0 and health.queue_depth == 0
+    return health.oldest_s > 0 and health.queue_depth == 0
 
 
 async def check_alive(api: Api) -> None:
