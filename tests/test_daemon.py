@@ -403,7 +403,7 @@ def _wait_until_it_waits_for_the_lock(daemon: Daemon) -> None:
 
 class _UnixConnection(http.client.HTTPConnection):
     def __init__(self, path: Path) -> None:
-        super().__init__("localhost", timeout=10)
+        super().__init__("localhost", timeout=60)
         self._path = str(path)
 
     def connect(self) -> None:

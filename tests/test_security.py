@@ -106,7 +106,7 @@ def test_wrong_settings_do_not_print_the_token(tmp_path: Path) -> None:
             env=environment | variables,
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=120,
             check=False,
         )
         assert done.returncode == 2

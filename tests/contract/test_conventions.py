@@ -419,7 +419,7 @@ def curl(url: str, body: bytes, coding: str) -> tuple[int, Any]:
     result = subprocess.run(
         ["curl", "-sS", "-w", "\n%{http_code}", "-H", "Content-Type: application/json", "-H",
          f"Content-Encoding: {coding}", "--data-binary", "@-", url],
-        input=body, capture_output=True, check=True, timeout=20,
+        input=body, capture_output=True, check=True, timeout=120,
     )  # fmt: skip
     text, _, status = result.stdout.decode().rpartition("\n")
     return int(status), json.loads(text)

@@ -87,7 +87,7 @@ class Shell:
             env=environment,
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=120,
             check=False,
         )
         assert done.returncode == status, f"exit {done.returncode} of: {script}\n{done.stdout}{done.stderr}"
