@@ -251,7 +251,7 @@ class Daemon:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait(60)
-        self._reader.join(5)
+        self._reader.join(PATIENCE_S)
         for stream in (self.process.stdout, self.process.stderr):
             with contextlib.suppress(OSError, AttributeError):
                 stream.close()  # type: ignore[union-attr]

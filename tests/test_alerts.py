@@ -635,7 +635,7 @@ async def test_a_message_is_sent_until_it_is_confirmed_and_in_order(api: Api, tm
 
 
 async def wait_for(check: Callable[[], bool]) -> None:
-    await eventually(check, 30)
+    await eventually(check)
 
 
 async def test_a_daemon_that_is_killed_before_the_answer_sends_the_same_message_again(

@@ -58,7 +58,7 @@ async def test_what_was_displaced_before_the_database_was_opened_again_is_told_n
     seen = threading.Event()
 
     def look() -> Look:
-        seen.wait(5)
+        seen.wait(PATIENCE_S)
         return Look(RESERVE * 2, 0, "The database file was moved")
 
     watched = Disk(look, RESERVE, Metrics())

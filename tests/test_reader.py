@@ -37,7 +37,7 @@ def one(connection: sqlite3.Connection) -> int:
 
 
 @asynccontextmanager
-async def pool(folder: Path, count: int = 1, timeout_s: float = 20) -> AsyncIterator[Readers]:
+async def pool(folder: Path, count: int = 1, timeout_s: float = PATIENCE_S) -> AsyncIterator[Readers]:
     path = folder / "telemetry.sqlite"
     with sqlite3.connect(path) as connection:
         connection.execute("CREATE TABLE IF NOT EXISTS agent_runs (event_id TEXT)")
@@ -118,7 +118,7 @@ async def test_slow_queries_run_at_the_same_time(tmp_path: Path) -> None:
         loop = asyncio.get_running_loop()
 
         def meet(connection: sqlite3.Connection) -> int:
-            asyncio.run_coroutine_threadsafe(meeting.wait(), loop).result(10)  # only if all three are in a query
+            asyncio.run_coroutine_threadsafe(meeting.wait(), loop).result(PATIENCE_S)  # all three are in one
             return one(connection)
 
         assert await asyncio.gather(*(readers.fetch(meet) for _ in range(3))) == [1, 1, 1]

@@ -654,7 +654,7 @@ async def _never() -> Connection:
 
 
 def _wait(gate: threading.Event) -> None:
-    assert gate.wait(20)
+    assert gate.wait(PATIENCE_S)
 
 
 @contextlib.contextmanager

@@ -220,9 +220,9 @@ def test_a_line_without_end_is_read_in_bounded_pieces(full: Path, monkeypatch: p
 
 
 def test_a_line_of_many_beginnings_is_mended_in_bounded_time() -> None:
-    began = time.monotonic()
+    began = time.thread_time()
     assert mend(b'{"op":"' * 300_000) is None
-    assert time.monotonic() - began < 5
+    assert time.thread_time() - began < 5
 
 
 def test_a_name_that_we_would_not_write_is_no_file_of_ours(full: Path) -> None:

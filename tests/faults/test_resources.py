@@ -427,7 +427,7 @@ def test_descriptors_run_out_and_come_back(
     told = Told(daemon.url)
     count = rounds(10)
     for _ in range(count):
-        told.send_until(lambda status: status == 201, timeout_s=40)
+        told.send_until(lambda status: status == 201, timeout_s=60)
         with closing(http.client.HTTPConnection(urlsplit(daemon.url).netloc, timeout=60)) as kept:
             assert send_over(kept, told) == 201
             in_use = {int(link.name) for link in Path(f"/proc/{daemon.process.pid}/fd").iterdir()}
@@ -443,7 +443,7 @@ def test_descriptors_run_out_and_come_back(
             time.sleep(1)
             assert cpu_s(daemon) - used_s < 1.5, "it does not spin while it cannot accept"
         prlimit(daemon, nofile=1024)
-        told.send_until(lambda status: status == 201, timeout_s=40)
+        told.send_until(lambda status: status == 201, timeout_s=60)
         told.repeat()
         assert told.health()[0] == 200
     assert daemon.stop() == 0
