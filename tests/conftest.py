@@ -42,6 +42,9 @@ hypothesis.settings.register_profile("long", _UNHURRIED)
 
 # Hundreds of processes start here: without bytecode, each would compile the package anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# How wide our terminal is is nobody's business (xdist sets both for its workers).
+for _name in ("COLUMNS", "LINES"):
+    os.environ.pop(_name, None)
 sys.dont_write_bytecode = False
 # None of them speaks TLS to a stranger, and to read the certificates of all authorities takes a tenth of a start.
 os.environ["SSL_CERT_FILE"] = os.devnull

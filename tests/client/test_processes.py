@@ -413,6 +413,7 @@ client = Client(file_bytes=100_000, max_bytes=1_000_000)
 while client.stats()["dropped"] <= 1000:
     client.record({"agent_name": "a", "job_type": "j", "output_summary": "x" * 1000})
     time.sleep(0.0001)
+client.close()
 print(client.stats()["dropped"], client.stats()["recorded"])
 """
     done = python(program, f"http://127.0.0.1:{free_port}", buffer)

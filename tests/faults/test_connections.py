@@ -18,7 +18,7 @@ import pytest
 from yarl import URL
 
 from telemetryd import body, connections
-from tests.conftest import Daemon, MakeApi, StartDaemon, eventually, make_run
+from tests.conftest import Daemon, MakeApi, StartDaemon, eventually, make_run, wait_until
 from tests.faults.conftest import Rounds
 from tests.faults.ledger import Ledger
 from tests.faults.test_overload import resident_mb
@@ -350,8 +350,8 @@ def test_clients_that_leave_at_every_stage(start_daemon: StartDaemon, ledger: Le
         peer.close()
         runs[run["event_id"]] = run, cut == len(request) and number % 4 != 0
     wait_for_descriptors(daemon, descriptors)
-    status, health = told.health()
-    assert (status, health["queue_depth"]) == (200, 0)
+    wait_until(lambda: told.health()[1]["queue_depth"] == 0)
+    assert told.health()[0] == 200
     for event_id, (run, is_whole) in list(runs.items())[-200:]:
         status, _, stored = told.call("GET", f"/api/v1/runs/{event_id}")
         assert status in ((200, 404) if is_whole else (404,))
