@@ -59,7 +59,10 @@ def test_a_token_is_in_no_line_no_answer_and_no_argument(start_daemon: StartDaem
     file.write_text(f"{TOKEN}\n")
     file.chmod(0o600)
     daemon = start_daemon(
-        TELEMETRY_API_AUTH_ENABLED="true", TELEMETRY_API_AUTH_TOKEN_FILE=str(file), TELEMETRY_LOG_LEVEL="DEBUG"
+        prefix=("env",),  # with a command line of its own
+        TELEMETRY_API_AUTH_ENABLED="true",
+        TELEMETRY_API_AUTH_TOKEN_FILE=str(file),
+        TELEMETRY_LOG_LEVEL="DEBUG",
     )
     seen: list[str] = []
 
@@ -87,7 +90,9 @@ def test_a_token_is_in_no_line_no_answer_and_no_argument(start_daemon: StartDaem
     curl(f"{daemon.url}{RUNS}?token={TOKEN}")
     assert len(seen) == 9
     assert all(seen)
-    assert TOKEN not in Path(f"/proc/{daemon.process.pid}/cmdline").read_text()
+    command_line = Path(f"/proc/{daemon.process.pid}/cmdline").read_text()
+    assert "serve" in command_line
+    assert TOKEN not in command_line
     assert daemon.stop() == 0
     assert TOKEN not in json.dumps(daemon.lines)
     assert TOKEN not in "".join(seen)
