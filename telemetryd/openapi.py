@@ -455,7 +455,7 @@ def _content(operation: Operation, kind: str) -> Schema:
     return content if example is None else {**content, "example": example}
 
 
-@cache  # the parameters of five operations look into it as well, and it takes some 25 ms
+@cache  # the parameters of five operations look into it as well, and it takes some 15 ms
 def _schemas() -> dict[str, Schema]:
     models: list[tuple[type[BaseModel], str]] = [
         (runs.NewRun, "validation"),
