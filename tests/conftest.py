@@ -309,7 +309,12 @@ def small_file_system(path: Path, size: str) -> Iterator[Path]:
 
 @pytest.fixture
 def free_port() -> int:
-    """A port that nobody listens on now, and that nobody else is given.
+    """A port that nobody listens on now."""
+    return choose_port()
+
+
+def choose_port() -> int:
+    """Return a port that nobody listens on now, and that nobody else is given.
 
     It is below those that the kernel gives to whoever asks for any (ip(7), `ip_local_port_range`): tests that run at
     the same time ask for hundreds.
