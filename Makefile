@@ -11,6 +11,9 @@ LOCK ?=
 # setuptools warns of every editable installation, whatever its layout.
 INSTALL := PYTHONWARNINGS='ignore:Editable installation' $(BIN)/pip install --quiet --disable-pip-version-check
 
+# Much of what a test does is waiting, so there are twice as many workers as processors (tests/conftest.py).
+PARALLEL := --numprocesses auto --dist worksteal
+
 .DEFAULT_GOAL := help
 .PHONY: help install run test test-all test-faults torture fuzz check bench bench-large bench-client schema docs lock audit sbom build clean
 
@@ -36,8 +39,8 @@ install: $(RUNNABLE) ## set up what the daemon needs
 run: $(RUNNABLE) ## set up what the daemon needs, and run it on port 8765
 	$(BIN)/telemetryd serve
 
-test: $(INSTALLED) ## set everything up and pass the tests (some five minutes)
-	$(BIN)/pytest -m "not slow"
+test: $(INSTALLED) ## set everything up and pass the tests (under five minutes on two processors)
+	$(BIN)/pytest $(PARALLEL) -m "not slow"
 
 test-all: $(INSTALLED) ## the tests, the slow suites, and a tenth of `make torture`
 	$(BIN)/pytest --rounds-scale 0.1

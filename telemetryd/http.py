@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from typing import Any, Final
 
@@ -1084,6 +1084,12 @@ def operations() -> Iterator[tuple[str, str, Operation]]:
             yield route.method, route.path, route.operation
 
 
+@cache
+def _document(needs_token: bool) -> bytes:
+    """Return the OpenAPI document, of which there are two; to write one takes as long as to open a database."""
+    return orjson.dumps(openapi.document(operations(), needs_token=needs_token))
+
+
 def make_app(
     store: Store,
     settings: Settings,
@@ -1105,7 +1111,7 @@ def make_app(
     store.watch_reads(lambda: exports.are_running)
     app[ALERTING] = alerting or Alerting(store, Rules())
     app[UPKEEP] = upkeep or Upkeep(store, settings)
-    app[DOCUMENT] = orjson.dumps(openapi.document(operations(), needs_token=settings.api_auth_enabled))
+    app[DOCUMENT] = _document(settings.api_auth_enabled)
     # aiohttp's own pattern of a variable part leaves out braces, which an event_id may hold.
     paths = ((route, route.path.replace("{event_id}", "{event_id:[^/]+}")) for route in ROUTES)
     app.router.add_routes([web.route(route.method, path, route.handler) for route, path in paths])

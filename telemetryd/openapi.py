@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Final, cast
 
 import orjson
@@ -479,6 +480,7 @@ def _content(operation: Operation, kind: str) -> Schema:
     return content if example is None else {**content, "example": example}
 
 
+@cache  # the parameters of five operations look into it as well, and it takes some 15 ms
 def _schemas() -> dict[str, Schema]:
     models: list[tuple[type[BaseModel], str]] = [
         (runs.NewRun, "validation"),

@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -17,7 +18,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import hypothesis
 import pytest
@@ -31,29 +32,74 @@ from telemetryd.runs import utc_now
 from telemetryd.settings import Settings
 from telemetryd.store import Store
 from telemetryd.upkeep import Upkeep
+from tests.tools.forks import popen
 
 # A busy machine is no fault of what is tested.
-hypothesis.settings.register_profile("unhurried", deadline=None)
-hypothesis.settings.load_profile("unhurried")
+_UNHURRIED: Final = hypothesis.settings(deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+# The short form tries the same examples every time, so that it fails for a change and not for bad luck; the long
+# forms (`make test-all`, `make torture`) look for new ones.
+hypothesis.settings.register_profile("short", _UNHURRIED, derandomize=True)
+hypothesis.settings.register_profile("long", _UNHURRIED)
+
+# Hundreds of processes start here: without bytecode, each would compile the package anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# How wide our terminal is is nobody's business (xdist sets both for its workers).
+for _name in ("COLUMNS", "LINES"):
+    os.environ.pop(_name, None)
+sys.dont_write_bytecode = False
+# None of them speaks TLS to a stranger, and to read the certificates of all authorities takes a tenth of a start.
+os.environ["SSL_CERT_FILE"] = os.devnull
 
 Client = TestClient[web.Request, web.Application]
 Row = dict[str, Any]
+PATIENCE_S: Final = 60.0
+"""How long a test waits for what has to come: it costs nothing unless the test fails, and a machine may be busy."""
 _numbers = itertools.count()
+_chance = random.SystemRandom()
+"""Differs between processes that run tests at the same time, whatever hypothesis does to the common generator."""
+_SHORT: Final = 0.01
+"""Which share of its long form a fault test does in `make test`."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Take how long the fault tests go on, and where they write down what they counted (`make torture`)."""
     parser.addoption(
-        "--rounds-scale", type=float, default=0.01, help="what share of its long form each fault test does [0.01]"
+        "--rounds-scale",
+        type=float,
+        default=_SHORT,
+        help=f"the share of its long form that each fault test does [{_SHORT}]",
     )
     parser.addoption("--ledger", type=Path, help="append what each fault test counted to this file, as JSON lines")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose how property tests look for examples."""
+    hypothesis.settings.load_profile("long" if config.getoption("--rounds-scale") > _SHORT else "short")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Return how many workers `make test` starts: twice as many as processors, as half of what tests do is waiting."""
+    return min(16, 2 * len(os.sched_getaffinity(0)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def default_signals() -> None:
+    """Let no child inherit a signal that this process ignores (`make test &`, nohup): it has to die of it.
+
+    A signal with a handler gets its default back in a new program (execve(2)), an ignored one stays ignored. Python
+    itself ignores SIGPIPE and SIGXFSZ, and `subprocess` restores both.
+    """
+    for number in signal.valid_signals():
+        if signal.getsignal(number) is signal.SIG_IGN and number not in (signal.SIGPIPE, signal.SIGXFSZ):
+            signal.signal(number, lambda *_: None)
 
 
 def make_run(**fields: Any) -> Row:
     """A valid run with an event_id of its own; fields given here replace or join the required ones."""
     number = next(_numbers)
     return {
-        "event_id": f"event-{os.getpid()}-{number}",
+        "event_id": f"event-made-{number}",
         "run_id": f"run-{number}",
         "start_time": "2025-12-24T10:00:00Z",
         "agent_name": "hugo-translator",
@@ -153,14 +199,13 @@ class Daemon:
         self.database = folder / "telemetry.sqlite"
         environment = {name: value for name, value in os.environ.items() if not name.startswith("TELEMETRY_")}
         environment |= {"TELEMETRY_DB_PATH": str(self.database), "TELEMETRY_API_PORT": "0", **variables}
-        self.process = subprocess.Popen(
+        self.process = popen(
             [*prefix, sys.executable, "-m", "telemetryd", "serve", "--log-format", "json", *flags],
+            environment,
             cwd=folder,
-            env=environment,
-            pass_fds=pass_fds,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            text=True,
+            **({"pass_fds": pass_fds} if pass_fds else {}),
         )
         self.lines: list[dict[str, Any]] = []
         self.raw: list[str] = []
@@ -181,7 +226,7 @@ class Daemon:
         port = line["addresses"][0].rpartition(":")[2]
         return f"http://127.0.0.1:{port}"
 
-    def wait_for_line(self, message: str, timeout_s: float = 60) -> dict[str, Any]:
+    def wait_for_line(self, message: str, timeout_s: float = PATIENCE_S) -> dict[str, Any]:
         """Wait for a log line with this message."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
@@ -193,15 +238,15 @@ class Daemon:
             time.sleep(0.01)
         raise AssertionError(f"no line {message!r}; exit {self.process.poll()}; log: {self.lines[-5:]}")
 
-    def wait(self, timeout_s: float = 30) -> tuple[int, str]:
+    def wait(self, timeout_s: float = PATIENCE_S) -> tuple[int, str]:
         """Wait for the end; return the exit status and what stood on stderr."""
         status = self.process.wait(timeout_s)
-        self._reader.join(5)
+        self._reader.join(PATIENCE_S)
         assert self.process.stderr is not None
         errors = self.process.stderr.read()
         return status, errors
 
-    def stop(self, number: int = signal.SIGTERM, timeout_s: float = 30) -> int:
+    def stop(self, number: int = signal.SIGTERM, timeout_s: float = PATIENCE_S) -> int:
         """Send a signal and wait for the end; return the exit status."""
         if self.process.poll() is None:
             self.process.send_signal(number)
@@ -211,8 +256,8 @@ class Daemon:
         """Make sure that nothing of it is left."""
         if self.process.poll() is None:
             self.process.kill()
-        self.process.wait(10)
-        self._reader.join(5)
+        self.process.wait(60)
+        self._reader.join(PATIENCE_S)
         for stream in (self.process.stdout, self.process.stderr):
             with contextlib.suppress(OSError, AttributeError):
                 stream.close()  # type: ignore[union-attr]
@@ -268,14 +313,33 @@ def small_file_system(path: Path, size: str) -> Iterator[Path]:
 @pytest.fixture
 def free_port() -> int:
     """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return choose_port()
 
 
-async def eventually(check: Callable[[], bool], timeout_s: float = 5) -> None:
-    """Wait until a condition holds."""
+def choose_port() -> int:
+    """Return a port that nobody listens on now, and that nobody else is given.
+
+    It is below those that the kernel gives to whoever asks for any (ip(7), `ip_local_port_range`): tests that run at
+    the same time ask for hundreds.
+    """
+    while True:
+        port = _chance.randrange(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+async def eventually(check: Callable[[], bool | Awaitable[bool]], timeout_s: float = PATIENCE_S) -> None:
+    """Wait until a condition holds, which may have to be awaited itself."""
     deadline = asyncio.get_running_loop().time() + timeout_s
-    while not check():
+    while not (await held if isinstance(held := check(), Awaitable) else held):
         assert asyncio.get_running_loop().time() < deadline, "it did not come about in time"
         await asyncio.sleep(0.01)
+
+
+def wait_until(check: Callable[[], bool], timeout_s: float = PATIENCE_S) -> None:
+    """Wait until a condition holds, where there is no event loop."""
+    deadline = time.monotonic() + timeout_s
+    while not check():
+        assert time.monotonic() < deadline, "it did not come about in time"
+        time.sleep(0.01)

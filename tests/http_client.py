@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 
-def call(url: str, method: str, path: str, body: object = None, timeout_s: float = 20) -> tuple[int | None, Any]:
+def call(url: str, method: str, path: str, body: object = None, timeout_s: float = 60) -> tuple[int | None, Any]:
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=timeout_s)
     try:
         headers = {} if body is None else {"Content-Type": "application/json"}
@@ -33,13 +33,13 @@ def get(url: str, path: str) -> tuple[int | None, Any]:
 
 def prometheus(url: str) -> str:
     """Return the metrics as Prometheus reads them."""
-    with urllib.request.urlopen(f"{url}/metrics?format=prometheus", timeout=10) as answer:
+    with urllib.request.urlopen(f"{url}/metrics?format=prometheus", timeout=60) as answer:
         return str(answer.read().decode())
 
 
 def wait_for_health(url: str, status: int) -> Any:
     """Wait until /health has a status, which may be a second late; return its answer."""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while (answer := get(url, "/health"))[0] != status:
         assert time.monotonic() < deadline, answer
         time.sleep(0.05)

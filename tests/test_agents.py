@@ -111,12 +111,12 @@ def test_sync_watches_until_it_is_told_to_stop(daemon: Daemon, buffer: Path) -> 
         leave(buffer, 1, items_failed=-1)  # told when it comes; to be stopped is no failure
         for expected in (5, 10):
             leave(buffer)
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + 60
             while get(daemon.url, "/metrics")[1]["total_runs"] < expected:
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
         watching.send_signal(signal.SIGTERM)
-        out, _ = watching.communicate(timeout=20)
+        out, _ = watching.communicate(timeout=60)
     finally:
         watching.kill()
         watching.wait()
@@ -130,7 +130,7 @@ def watch(buffer: Path, url: str) -> subprocess.Popen[str]:
 
 
 def await_runs(url: str, count: int) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while get(url, "/metrics")[1]["total_runs"] < count:
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -145,7 +145,7 @@ def test_to_watch_outlives_trouble_with_the_folder(daemon: Daemon, buffer: Path)
         leave(buffer)
         await_runs(daemon.url, 5)
         watching.terminate()
-        assert watching.wait(10) == 0
+        assert watching.wait(60) == 0
 
 
 def test_to_watch_ends_at_once_when_it_is_told_to_even_in_a_pause_that_the_daemon_asked_for(
@@ -159,7 +159,7 @@ def test_to_watch_ends_at_once_when_it_is_told_to_even_in_a_pause_that_the_daemo
             await_runs(daemon.url, 1)
             time.sleep(0.2)
             watching.terminate()
-            assert watching.wait(10) == 0
+            assert watching.wait(60) == 0
     assert states(buffer) == {".synced": 1, ".ready": 1}
 
 

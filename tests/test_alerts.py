@@ -747,7 +747,7 @@ async def test_one_that_is_never_accepted_keeps_no_other_from_being_delivered(ap
 
 
 async def wait_for(check: Callable[[], bool]) -> None:
-    await eventually(check, 30)
+    await eventually(check)
 
 
 async def test_a_daemon_that_is_killed_before_the_answer_sends_the_same_message_again(

@@ -19,7 +19,7 @@ from telemetryd import backup, migrate, rotation
 from telemetryd.backup import zstd
 from telemetryd.ownership import Ownership
 from telemetryd.partials import forget_leftovers
-from tests.conftest import Daemon, StartDaemon, make_run
+from tests.conftest import Daemon, StartDaemon, make_run, wait_until
 from tests.faults.hot_journal import cut_off_growing
 from tests.tools.fill import make_database
 from tests.tools.process import telemetryd
@@ -58,13 +58,12 @@ def posting(daemon: Daemon) -> Iterator[list[float]]:
 
 @pytest.mark.parametrize("mode", ["WAL", "DELETE"])
 def test_a_live_database_is_copied_while_runs_come_in(start_daemon: StartDaemon, tmp_path: Path, mode: str) -> None:
-    make_database(tmp_path / "telemetry.sqlite", 20_000)
+    make_database(tmp_path / "telemetry.sqlite", 5_000)
     daemon = start_daemon(TELEMETRY_DB_JOURNAL_MODE=mode)
     with posting(daemon) as seconds:
-        time.sleep(0.2)
+        wait_until(lambda: len(seconds) > 5)
         done = json.loads(telemetryd("backup", tmp_path / "copy.sqlite", "--json", "--db-path", daemon.database).stdout)
-        assert len(seconds) > 5
-    assert 20_000 < done["rows"] < 20_000 + len(seconds)
+    assert 5_000 < done["rows"] < 5_000 + len(seconds)
     assert rows(tmp_path / "copy.sqlite") == done["rows"]
     assert oct((tmp_path / "copy.sqlite").stat().st_mode)[-3:] == "600"
     if mode == "WAL":
@@ -112,8 +111,8 @@ def test_restore_keeps_the_old_file_and_refuses_while_a_daemon_runs(start_daemon
     copy = tmp_path / "copy.sqlite"
     telemetryd("backup", copy, "--db-path", path)
     daemon = start_daemon(TELEMETRY_DB_JOURNAL_MODE="WAL")
-    with posting(daemon):
-        time.sleep(0.1)
+    with posting(daemon) as seconds:
+        wait_until(lambda: len(seconds) > 5)
     assert f"PID {daemon.process.pid}" in telemetryd("restore", copy, "--db-path", path, status=1).stderr
     daemon.process.kill()  # what is in the log only must stay with the old file
     daemon.process.wait()

@@ -111,6 +111,7 @@ def test_a_lock_file_left_by_a_killed_daemon_is_no_obstacle_and_is_never_deleted
 
 _TWENTY = """
 import os, signal, sys
+import telemetryd.cli.serve, telemetryd.daemon  # once for all of them
 from telemetryd.cli import main
 ready, go = os.pipe()
 pids = []

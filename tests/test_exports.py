@@ -351,7 +351,7 @@ async def test_a_reader_that_is_too_slow_gives_its_place_up(make_api: MakeApi, m
     for _ in range(24):
         await api.post(make_run(input_summary=LARGE))
     held = [await api.client.get(PATH) for _ in range(MAX_EXPORTS)]
-    for _ in range(100):
+    for _ in range(600):
         async with api.client.get(PATH, params={"agent_name": "nobody"}) as response:
             if response.status == 200:
                 break

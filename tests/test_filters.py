@@ -170,7 +170,9 @@ PARAMETERS = st.fixed_dictionaries(
 ORDERS = st.sampled_from([None, "created_at", "-created_at", "start_time", "-start_time"])
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(PARAMETERS, ORDERS, st.integers(1, 40))
 @example({"agent_name": "*"}, None, 7)
 @example({"agent_name": "seo*,crawler", "status": "failure,timeout", "job_type": "red,green"}, "created_at", 3)
@@ -203,7 +205,9 @@ def test_pages_of_any_filters_hold_what_python_finds_each_run_once(
     assert estimate.accuracy is Accuracy.ESTIMATE or estimate.runs == len(expected)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(PARAMETERS, ORDERS, st.booleans())
 def test_every_plan_walks_an_index_in_order(
     filled: sqlite3.Connection, asked: dict[str, str], sort: str | None, behind: bool

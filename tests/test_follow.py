@@ -103,7 +103,7 @@ def test_the_copy_is_equal_whatever_was_interrupted(start_daemon: StartDaemon, t
         while content(copy) != content(daemon.database):
             assert time.monotonic() < deadline
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
+        assert process.wait(60) == 0
     done = orjson.loads(follow(daemon.url, copy, "--once", "--json")[1])
     assert (done["changes"], done["events"]) == (0, 0)
     with closing(sqlite3.connect(copy)) as connection, connection:

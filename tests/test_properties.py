@@ -46,7 +46,7 @@ class Wire:
         fields = {"Host": "localhost", "Content-Length": str(len(body)), **headers}
         head = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in fields.items())
         if self._socket is None:
-            self._socket = socket.create_connection(("127.0.0.1", self._port), timeout=20)
+            self._socket = socket.create_connection(("127.0.0.1", self._port), timeout=60)
         self._socket.sendall(method.encode() + b" " + target + b" HTTP/1.1\r\n" + head.encode() + b"\r\n" + body)
         response = http.client.HTTPResponse(self._socket, method=method)
         response.begin()

@@ -46,7 +46,9 @@ def plain(run: dict[str, Any]) -> Any:
     return orjson.loads(orjson.dumps(run))
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(st.lists(PAIRS, min_size=1, max_size=4), st.lists(st.sampled_from(runs.ANSWERED), unique=True), st.randoms())
 def test_every_run_is_rendered_as_it_is_stored(
     empty: sqlite3.Connection, pairs: list[dict[str, Any]], fields: list[str], source: random.Random

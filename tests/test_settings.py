@@ -54,7 +54,7 @@ def run(folder: Path, *arguments: str, **variables: str) -> subprocess.Completed
         env={**environment, **variables},
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=120,
         check=False,
     )
 

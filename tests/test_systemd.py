@@ -27,7 +27,7 @@ class Manager:
     def __init__(self, path: str) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.socket.bind("\0" + path[1:] if path.startswith("@") else path)
-        self.socket.settimeout(20)
+        self.socket.settimeout(60)
 
     def next(self) -> dict[str, str]:
         while True:
@@ -48,7 +48,7 @@ class Manager:
 
 
 def get(url: str) -> int:
-    with urllib.request.urlopen(f"{url}/health", timeout=10) as response:
+    with urllib.request.urlopen(f"{url}/health", timeout=60) as response:
         return int(response.status)
 
 
@@ -59,8 +59,7 @@ def test_ready_status_watchdog_and_stopping_are_told(start_daemon: StartDaemon, 
     daemon = start_daemon(NOTIFY_SOCKET=address, WATCHDOG_USEC="600000")
     assert manager.next() == {"READY": "1", "STATUS": "Serving"}
     assert get(daemon.url) == 200  # it listens when it says so
-    said = manager.heard(1.0)
-    assert len(said) >= 3
+    said = [manager.next() for _ in range(3)]
     assert all(message == {"WATCHDOG": "1", "STATUS": "Serving, 0 writes waiting"} for message in said)
     assert daemon.stop() == 0
     assert manager.heard(0.5)[-1]["STOPPING"] == "1"
@@ -106,14 +105,15 @@ def test_the_watchdog_starves_while_the_writer_is_stuck(start_daemon: StartDaemo
         other.execute("BEGIN EXCLUSIVE")
         thread = threading.Thread(target=post, args=(url,))
         thread.start()
-        manager.heard(0.8)
+        while not manager.next()["STATUS"].startswith("The writer does not get on"):
+            pass
         said = manager.heard(0.8)
-        assert said
         assert all("WATCHDOG" not in message for message in said)
         assert all(message["STATUS"].startswith("The writer does not get on") for message in said)
         other.execute("COMMIT")
     thread.join()
-    assert any("WATCHDOG" in message for message in manager.heard(0.8))
+    while "WATCHDOG" not in manager.next():
+        pass
     assert daemon.stop() == 0
     manager.socket.close()
 
@@ -121,7 +121,7 @@ def test_the_watchdog_starves_while_the_writer_is_stuck(start_daemon: StartDaemo
 def post(url: str) -> None:
     body = b'{"event_id":"a","run_id":"r","start_time":"2026-01-01T00:00:00Z","agent_name":"a","job_type":"j"}'
     request = urllib.request.Request(f"{url}/api/v1/runs", body, {"Content-Type": "application/json"})
-    urllib.request.urlopen(request, timeout=30).close()
+    urllib.request.urlopen(request, timeout=60).close()
 
 
 def start_with_socket(folder: Path, *listening: socket.socket) -> Daemon:

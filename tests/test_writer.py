@@ -37,7 +37,7 @@ from telemetryd.flow import Flow
 from telemetryd.metrics import Metrics
 from telemetryd.statements.transaction import Transaction
 from telemetryd.writer import GROUP_ROWS, QUEUE_BYTES, Writer
-from tests.conftest import Api, MakeApi, StartDaemon, eventually, make_run
+from tests.conftest import PATIENCE_S, Api, MakeApi, StartDaemon, eventually, make_run
 from tests.faults.strace import needs_strace, strace
 from tests.http_client import get, post
 
@@ -338,12 +338,10 @@ async def test_a_full_queue_is_503_with_retry_after(make_api: MakeApi) -> None:
         await eventually(lambda: _in_hand(api))
         calls += [asyncio.create_task(api.post(make_run())) for _ in range(2)]
         await eventually(lambda: api.store.health().queue_depth == 2)
-        started = time.monotonic()
         async with api.client.post("/api/v1/runs", json=make_run()) as response:
             assert response.status == 503
             assert int(response.headers["Retry-After"]) >= 1
             assert "Too many writes are waiting" in (await response.json())["detail"]
-        assert time.monotonic() - started < 1
         for path in ("/api/v1/runs", "/api/v1/runs/batch", "/api/v1/runs/x/events"):
             assert await _status_without_body(api, path) == 503, "nothing is spent on a body that is refused anyway"
         assert (await api.get("/health"))["queue_depth"] == 2
@@ -355,7 +353,7 @@ async def _status_without_body(api: Api, path: str) -> int:
     reader, writer = await asyncio.open_connection(api.client.host, api.client.port)
     head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
     writer.write(head.encode())
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         line = await reader.readline()
     writer.close()
     return int(line.split()[1])
@@ -404,7 +402,7 @@ async def test_a_database_locked_too_long_is_503_and_then_works_again(make_api: 
             assert response.status == 503
             assert "Retry-After" in response.headers
             assert "locked by another process" in (await response.json())["detail"]
-        assert 0.25 < time.monotonic() - started < 3
+        assert 0.25 < time.monotonic() - started < 20, "it does not wait for the default of 30 s"
     assert (await api.post(run))["status"] == "created"
     assert (await api.get("/health"))["status"] == "ok"
 
@@ -484,7 +482,7 @@ async def test_a_writer_that_is_stopped_while_the_disk_is_unknown_says_so(tmp_pa
         with pytest.raises(DatabaseSuspectError):
             await made.writer.submit(create("first"))
         await made.writer.stop()
-        await asyncio.wait((made.task,), timeout=5)
+        await asyncio.wait((made.task,), timeout=PATIENCE_S)
         assert isinstance(made.task.exception(), DatabaseSuspectError)
         assert made.writer.problem == "[Errno 5] Input/output error"
         with pytest.raises(WriterDeadError):
@@ -554,7 +552,7 @@ async def test_health_tells_that_nothing_is_taken_and_then_it_goes_on(make_api: 
             assert "Retry-After" in response.headers
     assert (await api.get(f"/api/v1/runs/{kept['event_id']}"))["status"] == "running"
     moved.rename(api.settings.db_path)
-    await eventually(lambda: api.store.health().problem is None, timeout_s=15)
+    await eventually(lambda: api.store.health().problem is None, timeout_s=PATIENCE_S)
     assert (await api.post(kept, 200))["status"] == "duplicate"
     await api.call("POST", "/api/v1/runs", json=unsure)
     assert len(await api.list()) == 2
@@ -571,7 +569,7 @@ def test_a_database_that_cannot_be_opened_again_during_the_stop_is_not_a_clean_e
     with strace(daemon.process.pid, tmp_path / "trace", *fail):
         sender = threading.Thread(target=lambda: answers.append(post(daemon.url, make_run())[0]))
         sender.start()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + PATIENCE_S
         while " fdatasync(" not in (tmp_path / "trace").read_text() and time.monotonic() < deadline:
             time.sleep(0.01)
         status = daemon.stop()
@@ -592,7 +590,7 @@ async def test_stop_commits_what_waits_and_refuses_what_comes(tmp_path: Path) ->
             made.writer.submit(create("too late"))
         gate.set()
         await stopping
-        await asyncio.wait_for(made.task, 5)
+        await asyncio.wait_for(made.task, PATIENCE_S)
         assert await asyncio.gather(first, *waiting) == [Created((True,))] * 51
         assert len(made.stored()) == 51
         await made.writer.stop()  # twice does no harm
@@ -606,22 +604,25 @@ async def test_it_tidies_up_once_after_it_has_worked_and_rested(
 ) -> None:
     rests: list[int] = []
     async with bench(tmp_path, at_rest=lambda plain: rests.append(plain.total_changes)) as made:
-        monkeypatch.setattr("telemetryd.writer.REST_AFTER_S", 0.2)
+        monkeypatch.setattr("telemetryd.writer.REST_AFTER_S", 0)
         made.writer.rest()
+        monkeypatch.setattr("telemetryd.writer.REST_AFTER_S", 1000)
         await made.writer.submit(create("one"))
         made.writer.rest()
-        await asyncio.sleep(0.05)
+        await made.writer.submit(create("two"))  # what was asked of it before is done by now
         assert rests == [], "nothing to do before it has worked, and not at once after it"
-        await asyncio.sleep(0.2)
+        monkeypatch.setattr("telemetryd.writer.REST_AFTER_S", 0.01)
+        await asyncio.sleep(0.02)
         for _ in range(3):
             made.writer.rest()
         await eventually(lambda: len(rests) == 1)
-        await made.writer.submit(create("two"))
-        await asyncio.sleep(0.25)
+        await made.writer.submit(create("three"))
+        assert len(rests) == 1
+        await asyncio.sleep(0.02)
         made.writer.rest()
         await eventually(lambda: len(rests) == 2)
         assert rests[1] > rests[0]
-        assert made.stored() == {"one", "two"}
+        assert made.stored() == {"one", "two", "three"}
 
 
 async def test_a_failed_sync_at_rest_is_as_bad_as_one_of_a_commit_and_a_lock_is_not(
@@ -656,7 +657,7 @@ def test_the_log_is_written_back_when_nothing_comes(start_daemon: StartDaemon) -
     daemon = start_daemon(TELEMETRY_DB_JOURNAL_MODE="WAL")
     assert post(daemon.url, make_run())[0] == 201
     assert _runs_without_log(daemon.database) == 0
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + PATIENCE_S
     while _runs_without_log(daemon.database) != 1:
         assert time.monotonic() < deadline
         time.sleep(0.2)
@@ -680,7 +681,7 @@ async def _never() -> Connection:
 
 
 def _wait(gate: threading.Event) -> None:
-    assert gate.wait(20)
+    assert gate.wait(PATIENCE_S)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from telemetryd.client import Client
-from tests.conftest import Api, require_program
+from tests.conftest import PATIENCE_S, Api, require_program
 from tests.tools.bad_proxy import BadProxy, bad_proxy
 
 MakeClient = Callable[..., Client]
@@ -43,12 +43,12 @@ def url_of(api: Api) -> str:
     return str(api.client.make_url("/")).rstrip("/")
 
 
-async def flushed(client: Client, timeout_s: float = 20) -> None:
+async def flushed(client: Client, timeout_s: float = PATIENCE_S) -> None:
     """Wait for the client without holding up the app, which runs on this very loop."""
     assert await asyncio.to_thread(client.flush, timeout_s), client.stats()
 
 
-async def stored(api: Api, wanted: int, timeout_s: float = 10, **headers: str) -> None:
+async def stored(api: Api, wanted: int, timeout_s: float = PATIENCE_S, **headers: str) -> None:
     """Wait until the daemon has so many runs."""
     deadline = time.monotonic() + timeout_s
     while len(await api.get("/api/v1/runs?limit=1000", headers=headers)) < wanted:

@@ -110,14 +110,14 @@ def test_the_command_goes_on_with_the_other_streams_and_says_so(
     (full / "trap.lock").symlink_to(other)
     command = [sys.executable, "-m", "telemetryd", "sync", "--buffer-dir", str(full), "--url", url]
     process = subprocess.Popen([*command, *(["--watch"] if watch else [])], stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while get(url, "/api/v1/runs/left")[0] != 200:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     if watch:
         assert process.poll() is None
         process.terminate()
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=60)
     assert "trap.lock" in errors
     assert process.returncode == (0 if watch else 1)
     check_untouched(other)
@@ -220,9 +220,9 @@ def test_a_line_without_end_is_read_in_bounded_pieces(full: Path, monkeypatch: p
 
 
 def test_a_line_of_many_beginnings_is_mended_in_bounded_time() -> None:
-    began = time.monotonic()
+    began = time.thread_time()
     assert mend(b'{"op":"' * 300_000) is None
-    assert time.monotonic() - began < 5
+    assert time.thread_time() - began < 5
 
 
 def test_a_name_that_we_would_not_write_is_no_file_of_ours(full: Path) -> None:

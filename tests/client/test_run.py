@@ -15,7 +15,7 @@ import pytest
 from telemetryd.client import Client, Config, Run
 from telemetryd.client.context import PARENT_VARIABLE
 from tests.client.conftest import MakeClient, flushed, url_of
-from tests.conftest import Api, MakeApi, make_run
+from tests.conftest import Api, MakeApi, eventually, make_run
 
 
 async def stored(api: Api, run: Run | str) -> dict[str, Any]:
@@ -126,7 +126,7 @@ async def test_async_with_and_a_cancelled_task(api: Api, make_client: MakeClient
             await asyncio.sleep(30)
 
     task = asyncio.create_task(work())
-    await asyncio.sleep(0.05)
+    await eventually(lambda: bool(runs))
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -330,18 +330,22 @@ async def test_a_heartbeat_keeps_a_run_fresh_and_does_not_bring_it_back(api: Api
     client = make_client(url_of(api))
     with client.run("a", "j", heartbeat=0.05) as run:
         await flushed(client)
-        first = await stored(api, run)
-        await asyncio.sleep(0.4)
-        second = await stored(api, run)
+        first = second = await stored(api, run)
+
+        async def beats() -> bool:
+            nonlocal second
+            second = await stored(api, run)
+            return bool(first["updated_at"] < second["updated_at"])
+
+        await eventually(beats)
         await api.call("PATCH", f"/api/v1/runs/{run.event_id}", json={"status": "cancelled"})
         await asyncio.sleep(0.3)
         assert (await stored(api, run))["status"] == "cancelled"
-    assert first["updated_at"] < second["updated_at"]
     assert second["duration_ms"] > 0
     await flushed(client)
-    await asyncio.sleep(0.2)
+    await asyncio.sleep(0.1)
     last = await stored(api, run)
-    await asyncio.sleep(0.3)
+    await asyncio.sleep(0.2)
     assert await stored(api, run) == last, "no heartbeat after the end"
 
 

@@ -564,13 +564,13 @@ def test_thousands_of_dead_streams_are_picked_up_in_one_look_each(buffer: Path) 
     buffer.mkdir()
     for number in range(3000):
         (buffer / f"20251231T153045Z-1-{number:08x}.000000.jsonl.ready").write_bytes(b"%d\n" % number)
-    began = time.monotonic()
+    began = time.thread_time()
     streams = [Stream.take(buffer, name, numbers) for name, numbers in waiting(buffer).items()][:1000]
     for stream in streams:
         assert stream is not None
         assert len(drain(stream)) == 1
         stream.release()
-    assert time.monotonic() - began < 10  # it took minutes when each of them looked through the folder
+    assert time.thread_time() - began < 10  # it took minutes when each of them looked through the folder
 
 
 def test_streams_of_others_are_not_disturbed_by_a_look_around(buffer: Path) -> None:

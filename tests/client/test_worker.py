@@ -14,7 +14,7 @@ from telemetryd.client.lines import encode
 from telemetryd.client.spool import Spool
 from telemetryd.client.worker import Backoff
 from tests.client.conftest import MakeClient, flushed, stored, url_of
-from tests.conftest import Api
+from tests.conftest import Api, eventually
 from tests.tools.bad_proxy import ERRORS, BadProxy
 
 
@@ -58,15 +58,20 @@ async def test_a_stream_that_waits_for_a_silent_process_holds_up_nothing(
     client = make_client(url_of(api))
     with client.run("a", "j", heartbeat=0.05) as run:
         await stored(api, 2)
-        await flushed(client, 2)
+        await flushed(client)
         first = await api.get(f"/api/v1/runs/{run.event_id}")
-        await asyncio.sleep(0.5)
-        second = await api.get(f"/api/v1/runs/{run.event_id}")
-    assert first["updated_at"] < second["updated_at"], "the heart beats"
+
+        async def beats() -> bool:
+            return bool((await api.get(f"/api/v1/runs/{run.event_id}"))["updated_at"] > first["updated_at"])
+
+        await eventually(beats)
     silent.close()
     await stored(api, 3)
-    await asyncio.sleep(0.5)
-    assert (await api.get("/api/v1/runs/parent"))["status"] == "success"
+
+    async def has_ended() -> bool:
+        return bool((await api.get("/api/v1/runs/parent"))["status"] == "success")
+
+    await eventually(has_ended)
 
 
 async def test_a_stream_that_cannot_be_opened_holds_up_no_other(
@@ -80,7 +85,7 @@ async def test_a_stream_that_cannot_be_opened_holds_up_no_other(
     leave(buffer, finished("other"))
     client = make_client(url_of(api))
     client.record(finished("own"))
-    await flushed(client, 5)
+    await flushed(client)
     await stored(api, 2)
     assert client.stats()["problem"] is None
 
@@ -99,8 +104,8 @@ def test_after_the_end_a_flush_says_at_once_that_it_cannot(buffer: Path) -> None
     client.close()
     client.record(finished("late"))
     began = time.monotonic()
-    assert not client.flush(5)
-    assert time.monotonic() - began < 1
+    assert not client.flush(60)
+    assert time.monotonic() - began < 30
 
 
 async def test_heartbeats_and_registrations_wait_as_the_daemon_asks(
@@ -109,30 +114,28 @@ async def test_heartbeats_and_registrations_wait_as_the_daemon_asks(
     client = make_client(proxy.url)
     runs = [client.run("a", "j", heartbeat=0.05).start() for _ in range(20)]
     await flushed(client)
-    await asyncio.sleep(0.3)
-    monkeypatch.setitem(ERRORS, "503", (503, {"Retry-After": "1"}, b"{}"))
+    count = len(proxy.seen)
+    await eventually(lambda: len(proxy.seen) > count + 5)
+    monkeypatch.setitem(ERRORS, "503", (503, {"Retry-After": "600"}, b"{}"))
     proxy.script = ["503"] * 1000
-    await asyncio.sleep(0.2)
-    before = len(proxy.seen)
-    await asyncio.sleep(0.7)
-    assert len(proxy.seen) - before <= 1
-    proxy.script = []
+    await eventually(lambda: len(proxy.script) < 1000)
+    await asyncio.sleep(0.4)
+    assert len(proxy.script) == 999, "none of the twenty hearts beats after the first refusal"
     for run in runs:
         run.finish()
-    await flushed(client)
 
 
 async def test_a_flush_does_not_break_into_the_pause_that_the_daemon_asked_for(
     proxy: BadProxy, make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(ERRORS, "503", (503, {"Retry-After": "1"}, b"{}"))
+    monkeypatch.setitem(ERRORS, "503", (503, {"Retry-After": "2"}, b"{}"))
     proxy.script = ["503"]
     client = make_client(proxy.url)
     client.record(finished("own"))
     while not proxy.seen:  # noqa: ASYNC110
         await asyncio.sleep(0.01)
     began = time.monotonic()
-    assert not await asyncio.to_thread(client.flush, 0.3)
+    assert not await asyncio.to_thread(client.flush, 0.1)
     assert len(proxy.seen) == 1
     await flushed(client)
     assert time.monotonic() - began > 0.9

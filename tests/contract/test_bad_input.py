@@ -372,7 +372,7 @@ async def test_ndjson_of_garbage_names_each_line_but_not_without_end(shared: Api
         {"event_id": None},
         {"event_id": "\0"},
         {"runs": []},
-        make_run(items_failed=2**63),
+        make_run(event_id="one-bad-item", items_failed=2**63),
     ],
     ids=lambda item: ascii(item)[:25],
 )

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from telemetryd.runs import STORED
-from tests.conftest import Api, MakeApi, StartDaemon, make_run
+from tests.conftest import Api, MakeApi, StartDaemon, eventually, make_run
 from tests.contract.test_conventions import high_water_mark_kb
 from tests.contract.wire import BATCH, NDJSON, RUNS, SENTENCE_OF_STATUS, check_alive, check_error, places, post, send
 from tests.http_client import call
@@ -184,11 +184,10 @@ async def test_all_good_items_commit_in_one_transaction(api: Api) -> None:
     watching = asyncio.create_task(asyncio.to_thread(watch))
     for _ in range(3):
         await api.batch([*(make_run() for _ in range(2000)), {"bad": 1}])
-    await asyncio.sleep(0.05)
+    await eventually(lambda: 6000 in seen)
     stop = True
     await watching
     assert seen <= {0, 2000, 4000, 6000}
-    assert 6000 in seen
 
 
 async def test_a_batch_keeps_the_order_of_its_items(api: Api) -> None:
@@ -216,7 +215,7 @@ def test_many_tiny_items_stop_nobody_else(start_daemon: StartDaemon) -> None:
         before = high_water_mark_kb(daemon)
         pauses, (status, answer) = health_during(daemon.url, BATCH, gzip.compress(body), media_type)
         assert (status, "more than" in str(answer)) == (413, True)
-        assert max(pauses) < 1  # it was many seconds; a loaded machine may take some hundred milliseconds
+        assert max(pauses) < 4  # it was many seconds; a busy machine may take one or two
         assert high_water_mark_kb(daemon) - before < 120_000
 
 
@@ -236,7 +235,7 @@ def test_a_batch_of_nothing_but_errors_is_told_shortly(start_daemon: StartDaemon
     assert last["detail"][1] == {"loc": ["body", 9_999], "msg": more, "type": "more_errors"}
     assert answer["errors"][-1].endswith(f"; {more}")
     assert len(json.dumps(answer)) < 5_000_000
-    assert max(pauses) < 1  # it was many seconds; a loaded machine may take some hundred milliseconds
+    assert max(pauses) < 4  # it was many seconds; a busy machine may take one or two
 
 
 def health_during(url: str, path: str, body: bytes, media_type: str) -> tuple[list[float], tuple[int, Any]]:
@@ -244,7 +243,7 @@ def health_during(url: str, path: str, body: bytes, media_type: str) -> tuple[li
     answers: list[tuple[int, Any]] = []
 
     def send_it() -> None:
-        connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=30)
+        connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
         connection.request("POST", path, body, {"Content-Type": media_type, "Content-Encoding": "gzip"})
         response = connection.getresponse()
         answers.append((response.status, json.loads(response.read())))

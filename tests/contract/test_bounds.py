@@ -11,7 +11,7 @@ import pytest
 from telemetryd import runs
 from telemetryd.http import BODIES
 from telemetryd.statements import fetching
-from tests.conftest import Api, make_run
+from tests.conftest import PATIENCE_S, Api, eventually, make_run
 from tests.contract.wire import BATCH, NDJSON, RUNS, check_alive, check_error, places, post, send
 from tests.faults.test_connections import closed
 
@@ -19,14 +19,14 @@ from tests.faults.test_connections import closed
 @pytest.mark.parametrize("unit", [b"[],", b"0,", b'"",', b"{},", b"[[[[[[[[]]]]]]]],", b'"\\"",', b'"\\\\",'])
 async def test_more_values_than_can_be_decoded_at_once_are_413(api: Api, unit: bytes) -> None:
     body = b'{"metrics_json": {"a": [' + unit * (8_000_000 // len(unit)) + b"0]}}"
-    started = time.perf_counter()
+    started = time.process_time()
     for path, headers in ((RUNS, None), (BATCH, None), (BATCH, NDJSON)):
         answer = await (post(api, body, path, headers) if headers else post(api, body, path))
         if headers:  # each line is a body of its own
             assert answer.status in (413, 422)
         else:
             assert "1000000 JSON values" in check_error(answer, 413)
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
     await check_alive(api)
 
 
@@ -71,22 +71,23 @@ async def test_a_page_too_large_says_how_many_runs_fit(api: Api, monkeypatch: py
 
 
 async def test_all_bodies_together_have_a_bound(api: Api) -> None:
-    api.client.app[BODIES]._together = 3_000_000
+    bodies = api.client.app[BODIES]
+    bodies._together = 3_000_000
     assert api.client.port is not None
     head = b"POST /api/v1/runs HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 4000000\r\n\r\n"
     large = [await asyncio.open_connection("127.0.0.1", api.client.port) for _ in range(2)]
     large[0][1].write(head + b" " * 2_000_000)
-    await asyncio.sleep(0.3)
+    await eventually(lambda: bodies._held >= 2_000_000)
     large[1][1].write(head + b" " * 2_000_000)
-    answer = await asyncio.wait_for(large[1][0].readuntil(b"}"), 5)
+    answer = await asyncio.wait_for(large[1][0].readuntil(b"}"), PATIENCE_S)
     assert answer.startswith(b"HTTP/1.1 503 ")
     assert b"Retry-After: 1" in answer
     assert b"Too many large bodies" in answer
     assert (await api.post(make_run()))["status"] == "created", "small ones come with their heads"
     for _, writer in large:
         writer.transport.abort()
-    await asyncio.sleep(0.1)
     await closed(large[0][0])
+    await eventually(lambda: bodies._held == 0)
     assert (await post(api, json.dumps(make_run(host="h" * 2_500_000)).encode())).status == 201, (
         "the room is free again"
     )

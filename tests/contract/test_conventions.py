@@ -25,8 +25,30 @@ from aiohttp import web
 from telemetryd import body as body_module
 from telemetryd.metrics import Metrics
 from telemetryd.middleware import middleware
-from tests.conftest import Api, Client, Daemon, DaemonServer, MakeApi, StartDaemon, make_run, require_program
-from tests.contract.wire import BATCH, JSON, NDJSON, RUNS, Answer, check_alive, check_error, post, send, send_raw
+from tests.conftest import (
+    Api,
+    Client,
+    Daemon,
+    DaemonServer,
+    MakeApi,
+    StartDaemon,
+    eventually,
+    make_run,
+    require_program,
+)
+from tests.contract.wire import (
+    BATCH,
+    JSON,
+    NDJSON,
+    RUNS,
+    Answer,
+    check_alive,
+    check_error,
+    is_in_hand,
+    post,
+    send,
+    send_raw,
+)
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -167,15 +189,15 @@ async def test_a_foreign_lock_is_503_with_retry_after_and_the_same_event_succeed
 
 @OWN_LOOP
 async def test_a_full_queue_is_503_at_once(make_api: MakeApi) -> None:
-    api = await make_api(db_busy_timeout_ms=10_000, queue_max=2)
+    api = await make_api(db_busy_timeout_ms=60_000, queue_max=2)
     connection = sqlite3.connect(api.settings.db_path, isolation_level=None)
     try:
         connection.execute("BEGIN IMMEDIATE")
         first = asyncio.create_task(send(api, "POST", RUNS, json=make_run()))
-        await asyncio.sleep(0.1)  # the writer holds it and waits for the lock
+        await eventually(lambda: is_in_hand(api))  # the writer holds it and waits for the lock
         queued = [asyncio.create_task(send(api, "POST", RUNS, json=make_run())) for _ in range(2)]
-        await asyncio.sleep(0.1)
-        async with asyncio.timeout(1):
+        await eventually(lambda: api.store.health().queue_depth == 2)
+        async with asyncio.timeout(20):
             refused = await send(api, "POST", RUNS, json=make_run())
         assert "Too many writes" in check_error(refused, 503)
         assert int(refused.headers["retry-after"]) >= 1
@@ -397,7 +419,7 @@ def curl(url: str, body: bytes, coding: str) -> tuple[int, Any]:
     result = subprocess.run(
         ["curl", "-sS", "-w", "\n%{http_code}", "-H", "Content-Type: application/json", "-H",
          f"Content-Encoding: {coding}", "--data-binary", "@-", url],
-        input=body, capture_output=True, check=True, timeout=20,
+        input=body, capture_output=True, check=True, timeout=120,
     )  # fmt: skip
     text, _, status = result.stdout.decode().rpartition("\n")
     return int(status), json.loads(text)
@@ -439,15 +461,15 @@ async def send_slowly(api: Api, data: bytes, step: int) -> Answer:
         if not answered.done():
             writer.write(data[start : start + step])
             await asyncio.sleep(0.05)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         status = int((await answered).split()[1])
     writer.close()
     return Answer(status, {}, b"")
 
 
 async def test_a_slow_body_that_goes_on_is_taken(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(body_module, "SILENCE_S", 0.3)
-    monkeypatch.setattr(body_module, "SLOWEST_BYTES_PER_S", 1000)
+    monkeypatch.setattr(body_module, "SILENCE_S", 1.0)  # it takes 1.25 s as a whole, or more
+    monkeypatch.setattr(body_module, "SLOWEST_BYTES_PER_S", 100)
     data = json.dumps(make_run()).encode().ljust(5000)
     assert (await send_slowly(api, data, 200)).status == 201  # 4000 bytes a second
 
@@ -458,7 +480,7 @@ async def test_a_body_that_only_trickles_is_503(api: Api, monkeypatch: pytest.Mo
     data = json.dumps(make_run()).encode().ljust(5000)
     started = time.monotonic()
     assert (await send_slowly(api, data, 10)).status == 503  # 200 bytes a second
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 20, "the whole body takes 25 s"
 
 
 @pytest.mark.parametrize("extra", [b"x", gzip.compress(b"{}"), bytes(200_000)], ids=["a byte", "a member", "zeros"])
@@ -474,9 +496,9 @@ async def test_nothing_may_follow_a_coded_body(api: Api, extra: bytes, size: int
 
 
 async def test_decoding_costs_as_much_as_there_is() -> None:
-    """Random bytes do not shrink, so every slice leaves all the rest: 160 MB were copied 2,500 times."""
-    data = os.urandom(160_000_000)
-    started = time.perf_counter()
+    """Random bytes do not shrink, so every slice leaves all the rest: 80 MB were copied 1,200 times."""
+    data = os.urandom(80_000_000)
+    started = time.process_time()
     share = body_module._Share(body_module.Bodies(len(data)))
     assert await body_module._decode(gzip.compress(data, 0), "gzip", share) == data
-    assert time.perf_counter() - started < 4
+    assert time.process_time() - started < 6

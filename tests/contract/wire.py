@@ -66,7 +66,7 @@ async def send_raw(
                 writer.write_eof()
             await writer.drain()
         received = b""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             with contextlib.suppress(ConnectionError):
                 while part := await reader.read(1 << 16):
                     received += part
@@ -114,6 +114,12 @@ def check_error(answer: Answer, status: int) -> Any:
     for leak in ("Traceback", "<html", "sqlite3.", ".py", "aiohttp", "pydantic"):
         assert leak not in answer.text
     return detail
+
+
+def is_in_hand(api: Api) -> bool:
+    """Tell whether the writer has taken the only command off the queue, and has not done it yet."""
+    health = api.store.health()
+    return health.oldest_s > 0 and health.queue_depth == 0
 
 
 async def check_alive(api: Api) -> None:

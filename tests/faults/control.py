@@ -35,7 +35,7 @@ def control() -> Iterator[str]:
 def probe(url: str) -> float:
     """Ask for the health over a new connection; return for how many seconds that took."""
     started = time.monotonic()
-    with closing(http.client.HTTPConnection(urlsplit(url).netloc, timeout=20)) as connection:
+    with closing(http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)) as connection:
         connection.request("GET", "/health")
         connection.getresponse().read()
     return time.monotonic() - started

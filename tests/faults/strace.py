@@ -35,7 +35,7 @@ def strace(pid: int, output: Path, *options: str) -> Iterator[None]:
     finally:
         if tracer.poll() is None:
             tracer.send_signal(signal.SIGINT)  # strace lets go of the process and ends
-        tracer.communicate(timeout=10)
+        tracer.communicate(timeout=60)
 
 
 def completed(trace: Path) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import wait_until
 from tests.faults.conftest import Rounds
 from tests.faults.ledger import Ledger
 from tests.tools.client_soak import Soak
@@ -16,13 +17,14 @@ def _disturb(folder: Path, ledger: Ledger, times: int, agents: int) -> None:
     seed = random.randrange(1 << 30)
     soak = Soak(folder, agents, seed=seed)
     try:
-        for _ in range(times):
+        for number in range(times):
             soak.disturb()
+            wait_until(lambda enough=number * 10: len(soak.promised()) > enough)  # type: ignore[misc]
         verdict = soak.finish()
     finally:
         soak.close()
     assert verdict.left == 0, f"seed {seed}: {verdict}"
-    assert verdict.promised > times * 10, verdict
+    assert verdict.promised > (times - 1) * 10, verdict
     ledger.record(
         fault="SIGKILL of clients and daemon, then `sync`",
         mode="WAL",

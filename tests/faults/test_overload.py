@@ -91,13 +91,14 @@ def run_through(start_daemon: StartDaemon, tmp_path: Path, ledger: Ledger, conne
         for sender in senders:
             sender.join()
         output, errors = load.process.communicate()
-    told.send_until(lambda status: status == 201, timeout_s=2)  # what was queued at the end goes first
+    told.send_until(lambda status: status == 201)  # what was queued at the end goes first
     afterwards = timed(told, 5)
     assert load.process.returncode == 0, errors
     line = next(line for line in output.splitlines() if line.startswith("SUMMARY "))
     summary = wrk.Summary(**json.loads(line.removeprefix("SUMMARY ")))
 
-    assert summary.requests > 10 * summary.acknowledged, f"that was no overload: {summary}"
+    # On a busy machine the clients of the load have less of it, too.
+    assert summary.requests > (10 if was_calm else 2) * summary.acknowledged, f"that was no overload: {summary}"
     assert resident_mb(daemon, "VmHWM") - before < 100
     assert refused
     assert told.details[-1].startswith("Too many writes are waiting")
@@ -105,8 +106,9 @@ def run_through(start_daemon: StartDaemon, tmp_path: Path, ledger: Ledger, conne
     check_health(healths, controls, was_calm=was_calm)
     assert len(accepted) >= 5, "too few to tell how long they take"
     assert statistics.median(accepted) < 6 * _FSYNC_MS / 1000 + 4 * statistics.median(controls), sorted(accepted)
-    assert max(accepted) < 20 * _FSYNC_MS / 1000, sorted(accepted)
-    assert afterwards < 2 * alone + 0.2, "it is as fast as before, at once"
+    if was_calm:
+        assert max(accepted) < 20 * _FSYNC_MS / 1000, sorted(accepted)
+        assert afterwards < 2 * alone + 0.2, "it is as fast as before, at once"
 
     stored = told.call("GET", "/metrics")[2]["total_runs"]
     acknowledged = summary.acknowledged + len(told.acknowledged)

@@ -41,7 +41,7 @@ class Told:
     statuses: Counter[int | None] = field(default_factory=Counter)
     details: list[str] = field(default_factory=list)
 
-    def send(self, run: Row | None = None, timeout_s: float = 20, **fields: Any) -> int | None:
+    def send(self, run: Row | None = None, timeout_s: float = 60, **fields: Any) -> int | None:
         """Post one run; return the status, or None if there was no answer."""
         run = make_run(**fields) if run is None else run
         status, headers, answer = self.call("POST", "/api/v1/runs", run, timeout_s)
@@ -62,7 +62,7 @@ class Told:
         status, _, answer = self.call("GET", "/health")
         return status, answer
 
-    def call(self, method: str, path: str, body: object = None, timeout_s: float = 20) -> tuple[int | None, Row, Any]:
+    def call(self, method: str, path: str, body: object = None, timeout_s: float = 60) -> tuple[int | None, Row, Any]:
         """Send a request over a connection of its own; return status, headers and decoded answer."""
         connection = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=timeout_s)
         with closing(connection), contextlib.suppress(OSError, http.client.HTTPException):
@@ -72,7 +72,7 @@ class Told:
             return response.status, dict(response.headers), json.loads(response.read())
         return None, {}, None
 
-    def send_until(self, is_enough: Callable[[int | None], bool], timeout_s: float = 20, **fields: Any) -> None:
+    def send_until(self, is_enough: Callable[[int | None], bool], timeout_s: float = 60, **fields: Any) -> None:
         """Send run after run until the status is as wanted."""
         deadline = time.monotonic() + timeout_s
         while not is_enough(self.send(**fields)):

@@ -87,7 +87,7 @@ class Shell:
             env=environment,
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=120,
             check=False,
         )
         assert done.returncode == status, f"exit {done.returncode} of: {script}\n{done.stdout}{done.stderr}"
@@ -126,7 +126,7 @@ class Shell:
         """Return the raw log lines of everything that was asked before; the log is written off the event loop."""
         mark = uuid.uuid4().hex
         self.run(f"curl -H 'X-Request-ID: {mark}' http://localhost:8765/not-in-the-guide")
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while mark not in (text := (self.folder / LOG).read_text()):
             assert time.monotonic() < deadline, "the request did not get into the log"
             time.sleep(0.01)

@@ -491,7 +491,7 @@ def make_slow(shell: Shell, how_many: int) -> None:
     while sum('"is_slow": true' in line for line in shell.log()) < how_many:
         with closing(sqlite3.connect(shell.folder / DATABASE, isolation_level=None)) as locker:
             locker.execute("BEGIN EXCLUSIVE")
-            waiting = [http.client.HTTPConnection(shell.address, timeout=30) for _ in range(how_many)]
+            waiting = [http.client.HTTPConnection(shell.address, timeout=60) for _ in range(how_many)]
             for connection in waiting:
                 connection.request("GET", address)
             time.sleep(hold_s)  # slow means more than a second of the clock

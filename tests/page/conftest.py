@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import Browser, Page
+from playwright.sync_api import Browser, Page, expect
 
-from tests.conftest import Daemon, require_program
+from telemetryd.demo import World, finished
+from telemetryd.runs import format_timestamp
+from tests.conftest import PATIENCE_S, Daemon, require_program
+from tests.http_client import call
 from tests.tools.browser import CHROMIUM, chromium, open_page
 from tests.tools.process import telemetryd
 
@@ -31,6 +36,41 @@ kind = "regression"
 agent_name = "broken-agent"
 """
 
+NOON = datetime(2026, 11, 25, 12, tzinfo=UTC)
+"""When the invented day ends: what its agents do depends on the hour, and the tests may run at any."""
+MOMENTS = {"created_at", "start_time", "end_time", "git_commit_timestamp", "timestamp"}
+
+expect.set_options(timeout=PATIENCE_S * 1000)
+
+
+def fill(url: str) -> None:
+    """Post what `telemetryd demo` would post at noon, brought to now."""
+    moved = datetime.now(UTC) - NOON
+
+    def bring(fields: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: format_timestamp(datetime.fromisoformat(value) + moved) if name in MOMENTS else value
+            for name, value in fields.items()
+        }
+
+    stories = list(World(1, NOON - timedelta(days=1), NOON).runs(RUNS))
+    runs = [bring(finished(story) if story.ends_at <= NOON else story.run) for story in stories]
+    status, answer = call(url, "POST", "/api/v1/runs/batch", runs)
+    assert (status, answer["inserted"]) == (200, len(runs))
+    for story in stories:
+        if story.events:
+            path = f"/api/v1/runs/{story.run['event_id']}/events"
+            assert call(url, "POST", path, [*map(bring, story.events)])[0] in (200, 201)
+
+
+@pytest.fixture
+def one_hour() -> None:
+    """See to it that the hour, and with it the day, does not change while the test counts what belongs to it."""
+    left = 3600 - time.time() % 3600
+    if left < 30:
+        time.sleep(left)
+
+
 # Playwright's event loop runs in this thread until its browser is closed, which other tests could not bear: so
 # everything here ends with this folder.
 
@@ -44,11 +84,11 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="package")
 def url(tmp_path_factory: pytest.TempPathFactory, browser: Browser) -> Iterator[str]:
-    """The address of a daemon that `telemetryd demo` has filled."""
+    """The address of a daemon with a day of invented runs."""
     folder = tmp_path_factory.mktemp("open")
     (folder / "alerts.toml").write_text(RULES)
     daemon = Daemon(folder, TELEMETRY_DB_JOURNAL_MODE="WAL", TELEMETRY_ALERTS_FILE="alerts.toml")
-    telemetryd("demo", "--url", daemon.url, "--no-live", "--runs", str(RUNS))
+    fill(daemon.url)
     yield daemon.url
     daemon.close()
 

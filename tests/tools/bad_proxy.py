@@ -91,7 +91,7 @@ class BadProxy:
             self._answer(request, status, headers, answer)
 
     def _forward(self, request: BaseHTTPRequestHandler, body: bytes) -> tuple[int, dict[str, str], bytes]:
-        connection = http.client.HTTPConnection(self.target, timeout=20)
+        connection = http.client.HTTPConnection(self.target, timeout=60)
         with contextlib.closing(connection):
             kept = ("content-type", "content-encoding", "authorization")
             headers = {name: value for name, value in request.headers.items() if name.lower() in kept}

@@ -38,5 +38,5 @@ def open_page(browser: Browser, *, is_phone: bool = False, theme: Theme = "light
         timezone_id="Europe/Berlin",
         **options,
     )
-    context.set_default_timeout(15_000)
+    context.set_default_timeout(60_000)
     return context.new_page()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import random
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import click
 
-from tests.conftest import Daemon
+from tests.conftest import Daemon, choose_port
 from tests.faults.load import count_server_errors, damage
 from tests.tools.process import telemetryd
 
@@ -71,9 +70,7 @@ class Soak:
         self._journals.mkdir()
         self._pause_s = pause_s
         self._random = random.Random(seed)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self._port = probe.getsockname()[1]
+        self._port = choose_port()
         self.url = f"http://127.0.0.1:{self._port}"
         self._started = 0
         self.agent_kills = self.daemon_kills = self._server_errors = 0

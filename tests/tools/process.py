@@ -7,20 +7,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.tools.forks import popen
+
 
 def telemetryd(
-    *arguments: str | Path, status: int = 0, timeout_s: float = 60, cwd: Path | None = None, **variables: str
+    *arguments: str | Path, status: int = 0, timeout_s: float = 120, cwd: Path | None = None, **variables: str
 ) -> subprocess.CompletedProcess[str]:
     """Run `telemetryd …` without the settings of this shell, and check its exit status."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TELEMETRY_")}
-    done = subprocess.run(
-        [sys.executable, "-m", "telemetryd", *map(str, arguments)],
-        env=environment | variables,
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        check=False,
-    )
-    assert done.returncode == status, f"exit {done.returncode}: {done.stdout}{done.stderr}"
-    return done
+    command = [sys.executable, "-m", "telemetryd", *map(str, arguments)]
+    pipe = subprocess.PIPE
+    with popen(command, environment | variables, cwd=cwd, stdout=pipe, stderr=pipe) as process:
+        try:
+            out, errors = process.communicate(timeout=timeout_s)
+        finally:
+            process.kill()
+    assert process.returncode == status, f"exit {process.returncode}: {out}{errors}"
+    return subprocess.CompletedProcess(command, process.returncode, out, errors)
