@@ -104,7 +104,7 @@ class Recount:
             await asyncio.sleep(_LOOK_EVERY_S)
             try:
                 if writer.idle:  # else each group looks
-                    await writer.ask(self.look)
+                    await writer.ask(self._look_at_once)
                 if self._noticed != self._compared and time.monotonic() >= not_before:
                     started = time.monotonic()
                     await self._compare(writer)
@@ -177,6 +177,15 @@ class Recount:
             self._check(connection)
         except DatabaseError as error:
             raise DatabaseSuspectError(sentence(error)) from error
+
+    def _look_at_once(self, connection: sqlite3.Connection) -> None:
+        """Look without waiting for somebody else's lock, for which a group or a stop would have to wait, too."""
+        (timeout_ms,) = connection.execute("PRAGMA busy_timeout").fetchone()
+        connection.execute("PRAGMA busy_timeout = 0").fetchall()
+        try:
+            self.look(connection)
+        finally:
+            connection.execute(f"PRAGMA busy_timeout = {timeout_ms}").fetchall()
 
     def begin(self, connection: sqlite3.Connection, now: str) -> Transaction:
         """Begin a group: no run of it is stored by a schema that somebody has changed since, nor gets a used number."""
