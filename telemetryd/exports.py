@@ -28,7 +28,7 @@ from telemetryd.errors import (
     sentence,
 )
 from telemetryd.logs import log
-from telemetryd.middleware import NOTE, mark, request_id
+from telemetryd.middleware import NOTE, leaving, mark, request_id
 from telemetryd.partials import partial_file
 from telemetryd.queries import MEDIA_TYPES, SNAPSHOT, CountMatching, ExportRuns, Format
 from telemetryd.runs import utc_now
@@ -160,6 +160,7 @@ class Exports:
         self._reserve_bytes = settings.min_free_mb << 20
         self._longest_s = _LONGEST_WAL_S if settings.db_journal_mode is JournalMode.WAL else _LONGEST_S
         self._running = 0
+        self._closing: set[asyncio.Task[None]] = set()
 
     @property
     def are_running(self) -> bool:
@@ -182,10 +183,11 @@ class Exports:
             request[NOTE].say("Runs exported", query_params=query.parameters(), result_count=export.rows)
             await response.prepare(request)
             try:
-                while (chunk := await connection.run(lambda _: next(chunks, None))) is not None:
-                    async with asyncio.timeout(_PATIENCE_S + len(chunk) / _LEAST_BYTES_PER_S):
-                        await response.write(chunk)
-                await response.write_eof()
+                with leaving(request):
+                    while (chunk := await connection.run(lambda _: next(chunks, None))) is not None:
+                        async with asyncio.timeout(_PATIENCE_S + len(chunk) / _LEAST_BYTES_PER_S):
+                            await response.write(chunk)
+                    await response.write_eof()
             except ConnectionError:
                 request[NOTE].say("Export cut off by its reader", query_params=query.parameters())
             except TimeoutError:  # or a few who read a byte now and then would keep all others from exporting
@@ -214,8 +216,16 @@ class Exports:
             raise UnavailableError(sentence(error)) from error
         finally:
             export.stop()
+            closing = asyncio.create_task(self._close(connection, files))
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
+            await asyncio.shield(closing)  # which comes to its end even if the client leaves in the middle of it
+
+    async def _close(self, connection: Connection, files: contextlib.ExitStack) -> None:
+        try:
             await connection.close()
             await asyncio.to_thread(files.close)
+        finally:
             self._running -= 1
 
     def _room_bytes(self) -> int:

@@ -19,7 +19,7 @@ import sys
 import time
 import traceback
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any, Final
 
 import orjson
@@ -119,6 +119,22 @@ def error_response(
     response = json_response({"detail": detail}, status, headers)
     response[REASON] = reason or str(detail)
     return response
+
+
+@contextlib.contextmanager
+def leaving(request: web.Request) -> Iterator[None]:
+    """Raise ConnectionResetError, as a write would, in the place of the cancellation when the client leaves.
+
+    For those who have something to say then; `connections.py` cancels what nobody waits for any more.
+    """
+    try:
+        yield
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if request.transport is not None or task is None:
+            raise
+        task.uncancel()
+        raise ConnectionResetError("The client has left") from error
 
 
 def mark(response: web.StreamResponse, identity: str) -> None:

@@ -18,7 +18,7 @@ from telemetryd.errors import StoppingError
 from telemetryd.feed import Feed
 from telemetryd.logs import log
 from telemetryd.metrics import Metrics
-from telemetryd.middleware import IDENTITY, NOTE, WAITED, json_response, mark
+from telemetryd.middleware import IDENTITY, NOTE, WAITED, json_response, leaving, mark
 from telemetryd.store import Store
 
 FEED: Final = web.AppKey("feed", Feed)
@@ -59,7 +59,7 @@ async def stream_runs(request: web.Request) -> web.StreamResponse:
         if request.method == hdrs.METH_HEAD:
             return response
         opened = time.perf_counter()
-        with contextlib.suppress(ConnectionError):  # the client has left
+        with contextlib.suppress(ConnectionError), leaving(request):
             await response.write(began)
             async with contextlib.aclosing(tail.chunks()) as chunks:
                 async for chunk in chunks:

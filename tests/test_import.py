@@ -210,7 +210,7 @@ def test_a_long_text_that_is_repeated_is_held_once(tmp_path: Path, monkeypatch: 
     before = pa.total_allocated_bytes()
 
     def longest() -> int:
-        return max(pa.total_allocated_bytes() - before for _ in tables.read_parquet(path))
+        return int(max(pa.total_allocated_bytes() - before for _ in tables.read_parquet(path)))
 
     assert longest() < 16 * MIB
     assert peak(longest) < 16 * MIB

@@ -83,6 +83,11 @@ async def test_a_search_in_a_large_text_ends_when_its_caller_leaves(
 
 def test_each_step_is_short_however_large_the_text() -> None:
     asked: list[int] = []
-    search = partial(searching.holds, encoding="utf-8", is_over=lambda: bool(asked.append(1)))
+
+    def is_over() -> bool:
+        asked.append(1)
+        return False
+
+    search = partial(searching.holds, encoding="utf-8", is_over=is_over)
     assert not search(b"a" * 10_000_000, ALMOST[0])
     assert len(asked) > 100

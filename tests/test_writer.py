@@ -471,7 +471,9 @@ async def test_what_was_refused_is_not_advised_about_for_ever(tmp_path: Path, mo
         is_broken = False
         await eventually(lambda: made.writer.failure is None)
         assert await made.writer.submit(create("second")) == Created((True,))
-        assert advised == [(1, 1, pytest.approx(1 / 10_000))]
+        [(commands, rows, fullness)] = advised
+        assert (commands, rows) == (1, 1)
+        assert fullness == pytest.approx(1 / 10_000)
 
 
 async def test_a_writer_that_is_stopped_while_the_disk_is_unknown_says_so(tmp_path: Path) -> None:

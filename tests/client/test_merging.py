@@ -46,6 +46,9 @@ class Lines:
     def after(self) -> None:
         return None
 
+    def rejected(self, field: str, why: str) -> None:
+        pass
+
     def failed(self) -> None:
         raise AssertionError
 
