@@ -27,6 +27,8 @@ _FULL: Final = frozenset({errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)})
 _HELD: Final = frozenset({errno.EWOULDBLOCK, errno.EACCES})
 _LOCKS: Final = Path("/proc/locks")
 _FLOCK: Final = re.compile(r"\d+: FLOCK +ADVISORY +\w+ +(\d+) ([0-9a-f]+:[0-9a-f]+):(\d+) ")
+_SPARE_BYTES: Final = 64 * 1024
+"""The index of a write-ahead log takes 32 KiB, without which nothing can be read (sqlite.org/walformat.html, 2)."""
 _SETTLED: Final = "user.telemetryd.settled"
 """The extended attribute in which the size and the time of a file stand as its last owner left it."""
 _UNSEEN: Final = "a process that cannot be seen from here, as in another container"
@@ -37,10 +39,16 @@ class FileLock:
 
     The file is never deleted: a waiter that has opened the old file and a newcomer that makes a new one
     would both get their lock. Nor is it ever emptied: what is written needs no room but that which it has.
+
+    Args:
+        path: where it stands.
+        spare_bytes: how large it is while nobody has it, so that the next owner finds this much room on a full disk.
+
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, spare_bytes: int = 0) -> None:
         self.path = path
+        self._spare_bytes = spare_bytes
         self._descriptor: int | None = None
         self.was_dropped = False
         """Whether the last owner ended without `settle`."""
@@ -106,7 +114,9 @@ class FileLock:
         """Blank the PID: everything is in order, so that the next owner need not look for what a crash left."""
         if self._descriptor is not None:
             with suppress(OSError):
-                _write(self._descriptor, b" " * (os.fstat(self._descriptor).st_size - 1) + b"\n")
+                size = os.fstat(self._descriptor).st_size
+                _write(self._descriptor, b" " * (size - 1) + b"\n")
+                os.write(self._descriptor, b"\n" * max(self._spare_bytes - size, 0))
 
     def release(self) -> None:
         """Give the lock back; the file stays."""
@@ -357,7 +367,7 @@ class Ownership:
         real = database.resolve()
         beside = real.with_name(real.name + ".lock")
         paths = [beside] if lock_file is None or lock_file.resolve() == beside else [beside, lock_file]
-        self._locks = [FileLock(path) for path in paths]
+        self._locks = [FileLock(path, _SPARE_BYTES if path == beside else 0) for path in paths]
         self._file = _OwnFile(real)
 
     def acquire(self, *, create: bool = False) -> None:

@@ -57,7 +57,6 @@ from telemetryd.database import (
     inspect_before_opening,
     is_unfinished,
     looking,
-    open_reader,
     open_writer,
     prepare_directory,
     quick_check,
@@ -218,7 +217,6 @@ class Health:
 class _Opened:
     """What is open on the database, and the files that it holds by name and inode."""
 
-    path: Path
     connection: Connection
     modes: Modes
     readers: Readers
@@ -269,7 +267,7 @@ class _Opened:
             undo.pop_all()
         suffixes = ("-wal", "-shm") if modes.journal_mode == "WAL" else ()
         logs = {place: _identity(place) for place in (beside(path, suffix) for suffix in suffixes)}
-        return cls(path, connection, modes, readers, logs)
+        return cls(connection, modes, readers, logs)
 
     def lost_log(self) -> Path | None:
         """Return the log file that was deleted or replaced, or None."""
@@ -277,21 +275,11 @@ class _Opened:
 
     async def close(self) -> None:
         """Write the write-ahead log back, and close every connection."""
-        if self.modes.journal_mode != "WAL":
-            await self.readers.close()
-            await self.connection.close()
-            return
-        async with contextlib.AsyncExitStack() as last:
+        await self.readers.close()
+        if self.modes.journal_mode == "WAL":
             with contextlib.suppress(sqlite3.Error):  # the next start recovers the log just as well
-                # The last connection to close cannot write, so the log (empty) and its index stay: on a disk that is
-                # full by then, the next start would find no room for them.
-                keeper = await open_reader(self.path, 0)
-                last.push_async_callback(keeper.close)
-                await keeper.run(lambda plain: plain.execute("SELECT 1 FROM sqlite_master").fetchone())
-            await self.readers.close()
-            with contextlib.suppress(sqlite3.Error):
                 await self.connection.run(_checkpoint)
-            await self.connection.close()
+        await self.connection.close()
 
     async def drop(self) -> None:
         """Close every connection without a sync, after a failure.

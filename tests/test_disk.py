@@ -186,7 +186,6 @@ def test_on_a_full_disk_it_starts_and_answers_reads(
     for lock in ("telemetry.sqlite.lock", "other.lock"):  # one that is there, and one that is new
         again = start_daemon(**variables | {"TELEMETRY_LOCK_FILE": str(small_volume / lock)})
         assert call_over(small_volume / "s", again, "GET", f"/api/v1/runs/{run['event_id']}")[0] == 200
-        assert call_over(small_volume / "s", again, "POST", "/api/v1/runs", make_run())[0] == 503
         assert again.stop() == 0
     killed = start_daemon(**variables)
     assert killed.wait_for_line("Serving")
