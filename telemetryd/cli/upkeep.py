@@ -158,7 +158,7 @@ async def _confirm(settings: Settings, url: str | None, body: Body) -> Body:
 @address
 @settings_flags(*SETTINGS, **DAEMON)
 def confirm_clock(*, date: str, as_json: bool, url: str | None, **flags: Any) -> None:
-    r"""Confirm by the date of the day that the daemon's clock is right.
+    r"""Confirm that the daemon's clock is right.
 
     When the clock has jumped by more than a day, the daemon deletes and cancels nothing by itself, because a wrong
     clock would make everything old at once; /health and the log say so. A machine that was off for longer than a day

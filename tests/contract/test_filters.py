@@ -286,10 +286,10 @@ async def test_an_index_is_built_while_runs_change_and_after_a_restart(
     await store.submit(PruneRuns(before, 5))
     assert examine(path) == []
     await store.close()  # or a kill: each slice is committed by itself
+    store = await opened(is_wanted=True)
     with closing(sqlite3.connect(path)) as connection:
         how_far = connection.execute("SELECT last FROM runs_text_progress").fetchone()[0]
     assert 3 < how_far < 20
-    store = await opened(is_wanted=True)
     assert not await build(store, 2)
     await store.submit(new(41))
     assert await build(store, 100)
