@@ -14,9 +14,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from backports import zstd
 
 from telemetryd import backup, migrate, rotation
-from telemetryd.backup import zstd
 from telemetryd.database import Ownership
 from telemetryd.partials import forget_leftovers
 from tests.conftest import Daemon, StartDaemon, make_run

@@ -680,7 +680,7 @@ async def test_a_slice_is_bounded_in_bytes(make_api: MakeApi, monkeypatch: pytes
     with closing(sqlite3.connect(api.settings.db_path)) as connection, connection:
         connection.execute("UPDATE agent_runs SET updated_at = created_at")
     for command, counted in (("reap", "reaped"), ("prune", "pruned")):
-        slices = []
+        slices: list[dict[str, Any]] = []
         while not slices or slices[-1]["more"]:
             slices.append(await admin(api, command, older_than="1h" if command == "reap" else "90d"))
         assert [answer[counted] for answer in slices if answer[counted]] == [2, 1, 1, 1]
