@@ -32,7 +32,7 @@ _PAUSES_S: Final = (0.2, 1.0, 5.0)
 @json_flag
 @settings_flags("db_path", "lock_file", db_path="The copy; made if it is not there.")
 def follow(url: str, *, once: bool, as_json: bool, **flags: Any) -> None:
-    r"""Keep a copy of a daemon's runs in step, until it is stopped.
+    r"""Keep a copy of a daemon's runs in step until stopped.
 
     The copy is a database of its own that this command owns: others may read it (sqlite3, telemetryd check), and it can
     take the primary's place with `telemetryd serve`, after which it is nobody's copy any more. It has the runs and

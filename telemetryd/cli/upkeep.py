@@ -101,7 +101,7 @@ def prune(
     url: str | None,
     **flags: Any,
 ) -> None:
-    r"""Delete runs that were created long ago, and return the space.
+    r"""Delete runs of long ago, and return the space.
 
     The totals stay right. Work goes through the running daemon in small slices with pauses, or directly if none runs.
     With --archive, exactly the archived runs are deleted, and only if they did not change meanwhile.
@@ -158,7 +158,7 @@ async def _confirm(settings: Settings, url: str | None, body: Body) -> Body:
 @address
 @settings_flags(*SETTINGS, **DAEMON)
 def confirm_clock(*, date: str, as_json: bool, url: str | None, **flags: Any) -> None:
-    r"""Confirm by the date of the day that the daemon's clock is right.
+    r"""Confirm that the daemon's clock is right.
 
     When the clock has jumped by more than a day, the daemon deletes and cancels nothing by itself, because a wrong
     clock would make everything old at once; /health and the log say so. A machine that was off for longer than a day
@@ -283,7 +283,7 @@ def reap(
     url: str | None,
     **flags: Any,
 ) -> None:
-    r"""Cancel runs that still run but have not changed for a while.
+    r"""Cancel runs that run but have not changed for long.
 
     These are the guide's stale runs. They become `cancelled` with an end_time of now, error_summary `Stale run
     cleaned up on startup (created at …)` and output_summary `Process did not complete - cleanup on restart`. A run

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
-from contextlib import closing
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -264,40 +265,44 @@ async def test_an_index_is_built_while_runs_change_and_after_a_restart(
                 return True
         return False
 
-    async def opened(*, is_wanted: bool) -> Store:
+    @asynccontextmanager
+    async def opened(*, is_wanted: bool) -> AsyncIterator[Store]:
         store = await Store.open(Settings(db_path=path, full_text=is_wanted), Metrics())
-        await store.keep_full_text()
-        return store
+        try:
+            await store.keep_full_text()
+            yield store
+        finally:
+            await store.close()
 
     def new(*numbers: int) -> CreateRuns:
         made = (make_run(event_id=str(n), output_summary=f"word{n}", agent_name=f"a{n % 2}") for n in numbers)
         return CreateRuns(tuple(parse_run(run).row for run in made))
 
-    store = await opened(is_wanted=False)
-    await store.submit(new(*range(40)))
-    await store.close()
-    store = await opened(is_wanted=True)
-    assert not await build(store, 3)
-    with pytest.raises(UnavailableError, match=r"being built, \d+% of it"):
-        await store.fetch(ListRuns(Filters(words="word3")))
-    for number in (1, 30):  # one that is indexed already, and one that is not yet
-        await store.submit(UpdateRun(str(number), {"output_summary": f"changed{number}"}))
-    await store.submit(new(40))
-    await store.submit(PruneRuns(before, 5))
+    async with opened(is_wanted=False) as store:
+        await store.submit(new(*range(40)))
+    async with opened(is_wanted=True) as store:
+        assert not await build(store, 3)
+        with pytest.raises(UnavailableError, match=r"being built, \d+% of it"):
+            await store.fetch(ListRuns(Filters(words="word3")))
+        for number in (1, 30):  # one that is indexed already, and one that is not yet
+            await store.submit(UpdateRun(str(number), {"output_summary": f"changed{number}"}))
+        await store.submit(new(40))
+        await store.submit(PruneRuns(before, 5))
+        assert examine(path) == []
+    # Closed here, or killed: each slice is committed by itself.
+    async with opened(is_wanted=True) as store:
+        with closing(sqlite3.connect(path)) as connection:
+            how_far = connection.execute("SELECT last FROM runs_text_progress").fetchone()[0]
+        assert 3 < how_far < 20
+        assert not await build(store, 2)
+        await store.submit(new(41))
+        assert await build(store, 100)
+        expected = {"word2": 0, "word7": 1, "word30": 0, "changed30": 1, "word40": 1, "word41": 1}
+        found = {word: len((await store.fetch(ListRuns(Filters(words=word)))).runs) for word in expected}
+        assert found == expected
     assert examine(path) == []
-    await store.close()  # or a kill: each slice is committed by itself
-    with closing(sqlite3.connect(path)) as connection:
-        how_far = connection.execute("SELECT last FROM runs_text_progress").fetchone()[0]
-    assert 3 < how_far < 20
-    store = await opened(is_wanted=True)
-    assert not await build(store, 2)
-    await store.submit(new(41))
-    assert await build(store, 100)
-    for word, is_there in (("word2", 0), ("word7", 1), ("word30", 0), ("changed30", 1), ("word40", 1), ("word41", 1)):
-        assert len((await store.fetch(ListRuns(Filters(words=word)))).runs) == is_there, word
-    await store.close()
-    assert examine(path) == []
-    await (await opened(is_wanted=True)).close()
+    async with opened(is_wanted=True):
+        pass
 
 
 @pytest.mark.parametrize(

@@ -294,6 +294,7 @@ async def test_the_document_lists_every_endpoint(api: Api) -> None:
         ("GET", "/api/v1/metadata"),
         ("POST", "/api/v1/admin/prune"),
         ("POST", "/api/v1/admin/reap"),
+        ("POST", "/api/v1/admin/confirm"),
         ("POST", "/api/v1/admin/backup"),
         ("GET", "/health"),
         ("GET", "/metrics"),
