@@ -62,16 +62,16 @@ async def test_what_nearly_matches_everywhere_is_told_from_what_does(api: Api, t
 async def test_a_search_in_a_large_text_ends_when_its_caller_leaves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(searching, "_PIECE_BYTES", 1)  # so that a text of 64 MB takes minutes
+    monkeypatch.setattr(searching, "_PIECE_BYTES", 1)  # so that a text of 8 MB takes many seconds
     began = threading.Event()
 
     def search(connection: sqlite3.Connection) -> None:
         began.set()
-        connection.execute(f"SELECT {searching.FUNCTION}(zeroblob(64000000), 'x')").fetchone()
+        connection.execute(f"SELECT {searching.FUNCTION}(zeroblob(8000000), 'x')").fetchone()
 
     path = tmp_path / "telemetry.sqlite"
     sqlite3.connect(path).close()
-    readers = await Readers.open(path, 1, 20, 1000)
+    readers = await Readers.open(path, 1, 5, 1000)
     try:
         left = asyncio.create_task(readers.fetch(search))
         await asyncio.to_thread(began.wait)
