@@ -191,7 +191,10 @@ class Client:
     # --- Sending ---------------------------------------------------------------------------------
 
     def flush(self, timeout_s: float = 10.0) -> bool:
-        """Wait until everything recorded so far has been acknowledged; return whether it has."""
+        """Wait until everything recorded so far has been acknowledged; return whether it has.
+
+        What is set aside (`stats()["aside"]`) is not acknowledged, and not waited for either.
+        """
         return self._sender.flush(timeout_s)
 
     def stats(self) -> dict[str, Any]:
