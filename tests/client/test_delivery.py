@@ -44,6 +44,16 @@ def finished(number: int, **fields: Any) -> dict[str, Any]:
     return {"event_id": f"e-{number}", "agent_name": "a", "job_type": "j", "status": "success", **fields}
 
 
+def whole(number: int, **fields: Any) -> dict[str, Any]:
+    """A run as another program may have written it."""
+    return finished(number, run_id=f"r-{number}", start_time="2025-12-24T10:00:00Z", **fields)
+
+
+def update(event_id: str, **fields: Any) -> dict[str, Any]:
+    """A change as another program may have written it; a run of ours leaves out what the daemon would refuse."""
+    return {"op": "update", "event_id": event_id, "fields": fields}
+
+
 @pytest.mark.parametrize("trouble", [*ERRORS, *BREAKS])
 async def test_after_any_trouble_everything_is_stored_once(
     api: Api, proxy: BadProxy, make_client: MakeClient, buffer: Path, trouble: str
@@ -137,7 +147,7 @@ async def test_one_event_with_422_does_not_block_those_behind_it(
 ) -> None:
     client = make_client(url_of(api))
     for number in range(20):
-        client.record(finished(number, items_failed=-1) if number % 5 == 2 else finished(number))
+        client.write(whole(number, items_failed=-1 if number % 5 == 2 else 0))
     await flushed(client)
     assert len(await api.list(agent_name="a")) == 16
     told = letters(buffer)
@@ -162,7 +172,7 @@ async def test_a_batch_answered_with_errors_is_not_taken_for_sent(
 
     proxy._forward = without_details  # type: ignore[method-assign]
     for number in range(9):
-        client.record(finished(number, job_type="") if number == 4 else finished(number))
+        client.write(whole(number, job_type="" if number == 4 else "j"))
     await flushed(client)
     assert {row["event_id"] for row in await api.list(agent_name="a")} == {f"e-{n}" for n in range(9) if n != 4}
     assert [letter["line"]["event_id"] for letter in letters(buffer)] == ["e-4"]
@@ -175,16 +185,17 @@ async def test_what_is_said_of_a_refused_run_follows_it_to_the_dead_letters(
     api: Api, make_client: MakeClient, buffer: Path
 ) -> None:
     client = make_client(url_of(api))
-    bad = client.run("a", "", product="x").start()
+    bad = whole(1, job_type="")
+    client.write(bad)
     await flushed(client)
-    bad.event("step")
-    bad.finish()
+    client.write({"op": "event", "event_id": bad["event_id"], "event": {"event_key": "k", "event_type": "step"}})
+    client.write(update(bad["event_id"], status="success"))
     with client.run("a", "j") as good:
         pass
     await flushed(client)
     assert (await api.get(f"/api/v1/runs/{good.event_id}"))["status"] == "success"
     reasons = [(letter["status"], letter["reason"]) for letter in letters(buffer)[1:]]
-    assert reasons == [(404, f"Run not found: {bad.event_id}")] * 2
+    assert reasons == [(404, f"Run not found: {bad['event_id']}")] * 2
 
 
 async def test_a_bad_change_costs_neither_the_start_nor_the_end_of_its_run(
@@ -192,12 +203,12 @@ async def test_a_bad_change_costs_neither_the_start_nor_the_end_of_its_run(
 ) -> None:
     client = make_client(url_of(api))
     together = client.run("a", "together").start()
-    together.items(succeeded=-1)
+    client.write(update(together.event_id, items_succeeded=-1))
     together.finish("partial", items_failed=2)
     apart = client.run("a", "apart").start()
     await flushed(client)
-    apart.items(succeeded=-1)
-    apart.finish("partial", items_skipped=-5, items_failed=3)
+    client.write(update(apart.event_id, items_succeeded=-1))
+    client.write(update(apart.event_id, status="partial", items_skipped=-5, items_failed=3))
     await flushed(client)
     for run, failed in ((together, 2), (apart, 3)):
         ended = await api.get(f"/api/v1/runs/{run.event_id}")
@@ -213,7 +224,11 @@ async def test_a_bad_event_costs_the_other_events_nothing(api: Api, make_client:
     client = make_client(url_of(api))
     with client.run("a", "j") as run:
         for number in range(9):
-            run.event("" if number == 5 else "step", number=number)
+            if number == 5:
+                event = {"event_key": "bad", "event_type": "", "payload": {"number": number}}
+                client.write({"op": "event", "event_id": run.event_id, "event": event})
+            else:
+                run.event("step", number=number)
     await flushed(client)
     events = await api.get(f"/api/v1/runs/{run.event_id}/events")
     assert [event["payload"]["number"] for event in events] == [0, 1, 2, 3, 4, 6, 7, 8]

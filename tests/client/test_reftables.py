@@ -70,7 +70,7 @@ def told(repository: Path) -> tuple[str | None, str | None]:
 
 @pytest.mark.parametrize("block_size", [0, 512])
 def test_the_branch_and_its_commit_are_found_in_the_newest_table(repository: Path, block_size: int) -> None:
-    many = {f"refs/heads/feature/{number:03}": A for number in range(5)}
+    many: dict[str, str | None] = {f"refs/heads/feature/{number:03}": A for number in range(5)}
     old = table({"refs/heads/feature/x": A}, block_size=block_size)
     new = table(many, {"refs/heads/feature/w" + "w" * 200: A, "refs/heads/feature/x": B}, block_size=block_size)
     fill(repository, HEAD, old, new)
