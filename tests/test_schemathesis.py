@@ -130,7 +130,7 @@ def test_no_request_makes_the_daemon_break_its_own_document(start_daemon: StartD
         env={**os.environ, "SCHEMATHESIS_HOOKS": "hooks", "PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
     assert daemon.process.poll() is None, daemon.wait()
