@@ -91,11 +91,9 @@ class Pages:
 
     def _refusal_by_origin(self, request: web.Request) -> str | None:
         origin = request.headers.get(hdrs.ORIGIN)
-        if (
-            request.method in SAFE_METHODS
-            or origin is None
-            or self._names.has_origin(origin, request.headers.get("Host", ""))
-        ):
+        if origin is None or request.method in SAFE_METHODS:
+            return None
+        if self._names.has_origin(origin, request.headers.get("Host", "")):
             return None
         return (
             f"A page of {shorten(origin)!r} must not change anything here; if it is served by a proxy of this "
