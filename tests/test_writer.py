@@ -448,7 +448,7 @@ async def test_a_failed_sync_fails_everybody_until_the_database_is_open_again(tm
 
 
 async def test_what_was_refused_is_not_advised_about_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    advised: list[tuple[int, int, float]] = []
+    advised: list[Any] = []
     monkeypatch.setattr(Flow, "advise", lambda _, commands, rows, largest, full: advised.append((commands, rows, full)))
     gate, is_broken = threading.Event(), True
 
