@@ -17,8 +17,8 @@ from typing import Final
 import aiohttp
 
 from bench.seeding import _FILL, STEP_S
-from telemetryd import migrate
-from telemetryd.database import connect, wal_bytes
+from telemetryd.engine.sqlite.connection import connect, wal_bytes
+from telemetryd.engine.sqlite.tools import migrate
 
 _PORT: Final = 28471
 _HEAD: Final = "| form | snapshot | copied, s | whole, s | MiB | RSS MiB | WAL MiB | POST ms, median | 99 % | most |"

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import orjson
 
-from telemetryd.queries import ListRuns
-from telemetryd.runs import COLUMNS
-from telemetryd.statements.fetching import select_page
+from telemetryd.engine.sqlite.statements.runs import select_page
+from telemetryd.model.queries import ListRuns
+from telemetryd.model.runs import COLUMNS
 
 
 def median_s(database: Path, limit: int, seconds: float) -> float:

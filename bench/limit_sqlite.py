@@ -11,7 +11,7 @@ from typing import Final
 import click
 
 from bench.rows import make_row
-from telemetryd.runs import CREATED_AT, STORED
+from telemetryd.model.runs import CREATED_AT, STORED
 
 SCHEMA: Final = Path(__file__).parents[1] / "schema" / "telemetry.sql"
 _NOW: Final = "2025-12-31T15:30:45.000000Z"

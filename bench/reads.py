@@ -20,7 +20,7 @@ from bench.figures import Figure, Samples, Unit, at_least, at_most, show_ratio, 
 from bench.limit_select import median_s
 from bench.scenario import Bench, Measure, new_nonce, thousands
 from bench.workplace import TELEMETRYD_WAL, Server
-from telemetryd.queries import ListRuns, Position
+from telemetryd.model.queries import ListRuns, Position
 
 _RUNS: Final = "/api/v1/runs"
 _EQUAL: Final = (("agent_name", "agent-3"), ("job_type", "job-2"), ("status", "failure"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from telemetryd.runs import Row, parse_run
+from telemetryd.model.runs import Row, parse_run
 
 
 def make_run(nonce: str, number: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from bench.workplace import TELEMETRYD_WAL, Workplace
-from telemetryd import migrate
+from telemetryd.engine.sqlite.tools import migrate
 
 STEP_S: Final = 3
 """Seconds between two runs, so that a larger database has a longer history, not a denser one."""

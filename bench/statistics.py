@@ -19,13 +19,14 @@ from pathlib import Path
 
 import click
 
-from telemetryd import migrate, stats
-from telemetryd.commands import CreateRuns
-from telemetryd.database import connect
-from telemetryd.runs import STORED, Row, format_timestamp, parse_run
-from telemetryd.statements import rollups
-from telemetryd.statements.transaction import Transaction
-from telemetryd.stats import FACTS, Facts
+from telemetryd.engine.sqlite.connection import connect
+from telemetryd.engine.sqlite.statements import rollups
+from telemetryd.engine.sqlite.statements.commands import Transaction
+from telemetryd.engine.sqlite.tools import migrate
+from telemetryd.model import stats
+from telemetryd.model.commands import CreateRuns
+from telemetryd.model.runs import STORED, Row, format_timestamp, parse_run
+from telemetryd.model.stats import FACTS, Facts
 
 _END = datetime(2026, 1, 31, tzinfo=UTC)
 _NOW = format_timestamp(_END)

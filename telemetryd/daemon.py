@@ -19,19 +19,19 @@ from typing import Final
 from aiohttp import web
 
 import telemetryd
-from telemetryd.alerting import Alerting
-from telemetryd.connections import make_runner
 from telemetryd.http import make_app
-from telemetryd.listening import bound
-from telemetryd.logs import log
-from telemetryd.metrics import Metrics
-from telemetryd.mounts import is_mount_point, network_file_system
-from telemetryd.rules import load_rules
-from telemetryd.runs import utc_now
+from telemetryd.model.rules import load_rules
+from telemetryd.model.runs import utc_now
+from telemetryd.ops.logs import log
+from telemetryd.ops.metrics import Metrics
+from telemetryd.ops.mounts import is_mount_point, network_file_system
+from telemetryd.ops.systemd import Notifier, passed_sockets
+from telemetryd.services.alerting import Alerting
+from telemetryd.services.upkeep import Upkeep
 from telemetryd.settings import LoadedSettings, Settings
 from telemetryd.store import Store
-from telemetryd.systemd import Notifier, passed_sockets
-from telemetryd.upkeep import Upkeep
+from telemetryd.web.connections import make_runner
+from telemetryd.web.listening import bound
 
 _BACKLOG: Final = 2048
 _STATUS_EVERY_S: Final = 10.0

@@ -16,26 +16,28 @@ import orjson
 from aiohttp import hdrs, web
 
 import telemetryd
-from telemetryd import admin, browsers, events, openapi, pages, queries, regressions, runs, stats
-from telemetryd.alerting import Alerting
-from telemetryd.body import JSON_TYPES, NDJSON_TYPES, Bodies, check_media_type
-from telemetryd.certificates import Certificates, ProcessRequest
-from telemetryd.commands import CreateEvents, CreateRuns, UpdateRun
 from telemetryd.errors import (
     BodyTooLargeError,
     InvalidBodyError,
     InvalidRequestError,
     RunNotFoundError,
 )
-from telemetryd.exports import Exports, describe
-from telemetryd.metrics import Metrics, wants_prometheus
-from telemetryd.middleware import NOTE, REASON, Handler, json_response, middleware
-from telemetryd.openapi import EVENT_ID, INCLUDE, INTEGER, STRING, WARNINGS, Operation, obj, ref
-from telemetryd.rules import Rules
+from telemetryd.model import events, queries, regressions, runs, stats
+from telemetryd.model.commands import CreateEvents, CreateRuns, UpdateRun
+from telemetryd.model.rules import Rules
+from telemetryd.ops.metrics import Metrics, wants_prometheus
+from telemetryd.services import admin
+from telemetryd.services.alerting import Alerting
+from telemetryd.services.certificates import Certificates, ProcessRequest
+from telemetryd.services.exports import Exports, describe
+from telemetryd.services.tails import add_feed, list_changes, stream_runs
+from telemetryd.services.upkeep import Upkeep
 from telemetryd.settings import Settings
 from telemetryd.store import Store
-from telemetryd.tails import add_feed, list_changes, stream_runs
-from telemetryd.upkeep import Upkeep
+from telemetryd.web import browsers, openapi, pages
+from telemetryd.web.body import JSON_TYPES, NDJSON_TYPES, Bodies, check_media_type
+from telemetryd.web.middleware import NOTE, REASON, Handler, json_response, middleware
+from telemetryd.web.openapi import EVENT_ID, INCLUDE, INTEGER, STRING, WARNINGS, Operation, obj, ref
 
 STORE: Final = web.AppKey("store", Store)
 SETTINGS: Final = web.AppKey("settings", Settings)

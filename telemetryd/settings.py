@@ -25,7 +25,7 @@ from pydantic import (
 )
 
 from telemetryd.errors import ConfigurationError
-from telemetryd.hosts import ANY, HOST_NAME, parse_origins
+from telemetryd.web.hosts import ANY, HOST_NAME, parse_origins
 
 PREFIX: Final = "TELEMETRY_"
 CLIENT_VARIABLES: Final = frozenset(

@@ -15,10 +15,53 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar, overload
 
-from telemetryd import migrate
-from telemetryd.alerts import Delivery, EvaluateRules, Evaluation, Kept, ListDeliveries, ListFiring
-from telemetryd.changes import Changes, Followed, GetFollowed, ListChanges
-from telemetryd.commands import (
+from telemetryd.engine.sqlite.connection import (
+    LOG_BYTES,
+    Connection,
+    Modes,
+    beside,
+    bytes_not_written_back,
+    check_after_crash,
+    check_quickly,
+    checkpoint_passively,
+    forget_cached,
+    identify,
+    inspect_before_opening,
+    is_unfinished,
+    looking,
+    open_writer,
+    prepare_directory,
+    quick_check,
+    refuse_hard_links,
+    sync_directory,
+    wal_bytes,
+)
+from telemetryd.engine.sqlite.connection import Kind as FileKind
+from telemetryd.engine.sqlite.disk import Disk, LogWatch, Look
+from telemetryd.engine.sqlite.ownership import Ownership
+from telemetryd.engine.sqlite.readers import Lane, Readers
+from telemetryd.engine.sqlite.recount import Counts as KeptCounts
+from telemetryd.engine.sqlite.recount import Recount
+from telemetryd.engine.sqlite.statements import (
+    alerts,
+    changes,
+    confirmations,
+    foreign,
+    full_text,
+    predicates,
+    regressions,
+    replica,
+    rollups,
+    runs,
+)
+from telemetryd.engine.sqlite.statements import counts as run_counts
+from telemetryd.engine.sqlite.statements.commands import MINUTE
+from telemetryd.engine.sqlite.tools import migrate
+from telemetryd.errors import DatabaseError, DatabaseSuspectError, UnavailableError, sentence
+from telemetryd.flow import Flow
+from telemetryd.model.alerts import Delivery, EvaluateRules, Evaluation, Kept, ListDeliveries, ListFiring
+from telemetryd.model.changes import Changes, Followed, GetFollowed, ListChanges
+from telemetryd.model.commands import (
     AlertCommand,
     Applied,
     ApplyChanges,
@@ -43,36 +86,8 @@ from telemetryd.commands import (
     UpdateRun,
     UpkeepCommand,
 )
-from telemetryd.database import (
-    LOG_BYTES,
-    Connection,
-    Modes,
-    beside,
-    bytes_not_written_back,
-    check_after_crash,
-    check_quickly,
-    checkpoint_passively,
-    forget_cached,
-    identify,
-    inspect_before_opening,
-    is_unfinished,
-    looking,
-    open_writer,
-    prepare_directory,
-    quick_check,
-    refuse_hard_links,
-    sync_directory,
-    wal_bytes,
-)
-from telemetryd.database import Kind as FileKind
-from telemetryd.disk import Disk, LogWatch, Look
-from telemetryd.errors import DatabaseError, DatabaseSuspectError, UnavailableError, sentence
-from telemetryd.events import EventPage
-from telemetryd.flow import Flow
-from telemetryd.logs import log
-from telemetryd.metrics import Metrics
-from telemetryd.ownership import Ownership
-from telemetryd.queries import (
+from telemetryd.model.events import EventPage
+from telemetryd.model.queries import (
     Confirmed,
     CountMatching,
     CountPrunable,
@@ -89,27 +104,12 @@ from telemetryd.queries import (
     Prunable,
     Total,
 )
-from telemetryd.reader import Lane, Readers
-from telemetryd.recount import Counts as KeptCounts
-from telemetryd.recount import Recount
-from telemetryd.regressions import Findings, FindRegressions
-from telemetryd.runs import Row, format_timestamp, utc_now
+from telemetryd.model.regressions import Findings, FindRegressions
+from telemetryd.model.runs import Row, format_timestamp, utc_now
+from telemetryd.model.stats import GetStats
+from telemetryd.ops.logs import log
+from telemetryd.ops.metrics import Metrics
 from telemetryd.settings import Settings
-from telemetryd.statements import (
-    alerting,
-    choosing,
-    confirming,
-    copying,
-    counting,
-    fetching,
-    following,
-    foreign,
-    full_text,
-    regressing,
-    rollups,
-)
-from telemetryd.statements.transaction import MINUTE
-from telemetryd.stats import GetStats
 from telemetryd.writer import GROUP_ROWS, Writer
 
 Query = (
@@ -152,21 +152,21 @@ Answer = (
 )
 
 _READERS: Final[Mapping[type[Query], Callable[..., Answer]]] = {
-    ListRuns: fetching.fetch_page,
-    GetRun: fetching.fetch_run,
-    ListEvents: fetching.fetch_events,
-    ListProcesses: lambda connection, query: fetching.fetch_processes(connection),
-    ListChanges: following.fetch_changes,
-    GetFollowed: lambda connection, query: copying.fetch_followed(connection),
-    CountPrunable: fetching.count_prunable,
-    CountStale: fetching.count_stale,
-    GetConfirmed: lambda connection, query: confirming.fetch_confirmed(connection),
-    CountMatching: counting.count_matching,
+    ListRuns: runs.fetch_page,
+    GetRun: runs.fetch_run,
+    ListEvents: runs.fetch_events,
+    ListProcesses: lambda connection, query: runs.fetch_processes(connection),
+    ListChanges: changes.fetch_changes,
+    GetFollowed: lambda connection, query: replica.fetch_followed(connection),
+    CountPrunable: runs.count_prunable,
+    CountStale: runs.count_stale,
+    GetConfirmed: lambda connection, query: confirmations.fetch_confirmed(connection),
+    CountMatching: run_counts.count_matching,
     GetStats: rollups.fetch_stats,
-    FindRegressions: regressing.fetch_regressions,
-    EvaluateRules: alerting.evaluate,
-    ListFiring: lambda connection, query: alerting.fetch_kept(connection),
-    ListDeliveries: alerting.fetch_deliveries,
+    FindRegressions: regressions.fetch_regressions,
+    EvaluateRules: alerts.evaluate,
+    ListFiring: lambda connection, query: alerts.fetch_kept(connection),
+    ListDeliveries: alerts.fetch_deliveries,
 }
 """What answers each query, given a connection and the query, in a reader's thread."""
 
@@ -174,7 +174,7 @@ _READERS: Final[Mapping[type[Query], Callable[..., Answer]]] = {
 def _is_long(query: Query) -> bool:
     """Tell whether a query may read many runs to answer few."""
     if isinstance(query, ListRuns):
-        walked = choosing.INDEXES.keys() if query.order == Order() else (frozenset(),)
+        walked = predicates.INDEXES.keys() if query.order == Order() else (frozenset(),)
         return query.filters.is_search or frozenset(query.filters.equal) not in walked or query.offset > _FAR
     if isinstance(query, ListChanges):
         return any(filters.is_search for filters in query.filters)
@@ -567,7 +567,7 @@ class Store:
             UnavailableError: if the database cannot be read.
 
         """
-        return await self._readers.fetch(partial(following.fetch_changes, query=query), Lane.FEED)
+        return await self._readers.fetch(partial(changes.fetch_changes, query=query), Lane.FEED)
 
     async def _count_runs(self) -> Counts:
         """Return the totals, read again only if a group was committed or a minute has passed since the last time."""
@@ -576,7 +576,7 @@ class Store:
         moment = (self._writer.groups, until[:MINUTE])
         if self._counted is not None and self._counted[0] == moment:
             return self._counted[1]
-        counts = await self._readers.fetch(partial(fetching.fetch_counts, recent_since=since, now=until))
+        counts = await self._readers.fetch(partial(runs.fetch_counts, recent_since=since, now=until))
         self._counted = moment, replace(counts, is_remembered=True)
         return counts
 

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Final, Generic, Protocol, TypeVar
 
-from telemetryd.database import Connection
+from telemetryd.engine.sqlite.connection import Connection
 from telemetryd.errors import (
     CommandFailedError,
     DatabaseBusyError,
@@ -28,8 +28,8 @@ from telemetryd.errors import (
     sentence,
 )
 from telemetryd.flow import Flow
-from telemetryd.logs import log
-from telemetryd.metrics import Metrics
+from telemetryd.ops.logs import log
+from telemetryd.ops.metrics import Metrics
 
 QUEUE_BYTES: Final = 128 * 1024 * 1024
 """A queue bounded in commands alone could hold 10,000 bodies of 16 MiB."""

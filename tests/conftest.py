@@ -25,13 +25,13 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import BaseTestServer, TestClient
 
-from telemetryd.connections import make_runner
 from telemetryd.http import make_app
-from telemetryd.metrics import Metrics
-from telemetryd.runs import utc_now
+from telemetryd.model.runs import utc_now
+from telemetryd.ops.metrics import Metrics
+from telemetryd.services.upkeep import Upkeep
 from telemetryd.settings import Settings
 from telemetryd.store import Store
-from telemetryd.upkeep import Upkeep
+from telemetryd.web.connections import make_runner
 from tests.tools.forks import popen
 
 # A busy machine is no fault of what is tested.

@@ -24,9 +24,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from telemetryd import alerts, migrate, sketches, store
-from telemetryd.alerting import Alerting
-from telemetryd.alerts import (
+from telemetryd import store
+from telemetryd.engine.sqlite.connection import connect
+from telemetryd.engine.sqlite.statements import alerts as statements
+from telemetryd.engine.sqlite.statements.commands import Transaction
+from telemetryd.engine.sqlite.tools import migrate
+from telemetryd.errors import ConfigurationError
+from telemetryd.model import alerts, sketches
+from telemetryd.model.alerts import (
     EvaluateRules,
     Evaluation,
     Finding,
@@ -38,15 +43,23 @@ from telemetryd.alerts import (
     regressions,
     span_text,
 )
-from telemetryd.commands import ConfirmDelivery, KeepAlerts, RecordAlerts
-from telemetryd.database import connect
-from telemetryd.deliveries import Pace
-from telemetryd.errors import ConfigurationError
-from telemetryd.regressions import MEASURES, Run, in_order
-from telemetryd.rules import FailureRate, Regression, Rule, Rules, Silent, Slow, Stale, Webhook, load_rules, matcher
-from telemetryd.runs import format_timestamp
-from telemetryd.statements import alerting as statements
-from telemetryd.statements.transaction import Transaction
+from telemetryd.model.commands import ConfirmDelivery, KeepAlerts, RecordAlerts
+from telemetryd.model.regressions import MEASURES, Run, in_order
+from telemetryd.model.rules import (
+    FailureRate,
+    Regression,
+    Rule,
+    Rules,
+    Silent,
+    Slow,
+    Stale,
+    Webhook,
+    load_rules,
+    matcher,
+)
+from telemetryd.model.runs import format_timestamp
+from telemetryd.services.alerting import Alerting
+from telemetryd.services.deliveries import Pace
 from tests.conftest import Api, MakeApi, StartDaemon, eventually, make_run
 from tests.tools.process import telemetryd
 
@@ -246,7 +259,7 @@ async def test_too_many_groups_are_a_problem_of_that_rule_alone(api: Api, monkey
     runs = random_runs(1)
     await post_all(api, runs)
     set_updated(api, [{**run, "changed": run["created_at"]} for run in runs])
-    monkeypatch.setattr("telemetryd.stats.MAX_GROUPS", 3)
+    monkeypatch.setattr("telemetryd.model.stats.MAX_GROUPS", 3)
     rules = (FailureRate("b", (), ("*",), (), 90 * 86_400, 1, 0.0), Stale("d", (), ("*",), 1))
     evaluation = await api.store.fetch(EvaluateRules(rules, NOW))
     assert isinstance(evaluation.found["b"], str)
@@ -618,7 +631,7 @@ async def test_only_a_rule_of_commits_rests_as_long_as_its_evaluation_asks_for(
     api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else one look that had to wait, for a reader or the disk, would keep the others from being heard for long."""
-    monkeypatch.setattr("telemetryd.alerting._REST", 1_000_000)
+    monkeypatch.setattr("telemetryd.services.alerting._REST", 1_000_000)
     asked: list[tuple[Rule, ...]] = []
 
     def evaluate(connection: sqlite3.Connection, query: EvaluateRules) -> Evaluation:
@@ -919,7 +932,7 @@ def test_the_verification_of_the_documentation_works() -> None:
     page = (Path(__file__).parents[1] / "docs" / "alerts.md").read_text("utf-8")
     names: dict[str, Any] = {}
     exec(page.split("```python\n")[1].split("```")[0], names)
-    from telemetryd.webhooks import sign
+    from telemetryd.services.webhooks import sign
 
     now = str(int(datetime.now(UTC).timestamp()))
     headers = {"Telemetry-Timestamp": now, "Telemetry-Signature": sign(b"secret", now, b"{}")}

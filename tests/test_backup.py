@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 from backports import zstd
 
-from telemetryd import backup, migrate, rotation
-from telemetryd.ownership import Ownership
-from telemetryd.partials import forget_leftovers
+from telemetryd.engine.sqlite.ownership import Ownership
+from telemetryd.engine.sqlite.partials import forget_leftovers
+from telemetryd.engine.sqlite.tools import backup, migrate, rotation
 from tests.conftest import Daemon, StartDaemon, make_run, wait_until
 from tests.faults.hot_journal import cut_off_growing
 from tests.tools.fill import make_database

@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 
-from telemetryd import certificates, processes
-from telemetryd.check import Severity, examine
-from telemetryd.commands import Death, Process
+from telemetryd.engine.sqlite.tools.check import Severity, examine
+from telemetryd.model.commands import Death, Process
+from telemetryd.services import certificates, processes
 from tests.conftest import Daemon, StartDaemon, make_run, wait_until
 from tests.http_client import call, get, post, prometheus
 from tests.tools.process import telemetryd

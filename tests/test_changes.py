@@ -18,10 +18,17 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from telemetryd import backup, events, migrate
-from telemetryd.changes import BEGINNING, Changes, ListChanges, Place
-from telemetryd.check import examine, repair
-from telemetryd.commands import (
+from telemetryd.engine.sqlite.statements import sequence
+from telemetryd.engine.sqlite.statements.changes import fetch_changes
+from telemetryd.engine.sqlite.statements.commands import Transaction
+from telemetryd.engine.sqlite.tools import backup, migrate
+from telemetryd.engine.sqlite.tools.check import examine, repair
+from telemetryd.engine.sqlite.tools.integrity import recount_totals
+from telemetryd.engine.sqlite.tools.salvage import salvage
+from telemetryd.errors import CursorGoneError
+from telemetryd.model import events
+from telemetryd.model.changes import BEGINNING, Changes, ListChanges, Place
+from telemetryd.model.commands import (
     ApplyChanges,
     Command,
     CreateEvents,
@@ -34,13 +41,7 @@ from telemetryd.commands import (
     RegisterProcess,
     UpdateRun,
 )
-from telemetryd.errors import CursorGoneError
-from telemetryd.runs import COLUMNS, Row, parse_run
-from telemetryd.salvage import salvage
-from telemetryd.statements import sequence
-from telemetryd.statements.examining import recount_totals
-from telemetryd.statements.following import fetch_changes
-from telemetryd.statements.transaction import Transaction
+from telemetryd.model.runs import COLUMNS, Row, parse_run
 from tests.conftest import Api, MakeApi, make_run
 
 NOW = "2025-12-24T12:00:00.000000Z"
@@ -382,10 +383,10 @@ def test_check_finds_and_repair_mends_a_number_without_a_run(path: Path) -> None
 
 
 def test_two_that_are_made_are_in_order_and_the_plan_sorts_nothing(path: Path) -> None:
-    from telemetryd.statements import following
+    from telemetryd.engine.sqlite.statements import changes as change_rows
 
     with closing(connect(path)) as connection:
-        for sql in (following._CHANGED, following._DELETED, following._CREATED):
+        for sql in (change_rows._CHANGED, change_rows._DELETED, change_rows._CREATED):
             plan = [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {sql}", (1, 2, 3))]
             assert not [step for step in plan if "TEMP B-TREE" in step or step.startswith("SCAN")], plan
 

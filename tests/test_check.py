@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from telemetryd.check import documented_queries, examine
-from telemetryd.database import is_damage
+from telemetryd.engine.sqlite.connection import is_damage
+from telemetryd.engine.sqlite.statements import rollups
+from telemetryd.engine.sqlite.tools.check import documented_queries, examine
 from telemetryd.errors import DatabaseError
-from telemetryd.statements import rollups
 from tests.conftest import StartDaemon
 from tests.faults.hot_journal import cut_off_growing
 from tests.http_client import get

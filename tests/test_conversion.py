@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from telemetryd.conversion import EPOCH, Converter, EventConverter
-from telemetryd.runs import COLUMNS
+from telemetryd.engine.sqlite.tools.conversion import EPOCH, Converter, EventConverter
+from telemetryd.model.runs import COLUMNS
 
 DAY = "2025-01-01T00:00:00.000000Z"
 GOOD: dict[str, Any] = {

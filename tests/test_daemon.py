@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import pytest
 
 import telemetryd
-from telemetryd import migrate
+from telemetryd.engine.sqlite.tools import migrate
 from tests.conftest import PATIENCE_S, Daemon, StartDaemon, make_run
 from tests.faults.hot_journal import cut_off_growing
 from tests.faults.strace import needs_strace, strace

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from telemetryd import migrate
-from telemetryd.metrics import Metrics
-from telemetryd.ownership import FileLock
+from telemetryd.engine.sqlite.ownership import FileLock
+from telemetryd.engine.sqlite.tools import migrate
+from telemetryd.ops.metrics import Metrics
 from telemetryd.settings import Settings
 from telemetryd.store import Store
 from tests.conftest import StartDaemon, make_run
@@ -416,7 +416,7 @@ async def test_a_file_that_is_too_large_for_it_is_not_read_at_the_start(
     settings = Settings(db_path=tmp_path / "telemetry.sqlite")
     await (await Store.open(settings, Metrics())).close()
     (tmp_path / "telemetry.sqlite.lock").write_text("1234567\n")
-    monkeypatch.setattr("telemetryd.database._CRASH_CHECK_BYTES", 4096)
+    monkeypatch.setattr("telemetryd.engine.sqlite.connection._CRASH_CHECK_BYTES", 4096)
     await (await Store.open(settings, Metrics())).close()
     [record] = [record for record in caplog.records if record.message == RECOVERED]
     assert record.__dict__["quick_check"].startswith("skipped")

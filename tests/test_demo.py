@@ -13,8 +13,8 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from telemetryd import events, runs
-from telemetryd.demo import AGENTS, BREAKS_AT, ORCHESTRATOR, STALE, Story, World, finished
+from telemetryd.cli.sample_data import AGENTS, BREAKS_AT, ORCHESTRATOR, STALE, Story, World, finished
+from telemetryd.model import events, runs
 from tests.conftest import StartDaemon
 from tests.http_client import get
 from tests.tools.process import telemetryd

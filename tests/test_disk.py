@@ -22,12 +22,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from telemetryd import disk
-from telemetryd.disk import Disk, LogWatch, Look
+from telemetryd.engine.sqlite import disk
+from telemetryd.engine.sqlite.disk import Disk, LogWatch, Look
 from telemetryd.errors import LowDiskError
-from telemetryd.logs import LOGGER_NAME
-from telemetryd.metrics import Metrics
-from telemetryd.mounts import network_file_system
+from telemetryd.ops.logs import LOGGER_NAME
+from telemetryd.ops.metrics import Metrics
+from telemetryd.ops.mounts import network_file_system
 from tests.conftest import (
     PATIENCE_S,
     Api,

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from yarl import URL
 
-from telemetryd import runs
-from telemetryd.events import parse_events
-from telemetryd.statements import fetching
+from telemetryd.engine.sqlite.statements import runs as run_rows
+from telemetryd.model import runs
+from telemetryd.model.events import parse_events
 from tests.conftest import Api, MakeApi, StartDaemon, make_run
 from tests.http_client import call, get, post
 from tests.test_properties import REPEATABLE
@@ -105,7 +105,7 @@ def test_events_survive_a_kill_and_the_repeat_after_it(start_daemon: StartDaemon
 
 async def test_events_count_towards_the_bound_in_bytes_of_the_queue(make_api: MakeApi) -> None:
     from telemetryd import writer
-    from telemetryd.commands import CreateEvents
+    from telemetryd.model.commands import CreateEvents
 
     big = writer.QUEUE_BYTES // 2
     api = await make_api()
@@ -165,7 +165,7 @@ async def test_what_is_no_place_among_events_is_told(api: Api, query: str) -> No
 
 
 async def test_a_page_of_large_events_is_bounded(make_api: MakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetching, "PAGE_BYTES", 100_000)
+    monkeypatch.setattr(run_rows, "PAGE_BYTES", 100_000)
     api = await make_api()
     first, second = make_run(created_at="2025-12-24T11:00:00Z"), make_run(created_at="2025-12-24T10:00:00Z")
     for run in (first, second):

@@ -12,7 +12,7 @@ import pytest
 from prometheus_client import Histogram
 from prometheus_client.parser import text_string_to_metric_families
 
-from telemetryd.metrics import Metrics
+from telemetryd.ops.metrics import Metrics
 from telemetryd.settings import Settings, variable
 from tests.conftest import StartDaemon
 

@@ -23,16 +23,18 @@ from click.testing import CliRunner, Result
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from telemetryd import exports, migrate, runs, tables
 from telemetryd.cli import main
 from telemetryd.cli.files import Refusals
-from telemetryd.database import LOG_BYTES, wal_bytes
-from telemetryd.exports import MAX_EXPORTS
+from telemetryd.engine.sqlite.connection import LOG_BYTES, wal_bytes
+from telemetryd.engine.sqlite.statements import export as export_rows
+from telemetryd.engine.sqlite.tools import migrate
 from telemetryd.git_urls import without_credentials
 from telemetryd.http import EXPORTS
-from telemetryd.queries import SNAPSHOT
-from telemetryd.runs import COLUMNS, STORED, Role
-from telemetryd.statements import exporting
+from telemetryd.model import runs, tables
+from telemetryd.model.queries import SNAPSHOT
+from telemetryd.model.runs import COLUMNS, STORED, Role
+from telemetryd.services import exports
+from telemetryd.services.exports import MAX_EXPORTS
 from tests.conftest import Api, MakeApi, StartDaemon, eventually, make_run
 from tests.contract.wire import JSON
 from tests.http_client import call
@@ -311,7 +313,7 @@ async def test_the_log_stays_short_while_an_export_is_copied_slowly(
     monkeypatch.setattr(exports, "_LONGEST_WAL_S", 0.2)
     monkeypatch.setattr(exports, "_SLICE_ROWS", 100)
     monkeypatch.setattr(exports._Export, "is_over", is_over)
-    monkeypatch.setattr(exporting, "_OPS", 1_000)
+    monkeypatch.setattr(export_rows, "_OPS", 1_000)
     api = await make_api()
     await api.batch([make_run() for _ in range(1000)])
     await api.batch([make_run() for _ in range(1000)])

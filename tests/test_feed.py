@@ -17,15 +17,15 @@ from urllib.parse import urlsplit
 import aiohttp
 import pytest
 
-from telemetryd import feed, frames
-from telemetryd.changes import BEGINNING, Changes, ListChanges, Place
-from telemetryd.connections import _Protocol, _Server
+from telemetryd.engine.sqlite.readers import Lane
 from telemetryd.errors import QueryTimeoutError, TooManyTailsError
-from telemetryd.feed import Feed, Tail
-from telemetryd.filters import Filters, parse_filters
-from telemetryd.frames import Chunk, Frame
-from telemetryd.reader import Lane
-from telemetryd.tails import FEED
+from telemetryd.model.changes import BEGINNING, Changes, ListChanges, Place
+from telemetryd.model.filters import Filters, parse_filters
+from telemetryd.services import feed, frames
+from telemetryd.services.feed import Feed, Tail
+from telemetryd.services.frames import Chunk, Frame
+from telemetryd.services.tails import FEED
+from telemetryd.web.connections import _Protocol, _Server
 from tests.conftest import Api, StartDaemon, eventually, make_run
 from tests.event_stream import Reader, Sent, events_of, take
 from tests.test_reader import endless

@@ -19,16 +19,17 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from telemetryd import migrate, searching
-from telemetryd.commands import CreateRuns
+from telemetryd.engine.sqlite import searching
+from telemetryd.engine.sqlite.statements import counts, full_text
+from telemetryd.engine.sqlite.statements.commands import Transaction
+from telemetryd.engine.sqlite.statements.predicates import INDEXES, MAX_ARMS, choose
+from telemetryd.engine.sqlite.statements.runs import fetch_page, find_agents, select_page
+from telemetryd.engine.sqlite.tools import migrate
 from telemetryd.errors import InvalidRequestError
-from telemetryd.filters import OPERATORS, Comparison, Filters, parse_filters, quoted
-from telemetryd.queries import Accuracy, Count, CountMatching, ListRuns, Order, Position, parse_list
-from telemetryd.runs import COLUMNS, FILTERS, Status, parse_run
-from telemetryd.statements import counting, full_text
-from telemetryd.statements.choosing import INDEXES, MAX_ARMS, choose
-from telemetryd.statements.fetching import fetch_page, find_agents, select_page
-from telemetryd.statements.transaction import Transaction
+from telemetryd.model.commands import CreateRuns
+from telemetryd.model.filters import OPERATORS, Comparison, Filters, parse_filters, quoted
+from telemetryd.model.queries import Accuracy, Count, CountMatching, ListRuns, Order, Position, parse_list
+from telemetryd.model.runs import COLUMNS, FILTERS, Status, parse_run
 
 NOW = "2025-12-24T12:00:00.000000Z"
 MOMENTS = [f"2025-12-24T{hour:02}:{minute:02}:00.000000Z" for hour in (9, 10) for minute in (0, 20, 40)]
@@ -200,8 +201,8 @@ def test_pages_of_any_filters_hold_what_python_finds_each_run_once(
     assert found == expected
     by_offset = fetch_page(filled, replace(query, after=None, offset=2))
     assert [orjson.loads(run)["id"] for run in by_offset.runs] == expected[2 : 2 + limit]
-    assert counting.count_matching(filled, CountMatching(query.filters)).runs == len(expected)
-    estimate = counting.count_matching(filled, CountMatching(query.filters, Count.ESTIMATED))
+    assert counts.count_matching(filled, CountMatching(query.filters)).runs == len(expected)
+    estimate = counts.count_matching(filled, CountMatching(query.filters, Count.ESTIMATED))
     assert estimate.accuracy is Accuracy.ESTIMATE or estimate.runs == len(expected)
 
 

@@ -17,15 +17,15 @@ import orjson
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from telemetryd import backup, migrate
-from telemetryd.changes import BEGINNING, ListChanges, put_beside
-from telemetryd.check import examine
 from telemetryd.cli.follow import _command
-from telemetryd.commands import CreateEvents, CreateRuns, PruneRuns
-from telemetryd.runs import COLUMNS, STORED, parse_run, stored_row, to_json, utc_now
-from telemetryd.statements.copying import fetch_followed
-from telemetryd.statements.following import fetch_changes
-from telemetryd.statements.transaction import Transaction
+from telemetryd.engine.sqlite.statements.changes import fetch_changes
+from telemetryd.engine.sqlite.statements.commands import Transaction
+from telemetryd.engine.sqlite.statements.replica import fetch_followed
+from telemetryd.engine.sqlite.tools import backup, migrate
+from telemetryd.engine.sqlite.tools.check import examine
+from telemetryd.model.changes import BEGINNING, ListChanges, put_beside
+from telemetryd.model.commands import CreateEvents, CreateRuns, PruneRuns
+from telemetryd.model.runs import COLUMNS, STORED, parse_run, stored_row, to_json, utc_now
 from tests.conftest import Daemon, StartDaemon, make_run
 from tests.test_changes import NOW, commands, commit, connect, new
 from tests.test_tail import send

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from telemetryd import migrate
-from telemetryd.check import Severity, examine, repair
-from telemetryd.commands import CreateRuns
+from telemetryd.engine.sqlite.statements.foreign import HIGHEST_NUMBER
+from telemetryd.engine.sqlite.tools import migrate
+from telemetryd.engine.sqlite.tools.check import Severity, examine, repair
 from telemetryd.errors import DatabaseError
-from telemetryd.metrics import Metrics
-from telemetryd.queries import GetRun
-from telemetryd.runs import parse_json, parse_run
+from telemetryd.model.commands import CreateRuns
+from telemetryd.model.queries import GetRun
+from telemetryd.model.runs import parse_json, parse_run
+from telemetryd.ops.metrics import Metrics
 from telemetryd.settings import Settings
-from telemetryd.statements.foreign import HIGHEST_NUMBER
 from telemetryd.store import Store
 from tests.conftest import StartDaemon, make_run
 from tests.http_client import get, post

@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 
-from telemetryd import feed, heads, store
-from telemetryd.connections import _Server
+from telemetryd import store
+from telemetryd.engine.sqlite.readers import Lane
 from telemetryd.http import METRICS
-from telemetryd.queries import ListRuns
-from telemetryd.reader import Lane
+from telemetryd.model.queries import ListRuns
+from telemetryd.services import feed
+from telemetryd.web import heads
+from telemetryd.web.connections import _Server
 from tests.conftest import Api, eventually, make_run
 from tests.contract.wire import send_raw
 from tests.test_feed import feed_of

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from telemetryd import migrate
-from telemetryd.database import Kind, inspect
-from telemetryd.legacy import migrate_file
-from telemetryd.ownership import Ownership
-from telemetryd.runs import COLUMNS
-from telemetryd.tables import read_csv, read_parquet
+from telemetryd.engine.sqlite.connection import Kind, inspect
+from telemetryd.engine.sqlite.ownership import Ownership
+from telemetryd.engine.sqlite.tools import migrate
+from telemetryd.engine.sqlite.tools.legacy import migrate_file
+from telemetryd.model.runs import COLUMNS
+from telemetryd.model.tables import read_csv, read_parquet
 from tests.conftest import StartDaemon
 from tests.faults.hot_journal import cut_off_growing
 from tests.http_client import call, get

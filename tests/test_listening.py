@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from telemetryd.errors import AddressError
-from telemetryd.listening import bound
 from telemetryd.settings import Settings
+from telemetryd.web.listening import bound
 from tests.conftest import StartDaemon
 from tests.http_client import get
 

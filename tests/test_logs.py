@@ -22,7 +22,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from telemetryd.logs import JsonLines, ReadableLines, log, logging_to
+from telemetryd.ops.logs import JsonLines, ReadableLines, log, logging_to
 from telemetryd.settings import LogFormat, LogLevel
 from tests.conftest import PATIENCE_S, Api, StartDaemon, make_run
 

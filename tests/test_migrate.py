@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from telemetryd import migrate
-from telemetryd.database import APPLICATION_ID, Kind, inspect
+from telemetryd.engine.sqlite.connection import APPLICATION_ID, Kind, inspect
+from telemetryd.engine.sqlite.tools import migrate
+from telemetryd.engine.sqlite.tools.integrity import count_wrong_totals
+from telemetryd.engine.sqlite.tools.legacy import migrate_file
 from telemetryd.errors import DatabaseError
-from telemetryd.legacy import migrate_file
-from telemetryd.metrics import Metrics
+from telemetryd.ops.metrics import Metrics
 from telemetryd.settings import Settings
-from telemetryd.statements.examining import count_wrong_totals
 from telemetryd.store import Store
 from tests.conftest import StartDaemon, make_run
 from tests.http_client import get, post

@@ -9,9 +9,10 @@ import pytest
 from pydantic import BaseModel
 from schemathesis.specs.openapi.definitions import OPENAPI_31
 
-from telemetryd import events, openapi, runs
 from telemetryd.errors import InvalidBodyError
 from telemetryd.http import ROUTES, operations
+from telemetryd.model import events, runs
+from telemetryd.web import openapi
 from tests.conftest import Api, make_run
 
 DOCUMENT: dict[str, Any] = json.loads(json.dumps(openapi.document(operations())))
@@ -132,7 +133,7 @@ def test_the_document_and_the_validation_agree(field: str, good: list[object], b
 
 
 def test_the_parameters_of_a_query_are_those_that_are_read() -> None:
-    from telemetryd.queries import PARAMETERS
+    from telemetryd.model.queries import PARAMETERS
 
     parameters = DOCUMENT["paths"]["/api/v1/runs"]["get"]["parameters"]
     assert [parameter["name"] for parameter in parameters] == list(PARAMETERS)

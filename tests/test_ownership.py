@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from telemetryd.database import connect
-from telemetryd.metrics import Metrics
+from telemetryd.engine.sqlite.connection import connect
+from telemetryd.ops.metrics import Metrics
 from telemetryd.settings import Settings
 from telemetryd.store import Store
 from tests.conftest import Daemon, StartDaemon, eventually, make_run, require_program

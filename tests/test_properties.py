@@ -19,9 +19,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from telemetryd import runs
-from telemetryd.filters import quoted
 from telemetryd.git_urls import without_credentials
+from telemetryd.model import runs
+from telemetryd.model.filters import quoted
 from tests.conftest import Api, StartDaemon, make_run
 
 REPEATABLE = settings(

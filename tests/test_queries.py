@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from telemetryd.errors import InvalidRequestError
-from telemetryd.filters import Filters, quoted
-from telemetryd.queries import ListRuns, Position, parse_list
-from telemetryd.runs import MAX_INTEGER, canonical_timestamp
+from telemetryd.model.filters import Filters, quoted
+from telemetryd.model.queries import ListRuns, Position, parse_list
+from telemetryd.model.runs import MAX_INTEGER, canonical_timestamp
 from tests.conftest import Api, make_run
 
 CANONICAL = "2025-12-24T10:00:00.000000Z"

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from telemetryd import reader
+from telemetryd.engine.sqlite import readers as sqlite_readers
+from telemetryd.engine.sqlite.readers import Lane, Readers
 from telemetryd.errors import QueryTimeoutError
-from telemetryd.queries import CountPrunable
-from telemetryd.reader import Lane, Readers
+from telemetryd.model.queries import CountPrunable
 from tests.conftest import PATIENCE_S, Api, MakeApi, eventually, make_run
 
 _COUNT = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {}) SELECT max(i) FROM n"
@@ -150,7 +150,7 @@ async def test_waiting_for_a_connection_counts_towards_the_deadline(tmp_path: Pa
 
 
 async def test_only_so_many_wait_for_a_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader, "MAX_WAITING", 1)
+    monkeypatch.setattr(sqlite_readers, "MAX_WAITING", 1)
     async with pool(tmp_path) as readers:
         slow, waiting = (asyncio.create_task(readers.fetch(endless)) for _ in range(2))
         await eventually(lambda: readers._waiting == 1)

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from telemetryd.commands import CreateRuns, UpdateRun
-from telemetryd.metrics import Metrics
-from telemetryd.runs import parse_json, parse_run
+from telemetryd.engine.sqlite.tools import integrity
+from telemetryd.model.commands import CreateRuns, UpdateRun
+from telemetryd.model.runs import parse_json, parse_run
+from telemetryd.ops.metrics import Metrics
 from telemetryd.settings import JournalMode, Settings
-from telemetryd.statements import examining
 from telemetryd.store import Store
 from tests.conftest import Api, MakeApi, StartDaemon, eventually, make_run
 from tests.http_client import call, get, post
@@ -30,9 +30,9 @@ MODES = pytest.mark.parametrize("mode", ["DELETE", "WAL"])
 @pytest.fixture(autouse=True)
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Look more often than once a second, and in small slices."""
-    monkeypatch.setattr("telemetryd.recount._LOOK_EVERY_S", 0.01)
-    monkeypatch.setattr("telemetryd.statements.recounting.SLICE_ROWS", 7)
-    monkeypatch.setattr("telemetryd.statements.rollups.FOLD_AT", 40)
+    monkeypatch.setattr("telemetryd.engine.sqlite.recount._LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr("telemetryd.engine.sqlite.statements.recounting.SLICE_ROWS", 7)
+    monkeypatch.setattr("telemetryd.engine.sqlite.statements.rollups.FOLD_AT", 40)
 
 
 def by_somebody_else(path: Path, *statements: str) -> None:
@@ -54,7 +54,7 @@ async def settled(api: Api) -> dict[str, Any]:
 
 def wrong_totals(path: Path) -> int:
     with closing(sqlite3.connect(path)) as connection:
-        return examining.count_wrong_totals(connection)
+        return integrity.count_wrong_totals(connection)
 
 
 def runs(count: int, **fields: Any) -> list[dict[str, Any]]:

@@ -18,11 +18,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from telemetryd import migrate
 from telemetryd.cli.regressions import told
-from telemetryd.demo import AGENTS, World, finished
+from telemetryd.cli.sample_data import AGENTS, World, finished
+from telemetryd.engine.sqlite.statements import regressions
+from telemetryd.engine.sqlite.tools import migrate
 from telemetryd.errors import InvalidRequestError
-from telemetryd.regressions import (
+from telemetryd.model.regressions import (
     ALPHA,
     MAX_RUNS,
     Regression,
@@ -35,8 +36,7 @@ from telemetryd.regressions import (
     rank_sum,
     to_json,
 )
-from telemetryd.runs import format_timestamp
-from telemetryd.statements import regressing
+from telemetryd.model.runs import format_timestamp
 from tests.conftest import Api, StartDaemon, make_run
 from tests.http_client import call
 from tests.tools.process import telemetryd
@@ -386,14 +386,14 @@ def test_only_the_newest_runs_are_read_by_the_index_without_a_sort(tmp_path: Pat
     with closing(sqlite3.connect(tmp_path / "x", isolation_level=None)) as opened:
         migrate.create(opened, format_timestamp(NOW))
         for statement, bound in (
-            (regressing.NEXT_PAIR, ("", "")),
-            (regressing.RUNS, {"agent_name": "a", "job_type": "j", "start": "", "end": "~"}),
+            (regressions.NEXT_PAIR, ("", "")),
+            (regressions.RUNS, {"agent_name": "a", "job_type": "j", "start": "", "end": "~"}),
         ):
             plan = "\n".join(row[3] for row in opened.execute(f"EXPLAIN QUERY PLAN {statement}", bound))
             assert "idx_runs_agent" in plan
             assert "TEMP B-TREE" not in plan
-            assert "SCAN agent_runs" not in plan or statement == regressing.NEXT_PAIR
-    assert f"LIMIT {MAX_RUNS}" in regressing.RUNS
+            assert "SCAN agent_runs" not in plan or statement == regressions.NEXT_PAIR
+    assert f"LIMIT {MAX_RUNS}" in regressions.RUNS
 
 
 # --- The command ---------------------------------------------------------------------------------

@@ -12,14 +12,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from telemetryd import migrate, runs
-from telemetryd.commands import CreateRuns
+from telemetryd.engine.sqlite.statements import json_rows
+from telemetryd.engine.sqlite.statements.commands import Transaction
+from telemetryd.engine.sqlite.statements.runs import fetch_page, select_page
+from telemetryd.engine.sqlite.tools import migrate
 from telemetryd.git_urls import MAX_ADDRESS
-from telemetryd.queries import ListRuns
-from telemetryd.runs import COLUMNS, Row, parse_run
-from telemetryd.statements import rendering
-from telemetryd.statements.fetching import fetch_page, select_page
-from telemetryd.statements.transaction import Transaction
+from telemetryd.model import runs
+from telemetryd.model.commands import CreateRuns
+from telemetryd.model.queries import ListRuns
+from telemetryd.model.runs import COLUMNS, Row, parse_run
 from tests.test_properties import PAIRS, SIMPLE
 
 NOW = "2025-12-24T12:00:00.000000Z"
@@ -78,7 +79,7 @@ def test_a_page_takes_one_step_and_the_walk_of_its_rows(empty: sqlite3.Connectio
     sql, values = select_page(query)
     walk = [row[3] for row in empty.execute(f"EXPLAIN QUERY PLAN {sql}", values)]
     empty.set_trace_callback(steps.append)
-    rendering.render(empty, (sql, values), query.answered, query.order.column, None)
+    json_rows.render(empty, (sql, values), query.answered, query.order.column, None)
     empty.set_trace_callback(None)
     assert len(steps) == 1
     plan = [row[3] for row in empty.execute(f"EXPLAIN QUERY PLAN {steps[0]}")]
@@ -90,9 +91,9 @@ def test_a_run_too_large_for_the_room_is_told(empty: sqlite3.Connection) -> None
     query = ListRuns()
     store(empty, [parse_run({**{name: value for name, (value, _) in SIMPLE.items()}, "event_id": "e"}).row])
     try:
-        with pytest.raises(rendering.TooLargeError):
-            rendering.render(empty, select_page(query), query.answered, "created_at", 100)
-        assert len(rendering.render(empty, select_page(query), query.answered, "created_at", None).runs) == 1
+        with pytest.raises(json_rows.TooLargeError):
+            json_rows.render(empty, select_page(query), query.answered, "created_at", 100)
+        assert len(json_rows.render(empty, select_page(query), query.answered, "created_at", None).runs) == 1
     finally:
         empty.execute("ROLLBACK")
 
@@ -101,13 +102,13 @@ def test_a_text_too_long_to_be_an_address_is_not_kept_in_memory(
     empty: sqlite3.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[tuple[str, ...]] = []
-    addresses = rendering._addresses
+    addresses = json_rows._addresses
 
     def noted(fields: tuple[str, ...], *of: str) -> str:
         made.append(of)
         return addresses(fields, *of)
 
-    monkeypatch.setattr(rendering, "_addresses", noted)
+    monkeypatch.setattr(json_rows, "_addresses", noted)
     long = f"git@github.com:acme/{'x' * 10_000}"
     given_run = {name: value for name, (value, _) in SIMPLE.items()} | {"event_id": "e", "git_repo": long}
     store(empty, [parse_run(given_run | {"git_commit_hash": "abcdef1"}).row])

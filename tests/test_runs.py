@@ -14,9 +14,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from telemetryd import migrate, runs
+from telemetryd.engine.sqlite.tools import migrate
 from telemetryd.errors import InvalidBodyError
-from telemetryd.runs import canonical_status, canonical_timestamp, parse_commit, parse_json, parse_patch, parse_run
+from telemetryd.model import runs
+from telemetryd.model.runs import (
+    canonical_status,
+    canonical_timestamp,
+    parse_commit,
+    parse_json,
+    parse_patch,
+    parse_run,
+)
 from tests.conftest import make_run
 
 

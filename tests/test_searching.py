@@ -14,8 +14,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from telemetryd import searching
-from telemetryd.reader import Readers
+from telemetryd.engine.sqlite import searching
+from telemetryd.engine.sqlite.readers import Readers
 from tests.conftest import Api, make_run
 
 SIGNS = st.text(st.sampled_from("aAbBsSſkKäÄßµμ%_*?[]^-\\ 漢😀"), max_size=8)

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from telemetryd.errors import AddressError
-from telemetryd.listening import _bind_unix
+from telemetryd.web.listening import _bind_unix
 from tests.conftest import Api, MakeApi, StartDaemon, make_run
 from tests.contract.wire import JSON, RUNS, check_alive, check_error, send, send_raw
 from tests.http_client import call, get, post

@@ -17,14 +17,14 @@ from typing import Any
 import orjson
 import pytest
 
-from telemetryd import migrate
-from telemetryd.commands import Created, CreateRuns, Updated, UpdateRun
-from telemetryd.filters import Filters
-from telemetryd.queries import Counts, GetRun, ListRuns, Page, Position, parse_list
-from telemetryd.runs import COLUMNS, CREATED_AT, Row, Status, parse_run
-from telemetryd.statements import fetching
-from telemetryd.statements.fetching import fetch_counts, fetch_page, fetch_run, select_page
-from telemetryd.statements.transaction import Transaction
+from telemetryd.engine.sqlite.statements import runs as run_rows
+from telemetryd.engine.sqlite.statements.commands import Transaction
+from telemetryd.engine.sqlite.statements.runs import fetch_counts, fetch_page, fetch_run, select_page
+from telemetryd.engine.sqlite.tools import migrate
+from telemetryd.model.commands import Created, CreateRuns, Updated, UpdateRun
+from telemetryd.model.filters import Filters
+from telemetryd.model.queries import Counts, GetRun, ListRuns, Page, Position, parse_list
+from telemetryd.model.runs import COLUMNS, CREATED_AT, Row, Status, parse_run
 from tests.conftest import Api, make_run
 
 NOW = "2025-12-24T12:00:00.000000Z"
@@ -131,7 +131,7 @@ def make_query(
 
 
 def test_the_combinations_cover_every_documented_filter() -> None:
-    from telemetryd.statements.choosing import INDEXES
+    from telemetryd.engine.sqlite.statements.predicates import INDEXES
 
     assert {frozenset(equal) for equal in subsets(EQUAL)} == {names for names in INDEXES if names <= set(EQUAL)}
     assert len(COMBINATIONS) == 2**7
@@ -318,7 +318,7 @@ async def test_of_many_agents_those_with_most_runs_are_named_and_the_others_coun
 ) -> None:
     await api.batch([make_run(agent_name=name, job_type=name) for name in "abbcccdd"])
     assert [*(await api.get("/metrics"))["agents"].items()] == [("c", 3), ("b", 2), ("d", 2), ("a", 1)]
-    monkeypatch.setattr(fetching, "MAX_NAMES", 2)
+    monkeypatch.setattr(run_rows, "MAX_NAMES", 2)
     await api.post(make_run(agent_name="c", job_type="c"))
     metrics = await api.get("/metrics")
     assert ([*metrics["agents"].items()], metrics["agents_more"]) == ([("c", 4), ("b", 2)], 2)

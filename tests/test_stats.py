@@ -16,19 +16,29 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from telemetryd import migrate, stats
 from telemetryd.cli.statistics import table
-from telemetryd.commands import Command, CreateRuns, Death, EndProcess, PruneRuns, ReapRuns, RegisterProcess, UpdateRun
-from telemetryd.commands import Process as RunProcess
-from telemetryd.database import APPLICATION_ID
+from telemetryd.engine.sqlite.connection import APPLICATION_ID
+from telemetryd.engine.sqlite.statements import rollups
+from telemetryd.engine.sqlite.statements.commands import Transaction
+from telemetryd.engine.sqlite.statements.predicates import glob
+from telemetryd.engine.sqlite.tools import migrate
+from telemetryd.engine.sqlite.tools.legacy import migrate_file
 from telemetryd.errors import InvalidRequestError
-from telemetryd.filters import matches
-from telemetryd.legacy import migrate_file
-from telemetryd.runs import MAX_INTEGER, STORED, Status, format_timestamp, parse_run
-from telemetryd.sketches import ERROR
-from telemetryd.statements import rollups
-from telemetryd.statements.choosing import glob
-from telemetryd.statements.transaction import Transaction
+from telemetryd.model import stats
+from telemetryd.model.commands import (
+    Command,
+    CreateRuns,
+    Death,
+    EndProcess,
+    PruneRuns,
+    ReapRuns,
+    RegisterProcess,
+    UpdateRun,
+)
+from telemetryd.model.commands import Process as RunProcess
+from telemetryd.model.filters import matches
+from telemetryd.model.runs import MAX_INTEGER, STORED, Status, format_timestamp, parse_run
+from telemetryd.model.sketches import ERROR
 from tests.conftest import Api, StartDaemon, make_run
 from tests.tools.old_databases import LAYOUTS, make_old_database
 from tests.tools.process import telemetryd

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from telemetryd import systemd
-from telemetryd.systemd import Notifier, passed_sockets
+from telemetryd.ops import systemd
+from telemetryd.ops.systemd import Notifier, passed_sockets
 from tests.conftest import Daemon, StartDaemon
 
 ROOT = Path(__file__).parents[1]

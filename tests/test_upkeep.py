@@ -20,19 +20,19 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from backports import zstd
 
-from telemetryd import admin as admin_commands
 from telemetryd.cli import target
-from telemetryd.clocks import Reading, doubt
-from telemetryd.commands import CreateEvents, CreateRuns
-from telemetryd.database import connect
+from telemetryd.engine.sqlite.connection import connect
+from telemetryd.engine.sqlite.statements import thinning
 from telemetryd.errors import InvalidRequestError
-from telemetryd.metrics import Metrics
-from telemetryd.middleware import error_response
-from telemetryd.runs import format_timestamp, parse_run, utc_now
+from telemetryd.model.clocks import Reading, doubt
+from telemetryd.model.commands import CreateEvents, CreateRuns
+from telemetryd.model.runs import format_timestamp, parse_run, utc_now
+from telemetryd.ops.metrics import Metrics
+from telemetryd.services import admin as admin_commands
+from telemetryd.services.upkeep import Upkeep
 from telemetryd.settings import Settings
-from telemetryd.statements import thinning
 from telemetryd.store import Store
-from telemetryd.upkeep import Upkeep
+from telemetryd.web.middleware import error_response
 from tests.conftest import Api, Daemon, MakeApi, StartDaemon, make_run, require_program
 from tests.tools.fill import make_database
 from tests.tools.process import telemetryd

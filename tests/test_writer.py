@@ -19,9 +19,9 @@ from typing import Any, cast
 import orjson
 import pytest
 
-from telemetryd import migrate, runs
-from telemetryd.commands import Command, Created, CreateRuns, Outcome, Updated, UpdateRun
-from telemetryd.database import Connection, open_writer
+from telemetryd.engine.sqlite.connection import Connection, open_writer
+from telemetryd.engine.sqlite.statements.commands import Transaction
+from telemetryd.engine.sqlite.tools import migrate
 from telemetryd.errors import (
     CommandFailedError,
     DatabaseBusyError,
@@ -34,8 +34,9 @@ from telemetryd.errors import (
     WriterDeadError,
 )
 from telemetryd.flow import Flow
-from telemetryd.metrics import Metrics
-from telemetryd.statements.transaction import Transaction
+from telemetryd.model import runs
+from telemetryd.model.commands import Command, Created, CreateRuns, Outcome, Updated, UpdateRun
+from telemetryd.ops.metrics import Metrics
 from telemetryd.writer import GROUP_ROWS, QUEUE_BYTES, Writer
 from tests.conftest import PATIENCE_S, Api, MakeApi, StartDaemon, eventually, make_run
 from tests.faults.strace import needs_strace, strace

@@ -13,8 +13,6 @@ from typing import Any
 import click
 import orjson
 
-from telemetryd import migrate, webhooks
-from telemetryd.alerts import EvaluateRules, Evaluation, changes
 from telemetryd.cli.database import refuse_missing
 from telemetryd.cli.options import (
     EXIT_FAILURE,
@@ -26,12 +24,15 @@ from telemetryd.cli.options import (
     print_json,
     settings_flags,
 )
-from telemetryd.database import connect_to_read
+from telemetryd.engine.sqlite.connection import connect_to_read
+from telemetryd.engine.sqlite.statements.alerts import evaluate
+from telemetryd.engine.sqlite.tools import migrate
 from telemetryd.errors import ConfigurationError, DatabaseError
-from telemetryd.logs import printable
-from telemetryd.rules import Rules, load_rules
-from telemetryd.runs import format_timestamp, utc_now
-from telemetryd.statements.alerting import evaluate
+from telemetryd.model.alerts import EvaluateRules, Evaluation, changes
+from telemetryd.model.rules import Rules, load_rules
+from telemetryd.model.runs import format_timestamp, utc_now
+from telemetryd.ops.logs import printable
+from telemetryd.services import webhooks
 
 
 @click.group()

@@ -13,9 +13,8 @@ from typing import Any
 
 import click
 
-import telemetryd.backup as backups
-import telemetryd.check as checks
-from telemetryd import legacy, rotation
+import telemetryd.engine.sqlite.tools.backup as backups
+import telemetryd.engine.sqlite.tools.check as checks
 from telemetryd.cli.options import (
     EXIT_FAILURE,
     Progress,
@@ -27,15 +26,16 @@ from telemetryd.cli.options import (
     settings_flags,
     size,
 )
-from telemetryd.database import Kind, inspect, is_ours, recover, undisturbed
+from telemetryd.engine.sqlite.connection import Kind, inspect, is_ours, recover, undisturbed
+from telemetryd.engine.sqlite.ownership import Ownership, refuse_other_name
+from telemetryd.engine.sqlite.partials import forget_leftovers
+from telemetryd.engine.sqlite.statements import foreign
+from telemetryd.engine.sqlite.tools import legacy, rotation
+from telemetryd.engine.sqlite.tools.migrate import check_schema, current_version, refuse_unless_usable
+from telemetryd.engine.sqlite.tools.salvage import salvage
 from telemetryd.errors import DatabaseError
-from telemetryd.migrate import check_schema, current_version, refuse_unless_usable
-from telemetryd.ownership import Ownership, refuse_other_name
-from telemetryd.partials import forget_leftovers
-from telemetryd.runs import format_timestamp, utc_now
-from telemetryd.salvage import salvage
+from telemetryd.model.runs import format_timestamp, utc_now
 from telemetryd.settings import Settings
-from telemetryd.statements import foreign
 
 DATABASE_SETTINGS = ("db_path", "lock_file")
 

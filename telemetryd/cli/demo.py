@@ -14,11 +14,11 @@ import click
 import orjson
 
 from telemetryd.cli.options import counted, failing, json_flag, load_settings, print_json, progress, settings_flags
+from telemetryd.cli.sample_data import AGENTS, Story, World, finished
 from telemetryd.client.config import Config
 from telemetryd.client.transport import Answer, Transport, UnreachableError, run_path
-from telemetryd.demo import AGENTS, Story, World, finished
 from telemetryd.errors import TelemetrydError
-from telemetryd.runs import utc_now
+from telemetryd.model.runs import utc_now
 from telemetryd.settings import Settings
 
 _BATCH: Final = 500

@@ -15,7 +15,6 @@ from typing import Any, BinaryIO, Final, TypeVar, cast
 
 import click
 
-from telemetryd import tables
 from telemetryd.cli.options import Progress
 from telemetryd.client.context import timestamp
 from telemetryd.client.counters import Counters
@@ -23,8 +22,9 @@ from telemetryd.client.delivery import MAX_BYTES, Delivery, Parcel, Requests, Re
 from telemetryd.client.lines import dead_letter, encode, read_object, unfold
 from telemetryd.client.worker import Backoff
 from telemetryd.errors import ErrorItem, TelemetrydError, describe
-from telemetryd.logs import printable
-from telemetryd.runs import holds_more_values
+from telemetryd.model import tables
+from telemetryd.model.runs import holds_more_values
+from telemetryd.ops.logs import printable
 
 if sys.version_info >= (3, 14):
     from compression import zstd

@@ -10,15 +10,15 @@ from typing import Any, Final
 
 import click
 
-from telemetryd import events
-from telemetryd.changes import GetFollowed
 from telemetryd.cli.options import EXIT_USAGE, counted, failing, json_flag, load_settings, print_json, settings_flags
 from telemetryd.cli.stream import Daemon, GoneError, reach
 from telemetryd.client.config import Config
-from telemetryd.commands import ApplyChanges, CopiedRun
 from telemetryd.errors import DatabaseError, UnavailableError
-from telemetryd.metrics import Metrics
-from telemetryd.runs import stored_row
+from telemetryd.model import events
+from telemetryd.model.changes import GetFollowed
+from telemetryd.model.commands import ApplyChanges, CopiedRun
+from telemetryd.model.runs import stored_row
+from telemetryd.ops.metrics import Metrics
 from telemetryd.store import Store
 
 _PAGE: Final = 500

@@ -10,7 +10,7 @@ from telemetryd.cli.options import failing, json_flag, load_settings, print_json
 from telemetryd.cli.statistics import show_duration
 from telemetryd.cli.target import Body, ask_source
 from telemetryd.cli.upkeep import DAEMON, SETTINGS, address
-from telemetryd.logs import printable
+from telemetryd.ops.logs import printable
 
 
 @click.command()

@@ -12,7 +12,7 @@ import click
 from telemetryd import daemon
 from telemetryd.cli.options import EXIT_FAILURE, EXIT_USAGE, json_flag, load_settings, print_json, settings_flags
 from telemetryd.errors import AddressError, ConfigurationError, DatabaseError, sentence
-from telemetryd.logs import logging_to
+from telemetryd.ops.logs import logging_to
 
 try:
     import uvloop

@@ -11,7 +11,7 @@ import click
 from telemetryd.cli.options import failing, json_flag, load_settings, print_json, settings_flags
 from telemetryd.cli.target import Body, ask_source
 from telemetryd.cli.upkeep import DAEMON, SETTINGS, address
-from telemetryd.logs import printable
+from telemetryd.ops.logs import printable
 
 _UNITS: Final = ((86_400_000, "d"), (3_600_000, "h"), (60_000, "min"), (1000, "s"))
 _HEADINGS: Final = ("runs", "success", "done", "failed", "skipped", "p50", "p95", "p99", "total")

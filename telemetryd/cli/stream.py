@@ -14,9 +14,9 @@ import aiohttp
 import orjson
 from aiohttp.client_exceptions import UnixClientConnectorError
 
-from telemetryd import runs
 from telemetryd.client.config import Config
 from telemetryd.errors import TelemetrydError, UnavailableError
+from telemetryd.model import runs
 
 _SILENT_S: Final = 40.0
 """A stream that says nothing for so long is dead: the daemon gives a sign of life every 15 seconds."""

@@ -18,8 +18,8 @@ from telemetryd.cli.agents import url_option
 from telemetryd.cli.options import EXIT_USAGE, failing
 from telemetryd.cli.stream import Daemon, reach
 from telemetryd.client.config import Config
-from telemetryd.filters import quoted
-from telemetryd.queries import MAX_LIMIT
+from telemetryd.model.filters import quoted
+from telemetryd.model.queries import MAX_LIMIT
 
 _COLOURS: Final = {
     "running": "cyan",

@@ -15,17 +15,20 @@ import aiohttp
 import click
 import orjson
 
-from telemetryd import admin, events, migrate, queries, regressions, runs, stats
 from telemetryd.cli.database import refuse_missing
 from telemetryd.cli.stream import detail_of, reason
 from telemetryd.client.answers import seconds_of
-from telemetryd.database import connect_to_read
+from telemetryd.engine.sqlite.connection import connect_to_read
+from telemetryd.engine.sqlite.ownership import Ownership, refuse_other_name
+from telemetryd.engine.sqlite.statements import regressions as regression_rows
+from telemetryd.engine.sqlite.statements import rollups
+from telemetryd.engine.sqlite.tools import migrate
 from telemetryd.errors import DatabaseError, DatabaseOwnedError, InvalidRequestError, TelemetrydError, UnavailableError
-from telemetryd.filters import TIME_BOUNDS, Filters, quoted
-from telemetryd.metrics import Metrics
-from telemetryd.ownership import Ownership, refuse_other_name
+from telemetryd.model import events, queries, regressions, runs, stats
+from telemetryd.model.filters import TIME_BOUNDS, Filters, quoted
+from telemetryd.ops.metrics import Metrics
+from telemetryd.services import admin
 from telemetryd.settings import Settings
-from telemetryd.statements import regressing, rollups
 from telemetryd.store import Store
 
 Body = dict[str, Any]
@@ -89,7 +92,7 @@ class Beside:
     async def regressions(self, parameters: dict[str, str]) -> Body:
         """Look for regressions."""
         query = regressions.parse(urlencode(parameters), self._clock())
-        return regressions.to_json(query, regressing.fetch_regressions(self._connection, query))
+        return regressions.to_json(query, regression_rows.fetch_regressions(self._connection, query))
 
 
 class Local:

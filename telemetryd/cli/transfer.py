@@ -23,10 +23,10 @@ from telemetryd.cli.target import RefusedError
 from telemetryd.client.answers import seconds_of
 from telemetryd.client.config import Config
 from telemetryd.client.counters import Counters
+from telemetryd.engine.sqlite.partials import partial_file, publish
 from telemetryd.errors import DatabaseError, InvalidRequestError, UnavailableError
-from telemetryd.filters import METRIC, PARAMETERS
-from telemetryd.partials import partial_file, publish
-from telemetryd.queries import EVENTS, SNAPSHOT, Format
+from telemetryd.model.filters import METRIC, PARAMETERS
+from telemetryd.model.queries import EVENTS, SNAPSHOT, Format
 
 if sys.version_info >= (3, 14):
     from compression import zstd

@@ -12,7 +12,6 @@ import click
 import orjson
 from click.shell_completion import CompletionItem
 
-from telemetryd import admin
 from telemetryd.cli.options import (
     DurationType,
     F,
@@ -24,11 +23,12 @@ from telemetryd.cli.options import (
     settings_flags,
 )
 from telemetryd.cli.target import Body, Target, find_target
+from telemetryd.engine.sqlite.partials import partial_file, publish
 from telemetryd.errors import DatabaseError
-from telemetryd.partials import partial_file, publish
-from telemetryd.runs import Status, canonical_status, utc_now
+from telemetryd.model.runs import Status, canonical_status, utc_now
+from telemetryd.services import admin
+from telemetryd.services.upkeep import in_slices
 from telemetryd.settings import Settings, duration_text
-from telemetryd.upkeep import in_slices
 
 if sys.version_info >= (3, 14):
     from compression import zstd

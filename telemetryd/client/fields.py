@@ -1,4 +1,4 @@
-"""The fields of a run as the client's keyword arguments; a test holds them equal to telemetryd/runs.py."""
+"""The fields of a run as the client's keyword arguments; a test holds them equal to telemetryd/model/runs.py."""
 
 from __future__ import annotations
 

@@ -2,14 +2,14 @@ from __future__ import annotations
 
 import typing
 
-from telemetryd import runs
 from telemetryd.client import fields
 from telemetryd.client.config import VARIABLES
 from telemetryd.client.context import PARENT_VARIABLE
 from telemetryd.client.fields import CHANGES, COUNTS, FIELDS, FLAGS, NAMES, SOURCES, STATUSES, TIMES, Details, Fields
 from telemetryd.client.intake import MAX_NAME
 from telemetryd.client.values import MAX_DEPTH, MAX_VALUES
-from telemetryd.runs import Role
+from telemetryd.model import runs
+from telemetryd.model.runs import Role
 from telemetryd.settings import CLIENT_VARIABLES, Settings, variable
 
 

@@ -15,11 +15,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from telemetryd import events, runs
 from telemetryd.client import Client, Run
 from telemetryd.client.fields import CHANGES, FIELDS
 from telemetryd.client.intake import MAX_NAME, REJECTED
 from telemetryd.client.lines import Json, encode
+from telemetryd.model import events, runs
 from tests.client.conftest import MakeClient
 from tests.client.test_values import CYCLE, DEEP, Float, Kind, Single, Unspeakable, Whole
 

@@ -10,7 +10,7 @@ import pytest_asyncio
 from aiohttp.test_utils import TestClient
 
 from telemetryd.http import make_app
-from telemetryd.metrics import Metrics
+from telemetryd.ops.metrics import Metrics
 from telemetryd.settings import Settings
 from telemetryd.store import Store
 from tests.conftest import Api, Client, DaemonServer

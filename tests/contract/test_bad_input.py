@@ -16,8 +16,8 @@ from urllib.parse import quote
 
 import pytest
 
-from telemetryd import queries, runs
-from telemetryd.filters import quoted
+from telemetryd.model import queries, runs
+from telemetryd.model.filters import quoted
 from tests.conftest import Api, make_run
 from tests.contract.wire import BATCH, NDJSON, RUNS, check_alive, check_error, places, post, send, send_raw
 from tests.faults.ledger import Ledger

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from telemetryd.runs import STORED
+from telemetryd.model.runs import STORED
 from tests.conftest import Api, MakeApi, StartDaemon, eventually, make_run
 from tests.contract.test_conventions import high_water_mark_kb
 from tests.contract.wire import BATCH, NDJSON, RUNS, SENTENCE_OF_STATUS, check_alive, check_error, places, post, send

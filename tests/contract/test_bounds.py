@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from telemetryd import runs
+from telemetryd.engine.sqlite.statements import runs as run_rows
 from telemetryd.http import BODIES
-from telemetryd.statements import fetching
+from telemetryd.model import runs
 from tests.conftest import PATIENCE_S, Api, eventually, make_run
 from tests.contract.wire import BATCH, NDJSON, RUNS, check_alive, check_error, places, post, send
 from tests.faults.test_connections import closed
@@ -50,7 +50,7 @@ async def test_an_object_of_the_agents_own_has_a_bound_too(api: Api) -> None:
 
 async def test_a_page_too_large_says_how_many_runs_fit(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     """A shorter page instead would lose runs to whoever pages by offset."""
-    monkeypatch.setattr(fetching, "PAGE_BYTES", 100_000)
+    monkeypatch.setattr(run_rows, "PAGE_BYTES", 100_000)
     events = [make_run(error_details="x" * 30_000) for _ in range(10)]
     await api.batch(events)
     detail = check_error(await send(api, "GET", RUNS, params={"limit": "10"}), 400)

@@ -22,9 +22,9 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from telemetryd import body as body_module
-from telemetryd.metrics import Metrics
-from telemetryd.middleware import middleware
+from telemetryd.ops.metrics import Metrics
+from telemetryd.web import body as body_module
+from telemetryd.web.middleware import middleware
 from tests.conftest import (
     Api,
     Client,

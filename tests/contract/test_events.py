@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from aiohttp import ClientResponse
 
-from telemetryd.events import MAX_EVENTS
+from telemetryd.model.events import MAX_EVENTS
 from tests.conftest import Api, make_run
 from tests.contract.wire import JSON, RUNS, check_error, places, post, send
 

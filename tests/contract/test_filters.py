@@ -13,15 +13,15 @@ from urllib.parse import quote
 import pytest
 from yarl import URL
 
-from telemetryd.check import Severity, examine, repair
-from telemetryd.commands import CreateRuns, IndexTexts, PruneRuns, ReapRuns, UpdateRun
+from telemetryd.engine.sqlite.statements import full_text
+from telemetryd.engine.sqlite.tools.check import Severity, examine, repair
 from telemetryd.errors import UnavailableError
-from telemetryd.filters import Filters
-from telemetryd.metrics import Metrics
-from telemetryd.queries import ListRuns
-from telemetryd.runs import ANSWERED, parse_run
+from telemetryd.model.commands import CreateRuns, IndexTexts, PruneRuns, ReapRuns, UpdateRun
+from telemetryd.model.filters import Filters
+from telemetryd.model.queries import ListRuns
+from telemetryd.model.runs import ANSWERED, parse_run
+from telemetryd.ops.metrics import Metrics
 from telemetryd.settings import Settings
-from telemetryd.statements import full_text
 from telemetryd.store import Store
 from tests.conftest import Api, MakeApi, Row, make_run
 from tests.contract.test_query import at, ids, listed, next_page

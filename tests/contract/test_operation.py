@@ -19,8 +19,8 @@ from prometheus_client.parser import text_string_to_metric_families as parse_pro
 from schemathesis.specs.openapi.definitions import OPENAPI_31_VALIDATOR
 
 import telemetryd
-from telemetryd.runs import PATCHABLE, STORED
-from telemetryd.statements.fetching import fetch_counts
+from telemetryd.engine.sqlite.statements.runs import fetch_counts
+from telemetryd.model.runs import PATCHABLE, STORED
 from tests.conftest import Api, MakeApi, eventually, make_run
 from tests.contract.test_runs import FULL
 from tests.contract.wire import BATCH, RUNS, check_error, is_in_hand, send

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import pytest
 
 from telemetryd.errors import ConfigurationError
-from telemetryd.hosts import origin_of
 from telemetryd.http import ROUTES
 from telemetryd.settings import load
+from telemetryd.web.hosts import origin_of
 from tests.conftest import Api, MakeApi, make_run
 from tests.contract.wire import JSON, RUNS, check_error, send
 

@@ -11,9 +11,9 @@ from urllib.parse import parse_qsl, urlsplit
 
 import pytest
 
-from telemetryd import queries
-from telemetryd.filters import Filters
-from telemetryd.statements import fetching
+from telemetryd.engine.sqlite.statements import runs as run_rows
+from telemetryd.model import queries
+from telemetryd.model.filters import Filters
 from tests.conftest import Api, Row, make_run
 from tests.contract.test_runs import FULL, SERVER_FIELDS
 from tests.contract.wire import RUNS, STATUSES, Answer, check_error, send
@@ -257,7 +257,7 @@ async def test_a_deep_page_costs_what_the_first_costs(api: Api) -> None:
                 limit=20,
                 after=queries.Position(at(minute), minute + 1),
             )
-            costs.append(_steps(api, *fetching.select_page(given)))
+            costs.append(_steps(api, *run_rows.select_page(given)))
         assert max(costs) <= 1.2 * min(costs), filters
 
 

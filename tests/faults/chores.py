@@ -10,7 +10,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Protocol
 
-from telemetryd import backup, migrate
+from telemetryd.engine.sqlite.tools import backup, migrate
 from telemetryd.errors import DatabaseError
 from tests.faults.load import Findings, damage
 from tests.tools.fill import make_database

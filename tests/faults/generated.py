@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import quote
 
-from telemetryd.queries import PARAMETERS
-from telemetryd.runs import PATCHABLE, STORED
+from telemetryd.model.queries import PARAMETERS
+from telemetryd.model.runs import PATCHABLE, STORED
 
 RUNS: Final = "/api/v1/runs"
 

@@ -17,7 +17,7 @@ import orjson
 import pytest
 from yarl import URL
 
-from telemetryd import body, connections
+from telemetryd.web import body, connections
 from tests.conftest import Daemon, MakeApi, StartDaemon, eventually, make_run, wait_until
 from tests.faults.conftest import Rounds
 from tests.faults.ledger import Ledger

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from telemetryd.errors import DatabaseError
-from telemetryd.metrics import Metrics
+from telemetryd.ops.metrics import Metrics
 from telemetryd.settings import Settings
 from telemetryd.store import Store
 from tests.conftest import Row, StartDaemon
@@ -34,12 +34,12 @@ _ANSWER = re.compile(rb"HTTP/1\.1 20[01] .*?X-Request-ID: (load-(\d+)-\d+)\r\n",
 _CHECKPOINT_OFTEN = "import telemetryd.database\ntelemetryd.database._CHECKPOINT_PAGES = 60\n"
 _SYNCHRONOUS = """
 import telemetryd.database
-configure = telemetryd.database._configure_writer
+configure = telemetryd.engine.sqlite.connection._configure_writer
 def configure_badly(connection, *modes):
     answer = configure(connection, *modes)
     connection.execute("PRAGMA synchronous = {}")
     return answer
-telemetryd.database._configure_writer = configure_badly
+telemetryd.engine.sqlite.connection._configure_writer = configure_badly
 """
 
 

@@ -7,8 +7,8 @@ import threading
 from pathlib import Path
 from typing import Final
 
-from telemetryd.commands import Created
 from telemetryd.errors import WriterDeadError
+from telemetryd.model.commands import Created
 from tests.conftest import eventually
 from tests.test_writer import Broken, bench, create
 

@@ -8,10 +8,10 @@ from typing import Final
 
 import orjson
 
-from telemetryd import queries, runs
-from telemetryd.commands import CreateRuns
+from telemetryd.engine.sqlite.statements.runs import select_page
 from telemetryd.errors import BodyTooLargeError, InvalidBodyError, InvalidRequestError
-from telemetryd.statements.fetching import select_page
+from telemetryd.model import queries, runs
+from telemetryd.model.commands import CreateRuns
 
 CORPUS: Final = Path(__file__).with_name("corpus")
 

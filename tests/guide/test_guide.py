@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from telemetryd.runs import COLUMNS
+from telemetryd.model.runs import COLUMNS
 from telemetryd.settings import Origin, load
 from tests.conftest import Daemon, StartDaemon, make_run
 from tests.guide.reading import block, blocks, commands, example, examples, names, section

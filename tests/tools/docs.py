@@ -6,11 +6,11 @@ import re
 from dataclasses import asdict
 from pathlib import Path
 
-from telemetryd import events, runs
 from telemetryd.cli import NO_FLAG
 from telemetryd.client.config import VARIABLES, Config
 from telemetryd.client.context import PARENT_VARIABLE
-from telemetryd.runs import Role
+from telemetryd.model import events, runs
+from telemetryd.model.runs import Role
 from telemetryd.settings import Settings, flag, variable
 from tests.faults import mutants
 

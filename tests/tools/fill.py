@@ -7,11 +7,11 @@ from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from telemetryd import migrate
-from telemetryd.commands import CreateRuns
-from telemetryd.database import connect
-from telemetryd.runs import format_timestamp, parse_run
-from telemetryd.statements.transaction import Transaction
+from telemetryd.engine.sqlite.connection import connect
+from telemetryd.engine.sqlite.statements.commands import Transaction
+from telemetryd.engine.sqlite.tools import migrate
+from telemetryd.model.commands import CreateRuns
+from telemetryd.model.runs import format_timestamp, parse_run
 
 _SLICE = 5000
 _STATUSES = ("success", "failure", "running", "partial", "timeout", "cancelled")

@@ -19,7 +19,7 @@ from pathlib import Path
 import aiohttp
 import click
 
-from telemetryd.database import connect
+from telemetryd.engine.sqlite.connection import connect
 from tests.conftest import Daemon, make_run
 from tests.tools.old_databases import make_old_database
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from telemetryd import migrate
-from telemetryd.database import APPLICATION_ID
+from telemetryd.engine.sqlite.connection import APPLICATION_ID
+from telemetryd.engine.sqlite.tools import migrate
 
 SCHEMA = Path(__file__).parents[2] / "schema" / "telemetry.sql"
 

@@ -1,0 +1,461 @@
+"""Who owns a database: locks by its name, by the configured one, and by the file itself, whatever it is called."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import stat
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+from telemetryd.engine.sqlite.descriptors import HeldFile, Identity, give_back, take
+from telemetryd.errors import DatabaseError, DatabaseOwnedError
+from telemetryd.ops.mounts import network_file_system
+
+_TRIES: Final = 10
+_PAUSE_S: Final = 0.01
+"""One who only looks whether somebody holds a lock holds it himself for a moment."""
+_HOLDER_READS: Final = 50
+_LOCK_CONTENT: Final = re.compile(rb"\s*\d{0,10}\s*")
+_LOCK_FLAGS: Final = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+"""A link or a pipe that somebody has put there is neither written through nor waited for."""
+_FULL: Final = frozenset({errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)})
+_HELD: Final = frozenset({errno.EWOULDBLOCK, errno.EACCES})
+_LOCKS: Final = Path("/proc/locks")
+_FLOCK: Final = re.compile(r"\d+: FLOCK +ADVISORY +\w+ +(\d+) ([0-9a-f]+:[0-9a-f]+):(\d+) ")
+_SPARE_BYTES: Final = 64 * 1024
+"""The index of a write-ahead log takes 32 KiB, without which nothing can be read (sqlite.org/walformat.html, 2)."""
+_SETTLED: Final = "user.telemetryd.settled"
+"""The extended attribute in which the size and the time of a file stand as its last owner left it."""
+_UNSEEN: Final = "a process that cannot be seen from here, as in another container"
+
+
+class FileLock:
+    """An exclusive lock on a file that holds its owner's PID; the system frees it when the owner dies.
+
+    The file is never deleted: a waiter that has opened the old file and a newcomer that makes a new one
+    would both get their lock. Nor is it ever emptied: what is written needs no room but that which it has.
+
+    Args:
+        path: where it stands.
+        spare_bytes: how large it is while nobody has it, so that the next owner finds this much room on a full disk.
+
+    """
+
+    def __init__(self, path: Path, spare_bytes: int = 0) -> None:
+        self.path = path
+        self._spare_bytes = spare_bytes
+        self._descriptor: int | None = None
+        self.was_dropped = False
+        """Whether the last owner ended without `settle`."""
+
+    def acquire(self) -> None:
+        """Take the lock at once.
+
+        Raises:
+            DatabaseOwnedError: if another process holds it; the message names its PID, if it can be seen from here.
+            DatabaseError: if the lock file cannot be made.
+
+        """
+        try:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | _LOCK_FLAGS, 0o600)
+        except OSError as error:
+            reason = "it is a symbolic link" if self.path.is_symlink() else error.strerror
+            raise DatabaseError(f"Cannot open the lock file {self.path}: {reason}") from error
+        content = _read_lock(descriptor)
+        if content is None:
+            os.close(descriptor)
+            raise DatabaseError(f"{self.path} is not a lock file; nothing was changed: look at TELEMETRY_LOCK_FILE")
+        try:
+            _lock_soon(descriptor)
+        except OSError as error:
+            holder = _holder(descriptor)
+            os.close(descriptor)
+            if error.errno not in _HELD:
+                raise DatabaseError(f"Cannot lock {self.path}: {error.strerror}") from error
+            raise DatabaseOwnedError(
+                f"Another telemetryd ({holder}) owns this database: it holds the lock {self.path}"
+            ) from error
+        self._descriptor = descriptor
+        self.was_dropped = bool(content.strip())
+        try:
+            _write(descriptor, f"{os.getpid()}\n".encode())
+        except OSError as error:
+            if error.errno not in _FULL:  # the lock counts, not what stands in its file
+                self.release()
+                raise DatabaseError(f"Cannot write the lock file {self.path}: {error.strerror}") from error
+
+    def is_in_place(self) -> bool:
+        """Tell whether the locked file still stands at its path; if not, somebody else can lock another one."""
+        try:
+            return self._descriptor is not None and os.path.samestat(os.fstat(self._descriptor), os.stat(self.path))
+        except OSError:
+            return False
+
+    def holder(self) -> str | None:
+        """Tell who holds the lock ("PID 123", or that it cannot be seen from here), or None; makes no file."""
+        try:
+            descriptor = os.open(self.path, os.O_RDWR | _LOCK_FLAGS)
+        except OSError:
+            return None
+        try:
+            _lock(descriptor)
+        except OSError:
+            return _holder(descriptor)
+        finally:
+            os.close(descriptor)
+        return None
+
+    def settle(self) -> None:
+        """Blank the PID: everything is in order, so that the next owner need not look for what a crash left."""
+        if self._descriptor is not None:
+            with suppress(OSError):
+                size = os.fstat(self._descriptor).st_size
+                _write(self._descriptor, b" " * (size - 1) + b"\n")
+                os.write(self._descriptor, b"\n" * max(self._spare_bytes - size, 0))
+
+    def release(self) -> None:
+        """Give the lock back; the file stays."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def _read_lock(descriptor: int) -> bytes | None:
+    """Return what a lock file says, or None if it is no lock file: a PID is not to be written into anything else."""
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        return None
+    content = os.read(descriptor, 64)
+    return content if _LOCK_CONTENT.fullmatch(content) else None
+
+
+def _write(descriptor: int, text: bytes) -> None:
+    """Put a text in the place of another one without ever giving up its room: a full disk would not give it back."""
+    size = os.fstat(descriptor).st_size
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    os.write(descriptor, text)
+    if size > len(text):
+        os.ftruncate(descriptor, len(text))
+
+
+def _holder(descriptor: int) -> str:
+    """Say who holds a lock: what its file says counts only if that process holds it, seen from here.
+
+    In another PID namespace, as of another container, the PID in the file is that of somebody else.
+    """
+    status, said = os.fstat(descriptor), ""
+    try:
+        found = _FLOCK.findall(_LOCKS.read_text("ascii"))
+    except OSError:  # another system than Linux
+        return f"PID {_living_holder(descriptor) or 'unknown'}"
+    device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
+    # Some file systems tell stat another device than they have in this list (btrfs, overlay): then the file helps.
+    said = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip()
+    for pid, where, inode in found:
+        if inode == str(status.st_ino) and (where == device or pid == said):
+            return f"PID {pid}"
+    return _UNSEEN
+
+
+def _living_holder(descriptor: int) -> str:
+    """Read the owner's PID; one that has only just taken the lock writes it within milliseconds."""
+    holder = ""
+    for _ in range(_HOLDER_READS):
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        holder = os.read(descriptor, 32).decode("ascii", "replace").strip()
+        if holder.isdigit() and _is_alive(int(holder)):
+            return holder
+        time.sleep(_PAUSE_S)
+    return holder
+
+
+def _lock_soon(descriptor: int) -> None:
+    """Lock a file as `_lock` does, but let those go away first who only look."""
+    for tries_left in reversed(range(_TRIES)):
+        try:
+            return _lock(descriptor)
+        except OSError as error:
+            if error.errno not in _HELD or not tries_left:
+                raise
+        time.sleep(_PAUSE_S)
+    return None
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _is_alive(pid: int) -> bool:
+        return True  # os.kill(pid, 0) would end it there
+
+    def _lock(descriptor: int) -> None:
+        os.lseek(descriptor, 1 << 30, os.SEEK_SET)  # a byte far behind the PID, which others may read
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+else:
+    import fcntl
+
+    def _is_alive(pid: int) -> bool:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return False
+        except OSError:  # of another user
+            return True
+        return True
+
+    def _lock(descriptor: int) -> None:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+# --- The file itself -----------------------------------------------------------------------------
+
+
+def _can_lock_file(path: Path) -> bool:
+    """Tell whether a lock of ours on the database file itself stands apart from those that SQLite takes on it.
+
+    flock(2) and POSIX locks know nothing of each other on the local file systems of Linux. Over a network they are one
+    and the same, or keep others from reading (flock(2), NOTES), and elsewhere they may be.
+    """
+    return sys.platform == "linux" and network_file_system(path) is None
+
+
+class _OwnFile:
+    """The lock on the database file itself: it holds whatever names the file has, in every container of this kernel.
+
+    Its descriptor is opened before SQLite opens the file, and closed only when SQLite has none open any more.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: HeldFile | None = None
+
+    @property
+    def identity(self) -> Identity | None:
+        """Which file it is, or None if none is owned."""
+        return None if self._file is None else self._file.identity
+
+    def acquire(self, *, create: bool) -> None:
+        """Take the lock, if there is a file; with `create` there is one afterwards, of mode 0600."""
+        if create:
+            create_privately(self._path)
+        try:
+            if not self._path.is_file():  # whoever wants to use it will say what it is
+                return
+            file = _take_writable(self._path)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise DatabaseError(f"Cannot open {self._path}: {error.strerror}") from error
+        try:
+            if file.is_owned:
+                raise DatabaseOwnedError(f"This process (PID {os.getpid()}) owns {self._path} already by another name")
+            if _can_lock_file(self._path):
+                _lock_soon(file.descriptor)
+        except OSError as error:
+            if error.errno in _HELD:
+                holder = _holder(file.descriptor)
+                give_back(file)
+                raise DatabaseOwnedError(
+                    f"Another telemetryd ({holder}) owns this database: it holds the file {self._path} itself, "
+                    "maybe by another name (a bind mount, a hard link, another container)"
+                ) from error
+        except DatabaseError:
+            give_back(file)
+            raise
+        file.is_owned = True
+        self._file = file
+
+    def holder(self) -> str | None:
+        """Tell who holds the file, or None; to be called while this process has no connection to it."""
+        if not _can_lock_file(self._path) or not self._path.is_file():
+            return None
+        try:
+            file = take(self._path)
+        except OSError:
+            return None
+        try:
+            if file.is_owned:
+                return f"PID {os.getpid()}"
+            _lock_soon(file.descriptor)
+            _unlock(file.descriptor)
+        except OSError as error:
+            return _holder(file.descriptor) if error.errno in _HELD else None
+        finally:
+            give_back(file)
+        return None
+
+    def was_changed(self) -> bool:
+        """Tell whether somebody else has written to the file since `settle`, as far as that is known."""
+        if self._file is None or not hasattr(os, "getxattr"):
+            return False
+        try:
+            return os.getxattr(self._path, _SETTLED) != self._mark()
+        except OSError:  # nobody has settled this file, or the file system cannot keep such a mark
+            return False
+
+    def settle(self) -> None:
+        """Mark the file as it is now; to be called when no connection is open any more."""
+        if self._file is not None and hasattr(os, "setxattr"):
+            with suppress(OSError):
+                os.setxattr(self._path, _SETTLED, self._mark())
+
+    def _mark(self) -> bytes:
+        status = os.stat(self._path)
+        return f"{status.st_size} {status.st_mtime_ns}".encode()
+
+    def release(self) -> None:
+        """Give the file back; its lock goes with the last connection of this process."""
+        if self._file is not None:
+            self._file.is_owned = False
+            give_back(self._file)
+            self._file = None
+
+
+def _unlock(descriptor: int) -> None:
+    if sys.platform != "win32":
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+
+def _take_writable(path: Path) -> HeldFile:
+    """Open a file as SQLite will: on an overlay the first opening for writing makes another file of it.
+
+    Raises:
+        OSError: if it cannot even be read.
+
+    """
+    try:
+        return take(path, os.O_RDWR)
+    except PermissionError:
+        return take(path)
+    except OSError as error:
+        if error.errno != errno.EROFS:
+            raise
+        return take(path)
+
+
+def create_privately(path: Path) -> None:
+    """Make an empty file of mode 0600, whatever the umask, unless there is something at the path.
+
+    Raises:
+        DatabaseError: if it cannot be made.
+
+    """
+    if path.exists():
+        return
+    try:
+        os.close(os.open(path.resolve(), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    except FileExistsError:
+        return
+    except OSError as error:
+        raise DatabaseError(f"Cannot make {path}: {error.strerror}") from error
+
+
+class Ownership:
+    """The right to write to one database, whatever lock file was configured, and whatever the file is called.
+
+    Three locks make it: the configured one, one beside the database's real path (symbolic links resolved), so that two
+    daemons with different settings cannot own the same file, and one on the file itself, which a bind mount, a hard
+    link or another container may give another name.
+    """
+
+    def __init__(self, database: Path, lock_file: Path | None) -> None:
+        real = database.resolve()
+        beside = real.with_name(real.name + ".lock")
+        paths = [beside] if lock_file is None or lock_file.resolve() == beside else [beside, lock_file]
+        self._locks = [FileLock(path, _SPARE_BYTES if path == beside else 0) for path in paths]
+        self._file = _OwnFile(real)
+
+    def acquire(self, *, create: bool = False) -> None:
+        """Take every lock or none; with `create` the database is made, as an empty file, if there is none.
+
+        Raises:
+            DatabaseOwnedError: if another process owns the database.
+            DatabaseError: if a lock file or the database cannot be made.
+
+        """
+        try:
+            for lock in self._locks:
+                lock.acquire()
+            self._file.acquire(create=create)
+        except DatabaseError:
+            self.release()
+            raise
+
+    def take_again(self) -> None:
+        """Take those lock files again that were deleted or replaced; the file itself is kept all the time.
+
+        Raises:
+            DatabaseOwnedError: if another process has one of them now.
+            DatabaseError: if a lock file cannot be made.
+
+        """
+        for lock in self._locks:
+            if not lock.is_in_place():
+                lock.release()
+                lock.acquire()
+
+    @property
+    def identity(self) -> Identity | None:
+        """Which file is owned (device and inode), or None if there was none."""
+        return self._file.identity
+
+    @property
+    def was_dropped(self) -> bool:
+        """Whether the last owner ended without `settle`: killed, or with an error."""
+        return any(lock.was_dropped for lock in self._locks)
+
+    @property
+    def was_changed(self) -> bool:
+        """Whether somebody else has written to the file since its last owner ended in order, as far as is known."""
+        return self._file.was_changed()
+
+    def settle(self) -> None:
+        """Note for the next owner that this one ended in order; call it right before `release`."""
+        self._file.settle()
+        for lock in self._locks:
+            lock.settle()
+
+    def missing(self) -> Path | None:
+        """Return the path of a lock file that was deleted or replaced, or None."""
+        return next((lock.path for lock in self._locks if not lock.is_in_place()), None)
+
+    def holder(self) -> str | None:
+        """Tell who owns the database now ("PID 123"), or None; takes nothing and makes no file.
+
+        To be called while this process has no connection to it.
+        """
+        by_name = next((who for lock in self._locks if (who := lock.holder()) is not None), None)
+        return self._file.holder() if by_name is None else by_name
+
+    def other_name_holder(self) -> str | None:
+        """Tell who owns the file by another name than this one, or None.
+
+        SQLite keeps the journal beside the name that it was given, so one who opens another name misses it
+        (sqlite.org/howtocorrupt.html, section 2.4).
+        """
+        return None if self._locks[0].holder() is not None else self._file.holder()
+
+    def release(self) -> None:
+        """Give all locks back; that of the file itself goes with the last connection that this process has to it."""
+        self._file.release()
+        for lock in reversed(self._locks):
+            lock.release()
+
+
+def refuse_other_name(database: Path) -> None:
+    """Stop before a database is read by another name than the one by which a process has it open.
+
+    Raises:
+        DatabaseOwnedError: then.
+
+    """
+    if (holder := Ownership(database, None).other_name_holder()) is not None:
+        raise DatabaseOwnedError(
+            f"{database} is another name of a database that a telemetryd ({holder}) has open, and what was written "
+            "last stands next to the name that it uses: give that one"
+        )

@@ -1,0 +1,464 @@
+"""How each command is said to SQLite, and how a group of them keeps the totals in the same transaction."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from functools import cache
+from itertools import chain, groupby
+from operator import itemgetter
+from typing import Any, Final
+
+import orjson
+
+from telemetryd.engine.sqlite.statements import alerts, confirmations, full_text, replica, rollups, thinning
+from telemetryd.engine.sqlite.statements.recounting import Tally
+from telemetryd.engine.sqlite.statements.sequence import Sequence as CommitSequence
+from telemetryd.model import events
+from telemetryd.model.commands import (
+    AlertCommand,
+    Applied,
+    ApplyChanges,
+    Command,
+    ConfirmDelivery,
+    ConfirmPrune,
+    CopiedRun,
+    Created,
+    CreateEvents,
+    CreateRuns,
+    EndProcess,
+    EventsCreated,
+    Indexed,
+    IndexTexts,
+    KeepAlerts,
+    Outcome,
+    Process,
+    ProcessEnded,
+    Pruned,
+    PruneRuns,
+    Reaped,
+    ReapRuns,
+    RecordAlerts,
+    RegisterProcess,
+    Registration,
+    TrustClock,
+    Updated,
+    UpdateRun,
+    UpkeepCommand,
+)
+from telemetryd.model.events import TIMESTAMP
+from telemetryd.model.runs import CREATED_AT, EVENT_ID, START_TIME, STORED, Row, SqlValue, Status
+from telemetryd.model.stats import FACTS, Facts
+
+MINUTE: Final = len("2025-12-24T10:00")
+HOUR: Final = len("2025-12-24T10")
+DAY: Final = len("2025-12-24")
+
+_ROWS_AT_ONCE: Final = (256, 128, 64, 32, 16, 8, 4, 2, 1)
+"""How many rows one INSERT may take: each number has its own prepared statement."""
+
+
+_INSERTED: Final = {
+    "agent_runs": ((*STORED, "updated_at"), "event_id"),
+    "run_events": (("id", "run", *events.STORED), "run, event_key"),
+}
+"""The tables that take many rows at once: the columns that are given, and the key that no two rows share."""
+
+
+@cache
+def _insert_into(table: str, rows: int, *, numbered: bool = False) -> str:
+    """Return the statement that stores so many rows, except those whose key is known already.
+
+    If it is numbered, its first parameter is the id of the first row, and each row has the next one; otherwise
+    SQLite gives each the largest id plus one (sqlite.org/autoinc.html).
+    """
+    columns, key = _INSERTED[table]
+    places = ", ".join("?" * len(columns))
+    given = [f"(?1 + {row}, {places})" for row in range(rows)] if numbered else [f"({places})"] * rows
+    return f"""
+        INSERT INTO {table} ({"id, " if numbered else ""}{", ".join(columns)}) VALUES {", ".join(given)}
+        ON CONFLICT ({key}) DO NOTHING
+    """  # noqa: S608 - names from the definitions of a run and an event
+
+
+_EVENT_IDS_BEHIND: Final = "SELECT json_group_array(event_id) FROM agent_runs WHERE id > ?"
+
+_facts_of: Final = itemgetter(*map(STORED.index, FACTS))
+_STATUS: Final = FACTS.index("status")
+_FIND_RUN: Final = f"SELECT id, run_id, {', '.join(FACTS)} FROM agent_runs WHERE event_id = ?"  # noqa: S608 - names from the definition
+
+PROCESS: Final = tuple(field.name for field in fields(Process))
+_REGISTER: Final = f"""
+    INSERT OR REPLACE INTO run_processes (run, registered_at, {", ".join(PROCESS)})
+    VALUES (:run, :now, {", ".join(f":{name}" for name in PROCESS)})
+"""  # noqa: S608 - column names from the definition of a process
+
+_REGISTERED: Final = f"""
+    SELECT run, event_id, {", ".join(FACTS)}, {thinning.BYTES}
+    FROM run_processes AS p INDEXED BY idx_processes_waiting CROSS JOIN agent_runs ON agent_runs.id = run
+    WHERE certified_at IS NULL AND p.pid = :pid AND p.start_time = :start_time AND p.boot_id = :boot_id
+        AND p.pid_namespace = :pid_namespace
+    LIMIT :limit
+"""  # noqa: S608 - names from the definition
+_FAIL: Final = f"""
+    UPDATE agent_runs SET
+        status = 'failure', end_time = max(:ended_at, start_time), updated_at = :now,
+        duration_ms = max(0, CAST(round((julianday(:ended_at) - julianday(start_time)) * 86400000) AS INTEGER)),
+        error_summary = :error_summary, error_details = :error_details
+    WHERE id = :run AND status = 'running'
+    RETURNING {", ".join(FACTS)}
+"""  # noqa: S608 - names from the definition
+_CERTIFY: Final = """
+    UPDATE run_processes SET certified_at = :now, error_summary = :error_summary, error_details = :error_details
+    WHERE run = :run
+"""
+_FIND_CERTIFICATE: Final = "SELECT certified_at, error_summary, error_details FROM run_processes WHERE run = ?"
+_FORGET_PROCESS: Final = "DELETE FROM run_processes WHERE run = ?"
+
+# What is added to the totals goes in as one JSON array, in one step of SQLite (see `Transaction`).
+_ADD_TO_TOTALS: Final = """
+    INSERT INTO run_totals (agent_name, job_type, status, runs)
+    SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'), json_extract(value, '$[2]'),
+        json_extract(value, '$[3]') FROM json_each(?) WHERE true
+    ON CONFLICT (agent_name, job_type, status) DO UPDATE SET runs = runs + excluded.runs
+"""
+_ADD_TO_MINUTES: Final = """
+    INSERT INTO run_minutes (minute, runs)
+    SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]') FROM json_each(?) WHERE true
+    ON CONFLICT (minute) DO UPDATE SET runs = runs + excluded.runs
+"""
+_WIDEN_HOURS, _WIDEN_DAYS = (
+    f"""
+    INSERT INTO {table} ({key}, first_start, last_start)
+    SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'), json_extract(value, '$[2]')
+        FROM json_each(?) WHERE true
+    ON CONFLICT ({key}) DO UPDATE SET
+        first_start = min(first_start, excluded.first_start), last_start = max(last_start, excluded.last_start)
+"""  # noqa: S608 - our own words
+    for table, key in (("run_hours", "hour"), ("run_days", "day"))
+)
+
+# A total that has drifted (a row changed by hand) is no reason to refuse what agents send.
+_TAKE_FROM_TOTAL: Final = """
+    UPDATE run_totals SET runs = max(runs - ?4, 0) WHERE agent_name = ?1 AND job_type = ?2 AND status = ?3
+"""
+_TAKE_FROM_MINUTE: Final = "UPDATE run_minutes SET runs = max(runs - ?2, 0) WHERE minute = ?1"
+
+_DROP_TOTAL: Final = "DELETE FROM run_totals WHERE agent_name = ? AND job_type = ? AND status = ? AND runs = 0"
+_DROP_MINUTE: Final = "DELETE FROM run_minutes WHERE minute = ? AND runs = 0"
+_DROP_HOUR: Final = """
+    DELETE FROM run_hours WHERE hour = ?1
+        AND NOT EXISTS (SELECT 1 FROM run_minutes WHERE minute >= ?1 || ':' AND minute < ?1 || ';')
+"""
+
+_DROP_DAY: Final = """
+    DELETE FROM run_days WHERE day = ?1 AND NOT EXISTS (SELECT 1 FROM run_hours WHERE hour >= ?1 AND hour < ?1 || 'U')
+"""  # U is the character behind T
+
+
+class Transaction:
+    """One open transaction: applies commands and, at its end, brings the totals up to date.
+
+    Python gives the interpreter's lock away for each step of SQLite, and a busy event loop gives it back late; so
+    whatever many commands have in common is done in few steps, not row by row.
+    """
+
+    def __init__(self, connection: sqlite3.Connection, now: str, tally: Tally | None = None) -> None:
+        self._cursor = connection.cursor()
+        self._tally = tally
+        self._now = now
+        self._created: list[Row] = []
+        self._deleted: list[Facts] = []
+        self._changed: list[tuple[Facts, Facts]] = []
+        """What each change found and what it left."""
+        self._sequence = CommitSequence(self._cursor)
+
+    def apply(self, commands: Sequence[Command]) -> list[Outcome]:
+        """Run the commands' statements in order and return their outcomes; the totals follow in `finish`.
+
+        Creates that stand next to each other are stored together.
+        """
+        outcomes: list[Outcome] = []
+        for kind, neighbours in groupby(commands, type):
+            if kind is CreateRuns:
+                outcomes += self._create([command.rows for command in neighbours if isinstance(command, CreateRuns)])
+            else:
+                outcomes += map(self._apply_alone, neighbours)
+        return outcomes
+
+    def _apply_alone(self, command: Command) -> Outcome:
+        outcome: Outcome
+        match command:
+            case CreateRuns(rows):
+                outcome = self._create([rows])[0]
+            case UpdateRun():
+                outcome = self._update(command)
+            case CreateEvents():
+                outcome = self._create_events(command)
+            case RegisterProcess():
+                outcome = self._register(command)
+            case EndProcess():
+                outcome = self._end_process(command)
+            case PruneRuns():
+                outcome = self._prune(command)
+            case ReapRuns():
+                outcome = self._reap(command)
+            case ApplyChanges():
+                outcome = self._apply_changes(command)
+            case _:
+                outcome = self._apply_beside_runs(command)
+        return outcome
+
+    def _apply_beside_runs(self, command: AlertCommand | UpkeepCommand | IndexTexts) -> Outcome:
+        match command:
+            case ConfirmPrune() | TrustClock():
+                confirmations.apply(self._cursor, command, self._now)
+                return None
+            case IndexTexts():
+                is_begun = full_text.is_begun(self._cursor.connection)
+                return Indexed(full_text.index_slice(self._cursor)) if is_begun else None
+            case RecordAlerts() | ConfirmDelivery() | KeepAlerts():
+                return alerts.apply(self._cursor, command, self._now)
+
+    @contextmanager
+    def savepoint(self) -> Iterator[None]:
+        """Undo everything that is applied inside the block if the block fails."""
+        lists: tuple[list[Any], ...] = (self._created, self._deleted, self._changed)
+        lengths = [*map(len, lists)]
+        sequence = self._sequence.state()
+        self._cursor.execute("SAVEPOINT command")
+        try:
+            yield
+        except Exception:
+            if self._cursor.connection.in_transaction:
+                self._cursor.execute("ROLLBACK TO command")
+            for changes, length in zip(lists, lengths, strict=True):
+                del changes[length:]
+            self._sequence.restore(sequence)
+            raise
+        finally:
+            if self._cursor.connection.in_transaction:
+                self._cursor.execute("RELEASE command")
+
+    def finish(self) -> None:
+        """Write the totals and the statistics that the commands changed, and which runs they changed."""
+        self._sequence.finish()
+        self._tell()
+        changes = len(self._created) + len(self._deleted) + len(self._changed)
+        if not changes:
+            return
+        summary: rollups.Summary = {}
+        rollups.summarize(summary, map(_facts_of, self._created))
+        rollups.summarize(summary, self._deleted, -1)
+        rollups.summarize(summary, (old for old, _ in self._changed), -1)
+        rollups.summarize(summary, (new for _, new in self._changed))
+        totals: Counter[tuple[str, str, str]] = Counter()
+        for (_, agent_name, job_type, status), (sums, _) in summary.items():
+            totals[agent_name, job_type, status] += sums[0]
+        minutes = Counter(str(row[CREATED_AT])[:MINUTE] for row in self._created)
+        minutes.subtract(facts[0][:MINUTE] for facts in self._deleted)
+        added = [(*key, runs) for key, runs in totals.items() if runs > 0]
+        taken = [(*key, -runs) for key, runs in totals.items() if runs < 0]
+        minutes_added = [(minute, runs) for minute, runs in minutes.items() if runs > 0]
+        minutes_taken = [(minute, -runs) for minute, runs in minutes.items() if runs < 0]
+        statements = (
+            (_ADD_TO_TOTALS, added),
+            (_ADD_TO_MINUTES, minutes_added),
+            (_WIDEN_HOURS, self._spans(HOUR)),
+            (_WIDEN_DAYS, self._spans(DAY)),
+        )
+        for statement, rows in statements:
+            if rows:
+                self._cursor.execute(statement, (orjson.dumps(rows).decode(),))
+        if taken or minutes_taken:
+            self._take(taken, minutes_taken)
+        rollups.record(self._cursor, summary, changes)
+
+    def _tell(self) -> None:
+        """Tell who compares the counts with the runs what this transaction is going to commit."""
+        if self._tally is None:
+            return
+        drawn = self._sequence.last, self._sequence.last_event
+        if not self._tally.is_counting:
+            self._tally.note(*drawn)
+            return
+        created = [(_facts_of(row), str(row[START_TIME])) for row in self._created]
+        changed = [(new, None) for _, new in self._changed]
+        taken = [*((facts, None) for facts in self._deleted), *((old, None) for old, _ in self._changed)]
+        self._tally.note(*drawn, [*created, *changed], taken)
+
+    def _spans(self, length: int) -> list[tuple[str, str, str]]:
+        """Return for each hour or day in which runs were created the first and the last of their start times."""
+        spans: dict[str, tuple[str, str]] = {}
+        for row in self._created:
+            key, start_time = str(row[CREATED_AT])[:length], str(row[START_TIME])
+            first, last = spans.get(key, (start_time, start_time))
+            spans[key] = (min(first, start_time), max(last, start_time))
+        return [(key, *span) for key, span in spans.items()]
+
+    def _take(self, totals: list[tuple[str, str, str, int]], minutes: list[tuple[str, int]]) -> None:
+        """Lower totals; where nothing is left of one, a minute, an hour or a day, it leaves no row behind."""
+        write = self._cursor.executemany
+        write(_TAKE_FROM_TOTAL, totals)
+        write(_DROP_TOTAL, [total[:3] for total in totals])
+        write(_TAKE_FROM_MINUTE, minutes)
+        write(_DROP_MINUTE, [minute[:1] for minute in minutes])
+        write(_DROP_HOUR, [(hour,) for hour in {minute[:HOUR] for minute, _ in minutes}])
+        write(_DROP_DAY, [(day,) for day in {minute[:DAY] for minute, _ in minutes}])
+
+    def _create(self, batches: list[tuple[Row, ...]]) -> list[Created]:
+        rows = [self._complete(row) for batch in batches for row in batch]
+        before = self._sequence.last
+        inserted = self._insert_runs(rows)
+        if inserted == len(rows):
+            self._take_in(rows)
+            return [Created((True,) * len(batch)) for batch in batches]
+        # Every new run has a number of the sequence behind the last one that was drawn before.
+        unseen = set(orjson.loads(self._cursor.execute(_EVENT_IDS_BEHIND, (before,)).fetchone()[0]))
+        if len(unseen) != inserted:
+            raise sqlite3.InternalError("the new runs are not those behind the last number that was drawn")
+        self._take_in(
+            [row for row in {row[EVENT_ID]: row for row in reversed(rows)}.values() if row[EVENT_ID] in unseen]
+        )
+        outcomes = []
+        for batch in batches:
+            new = []
+            for row in batch:
+                new.append(row[EVENT_ID] in unseen)
+                unseen.discard(row[EVENT_ID])  # a repeat in the same group is a duplicate of the first one
+            outcomes.append(Created(tuple(new)))
+        return outcomes
+
+    def _take_in(self, created: list[Row]) -> None:
+        self._created += created
+        confirmations.note_arrivals(self._cursor, created, self._now)
+
+    def _insert(self, table: str, rows: list[Row]) -> int:
+        """Insert as many rows as possible with each statement; return how many were new."""
+        inserted = start = 0
+        for size in _ROWS_AT_ONCE:
+            while len(rows) - start >= size:
+                values = [*chain.from_iterable(rows[start : start + size])]
+                inserted += self._cursor.execute(_insert_into(table, size), values).rowcount
+                start += size
+        return inserted
+
+    def _insert_runs(self, rows: list[Row]) -> int:
+        """Insert runs as `_insert` does, each with the next number of the sequence as its id."""
+        start = inserted = 0
+        for size in _ROWS_AT_ONCE:
+            while self._sequence.is_ahead and len(rows) - start >= size:
+                values = [self._sequence.last + 1, *chain.from_iterable(rows[start : start + size])]
+                new = self._cursor.execute(_insert_into("agent_runs", size, numbered=True), values).rowcount
+                if new:
+                    self._sequence.created(self._cursor.lastrowid or 0)
+                inserted += new
+                start += size
+        if start < len(rows) and (new := self._insert("agent_runs", rows[start:] if start else rows)):
+            self._sequence.created(self._cursor.lastrowid or 0)
+            inserted += new
+        return inserted
+
+    def _complete(self, row: Row) -> Row:
+        """Return a row as it is stored: created now unless it says when, and updated now."""
+        if row[CREATED_AT]:
+            return (*row, self._now)
+        return (*row[:CREATED_AT], self._now, *row[CREATED_AT + 1 :], self._now)
+
+    def _update(self, command: UpdateRun) -> Updated | None:
+        found = self._cursor.execute(_FIND_RUN, (command.event_id,)).fetchone()
+        if found is None:
+            return None
+        run, run_id, *facts = found
+        changes = {**command.changes, "updated_at": self._now}
+        assignments = ", ".join(f"{name} = ?" for name in changes)
+        if "status" in changes:
+            assignments += self._take_certificate_back(run, changes)
+        self._cursor.execute(
+            f"UPDATE agent_runs SET {assignments} WHERE id = ?",  # noqa: S608 - names from the definition
+            (*changes.values(), run),
+        )
+        self._sequence.changed(run)
+        self._note(facts, [changes.get(name, value) for name, value in zip(FACTS, facts, strict=True)])
+        return Updated(run_id)
+
+    def _take_certificate_back(self, run: int, changes: Mapping[str, SqlValue]) -> str:
+        """Forget the process of a run that speaks for itself; return assignments that clear what its certificate says.
+
+        Only what the certificate itself wrote is cleared, and only where the change sets nothing.
+        """
+        found = self._cursor.execute(_FIND_CERTIFICATE, (run,)).fetchone()
+        if found is None or (found[0] is None and changes["status"] == Status.RUNNING):
+            return ""
+        self._cursor.execute(_FORGET_PROCESS, (run,))
+        written = zip(("error_summary", "error_details"), found[1:], strict=True)
+        said = {name: text for name, text in written if text is not None and name not in changes}
+        if not said:
+            return ""
+        columns = self._cursor.execute(f"SELECT {', '.join(said)} FROM agent_runs WHERE id = ?", (run,)).fetchone()  # noqa: S608 - two names
+        return "".join(f", {name} = NULL" for name, now in zip(said, columns, strict=True) if now == said[name])
+
+    def _note(self, old: Sequence[SqlValue], new: Sequence[SqlValue]) -> None:
+        if new != old:
+            self._changed.append((tuple(old), tuple(new)))
+
+    def _create_events(self, command: CreateEvents) -> EventsCreated | None:
+        found = self._cursor.execute(_FIND_RUN, (command.event_id,)).fetchone()
+        if found is None:
+            return None
+        run = found[0]
+        rows = [
+            (number, run, *row[:TIMESTAMP], row[TIMESTAMP] or self._now, *row[TIMESTAMP + 1 :])
+            for number, row in zip(self._sequence.event_ids(len(command.rows)), command.rows, strict=True)
+        ]
+        inserted = self._insert("run_events", rows)
+        if inserted:  # so an archived run is not deleted with events that came later, and it is not stale
+            self._cursor.execute("UPDATE agent_runs SET updated_at = ? WHERE id = ?", (self._now, run))
+            self._sequence.changed(run)
+        return EventsCreated(inserted)
+
+    def _register(self, command: RegisterProcess) -> Registration:
+        found = self._cursor.execute(_FIND_RUN, (command.event_id,)).fetchone()
+        if found is None:
+            return Registration.NO_RUN
+        run, _, *facts = found
+        if facts[_STATUS] != Status.RUNNING:
+            return Registration.NOT_RUNNING
+        self._cursor.execute(_REGISTER, {"run": run, "now": self._now, **asdict(command.process)})
+        return Registration.DONE
+
+    def _end_process(self, command: EndProcess) -> ProcessEnded:
+        budget = thinning.Budget()
+        rows = self._cursor.execute(_REGISTERED, {**asdict(command.process), "limit": command.limit})
+        found = budget.take(rows)
+        failed = []
+        for run, event_id, *facts in found:
+            if command.death is None or facts[_STATUS] != Status.RUNNING:
+                self._cursor.execute(_FORGET_PROCESS, (run,))
+                continue
+            values = {"run": run, "now": self._now, **asdict(command.death)}
+            self._note(facts, [*self._cursor.execute(_FAIL, values).fetchall()[0]])
+            self._cursor.execute(_CERTIFY, values)
+            self._sequence.changed(run)
+            failed.append(event_id)
+        return ProcessEnded(tuple(failed), budget.is_spent or len(found) == command.limit)
+
+    def _prune(self, command: PruneRuns) -> Pruned:
+        pruned, deleted = thinning.prune(self._cursor, self._sequence, command)
+        self._deleted += deleted
+        return pruned
+
+    def _apply_changes(self, command: ApplyChanges) -> Applied:
+        self._deleted += replica.apply_changes(self._cursor, command)
+        self._created += [what.row for _, what in command.changes if isinstance(what, CopiedRun)]
+        return Applied(len(command.changes), len(command.events))
+
+    def _reap(self, command: ReapRuns) -> Reaped:
+        reaped, is_more = thinning.reap(self._cursor, self._sequence, command, self._now)
+        self._cursor.executemany(_FORGET_PROCESS, [row[:1] for row in reaped])
+        for _, *facts in reaped:
+            self._note([*facts[:_STATUS], str(Status.RUNNING), *facts[_STATUS + 1 :]], facts)
+        return Reaped(len(reaped), is_more)

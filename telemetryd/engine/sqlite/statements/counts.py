@@ -1,0 +1,89 @@
+"""How many runs match: counted, or as the totals tell."""
+
+from __future__ import annotations
+
+import sqlite3
+from typing import Final
+
+from telemetryd.engine.sqlite.statements import full_text
+from telemetryd.engine.sqlite.statements.commands import MINUTE
+from telemetryd.engine.sqlite.statements.predicates import Values, choose, conditions
+from telemetryd.engine.sqlite.statements.runs import FOUND, find_agents, named
+from telemetryd.model.filters import Filters
+from telemetryd.model.queries import Accuracy, Count, CountMatching, Total
+
+_KEPT: Final = frozenset({"agent_name", "job_type", "status"})
+"""The fields that totals are kept for."""
+_MOST: Final = 10_000
+"""Runs that an estimate counts at most."""
+
+
+def count_matching(connection: sqlite3.Connection, query: CountMatching) -> Total:
+    """Count the runs that match, or estimate how many they are."""
+    full_text.require(connection, query.filters)
+    agents = find_agents(connection, query.filters)
+    if agents == ():
+        return Total(0)
+    filters = query.filters if agents is None else named(query.filters, agents)
+    if query.count is Count.EXACT:
+        return Total(_count(connection, filters, -1))
+    total = _from_totals(connection, filters)
+    if total is None:
+        runs = _count(connection, filters, _MOST)
+        total = Total(runs, Accuracy.EXACT if runs < _MOST else Accuracy.AT_LEAST)
+    return total
+
+
+def _count(connection: sqlite3.Connection, filters: Filters, most: int) -> int:
+    return int(connection.execute(*select_count(filters, most)).fetchone()[0])
+
+
+def select_count(filters: Filters, most: int = -1) -> tuple[str, Values]:
+    """Return the SQL text and the parameters that count the runs that match, up to a bound if it is not negative."""
+    columns: tuple[str, ...] = ()
+    arms: list[Values] = [{}]
+    if filters.words is None:
+        index, columns, arms = choose({} if filters.patterns else filters.equal)
+        source = f"agent_runs INDEXED BY {index}"
+    else:
+        source = FOUND
+    found, values = conditions(filters, (*columns, "q"))
+    if filters.words is not None:
+        values |= conditions(Filters(words=filters.words))[1]
+    texts = []
+    for number, arm in enumerate(arms):
+        places = {f"{name}_{number}": name for name in columns}
+        values |= {place: arm[name] for place, name in places.items()}
+        where = " AND ".join([*(f"{name} = :{place}" for place, name in places.items()), *found])
+        texts.append(f"{source}" + (f" WHERE {where}" if where else ""))
+    if most < 0:
+        counted = " UNION ALL ".join(f"SELECT count(*) AS runs FROM {text}" for text in texts)  # noqa: S608 - our own words
+        return f"SELECT sum(runs) FROM ({counted})", values  # noqa: S608 - our own words
+    listed = " UNION ALL ".join(f"SELECT 1 FROM {text}" for text in texts)  # noqa: S608 - our own words
+    return f"SELECT count(*) FROM ({listed} LIMIT :most)", {**values, "most": most}  # noqa: S608 - our own words
+
+
+def _from_totals(connection: sqlite3.Connection, filters: Filters) -> Total | None:
+    """Return what the totals tell, if they can.
+
+    Of a span of time they tell how many runs it has, whoever they are of; for some of them that is a share.
+    """
+    plain = Filters(filters.equal, {n: m for n, m in filters.bounds.items() if n.startswith("created_")})
+    if plain != filters or not filters.equal.keys() <= _KEPT:
+        return None
+    runs = _sum(connection, "run_totals", *conditions(Filters(filters.equal)))
+    if not filters.bounds:
+        return Total(runs)
+    found, values = [], {}
+    for name, comparison in (("created_after", ">="), ("created_before", "<=")):
+        if name in filters.bounds:
+            found.append(f"minute {comparison} :{name}")
+            values[name] = filters.bounds[name][:MINUTE]
+    within = _sum(connection, "run_minutes", found, {**values})
+    everything = _sum(connection, "run_totals", [], {})
+    return Total(round(runs * within / max(everything, 1)), Accuracy.ESTIMATE)
+
+
+def _sum(connection: sqlite3.Connection, table: str, found: list[str], values: Values) -> int:
+    where = f" WHERE {' AND '.join(found)}" if found else ""
+    return int(connection.execute(f"SELECT coalesce(sum(runs), 0) FROM {table}{where}", values).fetchone()[0])  # noqa: S608 - one of two names

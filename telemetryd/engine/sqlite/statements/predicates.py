@@ -1,0 +1,213 @@
+"""Which index serves which filters, what the filters are in SQL, and which runs a prune or a reap means."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from itertools import product
+from typing import Final
+
+import orjson
+
+from telemetryd.engine.sqlite import searching
+from telemetryd.model.commands import PruneRuns
+from telemetryd.model.filters import MAX_VALUES, TIME_BOUNDS, WILDCARD, Comparison, Filters, Pattern
+from telemetryd.model.queries import CountPrunable
+from telemetryd.model.runs import FILTERS, SqlValue, Status
+
+Values = dict[str, SqlValue | float]
+"""What is bound to the names of a statement."""
+
+# Which index serves which equality filters. Every index goes on with created_at and the rowid, so a walk
+# backwards is already in order. Where an index has the status but the query has not, the walk is a merge of
+# one ordered arm for each of the six statuses.
+INDEXES: Final[dict[frozenset[str], tuple[str, bool]]] = {
+    frozenset(names.split()): (index, merge_statuses)
+    for names, index, merge_statuses in (
+        ("", "idx_runs_created_desc", False),
+        ("status", "idx_runs_status", False),
+        ("agent_name", "idx_runs_agent_created", False),
+        ("agent_name status", "idx_runs_agent_status_created", False),
+        ("agent_name job_type", "idx_runs_agent", True),
+        ("agent_name job_type status", "idx_runs_agent", False),
+        ("job_type", "idx_runs_job", True),
+        ("job_type status", "idx_runs_job", False),
+    )
+}
+INDEXES.update((frozenset({name}), (f"idx_runs_{name}", False)) for name in FILTERS if frozenset({name}) not in INDEXES)
+
+_CHOICE: Final = (
+    "run_id", "parent_run_id", "insight_id", "git_commit_hash", "agent_name job_type status", "agent_name job_type",
+    "agent_name status", "agent_name", "website", "host", "product", "job_type status", "job_type", "status",
+    "environment", "",
+)  # fmt: skip
+"""The filters that an index serves, those first which usually leave fewest runs."""
+
+MAX_ARMS: Final = MAX_VALUES * len(Status)
+"""Ordered walks that one statement merges; behind a cursor they are twice as many, and SQLite takes 500."""
+
+
+def choose(equal: Mapping[str, tuple[str, ...]], most: int = MAX_ARMS) -> tuple[str, tuple[str, ...], list[Values]]:
+    """Return the index that serves these values best, its columns, and the values of these for each of its walks.
+
+    One filter may have several values: each, and each combination of them, is a walk in order of its own. Where that
+    would be more than `most`, fewer columns are taken.
+    """
+    for names in _CHOICE:
+        columns = tuple(names.split())
+        if not all(equal.get(name) for name in columns):
+            continue
+        index, merge_statuses = INDEXES[frozenset(columns)]
+        values = {name: equal[name] for name in columns}
+        if merge_statuses:
+            values["status"] = equal.get("status") or tuple(map(str, Status))
+        arms = [dict(zip(values, arm, strict=True)) for arm in product(*values.values())]
+        if len(arms) <= most:
+            return index, tuple(values), [{**arm} for arm in arms]
+    raise AssertionError("a walk through all runs takes one arm")
+
+
+def conditions(filters: Filters, but: Collection[str] = ()) -> tuple[list[str], Values]:
+    """Return what the filters are in SQL, to be joined by AND, and the values that are bound to them.
+
+    Columns stand without their table's name, and what is bound is named after its parameter. `but` are names of
+    parameters that the caller sees to.
+    """
+    found: list[str] = []
+    values: Values = {}
+    for name in FILTERS:
+        if name not in but:
+            _any_of(name, filters.equal.get(name, ()), filters.patterns if name == WILDCARD else (), found, values)
+    for name, moment in filters.bounds.items():
+        if name not in but:
+            column, comparison = TIME_BOUNDS[name]
+            found.append(f"{column} {comparison} :{name}")
+            values[name] = moment
+    if filters.min_duration_ms is not None:
+        found.append("duration_ms >= :min_duration_ms")
+        values["min_duration_ms"] = filters.min_duration_ms
+    if filters.error is not None:
+        in_summary, bound = searching.condition("error_summary", filters.error)
+        in_details, _ = searching.condition("error_details", filters.error)
+        found.append(f"({in_summary} OR {in_details})")
+        values |= bound
+    found += [_metric(number, metric, values) for number, metric in enumerate(filters.metrics)]
+    if filters.words is not None and "q" not in but:
+        # The plus keeps the walk to its index, whose order it would give up for the rows by their ids.
+        found.append("+id IN (SELECT rowid FROM runs_text WHERE runs_text MATCH :q)")
+        values["q"] = match_expression(filters.words)
+    return found, values
+
+
+def _any_of(name: str, equal: tuple[str, ...], patterns: tuple[Pattern, ...], found: list[str], values: Values) -> None:
+    bound = {f"{name}_{number}": value for number, value in enumerate(equal)}
+    globs = {f"{name}_glob_{number}": glob(pattern) for number, pattern in enumerate(patterns)}
+    either = [f"{name} GLOB :{place}" for place in globs]
+    if len(bound) == 1:
+        either.insert(0, f"{name} = :{name}_0")
+    elif bound:
+        either.insert(0, f"{name} IN ({', '.join(f':{place}' for place in bound)})")
+    if either:
+        found.append(either[0] if len(either) == 1 else f"({' OR '.join(either)})")
+        values |= bound | globs
+
+
+def glob(pattern: Pattern) -> str:
+    """Return a pattern as SQLite's GLOB has it, in which `?` and `[` are special as well."""
+    return "*".join("".join(f"[{sign}]" if sign in "*?[" else sign for sign in piece) for piece in pattern)
+
+
+_SQL_OPERATORS: Final = {"!=": "<>"}
+
+
+def _metric(number: int, comparison: Comparison, values: Values) -> str:
+    """Return one comparison in SQL; what JSON has of another kind is less or greater than nothing."""
+    path, value = f"metric_path_{number}", f"metric_{number}"
+    values[path] = "$" + "".join(f'."{key}"' for key in comparison.path)
+    values[value] = comparison.value
+    kinds = (
+        "'true', 'false'"
+        if isinstance(comparison.value, bool)
+        else "'text'"
+        if isinstance(comparison.value, str)
+        else "'integer', 'real'"
+    )
+    operator = _SQL_OPERATORS.get(comparison.operator, comparison.operator)
+    return (
+        f"(json_type(metrics_json, :{path}) IN ({kinds}) AND json_extract(metrics_json, :{path}) {operator} :{value})"
+    )
+
+
+def match_expression(words: str) -> str:
+    """Return words, `prefix*` and "phrases" as an expression of FTS5, quoted, so that nothing in them is syntax."""
+    quoted = []
+    for place, part in enumerate(words.split('"')):
+        for term in [part] if place % 2 else part.split():
+            is_prefix = place % 2 == 0 and term.endswith("*")
+            if any(map(str.isalnum, term)):
+                quoted.append(f'"{term}"' + (" *" if is_prefix else ""))
+    return " ".join(quoted)
+
+
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """One way to some of the runs that are older than `:before`."""
+
+    source: str
+    """What stands behind FROM, with the conditions."""
+    moment: str
+    """The column, or name, that tells from when the age of these runs counts."""
+
+    @property
+    def in_order(self) -> str:
+        """The source with the oldest runs first, which costs no sort."""
+        return f"{self.source} ORDER BY {self.moment}" if self.moment == "created_at" else self.source
+
+
+# A run is as old as its created_at says, unless that lay ahead of its arrival: then it is as old as the arrival. No run
+# is in both walks. A cross join is done in the order in which it stands.
+_AHEAD: Final = """(
+    SELECT run AS ahead, arrived_at AS arrived FROM run_arrivals WHERE created_at >= :before AND arrived_at < :before
+) CROSS JOIN agent_runs NOT INDEXED ON agent_runs.id = ahead"""
+
+_IS_ARCHIVED: Final = """
+    json_each(:versions) CROSS JOIN agent_runs NOT INDEXED ON agent_runs.id = json_extract(value, '$[0]')
+    WHERE updated_at = json_extract(value, '$[1]') AND (created_at < :before OR EXISTS (
+        SELECT 1 FROM run_arrivals AS a
+        WHERE a.created_at = agent_runs.created_at AND a.run = agent_runs.id AND a.arrived_at < :before
+    ))"""
+
+
+def old_runs(command: PruneRuns | CountPrunable) -> tuple[list[Walk], Values]:
+    """Return the walks that find the runs to prune, and what is bound to their names."""
+    equal = {name: value for name in ("agent_name", "status") if (value := getattr(command, name)) is not None}
+    also = "".join(f" AND {name} = :{name}" for name in equal)
+    values: Values = {**equal, "before": command.created_before}
+    if isinstance(command, PruneRuns) and command.versions is not None:
+        values["versions"] = orjson.dumps(command.versions).decode()
+        return [Walk(f"{_IS_ARCHIVED}{also}", "")], values
+    return _walks(frozenset(equal), also), values
+
+
+def stale_runs(stale_before: str, agent_name: str | None) -> tuple[list[Walk], Values]:
+    """Return the walks that find the stale runs, and what is bound to their names."""
+    also = " AND status = 'running' AND updated_at < :before"
+    values: Values = {"before": stale_before}
+    if agent_name is not None:
+        also += " AND agent_name = :agent_name"
+        values["agent_name"] = agent_name
+    return _walks(frozenset({"status"} if agent_name is None else {"status", "agent_name"}), also), values
+
+
+def _walks(names: frozenset[str], also: str) -> list[Walk]:
+    index, _ = INDEXES[names]
+    return [
+        Walk(f"agent_runs INDEXED BY {index} WHERE created_at < :before{also}", "created_at"),
+        Walk(f"{_AHEAD} WHERE true{also}", "arrived"),
+    ]
+
+
+def together(walks: list[Walk], *columns: str) -> str:
+    """Return the SQL text of all runs on these walks, with columns of theirs and the moment from which they age."""
+    named = ", ".join(columns)
+    return " UNION ALL ".join(f"SELECT {named}, {walk.moment} AS since FROM {walk.source}" for walk in walks)  # noqa: S608 - our own words

@@ -1,0 +1,347 @@
+"""Compares the counts with the runs, in slices that each are one short transaction, and corrects them.
+
+An hour of runs is the unit: all that is kept of it is compared in the transaction that reads its last slice. What the
+writer itself commits between two slices of an hour is told to the `Tally`, as far as the slices have come.
+"""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Final
+
+import orjson
+
+from telemetryd.engine.sqlite.statements import rollups
+from telemetryd.engine.sqlite.statements.sequence import KEEP_NUMBERS, MAKE_FEED, NEWEST, NEWEST_EVENT
+from telemetryd.model.stats import DAY, FACTS, Facts, hour_number
+
+SLICE_ROWS: Final = 1_000
+"""Runs that are read in one transaction: a few milliseconds."""
+_SLICE_S: Final = 0.005
+_ATTEMPTS: Final = 3
+_CREATED_AT: Final = FACTS.index("created_at")
+_MINUTE: Final = len("2025-12-24T10:00")
+_HOUR: Final = len("2025-12-24T10")
+_DATE: Final = len("2025-12-24")
+_TIME: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d")
+
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_FIRST_HOUR: Final = (datetime(1, 1, 1, tzinfo=UTC) - _EPOCH) // timedelta(hours=1)
+_LAST_HOUR: Final = (datetime(9999, 12, 31, 23, tzinfo=UTC) - _EPOCH) // timedelta(hours=1)
+"""What a time can say; other numbers of hours are nobody's."""
+
+_SELECT: Final = f"""
+    SELECT {", ".join(FACTS)}, start_time FROM agent_runs INDEXED BY idx_runs_created_desc
+    WHERE created_at > :after AND created_at < :end ORDER BY created_at LIMIT :limit
+"""  # noqa: S608 - names from the definition
+_SELECT_AT: Final = f"""
+    SELECT {", ".join(FACTS)}, start_time FROM agent_runs INDEXED BY idx_runs_created_desc WHERE created_at = :at
+"""  # noqa: S608 - names from the definition
+_NEXT: Final = """
+    SELECT min(place) FROM (
+        SELECT min(created_at) AS place FROM agent_runs WHERE created_at >= :end
+        UNION ALL SELECT min(minute) FROM run_minutes WHERE minute >= :end
+        UNION ALL SELECT min(hour) FROM run_hours WHERE hour >= :end
+        UNION ALL SELECT min(day) || 'T00' FROM run_days WHERE day >= :end
+    )
+"""
+_NEXT_CELL: Final = """
+    SELECT min(start) FROM (
+        SELECT min(start) AS start FROM run_stats WHERE hours = 1 AND names = 1 AND start > :hour AND start <= :last
+        UNION ALL SELECT min(start) FROM run_stats WHERE hours = 1 AND names = 2 AND start > :hour AND start <= :last
+        UNION ALL SELECT min(start) FROM run_stats WHERE hours = 1 AND names = 3 AND start > :hour AND start <= :last
+        UNION ALL SELECT min(start) FROM run_stats WHERE hours = 24 AND names = 1 AND start > :hour AND start <= :last
+        UNION ALL SELECT min(start) FROM run_stats WHERE hours = 24 AND names = 2 AND start > :hour AND start <= :last
+        UNION ALL SELECT min(start) FROM run_stats WHERE hours = 24 AND names = 3 AND start > :hour AND start <= :last
+    )
+"""
+_NEXT_AGENT: Final = """
+    SELECT min(agent_name) FROM (
+        SELECT min(agent_name) AS agent_name FROM agent_runs INDEXED BY idx_runs_agent WHERE agent_name > :agent
+        UNION ALL SELECT min(agent_name) FROM run_totals WHERE agent_name > :agent
+    )
+"""
+_COUNT: Final = """
+    SELECT job_type, status, count(*) FROM agent_runs INDEXED BY idx_runs_agent WHERE agent_name = ? GROUP BY 1, 2
+"""
+_STRAYS: Final = """
+    SELECT value FROM json_each(?) WHERE NOT EXISTS (SELECT 1 FROM agent_runs WHERE id = value)
+"""
+
+
+Timed = tuple[Facts, str | None]
+"""What the statistics need to know of a run, and its start time if it may be a new one."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Noted:
+    """What a transaction is going to commit."""
+
+    number: int
+    event: int
+    added: list[Timed]
+    taken: list[Timed]
+
+
+@dataclass(slots=True)
+class Found:
+    """What a comparison has found."""
+
+    corrected: int = 0
+    """Counts that were wrong, and are right now."""
+    strays: Counter[str] = field(default_factory=Counter)
+    """Rows that belong to runs that are gone, by table; they stay, but for numbers of changes."""
+
+
+class Tally:
+    """The runs of one hour, counted as far as the slices have come, whatever is committed between two of them.
+
+    It also keeps the last numbers that were drawn: somebody else may delete what holds them.
+    """
+
+    def __init__(self) -> None:
+        self.number = self.event = 0
+        """The last number of the commit sequence, and the last id of an event, that a commit of ours has drawn."""
+        self._hour: str | None = None
+        self._noted: _Noted | None = None
+        self._clear("")
+
+    def _clear(self, position: str) -> None:
+        self.position = position
+        """Up to which created_at everything is counted."""
+        self.summary: rollups.Summary = {}
+        self.minutes: Counter[str] = Counter()
+        self.starts: list[str] = []
+        """The first and the last start time."""
+
+    @property
+    def is_counting(self) -> bool:
+        """Whether it has to be told of runs."""
+        return self._hour is not None
+
+    def begin(self, hour: str) -> None:
+        """Count an hour, from its beginning."""
+        self._hour = hour
+        self._clear(hour)
+
+    def end(self) -> None:
+        """Count no hour."""
+        self._hour = None
+        self._clear("")
+
+    def count(self, runs: Iterable[Timed], position: str) -> None:
+        """Count runs that lie behind the position, up to a new one."""
+        self.position = position
+        self._add(runs, 1)
+
+    def note(self, number: int, event: int, added: Iterable[Timed] = (), taken: Iterable[Timed] = ()) -> None:
+        """Take note of what a transaction is going to commit."""
+        self._noted = _Noted(number, event, [*added], [*taken])
+
+    def forget(self) -> None:
+        """Forget what was noted: that transaction was not committed."""
+        self._noted = None
+
+    def confirm(self) -> None:
+        """Count what was noted: it is committed."""
+        noted, self._noted = self._noted, None
+        if noted is None:
+            return
+        self.number, self.event = max(self.number, noted.number), max(self.event, noted.event)
+        if self._hour is not None:
+            self._add(filter(self._covers, noted.added), 1)
+            self._add(filter(self._covers, noted.taken), -1)
+
+    def _covers(self, run: Timed) -> bool:
+        created_at: str = run[0][_CREATED_AT]
+        return created_at[:_HOUR] == self._hour and created_at <= self.position
+
+    def _add(self, runs: Iterable[Timed], sign: int) -> None:
+        counted = [*runs]
+        rollups.summarize(self.summary, (facts for facts, _ in counted), sign)
+        for facts, start in counted:
+            self.minutes[facts[_CREATED_AT][:_MINUTE]] += sign
+            if start is not None:
+                self.starts = [min(start, *self.starts), max(start, *self.starts)] if self.starts else [start, start]
+
+
+def compare(connection: sqlite3.Connection, tally: Tally, disturbed: Callable[[], int]) -> Iterator[Found]:
+    """Compare everything, a slice at each step; each step is to be taken in a transaction of its own.
+
+    Args:
+        connection: the write connection.
+        tally: is told of whatever is committed between two steps.
+        disturbed: how many commits of others were noticed; after one of them, an hour is counted anew.
+
+    """
+    found = Found()
+    cursor = connection.cursor()
+    rollups.fold(cursor)
+    hour = ""
+    while (following := _next_hour(cursor, hour)) is not None:
+        if hour and hour[:_DATE] != following[:_DATE]:
+            found.corrected += _settle_day(cursor, hour[:_DATE])
+            yield found
+        hour = following
+        yield from _compare_hour(cursor, tally, hour, found, disturbed)
+    if hour:
+        found.corrected += _settle_day(cursor, hour[:_DATE])
+        yield found
+    yield from _compare_totals(cursor, found)
+    for table in ("run_changes", "run_events", "run_processes", "unconverted_values"):
+        yield from _find_strays(cursor, table, found)
+
+
+def _next_hour(cursor: sqlite3.Cursor, hour: str) -> str | None:
+    """Return the next hour of which there are runs or counts, or None."""
+    # Behind an hour stands a colon in every time of it, and a semicolon comes next.
+    behind = f"{hour};" if hour else ""
+    number = hour_number(hour) if hour else _FIRST_HOUR - 1
+    places = []
+    while True:
+        place = cursor.execute(_NEXT, {"end": behind}).fetchone()[0]
+        if place is None or _TIME.match(place):
+            break
+        behind = f"{place}\0"  # somebody's text that is no time counts nowhere
+    if place is not None:
+        places.append(place[:_HOUR])
+    start = cursor.execute(_NEXT_CELL, {"hour": number, "last": _LAST_HOUR}).fetchone()[0]
+    if start is not None:
+        moment = _EPOCH + timedelta(hours=start)
+        places.append(f"{moment.year:04}-{moment:%m-%dT%H}")
+    return min(places, default=None)
+
+
+def _compare_hour(
+    cursor: sqlite3.Cursor, tally: Tally, hour: str, found: Found, disturbed: Callable[[], int]
+) -> Iterator[Found]:
+    for _ in range(_ATTEMPTS):
+        before = disturbed()
+        tally.begin(hour)
+        while _count_slice(cursor, tally, hour):
+            yield found
+            if disturbed() != before:
+                break
+        else:
+            found.corrected += rollups.settle_hour(cursor, hour, tally.summary)
+            found.corrected += _settle_minutes(cursor, tally, hour)
+            found.corrected += _settle_span(cursor, "run_hours", "hour", hour, tally.starts)
+            break
+    tally.end()
+    yield found
+
+
+def _count_slice(cursor: sqlite3.Cursor, tally: Tally, hour: str) -> bool:
+    """Count the next runs of an hour, with all that have the last one's time; tell whether there may be more."""
+    place = {"after": tally.position, "end": f"{hour};", "limit": SLICE_ROWS}
+    rows = cursor.execute(_SELECT, place).fetchall()
+    if len(rows) < SLICE_ROWS:
+        tally.count([(row[:-1], row[-1]) for row in rows], f"{hour};")
+        return False
+    last = rows[-1][_CREATED_AT]
+    rows = [row for row in rows if row[_CREATED_AT] != last] + cursor.execute(_SELECT_AT, {"at": last}).fetchall()
+    tally.count([(row[:-1], row[-1]) for row in rows], last)
+    return True
+
+
+def _settle_minutes(cursor: sqlite3.Cursor, tally: Tally, hour: str) -> int:
+    kept = dict(
+        cursor.execute("SELECT minute, runs FROM run_minutes WHERE minute >= ? AND minute < ?", (hour, f"{hour};"))
+    )
+    expected = {minute: runs for minute, runs in tally.minutes.items() if runs > 0}
+    wrong = [minute for minute in {*kept, *expected} if kept.get(minute) != expected.get(minute)]
+    cursor.executemany("DELETE FROM run_minutes WHERE minute = ?", [(minute,) for minute in wrong])
+    right = [(minute, expected[minute]) for minute in wrong if minute in expected]
+    cursor.executemany("INSERT INTO run_minutes (minute, runs) VALUES (?, ?)", right)
+    return len(wrong)
+
+
+def _settle_span(cursor: sqlite3.Cursor, table: str, key: str, place: str, starts: list[str]) -> int:
+    """See that the span of an hour or a day holds its start times; it may be wider."""
+    kept = cursor.execute(f"SELECT first_start, last_start FROM {table} WHERE {key} = ?", (place,)).fetchone()  # noqa: S608 - one of two names
+    if (not starts and kept is None) or (starts and kept and kept[0] <= starts[0] and kept[1] >= starts[-1]):
+        return 0
+    cursor.execute(f"DELETE FROM {table} WHERE {key} = ?", (place,))  # noqa: S608 - one of two names
+    if starts:
+        cursor.execute(f"INSERT INTO {table} VALUES (?, ?, ?)", (place, starts[0], starts[-1]))  # noqa: S608 - one of two names
+    return 1
+
+
+def _settle_day(cursor: sqlite3.Cursor, date: str) -> int:
+    """Make a day what its hours add up to."""
+    first, last = cursor.execute(
+        "SELECT min(first_start), max(last_start) FROM run_hours WHERE hour >= ? AND hour < ?",
+        (f"{date}T", f"{date}U"),
+    ).fetchone()
+    starts = [] if first is None else [first, last]
+    start = hour_number(f"{date}T00")
+    return rollups.settle_day(cursor, start // DAY * DAY) + _settle_span(cursor, "run_days", "day", date, starts)
+
+
+def _compare_totals(cursor: sqlite3.Cursor, found: Found) -> Iterator[Found]:
+    """Compare the totals of agents, each of which an index counts."""
+    agent = ""
+    until = time.monotonic() + _SLICE_S
+    while (agent := cursor.execute(_NEXT_AGENT, {"agent": agent}).fetchone()[0]) is not None:
+        expected = {(job, status): runs for job, status, runs in cursor.execute(_COUNT, (agent,))}
+        totals = cursor.execute("SELECT job_type, status, runs FROM run_totals WHERE agent_name = ?", (agent,))
+        kept = {(job, status): runs for job, status, runs in totals}
+        if kept != expected:
+            found.corrected += sum(kept.get(key) != expected.get(key) for key in {*kept, *expected})
+            cursor.execute("DELETE FROM run_totals WHERE agent_name = ?", (agent,))
+            right = [(agent, *key, runs) for key, runs in expected.items()]
+            cursor.executemany("INSERT INTO run_totals VALUES (?, ?, ?, ?)", right)
+        if time.monotonic() > until:
+            yield found
+            until = time.monotonic() + _SLICE_S
+    yield found
+
+
+def _find_strays(cursor: sqlite3.Cursor, table: str, found: Found) -> Iterator[Found]:
+    """Count the rows of runs that are gone. Numbers of their changes are dropped, as nobody can be told them."""
+    after = -(2**63)
+    select = f"SELECT DISTINCT run FROM (SELECT run FROM {table} WHERE run > ? ORDER BY run LIMIT {SLICE_ROWS})"  # noqa: S608 - one of four names
+    while runs := [run for (run,) in cursor.execute(select, (after,))]:
+        after = max(runs)
+        gone = [run for (run,) in cursor.execute(_STRAYS, (orjson.dumps(runs).decode(),))]
+        if gone and table == "run_changes":
+            for statement in (MAKE_FEED, KEEP_NUMBERS):
+                cursor.execute(statement)
+            cursor.executemany("DELETE FROM run_changes WHERE run = ?", [(run,) for run in gone])
+            found.corrected += len(gone)
+        elif gone:
+            count = f"SELECT count(*) FROM {table} WHERE run IN (SELECT value FROM json_each(?))"  # noqa: S608 - one of four names
+            found.strays[table] += cursor.execute(count, (orjson.dumps(gone).decode(),)).fetchone()[0]
+        yield found
+
+
+def last_drawn(connection: sqlite3.Connection) -> tuple[int, int]:
+    """Return the last number of the commit sequence, as far as rows of gone runs tell, and the last id of an event."""
+    number, event = connection.execute(f"SELECT max({NEWEST}, {_OF_RUNS}), {NEWEST_EVENT}").fetchone()
+    return number, event
+
+
+_OF_RUNS: Final = ", ".join(
+    f"(SELECT coalesce(max(run), 0) FROM {table})"  # noqa: S608 - our own names
+    for table in ("run_events", "run_processes", "unconverted_values", "run_changes")
+)
+
+
+def forget_numbers(connection: sqlite3.Connection) -> None:
+    """Have everybody who follows begin anew: nobody knows which runs somebody else has deleted or changed."""
+    connection.execute(MAKE_FEED)
+    connection.execute(f"UPDATE change_feed SET floor = {NEWEST} + 1")  # noqa: S608 - our own words
+    connection.execute("UPDATE change_feed SET horizon = floor")
+
+
+def keep_drawn(connection: sqlite3.Connection, number: int, event: int) -> None:
+    """See that no number is drawn again that was drawn before somebody else deleted what held it."""
+    connection.execute(MAKE_FEED)
+    connection.execute("UPDATE change_feed SET floor = ?1 WHERE floor < ?1", (number,))
+    connection.execute("UPDATE change_feed SET event_floor = ?1 WHERE event_floor < ?1", (event,))

@@ -1,0 +1,365 @@
+"""How each query is said to SQLite, and what its rows become."""
+
+from __future__ import annotations
+
+import sqlite3
+from dataclasses import replace
+from functools import lru_cache, partial
+from itertools import accumulate
+from typing import Final
+
+import orjson
+
+from telemetryd.engine.sqlite.statements import full_text, json_rows
+from telemetryd.engine.sqlite.statements.commands import MINUTE, PROCESS
+from telemetryd.engine.sqlite.statements.predicates import (
+    MAX_ARMS,
+    Values,
+    choose,
+    conditions,
+    glob,
+    match_expression,
+    old_runs,
+    stale_runs,
+    together,
+)
+from telemetryd.errors import InvalidRequestError
+from telemetryd.model import events
+from telemetryd.model.commands import Process
+from telemetryd.model.events import EventPage
+from telemetryd.model.filters import TIME_BOUNDS, WILDCARD, Filters
+from telemetryd.model.queries import (
+    DEFAULT_LIMIT,
+    MAX_LIMIT,
+    MAX_NAMES,
+    CountPrunable,
+    Counts,
+    CountStale,
+    GetRun,
+    ListEvents,
+    ListRuns,
+    Page,
+    Position,
+    Prunable,
+)
+from telemetryd.model.runs import COLUMNS, Row, SqlValue
+
+_EVENTS: Final = f"SELECT {', '.join(events.COLUMNS)} FROM run_events INDEXED BY idx_events_time WHERE run = :run"  # noqa: S608 - names from the definition of an event
+_SELECT_EVENTS: Final = f"{_EVENTS} ORDER BY timestamp, id LIMIT :limit OFFSET :offset"
+_SELECT_EVENTS_AFTER: Final = f"{_EVENTS} AND (timestamp, id) > (:timestamp, :id) ORDER BY timestamp, id LIMIT :limit"
+_SELECT_LAST_EVENTS: Final = f"{_EVENTS} ORDER BY timestamp DESC, id DESC LIMIT :limit OFFSET :offset"
+_SELECT_EVENTS_BEFORE: Final = (
+    f"{_EVENTS} AND (timestamp, id) < (:timestamp, :id) ORDER BY timestamp DESC, id DESC LIMIT :limit"
+)
+_EVENT_PAYLOAD: Final = events.COLUMNS.index("payload")
+_ID: Final = COLUMNS.index("id")
+_SELECT_PROCESSES: Final = f"""
+    SELECT {", ".join(PROCESS[:-1])}, max({PROCESS[-1]}) FROM run_processes INDEXED BY idx_processes_waiting
+    WHERE certified_at IS NULL GROUP BY pid, start_time, boot_id, pid_namespace
+"""  # noqa: S608 - names from the definition of a process
+_SELECT_RUN: Final = f"SELECT {', '.join(COLUMNS)} FROM agent_runs WHERE event_id = ?"  # noqa: S608 - names from the definition
+
+_MEETS: Final = "last_start >= coalesce(:start_time_from, '') AND first_start <= coalesce(:start_time_to, '~')"
+_SPAN_OF_HOURS: Final = f"""
+    SELECT
+        (SELECT hour FROM run_hours WHERE hour >= first_day AND {_MEETS} ORDER BY hour LIMIT 1),
+        (SELECT hour || ';' FROM run_hours WHERE hour < last_day || 'U' AND {_MEETS} ORDER BY hour DESC LIMIT 1)
+    FROM (SELECT min(day) AS first_day, max(day) AS last_day FROM run_days WHERE {_MEETS})
+"""  # noqa: S608 - our own words
+"""The hours in which runs that started in a range can have been created; ';' is the character behind ':', U behind T.
+
+The days come first, because a year has many hours.
+"""
+
+Span = tuple[SqlValue, SqlValue]
+
+
+def select_page(
+    query: ListRuns, created: Span | None = None, agents: tuple[str, ...] | None = None, *, is_rare: bool = False
+) -> tuple[str, Values]:
+    """Return the SQL text and the parameters that fetch a page, and one row more to see if others follow.
+
+    `created` is a span of created_at outside of which nothing can match, `agents` the names that the patterns stand
+    for, and `is_rare` says that few runs have the words that are searched for.
+    """
+    filters = query.filters if agents is None else named(query.filters, agents)
+    source, columns, arms = _source(query, filters, is_rare=is_rare)
+    bounds = {name for name, (column, _) in TIME_BOUNDS.items() if column == query.order.column}
+    found, values = conditions(filters, {*columns, *bounds, *(["q"] if is_rare else [])})
+    # Where many conditions leave hardly a row, as SQLite guesses, it would rather sort than walk an index backwards.
+    found = [f"likelihood({condition}, 1.0)" for condition in found]
+    values |= {"rows": query.limit + 1, "offset": query.offset}
+    if is_rare:
+        values["q"] = match_expression(filters.words or "")
+    walks = _walks(query, created, values)
+    select = _select(query.columns)
+    texts = []
+    for number, arm in enumerate(arms):
+        places = {f"{name}_{number}": name for name in columns}
+        values |= {place: arm[name] for place, name in places.items()}
+        equal = [f"{name} = :{place}" for place, name in places.items()]
+        for walk in walks:
+            where = " AND ".join(filter(None, [*equal, *found, walk]))
+            texts.append(f"{select} FROM {source}" + (f" WHERE {where}" if where else ""))
+    direction = "DESC" if query.order.descending else "ASC"
+    order = f"ORDER BY {query.order.column} {direction}, id {direction}"
+    return f"{' UNION ALL '.join(texts)} {order} LIMIT :rows OFFSET :offset", values
+
+
+FOUND: Final = (
+    "(SELECT rowid AS found FROM runs_text WHERE runs_text MATCH :q) CROSS JOIN agent_runs NOT INDEXED ON id = found"
+)
+"""The runs with the words that are searched for, one by one."""
+
+
+def _source(query: ListRuns, filters: Filters, *, is_rare: bool) -> tuple[str, tuple[str, ...], list[Values]]:
+    """Return where runs come from, the columns that have one value in each walk, and these values for each of them."""
+    if is_rare:
+        return FOUND, (), [{}]
+    if query.order.column != "created_at":
+        return "agent_runs INDEXED BY idx_runs_start", (), [{}]
+    # A search for words would be done again in each arm.
+    index, columns, arms = choose({} if filters.patterns else filters.equal, MAX_ARMS if filters.words is None else 1)
+    return f"agent_runs INDEXED BY {index}", columns, arms
+
+
+@lru_cache(maxsize=64)
+def _select(columns: tuple[str, ...]) -> str:
+    return f"SELECT {', '.join(columns)}"
+
+
+Bound = tuple[str, SqlValue]
+"""A comparison, and what is compared with."""
+
+
+def _ends(query: ListRuns, created: Span | None) -> tuple[Bound | None, Bound | None]:
+    """Return the lower and the upper bound of the column that the order is by."""
+    bounds = query.filters.bounds
+    given: dict[str, Bound] = {
+        comparison[0]: (comparison, bounds[name])
+        for name, (column, comparison) in TIME_BOUNDS.items()
+        if column == query.order.column and name in bounds
+    }
+    lower, upper = given.get(">"), given.get("<")
+    if created is not None and query.order.column == "created_at":
+        first, last = created
+        if lower is None or first is None or str(first) > str(lower[1]):
+            lower = (">=", first)
+        if last is not None and (upper is None or str(last) < str(upper[1])):
+            upper = ("<", last)
+    return lower, upper
+
+
+def _walks(query: ListRuns, created: Span | None, values: Values) -> list[str]:
+    """Return the conditions on the order's column for each walk of an index: one bound at each end, it uses only one.
+
+    A walk that goes on behind a cursor has two parts: the rest of the runs of the same moment, and all runs beyond
+    it. A comparison of pairs would only use the moment, and read all of its runs again.
+    """
+    column, after = query.order.column, query.after
+    lower, upper = _ends(query, created)
+    near, far, beyond = (upper, lower, "<") if query.order.descending else (lower, upper, ">")
+    end = ""
+    if far is not None:
+        end, values["far"] = f"{column} {far[0]} :far", far[1]
+    if after is not None and (near is None or _is_within(after.moment, near)):
+        values |= {"moment": after.moment, "after_id": after.id}
+        # The plus keeps the index to the one moment, in which its rows are in the order of their ids.
+        parts = [
+            [f"{column} = :moment", f"id {beyond} :after_id", end and f"+{end}"],
+            [f"{column} {beyond} :moment", end],
+        ]
+    elif near is not None:
+        values["near"] = near[1]
+        parts = [[f"{column} {near[0]} :near", end]]
+    else:
+        parts = [[end]]
+    return [" AND ".join(filter(None, part)) for part in parts]
+
+
+def _is_within(moment: str, bound: Bound) -> bool:
+    comparison, value = bound[0], str(bound[1])
+    if moment == value:
+        return comparison.endswith("=")
+    return (moment < value) is comparison.startswith("<")
+
+
+_AGENTS: Final = """
+    WITH RECURSIVE found (name) AS (
+        SELECT min(agent_name) FROM agent_runs INDEXED BY idx_runs_agent_created
+            WHERE agent_name >= :first AND agent_name < :last
+        UNION ALL
+        SELECT (SELECT min(agent_name) FROM agent_runs INDEXED BY idx_runs_agent_created
+            WHERE agent_name > name AND agent_name < :last)
+        FROM found WHERE name IS NOT NULL
+    )
+    SELECT name FROM found WHERE name GLOB :pattern LIMIT :most
+"""
+"""The agents of a pattern: one step down the index for each name between the ends, however many runs it has."""
+_BEHIND_ALL: Final = chr(0x10FFFF)
+
+
+def find_agents(connection: sqlite3.Connection, filters: Filters) -> tuple[str, ...] | None:
+    """Return the agents that the filters' patterns stand for; None if there are no patterns, or too many agents."""
+    if not filters.patterns:
+        return None
+    names = set(filters.equal.get(WILDCARD, ()))
+    for pattern in filters.patterns:
+        prefix = pattern[0]
+        ends = {"first": prefix, "last": prefix + _BEHIND_ALL, "pattern": glob(pattern), "most": MAX_ARMS + 1}
+        names.update(name for (name,) in connection.execute(_AGENTS, ends))
+    return tuple(sorted(names)) if len(names) <= MAX_ARMS else None
+
+
+def named(filters: Filters, agents: tuple[str, ...]) -> Filters:
+    """Return filters in which the patterns are replaced by the agents that they stand for."""
+    return replace(filters, patterns=(), equal={**filters.equal, WILDCARD: agents})
+
+
+PAGE_BYTES: Final = 32 * 1024 * 1024
+"""About how much one page may hold, which is in memory several times over while it is answered."""
+
+
+_SOME: Final = 10_000
+"""Runs that are better sorted than found again on a walk through all of them."""
+_COUNT_SOME: Final = "SELECT count(*) FROM (SELECT 1 FROM runs_text WHERE runs_text MATCH ? LIMIT ?)"
+
+
+def _is_rare(connection: sqlite3.Connection, filters: Filters) -> bool:
+    """Tell whether few runs have the words that are searched for."""
+    if filters.words is None:
+        return False
+    found = connection.execute(_COUNT_SOME, (match_expression(filters.words), _SOME)).fetchone()[0]
+    return bool(found < _SOME)
+
+
+def fetch_page(connection: sqlite3.Connection, query: ListRuns) -> Page:
+    """Fetch one page of runs.
+
+    Raises:
+        InvalidRequestError: if they hold more than `PAGE_BYTES`. A shorter page would lose runs to whoever pages
+            by offset.
+
+    """
+    full_text.require(connection, query.filters)
+    agents = find_agents(connection, query.filters)
+    if agents == ():
+        return Page([], None)
+    is_rare = _is_rare(connection, query.filters)
+    select = select_page(query, _created_span(connection, query), agents, is_rare=is_rare)
+    render = partial(json_rows.render, connection, select, query.answered, query.order.column)
+    try:
+        runs, places = render(PAGE_BYTES)
+    except json_rows.TooLargeError:
+        totals = [*accumulate(size for (size,) in connection.execute(*json_rows.sizes(select, query.answered)))]
+        fitting = max(sum(total <= PAGE_BYTES for total in totals), 1)
+        if fitting < min(len(totals), query.limit):
+            raise InvalidRequestError(
+                f"Invalid limit: {query.limit}; the first {fitting} of these runs hold {PAGE_BYTES >> 20} MiB, "
+                f"the most that one answer holds: ask for at most {fitting} at a time"
+            ) from None
+        runs, places = render(None)
+    shown = runs[: query.limit]
+    if query.with_events:
+        shown = _with_events(connection, shown, [run for run, _ in places])
+    if len(runs) <= query.limit:
+        return Page(shown, None)
+    run, moment = places[query.limit - 1]
+    return Page(shown, Position(moment, run))
+
+
+def _with_events(connection: sqlite3.Connection, shown: list[str], ids: list[int]) -> list[str]:
+    """Return runs, each a JSON object, with their first events, which hold about `PAGE_BYTES` together."""
+    room = PAGE_BYTES
+    whole: list[str] = []
+    for run, id_ in zip(shown, ids, strict=False):
+        page, room = _read_events(connection, ListEvents("", DEFAULT_LIMIT), id_, room, is_first=not whole)
+        whole.append(f"{run[:-1]},{orjson.dumps(events.beside(page)).decode()[1:]}")
+    return whole
+
+
+def _created_span(connection: sqlite3.Connection, query: ListRuns) -> Span | None:
+    started = {name: query.filters.bounds.get(name) for name in ("start_time_from", "start_time_to")}
+    if not any(started.values()):
+        return None
+    span: Span = connection.execute(_SPAN_OF_HOURS, started).fetchone()
+    return span
+
+
+def fetch_run(connection: sqlite3.Connection, query: GetRun) -> tuple[Row, EventPage] | None:
+    """Fetch the run with an event_id, and its first events."""
+    row: Row | None = connection.execute(_SELECT_RUN, (query.event_id,)).fetchone()
+    if row is None:
+        return None
+    if not query.events:
+        return row, EventPage([], more=False)
+    return row, _read_events(connection, ListEvents(query.event_id, query.events), row[_ID], PAGE_BYTES)[0]
+
+
+def fetch_events(connection: sqlite3.Connection, query: ListEvents) -> EventPage | None:
+    """Fetch the events of a run, about `PAGE_BYTES` of them at most."""
+    run = connection.execute("SELECT id FROM agent_runs WHERE event_id = ?", (query.event_id,)).fetchone()
+    return None if run is None else _read_events(connection, query, run[0], PAGE_BYTES)[0]
+
+
+def _read_events(
+    connection: sqlite3.Connection, query: ListEvents, run: SqlValue, room: int, *, is_first: bool = True
+) -> tuple[EventPage, int]:
+    """Return the events of a run that fit into so many bytes, or one if it `is_first`, and the room that is left."""
+    values: Values = {"run": run, "limit": query.limit + 1, "offset": query.offset}
+    if query.after is None:
+        sql = _SELECT_LAST_EVENTS if query.is_descending else _SELECT_EVENTS
+    else:
+        sql = _SELECT_EVENTS_BEFORE if query.is_descending else _SELECT_EVENTS_AFTER
+        values |= dict(zip(("timestamp", "id"), query.after, strict=True))
+    rows: list[Row] = []
+    for row in connection.execute(sql, values):
+        room -= len(row[_EVENT_PAYLOAD] or "")
+        if len(rows) == query.limit or (room < 0 and (rows or not is_first)):
+            return EventPage(rows, more=True), room
+        rows.append(row)
+    return EventPage(rows, more=False), room
+
+
+def fetch_processes(connection: sqlite3.Connection) -> list[Process]:
+    """Fetch each process that is registered and not certified, with the most out-of-memory kills it is known with."""
+    return [Process(*row) for row in connection.execute(_SELECT_PROCESSES)]
+
+
+def count_prunable(connection: sqlite3.Connection, query: CountPrunable) -> Prunable:
+    """Count the runs that pruning would delete."""
+    walks, values = old_runs(query)
+    found = connection.execute(f"SELECT count(*), min(since) FROM ({together(walks, 'agent_runs.id')})", values)  # noqa: S608 - our own words
+    ahead = connection.execute(f"SELECT event_id FROM {walks[-1].source} LIMIT {MAX_LIMIT}", values)  # noqa: S608 - our own words
+    runs, oldest = found.fetchone()
+    return Prunable(runs, oldest, tuple(event_id for (event_id,) in ahead))
+
+
+def count_stale(connection: sqlite3.Connection, query: CountStale) -> int:
+    """Count the runs that reaping would cancel."""
+    walks, values = stale_runs(query.stale_before, query.agent_name)
+    return int(connection.execute(f"SELECT count(*) FROM ({together(walks, 'agent_runs.id')})", values).fetchone()[0])  # noqa: S608 - our own words
+
+
+def fetch_counts(connection: sqlite3.Connection, recent_since: str, now: str) -> Counts:
+    """Read the totals that the writer keeps; their cost does not grow with the number of runs.
+
+    `recent` are the runs created in the minutes from that of `recent_since` to that of `now`.
+    """
+    agents = connection.execute(
+        "SELECT agent_name, sum(runs) AS its FROM run_totals GROUP BY agent_name HAVING its > 0 "
+        "ORDER BY its DESC, agent_name LIMIT ?",
+        (MAX_NAMES,),
+    )
+    job_types = connection.execute(
+        "SELECT DISTINCT job_type FROM run_totals WHERE runs > 0 ORDER BY job_type LIMIT ?", (MAX_NAMES,)
+    )
+    recent = connection.execute(
+        "SELECT coalesce(sum(runs), 0) FROM run_minutes WHERE minute BETWEEN ? AND ?",
+        (recent_since[:MINUTE], now[:MINUTE]),
+    )
+    sums = connection.execute(
+        "SELECT coalesce(sum(runs), 0), count(DISTINCT agent_name), count(DISTINCT job_type) "
+        "FROM run_totals WHERE runs > 0"
+    )
+    return Counts(dict(agents), tuple(row[0] for row in job_types), recent.fetchone()[0], *sums.fetchone())

@@ -1,0 +1,195 @@
+"""What a check and a salvage ask of a database, and what a repair writes."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from typing import Final, NamedTuple
+
+from telemetryd.engine.sqlite.statements import rollups
+from telemetryd.engine.sqlite.statements.sequence import KEEP_EVENT_NUMBERS, KEEP_NUMBERS, MAKE_FEED, Sequence
+from telemetryd.engine.sqlite.tools import migrate
+from telemetryd.engine.sqlite.tools.conversion import PLAIN_TEXTS, replacement
+from telemetryd.git_urls import without_credentials
+from telemetryd.model.runs import COLUMNS, Role, SqlValue, columns
+
+_WRONG_TOTALS: Final = """
+    WITH counted AS (
+        SELECT agent_name || char(0) || job_type || char(0) || status AS place, count(*) AS runs
+            FROM agent_runs GROUP BY agent_name, job_type, status
+        UNION ALL
+        SELECT substr(created_at, 1, 16), count(*) FROM agent_runs GROUP BY 1
+    ), kept AS (
+        SELECT agent_name || char(0) || job_type || char(0) || status AS place, runs FROM run_totals WHERE runs <> 0
+        UNION ALL
+        SELECT minute, runs FROM run_minutes WHERE runs <> 0
+    )
+    SELECT count(DISTINCT place) FROM (
+        SELECT place FROM (SELECT * FROM counted EXCEPT SELECT * FROM kept)
+        UNION ALL
+        SELECT place FROM (SELECT * FROM kept EXCEPT SELECT * FROM counted)
+        UNION ALL
+        SELECT c.hour FROM (
+            SELECT substr(created_at, 1, 13) AS hour, min(start_time) AS first, max(start_time) AS last
+            FROM agent_runs GROUP BY 1
+        ) AS c LEFT JOIN run_hours AS k ON k.hour = c.hour
+        WHERE k.hour IS NULL OR k.first_start > c.first OR k.last_start < c.last
+        UNION ALL
+        SELECT c.day FROM (
+            SELECT substr(hour, 1, 10) AS day, min(first_start) AS first, max(last_start) AS last
+            FROM run_hours GROUP BY 1
+        ) AS c LEFT JOIN run_days AS k ON k.day = c.day
+        WHERE k.day IS NULL OR k.first_start > c.first OR k.last_start < c.last
+    )
+"""
+
+SAVE_RUN: Final = (
+    f"INSERT INTO agent_runs ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))}) ON CONFLICT DO NOTHING"  # noqa: S608 - names from the definition
+)
+KEEP_ORIGINAL: Final = "INSERT OR IGNORE INTO unconverted_values (run, field, reason, original) VALUES (?, ?, ?, ?)"
+
+_OF_RUNS: Final = ("unconverted_values", "run_events", "run_processes", "run_arrivals")
+
+BESIDE_RUNS: Final = (*_OF_RUNS, "alert_states", "alert_deliveries")
+"""The tables of the schema whose rows a salvage copies as they are."""
+
+_ABOUT_RUNS: Final = (*_OF_RUNS, "run_changes")
+"""The tables whose rows refer to runs. A salvage makes a new sequence, in which no run has changed yet."""
+
+FIRST_NUMBER: Final = -(2**63)
+LAST_NUMBER: Final = 2**63 - 1
+WALK_FROM: Final = {
+    "front": "SELECT rowid, * FROM agent_runs NOT INDEXED WHERE rowid > ? ORDER BY rowid LIMIT ?",
+    "back": "SELECT rowid, * FROM agent_runs NOT INDEXED WHERE rowid < ? ORDER BY rowid DESC LIMIT ?",
+}
+READ_BY_NUMBER: Final = "SELECT rowid, * FROM agent_runs NOT INDEXED WHERE rowid = ?"
+_SMALL_INDEXES: Final = ("idx_runs_created_desc", "idx_runs_start", "idx_runs_event_id")
+NUMBERS_IN_INDEXES: Final = tuple(
+    f"SELECT rowid FROM agent_runs INDEXED BY {index} WHERE {column} >= '' AND rowid > ? AND rowid < ?"  # noqa: S608 - our own names
+    for index, column in zip(_SMALL_INDEXES, ("created_at", "start_time", "event_id"), strict=True)
+)
+COUNTS_OF_RUNS: Final = (
+    "SELECT sum(runs) FROM run_totals",
+    *(f"SELECT count(*) FROM agent_runs INDEXED BY {index}" for index in _SMALL_INDEXES),  # noqa: S608 - our own names
+)
+
+
+def read_table(connection: sqlite3.Connection, name: str) -> Iterator[list[tuple[object, ...]]]:
+    """Yield the rows of any table in slices, until its end or the first damage."""
+    quoted = name.replace('"', '""')
+    rows = connection.execute(f'SELECT * FROM "{quoted}"')  # noqa: S608 - quoted
+    while part := rows.fetchmany(500):
+        yield part
+
+
+def make_alike(source: sqlite3.Connection, name: str, target: sqlite3.Connection, new: str) -> None:
+    """Make a table with the columns of another one, of any type, under a new name."""
+    quoted = name.replace('"', '""')
+    columns = ['"{}"'.format(row[1].replace('"', '""')) for row in source.execute(f'PRAGMA table_info("{quoted}")')]
+    target.execute(f'CREATE TABLE "{new}" ({", ".join(columns)})')
+
+
+def fill_table(connection: sqlite3.Connection, name: str, rows: list[tuple[object, ...]]) -> int:
+    """Insert rows into any table, except those that are there already; return how many were new."""
+    quoted, places = name.replace('"', '""'), ", ".join("?" * len(rows[0]))
+    return connection.executemany(f'INSERT OR IGNORE INTO "{quoted}" VALUES ({places})', rows).rowcount  # noqa: S608 - quoted
+
+
+_STRAYS: Final = "FROM {table} WHERE run NOT IN (SELECT id FROM agent_runs)"
+
+
+def count_strays(connection: sqlite3.Connection) -> dict[str, int]:
+    """Count the rows that refer to runs that are gone, in each table that has some."""
+    counted = ((table, f"SELECT count(*) {_STRAYS.format(table=table)}") for table in _ABOUT_RUNS)
+    found = ((table, int(connection.execute(sql).fetchone()[0])) for table, sql in counted)
+    return {table: rows for table, rows in found if rows}
+
+
+def delete_strays(connection: sqlite3.Connection) -> dict[str, int]:
+    """Delete the rows that refer to runs that are gone: a new run could get the number of theirs. Return how many."""
+    for statement in (MAKE_FEED, KEEP_NUMBERS, KEEP_EVENT_NUMBERS):
+        connection.execute(statement)
+    deleted = ((table, f"DELETE {_STRAYS.format(table=table)}") for table in _ABOUT_RUNS)
+    done = ((table, connection.execute(sql).rowcount) for table, sql in deleted)
+    return {table: rows for table, rows in done if rows}
+
+
+_NULS: Final = f"""
+    SELECT id, {", ".join(PLAIN_TEXTS)} FROM agent_runs
+    WHERE {" OR ".join(f"instr({name}, char(0))" for name in PLAIN_TEXTS)}
+"""  # noqa: S608 - names from the definition
+_JSON: Final = (*(("agent_runs", name) for name in columns(Role.JSON)), ("run_events", "payload"))
+
+
+class Unstorable(NamedTuple):
+    """A stored value that nobody could post: an earlier migration let it pass."""
+
+    table: str
+    number: int
+    field: str
+    original: str
+    value: SqlValue
+    """What takes its place."""
+    reason: str
+
+
+def find_unstorable(connection: sqlite3.Connection) -> Iterator[Unstorable]:
+    """Yield each value of a run or an event that could not come by a request, and at which readers may fail."""
+    for number, *texts in connection.execute(_NULS):
+        for name, text in zip(PLAIN_TEXTS, texts, strict=True):
+            if text is not None and (found := replacement(name, text)):
+                yield Unstorable("agent_runs", number, name, text, *found)
+    for table, name in _JSON:
+        rows = connection.execute(f"SELECT id, {name} FROM {table} WHERE {name} IS NOT NULL")  # noqa: S608 - our own names
+        for number, text in rows:
+            if found := replacement(name, text):
+                yield Unstorable(table, number, name, text, *found)
+
+
+def replace_unstorable(connection: sqlite3.Connection) -> int:
+    """Do with such values what a migration does with them today; return how many there were."""
+    all_of_them = list(find_unstorable(connection))
+    sequence = Sequence(connection.cursor())
+    for found in all_of_them:
+        connection.execute(f"UPDATE {found.table} SET {found.field} = ? WHERE id = ?", (found.value, found.number))  # noqa: S608 - our own names
+        if found.table == "agent_runs":
+            connection.execute(KEEP_ORIGINAL, (found.number, found.field, found.reason, found.original))
+            sequence.changed(found.number)
+    sequence.finish()
+    return len(all_of_them)
+
+
+_ADDRESSES: Final = "SELECT DISTINCT git_repo FROM agent_runs WHERE git_repo IS NOT NULL"
+_KEEP_OF_ADDRESS: Final = "UPDATE agent_runs SET git_repo = ? WHERE git_repo = ? RETURNING id"
+
+
+def find_credentials(connection: sqlite3.Connection) -> dict[str, str | None]:
+    """Return each stored address of a repository that holds more than is stored today, and what is kept of it."""
+    kept = {address: without_credentials(address) for (address,) in connection.execute(_ADDRESSES).fetchall()}
+    return {address: rest for address, rest in kept.items() if rest != address}
+
+
+def drop_credentials(connection: sqlite3.Connection) -> int:
+    """Leave out of the addresses what is not stored today, also in the file's free space; return how many runs."""
+    connection.execute("PRAGMA secure_delete = ON")
+    sequence = Sequence(connection.cursor())
+    changed = 0
+    for address, rest in find_credentials(connection).items():
+        for (number,) in connection.execute(_KEEP_OF_ADDRESS, (rest, address)).fetchall():
+            sequence.changed(number)
+            changed += 1
+    sequence.finish()
+    return changed
+
+
+def count_wrong_totals(connection: sqlite3.Connection) -> int:
+    """Count the totals and statistics that differ from what the table holds."""
+    return int(connection.execute(_WRONG_TOTALS).fetchone()[0]) + rollups.count_wrong(connection)
+
+
+def recount_totals(connection: sqlite3.Connection) -> None:
+    """Count every total and the statistics again, inside the caller's transaction."""
+    for table in ("run_totals", "run_minutes", "run_hours", "run_days"):
+        connection.execute(f"DELETE FROM {table}")  # noqa: S608 - one of our own names
+    migrate.derive(connection)
+    rollups.rebuild(connection)

@@ -1,0 +1,188 @@
+"""A place in the one commit sequence, and what can be asked of what lies behind it, as frozen data without SQL."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Final
+
+from telemetryd.errors import CursorGoneError
+from telemetryd.model import events, filters
+from telemetryd.model.filters import Filters, Parameters, read_integer, refuse
+from telemetryd.model.queries import DEFAULT_LIMIT, MAX_LIMIT
+from telemetryd.model.runs import MAX_INTEGER, Row
+
+MAX_WAIT_S: Final = 60
+PAGE_PARAMETERS: Final = ("after", "begun", "events_after", "limit", "wait")
+STREAM_PARAMETERS: Final = (*filters.PARAMETERS, "after")
+
+PAGE_BYTES: Final = 8 * 1024 * 1024
+"""About how much of runs, and as much again of events, one answer may hold; the rest comes with the next one."""
+
+BEGINNING: Final = -(2**63)
+"""Behind no number: where whoever wants everything begins."""
+
+_PLACE: Final = re.compile(r"(?:([0-9a-f]{12})-)?([0-9]{1,19})", re.ASCII)
+_ANY_PLACE: Final = f"an integer from 0 to {MAX_INTEGER}, or the id of an event of the stream"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A number of the sequence, and the epoch in which it was given; None if that is not known."""
+
+    seq: int
+    epoch: str | None = None
+
+    def __str__(self) -> str:
+        """Return it as it stands in a request and in an event's id."""
+        return str(self.seq) if self.epoch is None else f"{self.epoch}-{self.seq}"
+
+
+@dataclass(frozen=True, slots=True)
+class ListChanges:
+    """What lies behind a number, in the order of the commits: of each run only its newest change. Answer: `Changes`."""
+
+    after: int = BEGINNING
+    limit: int = DEFAULT_LIMIT
+    filters: tuple[Filters, ...] = ()
+    """For each of these the answer tells which of the runs match."""
+    events_after: int | None = None
+    """Behind which id events are wanted, if any are."""
+    most_bytes: int = PAGE_BYTES
+    """About how much of runs, and as much again of events, the answer may hold, besides a single one."""
+
+
+Deleted = str
+"""The event_id of a run that is gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """Everything behind a number up to and including `last`."""
+
+    found: list[tuple[int, Row | Deleted]]
+    """Numbers with the runs as they are now (in the order of `runs.COLUMNS`), or with what was deleted."""
+    last: int
+    newest: int
+    """The last number that was given."""
+    epoch: str
+    horizon: int
+    """Deletions up to this number are forgotten."""
+    matching: tuple[frozenset[int], ...] = ()
+    """For each of the query's filters, the ids of the runs that match."""
+    events: list[Row] | None = None
+    """If events are wanted, those behind the id in their order: the run's id, and what is in `events.COLUMNS`.
+
+    They come with the page that has the last change there is, so that whoever gets one knows its run.
+    """
+    more_events: bool = False
+
+    @property
+    def more(self) -> bool:
+        """Whether there is more behind `last`, or behind the last event."""
+        return self.last < self.newest or self.more_events
+
+    def check(self, after: Place, begun: int | None) -> None:
+        """See that whoever asked from a place, and began at another one, has learnt of every deletion.
+
+        Raises:
+            CursorGoneError: if not, or if this is not the database that gave the place.
+
+        """
+        if after.epoch not in (None, self.epoch) or after.seq > self.newest:
+            raise CursorGoneError("The database was restored from a backup since; begin again, without after")
+        if after.seq != BEGINNING and max(after.seq, begun or 0) < self.horizon:
+            raise CursorGoneError(
+                f"Deletions up to {self.horizon} are forgotten, and after is {after.seq}; begin again, without after"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class GetFollowed:
+    """How far this database has come as a copy of another one. Answer: `Followed`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Followed:
+    """How far a copy has come."""
+
+    newest: int
+    """The last number that stands in the copy."""
+    place: Place | None
+    """Up to where it has taken over the other database's changes; None if it has taken nothing."""
+    begun: int
+    """Where the other sequence stood when it began."""
+    last_event: int
+    """The highest id of an event in the copy: there is nothing to be had up to it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChangesRequest:
+    """What `GET /api/v1/changes` asks for."""
+
+    after: Place
+    begun: int | None
+    limit: int
+    wait_s: int
+    events_after: int | None = None
+
+    @property
+    def query(self) -> ListChanges:
+        """What is to be read."""
+        return ListChanges(self.after.seq, self.limit, events_after=self.events_after)
+
+
+def parse_changes(query_string: str) -> ChangesRequest:
+    """Read the query string of `GET /api/v1/changes`.
+
+    Raises:
+        InvalidRequestError: with a sentence for each fault that names the parameter, the value and what is allowed.
+
+    """
+    parameters = Parameters(query_string, PAGE_PARAMETERS)
+    asked = ChangesRequest(
+        parameters.read("after", _place, default=Place(BEGINNING)),
+        parameters.read("begun", read_integer, 0, MAX_INTEGER),
+        parameters.read("limit", read_integer, 1, MAX_LIMIT, default=DEFAULT_LIMIT),
+        parameters.read("wait", read_integer, 0, MAX_WAIT_S, default=0),
+        parameters.read("events_after", read_integer, 0, MAX_INTEGER),
+    )
+    parameters.finish()
+    return asked
+
+
+def parse_stream(query_string: str, last_event_id: str | None) -> tuple[Place | None, Filters]:
+    """Read the query string of `GET /api/v1/runs/stream`; the header of a browser that returns wins over `after`.
+
+    Return where to go on, None for from now on, and the filters.
+
+    Raises:
+        InvalidRequestError: with a sentence for each fault that names the parameter, the value and what is allowed.
+
+    """
+    parameters = Parameters(query_string, STREAM_PARAMETERS)
+    wanted = parameters.read_filters()
+    place = parameters.read("after", _place)
+    parameters.finish()
+    return place if last_event_id is None else _place("Last-Event-ID", last_event_id), wanted
+
+
+def _place(name: str, value: str) -> Place:
+    match = _PLACE.fullmatch(value)
+    if match is None or int(match[2]) > MAX_INTEGER:
+        raise refuse(name, value, _ANY_PLACE)
+    return Place(int(match[2]), match[1])
+
+
+def put_beside(changes: Changes, found: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the answer of `GET /api/v1/changes` around its changes."""
+    rows = changes.events
+    happened = {} if rows is None else {"events": [{"run": run, **events.to_json(tuple(row))} for run, *row in rows]}
+    return {
+        "changes": found,
+        **happened,
+        "last": max(changes.last, 0),
+        "more": changes.more,
+        "newest": changes.newest,
+        "epoch": changes.epoch,
+    }

@@ -1,0 +1,417 @@
+"""What can be changed, as frozen data without SQL, and what comes of each change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from telemetryd.model.clocks import Reading
+from telemetryd.model.runs import EVENT_ID, Row, SqlValue
+
+
+@dataclass(frozen=True, slots=True)
+class CreateRuns:
+    """Store runs, each unless its event_id is already known. Outcome: `Created`."""
+
+    rows: tuple[Row, ...]
+    size: int = 0
+    """About how many bytes the rows hold: those of the body that they came in."""
+
+    @property
+    def cost(self) -> int:
+        """How many rows it touches at most."""
+        return len(self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Created:
+    """For each row of a `CreateRuns`, in order: whether it was new."""
+
+    new: tuple[bool, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateRun:
+    """Change fields of one run. Outcome: `Updated`, or None if there is no such run."""
+
+    event_id: str
+    changes: Mapping[str, SqlValue]
+    size: int = 0
+    """About how many bytes the changes hold."""
+
+    @property
+    def cost(self) -> int:
+        """How many rows it touches at most."""
+        return 1
+
+
+@dataclass(frozen=True, slots=True)
+class Updated:
+    """The run that an `UpdateRun` changed."""
+
+    run_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class CreateEvents:
+    """Store events of a run, each unless its key is known. Outcome: `EventsCreated`, or None if there is no run."""
+
+    event_id: str
+    rows: tuple[Row, ...]
+    """In the order of `events.STORED`."""
+    size: int = 0
+    """About how many bytes the rows hold: those of the body that they came in."""
+
+    @property
+    def cost(self) -> int:
+        """How many rows it touches at most."""
+        return len(self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class EventsCreated:
+    """How many of a `CreateEvents` were new."""
+
+    inserted: int
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A process that works on runs, as this machine knows it: neither a number used again nor a namesake elsewhere."""
+
+    pid: int
+    start_time: int
+    """Clock ticks since boot (field 22 of /proc/PID/stat)."""
+    boot_id: str
+    machine: str
+    """A hash of the machine's id; empty if it has none."""
+    pid_namespace: str
+    """In which the pid counts."""
+    cgroup: str | None = None
+    oom_kills: int | None = None
+    """The cgroup's count of out-of-memory kills when the process was registered."""
+
+
+@dataclass(frozen=True, slots=True)
+class RegisterProcess:
+    """Note which process works on a run, in the place of any earlier one. Outcome: `Registration`."""
+
+    event_id: str
+    process: Process
+
+    @property
+    def cost(self) -> int:
+        """How many rows it touches at most."""
+        return 1
+
+    @property
+    def size(self) -> int:
+        """About how many bytes it holds."""
+        return 0
+
+
+class Registration(StrEnum):
+    """What came of a `RegisterProcess`."""
+
+    DONE = "done"
+    NO_RUN = "no run"
+    NOT_RUNNING = "not running"
+
+
+@dataclass(frozen=True, slots=True)
+class Death:
+    """What is known of a process's end, in the words that its runs get."""
+
+    ended_at: str
+    error_summary: str
+    error_details: str
+
+
+@dataclass(frozen=True, slots=True)
+class EndProcess:
+    """Fail the running runs of a process that has ended, at most `limit`; without a death only forget them.
+
+    Outcome: `ProcessEnded`.
+    """
+
+    process: Process
+    death: Death | None
+    limit: int
+
+    @property
+    def cost(self) -> int:
+        """How many rows it touches at most."""
+        return self.limit
+
+    @property
+    def size(self) -> int:
+        """About how many bytes it holds."""
+        return 0
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessEnded:
+    """Which runs an `EndProcess` failed (their event_ids), and whether others of that process are left."""
+
+    failed: tuple[str, ...]
+    more: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PruneRuns:
+    """Delete the oldest runs created before a moment, at most `limit`. Outcome: `Pruned`.
+
+    A run that says it was created after its arrival counts as created then. A slice that meets large runs or many
+    events, or takes long, is cut short; the rest is left for the next one.
+    If there are fewer runs than `limit`, a slice of the file's free space is returned as well.
+    With `versions`, pairs of id and updated_at, only those of them that have not changed since: so a client
+    deletes exactly what it has archived, whatever its clock says.
+    """
+
+    created_before: str
+    limit: int
+    agent_name: str | None = None
+    status: str | None = None
+    versions: tuple[tuple[int, str], ...] | None = None
+
+    @property
+    def cost(self) -> int:
+        """How many rows it touches at most."""
+        return self.limit
+
+    @property
+    def size(self) -> int:
+        """About how many bytes it holds."""
+        return 0
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """How many runs a `PruneRuns` deleted, and whether there is more to do: runs to delete or space to return."""
+
+    runs: int
+    more: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ReapRuns:
+    """Cancel running runs that were neither created nor changed since a moment, at most `limit`. Outcome: `Reaped`."""
+
+    stale_before: str
+    limit: int
+    agent_name: str | None = None
+
+    @property
+    def cost(self) -> int:
+        """How many rows it touches at most."""
+        return self.limit
+
+    @property
+    def size(self) -> int:
+        """About how many bytes it holds."""
+        return 0
+
+
+@dataclass(frozen=True, slots=True)
+class Reaped:
+    """How many runs a `ReapRuns` cancelled, and whether there may be more: a slice of large runs is cut short."""
+
+    runs: int
+    more: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ConfirmPrune:
+    """Allow runs of an age to be deleted by themselves. Outcome: None.
+
+    Where nothing is known of the clock yet, it is trusted as well.
+    """
+
+    after_s: float
+    clock: Reading
+
+    @property
+    def cost(self) -> int:
+        """How many rows it touches at most."""
+        return 1
+
+    @property
+    def size(self) -> int:
+        """About how many bytes it holds."""
+        return 0
+
+
+@dataclass(frozen=True, slots=True)
+class TrustClock:
+    """Note that the clock is right, or when it last was. Outcome: None."""
+
+    clock: Reading
+
+    @property
+    def cost(self) -> int:
+        """How many rows it touches at most."""
+        return 1
+
+    @property
+    def size(self) -> int:
+        """About how many bytes it holds."""
+        return 0
+
+
+@dataclass(frozen=True, slots=True)
+class CopiedRun:
+    """A run of another database, to be stored as it is."""
+
+    id: int
+    row: Row
+    updated_at: str
+
+    @property
+    def event_id(self) -> str:
+        """Its event_id."""
+        return str(self.row[EVENT_ID])
+
+
+@dataclass(frozen=True, slots=True)
+class ApplyChanges:
+    """Take over changes of the database that this one is a copy of. Outcome: `Applied`."""
+
+    changes: tuple[tuple[int, CopiedRun | str], ...]
+    """Numbers with runs, or with the event_ids of deleted ones, in their order."""
+    events: tuple[Row, ...]
+    """New events of runs that are there then: the run's id, and what is in the order of `events.COLUMNS`."""
+    epoch: str
+    last: int
+    """Up to which number these are all the changes."""
+    begun: int
+
+    @property
+    def cost(self) -> int:
+        """How many rows it touches at most."""
+        return len(self.changes) + len(self.events)
+
+    @property
+    def size(self) -> int:
+        """About how many bytes it holds."""
+        return 0
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """How many changes and events an `ApplyChanges` took over."""
+
+    changes: int
+    events: int
+
+
+@dataclass(frozen=True, slots=True)
+class AlertChange:
+    """That a rule began to fire for a subject, or ceased, and the message that tells of it."""
+
+    id: str
+    rule: str
+    subject: tuple[str, ...]
+    """What identifies it: agent_name, job_type, measure, first_bad_commit; empty where it is not about such."""
+    firing: bool
+    since: str
+    seq: int
+    summary: str
+    details: str
+    """JSON."""
+    webhooks: tuple[str, ...]
+    body: str
+
+
+@dataclass(frozen=True, slots=True)
+class RecordAlerts:
+    """Store changes of alerts with the deliveries that they make. Outcome: how many old deliveries were given up."""
+
+    changes: tuple[AlertChange, ...]
+
+    @property
+    def cost(self) -> int:
+        """How many rows it touches at most."""
+        return sum(1 + len(change.webhooks) for change in self.changes)
+
+    @property
+    def size(self) -> int:
+        """About how many bytes it holds."""
+        return sum(len(change.body) for change in self.changes)
+
+
+@dataclass(frozen=True, slots=True)
+class ConfirmDelivery:
+    """Forget a delivery: it was confirmed, or is given up. Outcome: how many there were, 1 or 0."""
+
+    number: int
+
+    @property
+    def cost(self) -> int:
+        """How many rows it touches at most."""
+        return 1
+
+    @property
+    def size(self) -> int:
+        """About how many bytes it holds."""
+        return 0
+
+
+@dataclass(frozen=True, slots=True)
+class KeepAlerts:
+    """Forget alerts of all rules but these, and deliveries to all webhooks but these. Outcome: how many there were."""
+
+    rules: tuple[str, ...]
+    webhooks: tuple[str, ...]
+
+    @property
+    def cost(self) -> int:
+        """How many rows it touches at most."""
+        return 1
+
+    @property
+    def size(self) -> int:
+        """About how many bytes it holds."""
+        return 0
+
+
+@dataclass(frozen=True, slots=True)
+class IndexTexts:
+    """Go on with the full-text index that was begun. Outcome: `Indexed`, or None if there is none or it is complete."""
+
+    @property
+    def cost(self) -> int:
+        """How many rows it touches at most."""
+        return 2_000
+
+    @property
+    def size(self) -> int:
+        """About how many bytes it holds."""
+        return 0
+
+
+@dataclass(frozen=True, slots=True)
+class Indexed:
+    """What an `IndexTexts` did: whether there is more to do."""
+
+    more: bool
+
+
+UpkeepCommand = ConfirmPrune | TrustClock
+AlertCommand = RecordAlerts | ConfirmDelivery | KeepAlerts
+Command = (
+    CreateRuns
+    | UpdateRun
+    | CreateEvents
+    | RegisterProcess
+    | EndProcess
+    | PruneRuns
+    | ReapRuns
+    | UpkeepCommand
+    | IndexTexts
+    | ApplyChanges
+    | AlertCommand
+)
+Outcome = (
+    Created | Updated | EventsCreated | Registration | ProcessEnded | Pruned | Reaped | Applied | Indexed | int | None
+)

@@ -1,0 +1,465 @@
+"""What can be asked, as frozen data without SQL, and how it is read from a query string."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from enum import StrEnum
+from typing import Final
+from urllib.parse import urlencode
+
+import orjson
+
+from telemetryd.model import clocks, filters
+from telemetryd.model.clocks import Reading
+from telemetryd.model.filters import Filters, Parameters, read_integer, refuse
+from telemetryd.model.runs import ANSWERED, COLUMNS, MAX_INTEGER, canonical_timestamp, needed, utc_now
+
+DEFAULT_LIMIT: Final = 100
+MAX_LIMIT: Final = 1000
+_CURSOR_VERSION: Final = 1
+_ANY_CURSOR: Final = "a cursor from the Link header of an earlier answer"
+
+EVENTS: Final = "events"
+"""What `include` may ask for besides the run itself."""
+
+PARAMETERS: Final = (*filters.PARAMETERS, "sort", "fields", "count", "limit", "offset", "cursor", "include")
+
+
+SORTED: Final = ("created_at", "start_time")
+"""The fields in whose order runs can be answered: those with an index in that order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """In which order runs are answered; the id decides between equals, in the same direction."""
+
+    column: str = "created_at"
+    """One of `SORTED`."""
+    descending: bool = True
+
+    def parameter(self) -> str:
+        """Return the order as `sort` has it."""
+        return f"-{self.column}" if self.descending else self.column
+
+
+class Count(StrEnum):
+    """How the number of matching runs is told."""
+
+    EXACT = "exact"
+    """Counted, however long it takes, within the deadline of a query."""
+    ESTIMATED = "estimated"
+    """From the totals where they can tell, else counted up to a bound."""
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where a page ended: the place of its last run in the order of the answer."""
+
+    moment: str
+    """Its value of the column that the order is by."""
+    id: int
+
+
+@dataclass(frozen=True, slots=True)
+class ListRuns:
+    """Runs that match every filter; newest first unless told otherwise."""
+
+    filters: Filters = field(default_factory=Filters)
+    limit: int = DEFAULT_LIMIT
+    offset: int = 0
+    after: Position | None = None
+    with_events: bool = False
+    """Whether the answer shows the runs' events as well."""
+    order: Order = Order()
+    fields: tuple[str, ...] = ()
+    """The fields that are answered; none means all."""
+    count: Count | None = None
+    """Whether the answer tells how many runs match."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that are fetched: for the fields that are answered, and the place where the page ends."""
+        return needed((*self.answered, "id", self.order.column)) if self.fields else COLUMNS
+
+    @property
+    def answered(self) -> tuple[str, ...]:
+        """The fields of each run in the page."""
+        return self.fields or ANSWERED
+
+    def parameters(self) -> dict[str, str | int]:
+        """Return the query as parameters with canonical values, for the log and the next page."""
+        page: dict[str, str | int] = {**self.filters.parameters(), "limit": self.limit}
+        if self.order != Order():
+            page["sort"] = self.order.parameter()
+        if self.fields:
+            page["fields"] = ",".join(self.fields)
+        if self.offset:
+            page["offset"] = self.offset
+        if self.with_events:
+            page["include"] = EVENTS
+        if self.count is not None:
+            page["count"] = self.count
+        return page
+
+    def cursor(self, last: Position) -> str:
+        """Return the opaque cursor of the page that follows the one which ended at `last`."""
+        packed = orjson.dumps([_CURSOR_VERSION, self._fingerprint(), last.moment, last.id])
+        return base64.urlsafe_b64encode(packed).rstrip(b"=").decode()
+
+    def next_page(self, path: str, last: Position) -> str:
+        """Return the relative address of the page that follows the one which ended at `last`."""
+        page = {**self.parameters(), "cursor": self.cursor(last)}
+        page.pop("offset", None)
+        page.pop("count", None)  # the first page has told it
+        return f"{path}?{urlencode(page)}"
+
+    def _fingerprint(self) -> str:
+        packed = orjson.dumps([self.filters.parameters(), self.order.parameter()], option=orjson.OPT_SORT_KEYS)
+        return hashlib.blake2b(packed, digest_size=6).hexdigest()
+
+    def position(self, cursor: str) -> Position:
+        """Read a cursor that an answer to the same filters gave out.
+
+        Raises:
+            InvalidRequestError: if it is none, or belongs to other filters.
+
+        """
+        try:
+            padded = cursor.encode("ascii") + b"=" * (-len(cursor) % 4)
+            version, fingerprint, created_at, run = orjson.loads(base64.b64decode(padded, b"-_", validate=True))
+            position = Position(canonical_timestamp(created_at), run)
+            is_whole = version == _CURSOR_VERSION and isinstance(run, int) and -MAX_INTEGER <= run <= MAX_INTEGER
+        except (ValueError, TypeError, binascii.Error) as error:
+            raise refuse("cursor", cursor, _ANY_CURSOR) from error
+        if not is_whole:
+            raise refuse("cursor", cursor, _ANY_CURSOR)
+        if fingerprint != self._fingerprint():
+            raise refuse("cursor", cursor, "one that was given for the same filters")
+        return position
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """The runs of one page, each as a JSON object, and where it ended if more follow."""
+
+    runs: list[str]
+    end: Position | None
+
+
+class Format(StrEnum):
+    """The forms of an export, the usual one first."""
+
+    NDJSON = "ndjson"
+    CSV = "csv"
+    PARQUET = "parquet"
+
+
+MEDIA_TYPES: Final = {
+    Format.NDJSON: "application/x-ndjson",
+    Format.CSV: "text/csv",
+    Format.PARQUET: "application/vnd.apache.parquet",
+}
+
+
+SNAPSHOT: Final = "Telemetry-Snapshot"
+"""The header that says what an export is: exact, one snapshot; or sliced, each run at some moment of the copying."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExportRuns:
+    """All runs that match every filter, in the order of their arrival."""
+
+    filters: Filters = field(default_factory=Filters)
+    form: Format = Format.NDJSON
+    with_events: bool = False
+
+    def parameters(self) -> dict[str, str | int]:
+        """Return the query as parameters with canonical values, for the log."""
+        events = {"include": EVENTS} if self.with_events else {}
+        return {**self.filters.parameters(), "format": str(self.form), **events}
+
+
+@dataclass(frozen=True, slots=True)
+class CountMatching:
+    """How many runs match. Answer: `Total`."""
+
+    filters: Filters
+    count: Count = Count.EXACT
+
+
+class Accuracy(StrEnum):
+    """How far a total can be believed."""
+
+    EXACT = "exact"
+    ESTIMATE = "estimate"
+    AT_LEAST = "at-least"
+
+
+@dataclass(frozen=True, slots=True)
+class Total:
+    """How many runs match, and how sure that is."""
+
+    runs: int
+    accuracy: Accuracy = Accuracy.EXACT
+
+
+@dataclass(frozen=True, slots=True)
+class GetRun:
+    """The one run with an event_id. Answer: its `Row`, and its first events if any are asked for; or None."""
+
+    event_id: str
+    events: int = 0
+    """How many of them."""
+
+
+TIMESTAMP: Final = "timestamp"
+"""By what events are sorted, and then by their ids."""
+EventPlace = tuple[str, int]
+"""Where an event stands among those of its run: its timestamp and its id."""
+_EVENT_CURSOR: Final = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z),(\d{1,19})", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class ListEvents:
+    """The events of the run with an event_id. Answer: an `EventPage`, or None if there is no such run."""
+
+    event_id: str
+    limit: int = DEFAULT_LIMIT
+    offset: int = 0
+    is_descending: bool = False
+    """Whether the last ones come first."""
+    after: EventPlace | None = None
+    """Behind which event, in that order, the page begins."""
+    by_cursor: bool = False
+    """Whether the next page is told by a cursor, so that this one may be shorter than asked for."""
+
+    def next_page(self, path: str, place: EventPlace) -> str:
+        """Return the path and query of the page that follows the one whose last event is at a place."""
+        if not self.by_cursor:
+            return f"{path}?limit={self.limit}&offset={self.offset + self.limit}"
+        sort = f"sort=-{TIMESTAMP}&" if self.is_descending else ""
+        return f"{path}?{sort}limit={self.limit}&cursor={place[0]},{place[1]}"
+
+
+@dataclass(frozen=True, slots=True)
+class ListProcesses:
+    """The processes that are registered with runs and have no certificate yet. Answer: a list of `Process`."""
+
+
+@dataclass(frozen=True, slots=True)
+class CountRuns:
+    """The totals that the writer keeps. Answer: `Counts`."""
+
+
+@dataclass(frozen=True, slots=True)
+class CountPrunable:
+    """How many runs a `PruneRuns` without ids and limit would delete. Answer: `Prunable`."""
+
+    created_before: str
+    agent_name: str | None = None
+    status: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Prunable:
+    """How many runs would be deleted, and when the oldest of them was created."""
+
+    runs: int
+    oldest: str | None
+    ahead: tuple[str, ...]
+    """The event_ids, `MAX_LIMIT` at most, of those whose created_at, ahead of their arrival, does not find them."""
+
+
+@dataclass(frozen=True, slots=True)
+class GetConfirmed:
+    """What the operator has confirmed, and when the clock was right. Answer: `Confirmed`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Confirmed:
+    """What may be done without a command, as it is stored."""
+
+    prune_after_s: float | None
+    """Runs of that age may be deleted; None while no run may be."""
+    clock: Reading | None
+    """What the clocks said when the wall clock was last known to be right."""
+    newest: str | None
+    """The newest committed time."""
+
+    def doubt(self, now: Reading) -> str | None:
+        """Say why the clock cannot be believed now, or None."""
+        return clocks.doubt(now, self.clock, self.newest)
+
+
+@dataclass(frozen=True, slots=True)
+class CountStale:
+    """How many runs a `ReapRuns` without limit would cancel. Answer: int."""
+
+    stale_before: str
+    agent_name: str | None = None
+
+
+MAX_NAMES: Final = 10_000
+"""Names of agents, or of job types, that one answer holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Runs per agent, the job types there are, and how many runs were created in the last 24 hours."""
+
+    agents: Mapping[str, int]
+    """Those with most runs, these first, and no more than `MAX_NAMES`."""
+    job_types: tuple[str, ...]
+    """The first ones, and no more than that either."""
+    recent: int
+    total: int
+    """How many runs there are."""
+    agent_names: int
+    job_type_names: int
+    """How many names there are."""
+    is_remembered: bool = False
+    """Whether they are those of an earlier answer, because nothing has changed since."""
+
+
+def parse_list(query_string: str, clock: Callable[[], datetime] = utc_now) -> ListRuns:
+    """Read the query string of `GET /api/v1/runs`; relative times count from one reading of the clock.
+
+    Raises:
+        InvalidRequestError: with a sentence for each fault that names the parameter, the value and what is allowed.
+
+    """
+    parameters = Parameters(query_string, PARAMETERS)
+    query = ListRuns(
+        parameters.read_filters(clock),
+        parameters.read("limit", read_integer, 1, MAX_LIMIT, default=DEFAULT_LIMIT),
+        parameters.read("offset", read_integer, 0, MAX_INTEGER, default=0),
+        with_events=parameters.read("include", _include, default=False),
+        order=parameters.read("sort", _order, default=Order()),
+        fields=parameters.read("fields", _fields, default=()),
+        count=parameters.read("count", _count),
+    )
+    cursor = parameters.given.get("cursor")
+    if cursor is not None and query.offset:
+        parameters.faults.append("Use either cursor or offset, not both: a cursor already says where to go on")
+    parameters.finish()
+    return query if cursor is None else replace(query, after=query.position(cursor))
+
+
+def _order(name: str, value: str) -> Order:
+    order = Order(value.removeprefix("-"), descending=value.startswith("-"))
+    if order.column not in SORTED:
+        raise refuse(name, value, f"one of {', '.join(SORTED)}, with a minus before it for the last ones first")
+    return order
+
+
+def _fields(name: str, value: str) -> tuple[str, ...]:
+    asked = tuple(dict.fromkeys(value.split(",")))
+    for field_name in asked:
+        if field_name not in ANSWERED:
+            raise refuse(name, field_name, "fields of a run with commas between them, such as event_id,status")
+    return asked
+
+
+def _count(name: str, value: str) -> Count:
+    if value not in set(Count):
+        raise refuse(name, value, " or ".join(Count))
+    return Count(value)
+
+
+EXPORT_PARAMETERS: Final = (*filters.PARAMETERS, "format", "include")
+
+
+def parse_export(query_string: str, accept: str, clock: Callable[[], datetime] = utc_now) -> ExportRuns:
+    """Read the query string of `GET /api/v1/runs/export`; without a format there, the Accept header chooses it.
+
+    Raises:
+        InvalidRequestError: with a sentence for each fault that names the parameter, the value and what is allowed.
+
+    """
+    parameters = Parameters(query_string, EXPORT_PARAMETERS)
+    accepted = next((form for form in Format if MEDIA_TYPES[form] in accept.lower()), Format.NDJSON)
+    form = parameters.read("format", _format, default=accepted)
+    with_events = parameters.read("include", _include, default=False)
+    if with_events and form is not Format.NDJSON:
+        allowed = f"left out with format={form}: only ndjson has room for events"
+        parameters.faults.append(str(refuse("include", EVENTS, allowed)))
+    query = ExportRuns(parameters.read_filters(clock), form, with_events=with_events)
+    parameters.finish()
+    return query
+
+
+def _format(name: str, value: str) -> Format:
+    if value not in list(Format):
+        raise refuse(name, value, f"one of {', '.join(Format)}")
+    return Format(value)
+
+
+def parse_event_list(query_string: str, event_id: str) -> ListEvents:
+    """Read the query string of `GET /api/v1/runs/{event_id}/events`.
+
+    Raises:
+        InvalidRequestError: with one sentence that names the parameter, the value and what is allowed.
+
+    """
+    parameters = Parameters(query_string, ("limit", "offset", "sort", "cursor"))
+    query = ListEvents(
+        event_id,
+        parameters.read("limit", read_integer, 1, MAX_LIMIT, default=DEFAULT_LIMIT),
+        parameters.read("offset", read_integer, 0, MAX_INTEGER, default=0),
+        parameters.read("sort", _order_of_events, default=False),
+        parameters.read("cursor", _event_place),
+        not parameters.given.keys().isdisjoint(("sort", "cursor")),
+    )
+    if query.after is not None and query.offset:
+        parameters.faults.append("Use either cursor or offset, not both: a cursor already says where to go on")
+    parameters.finish()
+    return query
+
+
+def _order_of_events(name: str, value: str) -> bool:
+    if value not in (TIMESTAMP, f"-{TIMESTAMP}"):
+        raise refuse(name, value, f"{TIMESTAMP} or -{TIMESTAMP}")
+    return value.startswith("-")
+
+
+def _event_place(name: str, value: str) -> EventPlace:
+    if (match := _EVENT_CURSOR.fullmatch(value)) is None or (id_ := int(match[2])) > MAX_INTEGER:
+        raise refuse(
+            name, value, "the timestamp and the id of an event, with a comma between them, as in a Link header"
+        )
+    return match[1], id_
+
+
+def parse_include(query_string: str) -> bool:
+    """Read the query string of `GET /api/v1/runs/{event_id}`; tell whether it asks for the events.
+
+    Raises:
+        InvalidRequestError: with one sentence that names the parameter, the value and what is allowed.
+
+    """
+    given = parse_parameters(query_string, ("include",))
+    return "include" in given and _include("include", given["include"])
+
+
+def _include(name: str, value: str) -> bool:
+    if value != EVENTS:
+        raise refuse(name, value, EVENTS)
+    return True
+
+
+def parse_parameters(query_string: str, allowed: tuple[str, ...]) -> dict[str, str]:
+    """Split a query string strictly: valid UTF-8, known names, each once.
+
+    Raises:
+        InvalidRequestError: with a sentence for each fault that names the parameter and what is allowed.
+
+    """
+    parameters = Parameters(query_string, allowed)
+    parameters.finish()
+    return parameters.given

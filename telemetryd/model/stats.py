@@ -1,0 +1,236 @@
+"""What can be asked of the statistics, how it is read from a query string, and how cells become an answer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from functools import lru_cache
+from operator import add, itemgetter
+from typing import Any, Final
+
+from telemetryd.errors import InvalidRequestError
+from telemetryd.model import sketches
+from telemetryd.model.filters import WILDCARD, Filters, Parameters, read_moment, refuse
+from telemetryd.model.runs import MAX_INTEGER, Status, shorten
+
+NAMES: Final = ("agent_name", "job_type", "status")
+"""What runs can be grouped by and filtered by, in the order in which a cell is named."""
+ITEMS: Final = ("items_discovered", "items_succeeded", "items_failed", "items_skipped")
+PARAMETERS: Final = ("group_by", "bucket", "from", "to", *NAMES)
+FACTS: Final = ("created_at", *NAMES, *ITEMS, "duration_ms")
+"""What the statistics need to know of a run."""
+PERCENTS: Final = (50, 95, 99)
+MAX_GROUPS: Final = 10_000
+"""How many groups one answer holds at most."""
+DAY: Final = 24
+"""Hours of the longer of the two spans by which the statistics are kept."""
+
+Cell = list[int]
+"""Seven numbers of some runs, all of which add up: runs, the four `ITEMS`, durations (ms), and a sketch of these."""
+Named = tuple[int, str, str, str, Cell]
+"""A cell with its first hour since 1970, its agent, job type and status."""
+Facts = tuple[Any, ...]
+"""The values of `FACTS`."""
+
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_HOUR: Final = timedelta(hours=1)
+_FIRST_HOUR: Final = (datetime(1, 1, 1, tzinfo=UTC) - _EPOCH) // _HOUR
+_LAST_HOUR: Final = (datetime(9999, 12, 31, 23, tzinfo=UTC) - _EPOCH) // _HOUR
+_BUCKET: Final = re.compile(r"([1-9]\d{0,4})([hdw])", re.ASCII)
+_BUCKET_HOURS: Final = {"h": 1, "d": DAY, "w": 7 * DAY}
+
+
+@dataclass(frozen=True, slots=True)
+class GetStats:
+    """Statistics of the runs that were created in some hours. Answer: `Named` cells for `answer`."""
+
+    start: int
+    """The first hour, counted since 1970."""
+    end: int
+    """The hour behind the last one."""
+    group_by: tuple[str, ...] = ()
+    bucket: str | None = None
+    hours: int | None = None
+    """How many hours a bucket has."""
+    filters: Filters = field(default_factory=Filters)
+    """Which runs are meant, by `NAMES` only."""
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Which names the cells must keep apart."""
+        by_pattern = {WILDCARD} if self.filters.patterns else set()
+        return frozenset({*self.group_by, *self.filters.equal, *by_pattern})
+
+    @property
+    def by_days(self) -> bool:
+        """Whether the cells of whole days tell enough."""
+        return self.hours is None or self.hours % DAY == 0
+
+
+def hour_name(hour: int) -> str:
+    """Return an hour since 1970 as an ISO 8601 date and time."""
+    return (_EPOCH + hour * _HOUR).replace(tzinfo=None).isoformat() + "Z"
+
+
+@lru_cache(maxsize=10_000)
+def hour_number(text: str) -> int:
+    """Return the hour since 1970 of a stored time, of which the first 13 characters count (2025-12-24T10).
+
+    What somebody has stored by hand and is no such text counts as 1970.
+    """
+    try:
+        return (datetime.fromisoformat(f"{text[:13]}:00:00+00:00") - _EPOCH) // _HOUR
+    except ValueError:
+        return 0
+
+
+def parse(query_string: str, now: datetime) -> GetStats:
+    """Read the query string of `GET /api/v1/stats`.
+
+    Raises:
+        InvalidRequestError: with a sentence for each fault that names the parameter, the value and what is allowed.
+
+    """
+    parameters = Parameters(query_string, PARAMETERS)
+    begin, end = parameters.given.setdefault("from", "-24h"), parameters.given.setdefault("to", "now")
+    query = GetStats(
+        parameters.read("from", _hour, now, default=_FIRST_HOUR),
+        parameters.read("to", _next_hour, now, default=_LAST_HOUR),
+        parameters.read("group_by", _group_by, default=()),
+        parameters.given.get("bucket"),
+        parameters.read("bucket", _bucket),
+        parameters.read_filters(lambda: now),
+    )
+    parameters.finish()
+    if query.start >= query.end:
+        raise refuse("from", begin, f"before to ({shorten(end)!r})")
+    return query
+
+
+def _hour(name: str, value: str, now: datetime) -> int:
+    """Return the hour that a moment is in."""
+    return max((datetime.fromisoformat(read_moment(name, value, now)) - _EPOCH) // _HOUR, _FIRST_HOUR)
+
+
+def _next_hour(name: str, value: str, now: datetime) -> int:
+    """Return the first hour that does not begin before a moment."""
+    return min(-((_EPOCH - datetime.fromisoformat(read_moment(name, value, now))) // _HOUR), _LAST_HOUR)
+
+
+def _group_by(name: str, value: str) -> tuple[str, ...]:
+    names = tuple(value.split(","))
+    if not set(names) <= set(NAMES) or len(set(names)) < len(names):
+        raise refuse(name, value, f"some of {', '.join(NAMES)}, each once, separated by commas")
+    return names
+
+
+def _bucket(name: str, value: str) -> int:
+    match = _BUCKET.fullmatch(value)
+    if match is None:
+        raise refuse(name, value, "a number of hours, days or weeks such as 1h, 6h, 1d or 2w")
+    return int(match[1]) * _BUCKET_HOURS[match[2]]
+
+
+class _Group:
+    """What is added up of one group."""
+
+    __slots__ = ("cell", "finished", "successes")
+
+    def __init__(self) -> None:
+        self.cell: Cell = [0] * (len(ITEMS) + 3)
+        self.finished = 0
+        self.successes = 0
+
+
+def answer(query: GetStats, cells: Iterable[Named]) -> list[dict[str, Any]]:
+    """Add cells up to groups, as they are answered: the earliest bucket first, then by names.
+
+    Raises:
+        InvalidRequestError: if they are more than `MAX_GROUPS`.
+
+    """
+    groups: dict[tuple[Any, ...], _Group] = {}
+    places = [NAMES.index(name) + 1 for name in query.group_by]
+    names_of: Callable[[Named], tuple[Any, ...]] = _getter(places)
+    hours = query.hours
+    is_filtered, is_meant = query.filters != Filters(), query.filters.lets_through(*NAMES)
+    for named in cells:
+        start, agent_name, job_type, status, cell = named
+        if is_filtered and not is_meant(agent_name, job_type, status):
+            continue
+        names = names_of(named)
+        key = names if hours is None else (start // hours * hours, *names)
+        group = groups.get(key)
+        if group is None:
+            if len(groups) == MAX_GROUPS:
+                raise InvalidRequestError(
+                    f"The answer would hold more than {MAX_GROUPS} groups: ask for a longer bucket, a shorter time "
+                    "between from and to, fewer names in group_by, or filter by agent_name, job_type or status"
+                )
+            group = groups[key] = _Group()
+        group.cell[:] = map(add, group.cell, cell)
+        if status != Status.RUNNING:
+            group.finished += cell[0]
+        if status == Status.SUCCESS:
+            group.successes += cell[0]
+    return [_shown(query, key, groups[key]) for key in sorted(groups) if groups[key].cell[0] > 0]
+
+
+def _getter(places: Sequence[int]) -> Callable[[Named], tuple[Any, ...]]:
+    if len(places) > 1:
+        return itemgetter(*places)
+    if places:
+        only = places[0]
+        return lambda named: (named[only],)
+    return lambda _: ()
+
+
+def _shown(query: GetStats, key: tuple[Any, ...], group: _Group) -> dict[str, Any]:
+    runs, *items, duration, sketch = group.cell
+    named = key if query.hours is None else key[1:]
+    shown: dict[str, Any] = dict(zip(query.group_by, named, strict=True))
+    if query.hours is not None:
+        shown["bucket"] = hour_name(max(key[0], _FIRST_HOUR))
+    if group.finished > 0:
+        quantiles: Sequence[int | None] = sketches.quantiles(sketch, group.finished, PERCENTS)
+    else:
+        quantiles = [None] * len(PERCENTS)
+    return {
+        **shown,
+        "runs": runs,
+        "success_rate": round(group.successes / group.finished, 6) if group.finished > 0 else None,
+        **{name: _number(value) for name, value in zip(ITEMS, items, strict=True)},
+        "duration_ms": {
+            **{f"p{percent}": value for percent, value in zip(PERCENTS, quantiles, strict=True)},
+            "sum": _number(duration),
+        },
+    }
+
+
+def _number(value: int) -> int | float:
+    """Return a sum as JSON can hold it; one beyond 64 bits as the nearest number with a fraction."""
+    return value if value <= MAX_INTEGER else float(value)
+
+
+def to_json(query: GetStats, groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the whole answer."""
+    return {
+        "from": hour_name(query.start),
+        "to": hour_name(query.end),
+        "bucket": query.bucket,
+        "group_by": list(query.group_by),
+        "groups": groups,
+    }
+
+
+def parameters(query: GetStats) -> dict[str, Any]:
+    """Return the query as parameters, for the log."""
+    return {
+        "group_by": ",".join(query.group_by),
+        "bucket": query.bucket,
+        "from": hour_name(query.start),
+        "to": hour_name(query.end),
+        **query.filters.parameters(),
+    }

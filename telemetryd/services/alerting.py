@@ -1,0 +1,156 @@
+"""Evaluates the rules of alerts again and again, keeps what changed, and has it delivered until it is confirmed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any, Final
+
+from telemetryd.errors import TelemetrydError, sentence
+from telemetryd.model import alerts
+from telemetryd.model.alerts import EvaluateRules, Kept, ListFiring
+from telemetryd.model.commands import KeepAlerts, RecordAlerts
+from telemetryd.model.rules import Regression, Rule, Rules
+from telemetryd.model.runs import format_timestamp, utc_now
+from telemetryd.ops.logs import log
+from telemetryd.services import webhooks
+from telemetryd.services.deliveries import Outbox, Pace
+from telemetryd.store import Store
+
+_AT_ONCE: Final = 50
+"""Changes that are logged before the event loop gets its turn."""
+_REST: Final = 100
+"""How many times as long as its evaluation a rule of commits rests at least: it takes 1 % of a reader at most."""
+
+
+class Alerting:
+    """The alerts of one daemon."""
+
+    def __init__(
+        self,
+        store: Store,
+        rules: Rules,
+        clock: Callable[[], datetime] = utc_now,
+        pace: Pace | None = None,
+        given_up: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        self._store, self._rules, self._clock, self._given_up = store, rules, clock, given_up
+        self._pace = pace or Pace()
+        self._outboxes = {
+            webhook.name: Outbox(store, webhook, clock=clock, pace=self._pace, given_up=given_up)
+            for webhook in rules.webhooks
+        }
+        self._evaluated_at: str | None = None
+        self._problems: dict[str, str] = {}
+        self._more: dict[str, int] = {}
+        """By rule, for how many subjects it fires besides those that are kept."""
+
+    async def shown(self) -> dict[str, Any]:
+        """Return what `GET /api/v1/alerts` answers.
+
+        Raises:
+            UnavailableError: if the database cannot be read.
+
+        """
+        # Without rules nothing that is kept would be shown, and each look at the metrics would read it.
+        kept = await self._store.fetch(ListFiring()) if self._has_rules else Kept((), {})
+        return alerts.shown(self._rules, kept, self._evaluated_at, self._problems, self._more)
+
+    @property
+    def _has_rules(self) -> bool:
+        return bool(self._rules.rules or self._rules.webhooks)
+
+    async def run(self) -> None:
+        """Work for ever; cancel it to end it. Nothing happens if there are no rules.
+
+        The first evaluation comes after one pause, so that agents can send what waited for the daemon to start.
+        """
+        if not self._has_rules:
+            return
+        await self._forget()
+        async with webhooks.open_session() as session, asyncio.TaskGroup() as group:
+            for outbox in self._outboxes.values():
+                group.create_task(outbox.run(session))
+            dear = [rule for rule in self._rules.rules if isinstance(rule, Regression)]
+            cheap = tuple(rule for rule in self._rules.rules if rule not in dear)
+            if cheap:
+                group.create_task(self._watch(cheap, asyncio.Lock(), rest=0))
+            turn = asyncio.Lock()
+            for rule in dear:
+                group.create_task(self._watch((rule,), turn, rest=_REST))
+
+    async def _watch(self, rules: tuple[Rule, ...], turn: asyncio.Lock, rest: int) -> None:
+        """Evaluate some rules again and again, for ever.
+
+        Args:
+            rules: evaluated together.
+            turn: held meanwhile, so that not all dear rules are evaluated at once.
+            rest: how many times as long as an evaluation a pause lasts at least.
+
+        """
+        now_s, pause_s = asyncio.get_running_loop().time, self._rules.every_s
+        while True:
+            await asyncio.sleep(pause_s)
+            async with turn:
+                begin_s = now_s()
+                try:
+                    await self._evaluate(rules)
+                except TelemetrydError as error:
+                    log.warning("Alerts postponed", extra={"error_message": sentence(error)})
+                    self._problems |= {rule.name: sentence(error) for rule in rules}
+            pause_s = max(self._rules.every_s, rest * (now_s() - begin_s))
+
+    async def _forget(self) -> None:
+        """Forget what belongs to rules and webhooks that are not in the file any more."""
+        rules, hooks = self._rules.rules, self._rules.webhooks
+        command = KeepAlerts(tuple(rule.name for rule in rules), tuple(webhook.name for webhook in hooks))
+        while True:
+            try:
+                forgotten = await self._store.submit(command)
+            except TelemetrydError as error:
+                log.warning("Alerts postponed", extra={"error_message": sentence(error)})
+                await asyncio.sleep(self._pace.longest_s / 60)
+                continue
+            if forgotten:
+                log.info("Alerts of rules and webhooks that are gone forgotten", extra={"result_count": forgotten})
+            return
+
+    async def evaluate(self) -> None:
+        """Evaluate every rule once, and store what changed together with what is to be delivered.
+
+        Raises:
+            UnavailableError: if that is not possible; what changed is found again the next time.
+
+        """
+        await self._evaluate(self._rules.rules)
+
+    async def _evaluate(self, rules: tuple[Rule, ...]) -> None:
+        evaluation = await self._store.fetch(EvaluateRules(rules, self._clock()))
+        problems = {rule: found for rule, found in evaluation.found.items() if isinstance(found, str)}
+        for rule, problem in problems.items():
+            if self._problems.get(rule) != problem:
+                log.warning("Rule not evaluated", extra={"rule": rule, "error_message": problem})
+        self._more |= {rule: evaluation.more.get(rule, 0) for rule in evaluation.found}
+        # In a thread, for they may be thousands, and the event loop has others to look after.
+        changed = await asyncio.to_thread(alerts.changes, evaluation, self._rules, lambda: str(uuid.uuid4()))
+        if changed:
+            given_up = await self._store.submit(RecordAlerts(changed))
+            if given_up:
+                log.error("Deliveries given up: too many wait", extra={"result_count": given_up})
+                self._given_up(given_up)
+        for place, change in enumerate(changed, 1):
+            if place % _AT_ONCE == 0:
+                await asyncio.sleep(0)
+            log.log(
+                logging.WARNING if change.firing else logging.INFO,
+                "Alert firing" if change.firing else "Alert resolved",
+                extra={"rule": change.rule, "summary": change.summary, "delivery": change.id},
+            )
+            for name in change.webhooks:
+                self._outboxes[name].wake()
+        self._evaluated_at = format_timestamp(evaluation.now)
+        kept = {name: problem for name, problem in self._problems.items() if name not in evaluation.found}
+        self._problems = kept | problems

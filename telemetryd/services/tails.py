@@ -1,0 +1,104 @@
+"""Answers those who follow: pages of changes, with a wait while there are none, and streams of server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from typing import Final
+
+from aiohttp import hdrs, web
+
+from telemetryd.errors import StoppingError
+from telemetryd.model import runs
+from telemetryd.model.changes import parse_changes, parse_stream, put_beside
+from telemetryd.ops.logs import log
+from telemetryd.ops.metrics import Metrics
+from telemetryd.services.feed import Feed
+from telemetryd.store import Store
+from telemetryd.web.middleware import IDENTITY, NOTE, WAITED, json_response, leaving, mark
+
+FEED: Final = web.AppKey("feed", Feed)
+
+_HEADERS: Final = {
+    "Content-Type": "text/event-stream",
+    "Cache-Control": "no-store",
+    "X-Accel-Buffering": "no",  # nginx would keep events back until there are some kilobytes
+}
+
+
+async def list_changes(request: web.Request) -> web.Response:
+    """Answer what lies behind a number of the sequence, at once or as soon as there is something."""
+    asked = parse_changes(request.rel_url.raw_query_string)
+    if request.method == hdrs.METH_HEAD:  # an answer without content has no news to wait for
+        asked = replace(asked, wait_s=0)
+    began = time.perf_counter()
+    changes = await request.app[FEED].wait(asked)
+    waited = time.perf_counter() - began if asked.wait_s else 0.0
+    request[NOTE].say("Changes queried", logging.DEBUG if asked.wait_s else logging.INFO, changes=len(changes.found))
+    found = [
+        {"seq": seq, "run": runs.to_json(what)} if isinstance(what, tuple) else {"seq": seq, "deleted": what}
+        for seq, what in changes.found
+    ]
+    response = json_response(put_beside(changes, found))
+    response[WAITED] = waited
+    return response
+
+
+async def stream_runs(request: web.Request) -> web.StreamResponse:
+    """Send each run that was created or changed after its commit, until the client leaves or the daemon stops."""
+    place, filters = parse_stream(request.rel_url.raw_query_string, request.headers.get("Last-Event-ID"))
+    response = web.StreamResponse(headers=_HEADERS)
+    async with request.app[FEED].open(place, filters) as tail:
+        began = await tail.begin()
+        mark(response, request[IDENTITY])
+        await response.prepare(request)
+        if request.method == hdrs.METH_HEAD:
+            return response
+        opened = time.perf_counter()
+        with contextlib.suppress(ConnectionError), leaving(request):
+            await response.write(began)
+            async with contextlib.aclosing(tail.chunks()) as chunks:
+                async for chunk in chunks:
+                    await response.write(chunk)
+    if not response.prepared:
+        raise StoppingError
+    open_s = response[WAITED] = time.perf_counter() - opened
+    request[NOTE].say("Stream ended", runs_sent=tail.sent, changes_missed=tail.missed, open_s=round(open_s, 1))
+    response.force_close()
+    transport = request.transport
+    if transport is not None and transport.get_write_buffer_size():
+        transport.abort()  # it does not listen, and would hold up a stop
+    return response
+
+
+def _close_after(feed: Feed) -> Callable[[asyncio.Task[None]], None]:
+    """Return what ends every tail when the feed's task has ended: nobody would hand them anything any more."""
+
+    def close(task: asyncio.Task[None]) -> None:
+        if not task.cancelled():
+            log.critical("The feed has died: streams end, until a restart", exc_info=task.exception())
+        feed.close()
+
+    return close
+
+
+def add_feed(app: web.Application, store: Store, metrics: Metrics) -> None:
+    """Let an app's handlers follow a store, for as long as the app runs."""
+    app[FEED] = feed = Feed(store, metrics)
+
+    async def run(_: web.Application) -> AsyncIterator[None]:
+        task = asyncio.create_task(feed.run(), name="feed")
+        task.add_done_callback(_close_after(feed))
+        yield
+        task.cancel()
+        await asyncio.wait((task,))
+
+    async def close(_: web.Application) -> None:
+        feed.close()
+
+    app.cleanup_ctx.append(run)
+    app.on_shutdown.append(close)

@@ -1,0 +1,232 @@
+"""Reads request bodies: in time, decoded, none larger than its limit, and all together within theirs."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import zlib
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Final, Protocol
+
+from aiohttp import web
+
+from telemetryd.errors import (
+    BodyTooLargeError,
+    InvalidRequestError,
+    SlowBodyError,
+    TooManyBodiesError,
+    UnsupportedBodyError,
+)
+from telemetryd.model.runs import shorten
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
+SILENCE_S: Final = 30.0
+"""How long a body may pause."""
+
+SLOWEST_BYTES_PER_S: Final = 1024
+"""What a body must bring on average after that time; a byte now and then would hold its connection for ever."""
+
+BODIES_BYTES: Final = 64 * 1024 * 1024
+"""What all bodies may hold together while they are being read; decoded JSON takes several times as much."""
+
+JSON_TYPES: Final = ("application/json",)
+NDJSON_TYPES: Final = ("application/x-ndjson", "application/ndjson", "application/jsonl")
+
+
+class _Decoder(Protocol):
+    """zstd's decompressor, which keeps what it was given and has not used yet, and how zlib's is made to look."""
+
+    @property
+    def eof(self) -> bool: ...
+
+    @property
+    def unused_data(self) -> bytes: ...
+
+    @property
+    def needs_input(self) -> bool: ...
+
+    def decompress(self, data: ReadableBuffer, max_length: int, /) -> bytes: ...
+
+
+class _Zlib:
+    """gzip, or HTTP's deflate: zlib's format by RFC 9110 §8.4.1.2, raw deflate by what some clients send."""
+
+    def __init__(self, wbits: int) -> None:
+        self._inner = zlib.decompressobj(wbits)
+
+    @property
+    def eof(self) -> bool:
+        return self._inner.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._inner.unused_data
+
+    @property
+    def needs_input(self) -> bool:
+        return not self._inner.unconsumed_tail
+
+    def decompress(self, data: ReadableBuffer, max_length: int, /) -> bytes:
+        return self._inner.decompress(self._inner.unconsumed_tail or data, max_length)
+
+
+def _deflate(body: bytes) -> _Zlib:
+    is_zlib = body[:1] and body[0] & 0x0F == 8
+    return _Zlib(zlib.MAX_WBITS if is_zlib else -zlib.MAX_WBITS)
+
+
+_DECODERS: Final[dict[str, Callable[[bytes], _Decoder]]] = {
+    "gzip": lambda _: _Zlib(zlib.MAX_WBITS | 16),
+    "x-gzip": lambda _: _Zlib(zlib.MAX_WBITS | 16),
+    "deflate": _deflate,
+    "zstd": lambda _: zstd.ZstdDecompressor(),
+}
+
+
+def check_media_type(request: web.Request, allowed: tuple[str, ...]) -> str:
+    """Return the media type of a body if it is allowed. Required, which also keeps forms of web pages out.
+
+    Raises:
+        UnsupportedBodyError: if it is missing, another one, or not UTF-8.
+
+    """
+    declared = request.headers.getall("Content-Type", [])
+    if len(declared) == 1:
+        media_type = request.content_type
+        is_json = media_type in allowed or (media_type.endswith("+json") and "application/json" in allowed)
+        if is_json and (request.charset or "utf-8").lower() in ("utf-8", "utf8", "us-ascii"):
+            return media_type
+    said = shorten(", ".join(declared)) or "none"
+    raise UnsupportedBodyError(f"Content-Type must be {' or '.join(allowed)} in UTF-8, not {said!r}")
+
+
+class Bodies:
+    """Reads bodies, so many at a time that all of them together stay within bounds.
+
+    Args:
+        limit: how many bytes a body may have, encoded and decoded.
+        together: how many bytes all bodies may have that are being read, besides a first one of any size.
+
+    """
+
+    def __init__(self, limit: int, together: int = BODIES_BYTES) -> None:
+        self._limit = limit
+        self._together = together
+        self._held = 0
+
+    @asynccontextmanager
+    async def read(self, request: web.Request) -> AsyncIterator[bytes]:
+        """Give the decoded body of a request (gzip, deflate and zstd are known); it counts until the block's end.
+
+        Raises:
+            BodyTooLargeError: as soon as the encoded or the decoded bytes pass the limit.
+            InvalidRequestError: if the bytes are not in the coding that the request names.
+            SlowBodyError: if it pauses for `SILENCE_S` seconds, or brings less than `SLOWEST_BYTES_PER_S`.
+            TooManyBodiesError: if others take all the room.
+            UnsupportedBodyError: if the coding is not known.
+
+        """
+        coding = ", ".join(request.headers.getall("Content-Encoding", [])).strip().lower()
+        if coding not in ("", "identity") and coding not in _DECODERS:
+            raise UnsupportedBodyError(
+                f"Content-Encoding must be gzip, deflate, zstd or identity, not {shorten(coding)!r}"
+            )
+        if request.headers.get("Transfer-Encoding", "chunked").strip().lower() != "chunked":
+            raise UnsupportedBodyError("Transfer-Encoding can only be chunked")  # aiohttp takes others, decodes none
+        if (request.content_length or 0) > self._limit:
+            raise _too_large(self._limit)
+        share = _Share(self)
+        try:
+            body = await _receive(request, share)
+            yield await _decode(body, coding, share) if coding in _DECODERS else body
+        finally:
+            self._held -= share.held
+
+    def take(self, size: int, share: _Share) -> None:
+        """Count what a body has grown by."""
+        if self._held + size > self._together and self._held > share.held:
+            raise TooManyBodiesError
+        self._held += size
+        share.held += size
+
+    @property
+    def limit(self) -> int:
+        """How many bytes a body may have."""
+        return self._limit
+
+
+class _Share:
+    """What one body takes of the room for all."""
+
+    __slots__ = ("bodies", "held")
+
+    def __init__(self, bodies: Bodies) -> None:
+        self.bodies = bodies
+        self.held = 0
+
+
+def _too_large(limit: int) -> BodyTooLargeError:
+    return BodyTooLargeError(f"The body must not be larger than {limit} bytes (TELEMETRY_MAX_BODY_BYTES)")
+
+
+async def _receive(request: web.Request, share: _Share) -> bytes:
+    stream = request.content
+    if stream.is_eof():  # arrived together with the headers: the usual case of a small body
+        body = stream.read_nowait()
+        if len(body) > share.bodies.limit:
+            raise _too_large(share.bodies.limit)
+        return body
+    parts: list[bytes] = []
+    size = 0
+    loop = asyncio.get_running_loop()
+    started = loop.time()
+    try:
+        async with asyncio.timeout(SILENCE_S) as patience:
+            while part := await stream.readany():
+                size += len(part)
+                if size > share.bodies.limit:
+                    raise _too_large(share.bodies.limit)
+                share.bodies.take(len(part), share)
+                parts.append(part)
+                patience.reschedule(min(loop.time() + SILENCE_S, started + SILENCE_S + size / SLOWEST_BYTES_PER_S))
+    except TimeoutError as error:
+        raise SlowBodyError from error
+    return b"".join(parts)
+
+
+_SLICE: Final = 1 << 16
+
+
+async def _decode(body: bytes, coding: str, share: _Share) -> bytes:
+    """Decode in small slices, so that neither memory nor the event loop pays for a compression bomb."""
+    decoder = _DECODERS[coding](body)
+    unread = memoryview(body)
+    parts: list[bytes] = []
+    size = 0
+    try:
+        while not decoder.eof:
+            is_starved = decoder.needs_input and not unread
+            given, unread = (unread[:_SLICE], unread[_SLICE:]) if decoder.needs_input else (b"", unread)
+            part = decoder.decompress(given, _SLICE)
+            if is_starved and not part:
+                break
+            size += len(part)
+            if size > share.bodies.limit:
+                raise _too_large(share.bodies.limit)
+            share.bodies.take(len(part), share)
+            parts.append(part)
+            if size >= _SLICE or unread:
+                await asyncio.sleep(0)
+    except (zlib.error, zstd.ZstdError) as error:
+        raise InvalidRequestError(f"The body is not valid {coding} data") from error
+    if not decoder.eof or decoder.unused_data or unread:
+        raise InvalidRequestError(f"The body is not one complete {coding} stream")
+    return b"".join(parts)

@@ -1,0 +1,342 @@
+"""Keeps connections within bounds: how many there are, and how long one may take to ask and to listen."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, cast
+
+from aiohttp import web
+from aiohttp.abc import AbstractStreamWriter
+from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.payload import Payload
+from aiohttp.web_protocol import RequestHandler
+
+from telemetryd.ops.logs import log
+from telemetryd.services.certificates import most_processes
+from telemetryd.services.processes import descriptor_limit
+from telemetryd.settings import Settings
+from telemetryd.web.browsers import SAFE_METHODS
+from telemetryd.web.heads import ANSWERED_BYTES, HEAD_BYTES, HeadTooLargeError, Held, Parser
+from telemetryd.web.middleware import error_response, mark, request_id, unexpected_detail
+
+KEEPALIVE_S: Final = 75.0
+"""How long a connection may rest between two requests."""
+
+HEAD_S: Final = 10.0
+"""How long the head of a request may take, from its first byte, or from the connection's begin."""
+
+DEAF_S: Final = 30.0
+"""How long a client may take in nothing of what waits for it."""
+
+MOST_UNREAD_BYTES: Final = 256 * 1024 * 1024
+"""How much of all answers together may wait for clients to read; beyond it, those with most of it are cut off."""
+
+_LARGE_BYTES: Final = 1024 * 1024
+"""Answers from this size on are sent in pieces, and counted at once; hundreds of them come between two patrols."""
+
+_PIECE_BYTES: Final = 256 * 1024
+
+LINGER_S: Final = 5.0
+"""How long the rest of a body is waited for whose request is answered already, so that the answer gets through."""
+
+_PATROL_EVERY_S: Final = 1.0
+_SPARE_DESCRIPTORS: Final = 80
+"""For the lock files, the sockets that listen, backups, and what Python opens."""
+_DESCRIPTORS_PER_READER: Final = 2
+
+
+class _Pieces(Payload):
+    """The body of a large answer, which goes to the transport as the client reads: that would hold a second copy."""
+
+    _value: bytes
+
+    def __init__(self, body: bytes) -> None:
+        super().__init__(body)
+        self._size = self.left = len(body)
+
+    def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
+        """Return the body as text."""
+        return self._value.decode(encoding, errors)
+
+    async def write(self, writer: AbstractStreamWriter) -> None:
+        """Send the body; whether it gets through or not, nothing holds it then."""
+        try:
+            for start in range(0, self.left, _PIECE_BYTES):
+                piece = self._value[start : start + _PIECE_BYTES]
+                self.left -= len(piece)
+                await writer.write(piece)
+        finally:
+            self.left = 0
+            self._value = b""  # a connection that was cut leaves cycles, which are collected late
+
+
+class _Protocol(RequestHandler):
+    """aiohttp's protocol, except that its own errors (a malformed request) are JSON like all others, and its patience.
+
+    aiohttp alone lets a head take as long as a connection may rest, and an answer that nobody reads for ever.
+    """
+
+    asking_since: float | None = None
+    """Since when a head is awaited that has begun, or is the connection's first."""
+    unsent: tuple[int, float] = (0, 0.0)
+    """How much of the answer waited for the client when the patrol last saw a change, and when that was."""
+    _answer: _Pieces | None = None
+    _answering: asyncio.Task[Any] | None = None
+    """What answers a request that changes nothing: it is of no use to anybody once the client has left."""
+    _left: asyncio.Future[None] | None = None
+    _refused: bool = False
+
+    def __init__(self, server: _Server, **details: Any) -> None:
+        super().__init__(server, **details)
+        self._server = server
+        self._parser: Parser | None = Parser(self, self._loop)
+
+    @property
+    def unread(self) -> int:
+        """How many bytes of answers are in memory until the client reads them."""
+        waiting = self.transport.get_write_buffer_size() if self.transport is not None else 0
+        return waiting if self._answer is None else waiting + self._answer.left
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """Answer what never became a request; the parser's text may echo the input, so it is not passed on."""
+        identity = uuid.uuid4().hex
+        unexpected = status >= 500
+        log.log(
+            logging.ERROR if unexpected else logging.WARNING,
+            "Request failed outside of any handler" if unexpected else "Malformed request",
+            extra={
+                "status": status,
+                "client": request.remote or "unix",
+                "error_type": type(exc).__name__,
+                "request_id": identity,
+            },
+            exc_info=exc if unexpected else None,
+        )
+        if isinstance(exc, HeadTooLargeError):
+            status = 431  # RFC 6585 §5
+        if isinstance(exc, HttpProcessingError):
+            exc.__traceback__ = None  # its frames hold what has come, as long as this is being answered
+        detail = unexpected_detail(identity) if unexpected else _MALFORMED.get(status, _MALFORMED[400])
+        response = error_response(status, detail)
+        mark(response, identity)
+        response.force_close()
+        return response
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Take a connection, unless so many are open that the database would find no descriptor any more."""
+        super().connection_made(transport)
+        self.asking_since = self._loop.time()
+        if len(self._server.connections) > self._server.most_connections:
+            cast(asyncio.Transport, transport).abort()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """End what only the client wanted to know; a write goes on, for it is told to whoever asks later."""
+        super().connection_lost(exc)
+        self._server.held.note(self, 0)
+        if self._answering is not None:
+            self._answering.cancel()
+        if self._left is not None and not self._left.done():
+            self._left.set_result(None)
+
+    async def answer(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Answer a request, as long as there is anybody to be answered."""
+        if request.method not in SAFE_METHODS:
+            return await self._server.answer(request)
+        self._answering = asyncio.current_task()
+        self._count()
+        try:
+            return await self._server.answer(request)
+        finally:
+            self._answering = None
+            self._count()
+
+    def _count(self) -> None:
+        """Take note of what its requests hold, and cut those who hold most if it is too much."""
+        if self.transport is None or self._parser is None:
+            return
+        waiting = ANSWERED_BYTES if self._answering is not None else 0
+        self._server.note(self, self._parser.held + len(self._message_tail) + waiting)
+
+    def data_received(self, data: bytes) -> None:
+        """Take in bytes, and see whether a head is begun and not ended."""
+        if self._refused:  # what follows a head that is too large is let go until its answer has got through
+            return
+        super().data_received(data)
+        if self._parser is not None and self._parser.has_refused:
+            self._refused, self._parser = True, Parser(self, self._loop)  # which lets go of what has come of it
+        self._count()
+        if self._request_count and (self._waiter is None or self._waiter.done()):  # one is complete, or being answered
+            self.asking_since = None
+        elif self.asking_since is None:
+            self.asking_since = self._loop.time()
+
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        """Send an answer, unless with it too much waits to be read, and nowhere more than here."""
+        if self._refused:
+            sent = await super().finish_response(request, resp, start_time)
+            await self._let_go()
+            return sent
+        if (
+            not isinstance(resp, web.Response)
+            or not isinstance(body := resp.body, bytes | bytearray)
+            or len(body) < _LARGE_BYTES
+        ):
+            return await super().finish_response(request, resp, start_time)
+        resp.body = self._answer = _Pieces(bytes(body))
+        del body  # whoever does not read it would keep it here
+        self._server.bound_unread()
+        try:
+            return await super().finish_response(request, resp, start_time)
+        finally:
+            self._answer = None
+
+    async def _let_go(self) -> None:
+        """Wait until the client leaves: closed before all is read, a socket takes its answer back (RFC 9112 §9.6)."""
+        if self.transport is None:
+            return
+        self._left = self._loop.create_future()
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_S):
+                await self._left
+
+    def abort(self) -> None:
+        """Cut the connection."""
+        if self.transport is not None:
+            self.transport.abort()
+
+    def lost_patience(self, now: float) -> str | None:
+        """Say why the connection should be cut, or return None."""
+        if self.asking_since is not None and now - self.asking_since > HEAD_S:
+            return f"No complete request head within {HEAD_S:g} s"
+        waiting = self.unread
+        if waiting != self.unsent[0]:
+            self.unsent = waiting, now
+        elif waiting and now - self.unsent[1] > DEAF_S:
+            return f"The client read nothing for {DEAF_S:g} s"
+        return None
+
+
+_MALFORMED: Final = {
+    400: "The request is not valid HTTP/1.1",
+    431: f"The head of the request is too large: it may have {HEAD_BYTES} bytes",
+}
+"""What is told of a request that never became one, by its status; the parser's own text may echo the input."""
+
+
+class _Server(web.Server):
+    most_connections: int
+    answer: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+    held: Held[_Protocol]
+    _patrol: asyncio.Task[None]
+
+    def __call__(self) -> RequestHandler:
+        return _Protocol(self, loop=self._loop, **self._kwargs)
+
+    def note(self, protocol: _Protocol, held: int) -> None:
+        """Take note of what a connection's requests hold, and cut those who hold most if it is too much."""
+        self.held.note(protocol, held)
+        cut = [*self.held.relieve()]
+        for each in cut:
+            each.abort()
+        if cut:
+            log.warning(
+                "Connections cut: requests hold too much besides their bodies", extra={"result_count": len(cut)}
+            )
+
+    def start_patrol(self) -> None:
+        """Look after every connection again and again, until `shutdown`."""
+        self._patrol = asyncio.create_task(self._look_after(), name="patrol")
+
+    async def _look_after(self) -> None:
+        while True:
+            await asyncio.sleep(_PATROL_EVERY_S)
+            now = self._loop.time()
+            for protocol, transport in list(self._connections.items()):
+                reason = protocol.lost_patience(now) if isinstance(protocol, _Protocol) else None
+                if reason is not None:
+                    log.debug("Connection cut", extra={"reason": reason})
+                    transport.abort()
+            self.bound_unread()
+
+    def bound_unread(self) -> None:
+        """Cut off those who leave most unread, as long as it is too much in total: it is all in memory."""
+        unread = {
+            transport: protocol.unread
+            for protocol, transport in self._connections.items()
+            if isinstance(protocol, _Protocol)
+        }
+        total = sum(unread.values())
+        if total <= MOST_UNREAD_BYTES:
+            return
+        most = sorted(unread, key=unread.__getitem__)
+        while total > MOST_UNREAD_BYTES:
+            transport = most.pop()
+            total -= unread[transport]
+            log.warning(
+                "Connection cut: too much waits to be read by all clients together",
+                extra={"client": str(transport.get_extra_info("peername")), "unread_bytes": unread[transport]},
+            )
+            transport.abort()
+
+    async def shutdown(self, timeout: float | None = None) -> None:  # noqa: ASYNC109 - aiohttp's own
+        """End every connection."""
+        self._patrol.cancel()
+        await super().shutdown(timeout)
+
+
+async def _answer_while_there(request: web.BaseRequest) -> web.StreamResponse:
+    return await cast(_Protocol, request.protocol).answer(request)
+
+
+class _Runner(web.AppRunner):
+    most_connections: int
+
+    async def _make_server(self) -> web.Server:
+        made = await super()._make_server()
+
+        async def answer(request: web.BaseRequest) -> web.StreamResponse:
+            try:
+                return await made.request_handler(request)
+            except web.HTTPExpectationFailed as error:  # the one answer that aiohttp gives before any middleware
+                response = error_response(error.status, "Expect can only be 100-continue")
+                mark(response, request_id(request))
+                return response
+
+        server = _Server(_answer_while_there, request_factory=made.request_factory, **made._kwargs)
+        server.most_connections = self.most_connections
+        server.answer = answer
+        server.held = Held()
+        server.start_patrol()
+        return server
+
+
+def make_runner(app: web.Application, settings: Settings) -> web.AppRunner:
+    """Return aiohttp's runner with our own handling of signals, bodies, errors and time limits."""
+    runner = _Runner(
+        app,
+        handle_signals=False,  # aiohttp's second SIGTERM aborts the drain
+        access_log=None,
+        auto_decompress=False,  # body.py does it, within its limits
+        keepalive_timeout=KEEPALIVE_S,
+        lingering_time=LINGER_S,
+        # aiohttp waits that long for the handlers, cancels them, and waits as long again.
+        shutdown_timeout=settings.shutdown_timeout_s / 4,
+    )
+    limit = descriptor_limit()
+    spare = _SPARE_DESCRIPTORS + _DESCRIPTORS_PER_READER * (settings.db_readers + 1) + most_processes(settings)
+    runner.most_connections = max(limit - spare, limit // 4)
+    return runner

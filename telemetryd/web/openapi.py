@@ -1,0 +1,507 @@
+"""Describes the endpoints and the model that validates them as OpenAPI 3.1."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Final, cast
+
+import orjson
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+import telemetryd
+from telemetryd import SERVER_HEADER, flow
+from telemetryd.model import changes, events, filters, queries, regressions, rules, runs, sketches, stats
+from telemetryd.services import admin, certificates
+
+_REF: Final = "#/components/schemas/{model}"
+Schema = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """What the document says of one endpoint."""
+
+    summary: str
+    description: str = ""
+    tags: tuple[str, ...] = ("runs",)
+    body: Schema | None = None
+    body_types: tuple[str, ...] = ()
+    example: object = None
+    """A body that works; a list is one item a line for NDJSON."""
+    parameters: tuple[Schema, ...] = ()
+    answers: dict[int, tuple[str, Schema]] = field(default_factory=dict)
+    answer_type: str = "application/json"
+    """The media type of a successful answer."""
+    other_answer_types: tuple[str, ...] = ()
+    """Further media types of a successful answer; they hold text."""
+    errors: tuple[int, ...] = ()
+    open: bool = False
+    """Whether it answers without a token even where authentication is on."""
+
+
+def ref(name: str) -> Schema:
+    """Return a reference to a named schema of the document."""
+    return {"$ref": _REF.format(model=name)}
+
+
+def obj(properties: dict[str, Schema], required: Iterable[str] | None = None) -> Schema:
+    """Return the schema of an object; every property is required unless told otherwise."""
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties if required is None else required),
+    }
+
+
+STRING: Final[Schema] = {"type": "string"}
+INTEGER: Final[Schema] = {"type": "integer", "minimum": 0}
+WARNINGS: Final[Schema] = {"type": "array", "items": STRING, "description": "Body fields that were not used."}
+EVENT_ID: Final[Schema] = {
+    "name": "event_id",
+    "in": "path",
+    "required": True,
+    "description": "The run's event_id, percent-encoded.",
+    "schema": STRING,
+    "example": runs.example(runs.NewRun, ("event_id",))["event_id"],
+}
+
+_ERROR_TEXTS: Final = {
+    400: "A query parameter or the request is wrong.",
+    401: "A token is needed.",
+    403: "Protected mode: only this machine is served.",
+    404: "There is no such run.",
+    409: "The process cannot be watched; send heartbeats instead.",
+    410: "What lies behind this place is not known any more; begin again, without `after`.",
+    413: "The body or the batch is too large.",
+    415: "The media type or the content coding is not known.",
+    422: "The body is wrong; every fault is listed.",
+    429: "Too many requests from this address; see Retry-After.",
+    500: "Unexpected; the log tells more under the request id.",
+    503: "Not now; repeat the same request after Retry-After seconds.",
+}
+_RETRY_AFTER: Final = {"Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer"}}}
+_FLOW: Final = {
+    flow.HEADER: {
+        "description": "Advice to writers: most rows in the next request, and milliseconds to pause before it.",
+        "schema": {"type": "string", "pattern": r"^batch=\d+, pause=\d+(, \w+=\d+)*$"},
+        "example": "batch=5000, pause=0",
+    }
+}
+_SERVER: Final = {
+    SERVER_HEADER: {
+        "description": "Every answer of the daemon has it; one without it comes from somebody else, such as a proxy.",
+        "schema": {"type": "string", "pattern": r"^telemetryd/\d+$"},
+        "example": "telemetryd/4",
+    }
+}
+_EVERYWHERE: Final = (401, 403, 429, 500)
+
+
+def _parameter(name: str, text: str, schema: Schema) -> Schema:
+    return {"name": name, "in": "query", "required": False, "description": text, "schema": schema}
+
+
+def list_parameters() -> tuple[Schema, ...]:
+    """Return the query parameters of `GET /api/v1/runs`, from the definition of a run and of a query."""
+    orders = [order for column in queries.SORTED for order in (f"-{column}", column)]
+    shape: tuple[tuple[str, str, Schema], ...] = (
+        ("sort", "In which order; a minus means the last ones first.", {"type": "string", "enum": orders}),
+        ("fields", "Only these fields of each run, with commas between them.", _FIELDS),
+        (
+            "count",
+            "Tell in X-Total-Count how many runs match, and in X-Total-Count-Accuracy if that is exact, an estimate, "
+            "or at-least what was counted.",
+            {"type": "string", "enum": [str(count) for count in queries.Count]},
+        ),
+    )
+    cursor = _parameter("cursor", "Where to go on, from the Link header of an earlier answer.", {"type": "string"})
+    parts = (_parameter(*part) for part in shape)
+    return (*filter_parameters(), *parts, *page_parameters("Runs"), cursor, INCLUDE)
+
+
+def filter_parameters() -> tuple[Schema, ...]:
+    """Return the query parameters that are filters."""
+    fields = runs.Run.model_fields
+    stored = _schemas()["Run"]["properties"]
+    described: list[tuple[str, str, Schema]] = [
+        (name, f"{_filter_text(name)} {fields[name].description}", _values_schema(stored[name], name))
+        for name in runs.FILTERS
+    ]
+    described += [
+        (name, f"Only runs with {column} {comparison} this: a moment, now, or a time ago such as -2h.", _MOMENT)
+        for name, (column, comparison) in filters.TIME_BOUNDS.items()
+    ]
+    described += [
+        ("min_duration_ms", "Only runs that took so many milliseconds or more.", _PLAIN_INTEGER),
+        ("error", "Only runs whose error_summary or error_details holds this text, in any case.", _PLAIN_TEXT),
+        (
+            filters.METRIC,
+            "Only runs with such a value in metrics_json. NAME is its key (with dots for keys inside of keys), and the "
+            f"sign may also be another one of {' '.join(filters.OPERATORS)}: metrics.tokens>1000.",
+            _PLAIN_TEXT,
+        ),
+        ("q", 'Only runs with these words, prefix* and "phrases" in their summaries or errors.', _PLAIN_TEXT),
+    ]
+    return tuple(_parameter(*parts) for parts in described)
+
+
+def change_parameters() -> tuple[Schema, ...]:
+    """Return the query parameters of `GET /api/v1/changes`."""
+    return (
+        _AFTER,
+        _parameter(
+            "begun",
+            "Of whoever began without after: the newest of the first answer. Deletions before it do not matter then.",
+            _PLAIN_INTEGER,
+        ),
+        _parameter(
+            "events_after",
+            "Also answer the events of runs whose id is larger, in its order: 0 for all of them.",
+            _PLAIN_INTEGER,
+        ),
+        page_parameters("Changes")[0],
+        _parameter(
+            "wait",
+            "Seconds to wait for a change if there is none behind after.",
+            {"type": "integer", "minimum": 0, "maximum": changes.MAX_WAIT_S, "default": 0},
+        ),
+    )
+
+
+def stream_parameters() -> tuple[Schema, ...]:
+    """Return the parameters of `GET /api/v1/runs/stream`."""
+    header = {
+        "name": "Last-Event-ID",
+        "in": "header",
+        "required": False,
+        "description": "As after, which it overrules; a browser that comes back sends it by itself.",
+        "schema": _PLACE,
+    }
+    return (*filter_parameters(), _AFTER, header)
+
+
+def export_parameters() -> tuple[Schema, ...]:
+    """Return the query parameters of `GET /api/v1/runs/export`."""
+    shared = [each for each in list_parameters() if each["name"] in filters.PARAMETERS]
+    form = {"type": "string", "enum": [str(form) for form in queries.Format]}
+    return (
+        *shared,
+        _parameter("format", "Overrules the Accept header; without either it is ndjson.", form),
+        {**INCLUDE, "description": "Show each run's events as well, all of them; only with ndjson."},
+    )
+
+
+_MOMENT: Final[Schema] = {"type": "string", "minLength": 1}
+_PLAIN_TEXT: Final[Schema] = {"type": "string", "minLength": 1, "maxLength": filters.MAX_TEXT}
+_PLAIN_INTEGER: Final[Schema] = {"type": "integer", "minimum": 0, "maximum": runs.MAX_INTEGER}
+
+
+_PLACE: Final[Schema] = {"type": "string", "pattern": r"^([0-9a-f]{12}-)?[0-9]{1,18}$"}
+_AFTER: Final[Schema] = _parameter(
+    "after",
+    "Go on behind this number of the commit sequence; with the epoch before it (as in the id of an event) the answer "
+    "tells if the database is another one since.",
+    _PLACE,
+)
+_FIELDS: Final[Schema] = {"type": "string", "pattern": "^({0})(,({0}))*$".format("|".join(runs.ANSWERED))}
+
+
+def _filter_text(name: str) -> str:
+    wildcards = ", in which * stands for any text" if name == filters.WILDCARD else ""
+    return f"Only this {name}, or one of several with commas between them{wildcards}."
+
+
+def _values_schema(stored: Schema, name: str) -> Schema:
+    """Return what one value of a filter is: a status, or a text; several are one string with commas."""
+    return _without_title(stored) if name == "status" else {"type": "string", "minLength": 1}
+
+
+def stats_parameters() -> tuple[Schema, ...]:
+    """Return the query parameters of `GET /api/v1/stats`."""
+    moment = "An ISO 8601 date and time, an age such as -24h or -30d, or now."
+    names = "|".join(stats.NAMES)
+    return (
+        _parameter(
+            "group_by",
+            f"Some of {', '.join(stats.NAMES)}, separated by commas; without it there is one group.",
+            {"type": "string", "pattern": f"^({names})(,({names}))*$"},
+        ),
+        _parameter(
+            "bucket",
+            "Groups by time as well: a number of hours, days or weeks. Buckets are counted from 1970-01-01T00:00:00Z.",
+            {"type": "string", "pattern": "^[1-9][0-9]{0,4}[hdw]$"},
+        ),
+        _parameter("from", f"{moment} Rounded down to the hour.", {"type": "string", "default": "-24h"}),
+        _parameter("to", f"{moment} Rounded up to the hour; not included.", {"type": "string", "default": "now"}),
+        *(each for each in filter_parameters() if each["name"] in stats.NAMES),
+    )
+
+
+def stats_answer() -> Schema:
+    """Return the schema of what `GET /api/v1/stats` answers."""
+    quantile: Schema = {
+        "anyOf": [INTEGER, {"type": "null"}],
+        "description": f"Within {sketches.ERROR:.0%} of the exact one, in whole ms; null if no run is finished.",
+    }
+    rate = {"anyOf": [{"type": "number", "minimum": 0, "maximum": 1}, {"type": "null"}]}
+    number: Schema = {"type": "number", "minimum": 0}
+    group: Schema = {
+        "runs": INTEGER,
+        "success_rate": {**rate, "description": "Successes among the finished runs; null if none is."},
+        **dict.fromkeys(stats.ITEMS, number),
+        "duration_ms": obj({**{f"p{percent}": quantile for percent in stats.PERCENTS}, "sum": number}),
+    }
+    named = {**dict.fromkeys(stats.NAMES, STRING), "bucket": {"type": "string", "format": "date-time"}}
+    return obj(
+        {
+            "from": {"type": "string", "format": "date-time"},
+            "to": {"type": "string", "format": "date-time"},
+            "bucket": {"anyOf": [STRING, {"type": "null"}]},
+            "group_by": {"type": "array", "items": {"enum": list(stats.NAMES)}},
+            "groups": {"type": "array", "items": obj({**named, **group}, group)},
+        }
+    )
+
+
+def regressions_parameters() -> tuple[Schema, ...]:
+    """Return the query parameters of `GET /api/v1/regressions`."""
+    named = {parameter["name"]: parameter for parameter in filter_parameters()}
+    moment = "An ISO 8601 date and time, a time before now such as -30d, or now."
+    return (
+        named["agent_name"],
+        named["job_type"],
+        _parameter("from", f"{moment} The first moment of created_at.", {"type": "string", "default": "-30d"}),
+        _parameter("to", f"{moment} Not included.", {"type": "string", "default": "now"}),
+    )
+
+
+def regressions_answer() -> Schema:
+    """Return the schema of what `GET /api/v1/regressions` answers."""
+    moment: Schema = {"type": "string", "format": "date-time"}
+    share: Schema = {"type": "number", "minimum": 0, "maximum": 1}
+    side = obj(
+        {"commits": INTEGER, "runs": INTEGER, "success_rate": share, "median_duration_ms": {"type": "number"}},
+        ("commits", "runs"),
+    )
+    finding: Schema = {
+        "agent_name": STRING,
+        "job_type": STRING,
+        "measure": {"enum": list(regressions.MEASURES)},
+        "first_bad_commit": STRING,
+        "last_good_commit": {**STRING, "description": "The commit before it."},
+        "before": side,
+        "after": side,
+        "p_value": {
+            **share,
+            "description": "How likely such a difference would be, at any commit and in either measure, if no commit "
+            "changed anything; at most alpha.",
+        },
+        "commit_url": {"anyOf": [STRING, {"type": "null"}]},
+        "runs": {
+            "type": "array",
+            "items": STRING,
+            "maxItems": regressions.SHOWN,
+            "description": "event_id of the first runs that show it.",
+        },
+    }
+    return obj(
+        {
+            "from": moment,
+            "to": moment,
+            "alpha": {**share, "description": "How often a pair in which no commit changes anything gives a finding."},
+            "pairs": {**INTEGER, "description": "Pairs of agent and job type with runs of at least two commits."},
+            "regressions": {"type": "array", "items": obj(finding)},
+        }
+    )
+
+
+def alerts_answer() -> Schema:
+    """Return the schema of what `GET /api/v1/alerts` answers."""
+    moment: Schema = {"type": "string", "format": "date-time"}
+    firing = {
+        "subject": obj(
+            {
+                "agent_name": STRING,
+                "job_type": STRING,
+                "measure": {"enum": list(regressions.MEASURES)},
+                "first_bad_commit": STRING,
+            },
+            ("agent_name",),
+        ),
+        "since": moment,
+        "seq": {**INTEGER, "description": "Where the commit sequence stood when it was found."},
+        "summary": STRING,
+        "details": {"type": "object"},
+    }
+    rule = {
+        "name": STRING,
+        "kind": {"enum": list(rules.KINDS)},
+        "state": {"enum": ["firing", "ok"]},
+        "problem": {"anyOf": [STRING, {"type": "null"}], "description": "Why it cannot be evaluated now."},
+        "webhooks": {"type": "array", "items": STRING},
+        "firing": {"type": "array", "items": obj(firing)},
+        "more": {**INTEGER, "description": "For how many it fires besides; they are counted, not told one by one."},
+    }
+    waiting = {**INTEGER, "description": "Messages that are not confirmed yet."}
+    return obj(
+        {
+            "evaluated_at": {"anyOf": [moment, {"type": "null"}]},
+            "rules": {"type": "array", "items": obj(rule)},
+            "webhooks": {"type": "array", "items": obj({"name": STRING, "waiting": waiting})},
+        }
+    )
+
+
+def page_parameters(what: str) -> tuple[Schema, ...]:
+    """Return the query parameters that bound an answer."""
+    limit = {"type": "integer", "minimum": 1, "maximum": queries.MAX_LIMIT, "default": queries.DEFAULT_LIMIT}
+    offset = {"type": "integer", "minimum": 0, "maximum": runs.MAX_INTEGER, "default": 0}
+    return (
+        _parameter("limit", f"{what} in one answer.", limit),
+        _parameter("offset", f"{what} to skip; following the Link header is surer.", offset),
+    )
+
+
+INCLUDE: Final[Schema] = _parameter(
+    "include", "Show each run's first events as well.", {"type": "string", "enum": [queries.EVENTS]}
+)
+
+
+EVENT_ORDER: Final = (
+    _parameter(
+        "sort",
+        "In which order; a minus means the last ones first.",
+        {"type": "string", "enum": [queries.TIMESTAMP, f"-{queries.TIMESTAMP}"]},
+    ),
+    _parameter("cursor", "Where to go on: timestamp and id of an event, as in the Link header.", {"type": "string"}),
+)
+
+
+def _without_title(schema: Schema) -> Schema:
+    return {key: value for key, value in schema.items() if key not in ("title", "default", "description")}
+
+
+def document(operations: Iterable[tuple[str, str, Operation]], *, needs_token: bool = False) -> Schema:
+    """Return the OpenAPI document for (method, path, operation) of each endpoint."""
+    paths: dict[str, Schema] = {}
+    for method, path, operation in operations:
+        paths.setdefault(path, {})[method.lower()] = _operation(method, path, operation)
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "telemetryd",
+            "version": telemetryd.__version__,
+            "description": "Records the runs of agents and batch jobs. An answer of 200 or 201 to a write means that "
+            "everything it names is durable; any other answer means unknown: repeat it with the same event_id.",
+        },
+        "paths": paths,
+        "components": {
+            "schemas": _schemas(),
+            "securitySchemes": {
+                "bearer": {"type": "http", "scheme": "bearer", "description": "The daemon's token."},
+                "key": {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": "The same token."},
+            },
+        },
+        "security": [*([] if needs_token else [{}]), {"bearer": []}, {"key": []}],
+    }
+
+
+def _operation(method: str, path: str, operation: Operation) -> Schema:
+    described: Schema = {
+        "operationId": re.sub(r"\W+", "_", f"{method.lower()}_{path.removeprefix('/api/v1')}").strip("_"),
+        "summary": operation.summary,
+        "tags": list(operation.tags),
+        "responses": {
+            str(status): {
+                "description": text,
+                "content": {
+                    operation.answer_type: {"schema": schema},
+                    **{kind: {"schema": STRING} for kind in operation.other_answer_types},
+                },
+            }
+            for status, (text, schema) in operation.answers.items()
+        },
+    }
+    if operation.description:
+        described["description"] = operation.description
+    if operation.parameters:
+        described["parameters"] = list(operation.parameters)
+    if operation.body is not None:
+        described["requestBody"] = {
+            "required": True,
+            "content": {kind: _content(operation, kind) for kind in operation.body_types},
+        }
+    if operation.open:
+        described["security"] = []
+    responses = described["responses"]
+    described["responses"] = responses | {
+        status: answer for status, answer in _errors(operation) if status not in responses
+    }
+    for status, answer in described["responses"].items():
+        advice = _FLOW if method in flow.METHODS and int(status) not in flow.NEVER else {}
+        answer["headers"] = _SERVER | advice | answer.get("headers", {})
+    return described
+
+
+def _errors(operation: Operation) -> Iterator[tuple[str, Schema]]:
+    for status in sorted({*operation.errors, *_EVERYWHERE}):
+        answer: Schema = {
+            "description": _ERROR_TEXTS[status],
+            "content": {"application/json": {"schema": ref("ValidationErrors" if status == 422 else "Error")}},
+        }
+        if status in (429, 503):
+            answer["headers"] = _RETRY_AFTER | _FLOW
+        yield str(status), answer
+
+
+def _content(operation: Operation, kind: str) -> Schema:
+    if kind == "application/json":
+        content: Schema = {"schema": operation.body}
+        example = operation.example
+    else:
+        content = {"schema": STRING}
+        example = "\n".join(orjson.dumps(item).decode() for item in cast(list[object], operation.example))
+    return content if example is None else {**content, "example": example}
+
+
+@cache  # the parameters of five operations look into it as well, and it takes some 15 ms
+def _schemas() -> dict[str, Schema]:
+    models: list[tuple[type[BaseModel], str]] = [
+        (runs.NewRun, "validation"),
+        (runs.RunPatch, "validation"),
+        (events.NewEvent, "validation"),
+        (certificates.ProcessRequest, "validation"),
+        (runs.CommitAssociation, "validation"),
+        (admin.PruneRequest, "validation"),
+        (admin.ReapRequest, "validation"),
+        (admin.ConfirmRequest, "validation"),
+    ]
+    _, made = models_json_schema(models, ref_template=_REF)  # type: ignore[arg-type]  # the modes are literals
+    schemas: dict[str, Schema] = made["$defs"]
+    stored = runs.Run.model_json_schema(ref_template=_REF, mode="serialization")["properties"]
+    stored["status"] = {"type": "string", "enum": [str(status) for status in runs.Status]}
+    stored["api_posted"] = {"type": "boolean"}
+    url = {"anyOf": [{"type": "string", "format": "uri"}, {"type": "null"}]}
+    event = events.Event.model_json_schema(ref_template=_REF, mode="serialization")["properties"]
+    schemas["Event"] = obj(event)
+    for schema in (schemas["NewEvent"]["properties"], event):
+        for name in ("id", "event_key", "timestamp"):
+            schema.get(name, {}).pop("default", None)
+    shown: Schema = {"events": {"type": "array", "items": ref("Event")}, "more_events": {"type": "boolean"}}
+    always: Schema = {**stored, "commit_url": url, "repo_url": url}
+    schemas["Run"] = obj({**always, **shown}, always)
+    schemas["RunPart"] = obj({**always, **shown}, ())  # what `fields` chooses of a run
+    for schema in (schemas["NewRun"]["properties"], stored):
+        schema["created_at"].pop("default", None)
+        schema.get("updated_at", {}).pop("default", None)
+        schema.get("id", {}).pop("default", None)
+    schemas["ErrorItem"] = obj(
+        {"loc": {"type": "array", "items": {"anyOf": [STRING, INTEGER]}}, "msg": STRING, "type": STRING}
+    )
+    schemas["Error"] = obj({"detail": STRING})
+    schemas["ValidationErrors"] = obj({"detail": {"type": "array", "items": ref("ErrorItem")}})
+    return schemas

@@ -1,0 +1,93 @@
+"""Serves the pages and what they load: files of the package, under a policy that lets nothing foreign in."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from functools import cache
+from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import PurePosixPath
+from typing import Final
+
+from aiohttp import ETag, hdrs, web
+
+from telemetryd.web.browsers import ASSETS
+from telemetryd.web.middleware import NOTE, Handler, wants_page
+
+_TYPES: Final = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+_DOCS: Final = {
+    "docs.html": "text/html",
+    "docs.js": "text/javascript",
+    "swagger-ui/swagger-ui.css": "text/css",
+    "swagger-ui/swagger-ui-bundle.js": "text/javascript",
+    "swagger-ui/favicon-32x32.png": "image/png",
+}
+# Scripts of ours set styles through the DOM, which this policy allows; nothing is inline or foreign.
+_POLICY: Final = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
+    "connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+)
+# The page shows what agents wrote; with this, browsers refuse whatever would make markup of it.
+_STRICT_POLICY: Final = f"{_POLICY}; require-trusted-types-for 'script'; trusted-types 'none'"
+_HEADERS: Final = {
+    "Cache-Control": "no-cache",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+
+
+def handlers() -> Iterator[tuple[str, Handler]]:
+    """Yield each path with what answers for it."""
+    yield "/", serve_page
+    for name in _page_files(resources.files("telemetryd.static").joinpath("page"), ""):
+        yield f"{ASSETS}{name}", _serve(f"page/{name}", _TYPES[PurePosixPath(name).suffix], _STRICT_POLICY)
+    for name, media_type in _DOCS.items():
+        path = "/docs" if name == "docs.html" else f"/docs/static/{name.rpartition('/')[2]}"
+        yield path, _serve(name, media_type, _POLICY)
+
+
+def _page_files(folder: Traversable, prefix: str) -> Iterator[str]:
+    """Yield the names of what the page loads, relative to its folder."""
+    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
+        if entry.is_dir():
+            yield from _page_files(entry, f"{prefix}{entry.name}/")
+        elif PurePosixPath(entry.name).suffix in _TYPES:
+            yield f"{prefix}{entry.name}"
+
+
+async def serve_page(request: web.Request) -> web.StreamResponse:
+    """Answer a browser with the page, and send anybody else to the description of the API."""
+    vary = {"Vary": "Accept"}
+    if wants_page(request):
+        response = await _serve("page/index.html", "text/html", _STRICT_POLICY)(request)
+        response.headers.update(vary)
+        return response
+    request[NOTE].say("Page served", logging.DEBUG)
+    return web.Response(status=302, headers={"Location": "/docs", **vary})
+
+
+def _serve(name: str, media_type: str, policy: str) -> Handler:
+    async def serve(request: web.Request) -> web.StreamResponse:
+        request[NOTE].say("Page served", logging.DEBUG)
+        body, tag = _read(name)
+        response: web.Response
+        if any(ETag(tag) == known for known in request.if_none_match or ()):
+            response = web.Response(status=304, headers=_HEADERS)
+        else:
+            charset = None if media_type == "image/png" else "utf-8"
+            response = web.Response(body=body, content_type=media_type, charset=charset, headers=_HEADERS)
+        response.headers["Content-Security-Policy"] = policy
+        response.headers[hdrs.ETAG] = f'"{tag}"'
+        return response
+
+    return serve
+
+
+@cache
+def _read(name: str) -> tuple[bytes, str]:
+    """Return a file and its tag; an installed package does not change while it runs."""
+    body = resources.files("telemetryd.static").joinpath(name).read_bytes()
+    return body, hashlib.blake2b(body, digest_size=12).hexdigest()
