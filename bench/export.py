@@ -17,7 +17,8 @@ from typing import Final
 import aiohttp
 
 from bench.seeding import _FILL, STEP_S
-from telemetryd.engine.sqlite.connection import connect, wal_bytes
+from telemetryd.engine.sqlite.connection import connect
+from telemetryd.engine.sqlite.files import wal_bytes
 from telemetryd.engine.sqlite.tools import migrate
 
 _PORT: Final = 28471

@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from telemetryd.model.runs import Row, parse_run
+from telemetryd.model.runs import parse_run
+from telemetryd.model.values import Row
 
 
 def make_run(nonce: str, number: int) -> dict[str, Any]:

@@ -25,8 +25,9 @@ from telemetryd.engine.sqlite.statements.commands import Transaction
 from telemetryd.engine.sqlite.tools import migrate
 from telemetryd.model import stats
 from telemetryd.model.commands import CreateRuns
-from telemetryd.model.runs import STORED, Row, format_timestamp, parse_run
+from telemetryd.model.runs import STORED, parse_run
 from telemetryd.model.stats import FACTS, Facts
+from telemetryd.model.values import Row, format_timestamp
 
 _END = datetime(2026, 1, 31, tzinfo=UTC)
 _NOW = format_timestamp(_END)

@@ -21,12 +21,13 @@ from aiohttp import web
 import telemetryd
 from telemetryd.http import make_app
 from telemetryd.model.rules import load_rules
-from telemetryd.model.runs import utc_now
+from telemetryd.model.values import utc_now
 from telemetryd.ops.logs import log
 from telemetryd.ops.metrics import Metrics
 from telemetryd.ops.mounts import is_mount_point, network_file_system
 from telemetryd.ops.systemd import Notifier, passed_sockets
 from telemetryd.services.alerting import Alerting
+from telemetryd.services.certificates import most_processes
 from telemetryd.services.upkeep import Upkeep
 from telemetryd.settings import LoadedSettings, Settings
 from telemetryd.store import Store
@@ -70,7 +71,9 @@ async def running(
             await store.keep_full_text()
             alerting = Alerting(store, rules, clock, given_up=metrics.deliveries_given_up.inc)
             upkeep = Upkeep(store, settings, clock)
-            runner = make_runner(make_app(store, settings, metrics, alerting, upkeep), settings)
+            runner = make_runner(
+                make_app(store, settings, metrics, alerting, upkeep), settings, most_processes(settings)
+            )
             await runner.setup()
             chores = tuple(map(asyncio.create_task, (upkeep.run(), alerting.run())))
             try:

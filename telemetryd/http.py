@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
@@ -22,21 +21,24 @@ from telemetryd.errors import (
     InvalidRequestError,
     RunNotFoundError,
 )
-from telemetryd.model import events, queries, regressions, runs, stats
+from telemetryd.model import bodies, events, queries, regressions, runs, stats, values
+from telemetryd.model.batches import _LINES, _SLICE_S, _as_it_is, _Batch, _items
 from telemetryd.model.commands import CreateEvents, CreateRuns, UpdateRun
+from telemetryd.model.requests import ProcessRequest
 from telemetryd.model.rules import Rules
 from telemetryd.ops.metrics import Metrics, wants_prometheus
 from telemetryd.services import admin
 from telemetryd.services.alerting import Alerting
-from telemetryd.services.certificates import Certificates, ProcessRequest
+from telemetryd.services.certificates import Certificates
 from telemetryd.services.exports import Exports, describe
 from telemetryd.services.tails import add_feed, list_changes, stream_runs
 from telemetryd.services.upkeep import Upkeep
 from telemetryd.settings import Settings
 from telemetryd.store import Store
 from telemetryd.web import browsers, openapi, pages
+from telemetryd.web.answers import NOTE, REASON, Handler, json_response
 from telemetryd.web.body import JSON_TYPES, NDJSON_TYPES, Bodies, check_media_type
-from telemetryd.web.middleware import NOTE, REASON, Handler, json_response, middleware
+from telemetryd.web.middleware import middleware
 from telemetryd.web.openapi import EVENT_ID, INCLUDE, INTEGER, STRING, WARNINGS, Operation, obj, ref
 
 STORE: Final = web.AppKey("store", Store)
@@ -131,7 +133,7 @@ async def update_run(request: web.Request) -> web.Response:
         raise InvalidRequestError("No valid fields to update")
     request[NOTE].say("Run updated", event_id=event_id, fields_updated=list(changes))
     if await request.app[STORE].submit(UpdateRun(event_id, changes, size)) is None:
-        raise RunNotFoundError(runs.shorten(event_id))
+        raise RunNotFoundError(values.shorten(event_id))
     return json_response(
         _with_warnings({"event_id": event_id, "updated": True, "fields_updated": list(changes)}, ignored)
     )
@@ -146,7 +148,7 @@ async def associate_commit(request: web.Request) -> web.Response:
     request[NOTE].say("Commit associated", event_id=event_id, fields_updated=list(changes))
     updated = await request.app[STORE].submit(UpdateRun(event_id, changes, size))
     if updated is None:
-        raise RunNotFoundError(runs.shorten(event_id))
+        raise RunNotFoundError(values.shorten(event_id))
     answer = {
         "status": "success",
         "event_id": event_id,
@@ -173,7 +175,7 @@ async def _stored_run(request: web.Request, most_events: int = 0) -> tuple[dict[
     request[NOTE].say("Run queried", event_id=event_id)
     found = await request.app[STORE].fetch(queries.GetRun(event_id, most_events))
     if found is None:
-        raise RunNotFoundError(runs.shorten(event_id))
+        raise RunNotFoundError(values.shorten(event_id))
     row, page = found
     return runs.to_json(row), page
 
@@ -182,7 +184,7 @@ async def _json_body(request: web.Request) -> tuple[object, int]:
     """Return the decoded body, and how many bytes it came in."""
     check_media_type(request, JSON_TYPES)
     async with request.app[BODIES].read(request) as body:
-        return runs.parse_body(body), len(body)
+        return bodies.parse_body(body), len(body)
 
 
 def _with_warnings(answer: dict[str, Any], ignored: tuple[str, ...]) -> dict[str, Any]:
@@ -200,7 +202,7 @@ async def create_events(request: web.Request) -> web.Response:
     parsed = events.parse_events(body)
     created = await request.app[STORE].submit(CreateEvents(event_id, parsed.rows, size))
     if created is None:
-        raise RunNotFoundError(runs.shorten(event_id))
+        raise RunNotFoundError(values.shorten(event_id))
     answer = {"inserted": created.inserted, "duplicates": len(parsed.rows) - created.inserted}
     request.app[METRICS].count_events(created=answer["inserted"], duplicate=answer["duplicates"])
     request[NOTE].say("Events stored", event_id=event_id, **answer)
@@ -213,7 +215,7 @@ async def list_events(request: web.Request) -> web.Response:
     query = queries.parse_event_list(request.rel_url.raw_query_string, event_id)
     page = await request.app[STORE].fetch(query)
     if page is None:
-        raise RunNotFoundError(runs.shorten(event_id))
+        raise RunNotFoundError(values.shorten(event_id))
     # Whoever pages by offset would lose events with a shorter page; a cursor goes on behind its last one.
     if page.more and len(page.rows) < query.limit and not query.by_cursor:
         raise InvalidRequestError(
@@ -235,7 +237,7 @@ async def register_process(request: web.Request) -> web.Response:
     """Watch the process that works on a run."""
     event_id = request.match_info["event_id"]
     body, _ = await _json_body(request)
-    wanted: ProcessRequest = runs.validate(ProcessRequest, body)
+    wanted: ProcessRequest = bodies.validate(ProcessRequest, body)
     request[NOTE].say("Process registered", event_id=event_id, pid=wanted.pid)
     await request.app[CERTIFICATES].register(event_id, wanted)
     answer = {"event_id": event_id, "pid": wanted.pid, "watched": True}
@@ -254,7 +256,7 @@ async def _watch_processes(app: web.Application) -> AsyncIterator[None]:
 async def prune_runs(request: web.Request) -> web.Response:
     """Delete one slice of old runs."""
     body, _ = await _json_body(request)
-    answer = await admin.prune(request.app[STORE], body, runs.utc_now())
+    answer = await admin.prune(request.app[STORE], body, values.utc_now())
     request[NOTE].say("Runs pruned", **answer)
     return json_response(answer)
 
@@ -262,7 +264,7 @@ async def prune_runs(request: web.Request) -> web.Response:
 async def reap_runs(request: web.Request) -> web.Response:
     """Cancel one slice of stale runs."""
     body, _ = await _json_body(request)
-    answer = await admin.reap(request.app[STORE], body, runs.utc_now())
+    answer = await admin.reap(request.app[STORE], body, values.utc_now())
     request[NOTE].say("Runs reaped", **answer)
     return json_response(answer)
 
@@ -270,7 +272,7 @@ async def reap_runs(request: web.Request) -> web.Response:
 async def confirm(request: web.Request) -> web.Response:
     """Take note of what the operator confirms."""
     body, _ = await _json_body(request)
-    answer = await admin.confirm(request.app[STORE], body, runs.utc_now())
+    answer = await admin.confirm(request.app[STORE], body, values.utc_now())
     request.app[UPKEEP].look_again()
     request[NOTE].say("Confirmed", **answer)
     return json_response(answer)
@@ -281,59 +283,12 @@ async def make_backup(request: web.Request) -> web.Response:
     body, _ = await _json_body(request)
     if body != {}:
         raise InvalidRequestError("The body must be {}: where backups go is a setting, TELEMETRY_BACKUP_DIR")
-    answer = await admin.back_up(request.app[SETTINGS], runs.utc_now())
+    answer = await admin.back_up(request.app[SETTINGS], values.utc_now())
     request[NOTE].say("Backup made", **answer)
     return json_response(answer)
 
 
 # --- A batch -------------------------------------------------------------------------------------
-
-_SLICE_S: Final = 0.002
-"""How long items are checked before the event loop gets its turn."""
-
-_TOLD_IN_FULL: Final = 1000
-"""Errors of one batch that are all told; of items beyond, each tells its first error and how many more it has."""
-
-
-class _Batch:
-    """The rows of a batch, and the faults of what is not in them."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        """How many bytes it came in."""
-        self.rows: list[runs.Row] = []
-        self.errors: list[str] = []
-        self.error_details: list[dict[str, Any]] = []
-        self.is_readable = False
-        self._told = 0
-        self.ignored: dict[str, None] = {}
-        self.total = 0
-
-    def add(self, read: Callable[[], object]) -> None:
-        """Take in the next item, or its faults."""
-        item = None
-        try:
-            item = read()
-            self.is_readable = True
-            parsed = runs.parse_run(item)
-        except InvalidBodyError as error:
-            event_id = item.get("event_id") if isinstance(item, dict) else None
-            self._tell(error, runs.shorten(event_id) if isinstance(event_id, str) else None)
-        else:
-            self.rows.append(parsed.row)
-            self.ignored.update(dict.fromkeys(parsed.ignored))
-        self.total += 1
-
-    def _tell(self, error: InvalidBodyError, event_id: str | None) -> None:
-        told = error.errors if self._told < _TOLD_IN_FULL else error.errors[:1]
-        self._told += len(told)
-        if left_out := len(error.errors) - len(told):
-            more = f"and {left_out} more errors in this item"
-            told = [*told, {"loc": ["body"], "msg": more, "type": "more_errors"}]
-        shown = InvalidBodyError(told)
-        named = f" (event_id {event_id})" if event_id is not None else ""
-        self.errors.append(f"Item {self.total}{named}: {shown}")
-        self.error_details.append({"index": self.total, "event_id": event_id, "detail": runs.under(shown, self.total)})
 
 
 async def _parse_batch(request: web.Request) -> _Batch:
@@ -345,10 +300,10 @@ async def _parse_batch(request: web.Request) -> _Batch:
         if media_type in NDJSON_TYPES:
             items = [line[0] for line in islice(_LINES.finditer(body), limit + 1)]
         else:
-            items = _items(runs.parse_body(body), batch)
+            items = _items(bodies.parse_body(body), batch)
         if len(items) > limit:
             raise BodyTooLargeError(f"A batch must not hold more than {limit} runs (TELEMETRY_MAX_BATCH)")
-        decode: Callable[[Any], object] = runs.parse_body if media_type in NDJSON_TYPES else _as_it_is
+        decode: Callable[[Any], object] = bodies.parse_body if media_type in NDJSON_TYPES else _as_it_is
         turn = time.perf_counter()
         for item in items:
             if time.perf_counter() - turn > _SLICE_S:
@@ -360,30 +315,12 @@ async def _parse_batch(request: web.Request) -> _Batch:
     return batch
 
 
-_LINES: Final = re.compile(rb"[^ \t\r\n][^\n]*")
-"""The lines of NDJSON that are not blank."""
-
-
-def _as_it_is(item: object) -> object:
-    return item
-
-
-def _items(decoded: object, batch: _Batch) -> list[object]:
-    if isinstance(decoded, dict) and isinstance(decoded.get("runs"), list):
-        batch.ignored.update(dict.fromkeys(str(name) for name in decoded if name != "runs"))
-        decoded = decoded["runs"]
-    if not isinstance(decoded, list):
-        message = 'A batch must be an array of runs, or an object {"runs": [...]}'
-        raise InvalidBodyError([{"loc": ["body"], "msg": message, "type": "list_type"}])
-    return decoded
-
-
 # --- Everything else -----------------------------------------------------------------------------
 
 
 async def get_stats(request: web.Request) -> web.Response:
     """Answer statistics of the runs that were created in some hours."""
-    query = stats.parse(request.rel_url.raw_query_string, runs.utc_now())
+    query = stats.parse(request.rel_url.raw_query_string, values.utc_now())
     groups = await request.app[STORE].fetch(query)
     request[NOTE].say("Statistics queried", query_params=stats.parameters(query), result_count=len(groups))
     return json_response(stats.to_json(query, groups))
@@ -391,7 +328,7 @@ async def get_stats(request: web.Request) -> web.Response:
 
 async def get_regressions(request: web.Request) -> web.Response:
     """Answer since which commits runs are worse."""
-    query = regressions.parse(request.rel_url.raw_query_string, runs.utc_now())
+    query = regressions.parse(request.rel_url.raw_query_string, values.utc_now())
     findings = await request.app[STORE].fetch(query)
     count = len(findings.regressions)
     request[NOTE].say("Regressions queried", query_params=query.parameters(), result_count=count)
@@ -428,7 +365,7 @@ async def get_health(request: web.Request) -> web.Response:
         else "an acknowledged write survives a crash, not a power cut",
         "queue_depth": health.queue_depth,
         "oldest_waiting_s": round(health.oldest_s, 3),
-        "last_commit_at": None if health.last_commit is None else runs.format_timestamp(health.last_commit),
+        "last_commit_at": None if health.last_commit is None else values.format_timestamp(health.last_commit),
         "wal_bytes": health.wal_bytes,
         "disk_free_bytes": health.free_bytes,
         "counts": health.counts.as_json(),
@@ -449,7 +386,7 @@ async def get_metrics(request: web.Request) -> web.Response:
     given = queries.parse_parameters(request.rel_url.raw_query_string, ("format",))
     form = given.get("format", "prometheus" if wants_prometheus(request.headers.get("Accept", "")) else "json")
     if form not in ("json", "prometheus"):
-        raise InvalidRequestError(f"Invalid format: {runs.shorten(form)!r}; it must be json or prometheus")
+        raise InvalidRequestError(f"Invalid format: {values.shorten(form)!r}; it must be json or prometheus")
     counts = await request.app[STORE].fetch(queries.CountRuns())
     request[NOTE].say("Metrics queried", logging.DEBUG)
     if form == "prometheus":

@@ -25,7 +25,9 @@ from pydantic import (
 )
 
 from telemetryd.errors import ConfigurationError
-from telemetryd.web.hosts import ANY, HOST_NAME, parse_origins
+from telemetryd.model.hosts import ANY, HOST_NAME, parse_origins
+from telemetryd.model.values import duration_text, parse_duration
+from telemetryd.ops.logs import LogFormat, LogLevel
 
 PREFIX: Final = "TELEMETRY_"
 CLIENT_VARIABLES: Final = frozenset(
@@ -69,23 +71,6 @@ class Synchronous(StrEnum):
     EXTRA = "EXTRA"
 
 
-class LogLevel(StrEnum):
-    """The least severe log lines that are written."""
-
-    DEBUG = "DEBUG"
-    INFO = "INFO"
-    WARNING = "WARNING"
-    ERROR = "ERROR"
-
-
-class LogFormat(StrEnum):
-    """How a log line looks; auto is text on a terminal and JSON elsewhere."""
-
-    AUTO = "auto"
-    JSON = "json"
-    TEXT = "text"
-
-
 class Origin(StrEnum):
     """Where a value came from, strongest first."""
 
@@ -119,34 +104,6 @@ def _text(value: object) -> object:
     if isinstance(value, str) and not value.isascii() and re.search("[\ud800-\udfff]", value):
         raise ValueError("must be UTF-8")  # answers and log lines tell it
     return value
-
-
-_DURATION: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([smhdw])\s*", re.ASCII | re.IGNORECASE)
-_UNIT_SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
-_CENTURY_S: Final = 100 * 366 * 86_400
-
-
-def parse_duration(text: object) -> float:
-    """Return a duration such as 90d, 12h, 30m, 45s or 2w, in seconds.
-
-    Raises:
-        ValueError: if it is none, has no unit (whoever prunes what is older than "90" means days), is not positive,
-            or is longer than a century.
-
-    """
-    match = _DURATION.fullmatch(str(text))
-    seconds = float(match[1]) * _UNIT_SECONDS[match[2].lower()] if match else 0.0
-    if not 0 < seconds <= _CENTURY_S:
-        raise ValueError("must be a duration with its unit, such as 90d, 12h, 30m or 45s")
-    return seconds
-
-
-def duration_text(seconds: float) -> str:
-    """Return a duration as it may be given again: 90d, 36h, 1.5s."""
-    unit, size = next(
-        ((unit, size) for unit, size in (("d", 86_400), ("h", 3600), ("m", 60)) if seconds % size == 0), ("s", 1)
-    )
-    return f"{seconds / size:f}".rstrip("0").rstrip(".") + unit
 
 
 def _host_names(text: str) -> str:

@@ -19,25 +19,26 @@ from telemetryd.engine.sqlite.connection import (
     LOG_BYTES,
     Connection,
     Modes,
-    beside,
     bytes_not_written_back,
     check_after_crash,
     check_quickly,
     checkpoint_passively,
+    open_writer,
+    quick_check,
+)
+from telemetryd.engine.sqlite.disk import Disk, LogWatch, Look
+from telemetryd.engine.sqlite.files import Kind as FileKind
+from telemetryd.engine.sqlite.files import (
+    beside,
     forget_cached,
     identify,
     inspect_before_opening,
     is_unfinished,
     looking,
-    open_writer,
     prepare_directory,
-    quick_check,
     refuse_hard_links,
-    sync_directory,
     wal_bytes,
 )
-from telemetryd.engine.sqlite.connection import Kind as FileKind
-from telemetryd.engine.sqlite.disk import Disk, LogWatch, Look
 from telemetryd.engine.sqlite.ownership import Ownership
 from telemetryd.engine.sqlite.readers import Lane, Readers
 from telemetryd.engine.sqlite.recount import Counts as KeptCounts
@@ -55,7 +56,7 @@ from telemetryd.engine.sqlite.statements import (
     runs,
 )
 from telemetryd.engine.sqlite.statements import counts as run_counts
-from telemetryd.engine.sqlite.statements.commands import MINUTE
+from telemetryd.engine.sqlite.statements.columns import MINUTE
 from telemetryd.engine.sqlite.tools import migrate
 from telemetryd.errors import DatabaseError, DatabaseSuspectError, UnavailableError, sentence
 from telemetryd.flow import Flow
@@ -105,8 +106,9 @@ from telemetryd.model.queries import (
     Total,
 )
 from telemetryd.model.regressions import Findings, FindRegressions
-from telemetryd.model.runs import Row, format_timestamp, utc_now
 from telemetryd.model.stats import GetStats
+from telemetryd.model.values import Row, format_timestamp, utc_now
+from telemetryd.ops.files import sync_directory
 from telemetryd.ops.logs import log
 from telemetryd.ops.metrics import Metrics
 from telemetryd.settings import Settings

@@ -26,8 +26,9 @@ from aiohttp import web
 from aiohttp.test_utils import BaseTestServer, TestClient
 
 from telemetryd.http import make_app
-from telemetryd.model.runs import utc_now
+from telemetryd.model.values import utc_now
 from telemetryd.ops.metrics import Metrics
+from telemetryd.services.certificates import most_processes
 from telemetryd.services.upkeep import Upkeep
 from telemetryd.settings import Settings
 from telemetryd.store import Store
@@ -117,7 +118,7 @@ class DaemonServer(BaseTestServer):
         self._settings = settings
 
     async def _make_runner(self, **_: Any) -> web.BaseRunner:
-        return make_runner(self.app, self._settings)
+        return make_runner(self.app, self._settings, most_processes(self._settings))
 
 
 class Api:

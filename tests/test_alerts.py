@@ -57,7 +57,7 @@ from telemetryd.model.rules import (
     load_rules,
     matcher,
 )
-from telemetryd.model.runs import format_timestamp
+from telemetryd.model.values import format_timestamp
 from telemetryd.services.alerting import Alerting
 from telemetryd.services.deliveries import Pace
 from tests.conftest import Api, MakeApi, StartDaemon, eventually, make_run

@@ -41,7 +41,8 @@ from telemetryd.model.commands import (
     RegisterProcess,
     UpdateRun,
 )
-from telemetryd.model.runs import COLUMNS, Row, parse_run
+from telemetryd.model.runs import COLUMNS, parse_run
+from telemetryd.model.values import Row
 from tests.conftest import Api, MakeApi, make_run
 
 NOW = "2025-12-24T12:00:00.000000Z"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from yarl import URL
 
 from telemetryd.engine.sqlite.statements import runs as run_rows
-from telemetryd.model import runs
+from telemetryd.model import values
 from telemetryd.model.events import parse_events
 from tests.conftest import Api, MakeApi, StartDaemon, make_run
 from tests.http_client import call, get, post
@@ -84,7 +84,7 @@ def test_events_are_stored_once_however_they_are_sent(start_daemon: StartDaemon)
             assert event["event_type"] == first["event_type"]
             assert event["payload"] == first.get("payload")
             if "timestamp" in first:
-                assert event["timestamp"] == runs.canonical_timestamp(first["timestamp"])
+                assert event["timestamp"] == values.canonical_timestamp(first["timestamp"])
 
     check()
 

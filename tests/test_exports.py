@@ -25,14 +25,16 @@ from hypothesis import strategies as st
 
 from telemetryd.cli import main
 from telemetryd.cli.files import Refusals
-from telemetryd.engine.sqlite.connection import LOG_BYTES, wal_bytes
+from telemetryd.engine.sqlite.connection import LOG_BYTES
+from telemetryd.engine.sqlite.files import wal_bytes
 from telemetryd.engine.sqlite.statements import export as export_rows
 from telemetryd.engine.sqlite.tools import migrate
 from telemetryd.git_urls import without_credentials
 from telemetryd.http import EXPORTS
-from telemetryd.model import runs, tables
+from telemetryd.model import runs, tables, values
 from telemetryd.model.queries import SNAPSHOT
-from telemetryd.model.runs import COLUMNS, STORED, Role
+from telemetryd.model.runs import COLUMNS, STORED
+from telemetryd.model.values import Role
 from telemetryd.services import exports
 from telemetryd.services.exports import MAX_EXPORTS
 from tests.conftest import Api, MakeApi, StartDaemon, eventually, make_run
@@ -423,9 +425,9 @@ def values_of(name: str) -> st.SearchStrategy[Any]:  # noqa: PLR0911 - one for e
     if name not in runs.TEXTS:
         return numbers
     if name == "status":
-        return st.sampled_from(list(runs.Status))
+        return st.sampled_from(list(values.Status))
     if name == "git_commit_source":
-        return st.none() | st.sampled_from(list(runs.CommitSource))
+        return st.none() | st.sampled_from(list(values.CommitSource))
     if name == "git_repo":
         return st.none() | texts.map(without_credentials)
     return names if field.is_required() else st.none() | texts

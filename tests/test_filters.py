@@ -29,7 +29,8 @@ from telemetryd.errors import InvalidRequestError
 from telemetryd.model.commands import CreateRuns
 from telemetryd.model.filters import OPERATORS, Comparison, Filters, parse_filters, quoted
 from telemetryd.model.queries import Accuracy, Count, CountMatching, ListRuns, Order, Position, parse_list
-from telemetryd.model.runs import COLUMNS, FILTERS, Status, parse_run
+from telemetryd.model.runs import COLUMNS, FILTERS, parse_run
+from telemetryd.model.values import Status
 
 NOW = "2025-12-24T12:00:00.000000Z"
 MOMENTS = [f"2025-12-24T{hour:02}:{minute:02}:00.000000Z" for hour in (9, 10) for minute in (0, 20, 40)]

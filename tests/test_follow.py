@@ -25,7 +25,8 @@ from telemetryd.engine.sqlite.tools import backup, migrate
 from telemetryd.engine.sqlite.tools.check import examine
 from telemetryd.model.changes import BEGINNING, ListChanges, put_beside
 from telemetryd.model.commands import CreateEvents, CreateRuns, PruneRuns
-from telemetryd.model.runs import COLUMNS, STORED, parse_run, stored_row, to_json, utc_now
+from telemetryd.model.runs import COLUMNS, STORED, parse_run, stored_row, to_json
+from telemetryd.model.values import utc_now
 from tests.conftest import Daemon, StartDaemon, make_run
 from tests.test_changes import NOW, commands, commit, connect, new
 from tests.test_tail import send

@@ -14,9 +14,10 @@ from telemetryd.engine.sqlite.statements.foreign import HIGHEST_NUMBER
 from telemetryd.engine.sqlite.tools import migrate
 from telemetryd.engine.sqlite.tools.check import Severity, examine, repair
 from telemetryd.errors import DatabaseError
+from telemetryd.model.bodies import parse_json
 from telemetryd.model.commands import CreateRuns
 from telemetryd.model.queries import GetRun
-from telemetryd.model.runs import parse_json, parse_run
+from telemetryd.model.runs import parse_run
 from telemetryd.ops.metrics import Metrics
 from telemetryd.settings import Settings
 from telemetryd.store import Store

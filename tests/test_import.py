@@ -23,7 +23,7 @@ from telemetryd.cli import main, stream
 from telemetryd.cli.files import read_lines
 from telemetryd.errors import UnavailableError
 from telemetryd.model import tables
-from telemetryd.model.runs import holds_more_values
+from telemetryd.model.bodies import holds_more_values
 from tests.conftest import StartDaemon, make_run
 from tests.http_client import get
 

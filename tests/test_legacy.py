@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from telemetryd.engine.sqlite.connection import Kind, inspect
+from telemetryd.engine.sqlite.files import Kind, inspect
 from telemetryd.engine.sqlite.ownership import Ownership
 from telemetryd.engine.sqlite.tools import migrate
 from telemetryd.engine.sqlite.tools.legacy import migrate_file

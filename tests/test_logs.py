@@ -22,8 +22,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from telemetryd.ops.logs import JsonLines, ReadableLines, log, logging_to
-from telemetryd.settings import LogFormat, LogLevel
+from telemetryd.ops.logs import JsonLines, LogFormat, LogLevel, ReadableLines, log, logging_to
 from tests.conftest import PATIENCE_S, Api, StartDaemon, make_run
 
 TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", re.ASCII)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from telemetryd.engine.sqlite.connection import APPLICATION_ID, Kind, inspect
+from telemetryd.engine.sqlite.files import APPLICATION_ID, Kind, inspect
 from telemetryd.engine.sqlite.tools import migrate
 from telemetryd.engine.sqlite.tools.integrity import count_wrong_totals
 from telemetryd.engine.sqlite.tools.legacy import migrate_file

@@ -11,7 +11,7 @@ from schemathesis.specs.openapi.definitions import OPENAPI_31
 
 from telemetryd.errors import InvalidBodyError
 from telemetryd.http import ROUTES, operations
-from telemetryd.model import events, runs
+from telemetryd.model import bodies, events, runs
 from telemetryd.web import openapi
 from tests.conftest import Api, make_run
 
@@ -172,7 +172,7 @@ def test_every_field_has_examples_that_the_document_and_the_validation_admit(mod
             others = runs.example(runs.NewRun, runs.BEGUN) if model is runs.NewRun else runs.example(model)
             body = {**others, name: value}
             assert [fault.message for fault in validator(model.__name__).iter_errors(body)] == []
-            assert runs.validate(model, body)
+            assert bodies.validate(model, body)
 
 
 async def test_every_example_of_a_body_works_as_it_stands(api: Api) -> None:

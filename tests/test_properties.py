@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from telemetryd.git_urls import without_credentials
 from telemetryd.model import runs
+from telemetryd.model import values as values_module
 from telemetryd.model.filters import quoted
 from tests.conftest import Api, StartDaemon, make_run
 
@@ -90,7 +91,7 @@ def wire(start_daemon: StartDaemon) -> Iterator[Wire]:
 TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=30)
 # Not only blanks, of which Python knows some (U+001C to U+001F) that Unicode does not call so.
 NAMES = TEXTS.filter(lambda text: re.search(r"[^\s]|[\x1c-\x1f]", text) is not None)
-COUNTS = st.integers(0, runs.MAX_INTEGER) | st.integers(0, 100)
+COUNTS = st.integers(0, values_module.MAX_INTEGER) | st.integers(0, 100)
 OFFSETS = st.integers(-14 * 60, 14 * 60).map(lambda minutes: timezone(timedelta(minutes=minutes)))
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from telemetryd.errors import InvalidRequestError
 from telemetryd.model.filters import Filters, quoted
 from telemetryd.model.queries import ListRuns, Position, parse_list
-from telemetryd.model.runs import MAX_INTEGER, canonical_timestamp
+from telemetryd.model.values import MAX_INTEGER, canonical_timestamp
 from tests.conftest import Api, make_run
 
 CANONICAL = "2025-12-24T10:00:00.000000Z"

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from telemetryd.engine.sqlite.tools import integrity
+from telemetryd.model.bodies import parse_json
 from telemetryd.model.commands import CreateRuns, UpdateRun
-from telemetryd.model.runs import parse_json, parse_run
+from telemetryd.model.runs import parse_run
 from telemetryd.ops.metrics import Metrics
 from telemetryd.settings import JournalMode, Settings
 from telemetryd.store import Store

@@ -36,7 +36,7 @@ from telemetryd.model.regressions import (
     rank_sum,
     to_json,
 )
-from telemetryd.model.runs import format_timestamp
+from telemetryd.model.values import format_timestamp
 from tests.conftest import Api, StartDaemon, make_run
 from tests.http_client import call
 from tests.tools.process import telemetryd

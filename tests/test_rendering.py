@@ -20,7 +20,8 @@ from telemetryd.git_urls import MAX_ADDRESS
 from telemetryd.model import runs
 from telemetryd.model.commands import CreateRuns
 from telemetryd.model.queries import ListRuns
-from telemetryd.model.runs import COLUMNS, Row, parse_run
+from telemetryd.model.runs import COLUMNS, parse_run
+from telemetryd.model.values import Row
 from tests.test_properties import PAIRS, SIMPLE
 
 NOW = "2025-12-24T12:00:00.000000Z"

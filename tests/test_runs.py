@@ -17,14 +17,9 @@ from hypothesis import strategies as st
 from telemetryd.engine.sqlite.tools import migrate
 from telemetryd.errors import InvalidBodyError
 from telemetryd.model import runs
-from telemetryd.model.runs import (
-    canonical_status,
-    canonical_timestamp,
-    parse_commit,
-    parse_json,
-    parse_patch,
-    parse_run,
-)
+from telemetryd.model.bodies import parse_json
+from telemetryd.model.runs import parse_commit, parse_patch, parse_run
+from telemetryd.model.values import canonical_status, canonical_timestamp
 from tests.conftest import make_run
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from telemetryd.model import sketches
-from telemetryd.model.runs import MAX_INTEGER
+from telemetryd.model.values import MAX_INTEGER
 
 PERCENTS = (0, 1, 50, 95, 99, 100)
 DURATIONS = st.lists(

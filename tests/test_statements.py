@@ -24,7 +24,8 @@ from telemetryd.engine.sqlite.tools import migrate
 from telemetryd.model.commands import Created, CreateRuns, Updated, UpdateRun
 from telemetryd.model.filters import Filters
 from telemetryd.model.queries import Counts, GetRun, ListRuns, Page, Position, parse_list
-from telemetryd.model.runs import COLUMNS, CREATED_AT, Row, Status, parse_run
+from telemetryd.model.runs import COLUMNS, CREATED_AT, parse_run
+from telemetryd.model.values import Row, Status
 from tests.conftest import Api, make_run
 
 NOW = "2025-12-24T12:00:00.000000Z"

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from telemetryd.cli.statistics import table
-from telemetryd.engine.sqlite.connection import APPLICATION_ID
+from telemetryd.engine.sqlite.files import APPLICATION_ID
 from telemetryd.engine.sqlite.statements import rollups
 from telemetryd.engine.sqlite.statements.commands import Transaction
 from telemetryd.engine.sqlite.statements.predicates import glob
@@ -37,8 +37,9 @@ from telemetryd.model.commands import (
 )
 from telemetryd.model.commands import Process as RunProcess
 from telemetryd.model.filters import matches
-from telemetryd.model.runs import MAX_INTEGER, STORED, Status, format_timestamp, parse_run
+from telemetryd.model.runs import STORED, parse_run
 from telemetryd.model.sketches import ERROR
+from telemetryd.model.values import MAX_INTEGER, Status, format_timestamp
 from tests.conftest import Api, StartDaemon, make_run
 from tests.tools.old_databases import LAYOUTS, make_old_database
 from tests.tools.process import telemetryd

@@ -26,13 +26,14 @@ from telemetryd.engine.sqlite.statements import thinning
 from telemetryd.errors import InvalidRequestError
 from telemetryd.model.clocks import Reading, doubt
 from telemetryd.model.commands import CreateEvents, CreateRuns
-from telemetryd.model.runs import format_timestamp, parse_run, utc_now
+from telemetryd.model.runs import parse_run
+from telemetryd.model.values import format_timestamp, utc_now
 from telemetryd.ops.metrics import Metrics
 from telemetryd.services import admin as admin_commands
 from telemetryd.services.upkeep import Upkeep
 from telemetryd.settings import Settings
 from telemetryd.store import Store
-from telemetryd.web.middleware import error_response
+from telemetryd.web.answers import error_response
 from tests.conftest import Api, Daemon, MakeApi, StartDaemon, make_run, require_program
 from tests.tools.fill import make_database
 from tests.tools.process import telemetryd

@@ -30,7 +30,7 @@ from telemetryd.engine.sqlite.tools import migrate
 from telemetryd.errors import ConfigurationError, DatabaseError
 from telemetryd.model.alerts import EvaluateRules, Evaluation, changes
 from telemetryd.model.rules import Rules, load_rules
-from telemetryd.model.runs import format_timestamp, utc_now
+from telemetryd.model.values import format_timestamp, utc_now
 from telemetryd.ops.logs import printable
 from telemetryd.services import webhooks
 

@@ -26,7 +26,8 @@ from telemetryd.cli.options import (
     settings_flags,
     size,
 )
-from telemetryd.engine.sqlite.connection import Kind, inspect, is_ours, recover, undisturbed
+from telemetryd.engine.sqlite.connection import recover
+from telemetryd.engine.sqlite.files import Kind, inspect, is_ours, undisturbed
 from telemetryd.engine.sqlite.ownership import Ownership, refuse_other_name
 from telemetryd.engine.sqlite.partials import forget_leftovers
 from telemetryd.engine.sqlite.statements import foreign
@@ -34,7 +35,7 @@ from telemetryd.engine.sqlite.tools import legacy, rotation
 from telemetryd.engine.sqlite.tools.migrate import check_schema, current_version, refuse_unless_usable
 from telemetryd.engine.sqlite.tools.salvage import salvage
 from telemetryd.errors import DatabaseError
-from telemetryd.model.runs import format_timestamp, utc_now
+from telemetryd.model.values import format_timestamp, utc_now
 from telemetryd.settings import Settings
 
 DATABASE_SETTINGS = ("db_path", "lock_file")

@@ -18,7 +18,7 @@ from telemetryd.cli.sample_data import AGENTS, Story, World, finished
 from telemetryd.client.config import Config
 from telemetryd.client.transport import Answer, Transport, UnreachableError, run_path
 from telemetryd.errors import TelemetrydError
-from telemetryd.model.runs import utc_now
+from telemetryd.model.values import utc_now
 from telemetryd.settings import Settings
 
 _BATCH: Final = 500

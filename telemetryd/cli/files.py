@@ -23,7 +23,7 @@ from telemetryd.client.lines import dead_letter, encode, read_object, unfold
 from telemetryd.client.worker import Backoff
 from telemetryd.errors import ErrorItem, TelemetrydError, describe
 from telemetryd.model import tables
-from telemetryd.model.runs import holds_more_values
+from telemetryd.model.bodies import holds_more_values
 from telemetryd.ops.logs import printable
 
 if sys.version_info >= (3, 14):

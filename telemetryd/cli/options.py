@@ -15,7 +15,8 @@ import orjson
 from click.shell_completion import CompletionItem
 
 from telemetryd.errors import ConfigurationError, TelemetrydError, sentence
-from telemetryd.settings import LoadedSettings, Settings, flag, load, parse_duration, variable
+from telemetryd.model.values import parse_duration
+from telemetryd.settings import LoadedSettings, Settings, flag, load, variable
 
 EXIT_FAILURE: Final = 1
 EXIT_USAGE: Final = 2

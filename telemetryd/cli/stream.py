@@ -16,7 +16,7 @@ from aiohttp.client_exceptions import UnixClientConnectorError
 
 from telemetryd.client.config import Config
 from telemetryd.errors import TelemetrydError, UnavailableError
-from telemetryd.model import runs
+from telemetryd.model import values
 
 _SILENT_S: Final = 40.0
 """A stream that says nothing for so long is dead: the daemon gives a sign of life every 15 seconds."""
@@ -148,7 +148,7 @@ def detail_of(text: bytes) -> str:
     try:
         detail = orjson.loads(text)["detail"]
     except (ValueError, KeyError, TypeError):
-        return text[: runs.MAX_ECHO].decode("utf-8", "replace")
+        return text[: values.MAX_ECHO].decode("utf-8", "replace")
     return detail if isinstance(detail, str) else orjson.dumps(detail).decode()
 
 

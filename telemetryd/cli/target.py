@@ -24,7 +24,7 @@ from telemetryd.engine.sqlite.statements import regressions as regression_rows
 from telemetryd.engine.sqlite.statements import rollups
 from telemetryd.engine.sqlite.tools import migrate
 from telemetryd.errors import DatabaseError, DatabaseOwnedError, InvalidRequestError, TelemetrydError, UnavailableError
-from telemetryd.model import events, queries, regressions, runs, stats
+from telemetryd.model import events, queries, regressions, runs, stats, values
 from telemetryd.model.filters import TIME_BOUNDS, Filters, quoted
 from telemetryd.ops.metrics import Metrics
 from telemetryd.services import admin
@@ -80,7 +80,7 @@ class RefusedError(TelemetrydError):
 class Beside:
     """The database, read beside the daemon that owns it."""
 
-    def __init__(self, connection: sqlite3.Connection, clock: Callable[[], datetime] = runs.utc_now) -> None:
+    def __init__(self, connection: sqlite3.Connection, clock: Callable[[], datetime] = values.utc_now) -> None:
         self._connection = connection
         self._clock = clock
 
@@ -98,7 +98,7 @@ class Beside:
 class Local:
     """The database itself, which no daemon owns."""
 
-    def __init__(self, store: Store, clock: Callable[[], datetime] = runs.utc_now) -> None:
+    def __init__(self, store: Store, clock: Callable[[], datetime] = values.utc_now) -> None:
         self._store = store
         self._clock = clock
 

@@ -25,10 +25,10 @@ from telemetryd.cli.options import (
 from telemetryd.cli.target import Body, Target, find_target
 from telemetryd.engine.sqlite.partials import partial_file, publish
 from telemetryd.errors import DatabaseError
-from telemetryd.model.runs import Status, canonical_status, utc_now
-from telemetryd.services import admin
+from telemetryd.model import requests
+from telemetryd.model.values import Status, canonical_status, duration_text, utc_now
 from telemetryd.services.upkeep import in_slices
-from telemetryd.settings import Settings, duration_text
+from telemetryd.settings import Settings
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -125,7 +125,7 @@ def prune(
     if older_than is None:
         raise click.UsageError("Missing option '--older-than' (or '--confirm-automatic').")
     settings = load_settings(flags).settings
-    chosen: Body = {"created_before": admin.moment_ago(utc_now(), older_than)}
+    chosen: Body = {"created_before": requests.moment_ago(utc_now(), older_than)}
     chosen |= {name: value for name, value in (("agent_name", agent_name), ("status", status)) if value is not None}
     with failing():
         if archive is not None and archive.exists():
@@ -207,7 +207,7 @@ async def _prune(settings: Settings, url: str | None, chosen: Body, *, dry_run: 
                 if not is_cut_short:
                     versions = next(slices, [])
                 # Behind the last one nothing is chosen any more, so what remains is to return the space.
-                answer = await one_slice({**chosen, "versions": versions, "limit": len(versions) or admin.SLICE})
+                answer = await one_slice({**chosen, "versions": versions, "limit": len(versions) or requests.SLICE})
                 # Runs with very many events take several turns; `more` then means these runs.
                 is_cut_short = answer["more"] and answer["pruned"] < len(versions)
                 return {**answer, "more": bool(versions) or answer["more"]}
@@ -260,7 +260,7 @@ def _archived_versions(archive: Path) -> Iterator[list[Body]]:
         for line in packed:
             run = orjson.loads(line)
             versions.append({"id": run["id"], "updated_at": run["updated_at"]})
-            if len(versions) == admin.SLICE:
+            if len(versions) == requests.SLICE:
                 yield versions
                 versions = []
     if versions:
@@ -296,7 +296,7 @@ def reap(
       telemetryd reap --older-than 1h --json --unix /run/telemetryd/telemetryd.sock
     """
     settings = load_settings(flags).settings
-    chosen: Body = {"created_before": admin.moment_ago(utc_now(), older_than)}
+    chosen: Body = {"created_before": requests.moment_ago(utc_now(), older_than)}
     if agent_name is not None:
         chosen["agent_name"] = agent_name
     with failing():

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 MAX_DEPTH: Final = 64
 MAX_VALUES: Final = 100_000
-"""Levels of nesting, and keys and values, of one JSON object at most; a test holds both equal to telemetryd/model/runs.py."""
+"""Levels of nesting, and keys and values, of one JSON object at most; a test compares both with model/values.py."""
 _LEAST, _MOST = -(2**63), 2**64 - 1
 """The integers that orjson writes."""
 _MOST_SHOWN: Final = 10_000

@@ -13,8 +13,8 @@ from telemetryd.model.commands import AlertChange
 from telemetryd.model.filters import Filters
 from telemetryd.model.regressions import ALERT_ALPHA, MEASURED, MEND_ALPHA, FindRegressions, Run, find, lasts
 from telemetryd.model.rules import ANY, FailureRate, Regression, Rule, Rules, Silent, Slow, Stale
-from telemetryd.model.runs import Status, format_timestamp
 from telemetryd.model.stats import GetStats, hour_number
+from telemetryd.model.values import Status, format_timestamp
 
 FAILED: Final = (str(Status.FAILURE), str(Status.TIMEOUT))
 """What a failure rate counts as failed."""

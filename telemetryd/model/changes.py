@@ -10,7 +10,7 @@ from telemetryd.errors import CursorGoneError
 from telemetryd.model import events, filters
 from telemetryd.model.filters import Filters, Parameters, read_integer, refuse
 from telemetryd.model.queries import DEFAULT_LIMIT, MAX_LIMIT
-from telemetryd.model.runs import MAX_INTEGER, Row
+from telemetryd.model.values import MAX_INTEGER, Row
 
 MAX_WAIT_S: Final = 60
 PAGE_PARAMETERS: Final = ("after", "begun", "events_after", "limit", "wait")

@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final
 
-from telemetryd.model.runs import format_timestamp
+from telemetryd.model.values import format_timestamp
 
 _MOST_APART: Final = timedelta(days=1)
 _PROCESS: Final = f"process {uuid.uuid4()}"

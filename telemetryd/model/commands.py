@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from telemetryd.model.clocks import Reading
-from telemetryd.model.runs import EVENT_ID, Row, SqlValue
+from telemetryd.model.runs import EVENT_ID
+from telemetryd.model.values import Row, SqlValue
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,8 @@ import orjson
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from telemetryd.errors import BodyTooLargeError, ErrorItem, InvalidBodyError
-from telemetryd.model.runs import JsonObject, Name, Role, Row, Timestamp, names, under, validate
+from telemetryd.model.bodies import under, validate
+from telemetryd.model.values import JsonObject, Name, Role, Row, Timestamp, names
 
 MAX_EVENTS: Final = 1000
 """Most events in one request, and in one answer."""

@@ -14,8 +14,8 @@ from urllib.parse import parse_qsl
 from pydantic import TypeAdapter, ValidationError
 
 from telemetryd.errors import InvalidRequestError
-from telemetryd.model.runs import (
-    FILTERS,
+from telemetryd.model.runs import FILTERS
+from telemetryd.model.values import (
     MAX_INTEGER,
     Name,
     Status,

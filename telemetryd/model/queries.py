@@ -18,7 +18,8 @@ import orjson
 from telemetryd.model import clocks, filters
 from telemetryd.model.clocks import Reading
 from telemetryd.model.filters import Filters, Parameters, read_integer, refuse
-from telemetryd.model.runs import ANSWERED, COLUMNS, MAX_INTEGER, canonical_timestamp, needed, utc_now
+from telemetryd.model.runs import ANSWERED, COLUMNS, needed
+from telemetryd.model.values import MAX_INTEGER, canonical_timestamp, utc_now
 
 DEFAULT_LIMIT: Final = 100
 MAX_LIMIT: Final = 1000

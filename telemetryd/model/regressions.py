@@ -14,7 +14,7 @@ from typing import Any, Final, Literal, NamedTuple
 from telemetryd.errors import InvalidRequestError
 from telemetryd.git_urls import commit_url
 from telemetryd.model.filters import Filters, Parameters, read_moment
-from telemetryd.model.runs import shorten
+from telemetryd.model.values import shorten
 
 ALPHA: Final = 0.01
 """How likely it is at most that a pair of agent and job type in which no commit changes anything gives a finding."""

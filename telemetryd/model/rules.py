@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from telemetryd.errors import ConfigurationError
 from telemetryd.model.filters import matches
 from telemetryd.model.regressions import MEASURES, Measure
-from telemetryd.settings import parse_duration
+from telemetryd.model.values import parse_duration
 
 ANY: Final = ("*",)
 """The patterns that let every name through."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from datetime import UTC, datetime
-from enum import Flag, StrEnum, auto
+from collections.abc import Collection, Iterable, Mapping
 from itertools import islice
 from operator import itemgetter
 from typing import Annotated, Any, Final, NamedTuple
@@ -13,233 +11,42 @@ import orjson
 from pydantic import (
     AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
-    PlainValidator,
-    ValidationError,
-    WithJsonSchema,
     create_model,
 )
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails, PydanticCustomError, from_json
 
-from telemetryd import timestamps
-from telemetryd.errors import BodyTooLargeError, ErrorItem, InvalidBodyError
 from telemetryd.git_urls import commit_url, repo_url, without_credentials
+from telemetryd.model.bodies import validate
+from telemetryd.model.values import (
+    Boolean,
+    Count,
+    Duration,
+    JsonObject,
+    Name,
+    Role,
+    Row,
+    SourceValue,
+    SqlValue,
+    StatusValue,
+    Text,
+    Timestamp,
+    names,
+    shorten,
+)
 
-SqlValue = str | int | None
-Row = tuple[SqlValue, ...]
-"""The values of one run to be stored, in the order of `STORED`."""
-
-MAX_INTEGER: Final = 2**63 - 1
-MAX_JSON_DEPTH: Final = 64
-MAX_JSON_VALUES: Final = 100_000
-"""Values in one JSON object of an agent's own; to look at so many takes some 20 ms, in which nobody is answered."""
-MAX_BODY_VALUES: Final = 1_000_000
-"""Values in one JSON text; decoding takes at most about a tenth of a second for so many."""
-MAX_ECHO: Final = 200
 MAX_WARNINGS: Final = 100
 
 
 # --- The types of values -------------------------------------------------------------------------
 
 
-class Status(StrEnum):
-    """How a run stands or ended."""
-
-    RUNNING = "running"
-    SUCCESS = "success"
-    FAILURE = "failure"
-    PARTIAL = "partial"
-    TIMEOUT = "timeout"
-    CANCELLED = "cancelled"
-
-
-class CommitSource(StrEnum):
-    """Who made the commit that a run led to."""
-
-    MANUAL = "manual"
-    LLM = "llm"
-    CI = "ci"
-
-
-STATUS_ALIASES: Final = {
-    "failed": Status.FAILURE,
-    "completed": Status.SUCCESS,
-    "succeeded": Status.SUCCESS,
-    "canceled": Status.CANCELLED,
-}
-_STATUSES: Final = {str(status): str(status) for status in Status} | {
-    alias: str(status) for alias, status in STATUS_ALIASES.items()
-}
-
-
-def canonical_status(value: object) -> str:
-    """Return the stored form of a status; case, surrounding blanks and aliases are forgiven.
-
-    Raises:
-        ValueError: with the sentence of the guide that lists the allowed values.
-
-    """
-    if isinstance(value, str):
-        status = _STATUSES.get(value) or _STATUSES.get(value.strip().lower())
-        if status is not None:
-            return status
-    raise PydanticCustomError("value_error", f"Status must be one of: {[str(s) for s in Status]}")
-
-
-def _commit_source(value: str) -> str:
-    if value in set(CommitSource):
-        return value
-    raise PydanticCustomError("value_error", f"Commit source must be one of: {[str(s) for s in CommitSource]}")
-
-
-format_timestamp: Final = timestamps.format_timestamp
-
-
-def utc_now() -> datetime:
-    """Return the present moment; the daemon's clock unless a test passes another."""
-    return datetime.now(UTC)
-
-
-def canonical_timestamp(text: str) -> str:
-    """Return any ISO 8601 / RFC 3339 date and time in the stored form; digits past 1 µs are cut.
-
-    Raises:
-        ValueError: if the text is no such date and time, or falls outside the years 1 to 9999 in UTC.
-
-    """
-    stored = timestamps.canonical(text)
-    if stored is None:
-        rule = "must be an ISO 8601 date and time such as 2025-12-24T10:00:00Z (without an offset it is taken as UTC)"
-        raise PydanticCustomError("value_error", f"Timestamp {rule}")
-    return stored
-
-
-_TOO_MUCH: Final = f"holds more than {MAX_JSON_VALUES} keys and values"
-
-
-def _unstorable(value: object, depth: int, left: Iterator[int]) -> str | None:
-    """Say why a decoded JSON value cannot be stored, or return None; each value in it takes one out of `left`."""
-    if isinstance(value, str):
-        return "holds a NUL character" if "\0" in value else None
-    if isinstance(value, float):
-        return None if value - value == 0.0 else "holds a number that is not finite"
-    if not isinstance(value, (dict, list)):
-        return None
-    if depth == 0:
-        return f"is nested more than {MAX_JSON_DEPTH} levels deep"
-    for child in (part for item in value.items() for part in item) if isinstance(value, dict) else value:
-        is_too_much = next(left, None) is None
-        fault = _TOO_MUCH if is_too_much else _unstorable(child, depth - 1, left)
-        if fault is not None:
-            return fault
-    return None
-
-
-def json_text(value: object) -> str | None:
-    """Return a decoded JSON object as the text that is stored: `{"tokens":5}`.
-
-    Raises:
-        ValueError: with the reason why it cannot be stored.
-
-    """
-    if value is None:
-        return None
-    if not isinstance(value, dict):
-        raise PydanticCustomError("dict_type", "Input should be a JSON object")
-    fault = _unstorable(value, MAX_JSON_DEPTH, iter(range(MAX_JSON_VALUES)))
-    if fault is not None:
-        raise PydanticCustomError("value_error", f"JSON object {fault}")
-    try:
-        return orjson.dumps(value).decode()
-    except TypeError as error:
-        raise PydanticCustomError("value_error", "JSON object holds an integer of more than 64 bits") from error
-
-
-def _flag(value: object) -> bool:
-    if value in (0, 1) and isinstance(value, int):
-        return bool(value)
-    raise PydanticCustomError("bool_type", "Input should be true or false")
-
-
-def _any_case(words: Iterable[str]) -> str:
-    """Return a regular expression that JSON Schema can hold: any of the words, in any case."""
-    forms = ("".join(f"[{c.upper()}{c}]" for c in word) for word in words)
-    return rf"^\s*({'|'.join(forms)})\s*$"
-
-
-_NO_NUL: Final = r"^[^\x00]*$"
-_NOT_BLANK: Final = r"^[^\x00]*[^\s\x00][^\x00]*$"
-
-Name = Annotated[str, Field(min_length=1, max_length=255, pattern=_NOT_BLANK)]
-Text = Annotated[str, Field(pattern=_NO_NUL)]
 Address = Annotated[Text, AfterValidator(without_credentials)]
 """Of a repository; what may be a secret in it is not even stored."""
-Count = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
-Duration = Annotated[
-    Count,
-    BeforeValidator(lambda value: 0 if value is None else value),
-    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0, "maximum": MAX_INTEGER}, {"type": "null"}]}),
-]
-Timestamp = Annotated[
-    str, AfterValidator(canonical_timestamp), WithJsonSchema({"type": "string", "format": "date-time"})
-]
-StatusValue = Annotated[
-    str,
-    PlainValidator(canonical_status),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "string", "enum": [str(status) for status in Status]},
-                {
-                    "type": "string",
-                    "pattern": _any_case(_STATUSES),
-                    "description": "Case and surrounding blanks are ignored; "
-                    + ", ".join(f"{alias} means {status}" for alias, status in STATUS_ALIASES.items()),
-                },
-            ]
-        }
-    ),
-]
-SourceValue = Annotated[
-    str,
-    AfterValidator(_commit_source),
-    WithJsonSchema({"type": "string", "enum": [str(source) for source in CommitSource]}),
-]
-JsonObject = Annotated[
-    str,
-    PlainValidator(json_text),
-    WithJsonSchema({"anyOf": [{"type": "object"}, {"type": "null"}]}),
-]
-Boolean = Annotated[
-    bool,
-    PlainValidator(_flag),
-    WithJsonSchema({"anyOf": [{"type": "boolean"}, {"type": "integer", "enum": [0, 1]}]}),
-]
 
 
 # --- The fields ----------------------------------------------------------------------------------
-
-
-class Role(Flag):
-    """What may be done with a field over HTTP."""
-
-    SERVER = auto()
-    """Only the daemon writes it."""
-    SET = auto()
-    """May be given when a run is created."""
-    PATCH = auto()
-    """May be changed by PATCH."""
-    COMMIT = auto()
-    """Is set by associate-commit."""
-    FILTER = auto()
-    """Requests filter by its exact value, which an index in the order of created_at answers."""
-    JSON = auto()
-    """Is stored as text and answered as a JSON object."""
-    BOOLEAN = auto()
-    """Is stored as 0 or 1 and answered as false or true."""
 
 
 _SET, _PATCH = Role.SET, Role.SET | Role.PATCH
@@ -329,15 +136,6 @@ class Run(BaseModel):
     )
 
 
-def names(model: type[BaseModel], role: Role | None = None) -> tuple[str, ...]:
-    """Return the names of a definition's fields, or of those that have a role, in the order in which they stand."""
-    return tuple(
-        name
-        for name, field in model.model_fields.items()
-        if role is None or any(role in mark for mark in field.metadata if isinstance(mark, Role))
-    )
-
-
 def columns(role: Role) -> tuple[str, ...]:
     """Return the names of a run's fields that have a role."""
     return names(Run, role)
@@ -421,51 +219,6 @@ ENDED: Final = (
 _values_of: Final = itemgetter(*STORED)
 
 
-def parse_json(text: bytes | str) -> object:
-    """Decode a JSON text strictly (RFC 8259: no NaN, no lone surrogates); integers keep every digit.
-
-    Raises:
-        InvalidBodyError: one error of type `json_invalid` that says what is wrong, and where.
-
-    """
-    try:
-        return from_json(text, allow_inf_nan=False)
-    except ValueError as error:
-        raise InvalidBodyError([_item([], f"Invalid JSON: {error}", "json_invalid")]) from error
-
-
-def parse_body(body: bytes) -> object:
-    """Decode a body, or a line of one, like `parse_json`, unless it holds too much to be decoded at once.
-
-    Raises:
-        BodyTooLargeError: if it holds more than `MAX_BODY_VALUES` values.
-        InvalidBodyError: one error of type `json_invalid` that says what is wrong, and where.
-
-    """
-    if holds_more_values(body, MAX_BODY_VALUES):
-        raise BodyTooLargeError(f"A body must not hold more than {MAX_BODY_VALUES} JSON values; split it")
-    return parse_json(body)
-
-
-def holds_more_values(body: bytes, most: int) -> bool:
-    """Tell whether a JSON text holds more values than may be decoded at once.
-
-    Decoding keeps the interpreter's lock, in a thread too, so everybody else would wait. Counting takes some
-    hundredths of a second for 16 MiB.
-    """
-    if len(body) <= most or sum(map(body.count, _MARKS)) <= most:  # those inside of texts included
-        return False
-    plain = body.replace(rb"\\", b"").replace(rb"\"", b"")
-    if plain.count(b'"') > 2 * most:
-        return True
-    outside = b"".join(plain.split(b'"')[::2])
-    return sum(map(outside.count, _MARKS)) > most
-
-
-_MARKS: Final = (b",", b"[", b"{")
-"""One of these stands before every value except the first."""
-
-
 class ParsedRun(NamedTuple):
     """A valid run: its row, and the names of body fields that were not used."""
 
@@ -514,51 +267,6 @@ def parse_commit(value: object) -> tuple[dict[str, SqlValue], tuple[str, ...]]:
     }
     given: dict[str, SqlValue] = {name: new for name, new in changes.items() if new is not None}
     return given, tuple(commit.__pydantic_extra__ or ())
-
-
-def validate(model: type[BaseModel], value: object) -> Any:
-    """Check a decoded body against a model.
-
-    Raises:
-        InvalidBodyError: with every fault of the body.
-
-    """
-    try:
-        return model.model_validate(value)
-    except ValidationError as error:
-        details = error.errors(include_url=False, include_context=True, include_input=False)
-        raise InvalidBodyError(
-            [_item(list(fault["loc"]), _message(fault), fault["type"]) for fault in details]
-        ) from error
-
-
-_PATTERN_MESSAGES: Final = {
-    _NO_NUL: "String must not hold NUL characters",
-    _NOT_BLANK: "String must not be blank and must not hold NUL characters",
-    r"^[0-9A-Fa-f]+$": "String should hold hexadecimal digits only",
-}
-
-
-def _message(fault: ErrorDetails) -> str:
-    if fault["type"] == "model_type":
-        return "Input should be a JSON object"
-    if fault["type"] == "string_pattern_mismatch":
-        return _PATTERN_MESSAGES[fault["ctx"]["pattern"]]
-    return fault["msg"]
-
-
-def _item(loc: list[str | int], message: str, kind: str) -> ErrorItem:
-    return {"loc": ["body", *loc], "msg": message, "type": kind}
-
-
-def under(error: InvalidBodyError, *place: str | int) -> list[ErrorItem]:
-    """Return the faults of one item with their places told from the whole body: `["body", 3, "status"]`."""
-    return [_item([*place, *item["loc"][1:]], item["msg"], item["type"]) for item in error.errors]
-
-
-def shorten(text: str) -> str:
-    """Cut a client's own words to what an answer or a log line may echo."""
-    return text if len(text) <= MAX_ECHO else text[: MAX_ECHO - 1] + "…"
 
 
 def ignored_field_warnings(names: Collection[str]) -> list[str]:

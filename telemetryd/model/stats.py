@@ -13,7 +13,7 @@ from typing import Any, Final
 from telemetryd.errors import InvalidRequestError
 from telemetryd.model import sketches
 from telemetryd.model.filters import WILDCARD, Filters, Parameters, read_moment, refuse
-from telemetryd.model.runs import MAX_INTEGER, Status, shorten
+from telemetryd.model.values import MAX_INTEGER, Status, shorten
 
 NAMES: Final = ("agent_name", "job_type", "status")
 """What runs can be grouped by and filtered by, in the order in which a cell is named."""

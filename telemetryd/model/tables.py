@@ -14,7 +14,8 @@ import orjson
 
 from telemetryd.errors import TelemetrydError
 from telemetryd.model import runs
-from telemetryd.model.runs import COLUMNS, Role, format_timestamp
+from telemetryd.model.runs import COLUMNS
+from telemetryd.model.values import Role, format_timestamp
 
 INSTALL: Final = "Parquet needs the package pyarrow, beside telemetryd: pip install pyarrow"
 GROUP_BYTES: Final = 4 * 1024 * 1024

@@ -1,0 +1,1 @@
+"""What a process needs of its system: logs, metrics, systemd, files, limits."""

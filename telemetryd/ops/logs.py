@@ -12,14 +12,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from enum import StrEnum
 from functools import lru_cache
 from typing import Any, Final, TextIO
 
 import click
 import orjson
 from pythonjsonlogger.orjson import OrjsonFormatter
-
-from telemetryd.settings import LogFormat, LogLevel
 
 LOGGER_NAME: Final = "telemetry_api"
 log: Final = logging.getLogger(LOGGER_NAME)
@@ -268,3 +267,20 @@ def logging_to(stream: TextIO, level: LogLevel, form: LogFormat) -> Iterator[Non
         root.setLevel(level_before)
         records.put(None)
         sink.join(timeout=2)
+
+
+class LogLevel(StrEnum):
+    """The least severe log lines that are written."""
+
+    DEBUG = "DEBUG"
+    INFO = "INFO"
+    WARNING = "WARNING"
+    ERROR = "ERROR"
+
+
+class LogFormat(StrEnum):
+    """How a log line looks; auto is text on a terminal and JSON elsewhere."""
+
+    AUTO = "auto"
+    JSON = "json"
+    TEXT = "text"

@@ -1,0 +1,1 @@
+"""What runs next to requests: feed, exports, certificates, alerts, upkeep."""

@@ -3,108 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-from datetime import UTC, date, datetime, time, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any, Final
-
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
-from pydantic_core import PydanticCustomError
+from typing import Any, Final
 
 from telemetryd.engine.sqlite.tools import backup as backups
 from telemetryd.engine.sqlite.tools import rotation
 from telemetryd.errors import DatabaseError, InvalidRequestError, UnavailableError, sentence
 from telemetryd.model import clocks
+from telemetryd.model.bodies import validate
 from telemetryd.model.commands import ConfirmPrune, PruneRuns, ReapRuns, TrustClock
 from telemetryd.model.queries import CountPrunable, CountStale
-from telemetryd.model.runs import MAX_INTEGER, Name, StatusValue, Timestamp, format_timestamp, validate
-from telemetryd.settings import Settings, duration_text, parse_duration
+from telemetryd.model.requests import ConfirmRequest, PruneRequest, ReapRequest, moment_ago
+from telemetryd.model.values import (
+    duration_text,
+)
+from telemetryd.settings import Settings
 from telemetryd.store import Store
-
-SLICE: Final = 250
-"""Runs deleted or cancelled in one transaction unless told otherwise: some 10 ms of the writer's time."""
-MAX_SLICE: Final = 1000
 
 _ANY_TIME_OF_THE_DAY: Final = timedelta(hours=12 + 14)
 """How far noon of a day in UTC may be from a moment of that day in any time zone."""
 
 Answer = dict[str, Any]
-
-
-def _age(value: object) -> float:
-    try:
-        return parse_duration(value)
-    except ValueError as error:
-        raise PydanticCustomError("value_error", f"Duration {error}") from error
-
-
-Age = Annotated[
-    float,
-    BeforeValidator(_age),
-    WithJsonSchema({"type": "string", "pattern": r"^\s*\d+(\.\d+)?\s*[smhdwSMHDW]\s*$"}),
-]
-
-
-def _noon(value: object) -> datetime:
-    try:
-        return datetime.combine(date.fromisoformat(str(value)), time(12), UTC)
-    except ValueError as error:
-        raise PydanticCustomError("value_error", "Date must be a day such as 2025-12-24") from error
-
-
-Day = Annotated[datetime, BeforeValidator(_noon), WithJsonSchema({"type": "string", "format": "date"})]
-Limit = Annotated[int, Field(ge=1, le=MAX_SLICE)]
-
-
-class _Slice(BaseModel):
-    """The runs that one request works on."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    older_than: Age | None = Field(None, description="Only runs created longer ago than this, such as 90d or 1h.")
-    created_before: Timestamp | None = Field(None, description="Or: only runs created before this moment.")
-    agent_name: Name | None = Field(None, description="Only runs of this agent.")
-    limit: Limit = Field(SLICE, description="Most runs in this one transaction; ask again while `more` is true.")
-    dry_run: bool = Field(False, description="Only count.")
-
-    @model_validator(mode="after")
-    def _check_age(self) -> _Slice:
-        if (self.older_than is None) == (self.created_before is None):
-            raise PydanticCustomError("value_error", "Give either older_than or created_before")
-        return self
-
-    def before(self, now: datetime) -> str:
-        """Return the moment before which a run must have been created."""
-        if self.created_before is not None:
-            return self.created_before
-        assert self.older_than is not None  # noqa: S101 - checked above
-        return moment_ago(now, self.older_than)
-
-
-class RunVersion(BaseModel):
-    """A run as it was at its last change."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    id: Annotated[int, Field(ge=0, le=MAX_INTEGER)] = Field(description="Its id.")
-    updated_at: Timestamp = Field(description="When it last changed.")
-
-
-class PruneRequest(_Slice):
-    """Which runs to delete."""
-
-    status: StatusValue | None = Field(None, description="Only runs of this status.")
-    versions: Annotated[list[RunVersion], Field(max_length=MAX_SLICE)] | None = Field(
-        None, description="Of those only these runs, and only if they have not changed since."
-    )
-
-
-class ReapRequest(_Slice):
-    """Which running runs to cancel."""
-
-
-def moment_ago(now: datetime, seconds: float) -> str:
-    """Return the stored form of the moment so many seconds before now."""
-    return format_timestamp(now - timedelta(seconds=seconds))
 
 
 async def prune(store: Store, body: object, now: datetime) -> Answer:
@@ -150,25 +70,6 @@ async def reap(store: Store, body: object, now: datetime) -> Answer:
         return {"dry_run": True, "matching": matching, "created_before": before}
     done = await store.submit(ReapRuns(before, wanted.limit, wanted.agent_name))
     return {"reaped": done.runs, "more": done.more, "created_before": before}
-
-
-class ConfirmRequest(BaseModel):
-    """What the operator confirms: that runs of an age may be deleted by themselves, or that the clock is right."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    prune_after: Age | None = Field(
-        None, description="Runs of this age or older may be deleted in this database by themselves (90d)."
-    )
-    date: Day | None = Field(
-        None, description="Or: the clock is right; the date of the day, with which it has to agree."
-    )
-
-    @model_validator(mode="after")
-    def _check_one(self) -> ConfirmRequest:
-        if (self.prune_after is None) == (self.date is None):
-            raise PydanticCustomError("value_error", "Give either prune_after or date")
-        return self
 
 
 async def confirm(store: Store, body: object, now: datetime) -> Answer:

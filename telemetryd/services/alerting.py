@@ -14,7 +14,7 @@ from telemetryd.model import alerts
 from telemetryd.model.alerts import EvaluateRules, Kept, ListFiring
 from telemetryd.model.commands import KeepAlerts, RecordAlerts
 from telemetryd.model.rules import Regression, Rule, Rules
-from telemetryd.model.runs import format_timestamp, utc_now
+from telemetryd.model.values import format_timestamp, utc_now
 from telemetryd.ops.logs import log
 from telemetryd.services import webhooks
 from telemetryd.services.deliveries import Outbox, Pace

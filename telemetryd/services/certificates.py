@@ -9,9 +9,7 @@ import time
 from collections.abc import Coroutine
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Annotated, Final
-
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Final
 
 from telemetryd.errors import (
     CommandFailedError,
@@ -24,7 +22,9 @@ from telemetryd.errors import (
 )
 from telemetryd.model.commands import Death, EndProcess, Process, RegisterProcess, Registration
 from telemetryd.model.queries import ListProcesses
-from telemetryd.model.runs import Count, format_timestamp, shorten, utc_now
+from telemetryd.model.requests import ProcessRequest
+from telemetryd.model.values import format_timestamp, shorten, utc_now
+from telemetryd.ops import limits
 from telemetryd.ops.logs import log
 from telemetryd.ops.metrics import Metrics
 from telemetryd.services import processes
@@ -40,24 +40,9 @@ _AT_ONCE: Final = 500
 _LOOK_EVERY_S: Final = 1.0
 
 
-class ProcessRequest(BaseModel):
-    """The process that works on a run, as it sees itself."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
-
-    pid: Annotated[int, Field(ge=1, le=2**31 - 1)] = Field(description="Its process id.", examples=[4711])
-    start_time: Count = Field(
-        description="When it started: clock ticks since boot, field 22 of /proc/PID/stat.", examples=[8_675_309]
-    )
-    boot_id: Annotated[str, Field(min_length=1, max_length=64)] = Field(
-        description="What /proc/sys/kernel/random/boot_id holds.",
-        examples=["2b1f63a1-5b0e-4e0a-9d0c-6a2f0d1c8e57"],
-    )
-
-
 def most_processes(settings: Settings) -> int:
     """Return how many processes may be watched: each takes a descriptor, of which connections need most."""
-    return min(settings.watched_processes, processes.descriptor_limit() // 4) if settings.death_certificates else 0
+    return min(settings.watched_processes, limits.descriptor_limit() // 4) if settings.death_certificates else 0
 
 
 @dataclass(slots=True)

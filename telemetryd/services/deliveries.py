@@ -17,7 +17,7 @@ from telemetryd.errors import TelemetrydError, sentence
 from telemetryd.model.alerts import Delivery, ListDeliveries
 from telemetryd.model.commands import ConfirmDelivery
 from telemetryd.model.rules import Webhook
-from telemetryd.model.runs import format_timestamp
+from telemetryd.model.values import format_timestamp
 from telemetryd.ops.logs import log
 from telemetryd.services import webhooks
 from telemetryd.store import Store

@@ -31,11 +31,12 @@ from telemetryd.errors import (
 from telemetryd.model import tables
 from telemetryd.model.changes import BEGINNING
 from telemetryd.model.queries import MEDIA_TYPES, SNAPSHOT, CountMatching, ExportRuns, Format
-from telemetryd.model.runs import utc_now
+from telemetryd.model.values import utc_now
 from telemetryd.ops.logs import log
 from telemetryd.settings import JournalMode, Settings
 from telemetryd.store import Store
-from telemetryd.web.middleware import NOTE, leaving, mark, request_id
+from telemetryd.web.answers import NOTE, mark, request_id
+from telemetryd.web.middleware import leaving
 
 _LEAST_BYTES_PER_S: Final = 1024
 _PATIENCE_S: Final = 60.0

@@ -14,7 +14,7 @@ import orjson
 from telemetryd.errors import QueryTimeoutError, TooManyTailsError, TooManyWaitsError, UnavailableError
 from telemetryd.model.changes import PAGE_BYTES, Changes, ChangesRequest, ListChanges, Place
 from telemetryd.model.filters import Filters
-from telemetryd.model.runs import MAX_INTEGER
+from telemetryd.model.values import MAX_INTEGER
 from telemetryd.ops.logs import log
 from telemetryd.ops.metrics import Metrics
 from telemetryd.services.frames import PIECE_BYTES, Chunk, Frame, Held, encode

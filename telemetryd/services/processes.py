@@ -23,25 +23,12 @@ _KILL_COUNTS: Final = (
     ("unified", "memory.events.local"),
 )
 _MACHINE_IDS: Final = (Path("/etc/machine-id"), Path("/var/lib/dbus/machine-id"))
-_MOST_DESCRIPTORS: Final = 65_536
 
 # ioctl_pidfd(2): struct pidfd_info with mask, cgroupid, eleven numbers, exit_code; the kernel tells the last one
 # (from 6.15) only of a process that its parent has waited for.
 _PIDFD_INFO: Final = struct.Struct("QQ11Ii")
 _PIDFD_GET_INFO: Final = 0xC0000000 | _PIDFD_INFO.size << 16 | 0xFF << 8 | 11
 _PIDFD_INFO_EXIT: Final = 1 << 3
-
-
-def descriptor_limit() -> int:
-    """Raise the process's limit on open files as far as it may be raised, and return it."""
-    if sys.platform == "win32":
-        return 8192
-    import resource  # noqa: PLC0415 - POSIX only
-
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    limit = min(hard, _MOST_DESCRIPTORS) if hard != resource.RLIM_INFINITY else _MOST_DESCRIPTORS
-    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-    return limit
 
 
 @dataclass(frozen=True, slots=True)

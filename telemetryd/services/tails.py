@@ -19,7 +19,8 @@ from telemetryd.ops.logs import log
 from telemetryd.ops.metrics import Metrics
 from telemetryd.services.feed import Feed
 from telemetryd.store import Store
-from telemetryd.web.middleware import IDENTITY, NOTE, WAITED, json_response, leaving, mark
+from telemetryd.web.answers import IDENTITY, NOTE, WAITED, json_response, mark
+from telemetryd.web.middleware import leaving
 
 FEED: Final = web.AppKey("feed", Feed)
 

@@ -11,14 +11,14 @@ from datetime import datetime, timedelta
 from typing import Any, Final
 
 from telemetryd.errors import TelemetrydError, sentence
-from telemetryd.model import clocks
+from telemetryd.model import clocks, requests
 from telemetryd.model.clocks import Reading
 from telemetryd.model.commands import IndexTexts, TrustClock
 from telemetryd.model.queries import Confirmed, CountPrunable, GetConfirmed, Prunable
-from telemetryd.model.runs import utc_now
+from telemetryd.model.values import duration_text, utc_now
 from telemetryd.ops.logs import log
 from telemetryd.services import admin
-from telemetryd.settings import Settings, duration_text
+from telemetryd.settings import Settings
 from telemetryd.store import Store
 
 _PRUNE_EVERY_S: Final = 3600.0
@@ -177,7 +177,7 @@ class Upkeep:
         now = self._clock()
         confirmed, _ = await self._look(now)
         if confirmed.prune_after_s is None or self._prune_after < confirmed.prune_after_s:
-            found = await self._store.fetch(CountPrunable(admin.moment_ago(now, self._prune_after)))
+            found = await self._store.fetch(CountPrunable(requests.moment_ago(now, self._prune_after)))
             self._unconfirmed = _Unconfirmed(confirmed.prune_after_s, found)
             log.warning("Nothing is deleted by itself yet", extra={"reason": self.notices()[-1]})
             return
@@ -198,7 +198,7 @@ class Upkeep:
         await self._look(now)
         if self._doubt is not None:
             return {counted: 0, "more": False}
-        return await do(self._store, {"created_before": admin.moment_ago(now, age_s)}, now)
+        return await do(self._store, {"created_before": requests.moment_ago(now, age_s)}, now)
 
 
 def _is_old(known: Reading, now: Reading) -> bool:

@@ -1,0 +1,1 @@
+"""HTTP machinery that knows no store: connections, bodies, access, answers, errors, pages."""

@@ -18,7 +18,7 @@ from telemetryd.errors import (
     TooManyBodiesError,
     UnsupportedBodyError,
 )
-from telemetryd.model.runs import shorten
+from telemetryd.model.values import shorten
 
 if sys.version_info >= (3, 14):
     from compression import zstd

@@ -12,9 +12,9 @@ from typing import Final
 from aiohttp import hdrs, web
 
 from telemetryd import SERVER_HEADER, flow
+from telemetryd.model.hosts import Names, origin_of
 from telemetryd.model.queries import SNAPSHOT
-from telemetryd.model.runs import shorten
-from telemetryd.web.hosts import Names, origin_of
+from telemetryd.model.values import shorten
 
 PAGES: Final = frozenset({"/", "/docs", "/openapi.json"})
 """What somebody may come to by a link on another page; none of them holds data."""

@@ -15,13 +15,12 @@ from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.payload import Payload
 from aiohttp.web_protocol import RequestHandler
 
+from telemetryd.ops.limits import descriptor_limit
 from telemetryd.ops.logs import log
-from telemetryd.services.certificates import most_processes
-from telemetryd.services.processes import descriptor_limit
 from telemetryd.settings import Settings
+from telemetryd.web.answers import error_response, mark, request_id, unexpected_detail
 from telemetryd.web.browsers import SAFE_METHODS
 from telemetryd.web.heads import ANSWERED_BYTES, HEAD_BYTES, HeadTooLargeError, Held, Parser
-from telemetryd.web.middleware import error_response, mark, request_id, unexpected_detail
 
 KEEPALIVE_S: Final = 75.0
 """How long a connection may rest between two requests."""
@@ -324,8 +323,15 @@ class _Runner(web.AppRunner):
         return server
 
 
-def make_runner(app: web.Application, settings: Settings) -> web.AppRunner:
-    """Return aiohttp's runner with our own handling of signals, bodies, errors and time limits."""
+def make_runner(app: web.Application, settings: Settings, most_watched: int) -> web.AppRunner:
+    """Return aiohttp's runner with our own handling of signals, bodies, errors and time limits.
+
+    Args:
+        app: what answers.
+        settings: how long things may take, and how many readers there are.
+        most_watched: how many processes are watched at most; each takes a descriptor that no connection gets.
+
+    """
     runner = _Runner(
         app,
         handle_signals=False,  # aiohttp's second SIGTERM aborts the drain
@@ -337,6 +343,6 @@ def make_runner(app: web.Application, settings: Settings) -> web.AppRunner:
         shutdown_timeout=settings.shutdown_timeout_s / 4,
     )
     limit = descriptor_limit()
-    spare = _SPARE_DESCRIPTORS + _DESCRIPTORS_PER_READER * (settings.db_readers + 1) + most_processes(settings)
+    spare = _SPARE_DESCRIPTORS + _DESCRIPTORS_PER_READER * (settings.db_readers + 1) + most_watched
     runner.most_connections = max(limit - spare, limit // 4)
     return runner

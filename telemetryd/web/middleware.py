@@ -3,32 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
-import hmac
-import ipaddress
-import itertools
 import logging
-import math
-import os
 import re
-import secrets
-import socket
-import struct
-import sys
 import time
 import traceback
-from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
-import orjson
 from aiohttp import ClientPayloadError, web
 from aiohttp.http_exceptions import BadHttpMessage
 from aiohttp.typedefs import Middleware
 
-import telemetryd
-from telemetryd import SERVER_HEADER, flow
+from telemetryd import flow
 from telemetryd.errors import (
     BodyTooLargeError,
     CommandFailedError,
@@ -43,23 +30,24 @@ from telemetryd.errors import (
     UnsupportedBodyError,
     sentence,
 )
-from telemetryd.model.runs import shorten
 from telemetryd.ops.logs import log
 from telemetryd.ops.metrics import Metrics
 from telemetryd.settings import Settings
-from telemetryd.web.browsers import ASSETS, HEALTH, Pages
-from telemetryd.web.hosts import Names
-
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+from telemetryd.web.access import Gate
+from telemetryd.web.answers import (
+    IDENTITY,
+    NOTE,
+    REASON,
+    WAITED,
+    Handler,
+    Note,
+    error_response,
+    mark,
+    request_id,
+    unexpected_detail,
+)
 
 SLOW_S: Final = 1.0
-_REQUEST_ID: Final = re.compile(r"[\x21-\x7e](?:[\x20-\x7e]{0,126}[\x21-\x7e])?")
-_CREDENTIALS: Final = struct.Struct("3i")
-"""Linux's struct ucred: process, user, group (unix(7), SO_PEERCRED)."""
-_SERVER: Final = f"telemetryd/{telemetryd.__version__.partition('.')[0]}"
-ADMIN_PREFIX: Final = "/api/v1/admin/"
-PAGE_PREFIXES: Final = ("/docs", "/openapi.json")
-_JSON: Final = "application/json"
 
 _CLIENT_LEFT: Final = 499
 """The status under which a request is counted that ended without an answer, as nginx calls it."""
@@ -77,50 +65,6 @@ STATUSES: Final[tuple[tuple[type[TelemetrydError], int], ...]] = (
 """The HTTP status of each error; whatever is not listed is a 500 that tells nothing but its request id."""
 
 
-class Note:
-    """What a handler has to say about its request for the log: a message and the guide's fields."""
-
-    __slots__ = ("fields", "level", "message")
-
-    def __init__(self) -> None:
-        self.message = "Request answered"
-        self.level = logging.INFO
-        self.fields: dict[str, Any] = {}
-
-    def say(self, message: str, level: int = logging.INFO, **fields: Any) -> None:
-        """Set the line's message and fields."""
-        self.message = message
-        self.level = level
-        self.fields = fields
-
-
-NOTE: Final = web.RequestKey("note", Note)
-
-
-def json_response(payload: object, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
-    """Return an answer in JSON."""
-    return web.Response(body=orjson.dumps(payload), status=status, headers=headers, content_type=_JSON)
-
-
-IDENTITY: Final = web.RequestKey("identity", str)
-"""The request's id, for an answer that is sent before its handler returns."""
-
-WAITED: Final = web.ResponseKey("waited", float)
-"""For how many seconds a handler only waited for something to tell; they do not count as time that it took."""
-
-REASON: Final = web.ResponseKey("reason", str)
-"""Why a request was refused, for the log."""
-
-
-def error_response(
-    status: int, detail: object, headers: Mapping[str, str] | None = None, reason: str = ""
-) -> web.Response:
-    """Return an error in the one shape that all errors have: `{"detail": …}`; the log may know more of the reason."""
-    response = json_response({"detail": detail}, status, headers)
-    response[REASON] = reason or str(detail)
-    return response
-
-
 @contextlib.contextmanager
 def leaving(request: web.Request) -> Iterator[None]:
     """Raise ConnectionResetError, as a write would, in the place of the cancellation when the client leaves.
@@ -135,212 +79,6 @@ def leaving(request: web.Request) -> Iterator[None]:
             raise
         task.uncancel()
         raise ConnectionResetError("The client has left") from error
-
-
-def mark(response: web.StreamResponse, identity: str) -> None:
-    """Give an answer what every answer carries: its request id, who gives it, and nothing that helps an attacker."""
-    headers = response.headers
-    headers["X-Request-ID"] = identity
-    headers[SERVER_HEADER] = _SERVER
-    headers["Server"] = "telemetryd"  # aiohttp would name its own version and Python's
-    headers["X-Content-Type-Options"] = "nosniff"
-
-
-class RateLimit:
-    """A token bucket for each client address, for a bounded number of addresses.
-
-    Args:
-        per_minute: requests that an address may send in a minute, and at once after a rest.
-        clock: monotonic seconds.
-        addresses: how many addresses are remembered; the one not seen for longest is forgotten first.
-
-    """
-
-    def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic, addresses: int = 10_000) -> None:
-        self._capacity = float(per_minute)
-        self._per_second = per_minute / 60
-        self._clock = clock
-        self._addresses = addresses
-        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
-
-    def wait_s(self, address: str) -> float:
-        """Take a token for a request; return 0, or the seconds until there will be one."""
-        now = self._clock()
-        tokens, since = self._buckets.pop(address, (self._capacity, now))
-        tokens = min(self._capacity, tokens + (now - since) * self._per_second)
-        allowed = tokens >= 1
-        self._buckets[address] = (tokens - 1 if allowed else tokens, now)
-        if len(self._buckets) > self._addresses:
-            self._buckets.popitem(last=False)
-        return 0.0 if allowed else (1 - tokens) / self._per_second
-
-
-class Gate:
-    """Decides whether a request may pass, before its body is read."""
-
-    def __init__(self, settings: Settings) -> None:
-        self._token = settings.token() if settings.api_auth_enabled else None
-        self._loopback_only = self._token is None and settings.api_protected_mode
-        self._limit = RateLimit(settings.rate_limit_rpm) if settings.rate_limit_enabled else None
-        self._names = Names(settings.host_names, settings.api_host)
-        self._pages = Pages(self._names, settings.reading_origins)
-        # A page that has rebound its name does not know the token.
-        self._checks_host = self._token is None or settings.host_names is not None
-
-    def refusal(self, request: web.Request) -> web.Response | None:
-        """Return the answer that ends a request before its handler, or None."""
-        return (
-            self._refusal_of_page(request)
-            or self._pages.preflight(request)  # which a browser sends without a token
-            or self._refusal_of_client(request)
-        )
-
-    def may_advise(self, request: web.Request, status: int) -> bool:
-        """Tell whether an answer may say how busy the daemon is; who asks too often has not shown a token yet."""
-        if status == 429:
-            return self._token is None or self._is_authentic(request)
-        return status == 503 or (request.method in flow.METHODS and status not in flow.NEVER)
-
-    def _refusal_of_page(self, request: web.Request) -> web.Response | None:
-        """Keep out what a foreign web page makes a browser send."""
-        host = request.headers.get("Host", "")
-        if self._checks_host and request.remote and not self._is_called(request, host):
-            return error_response(
-                403,
-                f"Host {shorten(host)!r} is not a name of this daemon; if it is, list it in TELEMETRY_ALLOWED_HOSTS",
-            )
-        refusal = self._pages.refusal(request)
-        return error_response(403, refusal) if refusal is not None else None
-
-    def _is_called(self, request: web.Request, host: str) -> bool:
-        return self._names.has_host(host) or self._names.may_be_a_proxys(host, _port(request))
-
-    def _refusal_of_client(self, request: web.Request) -> web.Response | None:
-        """Keep out who has no right to ask, or asks too often."""
-        resource = request.match_info.route.resource
-        if resource is not None and resource.canonical.startswith(ADMIN_PREFIX):
-            if _is_own_unix_peer(request):
-                return None
-            if self._token is None:
-                return error_response(
-                    403,
-                    "Admin endpoints need authentication (TELEMETRY_API_AUTH_ENABLED) or the Unix socket "
-                    "(TELEMETRY_API_UNIX), used by the daemon's own user or root",
-                )
-        if self._loopback_only and not _is_loopback(request.remote):
-            return error_response(
-                403,
-                "Protected mode: only this machine is served while authentication is off; set "
-                "TELEMETRY_API_AUTH_ENABLED=true and TELEMETRY_API_AUTH_TOKEN, or TELEMETRY_API_PROTECTED_MODE=false",
-            )
-        if self._limit is not None:
-            wait = self._limit.wait_s(request.remote or "")
-            if wait:
-                return error_response(429, "Too many requests from this address", {"Retry-After": str(math.ceil(wait))})
-        if self._token is not None and not _is_open(request) and not self._is_authentic(request):
-            return _ask_for_token(request)
-        return None
-
-    def _is_authentic(self, request: web.Request) -> bool:
-        assert self._token is not None  # noqa: S101 - for the type checker
-        sent = [token.encode("utf-8", "surrogateescape") for token in _tokens(request)]
-        return any(hmac.compare_digest(token, self._token) for token in sent)
-
-
-def _tokens(request: web.Request) -> list[str]:
-    """Return what a request brings as its token."""
-    scheme, _, credentials = request.headers.get("Authorization", "").partition(" ")
-    if scheme.lower() == "bearer":
-        return [credentials.strip()]
-    tokens = [request.headers.get("X-API-Key", "")]
-    if scheme.lower() == "basic" and _is_page(request):
-        with contextlib.suppress(ValueError):  # it is no base64
-            user_and_password = base64.b64decode(credentials, validate=True).decode("utf-8", "surrogateescape")
-            tokens.append(user_and_password.partition(":")[2])
-    return tokens
-
-
-def _ask_for_token(request: web.Request) -> web.Response:
-    """Return a 401; a browser that opens a page is also told the one way that it can ask its user for the token."""
-    if any(_tokens(request)):
-        reason = "The token is wrong"
-    else:
-        reason = "Authorization holds no bearer token" if "Authorization" in request.headers else "No token was sent"
-    response = error_response(
-        401,
-        "A valid token is needed: Authorization: Bearer … or X-API-Key: …",
-        {"WWW-Authenticate": 'Bearer realm="telemetryd"'},
-        reason,
-    )
-    if _is_page(request) and "text/html" in request.headers.get("Accept", ""):
-        response.headers.add("WWW-Authenticate", 'Basic realm="telemetryd: the token is the password", charset="UTF-8"')
-    return response
-
-
-def wants_page(request: web.Request) -> bool:
-    """Tell whether the bare address is opened in a browser."""
-    return "text/html" in request.headers.get("Accept", "")
-
-
-def _is_open(request: web.Request) -> bool:
-    """Tell whether a request needs no token: the health, and the page, which holds no data and asks for the token."""
-    if request.path == HEALTH:
-        return True
-    resource = request.match_info.route.resource
-    if resource is None:
-        return False
-    return resource.canonical.startswith(ASSETS) or (resource.canonical == "/" and wants_page(request))
-
-
-def _is_page(request: web.Request) -> bool:
-    """Tell whether a request is for a page or the document: these only read, so a browser may remember the token."""
-    resource = request.match_info.route.resource
-    return resource is not None and (resource.canonical == "/" or resource.canonical.startswith(PAGE_PREFIXES))
-
-
-def _port(request: web.Request) -> int:
-    """Return the port where a request came in, 0 if that is not known."""
-    name = request.transport.get_extra_info("sockname") if request.transport is not None else None
-    return int(name[1]) if isinstance(name, tuple) else 0
-
-
-def _is_own_unix_peer(request: web.Request) -> bool:
-    """Tell whether a request came over the Unix socket from a process of our own user or root."""
-    connection = request.transport.get_extra_info("socket") if request.transport is not None else None
-    if connection is None or sys.platform != "linux" or connection.family != socket.AF_UNIX:
-        return False
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    return _CREDENTIALS.unpack(credentials)[1] in (0, os.geteuid())
-
-
-def _is_loopback(address: str | None) -> bool:
-    if not address:  # the Unix socket has no address; who may open it is up to the file system
-        return True
-    if address.startswith("127."):
-        return True
-    try:
-        peer = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
-        return False
-    mapped = peer.ipv4_mapped if isinstance(peer, ipaddress.IPv6Address) else None
-    return (mapped or peer).is_loopback
-
-
-def unexpected_detail(identity: str) -> str:
-    """Return all that a client learns of an error that nobody foresaw."""
-    return f"Internal error; the log tells more under request id {identity}"
-
-
-# A random word and a counter: asking the system for randomness each time would give the interpreter's lock
-# away in the middle of a request.
-_PROCESS: Final = secrets.token_hex(6)
-_numbers: Final = itertools.count(1)
-
-
-def request_id(request: web.BaseRequest) -> str:
-    """Return the client's own request id if it is usable, else a new one."""
-    given = request.headers.get("X-Request-ID", "")
-    return given if _REQUEST_ID.fullmatch(given) else f"{_PROCESS}-{next(_numbers):x}"
 
 
 def middleware(settings: Settings, metrics: Metrics, advice: Callable[[], str]) -> Middleware:

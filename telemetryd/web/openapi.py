@@ -14,8 +14,19 @@ from pydantic.json_schema import models_json_schema
 
 import telemetryd
 from telemetryd import SERVER_HEADER, flow
-from telemetryd.model import changes, events, filters, queries, regressions, rules, runs, sketches, stats
-from telemetryd.services import admin, certificates
+from telemetryd.model import (
+    changes,
+    events,
+    filters,
+    queries,
+    regressions,
+    requests,
+    rules,
+    runs,
+    sketches,
+    stats,
+    values,
+)
 
 _REF: Final = "#/components/schemas/{model}"
 Schema = dict[str, Any]
@@ -197,7 +208,7 @@ def export_parameters() -> tuple[Schema, ...]:
 
 _MOMENT: Final[Schema] = {"type": "string", "minLength": 1}
 _PLAIN_TEXT: Final[Schema] = {"type": "string", "minLength": 1, "maxLength": filters.MAX_TEXT}
-_PLAIN_INTEGER: Final[Schema] = {"type": "integer", "minimum": 0, "maximum": runs.MAX_INTEGER}
+_PLAIN_INTEGER: Final[Schema] = {"type": "integer", "minimum": 0, "maximum": values.MAX_INTEGER}
 
 
 _PLACE: Final[Schema] = {"type": "string", "pattern": r"^([0-9a-f]{12}-)?[0-9]{1,18}$"}
@@ -359,7 +370,7 @@ def alerts_answer() -> Schema:
 def page_parameters(what: str) -> tuple[Schema, ...]:
     """Return the query parameters that bound an answer."""
     limit = {"type": "integer", "minimum": 1, "maximum": queries.MAX_LIMIT, "default": queries.DEFAULT_LIMIT}
-    offset = {"type": "integer", "minimum": 0, "maximum": runs.MAX_INTEGER, "default": 0}
+    offset = {"type": "integer", "minimum": 0, "maximum": values.MAX_INTEGER, "default": 0}
     return (
         _parameter("limit", f"{what} in one answer.", limit),
         _parameter("offset", f"{what} to skip; following the Link header is surer.", offset),
@@ -474,16 +485,16 @@ def _schemas() -> dict[str, Schema]:
         (runs.NewRun, "validation"),
         (runs.RunPatch, "validation"),
         (events.NewEvent, "validation"),
-        (certificates.ProcessRequest, "validation"),
+        (requests.ProcessRequest, "validation"),
         (runs.CommitAssociation, "validation"),
-        (admin.PruneRequest, "validation"),
-        (admin.ReapRequest, "validation"),
-        (admin.ConfirmRequest, "validation"),
+        (requests.PruneRequest, "validation"),
+        (requests.ReapRequest, "validation"),
+        (requests.ConfirmRequest, "validation"),
     ]
     _, made = models_json_schema(models, ref_template=_REF)  # type: ignore[arg-type]  # the modes are literals
     schemas: dict[str, Schema] = made["$defs"]
     stored = runs.Run.model_json_schema(ref_template=_REF, mode="serialization")["properties"]
-    stored["status"] = {"type": "string", "enum": [str(status) for status in runs.Status]}
+    stored["status"] = {"type": "string", "enum": [str(status) for status in values.Status]}
     stored["api_posted"] = {"type": "boolean"}
     url = {"anyOf": [{"type": "string", "format": "uri"}, {"type": "null"}]}
     event = events.Event.model_json_schema(ref_template=_REF, mode="serialization")["properties"]

@@ -13,8 +13,8 @@ from typing import Final
 
 from aiohttp import ETag, hdrs, web
 
+from telemetryd.web.answers import NOTE, Handler, wants_page
 from telemetryd.web.browsers import ASSETS
-from telemetryd.web.middleware import NOTE, Handler, wants_page
 
 _TYPES: Final = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 _DOCS: Final = {

@@ -11,7 +11,7 @@ import pytest
 
 from telemetryd.client import context
 from telemetryd.client.context import ProcessIdentity, Surroundings, new_run_id, new_uuid, timestamp
-from telemetryd.model.runs import canonical_timestamp
+from telemetryd.model.values import canonical_timestamp
 from tests.client.conftest import git
 
 

@@ -8,8 +8,8 @@ from telemetryd.client.context import PARENT_VARIABLE
 from telemetryd.client.fields import CHANGES, COUNTS, FIELDS, FLAGS, NAMES, SOURCES, STATUSES, TIMES, Details, Fields
 from telemetryd.client.intake import MAX_NAME
 from telemetryd.client.values import MAX_DEPTH, MAX_VALUES
-from telemetryd.model import runs
-from telemetryd.model.runs import Role
+from telemetryd.model import runs, values
+from telemetryd.model.values import Role
 from telemetryd.settings import CLIENT_VARIABLES, Settings, variable
 
 
@@ -44,6 +44,6 @@ def test_the_kinds_of_fields_and_their_bounds_are_those_of_a_run() -> None:
     assert {name for name in FIELDS if schema[name].get("type") == "integer"} == {*COUNTS}
     assert {name for name in FIELDS if "date-time" in str(schema[name])} == {*TIMES}
     assert set(runs.columns(Role.BOOLEAN)) == {*FLAGS}
-    assert [str(source) for source in runs.CommitSource] == [*SOURCES]
-    assert {str(status): str(status) for status in runs.Status} | runs.STATUS_ALIASES == STATUSES
-    assert (MAX_DEPTH, MAX_VALUES) == (runs.MAX_JSON_DEPTH, runs.MAX_JSON_VALUES)
+    assert [str(source) for source in values.CommitSource] == [*SOURCES]
+    assert {str(status): str(status) for status in values.Status} | values.STATUS_ALIASES == STATUSES
+    assert (MAX_DEPTH, MAX_VALUES) == (values.MAX_JSON_DEPTH, values.MAX_JSON_VALUES)

@@ -19,7 +19,7 @@ from telemetryd.client import Client, Run
 from telemetryd.client.fields import CHANGES, FIELDS
 from telemetryd.client.intake import MAX_NAME, REJECTED
 from telemetryd.client.lines import Json, encode
-from telemetryd.model import events, runs
+from telemetryd.model import events, runs, values
 from tests.client.conftest import MakeClient
 from tests.client.test_values import CYCLE, DEEP, Float, Kind, Single, Unspeakable, Whole
 
@@ -350,7 +350,7 @@ def test_whatever_is_said_the_daemon_takes_every_line(
     run._update(then)
     with_status = {name: value for name, value in then.items() if name not in ("self", "status")}
     run.finish(one, **with_status)
-    assert recorder.parsed()[-1]["status"] in set(runs.Status)
+    assert recorder.parsed()[-1]["status"] in set(values.Status)
 
 
 @given(ARGUMENTS)

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from telemetryd.client.lines import after_of, encode, mend, plan, read_object
-from telemetryd.model.runs import NewRun, validate
+from telemetryd.model.bodies import validate
+from telemetryd.model.runs import NewRun
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(max_size=5),

@@ -14,7 +14,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from telemetryd.web.middleware import RateLimit, _is_loopback
+from telemetryd.web.access import RateLimit, _is_loopback
 from tests.conftest import Api, MakeApi, StartDaemon, make_run
 from tests.contract.wire import BATCH, JSON, RUNS, check_error, send, send_raw
 

@@ -10,7 +10,7 @@ import pytest
 
 from telemetryd.engine.sqlite.statements import runs as run_rows
 from telemetryd.http import BODIES
-from telemetryd.model import runs
+from telemetryd.model import values
 from tests.conftest import PATIENCE_S, Api, eventually, make_run
 from tests.contract.wire import BATCH, NDJSON, RUNS, check_alive, check_error, places, post, send
 from tests.faults.test_connections import closed
@@ -40,9 +40,9 @@ async def test_what_stands_inside_of_a_text_is_not_counted(api: Api, text: str) 
 
 
 async def test_an_object_of_the_agents_own_has_a_bound_too(api: Api) -> None:
-    fitting = {str(number): 1 for number in range(runs.MAX_JSON_VALUES // 2)}
+    fitting = {str(number): 1 for number in range(values.MAX_JSON_VALUES // 2)}
     assert (await post(api, json.dumps(make_run(metrics_json=fitting)).encode())).status == 201
-    body = json.dumps(make_run(metrics_json={**fitting, "x": 1}, context_json={"a": [0] * runs.MAX_JSON_VALUES}))
+    body = json.dumps(make_run(metrics_json={**fitting, "x": 1}, context_json={"a": [0] * values.MAX_JSON_VALUES}))
     detail = check_error(await post(api, body.encode()), 422)
     assert places(detail) == [("body", "metrics_json"), ("body", "context_json")]
     assert all("holds more than 100000 keys and values" in fault["msg"] for fault in detail)

@@ -8,8 +8,8 @@ import pytest
 
 from telemetryd.errors import ConfigurationError
 from telemetryd.http import ROUTES
+from telemetryd.model.hosts import origin_of
 from telemetryd.settings import load
-from telemetryd.web.hosts import origin_of
 from tests.conftest import Api, MakeApi, make_run
 from tests.contract.wire import JSON, RUNS, check_error, send
 

@@ -10,7 +10,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from telemetryd.web.hosts import Names, is_address, split
+from telemetryd.model.hosts import Names, is_address, split
 from tests.conftest import Api, MakeApi, make_run
 from tests.contract.wire import JSON, RUNS, Answer, check_error, send, send_raw
 

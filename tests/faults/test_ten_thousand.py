@@ -17,7 +17,7 @@ import aiohttp
 import pytest
 from yarl import URL
 
-from telemetryd.model.runs import canonical_timestamp
+from telemetryd.model.values import canonical_timestamp
 from tests.conftest import Daemon, Row, StartDaemon, eventually
 from tests.faults.ledger import Ledger
 from tests.faults.load import Findings, count_server_errors, damage

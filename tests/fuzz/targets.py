@@ -10,7 +10,7 @@ import orjson
 
 from telemetryd.engine.sqlite.statements.runs import select_page
 from telemetryd.errors import BodyTooLargeError, InvalidBodyError, InvalidRequestError
-from telemetryd.model import queries, runs
+from telemetryd.model import bodies, queries, runs, values
 from telemetryd.model.commands import CreateRuns
 
 CORPUS: Final = Path(__file__).with_name("corpus")
@@ -19,7 +19,7 @@ CORPUS: Final = Path(__file__).with_name("corpus")
 def body(data: bytes) -> None:
     """Read bytes as each kind of body; whatever is let through must be storable."""
     try:
-        value = runs.parse_body(data)
+        value = bodies.parse_body(data)
     except (InvalidBodyError, BodyTooLargeError) as error:
         orjson.dumps(str(error))
         return
@@ -40,7 +40,7 @@ def body(data: bytes) -> None:
         assert CreateRuns((parsed.row,)).cost == 1
         assert all(map(_is_storable, parsed.row))
         assert len(parsed.row) == len(runs.STORED)
-        assert parsed.row[runs.STATUS] in set(runs.Status)
+        assert parsed.row[runs.STATUS] in set(values.Status)
         orjson.dumps(runs.ignored_field_warnings(parsed.ignored))
 
 

@@ -13,7 +13,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from telemetryd.cli.sample_data import World, finished
-from telemetryd.model.runs import format_timestamp
+from telemetryd.model.values import format_timestamp
 from tests.conftest import PATIENCE_S, Daemon, require_program
 from tests.http_client import call
 from tests.tools.browser import CHROMIUM, chromium, open_page

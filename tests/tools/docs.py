@@ -10,7 +10,7 @@ from telemetryd.cli import NO_FLAG
 from telemetryd.client.config import VARIABLES, Config
 from telemetryd.client.context import PARENT_VARIABLE
 from telemetryd.model import events, runs
-from telemetryd.model.runs import Role
+from telemetryd.model.values import Role
 from telemetryd.settings import Settings, flag, variable
 from tests.faults import mutants
 

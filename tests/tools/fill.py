@@ -11,7 +11,8 @@ from telemetryd.engine.sqlite.connection import connect
 from telemetryd.engine.sqlite.statements.commands import Transaction
 from telemetryd.engine.sqlite.tools import migrate
 from telemetryd.model.commands import CreateRuns
-from telemetryd.model.runs import format_timestamp, parse_run
+from telemetryd.model.runs import parse_run
+from telemetryd.model.values import format_timestamp
 
 _SLICE = 5000
 _STATUSES = ("success", "failure", "running", "partial", "timeout", "cancelled")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from telemetryd.engine.sqlite.connection import APPLICATION_ID
+from telemetryd.engine.sqlite.files import APPLICATION_ID
 from telemetryd.engine.sqlite.tools import migrate
 
 SCHEMA = Path(__file__).parents[2] / "schema" / "telemetry.sql"

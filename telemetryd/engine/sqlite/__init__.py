@@ -1,0 +1,1 @@
+"""Everything that knows SQLite: the engine, its files and connections, its statements and tools."""

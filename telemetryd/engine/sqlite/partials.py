@@ -11,8 +11,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from telemetryd.engine.sqlite.connection import APPLICATION_ID, SIDE_FILES, sync_directory
+from telemetryd.engine.sqlite.files import APPLICATION_ID, SIDE_FILES
 from telemetryd.errors import DatabaseError
+from telemetryd.ops.files import sync_directory
 
 if sys.version_info >= (3, 14):
     from compression import zstd

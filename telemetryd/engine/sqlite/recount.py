@@ -13,7 +13,7 @@ from typing import Any, Final, Protocol, TypeVar
 from telemetryd.engine.sqlite.statements.commands import Transaction
 from telemetryd.engine.sqlite.statements.recounting import Found, Tally, compare, forget_numbers, keep_drawn, last_drawn
 from telemetryd.errors import DatabaseError, DatabaseSuspectError, UnavailableError, sentence
-from telemetryd.model.runs import format_timestamp
+from telemetryd.model.values import format_timestamp
 from telemetryd.ops.logs import log
 
 T = TypeVar("T")

@@ -1,0 +1,1 @@
+"""SQL: how each command and each query is said to SQLite."""

@@ -28,7 +28,7 @@ from telemetryd.model.alerts import (
 from telemetryd.model.commands import AlertChange, AlertCommand, ConfirmDelivery, KeepAlerts, RecordAlerts
 from telemetryd.model.regressions import in_order
 from telemetryd.model.rules import FailureRate, Regression, Rule, Silent, Slow, Stale, matcher
-from telemetryd.model.runs import format_timestamp
+from telemetryd.model.values import format_timestamp
 
 MAX_WAITING: Final = 1000
 """Deliveries that may wait for one webhook; beyond it the oldest are given up."""

@@ -14,7 +14,8 @@ from telemetryd.engine.sqlite.statements.sequence import NEWEST
 from telemetryd.model import events
 from telemetryd.model.changes import Changes, Deleted, ListChanges
 from telemetryd.model.filters import Filters
-from telemetryd.model.runs import COLUMNS, TEXTS, Row
+from telemetryd.model.runs import COLUMNS, TEXTS
+from telemetryd.model.values import Row
 
 _SCANNED: Final = 10_000
 """Runs that are looked at for one answer, which have changed since they were made and so are found elsewhere."""

@@ -6,7 +6,7 @@ import sqlite3
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from functools import cache
 from itertools import chain, groupby
 from operator import itemgetter
@@ -15,8 +15,21 @@ from typing import Any, Final
 import orjson
 
 from telemetryd.engine.sqlite.statements import alerts, confirmations, full_text, replica, rollups, thinning
+from telemetryd.engine.sqlite.statements.columns import DAY, HOUR, MINUTE, PROCESS
 from telemetryd.engine.sqlite.statements.recounting import Tally
 from telemetryd.engine.sqlite.statements.sequence import Sequence as CommitSequence
+from telemetryd.engine.sqlite.statements.totals import (
+    _ADD_TO_MINUTES,
+    _ADD_TO_TOTALS,
+    _DROP_DAY,
+    _DROP_HOUR,
+    _DROP_MINUTE,
+    _DROP_TOTAL,
+    _TAKE_FROM_MINUTE,
+    _TAKE_FROM_TOTAL,
+    _WIDEN_DAYS,
+    _WIDEN_HOURS,
+)
 from telemetryd.model import events
 from telemetryd.model.commands import (
     AlertCommand,
@@ -35,7 +48,6 @@ from telemetryd.model.commands import (
     IndexTexts,
     KeepAlerts,
     Outcome,
-    Process,
     ProcessEnded,
     Pruned,
     PruneRuns,
@@ -50,12 +62,9 @@ from telemetryd.model.commands import (
     UpkeepCommand,
 )
 from telemetryd.model.events import TIMESTAMP
-from telemetryd.model.runs import CREATED_AT, EVENT_ID, START_TIME, STORED, Row, SqlValue, Status
+from telemetryd.model.runs import CREATED_AT, EVENT_ID, START_TIME, STORED
 from telemetryd.model.stats import FACTS, Facts
-
-MINUTE: Final = len("2025-12-24T10:00")
-HOUR: Final = len("2025-12-24T10")
-DAY: Final = len("2025-12-24")
+from telemetryd.model.values import Row, SqlValue, Status
 
 _ROWS_AT_ONCE: Final = (256, 128, 64, 32, 16, 8, 4, 2, 1)
 """How many rows one INSERT may take: each number has its own prepared statement."""
@@ -90,7 +99,6 @@ _facts_of: Final = itemgetter(*map(STORED.index, FACTS))
 _STATUS: Final = FACTS.index("status")
 _FIND_RUN: Final = f"SELECT id, run_id, {', '.join(FACTS)} FROM agent_runs WHERE event_id = ?"  # noqa: S608 - names from the definition
 
-PROCESS: Final = tuple(field.name for field in fields(Process))
 _REGISTER: Final = f"""
     INSERT OR REPLACE INTO run_processes (run, registered_at, {", ".join(PROCESS)})
     VALUES (:run, :now, {", ".join(f":{name}" for name in PROCESS)})
@@ -117,46 +125,6 @@ _CERTIFY: Final = """
 """
 _FIND_CERTIFICATE: Final = "SELECT certified_at, error_summary, error_details FROM run_processes WHERE run = ?"
 _FORGET_PROCESS: Final = "DELETE FROM run_processes WHERE run = ?"
-
-# What is added to the totals goes in as one JSON array, in one step of SQLite (see `Transaction`).
-_ADD_TO_TOTALS: Final = """
-    INSERT INTO run_totals (agent_name, job_type, status, runs)
-    SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'), json_extract(value, '$[2]'),
-        json_extract(value, '$[3]') FROM json_each(?) WHERE true
-    ON CONFLICT (agent_name, job_type, status) DO UPDATE SET runs = runs + excluded.runs
-"""
-_ADD_TO_MINUTES: Final = """
-    INSERT INTO run_minutes (minute, runs)
-    SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]') FROM json_each(?) WHERE true
-    ON CONFLICT (minute) DO UPDATE SET runs = runs + excluded.runs
-"""
-_WIDEN_HOURS, _WIDEN_DAYS = (
-    f"""
-    INSERT INTO {table} ({key}, first_start, last_start)
-    SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'), json_extract(value, '$[2]')
-        FROM json_each(?) WHERE true
-    ON CONFLICT ({key}) DO UPDATE SET
-        first_start = min(first_start, excluded.first_start), last_start = max(last_start, excluded.last_start)
-"""  # noqa: S608 - our own words
-    for table, key in (("run_hours", "hour"), ("run_days", "day"))
-)
-
-# A total that has drifted (a row changed by hand) is no reason to refuse what agents send.
-_TAKE_FROM_TOTAL: Final = """
-    UPDATE run_totals SET runs = max(runs - ?4, 0) WHERE agent_name = ?1 AND job_type = ?2 AND status = ?3
-"""
-_TAKE_FROM_MINUTE: Final = "UPDATE run_minutes SET runs = max(runs - ?2, 0) WHERE minute = ?1"
-
-_DROP_TOTAL: Final = "DELETE FROM run_totals WHERE agent_name = ? AND job_type = ? AND status = ? AND runs = 0"
-_DROP_MINUTE: Final = "DELETE FROM run_minutes WHERE minute = ? AND runs = 0"
-_DROP_HOUR: Final = """
-    DELETE FROM run_hours WHERE hour = ?1
-        AND NOT EXISTS (SELECT 1 FROM run_minutes WHERE minute >= ?1 || ':' AND minute < ?1 || ';')
-"""
-
-_DROP_DAY: Final = """
-    DELETE FROM run_days WHERE day = ?1 AND NOT EXISTS (SELECT 1 FROM run_hours WHERE hour >= ?1 AND hour < ?1 || 'U')
-"""  # U is the character behind T
 
 
 class Transaction:

@@ -12,7 +12,8 @@ import orjson
 from telemetryd.model.clocks import Reading
 from telemetryd.model.commands import ConfirmPrune, TrustClock, UpkeepCommand
 from telemetryd.model.queries import Confirmed
-from telemetryd.model.runs import CREATED_AT, EVENT_ID, Row
+from telemetryd.model.runs import CREATED_AT, EVENT_ID
+from telemetryd.model.values import Row
 
 _TRUST: Final = "INSERT INTO trusted_clock (moment, boot_id, up_s) VALUES (?, ?, ?)"
 _CLOCK: Final = "SELECT moment, boot_id, up_s FROM trusted_clock"

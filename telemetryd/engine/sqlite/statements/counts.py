@@ -6,7 +6,7 @@ import sqlite3
 from typing import Final
 
 from telemetryd.engine.sqlite.statements import full_text
-from telemetryd.engine.sqlite.statements.commands import MINUTE
+from telemetryd.engine.sqlite.statements.columns import MINUTE
 from telemetryd.engine.sqlite.statements.predicates import Values, choose, conditions
 from telemetryd.engine.sqlite.statements.runs import FOUND, find_agents, named
 from telemetryd.model.filters import Filters

@@ -16,8 +16,9 @@ from telemetryd.engine.sqlite.statements.predicates import Values, choose, condi
 from telemetryd.model import events, runs
 from telemetryd.model.filters import TIME_BOUNDS, WILDCARD
 from telemetryd.model.queries import ExportRuns
-from telemetryd.model.runs import COLUMNS, Role
+from telemetryd.model.runs import COLUMNS
 from telemetryd.model.tables import join_pieces
+from telemetryd.model.values import Role
 
 CHUNK_BYTES: Final = 256 * 1024
 """About how much is read of the copy at once, besides a single line of any length."""

@@ -13,7 +13,8 @@ import orjson
 
 from telemetryd.engine.sqlite.statements.predicates import Values
 from telemetryd.git_urls import MAX_ADDRESS, commit_url, repo_url
-from telemetryd.model.runs import Role, columns, needed
+from telemetryd.model.runs import columns, needed
+from telemetryd.model.values import Role
 
 _ADDRESSES: Final = ("commit_url", "repo_url")
 """The fields that are not stored; a page has few different ones."""

@@ -13,7 +13,8 @@ from telemetryd.engine.sqlite import searching
 from telemetryd.model.commands import PruneRuns
 from telemetryd.model.filters import MAX_VALUES, TIME_BOUNDS, WILDCARD, Comparison, Filters, Pattern
 from telemetryd.model.queries import CountPrunable
-from telemetryd.model.runs import FILTERS, SqlValue, Status
+from telemetryd.model.runs import FILTERS
+from telemetryd.model.values import SqlValue, Status
 
 Values = dict[str, SqlValue | float]
 """What is bound to the names of a statement."""

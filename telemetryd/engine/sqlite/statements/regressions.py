@@ -8,7 +8,7 @@ from typing import Final
 
 from telemetryd.model import regressions
 from telemetryd.model.regressions import MAX_RUNS, Findings, FindRegressions, Run
-from telemetryd.model.runs import Status
+from telemetryd.model.values import Status
 
 NEXT_PAIR: Final = """
     SELECT agent_name, job_type FROM agent_runs INDEXED BY idx_runs_agent

@@ -18,9 +18,9 @@ import orjson
 
 from telemetryd.engine.sqlite.statements.predicates import conditions
 from telemetryd.model import sketches, stats
-from telemetryd.model.runs import MAX_INTEGER, Status
 from telemetryd.model.sketches import bin_of, pack, unpack
 from telemetryd.model.stats import DAY, FACTS, ITEMS, Cell, Facts, GetStats, Named, hour_number
+from telemetryd.model.values import MAX_INTEGER, Status
 
 FOLD_AT: Final = 10_000
 """How many changes may wait in the log: a query reads them in some 15 ms, and adding them up takes about as long."""

@@ -11,7 +11,7 @@ from typing import Final
 import orjson
 
 from telemetryd.engine.sqlite.statements import full_text, json_rows
-from telemetryd.engine.sqlite.statements.commands import MINUTE, PROCESS
+from telemetryd.engine.sqlite.statements.columns import MINUTE, PROCESS
 from telemetryd.engine.sqlite.statements.predicates import (
     MAX_ARMS,
     Values,
@@ -42,7 +42,8 @@ from telemetryd.model.queries import (
     Position,
     Prunable,
 )
-from telemetryd.model.runs import COLUMNS, Row, SqlValue
+from telemetryd.model.runs import COLUMNS
+from telemetryd.model.values import Row, SqlValue
 
 _EVENTS: Final = f"SELECT {', '.join(events.COLUMNS)} FROM run_events INDEXED BY idx_events_time WHERE run = :run"  # noqa: S608 - names from the definition of an event
 _SELECT_EVENTS: Final = f"{_EVENTS} ORDER BY timestamp, id LIMIT :limit OFFSET :offset"

@@ -1,0 +1,1 @@
+"""Work on a database file: migrate, back up, check, salvage."""

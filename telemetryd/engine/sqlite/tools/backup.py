@@ -16,21 +16,13 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Final, Protocol
 
-from telemetryd.engine.sqlite.connection import (
-    APPLICATION_ID,
-    IF_DAMAGED,
-    SIDE_FILES,
-    beside,
-    connect,
-    connect_to_read,
-    corrupt,
-    is_unfinished,
-    sync_directory,
-)
+from telemetryd.engine.sqlite.connection import connect, connect_to_read
+from telemetryd.engine.sqlite.files import APPLICATION_ID, IF_DAMAGED, SIDE_FILES, beside, corrupt, is_unfinished
 from telemetryd.engine.sqlite.partials import partial_file, publish
 from telemetryd.engine.sqlite.tools import rotation
 from telemetryd.errors import DatabaseError
-from telemetryd.model.runs import format_timestamp, utc_now
+from telemetryd.model.values import format_timestamp, utc_now
+from telemetryd.ops.files import sync_directory
 
 if sys.version_info >= (3, 14):
     from compression import zstd

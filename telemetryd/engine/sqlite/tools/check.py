@@ -11,7 +11,8 @@ from itertools import product
 from pathlib import Path
 from typing import Final
 
-from telemetryd.engine.sqlite.connection import connect, connect_to_read, identify, is_damage
+from telemetryd.engine.sqlite.connection import connect, connect_to_read, is_damage
+from telemetryd.engine.sqlite.files import identify
 from telemetryd.engine.sqlite.statements import foreign, full_text, runs
 from telemetryd.engine.sqlite.tools import integrity, legacy, migrate, renumbering
 from telemetryd.engine.sqlite.tools.backup import Watch, ignore_progress

@@ -13,8 +13,9 @@ import orjson
 
 from telemetryd.errors import InvalidBodyError
 from telemetryd.git_urls import without_credentials
-from telemetryd.model.runs import (
-    COLUMNS,
+from telemetryd.model.bodies import parse_json
+from telemetryd.model.runs import COLUMNS, columns
+from telemetryd.model.values import (
     MAX_INTEGER,
     CommitSource,
     Role,
@@ -22,9 +23,7 @@ from telemetryd.model.runs import (
     Status,
     canonical_status,
     canonical_timestamp,
-    columns,
     json_text,
-    parse_json,
 )
 
 RawValue = str | int | float | bytes | None

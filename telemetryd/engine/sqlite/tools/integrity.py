@@ -11,7 +11,8 @@ from telemetryd.engine.sqlite.statements.sequence import KEEP_EVENT_NUMBERS, KEE
 from telemetryd.engine.sqlite.tools import migrate
 from telemetryd.engine.sqlite.tools.conversion import PLAIN_TEXTS, replacement
 from telemetryd.git_urls import without_credentials
-from telemetryd.model.runs import COLUMNS, Role, SqlValue, columns
+from telemetryd.model.runs import COLUMNS, columns
+from telemetryd.model.values import Role, SqlValue
 
 _WRONG_TOTALS: Final = """
     WITH counted AS (

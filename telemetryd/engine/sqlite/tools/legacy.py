@@ -11,14 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from telemetryd.engine.sqlite.connection import (
-    APPLICATION_ID,
-    connect,
-    corrupt,
-    is_unfinished,
-    lenient_text,
-    sync_directory,
-)
+from telemetryd.engine.sqlite.connection import connect, lenient_text
+from telemetryd.engine.sqlite.files import APPLICATION_ID, corrupt, is_unfinished
 from telemetryd.engine.sqlite.statements import foreign, rollups
 from telemetryd.engine.sqlite.tools import migrate
 from telemetryd.engine.sqlite.tools.backup import Watch, ignore_progress
@@ -26,6 +20,7 @@ from telemetryd.engine.sqlite.tools.conversion import Converter, EventConverter,
 from telemetryd.errors import DatabaseError
 from telemetryd.model.events import STORED
 from telemetryd.model.runs import COLUMNS
+from telemetryd.ops.files import sync_directory
 
 FIRST_VERSION: Final = 8
 """The first schema version of telemetryd; what is older belonged to the service it replaced."""

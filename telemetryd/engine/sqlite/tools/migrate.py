@@ -11,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Final
 
-from telemetryd.engine.sqlite.connection import APPLICATION_ID, FileState, Kind
+from telemetryd.engine.sqlite.files import APPLICATION_ID, FileState, Kind
 from telemetryd.errors import DatabaseError
 
 _STEP_NAME: Final = re.compile(r"(\d{4})_(\w+)\.sql")

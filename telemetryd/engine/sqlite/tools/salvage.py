@@ -17,7 +17,7 @@ from telemetryd.engine.sqlite.tools import integrity, migrate
 from telemetryd.engine.sqlite.tools.backup import Watch, ignore_progress, replace, verify
 from telemetryd.engine.sqlite.tools.conversion import Converter, Original, RawValue, Tally
 from telemetryd.errors import DatabaseError
-from telemetryd.model.runs import SqlValue, format_timestamp
+from telemetryd.model.values import SqlValue, format_timestamp
 
 _SLICE: Final = 500
 _Raw = tuple[RawValue, ...]

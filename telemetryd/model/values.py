@@ -1,0 +1,293 @@
+"""The values that fields hold: names, texts, counts, times and statuses, each with its check and its stored form."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
+from enum import Flag, StrEnum, auto
+from typing import Annotated, Final
+
+import orjson
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PlainValidator, WithJsonSchema
+from pydantic_core import PydanticCustomError
+
+from telemetryd import timestamps
+
+SqlValue = str | int | None
+
+
+Row = tuple[SqlValue, ...]
+"""The values of one run to be stored, in the order of `STORED`."""
+
+
+MAX_INTEGER: Final = 2**63 - 1
+
+
+MAX_JSON_DEPTH: Final = 64
+
+
+MAX_JSON_VALUES: Final = 100_000
+"""Values in one JSON object of an agent's own; to look at so many takes some 20 ms, in which nobody is answered."""
+
+
+MAX_ECHO: Final = 200
+
+
+class Status(StrEnum):
+    """How a run stands or ended."""
+
+    RUNNING = "running"
+    SUCCESS = "success"
+    FAILURE = "failure"
+    PARTIAL = "partial"
+    TIMEOUT = "timeout"
+    CANCELLED = "cancelled"
+
+
+class CommitSource(StrEnum):
+    """Who made the commit that a run led to."""
+
+    MANUAL = "manual"
+    LLM = "llm"
+    CI = "ci"
+
+
+STATUS_ALIASES: Final = {
+    "failed": Status.FAILURE,
+    "completed": Status.SUCCESS,
+    "succeeded": Status.SUCCESS,
+    "canceled": Status.CANCELLED,
+}
+
+
+_STATUSES: Final = {str(status): str(status) for status in Status} | {
+    alias: str(status) for alias, status in STATUS_ALIASES.items()
+}
+
+
+def canonical_status(value: object) -> str:
+    """Return the stored form of a status; case, surrounding blanks and aliases are forgiven.
+
+    Raises:
+        ValueError: with the sentence of the guide that lists the allowed values.
+
+    """
+    if isinstance(value, str):
+        status = _STATUSES.get(value) or _STATUSES.get(value.strip().lower())
+        if status is not None:
+            return status
+    raise PydanticCustomError("value_error", f"Status must be one of: {[str(s) for s in Status]}")
+
+
+def _commit_source(value: str) -> str:
+    if value in set(CommitSource):
+        return value
+    raise PydanticCustomError("value_error", f"Commit source must be one of: {[str(s) for s in CommitSource]}")
+
+
+format_timestamp: Final = timestamps.format_timestamp
+
+
+def utc_now() -> datetime:
+    """Return the present moment; the daemon's clock unless a test passes another."""
+    return datetime.now(UTC)
+
+
+def canonical_timestamp(text: str) -> str:
+    """Return any ISO 8601 / RFC 3339 date and time in the stored form; digits past 1 µs are cut.
+
+    Raises:
+        ValueError: if the text is no such date and time, or falls outside the years 1 to 9999 in UTC.
+
+    """
+    stored = timestamps.canonical(text)
+    if stored is None:
+        rule = "must be an ISO 8601 date and time such as 2025-12-24T10:00:00Z (without an offset it is taken as UTC)"
+        raise PydanticCustomError("value_error", f"Timestamp {rule}")
+    return stored
+
+
+_TOO_MUCH: Final = f"holds more than {MAX_JSON_VALUES} keys and values"
+
+
+def _unstorable(value: object, depth: int, left: Iterator[int]) -> str | None:
+    """Say why a decoded JSON value cannot be stored, or return None; each value in it takes one out of `left`."""
+    if isinstance(value, str):
+        return "holds a NUL character" if "\0" in value else None
+    if isinstance(value, float):
+        return None if value - value == 0.0 else "holds a number that is not finite"
+    if not isinstance(value, (dict, list)):
+        return None
+    if depth == 0:
+        return f"is nested more than {MAX_JSON_DEPTH} levels deep"
+    for child in (part for item in value.items() for part in item) if isinstance(value, dict) else value:
+        is_too_much = next(left, None) is None
+        fault = _TOO_MUCH if is_too_much else _unstorable(child, depth - 1, left)
+        if fault is not None:
+            return fault
+    return None
+
+
+def json_text(value: object) -> str | None:
+    """Return a decoded JSON object as the text that is stored: `{"tokens":5}`.
+
+    Raises:
+        ValueError: with the reason why it cannot be stored.
+
+    """
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        raise PydanticCustomError("dict_type", "Input should be a JSON object")
+    fault = _unstorable(value, MAX_JSON_DEPTH, iter(range(MAX_JSON_VALUES)))
+    if fault is not None:
+        raise PydanticCustomError("value_error", f"JSON object {fault}")
+    try:
+        return orjson.dumps(value).decode()
+    except TypeError as error:
+        raise PydanticCustomError("value_error", "JSON object holds an integer of more than 64 bits") from error
+
+
+def _flag(value: object) -> bool:
+    if value in (0, 1) and isinstance(value, int):
+        return bool(value)
+    raise PydanticCustomError("bool_type", "Input should be true or false")
+
+
+def _any_case(words: Iterable[str]) -> str:
+    """Return a regular expression that JSON Schema can hold: any of the words, in any case."""
+    forms = ("".join(f"[{c.upper()}{c}]" for c in word) for word in words)
+    return rf"^\s*({'|'.join(forms)})\s*$"
+
+
+NO_NUL: Final = r"^[^\x00]*$"
+
+
+NOT_BLANK: Final = r"^[^\x00]*[^\s\x00][^\x00]*$"
+
+
+Name = Annotated[str, Field(min_length=1, max_length=255, pattern=NOT_BLANK)]
+
+
+Text = Annotated[str, Field(pattern=NO_NUL)]
+
+
+Count = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
+
+
+Duration = Annotated[
+    Count,
+    BeforeValidator(lambda value: 0 if value is None else value),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0, "maximum": MAX_INTEGER}, {"type": "null"}]}),
+]
+
+
+Timestamp = Annotated[
+    str, AfterValidator(canonical_timestamp), WithJsonSchema({"type": "string", "format": "date-time"})
+]
+
+
+StatusValue = Annotated[
+    str,
+    PlainValidator(canonical_status),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "enum": [str(status) for status in Status]},
+                {
+                    "type": "string",
+                    "pattern": _any_case(_STATUSES),
+                    "description": "Case and surrounding blanks are ignored; "
+                    + ", ".join(f"{alias} means {status}" for alias, status in STATUS_ALIASES.items()),
+                },
+            ]
+        }
+    ),
+]
+
+
+SourceValue = Annotated[
+    str,
+    AfterValidator(_commit_source),
+    WithJsonSchema({"type": "string", "enum": [str(source) for source in CommitSource]}),
+]
+
+
+JsonObject = Annotated[
+    str,
+    PlainValidator(json_text),
+    WithJsonSchema({"anyOf": [{"type": "object"}, {"type": "null"}]}),
+]
+
+
+Boolean = Annotated[
+    bool,
+    PlainValidator(_flag),
+    WithJsonSchema({"anyOf": [{"type": "boolean"}, {"type": "integer", "enum": [0, 1]}]}),
+]
+
+
+class Role(Flag):
+    """What may be done with a field over HTTP."""
+
+    SERVER = auto()
+    """Only the daemon writes it."""
+    SET = auto()
+    """May be given when a run is created."""
+    PATCH = auto()
+    """May be changed by PATCH."""
+    COMMIT = auto()
+    """Is set by associate-commit."""
+    FILTER = auto()
+    """Requests filter by its exact value, which an index in the order of created_at answers."""
+    JSON = auto()
+    """Is stored as text and answered as a JSON object."""
+    BOOLEAN = auto()
+    """Is stored as 0 or 1 and answered as false or true."""
+
+
+def names(model: type[BaseModel], role: Role | None = None) -> tuple[str, ...]:
+    """Return the names of a definition's fields, or of those that have a role, in the order in which they stand."""
+    return tuple(
+        name
+        for name, field in model.model_fields.items()
+        if role is None or any(role in mark for mark in field.metadata if isinstance(mark, Role))
+    )
+
+
+def shorten(text: str) -> str:
+    """Cut a client's own words to what an answer or a log line may echo."""
+    return text if len(text) <= MAX_ECHO else text[: MAX_ECHO - 1] + "…"
+
+
+_DURATION: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([smhdw])\s*", re.ASCII | re.IGNORECASE)
+
+
+_UNIT_SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+
+
+_CENTURY_S: Final = 100 * 366 * 86_400
+
+
+def parse_duration(text: object) -> float:
+    """Return a duration such as 90d, 12h, 30m, 45s or 2w, in seconds.
+
+    Raises:
+        ValueError: if it is none, has no unit (whoever prunes what is older than "90" means days), is not positive,
+            or is longer than a century.
+
+    """
+    match = _DURATION.fullmatch(str(text))
+    seconds = float(match[1]) * _UNIT_SECONDS[match[2].lower()] if match else 0.0
+    if not 0 < seconds <= _CENTURY_S:
+        raise ValueError("must be a duration with its unit, such as 90d, 12h, 30m or 45s")
+    return seconds
+
+
+def duration_text(seconds: float) -> str:
+    """Return a duration as it may be given again: 90d, 36h, 1.5s."""
+    unit, size = next(
+        ((unit, size) for unit, size in (("d", 86_400), ("h", 3600), ("m", 60)) if seconds % size == 0), ("s", 1)
+    )
+    return f"{seconds / size:f}".rstrip("0").rstrip(".") + unit

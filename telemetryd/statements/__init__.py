@@ -1,1 +1,0 @@
-"""The only Python with SQL: how each command and each query is said to SQLite."""
