@@ -47,7 +47,6 @@ from telemetryd.engine.sqlite.statements import (
     alerts,
     changes,
     confirmations,
-    foreign,
     full_text,
     predicates,
     regressions,
@@ -57,7 +56,7 @@ from telemetryd.engine.sqlite.statements import (
 )
 from telemetryd.engine.sqlite.statements import counts as run_counts
 from telemetryd.engine.sqlite.statements.columns import MINUTE
-from telemetryd.engine.sqlite.tools import migrate
+from telemetryd.engine.sqlite.tools import foreign, migrate
 from telemetryd.errors import DatabaseError, DatabaseSuspectError, UnavailableError, sentence
 from telemetryd.flow import Flow
 from telemetryd.model.alerts import Delivery, EvaluateRules, Evaluation, Kept, ListDeliveries, ListFiring

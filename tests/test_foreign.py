@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from telemetryd.engine.sqlite.statements.foreign import HIGHEST_NUMBER
 from telemetryd.engine.sqlite.tools import migrate
 from telemetryd.engine.sqlite.tools.check import Severity, examine, repair
+from telemetryd.engine.sqlite.tools.foreign import HIGHEST_NUMBER
 from telemetryd.errors import DatabaseError
 from telemetryd.model.bodies import parse_json
 from telemetryd.model.commands import CreateRuns

@@ -30,8 +30,7 @@ from telemetryd.engine.sqlite.connection import recover
 from telemetryd.engine.sqlite.files import Kind, inspect, is_ours, undisturbed
 from telemetryd.engine.sqlite.ownership import Ownership, refuse_other_name
 from telemetryd.engine.sqlite.partials import forget_leftovers
-from telemetryd.engine.sqlite.statements import foreign
-from telemetryd.engine.sqlite.tools import legacy, rotation
+from telemetryd.engine.sqlite.tools import foreign, legacy, rotation
 from telemetryd.engine.sqlite.tools.migrate import check_schema, current_version, refuse_unless_usable
 from telemetryd.engine.sqlite.tools.salvage import salvage
 from telemetryd.errors import DatabaseError

@@ -13,8 +13,8 @@ from typing import Final
 
 from telemetryd.engine.sqlite.connection import connect, connect_to_read, is_damage
 from telemetryd.engine.sqlite.files import identify
-from telemetryd.engine.sqlite.statements import foreign, full_text, runs
-from telemetryd.engine.sqlite.tools import integrity, legacy, migrate, renumbering
+from telemetryd.engine.sqlite.statements import full_text, runs
+from telemetryd.engine.sqlite.tools import foreign, integrity, legacy, migrate, renumbering
 from telemetryd.engine.sqlite.tools.backup import Watch, ignore_progress
 from telemetryd.errors import DatabaseError
 from telemetryd.model.filters import TIME_BOUNDS, Filters

@@ -13,8 +13,8 @@ from typing import Final, NamedTuple
 
 from telemetryd.engine.sqlite.connection import connect, lenient_text
 from telemetryd.engine.sqlite.files import APPLICATION_ID, corrupt, is_unfinished
-from telemetryd.engine.sqlite.statements import foreign, rollups
-from telemetryd.engine.sqlite.tools import migrate
+from telemetryd.engine.sqlite.statements import rollups
+from telemetryd.engine.sqlite.tools import foreign, migrate
 from telemetryd.engine.sqlite.tools.backup import Watch, ignore_progress
 from telemetryd.engine.sqlite.tools.conversion import Converter, EventConverter, Original, Tally
 from telemetryd.errors import DatabaseError

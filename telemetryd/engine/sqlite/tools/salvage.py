@@ -12,8 +12,8 @@ from typing import Final
 
 from telemetryd.engine.sqlite.connection import connect, lenient_text
 from telemetryd.engine.sqlite.partials import partial_file
-from telemetryd.engine.sqlite.statements import foreign, full_text
-from telemetryd.engine.sqlite.tools import integrity, migrate
+from telemetryd.engine.sqlite.statements import full_text
+from telemetryd.engine.sqlite.tools import foreign, integrity, migrate
 from telemetryd.engine.sqlite.tools.backup import Watch, ignore_progress, replace, verify
 from telemetryd.engine.sqlite.tools.conversion import Converter, Original, RawValue, Tally
 from telemetryd.errors import DatabaseError
