@@ -7,7 +7,6 @@ import math
 import os
 import signal
 import socket
-import sqlite3
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
@@ -24,7 +23,6 @@ from telemetryd.model.rules import load_rules
 from telemetryd.model.values import utc_now
 from telemetryd.ops.logs import log
 from telemetryd.ops.metrics import Metrics
-from telemetryd.ops.mounts import is_mount_point, network_file_system
 from telemetryd.ops.systemd import Notifier, passed_sockets
 from telemetryd.services.alerting import Alerting
 from telemetryd.services.certificates import most_processes
@@ -68,7 +66,6 @@ async def running(
         metrics = Metrics()
         store = await Store.open(settings, metrics, clock)
         try:
-            await store.keep_full_text()
             alerting = Alerting(store, rules, clock, given_up=metrics.deliveries_given_up.inc)
             upkeep = Upkeep(store, settings, clock)
             runner = make_runner(
@@ -197,38 +194,19 @@ def _give_up(after_s: float) -> None:
 
 
 def _announce(settings: Settings, daemon: Running) -> None:
-    health = daemon.store.health()
+    health, introduction = daemon.store.health(), daemon.store.introduction()
     log.info(
         "Serving",
         extra={
             "addresses": daemon.addresses,
             "version": telemetryd.__version__,
-            "db_path": str(health.path),
-            "journal_mode": health.modes.journal_mode,
-            "synchronous": health.modes.synchronous,
-            "sqlite_version": sqlite3.sqlite_version,
+            **health.description,
+            **introduction.versions,
             "pid": os.getpid(),
         },
     )
-    if not health.durable:
-        log.warning(
-            "Acknowledged writes survive a crash, not a power cut",
-            extra={"setting": "TELEMETRY_DB_SYNCHRONOUS=NORMAL"},
-        )
-    kind = network_file_system(health.path)
-    if kind is not None:
-        log.warning(
-            "The database is on a network file system",
-            extra={"file_system": kind, "advice": "Locks and syncs are not reliable there: move it to a local disk"},
-        )
-    if is_mount_point(health.path):
-        log.warning(
-            "The database file is mounted by itself",
-            extra={
-                "db_path": str(health.path),
-                "advice": "SQLite keeps its journal next to it, where it may be lost: mount the directory instead",
-            },
-        )
+    for message, fields in introduction.warnings:
+        log.warning(message, extra=dict(fields))
     if settings.api_auth_enabled:
         served = "every client that brings the token"
     else:

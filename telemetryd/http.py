@@ -27,10 +27,9 @@ from telemetryd.model.commands import CreateEvents, CreateRuns, UpdateRun
 from telemetryd.model.requests import ProcessRequest
 from telemetryd.model.rules import Rules
 from telemetryd.ops.metrics import Metrics, wants_prometheus
-from telemetryd.services import admin
+from telemetryd.services import admin, exports
 from telemetryd.services.alerting import Alerting
 from telemetryd.services.certificates import Certificates
-from telemetryd.services.exports import Exports, describe
 from telemetryd.services.tails import add_feed, list_changes, stream_runs
 from telemetryd.services.upkeep import Upkeep
 from telemetryd.settings import Settings
@@ -46,7 +45,6 @@ SETTINGS: Final = web.AppKey("settings", Settings)
 METRICS: Final = web.AppKey("metrics", Metrics)
 CERTIFICATES: Final = web.AppKey("certificates", Certificates)
 BODIES: Final = web.AppKey("bodies", Bodies)
-EXPORTS: Final = web.AppKey("exports", Exports)
 ALERTING: Final = web.AppKey("alerting", Alerting)
 UPKEEP: Final = web.AppKey("upkeep", Upkeep)
 DOCUMENT: Final = web.AppKey("document", bytes)
@@ -76,8 +74,10 @@ async def create_batch(request: web.Request) -> web.Response:
     """Store the good runs of a batch in one transaction, and tell of each bad one."""
     request.app[STORE].check_open()
     batch = await _parse_batch(request)
-    created = await request.app[STORE].submit(CreateRuns(tuple(batch.rows), batch.size)) if batch.rows else None
-    inserted = sum(created.new) if created is not None else 0
+    inserted = 0
+    if batch.rows:
+        created = await request.app[STORE].submit(CreateRuns(tuple(batch.rows), batch.size))
+        inserted = sum(created.new)
     duplicates = len(batch.rows) - inserted
     request.app[METRICS].count_runs(created=inserted, duplicate=duplicates, invalid=len(batch.errors))
     request[NOTE].say(
@@ -112,8 +112,8 @@ async def export_runs(request: web.Request) -> web.StreamResponse:
     """Stream all runs that match every filter, oldest arrival first."""
     query = queries.parse_export(request.rel_url.raw_query_string, request.headers.get("Accept", ""))
     if request.method == hdrs.METH_HEAD:
-        return await describe(request, query, request.app[STORE])
-    return await request.app[EXPORTS].answer(request, query)
+        return await exports.describe(request, query, request.app[STORE])
+    return await exports.stream(request, query, request.app[STORE])
 
 
 async def get_run(request: web.Request) -> web.Response:
@@ -283,7 +283,7 @@ async def make_backup(request: web.Request) -> web.Response:
     body, _ = await _json_body(request)
     if body != {}:
         raise InvalidRequestError("The body must be {}: where backups go is a setting, TELEMETRY_BACKUP_DIR")
-    answer = await admin.back_up(request.app[SETTINGS], values.utc_now())
+    answer = await admin.back_up(request.app[STORE])
     request[NOTE].say("Backup made", **answer)
     return json_response(answer)
 
@@ -337,7 +337,7 @@ async def get_regressions(request: web.Request) -> web.Response:
 
 async def get_metadata(request: web.Request) -> web.Response:
     """Answer the agents and job types there are."""
-    counts = await request.app[STORE].fetch(queries.CountRuns())
+    counts = await request.app[STORE].counts()
     agents = sorted(counts.agents)
     request[NOTE].say("Metadata queried", result_count=len(agents))
     answer = {
@@ -356,9 +356,7 @@ async def get_health(request: web.Request) -> web.Response:
     answer = {
         "status": "ok" if health.problem is None else "error",
         "version": telemetryd.__version__,
-        "db_path": str(health.path),
-        "journal_mode": health.modes.journal_mode,
-        "synchronous": health.modes.synchronous,
+        **health.description,
         "durable": health.durable,
         "durability": "an acknowledged write survives a crash and a power cut"
         if health.durable
@@ -366,14 +364,13 @@ async def get_health(request: web.Request) -> web.Response:
         "queue_depth": health.queue_depth,
         "oldest_waiting_s": round(health.oldest_s, 3),
         "last_commit_at": None if health.last_commit is None else values.format_timestamp(health.last_commit),
-        "wal_bytes": health.wal_bytes,
-        "disk_free_bytes": health.free_bytes,
-        "counts": health.counts.as_json(),
+        **health.figures,
+        "counts": health.counts,
         "automatic": request.app[UPKEEP].shown(),
         "notices": request.app[UPKEEP].notices(),
     }
-    if health.counts.warning is not None:
-        answer["warning"] = health.counts.warning
+    if health.warning is not None:
+        answer["warning"] = health.warning
     if health.problem is not None:
         answer["detail"] = health.problem
     response = json_response(answer, 200 if health.problem is None else 503, {"Cache-Control": "no-store"})
@@ -387,7 +384,7 @@ async def get_metrics(request: web.Request) -> web.Response:
     form = given.get("format", "prometheus" if wants_prometheus(request.headers.get("Accept", "")) else "json")
     if form not in ("json", "prometheus"):
         raise InvalidRequestError(f"Invalid format: {values.shorten(form)!r}; it must be json or prometheus")
-    counts = await request.app[STORE].fetch(queries.CountRuns())
+    counts = await request.app[STORE].counts()
     request[NOTE].say("Metrics queried", logging.DEBUG)
     if form == "prometheus":
         alerts = await request.app[ALERTING].shown()
@@ -404,9 +401,7 @@ async def get_metrics(request: web.Request) -> web.Response:
         **({"agents_more": more} if (more := counts.agent_names - len(counts.agents)) else {}),
         "recent_24h": counts.recent,
         "performance": {
-            "db_path": str(health.path),
-            "journal_mode": health.modes.journal_mode,
-            "synchronous": health.modes.synchronous,
+            **health.description,
             "queue_depth": health.queue_depth,
         },
     }
@@ -1046,8 +1041,6 @@ def make_app(
         app.on_response_prepare.append(browsers.sharing(settings.reading_origins))
     add_feed(app, store, metrics)
     app[BODIES] = Bodies(settings.max_body_bytes)
-    app[EXPORTS] = exports = Exports(settings)
-    store.watch_reads(lambda: exports.are_running)
     app[ALERTING] = alerting or Alerting(store, Rules())
     app[UPKEEP] = upkeep or Upkeep(store, settings)
     app[DOCUMENT] = _document(settings.api_auth_enabled)

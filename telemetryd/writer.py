@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import sqlite3
 import time
-import traceback
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Generic, Protocol, TypeVar
+from typing import Any, Final, TypeVar
 
-from telemetryd.engine.sqlite.connection import Connection
+from telemetryd.engine.interface import WritingEngine
 from telemetryd.errors import (
     CommandFailedError,
     DatabaseBusyError,
@@ -20,14 +17,13 @@ from telemetryd.errors import (
     DatabaseSuspectError,
     QueueFullError,
     StoppingError,
-    StorageFullError,
     TelemetrydError,
     UnavailableError,
-    WriteFailedError,
     WriterDeadError,
     sentence,
 )
 from telemetryd.flow import Flow
+from telemetryd.model.commands import Command
 from telemetryd.ops.logs import log
 from telemetryd.ops.metrics import Metrics
 
@@ -42,62 +38,29 @@ _PROBLEM_S: Final = 60
 REST_AFTER_S: Final = 5.0
 """Without a commit for so long, the writer tidies up."""
 
-_PRIMARY_CODE: Final = 0xFF
-_SUSPECT: Final = frozenset({sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
-"""After these nobody knows what the disk holds: nothing is taken until the database is open again and verified."""
-
 _PAUSES_S: Final = (0.1, 0.5, 1, 2, 5)
 """The pauses between attempts to open the database again; the last one repeats."""
 
 
-class Command(Protocol):
-    """A change that the writer can carry out without knowing what it is."""
-
-    @property
-    def cost(self) -> int:
-        """How many rows it touches at most."""
-
-    @property
-    def size(self) -> int:
-        """About how many bytes it holds while it waits."""
-
-
-C = TypeVar("C", bound=Command)
 R = TypeVar("R")
-T = TypeVar("T")
-C_contra = TypeVar("C_contra", bound=Command, contravariant=True)
-R_co = TypeVar("R_co", covariant=True)
-
-
-class Transaction(Protocol[C_contra, R_co]):
-    """What carries out commands between BEGIN and COMMIT."""
-
-    def apply(self, commands: Sequence[C_contra]) -> Sequence[R_co]:
-        """Carry out commands in order, and return the outcome of each."""
-
-    def savepoint(self) -> AbstractContextManager[None]:
-        """Undo what is applied inside the block if the block fails."""
-
-    def finish(self) -> None:
-        """Do what is due once for the whole group, right before COMMIT."""
 
 
 @dataclass(slots=True)
-class _Waiting(Generic[C, R]):
+class _Waiting:
     """A command in the queue, and whom to tell."""
 
-    command: C
-    future: asyncio.Future[R]
+    command: Command[Any]
+    future: asyncio.Future[Any]
     since: float = field(default_factory=time.monotonic)
 
 
-class _Queue(Generic[C, R]):
+class _Queue:
     """What waits, in order, and the sums over it: whatever comes in or goes out, they are those of what is in it."""
 
     def __init__(self, most: int, most_bytes: int) -> None:
         self.most, self.most_bytes = most, most_bytes
         self.bytes = self.rows = 0
-        self._entries: asyncio.Queue[_Waiting[C, R] | None] = asyncio.Queue(most)
+        self._entries: asyncio.Queue[_Waiting | None] = asyncio.Queue(most)
 
     def __len__(self) -> int:
         return self._entries.qsize()
@@ -106,7 +69,7 @@ class _Queue(Generic[C, R]):
         """Tell whether there is no room for a command of so many bytes; a first one may have any size."""
         return self._entries.full() or (len(self) > 0 and self.bytes + size > self.most_bytes)
 
-    def put(self, entry: _Waiting[C, R]) -> None:
+    def put(self, entry: _Waiting) -> None:
         """Let a command wait."""
         self._entries.put_nowait(entry)
         self.bytes += entry.command.size
@@ -117,40 +80,34 @@ class _Queue(Generic[C, R]):
         if not len(self):
             self._entries.put_nowait(None)
 
-    async def get(self) -> _Waiting[C, R] | None:
+    async def get(self) -> _Waiting | None:
         """Return the next command as soon as there is one, or None after `wake`."""
         return self._without(await self._entries.get())
 
-    def get_nowait(self) -> _Waiting[C, R] | None:
+    def get_nowait(self) -> _Waiting | None:
         """Return the next command, or None in the place of a `wake`; there must be one of them."""
         return self._without(self._entries.get_nowait())
 
-    def drain(self) -> Iterator[_Waiting[C, R]]:
+    def drain(self) -> Iterator[_Waiting]:
         """Take out everything that waits."""
         while len(self):
             entry = self.get_nowait()
             if entry is not None:
                 yield entry
 
-    def _without(self, entry: _Waiting[C, R] | None) -> _Waiting[C, R] | None:
+    def _without(self, entry: _Waiting | None) -> _Waiting | None:
         if entry is not None:
             self.bytes -= entry.command.size
             self.rows -= entry.command.cost
         return entry
 
 
-class Writer(Generic[C, R]):
+class Writer:
     """Owns the write connection; nothing else may write.
 
     Args:
-        connection: the only read-write connection.
-        begin: makes the transaction object for one group, given the plain connection and the moment.
-        clock: gives that moment, one for each group, as stored text.
-        make_durable: called after each COMMIT, before anybody is told.
-        at_rest: called once when nothing has come for a while after a COMMIT.
+        engine: the writing half of the database's engine; nothing else holds it.
         committed: called in the event loop after each COMMIT, when everybody is told; it has to be quick.
-        reopen: closes everything that is open on the database, opens it again, verifies it, and returns the
-            new write connection; called until it raises no `DatabaseError` any more.
         busy_timeout_s: how long a group is tried again while another process has the database locked, in
             attempts as long as the connection's own busy timeout. A stop ends that sooner.
         queue_max: how many commands may wait.
@@ -162,29 +119,19 @@ class Writer(Generic[C, R]):
 
     def __init__(
         self,
-        connection: Connection,
+        engine: WritingEngine,
         *,
-        begin: Callable[[sqlite3.Connection, str], Transaction[C, R]],
-        clock: Callable[[], str],
-        make_durable: Callable[[], None],
-        reopen: Callable[[], Awaitable[Connection]],
-        busy_timeout_s: float,
-        at_rest: Callable[[sqlite3.Connection], None] = lambda _: None,
         committed: Callable[[], None] = lambda: None,
+        busy_timeout_s: float,
         queue_max: int,
         queue_bytes: int = QUEUE_BYTES,
         flow: Flow,
         metrics: Metrics,
     ) -> None:
-        self._connection = connection
-        self._begin = begin
-        self._clock = clock
-        self._make_durable = make_durable
-        self._at_rest = at_rest
+        self._engine = engine
         self._committed = committed
-        self._reopen = reopen
         self._busy_timeout_s = busy_timeout_s
-        self._queue: _Queue[C, R] = _Queue(queue_max, queue_bytes)
+        self._queue: _Queue = _Queue(queue_max, queue_bytes)
         self._flow = flow
         self._metrics = metrics
         self._stopping = asyncio.Event()
@@ -235,7 +182,7 @@ class Writer(Generic[C, R]):
             self._flow.refuse()
             raise QueueFullError
 
-    def submit(self, command: C) -> asyncio.Future[R]:
+    def submit(self, command: Command[R]) -> asyncio.Future[R]:
         """Queue a command; the future gets its own outcome or error once its group is committed.
 
         Raises:
@@ -267,7 +214,7 @@ class Writer(Generic[C, R]):
             DatabaseSuspectError: if it is stopped while the state of the disk is unknown.
 
         """
-        waiting: list[_Waiting[C, R]] = []
+        waiting: list[_Waiting] = []
         try:
             while not self._stopping.is_set() or self._queue:
                 waiting = await self._next_group()
@@ -293,41 +240,18 @@ class Writer(Generic[C, R]):
         if self.idle and since is not None and time.monotonic() - since > REST_AFTER_S:
             self._queue.wake()
 
-    async def between_groups(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Do something in a transaction of its own, as soon as the group that is being committed is through.
-
-        Raises:
-            UnavailableError: if that is not possible now; nothing was changed then.
-
-        """
-        return await self._visit(lambda plain: self._transact_alone(plain, work))
-
-    async def ask(self, question: Callable[[sqlite3.Connection], T]) -> T:
-        """Ask the write connection something, in no transaction, as soon as no group holds it.
-
-        Raises:
-            UnavailableError: if that is not possible now.
-
-        """
-        return await self._visit(lambda plain: self._ask(plain, question))
-
-    async def _visit(self, visit: Callable[[sqlite3.Connection], T]) -> T:
-        if self._suspicion is not None or self.failure is not None:
-            raise DatabaseSuspectError
-        try:
-            return await self._connection.run(visit)
-        except DatabaseSuspectError as error:
-            self.suspect(error)
-            raise
-        except ValueError as error:  # it was closed meanwhile
-            raise DatabaseSuspectError from error
-
     async def stop(self) -> None:
         """Refuse new commands, and let `run` end after everything that waits is committed."""
         if not self._stopping.is_set():
             self._stopping.set()
             if self.failure is None:
                 self._queue.wake()
+            else:
+                self._engine.interrupt()  # it may be verifying a large database
+
+    async def close(self) -> None:
+        """Close the engine; call it when `run` has ended."""
+        await self._engine.close(is_clean=self.failure is None)
 
     async def _recover(self, error: DatabaseSuspectError) -> None:
         """Refuse everything until the database is open again and verified, however often that takes."""
@@ -339,7 +263,7 @@ class Writer(Generic[C, R]):
             if self._stopping.is_set():
                 raise error
             try:
-                self._connection = await self._reopen()
+                await self._engine.reopen()
             except DatabaseError as refusal:
                 if self.failure != sentence(refusal):
                     self.failure = sentence(refusal)
@@ -357,8 +281,8 @@ class Writer(Generic[C, R]):
         )
         self.failure = self._problem = self._suspicion = None
 
-    async def _next_group(self) -> list[_Waiting[C, R]]:
-        group: list[_Waiting[C, R]] = []
+    async def _next_group(self) -> list[_Waiting]:
+        group: list[_Waiting] = []
         self.idle = not self._queue
         entry = await self._queue.get()
         self.idle = False
@@ -371,7 +295,7 @@ class Writer(Generic[C, R]):
                 return group
             entry = self._queue.get_nowait()
 
-    async def _commit(self, group: list[_Waiting[C, R]]) -> None:
+    async def _commit(self, group: list[_Waiting]) -> None:
         commands = [entry.command for entry in group]
         started = time.perf_counter()
         try:
@@ -401,7 +325,7 @@ class Writer(Generic[C, R]):
                 entry.future.set_result(outcome)
         self._committed()
 
-    def _learn(self, group: list[_Waiting[C, R]], seconds: float) -> None:
+    def _learn(self, group: list[_Waiting], seconds: float) -> None:
         costs = [entry.command.cost for entry in group]
         rows = sum(costs)
         self._flow.measure(rows, seconds, time.monotonic() - group[0].since)
@@ -413,140 +337,28 @@ class Writer(Generic[C, R]):
     async def _tidy(self) -> None:
         self._untidy_since = None
         try:
-            await self._connection.run(self._rest)
+            await self._engine.tidy_up()
         except DatabaseSuspectError as error:
             self._suspicion = error
         except UnavailableError:  # nothing was lost: the next commit's or rest's turn
             self._untidy_since = time.monotonic()
 
-    async def _write_in_time(self, commands: list[C]) -> list[R | CommandFailedError]:
+    async def _write_in_time(self, commands: list[Command[Any]]) -> Sequence[Any | CommandFailedError]:
         deadline = time.monotonic() + self._busy_timeout_s
         while True:
             try:
-                return await self._connection.run(lambda plain: self._write(plain, commands))
+                return await self._engine.write(commands)
             except DatabaseBusyError:
                 if self._stopping.is_set() or time.monotonic() >= deadline:
                     raise
 
-    # Below this line everything runs in the connection's thread.
 
-    def _rest(self, connection: sqlite3.Connection) -> None:
-        try:
-            self._at_rest(connection)
-        except sqlite3.Error as error:
-            traceback.clear_frames(error.__traceback__)
-            raise _translate(error) from error
-
-    def _write(self, connection: sqlite3.Connection, commands: list[C]) -> list[R | CommandFailedError]:
-        """Commit one group in one hop.
-
-        A group in which every command works needs no savepoints. If one fails, the group is rolled back and
-        done again with a savepoint around each command, so that only the failing ones are undone.
-        """
-        with _translated(connection):
-            try:
-                return self._transact(connection, lambda: self._carry_out(connection, commands, isolated=False))
-            except CommandFailedError:
-                return self._transact(connection, lambda: self._carry_out(connection, commands, isolated=True))
-
-    def _carry_out(
-        self, connection: sqlite3.Connection, commands: list[C], *, isolated: bool
-    ) -> list[R | CommandFailedError]:
-        transaction = self._begin(connection, self._clock())
-        outcomes: list[R | CommandFailedError]
-        if isolated:
-            outcomes = [_apply_alone(connection, transaction, command) for command in commands]
-        else:
-            outcomes = [*_apply(connection, transaction, commands)]
-        transaction.finish()
-        return outcomes
-
-    def _transact(self, connection: sqlite3.Connection, work: Callable[[], T]) -> T:
-        connection.execute("BEGIN IMMEDIATE")
-        try:
-            outcomes = work()
-            connection.execute("COMMIT")
-        except BaseException:
-            # SQLite may have rolled back by itself (disk full, I/O error): then there is nothing left to undo.
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
-            raise
-        self._make_durable()
-        return outcomes
-
-    def _transact_alone(self, connection: sqlite3.Connection, work: Callable[[sqlite3.Connection], T]) -> T:
-        with _translated(connection):
-            return self._transact(connection, lambda: work(connection))
-
-    def _ask(self, connection: sqlite3.Connection, question: Callable[[sqlite3.Connection], T]) -> T:
-        with _translated(connection):
-            return question(connection)
-
-
-@contextlib.contextmanager
-def _translated(connection: sqlite3.Connection) -> Iterator[None]:
-    """Say what an error of SQLite or of the disk means for those who wait.
-
-    Raises:
-        TelemetrydError: with the error as its cause.
-
-    """
-    try:
-        yield
-    except (sqlite3.Error, MemoryError) as error:
-        # The frames hold cursors, with which the connection would not really close when it is told to.
-        traceback.clear_frames(error.__traceback__)
-        if connection.in_transaction:
-            raise DatabaseSuspectError(f"A transaction could not be ended: {error}") from error
-        raise _translate(error) from error
-    except OSError as error:  # the file is not at its place any more
-        traceback.clear_frames(error.__traceback__)
-        raise DatabaseSuspectError(str(error)) from error
-
-
-def _apply_alone(connection: sqlite3.Connection, transaction: Transaction[C, R], command: C) -> R | CommandFailedError:
-    try:
-        with transaction.savepoint():
-            return _apply(connection, transaction, [command])[0]
-    except CommandFailedError as error:
-        return error
-
-
-def _apply(connection: sqlite3.Connection, transaction: Transaction[C, R], commands: Sequence[C]) -> Sequence[R]:
-    """Carry out commands; what is wrong with one of them alone becomes a `CommandFailedError`."""
-    try:
-        return transaction.apply(commands)
-    except (
-        sqlite3.IntegrityError,
-        sqlite3.DataError,
-        sqlite3.ProgrammingError,
-        OverflowError,
-        ValueError,
-    ) as error:
-        if not connection.in_transaction:
-            raise WriteFailedError from error
-        raise CommandFailedError(f"The database refused the change: {error}") from error
-
-
-def _translate(error: sqlite3.Error | MemoryError) -> TelemetrydError:
-    """Say what a failure of the whole group means for those who wait."""
-    extended = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
-    code = extended & _PRIMARY_CODE
-    if code in _SUSPECT or extended == sqlite3.SQLITE_READONLY_DBMOVED:
-        return DatabaseSuspectError(f"The last write failed: {error}")
-    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-        return DatabaseBusyError()
-    if code == sqlite3.SQLITE_FULL:
-        return StorageFullError()
-    return WriteFailedError()
-
-
-def _refuse(waiting: list[_Waiting[C, R]], error: TelemetrydError) -> None:
+def _refuse(waiting: list[_Waiting], error: TelemetrydError) -> None:
     for entry in waiting:
         _fail(entry, error)
 
 
-def _fail(entry: _Waiting[C, R], error: TelemetrydError) -> None:
+def _fail(entry: _Waiting, error: TelemetrydError) -> None:
     if not entry.future.done():
         entry.future.set_exception(error)
         entry.future.exception()  # a caller who left does not read it; that is no accident to report

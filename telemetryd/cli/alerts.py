@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import sqlite3
 import sys
 import uuid
-from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import click
@@ -24,15 +21,14 @@ from telemetryd.cli.options import (
     print_json,
     settings_flags,
 )
-from telemetryd.engine.sqlite.connection import connect_to_read
-from telemetryd.engine.sqlite.statements.alerts import evaluate
-from telemetryd.engine.sqlite.tools import migrate
-from telemetryd.errors import ConfigurationError, DatabaseError
+from telemetryd.engine.factory import open_read_only
+from telemetryd.errors import ConfigurationError
 from telemetryd.model.alerts import EvaluateRules, Evaluation, changes
 from telemetryd.model.rules import Rules, load_rules
 from telemetryd.model.values import format_timestamp, utc_now
 from telemetryd.ops.logs import printable
 from telemetryd.services import webhooks
+from telemetryd.settings import Settings
 
 
 @click.group()
@@ -69,7 +65,7 @@ def test(*, send: bool, as_json: bool, **flags: Any) -> None:
     path = settings.db_path.absolute()
     with failing():
         refuse_missing(path)
-        evaluation = _evaluate(path, rules)
+        evaluation = asyncio.run(_evaluate(settings, rules))
     would_send = [
         {**orjson.loads(change.body), "webhooks": list(change.webhooks)}
         for change in changes(evaluation, rules, lambda: str(uuid.uuid4()))
@@ -83,13 +79,12 @@ def test(*, send: bool, as_json: bool, **flags: Any) -> None:
     sys.exit(EXIT_FAILURE if is_wrong else 0)
 
 
-def _evaluate(path: Path, rules: Rules) -> Evaluation:
+async def _evaluate(settings: Settings, rules: Rules) -> Evaluation:
+    engine = await open_read_only(settings)
     try:
-        with closing(connect_to_read(path)) as connection:
-            migrate.check_schema(connection, path)
-            return evaluate(connection, EvaluateRules(rules.rules, utc_now()))
-    except sqlite3.Error as error:
-        raise DatabaseError(f"Cannot read {path}: {error}") from error
+        return await engine.read(EvaluateRules(rules.rules, utc_now()))
+    finally:
+        await engine.close()
 
 
 async def _send_tests(rules: Rules) -> dict[str, str | None]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import sqlite3
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import Any, Final, Protocol
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
@@ -18,12 +17,9 @@ import orjson
 from telemetryd.cli.database import refuse_missing
 from telemetryd.cli.stream import detail_of, reason
 from telemetryd.client.answers import seconds_of
-from telemetryd.engine.sqlite.connection import connect_to_read
-from telemetryd.engine.sqlite.ownership import Ownership, refuse_other_name
-from telemetryd.engine.sqlite.statements import regressions as regression_rows
-from telemetryd.engine.sqlite.statements import rollups
-from telemetryd.engine.sqlite.tools import migrate
-from telemetryd.errors import DatabaseError, DatabaseOwnedError, InvalidRequestError, TelemetrydError, UnavailableError
+from telemetryd.engine.factory import open_read_only, owner
+from telemetryd.engine.interface import QueryingEngine
+from telemetryd.errors import DatabaseOwnedError, InvalidRequestError, TelemetrydError, UnavailableError
 from telemetryd.model import events, queries, regressions, runs, stats, values
 from telemetryd.model.filters import TIME_BOUNDS, Filters, quoted
 from telemetryd.ops.metrics import Metrics
@@ -77,22 +73,22 @@ class RefusedError(TelemetrydError):
         self.status = status
 
 
-class Beside:
-    """The database, read beside the daemon that owns it."""
+class Neighbour:
+    """The database, read next to the daemon that owns it."""
 
-    def __init__(self, connection: sqlite3.Connection, clock: Callable[[], datetime] = values.utc_now) -> None:
-        self._connection = connection
+    def __init__(self, engine: QueryingEngine, clock: Callable[[], datetime] = values.utc_now) -> None:
+        self._engine = engine
         self._clock = clock
 
     async def stats(self, parameters: dict[str, str]) -> Body:
         """Read the statistics."""
         query = stats.parse(urlencode(parameters), self._clock())
-        return stats.to_json(query, rollups.fetch_stats(self._connection, query))
+        return stats.to_json(query, await self._engine.read(query))
 
     async def regressions(self, parameters: dict[str, str]) -> Body:
         """Look for regressions."""
         query = regressions.parse(urlencode(parameters), self._clock())
-        return regressions.to_json(query, regression_rows.fetch_regressions(self._connection, query))
+        return regressions.to_json(query, await self._engine.read(query))
 
 
 class Local:
@@ -266,10 +262,9 @@ async def find_target(settings: Settings, url: str | None) -> AsyncIterator[Targ
         TelemetrydError: if neither can be used; the message says what to add to the command.
 
     """
-    path = settings.db_path.absolute()
-    owner = None if url else Ownership(path, settings.lock_file).holder()
-    if url is None and owner is None:
-        refuse_missing(path)
+    holder = None if url else owner(settings)
+    if url is None and holder is None:
+        refuse_missing(settings.db_path.absolute())
         store = await Store.open(settings, Metrics())
         try:
             yield Local(store)
@@ -280,7 +275,7 @@ async def find_target(settings: Settings, url: str | None) -> AsyncIterator[Targ
     headers = {"Authorization": f"Bearer {token.decode()}"} if token is not None else {}
     if url is None and settings.api_unix is None and token is None:
         raise DatabaseOwnedError(
-            f"A telemetryd ({owner}) owns this database; to reach it, give --unix SOCKET as the daemon has it, "
+            f"A telemetryd ({holder}) owns this database; to reach it, give --unix SOCKET as the daemon has it, "
             "or set TELEMETRY_API_AUTH_TOKEN (or --auth-token-file) to its token"
         )
     use_unix = url is None and settings.api_unix is not None
@@ -292,25 +287,22 @@ async def find_target(settings: Settings, url: str | None) -> AsyncIterator[Targ
 
 @asynccontextmanager
 async def find_source(settings: Settings, url: str | None) -> AsyncIterator[Source]:
-    """Give what `find_target` gives; but the database beside its daemon, where nothing says how to reach that.
+    """Give what `find_target` gives; but the database next to its daemon, where nothing says how to reach that.
 
     Raises:
         TelemetrydError: if it cannot be used.
 
     """
-    path = settings.db_path.absolute()
     is_reachable = url is not None or settings.api_unix is not None or settings.token() is not None
-    if is_reachable or Ownership(path, settings.lock_file).holder() is None:
+    if is_reachable or owner(settings) is None:
         async with find_target(settings, url) as target:
             yield target
         return
-    refuse_other_name(path)
+    engine = await open_read_only(settings)
     try:
-        with closing(connect_to_read(path)) as connection:
-            migrate.check_schema(connection, path)
-            yield Beside(connection)
-    except sqlite3.Error as error:
-        raise DatabaseError(f"Cannot read {path}: {error}") from error
+        yield Neighbour(engine)
+    finally:
+        await engine.close()
 
 
 def ask_source(settings: Settings, url: str | None, question: Callable[[Source], Awaitable[Body]]) -> Body:

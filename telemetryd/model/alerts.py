@@ -11,6 +11,7 @@ import orjson
 
 from telemetryd.model.commands import AlertChange
 from telemetryd.model.filters import Filters
+from telemetryd.model.queries import Query
 from telemetryd.model.regressions import ALERT_ALPHA, MEASURED, MEND_ALPHA, FindRegressions, Run, find, lasts
 from telemetryd.model.rules import ANY, FailureRate, Regression, Rule, Rules, Silent, Slow, Stale
 from telemetryd.model.stats import GetStats, hour_number
@@ -52,7 +53,7 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
-class EvaluateRules:
+class EvaluateRules(Query["Evaluation"]):
     """Which subjects each rule holds for, at a moment. Answer: `Evaluation`."""
 
     rules: tuple[Rule, ...]
@@ -60,12 +61,12 @@ class EvaluateRules:
 
 
 @dataclass(frozen=True, slots=True)
-class ListFiring:
+class ListFiring(Query["Kept"]):
     """What is firing as it is stored, and how many deliveries wait. Answer: `Kept`."""
 
 
 @dataclass(frozen=True, slots=True)
-class ListDeliveries:
+class ListDeliveries(Query[list["Delivery"]]):
     """The oldest deliveries that wait for a webhook. Answer: a list of `Delivery`."""
 
     webhook: str

@@ -9,7 +9,7 @@ from typing import Any, Final
 from telemetryd.errors import CursorGoneError
 from telemetryd.model import events, filters
 from telemetryd.model.filters import Filters, Parameters, read_integer, refuse
-from telemetryd.model.queries import DEFAULT_LIMIT, MAX_LIMIT
+from telemetryd.model.queries import DEFAULT_LIMIT, MAX_LIMIT, Query
 from telemetryd.model.values import MAX_INTEGER, Row
 
 MAX_WAIT_S: Final = 60
@@ -39,7 +39,7 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class ListChanges:
+class ListChanges(Query["Changes"]):
     """What lies behind a number, in the order of the commits: of each run only its newest change. Answer: `Changes`."""
 
     after: int = BEGINNING
@@ -98,7 +98,7 @@ class Changes:
 
 
 @dataclass(frozen=True, slots=True)
-class GetFollowed:
+class GetFollowed(Query["Followed"]):
     """How far this database has come as a copy of another one. Answer: `Followed`."""
 
 

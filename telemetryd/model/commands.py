@@ -5,14 +5,39 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import ClassVar, Generic, TypeVar
 
 from telemetryd.model.clocks import Reading
 from telemetryd.model.runs import EVENT_ID
 from telemetryd.model.values import Row, SqlValue
 
+R = TypeVar("R")
+
+
+class Command(Generic[R]):
+    """A change of what is stored, which gives an `R` when it is done.
+
+    The writer carries it out without knowing what it is: only an engine's statements do.
+    """
+
+    __slots__ = ()
+
+    makes_room: ClassVar[bool] = False
+    """Whether it is also taken while the disk is almost full, because it frees more than it takes."""
+
+    @property
+    def cost(self) -> int:
+        """How many rows it touches at most."""
+        return 1
+
+    @property
+    def size(self) -> int:
+        """About how many bytes it holds while it waits."""
+        return 0
+
 
 @dataclass(frozen=True, slots=True)
-class CreateRuns:
+class CreateRuns(Command["Created"]):
     """Store runs, each unless its event_id is already known. Outcome: `Created`."""
 
     rows: tuple[Row, ...]
@@ -33,18 +58,13 @@ class Created:
 
 
 @dataclass(frozen=True, slots=True)
-class UpdateRun:
+class UpdateRun(Command["Updated | None"]):
     """Change fields of one run. Outcome: `Updated`, or None if there is no such run."""
 
     event_id: str
     changes: Mapping[str, SqlValue]
     size: int = 0
     """About how many bytes the changes hold."""
-
-    @property
-    def cost(self) -> int:
-        """How many rows it touches at most."""
-        return 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +75,7 @@ class Updated:
 
 
 @dataclass(frozen=True, slots=True)
-class CreateEvents:
+class CreateEvents(Command["EventsCreated | None"]):
     """Store events of a run, each unless its key is known. Outcome: `EventsCreated`, or None if there is no run."""
 
     event_id: str
@@ -95,21 +115,11 @@ class Process:
 
 
 @dataclass(frozen=True, slots=True)
-class RegisterProcess:
+class RegisterProcess(Command["Registration"]):
     """Note which process works on a run, in the place of any earlier one. Outcome: `Registration`."""
 
     event_id: str
     process: Process
-
-    @property
-    def cost(self) -> int:
-        """How many rows it touches at most."""
-        return 1
-
-    @property
-    def size(self) -> int:
-        """About how many bytes it holds."""
-        return 0
 
 
 class Registration(StrEnum):
@@ -130,7 +140,7 @@ class Death:
 
 
 @dataclass(frozen=True, slots=True)
-class EndProcess:
+class EndProcess(Command["ProcessEnded"]):
     """Fail the running runs of a process that has ended, at most `limit`; without a death only forget them.
 
     Outcome: `ProcessEnded`.
@@ -145,11 +155,6 @@ class EndProcess:
         """How many rows it touches at most."""
         return self.limit
 
-    @property
-    def size(self) -> int:
-        """About how many bytes it holds."""
-        return 0
-
 
 @dataclass(frozen=True, slots=True)
 class ProcessEnded:
@@ -160,7 +165,7 @@ class ProcessEnded:
 
 
 @dataclass(frozen=True, slots=True)
-class PruneRuns:
+class PruneRuns(Command["Pruned"]):
     """Delete the oldest runs created before a moment, at most `limit`. Outcome: `Pruned`.
 
     A run that says it was created after its arrival counts as created then. A slice that meets large runs or many
@@ -169,6 +174,8 @@ class PruneRuns:
     With `versions`, pairs of id and updated_at, only those of them that have not changed since: so a client
     deletes exactly what it has archived, whatever its clock says.
     """
+
+    makes_room: ClassVar[bool] = True
 
     created_before: str
     limit: int
@@ -181,11 +188,6 @@ class PruneRuns:
         """How many rows it touches at most."""
         return self.limit
 
-    @property
-    def size(self) -> int:
-        """About how many bytes it holds."""
-        return 0
-
 
 @dataclass(frozen=True, slots=True)
 class Pruned:
@@ -196,7 +198,7 @@ class Pruned:
 
 
 @dataclass(frozen=True, slots=True)
-class ReapRuns:
+class ReapRuns(Command["Reaped"]):
     """Cancel running runs that were neither created nor changed since a moment, at most `limit`. Outcome: `Reaped`."""
 
     stale_before: str
@@ -208,11 +210,6 @@ class ReapRuns:
         """How many rows it touches at most."""
         return self.limit
 
-    @property
-    def size(self) -> int:
-        """About how many bytes it holds."""
-        return 0
-
 
 @dataclass(frozen=True, slots=True)
 class Reaped:
@@ -223,7 +220,7 @@ class Reaped:
 
 
 @dataclass(frozen=True, slots=True)
-class ConfirmPrune:
+class ConfirmPrune(Command[None]):
     """Allow runs of an age to be deleted by themselves. Outcome: None.
 
     Where nothing is known of the clock yet, it is trusted as well.
@@ -232,32 +229,12 @@ class ConfirmPrune:
     after_s: float
     clock: Reading
 
-    @property
-    def cost(self) -> int:
-        """How many rows it touches at most."""
-        return 1
-
-    @property
-    def size(self) -> int:
-        """About how many bytes it holds."""
-        return 0
-
 
 @dataclass(frozen=True, slots=True)
-class TrustClock:
+class TrustClock(Command[None]):
     """Note that the clock is right, or when it last was. Outcome: None."""
 
     clock: Reading
-
-    @property
-    def cost(self) -> int:
-        """How many rows it touches at most."""
-        return 1
-
-    @property
-    def size(self) -> int:
-        """About how many bytes it holds."""
-        return 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +252,7 @@ class CopiedRun:
 
 
 @dataclass(frozen=True, slots=True)
-class ApplyChanges:
+class ApplyChanges(Command["Applied"]):
     """Take over changes of the database that this one is a copy of. Outcome: `Applied`."""
 
     changes: tuple[tuple[int, CopiedRun | str], ...]
@@ -291,11 +268,6 @@ class ApplyChanges:
     def cost(self) -> int:
         """How many rows it touches at most."""
         return len(self.changes) + len(self.events)
-
-    @property
-    def size(self) -> int:
-        """About how many bytes it holds."""
-        return 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,7 +297,7 @@ class AlertChange:
 
 
 @dataclass(frozen=True, slots=True)
-class RecordAlerts:
+class RecordAlerts(Command[int]):
     """Store changes of alerts with the deliveries that they make. Outcome: how many old deliveries were given up."""
 
     changes: tuple[AlertChange, ...]
@@ -342,42 +314,22 @@ class RecordAlerts:
 
 
 @dataclass(frozen=True, slots=True)
-class ConfirmDelivery:
+class ConfirmDelivery(Command[int]):
     """Forget a delivery: it was confirmed, or is given up. Outcome: how many there were, 1 or 0."""
 
     number: int
 
-    @property
-    def cost(self) -> int:
-        """How many rows it touches at most."""
-        return 1
-
-    @property
-    def size(self) -> int:
-        """About how many bytes it holds."""
-        return 0
-
 
 @dataclass(frozen=True, slots=True)
-class KeepAlerts:
+class KeepAlerts(Command[int]):
     """Forget alerts of all rules but these, and deliveries to all webhooks but these. Outcome: how many there were."""
 
     rules: tuple[str, ...]
     webhooks: tuple[str, ...]
 
-    @property
-    def cost(self) -> int:
-        """How many rows it touches at most."""
-        return 1
-
-    @property
-    def size(self) -> int:
-        """About how many bytes it holds."""
-        return 0
-
 
 @dataclass(frozen=True, slots=True)
-class IndexTexts:
+class IndexTexts(Command["Indexed | None"]):
     """Go on with the full-text index that was begun. Outcome: `Indexed`, or None if there is none or it is complete."""
 
     @property
@@ -385,34 +337,9 @@ class IndexTexts:
         """How many rows it touches at most."""
         return 2_000
 
-    @property
-    def size(self) -> int:
-        """About how many bytes it holds."""
-        return 0
-
 
 @dataclass(frozen=True, slots=True)
 class Indexed:
     """What an `IndexTexts` did: whether there is more to do."""
 
     more: bool
-
-
-UpkeepCommand = ConfirmPrune | TrustClock
-AlertCommand = RecordAlerts | ConfirmDelivery | KeepAlerts
-Command = (
-    CreateRuns
-    | UpdateRun
-    | CreateEvents
-    | RegisterProcess
-    | EndProcess
-    | PruneRuns
-    | ReapRuns
-    | UpkeepCommand
-    | IndexTexts
-    | ApplyChanges
-    | AlertCommand
-)
-Outcome = (
-    Created | Updated | EventsCreated | Registration | ProcessEnded | Pruned | Reaped | Applied | Indexed | int | None
-)

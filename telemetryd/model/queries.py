@@ -10,16 +10,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import StrEnum
-from typing import Final
+from typing import Final, Generic, TypeVar
 from urllib.parse import urlencode
 
 import orjson
 
 from telemetryd.model import clocks, filters
 from telemetryd.model.clocks import Reading
+from telemetryd.model.commands import Process
+from telemetryd.model.events import EventPage
 from telemetryd.model.filters import Filters, Parameters, read_integer, refuse
 from telemetryd.model.runs import ANSWERED, COLUMNS, needed
-from telemetryd.model.values import MAX_INTEGER, canonical_timestamp, utc_now
+from telemetryd.model.values import MAX_INTEGER, Row, canonical_timestamp, utc_now
 
 DEFAULT_LIMIT: Final = 100
 MAX_LIMIT: Final = 1000
@@ -34,6 +36,15 @@ PARAMETERS: Final = (*filters.PARAMETERS, "sort", "fields", "count", "limit", "o
 
 SORTED: Final = ("created_at", "start_time")
 """The fields in whose order runs can be answered: those with an index in that order."""
+
+
+A = TypeVar("A")
+
+
+class Query(Generic[A]):
+    """A question about what is stored, which is answered by an `A`."""
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +79,7 @@ class Position:
 
 
 @dataclass(frozen=True, slots=True)
-class ListRuns:
+class ListRuns(Query["Page"]):
     """Runs that match every filter; newest first unless told otherwise."""
 
     filters: Filters = field(default_factory=Filters)
@@ -187,7 +198,7 @@ class ExportRuns:
 
 
 @dataclass(frozen=True, slots=True)
-class CountMatching:
+class CountMatching(Query["Total"]):
     """How many runs match. Answer: `Total`."""
 
     filters: Filters
@@ -211,7 +222,7 @@ class Total:
 
 
 @dataclass(frozen=True, slots=True)
-class GetRun:
+class GetRun(Query[tuple[Row, EventPage] | None]):
     """The one run with an event_id. Answer: its `Row`, and its first events if any are asked for; or None."""
 
     event_id: str
@@ -227,7 +238,7 @@ _EVENT_CURSOR: Final = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z),(\d
 
 
 @dataclass(frozen=True, slots=True)
-class ListEvents:
+class ListEvents(Query[EventPage | None]):
     """The events of the run with an event_id. Answer: an `EventPage`, or None if there is no such run."""
 
     event_id: str
@@ -249,17 +260,20 @@ class ListEvents:
 
 
 @dataclass(frozen=True, slots=True)
-class ListProcesses:
+class ListProcesses(Query[list[Process]]):
     """The processes that are registered with runs and have no certificate yet. Answer: a list of `Process`."""
 
 
 @dataclass(frozen=True, slots=True)
-class CountRuns:
-    """The totals that the writer keeps. Answer: `Counts`."""
+class CountRuns(Query["Counts"]):
+    """The totals that the writer keeps, and how many runs were created lately. Answer: `Counts`."""
+
+    since: str
+    until: str
 
 
 @dataclass(frozen=True, slots=True)
-class CountPrunable:
+class CountPrunable(Query["Prunable"]):
     """How many runs a `PruneRuns` without ids and limit would delete. Answer: `Prunable`."""
 
     created_before: str
@@ -278,7 +292,7 @@ class Prunable:
 
 
 @dataclass(frozen=True, slots=True)
-class GetConfirmed:
+class GetConfirmed(Query["Confirmed"]):
     """What the operator has confirmed, and when the clock was right. Answer: `Confirmed`."""
 
 
@@ -299,7 +313,7 @@ class Confirmed:
 
 
 @dataclass(frozen=True, slots=True)
-class CountStale:
+class CountStale(Query[int]):
     """How many runs a `ReapRuns` without limit would cancel. Answer: int."""
 
     stale_before: str

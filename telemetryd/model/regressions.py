@@ -14,6 +14,7 @@ from typing import Any, Final, Literal, NamedTuple
 from telemetryd.errors import InvalidRequestError
 from telemetryd.git_urls import commit_url
 from telemetryd.model.filters import Filters, Parameters, read_moment
+from telemetryd.model.queries import Query
 from telemetryd.model.values import shorten
 
 ALPHA: Final = 0.01
@@ -59,7 +60,7 @@ class Run(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class FindRegressions:
+class FindRegressions(Query["Findings"]):
     """Which runs are looked at. Answer: `Findings`."""
 
     filters: Filters

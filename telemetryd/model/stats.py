@@ -13,6 +13,7 @@ from typing import Any, Final
 from telemetryd.errors import InvalidRequestError
 from telemetryd.model import sketches
 from telemetryd.model.filters import WILDCARD, Filters, Parameters, read_moment, refuse
+from telemetryd.model.queries import Query
 from telemetryd.model.values import MAX_INTEGER, Status, shorten
 
 NAMES: Final = ("agent_name", "job_type", "status")
@@ -43,7 +44,7 @@ _BUCKET_HOURS: Final = {"h": 1, "d": DAY, "w": 7 * DAY}
 
 
 @dataclass(frozen=True, slots=True)
-class GetStats:
+class GetStats(Query[list[dict[str, Any]]]):
     """Statistics of the runs that were created in some hours. Answer: `Named` cells for `answer`."""
 
     start: int

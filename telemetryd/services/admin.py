@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 from datetime import datetime, timedelta
-from pathlib import Path
 from typing import Any, Final
 
-from telemetryd.engine.sqlite.tools import backup as backups
-from telemetryd.engine.sqlite.tools import rotation
-from telemetryd.errors import DatabaseError, InvalidRequestError, UnavailableError, sentence
+from telemetryd.errors import InvalidRequestError
 from telemetryd.model import clocks
 from telemetryd.model.bodies import validate
 from telemetryd.model.commands import ConfirmPrune, PruneRuns, ReapRuns, TrustClock
@@ -18,7 +14,6 @@ from telemetryd.model.requests import ConfirmRequest, PruneRequest, ReapRequest,
 from telemetryd.model.values import (
     duration_text,
 )
-from telemetryd.settings import Settings
 from telemetryd.store import Store
 
 _ANY_TIME_OF_THE_DAY: Final = timedelta(hours=12 + 14)
@@ -103,7 +98,7 @@ async def confirm(store: Store, body: object, now: datetime) -> Answer:
     return {"clock": reading.moment}
 
 
-async def back_up(settings: Settings, now: datetime) -> Answer:
+async def back_up(store: Store) -> Answer:
     """Make a verified backup in the configured directory (never in one that a request names).
 
     Raises:
@@ -111,23 +106,11 @@ async def back_up(settings: Settings, now: datetime) -> Answer:
         UnavailableError: if it could not be made.
 
     """
-    if settings.backup_dir is None:
-        raise InvalidRequestError("TELEMETRY_BACKUP_DIR is not set, so there is no place for a backup")
-    try:
-        done, removed = await asyncio.to_thread(
-            _back_up, settings.db_path.absolute(), settings.backup_dir.absolute(), settings.backup_keep, now
-        )
-    except DatabaseError as error:
-        raise UnavailableError(sentence(error)) from error
+    made = await store.back_up()
     return {
-        "path": str(done.path),
-        "bytes": done.bytes,
-        "rows": done.rows,
-        "seconds": round(done.seconds, 3),
-        "removed": [str(path) for path in removed],
+        "path": str(made.path),
+        "bytes": made.bytes,
+        "rows": made.rows,
+        "seconds": round(made.seconds, 3),
+        "removed": [str(path) for path in made.removed],
     }
-
-
-def _back_up(database: Path, directory: Path, keep: int | None, now: datetime) -> tuple[backups.Backup, list[Path]]:
-    done = backups.back_up_into(directory, database, now, compress=True)
-    return done, [] if keep is None else rotation.rotate(directory, database, keep, done.path)

@@ -60,7 +60,7 @@ class Feed:
         """Held by whoever has frames in hand that wait for no tail yet."""
         self.metrics = metrics
         metrics.watch_tails(lambda: len(self.tails))
-        store.watch_commits(self._wake)
+        store.on_commit(self._wake)
 
     def lane(self, filters: Filters) -> Lane:
         """Return where tails with these filters are handed what is new."""

@@ -9,6 +9,7 @@ from typing import Any, Final
 import orjson
 
 from telemetryd.engine.sqlite.statements import rollups
+from telemetryd.engine.sqlite.statements.answers import always, answers
 from telemetryd.engine.sqlite.statements.predicates import Values, glob, stale_runs, together
 from telemetryd.engine.sqlite.statements.regressions import fetch_pairs
 from telemetryd.engine.sqlite.statements.sequence import NEWEST
@@ -22,10 +23,11 @@ from telemetryd.model.alerts import (
     Firing,
     Kept,
     ListDeliveries,
+    ListFiring,
     Running,
     Subject,
 )
-from telemetryd.model.commands import AlertChange, AlertCommand, ConfirmDelivery, KeepAlerts, RecordAlerts
+from telemetryd.model.commands import AlertChange, ConfirmDelivery, KeepAlerts, RecordAlerts
 from telemetryd.model.regressions import in_order
 from telemetryd.model.rules import FailureRate, Regression, Rule, Silent, Slow, Stale, matcher
 from telemetryd.model.values import format_timestamp
@@ -109,6 +111,7 @@ _FORGET_RULES: Final = "DELETE FROM alert_states WHERE rule NOT IN (SELECT value
 _FORGET_WEBHOOKS: Final = "DELETE FROM alert_deliveries WHERE webhook NOT IN (SELECT value FROM json_each(?))"
 
 
+@answers(EvaluateRules, is_long=always)
 def evaluate(connection: sqlite3.Connection, query: EvaluateRules) -> Evaluation:
     """Evaluate every rule in one snapshot."""
     connection.execute("BEGIN")
@@ -211,7 +214,8 @@ def _fetch_firing(connection: sqlite3.Connection) -> tuple[Firing, ...]:
     )
 
 
-def fetch_kept(connection: sqlite3.Connection) -> Kept:
+@answers(ListFiring)
+def fetch_kept(connection: sqlite3.Connection, query: ListFiring) -> Kept:
     """Fetch what is firing, and how many deliveries wait."""
     waiting: dict[str, int] = dict(
         connection.execute("SELECT webhook, count(*) FROM alert_deliveries GROUP BY webhook").fetchall()
@@ -219,6 +223,7 @@ def fetch_kept(connection: sqlite3.Connection) -> Kept:
     return Kept(_fetch_firing(connection), waiting)
 
 
+@answers(ListDeliveries)
 def fetch_deliveries(connection: sqlite3.Connection, query: ListDeliveries) -> list[Delivery]:
     """Fetch the oldest deliveries that wait for a webhook."""
     rows: Iterator[tuple[Any, ...]] = connection.execute(
@@ -228,7 +233,7 @@ def fetch_deliveries(connection: sqlite3.Connection, query: ListDeliveries) -> l
     return [Delivery(*row) for row in rows]
 
 
-def apply(cursor: sqlite3.Cursor, command: AlertCommand, now: str) -> int:
+def apply(cursor: sqlite3.Cursor, command: RecordAlerts | ConfirmDelivery | KeepAlerts, now: str) -> int:
     """Carry a command out; return how many rows were given up, confirmed or forgotten."""
     match command:
         case RecordAlerts(changes):

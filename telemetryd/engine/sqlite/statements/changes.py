@@ -9,6 +9,7 @@ from typing import Final
 import orjson
 
 from telemetryd.engine.sqlite.statements import full_text
+from telemetryd.engine.sqlite.statements.answers import answers
 from telemetryd.engine.sqlite.statements.predicates import conditions
 from telemetryd.engine.sqlite.statements.sequence import NEWEST
 from telemetryd.model import events
@@ -50,6 +51,11 @@ _texts_of: Final = itemgetter(*map(COLUMNS.index, TEXTS))
 _Found = list[tuple[int, int | Deleted]]
 
 
+def _searches(query: ListChanges) -> bool:
+    return any(filters.is_search for filters in query.filters)
+
+
+@answers(ListChanges, is_long=_searches)
 def fetch_changes(connection: sqlite3.Connection, query: ListChanges) -> Changes:
     """Fetch what lies behind a number, from one snapshot: three walks, none of which goes behind the others' ends.
 

@@ -32,7 +32,6 @@ from telemetryd.engine.sqlite.statements.totals import (
 )
 from telemetryd.model import events
 from telemetryd.model.commands import (
-    AlertCommand,
     Applied,
     ApplyChanges,
     Command,
@@ -47,7 +46,6 @@ from telemetryd.model.commands import (
     Indexed,
     IndexTexts,
     KeepAlerts,
-    Outcome,
     ProcessEnded,
     Pruned,
     PruneRuns,
@@ -59,7 +57,6 @@ from telemetryd.model.commands import (
     TrustClock,
     Updated,
     UpdateRun,
-    UpkeepCommand,
 )
 from telemetryd.model.events import TIMESTAMP
 from telemetryd.model.runs import CREATED_AT, EVENT_ID, START_TIME, STORED
@@ -144,12 +141,12 @@ class Transaction:
         """What each change found and what it left."""
         self._sequence = CommitSequence(self._cursor)
 
-    def apply(self, commands: Sequence[Command]) -> list[Outcome]:
+    def apply(self, commands: Sequence[Command[Any]]) -> list[Any]:
         """Run the commands' statements in order and return their outcomes; the totals follow in `finish`.
 
         Creates that stand next to each other are stored together.
         """
-        outcomes: list[Outcome] = []
+        outcomes: list[Any] = []
         for kind, neighbours in groupby(commands, type):
             if kind is CreateRuns:
                 outcomes += self._create([command.rows for command in neighbours if isinstance(command, CreateRuns)])
@@ -157,8 +154,8 @@ class Transaction:
                 outcomes += map(self._apply_alone, neighbours)
         return outcomes
 
-    def _apply_alone(self, command: Command) -> Outcome:
-        outcome: Outcome
+    def _apply_alone(self, command: Command[Any]) -> object:
+        outcome: object
         match command:
             case CreateRuns(rows):
                 outcome = self._create([rows])[0]
@@ -177,10 +174,10 @@ class Transaction:
             case ApplyChanges():
                 outcome = self._apply_changes(command)
             case _:
-                outcome = self._apply_beside_runs(command)
+                outcome = self._apply_to_others(command)
         return outcome
 
-    def _apply_beside_runs(self, command: AlertCommand | UpkeepCommand | IndexTexts) -> Outcome:
+    def _apply_to_others(self, command: Command[Any]) -> object:
         match command:
             case ConfirmPrune() | TrustClock():
                 confirmations.apply(self._cursor, command, self._now)
@@ -190,6 +187,7 @@ class Transaction:
                 return Indexed(full_text.index_slice(self._cursor)) if is_begun else None
             case RecordAlerts() | ConfirmDelivery() | KeepAlerts():
                 return alerts.apply(self._cursor, command, self._now)
+        raise TypeError(f"No statement carries out {type(command).__name__}")
 
     @contextmanager
     def savepoint(self) -> Iterator[None]:

@@ -9,9 +9,10 @@ from typing import Final
 
 import orjson
 
+from telemetryd.engine.sqlite.statements.answers import answers
 from telemetryd.model.clocks import Reading
-from telemetryd.model.commands import ConfirmPrune, TrustClock, UpkeepCommand
-from telemetryd.model.queries import Confirmed
+from telemetryd.model.commands import ConfirmPrune, TrustClock
+from telemetryd.model.queries import Confirmed, GetConfirmed
 from telemetryd.model.runs import CREATED_AT, EVENT_ID
 from telemetryd.model.values import Row
 
@@ -41,7 +42,7 @@ def note_arrivals(cursor: sqlite3.Cursor, created: Sequence[Row], now: str) -> N
         cursor.execute(_AHEAD, (orjson.dumps(ahead).decode(), now))
 
 
-def apply(cursor: sqlite3.Cursor, command: UpkeepCommand, now: str) -> None:
+def apply(cursor: sqlite3.Cursor, command: ConfirmPrune | TrustClock, now: str) -> None:
     """Carry a command out."""
     match command:
         case ConfirmPrune(after_s, clock):
@@ -54,7 +55,8 @@ def apply(cursor: sqlite3.Cursor, command: UpkeepCommand, now: str) -> None:
             cursor.execute(_TRUST, astuple(clock))
 
 
-def fetch_confirmed(connection: sqlite3.Connection) -> Confirmed:
+@answers(GetConfirmed)
+def fetch_confirmed(connection: sqlite3.Connection, query: GetConfirmed) -> Confirmed:
     """Fetch what is confirmed, and what is known of the clock."""
     age = connection.execute("SELECT after_s FROM confirmed_prune").fetchone()
     clock = connection.execute(_CLOCK).fetchone()

@@ -6,6 +6,7 @@ import sqlite3
 from typing import Final
 
 from telemetryd.engine.sqlite.statements import full_text
+from telemetryd.engine.sqlite.statements.answers import always, answers
 from telemetryd.engine.sqlite.statements.columns import MINUTE
 from telemetryd.engine.sqlite.statements.predicates import Values, choose, conditions
 from telemetryd.engine.sqlite.statements.runs import FOUND, find_agents, named
@@ -18,6 +19,7 @@ _MOST: Final = 10_000
 """Runs that an estimate counts at most."""
 
 
+@answers(CountMatching, is_long=always)
 def count_matching(connection: sqlite3.Connection, query: CountMatching) -> Total:
     """Count the runs that match, or estimate how many they are."""
     full_text.require(connection, query.filters)

@@ -6,6 +6,7 @@ import sqlite3
 from collections.abc import Iterator
 from typing import Final
 
+from telemetryd.engine.sqlite.statements.answers import always, answers
 from telemetryd.model import regressions
 from telemetryd.model.regressions import MAX_RUNS, Findings, FindRegressions, Run
 from telemetryd.model.values import Status
@@ -29,6 +30,7 @@ RUNS: Final = (
 )
 
 
+@answers(FindRegressions, is_long=always)
 def fetch_regressions(connection: sqlite3.Connection, query: FindRegressions) -> Findings:
     """Look for regressions in every pair that is meant."""
     return regressions.gather(fetch_pairs(connection, query))

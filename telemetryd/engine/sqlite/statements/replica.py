@@ -5,9 +5,10 @@ from __future__ import annotations
 import sqlite3
 from typing import Final
 
+from telemetryd.engine.sqlite.statements.answers import answers
 from telemetryd.engine.sqlite.statements.sequence import KEEP_EVENT_NUMBERS, NEWEST, forget_deletions
 from telemetryd.model import events
-from telemetryd.model.changes import Followed, Place
+from telemetryd.model.changes import Followed, GetFollowed, Place
 from telemetryd.model.commands import ApplyChanges, CopiedRun
 from telemetryd.model.runs import CREATED_AT, STORED
 from telemetryd.model.stats import FACTS, Facts
@@ -66,7 +67,8 @@ def apply_changes(cursor: sqlite3.Cursor, command: ApplyChanges) -> list[Facts]:
     return replaced
 
 
-def fetch_followed(connection: sqlite3.Connection) -> Followed:
+@answers(GetFollowed)
+def fetch_followed(connection: sqlite3.Connection, query: GetFollowed) -> Followed:
     """Fetch how far a copy has come, and the last number and event that stand in it."""
     newest, epoch, seq, begun, last_event = connection.execute(_WHERE).fetchone()
     return Followed(newest, None if epoch is None else Place(seq, epoch), begun or 0, last_event)

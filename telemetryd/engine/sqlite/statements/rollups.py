@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import orjson
 
+from telemetryd.engine.sqlite.statements.answers import answers
 from telemetryd.engine.sqlite.statements.predicates import conditions
 from telemetryd.model import sketches, stats
 from telemetryd.model.sketches import bin_of, pack, unpack
@@ -257,6 +258,7 @@ def _settle(cursor: sqlite3.Cursor, expected: dict[Place, Cell], kept: dict[Plac
     return len(wrong) + len(surplus)
 
 
+@answers(GetStats)
 def fetch_stats(connection: sqlite3.Connection, query: GetStats) -> list[dict[str, Any]]:
     """Fetch the groups of an answer.
 

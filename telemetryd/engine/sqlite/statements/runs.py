@@ -11,8 +11,10 @@ from typing import Final
 import orjson
 
 from telemetryd.engine.sqlite.statements import full_text, json_rows
+from telemetryd.engine.sqlite.statements.answers import always, answers
 from telemetryd.engine.sqlite.statements.columns import MINUTE, PROCESS
 from telemetryd.engine.sqlite.statements.predicates import (
+    INDEXES,
     MAX_ARMS,
     Values,
     choose,
@@ -33,11 +35,14 @@ from telemetryd.model.queries import (
     MAX_LIMIT,
     MAX_NAMES,
     CountPrunable,
+    CountRuns,
     Counts,
     CountStale,
     GetRun,
     ListEvents,
+    ListProcesses,
     ListRuns,
+    Order,
     Page,
     Position,
     Prunable,
@@ -234,6 +239,16 @@ def _is_rare(connection: sqlite3.Connection, filters: Filters) -> bool:
     return bool(found < _SOME)
 
 
+_FAR: Final = 10_000
+"""Runs that an offset has to walk over before the page begins."""
+
+
+def _walks_far(query: ListRuns) -> bool:
+    walked = INDEXES.keys() if query.order == Order() else (frozenset(),)
+    return query.filters.is_search or frozenset(query.filters.equal) not in walked or query.offset > _FAR
+
+
+@answers(ListRuns, is_long=_walks_far)
 def fetch_page(connection: sqlite3.Connection, query: ListRuns) -> Page:
     """Fetch one page of runs.
 
@@ -287,6 +302,7 @@ def _created_span(connection: sqlite3.Connection, query: ListRuns) -> Span | Non
     return span
 
 
+@answers(GetRun)
 def fetch_run(connection: sqlite3.Connection, query: GetRun) -> tuple[Row, EventPage] | None:
     """Fetch the run with an event_id, and its first events."""
     row: Row | None = connection.execute(_SELECT_RUN, (query.event_id,)).fetchone()
@@ -297,6 +313,7 @@ def fetch_run(connection: sqlite3.Connection, query: GetRun) -> tuple[Row, Event
     return row, _read_events(connection, ListEvents(query.event_id, query.events), row[_ID], PAGE_BYTES)[0]
 
 
+@answers(ListEvents)
 def fetch_events(connection: sqlite3.Connection, query: ListEvents) -> EventPage | None:
     """Fetch the events of a run, about `PAGE_BYTES` of them at most."""
     run = connection.execute("SELECT id FROM agent_runs WHERE event_id = ?", (query.event_id,)).fetchone()
@@ -322,11 +339,13 @@ def _read_events(
     return EventPage(rows, more=False), room
 
 
-def fetch_processes(connection: sqlite3.Connection) -> list[Process]:
+@answers(ListProcesses)
+def fetch_processes(connection: sqlite3.Connection, query: ListProcesses) -> list[Process]:
     """Fetch each process that is registered and not certified, with the most out-of-memory kills it is known with."""
     return [Process(*row) for row in connection.execute(_SELECT_PROCESSES)]
 
 
+@answers(CountPrunable, is_long=always)
 def count_prunable(connection: sqlite3.Connection, query: CountPrunable) -> Prunable:
     """Count the runs that pruning would delete."""
     walks, values = old_runs(query)
@@ -336,16 +355,18 @@ def count_prunable(connection: sqlite3.Connection, query: CountPrunable) -> Prun
     return Prunable(runs, oldest, tuple(event_id for (event_id,) in ahead))
 
 
+@answers(CountStale)
 def count_stale(connection: sqlite3.Connection, query: CountStale) -> int:
     """Count the runs that reaping would cancel."""
     walks, values = stale_runs(query.stale_before, query.agent_name)
     return int(connection.execute(f"SELECT count(*) FROM ({together(walks, 'agent_runs.id')})", values).fetchone()[0])  # noqa: S608 - our own words
 
 
-def fetch_counts(connection: sqlite3.Connection, recent_since: str, now: str) -> Counts:
+@answers(CountRuns)
+def fetch_counts(connection: sqlite3.Connection, query: CountRuns) -> Counts:
     """Read the totals that the writer keeps; their cost does not grow with the number of runs.
 
-    `recent` are the runs created in the minutes from that of `recent_since` to that of `now`.
+    `recent` are the runs created in the minutes from that of `since` to that of `until`.
     """
     agents = connection.execute(
         "SELECT agent_name, sum(runs) AS its FROM run_totals GROUP BY agent_name HAVING its > 0 "
@@ -357,7 +378,7 @@ def fetch_counts(connection: sqlite3.Connection, recent_since: str, now: str) ->
     )
     recent = connection.execute(
         "SELECT coalesce(sum(runs), 0) FROM run_minutes WHERE minute BETWEEN ? AND ?",
-        (recent_since[:MINUTE], now[:MINUTE]),
+        (query.since[:MINUTE], query.until[:MINUTE]),
     )
     sums = connection.execute(
         "SELECT coalesce(sum(runs), 0), count(DISTINCT agent_name), count(DISTINCT job_type) "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import os
@@ -16,13 +17,15 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Final, Protocol
 
+from telemetryd.engine.interface import BackupMade
 from telemetryd.engine.sqlite.connection import connect, connect_to_read
 from telemetryd.engine.sqlite.files import APPLICATION_ID, IF_DAMAGED, SIDE_FILES, beside, corrupt, is_unfinished
 from telemetryd.engine.sqlite.partials import partial_file, publish
 from telemetryd.engine.sqlite.tools import rotation
-from telemetryd.errors import DatabaseError
+from telemetryd.errors import DatabaseError, InvalidRequestError, UnavailableError, sentence
 from telemetryd.model.values import format_timestamp, utc_now
 from telemetryd.ops.files import sync_directory
+from telemetryd.settings import Settings
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -66,6 +69,30 @@ class Content:
     rows: int
     version: int
     ours: bool
+
+
+async def make(settings: Settings, now: datetime) -> BackupMade:
+    """Make a verified, compressed backup in the configured directory, and rotate those that are there.
+
+    Raises:
+        InvalidRequestError: if no directory is configured.
+        UnavailableError: if it could not be made.
+
+    """
+    if settings.backup_dir is None:
+        raise InvalidRequestError("TELEMETRY_BACKUP_DIR is not set, so there is no place for a backup")
+    try:
+        return await asyncio.to_thread(
+            _make, settings.db_path.absolute(), settings.backup_dir.absolute(), settings.backup_keep, now
+        )
+    except DatabaseError as error:
+        raise UnavailableError(sentence(error)) from error
+
+
+def _make(database: Path, directory: Path, keep: int | None, now: datetime) -> BackupMade:
+    done = back_up_into(directory, database, now, compress=True)
+    removed = [] if keep is None else rotation.rotate(directory, database, keep, done.path)
+    return BackupMade(done.path, done.bytes, done.rows, done.seconds, removed)
 
 
 def back_up_into(

@@ -1,0 +1,37 @@
+"""Opens the engine that the settings name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import datetime
+
+from telemetryd.engine.interface import Engine, QueryingEngine
+from telemetryd.engine.sqlite.engine import holder, open_sqlite, open_sqlite_read_only
+from telemetryd.ops.metrics import Metrics
+from telemetryd.settings import Settings
+
+
+async def open_engine(settings: Settings, metrics: Metrics, clock: Callable[[], datetime]) -> Engine:
+    """Open the database that the settings name, made if it is not there, as its one owner.
+
+    Raises:
+        DatabaseError: if it is not, or not yet, a database of this version. Nothing is written then.
+        DatabaseOwnedError: if another process owns it.
+
+    """
+    return await open_sqlite(settings, metrics, clock)
+
+
+def owner(settings: Settings) -> str | None:
+    """Return the PID of the process that owns the database, or None; nothing is taken or made."""
+    return holder(settings)
+
+
+async def open_read_only(settings: Settings) -> QueryingEngine:
+    """Open the database that the settings name next to the daemon that owns it, to read only.
+
+    Raises:
+        DatabaseError: if it cannot be read, or is not of this version.
+
+    """
+    return await open_sqlite_read_only(settings)
