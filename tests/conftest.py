@@ -25,6 +25,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import BaseTestServer, TestClient
 
+from telemetryd.engine.sqlite.engine import Reading
 from telemetryd.http import make_app
 from telemetryd.model.values import utc_now
 from telemetryd.ops.metrics import Metrics
@@ -152,6 +153,13 @@ class Api:
 MakeApi = Callable[..., Awaitable[Api]]
 
 
+def reading(api: Api) -> Reading:
+    """SQLite's reading half, for tests of what is inside it."""
+    half = api.store._reading
+    assert isinstance(half, Reading)
+    return half
+
+
 @pytest.fixture
 async def make_api(
     tmp_path: Path, aiohttp_client: Callable[[DaemonServer], Awaitable[Client]]
@@ -165,7 +173,6 @@ async def make_api(
         metrics = Metrics()
         store = await Store.open(settings, metrics, clock)
         stores.append(store)
-        await store.keep_full_text()
         if settings.full_text:
             await Upkeep(store, settings).index_texts()
         client = await aiohttp_client(DaemonServer(make_app(store, settings, metrics), settings))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
 from pathlib import Path
@@ -16,6 +16,7 @@ from telemetryd.errors import (
     LowDiskError,
     TelemetrydError,
 )
+from telemetryd.model.changes import Changes, ListChanges
 from telemetryd.model.commands import Command, Created, CreateRuns, Pruned, PruneRuns, Updated, UpdateRun
 from telemetryd.model.events import EventPage
 from telemetryd.model.queries import CountRuns, Counts, ExportRuns, GetRun, Query
@@ -88,10 +89,16 @@ class Memory:
                 return cast(A, None if run is None else (run, EventPage([], more=False)))
             case CountRuns():
                 agents = {str(row[AGENT_NAME]): 1 for row in self.runs.values()}
-                return cast(
-                    A, Counts(agents, tuple({str(row[JOB_TYPE]) for row in self.runs.values()}), len(self.runs))
-                )
+                job_types = tuple({str(row[JOB_TYPE]) for row in self.runs.values()})
+                runs = len(self.runs)
+                return cast(A, Counts(agents, job_types, runs, runs, len(agents), len(job_types)))
         raise InvalidRequestError(f"{type(query).__name__} is not for this engine")
+
+    async def read_news(self, query: ListChanges) -> Changes:
+        return await self.read(query)
+
+    def watch(self, changed: Callable[[], None]) -> None:
+        self.changed = changed
 
     @asynccontextmanager
     async def export(self, query: ExportRuns) -> AsyncIterator[Any]:
@@ -112,7 +119,7 @@ class Memory:
         return Introduction({}, ())
 
     def health(self) -> EngineHealth:
-        return EngineHealth({"db_path": "memory"}, {}, durable=False, problem=None)
+        return EngineHealth({"db_path": "memory"}, {}, durable=False, problem=None, counts={})
 
     async def close(self, *, is_clean: bool = True) -> None:
         self.closed = is_clean

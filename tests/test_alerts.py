@@ -24,7 +24,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from telemetryd import store
 from telemetryd.engine.sqlite.connection import connect
 from telemetryd.engine.sqlite.statements import alerts as statements
 from telemetryd.engine.sqlite.statements.commands import Transaction
@@ -44,6 +43,7 @@ from telemetryd.model.alerts import (
     span_text,
 )
 from telemetryd.model.commands import ConfirmDelivery, KeepAlerts, RecordAlerts
+from telemetryd.model.queries import Query
 from telemetryd.model.regressions import MEASURES, Run, in_order
 from telemetryd.model.rules import (
     FailureRate,
@@ -357,7 +357,7 @@ def test_each_change_makes_one_delivery_and_nothing_else_does(
                     rule: "cannot be told" if each is None else tuple(Finding(one, "so it is", {}) for one in each)
                     for rule, each in step.items()
                 },
-                statements.fetch_kept(connection).firing,
+                statements.fetch_kept(connection, ListFiring()).firing,
                 number,
                 "0" * 12,
             )
@@ -377,7 +377,7 @@ def test_each_change_makes_one_delivery_and_nothing_else_does(
                 expected += [(rule, subject, "firing") for subject in sorted(each - firing[rule])]
                 expected += [(rule, subject, "resolved") for subject in sorted(firing[rule] - each)]
                 firing[rule] = each
-            kept = statements.fetch_kept(connection)
+            kept = statements.fetch_kept(connection, ListFiring())
             assert {(each.rule, each.subject) for each in kept.firing} == {
                 (rule, subject) for rule, each in firing.items() for subject in each
             }
@@ -634,11 +634,14 @@ async def test_only_a_rule_of_commits_rests_as_long_as_its_evaluation_asks_for(
     monkeypatch.setattr("telemetryd.services.alerting._REST", 1_000_000)
     asked: list[tuple[Rule, ...]] = []
 
-    def evaluate(connection: sqlite3.Connection, query: EvaluateRules) -> Evaluation:
-        asked.append(query.rules)
-        return statements.evaluate(connection, query)
+    fetch = api.store.fetch
 
-    monkeypatch.setitem(store._READERS, EvaluateRules, evaluate)
+    async def note(query: Query[Any]) -> Any:
+        if isinstance(query, EvaluateRules):
+            asked.append(query.rules)
+        return await fetch(query)
+
+    monkeypatch.setattr(api.store, "fetch", note)
     quiet = Silent("quiet", (), ("nobody",), 60.0)
     working = asyncio.create_task(Alerting(api.store, Rules((quiet, BROKE), (), 0.01), lambda: NOW).run())
     await eventually(lambda: asked.count((quiet,)) > 5 and (BROKE,) in asked)
@@ -718,7 +721,7 @@ async def test_a_message_is_sent_until_it_is_confirmed_and_in_order(api: Api, tm
         working = asyncio.create_task(alerting.run())
         await eventually(lambda: len(receiver.got) >= 5)
         with closing(connect(api.settings.db_path, "ro")) as connection:
-            await eventually(lambda: not statements.fetch_kept(connection).waiting)
+            await eventually(lambda: not statements.fetch_kept(connection, ListFiring()).waiting)
         working.cancel()
         await asyncio.wait((working,))
     assert [message["state"] for message in receiver.got] == ["firing"] * 4 + ["resolved"]
@@ -753,7 +756,7 @@ async def test_one_that_is_never_accepted_keeps_no_other_from_being_delivered(ap
         assert {each["state"] for each in receiver.got if each not in receiver.accepted} == {"firing"}
         now = datetime.now(UTC) + timedelta(hours=25)  # the messages have the time of the store's clock
         with closing(connect(api.settings.db_path, "ro")) as connection:
-            await eventually(lambda: not statements.fetch_kept(connection).waiting)
+            await eventually(lambda: not statements.fetch_kept(connection, ListFiring()).waiting)
         working.cancel()
         await asyncio.wait((working,))
     assert sum(given_up) == 2

@@ -58,7 +58,7 @@ def connect(path: Path) -> sqlite3.Connection:
     return connection
 
 
-def commit(connection: sqlite3.Connection, commands: list[Command], now: str = NOW) -> list[object]:
+def commit(connection: sqlite3.Connection, commands: list[Command[Any]], now: str = NOW) -> list[object]:
     connection.execute("BEGIN IMMEDIATE")
     transaction = Transaction(connection, now)
     outcomes: list[object] = [*transaction.apply(commands)]
@@ -169,13 +169,13 @@ class Following(RuleBasedStateMachine):
         self.connection.execute("COMMIT")
 
     @rule(group=st.lists(commands, min_size=1, max_size=5))
-    def commit(self, group: list[Command]) -> None:
+    def commit(self, group: list[Command[Any]]) -> None:
         before = fetch_changes(self.connection, ListChanges(2**62)).newest
         commit(self.connection, group, self.now())
         self.look(before)
 
     @rule(group=st.lists(st.tuples(commands, st.booleans()), min_size=1, max_size=5))
-    def commit_with_some_undone(self, group: list[tuple[Command, bool]]) -> None:
+    def commit_with_some_undone(self, group: list[tuple[Command[Any], bool]]) -> None:
         before = fetch_changes(self.connection, ListChanges(2**62)).newest
         self.connection.execute("BEGIN IMMEDIATE")
         transaction = Transaction(self.connection, self.now())
@@ -188,7 +188,7 @@ class Following(RuleBasedStateMachine):
         self.look(before)
 
     @rule(group=st.lists(commands, min_size=1, max_size=3))
-    def roll_back(self, group: list[Command]) -> None:
+    def roll_back(self, group: list[Command[Any]]) -> None:
         self.connection.execute("BEGIN IMMEDIATE")
         transaction = Transaction(self.connection, self.now())
         transaction.apply(group)

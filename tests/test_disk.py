@@ -36,6 +36,7 @@ from tests.conftest import (
     StartDaemon,
     eventually,
     make_run,
+    reading,
     require_program,
     small_file_system,
 )
@@ -235,7 +236,7 @@ async def test_health_tells_the_queue_the_last_commit_the_log_and_the_room_left(
     await api.post(make_run())
     after = await api.get("/health")
     assert abs((datetime.fromisoformat(after["last_commit_at"]) - sent).total_seconds()) < 60
-    await eventually(lambda: api.store.health().wal_bytes > before["wal_bytes"])
+    await eventually(lambda: api.store.health().figures["wal_bytes"] > before["wal_bytes"])
     health, shown = await api.get("/health"), await gauges(api)
     assert health["wal_bytes"] == os.stat(f"{api.settings.db_path}-wal").st_size == shown["wal_bytes"]
     assert health["disk_free_bytes"] == pytest.approx(shutil.disk_usage(api.settings.db_path.parent).free, rel=0.1)
@@ -276,14 +277,14 @@ async def test_health_makes_no_system_call_and_costs_no_time(api: Api, monkeypat
 
 async def test_a_disk_that_hangs_is_told_and_holds_up_nobody(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     release = threading.Event()
-    look = api.store._disk._look
+    look = reading(api)._disk._look
 
     def hang() -> Look:
         assert release.wait(PATIENCE_S)
         return look()
 
     monkeypatch.setattr(disk, "PATIENCE_S", 0.2)
-    monkeypatch.setattr(api.store._disk, "_look", hang)
+    monkeypatch.setattr(reading(api)._disk, "_look", hang)
     try:
         await eventually(lambda: api.store.health().problem is not None)
         started = time.monotonic()

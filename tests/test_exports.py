@@ -25,19 +25,19 @@ from hypothesis import strategies as st
 
 from telemetryd.cli import main
 from telemetryd.cli.files import Refusals
+from telemetryd.engine.sqlite import exports
 from telemetryd.engine.sqlite.connection import LOG_BYTES
+from telemetryd.engine.sqlite.exports import MAX_EXPORTS
 from telemetryd.engine.sqlite.files import wal_bytes
 from telemetryd.engine.sqlite.statements import export as export_rows
 from telemetryd.engine.sqlite.tools import migrate
 from telemetryd.git_urls import without_credentials
-from telemetryd.http import EXPORTS
 from telemetryd.model import runs, tables, values
 from telemetryd.model.queries import SNAPSHOT
 from telemetryd.model.runs import COLUMNS, STORED
 from telemetryd.model.values import Role
-from telemetryd.services import exports
-from telemetryd.services.exports import MAX_EXPORTS
-from tests.conftest import Api, MakeApi, StartDaemon, eventually, make_run
+from telemetryd.services import exports as streamed
+from tests.conftest import Api, MakeApi, StartDaemon, eventually, make_run, reading
 from tests.contract.wire import JSON
 from tests.http_client import call
 
@@ -282,9 +282,7 @@ async def test_what_takes_too_long_is_copied_in_slices_and_says_so(api: Api) -> 
         await api.batch([make_run() for _ in range(1500)])
     with closing(sqlite3.connect(api.settings.db_path)) as opened, opened:  # a migrated database may hold such ids
         opened.execute("UPDATE agent_runs SET id = -id WHERE id <= 7")
-    app = api.client.app
-    assert app is not None
-    app[EXPORTS]._longest_s = 0.0
+    reading(api)._exports._longest_s = 0.0
     body, headers = await export(api)
     assert headers["X-Total-Count"] == "4500"
     first = [json.loads(line)["id"] for line in body.splitlines()]
@@ -296,25 +294,23 @@ async def test_a_snapshot_is_held_only_so_long(make_api: MakeApi, mode: str, lon
     """In WAL mode it holds back checkpoints, and in the other modes each commit."""
     api = await make_api(db_journal_mode=mode)
     await api.post(make_run())
-    app = api.client.app
-    assert app is not None
-    assert app[EXPORTS]._longest_s == longest_s
+    assert reading(api)._exports._longest_s == longest_s
 
 
 async def test_the_log_stays_short_while_an_export_is_copied_slowly(
     make_api: MakeApi, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A snapshot that is held to the end would let it grow with all that is written meanwhile."""
-    real = exports._Export.is_over
+    real = exports._Copying.is_over
     written, longest, enough = 0, 0, 2 * LOG_BYTES
 
-    def is_over(self: exports._Export) -> bool:
+    def is_over(self: exports._Copying) -> bool:
         time.sleep(0.01 if written < enough else 0)
         return real(self)
 
     monkeypatch.setattr(exports, "_LONGEST_WAL_S", 0.2)
     monkeypatch.setattr(exports, "_SLICE_ROWS", 100)
-    monkeypatch.setattr(exports._Export, "is_over", is_over)
+    monkeypatch.setattr(exports._Copying, "is_over", is_over)
     monkeypatch.setattr(export_rows, "_OPS", 1_000)
     api = await make_api()
     await api.batch([make_run() for _ in range(1000)])
@@ -342,15 +338,15 @@ async def test_only_so_many_run_at_once_and_one_that_is_left_makes_room(api: Api
         each.close()
     app = api.client.app
     assert app is not None
-    exports = app[EXPORTS]
+    exports = reading(api)._exports
     await eventually(lambda: exports._running == 0)
     assert (await export(api, agent_name="nobody"))[0] == b""
     assert leftovers(tmp_path) == []
 
 
 async def test_a_reader_that_is_too_slow_gives_its_place_up(make_api: MakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exports, "_PATIENCE_S", 0.3)
-    monkeypatch.setattr(exports, "_LEAST_BYTES_PER_S", 1e9)
+    monkeypatch.setattr(streamed, "_PATIENCE_S", 0.3)
+    monkeypatch.setattr(streamed, "_LEAST_BYTES_PER_S", 1e9)
     api = await make_api()
     for _ in range(24):
         await api.post(make_run(input_summary=LARGE))
@@ -368,9 +364,7 @@ async def test_a_reader_that_is_too_slow_gives_its_place_up(make_api: MakeApi, m
 async def test_a_copy_never_takes_the_room_that_is_kept_for_new_runs(make_api: MakeApi) -> None:
     api = await make_api(min_free_mb=0)
     await api.post(make_run())
-    app = api.client.app
-    assert app is not None
-    app[EXPORTS]._reserve_bytes = 2**60
+    reading(api)._exports._reserve_bytes = 2**60
     body, _ = await export(api, 503)
     assert "no room for the copy" in json.loads(body)["detail"]
 

@@ -26,7 +26,7 @@ from telemetryd.services.feed import Feed, Tail
 from telemetryd.services.frames import Chunk, Frame
 from telemetryd.services.tails import FEED
 from telemetryd.web.connections import _Protocol, _Server
-from tests.conftest import Api, StartDaemon, eventually, make_run
+from tests.conftest import Api, StartDaemon, eventually, make_run, reading
 from tests.event_stream import Reader, Sent, events_of, take
 from tests.test_reader import endless
 
@@ -383,9 +383,11 @@ async def test_what_is_new_waits_for_no_search(api: Api, monkeypatch: pytest.Mon
     async with streaming(api) as events, streaming(api, error="costly") as searching:
         await eventually(lambda: bool(feed_of(api)._plain.live and feed_of(api)._searching.live))
         monkeypatch.setattr(feed_of(api)._searching, "_fetch", search)
-        slow = [asyncio.create_task(api.store._readers.fetch(endless, lane)) for lane in (Lane.QUICK, Lane.LONG) * 9]
+        slow = [
+            asyncio.create_task(reading(api)._readers().fetch(endless, lane)) for lane in (Lane.QUICK, Lane.LONG) * 9
+        ]
         try:
-            await eventually(api.store._readers._idle[Lane.QUICK].empty)
+            await eventually(reading(api)._readers()._idle[Lane.QUICK].empty)
             await api.post(make_run(event_id="new"))
             assert seen(await take(events, 1)) == [("new", "running")]
         finally:

@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from telemetryd import store
 from telemetryd.engine.sqlite.readers import Lane
+from telemetryd.engine.sqlite.statements import answers
 from telemetryd.http import METRICS
 from telemetryd.model.queries import ListRuns
 from telemetryd.services import feed
 from telemetryd.web import heads
 from telemetryd.web.connections import _Server
-from tests.conftest import Api, eventually, make_run
+from tests.conftest import Api, eventually, make_run, reading
 from tests.contract.wire import send_raw
 from tests.test_feed import feed_of
 from tests.test_reader import endless
@@ -139,8 +139,8 @@ async def test_a_query_ends_when_its_client_leaves(api: Api, monkeypatch: pytest
         began.set()
         return endless(connection)
 
-    monkeypatch.setattr(store, "_READERS", {**store._READERS, ListRuns: search})
-    idle = api.store._readers._idle[Lane.QUICK]
+    monkeypatch.setitem(answers._ANSWERS, ListRuns, answers._Answer(search, lambda _: False))
+    idle = reading(api)._readers()._idle[Lane.QUICK]
     all_of_them = api.settings.db_readers - api.settings.db_readers // 2
     await eventually(lambda: idle.qsize() == all_of_them)  # the start asks something, too
     async with sent(api, RUNS + b"\r\n"):
@@ -156,7 +156,7 @@ async def test_a_write_goes_on_when_its_client_leaves(api: Api) -> None:
         began.set()
         gate.wait()
 
-    api.store._writer._make_durable = wait
+    reading(api)._database.groups._check_place = wait
     body = json.dumps(make_run(event_id="left")).encode()
     head = (
         b"POST /api/v1/runs HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"

@@ -15,7 +15,7 @@ from telemetryd.engine.sqlite import readers as sqlite_readers
 from telemetryd.engine.sqlite.readers import Lane, Readers
 from telemetryd.errors import QueryTimeoutError
 from telemetryd.model.queries import CountPrunable
-from tests.conftest import PATIENCE_S, Api, MakeApi, eventually, make_run
+from tests.conftest import PATIENCE_S, Api, MakeApi, eventually, make_run, reading
 
 _COUNT = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {}) SELECT max(i) FROM n"
 
@@ -55,8 +55,8 @@ async def pool(folder: Path, count: int = 1, timeout_s: float = PATIENCE_S) -> A
 
 async def test_slow_queries_block_neither_each_other_nor_writes_nor_health(make_api: MakeApi) -> None:
     api = await make_api(db_readers=4, query_timeout_s=PATIENCE_S)
-    slow = [asyncio.create_task(api.store._readers.fetch(endless, Lane.LONG)) for _ in range(6)]
-    await eventually(api.store._readers._idle[Lane.LONG].empty)
+    slow = [asyncio.create_task(reading(api)._readers().fetch(endless, Lane.LONG)) for _ in range(6)]
+    await eventually(reading(api)._readers()._idle[Lane.LONG].empty)
     slowest = 0.0
     for number in range(20):
         run = make_run()
@@ -88,8 +88,8 @@ async def test_what_may_read_many_runs_waits_for_its_like_and_nothing_else_does(
     make_api: MakeApi, asked: str | CountPrunable
 ) -> None:
     api = await make_api(db_readers=2, query_timeout_s=PATIENCE_S)
-    slow = asyncio.create_task(api.store._readers.fetch(endless, Lane.LONG))
-    await eventually(api.store._readers._idle[Lane.LONG].empty)
+    slow = asyncio.create_task(reading(api)._readers().fetch(endless, Lane.LONG))
+    await eventually(reading(api)._readers()._idle[Lane.LONG].empty)
     answer = api.get(asked) if isinstance(asked, str) else api.store.fetch(asked)
     waiting = asyncio.create_task(answer)
     for _ in range(3):
@@ -102,8 +102,8 @@ async def test_what_may_read_many_runs_waits_for_its_like_and_nothing_else_does(
 
 async def test_health_and_writes_go_on_when_every_reader_is_taken(make_api: MakeApi) -> None:
     api = await make_api(db_readers=2, query_timeout_s=PATIENCE_S)
-    slow = [asyncio.create_task(api.store._readers.fetch(endless, lane)) for lane in (Lane.QUICK, Lane.LONG)]
-    await eventually(lambda: all(api.store._readers._idle[lane].empty() for lane in (Lane.QUICK, Lane.LONG)))
+    slow = [asyncio.create_task(reading(api)._readers().fetch(endless, lane)) for lane in (Lane.QUICK, Lane.LONG)]
+    await eventually(lambda: all(reading(api)._readers()._idle[lane].empty() for lane in (Lane.QUICK, Lane.LONG)))
     started = time.monotonic()
     assert (await api.get("/health"))["status"] == "ok"
     await api.post(make_run())
@@ -165,16 +165,16 @@ async def test_only_so_many_wait_for_a_connection(tmp_path: Path, monkeypatch: p
 async def test_over_http_a_query_that_takes_too_long_is_503(make_api: MakeApi) -> None:
     api = await make_api(db_readers=1)
     await api.post(make_run())
-    other = asyncio.create_task(api.store._readers.fetch(endless))
-    await eventually(api.store._readers._idle[Lane.QUICK].empty)
-    api.store._readers._timeout_s = 0.05  # shorter than the one in its way still has
+    other = asyncio.create_task(reading(api)._readers().fetch(endless))
+    await eventually(reading(api)._readers()._idle[Lane.QUICK].empty)
+    reading(api)._readers()._timeout_s = 0.05  # shorter than the one in its way still has
     async with api.client.get("/api/v1/runs") as response:
         assert response.status == 503
         assert "Retry-After" in response.headers
         assert "Too many slow queries" in (await response.json())["detail"]
     other.cancel()
     await asyncio.wait((other,))
-    api.store._readers._timeout_s = PATIENCE_S
+    reading(api)._readers()._timeout_s = PATIENCE_S
     assert len(await api.list()) == 1
 
 
@@ -201,7 +201,7 @@ async def test_a_write_is_refused(api: Api, statement: str) -> None:
         connection.execute("PRAGMA query_only = ON")
 
     await api.post(make_run())
-    await api.store._readers.fetch(write)
+    await reading(api)._readers().fetch(write)
     assert len(await api.list()) == 1
 
 
@@ -210,7 +210,7 @@ async def test_connections_are_set_up_as_promised(api: Api) -> None:
         pragmas = ("query_only", "trusted_schema", "cell_size_check", "mmap_size")
         return [connection.execute(f"PRAGMA {pragma}").fetchone()[0] for pragma in pragmas]
 
-    assert await api.store._readers.fetch(ask) == [1, 0, 1, 0]
+    assert await reading(api)._readers().fetch(ask) == [1, 0, 1, 0]
 
 
 async def test_a_reader_never_checkpoints(api: Api) -> None:
@@ -224,7 +224,7 @@ async def test_a_reader_never_checkpoints(api: Api) -> None:
         except sqlite3.OperationalError:
             return None
 
-    await api.store._readers.fetch(checkpoint)
+    await reading(api)._readers().fetch(checkpoint)
     assert wal.stat().st_size == size > 0
 
 

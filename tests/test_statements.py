@@ -23,7 +23,7 @@ from telemetryd.engine.sqlite.statements.runs import fetch_counts, fetch_page, f
 from telemetryd.engine.sqlite.tools import migrate
 from telemetryd.model.commands import Created, CreateRuns, Updated, UpdateRun
 from telemetryd.model.filters import Filters
-from telemetryd.model.queries import Counts, GetRun, ListRuns, Page, Position, parse_list
+from telemetryd.model.queries import CountRuns, Counts, GetRun, ListRuns, Page, Position, parse_list
 from telemetryd.model.runs import COLUMNS, CREATED_AT, parse_run
 from telemetryd.model.values import Row, Status
 from tests.conftest import Api, make_run
@@ -295,7 +295,7 @@ def test_the_totals_are_those_of_the_rows_after_any_commands(filled: sqlite3.Con
     agents = {agent: sum(run["agent_name"] == agent for run in runs) for agent in AGENTS}
     since = "2025-12-24T10:20:00.000000Z"
     recent = sum(run["created_at"] >= since for run in runs)
-    assert fetch_counts(filled, since, "9999-12-31T23:59:59.999999Z") == Counts(
+    assert fetch_counts(filled, CountRuns(since, "9999-12-31T23:59:59.999999Z")) == Counts(
         agents, tuple(sorted(JOBS)), recent, len(runs), len(agents), len(JOBS)
     )
     kept = filled.execute("SELECT agent_name, job_type, status, runs FROM run_totals WHERE runs > 0 ORDER BY 1, 2, 3")
@@ -308,7 +308,7 @@ def test_the_totals_are_those_of_the_rows_after_any_commands(filled: sqlite3.Con
 def test_the_cost_of_the_counts_does_not_grow_with_the_runs(filled: sqlite3.Connection) -> None:
     statements: list[str] = []
     filled.set_trace_callback(statements.append)
-    fetch_counts(filled, NOW, NOW)
+    fetch_counts(filled, CountRuns(NOW, NOW))
     filled.set_trace_callback(None)
     assert len(statements) == 4
     assert not [statement for statement in statements if "agent_runs" in statement]

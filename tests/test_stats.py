@@ -154,7 +154,7 @@ UPDATES = st.builds(
         },
     ),
 )
-COMMANDS: st.SearchStrategy[Command] = st.one_of(
+COMMANDS: st.SearchStrategy[Command[Any]] = st.one_of(
     CREATES,
     UPDATES,
     st.builds(RegisterProcess, EVENT_IDS, st.just(PROCESS)),
@@ -167,7 +167,9 @@ GROUPS = st.lists(st.tuples(st.lists(COMMANDS, min_size=1, max_size=6), st.boole
 
 @settings(max_examples=40)
 @given(GROUPS)
-def test_statistics_are_those_of_the_runs_after_any_commands(groups: list[tuple[list[Command], bool, bool]]) -> None:
+def test_statistics_are_those_of_the_runs_after_any_commands(
+    groups: list[tuple[list[Command[Any]], bool, bool]],
+) -> None:
     with (
         tempfile.TemporaryDirectory() as folder,
         closing(sqlite3.connect(Path(folder) / "x", isolation_level=None)) as c,
@@ -254,7 +256,7 @@ def test_a_database_of_an_earlier_version_gets_statistics(tmp_path: Path) -> Non
 
 
 def test_runs_changed_by_hand_do_not_refuse_a_change(connection: sqlite3.Connection) -> None:
-    def apply(*commands: Command) -> None:
+    def apply(*commands: Command[Any]) -> None:
         connection.execute("BEGIN")
         transaction = Transaction(connection, MOMENTS[0])
         transaction.apply(commands)

@@ -20,6 +20,7 @@ import orjson
 import pytest
 
 from telemetryd.engine.sqlite.connection import Connection, open_writer
+from telemetryd.engine.sqlite.groups import Groups, translate
 from telemetryd.engine.sqlite.statements.commands import Transaction
 from telemetryd.engine.sqlite.tools import migrate
 from telemetryd.errors import (
@@ -35,7 +36,7 @@ from telemetryd.errors import (
 )
 from telemetryd.flow import Flow
 from telemetryd.model import runs
-from telemetryd.model.commands import Command, Created, CreateRuns, Outcome, Updated, UpdateRun
+from telemetryd.model.commands import Command, Created, CreateRuns, Updated, UpdateRun
 from telemetryd.ops.metrics import Metrics
 from telemetryd.writer import GROUP_ROWS, QUEUE_BYTES, Writer
 from tests.conftest import PATIENCE_S, Api, MakeApi, StartDaemon, eventually, make_run
@@ -51,7 +52,7 @@ class Bench:
 
     path: Path
     connection: Connection
-    writer: Writer[Command, Outcome]
+    writer: Writer
     task: asyncio.Task[None]
     trace: list[str] = field(default_factory=list)
 
@@ -75,6 +76,43 @@ class Bench:
         return counted == kept and minutes == self.query("SELECT * FROM run_minutes WHERE runs > 0 ORDER BY 1")
 
 
+class OneConnection:
+    """A writing half on one connection, whose steps a test can replace."""
+
+    def __init__(
+        self, connection: Connection, groups: Groups, tidy_up: Callable[[sqlite3.Connection], None], reopen: Reopen
+    ) -> None:
+        self._connection = connection
+        self._groups = groups
+        self._tidy_up = tidy_up
+        self._reopen = reopen
+
+    async def write(self, commands: Sequence[Command[Any]]) -> Sequence[Any]:
+        return await self._connection.run(lambda plain: self._groups.write(plain, commands))
+
+    async def tidy_up(self) -> None:
+        try:
+            await self._connection.run(self._tidy_up)
+        except sqlite3.Error as error:
+            raise translate(error) from error
+
+    async def reopen(self) -> None:
+        await self._reopen()
+
+    def interrupt(self) -> None:
+        self._connection.interrupt_now()
+
+    async def close(self, *, is_clean: bool) -> None:
+        await self._connection.close()
+
+
+async def _never() -> None:
+    raise DatabaseError("It stays closed")
+
+
+Reopen = Callable[[], Awaitable[None]]
+
+
 @asynccontextmanager
 async def bench(
     folder: Path,
@@ -82,20 +120,16 @@ async def bench(
     journal_mode: str = "WAL",
     busy_timeout_ms: int = 5000,
     queue_max: int = 10_000,
-    make_durable: Callable[[], None] = lambda: None,
+    transaction: Callable[[sqlite3.Connection, str], Transaction] = Transaction,
+    check_place: Callable[[], None] = lambda: None,
     at_rest: Callable[[sqlite3.Connection], None] = lambda _: None,
-    reopen: Callable[[], Awaitable[Connection]] | None = None,
+    reopen: Reopen = _never,
 ) -> AsyncIterator[Bench]:
     path = folder / "telemetry.sqlite"
     connection, _ = await open_writer(path, journal_mode, "FULL", busy_timeout_ms)
     await connection.run(lambda plain: migrate.create(plain, NOW))
-    writer: Writer[Command, Outcome] = Writer(
-        connection,
-        begin=Transaction,
-        clock=lambda: NOW,
-        make_durable=make_durable,
-        at_rest=at_rest,
-        reopen=reopen or _never,
+    writer = Writer(
+        OneConnection(connection, Groups(transaction, lambda: NOW, check_place), at_rest, reopen),
         busy_timeout_s=busy_timeout_ms / 1000,
         queue_max=queue_max,
         flow=Flow(0.1, 5000),
@@ -109,7 +143,7 @@ async def bench(
     finally:
         await writer.stop()
         await asyncio.wait((task,))
-        await connection.close()
+        await writer.close()
 
 
 def create(*event_ids: str, **fields: object) -> CreateRuns:
@@ -148,7 +182,7 @@ async def test_a_group_is_bounded_in_rows(tmp_path: Path) -> None:
 
 async def test_what_arrives_during_a_commit_forms_the_next_group(tmp_path: Path) -> None:
     gate = threading.Event()
-    async with bench(tmp_path, make_durable=lambda: _wait(gate)) as made:
+    async with bench(tmp_path, check_place=lambda: _wait(gate)) as made:
         first = made.writer.submit(create("first"))
         await eventually(lambda: made.stored() == {"first"})
         later = [made.writer.submit(create(f"later{number}")) for number in range(100)]
@@ -159,15 +193,16 @@ async def test_what_arrives_during_a_commit_forms_the_next_group(tmp_path: Path)
 
 async def test_everyone_gets_his_own_outcome_in_order_of_arrival(tmp_path: Path) -> None:
     async with bench(tmp_path) as made:
-        outcomes = await asyncio.gather(
-            made.writer.submit(create("a", run_id="run-a")),
-            made.writer.submit(create("a", "b", "b", run_id="run-b")),
-            made.writer.submit(UpdateRun("a", {"status": "success"})),
-            made.writer.submit(UpdateRun("missing", {"status": "success"})),
-            made.writer.submit(UpdateRun("b", {"status": "failure"})),
-            made.writer.submit(create("c")),
-            made.writer.submit(create("c")),
-        )
+        commands: list[Command[Any]] = [
+            create("a", run_id="run-a"),
+            create("a", "b", "b", run_id="run-b"),
+            UpdateRun("a", {"status": "success"}),
+            UpdateRun("missing", {"status": "success"}),
+            UpdateRun("b", {"status": "failure"}),
+            create("c"),
+            create("c"),
+        ]
+        outcomes = await asyncio.gather(*map(made.writer.submit, commands))
         assert outcomes == [
             Created((True,)),
             Created((False, True, False)),
@@ -191,7 +226,7 @@ async def test_everyone_gets_his_own_outcome_in_order_of_arrival(tmp_path: Path)
 
 async def test_nobody_is_told_before_the_commit_is_durable(tmp_path: Path) -> None:
     gate = threading.Event()
-    async with bench(tmp_path, make_durable=lambda: _wait(gate)) as made:
+    async with bench(tmp_path, check_place=lambda: _wait(gate)) as made:
         futures = [made.writer.submit(create(f"e{number}")) for number in range(10)]
         await eventually(lambda: len(made.stored()) == 10)
         assert not any(future.done() for future in futures)
@@ -242,7 +277,7 @@ async def test_a_failing_command_is_undone_alone(tmp_path: Path) -> None:
 class Fussy(Transaction):
     """The real transaction, except that it cannot stand one event."""
 
-    def apply(self, commands: Sequence[Command]) -> list[Outcome]:
+    def apply(self, commands: Sequence[Command[Any]]) -> list[Any]:
         outcomes = super().apply(commands)
         for command in commands:
             if isinstance(command, CreateRuns) and command.rows[0][runs.EVENT_ID] == "hated":
@@ -251,8 +286,7 @@ class Fussy(Transaction):
 
 
 async def test_a_value_that_python_cannot_hand_over_costs_only_its_command(tmp_path: Path) -> None:
-    async with bench(tmp_path) as made:
-        made.writer._begin = Fussy
+    async with bench(tmp_path, transaction=Fussy) as made:
         results = await asyncio.gather(
             *(made.writer.submit(create(event_id)) for event_id in ("a", "hated", "b")), return_exceptions=True
         )
@@ -320,7 +354,7 @@ async def test_a_client_that_disconnects_while_queued_is_stored_whole_or_not_at_
 
 async def test_a_full_queue_refuses_at_once(tmp_path: Path) -> None:
     gate = threading.Event()
-    async with bench(tmp_path, queue_max=3, make_durable=lambda: _wait(gate)) as made:
+    async with bench(tmp_path, queue_max=3, check_place=lambda: _wait(gate)) as made:
         first = made.writer.submit(create("first"))
         await eventually(lambda: made.stored() == {"first"})
         waiting = [made.writer.submit(create(f"e{number}")) for number in range(3)]
@@ -420,14 +454,13 @@ async def test_a_failed_sync_fails_everybody_until_the_database_is_open_again(tm
         if not may_reopen.is_set():
             raise OSError(errno.EIO, "Input/output error")
 
-    async def reopen() -> Connection:
+    async def reopen() -> None:
         attempts.append(1)
         if len(attempts) < 3:
             raise DatabaseError("Not yet")
         await may_reopen.wait()
-        return made.connection
 
-    async with bench(tmp_path, make_durable=break_down, reopen=reopen) as made:
+    async with bench(tmp_path, check_place=break_down, reopen=reopen) as made:
         first = made.writer.submit(create("first"))
         await eventually(lambda: made.stored() == {"first"})
         queued = [made.writer.submit(create(f"e{number}")) for number in range(5)]
@@ -458,10 +491,10 @@ async def test_what_was_refused_is_not_advised_about_for_ever(tmp_path: Path, mo
         if is_broken:
             raise OSError(errno.EIO, "Input/output error")
 
-    async def reopen() -> Connection:
-        return made.connection
+    async def reopen() -> None:
+        return
 
-    async with bench(tmp_path, make_durable=break_down, reopen=reopen) as made:
+    async with bench(tmp_path, check_place=break_down, reopen=reopen) as made:
         first = made.writer.submit(create("first"))
         await eventually(lambda: made.stored() == {"first"})
         refused = CreateRuns(create(*(f"e{number}" for number in range(1000))).rows, QUEUE_BYTES // 2)
@@ -481,7 +514,7 @@ async def test_a_writer_that_is_stopped_while_the_disk_is_unknown_says_so(tmp_pa
     def break_down() -> None:
         raise OSError(errno.EIO, "Input/output error")
 
-    async with bench(tmp_path, make_durable=break_down) as made:
+    async with bench(tmp_path, check_place=break_down) as made:
         with pytest.raises(DatabaseSuspectError):
             await made.writer.submit(create("first"))
         await made.writer.stop()
@@ -500,8 +533,7 @@ class Broken(Transaction):
 
 
 async def test_a_bug_ends_the_writer_and_nobody_waits_for_ever(tmp_path: Path) -> None:
-    async with bench(tmp_path) as made:
-        made.writer._begin = Broken
+    async with bench(tmp_path, transaction=Broken) as made:
         results = await asyncio.gather(
             *(made.writer.submit(create(name)) for name in ("a", "b")), return_exceptions=True
         )
@@ -523,8 +555,7 @@ class Greedy(Transaction):
 
 
 async def test_a_lack_of_memory_costs_one_group(tmp_path: Path) -> None:
-    async with bench(tmp_path) as made:
-        made.writer._begin = Greedy
+    async with bench(tmp_path, transaction=Greedy) as made:
         with pytest.raises(WriteFailedError):
             await made.writer.submit(create("large"))
         assert await made.writer.submit(create("small")) == Created((True,))
@@ -583,7 +614,7 @@ def test_a_database_that_cannot_be_opened_again_during_the_stop_is_not_a_clean_e
 
 async def test_stop_commits_what_waits_and_refuses_what_comes(tmp_path: Path) -> None:
     gate = threading.Event()
-    async with bench(tmp_path, queue_max=50, make_durable=lambda: _wait(gate)) as made:
+    async with bench(tmp_path, queue_max=50, check_place=lambda: _wait(gate)) as made:
         first = made.writer.submit(create("first"))
         await eventually(lambda: made.stored() == {"first"})
         waiting = [made.writer.submit(create(f"e{number}")) for number in range(50)]  # full: even the sentinel waits
@@ -640,9 +671,8 @@ async def test_a_failed_sync_at_rest_is_as_bad_as_one_of_a_commit_and_a_lock_is_
         error.sqlite_errorcode = codes.pop(0)
         raise error
 
-    async def reopen() -> Connection:
+    async def reopen() -> None:
         reopened.append(len(codes))
-        return made.connection
 
     async with bench(tmp_path, at_rest=fail, reopen=reopen) as made:
         for left in (2, 1, 0):
@@ -677,10 +707,6 @@ def _runs_without_log(path: Path) -> int:
 
 
 # --- Helpers -------------------------------------------------------------------------------------
-
-
-async def _never() -> Connection:
-    raise DatabaseError("It stays closed")
 
 
 def _wait(gate: threading.Event) -> None:

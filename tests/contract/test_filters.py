@@ -236,7 +236,6 @@ async def test_the_setting_makes_and_drops_the_index(tmp_path: Path) -> None:
     rows = tuple(parse_run(make_run(output_summary=f"word{n}")).row for n in range(50))
     for is_wanted, submitted in ((False, rows[:30]), (True, rows[30:]), (True, ()), (False, ())):
         store = await Store.open(Settings(db_path=path, full_text=is_wanted), Metrics())
-        await store.keep_full_text()
         if submitted:
             await store.submit(CreateRuns(submitted))
         while is_wanted and (done := await store.submit(IndexTexts())) is not None and done.more:
@@ -269,7 +268,6 @@ async def test_an_index_is_built_while_runs_change_and_after_a_restart(
     async def opened(*, is_wanted: bool) -> AsyncIterator[Store]:
         store = await Store.open(Settings(db_path=path, full_text=is_wanted), Metrics())
         try:
-            await store.keep_full_text()
             yield store
         finally:
             await store.close()

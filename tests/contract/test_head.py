@@ -114,7 +114,7 @@ async def test_head_of_an_export_copies_nothing_and_of_the_stream_opens_none(
 ) -> None:
     api = await make_api()
     await fill(api)
-    monkeypatch.setattr("telemetryd.services.exports.MAX_EXPORTS", 0)
+    monkeypatch.setattr("telemetryd.engine.sqlite.exports.MAX_EXPORTS", 0)
     async with connected(api) as wire:
         status, headers = await wire.ask("HEAD", f"{RUNS}/export?status=success")
         assert (status, headers["x-total-count"]) == (200, "1")

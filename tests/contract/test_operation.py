@@ -20,6 +20,7 @@ from schemathesis.specs.openapi.definitions import OPENAPI_31_VALIDATOR
 
 import telemetryd
 from telemetryd.engine.sqlite.statements.runs import fetch_counts
+from telemetryd.model.queries import CountRuns
 from telemetryd.model.runs import PATCHABLE, STORED
 from tests.conftest import Api, MakeApi, eventually, make_run
 from tests.contract.test_runs import FULL
@@ -202,7 +203,7 @@ async def test_totals_do_not_cost_more_with_more_runs(api: Api) -> None:
 
         connection = sqlite3.connect(f"file:{api.settings.db_path}?mode=ro", uri=True)
         connection.set_progress_handler(step, 1)
-        fetch_counts(connection, "2025-01-01T00:00:00.000000Z", "2026-01-01T00:00:00.000000Z")
+        fetch_counts(connection, CountRuns("2025-01-01T00:00:00.000000Z", "2026-01-01T00:00:00.000000Z"))
         connection.close()
         return count
 

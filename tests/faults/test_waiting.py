@@ -17,8 +17,7 @@ _PATIENCE_S: Final = 30.0
 
 
 async def test_everybody_is_told_that_the_writer_has_died(tmp_path: Path) -> None:
-    async with bench(tmp_path) as made:
-        made.writer._begin = Broken
+    async with bench(tmp_path, transaction=Broken) as made:
         waiting = [asyncio.ensure_future(made.writer.submit(create(name))) for name in ("a", "b")]
         done, _ = await asyncio.wait(waiting, timeout=_PATIENCE_S)
         assert {type(future.exception()) for future in done} == {WriterDeadError}, "nobody was told"
@@ -31,7 +30,7 @@ async def test_what_was_taken_is_stored_and_told_before_the_writer_stops(tmp_pat
     def hold() -> None:
         gate.wait(_PATIENCE_S)
 
-    async with bench(tmp_path, make_durable=hold) as made:
+    async with bench(tmp_path, check_place=hold) as made:
         waiting = [asyncio.ensure_future(made.writer.submit(create("first")))]
         await eventually(lambda: made.stored() == {"first"})
         waiting += [asyncio.ensure_future(made.writer.submit(create(f"e{number}"))) for number in range(5)]
