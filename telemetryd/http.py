@@ -21,9 +21,10 @@ from telemetryd.errors import (
     InvalidRequestError,
     RunNotFoundError,
 )
-from telemetryd.model import bodies, events, queries, regressions, runs, stats, values
+from telemetryd.model import bodies, changes, events, queries, regressions, runs, stats, values
 from telemetryd.model.batches import _LINES, _SLICE_S, _as_it_is, _Batch, _items
 from telemetryd.model.commands import CreateEvents, CreateRuns, UpdateRun
+from telemetryd.model.parameters import accept_none
 from telemetryd.model.requests import ProcessRequest
 from telemetryd.model.rules import Rules
 from telemetryd.ops.metrics import Metrics, wants_prometheus
@@ -38,7 +39,7 @@ from telemetryd.web import browsers, openapi, pages
 from telemetryd.web.answers import NOTE, REASON, Handler, json_response
 from telemetryd.web.body import JSON_TYPES, NDJSON_TYPES, Bodies, check_media_type
 from telemetryd.web.middleware import middleware
-from telemetryd.web.openapi import EVENT_ID, INCLUDE, INTEGER, STRING, WARNINGS, Operation, obj, ref
+from telemetryd.web.openapi import INTEGER, LAST_EVENT_ID, STRING, WARNINGS, Operation, obj, ref
 
 STORE: Final = web.AppKey("store", Store)
 SETTINGS: Final = web.AppKey("settings", Settings)
@@ -380,10 +381,8 @@ async def get_health(request: web.Request) -> web.Response:
 
 async def get_metrics(request: web.Request) -> web.Response:
     """Answer the totals as JSON, or everything for Prometheus."""
-    given = queries.parse_parameters(request.rel_url.raw_query_string, ("format",))
-    form = given.get("format", "prometheus" if wants_prometheus(request.headers.get("Accept", "")) else "json")
-    if form not in ("json", "prometheus"):
-        raise InvalidRequestError(f"Invalid format: {values.shorten(form)!r}; it must be json or prometheus")
+    accepted = "prometheus" if wants_prometheus(request.headers.get("Accept", "")) else "json"
+    form = queries.parse_metrics(request.rel_url.raw_query_string, accepted)
     counts = await request.app[STORE].counts()
     request[NOTE].say("Metrics queried", logging.DEBUG)
     if form == "prometheus":
@@ -410,7 +409,7 @@ async def get_metrics(request: web.Request) -> web.Response:
 
 async def list_alerts(request: web.Request) -> web.Response:
     """Answer the rules of alerts with what they are firing for."""
-    queries.parse_parameters(request.rel_url.raw_query_string, ())
+    accept_none(request.rel_url.raw_query_string, values.utc_now())
     answer = await request.app[ALERTING].shown()
     request[NOTE].say("Alerts listed", result_count=sum(len(rule["firing"]) for rule in answer["rules"]))
     return json_response(answer)
@@ -539,7 +538,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         Operation(
             "Query runs",
             "Newest first. If more follow, the Link header holds the next page (rel=next).",
-            parameters=openapi.list_parameters(),
+            parameters=queries.LIST,
             answers={200: ("The runs.", {"type": "array", "items": {"anyOf": [ref("Run"), ref("RunPart")]}})},
             errors=(400, 503),
         ),
@@ -553,7 +552,8 @@ ROUTES: Final[tuple[Route, ...]] = (
             "Server-sent events: `run` with each run that is created or changed, after its commit, as one answers it; "
             "`missed` with the number of changes that were left out because the client was too slow. Whoever comes "
             "back with the last id goes on there, also after a restart of the daemon.",
-            parameters=openapi.stream_parameters(),
+            parameters=changes.STREAM,
+            other_parameters=(LAST_EVENT_ID,),
             answers={200: ("Events without an end.", STRING)},
             answer_type="text/event-stream",
             errors=(400, 503),
@@ -568,7 +568,7 @@ ROUTES: Final[tuple[Route, ...]] = (
             "In the order of the commits; of each run only its newest change, with the run as it is now. Go on with "
             "`last` as `after`, while `more` is true at once. Events come with the page that has the last change, each "
             "with the id of its run; go on with the id of the last one as `events_after`.",
-            parameters=openapi.change_parameters(),
+            parameters=changes.LIST,
             answers={
                 200: (
                     "The changes.",
@@ -609,7 +609,7 @@ ROUTES: Final[tuple[Route, ...]] = (
             "All that match, in the order of their arrival, as NDJSON, CSV (RFC 4180) or Parquet. The "
             f"header {queries.SNAPSHOT} says `exact` if they are one snapshot, X-Total-Count how many they are. An "
             "export that could not be brought to its end is cut off in the middle of the chunked encoding.",
-            parameters=openapi.export_parameters(),
+            parameters=queries.EXPORT,
             answers={200: ("The runs.", STRING)},
             answer_type=queries.MEDIA_TYPES[queries.Format.NDJSON],
             other_answer_types=tuple(queries.MEDIA_TYPES.values())[1:],
@@ -622,7 +622,7 @@ ROUTES: Final[tuple[Route, ...]] = (
         get_run,
         Operation(
             "Get a run",
-            parameters=(EVENT_ID, INCLUDE),
+            parameters=queries.GET,
             answers={200: ("The run.", ref("Run"))},
             errors=(400, 404, 503),
         ),
@@ -634,7 +634,6 @@ ROUTES: Final[tuple[Route, ...]] = (
         Operation(
             "Update a run",
             "A field that is null or missing stays as it is.",
-            parameters=(EVENT_ID,),
             body=ref("RunPatch"),
             body_types=JSON_TYPES,
             example=runs.example(runs.RunPatch, runs.ENDED, 1),
@@ -648,7 +647,6 @@ ROUTES: Final[tuple[Route, ...]] = (
         associate_commit,
         Operation(
             "Record the commit that a run led to",
-            parameters=(EVENT_ID,),
             body=ref("CommitAssociation"),
             body_types=JSON_TYPES,
             example=runs.example(runs.CommitAssociation),
@@ -678,7 +676,6 @@ ROUTES: Final[tuple[Route, ...]] = (
             "Report events of a run",
             f"One event, or an array of at most {events.MAX_EVENTS}; with one bad event none is stored. A key that the "
             "run already has is a duplicate: the stored event stays as it is.",
-            parameters=(EVENT_ID,),
             body={
                 "anyOf": [
                     ref("NewEvent"),
@@ -704,7 +701,7 @@ ROUTES: Final[tuple[Route, ...]] = (
             "List a run's events",
             "Oldest first, or the last ones first with sort=-timestamp. If more follow, the Link header holds the next "
             "page (rel=next).",
-            parameters=(EVENT_ID, *openapi.page_parameters("Events"), *openapi.EVENT_ORDER),
+            parameters=queries.LIST_EVENTS,
             answers={200: ("The events.", {"type": "array", "items": ref("Event")})},
             errors=(400, 404, 503),
         ),
@@ -717,7 +714,6 @@ ROUTES: Final[tuple[Route, ...]] = (
             "Register the process that works on a run",
             "If it ends while the run is still running, the run becomes a failure within a second. Only a process on "
             "the daemon's own machine can be watched.",
-            parameters=(EVENT_ID,),
             body=ref("ProcessRequest"),
             body_types=JSON_TYPES,
             example=runs.example(ProcessRequest),
@@ -746,7 +742,6 @@ ROUTES: Final[tuple[Route, ...]] = (
             Operation(
                 f"Get the web page of a run's {what}",
                 "Known are github.com, gitlab.com and bitbucket.org; otherwise null.",
-                parameters=(EVENT_ID,),
                 answers={200: ("The page.", obj({f"{name}_url": {"anyOf": [STRING, {"type": "null"}]}}))},
                 errors=(404, 503),
             ),
@@ -764,7 +759,7 @@ ROUTES: Final[tuple[Route, ...]] = (
             "Statistics of runs",
             "Counts, sums and quantiles by the time of created_at, from figures that the writer keeps: they are right "
             "as soon as a change is acknowledged. Only groups with runs are answered.",
-            parameters=openapi.stats_parameters(),
+            parameters=stats.PARAMETERS,
             answers={200: ("The groups, the earliest bucket first, then by names.", openapi.stats_answer())},
             errors=(400, 503),
         ),
@@ -778,7 +773,7 @@ ROUTES: Final[tuple[Route, ...]] = (
             "For each agent and job type: the commit since which runs fail more often or take longer, if chance hardly "
             f"explains it. Looked at are the newest {regressions.MAX_RUNS:,} finished runs with a git_commit_hash. "
             "Commits are in the order of their first runs.",
-            parameters=openapi.regressions_parameters(),
+            parameters=regressions.PARAMETERS,
             answers={200: ("What was found, the most certain first.", openapi.regressions_answer())},
             errors=(400, 503),
         ),
@@ -883,15 +878,7 @@ ROUTES: Final[tuple[Route, ...]] = (
             "Read totals and metrics",
             "JSON, or Prometheus text if Accept or `format` asks for it.",
             tags=("operation",),
-            parameters=(
-                {
-                    "name": "format",
-                    "in": "query",
-                    "required": False,
-                    "description": "Overrules the Accept header.",
-                    "schema": {"type": "string", "enum": ["json", "prometheus"]},
-                },
-            ),
+            parameters=queries.METRICS,
             answers={
                 200: (
                     "The totals.",

@@ -11,7 +11,7 @@ from schemathesis.specs.openapi.definitions import OPENAPI_31
 
 from telemetryd.errors import InvalidBodyError
 from telemetryd.http import ROUTES, operations
-from telemetryd.model import bodies, events, runs
+from telemetryd.model import bodies, events, queries, runs
 from telemetryd.web import openapi
 from tests.conftest import Api, make_run
 
@@ -133,10 +133,8 @@ def test_the_document_and_the_validation_agree(field: str, good: list[object], b
 
 
 def test_the_parameters_of_a_query_are_those_that_are_read() -> None:
-    from telemetryd.model.queries import PARAMETERS
-
     parameters = DOCUMENT["paths"]["/api/v1/runs"]["get"]["parameters"]
-    assert [parameter["name"] for parameter in parameters] == list(PARAMETERS)
+    assert [parameter["name"] for parameter in parameters] == [parameter.name for parameter in queries.LIST]
     assert not any(parameter["required"] for parameter in parameters)
     limit = next(parameter["schema"] for parameter in parameters if parameter["name"] == "limit")
     assert limit == {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100}

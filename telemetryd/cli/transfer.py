@@ -25,7 +25,7 @@ from telemetryd.client.config import Config
 from telemetryd.client.counters import Counters
 from telemetryd.engine.sqlite.partials import partial_file, publish
 from telemetryd.errors import DatabaseError, InvalidRequestError, UnavailableError
-from telemetryd.model.filters import METRIC, PARAMETERS
+from telemetryd.model.filters import PARAMETERS
 from telemetryd.model.queries import EVENTS, SNAPSHOT, Format
 
 if sys.version_info >= (3, 14):
@@ -41,7 +41,7 @@ _PACKED: Final[dict[str, Callable[[Path], Any]]] = {
     ".zst": lambda path: zstd.open(path, "wb", level=6),
     ".gz": lambda path: gzip.GzipFile(path, "wb", 6),
 }
-_FILTERS: Final = tuple(name for name in PARAMETERS if name != METRIC)
+_FILTERS: Final = tuple(parameter.name for parameter in PARAMETERS if parameter.prefix is None)
 
 
 def _filters(function: F) -> F:

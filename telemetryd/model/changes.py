@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Final
 
 from telemetryd.errors import CursorGoneError
 from telemetryd.model import events, filters
-from telemetryd.model.filters import Filters, Parameters, read_integer, refuse
+from telemetryd.model.filters import Filters
+from telemetryd.model.parameters import Given, Parameter, integer, refuse
 from telemetryd.model.queries import DEFAULT_LIMIT, MAX_LIMIT, Query
-from telemetryd.model.values import MAX_INTEGER, Row
+from telemetryd.model.values import MAX_INTEGER, Row, utc_now
 
 MAX_WAIT_S: Final = 60
-PAGE_PARAMETERS: Final = ("after", "begun", "events_after", "limit", "wait")
-STREAM_PARAMETERS: Final = (*filters.PARAMETERS, "after")
 
 PAGE_BYTES: Final = 8 * 1024 * 1024
 """About how much of runs, and as much again of events, one answer may hold; the rest comes with the next one."""
@@ -132,26 +133,59 @@ class ChangesRequest:
         return ListChanges(self.after.seq, self.limit, events_after=self.events_after)
 
 
-def parse_changes(query_string: str) -> ChangesRequest:
+def _read_place(name: str, value: str, now: datetime | None = None) -> Place:
+    match = _PLACE.fullmatch(value)
+    if match is None or int(match[2]) > MAX_INTEGER:
+        raise refuse(name, value, _ANY_PLACE)
+    return Place(int(match[2]), match[1])
+
+
+AFTER: Final = Parameter(
+    "after",
+    "Go on behind this number of the commit sequence; with the epoch before it (as in the id of an event) the answer "
+    "tells if the database is another one since.",
+    {"type": "string", "pattern": r"^([0-9a-f]{12}-)?[0-9]{1,18}$"},
+    _read_place,
+)
+BEGUN: Final = integer(
+    "begun",
+    "Of whoever began without after: the newest of the first answer. Deletions before it do not matter then.",
+)
+EVENTS_AFTER: Final = integer(
+    "events_after", "Also answer the events of runs whose id is larger, in its order: 0 for all of them."
+)
+LIMIT: Final = integer("limit", "Changes in one answer.", 1, MAX_LIMIT, DEFAULT_LIMIT)
+WAIT: Final = integer("wait", "Seconds to wait for a change if there is none behind after.", 0, MAX_WAIT_S, 0)
+LIST: Final[tuple[Parameter[Any], ...]] = (AFTER, BEGUN, EVENTS_AFTER, LIMIT, WAIT)
+"""The parameters of `GET /api/v1/changes`."""
+
+
+def parse_changes(query_string: str, clock: Callable[[], datetime] = utc_now) -> ChangesRequest:
     """Read the query string of `GET /api/v1/changes`.
 
     Raises:
         InvalidRequestError: with a sentence for each fault that names the parameter, the value and what is allowed.
 
     """
-    parameters = Parameters(query_string, PAGE_PARAMETERS)
+    given = Given(query_string, LIST, clock())
     asked = ChangesRequest(
-        parameters.read("after", _place, default=Place(BEGINNING)),
-        parameters.read("begun", read_integer, 0, MAX_INTEGER),
-        parameters.read("limit", read_integer, 1, MAX_LIMIT, default=DEFAULT_LIMIT),
-        parameters.read("wait", read_integer, 0, MAX_WAIT_S, default=0),
-        parameters.read("events_after", read_integer, 0, MAX_INTEGER),
+        given.value(AFTER, Place(BEGINNING)),
+        given.get(BEGUN),
+        given.value(LIMIT, DEFAULT_LIMIT),
+        given.value(WAIT, 0),
+        given.get(EVENTS_AFTER),
     )
-    parameters.finish()
+    given.finish()
     return asked
 
 
-def parse_stream(query_string: str, last_event_id: str | None) -> tuple[Place | None, Filters]:
+STREAM: Final[tuple[Parameter[Any], ...]] = (*filters.PARAMETERS, AFTER)
+"""The query parameters of `GET /api/v1/runs/stream`."""
+
+
+def parse_stream(
+    query_string: str, last_event_id: str | None, clock: Callable[[], datetime] = utc_now
+) -> tuple[Place | None, Filters]:
     """Read the query string of `GET /api/v1/runs/stream`; the header of a browser that returns wins over `after`.
 
     Return where to go on, None for from now on, and the filters.
@@ -160,18 +194,11 @@ def parse_stream(query_string: str, last_event_id: str | None) -> tuple[Place | 
         InvalidRequestError: with a sentence for each fault that names the parameter, the value and what is allowed.
 
     """
-    parameters = Parameters(query_string, STREAM_PARAMETERS)
-    wanted = parameters.read_filters()
-    place = parameters.read("after", _place)
-    parameters.finish()
-    return place if last_event_id is None else _place("Last-Event-ID", last_event_id), wanted
-
-
-def _place(name: str, value: str) -> Place:
-    match = _PLACE.fullmatch(value)
-    if match is None or int(match[2]) > MAX_INTEGER:
-        raise refuse(name, value, _ANY_PLACE)
-    return Place(int(match[2]), match[1])
+    given = Given(query_string, STREAM, clock())
+    wanted = filters.read_filters(given)
+    place = given.get(AFTER)
+    given.finish()
+    return place if last_event_id is None else _read_place("Last-Event-ID", last_event_id), wanted
 
 
 def put_beside(changes: Changes, found: list[dict[str, Any]]) -> dict[str, Any]:

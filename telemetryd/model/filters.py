@@ -5,34 +5,23 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import datetime
 from functools import cache
-from itertools import islice
 from typing import Any, Final
-from urllib.parse import parse_qsl
 
-from pydantic import TypeAdapter, ValidationError
-
-from telemetryd.errors import InvalidRequestError
-from telemetryd.model.runs import FILTERS
+from telemetryd.model.parameters import MAX_TEXT, TEXT, Given, Parameter, integer, moment, read_text, refuse
+from telemetryd.model.runs import FILTERS, Run
 from telemetryd.model.values import (
     MAX_INTEGER,
-    Name,
     Status,
     canonical_status,
-    canonical_timestamp,
-    format_timestamp,
     shorten,
     utc_now,
 )
 
 MAX_VALUES: Final = 32
 """Values that one filter may have."""
-MAX_TEXT: Final = 255
 _MAX_DEPTH: Final = 8
-_MAX_PARAMETERS: Final = 32
-_MAX_TOLD: Final = 5
-"""Unknown parameters that an error names."""
 
 TIME_BOUNDS: Final = {
     "created_before": ("created_at", "<"),
@@ -48,9 +37,6 @@ WILDCARD: Final = "agent_name"
 _METRICS: Final = "metrics."
 METRIC: Final = f"{_METRICS}NAME"
 """How the documentation calls the parameters that compare a field of metrics_json."""
-
-PARAMETERS: Final = (*FILTERS, *TIME_BOUNDS, "min_duration_ms", "error", METRIC, "q")
-"""Every parameter that is a filter, in the order in which faults are told."""
 
 Pattern = tuple[str, ...]
 """The texts before, between and behind the wildcards of a pattern: `("foo", "")` is `foo*`."""
@@ -177,125 +163,7 @@ def matches(pattern: Pattern, text: str) -> bool:
     return True
 
 
-class Parameters:
-    """The parameters of one query string, and what is wrong with them: everything is told at once, by `finish`."""
-
-    def __init__(self, query_string: str, allowed: tuple[str, ...]) -> None:
-        """Split a query string strictly: valid UTF-8, known names, each once.
-
-        Raises:
-            InvalidRequestError: if it cannot be split at all.
-
-        """
-        self.given: dict[str, str] = {}
-        """The value of each parameter, by its name."""
-        self.faults: list[str] = []
-        """A sentence for each fault that names the parameter, the value and what is allowed."""
-        self._metrics: list[str] = []
-        try:
-            pairs = parse_qsl(query_string, keep_blank_values=True, errors="strict", max_num_fields=_MAX_PARAMETERS)
-        except UnicodeDecodeError as error:
-            raise InvalidRequestError("The query string must be percent-encoded UTF-8") from error
-        except ValueError as error:
-            raise InvalidRequestError(
-                f"The query string must not hold more than {_MAX_PARAMETERS} parameters"
-            ) from error
-        unknown: dict[str, None] = {}
-        repeated: dict[str, None] = {}
-        for name, value in pairs:
-            if METRIC in allowed and name.startswith(_METRICS):
-                # The sign of equality parts the name and the value; ">" and "<" may stand on either side of it.
-                text = f"{name}={value}" if value else name
-                if text in self._metrics:
-                    repeated[shorten(name)] = None
-                else:
-                    self._metrics.append(text)
-            elif name not in allowed:
-                unknown[repr(shorten(name))] = None
-            elif name in self.given:
-                repeated[name] = None
-            else:
-                self.given[name] = value
-        for name in repeated:
-            self.given.pop(name, None)  # which of its values was meant?
-        self.faults += [f"Query parameter {name} is given more than once; give it once" for name in repeated]
-        if unknown:
-            known = ", ".join(allowed) or "none"
-            self.faults.append(f"Unknown query parameter {', '.join(islice(unknown, _MAX_TOLD))}; known are: {known}")
-
-    def read(self, name: str, parse: Callable[..., Any], *details: object, default: Any = None) -> Any:
-        """Return a parameter's value as `parse(name, text, *details)` reads it, or the default."""
-        if name not in self.given:
-            return default
-        try:
-            return parse(name, self.given[name], *details)
-        except InvalidRequestError as error:
-            self.faults.append(str(error))
-            return default
-
-    def read_filters(self, clock: Callable[[], datetime] = utc_now) -> Filters:
-        """Return the filters; every relative time of a request counts from one reading of the clock."""
-        now = clock()
-        equal: dict[str, tuple[str, ...]] = {}
-        patterns: tuple[Pattern, ...] = ()
-        for name in FILTERS:
-            values, found = self.read(name, _values, default=((), ()))
-            if values:
-                equal[name] = values
-            patterns += found
-        bounds = {name: moment for name in TIME_BOUNDS if (moment := self.read(name, read_moment, now)) is not None}
-        shortest = self.read("min_duration_ms", read_integer, 0, MAX_INTEGER)
-        error = self.read("error", read_text)
-        metrics = []
-        for text in self._metrics:
-            try:
-                metrics.append(_comparison(text))
-            except InvalidRequestError as fault:
-                self.faults.append(str(fault))
-        return Filters(equal, bounds, patterns, shortest, error, tuple(metrics), self.read("q", _words))
-
-    def finish(self) -> None:
-        """Tell every fault.
-
-        Raises:
-            InvalidRequestError: if there is one.
-
-        """
-        if self.faults:
-            raise InvalidRequestError(". ".join(self.faults))
-
-
-def parse_filters(
-    query_string: str, others: tuple[str, ...] = (), clock: Callable[[], datetime] = utc_now
-) -> tuple[Filters, dict[str, str]]:
-    """Read a query string of filters and of some other parameters; return these as they are.
-
-    Raises:
-        InvalidRequestError: with a sentence for each fault that names the parameter, the value and what is allowed.
-
-    """
-    parameters = Parameters(query_string, (*PARAMETERS, *others))
-    filters = parameters.read_filters(clock)
-    parameters.finish()
-    return filters, {name: text for name, text in parameters.given.items() if name in others}
-
-
-def refuse(name: str, value: str, allowed: str) -> InvalidRequestError:
-    """Return the error for a parameter's value, which says what would be allowed."""
-    return InvalidRequestError(f"Invalid {name}: {shorten(value)!r}; it must be {allowed}")
-
-
 # --- Values --------------------------------------------------------------------------------------
-
-_NAME: Final = TypeAdapter(Name)
-
-
-def read_text(name: str, value: str) -> str:
-    """Read a text of some length without NUL; raise InvalidRequestError if it is none."""
-    try:
-        return _NAME.validate_python(value)
-    except ValidationError as error:
-        raise refuse(name, value, f"1 to {MAX_TEXT} characters, not only blanks, without NUL") from error
 
 
 def _status(name: str, value: str) -> str:
@@ -308,7 +176,7 @@ def _status(name: str, value: str) -> str:
 _PARSERS: Final = {"status": _status}
 
 
-def _values(name: str, text: str) -> tuple[tuple[str, ...], tuple[Pattern, ...]]:
+def _read_values(name: str, text: str, now: datetime) -> Values:
     """Return a filter's values and its patterns, each once."""
     parse = _PARSERS.get(name, read_text)
     values: dict[str, None] = {}
@@ -325,38 +193,7 @@ def _values(name: str, text: str) -> tuple[tuple[str, ...], tuple[Pattern, ...]]
     return tuple(values), tuple(patterns)
 
 
-# A "+" that was not percent-encoded arrives as a blank: "…T10:00:00 00:00" can only mean "+00:00".
-_LOST_PLUS: Final = re.compile(r"([Tt ]\d\d[\d:.,]*) (\d\d:?\d\d)", re.ASCII)
-
-_RELATIVE: Final = re.compile(r"now|-(\d{1,9})([smhdw])", re.ASCII)
-_UNITS: Final = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
-
-
-def read_moment(name: str, value: str, now: datetime) -> str:
-    """Read a date and time, or a time before now such as `-2h`, in the stored form; `now` is now.
-
-    Raises:
-        InvalidRequestError: if it is neither.
-
-    """
-    try:
-        if relative := _RELATIVE.fullmatch(value):
-            ago = timedelta(**{_UNITS[relative[2]]: int(relative[1])}) if relative[1] else timedelta()
-            return format_timestamp(now - ago)
-        return canonical_timestamp(_LOST_PLUS.sub(r"\1+\2", value))
-    except (ValueError, OverflowError) as error:
-        allowed = "an ISO 8601 date and time such as 2025-12-24T10:00:00Z, an age such as -24h or -30d, or now"
-        raise refuse(name, value, allowed) from error
-
-
-def read_integer(name: str, value: str, low: int, high: int) -> int:
-    """Read an integer within bounds; raise InvalidRequestError if it is none."""
-    if re.fullmatch(r"[0-9]{1,19}", value) is None or not low <= int(value) <= high:
-        raise refuse(name, value, f"an integer from {low} to {high}")
-    return int(value)
-
-
-def _words(name: str, value: str) -> str:
+def _read_words(name: str, value: str, now: datetime) -> str:
     text = read_text(name, value)
     if re.search(r"[^\W_]", text) is None:
         raise refuse(name, value, 'words, prefix* or "phrases" with letters or digits')
@@ -395,3 +232,84 @@ def _metric(name: str, value: str) -> str | float | bool:
     if number - number != 0.0:
         raise refuse(name, value, "a number of 64 bits")
     return number
+
+
+# --- The parameters that are filters -------------------------------------------------------------
+
+Values = tuple[tuple[str, ...], tuple[Pattern, ...]]
+"""The values of a filter, and its patterns."""
+
+
+def _choosing(name: str) -> Parameter[Values]:
+    """Return the parameter that chooses by the value of a field."""
+    wildcards = ", in which * stands for any text" if name == WILDCARD else ""
+    text = (
+        f"Only this {name}, or one of several with commas between them{wildcards}. {Run.model_fields[name].description}"
+    )
+    one: dict[str, Any] = (
+        {"type": "string", "enum": [str(status) for status in Status]}
+        if name == "status"
+        else {"type": "string", "minLength": 1}
+    )
+    return Parameter(name, text, one, _read_values)
+
+
+METRIC_PARAMETER: Final[Parameter[Comparison]] = Parameter(
+    METRIC,
+    "Only runs with such a value in metrics_json. NAME is its key (with dots for keys inside of keys), and the "
+    f"sign may also be another one of {' '.join(OPERATORS)}: metrics.tokens>1000.",
+    TEXT,
+    lambda name, text, now: _comparison(text),
+)
+CHOOSING: Final = {name: _choosing(name) for name in FILTERS}
+"""The parameters that choose by the value of a field, by the field's name."""
+BOUNDING: Final = {
+    name: moment(name, f"Only runs with {column} {comparison} this: a moment, now, or a time ago such as -2h.")
+    for name, (column, comparison) in TIME_BOUNDS.items()
+}
+MIN_DURATION: Final = integer("min_duration_ms", "Only runs that took so many milliseconds or more.")
+ERROR: Final = Parameter(
+    "error", "Only runs whose error_summary or error_details holds this text, in any case.", TEXT, read_text
+)
+WORDS: Final = Parameter(
+    "q", 'Only runs with these words, prefix* and "phrases" in their summaries or errors.', TEXT, _read_words
+)
+
+PARAMETERS: Final[tuple[Parameter[Any], ...]] = (
+    *CHOOSING.values(),
+    *BOUNDING.values(),
+    MIN_DURATION,
+    ERROR,
+    METRIC_PARAMETER,
+    WORDS,
+)
+"""Every parameter that is a filter, in the order in which faults are told."""
+
+
+def read_filters(given: Given) -> Filters:
+    """Return the filters that a query string holds."""
+    equal: dict[str, tuple[str, ...]] = {}
+    patterns: tuple[Pattern, ...] = ()
+    for name, parameter in CHOOSING.items():
+        values, found = given.value(parameter, ((), ()))
+        if values:
+            equal[name] = values
+        patterns += found
+    bounds = {name: moment for name, bound in BOUNDING.items() if (moment := given.get(bound)) is not None}
+    shortest, error = given.get(MIN_DURATION), given.get(ERROR)
+    metrics = [given.attempt(_comparison, text) for text in given.prefixed.get(_METRICS, ())]
+    compared = tuple(metric for metric in metrics if metric is not None)
+    return Filters(equal, bounds, patterns, shortest, error, compared, given.get(WORDS))
+
+
+def parse_filters(query_string: str, clock: Callable[[], datetime] = utc_now) -> Filters:
+    """Read a query string of filters alone.
+
+    Raises:
+        InvalidRequestError: with a sentence for each fault that names the parameter, the value and what is allowed.
+
+    """
+    given = Given(query_string, PARAMETERS, clock())
+    filters = read_filters(given)
+    given.finish()
+    return filters

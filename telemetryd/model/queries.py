@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import StrEnum
-from typing import Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 from urllib.parse import urlencode
 
 import orjson
@@ -19,7 +19,8 @@ from telemetryd.model import clocks, filters
 from telemetryd.model.clocks import Reading
 from telemetryd.model.commands import Process
 from telemetryd.model.events import EventPage
-from telemetryd.model.filters import Filters, Parameters, read_integer, refuse
+from telemetryd.model.filters import Filters
+from telemetryd.model.parameters import Given, Parameter, integer, refuse, word
 from telemetryd.model.runs import ANSWERED, COLUMNS, needed
 from telemetryd.model.values import MAX_INTEGER, Row, canonical_timestamp, utc_now
 
@@ -30,9 +31,6 @@ _ANY_CURSOR: Final = "a cursor from the Link header of an earlier answer"
 
 EVENTS: Final = "events"
 """What `include` may ask for besides the run itself."""
-
-PARAMETERS: Final = (*filters.PARAMETERS, "sort", "fields", "count", "limit", "offset", "cursor", "include")
-
 
 SORTED: Final = ("created_at", "start_time")
 """The fields in whose order runs can be answered: those with an index in that order."""
@@ -342,38 +340,17 @@ class Counts:
     """Whether they are those of an earlier answer, because nothing has changed since."""
 
 
-def parse_list(query_string: str, clock: Callable[[], datetime] = utc_now) -> ListRuns:
-    """Read the query string of `GET /api/v1/runs`; relative times count from one reading of the clock.
-
-    Raises:
-        InvalidRequestError: with a sentence for each fault that names the parameter, the value and what is allowed.
-
-    """
-    parameters = Parameters(query_string, PARAMETERS)
-    query = ListRuns(
-        parameters.read_filters(clock),
-        parameters.read("limit", read_integer, 1, MAX_LIMIT, default=DEFAULT_LIMIT),
-        parameters.read("offset", read_integer, 0, MAX_INTEGER, default=0),
-        with_events=parameters.read("include", _include, default=False),
-        order=parameters.read("sort", _order, default=Order()),
-        fields=parameters.read("fields", _fields, default=()),
-        count=parameters.read("count", _count),
-    )
-    cursor = parameters.given.get("cursor")
-    if cursor is not None and query.offset:
-        parameters.faults.append("Use either cursor or offset, not both: a cursor already says where to go on")
-    parameters.finish()
-    return query if cursor is None else replace(query, after=query.position(cursor))
+# --- Query strings -------------------------------------------------------------------------------
 
 
-def _order(name: str, value: str) -> Order:
+def _read_order(name: str, value: str, now: datetime) -> Order:
     order = Order(value.removeprefix("-"), descending=value.startswith("-"))
     if order.column not in SORTED:
         raise refuse(name, value, f"one of {', '.join(SORTED)}, with a minus before it for the last ones first")
     return order
 
 
-def _fields(name: str, value: str) -> tuple[str, ...]:
+def _read_fields(name: str, value: str, now: datetime) -> tuple[str, ...]:
     asked = tuple(dict.fromkeys(value.split(",")))
     for field_name in asked:
         if field_name not in ANSWERED:
@@ -381,13 +358,66 @@ def _fields(name: str, value: str) -> tuple[str, ...]:
     return asked
 
 
-def _count(name: str, value: str) -> Count:
-    if value not in set(Count):
-        raise refuse(name, value, " or ".join(Count))
-    return Count(value)
+SORT: Final = Parameter(
+    "sort",
+    "In which order; a minus means the last ones first.",
+    {"type": "string", "enum": [order for column in SORTED for order in (f"-{column}", column)]},
+    _read_order,
+)
+FIELDS: Final = Parameter(
+    "fields",
+    "Only these fields of each run, with commas between them.",
+    {"type": "string", "pattern": "^({0})(,({0}))*$".format("|".join(ANSWERED))},
+    _read_fields,
+)
+COUNT: Final = word(
+    "count",
+    "Tell in X-Total-Count how many runs match, and in X-Total-Count-Accuracy if that is exact, an estimate, "
+    "or at-least what was counted.",
+    Count,
+    " or ".join(Count),
+)
+LIMIT: Final = integer("limit", "Runs in one answer.", 1, MAX_LIMIT, DEFAULT_LIMIT)
+OFFSET: Final = integer("offset", "Runs to skip; following the Link header is surer.", 0, MAX_INTEGER, 0)
+CURSOR: Final = Parameter(
+    "cursor",
+    "Where to go on, from the Link header of an earlier answer.",
+    {"type": "string"},
+    lambda _, text, now: text,
+)
+INCLUDE: Final = word("include", "Show each run's first events as well.", (EVENTS,))
+LIST: Final[tuple[Parameter[Any], ...]] = (*filters.PARAMETERS, SORT, FIELDS, COUNT, LIMIT, OFFSET, CURSOR, INCLUDE)
+"""The parameters of `GET /api/v1/runs`."""
 
 
-EXPORT_PARAMETERS: Final = (*filters.PARAMETERS, "format", "include")
+def parse_list(query_string: str, clock: Callable[[], datetime] = utc_now) -> ListRuns:
+    """Read the query string of `GET /api/v1/runs`; relative times count from one reading of the clock.
+
+    Raises:
+        InvalidRequestError: with a sentence for each fault that names the parameter, the value and what is allowed.
+
+    """
+    given = Given(query_string, LIST, clock())
+    query = ListRuns(
+        filters.read_filters(given),
+        given.value(LIMIT, DEFAULT_LIMIT),
+        given.value(OFFSET, 0),
+        with_events=given.get(INCLUDE) is not None,
+        order=given.value(SORT, Order()),
+        fields=given.value(FIELDS, ()),
+        count=given.get(COUNT),
+    )
+    cursor = given.get(CURSOR)
+    if cursor is not None and query.offset:
+        given.faults.append("Use either cursor or offset, not both: a cursor already says where to go on")
+    given.finish()
+    return query if cursor is None else replace(query, after=query.position(cursor))
+
+
+FORMAT: Final = word("format", "Overrules the Accept header; without either it is ndjson.", Format)
+ALL_EVENTS: Final = INCLUDE.described("Show each run's events as well, all of them; only with ndjson.")
+EXPORT: Final[tuple[Parameter[Any], ...]] = (*filters.PARAMETERS, FORMAT, ALL_EVENTS)
+"""The parameters of `GET /api/v1/runs/export`."""
 
 
 def parse_export(query_string: str, accept: str, clock: Callable[[], datetime] = utc_now) -> ExportRuns:
@@ -397,53 +427,29 @@ def parse_export(query_string: str, accept: str, clock: Callable[[], datetime] =
         InvalidRequestError: with a sentence for each fault that names the parameter, the value and what is allowed.
 
     """
-    parameters = Parameters(query_string, EXPORT_PARAMETERS)
+    given = Given(query_string, EXPORT, clock())
     accepted = next((form for form in Format if MEDIA_TYPES[form] in accept.lower()), Format.NDJSON)
-    form = parameters.read("format", _format, default=accepted)
-    with_events = parameters.read("include", _include, default=False)
+    form = given.value(FORMAT, accepted)
+    with_events = given.get(ALL_EVENTS) is not None
     if with_events and form is not Format.NDJSON:
         allowed = f"left out with format={form}: only ndjson has room for events"
-        parameters.faults.append(str(refuse("include", EVENTS, allowed)))
-    query = ExportRuns(parameters.read_filters(clock), form, with_events=with_events)
-    parameters.finish()
+        given.faults.append(str(refuse(INCLUDE.name, EVENTS, allowed)))
+    query = ExportRuns(filters.read_filters(given), form, with_events=with_events)
+    given.finish()
     return query
 
 
-def _format(name: str, value: str) -> Format:
-    if value not in list(Format):
-        raise refuse(name, value, f"one of {', '.join(Format)}")
-    return Format(value)
+EVENT_LIMIT: Final = LIMIT.described("Events in one answer.")
+EVENT_OFFSET: Final = OFFSET.described("Events to skip; following the Link header is surer.")
 
 
-def parse_event_list(query_string: str, event_id: str) -> ListEvents:
-    """Read the query string of `GET /api/v1/runs/{event_id}/events`.
-
-    Raises:
-        InvalidRequestError: with one sentence that names the parameter, the value and what is allowed.
-
-    """
-    parameters = Parameters(query_string, ("limit", "offset", "sort", "cursor"))
-    query = ListEvents(
-        event_id,
-        parameters.read("limit", read_integer, 1, MAX_LIMIT, default=DEFAULT_LIMIT),
-        parameters.read("offset", read_integer, 0, MAX_INTEGER, default=0),
-        parameters.read("sort", _order_of_events, default=False),
-        parameters.read("cursor", _event_place),
-        not parameters.given.keys().isdisjoint(("sort", "cursor")),
-    )
-    if query.after is not None and query.offset:
-        parameters.faults.append("Use either cursor or offset, not both: a cursor already says where to go on")
-    parameters.finish()
-    return query
-
-
-def _order_of_events(name: str, value: str) -> bool:
+def _read_order_of_events(name: str, value: str, now: datetime) -> bool:
     if value not in (TIMESTAMP, f"-{TIMESTAMP}"):
         raise refuse(name, value, f"{TIMESTAMP} or -{TIMESTAMP}")
     return value.startswith("-")
 
 
-def _event_place(name: str, value: str) -> EventPlace:
+def _read_event_place(name: str, value: str, now: datetime) -> EventPlace:
     if (match := _EVENT_CURSOR.fullmatch(value)) is None or (id_ := int(match[2])) > MAX_INTEGER:
         raise refuse(
             name, value, "the timestamp and the id of an event, with a comma between them, as in a Link header"
@@ -451,30 +457,74 @@ def _event_place(name: str, value: str) -> EventPlace:
     return match[1], id_
 
 
-def parse_include(query_string: str) -> bool:
+EVENT_SORT: Final = Parameter(
+    "sort",
+    "In which order; a minus means the last ones first.",
+    {"type": "string", "enum": [TIMESTAMP, f"-{TIMESTAMP}"]},
+    _read_order_of_events,
+)
+EVENT_CURSOR: Final = Parameter(
+    "cursor",
+    "Where to go on: timestamp and id of an event, as in the Link header.",
+    {"type": "string"},
+    _read_event_place,
+)
+LIST_EVENTS: Final[tuple[Parameter[Any], ...]] = (EVENT_LIMIT, EVENT_OFFSET, EVENT_SORT, EVENT_CURSOR)
+"""The parameters of `GET /api/v1/runs/{event_id}/events`."""
+
+
+def parse_event_list(query_string: str, event_id: str, clock: Callable[[], datetime] = utc_now) -> ListEvents:
+    """Read the query string of `GET /api/v1/runs/{event_id}/events`.
+
+    Raises:
+        InvalidRequestError: with a sentence for each fault that names the parameter, the value and what is allowed.
+
+    """
+    given = Given(query_string, LIST_EVENTS, clock())
+    query = ListEvents(
+        event_id,
+        given.value(EVENT_LIMIT, DEFAULT_LIMIT),
+        given.value(EVENT_OFFSET, 0),
+        given.value(EVENT_SORT, False),
+        given.get(EVENT_CURSOR),
+        not given.texts.keys().isdisjoint((EVENT_SORT.name, EVENT_CURSOR.name)),
+    )
+    if query.after is not None and query.offset:
+        given.faults.append("Use either cursor or offset, not both: a cursor already says where to go on")
+    given.finish()
+    return query
+
+
+GET: Final[tuple[Parameter[Any], ...]] = (INCLUDE,)
+"""The parameters of `GET /api/v1/runs/{event_id}`."""
+
+
+def parse_include(query_string: str, clock: Callable[[], datetime] = utc_now) -> bool:
     """Read the query string of `GET /api/v1/runs/{event_id}`; tell whether it asks for the events.
 
     Raises:
         InvalidRequestError: with one sentence that names the parameter, the value and what is allowed.
 
     """
-    given = parse_parameters(query_string, ("include",))
-    return "include" in given and _include("include", given["include"])
+    given = Given(query_string, GET, clock())
+    with_events = given.get(INCLUDE) is not None
+    given.finish()
+    return with_events
 
 
-def _include(name: str, value: str) -> bool:
-    if value != EVENTS:
-        raise refuse(name, value, EVENTS)
-    return True
+METRICS_FORMAT: Final = word("format", "Overrules the Accept header.", ("json", "prometheus"), "json or prometheus")
+METRICS: Final[tuple[Parameter[Any], ...]] = (METRICS_FORMAT,)
+"""The parameters of `GET /metrics`."""
 
 
-def parse_parameters(query_string: str, allowed: tuple[str, ...]) -> dict[str, str]:
-    """Split a query string strictly: valid UTF-8, known names, each once.
+def parse_metrics(query_string: str, accepted: str, clock: Callable[[], datetime] = utc_now) -> str:
+    """Read the query string of `GET /metrics`; without a format there, it is the one that the client accepts.
 
     Raises:
-        InvalidRequestError: with a sentence for each fault that names the parameter and what is allowed.
+        InvalidRequestError: with a sentence for each fault that names the parameter, the value and what is allowed.
 
     """
-    parameters = Parameters(query_string, allowed)
-    parameters.finish()
-    return parameters.given
+    given = Given(query_string, METRICS, clock())
+    form = given.value(METRICS_FORMAT, accepted)
+    given.finish()
+    return form

@@ -13,7 +13,8 @@ from typing import Any, Final, Literal, NamedTuple
 
 from telemetryd.errors import InvalidRequestError
 from telemetryd.git_urls import commit_url
-from telemetryd.model.filters import Filters, Parameters, read_moment
+from telemetryd.model.filters import CHOOSING, Filters, read_filters
+from telemetryd.model.parameters import Given, Parameter, moment
 from telemetryd.model.queries import Query
 from telemetryd.model.values import shorten
 
@@ -35,7 +36,6 @@ MEND_ALPHA: Final = 0.5
 """How unlikely by chance a mend must be to keep a commit from being told: hardly, so that none is told anew."""
 SHOWN: Final = 5
 """How many runs a finding names."""
-PARAMETERS: Final = ("agent_name", "job_type", "from", "to")
 
 Measure = Literal["success_rate", "duration"]
 MEASURES: Final[tuple[Measure, ...]] = ("success_rate", "duration")
@@ -122,6 +122,13 @@ class Findings:
     """Pairs of agent and job type with runs of at least two commits."""
 
 
+_ANY_MOMENT: Final = "An ISO 8601 date and time, a time before now such as -30d, or now."
+FROM: Final = moment("from", f"{_ANY_MOMENT} The first moment of created_at.", "-30d")
+TO: Final = moment("to", f"{_ANY_MOMENT} Not included.", "now")
+PARAMETERS: Final[tuple[Parameter[Any], ...]] = (CHOOSING["agent_name"], CHOOSING["job_type"], FROM, TO)
+"""The parameters of `GET /api/v1/regressions`."""
+
+
 def parse(query_string: str, now: datetime) -> FindRegressions:
     """Read the query string of `GET /api/v1/regressions`.
 
@@ -129,17 +136,14 @@ def parse(query_string: str, now: datetime) -> FindRegressions:
         InvalidRequestError: with a sentence for each fault that names the parameter, its value and what is allowed.
 
     """
-    parameters = Parameters(query_string, PARAMETERS)
-    filters = parameters.read_filters(lambda: now)
-    start, end = (
-        parameters.read(name, lambda name, text: read_moment(name, text, now), default=read_moment(name, usual, now))
-        for name, usual in (("from", "-30d"), ("to", "now"))
-    )
-    if start >= end and not parameters.faults:
-        given = shorten(parameters.given.get("from", "-30d")), shorten(parameters.given.get("to", "now"))
-        raise InvalidRequestError(f"Invalid from: {given[0]!r}; it must be before to ({given[1]!r})")
-    parameters.finish()
-    return FindRegressions(filters, start, end)
+    given = Given(query_string, PARAMETERS, now)
+    filters = read_filters(given)
+    start, end = given.get(FROM), given.get(TO)
+    if start is not None and end is not None and start >= end and not given.faults:
+        begin, until = (shorten(str(given.texts.get(each.name, each.default))) for each in (FROM, TO))
+        raise InvalidRequestError(f"Invalid from: {begin!r}; it must be before to ({until!r})")
+    given.finish()
+    return FindRegressions(filters, str(start), str(end))
 
 
 def to_json(query: FindRegressions, findings: Findings) -> dict[str, Any]:

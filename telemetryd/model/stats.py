@@ -12,14 +12,14 @@ from typing import Any, Final
 
 from telemetryd.errors import InvalidRequestError
 from telemetryd.model import sketches
-from telemetryd.model.filters import WILDCARD, Filters, Parameters, read_moment, refuse
+from telemetryd.model.filters import CHOOSING, WILDCARD, Filters, read_filters
+from telemetryd.model.parameters import Given, Parameter, read_moment, refuse
 from telemetryd.model.queries import Query
 from telemetryd.model.values import MAX_INTEGER, Status, shorten
 
 NAMES: Final = ("agent_name", "job_type", "status")
 """What runs can be grouped by and filtered by, in the order in which a cell is named."""
 ITEMS: Final = ("items_discovered", "items_succeeded", "items_failed", "items_skipped")
-PARAMETERS: Final = ("group_by", "bucket", "from", "to", *NAMES)
 FACTS: Final = ("created_at", *NAMES, *ITEMS, "duration_ms")
 """What the statistics need to know of a run."""
 PERCENTS: Final = (50, 95, 99)
@@ -87,29 +87,6 @@ def hour_number(text: str) -> int:
         return 0
 
 
-def parse(query_string: str, now: datetime) -> GetStats:
-    """Read the query string of `GET /api/v1/stats`.
-
-    Raises:
-        InvalidRequestError: with a sentence for each fault that names the parameter, the value and what is allowed.
-
-    """
-    parameters = Parameters(query_string, PARAMETERS)
-    begin, end = parameters.given.setdefault("from", "-24h"), parameters.given.setdefault("to", "now")
-    query = GetStats(
-        parameters.read("from", _hour, now, default=_FIRST_HOUR),
-        parameters.read("to", _next_hour, now, default=_LAST_HOUR),
-        parameters.read("group_by", _group_by, default=()),
-        parameters.given.get("bucket"),
-        parameters.read("bucket", _bucket),
-        parameters.read_filters(lambda: now),
-    )
-    parameters.finish()
-    if query.start >= query.end:
-        raise refuse("from", begin, f"before to ({shorten(end)!r})")
-    return query
-
-
 def _hour(name: str, value: str, now: datetime) -> int:
     """Return the hour that a moment is in."""
     return max((datetime.fromisoformat(read_moment(name, value, now)) - _EPOCH) // _HOUR, _FIRST_HOUR)
@@ -120,18 +97,68 @@ def _next_hour(name: str, value: str, now: datetime) -> int:
     return min(-((_EPOCH - datetime.fromisoformat(read_moment(name, value, now))) // _HOUR), _LAST_HOUR)
 
 
-def _group_by(name: str, value: str) -> tuple[str, ...]:
+def _group_by(name: str, value: str, now: datetime) -> tuple[str, ...]:
     names = tuple(value.split(","))
     if not set(names) <= set(NAMES) or len(set(names)) < len(names):
         raise refuse(name, value, f"some of {', '.join(NAMES)}, each once, separated by commas")
     return names
 
 
-def _bucket(name: str, value: str) -> int:
+def _bucket(name: str, value: str, now: datetime) -> int:
     match = _BUCKET.fullmatch(value)
     if match is None:
         raise refuse(name, value, "a number of hours, days or weeks such as 1h, 6h, 1d or 2w")
     return int(match[1]) * _BUCKET_HOURS[match[2]]
+
+
+_ANY_MOMENT: Final = "An ISO 8601 date and time, an age such as -24h or -30d, or now."
+FROM: Final = Parameter(
+    "from", f"{_ANY_MOMENT} Rounded down to the hour.", {"type": "string", "default": "-24h"}, _hour, "-24h"
+)
+TO: Final = Parameter(
+    "to",
+    f"{_ANY_MOMENT} Rounded up to the hour; not included.",
+    {"type": "string", "default": "now"},
+    _next_hour,
+    "now",
+)
+GROUP_BY: Final = Parameter(
+    "group_by",
+    f"Some of {', '.join(NAMES)}, separated by commas; without it there is one group.",
+    {"type": "string", "pattern": "^({0})(,({0}))*$".format("|".join(NAMES))},
+    _group_by,
+)
+BUCKET: Final = Parameter(
+    "bucket",
+    "Groups by time as well: a number of hours, days or weeks. Buckets are counted from 1970-01-01T00:00:00Z.",
+    {"type": "string", "pattern": "^[1-9][0-9]{0,4}[hdw]$"},
+    _bucket,
+)
+PARAMETERS: Final[tuple[Parameter[Any], ...]] = (GROUP_BY, BUCKET, FROM, TO, *(CHOOSING[name] for name in NAMES))
+"""The parameters of `GET /api/v1/stats`."""
+
+
+def parse(query_string: str, now: datetime) -> GetStats:
+    """Read the query string of `GET /api/v1/stats`.
+
+    Raises:
+        InvalidRequestError: with a sentence for each fault that names the parameter, the value and what is allowed.
+
+    """
+    given = Given(query_string, PARAMETERS, now)
+    query = GetStats(
+        given.value(FROM, _FIRST_HOUR),
+        given.value(TO, _LAST_HOUR),
+        given.value(GROUP_BY, ()),
+        given.texts.get(BUCKET.name),
+        given.get(BUCKET),
+        read_filters(given),
+    )
+    given.finish()
+    if query.start >= query.end:
+        begin, end = (given.texts.get(each.name, each.default) for each in (FROM, TO))
+        raise refuse(FROM.name, str(begin), f"before to ({shorten(str(end))!r})")
+    return query
 
 
 class _Group:

@@ -17,8 +17,6 @@ from telemetryd import SERVER_HEADER, flow
 from telemetryd.model import (
     changes,
     events,
-    filters,
-    queries,
     regressions,
     requests,
     rules,
@@ -27,6 +25,7 @@ from telemetryd.model import (
     stats,
     values,
 )
+from telemetryd.model.parameters import Parameter
 
 _REF: Final = "#/components/schemas/{model}"
 Schema = dict[str, Any]
@@ -43,7 +42,10 @@ class Operation:
     body_types: tuple[str, ...] = ()
     example: object = None
     """A body that works; a list is one item a line for NDJSON."""
-    parameters: tuple[Schema, ...] = ()
+    parameters: tuple[Parameter[Any], ...] = ()
+    """Those of the query string."""
+    other_parameters: tuple[Schema, ...] = ()
+    """Those of headers."""
     answers: dict[int, tuple[str, Schema]] = field(default_factory=dict)
     answer_type: str = "application/json"
     """The media type of a successful answer."""
@@ -109,147 +111,14 @@ _SERVER: Final = {
         "example": "telemetryd/4",
     }
 }
+LAST_EVENT_ID: Final[Schema] = {
+    "name": "Last-Event-ID",
+    "in": "header",
+    "required": False,
+    "description": "As after, which it overrules; a browser that comes back sends it by itself.",
+    "schema": {**changes.AFTER.schema},
+}
 _EVERYWHERE: Final = (401, 403, 429, 500)
-
-
-def _parameter(name: str, text: str, schema: Schema) -> Schema:
-    return {"name": name, "in": "query", "required": False, "description": text, "schema": schema}
-
-
-def list_parameters() -> tuple[Schema, ...]:
-    """Return the query parameters of `GET /api/v1/runs`, from the definition of a run and of a query."""
-    orders = [order for column in queries.SORTED for order in (f"-{column}", column)]
-    shape: tuple[tuple[str, str, Schema], ...] = (
-        ("sort", "In which order; a minus means the last ones first.", {"type": "string", "enum": orders}),
-        ("fields", "Only these fields of each run, with commas between them.", _FIELDS),
-        (
-            "count",
-            "Tell in X-Total-Count how many runs match, and in X-Total-Count-Accuracy if that is exact, an estimate, "
-            "or at-least what was counted.",
-            {"type": "string", "enum": [str(count) for count in queries.Count]},
-        ),
-    )
-    cursor = _parameter("cursor", "Where to go on, from the Link header of an earlier answer.", {"type": "string"})
-    parts = (_parameter(*part) for part in shape)
-    return (*filter_parameters(), *parts, *page_parameters("Runs"), cursor, INCLUDE)
-
-
-def filter_parameters() -> tuple[Schema, ...]:
-    """Return the query parameters that are filters."""
-    fields = runs.Run.model_fields
-    stored = _schemas()["Run"]["properties"]
-    described: list[tuple[str, str, Schema]] = [
-        (name, f"{_filter_text(name)} {fields[name].description}", _values_schema(stored[name], name))
-        for name in runs.FILTERS
-    ]
-    described += [
-        (name, f"Only runs with {column} {comparison} this: a moment, now, or a time ago such as -2h.", _MOMENT)
-        for name, (column, comparison) in filters.TIME_BOUNDS.items()
-    ]
-    described += [
-        ("min_duration_ms", "Only runs that took so many milliseconds or more.", _PLAIN_INTEGER),
-        ("error", "Only runs whose error_summary or error_details holds this text, in any case.", _PLAIN_TEXT),
-        (
-            filters.METRIC,
-            "Only runs with such a value in metrics_json. NAME is its key (with dots for keys inside of keys), and the "
-            f"sign may also be another one of {' '.join(filters.OPERATORS)}: metrics.tokens>1000.",
-            _PLAIN_TEXT,
-        ),
-        ("q", 'Only runs with these words, prefix* and "phrases" in their summaries or errors.', _PLAIN_TEXT),
-    ]
-    return tuple(_parameter(*parts) for parts in described)
-
-
-def change_parameters() -> tuple[Schema, ...]:
-    """Return the query parameters of `GET /api/v1/changes`."""
-    return (
-        _AFTER,
-        _parameter(
-            "begun",
-            "Of whoever began without after: the newest of the first answer. Deletions before it do not matter then.",
-            _PLAIN_INTEGER,
-        ),
-        _parameter(
-            "events_after",
-            "Also answer the events of runs whose id is larger, in its order: 0 for all of them.",
-            _PLAIN_INTEGER,
-        ),
-        page_parameters("Changes")[0],
-        _parameter(
-            "wait",
-            "Seconds to wait for a change if there is none behind after.",
-            {"type": "integer", "minimum": 0, "maximum": changes.MAX_WAIT_S, "default": 0},
-        ),
-    )
-
-
-def stream_parameters() -> tuple[Schema, ...]:
-    """Return the parameters of `GET /api/v1/runs/stream`."""
-    header = {
-        "name": "Last-Event-ID",
-        "in": "header",
-        "required": False,
-        "description": "As after, which it overrules; a browser that comes back sends it by itself.",
-        "schema": _PLACE,
-    }
-    return (*filter_parameters(), _AFTER, header)
-
-
-def export_parameters() -> tuple[Schema, ...]:
-    """Return the query parameters of `GET /api/v1/runs/export`."""
-    shared = [each for each in list_parameters() if each["name"] in filters.PARAMETERS]
-    form = {"type": "string", "enum": [str(form) for form in queries.Format]}
-    return (
-        *shared,
-        _parameter("format", "Overrules the Accept header; without either it is ndjson.", form),
-        {**INCLUDE, "description": "Show each run's events as well, all of them; only with ndjson."},
-    )
-
-
-_MOMENT: Final[Schema] = {"type": "string", "minLength": 1}
-_PLAIN_TEXT: Final[Schema] = {"type": "string", "minLength": 1, "maxLength": filters.MAX_TEXT}
-_PLAIN_INTEGER: Final[Schema] = {"type": "integer", "minimum": 0, "maximum": values.MAX_INTEGER}
-
-
-_PLACE: Final[Schema] = {"type": "string", "pattern": r"^([0-9a-f]{12}-)?[0-9]{1,18}$"}
-_AFTER: Final[Schema] = _parameter(
-    "after",
-    "Go on behind this number of the commit sequence; with the epoch before it (as in the id of an event) the answer "
-    "tells if the database is another one since.",
-    _PLACE,
-)
-_FIELDS: Final[Schema] = {"type": "string", "pattern": "^({0})(,({0}))*$".format("|".join(runs.ANSWERED))}
-
-
-def _filter_text(name: str) -> str:
-    wildcards = ", in which * stands for any text" if name == filters.WILDCARD else ""
-    return f"Only this {name}, or one of several with commas between them{wildcards}."
-
-
-def _values_schema(stored: Schema, name: str) -> Schema:
-    """Return what one value of a filter is: a status, or a text; several are one string with commas."""
-    return _without_title(stored) if name == "status" else {"type": "string", "minLength": 1}
-
-
-def stats_parameters() -> tuple[Schema, ...]:
-    """Return the query parameters of `GET /api/v1/stats`."""
-    moment = "An ISO 8601 date and time, an age such as -24h or -30d, or now."
-    names = "|".join(stats.NAMES)
-    return (
-        _parameter(
-            "group_by",
-            f"Some of {', '.join(stats.NAMES)}, separated by commas; without it there is one group.",
-            {"type": "string", "pattern": f"^({names})(,({names}))*$"},
-        ),
-        _parameter(
-            "bucket",
-            "Groups by time as well: a number of hours, days or weeks. Buckets are counted from 1970-01-01T00:00:00Z.",
-            {"type": "string", "pattern": "^[1-9][0-9]{0,4}[hdw]$"},
-        ),
-        _parameter("from", f"{moment} Rounded down to the hour.", {"type": "string", "default": "-24h"}),
-        _parameter("to", f"{moment} Rounded up to the hour; not included.", {"type": "string", "default": "now"}),
-        *(each for each in filter_parameters() if each["name"] in stats.NAMES),
-    )
 
 
 def stats_answer() -> Schema:
@@ -275,18 +144,6 @@ def stats_answer() -> Schema:
             "group_by": {"type": "array", "items": {"enum": list(stats.NAMES)}},
             "groups": {"type": "array", "items": obj({**named, **group}, group)},
         }
-    )
-
-
-def regressions_parameters() -> tuple[Schema, ...]:
-    """Return the query parameters of `GET /api/v1/regressions`."""
-    named = {parameter["name"]: parameter for parameter in filter_parameters()}
-    moment = "An ISO 8601 date and time, a time before now such as -30d, or now."
-    return (
-        named["agent_name"],
-        named["job_type"],
-        _parameter("from", f"{moment} The first moment of created_at.", {"type": "string", "default": "-30d"}),
-        _parameter("to", f"{moment} Not included.", {"type": "string", "default": "now"}),
     )
 
 
@@ -367,35 +224,6 @@ def alerts_answer() -> Schema:
     )
 
 
-def page_parameters(what: str) -> tuple[Schema, ...]:
-    """Return the query parameters that bound an answer."""
-    limit = {"type": "integer", "minimum": 1, "maximum": queries.MAX_LIMIT, "default": queries.DEFAULT_LIMIT}
-    offset = {"type": "integer", "minimum": 0, "maximum": values.MAX_INTEGER, "default": 0}
-    return (
-        _parameter("limit", f"{what} in one answer.", limit),
-        _parameter("offset", f"{what} to skip; following the Link header is surer.", offset),
-    )
-
-
-INCLUDE: Final[Schema] = _parameter(
-    "include", "Show each run's first events as well.", {"type": "string", "enum": [queries.EVENTS]}
-)
-
-
-EVENT_ORDER: Final = (
-    _parameter(
-        "sort",
-        "In which order; a minus means the last ones first.",
-        {"type": "string", "enum": [queries.TIMESTAMP, f"-{queries.TIMESTAMP}"]},
-    ),
-    _parameter("cursor", "Where to go on: timestamp and id of an event, as in the Link header.", {"type": "string"}),
-)
-
-
-def _without_title(schema: Schema) -> Schema:
-    return {key: value for key, value in schema.items() if key not in ("title", "default", "description")}
-
-
 def document(operations: Iterable[tuple[str, str, Operation]], *, needs_token: bool = False) -> Schema:
     """Return the OpenAPI document for (method, path, operation) of each endpoint."""
     paths: dict[str, Schema] = {}
@@ -439,8 +267,10 @@ def _operation(method: str, path: str, operation: Operation) -> Schema:
     }
     if operation.description:
         described["description"] = operation.description
-    if operation.parameters:
-        described["parameters"] = list(operation.parameters)
+    in_path = [EVENT_ID] if "{event_id}" in path else []
+    parameters = [*in_path, *(each.to_json() for each in operation.parameters), *operation.other_parameters]
+    if parameters:
+        described["parameters"] = parameters
     if operation.body is not None:
         described["requestBody"] = {
             "required": True,
