@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import quote
 
-from telemetryd.model.queries import PARAMETERS
+from telemetryd.model.queries import LIST
 from telemetryd.model.runs import PATCHABLE, STORED
 
 RUNS: Final = "/api/v1/runs"
+_NAMES: Final = tuple(parameter.name for parameter in LIST)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +156,7 @@ class Generator:
         return text.encode("utf-8", "surrogatepass")
 
     def _strange_query(self) -> Generated:
-        names = [self._random.choice((*PARAMETERS, "format", "x", "")) for _ in range(self._random.randrange(1, 4))]
+        names = [self._random.choice((*_NAMES, "format", "x", "")) for _ in range(self._random.randrange(1, 4))]
         values = [self._random.choice((*STRANGE, "%", "%zz", "%ff", "9" * 30, "1e3", "９", "AAAA")) for _ in names]
         pairs = (
             f"{name}={value if self._raw(value) else quote(str(value))}"
