@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
-from functools import cache, partial
-from itertools import islice
-from typing import Any, Final
+from functools import cache
+from typing import Any, Final, TypeVar
 
 import orjson
 from aiohttp import hdrs, web
 
 import telemetryd
 from telemetryd.errors import (
-    BodyTooLargeError,
-    InvalidBodyError,
     InvalidRequestError,
     RunNotFoundError,
 )
-from telemetryd.model import bodies, changes, events, queries, regressions, runs, stats, values
-from telemetryd.model.batches import _LINES, _SLICE_S, _as_it_is, _Batch, _items
+from telemetryd.model import bodies, events, queries, regressions, runs, stats, values
+from telemetryd.model.answers import (
+    BatchStored,
+    CommitAssociated,
+    CommitUrl,
+    EventsStored,
+    Metadata,
+    ProcessWatched,
+    RepoUrl,
+    RunCreated,
+    RunDuplicate,
+    RunUpdated,
+    Totals,
+    Warned,
+)
+from telemetryd.model.batches import read_batch
 from telemetryd.model.commands import CreateEvents, CreateRuns, UpdateRun
 from telemetryd.model.parameters import accept_none
 from telemetryd.model.requests import ProcessRequest
@@ -35,11 +44,13 @@ from telemetryd.services.tails import add_feed, list_changes, stream_runs
 from telemetryd.services.upkeep import Upkeep
 from telemetryd.settings import Settings
 from telemetryd.store import Store
-from telemetryd.web import browsers, openapi, pages
+from telemetryd.web import browsers, openapi, operations, pages
 from telemetryd.web.answers import NOTE, REASON, Handler, json_response
 from telemetryd.web.body import JSON_TYPES, NDJSON_TYPES, Bodies, check_media_type
 from telemetryd.web.middleware import middleware
-from telemetryd.web.openapi import INTEGER, LAST_EVENT_ID, STRING, WARNINGS, Operation, obj, ref
+from telemetryd.web.openapi import Operation
+
+W = TypeVar("W", bound=Warned)
 
 STORE: Final = web.AppKey("store", Store)
 SETTINGS: Final = web.AppKey("settings", Settings)
@@ -59,22 +70,28 @@ async def create_run(request: web.Request) -> web.Response:
     request.app[STORE].check_open()
     body, size = await _json_body(request)
     parsed = runs.parse_run(body)
-    event_id, run_id = parsed.row[runs.EVENT_ID], parsed.row[runs.RUN_ID]
+    event_id, run_id = str(parsed.row[runs.EVENT_ID]), str(parsed.row[runs.RUN_ID])
     created = await request.app[STORE].submit(CreateRuns((parsed.row,), size))
     is_new = created.new[0]
     request.app[METRICS].count_runs(created=int(is_new), duplicate=int(not is_new))
     request[NOTE].say("Run created" if is_new else "Run already exists", event_id=event_id, run_id=run_id)
     if is_new:
-        answer = {"status": "created", "event_id": event_id, "run_id": run_id}
-    else:
-        answer = {"status": "duplicate", "event_id": event_id, "message": "Event already exists (idempotent)"}
-    return json_response(_with_warnings(answer, parsed.ignored), 201 if is_new else 200)
+        stored: RunCreated = {"status": "created", "event_id": event_id, "run_id": run_id}
+        return json_response(_with_warnings(stored, parsed.ignored), 201)
+    known: RunDuplicate = {
+        "status": "duplicate",
+        "event_id": event_id,
+        "message": "Event already exists (idempotent)",
+    }
+    return json_response(_with_warnings(known, parsed.ignored))
 
 
 async def create_batch(request: web.Request) -> web.Response:
     """Store the good runs of a batch in one transaction, and tell of each bad one."""
     request.app[STORE].check_open()
-    batch = await _parse_batch(request)
+    media_type = check_media_type(request, (*JSON_TYPES, *NDJSON_TYPES))
+    async with request.app[BODIES].read(request) as body:
+        batch = await read_batch(body, request.app[SETTINGS].max_batch, is_lines=media_type in NDJSON_TYPES)
     inserted = 0
     if batch.rows:
         created = await request.app[STORE].submit(CreateRuns(tuple(batch.rows), batch.size))
@@ -84,7 +101,7 @@ async def create_batch(request: web.Request) -> web.Response:
     request[NOTE].say(
         "Batch stored", inserted=inserted, duplicates=duplicates, errors=len(batch.errors), total=batch.total
     )
-    answer: dict[str, Any] = {
+    answer: BatchStored = {
         "inserted": inserted,
         "duplicates": duplicates,
         "errors": batch.errors,
@@ -135,9 +152,8 @@ async def update_run(request: web.Request) -> web.Response:
     request[NOTE].say("Run updated", event_id=event_id, fields_updated=list(changes))
     if await request.app[STORE].submit(UpdateRun(event_id, changes, size)) is None:
         raise RunNotFoundError(values.shorten(event_id))
-    return json_response(
-        _with_warnings({"event_id": event_id, "updated": True, "fields_updated": list(changes)}, ignored)
-    )
+    answer: RunUpdated = {"event_id": event_id, "updated": True, "fields_updated": list(changes)}
+    return json_response(_with_warnings(answer, ignored))
 
 
 async def associate_commit(request: web.Request) -> web.Response:
@@ -150,11 +166,11 @@ async def associate_commit(request: web.Request) -> web.Response:
     updated = await request.app[STORE].submit(UpdateRun(event_id, changes, size))
     if updated is None:
         raise RunNotFoundError(values.shorten(event_id))
-    answer = {
+    answer: CommitAssociated = {
         "status": "success",
         "event_id": event_id,
         "run_id": updated.run_id,
-        "commit_hash": changes["git_commit_hash"],
+        "commit_hash": str(changes["git_commit_hash"]),
     }
     return json_response(_with_warnings(answer, ignored))
 
@@ -162,13 +178,15 @@ async def associate_commit(request: web.Request) -> web.Response:
 async def get_commit_url(request: web.Request) -> web.Response:
     """Answer the page of a run's commit."""
     run, _ = await _stored_run(request)
-    return json_response({"commit_url": run["commit_url"]})
+    answer: CommitUrl = {"commit_url": run["commit_url"]}
+    return json_response(answer)
 
 
 async def get_repo_url(request: web.Request) -> web.Response:
     """Answer the page of a run's repository."""
     run, _ = await _stored_run(request)
-    return json_response({"repo_url": run["repo_url"]})
+    answer: RepoUrl = {"repo_url": run["repo_url"]}
+    return json_response(answer)
 
 
 async def _stored_run(request: web.Request, most_events: int = 0) -> tuple[dict[str, Any], events.EventPage]:
@@ -188,8 +206,10 @@ async def _json_body(request: web.Request) -> tuple[object, int]:
         return bodies.parse_body(body), len(body)
 
 
-def _with_warnings(answer: dict[str, Any], ignored: tuple[str, ...]) -> dict[str, Any]:
-    return {**answer, "warnings": runs.ignored_field_warnings(ignored)} if ignored else answer
+def _with_warnings(answer: W, ignored: tuple[str, ...]) -> W:
+    if ignored:
+        answer["warnings"] = runs.ignored_field_warnings(ignored)
+    return answer
 
 
 # --- Events --------------------------------------------------------------------------------------
@@ -204,7 +224,7 @@ async def create_events(request: web.Request) -> web.Response:
     created = await request.app[STORE].submit(CreateEvents(event_id, parsed.rows, size))
     if created is None:
         raise RunNotFoundError(values.shorten(event_id))
-    answer = {"inserted": created.inserted, "duplicates": len(parsed.rows) - created.inserted}
+    answer: EventsStored = {"inserted": created.inserted, "duplicates": len(parsed.rows) - created.inserted}
     request.app[METRICS].count_events(created=answer["inserted"], duplicate=answer["duplicates"])
     request[NOTE].say("Events stored", event_id=event_id, **answer)
     return json_response(_with_warnings(answer, parsed.ignored), 201)
@@ -241,7 +261,7 @@ async def register_process(request: web.Request) -> web.Response:
     wanted: ProcessRequest = bodies.validate(ProcessRequest, body)
     request[NOTE].say("Process registered", event_id=event_id, pid=wanted.pid)
     await request.app[CERTIFICATES].register(event_id, wanted)
-    answer = {"event_id": event_id, "pid": wanted.pid, "watched": True}
+    answer: ProcessWatched = {"event_id": event_id, "pid": wanted.pid, "watched": True}
     return json_response(_with_warnings(answer, tuple(wanted.__pydantic_extra__ or ())), 201)
 
 
@@ -289,33 +309,6 @@ async def make_backup(request: web.Request) -> web.Response:
     return json_response(answer)
 
 
-# --- A batch -------------------------------------------------------------------------------------
-
-
-async def _parse_batch(request: web.Request) -> _Batch:
-    media_type = check_media_type(request, (*JSON_TYPES, *NDJSON_TYPES))
-    limit = request.app[SETTINGS].max_batch
-    async with request.app[BODIES].read(request) as body:
-        batch = _Batch(len(body))
-        items: list[Any]
-        if media_type in NDJSON_TYPES:
-            items = [line[0] for line in islice(_LINES.finditer(body), limit + 1)]
-        else:
-            items = _items(bodies.parse_body(body), batch)
-        if len(items) > limit:
-            raise BodyTooLargeError(f"A batch must not hold more than {limit} runs (TELEMETRY_MAX_BATCH)")
-        decode: Callable[[Any], object] = bodies.parse_body if media_type in NDJSON_TYPES else _as_it_is
-        turn = time.perf_counter()
-        for item in items:
-            if time.perf_counter() - turn > _SLICE_S:
-                await asyncio.sleep(0)
-                turn = time.perf_counter()
-            batch.add(partial(decode, item))
-    if batch.errors and not batch.is_readable:
-        raise InvalidBodyError([error for item in batch.error_details[:100] for error in item["detail"]])
-    return batch
-
-
 # --- Everything else -----------------------------------------------------------------------------
 
 
@@ -341,9 +334,9 @@ async def get_metadata(request: web.Request) -> web.Response:
     counts = await request.app[STORE].counts()
     agents = sorted(counts.agents)
     request[NOTE].say("Metadata queried", result_count=len(agents))
-    answer = {
+    answer: Metadata = {
         "agent_names": agents,
-        "job_types": counts.job_types,
+        "job_types": list(counts.job_types),
         "counts": {"agent_names": counts.agent_names, "job_types": counts.job_type_names},
         "cache_hit": counts.is_remembered,
     }
@@ -394,16 +387,17 @@ async def get_metrics(request: web.Request) -> web.Response:
         body, content_type = request.app[METRICS].expose(request.headers.get("Accept", ""), counts.total)
         return web.Response(body=body, headers={"Content-Type": content_type})
     health = request.app[STORE].health()
-    answer = {
+    answer: Totals = {
         "total_runs": counts.total,
-        "agents": counts.agents,
-        **({"agents_more": more} if (more := counts.agent_names - len(counts.agents)) else {}),
+        "agents": dict(counts.agents),
         "recent_24h": counts.recent,
         "performance": {
             **health.description,
             "queue_depth": health.queue_depth,
         },
     }
+    if more := counts.agent_names - len(counts.agents):
+        answer["agents_more"] = more
     return json_response(answer)
 
 
@@ -434,572 +428,39 @@ class Route:
     operation: Operation | None = None
 
 
-_WRITE_ERRORS: Final = (400, 413, 415, 422, 503)
-_NEW_RUN: Final = ref("NewRun")
-_TEXT_OR_NULL: Final = {"anyOf": [STRING, {"type": "null"}]}
-_UPDATE_ANSWER: Final = obj(
-    {
-        "event_id": STRING,
-        "updated": {"type": "boolean"},
-        "fields_updated": {"type": "array", "items": STRING},
-        "warnings": WARNINGS,
-    },
-    ("event_id", "updated", "fields_updated"),
-)
-
 ROUTES: Final[tuple[Route, ...]] = (
-    Route(
-        "POST",
-        "/api/v1/runs",
-        create_run,
-        Operation(
-            "Create a run",
-            "A known event_id is a duplicate: the stored run stays as it is.",
-            body=_NEW_RUN,
-            body_types=JSON_TYPES,
-            example=runs.example(runs.NewRun, runs.BEGUN),
-            answers={
-                201: (
-                    "The run is stored and durable.",
-                    obj(
-                        {
-                            "status": {"const": "created"},
-                            "event_id": STRING,
-                            "run_id": STRING,
-                            "warnings": WARNINGS,
-                        },
-                        ("status", "event_id", "run_id"),
-                    ),
-                ),
-                200: (
-                    "The event_id is already stored.",
-                    obj(
-                        {
-                            "status": {"const": "duplicate"},
-                            "event_id": STRING,
-                            "message": STRING,
-                            "warnings": WARNINGS,
-                        },
-                        ("status", "event_id", "message"),
-                    ),
-                ),
-            },
-            errors=_WRITE_ERRORS,
-        ),
-    ),
-    Route(
-        "POST",
-        "/api/v1/runs/batch",
-        create_batch,
-        Operation(
-            "Create many runs",
-            "An array, an object with the array under `runs`, or one run a line (NDJSON). A bad item is reported and "
-            "costs the others nothing; all good ones are stored in one transaction.",
-            body={
-                "anyOf": [
-                    {"type": "array", "items": _NEW_RUN},
-                    obj({"runs": {"type": "array", "items": _NEW_RUN}}),
-                ]
-            },
-            body_types=(*JSON_TYPES, NDJSON_TYPES[0]),
-            example=[runs.example(runs.NewRun, runs.BEGUN, number) for number in (0, 1)],
-            answers={
-                200: (
-                    "What became of the items.",
-                    obj(
-                        {
-                            "inserted": INTEGER,
-                            "duplicates": INTEGER,
-                            "errors": {"type": "array", "items": STRING},
-                            "total": INTEGER,
-                            "error_details": {
-                                "type": "array",
-                                "items": obj(
-                                    {
-                                        "index": INTEGER,
-                                        "event_id": {"anyOf": [STRING, {"type": "null"}]},
-                                        "detail": {"type": "array", "items": ref("ErrorItem")},
-                                    }
-                                ),
-                            },
-                            "warnings": WARNINGS,
-                        },
-                        ("inserted", "duplicates", "errors", "total"),
-                    ),
-                )
-            },
-            errors=_WRITE_ERRORS,
-        ),
-    ),
-    Route(
-        "GET",
-        "/api/v1/runs",
-        list_runs,
-        Operation(
-            "Query runs",
-            "Newest first. If more follow, the Link header holds the next page (rel=next).",
-            parameters=queries.LIST,
-            answers={200: ("The runs.", {"type": "array", "items": {"anyOf": [ref("Run"), ref("RunPart")]}})},
-            errors=(400, 503),
-        ),
-    ),
-    Route(  # before the runs themselves: one whose event_id is "stream" is found in the list
-        "GET",
-        "/api/v1/runs/stream",
-        stream_runs,
-        Operation(
-            "Follow the runs",
-            "Server-sent events: `run` with each run that is created or changed, after its commit, as one answers it; "
-            "`missed` with the number of changes that were left out because the client was too slow. Whoever comes "
-            "back with the last id goes on there, also after a restart of the daemon.",
-            parameters=changes.STREAM,
-            other_parameters=(LAST_EVENT_ID,),
-            answers={200: ("Events without an end.", STRING)},
-            answer_type="text/event-stream",
-            errors=(400, 503),
-        ),
-    ),
-    Route(
-        "GET",
-        "/api/v1/changes",
-        list_changes,
-        Operation(
-            "List the changes behind a number of the commit sequence",
-            "In the order of the commits; of each run only its newest change, with the run as it is now. Go on with "
-            "`last` as `after`, while `more` is true at once. Events come with the page that has the last change, each "
-            "with the id of its run; go on with the id of the last one as `events_after`.",
-            parameters=changes.LIST,
-            answers={
-                200: (
-                    "The changes.",
-                    obj(
-                        {
-                            "changes": {
-                                "type": "array",
-                                "items": {
-                                    "anyOf": [
-                                        obj({"seq": {"type": "integer"}, "run": ref("Run")}),
-                                        obj({"seq": INTEGER, "deleted": STRING}),
-                                    ]
-                                },
-                            },
-                            "events": {
-                                "type": "array",
-                                "items": {"allOf": [obj({"run": INTEGER}), ref("Event")]},
-                                "description": "If events_after is given.",
-                            },
-                            "last": INTEGER,
-                            "more": {"type": "boolean"},
-                            "newest": INTEGER,
-                            "epoch": STRING,
-                        },
-                        required=("changes", "last", "more", "newest", "epoch"),
-                    ),
-                )
-            },
-            errors=(400, 410, 503),
-        ),
-    ),
-    Route(
-        "GET",
-        "/api/v1/runs/export",
-        export_runs,
-        Operation(
-            "Export runs",
-            "All that match, in the order of their arrival, as NDJSON, CSV (RFC 4180) or Parquet. The "
-            f"header {queries.SNAPSHOT} says `exact` if they are one snapshot, X-Total-Count how many they are. An "
-            "export that could not be brought to its end is cut off in the middle of the chunked encoding.",
-            parameters=queries.EXPORT,
-            answers={200: ("The runs.", STRING)},
-            answer_type=queries.MEDIA_TYPES[queries.Format.NDJSON],
-            other_answer_types=tuple(queries.MEDIA_TYPES.values())[1:],
-            errors=(400, 503),
-        ),
-    ),
-    Route(
-        "GET",
-        "/api/v1/runs/{event_id}",
-        get_run,
-        Operation(
-            "Get a run",
-            parameters=queries.GET,
-            answers={200: ("The run.", ref("Run"))},
-            errors=(400, 404, 503),
-        ),
-    ),
-    Route(
-        "PATCH",
-        "/api/v1/runs/{event_id}",
-        update_run,
-        Operation(
-            "Update a run",
-            "A field that is null or missing stays as it is.",
-            body=ref("RunPatch"),
-            body_types=JSON_TYPES,
-            example=runs.example(runs.RunPatch, runs.ENDED, 1),
-            answers={200: ("The run is changed and the change durable.", _UPDATE_ANSWER)},
-            errors=(404, *_WRITE_ERRORS),
-        ),
-    ),
-    Route(
-        "POST",
-        "/api/v1/runs/{event_id}/associate-commit",
-        associate_commit,
-        Operation(
-            "Record the commit that a run led to",
-            body=ref("CommitAssociation"),
-            body_types=JSON_TYPES,
-            example=runs.example(runs.CommitAssociation),
-            answers={
-                200: (
-                    "The commit is recorded and durable.",
-                    obj(
-                        {
-                            "status": {"const": "success"},
-                            "event_id": STRING,
-                            "run_id": STRING,
-                            "commit_hash": STRING,
-                            "warnings": WARNINGS,
-                        },
-                        ("status", "event_id", "run_id", "commit_hash"),
-                    ),
-                )
-            },
-            errors=(404, *_WRITE_ERRORS),
-        ),
-    ),
-    Route(
-        "POST",
-        "/api/v1/runs/{event_id}/events",
-        create_events,
-        Operation(
-            "Report events of a run",
-            f"One event, or an array of at most {events.MAX_EVENTS}; with one bad event none is stored. A key that the "
-            "run already has is a duplicate: the stored event stays as it is.",
-            body={
-                "anyOf": [
-                    ref("NewEvent"),
-                    {"type": "array", "items": ref("NewEvent"), "maxItems": events.MAX_EVENTS},
-                ]
-            },
-            body_types=JSON_TYPES,
-            example=runs.example(events.NewEvent),
-            answers={
-                201: (
-                    "The events are stored and durable; those with a known key were so before.",
-                    obj({"inserted": INTEGER, "duplicates": INTEGER, "warnings": WARNINGS}, ("inserted", "duplicates")),
-                )
-            },
-            errors=(404, *_WRITE_ERRORS),
-        ),
-    ),
-    Route(
-        "GET",
-        "/api/v1/runs/{event_id}/events",
-        list_events,
-        Operation(
-            "List a run's events",
-            "Oldest first, or the last ones first with sort=-timestamp. If more follow, the Link header holds the next "
-            "page (rel=next).",
-            parameters=queries.LIST_EVENTS,
-            answers={200: ("The events.", {"type": "array", "items": ref("Event")})},
-            errors=(400, 404, 503),
-        ),
-    ),
-    Route(
-        "POST",
-        "/api/v1/runs/{event_id}/process",
-        register_process,
-        Operation(
-            "Register the process that works on a run",
-            "If it ends while the run is still running, the run becomes a failure within a second. Only a process on "
-            "the daemon's own machine can be watched.",
-            body=ref("ProcessRequest"),
-            body_types=JSON_TYPES,
-            example=runs.example(ProcessRequest),
-            answers={
-                201: (
-                    "The process is watched, also after a restart of the daemon.",
-                    obj(
-                        {
-                            "event_id": STRING,
-                            "pid": INTEGER,
-                            "watched": {"const": True},
-                            "warnings": WARNINGS,
-                        },
-                        ("event_id", "pid", "watched"),
-                    ),
-                )
-            },
-            errors=(404, 409, *_WRITE_ERRORS),
-        ),
-    ),
-    *(
-        Route(
-            "GET",
-            f"/api/v1/runs/{{event_id}}/{name}-url",
-            handler,
-            Operation(
-                f"Get the web page of a run's {what}",
-                "Known are github.com, gitlab.com and bitbucket.org; otherwise null.",
-                answers={200: ("The page.", obj({f"{name}_url": {"anyOf": [STRING, {"type": "null"}]}}))},
-                errors=(404, 503),
-            ),
-        )
-        for name, what, handler in (
-            ("commit", "commit", get_commit_url),
-            ("repo", "repository", get_repo_url),
-        )
-    ),
-    Route(
-        "GET",
-        "/api/v1/stats",
-        get_stats,
-        Operation(
-            "Statistics of runs",
-            "Counts, sums and quantiles by the time of created_at, from figures that the writer keeps: they are right "
-            "as soon as a change is acknowledged. Only groups with runs are answered.",
-            parameters=stats.PARAMETERS,
-            answers={200: ("The groups, the earliest bucket first, then by names.", openapi.stats_answer())},
-            errors=(400, 503),
-        ),
-    ),
-    Route(
-        "GET",
-        "/api/v1/regressions",
-        get_regressions,
-        Operation(
-            "Commits that broke something",
-            "For each agent and job type: the commit since which runs fail more often or take longer, if chance hardly "
-            f"explains it. Looked at are the newest {regressions.MAX_RUNS:,} finished runs with a git_commit_hash. "
-            "Commits are in the order of their first runs.",
-            parameters=regressions.PARAMETERS,
-            answers={200: ("What was found, the most certain first.", openapi.regressions_answer())},
-            errors=(400, 503),
-        ),
-    ),
-    Route(
-        "GET",
-        "/api/v1/alerts",
-        list_alerts,
-        Operation(
-            "List the rules of alerts and their state",
-            "The rules of TELEMETRY_ALERTS_FILE, in its order, and for which agents (and job types) each is firing.",
-            answers={200: ("The rules.", openapi.alerts_answer())},
-            errors=(400, 503),
-        ),
-    ),
-    Route(
-        "GET",
-        "/api/v1/metadata",
-        get_metadata,
-        Operation(
-            "List agents and job types",
-            answers={
-                200: (
-                    "The names in use.",
-                    obj(
-                        {
-                            "agent_names": {"type": "array", "items": STRING},
-                            "job_types": {"type": "array", "items": STRING},
-                            "counts": obj({"agent_names": INTEGER, "job_types": INTEGER}),
-                            "cache_hit": {"type": "boolean"},
-                        }
-                    ),
-                )
-            },
-            errors=(503,),
-        ),
-    ),
-    Route(
-        "GET",
-        "/health",
-        get_health,
-        Operation(
-            "Check health",
-            "Answers at once, with 503 when writes are not taken.",
-            tags=("operation",),
-            answers={
-                200: (
-                    "Writes are taken.",
-                    obj(
-                        {
-                            "status": STRING,
-                            "version": STRING,
-                            "db_path": STRING,
-                            "journal_mode": STRING,
-                            "synchronous": STRING,
-                            "durable": {"type": "boolean"},
-                            "durability": STRING,
-                            "queue_depth": INTEGER,
-                            "oldest_waiting_s": {"type": "number", "minimum": 0},
-                            "last_commit_at": {"anyOf": [STRING, {"type": "null"}]},
-                            "wal_bytes": INTEGER,
-                            "disk_free_bytes": INTEGER,
-                            # And "warning", a sentence, while they are being compared.
-                            "counts": obj(
-                                {
-                                    "state": {"type": "string", "enum": ["right", "being compared"]},
-                                    "foreign_commit_at": {"anyOf": [STRING, {"type": "null"}]},
-                                    "corrected": INTEGER,
-                                }
-                            ),
-                            "automatic": obj(
-                                {
-                                    "prune_after": _TEXT_OR_NULL,
-                                    "stale_after": _TEXT_OR_NULL,
-                                    "paused": {
-                                        "type": "boolean",
-                                        "description": "Whether nothing goes on by itself, as the clock has jumped.",
-                                    },
-                                    "unconfirmed": {
-                                        "anyOf": [
-                                            obj({"would_delete": INTEGER, "oldest": _TEXT_OR_NULL}),
-                                            {"type": "null"},
-                                        ],
-                                        "description": "What prune_after would delete if it were confirmed.",
-                                    },
-                                }
-                            ),
-                            "notices": {"type": "array", "items": STRING},
-                        }
-                    ),
-                )
-            },
-            errors=(503,),
-            open=True,
-        ),
-    ),
-    Route(
-        "GET",
-        "/metrics",
-        get_metrics,
-        Operation(
-            "Read totals and metrics",
-            "JSON, or Prometheus text if Accept or `format` asks for it.",
-            tags=("operation",),
-            parameters=queries.METRICS,
-            answers={
-                200: (
-                    "The totals.",
-                    obj(
-                        {
-                            "total_runs": INTEGER,
-                            "agents": {"type": "object", "additionalProperties": INTEGER},
-                            "agents_more": INTEGER,
-                            "recent_24h": INTEGER,
-                            "performance": {"type": "object"},
-                        }
-                    ),
-                )
-            },
-            other_answer_types=("text/plain", "application/openmetrics-text"),
-            errors=(400, 503),
-        ),
-    ),
-    *(
-        Route(
-            "POST",
-            f"/api/v1/admin/{word}",
-            handler,
-            Operation(
-                summary,
-                "Needs authentication, or the Unix socket. Ask again while `more` is true.",
-                tags=("admin",),
-                body=ref(model),
-                body_types=JSON_TYPES,
-                answers={
-                    200: (
-                        "What was done, or with dry_run what would be.",
-                        obj(
-                            {
-                                done: INTEGER,
-                                "more": {"type": "boolean"},
-                                "dry_run": {"type": "boolean"},
-                                "matching": INTEGER,
-                                "oldest": _TEXT_OR_NULL,
-                                "ahead": {
-                                    "type": "array",
-                                    "items": STRING,
-                                    "description": "event_ids of those whose created_at lies ahead of their arrival.",
-                                },
-                                "created_before": STRING,
-                            },
-                            ("created_before",),
-                        ),
-                    )
-                },
-                errors=_WRITE_ERRORS,
-            ),
-        )
-        for word, done, handler, summary, model in (
-            ("prune", "pruned", prune_runs, "Delete old runs", "PruneRequest"),
-            ("reap", "reaped", reap_runs, "Cancel stale runs", "ReapRequest"),
-        )
-    ),
-    Route(
-        "POST",
-        "/api/v1/admin/confirm",
-        confirm,
-        Operation(
-            "Confirm what may be done without a command",
-            "Needs authentication, or the Unix socket. Runs of an age may be deleted by themselves (a shorter age has "
-            "to be confirmed again), or the clock is right although it has jumped.",
-            tags=("admin",),
-            body=ref("ConfirmRequest"),
-            body_types=JSON_TYPES,
-            answers={
-                200: (
-                    "It is written down for this database.",
-                    obj(
-                        {
-                            "prune_after": STRING,
-                            "created_before": STRING,
-                            "matching": INTEGER,
-                            "oldest": _TEXT_OR_NULL,
-                            "clock": STRING,
-                        },
-                        (),
-                    ),
-                )
-            },
-            errors=_WRITE_ERRORS,
-        ),
-    ),
-    Route(
-        "POST",
-        "/api/v1/admin/backup",
-        make_backup,
-        Operation(
-            "Make a verified backup",
-            "Needs authentication, or the Unix socket; the directory is the setting TELEMETRY_BACKUP_DIR.",
-            tags=("admin",),
-            body=obj({}),
-            body_types=JSON_TYPES,
-            answers={
-                200: (
-                    "The backup is verified and in its place.",
-                    obj(
-                        {
-                            "path": STRING,
-                            "bytes": INTEGER,
-                            "rows": INTEGER,
-                            "seconds": {"type": "number"},
-                            "removed": {"type": "array", "items": STRING},
-                        }
-                    ),
-                )
-            },
-            errors=_WRITE_ERRORS,
-        ),
-    ),
+    Route("POST", "/api/v1/runs", create_run, operations.CREATE_RUN),
+    Route("POST", "/api/v1/runs/batch", create_batch, operations.CREATE_BATCH),
+    Route("GET", "/api/v1/runs", list_runs, operations.LIST_RUNS),
+    # Before the runs themselves: one whose event_id is "stream" is found in the list.
+    Route("GET", "/api/v1/runs/stream", stream_runs, operations.STREAM_RUNS),
+    Route("GET", "/api/v1/changes", list_changes, operations.LIST_CHANGES),
+    Route("GET", "/api/v1/runs/export", export_runs, operations.EXPORT_RUNS),
+    Route("GET", "/api/v1/runs/{event_id}", get_run, operations.GET_RUN),
+    Route("PATCH", "/api/v1/runs/{event_id}", update_run, operations.UPDATE_RUN),
+    Route("POST", "/api/v1/runs/{event_id}/associate-commit", associate_commit, operations.ASSOCIATE_COMMIT),
+    Route("POST", "/api/v1/runs/{event_id}/events", create_events, operations.CREATE_EVENTS),
+    Route("GET", "/api/v1/runs/{event_id}/events", list_events, operations.LIST_EVENTS),
+    Route("POST", "/api/v1/runs/{event_id}/process", register_process, operations.REGISTER_PROCESS),
+    Route("GET", "/api/v1/runs/{event_id}/commit-url", get_commit_url, operations.GET_COMMIT_URL),
+    Route("GET", "/api/v1/runs/{event_id}/repo-url", get_repo_url, operations.GET_REPO_URL),
+    Route("GET", "/api/v1/stats", get_stats, operations.GET_STATS),
+    Route("GET", "/api/v1/regressions", get_regressions, operations.GET_REGRESSIONS),
+    Route("GET", "/api/v1/alerts", list_alerts, operations.LIST_ALERTS),
+    Route("GET", "/api/v1/metadata", get_metadata, operations.GET_METADATA),
+    Route("GET", "/health", get_health, operations.GET_HEALTH),
+    Route("GET", "/metrics", get_metrics, operations.GET_METRICS),
+    Route("POST", "/api/v1/admin/prune", prune_runs, operations.PRUNE_RUNS),
+    Route("POST", "/api/v1/admin/reap", reap_runs, operations.REAP_RUNS),
+    Route("POST", "/api/v1/admin/confirm", confirm, operations.CONFIRM),
+    Route("POST", "/api/v1/admin/backup", make_backup, operations.MAKE_BACKUP),
     Route("GET", "/openapi.json", get_openapi),
     *(Route("GET", path, handler) for path, handler in pages.handlers()),
 )
 
 
-def operations() -> Iterator[tuple[str, str, Operation]]:
-    """Yield what the OpenAPI document tells of."""
+def described() -> Iterator[tuple[str, str, Operation]]:
+    """Yield each endpoint that the OpenAPI document describes."""
     for route in ROUTES:
         if route.operation is not None:
             yield route.method, route.path, route.operation
@@ -1008,7 +469,7 @@ def operations() -> Iterator[tuple[str, str, Operation]]:
 @cache
 def _document(needs_token: bool) -> bytes:
     """Return the OpenAPI document, of which there are two; to write one takes as long as to open a database."""
-    return orjson.dumps(openapi.document(operations(), needs_token=needs_token))
+    return orjson.dumps(openapi.document(described(), needs_token=needs_token))
 
 
 def make_app(

@@ -9,13 +9,14 @@ import pytest
 from pydantic import BaseModel
 from schemathesis.specs.openapi.definitions import OPENAPI_31
 
+from telemetryd import http
 from telemetryd.errors import InvalidBodyError
-from telemetryd.http import ROUTES, operations
+from telemetryd.http import ROUTES
 from telemetryd.model import bodies, events, queries, runs
 from telemetryd.web import openapi
 from tests.conftest import Api, make_run
 
-DOCUMENT: dict[str, Any] = json.loads(json.dumps(openapi.document(operations())))
+DOCUMENT: dict[str, Any] = json.loads(json.dumps(openapi.document(http.described())))
 SCHEMAS: dict[str, Any] = DOCUMENT["components"]["schemas"]
 
 

@@ -6,7 +6,7 @@ import itertools
 import json
 import sqlite3
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -99,10 +99,10 @@ def brute_force(connection: sqlite3.Connection, query: stats.GetStats) -> list[d
     return answer
 
 
-def assert_equal(found: list[dict[str, Any]], exact: list[dict[str, Any]]) -> None:
+def assert_equal(found: Sequence[Mapping[str, Any]], exact: Sequence[Mapping[str, Any]]) -> None:
     """Compare answers: quantiles within the stated error, all else exactly (beyond 64 bits as far as JSON goes)."""
     assert len(found) == len(exact)
-    for one, other in zip(found, exact, strict=True):
+    for one, other in zip(map(dict, found), map(dict, exact), strict=True):
         times, exact_times = one.pop("duration_ms"), other.pop("duration_ms")
         for percent in stats.PERCENTS:
             quantile, exactly = times.pop(f"p{percent}"), exact_times.pop(f"p{percent}")

@@ -83,12 +83,12 @@ class Neighbour:
     async def stats(self, parameters: dict[str, str]) -> Body:
         """Read the statistics."""
         query = stats.parse(urlencode(parameters), self._clock())
-        return stats.to_json(query, await self._engine.read(query))
+        return {**stats.to_json(query, await self._engine.read(query))}
 
     async def regressions(self, parameters: dict[str, str]) -> Body:
         """Look for regressions."""
         query = regressions.parse(urlencode(parameters), self._clock())
-        return regressions.to_json(query, await self._engine.read(query))
+        return {**regressions.to_json(query, await self._engine.read(query))}
 
 
 class Local:
@@ -113,12 +113,12 @@ class Local:
     async def stats(self, parameters: dict[str, str]) -> Body:
         """Read the statistics from the database."""
         query = stats.parse(urlencode(parameters), self._clock())
-        return stats.to_json(query, await self._store.fetch(query))
+        return {**stats.to_json(query, await self._store.fetch(query))}
 
     async def regressions(self, parameters: dict[str, str]) -> Body:
         """Look for regressions in the database."""
         query = regressions.parse(urlencode(parameters), self._clock())
-        return regressions.to_json(query, await self._store.fetch(query))
+        return {**regressions.to_json(query, await self._store.fetch(query))}
 
     async def pages(self, filters: dict[str, str]) -> AsyncIterator[list[Body]]:
         """Yield pages from the database."""

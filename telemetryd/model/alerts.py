@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field
 from datetime import datetime, timedelta
-from typing import Any, Final
+from typing import Annotated, Any, Final, Literal, NotRequired, cast
 
 import orjson
+from pydantic import Field
+from typing_extensions import TypedDict
 
+from telemetryd.model.answers import Moment, Number
 from telemetryd.model.commands import AlertChange
 from telemetryd.model.filters import Filters
 from telemetryd.model.queries import Query
-from telemetryd.model.regressions import ALERT_ALPHA, MEASURED, MEND_ALPHA, FindRegressions, Run, find, lasts
-from telemetryd.model.rules import ANY, FailureRate, Regression, Rule, Rules, Silent, Slow, Stale
+from telemetryd.model.regressions import ALERT_ALPHA, MEASURED, MEND_ALPHA, FindRegressions, Measure, Run, find, lasts
+from telemetryd.model.rules import ANY, KINDS, FailureRate, Regression, Rule, Rules, Silent, Slow, Stale
 from telemetryd.model.stats import GetStats, hour_number
 from telemetryd.model.values import Status, format_timestamp
 
@@ -272,7 +275,7 @@ def regressions(
             yield Finding(subject, each.summary, each.details)
         newest = max((places.get(subject.first_bad_commit, 0) for subject in standing), default=0)
         for found in find(*pair, commits[newest:], (measure,)):
-            told = found.to_json()
+            told: dict[str, Any] = {**found.to_json()}
             subject = Subject(told.pop("agent_name"), told.pop("job_type"), measure, found.first_bad_commit)
             before, after = told["before"][name], told["after"][name]
             is_new = subject not in standing and found.p_value <= ALERT_ALPHA
@@ -360,9 +363,55 @@ def _change(
     )
 
 
+class SubjectAnswer(TypedDict):
+    """What a rule is firing for."""
+
+    agent_name: str
+    job_type: NotRequired[str]
+    measure: NotRequired[Measure]
+    first_bad_commit: NotRequired[str]
+
+
+class FiringAnswer(TypedDict):
+    """That a rule is firing for a subject."""
+
+    subject: SubjectAnswer
+    since: Moment
+    seq: Annotated[Number, Field(description="Where the commit sequence stood when it was found.")]
+    summary: str
+    details: dict[str, Any]
+
+
+class RuleState(TypedDict):
+    """A rule, and what it is firing for."""
+
+    name: str
+    kind: Annotated[str, Field(json_schema_extra={"enum": list(KINDS)})]
+    state: Literal["firing", "ok"]
+    problem: Annotated[str | None, Field(description="Why it cannot be evaluated now.")]
+    webhooks: list[str]
+    firing: list[FiringAnswer]
+    more: Annotated[Number, Field(description="For how many it fires besides; they are counted, not told one by one.")]
+
+
+class WebhookState(TypedDict):
+    """A webhook, and what waits for it."""
+
+    name: str
+    waiting: Annotated[Number, Field(description="Messages that are not confirmed yet.")]
+
+
+class Alerts(TypedDict):
+    """The rules of alerts."""
+
+    evaluated_at: Moment | None
+    rules: list[RuleState]
+    webhooks: list[WebhookState]
+
+
 def shown(
     rules: Rules, kept: Kept, evaluated_at: str | None, problems: Mapping[str, str], more: Mapping[str, int]
-) -> dict[str, Any]:
+) -> Alerts:
     """Return what `GET /api/v1/alerts` answers."""
     firing_of: dict[str, list[Firing]] = {rule.name: [] for rule in rules.rules}
     for firing in kept.firing:
@@ -379,11 +428,11 @@ def shown(
                 "webhooks": list(rule.webhooks),
                 "firing": [
                     {
-                        "subject": firing.subject.to_json(),
+                        "subject": cast(SubjectAnswer, firing.subject.to_json()),
                         "since": firing.since,
                         "seq": firing.seq,
                         "summary": firing.summary,
-                        "details": firing.details,
+                        "details": {**firing.details},
                     }
                     for firing in firing_of[rule.name]
                 ],

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
+import time
 from collections.abc import Callable
+from functools import partial
+from itertools import islice
 from typing import Any, Final
 
-from telemetryd.errors import InvalidBodyError
+from telemetryd.errors import BodyTooLargeError, InvalidBodyError
 from telemetryd.model import bodies, runs, values
+from telemetryd.model.answers import ItemRefused
 
 _SLICE_S: Final = 0.002
 """How long items are checked before the event loop gets its turn."""
@@ -17,7 +22,7 @@ _TOLD_IN_FULL: Final = 1000
 """Errors of one batch that are all told; of items beyond, each tells its first error and how many more it has."""
 
 
-class _Batch:
+class Batch:
     """The rows of a batch, and the faults of what is not in them."""
 
     def __init__(self, size: int) -> None:
@@ -25,7 +30,7 @@ class _Batch:
         """How many bytes it came in."""
         self.rows: list[values.Row] = []
         self.errors: list[str] = []
-        self.error_details: list[dict[str, Any]] = []
+        self.error_details: list[ItemRefused] = []
         self.is_readable = False
         self._told = 0
         self.ignored: dict[str, None] = {}
@@ -60,6 +65,35 @@ class _Batch:
         )
 
 
+async def read_batch(body: bytes, limit: int, *, is_lines: bool) -> Batch:
+    """Read the items of a batch, each for itself; the event loop gets its turn in between.
+
+    Args:
+        body: an array, an object with the array under `runs`, or one item a line.
+        limit: how many items it may hold.
+        is_lines: whether it is one item a line (NDJSON).
+
+    Raises:
+        BodyTooLargeError: if it holds more items.
+        InvalidBodyError: if not a single item can be read.
+
+    """
+    batch = Batch(len(body))
+    items = [line[0] for line in islice(_LINES.finditer(body), limit + 1)] if is_lines else _items(body, batch)
+    if len(items) > limit:
+        raise BodyTooLargeError(f"A batch must not hold more than {limit} runs (TELEMETRY_MAX_BATCH)")
+    decode: Callable[[Any], object] = bodies.parse_body if is_lines else _as_it_is
+    turn = time.perf_counter()
+    for item in items:
+        if time.perf_counter() - turn > _SLICE_S:
+            await asyncio.sleep(0)
+            turn = time.perf_counter()
+        batch.add(partial(decode, item))
+    if batch.errors and not batch.is_readable:
+        raise InvalidBodyError([error for item in batch.error_details[:100] for error in item["detail"]])
+    return batch
+
+
 _LINES: Final = re.compile(rb"[^ \t\r\n][^\n]*")
 """The lines of NDJSON that are not blank."""
 
@@ -68,7 +102,8 @@ def _as_it_is(item: object) -> object:
     return item
 
 
-def _items(decoded: object, batch: _Batch) -> list[object]:
+def _items(body: bytes, batch: Batch) -> list[Any]:
+    decoded = bodies.parse_body(body)
     if isinstance(decoded, dict) and isinstance(decoded.get("runs"), list):
         batch.ignored.update(dict.fromkeys(str(name) for name in decoded if name != "runs"))
         decoded = decoded["runs"]

@@ -6,10 +6,14 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final
+from typing import Annotated, Any, Final, NotRequired
+
+from pydantic import Field, WithJsonSchema
+from typing_extensions import TypedDict
 
 from telemetryd.errors import CursorGoneError
 from telemetryd.model import events, filters
+from telemetryd.model.answers import REFERENCE, Number, StoredRun
 from telemetryd.model.filters import Filters
 from telemetryd.model.parameters import Given, Parameter, integer, refuse
 from telemetryd.model.queries import DEFAULT_LIMIT, MAX_LIMIT, Query
@@ -201,15 +205,62 @@ def parse_stream(
     return place if last_event_id is None else _read_place("Last-Event-ID", last_event_id), wanted
 
 
-def put_beside(changes: Changes, found: list[dict[str, Any]]) -> dict[str, Any]:
+class RunChanged(TypedDict):
+    """A run that was created or changed, as it is now."""
+
+    seq: int
+    run: StoredRun
+
+
+class RunDeleted(TypedDict):
+    """A run that is gone."""
+
+    seq: Number
+    deleted: str
+
+
+class ChangesAnswer(TypedDict):
+    """The changes after a number of the commit sequence."""
+
+    changes: list[RunChanged | RunDeleted]
+    events: NotRequired[
+        Annotated[
+            list[
+                Annotated[
+                    dict[str, Any],
+                    WithJsonSchema(
+                        {
+                            "allOf": [
+                                {
+                                    "type": "object",
+                                    "properties": {"run": {"type": "integer", "minimum": 0}},
+                                    "required": ["run"],
+                                },
+                                {REFERENCE: "Event"},
+                            ]
+                        }
+                    ),
+                ]
+            ],
+            Field(description="If events_after is given."),
+        ]
+    ]
+    last: Number
+    more: bool
+    newest: Number
+    epoch: str
+
+
+def put_beside(changes: Changes, found: list[RunChanged | RunDeleted]) -> ChangesAnswer:
     """Return the answer of `GET /api/v1/changes` around its changes."""
     rows = changes.events
-    happened = {} if rows is None else {"events": [{"run": run, **events.to_json(tuple(row))} for run, *row in rows]}
-    return {
+    answer: ChangesAnswer = {
         "changes": found,
-        **happened,
         "last": max(changes.last, 0),
         "more": changes.more,
         "newest": changes.newest,
         "epoch": changes.epoch,
     }
+    if rows is not None:
+        answer["events"] = [{"run": run, **events.to_json(tuple(row))} for run, *row in rows]
+    return answer

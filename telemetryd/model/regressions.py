@@ -9,10 +9,14 @@ from itertools import accumulate, groupby, pairwise
 from math import erfc, exp, lgamma, sqrt
 from operator import attrgetter
 from statistics import median
-from typing import Any, Final, Literal, NamedTuple
+from typing import Annotated, Any, Final, Literal, NamedTuple, NotRequired, cast
+
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from telemetryd.errors import InvalidRequestError
 from telemetryd.git_urls import commit_url
+from telemetryd.model.answers import Moment, Number, Share
 from telemetryd.model.filters import CHOOSING, Filters, read_filters
 from telemetryd.model.parameters import Given, Parameter, moment
 from telemetryd.model.queries import Query
@@ -103,10 +107,11 @@ class Regression:
     runs: tuple[str, ...]
     """The event_ids of the first runs that show it."""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> RegressionAnswer:
         """Return the finding as it is answered."""
         name = MEASURED[self.measure]
-        return {**asdict(self), "before": _shown(self.before, name), "after": _shown(self.after, name)}
+        sides = {"before": _shown(self.before, name), "after": _shown(self.after, name)}
+        return cast(RegressionAnswer, {**asdict(self), **sides})
 
 
 def _shown(side: Side, name: str) -> dict[str, Any]:
@@ -146,7 +151,51 @@ def parse(query_string: str, now: datetime) -> FindRegressions:
     return FindRegressions(filters, str(start), str(end))
 
 
-def to_json(query: FindRegressions, findings: Findings) -> dict[str, Any]:
+class SideAnswer(TypedDict):
+    """The runs on one side of a commit."""
+
+    commits: Number
+    runs: Number
+    success_rate: NotRequired[Share]
+    median_duration_ms: NotRequired[float]
+
+
+class RegressionAnswer(TypedDict):
+    """A commit since which runs are worse."""
+
+    agent_name: str
+    job_type: str
+    measure: Measure
+    first_bad_commit: str
+    last_good_commit: Annotated[str, Field(description="The commit before it.")]
+    before: SideAnswer
+    after: SideAnswer
+    p_value: Annotated[
+        Share,
+        Field(
+            description="How likely such a difference would be, at any commit and in either measure, if no commit "
+            "changed anything; at most alpha."
+        ),
+    ]
+    commit_url: str | None
+    runs: Annotated[list[str], Field(max_length=SHOWN, description="event_id of the first runs that show it.")]
+
+
+Regressions = TypedDict(
+    "Regressions",
+    {
+        "from": Moment,
+        "to": Moment,
+        "alpha": Annotated[
+            Share, Field(description="How often a pair in which no commit changes anything gives a finding.")
+        ],
+        "pairs": Annotated[Number, Field(description="Pairs of agent and job type with runs of at least two commits.")],
+        "regressions": list[RegressionAnswer],
+    },
+)
+
+
+def to_json(query: FindRegressions, findings: Findings) -> Regressions:
     """Return the whole answer."""
     return {
         "from": query.start,

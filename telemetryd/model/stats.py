@@ -8,10 +8,14 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from operator import add, itemgetter
-from typing import Any, Final
+from typing import Annotated, Any, Final, NotRequired, cast
+
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from telemetryd.errors import InvalidRequestError
 from telemetryd.model import sketches
+from telemetryd.model.answers import Moment, Number, Share, Sum
 from telemetryd.model.filters import CHOOSING, WILDCARD, Filters, read_filters
 from telemetryd.model.parameters import Given, Parameter, read_moment, refuse
 from telemetryd.model.queries import Query
@@ -44,7 +48,7 @@ _BUCKET_HOURS: Final = {"h": 1, "d": DAY, "w": 7 * DAY}
 
 
 @dataclass(frozen=True, slots=True)
-class GetStats(Query[list[dict[str, Any]]]):
+class GetStats(Query[list["StatsGroup"]]):
     """Statistics of the runs that were created in some hours. Answer: `Named` cells for `answer`."""
 
     start: int
@@ -172,7 +176,7 @@ class _Group:
         self.successes = 0
 
 
-def answer(query: GetStats, cells: Iterable[Named]) -> list[dict[str, Any]]:
+def answer(query: GetStats, cells: Iterable[Named]) -> list[StatsGroup]:
     """Add cells up to groups, as they are answered: the earliest bucket first, then by names.
 
     Raises:
@@ -215,7 +219,7 @@ def _getter(places: Sequence[int]) -> Callable[[Named], tuple[Any, ...]]:
     return lambda _: ()
 
 
-def _shown(query: GetStats, key: tuple[Any, ...], group: _Group) -> dict[str, Any]:
+def _shown(query: GetStats, key: tuple[Any, ...], group: _Group) -> StatsGroup:
     runs, *items, duration, sketch = group.cell
     named = key if query.hours is None else key[1:]
     shown: dict[str, Any] = dict(zip(query.group_by, named, strict=True))
@@ -225,7 +229,7 @@ def _shown(query: GetStats, key: tuple[Any, ...], group: _Group) -> dict[str, An
         quantiles: Sequence[int | None] = sketches.quantiles(sketch, group.finished, PERCENTS)
     else:
         quantiles = [None] * len(PERCENTS)
-    return {
+    answered: dict[str, Any] = {
         **shown,
         "runs": runs,
         "success_rate": round(group.successes / group.finished, 6) if group.finished > 0 else None,
@@ -235,6 +239,7 @@ def _shown(query: GetStats, key: tuple[Any, ...], group: _Group) -> dict[str, An
             "sum": _number(duration),
         },
     }
+    return cast(StatsGroup, answered)  # whose fields are those of NAMES, ITEMS and PERCENTS
 
 
 def _number(value: int) -> int | float:
@@ -242,7 +247,48 @@ def _number(value: int) -> int | float:
     return value if value <= MAX_INTEGER else float(value)
 
 
-def to_json(query: GetStats, groups: list[dict[str, Any]]) -> dict[str, Any]:
+_QUANTILE: Final = f"Within {sketches.ERROR:.0%} of the exact one, in whole ms; null if no run is finished."
+Quantile = Annotated[Number | None, Field(description=_QUANTILE)]
+
+
+class Durations(TypedDict):
+    """How long runs took."""
+
+    p50: Quantile
+    p95: Quantile
+    p99: Quantile
+    sum: Sum
+
+
+class StatsGroup(TypedDict):
+    """The figures of one group of runs."""
+
+    agent_name: NotRequired[str]
+    job_type: NotRequired[str]
+    status: NotRequired[str]
+    bucket: NotRequired[Moment]
+    runs: Number
+    success_rate: Annotated[Share | None, Field(description="Successes among the finished runs; null if none is.")]
+    items_discovered: Sum
+    items_succeeded: Sum
+    items_failed: Sum
+    items_skipped: Sum
+    duration_ms: Durations
+
+
+Stats = TypedDict(
+    "Stats",
+    {
+        "from": Moment,
+        "to": Moment,
+        "bucket": str | None,
+        "group_by": list[Annotated[str, Field(json_schema_extra={"enum": list(NAMES)})]],
+        "groups": list[StatsGroup],
+    },
+)
+
+
+def to_json(query: GetStats, groups: list[StatsGroup]) -> Stats:
     """Return the whole answer."""
     return {
         "from": hour_name(query.start),

@@ -7,7 +7,7 @@ import logging
 import uuid
 from collections.abc import Callable
 from datetime import datetime
-from typing import Any, Final
+from typing import Final
 
 from telemetryd.errors import TelemetrydError, sentence
 from telemetryd.model import alerts
@@ -48,7 +48,7 @@ class Alerting:
         self._more: dict[str, int] = {}
         """By rule, for how many subjects it fires besides those that are kept."""
 
-    async def shown(self) -> dict[str, Any]:
+    async def shown(self) -> alerts.Alerts:
         """Return what `GET /api/v1/alerts` answers.
 
         Raises:

@@ -14,7 +14,7 @@ from aiohttp import hdrs, web
 
 from telemetryd.errors import StoppingError
 from telemetryd.model import runs
-from telemetryd.model.changes import parse_changes, parse_stream, put_beside
+from telemetryd.model.changes import RunChanged, RunDeleted, parse_changes, parse_stream, put_beside
 from telemetryd.ops.logs import log
 from telemetryd.ops.metrics import Metrics
 from telemetryd.services.feed import Feed
@@ -40,7 +40,7 @@ async def list_changes(request: web.Request) -> web.Response:
     changes = await request.app[FEED].wait(asked)
     waited = time.perf_counter() - began if asked.wait_s else 0.0
     request[NOTE].say("Changes queried", logging.DEBUG if asked.wait_s else logging.INFO, changes=len(changes.found))
-    found = [
+    found: list[RunChanged | RunDeleted] = [
         {"seq": seq, "run": runs.to_json(what)} if isinstance(what, tuple) else {"seq": seq, "deleted": what}
         for seq, what in changes.found
     ]

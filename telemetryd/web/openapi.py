@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any, Final, cast
 
 import orjson
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
 from pydantic.json_schema import models_json_schema
 
 import telemetryd
@@ -17,14 +17,11 @@ from telemetryd import SERVER_HEADER, flow
 from telemetryd.model import (
     changes,
     events,
-    regressions,
     requests,
-    rules,
     runs,
-    sketches,
-    stats,
     values,
 )
+from telemetryd.model.answers import REFERENCE
 from telemetryd.model.parameters import Parameter
 
 _REF: Final = "#/components/schemas/{model}"
@@ -46,7 +43,8 @@ class Operation:
     """Those of the query string."""
     other_parameters: tuple[Schema, ...] = ()
     """Those of headers."""
-    answers: dict[int, tuple[str, Schema]] = field(default_factory=dict)
+    answers: dict[int, tuple[str, object]] = field(default_factory=dict)
+    """By status: when it comes, and its type (`model/answers.py`)."""
     answer_type: str = "application/json"
     """The media type of a successful answer."""
     other_answer_types: tuple[str, ...] = ()
@@ -121,107 +119,35 @@ LAST_EVENT_ID: Final[Schema] = {
 _EVERYWHERE: Final = (401, 403, 429, 500)
 
 
-def stats_answer() -> Schema:
-    """Return the schema of what `GET /api/v1/stats` answers."""
-    quantile: Schema = {
-        "anyOf": [INTEGER, {"type": "null"}],
-        "description": f"Within {sketches.ERROR:.0%} of the exact one, in whole ms; null if no run is finished.",
-    }
-    rate = {"anyOf": [{"type": "number", "minimum": 0, "maximum": 1}, {"type": "null"}]}
-    number: Schema = {"type": "number", "minimum": 0}
-    group: Schema = {
-        "runs": INTEGER,
-        "success_rate": {**rate, "description": "Successes among the finished runs; null if none is."},
-        **dict.fromkeys(stats.ITEMS, number),
-        "duration_ms": obj({**{f"p{percent}": quantile for percent in stats.PERCENTS}, "sum": number}),
-    }
-    named = {**dict.fromkeys(stats.NAMES, STRING), "bucket": {"type": "string", "format": "date-time"}}
-    return obj(
-        {
-            "from": {"type": "string", "format": "date-time"},
-            "to": {"type": "string", "format": "date-time"},
-            "bucket": {"anyOf": [STRING, {"type": "null"}]},
-            "group_by": {"type": "array", "items": {"enum": list(stats.NAMES)}},
-            "groups": {"type": "array", "items": obj({**named, **group}, group)},
-        }
-    )
+def schema_of(kind: Any) -> Schema:
+    """Return the schema of a typed answer (`model/answers.py`), with every part of it in its place."""
+    schema = TypeAdapter(kind).json_schema(mode="serialization")
+    return cast(Schema, _inline(schema, schema.pop("$defs", {})))
 
 
-def regressions_answer() -> Schema:
-    """Return the schema of what `GET /api/v1/regressions` answers."""
-    moment: Schema = {"type": "string", "format": "date-time"}
-    share: Schema = {"type": "number", "minimum": 0, "maximum": 1}
-    side = obj(
-        {"commits": INTEGER, "runs": INTEGER, "success_rate": share, "median_duration_ms": {"type": "number"}},
-        ("commits", "runs"),
-    )
-    finding: Schema = {
-        "agent_name": STRING,
-        "job_type": STRING,
-        "measure": {"enum": list(regressions.MEASURES)},
-        "first_bad_commit": STRING,
-        "last_good_commit": {**STRING, "description": "The commit before it."},
-        "before": side,
-        "after": side,
-        "p_value": {
-            **share,
-            "description": "How likely such a difference would be, at any commit and in either measure, if no commit "
-            "changed anything; at most alpha.",
-        },
-        "commit_url": {"anyOf": [STRING, {"type": "null"}]},
-        "runs": {
-            "type": "array",
-            "items": STRING,
-            "maxItems": regressions.SHOWN,
-            "description": "event_id of the first runs that show it.",
-        },
+def _inline(schema: object, parts: dict[str, Schema]) -> object:
+    if isinstance(schema, list):
+        return [_inline(each, parts) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if (component := schema.get(REFERENCE)) is not None:
+        return ref(component)
+    if (part := schema.get("$ref")) is not None:
+        schema = {**parts[part.rsplit("/", 1)[1]], **{key: value for key, value in schema.items() if key != "$ref"}}
+    left_out = {"title"}
+    if "const" in schema or "enum" in schema:
+        left_out.add("type")
+    if schema.get("type") == "object":
+        left_out.add("description")  # that of the class, which is for those who read the code
+        if schema.get("additionalProperties") is True:
+            left_out.add("additionalProperties")
+    return {
+        key: {name: _inline(each, parts) for name, each in value.items()}
+        if key == "properties"
+        else _inline(value, parts)
+        for key, value in schema.items()
+        if key not in left_out
     }
-    return obj(
-        {
-            "from": moment,
-            "to": moment,
-            "alpha": {**share, "description": "How often a pair in which no commit changes anything gives a finding."},
-            "pairs": {**INTEGER, "description": "Pairs of agent and job type with runs of at least two commits."},
-            "regressions": {"type": "array", "items": obj(finding)},
-        }
-    )
-
-
-def alerts_answer() -> Schema:
-    """Return the schema of what `GET /api/v1/alerts` answers."""
-    moment: Schema = {"type": "string", "format": "date-time"}
-    firing = {
-        "subject": obj(
-            {
-                "agent_name": STRING,
-                "job_type": STRING,
-                "measure": {"enum": list(regressions.MEASURES)},
-                "first_bad_commit": STRING,
-            },
-            ("agent_name",),
-        ),
-        "since": moment,
-        "seq": {**INTEGER, "description": "Where the commit sequence stood when it was found."},
-        "summary": STRING,
-        "details": {"type": "object"},
-    }
-    rule = {
-        "name": STRING,
-        "kind": {"enum": list(rules.KINDS)},
-        "state": {"enum": ["firing", "ok"]},
-        "problem": {"anyOf": [STRING, {"type": "null"}], "description": "Why it cannot be evaluated now."},
-        "webhooks": {"type": "array", "items": STRING},
-        "firing": {"type": "array", "items": obj(firing)},
-        "more": {**INTEGER, "description": "For how many it fires besides; they are counted, not told one by one."},
-    }
-    waiting = {**INTEGER, "description": "Messages that are not confirmed yet."}
-    return obj(
-        {
-            "evaluated_at": {"anyOf": [moment, {"type": "null"}]},
-            "rules": {"type": "array", "items": obj(rule)},
-            "webhooks": {"type": "array", "items": obj({"name": STRING, "waiting": waiting})},
-        }
-    )
 
 
 def document(operations: Iterable[tuple[str, str, Operation]], *, needs_token: bool = False) -> Schema:
@@ -258,11 +184,11 @@ def _operation(method: str, path: str, operation: Operation) -> Schema:
             str(status): {
                 "description": text,
                 "content": {
-                    operation.answer_type: {"schema": schema},
-                    **{kind: {"schema": STRING} for kind in operation.other_answer_types},
+                    operation.answer_type: {"schema": schema_of(kind)},
+                    **{other: {"schema": STRING} for other in operation.other_answer_types},
                 },
             }
-            for status, (text, schema) in operation.answers.items()
+            for status, (text, kind) in operation.answers.items()
         },
     }
     if operation.description:

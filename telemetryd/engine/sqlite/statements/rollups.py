@@ -259,7 +259,7 @@ def _settle(cursor: sqlite3.Cursor, expected: dict[Place, Cell], kept: dict[Plac
 
 
 @answers(GetStats)
-def fetch_stats(connection: sqlite3.Connection, query: GetStats) -> list[dict[str, Any]]:
+def fetch_stats(connection: sqlite3.Connection, query: GetStats) -> list[stats.StatsGroup]:
     """Fetch the groups of an answer.
 
     Raises:

@@ -1,0 +1,222 @@
+"""What each endpoint answers, as typed dictionaries: handlers fill them, and the OpenAPI document derives from them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final, Literal, NotRequired
+
+from pydantic import Field, WithJsonSchema
+from typing_extensions import TypedDict
+
+from telemetryd.errors import ErrorItem
+
+REFERENCE: Final = "x-component"
+"""The key under which a schema names the component of the document that it stands for."""
+
+Number = Annotated[int, Field(ge=0)]
+Moment = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
+Share = Annotated[float, Field(ge=0, le=1)]
+Sum = Annotated[float, Field(ge=0)]
+StoredRun = Annotated[dict[str, Any], WithJsonSchema({REFERENCE: "Run"})]
+"""A run as it is stored, made from the definition of a run."""
+PartOfRun = Annotated[dict[str, Any], WithJsonSchema({REFERENCE: "RunPart"})]
+StoredEvent = Annotated[dict[str, Any], WithJsonSchema({REFERENCE: "Event"})]
+Faults = list[Annotated[ErrorItem, WithJsonSchema({REFERENCE: "ErrorItem"})]]
+
+
+class Warned(TypedDict):
+    """What every answer to a body may hold."""
+
+    warnings: NotRequired[Annotated[list[str], Field(description="Body fields that were not used.")]]
+
+
+class RunCreated(Warned):
+    """A run that is new."""
+
+    status: Literal["created"]
+    event_id: str
+    run_id: str
+
+
+class RunDuplicate(Warned):
+    """A run whose event_id is known."""
+
+    status: Literal["duplicate"]
+    event_id: str
+    message: str
+
+
+class ItemRefused(TypedDict):
+    """What is wrong with an item of a batch."""
+
+    index: Number
+    event_id: str | None
+    detail: Faults
+
+
+class BatchStored(Warned):
+    """What became of the items of a batch."""
+
+    inserted: Number
+    duplicates: Number
+    errors: list[str]
+    total: Number
+    error_details: NotRequired[list[ItemRefused]]
+
+
+class RunUpdated(Warned):
+    """Which fields of a run were changed."""
+
+    event_id: str
+    updated: bool
+    fields_updated: list[str]
+
+
+class CommitAssociated(Warned):
+    """The commit that a run led to."""
+
+    status: Literal["success"]
+    event_id: str
+    run_id: str
+    commit_hash: str
+
+
+class CommitUrl(TypedDict):
+    """The page of a run's commit."""
+
+    commit_url: str | None
+
+
+class RepoUrl(TypedDict):
+    """The page of a run's repository."""
+
+    repo_url: str | None
+
+
+class EventsStored(Warned):
+    """How many events were new."""
+
+    inserted: Number
+    duplicates: Number
+
+
+class ProcessWatched(Warned):
+    """The process that is watched."""
+
+    event_id: str
+    pid: Number
+    watched: Literal[True]
+
+
+class NameCounts(TypedDict):
+    """How many names there are."""
+
+    agent_names: Number
+    job_types: Number
+
+
+class Metadata(TypedDict):
+    """The agents and job types there are."""
+
+    agent_names: list[str]
+    job_types: list[str]
+    counts: NameCounts
+    cache_hit: bool
+
+
+class Comparison(TypedDict):
+    """Whether the counts agree with the runs."""
+
+    state: Annotated[str, Field(json_schema_extra={"enum": ["right", "being compared"]})]
+    foreign_commit_at: str | None
+    corrected: Number
+
+
+class Unconfirmed(TypedDict):
+    """What would be deleted."""
+
+    would_delete: Number
+    oldest: str | None
+
+
+class Automatic(TypedDict):
+    """What the daemon does by itself."""
+
+    prune_after: str | None
+    stale_after: str | None
+    paused: Annotated[bool, Field(description="Whether nothing goes on by itself, as the clock has jumped.")]
+    unconfirmed: Annotated[Unconfirmed | None, Field(description="What prune_after would delete if it were confirmed.")]
+
+
+class Health(TypedDict):
+    """Whether writes are taken, and how the database is."""
+
+    status: str
+    version: str
+    db_path: str
+    journal_mode: str
+    synchronous: str
+    durable: bool
+    durability: str
+    queue_depth: Number
+    oldest_waiting_s: Sum
+    last_commit_at: str | None
+    wal_bytes: Number
+    disk_free_bytes: Number
+    counts: Comparison
+    automatic: Automatic
+    notices: list[str]
+
+
+class Totals(TypedDict):
+    """How many runs there are."""
+
+    total_runs: Number
+    agents: dict[str, Number]
+    agents_more: NotRequired[Number]
+    recent_24h: Number
+    performance: dict[str, Any]
+
+
+class Slice(TypedDict):
+    """What was done, or with dry_run what would be."""
+
+    more: NotRequired[bool]
+    dry_run: NotRequired[bool]
+    matching: NotRequired[Number]
+    oldest: NotRequired[str | None]
+    ahead: NotRequired[
+        Annotated[list[str], Field(description="event_ids of those whose created_at lies ahead of their arrival.")]
+    ]
+    created_before: str
+
+
+class Pruned(Slice):
+    """One slice of old runs."""
+
+    pruned: NotRequired[Number]
+
+
+class Reaped(Slice):
+    """One slice of stale runs."""
+
+    reaped: NotRequired[Number]
+
+
+class Confirmed(TypedDict):
+    """What was confirmed."""
+
+    prune_after: NotRequired[str]
+    created_before: NotRequired[str]
+    matching: NotRequired[Number]
+    oldest: NotRequired[str | None]
+    clock: NotRequired[str]
+
+
+class BackupMade(TypedDict):
+    """A verified backup."""
+
+    path: str
+    bytes: Number
+    rows: Number
+    seconds: float
+    removed: list[str]

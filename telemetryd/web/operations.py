@@ -1,0 +1,299 @@
+"""Describes each endpoint for the OpenAPI document: what it takes, what it answers, and what may go wrong."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from telemetryd.model import alerts, answers, changes, events, queries, regressions, runs, stats
+from telemetryd.model.requests import ProcessRequest
+from telemetryd.web.body import JSON_TYPES, NDJSON_TYPES
+from telemetryd.web.openapi import LAST_EVENT_ID, Operation, obj, ref
+
+_WRITE_ERRORS: Final = (400, 413, 415, 422, 503)
+_NEW_RUN: Final = ref("NewRun")
+
+
+def _page_of(what: str, kind: object) -> Operation:
+    return Operation(
+        f"Get the web page of a run's {what}",
+        "Known are github.com, gitlab.com and bitbucket.org; otherwise null.",
+        answers={200: ("The page.", kind)},
+        errors=(404, 503),
+    )
+
+
+def _slice_of(summary: str, model: str, kind: object) -> Operation:
+    return Operation(
+        summary,
+        "Needs authentication, or the Unix socket. Ask again while `more` is true.",
+        tags=("admin",),
+        body=ref(model),
+        body_types=JSON_TYPES,
+        answers={200: ("What was done, or with dry_run what would be.", kind)},
+        errors=_WRITE_ERRORS,
+    )
+
+
+CREATE_RUN: Final = Operation(
+    "Create a run",
+    "A known event_id is a duplicate: the stored run stays as it is.",
+    body=_NEW_RUN,
+    body_types=JSON_TYPES,
+    example=runs.example(runs.NewRun, runs.BEGUN),
+    answers={
+        201: (
+            "The run is stored and durable.",
+            answers.RunCreated,
+        ),
+        200: (
+            "The event_id is already stored.",
+            answers.RunDuplicate,
+        ),
+    },
+    errors=_WRITE_ERRORS,
+)
+
+CREATE_BATCH: Final = Operation(
+    "Create many runs",
+    "An array, an object with the array under `runs`, or one run a line (NDJSON). A bad item is reported and "
+    "costs the others nothing; all good ones are stored in one transaction.",
+    body={
+        "anyOf": [
+            {"type": "array", "items": _NEW_RUN},
+            obj({"runs": {"type": "array", "items": _NEW_RUN}}),
+        ]
+    },
+    body_types=(*JSON_TYPES, NDJSON_TYPES[0]),
+    example=[runs.example(runs.NewRun, runs.BEGUN, number) for number in (0, 1)],
+    answers={
+        200: (
+            "What became of the items.",
+            answers.BatchStored,
+        )
+    },
+    errors=_WRITE_ERRORS,
+)
+
+LIST_RUNS: Final = Operation(
+    "Query runs",
+    "Newest first. If more follow, the Link header holds the next page (rel=next).",
+    parameters=queries.LIST,
+    answers={200: ("The runs.", list[answers.StoredRun | answers.PartOfRun])},
+    errors=(400, 503),
+)
+
+STREAM_RUNS: Final = Operation(
+    "Follow the runs",
+    "Server-sent events: `run` with each run that is created or changed, after its commit, as one answers it; "
+    "`missed` with the number of changes that were left out because the client was too slow. Whoever comes "
+    "back with the last id goes on there, also after a restart of the daemon.",
+    parameters=changes.STREAM,
+    other_parameters=(LAST_EVENT_ID,),
+    answers={200: ("Events without an end.", str)},
+    answer_type="text/event-stream",
+    errors=(400, 503),
+)
+
+LIST_CHANGES: Final = Operation(
+    "List the changes behind a number of the commit sequence",
+    "In the order of the commits; of each run only its newest change, with the run as it is now. Go on with "
+    "`last` as `after`, while `more` is true at once. Events come with the page that has the last change, each "
+    "with the id of its run; go on with the id of the last one as `events_after`.",
+    parameters=changes.LIST,
+    answers={
+        200: (
+            "The changes.",
+            changes.ChangesAnswer,
+        )
+    },
+    errors=(400, 410, 503),
+)
+
+EXPORT_RUNS: Final = Operation(
+    "Export runs",
+    "All that match, in the order of their arrival, as NDJSON, CSV (RFC 4180) or Parquet. The "
+    f"header {queries.SNAPSHOT} says `exact` if they are one snapshot, X-Total-Count how many they are. An "
+    "export that could not be brought to its end is cut off in the middle of the chunked encoding.",
+    parameters=queries.EXPORT,
+    answers={200: ("The runs.", str)},
+    answer_type=queries.MEDIA_TYPES[queries.Format.NDJSON],
+    other_answer_types=tuple(queries.MEDIA_TYPES.values())[1:],
+    errors=(400, 503),
+)
+
+GET_RUN: Final = Operation(
+    "Get a run",
+    parameters=queries.GET,
+    answers={200: ("The run.", answers.StoredRun)},
+    errors=(400, 404, 503),
+)
+
+UPDATE_RUN: Final = Operation(
+    "Update a run",
+    "A field that is null or missing stays as it is.",
+    body=ref("RunPatch"),
+    body_types=JSON_TYPES,
+    example=runs.example(runs.RunPatch, runs.ENDED, 1),
+    answers={200: ("The run is changed and the change durable.", answers.RunUpdated)},
+    errors=(404, *_WRITE_ERRORS),
+)
+
+ASSOCIATE_COMMIT: Final = Operation(
+    "Record the commit that a run led to",
+    body=ref("CommitAssociation"),
+    body_types=JSON_TYPES,
+    example=runs.example(runs.CommitAssociation),
+    answers={
+        200: (
+            "The commit is recorded and durable.",
+            answers.CommitAssociated,
+        )
+    },
+    errors=(404, *_WRITE_ERRORS),
+)
+
+CREATE_EVENTS: Final = Operation(
+    "Report events of a run",
+    f"One event, or an array of at most {events.MAX_EVENTS}; with one bad event none is stored. A key that the "
+    "run already has is a duplicate: the stored event stays as it is.",
+    body={
+        "anyOf": [
+            ref("NewEvent"),
+            {"type": "array", "items": ref("NewEvent"), "maxItems": events.MAX_EVENTS},
+        ]
+    },
+    body_types=JSON_TYPES,
+    example=runs.example(events.NewEvent),
+    answers={
+        201: (
+            "The events are stored and durable; those with a known key were so before.",
+            answers.EventsStored,
+        )
+    },
+    errors=(404, *_WRITE_ERRORS),
+)
+
+LIST_EVENTS: Final = Operation(
+    "List a run's events",
+    "Oldest first, or the last ones first with sort=-timestamp. If more follow, the Link header holds the next "
+    "page (rel=next).",
+    parameters=queries.LIST_EVENTS,
+    answers={200: ("The events.", list[answers.StoredEvent])},
+    errors=(400, 404, 503),
+)
+
+REGISTER_PROCESS: Final = Operation(
+    "Register the process that works on a run",
+    "If it ends while the run is still running, the run becomes a failure within a second. Only a process on "
+    "the daemon's own machine can be watched.",
+    body=ref("ProcessRequest"),
+    body_types=JSON_TYPES,
+    example=runs.example(ProcessRequest),
+    answers={
+        201: (
+            "The process is watched, also after a restart of the daemon.",
+            answers.ProcessWatched,
+        )
+    },
+    errors=(404, 409, *_WRITE_ERRORS),
+)
+
+GET_COMMIT_URL: Final = _page_of("commit", answers.CommitUrl)
+
+GET_REPO_URL: Final = _page_of("repository", answers.RepoUrl)
+
+GET_STATS: Final = Operation(
+    "Statistics of runs",
+    "Counts, sums and quantiles by the time of created_at, from figures that the writer keeps: they are right "
+    "as soon as a change is acknowledged. Only groups with runs are answered.",
+    parameters=stats.PARAMETERS,
+    answers={200: ("The groups, the earliest bucket first, then by names.", stats.Stats)},
+    errors=(400, 503),
+)
+
+GET_REGRESSIONS: Final = Operation(
+    "Commits that broke something",
+    "For each agent and job type: the commit since which runs fail more often or take longer, if chance hardly "
+    f"explains it. Looked at are the newest {regressions.MAX_RUNS:,} finished runs with a git_commit_hash. "
+    "Commits are in the order of their first runs.",
+    parameters=regressions.PARAMETERS,
+    answers={200: ("What was found, the most certain first.", regressions.Regressions)},
+    errors=(400, 503),
+)
+
+LIST_ALERTS: Final = Operation(
+    "List the rules of alerts and their state",
+    "The rules of TELEMETRY_ALERTS_FILE, in its order, and for which agents (and job types) each is firing.",
+    answers={200: ("The rules.", alerts.Alerts)},
+    errors=(400, 503),
+)
+
+GET_METADATA: Final = Operation(
+    "List agents and job types",
+    answers={
+        200: (
+            "The names in use.",
+            answers.Metadata,
+        )
+    },
+    errors=(503,),
+)
+
+GET_HEALTH: Final = Operation(
+    "Check health",
+    "Answers at once, with 503 when writes are not taken.",
+    tags=("operation",),
+    answers={
+        200: (
+            "Writes are taken.",
+            answers.Health,
+        )
+    },
+    errors=(503,),
+    open=True,
+)
+
+GET_METRICS: Final = Operation(
+    "Read totals and metrics",
+    "JSON, or Prometheus text if Accept or `format` asks for it.",
+    tags=("operation",),
+    parameters=queries.METRICS,
+    answers={
+        200: (
+            "The totals.",
+            answers.Totals,
+        )
+    },
+    other_answer_types=("text/plain", "application/openmetrics-text"),
+    errors=(400, 503),
+)
+
+PRUNE_RUNS: Final = _slice_of("Delete old runs", "PruneRequest", answers.Pruned)
+
+REAP_RUNS: Final = _slice_of("Cancel stale runs", "ReapRequest", answers.Reaped)
+
+CONFIRM: Final = Operation(
+    "Confirm what may be done without a command",
+    "Needs authentication, or the Unix socket. Runs of an age may be deleted by themselves (a shorter age has "
+    "to be confirmed again), or the clock is right although it has jumped.",
+    tags=("admin",),
+    body=ref("ConfirmRequest"),
+    body_types=JSON_TYPES,
+    answers={200: ("It is written down for this database.", answers.Confirmed)},
+    errors=_WRITE_ERRORS,
+)
+
+MAKE_BACKUP: Final = Operation(
+    "Make a verified backup",
+    "Needs authentication, or the Unix socket; the directory is the setting TELEMETRY_BACKUP_DIR.",
+    tags=("admin",),
+    body=obj({}),
+    body_types=JSON_TYPES,
+    answers={
+        200: (
+            "The backup is verified and in its place.",
+            answers.BackupMade,
+        )
+    },
+    errors=_WRITE_ERRORS,
+)
