@@ -64,8 +64,9 @@ def _read_bytes(path: Path, most: int = MOST_BYTES) -> bytes | None:
     try:
         if not stat.S_ISREG(os.fstat(file).st_mode):
             return None
-        with os.fdopen(os.dup(file), "rb") as opened:
-            data = opened.read(most + 1)
+        data = b""
+        while len(data) <= most and (part := os.read(file, most + 1 - len(data))):  # os.fdopen() imports: too late, maybe
+            data += part
     except OSError:
         return None
     finally:
@@ -179,7 +180,7 @@ def _entries(config: Path, depth: int) -> Iterator[tuple[str, str, str]]:
         line = whole
         while match := _SECTION.match(line):  # entries may follow in the same line
             kind, _, old = match[1].lower().partition(".")
-            which = _ESCAPE.sub(r"\1", match[2]) if match[2] is not None else old
+            which = _unescaped(match[2]) if match[2] is not None else old
             section, line = f"{kind}.{which}", line[match.end() :]
         entry = _ENTRY.match(line)
         if entry is None:
@@ -196,6 +197,10 @@ def _value(text: str) -> str:
     parts: list[str] = []
     at = 0
     while match := _PART.match(text, at):
-        parts.append(_ESCAPE.sub(r"\1", match[1] if match[1] is not None else match[2]))
+        parts.append(_unescaped(match[1] if match[1] is not None else match[2]))
         at = match.end()
     return "".join(parts).strip()
+
+
+def _unescaped(text: str) -> str:
+    return _ESCAPE.sub(lambda escape: escape[1], text)  # a template is compiled by a module that is imported for it

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import operator
 import os
+import reprlib
 from collections.abc import Callable, Mapping, Sequence, Set
 from datetime import date, time, timedelta
 from enum import Enum
@@ -254,8 +255,6 @@ def shown(value: object, most: int = _SHORT) -> str:
 
 def short(value: object) -> Any:
     """Return a value that was left out as it is told: a scalar as it is, all else as short text; never raises."""
-    import reprlib  # noqa: PLC0415 - rarely needed
-
     try:
         found = value if type(value) in SCALARS else _opened(value)
         return shown(found if isinstance(found, str) else reprlib.repr(value)) if not _is_scalar(found) else found
