@@ -965,10 +965,11 @@ ROUTES: Final[tuple[Route, ...]] = (
                         {
                             "total_runs": INTEGER,
                             "agents": {"type": "object", "additionalProperties": INTEGER},
-                            "agents_more": INTEGER,
+                            "agents_more": {**INTEGER, "description": "How many agents are not named; missing if all are."},
                             "recent_24h": INTEGER,
                             "performance": {"type": "object"},
-                        }
+                        },
+                        ("total_runs", "agents", "recent_24h", "performance"),
                     ),
                 )
             },
