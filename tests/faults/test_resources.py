@@ -214,12 +214,14 @@ def test_it_is_noticed_without_a_write(lasting: tuple[Daemon, Told], tmp_path: P
     told.send_until(lambda status: status == 201)
 
 
-@pytest.mark.parametrize("suffix", ["-wal", "-shm", ".lock"])
+@pytest.mark.parametrize(
+    ("lasting", "suffix"),
+    [("DELETE", ".lock"), ("WAL", "-wal"), ("WAL", "-shm"), ("WAL", ".lock")],  # only a log has files of its own
+    indirect=["lasting"],
+)
 def test_a_file_beside_the_database_is_deleted(lasting: tuple[Daemon, Told], ledger: Ledger, suffix: str) -> None:
     """What stands only in a log without a name is written back before the log is let go of."""
     daemon, told = lasting
-    if suffix != ".lock" and mode(daemon) != "WAL":
-        pytest.skip("only a write-ahead log has these files")
     for _ in range(20):
         assert told.send() == 201
     since = len(daemon.lines)
