@@ -184,8 +184,8 @@ async def _receive(request: web.Request, share: _Share) -> bytes:
         if len(body) > share.bodies.limit:
             raise _too_large(share.bodies.limit)
         return body
-    # Room for what is announced, which is given back at once and never touched: if there is none, that shows here, where
-    # it can be answered, and not in the midst of the loop's own reading, which cuts the connection then.
+    # Take as much room as is announced, and give it back: where there is none, this shows here, where it can be
+    # answered, and not within the loop's own reading, which would cut the connection.
     bytes(request.content_length or 0)
     parts: list[bytes] = []
     size = 0

@@ -965,7 +965,7 @@ ROUTES: Final[tuple[Route, ...]] = (
                         {
                             "total_runs": INTEGER,
                             "agents": {"type": "object", "additionalProperties": INTEGER},
-                            "agents_more": {**INTEGER, "description": "How many agents are not named; missing if all are."},
+                            "agents_more": {**INTEGER, "description": "How many are not named; missing if all are."},
                             "recent_24h": INTEGER,
                             "performance": {"type": "object"},
                         },

@@ -46,7 +46,7 @@ def leave(buffer: Path, count: int = 5, **fields: object) -> None:
 
 
 def leave_refused(buffer: Path, count: int) -> None:
-    """Be a process whose lines the daemon refuses: ours leaves out what no field can take, so write them as they are."""
+    """Be a process whose lines the daemon refuses: ours leaves out what no field can take."""
     client = Client("http://127.0.0.1:9", buffer_dir=buffer, send=False)
     for _ in range(count):
         assert client.write(make_run(items_failed=-1))

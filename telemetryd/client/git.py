@@ -62,10 +62,12 @@ def _read_bytes(path: Path, most: int = MOST_BYTES) -> bytes | None:
     except (OSError, ValueError):  # a NUL in a name that was read from a file
         return None
     try:
-        if not stat.S_ISREG(os.fstat(file).st_mode):
+        facts = os.fstat(file)
+        if not stat.S_ISREG(facts.st_mode) or facts.st_size > most:
             return None
         data = b""
-        while len(data) <= most and (part := os.read(file, most + 1 - len(data))):  # os.fdopen() imports: too late, maybe
+        # Not by os.fdopen(), which imports: at the end of the interpreter that is too late.
+        while len(data) <= most and (part := os.read(file, facts.st_size + 1)):
             data += part
     except OSError:
         return None

@@ -15,7 +15,6 @@ import sys
 import time
 import zlib
 from collections.abc import Awaitable, Callable
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
