@@ -396,9 +396,9 @@ def shortened(name: str) -> str:
 def object_of(value: object) -> Mapping[Any, Any]:
     """Return metrics, context or a payload as an object; agents of the replaced library may give its JSON text."""
     if isinstance(value, str):
-        import json  # noqa: PLC0415
+        with contextlib.suppress(ValueError, RecursionError, ImportError):  # at the end of the interpreter
+            import json  # noqa: PLC0415
 
-        with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(value)
     if isinstance(value, Mapping):
         return value
