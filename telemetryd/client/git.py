@@ -19,6 +19,7 @@ _IN_REFTABLES: Final = "ref: refs/heads/.invalid"
 _LINKS: Final = 5
 """References that refer to references, one after the other: as many as git follows."""
 _SHORT: Final = 8 << 10
+_BLOCK: Final = 1 << 20
 _MOST_CONFIG: Final = 1 << 20
 _MOST_PACKED: Final = 64 << 20
 
@@ -65,15 +66,17 @@ def _read_bytes(path: Path, most: int = MOST_BYTES) -> bytes | None:
         facts = os.fstat(file)
         if not stat.S_ISREG(facts.st_mode) or facts.st_size > most:
             return None
-        data = b""
         # Not by os.fdopen(), which imports: at the end of the interpreter that is too late.
-        while len(data) <= most and (part := os.read(file, facts.st_size + 1)):
-            data += part
+        parts: list[bytes] = []
+        left = most + 1
+        while left > 0 and (part := os.read(file, min(left, _BLOCK))):
+            parts.append(part)
+            left -= len(part)
     except OSError:
         return None
     finally:
         os.close(file)
-    return data if len(data) <= most else None
+    return b"".join(parts) if left > 0 else None
 
 
 def _git_folders(folder: Path) -> _Folders | None:
@@ -195,6 +198,10 @@ def _entries(config: Path, depth: int) -> Iterator[tuple[str, str, str]]:
             yield section, name, value
 
 
+def _unescaped(text: str) -> str:
+    return _ESCAPE.sub(lambda match: match[1], text)  # a template would import a module (the end of the interpreter)
+
+
 def _value(text: str) -> str:
     parts: list[str] = []
     at = 0
@@ -202,7 +209,3 @@ def _value(text: str) -> str:
         parts.append(_unescaped(match[1] if match[1] is not None else match[2]))
         at = match.end()
     return "".join(parts).strip()
-
-
-def _unescaped(text: str) -> str:
-    return _ESCAPE.sub(lambda escape: escape[1], text)  # a template is compiled by a module that is imported for it

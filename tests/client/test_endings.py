@@ -45,12 +45,19 @@ OWN_CLIENT = """
 """
 
 
-def run(code: str, buffer: Path, url: str = "http://127.0.0.1:9") -> str:
+WRONG = """
+            client.record({"event_id": "late", "agent_name": "a", "job_type": "j", "items_failed": [1]})
+            with client.run("a", "j", product={"a": 1}) as run:
+                run.metrics('{"tokens": 1}')
+"""
+
+
+def run(code: str, buffer: Path, url: str = "http://127.0.0.1:9", folder: Path | None = None) -> str:
     """Run an agent to its end, and return what it printed."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TELEMETRY_")}
     environment |= {"TELEMETRY_API_URL": url, "TELEMETRY_BUFFER_DIR": str(buffer)}
     command = [sys.executable, "-W", "ignore", "-c", code]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=50, check=True)
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=50, check=True)
     return done.stdout
 
 
@@ -72,6 +79,21 @@ def test_at_the_end_of_the_interpreter_nothing_hangs_and_all_is_written(
 ) -> None:
     assert run(LATE.format(body=body), buffer) == told
     assert len(lines(buffer)) == count
+
+
+@pytest.mark.parametrize(("body", "count"), [(RECORD, 1), (WRONG, 4)], ids=["a record", "wrong values"])
+def test_at_the_end_of_the_interpreter_neither_a_checkout_nor_a_wrong_value_costs_a_run(
+    tmp_path: Path, buffer: Path, body: str, count: int
+) -> None:
+    git = tmp_path / "checkout" / ".git"
+    git.mkdir(parents=True)
+    (git / "HEAD").write_text("ref: refs/heads/main\n")
+    (git / "config").write_text('[remote "origin"]\n\turl = https://h/site.git\n')
+    run(LATE.format(body=body), buffer, folder=git.parent)
+    written = [orjson.loads(line) for line in lines(buffer)]
+    assert len(written) == count
+    assert written[0]["event_id"] == "late"
+    assert (written[0]["git_branch"], written[0]["git_repo"]) == ("main", "https://h/site.git")
 
 
 def test_a_run_that_ends_after_its_client_has_said_how(buffer: Path) -> None:
