@@ -200,8 +200,8 @@ class Recount:
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
         self.look(connection)
-        if self._has_to_keep:
-            keep_drawn(connection, self._tally.number, self._tally.event)  # again if this is rolled back
+        if self._has_to_keep:  # until it is confirmed: this transaction may be rolled back
+            keep_drawn(connection, self._tally.number, self._tally.event)
 
     def _step(self, connection: sqlite3.Connection) -> Found | None:
         self._tally.forget()
