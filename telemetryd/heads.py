@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
@@ -56,15 +56,17 @@ class Held(Generic[H]):
         if held:
             self._by_holder[holder] = held
 
-    def relieve(self) -> Iterable[H]:
+    def relieve(self) -> Sequence[H]:
         """If it is too much, forget and return those who hold most, of equal ones those unchanged for longest."""
         if self.bytes <= HELD_BYTES:
-            return
+            return ()
+        relieved = []
         for holder in sorted(self._by_holder, key=self._by_holder.__getitem__, reverse=True):
             if self.bytes <= HELD_BYTES * 3 // 4:  # some at once, for the order costs a look at all of them
-                return
+                break
             self.note(holder, 0)
-            yield holder
+            relieved.append(holder)
+        return relieved
 
 
 class Parser(HttpRequestParser):
