@@ -129,6 +129,8 @@ class Parser(HttpRequestParser):
             message, self._body = messages[0]
             self._asked.append(_held(message, _size(message)))
             return parsed
+        if not (messages or data):  # aiohttp asks so whether anything waits, after each request
+            return parsed
         received = len(data)
         if is_body and self._body is not None:
             received = received - (self._body.total_bytes - read) if self._body.is_eof() else 0
