@@ -26,6 +26,7 @@ HEALTH: Final = "/health"
 _READING: Final = frozenset({"GET", "HEAD"})
 SAFE_METHODS: Final = _READING | {"OPTIONS"}
 """Methods that change nothing (RFC 9110 §9.2.1); a browser sends an Origin with all others."""
+_SITE: Final = "Sec-Fetch-Site"
 _FOREIGN: Final = frozenset({"cross-site", "same-site"})
 
 READABLE: Final = (
@@ -74,7 +75,9 @@ class Pages:
         return web.Response(status=204, headers=_PREFLIGHT)
 
     def _refusal_by_site(self, request: web.Request) -> str | None:
-        said = {value.strip().lower() for value in request.headers.getall("Sec-Fetch-Site", ())}
+        if _SITE not in request.headers:  # agents, curl
+            return None
+        said = {value.strip().lower() for value in request.headers.getall(_SITE)}
         if not said & _FOREIGN or _is_for_all(request):
             return None
         # A script can forge neither; without CORS a GET has a Referer only, unless its page keeps that back.
