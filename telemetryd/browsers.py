@@ -77,7 +77,7 @@ class Pages:
     def _refusal_by_site(self, request: web.Request) -> str | None:
         if _SITE not in request.headers:  # agents, curl
             return None
-        said = {value.strip().lower() for value in request.headers.getall(_SITE)}
+        said = {site.strip().lower() for value in request.headers.getall(_SITE) for site in value.split(",")}
         if not said & _FOREIGN or _is_for_all(request):
             return None
         # A script can forge neither; without CORS a GET has a Referer only, unless its page keeps that back.
@@ -112,12 +112,10 @@ def _is_for_all(request: web.Request) -> bool:
     path = resource.canonical
     if path in PAGES:
         # Not in a frame, nor as an image: only what becomes a page of its own tells the foreign one nothing.
-        return _says(request, "Sec-Fetch-Mode", "navigate") and _says(request, "Sec-Fetch-Dest", "document")
+        # Every browser that names the mode says where the answer goes; who leaves that out shows it in no frame.
+        destination = request.headers.get("Sec-Fetch-Dest", "document")
+        return request.headers.get("Sec-Fetch-Mode") == "navigate" and destination == "document"
     return path == HEALTH or path.startswith(_ASSETS)
-
-
-def _says(request: web.Request, header: str, value: str) -> bool:
-    return request.headers.get(header) == value
 
 
 def sharing(readers: frozenset[str]) -> Callable[[web.Request, web.StreamResponse], Awaitable[None]]:
