@@ -32,9 +32,10 @@ _PATH: Final = r"[\w.~+:%,!'()*/-]*"
 _SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,19}):(?=//)")
 _PLACE: Final = re.compile(rf"({_HOST})(:[0-9]{{1,5}})?:?(/{_PATH})?")
 _SCP: Final = re.compile(rf"{_HOST}:(?!//|$){_PATH}")
+_FILE: Final = re.compile(rf"/{_PATH}")
 _REST: Final = re.compile(r"[?#;&]")
 """Where a query, a fragment or parameters begin, in whichever wrong form."""
-_SIGN: Final = re.compile(r"://|[@?#]|[;&][^;&=]*=")
+_SIGN: Final = re.compile(r"://|[@?#=]")
 """Without a scheme a text may be anything; with one of these it may be an address that holds a secret."""
 _ESCAPED: Final = re.compile(r"%(?:[01][0-9A-F]|2[36]|3[ABDF]|40|7F)", re.IGNORECASE)
 """Escapes of controls and of `#&:;=?@`, which no path of a repository needs."""
@@ -64,7 +65,7 @@ def _keep(address: str) -> str | None:
     prefix = f"{scheme}://{_GIT if user and scheme in _SSH and _is_git(user) else ''}"
     if place is not None and (place[3] or user is None):
         return f"{prefix}{place[1]}{place[2] or ''}{place[3] or ''}"
-    if kept is not None and scheme == "file" and user is None and re.fullmatch(rf"/{_PATH}", kept):
+    if kept is not None and scheme == "file" and user is None and _FILE.fullmatch(kept):
         return f"file://{kept}"
     if kept is not None and user is not None and scheme in _SSH and not _ESCAPED.search(kept) and _SCP.fullmatch(kept):
         return f"{prefix}{kept}" if _is_git(user) else kept  # `ssh://git@host:acme/site` mixes two forms, as many do
@@ -84,7 +85,7 @@ def _without_scheme(address: str) -> str | None:
         return _REST.split(text, maxsplit=1)[0].rstrip()  # a folder, whose name may hold an @
     kept, user = _cut(text)
     if user is None or kept is None:
-        return kept
+        return None if kept is not None and "=" in kept else kept
     if _ESCAPED.search(kept) or _SCP.fullmatch(kept) is None:
         return None
     return f"{_GIT}{kept}" if _is_git(user) else kept

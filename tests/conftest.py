@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import itertools
 import json
 import os
@@ -18,7 +19,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import hypothesis
 import pytest
@@ -298,8 +299,18 @@ def start_daemon(tmp_path: Path) -> Iterator[StartDaemon]:
 def require_program(program: str, package: str) -> None:
     """Skip the test if a program is missing, except in CI, which installs all of them and skips nothing."""
     if shutil.which(program) is None:
-        give_up = pytest.fail if os.environ.get("CI") else pytest.skip
         give_up(f"{program} is needed, which is missing: apt-get install {package}")
+
+
+def require_package(package: str) -> None:
+    """Skip the test if a package of the extra "dev" is missing, except in CI."""
+    if importlib.util.find_spec(package) is None:
+        give_up(f"{package} is needed, which is missing: pip install -e .[dev]")
+
+
+def give_up(reason: str) -> NoReturn:
+    """Skip the test, which cannot run here; CI can run all, so there it fails."""
+    (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
 
 
 @contextlib.contextmanager

@@ -45,6 +45,14 @@ def leave(buffer: Path, count: int = 5, **fields: object) -> None:
     client.close()
 
 
+def leave_refused(buffer: Path, count: int) -> None:
+    """Be a process whose lines the daemon refuses: ours leaves out what no field can take."""
+    client = Client("http://127.0.0.1:9", buffer_dir=buffer, send=False)
+    for _ in range(count):
+        assert client.write(make_run(items_failed=-1))
+    client.close()
+
+
 def test_sync_sends_what_is_left_and_says_so(daemon: Daemon, buffer: Path) -> None:
     leave(buffer)
     shown = json.loads(telemetryd("sync", "--buffer-dir", buffer, "--dry-run", "--json").stdout)
@@ -75,7 +83,7 @@ def test_sync_without_a_daemon_fails_and_loses_nothing(buffer: Path, free_port: 
 
 
 def test_sync_tells_of_refusals_and_leaves_alone_who_sends_for_himself(daemon: Daemon, buffer: Path) -> None:
-    leave(buffer, 3, items_failed=-1)
+    leave_refused(buffer, 3)
     alive = Client("http://127.0.0.1:9", buffer_dir=buffer, flush_timeout_s=0.1)
     alive.record(make_run())
     done = telemetryd("sync", "--buffer-dir", buffer, "--url", daemon.url, status=1)
@@ -108,7 +116,7 @@ def test_sync_watches_until_it_is_told_to_stop(daemon: Daemon, buffer: Path) -> 
         text=True,
     )
     try:
-        leave(buffer, 1, items_failed=-1)  # told when it comes; to be stopped is no failure
+        leave_refused(buffer, 1)  # told when it comes; to be stopped is no failure
         for expected in (5, 10):
             leave(buffer)
             deadline = time.monotonic() + 60

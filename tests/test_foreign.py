@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from telemetryd.engine.sqlite.statements import full_text
 from telemetryd.engine.sqlite.tools import migrate
 from telemetryd.engine.sqlite.tools.check import Severity, examine, repair
 from telemetryd.engine.sqlite.tools.foreign import HIGHEST_NUMBER
@@ -165,6 +166,24 @@ async def test_a_file_whose_numbers_are_used_up_is_not_served_until_they_are_fre
     assert found is not None
     assert int(found[0][0] or 0) < HIGHEST_NUMBER
     await store.close()
+
+
+def test_what_belongs_to_a_run_follows_it_to_its_new_number(tmp_path: Path) -> None:
+    path, high = tmp_path / "telemetry.sqlite", HIGHEST_NUMBER + 1
+    make_database(
+        path,
+        "INSERT INTO agent_runs (id, event_id, run_id, created_at, updated_at, start_time, agent_name, job_type, "
+        f"error_summary) VALUES ({high}, 'e', 'r', '2029-01-01T00:00:00.000000Z', '2026-02-01T00:00:00.000000Z', "
+        "'2026-01-01T00:00:00.000000Z', 'a', 'j', 'needle')",
+        f"INSERT INTO run_arrivals VALUES ('2029-01-01T00:00:00.000000Z', {high}, 'a', '2026-01-01T00:00:00.000000Z')",
+    )
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        full_text.at_once(connection, full_text.rebuild)
+    repair(path)
+    with closing(sqlite3.connect(path)) as connection:
+        arrivals = connection.execute("SELECT run, arrived_at FROM run_arrivals").fetchall()
+        assert arrivals == [(1, "2026-01-01T00:00:00.000000Z")]
+        assert connection.execute("SELECT rowid FROM runs_text WHERE runs_text MATCH 'needle'").fetchall() == [(1,)]
 
 
 def test_a_file_whose_numbers_are_used_up_is_not_restored(tmp_path: Path) -> None:

@@ -221,6 +221,9 @@ def test_only_host_and_path_of_an_address_are_kept(address: str, kept: str) -> N
         "git clone https://user:s3cret@example.com/acme/site",
         "url = https://user:s3cret@example.com/acme/site",
         "git@example.com:acme/site@s3cret",
+        "token=s3cret",
+        "example.com/acme/site,token=s3cret",
+        "git@example.com:acme/token=s3cret",
     ],
 )
 def test_of_an_address_in_which_a_secret_cannot_be_told_from_the_rest_nothing_is_kept(address: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import urllib.request
@@ -17,7 +18,7 @@ from telemetryd.engine.sqlite.connection import connect
 from telemetryd.ops.metrics import Metrics
 from telemetryd.settings import Settings
 from telemetryd.store import Store
-from tests.conftest import Daemon, StartDaemon, eventually, make_run, require_program
+from tests.conftest import Daemon, StartDaemon, eventually, give_up, make_run, require_program
 from tests.faults.strace import completed, needs_strace, strace
 from tests.http_client import call, post
 from tests.tools.process import telemetryd
@@ -33,7 +34,7 @@ def by_another_name(database: Path, name: Path) -> tuple[str, ...]:
     name.touch()
     prefix = ("unshare", "--mount", "sh", "-c", BIND, str(database), str(name))
     if subprocess.run([*prefix, "true"], capture_output=True, check=False).returncode:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("nothing can be mounted here")
+        give_up("nothing can be mounted here")
     return prefix
 
 
@@ -58,6 +59,46 @@ def test_a_bind_mount_of_the_file_does_not_make_a_second_owner(
     line = refusal(start_daemon(prefix=prefix, TELEMETRY_DB_PATH=str(name), TELEMETRY_DB_JOURNAL_MODE=journal_mode))
     assert f"Another telemetryd (PID {owner.process.pid}) owns this database" in line
     assert post(owner.url, make_run())[0] == 201
+
+
+@pytest.mark.parametrize("killed", ["here", "there"])
+def test_after_a_crash_a_file_is_not_used_by_another_name_than_the_one_that_has_its_log(
+    start_daemon: StartDaemon, tmp_path: Path, killed: str
+) -> None:
+    first = start_daemon()
+    assert post(first.url, make_run())[0] == 201
+    first.stop()
+    name = tmp_path / "elsewhere" / "other.sqlite"
+    there = {"prefix": by_another_name(first.database, name), "TELEMETRY_DB_PATH": str(name)}
+    here = {"TELEMETRY_DB_PATH": str(first.database)}
+    its, other = (here, there) if killed == "here" else (there, here)
+
+    daemon = start_daemon(**its, TELEMETRY_DB_JOURNAL_MODE="WAL")
+    assert post(daemon.url, make_run())[0] == 201
+    daemon.stop(signal.SIGKILL)
+    line = refusal(start_daemon(**other, TELEMETRY_DB_JOURNAL_MODE="WAL"))
+    assert f"was last opened as {its['TELEMETRY_DB_PATH']}" in line
+
+    daemon = start_daemon(**its, TELEMETRY_DB_JOURNAL_MODE="WAL")
+    assert len(call(daemon.url, "GET", "/api/v1/runs")[1]) == 2
+    daemon.stop()
+    daemon = start_daemon(**other, TELEMETRY_DB_JOURNAL_MODE="WAL")
+    assert len(call(daemon.url, "GET", "/api/v1/runs")[1]) == 2
+
+
+def test_after_a_crash_a_database_that_was_moved_with_its_log_is_served(
+    start_daemon: StartDaemon, tmp_path: Path
+) -> None:
+    daemon = start_daemon(TELEMETRY_DB_JOURNAL_MODE="WAL")
+    assert post(daemon.url, make_run())[0] == 201
+    daemon.stop(signal.SIGKILL)
+    (tmp_path / "elsewhere").mkdir()
+    for file in sorted(daemon.database.parent.glob(daemon.database.name + "*")):
+        file.rename(tmp_path / "elsewhere" / file.name)
+    another = start_daemon(TELEMETRY_DB_JOURNAL_MODE="WAL")  # in its old place, with a log of its own
+    assert post(another.url, make_run())[0] == 201
+    moved = start_daemon(TELEMETRY_DB_PATH=str(tmp_path / "elsewhere" / daemon.database.name))
+    assert len(call(moved.url, "GET", "/api/v1/runs")[1]) == 1
 
 
 def test_a_file_that_is_mounted_by_itself_is_warned_of(start_daemon: StartDaemon, tmp_path: Path) -> None:
@@ -130,7 +171,7 @@ def test_the_owner_in_another_container_is_not_called_by_a_pid_that_is_somebody_
     require_program("unshare", "util-linux")
     container = ("unshare", "--pid", "--fork", "--mount-proc")
     if subprocess.run([*container, "true"], capture_output=True, check=False).returncode:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("no namespace can be made here")
+        give_up("no namespace can be made here")
     line = refusal(start_daemon(prefix=container))
     assert "in another container" in line
     assert "PID" not in line
@@ -172,7 +213,7 @@ def test_on_an_overlay_the_file_that_is_locked_is_the_one_that_is_written(
     )
     prefix = ("unshare", "--mount", "sh", "-c", script, str(tmp_path))
     if subprocess.run([*prefix, "true"], capture_output=True, check=False).returncode:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("no overlay can be mounted here")
+        give_up("no overlay can be mounted here")
     merged = tmp_path / "merged" / "telemetry.sqlite"
     daemon = start_daemon(prefix=prefix, TELEMETRY_DB_PATH=str(merged))
     assert post(daemon.url, make_run())[0] == 201

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from telemetryd.engine.sqlite.tools import integrity
+from telemetryd.errors import CommandFailedError
 from telemetryd.model.bodies import parse_json
-from telemetryd.model.commands import CreateRuns, UpdateRun
+from telemetryd.model.commands import Created, CreateRuns, UpdateRun
 from telemetryd.model.runs import parse_run
 from telemetryd.ops.metrics import Metrics
 from telemetryd.settings import JournalMode, Settings
@@ -193,6 +194,22 @@ async def test_no_number_is_drawn_again_after_the_newest_runs_were_deleted(make_
     run = make_run()
     await api.post(run)
     assert (await api.get(f"/api/v1/runs/{run['event_id']}"))["id"] > newest
+
+
+async def test_no_number_is_drawn_again_by_a_group_that_is_done_again(
+    make_api: MakeApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("telemetryd.recount._LOOK_EVERY_S", 60)
+    api = await make_api()
+    await api.batch(runs(10))
+    newest = (await api.get("/api/v1/changes"))["newest"]
+    by_somebody_else(api.settings.db_path, "DELETE FROM agent_runs WHERE id > 5")
+    wrong = api.store.submit(UpdateRun((await api.list())[0]["event_id"], {"status": "no status"}))
+    created = api.store.submit(CreateRuns((stored(1),)))
+    failed, done = await asyncio.gather(wrong, created, return_exceptions=True)
+    assert isinstance(failed, CommandFailedError)
+    assert done == Created((True,))
+    assert (await api.get("/api/v1/runs/e1"))["id"] > newest
 
 
 async def test_who_follows_begins_anew_as_nobody_knows_what_was_deleted(make_api: MakeApi) -> None:

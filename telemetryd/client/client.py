@@ -121,7 +121,7 @@ class Client:
         """
         try:
             intake = Intake(self.rejected)
-            given: dict[Any, Any] = {**self._surroundings.fields(), **run}
+            given: dict[Any, Any] = {**self.surroundings(), **run}  # what these lack costs no run
             for name in OF_THE_SERVER:
                 given.pop(name, None)
             event_id = intake.name("event_id", given.pop("event_id", None), new_uuid)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import pwd
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -36,8 +37,6 @@ def _homes() -> Iterator[Path]:
     home = Path(os.environ.get("HOME") or "")
     if home.is_absolute():
         yield home
-    import pwd  # noqa: PLC0415 - hardly ever needed
-
     try:
         yield Path(pwd.getpwuid(os.getuid()).pw_dir or "/")
     except KeyError:

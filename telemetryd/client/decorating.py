@@ -65,7 +65,9 @@ def decorated(function: Callable[P, R], make_run: Callable[[], Decorating]) -> C
 
 def _lasting(result: object, run: Decorating) -> object:
     """Return what a call returned, so that the run ends when the work ends that this stands for."""
-    if not hasattr(type(result), "__await__") and not isinstance(result, (GeneratorType, AsyncGeneratorType)):
+    is_awaited = hasattr(type(result), "__await__")
+    is_future = hasattr(type(result), "add_done_callback")  # those of concurrent.futures cannot be awaited
+    if not is_awaited and not is_future and not isinstance(result, (GeneratorType, AsyncGeneratorType)):
         run.__exit__(None, None, None)
         return result
     run.step_out()

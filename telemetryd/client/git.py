@@ -19,6 +19,7 @@ _IN_REFTABLES: Final = "ref: refs/heads/.invalid"
 _LINKS: Final = 5
 """References that refer to references, one after the other: as many as git follows."""
 _SHORT: Final = 8 << 10
+_BLOCK: Final = 1 << 20
 _MOST_CONFIG: Final = 1 << 20
 _MOST_PACKED: Final = 64 << 20
 
@@ -62,15 +63,20 @@ def _read_bytes(path: Path, most: int = MOST_BYTES) -> bytes | None:
     except (OSError, ValueError):  # a NUL in a name that was read from a file
         return None
     try:
-        if not stat.S_ISREG(os.fstat(file).st_mode):
+        facts = os.fstat(file)
+        if not stat.S_ISREG(facts.st_mode) or facts.st_size > most:
             return None
-        with os.fdopen(os.dup(file), "rb") as opened:
-            data = opened.read(most + 1)
+        # Not by os.fdopen(), which imports: at the end of the interpreter that is too late.
+        parts: list[bytes] = []
+        left = most + 1
+        while left > 0 and (part := os.read(file, min(left, _BLOCK))):
+            parts.append(part)
+            left -= len(part)
     except OSError:
         return None
     finally:
         os.close(file)
-    return data if len(data) <= most else None
+    return b"".join(parts) if left > 0 else None
 
 
 def _git_folders(folder: Path) -> _Folders | None:
@@ -179,7 +185,7 @@ def _entries(config: Path, depth: int) -> Iterator[tuple[str, str, str]]:
         line = whole
         while match := _SECTION.match(line):  # entries may follow in the same line
             kind, _, old = match[1].lower().partition(".")
-            which = _ESCAPE.sub(r"\1", match[2]) if match[2] is not None else old
+            which = _unescaped(match[2]) if match[2] is not None else old
             section, line = f"{kind}.{which}", line[match.end() :]
         entry = _ENTRY.match(line)
         if entry is None:
@@ -192,10 +198,14 @@ def _entries(config: Path, depth: int) -> Iterator[tuple[str, str, str]]:
             yield section, name, value
 
 
+def _unescaped(text: str) -> str:
+    return _ESCAPE.sub(lambda match: match[1], text)  # a template would import a module (the end of the interpreter)
+
+
 def _value(text: str) -> str:
     parts: list[str] = []
     at = 0
     while match := _PART.match(text, at):
-        parts.append(_ESCAPE.sub(r"\1", match[1] if match[1] is not None else match[2]))
+        parts.append(_unescaped(match[1] if match[1] is not None else match[2]))
         at = match.end()
     return "".join(parts).strip()

@@ -8,6 +8,7 @@ there as well.
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 from collections.abc import Callable, Mapping
 from datetime import date, datetime, timedelta
@@ -396,8 +397,6 @@ def shortened(name: str) -> str:
 def object_of(value: object) -> Mapping[Any, Any]:
     """Return metrics, context or a payload as an object; agents of the replaced library may give its JSON text."""
     if isinstance(value, str):
-        import json  # noqa: PLC0415
-
         with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(value)
     if isinstance(value, Mapping):

@@ -254,9 +254,9 @@ def shown(value: object, most: int = _SHORT) -> str:
 
 def short(value: object) -> Any:
     """Return a value that was left out as it is told: a scalar as it is, all else as short text; never raises."""
-    import reprlib  # noqa: PLC0415 - rarely needed
-
     try:
+        import reprlib  # noqa: PLC0415 - rarely needed, and not to be had any more at the end of the interpreter
+
         found = value if type(value) in SCALARS else _opened(value)
         return shown(found if isinstance(found, str) else reprlib.repr(value)) if not _is_scalar(found) else found
     except Exception:  # noqa: BLE001 - an agent's own __repr__ may do anything

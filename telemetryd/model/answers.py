@@ -172,7 +172,7 @@ class Totals(TypedDict):
 
     total_runs: Number
     agents: dict[str, Number]
-    agents_more: NotRequired[Number]
+    agents_more: NotRequired[Annotated[Number, Field(description="How many are not named; missing if all are.")]]
     recent_24h: Number
     performance: dict[str, Any]
 

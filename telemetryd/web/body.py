@@ -184,6 +184,9 @@ async def _receive(request: web.Request, share: _Share) -> bytes:
         if len(body) > share.bodies.limit:
             raise _too_large(share.bodies.limit)
         return body
+    # Take as much room as is announced, and give it back: where there is none, this shows here, where it can be
+    # answered, and not within the loop's own reading, which would cut the connection.
+    bytes(request.content_length or 0)
     parts: list[bytes] = []
     size = 0
     loop = asyncio.get_running_loop()

@@ -26,6 +26,7 @@ HEALTH: Final = "/health"
 _READING: Final = frozenset({"GET", "HEAD"})
 SAFE_METHODS: Final = _READING | {"OPTIONS"}
 """Methods that change nothing (RFC 9110 §9.2.1); a browser sends an Origin with all others."""
+_SITE: Final = "Sec-Fetch-Site"
 _FOREIGN: Final = frozenset({"cross-site", "same-site"})
 
 READABLE: Final = (
@@ -74,7 +75,9 @@ class Pages:
         return web.Response(status=204, headers=_PREFLIGHT)
 
     def _refusal_by_site(self, request: web.Request) -> str | None:
-        said = {value.strip().lower() for value in request.headers.getall("Sec-Fetch-Site", ())}
+        if _SITE not in request.headers:  # agents, curl
+            return None
+        said = {site.strip().lower() for value in request.headers.getall(_SITE) for site in value.split(",")}
         if not said & _FOREIGN or _is_for_all(request):
             return None
         # A script can forge neither; without CORS a GET has a Referer only, unless its page keeps that back.
@@ -109,12 +112,10 @@ def _is_for_all(request: web.Request) -> bool:
     path = resource.canonical
     if path in PAGES:
         # Not in a frame, nor as an image: only what becomes a page of its own tells the foreign one nothing.
-        return _says(request, "Sec-Fetch-Mode", "navigate") and _says(request, "Sec-Fetch-Dest", "document")
+        # Every browser that names the mode says where the answer goes; who leaves that out shows it in no frame.
+        destination = request.headers.get("Sec-Fetch-Dest", "document")
+        return request.headers.get("Sec-Fetch-Mode") == "navigate" and destination == "document"
     return path == HEALTH or path.startswith(_ASSETS)
-
-
-def _says(request: web.Request, header: str, value: str) -> bool:
-    return request.headers.get(header) == value
 
 
 def sharing(readers: frozenset[str]) -> Callable[[web.Request, web.StreamResponse], Awaitable[None]]:

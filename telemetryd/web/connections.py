@@ -248,10 +248,9 @@ class _Server(web.Server):
     def note(self, protocol: _Protocol, held: int) -> None:
         """Take note of what a connection's requests hold, and cut those who hold most if it is too much."""
         self.held.note(protocol, held)
-        cut = [*self.held.relieve()]
-        for each in cut:
-            each.abort()
-        if cut:
+        if cut := self.held.relieve():
+            for each in cut:
+                each.abort()
             log.warning(
                 "Connections cut: requests hold too much besides their bodies", extra={"result_count": len(cut)}
             )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 from aiohttp.http_exceptions import BadHttpMessage, HttpProcessingError
@@ -29,6 +30,7 @@ _COPIES: Final = 3
 """The parser has a head as bytes, as text, and meanwhile as what came in; it keeps it until the next one begins."""
 _FIELD_BYTES: Final = 300
 """What a field takes besides: objects, and a place in two lists and a map."""
+_FIELD_SIGNS: Final = len(": \r\n")
 _SLICE_BYTES: Final = 16 * 1024
 """How much of a head is looked at until it is counted."""
 _READ_BYTES: Final = 64 * 1024
@@ -54,15 +56,17 @@ class Held(Generic[H]):
         if held:
             self._by_holder[holder] = held
 
-    def relieve(self) -> Iterable[H]:
+    def relieve(self) -> Sequence[H]:
         """If it is too much, forget and return those who hold most, of equal ones those unchanged for longest."""
         if self.bytes <= HELD_BYTES:
-            return
+            return ()
+        relieved = []
         for holder in sorted(self._by_holder, key=self._by_holder.__getitem__, reverse=True):
             if self.bytes <= HELD_BYTES * 3 // 4:  # some at once, for the order costs a look at all of them
-                return
+                break
             self.note(holder, 0)
-            yield holder
+            relieved.append(holder)
+        return relieved
 
 
 class Parser(HttpRequestParser):
@@ -120,7 +124,13 @@ class Parser(HttpRequestParser):
 
     def _feed(self, data: bytes, *, is_body: bool) -> Any:
         read = self._body.total_bytes if is_body and self._body is not None else 0
-        messages, is_upgraded, tail = super().feed_data(data)
+        parsed = messages, is_upgraded, tail = super().feed_data(data)
+        if len(messages) == 1 and not (is_body or self._unfinished or self._asked):  # nearly every request comes so
+            message, self._body = messages[0]
+            self._asked.append(_held(message, _size(message)))
+            return parsed
+        if not (messages or data):  # aiohttp asks so whether anything waits, after each request
+            return parsed
         received = len(data)
         if is_body and self._body is not None:
             received = received - (self._body.total_bytes - read) if self._body.is_eof() else 0
@@ -128,10 +138,7 @@ class Parser(HttpRequestParser):
         self._unfinished += received
         if messages:
             self._body = messages[-1][1]
-            self._asked.extend(
-                _COPIES * size + _FIELD_BYTES * len(message.raw_headers)
-                for size, (message, _) in zip(sizes, messages, strict=True)
-            )
+            self._asked.extend(_held(message, size) for size, (message, _) in zip(sizes, messages, strict=True))
             # What lies behind them in this slice is hardly worth counting, unless much has to wait for its turn.
             is_waiting = is_body or len(self._asked) >= MAX_MSG_QUEUE_SIZE
             self._unfinished = max(self._unfinished - sum(sizes), 0) if is_waiting else 0
@@ -144,4 +151,10 @@ class Parser(HttpRequestParser):
 
 def _size(message: RawRequestMessage) -> int:
     """Return about how many bytes a head had."""
-    return len(message.path) + sum(len(name) + len(value) + 4 for name, value in message.raw_headers)
+    fields = message.raw_headers
+    return len(message.path) + sum(map(len, chain.from_iterable(fields))) + _FIELD_SIGNS * len(fields)
+
+
+def _held(message: RawRequestMessage, size: int) -> int:
+    """Return about how many bytes a head of a size takes in memory."""
+    return _COPIES * size + _FIELD_BYTES * len(message.raw_headers)

@@ -8,6 +8,7 @@ import functools
 import json
 import sys
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,18 @@ async def test_work_that_is_awaited_ends_when_it_is_done(
         assert (await call) in (7, [7])
     await asyncio.sleep(0)  # a future tells it in the next round of the loop
     assert recorded.statuses() == ["success" if end == "succeed" else "failure"]
+
+
+@pytest.mark.parametrize(("works", "status"), [(True, "success"), (False, "failure")])
+def test_work_in_another_thread_ends_when_its_future_is_done(recorded: Recorded, works: bool, status: str) -> None:
+    future: Future[int] = Future()
+    assert recorded.client.run("a", "j")(lambda: future)() is future
+    assert recorded.statuses() == ["running"]
+    if works:
+        future.set_result(7)
+    else:
+        future.set_exception(ValueError("failed"))
+    assert recorded.statuses() == [status]
 
 
 async def test_while_it_is_awaited_it_is_the_parent_of_what_begins_in_it(recorded: Recorded) -> None:

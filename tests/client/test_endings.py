@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -11,7 +10,8 @@ from pathlib import Path
 import orjson
 import pytest
 
-from tests.conftest import StartDaemon
+from telemetryd.client import Client, context
+from tests.conftest import StartDaemon, require_package
 from tests.http_client import get
 
 LATE = """
@@ -45,12 +45,19 @@ OWN_CLIENT = """
 """
 
 
-def run(code: str, buffer: Path, url: str = "http://127.0.0.1:9") -> str:
+WRONG = """
+            client.record({"event_id": "late", "agent_name": "a", "job_type": "j", "items_failed": [1]})
+            with client.run("a", "j", product={"a": 1}) as run:
+                run.metrics('{"tokens": 1}')
+"""
+
+
+def run(code: str, buffer: Path, url: str = "http://127.0.0.1:9", folder: Path | None = None) -> str:
     """Run an agent to its end, and return what it printed."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TELEMETRY_")}
     environment |= {"TELEMETRY_API_URL": url, "TELEMETRY_BUFFER_DIR": str(buffer)}
     command = [sys.executable, "-W", "ignore", "-c", code]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=50, check=True)
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=50, check=True)
     return done.stdout
 
 
@@ -74,11 +81,28 @@ def test_at_the_end_of_the_interpreter_nothing_hangs_and_all_is_written(
     assert len(lines(buffer)) == count
 
 
+@pytest.mark.parametrize(("body", "count"), [(RECORD, 1), (WRONG, 4)], ids=["a record", "wrong values"])
+def test_at_the_end_of_the_interpreter_neither_a_checkout_nor_a_wrong_value_costs_a_run(
+    tmp_path: Path, buffer: Path, body: str, count: int
+) -> None:
+    git = tmp_path / "checkout" / ".git"
+    git.mkdir(parents=True)
+    (git / "HEAD").write_text("ref: refs/heads/main\n")
+    (git / "config").write_text('[remote "origin"]\n\turl = https://h/site.git\n')
+    run(LATE.format(body=body), buffer, folder=git.parent)
+    written = [orjson.loads(line) for line in lines(buffer)]
+    assert len(written) == count
+    assert written[0]["event_id"] == "late"
+    assert (written[0]["git_branch"], written[0]["git_repo"]) == ("main", "https://h/site.git")
+
+
 def test_a_run_that_ends_after_its_client_has_said_how(buffer: Path) -> None:
     body = 'early.fail(ValueError("x"))'
     code = LATE.format(body=body) + 'early = client.run("a", "j").start(); late.early = early\n'
     assert run(code, buffer) == "through\n"
-    assert [orjson.loads(line).get("fields", {}).get("status") for line in lines(buffer)] == [None, "failure"]
+    # Two streams, whose names do not tell which was first.
+    told = [orjson.loads(line).get("fields", {}).get("status") for line in lines(buffer)]
+    assert sorted(told, key=str) == [None, "failure"]
 
 
 GREEN = {
@@ -109,8 +133,7 @@ if child:
 def test_green_threads_end_and_send_like_any_other(
     start_daemon: StartDaemon, buffer: Path, kind: str, code: str, stored: list[str]
 ) -> None:
-    if importlib.util.find_spec(kind) is None:
-        pytest.skip(f"{kind} is not installed")
+    require_package(kind)
     url = start_daemon().url
     run(GREEN[kind] + code, buffer, url)
     assert [get(url, f"/api/v1/runs/{event_id}")[0] for event_id in stored] == [200] * len(stored)
@@ -142,3 +165,14 @@ print(len(turns) < 50)
 def test_the_worker_waits_though_who_has_been_told_is_still_there(start_daemon: StartDaemon, buffer: Path) -> None:
     """The same without gevent: a waiter that leaves late must not keep the worker busy."""
     assert run(COOPERATIVE, buffer, start_daemon().url) == "True\n"
+
+
+def test_what_cannot_be_found_out_of_git_costs_no_run(buffer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Path) -> dict[str, str]:
+        raise ImportError("sys.meta_path is None, Python is likely shutting down")
+
+    monkeypatch.setattr(context, "git_fields", fail)
+    client = Client(buffer_dir=buffer, send=False)
+    assert client.record({"event_id": "one", "agent_name": "a", "job_type": "j"}) == "one"
+    client.close()
+    assert [orjson.loads(line)["event_id"] for line in lines(buffer)] == ["one"]

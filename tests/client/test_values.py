@@ -18,6 +18,7 @@ import pytest
 
 from telemetryd.client.lines import encode
 from telemetryd.client.values import Room, TooMuchError, plain, short, text_of
+from tests.conftest import require_package
 
 
 class Float(float):
@@ -198,7 +199,9 @@ def test_what_was_left_out_is_told_in_short(value: object) -> None:
 
 
 def numpy_values() -> Iterator[tuple[object, object]]:
-    numpy = pytest.importorskip("numpy")
+    require_package("numpy")
+    import numpy  # here: where it is missing, only this is skipped
+
     yield numpy.int64(7), 7
     yield numpy.float32(0.5), 0.5
     yield numpy.float64(0.25), 0.25

@@ -15,13 +15,13 @@ import sys
 import time
 import zlib
 from collections.abc import Awaitable, Callable
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
 
+from telemetryd.model import runs
 from telemetryd.ops.metrics import Metrics
 from telemetryd.web import body as body_module
 from telemetryd.web.middleware import middleware
@@ -134,15 +134,18 @@ def line_of(answer: Answer, caplog: pytest.LogCaptureFixture) -> logging.LogReco
 
 @OWN_LOOP
 async def test_a_change_that_the_database_refuses_tells_only_a_request_id(
-    make_api: MakeApi, caplog: pytest.LogCaptureFixture
+    make_api: MakeApi, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def parse_carelessly(value: object) -> runs.ParsedRun:
+        row = [*parse_run(value).row]
+        row[runs.STATUS] = "secret of the house"  # which a CHECK of the table refuses
+        return runs.ParsedRun(tuple(row), ())
+
     api = await make_api()
-    with closing(sqlite3.connect(api.settings.db_path, isolation_level=None)) as connection:
-        connection.execute(
-            "CREATE TRIGGER refuse BEFORE INSERT ON agent_runs BEGIN SELECT RAISE(ABORT, 'secret of the house'); END"
-        )
+    parse_run = runs.parse_run
+    monkeypatch.setattr(runs, "parse_run", parse_carelessly)
     line = line_of(await send(api, "POST", RUNS, json=make_run()), caplog)
-    assert "secret of the house" in line.getMessage()
+    assert "CHECK constraint failed: status" in line.getMessage()
     assert await api.list() == []
 
 

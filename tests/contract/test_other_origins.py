@@ -49,6 +49,17 @@ async def test_a_foreign_page_learns_nothing_by_any_method_and_no_path(make_api:
         assert (answer.status == 403) is not (is_page or is_open(path)), (method, path)
 
 
+@pytest.mark.parametrize("site", FOREIGN)
+async def test_a_navigation_of_a_program_that_does_not_say_where_to_is_one(api: Api, site: str) -> None:
+    headers = {"Sec-Fetch-Site": site, "Sec-Fetch-Mode": "navigate", "Accept": "text/html"}  # browsers always say it
+    for path, status in (("/", 200), ("/docs", 200), (RUNS, 403)):
+        assert (await send(api, "GET", path, headers=headers)).status == status
+
+
+async def test_a_site_that_was_joined_with_another_is_foreign(api: Api) -> None:
+    assert (await send(api, "GET", RUNS, headers={"Sec-Fetch-Site": "none, cross-site"})).status == 403
+
+
 @pytest.mark.parametrize("site", ["same-origin", "none", None, "Same-Origin", "later-word"])
 async def test_our_own_page_a_typed_address_and_programs_are_served(api: Api, site: str | None) -> None:
     headers = {} if site is None else {"Sec-Fetch-Site": site, "Sec-Fetch-Mode": "cors", "Sec-Fetch-Dest": "empty"}

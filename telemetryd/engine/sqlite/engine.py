@@ -35,6 +35,7 @@ from telemetryd.model.changes import Changes, ListChanges
 from telemetryd.model.commands import Command
 from telemetryd.model.queries import ExportRuns, Query
 from telemetryd.model.values import format_timestamp
+from telemetryd.ops.logs import log
 from telemetryd.ops.metrics import Metrics
 from telemetryd.ops.mounts import is_mount_point, network_file_system
 from telemetryd.settings import Settings
@@ -147,6 +148,7 @@ class _Database:
         self._identity = ownership.identity
         self._ownership = ownership
         self._recounting = asyncio.create_task(recount.run(self, self._notify), name="recount")
+        self._recounting.add_done_callback(_tell_of_its_death)
 
     def _notify(self) -> None:
         self.changed()
@@ -240,12 +242,14 @@ class _Database:
         if self.suspicion is not None or self.opened is None:
             raise DatabaseSuspectError
         try:
-            return await self.opened.connection.run(visit)
+            answer = self.opened.connection.start(visit)
+        except ValueError as error:  # it is being closed
+            raise DatabaseSuspectError from error
+        try:
+            return await answer
         except DatabaseSuspectError as error:
             self.suspect(error)
             raise
-        except ValueError as error:  # it was closed meanwhile
-            raise DatabaseSuspectError from error
 
     async def reopen(self) -> None:
         """Close everything, let SQLite recover, and verify the whole file as the disk holds it.
@@ -282,6 +286,13 @@ class _Database:
         if is_clean:
             self._ownership.settle()
         self._ownership.release()
+
+
+def _tell_of_its_death(recounting: asyncio.Task[None]) -> None:
+    if not recounting.cancelled():
+        log.critical(
+            "Commits of other programs are not noticed any more, until a restart", exc_info=recounting.exception()
+        )
 
 
 class Writing:

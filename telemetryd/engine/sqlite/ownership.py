@@ -31,6 +31,8 @@ _SPARE_BYTES: Final = 64 * 1024
 """The index of a write-ahead log takes 32 KiB, without which nothing can be read (sqlite.org/walformat.html, 2)."""
 _SETTLED: Final = "user.telemetryd.settled"
 """The extended attribute in which the size and the time of a file stand as its last owner left it."""
+_OPENED: Final = "user.telemetryd.opened"
+"""The extended attribute that tells by which name the owner of a file has it open; after a crash it still stands."""
 _UNSEEN: Final = "a process that cannot be seen from here, as in another container"
 
 
@@ -256,6 +258,7 @@ class _OwnFile:
                 raise DatabaseOwnedError(f"This process (PID {os.getpid()}) owns {self._path} already by another name")
             if _can_lock_file(self._path):
                 _lock_soon(file.descriptor)
+            _refuse_left_elsewhere(self._path)
         except OSError as error:
             if error.errno in _HELD:
                 holder = _holder(file.descriptor)
@@ -269,6 +272,7 @@ class _OwnFile:
             raise
         file.is_owned = True
         self._file = file
+        _note_name(self._path)
 
     def holder(self) -> str | None:
         """Tell who holds the file, or None; to be called while this process has no connection to it."""
@@ -303,6 +307,7 @@ class _OwnFile:
         if self._file is not None and hasattr(os, "setxattr"):
             with suppress(OSError):
                 os.setxattr(self._path, _SETTLED, self._mark())
+                os.removexattr(self._path, _OPENED)
 
     def _mark(self) -> bytes:
         status = os.stat(self._path)
@@ -314,6 +319,65 @@ class _OwnFile:
             self._file.is_owned = False
             give_back(self._file)
             self._file = None
+
+
+def _name_mark(path: Path) -> bytes:
+    """Say which file it is, in which directory, and by which name; devices change when something is mounted anew."""
+    return b"%d %d %b" % (os.stat(path).st_ino, os.stat(path.parent).st_ino, os.fsencode(path))
+
+
+def _note_name(path: Path) -> None:
+    """Mark a file with the name by which it is about to be opened, as far as the file system can keep that."""
+    if hasattr(os, "setxattr"):
+        with suppress(OSError):
+            os.setxattr(path, _OPENED, _name_mark(path))
+
+
+def _refuse_left_elsewhere(path: Path) -> None:
+    """Stop before a file is used whose last owner was killed and has left committed runs beside another name of it.
+
+    They would be missing here, and when they are recovered later, they would undo what was written meanwhile
+    (sqlite.org/howtocorrupt.html, section 2.4). A directory that cannot be seen from here cannot be looked at.
+
+    Raises:
+        DatabaseError: then.
+
+    """
+    if (name := _opened_name(path)) is not None and _has_left(name):
+        raise DatabaseError(
+            f"{path} was last opened as {name}, by a process that was killed, and what it committed last still stands "
+            "beside that name; nothing was changed: start telemetryd once with that name, and stop it"
+        )
+
+
+def _opened_name(path: Path) -> Path | None:
+    """Return the other name by which the last owner of a file had it open and was killed, if that can be seen here."""
+    if not hasattr(os, "getxattr"):
+        return None
+    try:
+        mark = os.getxattr(path, _OPENED)
+        inode, folder, name = mark.split(b" ", 2)
+        other = Path(os.fsdecode(name))
+        is_of_a_copy = int(inode) != os.stat(path).st_ino
+        if mark == _name_mark(path) or is_of_a_copy or int(folder) != os.stat(other.parent).st_ino:
+            return None
+        # Where the file was moved away from, another one with a log of its own may stand now; a mount leaves a blank.
+        if other.exists() and other.stat().st_size and not other.samefile(path):
+            return None
+    except (OSError, ValueError):
+        return None
+    return other
+
+
+def _has_left(path: Path) -> bool:
+    """Tell whether a log, or the journal of a transaction that was cut off, stands beside a name."""
+    for suffix in ("-wal", "-journal"):
+        side = path.with_name(path.name + suffix)
+        if side.is_file():
+            with suppress(OSError), side.open("rb") as file:
+                if file.read(1) not in (b"", b"\0"):
+                    return True
+    return False
 
 
 def _unlock(descriptor: int) -> None:
@@ -459,3 +523,4 @@ def refuse_other_name(database: Path) -> None:
             f"{database} is another name of a database that a telemetryd ({holder}) has open, and what was written "
             "last stands next to the name that it uses: give that one"
         )
+    _refuse_left_elsewhere(database.resolve())

@@ -196,12 +196,12 @@ class Recount:
     def confirm(self) -> None:
         """Take note that what was begun is committed."""
         self._tally.confirm()
+        self._has_to_keep = False
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
         self.look(connection)
-        if self._has_to_keep:
+        if self._has_to_keep:  # until it is confirmed: this transaction may be rolled back
             keep_drawn(connection, self._tally.number, self._tally.event)
-            self._has_to_keep = False
 
     def _step(self, connection: sqlite3.Connection) -> Found | None:
         self._tally.forget()

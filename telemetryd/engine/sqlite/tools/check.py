@@ -300,6 +300,8 @@ def _fix_rows(connection: sqlite3.Connection) -> Iterator[str]:
     """Bring what the rows say into order, and what is counted of them, and tell it."""
     if any(foreign.find_spent_numbers(connection)):
         yield f"{renumbering.free_numbers(connection)} rows numbered anew; who follows begins anew"
+        if full_text.is_there(connection):  # which knows runs by their ids
+            full_text.rebuild(connection)
     for table, rows in integrity.delete_strays(connection).items():
         yield f"{rows} rows of {table} deleted, whose runs are gone"
     if replaced := integrity.replace_unstorable(connection):

@@ -9,7 +9,7 @@ from telemetryd.engine.sqlite.statements import rollups
 from telemetryd.engine.sqlite.statements.sequence import MAKE_FEED, NEWEST
 from telemetryd.engine.sqlite.tools.foreign import HIGHEST_NUMBER
 
-_OF_RUNS: Final = ("run_events", "run_processes", "run_changes", "unconverted_values")
+_OF_RUNS: Final = ("run_events", "run_processes", "run_changes", "run_arrivals", "unconverted_values")
 _FORGET: Final = (
     "DELETE FROM run_changes WHERE seq > :highest",
     "DELETE FROM run_deletions WHERE seq > :highest",
