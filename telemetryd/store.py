@@ -329,7 +329,7 @@ class Store:
         )
         self.writing = asyncio.create_task(self._writer.run(), name="writer")
         """The writer's task; it ends only after `close`, or with the error that killed it."""
-        self._counted: tuple[tuple[int, str], Counts] | None = None
+        self._counted: tuple[tuple[int, KeptCounts, str], Counts] | None = None
         self._is_read_elsewhere: Callable[[], bool] = lambda: False
         self._log = LogWatch(2 * LOG_BYTES, self._measure_log, self._is_reading)
         self._disk = Disk(self._look, settings.min_free_mb << 20, metrics)
@@ -360,7 +360,9 @@ class Store:
             undo.pop_all()
         recount = Recount(partial(_check_schema, path=path), clock)
         await opened.connection.run(recount.start)
-        if ownership.was_changed and not after_crash:
+        if after_crash:
+            recount.compare_anyway()
+        elif ownership.was_changed:
             recount.notice()
         store = cls(settings, opened=opened, ownership=ownership, recount=recount, metrics=metrics, clock=clock)
         await store._disk.look()
@@ -570,10 +572,10 @@ class Store:
         return await self._readers.fetch(partial(following.fetch_changes, query=query), Lane.FEED)
 
     async def _count_runs(self) -> Counts:
-        """Return the totals, read again only if a group was committed or a minute has passed since the last time."""
+        """Return the totals, read again only if they were changed or a minute has passed since the last time."""
         now = self._clock()
         since, until = format_timestamp(now - timedelta(hours=24)), format_timestamp(now)
-        moment = (self._writer.groups, until[:MINUTE])
+        moment = (self._writer.groups, self._recount.counts, until[:MINUTE])
         if self._counted is not None and self._counted[0] == moment:
             return self._counted[1]
         counts = await self._readers.fetch(partial(fetching.fetch_counts, recent_since=since, now=until))
