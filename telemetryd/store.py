@@ -79,7 +79,8 @@ class Store:
         self.writing = asyncio.create_task(self._writer.run(), name="writer")
         """The writer's task; it ends only after `close`, or with the error that killed it."""
         self._watching = asyncio.create_task(self._watch(), name="watch")
-        self._counted: tuple[tuple[int, str], Counts] | None = None
+        self._counted: tuple[str, Counts] | None = None
+        self._changes = 0
         opened.reading.watch(self._notify)
 
     @classmethod
@@ -141,14 +142,15 @@ class Store:
         return await self._reading.read_news(query)
 
     async def counts(self) -> Counts:
-        """Return the totals, read again only if a group was committed or a minute has passed since the last time."""
+        """Return the totals, read again only if something was changed or a minute has passed since the last time."""
         now = self._clock()
         since, until = format_timestamp(now - _RECENT), format_timestamp(now)
-        moment = (self._writer.groups, until[:_MINUTE])
-        if self._counted is not None and self._counted[0] == moment:
+        if self._counted is not None and self._counted[0] == until[:_MINUTE]:
             return self._counted[1]
+        changes = self._changes
         counts = await self.fetch(CountRuns(since, until))
-        self._counted = moment, replace(counts, is_remembered=True)
+        if changes == self._changes:  # else they may be from before the change
+            self._counted = until[:_MINUTE], replace(counts, is_remembered=True)
         return counts
 
     def export(self, query: ExportRuns) -> AbstractAsyncContextManager[Copy]:
@@ -164,6 +166,8 @@ class Store:
         self._listeners.append(listener)
 
     def _notify(self) -> None:
+        self._counted = None
+        self._changes += 1
         for listener in self._listeners:
             listener()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -106,6 +107,17 @@ async def test_counts_are_right_again_after_a_script(make_api: MakeApi, mode: st
     assert (await api.get("/metrics?format=json"))["total_runs"] == stored
 
 
+@MODES
+async def test_totals_that_were_asked_for_before_are_not_remembered(make_api: MakeApi, mode: str) -> None:
+    api = await make_api(db_journal_mode=JournalMode(mode))
+    await api.batch(runs(50))
+    assert (await api.get("/metrics?format=json"))["total_runs"] == 50
+    by_somebody_else(api.settings.db_path, "DELETE FROM agent_runs WHERE id > 20")
+    await settled(api)
+    assert (await api.get("/metrics?format=json"))["total_runs"] == 20
+    assert sum((await api.get("/metrics?format=json"))["agents"].values()) == 20
+
+
 def test_it_is_said_once_and_in_health(start_daemon: StartDaemon, tmp_path: Path) -> None:
     daemon = start_daemon()
     assert call(daemon.url, "POST", "/api/v1/runs/batch", runs(30))[0] == 200
@@ -122,6 +134,20 @@ def test_it_is_said_once_and_in_health(start_daemon: StartDaemon, tmp_path: Path
     assert get(daemon.url, "/metrics?format=json")[1]["total_runs"] == 20
     assert [line["message"] for line in daemon.lines].count(said) == 1
     telemetryd("check", "--db-path", tmp_path / "telemetry.sqlite")
+
+
+@MODES
+def test_what_was_changed_after_a_crash_is_corrected(start_daemon: StartDaemon, tmp_path: Path, mode: str) -> None:
+    daemon = start_daemon(TELEMETRY_DB_JOURNAL_MODE=mode)
+    assert call(daemon.url, "POST", "/api/v1/runs/batch", runs(30))[0] == 200
+    daemon.stop(signal.SIGKILL)
+    by_somebody_else(tmp_path / "telemetry.sqlite", "DELETE FROM agent_runs WHERE id > 20")
+    again = start_daemon(TELEMETRY_DB_JOURNAL_MODE=mode)
+    line = again.wait_for_line("The counts agree with the runs again; telemetryd check tells what is left over")
+    assert line["corrected"] > 0
+    assert get(again.url, "/metrics?format=json")[1]["total_runs"] == 20
+    assert get(again.url, "/health")[1]["counts"]["foreign_commit_at"] is None
+    assert "Another program" not in "".join(line["message"] for line in again.lines)
 
 
 def test_our_own_commands_are_no_strangers(start_daemon: StartDaemon, tmp_path: Path) -> None:

@@ -67,7 +67,9 @@ async def open_sqlite(settings: Settings, metrics: Metrics, clock: Callable[[], 
         recount = Recount(partial(check_schema, path=path), clock)
         await opened.connection.run(recount.start)
         undo.pop_all()
-    if ownership.was_changed and not after_crash:
+    if after_crash:
+        recount.compare_anyway()
+    elif ownership.was_changed:
         recount.notice()
     database = _Database(settings, opened=opened, ownership=ownership, recount=recount, metrics=metrics, clock=clock)
     await database.disk.look()

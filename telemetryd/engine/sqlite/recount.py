@@ -58,7 +58,7 @@ class Counts:
     @property
     def warning(self) -> str | None:
         """What an operator should know, or None."""
-        if self.is_compared:
+        if self.is_compared or self.noticed_at is None:
             return None
         return "Another program has committed to the database; the counts are being compared with the runs"
 
@@ -115,11 +115,11 @@ class Recount:
 
     async def _compare(self, writer: _Writer) -> None:
         seen = self._noticed
-        if self._told == self._compared:
+        if self._told == self._compared and self._noticed_at is not None:
             self._told = seen
             log.warning(
                 "Another program has committed to the database; the counts are compared with the runs",
-                extra={"noticed_at": None if self._noticed_at is None else format_timestamp(self._noticed_at)},
+                extra={"noticed_at": format_timestamp(self._noticed_at)},
             )
         started = time.monotonic()
         self._steps, self._has_forgotten, found = None, False, Found()
@@ -160,6 +160,10 @@ class Recount:
         self._noticed += 1
         self._noticed_at = self._clock()
         self._has_to_keep = True
+
+    def compare_anyway(self) -> None:
+        """Compare without a commit that was noticed: after a crash nobody knows what happened until the start."""
+        self._noticed += 1
 
     def look(self, connection: sqlite3.Connection) -> None:
         """See whether somebody else has committed since the last time.
