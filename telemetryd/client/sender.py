@@ -9,13 +9,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 from telemetryd.client.bounds import Upkeep, counted
 from telemetryd.client.complaints import Complaints
 from telemetryd.client.config import Config
 from telemetryd.client.counters import Counters
+from telemetryd.client.signals import Bell, Flush, LiveRun
 from telemetryd.client.spool import Spool
 
 if TYPE_CHECKING:
@@ -46,67 +46,6 @@ def _at_end_of_child(close: Callable[[], None]) -> None:
     process, util = sys.modules.get("multiprocessing.process"), sys.modules.get("multiprocessing.util")
     if process is not None and util is not None and process.parent_process() is not None:
         util.Finalize(None, close, exitpriority=-100)
-
-
-class LiveRun(Protocol):
-    """A run of this process that has begun and not ended."""
-
-    event_id: str
-    heartbeat_s: float | None
-
-    def elapsed_ms(self) -> int:
-        """Return how long it has been running."""
-
-
-class Bell:
-    """Wakes a thread. A signal handler may ring it at any moment, even in the middle of another ring.
-
-    `threading.Event` takes a lock that is not re-entrant for this; `SimpleQueue.put` is re-entrant.
-    """
-
-    def __init__(self) -> None:
-        self._rings: SimpleQueue[None] = SimpleQueue()
-
-    def ring(self) -> None:
-        """Wake whoever waits, now or next."""
-        self._rings.put(None)
-
-    def wait(self, timeout_s: float) -> bool:
-        """Return True at once if it has been rung since `quieten`, else when it is; False after the time-out."""
-        try:
-            self._rings.get(timeout=max(timeout_s, 0.0))
-        except Empty:
-            return False
-        self._rings.put(None)
-        return True
-
-    def quieten(self) -> None:
-        """Forget what was rung so far."""
-        try:
-            while True:
-                self._rings.get_nowait()
-        except Empty:
-            return
-
-
-class Flush:
-    """Somebody who waits until everything so far has been sent."""
-
-    def __init__(self, *, is_last: bool) -> None:
-        self.is_last = is_last
-        """Whether one failure is enough: the process is about to end."""
-        self.done = threading.Event()
-        self.succeeded = False
-
-    @property
-    def is_open(self) -> bool:
-        """Whether the one who waits still does. It leaves the list only when its thread gets its turn."""
-        return not self.done.is_set()
-
-    def end(self, *, succeeded: bool) -> None:
-        """Let the one who waits go on."""
-        self.succeeded = succeeded
-        self.done.set()
 
 
 class Sender:

@@ -25,7 +25,7 @@ from telemetryd.client.delivery import BlockedError, Delivery, Parcel, RetryErro
 from telemetryd.client.descriptors import LostError
 from telemetryd.client.folder import is_aside, waiting
 from telemetryd.client.lines import encode
-from telemetryd.client.sender import LiveRun, Sender
+from telemetryd.client.signals import LiveRun, Signals
 from telemetryd.client.spool import Spool
 from telemetryd.client.streams import Position, Stream
 from telemetryd.client.transport import Transport, is_addressable, run_path
@@ -76,16 +76,16 @@ class Worker:
         config: the client's settings.
         spool: this process's stream.
         counters: where is counted what becomes of lines.
-        sender: tells when there is something to do.
+        signals: tell when there is something to do.
 
     """
 
-    def __init__(self, config: Config, spool: Spool, counters: Counters, sender: Sender) -> None:
+    def __init__(self, config: Config, spool: Spool, counters: Counters, signals: Signals) -> None:
         self._config = config
         self._folder = config.folder
         self._spool = spool
         self._counters = counters
-        self._sender = sender
+        self._signals = signals
         self._complaints = Complaints()
         self._transport = Transport(config)
         self._aside = Aside(self._folder)
@@ -112,7 +112,7 @@ class Worker:
         """Whether this is a forked process, into which the fork has copied the thread, as it does with green ones."""
 
     def work(self) -> None:
-        """Work until the sender is told to stop."""
+        """Work until told to stop."""
         try:
             while not self._has_to_end():
                 may_send = self._wait()
@@ -139,28 +139,28 @@ class Worker:
             self._orphan.stream.forget()
 
     def _has_to_end(self) -> bool:
-        return self._sender.stopping or self._is_forgotten
+        return self._signals.stopping or self._is_forgotten
 
     def _wait(self) -> bool:
         """Sleep until there is something to do; return whether it is time to send, or only to tidy up."""
-        sender, now = self._sender, time.monotonic()
+        signals, now = self._signals, time.monotonic()
         if self._not_before > now:  # the daemon asked for it: not even a flush may hurry us
-            sender.wake.wait(min(self._not_before, self._upkeep.due) - now)
-            sender.wake.quieten()
+            signals.wake.wait(min(self._not_before, self._upkeep.due) - now)
+            signals.wake.quieten()
             return False
         if self._quiet_until > now:  # backing off: only a flush may hurry us
-            hurried = sender.hurry.wait(min(self._quiet_until, self._upkeep.due) - now)
+            hurried = signals.hurry.wait(min(self._quiet_until, self._upkeep.due) - now)
             may_send = hurried or time.monotonic() >= self._quiet_until
         else:
             may_send = True
             if not self._is_awaited():
-                if sender.is_idle:
+                if signals.is_idle:
                     due = min([self._next_look, self._upkeep.due, *self._beats.values()])
-                    sender.wake.wait(max(due - now, 0.01))
-                if not sender.is_idle:
-                    sender.hurry.wait(self._config.linger_s)  # a batch gathers
-        sender.wake.quieten()
-        sender.hurry.quieten()
+                    signals.wake.wait(max(due - now, 0.01))
+                if not signals.is_idle:
+                    signals.hurry.wait(self._config.linger_s)  # a batch gathers
+        signals.wake.quieten()
+        signals.hurry.quieten()
         return may_send
 
     def _is_awaited(self) -> bool:
@@ -169,7 +169,7 @@ class Worker:
         Where threads only take turns of their own accord (gevent, eventlet), who has been told cannot leave before we
         wait.
         """
-        return any(flush.is_open for flush in [*self._sender.flushes])
+        return any(flush.is_open for flush in [*self._signals.flushes])
 
     def _turn(self) -> None:
         try:
@@ -198,9 +198,9 @@ class Worker:
 
     def _serve(self) -> None:
         """Send our own lines, tell those who wait for that, and say which runs are alive."""
-        flushes = [flush for flush in [*self._sender.flushes] if flush.is_open]
+        flushes = [flush for flush in [*self._signals.flushes] if flush.is_open]
         # Their starts are in the spool, so they will have been sent.
-        live = [run for run in [*self._sender.live.values()] if is_addressable(run.event_id)]
+        live = [run for run in [*self._signals.live.values()] if is_addressable(run.event_id)]
         try:
             self._spool.write_held()
             self._send_own()
@@ -210,11 +210,11 @@ class Worker:
                     flush.end(succeeded=False)
             raise
         for flush in flushes:
-            flush.end(succeeded=not self._sender.stopping and not self._aside.is_used)
+            flush.end(succeeded=not self._signals.stopping and not self._aside.is_used)
         self._attend(live)
 
     def _send_own(self) -> None:
-        self._sender.is_idle = True  # from here on a line wakes us again
+        self._signals.is_idle = True  # from here on a line wakes us again
         self._spool.look()
         self._spool.forget_stranded()
         end = self._spool.end()
@@ -226,17 +226,17 @@ class Worker:
                 self._send_stream(self._own, end)
             except LostError:  # the agent has closed the lock, and somebody else sends the stream now
                 self._spool.leave_stream()
-        while self._spool.holds and not self._sender.stopping:
+        while self._spool.holds and not self._signals.stopping:
             self._send_held()
 
     def _send_stream(self, own: Courier, end: Position) -> None:
         stream = own.stream
-        while (lines := own.carry()) and not self._sender.stopping:
+        while (lines := own.carry()) and not self._signals.stopping:
             # Less than a batch beyond what there was when we began may gather first.
             if lines < self._delivery.rows and (stream.number, stream.offset) >= end:
                 break
             self._breathe()
-        if stream.number < end[0] and not self._sender.stopping:
+        if stream.number < end[0] and not self._signals.stopping:
             raise WaitError("Somebody still writes to a file that is full", _SETTLE_S)
 
     # --- What processes that are gone have left --------------------------------------------------
@@ -248,7 +248,7 @@ class Worker:
             self._left = deque(waiting(self._folder).items())
             pause = max(_LOOK_AROUND_S, _COST * (time.monotonic() - now))
             self._next_look = now + pause * random.uniform(0.5, 1.5)  # noqa: S311
-        while not self._sender.stopping and (orphan := self._orphan or self._next_orphan()) is not None:
+        while not self._signals.stopping and (orphan := self._orphan or self._next_orphan()) is not None:
             is_left = False
             try:
                 is_left = orphan.carry() > 0 and (orphan.stream.number, orphan.stream.offset) < self._orphan_end
@@ -265,7 +265,7 @@ class Worker:
                 continue
             self._breathe()
             self._tidy()
-            if not self._sender.is_idle or self._is_awaited() or self._beat_is_due():
+            if not self._signals.is_idle or self._is_awaited() or self._beat_is_due():
                 self._serve()
 
     def _next_orphan(self) -> Courier | None:
@@ -305,8 +305,8 @@ class Worker:
             self._spool.give_back(sent=sent)
 
     def _breathe(self) -> None:
-        if self._delivery.pause_s and not self._sender.stopping:
-            self._sender.hurry.wait(self._delivery.pause_s)
+        if self._delivery.pause_s and not self._signals.stopping:
+            self._signals.hurry.wait(self._delivery.pause_s)
 
     def _bury(self, lines: list[bytes], status: int | None, reason: object) -> None:
         bury(self._folder, lines, status, reason)
@@ -330,12 +330,12 @@ class Worker:
         Both go past the spool: that a run is alive is no news later.
         """
         for run in live:
-            if self._certifies and run.event_id in self._sender.live and run.event_id not in self._registered:
+            if self._certifies and run.event_id in self._signals.live and run.event_id not in self._registered:
                 self._register(run)
             if run.heartbeat_s is not None:
                 self._beat(run, run.heartbeat_s)
-        self._registered &= self._sender.live.keys()
-        self._beats = {event_id: due for event_id, due in self._beats.items() if event_id in self._sender.live}
+        self._registered &= self._signals.live.keys()
+        self._beats = {event_id: due for event_id, due in self._beats.items() if event_id in self._signals.live}
 
     def _register(self, run: LiveRun) -> None:
         if self._identity is None:

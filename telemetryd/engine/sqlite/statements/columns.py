@@ -1,4 +1,4 @@
-"""TODO: one plain sentence."""
+"""Where a moment is cut into minutes, hours and days, and the columns that say which process did a run."""
 
 from __future__ import annotations
 
@@ -8,12 +8,7 @@ from typing import Final
 from telemetryd.model.commands import Process
 
 MINUTE: Final = len("2025-12-24T10:00")
-
-
 HOUR: Final = len("2025-12-24T10")
-
-
 DAY: Final = len("2025-12-24")
-
 
 PROCESS: Final = tuple(field.name for field in fields(Process))

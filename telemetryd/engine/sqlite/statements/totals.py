@@ -1,4 +1,4 @@
-"""TODO: one plain sentence."""
+"""How the counts of runs follow what a group of commands changes: by agent, minute, hour and day."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ _ADD_TO_TOTALS: Final = """
     ON CONFLICT (agent_name, job_type, status) DO UPDATE SET runs = runs + excluded.runs
 """
 
-
 _ADD_TO_MINUTES: Final = """
     INSERT INTO run_minutes (minute, runs)
     SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]') FROM json_each(?) WHERE true
     ON CONFLICT (minute) DO UPDATE SET runs = runs + excluded.runs
 """
-
 
 _WIDEN_HOURS, _WIDEN_DAYS = (
     f"""
@@ -37,7 +35,6 @@ _TAKE_FROM_TOTAL: Final = """
     UPDATE run_totals SET runs = max(runs - ?4, 0) WHERE agent_name = ?1 AND job_type = ?2 AND status = ?3
 """
 
-
 _TAKE_FROM_MINUTE: Final = "UPDATE run_minutes SET runs = max(runs - ?2, 0) WHERE minute = ?1"
 
 
@@ -51,7 +48,6 @@ _DROP_HOUR: Final = """
     DELETE FROM run_hours WHERE hour = ?1
         AND NOT EXISTS (SELECT 1 FROM run_minutes WHERE minute >= ?1 || ':' AND minute < ?1 || ';')
 """
-
 
 _DROP_DAY: Final = """
     DELETE FROM run_days WHERE day = ?1 AND NOT EXISTS (SELECT 1 FROM run_hours WHERE hour >= ?1 AND hour < ?1 || 'U')
