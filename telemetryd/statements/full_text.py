@@ -102,8 +102,8 @@ def is_ours(name: str) -> bool:
 
 
 def is_part(kind: str, name: str, sql: str) -> bool:
-    """Tell whether an object is a part of the index; a trigger is one only if it says what ours says."""
-    return _OBJECTS.get(name) == sql if kind == "trigger" else is_ours(name)
+    """Tell whether an object is a part of the index, built or not; a trigger is one only if it says what ours says."""
+    return sql in (_OBJECTS.get(name), _UNFINISHED.get(name)) if kind == "trigger" else is_ours(name)
 
 
 def require(connection: sqlite3.Connection, filters: Filters, schema: str = "main") -> None:
