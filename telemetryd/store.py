@@ -361,7 +361,7 @@ class Store:
         recount = Recount(partial(_check_schema, path=path), clock)
         await opened.connection.run(recount.start)
         if after_crash:
-            recount.compare_anyway()
+            await opened.connection.run(recount.compare_anyway)
         elif ownership.was_changed:
             recount.notice()
         store = cls(settings, opened=opened, ownership=ownership, recount=recount, metrics=metrics, clock=clock)
