@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -118,6 +119,29 @@ async def test_each_kind_of_harm_is_known_and_its_removal_said(tmp_path: Path, k
 
 async def open_store(path: Path) -> Store:
     return await Store.open(Settings(db_path=path), Metrics())
+
+
+@pytest.mark.parametrize("end", ["stop", "kill"])
+def test_a_full_text_index_that_is_not_built_yet_is_not_foreign(
+    start_daemon: StartDaemon, tmp_path: Path, end: str
+) -> None:
+    path = tmp_path / "telemetry.sqlite"
+    daemon = start_daemon()
+    assert post(daemon.url, make_run(error_summary="a word"))[0] == 201
+    daemon.stop()
+    with closing(sqlite3.connect(path)) as connection:  # as the first moment of a build leaves it
+        for statement in full_text._UNFINISHED.values():
+            connection.execute(statement)
+        connection.execute(f"INSERT INTO {full_text._PROGRESS} VALUES ({full_text._FIRST_RUN})")
+        connection.commit()
+    telemetryd("check", "--db-path", path)
+    telemetryd("backup", tmp_path / "copy.sqlite", "--db-path", path)
+    telemetryd("restore", tmp_path / "copy.sqlite", "--db-path", tmp_path / "restored.sqlite")
+    daemon = start_daemon(TELEMETRY_FULL_TEXT="true")
+    daemon.wait_for_line("The full-text index is built")
+    daemon.stop(signal.SIGKILL if end == "kill" else signal.SIGTERM)
+    again = start_daemon(TELEMETRY_FULL_TEXT="true")
+    assert len(get(again.url, "/api/v1/runs?q=word")[1]) == 1
 
 
 def test_what_harms_nothing_is_served_and_listed(start_daemon: StartDaemon, tmp_path: Path) -> None:

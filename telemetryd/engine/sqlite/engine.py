@@ -66,11 +66,11 @@ async def open_sqlite(settings: Settings, metrics: Metrics, clock: Callable[[], 
         await keep_full_text(opened.connection, path, wanted=settings.full_text)
         recount = Recount(partial(check_schema, path=path), clock)
         await opened.connection.run(recount.start)
+        if after_crash:
+            await opened.connection.run(recount.compare_anyway)
+        elif ownership.was_changed:
+            recount.notice()
         undo.pop_all()
-    if after_crash:
-        recount.compare_anyway()
-    elif ownership.was_changed:
-        recount.notice()
     database = _Database(settings, opened=opened, ownership=ownership, recount=recount, metrics=metrics, clock=clock)
     await database.disk.look()
     return Engine(Writing(database), Reading(database, settings))

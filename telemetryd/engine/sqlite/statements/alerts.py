@@ -42,7 +42,8 @@ _FIRING: Final = """
 """
 # Neither the clock of an agent nor our own, if it was ahead for a time, may make one heard of that has fallen silent.
 # An agent that is named need not be there; of others it is asked when they were last heard of, which costs two steps
-# down an index for each. SQLite bounds what comes out, and counts the rest: there may be any number of agents.
+# down an index for each. SQLite bounds what comes out, and counts the rest: there may be any number of agents. With a
+# limit, a subquery is not merged into the one around it, which would ask for each moment up to five times.
 _SILENT: Final = """
     SELECT name, nullif(heard, '') FROM (
         SELECT name, iif(created >= :before, created, max(created, coalesce((
@@ -65,7 +66,9 @@ _SILENT: Final = """
                 SELECT agent_name AS name FROM run_totals WHERE runs > 0 AND ({patterns})
                 UNION SELECT value FROM json_each(:named)
             )
+            LIMIT -1
         )
+        LIMIT -1
     )
     WHERE heard < :before
 """
