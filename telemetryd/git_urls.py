@@ -35,7 +35,9 @@ _SCP: Final = re.compile(rf"{_HOST}:(?!//|$){_PATH}")
 _FILE: Final = re.compile(rf"/{_PATH}")
 _REST: Final = re.compile(r"[?#;&]")
 """Where a query, a fragment or parameters begin, in whichever wrong form."""
-_SIGN: Final = re.compile(r"://|[@?#=]")
+_PARAMETER: Final = re.compile(r"\w=")
+"""A named value, as in `token=…`."""
+_SIGN: Final = re.compile(rf"://|[@?#]|{_PARAMETER.pattern}")
 """Without a scheme a text may be anything; with one of these it may be an address that holds a secret."""
 _ESCAPED: Final = re.compile(r"%(?:[01][0-9A-F]|2[36]|3[ABDF]|40|7F)", re.IGNORECASE)
 """Escapes of controls and of `#&:;=?@`, which no path of a repository needs."""
@@ -85,7 +87,7 @@ def _without_scheme(address: str) -> str | None:
         return _REST.split(text, maxsplit=1)[0].rstrip()  # a folder, whose name may hold an @
     kept, user = _cut(text)
     if user is None or kept is None:
-        return None if kept is not None and "=" in kept else kept
+        return None if kept is not None and _PARAMETER.search(kept) else kept
     if _ESCAPED.search(kept) or _SCP.fullmatch(kept) is None:
         return None
     return f"{_GIT}{kept}" if _is_git(user) else kept

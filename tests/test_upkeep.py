@@ -417,7 +417,7 @@ async def for_a_moment(api: Api, now: Callable[[], datetime] = utc_now) -> Upkee
     upkeep = Upkeep(api.store, api.settings, now)
     task = asyncio.create_task(upkeep.run())
     done: list[int] = []
-    while len(done) < 3 or done[-1] != done[-3]:
+    while len(done) < 10 or done[-1] != done[-10]:  # it pauses between two slices
         await asyncio.sleep(0.05)
         done.append(api.store.health().groups)
     task.cancel()

@@ -590,8 +590,11 @@ def check_a_jump_while_a_write_waits(
     seconds = time.monotonic() - started
     assert statuses == [answered]
     assert (1.4 if answered == 201 else 4.9) < seconds < 20, "it waits as long as the setting says"
-    line = wait_for_log(daemon, before, lambda line: line.get("method") == "POST")
-    assert 1_200 < line["duration_ms"] <= seconds * 1000
+    # The line of an earlier POST may have come late, but that one did not wait.
+    line = wait_for_log(
+        daemon, before, lambda line: line.get("method") == "POST" and not 0 <= line.get("duration_ms", 0) < 1_200
+    )
+    assert 1_200 <= line["duration_ms"] <= seconds * 1000
     counted = dict(line.rsplit(" ", 1) for line in prometheus(daemon.url).splitlines())
     assert 0 <= float(counted["telemetryd_commit_duration_seconds_sum"]) < 60
 
