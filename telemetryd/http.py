@@ -16,7 +16,7 @@ from telemetryd.errors import (
     InvalidRequestError,
     RunNotFoundError,
 )
-from telemetryd.model import bodies, events, queries, regressions, runs, stats, values
+from telemetryd.model import bodies, event_queries, events, queries, regressions, runs, stats, values
 from telemetryd.model.answers import (
     BatchStored,
     CommitAssociated,
@@ -233,7 +233,7 @@ async def create_events(request: web.Request) -> web.Response:
 async def list_events(request: web.Request) -> web.Response:
     """Answer events of a run, from either end."""
     event_id = request.match_info["event_id"]
-    query = queries.parse_event_list(request.rel_url.raw_query_string, event_id)
+    query = event_queries.parse_event_list(request.rel_url.raw_query_string, event_id)
     page = await request.app[STORE].fetch(query)
     if page is None:
         raise RunNotFoundError(values.shorten(event_id))

@@ -20,7 +20,7 @@ from telemetryd.client.answers import seconds_of
 from telemetryd.engine.factory import open_read_only, owner
 from telemetryd.engine.interface import QueryingEngine
 from telemetryd.errors import DatabaseOwnedError, InvalidRequestError, TelemetrydError, UnavailableError
-from telemetryd.model import events, queries, regressions, runs, stats, values
+from telemetryd.model import event_queries, events, queries, regressions, runs, stats, values
 from telemetryd.model.filters import TIME_BOUNDS, Filters, quoted
 from telemetryd.ops.metrics import Metrics
 from telemetryd.services import admin
@@ -147,7 +147,7 @@ class Local:
 
     async def events(self, event_id: str, offset: int) -> list[Body]:
         """Read events from the database."""
-        page = await self._store.fetch(queries.ListEvents(event_id, events.MAX_EVENTS, offset))
+        page = await self._store.fetch(event_queries.ListEvents(event_id, events.MAX_EVENTS, offset))
         return [] if page is None else [events.to_json(row) for row in page.rows]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from telemetryd.model import alerts, answers, changes, events, queries, regressions, runs, stats
+from telemetryd.model import alerts, answers, changes, event_queries, events, queries, regressions, runs, stats
 from telemetryd.model.requests import ProcessRequest
 from telemetryd.web.body import JSON_TYPES, NDJSON_TYPES
 from telemetryd.web.openapi import LAST_EVENT_ID, Operation, obj, ref
@@ -177,7 +177,7 @@ LIST_EVENTS: Final = Operation(
     "List a run's events",
     "Oldest first, or the last ones first with sort=-timestamp. If more follow, the Link header holds the next "
     "page (rel=next).",
-    parameters=queries.LIST_EVENTS,
+    parameters=event_queries.LIST_EVENTS,
     answers={200: ("The events.", list[answers.StoredEvent])},
     errors=(400, 404, 503),
 )
