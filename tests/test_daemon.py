@@ -267,7 +267,7 @@ def test_start_up_does_not_read_the_whole_database(
     code = (
         "import asyncio, sys, time\n"
         "from pathlib import Path\n"
-        "from telemetryd.metrics import Metrics\n"
+        "from telemetryd.ops.metrics import Metrics\n"
         "from telemetryd.settings import Settings\n"
         "from telemetryd.store import Store\n"
         "async def main():\n"

@@ -43,7 +43,7 @@ _SUDO = '#!/bin/bash\n[ "$1 $2" = "-u telemetry" ] || exit 2\nshift 2\nexec "$@"
 _SHELL = Path(__file__).parent / "guide" / "sqlite3_shell.py"
 _SQLITE3 = f'#!/bin/bash\n[ "$1" = -readonly ] && shift\nexec {sys.executable} {_SHELL} "$1" "$2;"\n'
 _ZSTDCAT = (
-    f"#!{sys.executable}\nimport shutil, sys\nfrom telemetryd.backup import zstd\n"
+    f"#!{sys.executable}\nimport shutil, sys\nfrom telemetryd.engine.sqlite.tools.backup import zstd\n"
     "shutil.copyfileobj(zstd.open(sys.argv[1]), sys.stdout.buffer)\n"
 )
 _JOURNALCTL = '#!/bin/bash\n[ "$*" = "-u telemetryd -o cat" ] || exit 2\nexec cat "$ROOM/log"\n'

@@ -225,7 +225,7 @@ async def test_no_number_is_drawn_again_after_the_newest_runs_were_deleted(make_
 async def test_no_number_is_drawn_again_by_a_group_that_is_done_again(
     make_api: MakeApi, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("telemetryd.recount._LOOK_EVERY_S", 60)
+    monkeypatch.setattr("telemetryd.engine.sqlite.recount._LOOK_EVERY_S", 60)
     api = await make_api()
     await api.batch(runs(10))
     newest = (await api.get("/api/v1/changes"))["newest"]

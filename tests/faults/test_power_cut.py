@@ -31,9 +31,11 @@ _ANSWERS = 100
 
 _ANSWER = re.compile(rb"HTTP/1\.1 20[01] .*?X-Request-ID: (load-(\d+)-\d+)\r\n", re.DOTALL)
 
-_CHECKPOINT_OFTEN = "import telemetryd.database\ntelemetryd.database._CHECKPOINT_PAGES = 60\n"
+_CHECKPOINT_OFTEN = (
+    "import telemetryd.engine.sqlite.connection\ntelemetryd.engine.sqlite.connection._CHECKPOINT_PAGES = 60\n"
+)
 _SYNCHRONOUS = """
-import telemetryd.database
+import telemetryd.engine.sqlite.connection
 configure = telemetryd.engine.sqlite.connection._configure_writer
 def configure_badly(connection, *modes):
     answer = configure(connection, *modes)
