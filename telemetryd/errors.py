@@ -1,6 +1,8 @@
-"""Every exception of the daemon; the first line of a docstring is the sentence it stands for."""
+"""Every exception of the daemon, each with the sentence that a user reads and the names that logs and metrics use."""
 
 from __future__ import annotations
+
+from typing import ClassVar, Final
 
 from typing_extensions import TypedDict
 
@@ -16,9 +18,17 @@ class ErrorItem(TypedDict):
 class TelemetrydError(Exception):
     """The base of everything below."""
 
+    message: ClassVar[str] = "The daemon has failed."
+    """The sentence that a user reads if the exception has no text of its own."""
+    error_type: ClassVar[str] = "TelemetrydError"
+    """What the log calls it."""
+
 
 class ConfigurationError(TelemetrydError):
-    """Some settings cannot be used; `problems` holds one sentence for each."""
+    """Raised for settings that cannot be used; `problems` holds one sentence for each."""
+
+    message = "Some settings cannot be used."
+    error_type = "ConfigurationError"
 
     def __init__(self, problems: list[str]) -> None:
         super().__init__("\n".join(problems))
@@ -26,19 +36,31 @@ class ConfigurationError(TelemetrydError):
 
 
 class AddressError(TelemetrydError):
-    """An address cannot be listened on; the message says why and what to do."""
+    """Raised for an address that cannot be listened on; its text says why and what to do."""
+
+    message = "An address cannot be listened on."
+    error_type = "AddressError"
 
 
 class DatabaseError(TelemetrydError):
-    """The database file cannot be used as it is; the message says why and what to run."""
+    """Raised for a database file that cannot be used as it is; its text says why and what to run."""
+
+    message = "The database file cannot be used as it is."
+    error_type = "DatabaseError"
 
 
 class DatabaseOwnedError(DatabaseError):
-    """Another process owns the database."""
+    """Raised while another process holds the database's lock."""
+
+    message = "Another process owns the database."
+    error_type = "DatabaseOwnedError"
 
 
 class InvalidBodyError(TelemetrydError):
-    """The request body does not describe what it should; `errors` lists every fault."""
+    """Raised for a body that cannot be used; `errors` lists every fault."""
+
+    message = "The request body does not describe what it should."
+    error_type = "ValidationError"
 
     def __init__(self, errors: list[ErrorItem]) -> None:
         super().__init__("; ".join(describe(error) for error in errors))
@@ -46,118 +68,196 @@ class InvalidBodyError(TelemetrydError):
 
 
 class InvalidRequestError(TelemetrydError):
-    """The request itself (a query parameter, a header) is wrong; one sentence says what is allowed."""
+    """Raised for a wrong query parameter or header; its text says what is allowed."""
+
+    message = "The request itself (a query parameter, a header) is wrong."
+    error_type = "ValidationError"
 
 
 class RunNotFoundError(TelemetrydError):
-    """There is no run with this event_id."""
+    """Raised where a request names a run that is not stored."""
+
+    message = "There is no run with this event_id."
+    error_type = "RunNotFoundError"
 
     def __init__(self, event_id: str) -> None:
         super().__init__(f"Run not found: {event_id}")
 
 
 class CursorGoneError(TelemetrydError):
-    """What lies behind this place is not known any more; the message says why. Begin again."""
+    """Raised for a place behind which not everything is known any more; its text says why."""
+
+    message = "What lies behind this place is not known any more. Begin again."
+    error_type = "CursorGoneError"
 
 
 class NotWatchedError(TelemetrydError):
-    """The process cannot be watched; the message says why. Heartbeats can stand in."""
+    """Raised for a process that cannot be watched; its text says why."""
+
+    message = "The process cannot be watched. Heartbeats can stand in."
+    error_type = "NotWatchedError"
 
 
 class BodyTooLargeError(TelemetrydError):
-    """The request body is larger than the daemon takes."""
+    """Raised for a body beyond its limit, as sent or as decoded."""
+
+    message = "The request body is larger than the daemon takes."
+    error_type = "BodyTooLargeError"
 
 
 class UnsupportedBodyError(TelemetrydError):
-    """The request body has a media type or a content coding that the daemon does not read."""
+    """Raised for a body in a form that nobody here reads."""
+
+    message = "The request body has a media type or a content coding that the daemon does not read."
+    error_type = "UnsupportedBodyError"
 
 
 class UnavailableError(TelemetrydError):
-    """The daemon cannot do this now; the same request may succeed later."""
+    """The base of what passes: it is answered with 503, and counted under `reason` if a write was refused."""
 
+    message = "The daemon cannot do this now; the same request may succeed later."
+    error_type = "UnavailableError"
+    reason: ClassVar[str] = "unavailable"
+    """Under which label a refused write is counted."""
     retry_after_seconds = 1
 
 
 class SlowBodyError(UnavailableError):
-    """The request body stopped arriving, or came too slowly; send it again."""
+    """Raised for a body that keeps its place for too long."""
 
+    message = "The request body stopped arriving, or came too slowly; send it again."
+    error_type = "SlowBodyError"
+    reason = "slow body"
     retry_after_seconds = 5
 
 
 class TooManyBodiesError(UnavailableError):
-    """Too many large bodies are being received; try again shortly."""
+    """Raised when a body would take more memory than all may have together."""
+
+    message = "Too many large bodies are being received; try again shortly."
+    error_type = "TooManyBodiesError"
+    reason = "too many bodies"
 
 
 class TooManyTailsError(UnavailableError):
-    """Too many streams are open; try again later."""
+    """Raised for one stream more than may be open."""
 
+    message = "Too many streams are open; try again later."
+    error_type = "TooManyTailsError"
+    reason = "too many tails"
     retry_after_seconds = 10
 
 
 class TooManyWaitsError(UnavailableError):
-    """Too many requests wait for changes; try again later, or without wait."""
+    """Raised for one waiting request more than there may be."""
 
+    message = "Too many requests wait for changes; try again later, or without wait."
+    error_type = "TooManyWaitsError"
+    reason = "too many waits"
     retry_after_seconds = 10
 
 
 class NoMemoryError(UnavailableError):
-    """There is not enough memory for this request now; a smaller one may succeed."""
+    """Raised in the place of a MemoryError."""
 
+    message = "There is not enough memory for this request now; a smaller one may succeed."
+    error_type = "NoMemoryError"
+    reason = "no memory"
     retry_after_seconds = 5
 
 
 class QueueFullError(UnavailableError):
-    """Too many writes are waiting; try again shortly."""
+    """Raised when the writer's queue takes no more."""
+
+    message = "Too many writes are waiting; try again shortly."
+    error_type = "QueueFullError"
+    reason = "queue full"
 
 
 class StoppingError(UnavailableError):
-    """The daemon is shutting down; try again shortly."""
+    """Raised for what comes while the daemon is being stopped."""
+
+    message = "The daemon is shutting down; try again shortly."
+    error_type = "StoppingError"
+    reason = "stopping"
 
 
 class DatabaseBusyError(UnavailableError):
-    """The database is locked by another process; try again shortly."""
+    """Raised when SQLite has waited in vain for a lock of another process."""
+
+    message = "The database is locked by another process; try again shortly."
+    error_type = "DatabaseBusyError"
+    reason = "database busy"
 
 
 class TooManyExportsError(UnavailableError):
-    """As many exports are running as may at once; try again later."""
+    """Raised for one export more than may run."""
 
+    message = "As many exports are running as may at once; try again later."
+    error_type = "TooManyExportsError"
+    reason = "too many exports"
     retry_after_seconds = 10
 
 
 class StorageFullError(UnavailableError):
-    """The disk is full; nothing of this request was acknowledged."""
+    """Raised when the disk had no room for a commit."""
 
+    message = "The disk is full; nothing of this request was acknowledged."
+    error_type = "StorageFullError"
+    reason = "storage full"
     retry_after_seconds = 10
 
 
 class LowDiskError(UnavailableError):
-    """The disk is almost full, so no new writes are taken (TELEMETRY_MIN_FREE_MB); nothing of this was stored."""
+    """Raised for new writes while less than the reserve is free."""
 
+    message = "The disk is almost full, so no new writes are taken (TELEMETRY_MIN_FREE_MB); nothing of this was stored."
+    error_type = "LowDiskError"
+    reason = "low disk"
     retry_after_seconds = 10
 
 
 class WriteFailedError(UnavailableError):
-    """The write was rolled back; repeat it with the same event_id."""
+    """Raised for every command of a group that could not be committed."""
+
+    message = "The write was rolled back; repeat it with the same event_id."
+    error_type = "WriteFailedError"
+    reason = "write failed"
 
 
 class DatabaseSuspectError(UnavailableError):
-    """The database failed and is being opened again; if this was stored or not, repeat it with the same event_id."""
+    """Raised while nobody knows what the disk holds."""
 
+    message = (
+        "The database failed and is being opened again; if this was stored or not, repeat it with the same event_id."
+    )
+    error_type = "DatabaseSuspectError"
+    reason = "database suspect"
     retry_after_seconds = 5
 
 
 class WriterDeadError(UnavailableError):
-    """The writer has stopped after a failure; the daemon is restarting."""
+    """Raised once the writer's task has ended by a failure."""
 
+    message = "The writer has stopped after a failure; the daemon is restarting."
+    error_type = "WriterDeadError"
+    reason = "writer dead"
     retry_after_seconds = 5
 
 
 class QueryTimeoutError(UnavailableError):
-    """The query took too long and was interrupted; narrow its filters."""
+    """Raised for a query that was interrupted at its deadline."""
+
+    message = "The query took too long and was interrupted; narrow its filters."
+    error_type = "QueryTimeoutError"
+    reason = "query timeout"
 
 
 class CommandFailedError(TelemetrydError):
-    """The database refused this one change; its neighbours were stored."""
+    """Raised for the one command of a group that had to be undone."""
+
+    message = "The database refused this one change; its neighbours were stored."
+    error_type = "CommandFailedError"
 
 
 def describe(error: ErrorItem) -> str:
@@ -167,5 +267,18 @@ def describe(error: ErrorItem) -> str:
 
 
 def sentence(error: BaseException) -> str:
-    """Return the error's own message, or the first line of its class's docstring."""
-    return str(error) or (type(error).__doc__ or type(error).__name__).splitlines()[0]
+    """Return the error's own text, or else the sentence of its class; of a foreign one without either, its type."""
+    if text := str(error):
+        return text
+    if isinstance(error, TelemetrydError):
+        return error.message
+    return next((text for kind, text in _WORDLESS.items() if isinstance(error, kind)), type(error).__name__)
+
+
+def error_type(error: BaseException) -> str:
+    """Return what the log calls an error: a foreign one by its type."""
+    return error.error_type if isinstance(error, TelemetrydError) else type(error).__name__
+
+
+_WORDLESS: Final = {MemoryError: "Out of memory.", TimeoutError: "Timeout expired."}
+"""What is said of errors that the interpreter raises without a text."""

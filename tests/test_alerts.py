@@ -287,7 +287,7 @@ async def test_a_rule_fires_for_so_many_and_counts_the_others(
     await post_all(api, begun)
     set_updated(api, [{**run, "changed": run["created_at"]} for run in begun])
     alerting = Alerting(api.store, Rules((rule,), (HOOK,)), lambda: NOW)
-    await alerting.evaluate()
+    await alerting.evaluate((rule,))
     (shown,) = (await alerting.shown())["rules"]
     assert ([each["subject"]["agent_name"] for each in shown["firing"]], shown["more"]) == (
         ["many-c", "many-d", "many-e"],
@@ -298,7 +298,7 @@ async def test_a_rule_fires_for_so_many_and_counts_the_others(
     ]
     await post_all(api, added)
     set_updated(api, [{**run, "changed": run["created_at"]} for run in added])
-    await alerting.evaluate()  # those that fire go on, though others come before them by their names
+    await alerting.evaluate((rule,))  # those that fire go on, though others come before them by their names
     (shown,) = (await alerting.shown())["rules"]
     assert [each["subject"]["agent_name"] for each in shown["firing"]] == ["many-c", "many-d", "many-e"]
     assert shown["more"] == 3
@@ -542,8 +542,8 @@ async def test_a_bad_commit_is_delivered_with_what_shows_it(api: Api) -> None:
     async def bodies() -> list[dict[str, Any]]:
         return [json.loads(each.body) for each in await api.store.fetch(ListDeliveries("team"))]
 
-    await alerting.evaluate()
-    await alerting.evaluate()
+    await alerting.evaluate(rules.rules)
+    await alerting.evaluate(rules.rules)
     [body] = await bodies()
     [finding] = (await api.get("/api/v1/regressions?from=2026-01-01T00:00:00Z"))["regressions"]
     del finding["agent_name"], finding["job_type"]
@@ -561,7 +561,7 @@ async def test_a_bad_commit_is_delivered_with_what_shows_it(api: Api) -> None:
     assert body["summary"] == "0.0% of the runs of seo (audit) succeed since commit 000000000000, 100.0% before"
     await post_all(api, [posted(n, n // 20, "success", duration_ms=1000 if n < 160 else 9000) for n in range(80, 240)])
     now = NOW + timedelta(minutes=1)
-    await alerting.evaluate()
+    await alerting.evaluate(rules.rules)
     told = [(each["state"], each["subject"]["measure"], each["subject"]["first_bad_commit"]) for each in await bodies()]
     assert told[0] == ("firing", "success_rate", COMMIT(3))
     assert sorted(told[1:]) == [("firing", "duration", COMMIT(8)), ("resolved", "success_rate", COMMIT(3))]
@@ -570,7 +570,7 @@ async def test_a_bad_commit_is_delivered_with_what_shows_it(api: Api) -> None:
     assert firing["summary"] == (
         "half of the runs of seo (audit) take 9s or longer since commit 000000000000, 1s before"
     )
-    await alerting.evaluate()
+    await alerting.evaluate(rules.rules)
     assert len(await bodies()) == 3
 
 
@@ -714,10 +714,10 @@ async def test_a_message_is_sent_until_it_is_confirmed_and_in_order(api: Api, tm
         rules = load_rules(write_rules(tmp_path, receiver.url))
         alerting = Alerting(api.store, rules, lambda: now, Pace(0.001, 0.01))
         await api.post(make_run(created_at=at(hours=2), status="success"))
-        await alerting.evaluate()
-        await alerting.evaluate()
+        await alerting.evaluate(rules.rules)
+        await alerting.evaluate(rules.rules)
         await api.post(make_run(created_at=at(), status="success"))
-        await alerting.evaluate()
+        await alerting.evaluate(rules.rules)
         working = asyncio.create_task(alerting.run())
         await eventually(lambda: len(receiver.got) >= 5)
         with closing(connect(api.settings.db_path, "ro")) as connection:
@@ -738,7 +738,7 @@ async def test_one_that_is_never_accepted_keeps_no_other_from_being_delivered(ap
 
     async def evaluate(*agents: str, heard: float) -> None:
         await api.batch([make_run(agent_name=agent, created_at=at(hours=heard), status="success") for agent in agents])
-        await alerting.evaluate()
+        await alerting.evaluate(rules.rules)
 
     async with receiving() as receiver:
         receiver.refused = "hugo-poison"

@@ -20,7 +20,8 @@ import pytest
 from telemetryd.engine.sqlite.readers import Lane
 from telemetryd.errors import QueryTimeoutError, TooManyTailsError
 from telemetryd.model.changes import BEGINNING, Changes, ListChanges, Place
-from telemetryd.model.filters import Filters, parse_filters
+from telemetryd.model.filters import Filters
+from telemetryd.model.queries import parse_list
 from telemetryd.services import feed, frames
 from telemetryd.services.feed import Feed, Tail
 from telemetryd.services.frames import Chunk, Frame
@@ -236,7 +237,7 @@ async def test_it_is_counted_while_it_is_open_and_logged_when_it_ends(
 
 
 async def test_streams_with_other_comparisons_are_not_taken_for_the_same(api: Api) -> None:
-    first, second = (parse_filters(f"metrics.n>=1&metrics.n!=2&metrics.n!={number}") for number in (3, 4))
+    first, second = (parse_list(f"metrics.n>=1&metrics.n!=2&metrics.n!={number}").filters for number in (3, 4))
     assert Tail(feed_of(api), None, first).key != Tail(feed_of(api), None, second).key
 
 
@@ -279,7 +280,7 @@ async def test_a_sign_of_life_does_not_tell_of_more_than_was_sent(api: Api, monk
 
 async def test_a_run_is_held_once_however_many_filters_it_matches(api: Api) -> None:
     shared = feed_of(api)
-    async with shared.open(None, Filters()) as one, shared.open(None, parse_filters("status=running")) as other:
+    async with shared.open(None, Filters()) as one, shared.open(None, parse_list("status=running").filters) as other:
         chunks = [tail.chunks() for tail in (one, other)]
         reading = [asyncio.ensure_future(anext(each)) for each in chunks]
         await eventually(lambda: len(shared._plain.live) == 2)

@@ -27,7 +27,7 @@ from telemetryd.engine.sqlite.statements.runs import fetch_page, find_agents, se
 from telemetryd.engine.sqlite.tools import migrate
 from telemetryd.errors import InvalidRequestError
 from telemetryd.model.commands import CreateRuns
-from telemetryd.model.filters import OPERATORS, Comparison, Filters, parse_filters, quoted
+from telemetryd.model.filters import OPERATORS, Comparison, Filters, quoted
 from telemetryd.model.queries import Accuracy, Count, CountMatching, ListRuns, Order, Position, parse_list
 from telemetryd.model.runs import COLUMNS, FILTERS, parse_run
 from telemetryd.model.values import Status
@@ -268,7 +268,7 @@ def test_a_relative_time_counts_from_one_reading_of_the_clock(text: str, moment:
         next(readings)
         return CLOCK
 
-    filters = parse_filters(f"created_after={text}&start_time_to={text}", clock)
+    filters = parse_list(f"created_after={text}&start_time_to={text}", clock).filters
     assert filters.bounds == dict.fromkeys(("created_after", "start_time_to"), f"2025-12-{moment}.000000Z")
     assert next(readings) == 1
 
@@ -278,7 +278,7 @@ def test_a_relative_time_counts_from_one_reading_of_the_clock(text: str, moment:
 )
 def test_what_is_no_relative_time(text: str) -> None:
     with pytest.raises(InvalidRequestError, match="Invalid created_after"):
-        parse_filters(f"created_after={text}")
+        parse_list(f"created_after={text}")
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -290,9 +290,9 @@ def test_a_comparison_may_be_encoded_or_not(operator: str, text: str, value: obj
     expected = Comparison(("usage", "tok ens"), operator, value)  # type: ignore[arg-type]
     raw = f"metrics.usage.tok%20ens{operator}{text}"
     for written in (raw, quote(raw, safe="%"), raw.replace(">", "%3E").replace("<", "%3c")):
-        filters = parse_filters(written)
+        filters = parse_list(written).filters
         assert filters.metrics == (expected,)
-        assert parse_filters(urlencode(filters.parameters())) == filters
+        assert parse_list(urlencode(filters.parameters())).filters == filters
 
 
 @pytest.mark.parametrize(
@@ -303,10 +303,10 @@ def test_a_comparison_may_be_encoded_or_not(operator: str, text: str, value: obj
 )  # fmt: skip
 def test_what_is_no_comparison(text: str) -> None:
     if text == "metrics.a==":
-        assert parse_filters(text).metrics == (Comparison(("a",), "=", "="),)
+        assert parse_list(text).filters.metrics == (Comparison(("a",), "=", "="),)
         return
     with pytest.raises(InvalidRequestError):
-        parse_filters(text)
+        parse_list(text)
 
 
 NAMES = st.text(min_size=1, max_size=20).filter(lambda text: text.strip() and "\0" not in text)
@@ -314,19 +314,19 @@ NAMES = st.text(min_size=1, max_size=20).filter(lambda text: text.strip() and "\
 
 @given(st.lists(NAMES, min_size=1, max_size=32, unique=True))
 def test_any_names_can_be_asked_for_one_by_one(names: list[str]) -> None:
-    filters = parse_filters(urlencode({"agent_name": ",".join(map(quoted, names))}))
+    filters = parse_list(urlencode({"agent_name": ",".join(map(quoted, names))})).filters
     assert filters == Filters({"agent_name": tuple(names)})
     assert dict(parse_qsl(urlencode(filters.parameters()))) == filters.parameters()
 
 
 def test_a_filter_has_a_bounded_number_of_values() -> None:
-    assert len(parse_filters("host=" + ",".join(map(str, range(32)))).equal["host"]) == 32
+    assert len(parse_list("host=" + ",".join(map(str, range(32)))).filters.equal["host"]) == 32
     with pytest.raises(InvalidRequestError, match=r"Invalid host: .*at most 32 values"):
-        parse_filters("host=" + ",".join(map(str, range(33))))
+        parse_list("host=" + ",".join(map(str, range(33))))
 
 
 def test_only_agents_have_wildcards() -> None:
-    filters = parse_filters("agent_name=a*,b%5C*&host=a*")
+    filters = parse_list("agent_name=a*,b%5C*&host=a*").filters
     assert filters == Filters({"agent_name": ("b*",), "host": ("a*",)}, patterns=(("a", ""),))
 
 

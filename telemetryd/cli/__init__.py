@@ -60,14 +60,14 @@ class Commands(click.Group):
 
 
 def _paragraphs(text: str | None) -> str:
-    # Click leaves a paragraph's lines as they are behind a backspace, which a raw docstring cannot hold.
+    # Click leaves a paragraph's lines as they are behind a backspace, which a raw text cannot hold.
     return (text or "").replace("\\b", "\b")
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(telemetryd.__version__, message="telemetryd %(version)s")
-def main() -> None:
-    r"""Run telemetryd, the one daemon that owns a telemetry database, and look after that database.
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    help=r"""Run telemetryd, the one daemon that owns a telemetry database, and look after that database.
 
     \b
     Exit status: 0 done; 1 it could not be done, or `check` found something; standard error says what;
@@ -79,7 +79,10 @@ def main() -> None:
       eval "$(_TELEMETRYD_COMPLETE=bash_source telemetryd)"      # in ~/.bashrc
       eval "$(_TELEMETRYD_COMPLETE=zsh_source telemetryd)"       # in ~/.zshrc
       _TELEMETRYD_COMPLETE=fish_source telemetryd | source       # in ~/.config/fish/completions/telemetryd.fish
-    """
+    """,
+)
+@click.version_option(telemetryd.__version__, message="telemetryd %(version)s")
+def main() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started us; what is opened next must not take its place
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - until the process ends

@@ -72,17 +72,8 @@ def client_config(**given: Any) -> Config:
 # --- sync ----------------------------------------------------------------------------------------
 
 
-@click.command()
-@click.option("--buffer-dir", type=click.Path(path_type=Path), help=_FOLDER)
-@click.option("--watch", is_flag=True, help="Go on until SIGTERM or SIGINT: send whatever comes.")
-@click.option("--dry-run", is_flag=True, help="Only say what the folder holds.")
-@retry_option
-@json_flag
-@url_option
-def sync(
-    *, buffer_dir: Path | None, watch: bool, dry_run: bool, retry_s: float, as_json: bool, url: str | None
-) -> None:
-    r"""Send what agents have left in their buffer folder.
+@click.command(
+    help=r"""Send what agents have left in their buffer folder.
 
     What processes that are alive send themselves is left to them; everything else, the lines of those that run with
     TELEMETRY_SEND=false included, is taken stream after stream, each under a lock, so any number of agents and of
@@ -95,6 +86,16 @@ def sync(
       telemetryd sync --buffer-dir /var/lib/agents/buffer --json
       telemetryd sync --watch --url unix:///run/telemetryd/telemetryd.sock
     """
+)
+@click.option("--buffer-dir", type=click.Path(path_type=Path), help=_FOLDER)
+@click.option("--watch", is_flag=True, help="Go on until SIGTERM or SIGINT: send whatever comes.")
+@click.option("--dry-run", is_flag=True, help="Only say what the folder holds.")
+@retry_option
+@json_flag
+@url_option
+def sync(
+    *, buffer_dir: Path | None, watch: bool, dry_run: bool, retry_s: float, as_json: bool, url: str | None
+) -> None:
     config = client_config(buffer_dir=buffer_dir, url=url)
     counters = Counters()
     problem = None if dry_run else _sync(config, counters, None if watch else retry_s)
@@ -295,7 +296,21 @@ def send_files(
 # --- replay --------------------------------------------------------------------------------------
 
 
-@click.command()
+@click.command(
+    help=r"""Send the runs of NDJSON files.
+
+    One JSON object a line, as POST /api/v1/runs takes it. Plain, gzip or Zstandard; - is standard input. Spool files,
+    dead-letter files and the archives of `telemetryd prune`, with the events of their runs, will do as well. Runs that
+    are known by their event_id are left as they are, so a file may be replayed again.
+
+    \b
+    Examples:
+      telemetryd replay runs.ndjson
+      telemetryd replay --rejects bad.jsonl /backups/runs-2025.ndjson.zst --json
+      telemetryd replay ~/.local/state/telemetryd/buffer/dead-letter.jsonl
+      zcat old.ndjson.gz | telemetryd replay -
+    """
+)
 @click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, allow_dash=True))
 @click.option("--rejects", type=click.Path(path_type=Path), help="Append what the daemon refuses to this file.")
 @longest_line_option
@@ -311,19 +326,6 @@ def replay(
     as_json: bool,
     url: str | None,
 ) -> None:
-    r"""Send the runs of NDJSON files.
-
-    One JSON object a line, as POST /api/v1/runs takes it. Plain, gzip or Zstandard; - is standard input. Spool files,
-    dead-letter files and the archives of `telemetryd prune`, with the events of their runs, will do as well. Runs that
-    are known by their event_id are left as they are, so a file may be replayed again.
-
-    \b
-    Examples:
-      telemetryd replay runs.ndjson
-      telemetryd replay --rejects bad.jsonl /backups/runs-2025.ndjson.zst --json
-      telemetryd replay ~/.local/state/telemetryd/buffer/dead-letter.jsonl
-      zcat old.ndjson.gz | telemetryd replay -
-    """
     config = client_config(url=url)
     counters = Counters()
     problem = send_files(config, files, counters, Refusals(rejects), retry_s=retry_s, longest_line_mib=longest_line_mib)

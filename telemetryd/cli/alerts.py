@@ -31,17 +31,13 @@ from telemetryd.services import webhooks
 from telemetryd.settings import Settings
 
 
-@click.group()
+@click.group(help="Try out the rules of alerts (docs/alerts.md).")
 def alerts() -> None:
-    """Try out the rules of alerts (docs/alerts.md)."""
+    """Hold the commands about alerts."""
 
 
-@alerts.command()
-@click.option("--send", is_flag=True, help="Send one test message to each webhook.")
-@json_flag
-@settings_flags("alerts_file", "db_path")
-def test(*, send: bool, as_json: bool, **flags: Any) -> None:
-    r"""Evaluate the rules now, and show what would be sent; nothing is stored.
+@alerts.command(
+    help=r"""Evaluate the rules now, and show what would be sent; nothing is stored.
 
     The database is read beside the daemon that owns it. Exit status 1 if a rule cannot be evaluated, or a test message
     was not confirmed; 2 if the rule file is wrong.
@@ -52,6 +48,11 @@ def test(*, send: bool, as_json: bool, **flags: Any) -> None:
       telemetryd alerts test --send
       telemetryd alerts test --json | jq '.would_send[].summary'
     """
+)
+@click.option("--send", is_flag=True, help="Send one test message to each webhook.")
+@json_flag
+@settings_flags("alerts_file", "db_path")
+def test(*, send: bool, as_json: bool, **flags: Any) -> None:
     settings = load_settings(flags).settings
     if settings.alerts_file is None:
         click.echo("telemetryd: TELEMETRY_ALERTS_FILE: must be set, or give --alerts-file", err=True)

@@ -68,13 +68,8 @@ def _local_now() -> datetime:
 _RULE = "=" * 70
 
 
-@click.command()
-@click.option("--dry-run", is_flag=True, help="Only say what would be done; nothing is touched.")
-@click.option("--backup/--no-backup", "with_backup", default=True, help="Make a verified backup first (the default).")
-@json_flag
-@settings_flags(*DATABASE_SETTINGS)
-def migrate(dry_run: bool, with_backup: bool, as_json: bool, **flags: Any) -> None:
-    r"""Bring an older database to the schema of this version.
+@click.command(
+    help=r"""Bring an older database to the schema of this version.
 
     It is one transaction: killed at any moment, the file has the old schema or the new one, and the command may be
     repeated. Every run stays. Values that the current schema does not admit are normalised and counted; where that is
@@ -86,6 +81,12 @@ def migrate(dry_run: bool, with_backup: bool, as_json: bool, **flags: Any) -> No
       telemetryd migrate
       telemetryd migrate --no-backup --json --db-path /var/lib/telemetryd/telemetry.sqlite
     """
+)
+@click.option("--dry-run", is_flag=True, help="Only say what would be done; nothing is touched.")
+@click.option("--backup/--no-backup", "with_backup", default=True, help="Make a verified backup first (the default).")
+@json_flag
+@settings_flags(*DATABASE_SETTINGS)
+def migrate(dry_run: bool, with_backup: bool, as_json: bool, **flags: Any) -> None:
     settings = load_settings(flags).settings
     path = settings.db_path.absolute()
     with failing():
@@ -200,14 +201,8 @@ def _print_migration(path: Path, done: legacy.Migration, *, dry_run: bool) -> No
 # --- backup and restore --------------------------------------------------------------------------
 
 
-@click.command()
-@click.argument("destination", metavar="DEST", type=click.Path(path_type=Path))
-@click.option("--keep", type=click.IntRange(1), metavar="N", help="Keep only the newest N backups in DEST.")
-@click.option("--zstd", "compress", is_flag=True, help="Compress with Zstandard.")
-@json_flag
-@settings_flags("db_path")
-def backup(destination: Path, keep: int | None, compress: bool, as_json: bool, **flags: Any) -> None:
-    r"""Copy the database to DEST while the daemon writes to it.
+@click.command(
+    help=r"""Copy the database to DEST while the daemon writes to it.
 
     The copy is verified before it gets its name.
     If DEST is a directory, the file in it is named by the time: telemetry_backup_20251224_100000.sqlite.
@@ -218,6 +213,13 @@ def backup(destination: Path, keep: int | None, compress: bool, as_json: bool, *
       telemetryd backup /backups/telemetry --keep 7 --zstd --json
       telemetryd backup before-upgrade.sqlite
     """
+)
+@click.argument("destination", metavar="DEST", type=click.Path(path_type=Path))
+@click.option("--keep", type=click.IntRange(1), metavar="N", help="Keep only the newest N backups in DEST.")
+@click.option("--zstd", "compress", is_flag=True, help="Compress with Zstandard.")
+@json_flag
+@settings_flags("db_path")
+def backup(destination: Path, keep: int | None, compress: bool, as_json: bool, **flags: Any) -> None:
     path = load_settings(flags).settings.db_path.absolute()
     is_directory = destination.is_dir()
     if keep is not None and not is_directory:
@@ -262,12 +264,8 @@ def refuse_missing(path: Path) -> None:
     refuse_other_name(path)
 
 
-@click.command()
-@click.argument("source", metavar="SRC", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@json_flag
-@settings_flags(*DATABASE_SETTINGS)
-def restore(source: Path, as_json: bool, **flags: Any) -> None:
-    r"""Put a backup in the database's place.
+@click.command(
+    help=r"""Put a backup in the database's place.
 
     The backup, also a compressed one, is verified first, and the old file is kept beside it. A running daemon must be
     stopped before.
@@ -278,6 +276,11 @@ def restore(source: Path, as_json: bool, **flags: Any) -> None:
       telemetryd restore /backups/telemetry/telemetry_backup_20251224_100000.sqlite
       systemctl start telemetryd
     """
+)
+@click.argument("source", metavar="SRC", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@json_flag
+@settings_flags(*DATABASE_SETTINGS)
+def restore(source: Path, as_json: bool, **flags: Any) -> None:
     settings = load_settings(flags).settings
     with failing():
         _refuse_in_use(source, settings.db_path)
@@ -326,12 +329,8 @@ def _refuse_in_use(source: Path, database: Path) -> None:
 # --- check ---------------------------------------------------------------------------------------
 
 
-@click.command()
-@click.option("--repair", is_flag=True, help="Mend indexes and totals; of a damaged file save what can be read.")
-@json_flag
-@settings_flags(*DATABASE_SETTINGS)
-def check(repair: bool, as_json: bool, **flags: Any) -> None:
-    r"""Examine the database, and repair it on request.
+@click.command(
+    help=r"""Examine the database, and repair it on request.
 
     That is its integrity, schema, totals, foreign keys, and the index of every documented query. Without --repair
     nothing is changed and the daemon may run; only what a crash cut off is undone, as by any program that opens the
@@ -343,6 +342,11 @@ def check(repair: bool, as_json: bool, **flags: Any) -> None:
       telemetryd check --json | jq '.findings'
       systemctl stop telemetryd && telemetryd check --repair
     """
+)
+@click.option("--repair", is_flag=True, help="Mend indexes and totals; of a damaged file save what can be read.")
+@json_flag
+@settings_flags(*DATABASE_SETTINGS)
+def check(repair: bool, as_json: bool, **flags: Any) -> None:
     settings = load_settings(flags).settings
     with failing(), progress() as drawn:
         refuse_missing(settings.db_path)

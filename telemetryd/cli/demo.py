@@ -77,7 +77,21 @@ class _Poster:
         return [story for story in stories if story.finish and story.ends_at > now]
 
 
-@click.command()
+@click.command(
+    help=r"""Post a day of invented runs, then go on live until Ctrl-C.
+
+    Twenty agents have made them, so that there is something to look at: parents and children, events, figures and
+    commits; failures come in clusters, and one agent (seo-optimizer) fails from a certain commit on. Their event_ids
+    begin with `demo-`; what a seed has invented on one day is not stored twice. Meant for a database to try things
+    out with.
+
+    \b
+    Examples:
+      telemetryd demo
+      telemetryd demo --days 365 --runs 50000 --no-live --json
+      telemetryd demo --unix /run/telemetryd/telemetryd.sock --seed 7
+    """
+)
 @click.option("--runs", "number", type=click.IntRange(1), help=f"How many runs; default: {_PER_DAY} a day.")
 @click.option("--days", type=click.IntRange(1, 366), default=1, show_default=True, help="How many days they lie back.")
 @click.option("--seed", type=int, default=1, show_default=True, help="The same seed at the same time invents the same.")
@@ -93,19 +107,6 @@ class _Poster:
     api_auth_token_file="File that holds the daemon's token; or set TELEMETRY_API_AUTH_TOKEN.",  # noqa: S106 - a help text
 )
 def demo(*, number: int | None, days: int, seed: int, live: bool, as_json: bool, url: str | None, **flags: Any) -> None:
-    r"""Post a day of invented runs, then go on live until Ctrl-C.
-
-    Twenty agents have made them, so that there is something to look at: parents and children, events, figures and
-    commits; failures come in clusters, and one agent (seo-optimizer) fails from a certain commit on. Their event_ids
-    begin with `demo-`; what a seed has invented on one day is not stored twice. Meant for a database to try things
-    out with.
-
-    \b
-    Examples:
-      telemetryd demo
-      telemetryd demo --days 365 --runs 50000 --no-live --json
-      telemetryd demo --unix /run/telemetryd/telemetryd.sock --seed 7
-    """
     settings = load_settings(flags).settings
     now = utc_now()
     with failing():

@@ -26,13 +26,8 @@ _WAIT_S: Final = 30
 _PAUSES_S: Final = (0.2, 1.0, 5.0)
 
 
-@click.command()
-@click.argument("url")
-@click.option("--once", is_flag=True, help="End when everything that there is has been taken over.")
-@json_flag
-@settings_flags("db_path", "lock_file", db_path="The copy; made if it is not there.")
-def follow(url: str, *, once: bool, as_json: bool, **flags: Any) -> None:
-    r"""Keep a copy of a daemon's runs in step until stopped.
+@click.command(
+    help=r"""Keep a copy of a daemon's runs in step until stopped.
 
     The copy is a database of its own that this command owns: others may read it (sqlite3, telemetryd check), and it can
     take the primary's place with `telemetryd serve`, after which it is nobody's copy any more. It has the runs and
@@ -46,6 +41,12 @@ def follow(url: str, *, once: bool, as_json: bool, **flags: Any) -> None:
       telemetryd follow http://primary:8765 --db-path copy.sqlite
       telemetryd follow unix:///run/telemetryd/telemetryd.sock --db-path copy.sqlite --once
     """
+)
+@click.argument("url")
+@click.option("--once", is_flag=True, help="End when everything that there is has been taken over.")
+@json_flag
+@settings_flags("db_path", "lock_file", db_path="The copy; made if it is not there.")
+def follow(url: str, *, once: bool, as_json: bool, **flags: Any) -> None:
     settings = load_settings(flags).settings
     try:
         config = Config.load(url=url)

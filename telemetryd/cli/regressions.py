@@ -13,18 +13,8 @@ from telemetryd.cli.upkeep import DAEMON, SETTINGS, address
 from telemetryd.ops.logs import printable
 
 
-@click.command()
-@click.option("--from", "begin", default="-30d", show_default=True, metavar="TIME", help="A time, or an age: -7d.")
-@click.option("--to", "end", default="now", show_default=True, metavar="TIME", help="A time, an age, or now.")
-@click.option("--agent", "agent_name", metavar="NAMES", help="Only these agents: a,b or web-*.")
-@click.option("--job", "job_type", metavar="NAMES", help="Only these job types.")
-@json_flag
-@address
-@settings_flags(*SETTINGS, **DAEMON)
-def regressions(
-    *, begin: str, end: str, agent_name: str | None, job_type: str | None, as_json: bool, url: str | None, **flags: Any
-) -> None:
-    r"""Name the commits that made runs fail or take longer.
+@click.command(
+    help=r"""Name the commits that made runs fail or take longer.
 
     Runs count by their git_commit_hash, for each agent and job type. A pair in which no commit changes anything gives a
     finding in at most 1 of 100 looks. The database is read, also beside the daemon that owns it; with --url, --unix or
@@ -36,6 +26,17 @@ def regressions(
       telemetryd regressions --agent 'seo-*' --from -7d
       telemetryd regressions --json --unix /run/telemetryd/telemetryd.sock
     """
+)
+@click.option("--from", "begin", default="-30d", show_default=True, metavar="TIME", help="A time, or an age: -7d.")
+@click.option("--to", "end", default="now", show_default=True, metavar="TIME", help="A time, an age, or now.")
+@click.option("--agent", "agent_name", metavar="NAMES", help="Only these agents: a,b or web-*.")
+@click.option("--job", "job_type", metavar="NAMES", help="Only these job types.")
+@json_flag
+@address
+@settings_flags(*SETTINGS, **DAEMON)
+def regressions(
+    *, begin: str, end: str, agent_name: str | None, job_type: str | None, as_json: bool, url: str | None, **flags: Any
+) -> None:
     settings = load_settings(flags).settings
     given = {"from": begin, "to": end, "agent_name": agent_name, "job_type": job_type}
     parameters = {name: value for name, value in given.items() if value is not None}

@@ -30,10 +30,8 @@ loop has nothing left to do, so that one of the two is always idle (`python -m b
 """
 
 
-@click.command()
-@settings_flags()
-def serve(**flags: Any) -> None:
-    r"""Serve the API until SIGTERM or SIGINT.
+@click.command(
+    help=r"""Serve the API until SIGTERM or SIGINT.
 
     \b
     Examples:
@@ -41,6 +39,9 @@ def serve(**flags: Any) -> None:
       telemetryd serve --port 8766 --db-path /var/lib/telemetryd/telemetry.sqlite
       TELEMETRY_DB_JOURNAL_MODE=WAL telemetryd serve --log-level debug
     """
+)
+@settings_flags()
+def serve(**flags: Any) -> None:
     loaded = load_settings(flags)
     settings = loaded.settings
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
@@ -58,11 +59,8 @@ def serve(**flags: Any) -> None:
     sys.exit(status)
 
 
-@click.command()
-@json_flag
-@settings_flags()
-def config(as_json: bool, **flags: Any) -> None:
-    r"""Print every setting with its value and where it came from.
+@click.command(
+    help=r"""Print every setting with its value and where it came from.
 
     The token is masked, paths are absolute. What a start would remark on goes to standard error.
 
@@ -71,6 +69,10 @@ def config(as_json: bool, **flags: Any) -> None:
       telemetryd config
       telemetryd config --json | jq '.TELEMETRY_DB_PATH.value'
     """
+)
+@json_flag
+@settings_flags()
+def config(as_json: bool, **flags: Any) -> None:
     loaded = load_settings(flags)
     for remark in loaded.remarks:
         click.echo(f"telemetryd: remark: {remark}", err=True)

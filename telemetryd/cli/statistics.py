@@ -19,7 +19,20 @@ _NARROWEST: Final = 6
 """Characters that a name is left at least, however narrow the terminal is."""
 
 
-@click.command()
+@click.command(
+    help=r"""Show how many runs there were, and how they went.
+
+    Times are those of created_at, in whole hours (UTC). Quantiles of durations are within 1 % of the exact ones. The
+    database is read, also beside the daemon that owns it; with --url, --unix or a token the daemon is asked.
+
+    \b
+    Examples:
+      telemetryd stats
+      telemetryd stats --group-by agent_name,status --from -7d
+      telemetryd stats --group-by '' --bucket 1d --from -30d
+      telemetryd stats --agent 'hugo-*' --bucket 1h --json --unix /run/telemetryd/telemetryd.sock
+    """
+)
 @click.option(
     "--group-by",
     default="agent_name",
@@ -49,18 +62,6 @@ def stats(
     url: str | None,
     **flags: Any,
 ) -> None:
-    r"""Show how many runs there were, and how they went.
-
-    Times are those of created_at, in whole hours (UTC). Quantiles of durations are within 1 % of the exact ones. The
-    database is read, also beside the daemon that owns it; with --url, --unix or a token the daemon is asked.
-
-    \b
-    Examples:
-      telemetryd stats
-      telemetryd stats --group-by agent_name,status --from -7d
-      telemetryd stats --group-by '' --bucket 1d --from -30d
-      telemetryd stats --agent 'hugo-*' --bucket 1h --json --unix /run/telemetryd/telemetryd.sock
-    """
     settings = load_settings(flags).settings
     given = {
         "group_by": group_by or None,

@@ -36,7 +36,20 @@ _PLAIN_WIDTH: Final = 160
 Run = dict[str, Any]
 
 
-@click.command()
+@click.command(
+    help=r"""Show the last runs, and with -f those that come.
+
+    That is each run that is created or changed, as soon as it is stored. A filter that is given several times matches
+    any of its values. When the daemon is restarted, -f goes on where it was: nothing is left out, nothing is shown
+    twice.
+
+    \b
+    Examples:
+      telemetryd tail -n 20
+      telemetryd tail -f --agent 'hugo-*' --status failure --status timeout
+      telemetryd tail -f --json --filter min_duration_ms=60000 | jq .error_summary
+    """
+)
 @click.option("-f", "--follow", is_flag=True, help="Go on with what comes, until SIGINT.")
 @click.option(
     "-n", "--lines", type=click.IntRange(0, MAX_LIMIT), default=10, metavar="N", help="Show the last N.  [default: 10]"
@@ -64,18 +77,6 @@ def tail(
     as_json: bool,
     url: str | None,
 ) -> None:
-    r"""Show the last runs, and with -f those that come.
-
-    That is each run that is created or changed, as soon as it is stored. A filter that is given several times matches
-    any of its values. When the daemon is restarted, -f goes on where it was: nothing is left out, nothing is shown
-    twice.
-
-    \b
-    Examples:
-      telemetryd tail -n 20
-      telemetryd tail -f --agent 'hugo-*' --status failure --status timeout
-      telemetryd tail -f --json --filter min_duration_ms=60000 | jq .error_summary
-    """
     parameters = {
         name: ",".join(values)
         for name, values in (

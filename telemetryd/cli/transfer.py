@@ -54,7 +54,19 @@ def _filters(function: F) -> F:
     return function
 
 
-@click.command()
+@click.command(
+    help=r"""Write runs to a file, or to standard output (-).
+
+    All that match, in the order of their arrival, from one snapshot (docs/api.md says what that means in which journal
+    mode). A name that ends in .zst or .gz packs it. The file gets its name when it is whole; no file is ever replaced.
+
+    \b
+    Examples:
+      telemetryd export runs.ndjson.zst --events
+      telemetryd export runs.parquet --created-after 2025-12-01T00:00:00Z
+      telemetryd export - --format csv --agent-name hugo-translator --status failure > failures.csv
+    """
+)
 @click.argument("file", type=click.Path(dir_okay=False, allow_dash=True))
 @click.option(
     "--format",
@@ -78,17 +90,6 @@ def export(
     url: str | None,
     **filters: str | None,
 ) -> None:
-    r"""Write runs to a file, or to standard output (-).
-
-    All that match, in the order of their arrival, from one snapshot (docs/api.md says what that means in which journal
-    mode). A name that ends in .zst or .gz packs it. The file gets its name when it is whole; no file is ever replaced.
-
-    \b
-    Examples:
-      telemetryd export runs.ndjson.zst --events
-      telemetryd export runs.parquet --created-after 2025-12-01T00:00:00Z
-      telemetryd export - --format csv --agent-name hugo-translator --status failure > failures.csv
-    """
     if as_json and file == "-":
         raise click.UsageError("--json needs a file: standard output holds the runs.")
     config = client_config(url=url)
@@ -218,7 +219,21 @@ async def _answer(config: Config, asked: dict[str, str], retry_s: float) -> Asyn
 # --- import --------------------------------------------------------------------------------------
 
 
-@click.command("import")
+@click.command(
+    "import",
+    help=r"""Send the runs of exported files to the daemon.
+
+    NDJSON (with events, if it has them) and CSV, plain, gzip or Zstandard, and Parquet; what a file is, its first bytes
+    tell. - is standard input. Runs that are known by their event_id stay as they are, so a file may be imported again.
+    Each run that is refused is told with its line, and costs the others nothing.
+
+    \b
+    Examples:
+      telemetryd import runs.ndjson.zst
+      telemetryd import runs.csv more.parquet --rejects bad.jsonl --json
+      telemetryd export - --url http://old:8765 --events | telemetryd import - --url http://new:8765
+    """,
+)
 @click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, allow_dash=True))
 @click.option("--rejects", type=click.Path(path_type=Path), help="Append what the daemon refuses to this file.")
 @longest_line_option
@@ -234,18 +249,6 @@ def import_(
     as_json: bool,
     url: str | None,
 ) -> None:
-    r"""Send the runs of exported files to the daemon.
-
-    NDJSON (with events, if it has them) and CSV, plain, gzip or Zstandard, and Parquet; what a file is, its first bytes
-    tell. - is standard input. Runs that are known by their event_id stay as they are, so a file may be imported again.
-    Each run that is refused is told with its line, and costs the others nothing.
-
-    \b
-    Examples:
-      telemetryd import runs.ndjson.zst
-      telemetryd import runs.csv more.parquet --rejects bad.jsonl --json
-      telemetryd export - --url http://old:8765 --events | telemetryd import - --url http://new:8765
-    """
     counters = Counters()
     refusals = Refusals(rejects)
     config = client_config(url=url)

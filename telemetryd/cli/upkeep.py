@@ -71,7 +71,24 @@ class StatusType(click.ParamType[str]):
         return [CompletionItem(str(status)) for status in Status if status.startswith(incomplete.lower())]
 
 
-@click.command()
+@click.command(
+    help=r"""Delete runs of long ago, and return the space.
+
+    The totals stay right. Work goes through the running daemon in small slices with pauses, or directly if none runs.
+    With --archive, exactly the archived runs are deleted, and only if they did not change meanwhile.
+
+    The daemon deletes nothing by itself (TELEMETRY_PRUNE_AFTER) until --confirm-automatic has recorded the age in the
+    database, once; a shorter age has to be confirmed again. A restored database has to be confirmed anew.
+
+    \b
+    Examples:
+      telemetryd prune --older-than 90d --dry-run
+      telemetryd prune --older-than 90d --archive /backups/runs-2025.ndjson.zst
+      telemetryd prune --older-than 30d --agent hugo-translator --status success --json
+      telemetryd prune --older-than 90d --unix /run/telemetryd/telemetryd.sock
+      telemetryd prune --confirm-automatic 90d --unix /run/telemetryd/telemetryd.sock
+    """
+)
 @older_than("Age of the runs by created_at", required=False)
 @agent
 @click.option("--status", type=StatusType(), help="Only runs of this status.")
@@ -101,22 +118,6 @@ def prune(
     url: str | None,
     **flags: Any,
 ) -> None:
-    r"""Delete runs of long ago, and return the space.
-
-    The totals stay right. Work goes through the running daemon in small slices with pauses, or directly if none runs.
-    With --archive, exactly the archived runs are deleted, and only if they did not change meanwhile.
-
-    The daemon deletes nothing by itself (TELEMETRY_PRUNE_AFTER) until --confirm-automatic has recorded the age in the
-    database, once; a shorter age has to be confirmed again. A restored database has to be confirmed anew.
-
-    \b
-    Examples:
-      telemetryd prune --older-than 90d --dry-run
-      telemetryd prune --older-than 90d --archive /backups/runs-2025.ndjson.zst
-      telemetryd prune --older-than 30d --agent hugo-translator --status success --json
-      telemetryd prune --older-than 90d --unix /run/telemetryd/telemetryd.sock
-      telemetryd prune --confirm-automatic 90d --unix /run/telemetryd/telemetryd.sock
-    """
     if confirm_automatic is not None:
         if older_than is not None or agent_name or status or dry_run or archive is not None:
             raise click.UsageError("--confirm-automatic stands alone: it deletes nothing now")
@@ -152,13 +153,8 @@ async def _confirm(settings: Settings, url: str | None, body: Body) -> Body:
         return await target.confirm(body)
 
 
-@click.command()
-@click.argument("date", metavar="YYYY-MM-DD")
-@json_flag
-@address
-@settings_flags(*SETTINGS, **DAEMON)
-def confirm_clock(*, date: str, as_json: bool, url: str | None, **flags: Any) -> None:
-    r"""Confirm that the daemon's clock is right.
+@click.command(
+    help=r"""Confirm that the daemon's clock is right.
 
     When the clock has jumped by more than a day, the daemon deletes and cancels nothing by itself, because a wrong
     clock would make everything old at once; /health and the log say so. A machine that was off for longer than a day
@@ -169,6 +165,12 @@ def confirm_clock(*, date: str, as_json: bool, url: str | None, **flags: Any) ->
       telemetryd confirm-clock 2026-11-30
       telemetryd confirm-clock 2026-11-30 --unix /run/telemetryd/telemetryd.sock
     """
+)
+@click.argument("date", metavar="YYYY-MM-DD")
+@json_flag
+@address
+@settings_flags(*SETTINGS, **DAEMON)
+def confirm_clock(*, date: str, as_json: bool, url: str | None, **flags: Any) -> None:
     settings = load_settings(flags).settings
     with failing():
         answer = asyncio.run(_confirm(settings, url, {"date": date}))
@@ -267,7 +269,20 @@ def _archived_versions(archive: Path) -> Iterator[list[Body]]:
         yield versions
 
 
-@click.command()
+@click.command(
+    help=r"""Cancel runs that run but have not changed for long.
+
+    These are the guide's stale runs. They become `cancelled` with an end_time of now, error_summary `Stale run
+    cleaned up on startup (created at …)` and output_summary `Process did not complete - cleanup on restart`. A run
+    that was changed lately by PATCH (a heartbeat) is left alone.
+
+    \b
+    Examples:
+      telemetryd reap --older-than 1h --dry-run
+      telemetryd reap --older-than 1h --agent hugo-translator
+      telemetryd reap --older-than 1h --json --unix /run/telemetryd/telemetryd.sock
+    """
+)
 @older_than("How long ago the runs were created and last changed")
 @agent
 @dry
@@ -283,18 +298,6 @@ def reap(
     url: str | None,
     **flags: Any,
 ) -> None:
-    r"""Cancel runs that run but have not changed for long.
-
-    These are the guide's stale runs. They become `cancelled` with an end_time of now, error_summary `Stale run
-    cleaned up on startup (created at …)` and output_summary `Process did not complete - cleanup on restart`. A run
-    that was changed lately by PATCH (a heartbeat) is left alone.
-
-    \b
-    Examples:
-      telemetryd reap --older-than 1h --dry-run
-      telemetryd reap --older-than 1h --agent hugo-translator
-      telemetryd reap --older-than 1h --json --unix /run/telemetryd/telemetryd.sock
-    """
     settings = load_settings(flags).settings
     chosen: Body = {"created_before": requests.moment_ago(utc_now(), older_than)}
     if agent_name is not None:

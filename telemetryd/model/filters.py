@@ -16,7 +16,6 @@ from telemetryd.model.values import (
     Status,
     canonical_status,
     shorten,
-    utc_now,
 )
 
 MAX_VALUES: Final = 32
@@ -300,16 +299,3 @@ def read_filters(given: Given) -> Filters:
     metrics = [given.attempt(_comparison, text) for text in given.prefixed.get(_METRICS, ())]
     compared = tuple(metric for metric in metrics if metric is not None)
     return Filters(equal, bounds, patterns, shortest, error, compared, given.get(WORDS))
-
-
-def parse_filters(query_string: str, clock: Callable[[], datetime] = utc_now) -> Filters:
-    """Read a query string of filters alone.
-
-    Raises:
-        InvalidRequestError: with a sentence for each fault that names the parameter, the value and what is allowed.
-
-    """
-    given = Given(query_string, PARAMETERS, clock())
-    filters = read_filters(given)
-    given.finish()
-    return filters

@@ -62,7 +62,9 @@ class _Slice(BaseModel):
 class RunVersion(BaseModel):
     """A run as it was at its last change."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, json_schema_extra={"description": "A run as it was at its last change."}
+    )
 
     id: Annotated[int, Field(ge=0, le=MAX_INTEGER)] = Field(description="Its id.")
     updated_at: Timestamp = Field(description="When it last changed.")
@@ -70,6 +72,8 @@ class RunVersion(BaseModel):
 
 class PruneRequest(_Slice):
     """Which runs to delete."""
+
+    model_config = ConfigDict(json_schema_extra={"description": "Which runs to delete."})
 
     status: StatusValue | None = Field(None, description="Only runs of this status.")
     versions: Annotated[list[RunVersion], Field(max_length=MAX_SLICE)] | None = Field(
@@ -80,6 +84,8 @@ class PruneRequest(_Slice):
 class ReapRequest(_Slice):
     """Which running runs to cancel."""
 
+    model_config = ConfigDict(json_schema_extra={"description": "Which running runs to cancel."})
+
 
 def moment_ago(now: datetime, seconds: float) -> str:
     """Return the stored form of the moment so many seconds before now."""
@@ -89,7 +95,11 @@ def moment_ago(now: datetime, seconds: float) -> str:
 class ProcessRequest(BaseModel):
     """The process that works on a run, as it sees itself."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
+    model_config = ConfigDict(
+        extra="allow",
+        strict=True,
+        json_schema_extra={"description": "The process that works on a run, as it sees itself."},
+    )
 
     pid: Annotated[int, Field(ge=1, le=2**31 - 1)] = Field(description="Its process id.", examples=[4711])
     start_time: Count = Field(
@@ -114,7 +124,14 @@ Day = Annotated[datetime, BeforeValidator(_noon), WithJsonSchema({"type": "strin
 class ConfirmRequest(BaseModel):
     """What the operator confirms: that runs of an age may be deleted by themselves, or that the clock is right."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        json_schema_extra={
+            "description": "What the operator confirms: that runs of an age may be deleted by themselves, "
+            "or that the clock is right."
+        },
+    )
 
     prune_after: Age | None = Field(
         None, description="Runs of this age or older may be deleted in this database by themselves (90d)."

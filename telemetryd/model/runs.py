@@ -181,7 +181,9 @@ RunPatch: Final[type[BaseModel]] = create_model(
 class CommitAssociation(BaseModel):
     """The commit that a run led to."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
+    model_config = ConfigDict(
+        extra="allow", strict=True, json_schema_extra={"description": "The commit that a run led to."}
+    )
 
     commit_hash: Annotated[str, Field(min_length=7, max_length=40, pattern=r"^[0-9A-Fa-f]+$")] = Field(
         description="Full or short hash.", examples=Run.model_fields["git_commit_hash"].examples

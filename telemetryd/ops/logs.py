@@ -20,6 +20,8 @@ import click
 import orjson
 from pythonjsonlogger.orjson import OrjsonFormatter
 
+from telemetryd.errors import error_type
+
 LOGGER_NAME: Final = "telemetry_api"
 log: Final = logging.getLogger(LOGGER_NAME)
 """The one logger of the daemon; the name is the guide's."""
@@ -37,7 +39,7 @@ def _fields(record: logging.LogRecord) -> dict[str, Any]:
     """Return what a record carries beyond its message: its extra fields, and its exception."""
     fields = {name: value for name, value in record.__dict__.items() if name not in _STANDARD}
     if record.exc_info and record.exc_info[1] is not None:
-        fields.setdefault("error_type", type(record.exc_info[1]).__name__)
+        fields.setdefault("error_type", error_type(record.exc_info[1]))
         fields.setdefault("error_message", str(record.exc_info[1]))
         fields["traceback"] = logging.Formatter().formatException(record.exc_info)
     return fields

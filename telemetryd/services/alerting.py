@@ -97,7 +97,7 @@ class Alerting:
             async with turn:
                 begin_s = now_s()
                 try:
-                    await self._evaluate(rules)
+                    await self.evaluate(rules)
                 except TelemetrydError as error:
                     log.warning("Alerts postponed", extra={"error_message": sentence(error)})
                     self._problems |= {rule.name: sentence(error) for rule in rules}
@@ -118,16 +118,13 @@ class Alerting:
                 log.info("Alerts of rules and webhooks that are gone forgotten", extra={"result_count": forgotten})
             return
 
-    async def evaluate(self) -> None:
-        """Evaluate every rule once, and store what changed together with what is to be delivered.
+    async def evaluate(self, rules: tuple[Rule, ...]) -> None:
+        """Evaluate some rules once, and store what changed together with what is to be delivered.
 
         Raises:
             UnavailableError: if that is not possible; what changed is found again the next time.
 
         """
-        await self._evaluate(self._rules.rules)
-
-    async def _evaluate(self, rules: tuple[Rule, ...]) -> None:
         evaluation = await self._store.fetch(EvaluateRules(rules, self._clock()))
         problems = {rule: found for rule, found in evaluation.found.items() if isinstance(found, str)}
         for rule, problem in problems.items():

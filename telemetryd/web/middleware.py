@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import re
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -28,6 +27,7 @@ from telemetryd.errors import (
     TelemetrydError,
     UnavailableError,
     UnsupportedBodyError,
+    error_type,
     sentence,
 )
 from telemetryd.ops.logs import log
@@ -120,7 +120,7 @@ def middleware(settings: Settings, metrics: Metrics, advice: Callable[[], str]) 
         endpoint = await _endpoint(request)
         metrics.count_request(request.method, endpoint, response.status, seconds)
         if isinstance(problem, UnavailableError) and request.method in flow.METHODS:
-            metrics.refused.labels(_reason(problem)).inc()
+            metrics.refused.labels(problem.reason).inc()
         _log(
             request,
             note,
@@ -146,11 +146,6 @@ async def _endpoint(request: web.Request) -> str:
 
 
 _NOWHERE: Final = "(no such endpoint)"
-
-
-def _reason(error: UnavailableError) -> str:
-    """Return why a write was refused, in words: QueueFullError → queue full."""
-    return re.sub(r"\B(?=[A-Z])", " ", type(error).__name__.removesuffix("Error")).lower()
 
 
 def _answer_error(error: BaseException, identity: str) -> web.Response:
@@ -194,13 +189,9 @@ def _log(
     fields["success" if is_write else "is_slow"] = status < 400 if is_write else seconds > SLOW_S
     message = note.message
     if status >= 400:
-        kind = (
-            "ValidationError"
-            if isinstance(problem, (InvalidBodyError, InvalidRequestError))
-            else type(problem).__name__
-        )
         text = sentence(problem) if problem is not None else reason or f"Answered with status {status}"
-        fields |= {"error_type": kind if problem is not None else "Refused", "error_message": text[:2000]}
+        kind = error_type(problem) if problem is not None else "Refused"
+        fields |= {"error_type": kind, "error_message": text[:2000]}
         if isinstance(problem, (UnavailableError, NotWatchedError)) and problem.__cause__ is not None:
             fields["error_cause"] = str(problem.__cause__)
         message = f"Error in {endpoint}: {text[:2000]}"

@@ -157,8 +157,6 @@ class Transaction:
     def _apply_alone(self, command: Command[Any]) -> object:
         outcome: object
         match command:
-            case CreateRuns(rows):
-                outcome = self._create([rows])[0]
             case UpdateRun():
                 outcome = self._update(command)
             case CreateEvents():
