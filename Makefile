@@ -11,11 +11,16 @@ LOCK ?=
 # setuptools warns of every editable installation, whatever its layout.
 INSTALL := PYTHONWARNINGS='ignore:Editable installation' $(BIN)/pip install --quiet --disable-pip-version-check
 
+# The other Pythons that are supported; each gets an environment of its own, .venv-3.X.
+PYTHONS ?= python3.12 python3.13 python3.14
+# How long the installation for one of them may take, and how long its tests, in seconds.
+PYTHONS_TIMEOUT_S ?= 240
+
 # Much of what a test does is waiting, so there are twice as many workers as processors (tests/conftest.py).
 PARALLEL := --numprocesses auto --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-all test-faults torture fuzz check bench bench-large bench-client schema docs lock audit sbom build clean
+.PHONY: help install run test test-contract test-pythons test-all test-faults torture fuzz check bench bench-large bench-client schema docs lock audit sbom build clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -41,6 +46,20 @@ run: $(RUNNABLE) ## set up what the daemon needs, and run it on port 8765
 
 test: $(INSTALLED) ## set everything up and pass the tests (under five minutes on two processors)
 	$(BIN)/pytest $(PARALLEL) -m "not slow"
+
+test-pythons: ## pass the contract tests on each other Python that is here (PYTHONS names them)
+	@for python in $(PYTHONS); do \
+		if ! $$python -c '' 2>/dev/null; then echo "test-pythons: skipped $$python, which is not installed"; continue; fi; \
+		echo "test-pythons: the contract tests on $$python"; \
+		venv=.venv-$${python#python}; \
+		for goal in $$venv/.installed test-contract; do \
+			timeout --kill-after=10 $(PYTHONS_TIMEOUT_S) $(MAKE) --no-print-directory PYTHON=$$python VENV=$$venv $$goal \
+				|| { status=$$?; echo "test-pythons: failed on $$python (124: not done within $(PYTHONS_TIMEOUT_S) s): $$status"; exit $$status; }; \
+		done; \
+	done
+
+test-contract: $(INSTALLED)
+	$(BIN)/pytest $(PARALLEL) -m "not slow" tests/contract
 
 test-all: $(INSTALLED) ## the tests, the slow suites, and a tenth of `make torture`
 	$(BIN)/pytest --rounds-scale 0.1
@@ -103,4 +122,4 @@ build: $(INSTALLED) ## build the wheel into dist/
 	$(BIN)/python -m build --wheel
 
 clean: ## remove the virtual environment and build leftovers
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-3.* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

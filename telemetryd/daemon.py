@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
 from typing import Final
 
 from aiohttp import web
@@ -111,7 +110,7 @@ async def serve(loaded: LoadedSettings) -> int:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        _handle_signal(loop, number, partial(_on_signal, stop, number))
+        loop.add_signal_handler(number, _on_signal, stop, number)
     for remark in loaded.remarks:
         log.warning("Configuration remark", extra={"remark": remark})
     notifier = Notifier()
@@ -170,13 +169,6 @@ async def _leave_after(stop: asyncio.Event) -> None:
     await asyncio.sleep(_LONGEST_START_S)
     print("telemetryd: stopped before it served", file=sys.stderr, flush=True)  # noqa: T201
     os._exit(0)
-
-
-def _handle_signal(loop: asyncio.AbstractEventLoop, number: signal.Signals, handle: Callable[[], None]) -> None:
-    if sys.platform == "win32":  # its event loops have no add_signal_handler
-        signal.signal(number, lambda *_: loop.call_soon_threadsafe(handle))
-    else:
-        loop.add_signal_handler(number, handle)
 
 
 def _on_signal(stop: asyncio.Event, number: int) -> None:

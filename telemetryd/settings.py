@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -81,9 +80,7 @@ class Origin(StrEnum):
 
 
 def default_db_path() -> Path:
-    """Return the guide's path on Windows, the state directory under systemd, else ./data."""
-    if sys.platform == "win32":
-        return Path("D:/agent-metrics/db/telemetry.sqlite")
+    """Return where the database is by default: the state directory under systemd, else ./data."""
     state_directory = os.environ.get("STATE_DIRECTORY", "").split(":")[0]
     return Path(state_directory or "data") / "telemetry.sqlite"
 
@@ -420,7 +417,7 @@ def _remarks(settings: Settings, variables: Mapping[str, str | None]) -> list[st
     ]
     if not settings.api_auth_enabled and (settings.api_auth_token or settings.api_auth_token_file):
         remarks.append("A token is set but not asked for, because TELEMETRY_API_AUTH_ENABLED is false")
-    if sys.platform != "win32" and re.match(r"[A-Za-z]:[/\\]", str(settings.db_path)):
+    if re.match(r"[A-Za-z]:[/\\]", str(settings.db_path)):
         remarks.append(
             f"TELEMETRY_DB_PATH={settings.db_path} is a Windows path; here it means {settings.db_path.absolute()}"
         )

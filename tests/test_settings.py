@@ -103,7 +103,6 @@ def test_the_defaults_are_those_of_the_guide_and_the_contract() -> None:
     assert settings.durable
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="the guide's own path there")
 def test_the_database_is_in_the_state_directory_under_systemd(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("STATE_DIRECTORY", raising=False)
     assert loaded().settings.db_path == Path("data/telemetry.sqlite")
@@ -120,9 +119,8 @@ def test_the_guides_dotenv_file_is_understood_as_it_stands(tmp_path: Path) -> No
     assert [name for name, origin in found.origins.items() if origin is Origin.DOTENV] == [
         "db_path", "lock_file", "db_journal_mode", "db_synchronous", "api_host", "api_port", "api_workers", "log_level",
     ]  # fmt: skip
-    if sys.platform != "win32":
-        (remark,) = found.remarks
-        assert remark.startswith("TELEMETRY_DB_PATH=D:/agent-metrics/db/telemetry.sqlite is a Windows path; here it")
+    (remark,) = found.remarks
+    assert remark.startswith("TELEMETRY_DB_PATH=D:/agent-metrics/db/telemetry.sqlite is a Windows path; here it")
 
 
 @pytest.mark.parametrize("name", Settings.model_fields)

@@ -16,7 +16,7 @@ from telemetryd.ops.logs import logging_to
 
 try:
     import uvloop
-except ImportError:  # Windows, or an interpreter that it does not support: slower, not worse
+except ImportError:  # an interpreter that it does not support: slower, not worse
     new_event_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
 else:
     new_event_loop = uvloop.new_event_loop

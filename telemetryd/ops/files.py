@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 
 def sync_directory(path: Path) -> None:
     """Make durable what was made or renamed in a directory; raise OSError if that fails."""
-    if sys.platform == "win32":
-        # Windows cannot open a directory, and SQLite does not sync one there either (os_win.c, winDelete).
-        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import resource
 from typing import Final
 
 _MOST_DESCRIPTORS: Final = 65_536
@@ -10,10 +10,6 @@ _MOST_DESCRIPTORS: Final = 65_536
 
 def descriptor_limit() -> int:
     """Raise the process's limit on open files as far as it may be raised, and return it."""
-    if sys.platform == "win32":
-        return 8192
-    import resource  # noqa: PLC0415 - POSIX only
-
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     limit = min(hard, _MOST_DESCRIPTORS) if hard != resource.RLIM_INFINITY else _MOST_DESCRIPTORS
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 import re
 import select
 import struct
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +43,7 @@ class Machine:
 
 def this_machine() -> Machine | None:
     """Return where we run, or None if processes cannot be watched here."""
-    if sys.platform != "linux" or not hasattr(os, "pidfd_open"):
+    if not hasattr(os, "pidfd_open"):  # a Python that was built for older kernels
         return None
     try:
         os.close(os.pidfd_open(os.getpid()))
@@ -129,10 +129,6 @@ def has_ended(pidfd: int) -> bool:
 
 def exit_code(pidfd: int) -> int | None:
     """Return how an ended process ended (negative: by a signal), or None if the kernel does not tell, or not yet."""
-    if sys.platform != "linux":
-        return None
-    import fcntl  # noqa: PLC0415 - POSIX only
-
     info = bytearray(_PIDFD_INFO.pack(_PIDFD_INFO_EXIT, *[0] * 13))
     try:
         fcntl.ioctl(pidfd, _PIDFD_GET_INFO, info)

@@ -10,7 +10,6 @@ import math
 import os
 import socket
 import struct
-import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -191,7 +190,7 @@ def _port(request: web.Request) -> int:
 def _is_own_unix_peer(request: web.Request) -> bool:
     """Tell whether a request came over the Unix socket from a process of our own user or root."""
     connection = request.transport.get_extra_info("socket") if request.transport is not None else None
-    if connection is None or sys.platform != "linux" or connection.family != socket.AF_UNIX:
+    if connection is None or connection.family != socket.AF_UNIX:
         return False
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     return _CREDENTIALS.unpack(credentials)[1] in (0, os.geteuid())

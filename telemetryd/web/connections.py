@@ -18,6 +18,7 @@ from aiohttp.web_protocol import RequestHandler
 from telemetryd.ops.limits import descriptor_limit
 from telemetryd.ops.logs import log
 from telemetryd.settings import Settings
+from telemetryd.web import private_aiohttp
 from telemetryd.web.answers import error_response, mark, request_id, unexpected_detail
 from telemetryd.web.browsers import SAFE_METHODS
 from telemetryd.web.heads import ANSWERED_BYTES, HEAD_BYTES, HeadTooLargeError, Held, Parser
@@ -51,26 +52,30 @@ _DESCRIPTORS_PER_READER: Final = 2
 class _Pieces(Payload):
     """The body of a large answer, which goes to the transport as the client reads: that would hold a second copy."""
 
-    _value: bytes
-
     def __init__(self, body: bytes) -> None:
-        super().__init__(body)
-        self._size = self.left = len(body)
+        super().__init__(None)
+        self._body = body
+        self._length = self.left = len(body)
+
+    @property
+    def size(self) -> int:
+        """How many bytes the body has, sent or not."""
+        return self._length
 
     def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
         """Return the body as text."""
-        return self._value.decode(encoding, errors)
+        return self._body.decode(encoding, errors)
 
     async def write(self, writer: AbstractStreamWriter) -> None:
         """Send the body; whether it gets through or not, nothing holds it then."""
         try:
             for start in range(0, self.left, _PIECE_BYTES):
-                piece = self._value[start : start + _PIECE_BYTES]
+                piece = self._body[start : start + _PIECE_BYTES]
                 self.left -= len(piece)
                 await writer.write(piece)
         finally:
             self.left = 0
-            self._value = b""  # a connection that was cut leaves cycles, which are collected late
+            self._body = b""  # a connection that was cut leaves cycles, which are collected late
 
 
 class _Protocol(RequestHandler):
@@ -92,7 +97,12 @@ class _Protocol(RequestHandler):
     def __init__(self, server: _Server, **details: Any) -> None:
         super().__init__(server, **details)
         self._server = server
-        self._parser: Parser | None = Parser(self, self._loop)
+        self._heads: Parser | None = None
+        self._begin_to_parse()
+
+    def _begin_to_parse(self) -> None:
+        self._heads = Parser(self, asyncio.get_running_loop())
+        private_aiohttp.use_parser(self, self._heads)
 
     @property
     def unread(self) -> int:
@@ -134,13 +144,14 @@ class _Protocol(RequestHandler):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Take a connection, unless so many are open that the database would find no descriptor any more."""
         super().connection_made(transport)
-        self.asking_since = self._loop.time()
+        self.asking_since = asyncio.get_running_loop().time()
         if len(self._server.connections) > self._server.most_connections:
             cast(asyncio.Transport, transport).abort()
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """End what only the client wanted to know; a write goes on, for it is told to whoever asks later."""
         super().connection_lost(exc)
+        self._heads = None
         self._server.held.note(self, 0)
         if self._answering is not None:
             self._answering.cancel()
@@ -161,23 +172,24 @@ class _Protocol(RequestHandler):
 
     def _count(self) -> None:
         """Take note of what its requests hold, and cut those who hold most if it is too much."""
-        if self.transport is None or self._parser is None:
+        if self.transport is None or self._heads is None:
             return
         waiting = ANSWERED_BYTES if self._answering is not None else 0
-        self._server.note(self, self._parser.held + len(self._message_tail) + waiting)
+        self._server.note(self, self._heads.held + private_aiohttp.unparsed_bytes(self) + waiting)
 
     def data_received(self, data: bytes) -> None:
         """Take in bytes, and see whether a head is begun and not ended."""
         if self._refused:  # what follows a head that is too large is let go until its answer has got through
             return
         super().data_received(data)
-        if self._parser is not None and self._parser.has_refused:
-            self._refused, self._parser = True, Parser(self, self._loop)  # which lets go of what has come of it
+        if self._heads is not None and self._heads.has_refused:
+            self._refused = True
+            self._begin_to_parse()  # anew, which lets go of what has come of it
         self._count()
-        if self._request_count and (self._waiter is None or self._waiter.done()):  # one is complete, or being answered
+        if private_aiohttp.has_whole_request(self):
             self.asking_since = None
         elif self.asking_since is None:
-            self.asking_since = self._loop.time()
+            self.asking_since = asyncio.get_running_loop().time()
 
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
@@ -205,7 +217,7 @@ class _Protocol(RequestHandler):
         """Wait until the client leaves: closed before all is read, a socket takes its answer back (RFC 9112 §9.6)."""
         if self.transport is None:
             return
-        self._left = self._loop.create_future()
+        self._left = asyncio.get_running_loop().create_future()
         if self.transport.can_write_eof():
             self.transport.write_eof()
         with contextlib.suppress(TimeoutError):
@@ -243,7 +255,7 @@ class _Server(web.Server):
     _patrol: asyncio.Task[None]
 
     def __call__(self) -> RequestHandler:
-        return _Protocol(self, loop=self._loop, **self._kwargs)
+        return _Protocol(self, loop=asyncio.get_running_loop(), **private_aiohttp.protocol_arguments(self))
 
     def note(self, protocol: _Protocol, held: int) -> None:
         """Take note of what a connection's requests hold, and cut those who hold most if it is too much."""
@@ -262,33 +274,31 @@ class _Server(web.Server):
     async def _look_after(self) -> None:
         while True:
             await asyncio.sleep(_PATROL_EVERY_S)
-            now = self._loop.time()
-            for protocol, transport in list(self._connections.items()):
-                reason = protocol.lost_patience(now) if isinstance(protocol, _Protocol) else None
-                if reason is not None:
+            now = asyncio.get_running_loop().time()
+            for protocol in self._protocols():
+                if (reason := protocol.lost_patience(now)) is not None:
                     log.debug("Connection cut", extra={"reason": reason})
-                    transport.abort()
+                    protocol.abort()
             self.bound_unread()
+
+    def _protocols(self) -> list[_Protocol]:
+        return [protocol for protocol in self.connections if isinstance(protocol, _Protocol)]
 
     def bound_unread(self) -> None:
         """Cut off those who leave most unread, as long as it is too much in total: it is all in memory."""
-        unread = {
-            transport: protocol.unread
-            for protocol, transport in self._connections.items()
-            if isinstance(protocol, _Protocol)
-        }
+        unread = {protocol: protocol.unread for protocol in self._protocols()}
         total = sum(unread.values())
         if total <= MOST_UNREAD_BYTES:
             return
         most = sorted(unread, key=unread.__getitem__)
         while total > MOST_UNREAD_BYTES:
-            transport = most.pop()
-            total -= unread[transport]
+            protocol = most.pop()
+            total -= unread[protocol]
             log.warning(
                 "Connection cut: too much waits to be read by all clients together",
-                extra={"client": str(transport.get_extra_info("peername")), "unread_bytes": unread[transport]},
+                extra={"client": str(protocol.peername), "unread_bytes": unread[protocol]},
             )
-            transport.abort()
+            protocol.abort()
 
     async def shutdown(self, timeout: float | None = None) -> None:  # noqa: ASYNC109 - aiohttp's own
         """End every connection."""
@@ -300,11 +310,11 @@ async def _answer_while_there(request: web.BaseRequest) -> web.StreamResponse:
     return await cast(_Protocol, request.protocol).answer(request)
 
 
-class _Runner(web.AppRunner):
+class _Runner(private_aiohttp.AppRunner):
     most_connections: int
 
-    async def _make_server(self) -> web.Server:
-        made = await super()._make_server()
+    def replace_server(self, made: web.Server) -> web.Server:
+        """Return a server that keeps its connections within bounds."""
 
         async def answer(request: web.BaseRequest) -> web.StreamResponse:
             try:
@@ -314,7 +324,8 @@ class _Runner(web.AppRunner):
                 mark(response, request_id(request))
                 return response
 
-        server = _Server(_answer_while_there, request_factory=made.request_factory, **made._kwargs)
+        arguments = private_aiohttp.protocol_arguments(made)
+        server = _Server(_answer_while_there, request_factory=made.request_factory, **arguments)
         server.most_connections = self.most_connections
         server.answer = answer
         server.held = Held()

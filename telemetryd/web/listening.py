@@ -7,7 +7,6 @@ import errno
 import os
 import socket
 import stat
-import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
@@ -50,8 +49,7 @@ async def _bind_tcp(host: str, port: int, cleanup: ExitStack) -> list[socket.soc
     sockets = []
     for family, kind, protocol, _, address in dict.fromkeys(found):
         listening = cleanup.enter_context(socket.socket(family, kind, protocol))
-        if sys.platform != "win32":  # where it would let two processes share a port
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, host != "::")
         try:

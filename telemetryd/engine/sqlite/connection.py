@@ -7,13 +7,12 @@ import sqlite3
 from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar
 
 import aiosqlite
 
-from telemetryd.engine.sqlite import searching
+from telemetryd.engine.sqlite import private_aiosqlite, searching
 from telemetryd.engine.sqlite.descriptors import CountedConnection
 from telemetryd.engine.sqlite.files import corrupt, is_unfinished, looking, refuse_strange_side_files
 from telemetryd.engine.sqlite.ownership import create_privately
@@ -117,14 +116,14 @@ class Connection(aiosqlite.Connection):
         """
         self.is_interrupted = False
         answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._tx.put_nowait((answer, partial(function, self._conn)))
+        private_aiosqlite.put(self, answer, function)
         return answer
 
     def interrupt_now(self) -> None:
         """Interrupt what runs in the connection's thread, if anything does; closed ones have nothing to interrupt."""
         self.is_interrupted = True
         with suppress(ValueError, sqlite3.ProgrammingError):
-            self._conn.interrupt()
+            private_aiosqlite.plain(self).interrupt()
 
 
 @dataclass(frozen=True, slots=True)

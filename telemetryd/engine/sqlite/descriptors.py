@@ -20,7 +20,7 @@ from typing import Any, Final
 Identity = tuple[int, int]
 """Device and inode: what a file is, whatever it is called."""
 
-_FLAGS: Final = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+_FLAGS: Final = os.O_CLOEXEC | os.O_NONBLOCK
 """A pipe that somebody has put there is not waited for."""
 
 
@@ -150,15 +150,6 @@ def _close_unused() -> None:
                     os.close(descriptor)
 
 
-def read_at(descriptor: int, size: int, offset: int) -> bytes:
-    """Read at an offset, without moving the place that others may read from."""
-    if hasattr(os, "pread"):
-        return os.pread(descriptor, size, offset)
-    with _process.lock:  # Windows, where others use no place either
-        os.lseek(descriptor, offset, os.SEEK_SET)
-        return os.read(descriptor, size)
-
-
 def copy_to(descriptor: int, target: Path) -> None:
     """Copy a whole file to a path.
 
@@ -168,7 +159,7 @@ def copy_to(descriptor: int, target: Path) -> None:
     """
     with target.open("wb") as out:
         offset = 0
-        while part := read_at(descriptor, _COPIED_AT_ONCE, offset):
+        while part := os.pread(descriptor, _COPIED_AT_ONCE, offset):
             out.write(part)
             offset += len(part)
 

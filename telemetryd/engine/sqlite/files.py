@@ -14,7 +14,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Final
 
-from telemetryd.engine.sqlite.descriptors import CountedConnection, borrowed, copy_to, read_at
+from telemetryd.engine.sqlite.descriptors import CountedConnection, borrowed, copy_to
 from telemetryd.engine.sqlite.ownership import FileLock
 from telemetryd.errors import DatabaseError
 from telemetryd.ops.files import sync_directory
@@ -95,7 +95,7 @@ def _examine_file(path: Path) -> FileState | bytes:
         refuse_strange_side_files(path)
         refuse_hard_links(path)
         with borrowed(path) as descriptor:
-            header = read_at(descriptor, _HEADER_BYTES, 0)
+            header = os.pread(descriptor, _HEADER_BYTES, 0)
     except FileNotFoundError:
         return FileState(Kind.MISSING, 0)
     except OSError as error:
@@ -166,7 +166,7 @@ def is_ours(path: Path) -> bool:
     """Tell from the header alone whether telemetryd made a file; nothing is opened by SQLite."""
     try:
         with borrowed(path) as descriptor:
-            header = read_at(descriptor, _HEADER_BYTES, 0)
+            header = os.pread(descriptor, _HEADER_BYTES, 0)
     except OSError:
         return False
     return _application_id(header) == APPLICATION_ID
@@ -290,8 +290,6 @@ def forget_cached(path: Path) -> None:
         DatabaseError: if a file cannot be opened.
 
     """
-    if not hasattr(os, "posix_fadvise"):
-        return
     for place in (path, beside(path, "-wal"), beside(path, "-journal")):
         try:
             with borrowed(place) as descriptor:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
 import stat
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -21,9 +21,9 @@ _PAUSE_S: Final = 0.01
 """One who only looks whether somebody holds a lock holds it himself for a moment."""
 _HOLDER_READS: Final = 50
 _LOCK_CONTENT: Final = re.compile(rb"\s*\d{0,10}\s*")
-_LOCK_FLAGS: Final = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+_LOCK_FLAGS: Final = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 """A link or a pipe that somebody has put there is neither written through nor waited for."""
-_FULL: Final = frozenset({errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)})
+_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 _HELD: Final = frozenset({errno.EWOULDBLOCK, errno.EACCES})
 _LOCKS: Final = Path("/proc/locks")
 _FLOCK: Final = re.compile(r"\d+: FLOCK +ADVISORY +\w+ +(\d+) ([0-9a-f]+:[0-9a-f]+):(\d+) ")
@@ -188,30 +188,18 @@ def _lock_soon(descriptor: int) -> None:
     return None
 
 
-if sys.platform == "win32":
-    import msvcrt
-
-    def _is_alive(pid: int) -> bool:
-        return True  # os.kill(pid, 0) would end it there
-
-    def _lock(descriptor: int) -> None:
-        os.lseek(descriptor, 1 << 30, os.SEEK_SET)  # a byte far behind the PID, which others may read
-        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        os.lseek(descriptor, 0, os.SEEK_SET)
-else:
-    import fcntl
-
-    def _is_alive(pid: int) -> bool:
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return False
-        except OSError:  # of another user
-            return True
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # of another user
         return True
+    return True
 
-    def _lock(descriptor: int) -> None:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+def _lock(descriptor: int) -> None:
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 # --- The file itself -----------------------------------------------------------------------------
@@ -221,9 +209,9 @@ def _can_lock_file(path: Path) -> bool:
     """Tell whether a lock of ours on the database file itself stands apart from those that SQLite takes on it.
 
     flock(2) and POSIX locks know nothing of each other on the local file systems of Linux. Over a network they are one
-    and the same, or keep others from reading (flock(2), NOTES), and elsewhere they may be.
+    and the same, or keep others from reading (flock(2), NOTES).
     """
-    return sys.platform == "linux" and network_file_system(path) is None
+    return network_file_system(path) is None
 
 
 class _OwnFile:
@@ -295,7 +283,7 @@ class _OwnFile:
 
     def was_changed(self) -> bool:
         """Tell whether somebody else has written to the file since `settle`, as far as that is known."""
-        if self._file is None or not hasattr(os, "getxattr"):
+        if self._file is None:
             return False
         try:
             return os.getxattr(self._path, _SETTLED) != self._mark()
@@ -304,7 +292,7 @@ class _OwnFile:
 
     def settle(self) -> None:
         """Mark the file as it is now; to be called when no connection is open any more."""
-        if self._file is not None and hasattr(os, "setxattr"):
+        if self._file is not None:
             with suppress(OSError):
                 os.setxattr(self._path, _SETTLED, self._mark())
                 os.removexattr(self._path, _OPENED)
@@ -328,9 +316,8 @@ def _name_mark(path: Path) -> bytes:
 
 def _note_name(path: Path) -> None:
     """Mark a file with the name by which it is about to be opened, as far as the file system can keep that."""
-    if hasattr(os, "setxattr"):
-        with suppress(OSError):
-            os.setxattr(path, _OPENED, _name_mark(path))
+    with suppress(OSError):
+        os.setxattr(path, _OPENED, _name_mark(path))
 
 
 def _refuse_left_elsewhere(path: Path) -> None:
@@ -352,8 +339,6 @@ def _refuse_left_elsewhere(path: Path) -> None:
 
 def _opened_name(path: Path) -> Path | None:
     """Return the other name by which the last owner of a file had it open and was killed, if that can be seen here."""
-    if not hasattr(os, "getxattr"):
-        return None
     try:
         mark = os.getxattr(path, _OPENED)
         inode, folder, name = mark.split(b" ", 2)
@@ -381,8 +366,7 @@ def _has_left(path: Path) -> bool:
 
 
 def _unlock(descriptor: int) -> None:
-    if sys.platform != "win32":
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
 def _take_writable(path: Path) -> HeldFile:

@@ -35,7 +35,7 @@ from telemetryd.model.values import format_timestamp
 MAX_WAITING: Final = 1000
 """Deliveries that may wait for one webhook; beyond it the oldest are given up."""
 
-_STAND: Final = f"SELECT {NEWEST}, (SELECT coalesce(max(epoch), '') FROM change_feed)"  # noqa: S608 - our own words
+_STAND: Final = f"SELECT {NEWEST}, (SELECT coalesce(max(epoch), '') FROM change_feed)"
 _FIRING: Final = """
     SELECT rule, since, seq, summary, details, agent_name, job_type, measure, first_bad_commit FROM alert_states
     ORDER BY rule, agent_name, job_type, measure, first_bad_commit
@@ -169,7 +169,7 @@ def _stale(
     walks, values = stale_runs(alerts.ago(query.now, rule.after_s), None)
     patterns, bound = _is_meant("agent_name", rule)
     runs = together(walks, "agent_name", "event_id")
-    found = f"SELECT agent_name, count(*), event_id, min(since) FROM ({runs}) WHERE {patterns} GROUP BY agent_name"  # noqa: S608 - our own words
+    found = f"SELECT agent_name, count(*), event_id, min(since) FROM ({runs}) WHERE {patterns} GROUP BY agent_name"
     rows, more = _most(connection, found, "agent_name", {**values, **bound}, fired)
     return tuple(alerts.stale(rule, agent, Running(*running)) for agent, *running in rows), more
 

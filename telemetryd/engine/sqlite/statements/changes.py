@@ -21,14 +21,14 @@ from telemetryd.model.values import Row
 _SCANNED: Final = 10_000
 """Runs that are looked at for one answer, which have changed since they were made and so are found elsewhere."""
 
-_STAND: Final = f"SELECT epoch, horizon, {NEWEST} FROM change_feed"  # noqa: S608 - our own words
+_STAND: Final = f"SELECT epoch, horizon, {NEWEST} FROM change_feed"
 _CHANGED: Final = """
     SELECT seq, run FROM run_changes INDEXED BY idx_changes_seq WHERE seq > ? AND seq <= ? ORDER BY seq LIMIT ?
 """
 _DELETED: Final = "SELECT seq, event_id FROM run_deletions WHERE seq > ? AND seq <= ? ORDER BY seq LIMIT ?"
 _SCAN_ENDS: Final = f"""
     SELECT id FROM agent_runs NOT INDEXED WHERE id > ? AND id <= ? ORDER BY id LIMIT 1 OFFSET {_SCANNED}
-"""  # noqa: S608 - a number
+"""
 _CREATED: Final = """
     SELECT id, id FROM agent_runs NOT INDEXED
     WHERE id > ? AND id <= ? AND NOT EXISTS (SELECT 1 FROM run_changes WHERE run = id) ORDER BY id LIMIT ?
@@ -36,10 +36,10 @@ _CREATED: Final = """
 # A cross join is done in the order in which it stands.
 _RUNS: Final = f"""
     SELECT {", ".join(COLUMNS)} FROM (SELECT value AS number FROM json_each(?)) CROSS JOIN agent_runs ON id = number
-"""  # noqa: S608 - names from the definition
+"""
 _EVENTS: Final = f"""
     SELECT run, {", ".join(events.COLUMNS)} FROM run_events NOT INDEXED WHERE id > ? ORDER BY id LIMIT ?
-"""  # noqa: S608 - names from the definition of an event
+"""
 _PAYLOAD: Final = 1 + events.COLUMNS.index("payload")
 
 _MATCHING: Final = """

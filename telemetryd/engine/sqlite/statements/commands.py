@@ -87,19 +87,19 @@ def _insert_into(table: str, rows: int, *, numbered: bool = False) -> str:
     return f"""
         INSERT INTO {table} ({"id, " if numbered else ""}{", ".join(columns)}) VALUES {", ".join(given)}
         ON CONFLICT ({key}) DO NOTHING
-    """  # noqa: S608 - names from the definitions of a run and an event
+    """
 
 
 _EVENT_IDS_BEHIND: Final = "SELECT json_group_array(event_id) FROM agent_runs WHERE id > ?"
 
 _facts_of: Final = itemgetter(*map(STORED.index, FACTS))
 _STATUS: Final = FACTS.index("status")
-_FIND_RUN: Final = f"SELECT id, run_id, {', '.join(FACTS)} FROM agent_runs WHERE event_id = ?"  # noqa: S608 - names from the definition
+_FIND_RUN: Final = f"SELECT id, run_id, {', '.join(FACTS)} FROM agent_runs WHERE event_id = ?"
 
 _REGISTER: Final = f"""
     INSERT OR REPLACE INTO run_processes (run, registered_at, {", ".join(PROCESS)})
     VALUES (:run, :now, {", ".join(f":{name}" for name in PROCESS)})
-"""  # noqa: S608 - column names from the definition of a process
+"""
 
 _REGISTERED: Final = f"""
     SELECT run, event_id, {", ".join(FACTS)}, {thinning.BYTES}
@@ -107,7 +107,7 @@ _REGISTERED: Final = f"""
     WHERE certified_at IS NULL AND p.pid = :pid AND p.start_time = :start_time AND p.boot_id = :boot_id
         AND p.pid_namespace = :pid_namespace
     LIMIT :limit
-"""  # noqa: S608 - names from the definition
+"""
 _FAIL: Final = f"""
     UPDATE agent_runs SET
         status = 'failure', end_time = max(:ended_at, start_time), updated_at = :now,
@@ -115,7 +115,7 @@ _FAIL: Final = f"""
         error_summary = :error_summary, error_details = :error_details
     WHERE id = :run AND status = 'running'
     RETURNING {", ".join(FACTS)}
-"""  # noqa: S608 - names from the definition
+"""
 _CERTIFY: Final = """
     UPDATE run_processes SET certified_at = :now, error_summary = :error_summary, error_details = :error_details
     WHERE run = :run
@@ -342,7 +342,7 @@ class Transaction:
         if "status" in changes:
             assignments += self._take_certificate_back(run, changes)
         self._cursor.execute(
-            f"UPDATE agent_runs SET {assignments} WHERE id = ?",  # noqa: S608 - names from the definition
+            f"UPDATE agent_runs SET {assignments} WHERE id = ?",
             (*changes.values(), run),
         )
         self._sequence.changed(run)
@@ -362,7 +362,7 @@ class Transaction:
         said = {name: text for name, text in written if text is not None and name not in changes}
         if not said:
             return ""
-        columns = self._cursor.execute(f"SELECT {', '.join(said)} FROM agent_runs WHERE id = ?", (run,)).fetchone()  # noqa: S608 - two names
+        columns = self._cursor.execute(f"SELECT {', '.join(said)} FROM agent_runs WHERE id = ?", (run,)).fetchone()
         return "".join(f", {name} = NULL" for name, now in zip(said, columns, strict=True) if now == said[name])
 
     def _note(self, old: Sequence[SqlValue], new: Sequence[SqlValue]) -> None:

@@ -59,10 +59,10 @@ def select_count(filters: Filters, most: int = -1) -> tuple[str, Values]:
         where = " AND ".join([*(f"{name} = :{place}" for place, name in places.items()), *found])
         texts.append(f"{source}" + (f" WHERE {where}" if where else ""))
     if most < 0:
-        counted = " UNION ALL ".join(f"SELECT count(*) AS runs FROM {text}" for text in texts)  # noqa: S608 - our own words
-        return f"SELECT sum(runs) FROM ({counted})", values  # noqa: S608 - our own words
-    listed = " UNION ALL ".join(f"SELECT 1 FROM {text}" for text in texts)  # noqa: S608 - our own words
-    return f"SELECT count(*) FROM ({listed} LIMIT :most)", {**values, "most": most}  # noqa: S608 - our own words
+        counted = " UNION ALL ".join(f"SELECT count(*) AS runs FROM {text}" for text in texts)
+        return f"SELECT sum(runs) FROM ({counted})", values
+    listed = " UNION ALL ".join(f"SELECT 1 FROM {text}" for text in texts)
+    return f"SELECT count(*) FROM ({listed} LIMIT :most)", {**values, "most": most}
 
 
 def _from_totals(connection: sqlite3.Connection, filters: Filters) -> Total | None:
@@ -88,4 +88,4 @@ def _from_totals(connection: sqlite3.Connection, filters: Filters) -> Total | No
 
 def _sum(connection: sqlite3.Connection, table: str, found: list[str], values: Values) -> int:
     where = f" WHERE {' AND '.join(found)}" if found else ""
-    return int(connection.execute(f"SELECT coalesce(sum(runs), 0) FROM {table}{where}", values).fetchone()[0])  # noqa: S608 - one of two names
+    return int(connection.execute(f"SELECT coalesce(sum(runs), 0) FROM {table}{where}", values).fetchone()[0])

@@ -34,11 +34,11 @@ _TABLES: Final = (
     f"CREATE TABLE runs ({', '.join('id INTEGER PRIMARY KEY' if name == 'id' else name for name in COLUMNS)})",
     f"CREATE TABLE events ({', '.join(_COPIED_EVENT)}, PRIMARY KEY (run, timestamp, id)) WITHOUT ROWID",
 )
-_COPY_RUNS: Final = f"INSERT INTO runs SELECT {', '.join(COLUMNS)} FROM source.agent_runs"  # noqa: S608 - names from the definition
+_COPY_RUNS: Final = f"INSERT INTO runs SELECT {', '.join(COLUMNS)} FROM source.agent_runs"
 _COPY_EVENTS: Final = f"""
     INSERT INTO events SELECT {", ".join(f"e.{name}" for name in _COPIED_EVENT)}
     FROM runs CROSS JOIN source.run_events AS e INDEXED BY idx_events_time ON e.run = runs.id
-"""  # noqa: S608 - names from the definition
+"""
 _SLICE_END: Final = """
     SELECT max(id) FROM (SELECT id FROM source.agent_runs WHERE id > ? AND id <= ? ORDER BY id LIMIT ?)
 """
@@ -160,14 +160,14 @@ def _csv_field(name: str) -> str:
     return f"coalesce({name} || '{end}', '{end}')"
 
 
-_NDJSON: Final = f"SELECT id, {json_object(COLUMNS)} FROM runs ORDER BY id"  # noqa: S608 - names from the definition
+_NDJSON: Final = f"SELECT id, {json_object(COLUMNS)} FROM runs ORDER BY id"
 # Not printf(), which would end a text at a NUL, and leave its quote open.
-_CSV: Final = f"SELECT id, {' || '.join(map(_csv_field, COLUMNS))} FROM runs ORDER BY id"  # noqa: S608 - names from the definition
+_CSV: Final = f"SELECT id, {' || '.join(map(_csv_field, COLUMNS))} FROM runs ORDER BY id"
 _EVENT_MEMBERS: Final = (f"'{name}', {f'json({name})' if name == 'payload' else name}" for name in _EVENT)
 _EVENTS: Final = f"""
     SELECT run, json_object({", ".join(_EVENT_MEMBERS)})
     FROM events ORDER BY run, timestamp, id
-"""  # noqa: S608 - names from the definition
+"""
 
 CSV_HEADER: Final = (",".join(COLUMNS) + "\r\n").encode()
 

@@ -36,7 +36,7 @@ def _triggers(new_is_indexed: str = "", old_is_indexed: str = "") -> dict[str, s
         f"{_TABLE}_created": f"""CREATE TRIGGER {_TABLE}_created AFTER INSERT ON agent_runs
 WHEN coalesce({_NEW}) IS NOT NULL{new_is_indexed} BEGIN
     INSERT INTO {_TABLE} (rowid, {_COLUMNS}) VALUES (new.id, {_NEW});
-END""",  # noqa: S608 - our own names
+END""",
         f"{_TABLE}_changed": f"""CREATE TRIGGER {_TABLE}_changed AFTER UPDATE OF {_COLUMNS} ON agent_runs
 WHEN {f"({_DIFFERS})" if old_is_indexed else _DIFFERS}{old_is_indexed} BEGIN
     INSERT INTO {_TABLE} ({_TABLE}, rowid, {_COLUMNS}) SELECT 'delete', old.id, {_OLD}
@@ -46,7 +46,7 @@ END""",
         f"{_TABLE}_deleted": f"""CREATE TRIGGER {_TABLE}_deleted AFTER DELETE ON agent_runs
 WHEN coalesce({_OLD}) IS NOT NULL{old_is_indexed} BEGIN
     INSERT INTO {_TABLE} ({_TABLE}, rowid, {_COLUMNS}) VALUES ('delete', old.id, {_OLD});
-END""",  # noqa: S608 - our own names
+END""",
     }
 
 
@@ -55,7 +55,7 @@ _OBJECTS: Final = {_TABLE: _CREATE, **_triggers()}
 
 _PROGRESS: Final = f"{_TABLE}_progress"
 """While the index is built, the table of one row that holds up to which id runs are indexed."""
-_IS_INDEXED: Final = f" AND {{row}}.id <= (SELECT last FROM {_PROGRESS})"  # noqa: S608 - our own word
+_IS_INDEXED: Final = f" AND {{row}}.id <= (SELECT last FROM {_PROGRESS})"
 _UNFINISHED: Final = {
     _PROGRESS: f"CREATE TABLE {_PROGRESS} (last INTEGER NOT NULL) STRICT",
     _TABLE: _CREATE,
@@ -71,16 +71,16 @@ _SLICE_BYTES: Final = 1024 * 1024
 _NEXT: Final = f"""
     SELECT id, {" + ".join(f"coalesce(length({name}), 0)" for name in SEARCHED)} FROM agent_runs NOT INDEXED
     WHERE id > ? ORDER BY id LIMIT {_SLICE}
-"""  # noqa: S608 - our own words
+"""
 _INDEX: Final = f"""
     INSERT INTO {_TABLE} (rowid, {_COLUMNS})
     SELECT id, {_COLUMNS} FROM agent_runs WHERE id > ? AND id <= ? AND coalesce({_COLUMNS}) IS NOT NULL ORDER BY id
-"""  # noqa: S608 - our own words
-_HOW_FAR: Final = f"SELECT last, (SELECT max(id) FROM {{schema}}.agent_runs) FROM {{schema}}.{_PROGRESS}"  # noqa: S608 - our own words
+"""
+_HOW_FAR: Final = f"SELECT last, (SELECT max(id) FROM {{schema}}.agent_runs) FROM {{schema}}.{_PROGRESS}"
 
 _INDEX_AGAIN: Final = (
     f"CREATE VIRTUAL TABLE temp.text_again USING fts5 ({_COLUMNS}, content = '', {_TOKENS})",
-    f"INSERT INTO temp.text_again (rowid, {_COLUMNS}) SELECT id, {_COLUMNS} FROM agent_runs",  # noqa: S608 - our own words
+    f"INSERT INTO temp.text_again (rowid, {_COLUMNS}) SELECT id, {_COLUMNS} FROM agent_runs",
     "CREATE VIRTUAL TABLE temp.words_again USING fts5vocab (temp, text_again, col)",
     f"CREATE VIRTUAL TABLE temp.words_kept USING fts5vocab (main, {_TABLE}, col)",
 )
@@ -143,7 +143,7 @@ def is_begun(connection: sqlite3.Connection, schema: str = "main") -> bool:
 
 def _made(connection: sqlite3.Connection, schema: str = "main") -> dict[str, str]:
     names = ", ".join("?" * len(_UNFINISHED))
-    made = f"SELECT name, sql FROM {schema}.sqlite_master WHERE name IN ({names})"  # noqa: S608 - our own word, places
+    made = f"SELECT name, sql FROM {schema}.sqlite_master WHERE name IN ({names})"
     return dict(connection.execute(made, [*_UNFINISHED]))
 
 
@@ -160,7 +160,7 @@ def begin(connection: sqlite3.Connection) -> None:
     drop(connection)
     for sql in _UNFINISHED.values():
         connection.execute(sql)
-    connection.execute(f"INSERT INTO {_PROGRESS} (last) VALUES (?)", (_FIRST_RUN,))  # noqa: S608 - our own word
+    connection.execute(f"INSERT INTO {_PROGRESS} (last) VALUES (?)", (_FIRST_RUN,))
 
 
 def index_slice(connection: sqlite3.Connection | sqlite3.Cursor) -> bool:
@@ -168,7 +168,7 @@ def index_slice(connection: sqlite3.Connection | sqlite3.Cursor) -> bool:
 
     Behind the last one the index is complete.
     """
-    last = end = connection.execute(f"SELECT last FROM {_PROGRESS}").fetchone()[0]  # noqa: S608 - our own word
+    last = end = connection.execute(f"SELECT last FROM {_PROGRESS}").fetchone()[0]
     room = _SLICE_BYTES
     for run, size in connection.execute(_NEXT, (last,)):
         room -= size
@@ -177,7 +177,7 @@ def index_slice(connection: sqlite3.Connection | sqlite3.Cursor) -> bool:
         end = run
     if end != last:
         connection.execute(_INDEX, (last, end))
-        connection.execute(f"UPDATE {_PROGRESS} SET last = ?", (end,))  # noqa: S608 - our own word
+        connection.execute(f"UPDATE {_PROGRESS} SET last = ?", (end,))
         return True
     for name in _triggers():
         connection.execute(f"DROP TRIGGER {name}")

@@ -56,7 +56,7 @@ def render(
         SELECT group_concat({json_object(stored)}, char({ord(_BETWEEN)})),
             json_group_array(json_array({", ".join(("id", order, *parts))}))
         FROM ({sql})
-    """  # noqa: S608 - names from the definition of a run
+    """
     usual = connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, -1 if room is None else room)  # -1 changes nothing
     try:
         found, places = connection.execute(text, values).fetchone()
@@ -81,7 +81,7 @@ def sizes(select: tuple[str, Values], fields: tuple[str, ...]) -> tuple[str, Val
     """Return the statement that fetches about how many bytes each run takes in JSON."""
     sql, values = select
     stored = tuple(name for name in fields if name not in _ADDRESSES)
-    return f"SELECT length(CAST({json_object(stored)} AS BLOB)) FROM ({sql})", values  # noqa: S608 - as above
+    return f"SELECT length(CAST({json_object(stored)} AS BLOB)) FROM ({sql})", values
 
 
 @lru_cache(maxsize=64)  # who asks for fields may ask for any of them, in any order

@@ -211,4 +211,4 @@ def _walks(names: frozenset[str], also: str) -> list[Walk]:
 def together(walks: list[Walk], *columns: str) -> str:
     """Return the SQL text of all runs on these walks, with columns of theirs and the moment from which they age."""
     named = ", ".join(columns)
-    return " UNION ALL ".join(f"SELECT {named}, {walk.moment} AS since FROM {walk.source}" for walk in walks)  # noqa: S608 - our own words
+    return " UNION ALL ".join(f"SELECT {named}, {walk.moment} AS since FROM {walk.source}" for walk in walks)

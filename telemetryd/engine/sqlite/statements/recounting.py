@@ -39,10 +39,10 @@ _LAST_HOUR: Final = (datetime(9999, 12, 31, 23, tzinfo=UTC) - _EPOCH) // timedel
 _SELECT: Final = f"""
     SELECT {", ".join(FACTS)}, start_time FROM agent_runs INDEXED BY idx_runs_created_desc
     WHERE created_at > :after AND created_at < :end ORDER BY created_at LIMIT :limit
-"""  # noqa: S608 - names from the definition
+"""
 _SELECT_AT: Final = f"""
     SELECT {", ".join(FACTS)}, start_time FROM agent_runs INDEXED BY idx_runs_created_desc WHERE created_at = :at
-"""  # noqa: S608 - names from the definition
+"""
 _NEXT: Final = """
     SELECT min(place) FROM (
         SELECT min(created_at) AS place FROM agent_runs WHERE created_at >= :end
@@ -264,12 +264,12 @@ def _settle_minutes(cursor: sqlite3.Cursor, tally: Tally, hour: str) -> int:
 
 def _settle_span(cursor: sqlite3.Cursor, table: str, key: str, place: str, starts: list[str]) -> int:
     """See that the span of an hour or a day holds its start times; it may be wider."""
-    kept = cursor.execute(f"SELECT first_start, last_start FROM {table} WHERE {key} = ?", (place,)).fetchone()  # noqa: S608 - one of two names
+    kept = cursor.execute(f"SELECT first_start, last_start FROM {table} WHERE {key} = ?", (place,)).fetchone()
     if (not starts and kept is None) or (starts and kept and kept[0] <= starts[0] and kept[1] >= starts[-1]):
         return 0
-    cursor.execute(f"DELETE FROM {table} WHERE {key} = ?", (place,))  # noqa: S608 - one of two names
+    cursor.execute(f"DELETE FROM {table} WHERE {key} = ?", (place,))
     if starts:
-        cursor.execute(f"INSERT INTO {table} VALUES (?, ?, ?)", (place, starts[0], starts[-1]))  # noqa: S608 - one of two names
+        cursor.execute(f"INSERT INTO {table} VALUES (?, ?, ?)", (place, starts[0], starts[-1]))
     return 1
 
 
@@ -306,7 +306,7 @@ def _compare_totals(cursor: sqlite3.Cursor, found: Found) -> Iterator[Found]:
 def _find_strays(cursor: sqlite3.Cursor, table: str, found: Found) -> Iterator[Found]:
     """Count the rows of runs that are gone. Numbers of their changes are dropped, as nobody can be told them."""
     after = -(2**63)
-    select = f"SELECT DISTINCT run FROM (SELECT run FROM {table} WHERE run > ? ORDER BY run LIMIT {SLICE_ROWS})"  # noqa: S608 - one of four names
+    select = f"SELECT DISTINCT run FROM (SELECT run FROM {table} WHERE run > ? ORDER BY run LIMIT {SLICE_ROWS})"
     while runs := [run for (run,) in cursor.execute(select, (after,))]:
         after = max(runs)
         gone = [run for (run,) in cursor.execute(_STRAYS, (orjson.dumps(runs).decode(),))]
@@ -316,7 +316,7 @@ def _find_strays(cursor: sqlite3.Cursor, table: str, found: Found) -> Iterator[F
             cursor.executemany("DELETE FROM run_changes WHERE run = ?", [(run,) for run in gone])
             found.corrected += len(gone)
         elif gone:
-            count = f"SELECT count(*) FROM {table} WHERE run IN (SELECT value FROM json_each(?))"  # noqa: S608 - one of four names
+            count = f"SELECT count(*) FROM {table} WHERE run IN (SELECT value FROM json_each(?))"
             found.strays[table] += cursor.execute(count, (orjson.dumps(gone).decode(),)).fetchone()[0]
         yield found
 
@@ -328,7 +328,7 @@ def last_drawn(connection: sqlite3.Connection) -> tuple[int, int]:
 
 
 _OF_RUNS: Final = ", ".join(
-    f"(SELECT coalesce(max(run), 0) FROM {table})"  # noqa: S608 - our own names
+    f"(SELECT coalesce(max(run), 0) FROM {table})"
     for table in ("run_events", "run_processes", "unconverted_values", "run_changes")
 )
 
@@ -336,7 +336,7 @@ _OF_RUNS: Final = ", ".join(
 def forget_numbers(connection: sqlite3.Connection) -> None:
     """Have everybody who follows begin anew: nobody knows which runs somebody else has deleted or changed."""
     connection.execute(MAKE_FEED)
-    connection.execute(f"UPDATE change_feed SET floor = {NEWEST} + 1")  # noqa: S608 - our own words
+    connection.execute(f"UPDATE change_feed SET floor = {NEWEST} + 1")
     connection.execute("UPDATE change_feed SET horizon = floor")
 
 

@@ -19,7 +19,7 @@ NEXT_PAIR: Final = """
 # that no pair takes longer than another.
 RUNS: Final = (
     " UNION ALL ".join(
-        "SELECT event_id, created_at, git_commit_hash, git_repo, status, duration_ms "  # noqa: S608 - our own words
+        "SELECT event_id, created_at, git_commit_hash, git_repo, status, duration_ms "
         "FROM agent_runs INDEXED BY idx_runs_agent "
         f"WHERE agent_name = :agent_name AND job_type = :job_type AND status = '{status}' "
         "AND created_at >= :start AND created_at < :end"

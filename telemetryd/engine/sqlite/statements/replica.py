@@ -13,15 +13,15 @@ from telemetryd.model.commands import ApplyChanges, CopiedRun
 from telemetryd.model.runs import CREATED_AT, STORED
 from telemetryd.model.stats import FACTS, Facts
 
-_FIND: Final = f"SELECT id, {', '.join(FACTS)} FROM agent_runs WHERE event_id = ?"  # noqa: S608 - names from the definition
+_FIND: Final = f"SELECT id, {', '.join(FACTS)} FROM agent_runs WHERE event_id = ?"
 _DELETE: Final = ("DELETE FROM agent_runs WHERE id = ?", "DELETE FROM run_changes WHERE run = ?")
 _DELETE_EVENTS: Final = "DELETE FROM run_events WHERE run = ?"
 _INSERT: Final = f"""
     INSERT INTO agent_runs (id, {", ".join(STORED)}, updated_at) VALUES ({", ".join("?" * (len(STORED) + 2))})
-"""  # noqa: S608 - names from the definition
+"""
 _INSERT_EVENT: Final = f"""
     INSERT OR REPLACE INTO run_events (run, {", ".join(events.COLUMNS)}) VALUES (?{", ?" * len(events.COLUMNS)})
-"""  # noqa: S608 - names from the definition
+"""
 # When a run arrived at the primary is not told; its last change there is no earlier. What was known first stands.
 _ARRIVED: Final = """
     INSERT INTO run_arrivals (created_at, run, agent_name, arrived_at)
@@ -35,7 +35,7 @@ _COME: Final = ("DELETE FROM followed_feed", "INSERT INTO followed_feed (epoch, 
 _WHERE: Final = f"""
     SELECT {NEWEST}, epoch, seq, begun, (SELECT coalesce(max(id), 0) FROM run_events)
     FROM (SELECT 1) LEFT JOIN followed_feed
-"""  # noqa: S608 - our own words
+"""
 
 
 def apply_changes(cursor: sqlite3.Cursor, command: ApplyChanges) -> list[Facts]:

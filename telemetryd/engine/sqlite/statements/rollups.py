@@ -49,24 +49,24 @@ _SAME_KEY: Final = " AND ".join(f"s.{name} = json_extract(k.value, '$[{n}]')" fo
 _READ: Final = f"""
     SELECT json_group_array(json_array(k.key, {", ".join(f"s.{name}" for name in _SUMS)}, hex(s.bins)))
     FROM json_each(?) AS k CROSS JOIN run_stats AS s ON {_SAME_KEY}
-"""  # noqa: S608 - our own names
+"""
 _DROP: Final = f"""
     DELETE FROM run_stats WHERE ({", ".join(_KEY)}) IN (
         SELECT {", ".join(f"json_extract(value, '$[{n}]')" for n in range(len(_KEY)))} FROM json_each(?)
     )
-"""  # noqa: S608 - our own names
+"""
 _ROWS_AT_ONCE: Final = 256
 _COLUMNS: Final = (*_KEY, *_CELL)
 _PLACES: Final = f"({', '.join('?' * len(_COLUMNS))})"
 
 _SELECT_FACTS: Final = f"""
     SELECT {", ".join(FACTS)} FROM agent_runs INDEXED BY idx_runs_created_desc ORDER BY created_at
-"""  # noqa: S608 - names from the definition
+"""
 _SELECT_DAY: Final = f"""
     SELECT {", ".join(_COLUMNS)} FROM run_stats
     WHERE hours = ?1 AND names = ?2 AND start BETWEEN ?3 AND ?3 + 23
-"""  # noqa: S608 - our own names
-_SELECT_AT: Final = f"SELECT {', '.join(_COLUMNS)} FROM run_stats WHERE hours = ? AND names = ? AND start = ?"  # noqa: S608 - our own names
+"""
+_SELECT_AT: Final = f"SELECT {', '.join(_COLUMNS)} FROM run_stats WHERE hours = ? AND names = ? AND start = ?"
 _SELECT_DAYS: Final = "SELECT DISTINCT start - ((start % 24) + 24) % 24 FROM run_stats"
 
 
@@ -170,7 +170,7 @@ def _write(cursor: sqlite3.Cursor, cells: dict[Place, Cell]) -> None:
         part = rows[start : start + _ROWS_AT_ONCE]
         places = ", ".join([_PLACES] * len(part))
         cursor.execute(
-            f"INSERT OR REPLACE INTO run_stats ({', '.join(_COLUMNS)}) VALUES {places}",  # noqa: S608 - our own names
+            f"INSERT OR REPLACE INTO run_stats ({', '.join(_COLUMNS)}) VALUES {places}",
             [*chain.from_iterable(part)],
         )
 
@@ -280,7 +280,7 @@ def _fetch_cells(connection: sqlite3.Connection, query: GetStats) -> Generator[N
         spans = [(1, query.start, first), (DAY, first, last), (1, last, query.end)]
     found, values = conditions(query.filters)
     arms = [
-        f"SELECT {', '.join(_COLUMNS[2:])} FROM run_stats "  # noqa: S608 - our own names
+        f"SELECT {', '.join(_COLUMNS[2:])} FROM run_stats "
         f"WHERE {' AND '.join([f'hours = {hours} AND names = {names} AND start >= {start} AND start < {end}', *found])}"
         for hours, start, end in spans
         if start < end

@@ -50,7 +50,7 @@ from telemetryd.model.queries import (
 from telemetryd.model.runs import COLUMNS
 from telemetryd.model.values import Row, SqlValue
 
-_EVENTS: Final = f"SELECT {', '.join(events.COLUMNS)} FROM run_events INDEXED BY idx_events_time WHERE run = :run"  # noqa: S608 - names from the definition of an event
+_EVENTS: Final = f"SELECT {', '.join(events.COLUMNS)} FROM run_events INDEXED BY idx_events_time WHERE run = :run"
 _SELECT_EVENTS: Final = f"{_EVENTS} ORDER BY timestamp, id LIMIT :limit OFFSET :offset"
 _SELECT_EVENTS_AFTER: Final = f"{_EVENTS} AND (timestamp, id) > (:timestamp, :id) ORDER BY timestamp, id LIMIT :limit"
 _SELECT_LAST_EVENTS: Final = f"{_EVENTS} ORDER BY timestamp DESC, id DESC LIMIT :limit OFFSET :offset"
@@ -62,8 +62,8 @@ _ID: Final = COLUMNS.index("id")
 _SELECT_PROCESSES: Final = f"""
     SELECT {", ".join(PROCESS[:-1])}, max({PROCESS[-1]}) FROM run_processes INDEXED BY idx_processes_waiting
     WHERE certified_at IS NULL GROUP BY pid, start_time, boot_id, pid_namespace
-"""  # noqa: S608 - names from the definition of a process
-_SELECT_RUN: Final = f"SELECT {', '.join(COLUMNS)} FROM agent_runs WHERE event_id = ?"  # noqa: S608 - names from the definition
+"""
+_SELECT_RUN: Final = f"SELECT {', '.join(COLUMNS)} FROM agent_runs WHERE event_id = ?"
 
 _MEETS: Final = "last_start >= coalesce(:start_time_from, '') AND first_start <= coalesce(:start_time_to, '~')"
 _SPAN_OF_HOURS: Final = f"""
@@ -71,7 +71,7 @@ _SPAN_OF_HOURS: Final = f"""
         (SELECT hour FROM run_hours WHERE hour >= first_day AND {_MEETS} ORDER BY hour LIMIT 1),
         (SELECT hour || ';' FROM run_hours WHERE hour < last_day || 'U' AND {_MEETS} ORDER BY hour DESC LIMIT 1)
     FROM (SELECT min(day) AS first_day, max(day) AS last_day FROM run_days WHERE {_MEETS})
-"""  # noqa: S608 - our own words
+"""
 """The hours in which runs that started in a range can have been created; ';' is the character behind ':', U behind T.
 
 The days come first, because a year has many hours.
@@ -349,8 +349,8 @@ def fetch_processes(connection: sqlite3.Connection, query: ListProcesses) -> lis
 def count_prunable(connection: sqlite3.Connection, query: CountPrunable) -> Prunable:
     """Count the runs that pruning would delete."""
     walks, values = old_runs(query)
-    found = connection.execute(f"SELECT count(*), min(since) FROM ({together(walks, 'agent_runs.id')})", values)  # noqa: S608 - our own words
-    ahead = connection.execute(f"SELECT event_id FROM {walks[-1].source} LIMIT {MAX_LIMIT}", values)  # noqa: S608 - our own words
+    found = connection.execute(f"SELECT count(*), min(since) FROM ({together(walks, 'agent_runs.id')})", values)
+    ahead = connection.execute(f"SELECT event_id FROM {walks[-1].source} LIMIT {MAX_LIMIT}", values)
     runs, oldest = found.fetchone()
     return Prunable(runs, oldest, tuple(event_id for (event_id,) in ahead))
 
@@ -359,7 +359,7 @@ def count_prunable(connection: sqlite3.Connection, query: CountPrunable) -> Prun
 def count_stale(connection: sqlite3.Connection, query: CountStale) -> int:
     """Count the runs that reaping would cancel."""
     walks, values = stale_runs(query.stale_before, query.agent_name)
-    return int(connection.execute(f"SELECT count(*) FROM ({together(walks, 'agent_runs.id')})", values).fetchone()[0])  # noqa: S608 - our own words
+    return int(connection.execute(f"SELECT count(*) FROM ({together(walks, 'agent_runs.id')})", values).fetchone()[0])
 
 
 @answers(CountRuns)

@@ -22,7 +22,7 @@ NEWEST: Final = """max(
 )"""
 """The last number that was drawn, in words of SQL."""
 
-_STAND: Final = f"SELECT {NEWEST}, (SELECT coalesce(max(id), 0) FROM agent_runs)"  # noqa: S608 - our own words
+_STAND: Final = f"SELECT {NEWEST}, (SELECT coalesce(max(id), 0) FROM agent_runs)"
 _CHANGED: Final = """
     INSERT INTO run_changes (run, seq) SELECT value, :last + 1 + key FROM json_each(:runs) WHERE true
     ON CONFLICT (run) DO UPDATE SET seq = excluded.seq
@@ -42,14 +42,14 @@ _LAST_EVENT: Final = f"SELECT {NEWEST_EVENT}"
 
 KEEP_EVENT_NUMBERS: Final = f"""
     UPDATE change_feed SET event_floor = {NEWEST_EVENT} WHERE event_floor < {NEWEST_EVENT}
-"""  # noqa: S608 - our own words
+"""
 """To be said before events are deleted."""
-KEEP_NUMBERS: Final = f"UPDATE change_feed SET floor = {NEWEST}"  # noqa: S608 - our own words
+KEEP_NUMBERS: Final = f"UPDATE change_feed SET floor = {NEWEST}"
 """To be said before rows that hold numbers are deleted outside of a `Transaction`."""
 MAKE_FEED: Final = f"""
     INSERT INTO change_feed (epoch, floor, horizon)
     SELECT lower(hex(randomblob(6))), {NEWEST}, {NEWEST} WHERE NOT EXISTS (SELECT 1 FROM change_feed)
-"""  # noqa: S608 - our own words
+"""
 """To be said where the one row of `change_feed` may be missing: then nobody knows what was deleted."""
 
 

@@ -34,14 +34,14 @@ _EVENT_SIZES: Final = f"""
         SELECT run_events.id AS id, 100 + coalesce(length(payload), 0) AS size
         FROM json_each(?) CROSS JOIN run_events INDEXED BY idx_events_time ON run = value LIMIT {_EVENT_PORTION}
     )
-"""  # noqa: S608 - a number
+"""
 _DELETE_EVENTS: Final = "DELETE FROM run_events WHERE id IN (SELECT value FROM json_each(?))"
 _WITHOUT_EVENTS: Final = """
     SELECT value FROM json_each(?) WHERE NOT EXISTS (SELECT 1 FROM run_events WHERE run = value)
 """
 _DELETE_RUNS: Final = (
     *(
-        f"DELETE FROM {table} WHERE {key} IN (SELECT json_extract(value, '$[0]') FROM json_each(?))"  # noqa: S608 - our own names
+        f"DELETE FROM {table} WHERE {key} IN (SELECT json_extract(value, '$[0]') FROM json_each(?))"
         for table, key in (
             ("agent_runs", "id"),
             ("run_processes", "run"),
@@ -64,7 +64,7 @@ _CANCEL: Final = f"""
         output_summary = 'Process did not complete - cleanup on restart'
     WHERE id IN (SELECT value FROM json_each(:runs))
     RETURNING id, {", ".join(FACTS)}
-"""  # noqa: S608 - names from the definition
+"""
 
 _VACUUM_PAGES: Final = 256
 """Pages that one slice returns to the file system at most: 1 MiB, a few milliseconds."""
@@ -109,7 +109,7 @@ def prune(cursor: sqlite3.Cursor, sequence: CommitSequence, command: PruneRuns) 
     is_cut = False
     columns = f"agent_runs.id, {', '.join(FACTS)}, event_id, {BYTES}"
     walks, values = old_runs(command)
-    statements = [f"SELECT {columns} FROM {walk.in_order} LIMIT :most" for walk in walks]  # noqa: S608 - our own words
+    statements = [f"SELECT {columns} FROM {walk.in_order} LIMIT :most" for walk in walks]
     for chosen in _portions(_fetch_with(cursor, values), statements, command.limit, budget):
         if not deleted:
             cursor.execute(KEEP_EVENT_NUMBERS)
@@ -175,7 +175,7 @@ def reap(
     budget = Budget()
     reaped: list[tuple[Any, ...]] = []
     walks, values = stale_runs(command.stale_before, command.agent_name)
-    statements = [f"SELECT agent_runs.id, {BYTES} FROM {walk.in_order} LIMIT :most" for walk in walks]  # noqa: S608 - our own words
+    statements = [f"SELECT agent_runs.id, {BYTES} FROM {walk.in_order} LIMIT :most" for walk in walks]
     for chosen in _portions(_fetch_with(cursor, values), statements, command.limit, budget):
         runs = orjson.dumps([run for (run,) in chosen]).decode()
         cancelled = cursor.execute(_CANCEL, {"runs": runs, "now": now}).fetchall()

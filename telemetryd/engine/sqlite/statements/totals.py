@@ -25,7 +25,7 @@ _WIDEN_HOURS, _WIDEN_DAYS = (
         FROM json_each(?) WHERE true
     ON CONFLICT ({key}) DO UPDATE SET
         first_start = min(first_start, excluded.first_start), last_start = max(last_start, excluded.last_start)
-"""  # noqa: S608 - our own words
+"""
     for table, key in (("run_hours", "hour"), ("run_days", "day"))
 )
 

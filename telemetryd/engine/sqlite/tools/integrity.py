@@ -45,7 +45,7 @@ _WRONG_TOTALS: Final = """
 """
 
 SAVE_RUN: Final = (
-    f"INSERT INTO agent_runs ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))}) ON CONFLICT DO NOTHING"  # noqa: S608 - names from the definition
+    f"INSERT INTO agent_runs ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))}) ON CONFLICT DO NOTHING"
 )
 KEEP_ORIGINAL: Final = "INSERT OR IGNORE INTO unconverted_values (run, field, reason, original) VALUES (?, ?, ?, ?)"
 
@@ -66,19 +66,19 @@ WALK_FROM: Final = {
 READ_BY_NUMBER: Final = "SELECT rowid, * FROM agent_runs NOT INDEXED WHERE rowid = ?"
 _SMALL_INDEXES: Final = ("idx_runs_created_desc", "idx_runs_start", "idx_runs_event_id")
 NUMBERS_IN_INDEXES: Final = tuple(
-    f"SELECT rowid FROM agent_runs INDEXED BY {index} WHERE {column} >= '' AND rowid > ? AND rowid < ?"  # noqa: S608 - our own names
+    f"SELECT rowid FROM agent_runs INDEXED BY {index} WHERE {column} >= '' AND rowid > ? AND rowid < ?"
     for index, column in zip(_SMALL_INDEXES, ("created_at", "start_time", "event_id"), strict=True)
 )
 COUNTS_OF_RUNS: Final = (
     "SELECT sum(runs) FROM run_totals",
-    *(f"SELECT count(*) FROM agent_runs INDEXED BY {index}" for index in _SMALL_INDEXES),  # noqa: S608 - our own names
+    *(f"SELECT count(*) FROM agent_runs INDEXED BY {index}" for index in _SMALL_INDEXES),
 )
 
 
 def read_table(connection: sqlite3.Connection, name: str) -> Iterator[list[tuple[object, ...]]]:
     """Yield the rows of any table in slices, until its end or the first damage."""
     quoted = name.replace('"', '""')
-    rows = connection.execute(f'SELECT * FROM "{quoted}"')  # noqa: S608 - quoted
+    rows = connection.execute(f'SELECT * FROM "{quoted}"')
     while part := rows.fetchmany(500):
         yield part
 
@@ -93,7 +93,7 @@ def make_alike(source: sqlite3.Connection, name: str, target: sqlite3.Connection
 def fill_table(connection: sqlite3.Connection, name: str, rows: list[tuple[object, ...]]) -> int:
     """Insert rows into any table, except those that are there already; return how many were new."""
     quoted, places = name.replace('"', '""'), ", ".join("?" * len(rows[0]))
-    return connection.executemany(f'INSERT OR IGNORE INTO "{quoted}" VALUES ({places})', rows).rowcount  # noqa: S608 - quoted
+    return connection.executemany(f'INSERT OR IGNORE INTO "{quoted}" VALUES ({places})', rows).rowcount
 
 
 _STRAYS: Final = "FROM {table} WHERE run NOT IN (SELECT id FROM agent_runs)"
@@ -118,7 +118,7 @@ def delete_strays(connection: sqlite3.Connection) -> dict[str, int]:
 _NULS: Final = f"""
     SELECT id, {", ".join(PLAIN_TEXTS)} FROM agent_runs
     WHERE {" OR ".join(f"instr({name}, char(0))" for name in PLAIN_TEXTS)}
-"""  # noqa: S608 - names from the definition
+"""
 _JSON: Final = (*(("agent_runs", name) for name in columns(Role.JSON)), ("run_events", "payload"))
 
 
@@ -141,7 +141,7 @@ def find_unstorable(connection: sqlite3.Connection) -> Iterator[Unstorable]:
             if text is not None and (found := replacement(name, text)):
                 yield Unstorable("agent_runs", number, name, text, *found)
     for table, name in _JSON:
-        rows = connection.execute(f"SELECT id, {name} FROM {table} WHERE {name} IS NOT NULL")  # noqa: S608 - our own names
+        rows = connection.execute(f"SELECT id, {name} FROM {table} WHERE {name} IS NOT NULL")
         for number, text in rows:
             if found := replacement(name, text):
                 yield Unstorable(table, number, name, text, *found)
@@ -152,7 +152,7 @@ def replace_unstorable(connection: sqlite3.Connection) -> int:
     all_of_them = list(find_unstorable(connection))
     sequence = Sequence(connection.cursor())
     for found in all_of_them:
-        connection.execute(f"UPDATE {found.table} SET {found.field} = ? WHERE id = ?", (found.value, found.number))  # noqa: S608 - our own names
+        connection.execute(f"UPDATE {found.table} SET {found.field} = ? WHERE id = ?", (found.value, found.number))
         if found.table == "agent_runs":
             connection.execute(KEEP_ORIGINAL, (found.number, found.field, found.reason, found.original))
             sequence.changed(found.number)
@@ -191,6 +191,6 @@ def count_wrong_totals(connection: sqlite3.Connection) -> int:
 def recount_totals(connection: sqlite3.Connection) -> None:
     """Count every total and the statistics again, inside the caller's transaction."""
     for table in ("run_totals", "run_minutes", "run_hours", "run_days"):
-        connection.execute(f"DELETE FROM {table}")  # noqa: S608 - one of our own names
+        connection.execute(f"DELETE FROM {table}")
     migrate.derive(connection)
     rollups.rebuild(connection)

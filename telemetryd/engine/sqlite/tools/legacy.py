@@ -36,14 +36,14 @@ _INCREMENTAL: Final = 2
 _HIDDEN: Final = 1
 """In `PRAGMA table_xinfo`, a column that `SELECT *` does not show; 2 and 3 are generated ones, which it shows."""
 
-_INSERT_RUN: Final = f"INSERT INTO agent_runs ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"  # noqa: S608 - names from the definition of a run
+_INSERT_RUN: Final = f"INSERT INTO agent_runs ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"
 _EVENTS: Final = "run_events"
 # Only a run_id says whose event it was; where runs share one, the newest is meant.
 _INSERT_OLD_EVENT: Final = f"""
     INSERT INTO run_events (run, {", ".join(STORED)})
     SELECT id, :event_key, :event_type, coalesce(:timestamp, created_at), :payload FROM agent_runs
     WHERE run_id = :run_id ORDER BY id DESC LIMIT 1
-"""  # noqa: S608 - names from the definition of an event
+"""
 _INDEX_RUN_IDS: Final = f"CREATE INDEX {_RUN_IDS} ON agent_runs (run_id)"
 _DROP_RUN_IDS: Final = f"DROP INDEX {_RUN_IDS}"
 _INSERT_ORIGINAL: Final = "INSERT OR IGNORE INTO unconverted_values (run, field, reason, original) VALUES (?, ?, ?, ?)"
@@ -277,7 +277,7 @@ def _small(name: str) -> str:
 def _is_sequence(connection: sqlite3.Connection, number: str) -> bool:
     """Tell whether the rows' numbers can begin the commit sequence, which counts from 1 and needs room to go on."""
     low, high = connection.execute(
-        f"SELECT (SELECT min({number}) FROM agent_runs), (SELECT max({number}) FROM agent_runs)"  # noqa: S608 - one of three names
+        f"SELECT (SELECT min({number}) FROM agent_runs), (SELECT max({number}) FROM agent_runs)"
     ).fetchone()
     return low is None or (low >= 1 and high <= _HIGHEST_ID)
 
@@ -291,12 +291,12 @@ def _recorded_version(connection: sqlite3.Connection) -> int | None:
     key = "version" if "version" in columns else "id" if "id" in columns else None
     if key is None:
         return None
-    found = connection.execute(f"SELECT max(CAST({key} AS INTEGER)) FROM schema_migrations").fetchone()[0]  # noqa: S608 - one of two names
+    found = connection.execute(f"SELECT max(CAST({key} AS INTEGER)) FROM schema_migrations").fetchone()[0]
     return None if found is None else int(found)
 
 
 def _count(connection: sqlite3.Connection, table: str) -> int:
-    return int(connection.execute(f"SELECT count(*) FROM {_quoted(table)}").fetchone()[0])  # noqa: S608 - quoted
+    return int(connection.execute(f"SELECT count(*) FROM {_quoted(table)}").fetchone()[0])
 
 
 def _is_unique(connection: sqlite3.Connection, column: str) -> bool:
@@ -322,7 +322,7 @@ def _converted(
     """Yield the runs of an older table in slices, converted, in the order in which they arrived."""
     names = ", ".join(_quoted("id" if name == "legacy id" else name) for name in layout.columns)
     number, order = (layout.row_number, f"ORDER BY {layout.row_number}") if layout.row_number else ("NULL", "")
-    rows = connection.execute(f"SELECT {number}, {names} FROM {_quoted(table)} {order}")  # noqa: S608 - quoted
+    rows = connection.execute(f"SELECT {number}, {names} FROM {_quoted(table)} {order}")
     done = 0
     while raw := rows.fetchmany(_SLICE):
         yield [
@@ -446,7 +446,7 @@ def _serve_old_events(connection: sqlite3.Connection, done: Migration) -> None:
     old = migrate.aside(_EVENTS)
     converter = EventConverter([column.name for column in _columns(connection, old)])
     served = number = 0
-    rows = connection.execute(f"SELECT * FROM {_quoted(old)}")  # noqa: S608 - quoted
+    rows = connection.execute(f"SELECT * FROM {_quoted(old)}")
     connection.execute(_INDEX_RUN_IDS)
     while part := rows.fetchmany(_SLICE):
         converted = [converter.convert(number + place, raw) for place, raw in enumerate(part, 1)]
@@ -500,7 +500,7 @@ def _keep_log(connection: sqlite3.Connection) -> None:
         description = "description" if "description" in columns else "NULL"
         applied_at = "applied_at" if "applied_at" in columns else "NULL"
         connection.execute(
-            "INSERT OR IGNORE INTO schema_migrations (version, description, applied_at) "  # noqa: S608 - chosen from names above
+            "INSERT OR IGNORE INTO schema_migrations (version, description, applied_at) "
             f"SELECT CAST({key} AS INTEGER), CAST(coalesce({description}, 'schema of the replaced service') AS TEXT), "
             f"CAST(coalesce({applied_at}, '') AS TEXT) FROM {_OLD_LOG} WHERE CAST({key} AS INTEGER) BETWEEN 1 AND ?",
             (FIRST_VERSION - 1,),

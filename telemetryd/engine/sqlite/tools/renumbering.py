@@ -19,7 +19,7 @@ _FORGET: Final = (
 )
 _BEGIN_ANEW: Final = (
     MAKE_FEED,
-    f"UPDATE change_feed SET epoch = lower(hex(randomblob(6))), floor = {NEWEST} + 1",  # noqa: S608 - our own words
+    f"UPDATE change_feed SET epoch = lower(hex(randomblob(6))), floor = {NEWEST} + 1",
     "UPDATE change_feed SET horizon = floor",
 )
 
@@ -34,10 +34,10 @@ def free_numbers(connection: sqlite3.Connection) -> int:
         connection.execute(statement, {"highest": HIGHEST_NUMBER})
     moved = _renumber(connection, "agent_runs", "id", connection.execute(f"SELECT {_NEWEST_LOW}").fetchone()[0])
     for table in _OF_RUNS:
-        connection.executemany(f"UPDATE {table} SET run = ? WHERE run = ?", moved)  # noqa: S608 - one of our own names
+        connection.executemany(f"UPDATE {table} SET run = ? WHERE run = ?", moved)
     renumbered = len(moved)
     for table, key in (("run_events", "id"), ("alert_deliveries", "number")):
-        low = connection.execute(f"SELECT max({key}) FROM {table} WHERE {key} <= ?", (HIGHEST_NUMBER,)).fetchone()[0]  # noqa: S608 - our own names
+        low = connection.execute(f"SELECT max({key}) FROM {table} WHERE {key} <= ?", (HIGHEST_NUMBER,)).fetchone()[0]
         renumbered += len(_renumber(connection, table, key, low or 0))
     for statement in _BEGIN_ANEW:
         connection.execute(statement)
@@ -49,13 +49,13 @@ _NEWEST_LOW: Final = f"""max(
     (SELECT coalesce(max(seq), 0) FROM run_changes),
     (SELECT coalesce(max(seq), 0) FROM run_deletions),
     (SELECT coalesce(max(max(floor, horizon)), 0) FROM change_feed)
-)"""  # noqa: S608 - a number
+)"""
 
 
 def _renumber(connection: sqlite3.Connection, table: str, key: str, last: int) -> list[tuple[int, int]]:
     """Give the rows behind the highest number those behind `last`; return the new and the old number of each."""
-    select = f"SELECT {key} FROM {table} WHERE {key} > ? ORDER BY {key}"  # noqa: S608 - our own names
+    select = f"SELECT {key} FROM {table} WHERE {key} > ? ORDER BY {key}"
     high = [number for (number,) in connection.execute(select, (HIGHEST_NUMBER,)).fetchall()]
     moved = [(last + place, number) for place, number in enumerate(high, 1)]
-    connection.executemany(f"UPDATE {table} SET {key} = ? WHERE {key} = ?", moved)  # noqa: S608 - our own names
+    connection.executemany(f"UPDATE {table} SET {key} = ? WHERE {key} = ?", moved)
     return moved
