@@ -57,7 +57,7 @@ class RunNotFoundError(TelemetrydError):
 
 
 class CursorGoneError(TelemetrydError):
-    """What lies behind this place is not known any more; the message says why. Begin again."""
+    """What comes after this place is not known any more; the message says why. Begin again."""
 
 
 class NotWatchedError(TelemetrydError):

@@ -145,7 +145,7 @@ class Parcel:
     steps: deque[_Step] = field(default_factory=deque)
     dead: list[tuple[list[bytes], int | None, object]] = field(default_factory=list)
     aside: dict[str, list[bytes]] = field(default_factory=dict)
-    """event_id → lines that do not come through, and those of the same run behind them."""
+    """event_id → lines that do not come through, and those of the same run after them."""
     was_aside: bool = False
     """Whether the lines come from such a stream, and so wait for nothing but themselves."""
 

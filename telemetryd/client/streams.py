@@ -50,7 +50,7 @@ class Window:
     start: int
     """Where the first line begins in the file of that number."""
     torn: bytes = b""
-    """What stands behind the last newline of a file that nobody writes any more, or a piece of what has no newline."""
+    """What stands after the last newline of a file that nobody writes any more, or a piece of what has no newline."""
 
     @property
     def end(self) -> Position:
@@ -325,7 +325,7 @@ def _position(number: int, offset: int) -> bytes:
 def _line_start(file: int, offset: int) -> int:
     """Return an offset in a file if a line can begin there; else 0, as the place was not noted by us.
 
-    A torn line ends with its file, so behind the last byte the next one may begin in any case.
+    A torn line ends with its file, so after the last byte the next one may begin in any case.
     """
     size = os.fstat(file).st_size
     is_place = offset == size or (0 < offset < size and os.pread(file, 1, offset - 1) == b"\n")

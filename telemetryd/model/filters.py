@@ -39,7 +39,7 @@ METRIC: Final = f"{_METRICS}NAME"
 """How the documentation calls the parameters that compare a field of metrics_json."""
 
 Pattern = tuple[str, ...]
-"""The texts before, between and behind the wildcards of a pattern: `("foo", "")` is `foo*`."""
+"""The texts before, between and after the wildcards of a pattern: `("foo", "")` is `foo*`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +129,7 @@ _SPECIAL: Final = re.compile(r"\\([\\,*])|([,*])")
 
 
 def quoted(value: str) -> str:
-    """Return a value as it stands in a filter: a comma, an asterisk or a backslash of its own behind a backslash."""
+    """Return a value as it stands in a filter: a comma, an asterisk or a backslash of its own is escaped."""
     return re.sub(r"[\\,*]", r"\\\g<0>", value)
 
 
@@ -155,7 +155,7 @@ def matches(pattern: Pattern, text: str) -> bool:
     if len(text) < len(first) + len(last) or not (text.startswith(first) and text.endswith(last)):
         return False
     place, end = len(first), len(text) - len(last)
-    for piece in middle:  # each as far in front as possible leaves most room for those behind it
+    for piece in middle:  # each as far in front as possible leaves most room for those after it
         place = text.find(piece, place, end)
         if place < 0:
             return False

@@ -245,7 +245,7 @@ class ListEvents(Query[EventPage | None]):
     is_descending: bool = False
     """Whether the last ones come first."""
     after: EventPlace | None = None
-    """Behind which event, in that order, the page begins."""
+    """After which event, in that order, the page begins."""
     by_cursor: bool = False
     """Whether the next page is told by a cursor, so that this one may be shorter than asked for."""
 

@@ -72,7 +72,7 @@ class FindRegressions(Query["Findings"]):
     start: str
     """The first moment of created_at, in the stored form."""
     end: str
-    """The moment behind the last one."""
+    """The moment after the last one."""
 
     def parameters(self) -> dict[str, str | int]:
         """Return the query as parameters, for the log."""

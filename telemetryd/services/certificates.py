@@ -113,7 +113,7 @@ class Certificates:
         watched.registering += 1
         outcome = None
         try:
-            # Nothing is awaited between taking it and this: its end is queued behind its registration.
+            # Nothing is awaited between taking it and this: its end is queued after its registration.
             outcome = await self._store.submit(RegisterProcess(event_id, watched.process))
         finally:
             watched.registering -= 1

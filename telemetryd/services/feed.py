@@ -74,7 +74,7 @@ class Feed:
         self._news = asyncio.Event()
 
     async def wait(self, asked: ChangesRequest) -> Changes:
-        """Read what lies behind a place; if that is nothing, wait for a commit as long as was asked for.
+        """Read what comes after a place; if that is nothing, wait for a commit as long as was asked for.
 
         Raises:
             UnavailableError: if the database cannot be read now.
@@ -130,7 +130,7 @@ class Feed:
                 tail.end()
 
     def open(self, place: Place | None, filters: Filters) -> Tail:
-        """Return a new tail, which goes on behind a place, or begins with the next commit.
+        """Return a new tail, which continues after a place, or begins with the next commit.
 
         Raises:
             TooManyTailsError: if too many are open.
@@ -174,7 +174,7 @@ class Lane:
         """Up to which number everything was handed to them."""
 
     async def read(self, after: int, *filters: Filters) -> Changes:
-        """Read what lies behind a number; one at a time, so that tails leave the readers to those who ask.
+        """Read what comes after a number; one at a time, so that tails leave the readers to those who ask.
 
         Raises:
             UnavailableError: if the database cannot be read now.
@@ -316,7 +316,7 @@ class Tail:
 
     def offer(self, chunk: Chunk) -> None:
         """Let frames wait for it; if it is too slow for that, it reads them from the database later."""
-        chunk = chunk.behind(self.position)  # it may have read further than the others
+        chunk = chunk.after(self.position)  # it may have read further than the others
         if not chunk.frames:
             return
         if self._waiting and self._bytes + chunk.size > BUFFER_BYTES:
@@ -333,7 +333,7 @@ class Tail:
         self._bytes += chunk.size
 
     def fall_behind(self) -> None:
-        """Be handed nothing more, and read from the database what lies behind that which waits."""
+        """Be handed nothing more, and read from the database what comes after that which waits."""
         if self._is_live:
             self.lane.leave(self)
             self._is_live = False
@@ -341,7 +341,7 @@ class Tail:
             self._ready.set()
 
     def give_up(self) -> None:
-        """Keep only the run that is being sent, and read from the database what lies behind it."""
+        """Keep only the run that is being sent, and read from the database what comes after it."""
         self.fall_behind()
         first = self._waiting[0]
         self._waiting = deque([first])

@@ -79,8 +79,8 @@ class Chunk:
             pieces.append(Frame.join(together))
         return Chunk(self.frames, pieces)
 
-    def behind(self, seq: int) -> Chunk:
-        """Return those that lie behind a number."""
+    def after(self, seq: int) -> Chunk:
+        """Return those that come after a number."""
         if not self.frames or self.frames[0].seq > seq:
             return self
         return Chunk([frame for frame in self.frames if frame.seq > seq])

@@ -86,7 +86,7 @@ _ERROR_TEXTS: Final = {
     403: "Protected mode: only this machine is served.",
     404: "There is no such run.",
     409: "The process cannot be watched; send heartbeats instead.",
-    410: "What lies behind this place is not known any more; begin again, without `after`.",
+    410: "What comes after this place is not known any more; begin again, without `after`.",
     413: "The body or the batch is too large.",
     415: "The media type or the content coding is not known.",
     422: "The body is wrong; every fault is listed.",

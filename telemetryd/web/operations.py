@@ -95,7 +95,7 @@ STREAM_RUNS: Final = Operation(
 )
 
 LIST_CHANGES: Final = Operation(
-    "List the changes behind a number of the commit sequence",
+    "List the changes after a number of the commit sequence",
     "In the order of the commits; of each run only its newest change, with the run as it is now. Go on with "
     "`last` as `after`, while `more` is true at once. Events come with the page that has the last change, each "
     "with the id of its run; go on with the id of the last one as `events_after`.",

@@ -195,7 +195,7 @@ if sys.platform == "win32":
         return True  # os.kill(pid, 0) would end it there
 
     def _lock(descriptor: int) -> None:
-        os.lseek(descriptor, 1 << 30, os.SEEK_SET)  # a byte far behind the PID, which others may read
+        os.lseek(descriptor, 1 << 30, os.SEEK_SET)  # a byte far beyond the PID, which others may read
         msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
         os.lseek(descriptor, 0, os.SEEK_SET)
 else:

@@ -282,10 +282,10 @@ class Transaction:
         if inserted == len(rows):
             self._take_in(rows)
             return [Created((True,) * len(batch)) for batch in batches]
-        # Every new run has a number of the sequence behind the last one that was drawn before.
+        # Every new run has a number of the sequence after the last one that was drawn before.
         unseen = set(orjson.loads(self._cursor.execute(_EVENT_IDS_BEHIND, (before,)).fetchone()[0]))
         if len(unseen) != inserted:
-            raise sqlite3.InternalError("the new runs are not those behind the last number that was drawn")
+            raise sqlite3.InternalError("the new runs are not those after the last number that was drawn")
         self._take_in(
             [row for row in {row[EVENT_ID]: row for row in reversed(rows)}.values() if row[EVENT_ID] in unseen]
         )

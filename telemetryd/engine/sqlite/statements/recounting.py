@@ -136,7 +136,7 @@ class Tally:
         self._clear("")
 
     def count(self, runs: Iterable[Timed], position: str) -> None:
-        """Count runs that lie behind the position, up to a new one."""
+        """Count runs that come after the position, up to a new one."""
         self.position = position
         self._add(runs, 1)
 
@@ -200,15 +200,15 @@ def compare(connection: sqlite3.Connection, tally: Tally, disturbed: Callable[[]
 
 def _next_hour(cursor: sqlite3.Cursor, hour: str) -> str | None:
     """Return the next hour of which there are runs or counts, or None."""
-    # Behind an hour stands a colon in every time of it, and a semicolon comes next.
-    behind = f"{hour};" if hour else ""
+    # After an hour stands a colon in every time of it, and a semicolon comes next.
+    after = f"{hour};" if hour else ""
     number = hour_number(hour) if hour else _FIRST_HOUR - 1
     places = []
     while True:
-        place = cursor.execute(_NEXT, {"end": behind}).fetchone()[0]
+        place = cursor.execute(_NEXT, {"end": after}).fetchone()[0]
         if place is None or _TIME.match(place):
             break
-        behind = f"{place}\0"  # somebody's text that is no time counts nowhere
+        after = f"{place}\0"  # somebody's text that is no time counts nowhere
     if place is not None:
         places.append(place[:_HOUR])
     start = cursor.execute(_NEXT_CELL, {"hour": number, "last": _LAST_HOUR}).fetchone()[0]

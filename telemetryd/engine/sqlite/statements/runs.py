@@ -72,7 +72,7 @@ _SPAN_OF_HOURS: Final = f"""
         (SELECT hour || ';' FROM run_hours WHERE hour < last_day || 'U' AND {_MEETS} ORDER BY hour DESC LIMIT 1)
     FROM (SELECT min(day) AS first_day, max(day) AS last_day FROM run_days WHERE {_MEETS})
 """  # noqa: S608 - our own words
-"""The hours in which runs that started in a range can have been created; ';' is the character behind ':', U behind T.
+"""The hours in which runs that started in a range can have been created; ';' is the character after ':', U after T.
 
 The days come first, because a year has many hours.
 """
@@ -159,7 +159,7 @@ def _ends(query: ListRuns, created: Span | None) -> tuple[Bound | None, Bound | 
 def _walks(query: ListRuns, created: Span | None, values: Values) -> list[str]:
     """Return the conditions on the order's column for each walk of an index: one bound at each end, it uses only one.
 
-    A walk that goes on behind a cursor has two parts: the rest of the runs of the same moment, and all runs beyond
+    A walk that continues after a cursor has two parts: the rest of the runs of the same moment, and all runs beyond
     it. A comparison of pairs would only use the moment, and read all of its runs again.
     """
     column, after = query.order.column, query.after

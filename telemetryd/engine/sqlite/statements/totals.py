@@ -51,4 +51,4 @@ _DROP_HOUR: Final = """
 
 _DROP_DAY: Final = """
     DELETE FROM run_days WHERE day = ?1 AND NOT EXISTS (SELECT 1 FROM run_hours WHERE hour >= ?1 AND hour < ?1 || 'U')
-"""  # U is the character behind T
+"""  # U is the character after T

@@ -53,7 +53,7 @@ _NEWEST_LOW: Final = f"""max(
 
 
 def _renumber(connection: sqlite3.Connection, table: str, key: str, last: int) -> list[tuple[int, int]]:
-    """Give the rows behind the highest number those behind `last`; return the new and the old number of each."""
+    """Give the rows after the highest number those after `last`; return the new and the old number of each."""
     select = f"SELECT {key} FROM {table} WHERE {key} > ? ORDER BY {key}"  # noqa: S608 - our own names
     high = [number for (number,) in connection.execute(select, (HIGHEST_NUMBER,)).fetchall()]
     moved = [(last + place, number) for place, number in enumerate(high, 1)]
