@@ -138,7 +138,7 @@ async def get_run(request: web.Request) -> web.Response:
     """Answer one run, with its first events if they are asked for."""
     with_events = queries.parse_include(request.rel_url.raw_query_string)
     run, page = await _stored_run(request, events.MAX_EVENTS if with_events else 0)
-    return json_response(run | events.beside(page) if with_events else run)
+    return json_response(run | events.page_fields(page) if with_events else run)
 
 
 async def update_run(request: web.Request) -> web.Response:

@@ -43,7 +43,7 @@ def alerts() -> None:
 def test(*, send: bool, as_json: bool, **flags: Any) -> None:
     r"""Evaluate the rules now, and show what would be sent; nothing is stored.
 
-    The database is read beside the daemon that owns it. Exit status 1 if a rule cannot be evaluated, or a test message
+    The database is read next to the daemon that owns it. Exit status 1 if a rule cannot be evaluated, or a test message
     was not confirmed; 2 if the rule file is wrong.
 
     \b

@@ -269,7 +269,7 @@ def refuse_missing(path: Path) -> None:
 def restore(source: Path, as_json: bool, **flags: Any) -> None:
     r"""Put a backup in the database's place.
 
-    The backup, also a compressed one, is verified first, and the old file is kept beside it. A running daemon must be
+    The backup, also a compressed one, is verified first, and the old file is kept next to it. A running daemon must be
     stopped before.
 
     \b

@@ -143,7 +143,7 @@ class Local:
     async def run(self, event_id: str) -> Body | None:
         """Read a run from the database."""
         found = await self._store.fetch(queries.GetRun(event_id, events.MAX_EVENTS))
-        return None if found is None else runs.to_json(found[0]) | events.beside(found[1])
+        return None if found is None else runs.to_json(found[0]) | events.page_fields(found[1])
 
     async def events(self, event_id: str, offset: int) -> list[Body]:
         """Read events from the database."""

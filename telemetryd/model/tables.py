@@ -17,7 +17,7 @@ from telemetryd.model import runs
 from telemetryd.model.runs import COLUMNS
 from telemetryd.model.values import Role, format_timestamp
 
-INSTALL: Final = "Parquet needs the package pyarrow, beside telemetryd: pip install pyarrow"
+INSTALL: Final = "Parquet needs the package pyarrow, next to telemetryd: pip install pyarrow"
 GROUP_BYTES: Final = 4 * 1024 * 1024
 """How much CSV becomes one row group of a Parquet file; so much is in memory a few times over."""
 

@@ -1,4 +1,4 @@
-"""What somebody else has put into the spool's folder hurts nobody, and holds up nothing that lies beside it."""
+"""What somebody else has put into the spool's folder hurts nobody, and holds up nothing that lies next to it."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def other(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def full(buffer: Path, other: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A spool, beside somebody else's file, in which a dead process has left a line; clients look for it at once."""
+    """A spool, next to somebody else's file, in which a dead process has left a line; clients look for it at once."""
     assert other.exists()
     monkeypatch.setattr("telemetryd.client.worker._FIRST_LOOK_S", 0.01)
     buffer.mkdir(mode=0o700)

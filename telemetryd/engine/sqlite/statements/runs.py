@@ -290,7 +290,7 @@ def _with_events(connection: sqlite3.Connection, shown: list[str], ids: list[int
     whole: list[str] = []
     for run, id_ in zip(shown, ids, strict=False):
         page, room = _read_events(connection, ListEvents("", DEFAULT_LIMIT), id_, room, is_first=not whole)
-        whole.append(f"{run[:-1]},{orjson.dumps(events.beside(page)).decode()[1:]}")
+        whole.append(f"{run[:-1]},{orjson.dumps(events.page_fields(page)).decode()[1:]}")
     return whole
 
 

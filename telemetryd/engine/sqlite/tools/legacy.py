@@ -136,7 +136,7 @@ class Migration:
 
 
 def preview(path: Path, watch: Watch = ignore_progress) -> Migration:
-    """Say what a migration of an `undisturbed` database would do; neither it nor what is beside it changes.
+    """Say what a migration of an `undisturbed` database would do; neither it nor what is next to it changes.
 
     Raises:
         DatabaseError: if it cannot be read, or is not a telemetry database.
