@@ -1,4 +1,4 @@
-"""Brings the parts up in order, serves until it is told to stop, and takes them down in reverse."""
+"""Starts the daemon's parts in order, serves until it is asked to stop, and stops them in reverse order."""
 
 from __future__ import annotations
 

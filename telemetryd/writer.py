@@ -1,4 +1,4 @@
-"""One queue, one task, one write connection: group what waits, commit it, tell each caller its own outcome."""
+"""The single writer: groups queued commands, commits each group, and reports to each caller its own outcome."""
 
 from __future__ import annotations
 

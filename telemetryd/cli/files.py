@@ -1,4 +1,4 @@
-"""Files of runs on their way to the daemon: read in any form, sent in batches, each refusal told with its place."""
+"""Run files on their way to the daemon: parsing in any format, sending in batches, reporting each refusal by line."""
 
 from __future__ import annotations
 

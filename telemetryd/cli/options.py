@@ -1,4 +1,4 @@
-"""What the commands share: flags from the settings, progress bars, printing, and giving up."""
+"""What the commands share: flags from the settings, progress bars, output, exit codes."""
 
 from __future__ import annotations
 

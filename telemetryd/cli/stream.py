@@ -1,4 +1,4 @@
-"""Follows the daemon's stream of runs, and comes back to it where it was, however often it is cut off."""
+"""Subscribes to the daemon's stream of runs and resumes from the last cursor after every disconnect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where commands are done that a daemon can do, too: by the one that runs, or in the database directly."""
+"""Where a command runs: through the running daemon's API, or directly on the database."""
 
 from __future__ import annotations
 

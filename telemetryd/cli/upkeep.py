@@ -1,4 +1,4 @@
-"""The commands that thin out the runs, and allow that by itself: prune, reap, confirm-clock."""
+"""The commands that prune and reap runs and confirm the clock: prune, reap, confirm-clock."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sets lines aside that something between here and the daemon does not let through: each run's in a stream of its own.
+"""Sets aside lines that something between client and daemon blocks: one stream for each run.
 
 A proxy that takes 1 MB answers 413 to a larger line. Nobody knows whether the daemon would take it, so it is neither
 sent again and again, with everything waiting for it, nor given up. It becomes the first line of a new stream

@@ -1,4 +1,4 @@
-"""Keeps a folder within its bounds: what was sent goes first, then dead letters, then the oldest unsent lines."""
+"""Keeps a folder within size and age limits: sent files go first, then dead letters, then the oldest unsent lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Descriptors that know their file: the agent may close them, and the number may then belong to a file of its own."""
+"""File descriptors that know their file, because an agent may close them and reuse the number."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Turns whatever an agent says of a run into fields that the daemon takes, and keeps what it cannot take.
+"""Validates and converts what an agent records; keeps the values that the daemon would reject.
 
 One wrong field never costs a run: it is left out, the log tells, and context_json has the value, shortened, under
 `telemetryd.rejected`. A run needs an agent, a job, a start and ids: what is wrong of those is made good, and kept

@@ -1,4 +1,4 @@
-"""How the agent's threads and the background thread tell each other what to do: wake, flush, alive."""
+"""Signals between the agent's threads and the background thread: wake, flush, alive."""
 
 from __future__ import annotations
 

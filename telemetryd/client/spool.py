@@ -1,4 +1,4 @@
-"""The writing end of the spool: one whole line by one write(2), without a lock, before the call returns.
+"""Writes the spool: each line whole, by one write(2), without a lock, before the call returns.
 
 What that promises: a line is with the kernel when `append` returns True, so it survives SIGKILL of the process at any
 moment; with `fsync` it is on the disk, so it survives a power cut as well.

@@ -1,4 +1,4 @@
-"""One stream of the spool: the lock on it, how far it has been sent, and the lines that come next."""
+"""One stream of the spool: its lock, the position up to which it was sent, and the next lines."""
 
 from __future__ import annotations
 

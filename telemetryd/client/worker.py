@@ -1,4 +1,4 @@
-"""The background thread's work: this process's stream, what dead processes left, and that runs are alive.
+"""The background thread: sends this process's stream and those of dead processes, and sends heartbeats.
 
 Imports the HTTP client, so it is imported by that thread only.
 """

@@ -1,4 +1,4 @@
-"""What alerts there are: facts become findings, findings become changes of state, as frozen data without SQL."""
+"""Alert states: facts become findings, findings become changes of state, as frozen data without SQL."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads the items of a batch one by one, and keeps the faults of the bad ones."""
+"""Validates the items of a batch one by one, and collects the errors of invalid ones."""
 
 from __future__ import annotations
 

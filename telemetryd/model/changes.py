@@ -1,4 +1,4 @@
-"""A place in the one commit sequence, and what can be asked of what comes after it, as frozen data without SQL."""
+"""Cursors into the commit sequence, and queries for the changes after one, as frozen data without SQL."""
 
 from __future__ import annotations
 

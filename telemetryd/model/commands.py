@@ -1,4 +1,4 @@
-"""What can be changed, as frozen data without SQL, and what comes of each change."""
+"""Commands that change data, and their results, as frozen data without SQL."""
 
 from __future__ import annotations
 

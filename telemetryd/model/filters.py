@@ -1,4 +1,4 @@
-"""The one parser of filters: which runs are meant, as frozen data without SQL, read from a query string."""
+"""The one parser of filters: selects runs from a query string, as frozen data without SQL."""
 
 from __future__ import annotations
 

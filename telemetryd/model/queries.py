@@ -1,4 +1,4 @@
-"""What can be asked, as frozen data without SQL, and how it is read from a query string."""
+"""Queries, as frozen data without SQL, and how each is parsed from a query string."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finds the commit since which runs fail more often or take longer: what can be asked, and the statistics behind it."""
+"""Finds the commit since which runs fail more often or take longer: query, statistics, answer."""
 
 from __future__ import annotations
 

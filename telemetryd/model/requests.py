@@ -1,4 +1,4 @@
-"""The bodies of requests that are no runs: prune, reap, and the process to watch."""
+"""Request bodies other than runs: prune, reap, and the process to watch."""
 
 from __future__ import annotations
 

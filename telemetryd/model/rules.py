@@ -1,4 +1,4 @@
-"""The rules of alerts and the webhooks that hear of them, read from a TOML file; each fault is told with its place."""
+"""Alert rules and webhooks, read from a TOML file; each error is reported with its position."""
 
 from __future__ import annotations
 

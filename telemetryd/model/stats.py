@@ -1,4 +1,4 @@
-"""What can be asked of the statistics, how it is read from a query string, and how cells become an answer."""
+"""Queries of statistics: how they are parsed from a query string, and how cells become an answer."""
 
 from __future__ import annotations
 

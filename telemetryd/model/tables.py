@@ -1,4 +1,4 @@
-"""Runs as tables, CSV and Parquet: how the columns are typed, and how such files are written and read again."""
+"""Runs as tables, CSV and Parquet: column types, writing and reading."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Death certificates: watches the processes that work on runs, and closes the runs of those that end without a word."""
+"""Death certificates: watches the processes of runs, and closes the runs of those that end without finishing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sends what waits for a webhook until it is confirmed, and lets no message wait for one that is not accepted."""
+"""Delivers messages to webhooks with retries; a rejected message does not block the others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Streams exports to those who read them, each no slower than it may be."""
+"""Streams exports to clients, and disconnects clients that read too slowly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hands what was committed to all who follow: read, encoded and held once, to each as fast as it can take it."""
+"""Distributes committed changes to subscribers: read, encoded and held once, sent as fast as each can read."""
 
 from __future__ import annotations
 

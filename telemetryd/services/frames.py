@@ -1,4 +1,4 @@
-"""What streams send, held once: a run as an event, and some of them together."""
+"""Frames of the event stream, encoded once for all subscribers: one run, or several together."""
 
 from __future__ import annotations
 

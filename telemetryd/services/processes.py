@@ -1,4 +1,4 @@
-"""What this machine knows of a process: that it is the one that is meant, that it has ended, and how."""
+"""Facts about a local process: whether it is the one that was meant, whether it has ended, and how."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers those who follow: pages of changes, with a wait while there are none, and streams of server-sent events."""
+"""Serves followers: pages of changes with long polling, and streams of server-sent events."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prunes, reaps and indexes by itself, in slices with pauses; deleting waits for a confirmation and a sound clock."""
+"""Automatic prune, reap and indexing, in slices; deletion needs a confirmation and a trustworthy clock."""
 
 from __future__ import annotations
 

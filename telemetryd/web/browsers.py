@@ -1,4 +1,4 @@
-"""Decides what a web page of another origin may do here through somebody's browser: nothing, unless it is listed.
+"""Cross-origin rules: a web page of another origin may do nothing here, unless it is listed.
 
 Browsers say in `Sec-Fetch-Site` whose page asks (w3.org/TR/fetch-metadata), if they reach us by https or by a
 loopback address; scripts cannot set that header. Without it a request is judged by its `Origin` alone.

@@ -1,4 +1,4 @@
-"""Keeps connections within bounds: how many there are, and how long one may take to ask and to listen."""
+"""Connection limits: how many, and how long a client may take to send and to read."""
 
 from __future__ import annotations
 

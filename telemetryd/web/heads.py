@@ -1,4 +1,4 @@
-"""Reads the heads of requests within bounds: none too large, nor all that requests hold besides their bodies."""
+"""Reads request heads within limits: size of each, and memory for all requests besides their bodies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every request passes: request id, host, peer and token checks, rate limit, errors to JSON, log and counters."""
+"""Request pipeline: id, access checks, errors, log."""
 
 from __future__ import annotations
 

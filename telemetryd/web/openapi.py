@@ -1,4 +1,4 @@
-"""Describes the endpoints and the model that validates them as OpenAPI 3.1."""
+"""Builds the OpenAPI 3.1 document from the endpoints and the models that validate them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Describes each endpoint for the OpenAPI document: what it takes, what it answers, and what may go wrong."""
+"""The OpenAPI description of each endpoint: parameters, responses, errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Opens SQLite: what the file is, one read-write connection, read-only ones."""
+"""Opens SQLite connections: file identification, the one read-write connection, read-only ones."""
 
 from __future__ import annotations
 

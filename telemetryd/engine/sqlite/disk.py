@@ -1,4 +1,4 @@
-"""Looks at the database's disk from a thread: room left, size of the write-ahead log, files in their places."""
+"""Watches the database's disk from a thread: free space, size of the write-ahead log, files moved or replaced."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SQLite as an engine: the one connection that writes, those that read, and the files that they stand on."""
+"""The SQLite engine: one write connection, a pool of readers, and the files under them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Copies what an export asks for out of the database, and reads the export from the copy."""
+"""Copies the rows of an export out of the database, and reads the export from the copy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a database file is and what lies next to it, told without changing it."""
+"""Inspects a database file and its sidecar files without changing them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who owns a database: locks by its name, by the configured one, and by the file itself, whatever it is called."""
+"""Ownership of a database: locks on its path, on the configured lock file, and on the file itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that are not whole yet: made next to their destination, named when whole, removed when they were left."""
+"""Incomplete files: created next to their destination, renamed when complete, removed if left over."""
 
 from __future__ import annotations
 

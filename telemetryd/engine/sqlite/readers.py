@@ -1,4 +1,4 @@
-"""A small pool of read-only connections: run one query before its deadline, or interrupt it."""
+"""A small pool of read-only connections: runs each query within its deadline, or interrupts it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Notices commits of other programs, and compares the counts with the runs after them, between the writer's groups."""
+"""Detects commits by other programs and schedules the recount of totals between the writer's groups."""
 
 from __future__ import annotations
 

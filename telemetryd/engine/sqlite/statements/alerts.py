@@ -1,4 +1,4 @@
-"""How the rules of alerts are asked of SQLite, and how what is firing and what is to be delivered are kept."""
+"""SQL for alerts: evaluates the rules, and stores what fires and what is to be delivered."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which function answers which query: each says so itself, where its SQL is."""
+"""Registry of query handlers: which function answers which query."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How what comes after a number of the commit sequence is asked of SQLite."""
+"""SQL for the change feed: what comes after a number of the commit sequence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How each command is said to SQLite, and how a group of them keeps the totals in the same transaction."""
+"""SQL for commands: executes each, and updates the totals in the same transaction."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How an export is copied out of the database, and how SQLite itself makes lines of the copy."""
+"""SQL for exports: copies matching rows out of the database, and formats the copy as lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The full-text index over what runs say of themselves: made, dropped, verified, and asked for."""
+"""The full-text index over the texts of runs: create, drop, verify, query."""
 
 from __future__ import annotations
 

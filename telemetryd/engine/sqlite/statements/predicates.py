@@ -1,4 +1,4 @@
-"""Which index serves which filters, what the filters are in SQL, and which runs a prune or a reap means."""
+"""Turns filters into SQL predicates and picks the index; selects the runs of a prune or a reap."""
 
 from __future__ import annotations
 

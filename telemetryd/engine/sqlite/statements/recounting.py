@@ -1,4 +1,4 @@
-"""Compares the counts with the runs, in slices that each are one short transaction, and corrects them.
+"""Compares the totals with the runs, in slices of one short transaction each, and corrects them.
 
 An hour of runs is the unit: all that is kept of it is compared in the transaction that reads its last slice. What the
 writer itself commits between two slices of an hour is told to the `Tally`, as far as the slices have come.

@@ -1,4 +1,4 @@
-"""How a follower's database takes over the changes of the one that it follows."""
+"""SQL for replication: applies the primary's changes to a follower's database."""
 
 from __future__ import annotations
 

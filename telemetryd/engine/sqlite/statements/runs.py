@@ -1,4 +1,4 @@
-"""How each query is said to SQLite, and what its rows become."""
+"""SQL for queries of runs: builds each statement, and converts its rows to answers."""
 
 from __future__ import annotations
 

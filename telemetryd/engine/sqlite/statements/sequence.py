@@ -1,4 +1,4 @@
-"""The one commit sequence: draws the numbers of a transaction's changes, and writes down what they belong to."""
+"""The commit sequence: assigns numbers to a transaction's changes, and stores what they belong to."""
 
 from __future__ import annotations
 

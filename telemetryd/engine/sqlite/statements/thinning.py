@@ -1,4 +1,4 @@
-"""How runs are deleted, cancelled and failed: in slices bounded in runs, bytes and time."""
+"""Deletes, cancels and fails runs in slices bounded in runs, bytes and time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the counts of runs follow what a group of commands changes: by agent, minute, hour and day."""
+"""Maintains the counts of runs by agent, minute, hour and day as a group of commands changes them."""
 
 from __future__ import annotations
 

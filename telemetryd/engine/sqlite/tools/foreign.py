@@ -1,4 +1,4 @@
-"""Finds what others have put into a database: what can change or refuse our writes, and what is only worth a note."""
+"""Finds foreign objects in a database: those that can change or reject writes, and harmless ones."""
 
 from __future__ import annotations
 

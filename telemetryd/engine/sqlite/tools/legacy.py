@@ -1,4 +1,4 @@
-"""Brings a database of an older layout to the current schema in one transaction, or says what that would do."""
+"""Migrates a database of an older layout to the current schema in one transaction, or reports what that would do."""
 
 from __future__ import annotations
 

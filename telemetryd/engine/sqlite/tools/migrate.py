@@ -1,4 +1,4 @@
-"""Makes the current schema, step by step, and tells whether a database has it."""
+"""Creates the current schema step by step, and detects whether a database has it."""
 
 from __future__ import annotations
 

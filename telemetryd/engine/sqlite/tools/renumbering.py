@@ -1,4 +1,4 @@
-"""Gives new numbers to what has some that leave no room for others, so that the database can be written to again."""
+"""Renumbers rows whose ids leave no room for new ones, so that the database is writable again."""
 
 from __future__ import annotations
 

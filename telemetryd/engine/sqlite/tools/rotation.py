@@ -1,4 +1,4 @@
-"""Keeps the newest backups of a folder: by the numbers that they bear inside, because clocks and names may lie."""
+"""Keeps the newest backups of a folder, ordered by the numbers inside them, not by clocks or names."""
 
 from __future__ import annotations
 
