@@ -156,7 +156,7 @@ async def _show_life(notifier: Notifier, store: Store) -> None:
     while True:
         health = store.health()
         if health.idle or health.groups != groups:
-            # A problem of the disk is none that a restart would mend.
+            # A problem of the disk is none that a restart would fix.
             notifier.send(WATCHDOG=1, STATUS=health.problem or f"Serving, {health.queue_depth} writes waiting")
         else:
             notifier.send(STATUS=health.problem or f"The writer does not get on, {health.queue_depth} writes waiting")

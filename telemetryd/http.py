@@ -237,7 +237,7 @@ async def list_events(request: web.Request) -> web.Response:
     page = await request.app[STORE].fetch(query)
     if page is None:
         raise RunNotFoundError(values.shorten(event_id))
-    # Whoever pages by offset would lose events with a shorter page; a cursor continues after its last one.
+    # Clients that page by offset would lose events with a shorter page; a cursor continues after its last one.
     if page.more and len(page.rows) < query.limit and not query.by_cursor:
         raise InvalidRequestError(
             f"Invalid limit: {query.limit}; that is more than one answer holds: ask for at most {len(page.rows)} at a "

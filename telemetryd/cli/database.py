@@ -327,7 +327,7 @@ def _refuse_in_use(source: Path, database: Path) -> None:
 
 
 @click.command()
-@click.option("--repair", is_flag=True, help="Mend indexes and totals; of a damaged file save what can be read.")
+@click.option("--repair", is_flag=True, help="Fix indexes and totals; of a damaged file save what can be read.")
 @json_flag
 @settings_flags(*DATABASE_SETTINGS)
 def check(repair: bool, as_json: bool, **flags: Any) -> None:
@@ -367,7 +367,7 @@ def check(repair: bool, as_json: bool, **flags: Any) -> None:
 
 
 def _repair(path: Path, drawn: Progress) -> dict[str, Any]:
-    """Mend in place what can be; otherwise save what can be read into a new file."""
+    """Fix in place what can be; otherwise save what can be read into a new file."""
     forget_leftovers(path)
     if not any(finding.severity is checks.Severity.DAMAGE for finding in checks.examine(path, drawn)):
         return {"repaired": checks.repair(path, drawn)}

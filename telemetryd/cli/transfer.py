@@ -238,7 +238,7 @@ def import_(
 
     NDJSON (with events, if it has them) and CSV, plain, gzip or Zstandard, and Parquet; what a file is, its first bytes
     tell. - is standard input. Runs that are known by their event_id stay as they are, so a file may be imported again.
-    Each run that is refused is told with its line, and costs the others nothing.
+    Each run that is refused is reported with its line, and costs the others nothing.
 
     \b
     Examples:

@@ -33,9 +33,9 @@ from telemetryd.client.lines import (
     after_of,
     encode,
     event_id_of,
-    mend,
     plan,
     read_object,
+    repair,
     said,
 )
 from telemetryd.client.transport import Answer, UnreachableError, is_addressable, run_path
@@ -198,7 +198,7 @@ class Delivery:
         requests: what sends a request.
         bury: takes the lines that the daemon refuses for good.
         counters: where is counted what becomes of lines.
-        aside: takes the lines that do not come through to the daemon; without it they are told as refused.
+        aside: takes the lines that do not come through to the daemon; without it they are reported as refused.
 
     """
 
@@ -335,7 +335,7 @@ class Delivery:
         if item.changes:  # is it the start that is wrong, or what was said later?
             start, *later = item.lines
             return [_Runs([RunItem(start, [start])]), *_updates(item.event_id, later)]
-        whole = mend(item.body) if read_object(item.body) is None else None
+        whole = repair(item.body) if read_object(item.body) is None else None
         if whole is None:
             parcel.refuse(item.lines, status, reason)
             return []

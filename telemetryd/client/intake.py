@@ -1,6 +1,6 @@
 """Validates and converts what an agent records; keeps the values that the daemon would reject.
 
-One wrong field never costs a run: it is left out, the log tells, and context_json has the value, shortened, under
+One wrong field never costs a run: it is left out, the log says so, and context_json has the value, shortened, under
 `telemetryd.rejected`. A run needs an agent, a job, a start and ids: what is wrong of those is made good, and kept
 there as well.
 """

@@ -68,7 +68,7 @@ def _clean(value: Any) -> Any:
 # --- Reading -------------------------------------------------------------------------------------
 
 
-def mend(line: bytes) -> bytes | None:
+def repair(line: bytes) -> bytes | None:
     """Return the whole line that stands after a torn one, or None.
 
     A write that the disk cut short leaves half a line without a newline, and the next line of another thread

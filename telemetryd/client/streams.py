@@ -125,7 +125,7 @@ class Stream:
         try:
             for number in stream._numbers or ():
                 stream._close_left(number)
-            with contextlib.suppress(OSError):  # whoever reads the file is told
+            with contextlib.suppress(OSError):  # the reader of the file reports it
                 stream._open()  # which corrects a place where no line can begin
         except OSError:
             stream.forget()  # somebody else may get on with it
@@ -260,7 +260,7 @@ class Stream:
             LostError: if somebody else has taken it since.
 
         """
-        assert self._lock is not None  # noqa: S101 - nobody sends what he does not own
+        assert self._lock is not None  # noqa: S101 - nobody sends what it does not own
         if not self._lock.is_ours():
             lock = _lock(self.folder, self.name)
             if lock is None:

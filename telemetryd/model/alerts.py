@@ -243,7 +243,7 @@ def stale(rule: Stale, agent: str, running: Running) -> Finding:
 def regressions(
     rule: Regression, pair: tuple[str, str], commits: Sequence[Sequence[Run]], fired: Iterable[Firing], now: datetime
 ) -> Iterator[Finding]:
-    """Find the commits that made a job type of an agent worse; one that fires goes on until it is mended or too old.
+    """Find the commits that made a job type of an agent worse; one that fires goes on until it is fixed or too old.
 
     While one fires, others are looked for among the runs since it only: chance may make its neighbour likelier.
 

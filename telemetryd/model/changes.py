@@ -25,7 +25,7 @@ PAGE_BYTES: Final = 8 * 1024 * 1024
 """About how much of runs, and as much again of events, one answer may hold; the rest comes with the next one."""
 
 BEGINNING: Final = -(2**63)
-"""After no number: where whoever wants everything begins."""
+"""After no number: where a client that wants everything begins."""
 
 _PLACE: Final = re.compile(r"(?:([0-9a-f]{12})-)?([0-9]{1,19})", re.ASCII)
 _ANY_PLACE: Final = f"an integer from 0 to {MAX_INTEGER}, or the id of an event of the stream"
@@ -50,7 +50,7 @@ class ListChanges(Query["Changes"]):
     after: int = BEGINNING
     limit: int = DEFAULT_LIMIT
     filters: tuple[Filters, ...] = ()
-    """For each of these the answer tells which of the runs match."""
+    """For each of these the answer says which of the runs match."""
     events_after: int | None = None
     """After which id events are wanted, if any are."""
     most_bytes: int = PAGE_BYTES
@@ -78,7 +78,7 @@ class Changes:
     events: list[Row] | None = None
     """If events are wanted, those after the id in their order: the run's id, and what is in `events.COLUMNS`.
 
-    They come with the page that has the last change there is, so that whoever gets one knows its run.
+    They come with the page that has the last change there is, so that a client that gets one knows its run.
     """
     more_events: bool = False
 
@@ -88,7 +88,7 @@ class Changes:
         return self.last < self.newest or self.more_events
 
     def check(self, after: Place, begun: int | None) -> None:
-        """See that whoever asked from a place, and began at another one, has learnt of every deletion.
+        """See that a client that asked from a place, and began at another one, has learnt of every deletion.
 
         Raises:
             CursorGoneError: if not, or if this is not the database that gave the place.
@@ -153,7 +153,7 @@ AFTER: Final = Parameter(
 )
 BEGUN: Final = integer(
     "begun",
-    "Of whoever began without after: the newest of the first answer. Deletions before it do not matter then.",
+    "For clients that began without after: the newest of the first answer. Deletions before it do not matter then.",
 )
 EVENTS_AFTER: Final = integer(
     "events_after", "Also answer the events of runs whose id is larger, in its order: 0 for all of them."

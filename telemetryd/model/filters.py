@@ -283,7 +283,7 @@ PARAMETERS: Final[tuple[Parameter[Any], ...]] = (
     METRIC_PARAMETER,
     WORDS,
 )
-"""Every parameter that is a filter, in the order in which faults are told."""
+"""Every parameter that is a filter, in the order in which errors are reported."""
 
 
 def read_filters(given: Given) -> Filters:

@@ -59,7 +59,7 @@ class Order:
 
 
 class Count(StrEnum):
-    """How the number of matching runs is told."""
+    """How the number of matching runs is reported."""
 
     EXACT = "exact"
     """Counted, however long it takes, within the deadline of a query."""
@@ -90,7 +90,7 @@ class ListRuns(Query["Page"]):
     fields: tuple[str, ...] = ()
     """The fields that are answered; none means all."""
     count: Count | None = None
-    """Whether the answer tells how many runs match."""
+    """Whether the answer says how many runs match."""
 
     @property
     def columns(self) -> tuple[str, ...]:

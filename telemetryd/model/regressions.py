@@ -37,7 +37,7 @@ PARTS: Final = 3
 ALERT_ALPHA: Final = 0.001
 """How unlikely a finding must be to raise an alert: alerts look again and again, and each look may err."""
 MEND_ALPHA: Final = 0.5
-"""How unlikely by chance a mend must be to keep a commit from being told: hardly, so that none is told anew."""
+"""How unlikely by chance a fix must be to keep a commit from being told: hardly, so that none is told anew."""
 SHOWN: Final = 5
 """How many runs a finding names."""
 
@@ -261,7 +261,7 @@ def lasts(
     *,
     alpha: float = ALPHA,
 ) -> bool:
-    """Tell whether a commit is still not mended: whether at no change since it half of the difference was made good.
+    """Tell whether a commit is still not fixed: whether at no change since it half of the difference was made good.
 
     Args:
         measure: In which the commit was found to be bad.

@@ -131,7 +131,7 @@ class Certificates:
         try:
             pidfd = processes.hold(pid, start_time)
         except NotVisibleError as error:
-            # Whoever may write runs need not be on this machine, and must not list its processes; the log tells more.
+            # Who may write runs need not be on this machine, and must not list its processes; see the log.
             raise NotWatchedError(f"No process {pid} that started at {start_time} can be watched here") from error
         cgroup = processes.cgroup(pid)
         process = Process(

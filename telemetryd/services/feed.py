@@ -32,7 +32,7 @@ HELD_BYTES: Final = 64 * 1024 * 1024
 """What waits for all tails together at most; beyond it, those who take nothing give it up."""
 
 BEHIND: Final = 50_000
-"""A tail that is more changes behind than this is told how many it missed, and goes on from now."""
+"""A tail that is more changes behind than this gets the number it missed, and goes on from now."""
 
 _PAGE: Final = 250
 _LEAST_PAGE_BYTES: Final = 256 * 1024
@@ -57,7 +57,7 @@ class Feed:
         self.closed = False
         self.held = Held()
         self.encoding = asyncio.Lock()
-        """Held by whoever has frames in hand that wait for no tail yet."""
+        """Held by the task that has frames in hand that wait for no tail yet."""
         self.metrics = metrics
         metrics.watch_tails(lambda: len(self.tails))
         store.on_commit(self._wake)
@@ -185,7 +185,7 @@ class Lane:
             return await self._fetch(ListChanges(after, _PAGE, filters))
 
     async def catch_up(self, tail: Tail) -> bytes:
-        """Let the next page from the database wait for a tail that is behind; return what it is to be told instead.
+        """Let the next page from the database wait for a tail that is behind; return what it gets instead.
 
         Raises:
             UnavailableError: if the database cannot be read now.

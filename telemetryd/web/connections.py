@@ -139,7 +139,7 @@ class _Protocol(RequestHandler):
             cast(asyncio.Transport, transport).abort()
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        """End what only the client wanted to know; a write goes on, for it is told to whoever asks later."""
+        """End what only the client wanted to know; a write goes on, for later requests get its result."""
         super().connection_lost(exc)
         self._server.held.note(self, 0)
         if self._answering is not None:
@@ -194,7 +194,7 @@ class _Protocol(RequestHandler):
         ):
             return await super().finish_response(request, resp, start_time)
         resp.body = self._answer = _Pieces(bytes(body))
-        del body  # whoever does not read it would keep it here
+        del body  # a handler that does not read it would keep it here
         self._server.bound_unread()
         try:
             return await super().finish_response(request, resp, start_time)

@@ -91,7 +91,7 @@ _ERROR_TEXTS: Final = {
     415: "The media type or the content coding is not known.",
     422: "The body is wrong; every fault is listed.",
     429: "Too many requests from this address; see Retry-After.",
-    500: "Unexpected; the log tells more under the request id.",
+    500: "Unexpected; the log says more under the request id.",
     503: "Not now; repeat the same request after Retry-After seconds.",
 }
 _RETRY_AFTER: Final = {"Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer"}}}

@@ -85,7 +85,7 @@ LIST_RUNS: Final = Operation(
 STREAM_RUNS: Final = Operation(
     "Follow the runs",
     "Server-sent events: `run` with each run that is created or changed, after its commit, as one answers it; "
-    "`missed` with the number of changes that were left out because the client was too slow. Whoever comes "
+    "`missed` with the number of changes that were left out because the client was too slow. A client that comes "
     "back with the last id goes on there, also after a restart of the daemon.",
     parameters=changes.STREAM,
     other_parameters=(LAST_EVENT_ID,),

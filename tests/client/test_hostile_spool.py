@@ -16,7 +16,7 @@ from telemetryd.client import Client, streams
 from telemetryd.client.bounds import Bounds, enforce
 from telemetryd.client.dead_letters import DEAD_LETTERS, bury
 from telemetryd.client.folder import entries, waiting
-from telemetryd.client.lines import after_of, dead_letter, mend
+from telemetryd.client.lines import after_of, dead_letter, repair
 from telemetryd.client.streams import Stream, is_sent
 from tests.client.conftest import MakeClient, flushed, url_of
 from tests.client.test_spool import drain
@@ -221,7 +221,7 @@ def test_a_line_without_end_is_read_in_bounded_pieces(full: Path, monkeypatch: p
 
 def test_a_line_of_many_beginnings_is_mended_in_bounded_time() -> None:
     began = time.thread_time()
-    assert mend(b'{"op":"' * 300_000) is None
+    assert repair(b'{"op":"' * 300_000) is None
     assert time.thread_time() - began < 5
 
 

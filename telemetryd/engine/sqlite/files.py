@@ -121,7 +121,7 @@ def refuse_hard_links(path: Path) -> None:
     """
     try:
         status = path.stat()
-    except OSError:  # whoever opens it will say so
+    except OSError:  # opening it will report that
         return
     if status.st_nlink > 1 and stat.S_ISREG(status.st_mode):
         raise DatabaseError(

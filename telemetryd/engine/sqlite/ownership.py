@@ -246,7 +246,7 @@ class _OwnFile:
         if create:
             create_privately(self._path)
         try:
-            if not self._path.is_file():  # whoever wants to use it will say what it is
+            if not self._path.is_file():  # opening it will report what it is
                 return
             file = _take_writable(self._path)
         except FileNotFoundError:

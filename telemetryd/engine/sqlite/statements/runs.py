@@ -253,7 +253,7 @@ def fetch_page(connection: sqlite3.Connection, query: ListRuns) -> Page:
     """Fetch one page of runs.
 
     Raises:
-        InvalidRequestError: if they hold more than `PAGE_BYTES`. A shorter page would lose runs to whoever pages
+        InvalidRequestError: if they hold more than `PAGE_BYTES`. A shorter page would lose runs to clients that page
             by offset.
 
     """
