@@ -415,7 +415,7 @@ async def get_openapi(request: web.Request) -> web.Response:
     return web.Response(body=request.app[DOCUMENT], content_type="application/json")
 
 
-# --- The routes, which are also what the OpenAPI document tells ----------------------------------
+# --- The routes, which are also what the OpenAPI document lists ----------------------------------
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,7 +69,7 @@ class Daemon:
     async def stream(
         self, parameters: Mapping[str, str], on_loss: Callable[[str], None]
     ) -> AsyncGenerator[Message, None]:
-        """Yield the messages of the stream for ever; `on_loss` is told why it was cut off.
+        """Yield the messages of the stream for ever; `on_loss` gets the reason of a disconnect.
 
         Raises:
             DaemonRefusedError: if it is refused.

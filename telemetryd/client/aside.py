@@ -54,7 +54,7 @@ class Aside:
         self._looked_at = float("-inf")
         self._took_s = 0.0
         self._changed_ns = -1
-        """When the folder had last changed at the last look; while that is so, another look tells nothing new."""
+        """When the folder had last changed at the last look; while that is so, another look finds nothing new."""
         self._own: set[str] = set()
         """Whose lines this process has set aside."""
         self._pauses: dict[str, tuple[float, float]] = {}

@@ -323,7 +323,7 @@ class Delivery:
         for index, reason in rejected.items():
             more += self._reject_run(parcel, step.items[index], 422, reason)
         if told.duplicates:
-            # Which ones were known is not told, and a known run stays as it is: so say the changes of all of them.
+            # Which ones were known is not reported, and a known run stays as it is: so say the changes of all of them.
             more += [
                 _Update(item.event_id, item.changes, [])
                 for index, item in enumerate(step.items)

@@ -17,7 +17,7 @@ class LostError(OSError):
 
 
 class Descriptor:
-    """An open file or socket, and what tells it from all others: its device and its inode."""
+    """An open file or socket, and what identifies it: its device and its inode."""
 
     __slots__ = ("_device", "_inode", "_named", "number")
 

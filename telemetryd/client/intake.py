@@ -38,7 +38,7 @@ OF_THE_SERVER: Final = frozenset({"id", "updated_at", "commit_url", "repo_url"})
 
 Json = dict[str, Any]
 Complain = Callable[[str, str], None]
-"""Is told which field was left out, and why."""
+"""Gets the field that was left out, and why."""
 
 
 class WrongValueError(Exception):
@@ -253,7 +253,7 @@ class Intake:
         return shortened(text) if text is not None and text.strip() else otherwise()
 
     def required(self, field: str, value: object) -> str:
-        """Return the agent's or the job's name; what is missing is told like what is wrong."""
+        """Return the agent's or the job's name; what is missing is reported like what is wrong."""
         if _is_usual(value):
             return cast("str", value)
         if value is None:

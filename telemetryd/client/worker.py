@@ -112,7 +112,7 @@ class Worker:
         """Whether this is a forked process, into which the fork has copied the thread, as it does with green ones."""
 
     def work(self) -> None:
-        """Work until told to stop."""
+        """Work until asked to stop."""
         try:
             while not self._has_to_end():
                 may_send = self._wait()

@@ -118,7 +118,7 @@ class Evaluation:
 
     now: datetime
     found: Mapping[str, tuple[Finding, ...] | str]
-    """By rule; or a sentence that says why that cannot be told, and then nothing changes."""
+    """By rule; or a sentence that says why that is unknown, and then nothing changes."""
     firing: tuple[Firing, ...]
     seq: int
     """Where the commit sequence stood, and in which epoch."""
@@ -391,7 +391,7 @@ class RuleState(TypedDict):
     problem: Annotated[str | None, Field(description="Why it cannot be evaluated now.")]
     webhooks: list[str]
     firing: list[FiringAnswer]
-    more: Annotated[Number, Field(description="For how many it fires besides; they are counted, not told one by one.")]
+    more: Annotated[Number, Field(description="For how many it fires besides; they are counted, not listed.")]
 
 
 class WebhookState(TypedDict):

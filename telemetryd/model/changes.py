@@ -147,7 +147,7 @@ def _read_place(name: str, value: str, now: datetime | None = None) -> Place:
 AFTER: Final = Parameter(
     "after",
     "Continue after this number of the commit sequence; with the epoch before it (as in the id of an event) the answer "
-    "tells if the database is another one since.",
+    "says if the database is another one since.",
     {"type": "string", "pattern": r"^([0-9a-f]{12}-)?[0-9]{1,18}$"},
     _read_place,
 )

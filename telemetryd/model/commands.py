@@ -280,7 +280,7 @@ class Applied:
 
 @dataclass(frozen=True, slots=True)
 class AlertChange:
-    """That a rule began to fire for a subject, or ceased, and the message that tells of it."""
+    """That a rule began to fire for a subject, or ceased, and the message that reports it."""
 
     id: str
     rule: str

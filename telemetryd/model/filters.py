@@ -86,7 +86,7 @@ class Filters:
         return bool(self.min_duration_ms is not None or self.error is not None or self.metrics or self.words)
 
     def lets_through(self, *fields: str) -> Callable[..., bool]:
-        """Return what tells whether the values of these fields, in their order, are meant; other filters do not count.
+        """Return a predicate: whether the values of these fields, in order, are meant; other filters do not count.
 
         Names are the agents' own, so patterns are matched in linear time: a regular expression could take for ever.
         """

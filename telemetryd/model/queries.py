@@ -78,7 +78,7 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class ListRuns(Query["Page"]):
-    """Runs that match every filter; newest first unless told otherwise."""
+    """Runs that match every filter; newest first by default."""
 
     filters: Filters = field(default_factory=Filters)
     limit: int = DEFAULT_LIMIT
@@ -126,7 +126,7 @@ class ListRuns(Query["Page"]):
         """Return the relative address of the page that follows the one which ended at `last`."""
         page = {**self.parameters(), "cursor": self.cursor(last)}
         page.pop("offset", None)
-        page.pop("count", None)  # the first page has told it
+        page.pop("count", None)  # the first page has reported it
         return f"{path}?{urlencode(page)}"
 
     def _fingerprint(self) -> str:
@@ -247,7 +247,7 @@ class ListEvents(Query[EventPage | None]):
     after: EventPlace | None = None
     """After which event, in that order, the page begins."""
     by_cursor: bool = False
-    """Whether the next page is told by a cursor, so that this one may be shorter than asked for."""
+    """Whether the next page is addressed by a cursor, so that this one may be shorter than asked for."""
 
     def next_page(self, path: str, place: EventPlace) -> str:
         """Return the path and query of the page that follows the one whose last event is at a place."""

@@ -57,7 +57,7 @@ class Outbox:
     Args:
         store: where they wait.
         webhook: whom they are for.
-        clock: tells which are too old.
+        clock: decides which are too old.
         pace: how long to rest.
         given_up: called with how many were given up.
 

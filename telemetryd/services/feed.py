@@ -349,7 +349,7 @@ class Tail:
         self.position = first.seq
 
     async def begin(self) -> bytes:
-        """Find the place to begin at; return what tells it, so that who is cut off at once knows where to go on.
+        """Find the place to begin at; return its frame, so that a client that is cut off at once knows where to resume.
 
         Raises:
             UnavailableError: if the database cannot be read now.

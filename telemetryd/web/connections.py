@@ -233,7 +233,7 @@ _MALFORMED: Final = {
     400: "The request is not valid HTTP/1.1",
     431: f"The head of the request is too large: it may have {HEAD_BYTES} bytes",
 }
-"""What is told of a request that never became one, by its status; the parser's own text may echo the input."""
+"""What is answered to a request that never became one, by its status; the parser's own text may echo the input."""
 
 
 class _Server(web.Server):

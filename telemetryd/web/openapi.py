@@ -60,7 +60,7 @@ def ref(name: str) -> Schema:
 
 
 def obj(properties: dict[str, Schema], required: Iterable[str] | None = None) -> Schema:
-    """Return the schema of an object; every property is required unless told otherwise."""
+    """Return the schema of an object; every property is required by default."""
     return {
         "type": "object",
         "properties": properties,

@@ -236,7 +236,7 @@ def refuse_strange_side_files(path: Path) -> None:
     for side in (sidecar_path(path, suffix) for suffix in SIDE_FILES):
         try:
             mode = side.lstat().st_mode
-        except OSError:  # nothing is there, or what is wrong with the folder will be told of the database itself
+        except OSError:  # nothing is there, or what is wrong with the folder will be reported of the database itself
             continue
         if not stat.S_ISREG(mode):
             what = next((name for is_it, name in _STRANGE if is_it(mode)), "device")

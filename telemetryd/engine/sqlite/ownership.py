@@ -32,7 +32,7 @@ _SPARE_BYTES: Final = 64 * 1024
 _SETTLED: Final = "user.telemetryd.settled"
 """The extended attribute in which the size and the time of a file stand as its last owner left it."""
 _OPENED: Final = "user.telemetryd.opened"
-"""The extended attribute that tells by which name the owner of a file has it open; after a crash it still stands."""
+"""The extended attribute that records by which name the owner of a file has it open; after a crash it still stands."""
 _UNSEEN: Final = "a process that cannot be seen from here, as in another container"
 
 

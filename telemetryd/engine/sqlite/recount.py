@@ -73,7 +73,7 @@ class Recount:
 
     Args:
         check: raises DatabaseError if the database cannot be served as it is now.
-        clock: tells the time.
+        clock: returns the time.
 
     """
 

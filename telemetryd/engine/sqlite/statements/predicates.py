@@ -157,7 +157,7 @@ class Walk:
     source: str
     """What stands after FROM, with the conditions."""
     moment: str
-    """The column, or name, that tells from when the age of these runs counts."""
+    """The column, or name, that says from when the age of these runs counts."""
 
     @property
     def in_order(self) -> str:

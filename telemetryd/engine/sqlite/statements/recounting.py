@@ -1,7 +1,7 @@
 """Compares the totals with the runs, in slices of one short transaction each, and corrects them.
 
 An hour of runs is the unit: all that is kept of it is compared in the transaction that reads its last slice. What the
-writer itself commits between two slices of an hour is told to the `Tally`, as far as the slices have come.
+writer itself commits between two slices of an hour is reported to the `Tally`, as far as the slices have come.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class Tally:
 
     @property
     def is_counting(self) -> bool:
-        """Whether it has to be told of runs."""
+        """Whether runs have to be reported to it."""
         return self._hour is not None
 
     def begin(self, hour: str) -> None:
@@ -176,7 +176,7 @@ def compare(connection: sqlite3.Connection, tally: Tally, disturbed: Callable[[]
 
     Args:
         connection: the write connection.
-        tally: is told of whatever is committed between two steps.
+        tally: gets whatever is committed between two steps.
         disturbed: how many commits of others were noticed; after one of them, an hour is counted anew.
 
     """

@@ -491,7 +491,7 @@ def _separate_equal_event_ids(connection: sqlite3.Connection, tally: Tally) -> N
 
 
 def _keep_log(connection: sqlite3.Connection) -> None:
-    """Keep what the old schema_migrations told, whatever its columns were, and drop it."""
+    """Keep what the old schema_migrations said, whatever its columns were, and drop it."""
     columns = [column.name for column in _columns(connection, _OLD_LOG)]
     if not columns:
         return
