@@ -132,7 +132,7 @@ def _total(probe: Probe) -> int:
 @click.option("--rounds", default=3, show_default=True, help="Rounds, of which the median counts.")
 @click.option("--memory-seconds", default=60.0, show_default=True, help="How long the daemon is down.")
 def main(events: int, rounds: int, memory_seconds: float) -> None:
-    r"""Measure the client on this machine, with the daemon beside it.
+    r"""Measure the client on this machine, with the daemon next to it.
 
     \b
     Examples:

@@ -20,7 +20,7 @@ from bench.wrk import require_wrk
 
 _TICK_S: Final = 1 / os.sysconf("SC_CLK_TCK")
 _USER, _SYSTEM = 11, 12
-"""Where both stand behind the name in /proc/PID/task/TID/stat (proc(5))."""
+"""Where both stand after the name in /proc/PID/task/TID/stat (proc(5))."""
 
 
 def _seconds_by_thread(pid: int) -> dict[int, tuple[float, float]]:

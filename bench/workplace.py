@@ -103,7 +103,7 @@ class Workplace:
     def serving(
         self, contender: Contender, database: Path, variables: Mapping[str, str] | None = None
     ) -> Iterator[Server]:
-        """Run a contender for the length of a block. Its log is a file beside the database."""
+        """Run a contender for the length of a block. Its log is a file next to the database."""
         server = self._start(contender, database, variables or {})
         try:
             yield server

@@ -206,7 +206,7 @@ class TelemetryClient:
         """Cancel the agent's runs that have been running for so long without a change; return how many.
 
         This is the flow of the deployment guide: query, then PATCH each. Runs that this process has begun are left
-        alone. If the daemon cannot be reached, nothing is done and the log tells.
+        alone. If the daemon cannot be reached, nothing is done and the log says so.
         """
         from telemetryd.client.answers import shown  # noqa: PLC0415
         from telemetryd.client.transport import Transport, UnreachableError, run_path  # noqa: PLC0415

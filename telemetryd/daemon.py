@@ -1,4 +1,4 @@
-"""Brings the parts up in order, serves until it is told to stop, and takes them down in reverse."""
+"""Starts the daemon's parts in order, serves until it is asked to stop, and stops them in reverse order."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ async def _show_life(notifier: Notifier, store: Store) -> None:
     while True:
         health = store.health()
         if health.idle or health.groups != groups:
-            # A problem of the disk is none that a restart would mend.
+            # A problem of the disk is none that a restart would fix.
             notifier.send(WATCHDOG=1, STATUS=health.problem or f"Serving, {health.queue_depth} writes waiting")
         else:
             notifier.send(STATUS=health.problem or f"The writer does not get on, {health.queue_depth} writes waiting")
@@ -164,7 +164,7 @@ async def _show_life(notifier: Notifier, store: Store) -> None:
 
 
 async def _leave_after(stop: asyncio.Event) -> None:
-    """End a start that is told to stop and does not come to its end: SQLite may wait long for somebody else's lock."""
+    """End a start that is asked to stop and does not come to its end: SQLite may wait long for somebody else's lock."""
     await stop.wait()
     await asyncio.sleep(_LONGEST_START_S)
     print("telemetryd: stopped before it served", file=sys.stderr, flush=True)  # noqa: T201

@@ -85,9 +85,9 @@ class RunNotFoundError(TelemetrydError):
 
 
 class CursorGoneError(TelemetrydError):
-    """Raised for a place behind which not everything is known any more; its text says why."""
+    """Raised for a place after which not everything is known any more; its text says why."""
 
-    message = "What lies behind this place is not known any more. Begin again."
+    message = "What comes after this place is not known any more. Begin again."
     error_type = "CursorGoneError"
 
 

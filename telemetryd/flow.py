@@ -1,4 +1,4 @@
-"""Tells writers how many rows to send at once and how long to pause, so that commits stay within a target latency."""
+"""Flow control: advises writers on batch size and pauses, so that commits stay within a target latency."""
 
 from __future__ import annotations
 

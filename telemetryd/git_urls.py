@@ -1,4 +1,4 @@
-"""What is kept of a repository's address, and which pages of it a browser can open; the client uses this as well."""
+"""Git URLs: removes credentials from an address, and derives links that a browser can open."""
 
 from __future__ import annotations
 

@@ -138,7 +138,7 @@ async def get_run(request: web.Request) -> web.Response:
     """Answer one run, with its first events if they are asked for."""
     with_events = queries.parse_include(request.rel_url.raw_query_string)
     run, page = await _stored_run(request, events.MAX_EVENTS if with_events else 0)
-    return json_response(run | events.beside(page) if with_events else run)
+    return json_response(run | events.page_fields(page) if with_events else run)
 
 
 async def update_run(request: web.Request) -> web.Response:
@@ -237,7 +237,7 @@ async def list_events(request: web.Request) -> web.Response:
     page = await request.app[STORE].fetch(query)
     if page is None:
         raise RunNotFoundError(values.shorten(event_id))
-    # Whoever pages by offset would lose events with a shorter page; a cursor goes on behind its last one.
+    # Clients that page by offset would lose events with a shorter page; a cursor continues after its last one.
     if page.more and len(page.rows) < query.limit and not query.by_cursor:
         raise InvalidRequestError(
             f"Invalid limit: {query.limit}; that is more than one answer holds: ask for at most {len(page.rows)} at a "
@@ -415,7 +415,7 @@ async def get_openapi(request: web.Request) -> web.Response:
     return web.Response(body=request.app[DOCUMENT], content_type="application/json")
 
 
-# --- The routes, which are also what the OpenAPI document tells ----------------------------------
+# --- The routes, which are also what the OpenAPI document lists ----------------------------------
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,7 +43,7 @@ CLIENT_VARIABLES: Final = frozenset(
         "TELEMETRY_TIMEOUT_S",
     }
 )
-"""Variables of the same family that belong to the agents' side and may be set beside ours."""
+"""Variables of the same family that belong to the agents' side and may be set next to ours."""
 
 _REPLACED: Final = {
     "TELEMETRY_RETENTION_DAYS": "TELEMETRY_RETENTION_DAYS has no effect, as in 3.x: nothing is deleted by itself. To "

@@ -1,4 +1,4 @@
-"""The only door to the data: submit a command, fetch the answer to a query, tell the health, close."""
+"""Access to the data: submit commands, answer queries, report health, close."""
 
 from __future__ import annotations
 

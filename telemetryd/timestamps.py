@@ -1,4 +1,4 @@
-"""The one form in which moments are stored, and the forms of a date and a time that it is made from; the client too."""
+"""Parses dates and times, and formats them in the one stored form; the client uses it as well."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One queue, one task, one write connection: group what waits, commit it, tell each caller its own outcome."""
+"""The single writer: groups queued commands, commits each group, and reports to each caller its own outcome."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ class Writer:
     def problem(self) -> str | None:
         """Why writes are not taken, or not stored: `failure`, or the failure of the last group.
 
-        A failure is told for a minute at most, or nobody might dare to try again.
+        A failure is reported for a minute at most, or nobody might dare to try again.
         """
         if self.failure is None and self._problem is not None:
             text, since = self._problem

@@ -452,9 +452,9 @@ def test_a_bad_commit_is_told_once_however_its_runs_come(seed: int) -> None:
         told += [(number, "firing") for _ in after - before] + [(number, "resolved") for _ in before - after]
         fired = now_fired
     assert [state for _, state in told] == ["firing", "resolved"]
-    (broke, _), (mended, _) = told
+    (broke, _), (fixed, _) = told
     assert 200 < broke <= 250
-    assert 300 < mended <= 350
+    assert 300 < fixed <= 350
 
 
 # With seeds 112, 159 and 273 some look finds what chance alone gives in 1 of 100.
@@ -487,13 +487,13 @@ def test_each_bad_commit_is_an_alert_of_its_own() -> None:
     blocks.append((10, 50))  # another one makes it still worse
     commits, fired = named(blocks, fired)
     assert commits == [COMMIT(1), COMMIT(2)]
-    blocks.append((40, 20))  # the second is mended, the first is not
+    blocks.append((40, 20))  # the second is fixed, the first is not
     commits, fired = named(blocks, fired)
     assert commits == [COMMIT(1)]
     blocks.append((60, 0))
     commits, fired = named(blocks, fired)
     assert commits == []
-    blocks.append((20, 40))  # a mended one does not come back with the next
+    blocks.append((20, 40))  # a fixed one does not come back with the next
     commits, fired = named(blocks, fired)
     assert commits == [COMMIT(5)]
     assert named(blocks, [])[0] == [COMMIT(5)]

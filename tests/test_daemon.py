@@ -96,7 +96,7 @@ def test_a_signal_under_load_loses_nothing(start_daemon: StartDaemon, number: in
     load.join()
     assert status == 0
     assert errors == ""
-    # checkpointed and closed: nothing is left beside the file but its lock
+    # checkpointed and closed: nothing is left next to the file but its lock
     assert {path.name for path in daemon.folder.iterdir()} == {"telemetry.sqlite", "telemetry.sqlite.lock"}
     found = stored(daemon.database)
     assert set(load.acknowledged) <= found <= {*load.acknowledged, *load.unanswered}

@@ -178,7 +178,7 @@ async def test_a_page_of_large_events_is_bounded(make_api: MakeApi, monkeypatch:
     assert refused == {"detail": "Invalid limit: 100; that is more than one answer holds: ask for at most 10 at a time"}
     pages = [await api.get(f"{path}/events", params={"limit": 10, "offset": offset}) for offset in (0, 10)]
     assert [event["event_key"] for page in pages for event in page] == [str(n) for n in range(12)]
-    for sort in ("timestamp", "-timestamp"):  # whose pages go on behind their last event, however many there are
+    for sort in ("timestamp", "-timestamp"):  # whose pages continue after their last event, however many there are
         pages = await event_pages(api, f"{path}/events?sort={sort}")
         assert [len(page) for page in pages] == [10, 2]
         assert len({event["event_key"] for page in pages for event in page}) == 12

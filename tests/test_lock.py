@@ -79,8 +79,8 @@ def test_an_advisory_fails_the_audit_and_names_what_mends_it() -> None:
     assert audit.report(packages) == (
         1,
         [
-            "audit: b 2.0: PYSEC-1, mended in 2.1",
-            "audit: c 3.0: PYSEC-2, mended in no version yet",
+            "audit: b 2.0: PYSEC-1, fixed in 2.1",
+            "audit: c 3.0: PYSEC-2, fixed in no version yet",
             "audit: 3 packages audited, 2 advisories",
         ],
     )

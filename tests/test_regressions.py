@@ -209,7 +209,7 @@ RUNS = st.lists(
 
 @given(RUNS, st.randoms(use_true_random=False))
 def test_the_order_in_which_runs_come_does_not_matter(runs: list[Run], random: Random) -> None:
-    # A commit that breaks everything is put behind them, so that there is something to find.
+    # A commit that breaks everything is put after them, so that there is something to find.
     runs += [Run(f"z{place}", "99", "z", None, False, 1) for place in range(30)]
     shuffled = random.sample(runs, len(runs))
     assert gather([("a", "j", runs)]) == gather([("a", "j", shuffled)])

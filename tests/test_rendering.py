@@ -74,7 +74,7 @@ def test_every_run_is_rendered_as_it_is_stored(
 
 
 def test_a_page_takes_one_step_and_the_walk_of_its_rows(empty: sqlite3.Connection) -> None:
-    """What makes it quick beside a busy writer; and rendering must not make SQLite sort."""
+    """What makes it quick alongside a busy writer; and rendering must not make SQLite sort."""
     query = ListRuns()
     steps: list[str] = []
     sql, values = select_page(query)

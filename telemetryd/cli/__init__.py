@@ -84,7 +84,7 @@ def _paragraphs(text: str | None) -> str:
 @click.version_option(telemetryd.__version__, message="telemetryd %(version)s")
 def main() -> None:
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by whoever started us; what is opened next must not take its place
+        if getattr(sys, name) is None:  # closed by our parent process; what is opened next must not take its place
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - until the process ends
         stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):  # no text is worth an error, whatever the locale is

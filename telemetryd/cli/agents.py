@@ -115,7 +115,7 @@ def sync(
             whose = "of processes that are alive" if state == "active" else "to be sent"
             click.echo(f"{counted(total['files'], 'file')} {whose}, {size(total['bytes'])} (.{state})")
     if watch and problem is None:
-        return  # stopped as it was meant to be; each refusal was told when it came
+        return  # stopped as it was meant to be; each refusal was reported when it came
     end(problem, counters, f"; see {config.folder / DEAD_LETTERS}")
 
 

@@ -39,7 +39,7 @@ def alerts() -> None:
 @alerts.command(
     help=r"""Evaluate the rules now, and show what would be sent; nothing is stored.
 
-    The database is read beside the daemon that owns it. Exit status 1 if a rule cannot be evaluated, or a test message
+    The database is read next to the daemon that owns it. Exit status 1 if a rule cannot be evaluated, or a test message
     was not confirmed; 2 if the rule file is wrong.
 
     \b

@@ -267,7 +267,7 @@ def refuse_missing(path: Path) -> None:
 @click.command(
     help=r"""Put a backup in the database's place.
 
-    The backup, also a compressed one, is verified first, and the old file is kept beside it. A running daemon must be
+    The backup, also a compressed one, is verified first, and the old file is kept next to it. A running daemon must be
     stopped before.
 
     \b
@@ -371,7 +371,7 @@ def check(repair: bool, as_json: bool, **flags: Any) -> None:
 
 
 def _repair(path: Path, drawn: Progress) -> dict[str, Any]:
-    """Mend in place what can be; otherwise save what can be read into a new file."""
+    """Fix in place what can be; otherwise save what can be read into a new file."""
     forget_leftovers(path)
     if not any(finding.severity is checks.Severity.DAMAGE for finding in checks.examine(path, drawn)):
         return {"repaired": checks.repair(path, drawn)}

@@ -1,4 +1,4 @@
-"""The command that fills a daemon with invented runs, to have something to look at: demo."""
+"""The command that fills a daemon with sample runs: demo."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of runs on their way to the daemon: read in any form, sent in batches, each refusal told with its place."""
+"""Run files on their way to the daemon: parsing in any format, sending in batches, reporting each refusal by line."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ READ_ERRORS: Final = (OSError, EOFError, UnicodeDecodeError, zlib.error, zstd.Zs
 """What reading a file may raise."""
 
 LONGEST_LINE_MIB: Final = 64
-"""Four times what the daemon takes as one request unless told otherwise: a run may be followed by its events."""
+"""Four times what the daemon takes as one request by default: a run may be followed by its events."""
 
 _BYTES_PER_VALUE: Final = 16
 """A line may hold one JSON value for so many bytes of the longest line: decoded, each takes several times as much."""

@@ -1,4 +1,4 @@
-"""What the commands share: flags from the settings, progress bars, printing, and giving up."""
+"""What the commands share: flags from the settings, progress bars, output, exit codes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _kind(name: str) -> Any:
 
 
 def _metavar(name: str) -> str | None:
-    """Say what stands behind a setting's flag; nothing behind a switch."""
+    """Say what stands after a setting's flag; nothing after a switch."""
     kind = _kind(name)
     if kind is bool:
         return None
@@ -56,7 +56,7 @@ def _metavar(name: str) -> str | None:
 
 
 def _complete(name: str) -> Callable[[click.Context, click.Parameter, str], list[CompletionItem]]:
-    """Return what a shell may offer behind a setting's flag: its words, or files."""
+    """Return what a shell may offer after a setting's flag: its words, or files."""
     kind = _kind(name)
 
     def offer(context: click.Context, parameter: click.Parameter, begun: str) -> list[CompletionItem]:

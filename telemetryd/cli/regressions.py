@@ -17,7 +17,7 @@ from telemetryd.ops.logs import printable
     help=r"""Name the commits that made runs fail or take longer.
 
     Runs count by their git_commit_hash, for each agent and job type. A pair in which no commit changes anything gives a
-    finding in at most 1 of 100 looks. The database is read, also beside the daemon that owns it; with --url, --unix or
+    finding in at most 1 of 100 looks. The database is read, also next to the daemon that owns it; with --url, --unix or
     a token the daemon is asked.
 
     \b

@@ -1,4 +1,4 @@
-"""Invents what twenty agents do: the same runs for the same seed, so that there is something to look at."""
+"""Generates sample runs of twenty agents: the same seed gives the same runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command that shows statistics of the runs: stats."""
+"""The command that shows statistics of runs: stats."""
 
 from __future__ import annotations
 

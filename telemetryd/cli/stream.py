@@ -1,4 +1,4 @@
-"""Follows the daemon's stream of runs, and comes back to it where it was, however often it is cut off."""
+"""Subscribes to the daemon's stream of runs and resumes from the last cursor after every disconnect."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Daemon:
     async def stream(
         self, parameters: Mapping[str, str], on_loss: Callable[[str], None]
     ) -> AsyncGenerator[Message, None]:
-        """Yield the messages of the stream for ever; `on_loss` is told why it was cut off.
+        """Yield the messages of the stream for ever; `on_loss` gets the reason of a disconnect.
 
         Raises:
             DaemonRefusedError: if it is refused.

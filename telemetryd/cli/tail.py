@@ -1,4 +1,4 @@
-"""The command that shows the last runs, and those that come: tail."""
+"""The command that shows the latest runs and follows new ones: tail."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where commands are done that a daemon can do, too: by the one that runs, or in the database directly."""
+"""Where a command runs: through the running daemon's API, or directly on the database."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ class Local:
     async def run(self, event_id: str) -> Body | None:
         """Read a run from the database."""
         found = await self._store.fetch(queries.GetRun(event_id, events.MAX_EVENTS))
-        return None if found is None else runs.to_json(found[0]) | events.beside(found[1])
+        return None if found is None else runs.to_json(found[0]) | events.page_fields(found[1])
 
     async def events(self, event_id: str, offset: int) -> list[Body]:
         """Read events from the database."""

@@ -1,4 +1,4 @@
-"""The commands that thin out the runs, and allow that by itself: prune, reap, confirm-clock."""
+"""The commands that prune and reap runs and confirm the clock: prune, reap, confirm-clock."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ async def _prune(settings: Settings, url: str | None, chosen: Body, *, dry_run: 
                 nonlocal versions, is_cut_short
                 if not is_cut_short:
                     versions = next(slices, [])
-                # Behind the last one nothing is chosen any more, so what remains is to return the space.
+                # After the last one nothing is chosen any more, so what remains is to return the space.
                 answer = await one_slice({**chosen, "versions": versions, "limit": len(versions) or requests.SLICE})
                 # Runs with very many events take several turns; `more` then means these runs.
                 is_cut_short = answer["more"] and answer["pruned"] < len(versions)

@@ -1,4 +1,4 @@
-"""Reads what an answer says; each part of it may be missing, of another kind, or absurdly large."""
+"""Parses the daemon's responses; any part may be missing, of the wrong type, or absurdly large."""
 
 from __future__ import annotations
 

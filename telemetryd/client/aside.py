@@ -1,4 +1,4 @@
-"""Sets lines aside that something between here and the daemon does not let through: each run's in a stream of its own.
+"""Sets aside lines that something between client and daemon blocks: one stream for each run.
 
 A proxy that takes 1 MB answers 413 to a larger line. Nobody knows whether the daemon would take it, so it is neither
 sent again and again, with everything waiting for it, nor given up. It becomes the first line of a new stream
@@ -54,7 +54,7 @@ class Aside:
         self._looked_at = float("-inf")
         self._took_s = 0.0
         self._changed_ns = -1
-        """When the folder had last changed at the last look; while that is so, another look tells nothing new."""
+        """When the folder had last changed at the last look; while that is so, another look finds nothing new."""
         self._own: set[str] = set()
         """Whose lines this process has set aside."""
         self._pauses: dict[str, tuple[float, float]] = {}

@@ -1,4 +1,4 @@
-"""Keeps a folder within its bounds: what was sent goes first, then dead letters, then the oldest unsent lines."""
+"""Keeps a folder within size and age limits: sent files go first, then dead letters, then the oldest unsent lines."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Bounds:
 
 
 Dropped = Callable[[Entry, int, str], None]
-"""Is told of each file with lines that were not stored and are given up: the file, its lines, and why."""
+"""Gets each file with lines that were not stored and are given up: the file, its lines, and why."""
 
 
 def enforce(folder: Path, bounds: Bounds, own: Stream | None, dropped: Dropped, now: float | None = None) -> None:
@@ -123,7 +123,7 @@ class Upkeep:
 
     Args:
         config: the folder and its bounds.
-        dropped: is told what was given up.
+        dropped: gets what was given up.
 
     """
 

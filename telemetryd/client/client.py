@@ -65,7 +65,7 @@ class Client:
 
     @classmethod
     def tolerant(cls) -> Self:
-        """Return a client with those variables of the environment that can be used; the log tells of the others.
+        """Return a client with those variables of the environment that can be used; the log reports the others.
 
         Where the address or the token is among the others, nothing is sent, and the spool keeps everything.
         """
@@ -116,7 +116,7 @@ class Client:
 
         Returns:
             the event_id when the run is in the spool; None if it is not, because the disk is full, say: then it is
-            held in memory and sent from there, and the log tells.
+            held in memory and sent from there, and the log says so.
 
         """
         try:

@@ -1,4 +1,4 @@
-"""Log lines of the client that do not flood the agent's log: each kind once a minute, with a count of the others."""
+"""Rate-limits the client's log lines: each kind once a minute, with a count of those left out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run knows of its surroundings without asking: time, host, process, and the run around it."""
+"""The context of a run: time, host, process, parent run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What became of the lines, counted since the client was made."""
+"""Counters of what happened to the client's lines: sent, stored, rejected, dropped."""
 
 from __future__ import annotations
 

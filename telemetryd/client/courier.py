@@ -1,4 +1,4 @@
-"""Carries one stream to the daemon: window after window, each noted as sent only when it has come to its end."""
+"""Sends one stream to the daemon window by window, and marks a window as sent when all of it is done."""
 
 from __future__ import annotations
 

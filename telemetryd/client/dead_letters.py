@@ -1,4 +1,4 @@
-"""Dead letters: the lines that the daemon refuses for good, in a file beside the spool, with the reason."""
+"""Dead letters: lines that the daemon refuses for good, in a file next to the spool, with the reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decorates functions with runs: a run lasts until the work of the call is done, however that is handed back."""
+"""Decorates functions with runs: functions, coroutines, generators, and callables that return an awaitable."""
 
 from __future__ import annotations
 

@@ -33,9 +33,9 @@ from telemetryd.client.lines import (
     after_of,
     encode,
     event_id_of,
-    mend,
     plan,
     read_object,
+    repair,
     said,
 )
 from telemetryd.client.transport import Answer, UnreachableError, is_addressable, run_path
@@ -145,7 +145,7 @@ class Parcel:
     steps: deque[_Step] = field(default_factory=deque)
     dead: list[tuple[list[bytes], int | None, object]] = field(default_factory=list)
     aside: dict[str, list[bytes]] = field(default_factory=dict)
-    """event_id → lines that do not come through, and those of the same run behind them."""
+    """event_id → lines that do not come through, and those of the same run after them."""
     was_aside: bool = False
     """Whether the lines come from such a stream, and so wait for nothing but themselves."""
 
@@ -198,7 +198,7 @@ class Delivery:
         requests: what sends a request.
         bury: takes the lines that the daemon refuses for good.
         counters: where is counted what becomes of lines.
-        aside: takes the lines that do not come through to the daemon; without it they are told as refused.
+        aside: takes the lines that do not come through to the daemon; without it they are reported as refused.
 
     """
 
@@ -323,7 +323,7 @@ class Delivery:
         for index, reason in rejected.items():
             more += self._reject_run(parcel, step.items[index], 422, reason)
         if told.duplicates:
-            # Which ones were known is not told, and a known run stays as it is: so say the changes of all of them.
+            # Which ones were known is not reported, and a known run stays as it is: so say the changes of all of them.
             more += [
                 _Update(item.event_id, item.changes, [])
                 for index, item in enumerate(step.items)
@@ -335,7 +335,7 @@ class Delivery:
         if item.changes:  # is it the start that is wrong, or what was said later?
             start, *later = item.lines
             return [_Runs([RunItem(start, [start])]), *_updates(item.event_id, later)]
-        whole = mend(item.body) if read_object(item.body) is None else None
+        whole = repair(item.body) if read_object(item.body) is None else None
         if whole is None:
             parcel.refuse(item.lines, status, reason)
             return []

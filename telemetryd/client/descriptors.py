@@ -1,4 +1,4 @@
-"""Descriptors that know their file: the agent may close them, and the number may then belong to a file of its own."""
+"""File descriptors that know their file, because an agent may close them and reuse the number."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class LostError(OSError):
 
 
 class Descriptor:
-    """An open file or socket, and what tells it from all others: its device and its inode."""
+    """An open file or socket, and what identifies it: its device and its inode."""
 
     __slots__ = ("_device", "_inode", "_named", "number")
 

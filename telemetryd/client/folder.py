@@ -7,12 +7,12 @@ closed, `.synced` when every line of it has been acknowledged:
     20251231T153045Z-4711-a1b2c3d4.000001.jsonl.active
     20251231T153045Z-4711-a1b2c3d4.lock
 
-Whoever holds the lock (flock(2)) of the `.lock` file sends the stream: its process while that lives, if it sends at
-all, else whoever comes. The lock file also tells how far sending has come. Because a stream is sent by one process and
+The holder of the lock (flock(2)) of the `.lock` file sends the stream: its process while that lives, if it sends at
+all, else the next one. The lock file also records how far sending has come. Because a stream is sent by one process and
 in order, a run's start goes out before whatever is said of it later. A `.jsonl.ready` file with another name (the
 replaced client's) is a stream too.
 
-Whoever writes a file holds that file's own lock, alive or not: once the lock can be had, nothing is added any more.
+A file's writer holds that file's own lock, alive or not: once the lock can be had, nothing is added any more.
 """
 
 from __future__ import annotations
@@ -235,7 +235,7 @@ def try_lock(file: int, kind: int) -> bool:
 def open_active(folder: Path, stream: str, number: int) -> tuple[int, int]:
     """Make a stream's next file, and lock it; return its descriptor and its number.
 
-    Whoever sends the stream may find the new file before it is locked, and put it away as an empty one: then the next
+    The stream's sender may find the new file before it is locked, and put it away as an empty one: then the next
     number is taken.
 
     Raises:

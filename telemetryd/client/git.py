@@ -1,4 +1,4 @@
-"""What the git checkout around a folder says of itself, read from its files (gitrepository-layout(5)) by no process."""
+"""Reads commit, branch and origin of a git checkout from its files, without starting a process."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Turns whatever an agent says of a run into fields that the daemon takes, and keeps what it cannot take.
+"""Validates and converts what an agent records; keeps the values that the daemon would reject.
 
-One wrong field never costs a run: it is left out, the log tells, and context_json has the value, shortened, under
+One wrong field never costs a run: it is left out, the log says so, and context_json has the value, shortened, under
 `telemetryd.rejected`. A run needs an agent, a job, a start and ids: what is wrong of those is made good, and kept
 there as well.
 """
@@ -38,7 +38,7 @@ OF_THE_SERVER: Final = frozenset({"id", "updated_at", "commit_url", "repo_url"})
 
 Json = dict[str, Any]
 Complain = Callable[[str, str], None]
-"""Is told which field was left out, and why."""
+"""Gets the field that was left out, and why."""
 
 
 class WrongValueError(Exception):
@@ -253,7 +253,7 @@ class Intake:
         return shortened(text) if text is not None and text.strip() else otherwise()
 
     def required(self, field: str, value: object) -> str:
-        """Return the agent's or the job's name; what is missing is told like what is wrong."""
+        """Return the agent's or the job's name; what is missing is reported like what is wrong."""
         if _is_usual(value):
             return cast("str", value)
         if value is None:

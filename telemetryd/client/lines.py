@@ -68,8 +68,8 @@ def _clean(value: Any) -> Any:
 # --- Reading -------------------------------------------------------------------------------------
 
 
-def mend(line: bytes) -> bytes | None:
-    """Return the whole line that stands behind a torn one, or None.
+def repair(line: bytes) -> bytes | None:
+    """Return the whole line that stands after a torn one, or None.
 
     A write that the disk cut short leaves half a line without a newline, and the next line of another thread
     follows at once. Where that one begins can be told: only its true beginning is a JSON text up to the end.
@@ -245,7 +245,7 @@ def _add_update(result: Plan, run: RunItem | None, update: UpdateItem) -> None:
     """Join an update with what is sent before, so that the run ends as if each line were sent by itself.
 
     What PATCH does not take (event_id, created_at, a name) a start would take: such an update stays a PATCH, and so do
-    those behind it.
+    those after it.
     """
     if (known := result.updates.get(update.event_id)) is not None:
         known.fields = {**known.fields, **update.fields}

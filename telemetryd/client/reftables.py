@@ -1,4 +1,4 @@
-"""Reads references from reftables, where newer versions of git may keep them (its document technical/reftable)."""
+"""Reads git references stored in the reftable format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One run as the agent sees it: a context manager, a decorator, or explicit start and finish."""
+"""One run in the agent's code: a context manager, a decorator, or explicit start and finish."""
 
 from __future__ import annotations
 

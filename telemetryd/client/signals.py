@@ -1,4 +1,4 @@
-"""How the agent's threads and the background thread tell each other what to do: wake, flush, alive."""
+"""Signals between the agent's threads and the background thread: wake, flush, alive."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Bell:
         self._rings: SimpleQueue[None] = SimpleQueue()
 
     def ring(self) -> None:
-        """Wake whoever waits, now or next."""
+        """Wake the waiting thread, now or next."""
         self._rings.put(None)
 
     def wait(self, timeout_s: float) -> bool:

@@ -1,4 +1,4 @@
-"""The writing end of the spool: one whole line by one write(2), without a lock, before the call returns.
+"""Writes the spool: each line whole, by one write(2), without a lock, before the call returns.
 
 What that promises: a line is with the kernel when `append` returns True, so it survives SIGKILL of the process at any
 moment; with `fsync` it is on the disk, so it survives a power cut as well.
@@ -217,7 +217,7 @@ class Spool:
     def _leave_file(self) -> None:
         """Go on without a file that the agent has closed, or that has no name any more; the lock is held."""
         file, name, number = self._file, self.name, self._number
-        assert file is not None and name is not None  # noqa: S101, PT018 - whoever calls has looked
+        assert file is not None and name is not None  # noqa: S101, PT018 - the caller has looked
         self._file = None
         if not file.is_ours():  # it stays where it is, and is sent from there
             path = file_path(self._folder, name, number, ACTIVE)
@@ -278,7 +278,7 @@ class Spool:
         """Close the files to which nobody writes any more; until then they are locked.
 
         A thread notes that it writes before it looks which file that is. So whoever looked before the file was
-        retired is among those that wrote at that moment, and looks here when he has written.
+        retired is among those that wrote at that moment, and looks here when it has written.
         """
         with self._lock:
             retired, self._retired = self._retired, []
@@ -344,7 +344,7 @@ class Spool:
         return bool(self._held)
 
     def close(self) -> None:
-        """Leave the stream to whoever comes next; a line that comes later begins a new one."""
+        """Leave the stream to the next process; a line that comes later begins a new one."""
         self.look()
         with self._lock:
             if self._held and not self._taken:

@@ -1,4 +1,4 @@
-"""One stream of the spool: the lock on it, how far it has been sent, and the lines that come next."""
+"""One stream of the spool: its lock, the position up to which it was sent, and the next lines."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Window:
     start: int
     """Where the first line begins in the file of that number."""
     torn: bytes = b""
-    """What stands behind the last newline of a file that nobody writes any more, or a piece of what has no newline."""
+    """What stands after the last newline of a file that nobody writes any more, or a piece of what has no newline."""
 
     @property
     def end(self) -> Position:
@@ -125,7 +125,7 @@ class Stream:
         try:
             for number in stream._numbers or ():
                 stream._close_left(number)
-            with contextlib.suppress(OSError):  # whoever reads the file is told
+            with contextlib.suppress(OSError):  # the reader of the file reports it
                 stream._open()  # which corrects a place where no line can begin
         except OSError:
             stream.forget()  # somebody else may get on with it
@@ -260,7 +260,7 @@ class Stream:
             LostError: if somebody else has taken it since.
 
         """
-        assert self._lock is not None  # noqa: S101 - nobody sends what he does not own
+        assert self._lock is not None  # noqa: S101 - nobody sends what it does not own
         if not self._lock.is_ours():
             lock = _lock(self.folder, self.name)
             if lock is None:
@@ -325,7 +325,7 @@ def _position(number: int, offset: int) -> bytes:
 def _line_start(file: int, offset: int) -> int:
     """Return an offset in a file if a line can begin there; else 0, as the place was not noted by us.
 
-    A torn line ends with its file, so behind the last byte the next one may begin in any case.
+    A torn line ends with its file, so after the last byte the next one may begin in any case.
     """
     size = os.fstat(file).st_size
     is_place = offset == size or (0 < offset < size and os.pread(file, 1, offset - 1) == b"\n")

@@ -32,7 +32,7 @@ _GZIP_FROM: Final = 1024
 _MAX_PATH: Final = 8000
 _IDLE_ERRORS: Final = (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError, LostError)
 _SERVER: Final = "telemetry-server"
-"""The header by which the daemon tells that it is the daemon (API.md, amendments)."""
+"""The header by which the daemon identifies itself (API.md, amendments)."""
 
 
 class UnreachableError(Exception):
@@ -180,7 +180,7 @@ class Transport:
         self._connection: http.client.HTTPConnection | None = None
         self._socket: Descriptor | None = None
         self.is_local: bool | None = None
-        """Whether the daemon runs on this very machine, as far as the last connection tells; None before the first."""
+        """Whether the daemon runs on this very machine, as far as the last connection shows; None before the first."""
 
     def request(
         self, method: str, path: str, body: bytes | None = None, media_type: str = "application/json"

@@ -1,6 +1,6 @@
-"""Turns any Python value into the nearest one that JSON and the daemon can hold; a number stays a number.
+"""Converts any Python value to the nearest JSON value that the daemon accepts.
 
-Values of other libraries (numpy, pandas, torch, pydantic …) are told by what they can do: none is imported.
+Values of other libraries (numpy, pandas, torch, pydantic …) are recognised by what they can do: none is imported.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The background thread's work: this process's stream, what dead processes left, and that runs are alive.
+"""The background thread: sends this process's stream and those of dead processes, and sends heartbeats.
 
 Imports the HTTP client, so it is imported by that thread only.
 """
@@ -112,7 +112,7 @@ class Worker:
         """Whether this is a forked process, into which the fork has copied the thread, as it does with green ones."""
 
     def work(self) -> None:
-        """Work until told to stop."""
+        """Work until asked to stop."""
         try:
             while not self._has_to_end():
                 may_send = self._wait()

@@ -1,4 +1,4 @@
-"""Opens the engine that the settings name."""
+"""Opens the storage engine that the settings name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the writer and the store need from a database: one half that writes, one that reads.
+"""The interface between the daemon and a storage engine: one half writes, the other reads.
 
 An engine is both. Only `telemetryd/writer.py` ever receives the writing half, so nothing else can change what is
 stored. Whatever goes wrong comes out as an error of `telemetryd/errors.py`, never as one of a driver.

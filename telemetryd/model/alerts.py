@@ -1,4 +1,4 @@
-"""What alerts there are: facts become findings, findings become changes of state, as frozen data without SQL."""
+"""Alert states: facts become findings, findings become changes of state, as frozen data without SQL."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ class Evaluation:
 
     now: datetime
     found: Mapping[str, tuple[Finding, ...] | str]
-    """By rule; or a sentence that says why that cannot be told, and then nothing changes."""
+    """By rule; or a sentence that says why that is unknown, and then nothing changes."""
     firing: tuple[Firing, ...]
     seq: int
     """Where the commit sequence stood, and in which epoch."""
@@ -243,7 +243,7 @@ def stale(rule: Stale, agent: str, running: Running) -> Finding:
 def regressions(
     rule: Regression, pair: tuple[str, str], commits: Sequence[Sequence[Run]], fired: Iterable[Firing], now: datetime
 ) -> Iterator[Finding]:
-    """Find the commits that made a job type of an agent worse; one that fires goes on until it is mended or too old.
+    """Find the commits that made a job type of an agent worse; one that fires goes on until it is fixed or too old.
 
     While one fires, others are looked for among the runs since it only: chance may make its neighbour likelier.
 
@@ -391,7 +391,7 @@ class RuleState(TypedDict):
     problem: Annotated[str | None, Field(description="Why it cannot be evaluated now.")]
     webhooks: list[str]
     firing: list[FiringAnswer]
-    more: Annotated[Number, Field(description="For how many it fires besides; they are counted, not told one by one.")]
+    more: Annotated[Number, Field(description="For how many it fires besides; they are counted, not listed.")]
 
 
 class WebhookState(TypedDict):

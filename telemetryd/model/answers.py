@@ -1,4 +1,4 @@
-"""What each endpoint answers, as typed dictionaries: handlers fill them, and the OpenAPI document derives from them."""
+"""The response of each endpoint as typed dictionaries, from which the OpenAPI document derives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads the items of a batch one by one, and keeps the faults of the bad ones."""
+"""Validates the items of a batch one by one, and collects the errors of invalid ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SLICE_S: Final = 0.002
 
 
 _TOLD_IN_FULL: Final = 1000
-"""Errors of one batch that are all told; of items beyond, each tells its first error and how many more it has."""
+"""Errors of one batch that are all reported; of items beyond, each has its first error and how many more it has."""
 
 
 class Batch:

@@ -1,4 +1,4 @@
-"""Turns the bytes of a request body into a validated model, or into every fault at once."""
+"""Parses a request body into a validated model, or reports all its errors at once."""
 
 from __future__ import annotations
 

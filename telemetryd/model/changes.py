@@ -1,4 +1,4 @@
-"""A place in the one commit sequence, and what can be asked of what lies behind it, as frozen data without SQL."""
+"""Cursors into the commit sequence, and queries for the changes after one, as frozen data without SQL."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PAGE_BYTES: Final = 8 * 1024 * 1024
 """About how much of runs, and as much again of events, one answer may hold; the rest comes with the next one."""
 
 BEGINNING: Final = -(2**63)
-"""Behind no number: where whoever wants everything begins."""
+"""After no number: where a client that wants everything begins."""
 
 _PLACE: Final = re.compile(r"(?:([0-9a-f]{12})-)?([0-9]{1,19})", re.ASCII)
 _ANY_PLACE: Final = f"an integer from 0 to {MAX_INTEGER}, or the id of an event of the stream"
@@ -45,14 +45,14 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class ListChanges(Query["Changes"]):
-    """What lies behind a number, in the order of the commits: of each run only its newest change. Answer: `Changes`."""
+    """What comes after a number, in the order of the commits: of each run only its newest change. Answer: `Changes`."""
 
     after: int = BEGINNING
     limit: int = DEFAULT_LIMIT
     filters: tuple[Filters, ...] = ()
-    """For each of these the answer tells which of the runs match."""
+    """For each of these the answer says which of the runs match."""
     events_after: int | None = None
-    """Behind which id events are wanted, if any are."""
+    """After which id events are wanted, if any are."""
     most_bytes: int = PAGE_BYTES
     """About how much of runs, and as much again of events, the answer may hold, besides a single one."""
 
@@ -63,7 +63,7 @@ Deleted = str
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """Everything behind a number up to and including `last`."""
+    """Everything after a number up to and including `last`."""
 
     found: list[tuple[int, Row | Deleted]]
     """Numbers with the runs as they are now (in the order of `runs.COLUMNS`), or with what was deleted."""
@@ -76,19 +76,19 @@ class Changes:
     matching: tuple[frozenset[int], ...] = ()
     """For each of the query's filters, the ids of the runs that match."""
     events: list[Row] | None = None
-    """If events are wanted, those behind the id in their order: the run's id, and what is in `events.COLUMNS`.
+    """If events are wanted, those after the id in their order: the run's id, and what is in `events.COLUMNS`.
 
-    They come with the page that has the last change there is, so that whoever gets one knows its run.
+    They come with the page that has the last change there is, so that a client that gets one knows its run.
     """
     more_events: bool = False
 
     @property
     def more(self) -> bool:
-        """Whether there is more behind `last`, or behind the last event."""
+        """Whether there is more after `last`, or after the last event."""
         return self.last < self.newest or self.more_events
 
     def check(self, after: Place, begun: int | None) -> None:
-        """See that whoever asked from a place, and began at another one, has learnt of every deletion.
+        """See that a client that asked from a place, and began at another one, has learnt of every deletion.
 
         Raises:
             CursorGoneError: if not, or if this is not the database that gave the place.
@@ -146,20 +146,20 @@ def _read_place(name: str, value: str, now: datetime | None = None) -> Place:
 
 AFTER: Final = Parameter(
     "after",
-    "Go on behind this number of the commit sequence; with the epoch before it (as in the id of an event) the answer "
-    "tells if the database is another one since.",
+    "Continue after this number of the commit sequence; with the epoch before it (as in the id of an event) the answer "
+    "says if the database is another one since.",
     {"type": "string", "pattern": r"^([0-9a-f]{12}-)?[0-9]{1,18}$"},
     _read_place,
 )
 BEGUN: Final = integer(
     "begun",
-    "Of whoever began without after: the newest of the first answer. Deletions before it do not matter then.",
+    "For clients that began without after: the newest of the first answer. Deletions before it do not matter then.",
 )
 EVENTS_AFTER: Final = integer(
     "events_after", "Also answer the events of runs whose id is larger, in its order: 0 for all of them."
 )
 LIMIT: Final = integer("limit", "Changes in one answer.", 1, MAX_LIMIT, DEFAULT_LIMIT)
-WAIT: Final = integer("wait", "Seconds to wait for a change if there is none behind after.", 0, MAX_WAIT_S, 0)
+WAIT: Final = integer("wait", "Seconds to wait for a change if there is none after `after`.", 0, MAX_WAIT_S, 0)
 LIST: Final[tuple[Parameter[Any], ...]] = (AFTER, BEGUN, EVENTS_AFTER, LIMIT, WAIT)
 """The parameters of `GET /api/v1/changes`."""
 

@@ -1,4 +1,4 @@
-"""Tells whether the wall clock can be believed: by how long the machine is up, and by when it was last right."""
+"""Decides whether the wall clock can be trusted: by the machine's uptime, and by when it was last right."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can be changed, as frozen data without SQL, and what comes of each change."""
+"""Commands that change data, and their results, as frozen data without SQL."""
 
 from __future__ import annotations
 
@@ -280,7 +280,7 @@ class Applied:
 
 @dataclass(frozen=True, slots=True)
 class AlertChange:
-    """That a rule began to fire for a subject, or ceased, and the message that tells of it."""
+    """That a rule began to fire for a subject, or ceased, and the message that reports it."""
 
     id: str
     rule: str

@@ -140,6 +140,6 @@ def stored_row(event: Mapping[str, Any]) -> Row:
     return tuple(values[name] for name in COLUMNS)
 
 
-def beside(page: EventPage) -> dict[str, Any]:
+def page_fields(page: EventPage) -> dict[str, Any]:
     """Return what the answer of a run holds besides it: its events, and whether there are more."""
     return {"events": [to_json(row) for row in page.rows], "more_events": page.more}

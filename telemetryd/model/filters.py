@@ -1,4 +1,4 @@
-"""The one parser of filters: which runs are meant, as frozen data without SQL, read from a query string."""
+"""The one parser of filters: selects runs from a query string, as frozen data without SQL."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ METRIC: Final = f"{_METRICS}NAME"
 """How the documentation calls the parameters that compare a field of metrics_json."""
 
 Pattern = tuple[str, ...]
-"""The texts before, between and behind the wildcards of a pattern: `("foo", "")` is `foo*`."""
+"""The texts before, between and after the wildcards of a pattern: `("foo", "")` is `foo*`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ class Filters:
         return bool(self.min_duration_ms is not None or self.error is not None or self.metrics or self.words)
 
     def lets_through(self, *fields: str) -> Callable[..., bool]:
-        """Return what tells whether the values of these fields, in their order, are meant; other filters do not count.
+        """Return a predicate: whether the values of these fields, in order, are meant; other filters do not count.
 
         Names are the agents' own, so patterns are matched in linear time: a regular expression could take for ever.
         """
@@ -128,7 +128,7 @@ _SPECIAL: Final = re.compile(r"\\([\\,*])|([,*])")
 
 
 def quoted(value: str) -> str:
-    """Return a value as it stands in a filter: a comma, an asterisk or a backslash of its own behind a backslash."""
+    """Return a value as it stands in a filter: a comma, an asterisk or a backslash of its own is escaped."""
     return re.sub(r"[\\,*]", r"\\\g<0>", value)
 
 
@@ -154,7 +154,7 @@ def matches(pattern: Pattern, text: str) -> bool:
     if len(text) < len(first) + len(last) or not (text.startswith(first) and text.endswith(last)):
         return False
     place, end = len(first), len(text) - len(last)
-    for piece in middle:  # each as far in front as possible leaves most room for those behind it
+    for piece in middle:  # each as far in front as possible leaves most room for those after it
         place = text.find(piece, place, end)
         if place < 0:
             return False
@@ -282,7 +282,7 @@ PARAMETERS: Final[tuple[Parameter[Any], ...]] = (
     METRIC_PARAMETER,
     WORDS,
 )
-"""Every parameter that is a filter, in the order in which faults are told."""
+"""Every parameter that is a filter, in the order in which errors are reported."""
 
 
 def read_filters(given: Given) -> Filters:

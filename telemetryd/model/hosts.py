@@ -1,4 +1,4 @@
-"""Tells by which names the daemon may be called, so that no foreign web page reaches it through a browser.
+"""The host names under which the daemon may be called; they keep foreign web pages from it (DNS rebinding).
 
 A page of evil.example can let its own name point to 127.0.0.1 (DNS rebinding) and then talk to the daemon as
 to its own server, from the operator's machine, where protected mode lets it in. What it cannot change is the

@@ -65,7 +65,7 @@ class Parameter(Generic[T]):
 
 
 class Given:
-    """The parameters of one query string, and what is wrong with them: everything is told at once, by `finish`."""
+    """The parameters of one query string, and what is wrong with them: everything is reported at once, by `finish`."""
 
     def __init__(self, query_string: str, allowed: Sequence[Parameter[Any]], now: datetime) -> None:
         """Split a query string strictly: valid UTF-8, known names, each once.

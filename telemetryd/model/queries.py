@@ -1,4 +1,4 @@
-"""What can be asked, as frozen data without SQL, and how it is read from a query string."""
+"""Queries, as frozen data without SQL, and how each is parsed from a query string."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Order:
 
 
 class Count(StrEnum):
-    """How the number of matching runs is told."""
+    """How the number of matching runs is reported."""
 
     EXACT = "exact"
     """Counted, however long it takes, within the deadline of a query."""
@@ -77,7 +77,7 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class ListRuns(Query["Page"]):
-    """Runs that match every filter; newest first unless told otherwise."""
+    """Runs that match every filter; newest first by default."""
 
     filters: Filters = field(default_factory=Filters)
     limit: int = DEFAULT_LIMIT
@@ -89,7 +89,7 @@ class ListRuns(Query["Page"]):
     fields: tuple[str, ...] = ()
     """The fields that are answered; none means all."""
     count: Count | None = None
-    """Whether the answer tells how many runs match."""
+    """Whether the answer says how many runs match."""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -125,7 +125,7 @@ class ListRuns(Query["Page"]):
         """Return the relative address of the page that follows the one which ended at `last`."""
         page = {**self.parameters(), "cursor": self.cursor(last)}
         page.pop("offset", None)
-        page.pop("count", None)  # the first page has told it
+        page.pop("count", None)  # the first page has reported it
         return f"{path}?{urlencode(page)}"
 
     def _fingerprint(self) -> str:

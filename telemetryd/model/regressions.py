@@ -1,4 +1,4 @@
-"""Finds the commit since which runs fail more often or take longer: what can be asked, and the statistics behind it."""
+"""Finds the commit since which runs fail more often or take longer: query, statistics, answer."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ PARTS: Final = 3
 ALERT_ALPHA: Final = 0.001
 """How unlikely a finding must be to raise an alert: alerts look again and again, and each look may err."""
 MEND_ALPHA: Final = 0.5
-"""How unlikely by chance a mend must be to keep a commit from being told: hardly, so that none is told anew."""
+"""How unlikely by chance a fix must be to keep a commit from being told: hardly, so that none is told anew."""
 SHOWN: Final = 5
 """How many runs a finding names."""
 
@@ -72,7 +72,7 @@ class FindRegressions(Query["Findings"]):
     start: str
     """The first moment of created_at, in the stored form."""
     end: str
-    """The moment behind the last one."""
+    """The moment after the last one."""
 
     def parameters(self) -> dict[str, str | int]:
         """Return the query as parameters, for the log."""
@@ -261,7 +261,7 @@ def lasts(
     *,
     alpha: float = ALPHA,
 ) -> bool:
-    """Tell whether a commit is still not mended: whether at no change since it half of the difference was made good.
+    """Tell whether a commit is still not fixed: whether at no change since it half of the difference was made good.
 
     Args:
         measure: In which the commit was found to be bad.

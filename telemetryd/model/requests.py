@@ -1,4 +1,4 @@
-"""The bodies of requests that are no runs: prune, reap, and the process to watch."""
+"""Request bodies other than runs: prune, reap, and the process to watch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 from telemetryd.model.values import MAX_INTEGER, Count, Name, StatusValue, Timestamp, format_timestamp, parse_duration
 
 SLICE: Final = 250
-"""Runs deleted or cancelled in one transaction unless told otherwise: some 10 ms of the writer's time."""
+"""Runs deleted or cancelled in one transaction by default: about 10 ms of the writer's time."""
 
 
 MAX_SLICE: Final = 1000

@@ -1,4 +1,4 @@
-"""The rules of alerts and the webhooks that hear of them, read from a TOML file; each fault is told with its place."""
+"""Alert rules and webhooks, read from a TOML file; each error is reported with its position."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class Rules:
 
 
 def matcher(patterns: Iterable[str]) -> Callable[[str], bool]:
-    """Return what tells whether a name is let through by one of the patterns."""
+    """Return a predicate: whether a name is let through by one of the patterns."""
     split = [tuple(each.split("*")) for each in patterns]
     return lambda name: any(matches(pattern, name) if len(pattern) > 1 else name == pattern[0] for pattern in split)
 

@@ -1,4 +1,4 @@
-"""Quantiles of durations from a DDSketch that is one integer: adding merges sketches, subtracting takes runs away.
+"""Quantiles of durations: a DDSketch in one integer; addition merges sketches, subtraction removes runs.
 
 Each bin is one digit in base 2**32, the lowest digit for bin 0, and counts the values that fall into the bin, up to two
 thousand million of them. So any order of additions and subtractions ends at exactly the sketch of the values that are

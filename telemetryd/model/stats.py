@@ -1,4 +1,4 @@
-"""What can be asked of the statistics, how it is read from a query string, and how cells become an answer."""
+"""Queries of statistics: how they are parsed from a query string, and how cells become an answer."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class GetStats(Query[list["StatsGroup"]]):
     start: int
     """The first hour, counted since 1970."""
     end: int
-    """The hour behind the last one."""
+    """The hour after the last one."""
     group_by: tuple[str, ...] = ()
     bucket: str | None = None
     hours: int | None = None

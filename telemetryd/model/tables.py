@@ -1,4 +1,4 @@
-"""Runs as tables, CSV and Parquet: how the columns are typed, and how such files are written and read again."""
+"""Runs as tables, CSV and Parquet: column types, writing and reading."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from telemetryd.model import runs
 from telemetryd.model.runs import COLUMNS
 from telemetryd.model.values import Role, format_timestamp
 
-INSTALL: Final = "Parquet needs the package pyarrow, beside telemetryd: pip install pyarrow"
+INSTALL: Final = "Parquet needs the package pyarrow, next to telemetryd: pip install pyarrow"
 GROUP_BYTES: Final = 4 * 1024 * 1024
 """How much CSV becomes one row group of a Parquet file; so much is in memory a few times over."""
 

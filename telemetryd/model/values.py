@@ -1,4 +1,4 @@
-"""The values that fields hold: names, texts, counts, times and statuses, each with its check and its stored form."""
+"""Types of field values: names, texts, counts, times and statuses, each with its check and stored form."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written next to their place, synced, and renamed."""
+"""Atomic file writes: written next to the destination, synced, and renamed."""
 
 from __future__ import annotations
 

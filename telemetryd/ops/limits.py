@@ -1,4 +1,4 @@
-"""Limits of the operating system, and how near the process is to them."""
+"""Limits of the operating system, and how close the process is to them."""
 
 from __future__ import annotations
 

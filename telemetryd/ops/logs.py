@@ -48,7 +48,7 @@ def _fields(record: logging.LogRecord) -> dict[str, Any]:
 class JsonLines(OrjsonFormatter):
     """One JSON object a line, in the guide's field names and its spacing.
 
-    The guide's commands search for `"level": "ERROR"`, with a blank behind the colon, which orjson does
+    The guide's commands search for `"level": "ERROR"`, with a blank after the colon, which orjson does
     not write; so the blanks are put in afterwards.
     """
 

@@ -1,4 +1,4 @@
-"""What the daemon counts about itself, for Prometheus."""
+"""The daemon's own metrics, for Prometheus."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tells what kind of file system a path is on."""
+"""Detects what kind of file system a path is on."""
 
 from __future__ import annotations
 

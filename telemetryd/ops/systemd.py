@@ -1,4 +1,4 @@
-"""Talks to systemd without its library: readiness, status, watchdog, and sockets that it hands over."""
+"""The systemd protocol without its library: readiness, status, watchdog, socket activation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an operator asks of a running daemon: prune, reap and back up, each in pieces that ingest does not feel."""
+"""Administration of a running daemon: prune, reap and backup, in slices that do not slow down ingest."""
 
 from __future__ import annotations
 

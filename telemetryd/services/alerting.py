@@ -1,4 +1,4 @@
-"""Evaluates the rules of alerts again and again, keeps what changed, and has it delivered until it is confirmed."""
+"""Evaluates the alert rules periodically, stores changes of state, and has them delivered until confirmed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Death certificates: watches the processes that work on runs, and closes the runs of those that end without a word."""
+"""Death certificates: watches the processes of runs, and closes the runs of those that end without finishing."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ class Certificates:
         watched.registering += 1
         outcome = None
         try:
-            # Nothing is awaited between taking it and this: its end is queued behind its registration.
+            # Nothing is awaited between taking it and this: its end is queued after its registration.
             outcome = await self._store.submit(RegisterProcess(event_id, watched.process))
         finally:
             watched.registering -= 1
@@ -131,7 +131,7 @@ class Certificates:
         try:
             pidfd = processes.hold(pid, start_time)
         except NotVisibleError as error:
-            # Whoever may write runs need not be on this machine, and must not list its processes; the log tells more.
+            # Who may write runs need not be on this machine, and must not list its processes; see the log.
             raise NotWatchedError(f"No process {pid} that started at {start_time} can be watched here") from error
         cgroup = processes.cgroup(pid)
         process = Process(

@@ -1,4 +1,4 @@
-"""Sends what waits for a webhook until it is confirmed, and lets no message wait for one that is not accepted."""
+"""Delivers messages to webhooks with retries; a rejected message does not block the others."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Outbox:
     Args:
         store: where they wait.
         webhook: whom they are for.
-        clock: tells which are too old.
+        clock: decides which are too old.
         pace: how long to rest.
         given_up: called with how many were given up.
 

@@ -1,4 +1,4 @@
-"""Streams exports to those who read them, each no slower than it may be."""
+"""Streams exports to clients, and disconnects clients that read too slowly."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from telemetryd.web.middleware import leaving
 
 _LEAST_BYTES_PER_S: Final = 1024
 _PATIENCE_S: Final = 60.0
-"""Whoever takes longer for a chunk than this, and at this rate, is cut off."""
+"""A client that takes longer for a chunk than this, and at this rate, is disconnected."""
 
 
 def _headers(form: Format, rows: int, *, exact: bool) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Hands what was committed to all who follow: read, encoded and held once, to each as fast as it can take it."""
+"""Distributes committed changes to subscribers: read, encoded and held once, sent as fast as each can read."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ HELD_BYTES: Final = 64 * 1024 * 1024
 """What waits for all tails together at most; beyond it, those who take nothing give it up."""
 
 BEHIND: Final = 50_000
-"""A tail that is more changes behind than this is told how many it missed, and goes on from now."""
+"""A tail that is more changes behind than this gets the number it missed, and goes on from now."""
 
 _PAGE: Final = 250
 _LEAST_PAGE_BYTES: Final = 256 * 1024
@@ -57,7 +57,7 @@ class Feed:
         self.closed = False
         self.held = Held()
         self.encoding = asyncio.Lock()
-        """Held by whoever has frames in hand that wait for no tail yet."""
+        """Held by the task that has frames in hand that wait for no tail yet."""
         self.metrics = metrics
         metrics.watch_tails(lambda: len(self.tails))
         store.on_commit(self._wake)
@@ -74,7 +74,7 @@ class Feed:
         self._news = asyncio.Event()
 
     async def wait(self, asked: ChangesRequest) -> Changes:
-        """Read what lies behind a place; if that is nothing, wait for a commit as long as was asked for.
+        """Read what comes after a place; if that is nothing, wait for a commit as long as was asked for.
 
         Raises:
             UnavailableError: if the database cannot be read now.
@@ -130,7 +130,7 @@ class Feed:
                 tail.end()
 
     def open(self, place: Place | None, filters: Filters) -> Tail:
-        """Return a new tail, which goes on behind a place, or begins with the next commit.
+        """Return a new tail, which continues after a place, or begins with the next commit.
 
         Raises:
             TooManyTailsError: if too many are open.
@@ -174,7 +174,7 @@ class Lane:
         """Up to which number everything was handed to them."""
 
     async def read(self, after: int, *filters: Filters) -> Changes:
-        """Read what lies behind a number; one at a time, so that tails leave the readers to those who ask.
+        """Read what comes after a number; one at a time, so that tails leave the readers to those who ask.
 
         Raises:
             UnavailableError: if the database cannot be read now.
@@ -185,7 +185,7 @@ class Lane:
             return await self._fetch(ListChanges(after, _PAGE, filters))
 
     async def catch_up(self, tail: Tail) -> bytes:
-        """Let the next page from the database wait for a tail that is behind; return what it is to be told instead.
+        """Let the next page from the database wait for a tail that is behind; return what it gets instead.
 
         Raises:
             UnavailableError: if the database cannot be read now.
@@ -316,7 +316,7 @@ class Tail:
 
     def offer(self, chunk: Chunk) -> None:
         """Let frames wait for it; if it is too slow for that, it reads them from the database later."""
-        chunk = chunk.behind(self.position)  # it may have read further than the others
+        chunk = chunk.after(self.position)  # it may have read further than the others
         if not chunk.frames:
             return
         if self._waiting and self._bytes + chunk.size > BUFFER_BYTES:
@@ -333,7 +333,7 @@ class Tail:
         self._bytes += chunk.size
 
     def fall_behind(self) -> None:
-        """Be handed nothing more, and read from the database what lies behind that which waits."""
+        """Be handed nothing more, and read from the database what comes after that which waits."""
         if self._is_live:
             self.lane.leave(self)
             self._is_live = False
@@ -341,7 +341,7 @@ class Tail:
             self._ready.set()
 
     def give_up(self) -> None:
-        """Keep only the run that is being sent, and read from the database what lies behind it."""
+        """Keep only the run that is being sent, and read from the database what comes after it."""
         self.fall_behind()
         first = self._waiting[0]
         self._waiting = deque([first])
@@ -349,7 +349,7 @@ class Tail:
         self.position = first.seq
 
     async def begin(self) -> bytes:
-        """Find the place to begin at; return what tells it, so that who is cut off at once knows where to go on.
+        """Find the place to begin at; return its frame, so that a client that is cut off at once knows where to resume.
 
         Raises:
             UnavailableError: if the database cannot be read now.

@@ -1,4 +1,4 @@
-"""What streams send, held once: a run as an event, and some of them together."""
+"""Frames of the event stream, encoded once for all subscribers: one run, or several together."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ class Chunk:
             pieces.append(Frame.join(together))
         return Chunk(self.frames, pieces)
 
-    def behind(self, seq: int) -> Chunk:
-        """Return those that lie behind a number."""
+    def after(self, seq: int) -> Chunk:
+        """Return those that come after a number."""
         if not self.frames or self.frames[0].seq > seq:
             return self
         return Chunk([frame for frame in self.frames if frame.seq > seq])

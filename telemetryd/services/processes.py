@@ -1,4 +1,4 @@
-"""What this machine knows of a process: that it is the one that is meant, that it has ended, and how."""
+"""Facts about a local process: whether it is the one that was meant, whether it has ended, and how."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _KILL_COUNTS: Final = (
 )
 _MACHINE_IDS: Final = (Path("/etc/machine-id"), Path("/var/lib/dbus/machine-id"))
 
-# ioctl_pidfd(2): struct pidfd_info with mask, cgroupid, eleven numbers, exit_code; the kernel tells the last one
+# ioctl_pidfd(2): struct pidfd_info with mask, cgroupid, eleven numbers, exit_code; the kernel reports the last one
 # (from 6.15) only of a process that its parent has waited for.
 _PIDFD_INFO: Final = struct.Struct("QQ11Ii")
 _PIDFD_GET_INFO: Final = 0xC0000000 | _PIDFD_INFO.size << 16 | 0xFF << 8 | 11
@@ -71,7 +71,7 @@ def booted_at() -> float:
 
 
 class NotVisibleError(Exception):
-    """There is no such process here, or it cannot be told whether it is the one."""
+    """There is no such process here, or it is unknown whether it is the one."""
 
 
 class GoneError(NotVisibleError):

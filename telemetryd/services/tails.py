@@ -1,4 +1,4 @@
-"""Answers those who follow: pages of changes, with a wait while there are none, and streams of server-sent events."""
+"""Serves followers: pages of changes with long polling, and streams of server-sent events."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _HEADERS: Final = {
 
 
 async def list_changes(request: web.Request) -> web.Response:
-    """Answer what lies behind a number of the sequence, at once or as soon as there is something."""
+    """Answer what comes after a number of the sequence, at once or as soon as there is something."""
     asked = parse_changes(request.rel_url.raw_query_string)
     if request.method == hdrs.METH_HEAD:  # an answer without content has no news to wait for
         asked = replace(asked, wait_s=0)

@@ -1,4 +1,4 @@
-"""Prunes, reaps and indexes by itself, in slices with pauses; deleting waits for a confirmation and a sound clock."""
+"""Automatic prune, reap and indexing, in slices; deletion needs a confirmation and a trustworthy clock."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ class Upkeep:
         return told
 
     def shown(self) -> dict[str, Any]:
-        """Return what `/health` tells of it."""
+        """Return what `/health` reports of it."""
         waiting = self._unconfirmed
         return {
             "prune_after": None if self._prune_after is None else duration_text(self._prune_after),

@@ -1,4 +1,4 @@
-"""Posts one signed message to a webhook, and says in a sentence what came of it."""
+"""Posts one signed message to a webhook, and describes the outcome in a sentence."""
 
 from __future__ import annotations
 

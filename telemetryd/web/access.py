@@ -1,4 +1,4 @@
-"""Decides who may ask: Host, Origin, token, protected mode, rate limit."""
+"""Access checks: Host, Origin, token, protected mode, rate limit."""
 
 from __future__ import annotations
 

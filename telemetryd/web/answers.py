@@ -1,4 +1,4 @@
-"""Makes JSON answers and errors, and the notes that a handler leaves for the log line."""
+"""JSON responses and errors, and the notes that a handler leaves for the log line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads request bodies: in time, decoded, none larger than its limit, and all together within theirs."""
+"""Reads request bodies within limits: time, encoding, size of each, and memory for all together."""
 
 from __future__ import annotations
 

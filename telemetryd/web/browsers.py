@@ -1,4 +1,4 @@
-"""Decides what a web page of another origin may do here through somebody's browser: nothing, unless it is listed.
+"""Cross-origin rules: a web page of another origin may do nothing here, unless it is listed.
 
 Browsers say in `Sec-Fetch-Site` whose page asks (w3.org/TR/fetch-metadata), if they reach us by https or by a
 loopback address; scripts cannot set that header. Without it a request is judged by its `Origin` alone.
@@ -111,7 +111,7 @@ def _is_for_all(request: web.Request) -> bool:
         return False
     path = resource.canonical
     if path in PAGES:
-        # Not in a frame, nor as an image: only what becomes a page of its own tells the foreign one nothing.
+        # Not in a frame, nor as an image: only what becomes a page of its own reveals nothing to the foreign one.
         # Every browser that names the mode says where the answer goes; who leaves that out shows it in no frame.
         destination = request.headers.get("Sec-Fetch-Dest", "document")
         return request.headers.get("Sec-Fetch-Mode") == "navigate" and destination == "document"

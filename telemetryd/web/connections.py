@@ -1,4 +1,4 @@
-"""Keeps connections within bounds: how many there are, and how long one may take to ask and to listen."""
+"""Connection limits: how many, and how long a client may take to send and to read."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ class _Protocol(RequestHandler):
             cast(asyncio.Transport, transport).abort()
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        """End what only the client wanted to know; a write goes on, for it is told to whoever asks later."""
+        """End what only the client wanted to know; a write goes on, for later requests get its result."""
         super().connection_lost(exc)
         self._heads = None
         self._server.held.note(self, 0)
@@ -206,7 +206,7 @@ class _Protocol(RequestHandler):
         ):
             return await super().finish_response(request, resp, start_time)
         resp.body = self._answer = _Pieces(bytes(body))
-        del body  # whoever does not read it would keep it here
+        del body  # a handler that does not read it would keep it here
         self._server.bound_unread()
         try:
             return await super().finish_response(request, resp, start_time)
@@ -245,7 +245,7 @@ _MALFORMED: Final = {
     400: "The request is not valid HTTP/1.1",
     431: f"The head of the request is too large: it may have {HEAD_BYTES} bytes",
 }
-"""What is told of a request that never became one, by its status; the parser's own text may echo the input."""
+"""What is answered to a request that never became one, by its status; the parser's own text may echo the input."""
 
 
 class _Server(web.Server):

@@ -1,4 +1,4 @@
-"""Reads the heads of requests within bounds: none too large, nor all that requests hold besides their bodies."""
+"""Reads request heads within limits: size of each, and memory for all requests besides their bodies."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ class Parser(HttpRequestParser):
         if messages:
             self._body = messages[-1][1]
             self._asked.extend(_held(message, size) for size, (message, _) in zip(sizes, messages, strict=True))
-            # What lies behind them in this slice is hardly worth counting, unless much has to wait for its turn.
+            # What comes after them in this slice is hardly worth counting, unless much has to wait for its turn.
             is_waiting = is_body or len(self._asked) >= MAX_MSG_QUEUE_SIZE
             self._unfinished = max(self._unfinished - sum(sizes), 0) if is_waiting else 0
         if max(sizes, default=0) > HEAD_BYTES or (

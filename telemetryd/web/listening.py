@@ -1,4 +1,4 @@
-"""Binds the sockets to listen on, or says in one sentence why it cannot; removes the Unix socket's file at the end."""
+"""Binds the listening sockets, or explains in one sentence why it cannot; removes the Unix socket at the end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every request passes: request id, host, peer and token checks, rate limit, errors to JSON, log and counters."""
+"""Request pipeline: id, access checks, errors, log."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ STATUSES: Final[tuple[tuple[type[TelemetrydError], int], ...]] = (
     (UnsupportedBodyError, 415),
     (UnavailableError, 503),
 )
-"""The HTTP status of each error; whatever is not listed is a 500 that tells nothing but its request id."""
+"""The HTTP status of each error; whatever is not listed is a 500 that reveals nothing but its request id."""
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Describes the endpoints and the model that validates them as OpenAPI 3.1."""
+"""Builds the OpenAPI 3.1 document from the endpoints and the models that validate them."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def ref(name: str) -> Schema:
 
 
 def obj(properties: dict[str, Schema], required: Iterable[str] | None = None) -> Schema:
-    """Return the schema of an object; every property is required unless told otherwise."""
+    """Return the schema of an object; every property is required by default."""
     return {
         "type": "object",
         "properties": properties,
@@ -86,12 +86,12 @@ _ERROR_TEXTS: Final = {
     403: "Protected mode: only this machine is served.",
     404: "There is no such run.",
     409: "The process cannot be watched; send heartbeats instead.",
-    410: "What lies behind this place is not known any more; begin again, without `after`.",
+    410: "What comes after this place is not known any more; begin again, without `after`.",
     413: "The body or the batch is too large.",
     415: "The media type or the content coding is not known.",
     422: "The body is wrong; every fault is listed.",
     429: "Too many requests from this address; see Retry-After.",
-    500: "Unexpected; the log tells more under the request id.",
+    500: "Unexpected; the log says more under the request id.",
     503: "Not now; repeat the same request after Retry-After seconds.",
 }
 _RETRY_AFTER: Final = {"Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer"}}}

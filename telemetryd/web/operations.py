@@ -1,4 +1,4 @@
-"""Describes each endpoint for the OpenAPI document: what it takes, what it answers, and what may go wrong."""
+"""The OpenAPI description of each endpoint: parameters, responses, errors."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ LIST_RUNS: Final = Operation(
 STREAM_RUNS: Final = Operation(
     "Follow the runs",
     "Server-sent events: `run` with each run that is created or changed, after its commit, as one answers it; "
-    "`missed` with the number of changes that were left out because the client was too slow. Whoever comes "
+    "`missed` with the number of changes that were left out because the client was too slow. A client that comes "
     "back with the last id goes on there, also after a restart of the daemon.",
     parameters=changes.STREAM,
     other_parameters=(LAST_EVENT_ID,),
@@ -95,7 +95,7 @@ STREAM_RUNS: Final = Operation(
 )
 
 LIST_CHANGES: Final = Operation(
-    "List the changes behind a number of the commit sequence",
+    "List the changes after a number of the commit sequence",
     "In the order of the commits; of each run only its newest change, with the run as it is now. Go on with "
     "`last` as `after`, while `more` is true at once. Events come with the page that has the last change, each "
     "with the id of its run; go on with the id of the last one as `events_after`.",

@@ -1,4 +1,4 @@
-"""Serves the pages and what they load: files of the package, under a policy that lets nothing foreign in."""
+"""Serves the web UI and its assets from the package, under a strict content security policy."""
 
 from __future__ import annotations
 

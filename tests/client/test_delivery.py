@@ -1,4 +1,4 @@
-"""A bad daemon, a bad network: everything arrives once, and nothing blocks what comes behind it."""
+"""A bad daemon, a bad network: everything arrives once, and nothing blocks what comes after it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What somebody else has put into the spool's folder hurts nobody, and holds up nothing that lies beside it."""
+"""What somebody else has put into the spool's folder hurts nobody, and holds up nothing that lies next to it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from telemetryd.client import Client, streams
 from telemetryd.client.bounds import Bounds, enforce
 from telemetryd.client.dead_letters import DEAD_LETTERS, bury
 from telemetryd.client.folder import entries, waiting
-from telemetryd.client.lines import after_of, dead_letter, mend
+from telemetryd.client.lines import after_of, dead_letter, repair
 from telemetryd.client.streams import Stream, is_sent
 from tests.client.conftest import MakeClient, flushed, url_of
 from tests.client.test_spool import drain
@@ -60,7 +60,7 @@ def other(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def full(buffer: Path, other: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A spool, beside somebody else's file, in which a dead process has left a line; clients look for it at once."""
+    """A spool, next to somebody else's file, in which a dead process has left a line; clients look for it at once."""
     assert other.exists()
     monkeypatch.setattr("telemetryd.client.worker._FIRST_LOOK_S", 0.01)
     buffer.mkdir(mode=0o700)
@@ -221,7 +221,7 @@ def test_a_line_without_end_is_read_in_bounded_pieces(full: Path, monkeypatch: p
 
 def test_a_line_of_many_beginnings_is_mended_in_bounded_time() -> None:
     began = time.thread_time()
-    assert mend(b'{"op":"' * 300_000) is None
+    assert repair(b'{"op":"' * 300_000) is None
     assert time.thread_time() - began < 5
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from telemetryd.client.lines import after_of, encode, mend, plan, read_object
+from telemetryd.client.lines import after_of, encode, plan, read_object, repair
 from telemetryd.model.bodies import validate
 from telemetryd.model.runs import NewRun
 
@@ -66,12 +66,12 @@ def test_the_line_behind_a_torn_one_is_found_whole(torn: Any, whole: Any, cut: i
     half = encode(torn).rstrip()
     half = half[: cut % len(half)]
     if half:
-        assert mend(half + encode(whole).rstrip()) == encode(whole).rstrip()
+        assert repair(half + encode(whole).rstrip()) == encode(whole).rstrip()
 
 
 def test_a_torn_line_alone_gives_nothing() -> None:
     line = encode({"event_id": "a", "metrics_json": {"event_id": {}, "op": [1]}}).rstrip()
-    assert [mend(line[:length]) for length in range(1, len(line) + 1)] == [None] * len(line)
+    assert [repair(line[:length]) for length in range(1, len(line) + 1)] == [None] * len(line)
 
 
 def update(event_id: str, **fields: object) -> bytes:

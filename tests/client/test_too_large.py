@@ -1,4 +1,4 @@
-"""What is too large for the daemon, or for something before it, costs neither the lines behind it nor itself."""
+"""What is too large for the daemon, or for something before it, costs neither the lines after it nor itself."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ WRONG = {
     "empty key": b"X-API-Key: ",
     "another key": b"X-API-Key: wrong",
     "no UTF-8 in the key": b"X-API-Key: \xff\xfe",
-    "a wrong bearer beside the right key": b"Authorization: Bearer wrong\r\nX-API-Key: " + TOKEN.encode(),
+    "a wrong bearer next to the right key": b"Authorization: Bearer wrong\r\nX-API-Key: " + TOKEN.encode(),
     "a cookie": b"Cookie: token=" + TOKEN.encode(),
     "a forwarded address": b"X-Forwarded-For: 127.0.0.1",
 }

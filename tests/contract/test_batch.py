@@ -171,7 +171,7 @@ async def test_the_default_limit_is_ten_thousand(api: Api) -> None:
 
 
 async def test_all_good_items_commit_in_one_transaction(api: Api) -> None:
-    """A reader beside the daemon sees nothing of a batch, or all of it."""
+    """A reader alongside the daemon sees nothing of a batch, or all of it."""
     seen: set[int] = set()
     stop = False
 

@@ -55,7 +55,7 @@ async def send_raw(
 ) -> list[Answer]:
     """Send bytes to the socket and return the answers until the daemon closes the connection.
 
-    With `only_first`, until there is one answer: behind a body that it refuses, the daemon waits for the rest of it.
+    With `only_first`, until there is one answer: after a body that it refuses, the daemon waits for the rest of it.
     """
     assert api.client.port is not None
     reader, writer = await asyncio.open_connection("127.0.0.1", api.client.port)

@@ -33,7 +33,7 @@ class Chore(Protocol):
         """Make the files that the command is given, with so many runs."""
 
     def arguments(self, folder: Path) -> list[str]:
-        """Return what stands behind `telemetryd` on the command line."""
+        """Return what stands after `telemetryd` on the command line."""
 
     def check(self, folder: Path, runs: int, findings: Findings, *, finished: bool) -> None:
         """Look at the files after the command was cut off, or (`finished`) after it has said that all is done."""

@@ -55,7 +55,7 @@ def check_health(healths: list[float], controls: list[float], *, was_calm: bool,
     usual = statistics.median(controls)
     most = sorted(healths)[len(healths) * 9 // 10]
     measured = (
-        f"{statistics.median(healths):.3f}, {most:.3f}, {max(healths):.3f} s beside {usual:.3f}, {max(controls):.3f}"
+        f"{statistics.median(healths):.3f}, {most:.3f}, {max(healths):.3f} s next to {usual:.3f}, {max(controls):.3f}"
     )
     assert statistics.median(healths) < max(limit_s, 4 * usual), measured
     assert most < max(2 * limit_s, 8 * usual), measured

@@ -1,4 +1,4 @@
-"""Sabotage: for each promise a small change of the product that breaks it, and tests that have to notice."""
+"""Mutation testing: for each promise a small change of the product that breaks it, and tests that have to notice."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def run(root: Path, tests: Sequence[str], timeout_s: float = _TIMEOUT_S) -> tupl
 
 def table() -> str:
     """Return the mutants as a Markdown table."""
-    lines = ["| sabotage | breaks the promise | noticed by |", "|---|---|---|"]
+    lines = ["| mutant | breaks the promise | noticed by |", "|---|---|---|"]
     for mutant in MUTANTS:
         tests = ", ".join(f"`{test}`" for test in mutant.tests)
         lines.append(f"| {mutant.name} | {mutant.promise} | {tests} |")

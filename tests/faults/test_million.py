@@ -85,7 +85,7 @@ class Client:
 def _until_unframed(requests: Iterator[Generated], count: int) -> Iterator[Generated]:
     for request in islice(requests, count):
         yield request
-        if not request.is_framed:  # behind it, nobody can tell what is whose answer
+        if not request.is_framed:  # after it, nobody can tell what is whose answer
             return
 
 

@@ -56,7 +56,7 @@ def mode(daemon: Daemon) -> str:
 
 
 def wait_for_log(daemon: Daemon, since: int, is_wanted: Callable[[Row], bool]) -> Row:
-    """Wait for a line of the log behind the first `since`: what an earlier fault has left there proves nothing."""
+    """Wait for a line of the log after the first `since`: what an earlier fault has left there proves nothing."""
     deadline = time.monotonic() + 60
     while True:
         for line in daemon.lines[since:]:

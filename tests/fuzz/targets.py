@@ -52,7 +52,7 @@ def _is_storable(value: object) -> bool:
 
 
 def query(data: bytes) -> None:
-    """Read bytes as the query string of GET /api/v1/runs, and go on behind its first page."""
+    """Read bytes as the query string of GET /api/v1/runs, and continue after its first page."""
     text = data.decode("latin-1")
     try:
         listed = queries.parse_list(text)

@@ -19,7 +19,7 @@ from typing import Any
 from tests.conftest import Daemon, require_program
 
 DATABASE = "D:/agent-metrics/db/telemetry.sqlite"
-"""The guide's path; beside the daemon's working directory it is an ordinary relative one."""
+"""The guide's path; next to the daemon's working directory it is an ordinary relative one."""
 LOG = "daemon.log"
 TEE = ("bash", "-c", f'exec "$@" > >(exec tee -a {LOG})', "bash")
 """Puts the daemon's raw log into a file on its way (the guide's own `| tee`), without a process in front of it."""

@@ -36,7 +36,7 @@ def kind(value: Any) -> str:
 
 
 def start_with_env_file(start: StartDaemon, folder: Path) -> Shell:
-    """Start a daemon with the guide's `.env` as it stands (only the port is a free one); return a shell beside it."""
+    """Start a daemon with the guide's `.env` as it stands (only the port is a free one); return a shell next to it."""
     (folder / ".env").write_text(block("Environment Variables"))
     (folder / DATABASE).parent.mkdir(parents=True, exist_ok=True)
     return Shell(start(folder=folder, prefix=TEE, TELEMETRY_DB_PATH=""))
@@ -51,14 +51,14 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
 
 @pytest.fixture
 def shell(shared: Shell) -> Shell:
-    """A shell beside a daemon without runs and with an empty log."""
+    """A shell next to a daemon without runs and with an empty log."""
     shared.forget()
     return shared
 
 
 @pytest.fixture
 def own_shell(start_daemon: StartDaemon, tmp_path: Path) -> Shell:
-    """A shell beside a daemon that the test may stop."""
+    """A shell next to a daemon that the test may stop."""
     return start_with_env_file(start_daemon, tmp_path)
 
 
@@ -518,7 +518,7 @@ def test_slow_queries_are_found_counted_and_alerted(shell: Shell) -> None:
     assert shell.mail() == f"Alert: {len(slow)} slow queries (>1s) in last 15 minutes\n"
 
 
-# --- The database, beside the running daemon -----------------------------------------------------
+# --- The database, alongside the running daemon -----------------------------------------------------
 
 
 def interactive(text: str) -> str:

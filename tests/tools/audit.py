@@ -1,7 +1,7 @@
 """Asks for published advisories on every package of requirements.lock, and says plainly what could not be asked.
 
 Where no advisory service can be reached, the package index still tells two things: whether a release was withdrawn by
-its authors (yanked, PEP 592), and whether there is a newer one, which is how an advisory is nearly always mended.
+its authors (yanked, PEP 592), and whether there is a newer one, which is how an advisory is nearly always fixed.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def report(packages: Sequence[Mapping[str, Any]] | None) -> tuple[int, list[str]
         return 0, ["audit: NOT DONE: no advisory service could be reached; nothing is known about requirements.lock"]
     found = [
         f"audit: {package['name']} {package['version']}: {advisory['id']}, "
-        f"mended in {', '.join(advisory['fix_versions']) or 'no version yet'}"
+        f"fixed in {', '.join(advisory['fix_versions']) or 'no version yet'}"
         for package in packages
         for advisory in package.get("vulns", ())
     ]

@@ -129,7 +129,7 @@ def rendered() -> dict[Path, str]:
         api: fill(api.read_text("utf-8"), "event fields", event_fields_table()),
         client: fill(client.read_text("utf-8"), "client settings", client_table()),
         map_page: fill(map_page.read_text("utf-8"), "modules", modules_tables()),
-        reliability: fill(reliability.read_text("utf-8"), "sabotage", mutants.table()),
+        reliability: fill(reliability.read_text("utf-8"), "mutants", mutants.table()),
         ROOT / ".env.example": env_example(),
     }
 

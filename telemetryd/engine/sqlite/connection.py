@@ -1,4 +1,4 @@
-"""Opens SQLite: what the file is, one read-write connection, read-only ones."""
+"""Opens SQLite connections: file identification, the one read-write connection, read-only ones."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ _SYNCHRONOUS: Final = ("OFF", "NORMAL", "FULL", "EXTRA")
 async def open_writer(
     path: Path, journal_mode: str, synchronous: str, busy_timeout_ms: int
 ) -> tuple[Connection, Modes]:
-    """Open the one read-write connection. The database and what SQLite puts beside it get mode 0600.
+    """Open the one read-write connection. The database and what SQLite puts next to it get mode 0600.
 
     Raises:
         DatabaseError: if SQLite is too old, or the file cannot be opened with these modes.

@@ -1,4 +1,4 @@
-"""Opens database files for more than SQLite, and closes them only while SQLite does not have them open.
+"""Opens database files outside SQLite, and closes them only when SQLite does not have them open.
 
 The locks of SQLite belong to the process: when any descriptor of a file is closed, the kernel drops all POSIX locks
 that the process has on it (sqlite.org/howtocorrupt.html, section 2.2). So a descriptor of a database is opened once,

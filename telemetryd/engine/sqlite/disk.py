@@ -1,4 +1,4 @@
-"""Looks at the database's disk from a thread: room left, size of the write-ahead log, files in their places."""
+"""Watches the database's disk from a thread: free space, size of the write-ahead log, files moved or replaced."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class Disk:
 class LogWatch:
     """Tells when something keeps the write-ahead log from being written back, and who it is as far as that is known.
 
-    The size alone tells nothing: a long write of our own makes a long log, which is written back when it is committed,
+    The size alone says nothing: a long write of our own makes a long log, which is written back when it is committed,
     and cut off with the commit after that.
 
     Args:

@@ -1,4 +1,4 @@
-"""SQLite as an engine: the one connection that writes, those that read, and the files that they stand on."""
+"""The SQLite engine: one write connection, a pool of readers, and the files under them."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ async def open_sqlite(settings: Settings, metrics: Metrics, clock: Callable[[], 
     """
     path = settings.db_path.absolute()
     prepare_directory(path)
-    refuse_hard_links(path)  # whose message tells more than that of a lock
+    refuse_hard_links(path)  # whose message says more than that of a lock
     async with contextlib.AsyncExitStack() as undo:
         ownership = Ownership(path, settings.lock_file)
         ownership.acquire(create=True)

@@ -1,4 +1,4 @@
-"""Copies what an export asks for out of the database, and reads the export from the copy."""
+"""Copies the rows of an export out of the database, and reads the export from the copy."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ class Exports:
         return shutil.disk_usage(self._database.parent).free - self._reserve_bytes
 
     def _new_copy(self, files: contextlib.ExitStack) -> sqlite3.Connection:
-        """Open an empty file beside the database; it vanishes with the process, or when `files` is closed."""
+        """Open an empty file next to the database; it vanishes with the process, or when `files` is closed."""
         path = files.enter_context(partial_file(self._database.with_name(f"{self._database.name}.export")))
         connection = connect(path, "rw")
         connection.use(self._database)  # which is attached to the copy

@@ -1,4 +1,4 @@
-"""What a database file is and what lies next to it, told without changing it."""
+"""Inspects a database file and its sidecar files without changing them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ APPLICATION_ID: Final = 0x746C6D64
 
 
 SIDE_FILES: Final = ("-wal", "-shm", "-journal")
-"""What SQLite may keep beside a database file; with it they are one database and move together."""
+"""What SQLite may keep next to a database file; with it they are one database and move together."""
 
 
 _HEADER_BYTES: Final = 100
@@ -121,7 +121,7 @@ def refuse_hard_links(path: Path) -> None:
     """
     try:
         status = path.stat()
-    except OSError:  # whoever opens it will say so
+    except OSError:  # opening it will report that
         return
     if status.st_nlink > 1 and stat.S_ISREG(status.st_mode):
         raise DatabaseError(
@@ -131,7 +131,7 @@ def refuse_hard_links(path: Path) -> None:
 
 
 def _other_names(path: Path, status: os.stat_result) -> str:
-    """Say which other names of a file stand beside it, and who uses it by them."""
+    """Say which other names of a file stand next to it, and who uses it by them."""
     real, names = path.resolve(), []
     for other in real.parent.iterdir():
         if other != real and other.is_file() and os.path.samestat(other.stat(), status):
@@ -180,7 +180,7 @@ def _application_id(header: bytes) -> int:
 def looking(path: Path) -> Iterator[sqlite3.Connection]:
     """Open a file only to look at it; it does not change.
 
-    `immutable` keeps SQLite from locking, and from making a shared-memory file beside a database in WAL
+    `immutable` keeps SQLite from locking, and from making a shared-memory file next to a database in WAL
     mode; where a log waits, the connection has to read it (and may make that file), because even the
     header may stand only there. Where a rollback journal waits, a copy is looked at, in which SQLite can
     undo what was cut off.
@@ -209,7 +209,7 @@ def _look(path: Path, uri: str) -> Iterator[sqlite3.Connection]:
 
 @contextmanager
 def undisturbed(path: Path) -> Iterator[Path]:
-    """Give a path where a database may be looked at without a trace: a temporary copy if a journal is beside it."""
+    """Give a path where a database may be looked at without a trace: a temporary copy if a journal is next to it."""
     if not is_unfinished(path):
         yield path
         return
@@ -219,8 +219,8 @@ def undisturbed(path: Path) -> Iterator[Path]:
             with borrowed(path) as descriptor:
                 copy_to(descriptor, copy)
             for suffix in ("-wal", "-journal"):  # not the index of the log, which holds locks, and is made anew
-                if beside(path, suffix).exists():
-                    shutil.copyfile(beside(path, suffix), beside(copy, suffix))
+                if sidecar_path(path, suffix).exists():
+                    shutil.copyfile(sidecar_path(path, suffix), sidecar_path(copy, suffix))
         except OSError as error:
             raise DatabaseError(f"Cannot copy {path} to look at it: {error.strerror}") from error
         yield copy
@@ -233,10 +233,10 @@ def refuse_strange_side_files(path: Path) -> None:
         DatabaseError: that names it.
 
     """
-    for side in (beside(path, suffix) for suffix in SIDE_FILES):
+    for side in (sidecar_path(path, suffix) for suffix in SIDE_FILES):
         try:
             mode = side.lstat().st_mode
-        except OSError:  # nothing is there, or what is wrong with the folder will be told of the database itself
+        except OSError:  # nothing is there, or what is wrong with the folder will be reported of the database itself
             continue
         if not stat.S_ISREG(mode):
             what = next((name for is_it, name in _STRANGE if is_it(mode)), "device")
@@ -261,13 +261,13 @@ def is_unfinished(path: Path) -> bool:
 def _has_hot_journal(path: Path) -> bool:
     refuse_strange_side_files(path)
     try:
-        with beside(path, "-journal").open("rb") as journal:
+        with sidecar_path(path, "-journal").open("rb") as journal:
             return journal.read(1) not in (b"", b"\0")  # SQLite's own test; PERSIST leaves a blank one
     except FileNotFoundError:
         return False
 
 
-def beside(path: Path, suffix: str) -> Path:
+def sidecar_path(path: Path, suffix: str) -> Path:
     """Return where SQLite keeps one of a database's `SIDE_FILES`."""
     real = path.resolve()  # where SQLite puts it, too
     return real.with_name(real.name + suffix)
@@ -276,7 +276,7 @@ def beside(path: Path, suffix: str) -> Path:
 def wal_bytes(path: Path) -> int:
     """Return the size of the write-ahead log, 0 if there is none; the file is not opened."""
     try:
-        return beside(path, "-wal").stat().st_size
+        return sidecar_path(path, "-wal").stat().st_size
     except FileNotFoundError:
         return 0
 
@@ -290,7 +290,7 @@ def forget_cached(path: Path) -> None:
         DatabaseError: if a file cannot be opened.
 
     """
-    for place in (path, beside(path, "-wal"), beside(path, "-journal")):
+    for place in (path, sidecar_path(path, "-wal"), sidecar_path(path, "-journal")):
         try:
             with borrowed(place) as descriptor:
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)

@@ -45,7 +45,7 @@ class Groups:
     Args:
         begin: makes the transaction object for one group, given the plain connection and the moment.
         clock: gives that moment, one for each group, as stored text.
-        check_place: called after each COMMIT, before anybody is told; raises OSError if the files that were
+        check_place: called after each COMMIT, before any caller gets its outcome; raises OSError if the files that were
             written are not those that the next owner will find.
 
     """

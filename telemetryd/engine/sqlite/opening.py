@@ -15,7 +15,7 @@ from typing import Final, TypeVar
 
 from telemetryd.engine.sqlite.connection import Connection, Modes, check_after_crash, check_quickly, open_writer
 from telemetryd.engine.sqlite.files import Kind as FileKind
-from telemetryd.engine.sqlite.files import beside, identify, inspect_before_opening, is_unfinished, looking
+from telemetryd.engine.sqlite.files import identify, inspect_before_opening, is_unfinished, looking, sidecar_path
 from telemetryd.engine.sqlite.readers import Readers
 from telemetryd.engine.sqlite.statements import full_text
 from telemetryd.engine.sqlite.tools import foreign, migrate
@@ -84,7 +84,7 @@ class Opened:
                 raise DatabaseError(f"Cannot use {path}: {error}") from error
             undo.pop_all()
         suffixes = ("-wal", "-shm") if modes.journal_mode == "WAL" else ()
-        logs = {place: identity_of(place) for place in (beside(path, suffix) for suffix in suffixes)}
+        logs = {place: identity_of(place) for place in (sidecar_path(path, suffix) for suffix in suffixes)}
         return cls(connection, modes, readers, logs)
 
     def lost_log(self) -> Path | None:

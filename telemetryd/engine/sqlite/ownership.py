@@ -1,4 +1,4 @@
-"""Who owns a database: locks by its name, by the configured one, and by the file itself, whatever it is called."""
+"""Ownership of a database: locks on its path, on the configured lock file, and on the file itself."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _SPARE_BYTES: Final = 64 * 1024
 _SETTLED: Final = "user.telemetryd.settled"
 """The extended attribute in which the size and the time of a file stand as its last owner left it."""
 _OPENED: Final = "user.telemetryd.opened"
-"""The extended attribute that tells by which name the owner of a file has it open; after a crash it still stands."""
+"""The extended attribute that records by which name the owner of a file has it open; after a crash it still stands."""
 _UNSEEN: Final = "a process that cannot be seen from here, as in another container"
 
 
@@ -234,7 +234,7 @@ class _OwnFile:
         if create:
             create_privately(self._path)
         try:
-            if not self._path.is_file():  # whoever wants to use it will say what it is
+            if not self._path.is_file():  # opening it will report what it is
                 return
             file = _take_writable(self._path)
         except FileNotFoundError:
@@ -321,7 +321,7 @@ def _note_name(path: Path) -> None:
 
 
 def _refuse_left_elsewhere(path: Path) -> None:
-    """Stop before a file is used whose last owner was killed and has left committed runs beside another name of it.
+    """Stop before a file is used whose last owner was killed and has left committed runs next to another name of it.
 
     They would be missing here, and when they are recovered later, they would undo what was written meanwhile
     (sqlite.org/howtocorrupt.html, section 2.4). A directory that cannot be seen from here cannot be looked at.
@@ -333,7 +333,7 @@ def _refuse_left_elsewhere(path: Path) -> None:
     if (name := _opened_name(path)) is not None and _has_left(name):
         raise DatabaseError(
             f"{path} was last opened as {name}, by a process that was killed, and what it committed last still stands "
-            "beside that name; nothing was changed: start telemetryd once with that name, and stop it"
+            "next to that name; nothing was changed: start telemetryd once with that name, and stop it"
         )
 
 
@@ -355,7 +355,7 @@ def _opened_name(path: Path) -> Path | None:
 
 
 def _has_left(path: Path) -> bool:
-    """Tell whether a log, or the journal of a transaction that was cut off, stands beside a name."""
+    """Tell whether a log, or the journal of a transaction that was cut off, stands next to a name."""
     for suffix in ("-wal", "-journal"):
         side = path.with_name(path.name + suffix)
         if side.is_file():
@@ -406,16 +406,16 @@ def create_privately(path: Path) -> None:
 class Ownership:
     """The right to write to one database, whatever lock file was configured, and whatever the file is called.
 
-    Three locks make it: the configured one, one beside the database's real path (symbolic links resolved), so that two
+    Three locks make it: the configured one, one next to the database's real path (symbolic links resolved), so that two
     daemons with different settings cannot own the same file, and one on the file itself, which a bind mount, a hard
     link or another container may give another name.
     """
 
     def __init__(self, database: Path, lock_file: Path | None) -> None:
         real = database.resolve()
-        beside = real.with_name(real.name + ".lock")
-        paths = [beside] if lock_file is None or lock_file.resolve() == beside else [beside, lock_file]
-        self._locks = [FileLock(path, _SPARE_BYTES if path == beside else 0) for path in paths]
+        sidecar = real.with_name(real.name + ".lock")
+        paths = [sidecar] if lock_file is None or lock_file.resolve() == sidecar else [sidecar, lock_file]
+        self._locks = [FileLock(path, _SPARE_BYTES if path == sidecar else 0) for path in paths]
         self._file = _OwnFile(real)
 
     def acquire(self, *, create: bool = False) -> None:
@@ -483,7 +483,7 @@ class Ownership:
     def other_name_holder(self) -> str | None:
         """Tell who owns the file by another name than this one, or None.
 
-        SQLite keeps the journal beside the name that it was given, so one who opens another name misses it
+        SQLite keeps the journal next to the name that it was given, so one who opens another name misses it
         (sqlite.org/howtocorrupt.html, section 2.4).
         """
         return None if self._locks[0].holder() is not None else self._file.holder()

@@ -1,4 +1,4 @@
-"""Files that are not whole yet: made beside their destination, named when whole, removed when they were left."""
+"""Incomplete files: created next to their destination, renamed when complete, removed if left over."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _at_work: Final[set[Path]] = set()
 
 @contextmanager
 def partial_file(destination: Path) -> Iterator[Path]:
-    """Make a file of mode 0600 beside its destination for as long as it is not whole; remove what is left of it.
+    """Make a file of mode 0600 next to its destination for as long as it is not whole; remove what is left of it.
 
     Raises:
         DatabaseError: if it cannot be made or written, as on a full disk.

@@ -1,4 +1,4 @@
-"""A small pool of read-only connections: run one query before its deadline, or interrupt it."""
+"""A small pool of read-only connections: runs each query within its deadline, or interrupts it."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class Readers:
         finally:
             self._waiting -= 1
         if self._closed:
-            idle.put_nowait(connection)  # for the next who waits, to be told the same
+            idle.put_nowait(connection)  # for the next waiter, which gets the same error
             raise UnavailableError("The database is being closed; try again shortly")
         # The query is shielded: if its caller leaves, the connection still must not be handed on before it ends.
         answer = connection.start(query)

@@ -1,4 +1,4 @@
-"""Notices commits of other programs, and compares the counts with the runs after them, between the writer's groups."""
+"""Detects commits by other programs and schedules the recount of totals between the writer's groups."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Recount:
 
     Args:
         check: raises DatabaseError if the database cannot be served as it is now.
-        clock: tells the time.
+        clock: returns the time.
 
     """
 
@@ -112,7 +112,7 @@ class Recount:
                     await self._compare(writer)
                     changed()
                     not_before = time.monotonic() + _BETWEEN * (time.monotonic() - started)
-            except UnavailableError:  # the next second's turn; whoever writes is told what is wrong
+            except UnavailableError:  # the next second's turn; writers get the error
                 continue
 
     async def _compare(self, writer: _Writer) -> None:
@@ -158,7 +158,7 @@ class Recount:
         self._tally.number, self._tally.event = max(number, self._tally.number), max(event, self._tally.event)
 
     def notice(self) -> None:
-        """Take note that somebody else has committed; the numbers that he may have set free are kept."""
+        """Take note that another program has committed; the numbers that it may have set free are kept."""
         self._noticed += 1
         self._noticed_at = self._clock()
         self._has_to_keep = True

@@ -1,4 +1,4 @@
-"""Finds a text inside of another in any case: in SQLite's words, and in short steps where it would take one long one.
+"""Case-insensitive substring search: in SQL, and in short steps where one statement would take long.
 
 A comparison by LIKE or GLOB is one step, which nothing can interrupt, and it begins again at each letter: a text of
 15 MB that nearly matches everywhere takes it ten seconds (sqlite.org/c3ref/interrupt.html, lang_expr.html#like).

@@ -57,7 +57,7 @@ export async function get(path, parameters, signal, accepted) {
   return response.json();
 }
 
-/** Answer one page of a list, and the address of the next (null behind the last). */
+/** Answer one page of a list, and the address of the next (null after the last). */
 export async function page(whole, signal) {
   const response = await send(whole, { signal });
   const link = /<([^>]*)>;\s*rel="next"/.exec(response.headers.get("Link") ?? "");

@@ -26,7 +26,7 @@ export function eventsPanel(name, signal) {
   const whole = panel("Events", place, { tools: ends });
   const list = h("ol", { class: "timeline" });
   let fromEnd = null; // unknown until there is a run
-  let next = null; // the page behind those that are shown, in their direction
+  let next = null; // the page after those that are shown, in their direction
   let latest = null; // the last event of all that are shown
   let begin = 0;
 
@@ -83,7 +83,7 @@ export function eventsPanel(name, signal) {
   const open = (end) => fillLater(place, signal, () => load(end));
 
   async function catchUp() {
-    if (!fromEnd && next) return; // what is new lies behind what is shown
+    if (!fromEnd && next) return; // what is new comes after what is shown
     const answer = await page(`${path}?limit=${MORE}&cursor=${latest.timestamp},${latest.id}`, signal);
     if (answer.next && fromEnd) {
       await load(true); // too many to show those between

@@ -1,4 +1,4 @@
-"""How the rules of alerts are asked of SQLite, and how what is firing and what is to be delivered are kept."""
+"""SQL for alerts: evaluates the rules, and stores what fires and what is to be delivered."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ _MOST: Final = """
 """Those first that fire already, and in each row how many there are in all."""
 _IS_AT_WORK: Final = "SELECT EXISTS (SELECT 1 FROM run_totals WHERE status = 'running' AND runs > 0)"
 _AT_WORK: Final = "SELECT agent_name, job_type FROM run_totals WHERE status = 'running' AND runs > 0"
-# Beside a lone min() SQLite takes the other columns from the row that has it (sqlite.org/lang_select.html).
+# Next to a lone min() SQLite takes the other columns from the row that has it (sqlite.org/lang_select.html).
 _RUNNING_LONG: Final = """
     SELECT count(*), event_id, min(start_time) FROM agent_runs INDEXED BY idx_runs_agent
     WHERE agent_name = ? AND job_type = ? AND status = 'running' AND start_time < ?

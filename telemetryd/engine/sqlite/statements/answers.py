@@ -1,4 +1,4 @@
-"""Which function answers which query: each says so itself, where its SQL is."""
+"""Registry of query handlers: which function answers which query."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def answers(kind: type[Q], *, is_long: Callable[[Q], bool] = _never) -> Callable
 
     Args:
         kind: the kind of query; the function is given a reader's connection and the query, in the reader's thread.
-        is_long: tells whether a query may read many runs to answer few, and so has to keep out of quick ones' way.
+        is_long: returns whether a query may read many runs to answer few, and so has to keep out of quick ones' way.
 
     """
 

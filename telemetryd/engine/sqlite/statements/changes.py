@@ -1,4 +1,4 @@
-"""How what lies behind a number of the commit sequence is asked of SQLite."""
+"""SQL for the change feed: what comes after a number of the commit sequence."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _searches(query: ListChanges) -> bool:
 
 @answers(ListChanges, is_long=_searches)
 def fetch_changes(connection: sqlite3.Connection, query: ListChanges) -> Changes:
-    """Fetch what lies behind a number, from one snapshot: three walks, none of which goes behind the others' ends.
+    """Fetch what comes after a number, from one snapshot: three walks, none of which goes past the others' ends.
 
     Raises:
         InvalidRequestError: if a filter needs the full-text index, and there is none.
@@ -82,7 +82,7 @@ def fetch_changes(connection: sqlite3.Connection, query: ListChanges) -> Changes
 
 
 def _find(connection: sqlite3.Connection, query: ListChanges, newest: int) -> tuple[_Found, int]:
-    """Return the numbers behind the query's, with the run's id or the deleted event_id, and how far they go."""
+    """Return the numbers after the query's, with the run's id or the deleted event_id, and how far they go."""
     found: _Found = []
     last = newest
     for sql in (_CHANGED, _DELETED, _CREATED):
@@ -120,7 +120,7 @@ def _load(
 
 
 def _happened(connection: sqlite3.Connection, query: ListChanges) -> tuple[list[Row], bool]:
-    """Return the events behind the query's id, as many as may be held, and whether there are more."""
+    """Return the events after the query's id, as many as may be held, and whether there are more."""
     rows: list[Row] = []
     room = query.most_bytes
     for row in connection.execute(_EVENTS, (query.events_after, query.limit + 1)):

@@ -1,4 +1,4 @@
-"""Where a moment is cut into minutes, hours and days, and the columns that say which process did a run."""
+"""Shared SQL: truncation of times to minutes, hours and days, and the columns that identify a process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How each command is said to SQLite, and how a group of them keeps the totals in the same transaction."""
+"""SQL for commands: executes each, and updates the totals in the same transaction."""
 
 from __future__ import annotations
 
@@ -280,10 +280,10 @@ class Transaction:
         if inserted == len(rows):
             self._take_in(rows)
             return [Created((True,) * len(batch)) for batch in batches]
-        # Every new run has a number of the sequence behind the last one that was drawn before.
+        # Every new run has a number of the sequence after the last one that was drawn before.
         unseen = set(orjson.loads(self._cursor.execute(_EVENT_IDS_BEHIND, (before,)).fetchone()[0]))
         if len(unseen) != inserted:
-            raise sqlite3.InternalError("the new runs are not those behind the last number that was drawn")
+            raise sqlite3.InternalError("the new runs are not those after the last number that was drawn")
         self._take_in(
             [row for row in {row[EVENT_ID]: row for row in reversed(rows)}.values() if row[EVENT_ID] in unseen]
         )

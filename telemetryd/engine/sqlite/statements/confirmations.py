@@ -1,4 +1,4 @@
-"""How it is kept what the operator has confirmed, when the clock was right, and which runs arrived before they say."""
+"""SQL for confirmations: what the operator confirmed, when the clock was right, and which runs came early."""
 
 from __future__ import annotations
 

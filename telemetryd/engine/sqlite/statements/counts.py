@@ -1,4 +1,4 @@
-"""How many runs match: counted, or as the totals tell."""
+"""SQL for counts: how many runs match, counted or taken from totals."""
 
 from __future__ import annotations
 

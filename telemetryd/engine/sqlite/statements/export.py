@@ -1,4 +1,4 @@
-"""How an export is copied out of the database, and how SQLite itself makes lines of the copy."""
+"""SQL for exports: copies matching rows out of the database, and formats the copy as lines."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def last_id(connection: sqlite3.Connection) -> int:
 
 
 def copy_slice(connection: sqlite3.Connection, query: ExportRuns, after: int, last: int, rows: int) -> tuple[int, int]:
-    """Copy what matches among the next `rows` runs behind an id, in one short transaction.
+    """Copy what matches among the next `rows` runs after an id, in one short transaction.
 
     Returns how many runs were copied, and the id up to which that was; `last` when it is done.
     """
@@ -150,7 +150,7 @@ def _select(query: ExportRuns, ids: str = "") -> tuple[str, Values]:
 def _csv_field(name: str) -> str:
     """Return a field as CSV: texts in quotes, numbers and truth values without, nothing at all for null.
 
-    The comma behind it is part of each constant: of as many `||` again a line would take half as long again.
+    The comma after it is part of each constant: of as many `||` again a line would take half as long again.
     """
     end = "" if name == COLUMNS[-1] else ","
     if name in runs.columns(Role.BOOLEAN):

@@ -1,4 +1,4 @@
-"""The full-text index over what runs say of themselves: made, dropped, verified, and asked for."""
+"""The full-text index over the texts of runs: create, drop, verify, query."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ _UNFINISHED: Final = {
 """What there is of it while it is built; what is indexed already follows changes, the rest is still to come."""
 
 _FIRST_RUN: Final = -(2**63)
-"""Behind which the first slice begins."""
+"""After which the first slice begins."""
 _SLICE: Final = 2_000
 _SLICE_BYTES: Final = 1024 * 1024
 """Runs, and bytes of their texts, that are indexed in one transaction, besides a first run of any size."""
@@ -166,7 +166,7 @@ def begin(connection: sqlite3.Connection) -> None:
 def index_slice(connection: sqlite3.Connection | sqlite3.Cursor) -> bool:
     """Index the next runs of an index that is begun, inside the caller's transaction; tell whether there are more.
 
-    Behind the last one the index is complete.
+    After the last one the index is complete.
     """
     last = end = connection.execute(f"SELECT last FROM {_PROGRESS}").fetchone()[0]
     room = _SLICE_BYTES

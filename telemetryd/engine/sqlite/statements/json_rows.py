@@ -1,4 +1,4 @@
-"""Has SQLite write a page of runs as JSON: in one step, during which no other thread waits for the interpreter.
+"""Renders a page of runs as JSON within SQLite, in one step that no other thread interrupts.
 
 A row that comes out of SQLite by itself takes two turns of the interpreter's lock, and a page has up to a thousand.
 """

@@ -1,4 +1,4 @@
-"""Which index serves which filters, what the filters are in SQL, and which runs a prune or a reap means."""
+"""Turns filters into SQL predicates and picks the index; selects the runs of a prune or a reap."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _CHOICE: Final = (
 """The filters that an index serves, those first which usually leave fewest runs."""
 
 MAX_ARMS: Final = MAX_VALUES * len(Status)
-"""Ordered walks that one statement merges; behind a cursor they are twice as many, and SQLite takes 500."""
+"""Ordered walks that one statement merges; after a cursor they are twice as many, and SQLite takes 500."""
 
 
 def choose(equal: Mapping[str, tuple[str, ...]], most: int = MAX_ARMS) -> tuple[str, tuple[str, ...], list[Values]]:
@@ -155,9 +155,9 @@ class Walk:
     """One way to some of the runs that are older than `:before`."""
 
     source: str
-    """What stands behind FROM, with the conditions."""
+    """What stands after FROM, with the conditions."""
     moment: str
-    """The column, or name, that tells from when the age of these runs counts."""
+    """The column, or name, that says from when the age of these runs counts."""
 
     @property
     def in_order(self) -> str:

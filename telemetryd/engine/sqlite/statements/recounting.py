@@ -1,7 +1,7 @@
-"""Compares the counts with the runs, in slices that each are one short transaction, and corrects them.
+"""Compares the totals with the runs, in slices of one short transaction each, and corrects them.
 
 An hour of runs is the unit: all that is kept of it is compared in the transaction that reads its last slice. What the
-writer itself commits between two slices of an hour is told to the `Tally`, as far as the slices have come.
+writer itself commits between two slices of an hour is reported to the `Tally`, as far as the slices have come.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class Tally:
 
     @property
     def is_counting(self) -> bool:
-        """Whether it has to be told of runs."""
+        """Whether runs have to be reported to it."""
         return self._hour is not None
 
     def begin(self, hour: str) -> None:
@@ -136,7 +136,7 @@ class Tally:
         self._clear("")
 
     def count(self, runs: Iterable[Timed], position: str) -> None:
-        """Count runs that lie behind the position, up to a new one."""
+        """Count runs that come after the position, up to a new one."""
         self.position = position
         self._add(runs, 1)
 
@@ -176,7 +176,7 @@ def compare(connection: sqlite3.Connection, tally: Tally, disturbed: Callable[[]
 
     Args:
         connection: the write connection.
-        tally: is told of whatever is committed between two steps.
+        tally: gets whatever is committed between two steps.
         disturbed: how many commits of others were noticed; after one of them, an hour is counted anew.
 
     """
@@ -200,15 +200,15 @@ def compare(connection: sqlite3.Connection, tally: Tally, disturbed: Callable[[]
 
 def _next_hour(cursor: sqlite3.Cursor, hour: str) -> str | None:
     """Return the next hour of which there are runs or counts, or None."""
-    # Behind an hour stands a colon in every time of it, and a semicolon comes next.
-    behind = f"{hour};" if hour else ""
+    # After an hour stands a colon in every time of it, and a semicolon comes next.
+    after = f"{hour};" if hour else ""
     number = hour_number(hour) if hour else _FIRST_HOUR - 1
     places = []
     while True:
-        place = cursor.execute(_NEXT, {"end": behind}).fetchone()[0]
+        place = cursor.execute(_NEXT, {"end": after}).fetchone()[0]
         if place is None or _TIME.match(place):
             break
-        behind = f"{place}\0"  # somebody's text that is no time counts nowhere
+        after = f"{place}\0"  # somebody's text that is no time counts nowhere
     if place is not None:
         places.append(place[:_HOUR])
     start = cursor.execute(_NEXT_CELL, {"hour": number, "last": _LAST_HOUR}).fetchone()[0]

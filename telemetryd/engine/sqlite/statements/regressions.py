@@ -1,4 +1,4 @@
-"""How the runs in which regressions are looked for are asked of SQLite: each pair's newest ones, by its index."""
+"""SQL for regressions: the newest runs of each agent and job type, by their index."""
 
 from __future__ import annotations
 

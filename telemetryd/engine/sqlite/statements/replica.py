@@ -1,4 +1,4 @@
-"""How a follower's database takes over the changes of the one that it follows."""
+"""SQL for replication: applies the primary's changes to a follower's database."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _INSERT: Final = f"""
 _INSERT_EVENT: Final = f"""
     INSERT OR REPLACE INTO run_events (run, {", ".join(events.COLUMNS)}) VALUES (?{", ?" * len(events.COLUMNS)})
 """
-# When a run arrived at the primary is not told; its last change there is no earlier. What was known first stands.
+# When a run arrived at the primary is not reported; its last change there is no earlier. What was known first stands.
 _ARRIVED: Final = """
     INSERT INTO run_arrivals (created_at, run, agent_name, arrived_at)
     SELECT created_at, id, agent_name, updated_at FROM agent_runs WHERE id = ? AND created_at > updated_at

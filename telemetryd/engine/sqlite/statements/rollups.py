@@ -1,4 +1,4 @@
-"""How the statistics are kept, added up, read, verified and made anew.
+"""SQL for statistics: keeps, aggregates, reads, verifies and rebuilds the rollups.
 
 Each group of commands appends one row to `run_stats_log`: what it changed, by hour, agent, job type and status. When
 the log stands for `FOLD_AT` changes, they are added to `run_stats` at once: then a cell is read and written once for

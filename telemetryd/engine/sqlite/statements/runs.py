@@ -1,4 +1,4 @@
-"""How each query is said to SQLite, and what its rows become."""
+"""SQL for queries of runs: builds each statement, and converts its rows to answers."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ _SPAN_OF_HOURS: Final = f"""
         (SELECT hour || ';' FROM run_hours WHERE hour < last_day || 'U' AND {_MEETS} ORDER BY hour DESC LIMIT 1)
     FROM (SELECT min(day) AS first_day, max(day) AS last_day FROM run_days WHERE {_MEETS})
 """
-"""The hours in which runs that started in a range can have been created; ';' is the character behind ':', U behind T.
+"""The hours in which runs that started in a range can have been created; ';' is the character after ':', U after T.
 
 The days come first, because a year has many hours.
 """
@@ -159,7 +159,7 @@ def _ends(query: ListRuns, created: Span | None) -> tuple[Bound | None, Bound | 
 def _walks(query: ListRuns, created: Span | None, values: Values) -> list[str]:
     """Return the conditions on the order's column for each walk of an index: one bound at each end, it uses only one.
 
-    A walk that goes on behind a cursor has two parts: the rest of the runs of the same moment, and all runs beyond
+    A walk that continues after a cursor has two parts: the rest of the runs of the same moment, and all runs beyond
     it. A comparison of pairs would only use the moment, and read all of its runs again.
     """
     column, after = query.order.column, query.after
@@ -253,7 +253,7 @@ def fetch_page(connection: sqlite3.Connection, query: ListRuns) -> Page:
     """Fetch one page of runs.
 
     Raises:
-        InvalidRequestError: if they hold more than `PAGE_BYTES`. A shorter page would lose runs to whoever pages
+        InvalidRequestError: if they hold more than `PAGE_BYTES`. A shorter page would lose runs to clients that page
             by offset.
 
     """
@@ -290,7 +290,7 @@ def _with_events(connection: sqlite3.Connection, shown: list[str], ids: list[int
     whole: list[str] = []
     for run, id_ in zip(shown, ids, strict=False):
         page, room = _read_events(connection, ListEvents("", DEFAULT_LIMIT), id_, room, is_first=not whole)
-        whole.append(f"{run[:-1]},{orjson.dumps(events.beside(page)).decode()[1:]}")
+        whole.append(f"{run[:-1]},{orjson.dumps(events.page_fields(page)).decode()[1:]}")
     return whole
 
 

@@ -1,4 +1,4 @@
-"""The one commit sequence: draws the numbers of a transaction's changes, and writes down what they belong to."""
+"""The commit sequence: assigns numbers to a transaction's changes, and stores what they belong to."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class Sequence:
         self._changed[run] = None
 
     def deleted(self, runs: Iterable[int], event_ids: Many[str]) -> None:
-        """Draw the numbers of deletions at once: one of these event_ids may be created again right behind."""
+        """Draw the numbers of deletions at once: one of these event_ids may be created again right after."""
         for run in runs:
             self._changed.pop(run, None)
         if not event_ids:

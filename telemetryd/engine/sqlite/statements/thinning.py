@@ -1,4 +1,4 @@
-"""How runs are deleted, cancelled and failed: in slices bounded in runs, bytes and time."""
+"""Deletes, cancels and fails runs in slices bounded in runs, bytes and time."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def _fetch_with(cursor: sqlite3.Cursor, values: Values) -> _Fetch:
 
 
 def _portions(fetch: _Fetch, statements: Iterable[str], limit: int, budget: Budget) -> Iterator[list[tuple[Any, ...]]]:
-    """Yield the runs of a slice, a portion at a time; whoever asks for the next one has dealt with those before.
+    """Yield the runs of a slice, a portion at a time; a caller that asks for the next one has dealt with those before.
 
     Args:
         fetch: runs a statement for at most so many rows.

@@ -1,4 +1,4 @@
-"""How the counts of runs follow what a group of commands changes: by agent, minute, hour and day."""
+"""Maintains the counts of runs by agent, minute, hour and day as a group of commands changes them."""
 
 from __future__ import annotations
 
@@ -51,4 +51,4 @@ _DROP_HOUR: Final = """
 
 _DROP_DAY: Final = """
     DELETE FROM run_days WHERE day = ?1 AND NOT EXISTS (SELECT 1 FROM run_hours WHERE hour >= ?1 AND hour < ?1 || 'U')
-"""  # U is the character behind T
+"""  # U is the character after T

@@ -19,7 +19,7 @@ from typing import Final, Protocol
 
 from telemetryd.engine.interface import BackupMade
 from telemetryd.engine.sqlite.connection import connect, connect_to_read
-from telemetryd.engine.sqlite.files import APPLICATION_ID, IF_DAMAGED, SIDE_FILES, beside, corrupt, is_unfinished
+from telemetryd.engine.sqlite.files import APPLICATION_ID, IF_DAMAGED, SIDE_FILES, corrupt, is_unfinished, sidecar_path
 from telemetryd.engine.sqlite.partials import partial_file, publish
 from telemetryd.engine.sqlite.tools import rotation
 from telemetryd.errors import DatabaseError, InvalidRequestError, UnavailableError, sentence
@@ -208,7 +208,7 @@ def verify(path: Path, original: Path | None = None, advice: str = IF_DAMAGED) -
     """
     called = path if original is None else original
     if is_unfinished(path):
-        raise DatabaseError(f"{called} has a journal beside it, so it is not a whole database by itself")
+        raise DatabaseError(f"{called} has a journal next to it, so it is not a whole database by itself")
     with contextlib.closing(connect(path, "ro&immutable=1")) as connection:
         try:
             finding = connection.execute("PRAGMA integrity_check(1)").fetchone()[0]
@@ -237,7 +237,7 @@ def restore(
 ) -> tuple[Content, Path]:
     """Put a verified copy of a backup in the database's place; the caller owns the database.
 
-    A source may be compressed, or a file as a crash left it with its journal or log beside it; it does not change.
+    A source may be compressed, or a file as a crash left it with its journal or log next to it; it does not change.
     `refuse` gets a connection to the verified copy, and raises DatabaseError if that must not be served.
     Returns what it holds, and where the old file is kept (a path that does not exist if there was none).
 
@@ -269,7 +269,7 @@ def _copy_side_files(source: Path, copy: Path) -> None:
     """Take along what SQLite needs to see the last commits; the shared memory (-shm) it makes anew."""
     for suffix in ("-wal", "-journal"):
         with contextlib.suppress(FileNotFoundError):
-            shutil.copyfile(beside(source, suffix), beside(copy, suffix))
+            shutil.copyfile(sidecar_path(source, suffix), sidecar_path(copy, suffix))
 
 
 def _settle(copy: Path) -> None:
@@ -292,7 +292,7 @@ def replace(database: Path, new: Path, moment: datetime) -> Path:
 
     The old file gets its second name first, so that there is a database at the path at every moment. What
     its journal holds is settled before; if that fails because the file is damaged, the journal is kept
-    beside the old file under its new name.
+    next to the old file under its new name.
     """
     with new.open("rb") as file:
         os.fsync(file.fileno())
@@ -304,9 +304,9 @@ def replace(database: Path, new: Path, moment: datetime) -> Path:
         os.link(database, aside)
         sync_directory(database.parent)
         for suffix in SIDE_FILES:
-            side = beside(database, suffix)
+            side = sidecar_path(database, suffix)
             if side.exists():
-                side.rename(beside(aside, suffix))
+                side.rename(sidecar_path(aside, suffix))
     new.replace(database)
     sync_directory(database.parent)
     return aside

@@ -33,7 +33,7 @@ class Severity(StrEnum):
     NOTE = "note"
     """Nothing needs to be done."""
     PROBLEM = "problem"
-    """`--repair` mends it in place; no run is lost."""
+    """`--repair` fixes it in place; no run is lost."""
     DAMAGE = "damage"
     """The file itself is damaged; runs may be lost."""
 
@@ -262,7 +262,7 @@ _COMBINED: Final = ("agent_name", "job_type", "status")
 
 
 def repair(path: Path, watch: Watch = ignore_progress) -> list[str]:
-    """Mend the indexes and the totals in one transaction, then the file; the caller owns the database.
+    """Fix the indexes and the totals in one transaction, then the file; the caller owns the database.
 
     Return what was done.
 

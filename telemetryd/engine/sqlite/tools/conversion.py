@@ -1,4 +1,4 @@
-"""Turns a run (or an event) of an older layout into one that the current schema admits, and tells what that took."""
+"""Converts a run or an event of an older layout to the current schema, and reports what was changed."""
 
 from __future__ import annotations
 

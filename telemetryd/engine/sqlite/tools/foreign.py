@@ -1,4 +1,4 @@
-"""Finds what others have put into a database: what can change or refuse our writes, and what is only worth a note."""
+"""Finds foreign objects in a database: those that can change or reject writes, and harmless ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from telemetryd.engine.sqlite.tools import migrate
 from telemetryd.errors import DatabaseError
 
 HIGHEST_NUMBER: Final = 2**62
-"""Ids and numbers beyond it leave too little room: SQLite gives no row an id behind 2**63 - 1."""
+"""Ids and numbers beyond it leave too little room: SQLite gives no row an id beyond 2**63 - 1."""
 
 _OBJECTS: Final = "SELECT type, name, tbl_name, sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY type, name"
 _IS_UNIQUE: Final = 'SELECT "unique" FROM pragma_index_list(?) WHERE name = ?'

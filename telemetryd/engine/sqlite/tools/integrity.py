@@ -1,4 +1,4 @@
-"""What a check and a salvage ask of a database, and what a repair writes."""
+"""SQL for checks, salvage and repair of a database."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Brings a database of an older layout to the current schema in one transaction, or says what that would do."""
+"""Migrates a database of an older layout to the current schema in one transaction, or reports what that would do."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ class Migration:
 
 
 def preview(path: Path, watch: Watch = ignore_progress) -> Migration:
-    """Say what a migration of an `undisturbed` database would do; neither it nor what is beside it changes.
+    """Say what a migration of an `undisturbed` database would do; neither it nor what is next to it changes.
 
     Raises:
         DatabaseError: if it cannot be read, or is not a telemetry database.
@@ -491,7 +491,7 @@ def _separate_equal_event_ids(connection: sqlite3.Connection, tally: Tally) -> N
 
 
 def _keep_log(connection: sqlite3.Connection) -> None:
-    """Keep what the old schema_migrations told, whatever its columns were, and drop it."""
+    """Keep what the old schema_migrations said, whatever its columns were, and drop it."""
     columns = [column.name for column in _columns(connection, _OLD_LOG)]
     if not columns:
         return

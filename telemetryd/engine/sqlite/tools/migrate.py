@@ -1,4 +1,4 @@
-"""Makes the current schema, step by step, and tells whether a database has it."""
+"""Creates the current schema step by step, and detects whether a database has it."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def current_version() -> int:
 
 
 def claimed(after: int, kind: str = "TABLE") -> tuple[str, ...]:
-    """Return the names of the tables (or indexes) that are needed behind a version and not before."""
+    """Return the names of the tables (or indexes) that are needed after a version and not before."""
     first: dict[str, int] = {}
     for step in steps():
         for name in step.names(kind):
@@ -107,7 +107,7 @@ def create(connection: sqlite3.Connection, now: str) -> None:
 
 
 def run_steps(connection: sqlite3.Connection, now: str, *, after: int) -> None:
-    """Run every step behind a version, inside the caller's transaction, and record them."""
+    """Run every step after a version, inside the caller's transaction, and record them."""
     for step in steps():
         if step.version > after:
             for statement in step.statements():

@@ -1,4 +1,4 @@
-"""Gives new numbers to what has some that leave no room for others, so that the database can be written to again."""
+"""Renumbers rows whose ids leave no room for new ones, so that the database is writable again."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _BEGIN_ANEW: Final = (
 def free_numbers(connection: sqlite3.Connection) -> int:
     """Renumber, inside the caller's transaction, and begin a new epoch; return how many rows got other numbers.
 
-    Whoever follows the commit sequence has to begin anew; the totals and the statistics are to be counted again.
+    Followers of the commit sequence have to begin anew; the totals and the statistics are to be counted again.
     """
     rollups.fold(connection.cursor())
     for statement in _FORGET:
@@ -53,7 +53,7 @@ _NEWEST_LOW: Final = f"""max(
 
 
 def _renumber(connection: sqlite3.Connection, table: str, key: str, last: int) -> list[tuple[int, int]]:
-    """Give the rows behind the highest number those behind `last`; return the new and the old number of each."""
+    """Give the rows after the highest number those after `last`; return the new and the old number of each."""
     select = f"SELECT {key} FROM {table} WHERE {key} > ? ORDER BY {key}"
     high = [number for (number,) in connection.execute(select, (HIGHEST_NUMBER,)).fetchall()]
     moved = [(last + place, number) for place, number in enumerate(high, 1)]

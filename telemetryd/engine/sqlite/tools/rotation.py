@@ -1,4 +1,4 @@
-"""Keeps the newest backups of a folder: by the numbers that they bear inside, because clocks and names may lie."""
+"""Keeps the newest backups of a folder, ordered by the numbers inside them, not by clocks or names."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def mark(path: Path, number: int, made_at: str) -> None:
 
 
 def mark_packed(path: Path, number: int) -> None:
-    """Write its number behind a finished copy that is compressed."""
+    """Write its number after a finished copy that is compressed."""
     with path.open("ab") as file:
         file.write(_FRAME.pack(*_SKIPPED, number))
 

@@ -44,7 +44,7 @@ class Salvage:
 
 
 def salvage(path: Path, moment: datetime, watch: Watch = ignore_progress) -> Salvage:
-    """Put a new database with every readable run in the place of a damaged one, which is kept beside it.
+    """Put a new database with every readable run in the place of a damaged one, which is kept next to it.
 
     The caller owns the database.
 

@@ -63,7 +63,7 @@ function tiles(groups, agents, period, since) {
   );
 }
 
-/** Return a line whose length shows a share of the largest; the figure itself stands beside it. */
+/** Return a line whose length shows a share of the largest; the figure itself stands next to it. */
 function track(share, kind) {
   const part = h("span", { class: kind });
   part.style.width = `${100 * share}%`;
