@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from telemetryd.engine.sqlite.ownership import FileLock
+from telemetryd.engine.sqlite.file_lock import FileLock
 from telemetryd.engine.sqlite.tools import migrate
 from telemetryd.ops.metrics import Metrics
 from telemetryd.settings import Settings

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from telemetryd.engine.sqlite.descriptors import CountedConnection, borrowed, copy_to
-from telemetryd.engine.sqlite.ownership import FileLock
+from telemetryd.engine.sqlite.file_lock import FileLock
 from telemetryd.errors import DatabaseError
 from telemetryd.ops.files import sync_directory
 
