@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import itertools
 import json
 import signal
@@ -11,6 +12,7 @@ import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -22,9 +24,9 @@ from telemetryd.errors import QueryTimeoutError, TooManyTailsError
 from telemetryd.model.changes import BEGINNING, Changes, ListChanges, Place
 from telemetryd.model.filters import Filters
 from telemetryd.model.queries import parse_list
-from telemetryd.services import feed, frames
+from telemetryd.services import frames
 from telemetryd.services.feed import Feed, Tail
-from telemetryd.services.frames import Chunk, Frame
+from telemetryd.services.frames import Frame
 from telemetryd.services.tails import FEED
 from telemetryd.web.connections import _Protocol, _Server
 from tests.conftest import Api, StartDaemon, eventually, make_run, reading
@@ -47,6 +49,11 @@ async def streaming(api: Api, *, last_id: str | None = None, **parameters: str) 
 def feed_of(api: Api) -> Feed:
     assert api.client.app is not None
     return api.client.app[FEED]
+
+
+def bound(api: Api, **bounds: float) -> None:
+    shared = feed_of(api)
+    shared.bounds = replace(shared.bounds, **bounds)  # type: ignore[arg-type]
 
 
 def seen(sent: list[Sent]) -> list[tuple[str, str]]:
@@ -140,10 +147,8 @@ async def test_what_cannot_be_followed(
     assert answer["detail"].startswith(text)
 
 
-async def test_a_place_of_another_database_is_told_and_goes_on_from_now(
-    api: Api, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(feed, "HEARTBEAT_S", 0.01)
+async def test_a_place_of_another_database_is_told_and_goes_on_from_now(api: Api) -> None:
+    bound(api, heartbeat_s=0.01)
     await api.batch([make_run() for _ in range(3)])
     for after in ("0123456789ab-1", "9"):
         async with streaming(api, after=after) as events:
@@ -155,28 +160,26 @@ async def test_a_place_of_another_database_is_told_and_goes_on_from_now(
         await eventually(lambda: not feed_of(api)._plain.live)
 
 
-async def test_one_who_does_not_read_loses_nothing_and_holds_nobody_up(
-    api: Api, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(feed, "BUFFER_BYTES", 20_000)
+async def test_one_who_does_not_read_loses_nothing_and_holds_nobody_up(api: Api) -> None:
+    bound(api, ring_bytes=20_000)
     async with feed_of(api).open(None, Filters()) as slow, streaming(api) as events:
         await slow.begin()
         chunks = slow.chunks()
         reading = asyncio.ensure_future(anext(chunks))
-        await eventually(lambda: slow._is_live)
+        await eventually(lambda: slow._cursor is not None)
         for number in range(300):
             await api.post(make_run(event_id=f"event-{number}"))
         assert len(await take(events, 300)) == 300
-        assert slow._bytes <= 20_000
-        assert not slow._is_live
+        assert slow._cursor is None
+        assert feed_of(api).held.bytes == 0
         received = await read_runs(chunks, 300, await reading)
         assert [event.data["event_id"] for event in received] == [f"event-{number}" for number in range(300)]
         assert slow.missed == 0
         await chunks.aclose()
 
 
-async def test_one_who_is_too_far_behind_is_told_how_far(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feed, "BEHIND", 10)
+async def test_one_who_is_too_far_behind_is_told_how_far(api: Api) -> None:
+    bound(api, behind=10)
     await api.batch([make_run() for _ in range(30)])
     async with streaming(api, after="20") as events:
         assert len(await take(events, 10)) == 10
@@ -190,8 +193,8 @@ async def test_one_who_is_too_far_behind_is_told_how_far(api: Api, monkeypatch: 
     assert "telemetryd_tails_missed_total 11.0" in await metrics
 
 
-async def test_a_stream_is_kept_alive_and_tells_how_far_it_is(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feed, "HEARTBEAT_S", 0.01)
+async def test_a_stream_is_kept_alive_and_tells_how_far_it_is(api: Api) -> None:
+    bound(api, heartbeat_s=0.01)
     async with api.client.get(STREAM, params={"agent_name": "nobody"}) as response:
         reader = Reader()
         epoch = (await api.get("/api/v1/changes"))["epoch"]
@@ -214,9 +217,9 @@ async def test_bounds_on_time_do_not_cut_a_stream_off_but_one_who_is_deaf(api: A
 
 
 async def test_it_is_counted_while_it_is_open_and_logged_when_it_ends(
-    api: Api, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    api: Api, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(feed, "HEARTBEAT_S", 0.01)  # with the next thing that it sends it notices that nobody listens
+    bound(api, heartbeat_s=0.01)  # with the next thing that it sends it notices that nobody listens
 
     async def metrics() -> str:
         async with api.client.get("/metrics", params={"format": "prometheus"}) as response:
@@ -254,22 +257,42 @@ async def test_one_who_reads_slowly_does_not_join_behind_what_was_handed_out(api
             tail.end()
         await eventually(lambda: not shared._plain.live)
     async with shared.open(None, Filters()) as late:
-        assert not shared._plain.join(late, page)
-        assert shared._plain.join(late, await shared._plain.read(page.last, Filters()))
+        assert shared._plain.join(late, page.last) is None
+        assert shared._plain.join(late, (await shared._plain.read(page.last, Filters())).last) is not None
 
 
-async def test_a_sign_of_life_does_not_tell_of_more_than_was_sent(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feed, "HEARTBEAT_S", 0.01)
+async def test_one_who_begins_ahead_of_the_others_is_handed_nothing_from_before(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = feed_of(api)
+    lane = shared._plain
+    async with streaming(api) as events, shared.open(None, Filters()) as late:
+        await eventually(lambda: bool(lane.live) and not lane.unread.is_set() and not lane._reading.locked())
+        with monkeypatch.context() as patch:
+            patch.setattr(lane, "unread", asyncio.Event())  # the lane does not hear of this commit
+            await api.post(make_run(event_id="before"))
+            await late.begin()
+            assert lane.ring.last < late.position
+            chunks = late.chunks()
+            reading = asyncio.ensure_future(anext(chunks))
+            await eventually(lambda: late._cursor is not None)
+        await api.post(make_run(event_id="next"))
+        assert seen(await take(events, 2)) == [("before", "running"), ("next", "running")]
+        assert seen(await read_runs(chunks, 1, await reading)) == [("next", "running")]
+        await chunks.aclose()
+
+
+async def test_a_sign_of_life_does_not_tell_of_more_than_was_sent(api: Api) -> None:
+    bound(api, heartbeat_s=0.01)
     shared = feed_of(api)
 
     def hand_out(tail: Tail) -> None:
-        tail.offer(Chunk([Frame(shared.held, 7, 7, b"run")]))
-        shared._plain.position = 7
+        shared._plain.offer(7, {tail.key: [Frame(7, 7, b"run")]})
 
     async with shared.open(None, Filters()) as tail:
         await tail.begin()
-        assert shared._plain.join(tail, await shared._plain.read(BEGINNING, Filters()))
-        tail._is_live = True
+        page = await shared._plain.read(BEGINNING, Filters())
+        tail._cursor = shared._plain.join(tail, page.last)
         waiting = asyncio.create_task(tail._is_ready())
         await asyncio.sleep(0)
         asyncio.get_running_loop().call_later(0.02, hand_out, tail)
@@ -286,12 +309,45 @@ async def test_a_run_is_held_once_however_many_filters_it_matches(api: Api) -> N
         await eventually(lambda: len(shared._plain.live) == 2)
         await api.batch([make_run(error_details="x" * 100_000) for _ in range(3)])
         await asyncio.gather(*reading)
-        assert [*map(id, one._waiting)] == [*map(id, other._waiting)]
-        assert shared.held.bytes == sum(len(frame.text) for frame in one._waiting)
+        assert one._waiting[0] is other._waiting[0]
+        (page,) = shared._plain.ring._pages
+        assert len(page.frames) == 3
+        assert shared.held.bytes == sum(len(frame.text) for frame in page.frames)
         for each in chunks:
             await each.aclose()
-    del one, other
     assert shared.held.bytes == 0
+
+
+async def test_who_is_lapped_gets_each_run_once_in_order_and_comes_back_to_the_ring(api: Api) -> None:
+    bound(api, ring_bytes=250_000, held_bytes=1_000_000)
+    shared = feed_of(api)
+    ring = shared._plain.ring
+    async with shared.open(None, Filters()) as slow, streaming(api) as events:
+        await slow.begin()
+        chunks = slow.chunks()
+        reading = asyncio.ensure_future(anext(chunks))
+        await eventually(lambda: sum(map(len, shared._plain.live.values())) == 2)
+        gc.disable()
+        try:
+            for number in range(30):
+                await api.post(make_run(event_id=f"event-{number}", error_details="x" * 100_000))
+                await take(events, 1)
+                # The ring, and the run that the slow one has begun to send.
+                assert ring.bytes <= 250_000
+                assert shared.held.bytes <= 250_000 + 101_000
+                assert (slow._cursor is None) == (number > 2)
+            received = await read_runs(chunks, 30, await reading)
+            await api.post(make_run(event_id="last"))
+            received += await read_runs(chunks, 1)
+            assert slow._cursor is not None
+            assert shared.held.bytes <= 1_000_000
+        finally:
+            gc.enable()
+        expected = [*(f"event-{number}" for number in range(30)), "last"]
+        assert [event.data["event_id"] for event in received] == expected
+        assert slow.missed == 0
+        await chunks.aclose()
+    await eventually(lambda: shared.held.bytes == 0)
 
 
 class Stuck:
@@ -333,10 +389,8 @@ async def all_read(tail: Stuck) -> bool:
     return [event.data["event_id"] for event in received] == [f"event-{number}" for number in range(10)]
 
 
-async def test_who_takes_nothing_gives_up_what_waits_when_it_is_too_much_and_loses_nothing(
-    api: Api, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(feed, "HELD_BYTES", 1_500_000)
+async def test_who_takes_nothing_gives_up_what_waits_when_it_is_too_much_and_loses_nothing(api: Api) -> None:
+    bound(api, held_bytes=1_500_000)
     async with stuck(api, 6) as tails:
         assert feed_of(api).held.bytes <= 1_500_000
         for tail in tails:
@@ -344,9 +398,9 @@ async def test_who_takes_nothing_gives_up_what_waits_when_it_is_too_much_and_los
 
 
 async def test_who_takes_nothing_is_cut_off_when_single_runs_are_too_much(
-    api: Api, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    api: Api, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(feed, "HELD_BYTES", 250_000)
+    bound(api, held_bytes=250_000)
     async with stuck(api, 4) as tails:
         await asyncio.wait_for(asyncio.gather(*(tail.following for tail in tails[:2])), 5)
         assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
@@ -408,8 +462,8 @@ async def test_nobody_waits_for_a_feed_that_has_died(api: Api, monkeypatch: pyte
         assert [event async for event in events] == []
 
 
-async def test_too_many_are_refused(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feed, "MAX_TAILS", 1)
+async def test_too_many_are_refused(api: Api) -> None:
+    bound(api, tails=1)
     async with streaming(api):
         assert (await api.get(STREAM, 503))["detail"] == "Too many streams are open; try again later."
         with pytest.raises(TooManyTailsError):

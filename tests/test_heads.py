@@ -17,7 +17,7 @@ from telemetryd.engine.sqlite.readers import Lane
 from telemetryd.engine.sqlite.statements import answers
 from telemetryd.http import METRICS
 from telemetryd.model.queries import ListRuns
-from telemetryd.services import feed
+from telemetryd.services.feed import Bounds
 from telemetryd.web import heads
 from telemetryd.web.connections import _Server
 from tests.conftest import Api, eventually, make_run, reading
@@ -111,8 +111,8 @@ async def test_when_requests_hold_too_much_those_with_most_of_it_are_cut(
     await eventually(lambda: waiting.waits == 0)
 
 
-async def test_only_so_many_wait_for_changes(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feed, "MAX_WAITS", 1)
+async def test_only_so_many_wait_for_changes(api: Api) -> None:
+    feed_of(api).bounds = Bounds(waits=1)
     async with sent(api, CHANGES + b"\r\n"):
         await eventually(lambda: feed_of(api).waits == 1)
         refused = await api.get("/api/v1/changes?wait=60&after=0", 503)

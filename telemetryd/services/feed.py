@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final
 from urllib.parse import urlencode
 
@@ -17,22 +18,9 @@ from telemetryd.model.filters import Filters
 from telemetryd.model.values import MAX_INTEGER
 from telemetryd.ops.logs import log
 from telemetryd.ops.metrics import Metrics
-from telemetryd.services.frames import PIECE_BYTES, Chunk, Frame, Held, encode
+from telemetryd.services.frames import PIECE_BYTES, Frame, Held, encode, joined
+from telemetryd.services.ring import Cursor, Ring
 from telemetryd.store import Store
-
-MAX_TAILS: Final = 2_000
-MAX_WAITS: Final = 2_000
-HEARTBEAT_S: Final = 15.0
-"""After so long without anything to say, a tail says that it is still there, and how far it is."""
-
-BUFFER_BYTES: Final = 1024 * 1024
-"""What waits for one tail at most, besides a single chunk; beyond it, the tail reads from the database later."""
-
-HELD_BYTES: Final = 64 * 1024 * 1024
-"""What waits for all tails together at most; beyond it, those who take nothing give it up."""
-
-BEHIND: Final = 50_000
-"""A tail that is more changes behind than this gets the number it missed, and goes on from now."""
 
 _PAGE: Final = 250
 _LEAST_PAGE_BYTES: Final = 256 * 1024
@@ -42,22 +30,39 @@ RETRY: Final = b"retry: 2000\n"
 """Tells a browser after how many milliseconds to come back."""
 
 
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """How much a feed does and holds at most."""
+
+    tails: int = 2_000
+    waits: int = 2_000
+    heartbeat_s: float = 15.0
+    """After so long without anything to say, a tail says that it is still there, and how far it is."""
+    ring_bytes: int = 16 * 1024 * 1024
+    """What a ring keeps for those who are slow, besides its last page; beyond it, they read from the database."""
+    held_bytes: int = 64 * 1024 * 1024
+    """What rings and tails hold together; beyond it, those who take nothing give up what waits for them."""
+    behind: int = 50_000
+    """A tail that is more changes behind than this is told how many it missed, and goes on from now."""
+
+
 class Feed:
     """Knows how far the commits have got, and all who wait for the next one."""
 
-    def __init__(self, store: Store, metrics: Metrics) -> None:
+    def __init__(self, store: Store, metrics: Metrics, bounds: Bounds | None = None) -> None:
+        self.bounds = bounds or Bounds()
         self._store = store
         self._news = asyncio.Event()
         self._polling = asyncio.Lock()
         self.waits = 0
         """Requests that wait for a commit."""
         self.tails: set[Tail] = set()
+        self.held = Held()
         self._plain = Lane(self, store.fetch_news)
         self._searching = Lane(self, store.fetch)
         self.closed = False
-        self.held = Held()
         self.encoding = asyncio.Lock()
-        """Held by the task that has frames in hand that wait for no tail yet."""
+        """Held by the task that has frames in hand that are counted nowhere yet: a page at most."""
         self.metrics = metrics
         metrics.watch_tails(lambda: len(self.tails))
         store.on_commit(self._wake)
@@ -82,7 +87,7 @@ class Feed:
             TooManyWaitsError: if too many wait already.
 
         """
-        if asked.wait_s and self.waits >= MAX_WAITS:
+        if asked.wait_s and self.waits >= self.bounds.waits:
             raise TooManyWaitsError
         self.waits += 1
         try:
@@ -114,18 +119,18 @@ class Feed:
             lanes.create_task(self._searching.run())
 
     def relieve(self) -> None:
-        """While too much waits for all together, have those who take nothing give it up; if need be, end them.
-
-        It is called when nobody else holds frames, so that letting them go here is what frees them.
-        """
-        if self.held.bytes <= HELD_BYTES:
+        """While too much is held, have those who take nothing give it up, then the rings; if need be, end tails."""
+        if self.held.bytes <= self.bounds.held_bytes:
             return
         slowest = sorted((tail for tail in self.tails if tail.is_sending), key=lambda tail: tail.since)
         for tail in slowest:
-            if self.held.bytes > HELD_BYTES:
+            if self.held.bytes > self.bounds.held_bytes:
                 tail.give_up()
+        for lane in (self._plain, self._searching):
+            if self.held.bytes > self.bounds.held_bytes:
+                lane.forget()
         for tail in slowest[:-1]:  # the last one may be sent a single run of any size
-            if self.held.bytes > HELD_BYTES:
+            if self.held.bytes > self.bounds.held_bytes:
                 log.warning("Stream cut: too much waits to be read by all streams together")
                 tail.end()
 
@@ -136,7 +141,7 @@ class Feed:
             TooManyTailsError: if too many are open.
 
         """
-        if len(self.tails) >= MAX_TAILS:
+        if len(self.tails) >= self.bounds.tails:
             raise TooManyTailsError
         tail = Tail(self, place, filters)
         self.tails.add(tail)
@@ -170,8 +175,8 @@ class Lane:
         """Whether there was a commit since it began to read."""
         self.live: dict[str, list[Tail]] = {}
         """Those that are handed what is new, by their filters."""
-        self.position = 0
-        """Up to which number everything was handed to them."""
+        self.ring = Ring(feed.held)
+        """What was handed to them and not yet taken by all."""
 
     async def read(self, after: int, *filters: Filters) -> Changes:
         """Read what comes after a number; one at a time, so that tails leave the readers to those who ask.
@@ -194,7 +199,11 @@ class Lane:
         # One at a time asks for the second lock, so that what is new is handed out in between. That one is held until
         # the tail has joined: so nothing is handed out that is not in the page.
         async with self._turn, self._reading:
-            most_bytes = min(max(HELD_BYTES // len(self._feed.tails), _LEAST_PAGE_BYTES), PAGE_BYTES)
+            # It may have read further than the others, and is to be handed nothing twice.
+            while self.live and self.ring.last < tail.position and await self._hand_out():
+                pass
+            share = self._feed.bounds.held_bytes // len(self._feed.tails)
+            most_bytes = min(max(share, _LEAST_PAGE_BYTES), PAGE_BYTES)
             page = ListChanges(tail.position, _PAGE, (tail.filters,), most_bytes=most_bytes)
             changes = await self._fetch(page)
             async with self._feed.encoding:
@@ -223,33 +232,43 @@ class Lane:
     async def _hand_out(self) -> bool:
         """Give each group of tails with the same filters what matches them; return whether there is more."""
         groups = {key: tails[0].filters for key, tails in self.live.items()}
-        changes = await self._fetch(ListChanges(self.position, _PAGE, (*groups.values(),)))
+        changes = await self._fetch(ListChanges(self.ring.last, _PAGE, (*groups.values(),)))
         async with self._feed.encoding:
-            await self._offer(changes, dict(zip(groups, changes.matching, strict=True)))
+            matching = dict(zip(groups, changes.matching, strict=True))
+            frames = await encode(changes, frozenset().union(*matching.values()), changes.last)
+            # From here on nothing is awaited, so that all of this is one step for every tail.
+            pieces = {}
+            for key, tails in self.live.items():
+                if wanted := [frame for frame in frames if frame.run in matching[key]]:
+                    pieces[key] = joined(wanted) if len(tails) > 1 else wanted
+            self.offer(changes.last, pieces)
             self._feed.relieve()
         return changes.more
 
-    async def _offer(self, changes: Changes, matching: Mapping[str, frozenset[int]]) -> None:
-        frames = await encode(changes, frozenset().union(*matching.values()), self._feed.held)
-        # From here on nothing is awaited, so that every tail is at the same place as the lane.
-        for key, tails in [*self.live.items()]:
-            chunk = Chunk([frame for frame in frames if frame.run in matching[key]])
-            if len(tails) > 1:
-                chunk = chunk.joined()
-            for tail in [*tails]:
-                tail.offer(chunk)
-        self.position = max(self.position, changes.last)
+    def offer(self, last: int, pieces: Mapping[str, Sequence[Frame]]) -> None:
+        """Hand to all who live on it what their filters let through of the changes up to a number."""
+        self.ring.append(last, pieces, self._feed.bounds.ring_bytes)
+        self._wake(pieces)
 
-    def join(self, tail: Tail, changes: Changes) -> bool:
-        """Let a tail that has read up to `changes.last` live on what is handed out, if it has caught up."""
+    def forget(self) -> None:
+        """Keep nothing; whoever has not taken it yet reads it from the database."""
+        self.ring.clear()
+        self._wake(())
+
+    def _wake(self, keys: Collection[str]) -> None:
+        for key, tails in [*self.live.items()]:
+            for tail in [*tails]:
+                tail.look(has_news=key in keys)
+
+    def join(self, tail: Tail, last: int) -> Cursor | None:
+        """Let a tail that has read up to a number live on what is handed out, if it is where the others are."""
         # Also if nobody lives on it now: what somebody was handed since this was read may be on its way still.
-        if changes.last < self.position:
-            return False
-        if not self.live:
-            self.position = changes.last
+        if last < self.ring.last or (self.live and last > self.ring.last):
+            return None
+        self.ring.last = last
         self.live.setdefault(tail.key, []).append(tail)
         self.unread.set()  # there may have been a commit since it read
-        return True
+        return self.ring.enter(tail.key)
 
     def leave(self, tail: Tail) -> None:
         """Hand a tail nothing any more."""
@@ -273,14 +292,15 @@ class Tail:
         self.lane = feed.lane(filters)
         self._place = place
         self.position = 0
-        """How far it has read; what waits goes up to here."""
+        """How far it has come; what waits for it alone goes up to here."""
         self.since = 0.0
         """Since when what waits has not become less."""
         self._epoch = ""
-        self._is_live = False
+        self._cursor: Cursor | None = None
+        """Where it stands in the lane's ring, while it lives on what is handed out."""
         self._has_ended = False
         self._waiting: deque[Frame] = deque()
-        self._bytes = 0
+        """What it holds: the rest of its page from the database, or the one frame of the ring that it is sending."""
         self._offset = 0
         """How much of the first frame that waits is sent already."""
         self._ready = asyncio.Event()
@@ -294,7 +314,7 @@ class Tail:
     async def __aexit__(self, *details: object) -> bool:
         """End it; an end by `end` is no error."""
         self._feed.tails.discard(self)
-        self.lane.leave(self)
+        self._let_go()
         try:
             await self._life.__aexit__(*details)  # type: ignore[arg-type]
         except TimeoutError:
@@ -305,48 +325,44 @@ class Tail:
         """End the block at once."""
         if not self._has_ended:
             self._has_ended = True
-            self.lane.leave(self)
-            self._waiting.clear()
+            self._let_go()
             self._life.reschedule(0)
+
+    def _let_go(self) -> None:
+        self.fall_behind()
+        while self._waiting:
+            self._feed.held.release(self._waiting.pop())
 
     @property
     def is_sending(self) -> bool:
-        """Whether anything waits for it."""
+        """Whether it holds anything."""
         return bool(self._waiting)
 
-    def offer(self, chunk: Chunk) -> None:
-        """Let frames wait for it; if it is too slow for that, it reads them from the database later."""
-        chunk = chunk.after(self.position)  # it may have read further than the others
-        if not chunk.frames:
+    def look(self, *, has_news: bool) -> None:
+        """See where it stands after something was appended to the ring, or dropped."""
+        if self._cursor is None:
             return
-        if self._waiting and self._bytes + chunk.size > BUFFER_BYTES:
+        self.lane.ring.advance(self._cursor)
+        if self.lane.ring.has_lapped(self._cursor):
             self.fall_behind()
-        else:
-            self._let_wait(chunk)
-            self.position = chunk.frames[-1].seq
+        elif has_news:
             self._ready.set()
 
-    def _let_wait(self, chunk: Chunk) -> None:
-        if not self._waiting:
-            self.since = time.monotonic()
-        self._waiting.extend(chunk.pieces)
-        self._bytes += chunk.size
-
     def fall_behind(self) -> None:
-        """Be handed nothing more, and read from the database what comes after that which waits."""
-        if self._is_live:
+        """Be handed nothing more, and read from the database what comes after that which was taken."""
+        if self._cursor is not None:
+            self.position = max(self.position, self.lane.ring.place(self._cursor))
             self.lane.leave(self)
-            self._is_live = False
-            self.position = max(self.position, self.lane.position)
+            self.lane.ring.leave(self._cursor)
+            self._cursor = None
             self._ready.set()
 
     def give_up(self) -> None:
         """Keep only the run that is being sent, and read from the database what comes after it."""
         self.fall_behind()
-        first = self._waiting[0]
-        self._waiting = deque([first])
-        self._bytes = len(first.text) - self._offset
-        self.position = first.seq
+        while len(self._waiting) > 1:
+            self._feed.held.release(self._waiting.pop())
+        self.position = self._waiting[0].seq
 
     async def begin(self) -> bytes:
         """Find the place to begin at; return its frame, so that a client that is cut off at once knows where to resume.
@@ -370,9 +386,9 @@ class Tail:
     async def chunks(self) -> AsyncGenerator[bytes, None]:
         """Yield what is to be sent after the beginning, without an end; now and then a sign of life."""
         while not (self._feed.closed or self._has_ended):
-            if self._waiting:
+            if self._has_next():
                 yield self._take()
-            elif not self._is_live:
+            elif self._cursor is None:
                 if told := await self._catch_up():
                     yield told
             elif not await self._is_ready():
@@ -400,31 +416,48 @@ class Tail:
         Return what is to be sent instead if it is not wanted any more.
         """
         behind = changes.newest - self.position
-        if behind > BEHIND:
+        if behind > self._feed.bounds.behind:
             self.position = changes.newest
             return self._tell_missed(behind)
-        self._let_wait(Chunk(await encode(changes, changes.matching[0], self._feed.held)))
-        self.position = changes.last
+        last = changes.last
+        if self.lane.live and self.position <= self.lane.ring.last:
+            last = min(last, self.lane.ring.last)  # what lies behind that is about to be handed to all
+        frames = await encode(changes, changes.matching[0], last)
+        for frame in frames:
+            self._feed.held.acquire(frame)
+        self._waiting.extend(frames)
+        self.since = time.monotonic()
+        self.position = last
         self._ready.clear()
-        self._is_live = not changes.more and self.lane.join(self, changes)
+        if last < changes.last or not changes.more:
+            self._cursor = self.lane.join(self, last)
         return b""
 
     async def _is_ready(self) -> bool:
         try:
-            async with asyncio.timeout(HEARTBEAT_S):
+            async with asyncio.timeout(self._feed.bounds.heartbeat_s):
                 await self._ready.wait()
         except TimeoutError:
             if not self._ready.is_set():  # it may be, in the same turn of the loop
-                self.position = max(self.position, self.lane.position)
+                self.position = max(self.position, self.lane.ring.last)
                 return False
         self._ready.clear()
         return True
+
+    def _has_next(self) -> bool:
+        """Tell whether it holds something to send; if not, take one frame of the ring."""
+        if not self._waiting and self._cursor is not None:
+            frame = self.lane.ring.take(self._cursor)
+            if frame is not None:
+                self._waiting.append(frame)
+                self.position = self.lane.ring.place(self._cursor)
+        return bool(self._waiting)
 
     def _take(self) -> bytes:
         """Take as much of what waits as is sent at once: small runs as wholes, or a part of a large one."""
         parts: list[bytes] = []
         room = PIECE_BYTES
-        while self._waiting:
+        while self._has_next():
             frame = self._waiting[0]
             text = frame.text
             if parts and len(text) > room:
@@ -435,9 +468,8 @@ class Tail:
             self._offset += len(part)
             if self._offset < len(text):
                 break
-            self._waiting.popleft()
+            self._feed.held.release(self._waiting.popleft())
             self._offset = 0
             self.sent += frame.runs
-        self._bytes -= PIECE_BYTES - room
         self.since = time.monotonic()
         return b"".join(parts)
