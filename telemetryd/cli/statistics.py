@@ -23,7 +23,7 @@ _NARROWEST: Final = 6
     help=r"""Show how many runs there were, and how they went.
 
     Times are those of created_at, in whole hours (UTC). Quantiles of durations are within 1 % of the exact ones. The
-    database is read, also beside the daemon that owns it; with --url, --unix or a token the daemon is asked.
+    database is read, also alongside the daemon that owns it; with --url, --unix or a token the daemon is asked.
 
     \b
     Examples:

@@ -36,7 +36,7 @@ _LOOK_S: Final = 1.0
 
 
 def _do_nothing() -> None:
-    """Stand in for whoever wants to know of a new file."""
+    """Stand in for a listener that wants to know of a new file."""
 
 
 class Spool:
@@ -277,7 +277,7 @@ class Spool:
     def _close_retired(self) -> None:
         """Close the files to which nobody writes any more; until then they are locked.
 
-        A thread notes that it writes before it looks which file that is. So whoever looked before the file was
+        A thread notes that it writes before it looks which file that is. So a thread that looked before the file was
         retired is among those that wrote at that moment, and looks here when it has written.
         """
         with self._lock:

@@ -274,7 +274,7 @@ def parse_duration(text: object) -> float:
     """Return a duration such as 90d, 12h, 30m, 45s or 2w, in seconds.
 
     Raises:
-        ValueError: if it is none, has no unit (whoever prunes what is older than "90" means days), is not positive,
+        ValueError: if it is none, has no unit (for "90", days or hours may be meant), is not positive,
             or is longer than a century.
 
     """

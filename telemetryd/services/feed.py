@@ -251,7 +251,7 @@ class Lane:
         self._wake(pieces)
 
     def forget(self) -> None:
-        """Keep nothing; whoever has not taken it yet reads it from the database."""
+        """Keep nothing; a tail that has not taken it yet reads it from the database."""
         self.ring.clear()
         self._wake(())
 
@@ -421,7 +421,7 @@ class Tail:
             return self._tell_missed(behind)
         last = changes.last
         if self.lane.live and self.position <= self.lane.ring.last:
-            last = min(last, self.lane.ring.last)  # what lies behind that is about to be handed to all
+            last = min(last, self.lane.ring.last)  # what comes after that is about to be handed to all
         frames = await encode(changes, changes.matching[0], last)
         for frame in frames:
             self._feed.held.acquire(frame)

@@ -43,7 +43,7 @@ class Cursor:
 class Ring:
     """Pages in the order of the commits: kept until all have taken them, or until there are too many bytes.
 
-    Whoever stands at a page that is dropped is lapped: it is given nothing more, and reads on from the database.
+    A follower whose page is dropped is lapped: it is given nothing more, and reads on from the database.
 
     Args:
         held: counts the frames of all pages.
@@ -103,7 +103,7 @@ class Ring:
             self._drop()
 
     def take(self, cursor: Cursor) -> Frame | None:
-        """Return the next frame for a cursor, acquired for whoever takes it; None at the end, or if it is lapped."""
+        """Return the next frame for a cursor, acquired for the caller; None at the end, or if it is lapped."""
         if self.has_lapped(cursor) or cursor.page == self._end:
             return None
         frame = self._pages[cursor.page - self._first].pieces[cursor.key][cursor.index]
