@@ -202,6 +202,11 @@ def connect(path: Path, mode: str, busy_timeout_ms: int = 30_000, *, statements:
     )
 
 
+def quoted(name: str) -> str:
+    """Return a name as it stands in SQL (sqlite.org/lang_keywords.html)."""
+    return '"' + name.replace('"', '""') + '"'
+
+
 def connect_to_read(path: Path) -> sqlite3.Connection:
     """Open a connection that cannot write to a database that may be in use.
 
@@ -225,7 +230,7 @@ def connect_to_read(path: Path) -> sqlite3.Connection:
 
 
 def is_damage(error: sqlite3.Error) -> bool:
-    """Tell an error that comes from the file itself from one of whoever wants to open it (a lock, a permission)."""
+    """Tell an error that comes from the file itself from one of the caller that opens it (a lock, a permission)."""
     # Errors of Python's own, such as a text that is not UTF-8, have no code.
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
     return code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_IOERR)

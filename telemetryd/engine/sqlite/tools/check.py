@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import product
 from pathlib import Path
 from typing import Final
 
-from telemetryd.engine.sqlite.connection import connect, connect_to_read, is_damage
+from telemetryd.engine.sqlite.connection import connect, connect_to_read, is_damage, quoted
 from telemetryd.engine.sqlite.files import identify
 from telemetryd.engine.sqlite.statements import full_text, runs
 from telemetryd.engine.sqlite.tools import foreign, integrity, legacy, migrate, renumbering
@@ -24,6 +25,7 @@ from telemetryd.model.runs import FILTERS
 _LISTED: Final = 100
 _NAMED: Final = 10
 _VERSION: Final = "version"
+_Examine = Callable[[sqlite3.Connection], Iterator["Finding"]]
 REPAIR: Final = "stop the daemon and run: telemetryd check --repair"
 
 
@@ -129,58 +131,56 @@ def _schema(connection: sqlite3.Connection) -> Iterator[Finding]:
         yield Finding("schema", Severity.NOTE, text, "nothing; they are left alone")
 
 
+def _without_table(check: str, problem: str) -> Callable[[_Examine], _Examine]:
+    """Turn the error of a query whose table is missing, which the schema check has reported, into a finding."""
+
+    def decorate(examine: _Examine) -> _Examine:
+        @functools.wraps(examine)
+        def examine_or_report(connection: sqlite3.Connection) -> Iterator[Finding]:
+            try:
+                yield from examine(connection)
+            except sqlite3.OperationalError as error:
+                yield Finding(check, Severity.PROBLEM, f"{problem}: {error}", REPAIR)
+
+        return examine_or_report
+
+    return decorate
+
+
+@_without_table("numbers", "they cannot be read")
 def _numbers(connection: sqlite3.Connection) -> Iterator[Finding]:
-    try:
-        for spent in foreign.find_spent_numbers(connection):
-            yield Finding("numbers", Severity.PROBLEM, f"{spent}, and numbers end at 2^63", REPAIR)
-    except sqlite3.OperationalError as error:  # a table is missing, which the schema check has reported
-        yield Finding("numbers", Severity.PROBLEM, f"they cannot be read: {error}", REPAIR)
+    for spent in foreign.find_spent_numbers(connection):
+        yield Finding("numbers", Severity.PROBLEM, f"{spent}, and numbers end at 2^63", REPAIR)
 
 
 def _is_index(sql: str) -> bool:
     return sql.startswith(("CREATE INDEX", "CREATE UNIQUE INDEX"))
 
 
+@_without_table("totals", "the totals cannot be read")
 def _totals(connection: sqlite3.Connection) -> Iterator[Finding]:
-    try:
-        wrong = integrity.count_wrong_totals(connection)
-    except sqlite3.OperationalError as error:  # a table is missing, which the schema check has reported
-        yield Finding("totals", Severity.PROBLEM, f"the totals cannot be read: {error}", REPAIR)
-        return
-    if wrong:
+    if wrong := integrity.count_wrong_totals(connection):
         yield Finding("totals", Severity.PROBLEM, f"{wrong} totals differ from the table", REPAIR)
 
 
+@_without_table("strays", "they cannot be counted")
 def _strays(connection: sqlite3.Connection) -> Iterator[Finding]:
-    try:
-        found = integrity.count_strays(connection)
-    except sqlite3.OperationalError as error:  # a table is missing, which the schema check has reported
-        yield Finding("strays", Severity.PROBLEM, f"they cannot be counted: {error}", REPAIR)
-        return
-    for table, rows in found.items():
+    for table, rows in integrity.count_strays(connection).items():
         yield Finding("strays", Severity.PROBLEM, f"{rows} rows of {table} belong to runs that are gone", REPAIR)
 
 
+@_without_table("values", "they cannot be read")
 def _values(connection: sqlite3.Connection) -> Iterator[Finding]:
-    try:
-        found = list(integrity.find_unstorable(connection))
-    except sqlite3.OperationalError as error:  # a table is missing, which the schema check has reported
-        yield Finding("values", Severity.PROBLEM, f"they cannot be read: {error}", REPAIR)
-        return
-    if found:
+    if found := list(integrity.find_unstorable(connection)):
         listed = [f"{one.field} of {one.table} {one.number} ({one.reason})" for one in found[:_NAMED]]
         more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
         text = f"an earlier migration kept what no request could bring: {', '.join(listed)}{more}"
         yield Finding("values", Severity.PROBLEM, text, REPAIR)
 
 
+@_without_table("credentials", "they cannot be looked for")
 def _credentials(connection: sqlite3.Connection) -> Iterator[Finding]:
-    try:
-        found = integrity.find_credentials(connection)
-    except sqlite3.OperationalError as error:  # a table is missing, which the schema check has reported
-        yield Finding("credentials", Severity.PROBLEM, f"they cannot be looked for: {error}", REPAIR)
-        return
-    if found:
+    if found := integrity.find_credentials(connection):
         text = f"{len(found)} addresses in git_repo hold more than host and path, perhaps a password or a token"
         advice = f"{REPAIR}; older backups keep them, so replace passwords and tokens that were in use"
         yield Finding("credentials", Severity.PROBLEM, text, advice)
@@ -205,9 +205,8 @@ def _foreign_keys(connection: sqlite3.Connection) -> Iterator[Finding]:
     tables = [row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")]
     known = migrate.expected_schema()
     for table in (name for name in tables if name not in known and not full_text.is_ours(name)):
-        quoted = '"' + table.replace('"', '""') + '"'
         try:
-            broken = len(connection.execute(f"PRAGMA foreign_key_check({quoted})").fetchall())
+            broken = len(connection.execute(f"PRAGMA foreign_key_check({quoted(table)})").fetchall())
         except sqlite3.OperationalError:
             yield Finding(
                 "foreign keys",
@@ -308,8 +307,7 @@ def _fix_rows(connection: sqlite3.Connection) -> Iterator[str]:
         yield f"{replaced} values replaced that no request could bring; unconverted_values has the originals"
     if cleared := integrity.drop_credentials(connection):
         yield f"the addresses in git_repo of {cleared} runs cut to host and path; older backups keep them"
-    wrong = integrity.count_wrong_totals(connection)
-    if wrong:
+    if wrong := integrity.count_wrong_totals(connection):
         integrity.recount_totals(connection)
         yield f"{wrong} totals counted again"
     if full_text.count_wrong(connection):

@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
+from telemetryd.engine.sqlite.connection import quoted
 from telemetryd.engine.sqlite.statements import full_text
 from telemetryd.engine.sqlite.tools import migrate
 from telemetryd.errors import DatabaseError
@@ -60,7 +61,7 @@ class Foreign:
 
     def removal(self, path: str) -> str:
         """Return the command that removes it."""
-        statement = 'DROP {} "{}"'.format(self.kind.upper(), self.name.replace('"', '""'))
+        statement = f"DROP {self.kind.upper()} {quoted(self.name)}"
         return f"sqlite3 {shlex.quote(path)} {shlex.quote(statement)}"
 
 

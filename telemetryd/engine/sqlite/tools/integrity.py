@@ -6,6 +6,7 @@ import sqlite3
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
+from telemetryd.engine.sqlite.connection import quoted
 from telemetryd.engine.sqlite.statements import rollups
 from telemetryd.engine.sqlite.statements.sequence import KEEP_EVENT_NUMBERS, KEEP_NUMBERS, MAKE_FEED, Sequence
 from telemetryd.engine.sqlite.tools import migrate
@@ -77,23 +78,21 @@ COUNTS_OF_RUNS: Final = (
 
 def read_table(connection: sqlite3.Connection, name: str) -> Iterator[list[tuple[object, ...]]]:
     """Yield the rows of any table in slices, until its end or the first damage."""
-    quoted = name.replace('"', '""')
-    rows = connection.execute(f'SELECT * FROM "{quoted}"')
+    rows = connection.execute(f"SELECT * FROM {quoted(name)}")
     while part := rows.fetchmany(500):
         yield part
 
 
 def make_alike(source: sqlite3.Connection, name: str, target: sqlite3.Connection, new: str) -> None:
     """Make a table with the columns of another one, of any type, under a new name."""
-    quoted = name.replace('"', '""')
-    columns = ['"{}"'.format(row[1].replace('"', '""')) for row in source.execute(f'PRAGMA table_info("{quoted}")')]
+    columns = [quoted(row[1]) for row in source.execute(f"PRAGMA table_info({quoted(name)})")]
     target.execute(f'CREATE TABLE "{new}" ({", ".join(columns)})')
 
 
 def fill_table(connection: sqlite3.Connection, name: str, rows: list[tuple[object, ...]]) -> int:
     """Insert rows into any table, except those that are there already; return how many were new."""
-    quoted, places = name.replace('"', '""'), ", ".join("?" * len(rows[0]))
-    return connection.executemany(f'INSERT OR IGNORE INTO "{quoted}" VALUES ({places})', rows).rowcount
+    places = ", ".join("?" * len(rows[0]))
+    return connection.executemany(f"INSERT OR IGNORE INTO {quoted(name)} VALUES ({places})", rows).rowcount
 
 
 _STRAYS: Final = "FROM {table} WHERE run NOT IN (SELECT id FROM agent_runs)"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from telemetryd.engine.sqlite.connection import quoted
 from telemetryd.engine.sqlite.files import APPLICATION_ID
 from telemetryd.engine.sqlite.tools import migrate
 from telemetryd.errors import DatabaseError
@@ -217,8 +218,3 @@ def _is_unique(connection: sqlite3.Connection, column: str) -> bool:
         [_small(row[2] or "") for row in connection.execute(f"PRAGMA index_info({quoted(name)})")] == [column]
         for (name,) in indexes.fetchall()
     )
-
-
-def quoted(name: str) -> str:
-    """Return a name as it stands in SQL (sqlite.org/lang_keywords.html)."""
-    return '"' + name.replace('"', '""') + '"'

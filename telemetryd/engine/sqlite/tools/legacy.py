@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from telemetryd.engine.sqlite.connection import connect, lenient_text
+from telemetryd.engine.sqlite.connection import connect, lenient_text, quoted
 from telemetryd.engine.sqlite.files import corrupt, is_unfinished
 from telemetryd.engine.sqlite.statements import rollups
 from telemetryd.engine.sqlite.tools import foreign, migrate
@@ -27,7 +27,6 @@ from telemetryd.engine.sqlite.tools.layouts import (
     columns_of,
     count_rows,
     look,
-    quoted,
 )
 from telemetryd.errors import DatabaseError
 from telemetryd.model.events import STORED
