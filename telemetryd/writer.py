@@ -66,7 +66,7 @@ class _Queue:
         return self._entries.qsize()
 
     def is_full(self, size: int) -> bool:
-        """Tell whether there is no room for a command of so many bytes; a first one may have any size."""
+        """Return whether there is no room for a command of so many bytes; a first one may have any size."""
         return self._entries.full() or (self.bytes + size > self.most_bytes and len(self) > 0)
 
     def put(self, entry: _Waiting) -> None:

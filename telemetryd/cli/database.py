@@ -101,7 +101,7 @@ def migrate(dry_run: bool, with_backup: bool, as_json: bool, **flags: Any) -> No
 
 
 def _is_older(path: Path) -> bool:
-    """Tell whether the database at a path is older than this telemetryd.
+    """Return whether the database at a path is older than this telemetryd.
 
     Raises:
         DatabaseError: if there is none, or one of a newer telemetryd or another program.

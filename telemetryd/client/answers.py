@@ -68,7 +68,7 @@ def read_batch(answer: Answer, sent: int) -> Batch:
 
 
 def accounts_for(answer: Answer, sent: int) -> bool:
-    """Tell whether an answer accounts for so many events."""
+    """Return whether an answer accounts for so many events."""
     try:
         return _count(answer.body, "inserted") + _count(answer.body, "duplicates") == sent
     except UnclearError:

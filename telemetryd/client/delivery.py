@@ -252,7 +252,7 @@ class Delivery:
     # --- What does not come through --------------------------------------------------------------
 
     def _has_to_wait(self, parcel: Parcel, step: _Step) -> bool:
-        """Tell whether lines of the run that come before these are set aside."""
+        """Return whether lines of the run that come before these are set aside."""
         if self._aside is None or parcel.was_aside:
             return False
         if isinstance(step, _Runs) and len(step.items) > 1:
@@ -409,7 +409,7 @@ class Delivery:
         raise _retry(answer)
 
     def _is_taken(self, step: _Events | _Update, body: bytes) -> bool:
-        """Tell whether the daemon itself answers the same request about another run, which does not exist.
+        """Return whether the daemon itself answers the same request about another run, which does not exist.
 
         Then it is the event_id that has no place in an address; else the daemon or its address is wrong, for all runs.
         """
@@ -455,12 +455,12 @@ _NOTHING_TO_UPDATE: Final = "No valid fields to update"
 
 
 def _is_body_fault(answer: Answer) -> bool:
-    """Tell whether it is what we sent that is wrong, said by the daemon itself."""
+    """Return whether it is what we sent that is wrong, said by the daemon itself."""
     return answer.is_daemons and answer.status == 422
 
 
 def _is_unknown(answer: Answer) -> bool:
-    """Tell whether the daemon says that there is no such run."""
+    """Return whether the daemon says that there is no such run."""
     return answer.is_daemons and answer.status == 404 and str(answer.detail).startswith(_NOT_FOUND)
 
 

@@ -368,14 +368,14 @@ class Intake:
 
 
 def _is_usual(value: object) -> bool:
-    """Tell whether a name is what nearly every agent gives, which needs no second look."""
+    """Return whether a name is what nearly every agent gives, which needs no second look."""
     if type(value) is not str:
         return False
     return value.isascii() and value.isprintable() and 0 < len(value) <= MAX_NAME and not value.isspace()
 
 
 def _is_number(value: object) -> bool:
-    """Tell whether a value without a field of its own is a figure."""
+    """Return whether a value without a field of its own is a figure."""
     kind = type(value)
     if kind in SCALARS or kind is int:
         return kind is int or kind is float or kind is bool

@@ -160,7 +160,7 @@ class Plan:
 
 
 def is_operation(line: bytes) -> bool:
-    """Tell whether a line says something of a run, instead of being one; other programs may put blanks into it."""
+    """Return whether a line says something of a run, instead of being one; other programs may put blanks into it."""
     if line.startswith(_STARTS):
         return line.startswith(OP)
     return b'"op"' in line and "op" in (read_object(line) or {})

@@ -342,7 +342,7 @@ def read_position(lock: int) -> Position:
 
 
 def is_sent(folder: Path, after: After) -> bool:
-    """Tell whether another stream has been sent up to a place."""
+    """Return whether another stream has been sent up to a place."""
     name, number, size = after
     if not OWN_STREAM.fullmatch(name):
         return True  # no process of ours wrote that
@@ -358,7 +358,7 @@ def is_sent(folder: Path, after: After) -> bool:
 
 
 def _is_beyond(folder: Path, stream: str, position: Position) -> bool:
-    """Tell whether a position is one that its stream cannot have reached."""
+    """Return whether a position is one that its stream cannot have reached."""
     number, offset = position
     for state in UNSENT:
         with contextlib.suppress(OSError):

@@ -83,7 +83,7 @@ def run_path(event_id: str) -> str:
 
 
 def _is_local(sock: socket.socket) -> bool:
-    """Tell whether both ends of a connection are on this very machine: then they have one address, or a loopback's."""
+    """Return whether both ends of a connection are on this machine: they have the same address, or one is loopback."""
     if sock.family == socket.AF_UNIX:
         return True
     peer = sock.getpeername()[0]
@@ -91,7 +91,7 @@ def _is_local(sock: socket.socket) -> bool:
 
 
 def is_addressable(event_id: str) -> bool:
-    """Tell whether a run with this event_id can have a path; servers take lines of 8 KiB or so."""
+    """Return whether a run with this event_id can have a path; servers take lines of 8 KiB or so."""
     try:
         return event_id != "" and len(run_path(event_id)) <= _MAX_PATH
     except UnicodeEncodeError:  # half a surrogate pair

@@ -164,7 +164,7 @@ class Worker:
         return may_send
 
     def _is_awaited(self) -> bool:
-        """Tell whether somebody waits for us who has not been told yet.
+        """Return whether somebody waits for us who has not been told yet.
 
         Where threads only take turns of their own accord (gevent, eventlet), who has been told cannot leave before we
         wait.

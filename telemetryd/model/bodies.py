@@ -41,7 +41,7 @@ def parse_body(body: bytes) -> object:
 
 
 def holds_more_values(body: bytes, most: int) -> bool:
-    """Tell whether a JSON text holds more values than may be decoded at once.
+    """Return whether a JSON text holds more values than may be decoded at once.
 
     Decoding keeps the interpreter's lock, in a thread too, so everybody else would wait. Counting takes some
     hundredths of a second for 16 MiB.

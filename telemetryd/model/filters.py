@@ -149,7 +149,7 @@ def _split_values(text: str, *, wildcards: bool) -> list[Pattern]:
 
 
 def matches(pattern: Pattern, text: str) -> bool:
-    """Tell whether a text matches a pattern, in a time that grows only with their lengths."""
+    """Return whether a text matches a pattern, in a time that grows only with their lengths."""
     first, *middle, last = pattern
     if len(text) < len(first) + len(last) or not (text.startswith(first) and text.endswith(last)):
         return False

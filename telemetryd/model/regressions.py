@@ -261,7 +261,7 @@ def lasts(
     *,
     alpha: float = ALPHA,
 ) -> bool:
-    """Tell whether a commit is still not fixed: whether at no change since it half of the difference was made good.
+    """Return whether a commit is still not fixed: whether at no change since it half of the difference was made good.
 
     Args:
         measure: In which the commit was found to be bad.
@@ -308,7 +308,7 @@ def _is_worse(measure: Measure, before: float, after: float) -> bool:
 
 
 def _is_steady(measure: Measure, before: float, after: float, since: Sequence[Run]) -> bool:
-    """Tell whether the runs since are worse all the time: an outage of some hours is no commit's work.
+    """Return whether the runs since are worse all the time: an outage of some hours is no commit's work.
 
     Each part of them, in the order in which they were created, has to show at least such a part of the difference.
     """

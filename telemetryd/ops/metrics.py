@@ -200,7 +200,7 @@ _IS_PROMETHEUS: Final = {
 
 
 def wants_prometheus(accept: str) -> bool:
-    """Tell whether an Accept header prefers Prometheus or OpenMetrics text to JSON; of equals, the first counts."""
+    """Return whether an Accept header prefers Prometheus or OpenMetrics text to JSON; of equals, the first counts."""
     preferred, best = False, 0.0
     for part in accept.lower().split(","):
         kind, *parameters = (text.strip() for text in part.split(";"))

@@ -445,7 +445,7 @@ class Tail:
         return True
 
     def _has_next(self) -> bool:
-        """Tell whether it holds something to send; if not, take one frame of the ring."""
+        """Return whether it holds something to send; if not, take one frame of the ring."""
         if not self._waiting and self._cursor is not None:
             frame = self.lane.ring.take(self._cursor)
             if frame is not None:

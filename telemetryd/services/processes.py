@@ -121,7 +121,7 @@ def start_time(pid: int) -> int | None:
 
 
 def has_ended(pidfd: int) -> bool:
-    """Tell whether a process has ended, be it waited for or not."""
+    """Return whether a process has ended, be it waited for or not."""
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     return bool(poll.poll(0))

@@ -76,7 +76,7 @@ class Ring:
             self._trim()
 
     def has_lapped(self, cursor: Cursor) -> bool:
-        """Tell whether a page was dropped that the cursor stood at."""
+        """Return whether a page was dropped that the cursor stood at."""
         return cursor.page < self._first
 
     def place(self, cursor: Cursor) -> int:

@@ -80,7 +80,7 @@ def mark(response: web.StreamResponse, identity: str) -> None:
 
 
 def wants_page(request: web.Request) -> bool:
-    """Tell whether the bare address is opened in a browser."""
+    """Return whether the bare address is opened in a browser."""
     return "text/html" in request.headers.get("Accept", "")
 
 

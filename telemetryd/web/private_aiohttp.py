@@ -35,7 +35,7 @@ def unparsed_bytes(protocol: RequestHandler) -> int:
 
 
 def has_whole_request(protocol: RequestHandler) -> bool:
-    """Tell whether a request of a connection is complete, or being answered.
+    """Return whether a request of a connection is complete, or being answered.
 
     The protocol counts requests, and waits for the next one, without telling anybody outside.
     """

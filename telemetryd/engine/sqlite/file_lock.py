@@ -84,7 +84,7 @@ class FileLock:
                 raise DatabaseError(f"Cannot write the lock file {self.path}: {error.strerror}") from error
 
     def is_in_place(self) -> bool:
-        """Tell whether the locked file still stands at its path; if not, somebody else can lock another one."""
+        """Return whether the locked file still stands at its path; if not, somebody else can lock another one."""
         try:
             return self._descriptor is not None and os.path.samestat(os.fstat(self._descriptor), os.stat(self.path))
         except OSError:

@@ -254,7 +254,7 @@ _STRANGE: Final = (
 
 
 def is_unfinished(path: Path) -> bool:
-    """Tell whether a transaction was cut off: SQLite recovers it on opening; until then the file is in between."""
+    """Return whether a transaction was cut off: SQLite recovers it on opening; until then the file is in between."""
     return _has_hot_journal(path) or wal_bytes(path) > 0  # a program that has only read leaves an empty one
 
 

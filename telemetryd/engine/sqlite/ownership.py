@@ -23,7 +23,7 @@ _OPENED: Final = "user.telemetryd.opened"
 
 
 def _can_lock_file(path: Path) -> bool:
-    """Tell whether a lock of ours on the database file itself stands apart from those that SQLite takes on it.
+    """Return whether a lock of ours on the database file itself stands apart from those that SQLite takes on it.
 
     flock(2) and POSIX locks know nothing of each other on the local file systems of Linux. Over a network they are one
     and the same, or keep others from reading (flock(2), NOTES).
@@ -99,7 +99,7 @@ class _OwnFile:
         return None
 
     def was_changed(self) -> bool:
-        """Tell whether somebody else has written to the file since `settle`, as far as that is known."""
+        """Return whether somebody else has written to the file since `settle`, as far as that is known."""
         if self._file is None:
             return False
         try:
@@ -172,7 +172,7 @@ def _opened_name(path: Path) -> Path | None:
 
 
 def _has_left(path: Path) -> bool:
-    """Tell whether a log, or the journal of a transaction that was cut off, stands next to a name."""
+    """Return whether a log, or the journal of a transaction that was cut off, stands next to a name."""
     for suffix in ("-wal", "-journal"):
         side = path.with_name(path.name + suffix)
         if side.is_file():

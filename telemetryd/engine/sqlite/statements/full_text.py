@@ -97,12 +97,12 @@ _FORGET_AGAIN: Final = tuple(
 
 
 def is_ours(name: str) -> bool:
-    """Tell whether a table or a trigger belongs to the index, in which FTS5 keeps tables of its own."""
+    """Return whether a table or a trigger belongs to the index, in which FTS5 keeps tables of its own."""
     return name == _TABLE or name.startswith(f"{_TABLE}_")
 
 
 def is_part(kind: str, name: str, sql: str) -> bool:
-    """Tell whether an object is a part of the index; a trigger is one only if it says what ours says, built or not."""
+    """Return whether an object is part of the index; a trigger is only if its text is ours, be it built or not."""
     return sql in (_OBJECTS.get(name), _UNFINISHED.get(name)) if kind == "trigger" else is_ours(name)
 
 
@@ -127,17 +127,17 @@ def require(connection: sqlite3.Connection, filters: Filters, schema: str = "mai
 
 
 def is_there(connection: sqlite3.Connection) -> bool:
-    """Tell whether a database has any part of the index."""
+    """Return whether a database has any part of the index."""
     return bool(_made(connection))
 
 
 def is_complete(connection: sqlite3.Connection, schema: str = "main") -> bool:
-    """Tell whether a database has the whole index, so that it follows every change."""
+    """Return whether a database has the whole index, so that it follows every change."""
     return _made(connection, schema) == _OBJECTS
 
 
 def is_begun(connection: sqlite3.Connection, schema: str = "main") -> bool:
-    """Tell whether an index is being built, which `index_slice` goes on with."""
+    """Return whether an index is being built, which `index_slice` goes on with."""
     return _made(connection, schema) == _UNFINISHED
 
 

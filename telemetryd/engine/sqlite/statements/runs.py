@@ -232,7 +232,7 @@ _COUNT_SOME: Final = "SELECT count(*) FROM (SELECT 1 FROM runs_text WHERE runs_t
 
 
 def _is_rare(connection: sqlite3.Connection, filters: Filters) -> bool:
-    """Tell whether few runs have the words that are searched for."""
+    """Return whether few runs have the words that are searched for."""
     if filters.words is None:
         return False
     found = connection.execute(_COUNT_SOME, (match_expression(filters.words), _SOME)).fetchone()[0]
