@@ -54,7 +54,7 @@ def owned(settings: Settings) -> Iterator[Path]:
     try:
         yield path
         if not ownership.was_dropped:  # what a crash left is still for the daemon's next start to look at
-            ownership.settle()
+            ownership.mark_clean()
     finally:
         ownership.release()
 
@@ -118,7 +118,7 @@ def _is_older(path: Path) -> bool:
 
 def _preview(path: Path) -> legacy.Migration | None:
     if is_ours(path) and not _is_older(path):
-        return None  # maybe in use, and a copy of it would cost much and tell nothing
+        return None  # maybe in use, and a copy of it would cost much and show nothing
     with undisturbed(path) as quiet, progress() as drawn:
         return legacy.preview(quiet, drawn) if _is_older(quiet) else None
 

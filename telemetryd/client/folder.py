@@ -219,7 +219,7 @@ def open_regular(path: Path, flags: int) -> int:
 
 
 def try_lock(file: int, kind: int) -> bool:
-    """Lock an open file if nobody else has, which would be the end of it; tell whether it is locked now.
+    """Lock an open file if nobody else has, which would be the end of it; return whether it is locked now.
 
     Raises:
         OSError: if the file system knows no locks.

@@ -245,7 +245,7 @@ class Transport:
         return Answer(response.status, answer_headers, _decoded(text))
 
     def _send_body(self, connection: http.client.HTTPConnection, own: Descriptor, body: bytes) -> bool:
-        """Send a large body, and tell whether all of it was sent: not if an answer comes before.
+        """Send a large body; return whether all of it was sent: not if an answer comes before.
 
         "A client sending a message body SHOULD monitor the connection for an error response while it is transmitting
         the request" (RFC 9112, 9.5). A TLS connection may bring records that are no answer, so there the answer is

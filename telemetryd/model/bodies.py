@@ -95,5 +95,5 @@ def _item(loc: list[str | int], message: str, kind: str) -> ErrorItem:
 
 
 def under(error: InvalidBodyError, *place: str | int) -> list[ErrorItem]:
-    """Return the faults of one item with their places told from the whole body: `["body", 3, "status"]`."""
+    """Return the faults of one item with their paths from the root of the whole body: `["body", 3, "status"]`."""
     return [_item([*place, *item["loc"][1:]], item["msg"], item["type"]) for item in error.errors]

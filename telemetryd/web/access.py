@@ -84,7 +84,7 @@ class Gate:
         )
 
     def may_advise(self, request: web.Request, status: int) -> bool:
-        """Return whether an answer may say how busy the daemon is; who asks too often has not shown a token yet."""
+        """Return whether an answer may say how busy the daemon is; one over the rate limit has shown no token yet."""
         if status == 429:
             return self._token is None or self._is_authentic(request)
         return status == 503 or (request.method in flow.METHODS and status not in flow.NEVER)
@@ -149,7 +149,7 @@ def _tokens(request: web.Request) -> list[str]:
 
 
 def _ask_for_token(request: web.Request) -> web.Response:
-    """Return a 401; a browser that opens a page is also told the one way that it can ask its user for the token."""
+    """Return a 401; a browser that opens a page also gets the one scheme by which it can ask its user for the token."""
     if any(_tokens(request)):
         reason = "The token is wrong"
     else:

@@ -33,7 +33,7 @@ def _never(query: object) -> bool:
 
 
 def always(query: object) -> bool:
-    """Tell that any query of a kind may read many runs."""
+    """Return that any query of a kind may read many runs."""
     return True
 
 

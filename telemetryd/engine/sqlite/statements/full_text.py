@@ -29,7 +29,7 @@ _CREATE: Final = f"""CREATE VIRTUAL TABLE {_TABLE} USING fts5 (
 def _triggers(new_is_indexed: str = "", old_is_indexed: str = "") -> dict[str, str]:
     """Return the triggers by which the index follows changes, of all runs or of those that are indexed already.
 
-    The texts stand in agent_runs only; so FTS5 must be told what stood there when a text changes. Triggers do that
+    The texts stand in agent_runs only; so FTS5 must be given the old text when a text changes. Triggers do that
     within the statement itself, whichever command it belongs to, and a run without texts costs one comparison.
     """
     return {
@@ -164,7 +164,7 @@ def begin(connection: sqlite3.Connection) -> None:
 
 
 def index_slice(connection: sqlite3.Connection | sqlite3.Cursor) -> bool:
-    """Index the next runs of an index that is begun, inside the caller's transaction; tell whether there are more.
+    """Index the next runs of an index that is begun, inside the caller's transaction; return whether there are more.
 
     After the last one the index is complete.
     """

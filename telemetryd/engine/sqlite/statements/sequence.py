@@ -10,7 +10,7 @@ from typing import Final
 import orjson
 
 REMEMBERED: Final = 1_000_000
-"""Deletions are remembered for so many changes; a follower who is further behind has to start anew."""
+"""Deletions are remembered for so many changes; a subscriber that is further behind has to start anew."""
 
 _FORGOTTEN_AT_ONCE: Final = 5_000
 

@@ -88,7 +88,7 @@ class Layout:
 
 
 def look(connection: sqlite3.Connection, path: Path) -> Layout:
-    """Tell which layout a database has.
+    """Return which layout a database has.
 
     Raises:
         DatabaseError: if it has no runs, or something whose name a migration needs.

@@ -27,7 +27,7 @@ _BEGIN_ANEW: Final = (
 def free_numbers(connection: sqlite3.Connection) -> int:
     """Renumber, inside the caller's transaction, and begin a new epoch; return how many rows got other numbers.
 
-    Followers of the commit sequence have to begin anew; the totals and the statistics are to be counted again.
+    Subscribers to the commit sequence have to begin anew; the totals and the statistics are to be counted again.
     """
     rollups.fold(connection.cursor())
     for statement in _FORGET:
