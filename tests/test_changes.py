@@ -35,12 +35,12 @@ from telemetryd.model.commands import (
     CreateRuns,
     Death,
     EndProcess,
-    Process,
     PruneRuns,
     ReapRuns,
     RegisterProcess,
     UpdateRun,
 )
+from telemetryd.model.processes import Process
 from telemetryd.model.runs import COLUMNS, parse_run
 from telemetryd.model.values import Row
 from tests.conftest import Api, MakeApi, make_run

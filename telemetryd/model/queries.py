@@ -16,10 +16,10 @@ import orjson
 
 from telemetryd.model import clocks, filters
 from telemetryd.model.clocks import Reading
-from telemetryd.model.commands import Process
 from telemetryd.model.events import EventPage
 from telemetryd.model.filters import Filters
 from telemetryd.model.parameters import Given, Parameter, integer, refuse, word
+from telemetryd.model.processes import Process
 from telemetryd.model.runs import ANSWERED, COLUMNS, needed
 from telemetryd.model.values import MAX_INTEGER, Row, canonical_timestamp, utc_now
 

@@ -18,7 +18,8 @@ from typing import Final
 import orjson
 
 from telemetryd.engine.sqlite.statements import rollups
-from telemetryd.engine.sqlite.statements.sequence import KEEP_NUMBERS, MAKE_FEED, NEWEST, NEWEST_EVENT
+from telemetryd.engine.sqlite.statements.columns import NEWEST, NEWEST_EVENT
+from telemetryd.engine.sqlite.statements.sequence import KEEP_NUMBERS, MAKE_FEED
 from telemetryd.model.stats import DAY, FACTS, Facts, hour_number
 
 SLICE_ROWS: Final = 1_000

@@ -6,7 +6,8 @@ import sqlite3
 from typing import Final
 
 from telemetryd.engine.sqlite.statements.answers import answers
-from telemetryd.engine.sqlite.statements.sequence import KEEP_EVENT_NUMBERS, NEWEST, forget_deletions
+from telemetryd.engine.sqlite.statements.columns import NEWEST
+from telemetryd.engine.sqlite.statements.sequence import KEEP_EVENT_NUMBERS, forget_deletions
 from telemetryd.model import events
 from telemetryd.model.changes import Cursor, Followed, GetFollowed
 from telemetryd.model.commands import ApplyChanges, CopiedRun

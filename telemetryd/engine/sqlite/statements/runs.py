@@ -27,10 +27,10 @@ from telemetryd.engine.sqlite.statements.predicates import (
 )
 from telemetryd.errors import InvalidRequestError
 from telemetryd.model import events
-from telemetryd.model.commands import Process
 from telemetryd.model.event_queries import ListEvents
 from telemetryd.model.events import EventPage
 from telemetryd.model.filters import TIME_BOUNDS, WILDCARD, Filters
+from telemetryd.model.processes import Process
 from telemetryd.model.queries import (
     DEFAULT_LIMIT,
     MAX_LIMIT,

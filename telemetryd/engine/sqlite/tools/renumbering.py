@@ -6,7 +6,8 @@ import sqlite3
 from typing import Final
 
 from telemetryd.engine.sqlite.statements import rollups
-from telemetryd.engine.sqlite.statements.sequence import MAKE_FEED, NEWEST
+from telemetryd.engine.sqlite.statements.columns import NEWEST
+from telemetryd.engine.sqlite.statements.sequence import MAKE_FEED
 from telemetryd.engine.sqlite.tools.foreign import HIGHEST_NUMBER
 
 _OF_RUNS: Final = ("run_events", "run_processes", "run_changes", "run_arrivals", "unconverted_values")
