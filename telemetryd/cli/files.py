@@ -91,11 +91,11 @@ class Patience:
 
 
 class Refusals:
-    """Tells of refused lines on standard error, the first ones in words, and keeps them if a file is given."""
+    """Reports rejected lines on standard error, the first ones in full, and keeps them if a file is given."""
 
     def __init__(self, file: Path | None) -> None:
         self._file = file
-        self._told = 0
+        self._reported = 0
         self.places: dict[bytes, tuple[str, int]] = {}
         """Where the lines that are on their way stand: the file, and the line or row in it."""
         self.kept: list[dict[str, object]] = []
@@ -107,8 +107,8 @@ class Refusals:
         text = "; ".join(_reasons(reason))
         if len(self.kept) < _KEPT:
             self.kept.append({"file": name or None, "line": number or None, "status": status, "reason": f"{text:.300}"})
-        if self._told < _TOLD:
-            self._told += 1
+        if self._reported < _TOLD:
+            self._reported += 1
             place = f"{name} line {number}: " if number else ""
             shown = lines[0].decode("utf-8", "replace")
             answer = "" if status is None else f" ({status})"

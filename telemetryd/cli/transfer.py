@@ -223,9 +223,9 @@ async def _answer(config: Config, asked: dict[str, str], retry_s: float) -> Asyn
     "import",
     help=r"""Send the runs of exported files to the daemon.
 
-    NDJSON (with events, if it has them) and CSV, plain, gzip or Zstandard, and Parquet; what a file is, its first bytes
-    tell. - is standard input. Runs that are known by their event_id stay as they are, so a file may be imported again.
-    Each run that is refused is told with its line, and costs the others nothing.
+    NDJSON (with events, if it has them) and CSV, plain, gzip or Zstandard, and Parquet; the first bytes of a file show
+    its format. - is standard input. Runs whose event_id is known stay as they are, so a file may be imported again.
+    Each rejected run is reported with its line; the others are stored.
 
     \b
     Examples:

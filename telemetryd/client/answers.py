@@ -34,7 +34,7 @@ class Batch:
     duplicates: int
     errors: list[Any]
     details: dict[int, Any] | None
-    """Index of the item → what is wrong with it; None if the daemon does not tell."""
+    """Index of the item → what is wrong with it; None if the daemon does not say."""
 
 
 def _count(body: object, name: str) -> int:
@@ -54,12 +54,12 @@ def read_batch(answer: Answer, sent: int) -> Batch:
     """
     body = answer.body
     inserted, duplicates = _count(body, "inserted"), _count(body, "duplicates")
-    errors, told = body.get("errors"), body.get("error_details")
-    if not isinstance(errors, list) or not isinstance(told, list | None):
+    errors, reported = body.get("errors"), body.get("error_details")
+    if not isinstance(errors, list) or not isinstance(reported, list | None):
         raise UnclearError("The answer to a batch cannot be read")
     details: dict[int, Any] | None = None
-    if told is not None:
-        details = {_count(item, "index"): item.get("detail") for item in told}
+    if reported is not None:
+        details = {_count(item, "index"): item.get("detail") for item in reported}
         if len(details) != len(errors) or not all(index < sent for index in details):
             raise UnclearError("The answer to a batch names other errors than it counts")
     if inserted + duplicates + len(errors) != sent:
@@ -68,7 +68,7 @@ def read_batch(answer: Answer, sent: int) -> Batch:
 
 
 def accounts_for(answer: Answer, sent: int) -> bool:
-    """Tell whether an answer accounts for so many events."""
+    """Return whether an answer accounts for so many events."""
     try:
         return _count(answer.body, "inserted") + _count(answer.body, "duplicates") == sent
     except UnclearError:

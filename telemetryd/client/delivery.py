@@ -252,7 +252,7 @@ class Delivery:
     # --- What does not come through --------------------------------------------------------------
 
     def _has_to_wait(self, parcel: Parcel, step: _Step) -> bool:
-        """Tell whether lines of the run that come before these are set aside."""
+        """Return whether lines of the run that come before these are set aside."""
         if self._aside is None or parcel.was_aside:
             return False
         if isinstance(step, _Runs) and len(step.items) > 1:
@@ -302,28 +302,28 @@ class Delivery:
         answer = self._ask("POST", "/api/v1/runs/batch", body, "application/x-ndjson")
         if answer.is_daemons and answer.status == 200:
             try:
-                told = read_batch(answer, len(step.items))
+                result = read_batch(answer, len(step.items))
             except UnclearError as error:
                 raise RetryError(str(error)) from error
             self.bytes = min(self.bytes + _MORE_BYTES, MAX_BYTES)
-            return self._settle_batch(parcel, step, told)
+            return self._take_result(parcel, step, result)
         if answer.status == 413:
             return self._shrink(parcel, step, answer)
         if _is_body_fault(answer):
             return step.parts() or self._reject_run(parcel, step.items[0], answer.status, answer.detail)
         return self._fail(parcel, step, answer)
 
-    def _settle_batch(self, parcel: Parcel, step: _Runs, told: Batch) -> Sequence[_Step]:
-        if told.errors and told.details is None:  # a daemon that does not say which ones
-            return step.parts() or self._reject_run(parcel, step.items[0], 422, told.errors)
-        self._counters.stored += told.inserted
-        self._counters.duplicates += told.duplicates
-        rejected = told.details or {}
+    def _take_result(self, parcel: Parcel, step: _Runs, result: Batch) -> Sequence[_Step]:
+        if result.errors and result.details is None:  # a daemon that does not say which ones
+            return step.parts() or self._reject_run(parcel, step.items[0], 422, result.errors)
+        self._counters.stored += result.inserted
+        self._counters.duplicates += result.duplicates
+        rejected = result.details or {}
         more: list[_Step] = []
         for index, reason in rejected.items():
             more += self._reject_run(parcel, step.items[index], 422, reason)
-        if told.duplicates:
-            # Which ones were known is not reported, and a known run stays as it is: so say the changes of all of them.
+        if result.duplicates:
+            # Which ones were known is not reported, and a known run stays as it is: so send the changes of all of them.
             more += [
                 _Update(item.event_id, item.changes, [])
                 for index, item in enumerate(step.items)
@@ -358,7 +358,7 @@ class Delivery:
         if _is_body_fault(answer):
             parcel.refuse(step.lines, answer.status, answer.detail)
             return []
-        return self._settle_address(parcel, step, answer, body)
+        return self._handle_address_fault(parcel, step, answer, body)
 
     def _send_update(self, parcel: Parcel, step: _Update) -> Sequence[_Step]:
         body = orjson.dumps(step.fields)
@@ -376,10 +376,12 @@ class Delivery:
             bad = named_fields(answer.detail)
             rest = {name: value for name, value in step.fields.items() if name not in bad}
             return [_Update(step.event_id, rest, [])] if rest and len(rest) < len(step.fields) else []
-        return self._settle_address(parcel, step, answer, body)
+        return self._handle_address_fault(parcel, step, answer, body)
 
-    def _settle_address(self, parcel: Parcel, step: _Events | _Update, answer: Answer, body: bytes) -> Sequence[_Step]:
-        """Tell an address that no run has from one that nobody takes, and from a wrong daemon or a wrong address."""
+    def _handle_address_fault(
+        self, parcel: Parcel, step: _Events | _Update, answer: Answer, body: bytes
+    ) -> Sequence[_Step]:
+        """Distinguish an address that no run has, one that no server accepts, and a wrong daemon or address."""
         if _is_unknown(answer):
             if self._aside is not None and not parcel.was_aside:
                 self._aside.look()  # the run's start may have been set aside by another process, just now
@@ -409,7 +411,7 @@ class Delivery:
         raise _retry(answer)
 
     def _is_taken(self, step: _Events | _Update, body: bytes) -> bool:
-        """Tell whether the daemon itself answers the same request about another run, which does not exist.
+        """Return whether the daemon itself answers the same request about another run, which does not exist.
 
         Then it is the event_id that has no place in an address; else the daemon or its address is wrong, for all runs.
         """
@@ -424,7 +426,7 @@ class Delivery:
 
     # --- One request -----------------------------------------------------------------------------
 
-    def tell(self, method: str, path: str, body: bytes) -> Answer:
+    def report(self, method: str, path: str, body: bytes) -> Answer:
         """Send a request that concerns no line, and return its answer.
 
         Raises:
@@ -455,12 +457,12 @@ _NOTHING_TO_UPDATE: Final = "No valid fields to update"
 
 
 def _is_body_fault(answer: Answer) -> bool:
-    """Tell whether it is what we sent that is wrong, said by the daemon itself."""
+    """Return whether it is what we sent that is wrong, said by the daemon itself."""
     return answer.is_daemons and answer.status == 422
 
 
 def _is_unknown(answer: Answer) -> bool:
-    """Tell whether the daemon says that there is no such run."""
+    """Return whether the daemon says that there is no such run."""
     return answer.is_daemons and answer.status == 404 and str(answer.detail).startswith(_NOT_FOUND)
 
 

@@ -76,7 +76,7 @@ class Worker:
         config: the client's settings.
         spool: this process's stream.
         counters: where is counted what becomes of lines.
-        signals: tell when there is something to do.
+        signals: say when there is something to do.
 
     """
 
@@ -164,9 +164,9 @@ class Worker:
         return may_send
 
     def _is_awaited(self) -> bool:
-        """Tell whether somebody waits for us who has not been told yet.
+        """Return whether a flush waits for us that has no result yet.
 
-        Where threads only take turns of their own accord (gevent, eventlet), who has been told cannot leave before we
+        Where threads only take turns voluntarily (gevent, eventlet), a thread with its result cannot leave before we
         wait.
         """
         return any(flush.is_open for flush in [*self._signals.flushes])
@@ -197,7 +197,7 @@ class Worker:
     # --- This process's own lines ----------------------------------------------------------------
 
     def _serve(self) -> None:
-        """Send our own lines, tell those who wait for that, and say which runs are alive."""
+        """Send our own lines, end the flushes that wait for them, and report which runs are alive."""
         flushes = [flush for flush in [*self._signals.flushes] if flush.is_open]
         # Their starts are in the spool, so they will have been sent.
         live = [run for run in [*self._signals.live.values()] if is_addressable(run.event_id)]
@@ -347,7 +347,7 @@ class Worker:
                 return
         identity = self._identity
         body = {"pid": identity.pid, "start_time": identity.start_time, "boot_id": identity.boot_id}
-        answer = self._delivery.tell("POST", run_path(run.event_id) + "/process", encode(body))
+        answer = self._delivery.report("POST", run_path(run.event_id) + "/process", encode(body))
         if answer.status == 500:
             return
         self._registered.add(run.event_id)
@@ -363,7 +363,7 @@ class Worker:
         now = time.monotonic()
         if now >= self._beats.setdefault(run.event_id, now + every_s):
             # Any field will do; this one cannot bring a run back that somebody else has ended.
-            self._delivery.tell("PATCH", run_path(run.event_id), encode({"duration_ms": run.elapsed_ms()}))
+            self._delivery.report("PATCH", run_path(run.event_id), encode({"duration_ms": run.elapsed_ms()}))
             self._beats[run.event_id] = now + every_s
 
     def _beat_is_due(self) -> bool:

@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import ClassVar, Generic, TypeVar
 
 from telemetryd.model.clocks import Reading
+from telemetryd.model.processes import Process
 from telemetryd.model.runs import EVENT_ID
 from telemetryd.model.values import Row, SqlValue
 
@@ -95,23 +96,6 @@ class EventsCreated:
     """How many of a `CreateEvents` were new."""
 
     inserted: int
-
-
-@dataclass(frozen=True, slots=True)
-class Process:
-    """A process that works on runs, as this machine knows it: neither a number used again nor a namesake elsewhere."""
-
-    pid: int
-    start_time: int
-    """Clock ticks since boot (field 22 of /proc/PID/stat)."""
-    boot_id: str
-    machine: str
-    """A hash of the machine's id; empty if it has none."""
-    pid_namespace: str
-    """In which the pid counts."""
-    cgroup: str | None = None
-    oom_kills: int | None = None
-    """The cgroup's count of out-of-memory kills when the process was registered."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,7 +70,6 @@ def obj(properties: dict[str, Schema], required: Iterable[str] | None = None) ->
 
 STRING: Final[Schema] = {"type": "string"}
 INTEGER: Final[Schema] = {"type": "integer", "minimum": 0}
-WARNINGS: Final[Schema] = {"type": "array", "items": STRING, "description": "Body fields that were not used."}
 EVENT_ID: Final[Schema] = {
     "name": "event_id",
     "in": "path",

@@ -77,7 +77,7 @@ def _forget_abandoned(fresh: Path) -> None:
 
 
 def _holds_ours(path: Path) -> bool:
-    """Tell whether a file was begun by telemetryd: a database of ours, packed or not, or lines of runs."""
+    """Return whether a file was begun by telemetryd: a database of ours, packed or not, or lines of runs."""
     try:
         with path.open("rb") as file:
             head = file.read(_LINE)
@@ -92,7 +92,7 @@ def _holds_ours(path: Path) -> bool:
 
 
 def is_header_of_ours(head: bytes) -> bool:
-    """Tell whether a file that begins so is a database that telemetryd made (sqlite.org/fileformat2.html, 1.3)."""
+    """Return whether a file that begins so is a database that telemetryd made (sqlite.org/fileformat2.html, 1.3)."""
     return head.startswith(_SQLITE) and int.from_bytes(head[68:72], "big") == APPLICATION_ID
 
 

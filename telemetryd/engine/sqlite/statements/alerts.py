@@ -10,9 +10,9 @@ import orjson
 
 from telemetryd.engine.sqlite.statements import rollups
 from telemetryd.engine.sqlite.statements.answers import always, answers
+from telemetryd.engine.sqlite.statements.columns import NEWEST
 from telemetryd.engine.sqlite.statements.predicates import Values, glob, stale_runs, together
 from telemetryd.engine.sqlite.statements.regressions import fetch_pairs
-from telemetryd.engine.sqlite.statements.sequence import NEWEST
 from telemetryd.errors import InvalidRequestError, sentence
 from telemetryd.model import alerts
 from telemetryd.model.alerts import (

@@ -210,7 +210,7 @@ class Transaction:
     def finish(self) -> None:
         """Write the totals and the statistics that the commands changed, and which runs they changed."""
         self._sequence.finish()
-        self._tell()
+        self._report()
         changes = len(self._created) + len(self._deleted) + len(self._changed)
         if not changes:
             return
@@ -241,8 +241,8 @@ class Transaction:
             self._take(taken, minutes_taken)
         rollups.record(self._cursor, summary, changes)
 
-    def _tell(self) -> None:
-        """Tell who compares the counts with the runs what this transaction is going to commit."""
+    def _report(self) -> None:
+        """Report to the recount what this transaction is going to commit."""
         if self._tally is None:
             return
         drawn = self._sequence.last, self._sequence.last_event
@@ -264,7 +264,7 @@ class Transaction:
         return [(key, *span) for key, span in spans.items()]
 
     def _take(self, totals: list[tuple[str, str, str, int]], minutes: list[tuple[str, int]]) -> None:
-        """Lower totals; where nothing is left of one, a minute, an hour or a day, it leaves no row behind."""
+        """Lower totals; where nothing is left of one, a minute, an hour or a day, its row is deleted."""
         write = self._cursor.executemany
         write(_TAKE_FROM_TOTAL, totals)
         write(_DROP_TOTAL, [total[:3] for total in totals])
