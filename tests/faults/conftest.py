@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.ledger import Ledger
+from tests.faults.power_cut import build_recorder
 
 Rounds = Callable[..., int]
 
@@ -36,3 +37,9 @@ def fast_folder(tmp_path: Path) -> Iterator[Path]:
     folder = (memory if os.access(memory, os.W_OK) else tmp_path) / f"images-{os.getpid()}"
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def recorder_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library that records what a process does to its files; one, so that all its processes are forks of one."""
+    return build_recorder(tmp_path_factory.mktemp("recorder"))

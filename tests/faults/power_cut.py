@@ -64,22 +64,33 @@ class Record:
         return self.data.decode().split("\0")
 
 
-class Recorder:
-    """Records what processes do to the files of a folder."""
+def build_recorder(folder: Path) -> Path:
+    """Compile the library that a recorded process loads first."""
+    require_program("gcc", "gcc")
+    library = folder / "recorder.so"
+    source = Path(__file__).with_name("recorder.c")
+    flags = ("-O2", "-Wall", "-Werror", "-shared", "-fPIC")
+    subprocess.run(["gcc", *flags, "-o", str(library), str(source), "-ldl"], check=True)
+    return library
 
-    def __init__(self, folder: Path, build: Path) -> None:
-        require_program("gcc", "gcc")
-        library = build / "recorder.so"
-        source = Path(__file__).with_name("recorder.c")
-        subprocess.run(
-            ["gcc", "-O2", "-Wall", "-Werror", "-shared", "-fPIC", "-o", str(library), str(source), "-ldl"], check=True
-        )
-        self._log = build / "recording"
+
+class Recorder:
+    """Records what processes do to the files of a folder.
+
+    Args:
+        library: what `build_recorder` has made.
+        folder: the files.
+        log: where the recording is written.
+
+    """
+
+    def __init__(self, library: Path, folder: Path, log: Path) -> None:
+        self._log = log
         self._folder = folder
         self.environment = {
             "LD_PRELOAD": str(library),
             "RECORD_FOLDER": str(folder),
-            "RECORD_LOG": str(self._log),
+            "RECORD_LOG": str(log),
         }
         """With these variables a process is recorded; one at a time."""
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 import signal
 import sqlite3
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -37,28 +34,22 @@ def look(chore: Chore, folder: Path, runs: int, *, finished: bool) -> Findings:
 def killed(chore: Chore, folder: Path, recorder: Recorder, kill_at: str) -> tuple[bool, int]:
     """Let a chore kill itself at one of its calls; return whether it did, and how many calls it had made."""
     recorder.forget()
-    environment = os.environ | recorder.environment | {"RECORDER_KILL_AT": kill_at}
-    done = subprocess.run(
-        [sys.executable, "-m", "telemetryd", *chore.arguments(folder)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode in (0, -signal.SIGKILL), f"exit {done.returncode}: {done.stdout}{done.stderr}"
+    variables = recorder.environment | {"RECORDER_KILL_AT": kill_at}
+    done = telemetryd(*chore.arguments(folder), status=(0, -signal.SIGKILL), **variables)
     return done.returncode != 0, len(recorder.calls())
 
 
 @each_chore
-def test_killed_at_any_moment(tmp_path: Path, rounds: Rounds, ledger: Ledger, chore: Chore) -> None:
-    runs, total = 1200, Findings()
+def test_killed_at_any_moment(
+    tmp_path: Path, recorder_library: Path, rounds: Rounds, ledger: Ledger, chore: Chore
+) -> None:
+    runs, total = rounds(1200, least=300), Findings()
     fresh, folder = tmp_path / "fresh", tmp_path / "work"
     fresh.mkdir()
     chore.prepare(fresh, runs)
     shutil.copytree(fresh, folder)
-    recorder = Recorder(folder, tmp_path)
-    telemetryd(*chore.arguments(folder), **recorder.environment)  # type: ignore[arg-type]
+    recorder = Recorder(recorder_library, folder, tmp_path / "recording")
+    telemetryd(*chore.arguments(folder), **recorder.environment)
     calls = recorder.calls()
     total.add(look(chore, folder, runs, finished=True), "unharmed")
     full = rounds(250, least=4)
@@ -90,15 +81,15 @@ def test_killed_at_any_moment(tmp_path: Path, rounds: Rounds, ledger: Ledger, ch
 
 @each_chore
 def test_power_cut_at_any_moment(
-    tmp_path: Path, fast_folder: Path, rounds: Rounds, ledger: Ledger, chore: Chore
+    tmp_path: Path, recorder_library: Path, fast_folder: Path, rounds: Rounds, ledger: Ledger, chore: Chore
 ) -> None:
     runs, total, chance = 400, Findings(), random.Random(5)
     folder = tmp_path / "data"
     folder.mkdir()
     chore.prepare(folder, runs)
-    recorder = Recorder(folder, tmp_path)
+    recorder = Recorder(recorder_library, folder, tmp_path / "recording")
     disk = Disk.holding(recorder.files())
-    telemetryd(*chore.arguments(folder), **recorder.environment)  # type: ignore[arg-type]
+    telemetryd(*chore.arguments(folder), **recorder.environment)
     records = recorder.records()
     ways = places_to_cut(records, rounds(3000, least=60), chance)
     last = max(record.place for record in records if record.kind is not Kind.CLOSE)
