@@ -13,7 +13,7 @@ from tests.faults.power_cut import build_recorder
 Rounds = Callable[..., int]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def rounds(request: pytest.FixtureRequest) -> Rounds:
     """Return a function that takes how often (or how long) the long form does it, and says how often to do it now."""
     scale: float = request.config.getoption("--rounds-scale")

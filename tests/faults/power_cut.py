@@ -86,7 +86,7 @@ class Recorder:
 
     def __init__(self, library: Path, folder: Path, log: Path) -> None:
         self._log = log
-        self._folder = folder
+        self.folder = folder
         self.environment = {
             "LD_PRELOAD": str(library),
             "RECORD_FOLDER": str(folder),
@@ -108,7 +108,7 @@ class Recorder:
 
     def files(self) -> Image:
         """Return the files as they are."""
-        return {str(path): path.read_bytes() for path in self._folder.rglob("*") if path.is_file() and _counts(path)}
+        return {str(path): path.read_bytes() for path in self.folder.rglob("*") if path.is_file() and _counts(path)}
 
 
 def _counts(path: str | Path) -> bool:

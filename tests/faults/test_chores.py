@@ -21,6 +21,12 @@ from tests.tools.process import telemetryd
 each_chore = pytest.mark.parametrize("chore", CHORES, ids=lambda chore: type(chore).__name__.lower())
 
 
+@pytest.fixture
+def recorder(recorder_library: Path, tmp_path: Path) -> Recorder:
+    """Records what is done to the files of a folder that is not there yet."""
+    return Recorder(recorder_library, tmp_path / "work", tmp_path / "recording")
+
+
 def look(chore: Chore, folder: Path, runs: int, *, finished: bool) -> Findings:
     """Check the files; a database that cannot be opened is one finding more."""
     findings = Findings()
@@ -35,21 +41,18 @@ def killed(chore: Chore, folder: Path, recorder: Recorder, kill_at: str) -> tupl
     """Let a chore kill itself at one of its calls; return whether it did, and how many calls it had made."""
     recorder.forget()
     variables = recorder.environment | {"RECORDER_KILL_AT": kill_at}
-    done = telemetryd(*chore.arguments(folder), status=(0, -signal.SIGKILL), **variables)
+    done = telemetryd(*chore.arguments(folder), status=(0, -signal.SIGKILL), **variables)  # type: ignore[arg-type]
     return done.returncode != 0, len(recorder.calls())
 
 
 @each_chore
-def test_killed_at_any_moment(
-    tmp_path: Path, recorder_library: Path, rounds: Rounds, ledger: Ledger, chore: Chore
-) -> None:
+def test_killed_at_any_moment(tmp_path: Path, recorder: Recorder, rounds: Rounds, ledger: Ledger, chore: Chore) -> None:
     runs, total = rounds(1200, least=300), Findings()
-    fresh, folder = tmp_path / "fresh", tmp_path / "work"
+    fresh, folder = tmp_path / "fresh", recorder.folder
     fresh.mkdir()
     chore.prepare(fresh, runs)
     shutil.copytree(fresh, folder)
-    recorder = Recorder(recorder_library, folder, tmp_path / "recording")
-    telemetryd(*chore.arguments(folder), **recorder.environment)
+    telemetryd(*chore.arguments(folder), **recorder.environment)  # type: ignore[arg-type]
     calls = recorder.calls()
     total.add(look(chore, folder, runs, finished=True), "unharmed")
     full = rounds(250, least=4)
@@ -81,15 +84,14 @@ def test_killed_at_any_moment(
 
 @each_chore
 def test_power_cut_at_any_moment(
-    tmp_path: Path, recorder_library: Path, fast_folder: Path, rounds: Rounds, ledger: Ledger, chore: Chore
+    recorder: Recorder, fast_folder: Path, rounds: Rounds, ledger: Ledger, chore: Chore
 ) -> None:
     runs, total, chance = 400, Findings(), random.Random(5)
-    folder = tmp_path / "data"
+    folder = recorder.folder
     folder.mkdir()
     chore.prepare(folder, runs)
-    recorder = Recorder(recorder_library, folder, tmp_path / "recording")
     disk = Disk.holding(recorder.files())
-    telemetryd(*chore.arguments(folder), **recorder.environment)
+    telemetryd(*chore.arguments(folder), **recorder.environment)  # type: ignore[arg-type]
     records = recorder.records()
     ways = places_to_cut(records, rounds(3000, least=60), chance)
     last = max(record.place for record in records if record.kind is not Kind.CLOSE)
