@@ -7,7 +7,6 @@ import io
 import itertools
 import json
 import sqlite3
-import time
 import tracemalloc
 from collections.abc import Iterator
 from contextlib import closing
@@ -25,8 +24,7 @@ from hypothesis import strategies as st
 
 from telemetryd.cli import main
 from telemetryd.cli.files import Refusals
-from telemetryd.engine.sqlite import exports
-from telemetryd.engine.sqlite.connection import LOG_BYTES
+from telemetryd.engine.sqlite import connection, exports
 from telemetryd.engine.sqlite.exports import MAX_EXPORTS
 from telemetryd.engine.sqlite.files import wal_bytes
 from telemetryd.engine.sqlite.statements import export as export_rows
@@ -37,7 +35,7 @@ from telemetryd.model.queries import SNAPSHOT
 from telemetryd.model.runs import COLUMNS, STORED
 from telemetryd.model.values import Role
 from telemetryd.services import exports as streamed
-from tests.conftest import Api, MakeApi, StartDaemon, eventually, make_run, reading
+from tests.conftest import PATIENCE_S, Api, MakeApi, StartDaemon, eventually, make_run, reading
 from tests.contract.wire import JSON
 from tests.http_client import call
 
@@ -301,29 +299,42 @@ async def test_the_log_stays_short_while_an_export_is_copied_slowly(
     make_api: MakeApi, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A snapshot that is held to the end would let it grow with all that is written meanwhile."""
-    real = exports._Copying.is_over
-    written, longest, enough = 0, 0, 2 * LOG_BYTES
-
-    def is_over(self: exports._Copying) -> bool:
-        time.sleep(0.01 if written < enough else 0)
-        return real(self)
-
-    monkeypatch.setattr(exports, "_LONGEST_WAL_S", 0.2)
-    monkeypatch.setattr(exports, "_SLICE_ROWS", 100)
-    monkeypatch.setattr(exports._Copying, "is_over", is_over)
-    monkeypatch.setattr(export_rows, "_OPS", 1_000)
+    monkeypatch.setattr(connection, "_CHECKPOINT_PAGES", 500)  # of 4 KiB: two of what is written
     api = await make_api()
     await api.batch([make_run() for _ in range(1000)])
-    await api.batch([make_run() for _ in range(1000)])
-    copied = asyncio.create_task(export(api))
-    while written < enough:
-        large = io.BytesIO(orjson.dumps(make_run(error_details="x" * 12_000_000)))
+    loop, is_due, logs = asyncio.get_running_loop(), False, list[int]()
+
+    async def write() -> None:
+        large = io.BytesIO(orjson.dumps(make_run(error_details=LARGE)))
         await api.call("POST", "/api/v1/runs", data=large, headers=JSON, status=201)
-        written += 12_000_000
-        longest = max(longest, wal_bytes(api.settings.db_path))
-    _, headers = await copied
+        logs.append(wal_bytes(api.settings.db_path))
+
+    def write_now() -> None:
+        asyncio.run_coroutine_threadsafe(write(), loop).result(PATIENCE_S)
+
+    def copy_slice(*arguments: Any) -> tuple[int, int]:
+        nonlocal is_due
+        write_now()  # between two slices
+        is_due = True
+        return copy(*arguments)
+
+    def is_over(self: exports._Copying) -> bool:
+        nonlocal is_due
+        if is_due:
+            is_due = False
+            write_now()  # in the middle of a slice
+        return look(self)
+
+    copy, look = export_rows.copy_slice, exports._Copying.is_over
+    monkeypatch.setattr(export_rows, "copy_slice", copy_slice)
+    monkeypatch.setattr(exports._Copying, "is_over", is_over)
+    monkeypatch.setattr(exports, "_SLICE_ROWS", 100)
+    monkeypatch.setattr(export_rows, "_OPS", 1_000)
+    reading(api)._exports._longest_s = 0.0
+    _, headers = await export(api)
     assert headers[SNAPSHOT] == "sliced"
-    assert longest < 1.25 * LOG_BYTES
+    assert len(logs) == 20
+    assert max(logs) < 6 * len(LARGE)
 
 
 async def test_only_so_many_run_at_once_and_one_that_is_left_makes_room(api: Api, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 
 from telemetryd.ops.logs import JsonLines, LogFormat, LogLevel, ReadableLines, log, logging_to
 from tests.conftest import PATIENCE_S, Api, StartDaemon, make_run
+from tests.tools.forks import popen
 
 TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", re.ASCII)
 UNSAFE = "a\nb\rc\x1b[31md\x00e\x7ff\x85g\x9b31mh\u2028i\u2029j\u202ek\ufeffl"
@@ -346,10 +347,8 @@ def listening_port(pid: int) -> int:
 def test_on_a_terminal_the_lines_are_for_people(tmp_path: Path, free_port: int) -> None:
     ours, theirs = pty.openpty()
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TELEMETRY_")}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "telemetryd", "serve", "--host", "127.0.0.1", "--port", str(free_port)],
-        cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs,
-    )  # fmt: skip
+    command = [sys.executable, "-m", "telemetryd", "serve", "--host", "127.0.0.1", "--port", str(free_port)]
+    process = popen(command, environment, cwd=tmp_path, stdout=theirs, stderr=theirs)
     os.close(theirs)
     try:
         connection = connect(free_port)
