@@ -18,7 +18,7 @@ import click
 from telemetryd.cli.options import Progress
 from telemetryd.client.context import timestamp
 from telemetryd.client.counters import Counters
-from telemetryd.client.delivery import MAX_BYTES, Delivery, Parcel, Requests, RetryError, WaitError
+from telemetryd.client.delivery import MAX_BYTES, Batch, Delivery, Requests, RetryError, WaitError
 from telemetryd.client.lines import dead_letter, encode, read_object, unfold
 from telemetryd.client.worker import Backoff
 from telemetryd.errors import ErrorItem, TelemetrydError, describe
@@ -199,8 +199,8 @@ class Sending:
 
     def _send(self, lines: list[bytes]) -> None:
         if lines:
-            parcel = Parcel.of(lines)
-            self._patience.attempt(lambda: self._delivery.send(parcel), None)
+            batch = Batch.of(lines)
+            self._patience.attempt(lambda: self._delivery.send(batch), None)
             time.sleep(self._delivery.pause_s)
         self._refusals.places.clear()
 

@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 import aiohttp
 import click
 
-from telemetryd.cli.agents import client_config, end, longest_line_option, retry_option, send_files, url_option
+from telemetryd.cli.agents import client_config, end, from_files, retry_option, send_files, url_option
 from telemetryd.cli.files import Refusals
 from telemetryd.cli.options import F, Progress, counted, failing, json_flag, print_json, progress, size
 from telemetryd.cli.stream import detail_of
@@ -234,12 +234,7 @@ async def _answer(config: Config, asked: dict[str, str], retry_s: float) -> Asyn
       telemetryd export - --url http://old:8765 --events | telemetryd import - --url http://new:8765
     """,
 )
-@click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, allow_dash=True))
-@click.option("--rejects", type=click.Path(path_type=Path), help="Append what the daemon refuses to this file.")
-@longest_line_option
-@retry_option
-@json_flag
-@url_option
+@from_files
 def import_(
     *,
     files: tuple[str, ...],

@@ -27,7 +27,7 @@ class UnclearError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class BatchResult:
     """What became of a batch."""
 
     inserted: int
@@ -45,7 +45,7 @@ def _count(body: object, name: str) -> int:
     return value
 
 
-def read_batch(answer: Answer, sent: int) -> Batch:
+def read_batch(answer: Answer, sent: int) -> BatchResult:
     """Read what became of a batch of so many runs.
 
     Raises:
@@ -64,7 +64,7 @@ def read_batch(answer: Answer, sent: int) -> Batch:
             raise UnclearError("The answer to a batch names other errors than it counts")
     if inserted + duplicates + len(errors) != sent:
         raise UnclearError(f"The answer to a batch of {sent} accounts for {inserted + duplicates + len(errors)}")
-    return Batch(inserted, duplicates, errors, details)
+    return BatchResult(inserted, duplicates, errors, details)
 
 
 def accounts_for(answer: Answer, sent: int) -> bool:

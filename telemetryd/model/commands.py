@@ -37,6 +37,19 @@ class Command(Generic[R]):
         return 0
 
 
+class SliceCommand(Command[R]):
+    """A command that does one slice of its work, of at most `limit` rows."""
+
+    __slots__ = ()
+
+    limit: int
+
+    @property
+    def cost(self) -> int:
+        """How many rows it touches at most."""
+        return self.limit
+
+
 @dataclass(frozen=True, slots=True)
 class CreateRuns(Command["Created"]):
     """Store runs, each unless its event_id is already known. Outcome: `Created`."""
@@ -124,7 +137,7 @@ class Death:
 
 
 @dataclass(frozen=True, slots=True)
-class EndProcess(Command["ProcessEnded"]):
+class EndProcess(SliceCommand["ProcessEnded"]):
     """Fail the running runs of a process that has ended, at most `limit`; without a death only forget them.
 
     Outcome: `ProcessEnded`.
@@ -133,11 +146,6 @@ class EndProcess(Command["ProcessEnded"]):
     process: Process
     death: Death | None
     limit: int
-
-    @property
-    def cost(self) -> int:
-        """How many rows it touches at most."""
-        return self.limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +157,7 @@ class ProcessEnded:
 
 
 @dataclass(frozen=True, slots=True)
-class PruneRuns(Command["Pruned"]):
+class PruneRuns(SliceCommand["Pruned"]):
     """Delete the oldest runs created before a moment, at most `limit`. Outcome: `Pruned`.
 
     A run that says it was created after its arrival counts as created then. A slice that meets large runs or many
@@ -167,11 +175,6 @@ class PruneRuns(Command["Pruned"]):
     status: str | None = None
     versions: tuple[tuple[int, str], ...] | None = None
 
-    @property
-    def cost(self) -> int:
-        """How many rows it touches at most."""
-        return self.limit
-
 
 @dataclass(frozen=True, slots=True)
 class Pruned:
@@ -182,17 +185,12 @@ class Pruned:
 
 
 @dataclass(frozen=True, slots=True)
-class ReapRuns(Command["Reaped"]):
+class ReapRuns(SliceCommand["Reaped"]):
     """Cancel running runs that were neither created nor changed since a moment, at most `limit`. Outcome: `Reaped`."""
 
     stale_before: str
     limit: int
     agent_name: str | None = None
-
-    @property
-    def cost(self) -> int:
-        """How many rows it touches at most."""
-        return self.limit
 
 
 @dataclass(frozen=True, slots=True)
