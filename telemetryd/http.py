@@ -45,7 +45,7 @@ from telemetryd.services.upkeep import Upkeep
 from telemetryd.settings import Settings
 from telemetryd.store import Store
 from telemetryd.web import browsers, openapi, operations, pages
-from telemetryd.web.answers import NOTE, REASON, Handler, json_response
+from telemetryd.web.answers import NOTE, REASON, Handler, json_response, next_page
 from telemetryd.web.body import JSON_TYPES, NDJSON_TYPES, Bodies, check_media_type
 from telemetryd.web.middleware import middleware
 from telemetryd.web.openapi import Operation
@@ -122,7 +122,7 @@ async def list_runs(request: web.Request) -> web.Response:
     page = await request.app[STORE].fetch(query)
     request[NOTE].say("Query executed", query_params=query.parameters(), result_count=len(page.runs))
     if page.end is not None:
-        headers["Link"] = f'<{query.next_page(request.path, page.end)}>; rel="next"'
+        headers |= next_page(request, query.next_page(request.path, page.end))
     return json_response(orjson.Fragment(f"[{','.join(page.runs)}]"), headers=headers)
 
 
@@ -246,8 +246,7 @@ async def list_events(request: web.Request) -> web.Response:
     request[NOTE].say("Events queried", event_id=event_id, result_count=len(page.rows))
     headers = {}
     if page.more:
-        following = query.next_page(request.rel_url.raw_path, events.cursor(page.rows[-1]))
-        headers["Link"] = f'<{following}>; rel="next"'
+        headers = next_page(request, query.next_page(request.rel_url.raw_path, events.cursor(page.rows[-1])))
     return json_response([events.to_json(row) for row in page.rows], headers=headers)
 
 

@@ -203,6 +203,19 @@ def next_page(answer: Answer) -> str | None:
 
 
 @pytest.mark.parametrize(
+    ("said", "prefix"),
+    [(None, ""), ("/telemetry", "/telemetry"), ("/a/b-c.d/", "/a/b-c.d"), ("/", ""), ("", ""), ("//evil.example", ""),
+     ("/../x", ""), ("https://evil.example", ""), ("/a>; rel=x, </b", ""), ("/a,/b", ""), ("/" + "a/" * 99, "")],
+)  # fmt: skip
+async def test_a_proxy_says_under_which_path_the_next_page_is(api: Api, said: str | None, prefix: str) -> None:
+    await api.batch(runs_of_two_agents(3))
+    headers = {} if said is None else {"X-Forwarded-Prefix": said}
+    following = next_page(await send(api, "GET", f"{RUNS}?limit=1", headers=headers))
+    assert following is not None
+    assert following.startswith(f"{prefix}{RUNS}?limit=1&cursor=")
+
+
+@pytest.mark.parametrize(
     "filters",
     [{}, {"agent_name": "seo"}, {"status": "failed"}, {"agent_name": "seo", "job_type": "b"}, {"job_type": "a"},
      {"created_after": "2025-12-24T10:03:30Z", "start_time_to": "2025-12-24T09:55:00+00:00"}],

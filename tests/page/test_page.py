@@ -20,6 +20,7 @@ from tests.http_client import call, get, post
 from tests.page.conftest import RUNS, TOKEN, OpenPage, Watched
 from tests.tools.browser import Theme
 from tests.tools.docs import ROOT
+from tests.tools.sub_path import sub_path
 
 VIEWS = {
     "overview": ("#/", ".chart svg .bar-group"),
@@ -303,6 +304,25 @@ def test_what_is_not_there_is_said(open_view: OpenPage, watched: Watched) -> Non
         expect(page.locator("h1")).to_have_text("There is no such view")
     page.goto(page.url.partition("#")[0] + "#/overview?period=constructor")
     expect(page.locator("h1")).to_have_text("Last 24 hours")
+
+
+def test_a_proxy_shows_it_under_a_path_of_its_own(open_view: OpenPage, url: str, watched: Watched) -> None:
+    """The page, its pages of runs, the stream and /docs need nothing but what is below that path."""
+    with sub_path(url) as root:
+        page = open_view("", at=root)
+        expect(page.locator(".chart svg")).to_be_visible()
+        page.get_by_role("link", name="Runs", exact=True).click()
+        expect(page.locator(".told")).to_contain_text("200 runs")
+        page.evaluate("scrollTo(0, document.body.scrollHeight)")
+        expect(page.locator(".told")).to_contain_text("400 runs")
+        page.get_by_role("button", name="Live").click()
+        expect(page.locator("#said")).to_contain_text("Live")
+        page.goto(f"{root}/docs")
+        expect(page.locator(".opblock")).not_to_have_count(0)
+        server = page.locator(".servers select option").first
+        expect(server).to_have_attribute("value", root)
+        assert watched.requests
+        assert {request for request in watched.requests if not request.startswith((f"{root}/", "data:"))} == set()
 
 
 # --- The table of runs ---------------------------------------------------------------------------

@@ -1,4 +1,5 @@
 // Speaks to the daemon: JSON in and out, the token where one is needed, errors as sentences.
+// Every address is relative to the page, which a proxy may show under a path of its own.
 
 import { asHeader, askForToken, storedToken } from "./token.js";
 
@@ -18,7 +19,7 @@ export function address(path, parameters = {}) {
 }
 
 /** Return the path of a run. */
-export const runPath = (eventId) => `/api/v1/runs/${encodeURIComponent(eventId)}`;
+export const runPath = (eventId) => `api/v1/runs/${encodeURIComponent(eventId)}`;
 
 async function sentenceOf(response) {
   try {
@@ -60,8 +61,9 @@ export async function get(path, parameters, signal, accepted) {
 /** Answer one page of a list, and the address of the next (null after the last). */
 export async function page(whole, signal) {
   const response = await send(whole, { signal });
-  const link = /<([^>]*)>;\s*rel="next"/.exec(response.headers.get("Link") ?? "");
-  return { items: await response.json(), next: link && link[1] };
+  const link = /<[^>?]*(\?[^>]*)>;\s*rel="next"/.exec(response.headers.get("Link") ?? "");
+  // The daemon does not know under which path a proxy shows it: only the query says where to go on.
+  return { items: await response.json(), next: link && whole.split("?")[0] + link[1] };
 }
 
 /** Answer the decoded JSON of a POST. */

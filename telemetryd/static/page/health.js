@@ -15,7 +15,7 @@ export function onHealth(listener, signal) {
 
 async function look() {
   try {
-    latest = await get("/health", {}, undefined, [503]);
+    latest = await get("health", {}, undefined, [503]);
   } catch (error) {
     if (!(error instanceof ApiError)) throw error;
     latest = { status: "error", detail: error.message };

@@ -17,7 +17,7 @@ const iso = (ms) => new Date(ms).toISOString();
 async function year(agent, signal) {
   const now = Date.now();
   const parameters = { agent_name: exact(agent), group_by: "agent_name", bucket: "1d", from: iso(firstDay(now)) };
-  const { groups } = await get("/api/v1/stats", parameters, signal);
+  const { groups } = await get("api/v1/stats", parameters, signal);
   const days = new Map(groups.map((group) => [Date.parse(group.bucket), group]));
   const hrefOf = (midnight) => href("runs", { agent_name: exact(agent), created_after: iso(midnight - 1).replace("Z", "999Z"), created_before: iso(midnight + DAY) });
   return calendar(agent, days, now, hrefOf);
@@ -73,8 +73,8 @@ export function show(root, { parameters, signal }) {
   async function load() {
     try {
       const [metrics, stats] = await Promise.all([
-        get("/metrics", {}, signal),
-        get("/api/v1/stats", { group_by: "agent_name", from: iso(Date.now() - SPAN_DAYS * DAY) }, signal),
+        get("metrics", {}, signal),
+        get("api/v1/stats", { group_by: "agent_name", from: iso(Date.now() - SPAN_DAYS * DAY) }, signal),
       ]);
       const lately = new Map(stats.groups.map((group) => [group.agent_name, group]));
       agents = Object.entries(metrics.agents).map(([name, total]) => [name, total, lately.get(name)]);

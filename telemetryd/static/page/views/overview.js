@@ -126,7 +126,7 @@ function daemonPanel(signal) {
   let health = null;
   const draw = () => place.replaceChildren(health.version ? daemon(health, metrics) : sentence(health.detail));
   onHealth((latest) => { health = latest; draw(); }, signal);
-  get("/metrics", {}, signal).then((answer) => { metrics = answer; if (health) draw(); }, () => {}); // health says why
+  get("metrics", {}, signal).then((answer) => { metrics = answer; if (health) draw(); }, () => {}); // health says why
   return panel("The daemon", place);
 }
 
@@ -147,7 +147,7 @@ export function show(root, { parameters, signal }) {
     const from = beginning(period, now);
     const since = iso(from - 1).replace("Z", "999Z");
     begun.textContent = `whole hours since ${dayOf(new Date(from))}, ${timeOf(new Date(from))}`;
-    const ask = (parameters) => get("/api/v1/stats", { from: iso(from), ...parameters }, signal).then((answer) => answer.groups);
+    const ask = (parameters) => get("api/v1/stats", { from: iso(from), ...parameters }, signal).then((answer) => answer.groups);
     const byHour = ask({ group_by: "status", bucket: "1h" });
     const byAgent = ask({ group_by: "agent_name" });
     fillLater(figures, signal, async () => {
@@ -160,7 +160,7 @@ export function show(root, { parameters, signal }) {
     });
     fillLater(slow, signal, async () => slowest(await byAgent, since));
     fillLater(worst, signal, async () => failing(await ask({ group_by: "agent_name", status: BAD.join(",") }), await byAgent, since));
-    fillLater(latest, signal, async () => failures((await page(`/api/v1/runs?status=${BAD.join(",")}&limit=${SHOWN + 2}&fields=${IN_LISTS}`, signal)).items));
+    fillLater(latest, signal, async () => failures((await page(`api/v1/runs?status=${BAD.join(",")}&limit=${SHOWN + 2}&fields=${IN_LISTS}`, signal)).items));
   }
 
   function change(next) {

@@ -100,7 +100,7 @@ function node(run, isThis, below) {
 }
 
 async function family(run, signal) {
-  const find = async (parameters) => (await page(address("/api/v1/runs", { ...parameters, fields: IN_LISTS }), signal)).items;
+  const find = async (parameters) => (await page(address("api/v1/runs", { ...parameters, fields: IN_LISTS }), signal)).items;
   const ancestors = [];
   let above = run.parent_run_id;
   while (above && ancestors.length < ANCESTORS) {

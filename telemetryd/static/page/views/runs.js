@@ -231,7 +231,7 @@ export function show(root, { parameters, signal }) {
     items.length = 0;
     list ??= virtualList(lines, items, { keyOf: (run) => run.event_id, render: (run) => withMark(run), onNear: () => more(), signal });
     list.refresh();
-    more(address("/api/v1/runs", { ...filters, limit: PAGE, fields: IN_LISTS }));
+    more(address("api/v1/runs", { ...filters, limit: PAGE, fields: IN_LISTS }));
     tell();
     listen();
   }
@@ -249,7 +249,7 @@ export function show(root, { parameters, signal }) {
   });
   signal.addEventListener("abort", () => load.abort(), { once: true });
   root.append(h("div", { class: "view-head" }, h("h1", {}, "Runs"), told, live), bar.form, chips, fresh, table, foot);
-  get("/api/v1/metadata", {}, signal).then(bar.offer, () => {}); // only offers; the list says what is wrong
+  get("api/v1/metadata", {}, signal).then(bar.offer, () => {}); // only offers; the list says what is wrong
   change(parameters);
   return change;
 }

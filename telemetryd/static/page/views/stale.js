@@ -11,7 +11,7 @@ const AGES = ["15m", "1h", "6h", "1d", "7d"];
 const UNITS = { s: SECOND, m: MINUTE, h: HOUR, d: DAY, w: 7 * DAY };
 const MOST = 1000;
 const REFRESH_MS = 15_000;
-const REAP = "/api/v1/admin/reap";
+const REAP = "api/v1/admin/reap";
 
 export const title = () => "Stale runs";
 
@@ -19,7 +19,7 @@ const msOf = (age) => parseFloat(age) * UNITS[age.at(-1)];
 
 async function find(before, signal) {
   const found = [];
-  let next = address("/api/v1/runs", { status: "running", created_before: before, limit: 500, fields: IN_LISTS });
+  let next = address("api/v1/runs", { status: "running", created_before: before, limit: 500, fields: IN_LISTS });
   while (next !== null && found.length < MOST) {
     const answer = await page(next, signal);
     found.push(...answer.items);
