@@ -359,6 +359,7 @@ async def get_health(request: web.Request) -> web.Response:
         "last_commit_at": None if health.last_commit is None else values.format_timestamp(health.last_commit),
         **health.figures,
         "counts": health.counts,
+        "full_text": request.app[UPKEEP].full_text,
         "automatic": request.app[UPKEEP].shown(),
         "notices": request.app[UPKEEP].notices(),
     }

@@ -1,6 +1,7 @@
 // Speaks to the daemon: JSON in and out, the token where one is needed, errors as sentences.
 // Every address is relative to the page, which a proxy may show under a path of its own.
 
+import { setClock } from "./format.js";
 import { asHeader, askForToken, storedToken } from "./token.js";
 
 /** An answer that is no success; `status` is 0 if there was no answer. */
@@ -42,6 +43,7 @@ export async function send(path, { accepted = [], headers = {}, ...options } = {
       if (options.signal?.aborted) throw error;
       throw new ApiError(0, "The daemon does not answer. Does it run?");
     }
+    setClock(response.headers.get("Date"));
     if (response.status === 401) {
       await askForToken(token);
     } else if (response.ok || accepted.includes(response.status)) {

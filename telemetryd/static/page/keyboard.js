@@ -36,8 +36,8 @@ function step(by) {
 }
 
 function search() {
-  const field = document.querySelector("main input[type=search]");
-  if (field === null) return go(href("runs", { focus: "1" }));
+  const field = [...document.querySelectorAll("main [data-search]")].find((input) => input.checkVisibility());
+  if (field === undefined) return go(href("runs", { focus: "1" }));
   field.focus();
   field.select();
 }
