@@ -27,7 +27,7 @@ def chromium() -> Iterator[Browser]:
 
 
 def open_page(browser: Browser, *, is_phone: bool = False, theme: Theme = "light", **options: Any) -> Page:
-    """Return a new page of its own, with nothing remembered; animations are off."""
+    """Return a new page of its own, with nothing remembered, in Berlin's time; animations are off."""
     context = browser.new_context(
         viewport=PHONE if is_phone else DESKTOP,  # type: ignore[arg-type]
         is_mobile=is_phone,
@@ -35,8 +35,7 @@ def open_page(browser: Browser, *, is_phone: bool = False, theme: Theme = "light
         color_scheme=theme,
         reduced_motion="reduce",
         locale="en-GB",
-        timezone_id="Europe/Berlin",
-        **options,
+        **{"timezone_id": "Europe/Berlin", **options},
     )
     context.set_default_timeout(60_000)
     return context.new_page()

@@ -9,6 +9,7 @@ const HEIGHT = 240;
 const FOOT = 24;
 const HEAD = 8;
 const SIDE = 44;
+const ROOM = 18; // half of what a label takes
 const STEPS = [1, 2, 2.5, 5, 10];
 
 /** Return round numbers from 0 to at least `most`, about four of them. */
@@ -72,7 +73,7 @@ function draw(bars, width, tip) {
       parts.push({ status, top, bottom: top + height });
       below += runs;
     }
-    if (bar.label) group.append(s("text", { x: x + pitch / 2, y: HEIGHT - 6, class: "tick", "text-anchor": "middle" }, bar.label));
+    if (bar.label) group.append(s("text", { x: Math.min(x + pitch / 2, width - ROOM), y: HEIGHT - 6, class: "tick", "text-anchor": "middle" }, bar.label));
     const target = s("rect", { x, y: HEAD, width: pitch, height: inner, class: "target" });
     // Links within a picture would be stops for the keyboard that nobody announces; the table has them.
     const pointed = (event) => statusAt(parts, event.clientY - picture.getBoundingClientRect().top);

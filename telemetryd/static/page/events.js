@@ -28,7 +28,7 @@ function line(event, begin) {
 export function eventsPanel(name, parameters, signal) {
   const path = `${runPath(name)}/events`;
   const place = h("div", { class: "body" }, sentence("Asking …"));
-  const ends = h("div", { class: "ends", role: "group", "aria-label": "Which events" });
+  const ends = h("div", { class: "ends", role: "group", "aria-label": "Which events", hidden: true });
   const search = h("input", { type: "search", id: "find-events", placeholder: "Type or payload holds", autocomplete: "off", on: { input: typed, change: find } });
   const tools = h("div", { class: "event-tools", hidden: true }, h("label", { for: search.id, class: "unseen" }, "Find events"), search, ends);
   const whole = panel("Events", place, { tools });
@@ -50,8 +50,14 @@ export function eventsPanel(name, parameters, signal) {
   });
   ends.append(...buttons);
 
-  const lead = (given) => go(href("run", { ...asked, ...given }, name), true);
-  const find = () => { clearTimeout(timer); lead({ find: search.value.trim() }); };
+  function lead(given) {
+    go(href("run", { ...asked, ...given }, name), true);
+  }
+
+  function find() {
+    clearTimeout(timer);
+    lead({ find: search.value.trim() });
+  }
 
   function typed() {
     clearTimeout(timer);
@@ -70,7 +76,8 @@ export function eventsPanel(name, parameters, signal) {
     const more = next && (isFull ? sentence(`${MOST_DRAWN} are shown; the API has all: ${path}`) : h("button", { type: "button", class: "button", on: { click: showMore } }, words));
     const none = sentence(asked.find ? "No event holds this text." : "It reported no events.");
     place.replaceChildren(...[fromEnd && more, list.children.length ? list : none, !fromEnd && more].filter(Boolean));
-    if (next || asked.find) tools.hidden = false; // if all are there, both ends are
+    if (list.children.length || asked.find) tools.hidden = false;
+    if (next) ends.hidden = false; // if all are there, both ends are
     for (const button of buttons) button.setAttribute("aria-pressed", String((button.end === "last") === fromEnd));
   }
 
