@@ -448,7 +448,9 @@ def test_the_log_filters_find_their_lines(shell: Shell) -> None:
     assert any(line["message"] == "Query executed" for line in grep(shell, queries))
     assert [line["status"] for line in grep(shell, errors)] == [400, 422]
     shell.run(export)
-    assert (shell.folder / "telemetry-api.log").read_text() == (shell.folder / LOG).read_text()
+    copy = (shell.folder / "telemetry-api.log").read_text()
+    assert (shell.folder / LOG).read_text().startswith(copy), "the daemon may have written more by now"
+    assert [json.loads(line) for line in copy.splitlines()][: len(lines)] == lines
 
 
 def test_the_audit_trail_finds_the_updates(shell: Shell) -> None:
