@@ -578,7 +578,7 @@ def test_the_stale_query_uses_its_index(shell: Shell, is_analyzed: bool) -> None
     assert "TEMP B-TREE" not in plan
 
 
-def test_index_maintenance_works_beside_the_daemon(shell: Shell) -> None:
+def test_index_maintenance_works_while_the_daemon_runs(shell: Shell) -> None:
     fill(shell)
     analyze, sizes, reindex = commands(block("Index Maintenance"))
     shell.run(analyze)
@@ -607,7 +607,7 @@ def test_troubleshooting_finds_the_database(shell: Shell) -> None:
     assert shell.run(check).out == "ok\n"
 
 
-def test_a_backup_beside_the_daemon_can_be_restored(
+def test_a_backup_made_while_the_daemon_runs_can_be_restored(
     own_shell: Shell, start_daemon: StartDaemon, tmp_path: Path
 ) -> None:
     shell = own_shell
