@@ -260,10 +260,11 @@ def test_the_commit_that_breaks_an_agent_of_the_demo_is_named_at_every_hour(
     [broken] = [agent.name for agent in AGENTS if agent.breaks]
     for hour in hours:
         end = datetime(2026, 11, 27, hour, tzinfo=UTC)  # a Friday
-        ended = [
-            finished(story) for story in World(seed, end - timedelta(days=1), end).runs(number) if story.ends_at <= end
+        runs = [
+            finished(story)
+            for story in World(seed, end - timedelta(days=1), end).runs(number)
+            if story.ends_at <= end and story.run["agent_name"] == broken
         ]
-        runs = [run for run in ended if run["agent_name"] == broken]
         [commit] = {run["git_commit_hash"] for run in runs if "canonical_url" in run.get("error_summary", "")}
         named = {
             finding.first_bad_commit

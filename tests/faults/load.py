@@ -256,7 +256,7 @@ class Findings:
 
 
 def judge(found: Runs, acknowledged: Runs, pending: Request | None, findings: Findings) -> None:
-    """Compare one client's runs in a database with those acknowledged; its last request is there whole or not at all."""
+    """Compare one client's runs in a database with those acknowledged; its last request is there as a whole, or not."""
     after = dict(acknowledged)
     touched: set[str] = set()
     if pending is not None:
