@@ -354,7 +354,7 @@ def test_an_unknown_variable_of_the_family_is_remarked_on(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("where", ["environment", ".env"])
 def test_the_retention_of_the_replaced_service_has_no_effect_and_is_remarked_on(tmp_path: Path, where: str) -> None:
-    given = {"TELEMETRY_RETENTION_DAYS": "30"}
+    given: dict[str, Any] = {"TELEMETRY_RETENTION_DAYS": "30"}
     if where == ".env":
         (tmp_path / ".env").write_text("TELEMETRY_RETENTION_DAYS=30\n")
         given = {}
@@ -384,7 +384,7 @@ def test_a_token_that_is_not_asked_for_is_remarked_on(tmp_path: Path) -> None:
 def test_config_prints_every_setting_with_its_origin(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("TELEMETRY_QUEUE_MAX=7\n")
     arguments = ("config", "--port", "9000", "--no-protected-mode")
-    variables = {"TELEMETRY_API_HOST": "127.0.0.1", "TELEMETRY_LOG_LEVEL": "debug"}
+    variables: dict[str, Any] = {"TELEMETRY_API_HOST": "127.0.0.1", "TELEMETRY_LOG_LEVEL": "debug"}
     printed = telemetryd(*arguments, "--json", cwd=tmp_path, **variables)
     shown = json.loads(printed.stdout)
     assert list(shown) == [variable(name) for name in Settings.model_fields]
