@@ -31,7 +31,7 @@ def client(config: TelemetryConfig) -> Iterator[TelemetryClient]:
 
 
 async def stored(api: Api, client: TelemetryClient, run_id: str) -> dict[str, Any]:
-    assert await asyncio.to_thread(client.flush, 20)
+    assert await asyncio.to_thread(client.flush, 60)
     (run,) = [run for run in await api.list(limit=1000) if run["run_id"] == run_id]
     found: dict[str, Any] = await api.get(f"/api/v1/runs/{run['event_id']}", params={"include": "events"})
     return found

@@ -262,7 +262,7 @@ def test_a_blocked_sink_never_blocks_the_caller_and_what_it_drops_is_counted() -
             before = -1
             while len(received) > before:  # at the end a sink is given two seconds, which is little on a busy machine
                 before = len(received)
-                time.sleep(0.5)
+                time.sleep(1)
         stream.close()
         reader.join(PATIENCE_S)
     lines = [json.loads(line) for line in received]

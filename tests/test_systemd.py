@@ -44,6 +44,7 @@ class Manager:
                 said.append(self.next())
             except TimeoutError:
                 break
+        self.socket.settimeout(60)
         return said
 
 

@@ -117,7 +117,7 @@ WITH_A_CHILD = """
 import os
 from telemetryd import client
 with client.run("a", "j", event_id="one"):
-    print(client.flush(20))
+    print(client.flush(60))
 child = os.fork()
 with client.run("a", "j", event_id="two" if child else "three"):
     pass

@@ -435,7 +435,7 @@ def test_a_killed_agents_run_is_closed_at_once_and_a_late_end_wins(daemon: Daemo
 from telemetryd import client as telemetry
 import os, signal, sys, time
 run = telemetry.run("a", "j", event_id="dying").start()
-telemetry.flush(20)
+telemetry.flush(60)
 print("begun", flush=True)
 time.sleep(60)
 """
@@ -463,7 +463,7 @@ def test_a_refused_registration_is_not_repeated_for_ever(start_daemon: StartDaem
     program = """
 for number in range(6):
     with telemetry.run("a", "j"):
-        assert telemetry.flush(20)
+        assert telemetry.flush(60)
 print(telemetry.stats()["dead"])
 """
     assert python(program, daemon.url, buffer).stdout == "0\n"

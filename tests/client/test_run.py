@@ -295,7 +295,7 @@ async def test_a_token_may_hold_any_letter(make_api: MakeApi, make_client: MakeC
     api = await make_api(api_auth_enabled=True, api_auth_token=token)
     client = make_client(url_of(api), token=token)
     client.record(make_run())
-    assert await asyncio.to_thread(client.flush, 20), client.stats()
+    assert await asyncio.to_thread(client.flush, 60), client.stats()
 
 
 async def test_a_signal_handler_may_record_while_the_agent_does(
