@@ -375,7 +375,7 @@ def test_after_a_restart_it_looks_again(start_daemon: StartDaemon, spawn: Spawn,
     check_database(daemon)
 
 
-def test_a_reboot_is_told_from_a_move(start_daemon: StartDaemon, spawn: Spawn) -> None:
+def test_a_reboot_is_distinguished_from_a_move(start_daemon: StartDaemon, spawn: Spawn) -> None:
     daemon = start_daemon()
     url = daemon.url
     agent = spawn()
@@ -574,7 +574,7 @@ def test_the_group_that_bounds_the_memory(
     assert processes.cgroup(7) == path
 
 
-def test_an_out_of_memory_kill_is_told_where_the_control_group_counts_it(
+def test_an_out_of_memory_kill_is_reported_where_the_control_group_counts_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(processes, "_CGROUPS", tmp_path)

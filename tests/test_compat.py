@@ -143,7 +143,7 @@ def test_the_configuration_comes_from_the_environment(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     "given", [None, {"api_enabled": False, "google_sheets_api_enabled": False}], ids=["variable", "field"]
 )
-async def test_what_was_about_google_sheets_does_not_stop_sending_and_is_told_once(
+async def test_what_was_about_google_sheets_does_not_stop_sending_and_is_reported_once(
     api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, given: Any
 ) -> None:
     url = str(api.client.make_url("/")).rstrip("/")

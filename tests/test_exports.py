@@ -91,7 +91,7 @@ async def test_csv_is_rfc_4180_and_tells_an_empty_text_from_none(api: Api) -> No
     assert first["error_details"] == FULL["error_details"]
     assert json.loads(first["metrics_json"]) == FULL["metrics_json"]
     assert (first["api_posted"], first["items_failed"]) == ("false", str(2**63 - 1))
-    assert second["item_name"] == "=1+1"  # as it is: whoever opens it in a spreadsheet is told in the docs
+    assert second["item_name"] == "=1+1"  # as it is; the docs warn people who open it in a spreadsheet
     read = [fields for _, fields in tables.read_csv(io.BytesIO(body))]
     assert isinstance(read[0], dict)
     assert isinstance(read[1], dict)
@@ -226,7 +226,7 @@ async def test_the_filters_are_those_of_the_list(api: Api) -> None:
         ({"status": "odd"}, "Invalid status: 'odd'"),
     ],
 )
-async def test_a_wrong_request_is_told_what_is_allowed(api: Api, asked: dict[str, str], said: str) -> None:
+async def test_the_answer_to_a_wrong_request_says_what_is_allowed(api: Api, asked: dict[str, str], said: str) -> None:
     body, _ = await export(api, 400, **asked)
     assert said in json.loads(body)["detail"]
 

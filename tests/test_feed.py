@@ -147,7 +147,7 @@ async def test_what_cannot_be_followed(
     assert answer["detail"].startswith(text)
 
 
-async def test_a_place_of_another_database_is_told_and_goes_on_from_now(api: Api) -> None:
+async def test_a_place_of_another_database_is_reported_and_goes_on_from_now(api: Api) -> None:
     bound(api, heartbeat_s=0.01)
     await api.batch([make_run() for _ in range(3)])
     for after in ("0123456789ab-1", "9"):
@@ -178,7 +178,7 @@ async def test_one_who_does_not_read_loses_nothing_and_holds_nobody_up(api: Api)
         await chunks.aclose()
 
 
-async def test_one_who_is_too_far_behind_is_told_how_far(api: Api) -> None:
+async def test_a_stream_that_is_too_far_behind_says_how_far(api: Api) -> None:
     bound(api, behind=10)
     await api.batch([make_run() for _ in range(30)])
     async with streaming(api, after="20") as events:
@@ -351,7 +351,7 @@ async def test_who_is_lapped_gets_each_run_once_in_order_and_comes_back_to_the_r
 
 
 class Stuck:
-    """A tail that reads old runs for itself, and whose client takes one piece, until it is told to go on."""
+    """A tail that reads old runs for itself, and whose client takes one piece, until it may go on."""
 
     def __init__(self, shared: Feed) -> None:
         self.text = b""

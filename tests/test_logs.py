@@ -139,7 +139,7 @@ def test_a_call_that_cannot_be_formatted_does_not_end_all_logging() -> None:
     assert second["message"] == "second"
 
 
-def test_an_exception_is_told_in_fields_of_one_line() -> None:
+def test_an_exception_is_logged_in_fields_of_one_line() -> None:
     with written() as lines:
         try:
             int("no\nway")

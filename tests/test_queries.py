@@ -104,7 +104,7 @@ def test_a_blank_between_date_and_time_is_no_lost_plus(blank: str) -> None:
         ),
     ],
 )  # fmt: skip
-def test_a_wrong_value_is_told_with_its_parameter_and_what_is_allowed(name: str, value: str, allowed: str) -> None:
+def test_a_wrong_value_is_named_with_its_parameter_and_what_is_allowed(name: str, value: str, allowed: str) -> None:
     sentence = refusal(urlencode({name: value}))
     assert sentence.startswith(f"Invalid {name}: ")
     assert allowed in sentence
@@ -129,7 +129,7 @@ def test_an_unknown_parameter_is_named_with_the_known_ones(name: str) -> None:
     assert "agent_name, job_type, status, product" in sentence
 
 
-def test_every_fault_of_a_query_is_told() -> None:
+def test_every_fault_of_a_query_is_reported() -> None:
     with pytest.raises(InvalidRequestError) as caught:
         parse_list("limit=0&status=x&created_before=soon&nope=1&other=2&offset=-1&job_type=a&job_type=b")
     told = str(caught.value).split(". ")

@@ -90,7 +90,7 @@ def test_a_page_takes_one_step_and_the_walk_of_its_rows(empty: sqlite3.Connectio
     assert not [step for step in plan if "TEMP B-TREE" in step]
 
 
-def test_a_run_too_large_for_the_room_is_told(empty: sqlite3.Connection) -> None:
+def test_a_run_too_large_for_the_room_is_reported(empty: sqlite3.Connection) -> None:
     query = ListRuns()
     store(empty, [parse_run({**{name: value for name, (value, _) in SIMPLE.items()}, "event_id": "e"}).row])
     try:

@@ -206,7 +206,7 @@ WRONG = {
 }
 
 
-def test_every_problem_is_told_at_once_with_the_name_of_its_variable() -> None:
+def test_every_problem_is_reported_at_once_with_the_name_of_its_variable() -> None:
     assert {variable(name) for name in Settings.model_fields} - set(WRONG) == {"TELEMETRY_API_AUTH_TOKEN"}
     found = problems(WRONG)
     assert [problem.partition(":")[0] for problem in found] == list(WRONG)
@@ -216,7 +216,7 @@ def test_every_problem_is_told_at_once_with_the_name_of_its_variable() -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), WRONG.items())
-def test_each_problem_is_told_alone_too(name: str, value: str) -> None:
+def test_each_problem_is_reported_alone_too(name: str, value: str) -> None:
     (problem,) = problems({name: value})
     assert problem.startswith(f"{name}: ")
     assert problem.endswith(f"(it is {value!r}, from the environment)")
@@ -270,7 +270,7 @@ def test_a_dotenv_that_is_not_utf_8_is_a_problem(tmp_path: Path) -> None:
     assert loaded(dotenv=tmp_path / ".env").settings.api_host == "münchen"
 
 
-def test_a_setting_that_fits_alone_but_not_with_others_is_told_beside_the_other_problems() -> None:
+def test_a_setting_that_fits_alone_but_not_with_others_is_reported_with_the_other_problems() -> None:
     found = problems({"TELEMETRY_API_PORT": "x", "TELEMETRY_API_AUTH_ENABLED": "true", "TELEMETRY_LOG_LEVEL": "x"})
     assert sorted(problem.partition(":")[0] for problem in found) == [
         "TELEMETRY_API_AUTH_TOKEN",

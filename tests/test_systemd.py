@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 
 
 class Manager:
-    """What systemd is to a service: a datagram socket that notes what it is told."""
+    """What systemd is to a service: a datagram socket that notes what it receives."""
 
     def __init__(self, path: str) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -54,7 +54,7 @@ def get(url: str) -> int:
 
 
 @pytest.mark.parametrize("abstract", [False, True])
-def test_ready_status_watchdog_and_stopping_are_told(start_daemon: StartDaemon, tmp_path: Path, abstract: bool) -> None:
+def test_ready_status_watchdog_and_stopping_are_sent(start_daemon: StartDaemon, tmp_path: Path, abstract: bool) -> None:
     address = f"@telemetryd-test-{os.getpid()}" if abstract else str(tmp_path / "notify")
     manager = Manager(address)
     daemon = start_daemon(NOTIFY_SOCKET=address, WATCHDOG_USEC="600000")

@@ -369,7 +369,7 @@ for _ in range(3):
     assert len([path for path in buffer.iterdir() if path.suffix != ".lock"]) == 11
 
 
-def test_a_client_that_nobody_knows_any_more_is_told_of_a_fork(buffer: Path) -> None:
+def test_a_client_that_nobody_knows_any_more_notices_a_fork(buffer: Path) -> None:
     program = """
 import gc
 run = telemetry.Client(send=False).run("a", "j").start()

@@ -211,7 +211,7 @@ def test_an_ended_process_leaves_its_file_ready_for_the_next(buffer: Path) -> No
     assert states(buffer) == {".synced": 2}
 
 
-def test_a_torn_last_line_is_told_and_left_out(buffer: Path) -> None:
+def test_a_torn_last_line_is_reported_and_left_out(buffer: Path) -> None:
     spool = spool_in(buffer)
     spool.append(b'{"event_id":"a"}\n')
     spool.append(b'{"event_id":"b","x":')

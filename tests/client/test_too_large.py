@@ -134,7 +134,7 @@ async def test_what_the_daemon_does_not_take_is_a_dead_letter_and_the_rest_of_it
 
 
 class Scripted:
-    """Answers as it is told, and keeps the lengths of what it was sent."""
+    """Answers as it should, and keeps the lengths of what it was sent."""
 
     def __init__(self, *answers: Answer) -> None:
         self.answers = [*answers]
