@@ -574,20 +574,17 @@ def test_the_group_that_bounds_the_memory(
     assert processes.cgroup(7) == path
 
 
-def test_an_out_of_memory_kill_is_reported_where_the_control_group_counts_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(processes, "_CGROUPS", tmp_path)
+def test_an_out_of_memory_kill_is_reported_where_the_control_group_counts_it(tmp_path: Path) -> None:
     (tmp_path / "agents").mkdir()
     counts = tmp_path / "agents" / "memory.events.local"
     counts.write_text("low 0\nhigh 0\nmax 3\noom 1\noom_kill 1\noom_group_kill 0\n")
-    assert processes.oom_kills("/agents") == 1
-    assert processes.oom_kills("/nowhere") is None
+    assert processes.oom_kills("/agents", tmp_path) == 1
+    assert processes.oom_kills("/nowhere", tmp_path) is None
     process = Process(7, 8, "boot", "machine", "pid:[1]", "/agents", 1)
     moment = "2026-01-01T00:00:00.000000Z"
 
     def describe(process: Process, code: int | None) -> Death:
-        return certificates.describe(process, moment, code, processes.oom_kills(process.cgroup))
+        return certificates.describe(process, moment, code, processes.oom_kills(process.cgroup, tmp_path))
 
     assert "Out of memory" not in describe(process, -9).error_summary
     counts.write_text("oom 2\noom_kill 2\n")

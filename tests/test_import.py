@@ -220,16 +220,17 @@ def test_a_long_text_that_is_repeated_is_held_once(tmp_path: Path) -> None:
     assert peak(longest) < 16 * MIB
 
 
-def test_lists_with_very_many_values_are_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "_MOST_NESTED", 1000)
+def test_lists_with_very_many_values_are_not_unpacked(tmp_path: Path) -> None:
+    path = tmp_path / "nested.parquet"
+    pq.write_table(pa.table({"event_id": ["x"], "metrics_json": [{"many": [0] * 1001}]}), path)
     with pytest.raises(OSError, match="holds more than 1,000 values inside of one column"):
-        read(tmp_path, event_id=["x"], metrics_json=[{"many": [0] * 1001}])
+        list(tables.read_parquet(path, most_nested=1000))
 
 
 # --- The stream ----------------------------------------------------------------------------------
 
 
-def test_a_message_without_an_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_message_without_an_end_is_given_up() -> None:
     async def endless() -> AsyncIterator[bytes]:
         yield b"id: 1\nevent: run\ndata: {}\n"
         yield b"\nid: 2\n"
@@ -239,10 +240,9 @@ def test_a_message_without_an_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -
     found = []
 
     async def follow() -> None:
-        async for message in stream.read_messages(endless()):
+        async for message in stream.read_messages(endless(), longest_bytes=100_000):
             found.append(message.id)
 
-    monkeypatch.setattr(stream, "_LONGEST_MESSAGE", 100_000)
     with pytest.raises(UnavailableError, match="without an end"):
         asyncio.run(follow())
     assert found == ["1"]

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from telemetryd.ops import systemd
 from telemetryd.ops.systemd import Notifier, passed_sockets
 from tests.conftest import Daemon, StartDaemon
 
@@ -67,12 +66,10 @@ def test_ready_status_watchdog_and_stopping_are_sent(start_daemon: StartDaemon, 
     manager.socket.close()
 
 
-def test_time_is_asked_for_as_long_as_something_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(systemd, "_FIRST_ASKED_S", 0.01)
-    monkeypatch.setattr(systemd, "_ASKED_EVERY_S", 0.01)
+def test_time_is_asked_for_as_long_as_something_takes(tmp_path: Path) -> None:
     manager = Manager(str(tmp_path / "notify"))
     notifier = Notifier({"NOTIFY_SOCKET": str(tmp_path / "notify")})
-    with notifier.asking_for_time("Starting"):
+    with notifier.asking_for_time("Starting", first_s=0.01, every_s=0.01):
         asked = [manager.socket.recv(4096).decode() for _ in range(3)]
     notifier.send(READY=1)
     while (said := manager.socket.recv(4096).decode()) != "READY=1":
