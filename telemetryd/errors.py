@@ -139,7 +139,7 @@ class TooManyBodiesError(UnavailableError):
     reason = "too many bodies"
 
 
-class TooManyTailsError(UnavailableError):
+class TooManySubscribersError(UnavailableError):
     """Raised for one stream more than may be open."""
 
     message = "Too many streams are open; try again later."

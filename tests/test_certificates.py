@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 
 from telemetryd.engine.sqlite.tools.check import Severity, examine
-from telemetryd.model.commands import Death, Process
+from telemetryd.model.commands import Death
+from telemetryd.model.processes import Process
 from telemetryd.services import certificates, processes
 from tests.conftest import PATIENCE_S, Daemon, StartDaemon, make_run, wait_until
 from tests.http_client import call, get, post, prometheus

@@ -45,9 +45,9 @@ def test_a_fork_says_what_the_command_says(arguments: tuple[str, ...], tmp_path:
     assert run([]) == run(["env"])
 
 
-@pytest.mark.parametrize("variable", ["PYTHONUTF8", "LD_PRELOAD", "LC_ALL", "PYTHONPATH"])
+@pytest.mark.parametrize("variable", ["PYTHONUTF8", "LD_BIND_NOW", "LC_ALL", "PYTHONPATH"])
 def test_who_needs_an_interpreter_of_its_own_gets_one(variable: str, tmp_path: Path) -> None:
-    value = {"LD_PRELOAD": "", "PYTHONUTF8": "0"}.get(variable, "C")
+    value = {"LD_BIND_NOW": "", "PYTHONUTF8": "0"}.get(variable, "C")
     with popen([*COMMAND, "--version"], {**os.environ, variable: value}, stdout=subprocess.PIPE) as process:
         assert type(process) is subprocess.Popen
         assert process.communicate()[0].startswith("telemetryd ")

@@ -35,8 +35,8 @@ from telemetryd.model.commands import (
     RegisterProcess,
     UpdateRun,
 )
-from telemetryd.model.commands import Process as RunProcess
 from telemetryd.model.filters import matches
+from telemetryd.model.processes import Process as RunProcess
 from telemetryd.model.runs import STORED, parse_run
 from telemetryd.model.sketches import ERROR
 from telemetryd.model.values import MAX_INTEGER, Status, format_timestamp

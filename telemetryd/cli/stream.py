@@ -36,7 +36,7 @@ class GoneError(DaemonRefusedError):
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One event of the stream; without data only the place is told."""
+    """One event of the stream; without data it only carries the cursor."""
 
     event: str
     data: bytes

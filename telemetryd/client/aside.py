@@ -61,7 +61,7 @@ class Aside:
         """Stream → when to try it again (time.monotonic), and the last pause."""
 
     def holds(self, event_id: str) -> bool:
-        """Tell whether lines of a run are set aside, so that others of it have to wait for them."""
+        """Return whether lines of a run are set aside, so that others of it have to wait for them."""
         if time.monotonic() - self._looked_at >= max(_FRESH_S, _COST * self._took_s):
             self.look()
         return event_id in self._streams
@@ -133,7 +133,7 @@ class Aside:
     # --- Trying again ----------------------------------------------------------------------------
 
     def is_due(self, stream: str) -> bool:
-        """Tell whether a stream may be tried (again)."""
+        """Return whether a stream may be tried (again)."""
         return stream not in self._pauses or time.monotonic() >= self._pauses[stream][0]
 
     def postpone(self, stream: str) -> None:

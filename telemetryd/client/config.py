@@ -44,7 +44,7 @@ def _homes() -> Iterator[Path]:
 
 
 def _can_be_made(folder: Path) -> bool:
-    """Tell whether this user may write to a folder, or make it."""
+    """Return whether this user may write to a folder, or make it."""
     place = next((each for each in (folder, *folder.parents) if os.path.exists(each)), folder)
     return os.path.isdir(place) and os.access(place, os.W_OK | os.X_OK) and len(place.parts) > 1
 

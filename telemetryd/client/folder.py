@@ -145,7 +145,7 @@ def _is_our_lock(path: Path, stream: str) -> bool:
 
 
 def holds_position(lock: int, stream: str) -> bool:
-    """Tell whether a lock file is one of ours: it holds a position, or the process died before it was written."""
+    """Return whether a lock file is one of ours: it holds a position, or the process died before it was written."""
     text = os.pread(lock, _LONGEST_POSITION + 1, 0)
     if not text:
         return OWN_STREAM.fullmatch(stream) is not None
@@ -153,7 +153,7 @@ def holds_position(lock: int, stream: str) -> bool:
 
 
 def is_ours(path: Path, stream: str) -> bool:
-    """Tell whether a stream's file may be deleted: by its name, or else by its content, it is telemetry.
+    """Return whether a stream's file may be deleted: by its name, or else by its content, it is telemetry.
 
     Anybody may have a `something.jsonl.synced` of his own where the spool's folder is not ours alone.
     """
@@ -191,7 +191,7 @@ def new_aside_name() -> str:
 
 
 def is_aside(stream: str) -> bool:
-    """Tell whether a stream holds what was set aside."""
+    """Return whether a stream holds what was set aside."""
     return stream.startswith(_ASIDE) and OWN_STREAM.fullmatch(stream) is not None
 
 
@@ -219,7 +219,7 @@ def open_regular(path: Path, flags: int) -> int:
 
 
 def try_lock(file: int, kind: int) -> bool:
-    """Lock an open file if nobody else has, which would be the end of it; tell whether it is locked now.
+    """Lock an open file if nobody else has, which would be the end of it; return whether it is locked now.
 
     Raises:
         OSError: if the file system knows no locks.

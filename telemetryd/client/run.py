@@ -198,8 +198,8 @@ class Run:
         try:
             event_type = more.pop("event_type", None) if event_type is None else event_type
             intake = Intake(self._recorder.rejected)
-            told = {"event_key": new_uuid(), "timestamp": timestamp(), **intake.event(event_type, payload, more)}
-            self._operation("event", "event", told)
+            event = {"event_key": new_uuid(), "timestamp": timestamp(), **intake.event(event_type, payload, more)}
+            self._operation("event", "event", event)
         except Exception:  # noqa: BLE001 - whatever it is must not reach the agent
             self._recorder.failed()
 

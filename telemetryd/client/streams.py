@@ -79,8 +79,8 @@ class Stream:
         """Else it is somebody else's file of this name: it serves to lock, and is neither written nor deleted."""
         self._numbers = None if numbers is None else sorted(numbers)
         self._file: Descriptor | None = None
-        self._is_settled = False
-        """Whether nobody writes to the open file any more."""
+        self._is_complete = False
+        """Whether no process writes to the open file any more."""
         self.number, self.offset = read_position(lock)
         if self._numbers and self._numbers[0] < self.number:
             # Files are put away one after the other, so what is not put away was not sent, whatever this says.
@@ -168,10 +168,10 @@ class Stream:
             end = chunk.rfind(b"\n")
             if end >= 0:
                 return self._cut(chunk, end, rows, max_bytes)
-            if not self._is_settled and len(chunk) < _LONGEST_LINE:
+            if not self._is_complete and len(chunk) < _LONGEST_LINE:
                 if not try_lock(file, fcntl.LOCK_SH):
                     return None
-                self._is_settled = True
+                self._is_complete = True
                 continue  # somebody may have written something just before
             if chunk:
                 return Window([], self.number, self.offset, chunk)
@@ -309,7 +309,7 @@ class Stream:
     def _close_file(self) -> None:
         if self._file is not None:
             self._file.close()
-            self._file, self._is_settled = None, False
+            self._file, self._is_complete = None, False
 
     def _save(self) -> None:
         with contextlib.suppress(OSError):  # then some lines are sent again, which is harmless
@@ -342,7 +342,7 @@ def read_position(lock: int) -> Position:
 
 
 def is_sent(folder: Path, after: After) -> bool:
-    """Tell whether another stream has been sent up to a place."""
+    """Return whether another stream has been sent up to a place."""
     name, number, size = after
     if not OWN_STREAM.fullmatch(name):
         return True  # no process of ours wrote that
@@ -358,7 +358,7 @@ def is_sent(folder: Path, after: After) -> bool:
 
 
 def _is_beyond(folder: Path, stream: str, position: Position) -> bool:
-    """Tell whether a position is one that its stream cannot have reached."""
+    """Return whether a position is one that its stream cannot have reached."""
     number, offset = position
     for state in UNSENT:
         with contextlib.suppress(OSError):

@@ -164,8 +164,8 @@ def _real(value: Any) -> Any:
 
 
 def _is_infinite(value: Any) -> bool:
-    told = getattr(value, "is_infinite", None)  # Decimal
-    return bool(told()) if callable(told) else False
+    is_infinite = getattr(value, "is_infinite", None)  # Decimal
+    return bool(is_infinite()) if callable(is_infinite) else False
 
 
 def _finite(number: float) -> float | None:
@@ -253,7 +253,7 @@ def shown(value: object, most: int = _SHORT) -> str:
 
 
 def short(value: object) -> Any:
-    """Return a value that was left out as it is told: a scalar as it is, all else as short text; never raises."""
+    """Return a value that was left out as it is reported: a scalar as it is, all else as short text; never raises."""
     try:
         import reprlib  # noqa: PLC0415 - rarely needed, and not to be had any more at the end of the interpreter
 

@@ -68,7 +68,7 @@ class WritingEngine(Protocol):
 
 
 class Copy(Protocol):
-    """What an export is read from: a copy that no longer holds up anybody who writes."""
+    """What an export is read from: a copy that no longer blocks any writer."""
 
     @property
     def rows(self) -> int:
@@ -149,7 +149,7 @@ class ReadingEngine(QueryingEngine, Protocol):
         """Answer a query of the feed as `read` does; it waits for no query of anybody else."""
 
     def watch(self, changed: Callable[[], None]) -> None:
-        """Call a function when the engine itself has changed what followers may ask for."""
+        """Call a function when the engine itself has changed what subscribers may ask for."""
 
     def export(self, query: ExportRuns) -> AbstractAsyncContextManager[Copy]:
         """Copy what is asked for; the copy is gone when the block ends.
@@ -176,10 +176,10 @@ class ReadingEngine(QueryingEngine, Protocol):
         """Raise LowDiskError while the storage is too full for anything but what makes room."""
 
     def introduction(self) -> Introduction:
-        """Tell once, at start, what runs below and what an operator should know of it."""
+        """Return, once at start, which engine it is and what an operator should know of it."""
 
     def health(self) -> EngineHealth:
-        """Tell how the database is, at once: without a connection, or a call that a disk could hold up."""
+        """Return the state of the database at once: without a connection, or a call that a slow disk could block."""
 
 
 class Engine(NamedTuple):

@@ -33,14 +33,14 @@ def read(now: datetime) -> Reading:
     """Read the clocks; `now` is what the wall clock says.
 
     Where the kernel's own wall clock differs from `now` (a library that fakes the time may fake every other clock as
-    well), nothing but `now` is told.
+    well), only `now` is reported.
     """
     boot_id, up_s = _uptime(now)
     return Reading(format_timestamp(now), boot_id, up_s)
 
 
 def _uptime(now: datetime) -> tuple[str, float]:
-    if sys.platform != "linux":  # no name for a boot: while this process runs, its own clock can tell
+    if sys.platform != "linux":  # no name for a boot: while this process runs, its own clock is enough
         return _PROCESS, time.monotonic()
     try:
         boot_id = (_PROC / "sys/kernel/random/boot_id").read_text("ascii").strip()

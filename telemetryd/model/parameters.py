@@ -134,7 +134,7 @@ class Given:
             return None
 
     def finish(self) -> None:
-        """Tell every fault.
+        """Report every fault.
 
         Raises:
             InvalidRequestError: if there is one.

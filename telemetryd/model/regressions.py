@@ -17,7 +17,7 @@ from typing_extensions import TypedDict
 from telemetryd.errors import InvalidRequestError
 from telemetryd.git_urls import commit_url
 from telemetryd.model.answers import Moment, Number, Share
-from telemetryd.model.filters import CHOOSING, Filters, read_filters
+from telemetryd.model.filters import FILTER_PARAMETERS, Filters, read_filters
 from telemetryd.model.parameters import Given, Parameter, moment
 from telemetryd.model.queries import Query
 from telemetryd.model.values import shorten
@@ -36,8 +36,8 @@ PARTS: Final = 3
 """In how many parts the runs since a commit are looked at, each of which must be worse."""
 ALERT_ALPHA: Final = 0.001
 """How unlikely a finding must be to raise an alert: alerts look again and again, and each look may err."""
-MEND_ALPHA: Final = 0.5
-"""How unlikely by chance a fix must be to keep a commit from being told: hardly, so that none is told anew."""
+FIX_ALPHA: Final = 0.5
+"""How unlikely by chance a fix must be to keep a commit from being reported: hardly, so that none is reported anew."""
 SHOWN: Final = 5
 """How many runs a finding names."""
 
@@ -130,7 +130,12 @@ class Findings:
 _ANY_MOMENT: Final = "An ISO 8601 date and time, a time before now such as -30d, or now."
 FROM: Final = moment("from", f"{_ANY_MOMENT} The first moment of created_at.", "-30d")
 TO: Final = moment("to", f"{_ANY_MOMENT} Not included.", "now")
-PARAMETERS: Final[tuple[Parameter[Any], ...]] = (CHOOSING["agent_name"], CHOOSING["job_type"], FROM, TO)
+PARAMETERS: Final[tuple[Parameter[Any], ...]] = (
+    FILTER_PARAMETERS["agent_name"],
+    FILTER_PARAMETERS["job_type"],
+    FROM,
+    TO,
+)
 """The parameters of `GET /api/v1/regressions`."""
 
 
@@ -261,7 +266,7 @@ def lasts(
     *,
     alpha: float = ALPHA,
 ) -> bool:
-    """Tell whether a commit is still not fixed: whether at no change since it half of the difference was made good.
+    """Return whether a commit is still not fixed: whether at no change since it half of the difference was made good.
 
     Args:
         measure: In which the commit was found to be bad.
@@ -282,7 +287,7 @@ def lasts(
 def _blocks(measure: Measure, commits: Sequence[Sequence[Run]]) -> list[list[Run]]:
     """Return the runs that count of each commit that has any.
 
-    An agent that does not tell durations, or a commit without a success, leaves nothing to compare.
+    An agent that does not report durations, or a commit without a success, leaves nothing to compare.
     """
     taken = ([run for run in runs if _counts(measure, run)] for runs in commits)
     return [runs for runs in taken if runs]
@@ -308,7 +313,7 @@ def _is_worse(measure: Measure, before: float, after: float) -> bool:
 
 
 def _is_steady(measure: Measure, before: float, after: float, since: Sequence[Run]) -> bool:
-    """Tell whether the runs since are worse all the time: an outage of some hours is no commit's work.
+    """Return whether the runs since are worse all the time: an outage of some hours is no commit's work.
 
     Each part of them, in the order in which they were created, has to show at least such a part of the difference.
     """

@@ -341,7 +341,7 @@ def _cells(column: Any) -> Sequence[object]:
 
 
 def _may_be_large(column: Any) -> bool:
-    """Tell whether the texts that a column repeats may take much memory when each stands for itself."""
+    """Return whether the texts that a column repeats may take much memory when each stands for itself."""
     import pyarrow.compute as pc  # noqa: PLC0415
 
     texts = column.dictionary

@@ -20,7 +20,8 @@ from telemetryd.errors import (
     WriterDeadError,
     sentence,
 )
-from telemetryd.model.commands import Death, EndProcess, Process, RegisterProcess, Registration
+from telemetryd.model.commands import Death, EndProcess, RegisterProcess, Registration
+from telemetryd.model.processes import Process
 from telemetryd.model.queries import ListProcesses
 from telemetryd.model.requests import ProcessRequest
 from telemetryd.model.values import format_timestamp, shorten, utc_now

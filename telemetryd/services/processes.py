@@ -121,14 +121,14 @@ def start_time(pid: int) -> int | None:
 
 
 def has_ended(pidfd: int) -> bool:
-    """Tell whether a process has ended, be it waited for or not."""
+    """Return whether a process has ended, be it waited for or not."""
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     return bool(poll.poll(0))
 
 
 def exit_code(pidfd: int) -> int | None:
-    """Return how an ended process ended (negative: by a signal), or None if the kernel does not tell, or not yet."""
+    """Return how an ended process ended (negative: by a signal), or None if that is not known, or not yet."""
     info = bytearray(_PIDFD_INFO.pack(_PIDFD_INFO_EXIT, *[0] * 13))
     try:
         fcntl.ioctl(pidfd, _PIDFD_GET_INFO, info)

@@ -105,7 +105,7 @@ class Pages:
 
 
 def _is_for_all(request: web.Request) -> bool:
-    """Tell whether any page may ask for this: it is our page, opened by a link, a file of it, or the health."""
+    """Return whether any page may ask for this: it is our page, opened by a link, a file of it, or the health."""
     resource = request.match_info.route.resource
     if resource is None or request.method not in _READING:
         return False

@@ -23,6 +23,7 @@ from telemetryd.model import (
 )
 from telemetryd.model.answers import REFERENCE
 from telemetryd.model.parameters import Parameter
+from telemetryd.web.body import JSON_TYPES
 
 _REF: Final = "#/components/schemas/{model}"
 Schema = dict[str, Any]
@@ -36,7 +37,7 @@ class Operation:
     description: str = ""
     tags: tuple[str, ...] = ("runs",)
     body: Schema | None = None
-    body_types: tuple[str, ...] = ()
+    body_types: tuple[str, ...] = JSON_TYPES
     example: object = None
     """A body that works; a list is one item a line for NDJSON."""
     parameters: tuple[Parameter[Any], ...] = ()
@@ -70,7 +71,6 @@ def obj(properties: dict[str, Schema], required: Iterable[str] | None = None) ->
 
 STRING: Final[Schema] = {"type": "string"}
 INTEGER: Final[Schema] = {"type": "integer", "minimum": 0}
-WARNINGS: Final[Schema] = {"type": "array", "items": STRING, "description": "Body fields that were not used."}
 EVENT_ID: Final[Schema] = {
     "name": "event_id",
     "in": "path",

@@ -23,7 +23,7 @@ from telemetryd.client import Config
 from telemetryd.client.answers import retry_after_s
 from telemetryd.client.aside import Aside
 from telemetryd.client.counters import Counters
-from telemetryd.client.delivery import Delivery, Parcel, RetryError
+from telemetryd.client.delivery import Batch, Delivery, RetryError
 from telemetryd.client.lines import encode
 from telemetryd.client.transport import Answer, Transport, UnreachableError
 from telemetryd.compat import TelemetryClient, TelemetryConfig
@@ -60,10 +60,10 @@ def send(lines: list[bytes], requests: Any, folder: Path | None = None, tries: i
     buried: list[Any] = []
     counters = Counters()
     delivery = Delivery(requests, lambda *refusal: buried.append(refusal), counters, Aside(folder) if folder else None)
-    parcel = Parcel.of(lines)
+    batch = Batch.of(lines)
     for _ in range(tries):
         with contextlib.suppress(RetryError):
-            delivery.send(parcel)
+            delivery.send(batch)
             return True, buried
         assert (counters.sent, counters.dead) == (0, 0)
     return False, buried

@@ -16,7 +16,7 @@ import pytest
 from telemetryd.client import Config, aside, worker
 from telemetryd.client.aside import Aside
 from telemetryd.client.counters import Counters
-from telemetryd.client.delivery import MAX_BYTES, BlockedError, Delivery, Parcel
+from telemetryd.client.delivery import MAX_BYTES, Batch, BlockedError, Delivery
 from telemetryd.client.folder import entries, is_aside
 from telemetryd.client.lines import encode
 from telemetryd.client.transport import Answer, Transport, UnreachableError
@@ -99,7 +99,7 @@ def test_another_process_learns_from_the_folder_what_is_set_aside(start_daemon: 
     change = encode({"op": "update", "event_id": "late", "fields": {"status": "success"}}).rstrip()
     buried: list[Any] = []
     transport = Transport(Config(url=url))
-    Delivery(transport, lambda *told: buried.append(told), Counters(), Aside(buffer)).send(Parcel.of([change]))
+    Delivery(transport, lambda *told: buried.append(told), Counters(), Aside(buffer)).send(Batch.of([change]))
     assert not buried
     done = telemetryd("sync", "--buffer-dir", buffer, "--url", url, "--json")
     assert json.loads(done.stdout)["sent"] == 2
@@ -155,7 +155,7 @@ def test_after_a_413_less_is_sent_at_once_and_then_a_little_more_again(tmp_path:
     one = told(200, {"inserted": 1, "duplicates": 0, "errors": []})
     requests = Scripted(told(413, by_the_daemon=False), one, one)
     delivery = Delivery(requests, lambda *_: None, Counters(), Aside(tmp_path))
-    delivery.send(Parcel.of(lines))
+    delivery.send(Batch.of(lines))
     assert 200_000 < delivery.bytes < 300_000 < MAX_BYTES
     assert len(requests.lengths) == 3
 
@@ -163,7 +163,7 @@ def test_after_a_413_less_is_sent_at_once_and_then_a_little_more_again(tmp_path:
 def test_a_line_that_still_does_not_come_through_is_not_set_aside_again(tmp_path: Path) -> None:
     delivery = Delivery(Scripted(told(413, by_the_daemon=False)), lambda *_: None, Counters(), Aside(tmp_path))
     with pytest.raises(BlockedError, match="not telemetryd answered 413"):
-        delivery.send(Parcel.of([encode(finished("e")).rstrip()], was_aside=True))
+        delivery.send(Batch.of([encode(finished("e")).rstrip()], was_aside=True))
     assert not entries(tmp_path)
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from tests.faults.ledger import Ledger
+from tests.faults.power_cut import build_recorder
 
 Rounds = Callable[..., int]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def rounds(request: pytest.FixtureRequest) -> Rounds:
     """Return a function that takes how often (or how long) the long form does it, and says how often to do it now."""
     scale: float = request.config.getoption("--rounds-scale")
@@ -36,3 +37,9 @@ def fast_folder(tmp_path: Path) -> Iterator[Path]:
     folder = (memory if os.access(memory, os.W_OK) else tmp_path) / f"images-{os.getpid()}"
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def recorder_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library that records what a process does to its files; one, so that all its processes are forks of one."""
+    return build_recorder(tmp_path_factory.mktemp("recorder"))

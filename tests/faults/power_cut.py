@@ -64,22 +64,33 @@ class Record:
         return self.data.decode().split("\0")
 
 
-class Recorder:
-    """Records what processes do to the files of a folder."""
+def build_recorder(folder: Path) -> Path:
+    """Compile the library that a recorded process loads first."""
+    require_program("gcc", "gcc")
+    library = folder / "recorder.so"
+    source = Path(__file__).with_name("recorder.c")
+    flags = ("-O2", "-Wall", "-Werror", "-shared", "-fPIC")
+    subprocess.run(["gcc", *flags, "-o", str(library), str(source), "-ldl"], check=True)
+    return library
 
-    def __init__(self, folder: Path, build: Path) -> None:
-        require_program("gcc", "gcc")
-        library = build / "recorder.so"
-        source = Path(__file__).with_name("recorder.c")
-        subprocess.run(
-            ["gcc", "-O2", "-Wall", "-Werror", "-shared", "-fPIC", "-o", str(library), str(source), "-ldl"], check=True
-        )
-        self._log = build / "recording"
-        self._folder = folder
+
+class Recorder:
+    """Records what processes do to the files of a folder.
+
+    Args:
+        library: what `build_recorder` has made.
+        folder: the files.
+        log: where the recording is written.
+
+    """
+
+    def __init__(self, library: Path, folder: Path, log: Path) -> None:
+        self._log = log
+        self.folder = folder
         self.environment = {
             "LD_PRELOAD": str(library),
             "RECORD_FOLDER": str(folder),
-            "RECORD_LOG": str(self._log),
+            "RECORD_LOG": str(log),
         }
         """With these variables a process is recorded; one at a time."""
 
@@ -97,7 +108,7 @@ class Recorder:
 
     def files(self) -> Image:
         """Return the files as they are."""
-        return {str(path): path.read_bytes() for path in self._folder.rglob("*") if path.is_file() and _counts(path)}
+        return {str(path): path.read_bytes() for path in self.folder.rglob("*") if path.is_file() and _counts(path)}
 
 
 def _counts(path: str | Path) -> bool:

@@ -39,7 +39,7 @@ struct head {
 #define TRACKED 1
 #define COUNTED 2
 
-static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER, starting = PTHREAD_MUTEX_INITIALIZER;
 static char tracked[DESCRIPTORS]; /* 0, or TRACKED, or COUNTED: its calls count for RECORDER_KILL_AT */
 static const char *folder;
 static int out = -1;
@@ -48,21 +48,30 @@ static unsigned long kill_at, done;
 
 #define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
 
-__attribute__((constructor)) static void start(void)
+/* A fork gets the variables after the library was loaded (tests/tools/forks.py). */
+static void start(void)
 {
-    const char *path = getenv("RECORD_LOG");
-    folder = getenv("RECORD_FOLDER");
-    if (folder && path) {
+    const char *path = getenv("RECORD_LOG"), *kill = getenv("RECORDER_KILL_AT");
+    if (path == NULL || getenv("RECORD_FOLDER") == NULL) {
+        return;
+    }
+    pthread_mutex_lock(&starting);
+    if (out < 0) {
+        folder = strdup(getenv("RECORD_FOLDER"));
+        if (kill && sscanf(kill, "%7s %lu", kill_when, &kill_at) != 2) {
+            abort();
+        }
         out = REAL(open)(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
     }
-    if (getenv("RECORDER_KILL_AT") && sscanf(getenv("RECORDER_KILL_AT"), "%7s %lu", kill_when, &kill_at) != 2) {
-        abort();
-    }
+    pthread_mutex_unlock(&starting);
 }
 
 static int ours(const char *path)
 {
     size_t length;
+    if (out < 0) {
+        start();
+    }
     if (out < 0 || path == NULL) {
         return 0;
     }

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 import signal
 import sqlite3
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +21,12 @@ from tests.tools.process import telemetryd
 each_chore = pytest.mark.parametrize("chore", CHORES, ids=lambda chore: type(chore).__name__.lower())
 
 
+@pytest.fixture
+def recorder(recorder_library: Path, tmp_path: Path) -> Recorder:
+    """Records what is done to the files of a folder that is not there yet."""
+    return Recorder(recorder_library, tmp_path / "work", tmp_path / "recording")
+
+
 def look(chore: Chore, folder: Path, runs: int, *, finished: bool) -> Findings:
     """Check the files; a database that cannot be opened is one finding more."""
     findings = Findings()
@@ -37,27 +40,18 @@ def look(chore: Chore, folder: Path, runs: int, *, finished: bool) -> Findings:
 def killed(chore: Chore, folder: Path, recorder: Recorder, kill_at: str) -> tuple[bool, int]:
     """Let a chore kill itself at one of its calls; return whether it did, and how many calls it had made."""
     recorder.forget()
-    environment = os.environ | recorder.environment | {"RECORDER_KILL_AT": kill_at}
-    done = subprocess.run(
-        [sys.executable, "-m", "telemetryd", *chore.arguments(folder)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode in (0, -signal.SIGKILL), f"exit {done.returncode}: {done.stdout}{done.stderr}"
+    variables = recorder.environment | {"RECORDER_KILL_AT": kill_at}
+    done = telemetryd(*chore.arguments(folder), status=(0, -signal.SIGKILL), **variables)  # type: ignore[arg-type]
     return done.returncode != 0, len(recorder.calls())
 
 
 @each_chore
-def test_killed_at_any_moment(tmp_path: Path, rounds: Rounds, ledger: Ledger, chore: Chore) -> None:
-    runs, total = 1200, Findings()
-    fresh, folder = tmp_path / "fresh", tmp_path / "work"
+def test_killed_at_any_moment(tmp_path: Path, recorder: Recorder, rounds: Rounds, ledger: Ledger, chore: Chore) -> None:
+    runs, total = rounds(1200, least=300), Findings()
+    fresh, folder = tmp_path / "fresh", recorder.folder
     fresh.mkdir()
     chore.prepare(fresh, runs)
     shutil.copytree(fresh, folder)
-    recorder = Recorder(folder, tmp_path)
     telemetryd(*chore.arguments(folder), **recorder.environment)  # type: ignore[arg-type]
     calls = recorder.calls()
     total.add(look(chore, folder, runs, finished=True), "unharmed")
@@ -90,13 +84,12 @@ def test_killed_at_any_moment(tmp_path: Path, rounds: Rounds, ledger: Ledger, ch
 
 @each_chore
 def test_power_cut_at_any_moment(
-    tmp_path: Path, fast_folder: Path, rounds: Rounds, ledger: Ledger, chore: Chore
+    recorder: Recorder, fast_folder: Path, rounds: Rounds, ledger: Ledger, chore: Chore
 ) -> None:
     runs, total, chance = 400, Findings(), random.Random(5)
-    folder = tmp_path / "data"
+    folder = recorder.folder
     folder.mkdir()
     chore.prepare(folder, runs)
-    recorder = Recorder(folder, tmp_path)
     disk = Disk.holding(recorder.files())
     telemetryd(*chore.arguments(folder), **recorder.environment)  # type: ignore[arg-type]
     records = recorder.records()

@@ -19,7 +19,7 @@ from telemetryd.errors import DatabaseError
 from telemetryd.ops.metrics import Metrics
 from telemetryd.settings import Settings
 from telemetryd.store import Store
-from tests.conftest import Row, StartDaemon
+from tests.conftest import Daemon, Row, StartDaemon
 from tests.faults.conftest import Rounds
 from tests.faults.ledger import Ledger
 from tests.faults.load import Contents, Findings, Load, judge, read
@@ -27,7 +27,7 @@ from tests.faults.power_cut import Disk, Image, Kind, Record, Recorder, places_t
 
 _NAME = "telemetry.sqlite"
 _ANSWERS = 100
-"""How many answers each of the two lives of the recorded daemon gives."""
+"""How many answers the recorded daemon gives in each of its lives, in the long form."""
 
 _ANSWER = re.compile(rb"HTTP/1\.1 20[01] .*?X-Request-ID: (load-(\d+)-\d+)\r\n", re.DOTALL)
 
@@ -45,6 +45,17 @@ telemetryd.engine.sqlite.connection._configure_writer = configure_badly
 """
 
 
+@dataclass(frozen=True)
+class SetUp:
+    """How a daemon is set up."""
+
+    mode: str
+    change: str = ""
+    """Python that is run in it first, so that it does not sync when it should."""
+    synchronous: str = "FULL"
+    may_corrupt: bool = False
+
+
 @dataclass
 class Recording:
     """A daemon started, loaded, killed, started, loaded and stopped; and everything it did to its files."""
@@ -55,35 +66,44 @@ class Recording:
     load: Load
 
 
-RecordDaemon = Callable[..., Recording]
-
-
-@pytest.fixture
-def record_daemon(start_daemon: StartDaemon, tmp_path: Path) -> RecordDaemon:
-    """Return a function that records a daemon under load; `change` is Python that is run in it first."""
-
-    def record(mode: str, change: str = "", **variables: str) -> Recording:
-        folder, hook = tmp_path / "data", tmp_path / "hook"
-        folder.mkdir()
-        hook.mkdir()
-        (hook / "sitecustomize.py").write_text(_CHECKPOINT_OFTEN + change)
-        recorder = Recorder(folder, tmp_path)
-        load = Load(random.randrange(1 << 30), clients=6, summary_bytes=300)
-        search = os.pathsep.join(filter(None, [str(hook), os.environ.get("PYTHONPATH")]))
-        variables |= {**recorder.environment, "PYTHONPATH": search, "TELEMETRY_DB_JOURNAL_MODE": mode}
-        for life, end in enumerate((signal.SIGKILL, signal.SIGTERM), 1):
-            daemon = start_daemon(folder=folder, **variables)
-            asyncio.run(load.run(daemon.url, life * _ANSWERS))
+def record(library: Path, place: Path, set_up: SetUp, lives: int, answers: int) -> Recording:
+    """Record a daemon that gives so many answers in each of its lives."""
+    folder, hook = place / "data", place / "hook"
+    folder.mkdir()
+    hook.mkdir()
+    (hook / "sitecustomize.py").write_text(_CHECKPOINT_OFTEN + set_up.change)
+    recorder = Recorder(library, folder, place / "recording")
+    load = Load(random.randrange(1 << 30), clients=6, summary_bytes=300)
+    search = os.pathsep.join(filter(None, [str(hook), os.environ.get("PYTHONPATH")]))
+    variables = {
+        **recorder.environment,
+        "PYTHONPATH": search,
+        "TELEMETRY_DB_JOURNAL_MODE": set_up.mode,
+        "TELEMETRY_DB_SYNCHRONOUS": set_up.synchronous,
+    }
+    for life, end in enumerate((signal.SIGKILL, signal.SIGTERM)[-lives:], 1):
+        daemon = Daemon(folder, **variables)  # type: ignore[arg-type]
+        try:
+            asyncio.run(load.run(daemon.url, life * answers))
             daemon.stop(end)
-        assert load.acknowledged >= 2 * _ANSWERS
-        records = recorder.records()
-        disk = Disk()
-        for played in records:
-            disk.play(played)
-        assert disk.live() == recorder.files(), "the recording has a hole"
-        return Recording(folder, mode, records, load)
+        finally:
+            daemon.close()
+    assert load.acknowledged >= lives * answers
+    records = recorder.records()
+    disk = Disk()
+    for played in records:
+        disk.play(played)
+    assert disk.live() == recorder.files(), "the recording has a hole"
+    return Recording(folder, set_up.mode, records, load)
 
-    return record
+
+@pytest.fixture(scope="module", params=["WAL", "DELETE"])
+def recording(
+    request: pytest.FixtureRequest, recorder_library: Path, tmp_path_factory: pytest.TempPathFactory, rounds: Rounds
+) -> Recording:
+    """A recording in each journal mode, for all tests that do not change the daemon."""
+    place = tmp_path_factory.mktemp("recorded")
+    return record(recorder_library, place, SetUp(request.param), lives=2, answers=rounds(_ANSWERS, least=40))
 
 
 Open = Callable[[Path], None]
@@ -170,26 +190,24 @@ class Examiner:
         )
 
 
-@pytest.mark.parametrize("mode", ["WAL", "DELETE"])
-def test_power_cut(record_daemon: RecordDaemon, fast_folder: Path, rounds: Rounds, ledger: Ledger, mode: str) -> None:
-    examiner = Examiner(record_daemon(mode), fast_folder, seed=1)
+def test_power_cut(recording: Recording, fast_folder: Path, rounds: Rounds, ledger: Ledger) -> None:
+    examiner = Examiner(recording, fast_folder, seed=1)
     examiner.examine(rounds(15_000, least=150))
     examiner.record(ledger, "power cut: what no sync covered is dropped, kept, reordered or torn")
 
 
-@pytest.mark.parametrize("mode", ["WAL", "DELETE"])
 def test_power_cut_recovered_by_our_own_opening(
-    record_daemon: RecordDaemon, fast_folder: Path, rounds: Rounds, ledger: Ledger, mode: str
+    recording: Recording, fast_folder: Path, rounds: Rounds, ledger: Ledger
 ) -> None:
     def open_first(folder: Path) -> None:
-        settings = Settings.model_validate({"db_path": folder / _NAME, "db_journal_mode": mode})
+        settings = Settings.model_validate({"db_path": folder / _NAME, "db_journal_mode": recording.mode})
         try:
             asyncio.run(_open_and_close(settings))
         except DatabaseError as error:
             raise UnrecoveredError(str(error)) from error
 
-    examiner = Examiner(record_daemon(mode), fast_folder, 2, open_first)
-    examiner.examine(rounds(3_000, least=50))
+    examiner = Examiner(recording, fast_folder, 2, open_first)
+    examiner.examine(rounds(3_000, least=36))
     examiner.record(ledger, "power cut, opened as the daemon opens")
 
 
@@ -198,12 +216,9 @@ async def _open_and_close(settings: Settings) -> None:
     await store.close()
 
 
-@pytest.mark.parametrize("mode", ["WAL", "DELETE"])
-def test_power_cut_and_a_start(
-    record_daemon: RecordDaemon, start_daemon: StartDaemon, rounds: Rounds, ledger: Ledger, mode: str
-) -> None:
+def test_power_cut_and_a_start(recording: Recording, start_daemon: StartDaemon, rounds: Rounds, ledger: Ledger) -> None:
     def open_first(folder: Path) -> None:
-        daemon = start_daemon(folder=folder, TELEMETRY_DB_JOURNAL_MODE=mode)
+        daemon = start_daemon(folder=folder, TELEMETRY_DB_JOURNAL_MODE=recording.mode)
         try:
             assert daemon.url
         except AssertionError as error:
@@ -211,20 +226,9 @@ def test_power_cut_and_a_start(
         finally:
             daemon.close()
 
-    recording = record_daemon(mode)
     examiner = Examiner(recording, recording.folder.parent, 3, open_first)
     examiner.examine(rounds(100, least=2))
     examiner.record(ledger, "power cut, then a start of the daemon")
-
-
-@dataclass(frozen=True)
-class SetUp:
-    """One that does not sync when it should."""
-
-    mode: str
-    change: str = ""
-    synchronous: str = "FULL"
-    may_corrupt: bool = False
 
 
 @pytest.mark.parametrize(
@@ -236,8 +240,11 @@ class SetUp:
         pytest.param(SetUp("DELETE", _SYNCHRONOUS.format("FULL")), id="DELETE-without-directory-sync"),
     ],
 )
-def test_a_power_cut_shows_what_is_not_synced(record_daemon: RecordDaemon, fast_folder: Path, bad: SetUp) -> None:
-    recording = record_daemon(bad.mode, bad.change, TELEMETRY_DB_SYNCHRONOUS=bad.synchronous)
+def test_a_power_cut_shows_what_is_not_synced(
+    recorder_library: Path, tmp_path: Path, fast_folder: Path, rounds: Rounds, bad: SetUp
+) -> None:
+    answers = rounds(_ANSWERS, least=40)
+    recording = record(recorder_library, tmp_path, bad, lives=rounds(2), answers=answers)
     examiner = Examiner(recording, fast_folder, seed=4)
     for _ in range(6):
         examiner.examine(50)

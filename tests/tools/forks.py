@@ -25,12 +25,15 @@ _COMMAND: Final = [sys.executable, "-m", "telemetryd"]
 _PR_SET_CHILD_SUBREAPER: Final = 36
 _FRESH: Final = re.compile("PYTHON|LD_|LC_|LANG|MALLOC|GLIBC|UV_")
 """Variables that an interpreter reads when it starts; another value needs an interpreter of its own."""
+_PRELOAD: Final = "LD_PRELOAD"
+"""The one of them for whose every value there is a process that forks."""
 
 
 def popen(command: Sequence[str], env: Mapping[str, str], **options: Any) -> subprocess.Popen[str]:
     """Start a program in text mode: as a fork if it is `python -m telemetryd` and needs no interpreter of its own."""
     arguments = [str(argument) for argument in command]
     fresh = {name for name in {**env, **os.environ} if _FRESH.match(name) and env.get(name) != os.environ.get(name)}
+    fresh.discard(_PRELOAD)
     if sys.platform != "linux" or arguments[:3] != _COMMAND or fresh or options.keys() - {"cwd", "stdout", "stderr"}:
         return subprocess.Popen(arguments, env=env, text=True, **options)
     return _Fork(arguments, env=env, text=True, **options)
@@ -45,7 +48,7 @@ class _Fork(subprocess.Popen[str]):
         files = [number if number != -1 else place for place, number in enumerate((pipes[0], pipes[3], pipes[5]))]
         self._child_created = True
         try:
-            self.pid = _parent().fork(args[3:], env, str(cwd or Path.cwd()), files)
+            self.pid = _parent(env.get(_PRELOAD, "")).fork(args[3:], env, str(cwd or Path.cwd()), files)
         finally:
             self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]
 
@@ -53,7 +56,7 @@ class _Fork(subprocess.Popen[str]):
 class _Parent:
     """The process that has imported everything; it forks, and hands its children over to this process."""
 
-    def __init__(self) -> None:
+    def __init__(self, preload: str) -> None:
         self.owner = os.getpid()
         self._socket, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._lock = threading.Lock()
@@ -62,6 +65,7 @@ class _Parent:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tests.tools.forks", str(other.fileno())],
                 cwd=Path(__file__).parents[2],
+                env={**os.environ, **({_PRELOAD: preload} if preload else {})},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=(other.fileno(),),
@@ -89,14 +93,15 @@ class _Parent:
         return pid
 
 
-_the_parent: _Parent | None = None
+_parents: Final[dict[tuple[int, str], _Parent]] = {}
+"""One for each process that runs tests and each library that its children load first."""
 
 
-def _parent() -> _Parent:
-    global _the_parent  # noqa: PLW0603 - one for each process that runs tests
-    if _the_parent is None or _the_parent.owner != os.getpid():
-        _the_parent = _Parent()
-    return _the_parent
+def _parent(preload: str) -> _Parent:
+    key = os.getpid(), preload
+    if key not in _parents:
+        _parents[key] = _Parent(preload)
+    return _parents[key]
 
 
 def _serve(channel: socket.socket) -> None:
@@ -151,7 +156,27 @@ def _main() -> None:
     channel = socket.socket(fileno=int(sys.argv[1]))
     _serve(channel)
     channel.close()
-    runpy.run_module("telemetryd", run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module("telemetryd", run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        if end.code is None or isinstance(end.code, int):
+            _end_quickly(end.code or 0)
+        raise
+
+
+def _end_quickly(status: int) -> None:
+    """End as the interpreter does, except that it frees nothing: that takes most of a short command's time.
+
+    Freeing writes to each page that a fork shares with its parent. Return if a stream cannot be flushed, so that the
+    interpreter reports that as it always does.
+    """
+    threading._shutdown()  # type: ignore[attr-defined] # waits for threads, as Py_FinalizeEx() does first
+    atexit._run_exitfuncs()
+    gc.collect()  # what is left behind, such as a pending task, complains now
+    with contextlib.suppress(OSError, ValueError):
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(status)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ class _Process:
     """Taken again where a garbage collection inside of it ends a connection."""
     files: dict[Identity, HeldFile] = field(default_factory=dict)
     connections: Counter[Identity | None] = field(default_factory=Counter)
-    """How many connections are open to each file; None stands for files that could not be told."""
+    """How many connections are open to each file; None stands for files that could not be identified."""
 
 
 _process: Final = _Process()

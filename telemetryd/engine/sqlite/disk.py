@@ -98,7 +98,7 @@ class Disk:
 
 
 class LogWatch:
-    """Tells when something keeps the write-ahead log from being written back, and who it is as far as that is known.
+    """Reports what keeps the write-ahead log from being written back, and which process it is if that is known.
 
     The size alone says nothing: a long write of our own makes a long log, which is written back when it is committed,
     and cut off with the commit after that.

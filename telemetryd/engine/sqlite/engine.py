@@ -286,7 +286,7 @@ class _Database:
         if self.opened is not None:
             await (self.opened.close() if is_clean else self.opened.drop())
         if is_clean:
-            self._ownership.settle()
+            self._ownership.mark_clean()
         self._ownership.release()
 
 
@@ -382,7 +382,7 @@ class Reading:
         self._disk.check_room()
 
     def introduction(self) -> Introduction:
-        """Tell SQLite's version, and warn of what weakens its promises."""
+        """Return SQLite's version, and warnings of what weakens its promises."""
         warnings: list[tuple[str, Mapping[str, str]]] = []
         if not self._settings.durable:
             warnings.append(
@@ -400,7 +400,7 @@ class Reading:
         return Introduction({"sqlite_version": sqlite3.sqlite_version}, warnings)
 
     def health(self) -> EngineHealth:
-        """Tell how the database is, as of the last look."""
+        """Return the state of the database, as of the last look."""
         description = {
             "db_path": str(self._path),
             "journal_mode": self._modes.journal_mode,

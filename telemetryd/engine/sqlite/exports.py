@@ -49,7 +49,7 @@ class _Copying:
         self._stopped = True
 
     def is_over(self) -> bool:
-        """Tell whether the present statement shall end."""
+        """Return whether the present statement shall end."""
         return self._stopped or time.monotonic() > self._deadline
 
     def copy(self, connection: sqlite3.Connection, database: Path, room_bytes: int) -> Iterator[bytes]:

@@ -45,7 +45,7 @@ class FileLock:
         self._spare_bytes = spare_bytes
         self._descriptor: int | None = None
         self.was_dropped = False
-        """Whether the last owner ended without `settle`."""
+        """Whether the last owner ended without `mark_clean`."""
 
     def acquire(self) -> None:
         """Take the lock at once.
@@ -84,14 +84,14 @@ class FileLock:
                 raise DatabaseError(f"Cannot write the lock file {self.path}: {error.strerror}") from error
 
     def is_in_place(self) -> bool:
-        """Tell whether the locked file still stands at its path; if not, somebody else can lock another one."""
+        """Return whether the locked file still stands at its path; if not, somebody else can lock another one."""
         try:
             return self._descriptor is not None and os.path.samestat(os.fstat(self._descriptor), os.stat(self.path))
         except OSError:
             return False
 
     def holder(self) -> str | None:
-        """Tell who holds the lock ("PID 123", or that it cannot be seen from here), or None; makes no file."""
+        """Return who holds the lock ("PID 123", or that it cannot be seen from here), or None; makes no file."""
         try:
             descriptor = os.open(self.path, os.O_RDWR | _LOCK_FLAGS)
         except OSError:
@@ -104,7 +104,7 @@ class FileLock:
             os.close(descriptor)
         return None
 
-    def settle(self) -> None:
+    def mark_clean(self) -> None:
         """Blank the PID: everything is in order, so that the next owner need not look for what a crash left."""
         if self._descriptor is not None:
             with suppress(OSError):
@@ -148,7 +148,7 @@ def holder_of(descriptor: int) -> str:
     except OSError:  # another system than Linux
         return f"PID {_living_holder(descriptor) or 'unknown'}"
     device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
-    # Some file systems tell stat another device than they have in this list (btrfs, overlay): then the file helps.
+    # On some file systems stat returns another device than this list has (btrfs, overlay): then the file helps.
     said = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip()
     for pid, where, inode in found:
         if inode == str(status.st_ino) and (where == device or pid == said):

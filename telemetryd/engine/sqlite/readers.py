@@ -114,7 +114,7 @@ class Readers:
             _end(connection, answer)
             raise
         except sqlite3.Error as error:
-            # The frames hold cursors, with which the connection would not really close when it is told to.
+            # The frames hold cursors, with which the connection would not really close.
             traceback.clear_frames(error.__traceback__)
             raise UnavailableError("The database cannot be read now; try again later") from error
 

@@ -98,7 +98,7 @@ class Recount:
 
         Args:
             writer: between whose groups it works.
-            changed: is called when counts, or what followers may ask for, have changed.
+            changed: is called when counts, or what subscribers may ask for, have changed.
 
         """
         not_before = 0.0
@@ -138,15 +138,15 @@ class Recount:
             await asyncio.sleep(max((time.monotonic() - began) * _REST, _LEAST_PAUSE_S))
         if found.corrected:
             self._corrected = found.corrected
-        told = {
+        shown = {
             "corrected": found.corrected,
             "strays": dict(found.strays),
             "duration_ms": round((time.monotonic() - started) * 1000),
         }
         if found.corrected or found.strays:
-            log.warning("The counts agree with the runs again; telemetryd check tells what is left over", extra=told)
+            log.warning("The counts agree with the runs again; telemetryd check tells what is left over", extra=shown)
         else:
-            log.info("The counts agree with the runs", extra=told)
+            log.info("The counts agree with the runs", extra=shown)
         self._compared = self._told = seen
 
     # Below this line everything runs in the connection's thread.

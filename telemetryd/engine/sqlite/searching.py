@@ -64,7 +64,7 @@ def _folding(text: str) -> tuple[dict[int, int], str]:
 
 
 def holds(raw: bytes, text: str, *, encoding: str, is_over: Callable[[], bool]) -> bool:
-    """Tell whether a large text holds another one; the time grows only with their lengths.
+    """Return whether a large text holds another one; the time grows only with their lengths.
 
     Raises:
         InterruptedSearchError: soon after `is_over` says so.

@@ -9,18 +9,12 @@ from typing import Final
 
 import orjson
 
+from telemetryd.engine.sqlite.statements.columns import NEWEST, NEWEST_EVENT
+
 REMEMBERED: Final = 1_000_000
-"""Deletions are remembered for so many changes; a follower who is further behind has to start anew."""
+"""Deletions are remembered for so many changes; a subscriber that is further behind has to start anew."""
 
 _FORGOTTEN_AT_ONCE: Final = 5_000
-
-NEWEST: Final = """max(
-    (SELECT coalesce(max(id), 0) FROM agent_runs),
-    (SELECT coalesce(max(seq), 0) FROM run_changes),
-    (SELECT coalesce(max(seq), 0) FROM run_deletions),
-    (SELECT coalesce(max(max(floor, horizon)), 0) FROM change_feed)
-)"""
-"""The last number that was drawn, in words of SQL."""
 
 _STAND: Final = f"SELECT {NEWEST}, (SELECT coalesce(max(id), 0) FROM agent_runs)"
 _CHANGED: Final = """
@@ -32,11 +26,6 @@ _LAST_FORGOTTEN: Final = """
     SELECT max(seq) FROM (SELECT seq FROM run_deletions WHERE seq <= :oldest ORDER BY seq LIMIT :limit)
 """
 _FORGET: Final = ("DELETE FROM run_deletions WHERE seq <= ?", "UPDATE change_feed SET horizon = ?")
-
-NEWEST_EVENT: Final = """max(
-    (SELECT coalesce(max(id), 0) FROM run_events), (SELECT coalesce(max(event_floor), 0) FROM change_feed)
-)"""
-"""The highest id that an event has had, in words of SQL."""
 
 _LAST_EVENT: Final = f"SELECT {NEWEST_EVENT}"
 

@@ -324,7 +324,7 @@ def _compact(connection: sqlite3.Connection, done: Migration, watch: Watch) -> N
 
 
 def is_compact(connection: sqlite3.Connection) -> bool:
-    """Tell whether a database gives its free space back in slices, as one that we made does."""
+    """Return whether a database gives its free space back in slices, as one that we made does."""
     return bool(connection.execute("PRAGMA auto_vacuum").fetchone()[0] == _INCREMENTAL)
 
 
