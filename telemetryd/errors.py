@@ -19,7 +19,7 @@ class TelemetrydError(Exception):
     """The base of everything below."""
 
     message: ClassVar[str] = "The daemon has failed."
-    """The sentence that a user reads if the exception has no text of its own."""
+    """The sentence that a user reads if the exception has no other text."""
     error_type: ClassVar[str] = "TelemetrydError"
     """What the log calls it."""
 
@@ -85,9 +85,9 @@ class RunNotFoundError(TelemetrydError):
 
 
 class CursorGoneError(TelemetrydError):
-    """Raised for a place after which not everything is known any more; its text says why."""
+    """Raised for a cursor after which not everything is known any more; its text says why."""
 
-    message = "What comes after this place is not known any more. Begin again."
+    message = "What comes after this cursor is not known any more. Begin again."
     error_type = "CursorGoneError"
 
 

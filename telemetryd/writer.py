@@ -156,7 +156,7 @@ class Writer:
 
     @property
     def oldest_s(self) -> float:
-        """For how many seconds the oldest command waits; that is the first of the group being committed."""
+        """The seconds for which the oldest command waits; that is the first of the group being committed."""
         return 0.0 if self._oldest is None else time.monotonic() - self._oldest
 
     @property

@@ -29,7 +29,7 @@ from telemetryd.errors import sentence
 
 _WATCH_S: Final = 2.0
 _COST: Final = 20
-"""To look through a folder takes at most one twentieth of the time."""
+"""Looking through a folder takes at most one twentieth of the time."""
 
 _FOLDER: Final = "The spool's folder.  [TELEMETRY_BUFFER_DIR; default: ~/.local/state/telemetryd/buffer]"
 url_option = click.option(

@@ -24,7 +24,7 @@ _COST: Final = 100
 """Looking through the folder takes at most one hundredth of the time."""
 _ORDER: Final = {SYNCED: 0, DEAD: 1, READY: 2, ACTIVE: 2}
 _LETTER: Final = b'{"time":'
-"""By this each dead letter begins."""
+"""The beginning of each dead letter."""
 _NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT)
 
 

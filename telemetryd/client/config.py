@@ -151,7 +151,7 @@ def _fault_of_url(url: str) -> str | None:
         is_usable = False
     else:
         if parts.username is not None:
-            return "must not hold a user or a password; the token is a setting of its own"
+            return "must not hold a user or a password; the token is a separate setting"
     if is_usable and parts.scheme in ("http", "https", "unix") and not parts.query + parts.fragment:
         return None
     return "must be http://…, https://… or unix:///path"

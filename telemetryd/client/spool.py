@@ -102,7 +102,7 @@ class Spool:
         try:
             self._writing.add(ticket)  # before the descriptor is looked at: see _close_retired()
             file = self._file
-            # An agent that closes all descriptors may have a file of its own under this number. And what is written
+            # An agent that closes all descriptors may have reused this number for its own file. And what is written
             # to a file without a name is found by nobody.
             if file is not None and file.has_name():
                 written = os.write(file.number, line)

@@ -120,7 +120,7 @@ class Introduction:
     """What an engine says of itself at start."""
 
     versions: Mapping[str, str]
-    """Of the database software, for the log."""
+    """The version of the database software, for the log."""
     warnings: Sequence[tuple[str, Mapping[str, str]]]
     """Messages and fields of log lines about what the operator should change."""
 

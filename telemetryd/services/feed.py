@@ -294,7 +294,7 @@ class Subscriber:
         self.lane = feed.lane(filters)
         self._after = after
         self.position = 0
-        """Up to which number it holds or was sent everything."""
+        """The number up to which it holds or was sent everything."""
         self.since = 0.0
         """Since when what waits has not become less."""
         self._epoch = ""

@@ -54,7 +54,7 @@ IDENTITY: Final = web.RequestKey("identity", str)
 
 
 WAITED: Final = web.ResponseKey("waited", float)
-"""For how many seconds a handler only waited for something to report; they do not count as its duration."""
+"""The seconds in which a handler only waited for something to report; they do not count as its duration."""
 
 
 REASON: Final = web.ResponseKey("reason", str)

@@ -111,7 +111,7 @@ def _is_for_all(request: web.Request) -> bool:
         return False
     path = resource.canonical
     if path in PAGES:
-        # Not in a frame, nor as an image: only what becomes a page of its own reveals nothing to the foreign one.
+        # Not in a frame, nor as an image: only what becomes a separate page reveals nothing to the foreign one.
         # Every browser that names the mode says where the answer goes; who leaves that out shows it in no frame.
         destination = request.headers.get("Sec-Fetch-Dest", "document")
         return request.headers.get("Sec-Fetch-Mode") == "navigate" and destination == "document"

@@ -45,7 +45,7 @@ LINGER_S: Final = 5.0
 
 _PATROL_EVERY_S: Final = 1.0
 _SPARE_DESCRIPTORS: Final = 80
-"""For the lock files, the sockets that listen, backups, and what Python opens."""
+"""Descriptors for the lock files, the sockets that listen, backups, and what Python opens."""
 _DESCRIPTORS_PER_READER: Final = 2
 
 

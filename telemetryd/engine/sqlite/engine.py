@@ -212,7 +212,7 @@ class _Database:
         self.suspicion = self.suspicion or error
 
     async def between_groups(self, work: Callable[[sqlite3.Connection], A]) -> A:
-        """Do something in a transaction of its own, as soon as the group that is being committed is through.
+        """Do something in a separate transaction, as soon as the present group is committed.
 
         Raises:
             UnavailableError: if that is not possible now; nothing was changed then.

@@ -77,7 +77,7 @@ class Groups:
                 return self._transact(connection, lambda: self._carry_out(connection, commands, isolated=True))
 
     def transact(self, connection: sqlite3.Connection, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Do something else in a transaction of its own.
+        """Do something else in a separate transaction.
 
         Raises:
             TelemetrydError: if it failed, as `WritingEngine.write` says.

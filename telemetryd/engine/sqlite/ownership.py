@@ -163,7 +163,7 @@ def _opened_name(path: Path) -> Path | None:
         is_of_a_copy = int(inode) != os.stat(path).st_ino
         if mark == _name_mark(path) or is_of_a_copy or int(folder) != os.stat(other.parent).st_ino:
             return None
-        # Where the file was moved away from, another one with a log of its own may stand now; a mount leaves a blank.
+        # Where the file was moved away from, another file with its log may be now; a mount leaves a blank.
         if other.exists() and other.stat().st_size and not other.samefile(path):
             return None
     except (OSError, ValueError):

@@ -115,7 +115,7 @@ class Tally:
 
     def _clear(self, position: str) -> None:
         self.position = position
-        """Up to which created_at everything is counted."""
+        """The created_at up to which everything is counted."""
         self.summary: rollups.Summary = {}
         self.minutes: Counter[str] = Counter()
         self.starts: list[str] = []
@@ -173,7 +173,7 @@ class Tally:
 
 
 def compare(connection: sqlite3.Connection, tally: Tally, disturbed: Callable[[], int]) -> Iterator[Found]:
-    """Compare everything, a slice at each step; each step is to be taken in a transaction of its own.
+    """Compare everything, a slice at each step; take each step in a separate transaction.
 
     Args:
         connection: the write connection.
