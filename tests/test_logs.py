@@ -311,8 +311,8 @@ def test_a_closed_sink_does_not_stop_the_daemon(start_daemon: StartDaemon) -> No
         port = listening_port(daemon.process.pid)
         time.sleep(0.05)
     connection = connect(port)
-    connection.request("GET", "/health")
-    assert json.loads(connection.getresponse().read())["status"] == "ok"
+    connection.request("POST", "/api/v1/runs", json.dumps(make_run()), {"Content-Type": "application/json"})
+    assert connection.getresponse().status == 201
     connection.close()
     assert daemon.stop() == 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import itertools
 import operator
@@ -27,6 +28,7 @@ from telemetryd.model.queries import CountRuns, Counts, GetRun, ListRuns, Page, 
 from telemetryd.model.runs import COLUMNS, CREATED_AT, parse_run
 from telemetryd.model.values import Row, Status
 from tests.conftest import Api, make_run
+from tests.tools.docs import ROOT
 
 NOW = "2025-12-24T12:00:00.000000Z"
 AGENTS = ("hugo-translator", "seo", "crawler")
@@ -369,3 +371,11 @@ def test_totals_that_have_drifted_do_not_refuse_a_change(filled: sqlite3.Connect
     transaction.apply([UpdateRun(event_id, {"status": "success"})])
     transaction.finish()
     assert filled.execute("SELECT min(runs) FROM run_totals").fetchone()[0] == 0
+
+
+def test_no_statement_numbers_its_parameters() -> None:
+    """From Python 3.14 on, `?1` takes no sequence of values (docs.python.org/3.14/library/sqlite3.html)."""
+    for path in (ROOT / "telemetryd").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert not re.search(r"[\s(]\?\d", node.value), f"{path}:{node.lineno}"

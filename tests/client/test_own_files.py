@@ -33,6 +33,7 @@ from tests.client.conftest import MakeClient, flushed, stored, url_of
 from tests.client.test_spool import drain, pick_up, spool_in
 from tests.client.test_worker import finished
 from tests.conftest import Api, StartDaemon
+from tests.tools.process import telemetryd
 
 LINE = b"a line of the agent's own\n"
 
@@ -331,8 +332,7 @@ def test_sync_sends_what_a_wrong_position_would_leave_out(start_daemon: StartDae
     stem = "20250101T000000Z-1-aaaaaaaa"
     (buffer / f"{stem}.000000.jsonl.ready").write_bytes(encode(finished("e")))
     (buffer / f"{stem}.lock").write_text("0000000000 00000000000000999999\n")
-    command = [sys.executable, "-m", "telemetryd", "sync", "--buffer-dir", str(buffer), "--json"]
-    done = subprocess.run([*command, "--url", start_daemon().url], capture_output=True, timeout=60, check=True)
+    done = telemetryd("sync", "--buffer-dir", buffer, "--json", "--url", start_daemon().url)
     assert orjson.loads(done.stdout)["stored"] == 1
     assert [entry.state for entry in entries(buffer)] == [".synced"]
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +25,7 @@ from tests.client.conftest import MakeClient, flushed, stored, url_of
 from tests.client.test_worker import finished, leave
 from tests.conftest import Api, MakeApi, StartDaemon
 from tests.tools.bad_proxy import DAEMONS, BadProxy, bad_proxy
+from tests.tools.process import telemetryd
 
 LIMIT = 20_000
 LARGE = "x" * 2 * LIMIT
@@ -102,8 +101,7 @@ def test_another_process_learns_from_the_folder_what_is_set_aside(start_daemon: 
     transport = Transport(Config(url=url))
     Delivery(transport, lambda *told: buried.append(told), Counters(), Aside(buffer)).send(Batch.of([change]))
     assert not buried
-    command = [sys.executable, "-m", "telemetryd", "sync", "--buffer-dir", str(buffer), "--url", url, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    done = telemetryd("sync", "--buffer-dir", buffer, "--url", url, "--json")
     assert json.loads(done.stdout)["sent"] == 2
     assert transport.request("GET", "/api/v1/runs/late").body["status"] == "success"
     transport.close()
@@ -113,13 +111,10 @@ def test_sync_says_what_does_not_come_through(start_daemon: StartDaemon, buffer:
     leave(buffer, finished("small"), {**finished("large"), "output_summary": LARGE}, finished("last"))
     with bad_proxy(start_daemon().url) as proxy:
         proxy.limit = LIMIT
-        command = [sys.executable, "-m", "telemetryd", "sync", "--buffer-dir", str(buffer), "--json"]
         for sent in (2, 0):
-            done = subprocess.run(
-                [*command, "--url", proxy.url], capture_output=True, text=True, timeout=60, check=False
-            )
+            done = telemetryd("sync", "--buffer-dir", buffer, "--json", "--url", proxy.url, status=1)
             told = json.loads(done.stdout)
-            assert (done.returncode, told["sent"], told["refused"]) == (1, sent, 0)
+            assert (told["sent"], told["refused"]) == (sent, 0)
             assert "413" in told["problem"] or "get through" in told["problem"]
     assert len(set_aside(buffer)) == 1
 

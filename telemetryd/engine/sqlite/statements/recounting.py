@@ -344,5 +344,5 @@ def forget_numbers(connection: sqlite3.Connection) -> None:
 def keep_drawn(connection: sqlite3.Connection, number: int, event: int) -> None:
     """See that no number is drawn again that was drawn before somebody else deleted what held it."""
     connection.execute(MAKE_FEED)
-    connection.execute("UPDATE change_feed SET floor = ?1 WHERE floor < ?1", (number,))
-    connection.execute("UPDATE change_feed SET event_floor = ?1 WHERE event_floor < ?1", (event,))
+    connection.execute("UPDATE change_feed SET floor = max(floor, ?)", (number,))
+    connection.execute("UPDATE change_feed SET event_floor = max(event_floor, ?)", (event,))

@@ -64,7 +64,7 @@ _SELECT_FACTS: Final = f"""
 """
 _SELECT_DAY: Final = f"""
     SELECT {", ".join(_COLUMNS)} FROM run_stats
-    WHERE hours = ?1 AND names = ?2 AND start BETWEEN ?3 AND ?3 + 23
+    WHERE hours = ? AND names = ? AND start BETWEEN ? AND ? + 23
 """
 _SELECT_AT: Final = f"SELECT {', '.join(_COLUMNS)} FROM run_stats WHERE hours = ? AND names = ? AND start = ?"
 _SELECT_DAYS: Final = "SELECT DISTINCT start - ((start % 24) + 24) % 24 FROM run_stats"
@@ -209,7 +209,7 @@ def _kept(connection: sqlite3.Connection, day: int, logged: list[Named]) -> dict
     kept = _spread(logged)
     for hours in _SPANS:
         for names in (1, 2, 3):
-            for row in connection.execute(_SELECT_DAY, (hours, names, day)):
+            for row in connection.execute(_SELECT_DAY, (hours, names, day, day)):
                 key, cell = row[: len(_KEY)], _cell(row[len(_KEY) :])
                 kept[key] = [*map(add, kept[key], cell)] if key in kept else cell
     return kept
