@@ -106,7 +106,7 @@ class BodyTooLargeError(TelemetrydError):
 
 
 class UnsupportedBodyError(TelemetrydError):
-    """Raised for a body in a form that nobody here reads."""
+    """Raised for a body in a form that the daemon does not read."""
 
     message = "The request body has a media type or a content coding that the daemon does not read."
     error_type = "UnsupportedBodyError"
@@ -226,7 +226,7 @@ class WriteFailedError(UnavailableError):
 
 
 class DatabaseSuspectError(UnavailableError):
-    """Raised while nobody knows what the disk holds."""
+    """Raised while it is unknown what the disk holds."""
 
     message = (
         "The database failed and is being opened again; if this was stored or not, repeat it with the same event_id."

@@ -303,7 +303,7 @@ class Writer:
         except DatabaseSuspectError as error:
             self._suspicion = error
             return
-        except DatabaseBusyError:  # somebody else's doing, which passes
+        except DatabaseBusyError:  # another program's lock, which passes
             _refuse([*group, *self._queue.drain()] if self._stopping.is_set() else group, DatabaseBusyError())
             return
         except TelemetrydError as error:

@@ -244,7 +244,7 @@ class _Sync:
         return some_wait and self._counters.sent > before
 
     def _send(self, name: str, numbers: list[int]) -> Iterator[int]:
-        """Send a stream unless somebody else does; yield the size of each part that was sent."""
+        """Send a stream unless another process does; yield the size of each part that was sent."""
         stream = Stream.take(self._folder, name, numbers)
         if stream is None:
             return

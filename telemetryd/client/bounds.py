@@ -91,7 +91,7 @@ def _drop_dead_letters(entry: Entry) -> int | None:
     path = Path(entry.path)
     with open(open_regular(path, os.O_RDONLY), "rb") as file:
         if file.read(len(_LETTER)) != _LETTER:
-            return None  # somebody else's
+            return None  # another program's
         lines = sum(1 for _ in file)
     path.unlink()
     return lines

@@ -32,7 +32,7 @@ def default_buffer_dir() -> Path:
 def _homes() -> Iterator[Path]:
     """Yield the user's home by HOME, then by the system's list of users.
 
-    Containers that run as any user (docker --user, OpenShift) set HOME=/, or to the home of somebody else.
+    Containers that run as any user (docker --user, OpenShift) set HOME=/, or to another user's home.
     """
     home = Path(os.environ.get("HOME") or "")
     if home.is_absolute():
@@ -120,7 +120,7 @@ class Config:
     def tolerant(cls) -> tuple[Config, list[str]]:
         """Collect the variables that can be used; also return what is wrong with the others.
 
-        Nothing is sent if the address or the token is wrong: the default may be somebody else.
+        Nothing is sent if the address or the token is wrong: the default may be another daemon.
         """
         values, faults = _from_environment(os.environ)
         if faults.keys() & {"url", "token"}:

@@ -310,7 +310,7 @@ class Spool:
             stream.forget()
 
     def leave_stream(self) -> None:
-        """Begin another stream with the next line: the agent has closed this one's lock, and somebody else has it."""
+        """Begin another stream with the next line: the agent has closed this one's lock, and another process has it."""
         with self._lock:
             stream, file, self.stream, self.name, self._file = self.stream, self._file, None, None, None
             if stream is not None:

@@ -380,7 +380,7 @@ class Subscriber:
         if after is None:
             return RETRY + self._mark()
         if after.epoch not in (None, changes.epoch) or after.seq > changes.newest:
-            # Another database gave that cursor; nobody knows what was seen of this one.
+            # Another database gave that cursor; what the client has seen of this one is unknown.
             return RETRY + self._report_missed(changes.newest)
         self.position = after.seq
         return RETRY + self._mark()

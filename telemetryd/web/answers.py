@@ -85,7 +85,7 @@ def wants_page(request: web.Request) -> bool:
 
 
 def unexpected_detail(identity: str) -> str:
-    """Return all that a client learns of an error that nobody foresaw."""
+    """Return all that a client learns of an unexpected error."""
     return f"Internal error; the log has more under request id {identity}"
 
 

@@ -17,7 +17,7 @@ from telemetryd.model.queries import SNAPSHOT
 from telemetryd.model.values import shorten
 
 PAGES: Final = frozenset({"/", "/docs", "/openapi.json"})
-"""What somebody may come to by a link on another page; none of them holds data."""
+"""What a link on another page may lead to; none of them holds data."""
 ASSETS: Final = "/page/"
 """Where the files of the page at `/` are."""
 _ASSETS: Final = (ASSETS, "/docs/static/")

@@ -104,7 +104,7 @@ _FLOW: Final = {
 }
 _SERVER: Final = {
     SERVER_HEADER: {
-        "description": "Every answer of the daemon has it; one without it comes from somebody else, such as a proxy.",
+        "description": "Every answer of the daemon has it; one without it comes from another server, such as a proxy.",
         "schema": {"type": "string", "pattern": r"^telemetryd/\d+$"},
         "example": "telemetryd/4",
     }

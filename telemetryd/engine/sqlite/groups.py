@@ -20,7 +20,7 @@ from telemetryd.model.commands import Command
 
 _PRIMARY_CODE: Final = 0xFF
 _SUSPECT: Final = frozenset({sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
-"""After these nobody knows what the disk holds: nothing is taken until the database is open again and verified."""
+"""After these it is unknown what the disk holds: nothing is taken until the database is open again and verified."""
 
 T = TypeVar("T")
 Outcome = Any | CommandFailedError

@@ -99,7 +99,7 @@ class _OwnFile:
         return None
 
     def was_changed(self) -> bool:
-        """Return whether somebody else has written to the file since `mark_clean`, as far as that is known."""
+        """Return whether another process has written to the file since `mark_clean`, as far as that is known."""
         if self._file is None:
             return False
         try:
@@ -276,7 +276,7 @@ class Ownership:
 
     @property
     def was_changed(self) -> bool:
-        """Whether somebody else has written to the file since its last owner ended in order, as far as is known."""
+        """Whether another process has written to the file since its last owner ended in order, as far as is known."""
         return self._file.was_changed()
 
     def mark_clean(self) -> None:
