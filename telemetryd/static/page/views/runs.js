@@ -1,7 +1,7 @@
 // The table of runs: filters in the address, lines as far as one scrolls, and new ones as they come.
 
 import { address, get, page } from "../api.js";
-import { h, say } from "../dom.js";
+import { h, plain, say } from "../dom.js";
 import { DAY, count, counted, duration, fullTime, now } from "../format.js";
 import { onHealth } from "../health.js";
 import { stepWith } from "../keyboard.js";
@@ -119,8 +119,9 @@ function filterBar(onChange) {
     focusSearch: () => (words.hidden ? controls.error : controls.q).focus(),
     offerSearch,
     offer(metadata) {
-      agents.replaceChildren(...metadata.agent_names.map((value) => h("option", { value })));
-      jobs.replaceChildren(...metadata.job_types.map((value) => h("option", { value })));
+      const option = (value) => h("option", { value, label: plain(value) === value ? null : value });
+      agents.replaceChildren(...metadata.agent_names.map(option));
+      jobs.replaceChildren(...metadata.job_types.map(option));
     },
     set(parameters) {
       const isOwn = Boolean(parameters.from || parameters.to);
