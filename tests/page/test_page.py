@@ -755,9 +755,9 @@ def test_the_keyboard_is_enough(page: Page) -> None:
     search.fill("canonical_url")
     page.keyboard.press("Enter")
     expect(page.locator(".table-body .line").first).to_contain_text("KeyError: 'canonical_url'")
-    page.keyboard.press("/")
     page.keyboard.press("Escape")
     expect(search).not_to_be_focused()
+    expect(search).to_have_value("canonical_url")
     lines = page.locator(".table-body .cover")
     expect(lines.nth(2)).to_be_visible()
     for _ in range(3):
@@ -868,7 +868,7 @@ def test_long_texts_without_a_blank_do_not_widen_the_page(open_view: OpenPage, u
         for summary in page.locator("main summary").all():
             summary.click()
         for size in (PHONE, DESKTOP):
-            page.set_viewport_size(size)
+            page.set_viewport_size(size)  # type: ignore[arg-type]
             assert page.evaluate("document.documentElement.scrollWidth") == size["width"], address
 
 

@@ -62,7 +62,10 @@ function press(event) {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
   const field = event.target.closest("input, select, textarea");
   if (field !== null) {
-    if (event.key === "Escape") field.blur();
+    if (event.key === "Escape") {
+      event.preventDefault(); // a field for searches would also empty itself
+      field.blur();
+    }
     return;
   }
   if (document.querySelector("dialog[open]") !== null) return;
