@@ -71,13 +71,13 @@ async def running(
                 make_app(store, settings, metrics, alerting, upkeep), settings, most_processes(settings)
             )
             await runner.setup()
-            chores = tuple(map(asyncio.create_task, (upkeep.run(), alerting.run())))
+            background = tuple(map(asyncio.create_task, (upkeep.run(), alerting.run())))
             try:
                 yield Running(store, await _listen(runner, sockets))
             finally:
-                for chore in chores:
-                    chore.cancel()
-                await asyncio.wait(chores)
+                for task in background:
+                    task.cancel()
+                await asyncio.wait(background)
                 # First no new requests and an answer to those in flight, for which the writer is still needed.
                 await runner.cleanup()
         finally:
@@ -147,7 +147,7 @@ async def serve(loaded: LoadedSettings) -> int:
 
 
 async def _show_life(notifier: Notifier, store: Store) -> None:
-    """Tell the service manager the queue's depth, and that the writer makes progress, as long as it does."""
+    """Report to the service manager the queue's depth, and that the writer makes progress, as long as it does."""
     if not notifier.is_active:
         return
     pause_s = min(_STATUS_EVERY_S, (notifier.watchdog_s or math.inf) / 3)
@@ -164,7 +164,7 @@ async def _show_life(notifier: Notifier, store: Store) -> None:
 
 
 async def _leave_after(stop: asyncio.Event) -> None:
-    """End a start that is asked to stop and does not come to its end: SQLite may wait long for somebody else's lock."""
+    """End a start that is asked to stop and hangs: SQLite may wait long for another process's lock."""
     await stop.wait()
     await asyncio.sleep(_LONGEST_START_S)
     print("telemetryd: stopped before it served", file=sys.stderr, flush=True)  # noqa: T201

@@ -23,7 +23,7 @@ _FIRST_ROW_S: Final = 20e-6
 _LEAST_ROW_S: Final = 1e-6
 _LEAST_SPREAD: Final = 10.0
 _FASTEST_GROWS: Final = 1.05
-"""By what factor the fastest commit known is forgotten with each group."""
+"""The factor by which the fastest known commit is forgotten with each group."""
 
 
 class Flow:
@@ -33,8 +33,8 @@ class Flow:
     tenth less than the next). So (target - a) / b rows may be on their way at once. If more are, everybody's batch
     shrinks by that ratio, and where a batch cannot shrink any more, a pause thins the requests out. If fewer are, the
     rows that are left are shared by those who send. If a alone takes most of the target or more, rows may take as long
-    as a again: smaller batches would halve the latency at best, at any cost. Groups of one size cannot tell a from b:
-    then a batch that would fit if all the time were its rows' is advised, and what it takes tells.
+    as a again: smaller batches would halve the latency at best, at any cost. Groups of one size do not separate
+    a from b: then a batch that would fit if all the time were its rows' is advised, and the time it takes shows more.
 
     Args:
         target_s: seconds from a request's arrival in the queue to durable that should not be exceeded.
@@ -69,7 +69,7 @@ class Flow:
         self._rows_seconds = self._rows_seconds * _FORGET + rows * seconds
         mean_rows, mean_seconds = self._rows / self._weight, self._seconds / self._weight
         variance = self._rows_rows / self._weight - mean_rows * mean_rows
-        # Groups of about one size cannot tell a row's cost from the group's; what was learnt before stands.
+        # Groups of about one size cannot separate a row's cost from the group's; what was learnt before stands.
         self._sizes_differ = variance > max(_LEAST_SPREAD, mean_rows / 10) ** 2
         if self._sizes_differ:
             self._row_s = (self._rows_seconds / self._weight - mean_rows * mean_seconds) / variance
@@ -116,7 +116,7 @@ class Flow:
         self._text = _text(self._batch, self._pause_s)
 
     def refuse(self) -> None:
-        """Advise those for whom there is no room in the queue: one commit has to pass at least."""
+        """Advise a writer that found the queue full: at least one commit has to pass."""
         self._until = time.monotonic() + _IDLE_AFTER_S
         self._text = _text(self._batch, max(self._pause_s, self._latency_s, self._target_s))
 

@@ -51,7 +51,7 @@ def without_credentials(address: str) -> str | None:
 
     User and password (except the user `git` of ssh), query, fragment and parameters are left out. Passwords may hold
     any character, also where a URL does not allow it, so everything before the last `@` counts as one. Returns None if
-    no form is known in which the host and the path can be told from a secret.
+    no form is known in which the host and the path can be distinguished from a secret.
     """
     return _kept(address) if len(address) <= MAX_ADDRESS else _keep(address)
 

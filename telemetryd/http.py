@@ -40,7 +40,7 @@ from telemetryd.ops.metrics import Metrics, wants_prometheus
 from telemetryd.services import admin, exports
 from telemetryd.services.alerting import Alerting
 from telemetryd.services.certificates import Certificates
-from telemetryd.services.tails import add_feed, list_changes, stream_runs
+from telemetryd.services.subscriptions import add_feed, list_changes, stream_runs
 from telemetryd.services.upkeep import Upkeep
 from telemetryd.settings import Settings
 from telemetryd.store import Store
@@ -87,7 +87,7 @@ async def create_run(request: web.Request) -> web.Response:
 
 
 async def create_batch(request: web.Request) -> web.Response:
-    """Store the good runs of a batch in one transaction, and tell of each bad one."""
+    """Store the good runs of a batch in one transaction, and report each bad one."""
     request.app[STORE].check_open()
     media_type = check_media_type(request, (*JSON_TYPES, *NDJSON_TYPES))
     async with request.app[BODIES].read(request) as body:
@@ -246,7 +246,7 @@ async def list_events(request: web.Request) -> web.Response:
     request[NOTE].say("Events queried", event_id=event_id, result_count=len(page.rows))
     headers = {}
     if page.more:
-        following = query.next_page(request.rel_url.raw_path, events.place(page.rows[-1]))
+        following = query.next_page(request.rel_url.raw_path, events.cursor(page.rows[-1]))
         headers["Link"] = f'<{following}>; rel="next"'
     return json_response([events.to_json(row) for row in page.rows], headers=headers)
 
@@ -344,7 +344,7 @@ async def get_metadata(request: web.Request) -> web.Response:
 
 
 async def get_health(request: web.Request) -> web.Response:
-    """Tell at once whether writes are taken."""
+    """Answer at once whether writes are accepted."""
     health = request.app[STORE].health()
     request[NOTE].say("Health checked", logging.DEBUG)
     answer = {

@@ -99,7 +99,7 @@ def _text(value: object) -> object:
     if isinstance(value, str) and not value.strip():
         raise ValueError("must not be blank")
     if isinstance(value, str) and not value.isascii() and re.search("[\ud800-\udfff]", value):
-        raise ValueError("must be UTF-8")  # answers and log lines tell it
+        raise ValueError("must be UTF-8")  # answers and log lines contain it
     return value
 
 

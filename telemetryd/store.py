@@ -43,7 +43,7 @@ class Health:
     """Groups that the writer has finished; while it is not idle, a number that stands still means it is stuck."""
     idle: bool
     oldest_s: float
-    """For how many seconds the oldest command waits to be durable."""
+    """The seconds for which the oldest command waits to be durable."""
     last_commit: datetime | None
     counts: Mapping[str, Any]
     """Whether the totals and statistics agree with the runs."""
@@ -172,15 +172,15 @@ class Store:
             listener()
 
     def flow(self) -> str:
-        """Tell writers how much to send and how long to pause (the value of the Telemetry-Flow header), at once."""
+        """Return at once how much writers should send and how long they should pause: the Telemetry-Flow header."""
         return self._writer.advice()
 
     def introduction(self) -> Introduction:
-        """Tell what runs below (see `ReadingEngine.introduction`)."""
+        """Return what an operator should know of the engine (see `ReadingEngine.introduction`)."""
         return self._reading.introduction()
 
     def health(self) -> Health:
-        """Tell how the store is, at once: without the queue, a connection, or a call that a disk could hold up."""
+        """Return the store's state at once: without the queue, a connection, or a call that a slow disk could block."""
         writer, database = self._writer, self._reading.health()
         return Health(
             description=database.description,

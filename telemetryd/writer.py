@@ -47,7 +47,7 @@ R = TypeVar("R")
 
 @dataclass(slots=True)
 class _Waiting:
-    """A command in the queue, and whom to tell."""
+    """A command in the queue, and the future of its outcome."""
 
     command: Command[Any]
     future: asyncio.Future[Any]
@@ -66,7 +66,7 @@ class _Queue:
         return self._entries.qsize()
 
     def is_full(self, size: int) -> bool:
-        """Tell whether there is no room for a command of so many bytes; a first one may have any size."""
+        """Return whether there is no room for a command of so many bytes; a first one may have any size."""
         return self._entries.full() or (self.bytes + size > self.most_bytes and len(self) > 0)
 
     def put(self, entry: _Waiting) -> None:
@@ -107,7 +107,7 @@ class Writer:
 
     Args:
         engine: the writing half of the database's engine; nothing else holds it.
-        committed: called in the event loop after each COMMIT, when everybody is told; it has to be quick.
+        committed: called in the event loop after each COMMIT, when every caller has its outcome; it has to be quick.
         busy_timeout_s: how long a group is tried again while another process has the database locked, in
             attempts as long as the connection's own busy timeout. A stop ends that sooner.
         queue_max: how many commands may wait.
@@ -156,7 +156,7 @@ class Writer:
 
     @property
     def oldest_s(self) -> float:
-        """For how many seconds the oldest command waits; that is the first of the group being committed."""
+        """The seconds for which the oldest command waits; that is the first of the group being committed."""
         return 0.0 if self._oldest is None else time.monotonic() - self._oldest
 
     @property
@@ -198,7 +198,7 @@ class Writer:
         return future
 
     def advice(self) -> str:
-        """Return what to tell those who send; made once for each group, so that it costs an answer nothing."""
+        """Return the advice for writers; made once for each group, so that it costs an answer nothing."""
         return self._flow.text(is_idle=self.idle)
 
     def suspect(self, error: DatabaseSuspectError) -> None:
@@ -303,7 +303,7 @@ class Writer:
         except DatabaseSuspectError as error:
             self._suspicion = error
             return
-        except DatabaseBusyError:  # somebody else's doing, which passes
+        except DatabaseBusyError:  # another program's lock, which passes
             _refuse([*group, *self._queue.drain()] if self._stopping.is_set() else group, DatabaseBusyError())
             return
         except TelemetrydError as error:

@@ -27,7 +27,7 @@ from telemetryd.engine.sqlite.tools.integrity import recount_totals
 from telemetryd.engine.sqlite.tools.salvage import salvage
 from telemetryd.errors import CursorGoneError
 from telemetryd.model import events
-from telemetryd.model.changes import BEGINNING, Changes, ListChanges, Place
+from telemetryd.model.changes import BEGINNING, Changes, Cursor, ListChanges
 from telemetryd.model.commands import (
     ApplyChanges,
     Command,
@@ -35,12 +35,12 @@ from telemetryd.model.commands import (
     CreateRuns,
     Death,
     EndProcess,
-    Process,
     PruneRuns,
     ReapRuns,
     RegisterProcess,
     UpdateRun,
 )
+from telemetryd.model.processes import Process
 from telemetryd.model.runs import COLUMNS, parse_run
 from telemetryd.model.values import Row
 from tests.conftest import Api, MakeApi, make_run
@@ -272,10 +272,10 @@ def test_deletions_are_remembered_within_bounds(path: Path, monkeypatch: pytest.
         changes = fetch_changes(connection, ListChanges())
     assert [seq for seq, _ in changes.found] == [9, 10, 11, 12]
     assert changes.horizon == 8
-    changes.check(Place(BEGINNING), None)
-    changes.check(Place(8), None)
-    changes.check(Place(3), 8)
-    for place, begun in ((Place(7), None), (Place(3), 7), (Place(13), None), (Place(9, "0123456789ab"), None)):
+    changes.check(Cursor(BEGINNING), None)
+    changes.check(Cursor(8), None)
+    changes.check(Cursor(3), 8)
+    for place, begun in ((Cursor(7), None), (Cursor(3), 7), (Cursor(13), None), (Cursor(9, "0123456789ab"), None)):
         with pytest.raises(CursorGoneError):
             changes.check(place, begun)
 
@@ -366,10 +366,10 @@ def test_a_restored_and_a_salvaged_database_begin_a_new_epoch(path: Path, tmp_pa
     assert len({before.epoch, restored.epoch, salvaged.epoch}) == 3
     for later in (restored, salvaged):
         with pytest.raises(CursorGoneError, match="restored"):
-            later.check(Place(1, before.epoch), None)
+            later.check(Cursor(1, before.epoch), None)
 
 
-def test_check_finds_and_repair_mends_a_number_without_a_run(path: Path) -> None:
+def test_check_finds_and_repair_fixes_a_number_without_a_run(path: Path) -> None:
     with closing(connect(path)) as connection:
         commit(connection, [CreateRuns((new("a"), new("b")))])
         commit(connection, [UpdateRun("b", {"status": "success"})])

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
 
 from telemetryd.cli import main
+from tests.conftest import PATIENCE_S
+from tests.tools.forks import popen
 from tests.tools.old_databases import make_old_database
 from tests.tools.process import telemetryd
 
@@ -68,9 +71,8 @@ def test_completion_is_made() -> None:
     ],
 )
 def test_values_are_completed(words: str, offered: list[str]) -> None:
-    program = Path(sys.executable).with_name("telemetryd")
     variables = {"_TELEMETRYD_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
-    done = subprocess.run([program], env={**os.environ, **variables}, capture_output=True, text=True, check=True)
+    done = CliRunner().invoke(main, env=variables, prog_name="telemetryd")
     assert done.stdout.splitlines() == offered
 
 
@@ -85,16 +87,14 @@ def test_a_wrong_command_line_ends_with_status_2(tmp_path: Path) -> None:
 def test_bars_are_drawn_on_a_terminal_and_never_on_standard_output(tmp_path: Path) -> None:
     path = make_old_database(tmp_path / "telemetry.sqlite", "v5")
     ours, theirs = pty.openpty()
-    done = subprocess.run(
-        [sys.executable, "-m", "telemetryd", "migrate", "--json", "--no-backup", "--db-path", str(path)],
-        stdout=subprocess.PIPE,
-        stderr=theirs,
-        check=True,
-    )
+    command = [sys.executable, "-m", "telemetryd", "migrate", "--json", "--no-backup", "--db-path", str(path)]
+    with popen(command, os.environ, stdout=subprocess.PIPE, stderr=theirs) as process:
+        out, _ = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 0
     drawn = os.read(ours, 65536).decode()
     assert "Reading rows" in drawn
     assert "100%" in drawn
-    assert done.stdout.startswith(b"{")
+    assert out.startswith("{")
     os.close(ours)
     os.close(theirs)
     assert telemetryd("migrate", "--json", "--db-path", path).stderr == ""

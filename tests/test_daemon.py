@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
-import os
 import signal
 import socket
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -22,6 +20,9 @@ import pytest
 
 import telemetryd
 from telemetryd.engine.sqlite.tools import migrate
+from telemetryd.ops.metrics import Metrics
+from telemetryd.settings import JournalMode, Settings
+from telemetryd.store import Store
 from tests.conftest import PATIENCE_S, Daemon, StartDaemon, make_run
 from tests.faults.hot_journal import cut_off_growing
 from tests.faults.strace import needs_strace, strace
@@ -257,37 +258,27 @@ def test_it_takes_over_a_write_ahead_log(start_daemon: StartDaemon, tmp_path: Pa
     assert stored(daemon.database) == {run["event_id"] for run in run_ids}
 
 
-@pytest.mark.parametrize("journal_mode", ["DELETE", "WAL"])
-def test_start_up_does_not_read_the_whole_database(
-    start_daemon: StartDaemon, tmp_path: Path, journal_mode: str
-) -> None:
+def test_start_up_does_not_read_the_whole_database(start_daemon: StartDaemon, tmp_path: Path) -> None:
     path = tmp_path / "telemetry.sqlite"
-    _make_database(path, 200_000)
-    assert path.stat().st_size > 50_000_000
-    code = (
-        "import asyncio, sys, time\n"
-        "from pathlib import Path\n"
-        "from telemetryd.ops.metrics import Metrics\n"
-        "from telemetryd.settings import Settings\n"
-        "from telemetryd.store import Store\n"
-        "async def main():\n"
-        "    settings = Settings(db_path=Path(sys.argv[1]), db_journal_mode=sys.argv[2])\n"
-        "    started = time.process_time()\n"
-        "    store = await Store.open(settings, Metrics())\n"
-        "    print(time.process_time() - started, flush=True)\n"
-        "    read = [l for l in open('/proc/self/io') if l.startswith('rchar')][0]\n"
-        "    print(read.split()[1])\n"
-        "    await store.close()\n"
-        "asyncio.run(main())\n"
-    )
-    shown = subprocess.run(
-        [sys.executable, "-c", code, str(path), journal_mode], capture_output=True, text=True, check=True
-    ).stdout.split()
-    assert float(shown[0]) < 1
-    assert int(shown[1]) < 20_000_000  # it imports Python files, too, but does not read the 50 MB
-    daemon = start_daemon(TELEMETRY_DB_JOURNAL_MODE=journal_mode)
-    assert get(daemon.url, "/metrics")[1]["total_runs"] == 200_000
-    assert daemon.stop() == 0
+    _make_database(path, 150_000)
+    assert path.stat().st_size > 40_000_000
+
+    def read_bytes() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    async def start(journal_mode: JournalMode) -> None:
+        settings = Settings(db_path=path, db_journal_mode=journal_mode)
+        read, used = read_bytes(), time.process_time()
+        store = await Store.open(settings, Metrics())
+        assert time.process_time() - used < 1
+        assert read_bytes() - read < 20_000_000
+        await store.close()
+
+    for journal_mode in (JournalMode.DELETE, JournalMode.WAL):
+        asyncio.run(start(journal_mode))
+        daemon = start_daemon(TELEMETRY_DB_JOURNAL_MODE=journal_mode)
+        assert get(daemon.url, "/metrics")[1]["total_runs"] == 150_000
+        assert daemon.stop() == 0
 
 
 def test_a_port_in_use_is_one_clear_line(start_daemon: StartDaemon) -> None:
@@ -302,25 +293,6 @@ def test_a_port_in_use_is_one_clear_line(start_daemon: StartDaemon) -> None:
     assert "already in use" in errors
     again = start_daemon()
     assert post(again.url, make_run())[0] == 201
-
-
-def test_a_closed_standard_input_and_a_full_standard_output_do_no_harm(tmp_path: Path) -> None:
-    with open("/dev/full", "w") as full:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "telemetryd", "serve", "--unix", "sock", "--port", "0", "--log-format", "json"],
-            cwd=tmp_path,
-            stdin=subprocess.DEVNULL,
-            stdout=full,
-            stderr=subprocess.PIPE,
-            env={**os.environ, "TELEMETRY_DB_PATH": "telemetry.sqlite"},
-        )
-    try:
-        run = make_run()
-        assert _until_answered(tmp_path / "sock", "POST", "/api/v1/runs", run)[0] == 201
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=PATIENCE_S)
-    assert stored(tmp_path / "telemetry.sqlite") == {run["event_id"]}
 
 
 # --- Unix socket ---------------------------------------------------------------------------------

@@ -14,9 +14,9 @@ from tests.tools import docs, reliability, schema
 ROOT = docs.ROOT
 
 
-@pytest.mark.parametrize("path", docs.rendered(), ids=lambda path: path.name)
-def test_generated_parts_are_up_to_date(path: Path) -> None:
-    assert path.read_text("utf-8") == docs.rendered()[path], "run: make docs"
+def test_generated_parts_are_up_to_date() -> None:
+    stale = [path.name for path, text in docs.rendered().items() if path.read_text("utf-8") != text]
+    assert stale == [], "run: make docs"
 
 
 def test_the_schema_file_is_up_to_date() -> None:

@@ -12,9 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
 from telemetryd import errors
+from telemetryd.cli import main
 from telemetryd.errors import TelemetrydError, UnavailableError, sentence
 from tests.conftest import StartDaemon, make_run
 
@@ -54,7 +56,7 @@ def test_no_two_refusals_have_one_label() -> None:
     assert len({kind.reason for kind in refusals if issubclass(kind, UnavailableError)}) == len(refusals)
 
 
-def test_an_exception_of_others_is_told_by_its_text_or_its_type() -> None:
+def test_an_exception_of_others_is_named_by_its_text_or_its_type() -> None:
     assert sentence(ValueError("no number")) == "no number"
     assert sentence(KeyError()) == "KeyError"
 
@@ -99,12 +101,22 @@ def test_a_daemon_without_docstrings_says_the_same(start_daemon: StartDaemon, tm
     )
 
 
-@pytest.mark.parametrize("command", ["--help", "prune --help", "alerts test --help"])
-def test_a_command_without_docstrings_has_the_same_help(command: str) -> None:
-    normal, optimized = (
-        subprocess.run(
-            [sys.executable, *flags, "-m", "telemetryd", *command.split()], capture_output=True, text=True, check=True
-        ).stdout
-        for flags in ((), ("-OO",))
-    )
-    assert optimized == normal
+def helps(command: click.Command, context: click.Context) -> Iterator[str]:
+    """Return the help of a command and of all below it."""
+    yield command.get_help(context)
+    if isinstance(command, click.Group):
+        for name in command.list_commands(context):
+            below = command.get_command(context, name)
+            assert below is not None
+            yield from helps(below, click.Context(below, context, name))
+
+
+def all_help() -> list[str]:
+    return list(helps(main, click.Context(main, info_name="telemetryd", **main.context_settings)))
+
+
+def test_every_command_has_the_same_help_without_docstrings() -> None:
+    code = "import json; from tests.test_errors import all_help; print(json.dumps(all_help()))"
+    done = subprocess.run([sys.executable, "-OO", "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == all_help()
+    assert len(all_help()) > 20

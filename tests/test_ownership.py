@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import urllib.request
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -24,18 +26,41 @@ from tests.http_client import call, post
 from tests.tools.process import telemetryd
 
 TOKEN = "0123456789abcdef0123456789abcdef"
-BIND = 'mount --bind "$0" "$1" && shift && exec "$@"'
 
 
-def by_another_name(database: Path, name: Path) -> tuple[str, ...]:
-    """A prefix that runs a command where the database's file stands at a second place, too."""
-    require_program("unshare", "util-linux")
-    name.parent.mkdir(exist_ok=True)
-    name.touch()
-    prefix = ("unshare", "--mount", "sh", "-c", BIND, str(database), str(name))
-    if subprocess.run([*prefix, "true"], capture_output=True, check=False).returncode:
-        give_up("nothing can be mounted here")
-    return prefix
+Mount = Callable[..., None]
+
+
+@pytest.fixture
+def mount() -> Iterator[Mount]:
+    """Return a function that mounts something at a place, for all processes (`mount … place`)."""
+    places: list[Path] = []
+
+    def mount(*options: str | Path, place: Path) -> None:
+        if subprocess.run(["mount", *options, place], capture_output=True, check=False).returncode:
+            give_up("nothing can be mounted here")
+        places.append(place)
+
+    yield mount
+    for place in reversed(places):
+        subprocess.run(["umount", "--lazy", place], check=True)
+
+
+@pytest.fixture
+def by_another_name(mount: Mount, tmp_path: Path) -> Callable[[Path], Path]:
+    """Return a function that makes a database's file stand at a second place, too, which is returned."""
+
+    def bind(database: Path) -> Path:
+        name = tmp_path / "elsewhere" / "other.sqlite"
+        name.parent.mkdir()
+        name.touch()
+        mount("--bind", database, place=name)
+        return name
+
+    return bind
+
+
+Bind = Callable[[Path], Path]
 
 
 def refusal(daemon: Daemon) -> str:
@@ -50,26 +75,24 @@ def refusal(daemon: Daemon) -> str:
 
 @pytest.mark.parametrize("journal_mode", ["DELETE", "WAL"])
 def test_a_bind_mount_of_the_file_does_not_make_a_second_owner(
-    start_daemon: StartDaemon, tmp_path: Path, journal_mode: str
+    start_daemon: StartDaemon, by_another_name: Bind, journal_mode: str
 ) -> None:
     owner = start_daemon(TELEMETRY_DB_JOURNAL_MODE=journal_mode)
     assert post(owner.url, make_run())[0] == 201
-    name = tmp_path / "elsewhere" / "other.sqlite"
-    prefix = by_another_name(owner.database, name)
-    line = refusal(start_daemon(prefix=prefix, TELEMETRY_DB_PATH=str(name), TELEMETRY_DB_JOURNAL_MODE=journal_mode))
+    name = by_another_name(owner.database)
+    line = refusal(start_daemon(TELEMETRY_DB_PATH=str(name), TELEMETRY_DB_JOURNAL_MODE=journal_mode))
     assert f"Another telemetryd (PID {owner.process.pid}) owns this database" in line
     assert post(owner.url, make_run())[0] == 201
 
 
 @pytest.mark.parametrize("killed", ["here", "there"])
 def test_after_a_crash_a_file_is_not_used_by_another_name_than_the_one_that_has_its_log(
-    start_daemon: StartDaemon, tmp_path: Path, killed: str
+    start_daemon: StartDaemon, by_another_name: Bind, killed: str
 ) -> None:
     first = start_daemon()
     assert post(first.url, make_run())[0] == 201
     first.stop()
-    name = tmp_path / "elsewhere" / "other.sqlite"
-    there = {"prefix": by_another_name(first.database, name), "TELEMETRY_DB_PATH": str(name)}
+    there = {"TELEMETRY_DB_PATH": str(by_another_name(first.database))}
     here = {"TELEMETRY_DB_PATH": str(first.database)}
     its, other = (here, there) if killed == "here" else (there, here)
 
@@ -101,21 +124,22 @@ def test_after_a_crash_a_database_that_was_moved_with_its_log_is_served(
     assert len(call(moved.url, "GET", "/api/v1/runs")[1]) == 1
 
 
-def test_a_file_that_is_mounted_by_itself_is_warned_of(start_daemon: StartDaemon, tmp_path: Path) -> None:
-    name = tmp_path / "elsewhere" / "other.sqlite"
-    prefix = by_another_name(_empty(tmp_path / "telemetry.sqlite"), name)
-    daemon = start_daemon(prefix=prefix, TELEMETRY_DB_PATH=str(name))
+def test_a_file_that_is_mounted_by_itself_is_warned_of(
+    start_daemon: StartDaemon, by_another_name: Bind, tmp_path: Path
+) -> None:
+    (tmp_path / "telemetry.sqlite").touch()
+    daemon = start_daemon(TELEMETRY_DB_PATH=str(by_another_name(tmp_path / "telemetry.sqlite")))
     assert "mount the directory" in daemon.wait_for_line("The database file is mounted by itself")["advice"]
 
 
-def _empty(path: Path) -> Path:
-    path.touch()
-    return path
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
+def test_no_command_works_on_the_file_by_another_name(
+    start_daemon: StartDaemon, by_another_name: Bind, tmp_path: Path
+) -> None:
+    owner = start_daemon()
+    assert post(owner.url, make_run())[0] == 201
+    telemetryd("backup", tmp_path / "good.sqlite", "--db-path", owner.database)
+    name = by_another_name(owner.database)
+    for command in (
         ["migrate"],
         ["check", "--repair"],
         ["check"],
@@ -124,27 +148,9 @@ def _empty(path: Path) -> Path:
         ["prune", "--older-than", "1d"],
         ["stats"],
         ["follow", "http://127.0.0.1:1", "--once"],
-    ],
-    ids=lambda command: " ".join(command[:2]),
-)
-def test_no_command_works_on_the_file_by_another_name(
-    start_daemon: StartDaemon, tmp_path: Path, command: list[str]
-) -> None:
-    owner = start_daemon()
-    assert post(owner.url, make_run())[0] == 201
-    telemetryd("backup", tmp_path / "good.sqlite", "--db-path", owner.database)
-    name = tmp_path / "elsewhere" / "other.sqlite"
-    prefix = by_another_name(owner.database, name)
-    done = subprocess.run(
-        [*prefix, sys.executable, "-m", "telemetryd", *command, "--db-path", str(name)],
-        cwd=tmp_path,
-        env={key: value for key, value in os.environ.items() if not key.startswith("TELEMETRY_")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert f"PID {owner.process.pid}" in done.stderr
+    ):
+        done = telemetryd(*command, "--db-path", name, status=1, cwd=tmp_path)
+        assert f"PID {owner.process.pid}" in done.stderr, command
     assert not (tmp_path / "copy.sqlite").exists()
     assert call(owner.url, "GET", "/api/v1/runs")[0] == 200
 
@@ -164,7 +170,7 @@ def test_a_hard_link_made_after_the_start_is_refused_and_does_no_harm(
 
 
 def test_the_owner_in_another_container_is_not_called_by_a_pid_that_is_somebody_elses_here(
-    start_daemon: StartDaemon, tmp_path: Path
+    start_daemon: StartDaemon, by_another_name: Bind
 ) -> None:
     owner = start_daemon()
     assert post(owner.url, make_run())[0] == 201
@@ -175,54 +181,49 @@ def test_the_owner_in_another_container_is_not_called_by_a_pid_that_is_somebody_
     line = refusal(start_daemon(prefix=container))
     assert "in another container" in line
     assert "PID" not in line
-    name = tmp_path / "elsewhere" / "other.sqlite"
-    inner = by_another_name(owner.database, name)
-    line = refusal(start_daemon(prefix=(*container, *inner), TELEMETRY_DB_PATH=str(name)))
+    line = refusal(start_daemon(prefix=container, TELEMETRY_DB_PATH=str(by_another_name(owner.database))))
     assert "in another container" in line
     assert "PID" not in line
 
 
-def test_a_lock_file_on_another_file_system_does_not_matter(start_daemon: StartDaemon, tmp_path: Path) -> None:
+def test_a_lock_file_on_another_file_system_does_not_matter(
+    start_daemon: StartDaemon, by_another_name: Bind, tmp_path: Path
+) -> None:
     elsewhere = Path("/dev/shm") if Path("/dev/shm").is_dir() else tmp_path
     lock = elsewhere / f"telemetryd-test-{os.getpid()}.lock"
     try:
         owner = start_daemon(TELEMETRY_LOCK_FILE=str(lock))
         assert post(owner.url, make_run())[0] == 201
-        name = tmp_path / "elsewhere" / "other.sqlite"
-        prefix = by_another_name(owner.database, name)
+        name = by_another_name(owner.database)
         variables = {"TELEMETRY_DB_PATH": str(name), "TELEMETRY_LOCK_FILE": str(tmp_path / "another.lock")}
-        assert f"PID {owner.process.pid}" in refusal(start_daemon(prefix=prefix, **variables))
+        assert f"PID {owner.process.pid}" in refusal(start_daemon(**variables))
         assert owner.stop() == 0
     finally:
         lock.unlink(missing_ok=True)
 
 
 def test_on_an_overlay_the_file_that_is_locked_is_the_one_that_is_written(
-    start_daemon: StartDaemon, tmp_path: Path
+    start_daemon: StartDaemon, mount: Mount, tmp_path: Path
 ) -> None:
     """Opening a file of a lower layer for writing makes another file of it (copy-up)."""
     first = start_daemon()
     assert post(first.url, make_run())[0] == 201
     assert first.stop() == 0
-    for folder in ("merged", "space"):
-        (tmp_path / folder).mkdir()
-    script = (
-        'mount -t tmpfs tmpfs "$0/space" && cd "$0/space" && mkdir upper work lower && '
-        'cp "$0/telemetry.sqlite" lower/ && '
-        'mount -t overlay overlay -o lowerdir=lower,upperdir=upper,workdir=work "$0/merged" && exec "$@"'
-    )
-    prefix = ("unshare", "--mount", "sh", "-c", script, str(tmp_path))
-    if subprocess.run([*prefix, "true"], capture_output=True, check=False).returncode:
-        give_up("no overlay can be mounted here")
-    merged = tmp_path / "merged" / "telemetry.sqlite"
-    daemon = start_daemon(prefix=prefix, TELEMETRY_DB_PATH=str(merged))
+    merged, space = tmp_path / "merged", tmp_path / "space"
+    merged.mkdir()
+    space.mkdir()
+    mount("-t", "tmpfs", "tmpfs", place=space)
+    lower, upper, work = (space / name for name in ("lower", "upper", "work"))
+    for folder in (lower, upper, work):
+        folder.mkdir()
+    shutil.copy(first.database, lower)
+    mount("-t", "overlay", "overlay", "-o", f"lowerdir={lower},upperdir={upper},workdir={work}", place=merged)
+    daemon = start_daemon(TELEMETRY_DB_PATH=str(merged / "telemetry.sqlite"))
     assert post(daemon.url, make_run())[0] == 201
-    enter = ("nsenter", "--mount", "--target", str(daemon.process.pid))
-    other = start_daemon(
-        prefix=(*enter, "sh", "-c", f"touch '{tmp_path}/merged/b' && {BIND}", str(merged), f"{tmp_path}/merged/b"),
-        TELEMETRY_DB_PATH=f"{tmp_path}/merged/b",
-    )
-    assert "Another telemetryd" in refusal(other)
+    (merged / "b").touch()
+    mount("--bind", merged / "telemetry.sqlite", place=merged / "b")
+    assert "Another telemetryd" in refusal(start_daemon(TELEMETRY_DB_PATH=str(merged / "b")))
+    daemon.stop()
 
 
 # --- What a close may cost -----------------------------------------------------------------------
@@ -249,7 +250,7 @@ def test_nobody_but_sqlite_closes_the_database_while_the_daemon_runs(
             None if body is None else json.dumps(body).encode(),
             {"X-API-Key": TOKEN, "Content-Type": "application/json"},
         )
-        with urllib.request.urlopen(request, timeout=20) as answer:
+        with urllib.request.urlopen(request, timeout=60) as answer:
             content: bytes = answer.read()
         return content
 
@@ -275,12 +276,14 @@ def test_nobody_but_sqlite_closes_the_database_while_the_daemon_runs(
 def _held(daemon: Daemon) -> int:
     """The one descriptor of the database that is not SQLite's, which holds the lock on the file itself."""
     folder = Path(f"/proc/{daemon.process.pid}")
-    [held] = [
-        int(descriptor.name)
-        for descriptor in (folder / "fd").iterdir()
-        if descriptor.readlink() == daemon.database and "FLOCK" in (folder / "fdinfo" / descriptor.name).read_text()
-    ]
-    return held
+    held: list[int] = []
+    for descriptor in (folder / "fd").iterdir():
+        with suppress(FileNotFoundError):  # closed since
+            is_locked = "FLOCK" in (folder / "fdinfo" / descriptor.name).read_text()
+            if is_locked and descriptor.readlink() == daemon.database:
+                held.append(int(descriptor.name))
+    [only] = held
+    return only
 
 
 async def test_a_backup_keeps_its_locks_while_the_database_is_opened_again(tmp_path: Path) -> None:
@@ -291,7 +294,7 @@ async def test_a_backup_keeps_its_locks_while_the_database_is_opened_again(tmp_p
         reading.execute("SELECT count(*) FROM agent_runs").fetchone()
         groups = store.health().groups
         (tmp_path / "telemetry.sqlite.lock").unlink()
-        await eventually(lambda: store.health().groups > groups and store.health().problem is None, 10)
+        await eventually(lambda: store.health().groups > groups and store.health().problem is None)
         assert _can_write(settings.db_path) == "database is locked"
         await store.close()
         assert _can_write(settings.db_path) == "database is locked"

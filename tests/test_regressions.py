@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from telemetryd.cli.regressions import told
+from telemetryd.cli.regressions import text_of
 from telemetryd.cli.sample_data import AGENTS, World, finished
 from telemetryd.engine.sqlite.statements import regressions
 from telemetryd.engine.sqlite.tools import migrate
@@ -421,7 +421,7 @@ def test_the_command_asks_the_daemon_or_the_database(tmp_path: Path, start_daemo
 def test_durations_are_shown_in_their_unit() -> None:
     query = parse("", NOW)
     runs = invent(Random(1), 200, 10, duration=lambda place: 2000 if place < 100 else 90_000)
-    text = told(dict(to_json(query, gather([("a", "j", runs)]))))
+    text = text_of(dict(to_json(query, gather([("a", "j", runs)]))))
     assert " s -> 1." in text
     assert " min (p = " in text
     assert "1 pair of agent and job type" in text
@@ -430,7 +430,7 @@ def test_durations_are_shown_in_their_unit() -> None:
 def test_no_name_controls_the_terminal() -> None:
     names = ("\x1b]0;a title\x07", "j\n\x9b2J")
     runs = invent(Random(1), 200, 10, duration=lambda place: 2000 if place < 100 else 90_000)
-    text = told(
+    text = text_of(
         dict(to_json(parse("", NOW), gather([(*names, [run._replace(commit=f"\x1b{run.commit}") for run in runs])])))
     )
     assert r"\u001b]0;a title\u0007 / j\u000a\u009b2J: median duration" in text

@@ -1,9 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +10,7 @@ from click.testing import CliRunner
 from telemetryd.cli import main
 from telemetryd.errors import ConfigurationError
 from telemetryd.settings import LoadedSettings, Origin, Settings, load, variable
+from tests.tools.process import telemetryd
 
 TOKEN = "correct-horse-battery-staple"
 GUIDE_DOTENV = """\
@@ -43,20 +41,6 @@ def problems(environment: dict[str, str], **flags: Any) -> list[str]:
         loaded(environment, **flags)
     assert str(caught.value).splitlines() == caught.value.problems
     return caught.value.problems
-
-
-def run(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run the real command in a folder, without variables of our own environment."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("TELEMETRY_")}
-    return subprocess.run(
-        [sys.executable, "-m", "telemetryd", *arguments],
-        cwd=folder,
-        env={**environment, **variables},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
 
 
 # --- Values --------------------------------------------------------------------------------------
@@ -222,7 +206,7 @@ WRONG = {
 }
 
 
-def test_every_problem_is_told_at_once_with_the_name_of_its_variable() -> None:
+def test_every_problem_is_reported_at_once_with_the_name_of_its_variable() -> None:
     assert {variable(name) for name in Settings.model_fields} - set(WRONG) == {"TELEMETRY_API_AUTH_TOKEN"}
     found = problems(WRONG)
     assert [problem.partition(":")[0] for problem in found] == list(WRONG)
@@ -232,7 +216,7 @@ def test_every_problem_is_told_at_once_with_the_name_of_its_variable() -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), WRONG.items())
-def test_each_problem_is_told_alone_too(name: str, value: str) -> None:
+def test_each_problem_is_reported_alone_too(name: str, value: str) -> None:
     (problem,) = problems({name: value})
     assert problem.startswith(f"{name}: ")
     assert problem.endswith(f"(it is {value!r}, from the environment)")
@@ -279,14 +263,14 @@ def test_a_line_of_dotenv_that_cannot_be_read_is_a_problem_and_is_not_shown(tmp_
 
 def test_a_dotenv_that_is_not_utf_8_is_a_problem(tmp_path: Path) -> None:
     (tmp_path / ".env").write_bytes(b"TELEMETRY_API_HOST=m\xfcnchen\n")
-    refused = run(tmp_path, "config")
-    assert (refused.returncode, refused.stdout) == (2, "")
+    refused = telemetryd("config", status=2, cwd=tmp_path)
+    assert refused.stdout == ""
     assert refused.stderr == "telemetryd: .env: is not UTF-8 text (byte 21 cannot be)\n"
     (tmp_path / ".env").write_bytes("\ufeffTELEMETRY_API_HOST=münchen\n".encode())  # as Windows' Notepad writes it
     assert loaded(dotenv=tmp_path / ".env").settings.api_host == "münchen"
 
 
-def test_a_setting_that_fits_alone_but_not_with_others_is_told_beside_the_other_problems() -> None:
+def test_a_setting_that_fits_alone_but_not_with_others_is_reported_with_the_other_problems() -> None:
     found = problems({"TELEMETRY_API_PORT": "x", "TELEMETRY_API_AUTH_ENABLED": "true", "TELEMETRY_LOG_LEVEL": "x"})
     assert sorted(problem.partition(":")[0] for problem in found) == [
         "TELEMETRY_API_AUTH_TOKEN",
@@ -370,7 +354,7 @@ def test_an_unknown_variable_of_the_family_is_remarked_on(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("where", ["environment", ".env"])
 def test_the_retention_of_the_replaced_service_has_no_effect_and_is_remarked_on(tmp_path: Path, where: str) -> None:
-    given = {"TELEMETRY_RETENTION_DAYS": "30"}
+    given: dict[str, Any] = {"TELEMETRY_RETENTION_DAYS": "30"}
     if where == ".env":
         (tmp_path / ".env").write_text("TELEMETRY_RETENTION_DAYS=30\n")
         given = {}
@@ -378,7 +362,7 @@ def test_the_retention_of_the_replaced_service_has_no_effect_and_is_remarked_on(
     assert remark.startswith("TELEMETRY_RETENTION_DAYS has no effect")
     assert "TELEMETRY_PRUNE_AFTER" in remark
     assert "telemetryd prune --confirm-automatic 90d" in remark
-    assert remark in run(tmp_path, "config", **given).stderr
+    assert remark in telemetryd("config", cwd=tmp_path, **given).stderr
 
 
 def test_a_token_that_is_not_asked_for_is_remarked_on(tmp_path: Path) -> None:
@@ -389,7 +373,7 @@ def test_a_token_that_is_not_asked_for_is_remarked_on(tmp_path: Path) -> None:
             "A token is set but not asked for, because TELEMETRY_API_AUTH_ENABLED is false",
         )
         assert loaded(given | on).remarks == ()
-    shown = run(tmp_path, "config", "--json", TELEMETRY_API_AUTH_TOKEN=TOKEN)
+    shown = telemetryd("config", "--json", cwd=tmp_path, TELEMETRY_API_AUTH_TOKEN=TOKEN)
     assert shown.stderr == f"telemetryd: remark: {loaded({'TELEMETRY_API_AUTH_TOKEN': TOKEN}).remarks[0]}\n"
     assert json.loads(shown.stdout)["TELEMETRY_API_AUTH_TOKEN"]["value"] == "********"
 
@@ -400,8 +384,8 @@ def test_a_token_that_is_not_asked_for_is_remarked_on(tmp_path: Path) -> None:
 def test_config_prints_every_setting_with_its_origin(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("TELEMETRY_QUEUE_MAX=7\n")
     arguments = ("config", "--port", "9000", "--no-protected-mode")
-    printed = run(tmp_path, *arguments, "--json", TELEMETRY_API_HOST="127.0.0.1", TELEMETRY_LOG_LEVEL="debug")
-    assert printed.returncode == 0, printed.stderr
+    variables: dict[str, Any] = {"TELEMETRY_API_HOST": "127.0.0.1", "TELEMETRY_LOG_LEVEL": "debug"}
+    printed = telemetryd(*arguments, "--json", cwd=tmp_path, **variables)
     shown = json.loads(printed.stdout)
     assert list(shown) == [variable(name) for name in Settings.model_fields]
     assert shown["TELEMETRY_API_PORT"] == {"value": 9000, "origin": "flag"}
@@ -410,7 +394,7 @@ def test_config_prints_every_setting_with_its_origin(tmp_path: Path) -> None:
     assert shown["TELEMETRY_LOG_LEVEL"] == {"value": "DEBUG", "origin": "environment"}
     assert shown["TELEMETRY_QUEUE_MAX"] == {"value": 7, "origin": ".env"}
     assert shown["TELEMETRY_MAX_BATCH"] == {"value": 10000, "origin": "default"}
-    lines = run(tmp_path, *arguments).stdout.splitlines()
+    lines = telemetryd(*arguments, cwd=tmp_path).stdout.splitlines()
     assert [line.split()[0] for line in lines] == list(shown)
     assert next(line for line in lines if line.startswith("TELEMETRY_QUEUE_MAX ")).endswith("= 7  # .env")
     printed_of = {line.split()[0]: line.partition(" = ")[2] for line in lines}
@@ -421,11 +405,10 @@ def test_config_prints_every_setting_with_its_origin(tmp_path: Path) -> None:
 
 def test_wrong_settings_end_the_process_before_the_database_is_touched(tmp_path: Path) -> None:
     database = tmp_path / "data" / "telemetry.sqlite"
-    refused = run(
-        tmp_path, "serve", "--max-batch", "0",
+    refused = telemetryd(
+        "serve", "--max-batch", "0", status=2, cwd=tmp_path,
         TELEMETRY_DB_PATH=str(database), TELEMETRY_API_WORKERS="2", TELEMETRY_API_PORT="http", TELEMETRY_LOG_LEVEL="x",
     )  # fmt: skip
-    assert refused.returncode == 2
     assert refused.stdout == ""
     lines = refused.stderr.splitlines()
     assert [line.split(": ")[1] for line in lines] == [
@@ -439,13 +422,12 @@ def test_wrong_settings_leave_an_existing_database_alone(tmp_path: Path) -> None
     database = tmp_path / "telemetry.sqlite"
     database.write_bytes(b"whatever it is")
     before = database.stat()
-    refused = run(tmp_path, "serve", TELEMETRY_DB_PATH=str(database), TELEMETRY_API_WORKERS="0")
-    assert refused.returncode == 2
+    telemetryd("serve", status=2, cwd=tmp_path, TELEMETRY_DB_PATH=str(database), TELEMETRY_API_WORKERS="0")
     assert [path.name for path in tmp_path.iterdir()] == ["telemetry.sqlite"]
     assert (database.stat().st_mtime_ns, database.stat().st_atime_ns) == (before.st_mtime_ns, before.st_atime_ns)
     assert database.read_bytes() == b"whatever it is"
 
 
 def test_an_unknown_flag_ends_the_process_with_status_2(tmp_path: Path) -> None:
-    assert run(tmp_path, "serve", "--nope").returncode == 2
+    telemetryd("serve", "--nope", status=2, cwd=tmp_path)
     assert list(tmp_path.iterdir()) == []

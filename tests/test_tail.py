@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from telemetryd.cli.stream import Message, read_messages
 from telemetryd.cli.tail import _columns, cut, fitted, line
 from tests.conftest import StartDaemon, make_run
+from tests.tools.forks import popen
 
 
 def send(url: str, path: str, body: object, method: str = "POST") -> None:
@@ -32,9 +33,7 @@ def send(url: str, path: str, body: object, method: str = "POST") -> None:
 def tailing(url: str, *flags: str) -> Iterator[subprocess.Popen[str]]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TELEMETRY_")}
     command = [sys.executable, "-m", "telemetryd", "tail", "--url", url, *flags]
-    with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    with popen(command, environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         try:
             yield process
         finally:

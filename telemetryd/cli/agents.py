@@ -14,22 +14,22 @@ from typing import Any, Final
 import click
 
 from telemetryd.cli.files import LONGEST_LINE_MIB, READ_ERRORS, Patience, Refusals, Sending
-from telemetryd.cli.options import EXIT_USAGE, counted, fail, json_flag, print_json, progress, size
+from telemetryd.cli.options import EXIT_USAGE, F, counted, fail, json_flag, print_json, progress, size
 from telemetryd.client.aside import Aside
 from telemetryd.client.bounds import Upkeep
 from telemetryd.client.config import Config
 from telemetryd.client.counters import Counters
-from telemetryd.client.courier import Courier
 from telemetryd.client.dead_letters import DEAD_LETTERS, bury
 from telemetryd.client.delivery import BlockedError, Delivery, RetryError, WaitError
 from telemetryd.client.folder import UNSENT, Entry, is_aside, summary, waiting
 from telemetryd.client.streams import Stream
 from telemetryd.client.transport import Transport
+from telemetryd.client.uploader import Uploader
 from telemetryd.errors import sentence
 
 _WATCH_S: Final = 2.0
 _COST: Final = 20
-"""To look through a folder takes at most one twentieth of the time."""
+"""Looking through a folder takes at most one twentieth of the time."""
 
 _FOLDER: Final = "The spool's folder.  [TELEMETRY_BUFFER_DIR; default: ~/.local/state/telemetryd/buffer]"
 url_option = click.option(
@@ -48,15 +48,24 @@ retry_option = click.option(
 )
 
 
-longest_line_option = click.option(
-    "--longest-line",
-    "longest_line_mib",
-    type=click.IntRange(1, 1024),
-    default=LONGEST_LINE_MIB,
-    show_default=True,
-    metavar="MIB",
-    help="A longer line of NDJSON is refused unread, so that a small file cannot fill the memory.",
-)
+def from_files(function: F) -> F:
+    """Give a command that sends the runs of files its argument and flags."""
+    longest_line = click.option(
+        "--longest-line",
+        "longest_line_mib",
+        type=click.IntRange(1, 1024),
+        default=LONGEST_LINE_MIB,
+        show_default=True,
+        metavar="MIB",
+        help="A longer line of NDJSON is refused unread, so that a small file cannot fill the memory.",
+    )
+    rejects = click.option(
+        "--rejects", type=click.Path(path_type=Path), help="Append what the daemon refuses to this file."
+    )
+    files = click.argument(
+        "files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, allow_dash=True)
+    )
+    return files(rejects(longest_line(retry_option(json_flag(url_option(function))))))
 
 
 def client_config(**given: Any) -> Config:
@@ -235,15 +244,15 @@ class _Sync:
         return some_wait and self._counters.sent > before
 
     def _send(self, name: str, numbers: list[int]) -> Iterator[int]:
-        """Send a stream unless somebody else does; yield the size of each part that was sent."""
+        """Send a stream unless another process does; yield the size of each part that was sent."""
         stream = Stream.take(self._folder, name, numbers)
         if stream is None:
             return
-        courier = Courier(stream, self._delivery, self._counters)
+        uploader = Uploader(stream, self._delivery, self._counters)
         try:
             end = stream.end()
-            while (stream.number, stream.offset) < end and self._patience.attempt(courier.carry, 0):
-                yield courier.carried_bytes
+            while (stream.number, stream.offset) < end and self._patience.attempt(uploader.send_next, 0):
+                yield uploader.sent_bytes
             stream.window(1, 1)  # marks a file that has been sent whole
         finally:
             stream.release()
@@ -311,12 +320,7 @@ def send_files(
       zcat old.ndjson.gz | telemetryd replay -
     """
 )
-@click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, allow_dash=True))
-@click.option("--rejects", type=click.Path(path_type=Path), help="Append what the daemon refuses to this file.")
-@longest_line_option
-@retry_option
-@json_flag
-@url_option
+@from_files
 def replay(
     *,
     files: tuple[str, ...],

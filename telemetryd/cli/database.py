@@ -54,7 +54,7 @@ def owned(settings: Settings) -> Iterator[Path]:
     try:
         yield path
         if not ownership.was_dropped:  # what a crash left is still for the daemon's next start to look at
-            ownership.settle()
+            ownership.mark_clean()
     finally:
         ownership.release()
 
@@ -101,7 +101,7 @@ def migrate(dry_run: bool, with_backup: bool, as_json: bool, **flags: Any) -> No
 
 
 def _is_older(path: Path) -> bool:
-    """Tell whether the database at a path is older than this telemetryd.
+    """Return whether the database at a path is older than this telemetryd.
 
     Raises:
         DatabaseError: if there is none, or one of a newer telemetryd or another program.
@@ -118,7 +118,7 @@ def _is_older(path: Path) -> bool:
 
 def _preview(path: Path) -> legacy.Migration | None:
     if is_ours(path) and not _is_older(path):
-        return None  # maybe in use, and a copy of it would cost much and tell nothing
+        return None  # maybe in use, and a copy of it would cost much and show nothing
     with undisturbed(path) as quiet, progress() as drawn:
         return legacy.preview(quiet, drawn) if _is_older(quiet) else None
 

@@ -18,7 +18,7 @@ import click
 from telemetryd.cli.options import Progress
 from telemetryd.client.context import timestamp
 from telemetryd.client.counters import Counters
-from telemetryd.client.delivery import MAX_BYTES, Delivery, Parcel, Requests, RetryError, WaitError
+from telemetryd.client.delivery import MAX_BYTES, Batch, Delivery, Requests, RetryError, WaitError
 from telemetryd.client.lines import dead_letter, encode, read_object, unfold
 from telemetryd.client.worker import Backoff
 from telemetryd.errors import ErrorItem, TelemetrydError, describe
@@ -91,11 +91,11 @@ class Patience:
 
 
 class Refusals:
-    """Tells of refused lines on standard error, the first ones in words, and keeps them if a file is given."""
+    """Reports rejected lines on standard error, the first ones in full, and keeps them if a file is given."""
 
     def __init__(self, file: Path | None) -> None:
         self._file = file
-        self._told = 0
+        self._reported = 0
         self.places: dict[bytes, tuple[str, int]] = {}
         """Where the lines that are on their way stand: the file, and the line or row in it."""
         self.kept: list[dict[str, object]] = []
@@ -107,8 +107,8 @@ class Refusals:
         text = "; ".join(_reasons(reason))
         if len(self.kept) < _KEPT:
             self.kept.append({"file": name or None, "line": number or None, "status": status, "reason": f"{text:.300}"})
-        if self._told < _TOLD:
-            self._told += 1
+        if self._reported < _TOLD:
+            self._reported += 1
             place = f"{name} line {number}: " if number else ""
             shown = lines[0].decode("utf-8", "replace")
             answer = "" if status is None else f" ({status})"
@@ -199,8 +199,8 @@ class Sending:
 
     def _send(self, lines: list[bytes]) -> None:
         if lines:
-            parcel = Parcel.of(lines)
-            self._patience.attempt(lambda: self._delivery.send(parcel), None)
+            batch = Batch.of(lines)
+            self._patience.attempt(lambda: self._delivery.send(batch), None)
             time.sleep(self._delivery.pause_s)
         self._refusals.places.clear()
 

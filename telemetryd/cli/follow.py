@@ -29,7 +29,7 @@ _PAUSES_S: Final = (0.2, 1.0, 5.0)
 @click.command(
     help=r"""Keep a copy of a daemon's runs in step until stopped.
 
-    The copy is a database of its own that this command owns: others may read it (sqlite3, telemetryd check), and it can
+    The copy is a separate database that this command owns: others may read it (sqlite3, telemetryd check), and it can
     take the primary's place with `telemetryd serve`, after which it is nobody's copy any more. It has the runs and
     their events, with their ids, and the commit sequence; registered processes and originals of old values stay with
     the primary. Interrupted at any moment, it goes on where it was; what --once has done is printed. If the primary was
@@ -80,8 +80,8 @@ async def _follow(daemon: Daemon, store: Store, *, once: bool, as_json: bool) ->
     failures = changes = happened = 0
     while True:
         followed = await store.fetch(GetFollowed())
-        place = followed.place
-        if followed.newest > (place.seq if place is not None else 0):
+        cursor = followed.cursor
+        if followed.newest > (cursor.seq if cursor is not None else 0):
             raise DatabaseError(
                 "This database holds changes that are not the primary's; follow with --db-path of one that does not "
                 "exist yet"
@@ -91,8 +91,8 @@ async def _follow(daemon: Daemon, store: Store, *, once: bool, as_json: bool) ->
             "wait": "0" if once else str(_WAIT_S),
             "events_after": str(followed.last_event),
         }
-        if place is not None:
-            parameters |= {"after": str(place), "begun": str(followed.begun)}
+        if cursor is not None:
+            parameters |= {"after": str(cursor), "begun": str(followed.begun)}
         try:
             page = await daemon.get("/api/v1/changes", parameters)
         except UnavailableError as error:
@@ -104,9 +104,9 @@ async def _follow(daemon: Daemon, store: Store, *, once: bool, as_json: bool) ->
             failures += 1
             continue
         failures = 0
-        if place is None or page["last"] != place.seq or page["events"]:
+        if cursor is None or page["last"] != cursor.seq or page["events"]:
             # Not to be interrupted half-way: the writer carries it out anyway, and the next turn sees that.
-            await asyncio.shield(store.submit(_command(page, followed.begun if place is not None else page["newest"])))
+            await asyncio.shield(store.submit(_command(page, followed.begun if cursor is not None else page["newest"])))
             changes += len(page["changes"])
             happened += len(page["events"])
         if once and not page["more"]:

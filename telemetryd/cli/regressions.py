@@ -45,10 +45,10 @@ def regressions(
     if as_json:
         print_json(answer)
     else:
-        click.echo(told(answer))
+        click.echo(text_of(answer))
 
 
-def told(answer: Body) -> str:
+def text_of(answer: Body) -> str:
     """Return the answer as lines for people, a paragraph for each finding."""
     pairs, span = answer["pairs"], f"from {answer['from']} to {answer['to']}"
     looked = f"{pairs:,} pair{'' if pairs == 1 else 's'} of agent and job type with several commits, {span}"

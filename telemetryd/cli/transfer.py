@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 import aiohttp
 import click
 
-from telemetryd.cli.agents import client_config, end, longest_line_option, retry_option, send_files, url_option
+from telemetryd.cli.agents import client_config, end, from_files, retry_option, send_files, url_option
 from telemetryd.cli.files import Refusals
 from telemetryd.cli.options import F, Progress, counted, failing, json_flag, print_json, progress, size
 from telemetryd.cli.stream import detail_of
@@ -223,9 +223,9 @@ async def _answer(config: Config, asked: dict[str, str], retry_s: float) -> Asyn
     "import",
     help=r"""Send the runs of exported files to the daemon.
 
-    NDJSON (with events, if it has them) and CSV, plain, gzip or Zstandard, and Parquet; what a file is, its first bytes
-    tell. - is standard input. Runs that are known by their event_id stay as they are, so a file may be imported again.
-    Each run that is refused is told with its line, and costs the others nothing.
+    NDJSON (with events, if it has them) and CSV, plain, gzip or Zstandard, and Parquet; the first bytes of a file show
+    its format. - is standard input. Runs whose event_id is known stay as they are, so a file may be imported again.
+    Each rejected run is reported with its line; the others are stored.
 
     \b
     Examples:
@@ -234,12 +234,7 @@ async def _answer(config: Config, asked: dict[str, str], retry_s: float) -> Asyn
       telemetryd export - --url http://old:8765 --events | telemetryd import - --url http://new:8765
     """,
 )
-@click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, allow_dash=True))
-@click.option("--rejects", type=click.Path(path_type=Path), help="Append what the daemon refuses to this file.")
-@longest_line_option
-@retry_option
-@json_flag
-@url_option
+@from_files
 def import_(
     *,
     files: tuple[str, ...],

@@ -16,7 +16,7 @@ MAX_ROWS: Final = 10_000
 _MAX_PAUSE_S: Final = 60.0
 _MAX_RETRY_AFTER_S: Final = 3600.0
 _LONGEST_NUMBER: Final = 12
-"""So many digits are more than any number of ours has; Python refuses to read some thousands of them."""
+"""More digits than any number of ours has; Python refuses to read some thousands of them."""
 _SECONDS: Final = re.compile(r"\d+(?:\.\d*)?(?:e\d{1,3})?", re.ASCII | re.IGNORECASE)
 _MAX_SHOWN: Final = 500
 FLOW_HEADER: Final = "telemetry-flow"
@@ -27,14 +27,14 @@ class UnclearError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class BatchResult:
     """What became of a batch."""
 
     inserted: int
     duplicates: int
     errors: list[Any]
     details: dict[int, Any] | None
-    """Index of the item → what is wrong with it; None if the daemon does not tell."""
+    """Index of the item → what is wrong with it; None if the daemon does not say."""
 
 
 def _count(body: object, name: str) -> int:
@@ -45,7 +45,7 @@ def _count(body: object, name: str) -> int:
     return value
 
 
-def read_batch(answer: Answer, sent: int) -> Batch:
+def read_batch(answer: Answer, sent: int) -> BatchResult:
     """Read what became of a batch of so many runs.
 
     Raises:
@@ -54,21 +54,21 @@ def read_batch(answer: Answer, sent: int) -> Batch:
     """
     body = answer.body
     inserted, duplicates = _count(body, "inserted"), _count(body, "duplicates")
-    errors, told = body.get("errors"), body.get("error_details")
-    if not isinstance(errors, list) or not isinstance(told, list | None):
+    errors, reported = body.get("errors"), body.get("error_details")
+    if not isinstance(errors, list) or not isinstance(reported, list | None):
         raise UnclearError("The answer to a batch cannot be read")
     details: dict[int, Any] | None = None
-    if told is not None:
-        details = {_count(item, "index"): item.get("detail") for item in told}
+    if reported is not None:
+        details = {_count(item, "index"): item.get("detail") for item in reported}
         if len(details) != len(errors) or not all(index < sent for index in details):
             raise UnclearError("The answer to a batch names other errors than it counts")
     if inserted + duplicates + len(errors) != sent:
         raise UnclearError(f"The answer to a batch of {sent} accounts for {inserted + duplicates + len(errors)}")
-    return Batch(inserted, duplicates, errors, details)
+    return BatchResult(inserted, duplicates, errors, details)
 
 
 def accounts_for(answer: Answer, sent: int) -> bool:
-    """Tell whether an answer accounts for so many events."""
+    """Return whether an answer accounts for so many events."""
     try:
         return _count(answer.body, "inserted") + _count(answer.body, "duplicates") == sent
     except UnclearError:

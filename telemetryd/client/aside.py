@@ -1,6 +1,6 @@
 """Sets aside lines that something between client and daemon blocks: one stream for each run.
 
-A proxy that takes 1 MB answers 413 to a larger line. Nobody knows whether the daemon would take it, so it is neither
+A proxy that takes 1 MB answers 413 to a larger line. It is unknown whether the daemon would take it, so it is neither
 sent again and again, with everything waiting for it, nor given up. It becomes the first line of a new stream
 (`folder.is_aside`), which the sender of streams tries again later. What is said of the same run afterwards joins that
 stream, so the order of a run's lines stays as it was.
@@ -61,7 +61,7 @@ class Aside:
         """Stream → when to try it again (time.monotonic), and the last pause."""
 
     def holds(self, event_id: str) -> bool:
-        """Tell whether lines of a run are set aside, so that others of it have to wait for them."""
+        """Return whether lines of a run are set aside, so that others of it have to wait for them."""
         if time.monotonic() - self._looked_at >= max(_FRESH_S, _COST * self._took_s):
             self.look()
         return event_id in self._streams
@@ -133,7 +133,7 @@ class Aside:
     # --- Trying again ----------------------------------------------------------------------------
 
     def is_due(self, stream: str) -> bool:
-        """Tell whether a stream may be tried (again)."""
+        """Return whether a stream may be tried (again)."""
         return stream not in self._pauses or time.monotonic() >= self._pauses[stream][0]
 
     def postpone(self, stream: str) -> None:

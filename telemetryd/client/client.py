@@ -103,7 +103,7 @@ class Client:
         Args:
             agent_name: which agent runs.
             job_type: what kind of job it runs.
-            heartbeat: True to tell the daemon every minute that the run is alive; or the seconds between.
+            heartbeat: True to report every minute that the run is alive; or the seconds between.
             **fields: other fields of the run, such as product="words" (docs/runs.md).
 
         """

@@ -13,7 +13,7 @@ import orjson
 from telemetryd.client.answers import (
     DEFAULT_ROWS,
     FLOW_HEADER,
-    Batch,
+    BatchResult,
     UnclearError,
     accounts_for,
     named_fields,
@@ -138,8 +138,8 @@ def _updates(event_id: str, lines: list[bytes]) -> list[_Update]:
 
 
 @dataclass(slots=True)
-class Parcel:
-    """Lines on their way: the requests that are still to be sent, and the lines that nobody will take."""
+class Batch:
+    """Lines on their way: the requests that are still to be sent, and the lines that are rejected for good."""
 
     lines: list[bytes]
     steps: deque[_Step] = field(default_factory=deque)
@@ -150,26 +150,26 @@ class Parcel:
     """Whether the lines come from such a stream, and so wait for nothing but themselves."""
 
     @classmethod
-    def of(cls, lines: list[bytes], *, was_aside: bool = False) -> Parcel:
+    def of(cls, lines: list[bytes], *, was_aside: bool = False) -> Batch:
         """Lay out the requests for some lines: starts, then events, then changes."""
         wanted = plan(lines)
-        parcel = cls(lines, was_aside=was_aside)
+        batch = cls(lines, was_aside=was_aside)
         if wanted.runs:
-            parcel.steps.append(_Runs(wanted.runs))
+            batch.steps.append(_Runs(wanted.runs))
         for event_id, events in wanted.events.items():
             if not is_addressable(event_id):
-                parcel.refuse([item.line for item in events], None, _NO_ADDRESS)
+                batch.refuse([item.line for item in events], None, _NO_ADDRESS)
                 continue
-            parcel.steps.extend(_Events(events[at : at + MAX_EVENTS]) for at in range(0, len(events), MAX_EVENTS))
+            batch.steps.extend(_Events(events[at : at + MAX_EVENTS]) for at in range(0, len(events), MAX_EVENTS))
         for update in wanted.updates.values():
             if not update.fields:
                 continue  # nothing but nulls, which PATCH leaves alone
             if is_addressable(update.event_id):
-                parcel.steps.append(_Update(update.event_id, update.fields, update.lines))
+                batch.steps.append(_Update(update.event_id, update.fields, update.lines))
             else:
-                parcel.refuse(update.lines, None, _NO_ADDRESS)
-        parcel.refuse(wanted.unreadable, None, "The line cannot be read")
-        return parcel
+                batch.refuse(update.lines, None, _NO_ADDRESS)
+        batch.refuse(wanted.unreadable, None, "The line cannot be read")
+        return batch
 
     def refuse(self, lines: list[bytes], status: int | None, reason: object) -> None:
         """Send lines to the dead-letter file."""
@@ -190,7 +190,7 @@ def ready_lines(lines: Sequence[bytes], is_sent: Callable[[tuple[str, int, int]]
 
 
 class Delivery:
-    """Sends parcels, one after the other; knows the pace that the daemon asks for.
+    """Sends batches, one after the other; knows the pace that the daemon asks for.
 
     Only what the daemon itself answers decides about a line (`Answer.is_daemons`). Whatever else answers means: later.
 
@@ -213,82 +213,82 @@ class Delivery:
         """How much to send at once: what is too large for anybody on the way makes it smaller for a while."""
         self.pause_s = 0.0
 
-    def send(self, parcel: Parcel) -> None:
-        """Bring every line of a parcel to its end.
+    def send(self, batch: Batch) -> None:
+        """Bring every line of a batch to its end.
 
         Raises:
-            RetryError: if something is left; call again with the same parcel, later.
+            RetryError: if something is left; call again with the same batch, later.
             OSError: if the dead-letter file cannot be written, or lines cannot be set aside.
 
         """
-        while parcel.steps:
-            step = parcel.steps[0]
-            if self._has_to_wait(parcel, step):
-                more: Sequence[_Step] = self._wait_aside(parcel, step)
+        while batch.steps:
+            step = batch.steps[0]
+            if self._has_to_wait(batch, step):
+                more: Sequence[_Step] = self._wait_aside(batch, step)
             elif isinstance(step, _Runs):
-                more = self._send_runs(parcel, step)
+                more = self._send_runs(batch, step)
             elif isinstance(step, _Events):
-                more = self._send_events(parcel, step)
+                more = self._send_events(batch, step)
             else:
-                more = self._send_update(parcel, step)
-            parcel.steps.popleft()
-            parcel.steps.extendleft(reversed(more))
-        while parcel.dead:
-            lines, status, reason = parcel.dead[0]
+                more = self._send_update(batch, step)
+            batch.steps.popleft()
+            batch.steps.extendleft(reversed(more))
+        while batch.dead:
+            lines, status, reason = batch.dead[0]
             self._bury(lines, status, reason)
-            parcel.dead.pop(0)
+            batch.dead.pop(0)
             self._counters.dead += len(lines)
             text = "The daemon refuses %d line(s), which are in the dead-letter file now: %.500s"
             self._complaints.say(logging.ERROR, text, len(lines), reason)
         left = 0
-        while parcel.aside and self._aside is not None:
-            event_id, lines = next(iter(parcel.aside.items()))
+        while batch.aside and self._aside is not None:
+            event_id, lines = next(iter(batch.aside.items()))
             self._aside.put(event_id, lines)
-            del parcel.aside[event_id]
+            del batch.aside[event_id]
             left += len(lines)
         self._counters.aside += left
-        self._counters.sent += max(len(parcel.lines) - left, 0)
+        self._counters.sent += max(len(batch.lines) - left, 0)
 
     # --- What does not come through --------------------------------------------------------------
 
-    def _has_to_wait(self, parcel: Parcel, step: _Step) -> bool:
-        """Tell whether lines of the run that come before these are set aside."""
-        if self._aside is None or parcel.was_aside:
+    def _has_to_wait(self, batch: Batch, step: _Step) -> bool:
+        """Return whether lines of the run that come before these are set aside."""
+        if self._aside is None or batch.was_aside:
             return False
         if isinstance(step, _Runs) and len(step.items) > 1:
             return False  # what could be set aside before a start is said of its run without it, which is an error
-        return step.event_id in parcel.aside or self._aside.holds(step.event_id)
+        return step.event_id in batch.aside or self._aside.holds(step.event_id)
 
-    def _wait_aside(self, parcel: Parcel, step: _Step) -> Sequence[_Step]:
+    def _wait_aside(self, batch: Batch, step: _Step) -> Sequence[_Step]:
         lines = step.lines
         if not lines and isinstance(step, _Update):  # changes that were part of a start
             lines = [encode({"op": "update", "event_id": step.event_id, "fields": step.fields}).rstrip()]
-        parcel.aside.setdefault(step.event_id, []).extend(lines)
+        batch.aside.setdefault(step.event_id, []).extend(lines)
         return []
 
-    def _block(self, parcel: Parcel, step: _Step, answer: Answer) -> Sequence[_Step]:
-        """Let the others pass a line that somebody between here and the daemon does not let through."""
-        if parcel.was_aside:
+    def _block(self, batch: Batch, step: _Step, answer: Answer) -> Sequence[_Step]:
+        """Let the others pass a line that something between here and the daemon blocks."""
+        if batch.was_aside:
             raise BlockedError(shown(answer))
         if self._aside is None:
-            parcel.refuse(step.lines, answer.status, shown(answer))
+            batch.refuse(step.lines, answer.status, shown(answer))
             return []
         text = "%s: %d line(s) of a run are set aside, and tried again later"
         self._complaints.say(logging.ERROR, text, shown(answer), len(step.lines))
-        return self._wait_aside(parcel, step)
+        return self._wait_aside(batch, step)
 
-    def _shrink(self, parcel: Parcel, step: _Step, answer: Answer) -> Sequence[_Step]:
+    def _shrink(self, batch: Batch, step: _Step, answer: Answer) -> Sequence[_Step]:
         """Do with a 413 what suits it: send less at once, or give up or set aside what is too large by itself."""
         if parts := step.parts():
             self.bytes = max(min(self.bytes, sum(map(len, step.lines))) // 2, _LEAST_BYTES)
             return parts
         if isinstance(step, _Runs) and step.items[0].changes:
-            return self._reject_run(parcel, step.items[0], answer.status, answer.detail)
+            return self._reject_run(batch, step.items[0], answer.status, answer.detail)
         if not answer.is_daemons:
-            return self._block(parcel, step, answer)
+            return self._block(batch, step, answer)
         if isinstance(step, _Runs):
-            return self._reject_run(parcel, step.items[0], answer.status, answer.detail)
-        parcel.refuse(step.lines, answer.status, answer.detail)
+            return self._reject_run(batch, step.items[0], answer.status, answer.detail)
+        batch.refuse(step.lines, answer.status, answer.detail)
         if isinstance(step, _Events) or len(step.fields) == 1:
             return []
         # The largest field must not keep the others from saying how the run ended.
@@ -297,33 +297,33 @@ class Delivery:
 
     # --- Runs ------------------------------------------------------------------------------------
 
-    def _send_runs(self, parcel: Parcel, step: _Runs) -> Sequence[_Step]:
+    def _send_runs(self, batch: Batch, step: _Runs) -> Sequence[_Step]:
         body = b"\n".join([item.body for item in step.items])
         answer = self._ask("POST", "/api/v1/runs/batch", body, "application/x-ndjson")
         if answer.is_daemons and answer.status == 200:
             try:
-                told = read_batch(answer, len(step.items))
+                result = read_batch(answer, len(step.items))
             except UnclearError as error:
                 raise RetryError(str(error)) from error
             self.bytes = min(self.bytes + _MORE_BYTES, MAX_BYTES)
-            return self._settle_batch(parcel, step, told)
+            return self._take_result(batch, step, result)
         if answer.status == 413:
-            return self._shrink(parcel, step, answer)
+            return self._shrink(batch, step, answer)
         if _is_body_fault(answer):
-            return step.parts() or self._reject_run(parcel, step.items[0], answer.status, answer.detail)
-        return self._fail(parcel, step, answer)
+            return step.parts() or self._reject_run(batch, step.items[0], answer.status, answer.detail)
+        return self._fail(batch, step, answer)
 
-    def _settle_batch(self, parcel: Parcel, step: _Runs, told: Batch) -> Sequence[_Step]:
-        if told.errors and told.details is None:  # a daemon that does not say which ones
-            return step.parts() or self._reject_run(parcel, step.items[0], 422, told.errors)
-        self._counters.stored += told.inserted
-        self._counters.duplicates += told.duplicates
-        rejected = told.details or {}
+    def _take_result(self, batch: Batch, step: _Runs, result: BatchResult) -> Sequence[_Step]:
+        if result.errors and result.details is None:  # a daemon that does not say which ones
+            return step.parts() or self._reject_run(batch, step.items[0], 422, result.errors)
+        self._counters.stored += result.inserted
+        self._counters.duplicates += result.duplicates
+        rejected = result.details or {}
         more: list[_Step] = []
         for index, reason in rejected.items():
-            more += self._reject_run(parcel, step.items[index], 422, reason)
-        if told.duplicates:
-            # Which ones were known is not reported, and a known run stays as it is: so say the changes of all of them.
+            more += self._reject_run(batch, step.items[index], 422, reason)
+        if result.duplicates:
+            # Which ones were known is not reported, and a known run stays as it is: so send the changes of all of them.
             more += [
                 _Update(item.event_id, item.changes, [])
                 for index, item in enumerate(step.items)
@@ -331,71 +331,73 @@ class Delivery:
             ]
         return more
 
-    def _reject_run(self, parcel: Parcel, item: RunItem, status: int, reason: object) -> Sequence[_Step]:
+    def _reject_run(self, batch: Batch, item: RunItem, status: int, reason: object) -> Sequence[_Step]:
         if item.changes:  # is it the start that is wrong, or what was said later?
             start, *later = item.lines
             return [_Runs([RunItem(start, [start])]), *_updates(item.event_id, later)]
         whole = repair(item.body) if read_object(item.body) is None else None
         if whole is None:
-            parcel.refuse(item.lines, status, reason)
+            batch.refuse(item.lines, status, reason)
             return []
         self._counters.torn += 1
-        again = Parcel.of([whole])
-        parcel.dead += again.dead
+        again = Batch.of([whole])
+        batch.dead += again.dead
         return again.steps
 
     # --- Events and changes ----------------------------------------------------------------------
 
-    def _send_events(self, parcel: Parcel, step: _Events) -> Sequence[_Step]:
+    def _send_events(self, batch: Batch, step: _Events) -> Sequence[_Step]:
         body = orjson.dumps([item.event for item in step.items])
         answer = self._ask("POST", run_path(step.items[0].event_id) + "/events", body)
         if answer.is_daemons and answer.status in (200, 201) and accounts_for(answer, len(step.items)):
             return []
         if answer.status == 413:
-            return self._shrink(parcel, step, answer)
+            return self._shrink(batch, step, answer)
         if _is_body_fault(answer) and len(step.items) > 1:
             return step.parts()
         if _is_body_fault(answer):
-            parcel.refuse(step.lines, answer.status, answer.detail)
+            batch.refuse(step.lines, answer.status, answer.detail)
             return []
-        return self._settle_address(parcel, step, answer, body)
+        return self._handle_address_fault(batch, step, answer, body)
 
-    def _send_update(self, parcel: Parcel, step: _Update) -> Sequence[_Step]:
+    def _send_update(self, batch: Batch, step: _Update) -> Sequence[_Step]:
         body = orjson.dumps(step.fields)
         answer = self._ask("PATCH", run_path(step.event_id), body)
         has_done = answer.status == 200 and isinstance(answer.body, dict) and answer.body.get("updated") is True
         if answer.is_daemons and has_done:
             return []
         if answer.status == 413:
-            return self._shrink(parcel, step, answer)
+            return self._shrink(batch, step, answer)
         if _is_body_fault(answer) or (answer.is_daemons and answer.detail == _NOTHING_TO_UPDATE):
             if parts := step.parts():
                 return parts
-            parcel.refuse(step.lines, answer.status, answer.detail)
+            batch.refuse(step.lines, answer.status, answer.detail)
             # One bad field must not keep the others from saying how the run ended.
             bad = named_fields(answer.detail)
             rest = {name: value for name, value in step.fields.items() if name not in bad}
             return [_Update(step.event_id, rest, [])] if rest and len(rest) < len(step.fields) else []
-        return self._settle_address(parcel, step, answer, body)
+        return self._handle_address_fault(batch, step, answer, body)
 
-    def _settle_address(self, parcel: Parcel, step: _Events | _Update, answer: Answer, body: bytes) -> Sequence[_Step]:
-        """Tell an address that no run has from one that nobody takes, and from a wrong daemon or a wrong address."""
+    def _handle_address_fault(
+        self, batch: Batch, step: _Events | _Update, answer: Answer, body: bytes
+    ) -> Sequence[_Step]:
+        """Distinguish an address that no run has, one that no server accepts, and a wrong daemon or address."""
         if _is_unknown(answer):
-            if self._aside is not None and not parcel.was_aside:
+            if self._aside is not None and not batch.was_aside:
                 self._aside.look()  # the run's start may have been set aside by another process, just now
                 if self._aside.holds(step.event_id):
-                    return self._wait_aside(parcel, step)
-            parcel.refuse(step.lines, answer.status, answer.detail)
+                    return self._wait_aside(batch, step)
+            batch.refuse(step.lines, answer.status, answer.detail)
             return []
         if answer.status in _PATH_FAULTS and self._is_taken(step, body):
             if not answer.is_daemons:
-                return self._block(parcel, step, answer)
-            parcel.refuse(step.lines, answer.status, answer.detail or _NO_ADDRESS)
+                return self._block(batch, step, answer)
+            batch.refuse(step.lines, answer.status, answer.detail or _NO_ADDRESS)
             return []
-        return self._fail(parcel, step, answer)
+        return self._fail(batch, step, answer)
 
-    def _fail(self, parcel: Parcel, step: _Step, answer: Answer) -> Sequence[_Step]:
-        """Come back later, unless it is this very step at which somebody breaks again and again."""
+    def _fail(self, batch: Batch, step: _Step, answer: Answer) -> Sequence[_Step]:
+        """Come back later, unless it is this very step that fails again and again."""
         if answer.status == 500:
             step.tries += 1
             parts = step.parts()
@@ -403,13 +405,13 @@ class Delivery:
                 return parts
             if not parts and step.tries >= _TRIES_BEFORE_GIVING_UP and self._is_healthy():
                 if not answer.is_daemons:
-                    return self._block(parcel, step, answer)
-                parcel.refuse(step.lines, answer.status, answer.detail)
+                    return self._block(batch, step, answer)
+                batch.refuse(step.lines, answer.status, answer.detail)
                 return []
         raise _retry(answer)
 
     def _is_taken(self, step: _Events | _Update, body: bytes) -> bool:
-        """Tell whether the daemon itself answers the same request about another run, which does not exist.
+        """Return whether the daemon itself answers the same request about another run, which does not exist.
 
         Then it is the event_id that has no place in an address; else the daemon or its address is wrong, for all runs.
         """
@@ -424,7 +426,7 @@ class Delivery:
 
     # --- One request -----------------------------------------------------------------------------
 
-    def tell(self, method: str, path: str, body: bytes) -> Answer:
+    def report(self, method: str, path: str, body: bytes) -> Answer:
         """Send a request that concerns no line, and return its answer.
 
         Raises:
@@ -455,12 +457,12 @@ _NOTHING_TO_UPDATE: Final = "No valid fields to update"
 
 
 def _is_body_fault(answer: Answer) -> bool:
-    """Tell whether it is what we sent that is wrong, said by the daemon itself."""
+    """Return whether it is what we sent that is wrong, said by the daemon itself."""
     return answer.is_daemons and answer.status == 422
 
 
 def _is_unknown(answer: Answer) -> bool:
-    """Tell whether the daemon says that there is no such run."""
+    """Return whether the daemon says that there is no such run."""
     return answer.is_daemons and answer.status == 404 and str(answer.detail).startswith(_NOT_FOUND)
 
 

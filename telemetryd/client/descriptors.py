@@ -30,7 +30,7 @@ class Descriptor:
         """Some file systems in user space count no names."""
 
     def is_ours(self) -> bool:
-        """Tell whether the number still means the file that we opened."""
+        """Return whether the number still means the file that we opened."""
         try:
             facts = os.fstat(self.number)
         except OSError:
@@ -38,7 +38,7 @@ class Descriptor:
         return facts.st_ino == self._inode and facts.st_dev == self._device
 
     def has_name(self) -> bool:
-        """Tell whether it is ours, and its file has a name, so that somebody can find what is written into it."""
+        """Return whether it is ours, and its file has a name, so that somebody can find what is written into it."""
         try:
             facts = os.fstat(self.number)
         except OSError:
@@ -46,7 +46,7 @@ class Descriptor:
         return facts.st_ino == self._inode and facts.st_dev == self._device and facts.st_nlink >= self._named
 
     def is_at(self, path: str | os.PathLike[str]) -> bool:
-        """Tell whether a path leads to the very file."""
+        """Return whether a path leads to the very file."""
         try:
             facts = os.stat(path, follow_symlinks=False)
         except OSError:

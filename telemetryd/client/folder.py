@@ -121,7 +121,7 @@ def waiting(folder: Path) -> dict[str, list[int]]:
     """Return the streams that have unsent files, with the files' numbers, the oldest first.
 
     At the end stand those of which there is a lock only, which is left if a process dies after the last
-    acknowledgement; to take the stream tidies it up. Somebody else's lock file (poetry.lock) is none of them.
+    acknowledgement; to take the stream tidies it up. Another program's lock file (poetry.lock) is none of them.
     """
     found: dict[str, list[int]] = defaultdict(list)
     for entry in entries(folder, UNSENT):
@@ -145,7 +145,7 @@ def _is_our_lock(path: Path, stream: str) -> bool:
 
 
 def holds_position(lock: int, stream: str) -> bool:
-    """Tell whether a lock file is one of ours: it holds a position, or the process died before it was written."""
+    """Return whether a lock file is one of ours: it holds a position, or the process died before it was written."""
     text = os.pread(lock, _LONGEST_POSITION + 1, 0)
     if not text:
         return OWN_STREAM.fullmatch(stream) is not None
@@ -153,7 +153,7 @@ def holds_position(lock: int, stream: str) -> bool:
 
 
 def is_ours(path: Path, stream: str) -> bool:
-    """Tell whether a stream's file may be deleted: by its name, or else by its content, it is telemetry.
+    """Return whether a stream's file may be deleted: by its name, or else by its content, it is telemetry.
 
     Anybody may have a `something.jsonl.synced` of his own where the spool's folder is not ours alone.
     """
@@ -191,7 +191,7 @@ def new_aside_name() -> str:
 
 
 def is_aside(stream: str) -> bool:
-    """Tell whether a stream holds what was set aside."""
+    """Return whether a stream holds what was set aside."""
     return stream.startswith(_ASIDE) and OWN_STREAM.fullmatch(stream) is not None
 
 
@@ -204,7 +204,7 @@ def file_path(folder: Path, stream: str, number: int, state: str) -> Path:
 def open_regular(path: Path, flags: int) -> int:
     """Open a regular file; whatever else stands in its place is neither followed nor waited for, nor written to.
 
-    A file with a second name may be somebody else's, so it is not written to either.
+    A file with a second name may belong to another program, so it is not written to either.
 
     Raises:
         OSError: if it cannot be opened, or is another kind of file.
@@ -219,7 +219,7 @@ def open_regular(path: Path, flags: int) -> int:
 
 
 def try_lock(file: int, kind: int) -> bool:
-    """Lock an open file if nobody else has, which would be the end of it; tell whether it is locked now.
+    """Lock an open file if nobody else has, which would be the end of it; return whether it is locked now.
 
     Raises:
         OSError: if the file system knows no locks.

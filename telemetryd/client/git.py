@@ -162,7 +162,7 @@ _PART: Final = re.compile(r'"((?:[^"\\]|\\.)*)"|((?:[^"\\#;]|\\.)+)')
 
 
 def _remote(config: Path) -> str | None:
-    """Return the address of `origin`, else of the first remote, as far as it may be told."""
+    """Return the address of `origin`, else of the first remote, without credentials."""
     remotes: dict[str, str] = {}
     instead: dict[str, str] = {}
     for section, name, value in _entries(config, _LINKS):

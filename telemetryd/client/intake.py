@@ -34,7 +34,7 @@ _DATE: Final = re.compile(r"\d{4}-?\d\d-?\d\d", re.ASCII)
 _DIGITS: Final = re.compile(r"\d{1,19}", re.ASCII)
 _FLAG_WORDS: Final = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 OF_THE_SERVER: Final = frozenset({"id", "updated_at", "commit_url", "repo_url"})
-"""What a fetched run has besides what can be given; who records it again need not take it out."""
+"""What a fetched run has besides what can be given; a caller that records it again need not take it out."""
 
 Json = dict[str, Any]
 Complain = Callable[[str, str], None]
@@ -229,13 +229,13 @@ class Intake:
     PATCH replaces metrics_json and context_json as a whole, so they always hold everything said so far.
     """
 
-    __slots__ = ("_bags", "_complain", "_is_told", "_rejected")
+    __slots__ = ("_bags", "_complain", "_is_reported", "_rejected")
 
     def __init__(self, complain: Complain) -> None:
         self._complain = complain
         self._bags: dict[str, Bag] = {}
         self._rejected: Json = {}
-        self._is_told = True
+        self._is_reported = True
 
     def name(self, field: str, value: object, otherwise: Callable[[], str]) -> str:
         """Return a name that a run must have: the given one, or what can be made of it, or another."""
@@ -261,10 +261,10 @@ class Intake:
         return self.name(field, value, lambda: UNKNOWN)
 
     def reject(self, field: str, value: object, why: str) -> None:
-        """Keep a value that is left out, and tell it."""
+        """Keep a value that is left out, and report it."""
         if len(self._rejected) < _MAX_REJECTED or field in self._rejected:
             self._rejected[field] = short(value) if field != "git_repo" else f"({type(value).__name__})"  # a secret?
-            self._is_told = False
+            self._is_reported = False
         self._complain(field, why)
 
     def sort(self, given: Mapping[Any, Any], known: frozenset[str]) -> Json:
@@ -285,8 +285,8 @@ class Intake:
                 joined |= self._put_all(name, value)
             else:
                 self._put_field(fields, name, value)
-        if not self._is_told:
-            self._tell_rejected()
+        if not self._is_reported:
+            self._report_rejected()
             joined.add("context_json")
         for name in joined:
             fields[name] = self._bag(name).values
@@ -313,17 +313,17 @@ class Intake:
         event: Json = {"event_type": self.required("event_type", event_type)}
         for part in (payload, more):
             self._put_all("context_json", part, "payload")
-        if not self._is_told:
-            self._tell_rejected()
-        if told := self._bag("context_json").values:
-            event["payload"] = told
+        if not self._is_reported:
+            self._report_rejected()
+        if kept := self._bag("context_json").values:
+            event["payload"] = kept
         return event
 
-    def _tell_rejected(self) -> None:
+    def _report_rejected(self) -> None:
         values = self._bag("context_json").values
         before = values.get(REJECTED)
         values[REJECTED] = {**before, **self._rejected} if isinstance(before, dict) else dict(self._rejected)
-        self._is_told = True
+        self._is_reported = True
 
     def _put_field(self, fields: Json, name: str, value: object) -> None:
         try:
@@ -334,7 +334,7 @@ class Intake:
             if taken is not None:
                 fields[name] = taken
             else:
-                self._complain(name, "has no form in which host and path can be told from a secret")
+                self._complain(name, "has no form in which host and path can be distinguished from a secret")
 
     def _put_elsewhere(self, name: object, value: object) -> set[str]:
         """Put a value without a field into metrics or context; return which it was."""
@@ -368,14 +368,14 @@ class Intake:
 
 
 def _is_usual(value: object) -> bool:
-    """Tell whether a name is what nearly every agent gives, which needs no second look."""
+    """Return whether a name is what nearly every agent gives, which needs no second look."""
     if type(value) is not str:
         return False
     return value.isascii() and value.isprintable() and 0 < len(value) <= MAX_NAME and not value.isspace()
 
 
 def _is_number(value: object) -> bool:
-    """Tell whether a value without a field of its own is a figure."""
+    """Return whether a value that has no field is a figure."""
     kind = type(value)
     if kind in SCALARS or kind is int:
         return kind is int or kind is float or kind is bool

@@ -72,7 +72,7 @@ def repair(line: bytes) -> bytes | None:
     """Return the whole line that stands after a torn one, or None.
 
     A write that the disk cut short leaves half a line without a newline, and the next line of another thread
-    follows at once. Where that one begins can be told: only its true beginning is a JSON text up to the end.
+    follows at once. Where that one begins is certain: only its true beginning is a JSON text up to the end.
     """
     for start in _STARTS:
         at = len(line)
@@ -115,8 +115,8 @@ def unfold(line: bytes) -> list[bytes]:
         return [line]
     lines = [encode(run)]
     for event in events:
-        told = {name: value for name, value in event.items() if name != "id"} if isinstance(event, dict) else event
-        lines.append(encode({"op": "event", "event_id": event_id, "event": told}))
+        fields = {name: value for name, value in event.items() if name != "id"} if isinstance(event, dict) else event
+        lines.append(encode({"op": "event", "event_id": event_id, "event": fields}))
     return [unfolded.rstrip() for unfolded in lines]
 
 
@@ -160,7 +160,7 @@ class Plan:
 
 
 def is_operation(line: bytes) -> bool:
-    """Tell whether a line says something of a run, instead of being one; other programs may put blanks into it."""
+    """Return whether a line says something of a run, instead of being one; other programs may put blanks into it."""
     if line.startswith(_STARTS):
         return line.startswith(OP)
     return b'"op"' in line and "op" in (read_object(line) or {})
@@ -260,13 +260,13 @@ def _add_update(result: Plan, run: RunItem | None, update: UpdateItem) -> None:
 def dead_letter(line: bytes, status: int | None, reason: object, moment: str) -> bytes:
     """Return the dead-letter file's line for a line that will never be taken."""
     value = read_object(line)
-    told: Json = {"time": moment, "status": status, "reason": reason}
+    entry: Json = {"time": moment, "status": status, "reason": reason}
     text = line.decode("utf-8", "backslashreplace")
-    told["line"] = value if value is not None else text
+    entry["line"] = value if value is not None else text
     try:
-        encoded = _compact(told)
+        encoded = _compact(entry)
     except RecursionError:
-        encoded = _compact({**told, "line": text})
+        encoded = _compact({**entry, "line": text})
     return encoded.encode("utf-8", "replace") + b"\n"
 
 

@@ -78,7 +78,7 @@ class Sender:
         self.hurry = Bell()
         """Wakes the thread from its pauses as well."""
         self.flushes: list[Flush] = []
-        """Who waits now; each of them leaves by itself."""
+        """The flushes that wait now; each of them leaves by itself."""
         self.stopping = False
         self.is_idle = True
         """Whether the next line has to wake the thread."""
@@ -166,7 +166,7 @@ class Sender:
         return flush.succeeded
 
     def stop(self) -> None:
-        """Tell the thread to end."""
+        """Ask the thread to end."""
         self.stopping = True
         self.hurry.ring()
         self.wake.ring()

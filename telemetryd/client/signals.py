@@ -49,7 +49,7 @@ class Bell:
 
 
 class Flush:
-    """Somebody who waits until everything so far has been sent."""
+    """A thread that waits until everything so far has been sent."""
 
     def __init__(self, *, is_last: bool) -> None:
         self.is_last = is_last
@@ -59,23 +59,23 @@ class Flush:
 
     @property
     def is_open(self) -> bool:
-        """Whether the one who waits still does. It leaves the list only when its thread gets its turn."""
+        """Whether the thread still waits. It leaves the list only when it gets its turn."""
         return not self.done.is_set()
 
     def end(self, *, succeeded: bool) -> None:
-        """Let the one who waits go on."""
+        """Let the waiting thread continue."""
         self.succeeded = succeeded
         self.done.set()
 
 
 class Signals(Protocol):
-    """What the agent's side shows the thread that sends."""
+    """What the agent's threads share with the thread that sends."""
 
     wake: Bell
     hurry: Bell
     """Wakes the thread from its pauses as well."""
     flushes: list[Flush]
-    """Who waits now; each of them leaves by itself."""
+    """The flushes that wait now; each of them leaves by itself."""
     stopping: bool
     is_idle: bool
     """Whether the next line has to wake the thread."""

@@ -76,11 +76,11 @@ class Stream:
         self.name = name
         self._lock: Descriptor | None = Descriptor(lock)
         self._is_our_lock = holds_position(lock, name)
-        """Else it is somebody else's file of this name: it serves to lock, and is neither written nor deleted."""
+        """Else it is another program's file of this name: it serves to lock, and is neither written nor deleted."""
         self._numbers = None if numbers is None else sorted(numbers)
         self._file: Descriptor | None = None
-        self._is_settled = False
-        """Whether nobody writes to the open file any more."""
+        self._is_complete = False
+        """Whether no process writes to the open file any more."""
         self.number, self.offset = read_position(lock)
         if self._numbers and self._numbers[0] < self.number:
             # Files are put away one after the other, so what is not put away was not sent, whatever this says.
@@ -128,7 +128,7 @@ class Stream:
             with contextlib.suppress(OSError):  # the reader of the file reports it
                 stream._open()  # which corrects a place where no line can begin
         except OSError:
-            stream.forget()  # somebody else may get on with it
+            stream.forget()  # another process may get on with it
             raise
         return stream
 
@@ -154,7 +154,7 @@ class Stream:
         """Return the next unsent lines, at least one of any length; None if there are none (now).
 
         Raises:
-            LostError: if the agent has closed the lock, and somebody else has it now.
+            LostError: if the agent has closed the lock, and it is held elsewhere now.
             OSError: if a file cannot be read.
 
         """
@@ -168,10 +168,10 @@ class Stream:
             end = chunk.rfind(b"\n")
             if end >= 0:
                 return self._cut(chunk, end, rows, max_bytes)
-            if not self._is_settled and len(chunk) < _LONGEST_LINE:
+            if not self._is_complete and len(chunk) < _LONGEST_LINE:
                 if not try_lock(file, fcntl.LOCK_SH):
                     return None
-                self._is_settled = True
+                self._is_complete = True
                 continue  # somebody may have written something just before
             if chunk:
                 return Window([], self.number, self.offset, chunk)
@@ -257,7 +257,7 @@ class Stream:
         """Return the lock; take it again if the agent has closed it.
 
         Raises:
-            LostError: if somebody else has taken it since.
+            LostError: if another process has taken it since.
 
         """
         assert self._lock is not None  # noqa: S101 - nobody sends what it does not own
@@ -309,7 +309,7 @@ class Stream:
     def _close_file(self) -> None:
         if self._file is not None:
             self._file.close()
-            self._file, self._is_settled = None, False
+            self._file, self._is_complete = None, False
 
     def _save(self) -> None:
         with contextlib.suppress(OSError):  # then some lines are sent again, which is harmless
@@ -342,7 +342,7 @@ def read_position(lock: int) -> Position:
 
 
 def is_sent(folder: Path, after: After) -> bool:
-    """Tell whether another stream has been sent up to a place."""
+    """Return whether another stream has been sent up to a place."""
     name, number, size = after
     if not OWN_STREAM.fullmatch(name):
         return True  # no process of ours wrote that
@@ -358,7 +358,7 @@ def is_sent(folder: Path, after: After) -> bool:
 
 
 def _is_beyond(folder: Path, stream: str, position: Position) -> bool:
-    """Tell whether a position is one that its stream cannot have reached."""
+    """Return whether a position is one that its stream cannot have reached."""
     number, offset = position
     for state in UNSENT:
         with contextlib.suppress(OSError):
@@ -370,7 +370,7 @@ def _lock(folder: Path, stream: str, flags: int = 0) -> int | None:
     """Open and lock a stream's lock file, which is made if there is none.
 
     Returns:
-        its descriptor; None if somebody else holds the lock, or has deleted the file.
+        its descriptor; None if the lock is held elsewhere, or the file was deleted.
 
     Raises:
         OSError: if it cannot be opened.

@@ -51,7 +51,7 @@ class Answer:
 
     @property
     def is_daemons(self) -> bool:
-        """Whether telemetryd itself gave this answer: not a proxy, and not somebody else behind the address."""
+        """Whether telemetryd itself gave this answer: not a proxy, and not another server at the address."""
         return self.headers.get(_SERVER, "").startswith("telemetryd")
 
     @property
@@ -83,7 +83,7 @@ def run_path(event_id: str) -> str:
 
 
 def _is_local(sock: socket.socket) -> bool:
-    """Tell whether both ends of a connection are on this very machine: then they have one address, or a loopback's."""
+    """Return whether both ends of a connection are on this machine: they have the same address, or one is loopback."""
     if sock.family == socket.AF_UNIX:
         return True
     peer = sock.getpeername()[0]
@@ -91,7 +91,7 @@ def _is_local(sock: socket.socket) -> bool:
 
 
 def is_addressable(event_id: str) -> bool:
-    """Tell whether a run with this event_id can have a path; servers take lines of 8 KiB or so."""
+    """Return whether a run with this event_id can have a path; servers take lines of 8 KiB or so."""
     try:
         return event_id != "" and len(run_path(event_id)) <= _MAX_PATH
     except UnicodeEncodeError:  # half a surrogate pair
@@ -245,7 +245,7 @@ class Transport:
         return Answer(response.status, answer_headers, _decoded(text))
 
     def _send_body(self, connection: http.client.HTTPConnection, own: Descriptor, body: bytes) -> bool:
-        """Send a large body, and tell whether all of it was sent: not if an answer comes before.
+        """Send a large body; return whether all of it was sent: not if an answer comes before.
 
         "A client sending a message body SHOULD monitor the connection for an error response while it is transmitting
         the request" (RFC 9112, 9.5). A TLS connection may bring records that are no answer, so there the answer is

@@ -90,7 +90,7 @@ def _opened(value: object) -> Any:
 
 
 def _exact(value: object) -> Any:
-    """Return an integer, or a number or a text of a class of its own, as the plain one."""
+    """Return an integer, or a number or a text of a subclass, as the plain one."""
     if isinstance(value, int):
         return value if isinstance(value, bool) else _integer(int.__index__(value))
     if isinstance(value, float):
@@ -164,8 +164,8 @@ def _real(value: Any) -> Any:
 
 
 def _is_infinite(value: Any) -> bool:
-    told = getattr(value, "is_infinite", None)  # Decimal
-    return bool(told()) if callable(told) else False
+    is_infinite = getattr(value, "is_infinite", None)  # Decimal
+    return bool(is_infinite()) if callable(is_infinite) else False
 
 
 def _finite(number: float) -> float | None:
@@ -253,7 +253,7 @@ def shown(value: object, most: int = _SHORT) -> str:
 
 
 def short(value: object) -> Any:
-    """Return a value that was left out as it is told: a scalar as it is, all else as short text; never raises."""
+    """Return a value that was left out as it is reported: a scalar as it is, all else as short text; never raises."""
     try:
         import reprlib  # noqa: PLC0415 - rarely needed, and not to be had any more at the end of the interpreter
 

@@ -19,9 +19,8 @@ from telemetryd.client.complaints import Complaints
 from telemetryd.client.config import Config
 from telemetryd.client.context import ProcessIdentity
 from telemetryd.client.counters import Counters
-from telemetryd.client.courier import Courier
 from telemetryd.client.dead_letters import bury
-from telemetryd.client.delivery import BlockedError, Delivery, Parcel, RetryError, WaitError
+from telemetryd.client.delivery import Batch, BlockedError, Delivery, RetryError, WaitError
 from telemetryd.client.descriptors import LostError
 from telemetryd.client.folder import is_aside, waiting
 from telemetryd.client.lines import encode
@@ -29,6 +28,7 @@ from telemetryd.client.signals import LiveRun, Signals
 from telemetryd.client.spool import Spool
 from telemetryd.client.streams import Position, Stream
 from telemetryd.client.transport import Transport, is_addressable, run_path
+from telemetryd.client.uploader import Uploader
 
 logger: Final = logging.getLogger("telemetryd.client")
 
@@ -76,7 +76,7 @@ class Worker:
         config: the client's settings.
         spool: this process's stream.
         counters: where is counted what becomes of lines.
-        signals: tell when there is something to do.
+        signals: say when there is something to do.
 
     """
 
@@ -93,8 +93,8 @@ class Worker:
         self._backoff = Backoff()
         self._quiet_until = 0.0
         self._not_before = 0.0
-        self._own: Courier | None = None
-        self._orphan: Courier | None = None
+        self._own: Uploader | None = None
+        self._orphan: Uploader | None = None
         self._orphan_end: Position = (0, 0)
         """Where it ended when we took it; what its process, if that lives, has added since is for the next time."""
         self._left: deque[tuple[str, list[int]]] = deque()
@@ -164,9 +164,9 @@ class Worker:
         return may_send
 
     def _is_awaited(self) -> bool:
-        """Tell whether somebody waits for us who has not been told yet.
+        """Return whether a flush waits for us that has no result yet.
 
-        Where threads only take turns of their own accord (gevent, eventlet), who has been told cannot leave before we
+        Where threads only take turns voluntarily (gevent, eventlet), a thread with its result cannot leave before we
         wait.
         """
         return any(flush.is_open for flush in [*self._signals.flushes])
@@ -197,7 +197,7 @@ class Worker:
     # --- This process's own lines ----------------------------------------------------------------
 
     def _serve(self) -> None:
-        """Send our own lines, tell those who wait for that, and say which runs are alive."""
+        """Send our own lines, end the flushes that wait for them, and report which runs are alive."""
         flushes = [flush for flush in [*self._signals.flushes] if flush.is_open]
         # Their starts are in the spool, so they will have been sent.
         live = [run for run in [*self._signals.live.values()] if is_addressable(run.event_id)]
@@ -221,17 +221,17 @@ class Worker:
         stream = self._spool.stream
         if stream is not None:
             if self._own is None or self._own.stream is not stream:
-                self._own = Courier(stream, self._delivery, self._counters)
+                self._own = Uploader(stream, self._delivery, self._counters)
             try:
                 self._send_stream(self._own, end)
-            except LostError:  # the agent has closed the lock, and somebody else sends the stream now
+            except LostError:  # the agent has closed the lock, and another process sends the stream now
                 self._spool.leave_stream()
         while self._spool.holds and not self._signals.stopping:
             self._send_held()
 
-    def _send_stream(self, own: Courier, end: Position) -> None:
+    def _send_stream(self, own: Uploader, end: Position) -> None:
         stream = own.stream
-        while (lines := own.carry()) and not self._signals.stopping:
+        while (lines := own.send_next()) and not self._signals.stopping:
             # Less than a batch beyond what there was when we began may gather first.
             if lines < self._delivery.rows and (stream.number, stream.offset) >= end:
                 break
@@ -251,7 +251,7 @@ class Worker:
         while not self._signals.stopping and (orphan := self._orphan or self._next_orphan()) is not None:
             is_left = False
             try:
-                is_left = orphan.carry() > 0 and (orphan.stream.number, orphan.stream.offset) < self._orphan_end
+                is_left = orphan.send_next() > 0 and (orphan.stream.number, orphan.stream.offset) < self._orphan_end
                 if not is_left:
                     orphan.stream.window(1, 1)  # marks a file that has been sent whole
             except BlockedError:
@@ -268,7 +268,7 @@ class Worker:
             if not self._signals.is_idle or self._is_awaited() or self._beat_is_due():
                 self._serve()
 
-    def _next_orphan(self) -> Courier | None:
+    def _next_orphan(self) -> Uploader | None:
         own = self._spool.stream
         while self._left:
             name, numbers = self._left.popleft()
@@ -281,7 +281,7 @@ class Worker:
                 self._complain_of(name, error)
                 continue
             if stream is not None:
-                self._orphan = Courier(stream, self._delivery, self._counters)
+                self._orphan = Uploader(stream, self._delivery, self._counters)
                 return self._orphan
         return None
 
@@ -299,7 +299,7 @@ class Worker:
         lines = self._spool.take_held(self._delivery.rows)
         sent = False
         try:
-            self._delivery.send(Parcel.of(lines))
+            self._delivery.send(Batch.of(lines))
             sent = True
         finally:
             self._spool.give_back(sent=sent)
@@ -347,7 +347,7 @@ class Worker:
                 return
         identity = self._identity
         body = {"pid": identity.pid, "start_time": identity.start_time, "boot_id": identity.boot_id}
-        answer = self._delivery.tell("POST", run_path(run.event_id) + "/process", encode(body))
+        answer = self._delivery.report("POST", run_path(run.event_id) + "/process", encode(body))
         if answer.status == 500:
             return
         self._registered.add(run.event_id)
@@ -362,8 +362,8 @@ class Worker:
     def _beat(self, run: LiveRun, every_s: float) -> None:
         now = time.monotonic()
         if now >= self._beats.setdefault(run.event_id, now + every_s):
-            # Any field will do; this one cannot bring a run back that somebody else has ended.
-            self._delivery.tell("PATCH", run_path(run.event_id), encode({"duration_ms": run.elapsed_ms()}))
+            # Any field will do; this one cannot bring a run back that another client has ended.
+            self._delivery.report("PATCH", run_path(run.event_id), encode({"duration_ms": run.elapsed_ms()}))
             self._beats[run.event_id] = now + every_s
 
     def _beat_is_due(self) -> bool:

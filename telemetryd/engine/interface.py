@@ -31,10 +31,10 @@ class WritingEngine(Protocol):
         in its place, and the others are stored.
 
         Raises:
-            DatabaseBusyError: if somebody else holds the database; nothing was stored, and trying again may help.
+            DatabaseBusyError: if another process holds the database; nothing was stored, and trying again may help.
             StorageFullError: if there is no room; nothing was stored.
             WriteFailedError: if the group as a whole failed for another reason; nothing was stored.
-            DatabaseSuspectError: if nobody knows what is stored; nothing more may be written until `reopen` is done.
+            DatabaseSuspectError: if it is unknown what is stored; nothing more may be written until `reopen` is done.
 
         """
 
@@ -68,7 +68,7 @@ class WritingEngine(Protocol):
 
 
 class Copy(Protocol):
-    """What an export is read from: a copy that no longer holds up anybody who writes."""
+    """What an export is read from: a copy that no longer blocks any writer."""
 
     @property
     def rows(self) -> int:
@@ -120,7 +120,7 @@ class Introduction:
     """What an engine says of itself at start."""
 
     versions: Mapping[str, str]
-    """Of the database software, for the log."""
+    """The version of the database software, for the log."""
     warnings: Sequence[tuple[str, Mapping[str, str]]]
     """Messages and fields of log lines about what the operator should change."""
 
@@ -143,13 +143,13 @@ class QueryingEngine(Protocol):
 
 
 class ReadingEngine(QueryingEngine, Protocol):
-    """The half that everybody else may use. Nothing here changes what is stored."""
+    """The half that all other parts may use. Nothing here changes what is stored."""
 
     async def read_news(self, query: ListChanges) -> Changes:
         """Answer a query of the feed as `read` does; it waits for no query of anybody else."""
 
     def watch(self, changed: Callable[[], None]) -> None:
-        """Call a function when the engine itself has changed what followers may ask for."""
+        """Call a function when the engine itself has changed what subscribers may ask for."""
 
     def export(self, query: ExportRuns) -> AbstractAsyncContextManager[Copy]:
         """Copy what is asked for; the copy is gone when the block ends.
@@ -176,10 +176,10 @@ class ReadingEngine(QueryingEngine, Protocol):
         """Raise LowDiskError while the storage is too full for anything but what makes room."""
 
     def introduction(self) -> Introduction:
-        """Tell once, at start, what runs below and what an operator should know of it."""
+        """Return, once at start, which engine it is and what an operator should know of it."""
 
     def health(self) -> EngineHealth:
-        """Tell how the database is, at once: without a connection, or a call that a disk could hold up."""
+        """Return the state of the database at once: without a connection, or a call that a slow disk could block."""
 
 
 class Engine(NamedTuple):

@@ -15,7 +15,7 @@ from telemetryd.model.answers import Moment, Number
 from telemetryd.model.commands import AlertChange
 from telemetryd.model.filters import Filters
 from telemetryd.model.queries import Query
-from telemetryd.model.regressions import ALERT_ALPHA, MEASURED, MEND_ALPHA, FindRegressions, Measure, Run, find, lasts
+from telemetryd.model.regressions import ALERT_ALPHA, FIX_ALPHA, MEASURED, FindRegressions, Measure, Run, find, lasts
 from telemetryd.model.rules import ANY, KINDS, FailureRate, Regression, Rule, Rules, Silent, Slow, Stale
 from telemetryd.model.stats import GetStats, hour_number
 from telemetryd.model.values import Status, format_timestamp
@@ -42,7 +42,7 @@ class Subject:
     first_bad_commit: str = ""
 
     def to_json(self) -> dict[str, str]:
-        """Return it as it is told."""
+        """Return it as it is reported."""
         return {name: value for name, value in asdict(self).items() if value}
 
 
@@ -108,8 +108,8 @@ class Delivery:
     @property
     def alert(self) -> tuple[str, Subject]:
         """Return which alert it is about."""
-        told = orjson.loads(self.body)
-        return told["rule"], Subject(**told["subject"])
+        body = orjson.loads(self.body)
+        return body["rule"], Subject(**body["subject"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,13 +118,13 @@ class Evaluation:
 
     now: datetime
     found: Mapping[str, tuple[Finding, ...] | str]
-    """By rule; or a sentence that says why that is unknown, and then nothing changes."""
+    """The findings of each rule; or a sentence that says why they are unknown, and then nothing changes."""
     firing: tuple[Firing, ...]
     seq: int
     """Where the commit sequence stood, and in which epoch."""
     epoch: str
     more: Mapping[str, int] = field(default_factory=dict)
-    """By rule, how many subjects it holds for besides those that were found."""
+    """The number of further subjects of each rule, which are not among those found."""
 
 
 def bounded(findings: Iterable[Finding], fired: Collection[Subject]) -> tuple[tuple[Finding, ...], int]:
@@ -203,7 +203,7 @@ def failure_rate(rule: FailureRate, groups: Iterable[Group]) -> tuple[Finding, .
 
 
 def limits(rule: Slow, groups: Iterable[Group]) -> dict[Subject, float]:
-    """Return for each job type of an agent how many milliseconds a run may take, where enough runs tell that."""
+    """Return for each job type of an agent how many milliseconds a run may take, where enough runs show it."""
     return {
         Subject(group["agent_name"], group["job_type"]): group["duration_ms"]["p99"] * rule.factor
         for group in groups
@@ -221,7 +221,7 @@ class Running:
 
 
 def slow(subject: Subject, limit_ms: float, running: Running) -> Finding:
-    """Tell of runs that take longer than the limit."""
+    """Return the finding that runs take longer than the limit."""
     return Finding(
         subject,
         f"{_runs(running.runs)} of {subject.agent_name} ({subject.job_type}) for longer than usual "
@@ -231,7 +231,7 @@ def slow(subject: Subject, limit_ms: float, running: Running) -> Finding:
 
 
 def stale(rule: Stale, agent: str, running: Running) -> Finding:
-    """Tell of runs that nobody has touched for too long."""
+    """Return the finding that runs have not changed for too long."""
     return Finding(
         Subject(agent),
         f"{_runs(running.runs)} of {agent} without a change for more than {span_text(rule.after_s)}; the oldest is "
@@ -275,12 +275,12 @@ def regressions(
             yield Finding(subject, each.summary, each.details)
         newest = max((places.get(subject.first_bad_commit, 0) for subject in standing), default=0)
         for found in find(*pair, commits[newest:], (measure,)):
-            told: dict[str, Any] = {**found.to_json()}
-            subject = Subject(told.pop("agent_name"), told.pop("job_type"), measure, found.first_bad_commit)
-            before, after = told["before"][name], told["after"][name]
+            details: dict[str, Any] = {**found.to_json()}
+            subject = Subject(details.pop("agent_name"), details.pop("job_type"), measure, found.first_bad_commit)
+            before, after = details["before"][name], details["after"][name]
             is_new = subject not in standing and found.p_value <= ALERT_ALPHA
-            if is_new and lasts(measure, commits, found.first_bad_commit, before, after, alpha=MEND_ALPHA):
-                yield Finding(subject, _regression_text(subject, before, after), told)
+            if is_new and lasts(measure, commits, found.first_bad_commit, before, after, alpha=FIX_ALPHA):
+                yield Finding(subject, _regression_text(subject, before, after), details)
 
 
 def _regression_text(subject: Subject, before: float, after: float) -> str:

@@ -18,7 +18,7 @@ _SLICE_S: Final = 0.002
 """How long items are checked before the event loop gets its turn."""
 
 
-_TOLD_IN_FULL: Final = 1000
+_REPORTED_IN_FULL: Final = 1000
 """Errors of one batch that are all reported; of items beyond, each has its first error and how many more it has."""
 
 
@@ -32,7 +32,7 @@ class Batch:
         self.errors: list[str] = []
         self.error_details: list[ItemRefused] = []
         self.is_readable = False
-        self._told = 0
+        self._reported = 0
         self.ignored: dict[str, None] = {}
         self.total = 0
 
@@ -45,23 +45,23 @@ class Batch:
             parsed = runs.parse_run(item)
         except InvalidBodyError as error:
             event_id = item.get("event_id") if isinstance(item, dict) else None
-            self._tell(error, values.shorten(event_id) if isinstance(event_id, str) else None)
+            self._report(error, values.shorten(event_id) if isinstance(event_id, str) else None)
         else:
             self.rows.append(parsed.row)
             self.ignored.update(dict.fromkeys(parsed.ignored))
         self.total += 1
 
-    def _tell(self, error: InvalidBodyError, event_id: str | None) -> None:
-        told = error.errors if self._told < _TOLD_IN_FULL else error.errors[:1]
-        self._told += len(told)
-        if left_out := len(error.errors) - len(told):
+    def _report(self, error: InvalidBodyError, event_id: str | None) -> None:
+        shown = error.errors if self._reported < _REPORTED_IN_FULL else error.errors[:1]
+        self._reported += len(shown)
+        if left_out := len(error.errors) - len(shown):
             more = f"and {left_out} more errors in this item"
-            told = [*told, {"loc": ["body"], "msg": more, "type": "more_errors"}]
-        shown = InvalidBodyError(told)
+            shown = [*shown, {"loc": ["body"], "msg": more, "type": "more_errors"}]
+        reported = InvalidBodyError(shown)
         named = f" (event_id {event_id})" if event_id is not None else ""
-        self.errors.append(f"Item {self.total}{named}: {shown}")
+        self.errors.append(f"Item {self.total}{named}: {reported}")
         self.error_details.append(
-            {"index": self.total, "event_id": event_id, "detail": bodies.under(shown, self.total)}
+            {"index": self.total, "event_id": event_id, "detail": bodies.under(reported, self.total)}
         )
 
 

@@ -41,7 +41,7 @@ def parse_body(body: bytes) -> object:
 
 
 def holds_more_values(body: bytes, most: int) -> bool:
-    """Tell whether a JSON text holds more values than may be decoded at once.
+    """Return whether a JSON text holds more values than may be decoded at once.
 
     Decoding keeps the interpreter's lock, in a thread too, so everybody else would wait. Counting takes some
     hundredths of a second for 16 MiB.
@@ -95,5 +95,5 @@ def _item(loc: list[str | int], message: str, kind: str) -> ErrorItem:
 
 
 def under(error: InvalidBodyError, *place: str | int) -> list[ErrorItem]:
-    """Return the faults of one item with their places told from the whole body: `["body", 3, "status"]`."""
+    """Return the faults of one item with their paths from the root of the whole body: `["body", 3, "status"]`."""
     return [_item([*place, *item["loc"][1:]], item["msg"], item["type"]) for item in error.errors]

@@ -27,13 +27,13 @@ PAGE_BYTES: Final = 8 * 1024 * 1024
 BEGINNING: Final = -(2**63)
 """After no number: where a client that wants everything begins."""
 
-_PLACE: Final = re.compile(r"(?:([0-9a-f]{12})-)?([0-9]{1,19})", re.ASCII)
-_ANY_PLACE: Final = f"an integer from 0 to {MAX_INTEGER}, or the id of an event of the stream"
+_CURSOR: Final = re.compile(r"(?:([0-9a-f]{12})-)?([0-9]{1,19})", re.ASCII)
+_ANY_CURSOR: Final = f"an integer from 0 to {MAX_INTEGER}, or the id of an event of the stream"
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """A number of the sequence, and the epoch in which it was given; None if that is not known."""
+class Cursor:
+    """A number of the commit sequence, and the epoch in which it was given; None if that is not known."""
 
     seq: int
     epoch: str | None = None
@@ -50,9 +50,9 @@ class ListChanges(Query["Changes"]):
     after: int = BEGINNING
     limit: int = DEFAULT_LIMIT
     filters: tuple[Filters, ...] = ()
-    """For each of these the answer says which of the runs match."""
+    """The answer says which of the runs match each of these."""
     events_after: int | None = None
-    """After which id events are wanted, if any are."""
+    """The id after which events are wanted, if any are."""
     most_bytes: int = PAGE_BYTES
     """About how much of runs, and as much again of events, the answer may hold, besides a single one."""
 
@@ -74,7 +74,7 @@ class Changes:
     horizon: int
     """Deletions up to this number are forgotten."""
     matching: tuple[frozenset[int], ...] = ()
-    """For each of the query's filters, the ids of the runs that match."""
+    """The ids of the runs that match, for each of the query's filters."""
     events: list[Row] | None = None
     """If events are wanted, those after the id in their order: the run's id, and what is in `events.COLUMNS`.
 
@@ -87,11 +87,11 @@ class Changes:
         """Whether there is more after `last`, or after the last event."""
         return self.last < self.newest or self.more_events
 
-    def check(self, after: Place, begun: int | None) -> None:
-        """See that a client that asked from a place, and began at another one, has learnt of every deletion.
+    def check(self, after: Cursor, begun: int | None) -> None:
+        """Check that a client that read from one cursor, and began at another, has learnt of every deletion.
 
         Raises:
-            CursorGoneError: if not, or if this is not the database that gave the place.
+            CursorGoneError: if not, or if this is not the database that gave the cursor.
 
         """
         if after.epoch not in (None, self.epoch) or after.seq > self.newest:
@@ -113,8 +113,8 @@ class Followed:
 
     newest: int
     """The last number that stands in the copy."""
-    place: Place | None
-    """Up to where it has taken over the other database's changes; None if it has taken nothing."""
+    cursor: Cursor | None
+    """The cursor up to which it has taken over the other database's changes; None if it has taken nothing."""
     begun: int
     """Where the other sequence stood when it began."""
     last_event: int
@@ -125,7 +125,7 @@ class Followed:
 class ChangesRequest:
     """What `GET /api/v1/changes` asks for."""
 
-    after: Place
+    after: Cursor
     begun: int | None
     limit: int
     wait_s: int
@@ -137,11 +137,11 @@ class ChangesRequest:
         return ListChanges(self.after.seq, self.limit, events_after=self.events_after)
 
 
-def _read_place(name: str, value: str, now: datetime | None = None) -> Place:
-    match = _PLACE.fullmatch(value)
+def _read_cursor(name: str, value: str, now: datetime | None = None) -> Cursor:
+    match = _CURSOR.fullmatch(value)
     if match is None or int(match[2]) > MAX_INTEGER:
-        raise refuse(name, value, _ANY_PLACE)
-    return Place(int(match[2]), match[1])
+        raise refuse(name, value, _ANY_CURSOR)
+    return Cursor(int(match[2]), match[1])
 
 
 AFTER: Final = Parameter(
@@ -149,7 +149,7 @@ AFTER: Final = Parameter(
     "Continue after this number of the commit sequence; with the epoch before it (as in the id of an event) the answer "
     "says if the database is another one since.",
     {"type": "string", "pattern": r"^([0-9a-f]{12}-)?[0-9]{1,18}$"},
-    _read_place,
+    _read_cursor,
 )
 BEGUN: Final = integer(
     "begun",
@@ -173,7 +173,7 @@ def parse_changes(query_string: str, clock: Callable[[], datetime] = utc_now) ->
     """
     given = Given(query_string, LIST, clock())
     asked = ChangesRequest(
-        given.value(AFTER, Place(BEGINNING)),
+        given.value(AFTER, Cursor(BEGINNING)),
         given.get(BEGUN),
         given.value(LIMIT, DEFAULT_LIMIT),
         given.value(WAIT, 0),
@@ -189,10 +189,10 @@ STREAM: Final[tuple[Parameter[Any], ...]] = (*filters.PARAMETERS, AFTER)
 
 def parse_stream(
     query_string: str, last_event_id: str | None, clock: Callable[[], datetime] = utc_now
-) -> tuple[Place | None, Filters]:
+) -> tuple[Cursor | None, Filters]:
     """Read the query string of `GET /api/v1/runs/stream`; the header of a browser that returns wins over `after`.
 
-    Return where to go on, None for from now on, and the filters.
+    Return the cursor to continue after (None: from now on) and the filters.
 
     Raises:
         InvalidRequestError: with a sentence for each fault that names the parameter, the value and what is allowed.
@@ -200,9 +200,9 @@ def parse_stream(
     """
     given = Given(query_string, STREAM, clock())
     wanted = filters.read_filters(given)
-    place = given.get(AFTER)
+    after = given.get(AFTER)
     given.finish()
-    return place if last_event_id is None else _read_place("Last-Event-ID", last_event_id), wanted
+    return after if last_event_id is None else _read_cursor("Last-Event-ID", last_event_id), wanted
 
 
 class RunChanged(TypedDict):
@@ -251,8 +251,8 @@ class ChangesAnswer(TypedDict):
     epoch: str
 
 
-def put_beside(changes: Changes, found: list[RunChanged | RunDeleted]) -> ChangesAnswer:
-    """Return the answer of `GET /api/v1/changes` around its changes."""
+def answer_with(changes: Changes, found: list[RunChanged | RunDeleted]) -> ChangesAnswer:
+    """Return the answer of `GET /api/v1/changes` with these changes in it."""
     rows = changes.events
     answer: ChangesAnswer = {
         "changes": found,

@@ -24,23 +24,23 @@ class Reading:
     moment: str
     """The wall clock, as stored."""
     boot_id: str
-    """In which boot of the machine; empty if that is not known."""
+    """The boot of the machine; empty if that is not known."""
     up_s: float
-    """For how long the machine had been up, by a clock that nobody sets."""
+    """How long the machine had been up, by a clock that cannot be set."""
 
 
 def read(now: datetime) -> Reading:
     """Read the clocks; `now` is what the wall clock says.
 
     Where the kernel's own wall clock differs from `now` (a library that fakes the time may fake every other clock as
-    well), nothing but `now` is told.
+    well), only `now` is reported.
     """
     boot_id, up_s = _uptime(now)
     return Reading(format_timestamp(now), boot_id, up_s)
 
 
 def _uptime(now: datetime) -> tuple[str, float]:
-    if sys.platform != "linux":  # no name for a boot: while this process runs, its own clock can tell
+    if sys.platform != "linux":  # no name for a boot: while this process runs, its own clock is enough
         return _PROCESS, time.monotonic()
     try:
         boot_id = (_PROC / "sys/kernel/random/boot_id").read_text("ascii").strip()

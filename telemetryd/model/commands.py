@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import ClassVar, Generic, TypeVar
 
 from telemetryd.model.clocks import Reading
+from telemetryd.model.processes import Process
 from telemetryd.model.runs import EVENT_ID
 from telemetryd.model.values import Row, SqlValue
 
@@ -36,6 +37,19 @@ class Command(Generic[R]):
         return 0
 
 
+class SliceCommand(Command[R]):
+    """A command that does one slice of its work, of at most `limit` rows."""
+
+    __slots__ = ()
+
+    limit: int
+
+    @property
+    def cost(self) -> int:
+        """How many rows it touches at most."""
+        return self.limit
+
+
 @dataclass(frozen=True, slots=True)
 class CreateRuns(Command["Created"]):
     """Store runs, each unless its event_id is already known. Outcome: `Created`."""
@@ -52,7 +66,7 @@ class CreateRuns(Command["Created"]):
 
 @dataclass(frozen=True, slots=True)
 class Created:
-    """For each row of a `CreateRuns`, in order: whether it was new."""
+    """Whether each row of a `CreateRuns` was new, in their order."""
 
     new: tuple[bool, ...]
 
@@ -98,23 +112,6 @@ class EventsCreated:
 
 
 @dataclass(frozen=True, slots=True)
-class Process:
-    """A process that works on runs, as this machine knows it: neither a number used again nor a namesake elsewhere."""
-
-    pid: int
-    start_time: int
-    """Clock ticks since boot (field 22 of /proc/PID/stat)."""
-    boot_id: str
-    machine: str
-    """A hash of the machine's id; empty if it has none."""
-    pid_namespace: str
-    """In which the pid counts."""
-    cgroup: str | None = None
-    oom_kills: int | None = None
-    """The cgroup's count of out-of-memory kills when the process was registered."""
-
-
-@dataclass(frozen=True, slots=True)
 class RegisterProcess(Command["Registration"]):
     """Note which process works on a run, in the place of any earlier one. Outcome: `Registration`."""
 
@@ -140,7 +137,7 @@ class Death:
 
 
 @dataclass(frozen=True, slots=True)
-class EndProcess(Command["ProcessEnded"]):
+class EndProcess(SliceCommand["ProcessEnded"]):
     """Fail the running runs of a process that has ended, at most `limit`; without a death only forget them.
 
     Outcome: `ProcessEnded`.
@@ -149,11 +146,6 @@ class EndProcess(Command["ProcessEnded"]):
     process: Process
     death: Death | None
     limit: int
-
-    @property
-    def cost(self) -> int:
-        """How many rows it touches at most."""
-        return self.limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +157,7 @@ class ProcessEnded:
 
 
 @dataclass(frozen=True, slots=True)
-class PruneRuns(Command["Pruned"]):
+class PruneRuns(SliceCommand["Pruned"]):
     """Delete the oldest runs created before a moment, at most `limit`. Outcome: `Pruned`.
 
     A run that says it was created after its arrival counts as created then. A slice that meets large runs or many
@@ -183,11 +175,6 @@ class PruneRuns(Command["Pruned"]):
     status: str | None = None
     versions: tuple[tuple[int, str], ...] | None = None
 
-    @property
-    def cost(self) -> int:
-        """How many rows it touches at most."""
-        return self.limit
-
 
 @dataclass(frozen=True, slots=True)
 class Pruned:
@@ -198,17 +185,12 @@ class Pruned:
 
 
 @dataclass(frozen=True, slots=True)
-class ReapRuns(Command["Reaped"]):
+class ReapRuns(SliceCommand["Reaped"]):
     """Cancel running runs that were neither created nor changed since a moment, at most `limit`. Outcome: `Reaped`."""
 
     stale_before: str
     limit: int
     agent_name: str | None = None
-
-    @property
-    def cost(self) -> int:
-        """How many rows it touches at most."""
-        return self.limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,7 +243,7 @@ class ApplyChanges(Command["Applied"]):
     """New events of runs that are there then: the run's id, and what is in the order of `events.COLUMNS`."""
     epoch: str
     last: int
-    """Up to which number these are all the changes."""
+    """The number up to which these are all the changes."""
     begun: int
 
     @property

@@ -14,8 +14,8 @@ from telemetryd.model.queries import DEFAULT_LIMIT, LIMIT, OFFSET, Query
 from telemetryd.model.values import MAX_INTEGER, utc_now
 
 TIMESTAMP: Final = "timestamp"
-"""By what events are sorted, and then by their ids."""
-EventPlace = tuple[str, int]
+"""The field by which events are sorted, before their ids."""
+EventCursor = tuple[str, int]
 """Where an event stands among those of its run: its timestamp and its id."""
 _EVENT_CURSOR: Final = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z),(\d{1,19})", re.ASCII)
 
@@ -29,17 +29,17 @@ class ListEvents(Query[EventPage | None]):
     offset: int = 0
     is_descending: bool = False
     """Whether the last ones come first."""
-    after: EventPlace | None = None
-    """Behind which event, in that order, the page begins."""
+    after: EventCursor | None = None
+    """After which event, in that order, the page begins."""
     by_cursor: bool = False
-    """Whether the next page is told by a cursor, so that this one may be shorter than asked for."""
+    """Whether the next page is addressed by a cursor, so that this one may be shorter than asked for."""
 
-    def next_page(self, path: str, place: EventPlace) -> str:
-        """Return the path and query of the page that follows the one whose last event is at a place."""
+    def next_page(self, path: str, last: EventCursor) -> str:
+        """Return the path and query of the page after the one that ends with an event."""
         if not self.by_cursor:
             return f"{path}?limit={self.limit}&offset={self.offset + self.limit}"
         sort = f"sort=-{TIMESTAMP}&" if self.is_descending else ""
-        return f"{path}?{sort}limit={self.limit}&cursor={place[0]},{place[1]}"
+        return f"{path}?{sort}limit={self.limit}&cursor={last[0]},{last[1]}"
 
 
 EVENT_LIMIT: Final = LIMIT.described("Events in one answer.")
@@ -52,7 +52,7 @@ def _read_order_of_events(name: str, value: str, now: datetime) -> bool:
     return value.startswith("-")
 
 
-def _read_event_place(name: str, value: str, now: datetime) -> EventPlace:
+def _read_event_cursor(name: str, value: str, now: datetime) -> EventCursor:
     if (match := _EVENT_CURSOR.fullmatch(value)) is None or (id_ := int(match[2])) > MAX_INTEGER:
         raise refuse(
             name, value, "the timestamp and the id of an event, with a comma between them, as in a Link header"
@@ -70,7 +70,7 @@ EVENT_CURSOR: Final = Parameter(
     "cursor",
     "Where to go on: timestamp and id of an event, as in the Link header.",
     {"type": "string"},
-    _read_event_place,
+    _read_event_cursor,
 )
 LIST_EVENTS: Final[tuple[Parameter[Any], ...]] = (EVENT_LIMIT, EVENT_OFFSET, EVENT_SORT, EVENT_CURSOR)
 """The parameters of `GET /api/v1/runs/{event_id}/events`."""

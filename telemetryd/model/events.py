@@ -61,7 +61,7 @@ NewEvent: Final[type[BaseModel]] = create_model(
 class ParsedEvents:
     """Valid events: their rows in the order of `STORED`, and the names of fields that were not used.
 
-    A row without a time of its own holds "" for it: it happened on arrival.
+    A row without a time holds "" for it: it happened on arrival.
     """
 
     rows: tuple[Row, ...]
@@ -116,8 +116,8 @@ class EventPage:
     more: bool
 
 
-def place(row: Row) -> tuple[str, int]:
-    """Return where a stored row (in the order of `COLUMNS`) stands among the events of its run."""
+def cursor(row: Row) -> tuple[str, int]:
+    """Return the position of a stored row (in the order of `COLUMNS`) among the events of its run."""
     event: dict[str, Any] = dict(zip(COLUMNS, row, strict=True))
     return event["timestamp"], event["id"]
 

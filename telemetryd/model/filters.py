@@ -43,7 +43,7 @@ Pattern = tuple[str, ...]
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A field of metrics_json, compared with a value of its own kind: a number, a text or a truth value.
+    """A field of metrics_json, compared with a value of the same kind: a number, a text or a truth value.
 
     A run whose field is missing or of another kind does not match, whatever the operator.
     """
@@ -128,7 +128,7 @@ _SPECIAL: Final = re.compile(r"\\([\\,*])|([,*])")
 
 
 def quoted(value: str) -> str:
-    """Return a value as it stands in a filter: a comma, an asterisk or a backslash of its own is escaped."""
+    """Return a value as it stands in a filter: a comma, an asterisk or a backslash in it is escaped."""
     return re.sub(r"[\\,*]", r"\\\g<0>", value)
 
 
@@ -149,7 +149,7 @@ def _split_values(text: str, *, wildcards: bool) -> list[Pattern]:
 
 
 def matches(pattern: Pattern, text: str) -> bool:
-    """Tell whether a text matches a pattern, in a time that grows only with their lengths."""
+    """Return whether a text matches a pattern, in a time that grows only with their lengths."""
     first, *middle, last = pattern
     if len(text) < len(first) + len(last) or not (text.startswith(first) and text.endswith(last)):
         return False
@@ -239,7 +239,7 @@ Values = tuple[tuple[str, ...], tuple[Pattern, ...]]
 """The values of a filter, and its patterns."""
 
 
-def _choosing(name: str) -> Parameter[Values]:
+def _filter_parameter(name: str) -> Parameter[Values]:
     """Return the parameter that chooses by the value of a field."""
     wildcards = ", in which * stands for any text" if name == WILDCARD else ""
     text = (
@@ -260,7 +260,7 @@ METRIC_PARAMETER: Final[Parameter[Comparison]] = Parameter(
     TEXT,
     lambda name, text, now: _comparison(text),
 )
-CHOOSING: Final = {name: _choosing(name) for name in FILTERS}
+FILTER_PARAMETERS: Final = {name: _filter_parameter(name) for name in FILTERS}
 """The parameters that choose by the value of a field, by the field's name."""
 BOUNDING: Final = {
     name: moment(name, f"Only runs with {column} {comparison} this: a moment, now, or a time ago such as -2h.")
@@ -275,7 +275,7 @@ WORDS: Final = Parameter(
 )
 
 PARAMETERS: Final[tuple[Parameter[Any], ...]] = (
-    *CHOOSING.values(),
+    *FILTER_PARAMETERS.values(),
     *BOUNDING.values(),
     MIN_DURATION,
     ERROR,
@@ -289,7 +289,7 @@ def read_filters(given: Given) -> Filters:
     """Return the filters that a query string holds."""
     equal: dict[str, tuple[str, ...]] = {}
     patterns: tuple[Pattern, ...] = ()
-    for name, parameter in CHOOSING.items():
+    for name, parameter in FILTER_PARAMETERS.items():
         values, found = given.value(parameter, ((), ()))
         if values:
             equal[name] = values

@@ -34,7 +34,7 @@ def split(authority: str) -> tuple[str, str] | None:
 
 
 def is_address(name: str) -> bool:
-    """Tell whether a name is an IP address, which nobody can rebind: a page with it came from that machine."""
+    """Return whether a name is an IP address, which nobody can rebind: a page with it came from that machine."""
     try:
         ipaddress.ip_address(name)
     except ValueError:
@@ -92,7 +92,7 @@ class Names:
         self._known: set[str] = set()
 
     def has_host(self, host: str) -> bool:
-        """Tell whether a Host names us."""
+        """Return whether a Host names us."""
         if host in self._known:
             return True
         parts = split(host)
@@ -103,7 +103,7 @@ class Names:
         return True
 
     def may_be_a_proxys(self, host: str, port: int) -> bool:
-        """Tell whether a Host that does not name us can only come from a program, such as a proxy (nginx's `$host`).
+        """Return whether a Host that does not name us can only come from a program, such as a proxy (nginx's `$host`).
 
         A browser that came to this port would name it, unless it is the default of http. Once names are
         listed, the proxy's has to be among them.
@@ -117,7 +117,7 @@ class Names:
         return self._listed is None and parts is not None and not parts[1] and port != _HTTP_PORT
 
     def has_origin(self, origin: str, host: str) -> bool:
-        """Tell whether a page may change something here: one of ours, or one of a listed name.
+        """Return whether a page may change something here: one of ours, or one of a listed name.
 
         The scheme does not count, because a proxy may speak TLS; nor does the port if the proxy left it out.
         """
@@ -127,7 +127,7 @@ class Names:
         return (page[0] == own[0] and own[1] in ("", page[1])) or self.lists_origin(origin)
 
     def lists_origin(self, origin: str) -> bool:
-        """Tell whether the name of an origin is listed; the star stands for names of ours only."""
+        """Return whether the name of an origin is listed; the star stands for names of ours only."""
         page = _authority(origin)
         return page is not None and page[0] in (self._listed or ())
 

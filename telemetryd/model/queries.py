@@ -16,10 +16,10 @@ import orjson
 
 from telemetryd.model import clocks, filters
 from telemetryd.model.clocks import Reading
-from telemetryd.model.commands import Process
 from telemetryd.model.events import EventPage
 from telemetryd.model.filters import Filters
 from telemetryd.model.parameters import Given, Parameter, integer, refuse, word
+from telemetryd.model.processes import Process
 from telemetryd.model.runs import ANSWERED, COLUMNS, needed
 from telemetryd.model.values import MAX_INTEGER, Row, canonical_timestamp, utc_now
 
@@ -46,7 +46,7 @@ class Query(Generic[A]):
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """In which order runs are answered; the id decides between equals, in the same direction."""
+    """The order of the runs in an answer; the id decides between equals, in the same direction."""
 
     column: str = "created_at"
     """One of `SORTED`."""
@@ -63,12 +63,12 @@ class Count(StrEnum):
     EXACT = "exact"
     """Counted, however long it takes, within the deadline of a query."""
     ESTIMATED = "estimated"
-    """From the totals where they can tell, else counted up to a bound."""
+    """From the totals where they have the number, else counted up to a bound."""
 
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where a page ended: the place of its last run in the order of the answer."""
+    """Where a page ended: the position of its last run in the order of the answer."""
 
     moment: str
     """Its value of the column that the order is by."""
@@ -342,7 +342,7 @@ FIELDS: Final = Parameter(
 )
 COUNT: Final = word(
     "count",
-    "Tell in X-Total-Count how many runs match, and in X-Total-Count-Accuracy if that is exact, an estimate, "
+    "Return in X-Total-Count how many runs match, and in X-Total-Count-Accuracy if that is exact, an estimate, "
     "or at-least what was counted.",
     Count,
     " or ".join(Count),
@@ -414,7 +414,7 @@ GET: Final[tuple[Parameter[Any], ...]] = (INCLUDE,)
 
 
 def parse_include(query_string: str, clock: Callable[[], datetime] = utc_now) -> bool:
-    """Read the query string of `GET /api/v1/runs/{event_id}`; tell whether it asks for the events.
+    """Read the query string of `GET /api/v1/runs/{event_id}`; return whether it asks for the events.
 
     Raises:
         InvalidRequestError: with one sentence that names the parameter, the value and what is allowed.

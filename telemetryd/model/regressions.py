@@ -17,7 +17,7 @@ from typing_extensions import TypedDict
 from telemetryd.errors import InvalidRequestError
 from telemetryd.git_urls import commit_url
 from telemetryd.model.answers import Moment, Number, Share
-from telemetryd.model.filters import CHOOSING, Filters, read_filters
+from telemetryd.model.filters import FILTER_PARAMETERS, Filters, read_filters
 from telemetryd.model.parameters import Given, Parameter, moment
 from telemetryd.model.queries import Query
 from telemetryd.model.values import shorten
@@ -29,15 +29,15 @@ MAX_RUNS: Final = 2000
 MIN_RUNS: Final = 5
 """Runs that there must be on each side of a commit."""
 MIN_FALL: Final = 0.05
-"""By how much the success rate must fall, however certain it is, to be worth a finding."""
+"""The smallest fall of the success rate, however certain it is, that is worth a finding."""
 MIN_GROWTH: Final = 1.2
-"""By which factor the median duration must grow, however certain it is, to be worth a finding."""
+"""The smallest factor of the median duration, however certain it is, that is worth a finding."""
 PARTS: Final = 3
-"""In how many parts the runs since a commit are looked at, each of which must be worse."""
+"""The number of parts of the runs since a commit, each of which must be worse."""
 ALERT_ALPHA: Final = 0.001
 """How unlikely a finding must be to raise an alert: alerts look again and again, and each look may err."""
-MEND_ALPHA: Final = 0.5
-"""How unlikely by chance a fix must be to keep a commit from being told: hardly, so that none is told anew."""
+FIX_ALPHA: Final = 0.5
+"""How unlikely by chance a fix must be to keep a commit from being reported: hardly, so that none is reported anew."""
 SHOWN: Final = 5
 """How many runs a finding names."""
 
@@ -48,7 +48,7 @@ MEASURED: Final[Mapping[Measure, str]] = {"success_rate": "success_rate", "durat
 """What a side's value is called in answers, by measure."""
 
 Split = tuple[int, float]
-"""The place of the block with which a change begins, and how likely it would be without a change."""
+"""The index of the block with which a change begins, and how likely it would be without a change."""
 
 
 class Run(NamedTuple):
@@ -130,7 +130,12 @@ class Findings:
 _ANY_MOMENT: Final = "An ISO 8601 date and time, a time before now such as -30d, or now."
 FROM: Final = moment("from", f"{_ANY_MOMENT} The first moment of created_at.", "-30d")
 TO: Final = moment("to", f"{_ANY_MOMENT} Not included.", "now")
-PARAMETERS: Final[tuple[Parameter[Any], ...]] = (CHOOSING["agent_name"], CHOOSING["job_type"], FROM, TO)
+PARAMETERS: Final[tuple[Parameter[Any], ...]] = (
+    FILTER_PARAMETERS["agent_name"],
+    FILTER_PARAMETERS["job_type"],
+    FROM,
+    TO,
+)
 """The parameters of `GET /api/v1/regressions`."""
 
 
@@ -261,7 +266,7 @@ def lasts(
     *,
     alpha: float = ALPHA,
 ) -> bool:
-    """Tell whether a commit is still not fixed: whether at no change since it half of the difference was made good.
+    """Return whether a commit is still not fixed: whether at no change since it half of the difference was made good.
 
     Args:
         measure: In which the commit was found to be bad.
@@ -282,7 +287,7 @@ def lasts(
 def _blocks(measure: Measure, commits: Sequence[Sequence[Run]]) -> list[list[Run]]:
     """Return the runs that count of each commit that has any.
 
-    An agent that does not tell durations, or a commit without a success, leaves nothing to compare.
+    An agent that does not report durations, or a commit without a success, leaves nothing to compare.
     """
     taken = ([run for run in runs if _counts(measure, run)] for runs in commits)
     return [runs for runs in taken if runs]
@@ -308,7 +313,7 @@ def _is_worse(measure: Measure, before: float, after: float) -> bool:
 
 
 def _is_steady(measure: Measure, before: float, after: float, since: Sequence[Run]) -> bool:
-    """Tell whether the runs since are worse all the time: an outage of some hours is no commit's work.
+    """Return whether the runs since are worse all the time: an outage of some hours is no commit's work.
 
     Each part of them, in the order in which they were created, has to show at least such a part of the difference.
     """
@@ -344,7 +349,7 @@ def _changes(measure: Measure, blocks: Sequence[Sequence[Run]], alpha: float = A
 
 
 def _candidates(blocks: Sequence[Sequence[Run]]) -> list[tuple[int, int]]:
-    """Return the places at which a change may begin, and how many runs lie before each."""
+    """Return the indexes at which a change may begin, and how many runs are before each."""
     sizes = list(accumulate(map(len, blocks)))
     total = sizes[-1] if sizes else 0
     return [(place, size) for place, size in enumerate(sizes, 1) if MIN_RUNS <= size <= total - MIN_RUNS]

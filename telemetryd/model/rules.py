@@ -200,7 +200,7 @@ class _Table:
         self._is_good = False
 
     def finish(self, what: str) -> bool:
-        """Note the keys that nobody has asked for; tell whether all was right."""
+        """Note the unknown keys; return whether everything was right."""
         for key in self._values:
             if key not in self._known:
                 self.complain(key, f"is no key of {what}; it may have {', '.join(self._known)}")
@@ -247,7 +247,7 @@ def _rule(
     checked["webhooks"] = tuple(table.read("webhooks", _names_among(webhooks), webhooks))
     checked["agent_name"] = table.read("agent_name", _patterns, ANY)
     if kind not in KINDS:
-        return None  # nobody can tell which other keys it may have
+        return None  # which other keys it may have depends on its kind
     if KINDS[kind] in (Silent, Stale):
         checked["after_s"] = table.read("after", _duration(1, None, "a duration such as 6h or 30m"))
     else:

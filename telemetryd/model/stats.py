@@ -16,7 +16,7 @@ from typing_extensions import TypedDict
 from telemetryd.errors import InvalidRequestError
 from telemetryd.model import sketches
 from telemetryd.model.answers import Moment, Number, Share, Sum
-from telemetryd.model.filters import CHOOSING, WILDCARD, Filters, read_filters
+from telemetryd.model.filters import FILTER_PARAMETERS, WILDCARD, Filters, read_filters
 from telemetryd.model.parameters import Given, Parameter, read_moment, refuse
 from telemetryd.model.queries import Query
 from telemetryd.model.values import MAX_INTEGER, Status, shorten
@@ -138,7 +138,13 @@ BUCKET: Final = Parameter(
     {"type": "string", "pattern": "^[1-9][0-9]{0,4}[hdw]$"},
     _bucket,
 )
-PARAMETERS: Final[tuple[Parameter[Any], ...]] = (GROUP_BY, BUCKET, FROM, TO, *(CHOOSING[name] for name in NAMES))
+PARAMETERS: Final[tuple[Parameter[Any], ...]] = (
+    GROUP_BY,
+    BUCKET,
+    FROM,
+    TO,
+    *(FILTER_PARAMETERS[name] for name in NAMES),
+)
 """The parameters of `GET /api/v1/stats`."""
 
 

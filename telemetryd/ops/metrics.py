@@ -26,7 +26,7 @@ _SIZES: Final = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
 
 
 class Metrics:
-    """The counters of one daemon, in a registry of their own."""
+    """The counters of one daemon, in a separate registry."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -94,8 +94,8 @@ class Metrics:
         self._processes = Gauge(
             "telemetryd_processes_watched", "Processes watched for death certificates.", registry=self.registry
         )
-        self._tails = Gauge("telemetryd_tails_open", "Streams of runs that are open.", registry=self.registry)
-        self.tails_missed = Counter(
+        self._subscribers = Gauge("telemetryd_tails_open", "Streams of runs that are open.", registry=self.registry)
+        self.changes_missed = Counter(
             "telemetryd_tails_missed",
             "Changes that were left out of streams because their clients were too slow.",
             registry=self.registry,
@@ -152,9 +152,9 @@ class Metrics:
         """Take the number of watched processes from a function whenever it is asked for."""
         self._processes.set_function(count)
 
-    def watch_tails(self, count: Callable[[], int]) -> None:
+    def watch_subscribers(self, count: Callable[[], int]) -> None:
         """Take the number of open streams from a function whenever it is asked for."""
-        self._tails.set_function(count)
+        self._subscribers.set_function(count)
 
     def count_request(self, method: str, route: str, status: int, seconds: float) -> None:
         """Count one answered request; methods that no route knows are counted together."""
@@ -200,7 +200,7 @@ _IS_PROMETHEUS: Final = {
 
 
 def wants_prometheus(accept: str) -> bool:
-    """Tell whether an Accept header prefers Prometheus or OpenMetrics text to JSON; of equals, the first counts."""
+    """Return whether an Accept header prefers Prometheus or OpenMetrics text to JSON; of equals, the first counts."""
     preferred, best = False, 0.0
     for part in accept.lower().split(","):
         kind, *parameters = (text.strip() for text in part.split(";"))

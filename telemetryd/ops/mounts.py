@@ -32,7 +32,7 @@ def network_file_system(path: Path, mounts: Path = _MOUNTS) -> str | None:
 
 
 def is_mount_point(path: Path, mounts: Path = _MOUNTS) -> bool:
-    """Tell whether something is mounted right at a path, as far as is known."""
+    """Return whether something is mounted right at a path, as far as is known."""
     real = path.resolve()
     return any(point == real for point, _ in _read(mounts))
 

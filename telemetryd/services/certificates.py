@@ -20,7 +20,8 @@ from telemetryd.errors import (
     WriterDeadError,
     sentence,
 )
-from telemetryd.model.commands import Death, EndProcess, Process, RegisterProcess, Registration
+from telemetryd.model.commands import Death, EndProcess, RegisterProcess, Registration
+from telemetryd.model.processes import Process
 from telemetryd.model.queries import ListProcesses
 from telemetryd.model.requests import ProcessRequest
 from telemetryd.model.values import format_timestamp, shorten, utc_now
@@ -119,7 +120,7 @@ class Certificates:
             watched.registering -= 1
             watched.is_stored |= outcome in (None, Registration.DONE)  # without an outcome it may have been
         if not (watched.is_stored or watched.registering or watched.has_ended):
-            self._let_go(key)  # nobody's place, least of all that of one who guesses
+            self._let_go(key)  # it must not take a place, least of all for a guess
         if outcome is Registration.NO_RUN:
             raise RunNotFoundError(shorten(event_id))
         if outcome is Registration.NOT_RUNNING:

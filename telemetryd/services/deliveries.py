@@ -56,7 +56,7 @@ class Outbox:
 
     Args:
         store: where they wait.
-        webhook: whom they are for.
+        webhook: where they are sent.
         clock: decides which are too old.
         pace: how long to rest.
         given_up: called with how many were given up.

@@ -7,19 +7,20 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Final
 from urllib.parse import urlencode
 
 import orjson
 
-from telemetryd.errors import QueryTimeoutError, TooManyTailsError, TooManyWaitsError, UnavailableError
-from telemetryd.model.changes import PAGE_BYTES, Changes, ChangesRequest, ListChanges, Place
+from telemetryd.errors import QueryTimeoutError, TooManySubscribersError, TooManyWaitsError, UnavailableError
+from telemetryd.model.changes import PAGE_BYTES, Changes, ChangesRequest, Cursor, ListChanges
 from telemetryd.model.filters import Filters
 from telemetryd.model.values import MAX_INTEGER
 from telemetryd.ops.logs import log
 from telemetryd.ops.metrics import Metrics
 from telemetryd.services.frames import PIECE_BYTES, Frame, Held, encode, joined
-from telemetryd.services.ring import Cursor, Ring
+from telemetryd.services.ring import Ring, RingCursor
 from telemetryd.store import Store
 
 _PAGE: Final = 250
@@ -27,27 +28,27 @@ _LEAST_PAGE_BYTES: Final = 256 * 1024
 _PAUSE_S: Final = 0.5
 
 RETRY: Final = b"retry: 2000\n"
-"""Tells a browser after how many milliseconds to come back."""
+"""After how many milliseconds a browser reconnects."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
     """How much a feed does and holds at most."""
 
-    tails: int = 2_000
+    subscribers: int = 2_000
     waits: int = 2_000
     heartbeat_s: float = 15.0
-    """After so long without anything to say, a tail says that it is still there, and how far it is."""
+    """After so long without an event, a stream sends a sign of life with its position."""
     ring_bytes: int = 16 * 1024 * 1024
-    """What a ring keeps for those who are slow, besides its last page; beyond it, they read from the database."""
+    """What a ring keeps for slow subscribers, besides its last page; beyond it, they read from the database."""
     held_bytes: int = 64 * 1024 * 1024
-    """What rings and tails hold together; beyond it, those who take nothing give up what waits for them."""
+    """What rings and subscribers hold together; beyond it, slow subscribers give up what they hold."""
     behind: int = 50_000
-    """A tail that is more changes behind than this is told how many it missed, and goes on from now."""
+    """A subscriber that is further behind gets the number of changes it missed, and continues with the next commit."""
 
 
 class Feed:
-    """Knows how far the commits have got, and all who wait for the next one."""
+    """Knows how far the commits have got, and every request and stream that waits for the next one."""
 
     def __init__(self, store: Store, metrics: Metrics, bounds: Bounds | None = None) -> None:
         self.bounds = bounds or Bounds()
@@ -56,7 +57,7 @@ class Feed:
         self._polling = asyncio.Lock()
         self.waits = 0
         """Requests that wait for a commit."""
-        self.tails: set[Tail] = set()
+        self.subscribers: set[Subscriber] = set()
         self.held = Held()
         self._plain = Lane(self, store.fetch_news)
         self._searching = Lane(self, store.fetch)
@@ -64,27 +65,27 @@ class Feed:
         self.encoding = asyncio.Lock()
         """Held by the task that has frames in hand that are counted nowhere yet: a page at most."""
         self.metrics = metrics
-        metrics.watch_tails(lambda: len(self.tails))
+        metrics.watch_subscribers(lambda: len(self.subscribers))
         store.on_commit(self._wake)
 
     def lane(self, filters: Filters) -> Lane:
-        """Return where tails with these filters are handed what is new."""
+        """Return the lane of subscribers with these filters."""
         return self._searching if filters.is_search else self._plain
 
     def _wake(self) -> None:
-        """Take note of a commit; called by the writer's task, so it only sets some flags."""
+        """Note a commit; the writer's task calls this, so it only sets some flags."""
         self._plain.unread.set()
         self._searching.unread.set()
         self._news.set()
         self._news = asyncio.Event()
 
     async def wait(self, asked: ChangesRequest) -> Changes:
-        """Read what comes after a place; if that is nothing, wait for a commit as long as was asked for.
+        """Read what comes after a cursor; if there is nothing, wait for a commit as long as the request allows.
 
         Raises:
             UnavailableError: if the database cannot be read now.
-            CursorGoneError: if the place is not known any more.
-            TooManyWaitsError: if too many wait already.
+            CursorGoneError: if the cursor is not known any more.
+            TooManyWaitsError: if too many requests wait already.
 
         """
         if asked.wait_s and self.waits >= self.bounds.waits:
@@ -108,7 +109,7 @@ class Feed:
                     await news.wait()
             except TimeoutError:
                 return changes
-            async with self._polling:  # a commit wakes all of them, who would take every reader from those who ask
+            async with self._polling:  # a commit wakes all of them; at once, they would occupy every reader
                 news = self._news
                 changes = await self._store.fetch(asked.query)
 
@@ -119,50 +120,51 @@ class Feed:
             lanes.create_task(self._searching.run())
 
     def relieve(self) -> None:
-        """While too much is held, have those who take nothing give it up, then the rings; if need be, end tails."""
+        """While too much is held, empty slow subscribers, then the rings; if that is not enough, end some."""
         if self.held.bytes <= self.bounds.held_bytes:
             return
-        slowest = sorted((tail for tail in self.tails if tail.is_sending), key=lambda tail: tail.since)
-        for tail in slowest:
+        sending = (subscriber for subscriber in self.subscribers if subscriber.is_sending)
+        slowest = sorted(sending, key=attrgetter("since"))
+        for subscriber in slowest:
             if self.held.bytes > self.bounds.held_bytes:
-                tail.give_up()
+                subscriber.give_up()
         for lane in (self._plain, self._searching):
             if self.held.bytes > self.bounds.held_bytes:
                 lane.forget()
-        for tail in slowest[:-1]:  # the last one may be sent a single run of any size
+        for subscriber in slowest[:-1]:  # the last one may be sent a single run of any size
             if self.held.bytes > self.bounds.held_bytes:
                 log.warning("Stream cut: too much waits to be read by all streams together")
-                tail.end()
+                subscriber.end()
 
-    def open(self, place: Place | None, filters: Filters) -> Tail:
-        """Return a new tail, which continues after a place, or begins with the next commit.
+    def open(self, after: Cursor | None, filters: Filters) -> Subscriber:
+        """Return a new subscriber, which continues after a cursor, or begins with the next commit.
 
         Raises:
-            TooManyTailsError: if too many are open.
+            TooManySubscribersError: if too many are open.
 
         """
-        if len(self.tails) >= self.bounds.tails:
-            raise TooManyTailsError
-        tail = Tail(self, place, filters)
-        self.tails.add(tail)
-        return tail
+        if len(self.subscribers) >= self.bounds.subscribers:
+            raise TooManySubscribersError
+        subscriber = Subscriber(self, after, filters)
+        self.subscribers.add(subscriber)
+        return subscriber
 
     def close(self) -> None:
-        """End every tail and every wait at once; who comes back later goes on where it was."""
+        """End every subscriber and every wait at once; a client that comes back resumes where it was."""
         if self.closed:
             return
         self.closed = True
         self._wake()
-        for tail in [*self.tails]:
-            tail.end()
+        for subscriber in [*self.subscribers]:
+            subscriber.end()
 
 
 class Lane:
-    """Hands out to tails whose filters cost about the same, so that nobody waits for a costlier one.
+    """Hands out changes to subscribers whose filters cost about the same, so that none waits for a costlier one.
 
     Args:
-        feed: whose tails they are.
-        fetch: reads for them, and for nobody who would have to wait for less.
+        feed: the feed of these subscribers.
+        fetch: reads for them, and not for queries that are quicker.
 
     """
 
@@ -173,13 +175,13 @@ class Lane:
         self._reading = asyncio.Lock()
         self.unread = asyncio.Event()
         """Whether there was a commit since it began to read."""
-        self.live: dict[str, list[Tail]] = {}
-        """Those that are handed what is new, by their filters."""
+        self.live: dict[str, list[Subscriber]] = {}
+        """Subscribers that are handed what is new, by their filters."""
         self.ring = Ring(feed.held)
-        """What was handed to them and not yet taken by all."""
+        """What was handed out and not yet taken by all of them."""
 
     async def read(self, after: int, *filters: Filters) -> Changes:
-        """Read what comes after a number; one at a time, so that tails leave the readers to those who ask.
+        """Read what comes after a number; one at a time, so that subscribers leave readers to other queries.
 
         Raises:
             UnavailableError: if the database cannot be read now.
@@ -189,27 +191,27 @@ class Lane:
         async with self._turn:
             return await self._fetch(ListChanges(after, _PAGE, filters))
 
-    async def catch_up(self, tail: Tail) -> bytes:
-        """Let the next page from the database wait for a tail that is behind; return what it gets instead.
+    async def catch_up(self, subscriber: Subscriber) -> bytes:
+        """Fetch the next page from the database for a subscriber that is behind; return what it is sent instead.
 
         Raises:
             UnavailableError: if the database cannot be read now.
 
         """
-        # One at a time asks for the second lock, so that what is new is handed out in between. That one is held until
-        # the tail has joined: so nothing is handed out that is not in the page.
+        # Only one at a time asks for the second lock, so that what is new is handed out in between. It is held until
+        # the subscriber has joined, so nothing is handed out that is not in the page.
         async with self._turn, self._reading:
             # It may have read further than the others, and is to be handed nothing twice.
-            while self.live and self.ring.last < tail.position and await self._hand_out():
+            while self.live and self.ring.last < subscriber.position and await self._hand_out():
                 pass
-            share = self._feed.bounds.held_bytes // len(self._feed.tails)
+            share = self._feed.bounds.held_bytes // len(self._feed.subscribers)
             most_bytes = min(max(share, _LEAST_PAGE_BYTES), PAGE_BYTES)
-            page = ListChanges(tail.position, _PAGE, (tail.filters,), most_bytes=most_bytes)
+            page = ListChanges(subscriber.position, _PAGE, (subscriber.filters,), most_bytes=most_bytes)
             changes = await self._fetch(page)
             async with self._feed.encoding:
-                told = await tail.take_in(changes)
+                notice = await subscriber.take_in(changes)
                 self._feed.relieve()
-            return told
+            return notice
 
     async def run(self) -> None:
         """Hand out what is committed, until it is cancelled."""
@@ -222,82 +224,82 @@ class Lane:
                     async with self._reading:
                         more = await self._hand_out()
             except QueryTimeoutError:  # the filters of all of them are too much for one query
-                for tails in [*self.live.values()]:
-                    for tail in tails:
-                        tail.fall_behind()
-            except UnavailableError:  # it is opened again, or overloaded; those who follow only wait longer
+                for subscribers in [*self.live.values()]:
+                    for subscriber in subscribers:
+                        subscriber.fall_behind()
+            except UnavailableError:  # it is opened again, or overloaded; subscribers only wait longer
                 await asyncio.sleep(_PAUSE_S)
                 self.unread.set()
 
     async def _hand_out(self) -> bool:
-        """Give each group of tails with the same filters what matches them; return whether there is more."""
-        groups = {key: tails[0].filters for key, tails in self.live.items()}
+        """Give each group of subscribers with the same filters what matches them; return whether there is more."""
+        groups = {key: subscribers[0].filters for key, subscribers in self.live.items()}
         changes = await self._fetch(ListChanges(self.ring.last, _PAGE, (*groups.values(),)))
         async with self._feed.encoding:
             matching = dict(zip(groups, changes.matching, strict=True))
             frames = await encode(changes, frozenset().union(*matching.values()), changes.last)
-            # From here on nothing is awaited, so that all of this is one step for every tail.
+            # From here on nothing is awaited, so that all of this is one step for every subscriber.
             pieces = {}
-            for key, tails in self.live.items():
+            for key, subscribers in self.live.items():
                 if wanted := [frame for frame in frames if frame.run in matching[key]]:
-                    pieces[key] = joined(wanted) if len(tails) > 1 else wanted
+                    pieces[key] = joined(wanted) if len(subscribers) > 1 else wanted
             self.offer(changes.last, pieces)
             self._feed.relieve()
         return changes.more
 
     def offer(self, last: int, pieces: Mapping[str, Sequence[Frame]]) -> None:
-        """Hand to all who live on it what their filters let through of the changes up to a number."""
+        """Hand out to all live subscribers what their filters let through of the changes up to a number."""
         self.ring.append(last, pieces, self._feed.bounds.ring_bytes)
         self._wake(pieces)
 
     def forget(self) -> None:
-        """Keep nothing; a tail that has not taken it yet reads it from the database."""
+        """Keep nothing; a subscriber that has not taken it yet reads it from the database."""
         self.ring.clear()
         self._wake(())
 
     def _wake(self, keys: Collection[str]) -> None:
-        for key, tails in [*self.live.items()]:
-            for tail in [*tails]:
-                tail.look(has_news=key in keys)
+        for key, subscribers in [*self.live.items()]:
+            for subscriber in [*subscribers]:
+                subscriber.look(has_news=key in keys)
 
-    def join(self, tail: Tail, last: int) -> Cursor | None:
-        """Let a tail that has read up to a number live on what is handed out, if it is where the others are."""
-        # Also if nobody lives on it now: what somebody was handed since this was read may be on its way still.
+    def join(self, subscriber: Subscriber, last: int) -> RingCursor | None:
+        """Let a subscriber that has read up to a number live on what is handed out, if the others are no further."""
+        # Also if there is no live one now: what was handed out since this was read may still be on its way.
         if last < self.ring.last or (self.live and last > self.ring.last):
             return None
         self.ring.last = last
-        self.live.setdefault(tail.key, []).append(tail)
+        self.live.setdefault(subscriber.key, []).append(subscriber)
         self.unread.set()  # there may have been a commit since it read
-        return self.ring.enter(tail.key)
+        return self.ring.enter(subscriber.key)
 
-    def leave(self, tail: Tail) -> None:
-        """Hand a tail nothing any more."""
-        others = [other for other in self.live.pop(tail.key, []) if other is not tail]
+    def leave(self, subscriber: Subscriber) -> None:
+        """Hand out nothing more to a subscriber."""
+        others = [other for other in self.live.pop(subscriber.key, []) if other is not subscriber]
         if others:
-            self.live[tail.key] = others
+            self.live[subscriber.key] = others
 
 
-class Tail:
-    """One who follows: what waits for it, and how far it is. Use it in a `with` block."""
+class Subscriber:
+    """One open stream: what waits for it, and its position. Use it in an `async with` block."""
 
-    def __init__(self, feed: Feed, place: Place | None, filters: Filters) -> None:
+    def __init__(self, feed: Feed, after: Cursor | None, filters: Filters) -> None:
         self.filters = filters
         self.key = urlencode(filters.parameters())
-        """The same for all tails with the same filters."""
+        """The same for all subscribers with the same filters."""
         self.sent = 0
         """Runs that were handed over."""
         self.missed = 0
-        """Changes that were left out because it was too slow."""
+        """Changes that were skipped because it was too slow."""
         self._feed = feed
         self.lane = feed.lane(filters)
-        self._place = place
+        self._after = after
         self.position = 0
-        """How far it has come; what waits for it alone goes up to here."""
+        """The number up to which it holds or was sent everything."""
         self.since = 0.0
         """Since when what waits has not become less."""
         self._epoch = ""
-        self._cursor: Cursor | None = None
-        """Where it stands in the lane's ring, while it lives on what is handed out."""
+        self._cursor: RingCursor | None = None
+        """Its cursor in the lane's ring, while it lives on what is handed out."""
         self._has_ended = False
         self._waiting: deque[Frame] = deque()
         """What it holds: the rest of its page from the database, or the one frame of the ring that it is sending."""
@@ -306,14 +308,14 @@ class Tail:
         self._ready = asyncio.Event()
         self._life = asyncio.timeout(None)
 
-    async def __aenter__(self) -> Tail:
+    async def __aenter__(self) -> Subscriber:
         """Begin a life that `end` ends, whatever is awaited in the block."""
         await self._life.__aenter__()
         return self
 
     async def __aexit__(self, *details: object) -> bool:
         """End it; an end by `end` is no error."""
-        self._feed.tails.discard(self)
+        self._feed.subscribers.discard(self)
         self._let_go()
         try:
             await self._life.__aexit__(*details)  # type: ignore[arg-type]
@@ -339,7 +341,7 @@ class Tail:
         return bool(self._waiting)
 
     def look(self, *, has_news: bool) -> None:
-        """See where it stands after something was appended to the ring, or dropped."""
+        """Check the position after something was appended to the ring, or dropped."""
         if self._cursor is None:
             return
         self.lane.ring.advance(self._cursor)
@@ -349,9 +351,9 @@ class Tail:
             self._ready.set()
 
     def fall_behind(self) -> None:
-        """Be handed nothing more, and read from the database what comes after that which was taken."""
+        """Leave the live subscribers, and read from the database what comes after that which was taken."""
         if self._cursor is not None:
-            self.position = max(self.position, self.lane.ring.place(self._cursor))
+            self.position = max(self.position, self.lane.ring.position(self._cursor))
             self.lane.leave(self)
             self.lane.ring.leave(self._cursor)
             self._cursor = None
@@ -365,7 +367,7 @@ class Tail:
         self.position = self._waiting[0].seq
 
     async def begin(self) -> bytes:
-        """Find the place to begin at; return its frame, so that a client that is cut off at once knows where to resume.
+        """Find where to begin; return that as a frame, so that a client that is cut off at once knows where to resume.
 
         Raises:
             UnavailableError: if the database cannot be read now.
@@ -374,13 +376,13 @@ class Tail:
         """
         changes = await self.lane.read(MAX_INTEGER, self.filters)
         self._epoch, self.position = changes.epoch, changes.newest
-        place = self._place
-        if place is None:
+        after = self._after
+        if after is None:
             return RETRY + self._mark()
-        if place.epoch not in (None, changes.epoch) or place.seq > changes.newest:
-            # Another database gave that place; nobody knows what was seen of this one.
-            return RETRY + self._tell_missed(changes.newest)
-        self.position = place.seq
+        if after.epoch not in (None, changes.epoch) or after.seq > changes.newest:
+            # Another database gave that cursor; what the client has seen of this one is unknown.
+            return RETRY + self._report_missed(changes.newest)
+        self.position = after.seq
         return RETRY + self._mark()
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
@@ -389,16 +391,16 @@ class Tail:
             if self._has_next():
                 yield self._take()
             elif self._cursor is None:
-                if told := await self._catch_up():
-                    yield told
+                if notice := await self._catch_up():
+                    yield notice
             elif not await self._is_ready():
                 yield b":\n" + self._mark()
 
     def _mark(self) -> bytes:
-        return f"id: {Place(self.position, self._epoch)}\n\n".encode()
+        return f"id: {Cursor(self.position, self._epoch)}\n\n".encode()
 
-    def _tell_missed(self, missed: int) -> bytes:
-        self._feed.metrics.tails_missed.inc(missed)
+    def _report_missed(self, missed: int) -> bytes:
+        self._feed.metrics.changes_missed.inc(missed)
         self.missed += missed
         data = orjson.dumps({"missed": missed})
         return b"event: missed\ndata: " + data + b"\n" + self._mark()
@@ -411,14 +413,14 @@ class Tail:
             return b""
 
     async def take_in(self, changes: Changes) -> bytes:
-        """Let a page wait; join those who live on what is handed out if it was the last one.
+        """Hold a page; join the live subscribers if it was the last one.
 
-        Return what is to be sent instead if it is not wanted any more.
+        Return what is to be sent instead if the subscriber is too far behind.
         """
         behind = changes.newest - self.position
         if behind > self._feed.bounds.behind:
             self.position = changes.newest
-            return self._tell_missed(behind)
+            return self._report_missed(behind)
         last = changes.last
         if self.lane.live and self.position <= self.lane.ring.last:
             last = min(last, self.lane.ring.last)  # what comes after that is about to be handed to all
@@ -445,12 +447,12 @@ class Tail:
         return True
 
     def _has_next(self) -> bool:
-        """Tell whether it holds something to send; if not, take one frame of the ring."""
+        """Return whether it holds something to send; if not, take one frame of the ring."""
         if not self._waiting and self._cursor is not None:
             frame = self.lane.ring.take(self._cursor)
             if frame is not None:
                 self._waiting.append(frame)
-                self.position = self.lane.ring.place(self._cursor)
+                self.position = self.lane.ring.position(self._cursor)
         return bool(self._waiting)
 
     def _take(self) -> bytes:

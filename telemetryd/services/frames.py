@@ -10,19 +10,19 @@ from typing import Final
 import orjson
 
 from telemetryd.model import runs
-from telemetryd.model.changes import Changes, Place
+from telemetryd.model.changes import Changes, Cursor
 
 PIECE_BYTES: Final = 64 * 1024
-"""What a tail sends at once at most, so that no more is copied for it than the client is about to take."""
+"""What is sent at once at most, so that no more is copied than the client is about to take."""
 
 _SLICE_S: Final = 0.002
 """How long changes are encoded before the event loop gets its turn."""
 
 
 class Frame:
-    """A run as an event of a stream: in memory once, however many tails it waits for.
+    """A run as an event of a stream: in memory once, however many subscribers wait for it.
 
-    Some small ones that are put together are one, which has the number of the last.
+    Several small runs are joined to one frame, which has the number of the last.
     """
 
     __slots__ = ("holders", "run", "runs", "seq", "text")
@@ -37,7 +37,7 @@ class Frame:
 
     @staticmethod
     def join(frames: list[Frame]) -> Frame:
-        """Return some as one."""
+        """Return several frames as one."""
         last = frames[-1]
         if len(frames) == 1:
             return last
@@ -45,13 +45,13 @@ class Frame:
 
 
 class Held:
-    """How many bytes all frames have that somebody holds; each counts once from its first holder to its last."""
+    """The bytes of all frames that have a holder; each counts once, from its first holder to its last."""
 
     def __init__(self) -> None:
         self.bytes = 0
 
     def acquire(self, frame: Frame) -> None:
-        """Count a holder of a frame, who releases it as often as it was acquired."""
+        """Count a holder of a frame, which releases it as often as it has acquired it."""
         if not frame.holders:
             self.bytes += len(frame.text)
         frame.holders += 1
@@ -64,7 +64,7 @@ class Held:
 
 
 def joined(frames: Iterable[Frame]) -> list[Frame]:
-    """Return frames put together up to `PIECE_BYTES`."""
+    """Return frames joined up to `PIECE_BYTES`."""
     pieces: list[Frame] = []
     together: list[Frame] = []
     size = 0
@@ -85,8 +85,8 @@ async def encode(changes: Changes, matching: Collection[int], last: int) -> list
     turn = time.perf_counter()
     for seq, what in changes.found:
         if seq <= last and isinstance(what, tuple) and what[0] in matching:
-            place, data = str(Place(seq, changes.epoch)).encode(), orjson.dumps(runs.to_json(what))
-            text = b"id: %b\nevent: run\ndata: %b\n\n" % (place, data)
+            cursor, data = str(Cursor(seq, changes.epoch)).encode(), orjson.dumps(runs.to_json(what))
+            text = b"id: %b\nevent: run\ndata: %b\n\n" % (cursor, data)
             frames.append(Frame(seq, int(what[0] or 0), text))
             if time.perf_counter() - turn > _SLICE_S:
                 await asyncio.sleep(0)

@@ -121,14 +121,14 @@ def start_time(pid: int) -> int | None:
 
 
 def has_ended(pidfd: int) -> bool:
-    """Tell whether a process has ended, be it waited for or not."""
+    """Return whether a process has ended, be it waited for or not."""
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     return bool(poll.poll(0))
 
 
 def exit_code(pidfd: int) -> int | None:
-    """Return how an ended process ended (negative: by a signal), or None if the kernel does not tell, or not yet."""
+    """Return how an ended process ended (negative: by a signal), or None if that is not known, or not yet."""
     info = bytearray(_PIDFD_INFO.pack(_PIDFD_INFO_EXIT, *[0] * 13))
     try:
         fcntl.ioctl(pidfd, _PIDFD_GET_INFO, info)
@@ -152,13 +152,13 @@ _VERSION_1: Final = re.compile(r"^\d+:(?:[^:]*,)?memory(?:,[^:]*)?:(/.*)$", re.M
 _VERSION_2: Final = re.compile(r"^0::(/.*)$", re.MULTILINE)
 
 
-def oom_kills(path: str | None) -> int | None:
+def oom_kills(path: str | None, groups: Path = _CGROUPS) -> int | None:
     """Return how many processes of a control group the kernel has killed for lack of memory, or None if unknown."""
     if path is None:
         return None
     for hierarchy, name in _KILL_COUNTS:
         try:
-            counts = (_CGROUPS / hierarchy / path.lstrip("/") / name).read_text("ascii")
+            counts = (groups / hierarchy / path.lstrip("/") / name).read_text("ascii")
         except OSError:
             continue
         found = re.search(r"^oom_kill (\d+)$", counts, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""The newest of what was handed out, in the order of the commits, and where each of those stands who follow it."""
+"""A ring of the newest pages in the order of the commits, and each subscriber's cursor into it."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Final
 from telemetryd.services.frames import Frame, Held
 
 _LIST_BYTES: Final = 256
-"""About what a list of frames takes besides their texts."""
+"""About how many bytes a list of frames takes in addition to their texts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """What was handed out at once."""
+    """The frames that were handed out at once."""
 
     last: int
-    """Up to which number of the sequence it goes."""
+    """The last number of the sequence in it."""
     pieces: Mapping[str, Sequence[Frame]]
     """What each filter lets through, by the filter's key; nothing for those that let nothing through."""
     frames: frozenset[Frame]
@@ -28,22 +28,22 @@ class Page:
 
 
 @dataclass(slots=True)
-class Cursor:
-    """Where one stands in a ring: which page comes next, and what of it was taken already."""
+class RingCursor:
+    """A subscriber's position in a ring: which page comes next, and what of it was taken already."""
 
     key: str
-    """Of the filters that say what is taken."""
+    """The key of the filters that select what is taken."""
     page: int
     """Pages are numbered in their order."""
     index: int
     seq: int
-    """Up to which number of the sequence everything was taken; more may be, at the ring's end."""
+    """The number up to which everything was taken; at the ring's end it may be more."""
 
 
 class Ring:
     """Pages in the order of the commits: kept until all have taken them, or until there are too many bytes.
 
-    A follower whose page is dropped is lapped: it is given nothing more, and reads on from the database.
+    A subscriber whose page is dropped is lapped: it gets nothing more here, and reads on from the database.
 
     Args:
         held: counts the frames of all pages.
@@ -52,34 +52,34 @@ class Ring:
 
     def __init__(self, held: Held) -> None:
         self.last = 0
-        """Up to which number of the sequence everything was appended."""
+        """The number up to which everything was appended."""
         self.bytes = 0
         self._held = held
         self._pages: deque[Page] = deque()
         self._first = 0
         self._standing: Counter[int] = Counter()
-        """How many stand at each page, and at the end."""
+        """How many cursors are at each page, and at the end."""
 
     @property
     def _end(self) -> int:
         return self._first + len(self._pages)
 
-    def enter(self, key: str) -> Cursor:
-        """Return a cursor at the end: what is appended from now on has to tell what the key's filters let through."""
+    def enter(self, key: str) -> RingCursor:
+        """Return a cursor at the end: what is appended from now on has to say what the key's filters let through."""
         self._standing[self._end] += 1
-        return Cursor(key, self._end, 0, self.last)
+        return RingCursor(key, self._end, 0, self.last)
 
-    def leave(self, cursor: Cursor) -> None:
+    def leave(self, cursor: RingCursor) -> None:
         """Keep nothing more for a cursor."""
         if not self.has_lapped(cursor):
             self._standing[cursor.page] -= 1
             self._trim()
 
-    def has_lapped(self, cursor: Cursor) -> bool:
-        """Tell whether a page was dropped that the cursor stood at."""
+    def has_lapped(self, cursor: RingCursor) -> bool:
+        """Return whether the cursor's page was dropped."""
         return cursor.page < self._first
 
-    def place(self, cursor: Cursor) -> int:
+    def position(self, cursor: RingCursor) -> int:
         """Return up to which number of the sequence a cursor has taken everything."""
         return self.last if cursor.page == self._end else cursor.seq
 
@@ -94,7 +94,7 @@ class Ring:
             self.bytes += size
             while self.bytes > most_bytes and len(self._pages) > 1:
                 self._drop()
-            self._trim()  # nobody may stand at the rest
+            self._trim()  # no cursor may be at the rest
         self.last = max(self.last, last)
 
     def clear(self) -> None:
@@ -102,7 +102,7 @@ class Ring:
         while self._pages:
             self._drop()
 
-    def take(self, cursor: Cursor) -> Frame | None:
+    def take(self, cursor: RingCursor) -> Frame | None:
         """Return the next frame for a cursor, acquired for the caller; None at the end, or if it is lapped."""
         if self.has_lapped(cursor) or cursor.page == self._end:
             return None
@@ -113,7 +113,7 @@ class Ring:
         self.advance(cursor)
         return frame
 
-    def advance(self, cursor: Cursor) -> None:
+    def advance(self, cursor: RingCursor) -> None:
         """Let a cursor pass the pages that have nothing more for it."""
         while self._first <= cursor.page < self._end:
             page = self._pages[cursor.page - self._first]

@@ -112,18 +112,18 @@ class Upkeep:
         self._news = asyncio.Event()
 
     def notices(self) -> list[str]:
-        """Say what is not done by itself although it is configured, and which command changes that."""
-        told = [f"{self._doubt}: {_HOW_TO_CONFIRM_THE_CLOCK}"] if self._doubt is not None else []
+        """Return what is configured and yet not done automatically, and which command changes that."""
+        notices = [f"{self._doubt}: {_HOW_TO_CONFIRM_THE_CLOCK}"] if self._doubt is not None else []
         if (waiting := self._unconfirmed) is not None and self._prune_after is not None:
             age = duration_text(self._prune_after)
             known = "" if waiting.confirmed_s is None else f" (confirmed are {duration_text(waiting.confirmed_s)})"
             oldest = "" if waiting.found.oldest is None else f", the oldest of {waiting.found.oldest}"
-            told.append(
+            notices.append(
                 f"TELEMETRY_PRUNE_AFTER={age} deletes nothing until it is confirmed for this database{known}: "
                 f"{waiting.found.runs} runs would be deleted{oldest}; confirm it with: "
                 f"telemetryd prune --confirm-automatic {age}"
             )
-        return told
+        return notices
 
     def shown(self) -> dict[str, Any]:
         """Return what `/health` reports of it."""
@@ -160,7 +160,7 @@ class Upkeep:
             await self._store.submit(TrustClock(reading))
 
     async def _look(self, now: datetime) -> tuple[Confirmed, Reading]:
-        """Fetch what is confirmed, and see whether the clock can be believed; tell if that has changed."""
+        """Fetch what is confirmed, and check whether the clock can be trusted; log if that has changed."""
         reading = clocks.read(now)
         confirmed = await self._store.fetch(GetConfirmed())
         doubt = confirmed.doubt(reading)

@@ -84,7 +84,7 @@ class Gate:
         )
 
     def may_advise(self, request: web.Request, status: int) -> bool:
-        """Tell whether an answer may say how busy the daemon is; who asks too often has not shown a token yet."""
+        """Return whether an answer may say how busy the daemon is; one over the rate limit has shown no token yet."""
         if status == 429:
             return self._token is None or self._is_authentic(request)
         return status == 503 or (request.method in flow.METHODS and status not in flow.NEVER)
@@ -149,7 +149,7 @@ def _tokens(request: web.Request) -> list[str]:
 
 
 def _ask_for_token(request: web.Request) -> web.Response:
-    """Return a 401; a browser that opens a page is also told the one way that it can ask its user for the token."""
+    """Return a 401; a browser that opens a page also gets the one scheme by which it can ask its user for the token."""
     if any(_tokens(request)):
         reason = "The token is wrong"
     else:
@@ -166,7 +166,7 @@ def _ask_for_token(request: web.Request) -> web.Response:
 
 
 def _is_open(request: web.Request) -> bool:
-    """Tell whether a request needs no token: the health, and the page, which holds no data and asks for the token."""
+    """Return whether a request needs no token: the health, and the page, which holds no data and asks for the token."""
     if request.path == HEALTH:
         return True
     resource = request.match_info.route.resource
@@ -176,7 +176,7 @@ def _is_open(request: web.Request) -> bool:
 
 
 def _is_page(request: web.Request) -> bool:
-    """Tell whether a request is for a page or the document: these only read, so a browser may remember the token."""
+    """Return whether a request is for a page or the document: these only read, so a browser may remember the token."""
     resource = request.match_info.route.resource
     return resource is not None and (resource.canonical == "/" or resource.canonical.startswith(PAGE_PREFIXES))
 
@@ -188,7 +188,7 @@ def _port(request: web.Request) -> int:
 
 
 def _is_own_unix_peer(request: web.Request) -> bool:
-    """Tell whether a request came over the Unix socket from a process of our own user or root."""
+    """Return whether a request came over the Unix socket from a process of our own user or root."""
     connection = request.transport.get_extra_info("socket") if request.transport is not None else None
     if connection is None or connection.family != socket.AF_UNIX:
         return False

@@ -54,7 +54,7 @@ IDENTITY: Final = web.RequestKey("identity", str)
 
 
 WAITED: Final = web.ResponseKey("waited", float)
-"""For how many seconds a handler only waited for something to tell; they do not count as time that it took."""
+"""The seconds in which a handler only waited for something to report; they do not count as its duration."""
 
 
 REASON: Final = web.ResponseKey("reason", str)
@@ -80,13 +80,13 @@ def mark(response: web.StreamResponse, identity: str) -> None:
 
 
 def wants_page(request: web.Request) -> bool:
-    """Tell whether the bare address is opened in a browser."""
+    """Return whether the bare address is opened in a browser."""
     return "text/html" in request.headers.get("Accept", "")
 
 
 def unexpected_detail(identity: str) -> str:
-    """Return all that a client learns of an error that nobody foresaw."""
-    return f"Internal error; the log tells more under request id {identity}"
+    """Return all that a client learns of an unexpected error."""
+    return f"Internal error; the log has more under request id {identity}"
 
 
 # A random word and a counter: asking the system for randomness each time would give the interpreter's lock

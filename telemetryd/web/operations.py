@@ -28,7 +28,6 @@ def _slice_of(summary: str, model: str, kind: object) -> Operation:
         "Needs authentication, or the Unix socket. Ask again while `more` is true.",
         tags=("admin",),
         body=ref(model),
-        body_types=JSON_TYPES,
         answers={200: ("What was done, or with dry_run what would be.", kind)},
         errors=_WRITE_ERRORS,
     )
@@ -38,25 +37,18 @@ CREATE_RUN: Final = Operation(
     "Create a run",
     "A known event_id is a duplicate: the stored run stays as it is.",
     body=_NEW_RUN,
-    body_types=JSON_TYPES,
     example=runs.example(runs.NewRun, runs.BEGUN),
     answers={
-        201: (
-            "The run is stored and durable.",
-            answers.RunCreated,
-        ),
-        200: (
-            "The event_id is already stored.",
-            answers.RunDuplicate,
-        ),
+        201: ("The run is stored and durable.", answers.RunCreated),
+        200: ("The event_id is already stored.", answers.RunDuplicate),
     },
     errors=_WRITE_ERRORS,
 )
 
 CREATE_BATCH: Final = Operation(
     "Create many runs",
-    "An array, an object with the array under `runs`, or one run a line (NDJSON). A bad item is reported and "
-    "costs the others nothing; all good ones are stored in one transaction.",
+    "An array, an object with the array under `runs`, or one run a line (NDJSON). Invalid items are reported one by "
+    "one; all others are stored in one transaction.",
     body={
         "anyOf": [
             {"type": "array", "items": _NEW_RUN},
@@ -65,12 +57,7 @@ CREATE_BATCH: Final = Operation(
     },
     body_types=(*JSON_TYPES, NDJSON_TYPES[0]),
     example=[runs.example(runs.NewRun, runs.BEGUN, number) for number in (0, 1)],
-    answers={
-        200: (
-            "What became of the items.",
-            answers.BatchStored,
-        )
-    },
+    answers={200: ("What became of the items.", answers.BatchStored)},
     errors=_WRITE_ERRORS,
 )
 
@@ -100,12 +87,7 @@ LIST_CHANGES: Final = Operation(
     "`last` as `after`, while `more` is true at once. Events come with the page that has the last change, each "
     "with the id of its run; go on with the id of the last one as `events_after`.",
     parameters=changes.LIST,
-    answers={
-        200: (
-            "The changes.",
-            changes.ChangesAnswer,
-        )
-    },
+    answers={200: ("The changes.", changes.ChangesAnswer)},
     errors=(400, 410, 503),
 )
 
@@ -132,7 +114,6 @@ UPDATE_RUN: Final = Operation(
     "Update a run",
     "A field that is null or missing stays as it is.",
     body=ref("RunPatch"),
-    body_types=JSON_TYPES,
     example=runs.example(runs.RunPatch, runs.ENDED, 1),
     answers={200: ("The run is changed and the change durable.", answers.RunUpdated)},
     errors=(404, *_WRITE_ERRORS),
@@ -141,14 +122,8 @@ UPDATE_RUN: Final = Operation(
 ASSOCIATE_COMMIT: Final = Operation(
     "Record the commit that a run led to",
     body=ref("CommitAssociation"),
-    body_types=JSON_TYPES,
     example=runs.example(runs.CommitAssociation),
-    answers={
-        200: (
-            "The commit is recorded and durable.",
-            answers.CommitAssociated,
-        )
-    },
+    answers={200: ("The commit is recorded and durable.", answers.CommitAssociated)},
     errors=(404, *_WRITE_ERRORS),
 )
 
@@ -162,14 +137,8 @@ CREATE_EVENTS: Final = Operation(
             {"type": "array", "items": ref("NewEvent"), "maxItems": events.MAX_EVENTS},
         ]
     },
-    body_types=JSON_TYPES,
     example=runs.example(events.NewEvent),
-    answers={
-        201: (
-            "The events are stored and durable; those with a known key were so before.",
-            answers.EventsStored,
-        )
-    },
+    answers={201: ("The events are stored and durable; those with a known key were so before.", answers.EventsStored)},
     errors=(404, *_WRITE_ERRORS),
 )
 
@@ -187,14 +156,8 @@ REGISTER_PROCESS: Final = Operation(
     "If it ends while the run is still running, the run becomes a failure within a second. Only a process on "
     "the daemon's own machine can be watched.",
     body=ref("ProcessRequest"),
-    body_types=JSON_TYPES,
     example=runs.example(ProcessRequest),
-    answers={
-        201: (
-            "The process is watched, also after a restart of the daemon.",
-            answers.ProcessWatched,
-        )
-    },
+    answers={201: ("The process is watched, also after a restart of the daemon.", answers.ProcessWatched)},
     errors=(404, 409, *_WRITE_ERRORS),
 )
 
@@ -230,12 +193,7 @@ LIST_ALERTS: Final = Operation(
 
 GET_METADATA: Final = Operation(
     "List agents and job types",
-    answers={
-        200: (
-            "The names in use.",
-            answers.Metadata,
-        )
-    },
+    answers={200: ("The names in use.", answers.Metadata)},
     errors=(503,),
 )
 
@@ -243,12 +201,7 @@ GET_HEALTH: Final = Operation(
     "Check health",
     "Answers at once, with 503 when writes are not taken.",
     tags=("operation",),
-    answers={
-        200: (
-            "Writes are taken.",
-            answers.Health,
-        )
-    },
+    answers={200: ("Writes are taken.", answers.Health)},
     errors=(503,),
     open=True,
 )
@@ -258,12 +211,7 @@ GET_METRICS: Final = Operation(
     "JSON, or Prometheus text if Accept or `format` asks for it.",
     tags=("operation",),
     parameters=queries.METRICS,
-    answers={
-        200: (
-            "The totals.",
-            answers.Totals,
-        )
-    },
+    answers={200: ("The totals.", answers.Totals)},
     other_answer_types=("text/plain", "application/openmetrics-text"),
     errors=(400, 503),
 )
@@ -278,7 +226,6 @@ CONFIRM: Final = Operation(
     "to be confirmed again), or the clock is right although it has jumped.",
     tags=("admin",),
     body=ref("ConfirmRequest"),
-    body_types=JSON_TYPES,
     answers={200: ("It is written down for this database.", answers.Confirmed)},
     errors=_WRITE_ERRORS,
 )
@@ -288,12 +235,6 @@ MAKE_BACKUP: Final = Operation(
     "Needs authentication, or the Unix socket; the directory is the setting TELEMETRY_BACKUP_DIR.",
     tags=("admin",),
     body=obj({}),
-    body_types=JSON_TYPES,
-    answers={
-        200: (
-            "The backup is verified and in its place.",
-            answers.BackupMade,
-        )
-    },
+    answers={200: ("The backup is verified and in its place.", answers.BackupMade)},
     errors=_WRITE_ERRORS,
 )

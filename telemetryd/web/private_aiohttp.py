@@ -30,14 +30,14 @@ def use_parser(protocol: RequestHandler, parser: HttpRequestParser) -> None:
 
 
 def unparsed_bytes(protocol: RequestHandler) -> int:
-    """Return how many bytes have come after an upgrade that nobody has parsed; no public name tells that."""
+    """Return how many bytes have come after an upgrade and are not parsed; no public name gives that."""
     return len(protocol._message_tail)
 
 
 def has_whole_request(protocol: RequestHandler) -> bool:
-    """Tell whether a request of a connection is complete, or being answered.
+    """Return whether a request of a connection is complete, or being answered.
 
-    The protocol counts requests, and waits for the next one, without telling anybody outside.
+    The protocol counts requests, and waits for the next one, without a public name for either.
     """
     waiter = protocol._waiter
     return protocol._request_count > 0 and (waiter is None or waiter.done())

@@ -23,7 +23,7 @@ from telemetryd.client import Config
 from telemetryd.client.answers import retry_after_s
 from telemetryd.client.aside import Aside
 from telemetryd.client.counters import Counters
-from telemetryd.client.delivery import Delivery, Parcel, RetryError
+from telemetryd.client.delivery import Batch, Delivery, RetryError
 from telemetryd.client.lines import encode
 from telemetryd.client.transport import Answer, Transport, UnreachableError
 from telemetryd.compat import TelemetryClient, TelemetryConfig
@@ -60,10 +60,10 @@ def send(lines: list[bytes], requests: Any, folder: Path | None = None, tries: i
     buried: list[Any] = []
     counters = Counters()
     delivery = Delivery(requests, lambda *refusal: buried.append(refusal), counters, Aside(folder) if folder else None)
-    parcel = Parcel.of(lines)
+    batch = Batch.of(lines)
     for _ in range(tries):
         with contextlib.suppress(RetryError):
-            delivery.send(parcel)
+            delivery.send(batch)
             return True, buried
         assert (counters.sent, counters.dead) == (0, 0)
     return False, buried
@@ -247,7 +247,7 @@ def test_a_header_beyond_all_bounds_costs_no_acknowledgement(headers: dict[str, 
     assert math.isfinite(retry_after_s(answer))
 
 
-def test_a_reason_of_any_depth_is_told_or_left_out() -> None:
+def test_a_reason_of_any_depth_is_reported_or_left_out() -> None:
     """orjson reads a thousand levels, and neither repr() nor json.dumps() writes so many."""
     deep = b'{"detail":' + b"[" * 900 + b"]" * 900 + b"}"
     assert ask(head(500, len(deep)) + deep).body is None

@@ -22,6 +22,7 @@ from tests.client.conftest import MakeClient, flushed, url_of
 from tests.client.test_spool import drain
 from tests.conftest import Api, StartDaemon, make_run
 from tests.http_client import get
+from tests.tools.forks import popen
 
 OLD = 1_700_000_000
 SECRET = b"somebody else's file, which stays as it is\n"
@@ -109,7 +110,7 @@ def test_the_command_goes_on_with_the_other_streams_and_says_so(
     os.utime(full / "trap.jsonl.ready", (OLD, OLD))
     (full / "trap.lock").symlink_to(other)
     command = [sys.executable, "-m", "telemetryd", "sync", "--buffer-dir", str(full), "--url", url]
-    process = subprocess.Popen([*command, *(["--watch"] if watch else [])], stderr=subprocess.PIPE, text=True)
+    process = popen([*command, *(["--watch"] if watch else [])], os.environ, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60
     while get(url, "/api/v1/runs/left")[0] != 200:
         assert time.monotonic() < deadline
@@ -219,7 +220,7 @@ def test_a_line_without_end_is_read_in_bounded_pieces(full: Path, monkeypatch: p
     stream.release()
 
 
-def test_a_line_of_many_beginnings_is_mended_in_bounded_time() -> None:
+def test_a_line_of_many_beginnings_is_fixed_in_bounded_time() -> None:
     began = time.thread_time()
     assert repair(b'{"op":"' * 300_000) is None
     assert time.thread_time() - began < 5

@@ -54,5 +54,5 @@ def test_the_replaced_librarys_surface_is_as_light() -> None:
 
 
 def test_sending_needs_nothing_of_the_server_either() -> None:
-    modules, _ = imported("import telemetryd.client.delivery, telemetryd.client.transport, telemetryd.client.courier")
+    modules, _ = imported("import telemetryd.client.delivery, telemetryd.client.transport, telemetryd.client.uploader")
     assert not modules & (HEAVY - {"http.client"})

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from telemetryd.client import Config
 from telemetryd.client.counters import Counters
-from telemetryd.client.delivery import Delivery, Parcel
+from telemetryd.client.delivery import Batch, Delivery
 from telemetryd.client.fields import CHANGES
 from telemetryd.client.lines import Json, encode
 from telemetryd.client.run import Run
@@ -100,7 +100,7 @@ async def test_lines_sent_together_or_one_by_one_end_in_the_same_run(api: Api) -
     count = 0
 
     def ending(lines: list[bytes], cuts: set[int]) -> Json:
-        """Send lines under an event_id of their own, cut into parcels; return the run, with how many events it has."""
+        """Send lines under an event_id of their own, cut into batches; return the run, with how many events it has."""
         nonlocal count
         count += 1
         event_id = f"run-{count}"
@@ -108,7 +108,7 @@ async def test_lines_sent_together_or_one_by_one_end_in_the_same_run(api: Api) -
         begin = 0
         for end in sorted({*cuts, len(lines)}):
             if begin < end:
-                delivery.send(Parcel.of(renamed[begin:end]))
+                delivery.send(Batch.of(renamed[begin:end]))
             begin = end
         run: Json = transport.request("GET", run_path(event_id) + "?include=events").body
         told = {name: value for name, value in run.items() if name not in OF_THE_SERVER}
@@ -136,7 +136,7 @@ async def test_what_is_null_leaves_the_value_as_it_is(api: Api) -> None:
     run.update(error_details="what went wrong")
     run.finish("failure", error_details=None)  # type: ignore[arg-type]
     transport = Transport(Config(url=url_of(api)))
-    await asyncio.to_thread(Delivery(transport, lambda *_: None, Counters()).send, Parcel.of(recorder.lines))
+    await asyncio.to_thread(Delivery(transport, lambda *_: None, Counters()).send, Batch.of(recorder.lines))
     transport.close()
     stored = await api.get(f"/api/v1/runs/{ID}")
     assert (stored["status"], stored["error_details"]) == ("failure", "what went wrong")
@@ -145,6 +145,6 @@ async def test_what_is_null_leaves_the_value_as_it_is(api: Api) -> None:
 def test_one_name_twice_in_a_line_joins_no_other_run() -> None:
     twice = b'{"event_id":"first","run_id":"r","agent_name":"a","job_type":"j","event_id":"second"}'
     change = encode({"op": "update", "event_id": "first", "fields": {"status": "success"}}).rstrip()
-    parcel = Parcel.of([twice, change])
-    assert [type(step).__name__ for step in parcel.steps] == ["_Runs", "_Update"]
-    assert orjson.loads(parcel.steps[0].items[0].body)["event_id"] == "second"  # type: ignore[union-attr]
+    batch = Batch.of([twice, change])
+    assert [type(step).__name__ for step in batch.steps] == ["_Runs", "_Update"]
+    assert orjson.loads(batch.steps[0].items[0].body)["event_id"] == "second"  # type: ignore[union-attr]

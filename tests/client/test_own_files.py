@@ -33,6 +33,7 @@ from tests.client.conftest import MakeClient, flushed, stored, url_of
 from tests.client.test_spool import drain, pick_up, spool_in
 from tests.client.test_worker import finished
 from tests.conftest import Api, StartDaemon
+from tests.tools.process import telemetryd
 
 LINE = b"a line of the agent's own\n"
 
@@ -199,7 +200,7 @@ def test_the_end_of_the_process_saves_lines_whose_folder_is_gone(buffer: Path) -
     assert pick_up(buffer) == [b"1"]
 
 
-def test_a_folder_that_cannot_be_made_again_is_told_and_memory_keeps_the_lines(
+def test_a_folder_that_cannot_be_made_again_is_reported_and_memory_keeps_the_lines(
     buffer: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     spool = spool_in(buffer)
@@ -331,8 +332,7 @@ def test_sync_sends_what_a_wrong_position_would_leave_out(start_daemon: StartDae
     stem = "20250101T000000Z-1-aaaaaaaa"
     (buffer / f"{stem}.000000.jsonl.ready").write_bytes(encode(finished("e")))
     (buffer / f"{stem}.lock").write_text("0000000000 00000000000000999999\n")
-    command = [sys.executable, "-m", "telemetryd", "sync", "--buffer-dir", str(buffer), "--json"]
-    done = subprocess.run([*command, "--url", start_daemon().url], capture_output=True, timeout=60, check=True)
+    done = telemetryd("sync", "--buffer-dir", buffer, "--json", "--url", start_daemon().url)
     assert orjson.loads(done.stdout)["stored"] == 1
     assert [entry.state for entry in entries(buffer)] == [".synced"]
 

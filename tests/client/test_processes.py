@@ -83,11 +83,12 @@ threading.Thread(target=work).start()
     assert states(buffer) == {".synced": 1}
 
 
-@pytest.mark.parametrize("how", ["sys.exit(3)", "raise ValueError('x')", "os.kill(os.getpid(), 2)"])
-def test_every_way_to_leave_says_how_it_was(daemon: Daemon, buffer: Path, how: str) -> None:
-    program = f"with telemetry.run('a', 'j'):\n    {how}\n    time.sleep(5)\n"
-    assert python(program, daemon.url, buffer, status=None).returncode != 0
-    assert [run["status"] for run in runs(daemon.url)] == ["cancelled" if how[0] == "o" else "failure"]
+def test_every_way_to_leave_says_how_it_was(daemon: Daemon, buffer: Path) -> None:
+    for how in ("sys.exit(3)", "raise ValueError('x')", "os.kill(os.getpid(), 2)"):
+        program = f"with telemetry.run('a', 'j', item_name={how!r}):\n    {how}\n    time.sleep(60)\n"
+        assert python(program, daemon.url, buffer, status=None).returncode != 0
+        found = [run["status"] for run in runs(daemon.url) if run["item_name"] == how]
+        assert found == ["cancelled" if how[0] == "o" else "failure"]
 
 
 def test_the_end_is_not_held_up_by_a_daemon_that_is_down(buffer: Path, free_port: int) -> None:
@@ -113,7 +114,7 @@ if __name__ == "__main__":
     with telemetry.run("a", "outer", run_id="the-outer-run") as run:
         os.environ.update(run.environment())
         context = multiprocessing.get_context({method!r})
-        workers = [context.Process(target=work, args=(number,)) for number in range(4)]
+        workers = [context.Process(target=work, args=(number,)) for number in range(2)]
         for worker in workers:
             worker.start()
         for worker in workers:
@@ -130,7 +131,7 @@ if __name__ == "__main__":
     )
     assert (done.returncode, done.stderr) == (0, "")
     inner = runs(daemon.url, job_type="inner")
-    assert sorted(run["item_name"] for run in inner) == [str(number) for number in range(4)]
+    assert sorted(run["item_name"] for run in inner) == ["0", "1"]
     assert {(run["status"], run["parent_run_id"]) for run in inner} == {("success", "the-outer-run")}
     assert [run["status"] for run in runs(daemon.url, job_type="outer")] == ["success"]
     assert states(buffer).keys() == {".synced"}
@@ -242,7 +243,7 @@ from telemetryd import client as telemetry
 with telemetry.run("a", "short", event_id=sys.argv[1]) as run:
     run.items(succeeded=1)
 """
-    count = 20
+    count = 8
     processes = [
         subprocess.Popen([sys.executable, "-c", program, f"short-{number}"], env=environment(daemon.url, buffer))
         for number in range(count)
@@ -368,7 +369,7 @@ for _ in range(3):
     assert len([path for path in buffer.iterdir() if path.suffix != ".lock"]) == 11
 
 
-def test_a_client_that_nobody_knows_any_more_is_told_of_a_fork(buffer: Path) -> None:
+def test_a_client_that_nobody_knows_any_more_notices_a_fork(buffer: Path) -> None:
     program = """
 import gc
 run = telemetry.Client(send=False).run("a", "j").start()
@@ -402,8 +403,9 @@ print(telemetry.stats()["recorded"], resident() - before)
     done = python(program, f"http://127.0.0.1:{free_port}", buffer, TELEMETRY_FLUSH_TIMEOUT_S="0.1")
     recorded, grown = map(int, done.stdout.split())
     assert recorded == 50_000
-    # The background thread makes full batches once in a while, of a few MiB; the lines have more than 15 MiB.
-    assert sum(file.stat().st_size for file in buffer.iterdir()) > 15 << 20
+    assert sum(file.read_bytes().count(b"\n") for file in buffer.glob("*.jsonl.*")) == recorded
+    # The background thread makes full batches once in a while, of a few MiB; the lines have about 15 MiB, of which
+    # the names of the host and of the Git branch are a part.
     assert grown < 6 << 20
 
 
@@ -433,7 +435,7 @@ def test_a_killed_agents_run_is_closed_at_once_and_a_late_end_wins(daemon: Daemo
 from telemetryd import client as telemetry
 import os, signal, sys, time
 run = telemetry.run("a", "j", event_id="dying").start()
-telemetry.flush(20)
+telemetry.flush(60)
 print("begun", flush=True)
 time.sleep(60)
 """
@@ -461,7 +463,7 @@ def test_a_refused_registration_is_not_repeated_for_ever(start_daemon: StartDaem
     program = """
 for number in range(6):
     with telemetry.run("a", "j"):
-        assert telemetry.flush(20)
+        assert telemetry.flush(60)
 print(telemetry.stats()["dead"])
 """
     assert python(program, daemon.url, buffer).stdout == "0\n"

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +16,7 @@ import pytest
 from telemetryd.client import Config, aside, worker
 from telemetryd.client.aside import Aside
 from telemetryd.client.counters import Counters
-from telemetryd.client.delivery import MAX_BYTES, BlockedError, Delivery, Parcel
+from telemetryd.client.delivery import MAX_BYTES, Batch, BlockedError, Delivery
 from telemetryd.client.folder import entries, is_aside
 from telemetryd.client.lines import encode
 from telemetryd.client.transport import Answer, Transport, UnreachableError
@@ -27,6 +25,7 @@ from tests.client.conftest import MakeClient, flushed, stored, url_of
 from tests.client.test_worker import finished, leave
 from tests.conftest import Api, MakeApi, StartDaemon
 from tests.tools.bad_proxy import DAEMONS, BadProxy, bad_proxy
+from tests.tools.process import telemetryd
 
 LIMIT = 20_000
 LARGE = "x" * 2 * LIMIT
@@ -57,7 +56,7 @@ async def test_a_line_that_a_proxy_does_not_let_through_is_set_aside_and_comes_w
     client = make_client(narrow.url)
     for number in range(20):
         client.record({**finished(f"e-{number}"), "output_summary": LARGE if number == 7 else "x" * 500})
-    assert not await asyncio.to_thread(client.flush, 20), "one is not stored"
+    assert not await asyncio.to_thread(client.flush, 60), "one is not stored"
     assert {run["event_id"] for run in await api.list(limit=100)} == {f"e-{n}" for n in range(20) if n != 7}
     assert client.stats()["aside"] == 1
     assert len(set_aside(buffer)) == 1
@@ -74,14 +73,14 @@ async def test_what_is_said_of_a_run_that_is_set_aside_waits_for_it(
     client = make_client(narrow.url)
     late = client.run("a", "late", input_summary=LARGE).start()  # its start is too large
     changed = client.run("a", "changed").start()
-    await asyncio.to_thread(client.flush, 20)
+    await asyncio.to_thread(client.flush, 60)
     changed.update(output_summary=LARGE)  # a change of it is too large
     for run in (late, changed):
         run.update(output_summary="the last word")
         run.event("step")
-        await asyncio.to_thread(client.flush, 20)
+        await asyncio.to_thread(client.flush, 60)
         run.finish("partial")
-    await asyncio.to_thread(client.flush, 20)
+    await asyncio.to_thread(client.flush, 60)
     assert [run["status"] for run in await api.list()] == ["running"]
     narrow.limit = None
     await stored(api, 2)
@@ -100,10 +99,9 @@ def test_another_process_learns_from_the_folder_what_is_set_aside(start_daemon: 
     change = encode({"op": "update", "event_id": "late", "fields": {"status": "success"}}).rstrip()
     buried: list[Any] = []
     transport = Transport(Config(url=url))
-    Delivery(transport, lambda *told: buried.append(told), Counters(), Aside(buffer)).send(Parcel.of([change]))
+    Delivery(transport, lambda *told: buried.append(told), Counters(), Aside(buffer)).send(Batch.of([change]))
     assert not buried
-    command = [sys.executable, "-m", "telemetryd", "sync", "--buffer-dir", str(buffer), "--url", url, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    done = telemetryd("sync", "--buffer-dir", buffer, "--url", url, "--json")
     assert json.loads(done.stdout)["sent"] == 2
     assert transport.request("GET", "/api/v1/runs/late").body["status"] == "success"
     transport.close()
@@ -113,13 +111,10 @@ def test_sync_says_what_does_not_come_through(start_daemon: StartDaemon, buffer:
     leave(buffer, finished("small"), {**finished("large"), "output_summary": LARGE}, finished("last"))
     with bad_proxy(start_daemon().url) as proxy:
         proxy.limit = LIMIT
-        command = [sys.executable, "-m", "telemetryd", "sync", "--buffer-dir", str(buffer), "--json"]
         for sent in (2, 0):
-            done = subprocess.run(
-                [*command, "--url", proxy.url], capture_output=True, text=True, timeout=60, check=False
-            )
+            done = telemetryd("sync", "--buffer-dir", buffer, "--json", "--url", proxy.url, status=1)
             told = json.loads(done.stdout)
-            assert (done.returncode, told["sent"], told["refused"]) == (1, sent, 0)
+            assert (told["sent"], told["refused"]) == (sent, 0)
             assert "413" in told["problem"] or "get through" in told["problem"]
     assert len(set_aside(buffer)) == 1
 
@@ -139,7 +134,7 @@ async def test_what_the_daemon_does_not_take_is_a_dead_letter_and_the_rest_of_it
 
 
 class Scripted:
-    """Answers as it is told, and keeps the lengths of what it was sent."""
+    """Answers as it should, and keeps the lengths of what it was sent."""
 
     def __init__(self, *answers: Answer) -> None:
         self.answers = [*answers]
@@ -160,7 +155,7 @@ def test_after_a_413_less_is_sent_at_once_and_then_a_little_more_again(tmp_path:
     one = told(200, {"inserted": 1, "duplicates": 0, "errors": []})
     requests = Scripted(told(413, by_the_daemon=False), one, one)
     delivery = Delivery(requests, lambda *_: None, Counters(), Aside(tmp_path))
-    delivery.send(Parcel.of(lines))
+    delivery.send(Batch.of(lines))
     assert 200_000 < delivery.bytes < 300_000 < MAX_BYTES
     assert len(requests.lengths) == 3
 
@@ -168,7 +163,7 @@ def test_after_a_413_less_is_sent_at_once_and_then_a_little_more_again(tmp_path:
 def test_a_line_that_still_does_not_come_through_is_not_set_aside_again(tmp_path: Path) -> None:
     delivery = Delivery(Scripted(told(413, by_the_daemon=False)), lambda *_: None, Counters(), Aside(tmp_path))
     with pytest.raises(BlockedError, match="not telemetryd answered 413"):
-        delivery.send(Parcel.of([encode(finished("e")).rstrip()], was_aside=True))
+        delivery.send(Batch.of([encode(finished("e")).rstrip()], was_aside=True))
     assert not entries(tmp_path)
 
 

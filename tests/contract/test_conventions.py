@@ -126,7 +126,7 @@ async def test_head_is_get_without_the_body(api: Api, path: str) -> None:
 def line_of(answer: Answer, caplog: pytest.LogCaptureFixture) -> logging.LogRecord:
     """Check that a 500 tells only its request id; return the one line of the log that has it too."""
     identity = answer.headers["x-request-id"]
-    assert check_error(answer, 500) == f"Internal error; the log tells more under request id {identity}"
+    assert check_error(answer, 500) == f"Internal error; the log has more under request id {identity}"
     [line] = [record for record in caplog.records if getattr(record, "request_id", None) == identity]
     assert line.levelno == logging.ERROR
     return line

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -84,32 +83,6 @@ def env_example() -> str:
     return "\n".join(lines)
 
 
-def _sentence(path: Path) -> str:
-    docstring = ast.get_docstring(ast.parse(path.read_text("utf-8")))
-    return (docstring or "").partition("\n")[0]
-
-
-def modules_tables() -> str:
-    """Return every package as a heading and a table of its modules, each with the first line of its docstring."""
-    top = ROOT / "telemetryd"
-    packages = [top, *sorted(path.parent for path in top.rglob("__init__.py") if path.parent != top)]
-    lines = []
-    for package in packages:
-        place = package.relative_to(ROOT).as_posix()
-        lines += [
-            f"### `{place}/`",
-            "",
-            _sentence(package / "__init__.py"),
-            "",
-            "| module | its sentence |",
-            "|---|---|",
-        ]
-        modules = sorted(path for path in package.glob("*.py") if not path.stem.startswith("__"))
-        lines += [f"| `{path.name}` | {_sentence(path)} |" for path in modules]
-        lines.append("")
-    return "\n".join(lines)
-
-
 def fill(text: str, marker: str, content: str) -> str:
     """Return a text with the part between two markers replaced."""
     pattern = rf"(<!-- begin {marker} -->\n).*?(<!-- end {marker} -->)"
@@ -122,13 +95,12 @@ def fill(text: str, marker: str, content: str) -> str:
 def rendered() -> dict[Path, str]:
     """Return each file that holds generated parts, as it should be."""
     readme, reference, reliability = ROOT / "README.md", ROOT / "docs" / "runs.md", ROOT / "docs" / "reliability.md"
-    api, client, map_page = ROOT / "docs" / "api.md", ROOT / "docs" / "client.md", ROOT / "docs" / "architecture.md"
+    api, client = ROOT / "docs" / "api.md", ROOT / "docs" / "client.md"
     return {
         readme: fill(readme.read_text("utf-8"), "settings", settings_table()),
         reference: fill(reference.read_text("utf-8"), "fields", fields_table()),
         api: fill(api.read_text("utf-8"), "event fields", event_fields_table()),
         client: fill(client.read_text("utf-8"), "client settings", client_table()),
-        map_page: fill(map_page.read_text("utf-8"), "modules", modules_tables()),
         reliability: fill(reliability.read_text("utf-8"), "mutants", mutants.table()),
         ROOT / ".env.example": env_example(),
     }

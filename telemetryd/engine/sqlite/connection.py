@@ -105,7 +105,7 @@ class Connection(aiosqlite.Connection):
         return await self.start(function)
 
     is_interrupted: bool = False
-    """Whether what runs in the thread shall end: SQLite does not tell the functions that it calls."""
+    """Whether what runs in the thread shall end: SQLite does not pass that to the functions that it calls."""
 
     def start(self, function: Callable[[sqlite3.Connection], T]) -> asyncio.Future[T]:
         """Do the same at once; a task for it would wait for two more turns of a busy event loop.
@@ -230,7 +230,7 @@ def connect_to_read(path: Path) -> sqlite3.Connection:
 
 
 def is_damage(error: sqlite3.Error) -> bool:
-    """Tell an error that comes from the file itself from one of the caller that opens it (a lock, a permission)."""
+    """Return whether an error comes from the file itself, not from how it is opened (a lock, a permission)."""
     # Errors of Python's own, such as a text that is not UTF-8, have no code.
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
     return code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_IOERR)
@@ -259,7 +259,7 @@ def _configure_writer(connection: sqlite3.Connection, journal_mode: str, synchro
     connection.execute(f"PRAGMA synchronous = {synchronous}")
     connection.execute(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
     connection.execute(f"PRAGMA journal_size_limit = {LOG_BYTES}")
-    connection.execute("PRAGMA temp_store = MEMORY")  # an INSERT of many rows keeps a journal of its own
+    connection.execute("PRAGMA temp_store = MEMORY")  # an INSERT of many rows keeps a statement journal
     modes = read_modes(connection)
     if modes == Modes("DELETE", "FULL"):
         # At FULL nothing makes the unlink of the journal durable, which is the commit: a power cut can bring the

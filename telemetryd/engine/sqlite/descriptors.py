@@ -2,7 +2,7 @@
 
 The locks of SQLite belong to the process: when any descriptor of a file is closed, the kernel drops all POSIX locks
 that the process has on it (sqlite.org/howtocorrupt.html, section 2.2). So a descriptor of a database is opened once,
-shared by all who need one, and closed when nobody needs it and no connection to the file is open any more.
+shared by all its users, and closed when it has none and no connection to the file is open any more.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class _Process:
     """Taken again where a garbage collection inside of it ends a connection."""
     files: dict[Identity, HeldFile] = field(default_factory=dict)
     connections: Counter[Identity | None] = field(default_factory=Counter)
-    """How many connections are open to each file; None stands for files that could not be told."""
+    """How many connections are open to each file; None stands for files that could not be identified."""
 
 
 _process: Final = _Process()

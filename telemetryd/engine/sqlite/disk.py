@@ -13,7 +13,7 @@ from telemetryd.ops.logs import log
 from telemetryd.ops.metrics import Metrics
 
 PATIENCE_S: Final = 10.0
-"""A disk that has not answered for so long is a problem of its own."""
+"""A disk that has not answered for so long is itself a problem."""
 
 _ENOUGH: Final = 1.25
 """Writes are taken again when there is a quarter more room than the reserve, or they would go on and off."""
@@ -98,7 +98,7 @@ class Disk:
 
 
 class LogWatch:
-    """Tells when something keeps the write-ahead log from being written back, and who it is as far as that is known.
+    """Reports what keeps the write-ahead log from being written back, and which process it is if that is known.
 
     The size alone says nothing: a long write of our own makes a long log, which is written back when it is committed,
     and cut off with the commit after that.

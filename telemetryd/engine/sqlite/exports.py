@@ -49,7 +49,7 @@ class _Copying:
         self._stopped = True
 
     def is_over(self) -> bool:
-        """Tell whether the present statement shall end."""
+        """Return whether the present statement shall end."""
         return self._stopped or time.monotonic() > self._deadline
 
     def copy(self, connection: sqlite3.Connection, database: Path, room_bytes: int) -> Iterator[bytes]:
@@ -120,7 +120,7 @@ class _Copied:
 
 
 class Exports:
-    """The exports of one database, each with a connection of its own, so that no query waits for them."""
+    """The exports of one database, each with a separate connection, so that no query waits for them."""
 
     def __init__(self, settings: Settings) -> None:
         self._database = settings.db_path.absolute()

@@ -16,7 +16,7 @@ from telemetryd.errors import DatabaseError, DatabaseOwnedError
 
 _TRIES: Final = 10
 _PAUSE_S: Final = 0.01
-"""One who only looks whether somebody holds a lock holds it himself for a moment."""
+"""A process that only checks whether a lock is held holds it for a moment."""
 _HOLDER_READS: Final = 50
 _LOCK_CONTENT: Final = re.compile(rb"\s*\d{0,10}\s*")
 _LOCK_FLAGS: Final = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
@@ -36,7 +36,7 @@ class FileLock:
 
     Args:
         path: where it stands.
-        spare_bytes: how large it is while nobody has it, so that the next owner finds this much room on a full disk.
+        spare_bytes: how large it is while it is free, so that the next owner finds this much room on a full disk.
 
     """
 
@@ -45,7 +45,7 @@ class FileLock:
         self._spare_bytes = spare_bytes
         self._descriptor: int | None = None
         self.was_dropped = False
-        """Whether the last owner ended without `settle`."""
+        """Whether the last owner ended without `mark_clean`."""
 
     def acquire(self) -> None:
         """Take the lock at once.
@@ -84,14 +84,14 @@ class FileLock:
                 raise DatabaseError(f"Cannot write the lock file {self.path}: {error.strerror}") from error
 
     def is_in_place(self) -> bool:
-        """Tell whether the locked file still stands at its path; if not, somebody else can lock another one."""
+        """Return whether the locked file still stands at its path; if not, another process can lock another one."""
         try:
             return self._descriptor is not None and os.path.samestat(os.fstat(self._descriptor), os.stat(self.path))
         except OSError:
             return False
 
     def holder(self) -> str | None:
-        """Tell who holds the lock ("PID 123", or that it cannot be seen from here), or None; makes no file."""
+        """Return who holds the lock ("PID 123", or that it cannot be seen from here), or None; makes no file."""
         try:
             descriptor = os.open(self.path, os.O_RDWR | _LOCK_FLAGS)
         except OSError:
@@ -104,7 +104,7 @@ class FileLock:
             os.close(descriptor)
         return None
 
-    def settle(self) -> None:
+    def mark_clean(self) -> None:
         """Blank the PID: everything is in order, so that the next owner need not look for what a crash left."""
         if self._descriptor is not None:
             with suppress(OSError):
@@ -140,7 +140,7 @@ def _write(descriptor: int, text: bytes) -> None:
 def holder_of(descriptor: int) -> str:
     """Say who holds a lock: what its file says counts only if that process holds it, seen from here.
 
-    In another PID namespace, as of another container, the PID in the file is that of somebody else.
+    In another PID namespace, as of another container, the PID in the file is that of another process.
     """
     status, said = os.fstat(descriptor), ""
     try:
@@ -148,7 +148,7 @@ def holder_of(descriptor: int) -> str:
     except OSError:  # another system than Linux
         return f"PID {_living_holder(descriptor) or 'unknown'}"
     device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
-    # Some file systems tell stat another device than they have in this list (btrfs, overlay): then the file helps.
+    # On some file systems stat returns another device than this list has (btrfs, overlay): then the file helps.
     said = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip()
     for pid, where, inode in found:
         if inode == str(status.st_ino) and (where == device or pid == said):

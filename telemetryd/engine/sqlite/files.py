@@ -82,7 +82,7 @@ def inspect_before_opening(path: Path) -> FileState:
 
 
 def _examine_file(path: Path) -> FileState | bytes:
-    """Return what a file is if SQLite is not needed to tell, or else its header.
+    """Return what a file is, or its header if only SQLite can decide.
 
     Raises:
         DatabaseError: if it is not a usable SQLite file.
@@ -150,7 +150,7 @@ def _check_length(path: Path, header: bytes, actual: int) -> None:
 
 
 def identify(connection: sqlite3.Connection) -> FileState:
-    """Tell what a database is from what a connection sees, which includes a write-ahead log."""
+    """Return what a database is from what a connection sees, which includes a write-ahead log."""
     application = connection.execute("PRAGMA application_id").fetchone()[0]
     version = connection.execute("PRAGMA user_version").fetchone()[0]
     if application == APPLICATION_ID:
@@ -163,7 +163,7 @@ def identify(connection: sqlite3.Connection) -> FileState:
 
 
 def is_ours(path: Path) -> bool:
-    """Tell from the header alone whether telemetryd made a file; nothing is opened by SQLite."""
+    """Return from the header alone whether telemetryd made a file; SQLite opens nothing."""
     try:
         with borrowed(path) as descriptor:
             header = os.pread(descriptor, _HEADER_BYTES, 0)
@@ -254,7 +254,7 @@ _STRANGE: Final = (
 
 
 def is_unfinished(path: Path) -> bool:
-    """Tell whether a transaction was cut off: SQLite recovers it on opening; until then the file is in between."""
+    """Return whether a transaction was cut off: SQLite recovers it on opening; until then the file is in between."""
     return _has_hot_journal(path) or wal_bytes(path) > 0  # a program that has only read leaves an empty one
 
 

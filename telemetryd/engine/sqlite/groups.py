@@ -20,7 +20,7 @@ from telemetryd.model.commands import Command
 
 _PRIMARY_CODE: Final = 0xFF
 _SUSPECT: Final = frozenset({sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
-"""After these nobody knows what the disk holds: nothing is taken until the database is open again and verified."""
+"""After these it is unknown what the disk holds: nothing is taken until the database is open again and verified."""
 
 T = TypeVar("T")
 Outcome = Any | CommandFailedError
@@ -77,7 +77,7 @@ class Groups:
                 return self._transact(connection, lambda: self._carry_out(connection, commands, isolated=True))
 
     def transact(self, connection: sqlite3.Connection, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Do something else in a transaction of its own.
+        """Do something else in a separate transaction.
 
         Raises:
             TelemetrydError: if it failed, as `WritingEngine.write` says.
@@ -114,7 +114,7 @@ class Groups:
 
 @contextmanager
 def translated(connection: sqlite3.Connection) -> Iterator[None]:
-    """Say what an error of SQLite or of the disk means for those who wait.
+    """Return what an error of SQLite or of the disk means for the callers that wait.
 
     Raises:
         TelemetrydError: with the error as its cause.
@@ -123,7 +123,7 @@ def translated(connection: sqlite3.Connection) -> Iterator[None]:
     try:
         yield
     except (sqlite3.Error, MemoryError) as error:
-        # The frames hold cursors, with which the connection would not really close when it is told to.
+        # The frames hold cursors, with which the connection would not really close.
         traceback.clear_frames(error.__traceback__)
         if connection.in_transaction:
             raise DatabaseSuspectError(f"A transaction could not be ended: {error}") from error
@@ -158,7 +158,7 @@ def _apply(connection: sqlite3.Connection, transaction: Transaction, commands: S
 
 
 def translate(error: sqlite3.Error | MemoryError) -> TelemetrydError:
-    """Say what a failure of the whole group means for those who wait."""
+    """Return what a failure of the whole group means for the callers that wait."""
     extended = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
     code = extended & _PRIMARY_CODE
     if code in _SUSPECT or extended == sqlite3.SQLITE_READONLY_DBMOVED:

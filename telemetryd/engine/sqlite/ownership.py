@@ -16,14 +16,14 @@ from telemetryd.ops.mounts import network_file_system
 
 _SPARE_BYTES: Final = 64 * 1024
 """The index of a write-ahead log takes 32 KiB, without which nothing can be read (sqlite.org/walformat.html, 2)."""
-_SETTLED: Final = "user.telemetryd.settled"
+_CLEAN: Final = "user.telemetryd.settled"
 """The extended attribute in which the size and the time of a file stand as its last owner left it."""
 _OPENED: Final = "user.telemetryd.opened"
 """The extended attribute that records by which name the owner of a file has it open; after a crash it still stands."""
 
 
 def _can_lock_file(path: Path) -> bool:
-    """Tell whether a lock of ours on the database file itself stands apart from those that SQLite takes on it.
+    """Return whether a lock of ours on the database file itself stands apart from those that SQLite takes on it.
 
     flock(2) and POSIX locks know nothing of each other on the local file systems of Linux. Over a network they are one
     and the same, or keep others from reading (flock(2), NOTES).
@@ -80,7 +80,7 @@ class _OwnFile:
         _note_name(self._path)
 
     def holder(self) -> str | None:
-        """Tell who holds the file, or None; to be called while this process has no connection to it."""
+        """Return who holds the file, or None; to be called while this process has no connection to it."""
         if not _can_lock_file(self._path) or not self._path.is_file():
             return None
         try:
@@ -99,19 +99,19 @@ class _OwnFile:
         return None
 
     def was_changed(self) -> bool:
-        """Tell whether somebody else has written to the file since `settle`, as far as that is known."""
+        """Return whether another process has written to the file since `mark_clean`, as far as that is known."""
         if self._file is None:
             return False
         try:
-            return os.getxattr(self._path, _SETTLED) != self._mark()
-        except OSError:  # nobody has settled this file, or the file system cannot keep such a mark
+            return os.getxattr(self._path, _CLEAN) != self._mark()
+        except OSError:  # no owner has marked this file, or the file system cannot keep such a mark
             return False
 
-    def settle(self) -> None:
+    def mark_clean(self) -> None:
         """Mark the file as it is now; to be called when no connection is open any more."""
         if self._file is not None:
             with suppress(OSError):
-                os.setxattr(self._path, _SETTLED, self._mark())
+                os.setxattr(self._path, _CLEAN, self._mark())
                 os.removexattr(self._path, _OPENED)
 
     def _mark(self) -> bytes:
@@ -163,7 +163,7 @@ def _opened_name(path: Path) -> Path | None:
         is_of_a_copy = int(inode) != os.stat(path).st_ino
         if mark == _name_mark(path) or is_of_a_copy or int(folder) != os.stat(other.parent).st_ino:
             return None
-        # Where the file was moved away from, another one with a log of its own may stand now; a mount leaves a blank.
+        # Where the file was moved away from, another file with its log may be now; a mount leaves a blank.
         if other.exists() and other.stat().st_size and not other.samefile(path):
             return None
     except (OSError, ValueError):
@@ -172,7 +172,7 @@ def _opened_name(path: Path) -> Path | None:
 
 
 def _has_left(path: Path) -> bool:
-    """Tell whether a log, or the journal of a transaction that was cut off, stands next to a name."""
+    """Return whether a log, or the journal of a transaction that was cut off, stands next to a name."""
     for suffix in ("-wal", "-journal"):
         side = path.with_name(path.name + suffix)
         if side.is_file():
@@ -271,26 +271,26 @@ class Ownership:
 
     @property
     def was_dropped(self) -> bool:
-        """Whether the last owner ended without `settle`: killed, or with an error."""
+        """Whether the last owner ended without `mark_clean`: killed, or with an error."""
         return any(lock.was_dropped for lock in self._locks)
 
     @property
     def was_changed(self) -> bool:
-        """Whether somebody else has written to the file since its last owner ended in order, as far as is known."""
+        """Whether another process has written to the file since its last owner ended in order, as far as is known."""
         return self._file.was_changed()
 
-    def settle(self) -> None:
+    def mark_clean(self) -> None:
         """Note for the next owner that this one ended in order; call it right before `release`."""
-        self._file.settle()
+        self._file.mark_clean()
         for lock in self._locks:
-            lock.settle()
+            lock.mark_clean()
 
     def missing(self) -> Path | None:
         """Return the path of a lock file that was deleted or replaced, or None."""
         return next((lock.path for lock in self._locks if not lock.is_in_place()), None)
 
     def holder(self) -> str | None:
-        """Tell who owns the database now ("PID 123"), or None; takes nothing and makes no file.
+        """Return who owns the database now ("PID 123"), or None; takes nothing and makes no file.
 
         To be called while this process has no connection to it.
         """
@@ -298,9 +298,9 @@ class Ownership:
         return self._file.holder() if by_name is None else by_name
 
     def other_name_holder(self) -> str | None:
-        """Tell who owns the file by another name than this one, or None.
+        """Return who owns the file by another name than this one, or None.
 
-        SQLite keeps the journal next to the name that it was given, so one who opens another name misses it
+        SQLite keeps the journal next to the name that it was given, so a process that opens another name misses it
         (sqlite.org/howtocorrupt.html, section 2.4).
         """
         return None if self._locks[0].holder() is not None else self._file.holder()

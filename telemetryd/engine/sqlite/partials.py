@@ -77,33 +77,26 @@ def _forget_abandoned(fresh: Path) -> None:
 
 
 def _holds_ours(path: Path) -> bool:
-    """Tell whether a file was begun by telemetryd: a database of ours, packed or not, or lines of runs."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(_LINE)
-        if head.startswith(_ZSTD):
-            with zstd.open(path, "rb") as packed:
-                head = packed.read(_LINE)
-    except (OSError, EOFError, zstd.ZstdError):
-        return False
+    """Return whether a file was begun by telemetryd: a database of ours, packed or not, or lines of runs."""
+    head = first_bytes(path, _LINE)
     if head.startswith(_SQLITE):
         return is_header_of_ours(head)
     return b"event_id" in head.partition(b"\n")[0]
 
 
 def is_header_of_ours(head: bytes) -> bool:
-    """Tell whether a file that begins so is a database that telemetryd made (sqlite.org/fileformat2.html, 1.3)."""
+    """Return whether a file that begins so is a database that telemetryd made (sqlite.org/fileformat2.html, 1.3)."""
     return head.startswith(_SQLITE) and int.from_bytes(head[68:72], "big") == APPLICATION_ID
 
 
-def first_bytes(path: Path) -> bytes:
+def first_bytes(path: Path, size: int = _HEADER) -> bytes:
     """Return the beginning of a file, unpacked if it is compressed; nothing if it cannot be read."""
     try:
         with path.open("rb") as file:
-            head = file.read(_HEADER)
+            head = file.read(size)
         if head.startswith(_ZSTD):
             with zstd.open(path, "rb") as packed:
-                head = packed.read(_HEADER)
+                head = packed.read(size)
     except (OSError, EOFError, zstd.ZstdError):
         return b""
     return head

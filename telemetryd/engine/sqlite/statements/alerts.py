@@ -10,9 +10,9 @@ import orjson
 
 from telemetryd.engine.sqlite.statements import rollups
 from telemetryd.engine.sqlite.statements.answers import always, answers
+from telemetryd.engine.sqlite.statements.columns import NEWEST
 from telemetryd.engine.sqlite.statements.predicates import Values, glob, stale_runs, together
 from telemetryd.engine.sqlite.statements.regressions import fetch_pairs
-from telemetryd.engine.sqlite.statements.sequence import NEWEST
 from telemetryd.errors import InvalidRequestError, sentence
 from telemetryd.model import alerts
 from telemetryd.model.alerts import (
@@ -96,8 +96,8 @@ _RESOLVE: Final = """
 """
 _DELIVER: Final = "INSERT INTO alert_deliveries (webhook, id, created_at, body) VALUES (?, ?, ?, ?)"
 _GIVE_UP: Final = """
-    DELETE FROM alert_deliveries WHERE webhook = ?1 AND number <= (
-        SELECT number FROM alert_deliveries WHERE webhook = ?1 ORDER BY number DESC LIMIT 1 OFFSET ?2
+    DELETE FROM alert_deliveries WHERE webhook = :webhook AND number <= (
+        SELECT number FROM alert_deliveries WHERE webhook = :webhook ORDER BY number DESC LIMIT 1 OFFSET :kept
     )
 """
 _FORGET_TOO_MANY: Final = """
@@ -259,4 +259,5 @@ def _record(cursor: sqlite3.Cursor, changes: tuple[AlertChange, ...], now: str) 
         for webhook in change.webhooks:
             cursor.execute(_DELIVER, (webhook, change.id, now, change.body))
     webhooks = {webhook for change in changes for webhook in change.webhooks}
-    return sum(cursor.execute(_GIVE_UP, (webhook, MAX_WAITING)).rowcount for webhook in sorted(webhooks))
+    kept = [{"webhook": webhook, "kept": MAX_WAITING} for webhook in sorted(webhooks)]
+    return sum(cursor.execute(_GIVE_UP, values).rowcount for values in kept)

@@ -33,7 +33,7 @@ def _never(query: object) -> bool:
 
 
 def always(query: object) -> bool:
-    """Tell that any query of a kind may read many runs."""
+    """Return that any query of a kind may read many runs."""
     return True
 
 
@@ -71,5 +71,5 @@ def answer(connection: sqlite3.Connection, query: Query[A]) -> A:
 
 
 def is_long(query: Query[Any]) -> bool:
-    """Tell whether a query may read many runs to answer few."""
+    """Return whether a query may read many runs to answer few."""
     return _ANSWERS[type(query)].is_long(query)

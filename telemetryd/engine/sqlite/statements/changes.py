@@ -10,8 +10,8 @@ import orjson
 
 from telemetryd.engine.sqlite.statements import full_text
 from telemetryd.engine.sqlite.statements.answers import answers
+from telemetryd.engine.sqlite.statements.columns import NEWEST
 from telemetryd.engine.sqlite.statements.predicates import conditions
-from telemetryd.engine.sqlite.statements.sequence import NEWEST
 from telemetryd.model import events
 from telemetryd.model.changes import Changes, Deleted, ListChanges
 from telemetryd.model.filters import Filters

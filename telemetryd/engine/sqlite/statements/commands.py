@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache
-from itertools import chain, groupby
+from itertools import chain, count, groupby
 from operator import itemgetter
 from typing import Any, Final
 
@@ -78,14 +78,14 @@ _INSERTED: Final = {
 def _insert_into(table: str, rows: int, *, numbered: bool = False) -> str:
     """Return the statement that stores so many rows, except those whose key is known already.
 
-    If it is numbered, its first parameter is the id of the first row, and each row has the next one; otherwise
-    SQLite gives each the largest id plus one (sqlite.org/autoinc.html).
+    If it is numbered, each row begins with its id; otherwise SQLite gives each the largest id plus one
+    (sqlite.org/autoinc.html).
     """
     columns, key = _INSERTED[table]
-    places = ", ".join("?" * len(columns))
-    given = [f"(?1 + {row}, {places})" for row in range(rows)] if numbered else [f"({places})"] * rows
+    names = ["id", *columns] if numbered else columns
+    places = f"({', '.join('?' * len(names))})"
     return f"""
-        INSERT INTO {table} ({"id, " if numbered else ""}{", ".join(columns)}) VALUES {", ".join(given)}
+        INSERT INTO {table} ({", ".join(names)}) VALUES {", ".join([places] * rows)}
         ON CONFLICT ({key}) DO NOTHING
     """
 
@@ -210,7 +210,7 @@ class Transaction:
     def finish(self) -> None:
         """Write the totals and the statistics that the commands changed, and which runs they changed."""
         self._sequence.finish()
-        self._tell()
+        self._report()
         changes = len(self._created) + len(self._deleted) + len(self._changed)
         if not changes:
             return
@@ -241,8 +241,8 @@ class Transaction:
             self._take(taken, minutes_taken)
         rollups.record(self._cursor, summary, changes)
 
-    def _tell(self) -> None:
-        """Tell who compares the counts with the runs what this transaction is going to commit."""
+    def _report(self) -> None:
+        """Report to the recount what this transaction is going to commit."""
         if self._tally is None:
             return
         drawn = self._sequence.last, self._sequence.last_event
@@ -264,14 +264,14 @@ class Transaction:
         return [(key, *span) for key, span in spans.items()]
 
     def _take(self, totals: list[tuple[str, str, str, int]], minutes: list[tuple[str, int]]) -> None:
-        """Lower totals; where nothing is left of one, a minute, an hour or a day, it leaves no row behind."""
+        """Lower totals; where nothing is left of one, a minute, an hour or a day, its row is deleted."""
         write = self._cursor.executemany
-        write(_TAKE_FROM_TOTAL, totals)
+        write(_TAKE_FROM_TOTAL, [(runs, *key) for *key, runs in totals])
         write(_DROP_TOTAL, [total[:3] for total in totals])
-        write(_TAKE_FROM_MINUTE, minutes)
+        write(_TAKE_FROM_MINUTE, [(runs, minute) for minute, runs in minutes])
         write(_DROP_MINUTE, [minute[:1] for minute in minutes])
-        write(_DROP_HOUR, [(hour,) for hour in {minute[:HOUR] for minute, _ in minutes}])
-        write(_DROP_DAY, [(day,) for day in {minute[:DAY] for minute, _ in minutes}])
+        write(_DROP_HOUR, [{"hour": hour} for hour in {minute[:HOUR] for minute, _ in minutes}])
+        write(_DROP_DAY, [{"day": day} for day in {minute[:DAY] for minute, _ in minutes}])
 
     def _create(self, batches: list[tuple[Row, ...]]) -> list[Created]:
         rows = [self._complete(row) for batch in batches for row in batch]
@@ -315,7 +315,8 @@ class Transaction:
         start = inserted = 0
         for size in _ROWS_AT_ONCE:
             while self._sequence.is_ahead and len(rows) - start >= size:
-                values = [self._sequence.last + 1, *chain.from_iterable(rows[start : start + size])]
+                numbers = count(self._sequence.last + 1)
+                values = [*chain.from_iterable((next(numbers), *row) for row in rows[start : start + size])]
                 new = self._cursor.execute(_insert_into("agent_runs", size, numbered=True), values).rowcount
                 if new:
                     self._sequence.created(self._cursor.lastrowid or 0)

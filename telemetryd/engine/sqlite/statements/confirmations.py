@@ -29,8 +29,8 @@ _NEWEST: Final = """
 """
 _AHEAD: Final = """
     INSERT INTO run_arrivals (created_at, run, agent_name, arrived_at)
-    SELECT created_at, agent_runs.id, agent_name, ?2 FROM json_each(?1) CROSS JOIN agent_runs ON event_id = value
-    WHERE true
+    SELECT created_at, agent_runs.id, agent_name, :now
+        FROM json_each(:event_ids) CROSS JOIN agent_runs ON event_id = value WHERE true
     ON CONFLICT DO NOTHING
 """
 
@@ -39,7 +39,7 @@ def note_arrivals(cursor: sqlite3.Cursor, created: Sequence[Row], now: str) -> N
     """Write down which of the new runs say that they were created after now; there hardly ever is one."""
     ahead = [row[EVENT_ID] for row in created if row[CREATED_AT] > now]  # type: ignore[operator]
     if ahead:
-        cursor.execute(_AHEAD, (orjson.dumps(ahead).decode(), now))
+        cursor.execute(_AHEAD, {"event_ids": orjson.dumps(ahead).decode(), "now": now})
 
 
 def apply(cursor: sqlite3.Cursor, command: ConfirmPrune | TrustClock, now: str) -> None:

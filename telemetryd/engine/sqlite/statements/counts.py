@@ -66,9 +66,9 @@ def select_count(filters: Filters, most: int = -1) -> tuple[str, Values]:
 
 
 def _from_totals(connection: sqlite3.Connection, filters: Filters) -> Total | None:
-    """Return what the totals tell, if they can.
+    """Return the number from the totals, if they have it.
 
-    Of a span of time they tell how many runs it has, whoever they are of; for some of them that is a share.
+    Of a span of time they have the number of runs of all agents; for some agents that is a share.
     """
     plain = Filters(filters.equal, {n: m for n, m in filters.bounds.items() if n.startswith("created_")})
     if plain != filters or not filters.equal.keys() <= _KEPT:

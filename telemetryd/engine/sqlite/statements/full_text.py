@@ -29,7 +29,7 @@ _CREATE: Final = f"""CREATE VIRTUAL TABLE {_TABLE} USING fts5 (
 def _triggers(new_is_indexed: str = "", old_is_indexed: str = "") -> dict[str, str]:
     """Return the triggers by which the index follows changes, of all runs or of those that are indexed already.
 
-    The texts stand in agent_runs only; so FTS5 must be told what stood there when a text changes. Triggers do that
+    The texts stand in agent_runs only; so FTS5 must be given the old text when a text changes. Triggers do that
     within the statement itself, whichever command it belongs to, and a run without texts costs one comparison.
     """
     return {
@@ -97,12 +97,12 @@ _FORGET_AGAIN: Final = tuple(
 
 
 def is_ours(name: str) -> bool:
-    """Tell whether a table or a trigger belongs to the index, in which FTS5 keeps tables of its own."""
+    """Return whether a table or a trigger belongs to the index, which includes the tables that FTS5 makes."""
     return name == _TABLE or name.startswith(f"{_TABLE}_")
 
 
 def is_part(kind: str, name: str, sql: str) -> bool:
-    """Tell whether an object is a part of the index; a trigger is one only if it says what ours says, built or not."""
+    """Return whether an object is part of the index; a trigger is only if its text is ours, be it built or not."""
     return sql in (_OBJECTS.get(name), _UNFINISHED.get(name)) if kind == "trigger" else is_ours(name)
 
 
@@ -127,17 +127,17 @@ def require(connection: sqlite3.Connection, filters: Filters, schema: str = "mai
 
 
 def is_there(connection: sqlite3.Connection) -> bool:
-    """Tell whether a database has any part of the index."""
+    """Return whether a database has any part of the index."""
     return bool(_made(connection))
 
 
 def is_complete(connection: sqlite3.Connection, schema: str = "main") -> bool:
-    """Tell whether a database has the whole index, so that it follows every change."""
+    """Return whether a database has the whole index, so that it follows every change."""
     return _made(connection, schema) == _OBJECTS
 
 
 def is_begun(connection: sqlite3.Connection, schema: str = "main") -> bool:
-    """Tell whether an index is being built, which `index_slice` goes on with."""
+    """Return whether an index is being built, which `index_slice` goes on with."""
     return _made(connection, schema) == _UNFINISHED
 
 
@@ -164,7 +164,7 @@ def begin(connection: sqlite3.Connection) -> None:
 
 
 def index_slice(connection: sqlite3.Connection | sqlite3.Cursor) -> bool:
-    """Index the next runs of an index that is begun, inside the caller's transaction; tell whether there are more.
+    """Index the next runs of an index that is begun, inside the caller's transaction; return whether there are more.
 
     After the last one the index is complete.
     """
@@ -195,7 +195,7 @@ def rebuild(connection: sqlite3.Connection) -> None:
 
 
 def at_once(connection: sqlite3.Connection, step: Callable[[sqlite3.Connection], T]) -> T:
-    """Do one step in a transaction of its own."""
+    """Do one step in a separate transaction."""
     connection.execute("BEGIN IMMEDIATE")
     try:
         done = step(connection)

@@ -18,7 +18,8 @@ from typing import Final
 import orjson
 
 from telemetryd.engine.sqlite.statements import rollups
-from telemetryd.engine.sqlite.statements.sequence import KEEP_NUMBERS, MAKE_FEED, NEWEST, NEWEST_EVENT
+from telemetryd.engine.sqlite.statements.columns import NEWEST, NEWEST_EVENT
+from telemetryd.engine.sqlite.statements.sequence import KEEP_NUMBERS, MAKE_FEED
 from telemetryd.model.stats import DAY, FACTS, Facts, hour_number
 
 SLICE_ROWS: Final = 1_000
@@ -102,7 +103,7 @@ class Found:
 class Tally:
     """The runs of one hour, counted as far as the slices have come, whatever is committed between two of them.
 
-    It also keeps the last numbers that were drawn: somebody else may delete what holds them.
+    It also keeps the last numbers that were drawn: another process may delete what holds them.
     """
 
     def __init__(self) -> None:
@@ -114,7 +115,7 @@ class Tally:
 
     def _clear(self, position: str) -> None:
         self.position = position
-        """Up to which created_at everything is counted."""
+        """The created_at up to which everything is counted."""
         self.summary: rollups.Summary = {}
         self.minutes: Counter[str] = Counter()
         self.starts: list[str] = []
@@ -172,7 +173,7 @@ class Tally:
 
 
 def compare(connection: sqlite3.Connection, tally: Tally, disturbed: Callable[[], int]) -> Iterator[Found]:
-    """Compare everything, a slice at each step; each step is to be taken in a transaction of its own.
+    """Compare everything, a slice at each step; take each step in a separate transaction.
 
     Args:
         connection: the write connection.
@@ -186,12 +187,12 @@ def compare(connection: sqlite3.Connection, tally: Tally, disturbed: Callable[[]
     hour = ""
     while (following := _next_hour(cursor, hour)) is not None:
         if hour and hour[:_DATE] != following[:_DATE]:
-            found.corrected += _settle_day(cursor, hour[:_DATE])
+            found.corrected += _correct_day(cursor, hour[:_DATE])
             yield found
         hour = following
         yield from _compare_hour(cursor, tally, hour, found, disturbed)
     if hour:
-        found.corrected += _settle_day(cursor, hour[:_DATE])
+        found.corrected += _correct_day(cursor, hour[:_DATE])
         yield found
     yield from _compare_totals(cursor, found)
     for table in ("run_changes", "run_events", "run_processes", "unconverted_values"):
@@ -229,16 +230,16 @@ def _compare_hour(
             if disturbed() != before:
                 break
         else:
-            found.corrected += rollups.settle_hour(cursor, hour, tally.summary)
-            found.corrected += _settle_minutes(cursor, tally, hour)
-            found.corrected += _settle_span(cursor, "run_hours", "hour", hour, tally.starts)
+            found.corrected += rollups.correct_hour(cursor, hour, tally.summary)
+            found.corrected += _correct_minutes(cursor, tally, hour)
+            found.corrected += _correct_span(cursor, "run_hours", "hour", hour, tally.starts)
             break
     tally.end()
     yield found
 
 
 def _count_slice(cursor: sqlite3.Cursor, tally: Tally, hour: str) -> bool:
-    """Count the next runs of an hour, with all that have the last one's time; tell whether there may be more."""
+    """Count the next runs of an hour, with all that have the last one's time; return whether there may be more."""
     place = {"after": tally.position, "end": f"{hour};", "limit": SLICE_ROWS}
     rows = cursor.execute(_SELECT, place).fetchall()
     if len(rows) < SLICE_ROWS:
@@ -250,7 +251,7 @@ def _count_slice(cursor: sqlite3.Cursor, tally: Tally, hour: str) -> bool:
     return True
 
 
-def _settle_minutes(cursor: sqlite3.Cursor, tally: Tally, hour: str) -> int:
+def _correct_minutes(cursor: sqlite3.Cursor, tally: Tally, hour: str) -> int:
     kept = dict(
         cursor.execute("SELECT minute, runs FROM run_minutes WHERE minute >= ? AND minute < ?", (hour, f"{hour};"))
     )
@@ -262,7 +263,7 @@ def _settle_minutes(cursor: sqlite3.Cursor, tally: Tally, hour: str) -> int:
     return len(wrong)
 
 
-def _settle_span(cursor: sqlite3.Cursor, table: str, key: str, place: str, starts: list[str]) -> int:
+def _correct_span(cursor: sqlite3.Cursor, table: str, key: str, place: str, starts: list[str]) -> int:
     """See that the span of an hour or a day holds its start times; it may be wider."""
     kept = cursor.execute(f"SELECT first_start, last_start FROM {table} WHERE {key} = ?", (place,)).fetchone()
     if (not starts and kept is None) or (starts and kept and kept[0] <= starts[0] and kept[1] >= starts[-1]):
@@ -273,7 +274,7 @@ def _settle_span(cursor: sqlite3.Cursor, table: str, key: str, place: str, start
     return 1
 
 
-def _settle_day(cursor: sqlite3.Cursor, date: str) -> int:
+def _correct_day(cursor: sqlite3.Cursor, date: str) -> int:
     """Make a day what its hours add up to."""
     first, last = cursor.execute(
         "SELECT min(first_start), max(last_start) FROM run_hours WHERE hour >= ? AND hour < ?",
@@ -281,7 +282,7 @@ def _settle_day(cursor: sqlite3.Cursor, date: str) -> int:
     ).fetchone()
     starts = [] if first is None else [first, last]
     start = hour_number(f"{date}T00")
-    return rollups.settle_day(cursor, start // DAY * DAY) + _settle_span(cursor, "run_days", "day", date, starts)
+    return rollups.correct_day(cursor, start // DAY * DAY) + _correct_span(cursor, "run_days", "day", date, starts)
 
 
 def _compare_totals(cursor: sqlite3.Cursor, found: Found) -> Iterator[Found]:
@@ -304,7 +305,7 @@ def _compare_totals(cursor: sqlite3.Cursor, found: Found) -> Iterator[Found]:
 
 
 def _find_strays(cursor: sqlite3.Cursor, table: str, found: Found) -> Iterator[Found]:
-    """Count the rows of runs that are gone. Numbers of their changes are dropped, as nobody can be told them."""
+    """Count the rows of runs that are gone. Numbers of their changes are dropped: nothing can be reported."""
     after = -(2**63)
     select = f"SELECT DISTINCT run FROM (SELECT run FROM {table} WHERE run > ? ORDER BY run LIMIT {SLICE_ROWS})"
     while runs := [run for (run,) in cursor.execute(select, (after,))]:
@@ -322,7 +323,7 @@ def _find_strays(cursor: sqlite3.Cursor, table: str, found: Found) -> Iterator[F
 
 
 def last_drawn(connection: sqlite3.Connection) -> tuple[int, int]:
-    """Return the last number of the commit sequence, as far as rows of gone runs tell, and the last id of an event."""
+    """Return the last number of the commit sequence, as rows of gone runs show it, and the last id of an event."""
     number, event = connection.execute(f"SELECT max({NEWEST}, {_OF_RUNS}), {NEWEST_EVENT}").fetchone()
     return number, event
 
@@ -334,14 +335,14 @@ _OF_RUNS: Final = ", ".join(
 
 
 def forget_numbers(connection: sqlite3.Connection) -> None:
-    """Have everybody who follows begin anew: nobody knows which runs somebody else has deleted or changed."""
+    """Have every subscriber begin anew: it is unknown which runs another program has deleted or changed."""
     connection.execute(MAKE_FEED)
     connection.execute(f"UPDATE change_feed SET floor = {NEWEST} + 1")
     connection.execute("UPDATE change_feed SET horizon = floor")
 
 
 def keep_drawn(connection: sqlite3.Connection, number: int, event: int) -> None:
-    """See that no number is drawn again that was drawn before somebody else deleted what held it."""
+    """See that no number is drawn again that was drawn before another process deleted what held it."""
     connection.execute(MAKE_FEED)
-    connection.execute("UPDATE change_feed SET floor = ?1 WHERE floor < ?1", (number,))
-    connection.execute("UPDATE change_feed SET event_floor = ?1 WHERE event_floor < ?1", (event,))
+    connection.execute("UPDATE change_feed SET floor = max(floor, ?)", (number,))
+    connection.execute("UPDATE change_feed SET event_floor = max(event_floor, ?)", (event,))

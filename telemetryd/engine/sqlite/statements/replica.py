@@ -6,9 +6,10 @@ import sqlite3
 from typing import Final
 
 from telemetryd.engine.sqlite.statements.answers import answers
-from telemetryd.engine.sqlite.statements.sequence import KEEP_EVENT_NUMBERS, NEWEST, forget_deletions
+from telemetryd.engine.sqlite.statements.columns import NEWEST
+from telemetryd.engine.sqlite.statements.sequence import KEEP_EVENT_NUMBERS, forget_deletions
 from telemetryd.model import events
-from telemetryd.model.changes import Followed, GetFollowed, Place
+from telemetryd.model.changes import Cursor, Followed, GetFollowed
 from telemetryd.model.commands import ApplyChanges, CopiedRun
 from telemetryd.model.runs import CREATED_AT, STORED
 from telemetryd.model.stats import FACTS, Facts
@@ -71,4 +72,4 @@ def apply_changes(cursor: sqlite3.Cursor, command: ApplyChanges) -> list[Facts]:
 def fetch_followed(connection: sqlite3.Connection, query: GetFollowed) -> Followed:
     """Fetch how far a copy has come, and the last number and event that stand in it."""
     newest, epoch, seq, begun, last_event = connection.execute(_WHERE).fetchone()
-    return Followed(newest, None if epoch is None else Place(seq, epoch), begun or 0, last_event)
+    return Followed(newest, None if epoch is None else Cursor(seq, epoch), begun or 0, last_event)

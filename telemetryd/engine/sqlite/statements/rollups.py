@@ -31,8 +31,8 @@ _DATE: Final = len("2025-12-24")
 _SPANS: Final = (1, DAY)
 
 Summary = dict[tuple[str, str, str, str], tuple[list[int], dict[int, int]]]
-"""By hour (2025-12-24T10), agent, job type and status: the sums of a cell, and how many durations fall in which bin."""
-Place = tuple[int, int, int, str, str, str]
+"""The sums of a cell, and the durations in each bin, by hour (2025-12-24T10), agent, job type and status."""
+CellKey = tuple[int, int, int, str, str, str]
 """The key of a row of `run_stats`."""
 
 _APPEND: Final = """
@@ -57,14 +57,14 @@ _DROP: Final = f"""
 """
 _ROWS_AT_ONCE: Final = 256
 _COLUMNS: Final = (*_KEY, *_CELL)
-_PLACES: Final = f"({', '.join('?' * len(_COLUMNS))})"
+_PARAMETERS: Final = f"({', '.join('?' * len(_COLUMNS))})"
 
 _SELECT_FACTS: Final = f"""
     SELECT {", ".join(FACTS)} FROM agent_runs INDEXED BY idx_runs_created_desc ORDER BY created_at
 """
 _SELECT_DAY: Final = f"""
     SELECT {", ".join(_COLUMNS)} FROM run_stats
-    WHERE hours = ?1 AND names = ?2 AND start BETWEEN ?3 AND ?3 + 23
+    WHERE hours = ? AND names = ? AND start BETWEEN ? AND ? + 23
 """
 _SELECT_AT: Final = f"SELECT {', '.join(_COLUMNS)} FROM run_stats WHERE hours = ? AND names = ? AND start = ?"
 _SELECT_DAYS: Final = "SELECT DISTINCT start - ((start % 24) + 24) % 24 FROM run_stats"
@@ -113,16 +113,16 @@ def fold(cursor: sqlite3.Cursor) -> None:
     logged = cursor.execute(f"SELECT {_LOG}").fetchone()[0]
     cursor.execute("DELETE FROM run_stats_log")
     cells = _spread(_read_log(logged))
-    places = [*cells]
-    found = cursor.execute(_READ, (orjson.dumps(places).decode(),)).fetchone()[0]
+    keys = [*cells]
+    found = cursor.execute(_READ, (orjson.dumps(keys).decode(),)).fetchone()[0]
     for number, *sums, bins in orjson.loads(found):
-        place = places[number]
-        cells[place] = [*map(add, cells[place], [*map(int, sums), unpack(bytes.fromhex(bins))])]
-    empty = [place for place, cell in cells.items() if cell[0] <= 0]
+        key = keys[number]
+        cells[key] = [*map(add, cells[key], [*map(int, sums), unpack(bytes.fromhex(bins))])]
+    empty = [key for key, cell in cells.items() if cell[0] <= 0]
     if empty:
         cursor.execute(_DROP, (orjson.dumps(empty).decode(),))
-        for place in empty:
-            del cells[place]
+        for key in empty:
+            del cells[key]
     _write(cursor, cells)
 
 
@@ -142,9 +142,9 @@ def _cells_of(summary: Summary) -> Iterator[Named]:
         yield hour_number(hour), agent_name, job_type, status, [*sums, sketches.of(bins)]
 
 
-def _spread(cells: Iterable[Named]) -> dict[Place, Cell]:
+def _spread(cells: Iterable[Named]) -> dict[CellKey, Cell]:
     """Add cells up to each of the rows that count them."""
-    finest: dict[Place, Cell] = {(1, 3, hour, *names): cell for hour, *names, cell in cells}  # type: ignore[misc]
+    finest: dict[CellKey, Cell] = {(1, 3, hour, *names): cell for hour, *names, cell in cells}  # type: ignore[misc]
     days = _add_up(((DAY, 3, hour // DAY * DAY, *names), cell) for (_, _, hour, *names), cell in finest.items())
     spread = {**finest, **days}
     for rows in (finest, days):
@@ -154,23 +154,23 @@ def _spread(cells: Iterable[Named]) -> dict[Place, Cell]:
     return spread
 
 
-def _add_up(cells: Iterable[tuple[Any, Cell]]) -> dict[Place, Cell]:
-    added: dict[Place, Cell] = {}
-    for place, cell in cells:
-        kept = added.get(place)
-        added[place] = cell if kept is None else [*map(add, kept, cell)]
+def _add_up(cells: Iterable[tuple[Any, Cell]]) -> dict[CellKey, Cell]:
+    added: dict[CellKey, Cell] = {}
+    for key, cell in cells:
+        kept = added.get(key)
+        added[key] = cell if kept is None else [*map(add, kept, cell)]
     return added
 
 
-def _write(cursor: sqlite3.Cursor, cells: dict[Place, Cell]) -> None:
-    rows = [(*place, *_storable(cell[:-1]), pack(cell[-1])) for place, cell in cells.items()]
+def _write(cursor: sqlite3.Cursor, cells: dict[CellKey, Cell]) -> None:
+    rows = [(*key, *_storable(cell[:-1]), pack(cell[-1])) for key, cell in cells.items()]
     # In the order of the table, of which neighbouring rows share pages. Two sizes of a statement are enough.
     rows.sort(key=lambda row: row[: len(_KEY)])
     for start in range(0, len(rows), _ROWS_AT_ONCE):
         part = rows[start : start + _ROWS_AT_ONCE]
-        places = ", ".join([_PLACES] * len(part))
+        parameters = ", ".join([_PARAMETERS] * len(part))
         cursor.execute(
-            f"INSERT OR REPLACE INTO run_stats ({', '.join(_COLUMNS)}) VALUES {places}",
+            f"INSERT OR REPLACE INTO run_stats ({', '.join(_COLUMNS)}) VALUES {parameters}",
             [*chain.from_iterable(part)],
         )
 
@@ -205,13 +205,13 @@ def count_wrong(connection: sqlite3.Connection) -> int:
     return wrong + sum(_differences({}, _kept(connection, day, logged.get(day, []))) for day in unseen)
 
 
-def _kept(connection: sqlite3.Connection, day: int, logged: list[Named]) -> dict[Place, Cell]:
+def _kept(connection: sqlite3.Connection, day: int, logged: list[Named]) -> dict[CellKey, Cell]:
     kept = _spread(logged)
     for hours in _SPANS:
         for names in (1, 2, 3):
-            for row in connection.execute(_SELECT_DAY, (hours, names, day)):
-                place, cell = row[: len(_KEY)], _cell(row[len(_KEY) :])
-                kept[place] = [*map(add, kept[place], cell)] if place in kept else cell
+            for row in connection.execute(_SELECT_DAY, (hours, names, day, day)):
+                key, cell = row[: len(_KEY)], _cell(row[len(_KEY) :])
+                kept[key] = [*map(add, kept[key], cell)] if key in kept else cell
     return kept
 
 
@@ -220,37 +220,37 @@ def _cell(columns: tuple[Any, ...]) -> Cell:
     return [*map(int, sums), unpack(bins)]
 
 
-def _differences(expected: dict[Place, Cell], kept: dict[Place, Cell]) -> int:
+def _differences(expected: dict[CellKey, Cell], kept: dict[CellKey, Cell]) -> int:
     nothing = [0] * len(_CELL)
-    return sum(expected.get(place, nothing) != kept.get(place, nothing) for place in {*expected, *kept})
+    return sum(expected.get(key, nothing) != kept.get(key, nothing) for key in {*expected, *kept})
 
 
-def settle_hour(cursor: sqlite3.Cursor, hour: str, summary: Summary) -> int:
+def correct_hour(cursor: sqlite3.Cursor, hour: str, summary: Summary) -> int:
     """Make what is kept of one hour (2025-12-24T10) what its runs add up to; return how many rows were wrong."""
     fold(cursor)
     cells = (named for named in _cells_of(summary) if named[-1][0] > 0)
-    expected = {place: cell for place, cell in _spread(cells).items() if place[0] == 1}
-    return _settle(cursor, expected, _kept_at(cursor, 1, hour_number(hour)))
+    expected = {key: cell for key, cell in _spread(cells).items() if key[0] == 1}
+    return _correct(cursor, expected, _kept_at(cursor, 1, hour_number(hour)))
 
 
-def settle_day(cursor: sqlite3.Cursor, day: int) -> int:
+def correct_day(cursor: sqlite3.Cursor, day: int) -> int:
     """Make what is kept of one day (its first hour since 1970) what its hours add up to; return what was wrong."""
     fold(cursor)
     hours = [
-        ((DAY, place[1], day, *place[3:]), cell)
+        ((DAY, key[1], day, *key[3:]), cell)
         for hour in range(day, day + DAY)
-        for place, cell in _kept_at(cursor, 1, hour).items()
+        for key, cell in _kept_at(cursor, 1, hour).items()
     ]
-    return _settle(cursor, _add_up(hours), _kept_at(cursor, DAY, day))
+    return _correct(cursor, _add_up(hours), _kept_at(cursor, DAY, day))
 
 
-def _kept_at(cursor: sqlite3.Cursor, hours: int, start: int) -> dict[Place, Cell]:
+def _kept_at(cursor: sqlite3.Cursor, hours: int, start: int) -> dict[CellKey, Cell]:
     rows = (row for names in (1, 2, 3) for row in cursor.execute(_SELECT_AT, (hours, names, start)))
     return {row[: len(_KEY)]: _cell(row[len(_KEY) :]) for row in rows}
 
 
-def _settle(cursor: sqlite3.Cursor, expected: dict[Place, Cell], kept: dict[Place, Cell]) -> int:
-    wrong = {place: cell for place, cell in expected.items() if kept.get(place) != cell}
+def _correct(cursor: sqlite3.Cursor, expected: dict[CellKey, Cell], kept: dict[CellKey, Cell]) -> int:
+    wrong = {key: cell for key, cell in expected.items() if kept.get(key) != cell}
     surplus = [*(kept.keys() - expected.keys())]
     if surplus:
         cursor.execute(_DROP, (orjson.dumps(surplus).decode(),))
@@ -272,7 +272,7 @@ def fetch_stats(connection: sqlite3.Connection, query: GetStats) -> list[stats.S
 
 
 def _fetch_cells(connection: sqlite3.Connection, query: GetStats) -> Generator[Named, None, None]:
-    """Yield the cells of the fewest rows that tell enough; the log's come with them, from the same snapshot."""
+    """Yield the cells of the fewest rows that are enough; the log's come with them, from the same snapshot."""
     names = 3 if "job_type" in query.names else 2 if "agent_name" in query.names else 1
     spans = [(1, query.start, query.end)]
     first, last = -(-query.start // DAY) * DAY, query.end // DAY * DAY

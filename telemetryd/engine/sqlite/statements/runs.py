@@ -27,10 +27,10 @@ from telemetryd.engine.sqlite.statements.predicates import (
 )
 from telemetryd.errors import InvalidRequestError
 from telemetryd.model import events
-from telemetryd.model.commands import Process
 from telemetryd.model.event_queries import ListEvents
 from telemetryd.model.events import EventPage
 from telemetryd.model.filters import TIME_BOUNDS, WILDCARD, Filters
+from telemetryd.model.processes import Process
 from telemetryd.model.queries import (
     DEFAULT_LIMIT,
     MAX_LIMIT,
@@ -232,7 +232,7 @@ _COUNT_SOME: Final = "SELECT count(*) FROM (SELECT 1 FROM runs_text WHERE runs_t
 
 
 def _is_rare(connection: sqlite3.Connection, filters: Filters) -> bool:
-    """Tell whether few runs have the words that are searched for."""
+    """Return whether few runs have the words that are searched for."""
     if filters.words is None:
         return False
     found = connection.execute(_COUNT_SOME, (match_expression(filters.words), _SOME)).fetchone()[0]

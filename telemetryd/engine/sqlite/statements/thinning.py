@@ -186,7 +186,7 @@ def reap(
 
 
 def _return_space(cursor: sqlite3.Cursor) -> int:
-    """Return some free pages to the file system; tell how many are left that can be returned."""
+    """Give some free pages back to the file system; return how many more can be."""
     if cursor.execute("PRAGMA auto_vacuum").fetchone()[0] != _INCREMENTAL:
         return 0
     for _ in range(min(_free_pages(cursor), _VACUUM_PAGES)):

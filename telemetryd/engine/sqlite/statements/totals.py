@@ -32,10 +32,10 @@ _WIDEN_HOURS, _WIDEN_DAYS = (
 
 # A total that has drifted (a row changed by hand) is no reason to refuse what agents send.
 _TAKE_FROM_TOTAL: Final = """
-    UPDATE run_totals SET runs = max(runs - ?4, 0) WHERE agent_name = ?1 AND job_type = ?2 AND status = ?3
+    UPDATE run_totals SET runs = max(runs - ?, 0) WHERE agent_name = ? AND job_type = ? AND status = ?
 """
 
-_TAKE_FROM_MINUTE: Final = "UPDATE run_minutes SET runs = max(runs - ?2, 0) WHERE minute = ?1"
+_TAKE_FROM_MINUTE: Final = "UPDATE run_minutes SET runs = max(runs - ?, 0) WHERE minute = ?"
 
 
 _DROP_TOTAL: Final = "DELETE FROM run_totals WHERE agent_name = ? AND job_type = ? AND status = ? AND runs = 0"
@@ -45,10 +45,11 @@ _DROP_MINUTE: Final = "DELETE FROM run_minutes WHERE minute = ? AND runs = 0"
 
 
 _DROP_HOUR: Final = """
-    DELETE FROM run_hours WHERE hour = ?1
-        AND NOT EXISTS (SELECT 1 FROM run_minutes WHERE minute >= ?1 || ':' AND minute < ?1 || ';')
+    DELETE FROM run_hours WHERE hour = :hour
+        AND NOT EXISTS (SELECT 1 FROM run_minutes WHERE minute >= :hour || ':' AND minute < :hour || ';')
 """
 
 _DROP_DAY: Final = """
-    DELETE FROM run_days WHERE day = ?1 AND NOT EXISTS (SELECT 1 FROM run_hours WHERE hour >= ?1 AND hour < ?1 || 'U')
+    DELETE FROM run_days WHERE day = :day
+        AND NOT EXISTS (SELECT 1 FROM run_hours WHERE hour >= :day AND hour < :day || 'U')
 """  # U is the character after T

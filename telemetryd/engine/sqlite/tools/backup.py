@@ -256,7 +256,7 @@ def restore(
                     _copy_side_files(source, copy)
         except (OSError, EOFError, zstd.ZstdError) as error:
             raise DatabaseError(f"Cannot copy the backup {source}: {error}") from error
-        _settle(copy)
+        _detach(copy)
         watch("Verifying", 0, 1)
         content = verify(copy, source, _IF_BACKUP_DAMAGED)
         with contextlib.closing(connect(copy, "ro&immutable=1")) as connection:
@@ -272,8 +272,8 @@ def _copy_side_files(source: Path, copy: Path) -> None:
             shutil.copyfile(sidecar_path(source, suffix), sidecar_path(copy, suffix))
 
 
-def _settle(copy: Path) -> None:
-    """Make a copy one file, and drop what it knows of processes: since then they may have finished their runs.
+def _detach(copy: Path) -> None:
+    """Make a copy a single file, and drop what it knows of processes: since then they may have finished their runs.
 
     Numbers of the commit sequence that were drawn since may get another meaning, so it begins a new epoch. Nothing is
     deleted of it by itself until that is confirmed again: old runs may be what it was restored for.
@@ -291,7 +291,7 @@ def replace(database: Path, new: Path, moment: datetime) -> Path:
     """Put a synced new file in a database's place in one step; return the name under which the old one is kept.
 
     The old file gets its second name first, so that there is a database at the path at every moment. What
-    its journal holds is settled before; if that fails because the file is damaged, the journal is kept
+    its journal holds is written back before; if that fails because the file is damaged, the journal is kept
     next to the old file under its new name.
     """
     with new.open("rb") as file:

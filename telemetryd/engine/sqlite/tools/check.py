@@ -257,7 +257,7 @@ def documented_queries() -> Iterator[ListRuns]:
 
 
 _COMBINED: Final = ("agent_name", "job_type", "status")
-"""The filters that are combined most; each combination of them has an index of its own."""
+"""The filters that are combined most; each combination of them has an index."""
 
 
 def repair(path: Path, watch: Watch = ignore_progress) -> list[str]:
@@ -276,7 +276,7 @@ def repair(path: Path, watch: Watch = ignore_progress) -> list[str]:
             migrate.refuse_unless_usable(path, identify(connection))
             foreign.refuse_harmful(connection, path, is_current=False)  # a trigger would work on the repair, too
             watch("Repairing", 0, 3)
-            done += _mend_indexes(connection)
+            done += _fix_indexes(connection)
             watch("Repairing", 1, 3)
             done += _fix_rows(connection)
             watch("Repairing", 2, 3)
@@ -296,9 +296,9 @@ def repair(path: Path, watch: Watch = ignore_progress) -> list[str]:
 
 
 def _fix_rows(connection: sqlite3.Connection) -> Iterator[str]:
-    """Bring what the rows say into order, and what is counted of them, and tell it."""
+    """Fix the rows and what is counted of them; yield what was done."""
     if any(foreign.find_spent_numbers(connection)):
-        yield f"{renumbering.free_numbers(connection)} rows numbered anew; who follows begins anew"
+        yield f"{renumbering.free_numbers(connection)} rows numbered anew; subscribers begin anew"
         if full_text.is_there(connection):  # which knows runs by their ids
             full_text.rebuild(connection)
     for table, rows in integrity.delete_strays(connection).items():
@@ -315,8 +315,8 @@ def _fix_rows(connection: sqlite3.Connection) -> Iterator[str]:
         yield "full-text index made again"
 
 
-def _mend_indexes(connection: sqlite3.Connection) -> Iterator[str]:
-    """Make the indexes that are missing or different, build all again from their tables, and tell it."""
+def _fix_indexes(connection: sqlite3.Connection) -> Iterator[str]:
+    """Make the indexes that are missing or different, rebuild all of them from their tables; yield what was done."""
     actual = migrate.schema_of(connection)
     for name, sql in migrate.expected_schema().items():
         if _is_index(sql) and actual.get(name) != sql:

@@ -93,7 +93,7 @@ def _harm_of_index(connection: sqlite3.Connection, name: str, table: str, sql: s
 
 
 def _computes(sql: str) -> bool:
-    """Tell whether the WHERE of an index calls a function, or an operator that is one."""
+    """Return whether the WHERE of an index calls a function, or an operator that is one."""
     tokens = [token.upper() for token in _TOKEN.findall(sql) if not token.startswith(("--", "/*"))]
     if "WHERE" not in tokens:
         return False

@@ -88,7 +88,7 @@ class Layout:
 
 
 def look(connection: sqlite3.Connection, path: Path) -> Layout:
-    """Tell which layout a database has.
+    """Return which layout a database has.
 
     Raises:
         DatabaseError: if it has no runs, or something whose name a migration needs.
@@ -187,7 +187,7 @@ def _small(name: str) -> str:
 
 
 def _is_sequence(connection: sqlite3.Connection, number: str) -> bool:
-    """Tell whether the rows' numbers can begin the commit sequence, which counts from 1 and needs room to go on."""
+    """Return whether the rows' numbers can begin the commit sequence, which counts from 1 and needs room to go on."""
     low, high = connection.execute(
         f"SELECT (SELECT min({number}) FROM agent_runs), (SELECT max({number}) FROM agent_runs)"
     ).fetchone()

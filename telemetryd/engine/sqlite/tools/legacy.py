@@ -324,14 +324,14 @@ def _compact(connection: sqlite3.Connection, done: Migration, watch: Watch) -> N
 
 
 def is_compact(connection: sqlite3.Connection) -> bool:
-    """Tell whether a database gives its free space back in slices, as one that we made does."""
+    """Return whether a database gives its free space back in slices, as one that we made does."""
     return bool(connection.execute("PRAGMA auto_vacuum").fetchone()[0] == _INCREMENTAL)
 
 
 def compact(connection: sqlite3.Connection) -> None:
     """Give all free space back, and let later space be given back in slices, if it is not so yet.
 
-    VACUUM is a transaction of its own: killed in it, the database is as before, only larger than it need be.
+    VACUUM is a separate transaction: killed in it, the database is as before, only larger than it need be.
     """
     if not is_compact(connection):
         connection.execute("PRAGMA auto_vacuum = INCREMENTAL")

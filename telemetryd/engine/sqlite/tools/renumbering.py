@@ -6,7 +6,8 @@ import sqlite3
 from typing import Final
 
 from telemetryd.engine.sqlite.statements import rollups
-from telemetryd.engine.sqlite.statements.sequence import MAKE_FEED, NEWEST
+from telemetryd.engine.sqlite.statements.columns import NEWEST
+from telemetryd.engine.sqlite.statements.sequence import MAKE_FEED
 from telemetryd.engine.sqlite.tools.foreign import HIGHEST_NUMBER
 
 _OF_RUNS: Final = ("run_events", "run_processes", "run_changes", "run_arrivals", "unconverted_values")
@@ -27,7 +28,7 @@ _BEGIN_ANEW: Final = (
 def free_numbers(connection: sqlite3.Connection) -> int:
     """Renumber, inside the caller's transaction, and begin a new epoch; return how many rows got other numbers.
 
-    Followers of the commit sequence have to begin anew; the totals and the statistics are to be counted again.
+    Subscribers to the commit sequence have to begin anew; the totals and the statistics are to be counted again.
     """
     rollups.fold(connection.cursor())
     for statement in _FORGET:

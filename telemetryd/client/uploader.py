@@ -1,4 +1,4 @@
-"""Sends one stream to the daemon window by window, and marks a window as sent when all of it is done."""
+"""Uploads one stream to the daemon window by window, and marks a window as sent when all of it is done."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 from typing import Final
 
 from telemetryd.client.counters import Counters
-from telemetryd.client.delivery import Delivery, Parcel, WaitError, ready_lines
+from telemetryd.client.delivery import Batch, Delivery, WaitError, ready_lines
 from telemetryd.client.folder import is_aside
 from telemetryd.client.lines import read_object
 from telemetryd.client.streams import Stream, Window, is_sent
@@ -16,13 +16,13 @@ logger: Final = logging.getLogger("telemetryd.client")
 _WAIT_S: Final = 0.3
 
 
-class Courier:
-    """Sends the lines of a stream in their order.
+class Uploader:
+    """Uploads the lines of a stream in their order.
 
     Args:
         stream: the stream, which we own.
         delivery: how lines are sent.
-        counters: where is counted what becomes of them.
+        counters: count what becomes of them.
 
     """
 
@@ -31,11 +31,11 @@ class Courier:
         self._delivery = delivery
         self._counters = counters
         self._window: Window | None = None
-        self._parcel: Parcel | None = None
-        self.carried_bytes = 0
+        self._batch: Batch | None = None
+        self.sent_bytes = 0
         """How much of the spool the last call sent."""
 
-    def carry(self) -> int:
+    def send_next(self) -> int:
         """Send the next lines; return how many (at least 1), or 0 if there are none now.
 
         Raises:
@@ -43,17 +43,17 @@ class Courier:
             OSError: if the spool or the dead-letter file fails.
 
         """
-        if self._window is None or self._parcel is None:
+        if self._window is None or self._batch is None:
             self._window = self._next_window()
             if self._window is None:
                 return 0
-            self._parcel = Parcel.of(self._lines(self._window), was_aside=is_aside(self.stream.name))
-        window, parcel = self._window, self._parcel
+            self._batch = Batch.of(self._lines(self._window), was_aside=is_aside(self.stream.name))
+        window, batch = self._window, self._batch
         if (window.number, window.start) == (self.stream.number, self.stream.offset):  # else the file was given up
-            self._delivery.send(parcel)
+            self._delivery.send(batch)
             self.stream.advance(window)
-        self.carried_bytes = window.end[1] - window.start
-        self._window = self._parcel = None
+        self.sent_bytes = window.end[1] - window.start
+        self._window = self._batch = None
         return max(len(window.lines), 1)
 
     def _next_window(self) -> Window | None:

@@ -1,4 +1,4 @@
-"""Serves followers: pages of changes with long polling, and streams of server-sent events."""
+"""Serves subscribers: pages of changes with long polling, and streams of server-sent events."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from aiohttp import hdrs, web
 
 from telemetryd.errors import StoppingError
 from telemetryd.model import runs
-from telemetryd.model.changes import RunChanged, RunDeleted, parse_changes, parse_stream, put_beside
+from telemetryd.model.changes import RunChanged, RunDeleted, answer_with, parse_changes, parse_stream
 from telemetryd.ops.logs import log
 from telemetryd.ops.metrics import Metrics
 from telemetryd.services.feed import Feed
@@ -44,17 +44,17 @@ async def list_changes(request: web.Request) -> web.Response:
         {"seq": seq, "run": runs.to_json(what)} if isinstance(what, tuple) else {"seq": seq, "deleted": what}
         for seq, what in changes.found
     ]
-    response = json_response(put_beside(changes, found))
+    response = json_response(answer_with(changes, found))
     response[WAITED] = waited
     return response
 
 
 async def stream_runs(request: web.Request) -> web.StreamResponse:
     """Send each run that was created or changed after its commit, until the client leaves or the daemon stops."""
-    place, filters = parse_stream(request.rel_url.raw_query_string, request.headers.get("Last-Event-ID"))
+    after, filters = parse_stream(request.rel_url.raw_query_string, request.headers.get("Last-Event-ID"))
     response = web.StreamResponse(headers=_HEADERS)
-    async with request.app[FEED].open(place, filters) as tail:
-        began = await tail.begin()
+    async with request.app[FEED].open(after, filters) as subscriber:
+        began = await subscriber.begin()
         mark(response, request[IDENTITY])
         await response.prepare(request)
         if request.method == hdrs.METH_HEAD:
@@ -62,22 +62,24 @@ async def stream_runs(request: web.Request) -> web.StreamResponse:
         opened = time.perf_counter()
         with contextlib.suppress(ConnectionError), leaving(request):
             await response.write(began)
-            async with contextlib.aclosing(tail.chunks()) as chunks:
+            async with contextlib.aclosing(subscriber.chunks()) as chunks:
                 async for chunk in chunks:
                     await response.write(chunk)
     if not response.prepared:
         raise StoppingError
     open_s = response[WAITED] = time.perf_counter() - opened
-    request[NOTE].say("Stream ended", runs_sent=tail.sent, changes_missed=tail.missed, open_s=round(open_s, 1))
+    request[NOTE].say(
+        "Stream ended", runs_sent=subscriber.sent, changes_missed=subscriber.missed, open_s=round(open_s, 1)
+    )
     response.force_close()
     transport = request.transport
     if transport is not None and transport.get_write_buffer_size():
-        transport.abort()  # it does not listen, and would hold up a stop
+        transport.abort()  # the client does not read, and would delay a stop
     return response
 
 
 def _close_after(feed: Feed) -> Callable[[asyncio.Task[None]], None]:
-    """Return what ends every tail when the feed's task has ended: nobody would hand them anything any more."""
+    """Return a callback that ends every subscriber when the feed's task has ended: none would get anything any more."""
 
     def close(task: asyncio.Task[None]) -> None:
         if not task.cancelled():
@@ -88,7 +90,7 @@ def _close_after(feed: Feed) -> Callable[[asyncio.Task[None]], None]:
 
 
 def add_feed(app: web.Application, store: Store, metrics: Metrics) -> None:
-    """Let an app's handlers follow a store, for as long as the app runs."""
+    """Give an app's handlers the feed of a store, for as long as the app runs."""
     app[FEED] = feed = Feed(store, metrics)
 
     async def run(_: web.Application) -> AsyncIterator[None]:
