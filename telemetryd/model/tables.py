@@ -198,7 +198,7 @@ def parquet_from_csv(chunks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def _groups(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """Join chunks to row groups, without the header, which is a chunk of its own."""
+    """Join chunks to row groups, without the header, which is a separate chunk."""
     lines = iter(chunks)
     next(lines)
     return join_pieces(lines, GROUP_BYTES)
@@ -254,7 +254,7 @@ _LARGE_BYTES: Final = 16 * 1024 * 1024
 _MOST_NESTED: Final = 10_000_000
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _UNITS: Final = {"s": (1, 1_000_000), "ms": (1, 1000), "us": (1, 1), "ns": (1000, 1)}
-"""By what counts of a unit are divided and multiplied to become microseconds; what is finer is cut off."""
+"""The divisor and factor that turn counts of a unit into microseconds; what is finer is cut off."""
 
 
 def read_parquet(path: Path, most_nested: int = _MOST_NESTED) -> Iterator[Record]:

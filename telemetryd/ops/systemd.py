@@ -13,7 +13,7 @@ _FIRST_DESCRIPTOR: Final = 3
 _FIRST_ASKED_S: Final = 2.0
 _ASKED_EVERY_S: Final = 10.0
 _EXTENDED_S: Final = 60.0
-"""For how much longer the manager waits after each time it is asked to."""
+"""How much longer the manager waits after each request for time."""
 
 
 class Notifier:
@@ -52,7 +52,7 @@ class Notifier:
     ) -> Iterator[None]:
         """Ask the manager again and again not to give up, as long as the block takes (EXTEND_TIMEOUT_USEC).
 
-        A thread does it: what takes long may well hold up the event loop.
+        A thread does it, because what takes long may block the event loop.
         """
         is_over = threading.Event()
 
