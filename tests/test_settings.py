@@ -208,7 +208,7 @@ WRONG = {
 }
 
 
-def test_every_problem_is_told_at_once_with_the_name_of_its_variable() -> None:
+def test_every_problem_is_reported_at_once_with_the_name_of_its_variable() -> None:
     assert {variable(name) for name in Settings.model_fields} - set(WRONG) == {"TELEMETRY_API_AUTH_TOKEN"}
     found = problems(WRONG)
     assert [problem.partition(":")[0] for problem in found] == list(WRONG)
@@ -218,7 +218,7 @@ def test_every_problem_is_told_at_once_with_the_name_of_its_variable() -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), WRONG.items())
-def test_each_problem_is_told_alone_too(name: str, value: str) -> None:
+def test_each_problem_is_reported_alone_too(name: str, value: str) -> None:
     (problem,) = problems({name: value})
     assert problem.startswith(f"{name}: ")
     assert problem.endswith(f"(it is {value!r}, from the environment)")
@@ -272,7 +272,7 @@ def test_a_dotenv_that_is_not_utf_8_is_a_problem(tmp_path: Path) -> None:
     assert loaded(dotenv=tmp_path / ".env").settings.api_host == "münchen"
 
 
-def test_a_setting_that_fits_alone_but_not_with_others_is_told_beside_the_other_problems() -> None:
+def test_a_setting_that_fits_alone_but_not_with_others_is_reported_with_the_other_problems() -> None:
     found = problems({"TELEMETRY_API_PORT": "x", "TELEMETRY_API_AUTH_ENABLED": "true", "TELEMETRY_LOG_LEVEL": "x"})
     assert sorted(problem.partition(":")[0] for problem in found) == [
         "TELEMETRY_API_AUTH_TOKEN",
@@ -422,7 +422,7 @@ def test_a_token_that_is_not_asked_for_is_remarked_on(tmp_path: Path) -> None:
 def test_config_prints_every_setting_with_its_origin(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("TELEMETRY_QUEUE_MAX=7\n")
     arguments = ("config", "--port", "9000", "--no-protected-mode")
-    variables = {"TELEMETRY_API_HOST": "127.0.0.1", "TELEMETRY_LOG_LEVEL": "debug"}
+    variables: dict[str, Any] = {"TELEMETRY_API_HOST": "127.0.0.1", "TELEMETRY_LOG_LEVEL": "debug"}
     printed = telemetryd(*arguments, "--json", cwd=tmp_path, **variables)
     shown = json.loads(printed.stdout)
     assert list(shown) == [variable(name) for name in Settings.model_fields]

@@ -167,7 +167,7 @@ class Delivery:
         return []
 
     def _block(self, batch: Batch, step: Step, answer: Answer) -> Sequence[Step]:
-        """Let the others pass a line that somebody between here and the daemon does not let through."""
+        """Let the others pass a line that something between here and the daemon blocks."""
         if batch.was_aside:
             raise BlockedError(shown(answer))
         if self._aside is None:
@@ -312,7 +312,7 @@ class Delivery:
         return self._fail(batch, step, answer)
 
     def _fail(self, batch: Batch, step: Step, answer: Answer) -> Sequence[Step]:
-        """Come back later, unless it is this very step at which somebody breaks again and again."""
+        """Come back later, unless it is this very step that fails again and again."""
         if answer.status == 500:
             step.tries += 1
             parts = step.parts()

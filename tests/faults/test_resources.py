@@ -38,7 +38,7 @@ _BUSY_MS = 400
 
 @pytest.fixture(scope="module", params=["DELETE", "WAL"])
 def lasting(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Daemon, Told]]:
-    """A daemon for all the tests of a mode, and what its client was told; each test adds a fault."""
+    """A daemon for all the tests of a mode, and what its client was answered; each test adds a fault."""
     daemon = Daemon(
         tmp_path_factory.mktemp("lasting"),
         TELEMETRY_DB_JOURNAL_MODE=request.param,
@@ -219,7 +219,7 @@ def test_it_is_noticed_without_a_write(lasting: tuple[Daemon, Told], tmp_path: P
     [("DELETE", ".lock"), ("WAL", "-wal"), ("WAL", "-shm"), ("WAL", ".lock")],  # only a log has files of its own
     indirect=["lasting"],
 )
-def test_a_file_beside_the_database_is_deleted(lasting: tuple[Daemon, Told], ledger: Ledger, suffix: str) -> None:
+def test_a_file_next_to_the_database_is_deleted(lasting: tuple[Daemon, Told], ledger: Ledger, suffix: str) -> None:
     """What stands only in a log without a name is written back before the log is let go of."""
     daemon, told = lasting
     for _ in range(20):
@@ -397,7 +397,7 @@ def test_a_start_that_waits_for_a_lock_can_be_stopped(start_daemon: StartDaemon,
 
 
 @pytest.mark.slow
-def test_another_programs_snapshot_is_told_of_and_the_log_shrinks_again(
+def test_another_programs_snapshot_is_reported_and_the_log_shrinks_again(
     start_daemon: StartDaemon, ledger: Ledger
 ) -> None:
     daemon = start_daemon(TELEMETRY_DB_JOURNAL_MODE="WAL")
@@ -515,7 +515,7 @@ def test_no_single_request_needs_more_memory_than_there_is(start_daemon: StartDa
 
 
 def test_the_clock_jumps(start_daemon: StartDaemon, tmp_path: Path, ledger: Ledger) -> None:
-    """Back by a day and forth by a year: nothing lasts a negative time, no timer sticks, the order is told by id."""
+    """Back by a day and forth by a year: nothing lasts a negative time, no timer sticks, the order is by id."""
     require_program("gcc", "gcc")
     library = tmp_path / "wall_clock.so"
     source = Path(__file__).with_name("wall_clock.c")
@@ -567,7 +567,7 @@ def jump_to(clock: Path, seconds: int) -> None:
 def check_a_jump_while_a_write_waits(
     daemon: Daemon, told: Told, clock: Path, jump: int, *, held_s: float, answered: int
 ) -> None:
-    """Let the clock jump while another program holds the lock: neither the waiting nor what is told of it changes.
+    """Let the clock jump while another program holds the lock: neither the waiting nor what is said of it changes.
 
     Until 5 s have passed the write is tried again, so it is stored if the lock is held for less, and else refused.
     """
