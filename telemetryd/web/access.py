@@ -166,10 +166,10 @@ def _ask_for_token(request: web.Request) -> web.Response:
 
 def _is_open(request: web.Request) -> bool:
     """Return whether a request needs no token: the health, and the page, which holds no data and asks for the token."""
-    endpoint = endpoint_of(request)
-    if endpoint is None:
-        return False
-    return endpoint == HEALTH or endpoint.startswith(ASSETS) or (endpoint == "/" and wants_page(request))
+    if request.path.removesuffix("/") == HEALTH:
+        return True
+    endpoint = endpoint_of(request) or ""
+    return endpoint.startswith(ASSETS) or (endpoint == "/" and wants_page(request))
 
 
 def _is_page(request: web.Request) -> bool:
