@@ -22,7 +22,7 @@ from telemetryd.client.context import new_uuid, timestamp
 from telemetryd.client.intake import MAX_NAME
 from telemetryd.client.lines import encode
 from telemetryd.client.old_records import SCHEMA_VERSION, APIPayload, RunEvent, RunRecord
-from telemetryd.client.old_variables import log_once, log_remarks
+from telemetryd.client.old_variables import base_folders, log_once, log_remarks
 from telemetryd.client.run import Run
 
 __all__ = [
@@ -58,7 +58,7 @@ class TelemetryConfig:
     """The daemon's address; None means TELEMETRY_API_URL, else METRICS_API_URL, else http://localhost:8765."""
     google_sheets_api_url: str | None = None
     google_sheets_api_enabled: bool = False
-    api_token: str | None = None
+    api_token: str | None = field(default=None, repr=False)
     """Without effect: it was for Google Sheets. The daemon's token is TELEMETRY_API_AUTH_TOKEN, or `more["token"]`."""
     api_enabled: bool = False
     """Without effect: it was about Google Sheets only, and runs were always sent to the service."""
@@ -75,13 +75,18 @@ class TelemetryConfig:
     @classmethod
     def from_env(cls) -> TelemetryConfig:
         """Read the variables of the environment."""
-        given = {name: os.environ.get(variable) or None for name, variable in _VARIABLES.items()}
-        path = {name: Path(text) for name in _PATHS if (text := given[name]) is not None}
+        environment = {name: text for name, text in os.environ.items() if text}
+        folders = base_folders(environment)
+        base = next((folder for folder in folders if folder.is_dir()), folders[0])
+        buffer = environment.get("TELEMETRY_BUFFER_DIR")
         return cls(
-            api_url=given["api_url"] or os.environ.get("METRICS_API_URL") or _DEFAULT_URL,
-            agent_owner=given["agent_owner"],
-            test_mode=given["test_mode"],
-            **path,  # type: ignore[arg-type]
+            metrics_dir=base,
+            database_path=Path(environment.get("TELEMETRY_DB_PATH", base / "db" / "telemetry.sqlite")),
+            ndjson_dir=Path(environment.get("TELEMETRY_NDJSON_DIR", base / "raw")),
+            api_url=environment.get("TELEMETRY_API_URL", environment.get("METRICS_API_URL", _DEFAULT_URL)),
+            agent_owner=environment.get("AGENT_OWNER"),
+            test_mode=environment.get("TELEMETRY_TEST_MODE"),
+            buffer_dir=None if buffer is None else Path(buffer),
         )
 
     def validate(self, strict: bool = True) -> tuple[bool, list[str]]:
@@ -103,22 +108,12 @@ class TelemetryConfig:
 
     def remark(self) -> None:
         """Log once in a process which of the fields that are given have no effect; variables are remarked on anyway."""
+        usual, variables = TelemetryConfig(), self.from_env()
         for name, text in _WITHOUT_EFFECT.items():
-            value, usual = getattr(self, name), type(self).__dataclass_fields__[name].default
-            if value != usual and str(value) != os.environ.get(_VARIABLES.get(name, "")):
+            if getattr(self, name) not in (getattr(usual, name), getattr(variables, name)):
                 log_once(f"TelemetryConfig.{name}", f"TelemetryConfig({name}=…) has no effect: {text}")
 
 
-_PATHS: Final = ("metrics_dir", "database_path", "ndjson_dir", "buffer_dir")
-_VARIABLES: Final = {
-    "api_url": "TELEMETRY_API_URL",
-    "agent_owner": "AGENT_OWNER",
-    "metrics_dir": "TELEMETRY_BASE_DIR",
-    "database_path": "TELEMETRY_DB_PATH",
-    "ndjson_dir": "TELEMETRY_NDJSON_DIR",
-    "buffer_dir": "TELEMETRY_BUFFER_DIR",
-    "test_mode": "TELEMETRY_TEST_MODE",
-}
 _SHEETS: Final = "the export to Google Sheets is gone, and runs are sent to the telemetry daemon as before"
 _WITHOUT_EFFECT: Final = {
     "metrics_dir": "runs wait in the spool's folder (buffer_dir) until the daemon has stored them",

@@ -334,7 +334,7 @@ def load(
         raise ConfigurationError(problems)
     origins = {name: given[name].origin if name in given else Origin.DEFAULT for name in Settings.model_fields}
     noted = _remarks(settings, {**file.values, **variables})
-    if old_level is not None and not _is_level(old_level.value):
+    if old_level is not None and "log_level" not in given:
         noted.append(f"LOG_LEVEL={old_level.value!r:.50} is no level of telemetryd and has no effect")
     return LoadedSettings(settings, origins, tuple(noted))
 

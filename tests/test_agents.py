@@ -305,5 +305,7 @@ def test_what_the_replaced_client_has_left_is_taken_over(daemon: Daemon, tmp_pat
     (event,) = get(daemon.url, f"/api/v1/runs/{run['event_id']}/events")[1]
     assert (event["event_type"], event["payload"]) == ("checkpoint", {"n": 1})
     nowhere = telemetryd("replay", "--take-over", status=1, TELEMETRY_BASE_DIR=str(tmp_path / "typo")).stderr
-    assert nowhere == f"telemetryd: 3.x has left nothing in {tmp_path}/typo/raw; name its files\n"
+    assert nowhere == f"telemetryd: 3.x has left no *.ndjson in {tmp_path}/typo/raw; name its files\n"
+    nowhere = telemetryd("sync", "--take-over", "--buffer-dir", raw, status=1).stderr
+    assert nowhere.startswith(f"telemetryd: 3.x has left no telemetry_*.jsonl.* in {raw}; ")
     assert "Missing argument" in telemetryd("replay", status=2).stderr

@@ -135,8 +135,11 @@ def test_the_configuration_comes_from_the_environment(monkeypatch: pytest.Monkey
     monkeypatch.setenv("TELEMETRY_BUFFER_DIR", str(tmp_path / "b"))
     monkeypatch.setenv("TELEMETRY_API_AUTH_TOKEN", "a-token")
     monkeypatch.setenv("AGENT_OWNER", "me")
+    monkeypatch.setenv("AGENT_METRICS_DIR", str(tmp_path))
     config = TelemetryConfig.from_env()
     assert config.validate() == (True, [])
+    assert (config.metrics_dir, config.ndjson_dir, config.api_url) == (tmp_path, tmp_path / "raw", "http://somewhere:1")
+    assert config.database_path == tmp_path / "db" / "telemetry.sqlite"
     made = TelemetryClient()._client.config
     assert (made.url, made.token, made.send, made.folder) == ("http://somewhere:1", "a-token", True, tmp_path / "b")
     valid, problems = TelemetryConfig(api_url="nonsense").validate()

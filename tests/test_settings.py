@@ -401,6 +401,7 @@ def test_the_log_level_of_the_replaced_service_counts_where_ours_is_not_set(tmp_
     found = loaded({"LOG_LEVEL": "verbose"})
     assert (found.settings.log_level, found.origins["log_level"]) == ("INFO", Origin.DEFAULT)
     assert found.remarks == ("LOG_LEVEL='verbose' is no level of telemetryd and has no effect",)
+    assert loaded({"LOG_LEVEL": "verbose"}, log_level="info").remarks == ()
 
 
 def test_a_token_that_is_not_asked_for_is_remarked_on(tmp_path: Path) -> None:

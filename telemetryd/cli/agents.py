@@ -34,8 +34,10 @@ _WATCH_S: Final = 2.0
 _COST: Final = 20
 """Looking through a folder takes at most one twentieth of the time."""
 
+_BUFFER_FILES: Final = "telemetry_*.jsonl.*"
 _LEFT_OPEN: Final = "telemetry_*.jsonl.active"
-"""What the replaced client writes to."""
+_RAW_FILES: Final = "*.ndjson"
+"""The names of the replaced client's files."""
 
 _FOLDER: Final = "The spool's folder.  [TELEMETRY_BUFFER_DIR; default: ~/.local/state/telemetryd/buffer]"
 url_option = click.option(
@@ -130,7 +132,8 @@ def sync(
     url: str | None,
 ) -> None:
     if take_over:
-        buffer_dir = buffer_dir or _left_by_3x(old_buffer_folders(os.environ), "name the folder with --buffer-dir")
+        folders = [buffer_dir] if buffer_dir is not None else old_buffer_folders(os.environ)
+        buffer_dir = _left_by_3x(folders, _BUFFER_FILES, "name the folder with --buffer-dir")
         if not dry_run:
             _close_left(buffer_dir)
     config = client_config(buffer_dir=buffer_dir, url=url)
@@ -156,11 +159,11 @@ def sync(
     end(problem, counters, f"; see {config.folder / DEAD_LETTERS}")
 
 
-def _left_by_3x(folders: list[Path], otherwise: str) -> Path:
-    """Return the first folder that is there, or end the process with where was looked."""
-    found = next((folder for folder in folders if folder.is_dir()), None)
+def _left_by_3x(folders: list[Path], pattern: str, otherwise: str) -> Path:
+    """Return the first folder that has files of 3.x, or end the process with where was looked."""
+    found = next((folder for folder in folders if any(folder.glob(pattern))), None)
     if found is None:
-        fail(f"3.x has left nothing in {', '.join(map(str, folders))}; {otherwise}")
+        fail(f"3.x has left no {pattern} in {', '.join(map(str, folders))}; {otherwise}")
     return found
 
 
@@ -381,8 +384,8 @@ def replay(
     config = client_config(url=url)
     counters = Counters()
     if take_over and not files:
-        folder = _left_by_3x(old_raw_folders(os.environ), "name its files")
-        files = tuple(map(str, sorted(folder.glob("*.ndjson"))))
+        folder = _left_by_3x(old_raw_folders(os.environ), _RAW_FILES, "name its files")
+        files = tuple(map(str, sorted(folder.glob(_RAW_FILES))))
     elif not files:
         raise click.UsageError("Missing argument 'FILES...'.")
     problem = send_files(config, files, counters, Refusals(rejects), retry_s=retry_s, longest_line_mib=longest_line_mib)

@@ -90,13 +90,12 @@ _PLACES: Final = ("/agent-metrics", "/opt/telemetry", "/data/telemetry", "~/.tel
 """Where the library looked for its folder if no variable named it."""
 
 
-def _base_folders(variables: Mapping[str, str]) -> list[Path]:
+def base_folders(variables: Mapping[str, str]) -> list[Path]:
     """Return the folders that may have been the library's, in the order in which it looked for it."""
-    named = [variables.get(name) for name in ("TELEMETRY_BASE_DIR", "AGENT_METRICS_DIR")]
     database = variables.get("TELEMETRY_DB_PATH")
-    found = [Path(name) for name in named if name]
-    found += [Path(database).parent.parent] if database else []
-    return [_absolute(each) for each in found or _PLACES]
+    named: list[str | Path] = [Path(database).parent.parent] if database else []
+    named += [text for name in ("TELEMETRY_BASE_DIR", "AGENT_METRICS_DIR") if (text := variables.get(name))]
+    return [_absolute(each) for each in named or _PLACES]
 
 
 def _absolute(path: str | Path) -> Path:
@@ -106,12 +105,11 @@ def _absolute(path: str | Path) -> Path:
 def old_buffer_folders(variables: Mapping[str, str]) -> list[Path]:
     """Return where the library may have left its buffer (`*.jsonl.ready`)."""
     given = variables.get("TELEMETRY_BUFFER_DIR")
-    if given:
-        return [_absolute(given)]
-    return [*(base / "telemetry_buffer" for base in _base_folders(variables)), _absolute("telemetry_buffer")]
+    named = [_absolute(given)] if given else []
+    return [*named, *(base / "telemetry_buffer" for base in base_folders(variables)), _absolute("telemetry_buffer")]
 
 
 def old_raw_folders(variables: Mapping[str, str]) -> list[Path]:
     """Return where the library may have left its raw files (`*.ndjson`)."""
     given = variables.get("TELEMETRY_NDJSON_DIR")
-    return [_absolute(given)] if given else [base / "raw" for base in _base_folders(variables)]
+    return [_absolute(given)] if given else [base / "raw" for base in base_folders(variables)]
