@@ -44,6 +44,9 @@ def handlers() -> Iterator[tuple[str, Handler]]:
     yield "/", serve_page
     for name in _page_files(resources.files("telemetryd.static").joinpath("page"), ""):
         yield f"{ASSETS}{name}", _serve(f"page/{name}", _TYPES[PurePosixPath(name).suffix], _STRICT_POLICY)
+    # Relative, as a proxy may have put a path before ours; /redoc was another page of the replaced service.
+    yield "/redoc", _redirect("docs")
+    yield from ((path, _redirect("../docs")) for path in ("/docs/", "/redoc/"))
     for name, media_type in _DOCS.items():
         path = "/docs" if name == "docs.html" else f"/docs/static/{name.rpartition('/')[2]}"
         yield path, _serve(name, media_type, _POLICY)
@@ -67,6 +70,14 @@ async def serve_page(request: web.Request) -> web.StreamResponse:
         return response
     request[NOTE].say("Page served", logging.DEBUG)
     return web.Response(status=302, headers={"Location": "/docs", **vary})
+
+
+def _redirect(location: str) -> Handler:
+    async def redirect(request: web.Request) -> web.StreamResponse:
+        request[NOTE].say("Page served", logging.DEBUG)
+        return web.Response(status=302, headers={"Location": location}, text=f"{location}\n")
+
+    return redirect
 
 
 def _serve(name: str, media_type: str, policy: str) -> Handler:
