@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -50,6 +50,7 @@ def handlers() -> Iterator[tuple[str, Handler]]:
     for name, media_type in _DOCS.items():
         path = "/docs" if name == "docs.html" else f"/docs/static/{name.rpartition('/')[2]}"
         yield path, _serve(name, media_type, _POLICY)
+    yield "/docs/", _leave_folder
 
 
 def _page_files(folder: Traversable, prefix: str) -> Iterator[str]:
@@ -68,8 +69,18 @@ async def serve_page(request: web.Request) -> web.StreamResponse:
         response = await _serve("page/index.html", "text/html", _STRICT_POLICY)(request)
         response.headers.update(vary)
         return response
+    return _redirect(request, "docs", vary)
+
+
+async def _leave_folder(request: web.Request) -> web.Response:
+    """Lead to where the relative addresses of the description hold."""
+    return _redirect(request, "../docs")
+
+
+def _redirect(request: web.Request, to: str, headers: Mapping[str, str] | None = None) -> web.Response:
+    """Return a redirect to a relative address, which holds under the sub-path of a proxy as well."""
     request[NOTE].say("Page served", logging.DEBUG)
-    return web.Response(status=302, headers={"Location": "/docs", **vary})
+    return web.Response(status=302, headers={"Location": to, **(headers or {})})
 
 
 def _redirect(location: str) -> Handler:
