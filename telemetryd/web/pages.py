@@ -50,7 +50,6 @@ def handlers() -> Iterator[tuple[str, Handler]]:
     for name, media_type in _DOCS.items():
         path = "/docs" if name == "docs.html" else f"/docs/static/{name.rpartition('/')[2]}"
         yield path, _serve(name, media_type, _POLICY)
-    yield "/docs/", _leave_folder
 
 
 def _page_files(folder: Traversable, prefix: str) -> Iterator[str]:
@@ -69,26 +68,20 @@ async def serve_page(request: web.Request) -> web.StreamResponse:
         response = await _serve("page/index.html", "text/html", _STRICT_POLICY)(request)
         response.headers.update(vary)
         return response
-    return _redirect(request, "docs", vary)
+    return _redirected(request, "docs", vary)
 
 
-async def _leave_folder(request: web.Request) -> web.Response:
-    """Lead to where the relative addresses of the description hold."""
-    return _redirect(request, "../docs")
-
-
-def _redirect(request: web.Request, to: str, headers: Mapping[str, str] | None = None) -> web.Response:
-    """Return a redirect to a relative address, which holds under the sub-path of a proxy as well."""
-    request[NOTE].say("Page served", logging.DEBUG)
-    return web.Response(status=302, headers={"Location": to, **(headers or {})})
-
-
-def _redirect(location: str) -> Handler:
+def _redirect(to: str) -> Handler:
     async def redirect(request: web.Request) -> web.StreamResponse:
-        request[NOTE].say("Page served", logging.DEBUG)
-        return web.Response(status=302, headers={"Location": location}, text=f"{location}\n")
+        return _redirected(request, to)
 
     return redirect
+
+
+def _redirected(request: web.Request, to: str, headers: Mapping[str, str] | None = None) -> web.Response:
+    """Return a redirect to a relative address, which holds under the sub-path of a proxy as well."""
+    request[NOTE].say("Page served", logging.DEBUG)
+    return web.Response(status=302, headers={"Location": to, **(headers or {})}, text=f"{to}\n")
 
 
 def _serve(name: str, media_type: str, policy: str) -> Handler:
