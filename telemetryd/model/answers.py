@@ -26,7 +26,12 @@ Faults = list[Annotated[ErrorItem, WithJsonSchema({REFERENCE: "ErrorItem"})]]
 class Warned(TypedDict):
     """What every answer to a body may hold."""
 
-    warnings: NotRequired[Annotated[list[str], Field(description="Body fields that were not used.")]]
+    warnings: NotRequired[
+        Annotated[
+            list[str],
+            Field(description="Body fields that were not used, texts taken as numbers, and how a known run differs."),
+        ]
+    ]
 
 
 class RunCreated(Warned):

@@ -6,15 +6,18 @@ import itertools
 import logging
 import re
 import secrets
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Final
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Final, TypeVar
 
 import orjson
 from aiohttp import web
 
 import telemetryd
 from telemetryd import SERVER_HEADER
+from telemetryd.model import runs
+from telemetryd.model.answers import Warned
 
+W = TypeVar("W", bound=Warned)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -51,6 +54,26 @@ NOTE: Final = web.RequestKey("note", Note)
 def json_response(payload: object, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
     """Return an answer in JSON."""
     return web.Response(body=orjson.dumps(payload), status=status, headers=headers, content_type=_JSON)
+
+
+def with_warnings(answer: W, ignored: tuple[str, ...], notes: Sequence[str] = ()) -> W:
+    """Add what is to be said of a body that was taken: the fields that were not used, and other notes."""
+    if ignored or notes:
+        more = len(notes) - runs.MAX_WARNINGS
+        cut = [*notes[: runs.MAX_WARNINGS], f"{more} more warnings"] if more > 0 else notes
+        answer["warnings"] = [*runs.ignored_field_warnings(ignored), *cut]
+    return answer
+
+
+def endpoint_of(request: web.Request) -> str | None:
+    """Return the path of the endpoint that answers, as the OpenAPI document has it; None if there is none."""
+    resource = request.match_info.route.resource
+    return None if resource is None else path_of(resource)
+
+
+def path_of(resource: web.AbstractResource) -> str:
+    """Return the path of a resource, without the slash at its end, which is ignored."""
+    return resource.canonical.rstrip("/") or "/"
 
 
 IDENTITY: Final = web.RequestKey("identity", str)

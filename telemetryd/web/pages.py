@@ -44,10 +44,12 @@ def handlers() -> Iterator[tuple[str, Handler]]:
     yield "/", serve_page
     for name in _page_files(resources.files("telemetryd.static").joinpath("page"), ""):
         yield f"{ASSETS}{name}", _serve(f"page/{name}", _TYPES[PurePosixPath(name).suffix], _STRICT_POLICY)
+    # Relative, as a proxy may have put a path before ours; /redoc was another page of the replaced service.
+    yield "/redoc", _redirect("docs")
+    yield from ((path, _redirect("../docs")) for path in ("/docs/", "/redoc/"))
     for name, media_type in _DOCS.items():
         path = "/docs" if name == "docs.html" else f"/docs/static/{name.rpartition('/')[2]}"
         yield path, _serve(name, media_type, _POLICY)
-    yield "/docs/", _leave_folder
 
 
 def _page_files(folder: Traversable, prefix: str) -> Iterator[str]:
@@ -66,18 +68,20 @@ async def serve_page(request: web.Request) -> web.StreamResponse:
         response = await _serve("page/index.html", "text/html", _STRICT_POLICY)(request)
         response.headers.update(vary)
         return response
-    return _redirect(request, "docs", vary)
+    return _redirected(request, "docs", vary)
 
 
-async def _leave_folder(request: web.Request) -> web.Response:
-    """Lead to where the relative addresses of the description hold."""
-    return _redirect(request, "../docs")
+def _redirect(to: str) -> Handler:
+    async def redirect(request: web.Request) -> web.StreamResponse:
+        return _redirected(request, to)
+
+    return redirect
 
 
-def _redirect(request: web.Request, to: str, headers: Mapping[str, str] | None = None) -> web.Response:
+def _redirected(request: web.Request, to: str, headers: Mapping[str, str] | None = None) -> web.Response:
     """Return a redirect to a relative address, which holds under the sub-path of a proxy as well."""
     request[NOTE].say("Page served", logging.DEBUG)
-    return web.Response(status=302, headers={"Location": to, **(headers or {})})
+    return web.Response(status=302, headers={"Location": to, **(headers or {})}, text=f"{to}\n")
 
 
 def _serve(name: str, media_type: str, policy: str) -> Handler:

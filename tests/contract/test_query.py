@@ -177,7 +177,7 @@ async def test_the_default_limit_is_100_and_the_largest_1000(api: Api) -> None:
         (
             "created_before=yesterday",
             "Invalid created_before: 'yesterday'; it must be an ISO 8601 date and time such as "
-            "2025-12-24T10:00:00Z, an age such as -24h or -30d, or now",
+            "2025-12-24T10:00:00Z, a date, an age such as -24h or -30d, or now",
         ),
         ("limit=1&limit=2", "Query parameter limit is given more than once; give it once"),
     ],

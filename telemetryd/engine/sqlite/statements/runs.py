@@ -40,6 +40,7 @@ from telemetryd.model.queries import (
     CountRuns,
     Counts,
     CountStale,
+    GetRows,
     GetRun,
     ListProcesses,
     ListRuns,
@@ -299,6 +300,13 @@ def _created_span(connection: sqlite3.Connection, query: ListRuns) -> Span | Non
         return None
     span: Span = connection.execute(_SPAN_OF_HOURS, started).fetchone()
     return span
+
+
+@answers(GetRows)
+def fetch_rows(connection: sqlite3.Connection, query: GetRows) -> list[Row]:
+    """Fetch runs by their event_ids."""
+    found = (connection.execute(_SELECT_RUN, (event_id,)).fetchone() for event_id in query.event_ids)
+    return [row for row in found if row is not None]
 
 
 @answers(GetRun)
