@@ -370,7 +370,7 @@ class TelemetryClient:
                     if run["updated_at"] < before and run["event_id"] not in own:
                         body = encode(_stale_changes(run["created_at"]))
                         cancelled += transport.request("PATCH", run_path(run["event_id"]), body).status == 200
-                page = _next_page(answer.headers.get("link", ""))
+                page = _next_page(answer.headers.get("link", ""), page.partition("?")[0])
         except (UnreachableError, KeyError, TypeError) as error:
             logger.warning("Stale runs not cleaned up: %s", error)
         finally:
@@ -397,10 +397,9 @@ def _stale_changes(created_at: str) -> dict[str, str]:
     }
 
 
-def _next_page(link: str) -> str | None:
-    """Return the path and query of a Link header's next page."""
+def _next_page(link: str, path: str) -> str | None:
+    """Return the next page of a list as a Link header has it; the path is ours, for a proxy may show another one."""
     target, _, relation = link.partition(">")
     if 'rel="next"' not in relation:
         return None
-    parts = urlsplit(target.lstrip("<"))
-    return f"{parts.path}?{parts.query}"
+    return f"{path}?{urlsplit(target.lstrip('<')).query}"

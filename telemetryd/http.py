@@ -45,7 +45,7 @@ from telemetryd.services.upkeep import Upkeep
 from telemetryd.settings import Settings
 from telemetryd.store import Store
 from telemetryd.web import browsers, openapi, operations, pages
-from telemetryd.web.answers import NOTE, REASON, Handler, json_response, with_warnings
+from telemetryd.web.answers import NOTE, REASON, Handler, json_response, next_page, with_warnings
 from telemetryd.web.body import JSON_TYPES, NDJSON_TYPES, Bodies, check_media_type
 from telemetryd.web.middleware import middleware
 from telemetryd.web.openapi import Operation
@@ -127,7 +127,7 @@ async def list_runs(request: web.Request) -> web.Response:
     page = await request.app[STORE].fetch(query)
     request[NOTE].say("Query executed", query_params=query.parameters(), result_count=len(page.runs))
     if page.end is not None:
-        headers["Link"] = f'<{query.next_page(request.path, page.end)}>; rel="next"'
+        headers |= next_page(request, query.next_page(request.path, page.end))
     return json_response(orjson.Fragment(f"[{','.join(page.runs)}]"), headers=headers)
 
 
@@ -245,8 +245,7 @@ async def list_events(request: web.Request) -> web.Response:
     request[NOTE].say("Events queried", event_id=event_id, result_count=len(page.rows))
     headers = {}
     if page.more:
-        following = query.next_page(request.rel_url.raw_path, events.cursor(page.rows[-1]))
-        headers["Link"] = f'<{following}>; rel="next"'
+        headers = next_page(request, query.next_page(request.rel_url.raw_path, events.cursor(page.rows[-1])))
     return json_response([events.to_json(row) for row in page.rows], headers=headers)
 
 
@@ -359,6 +358,7 @@ async def get_health(request: web.Request) -> web.Response:
         "last_commit_at": None if health.last_commit is None else values.format_timestamp(health.last_commit),
         **health.figures,
         "counts": health.counts,
+        "full_text": request.app[UPKEEP].full_text,
         "automatic": request.app[UPKEEP].shown(),
         "notices": request.app[UPKEEP].notices(),
     }

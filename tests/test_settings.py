@@ -384,7 +384,7 @@ def test_every_variable_of_the_replaced_service_has_its_effect_or_a_remark(tmp_p
     assert [remark.partition(" has no effect")[0] for remark in shown] == sorted(heeded["remark"])
     assert "secret" not in str(shown)
     assert "TELEMETRY_PRUNE_AFTER" in next(text for text in shown if text.startswith("TELEMETRY_RETENTION_DAYS"))
-    printed = telemetryd("config", cwd=tmp_path, **given).stderr
+    printed = telemetryd("config", status=0, timeout_s=60, cwd=tmp_path, **given).stderr
     assert printed.splitlines() == [f"telemetryd: remark: {remark}" for remark in shown]
     assert not loaded(dict.fromkeys(heeded["remark"], "")).remarks  # empty counts as not set
 

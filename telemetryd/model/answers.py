@@ -168,6 +168,10 @@ class Health(TypedDict):
     wal_bytes: Number
     disk_free_bytes: Number
     counts: Comparison
+    full_text: Annotated[
+        str,
+        Field(description="Whether `q` finds runs.", json_schema_extra={"enum": ["off", "building", "ready"]}),
+    ]
     automatic: Automatic
     notices: list[str]
 

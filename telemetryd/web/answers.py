@@ -24,6 +24,10 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 _REQUEST_ID: Final = re.compile(r"[\x21-\x7e](?:[\x20-\x7e]{0,126}[\x21-\x7e])?")
 
 
+# Never what a client would take for the name of a host or for a step upwards.
+_PREFIX: Final = re.compile(r"(?:/\w[\w.~-]*){1,16}", re.ASCII)
+
+
 _JSON: Final = "application/json"
 
 
@@ -100,6 +104,13 @@ def mark(response: web.StreamResponse, identity: str) -> None:
     headers[SERVER_HEADER] = _SERVER
     headers["Server"] = "telemetryd"  # aiohttp would name its own version and Python's
     headers["X-Content-Type-Options"] = "nosniff"
+
+
+def next_page(request: web.Request, address: str) -> dict[str, str]:
+    """Return the header that leads to the next page, under the sub-path that a proxy says it shows us at."""
+    given = request.headers.get("X-Forwarded-Prefix", "").rstrip("/")
+    prefix = given if _PREFIX.fullmatch(given) else ""
+    return {"Link": f'<{prefix}{address}>; rel="next"'}
 
 
 def wants_page(request: web.Request) -> bool:

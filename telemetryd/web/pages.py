@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -68,16 +68,20 @@ async def serve_page(request: web.Request) -> web.StreamResponse:
         response = await _serve("page/index.html", "text/html", _STRICT_POLICY)(request)
         response.headers.update(vary)
         return response
-    request[NOTE].say("Page served", logging.DEBUG)
-    return web.Response(status=302, headers={"Location": "/docs", **vary})
+    return _redirected(request, "docs", vary)
 
 
-def _redirect(location: str) -> Handler:
+def _redirect(to: str) -> Handler:
     async def redirect(request: web.Request) -> web.StreamResponse:
-        request[NOTE].say("Page served", logging.DEBUG)
-        return web.Response(status=302, headers={"Location": location}, text=f"{location}\n")
+        return _redirected(request, to)
 
     return redirect
+
+
+def _redirected(request: web.Request, to: str, headers: Mapping[str, str] | None = None) -> web.Response:
+    """Return a redirect to a relative address, which holds under the sub-path of a proxy as well."""
+    request[NOTE].say("Page served", logging.DEBUG)
+    return web.Response(status=302, headers={"Location": to, **(headers or {})}, text=f"{to}\n")
 
 
 def _serve(name: str, media_type: str, policy: str) -> Handler:

@@ -197,6 +197,19 @@ def next_page(answer: Answer) -> str | None:
     return match[1]
 
 
+@pytest.mark.parametrize(
+    ("said", "prefix"),
+    [(None, ""), ("/telemetry", "/telemetry"), ("/a/b-c.d/", "/a/b-c.d"), ("/", ""), ("", ""), ("//evil.example", ""),
+     ("/../x", ""), ("https://evil.example", ""), ("/a>; rel=x, </b", ""), ("/a,/b", ""), ("/" + "a/" * 99, "")],
+)  # fmt: skip
+async def test_a_proxy_says_under_which_path_the_next_page_is(api: Api, said: str | None, prefix: str) -> None:
+    await api.batch(runs_of_two_agents(3))
+    headers = {} if said is None else {"X-Forwarded-Prefix": said}
+    following = next_page(await send(api, "GET", f"{RUNS}?limit=1", headers=headers))
+    assert following is not None
+    assert following.startswith(f"{prefix}{RUNS}?limit=1&cursor=")
+
+
 async def test_cursors_walk_through_everything_once(api: Api) -> None:
     runs = [{**run, "created_at": at(number // 4)} for number, run in enumerate(runs_of_two_agents(48))]  # many ties
     await api.batch(runs)
