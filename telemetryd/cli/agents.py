@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import click
 
 from telemetryd.cli.files import LONGEST_LINE_MIB, READ_ERRORS, Patience, Refusals, Sending
-from telemetryd.cli.options import EXIT_USAGE, F, counted, fail, json_flag, print_json, progress, size
+from telemetryd.cli.options import F, counted, fail, json_flag, print_json, progress, size
+from telemetryd.cli.reach import Where, client_config, daemon_flags
 from telemetryd.client.aside import Aside
 from telemetryd.client.bounds import Upkeep
 from telemetryd.client.config import Config
@@ -32,12 +31,6 @@ _COST: Final = 20
 """Looking through a folder takes at most one twentieth of the time."""
 
 _FOLDER: Final = "The spool's folder.  [TELEMETRY_BUFFER_DIR; default: ~/.local/state/telemetryd/buffer]"
-url_option = click.option(
-    "--url",
-    metavar="URL",
-    help="The daemon's address; its token comes from TELEMETRY_API_AUTH_TOKEN or TELEMETRY_API_AUTH_TOKEN_FILE.  "
-    "[TELEMETRY_API_URL; default: http://localhost:8765]",
-)
 retry_option = click.option(
     "--retry-for",
     "retry_s",
@@ -65,17 +58,7 @@ def from_files(function: F) -> F:
     files = click.argument(
         "files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, allow_dash=True)
     )
-    return files(rejects(longest_line(retry_option(json_flag(url_option(function))))))
-
-
-def client_config(**given: Any) -> Config:
-    """Return the client's settings, or end the process with what is wrong with them."""
-    logging.getLogger("telemetryd.client").addHandler(logging.NullHandler())  # here the commands say it themselves
-    try:
-        return Config.load(**given)
-    except ValueError as error:
-        click.echo(f"telemetryd: {error}", err=True)
-        sys.exit(EXIT_USAGE)
+    return files(rejects(longest_line(retry_option(json_flag(daemon_flags(function))))))
 
 
 # --- sync ----------------------------------------------------------------------------------------
@@ -101,11 +84,9 @@ def client_config(**given: Any) -> Config:
 @click.option("--dry-run", is_flag=True, help="Only say what the folder holds.")
 @retry_option
 @json_flag
-@url_option
-def sync(
-    *, buffer_dir: Path | None, watch: bool, dry_run: bool, retry_s: float, as_json: bool, url: str | None
-) -> None:
-    config = client_config(buffer_dir=buffer_dir, url=url)
+@daemon_flags
+def sync(*, buffer_dir: Path | None, watch: bool, dry_run: bool, retry_s: float, as_json: bool, where: Where) -> None:
+    config = client_config(where, buffer_dir=buffer_dir)
     counters = Counters()
     problem = None if dry_run else _sync(config, counters, None if watch else retry_s)
     try:
@@ -328,9 +309,9 @@ def replay(
     longest_line_mib: int,
     retry_s: float,
     as_json: bool,
-    url: str | None,
+    where: Where,
 ) -> None:
-    config = client_config(url=url)
+    config = client_config(where)
     counters = Counters()
     problem = send_files(config, files, counters, Refusals(rejects), retry_s=retry_s, longest_line_mib=longest_line_mib)
     if as_json:
