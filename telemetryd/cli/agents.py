@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -31,6 +32,7 @@ _COST: Final = 20
 """Looking through a folder takes at most one twentieth of the time."""
 
 _FOLDER: Final = "The spool's folder.  [TELEMETRY_BUFFER_DIR; default: ~/.local/state/telemetryd/buffer]"
+folder_option = click.option("--buffer-dir", type=click.Path(path_type=Path), help=_FOLDER)
 retry_option = click.option(
     "--retry-for",
     "retry_s",
@@ -61,6 +63,18 @@ def from_files(function: F) -> F:
     return files(rejects(longest_line(retry_option(json_flag(daemon_flags(function))))))
 
 
+def folder_of(config: Config, named: Path | None, *, may_come: bool = False) -> Path:
+    """Return the spool's folder; end the process if there is none where the command line or the environment says."""
+    folder = config.folder
+    is_named = named is not None or bool(os.environ.get("TELEMETRY_BUFFER_DIR"))
+    if is_named and not folder.is_dir():
+        if not may_come:
+            fail(f"{folder} is no folder; name the one that agents write to with --buffer-dir (TELEMETRY_BUFFER_DIR)")
+        if not folder.exists():
+            click.echo(f"telemetryd: there is no folder {folder} yet; waiting for it", err=True)
+    return folder
+
+
 # --- sync ----------------------------------------------------------------------------------------
 
 
@@ -79,7 +93,7 @@ def from_files(function: F) -> F:
       telemetryd sync --watch --url unix:///run/telemetryd/telemetryd.sock
     """
 )
-@click.option("--buffer-dir", type=click.Path(path_type=Path), help=_FOLDER)
+@folder_option
 @click.option("--watch", is_flag=True, help="Go on until SIGTERM or SIGINT: send whatever comes.")
 @click.option("--dry-run", is_flag=True, help="Only say what the folder holds.")
 @retry_option
@@ -87,6 +101,7 @@ def from_files(function: F) -> F:
 @daemon_flags
 def sync(*, buffer_dir: Path | None, watch: bool, dry_run: bool, retry_s: float, as_json: bool, where: Where) -> None:
     config = client_config(where, buffer_dir=buffer_dir)
+    folder_of(config, buffer_dir, may_come=watch)
     counters = Counters()
     problem = None if dry_run else _sync(config, counters, None if watch else retry_s)
     try:

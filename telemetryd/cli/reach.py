@@ -27,8 +27,9 @@ from telemetryd.settings import SYSTEM_SOCKET, Settings
 if TYPE_CHECKING:
     import aiohttp
 
-_LEAST_PAUSE_S: Final = 1.0
-"""The least time between two attempts, whatever an answer asks for."""
+_PAUSE_S: Final = 1.0
+_LEAST_PAUSE_S: Final = 0.1
+"""The time between two attempts if an answer asks for none, and the least whatever it asks for."""
 _ADDRESSES: Final = ("TELEMETRY_API_URL", "METRICS_API_URL")
 """The variables that name a daemon."""
 _WHERE_ACCESS_COMES_FROM: Final = (
@@ -80,10 +81,20 @@ class Where:
         return self.settings.get("db_path") is not None
 
     def address(self) -> str | None:
-        """Return the address that the flags name, else that of the environment if no flag names a database."""
-        if self.url is not None or self.names_database:
+        """Return the address that the flags name, else that of the environment if no flag names a database.
+
+        Raises:
+            ConfigurationError: if that of the environment is none.
+
+        """
+        name = next((name for name in _ADDRESSES if os.environ.get(name)), None)
+        if self.url is not None or self.names_database or name is None:
             return self.url
-        return next((os.environ[name] for name in _ADDRESSES if os.environ.get(name)), None)
+        try:
+            Address.parse(os.environ[name])
+        except ValueError as error:
+            raise ConfigurationError([f"{name}: {error}"]) from error
+        return os.environ[name]
 
     def config(self, url: str | None = None, token: str | None = None, **given: Any) -> Config:
         """Return the client's settings for a daemon.
@@ -253,7 +264,7 @@ def is_hopeless(error: BaseException) -> bool:
 
 def pause_s(headers: Mapping[str, str]) -> float:
     """Return how long to wait before the next attempt: as long as an answer asks for, and never too short."""
-    return max(seconds_of(headers.get("Retry-After", "")), _LEAST_PAUSE_S)
+    return max(seconds_of(headers.get("Retry-After", "")) or _PAUSE_S, _LEAST_PAUSE_S)
 
 
 def detail_of(text: bytes) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import http.client
 import os
 import ssl
@@ -87,8 +86,8 @@ def why(error: BaseException) -> str:
         )
     if isinstance(error, ssl.SSLError):
         return f"no TLS connection: {(error.reason or str(error)).replace('_', ' ').lower()}; is http:// meant?"
-    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-        return os.strerror(errno.ENAMETOOLONG)
+    if isinstance(error, OSError) and error.errno is not None and error.errno > 0:
+        return os.strerror(error.errno)  # event loops have words of their own for some
     if isinstance(error, http.client.BadStatusLine | http.client.UnknownProtocol):
         return "what answered does not speak HTTP"
     words = error.strerror if isinstance(error, OSError) else None

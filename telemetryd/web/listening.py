@@ -110,7 +110,9 @@ def _bind_unix(path: Path, cleanup: ExitStack, umask: int) -> socket.socket:
     except OSError as error:
         reason = error.strerror or str(error)
         if len(os.fsencode(path)) > _LONGEST_PATH:
-            reason = f"a path may have {_LONGEST_PATH} bytes, this one has {len(os.fsencode(path))}"
+            reason = (
+                f"the path is too long: it has {len(os.fsencode(path))} bytes, at most {_LONGEST_PATH} are possible"
+            )
         if isinstance(error, FileNotFoundError):
             reason = f"the directory {path.parent} does not exist; make it: mkdir -p {path.parent}"
         raise _unix_error(path, reason) from error
