@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sqlite3
+import ssl
 import subprocess
 import sys
 import threading
@@ -22,7 +23,7 @@ from telemetryd.cli.reach import Where, pause_s
 from telemetryd.client.address import Address, unix_url
 from telemetryd.client.config import Config
 from telemetryd.errors import ConfigurationError
-from tests.conftest import StartDaemon, make_run
+from tests.conftest import StartDaemon, make_run, require_program
 from tests.http_client import get, post
 from tests.tools.process import telemetryd
 
@@ -43,7 +44,7 @@ Answer = Callable[[BaseHTTPRequestHandler], tuple[int, dict[str, str], bytes]]
 
 
 @contextmanager
-def server(answer: Answer) -> Iterator[str]:
+def server(answer: Answer, tls: ssl.SSLContext | None = None) -> Iterator[str]:
     """Something at an address that answers everything in its own way."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -61,11 +62,18 @@ def server(answer: Answer) -> Iterator[str]:
         def log_message(self, *_: Any) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
+    class Server(ThreadingHTTPServer):
+        def handle_error(self, *_: Any) -> None:  # who is not accepted, or does not accept us, hangs up
+            pass
+
+    with Server(("127.0.0.1", 0), Handler) as listening:
+        if tls is not None:
+            listening.socket = tls.wrap_socket(listening.socket, server_side=True, do_handshake_on_connect=False)
         thread = threading.Thread(target=listening.serve_forever, args=(0.01,))
         thread.start()
         try:
-            yield f"http://127.0.0.1:{listening.server_address[1]}"
+            scheme, host = ("http", "127.0.0.1") if tls is None else ("https", "localhost")
+            yield f"{scheme}://{host}:{listening.server_address[1]}"
         finally:
             listening.shutdown()
             thread.join()
@@ -291,6 +299,45 @@ def test_tokens_and_certificates_that_cannot_be_used_are_one_sentence(tmp_path: 
     (line,) = fails("https://127.0.0.1:1", tmp_path, ("stats", "--ca", str(tmp_path / "lines")))
     assert "ca_file holds no certificate that can be read" in line
     assert "must be printable" in fails("http://127.0.0.1:1", tmp_path, ("tail",), TELEMETRY_API_AUTH_TOKEN="a\nb")[0]
+
+
+def test_a_certificate_is_checked_by_the_authorities_that_are_named(tmp_path: Path) -> None:
+    """Of one that is not accepted, "Operation not permitted" was said."""
+    require_program("openssl", "openssl")
+    make = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:prime256v1",
+        "-nodes",
+        "-days",
+        "2",
+    ]
+    make += ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+    subprocess.run([*make, "-keyout", "key.pem", "-out", "ca.pem"], cwd=tmp_path, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "ca.pem", tmp_path / "key.pem")
+
+    def answer(_: BaseHTTPRequestHandler) -> tuple[int, dict[str, str], bytes]:
+        return 404, {"Telemetry-Server": "telemetryd/0"}, b'{"detail":"asked"}'
+
+    commands = (("stats",), ("tail",), ("export", "-", "--retry-for", "5"), ("demo", "--no-live"))
+    with server(answer, context) as url:
+        for line in fails(url, tmp_path, *commands):
+            assert "its certificate is not accepted: self-signed certificate; " in line, line
+            assert "--ca" in line
+        for line in fails(url, tmp_path, *((*command, "--ca", "ca.pem") for command in commands)):
+            assert line.endswith("The daemon answered 404: asked")
+        assert fails(url, tmp_path, ("stats",), TELEMETRY_API_CA_FILE=str(tmp_path / "ca.pem"))[0].endswith("asked")
+        for line in fails(url.replace("https", "http"), tmp_path, ("tail",), ("demo", "--no-live")):
+            assert "Cannot reach the daemon: " in line
+    with server(answer) as url:
+        for line in fails(url.replace("http", "https"), tmp_path, *commands):
+            assert "no TLS connection: " in line
+            assert line.endswith("is http:// meant?")
 
 
 def test_a_foreign_dotenv_matters_only_where_it_is_needed(tmp_path: Path) -> None:
