@@ -21,7 +21,7 @@ from bench.scenario import Options
 from bench.workplace import ROOT
 
 needs_wrk = pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is not installed")
-QUICKLY = ("--only", "get", "--seconds", "0.2", "--rounds", "1")
+QUICKLY = ("--only", "get", "--seconds", "0.2", "--rounds", "1", "--runs", "2000")
 
 
 def bench_command(folder: Path) -> list[str]:
