@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from telemetryd.client import dead_letters
 from telemetryd.client.dead_letters import DEAD_LETTERS, bury, close_letters, letter_files, read_letters
 from telemetryd.client.lines import encode
 from tests.conftest import StartDaemon, make_run
@@ -117,6 +116,6 @@ def test_a_letter_that_comes_while_its_file_is_closed_is_not_lost(
             closed.extend(letter_files(tmp_path))
         return write(file, text)
 
-    monkeypatch.setattr(dead_letters.os, "write", close_and_write)
+    monkeypatch.setattr(os, "write", close_and_write)
     bury(tmp_path, [b"second"], 422, "bad")
     assert [letter.line for letter in read_letters(tmp_path / DEAD_LETTERS)] == [b"second"]

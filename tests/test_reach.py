@@ -182,11 +182,12 @@ def test_the_daemon_is_reached_by_its_socket_next_to_the_database(start_daemon: 
     asked = telemetryd("prune", "--older-than", "90d", "--dry-run", "--db-path", tmp_path / "link.sqlite")
     assert asked.stderr == f"telemetryd: works on the daemon at {unix_url(own)}\n"
     assert asked.stdout.startswith("[DRY RUN] 1 runs ")
-    in_environment = {"TELEMETRY_DB_PATH": str(daemon.database)}
-    assert telemetryd("reap", "--older-than", "1d", **in_environment).stderr == asked.stderr
+    assert telemetryd("reap", "--older-than", "1d", TELEMETRY_DB_PATH=str(daemon.database)).stderr == asked.stderr
     # A database that is named wins over the address in the environment, a daemon that is named needs no database.
-    both = {"TELEMETRY_API_URL": "http://127.0.0.1:1"}
-    assert telemetryd("prune", "--older-than", "90d", "--db-path", daemon.database, **both).stdout.startswith("1 runs ")
+    nobody = "http://127.0.0.1:1"
+    assert telemetryd(
+        "prune", "--older-than", "90d", "--db-path", daemon.database, TELEMETRY_API_URL=nobody
+    ).stdout.startswith("1 runs ")
     assert telemetryd("stats", "--unix", own, cwd=Path("/")).stdout.startswith("No runs were created")
     assert daemon.stop() == 0
     assert not own.exists()
@@ -194,15 +195,36 @@ def test_the_daemon_is_reached_by_its_socket_next_to_the_database(start_daemon: 
     assert local.stderr == f"telemetryd: works on the database {daemon.database}\n"
 
 
+def test_the_socket_next_to_the_database_needs_no_token_and_another_one_does(
+    start_daemon: StartDaemon, tmp_path: Path
+) -> None:
+    token = {"TELEMETRY_API_AUTH_ENABLED": "true", "TELEMETRY_API_AUTH_TOKEN": TOKEN}
+    daemon = start_daemon(**token)
+    daemon.wait_for_line("Serving")
+    place = ("--db-path", str(daemon.database))
+    assert telemetryd("stats", *place).stdout.startswith("No runs were created")
+    archive = tmp_path / "archive.zst"
+    assert telemetryd("prune", "--older-than", "1d", "--archive", archive, *place).stdout.startswith("0 runs ")
+    assert get(daemon.url, "/api/v1/stats")[0] == 401
+    assert daemon.stop() == 0
+    other = start_daemon(TELEMETRY_API_UNIX=str(tmp_path / "other"), **token)
+    other.wait_for_line("Serving")
+    refused = telemetryd("stats", "--unix", tmp_path / "other", status=1).stderr
+    assert "The daemon answered 401: A valid token is needed" in refused
+    assert telemetryd("reap", "--older-than", "1d", "--unix", tmp_path / "other").stdout.startswith("0 runs ")
+
+
 def test_a_daemon_that_offers_no_socket_is_never_bypassed(start_daemon: StartDaemon) -> None:
     daemon = start_daemon(TELEMETRY_API_UNIX="none")
     assert post(daemon.url, old_run())[0] == 201
     assert len(daemon.wait_for_line("Serving")["addresses"]) == 1
-    place = {"TELEMETRY_DB_PATH": str(daemon.database)}
-    refused = telemetryd("prune", "--older-than", "90d", status=1, **place)
+    place = str(daemon.database)
+    refused = telemetryd("prune", "--older-than", "90d", status=1, TELEMETRY_DB_PATH=place)
     for word in (f"PID {daemon.process.pid}", "telemetry.sqlite.sock: No such file", "--unix", "--auth-token-file"):
         assert word in refused.stderr
-    assert telemetryd("stats", **place).stdout.startswith("No runs were created")  # read next to the daemon
+    assert telemetryd("stats", TELEMETRY_DB_PATH=place).stdout.startswith(
+        "No runs were created"
+    )  # read next to the daemon
     assert runs_of(daemon.database) == 1
 
 
@@ -242,7 +264,7 @@ COMMANDS = (
 )
 
 
-def fails(url: str, tmp_path: Path, *commands: tuple[str, ...], **variables: str) -> list[str]:
+def fails(url: str, tmp_path: Path, *commands: tuple[str, ...], **variables: Any) -> list[str]:
     """Return the last line on standard error of each command, none of which ends with anything else than a sentence."""
     lines = []
     for command in commands or COMMANDS:

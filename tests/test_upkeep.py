@@ -643,7 +643,7 @@ async def test_a_run_from_the_future_is_archived_like_any_other(
     await api.batch(created[2:])
     await api.call("POST", f"/api/v1/runs/{created[0]['event_id']}/events", json={"event_type": "step"}, status=201)
     upkeep = import_module("telemetryd.cli.upkeep")
-    there = target.Remote(api.client.request) if is_remote else target.Local(api.store)  # type: ignore[arg-type]
+    there = target.Remote(api.client.request) if is_remote else target.Local(api.store)
     chosen = {"created_before": ago(days=90)}
     count = await there.prune({**chosen, "dry_run": True})
     pages = upkeep._chosen_pages(there, chosen, count["ahead"])

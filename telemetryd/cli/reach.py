@@ -22,7 +22,7 @@ from telemetryd.client.paths import expanded
 from telemetryd.client.transport import SERVER_HEADER
 from telemetryd.errors import ConfigurationError, TelemetrydError
 from telemetryd.model import values
-from telemetryd.settings import SYSTEM_SOCKET, Settings
+from telemetryd.settings import Settings
 
 if TYPE_CHECKING:
     import aiohttp
@@ -36,7 +36,7 @@ _WHERE_ACCESS_COMES_FROM: Final = (
     ". A command finds its token in --auth-token-file, in TELEMETRY_API_AUTH_TOKEN, or in the file that "
     "TELEMETRY_API_AUTH_TOKEN_FILE names"
 )
-_HOW_TO_ADMINISTER: Final = f"; a command reaches that with --unix, such as --unix {SYSTEM_SOCKET}"
+_HOW_TO_ADMINISTER: Final = "; a command uses that with --unix instead of --url"
 
 
 class RefusedError(TelemetrydError):
