@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import sqlite3
@@ -282,6 +283,24 @@ def test_what_answers_in_the_daemons_place_is_named(tmp_path: Path) -> None:
         with server(lambda _, body=body: (200, {"Content-Type": "application/json"}, body)) as url:  # type: ignore[misc]
             for line in fails(url, tmp_path):
                 assert line.startswith("telemetryd: What answered is no telemetryd: "), line
+
+
+def test_files_are_sent_to_nobody_else(tmp_path: Path) -> None:
+    (tmp_path / "run.jsonl").write_text(json.dumps(make_run()))
+    (tmp_path / "buffer").mkdir()
+    (tmp_path / "buffer" / "old.jsonl.ready").write_text(json.dumps(make_run()) + "\n")
+    answers: list[tuple[int, dict[str, str], bytes]] = [
+        (200, {"Content-Type": "text/html"}, b"<html>please log in</html>"),
+        (200, {}, b'{"inserted": 1, "duplicates": 0, "errors": []}'),
+        (302, {"Location": "/elsewhere"}, b""),
+        (503, {"Retry-After": "-1"}, b""),
+    ]
+    for answer in answers:
+        with server(lambda _, answer=answer: answer) as url:  # type: ignore[misc]
+            for command in (("import", "run.jsonl"), ("replay", "run.jsonl"), ("sync", "--buffer-dir", "buffer")):
+                (line,) = fails(url, tmp_path, (*command, "--retry-for", "0"))
+                assert "Something that is not telemetryd answered" in line, line
+    assert (tmp_path / "buffer" / "old.jsonl.ready").exists()
 
 
 def test_redirects_are_not_followed(tmp_path: Path) -> None:

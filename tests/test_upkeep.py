@@ -323,7 +323,7 @@ async def test_a_daemon_that_goes_on_refusing_is_reported_and_given_up(
         with pytest.raises(RefusedError, match="The daemon answered 503: The disk is full"):
             await found.prune({"older_than": "90d"})
     assert 2 <= asked <= 11
-    assert "The daemon answers 503: The disk is full; trying again in 0.1 s" in capsys.readouterr().err
+    assert "The daemon answered 503: The disk is full; trying again in 0.1 s" in capsys.readouterr().err
 
 
 async def test_reap_goes_through_the_daemon_by_its_token(start_daemon: StartDaemon, tmp_path: Path) -> None:
