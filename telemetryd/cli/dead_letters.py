@@ -15,6 +15,7 @@ from telemetryd.cli.agents import end, folder_of, folder_option, retry_option
 from telemetryd.cli.files import Patience, Refusals, reasons
 from telemetryd.cli.options import Suggesting, counted, fail, failing, json_flag, print_json
 from telemetryd.cli.reach import Where, client_config, daemon_flags
+from telemetryd.client.batch import Batch
 from telemetryd.client.context import timestamp
 from telemetryd.client.counters import Counters
 from telemetryd.client.dead_letters import (
@@ -24,7 +25,7 @@ from telemetryd.client.dead_letters import (
     read_letters,
     replace_letters,
 )
-from telemetryd.client.delivery import MAX_BYTES, Batch, Delivery, RetryError
+from telemetryd.client.delivery import MAX_BYTES, Delivery, RetryError
 from telemetryd.client.lines import Json, dead_letter, event_id_of, is_operation, read_object
 from telemetryd.client.transport import Transport
 from telemetryd.errors import sentence

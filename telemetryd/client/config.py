@@ -212,6 +212,7 @@ def read_token(path: str | os.PathLike[str]) -> str:
 
 VARIABLES: Final[Mapping[str, tuple[str, Callable[[str], Any], str]]] = {
     "TELEMETRY_API_URL": ("url", str, "The daemon: http://host:port, https://…, or unix:///path."),
+    "METRICS_API_URL": ("url", str, "As in 3.x, if `TELEMETRY_API_URL` is not set."),
     "TELEMETRY_API_AUTH_TOKEN": ("token", str.strip, "The daemon's token, if it asks for one."),
     "TELEMETRY_API_AUTH_TOKEN_FILE": ("token", read_token, "Or its file."),
     "TELEMETRY_API_CA_FILE": ("ca_file", _folder, "Certificates (PEM) by which https is checked."),
@@ -226,6 +227,9 @@ VARIABLES: Final[Mapping[str, tuple[str, Callable[[str], Any], str]]] = {
 }
 """Variable → setting, how its text is read, and what it is."""
 
+_OLD_NAMES: Final = {"METRICS_API_URL": "TELEMETRY_API_URL"}
+"""Names of 3.x that count only where the one of today is not set."""
+
 
 def _from_environment(environment: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the settings that the variables give, and what is wrong with the others."""
@@ -233,7 +237,7 @@ def _from_environment(environment: Mapping[str, str]) -> tuple[dict[str, Any], d
     faults: dict[str, str] = {}
     for variable, (name, read, _) in VARIABLES.items():
         text = environment.get(variable)
-        if text:
+        if text and not environment.get(_OLD_NAMES.get(variable, "")):
             try:
                 value = read(text)
                 fault = _fault(name, value)
