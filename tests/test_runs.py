@@ -226,9 +226,7 @@ def test_a_status_is_forgiven_its_case_blanks_and_alias(given_form: str, canonic
         assert parse_patch({"status": form}) == ({"status": canonical}, ())
 
 
-@pytest.mark.parametrize(
-    "value", ["", " ", "ok", "success!", "fail", "run ning", "ſuccess", None, 1, True, ["success"], {}]
-)
+@pytest.mark.parametrize("value", ["", " ", "ok", "success!", "fail", "run ning", "ſuccess", 1, True, ["success"], {}])
 def test_anything_else_is_no_status(value: object) -> None:
     with pytest.raises(InvalidBodyError) as caught:
         parse_run(make_run(status=value))

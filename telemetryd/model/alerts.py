@@ -11,7 +11,7 @@ import orjson
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from telemetryd.model.answers import Moment, Number
+from telemetryd.model.answers import FreeObject, Moment, Number
 from telemetryd.model.commands import AlertChange
 from telemetryd.model.filters import Filters
 from telemetryd.model.queries import Query
@@ -379,7 +379,7 @@ class FiringAnswer(TypedDict):
     since: Moment
     seq: Annotated[Number, Field(description="Where the commit sequence stood when it was found.")]
     summary: str
-    details: dict[str, Any]
+    details: FreeObject
 
 
 class RuleState(TypedDict):

@@ -186,8 +186,8 @@ class RegressionAnswer(TypedDict):
     runs: Annotated[list[str], Field(max_length=SHOWN, description="event_id of the first runs that show it.")]
 
 
-Regressions = TypedDict(
-    "Regressions",
+RegressionReport = TypedDict(
+    "RegressionReport",
     {
         "from": Moment,
         "to": Moment,
@@ -198,9 +198,10 @@ Regressions = TypedDict(
         "regressions": list[RegressionAnswer],
     },
 )
+RegressionReport.__doc__ = "The commits since which runs are worse."
 
 
-def to_json(query: FindRegressions, findings: Findings) -> Regressions:
+def to_json(query: FindRegressions, findings: Findings) -> RegressionReport:
     """Return the whole answer."""
     return {
         "from": query.start,

@@ -292,6 +292,7 @@ Stats = TypedDict(
         "groups": list[StatsGroup],
     },
 )
+Stats.__doc__ = "The statistics of some runs."
 
 
 def to_json(query: GetStats, groups: list[StatsGroup]) -> Stats:
