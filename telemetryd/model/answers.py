@@ -24,6 +24,13 @@ EventOfRun = Annotated[dict[str, Any], WithJsonSchema(component("EventOfRun"))]
 FreeObject = Annotated[dict[str, Any], WithJsonSchema(component("JsonObject", OBJECT_SCHEMA))]
 RunList = TypeAliasType("RunList", Annotated[list[ListedRun], Field(description="Runs in the order asked for.")])
 EventList = TypeAliasType("EventList", Annotated[list[StoredEvent], Field(description="Events of one run.")])
+HealthStatus = TypeAliasType(
+    "HealthStatus", Annotated[Literal["ok", "error"], Field(description="With error, writes are not taken.")]
+)
+CountsState = TypeAliasType(
+    "CountsState",
+    Annotated[Literal["right", "being compared"], Field(description="Whether counts can be believed.")],
+)
 
 
 class Warned(TypedDict):
@@ -129,7 +136,7 @@ class Metadata(TypedDict):
 class Comparison(TypedDict):
     """Whether the counts agree with the runs."""
 
-    state: Literal["right", "being compared"]
+    state: CountsState
     foreign_commit_at: Moment | None
     corrected: Number
 
@@ -153,7 +160,7 @@ class Automatic(TypedDict):
 class Health(TypedDict):
     """Whether writes are taken, and how the database is."""
 
-    status: Annotated[Literal["ok", "error"], Field(description="error: writes are not taken.")]
+    status: HealthStatus
     version: str
     db_path: str
     journal_mode: str
@@ -204,13 +211,13 @@ class Slice(TypedDict):
     created_before: Moment
 
 
-class Pruned(Slice):
+class RunsPruned(Slice):
     """One slice of old runs."""
 
     pruned: NotRequired[Number]
 
 
-class Reaped(Slice):
+class RunsReaped(Slice):
     """One slice of stale runs."""
 
     reaped: NotRequired[Number]

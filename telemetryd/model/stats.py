@@ -11,7 +11,7 @@ from operator import add, itemgetter
 from typing import Annotated, Any, Final, NotRequired, cast
 
 from pydantic import Field
-from typing_extensions import TypedDict
+from typing_extensions import TypeAliasType, TypedDict
 
 from telemetryd.errors import InvalidRequestError
 from telemetryd.model import sketches
@@ -282,13 +282,16 @@ class StatsGroup(TypedDict):
     duration_ms: Durations
 
 
+GroupName = TypeAliasType(
+    "GroupName", Annotated[str, Field(json_schema_extra={"enum": list(NAMES)}, description="What runs are grouped by.")]
+)
 Stats = TypedDict(
     "Stats",
     {
         "from": Moment,
         "to": Moment,
         "bucket": str | None,
-        "group_by": list[Annotated[str, Field(json_schema_extra={"enum": list(NAMES)})]],
+        "group_by": list[GroupName],
         "groups": list[StatsGroup],
     },
 )

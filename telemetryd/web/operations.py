@@ -209,9 +209,9 @@ GET_METRICS: Final = Operation(
     errors=(400, 503),
 )
 
-PRUNE_RUNS: Final = _slice_of("Delete old runs", "PruneRequest", answers.Pruned)
+PRUNE_RUNS: Final = _slice_of("Delete old runs", "PruneRequest", answers.RunsPruned)
 
-REAP_RUNS: Final = _slice_of("Cancel stale runs", "ReapRequest", answers.Reaped)
+REAP_RUNS: Final = _slice_of("Cancel stale runs", "ReapRequest", answers.RunsReaped)
 
 CONFIRM: Final = Operation(
     "Confirm what may be done without a command",

@@ -60,9 +60,7 @@ from telemetryd_client.models import (
     NewRunBatch,
     ProcessRequest,
     ProcessWatched,
-    Pruned,
     PruneRequest,
-    Reaped,
     ReapRequest,
     RegressionReport,
     RepoPage,
@@ -71,6 +69,8 @@ from telemetryd_client.models import (
     RunCreated,
     RunDuplicate,
     RunPatch,
+    RunsPruned,
+    RunsReaped,
     RunUpdated,
     Stats,
     Status,
@@ -207,13 +207,13 @@ def administer(client: AuthenticatedClient, process: ProcessRequest) -> None:
     assert watched.pid == process.pid
     later = datetime(2125, 1, 1, tzinfo=UTC)
     counted = answered(
-        reap_runs.sync_detailed(client=client, body=ReapRequest(created_before=later, dry_run=True)), Reaped
+        reap_runs.sync_detailed(client=client, body=ReapRequest(created_before=later, dry_run=True)), RunsReaped
     )
     assert counted.matching == 1
-    reaped = answered(reap_runs.sync_detailed(client=client, body=ReapRequest(created_before=later)), Reaped)
+    reaped = answered(reap_runs.sync_detailed(client=client, body=ReapRequest(created_before=later)), RunsReaped)
     assert (reaped.reaped, reaped.more) == (1, False)
     prune = PruneRequest(created_before=later, status=Status.FAILURE)
-    assert answered(prune_runs.sync_detailed(client=client, body=prune), Pruned).pruned == 1
+    assert answered(prune_runs.sync_detailed(client=client, body=prune), RunsPruned).pruned == 1
     both = PruneRequest(created_before=later, older_than="90d")
     answered(prune_runs.sync_detailed(client=client, body=both), ValidationErrors, 422)
     allowed = answered(confirm.sync_detailed(client=client, body=ConfirmRequest(prune_after="90d")), Confirmed)
