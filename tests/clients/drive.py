@@ -49,6 +49,7 @@ from telemetryd_client.models import (
     Error,
     EventsStored,
     ExportRunsFormat,
+    GetMetricsFormat,
     GetRunInclude,
     Health,
     JsonObject,
@@ -176,6 +177,8 @@ def read_runs(client: AuthenticatedClient) -> None:
     exported = export_runs.sync_detailed(client=client, format_=ExportRunsFormat.NDJSON)
     assert len(answered(exported, str).splitlines()) == 3
     assert exported.headers["Telemetry-Snapshot"] == "exact"
+    table = answered(export_runs.sync_detailed(client=client, format_=ExportRunsFormat.CSV, status="timeout"), str)
+    assert [line.split(",")[1] for line in table.splitlines()] == ["event_id", '"py-3"']
 
     changes = answered(list_changes.sync_detailed(client=client, events_after=0), ChangesAnswer)
     runs = [change.run.event_id for change in changes.changes if isinstance(change, RunChanged)]
@@ -199,6 +202,9 @@ def read_figures(client: AuthenticatedClient) -> None:
     assert answered(get_health.sync_detailed(client=client), Health).status == "ok"
     totals = answered(get_metrics.sync_detailed(client=client), Totals)
     assert (totals.agents["python"], totals.performance.synchronous) == (3, "FULL")
+    # This generator knows one type of answer, so of text the request is the client's, and reading it httpx's.
+    request = get_metrics._get_kwargs(format_=GetMetricsFormat.PROMETHEUS)
+    assert "telemetryd_runs" in client.get_httpx_client().request(**request).text
 
 
 def administer(client: AuthenticatedClient, process: ProcessRequest) -> None:

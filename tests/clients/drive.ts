@@ -132,6 +132,11 @@ async function readRuns() {
   const exported = await client.GET("/api/v1/runs/export", { parseAs: "text" });
   assert.equal(answered(exported).trimEnd().split("\n").length, 3);
   assert.equal(exported.response.headers.get("Telemetry-Snapshot"), "exact");
+  const table = await client.GET("/api/v1/runs/export", {
+    params: { query: { format: "csv", status: "timeout" } },
+    parseAs: "text",
+  });
+  assert.deepEqual(answered(table).trimEnd().split(/\r?\n/).map((line) => line.split(",")[1]), ["event_id", '"ts-3"']);
 
   const changes = answered(await client.GET("/api/v1/changes", { params: { query: { events_after: 0 } } }));
   const runs = changes.changes.flatMap((change) => ("run" in change ? [change.run.event_id] : []));
@@ -164,6 +169,8 @@ async function readFigures() {
   const totals = answered(await client.GET("/metrics", { headers: { Accept: "application/json" } }));
   assert(typeof totals !== "string");
   assert.deepEqual([totals.agents["typescript"], totals.performance.synchronous], [3, "FULL"]);
+  const prometheus = await client.GET("/metrics", { params: { query: { format: "prometheus" } }, parseAs: "text" });
+  assert.match(String(answered(prometheus)), /telemetryd_runs/);
 }
 
 async function administer() {
