@@ -203,7 +203,6 @@ RegressionReport = TypedDict(
         "regressions": list[RegressionAnswer],
     },
 )
-RegressionReport.__doc__ = "The commits since which runs are worse."
 
 
 def to_json(query: FindRegressions, findings: Findings) -> RegressionReport:

@@ -19,7 +19,7 @@ from telemetryd.model.answers import Moment, Number, Share, Sum
 from telemetryd.model.filters import FILTER_PARAMETERS, WILDCARD, Filters, read_filters
 from telemetryd.model.parameters import Given, Parameter, read_moment, refuse
 from telemetryd.model.queries import Query
-from telemetryd.model.values import MAX_INTEGER, Status, shorten
+from telemetryd.model.values import MAX_INTEGER, Status, StatusValue, shorten
 
 NAMES: Final = ("agent_name", "job_type", "status")
 """What runs can be grouped by and filtered by, in the order in which a cell is named."""
@@ -271,7 +271,7 @@ class StatsGroup(TypedDict):
 
     agent_name: NotRequired[str]
     job_type: NotRequired[str]
-    status: NotRequired[str]
+    status: NotRequired[StatusValue]
     bucket: NotRequired[Moment]
     runs: Number
     success_rate: Annotated[Share | None, Field(description="Successes among the finished runs; null if none is.")]
@@ -295,7 +295,6 @@ Stats = TypedDict(
         "groups": list[StatsGroup],
     },
 )
-Stats.__doc__ = "The statistics of some runs."
 
 
 def to_json(query: GetStats, groups: list[StatsGroup]) -> Stats:

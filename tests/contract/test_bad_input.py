@@ -119,18 +119,6 @@ async def test_what_is_no_count(shared: Api, value: str) -> None:
     await check_alive(shared)
 
 
-async def test_null_means_not_given_except_for_what_is_required(shared: Api) -> None:
-    bare = make_run()
-    optional = dict.fromkeys(name for name in runs.STORED if name not in bare)
-    assert (await post(shared, json.dumps(bare | optional).encode())).status == 201
-    run = await shared.get(f"{RUNS}/{bare['event_id']}")
-    assert (run["status"], run["api_posted"]) == ("running", False)
-    assert {run[name] for name in COUNTS} == {0}
-    assert run["created_at"] == run["updated_at"]  # the moment of its arrival
-    detail = check_error(await post(shared, json.dumps(dict.fromkeys(bare)).encode()), 422)
-    assert {place for _, place in places(detail)} == set(bare)
-
-
 async def test_minus_zero_is_zero(shared: Api) -> None:
     run = make_run()
     answer = await post(shared, json.dumps(run)[:-1].encode() + b', "items_failed": -0}')
@@ -337,10 +325,22 @@ async def test_a_strange_key_is_only_an_unknown_field(shared: Api, name: str) ->
 
 
 async def test_a_flag_is_true_or_false(shared: Api) -> None:
-    values: list[object] = [2, -1, "true", 1.0, [], {}]
+    values: list[object] = [2, -1, "on", "y", " true", "", 0.5, [], {}]
     for value in values:
         detail = check_error(await send(shared, "POST", RUNS, json=make_run(api_posted=value)), 422)
         assert places(detail) == [("body", "api_posted")], value
+
+
+async def test_null_means_not_given_except_for_what_is_required(shared: Api) -> None:
+    bare = make_run()
+    optional = dict.fromkeys(name for name in runs.STORED if name not in bare)
+    assert (await post(shared, json.dumps(bare | optional).encode())).status == 201
+    run = await shared.get(f"{RUNS}/{bare['event_id']}")
+    assert (run["status"], run["api_posted"]) == ("running", False)
+    assert {run[name] for name in COUNTS} == {0}
+    assert run["created_at"] == run["updated_at"]  # the moment of its arrival
+    detail = check_error(await post(shared, json.dumps(dict.fromkeys(bare)).encode()), 422)
+    assert {place for _, place in places(detail)} == set(bare)
 
 
 # --- Batch ---------------------------------------------------------------------------------------
