@@ -104,7 +104,7 @@ def _without_default(schema: Schema) -> Schema:
     if "default" not in schema:
         return schema
     default, kept = schema["default"], {key: value for key, value in schema.items() if key != "default"}
-    if default not in (None, "") and "description" in schema:
+    if default not in (None, "", []) and "description" in schema:
         shown = str(default).lower() if isinstance(default, bool) else default
         kept["description"] = f"{schema['description']} Default: {shown}."
     return kept
