@@ -63,7 +63,7 @@ def test_every_route_is_in_it() -> None:
     pages = {
         (method, path)
         for method, path in served
-        if path == "/" or path.startswith(("/docs", "/openapi.json", "/page/"))
+        if path == "/" or path.startswith(("/docs", "/redoc", "/openapi.json", "/page/"))
     }
     assert {(method, path) for method, path, _ in described()} == served - pages
     assert len(served - pages) == 24
@@ -217,10 +217,10 @@ def test_the_fields_of_a_run_are_those_of_the_definition() -> None:
         ("created_at", ["2025-12-24T10:00:00Z", None], [], ["yesterday", "", 5]),
         ("end_time", ["2025-12-24T10:00:00Z", None], [], ["yesterday", 5]),
         ("status", ["running", "cancelled", None], ["FAILED", " Completed\n", "canceled"], ["", "ok", 1]),
-        ("items_failed", [0, 2**63 - 1, None], [], [-1, 2**63, 1.5, "x", True]),
-        ("duration_ms", [0, None, 7], [], [-1, 2**63, "x"]),
+        ("items_failed", [0, 2**63 - 1, 12.0, None], ["5"], [-1, 2**63, 1.5, "x", True]),
+        ("duration_ms", [0, None, 7], ["7"], [-1, 2**63, "x"]),
         ("metrics_json", [{}, {"a": [1]}, None], [], [[], "{}", 5]),
-        ("api_posted", [True, False, None], [0, 1], [2, "maybe"]),
+        ("api_posted", [True, False, None], [0, 1, "yes"], [2, "maybe"]),
         ("product", ["", "ä", None], [], ["a\0b", 5]),
         ("git_commit_source", ["llm", None], [], ["LLM", "", 5]),
     ],
