@@ -26,6 +26,8 @@ _COMMANDS: Final = {
     "prune": "upkeep",
     "reap": "upkeep",
     "confirm-clock": "upkeep",
+    "delete": "removal",
+    "redact": "removal",
     "stats": "statistics",
     "regressions": "regressions",
     "alerts": "alerts",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ _SILENT_S: Final = 40.0
 _FIRST_PAUSE_S: Final = 0.2
 _LONGEST_MESSAGE: Final = 256 * 1024 * 1024
 _LONGEST_PAUSE_S: Final = 10.0
+_LONGEST_WAIT_S: Final = 60.0
+"""For how long the daemon waits for news at most, before it answers that there are none."""
 _PATIENT: Final = (429, 502, 503, 504)
 
 
@@ -58,11 +61,16 @@ class Daemon:
             UnavailableError: if there is no answer, or none now.
 
         """
+        return (await self.timed(path, parameters))[0]
+
+    async def timed(self, path: str, parameters: Mapping[str, str]) -> tuple[Any, float]:
+        """Return the answer to a request as `get` does, and for how many seconds it came in."""
         try:
             async with self._session.get(self._prefix + path, params=parameters) as response:
+                began = time.monotonic()
                 text = await response.read()
                 _check(response.status, text)
-                return orjson.loads(text)
+                return orjson.loads(text), time.monotonic() - began
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise UnavailableError(f"Cannot reach the daemon: {reason(error)}") from error
 
@@ -169,6 +177,9 @@ async def reach(config: Config) -> AsyncIterator[Daemon]:
     connector = aiohttp.UnixConnector(unquote(address.netloc + address.path)) if is_unix else aiohttp.TCPConnector()
     base = "http://localhost" if is_unix else f"{address.scheme}://{address.netloc}"
     headers = {"Authorization": f"Bearer {config.token}"} if config.token else {}
-    timeout = aiohttp.ClientTimeout(total=config.timeout_s + 60)
+    # An answer may take as long as it likes while it comes in: a page over a slow link takes minutes.
+    timeout = aiohttp.ClientTimeout(
+        total=None, sock_connect=config.timeout_s, sock_read=config.timeout_s + _LONGEST_WAIT_S
+    )
     async with aiohttp.ClientSession(base, connector=connector, headers=headers, timeout=timeout) as session:
         yield Daemon(session, "" if is_unix else address.path.rstrip("/"))

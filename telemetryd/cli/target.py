@@ -55,6 +55,12 @@ class Target(Source, Protocol):
     async def confirm(self, body: Body) -> Body:
         """Answer what `POST /api/v1/admin/confirm` answers."""
 
+    async def delete(self, event_id: str) -> Body:
+        """Answer what `DELETE /api/v1/runs/{event_id}` answers."""
+
+    async def redact(self, body: Body) -> Body:
+        """Answer what `POST /api/v1/admin/redact` answers."""
+
     def pages(self, filters: dict[str, str]) -> AsyncIterator[list[Body]]:
         """Yield page after page of what `GET /api/v1/runs` answers, each run with its first events."""
 
@@ -109,6 +115,14 @@ class Local:
     async def confirm(self, body: Body) -> Body:
         """Write it into the database."""
         return await admin.confirm(self._store, body, self._clock())
+
+    async def delete(self, event_id: str) -> Body:
+        """Delete the run."""
+        return await admin.delete(self._store, event_id)
+
+    async def redact(self, body: Body) -> Body:
+        """Remove what the fields hold."""
+        return await admin.redact(self._store, body)
 
     async def stats(self, parameters: dict[str, str]) -> Body:
         """Read the statistics from the database."""
@@ -170,6 +184,16 @@ class Remote:
     async def confirm(self, body: Body) -> Body:
         """Ask to write it down."""
         answer: tuple[Body, str] = await self._ask("POST", "/api/v1/admin/confirm", json=body)
+        return answer[0]
+
+    async def delete(self, event_id: str) -> Body:
+        """Ask to delete the run."""
+        answer: tuple[Body, str] = await self._ask("DELETE", f"/api/v1/runs/{quote(event_id, safe='')}")
+        return answer[0]
+
+    async def redact(self, body: Body) -> Body:
+        """Ask to remove it."""
+        answer: tuple[Body, str] = await self._ask("POST", "/api/v1/admin/redact", json=body)
         return answer[0]
 
     async def stats(self, parameters: dict[str, str]) -> Body:

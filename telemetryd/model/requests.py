@@ -1,13 +1,14 @@
-"""Request bodies other than runs: prune, reap, and the process to watch."""
+"""Request bodies other than runs: prune, reap, redact, and the process to watch."""
 
 from __future__ import annotations
 
 from datetime import UTC, date, datetime, time, timedelta
 from typing import Annotated, Final
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
+from telemetryd.model.runs import REDACTABLE
 from telemetryd.model.values import MAX_INTEGER, Count, Name, StatusValue, Timestamp, format_timestamp, parse_duration
 
 SLICE: Final = 250
@@ -85,6 +86,37 @@ class ReapRequest(_Slice):
     """Which running runs to cancel."""
 
     model_config = ConfigDict(json_schema_extra={"description": "Which running runs to cancel."})
+
+
+def _redactable(name: str) -> str:
+    if name not in REDACTABLE:
+        raise PydanticCustomError("value_error", f"Field must be one of those that a run may lack: {[*REDACTABLE]}")
+    return name
+
+
+RedactedField = Annotated[
+    str, AfterValidator(_redactable), WithJsonSchema({"type": "string", "enum": list(REDACTABLE)})
+]
+
+
+class RedactRequest(BaseModel):
+    """What to remove of a run for good."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, json_schema_extra={"description": "What to remove of a run for good."}
+    )
+
+    event_id: Name = Field(description="Which run.", examples=["translate-2025-12-24-001"])
+    fields: Annotated[list[RedactedField], Field(max_length=len(REDACTABLE))] = Field(
+        [], description="The fields that become null.", examples=[["error_details", "context_json"]]
+    )
+    events: bool = Field(False, description="Whether the payloads of its events become null, too.", examples=[False])
+
+    @model_validator(mode="after")
+    def _check_some(self) -> RedactRequest:
+        if not self.fields and not self.events:
+            raise PydanticCustomError("value_error", "Give fields, or events: true, or both")
+        return self
 
 
 def moment_ago(now: datetime, seconds: float) -> str:

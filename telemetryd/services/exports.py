@@ -10,6 +10,7 @@ from aiohttp import web
 
 from telemetryd.errors import InvalidRequestError, UnavailableError, sentence
 from telemetryd.model import tables
+from telemetryd.model.filters import for_log
 from telemetryd.model.queries import MEDIA_TYPES, SNAPSHOT, CountMatching, ExportRuns, Format
 from telemetryd.model.values import utc_now
 from telemetryd.ops.logs import log
@@ -42,7 +43,7 @@ async def describe(request: web.Request, query: ExportRuns, store: Store) -> web
     """
     await _check_form(request, query)
     total = await store.fetch(CountMatching(query.filters))
-    request[NOTE].say("Export described", query_params=query.parameters(), result_count=total.runs)
+    request[NOTE].say("Export described", query_params=for_log(query.parameters()), result_count=total.runs)
     return web.StreamResponse(headers=_headers(query.form, total.runs, exact=True))  # whose length nobody knows
 
 
@@ -69,7 +70,7 @@ async def stream(request: web.Request, query: ExportRuns, store: Store) -> web.S
         response = web.StreamResponse(headers=_headers(query.form, copy.rows, exact=copy.is_exact))
         mark(response, request_id(request))
         response.enable_chunked_encoding()
-        request[NOTE].say("Runs exported", query_params=query.parameters(), result_count=copy.rows)
+        request[NOTE].say("Runs exported", query_params=for_log(query.parameters()), result_count=copy.rows)
         await response.prepare(request)
         try:
             with leaving(request):
@@ -79,9 +80,9 @@ async def stream(request: web.Request, query: ExportRuns, store: Store) -> web.S
                             await response.write(chunk)
                 await response.write_eof()
         except ConnectionError:
-            request[NOTE].say("Export cut off by its reader", query_params=query.parameters())
+            request[NOTE].say("Export cut off by its reader", query_params=for_log(query.parameters()))
         except TimeoutError:  # or a few who read a byte now and then would keep all others from exporting
-            request[NOTE].say("Export cut off: its reader is too slow", query_params=query.parameters())
+            request[NOTE].say("Export cut off: its reader is too slow", query_params=for_log(query.parameters()))
             if request.transport is not None:
                 request.transport.abort()
         except UnavailableError as error:

@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Final
 
-from aiohttp import web
+from aiohttp import hdrs, web
 
 from telemetryd import flow
 from telemetryd.model.hosts import Names
@@ -106,7 +106,7 @@ class Gate:
     def _refusal_of_client(self, request: web.Request) -> web.Response | None:
         """Keep out who has no right to ask, or asks too often."""
         resource = request.match_info.route.resource
-        if resource is not None and resource.canonical.startswith(ADMIN_PREFIX):
+        if resource is not None and (resource.canonical.startswith(ADMIN_PREFIX) or request.method == hdrs.METH_DELETE):
             if _is_own_unix_peer(request):
                 return None
             if self._token is None:

@@ -246,6 +246,7 @@ def _schemas() -> dict[str, Schema]:
         (requests.PruneRequest, "validation"),
         (requests.ReapRequest, "validation"),
         (requests.ConfirmRequest, "validation"),
+        (requests.RedactRequest, "validation"),
     ]
     _, made = models_json_schema(models, ref_template=_REF)  # type: ignore[arg-type]  # the modes are literals
     schemas: dict[str, Schema] = made["$defs"]
