@@ -213,11 +213,15 @@ def old_runs(number: int) -> list[Any]:
 
 async def test_prune_goes_through_the_daemon_by_its_unix_socket(start_daemon: StartDaemon, tmp_path: Path) -> None:
     unix = tmp_path / "d.sock"
+    (tmp_path / "elsewhere").mkdir()
     daemon = start_daemon(TELEMETRY_API_UNIX=str(unix), TELEMETRY_DB_JOURNAL_MODE="WAL")
     await post(daemon, [*old_runs(700), *[make_run() for _ in range(5)]])
     common = ("prune", "--older-than", "90d", "--db-path", daemon.database, "--json")
     refused = telemetryd(*common, status=1)
     assert "--unix" in refused.stderr
+    elsewhere = ("prune", "--older-than", "90d", "--json", "--dry-run", "--unix", unix)
+    assert json.loads(telemetryd(*elsewhere, cwd=tmp_path / "elsewhere").stdout)["matching"] == 700
+    assert [*(tmp_path / "elsewhere").iterdir()] == []  # which has no database, and gets none
     dry = json.loads(telemetryd(*common, "--unix", unix, "--dry-run").stdout)
     assert (dry["dry_run"], dry["matching"]) == (True, 700)
     archive = tmp_path / "runs.ndjson.zst"

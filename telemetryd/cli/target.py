@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import datetime
+from pathlib import Path
 from typing import Any, Final, Protocol
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
@@ -29,6 +31,7 @@ from telemetryd.store import Store
 
 Body = dict[str, Any]
 _PAGE: Final = 500
+_PROBE_S: Final = 5.0
 _PATIENCE_S: Final = 30.0
 """How long a daemon may refuse for the moment, or not be there (a restart takes a second or two)."""
 
@@ -278,6 +281,16 @@ _WHERE_ACCESS_COMES_FROM: Final = (
 )
 
 
+def _listens(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(_PROBE_S)
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+    return True
+
+
 @asynccontextmanager
 async def find_target(settings: Settings, url: str | None) -> AsyncIterator[Target]:
     """Give the daemon at a URL; else the one that owns the database; else the database itself.
@@ -286,8 +299,10 @@ async def find_target(settings: Settings, url: str | None) -> AsyncIterator[Targ
         TelemetrydError: if neither can be used; the message says what to add to the command.
 
     """
-    holder = None if url else owner(settings)
-    if url is None and holder is None:
+    # A socket on which somebody listens is meant, whatever database the settings name, or none, is on this machine.
+    is_heard = url is None and settings.api_unix is not None and _listens(settings.api_unix)
+    holder = None if url or is_heard else owner(settings)
+    if url is None and holder is None and not is_heard:
         refuse_missing(settings.db_path.absolute())
         store = await Store.open(settings, Metrics())
         try:
