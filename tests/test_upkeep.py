@@ -179,7 +179,12 @@ async def test_a_backup_is_made_where_the_settings_say(make_api: MakeApi, tmp_pa
     answer = await api.call("POST", "/api/v1/admin/backup", json={}, status=200)
     assert answer["rows"] == 650
     assert [str(path) for path in folder.iterdir()] == [answer["path"]]
+    assert answer["path"].endswith(".sqlite.zst")
+    answer = await api.call("POST", "/api/v1/admin/backup", json={"compress": False}, status=200)
+    assert answer["path"].endswith(".sqlite")
+    assert rows(Path(answer["path"]), "SELECT count(*) FROM agent_runs") == [(650,)]
     await api.call("POST", "/api/v1/admin/backup", json={"path": "/etc/passwd"}, status=400)
+    await api.call("POST", "/api/v1/admin/backup", json={"compress": "no"}, status=422)
 
 
 async def test_without_a_directory_there_is_no_backup(make_api: MakeApi) -> None:

@@ -88,6 +88,16 @@ class ReapRequest(_Slice):
     model_config = ConfigDict(json_schema_extra={"description": "Which running runs to cancel."})
 
 
+class BackupRequest(BaseModel):
+    """How a backup is made."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra={"description": "How a backup is made."})
+
+    compress: bool = Field(
+        True, description="Whether it is packed with Zstandard (.sqlite.zst); else it is a plain SQLite file."
+    )
+
+
 def _redactable(name: str) -> str:
     if name not in REDACTABLE:
         raise PydanticCustomError("value_error", f"Field must be one of those that a run may lack: {[*REDACTABLE]}")

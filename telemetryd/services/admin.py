@@ -10,7 +10,14 @@ from telemetryd.model import clocks
 from telemetryd.model.bodies import validate
 from telemetryd.model.commands import ConfirmPrune, DeleteRun, PruneRuns, ReapRuns, RedactRun, TrustClock
 from telemetryd.model.queries import CountPrunable, CountStale
-from telemetryd.model.requests import ConfirmRequest, PruneRequest, ReapRequest, RedactRequest, moment_ago
+from telemetryd.model.requests import (
+    BackupRequest,
+    ConfirmRequest,
+    PruneRequest,
+    ReapRequest,
+    RedactRequest,
+    moment_ago,
+)
 from telemetryd.model.values import (
     duration_text,
     shorten,
@@ -140,15 +147,17 @@ async def confirm(store: Store, body: object, now: datetime) -> Answer:
     return {"clock": reading.moment}
 
 
-async def back_up(store: Store) -> Answer:
+async def back_up(store: Store, body: object) -> Answer:
     """Make a verified backup in the configured directory (never in one that a request names).
 
     Raises:
+        InvalidBodyError: with every fault of the body.
         InvalidRequestError: if no directory is configured.
         UnavailableError: if it could not be made.
 
     """
-    made = await store.back_up()
+    wanted: BackupRequest = validate(BackupRequest, body)
+    made = await store.back_up(compress=wanted.compress)
     return {
         "path": str(made.path),
         "bytes": made.bytes,

@@ -48,9 +48,11 @@ async def confirm(request: web.Request) -> web.Response:
 async def make_backup(request: web.Request) -> web.Response:
     """Make a verified backup in the configured directory."""
     body, _ = await json_body(request)
-    if body != {}:
-        raise InvalidRequestError("The body must be {}: where backups go is a setting, TELEMETRY_BACKUP_DIR")
-    answer = await admin.back_up(request.app[STORE])
+    if not isinstance(body, dict) or body.keys() - {"compress"}:
+        raise InvalidRequestError(
+            'The body must be {} or {"compress": false}: where backups go is a setting, TELEMETRY_BACKUP_DIR'
+        )
+    answer = await admin.back_up(request.app[STORE], body)
     request[NOTE].say("Backup made", **answer)
     return json_response(answer)
 

@@ -21,7 +21,7 @@ from telemetryd import flow
 from telemetryd.model.hosts import Names
 from telemetryd.model.values import shorten
 from telemetryd.settings import Settings
-from telemetryd.web.answers import error_response, wants_page
+from telemetryd.web.answers import client_address, error_response, wants_page
 from telemetryd.web.browsers import ASSETS, HEALTH, Pages
 
 _CREDENTIALS: Final = struct.Struct("3i")
@@ -122,7 +122,7 @@ class Gate:
                 "TELEMETRY_API_AUTH_ENABLED=true and TELEMETRY_API_AUTH_TOKEN, or TELEMETRY_API_PROTECTED_MODE=false",
             )
         if self._limit is not None:
-            wait = self._limit.wait_s(request.remote or "")
+            wait = self._limit.wait_s(client_address(request))
             if wait:
                 return error_response(429, "Too many requests from this address", {"Retry-After": str(math.ceil(wait))})
         if self._token is not None and not _is_open(request) and not self._is_authentic(request):

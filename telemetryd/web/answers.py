@@ -79,6 +79,15 @@ def mark(response: web.StreamResponse, identity: str) -> None:
     headers["X-Content-Type-Options"] = "nosniff"
 
 
+_MAPPED: Final = "::ffff:"
+
+
+def client_address(request: web.BaseRequest) -> str:
+    """Return a client's address, one of IPv4 as such also on a socket of IPv6; "" on the Unix socket."""
+    address = request.remote or ""
+    return address.removeprefix(_MAPPED) if address.startswith(_MAPPED) and "." in address else address
+
+
 def wants_page(request: web.Request) -> bool:
     """Return whether the bare address is opened in a browser."""
     return "text/html" in request.headers.get("Accept", "")

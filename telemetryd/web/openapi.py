@@ -247,6 +247,7 @@ def _schemas() -> dict[str, Schema]:
         (requests.ReapRequest, "validation"),
         (requests.ConfirmRequest, "validation"),
         (requests.RedactRequest, "validation"),
+        (requests.BackupRequest, "validation"),
     ]
     _, made = models_json_schema(models, ref_template=_REF)  # type: ignore[arg-type]  # the modes are literals
     schemas: dict[str, Schema] = made["$defs"]

@@ -253,9 +253,10 @@ CONFIRM: Final = Operation(
 
 MAKE_BACKUP: Final = Operation(
     "Make a verified backup",
-    "Needs authentication, or the Unix socket; the directory is the setting TELEMETRY_BACKUP_DIR.",
+    "Needs authentication, or the Unix socket; the directory is the setting TELEMETRY_BACKUP_DIR. It is packed with "
+    "Zstandard unless compress is false.",
     tags=("admin",),
-    body=obj({}),
+    body=ref("BackupRequest"),
     answers={200: ("The backup is verified and in its place.", answers.BackupMade)},
     errors=_WRITE_ERRORS,
 )

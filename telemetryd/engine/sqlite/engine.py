@@ -364,9 +364,9 @@ class Reading:
         """Copy what is asked for (see `ReadingEngine.export`)."""
         return self._exports.open(query)
 
-    async def back_up(self, now: datetime) -> BackupMade:
+    async def back_up(self, now: datetime, *, compress: bool = True) -> BackupMade:
         """Make a verified backup (see `ReadingEngine.back_up`)."""
-        return await backup.make(self._settings, now)
+        return await backup.make(self._settings, now, compress=compress)
 
     async def look(self) -> DatabaseSuspectError | None:
         """Look at the disk, and at the size of the write-ahead log."""
