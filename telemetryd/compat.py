@@ -125,7 +125,7 @@ class RunContext:
         self._run.event(event_type, payload)
 
     def set_metrics(self, **fields: Any) -> None:
-        """Record fields of the run; what has no field of its own becomes part of metrics_json or context_json."""
+        """Record fields of the run; what has no field becomes part of metrics_json or context_json."""
         self._run.update(**fields)
 
 

@@ -61,8 +61,8 @@ PATIENCE_S: Final = 60.0
 _numbers = itertools.count()
 _chance = random.SystemRandom()
 """Differs between processes that run tests at the same time, whatever hypothesis does to the common generator."""
-_SHORT: Final = 0.01
-"""Which share of its long form a fault test does in `make test`."""
+_SHORT: Final = 0.001
+"""Which share of its long form a fault test does in `make test`; each says the least that proves something."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

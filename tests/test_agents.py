@@ -114,11 +114,11 @@ def test_a_wrong_setting_of_the_client_is_a_usage_error(buffer: Path) -> None:
     assert "url must be http://" in done.stderr
 
 
-def test_sync_watches_until_it_is_told_to_stop(daemon: Daemon, buffer: Path) -> None:
+def test_sync_watches_until_a_signal_stops_it(daemon: Daemon, buffer: Path) -> None:
     command = command_line("sync", "--watch", "--json", "--buffer-dir", buffer, "--url", daemon.url)
     watching = popen(command, os.environ, stdout=subprocess.PIPE)
     try:
-        leave_refused(buffer, 1)  # told when it comes; to be stopped is no failure
+        leave_refused(buffer, 1)  # reported when it comes; to be stopped is no failure
         for expected in (5, 10):
             leave(buffer)
             deadline = time.monotonic() + 60
@@ -158,7 +158,7 @@ def test_to_watch_outlives_trouble_with_the_folder(daemon: Daemon, buffer: Path)
         assert watching.wait(60) == 0
 
 
-def test_to_watch_ends_at_once_when_it_is_told_to_even_in_a_pause_that_the_daemon_asked_for(
+def test_to_watch_ends_at_once_at_a_signal_even_in_a_pause_that_the_daemon_asked_for(
     daemon: Daemon, buffer: Path
 ) -> None:
     for _ in range(2):
@@ -214,7 +214,7 @@ def test_replay_sends_files_of_any_form(daemon: Daemon, tmp_path: Path, form: st
         assert (again["stored"], again["duplicates"]) == (0, 2500)
 
 
-def test_replay_keeps_what_is_refused_and_takes_it_again_once_it_is_mended(daemon: Daemon, tmp_path: Path) -> None:
+def test_replay_keeps_what_is_refused_and_takes_it_again_once_it_is_fixed(daemon: Daemon, tmp_path: Path) -> None:
     path, rejects = tmp_path / "runs.ndjson", tmp_path / "bad.jsonl"
     path.write_text("".join(json.dumps(make_run(items_failed=n - 2)) + "\n" for n in range(5)) + "{broken\n")
     done = telemetryd("replay", path, "--rejects", rejects, "--url", daemon.url, status=1)

@@ -31,7 +31,7 @@ def client(config: TelemetryConfig) -> Iterator[TelemetryClient]:
 
 
 async def stored(api: Api, client: TelemetryClient, run_id: str) -> dict[str, Any]:
-    assert await asyncio.to_thread(client.flush, 20)
+    assert await asyncio.to_thread(client.flush, 60)
     (run,) = [run for run in await api.list(limit=1000) if run["run_id"] == run_id]
     found: dict[str, Any] = await api.get(f"/api/v1/runs/{run['event_id']}", params={"include": "events"})
     return found
@@ -143,7 +143,7 @@ def test_the_configuration_comes_from_the_environment(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     "given", [None, {"api_enabled": False, "google_sheets_api_enabled": False}], ids=["variable", "field"]
 )
-async def test_what_was_about_google_sheets_does_not_stop_sending_and_is_told_once(
+async def test_what_was_about_google_sheets_does_not_stop_sending_and_is_reported_once(
     api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, given: Any
 ) -> None:
     url = str(api.client.make_url("/")).rstrip("/")

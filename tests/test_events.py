@@ -157,7 +157,7 @@ async def test_events_are_read_from_either_end_page_after_page(api: Api) -> None
         "sort=timestamp&sort=timestamp",
     ],
 )
-async def test_what_is_no_place_among_events_is_told(api: Api, query: str) -> None:
+async def test_what_is_no_place_among_events_is_reported(api: Api, query: str) -> None:
     run = make_run()
     await api.post(run)
     detail = (await api.get(f"/api/v1/runs/{run['event_id']}/events?{query}", status=400))["detail"]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.tools.fork_server import ForkServer
 from tests.tools.old_databases import make_old_database
 
 HANDBOOK = Path(__file__).parents[1] / "docs" / "operations.md"
@@ -97,9 +98,10 @@ def room(tmp_path: Path, free_port: int) -> Iterator[Room]:
         "/backups": str(tmp_path / "backups"),
         "localhost:8765": f"localhost:{free_port}",
     }
-    yield Room(tmp_path, environment, places)
-    if (tmp_path / "pid").exists():
-        os.kill(int((tmp_path / "pid").read_text()), signal.SIGTERM)
+    with ForkServer(tmp_path / "bin" / "telemetryd", tmp_path / "forks.sock"):
+        yield Room(tmp_path, environment, places)
+        if (tmp_path / "pid").exists():
+            os.kill(int((tmp_path / "pid").read_text()), signal.SIGTERM)
 
 
 def test_every_command_of_the_handbook_works(room: Room) -> None:

@@ -359,7 +359,7 @@ def test_a_text_may_hold_anything_but_nul(name: str) -> None:
         assert [place for place, _ in errors_of(make_run(**{name: bad}))] == [["body", name]], bad
 
 
-def test_every_fault_is_told_at_once_and_little_of_the_input_is_echoed() -> None:
+def test_every_fault_is_reported_at_once_and_little_of_the_input_is_echoed() -> None:
     bad = {"event_id": "\0" * 5000, "status": "x" * 5000, "duration_ms": "y" * 5000, "metrics_json": "z" * 5000}
     with pytest.raises(InvalidBodyError) as caught:
         parse_run(bad)

@@ -206,7 +206,7 @@ WRONG = {
 }
 
 
-def test_every_problem_is_told_at_once_with_the_name_of_its_variable() -> None:
+def test_every_problem_is_reported_at_once_with_the_name_of_its_variable() -> None:
     assert {variable(name) for name in Settings.model_fields} - set(WRONG) == {"TELEMETRY_API_AUTH_TOKEN"}
     found = problems(WRONG)
     assert [problem.partition(":")[0] for problem in found] == list(WRONG)
@@ -216,7 +216,7 @@ def test_every_problem_is_told_at_once_with_the_name_of_its_variable() -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), WRONG.items())
-def test_each_problem_is_told_alone_too(name: str, value: str) -> None:
+def test_each_problem_is_reported_alone_too(name: str, value: str) -> None:
     (problem,) = problems({name: value})
     assert problem.startswith(f"{name}: ")
     assert problem.endswith(f"(it is {value!r}, from the environment)")
@@ -270,7 +270,7 @@ def test_a_dotenv_that_is_not_utf_8_is_a_problem(tmp_path: Path) -> None:
     assert loaded(dotenv=tmp_path / ".env").settings.api_host == "münchen"
 
 
-def test_a_setting_that_fits_alone_but_not_with_others_is_told_beside_the_other_problems() -> None:
+def test_a_setting_that_fits_alone_but_not_with_others_is_reported_with_the_other_problems() -> None:
     found = problems({"TELEMETRY_API_PORT": "x", "TELEMETRY_API_AUTH_ENABLED": "true", "TELEMETRY_LOG_LEVEL": "x"})
     assert sorted(problem.partition(":")[0] for problem in found) == [
         "TELEMETRY_API_AUTH_TOKEN",
@@ -354,7 +354,7 @@ def test_an_unknown_variable_of_the_family_is_remarked_on(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("where", ["environment", ".env"])
 def test_the_retention_of_the_replaced_service_has_no_effect_and_is_remarked_on(tmp_path: Path, where: str) -> None:
-    given = {"TELEMETRY_RETENTION_DAYS": "30"}
+    given: dict[str, Any] = {"TELEMETRY_RETENTION_DAYS": "30"}
     if where == ".env":
         (tmp_path / ".env").write_text("TELEMETRY_RETENTION_DAYS=30\n")
         given = {}
@@ -384,7 +384,7 @@ def test_a_token_that_is_not_asked_for_is_remarked_on(tmp_path: Path) -> None:
 def test_config_prints_every_setting_with_its_origin(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("TELEMETRY_QUEUE_MAX=7\n")
     arguments = ("config", "--port", "9000", "--no-protected-mode")
-    variables = {"TELEMETRY_API_HOST": "127.0.0.1", "TELEMETRY_LOG_LEVEL": "debug"}
+    variables: dict[str, Any] = {"TELEMETRY_API_HOST": "127.0.0.1", "TELEMETRY_LOG_LEVEL": "debug"}
     printed = telemetryd(*arguments, "--json", cwd=tmp_path, **variables)
     shown = json.loads(printed.stdout)
     assert list(shown) == [variable(name) for name in Settings.model_fields]

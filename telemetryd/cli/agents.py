@@ -29,7 +29,7 @@ from telemetryd.errors import sentence
 
 _WATCH_S: Final = 2.0
 _COST: Final = 20
-"""To look through a folder takes at most one twentieth of the time."""
+"""Looking through a folder takes at most one twentieth of the time."""
 
 _FOLDER: Final = "The spool's folder.  [TELEMETRY_BUFFER_DIR; default: ~/.local/state/telemetryd/buffer]"
 url_option = click.option(
@@ -244,7 +244,7 @@ class _Sync:
         return some_wait and self._counters.sent > before
 
     def _send(self, name: str, numbers: list[int]) -> Iterator[int]:
-        """Send a stream unless somebody else does; yield the size of each part that was sent."""
+        """Send a stream unless another process does; yield the size of each part that was sent."""
         stream = Stream.take(self._folder, name, numbers)
         if stream is None:
             return

@@ -32,7 +32,7 @@ def default_buffer_dir() -> Path:
 def _homes() -> Iterator[Path]:
     """Yield the user's home by HOME, then by the system's list of users.
 
-    Containers that run as any user (docker --user, OpenShift) set HOME=/, or to the home of somebody else.
+    Containers that run as any user (docker --user, OpenShift) set HOME=/, or to another user's home.
     """
     home = Path(os.environ.get("HOME") or "")
     if home.is_absolute():
@@ -120,7 +120,7 @@ class Config:
     def tolerant(cls) -> tuple[Config, list[str]]:
         """Collect the variables that can be used; also return what is wrong with the others.
 
-        Nothing is sent if the address or the token is wrong: the default may be somebody else.
+        Nothing is sent if the address or the token is wrong: the default may be another daemon.
         """
         values, faults = _from_environment(os.environ)
         if faults.keys() & {"url", "token"}:
@@ -151,7 +151,7 @@ def _fault_of_url(url: str) -> str | None:
         is_usable = False
     else:
         if parts.username is not None:
-            return "must not hold a user or a password; the token is a setting of its own"
+            return "must not hold a user or a password; the token is a separate setting"
     if is_usable and parts.scheme in ("http", "https", "unix") and not parts.query + parts.fragment:
         return None
     return "must be http://…, https://… or unix:///path"

@@ -267,7 +267,7 @@ class Delivery:
         return []
 
     def _block(self, batch: Batch, step: _Step, answer: Answer) -> Sequence[_Step]:
-        """Let the others pass a line that somebody between here and the daemon does not let through."""
+        """Let the others pass a line that something between here and the daemon blocks."""
         if batch.was_aside:
             raise BlockedError(shown(answer))
         if self._aside is None:
@@ -397,7 +397,7 @@ class Delivery:
         return self._fail(batch, step, answer)
 
     def _fail(self, batch: Batch, step: _Step, answer: Answer) -> Sequence[_Step]:
-        """Come back later, unless it is this very step at which somebody breaks again and again."""
+        """Come back later, unless it is this very step that fails again and again."""
         if answer.status == 500:
             step.tries += 1
             parts = step.parts()

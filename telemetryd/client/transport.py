@@ -51,7 +51,7 @@ class Answer:
 
     @property
     def is_daemons(self) -> bool:
-        """Whether telemetryd itself gave this answer: not a proxy, and not somebody else behind the address."""
+        """Whether telemetryd itself gave this answer: not a proxy, and not another server at the address."""
         return self.headers.get(_SERVER, "").startswith("telemetryd")
 
     @property

@@ -224,7 +224,7 @@ class Worker:
                 self._own = Uploader(stream, self._delivery, self._counters)
             try:
                 self._send_stream(self._own, end)
-            except LostError:  # the agent has closed the lock, and somebody else sends the stream now
+            except LostError:  # the agent has closed the lock, and another process sends the stream now
                 self._spool.leave_stream()
         while self._spool.holds and not self._signals.stopping:
             self._send_held()
@@ -362,7 +362,7 @@ class Worker:
     def _beat(self, run: LiveRun, every_s: float) -> None:
         now = time.monotonic()
         if now >= self._beats.setdefault(run.event_id, now + every_s):
-            # Any field will do; this one cannot bring a run back that somebody else has ended.
+            # Any field will do; this one cannot bring a run back that another client has ended.
             self._delivery.report("PATCH", run_path(run.event_id), encode({"duration_ms": run.elapsed_ms()}))
             self._beats[run.event_id] = now + every_s
 

@@ -14,7 +14,7 @@ from telemetryd.model.queries import DEFAULT_LIMIT, LIMIT, OFFSET, Query
 from telemetryd.model.values import MAX_INTEGER, utc_now
 
 TIMESTAMP: Final = "timestamp"
-"""By what events are sorted, and then by their ids."""
+"""The field by which events are sorted, before their ids."""
 EventCursor = tuple[str, int]
 """Where an event stands among those of its run: its timestamp and its id."""
 _EVENT_CURSOR: Final = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z),(\d{1,19})", re.ASCII)

@@ -61,7 +61,7 @@ NewEvent: Final[type[BaseModel]] = create_model(
 class ParsedEvents:
     """Valid events: their rows in the order of `STORED`, and the names of fields that were not used.
 
-    A row without a time of its own holds "" for it: it happened on arrival.
+    A row without a time holds "" for it: it happened on arrival.
     """
 
     rows: tuple[Row, ...]

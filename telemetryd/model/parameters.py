@@ -79,7 +79,7 @@ class Given:
         self.faults: list[str] = []
         """A sentence for each fault that names the parameter, the value and what is allowed."""
         self.prefixed: dict[str, list[str]] = {}
-        """For each prefix the name and the text of its parameters, with the equals sign between them."""
+        """The name and the text of each prefix's parameters, with the equals sign between them."""
         self._now = now
         try:
             pairs = parse_qsl(query_string, keep_blank_values=True, errors="strict", max_num_fields=_MAX_PARAMETERS)

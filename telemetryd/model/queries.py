@@ -46,7 +46,7 @@ class Query(Generic[A]):
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """In which order runs are answered; the id decides between equals, in the same direction."""
+    """The order of the runs in an answer; the id decides between equals, in the same direction."""
 
     column: str = "created_at"
     """One of `SORTED`."""

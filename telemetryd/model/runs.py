@@ -43,7 +43,7 @@ MAX_WARNINGS: Final = 100
 
 
 Address = Annotated[Text, AfterValidator(without_credentials)]
-"""Of a repository; what may be a secret in it is not even stored."""
+"""The address of a repository; what may be a secret in it is not even stored."""
 
 
 # --- The fields ----------------------------------------------------------------------------------

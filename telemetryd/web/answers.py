@@ -54,7 +54,7 @@ IDENTITY: Final = web.RequestKey("identity", str)
 
 
 WAITED: Final = web.ResponseKey("waited", float)
-"""For how many seconds a handler only waited for something to report; they do not count as its duration."""
+"""The seconds in which a handler only waited for something to report; they do not count as its duration."""
 
 
 REASON: Final = web.ResponseKey("reason", str)
@@ -94,7 +94,7 @@ def wants_page(request: web.Request) -> bool:
 
 
 def unexpected_detail(identity: str) -> str:
-    """Return all that a client learns of an error that nobody foresaw."""
+    """Return all that a client learns of an unexpected error."""
     return f"Internal error; the log has more under request id {identity}"
 
 

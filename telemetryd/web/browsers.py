@@ -17,7 +17,7 @@ from telemetryd.model.queries import SNAPSHOT
 from telemetryd.model.values import shorten
 
 PAGES: Final = frozenset({"/", "/docs", "/openapi.json"})
-"""What somebody may come to by a link on another page; none of them holds data."""
+"""What a link on another page may lead to; none of them holds data."""
 ASSETS: Final = "/page/"
 """Where the files of the page at `/` are."""
 _ASSETS: Final = (ASSETS, "/docs/static/")
@@ -111,7 +111,7 @@ def _is_for_all(request: web.Request) -> bool:
         return False
     path = resource.canonical
     if path in PAGES:
-        # Not in a frame, nor as an image: only what becomes a page of its own reveals nothing to the foreign one.
+        # Not in a frame, nor as an image: only what becomes a separate page reveals nothing to the foreign one.
         # Every browser that names the mode says where the answer goes; who leaves that out shows it in no frame.
         destination = request.headers.get("Sec-Fetch-Dest", "document")
         return request.headers.get("Sec-Fetch-Mode") == "navigate" and destination == "document"

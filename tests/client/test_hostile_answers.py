@@ -247,7 +247,7 @@ def test_a_header_beyond_all_bounds_costs_no_acknowledgement(headers: dict[str, 
     assert math.isfinite(retry_after_s(answer))
 
 
-def test_a_reason_of_any_depth_is_told_or_left_out() -> None:
+def test_a_reason_of_any_depth_is_reported_or_left_out() -> None:
     """orjson reads a thousand levels, and neither repr() nor json.dumps() writes so many."""
     deep = b'{"detail":' + b"[" * 900 + b"]" * 900 + b"}"
     assert ask(head(500, len(deep)) + deep).body is None

@@ -220,7 +220,7 @@ def test_a_line_without_end_is_read_in_bounded_pieces(full: Path, monkeypatch: p
     stream.release()
 
 
-def test_a_line_of_many_beginnings_is_mended_in_bounded_time() -> None:
+def test_a_line_of_many_beginnings_is_fixed_in_bounded_time() -> None:
     began = time.thread_time()
     assert repair(b'{"op":"' * 300_000) is None
     assert time.thread_time() - began < 5

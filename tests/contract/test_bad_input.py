@@ -376,7 +376,7 @@ async def test_ndjson_of_garbage_names_each_line_but_not_without_end(shared: Api
     ],
     ids=lambda item: ascii(item)[:25],
 )
-async def test_one_bad_item_beside_a_good_one(shared: Api, item: object) -> None:
+async def test_one_bad_item_next_to_a_good_one(shared: Api, item: object) -> None:
     good = make_run()
     answer = await shared.batch([item, good])
     assert (answer["inserted"], answer["duplicates"], answer["total"]) == (1, 0, 2)

@@ -313,7 +313,7 @@ async def test_an_index_is_built_while_runs_change_and_after_a_restart(
     ["DROP TRIGGER runs_text_changed", "INSERT INTO runs_text (rowid, input_summary) VALUES (3, 'stray')",
      "INSERT INTO runs_text (runs_text) VALUES ('delete-all')", "DROP TABLE runs_text"],
 )  # fmt: skip
-async def test_check_finds_an_index_that_differs_and_repair_mends_it(make_api: MakeApi, harm: str) -> None:
+async def test_check_finds_an_index_that_differs_and_repair_fixes_it(make_api: MakeApi, harm: str) -> None:
     api = await make_api(full_text=True)
     await api.batch([make_run(event_id=str(n), output_summary=f"word{n}") for n in range(50)])
     path = api.settings.db_path

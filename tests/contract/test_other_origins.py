@@ -198,7 +198,7 @@ def test_origins_are_kept_as_browsers_write_them(given: str, kept: str) -> None:
         "file:///x",
     ],
 )
-def test_what_is_no_origin_is_told_at_the_start(given: str) -> None:
+def test_what_is_no_origin_is_reported_at_the_start(given: str) -> None:
     with pytest.raises(ConfigurationError, match="TELEMETRY_CORS_ORIGINS: must be origins such as"):
         load({"cors_origins": given}, {}, None)
 

@@ -46,7 +46,7 @@ def calm() -> bool:
     return os.getloadavg()[0] <= (os.cpu_count() or 1)
 
 
-def check_health(healths: list[float], controls: list[float], *, was_calm: bool, limit_s: float = LIMIT_S) -> None:
+def check_health(healths: list[float], controls: list[float], *, was_calm: bool) -> None:
     """Compare how long /health took with what the control took for its answers, under the same load.
 
     A machine that is busy with other work slows both down, so it excuses a factor, and nothing else.
@@ -57,8 +57,8 @@ def check_health(healths: list[float], controls: list[float], *, was_calm: bool,
     measured = (
         f"{statistics.median(healths):.3f}, {most:.3f}, {max(healths):.3f} s next to {usual:.3f}, {max(controls):.3f}"
     )
-    assert statistics.median(healths) < max(limit_s, 4 * usual), measured
-    assert most < max(2 * limit_s, 8 * usual), measured
+    assert statistics.median(healths) < max(LIMIT_S, 4 * usual), measured
+    assert most < max(2 * LIMIT_S, 8 * usual), measured
     if was_calm:
         assert max(healths) < max(LIMIT_S, 2 * max(controls), 8 * usual), measured
 

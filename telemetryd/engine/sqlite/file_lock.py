@@ -16,7 +16,7 @@ from telemetryd.errors import DatabaseError, DatabaseOwnedError
 
 _TRIES: Final = 10
 _PAUSE_S: Final = 0.01
-"""One who only looks whether somebody holds a lock holds it himself for a moment."""
+"""A process that only checks whether a lock is held holds it for a moment."""
 _HOLDER_READS: Final = 50
 _LOCK_CONTENT: Final = re.compile(rb"\s*\d{0,10}\s*")
 _LOCK_FLAGS: Final = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
@@ -36,7 +36,7 @@ class FileLock:
 
     Args:
         path: where it stands.
-        spare_bytes: how large it is while nobody has it, so that the next owner finds this much room on a full disk.
+        spare_bytes: how large it is while it is free, so that the next owner finds this much room on a full disk.
 
     """
 
@@ -84,7 +84,7 @@ class FileLock:
                 raise DatabaseError(f"Cannot write the lock file {self.path}: {error.strerror}") from error
 
     def is_in_place(self) -> bool:
-        """Return whether the locked file still stands at its path; if not, somebody else can lock another one."""
+        """Return whether the locked file still stands at its path; if not, another process can lock another one."""
         try:
             return self._descriptor is not None and os.path.samestat(os.fstat(self._descriptor), os.stat(self.path))
         except OSError:
@@ -140,7 +140,7 @@ def _write(descriptor: int, text: bytes) -> None:
 def holder_of(descriptor: int) -> str:
     """Say who holds a lock: what its file says counts only if that process holds it, seen from here.
 
-    In another PID namespace, as of another container, the PID in the file is that of somebody else.
+    In another PID namespace, as of another container, the PID in the file is that of another process.
     """
     status, said = os.fstat(descriptor), ""
     try:

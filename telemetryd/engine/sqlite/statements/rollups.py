@@ -31,7 +31,7 @@ _DATE: Final = len("2025-12-24")
 _SPANS: Final = (1, DAY)
 
 Summary = dict[tuple[str, str, str, str], tuple[list[int], dict[int, int]]]
-"""By hour (2025-12-24T10), agent, job type and status: the sums of a cell, and how many durations fall in which bin."""
+"""The sums of a cell, and the durations in each bin, by hour (2025-12-24T10), agent, job type and status."""
 CellKey = tuple[int, int, int, str, str, str]
 """The key of a row of `run_stats`."""
 

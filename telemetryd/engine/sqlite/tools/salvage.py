@@ -39,7 +39,7 @@ class Salvage:
 
     @property
     def lost(self) -> int | None:
-        """How many runs could not be saved, or None if nobody knows."""
+        """How many runs could not be saved, or None if that is unknown."""
         return None if self.expected is None else max(self.expected - self.saved, 0)
 
 
