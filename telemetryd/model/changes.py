@@ -216,6 +216,9 @@ def _read_known(name: str, value: str, now: datetime) -> tuple[Known, ...]:
     return tuple(Known(*each) for each in given)
 
 
+_EACH: Final = r'\[[0-9]{1,18},"[^"\\\x00-\x1f]{1,255}",([0-9]{1,18}|null),"[^"\\\x00-\x1f]{0,27}"\]'
+
+
 def write_known(known: Sequence[Known]) -> str:
     """Return what a copy has as the parameter `known`."""
     short = [each for each in known if len(each.event_id.encode()) <= _LONGEST_KNOWN]  # so that the address is not long
@@ -226,7 +229,7 @@ KNOWN: Final = Parameter(
     "known",
     "For copies: some of the newest changes that they have, as a JSON array of [seq, event_id, id or null if it was "
     "deleted, updated_at]. If this database never held one of them, it was put back from an older copy: 410.",
-    {"type": "string"},
+    {"type": "string", "pattern": rf"^\[({_EACH}(,{_EACH}){{0,7}})?\]$"},
     _read_known,
 )
 LIST: Final[tuple[Parameter[Any], ...]] = (AFTER, BEGUN, EVENTS_AFTER, LIMIT, WAIT, MOST_BYTES, KNOWN)
