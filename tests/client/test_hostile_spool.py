@@ -20,7 +20,7 @@ from telemetryd.client.lines import after_of, dead_letter, repair
 from telemetryd.client.streams import Stream, is_sent
 from tests.client.conftest import MakeClient, flushed, url_of
 from tests.client.test_spool import drain
-from tests.conftest import Api, StartDaemon, make_run
+from tests.conftest import Api, StartDaemon, eventually, make_run
 from tests.http_client import get
 from tests.tools.forks import popen
 
@@ -200,6 +200,7 @@ async def test_lines_too_deep_go_to_the_dead_letters_and_block_nobody(
     client.record(make_run())
     await flushed(client)
     await arrived(api, client, {"left", "last"})
+    await eventually(lambda: not (full / "left.jsonl.ready").exists())
     assert len((full / DEAD_LETTERS).read_bytes().splitlines()) == len(deep)
 
 

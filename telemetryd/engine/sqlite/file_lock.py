@@ -142,17 +142,20 @@ def holder_of(descriptor: int) -> str:
 
     In another PID namespace, as of another container, the PID in the file is that of another process.
     """
-    status, said = os.fstat(descriptor), ""
-    try:
-        found = _FLOCK.findall(_LOCKS.read_text("ascii"))
-    except OSError:  # another system than Linux
-        return f"PID {_living_holder(descriptor) or 'unknown'}"
+    status = os.fstat(descriptor)
     device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
-    # On some file systems stat returns another device than this list has (btrfs, overlay): then the file helps.
-    said = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip()
-    for pid, where, inode in found:
-        if inode == str(status.st_ino) and (where == device or pid == said):
-            return f"PID {pid}"
+    # The list is read in pieces while other programs lock and unlock, so that one reading may miss a lock.
+    for _ in range(_TRIES):
+        try:
+            found = _FLOCK.findall(_LOCKS.read_text("ascii"))
+        except OSError:  # another system than Linux
+            return f"PID {_living_holder(descriptor) or 'unknown'}"
+        # On some file systems stat returns another device than this list has (btrfs, overlay): then the file helps.
+        said = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip()
+        for pid, where, inode in found:
+            if inode == str(status.st_ino) and (where == device or pid == said):
+                return f"PID {pid}"
+        time.sleep(_PAUSE_S)
     return _UNSEEN
 
 
