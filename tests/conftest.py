@@ -181,9 +181,10 @@ async def make_api(
         metrics = Metrics()
         store = await Store.open(settings, metrics, clock)
         stores.append(store)
+        upkeep = Upkeep(store, settings)
         if settings.full_text:
-            await Upkeep(store, settings).index_texts()
-        client = await aiohttp_client(DaemonServer(make_app(store, settings, metrics), settings))
+            await upkeep.index_texts()
+        client = await aiohttp_client(DaemonServer(make_app(store, settings, metrics, upkeep=upkeep), settings))
         clients.append(client)
         return Api(client, store, settings)
 

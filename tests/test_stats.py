@@ -61,6 +61,12 @@ QUERIES = [
     )
     for parts in [[*grouped, *bucket, *filtered]]
 ] + ["", "from=-37h&to=-1h", "from=-60h&to=-13h&group_by=status", "from=-61h&to=-90m&bucket=1d"]
+QUERIES += [
+    f"{bounds}&bucket={bucket}&utc_offset={offset}&{parts}"
+    for bounds in ("from=2025-12-30T00:00:00Z&to=2026-01-04T00:00:00Z", "from=-61h&to=-90m")
+    for bucket, offset in (("1d", "%2B01:00"), ("1d", "-05:00"), ("1w", "%2B14:00"), ("5h", " 02:00"))
+    for parts in ("group_by=agent_name", "group_by=status&agent_name=*b&job_type=j")
+]
 
 
 def brute_force(connection: sqlite3.Connection, query: stats.GetStats) -> list[dict[str, Any]]:
@@ -76,7 +82,7 @@ def brute_force(connection: sqlite3.Connection, query: stats.GetStats) -> list[d
             continue
         if any(run[name] not in query.filters.equal.get(name, (run[name],)) for name in ("job_type", "status")):
             continue
-        bucket = [] if query.hours is None else [stats.hour_name(hour - hour % query.hours)]
+        bucket = [] if query.hours is None else [stats.hour_name(hour - (hour + query.ahead) % query.hours)]
         groups.setdefault((*bucket, *(run[name] for name in query.group_by)), []).append(run)
     answer = []
     for key, runs in sorted(groups.items()):
@@ -348,12 +354,14 @@ async def test_a_patch_is_counted_when_it_is_acknowledged(api: Api) -> None:
         ({"group_by": ""}, "Invalid group_by"),
         ({"bucket": "90m"}, "Invalid bucket: '90m'; it must be a number of hours, days or weeks such as 1h"),
         ({"bucket": "0h"}, "Invalid bucket"),
+        ({"utc_offset": "+05:30"}, "Invalid utc_offset: '+05:30'; it must be whole hours from -14:00 to +14:00"),
+        ({"utc_offset": "+15:00"}, "Invalid utc_offset"),
         ({"from": "yesterday"}, "Invalid from: 'yesterday'; it must be an ISO 8601 date and time such as"),
         ({"to": "-24"}, "Invalid to: '-24'"),
         ({"from": "now", "to": "-1h"}, "Invalid from: 'now'; it must be before to ('-1h')"),
         ({"status": "success,done"}, "Invalid status: 'done'; it must be one of running"),
         ({"agent_name": "a,,b"}, "Invalid agent_name"),
-        ({"limit": "5"}, "Unknown query parameter 'limit'; known are: group_by, bucket, from, to"),
+        ({"limit": "5"}, "Unknown query parameter 'limit'; known are: group_by, bucket, utc_offset, from, to"),
     ],
 )
 async def test_wrong_parameters(api: Api, parameters: dict[str, str], told: str) -> None:
@@ -406,8 +414,8 @@ async def test_times_at_the_ends_of_the_calendar(api: Api) -> None:
     await api.post(make_run(created_at="0001-01-01T00:00:00Z"))
     await api.post(make_run(created_at="9999-12-31T22:59:59Z"))
     whole = {"from": "0001-01-01T00:00:00Z", "to": "9999-12-31T23:59:59Z"}
-    for bucket in ("1h", "7d", "99999w"):
-        groups = (await ask(api, 200, bucket=bucket, **whole))["groups"]
+    for bucket, offset in (("1h", "+00:00"), ("7d", "+14:00"), ("1d", "-14:00"), ("99999w", "+00:00")):
+        groups = (await ask(api, 200, bucket=bucket, utc_offset=offset, **whole))["groups"]
         assert sum(group["runs"] for group in groups) == 2
         assert all(datetime.fromisoformat(group["bucket"]) for group in groups)
 

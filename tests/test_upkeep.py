@@ -561,6 +561,8 @@ async def test_the_daemon_does_it_by_itself_if_set_and_confirmed(start_daemon: S
     settings = {"TELEMETRY_PRUNE_AFTER": "90d", "TELEMETRY_STALE_AFTER": "1s", "TELEMETRY_RETENTION_DAYS": "30"}
     daemon = start_daemon(**settings)
     await post(daemon, [make_run() for _ in range(3)])
+    remark = daemon.wait_for_line("Configuration remark")["remark"]
+    assert remark.startswith("TELEMETRY_RETENTION_DAYS has no effect, as in 3.x")
     assert daemon.wait_for_line("Reaped")["result_count"] == 3
     await post(daemon, old_runs(3))
     daemon.stop()

@@ -82,6 +82,12 @@ def run_path(event_id: str) -> str:
     return f"/api/v1/runs/{quote(event_id, safe='')}"
 
 
+def runs_path(run_id: str) -> str:
+    """Return the path of the runs with a run_id; what separates values in a filter is escaped."""
+    value = run_id.replace("\\", "\\\\").replace(",", "\\,")
+    return f"/api/v1/runs?run_id={quote(value, safe='')}"
+
+
 def _is_local(sock: socket.socket) -> bool:
     """Return whether both ends of a connection are on this machine: they have the same address, or one is loopback."""
     if sock.family == socket.AF_UNIX:

@@ -14,13 +14,14 @@ from collections.abc import Iterable
 from typing import Final
 
 from telemetryd.client.aside import Aside
+from telemetryd.client.batch import Batch
 from telemetryd.client.bounds import Upkeep, counted, make_room
 from telemetryd.client.complaints import Complaints
 from telemetryd.client.config import Config
 from telemetryd.client.context import ProcessIdentity
 from telemetryd.client.counters import Counters
 from telemetryd.client.dead_letters import bury
-from telemetryd.client.delivery import Batch, BlockedError, Delivery, RetryError, WaitError
+from telemetryd.client.delivery import BlockedError, Delivery, RetryError, WaitError
 from telemetryd.client.descriptors import LostError
 from telemetryd.client.folder import is_aside, waiting
 from telemetryd.client.lines import encode

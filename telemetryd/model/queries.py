@@ -219,6 +219,13 @@ class Total:
 
 
 @dataclass(frozen=True, slots=True)
+class GetRows(Query[list[Row]]):
+    """Stored runs by their event_ids. Answer: the rows that there are, in the order of `runs.COLUMNS`."""
+
+    event_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class GetRun(Query[tuple[Row, EventPage] | None]):
     """The one run with an event_id. Answer: its `Row`, and its first events if any are asked for; or None."""
 

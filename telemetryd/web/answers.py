@@ -6,19 +6,26 @@ import itertools
 import logging
 import re
 import secrets
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Final
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Final, TypeVar
 
 import orjson
 from aiohttp import web
 
 import telemetryd
 from telemetryd import SERVER_HEADER
+from telemetryd.model import runs
+from telemetryd.model.answers import Warned
 
+W = TypeVar("W", bound=Warned)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 _REQUEST_ID: Final = re.compile(r"[\x21-\x7e](?:[\x20-\x7e]{0,126}[\x21-\x7e])?")
+
+
+# Never what a client would take for the name of a host or for a step upwards.
+_PREFIX: Final = re.compile(r"(?:/\w[\w.~-]*){1,16}", re.ASCII)
 
 
 _JSON: Final = "application/json"
@@ -47,6 +54,26 @@ NOTE: Final = web.RequestKey("note", Note)
 def json_response(payload: object, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
     """Return an answer in JSON."""
     return web.Response(body=orjson.dumps(payload), status=status, headers=headers, content_type=_JSON)
+
+
+def with_warnings(answer: W, ignored: tuple[str, ...], notes: Sequence[str] = ()) -> W:
+    """Add what is to be said of a body that was taken: the fields that were not used, and other notes."""
+    if ignored or notes:
+        more = len(notes) - runs.MAX_WARNINGS
+        cut = [*notes[: runs.MAX_WARNINGS], f"{more} more warnings"] if more > 0 else notes
+        answer["warnings"] = [*runs.ignored_field_warnings(ignored), *cut]
+    return answer
+
+
+def endpoint_of(request: web.Request) -> str | None:
+    """Return the path of the endpoint that answers, as the OpenAPI document has it; None if there is none."""
+    resource = request.match_info.route.resource
+    return None if resource is None else path_of(resource)
+
+
+def path_of(resource: web.AbstractResource) -> str:
+    """Return the path of a resource, without the slash at its end, which is ignored."""
+    return resource.canonical.rstrip("/") or "/"
 
 
 IDENTITY: Final = web.RequestKey("identity", str)
@@ -86,6 +113,13 @@ def client_address(request: web.BaseRequest) -> str:
     """Return a client's address, one of IPv4 as such also on a socket of IPv6; "" on the Unix socket."""
     address = request.remote or ""
     return address.removeprefix(_MAPPED) if address.startswith(_MAPPED) and "." in address else address
+
+
+def next_page(request: web.Request, address: str) -> dict[str, str]:
+    """Return the header that leads to the next page, under the sub-path that a proxy says it shows us at."""
+    given = request.headers.get("X-Forwarded-Prefix", "").rstrip("/")
+    prefix = given if _PREFIX.fullmatch(given) else ""
+    return {"Link": f'<{prefix}{address}>; rel="next"'}
 
 
 def wants_page(request: web.Request) -> bool:

@@ -235,6 +235,19 @@ def _content(operation: Operation, kind: str) -> Schema:
     return content if example is None else {**content, "example": example}
 
 
+_NULL: Final[Schema] = {"type": "null"}
+_SAID: Final = ("title", "description", "default", "examples")
+"""What a schema says besides what it allows."""
+
+
+def _or_null(schema: Schema) -> Schema:
+    """Return the schema of a field that may be null, which means that it is not given."""
+    said = {key: value for key, value in schema.items() if key in _SAID}
+    allowed = {key: value for key, value in schema.items() if key not in _SAID}
+    kinds = allowed.get("anyOf", [allowed])
+    return {"anyOf": kinds if _NULL in kinds else [*kinds, _NULL], **said}
+
+
 @cache  # the parameters of five operations look into it as well, and it takes some 15 ms
 def _schemas() -> dict[str, Schema]:
     models: list[tuple[type[BaseModel], str]] = [
@@ -268,6 +281,11 @@ def _schemas() -> dict[str, Schema]:
         schema["created_at"].pop("default", None)
         schema.get("updated_at", {}).pop("default", None)
         schema.get("id", {}).pop("default", None)
+    for name in ("NewRun", "NewEvent"):
+        properties, required = schemas[name]["properties"], schemas[name]["required"]
+        schemas[name]["properties"] = {
+            field: schema if field in required else _or_null(schema) for field, schema in properties.items()
+        }
     schemas["ErrorItem"] = obj(
         {"loc": {"type": "array", "items": {"anyOf": [STRING, INTEGER]}}, "msg": STRING, "type": STRING}
     )

@@ -22,8 +22,9 @@ from hypothesis import strategies as st
 from telemetryd.client import Config
 from telemetryd.client.answers import retry_after_s
 from telemetryd.client.aside import Aside
+from telemetryd.client.batch import Batch
 from telemetryd.client.counters import Counters
-from telemetryd.client.delivery import Batch, Delivery, RetryError
+from telemetryd.client.delivery import Delivery, RetryError
 from telemetryd.client.lines import encode
 from telemetryd.client.transport import Answer, Transport, UnreachableError
 from telemetryd.compat import TelemetryClient, TelemetryConfig

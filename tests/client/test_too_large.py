@@ -15,8 +15,9 @@ import pytest
 
 from telemetryd.client import Config, aside, worker
 from telemetryd.client.aside import Aside
+from telemetryd.client.batch import Batch
 from telemetryd.client.counters import Counters
-from telemetryd.client.delivery import MAX_BYTES, Batch, BlockedError, Delivery
+from telemetryd.client.delivery import MAX_BYTES, BlockedError, Delivery
 from telemetryd.client.folder import entries, is_aside
 from telemetryd.client.lines import encode
 from telemetryd.client.transport import Answer, Transport, UnreachableError

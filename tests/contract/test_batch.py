@@ -168,11 +168,14 @@ async def test_an_empty_array_is_zeros(api: Api) -> None:
 async def test_known_events_are_duplicates_and_stay_untouched(api: Api) -> None:
     old = make_run(host="old")
     await api.post(old)
-    assert await api.batch([{**old, "host": "new"}, make_run()]) == {
+    assert await api.batch([make_run(), {**old, "host": "new"}, old]) == {
         "inserted": 1,
-        "duplicates": 1,
+        "duplicates": 2,
         "errors": [],
-        "total": 2,
+        "total": 3,
+        "warnings": [
+            "Item 1: The event_id is known, and the stored run, which stays as it is, differs in: host",
+        ],
     }
     assert (await api.get(f"{RUNS}/{old['event_id']}"))["host"] == "old"
 
@@ -180,7 +183,9 @@ async def test_known_events_are_duplicates_and_stay_untouched(api: Api) -> None:
 async def test_repeats_inside_one_batch_are_duplicates(api: Api) -> None:
     run = make_run()
     answer = await api.batch([{**run, "host": str(number)} for number in range(1000)])
+    *first, last = answer.pop("warnings")
     assert answer == {"inserted": 1, "duplicates": 999, "errors": [], "total": 1000}
+    assert (len(first), first[0][:8], last) == (100, "Item 1: ", "899 more warnings")
     assert (await api.get(f"{RUNS}/{run['event_id']}"))["host"] == "0"
 
 

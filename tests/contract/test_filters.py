@@ -189,6 +189,7 @@ async def test_without_the_index_q_is_refused_and_the_setting_named(api: Api) ->
     detail = check_error(await send(api, "GET", f"{RUNS}?q=word"), 400)
     assert detail.startswith("Invalid q: ")
     assert "TELEMETRY_FULL_TEXT" in detail
+    assert (await api.get("/health"))["full_text"] == "off"
 
 
 async def test_words_prefixes_and_phrases(make_api: MakeApi) -> None:
@@ -208,6 +209,7 @@ async def test_words_prefixes_and_phrases(make_api: MakeApi) -> None:
         assert answer.status == (200 if any(map(str.isalnum, syntax)) else 400), syntax
     assert await found(api, "q=quick&status=running&agent_name=*&sort=created_at&limit=1") == ["1"]
     assert await total(api, "q=quick&count=exact") == ("2", "exact")
+    assert (await api.get("/health"))["full_text"] == "ready"
 
 
 def words(path: Path) -> int:

@@ -177,7 +177,7 @@ async def test_the_default_limit_is_100_and_the_largest_1000(api: Api) -> None:
         (
             "created_before=yesterday",
             "Invalid created_before: 'yesterday'; it must be an ISO 8601 date and time such as "
-            "2025-12-24T10:00:00Z, an age such as -24h or -30d, or now",
+            "2025-12-24T10:00:00Z, a date, an age such as -24h or -30d, or now",
         ),
         ("limit=1&limit=2", "Query parameter limit is given more than once; give it once"),
     ],
@@ -195,6 +195,19 @@ def next_page(answer: Answer) -> str | None:
     match = re.fullmatch(r'<([^>]+)>; rel="next"', answer.headers["link"])
     assert match is not None
     return match[1]
+
+
+@pytest.mark.parametrize(
+    ("said", "prefix"),
+    [(None, ""), ("/telemetry", "/telemetry"), ("/a/b-c.d/", "/a/b-c.d"), ("/", ""), ("", ""), ("//evil.example", ""),
+     ("/../x", ""), ("https://evil.example", ""), ("/a>; rel=x, </b", ""), ("/a,/b", ""), ("/" + "a/" * 99, "")],
+)  # fmt: skip
+async def test_a_proxy_says_under_which_path_the_next_page_is(api: Api, said: str | None, prefix: str) -> None:
+    await api.batch(runs_of_two_agents(3))
+    headers = {} if said is None else {"X-Forwarded-Prefix": said}
+    following = next_page(await send(api, "GET", f"{RUNS}?limit=1", headers=headers))
+    assert following is not None
+    assert following.startswith(f"{prefix}{RUNS}?limit=1&cursor=")
 
 
 async def test_cursors_walk_through_everything_once(api: Api) -> None:

@@ -95,13 +95,14 @@ def url(tmp_path_factory: pytest.TempPathFactory, browser: Browser) -> Iterator[
 
 @pytest.fixture(scope="package")
 def closed_url(tmp_path_factory: pytest.TempPathFactory, browser: Browser) -> Iterator[str]:
-    """The address of a daemon that wants a token."""
+    """The address of a daemon that wants a token, and that can search for words."""
     folder: Path = tmp_path_factory.mktemp("closed")
     daemon = Daemon(
         folder,
         TELEMETRY_DB_JOURNAL_MODE="WAL",
         TELEMETRY_API_AUTH_ENABLED="true",
         TELEMETRY_API_AUTH_TOKEN=TOKEN,
+        TELEMETRY_FULL_TEXT="true",
     )
     telemetryd("demo", "--url", daemon.url, "--no-live", "--runs", "60", TELEMETRY_API_AUTH_TOKEN=TOKEN)
     yield daemon.url

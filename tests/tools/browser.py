@@ -27,7 +27,7 @@ def chromium() -> Iterator[Browser]:
 
 
 def new_context(browser: Browser, *, is_phone: bool = False, theme: Theme = "light", **options: Any) -> BrowserContext:
-    """Return a context with nothing remembered; animations are off."""
+    """Return a context with nothing remembered, in Berlin's time; animations are off."""
     context = browser.new_context(
         viewport=PHONE if is_phone else DESKTOP,  # type: ignore[arg-type]
         is_mobile=is_phone,
@@ -35,8 +35,7 @@ def new_context(browser: Browser, *, is_phone: bool = False, theme: Theme = "lig
         color_scheme=theme,
         reduced_motion="reduce",
         locale="en-GB",
-        timezone_id="Europe/Berlin",
-        **options,
+        **{"timezone_id": "Europe/Berlin", **options},
     )
     context.set_default_timeout(60_000)
     return context
