@@ -94,7 +94,7 @@ async def test_prune_deletes_a_slice_and_keeps_the_totals_right(make_api: MakeAp
     await fill(api)
     path = api.settings.db_path
     assert (await admin(api, "prune", older_than="90d", dry_run=True))["matching"] == 600
-    answer = await admin(api, "prune", older_than="90d", limit=100)
+    answer = await admin(api, "prune", older_than="90d", limit=100.0)
     assert (answer["pruned"], answer["more"]) == (100, True)
     totals_are_right(path)
     assert (await admin(api, "prune", older_than="90d", limit=1000, status="failed"))["pruned"] in range(150, 201)

@@ -32,7 +32,14 @@ Age = Annotated[
 ]
 
 
-Limit = Annotated[int, Field(ge=1, le=MAX_SLICE)]
+def _whole(value: object) -> object:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = BeforeValidator(_whole)
+"""Takes 12.0 for 12: JSON Schema calls both an integer."""
+
+Limit = Annotated[int, Field(ge=1, le=MAX_SLICE), Whole]
 
 
 class _Slice(BaseModel):
@@ -67,7 +74,7 @@ class RunVersion(BaseModel):
         extra="forbid", strict=True, json_schema_extra={"description": "A run as it was at its last change."}
     )
 
-    id: Annotated[int, Field(ge=0, le=MAX_INTEGER)] = Field(description="Its id.")
+    id: Annotated[int, Field(ge=0, le=MAX_INTEGER), Whole] = Field(description="Its id.")
     updated_at: Timestamp = Field(description="When it last changed.")
 
 
@@ -143,8 +150,8 @@ class ProcessRequest(BaseModel):
         json_schema_extra={"description": "The process that works on a run, as it sees itself."},
     )
 
-    pid: Annotated[int, Field(ge=1, le=2**31 - 1)] = Field(description="Its process id.", examples=[4711])
-    start_time: Count = Field(
+    pid: Annotated[int, Field(ge=1, le=2**31 - 1), Whole] = Field(description="Its process id.", examples=[4711])
+    start_time: Annotated[Count, Whole] = Field(
         description="When it started: clock ticks since boot, field 22 of /proc/PID/stat.", examples=[8_675_309]
     )
     boot_id: Annotated[str, Field(min_length=1, max_length=64)] = Field(
