@@ -57,14 +57,21 @@ class DatabaseOwnedError(DatabaseError):
 
 
 class InvalidBodyError(TelemetrydError):
-    """Raised for a body that cannot be used; `errors` lists every fault."""
+    """Raised for a body that cannot be used; `errors` lists every fault.
+
+    Args:
+        errors: the faults.
+        event_id: of the run that is refused, where the body cannot be decoded otherwise.
+
+    """
 
     message = "The request body does not describe what it should."
     error_type = "ValidationError"
 
-    def __init__(self, errors: list[ErrorItem]) -> None:
+    def __init__(self, errors: list[ErrorItem], event_id: str | None = None) -> None:
         super().__init__("; ".join(describe(error) for error in errors))
         self.errors = errors
+        self.event_id = event_id
 
 
 class InvalidRequestError(TelemetrydError):

@@ -7,7 +7,7 @@ import time
 from typing import Final
 
 HEADER: Final = "Telemetry-Flow"
-METHODS: Final = ("POST", "PATCH")
+METHODS: Final = ("POST", "PATCH", "DELETE")
 """Requests whose answers carry the header; answers of 429 and 503 do so as well."""
 NEVER: Final = (401, 403)
 """Answers that never carry it: how busy the daemon is concerns nobody who has no right to ask."""

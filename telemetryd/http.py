@@ -16,7 +16,7 @@ from telemetryd.errors import (
     InvalidRequestError,
     RunNotFoundError,
 )
-from telemetryd.model import bodies, event_queries, events, queries, regressions, runs, stats, values
+from telemetryd.model import bodies, event_queries, events, filters, queries, regressions, runs, stats, values
 from telemetryd.model.answers import (
     BatchStored,
     CommitAssociated,
@@ -36,7 +36,8 @@ from telemetryd.model.parameters import accept_none
 from telemetryd.model.requests import ProcessRequest
 from telemetryd.model.rules import Rules
 from telemetryd.ops.metrics import Metrics, wants_prometheus
-from telemetryd.services import admin, exports
+from telemetryd.services import administration, exports
+from telemetryd.services.administration import STORE, UPKEEP
 from telemetryd.services.alerting import Alerting
 from telemetryd.services.certificates import Certificates
 from telemetryd.services.duplicates import differences
@@ -46,17 +47,14 @@ from telemetryd.settings import Settings
 from telemetryd.store import Store
 from telemetryd.web import browsers, openapi, operations, pages
 from telemetryd.web.answers import NOTE, REASON, Handler, json_response, next_page, with_warnings
-from telemetryd.web.body import JSON_TYPES, NDJSON_TYPES, Bodies, check_media_type
+from telemetryd.web.body import BODIES, JSON_TYPES, NDJSON_TYPES, Bodies, check_media_type, json_body
 from telemetryd.web.middleware import middleware
 from telemetryd.web.openapi import Described, Operation
 
-STORE: Final = web.AppKey("store", Store)
 SETTINGS: Final = web.AppKey("settings", Settings)
 METRICS: Final = web.AppKey("metrics", Metrics)
 CERTIFICATES: Final = web.AppKey("certificates", Certificates)
-BODIES: Final = web.AppKey("bodies", Bodies)
 ALERTING: Final = web.AppKey("alerting", Alerting)
-UPKEEP: Final = web.AppKey("upkeep", Upkeep)
 DOCUMENT: Final = web.AppKey("document", bytes)
 
 
@@ -66,7 +64,7 @@ DOCUMENT: Final = web.AppKey("document", bytes)
 async def create_run(request: web.Request) -> web.Response:
     """Store one run; a single is a batch of one."""
     request.app[STORE].check_open()
-    body, size = await _json_body(request)
+    body, size = await json_body(request)
     parsed = runs.parse_run(body)
     event_id, run_id = str(parsed.row[runs.EVENT_ID]), str(parsed.row[runs.RUN_ID])
     created = await request.app[STORE].submit(CreateRuns((parsed.row,), size))
@@ -125,7 +123,7 @@ async def list_runs(request: web.Request) -> web.Response:
         total = await request.app[STORE].fetch(queries.CountMatching(query.filters, query.count))
         headers |= {"X-Total-Count": str(total.runs), "X-Total-Count-Accuracy": str(total.accuracy)}
     page = await request.app[STORE].fetch(query)
-    request[NOTE].say("Query executed", query_params=query.parameters(), result_count=len(page.runs))
+    request[NOTE].say("Query executed", query_params=filters.for_log(query.parameters()), result_count=len(page.runs))
     if page.end is not None:
         headers |= next_page(request, query.next_page(request.path, page.end))
     return json_response(orjson.Fragment(f"[{','.join(page.runs)}]"), headers=headers)
@@ -149,7 +147,7 @@ async def get_run(request: web.Request) -> web.Response:
 async def update_run(request: web.Request) -> web.Response:
     """Change the given fields of a run."""
     request.app[STORE].check_open()
-    body, size = await _json_body(request)
+    body, size = await json_body(request)
     changes, ignored = runs.parse_patch(body)
     event_id = request.match_info["event_id"]
     if not changes:
@@ -164,7 +162,7 @@ async def update_run(request: web.Request) -> web.Response:
 async def associate_commit(request: web.Request) -> web.Response:
     """Record the commit that a run led to."""
     request.app[STORE].check_open()
-    body, size = await _json_body(request)
+    body, size = await json_body(request)
     changes, ignored = runs.parse_commit(body)
     event_id = request.match_info["event_id"]
     request[NOTE].say("Commit associated", event_id=event_id, fields_updated=list(changes))
@@ -204,13 +202,6 @@ async def _stored_run(request: web.Request, most_events: int = 0) -> tuple[dict[
     return runs.to_json(row), page
 
 
-async def _json_body(request: web.Request) -> tuple[object, int]:
-    """Return the decoded body, and how many bytes it came in."""
-    check_media_type(request, JSON_TYPES)
-    async with request.app[BODIES].read(request) as body:
-        return bodies.parse_body(body), len(body)
-
-
 # --- Events --------------------------------------------------------------------------------------
 
 
@@ -218,7 +209,7 @@ async def create_events(request: web.Request) -> web.Response:
     """Store one or many events of a run, each once, or none if one is bad."""
     request.app[STORE].check_open()
     event_id = request.match_info["event_id"]
-    body, size = await _json_body(request)
+    body, size = await json_body(request)
     parsed = events.parse_events(body)
     created = await request.app[STORE].submit(CreateEvents(event_id, parsed.rows, size))
     if created is None:
@@ -255,7 +246,7 @@ async def list_events(request: web.Request) -> web.Response:
 async def register_process(request: web.Request) -> web.Response:
     """Watch the process that works on a run."""
     event_id = request.match_info["event_id"]
-    body, _ = await _json_body(request)
+    body, _ = await json_body(request)
     wanted: ProcessRequest = bodies.validate(ProcessRequest, body)
     request[NOTE].say("Process registered", event_id=event_id, pid=wanted.pid)
     await request.app[CERTIFICATES].register(event_id, wanted)
@@ -267,44 +258,6 @@ async def _watch_processes(app: web.Application) -> AsyncIterator[None]:
     app[CERTIFICATES].resume()
     yield
     await app[CERTIFICATES].close()
-
-
-# --- Admin ---------------------------------------------------------------------------------------
-
-
-async def prune_runs(request: web.Request) -> web.Response:
-    """Delete one slice of old runs."""
-    body, _ = await _json_body(request)
-    answer = await admin.prune(request.app[STORE], body, values.utc_now())
-    request[NOTE].say("Runs pruned", **answer)
-    return json_response(answer)
-
-
-async def reap_runs(request: web.Request) -> web.Response:
-    """Cancel one slice of stale runs."""
-    body, _ = await _json_body(request)
-    answer = await admin.reap(request.app[STORE], body, values.utc_now())
-    request[NOTE].say("Runs reaped", **answer)
-    return json_response(answer)
-
-
-async def confirm(request: web.Request) -> web.Response:
-    """Take note of what the operator confirms."""
-    body, _ = await _json_body(request)
-    answer = await admin.confirm(request.app[STORE], body, values.utc_now())
-    request.app[UPKEEP].look_again()
-    request[NOTE].say("Confirmed", **answer)
-    return json_response(answer)
-
-
-async def make_backup(request: web.Request) -> web.Response:
-    """Make a verified backup in the configured directory."""
-    body, _ = await _json_body(request)
-    if body != {}:
-        raise InvalidRequestError("The body must be {}: where backups go is a setting, TELEMETRY_BACKUP_DIR")
-    answer = await admin.back_up(request.app[STORE])
-    request[NOTE].say("Backup made", **answer)
-    return json_response(answer)
 
 
 # --- Everything else -----------------------------------------------------------------------------
@@ -439,6 +392,7 @@ ROUTES: Final[tuple[Route, ...]] = (
     Route("GET", "/api/v1/runs/export", export_runs, operations.EXPORT_RUNS),
     Route("GET", "/api/v1/runs/{event_id}", get_run, operations.GET_RUN),
     Route("PATCH", "/api/v1/runs/{event_id}", update_run, operations.UPDATE_RUN),
+    Route("DELETE", "/api/v1/runs/{event_id}", administration.delete_run, operations.DELETE_RUN),
     Route("POST", "/api/v1/runs/{event_id}/associate-commit", associate_commit, operations.ASSOCIATE_COMMIT),
     Route("POST", "/api/v1/runs/{event_id}/events", create_events, operations.CREATE_EVENTS),
     Route("GET", "/api/v1/runs/{event_id}/events", list_events, operations.LIST_EVENTS),
@@ -451,10 +405,11 @@ ROUTES: Final[tuple[Route, ...]] = (
     Route("GET", "/api/v1/metadata", get_metadata, operations.GET_METADATA),
     Route("GET", "/health", get_health, operations.GET_HEALTH),
     Route("GET", "/metrics", get_metrics, operations.GET_METRICS),
-    Route("POST", "/api/v1/admin/prune", prune_runs, operations.PRUNE_RUNS),
-    Route("POST", "/api/v1/admin/reap", reap_runs, operations.REAP_RUNS),
-    Route("POST", "/api/v1/admin/confirm", confirm, operations.CONFIRM),
-    Route("POST", "/api/v1/admin/backup", make_backup, operations.MAKE_BACKUP),
+    Route("POST", "/api/v1/admin/prune", administration.prune_runs, operations.PRUNE_RUNS),
+    Route("POST", "/api/v1/admin/reap", administration.reap_runs, operations.REAP_RUNS),
+    Route("POST", "/api/v1/admin/redact", administration.redact_run, operations.REDACT_RUN),
+    Route("POST", "/api/v1/admin/confirm", administration.confirm, operations.CONFIRM),
+    Route("POST", "/api/v1/admin/backup", administration.make_backup, operations.MAKE_BACKUP),
     Route("GET", "/openapi.json", get_openapi),
     *(Route("GET", path, handler) for path, handler in pages.handlers()),
 )

@@ -157,9 +157,9 @@ class Store:
         """Copy what is asked for, to be read inside the block (see `ReadingEngine.export`)."""
         return self._reading.export(query)
 
-    async def back_up(self) -> BackupMade:
+    async def back_up(self, *, compress: bool = True) -> BackupMade:
         """Make a verified backup (see `ReadingEngine.back_up`)."""
-        return await self._reading.back_up(self._clock())
+        return await self._reading.back_up(self._clock(), compress=compress)
 
     def on_commit(self, listener: Callable[[], None]) -> None:
         """Call a function after each commit, in the event loop; it has to be quick."""

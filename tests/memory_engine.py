@@ -105,7 +105,7 @@ class Memory:
         raise InvalidRequestError("There is nothing to export here")
         yield
 
-    async def back_up(self, now: datetime) -> BackupMade:
+    async def back_up(self, now: datetime, *, compress: bool = True) -> BackupMade:
         return BackupMade(Path("memory"), 0, len(self.runs), 0.0, ())
 
     async def look(self) -> DatabaseSuspectError | None:

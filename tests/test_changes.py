@@ -34,9 +34,11 @@ from telemetryd.model.commands import (
     CreateEvents,
     CreateRuns,
     Death,
+    DeleteRun,
     EndProcess,
     PruneRuns,
     ReapRuns,
+    RedactRun,
     RegisterProcess,
     UpdateRun,
 )
@@ -103,6 +105,9 @@ class Follower:
             assert run in known
             assert self.last_event < int(number or 0)
             self.last_event = int(number or 0)
+            self.events = {  # a redacted event comes in the place of what it was
+                known: row for known, row in self.events.items() if (row[0], row[2]) != (run, event[0])
+            }
             self.events[self.last_event] = (run, number, *event)
 
     def read(self, connection: sqlite3.Connection, limit: int) -> bool:
@@ -126,7 +131,7 @@ commands = st.one_of(
     ),
     st.builds(UpdateRun, event_ids, st.sampled_from([{"status": "success"}, {"items_failed": 1}])),
     st.builds(
-        lambda event_id, key: CreateEvents(event_id, ((key, "note", "", None),)),
+        lambda event_id, key: CreateEvents(event_id, ((key, "note", "", '{"a":1}'),)),
         event_ids,
         st.text("ab", min_size=1, max_size=2),
     ),
@@ -134,6 +139,8 @@ commands = st.one_of(
     st.just(EndProcess(PROCESS, DEATH, 2)),
     st.builds(PruneRuns, moments, st.integers(1, 4)),
     st.builds(ReapRuns, moments, st.integers(1, 4)),
+    st.builds(DeleteRun, event_ids),
+    st.builds(RedactRun, event_ids, st.sampled_from([(), ("host", "metrics_json")]), st.booleans(), st.integers(1, 2)),
 )
 
 

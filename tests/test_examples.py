@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from telemetryd.ops.metrics import Metrics
 from telemetryd.settings import Settings, variable
 from tests.conftest import StartDaemon
+from tests.http_client import call
 
 ROOT = Path(__file__).parents[1]
 
@@ -55,6 +56,28 @@ def test_every_variable_of_the_deployment_files_is_a_setting(file: str) -> None:
     used = set(re.findall(r"\bTELEMETRY_[A-Z_]+[A-Z]\b", (ROOT / file).read_text()))
     assert used
     assert used <= {variable(name) for name in Settings.model_fields}
+
+
+def test_lnav_knows_the_lines_of_the_log(start_daemon: StartDaemon) -> None:
+    [(name, known)] = [
+        (name, value)
+        for name, value in json.loads((ROOT / "examples/lnav/telemetryd.json").read_text()).items()
+        if name != "$schema"
+    ]
+    assert re.fullmatch(r"\w+", name)
+    daemon = start_daemon()
+    for path in ("/api/v1/metadata", "/api/v1/runs?metrics.a>5&host=h", "/nope", "/api/v1/runs?limit=x"):
+        call(daemon.url, "GET", path)
+    assert daemon.stop() == 0
+    for line in daemon.lines:
+        assert line[known["level-field"]] in known["level"].values()
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line[known["timestamp-field"]])
+        assert line[known["body-field"]]
+    requests = [line for line in daemon.lines if "endpoint" in line]
+    assert len(requests) == 4
+    for line in requests:
+        assert line.keys() - known["value"].keys() <= {"timestamp", "level", "path"}
+        assert line["client"] == "127.0.0.1"
 
 
 def test_the_build_context_holds_what_the_image_is_built_from(tmp_path: Path) -> None:

@@ -222,7 +222,7 @@ async def test_the_filters_are_those_of_the_list(api: Api) -> None:
         ({"format": "xlsx"}, "Invalid format: 'xlsx'; it must be one of ndjson, csv, parquet"),
         ({"format": "csv", "include": "events"}, "only ndjson has room for events"),
         ({"include": "all"}, "Invalid include: 'all'; it must be events"),
-        ({"limit": "5"}, "Unknown query parameter 'limit'; known are: run_id"),
+        ({"limit": "5"}, "Unknown query parameter 'limit'; known are: event_id"),
         ({"status": "odd"}, "Invalid status: 'odd'"),
     ],
 )

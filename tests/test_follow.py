@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import sqlite3
@@ -9,24 +10,43 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import orjson
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from telemetryd.cli.follow import _command
+from telemetryd.cli import stream
+from telemetryd.cli.follow import PageSize, _command
+from telemetryd.cli.stream import reach
+from telemetryd.client.config import Config
 from telemetryd.engine.sqlite.statements.changes import fetch_changes
 from telemetryd.engine.sqlite.statements.commands import Transaction
 from telemetryd.engine.sqlite.statements.replica import fetch_followed
 from telemetryd.engine.sqlite.tools import backup, migrate
 from telemetryd.engine.sqlite.tools.check import examine
-from telemetryd.model.changes import BEGINNING, GetFollowed, ListChanges, RunChanged, RunDeleted, answer_with
+from telemetryd.errors import CursorGoneError, UnavailableError
+from telemetryd.model.changes import (
+    BEGINNING,
+    LEAST_PAGE_BYTES,
+    PAGE_BYTES,
+    Cursor,
+    GetFollowed,
+    Known,
+    ListChanges,
+    RunChanged,
+    RunDeleted,
+    answer_with,
+)
 from telemetryd.model.commands import CreateEvents, CreateRuns, PruneRuns
 from telemetryd.model.runs import COLUMNS, STORED, parse_run, stored_row, to_json
 from telemetryd.model.values import utc_now
-from tests.conftest import Daemon, StartDaemon, make_run, wait_until
+from tests.conftest import Api, Daemon, StartDaemon, make_run, wait_until
 from tests.test_changes import NOW, commands, commit, connect, new
 from tests.test_tail import send
 from tests.tools.forks import popen
@@ -145,6 +165,119 @@ def test_it_refuses_what_is_no_copy_and_a_primary_that_is_another_one(
     assert follow("ftp://x", copy)[0] == 2
 
 
+def test_a_primary_that_was_put_back_from_an_older_copy_is_noticed(start_daemon: StartDaemon, tmp_path: Path) -> None:
+    """Its epoch is the same, and its numbers have gone on beyond those of the copy: they mean something else."""
+    daemon = start(start_daemon)
+    send(daemon.url, "/api/v1/runs/batch", [make_run(event_id=f"event-{number}") for number in range(5)])
+    assert daemon.stop() == 0
+    older = daemon.database.read_bytes()
+    daemon = start(start_daemon)
+    send(daemon.url, "/api/v1/runs/batch", [make_run(event_id=f"lost-{number}") for number in range(3)])
+    send(daemon.url, "/api/v1/runs/event-2", {"status": "success"}, "PATCH")
+    copy = tmp_path / "copy.sqlite"
+    assert follow(daemon.url, copy, "--once")[0] == 0
+    send(daemon.url, "/api/v1/runs/event-2", {"status": "failure"}, "PATCH")  # what a copy has may have changed since
+    assert follow(daemon.url, copy, "--once")[0] == 0
+    assert content(copy) == content(daemon.database)
+    before = content(copy)
+    assert daemon.stop() == 0
+    daemon.database.write_bytes(older)
+    daemon = start(start_daemon)
+    send(daemon.url, "/api/v1/runs/batch", [make_run(event_id=f"new-{number}") for number in range(30)])
+    status, out, errors = follow(daemon.url, copy, "--once")
+    assert (status, out) == (1, "")
+    assert "was put back from an older copy" in errors
+    assert f"{copy} cannot be kept in step any more" in errors
+    assert content(copy) == before
+
+
+@pytest.mark.parametrize(
+    ("known", "holds"),
+    [
+        (Known(9, "b", 2, "2025-12-24T12:00:01.000000Z"), True),
+        (Known(9, "b", 2, "2025-12-24T12:00:02.000000Z"), False),  # another change
+        (Known(8, "b", 2, NOW), False),  # which has not changed since `after`
+        (Known(10, "b", 2, NOW), False),  # an older state
+        (Known(3, "d", 3, NOW), True),  # changed since
+        (Known(3, "c", 3, NOW), True),  # deleted since
+        (Known(1, "x", 1, NOW), False),  # the number was another run's
+        (Known(5, "e", 5, NOW), True),  # deleted and made anew since
+        (Known(6, "g"), True),
+        (Known(6, "h"), False),
+        (Known(7, "g"), False),
+    ],
+)
+def test_what_a_copy_knows_is_looked_for(known: Known, holds: bool) -> None:
+    with closing(sqlite3.connect(":memory:", isolation_level=None)) as primary:
+        migrate.create(primary, NOW)
+        later = "2025-12-24T12:00:01.000000Z"
+        commit(primary, [CreateRuns((new("a"), new("b"), new("c"), new("d"), new("e")))])
+        commit(primary, [CreateRuns((new("g"),))])
+        primary.execute("DELETE FROM agent_runs WHERE event_id = 'g'")
+        primary.execute("INSERT INTO run_deletions (seq, event_id) VALUES (6, 'g'), (12, 'c'), (13, 'e')")
+        primary.execute("INSERT INTO run_changes (run, seq) VALUES (2, 9), (4, 11)")
+        primary.execute("UPDATE agent_runs SET updated_at = ? WHERE id IN (2, 4)", (later,))
+        primary.execute("DELETE FROM agent_runs WHERE event_id = 'c'")
+        primary.execute("UPDATE agent_runs SET id = 14 WHERE event_id = 'e'")
+        known = replace(known, id=4) if known.event_id == "d" else known
+        changes = fetch_changes(primary, ListChanges(10, 5, known=(known,)))
+        assert (changes.unknown is None) is holds
+        if not holds:
+            with pytest.raises(CursorGoneError):
+                changes.check(Cursor(10), None)
+
+
+def test_pages_become_smaller_over_a_slow_link_and_larger_over_a_quick_one() -> None:
+    size = PageSize()
+    first = size.bytes
+    size.took(13.0)
+    assert size.bytes == first // 2
+    size.took(3.0)
+    assert size.bytes == first // 2
+    for _ in range(20):
+        size.failed()
+    assert size.bytes == LEAST_PAGE_BYTES
+    for _ in range(20):
+        size.took(0.1)
+    assert size.bytes == PAGE_BYTES
+
+
+async def test_an_answer_may_take_as_long_as_it_likes_while_it_comes_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "_LONGEST_WAIT_S", 0.4)
+    pauses = [0.1] * 8
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        for pause in pauses:
+            await asyncio.sleep(pause)
+            await response.write(b" ")
+        await response.write(b'{"is": 1}')
+        return response
+
+    app = web.Application()
+    app.router.add_get("/", answer)
+    async with TestServer(app) as server, reach(Config(url=f"http://127.0.0.1:{server.port}", timeout_s=0.1)) as daemon:
+        assert await daemon.get("/", {}, ["is"]) == {"is": 1}
+        pauses[:] = [5.0]
+        with pytest.raises(UnavailableError):
+            await daemon.get("/", {}, ["is"])
+
+
+async def test_pages_are_as_small_as_they_are_asked_for(api: Api) -> None:
+    await api.batch([make_run(event_id=f"{number}", output_summary="x" * 40_000) for number in range(4)])
+    for number in range(4):
+        told = {"event_type": "step", "payload": {"text": "x" * 40_000}}
+        await api.call("POST", f"/api/v1/runs/{number}/events", json=told, status=201)
+    page = await api.get("/api/v1/changes?max_bytes=65536&events_after=0")
+    assert (len(page["changes"]), page["events"], page["more"]) == (1, [], True)
+    page = await api.get(f"/api/v1/changes?max_bytes=65536&events_after=0&after={page['newest']}")
+    assert (len(page["events"]), page["more"]) == (1, True)
+    await api.get("/api/v1/changes?max_bytes=65535", 400)
+    for known in ("5", "[[1]]", "x", str([[1, "a", 1, ""]] * 9).replace("'", '"')):
+        await api.get("/api/v1/changes", 400, params={"known": known})
+
+
 _STRAYS = "SELECT * FROM run_events WHERE run NOT IN (SELECT id FROM agent_runs)"
 told = st.builds(
     lambda run, keys: CreateEvents(f"event-{run}", tuple((key, "step", "", '{"ä":[1.5,null]}') for key in keys)),
@@ -167,7 +300,10 @@ def test_pages_of_any_size_at_any_time_make_an_equal_copy(steps: list[tuple[list
         def take(limit: int, end: str = "COMMIT") -> bool:
             followed = fetch_followed(copy, GetFollowed())
             after = BEGINNING if followed.cursor is None else followed.cursor.seq
-            changes = fetch_changes(primary, ListChanges(after, limit, events_after=followed.last_event))
+            changes = fetch_changes(
+                primary, ListChanges(after, limit, events_after=followed.last_event, known=followed.known)
+            )
+            assert changes.unknown is None
             found: list[RunChanged | RunDeleted] = [
                 {"seq": seq, "run": _decoded(what)} if isinstance(what, tuple) else {"seq": seq, "deleted": what}
                 for seq, what in changes.found

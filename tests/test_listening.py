@@ -81,7 +81,9 @@ def test_two_colons_are_every_address_of_both_kinds(start_daemon: StartDaemon) -
     daemon = start_daemon("--host", "::")
     port = daemon.url.rpartition(":")[2]
     for host in ("127.0.0.1", "[::1]"):
-        assert get(f"http://{host}:{port}", "/health")[0] == 200
+        assert get(f"http://{host}:{port}", "/api/v1/metadata")[0] == 200
+    assert daemon.stop() == 0
+    assert [line["client"] for line in daemon.lines if "client" in line] == ["127.0.0.1", "::1"]
 
 
 def test_a_start_that_finds_its_port_in_use_leaves_nothing_behind(tmp_path: Path) -> None:

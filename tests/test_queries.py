@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from telemetryd.errors import InvalidRequestError
-from telemetryd.model.filters import OPERATORS, Comparison, Filters, quoted
+from telemetryd.model.filters import OPERATORS, Comparison, Filters, for_log, quoted
 from telemetryd.model.queries import Count, ListRuns, Order, Position, parse_list
 from telemetryd.model.values import MAX_INTEGER, canonical_timestamp
 
@@ -100,7 +100,7 @@ def test_a_blank_between_date_and_time_is_no_lost_plus(blank: str) -> None:
         *(
             (name, value, "an ISO 8601 date and time")
             for name in ("created_before", "created_after", "start_time_from", "start_time_to")
-            for value in ("", "yesterday", "2025-12-24", "1766570400", "2025-02-30T10:00:00Z", "x" * 9999)
+            for value in ("", "yesterday", "2025-12-32", "1766570400", "2025-02-30T10:00:00Z", "x" * 9999)
         ),
     ],
 )  # fmt: skip
@@ -220,15 +220,32 @@ def test_a_comparison_may_be_encoded_or_not(operator: str, text: str, value: obj
     "text",
     ["metrics.a", "metrics.=1", "metrics.a>", "metrics.a..b=1", "metrics.a=%00", "metrics.a%00=1",
      'metrics."a"=1', "metrics.a%5C=1", "metrics.a=1e999", "metrics.a=" + "x" * 256, "metrics." + "a." * 8 + "b=1",
-     "metrics.a>1&metrics.a>1", "metrics=1"],
+     "metrics.a>1&metrics.a>1", "metrics=1", "metrics.a==", "metrics.a===", "metrics.a>>1", "metrics.a<>1",
+     "metrics.a>=>1", "metrics.a=!x", "metrics.a====1", "metrics.a=>==1", "metrics.a=>", "metrics.a!1", "metrics.a+>1",
+     "metrics.+a>1"],
 )  # fmt: skip
 def test_what_is_no_comparison(text: str) -> None:
     with pytest.raises(InvalidRequestError):
         parse_list(text)
 
 
-def test_a_value_may_be_an_equals_sign() -> None:
-    assert parse_list("metrics.a==").filters.metrics == (Comparison(("a",), "=", "="),)
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize(("text", "value"), [("0", 0), ("-2.5", -2.5), ("gpt", "gpt"), ('">0"', ">0"), ("true", True)])
+def test_a_comparison_may_come_as_a_key_and_a_value(operator: str, text: str, value: object) -> None:
+    """As every HTTP library sends it: the operator is the begin of the value, or the end of the key."""
+    expected = (Comparison(("a",), operator, value),)  # type: ignore[arg-type]
+    for blank in ("", " "):
+        assert parse_list(urlencode({"metrics.a": f"{operator}{blank}{text}"})).filters.metrics == expected
+    assert parse_list(urlencode({f"metrics.a{operator}{text}": ""})).filters.metrics == expected
+    if operator not in ("<", ">"):  # of which a key and a value cannot be distinguished from the text metrics.a>=0
+        assert parse_list(urlencode({f"metrics.a{operator}": text})).filters.metrics == expected
+    assert parse_list(urlencode({"metrics.a=": f"={text}", "limit": "1"})).filters.metrics[0].operator == "="
+
+
+def test_the_log_has_no_keys_of_a_clients_own() -> None:
+    parameters = parse_list("metrics.a>5&metrics.b.c=x&host=h").parameters()
+    assert for_log(parameters) == {"host": "h", "limit": 100, "metrics": ["a>5", 'b.c="x"']}
+    assert for_log({"limit": 1}) == {"limit": 1}
 
 
 AGENTS = st.text(min_size=1, max_size=20).filter(lambda text: text.strip() and "\0" not in text)

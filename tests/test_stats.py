@@ -29,9 +29,11 @@ from telemetryd.model.commands import (
     Command,
     CreateRuns,
     Death,
+    DeleteRun,
     EndProcess,
     PruneRuns,
     ReapRuns,
+    RedactRun,
     RegisterProcess,
     UpdateRun,
 )
@@ -167,6 +169,8 @@ COMMANDS: st.SearchStrategy[Command[Any]] = st.one_of(
     st.builds(RegisterProcess, EVENT_IDS, st.just(PROCESS)),
     st.just(EndProcess(PROCESS, DEATH, 5)),
     st.builds(lambda moment: PruneRuns(moment, 3), st.sampled_from(MOMENTS)),
+    st.builds(DeleteRun, EVENT_IDS),
+    st.builds(RedactRun, EVENT_IDS, st.just(("end_time", "host")), st.just(True)),
     st.builds(lambda moment, agent: ReapRuns(moment, 3, agent), st.sampled_from(MOMENTS), st.sampled_from(["a", None])),
 )
 GROUPS = st.lists(st.tuples(st.lists(COMMANDS, min_size=1, max_size=6), st.booleans(), st.booleans()), max_size=8)

@@ -95,7 +95,7 @@ async def test_prune_deletes_a_slice_and_keeps_the_totals_right(make_api: MakeAp
     await fill(api)
     path = api.settings.db_path
     assert (await admin(api, "prune", older_than="90d", dry_run=True))["matching"] == 600
-    answer = await admin(api, "prune", older_than="90d", limit=100)
+    answer = await admin(api, "prune", older_than="90d", limit=100.0)
     assert (answer["pruned"], answer["more"]) == (100, True)
     totals_are_right(path)
     assert (await admin(api, "prune", older_than="90d", limit=1000, status="failed"))["pruned"] in range(150, 201)
@@ -182,7 +182,12 @@ async def test_a_backup_is_made_where_the_settings_say(make_api: MakeApi, tmp_pa
     answer = await api.call("POST", "/api/v1/admin/backup", json={}, status=200)
     assert answer["rows"] == 650
     assert [str(path) for path in folder.iterdir()] == [answer["path"]]
+    assert answer["path"].endswith(".sqlite.zst")
+    answer = await api.call("POST", "/api/v1/admin/backup", json={"compress": False}, status=200)
+    assert answer["path"].endswith(".sqlite")
+    assert rows(Path(answer["path"]), "SELECT count(*) FROM agent_runs") == [(650,)]
     await api.call("POST", "/api/v1/admin/backup", json={"path": "/etc/passwd"}, status=400)
+    await api.call("POST", "/api/v1/admin/backup", json={"compress": "no"}, status=422)
 
 
 async def test_without_a_directory_there_is_no_backup(make_api: MakeApi) -> None:
@@ -216,11 +221,15 @@ def old_runs(number: int) -> list[Any]:
 
 async def test_prune_goes_through_the_daemon_by_its_unix_socket(start_daemon: StartDaemon, tmp_path: Path) -> None:
     unix = tmp_path / "d.sock"
+    (tmp_path / "elsewhere").mkdir()
     daemon = start_daemon(TELEMETRY_API_UNIX=str(unix), TELEMETRY_DB_JOURNAL_MODE="WAL")
     await post(daemon, [*old_runs(700), *[make_run() for _ in range(5)]])
     common = ("prune", "--older-than", "90d", "--db-path", daemon.database, "--json")
     refused = telemetryd(*common, status=1)
     assert "--unix" in refused.stderr
+    elsewhere = ("prune", "--older-than", "90d", "--json", "--dry-run", "--unix", unix)
+    assert json.loads(telemetryd(*elsewhere, cwd=tmp_path / "elsewhere").stdout)["matching"] == 700
+    assert [*(tmp_path / "elsewhere").iterdir()] == []  # which has no database, and gets none
     dry = json.loads(telemetryd(*common, "--unix", unix, "--dry-run").stdout)
     assert (dry["dry_run"], dry["matching"]) == (True, 700)
     archive = tmp_path / "runs.ndjson.zst"

@@ -28,6 +28,8 @@ _COMMANDS: Final = {
     "prune": "upkeep",
     "reap": "upkeep",
     "confirm-clock": "upkeep",
+    "delete": "removal",
+    "redact": "removal",
     "stats": "statistics",
     "regressions": "regressions",
     "alerts": "alerts",

@@ -15,7 +15,7 @@ from telemetryd.cli.stream import Daemon, GoneError, reach
 from telemetryd.client.config import Config
 from telemetryd.errors import DatabaseError, UnavailableError
 from telemetryd.model import events
-from telemetryd.model.changes import GetFollowed
+from telemetryd.model.changes import LEAST_PAGE_BYTES, PAGE_BYTES, GetFollowed, write_known
 from telemetryd.model.commands import ApplyChanges, CopiedRun
 from telemetryd.model.runs import stored_row
 from telemetryd.ops.metrics import Metrics
@@ -25,6 +25,10 @@ _PAGE: Final = 500
 _WAIT_S: Final = 30
 _PAGE_FIELDS: Final = ("changes", "events", "epoch", "last", "more", "newest")
 _PAUSES_S: Final = (0.2, 1.0, 5.0)
+_FIRST_PAGE_BYTES: Final = 1024 * 1024
+_QUICK_S: Final = 1.0
+_SLOW_S: Final = 5.0
+"""After a page that comes in more quickly than the first, pages become larger; after one slower than this, smaller."""
 
 
 @click.command(
@@ -34,8 +38,8 @@ _PAUSES_S: Final = (0.2, 1.0, 5.0)
     take the primary's place with `telemetryd serve`, after which it is nobody's copy any more. It has the runs and
     their events, with their ids, and the commit sequence; registered processes and originals of old values stay with
     the primary. Interrupted at any moment, it goes on where it was; what --once has done is printed. If the primary was
-    restored, or the copy is too far behind, the command says so and ends: move the copy away, and start again. The
-    token comes from TELEMETRY_API_AUTH_TOKEN.
+    restored or put back from an older copy, or this copy is too far behind, the command says so and ends: move the copy
+    away, and start again. Over a slow link pages become smaller. The token comes from TELEMETRY_API_AUTH_TOKEN.
 
     \b
     Examples:
@@ -77,8 +81,27 @@ def follow(url: str, *, once: bool, as_json: bool, **flags: Any) -> None:
             ) from error
 
 
+class PageSize:
+    """How many bytes of runs a page may hold: as many as come in within some seconds."""
+
+    def __init__(self) -> None:
+        self.bytes = _FIRST_PAGE_BYTES
+
+    def took(self, seconds: float) -> None:
+        """Take note of how long a page came in."""
+        if seconds > _SLOW_S:
+            self.failed()
+        elif seconds < _QUICK_S:
+            self.bytes = min(self.bytes * 2, PAGE_BYTES)
+
+    def failed(self) -> None:
+        """Take note that a page did not come in whole: a link that breaks may carry a shorter one."""
+        self.bytes = max(self.bytes // 2, LEAST_PAGE_BYTES)
+
+
 async def _follow(daemon: Daemon, store: Store, *, once: bool, as_json: bool) -> None:
     failures = changes = happened = 0
+    size = PageSize()
     while True:
         followed = await store.fetch(GetFollowed())
         cursor = followed.cursor
@@ -91,11 +114,12 @@ async def _follow(daemon: Daemon, store: Store, *, once: bool, as_json: bool) ->
             "limit": str(_PAGE),
             "wait": "0" if once else str(_WAIT_S),
             "events_after": str(followed.last_event),
+            "max_bytes": str(size.bytes),
         }
         if cursor is not None:
-            parameters |= {"after": str(cursor), "begun": str(followed.begun)}
+            parameters |= {"after": str(cursor), "begun": str(followed.begun), "known": write_known(followed.known)}
         try:
-            page = await daemon.get("/api/v1/changes", parameters, _PAGE_FIELDS)
+            page, seconds = await daemon.timed("/api/v1/changes", parameters, _PAGE_FIELDS)
         except UnavailableError as error:
             if failures == 0:
                 click.echo(f"telemetryd: {error}; trying again", err=True)
@@ -103,8 +127,10 @@ async def _follow(daemon: Daemon, store: Store, *, once: bool, as_json: bool) ->
                 raise
             await asyncio.sleep(_PAUSES_S[min(failures, len(_PAUSES_S) - 1)])
             failures += 1
+            size.failed()
             continue
         failures = 0
+        size.took(seconds)
         if cursor is None or page["last"] != cursor.seq or page["events"]:
             # Not to be interrupted half-way: the writer carries it out anyway, and the next turn sees that.
             await asyncio.shield(store.submit(_command(page, followed.begun if cursor is not None else page["newest"])))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ _SILENT_S: Final = 40.0
 _FIRST_PAUSE_S: Final = 0.2
 _LONGEST_MESSAGE: Final = 256 * 1024 * 1024
 _LONGEST_PAUSE_S: Final = 10.0
+_LONGEST_WAIT_S: Final = 60.0
+"""For how long the daemon waits for news at most, before it answers that there are none."""
 _PATIENT: Final = (429, 502, 503, 504)
 
 
@@ -49,20 +52,29 @@ class Daemon:
             UnavailableError: if there is no answer, or none now.
 
         """
-        return read_object(*await self._get(path, parameters), fields)
+        return (await self.timed(path, parameters, fields))[0]
+
+    async def timed(
+        self, path: str, parameters: Mapping[str, str], fields: Collection[str]
+    ) -> tuple[dict[str, Any], float]:
+        """Return the answer to a request as `get` does, and for how many seconds it came in."""
+        response, text, seconds = await self._get(path, parameters)
+        return read_object(response, text, fields), seconds
 
     async def list(self, path: str, parameters: Mapping[str, str], field: str) -> list[dict[str, Any]]:
         """Return the list of objects, each with this field, that answers a request; raise as `get` does."""
-        return read_list(*await self._get(path, parameters), field)
+        response, text, _ = await self._get(path, parameters)
+        return read_list(response, text, field)
 
-    async def _get(self, path: str, parameters: Mapping[str, str]) -> tuple[aiohttp.ClientResponse, bytes]:
+    async def _get(self, path: str, parameters: Mapping[str, str]) -> tuple[aiohttp.ClientResponse, bytes, float]:
         try:
             async with self._request("GET", path, params=parameters) as response:
+                began = time.monotonic()
                 text = await response.read()
         except (aiohttp.ClientError, OSError) as error:
             raise UnavailableError(f"Cannot reach the daemon: {reason(error)}") from error
         _check(response, text)
-        return response, text
+        return response, text, time.monotonic() - began
 
     async def stream(
         self, parameters: Mapping[str, str], on_loss: Callable[[str], None]
@@ -147,5 +159,9 @@ def _check(response: aiohttp.ClientResponse, text: bytes) -> None:
 @asynccontextmanager
 async def reach(config: Config) -> AsyncIterator[Daemon]:
     """Give the daemon at the address of a client's settings, with its token."""
-    async with session(config, aiohttp.ClientTimeout(total=config.timeout_s + 60)) as request:
+    # An answer may take as long as it likes while it comes in: a page over a slow link takes minutes.
+    timeout = aiohttp.ClientTimeout(
+        total=None, sock_connect=config.timeout_s, sock_read=config.timeout_s + _LONGEST_WAIT_S
+    )
+    async with session(config, timeout) as request:
         yield Daemon(request)

@@ -76,6 +76,12 @@ class Target(Source, Protocol):
     async def confirm(self, body: Body) -> Body:
         """Answer what `POST /api/v1/admin/confirm` answers."""
 
+    async def delete(self, event_id: str) -> Body:
+        """Answer what `DELETE /api/v1/runs/{event_id}` answers."""
+
+    async def redact(self, body: Body) -> Body:
+        """Answer what `POST /api/v1/admin/redact` answers."""
+
     def pages(self, filters: dict[str, str]) -> AsyncIterator[list[Body]]:
         """Yield page after page of what `GET /api/v1/runs` answers, each run with its first events."""
 
@@ -122,6 +128,14 @@ class Local:
     async def confirm(self, body: Body) -> Body:
         """Write it into the database."""
         return await admin.confirm(self._store, body, self._clock())
+
+    async def delete(self, event_id: str) -> Body:
+        """Delete the run."""
+        return await admin.delete(self._store, event_id)
+
+    async def redact(self, body: Body) -> Body:
+        """Remove what the fields hold."""
+        return await admin.redact(self._store, body)
 
     async def stats(self, parameters: dict[str, str]) -> Body:
         """Read the statistics from the database."""
@@ -182,6 +196,14 @@ class Remote:
         """Ask to write it down."""
         field = "clock" if "date" in body else "prune_after"
         return await self._object("POST", "/api/v1/admin/confirm", (field,), json=body)
+
+    async def delete(self, event_id: str) -> Body:
+        """Ask to delete the run."""
+        return await self._object("DELETE", f"/api/v1/runs/{quote(event_id, safe='')}", ("deleted",))
+
+    async def redact(self, body: Body) -> Body:
+        """Ask to remove it."""
+        return await self._object("POST", "/api/v1/admin/redact", ("redacted",), json=body)
 
     async def stats(self, parameters: dict[str, str]) -> Body:
         """Ask for statistics."""

@@ -160,8 +160,8 @@ class ReadingEngine(QueryingEngine, Protocol):
 
         """
 
-    async def back_up(self, now: datetime) -> BackupMade:
-        """Make a verified backup in the configured directory, and remove those that are too many.
+    async def back_up(self, now: datetime, *, compress: bool = True) -> BackupMade:
+        """Make a verified backup in the configured directory, compressed or not, and remove those that are too many.
 
         Raises:
             InvalidRequestError: if the settings name no directory, or this engine makes no backups.

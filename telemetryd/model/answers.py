@@ -232,6 +232,22 @@ class RunsReaped(Slice):
     reaped: NotRequired[Number]
 
 
+class Deleted(TypedDict):
+    """A run that is gone."""
+
+    event_id: str
+    deleted: Literal[True]
+    events: Annotated[int, Field(ge=0, description="How many events went with it.")]
+
+
+class Redacted(TypedDict):
+    """A run of which something was removed."""
+
+    event_id: str
+    redacted: list[str]
+    events: Annotated[int, Field(ge=0, description="How many events lost their payload.")]
+
+
 class Confirmed(TypedDict):
     """What was confirmed."""
 

@@ -13,10 +13,10 @@ from typing import Any, Final
 from telemetryd.errors import BodyTooLargeError, InvalidBodyError
 from telemetryd.model import bodies, runs, values
 from telemetryd.model.answers import ItemRefused
+from telemetryd.model.items import explain, split
 
 _SLICE_S: Final = 0.002
 """How long items are checked before the event loop gets its turn."""
-
 
 _REPORTED_IN_FULL: Final = 1000
 """Errors of one batch that are all reported; of items beyond, each has its first error and how many more it has."""
@@ -48,7 +48,7 @@ class Batch:
             self.is_readable = True
             parsed = runs.parse_run(item)
         except InvalidBodyError as error:
-            event_id = item.get("event_id") if isinstance(item, dict) else None
+            event_id = item.get("event_id") if isinstance(item, dict) else error.event_id
             self._report(error, values.shorten(event_id) if isinstance(event_id, str) else None)
         else:
             self.rows.append(parsed.row)
@@ -89,10 +89,18 @@ async def read_batch(body: bytes, limit: int, *, is_lines: bool) -> Batch:
 
     """
     batch = Batch(len(body))
-    items = [line[0] for line in islice(_LINES.finditer(body), limit + 1)] if is_lines else _items(body, batch)
+    decode: Callable[[Any], object] = _parse_item
+    if is_lines:
+        items: list[Any] = [line[0] for line in islice(_LINES.finditer(body), limit + 1)]
+    else:
+        try:
+            decoded = bodies.parse_body(body)
+        except InvalidBodyError as error:
+            items = await _split(body, batch, limit, error)
+        else:
+            items, decode = _items(decoded, batch), _as_it_is
     if len(items) > limit:
         raise BodyTooLargeError(f"A batch must not hold more than {limit} runs (TELEMETRY_MAX_BATCH)")
-    decode: Callable[[Any], object] = bodies.parse_body if is_lines else _as_it_is
     turn = time.perf_counter()
     for item in items:
         if time.perf_counter() - turn > _SLICE_S:
@@ -112,8 +120,25 @@ def _as_it_is(item: object) -> object:
     return item
 
 
-def _items(body: bytes, batch: Batch) -> list[Any]:
-    decoded = bodies.parse_body(body)
+def _parse_item(text: bytes) -> object:
+    try:
+        return bodies.parse_body(text)
+    except InvalidBodyError as error:
+        reason = explain(text)
+        if reason is None or not reason.faults:
+            raise
+        raise InvalidBodyError(reason.faults, reason.event_id) from error
+
+
+async def _split(body: bytes, batch: Batch, limit: int, error: InvalidBodyError) -> list[bytes]:
+    """Return the texts of the items of a body that is no JSON as a whole; if they cannot be told apart, that is why."""
+    found = await asyncio.to_thread(split, body, limit)
+    if found is None or _items(bodies.parse_json(found.around), batch):
+        raise error
+    return found.texts
+
+
+def _items(decoded: object, batch: Batch) -> list[Any]:
     if isinstance(decoded, dict) and isinstance(decoded.get("runs"), list):
         batch.ignored.update(dict.fromkeys(str(name) for name in decoded if name != "runs"))
         decoded = decoded["runs"]

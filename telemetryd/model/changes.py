@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass
 from datetime import datetime
 from typing import Annotated, Any, Final, NotRequired
 
-from pydantic import Field
+import orjson
+from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from telemetryd.errors import CursorGoneError
@@ -17,12 +18,14 @@ from telemetryd.model.answers import EventOfRun, Number, StoredRun
 from telemetryd.model.filters import Filters
 from telemetryd.model.parameters import Given, Parameter, integer, refuse
 from telemetryd.model.queries import DEFAULT_LIMIT, MAX_LIMIT, Query
-from telemetryd.model.values import MAX_INTEGER, Row, utc_now
+from telemetryd.model.values import MAX_INTEGER, Row, shorten, utc_now
 
 MAX_WAIT_S: Final = 60
 
 PAGE_BYTES: Final = 8 * 1024 * 1024
 """About how much of runs, and as much again of events, one answer may hold; the rest comes with the next one."""
+
+LEAST_PAGE_BYTES: Final = 64 * 1024
 
 BEGINNING: Final = -(2**63)
 """After no number: where a client that wants everything begins."""
@@ -44,6 +47,17 @@ class Cursor:
 
 
 @dataclass(frozen=True, slots=True)
+class Known:
+    """One of the newest changes that a copy has: the original must hold it, or have changed it since."""
+
+    seq: int
+    event_id: str
+    id: int | None = None
+    """Of the run; None if it was deleted."""
+    updated_at: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class ListChanges(Query["Changes"]):
     """What comes after a number, in the order of the commits: of each run only its newest change. Answer: `Changes`."""
 
@@ -55,6 +69,8 @@ class ListChanges(Query["Changes"]):
     """The id after which events are wanted, if any are."""
     most_bytes: int = PAGE_BYTES
     """About how much of runs, and as much again of events, the answer may hold, besides a single one."""
+    known: tuple[Known, ...] = ()
+    """What a copy has that goes up to `after`."""
 
 
 Deleted = str
@@ -81,6 +97,8 @@ class Changes:
     They come with the page that has the last change there is, so that a client that gets one knows its run.
     """
     more_events: bool = False
+    unknown: Known | None = None
+    """What of the query's `known` is not, and never was, in this database."""
 
     @property
     def more(self) -> bool:
@@ -96,6 +114,11 @@ class Changes:
         """
         if after.epoch not in (None, self.epoch) or after.seq > self.newest:
             raise CursorGoneError("The database was restored from a backup since; begin again, without after")
+        if self.unknown is not None:
+            raise CursorGoneError(
+                f"Number {self.unknown.seq} was something else here ({shorten(self.unknown.event_id)!r} for you): the "
+                "database was put back from an older copy since; begin again, without after"
+            )
         if after.seq != BEGINNING and max(after.seq, begun or 0) < self.horizon:
             raise CursorGoneError(
                 f"Deletions up to {self.horizon} are forgotten, and after is {after.seq}; begin again, without after"
@@ -119,6 +142,8 @@ class Followed:
     """Where the other sequence stood when it began."""
     last_event: int
     """The highest id of an event in the copy: there is nothing to be had up to it."""
+    known: tuple[Known, ...] = ()
+    """The newest run, the run that was changed last, and what was deleted last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,11 +155,19 @@ class ChangesRequest:
     limit: int
     wait_s: int
     events_after: int | None = None
+    most_bytes: int = PAGE_BYTES
+    known: tuple[Known, ...] = ()
 
     @property
     def query(self) -> ListChanges:
         """What is to be read."""
-        return ListChanges(self.after.seq, self.limit, events_after=self.events_after)
+        return ListChanges(
+            self.after.seq,
+            self.limit,
+            events_after=self.events_after,
+            most_bytes=self.most_bytes,
+            known=self.known,
+        )
 
 
 def _read_cursor(name: str, value: str, now: datetime | None = None) -> Cursor:
@@ -160,7 +193,46 @@ EVENTS_AFTER: Final = integer(
 )
 LIMIT: Final = integer("limit", "Changes in one answer.", 1, MAX_LIMIT, DEFAULT_LIMIT)
 WAIT: Final = integer("wait", "Seconds to wait for a change if there is none after `after`.", 0, MAX_WAIT_S, 0)
-LIST: Final[tuple[Parameter[Any], ...]] = (AFTER, BEGUN, EVENTS_AFTER, LIMIT, WAIT)
+MOST_BYTES: Final = integer(
+    "max_bytes",
+    "About how many bytes of runs, and as many again of events, one answer may hold, besides a single one; for slow "
+    "links.",
+    LEAST_PAGE_BYTES,
+    PAGE_BYTES,
+    PAGE_BYTES,
+)
+
+
+_LONGEST_KNOWN: Final = 512
+_Whole = Annotated[int, Field(ge=-MAX_INTEGER, le=MAX_INTEGER)]
+_GIVEN: Final = TypeAdapter(Annotated[list[tuple[_Whole, str, _Whole | None, str]], Field(max_length=8)])
+
+
+def _read_known(name: str, value: str, now: datetime) -> tuple[Known, ...]:
+    try:
+        given = _GIVEN.validate_json(value)
+    except ValidationError as error:
+        raise refuse(name, value, "a JSON array of at most 8 times [seq, event_id, id or null, updated_at]") from error
+    return tuple(Known(*each) for each in given)
+
+
+_EACH: Final = r'\[[0-9]{1,18},"[^"\\\x00-\x1f]{1,255}",([0-9]{1,18}|null),"[^"\\\x00-\x1f]{0,27}"\]'
+
+
+def write_known(known: Sequence[Known]) -> str:
+    """Return what a copy has as the parameter `known`."""
+    short = [each for each in known if len(each.event_id.encode()) <= _LONGEST_KNOWN]  # so that the address is not long
+    return orjson.dumps([astuple(each) for each in short]).decode()
+
+
+KNOWN: Final = Parameter(
+    "known",
+    "For copies: some of the newest changes that they have, as a JSON array of [seq, event_id, id or null if it was "
+    "deleted, updated_at]. If this database never held one of them, it was put back from an older copy: 410.",
+    {"type": "string", "pattern": rf"^\[({_EACH}(,{_EACH}){{0,7}})?\]$"},
+    _read_known,
+)
+LIST: Final[tuple[Parameter[Any], ...]] = (AFTER, BEGUN, EVENTS_AFTER, LIMIT, WAIT, MOST_BYTES, KNOWN)
 """The parameters of `GET /api/v1/changes`."""
 
 
@@ -178,6 +250,8 @@ def parse_changes(query_string: str, clock: Callable[[], datetime] = utc_now) ->
         given.value(LIMIT, DEFAULT_LIMIT),
         given.value(WAIT, 0),
         given.get(EVENTS_AFTER),
+        given.value(MOST_BYTES, PAGE_BYTES),
+        given.value(KNOWN, ()),
     )
     given.finish()
     return asked

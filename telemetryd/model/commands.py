@@ -185,6 +185,39 @@ class Pruned:
 
 
 @dataclass(frozen=True, slots=True)
+class DeleteRun(SliceCommand["Removed | None"]):
+    """Delete one run and all that belongs to it. Outcome: `Removed`, or None if there is no such run.
+
+    Of a run with very many events a slice of these is deleted; the rest, and the run, are left for the next command.
+    """
+
+    makes_room: ClassVar[bool] = True
+
+    event_id: str
+    limit: int = 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class RedactRun(SliceCommand["Removed | None"]):
+    """Remove for good what some fields of a run hold, and what its events hold. Outcome: as of `DeleteRun`."""
+
+    event_id: str
+    fields: tuple[str, ...]
+    """Of `runs.REDACTABLE`."""
+    payloads: bool
+    """Whether the payloads of its events go as well, at most `limit` at once."""
+    limit: int = 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """How many events lost their payload or were deleted, and whether there is more to do."""
+
+    events: int
+    more: bool
+
+
+@dataclass(frozen=True, slots=True)
 class ReapRuns(SliceCommand["Reaped"]):
     """Cancel running runs that were neither created nor changed since a moment, at most `limit`. Outcome: `Reaped`."""
 

@@ -126,6 +126,13 @@ class Filters:
         return given
 
 
+def for_log(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return parameters with keys that nobody can invent: all comparisons of metrics_json are values of one."""
+    plain = {name: value for name, value in parameters.items() if not name.startswith(_METRICS)}
+    compared = [name.removeprefix(_METRICS) for name in parameters if name.startswith(_METRICS)]
+    return {**plain, _METRICS.rstrip("."): compared} if compared else plain
+
+
 _SPECIAL: Final = re.compile(r"\\([\\,*])|([,*])")
 
 
@@ -201,8 +208,15 @@ def _read_words(name: str, value: str, now: datetime) -> str:
     return text
 
 
-_COMPARISON: Final = re.compile(rf"([^<>=!]*)({'|'.join(OPERATORS)})(.*)", re.DOTALL)
-_KEY: Final = re.compile(r'[^"\\\x00-\x1f]+')
+_COMPARISON: Final = re.compile(r"([^<>=!]*)([<>=!]+)(.*)", re.DOTALL)
+_SIGNS: Final = {
+    **{operator: operator for operator in OPERATORS},
+    **{f"{operator}=": operator for operator in (">=", "<=", "!=", "=")},  # the operator ends the name
+    **{f"={operator}": operator for operator in OPERATORS},  # the operator begins the value
+    "===": "=",
+}
+"""What may stand between a name and a value: libraries send a key and a value, and put an equals sign between them."""
+_KEY: Final = re.compile(r'(?!\s)[^"\\\x00-\x1f]+(?<!\s)')
 _NUMBER: Final = re.compile(r"-?\d+(\.\d+)?([eE][+-]?\d+)?", re.ASCII)
 _AS_IN: Final = f"as in {_METRICS}tokens>1000"
 
@@ -211,11 +225,19 @@ def _comparison(text: str) -> Comparison:
     parts = _COMPARISON.fullmatch(text)
     if parts is None:
         raise refuse(shorten(text), "", f"followed by {' '.join(OPERATORS)} and a value, {_AS_IN}")
-    name, operator, value = shorten(parts[1]), parts[2], parts[3]
+    name, operator, value = shorten(parts[1]), _SIGNS.get(parts[2]), parts[3].strip()
+    if operator is None:
+        raise refuse(
+            name,
+            parts[2] + value,
+            f"one of {' '.join(OPERATORS)} and a value, {_AS_IN}; a text that begins with such a sign stands in quotes",
+        )
     path = tuple(parts[1].removeprefix(_METRICS).split("."))
     if len(path) > _MAX_DEPTH or len(parts[1]) > MAX_TEXT or not all(map(_KEY.fullmatch, path)):
         raise refuse(
-            name, value, f"at most {_MAX_DEPTH} keys and {MAX_TEXT} characters, without quotes or blank keys, {_AS_IN}"
+            name,
+            value,
+            f"at most {_MAX_DEPTH} keys and {MAX_TEXT} characters, without quotes or blanks around a key, {_AS_IN}",
         )
     return Comparison(path, operator, _metric(name, value))
 
@@ -258,7 +280,8 @@ def _filter_parameter(name: str) -> Parameter[Values]:
 METRIC_PARAMETER: Final[Parameter[Comparison]] = Parameter(
     METRIC,
     "Only runs with such a value in metrics_json. NAME is its key (with dots for keys inside of keys), and the "
-    f"sign may also be another one of {' '.join(OPERATORS)}: metrics.tokens>1000.",
+    f"sign may also be another one of {' '.join(OPERATORS)}: metrics.tokens>1000. Where a library takes keys and "
+    "values, the value begins with the sign: metrics.tokens and >1000.",
     component(
         "MetricFilters",
         {

@@ -99,7 +99,7 @@ class Given:
         for name, text in pairs:
             prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
             if prefix is not None:
-                # The sign of equality parts the name and the value; ">" and "<" may stand on either side of it.
+                # The sign of equality parts the name and the value; other signs may stand on either side of it.
                 whole = f"{name}={text}" if text else name
                 if whole in (known := self.prefixed.setdefault(prefix, [])):
                     repeated[shorten(name)] = None

@@ -1,13 +1,14 @@
-"""Request bodies other than runs: prune, reap, and the process to watch."""
+"""Request bodies other than runs: prune, reap, redact, and the process to watch."""
 
 from __future__ import annotations
 
 from datetime import UTC, date, datetime, time, timedelta
 from typing import Annotated, Final
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
+from telemetryd.model.runs import REDACTABLE
 from telemetryd.model.values import MAX_INTEGER, Count, Name, StatusValue, Timestamp, format_timestamp, parse_duration
 
 SLICE: Final = 250
@@ -31,7 +32,14 @@ Age = Annotated[
 ]
 
 
-Limit = Annotated[int, Field(ge=1, le=MAX_SLICE)]
+def _whole(value: object) -> object:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = BeforeValidator(_whole)
+"""Takes 12.0 for 12: JSON Schema calls both an integer."""
+
+Limit = Annotated[int, Field(ge=1, le=MAX_SLICE), Whole]
 
 
 class _Slice(BaseModel):
@@ -66,7 +74,7 @@ class RunVersion(BaseModel):
         extra="forbid", strict=True, json_schema_extra={"description": "A run as it was at its last change."}
     )
 
-    id: Annotated[int, Field(ge=0, le=MAX_INTEGER)] = Field(description="Its id.")
+    id: Annotated[int, Field(ge=0, le=MAX_INTEGER), Whole] = Field(description="Its id.")
     updated_at: Timestamp = Field(description="When it last changed.")
 
 
@@ -87,6 +95,47 @@ class ReapRequest(_Slice):
     model_config = ConfigDict(json_schema_extra={"description": "Which running runs to cancel."})
 
 
+class BackupRequest(BaseModel):
+    """How a backup is made."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra={"description": "How a backup is made."})
+
+    compress: bool = Field(
+        True, description="Whether it is packed with Zstandard (.sqlite.zst); else it is a plain SQLite file."
+    )
+
+
+def _redactable(name: str) -> str:
+    if name not in REDACTABLE:
+        raise PydanticCustomError("value_error", f"Field must be one of those that a run may lack: {[*REDACTABLE]}")
+    return name
+
+
+RedactedField = Annotated[
+    str, AfterValidator(_redactable), WithJsonSchema({"type": "string", "enum": list(REDACTABLE)})
+]
+
+
+class RedactRequest(BaseModel):
+    """What to remove of a run for good."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, json_schema_extra={"description": "What to remove of a run for good."}
+    )
+
+    event_id: Name = Field(description="Which run.", examples=["translate-2025-12-24-001"])
+    fields: Annotated[list[RedactedField], Field(max_length=len(REDACTABLE))] = Field(
+        [], description="The fields that become null.", examples=[["error_details", "context_json"]]
+    )
+    events: bool = Field(False, description="Whether the payloads of its events become null, too.", examples=[False])
+
+    @model_validator(mode="after")
+    def _check_some(self) -> RedactRequest:
+        if not self.fields and not self.events:
+            raise PydanticCustomError("value_error", "Give fields, or events: true, or both")
+        return self
+
+
 def moment_ago(now: datetime, seconds: float) -> str:
     """Return the stored form of the moment so many seconds before now."""
     return format_timestamp(now - timedelta(seconds=seconds))
@@ -101,8 +150,8 @@ class ProcessRequest(BaseModel):
         json_schema_extra={"description": "The process that works on a run, as it sees itself."},
     )
 
-    pid: Annotated[int, Field(ge=1, le=2**31 - 1)] = Field(description="Its process id.", examples=[4711])
-    start_time: Count = Field(
+    pid: Annotated[int, Field(ge=1, le=2**31 - 1), Whole] = Field(description="Its process id.", examples=[4711])
+    start_time: Annotated[Count, Whole] = Field(
         description="When it started: clock ticks since boot, field 22 of /proc/PID/stat.", examples=[8_675_309]
     )
     boot_id: Annotated[str, Field(min_length=1, max_length=64)] = Field(

@@ -62,7 +62,7 @@ class Run(BaseModel):
     """A run: one execution of one job by one agent."""
 
     id: Annotated[int, Role.SERVER] = _field(0, "Row number, ascending in order of arrival.", 1)
-    event_id: Annotated[Name, _SET] = _field(
+    event_id: Annotated[Name, _SET | Role.FILTER] = _field(
         ...,
         "Unique id of the run's record; makes retries harmless.",
         "translate-2025-12-24-001",
@@ -149,6 +149,8 @@ STORED: Final = columns(Role.SET)
 TEXTS: Final = tuple(name for name, field in Run.model_fields.items() if field.annotation not in (int, bool))
 """The fields that hold text."""
 PATCHABLE: Final = columns(Role.PATCH)
+REDACTABLE: Final = tuple(name for name, field in Run.model_fields.items() if field.default is None)
+"""The fields that a run may lack, so that what they hold can be removed for good."""
 FILTERS: Final = columns(Role.FILTER)
 _JSON_COLUMNS: Final = columns(Role.JSON)
 _BOOLEAN_COLUMNS: Final = columns(Role.BOOLEAN)

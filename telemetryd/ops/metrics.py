@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
 from prometheus_client import (
@@ -13,10 +13,12 @@ from prometheus_client import (
     GCCollector,
     Histogram,
     Info,
+    Metric,
     PlatformCollector,
     ProcessCollector,
 )
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
 
 import telemetryd
 
@@ -187,7 +189,25 @@ class Metrics:
             encode, content_type = choose_encoder(accept)
         except (TypeError, ValueError):  # a version or a quotation that the library cannot read
             encode, content_type = choose_encoder("")
-        return encode(self.registry), content_type
+        registry = self.registry if "openmetrics" in content_type else _Plain(self.registry)
+        return encode(registry), content_type
+
+
+class _Plain(Collector):
+    """A registry without the series `…_created`, to which only OpenMetrics gives a meaning."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the metrics."""
+        for metric in self._registry.collect():
+            if any(sample.name.endswith(_CREATED) for sample in metric.samples):
+                metric.samples = [sample for sample in metric.samples if not sample.name.endswith(_CREATED)]
+            yield metric
+
+
+_CREATED: Final = "_created"
 
 
 _IS_PROMETHEUS: Final = {

@@ -1,18 +1,26 @@
-"""Administration of a running daemon: prune, reap and backup, in slices that do not slow down ingest."""
+"""Administration of a running daemon in slices that do not slow down ingest: prune, reap, backup, delete and redact."""
 
 from __future__ import annotations
 
 from datetime import datetime, timedelta
 from typing import Any, Final
 
-from telemetryd.errors import InvalidRequestError
+from telemetryd.errors import InvalidRequestError, RunNotFoundError
 from telemetryd.model import clocks
 from telemetryd.model.bodies import validate
-from telemetryd.model.commands import ConfirmPrune, PruneRuns, ReapRuns, TrustClock
+from telemetryd.model.commands import ConfirmPrune, DeleteRun, PruneRuns, ReapRuns, RedactRun, TrustClock
 from telemetryd.model.queries import CountPrunable, CountStale
-from telemetryd.model.requests import ConfirmRequest, PruneRequest, ReapRequest, moment_ago
+from telemetryd.model.requests import (
+    BackupRequest,
+    ConfirmRequest,
+    PruneRequest,
+    ReapRequest,
+    RedactRequest,
+    moment_ago,
+)
 from telemetryd.model.values import (
     duration_text,
+    shorten,
 )
 from telemetryd.store import Store
 
@@ -67,6 +75,47 @@ async def reap(store: Store, body: object, now: datetime) -> Answer:
     return {"reaped": done.runs, "more": done.more, "created_before": before}
 
 
+async def delete(store: Store, event_id: str) -> Answer:
+    """Delete one run with its events, slice by slice if there are many.
+
+    Raises:
+        RunNotFoundError: if there is no such run.
+        UnavailableError: if it was not done to its end; the same request may be repeated.
+
+    """
+    return {"event_id": event_id, "deleted": True, "events": await _remove(store, DeleteRun(event_id))}
+
+
+async def redact(store: Store, body: object) -> Answer:
+    """Remove what fields of a run, or its events, hold.
+
+    Raises:
+        InvalidBodyError: with every fault of the body.
+        RunNotFoundError: if there is no such run.
+        UnavailableError: if it was not done to its end; the same request may be repeated.
+
+    """
+    wanted: RedactRequest = validate(RedactRequest, body)
+    command = RedactRun(wanted.event_id, tuple(dict.fromkeys(wanted.fields)), wanted.events)
+    return {
+        "event_id": wanted.event_id,
+        "redacted": list(command.fields),
+        "events": await _remove(store, command),
+    }
+
+
+async def _remove(store: Store, command: DeleteRun | RedactRun) -> int:
+    """Repeat a command until nothing is left to do; return how many events it was done to."""
+    events = 0
+    while True:
+        done = await store.submit(command)
+        if done is None:
+            raise RunNotFoundError(shorten(command.event_id))
+        events += done.events
+        if not done.more:
+            return events
+
+
 async def confirm(store: Store, body: object, now: datetime) -> Answer:
     """Write down what the operator confirms for this database.
 
@@ -98,15 +147,17 @@ async def confirm(store: Store, body: object, now: datetime) -> Answer:
     return {"clock": reading.moment}
 
 
-async def back_up(store: Store) -> Answer:
+async def back_up(store: Store, body: object) -> Answer:
     """Make a verified backup in the configured directory (never in one that a request names).
 
     Raises:
+        InvalidBodyError: with every fault of the body.
         InvalidRequestError: if no directory is configured.
         UnavailableError: if it could not be made.
 
     """
-    made = await store.back_up()
+    wanted: BackupRequest = validate(BackupRequest, body)
+    made = await store.back_up(compress=wanted.compress)
     return {
         "path": str(made.path),
         "bytes": made.bytes,

@@ -10,11 +10,13 @@ from aiohttp import web
 
 from telemetryd.errors import InvalidRequestError, UnavailableError, sentence
 from telemetryd.model import tables
+from telemetryd.model.filters import for_log
 from telemetryd.model.queries import MEDIA_TYPES, SNAPSHOT, CountMatching, ExportRuns, Format
 from telemetryd.model.values import utc_now
 from telemetryd.ops.logs import log
 from telemetryd.store import Store
 from telemetryd.web.answers import NOTE, mark, request_id
+from telemetryd.web.compression import Compressor, announce, choose, compressor
 from telemetryd.web.middleware import leaving
 
 _LEAST_BYTES_PER_S: Final = 1024
@@ -42,8 +44,19 @@ async def describe(request: web.Request, query: ExportRuns, store: Store) -> web
     """
     await _check_form(request, query)
     total = await store.fetch(CountMatching(query.filters))
-    request[NOTE].say("Export described", query_params=query.parameters(), result_count=total.runs)
-    return web.StreamResponse(headers=_headers(query.form, total.runs, exact=True))  # its length is unknown
+    request[NOTE].say("Export described", query_params=for_log(query.parameters()), result_count=total.runs)
+    response = web.StreamResponse(headers=_headers(query.form, total.runs, exact=True))  # its length is unknown
+    _compressed(request, query, response)
+    return response
+
+
+def _compressed(request: web.Request, query: ExportRuns, response: web.StreamResponse) -> Compressor | None:
+    """Say in the headers how an export is compressed; return what does it. Parquet is compressed by itself."""
+    if query.form is Format.PARQUET:
+        return None
+    coding = choose(request)
+    announce(response, coding)
+    return None if coding is None else compressor(coding)
 
 
 async def _check_form(request: web.Request, query: ExportRuns) -> None:
@@ -67,21 +80,23 @@ async def stream(request: web.Request, query: ExportRuns, store: Store) -> web.S
     await _check_form(request, query)
     async with store.export(query) as copy:
         response = web.StreamResponse(headers=_headers(query.form, copy.rows, exact=copy.is_exact))
+        packer = _compressed(request, query, response)
         mark(response, request_id(request))
         response.enable_chunked_encoding()
-        request[NOTE].say("Runs exported", query_params=query.parameters(), result_count=copy.rows)
+        request[NOTE].say("Runs exported", query_params=for_log(query.parameters()), result_count=copy.rows)
         await response.prepare(request)
         try:
             with leaving(request):
                 async with contextlib.aclosing(copy.chunks()) as chunks:
                     async for chunk in chunks:
-                        async with asyncio.timeout(_PATIENCE_S + len(chunk) / _LEAST_BYTES_PER_S):
-                            await response.write(chunk)
-                await response.write_eof()
+                        packed = chunk if packer is None else await asyncio.to_thread(packer.compress, chunk)
+                        async with asyncio.timeout(_PATIENCE_S + len(packed) / _LEAST_BYTES_PER_S):
+                            await response.write(packed)
+                await response.write_eof(b"" if packer is None else packer.flush())
         except ConnectionError:
-            request[NOTE].say("Export cut off by its reader", query_params=query.parameters())
+            request[NOTE].say("Export cut off by its reader", query_params=for_log(query.parameters()))
         except TimeoutError:  # or a few who read a byte now and then would keep all others from exporting
-            request[NOTE].say("Export cut off: its reader is too slow", query_params=query.parameters())
+            request[NOTE].say("Export cut off: its reader is too slow", query_params=for_log(query.parameters()))
             if request.transport is not None:
                 request.transport.abort()
         except UnavailableError as error:

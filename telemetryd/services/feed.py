@@ -136,6 +136,15 @@ class Feed:
                 log.warning("Stream cut: too much waits to be read by all streams together")
                 subscriber.end()
 
+    async def forget(self) -> None:
+        """Let go of all that waits to be sent: what comes to slow subscribers from now on is read again."""
+        async with self.encoding:
+            for subscriber in self.subscribers:
+                if subscriber.is_sending:
+                    subscriber.give_up()
+            for lane in (self._plain, self._searching):
+                lane.forget()
+
     def open(self, after: Cursor | None, filters: Filters) -> Subscriber:
         """Return a new subscriber, which continues after a cursor, or begins with the next commit.
 

@@ -15,13 +15,13 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Final
 
-from aiohttp import web
+from aiohttp import hdrs, web
 
 from telemetryd import flow
 from telemetryd.model.hosts import Names
 from telemetryd.model.values import shorten
 from telemetryd.settings import Settings
-from telemetryd.web.answers import endpoint_of, error_response, wants_page
+from telemetryd.web.answers import client_address, endpoint_of, error_response, wants_page
 from telemetryd.web.browsers import ASSETS, HEALTH, Pages
 
 _CREDENTIALS: Final = struct.Struct("3i")
@@ -107,7 +107,8 @@ class Gate:
 
     def _refusal_of_client(self, request: web.Request) -> web.Response | None:
         """Keep out who has no right to ask, or asks too often."""
-        is_admin = (endpoint_of(request) or "").startswith(ADMIN_PREFIX)
+        endpoint = endpoint_of(request) or ""
+        is_admin = endpoint.startswith(ADMIN_PREFIX) or request.method == hdrs.METH_DELETE
         socket_of_own = _own_unix_peers_socket(request)
         # Nobody else can open the socket next to the database, and who can may read that and the token as well.
         if socket_of_own is not None and (is_admin or socket_of_own == self._own_socket):
@@ -125,7 +126,7 @@ class Gate:
                 "TELEMETRY_API_AUTH_ENABLED=true and TELEMETRY_API_AUTH_TOKEN, or TELEMETRY_API_PROTECTED_MODE=false",
             )
         if self._limit is not None:
-            wait = self._limit.wait_s(request.remote or "")
+            wait = self._limit.wait_s(client_address(request))
             if wait:
                 return error_response(429, "Too many requests from this address", {"Retry-After": str(math.ceil(wait))})
         if self._token is not None and not _is_open(request) and not self._is_authentic(request):

@@ -106,6 +106,15 @@ def mark(response: web.StreamResponse, identity: str) -> None:
     headers["X-Content-Type-Options"] = "nosniff"
 
 
+_MAPPED: Final = "::ffff:"
+
+
+def client_address(request: web.BaseRequest) -> str:
+    """Return a client's address, one of IPv4 as such also on a socket of IPv6; "" on the Unix socket."""
+    address = request.remote or ""
+    return address.removeprefix(_MAPPED) if address.startswith(_MAPPED) and "." in address else address
+
+
 def next_page(request: web.Request, address: str) -> dict[str, str]:
     """Return the header that leads to the next page, under the sub-path that a proxy says it shows us at."""
     given = request.headers.get("X-Forwarded-Prefix", "").rstrip("/")

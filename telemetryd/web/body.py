@@ -18,6 +18,7 @@ from telemetryd.errors import (
     TooManyBodiesError,
     UnsupportedBodyError,
 )
+from telemetryd.model.bodies import parse_body
 from telemetryd.model.values import shorten
 
 if sys.version_info >= (3, 14):
@@ -233,3 +234,13 @@ async def _decode(body: bytes, coding: str, share: _Share) -> bytes:
     if not decoder.eof or decoder.unused_data or unread:
         raise InvalidRequestError(f"The body is not one complete {coding} stream")
     return b"".join(parts)
+
+
+BODIES: Final = web.AppKey("bodies", Bodies)
+
+
+async def json_body(request: web.Request) -> tuple[object, int]:
+    """Return the decoded body, and how many bytes it came in."""
+    check_media_type(request, JSON_TYPES)
+    async with request.app[BODIES].read(request) as body:
+        return parse_body(body), len(body)

@@ -24,6 +24,8 @@ _REQUESTS: Final[tuple[type[BaseModel], ...]] = (
     requests.PruneRequest,
     requests.ReapRequest,
     requests.ConfirmRequest,
+    requests.RedactRequest,
+    requests.BackupRequest,
 )
 
 

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, cast
 
-from aiohttp import web
+from aiohttp import hdrs, web
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.payload import Payload
@@ -19,8 +19,9 @@ from telemetryd.ops.limits import descriptor_limit
 from telemetryd.ops.logs import log
 from telemetryd.settings import Settings
 from telemetryd.web import private_aiohttp
-from telemetryd.web.answers import error_response, mark, request_id, unexpected_detail
+from telemetryd.web.answers import client_address, error_response, mark, request_id, unexpected_detail
 from telemetryd.web.browsers import SAFE_METHODS
+from telemetryd.web.compression import LARGE_BYTES, compressor
 from telemetryd.web.heads import ANSWERED_BYTES, HEAD_BYTES, HeadTooLargeError, Held, Parser
 
 KEEPALIVE_S: Final = 75.0
@@ -34,9 +35,6 @@ DEAF_S: Final = 30.0
 
 MOST_UNREAD_BYTES: Final = 256 * 1024 * 1024
 """How much of all answers together may wait for clients to read; beyond it, those with most of it are cut off."""
-
-_LARGE_BYTES: Final = 1024 * 1024
-"""Answers from this size on are sent in pieces, and counted at once; hundreds of them come between two patrols."""
 
 _PIECE_BYTES: Final = 256 * 1024
 
@@ -52,15 +50,16 @@ _DESCRIPTORS_PER_READER: Final = 2
 class _Pieces(Payload):
     """The body of a large answer, which goes to the transport as the client reads: that would hold a second copy."""
 
-    def __init__(self, body: bytes) -> None:
+    def __init__(self, body: bytes, coding: str | None) -> None:
         super().__init__(None)
         self._body = body
+        self._coding = coding
         self._length = self.left = len(body)
 
     @property
-    def size(self) -> int:
-        """How many bytes the body has, sent or not."""
-        return self._length
+    def size(self) -> int | None:
+        """How many bytes are sent in all; None if they are compressed only as they are sent."""
+        return self._length if self._coding is None else None
 
     def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
         """Return the body as text."""
@@ -68,11 +67,16 @@ class _Pieces(Payload):
 
     async def write(self, writer: AbstractStreamWriter) -> None:
         """Send the body; whether it gets through or not, nothing holds it then."""
+        packer = None if self._coding is None else compressor(self._coding)
         try:
             for start in range(0, self.left, _PIECE_BYTES):
                 piece = self._body[start : start + _PIECE_BYTES]
                 self.left -= len(piece)
-                await writer.write(piece)
+                packed = piece if packer is None else await asyncio.to_thread(packer.compress, piece)
+                if packed:
+                    await writer.write(packed)
+            if packer is not None:
+                await writer.write(packer.flush())
         finally:
             self.left = 0
             self._body = b""  # a connection that was cut leaves cycles, which are collected late
@@ -125,7 +129,7 @@ class _Protocol(RequestHandler):
             "Request failed outside of any handler" if unexpected else "Malformed request",
             extra={
                 "status": status,
-                "client": request.remote or "unix",
+                "client": client_address(request) or "unix",
                 "error_type": type(exc).__name__,
                 "request_id": identity,
             },
@@ -202,10 +206,10 @@ class _Protocol(RequestHandler):
         if (
             not isinstance(resp, web.Response)
             or not isinstance(body := resp.body, bytes | bytearray)
-            or len(body) < _LARGE_BYTES
+            or len(body) < LARGE_BYTES  # those beyond are counted at once: hundreds may come between two patrols
         ):
             return await super().finish_response(request, resp, start_time)
-        resp.body = self._answer = _Pieces(bytes(body))
+        resp.body = self._answer = _Pieces(bytes(body), resp.headers.get(hdrs.CONTENT_ENCODING))
         del body  # a handler that does not read it would keep it here
         self._server.bound_unread()
         try:

@@ -33,6 +33,7 @@ from telemetryd.errors import (
 from telemetryd.ops.logs import log
 from telemetryd.ops.metrics import Metrics
 from telemetryd.settings import Settings
+from telemetryd.web import compression
 from telemetryd.web.access import Gate
 from telemetryd.web.answers import (
     IDENTITY,
@@ -41,6 +42,7 @@ from telemetryd.web.answers import (
     WAITED,
     Handler,
     Note,
+    client_address,
     error_response,
     mark,
     path_of,
@@ -94,6 +96,7 @@ def middleware(settings: Settings, metrics: Metrics, advice: Callable[[], str]) 
         problem: BaseException | None = None
         try:
             response = gate.refusal(request) or await handler(request)
+            await compression.apply(request, response)
         except (
             TelemetrydError,
             web.HTTPException,
@@ -202,7 +205,7 @@ def _log(
         "request_id": identity,
         "method": request.method,
         "status": status,
-        "client": request.remote or "unix",
+        "client": client_address(request) or "unix",
     }
     unexpected = status == 500 and not isinstance(problem, CommandFailedError)
     log.log(level, message, extra=fields, exc_info=problem if unexpected else None)

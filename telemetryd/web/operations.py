@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from telemetryd.model import alerts, answers, changes, event_queries, events, queries, regressions, runs, stats
-from telemetryd.model.requests import ProcessRequest
+from telemetryd.model.requests import ProcessRequest, RedactRequest
 from telemetryd.web.body import JSON_TYPES, NDJSON_TYPES
 from telemetryd.web.components import ref
 from telemetryd.web.openapi import ACCURACY, LAST_EVENT_ID, LINK, SNAPSHOT, TOTAL, Operation
@@ -213,6 +213,27 @@ PRUNE_RUNS: Final = _slice_of("Delete old runs", "PruneRequest", answers.RunsPru
 
 REAP_RUNS: Final = _slice_of("Cancel stale runs", "ReapRequest", answers.RunsReaped)
 
+DELETE_RUN: Final = Operation(
+    "Delete a run",
+    "Needs authentication, or the Unix socket. The run goes with its events and whatever belongs to it, and with it "
+    "what it added to totals and statistics; followers and clients of the changes learn of it. Who sends the same "
+    "event_id again creates it again.",
+    tags=("admin",),
+    answers={200: ("The run is gone.", answers.Deleted)},
+    errors=(400, 404, 503),
+)
+
+REDACT_RUN: Final = Operation(
+    "Remove what fields of a run hold",
+    "Needs authentication, or the Unix socket. For a secret that should not have been sent: the fields become null, "
+    "and with `events` the payloads of all events. The run stays, so who sends the same event_id again finds it known.",
+    tags=("admin",),
+    body=ref("RedactRequest"),
+    example=runs.example(RedactRequest),
+    answers={200: ("It is removed.", answers.Redacted)},
+    errors=(404, *_WRITE_ERRORS),
+)
+
 CONFIRM: Final = Operation(
     "Confirm what may be done without a command",
     "Needs authentication, or the Unix socket. Runs of an age may be deleted by themselves (a shorter age has "
@@ -225,7 +246,8 @@ CONFIRM: Final = Operation(
 
 MAKE_BACKUP: Final = Operation(
     "Make a verified backup",
-    "Needs authentication, or the Unix socket; the directory is the setting TELEMETRY_BACKUP_DIR.",
+    "Needs authentication, or the Unix socket; the directory is the setting TELEMETRY_BACKUP_DIR. It is packed with "
+    "Zstandard unless compress is false.",
     tags=("admin",),
     body=ref("BackupRequest"),
     answers={200: ("The backup is verified and in its place.", answers.BackupMade)},

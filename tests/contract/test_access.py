@@ -13,8 +13,10 @@ from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp.test_utils import make_mocked_request
 
 from telemetryd.web.access import RateLimit, _is_loopback
+from telemetryd.web.answers import client_address
 from tests.conftest import Api, MakeApi, StartDaemon, make_run
 from tests.contract.wire import BATCH, JSON, RUNS, check_error, send, send_raw
 
@@ -404,3 +406,18 @@ def test_memory_is_bounded_however_many_addresses_come() -> None:
         if number % 50 == 0:
             assert limit.wait_s("known") > 0, "who keeps coming is not forgotten"
     assert len(limit._buckets) == 100
+
+
+@pytest.mark.parametrize(
+    ("remote", "address"),
+    [
+        ("::ffff:127.0.0.1", "127.0.0.1"),
+        ("::1", "::1"),
+        ("127.0.0.1", "127.0.0.1"),
+        ("::ffff:1:2", "::ffff:1:2"),
+        ("", ""),
+    ],
+)
+def test_a_client_has_one_address_whatever_kind_of_socket_it_came_over(remote: str, address: str) -> None:
+    request = make_mocked_request("GET", "/").clone(remote=remote)
+    assert client_address(request) == address

@@ -17,6 +17,7 @@ OTHER_BODIES = {
     "process": ("POST", f"{RUNS}/known/process"),
     "prune": ("POST", "/api/v1/admin/prune"),
     "reap": ("POST", "/api/v1/admin/reap"),
+    "redact": ("POST", "/api/v1/admin/redact"),
     "backup": ("POST", "/api/v1/admin/backup"),
 }
 TOKEN = "correct-horse-battery"

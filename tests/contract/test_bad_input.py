@@ -412,6 +412,7 @@ async def test_one_bad_item_next_to_a_good_one(shared: Api, item: object) -> Non
 # --- Query ---------------------------------------------------------------------------------------
 
 PARAMETERS = [
+    "event_id",
     "run_id",
     "agent_name",
     "job_type",

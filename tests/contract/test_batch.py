@@ -17,7 +17,18 @@ import pytest
 from telemetryd.model.runs import STORED
 from tests.conftest import Api, MakeApi, StartDaemon, eventually, make_run
 from tests.contract.test_conventions import high_water_mark_kb
-from tests.contract.wire import BATCH, NDJSON, RUNS, SENTENCE_OF_STATUS, check_alive, check_error, places, post, send
+from tests.contract.wire import (
+    BATCH,
+    JSON,
+    NDJSON,
+    RUNS,
+    SENTENCE_OF_STATUS,
+    check_alive,
+    check_error,
+    places,
+    post,
+    send,
+)
 from tests.http_client import call
 
 
@@ -73,6 +84,79 @@ async def test_one_bad_line_of_ndjson_never_costs_the_good_ones(api: Api) -> Non
     assert fault["event_id"] is None
     assert fault["detail"][0]["loc"] == ["body", 1]
     assert fault["detail"][0]["type"] == "json_invalid"
+
+
+module_loop = pytest.mark.asyncio(loop_scope="module")
+HALF_AN_EMOJI = rb'"\ud83d"'
+NOT_STRICT = {
+    "half an emoji": ("host", HALF_AN_EMOJI, "surrogate"),
+    "in a metric": ("metrics_json", b'{"a": [1, {"b": %b}]}' % HALF_AN_EMOJI, "surrogate"),
+    "in a metric's name": ("metrics_json", b"{%b: 1}" % HALF_AN_EMOJI, "surrogate"),
+    "no UTF-8": ("error_summary", b'"caf\xe9"', "UTF-8"),
+    "NaN": ("metrics_json", b'{"loss": NaN}', "NaN"),
+    "Infinity": ("items_failed", b"-Infinity", "-Infinity"),
+    "in an unknown field": ("color", b"NaN", "NaN"),
+}
+
+
+@module_loop
+@pytest.mark.parametrize(("field", "value", "said"), NOT_STRICT.values(), ids=NOT_STRICT)
+@pytest.mark.parametrize("form", ["array", "runs", "lines"])
+async def test_an_item_that_is_no_strict_json_costs_only_itself(
+    shared: Api, field: str, value: bytes, said: str, form: str
+) -> None:
+    good, last = make_run(host='a, ] "} [\\', metrics_json={"a": [[]]}), make_run()
+    bad = make_run()
+    texts = [json.dumps(good).encode(), json.dumps(bad).encode()[:-1], json.dumps(last).encode()]
+    texts[1] += b', "%b": %b}' % (field.encode(), value)
+    array = b"[" + b" ,\n ".join(texts) + b"]"
+    body = {"array": array, "runs": b'{"source": "x", "runs" : %b, "to": 1}' % array, "lines": b"\n".join(texts)}[form]
+    answer = await post(shared, body, BATCH, NDJSON if form == "lines" else JSON)
+    assert (answer.status, answer.json["inserted"], answer.json["total"]) == (200, 2, 3), answer.text
+    [fault] = answer.json["error_details"]
+    assert (fault["index"], fault["event_id"]) == (1, bad["event_id"])
+    [detail] = fault["detail"]
+    assert (detail["loc"], detail["type"]) == (["body", 1, field], "json_invalid")
+    assert said in detail["msg"]
+    assert (await shared.get(f"{RUNS}/{good['event_id']}"))["host"] == good["host"]
+    if form == "runs":
+        assert answer.json["warnings"] == ["Unknown field ignored: source", "Unknown field ignored: to"]
+
+
+@module_loop
+async def test_an_item_with_another_fault_of_json_costs_only_itself(shared: Api) -> None:
+    """Its brackets are closed, so the others are told from it; what is refused has no name that half a pair is in."""
+    good = json.dumps(make_run()).encode()
+    bad = [
+        b'{"event_id": tru}',
+        rb'{"\ud800": 1}',
+        rb'{"event_id": "\ud800"}',
+        b"NaN",
+        b'{"a": ' * 5000 + b"1" + b"}" * 5000,
+    ]
+    answer = await post(shared, b"[" + b",".join([*bad, good]) + b"]", BATCH)
+    assert (answer.status, answer.json["inserted"], answer.json["total"]) == (200, 1, 6)
+    assert [fault["event_id"] for fault in answer.json["error_details"]] == [None] * 5
+    assert {fault["detail"][0]["type"] for fault in answer.json["error_details"]} == {"json_invalid"}
+
+
+@module_loop
+@pytest.mark.parametrize(
+    "body",
+    [b"[%b, NaN", b"[%b, NaN,]", b"[%b,, NaN]", b"[%b, NaN] x", b'{"runs": [%b, NaN], "a": NaN}', b'[%b, NaN, "]',
+     b'{"runs": [%b, NaN], "runs": [1]}', b'{"a": {"runs": [%b, NaN]}}', b"[%b, NaN]]"],
+)  # fmt: skip
+async def test_without_limits_between_the_items_nothing_is_stored(shared: Api, body: bytes) -> None:
+    run = make_run()
+    detail = check_error(await post(shared, body % json.dumps(run).encode(), BATCH), 422)
+    assert places(detail) == [("body",)]
+    await shared.get(f"{RUNS}/{run['event_id']}", 404)
+
+
+@module_loop
+async def test_only_items_that_are_no_strict_json_are_422(shared: Api) -> None:
+    body = rb'[{"event_id": "a", "host": "\ud800"}, {"host": NaN}]'
+    assert places(check_error(await post(shared, body, BATCH), 422)) == [("body", 0, "host"), ("body", 1, "host")]
 
 
 async def test_an_empty_array_is_zeros(api: Api) -> None:

@@ -9,8 +9,8 @@ import time
 import pytest
 
 from telemetryd.engine.sqlite.statements import runs as run_rows
-from telemetryd.http import BODIES
 from telemetryd.model import values
+from telemetryd.web.body import BODIES
 from tests.conftest import PATIENCE_S, Api, eventually, make_run
 from tests.contract.wire import BATCH, NDJSON, RUNS, check_alive, check_error, places, post, send
 from tests.faults.test_connections import closed

@@ -67,8 +67,8 @@ def api(shared: Api) -> Api:
 
 ENDPOINTS = {
     "/api/v1/runs": {"GET", "HEAD", "POST"},
-    "/api/v1/runs/abc": {"GET", "HEAD", "PATCH"},
-    "/api/v1/runs/batch": {"GET", "HEAD", "PATCH", "POST"},
+    "/api/v1/runs/abc": {"DELETE", "GET", "HEAD", "PATCH"},
+    "/api/v1/runs/batch": {"DELETE", "GET", "HEAD", "PATCH", "POST"},
     "/api/v1/runs/abc/associate-commit": {"POST"},
     "/api/v1/runs/abc/commit-url": {"GET", "HEAD"},
     "/api/v1/runs/abc/repo-url": {"GET", "HEAD"},

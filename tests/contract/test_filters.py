@@ -106,6 +106,11 @@ async def test_metrics_raw_and_encoded(api: Api) -> None:
     assert await found(api, "metrics.model=gpt&metrics.tokens>1") == ["many"]
     assert await found(api, "metrics.tokens<1e4") == ["many", "few"]
     assert "metrics.tokens" in check_error(await send(api, "GET", f"{RUNS}?metrics.tokens>"), 400)
+    for parameters, wanted in (
+        ({"metrics.tokens>=": "0"}, ["many", "few"]), ({"metrics.tokens": ">1000"}, ["many"]),
+        ({"metrics.tokens": "<= 10", "metrics.model!=": "x"}, []), ({"metrics.tokens==": "10"}, ["few"]),
+    ):  # fmt: skip
+        assert ids(await listed(api, **parameters)) == wanted, parameters
 
 
 @pytest.mark.parametrize("order", ["created_at", "-created_at", "start_time", "-start_time"])

@@ -160,6 +160,7 @@ async def test_metrics_are_negotiated(api: Api, accept: str, query: str, kind: s
         "invalid": 0,
     }
     values = {sample.name: sample.value for sample in samples}
+    assert any(name.endswith("_created") for name in values) is (kind == "application/openmetrics-text")
     assert values["telemetryd_runs_stored"] == 3
     assert values["telemetryd_queue_depth"] == 0
     assert values["telemetryd_group_commands_count"] == 1
@@ -280,6 +281,7 @@ async def test_the_document_lists_every_endpoint(api: Api) -> None:
         ("POST", "/api/v1/runs/batch"),
         ("GET", "/api/v1/runs/{event_id}"),
         ("PATCH", "/api/v1/runs/{event_id}"),
+        ("DELETE", "/api/v1/runs/{event_id}"),
         ("POST", "/api/v1/runs/{event_id}/events"),
         ("GET", "/api/v1/runs/{event_id}/events"),
         ("POST", "/api/v1/runs/{event_id}/process"),
@@ -295,6 +297,7 @@ async def test_the_document_lists_every_endpoint(api: Api) -> None:
         ("GET", "/api/v1/metadata"),
         ("POST", "/api/v1/admin/prune"),
         ("POST", "/api/v1/admin/reap"),
+        ("POST", "/api/v1/admin/redact"),
         ("POST", "/api/v1/admin/confirm"),
         ("POST", "/api/v1/admin/backup"),
         ("GET", "/health"),

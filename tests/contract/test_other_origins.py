@@ -113,7 +113,7 @@ async def test_a_listed_page_reads_answers_errors_and_streams_with_their_headers
         answer = await send(api, method, path, headers=said)
         assert answer.status == status
         assert answer.headers["access-control-allow-origin"] == DASHBOARD
-        assert answer.headers["vary"] == "Origin"
+        assert answer.headers["vary"].split(", ")[-1] == "Origin"
         readable = answer.headers["access-control-expose-headers"].split(", ")
         assert {"Link", "X-Total-Count", "X-Request-ID", "Retry-After", "Telemetry-Server"} <= {*readable}
         assert "access-control-allow-credentials" not in answer.headers
@@ -127,7 +127,7 @@ async def test_other_pages_get_no_word_of_it_and_caches_keep_answers_apart(make_
     api = await make_api(cors_origins=DASHBOARD)
     for headers in ({}, {"Origin": "https://evil.example"}, {"Origin": "null"}, {"Origin": DASHBOARD.upper()}):
         answer = await send(api, "GET", RUNS, headers=headers)
-        assert answer.headers["vary"] == "Origin"
+        assert answer.headers["vary"].split(", ")[-1] == "Origin"
         assert not [name for name in answer.headers if name.startswith("access-control-")]
     assert (await send(api, "GET", "/", headers={"Accept": "text/html"})).headers["vary"] == "Accept, Origin"
 

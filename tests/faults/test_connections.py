@@ -141,7 +141,7 @@ async def test_those_who_leave_most_unread_are_cut_off_when_it_is_too_much(
     monkeypatch.setattr(connections, "MOST_UNREAD_BYTES", 15_000_000)
     if look == "at the patrol":
         monkeypatch.setattr(connections, "_PATROL_EVERY_S", 0.1)
-        monkeypatch.setattr(connections, "_LARGE_BYTES", 1 << 40)
+        monkeypatch.setattr(connections, "LARGE_BYTES", 1 << 40)
     else:
         monkeypatch.setattr(connections, "_PATROL_EVERY_S", 1000)
     api = await make_api()

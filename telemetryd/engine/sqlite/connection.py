@@ -285,6 +285,20 @@ def checkpoint_passively(connection: sqlite3.Connection) -> None:
     connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
 
+def empty_log(connection: sqlite3.Connection) -> bool:
+    """Write everything back and empty the log, without waiting; return whether no reader kept it from that.
+
+    Only for the write connection, too.
+    """
+    (patience_ms,) = connection.execute("PRAGMA busy_timeout").fetchone()
+    connection.execute("PRAGMA busy_timeout = 0").fetchall()
+    try:
+        busy, _, _ = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+    finally:
+        connection.execute(f"PRAGMA busy_timeout = {patience_ms}").fetchall()
+    return not busy
+
+
 def bytes_not_written_back(connection: sqlite3.Connection) -> int:
     """Write back what no reader keeps from it, and return how much is left; only for the write connection, too."""
     _, frames, done = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()

@@ -18,6 +18,7 @@ from telemetryd.engine.sqlite.connection import (
     bytes_not_written_back,
     checkpoint_passively,
     connect_to_read,
+    empty_log,
     quick_check,
 )
 from telemetryd.engine.sqlite.disk import Disk, LogWatch, Look
@@ -30,9 +31,9 @@ from telemetryd.engine.sqlite.readers import Lane, Readers
 from telemetryd.engine.sqlite.recount import Recount
 from telemetryd.engine.sqlite.statements.answers import answer, is_long, load
 from telemetryd.engine.sqlite.tools import backup, migrate
-from telemetryd.errors import DatabaseError, DatabaseSuspectError, UnavailableError, sentence
+from telemetryd.errors import DatabaseBusyError, DatabaseError, DatabaseSuspectError, UnavailableError, sentence
 from telemetryd.model.changes import Changes, ListChanges
-from telemetryd.model.commands import Command
+from telemetryd.model.commands import ApplyChanges, Command, DeleteRun, RedactRun
 from telemetryd.model.queries import ExportRuns, Query
 from telemetryd.model.values import format_timestamp
 from telemetryd.ops.logs import log
@@ -302,18 +303,32 @@ class Writing:
 
     def __init__(self, database: _Database) -> None:
         self._database = database
+        self._log_holds_removed = False
+        """Whether the write-ahead log may hold what was removed for good."""
 
     async def write(self, commands: Sequence[Command[Any]]) -> list[Outcome]:
         """Carry out a group in one hop into the connection's thread (see `WritingEngine.write`)."""
         self._database.idle = False
+        self._log_holds_removed |= any(isinstance(each, DeleteRun | RedactRun | ApplyChanges) for each in commands)
         try:
             return await self._database.visit(lambda plain: self._database.groups.write(plain, commands))
         finally:
             self._database.idle = True
 
     async def tidy_up(self) -> None:
-        """Write the write-ahead log back as far as no reader needs it."""
-        if self._database.modes.journal_mode == "WAL":
+        """Write the write-ahead log back as far as no reader needs it; after a removal, empty it.
+
+        Raises:
+            DatabaseBusyError: if a reader keeps it from being emptied.
+
+        """
+        if self._database.modes.journal_mode != "WAL":
+            return
+        if self._log_holds_removed:
+            if not await self._database.ask(empty_log):
+                raise DatabaseBusyError
+            self._log_holds_removed = False
+        else:
             await self._database.ask(checkpoint_passively)
 
     async def reopen(self) -> None:
@@ -364,9 +379,9 @@ class Reading:
         """Copy what is asked for (see `ReadingEngine.export`)."""
         return self._exports.open(query)
 
-    async def back_up(self, now: datetime) -> BackupMade:
+    async def back_up(self, now: datetime, *, compress: bool = True) -> BackupMade:
         """Make a verified backup (see `ReadingEngine.back_up`)."""
-        return await backup.make(self._settings, now)
+        return await backup.make(self._settings, now, compress=compress)
 
     async def look(self) -> DatabaseSuspectError | None:
         """Look at the disk, and at the size of the write-ahead log."""

@@ -13,7 +13,7 @@ from telemetryd.engine.sqlite.statements.answers import answers
 from telemetryd.engine.sqlite.statements.columns import NEWEST
 from telemetryd.engine.sqlite.statements.predicates import conditions
 from telemetryd.model import events
-from telemetryd.model.changes import Changes, Deleted, ListChanges
+from telemetryd.model.changes import Changes, Deleted, Known, ListChanges
 from telemetryd.model.filters import Filters
 from telemetryd.model.runs import COLUMNS, TEXTS
 from telemetryd.model.values import Row
@@ -46,6 +46,12 @@ _MATCHING: Final = """
     SELECT id FROM (SELECT value AS number FROM json_each(:ids)) CROSS JOIN agent_runs ON id = number WHERE
 """
 
+_AS_IT_IS: Final = """
+    SELECT id, coalesce((SELECT seq FROM run_changes WHERE run = id), id), updated_at FROM agent_runs WHERE event_id = ?
+"""
+_WAS_DELETED: Final = "SELECT 1 FROM run_deletions WHERE seq > ? AND event_id = ? LIMIT 1"
+_DELETED_AT: Final = "SELECT event_id FROM run_deletions WHERE seq = ?"
+
 _texts_of: Final = itemgetter(*map(COLUMNS.index, TEXTS))
 
 _Found = list[tuple[int, int | Deleted]]
@@ -68,6 +74,7 @@ def fetch_changes(connection: sqlite3.Connection, query: ListChanges) -> Changes
     connection.execute("BEGIN")
     try:
         epoch, horizon, newest = connection.execute(_STAND).fetchone()
+        unknown = next((each for each in query.known if not _holds(connection, query.after, horizon, each)), None)
         found, last = _find(connection, query, newest)
         changes, last = _load(connection, found, last, query.most_bytes)
         ids = orjson.dumps([what[0] for _, what in changes if isinstance(what, tuple)]).decode()
@@ -75,10 +82,24 @@ def fetch_changes(connection: sqlite3.Connection, query: ListChanges) -> Changes
         happened, more = None, False
         if query.events_after is not None:
             happened, more = _happened(connection, query) if last == newest else ([], False)
-        return Changes(changes, last, newest, epoch, horizon, matching, happened, more)
+        return Changes(changes, last, newest, epoch, horizon, matching, happened, more, unknown)
     finally:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
+
+
+def _holds(connection: sqlite3.Connection, after: int, horizon: int, known: Known) -> bool:
+    """Return whether a change that a copy has up to `after` was one of this database, be it the newest still or not."""
+    if known.id is None:
+        deleted = connection.execute(_DELETED_AT, (known.seq,)).fetchone()
+        return known.seq <= horizon if deleted is None else bool(deleted[0] == known.event_id)
+    found = connection.execute(_AS_IT_IS, (known.event_id,)).fetchone()
+    if found is None:
+        return after < horizon or connection.execute(_WAS_DELETED, (after, known.event_id)).fetchone() is not None
+    number, seq, updated_at = found
+    if seq == known.seq:
+        return bool(number == known.id and updated_at == known.updated_at)
+    return bool(seq > after and (number == known.id or number > after))
 
 
 def _find(connection: sqlite3.Connection, query: ListChanges, newest: int) -> tuple[_Found, int]:

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import orjson
 
-from telemetryd.engine.sqlite.statements import alerts, confirmations, full_text, replica, rollups, thinning
+from telemetryd.engine.sqlite.statements import alerts, confirmations, full_text, removal, replica, rollups, thinning
 from telemetryd.engine.sqlite.statements.columns import DAY, HOUR, MINUTE, PROCESS
 from telemetryd.engine.sqlite.statements.recounting import Tally
 from telemetryd.engine.sqlite.statements.sequence import Sequence as CommitSequence
@@ -41,6 +41,7 @@ from telemetryd.model.commands import (
     Created,
     CreateEvents,
     CreateRuns,
+    DeleteRun,
     EndProcess,
     EventsCreated,
     Indexed,
@@ -52,8 +53,10 @@ from telemetryd.model.commands import (
     Reaped,
     ReapRuns,
     RecordAlerts,
+    RedactRun,
     RegisterProcess,
     Registration,
+    Removed,
     TrustClock,
     Updated,
     UpdateRun,
@@ -169,6 +172,8 @@ class Transaction:
                 outcome = self._prune(command)
             case ReapRuns():
                 outcome = self._reap(command)
+            case DeleteRun() | RedactRun():
+                outcome = self._remove(command)
             case ApplyChanges():
                 outcome = self._apply_changes(command)
             case _:
@@ -416,8 +421,18 @@ class Transaction:
         self._deleted += deleted
         return pruned
 
+    def _remove(self, command: DeleteRun | RedactRun) -> Removed | None:
+        removed, deleted = (
+            removal.delete_run(self._cursor, self._sequence, command)
+            if isinstance(command, DeleteRun)
+            else removal.redact_run(self._cursor, self._sequence, command, self._now)
+        )
+        self._deleted += deleted
+        return removed
+
     def _apply_changes(self, command: ApplyChanges) -> Applied:
-        self._deleted += replica.apply_changes(self._cursor, command)
+        with removal.for_good(self._cursor):  # what was removed there must not stay here
+            self._deleted += replica.apply_changes(self._cursor, command)
         self._created += [what.row for _, what in command.changes if isinstance(what, CopiedRun)]
         return Applied(len(command.changes), len(command.events))
 

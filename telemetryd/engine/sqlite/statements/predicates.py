@@ -19,9 +19,9 @@ from telemetryd.model.values import SqlValue, Status
 Values = dict[str, SqlValue | float]
 """What is bound to the names of a statement."""
 
-# Which index serves which equality filters. Every index goes on with created_at and the rowid, so a walk
-# backwards is already in order. Where an index has the status but the query has not, the walk is a merge of
-# one ordered arm for each of the six statuses.
+# Which index serves which equality filters. Every index goes on with created_at and the rowid (that of event_id need
+# not, for it finds one run), so a walk backwards is already in order. Where an index has the status but the query has
+# not, the walk is a merge of one ordered arm for each of the six statuses.
 INDEXES: Final[dict[frozenset[str], tuple[str, bool]]] = {
     frozenset(names.split()): (index, merge_statuses)
     for names, index, merge_statuses in (
@@ -38,9 +38,9 @@ INDEXES: Final[dict[frozenset[str], tuple[str, bool]]] = {
 INDEXES.update((frozenset({name}), (f"idx_runs_{name}", False)) for name in FILTERS if frozenset({name}) not in INDEXES)
 
 _CHOICE: Final = (
-    "run_id", "parent_run_id", "insight_id", "git_commit_hash", "agent_name job_type status", "agent_name job_type",
-    "agent_name status", "agent_name", "website", "host", "product", "job_type status", "job_type", "status",
-    "environment", "",
+    "event_id", "run_id", "parent_run_id", "insight_id", "git_commit_hash", "agent_name job_type status",
+    "agent_name job_type", "agent_name status", "agent_name", "website", "host", "product", "job_type status",
+    "job_type", "status", "environment", "",
 )  # fmt: skip
 """The filters that an index serves, those first which usually leave fewest runs."""
 

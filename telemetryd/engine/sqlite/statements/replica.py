@@ -9,7 +9,7 @@ from telemetryd.engine.sqlite.statements.answers import answers
 from telemetryd.engine.sqlite.statements.columns import NEWEST
 from telemetryd.engine.sqlite.statements.sequence import KEEP_EVENT_NUMBERS, forget_deletions
 from telemetryd.model import events
-from telemetryd.model.changes import Cursor, Followed, GetFollowed
+from telemetryd.model.changes import Cursor, Followed, GetFollowed, Known
 from telemetryd.model.commands import ApplyChanges, CopiedRun
 from telemetryd.model.runs import CREATED_AT, STORED
 from telemetryd.model.stats import FACTS, Facts
@@ -37,6 +37,15 @@ _WHERE: Final = f"""
     SELECT {NEWEST}, epoch, seq, begun, (SELECT coalesce(max(id), 0) FROM run_events)
     FROM (SELECT 1) LEFT JOIN followed_feed
 """
+_NEWEST_KNOWN: Final = (
+    "SELECT seq, event_id, id, updated_at FROM run_changes JOIN agent_runs ON id = run ORDER BY seq DESC LIMIT 1",
+    """
+    SELECT coalesce((SELECT seq FROM run_changes WHERE run = id), id), event_id, id, updated_at FROM agent_runs
+    ORDER BY id DESC LIMIT 1
+    """,
+    "SELECT seq, event_id, NULL, '' FROM run_deletions ORDER BY seq DESC LIMIT 1",
+)
+"""What was changed last, created last and deleted last."""
 
 
 def apply_changes(cursor: sqlite3.Cursor, command: ApplyChanges) -> list[Facts]:
@@ -72,4 +81,5 @@ def apply_changes(cursor: sqlite3.Cursor, command: ApplyChanges) -> list[Facts]:
 def fetch_followed(connection: sqlite3.Connection, query: GetFollowed) -> Followed:
     """Fetch how far a copy has come, and the last number and event that stand in it."""
     newest, epoch, seq, begun, last_event = connection.execute(_WHERE).fetchone()
-    return Followed(newest, None if epoch is None else Cursor(seq, epoch), begun or 0, last_event)
+    known = {Known(*row): None for sql in _NEWEST_KNOWN for row in connection.execute(sql)}
+    return Followed(newest, None if epoch is None else Cursor(seq, epoch), begun or 0, last_event, tuple(known))

@@ -113,7 +113,7 @@ def prune(cursor: sqlite3.Cursor, sequence: CommitSequence, command: PruneRuns) 
     for chosen in _portions(_fetch_with(cursor, values), statements, command.limit, budget):
         if not deleted:
             cursor.execute(KEEP_EVENT_NUMBERS)
-        done = _delete(cursor, chosen, budget)
+        done = delete(cursor, chosen, budget)
         sequence.deleted((row[0] for row in done), [row[-1] for row in done])
         deleted += [row[1:-1] for row in done]
         if len(done) < len(chosen):
@@ -150,8 +150,11 @@ def _portions(fetch: _Fetch, statements: Iterable[str], limit: int, budget: Budg
             yield chosen
 
 
-def _delete(cursor: sqlite3.Cursor, chosen: list[tuple[Any, ...]], budget: Budget) -> list[tuple[Any, ...]]:
-    """Delete runs; those whose events are too many for this slice stay, with the events that are left."""
+def delete(cursor: sqlite3.Cursor, chosen: list[tuple[Any, ...]], budget: Budget) -> list[tuple[Any, ...]]:
+    """Delete runs, given as their ids and created_at first.
+
+    Those whose events are too many for this slice stay, with the events that are left.
+    """
     ids = orjson.dumps([row[0] for row in chosen]).decode()
     left = _EVENTS
     while events := orjson.loads(cursor.execute(_EVENT_SIZES, (ids,)).fetchone()[0]):

@@ -71,8 +71,8 @@ class Content:
     ours: bool
 
 
-async def make(settings: Settings, now: datetime) -> BackupMade:
-    """Make a verified, compressed backup in the configured directory, and rotate those that are there.
+async def make(settings: Settings, now: datetime, *, compress: bool = True) -> BackupMade:
+    """Make a verified backup in the configured directory, compressed or not, and rotate those that are there.
 
     Raises:
         InvalidRequestError: if no directory is configured.
@@ -83,14 +83,14 @@ async def make(settings: Settings, now: datetime) -> BackupMade:
         raise InvalidRequestError("TELEMETRY_BACKUP_DIR is not set, so there is no place for a backup")
     try:
         return await asyncio.to_thread(
-            _make, settings.db_path.absolute(), settings.backup_dir.absolute(), settings.backup_keep, now
+            _make, settings.db_path.absolute(), settings.backup_dir.absolute(), settings.backup_keep, now, compress
         )
     except DatabaseError as error:
         raise UnavailableError(sentence(error)) from error
 
 
-def _make(database: Path, directory: Path, keep: int | None, now: datetime) -> BackupMade:
-    done = back_up_into(directory, database, now, compress=True)
+def _make(database: Path, directory: Path, keep: int | None, now: datetime, compress: bool) -> BackupMade:
+    done = back_up_into(directory, database, now, compress=compress)
     removed = [] if keep is None else rotation.rotate(directory, database, keep, done.path)
     return BackupMade(done.path, done.bytes, done.rows, done.seconds, removed)
 

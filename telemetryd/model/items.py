@@ -1,0 +1,148 @@
+"""Splits a batch that is no strict JSON as a whole into its items, and names the fields for which one is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any, Final, NamedTuple
+
+from telemetryd.errors import ErrorItem
+
+_MARK: Final = re.compile(rb'"(?:[^"\\]++|\\.)*+"|["\[\]{},]', re.DOTALL)
+"""A string, or what parts and encloses values; of these alone the limits of an item are made."""
+_BLANKS: Final = b" \t\r\n"
+_RUNS: Final = re.compile(rb"\s*:\s*\[")
+_MOST_FAULTS: Final = 50
+"""Fields of one item that are named."""
+
+
+class Items(NamedTuple):
+    """The texts of a batch's items, and the text of what is around them."""
+
+    texts: list[bytes]
+    around: bytes
+
+
+def split(body: bytes, most: int) -> Items | None:
+    """Split an array, or an object with the array under `runs`, into its items, whatever stands inside of them.
+
+    It takes a second for the largest body. No more than `most` and one are returned. None means that there are no items
+    to be told apart: a bracket or a quote that is not closed, something after the end, or nothing between two commas.
+    """
+    start = _start(body)
+    if start is None:
+        return None
+    texts: list[bytes] = []
+    begin, depth = start + 1, 0
+    for mark in _MARK.finditer(body, start):
+        sign = body[mark.start()]
+        if mark[0] == b'"':  # of a string that does not end
+            return None
+        if sign in b"[{":
+            depth += 1
+        elif sign in b"]}":
+            depth -= 1
+        if (depth == 0 and sign in b"]}") or (depth == 1 and sign in b","):
+            text = body[begin : mark.start()].strip(_BLANKS)
+            begin = mark.end()
+            if text or depth or texts:
+                texts.append(text)
+            if depth == 0 or len(texts) > most:
+                around = body[:start] + b"[]" + body[begin:] if depth == 0 else b"[]"
+                return Items(texts, around) if all(texts) else None
+    return None
+
+
+def _start(body: bytes) -> int | None:
+    """Return where the array begins: at once, or under `runs` in an object."""
+    first = len(body) - len(body.lstrip(_BLANKS))
+    if body[first : first + 1] == b"[":
+        return first
+    if body[first : first + 1] != b"{":
+        return None
+    depth = 0
+    for mark in _MARK.finditer(body, first):
+        sign = body[mark.start()]
+        if sign in b"[{":
+            depth += 1
+        elif sign in b"]}":
+            depth -= 1
+        elif depth == 1 and mark[0] == b'"runs"' and (array := _RUNS.match(body, mark.end())):
+            return array.end() - 1
+    return None
+
+
+# --- What is wrong with an item ------------------------------------------------------------------
+
+
+class NotStrict(NamedTuple):
+    """What keeps an item from being strict JSON."""
+
+    faults: list[ErrorItem]
+    event_id: str | None
+
+
+def explain(text: bytes) -> NotStrict | None:
+    """Name the fields of an item that hold what strict JSON cannot: half a surrogate pair, bad UTF-8, NaN, Infinity.
+
+    None means that it is something else, such as a bracket that is missing.
+    """
+    try:
+        value = json.loads(text.decode("utf-8", "surrogateescape"), parse_constant=_NotANumber)
+    except (ValueError, RecursionError):
+        return None
+    fields: dict[Any, Any] = value if isinstance(value, dict) else {None: value}
+    faults: list[ErrorItem] = []
+    for name, held in fields.items():
+        if not is_unicode(name):
+            faults.append(_fault(None, f"The name of a field {_NO_UNICODE}"))
+        elif (reason := next(filter(None, map(_reason, _values(held))), None)) is not None:
+            faults.append(_fault(name, reason))
+        if len(faults) == _MOST_FAULTS:
+            break
+    event_id = fields.get("event_id")
+    return NotStrict(faults, event_id if isinstance(event_id, str) and is_unicode(event_id) else None)
+
+
+_NO_UNICODE: Final = "holds half of a surrogate pair, or bytes that are not UTF-8"
+
+
+class _NotANumber(str):
+    """NaN, Infinity or -Infinity, which stand where only a number may."""
+
+    __slots__ = ()
+
+
+def is_unicode(text: object) -> bool:
+    """Return whether a text, or whatever else it is, can be encoded."""
+    try:
+        str(text).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _reason(value: object) -> str | None:
+    if isinstance(value, _NotANumber):
+        return f"{value} is not a number in JSON"
+    return None if not isinstance(value, str) or is_unicode(value) else f"String {_NO_UNICODE}"
+
+
+def _values(value: object) -> Iterator[object]:
+    """Yield everything that a value holds, its names included; without recursion, however deep it is."""
+    left = [value]
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            left += value
+            left += value.values()
+        elif isinstance(value, list):
+            left += value
+        else:
+            yield value
+
+
+def _fault(name: str | None, message: str) -> ErrorItem:
+    place: list[str | int] = ["body"] if name is None else ["body", name]
+    return {"loc": place, "msg": message, "type": "json_invalid"}
