@@ -107,8 +107,8 @@ class Gate:
 
     def _refusal_of_client(self, request: web.Request) -> web.Response | None:
         """Keep out who has no right to ask, or asks too often."""
-        endpoint = endpoint_of(request) or ""
-        is_admin = endpoint.startswith(ADMIN_PREFIX) or request.method == hdrs.METH_DELETE
+        endpoint = endpoint_of(request)
+        is_admin = endpoint is not None and (endpoint.startswith(ADMIN_PREFIX) or request.method == hdrs.METH_DELETE)
         socket_of_own = _own_unix_peers_socket(request)
         # Nobody else can open the socket next to the database, and who can may read that and the token as well.
         if socket_of_own is not None and (is_admin or socket_of_own == self._own_socket):
