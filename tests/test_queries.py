@@ -100,7 +100,7 @@ def test_a_blank_between_date_and_time_is_no_lost_plus(blank: str) -> None:
         *(
             (name, value, "an ISO 8601 date and time")
             for name in ("created_before", "created_after", "start_time_from", "start_time_to")
-            for value in ("", "yesterday", "2025-12-24", "1766570400", "2025-02-30T10:00:00Z", "x" * 9999)
+            for value in ("", "yesterday", "1766570400", "2025-02-30T10:00:00Z", "x" * 9999)
         ),
     ],
 )  # fmt: skip
