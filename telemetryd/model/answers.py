@@ -31,6 +31,9 @@ CountsState = TypeAliasType(
     "CountsState",
     Annotated[Literal["right", "being compared"], Field(description="Whether counts can be believed.")],
 )
+FullTextState = TypeAliasType(
+    "FullTextState", Annotated[Literal["off", "building", "ready"], Field(description="Whether `q` finds runs.")]
+)
 
 
 class Warned(TypedDict):
@@ -178,10 +181,7 @@ class Health(TypedDict):
     wal_bytes: Number
     disk_free_bytes: Number
     counts: Comparison
-    full_text: Annotated[
-        str,
-        Field(description="Whether `q` finds runs.", json_schema_extra={"enum": ["off", "building", "ready"]}),
-    ]
+    full_text: FullTextState
     automatic: Automatic
     notices: list[str]
     warning: NotRequired[Annotated[str, Field(description="What an operator should know although everything works.")]]
