@@ -32,7 +32,7 @@ from telemetryd.engine.sqlite.ownership import Ownership, refuse_other_name
 from telemetryd.engine.sqlite.partials import forget_leftovers
 from telemetryd.engine.sqlite.tools import foreign, legacy, rotation
 from telemetryd.engine.sqlite.tools.migrate import check_schema, current_version, refuse_unless_usable
-from telemetryd.engine.sqlite.tools.salvage import salvage
+from telemetryd.engine.sqlite.tools.salvage import Saved, salvage
 from telemetryd.errors import DatabaseError
 from telemetryd.model.values import format_timestamp, utc_now
 from telemetryd.settings import Settings
@@ -343,7 +343,7 @@ def _refuse_in_use(source: Path, database: Path) -> None:
       systemctl stop telemetryd && telemetryd check --repair
     """
 )
-@click.option("--repair", is_flag=True, help="Mend indexes and totals; of a damaged file save what can be read.")
+@click.option("--repair", is_flag=True, help="Fix indexes and totals; of a damaged file save what can be read.")
 @json_flag
 @settings_flags(*DATABASE_SETTINGS)
 def check(repair: bool, as_json: bool, **flags: Any) -> None:
@@ -376,13 +376,27 @@ def _repair(path: Path, drawn: Progress) -> dict[str, Any]:
     if not any(finding.severity is checks.Severity.DAMAGE for finding in checks.examine(path, drawn)):
         return {"repaired": checks.repair(path, drawn)}
     done = salvage(path, _local_now(), drawn)
-    lost = "an unknown number" if done.lost is None else str(done.lost)
-    lines = [f"{done.saved} runs saved into a new file, {lost} lost", f"the damaged file is kept as {done.aside}"]
-    lines += [f"table {name}: {rows} rows saved" for name, rows in done.neighbours.items()]
+    lines = [str(table) for table in done.tables]
+    if done.rejected:
+        lines.append(f"{done.rejected} rows were read but are no runs any more, or have the event_id of another one")
+    if not done.is_schema_whole:
+        lines.append("a part of the schema cannot be read: tables of your own may be missing")
+    lines.append(f"the damaged file is kept as {done.aside}")
     return {
         "repaired": lines,
-        "saved": done.saved,
-        "lost": done.lost,
+        "saved": done.runs.saved,
+        "lost": done.runs.lost,
         "rejected": done.rejected,
+        "tables": [_saved_as_json(table) for table in done.tables],
         "old_file": done.aside,
+    }
+
+
+def _saved_as_json(table: Saved) -> dict[str, Any]:
+    return {
+        "table": table.table,
+        "there": table.there,
+        "is_estimate": table.is_estimate,
+        "saved": table.saved,
+        "lost": table.lost,
     }

@@ -72,15 +72,13 @@ class Original(NamedTuple):
 
 
 def _text(raw: RawValue) -> _Result:
-    if raw is None:
-        return None
+    if raw is None or (isinstance(raw, str) and "\0" not in raw):
+        return raw
     if isinstance(raw, (int, float)):
         return _Changed(str(raw), "number to text")
     text = raw.decode("utf-8", "replace") if isinstance(raw, bytes) else raw
     if "\0" in text:
         return _Replaced(text.replace("\0", _NO_CHARACTER), "holds a NUL character")
-    if text == raw:
-        return text
     return _Changed(text, "blob to text") if text.encode() == raw else _Replaced(text, "not UTF-8")
 
 
@@ -238,7 +236,9 @@ class Converter:
         self.tally = Tally()
         place = {name: index for index, name in enumerate(old_columns)}
         self._present = [
-            (COLUMNS.index(name), name, place[name], _CONVERTERS[name]) for name in _FIELDS if name in place
+            (COLUMNS.index(name), name, place[name], _CONVERTERS[name], _CONVERTERS[name](None) is None)
+            for name in _FIELDS
+            if name in place
         ]
         self._extra = [(name, index) for name, index in place.items() if name not in COLUMNS]
         self._makes_event_id = "event_id" not in place
@@ -255,13 +255,16 @@ class Converter:
         values = self._absent.copy()
         values[0] = number
         originals: list[Original] = []
-        for index, name, place, convert in self._present:
-            result = convert(raw[place])
+        for index, name, place, convert, may_be_null in self._present:
+            value = raw[place]
+            if value is None and may_be_null:  # most fields of most runs
+                continue
+            result = convert(value)
             if isinstance(result, tuple):
                 if isinstance(result, _Changed):
                     self.tally.changed[name, result.kind] += 1
                 else:
-                    self._keep(originals, name, result.reason, raw[place])
+                    self._keep(originals, name, result.reason, value)
                 result = result.value
             values[index] = result
         for name, place in self._extra:

@@ -188,7 +188,7 @@ def _rebuild(connection: sqlite3.Connection, layout: Layout, now: str, watch: Wa
     _set_aside(connection)
     _set_neighbours_aside(connection, layout)
     migrate.run_steps(connection, now, after=0)
-    indexes = _drop_indexes(connection)
+    indexes = migrate.drop_indexes(connection)
     converter = Converter(layout.columns)
     done.tally = converter.tally
     _copy_rows(connection, layout, converter, watch)
@@ -255,16 +255,6 @@ def _serve_old_events(connection: sqlite3.Connection, done: Migration) -> None:
         number += len(part)
     connection.execute(_DROP_RUN_IDS)
     done.remarks.append(f"{served} of {number} old events are served; all are kept in {old}")
-
-
-def _drop_indexes(connection: sqlite3.Connection) -> list[str]:
-    """Drop the new indexes for the time of the copy, and return how to make them: sorting once is faster."""
-    found = connection.execute(
-        "SELECT name, sql FROM sqlite_master WHERE type = 'index' AND tbl_name = 'agent_runs' AND sql IS NOT NULL"
-    ).fetchall()
-    for name, _ in found:
-        connection.execute(f"DROP INDEX {quoted(name)}")
-    return [sql for _, sql in found]
 
 
 def _copy_rows(connection: sqlite3.Connection, layout: Layout, converter: Converter, watch: Watch) -> None:
