@@ -472,3 +472,21 @@ def test_credentials_in_an_address_are_kept_nowhere(tmp_path: Path) -> None:
     assert {"field": "git_repo", "kind": "without credentials", "values": 20} in counts["normalised"]
     assert rows(path, "SELECT DISTINCT git_repo FROM agent_runs") == [("https://example.com/acme/site",)]
     assert b"s3cret" not in path.read_bytes()
+
+
+def test_a_migration_that_fails_again_and_again_keeps_one_backup(tmp_path: Path) -> None:
+    path = make_old_database(tmp_path / "telemetry.sqlite", "v7", wal=True)
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("CREATE VIEW run_changes AS SELECT 1")
+    left = tmp_path / ".telemetry_backup_20260101_000000.sqlite.00000001.partial"
+    shutil.copyfile(path, left)
+    for _ in range(3):
+        told = telemetryd("migrate", "--db-path", path, status=1)
+        assert "[OK] Verified backup of 20 rows" in told.stdout
+    assert not left.exists()
+    (made,) = tmp_path.glob("telemetry_backup_*.sqlite")
+    assert rows(made, "SELECT count(*) FROM agent_runs") == [(20,)]
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("DROP VIEW run_changes")
+    telemetryd("migrate", "--db-path", path)
+    assert len([*tmp_path.glob("telemetry_backup_*.sqlite")]) == 2  # the database was another one by then

@@ -29,8 +29,8 @@ from telemetryd.cli.options import (
 from telemetryd.engine.sqlite.connection import recover
 from telemetryd.engine.sqlite.files import Kind, inspect, is_ours, undisturbed
 from telemetryd.engine.sqlite.ownership import Ownership, refuse_other_name
-from telemetryd.engine.sqlite.partials import forget_leftovers
-from telemetryd.engine.sqlite.tools import foreign, legacy, rotation
+from telemetryd.engine.sqlite.partials import forget_abandoned, forget_leftovers
+from telemetryd.engine.sqlite.tools import foreign, legacy, reuse, rotation
 from telemetryd.engine.sqlite.tools.migrate import check_schema, current_version, refuse_unless_usable
 from telemetryd.engine.sqlite.tools.salvage import Saved, salvage
 from telemetryd.errors import DatabaseError
@@ -128,7 +128,8 @@ def _migrate(path: Path, *, with_backup: bool, as_json: bool) -> None:
     recover(path)  # or the backup, which may not write, could not read it
     with progress() as drawn:
         if with_backup:
-            saved = backups.back_up_into(path.parent, path, _local_now(), watch=drawn)
+            forget_abandoned(path.parent, rotation.like(path))
+            saved = reuse.find(path.parent, path) or backups.back_up_into(path.parent, path, _local_now(), watch=drawn)
             if not as_json:
                 click.echo(f"[OK] Verified backup of {saved.rows} rows: {saved.path}")
         done = legacy.migrate_file(path, format_timestamp(utc_now()), drawn)

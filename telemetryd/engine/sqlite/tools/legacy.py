@@ -165,6 +165,7 @@ def migrate_file(path: Path, now: str, watch: Watch = ignore_progress) -> Migrat
         sync_directory(path.parent)
         watch("Committing", 1, 1)
         _compact(connection, done, watch)
+    path.chmod(0o600)  # as every database of ours; the replaced service let others read it
     return done
 
 

@@ -22,6 +22,7 @@ from telemetryd.engine.sqlite.tools.conversion import Converter, Original, RawVa
 from telemetryd.errors import DatabaseError
 from telemetryd.model.runs import COLUMNS
 from telemetryd.model.values import SqlValue, format_timestamp
+from telemetryd.ops.files import owner_to_keep
 
 _RUNS: Final = "agent_runs"
 _RESTORE: Final = "restore a backup (telemetryd restore)"
@@ -80,7 +81,7 @@ def salvage(path: Path, moment: datetime, watch: Watch = ignore_progress) -> Sal
 
     """
     done = Salvage()
-    with partial_file(path.with_name(f"{path.name}.salvaged")) as new:
+    with partial_file(path.with_name(f"{path.name}.salvaged"), owner=owner_to_keep(path)) as new:
         try:
             with (
                 borrowed(path) as descriptor,
