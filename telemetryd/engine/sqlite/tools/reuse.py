@@ -16,7 +16,7 @@ from telemetryd.errors import DatabaseError
 
 _PAGES: Final = 256
 _OF_THE_COPY: Final = (slice(18, 20), slice(24, 28), slice(40, 44), slice(92, 100))
-"""Bytes of the header that a copy has for itself: how it is journaled, and how often it or its schema was changed by whom."""
+"""Bytes of the header that a copy has for itself: how it is journaled, how often it and its schema were changed."""
 _MARK: Final = "SELECT rootpage FROM sqlite_master WHERE name = 'backup_mark'"
 
 
