@@ -91,7 +91,7 @@ def migrate(dry_run: bool, with_backup: bool, as_json: bool, **flags: Any) -> No
     path = settings.db_path.absolute()
     with failing():
         if dry_run:
-            _report_migration(path, _preview(path), dry_run=True, as_json=as_json)
+            _report_migration(path, _preview(path, with_backup=with_backup), dry_run=True, as_json=as_json)
             return
         with owned(settings):
             if not _is_older(path):
@@ -116,11 +116,11 @@ def _is_older(path: Path) -> bool:
     return False
 
 
-def _preview(path: Path) -> legacy.Migration | None:
+def _preview(path: Path, *, with_backup: bool) -> legacy.Migration | None:
     if is_ours(path) and not _is_older(path):
         return None  # maybe in use, and a copy of it would cost much and show nothing
     with undisturbed(path) as quiet, progress() as drawn:
-        return legacy.preview(quiet, drawn) if _is_older(quiet) else None
+        return legacy.preview(quiet, path, drawn, with_backup=with_backup) if _is_older(quiet) else None
 
 
 def _migrate(path: Path, *, with_backup: bool, as_json: bool) -> None:
@@ -129,7 +129,10 @@ def _migrate(path: Path, *, with_backup: bool, as_json: bool) -> None:
     with progress() as drawn:
         if with_backup:
             forget_abandoned(path.parent, rotation.like(path))
-            saved = reuse.find(path.parent, path) or backups.back_up_into(path.parent, path, _local_now(), watch=drawn)
+            saved = reuse.find(path.parent, path)
+        legacy.refuse_too_little_room(path, with_backup=with_backup and saved is None)
+        if with_backup:
+            saved = saved or backups.back_up_into(path.parent, path, _local_now(), watch=drawn)
             if not as_json:
                 click.echo(f"[OK] Verified backup of {saved.rows} rows: {saved.path}")
         done = legacy.migrate_file(path, format_timestamp(utc_now()), drawn)
@@ -170,6 +173,8 @@ def _migration_as_json(
         "aside_tables": done.layout.aside,
         **done.counts(),
         "compacted": done.compacted,
+        "needs_bytes": done.room.needed if done.room else None,
+        "free_bytes": done.room.free if done.room else None,
         "remarks": done.remarks,
         "backup": backup.path if backup else None,
     }
@@ -180,7 +185,10 @@ def _print_migration(path: Path, done: legacy.Migration, *, dry_run: bool) -> No
     recorded = "" if layout.recorded in (None, layout.version) else f" (recorded as {layout.recorded})"
     click.echo(f"{_RULE}\nDATABASE MIGRATION: Schema v{layout.version} → v{current_version()}\n{_RULE}")
     click.echo(f"Database: {path}\nDry run: {dry_run}\nCurrent schema version: {layout.version}{recorded}")
-    click.echo(f"Total rows to migrate: {layout.rows}\n")
+    click.echo(f"Total rows to migrate: {layout.rows}")
+    if done.room is not None:
+        click.echo(f"Room on the disk: up to {size(done.room.needed)} for a moment, of {size(done.room.free)} free")
+    click.echo("")
     if dry_run:
         click.echo("[DRY RUN] Would perform the following changes:")
     for number, step in enumerate(layout.steps(), 1):

@@ -12,7 +12,7 @@ from telemetryd.engine.sqlite.statements.sequence import KEEP_EVENT_NUMBERS, KEE
 from telemetryd.engine.sqlite.tools import migrate
 from telemetryd.engine.sqlite.tools.conversion import PLAIN_TEXTS, RawValue, replacement
 from telemetryd.git_urls import without_credentials
-from telemetryd.model.runs import COLUMNS, columns
+from telemetryd.model.runs import columns
 from telemetryd.model.values import Role, SqlValue
 
 _WRONG_TOTALS: Final = """
@@ -45,10 +45,7 @@ _WRONG_TOTALS: Final = """
     )
 """
 
-SAVE_RUN: Final = (
-    f"INSERT INTO agent_runs ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))}) ON CONFLICT DO NOTHING"
-)
-KEEP_ORIGINAL: Final = "INSERT OR IGNORE INTO unconverted_values (run, field, reason, original) VALUES (?, ?, ?, ?)"
+SAVE_RUN: Final = f"{migrate.INSERT_RUN} ON CONFLICT DO NOTHING"
 
 _OF_RUNS: Final = ("unconverted_values", "run_events", "run_processes", "run_arrivals")
 
@@ -174,7 +171,7 @@ def replace_unstorable(connection: sqlite3.Connection) -> int:
     for found in all_of_them:
         connection.execute(f"UPDATE {found.table} SET {found.field} = ? WHERE id = ?", (found.value, found.number))
         if found.table == "agent_runs":
-            connection.execute(KEEP_ORIGINAL, (found.number, found.field, found.reason, found.original))
+            connection.execute(migrate.INSERT_ORIGINAL, (found.number, found.field, found.reason, found.original))
             changes.changed(found.number)
     changes.finish()
     return len(all_of_them)

@@ -14,8 +14,12 @@ from typing import Final
 from telemetryd.engine.sqlite.connection import quoted
 from telemetryd.engine.sqlite.files import APPLICATION_ID, FileState, Kind
 from telemetryd.errors import DatabaseError
+from telemetryd.model.runs import COLUMNS
 
 _STEP_NAME: Final = re.compile(r"(\d{4})_(\w+)\.sql")
+
+INSERT_RUN: Final = f"INSERT INTO agent_runs ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"
+INSERT_ORIGINAL: Final = "INSERT OR IGNORE INTO unconverted_values (run, field, reason, original) VALUES (?, ?, ?, ?)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,9 +148,12 @@ def drop_indexes(connection: sqlite3.Connection, but: Container[str] = ()) -> li
 
 
 def schema_of(connection: sqlite3.Connection) -> dict[str, str]:
-    """Return every table and index of a database by name, with the statement that made it."""
+    """Return every table and index of a database by name, but SQLite's own, with the statement that made it."""
     return dict(
-        connection.execute("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY type DESC, name")
+        connection.execute(
+            "SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL AND name NOT GLOB 'sqlite_*' "
+            "ORDER BY type DESC, name"
+        )
     )
 
 

@@ -81,7 +81,7 @@ class Entry(NamedTuple):
 
 
 def read_schema(source: sqlite3.Connection, file: TableFile) -> tuple[list[Entry], bool]:
-    """Return what can be read of the schema, tables first, and whether that is all of it."""
+    """Return what can be read of the schema, tables first, but SQLite's own, and whether that is all of it."""
     columns = [_Column(name, 0) for name in ("type", "name", "tbl_name", "rootpage", "sql")]
     table = Table("sqlite_master", columns, "rowid", root=1)
     found = [row[1:] for rows in _Numbered(source, file, table).slices() for row in rows]
@@ -90,6 +90,7 @@ def read_schema(source: sqlite3.Connection, file: TableFile) -> tuple[list[Entry
         for kind, name, of, root, sql in found
         if isinstance(kind, str)
         and isinstance(name, str)
+        and not name.startswith("sqlite_")
         and isinstance(of, str)
         and isinstance(root, int)
         and isinstance(sql, str)

@@ -181,7 +181,7 @@ class _Copier:
             self.done.rejected += is_saved.count(False)
             converted = [*itertools.compress(converted, is_saved)]
         kept = [(values[0], *original) for values, originals in converted for original in originals]
-        self.target.executemany(integrity.KEEP_ORIGINAL, kept)
+        self.target.executemany(migrate.INSERT_ORIGINAL, kept)
         return stored
 
     def _store_one(self, values: list[SqlValue]) -> int:
