@@ -385,7 +385,7 @@ def _repair(path: Path, drawn: Progress) -> dict[str, Any]:
     if not any(finding.severity is checks.Severity.DAMAGE for finding in checks.examine(path, drawn)):
         return {"repaired": checks.repair(path, drawn)}
     done = salvage(path, _local_now(), drawn)
-    lines = [str(table) for table in done.tables]
+    lines = [str(table) for table in done.tables if table.there != 0]
     if done.rejected:
         lines.append(f"{done.rejected} rows were read but are no runs any more, or have the event_id of another one")
     if not done.is_schema_whole:

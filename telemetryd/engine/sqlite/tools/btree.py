@@ -46,8 +46,6 @@ class TableFile:
     def __init__(self, descriptor: int, page_size: int) -> None:
         self._descriptor = descriptor
         self._page_size = page_size
-        self.fan_out = page_size // _ENTRY
-        """How many pages are usually below one."""
 
     def leaves(self, root: int) -> Iterator[Leaf]:
         """Yield the leaves of a table in their order, each once; what stands in the place of one counts as one."""
@@ -66,6 +64,13 @@ class TableFile:
             else:
                 children = page.children(low, high)
                 waiting += reversed([(child, first, last, depth + 1) for child, first, last in children])
+
+    def pages_below(self, gone: Leaf, deepest: int) -> float:
+        """Return how many leaves are lost with a page, if the others are so many levels deep: an estimate."""
+        if gone.depth >= deepest:
+            return 1
+        pages: int = (self._page_size // _ENTRY) ** (deepest - gone.depth)
+        return pages / 2 if gone.high == LAST_NUMBER else pages  # the last one is still being filled
 
     def numbers(self, leaf: Leaf) -> list[int]:
         """Return the numbers of the rows that a leaf says it has; what is damaged gives numbers of no row."""

@@ -150,12 +150,12 @@ class _Numbered:
 
     def slices(self) -> Iterator[list[Row]]:
         cells: list[int] = []
-        missing: list[int] = []
+        missing: list[Leaf] = []
         deepest = 0
         leaves: list[Leaf] = []
         for leaf in self._file.leaves(self._table.root):
             if leaf.cells is None:
-                missing.append(leaf.depth)
+                missing.append(leaf)
             else:
                 cells.append(leaf.cells)
                 deepest = max(deepest, leaf.depth)
@@ -168,7 +168,7 @@ class _Numbered:
         if not missing:
             self._table.estimates.append(sum(cells))
         elif cells:
-            pages = sum(self._file.fan_out ** max(deepest - depth, 0) for depth in missing)
+            pages = sum(self._file.pages_below(leaf, deepest) for leaf in missing)
             self._table.estimate = sum(cells) + round(mean(cells) * pages)
 
     def _group(self, leaves: list[Leaf]) -> Iterator[list[Row]]:
