@@ -16,8 +16,9 @@ PYTHONS ?= python3.12 python3.13 python3.14
 # How long the installation for one of them may take, and how long its tests, in seconds.
 PYTHONS_TIMEOUT_S ?= 240
 
-# Much of what a test does is waiting, so there are twice as many workers as processors (tests/conftest.py).
-PARALLEL := --numprocesses auto --dist worksteal
+# Much of what a test does is waiting, so there are twice as many workers as processors (tests/conftest.py). All tests
+# of a file run in one worker, which starts what they share (a browser, an app) once; the longest files come first.
+PARALLEL := --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help install run test test-contract test-pythons test-all test-faults torture fuzz check bench bench-large bench-client schema docs lock audit sbom build clean

@@ -49,6 +49,7 @@ RESULTS: Final = Path(__file__).parent / "results"
 @click.option("--seconds", default=3.0, help="Length of each load; wrk counts in whole seconds.")
 @click.option("--rounds", default=3, help="Rounds, of which the median counts.")
 @click.option("--large", is_flag=True, help="Run what depends on the database's size, with 10 million runs.")
+@click.option("--runs", default=100_000, help="Runs in the databases; with --large a hundred times as many.")
 @click.option("--keep", is_flag=True, help="Keep the seeded databases (7 GB with --large) for the next run.")
 @click.option(
     "--folder",
@@ -56,7 +57,7 @@ RESULTS: Final = Path(__file__).parent / "results"
     default=ROOT / "build" / "bench",
     help="Where the databases are made; decides which disk is measured.  [default: build/bench]",
 )
-def main(only: tuple[str, ...], seconds: float, rounds: int, large: bool, keep: bool, folder: Path) -> None:
+def main(only: tuple[str, ...], seconds: float, rounds: int, large: bool, runs: int, keep: bool, folder: Path) -> None:
     r"""Measure telemetryd against limits, a baseline, and its targets.
 
     The report goes to bench/results/latest.* (large.* with --large), unless --only is given.
@@ -68,7 +69,7 @@ def main(only: tuple[str, ...], seconds: float, rounds: int, large: bool, keep: 
       python -m bench --large --keep --only filters
     """
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends the processes as Ctrl-C does
-    options = Options(seconds, rounds, large)
+    options = Options(seconds, rounds, large, runs)
     names = only or (LARGE if large else tuple(SCENARIOS))
     before = os.getloadavg()[0]
     try:

@@ -22,16 +22,17 @@ class Options:
     seconds: float = 3
     rounds: int = 3
     large: bool = False
+    runs: int = 100_000
 
     @property
     def big(self) -> int:
         """Runs in the database that is called big."""
-        return 10_000_000 if self.large else 100_000
+        return 100 * self.runs if self.large else self.runs
 
     @property
     def small(self) -> int:
         """Runs in the database that the big one is compared with."""
-        return 100_000 if self.large else 10_000
+        return self.runs if self.large else self.runs // 10
 
     @property
     def full_load_s(self) -> float:

@@ -164,7 +164,7 @@ async def _show_life(notifier: Notifier, store: Store) -> None:
 
 
 async def _leave_after(stop: asyncio.Event) -> None:
-    """End a start that is asked to stop and does not come to its end: SQLite may wait long for somebody else's lock."""
+    """End a start that is asked to stop and hangs: SQLite may wait long for another process's lock."""
     await stop.wait()
     await asyncio.sleep(_LONGEST_START_S)
     print("telemetryd: stopped before it served", file=sys.stderr, flush=True)  # noqa: T201

@@ -19,7 +19,7 @@ class TelemetrydError(Exception):
     """The base of everything below."""
 
     message: ClassVar[str] = "The daemon has failed."
-    """The sentence that a user reads if the exception has no text of its own."""
+    """The sentence that a user reads if the exception has no other text."""
     error_type: ClassVar[str] = "TelemetrydError"
     """What the log calls it."""
 
@@ -85,9 +85,9 @@ class RunNotFoundError(TelemetrydError):
 
 
 class CursorGoneError(TelemetrydError):
-    """Raised for a place after which not everything is known any more; its text says why."""
+    """Raised for a cursor after which not everything is known any more; its text says why."""
 
-    message = "What comes after this place is not known any more. Begin again."
+    message = "What comes after this cursor is not known any more. Begin again."
     error_type = "CursorGoneError"
 
 
@@ -106,7 +106,7 @@ class BodyTooLargeError(TelemetrydError):
 
 
 class UnsupportedBodyError(TelemetrydError):
-    """Raised for a body in a form that nobody here reads."""
+    """Raised for a body in a form that the daemon does not read."""
 
     message = "The request body has a media type or a content coding that the daemon does not read."
     error_type = "UnsupportedBodyError"
@@ -226,7 +226,7 @@ class WriteFailedError(UnavailableError):
 
 
 class DatabaseSuspectError(UnavailableError):
-    """Raised while nobody knows what the disk holds."""
+    """Raised while it is unknown what the disk holds."""
 
     message = (
         "The database failed and is being opened again; if this was stored or not, repeat it with the same event_id."

@@ -23,7 +23,7 @@ _FIRST_ROW_S: Final = 20e-6
 _LEAST_ROW_S: Final = 1e-6
 _LEAST_SPREAD: Final = 10.0
 _FASTEST_GROWS: Final = 1.05
-"""By what factor the fastest commit known is forgotten with each group."""
+"""The factor by which the fastest known commit is forgotten with each group."""
 
 
 class Flow:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import orjson
 from aiohttp import hdrs, web
@@ -29,7 +29,6 @@ from telemetryd.model.answers import (
     RunDuplicate,
     RunUpdated,
     Totals,
-    Warned,
 )
 from telemetryd.model.batches import read_batch
 from telemetryd.model.commands import CreateEvents, CreateRuns, UpdateRun
@@ -40,17 +39,16 @@ from telemetryd.ops.metrics import Metrics, wants_prometheus
 from telemetryd.services import admin, exports
 from telemetryd.services.alerting import Alerting
 from telemetryd.services.certificates import Certificates
+from telemetryd.services.duplicates import differences
 from telemetryd.services.subscriptions import add_feed, list_changes, stream_runs
 from telemetryd.services.upkeep import Upkeep
 from telemetryd.settings import Settings
 from telemetryd.store import Store
 from telemetryd.web import browsers, openapi, operations, pages
-from telemetryd.web.answers import NOTE, REASON, Handler, json_response
+from telemetryd.web.answers import NOTE, REASON, Handler, json_response, next_page, with_warnings
 from telemetryd.web.body import JSON_TYPES, NDJSON_TYPES, Bodies, check_media_type
 from telemetryd.web.middleware import middleware
 from telemetryd.web.openapi import Operation
-
-W = TypeVar("W", bound=Warned)
 
 STORE: Final = web.AppKey("store", Store)
 SETTINGS: Final = web.AppKey("settings", Settings)
@@ -74,16 +72,19 @@ async def create_run(request: web.Request) -> web.Response:
     created = await request.app[STORE].submit(CreateRuns((parsed.row,), size))
     is_new = created.new[0]
     request.app[METRICS].count_runs(created=int(is_new), duplicate=int(not is_new))
+    notes = runs.text_warnings(body)
+    if not is_new:
+        notes += [text for texts in (await differences(request.app[STORE], [parsed.row])).values() for text in texts]
     request[NOTE].say("Run created" if is_new else "Run already exists", event_id=event_id, run_id=run_id)
     if is_new:
         stored: RunCreated = {"status": "created", "event_id": event_id, "run_id": run_id}
-        return json_response(_with_warnings(stored, parsed.ignored), 201)
+        return json_response(with_warnings(stored, parsed.ignored, notes), 201)
     known: RunDuplicate = {
         "status": "duplicate",
         "event_id": event_id,
         "message": "Event already exists (idempotent)",
     }
-    return json_response(_with_warnings(known, parsed.ignored))
+    return json_response(with_warnings(known, parsed.ignored, notes))
 
 
 async def create_batch(request: web.Request) -> web.Response:
@@ -96,6 +97,10 @@ async def create_batch(request: web.Request) -> web.Response:
     if batch.rows:
         created = await request.app[STORE].submit(CreateRuns(tuple(batch.rows), batch.size))
         inserted = sum(created.new)
+        known = [place for place, is_new in enumerate(created.new) if not is_new]
+        if known:
+            for place, texts in (await differences(request.app[STORE], [batch.rows[place] for place in known])).items():
+                batch.note(batch.indexes[known[place]], texts)
     duplicates = len(batch.rows) - inserted
     request.app[METRICS].count_runs(created=inserted, duplicate=duplicates, invalid=len(batch.errors))
     request[NOTE].say(
@@ -109,7 +114,7 @@ async def create_batch(request: web.Request) -> web.Response:
     }
     if batch.errors:
         answer["error_details"] = batch.error_details
-    return json_response(_with_warnings(answer, tuple(batch.ignored)))
+    return json_response(with_warnings(answer, tuple(batch.ignored), batch.notes))
 
 
 async def list_runs(request: web.Request) -> web.Response:
@@ -122,7 +127,7 @@ async def list_runs(request: web.Request) -> web.Response:
     page = await request.app[STORE].fetch(query)
     request[NOTE].say("Query executed", query_params=query.parameters(), result_count=len(page.runs))
     if page.end is not None:
-        headers["Link"] = f'<{query.next_page(request.path, page.end)}>; rel="next"'
+        headers |= next_page(request, query.next_page(request.path, page.end))
     return json_response(orjson.Fragment(f"[{','.join(page.runs)}]"), headers=headers)
 
 
@@ -153,7 +158,7 @@ async def update_run(request: web.Request) -> web.Response:
     if await request.app[STORE].submit(UpdateRun(event_id, changes, size)) is None:
         raise RunNotFoundError(values.shorten(event_id))
     answer: RunUpdated = {"event_id": event_id, "updated": True, "fields_updated": list(changes)}
-    return json_response(_with_warnings(answer, ignored))
+    return json_response(with_warnings(answer, ignored, runs.text_warnings(body)))
 
 
 async def associate_commit(request: web.Request) -> web.Response:
@@ -172,7 +177,7 @@ async def associate_commit(request: web.Request) -> web.Response:
         "run_id": updated.run_id,
         "commit_hash": str(changes["git_commit_hash"]),
     }
-    return json_response(_with_warnings(answer, ignored))
+    return json_response(with_warnings(answer, ignored))
 
 
 async def get_commit_url(request: web.Request) -> web.Response:
@@ -206,12 +211,6 @@ async def _json_body(request: web.Request) -> tuple[object, int]:
         return bodies.parse_body(body), len(body)
 
 
-def _with_warnings(answer: W, ignored: tuple[str, ...]) -> W:
-    if ignored:
-        answer["warnings"] = runs.ignored_field_warnings(ignored)
-    return answer
-
-
 # --- Events --------------------------------------------------------------------------------------
 
 
@@ -227,7 +226,7 @@ async def create_events(request: web.Request) -> web.Response:
     answer: EventsStored = {"inserted": created.inserted, "duplicates": len(parsed.rows) - created.inserted}
     request.app[METRICS].count_events(created=answer["inserted"], duplicate=answer["duplicates"])
     request[NOTE].say("Events stored", event_id=event_id, **answer)
-    return json_response(_with_warnings(answer, parsed.ignored), 201)
+    return json_response(with_warnings(answer, parsed.ignored), 201)
 
 
 async def list_events(request: web.Request) -> web.Response:
@@ -246,8 +245,7 @@ async def list_events(request: web.Request) -> web.Response:
     request[NOTE].say("Events queried", event_id=event_id, result_count=len(page.rows))
     headers = {}
     if page.more:
-        following = query.next_page(request.rel_url.raw_path, events.cursor(page.rows[-1]))
-        headers["Link"] = f'<{following}>; rel="next"'
+        headers = next_page(request, query.next_page(request.rel_url.raw_path, events.cursor(page.rows[-1])))
     return json_response([events.to_json(row) for row in page.rows], headers=headers)
 
 
@@ -262,7 +260,7 @@ async def register_process(request: web.Request) -> web.Response:
     request[NOTE].say("Process registered", event_id=event_id, pid=wanted.pid)
     await request.app[CERTIFICATES].register(event_id, wanted)
     answer: ProcessWatched = {"event_id": event_id, "pid": wanted.pid, "watched": True}
-    return json_response(_with_warnings(answer, tuple(wanted.__pydantic_extra__ or ())), 201)
+    return json_response(with_warnings(answer, tuple(wanted.__pydantic_extra__ or ())), 201)
 
 
 async def _watch_processes(app: web.Application) -> AsyncIterator[None]:
@@ -360,6 +358,7 @@ async def get_health(request: web.Request) -> web.Response:
         "last_commit_at": None if health.last_commit is None else values.format_timestamp(health.last_commit),
         **health.figures,
         "counts": health.counts,
+        "full_text": request.app[UPKEEP].full_text,
         "automatic": request.app[UPKEEP].shown(),
         "notices": request.app[UPKEEP].notices(),
     }
@@ -493,6 +492,9 @@ def make_app(
     app[UPKEEP] = upkeep or Upkeep(store, settings)
     app[DOCUMENT] = _document(settings.api_auth_enabled)
     # aiohttp's own pattern of a variable part leaves out braces, which an event_id may hold.
-    paths = ((route, route.path.replace("{event_id}", "{event_id:[^/]+}")) for route in ROUTES)
+    paths = [(route, route.path.replace("{event_id}", "{event_id:[^/]+}")) for route in ROUTES]
     app.router.add_routes([web.route(route.method, path, route.handler) for route, path in paths])
+    # A slash at the end is ignored, except after the names of pages and of their files.
+    slashed = [(route, f"{path}/") for route, path in paths if route.operation or path == "/openapi.json"]
+    app.router.add_routes([web.route(route.method, path, route.handler) for route, path in slashed])
     return app

@@ -23,6 +23,7 @@ from pydantic import (
     model_validator,
 )
 
+from telemetryd.client.old_variables import WITHOUT_EFFECT, remarks
 from telemetryd.errors import ConfigurationError
 from telemetryd.model.hosts import ANY, HOST_NAME, parse_origins
 from telemetryd.model.values import duration_text, parse_duration
@@ -31,6 +32,7 @@ from telemetryd.ops.logs import LogFormat, LogLevel
 PREFIX: Final = "TELEMETRY_"
 CLIENT_VARIABLES: Final = frozenset(
     {
+        "METRICS_API_URL",
         "TELEMETRY_API_URL",
         "TELEMETRY_BUFFER_DIR",
         "TELEMETRY_BUFFER_DURABILITY",
@@ -45,12 +47,8 @@ CLIENT_VARIABLES: Final = frozenset(
 )
 """Variables of the same family that belong to the agents' side and may be set next to ours."""
 
-_REPLACED: Final = {
-    "TELEMETRY_RETENTION_DAYS": "TELEMETRY_RETENTION_DAYS has no effect, as in 3.x: nothing is deleted by itself. To "
-    "have old runs deleted, set TELEMETRY_PRUNE_AFTER (such as 90d) and confirm the age once for the database: "
-    "telemetryd prune --confirm-automatic 90d",
-}
-"""Variables of 3.x that had no effect there and look as if one of ours were meant, with the remark on each."""
+OLD_LOG_LEVEL: Final = "LOG_LEVEL"
+"""The variable of 3.x that counts where TELEMETRY_LOG_LEVEL is not set; other programs use it, too."""
 
 
 class JournalMode(StrEnum):
@@ -87,6 +85,15 @@ def default_db_path() -> Path:
 
 def _upper(value: object) -> object:
     return value.strip().upper() if isinstance(value, str) else value
+
+
+_LOG_LEVELS: Final = {"TRACE": "DEBUG", "NOTSET": "DEBUG", "WARN": "WARNING", "CRITICAL": "ERROR", "FATAL": "ERROR"}
+"""Python's and uvicorn's other names, which 3.x took, and the level of ours that loses no line."""
+
+
+def _log_level(value: object) -> object:
+    name = _upper(value)
+    return _LOG_LEVELS.get(name, name) if isinstance(name, str) else name
 
 
 def _one(value: int) -> int:
@@ -201,7 +208,9 @@ class Settings(BaseModel):
     backup_dir: FilePath | None = Field(None, description="Directory for backups made by POST /api/v1/admin/backup.")
     backup_keep: Positive | None = Field(None, description="How many of those backups are kept; none keeps all.")
     shutdown_timeout_s: Seconds = Field(10.0, description="Longest orderly shutdown, in seconds.")
-    log_level: Annotated[LogLevel, Upper] = Field(LogLevel.INFO, description="DEBUG, INFO, WARNING or ERROR.")
+    log_level: Annotated[LogLevel, BeforeValidator(_log_level)] = Field(
+        LogLevel.INFO, description="DEBUG, INFO, WARNING or ERROR; if it is not set, LOG_LEVEL counts, as in 3.x."
+    )
     log_format: LogFormat = Field(LogFormat.AUTO, description="json, text, or auto: text on a terminal only.")
 
     @model_validator(mode="after")
@@ -313,6 +322,9 @@ def load(
         )
         if (strongest := next((source for source in sources if source.value is not None), None)) is not None:
             given[name] = strongest
+    old_level = _old_log_level(variables, file)
+    if old_level is not None and _is_level(old_level.value):
+        given.setdefault("log_level", old_level)
     problems = list(file.problems)
     try:
         settings = Settings.model_validate({name: source.value for name, source in given.items()})
@@ -321,7 +333,10 @@ def load(
     if problems:
         raise ConfigurationError(problems)
     origins = {name: given[name].origin if name in given else Origin.DEFAULT for name in Settings.model_fields}
-    return LoadedSettings(settings, origins, tuple(_remarks(settings, {**file.values, **variables})))
+    noted = _remarks(settings, {**file.values, **variables})
+    if old_level is not None and "log_level" not in given:
+        noted.append(f"LOG_LEVEL={old_level.value!r:.50} is no level of telemetryd and has no effect")
+    return LoadedSettings(settings, origins, tuple(noted))
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,6 +375,18 @@ def _read_dotenv(path: Path) -> _DotEnv:
         elif binding.key is not None and binding.value is not None:
             values[binding.key], places[binding.key] = binding.value, place
     return _DotEnv(values, places, tuple(problems))
+
+
+def _old_log_level(variables: Mapping[str, str], file: _DotEnv) -> _Given | None:
+    """Return what LOG_LEVEL gives, if it is set; it may be meant for another program, so no value of it is wrong."""
+    if text := variables.get(OLD_LOG_LEVEL):
+        return _Given(Origin.ENVIRONMENT, text, "the environment")
+    text = file.values.get(OLD_LOG_LEVEL)
+    return _Given(Origin.DOTENV, text, file.places[OLD_LOG_LEVEL]) if text else None
+
+
+def _is_level(value: object) -> bool:
+    return _log_level(value) in set(LogLevel)
 
 
 def _problems(error: ValidationError, given: Mapping[str, _Given]) -> list[str]:
@@ -409,16 +436,17 @@ def _problems_of_the_rest(error: ValidationError, given: Mapping[str, _Given]) -
 
 
 def _remarks(settings: Settings, variables: Mapping[str, str | None]) -> list[str]:
-    known = {variable(name) for name in Settings.model_fields} | CLIENT_VARIABLES
-    remarks = [
-        _REPLACED.get(name, f"{name} is not a setting of telemetryd and has no effect")
+    known = {variable(name) for name in Settings.model_fields} | CLIENT_VARIABLES | WITHOUT_EFFECT.keys()
+    noted = [
+        f"{name} is not a setting of telemetryd and has no effect"
         for name in sorted(variables)
         if name.startswith(PREFIX) and name not in known
     ]
+    noted += [text for _, text in sorted(remarks(variables))]
     if not settings.api_auth_enabled and (settings.api_auth_token or settings.api_auth_token_file):
-        remarks.append("A token is set but not asked for, because TELEMETRY_API_AUTH_ENABLED is false")
+        noted.append("A token is set but not asked for, because TELEMETRY_API_AUTH_ENABLED is false")
     if re.match(r"[A-Za-z]:[/\\]", str(settings.db_path)):
-        remarks.append(
+        noted.append(
             f"TELEMETRY_DB_PATH={settings.db_path} is a Windows path; here it means {settings.db_path.absolute()}"
         )
-    return remarks
+    return noted

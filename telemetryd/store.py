@@ -43,7 +43,7 @@ class Health:
     """Groups that the writer has finished; while it is not idle, a number that stands still means it is stuck."""
     idle: bool
     oldest_s: float
-    """For how many seconds the oldest command waits to be durable."""
+    """The seconds for which the oldest command waits to be durable."""
     last_commit: datetime | None
     counts: Mapping[str, Any]
     """Whether the totals and statistics agree with the runs."""

@@ -156,7 +156,7 @@ class Writer:
 
     @property
     def oldest_s(self) -> float:
-        """For how many seconds the oldest command waits; that is the first of the group being committed."""
+        """The seconds for which the oldest command waits; that is the first of the group being committed."""
         return 0.0 if self._oldest is None else time.monotonic() - self._oldest
 
     @property
@@ -303,7 +303,7 @@ class Writer:
         except DatabaseSuspectError as error:
             self._suspicion = error
             return
-        except DatabaseBusyError:  # somebody else's doing, which passes
+        except DatabaseBusyError:  # another program's lock, which passes
             _refuse([*group, *self._queue.drain()] if self._stopping.is_set() else group, DatabaseBusyError())
             return
         except TelemetrydError as error:

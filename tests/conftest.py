@@ -61,8 +61,8 @@ PATIENCE_S: Final = 60.0
 _numbers = itertools.count()
 _chance = random.SystemRandom()
 """Differs between processes that run tests at the same time, whatever hypothesis does to the common generator."""
-_SHORT: Final = 0.01
-"""Which share of its long form a fault test does in `make test`."""
+_SHORT: Final = 0.001
+"""Which share of its long form a fault test does in `make test`; each says the least that proves something."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -181,9 +181,10 @@ async def make_api(
         metrics = Metrics()
         store = await Store.open(settings, metrics, clock)
         stores.append(store)
+        upkeep = Upkeep(store, settings)
         if settings.full_text:
-            await Upkeep(store, settings).index_texts()
-        client = await aiohttp_client(DaemonServer(make_app(store, settings, metrics), settings))
+            await upkeep.index_texts()
+        client = await aiohttp_client(DaemonServer(make_app(store, settings, metrics, upkeep=upkeep), settings))
         clients.append(client)
         return Api(client, store, settings)
 

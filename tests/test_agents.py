@@ -6,11 +6,13 @@ import gzip
 import json
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -114,11 +116,11 @@ def test_a_wrong_setting_of_the_client_is_a_usage_error(buffer: Path) -> None:
     assert "url must be http://" in done.stderr
 
 
-def test_sync_watches_until_it_is_told_to_stop(daemon: Daemon, buffer: Path) -> None:
+def test_sync_watches_until_a_signal_stops_it(daemon: Daemon, buffer: Path) -> None:
     command = command_line("sync", "--watch", "--json", "--buffer-dir", buffer, "--url", daemon.url)
     watching = popen(command, os.environ, stdout=subprocess.PIPE)
     try:
-        leave_refused(buffer, 1)  # told when it comes; to be stopped is no failure
+        leave_refused(buffer, 1)  # reported when it comes; to be stopped is no failure
         for expected in (5, 10):
             leave(buffer)
             deadline = time.monotonic() + 60
@@ -158,7 +160,7 @@ def test_to_watch_outlives_trouble_with_the_folder(daemon: Daemon, buffer: Path)
         assert watching.wait(60) == 0
 
 
-def test_to_watch_ends_at_once_when_it_is_told_to_even_in_a_pause_that_the_daemon_asked_for(
+def test_to_watch_ends_at_once_at_a_signal_even_in_a_pause_that_the_daemon_asked_for(
     daemon: Daemon, buffer: Path
 ) -> None:
     for _ in range(2):
@@ -214,7 +216,7 @@ def test_replay_sends_files_of_any_form(daemon: Daemon, tmp_path: Path, form: st
         assert (again["stored"], again["duplicates"]) == (0, 2500)
 
 
-def test_replay_keeps_what_is_refused_and_takes_it_again_once_it_is_mended(daemon: Daemon, tmp_path: Path) -> None:
+def test_replay_keeps_what_is_refused_and_takes_it_again_once_it_is_fixed(daemon: Daemon, tmp_path: Path) -> None:
     path, rejects = tmp_path / "runs.ndjson", tmp_path / "bad.jsonl"
     path.write_text("".join(json.dumps(make_run(items_failed=n - 2)) + "\n" for n in range(5)) + "{broken\n")
     done = telemetryd("replay", path, "--rejects", rejects, "--url", daemon.url, status=1)
@@ -276,3 +278,34 @@ def test_replay_without_a_daemon_or_with_a_broken_file_fails(tmp_path: Path, fre
     assert "refused" in telemetryd("replay", path, "--url", url, "--retry-for", "0.2", status=1).stderr
     path.write_bytes(gzip.compress(b"{}\n" * 5_000)[:-20])
     assert telemetryd("replay", path, "--url", daemon.url, status=1).stderr
+
+
+def test_what_the_replaced_client_has_left_is_taken_over(daemon: Daemon, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    buffer, raw = base / "telemetry_buffer", base / "raw"
+    shutil.copytree(Path(__file__).parent / "old_files", buffer)
+    raw.mkdir()
+    (buffer / "events_20261130.ndjson").rename(raw / "events_20261130.ndjson")
+    left_open = buffer / "telemetry_20261130_060000.jsonl.active"
+    left_open.write_bytes((raw / "events_20261130.ndjson").read_bytes().splitlines(keepends=True)[-1])
+    there: dict[str, Any] = {"TELEMETRY_BASE_DIR": str(base), "TELEMETRY_API_URL": daemon.url}
+    assert "1 file to be sent" in telemetryd("sync", "--take-over", "--dry-run", **there).stdout
+    assert telemetryd("sync", "--take-over", **there).stdout.startswith("3 lines sent: 2 runs stored, 0 known before")
+    assert states(buffer) == {".synced": 2}
+    for stored, known in ((4, 2), (0, 6)):  # the second time nothing changes
+        shown = json.loads(telemetryd("replay", "--take-over", "--json", **there).stdout)
+        assert (shown["sent"], shown["stored"], shown["duplicates"], shown["refused"]) == (13, stored, known, 0)
+    runs = get(daemon.url, "/api/v1/runs")[1]
+    assert {run["job_type"]: run["status"] for run in runs} == {
+        "job": "success", "job2": "failure", "job3": "failure", "job4": "cancelled", "job5-running": "running",
+        "job6": "success",
+    }  # fmt: skip
+    run = next(run for run in runs if run["job_type"] == "job2")
+    assert (run["metrics_json"], run["context_json"]) == ({"tokens": 5}, {"agent_owner": "team"})
+    (event,) = get(daemon.url, f"/api/v1/runs/{run['event_id']}/events")[1]
+    assert (event["event_type"], event["payload"]) == ("checkpoint", {"n": 1})
+    nowhere = telemetryd("replay", "--take-over", status=1, TELEMETRY_BASE_DIR=str(tmp_path / "typo")).stderr
+    assert nowhere == f"telemetryd: 3.x has left no *.ndjson in {tmp_path}/typo/raw; name its files\n"
+    nowhere = telemetryd("sync", "--take-over", "--buffer-dir", raw, status=1).stderr
+    assert nowhere.startswith(f"telemetryd: 3.x has left no telemetry_*.jsonl.* in {raw}; ")
+    assert "Missing argument" in telemetryd("replay", status=2).stderr

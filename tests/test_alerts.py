@@ -321,7 +321,7 @@ async def test_what_an_older_version_kept_beyond_the_bound_is_forgotten(
     assert [each.subject.agent_name for each in kept.firing] == ["0", "1", "2"]
 
 
-def test_times_are_told_for_people() -> None:
+def test_times_are_written_for_people() -> None:
     assert [*map(span_text, (45, 60, 90, 7200, 86_400, 129_600, 604_800))] == [
         "45s",
         "1m",
@@ -345,7 +345,7 @@ evaluations = st.fixed_dictionaries({"one": st.none() | subjects, "two": st.none
 def test_each_change_makes_one_delivery_and_nothing_else_does(
     steps: list[dict[str, frozenset[Subject] | None]], data: st.DataObject
 ) -> None:
-    """Whatever is found, can not be told, is evaluated again, or is lost between evaluation and commit."""
+    """Whatever is found, can not be sent, is evaluated again, or is lost between evaluation and commit."""
     with closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
         migrate.create(connection, START)
         firing: dict[str, frozenset[Subject]] = {"one": frozenset(), "two": frozenset()}
@@ -440,8 +440,8 @@ def firing_after(runs: list[Run], fired: list[Firing], now: datetime = NOW, rule
 
 # With seeds 5, 10 and 33 another commit becomes likelier as runs come, with 1 it is plain all the time.
 @pytest.mark.parametrize("seed", [1, 5, 10, 33])
-def test_a_bad_commit_is_told_once_however_its_runs_come(seed: int) -> None:
-    """A rule looks again and again; what it has told does not come and go with each run, nor change its name."""
+def test_a_bad_commit_is_reported_once_however_its_runs_come(seed: int) -> None:
+    """A rule looks again and again; what it has reported does not come and go with each run, nor change its name."""
     choose = random.Random(seed)
     runs = seen([(n // 10, choose.random() < (0.5 if 200 <= n < 300 else 0.95)) for n in range(400)])
     fired: list[Firing] = []
@@ -509,7 +509,7 @@ def test_an_alert_of_a_commit_ends_after_the_window() -> None:
     assert firing_after([], fired) == []
 
 
-def test_a_bad_commit_whose_own_runs_do_not_count_any_more_is_not_mended_by_older_ones() -> None:
+def test_a_bad_commit_whose_own_runs_do_not_count_any_more_is_not_fixed_by_older_ones() -> None:
     """As when its successes have been pruned or corrected: durations are those of successes."""
     runs = [
         run._replace(duration_ms=9000 if run.commit > COMMIT(0) else 1000) for run in steps((60, 0), (20, 0), (60, 0))
@@ -654,7 +654,7 @@ async def test_only_a_rule_of_commits_rests_as_long_as_its_evaluation_asks_for(
 
 
 class Receiver:
-    """A webhook: keeps what comes, and answers what it is told to."""
+    """A webhook: keeps what comes, and answers as it should."""
 
     def __init__(self) -> None:
         self.url = ""
@@ -799,7 +799,7 @@ async def test_a_daemon_that_is_killed_before_the_answer_sends_the_same_message_
         async with aiohttp.ClientSession(url) as session:
             async with session.post("/api/v1/runs", json=make_run(status="success")) as response:
                 assert response.status == 201
-            await wait_for(lambda: len(receiver.got) == 3)  # after some evaluations that told nothing new
+            await wait_for(lambda: len(receiver.got) == 3)  # after some evaluations that reported nothing new
             async with session.get("/api/v1/alerts") as response:
                 assert (await response.json())["rules"][0]["firing"] == []
         assert await asyncio.to_thread(again.stop) == 0
@@ -810,7 +810,7 @@ async def test_a_daemon_that_is_killed_before_the_answer_sends_the_same_message_
         assert receiver.url not in json.dumps(line)
 
 
-async def test_alerts_test_shows_what_would_be_sent_beside_the_daemon(
+async def test_alerts_test_shows_what_would_be_sent_while_the_daemon_runs(
     start_daemon: StartDaemon, tmp_path: Path
 ) -> None:
     async with receiving() as receiver:
@@ -905,7 +905,7 @@ RULE = '[[rules]]\nname = "n"\nkind = "stale"\nafter = "1h"\n'
         ("[", ["is not a TOML file: "]),
     ],
 )
-def test_a_wrong_file_is_told_with_every_fault_and_its_place(tmp_path: Path, text: str, faults: list[str]) -> None:
+def test_a_wrong_file_is_reported_with_every_fault_and_its_place(tmp_path: Path, text: str, faults: list[str]) -> None:
     path = tmp_path / "alerts.toml"
     path.write_text(f"{text}\n{HEAD}" if text.startswith(("rules", "x", "every")) else f"{HEAD}{text}")
     with pytest.raises(ConfigurationError) as raised:

@@ -213,7 +213,7 @@ def test_a_disk_whose_clock_is_another_one_takes_no_unfinished_file_away(
     assert backup.backup(path, tmp_path / "copy.sqlite.zst", compress=True).rows == 50
 
 
-def test_what_a_restore_left_is_told_from_the_files_of_others(tmp_path: Path) -> None:
+def test_what_a_restore_left_is_distinguished_from_the_files_of_others(tmp_path: Path) -> None:
     path = make_database(tmp_path / "telemetry.sqlite", 5)
     left = [f".telemetry.sqlite.restored.01234567.partial{suffix}" for suffix in ("", "-wal")]
     others = [".telemetry.sqlite.csv.01234567.partial", ".telemetry.sqlite.partial", ".telemetry.sqlite.x.partial-wal"]
@@ -309,7 +309,7 @@ def test_a_commit_that_was_cut_off_is_undone_before_the_copy(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("mode", ["WAL", "DELETE"])
-def test_what_a_crash_left_beside_the_source_is_restored_with_it(tmp_path: Path, mode: str) -> None:
+def test_what_a_crash_left_next_to_the_source_is_restored_with_it(tmp_path: Path, mode: str) -> None:
     source = make_database(tmp_path / "copied.sqlite", 300)
     if mode == "WAL":
         with closing(sqlite3.connect(source)) as connection:

@@ -369,7 +369,7 @@ def test_a_restored_and_a_salvaged_database_begin_a_new_epoch(path: Path, tmp_pa
             later.check(Cursor(1, before.epoch), None)
 
 
-def test_check_finds_and_repair_mends_a_number_without_a_run(path: Path) -> None:
+def test_check_finds_and_repair_fixes_a_number_without_a_run(path: Path) -> None:
     with closing(connect(path)) as connection:
         commit(connection, [CreateRuns((new("a"), new("b")))])
         commit(connection, [UpdateRun("b", {"status": "success"})])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import json
 import re
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -13,8 +14,11 @@ from typing import Any
 import pytest
 
 from telemetryd import compat
+from telemetryd.client import Client, old_variables
 from telemetryd.compat import TelemetryClient, TelemetryConfig
 from tests.conftest import Api, MakeApi, make_run
+
+OLD_LINES = Path(__file__).parent / "old_files" / "events_20261130.ndjson"
 
 
 @pytest.fixture
@@ -31,7 +35,7 @@ def client(config: TelemetryConfig) -> Iterator[TelemetryClient]:
 
 
 async def stored(api: Api, client: TelemetryClient, run_id: str) -> dict[str, Any]:
-    assert await asyncio.to_thread(client.flush, 20)
+    assert await asyncio.to_thread(client.flush, 60)
     (run,) = [run for run in await api.list(limit=1000) if run["run_id"] == run_id]
     found: dict[str, Any] = await api.get(f"/api/v1/runs/{run['event_id']}", params={"include": "events"})
     return found
@@ -131,8 +135,11 @@ def test_the_configuration_comes_from_the_environment(monkeypatch: pytest.Monkey
     monkeypatch.setenv("TELEMETRY_BUFFER_DIR", str(tmp_path / "b"))
     monkeypatch.setenv("TELEMETRY_API_AUTH_TOKEN", "a-token")
     monkeypatch.setenv("AGENT_OWNER", "me")
+    monkeypatch.setenv("AGENT_METRICS_DIR", str(tmp_path))
     config = TelemetryConfig.from_env()
     assert config.validate() == (True, [])
+    assert (config.metrics_dir, config.ndjson_dir, config.api_url) == (tmp_path, tmp_path / "raw", "http://somewhere:1")
+    assert config.database_path == tmp_path / "db" / "telemetry.sqlite"
     made = TelemetryClient()._client.config
     assert (made.url, made.token, made.send, made.folder) == ("http://somewhere:1", "a-token", True, tmp_path / "b")
     valid, problems = TelemetryConfig(api_url="nonsense").validate()
@@ -143,7 +150,7 @@ def test_the_configuration_comes_from_the_environment(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     "given", [None, {"api_enabled": False, "google_sheets_api_enabled": False}], ids=["variable", "field"]
 )
-async def test_what_was_about_google_sheets_does_not_stop_sending_and_is_told_once(
+async def test_what_was_about_google_sheets_does_not_stop_sending_and_is_reported_once(
     api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, given: Any
 ) -> None:
     url = str(api.client.make_url("/")).rstrip("/")
@@ -151,13 +158,13 @@ async def test_what_was_about_google_sheets_does_not_stop_sending_and_is_told_on
     monkeypatch.setenv("METRICS_API_URL", url)
     monkeypatch.setenv("METRICS_API_ENABLED", "false")
     monkeypatch.setenv("TELEMETRY_BUFFER_DIR", str(tmp_path / "buffer"))
-    compat._remark_on_sheets.cache_clear()
+    old_variables._said.clear()
     clients = [TelemetryClient(TelemetryConfig(api_url=url, **given) if given else None) for _ in range(2)]
     run_id = clients[0].start_run("a", "j")
     clients[0].end_run(run_id)
     assert (await stored(api, clients[0], run_id))["status"] == "success"
     (remark,) = [record.getMessage() for record in caplog.records]
-    assert "Google Sheets is gone: METRICS_API_ENABLED has no effect" in remark
+    assert remark.startswith("METRICS_API_ENABLED has no effect: the export to Google Sheets is gone")
     for client in clients:
         client.close()
 
@@ -171,3 +178,105 @@ def test_the_signatures_are_those_that_agents_use() -> None:
     assert parameters("end_run") == ["self", "run_id", "status", "**kw"]
     assert parameters("log_event") == ["self", "run_id", "event_type", "payload"]
     assert parameters("cleanup_stale_runs") == ["self", "agent_name", "stale_threshold_hours"]
+    assert parameters("get_stats") == parameters("get_run_id_metrics") == parameters("log_run_id_metrics") == ["self"]
+    assert parameters("associate_commit") == [
+        "self", "run_id", "commit_hash", "commit_source", "commit_author", "commit_timestamp",
+    ]  # fmt: skip
+
+
+def test_every_public_name_is_there() -> None:
+    names = {"TelemetryClient", "RunContext", "TelemetryConfig", "RunRecord", "RunEvent", "APIPayload"}
+    assert {*compat.__all__} == names | {"SCHEMA_VERSION"}
+    assert compat.SCHEMA_VERSION == 7
+    fields = (
+        "metrics_dir, database_path, ndjson_dir, api_url, google_sheets_api_url, google_sheets_api_enabled, api_token, "
+        "api_enabled, retry_backoff_factor, agent_owner, test_mode, skip_validation"
+    )
+    assert ", ".join(TelemetryConfig.__dataclass_fields__).startswith(fields)
+
+
+def test_the_records_are_those_of_the_old_files() -> None:
+    lines = [json.loads(line) for line in OLD_LINES.read_text().splitlines()]
+    kinds: dict[str, Any] = {"run": compat.RunRecord, "event": compat.RunEvent}
+    for line in lines:
+        made = kinds[line["record_type"]].from_dict({**line, "unknown": 1})
+        assert made.to_dict() == json.loads(made.to_json()) == line
+    run = compat.RunRecord("r", "a", "j", "cli", "2025-12-24T10:00:00Z")
+    assert (run.status, run.schema_version, len(run.event_id)) == ("running", 7, 36)
+
+
+def test_what_has_no_meaning_any_more_warns_once_and_says_what_replaces_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old_variables._said.clear()
+    monkeypatch.setenv("DATABASE_URL", "postgres://user:secret@host/db")
+    monkeypatch.setenv("TELEMETRY_SYNC_BATCH_SIZE", "100")
+    for _ in range(2):
+        Client("http://127.0.0.1:9", buffer_dir=tmp_path / "b", send=False).close()
+    assert [record.getMessage().split()[0] for record in caplog.records] == ["TELEMETRY_SYNC_BATCH_SIZE"]
+    caplog.clear()
+    given: dict[str, Any] = {
+        "metrics_dir": tmp_path, "database_path": tmp_path / "t.sqlite", "ndjson_dir": tmp_path / "raw",
+        "google_sheets_api_url": "https://sheets", "google_sheets_api_enabled": True, "api_token": "secret",
+        "api_enabled": True, "retry_backoff_factor": 2.0, "test_mode": "mock", "skip_validation": True,
+    }  # fmt: skip
+    for _ in range(2):
+        config = TelemetryConfig(**given, buffer_dir=tmp_path / "b", more={"send": False})
+        client = TelemetryClient(config)
+        assert client._client.config.token is None  # it was the one of Google Sheets
+        client.close()
+        payload = compat.APIPayload.from_run_record(compat.RunRecord("r", "a", "j", "cli", "2025-12-24T10:00:00Z"))
+        assert payload.to_dict()["agent_name"] == "a"
+        assert "end_time" not in payload.to_dict()
+    said = [record.getMessage() for record in caplog.records]
+    named = [text.partition(" has no effect")[0] for text in said]
+    assert named == ["DATABASE_URL", *(f"TelemetryConfig({name}=…)" for name in given), "APIPayload"]
+    assert "secret" not in str(said)
+
+
+async def test_run_ids_are_checked_and_counted(client: TelemetryClient) -> None:
+    assert client.start_run("a", "j", run_id="given-1") == "given-1"
+    assert re.fullmatch("given-1-duplicate-[0-9a-f]{8}", client.start_run("a", "j", run_id="given-1"))
+    for wrong in ("", "  ", "x" * 256, "a/b", "a\\b", "nul\0"):
+        run_id = client.start_run("a", "j", run_id=wrong)
+        assert re.fullmatch(r"\d{8}T\d{6}Z-a-[0-9a-f]{8}", run_id)
+        client.end_run(run_id)
+    with client.track_run("a", "j", run_id="given-2") as run:
+        assert run.run_id == "given-2"
+    counted = client.get_run_id_metrics()
+    assert counted["run_id_metrics"] == {
+        "custom_accepted": 3,
+        "generated": 6,
+        "rejected": {"empty": 2, "too_long": 1, "invalid_chars": 3, "total": 6},
+        "duplicates_detected": 1,
+        "total_runs": 9,
+        "custom_percentage": 33.33,
+    }
+    assert counted["timestamp"].endswith("Z")
+    client.log_run_id_metrics()
+    assert (await asyncio.to_thread(client.get_stats))["run_id_metrics"] == counted["run_id_metrics"]
+    assert await asyncio.to_thread(client.flush, 20)
+
+
+async def test_a_commit_is_associated_with_a_run_that_goes_on_has_ended_or_is_another_processs(
+    api: Api, client: TelemetryClient, config: TelemetryConfig
+) -> None:
+    author = {"commit_author": "me <me@x>", "commit_timestamp": "2025-12-24T10:00:00Z"}
+    theirs = make_run(run_id="their, run")
+    await api.post(theirs)
+    run_id = client.start_run("a", "j")
+    assert (await asyncio.to_thread(client.associate_commit, run_id, "abc1234", "llm", **author))[0]
+    client.end_run(run_id)
+    done, message = await asyncio.to_thread(client.associate_commit, run_id, "abcd12345", "ci")
+    assert (done, message) == (True, f"Commit abcd12345 associated with run {run_id}")
+    assert await asyncio.to_thread(client.associate_commit, "their, run", "abc1234", "manual") == (
+        True, "Commit abc1234 associated with run their, run",
+    )  # fmt: skip
+    mine = await stored(api, client, run_id)
+    assert (mine["git_commit_hash"], mine["git_commit_source"], mine["git_commit_author"]) == (
+        "abcd12345", "ci", "me <me@x>",
+    )  # fmt: skip
+    assert (await asyncio.to_thread(client.associate_commit, run_id, "abc1234", "nobody"))[0] is False
+    for odd in (None, 5, "unknown", "\ud800"):
+        done, message = await asyncio.to_thread(client.associate_commit, odd, odd, odd)  # type: ignore[arg-type]
+        assert (done, message.startswith("[ERROR] ")) == (False, True)

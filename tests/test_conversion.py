@@ -120,7 +120,7 @@ def test_a_field_that_is_gone_is_kept_unless_it_is_null() -> None:
     assert originals == {"agent_owner": ("no such field any more", "me")}
 
 
-def test_why_a_json_object_cannot_be_stored_is_told() -> None:
+def test_why_a_json_object_cannot_be_stored_is_reported() -> None:
     _, originals, _ = converted(metrics_json='{"a": 1e999}')
     assert originals["metrics_json"][0] == "JSON object holds a number that is not finite"
 

@@ -71,7 +71,7 @@ def test_it_is_low_below_the_reserve_until_there_is_a_quarter_more(sizes: list[i
             watched.check_room()
 
 
-async def test_what_was_displaced_before_the_database_was_opened_again_is_told_no_more() -> None:
+async def test_what_was_displaced_before_the_database_was_opened_again_is_reported_no_more() -> None:
     """Also by a look that had begun before, and sees it only afterwards."""
     seen = threading.Event()
 
@@ -275,7 +275,7 @@ async def test_health_makes_no_system_call_and_costs_no_time(api: Api, monkeypat
     assert each_s < 0.001
 
 
-async def test_a_disk_that_hangs_is_told_and_holds_up_nobody(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_disk_that_hangs_is_reported_and_holds_up_nobody(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     release = threading.Event()
     look = reading(api)._disk._look
 
@@ -297,7 +297,7 @@ async def test_a_disk_that_hangs_is_told_and_holds_up_nobody(api: Api, monkeypat
     await eventually(lambda: api.store.health().problem is None)
 
 
-async def test_a_folder_that_is_gone_is_told(make_api: MakeApi, tmp_path: Path) -> None:
+async def test_a_folder_that_is_gone_is_reported(make_api: MakeApi, tmp_path: Path) -> None:
     folder = tmp_path / "data"
     api = await make_api(db_path=folder / "telemetry.sqlite")
     folder.rename(tmp_path / "elsewhere")
@@ -365,7 +365,7 @@ def told(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 @pytest.mark.parametrize(("is_reading", "holder"), [(False, "another program"), (True, "a query or an export of this")])
-async def test_a_log_that_is_held_up_is_told_of_with_its_holder(
+async def test_a_log_that_is_held_up_is_reported_with_its_holder(
     caplog: pytest.LogCaptureFixture, is_reading: bool, holder: str
 ) -> None:
     kept = [80]

@@ -56,7 +56,7 @@ def test_no_two_refusals_have_one_label() -> None:
     assert len({kind.reason for kind in refusals if issubclass(kind, UnavailableError)}) == len(refusals)
 
 
-def test_an_exception_of_others_is_told_by_its_text_or_its_type() -> None:
+def test_an_exception_of_others_is_named_by_its_text_or_its_type() -> None:
     assert sentence(ValueError("no number")) == "no number"
     assert sentence(KeyError()) == "KeyError"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 from hypothesis import given
@@ -145,6 +146,39 @@ async def test_events_are_read_from_either_end_page_after_page(api: Api) -> None
     assert [event["event_key"] for event in await api.get(f"{path}?cursor={place}")] == ["later"]
 
 
+async def test_events_that_hold_a_text_are_read_from_either_end_page_after_page(api: Api) -> None:
+    run = make_run()
+    await api.post(run)
+    path = f"/api/v1/runs/{run['event_id']}/events"
+    told = [
+        {
+            "event_type": kind,
+            "event_key": str(number),
+            "timestamp": f"2025-12-24T10:00:{number:02}Z",
+            "payload": payload,
+        }
+        for number, (kind, payload) in enumerate(
+            [("step", {"file": "Ä 100%.md"}), ("Retry", {"n": 1}), ("step", None), ("end", {"why": ["retry & more"]})]
+            * 5
+        )
+    ]
+    await api.call("POST", path, json=told, status=201)
+    for text, keys in (
+        ("retry", [n for n in range(20) if n % 4 in (1, 3)]),
+        ("ä 100%", [0, 4, 8, 12, 16]),
+        ("1__%", []),
+        ("retry & more", [3, 7, 11, 15, 19]),
+    ):
+        asked = urlencode({"text": text, "limit": 2})
+        for order, expected in (("", keys), ("&sort=timestamp", keys), ("&sort=-timestamp", keys[::-1])):
+            pages = await event_pages(api, f"{path}?{asked}{order}")
+            assert [int(event["event_key"]) for page in pages for event in page] == expected, (text, order)
+    [step] = await api.get(f"{path}?text=retry&limit=1")
+    place = f"{step['timestamp']},{step['id']}"
+    assert [event["event_key"] for event in await api.get(f"{path}?text=retry&cursor={place}&limit=2")] == ["3", "5"]
+    assert "Invalid text: ' '" in (await api.get(f"{path}?text=%20", status=400))["detail"]
+
+
 @pytest.mark.parametrize(
     "query",
     [
@@ -157,7 +191,7 @@ async def test_events_are_read_from_either_end_page_after_page(api: Api) -> None
         "sort=timestamp&sort=timestamp",
     ],
 )
-async def test_what_is_no_place_among_events_is_told(api: Api, query: str) -> None:
+async def test_what_is_no_place_among_events_is_reported(api: Api, query: str) -> None:
     run = make_run()
     await api.post(run)
     detail = (await api.get(f"/api/v1/runs/{run['event_id']}/events?{query}", status=400))["detail"]

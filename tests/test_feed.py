@@ -147,7 +147,7 @@ async def test_what_cannot_be_followed(
     assert answer["detail"].startswith(text)
 
 
-async def test_a_place_of_another_database_is_told_and_goes_on_from_now(api: Api) -> None:
+async def test_a_place_of_another_database_is_reported_and_goes_on_from_now(api: Api) -> None:
     bound(api, heartbeat_s=0.01)
     await api.batch([make_run() for _ in range(3)])
     for after in ("0123456789ab-1", "9"):
@@ -167,18 +167,18 @@ async def test_one_who_does_not_read_loses_nothing_and_holds_nobody_up(api: Api)
         chunks = slow.chunks()
         reading = asyncio.ensure_future(anext(chunks))
         await eventually(lambda: slow._cursor is not None)
-        for number in range(300):
+        for number in range(100):
             await api.post(make_run(event_id=f"event-{number}"))
-        assert len(await take(events, 300)) == 300
+        assert len(await take(events, 100)) == 100
         assert slow._cursor is None
         assert feed_of(api).held.bytes == 0
-        received = await read_runs(chunks, 300, await reading)
-        assert [event.data["event_id"] for event in received] == [f"event-{number}" for number in range(300)]
+        received = await read_runs(chunks, 100, await reading)
+        assert [event.data["event_id"] for event in received] == [f"event-{number}" for number in range(100)]
         assert slow.missed == 0
         await chunks.aclose()
 
 
-async def test_one_who_is_too_far_behind_is_told_how_far(api: Api) -> None:
+async def test_a_stream_that_is_too_far_behind_says_how_far(api: Api) -> None:
     bound(api, behind=10)
     await api.batch([make_run() for _ in range(30)])
     async with streaming(api, after="20") as events:
@@ -351,7 +351,7 @@ async def test_who_is_lapped_gets_each_run_once_in_order_and_comes_back_to_the_r
 
 
 class Stuck:
-    """A tail that reads old runs for itself, and whose client takes one piece, until it is told to go on."""
+    """A tail that reads old runs for itself, and whose client takes one piece, until it may go on."""
 
     def __init__(self, shared: Feed) -> None:
         self.text = b""
@@ -471,7 +471,7 @@ async def test_too_many_are_refused(api: Api) -> None:
 
 
 async def test_five_hundred_at_once(api: Api) -> None:
-    runs, tails = 20, 500
+    runs, tails = 5, 500
     async with contextlib.AsyncExitStack() as stack:
         connector = aiohttp.TCPConnector(limit=0)
         base = str(api.client.make_url(""))

@@ -9,10 +9,9 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, quote, urlencode
+from urllib.parse import urlencode
 
 import orjson
 import pytest
@@ -25,10 +24,9 @@ from telemetryd.engine.sqlite.statements.commands import Transaction
 from telemetryd.engine.sqlite.statements.predicates import INDEXES, MAX_ARMS, choose
 from telemetryd.engine.sqlite.statements.runs import fetch_page, find_agents, select_page
 from telemetryd.engine.sqlite.tools import migrate
-from telemetryd.errors import InvalidRequestError
 from telemetryd.model.commands import CreateRuns
-from telemetryd.model.filters import OPERATORS, Comparison, Filters, quoted
-from telemetryd.model.queries import Accuracy, Count, CountMatching, ListRuns, Order, Position, parse_list
+from telemetryd.model.filters import Comparison, Filters, quoted
+from telemetryd.model.queries import Accuracy, Count, CountMatching, Position, parse_list
 from telemetryd.model.runs import COLUMNS, FILTERS, parse_run
 from telemetryd.model.values import Status
 
@@ -248,94 +246,3 @@ def test_a_run_without_texts_has_no_place_in_the_partial_indexes(filled: sqlite3
     assert {f"idx_runs_{name}" for name in FILTERS} & set(partial) == {
         f"idx_runs_{name}" for name in FILTERS if name not in ("run_id", "agent_name", "job_type", "status")
     }
-
-
-# --- Reading -------------------------------------------------------------------------------------
-
-
-CLOCK = datetime(2025, 12, 24, 12, tzinfo=UTC)
-
-
-@pytest.mark.parametrize(
-    ("text", "moment"),
-    [("now", "24T12:00:00"), ("-30s", "24T11:59:30"), ("-30m", "24T11:30:00"), ("-2h", "24T10:00:00"),
-     ("-7d", "17T12:00:00"), ("-2w", "10T12:00:00"), ("-0h", "24T12:00:00")],
-)  # fmt: skip
-def test_a_relative_time_counts_from_one_reading_of_the_clock(text: str, moment: str) -> None:
-    readings = itertools.count()
-
-    def clock() -> datetime:
-        next(readings)
-        return CLOCK
-
-    filters = parse_list(f"created_after={text}&start_time_to={text}", clock).filters
-    assert filters.bounds == dict.fromkeys(("created_after", "start_time_to"), f"2025-12-{moment}.000000Z")
-    assert next(readings) == 1
-
-
-@pytest.mark.parametrize(
-    "text", ["-2", "2h", "-2y", "--2h", "-2H", "- 2h", "-99999999999h", "-999999999d", "Now", "-h"]
-)
-def test_what_is_no_relative_time(text: str) -> None:
-    with pytest.raises(InvalidRequestError, match="Invalid created_after"):
-        parse_list(f"created_after={text}")
-
-
-@pytest.mark.parametrize("operator", OPERATORS)
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [("1000", 1000), ("-2.5e3", -2500.0), ("a=4", "a=4"), ('"5"', "5"), ("true", True), ("9" * 20, 1e20)],
-)
-def test_a_comparison_may_be_encoded_or_not(operator: str, text: str, value: object) -> None:
-    expected = Comparison(("usage", "tok ens"), operator, value)  # type: ignore[arg-type]
-    raw = f"metrics.usage.tok%20ens{operator}{text}"
-    for written in (raw, quote(raw, safe="%"), raw.replace(">", "%3E").replace("<", "%3c")):
-        filters = parse_list(written).filters
-        assert filters.metrics == (expected,)
-        assert parse_list(urlencode(filters.parameters())).filters == filters
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["metrics.a", "metrics.=1", "metrics.a>", "metrics.a==", "metrics.a..b=1", "metrics.a=%00", "metrics.a%00=1",
-     'metrics."a"=1', "metrics.a%5C=1", "metrics.a=1e999", "metrics.a=" + "x" * 256, "metrics." + "a." * 8 + "b=1",
-     "metrics.a>1&metrics.a>1", "metrics=1"],
-)  # fmt: skip
-def test_what_is_no_comparison(text: str) -> None:
-    if text == "metrics.a==":
-        assert parse_list(text).filters.metrics == (Comparison(("a",), "=", "="),)
-        return
-    with pytest.raises(InvalidRequestError):
-        parse_list(text)
-
-
-NAMES = st.text(min_size=1, max_size=20).filter(lambda text: text.strip() and "\0" not in text)
-
-
-@given(st.lists(NAMES, min_size=1, max_size=32, unique=True))
-def test_any_names_can_be_asked_for_one_by_one(names: list[str]) -> None:
-    filters = parse_list(urlencode({"agent_name": ",".join(map(quoted, names))})).filters
-    assert filters == Filters({"agent_name": tuple(names)})
-    assert dict(parse_qsl(urlencode(filters.parameters()))) == filters.parameters()
-
-
-def test_a_filter_has_a_bounded_number_of_values() -> None:
-    assert len(parse_list("host=" + ",".join(map(str, range(32)))).filters.equal["host"]) == 32
-    with pytest.raises(InvalidRequestError, match=r"Invalid host: .*at most 32 values"):
-        parse_list("host=" + ",".join(map(str, range(33))))
-
-
-def test_only_agents_have_wildcards() -> None:
-    filters = parse_list("agent_name=a*,b%5C*&host=a*").filters
-    assert filters == Filters({"agent_name": ("b*",), "host": ("a*",)}, patterns=(("a", ""),))
-
-
-def test_an_order_and_fields_are_read() -> None:
-    query = parse_list("sort=start_time&fields=status,commit_url,status&count=exact")
-    assert query == ListRuns(
-        order=Order("start_time", descending=False), fields=("status", "commit_url"), count=Count.EXACT
-    )
-    assert query.columns == ("id", "start_time", "status", "git_repo", "git_commit_hash")
-    for wrong in ("sort=duration_ms", "sort=", "sort=--created_at", "fields=", "fields=status,nope", "count=yes"):
-        with pytest.raises(InvalidRequestError, match=f"Invalid {wrong.partition('=')[0]}: "):
-            parse_list(wrong)

@@ -7,7 +7,6 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -27,9 +26,10 @@ from telemetryd.model.changes import BEGINNING, GetFollowed, ListChanges, RunCha
 from telemetryd.model.commands import CreateEvents, CreateRuns, PruneRuns
 from telemetryd.model.runs import COLUMNS, STORED, parse_run, stored_row, to_json
 from telemetryd.model.values import utc_now
-from tests.conftest import Daemon, StartDaemon, make_run
+from tests.conftest import Daemon, StartDaemon, make_run, wait_until
 from tests.test_changes import NOW, commands, commit, connect, new
 from tests.test_tail import send
+from tests.tools.forks import popen
 from tests.tools.process import telemetryd
 
 TABLES = (
@@ -55,7 +55,7 @@ def following(url: str, copy: Path, *flags: str) -> Iterator[subprocess.Popen[st
     environment["TELEMETRY_API_AUTH_TOKEN"] = "secret-secret-secret"
     command = [sys.executable, "-m", "telemetryd", "follow", url, "--db-path", str(copy), *flags]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
+    with popen(command, environment, stdout=pipe, stderr=pipe) as process:
         try:
             yield process
         finally:
@@ -100,9 +100,7 @@ def test_the_copy_is_equal_whatever_was_interrupted(start_daemon: StartDaemon, t
     with following(daemon.url, copy) as process:
         send(daemon.url, "/api/v1/runs/late-3", {"status": "failure"}, "PATCH")
         send(daemon.url, "/api/v1/runs/late-3/events", told)
-        deadline = time.monotonic() + 30
-        while content(copy) != content(daemon.database):
-            assert time.monotonic() < deadline
+        wait_until(lambda: content(copy) == content(daemon.database))
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
     done = orjson.loads(follow(daemon.url, copy, "--once", "--json")[1])

@@ -226,7 +226,7 @@ def test_only_host_and_path_of_an_address_are_kept(address: str, kept: str) -> N
         "git@example.com:acme/token=s3cret",
     ],
 )
-def test_of_an_address_in_which_a_secret_cannot_be_told_from_the_rest_nothing_is_kept(address: str) -> None:
+def test_of_an_address_in_which_a_secret_cannot_be_distinguished_from_the_rest_nothing_is_kept(address: str) -> None:
     assert without_credentials(address) is None
 
 

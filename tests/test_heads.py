@@ -67,7 +67,7 @@ def held(api: Api) -> int:
     ],
     ids=["ended", "unfinished", "pipelined", "blanks"],
 )
-async def test_a_head_that_is_too_large_is_told_so_and_let_go(api: Api, request_bytes: bytes) -> None:
+async def test_a_head_that_is_too_large_is_refused_and_let_go(api: Api, request_bytes: bytes) -> None:
     *_, answer = await send_raw(api, request_bytes)
     assert answer.status == 431
     assert answer.json == {"detail": "The head of the request is too large: it may have 65536 bytes"}

@@ -76,7 +76,7 @@ def test_values_are_counted_outside_of_texts_only() -> None:
 
 
 @pytest.mark.parametrize("command", ["import", "replay"])
-def test_a_line_that_is_too_long_is_told_and_costs_the_others_nothing(
+def test_a_line_that_is_too_long_is_reported_and_costs_the_others_nothing(
     start_daemon: StartDaemon, tmp_path: Path, command: str
 ) -> None:
     url = start_daemon().url
@@ -140,7 +140,9 @@ FAR = "start_time: cannot be read: it lies outside of the years 1 to 9999"
 
 @pytest.mark.parametrize("zone", [None, "UTC", "Europe/Berlin", "No/Such_Zone"])
 @pytest.mark.parametrize("unit", ["ms", "us", "ns"])
-def test_times_of_every_unit_and_zone_are_read_and_far_ones_told(tmp_path: Path, unit: str, zone: str | None) -> None:
+def test_times_of_every_unit_and_zone_are_read_and_far_ones_reported(
+    tmp_path: Path, unit: str, zone: str | None
+) -> None:
     far = 253_402_300_800_000 * {"ms": 1, "us": 1000, "ns": 36}[unit]  # the year 10000; ns reach the year 2262 only
     kind = pa.timestamp(unit, zone)
     rows = read(tmp_path, event_id=["a", "b", "c", "d"], start_time=pa.array([1_234_567, far, -far, None], kind))
@@ -169,7 +171,9 @@ def test_times_of_every_unit_and_zone_are_read_and_far_ones_told(tmp_path: Path,
         ("context_json", pa.array([{"at": 2**62 + 1}], pa.struct([("at", pa.timestamp("ns"))])), "Nanosecond"),
     ],
 )
-def test_a_cell_that_cannot_be_read_is_told_with_its_field(tmp_path: Path, name: str, values: Any, fault: str) -> None:
+def test_a_cell_that_cannot_be_read_is_reported_with_its_field(
+    tmp_path: Path, name: str, values: Any, fault: str
+) -> None:
     ((number, told),) = read(tmp_path, **{"event_id": ["x"], name: values})
     assert number == 1
     assert isinstance(told, str)
@@ -216,16 +220,17 @@ def test_a_long_text_that_is_repeated_is_held_once(tmp_path: Path) -> None:
     assert peak(longest) < 16 * MIB
 
 
-def test_lists_with_very_many_values_are_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "_MOST_NESTED", 1000)
+def test_lists_with_very_many_values_are_not_unpacked(tmp_path: Path) -> None:
+    path = tmp_path / "nested.parquet"
+    pq.write_table(pa.table({"event_id": ["x"], "metrics_json": [{"many": [0] * 1001}]}), path)
     with pytest.raises(OSError, match="holds more than 1,000 values inside of one column"):
-        read(tmp_path, event_id=["x"], metrics_json=[{"many": [0] * 1001}])
+        list(tables.read_parquet(path, most_nested=1000))
 
 
 # --- The stream ----------------------------------------------------------------------------------
 
 
-def test_a_message_without_an_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_message_without_an_end_is_given_up() -> None:
     async def endless() -> AsyncIterator[bytes]:
         yield b"id: 1\nevent: run\ndata: {}\n"
         yield b"\nid: 2\n"
@@ -235,10 +240,9 @@ def test_a_message_without_an_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -
     found = []
 
     async def follow() -> None:
-        async for message in stream.read_messages(endless()):
+        async for message in stream.read_messages(endless(), longest_bytes=100_000):
             found.append(message.id)
 
-    monkeypatch.setattr(stream, "_LONGEST_MESSAGE", 100_000)
     with pytest.raises(UnavailableError, match="without an end"):
         asyncio.run(follow())
     assert found == ["1"]

@@ -272,7 +272,7 @@ def test_a_column_may_be_called_rowid(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [-3, 0, 2**63 - 1])
 @pytest.mark.parametrize("layout", ["v5", "v7"])
 def test_rows_whose_numbers_cannot_go_on_are_numbered_anew_in_their_order(
-    tmp_path: Path, start_daemon: StartDaemon, layout: str, number: int
+    tmp_path: Path, layout: str, number: int
 ) -> None:
     path = make_old_database(tmp_path / "telemetry.sqlite", layout)
     with closing(sqlite3.connect(path)) as connection, connection:
@@ -283,6 +283,16 @@ def test_rows_whose_numbers_cannot_go_on_are_numbered_anew_in_their_order(
     assert rows(path, "SELECT min(id), max(id) FROM agent_runs") == [(1, 20)]
     old = rows(path, "SELECT original FROM unconverted_values JOIN agent_runs ON id = run WHERE field = 'legacy id'")
     assert ((number,) in old) == (layout == "v7")
+
+
+@pytest.mark.parametrize("layout", ["v5", "v7"])
+def test_rows_that_were_numbered_anew_can_be_changed_and_followed(
+    tmp_path: Path, start_daemon: StartDaemon, layout: str
+) -> None:
+    path = make_old_database(tmp_path / "telemetry.sqlite", layout)
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE agent_runs SET rowid = ? WHERE run_id = 'run-7'", (2**63 - 1,))
+    migrated(path)
     daemon = start_daemon()
     last = rows(path, "SELECT event_id FROM agent_runs ORDER BY id DESC LIMIT 1")[0][0]
     assert call(daemon.url, "PATCH", f"/api/v1/runs/{last}", {"status": "timeout"})[0] == 200

@@ -70,7 +70,7 @@ def test_the_image_and_ci_install_from_it() -> None:
 # --- The audit -----------------------------------------------------------------------------------
 
 
-def test_an_advisory_fails_the_audit_and_names_what_mends_it() -> None:
+def test_an_advisory_fails_the_audit_and_names_what_fixes_it() -> None:
     packages: list[dict[str, Any]] = [
         {"name": "a", "version": "1.0", "vulns": []},
         {"name": "b", "version": "2.0", "vulns": [{"id": "PYSEC-1", "fix_versions": ["2.1"]}]},
@@ -96,7 +96,7 @@ def test_what_could_not_be_asked_is_said_and_fails_nothing() -> None:
     assert (status, line.startswith("audit: NOT DONE: ")) == (0, True)
 
 
-def test_a_withdrawn_release_fails_the_audit_and_a_newer_one_is_told() -> None:
+def test_a_withdrawn_release_fails_the_audit_and_a_newer_one_is_named() -> None:
     locked = {name: audit.Release("1.0", is_withdrawn=name == "b") for name in "abc"}
     newest = locked | {"c": audit.Release("1.1", is_withdrawn=False)}
     assert audit.report_index(locked, newest) == (

@@ -139,7 +139,7 @@ def test_a_call_that_cannot_be_formatted_does_not_end_all_logging() -> None:
     assert second["message"] == "second"
 
 
-def test_an_exception_is_told_in_fields_of_one_line() -> None:
+def test_an_exception_is_logged_in_fields_of_one_line() -> None:
     with written() as lines:
         try:
             int("no\nway")
@@ -262,7 +262,7 @@ def test_a_blocked_sink_never_blocks_the_caller_and_what_it_drops_is_counted() -
             before = -1
             while len(received) > before:  # at the end a sink is given two seconds, which is little on a busy machine
                 before = len(received)
-                time.sleep(0.5)
+                time.sleep(1)
         stream.close()
         reader.join(PATIENCE_S)
     lines = [json.loads(line) for line in received]

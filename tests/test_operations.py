@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from telemetryd import compat
+from telemetryd.client.old_variables import WITHOUT_EFFECT
+from telemetryd.settings import Settings, variable
+from tests.tools.fork_server import ForkServer
 from tests.tools.old_databases import make_old_database
 
 HANDBOOK = Path(__file__).parents[1] / "docs" / "operations.md"
+FROM_3X = Path(__file__).parents[1] / "docs" / "from-3.x.md"
 GUIDE = Path(__file__).parent / "guide" / "DEPLOYMENT_GUIDE.md"
 
 _SYSTEMCTL = """#!/bin/bash
@@ -47,6 +55,25 @@ _ZSTDCAT = (
     "shutil.copyfileobj(zstd.open(sys.argv[1]), sys.stdout.buffer)\n"
 )
 _JOURNALCTL = '#!/bin/bash\n[ "$*" = "-u telemetryd -o cat" ] || exit 2\nexec cat "$ROOM/log"\n'
+_DOCKER = """#!/bin/bash
+[ "$1" = compose ] && shift || exit 2
+command=$1 && shift
+case $command in
+    stop) systemctl stop ;;
+    up) [ "$*" = -d ] && systemctl start ;;
+    run) [ "$1 $2" = "--rm telemetryd" ] && shift 2 && exec telemetryd "$@" ;;
+    exec) [ "$1 $2" = "telemetryd telemetryd" ] && shift 2 && exec telemetryd "$@" ;;
+    *) exit 2 ;;
+esac
+"""
+_AGENT = """\
+from telemetry import TelemetryClient, TelemetryConfig
+
+client = TelemetryClient(TelemetryConfig.from_env())
+with client.track_run("old-agent", "after-the-change") as run:
+    run.log_event("checkpoint", {"step": 1})
+    run.set_metrics(items_succeeded=2)
+"""
 
 
 @dataclass
@@ -75,7 +102,7 @@ class Room:
 def room(tmp_path: Path, free_port: int) -> Iterator[Room]:
     for name in ("bin", "state", "run", "backups"):
         (tmp_path / name).mkdir()
-    stand_ins = {"systemctl": _SYSTEMCTL, "sudo": _SUDO, "journalctl": _JOURNALCTL}
+    stand_ins = {"systemctl": _SYSTEMCTL, "sudo": _SUDO, "journalctl": _JOURNALCTL, "docker": _DOCKER}
     stand_ins |= {
         name: script for name, script in (("sqlite3", _SQLITE3), ("zstdcat", _ZSTDCAT)) if shutil.which(name) is None
     }
@@ -97,17 +124,58 @@ def room(tmp_path: Path, free_port: int) -> Iterator[Room]:
         "/backups": str(tmp_path / "backups"),
         "localhost:8765": f"localhost:{free_port}",
     }
-    yield Room(tmp_path, environment, places)
-    if (tmp_path / "pid").exists():
-        os.kill(int((tmp_path / "pid").read_text()), signal.SIGTERM)
+    with ForkServer(tmp_path / "bin" / "telemetryd", tmp_path / "forks.sock"):
+        yield Room(tmp_path, environment, places)
+        if (tmp_path / "pid").exists():
+            os.kill(int((tmp_path / "pid").read_text()), signal.SIGTERM)
 
 
-def test_every_command_of_the_handbook_works(room: Room) -> None:
-    blocks = re.findall(r"^```bash\n(.*?)^```$", HANDBOOK.read_text("utf-8"), re.MULTILINE | re.DOTALL)
-    assert len(blocks) > 15
+def run_blocks(room: Room, page: Path) -> int:
+    """Run every bash block of a page, each in a shell of its own; return how many there are."""
+    blocks = re.findall(r"^```bash\n(.*?)^```$", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
     for block in blocks:
         done = room.run(block)
         assert done.returncode == 0, f"{block}\n{done.stdout}{done.stderr}"
+    return len(blocks)
+
+
+def test_every_command_of_the_handbook_works(room: Room) -> None:
+    assert run_blocks(room, HANDBOOK) > 15
+
+
+def test_by_the_page_on_3x_a_database_a_buffer_an_agent_and_scripts_are_taken_over(room: Room) -> None:
+    base = room.folder / "agent-metrics"
+    shutil.copytree(Path(__file__).parent / "old_files", base / "telemetry_buffer")
+    for name in ("raw", "db"):
+        (base / name).mkdir()
+    (base / "telemetry_buffer" / "events_20261130.ndjson").rename(base / "raw" / "events_20261130.ndjson")
+    make_old_database(base / "db" / "telemetry.sqlite", "v7", rows=40)
+    (room.folder / "agent.py").write_text(_AGENT)
+    room.places["/agent-metrics"] = str(base)
+    room.environment |= {"METRICS_API_URL": f"http://localhost:{room.environment['TELEMETRY_API_PORT']}"}
+    room.environment |= {"TELEMETRY_ALLOWED_HOSTS": "local-telemetry-api", "XDG_STATE_HOME": str(room.folder / "home")}
+    assert run_blocks(room, FROM_3X) > 9
+    runs = [json.loads(line) for line in (room.folder / "since.ndjson").read_text().splitlines()]
+    assert {run["job_type"]: run["status"] for run in runs} == {
+        "job": "success", "job2": "failure", "job3": "failure", "job4": "cancelled", "job5-running": "running",
+        "job6": "success", "after-the-change": "success",
+    }  # fmt: skip
+    assert (room.folder / "runs-before").read_text() == "40\n"
+    assert not (room.folder / "rejected.jsonl").exists()
+    with closing(sqlite3.connect(room.folder / "state" / "telemetry.sqlite")) as connection:
+        found = connection.execute("SELECT count(*), sum(event_id LIKE 'event-%') FROM agent_runs").fetchone()
+        assert found == (47, 40)
+        types = connection.execute("SELECT event_type FROM run_events WHERE event_key NOT LIKE 'legacy-%' ORDER BY id")
+        assert [row[0] for row in types] == ["start", "checkpoint", "checkpoint"]
+
+
+def test_the_page_on_3x_names_every_variable_and_every_public_name() -> None:
+    text = FROM_3X.read_text("utf-8")
+    heeded = {"LOG_LEVEL", "AGENT_OWNER", "METRICS_API_URL", "TELEMETRY_BUFFER_DIR", *WITHOUT_EFFECT}
+    assert [name for name in (*heeded, *compat.__all__) if f"`{name}`" not in text] == []
+    (compose,) = re.findall(r"^```yaml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    used = set(re.findall(r"\bTELEMETRY_[A-Z_]+[A-Z]\b", compose))
+    assert {"TELEMETRY_ALLOWED_HOSTS"} <= used <= {variable(name) for name in Settings.model_fields}
 
 
 def test_the_handbook_has_the_guides_sections_in_its_order() -> None:

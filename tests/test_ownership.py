@@ -170,7 +170,7 @@ def test_a_hard_link_made_after_the_start_is_refused_and_does_no_harm(
 
 
 def test_the_owner_in_another_container_is_not_called_by_a_pid_that_is_somebody_elses_here(
-    start_daemon: StartDaemon, by_another_name: Bind
+    start_daemon: StartDaemon, tmp_path: Path
 ) -> None:
     owner = start_daemon()
     assert post(owner.url, make_run())[0] == 201
@@ -181,7 +181,10 @@ def test_the_owner_in_another_container_is_not_called_by_a_pid_that_is_somebody_
     line = refusal(start_daemon(prefix=container))
     assert "in another container" in line
     assert "PID" not in line
-    line = refusal(start_daemon(prefix=container, TELEMETRY_DB_PATH=str(by_another_name(owner.database))))
+    name = tmp_path / "other.sqlite"
+    name.touch()
+    bind = ("sh", "-c", 'mount --bind "$0" "$1" && shift && exec "$@"', str(owner.database), str(name))  # only there
+    line = refusal(start_daemon(prefix=(*container, *bind), TELEMETRY_DB_PATH=str(name)))
     assert "in another container" in line
     assert "PID" not in line
 

@@ -25,14 +25,15 @@ from telemetryd.model import values as values_module
 from telemetryd.model.filters import quoted
 from tests.conftest import Api, StartDaemon, make_run
 
+IS_LONG = settings.get_current_profile_name() == "long"
 REPEATABLE = settings(
-    max_examples=60,
+    max_examples=60 if IS_LONG else 25,
     deadline=None,
     derandomize=True,
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-MANY = settings(REPEATABLE, max_examples=250)
+MANY = settings(REPEATABLE, max_examples=250 if IS_LONG else 100)
 
 
 class Wire:

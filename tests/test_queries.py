@@ -1,20 +1,23 @@
+"""What a query string means, and which are refused; over HTTP it is tests/contract/test_query.py."""
+
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import re
+from datetime import UTC, datetime
 from typing import Any
-from urllib.parse import parse_qs, quote, urlencode, urlsplit
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from telemetryd.errors import InvalidRequestError
-from telemetryd.model.filters import Filters, quoted
-from telemetryd.model.queries import ListRuns, Position, parse_list
+from telemetryd.model.filters import OPERATORS, Comparison, Filters, quoted
+from telemetryd.model.queries import Count, ListRuns, Order, Position, parse_list
 from telemetryd.model.values import MAX_INTEGER, canonical_timestamp
-from tests.conftest import Api, make_run
 
 CANONICAL = "2025-12-24T10:00:00.000000Z"
 
@@ -101,7 +104,7 @@ def test_a_blank_between_date_and_time_is_no_lost_plus(blank: str) -> None:
         ),
     ],
 )  # fmt: skip
-def test_a_wrong_value_is_told_with_its_parameter_and_what_is_allowed(name: str, value: str, allowed: str) -> None:
+def test_a_wrong_value_is_named_with_its_parameter_and_what_is_allowed(name: str, value: str, allowed: str) -> None:
     sentence = refusal(urlencode({name: value}))
     assert sentence.startswith(f"Invalid {name}: ")
     assert allowed in sentence
@@ -126,7 +129,7 @@ def test_an_unknown_parameter_is_named_with_the_known_ones(name: str) -> None:
     assert "agent_name, job_type, status, product" in sentence
 
 
-def test_every_fault_of_a_query_is_told() -> None:
+def test_every_fault_of_a_query_is_reported() -> None:
     with pytest.raises(InvalidRequestError) as caught:
         parse_list("limit=0&status=x&created_before=soon&nope=1&other=2&offset=-1&job_type=a&job_type=b")
     told = str(caught.value).split(". ")
@@ -166,6 +169,98 @@ def test_any_query_string_is_read_or_refused_in_one_sentence(text: str) -> None:
         return
     assert "\n" not in sentence
     assert len(sentence) < 700
+
+
+# --- Filters -------------------------------------------------------------------------------------
+
+
+CLOCK = datetime(2025, 12, 24, 12, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("text", "moment"),
+    [("now", "24T12:00:00"), ("-30s", "24T11:59:30"), ("-30m", "24T11:30:00"), ("-2h", "24T10:00:00"),
+     ("-7d", "17T12:00:00"), ("-2w", "10T12:00:00"), ("-0h", "24T12:00:00")],
+)  # fmt: skip
+def test_a_relative_time_counts_from_one_reading_of_the_clock(text: str, moment: str) -> None:
+    readings = itertools.count()
+
+    def clock() -> datetime:
+        next(readings)
+        return CLOCK
+
+    filters = parse_list(f"created_after={text}&start_time_to={text}", clock).filters
+    assert filters.bounds == dict.fromkeys(("created_after", "start_time_to"), f"2025-12-{moment}.000000Z")
+    assert next(readings) == 1
+
+
+@pytest.mark.parametrize(
+    "text", ["-2", "2h", "-2y", "--2h", "-2H", "- 2h", "-99999999999h", "-999999999d", "Now", "-h"]
+)
+def test_what_is_no_relative_time(text: str) -> None:
+    with pytest.raises(InvalidRequestError, match="Invalid created_after"):
+        parse_list(f"created_after={text}")
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1000", 1000), ("-2.5e3", -2500.0), ("a=4", "a=4"), ('"5"', "5"), ("true", True), ("9" * 20, 1e20)],
+)
+def test_a_comparison_may_be_encoded_or_not(operator: str, text: str, value: object) -> None:
+    expected = Comparison(("usage", "tok ens"), operator, value)  # type: ignore[arg-type]
+    raw = f"metrics.usage.tok%20ens{operator}{text}"
+    for written in (raw, quote(raw, safe="%"), raw.replace(">", "%3E").replace("<", "%3c")):
+        filters = parse_list(written).filters
+        assert filters.metrics == (expected,)
+        assert parse_list(urlencode(filters.parameters())).filters == filters
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["metrics.a", "metrics.=1", "metrics.a>", "metrics.a..b=1", "metrics.a=%00", "metrics.a%00=1",
+     'metrics."a"=1', "metrics.a%5C=1", "metrics.a=1e999", "metrics.a=" + "x" * 256, "metrics." + "a." * 8 + "b=1",
+     "metrics.a>1&metrics.a>1", "metrics=1"],
+)  # fmt: skip
+def test_what_is_no_comparison(text: str) -> None:
+    with pytest.raises(InvalidRequestError):
+        parse_list(text)
+
+
+def test_a_value_may_be_an_equals_sign() -> None:
+    assert parse_list("metrics.a==").filters.metrics == (Comparison(("a",), "=", "="),)
+
+
+AGENTS = st.text(min_size=1, max_size=20).filter(lambda text: text.strip() and "\0" not in text)
+
+
+@given(st.lists(AGENTS, min_size=1, max_size=32, unique=True))
+def test_any_names_can_be_asked_for_one_by_one(names: list[str]) -> None:
+    filters = parse_list(urlencode({"agent_name": ",".join(map(quoted, names))})).filters
+    assert filters == Filters({"agent_name": tuple(names)})
+    assert dict(parse_qsl(urlencode(filters.parameters()))) == filters.parameters()
+
+
+def test_a_filter_has_a_bounded_number_of_values() -> None:
+    assert len(parse_list("host=" + ",".join(map(str, range(32)))).filters.equal["host"]) == 32
+    with pytest.raises(InvalidRequestError, match=r"Invalid host: .*at most 32 values"):
+        parse_list("host=" + ",".join(map(str, range(33))))
+
+
+def test_only_agents_have_wildcards() -> None:
+    filters = parse_list("agent_name=a*,b%5C*&host=a*").filters
+    assert filters == Filters({"agent_name": ("b*",), "host": ("a*",)}, patterns=(("a", ""),))
+
+
+def test_an_order_and_fields_are_read() -> None:
+    query = parse_list("sort=start_time&fields=status,commit_url,status&count=exact")
+    assert query == ListRuns(
+        order=Order("start_time", descending=False), fields=("status", "commit_url"), count=Count.EXACT
+    )
+    assert query.columns == ("id", "start_time", "status", "git_repo", "git_commit_hash")
+    for wrong in ("sort=duration_ms", "sort=", "sort=--created_at", "fields=", "fields=status,nope", "count=yes"):
+        with pytest.raises(InvalidRequestError, match=f"Invalid {wrong.partition('=')[0]}: "):
+            parse_list(wrong)
 
 
 # --- Cursors -------------------------------------------------------------------------------------
@@ -259,45 +354,3 @@ def test_a_forged_cursor_is_refused(cursor: str) -> None:
 @given(st.text() | st.binary().map(lambda raw: base64.urlsafe_b64encode(raw).decode()))
 def test_no_text_is_a_cursor_by_chance(text: str) -> None:
     assert refusal(urlencode({"cursor": text})).startswith("Invalid cursor: ")
-
-
-# --- Over HTTP -----------------------------------------------------------------------------------
-
-
-async def test_following_the_links_visits_every_run_once_while_others_arrive(api: Api) -> None:
-    moments = [f"2025-12-24T10:00:{n % 5:02}Z" for n in range(43)]
-    made = [make_run(agent_name="a & b", created_at=moment) for moment in moments]
-    assert (await api.batch(made))["inserted"] == 43
-    everything = [run["event_id"] for run in await api.list(limit=1000)]
-    assert sorted(everything) == sorted(run["event_id"] for run in made)
-
-    visited: list[str] = []
-    address: str | None = "/api/v1/runs?limit=10&agent_name=a+%26+b&created_before=2026-01-01T00:00:00%2B01:00"
-    while address:
-        async with api.client.get(address) as response:
-            assert response.status == 200
-            visited += [run["event_id"] for run in await response.json()]
-            link = response.headers.get("Link")
-        match = re.fullmatch(r'<(/api/v1/runs\?[!-~]+)>; rel="next"', link) if link else None
-        assert (match is None) == (link is None)
-        address = match[1] if match else None
-        await api.post(make_run(agent_name="a & b", created_at="2025-12-25T10:00:00Z"))
-    assert visited == everything
-
-    by_offset = [run["event_id"] for offset in range(0, 50, 10) for run in await api.list(
-        limit=10, offset=offset, created_before="2025-12-25T00:00:00Z")]  # fmt: skip
-    assert by_offset == everything
-
-
-async def test_the_last_page_has_no_link_even_if_it_is_full(api: Api) -> None:
-    await api.batch([make_run() for _ in range(4)])
-    for limit, expected in ((3, True), (4, False), (5, False)):
-        async with api.client.get("/api/v1/runs", params={"limit": limit}) as response:
-            assert ("Link" in response.headers) == expected
-
-
-async def test_a_refused_query_is_a_400_with_one_sentence(api: Api) -> None:
-    for query in ("status=ok", "limit=0", "cursor=x", "nope=1", "limit=1&limit=1", "agent_name=%ff", "created_after=x"):
-        answer = await api.get(f"/api/v1/runs?{query}", 400)
-        assert list(answer) == ["detail"]
-        assert parse_qs(query, errors="replace").keys() - {"agent_name"} <= set(re.findall(r"\w+", answer["detail"]))

@@ -155,7 +155,7 @@ def steps(*blocks: tuple[int, int]) -> list[Run]:
     ]
 
 
-def test_a_finding_tells_everything() -> None:
+def test_a_finding_shows_everything() -> None:
     runs = steps((20, 0), (19, 1), (8, 12), (9, 11))
     [finding] = regressions_of(runs)
     assert (finding.first_bad_commit, finding.last_good_commit) == (COMMIT(2), COMMIT(1))
@@ -166,7 +166,7 @@ def test_a_finding_tells_everything() -> None:
     assert finding.runs == tuple([run.event_id for run in runs[40:] if not run.succeeded][:5])
 
 
-def test_what_was_mended_and_broke_again_is_two_findings() -> None:
+def test_what_was_fixed_and_broke_again_is_two_findings() -> None:
     found = regressions_of(steps((60, 0), (20, 40), (60, 0), (15, 45)))
     assert [finding.first_bad_commit for finding in found] == [COMMIT(1), COMMIT(3)]
     assert found[1].before.value == 1.0
@@ -260,10 +260,11 @@ def test_the_commit_that_breaks_an_agent_of_the_demo_is_named_at_every_hour(
     [broken] = [agent.name for agent in AGENTS if agent.breaks]
     for hour in hours:
         end = datetime(2026, 11, 27, hour, tzinfo=UTC)  # a Friday
-        ended = [
-            finished(story) for story in World(seed, end - timedelta(days=1), end).runs(number) if story.ends_at <= end
+        runs = [
+            finished(story)
+            for story in World(seed, end - timedelta(days=1), end).runs(number)
+            if story.ends_at <= end and story.run["agent_name"] == broken
         ]
-        runs = [run for run in ended if run["agent_name"] == broken]
         [commit] = {run["git_commit_hash"] for run in runs if "canonical_url" in run.get("error_summary", "")}
         named = {
             finding.first_bad_commit
@@ -417,7 +418,7 @@ def test_the_command_asks_the_daemon_or_the_database(tmp_path: Path, start_daemo
     assert direct["regressions"] == answer["regressions"] != []
 
 
-def test_durations_are_told_in_their_unit() -> None:
+def test_durations_are_shown_in_their_unit() -> None:
     query = parse("", NOW)
     runs = invent(Random(1), 200, 10, duration=lambda place: 2000 if place < 100 else 90_000)
     text = text_of(dict(to_json(query, gather([("a", "j", runs)]))))

@@ -22,7 +22,7 @@ from telemetryd.model.commands import CreateRuns
 from telemetryd.model.queries import ListRuns
 from telemetryd.model.runs import COLUMNS, parse_run
 from telemetryd.model.values import Row
-from tests.test_properties import PAIRS, SIMPLE
+from tests.test_properties import IS_LONG, PAIRS, SIMPLE
 
 NOW = "2025-12-24T12:00:00.000000Z"
 ADDRESSES = ("git@github.com:acme/site.git", 'https://gitlab.com/acme/"site', "nowhere", None)
@@ -49,7 +49,9 @@ def plain(run: dict[str, Any]) -> Any:
 
 
 @settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=150 if IS_LONG else 40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(st.lists(PAIRS, min_size=1, max_size=4), st.lists(st.sampled_from(runs.ANSWERED), unique=True), st.randoms())
 def test_every_run_is_rendered_as_it_is_stored(
@@ -88,7 +90,7 @@ def test_a_page_takes_one_step_and_the_walk_of_its_rows(empty: sqlite3.Connectio
     assert not [step for step in plan if "TEMP B-TREE" in step]
 
 
-def test_a_run_too_large_for_the_room_is_told(empty: sqlite3.Connection) -> None:
+def test_a_run_too_large_for_the_room_is_reported(empty: sqlite3.Connection) -> None:
     query = ListRuns()
     store(empty, [parse_run({**{name: value for name, (value, _) in SIMPLE.items()}, "event_id": "e"}).row])
     try:

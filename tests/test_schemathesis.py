@@ -9,6 +9,8 @@ import sys
 import urllib.request
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import StartDaemon
 
 # Every check runs on every endpoint, except where the guide or API.md wants what the check forbids:
@@ -66,16 +68,21 @@ include-name = "POST /api/v1/runs/{event_id}/events"
 expected-statuses = [400, 404, 413, 415, 422]
 """
 
-# What no schema can say: a count must be written as an integer (to JSON Schema 5.0 is one too), and at no depth may
-# the agent's own objects hold a NUL or an integer of more than 64 bits.
+# In the short form no request tries each boundary of the runs of a batch, which are those of a single run.
+SHORT = """
+[[operations]]
+include-path = "/api/v1/runs/batch"
+[operations.phases.coverage]
+enabled = false
+"""
+
+# What no schema can say: at no depth may the agent's own objects hold a NUL or an integer of more than 64 bits. And
+# what it does not say: that 3.x's texts for counts and truth values are taken; test_runs.py sends them.
 HOOKS = """
 import schemathesis
 
 FREE = ("metrics_json", "context_json", "payload")
-
-def whole(value):
-    is_whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**63
-    return int(value) if is_whole else value
+COUNTS = ("items_discovered", "items_succeeded", "items_failed", "items_skipped", "duration_ms", "api_retry_count")
 
 def storable(value):
     if isinstance(value, dict):
@@ -91,7 +98,16 @@ def storable(value):
 def run(body):
     if not isinstance(body, dict):
         return body
-    return {name: storable(value) if name in FREE else whole(value) for name, value in body.items()}
+    return {name: storable(value) if name in FREE else value for name, value in body.items()}
+
+def is_taken(name, value):
+    words = ("yes", "no", "true", "false", "1", "0")
+    is_text = isinstance(value, str) and (value.lower() in words or value.lstrip("-").isdecimal())
+    return is_text and name in (*COUNTS, "api_posted")
+
+@schemathesis.hook
+def filter_body(context, body):
+    return not (isinstance(body, dict) and any(is_taken(*item) for item in body.items()))
 
 @schemathesis.hook
 def map_body(context, body):
@@ -101,7 +117,10 @@ def map_body(context, body):
 """
 
 
-def test_no_request_makes_the_daemon_break_its_own_document(start_daemon: StartDaemon, tmp_path: Path) -> None:
+def test_no_request_makes_the_daemon_break_its_own_document(
+    request: pytest.FixtureRequest, start_daemon: StartDaemon, tmp_path: Path
+) -> None:
+    is_short = request.config.getoption("--rounds-scale") < 0.1
     daemon = start_daemon(TELEMETRY_DB_JOURNAL_MODE="WAL")
     with urllib.request.urlopen(f"{daemon.url}/openapi.json") as response:
         document = json.load(response)
@@ -117,9 +136,10 @@ def test_no_request_makes_the_daemon_break_its_own_document(start_daemon: StartD
     parameters = document["paths"]["/api/v1/changes"]["get"]["parameters"]
     parameters.remove(next(parameter for parameter in parameters if parameter["name"] == "wait"))
     (tmp_path / "openapi.json").write_text(json.dumps(document))
-    (tmp_path / "schemathesis.toml").write_text(CONFIG)
+    (tmp_path / "schemathesis.toml").write_text(CONFIG + SHORT * is_short)
     (tmp_path / "hooks.py").write_text(HOOKS)
-    command = "--config-file schemathesis.toml run openapi.json --seed 1 --max-examples 10 --no-shrink"
+    examples = 3 if is_short else 10
+    command = f"--config-file schemathesis.toml run openapi.json --seed 1 --max-examples {examples} --no-shrink"
     finished = subprocess.run(
         [
             Path(sys.executable).with_name("schemathesis"),

@@ -51,7 +51,7 @@ def test_a_large_text_is_searched_as_a_small_one_is(plain: sqlite3.Connection, s
 
 
 @pytest.mark.parametrize("text", ALMOST, ids=["ascii", "other"])
-async def test_what_nearly_matches_everywhere_is_told_from_what_does(api: Api, text: str) -> None:
+async def test_what_nearly_matches_everywhere_is_distinguished_from_what_does(api: Api, text: str) -> None:
     nearly = text[0] * 20_000
     await api.post(make_run(event_id="nearly", error_details=nearly, error_summary="x"))
     await api.post(make_run(event_id="really", error_details=nearly + text.swapcase() + nearly))

@@ -98,11 +98,12 @@ def test_a_token_is_in_no_line_no_answer_and_no_argument(start_daemon: StartDaem
 
 
 def test_wrong_settings_do_not_print_the_token(tmp_path: Path) -> None:
-    for variables in (
+    wrong: tuple[dict[str, Any], ...] = (
         {"TELEMETRY_API_AUTH_TOKEN": "hunter2", "TELEMETRY_API_AUTH_ENABLED": "true"},  # too short
         {"TELEMETRY_API_AUTH_TOKEN": TOKEN, "TELEMETRY_API_AUTH_TOKEN_FILE": "/nonexistent"},
         {"TELEMETRY_API_AUTH_TOKEN": TOKEN, "TELEMETRY_API_PORT": "x", "TELEMETRY_LOG_FORMAT": "x"},
-    ):
+    )
+    for variables in wrong:
         done = telemetryd("serve", status=2, cwd=tmp_path, **variables)
         assert "TELEMETRY_" in done.stderr
         assert "hunter2" not in done.stdout + done.stderr

@@ -8,6 +8,8 @@ import pytest
 from click.testing import CliRunner
 
 from telemetryd.cli import main
+from telemetryd.client.config import VARIABLES
+from telemetryd.client.old_variables import WITHOUT_EFFECT
 from telemetryd.errors import ConfigurationError
 from telemetryd.settings import LoadedSettings, Origin, Settings, load, variable
 from tests.tools.process import telemetryd
@@ -206,7 +208,7 @@ WRONG = {
 }
 
 
-def test_every_problem_is_told_at_once_with_the_name_of_its_variable() -> None:
+def test_every_problem_is_reported_at_once_with_the_name_of_its_variable() -> None:
     assert {variable(name) for name in Settings.model_fields} - set(WRONG) == {"TELEMETRY_API_AUTH_TOKEN"}
     found = problems(WRONG)
     assert [problem.partition(":")[0] for problem in found] == list(WRONG)
@@ -216,7 +218,7 @@ def test_every_problem_is_told_at_once_with_the_name_of_its_variable() -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), WRONG.items())
-def test_each_problem_is_told_alone_too(name: str, value: str) -> None:
+def test_each_problem_is_reported_alone_too(name: str, value: str) -> None:
     (problem,) = problems({name: value})
     assert problem.startswith(f"{name}: ")
     assert problem.endswith(f"(it is {value!r}, from the environment)")
@@ -270,7 +272,7 @@ def test_a_dotenv_that_is_not_utf_8_is_a_problem(tmp_path: Path) -> None:
     assert loaded(dotenv=tmp_path / ".env").settings.api_host == "münchen"
 
 
-def test_a_setting_that_fits_alone_but_not_with_others_is_told_beside_the_other_problems() -> None:
+def test_a_setting_that_fits_alone_but_not_with_others_is_reported_with_the_other_problems() -> None:
     found = problems({"TELEMETRY_API_PORT": "x", "TELEMETRY_API_AUTH_ENABLED": "true", "TELEMETRY_LOG_LEVEL": "x"})
     assert sorted(problem.partition(":")[0] for problem in found) == [
         "TELEMETRY_API_AUTH_TOKEN",
@@ -352,17 +354,54 @@ def test_an_unknown_variable_of_the_family_is_remarked_on(tmp_path: Path) -> Non
     )
 
 
-@pytest.mark.parametrize("where", ["environment", ".env"])
-def test_the_retention_of_the_replaced_service_has_no_effect_and_is_remarked_on(tmp_path: Path, where: str) -> None:
-    given = {"TELEMETRY_RETENTION_DAYS": "30"}
-    if where == ".env":
-        (tmp_path / ".env").write_text("TELEMETRY_RETENTION_DAYS=30\n")
-        given = {}
-    (remark,) = loaded(given, tmp_path / ".env").remarks
-    assert remark.startswith("TELEMETRY_RETENTION_DAYS has no effect")
-    assert "TELEMETRY_PRUNE_AFTER" in remark
-    assert "telemetryd prune --confirm-automatic 90d" in remark
-    assert remark in telemetryd("config", cwd=tmp_path, **given).stderr
+LEGACY = {
+    "service": "TELEMETRY_DB_PATH TELEMETRY_LOCK_FILE TELEMETRY_DB_JOURNAL_MODE TELEMETRY_DB_SYNCHRONOUS "
+    "TELEMETRY_DB_BUSY_TIMEOUT_MS TELEMETRY_API_HOST TELEMETRY_API_PORT TELEMETRY_API_WORKERS "
+    "TELEMETRY_API_AUTH_ENABLED TELEMETRY_API_AUTH_TOKEN TELEMETRY_RATE_LIMIT_ENABLED TELEMETRY_RATE_LIMIT_RPM "
+    "TELEMETRY_LOG_LEVEL",
+    "client": "TELEMETRY_BUFFER_DIR TELEMETRY_API_URL METRICS_API_URL",
+    "compat": "AGENT_OWNER",
+    "remark": "TELEMETRY_DB_CONNECT_TIMEOUT_SECONDS TELEMETRY_DB_MAX_RETRIES TELEMETRY_DB_RETRY_BASE_DELAY_SECONDS "
+    "TELEMETRY_RETENTION_DAYS TELEMETRY_DRY_RUN_CLEANUP TELEMETRY_LEVEL TELEMETRY_SAMPLING_RATE "
+    "TELEMETRY_MAX_PAYLOAD_BYTES DATABASE_URL TELEMETRY_BUFFER_MAX_SIZE_MB TELEMETRY_BUFFER_MAX_AGE_HOURS "
+    "TELEMETRY_SYNC_INTERVAL_SECONDS TELEMETRY_SYNC_BATCH_SIZE METRICS_API_TOKEN METRICS_API_AUTH_REQUIRED "
+    "METRICS_API_ENABLED GOOGLE_SHEETS_API_ENABLED GOOGLE_SHEETS_API_URL TELEMETRY_BASE_DIR AGENT_METRICS_DIR "
+    "TELEMETRY_NDJSON_DIR TELEMETRY_SKIP_VALIDATION TELEMETRY_TEST_MODE TELEMETRY_RETRY_BACKOFF_FACTOR",
+}
+"""The variables of 3.x (LOG_LEVEL has tests of its own), by who heeds them; the last ones have no effect."""
+
+
+def test_every_variable_of_the_replaced_service_has_its_effect_or_a_remark(tmp_path: Path) -> None:
+    known = {variable(name) for name in Settings.model_fields}
+    heeded = {kind: set(names.split()) for kind, names in LEGACY.items()}
+    assert heeded["service"] <= known
+    assert heeded["client"] <= VARIABLES.keys()
+    assert heeded["remark"] == WITHOUT_EFFECT.keys()
+    in_dotenv, in_environment = (sorted(heeded["remark"])[place::2] for place in (0, 1))
+    (tmp_path / ".env").write_text("".join(f"{name}=secret\n" for name in in_dotenv))
+    given = {**dict.fromkeys(in_environment, "secret"), "METRICS_API_URL": "http://x", "AGENT_OWNER": "me"}
+    shown = loaded(given, tmp_path / ".env").remarks
+    assert [remark.partition(" has no effect")[0] for remark in shown] == sorted(heeded["remark"])
+    assert "secret" not in str(shown)
+    assert "TELEMETRY_PRUNE_AFTER" in next(text for text in shown if text.startswith("TELEMETRY_RETENTION_DAYS"))
+    printed = telemetryd("config", status=0, timeout_s=60, cwd=tmp_path, **given).stderr
+    assert printed.splitlines() == [f"telemetryd: remark: {remark}" for remark in shown]
+    assert not loaded(dict.fromkeys(heeded["remark"], "")).remarks  # empty counts as not set
+
+
+def test_the_log_level_of_the_replaced_service_counts_where_ours_is_not_set(tmp_path: Path) -> None:
+    dotenv = tmp_path / ".env"
+    dotenv.write_text("LOG_LEVEL=debug\n")
+    found = loaded({}, dotenv)
+    assert (found.settings.log_level, found.origins["log_level"]) == ("DEBUG", Origin.DOTENV)
+    found = loaded({"LOG_LEVEL": "warn"}, dotenv)
+    assert (found.settings.log_level, found.origins["log_level"]) == ("WARNING", Origin.ENVIRONMENT)
+    dotenv.write_text("TELEMETRY_LOG_LEVEL=critical\n")
+    assert loaded({"LOG_LEVEL": "debug"}, dotenv).settings.log_level == "ERROR"
+    found = loaded({"LOG_LEVEL": "verbose"})
+    assert (found.settings.log_level, found.origins["log_level"]) == ("INFO", Origin.DEFAULT)
+    assert found.remarks == ("LOG_LEVEL='verbose' is no level of telemetryd and has no effect",)
+    assert loaded({"LOG_LEVEL": "verbose"}, log_level="info").remarks == ()
 
 
 def test_a_token_that_is_not_asked_for_is_remarked_on(tmp_path: Path) -> None:
@@ -384,7 +423,7 @@ def test_a_token_that_is_not_asked_for_is_remarked_on(tmp_path: Path) -> None:
 def test_config_prints_every_setting_with_its_origin(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("TELEMETRY_QUEUE_MAX=7\n")
     arguments = ("config", "--port", "9000", "--no-protected-mode")
-    variables = {"TELEMETRY_API_HOST": "127.0.0.1", "TELEMETRY_LOG_LEVEL": "debug"}
+    variables: dict[str, Any] = {"TELEMETRY_API_HOST": "127.0.0.1", "TELEMETRY_LOG_LEVEL": "debug"}
     printed = telemetryd(*arguments, "--json", cwd=tmp_path, **variables)
     shown = json.loads(printed.stdout)
     assert list(shown) == [variable(name) for name in Settings.model_fields]

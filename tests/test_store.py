@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import asyncio
 from collections.abc import AsyncIterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,7 @@ async def test_it_closes_the_engine_and_says_whether_all_is_in_order(
 PACKAGE = Path(telemetryd.__file__).parent
 
 
+@cache
 def _names(path: Path) -> set[str]:
     tree = ast.parse(path.read_text())
     nodes = list(ast.walk(tree))

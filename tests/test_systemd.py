@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from telemetryd.ops import systemd
 from telemetryd.ops.systemd import Notifier, passed_sockets
 from tests.conftest import Daemon, StartDaemon
 
@@ -22,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 
 
 class Manager:
-    """What systemd is to a service: a datagram socket that notes what it is told."""
+    """What systemd is to a service: a datagram socket that notes what it receives."""
 
     def __init__(self, path: str) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -44,6 +43,7 @@ class Manager:
                 said.append(self.next())
             except TimeoutError:
                 break
+        self.socket.settimeout(60)
         return said
 
 
@@ -53,7 +53,7 @@ def get(url: str) -> int:
 
 
 @pytest.mark.parametrize("abstract", [False, True])
-def test_ready_status_watchdog_and_stopping_are_told(start_daemon: StartDaemon, tmp_path: Path, abstract: bool) -> None:
+def test_ready_status_watchdog_and_stopping_are_sent(start_daemon: StartDaemon, tmp_path: Path, abstract: bool) -> None:
     address = f"@telemetryd-test-{os.getpid()}" if abstract else str(tmp_path / "notify")
     manager = Manager(address)
     daemon = start_daemon(NOTIFY_SOCKET=address, WATCHDOG_USEC="600000")
@@ -66,12 +66,10 @@ def test_ready_status_watchdog_and_stopping_are_told(start_daemon: StartDaemon, 
     manager.socket.close()
 
 
-def test_time_is_asked_for_as_long_as_something_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(systemd, "_FIRST_ASKED_S", 0.01)
-    monkeypatch.setattr(systemd, "_ASKED_EVERY_S", 0.01)
+def test_time_is_asked_for_as_long_as_something_takes(tmp_path: Path) -> None:
     manager = Manager(str(tmp_path / "notify"))
     notifier = Notifier({"NOTIFY_SOCKET": str(tmp_path / "notify")})
-    with notifier.asking_for_time("Starting"):
+    with notifier.asking_for_time("Starting", first_s=0.01, every_s=0.01):
         asked = [manager.socket.recv(4096).decode() for _ in range(3)]
     notifier.send(READY=1)
     while (said := manager.socket.recv(4096).decode()) != "READY=1":

@@ -1,4 +1,4 @@
-"""One writer: many commands in one COMMIT, each caller told its own outcome, nobody told too early."""
+"""One writer: many commands in one COMMIT, each caller gets its own outcome, nobody too early."""
 
 from __future__ import annotations
 
@@ -224,12 +224,12 @@ async def test_everyone_gets_his_own_outcome_in_order_of_arrival(tmp_path: Path)
 # --- Not before it is durable --------------------------------------------------------------------
 
 
-async def test_nobody_is_told_before_the_commit_is_durable(tmp_path: Path) -> None:
+async def test_nobody_is_answered_before_the_commit_is_durable(tmp_path: Path) -> None:
     gate = threading.Event()
     async with bench(tmp_path, check_place=lambda: _wait(gate)) as made:
         futures = [made.writer.submit(create(f"e{number}")) for number in range(10)]
         await eventually(lambda: len(made.stored()) == 10)
-        await asyncio.sleep(0.05)  # what is told too early is told in the loop's next turns
+        await asyncio.sleep(0.05)  # an answer that is too early comes in the loop's next turns
         assert not any(future.done() for future in futures)
         gate.set()
         assert await asyncio.gather(*futures) == [Created((True,))] * 10
@@ -473,7 +473,7 @@ async def test_a_failed_sync_fails_everybody_until_the_database_is_open_again(tm
         with pytest.raises(DatabaseSuspectError):
             made.writer.submit(create("later"))
         assert made.writer.problem == "Not yet"
-        assert made.stored() == {"first"}  # committed, but nobody was told so
+        assert made.stored() == {"first"}  # committed, but no caller has heard of it
         assert made.count("COMMIT") == 1
         may_reopen.set()
         await eventually(lambda: made.writer.failure is None)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,6 +24,7 @@ from telemetryd.client.counters import Counters
 from telemetryd.client.dead_letters import DEAD_LETTERS, bury
 from telemetryd.client.delivery import BlockedError, Delivery, RetryError, WaitError
 from telemetryd.client.folder import UNSENT, Entry, is_aside, summary, waiting
+from telemetryd.client.old_variables import old_buffer_folders, old_raw_folders
 from telemetryd.client.streams import Stream
 from telemetryd.client.transport import Transport
 from telemetryd.client.uploader import Uploader
@@ -29,7 +32,12 @@ from telemetryd.errors import sentence
 
 _WATCH_S: Final = 2.0
 _COST: Final = 20
-"""To look through a folder takes at most one twentieth of the time."""
+"""Looking through a folder takes at most one twentieth of the time."""
+
+_BUFFER_FILES: Final = "telemetry_*.jsonl.*"
+_LEFT_OPEN: Final = "telemetry_*.jsonl.active"
+_RAW_FILES: Final = "*.ndjson"
+"""The names of the replaced client's files."""
 
 _FOLDER: Final = "The spool's folder.  [TELEMETRY_BUFFER_DIR; default: ~/.local/state/telemetryd/buffer]"
 url_option = click.option(
@@ -48,8 +56,15 @@ retry_option = click.option(
 )
 
 
-def from_files(function: F) -> F:
-    """Give a command that sends the runs of files its argument and flags."""
+take_over_option = click.option(
+    "--take-over",
+    is_flag=True,
+    help="Take over what local-telemetry 3.x has left, where its variables and defaults say (docs/from-3.x.md).",
+)
+
+
+def from_files(function: F, *, or_takes_over: bool = False) -> F:
+    """Give a command that sends the runs of files its argument and flags; if it takes over, no file need be named."""
     longest_line = click.option(
         "--longest-line",
         "longest_line_mib",
@@ -63,7 +78,7 @@ def from_files(function: F) -> F:
         "--rejects", type=click.Path(path_type=Path), help="Append what the daemon refuses to this file."
     )
     files = click.argument(
-        "files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, allow_dash=True)
+        "files", nargs=-1, required=not or_takes_over, type=click.Path(exists=True, dir_okay=False, allow_dash=True)
     )
     return files(rejects(longest_line(retry_option(json_flag(url_option(function))))))
 
@@ -89,6 +104,9 @@ def client_config(**given: Any) -> Config:
     these commands may work on one folder. A file is `.synced` when every line of it has been acknowledged, or stands
     in dead-letter.jsonl with the daemon's reason.
 
+    With --take-over the folder is that of local-telemetry 3.x, and what that left open (`*.jsonl.active`) is sent as
+    well; stop its agents before.
+
     \b
     Examples:
       telemetryd sync --dry-run
@@ -99,12 +117,25 @@ def client_config(**given: Any) -> Config:
 @click.option("--buffer-dir", type=click.Path(path_type=Path), help=_FOLDER)
 @click.option("--watch", is_flag=True, help="Go on until SIGTERM or SIGINT: send whatever comes.")
 @click.option("--dry-run", is_flag=True, help="Only say what the folder holds.")
+@take_over_option
 @retry_option
 @json_flag
 @url_option
 def sync(
-    *, buffer_dir: Path | None, watch: bool, dry_run: bool, retry_s: float, as_json: bool, url: str | None
+    *,
+    buffer_dir: Path | None,
+    watch: bool,
+    dry_run: bool,
+    take_over: bool,
+    retry_s: float,
+    as_json: bool,
+    url: str | None,
 ) -> None:
+    if take_over:
+        folders = [buffer_dir] if buffer_dir is not None else old_buffer_folders(os.environ)
+        buffer_dir = _left_by_3x(folders, _BUFFER_FILES, "name the folder with --buffer-dir")
+        if not dry_run:
+            _close_left(buffer_dir)
     config = client_config(buffer_dir=buffer_dir, url=url)
     counters = Counters()
     problem = None if dry_run else _sync(config, counters, None if watch else retry_s)
@@ -126,6 +157,22 @@ def sync(
     if watch and problem is None:
         return  # stopped as it was meant to be; each refusal was reported when it came
     end(problem, counters, f"; see {config.folder / DEAD_LETTERS}")
+
+
+def _left_by_3x(folders: list[Path], pattern: str, otherwise: str) -> Path:
+    """Return the first folder that has files of 3.x, or end the process with where was looked."""
+    found = next((folder for folder in folders if any(folder.glob(pattern))), None)
+    if found is None:
+        fail(f"3.x has left no {pattern} in {', '.join(map(str, folders))}; {otherwise}")
+    return found
+
+
+def _close_left(folder: Path) -> None:
+    """Give the files that 3.x has left open the name of closed ones; it makes others if it still runs."""
+    for path in sorted(folder.glob(_LEFT_OPEN)):
+        closed = path.with_suffix(".ready")
+        if not closed.exists():
+            path.rename(closed)
 
 
 def _sync(config: Config, counters: Counters, retry_s: float | None) -> str | None:
@@ -244,7 +291,7 @@ class _Sync:
         return some_wait and self._counters.sent > before
 
     def _send(self, name: str, numbers: list[int]) -> Iterator[int]:
-        """Send a stream unless somebody else does; yield the size of each part that was sent."""
+        """Send a stream unless another process does; yield the size of each part that was sent."""
         stream = Stream.take(self._folder, name, numbers)
         if stream is None:
             return
@@ -310,7 +357,9 @@ def send_files(
 
     One JSON object a line, as POST /api/v1/runs takes it. Plain, gzip or Zstandard; - is standard input. Spool files,
     dead-letter files and the archives of `telemetryd prune`, with the events of their runs, will do as well. Runs that
-    are known by their event_id are left as they are, so a file may be replayed again.
+    are known by their event_id are left as they are, so a file may be replayed again. Files of local-telemetry 3.x
+    (`raw/*.ndjson`, `*.jsonl.ready`) will do as well: a second line of a run says how it ended. With --take-over they
+    are looked for where 3.x had them.
 
     \b
     Examples:
@@ -320,10 +369,12 @@ def send_files(
       zcat old.ndjson.gz | telemetryd replay -
     """
 )
-@from_files
+@take_over_option
+@partial(from_files, or_takes_over=True)
 def replay(
     *,
     files: tuple[str, ...],
+    take_over: bool,
     rejects: Path | None,
     longest_line_mib: int,
     retry_s: float,
@@ -332,6 +383,11 @@ def replay(
 ) -> None:
     config = client_config(url=url)
     counters = Counters()
+    if take_over and not files:
+        folder = _left_by_3x(old_raw_folders(os.environ), _RAW_FILES, "name its files")
+        files = tuple(map(str, sorted(folder.glob(_RAW_FILES))))
+    elif not files:
+        raise click.UsageError("Missing argument 'FILES...'.")
     problem = send_files(config, files, counters, Refusals(rejects), retry_s=retry_s, longest_line_mib=longest_line_mib)
     if as_json:
         print_json({**_outcome(counters), "problem": problem})

@@ -16,9 +16,10 @@ from typing import Any, BinaryIO, Final, TypeVar, cast
 import click
 
 from telemetryd.cli.options import Progress
+from telemetryd.client.batch import Batch
 from telemetryd.client.context import timestamp
 from telemetryd.client.counters import Counters
-from telemetryd.client.delivery import MAX_BYTES, Batch, Delivery, Requests, RetryError, WaitError
+from telemetryd.client.delivery import MAX_BYTES, Delivery, Requests, RetryError, WaitError
 from telemetryd.client.lines import dead_letter, encode, read_object, unfold
 from telemetryd.client.worker import Backoff
 from telemetryd.errors import ErrorItem, TelemetrydError, describe

@@ -29,7 +29,7 @@ _PAUSES_S: Final = (0.2, 1.0, 5.0)
 @click.command(
     help=r"""Keep a copy of a daemon's runs in step until stopped.
 
-    The copy is a database of its own that this command owns: others may read it (sqlite3, telemetryd check), and it can
+    The copy is a separate database that this command owns: others may read it (sqlite3, telemetryd check), and it can
     take the primary's place with `telemetryd serve`, after which it is nobody's copy any more. It has the runs and
     their events, with their ids, and the commit sequence; registered processes and originals of old values stay with
     the primary. Interrupted at any moment, it goes on where it was; what --once has done is printed. If the primary was

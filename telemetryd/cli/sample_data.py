@@ -129,7 +129,7 @@ class World:
     begin: datetime
     end: datetime
     incidents: dict[str, list[tuple[datetime, datetime, int]]] = field(init=False)
-    """For each agent when something was wrong, and with which error."""
+    """When something was wrong with each agent, and with which error."""
     breaks: dict[str, datetime] = field(init=False)
     """When the commit comes that breaks an agent."""
 

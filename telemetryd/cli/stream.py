@@ -114,7 +114,7 @@ def reason(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-async def read_messages(chunks: AsyncIterator[bytes]) -> AsyncIterator[Message]:
+async def read_messages(chunks: AsyncIterator[bytes], longest_bytes: int = _LONGEST_MESSAGE) -> AsyncIterator[Message]:
     """Yield the messages of an event stream that comes in pieces; what is cut off at its end is left out.
 
     Raises:
@@ -139,7 +139,7 @@ async def read_messages(chunks: AsyncIterator[bytes]) -> AsyncIterator[Message]:
                     data += value
             del begun[: end + 2]
             yield Message(event, data, last_id)
-        if len(begun) > _LONGEST_MESSAGE:
+        if len(begun) > longest_bytes:
             raise UnavailableError("The stream holds a message without an end; is this telemetryd?")
 
 

@@ -64,7 +64,7 @@ Run = dict[str, Any]
     metavar="NAME=VALUE",
     help="Any filter of GET /api/v1/runs, also metrics.tokens>1000.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print each run as JSON on a line of its own.")
+@click.option("--json", "as_json", is_flag=True, help="Print each run as one line of JSON.")
 @url_option
 def tail(
     *,

@@ -16,7 +16,7 @@ MAX_ROWS: Final = 10_000
 _MAX_PAUSE_S: Final = 60.0
 _MAX_RETRY_AFTER_S: Final = 3600.0
 _LONGEST_NUMBER: Final = 12
-"""So many digits are more than any number of ours has; Python refuses to read some thousands of them."""
+"""More digits than any number of ours has; Python refuses to read some thousands of them."""
 _SECONDS: Final = re.compile(r"\d+(?:\.\d*)?(?:e\d{1,3})?", re.ASCII | re.IGNORECASE)
 _MAX_SHOWN: Final = 500
 FLOW_HEADER: Final = "telemetry-flow"

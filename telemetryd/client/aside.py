@@ -1,6 +1,6 @@
 """Sets aside lines that something between client and daemon blocks: one stream for each run.
 
-A proxy that takes 1 MB answers 413 to a larger line. Nobody knows whether the daemon would take it, so it is neither
+A proxy that takes 1 MB answers 413 to a larger line. It is unknown whether the daemon would take it, so it is neither
 sent again and again, with everything waiting for it, nor given up. It becomes the first line of a new stream
 (`folder.is_aside`), which the sender of streams tries again later. What is said of the same run afterwards joins that
 stream, so the order of a run's lines stays as it was.

@@ -24,7 +24,7 @@ _COST: Final = 100
 """Looking through the folder takes at most one hundredth of the time."""
 _ORDER: Final = {SYNCED: 0, DEAD: 1, READY: 2, ACTIVE: 2}
 _LETTER: Final = b'{"time":'
-"""By this each dead letter begins."""
+"""The beginning of each dead letter."""
 _NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -91,7 +91,7 @@ def _drop_dead_letters(entry: Entry) -> int | None:
     path = Path(entry.path)
     with open(open_regular(path, os.O_RDONLY), "rb") as file:
         if file.read(len(_LETTER)) != _LETTER:
-            return None  # somebody else's
+            return None  # another program's
         lines = sum(1 for _ in file)
     path.unlink()
     return lines

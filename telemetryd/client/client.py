@@ -19,6 +19,7 @@ from telemetryd.client.counters import Counters
 from telemetryd.client.fields import FIELDS, Fields
 from telemetryd.client.intake import OF_THE_SERVER, Intake
 from telemetryd.client.lines import After, encode
+from telemetryd.client.old_variables import log_remarks
 from telemetryd.client.run import Run, heartbeat_of
 from telemetryd.client.sender import Sender
 from telemetryd.client.spool import Spool
@@ -80,6 +81,7 @@ class Client:
         return client
 
     def _begin(self, config: Config, fields: Mapping[str, str]) -> None:
+        log_remarks()
         self.config = config
         self._surroundings = Surroundings(fields)
         self._counters = Counters()

@@ -32,7 +32,7 @@ def default_buffer_dir() -> Path:
 def _homes() -> Iterator[Path]:
     """Yield the user's home by HOME, then by the system's list of users.
 
-    Containers that run as any user (docker --user, OpenShift) set HOME=/, or to the home of somebody else.
+    Containers that run as any user (docker --user, OpenShift) set HOME=/, or to another user's home.
     """
     home = Path(os.environ.get("HOME") or "")
     if home.is_absolute():
@@ -120,7 +120,7 @@ class Config:
     def tolerant(cls) -> tuple[Config, list[str]]:
         """Collect the variables that can be used; also return what is wrong with the others.
 
-        Nothing is sent if the address or the token is wrong: the default may be somebody else.
+        Nothing is sent if the address or the token is wrong: the default may be another daemon.
         """
         values, faults = _from_environment(os.environ)
         if faults.keys() & {"url", "token"}:
@@ -151,7 +151,7 @@ def _fault_of_url(url: str) -> str | None:
         is_usable = False
     else:
         if parts.username is not None:
-            return "must not hold a user or a password; the token is a setting of its own"
+            return "must not hold a user or a password; the token is a separate setting"
     if is_usable and parts.scheme in ("http", "https", "unix") and not parts.query + parts.fragment:
         return None
     return "must be http://…, https://… or unix:///path"
@@ -201,6 +201,7 @@ def _token_file(path: str) -> str:
 
 VARIABLES: Final[Mapping[str, tuple[str, Callable[[str], Any], str]]] = {
     "TELEMETRY_API_URL": ("url", str, "The daemon: http://host:port, https://…, or unix:///path."),
+    "METRICS_API_URL": ("url", str, "As in 3.x, if `TELEMETRY_API_URL` is not set."),
     "TELEMETRY_API_AUTH_TOKEN": ("token", str.strip, "The daemon's token, if it asks for one."),
     "TELEMETRY_API_AUTH_TOKEN_FILE": ("token", _token_file, "Or its file."),
     "TELEMETRY_BUFFER_DIR": ("buffer_dir", _folder, "The spool's folder."),
@@ -214,6 +215,9 @@ VARIABLES: Final[Mapping[str, tuple[str, Callable[[str], Any], str]]] = {
 }
 """Variable → setting, how its text is read, and what it is."""
 
+_OLD_NAMES: Final = {"METRICS_API_URL": "TELEMETRY_API_URL"}
+"""Names of 3.x that count only where the one of today is not set."""
+
 
 def _from_environment(environment: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the settings that the variables give, and what is wrong with the others."""
@@ -221,7 +225,7 @@ def _from_environment(environment: Mapping[str, str]) -> tuple[dict[str, Any], d
     faults: dict[str, str] = {}
     for variable, (name, read, _) in VARIABLES.items():
         text = environment.get(variable)
-        if text:
+        if text and not environment.get(_OLD_NAMES.get(variable, "")):
             try:
                 value = read(text)
                 fault = _fault(name, value)

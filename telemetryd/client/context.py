@@ -63,7 +63,7 @@ def new_run_id(agent_name: str) -> str:
     """Return a run_id such as 20251231T153045Z-hugo-translator-a1b2c3d4.
 
     Random digits alone would soon be the same for two runs of one second, where there are thousands of them: 32 bits
-    are few. So each process counts on from a place of its own, and scatters the numbers.
+    are few. So each process counts from a different start, and scatters the numbers.
     """
     suffix = next(_suffixes) * _SCATTER & 0xFFFFFFFF
     agent = _UNSAFE.sub("-", agent_name)[:_MAX_AGENT] if not agent_name.isidentifier() else agent_name[:_MAX_AGENT]

@@ -21,7 +21,7 @@ _MAX_BYTES: Final = 16 << 20
 _CLOSED: Final = re.compile(r"dead-letter\.\d{8}T\d{6}Z-[0-9a-f]{4,8}\.jsonl")
 
 
-def bury(folder: Path, lines: list[bytes], status: int | None, reason: object) -> None:
+def bury(folder: Path, lines: list[bytes], status: int | None, reason: object, *, max_bytes: int = _MAX_BYTES) -> None:
     """Append lines that will never be taken to the dead-letter file, with the reason.
 
     Raises:
@@ -37,7 +37,7 @@ def bury(folder: Path, lines: list[bytes], status: int | None, reason: object) -
         if os.write(file, text) != len(text):
             os.write(file, b"\n")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        if os.fstat(file).st_size > _MAX_BYTES:
+        if os.fstat(file).st_size > max_bytes:
             stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
             with contextlib.suppress(FileNotFoundError):  # another process has just done it
                 path.rename(folder / f"dead-letter.{stamp}-{os.urandom(4).hex()}.jsonl")

@@ -14,7 +14,7 @@ R = TypeVar("R")
 CO_COROUTINE: Final = 0x80
 _CO_GENERATOR: Final = 0x20
 _CO_ASYNC_GENERATOR: Final = 0x200
-"""As in the module inspect, which takes long to import."""
+"""Flags as in the module inspect, which takes long to import."""
 
 
 class Decorating(Protocol):

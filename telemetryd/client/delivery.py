@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Final, Protocol, TypeVar
+from typing import Final, Protocol
 
 import orjson
 
@@ -23,24 +21,21 @@ from telemetryd.client.answers import (
     shown,
 )
 from telemetryd.client.aside import Aside
+from telemetryd.client.batch import NO_ADDRESS, Batch, Events, Nameless, Runs, Step, Update, events_of, updates_of
 from telemetryd.client.complaints import Complaints
 from telemetryd.client.context import new_uuid
 from telemetryd.client.counters import Counters
 from telemetryd.client.lines import (
     EventItem,
-    Json,
     RunItem,
     after_of,
     encode,
-    event_id_of,
-    plan,
     read_object,
     repair,
-    said,
 )
-from telemetryd.client.transport import Answer, UnreachableError, is_addressable, run_path
+from telemetryd.client.transport import Answer, UnreachableError, run_path, runs_path
+from telemetryd.timestamps import canonical
 
-MAX_EVENTS: Final = 1000
 MAX_BYTES: Final = 4 << 20
 _LEAST_BYTES: Final = 64 << 10
 _MORE_BYTES: Final = 16 << 10
@@ -48,8 +43,6 @@ _PASSING: Final = (408, 429, 502, 503, 504)
 """Answers that have nothing to do with what was asked."""
 _TRIES_BEFORE_SPLIT: Final = 3
 _TRIES_BEFORE_GIVING_UP: Final = 10
-
-T = TypeVar("T")
 
 
 class RetryError(Exception):
@@ -80,101 +73,6 @@ class Requests(Protocol):
 
 Bury = Callable[[list[bytes], int | None, object], None]
 """Puts lines into the dead-letter file with a status and a reason."""
-
-
-@dataclass(slots=True)
-class _Runs:
-    items: list[RunItem]
-    tries: int = 0
-
-    @property
-    def lines(self) -> list[bytes]:
-        return [line for item in self.items for line in item.lines]
-
-    @property
-    def event_id(self) -> str:
-        return self.items[0].event_id or event_id_of(self.items[0].body)
-
-    def parts(self) -> Sequence[_Step]:
-        return [_Runs(half) for half in _halves(self.items)] if len(self.items) > 1 else []
-
-
-@dataclass(slots=True)
-class _Events:
-    items: list[EventItem]
-    tries: int = 0
-
-    @property
-    def lines(self) -> list[bytes]:
-        return [item.line for item in self.items]
-
-    @property
-    def event_id(self) -> str:
-        return self.items[0].event_id
-
-    def parts(self) -> Sequence[_Step]:
-        return [_Events(half) for half in _halves(self.items)] if len(self.items) > 1 else []
-
-
-@dataclass(slots=True)
-class _Update:
-    event_id: str
-    fields: Json
-    lines: list[bytes]
-    tries: int = 0
-
-    def parts(self) -> Sequence[_Step]:
-        return _updates(self.event_id, self.lines) if len(self.lines) > 1 else []
-
-
-_Step = _Runs | _Events | _Update
-"""One request; `parts` are the smaller ones that ask for the same, if there are any."""
-
-
-def _updates(event_id: str, lines: list[bytes]) -> list[_Update]:
-    """Return one update for each line of the spool that asks for a change."""
-    asked = [(said((read_object(line) or {})["fields"]), line) for line in lines]
-    return [_Update(event_id, fields, [line]) for fields, line in asked if fields]
-
-
-@dataclass(slots=True)
-class Batch:
-    """Lines on their way: the requests that are still to be sent, and the lines that are rejected for good."""
-
-    lines: list[bytes]
-    steps: deque[_Step] = field(default_factory=deque)
-    dead: list[tuple[list[bytes], int | None, object]] = field(default_factory=list)
-    aside: dict[str, list[bytes]] = field(default_factory=dict)
-    """event_id → lines that do not come through, and those of the same run after them."""
-    was_aside: bool = False
-    """Whether the lines come from such a stream, and so wait for nothing but themselves."""
-
-    @classmethod
-    def of(cls, lines: list[bytes], *, was_aside: bool = False) -> Batch:
-        """Lay out the requests for some lines: starts, then events, then changes."""
-        wanted = plan(lines)
-        batch = cls(lines, was_aside=was_aside)
-        if wanted.runs:
-            batch.steps.append(_Runs(wanted.runs))
-        for event_id, events in wanted.events.items():
-            if not is_addressable(event_id):
-                batch.refuse([item.line for item in events], None, _NO_ADDRESS)
-                continue
-            batch.steps.extend(_Events(events[at : at + MAX_EVENTS]) for at in range(0, len(events), MAX_EVENTS))
-        for update in wanted.updates.values():
-            if not update.fields:
-                continue  # nothing but nulls, which PATCH leaves alone
-            if is_addressable(update.event_id):
-                batch.steps.append(_Update(update.event_id, update.fields, update.lines))
-            else:
-                batch.refuse(update.lines, None, _NO_ADDRESS)
-        batch.refuse(wanted.unreadable, None, "The line cannot be read")
-        return batch
-
-    def refuse(self, lines: list[bytes], status: int | None, reason: object) -> None:
-        """Send lines to the dead-letter file."""
-        if lines:
-            self.dead.append((lines, status, reason))
 
 
 def ready_lines(lines: Sequence[bytes], is_sent: Callable[[tuple[str, int, int]], bool]) -> int:
@@ -224,11 +122,13 @@ class Delivery:
         while batch.steps:
             step = batch.steps[0]
             if self._has_to_wait(batch, step):
-                more: Sequence[_Step] = self._wait_aside(batch, step)
-            elif isinstance(step, _Runs):
+                more: Sequence[Step] = self._wait_aside(batch, step)
+            elif isinstance(step, Runs):
                 more = self._send_runs(batch, step)
-            elif isinstance(step, _Events):
+            elif isinstance(step, Events):
                 more = self._send_events(batch, step)
+            elif isinstance(step, Nameless):
+                more = self._find_run(batch, step)
             else:
                 more = self._send_update(batch, step)
             batch.steps.popleft()
@@ -251,23 +151,23 @@ class Delivery:
 
     # --- What does not come through --------------------------------------------------------------
 
-    def _has_to_wait(self, batch: Batch, step: _Step) -> bool:
+    def _has_to_wait(self, batch: Batch, step: Step) -> bool:
         """Return whether lines of the run that come before these are set aside."""
         if self._aside is None or batch.was_aside:
             return False
-        if isinstance(step, _Runs) and len(step.items) > 1:
+        if isinstance(step, Runs) and len(step.items) > 1:
             return False  # what could be set aside before a start is said of its run without it, which is an error
         return step.event_id in batch.aside or self._aside.holds(step.event_id)
 
-    def _wait_aside(self, batch: Batch, step: _Step) -> Sequence[_Step]:
+    def _wait_aside(self, batch: Batch, step: Step) -> Sequence[Step]:
         lines = step.lines
-        if not lines and isinstance(step, _Update):  # changes that were part of a start
+        if not lines and isinstance(step, Update):  # changes that were part of a start
             lines = [encode({"op": "update", "event_id": step.event_id, "fields": step.fields}).rstrip()]
         batch.aside.setdefault(step.event_id, []).extend(lines)
         return []
 
-    def _block(self, batch: Batch, step: _Step, answer: Answer) -> Sequence[_Step]:
-        """Let the others pass a line that somebody between here and the daemon does not let through."""
+    def _block(self, batch: Batch, step: Step, answer: Answer) -> Sequence[Step]:
+        """Let the others pass a line that something between here and the daemon blocks."""
         if batch.was_aside:
             raise BlockedError(shown(answer))
         if self._aside is None:
@@ -277,27 +177,27 @@ class Delivery:
         self._complaints.say(logging.ERROR, text, shown(answer), len(step.lines))
         return self._wait_aside(batch, step)
 
-    def _shrink(self, batch: Batch, step: _Step, answer: Answer) -> Sequence[_Step]:
+    def _shrink(self, batch: Batch, step: Runs | Events | Update, answer: Answer) -> Sequence[Step]:
         """Do with a 413 what suits it: send less at once, or give up or set aside what is too large by itself."""
         if parts := step.parts():
             self.bytes = max(min(self.bytes, sum(map(len, step.lines))) // 2, _LEAST_BYTES)
             return parts
-        if isinstance(step, _Runs) and step.items[0].changes:
+        if isinstance(step, Runs) and step.items[0].changes:
             return self._reject_run(batch, step.items[0], answer.status, answer.detail)
         if not answer.is_daemons:
             return self._block(batch, step, answer)
-        if isinstance(step, _Runs):
+        if isinstance(step, Runs):
             return self._reject_run(batch, step.items[0], answer.status, answer.detail)
         batch.refuse(step.lines, answer.status, answer.detail)
-        if isinstance(step, _Events) or len(step.fields) == 1:
+        if isinstance(step, Events) or len(step.fields) == 1:
             return []
         # The largest field must not keep the others from saying how the run ended.
         largest = max(step.fields, key=lambda name: len(encode({name: step.fields[name]})))
-        return [_Update(step.event_id, {n: value for n, value in step.fields.items() if n != largest}, [])]
+        return [Update(step.event_id, {n: value for n, value in step.fields.items() if n != largest}, [])]
 
     # --- Runs ------------------------------------------------------------------------------------
 
-    def _send_runs(self, batch: Batch, step: _Runs) -> Sequence[_Step]:
+    def _send_runs(self, batch: Batch, step: Runs) -> Sequence[Step]:
         body = b"\n".join([item.body for item in step.items])
         answer = self._ask("POST", "/api/v1/runs/batch", body, "application/x-ndjson")
         if answer.is_daemons and answer.status == 200:
@@ -313,28 +213,28 @@ class Delivery:
             return step.parts() or self._reject_run(batch, step.items[0], answer.status, answer.detail)
         return self._fail(batch, step, answer)
 
-    def _take_result(self, batch: Batch, step: _Runs, result: BatchResult) -> Sequence[_Step]:
+    def _take_result(self, batch: Batch, step: Runs, result: BatchResult) -> Sequence[Step]:
         if result.errors and result.details is None:  # a daemon that does not say which ones
             return step.parts() or self._reject_run(batch, step.items[0], 422, result.errors)
         self._counters.stored += result.inserted
         self._counters.duplicates += result.duplicates
         rejected = result.details or {}
-        more: list[_Step] = []
+        more: list[Step] = []
         for index, reason in rejected.items():
             more += self._reject_run(batch, step.items[index], 422, reason)
         if result.duplicates:
             # Which ones were known is not reported, and a known run stays as it is: so send the changes of all of them.
             more += [
-                _Update(item.event_id, item.changes, [])
+                Update(item.event_id, item.changes, [])
                 for index, item in enumerate(step.items)
                 if item.changes and index not in rejected
             ]
         return more
 
-    def _reject_run(self, batch: Batch, item: RunItem, status: int, reason: object) -> Sequence[_Step]:
+    def _reject_run(self, batch: Batch, item: RunItem, status: int, reason: object) -> Sequence[Step]:
         if item.changes:  # is it the start that is wrong, or what was said later?
             start, *later = item.lines
-            return [_Runs([RunItem(start, [start])]), *_updates(item.event_id, later)]
+            return [Runs([RunItem(start, [start])]), *updates_of(item.event_id, later)]
         whole = repair(item.body) if read_object(item.body) is None else None
         if whole is None:
             batch.refuse(item.lines, status, reason)
@@ -346,7 +246,7 @@ class Delivery:
 
     # --- Events and changes ----------------------------------------------------------------------
 
-    def _send_events(self, batch: Batch, step: _Events) -> Sequence[_Step]:
+    def _send_events(self, batch: Batch, step: Events) -> Sequence[Step]:
         body = orjson.dumps([item.event for item in step.items])
         answer = self._ask("POST", run_path(step.items[0].event_id) + "/events", body)
         if answer.is_daemons and answer.status in (200, 201) and accounts_for(answer, len(step.items)):
@@ -360,7 +260,24 @@ class Delivery:
             return []
         return self._handle_address_fault(batch, step, answer, body)
 
-    def _send_update(self, batch: Batch, step: _Update) -> Sequence[_Step]:
+    def _find_run(self, batch: Batch, step: Nameless) -> Sequence[Step]:
+        """Ask for the runs that have a run_id, and give each event to the one that it must have happened in."""
+        answer = self._ask("GET", f"{runs_path(step.run_id)}&limit=1000&fields=event_id,start_time", None)
+        if not answer.is_daemons or answer.status not in (200, 400) or not isinstance(answer.body, (list, dict)):
+            return self._fail(batch, step, answer)
+        runs = _runs_by_start(answer.body)
+        if not runs:
+            batch.refuse(step.lines, 404, answer.detail or f"No run has the run_id {step.run_id!r:.300}")
+            return []
+        found: dict[str, list[EventItem]] = {}
+        for item in step.items:
+            moment = canonical(str(item.event.get("timestamp"))) or ""
+            begun = [event_id for start, event_id in runs if start <= moment]
+            event_id = begun[-1] if begun else runs[0][1]
+            found.setdefault(event_id, []).append(EventItem(event_id, item.event, item.line))
+        return events_of(found)
+
+    def _send_update(self, batch: Batch, step: Update) -> Sequence[Step]:
         body = orjson.dumps(step.fields)
         answer = self._ask("PATCH", run_path(step.event_id), body)
         has_done = answer.status == 200 and isinstance(answer.body, dict) and answer.body.get("updated") is True
@@ -375,12 +292,10 @@ class Delivery:
             # One bad field must not keep the others from saying how the run ended.
             bad = named_fields(answer.detail)
             rest = {name: value for name, value in step.fields.items() if name not in bad}
-            return [_Update(step.event_id, rest, [])] if rest and len(rest) < len(step.fields) else []
+            return [Update(step.event_id, rest, [])] if rest and len(rest) < len(step.fields) else []
         return self._handle_address_fault(batch, step, answer, body)
 
-    def _handle_address_fault(
-        self, batch: Batch, step: _Events | _Update, answer: Answer, body: bytes
-    ) -> Sequence[_Step]:
+    def _handle_address_fault(self, batch: Batch, step: Events | Update, answer: Answer, body: bytes) -> Sequence[Step]:
         """Distinguish an address that no run has, one that no server accepts, and a wrong daemon or address."""
         if _is_unknown(answer):
             if self._aside is not None and not batch.was_aside:
@@ -392,12 +307,12 @@ class Delivery:
         if answer.status in _PATH_FAULTS and self._is_taken(step, body):
             if not answer.is_daemons:
                 return self._block(batch, step, answer)
-            batch.refuse(step.lines, answer.status, answer.detail or _NO_ADDRESS)
+            batch.refuse(step.lines, answer.status, answer.detail or NO_ADDRESS)
             return []
         return self._fail(batch, step, answer)
 
-    def _fail(self, batch: Batch, step: _Step, answer: Answer) -> Sequence[_Step]:
-        """Come back later, unless it is this very step at which somebody breaks again and again."""
+    def _fail(self, batch: Batch, step: Step, answer: Answer) -> Sequence[Step]:
+        """Come back later, unless it is this very step that fails again and again."""
         if answer.status == 500:
             step.tries += 1
             parts = step.parts()
@@ -410,12 +325,12 @@ class Delivery:
                 return []
         raise _retry(answer)
 
-    def _is_taken(self, step: _Events | _Update, body: bytes) -> bool:
+    def _is_taken(self, step: Events | Update, body: bytes) -> bool:
         """Return whether the daemon itself answers the same request about another run, which does not exist.
 
         Then it is the event_id that has no place in an address; else the daemon or its address is wrong, for all runs.
         """
-        method, suffix = ("POST", "/events") if isinstance(step, _Events) else ("PATCH", "")
+        method, suffix = ("POST", "/events") if isinstance(step, Events) else ("PATCH", "")
         answer = self._ask(method, run_path(new_uuid()) + suffix, body)
         return answer.is_daemons and (answer.status == 422 or _is_unknown(answer))
 
@@ -450,7 +365,6 @@ class Delivery:
 
 
 _NOT_FOUND: Final = "Run not found"
-_NO_ADDRESS: Final = "This event_id cannot stand in the address of a run"
 _PATH_FAULTS: Final = (400, 404, 405, 414, 431)
 """Answers that an event_id may get which is no part of an address, from the daemon or from a proxy."""
 _NOTHING_TO_UPDATE: Final = "No valid fields to update"
@@ -466,9 +380,10 @@ def _is_unknown(answer: Answer) -> bool:
     return answer.is_daemons and answer.status == 404 and str(answer.detail).startswith(_NOT_FOUND)
 
 
-def _halves(items: list[T]) -> list[list[T]]:
-    middle = len(items) // 2
-    return [items[:middle], items[middle:]]
+def _runs_by_start(body: object) -> list[tuple[str, str]]:
+    """Return start_time and event_id of listed runs, the earliest first."""
+    listed = [run for run in body if isinstance(run, dict)] if isinstance(body, list) else []
+    return sorted((str(run.get("start_time")), str(run["event_id"])) for run in listed if "event_id" in run)
 
 
 def _retry(answer: Answer) -> RetryError:

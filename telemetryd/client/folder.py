@@ -121,7 +121,7 @@ def waiting(folder: Path) -> dict[str, list[int]]:
     """Return the streams that have unsent files, with the files' numbers, the oldest first.
 
     At the end stand those of which there is a lock only, which is left if a process dies after the last
-    acknowledgement; to take the stream tidies it up. Somebody else's lock file (poetry.lock) is none of them.
+    acknowledgement; to take the stream tidies it up. Another program's lock file (poetry.lock) is none of them.
     """
     found: dict[str, list[int]] = defaultdict(list)
     for entry in entries(folder, UNSENT):
@@ -204,7 +204,7 @@ def file_path(folder: Path, stream: str, number: int, state: str) -> Path:
 def open_regular(path: Path, flags: int) -> int:
     """Open a regular file; whatever else stands in its place is neither followed nor waited for, nor written to.
 
-    A file with a second name may be somebody else's, so it is not written to either.
+    A file with a second name may belong to another program, so it is not written to either.
 
     Raises:
         OSError: if it cannot be opened, or is another kind of file.

@@ -375,7 +375,7 @@ def _is_usual(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    """Return whether a value without a field of its own is a figure."""
+    """Return whether a value that has no field is a figure."""
     kind = type(value)
     if kind in SCALARS or kind is int:
         return kind is int or kind is float or kind is bool

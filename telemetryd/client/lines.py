@@ -5,6 +5,7 @@ A line is one JSON object, and is a run unless it has an `op`, by which ours beg
     {"event_id":"…", …}                                       a run, just as POST /api/v1/runs takes it
     {"op":"update","event_id":"…","fields":{…}}               changes, as PATCH takes them
     {"op":"event","event_id":"…","event":{"event_key":…, …}}  an event of a run
+    {"op":"event","run_id":"…","event":{"event_key":…, …}}    the same, if only the run's run_id is known
 
 A line that was written by a forked process about a run of its parent also holds `"after":[stream,number,size]`:
 where the parent's spool stood at the fork, which must have been sent before.
@@ -156,6 +157,8 @@ class Plan:
     runs: list[RunItem] = field(default_factory=list)
     events: dict[str, list[EventItem]] = field(default_factory=dict)
     updates: dict[str, UpdateItem] = field(default_factory=dict)
+    nameless: dict[str, list[EventItem]] = field(default_factory=dict)
+    """run_id → events of a run whose event_id is not known yet."""
     unreadable: list[bytes] = field(default_factory=list)
 
 
@@ -231,7 +234,10 @@ def said(fields: Json) -> Json:
 def _add_operation(result: Plan, started: Mapping[str, RunItem], line: bytes) -> None:
     value = _read_writable(line) or {}
     event_id, fields, event = value.get("event_id"), value.get("fields"), value.get("event")
-    if not isinstance(event_id, str):
+    run_id = value.get("run_id")
+    if event_id is None and isinstance(run_id, str) and value["op"] == "event" and isinstance(event, dict):
+        result.nameless.setdefault(run_id, []).append(EventItem("", event, line))
+    elif not isinstance(event_id, str):
         result.unreadable.append(line)
     elif value["op"] == "update" and isinstance(fields, dict):
         _add_update(result, started.get(event_id), UpdateItem(event_id, said(fields), [line]))

@@ -10,13 +10,13 @@ _HASH, _TWO_HASHES, _LINK = 1, 2, 3
 """What a record may hold; 0 says that the reference is deleted."""
 _MOST_TABLES: Final = 100
 MOST_BYTES: Final = 1 << 20
-"""Of one table; to look through more would take the agent's time."""
+"""The largest table that is read; a larger one would take too much of the agent's time."""
 
 Read = Callable[[Path], bytes | None]
 
 
 def find_reference(folder: Path, name: str, read: Read) -> str | None:
-    """Return what a reference of a git folder holds, as in a file of its own: a hash, or `ref: ` and another name.
+    """Return what a reference of a git folder holds, as a loose file would: a hash, or `ref: ` and another name.
 
     Args:
         folder: the git folder, with `reftable/tables.list` in it.

@@ -276,7 +276,7 @@ class Run:
         self.finish(status, error_summary=summary_of(error)[:_MAX_SUMMARY], error_details=_details(error))
 
     def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
-        """Decorate a function, async or not: each call of it is a run of its own, until its work is done.
+        """Decorate a function, async or not: each call of it is a separate run, until its work is done.
 
         Raises:
             TypeError: if it is no function, or a generator or a context manager: their call ends before their work.

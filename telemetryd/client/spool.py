@@ -102,7 +102,7 @@ class Spool:
         try:
             self._writing.add(ticket)  # before the descriptor is looked at: see _close_retired()
             file = self._file
-            # An agent that closes all descriptors may have a file of its own under this number. And what is written
+            # An agent that closes all descriptors may have reused this number for its own file. And what is written
             # to a file without a name is found by nobody.
             if file is not None and file.has_name():
                 written = os.write(file.number, line)
@@ -310,7 +310,7 @@ class Spool:
             stream.forget()
 
     def leave_stream(self) -> None:
-        """Begin another stream with the next line: the agent has closed this one's lock, and somebody else has it."""
+        """Begin another stream with the next line: the agent has closed this one's lock, and another process has it."""
         with self._lock:
             stream, file, self.stream, self.name, self._file = self.stream, self._file, None, None, None
             if stream is not None:

@@ -76,7 +76,7 @@ class Stream:
         self.name = name
         self._lock: Descriptor | None = Descriptor(lock)
         self._is_our_lock = holds_position(lock, name)
-        """Else it is somebody else's file of this name: it serves to lock, and is neither written nor deleted."""
+        """Else it is another program's file of this name: it serves to lock, and is neither written nor deleted."""
         self._numbers = None if numbers is None else sorted(numbers)
         self._file: Descriptor | None = None
         self._is_complete = False
@@ -128,7 +128,7 @@ class Stream:
             with contextlib.suppress(OSError):  # the reader of the file reports it
                 stream._open()  # which corrects a place where no line can begin
         except OSError:
-            stream.forget()  # somebody else may get on with it
+            stream.forget()  # another process may get on with it
             raise
         return stream
 
@@ -154,7 +154,7 @@ class Stream:
         """Return the next unsent lines, at least one of any length; None if there are none (now).
 
         Raises:
-            LostError: if the agent has closed the lock, and somebody else has it now.
+            LostError: if the agent has closed the lock, and it is held elsewhere now.
             OSError: if a file cannot be read.
 
         """
@@ -257,7 +257,7 @@ class Stream:
         """Return the lock; take it again if the agent has closed it.
 
         Raises:
-            LostError: if somebody else has taken it since.
+            LostError: if another process has taken it since.
 
         """
         assert self._lock is not None  # noqa: S101 - nobody sends what it does not own
@@ -370,7 +370,7 @@ def _lock(folder: Path, stream: str, flags: int = 0) -> int | None:
     """Open and lock a stream's lock file, which is made if there is none.
 
     Returns:
-        its descriptor; None if somebody else holds the lock, or has deleted the file.
+        its descriptor; None if the lock is held elsewhere, or the file was deleted.
 
     Raises:
         OSError: if it cannot be opened.

@@ -51,7 +51,7 @@ class Answer:
 
     @property
     def is_daemons(self) -> bool:
-        """Whether telemetryd itself gave this answer: not a proxy, and not somebody else behind the address."""
+        """Whether telemetryd itself gave this answer: not a proxy, and not another server at the address."""
         return self.headers.get(_SERVER, "").startswith("telemetryd")
 
     @property
@@ -80,6 +80,12 @@ def _decoded(text: bytes) -> Any:
 def run_path(event_id: str) -> str:
     """Return the path of a run."""
     return f"/api/v1/runs/{quote(event_id, safe='')}"
+
+
+def runs_path(run_id: str) -> str:
+    """Return the path of the runs with a run_id; what separates values in a filter is escaped."""
+    value = run_id.replace("\\", "\\\\").replace(",", "\\,")
+    return f"/api/v1/runs?run_id={quote(value, safe='')}"
 
 
 def _is_local(sock: socket.socket) -> bool:

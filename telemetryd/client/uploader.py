@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from typing import Final
 
+from telemetryd.client.batch import Batch
 from telemetryd.client.counters import Counters
-from telemetryd.client.delivery import Batch, Delivery, WaitError, ready_lines
+from telemetryd.client.delivery import Delivery, WaitError, ready_lines
 from telemetryd.client.folder import is_aside
 from telemetryd.client.lines import read_object
 from telemetryd.client.streams import Stream, Window, is_sent

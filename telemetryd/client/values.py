@@ -90,7 +90,7 @@ def _opened(value: object) -> Any:
 
 
 def _exact(value: object) -> Any:
-    """Return an integer, or a number or a text of a class of its own, as the plain one."""
+    """Return an integer, or a number or a text of a subclass, as the plain one."""
     if isinstance(value, int):
         return value if isinstance(value, bool) else _integer(int.__index__(value))
     if isinstance(value, float):

@@ -14,13 +14,14 @@ from collections.abc import Iterable
 from typing import Final
 
 from telemetryd.client.aside import Aside
+from telemetryd.client.batch import Batch
 from telemetryd.client.bounds import Upkeep, counted, make_room
 from telemetryd.client.complaints import Complaints
 from telemetryd.client.config import Config
 from telemetryd.client.context import ProcessIdentity
 from telemetryd.client.counters import Counters
 from telemetryd.client.dead_letters import bury
-from telemetryd.client.delivery import Batch, BlockedError, Delivery, RetryError, WaitError
+from telemetryd.client.delivery import BlockedError, Delivery, RetryError, WaitError
 from telemetryd.client.descriptors import LostError
 from telemetryd.client.folder import is_aside, waiting
 from telemetryd.client.lines import encode
@@ -224,7 +225,7 @@ class Worker:
                 self._own = Uploader(stream, self._delivery, self._counters)
             try:
                 self._send_stream(self._own, end)
-            except LostError:  # the agent has closed the lock, and somebody else sends the stream now
+            except LostError:  # the agent has closed the lock, and another process sends the stream now
                 self._spool.leave_stream()
         while self._spool.holds and not self._signals.stopping:
             self._send_held()
@@ -362,7 +363,7 @@ class Worker:
     def _beat(self, run: LiveRun, every_s: float) -> None:
         now = time.monotonic()
         if now >= self._beats.setdefault(run.event_id, now + every_s):
-            # Any field will do; this one cannot bring a run back that somebody else has ended.
+            # Any field will do; this one cannot bring a run back that another client has ended.
             self._delivery.report("PATCH", run_path(run.event_id), encode({"duration_ms": run.elapsed_ms()}))
             self._beats[run.event_id] = now + every_s
 

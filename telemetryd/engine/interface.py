@@ -31,10 +31,10 @@ class WritingEngine(Protocol):
         in its place, and the others are stored.
 
         Raises:
-            DatabaseBusyError: if somebody else holds the database; nothing was stored, and trying again may help.
+            DatabaseBusyError: if another process holds the database; nothing was stored, and trying again may help.
             StorageFullError: if there is no room; nothing was stored.
             WriteFailedError: if the group as a whole failed for another reason; nothing was stored.
-            DatabaseSuspectError: if nobody knows what is stored; nothing more may be written until `reopen` is done.
+            DatabaseSuspectError: if it is unknown what is stored; nothing more may be written until `reopen` is done.
 
         """
 
@@ -120,7 +120,7 @@ class Introduction:
     """What an engine says of itself at start."""
 
     versions: Mapping[str, str]
-    """Of the database software, for the log."""
+    """The version of the database software, for the log."""
     warnings: Sequence[tuple[str, Mapping[str, str]]]
     """Messages and fields of log lines about what the operator should change."""
 
@@ -143,7 +143,7 @@ class QueryingEngine(Protocol):
 
 
 class ReadingEngine(QueryingEngine, Protocol):
-    """The half that everybody else may use. Nothing here changes what is stored."""
+    """The half that all other parts may use. Nothing here changes what is stored."""
 
     async def read_news(self, query: ListChanges) -> Changes:
         """Answer a query of the feed as `read` does; it waits for no query of anybody else."""

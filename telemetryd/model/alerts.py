@@ -118,13 +118,13 @@ class Evaluation:
 
     now: datetime
     found: Mapping[str, tuple[Finding, ...] | str]
-    """By rule; or a sentence that says why that is unknown, and then nothing changes."""
+    """The findings of each rule; or a sentence that says why they are unknown, and then nothing changes."""
     firing: tuple[Firing, ...]
     seq: int
     """Where the commit sequence stood, and in which epoch."""
     epoch: str
     more: Mapping[str, int] = field(default_factory=dict)
-    """By rule, how many subjects it holds for besides those that were found."""
+    """The number of further subjects of each rule, which are not among those found."""
 
 
 def bounded(findings: Iterable[Finding], fired: Collection[Subject]) -> tuple[tuple[Finding, ...], int]:

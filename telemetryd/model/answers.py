@@ -26,7 +26,12 @@ Faults = list[Annotated[ErrorItem, WithJsonSchema({REFERENCE: "ErrorItem"})]]
 class Warned(TypedDict):
     """What every answer to a body may hold."""
 
-    warnings: NotRequired[Annotated[list[str], Field(description="Body fields that were not used.")]]
+    warnings: NotRequired[
+        Annotated[
+            list[str],
+            Field(description="Body fields that were not used, texts taken as numbers, and how a known run differs."),
+        ]
+    ]
 
 
 class RunCreated(Warned):
@@ -163,6 +168,10 @@ class Health(TypedDict):
     wal_bytes: Number
     disk_free_bytes: Number
     counts: Comparison
+    full_text: Annotated[
+        str,
+        Field(description="Whether `q` finds runs.", json_schema_extra={"enum": ["off", "building", "ready"]}),
+    ]
     automatic: Automatic
     notices: list[str]
 

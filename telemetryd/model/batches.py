@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import islice
 from typing import Any, Final
@@ -34,6 +34,10 @@ class Batch:
         self.is_readable = False
         self._reported = 0
         self.ignored: dict[str, None] = {}
+        self.notes: list[str] = []
+        """What else is to be said of items, each with its index."""
+        self.indexes: list[int] = []
+        """The index of the item that each row is."""
         self.total = 0
 
     def add(self, read: Callable[[], object]) -> None:
@@ -48,8 +52,14 @@ class Batch:
             self._report(error, values.shorten(event_id) if isinstance(event_id, str) else None)
         else:
             self.rows.append(parsed.row)
+            self.indexes.append(self.total)
+            self.note(self.total, runs.text_warnings(item))
             self.ignored.update(dict.fromkeys(parsed.ignored))
         self.total += 1
+
+    def note(self, index: int, texts: Iterable[str]) -> None:
+        """Take note of what is to be said of an item."""
+        self.notes += [f"Item {index}: {text}" for text in texts]
 
     def _report(self, error: InvalidBodyError, event_id: str | None) -> None:
         shown = error.errors if self._reported < _REPORTED_IN_FULL else error.errors[:1]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+import re
+from functools import cache
+from typing import Annotated, Any, Final, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, from_json
 
 from telemetryd.errors import BodyTooLargeError, ErrorItem, InvalidBodyError
-from telemetryd.model.values import NO_NUL, NOT_BLANK
+from telemetryd.model.values import NO_BLANKS, NO_NUL, NOT_BLANK
 
 MAX_BODY_VALUES: Final = 1_000_000
 """Values in one JSON text; decoding takes at most about a tenth of a second for so many."""
@@ -75,10 +77,67 @@ def validate(model: type[BaseModel], value: object) -> Any:
         ) from error
 
 
+def validate_leniently(model: type[BaseModel], value: object) -> Any:
+    """Check a decoded body against a model, and take what 3.x took as well: nulls, whole floats, numbers as texts.
+
+    Only what is wrong as it stands is looked at again, so it costs nothing elsewhere.
+
+    Raises:
+        InvalidBodyError: with every fault that is left.
+
+    """
+    try:
+        return validate(model, value)
+    except InvalidBodyError:
+        if not isinstance(value, dict):
+            raise
+        return validate(model, _loosened(model, value))
+
+
+def texts_in(model: type[BaseModel], value: object) -> list[str]:
+    """Say which counts and truth values of a valid body were given as texts."""
+    if not isinstance(value, dict):
+        return []
+    return [
+        f"Text taken as {'a number' if kind is int else 'true or false'}: {name}"
+        for name, kind in _kinds(model).items()
+        if type(value.get(name)) is str
+    ]
+
+
+def _loosened(model: type[BaseModel], value: dict[str, Any]) -> dict[str, Any]:
+    """Return a body without what is not given, and with counts and truth values in the one form that is checked."""
+    kinds = _kinds(model)
+    known = {name: given for name, given in value.items() if given is not None or name not in model.model_fields}
+    for name in known.keys() & kinds.keys():
+        given = known[name]
+        if kinds[name] is bool:
+            known[name] = _TRUTHS.get(given.lower(), given) if isinstance(given, str) else given
+        elif (isinstance(given, float) and given.is_integer()) or (isinstance(given, str) and _WHOLE.fullmatch(given)):
+            known[name] = int(given)
+    return known
+
+
+_WHOLE: Final = re.compile(r"-?\d{1,19}", re.ASCII)
+_TRUTHS: Final = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
+
+
+@cache
+def _kinds(model: type[BaseModel]) -> dict[str, type]:
+    """Return the fields of a model that are counts or truth values."""
+    found: dict[str, type] = {}
+    for name, field in model.model_fields.items():
+        for part in get_args(field.annotation) or (field.annotation,):
+            kind = get_args(part)[0] if get_origin(part) is Annotated else part
+            if kind in (int, bool):
+                found[name] = kind
+    return found
+
+
 _PATTERN_MESSAGES: Final = {
     NO_NUL: "String must not hold NUL characters",
     NOT_BLANK: "String must not be blank and must not hold NUL characters",
-    r"^[0-9A-Fa-f]+$": "String should hold hexadecimal digits only",
+    NO_BLANKS: "String must not hold blanks or NUL characters",
 }
 
 

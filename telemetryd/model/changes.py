@@ -50,9 +50,9 @@ class ListChanges(Query["Changes"]):
     after: int = BEGINNING
     limit: int = DEFAULT_LIMIT
     filters: tuple[Filters, ...] = ()
-    """For each of these the answer says which of the runs match."""
+    """The answer says which of the runs match each of these."""
     events_after: int | None = None
-    """After which id events are wanted, if any are."""
+    """The id after which events are wanted, if any are."""
     most_bytes: int = PAGE_BYTES
     """About how much of runs, and as much again of events, the answer may hold, besides a single one."""
 
@@ -74,7 +74,7 @@ class Changes:
     horizon: int
     """Deletions up to this number are forgotten."""
     matching: tuple[frozenset[int], ...] = ()
-    """For each of the query's filters, the ids of the runs that match."""
+    """The ids of the runs that match, for each of the query's filters."""
     events: list[Row] | None = None
     """If events are wanted, those after the id in their order: the run's id, and what is in `events.COLUMNS`.
 
@@ -114,7 +114,7 @@ class Followed:
     newest: int
     """The last number that stands in the copy."""
     cursor: Cursor | None
-    """Up to where it has taken over the other database's changes; None if it has taken nothing."""
+    """The cursor up to which it has taken over the other database's changes; None if it has taken nothing."""
     begun: int
     """Where the other sequence stood when it began."""
     last_event: int

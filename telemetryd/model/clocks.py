@@ -24,9 +24,9 @@ class Reading:
     moment: str
     """The wall clock, as stored."""
     boot_id: str
-    """In which boot of the machine; empty if that is not known."""
+    """The boot of the machine; empty if that is not known."""
     up_s: float
-    """For how long the machine had been up, by a clock that nobody sets."""
+    """How long the machine had been up, by a clock that cannot be set."""
 
 
 def read(now: datetime) -> Reading:

@@ -66,7 +66,7 @@ class CreateRuns(Command["Created"]):
 
 @dataclass(frozen=True, slots=True)
 class Created:
-    """For each row of a `CreateRuns`, in order: whether it was new."""
+    """Whether each row of a `CreateRuns` was new, in their order."""
 
     new: tuple[bool, ...]
 
@@ -243,7 +243,7 @@ class ApplyChanges(Command["Applied"]):
     """New events of runs that are there then: the run's id, and what is in the order of `events.COLUMNS`."""
     epoch: str
     last: int
-    """Up to which number these are all the changes."""
+    """The number up to which these are all the changes."""
     begun: int
 
     @property

@@ -7,14 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
+from urllib.parse import quote
 
 from telemetryd.model.events import EventPage
-from telemetryd.model.parameters import Given, Parameter, refuse
+from telemetryd.model.parameters import TEXT, Given, Parameter, read_text, refuse
 from telemetryd.model.queries import DEFAULT_LIMIT, LIMIT, OFFSET, Query
 from telemetryd.model.values import MAX_INTEGER, utc_now
 
 TIMESTAMP: Final = "timestamp"
-"""By what events are sorted, and then by their ids."""
+"""The field by which events are sorted, before their ids."""
 EventCursor = tuple[str, int]
 """Where an event stands among those of its run: its timestamp and its id."""
 _EVENT_CURSOR: Final = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z),(\d{1,19})", re.ASCII)
@@ -33,13 +34,16 @@ class ListEvents(Query[EventPage | None]):
     """After which event, in that order, the page begins."""
     by_cursor: bool = False
     """Whether the next page is addressed by a cursor, so that this one may be shorter than asked for."""
+    text: str | None = None
+    """What the type or the payload holds, in any case."""
 
     def next_page(self, path: str, last: EventCursor) -> str:
         """Return the path and query of the page after the one that ends with an event."""
+        text = "" if self.text is None else f"text={quote(self.text, safe='')}&"
         if not self.by_cursor:
-            return f"{path}?limit={self.limit}&offset={self.offset + self.limit}"
+            return f"{path}?{text}limit={self.limit}&offset={self.offset + self.limit}"
         sort = f"sort=-{TIMESTAMP}&" if self.is_descending else ""
-        return f"{path}?{sort}limit={self.limit}&cursor={last[0]},{last[1]}"
+        return f"{path}?{text}{sort}limit={self.limit}&cursor={last[0]},{last[1]}"
 
 
 EVENT_LIMIT: Final = LIMIT.described("Events in one answer.")
@@ -72,7 +76,10 @@ EVENT_CURSOR: Final = Parameter(
     {"type": "string"},
     _read_event_cursor,
 )
-LIST_EVENTS: Final[tuple[Parameter[Any], ...]] = (EVENT_LIMIT, EVENT_OFFSET, EVENT_SORT, EVENT_CURSOR)
+EVENT_TEXT: Final = Parameter(
+    "text", "Only events whose event_type or payload (as JSON) holds this text, in any case.", TEXT, read_text
+)
+LIST_EVENTS: Final[tuple[Parameter[Any], ...]] = (EVENT_LIMIT, EVENT_OFFSET, EVENT_SORT, EVENT_CURSOR, EVENT_TEXT)
 """The parameters of `GET /api/v1/runs/{event_id}/events`."""
 
 
@@ -91,6 +98,7 @@ def parse_event_list(query_string: str, event_id: str, clock: Callable[[], datet
         given.value(EVENT_SORT, False),
         given.get(EVENT_CURSOR),
         not given.texts.keys().isdisjoint((EVENT_SORT.name, EVENT_CURSOR.name)),
+        given.get(EVENT_TEXT),
     )
     if query.after is not None and query.offset:
         given.faults.append("Use either cursor or offset, not both: a cursor already says where to go on")

@@ -11,7 +11,7 @@ import orjson
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from telemetryd.errors import BodyTooLargeError, ErrorItem, InvalidBodyError
-from telemetryd.model.bodies import under, validate
+from telemetryd.model.bodies import under, validate_leniently
 from telemetryd.model.values import JsonObject, Name, Role, Row, Timestamp, names
 
 MAX_EVENTS: Final = 1000
@@ -61,7 +61,7 @@ NewEvent: Final[type[BaseModel]] = create_model(
 class ParsedEvents:
     """Valid events: their rows in the order of `STORED`, and the names of fields that were not used.
 
-    A row without a time of its own holds "" for it: it happened on arrival.
+    A row without a time holds "" for it: it happened on arrival.
     """
 
     rows: tuple[Row, ...]
@@ -77,7 +77,7 @@ def parse_events(value: object) -> ParsedEvents:
 
     """
     if not isinstance(value, list):
-        event = validate(NewEvent, value)
+        event = validate_leniently(NewEvent, value)
         return ParsedEvents((_row(event),), tuple(event.__pydantic_extra__ or ()))
     if len(value) > MAX_EVENTS:
         raise BodyTooLargeError(f"One request must not hold more than {MAX_EVENTS} events")
@@ -86,7 +86,7 @@ def parse_events(value: object) -> ParsedEvents:
     faults: list[ErrorItem] = []
     for index, item in enumerate(value):
         try:
-            event = validate(NewEvent, item)
+            event = validate_leniently(NewEvent, item)
         except InvalidBodyError as error:
             faults += under(error, index)
         else:

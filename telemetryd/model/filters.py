@@ -43,7 +43,7 @@ Pattern = tuple[str, ...]
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A field of metrics_json, compared with a value of its own kind: a number, a text or a truth value.
+    """A field of metrics_json, compared with a value of the same kind: a number, a text or a truth value.
 
     A run whose field is missing or of another kind does not match, whatever the operator.
     """
@@ -128,7 +128,7 @@ _SPECIAL: Final = re.compile(r"\\([\\,*])|([,*])")
 
 
 def quoted(value: str) -> str:
-    """Return a value as it stands in a filter: a comma, an asterisk or a backslash of its own is escaped."""
+    """Return a value as it stands in a filter: a comma, an asterisk or a backslash in it is escaped."""
     return re.sub(r"[\\,*]", r"\\\g<0>", value)
 
 

@@ -79,7 +79,7 @@ class Given:
         self.faults: list[str] = []
         """A sentence for each fault that names the parameter, the value and what is allowed."""
         self.prefixed: dict[str, list[str]] = {}
-        """For each prefix the name and the text of its parameters, with the equals sign between them."""
+        """The name and the text of each prefix's parameters, with the equals sign between them."""
         self._now = now
         try:
             pairs = parse_qsl(query_string, keep_blank_values=True, errors="strict", max_num_fields=_MAX_PARAMETERS)
@@ -176,12 +176,13 @@ def read_text(name: str, value: str, now: datetime | None = None) -> str:
 # A "+" that was not percent-encoded arrives as a blank: "…T10:00:00 00:00" can only mean "+00:00".
 _LOST_PLUS: Final = re.compile(r"([Tt ]\d\d[\d:.,]*) (\d\d:?\d\d)", re.ASCII)
 
+_DATE: Final = re.compile(r"\d{4}-?\d\d-?\d\d", re.ASCII)
 _RELATIVE: Final = re.compile(r"now|-(\d{1,9})([smhdw])", re.ASCII)
 _UNITS: Final = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 
 def read_moment(name: str, value: str, now: datetime) -> str:
-    """Read a date and time, or a time before now such as `-2h`, in the stored form; `now` is now.
+    """Read a date (midnight UTC), a date and time, or a time before now such as `-2h`, in the stored form.
 
     Raises:
         InvalidRequestError: if it is neither.
@@ -191,9 +192,11 @@ def read_moment(name: str, value: str, now: datetime) -> str:
         if relative := _RELATIVE.fullmatch(value):
             ago = timedelta(**{_UNITS[relative[2]]: int(relative[1])}) if relative[1] else timedelta()
             return format_timestamp(now - ago)
+        if _DATE.fullmatch(value):
+            return canonical_timestamp(f"{value}T00:00:00Z" if "-" in value else f"{value}T000000Z")
         return canonical_timestamp(_LOST_PLUS.sub(r"\1+\2", value))
     except (ValueError, OverflowError) as error:
-        allowed = "an ISO 8601 date and time such as 2025-12-24T10:00:00Z, an age such as -24h or -30d, or now"
+        allowed = "an ISO 8601 date and time such as 2025-12-24T10:00:00Z, a date, an age such as -24h or -30d, or now"
         raise refuse(name, value, allowed) from error
 
 

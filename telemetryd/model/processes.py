@@ -16,7 +16,7 @@ class Process:
     machine: str
     """A hash of the machine's id; empty if it has none."""
     pid_namespace: str
-    """In which the pid counts."""
+    """The namespace in which the pid counts."""
     cgroup: str | None = None
     oom_kills: int | None = None
     """The cgroup's count of out-of-memory kills when the process was registered."""

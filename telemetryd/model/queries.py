@@ -46,7 +46,7 @@ class Query(Generic[A]):
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """In which order runs are answered; the id decides between equals, in the same direction."""
+    """The order of the runs in an answer; the id decides between equals, in the same direction."""
 
     column: str = "created_at"
     """One of `SORTED`."""
@@ -216,6 +216,13 @@ class Total:
 
     runs: int
     accuracy: Accuracy = Accuracy.EXACT
+
+
+@dataclass(frozen=True, slots=True)
+class GetRows(Query[list[Row]]):
+    """Stored runs by their event_ids. Answer: the rows that there are, in the order of `runs.COLUMNS`."""
+
+    event_ids: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,11 +29,11 @@ MAX_RUNS: Final = 2000
 MIN_RUNS: Final = 5
 """Runs that there must be on each side of a commit."""
 MIN_FALL: Final = 0.05
-"""By how much the success rate must fall, however certain it is, to be worth a finding."""
+"""The smallest fall of the success rate, however certain it is, that is worth a finding."""
 MIN_GROWTH: Final = 1.2
-"""By which factor the median duration must grow, however certain it is, to be worth a finding."""
+"""The smallest factor of the median duration, however certain it is, that is worth a finding."""
 PARTS: Final = 3
-"""In how many parts the runs since a commit are looked at, each of which must be worse."""
+"""The number of parts of the runs since a commit, each of which must be worse."""
 ALERT_ALPHA: Final = 0.001
 """How unlikely a finding must be to raise an alert: alerts look again and again, and each look may err."""
 FIX_ALPHA: Final = 0.5
@@ -48,7 +48,7 @@ MEASURED: Final[Mapping[Measure, str]] = {"success_rate": "success_rate", "durat
 """What a side's value is called in answers, by measure."""
 
 Split = tuple[int, float]
-"""The place of the block with which a change begins, and how likely it would be without a change."""
+"""The index of the block with which a change begins, and how likely it would be without a change."""
 
 
 class Run(NamedTuple):
@@ -349,7 +349,7 @@ def _changes(measure: Measure, blocks: Sequence[Sequence[Run]], alpha: float = A
 
 
 def _candidates(blocks: Sequence[Sequence[Run]]) -> list[tuple[int, int]]:
-    """Return the places at which a change may begin, and how many runs lie before each."""
+    """Return the indexes at which a change may begin, and how many runs are before each."""
     sizes = list(accumulate(map(len, blocks)))
     total = sizes[-1] if sizes else 0
     return [(place, size) for place, size in enumerate(sizes, 1) if MIN_RUNS <= size <= total - MIN_RUNS]

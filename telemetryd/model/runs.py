@@ -18,8 +18,9 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from telemetryd.git_urls import commit_url, repo_url, without_credentials
-from telemetryd.model.bodies import validate
+from telemetryd.model.bodies import texts_in, validate, validate_leniently
 from telemetryd.model.values import (
+    NO_BLANKS,
     Boolean,
     Count,
     Duration,
@@ -43,7 +44,7 @@ MAX_WARNINGS: Final = 100
 
 
 Address = Annotated[Text, AfterValidator(without_credentials)]
-"""Of a repository; what may be a secret in it is not even stored."""
+"""The address of a repository; what may be a secret in it is not even stored."""
 
 
 # --- The fields ----------------------------------------------------------------------------------
@@ -185,8 +186,9 @@ class CommitAssociation(BaseModel):
         extra="allow", strict=True, json_schema_extra={"description": "The commit that a run led to."}
     )
 
-    commit_hash: Annotated[str, Field(min_length=7, max_length=40, pattern=r"^[0-9A-Fa-f]+$")] = Field(
-        description="Full or short hash.", examples=Run.model_fields["git_commit_hash"].examples
+    commit_hash: Annotated[str, Field(min_length=4, max_length=64, pattern=NO_BLANKS)] = Field(
+        description="Full or short hash; commit_url needs 7 to 64 hexadecimal digits.",
+        examples=Run.model_fields["git_commit_hash"].examples,
     )
     commit_source: SourceValue = Field(
         description="Who made the commit.", examples=Run.model_fields["git_commit_source"].examples
@@ -235,7 +237,7 @@ def parse_run(value: object) -> ParsedRun:
         InvalidBodyError: with every fault of the run.
 
     """
-    run = validate(NewRun, value)
+    run = validate_leniently(NewRun, value)
     return ParsedRun(_values_of(run.__dict__), tuple(run.__pydantic_extra__ or ()))
 
 
@@ -246,7 +248,7 @@ def parse_patch(value: object) -> tuple[dict[str, SqlValue], tuple[str, ...]]:
         InvalidBodyError: with every fault of the body.
 
     """
-    patch = validate(RunPatch, value)
+    patch = validate_leniently(RunPatch, value)
     assert isinstance(value, Mapping)  # noqa: S101 - the model admits nothing else
     given = {name: getattr(patch, name) for name in value if name in RunPatch.model_fields}
     changes = {name: new for name, new in given.items() if new is not None and value[name] is not None}
@@ -269,6 +271,38 @@ def parse_commit(value: object) -> tuple[dict[str, SqlValue], tuple[str, ...]]:
     }
     given: dict[str, SqlValue] = {name: new for name, new in changes.items() if new is not None}
     return given, tuple(commit.__pydantic_extra__ or ())
+
+
+def text_warnings(value: object) -> list[str]:
+    """Say which counts and truth values of a valid run, or of changes to one, were given as texts."""
+    return texts_in(NewRun, value)
+
+
+_DEFAULTS: Final = tuple(NewRun.model_fields[name].default for name in STORED)
+_STORED_PLACES: Final = tuple(COLUMNS.index(name) for name in STORED)
+
+
+def differing_fields(row: Row, stored: Row) -> list[str]:
+    """Return the fields in which a new run says something else than the stored one that has its event_id.
+
+    What it does not say, or says as every run does at its start (`running`, 0), may have changed since.
+
+    Args:
+        row: in the order of `STORED`.
+        stored: in the order of `COLUMNS`.
+
+    """
+    return [
+        name
+        for name, given, default, place in zip(STORED, row, _DEFAULTS, _STORED_PLACES, strict=True)
+        if given not in (default, None, stored[place]) and not _is_same_json(name, given, stored[place])
+    ]
+
+
+def _is_same_json(name: str, given: SqlValue, stored: SqlValue) -> bool:
+    if name not in _JSON_COLUMNS or not isinstance(given, str) or not isinstance(stored, str):
+        return False
+    return bool(orjson.loads(given) == orjson.loads(stored))
 
 
 def ignored_field_warnings(names: Collection[str]) -> list[str]:

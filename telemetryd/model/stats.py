@@ -44,6 +44,8 @@ _HOUR: Final = timedelta(hours=1)
 _FIRST_HOUR: Final = (datetime(1, 1, 1, tzinfo=UTC) - _EPOCH) // _HOUR
 _LAST_HOUR: Final = (datetime(9999, 12, 31, 23, tzinfo=UTC) - _EPOCH) // _HOUR
 _BUCKET: Final = re.compile(r"([1-9]\d{0,4})([hdw])", re.ASCII)
+_OFFSET: Final = re.compile(r"([+ -])(\d\d):00", re.ASCII)  # a plus that was not percent-encoded is a blank
+_MOST_AHEAD: Final = 14
 _BUCKET_HOURS: Final = {"h": 1, "d": DAY, "w": 7 * DAY}
 
 
@@ -59,6 +61,8 @@ class GetStats(Query[list["StatsGroup"]]):
     bucket: str | None = None
     hours: int | None = None
     """How many hours a bucket has."""
+    ahead: int = 0
+    """How many hours the clock by which buckets begin is ahead of UTC."""
     filters: Filters = field(default_factory=Filters)
     """Which runs are meant, by `NAMES` only."""
 
@@ -108,6 +112,13 @@ def _group_by(name: str, value: str, now: datetime) -> tuple[str, ...]:
     return names
 
 
+def _offset(name: str, value: str, now: datetime) -> int:
+    match = _OFFSET.fullmatch(value)
+    if match is None or int(match[2]) > _MOST_AHEAD:
+        raise refuse(name, value, f"whole hours from -{_MOST_AHEAD}:00 to +{_MOST_AHEAD}:00 such as +01:00")
+    return -int(match[2]) if match[1] == "-" else int(match[2])
+
+
 def _bucket(name: str, value: str, now: datetime) -> int:
     match = _BUCKET.fullmatch(value)
     if match is None:
@@ -138,9 +149,17 @@ BUCKET: Final = Parameter(
     {"type": "string", "pattern": "^[1-9][0-9]{0,4}[hdw]$"},
     _bucket,
 )
+UTC_OFFSET: Final = Parameter(
+    "utc_offset",
+    "Buckets of days and weeks begin at midnight of a clock that is so far ahead of UTC, in whole hours.",
+    {"type": "string", "pattern": r"^[+-][0-9]{2}:00$", "default": "+00:00"},
+    _offset,
+    "+00:00",
+)
 PARAMETERS: Final[tuple[Parameter[Any], ...]] = (
     GROUP_BY,
     BUCKET,
+    UTC_OFFSET,
     FROM,
     TO,
     *(FILTER_PARAMETERS[name] for name in NAMES),
@@ -162,6 +181,7 @@ def parse(query_string: str, now: datetime) -> GetStats:
         given.value(GROUP_BY, ()),
         given.texts.get(BUCKET.name),
         given.get(BUCKET),
+        given.value(UTC_OFFSET, 0),
         read_filters(given),
     )
     given.finish()
@@ -192,14 +212,14 @@ def answer(query: GetStats, cells: Iterable[Named]) -> list[StatsGroup]:
     groups: dict[tuple[Any, ...], _Group] = {}
     places = [NAMES.index(name) + 1 for name in query.group_by]
     names_of: Callable[[Named], tuple[Any, ...]] = _getter(places)
-    hours = query.hours
+    hours, ahead = query.hours, query.ahead
     is_filtered, is_meant = query.filters != Filters(), query.filters.lets_through(*NAMES)
     for named in cells:
         start, agent_name, job_type, status, cell = named
         if is_filtered and not is_meant(agent_name, job_type, status):
             continue
         names = names_of(named)
-        key = names if hours is None else (start // hours * hours, *names)
+        key = names if hours is None else ((start + ahead) // hours * hours - ahead, *names)
         group = groups.get(key)
         if group is None:
             if len(groups) == MAX_GROUPS:
@@ -310,6 +330,7 @@ def parameters(query: GetStats) -> dict[str, Any]:
     return {
         "group_by": ",".join(query.group_by),
         "bucket": query.bucket,
+        "utc_offset": query.ahead,
         "from": hour_name(query.start),
         "to": hour_name(query.end),
         **query.filters.parameters(),

@@ -198,7 +198,7 @@ def parquet_from_csv(chunks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def _groups(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """Join chunks to row groups, without the header, which is a chunk of its own."""
+    """Join chunks to row groups, without the header, which is a separate chunk."""
     lines = iter(chunks)
     next(lines)
     return join_pieces(lines, GROUP_BYTES)
@@ -254,10 +254,10 @@ _LARGE_BYTES: Final = 16 * 1024 * 1024
 _MOST_NESTED: Final = 10_000_000
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _UNITS: Final = {"s": (1, 1_000_000), "ms": (1, 1000), "us": (1, 1), "ns": (1000, 1)}
-"""By what counts of a unit are divided and multiplied to become microseconds; what is finer is cut off."""
+"""The divisor and factor that turn counts of a unit into microseconds; what is finer is cut off."""
 
 
-def read_parquet(path: Path) -> Iterator[Record]:
+def read_parquet(path: Path, most_nested: int = _MOST_NESTED) -> Iterator[Record]:
     """Yield the rows of a Parquet file.
 
     Raises:
@@ -271,7 +271,7 @@ def read_parquet(path: Path) -> Iterator[Record]:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            chosen = _choose(path, file)
+            chosen = _choose(path, file, most_nested)
             texts = [field.name for field in file.schema_arrow if field.name in chosen and _is_text(field.type)]
         # A text that is repeated stays in memory once, and pages are read one after the other.
         with pyarrow.parquet.ParquetFile(path, read_dictionary=texts, buffer_size=_PAGE_BYTES) as file:
@@ -284,7 +284,7 @@ def read_parquet(path: Path) -> Iterator[Record]:
         raise OSError(f"{path}: is no whole Parquet file: {error}") from error
 
 
-def _choose(path: Path, file: Any) -> list[str]:
+def _choose(path: Path, file: Any, most_nested: int) -> list[str]:
     """Return the columns that are fields of a run; others cannot cost one anything.
 
     Raises:
@@ -297,8 +297,8 @@ def _choose(path: Path, file: Any) -> list[str]:
     leaves = [file.schema.column(index).path.split(".") for index in range(len(file.schema))]
     nested = [index for index, leaf in enumerate(leaves) if len(leaf) > 1 and leaf[0] in chosen]
     groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
-    if any(group.column(index).num_values > _MOST_NESTED for group in groups for index in nested):
-        raise OSError(f"{path}: a row group holds more than {_MOST_NESTED:,} values inside of one column")
+    if any(group.column(index).num_values > most_nested for group in groups for index in nested):
+        raise OSError(f"{path}: a row group holds more than {most_nested:,} values inside of one column")
     return chosen
 
 

@@ -167,6 +167,9 @@ NO_NUL: Final = r"^[^\x00]*$"
 NOT_BLANK: Final = r"^[^\x00]*[^\s\x00][^\x00]*$"
 
 
+NO_BLANKS: Final = r"^[^\s\x00]+$"
+
+
 Name = Annotated[str, Field(min_length=1, max_length=255, pattern=NOT_BLANK)]
 
 

@@ -128,7 +128,7 @@ class ReadableLines(logging.Formatter):
         self._coloured = coloured
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line; a traceback follows on lines of its own."""
+        """Return the line; a traceback follows on separate lines."""
         fields = _fields(record)
         traceback = fields.pop("traceback", None)
         moment = datetime.fromtimestamp(record.created).astimezone()

@@ -26,7 +26,7 @@ _SIZES: Final = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
 
 
 class Metrics:
-    """The counters of one daemon, in a registry of their own."""
+    """The counters of one daemon, in a separate registry."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()

@@ -13,7 +13,7 @@ _FIRST_DESCRIPTOR: Final = 3
 _FIRST_ASKED_S: Final = 2.0
 _ASKED_EVERY_S: Final = 10.0
 _EXTENDED_S: Final = 60.0
-"""For how much longer the manager waits after each time it is asked to."""
+"""How much longer the manager waits after each request for time."""
 
 
 class Notifier:
@@ -47,18 +47,20 @@ class Notifier:
                 return
 
     @contextmanager
-    def asking_for_time(self, status: str) -> Iterator[None]:
+    def asking_for_time(
+        self, status: str, *, first_s: float = _FIRST_ASKED_S, every_s: float = _ASKED_EVERY_S
+    ) -> Iterator[None]:
         """Ask the manager again and again not to give up, as long as the block takes (EXTEND_TIMEOUT_USEC).
 
-        A thread does it: what takes long may well hold up the event loop.
+        A thread does it, because what takes long may block the event loop.
         """
         is_over = threading.Event()
 
         def ask() -> None:
-            pause_s = _FIRST_ASKED_S
+            pause_s = first_s
             while not is_over.wait(pause_s):
                 self.send(EXTEND_TIMEOUT_USEC=round(_EXTENDED_S * 1e6), STATUS=status)
-                pause_s = _ASKED_EVERY_S
+                pause_s = every_s
 
         if not self.is_active:
             yield

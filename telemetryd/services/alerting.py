@@ -46,7 +46,7 @@ class Alerting:
         self._evaluated_at: str | None = None
         self._problems: dict[str, str] = {}
         self._more: dict[str, int] = {}
-        """By rule, for how many subjects it fires besides those that are kept."""
+        """The number of further subjects for which each rule fires, which are not kept."""
 
     async def shown(self) -> alerts.Alerts:
         """Return what `GET /api/v1/alerts` answers.

@@ -120,7 +120,7 @@ class Certificates:
             watched.registering -= 1
             watched.is_stored |= outcome in (None, Registration.DONE)  # without an outcome it may have been
         if not (watched.is_stored or watched.registering or watched.has_ended):
-            self._let_go(key)  # nobody's place, least of all that of one who guesses
+            self._let_go(key)  # it must not take a place, least of all for a guess
         if outcome is Registration.NO_RUN:
             raise RunNotFoundError(shorten(event_id))
         if outcome is Registration.NOT_RUNNING:

@@ -43,7 +43,7 @@ async def describe(request: web.Request, query: ExportRuns, store: Store) -> web
     await _check_form(request, query)
     total = await store.fetch(CountMatching(query.filters))
     request[NOTE].say("Export described", query_params=query.parameters(), result_count=total.runs)
-    return web.StreamResponse(headers=_headers(query.form, total.runs, exact=True))  # whose length nobody knows
+    return web.StreamResponse(headers=_headers(query.form, total.runs, exact=True))  # its length is unknown
 
 
 async def _check_form(request: web.Request, query: ExportRuns) -> None:
@@ -57,7 +57,7 @@ async def _check_form(request: web.Request, query: ExportRuns) -> None:
 
 
 async def stream(request: web.Request, query: ExportRuns, store: Store) -> web.StreamResponse:
-    """Stream an export; one that cannot be brought to its end is cut, so that nobody takes it for whole.
+    """Stream an export; one that cannot be brought to its end is cut, so that no client takes it for complete.
 
     Raises:
         InvalidRequestError: if it cannot be answered in this form, or over HTTP/1.0.

@@ -294,7 +294,7 @@ class Subscriber:
         self.lane = feed.lane(filters)
         self._after = after
         self.position = 0
-        """Up to which number it holds or was sent everything."""
+        """The number up to which it holds or was sent everything."""
         self.since = 0.0
         """Since when what waits has not become less."""
         self._epoch = ""
@@ -380,7 +380,7 @@ class Subscriber:
         if after is None:
             return RETRY + self._mark()
         if after.epoch not in (None, changes.epoch) or after.seq > changes.newest:
-            # Another database gave that cursor; nobody knows what was seen of this one.
+            # Another database gave that cursor; what the client has seen of this one is unknown.
             return RETRY + self._report_missed(changes.newest)
         self.position = after.seq
         return RETRY + self._mark()

@@ -152,13 +152,13 @@ _VERSION_1: Final = re.compile(r"^\d+:(?:[^:]*,)?memory(?:,[^:]*)?:(/.*)$", re.M
 _VERSION_2: Final = re.compile(r"^0::(/.*)$", re.MULTILINE)
 
 
-def oom_kills(path: str | None) -> int | None:
+def oom_kills(path: str | None, groups: Path = _CGROUPS) -> int | None:
     """Return how many processes of a control group the kernel has killed for lack of memory, or None if unknown."""
     if path is None:
         return None
     for hierarchy, name in _KILL_COUNTS:
         try:
-            counts = (_CGROUPS / hierarchy / path.lstrip("/") / name).read_text("ascii")
+            counts = (groups / hierarchy / path.lstrip("/") / name).read_text("ascii")
         except OSError:
             continue
         found = re.search(r"^oom_kill (\d+)$", counts, re.MULTILINE)

@@ -11,7 +11,7 @@ from typing import Final
 from telemetryd.services.frames import Frame, Held
 
 _LIST_BYTES: Final = 256
-"""About what a list of frames takes besides their texts."""
+"""About how many bytes a list of frames takes in addition to their texts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,7 @@ class Page:
     """The frames that were handed out at once."""
 
     last: int
-    """Up to which number of the sequence it goes."""
+    """The last number of the sequence in it."""
     pieces: Mapping[str, Sequence[Frame]]
     """What each filter lets through, by the filter's key; nothing for those that let nothing through."""
     frames: frozenset[Frame]
@@ -37,7 +37,7 @@ class RingCursor:
     """Pages are numbered in their order."""
     index: int
     seq: int
-    """Up to which number of the sequence everything was taken; more may be, at the ring's end."""
+    """The number up to which everything was taken; at the ring's end it may be more."""
 
 
 class Ring:
@@ -52,7 +52,7 @@ class Ring:
 
     def __init__(self, held: Held) -> None:
         self.last = 0
-        """Up to which number of the sequence everything was appended."""
+        """The number up to which everything was appended."""
         self.bytes = 0
         self._held = held
         self._pages: deque[Page] = deque()

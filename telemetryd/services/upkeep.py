@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from enum import StrEnum
 from typing import Any, Final
 
 from telemetryd.errors import TelemetrydError, sentence
@@ -59,6 +60,14 @@ class _Unconfirmed:
     found: Prunable
 
 
+class FullText(StrEnum):
+    """Whether runs can be searched for words."""
+
+    OFF = "off"
+    BUILDING = "building"
+    READY = "ready"
+
+
 class Upkeep:
     """What one daemon does by itself: delete runs of an age, cancel those that are stale, index their words.
 
@@ -70,6 +79,7 @@ class Upkeep:
         self._store, self._clock = store, clock
         self._prune_after, self._stale_after = settings.prune_after, settings.stale_after
         self._full_text = settings.full_text
+        self.full_text = FullText.BUILDING if settings.full_text else FullText.OFF
         self._news = asyncio.Event()
         self._doubt: str | None = None
         self._unconfirmed: _Unconfirmed | None = None
@@ -98,6 +108,7 @@ class Upkeep:
                 await asyncio.sleep(_AGAIN_S)
             else:
                 break
+        self.full_text = FullText.READY
         if slices:
             took = {"duration_ms": round((time.monotonic() - started) * 1000, 3)}
             log.info("The full-text index is built", extra=took)

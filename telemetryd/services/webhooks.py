@@ -42,7 +42,7 @@ async def post(session: aiohttp.ClientSession, webhook: Webhook, message_id: str
         SIGNATURE: sign(webhook.secret, timestamp, data),
     }
     try:
-        # A redirect would carry the message to where nobody has sent it.
+        # A redirect would carry the message to an address that was not configured.
         async with session.post(webhook.url, data=data, headers=headers, allow_redirects=False) as response:
             return None if 200 <= response.status < 300 else f"it answered {response.status}"
     except TimeoutError:

@@ -21,7 +21,7 @@ from telemetryd import flow
 from telemetryd.model.hosts import Names
 from telemetryd.model.values import shorten
 from telemetryd.settings import Settings
-from telemetryd.web.answers import error_response, wants_page
+from telemetryd.web.answers import endpoint_of, error_response, wants_page
 from telemetryd.web.browsers import ASSETS, HEALTH, Pages
 
 _CREDENTIALS: Final = struct.Struct("3i")
@@ -31,7 +31,7 @@ _CREDENTIALS: Final = struct.Struct("3i")
 ADMIN_PREFIX: Final = "/api/v1/admin/"
 
 
-PAGE_PREFIXES: Final = ("/docs", "/openapi.json")
+PAGE_PREFIXES: Final = ("/docs", "/redoc", "/openapi.json")
 
 
 class RateLimit:
@@ -105,8 +105,7 @@ class Gate:
 
     def _refusal_of_client(self, request: web.Request) -> web.Response | None:
         """Keep out who has no right to ask, or asks too often."""
-        resource = request.match_info.route.resource
-        if resource is not None and resource.canonical.startswith(ADMIN_PREFIX):
+        if (endpoint_of(request) or "").startswith(ADMIN_PREFIX):
             if _is_own_unix_peer(request):
                 return None
             if self._token is None:
@@ -167,18 +166,16 @@ def _ask_for_token(request: web.Request) -> web.Response:
 
 def _is_open(request: web.Request) -> bool:
     """Return whether a request needs no token: the health, and the page, which holds no data and asks for the token."""
-    if request.path == HEALTH:
+    if request.path.removesuffix("/") == HEALTH:
         return True
-    resource = request.match_info.route.resource
-    if resource is None:
-        return False
-    return resource.canonical.startswith(ASSETS) or (resource.canonical == "/" and wants_page(request))
+    endpoint = endpoint_of(request) or ""
+    return endpoint.startswith(ASSETS) or (endpoint == "/" and wants_page(request))
 
 
 def _is_page(request: web.Request) -> bool:
     """Return whether a request is for a page or the document: these only read, so a browser may remember the token."""
-    resource = request.match_info.route.resource
-    return resource is not None and (resource.canonical == "/" or resource.canonical.startswith(PAGE_PREFIXES))
+    endpoint = endpoint_of(request)
+    return endpoint is not None and (endpoint == "/" or endpoint.startswith(PAGE_PREFIXES))
 
 
 def _port(request: web.Request) -> int:

@@ -6,19 +6,26 @@ import itertools
 import logging
 import re
 import secrets
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Final
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Final, TypeVar
 
 import orjson
 from aiohttp import web
 
 import telemetryd
 from telemetryd import SERVER_HEADER
+from telemetryd.model import runs
+from telemetryd.model.answers import Warned
 
+W = TypeVar("W", bound=Warned)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 _REQUEST_ID: Final = re.compile(r"[\x21-\x7e](?:[\x20-\x7e]{0,126}[\x21-\x7e])?")
+
+
+# Never what a client would take for the name of a host or for a step upwards.
+_PREFIX: Final = re.compile(r"(?:/\w[\w.~-]*){1,16}", re.ASCII)
 
 
 _JSON: Final = "application/json"
@@ -49,12 +56,32 @@ def json_response(payload: object, status: int = 200, headers: Mapping[str, str]
     return web.Response(body=orjson.dumps(payload), status=status, headers=headers, content_type=_JSON)
 
 
+def with_warnings(answer: W, ignored: tuple[str, ...], notes: Sequence[str] = ()) -> W:
+    """Add what is to be said of a body that was taken: the fields that were not used, and other notes."""
+    if ignored or notes:
+        more = len(notes) - runs.MAX_WARNINGS
+        cut = [*notes[: runs.MAX_WARNINGS], f"{more} more warnings"] if more > 0 else notes
+        answer["warnings"] = [*runs.ignored_field_warnings(ignored), *cut]
+    return answer
+
+
+def endpoint_of(request: web.Request) -> str | None:
+    """Return the path of the endpoint that answers, as the OpenAPI document has it; None if there is none."""
+    resource = request.match_info.route.resource
+    return None if resource is None else path_of(resource)
+
+
+def path_of(resource: web.AbstractResource) -> str:
+    """Return the path of a resource, without the slash at its end, which is ignored."""
+    return resource.canonical.rstrip("/") or "/"
+
+
 IDENTITY: Final = web.RequestKey("identity", str)
 """The request's id, for an answer that is sent before its handler returns."""
 
 
 WAITED: Final = web.ResponseKey("waited", float)
-"""For how many seconds a handler only waited for something to report; they do not count as its duration."""
+"""The seconds in which a handler only waited for something to report; they do not count as its duration."""
 
 
 REASON: Final = web.ResponseKey("reason", str)
@@ -79,13 +106,20 @@ def mark(response: web.StreamResponse, identity: str) -> None:
     headers["X-Content-Type-Options"] = "nosniff"
 
 
+def next_page(request: web.Request, address: str) -> dict[str, str]:
+    """Return the header that leads to the next page, under the sub-path that a proxy says it shows us at."""
+    given = request.headers.get("X-Forwarded-Prefix", "").rstrip("/")
+    prefix = given if _PREFIX.fullmatch(given) else ""
+    return {"Link": f'<{prefix}{address}>; rel="next"'}
+
+
 def wants_page(request: web.Request) -> bool:
     """Return whether the bare address is opened in a browser."""
     return "text/html" in request.headers.get("Accept", "")
 
 
 def unexpected_detail(identity: str) -> str:
-    """Return all that a client learns of an error that nobody foresaw."""
+    """Return all that a client learns of an unexpected error."""
     return f"Internal error; the log has more under request id {identity}"
 
 

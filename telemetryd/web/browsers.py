@@ -15,9 +15,10 @@ from telemetryd import SERVER_HEADER, flow
 from telemetryd.model.hosts import Names, origin_of
 from telemetryd.model.queries import SNAPSHOT
 from telemetryd.model.values import shorten
+from telemetryd.web.answers import endpoint_of
 
-PAGES: Final = frozenset({"/", "/docs", "/openapi.json"})
-"""What somebody may come to by a link on another page; none of them holds data."""
+PAGES: Final = frozenset({"/", "/docs", "/redoc", "/openapi.json"})
+"""What a link on another page may lead to; none of them holds data."""
 ASSETS: Final = "/page/"
 """Where the files of the page at `/` are."""
 _ASSETS: Final = (ASSETS, "/docs/static/")
@@ -106,12 +107,11 @@ class Pages:
 
 def _is_for_all(request: web.Request) -> bool:
     """Return whether any page may ask for this: it is our page, opened by a link, a file of it, or the health."""
-    resource = request.match_info.route.resource
-    if resource is None or request.method not in _READING:
+    path = endpoint_of(request)
+    if path is None or request.method not in _READING:
         return False
-    path = resource.canonical
     if path in PAGES:
-        # Not in a frame, nor as an image: only what becomes a page of its own reveals nothing to the foreign one.
+        # Not in a frame, nor as an image: only what becomes a separate page reveals nothing to the foreign one.
         # Every browser that names the mode says where the answer goes; who leaves that out shows it in no frame.
         destination = request.headers.get("Sec-Fetch-Dest", "document")
         return request.headers.get("Sec-Fetch-Mode") == "navigate" and destination == "document"

@@ -45,7 +45,7 @@ LINGER_S: Final = 5.0
 
 _PATROL_EVERY_S: Final = 1.0
 _SPARE_DESCRIPTORS: Final = 80
-"""For the lock files, the sockets that listen, backups, and what Python opens."""
+"""Descriptors for the lock files, the sockets that listen, backups, and what Python opens."""
 _DESCRIPTORS_PER_READER: Final = 2
 
 
@@ -81,7 +81,7 @@ class _Pieces(Payload):
 class _Protocol(RequestHandler):
     """aiohttp's protocol, except that its own errors (a malformed request) are JSON like all others, and its patience.
 
-    aiohttp alone lets a head take as long as a connection may rest, and an answer that nobody reads for ever.
+    aiohttp alone lets a head take as long as a connection may rest, and an unread answer for ever.
     """
 
     asking_since: float | None = None

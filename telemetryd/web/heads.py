@@ -51,7 +51,7 @@ class Held(Generic[H]):
         self._by_holder: dict[H, int] = {}
 
     def note(self, holder: H, held: int) -> None:
-        """Take note of how much somebody holds now."""
+        """Note how much a holder holds now."""
         self.bytes += held - self._by_holder.pop(holder, 0)
         if held:
             self._by_holder[holder] = held

@@ -74,7 +74,7 @@ def _tcp_reason(error: OSError, port: int) -> str:
 
 
 def _bind_unix(path: Path, cleanup: ExitStack) -> socket.socket:
-    """Bind a socket that is nobody else's from its first moment on, whatever the umask."""
+    """Bind a socket that belongs to no other user from its first moment on, whatever the umask."""
     _remove_dead_socket(path)
     listening = cleanup.enter_context(socket.socket(socket.AF_UNIX))
     before = os.umask(0o117)

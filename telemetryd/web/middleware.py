@@ -43,6 +43,7 @@ from telemetryd.web.answers import (
     Note,
     error_response,
     mark,
+    path_of,
     request_id,
     unexpected_detail,
 )
@@ -141,8 +142,8 @@ async def _endpoint(request: web.Request) -> str:
     if resource is None and isinstance(request.match_info.http_exception, web.HTTPMethodNotAllowed):
         for resource in request.app.router.resources():
             if (await resource.resolve(request))[1]:
-                return resource.canonical
-    return resource.canonical if resource is not None else _NOWHERE
+                return path_of(resource)
+    return path_of(resource) if resource is not None else _NOWHERE
 
 
 _NOWHERE: Final = "(no such endpoint)"

@@ -45,7 +45,7 @@ class Operation:
     other_parameters: tuple[Schema, ...] = ()
     """Those of headers."""
     answers: dict[int, tuple[str, object]] = field(default_factory=dict)
-    """By status: when it comes, and its type (`model/answers.py`)."""
+    """When each status comes, and the type of its answer (`model/answers.py`)."""
     answer_type: str = "application/json"
     """The media type of a successful answer."""
     other_answer_types: tuple[str, ...] = ()
@@ -86,7 +86,7 @@ _ERROR_TEXTS: Final = {
     403: "Protected mode: only this machine is served.",
     404: "There is no such run.",
     409: "The process cannot be watched; send heartbeats instead.",
-    410: "What comes after this place is not known any more; begin again, without `after`.",
+    410: "What comes after this cursor is not known any more; begin again, without `after`.",
     413: "The body or the batch is too large.",
     415: "The media type or the content coding is not known.",
     422: "The body is wrong; every fault is listed.",
@@ -104,7 +104,7 @@ _FLOW: Final = {
 }
 _SERVER: Final = {
     SERVER_HEADER: {
-        "description": "Every answer of the daemon has it; one without it comes from somebody else, such as a proxy.",
+        "description": "Every answer of the daemon has it; one without it comes from another server, such as a proxy.",
         "schema": {"type": "string", "pattern": r"^telemetryd/\d+$"},
         "example": "telemetryd/4",
     }
@@ -235,6 +235,19 @@ def _content(operation: Operation, kind: str) -> Schema:
     return content if example is None else {**content, "example": example}
 
 
+_NULL: Final[Schema] = {"type": "null"}
+_SAID: Final = ("title", "description", "default", "examples")
+"""What a schema says besides what it allows."""
+
+
+def _or_null(schema: Schema) -> Schema:
+    """Return the schema of a field that may be null, which means that it is not given."""
+    said = {key: value for key, value in schema.items() if key in _SAID}
+    allowed = {key: value for key, value in schema.items() if key not in _SAID}
+    kinds = allowed.get("anyOf", [allowed])
+    return {"anyOf": kinds if _NULL in kinds else [*kinds, _NULL], **said}
+
+
 @cache  # the parameters of five operations look into it as well, and it takes some 15 ms
 def _schemas() -> dict[str, Schema]:
     models: list[tuple[type[BaseModel], str]] = [
@@ -266,6 +279,11 @@ def _schemas() -> dict[str, Schema]:
         schema["created_at"].pop("default", None)
         schema.get("updated_at", {}).pop("default", None)
         schema.get("id", {}).pop("default", None)
+    for name in ("NewRun", "NewEvent"):
+        properties, required = schemas[name]["properties"], schemas[name]["required"]
+        schemas[name]["properties"] = {
+            field: schema if field in required else _or_null(schema) for field, schema in properties.items()
+        }
     schemas["ErrorItem"] = obj(
         {"loc": {"type": "array", "items": {"anyOf": [STRING, INTEGER]}}, "msg": STRING, "type": STRING}
     )

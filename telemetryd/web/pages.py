@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -44,6 +44,9 @@ def handlers() -> Iterator[tuple[str, Handler]]:
     yield "/", serve_page
     for name in _page_files(resources.files("telemetryd.static").joinpath("page"), ""):
         yield f"{ASSETS}{name}", _serve(f"page/{name}", _TYPES[PurePosixPath(name).suffix], _STRICT_POLICY)
+    # Relative, as a proxy may have put a path before ours; /redoc was another page of the replaced service.
+    yield "/redoc", _redirect("docs")
+    yield from ((path, _redirect("../docs")) for path in ("/docs/", "/redoc/"))
     for name, media_type in _DOCS.items():
         path = "/docs" if name == "docs.html" else f"/docs/static/{name.rpartition('/')[2]}"
         yield path, _serve(name, media_type, _POLICY)
@@ -65,8 +68,20 @@ async def serve_page(request: web.Request) -> web.StreamResponse:
         response = await _serve("page/index.html", "text/html", _STRICT_POLICY)(request)
         response.headers.update(vary)
         return response
+    return _redirected(request, "docs", vary)
+
+
+def _redirect(to: str) -> Handler:
+    async def redirect(request: web.Request) -> web.StreamResponse:
+        return _redirected(request, to)
+
+    return redirect
+
+
+def _redirected(request: web.Request, to: str, headers: Mapping[str, str] | None = None) -> web.Response:
+    """Return a redirect to a relative address, which holds under the sub-path of a proxy as well."""
     request[NOTE].say("Page served", logging.DEBUG)
-    return web.Response(status=302, headers={"Location": "/docs", **vary})
+    return web.Response(status=302, headers={"Location": to, **(headers or {})}, text=f"{to}\n")
 
 
 def _serve(name: str, media_type: str, policy: str) -> Handler:

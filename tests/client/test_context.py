@@ -65,7 +65,7 @@ def test_timestamps_are_what_the_daemon_stores(moment: float) -> None:
     assert len(timestamp()) == len("2025-12-31T15:30:45.123456Z")
 
 
-def test_the_process_is_told_by_what_proc_says() -> None:
+def test_the_process_is_named_by_what_proc_says() -> None:
     if sys.platform != "linux":
         pytest.skip("Linux only")
     own = ProcessIdentity.own()

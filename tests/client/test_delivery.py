@@ -334,7 +334,7 @@ async def test_a_proxy_that_refuses_one_path_costs_that_line_only(
         await flushed(client)
         client.write({"op": "update", "event_id": "odd", "fields": {"status": "success"}})
         client.write({"op": "event", "event_id": "odd", "event": {"event_key": "k", "event_type": "x"}})
-    assert not await asyncio.to_thread(client.flush, 20), "what is set aside is not acknowledged"
+    assert not await asyncio.to_thread(client.flush, 60), "what is set aside is not acknowledged"
     assert (await api.get(f"/api/v1/runs/{even.event_id}"))["status"] == "success"
     assert client.stats()["aside"] == 2
     assert not letters(buffer), "nobody knows what the daemon would say"

@@ -117,7 +117,7 @@ WITH_A_CHILD = """
 import os
 from telemetryd import client
 with client.run("a", "j", event_id="one"):
-    print(client.flush(20))
+    print(client.flush(60))
 child = os.fork()
 with client.run("a", "j", event_id="two" if child else "three"):
     pass
@@ -162,7 +162,9 @@ print(len(turns) < 50)
 """
 
 
-def test_the_worker_waits_though_who_has_been_told_is_still_there(start_daemon: StartDaemon, buffer: Path) -> None:
+def test_the_worker_waits_though_the_thread_that_was_woken_is_still_there(
+    start_daemon: StartDaemon, buffer: Path
+) -> None:
     """The same without gevent: a waiter that leaves late must not keep the worker busy."""
     assert run(COOPERATIVE, buffer, start_daemon().url) == "True\n"
 

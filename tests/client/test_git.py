@@ -1,4 +1,4 @@
-"""What is told of the checkout around a folder, whatever its files hold."""
+"""What is said of the checkout around a folder, whatever its files hold."""
 
 from __future__ import annotations
 

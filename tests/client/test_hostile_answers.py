@@ -22,8 +22,9 @@ from hypothesis import strategies as st
 from telemetryd.client import Config
 from telemetryd.client.answers import retry_after_s
 from telemetryd.client.aside import Aside
+from telemetryd.client.batch import Batch
 from telemetryd.client.counters import Counters
-from telemetryd.client.delivery import Batch, Delivery, RetryError
+from telemetryd.client.delivery import Delivery, RetryError
 from telemetryd.client.lines import encode
 from telemetryd.client.transport import Answer, Transport, UnreachableError
 from telemetryd.compat import TelemetryClient, TelemetryConfig
@@ -247,7 +248,7 @@ def test_a_header_beyond_all_bounds_costs_no_acknowledgement(headers: dict[str, 
     assert math.isfinite(retry_after_s(answer))
 
 
-def test_a_reason_of_any_depth_is_told_or_left_out() -> None:
+def test_a_reason_of_any_depth_is_reported_or_left_out() -> None:
     """orjson reads a thousand levels, and neither repr() nor json.dumps() writes so many."""
     deep = b'{"detail":' + b"[" * 900 + b"]" * 900 + b"}"
     assert ask(head(500, len(deep)) + deep).body is None

@@ -20,7 +20,7 @@ from telemetryd.client.lines import after_of, dead_letter, repair
 from telemetryd.client.streams import Stream, is_sent
 from tests.client.conftest import MakeClient, flushed, url_of
 from tests.client.test_spool import drain
-from tests.conftest import Api, StartDaemon, make_run
+from tests.conftest import Api, StartDaemon, eventually, make_run
 from tests.http_client import get
 from tests.tools.forks import popen
 
@@ -200,6 +200,7 @@ async def test_lines_too_deep_go_to_the_dead_letters_and_block_nobody(
     client.record(make_run())
     await flushed(client)
     await arrived(api, client, {"left", "last"})
+    await eventually(lambda: not (full / "left.jsonl.ready").exists())
     assert len((full / DEAD_LETTERS).read_bytes().splitlines()) == len(deep)
 
 
@@ -220,7 +221,7 @@ def test_a_line_without_end_is_read_in_bounded_pieces(full: Path, monkeypatch: p
     stream.release()
 
 
-def test_a_line_of_many_beginnings_is_mended_in_bounded_time() -> None:
+def test_a_line_of_many_beginnings_is_fixed_in_bounded_time() -> None:
     began = time.thread_time()
     assert repair(b'{"op":"' * 300_000) is None
     assert time.thread_time() - began < 5

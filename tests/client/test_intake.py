@@ -1,4 +1,4 @@
-"""Whatever an agent says of a run, the run is stored: what no field can take is left out, told, and kept."""
+"""Whatever an agent says of a run, the run is stored: what no field can take is left out, reported, and kept."""
 
 from __future__ import annotations
 

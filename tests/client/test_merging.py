@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from telemetryd.client import Config
+from telemetryd.client.batch import Batch
 from telemetryd.client.counters import Counters
-from telemetryd.client.delivery import Batch, Delivery
+from telemetryd.client.delivery import Delivery
 from telemetryd.client.fields import CHANGES
 from telemetryd.client.lines import Json, encode
 from telemetryd.client.run import Run
@@ -146,5 +147,5 @@ def test_one_name_twice_in_a_line_joins_no_other_run() -> None:
     twice = b'{"event_id":"first","run_id":"r","agent_name":"a","job_type":"j","event_id":"second"}'
     change = encode({"op": "update", "event_id": "first", "fields": {"status": "success"}}).rstrip()
     batch = Batch.of([twice, change])
-    assert [type(step).__name__ for step in batch.steps] == ["_Runs", "_Update"]
+    assert [type(step).__name__ for step in batch.steps] == ["Runs", "Update"]
     assert orjson.loads(batch.steps[0].items[0].body)["event_id"] == "second"  # type: ignore[union-attr]

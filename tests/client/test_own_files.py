@@ -200,7 +200,7 @@ def test_the_end_of_the_process_saves_lines_whose_folder_is_gone(buffer: Path) -
     assert pick_up(buffer) == [b"1"]
 
 
-def test_a_folder_that_cannot_be_made_again_is_told_and_memory_keeps_the_lines(
+def test_a_folder_that_cannot_be_made_again_is_reported_and_memory_keeps_the_lines(
     buffer: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     spool = spool_in(buffer)

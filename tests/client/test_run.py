@@ -58,7 +58,7 @@ async def test_a_run_with_everything(api: Api, make_client: MakeClient) -> None:
     assert events == [("checkpoint", {"file": "a.md", "line": 7}), ("plain", None)]
 
 
-async def test_this_checkout_is_told(api: Api, make_client: MakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_this_checkout_is_recorded(api: Api, make_client: MakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).parent)
     client = make_client(url_of(api))
     with client.run("a", "j") as run:
@@ -103,7 +103,7 @@ async def test_a_run_ends_as_the_exception_says_which_passes_on(
         assert "raise error" in ended["error_details"]
 
 
-async def test_an_exception_that_cannot_be_shown_is_told_all_the_same(api: Api, make_client: MakeClient) -> None:
+async def test_an_exception_that_cannot_be_shown_is_reported_all_the_same(api: Api, make_client: MakeClient) -> None:
     class UnspeakableError(Exception):
         def __str__(self) -> str:
             raise RuntimeError("never")
@@ -295,7 +295,7 @@ async def test_a_token_may_hold_any_letter(make_api: MakeApi, make_client: MakeC
     api = await make_api(api_auth_enabled=True, api_auth_token=token)
     client = make_client(url_of(api), token=token)
     client.record(make_run())
-    assert await asyncio.to_thread(client.flush, 20), client.stats()
+    assert await asyncio.to_thread(client.flush, 60), client.stats()
 
 
 async def test_a_signal_handler_may_record_while_the_agent_does(
@@ -358,7 +358,7 @@ class Unspeakable:
     __repr__ = __str__
 
 
-async def test_nothing_that_is_told_of_a_run_raises(api: Api, make_client: MakeClient) -> None:
+async def test_nothing_that_is_said_of_a_run_raises(api: Api, make_client: MakeClient) -> None:
     class Broken(dict[str, Any]):
         def keys(self) -> Any:
             raise RuntimeError("never")

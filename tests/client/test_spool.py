@@ -18,7 +18,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from telemetryd.client import Config, bounds, dead_letters
+from telemetryd.client import Config, bounds
 from telemetryd.client.bounds import Bounds, enforce
 from telemetryd.client.dead_letters import bury
 from telemetryd.client.folder import Entry, entries, summary, waiting
@@ -211,7 +211,7 @@ def test_an_ended_process_leaves_its_file_ready_for_the_next(buffer: Path) -> No
     assert states(buffer) == {".synced": 2}
 
 
-def test_a_torn_last_line_is_told_and_left_out(buffer: Path) -> None:
+def test_a_torn_last_line_is_reported_and_left_out(buffer: Path) -> None:
     spool = spool_in(buffer)
     spool.append(b'{"event_id":"a"}\n')
     spool.append(b'{"event_id":"b","x":')
@@ -500,19 +500,15 @@ def test_dead_letters_are_kept_with_their_reason(buffer: Path) -> None:
     assert "\\\\xff torn" in second
 
 
-def test_the_dead_letter_file_begins_anew_when_it_is_large(buffer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dead_letters, "_MAX_BYTES", 10)
+def test_the_dead_letter_file_begins_anew_when_it_is_large(buffer: Path) -> None:
     for _ in range(3):
-        bury(buffer, [b"{}"], 422, "no")
+        bury(buffer, [b"{}"], 422, "no", max_bytes=10)
     assert len(list(buffer.glob("dead-letter.*.jsonl"))) == 3
 
 
-def test_full_dead_letter_files_are_bounded_too_and_go_before_what_is_unsent(
-    buffer: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(dead_letters, "_MAX_BYTES", 10)
+def test_full_dead_letter_files_are_bounded_too_and_go_before_what_is_unsent(buffer: Path) -> None:
     for _ in range(4):
-        bury(buffer, [b"{}", b"{}"], 422, "no")
+        bury(buffer, [b"{}", b"{}"], 422, "no", max_bytes=10)
     size = next(buffer.glob("dead-letter.*.jsonl")).stat().st_size
     fill(buffer, 2).release()
     assert [lines for _, lines, _ in enforced(buffer, max_bytes=200 + 2 * size)] == [2, 2]
@@ -522,10 +518,7 @@ def test_full_dead_letter_files_are_bounded_too_and_go_before_what_is_unsent(
     assert len(pick_up(buffer)) == 2
 
 
-def test_processes_that_begin_a_new_dead_letter_file_at_once_lose_none(
-    buffer: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(dead_letters, "_MAX_BYTES", 10)
+def test_processes_that_begin_a_new_dead_letter_file_at_once_lose_none(buffer: Path) -> None:
     children = []
     for _ in range(4):
         child = os.fork()
@@ -533,7 +526,7 @@ def test_processes_that_begin_a_new_dead_letter_file_at_once_lose_none(
             with contextlib.ExitStack() as stack:
                 stack.callback(os._exit, 1)
                 for _ in range(300):
-                    bury(buffer, [b"{}"], 422, "no")
+                    bury(buffer, [b"{}"], 422, "no", max_bytes=10)
                 os._exit(0)
         children.append(child)
     assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4

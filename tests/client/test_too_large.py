@@ -15,8 +15,9 @@ import pytest
 
 from telemetryd.client import Config, aside, worker
 from telemetryd.client.aside import Aside
+from telemetryd.client.batch import Batch
 from telemetryd.client.counters import Counters
-from telemetryd.client.delivery import MAX_BYTES, Batch, BlockedError, Delivery
+from telemetryd.client.delivery import MAX_BYTES, BlockedError, Delivery
 from telemetryd.client.folder import entries, is_aside
 from telemetryd.client.lines import encode
 from telemetryd.client.transport import Answer, Transport, UnreachableError
@@ -56,7 +57,7 @@ async def test_a_line_that_a_proxy_does_not_let_through_is_set_aside_and_comes_w
     client = make_client(narrow.url)
     for number in range(20):
         client.record({**finished(f"e-{number}"), "output_summary": LARGE if number == 7 else "x" * 500})
-    assert not await asyncio.to_thread(client.flush, 20), "one is not stored"
+    assert not await asyncio.to_thread(client.flush, 60), "one is not stored"
     assert {run["event_id"] for run in await api.list(limit=100)} == {f"e-{n}" for n in range(20) if n != 7}
     assert client.stats()["aside"] == 1
     assert len(set_aside(buffer)) == 1
@@ -73,14 +74,14 @@ async def test_what_is_said_of_a_run_that_is_set_aside_waits_for_it(
     client = make_client(narrow.url)
     late = client.run("a", "late", input_summary=LARGE).start()  # its start is too large
     changed = client.run("a", "changed").start()
-    await asyncio.to_thread(client.flush, 20)
+    await asyncio.to_thread(client.flush, 60)
     changed.update(output_summary=LARGE)  # a change of it is too large
     for run in (late, changed):
         run.update(output_summary="the last word")
         run.event("step")
-        await asyncio.to_thread(client.flush, 20)
+        await asyncio.to_thread(client.flush, 60)
         run.finish("partial")
-    await asyncio.to_thread(client.flush, 20)
+    await asyncio.to_thread(client.flush, 60)
     assert [run["status"] for run in await api.list()] == ["running"]
     narrow.limit = None
     await stored(api, 2)
@@ -134,7 +135,7 @@ async def test_what_the_daemon_does_not_take_is_a_dead_letter_and_the_rest_of_it
 
 
 class Scripted:
-    """Answers as it is told, and keeps the lengths of what it was sent."""
+    """Answers as it should, and keeps the lengths of what it was sent."""
 
     def __init__(self, *answers: Answer) -> None:
         self.answers = [*answers]

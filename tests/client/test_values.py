@@ -161,7 +161,7 @@ def test_a_level_that_is_too_deep_becomes_a_word() -> None:
 @pytest.mark.parametrize(
     "value", [range(10**12), [[0] * 60_000] * 3, Array(*range(200_000))], ids=["range", "lists", "array"]
 )
-def test_what_is_too_much_is_told_before_it_is_made(value: object) -> None:
+def test_what_is_too_much_is_reported_before_it_is_made(value: object) -> None:
     with pytest.raises(TooMuchError):
         plain(value, Room())
 
@@ -194,7 +194,7 @@ def test_text_is_what_says_how_it_is_written(value: object, text: str | None) ->
 @pytest.mark.parametrize(
     "value", ["x" * 1000, ["x" * 100] * 1000, Unspeakable(), DEEP, 10**5000, b"x" * 1000], ids=type
 )
-def test_what_was_left_out_is_told_in_short(value: object) -> None:
+def test_what_was_left_out_is_reported_in_short(value: object) -> None:
     assert 0 < len(short(value)) <= 200
 
 

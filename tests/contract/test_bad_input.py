@@ -108,7 +108,24 @@ async def test_a_body_that_is_no_object(shared: Api, body: bytes) -> None:
 
 
 COUNTS = ("items_discovered", "items_succeeded", "items_failed", "items_skipped", "duration_ms", "api_retry_count")
-NO_COUNT = ["1.0", "1.5", "1e3", '"5"', '""', "true", "false", "[]", "{}", "-1", "1e999", "-1e999"]
+NO_COUNT = [
+    "1.5",
+    '"5.0"',
+    '"5 "',
+    '"+5"',
+    '"0x5"',
+    '"٥"',
+    '"1_000"',
+    '"-1"',
+    '""',
+    "true",
+    "false",
+    "[]",
+    "{}",
+    "-1",
+    "1e999",
+    "-1e999",
+]
 NO_COUNT += [str(2**63), str(2**64), str(-(2**63)), str(10**400)]
 
 
@@ -117,11 +134,6 @@ async def test_what_is_no_count(shared: Api, value: str) -> None:
     body = json.dumps(make_run())[:-1] + "".join(f', "{name}": {value}' for name in COUNTS) + "}"
     assert places(check_error(await post(shared, body.encode()), 422)) == [("body", name) for name in COUNTS]
     await check_alive(shared)
-
-
-async def test_a_null_is_no_count_except_for_a_duration(shared: Api) -> None:
-    detail = check_error(await post(shared, json.dumps(make_run(**dict.fromkeys(COUNTS))).encode()), 422)
-    assert places(detail) == [("body", name) for name in COUNTS if name != "duration_ms"]
 
 
 async def test_minus_zero_is_zero(shared: Api) -> None:
@@ -246,7 +258,7 @@ async def test_what_is_no_timestamp(shared: Api, value: object) -> None:
     assert places(check_error(answer, 422)) == [("body", name) for name in names]
     if isinstance(value, str):
         filters = ("created_before", "created_after", "start_time_from", "start_time_to")
-        for name in filters if len(value) < 1000 and value != "now" else ():
+        for name in filters if len(value) < 1000 and value not in ("now", "2025-12-24") else ():
             detail = check_error(await send(shared, "GET", RUNS, params={name: value}), 400)
             assert detail.startswith(f"Invalid {name}: ")
             assert "ISO 8601" in detail
@@ -263,7 +275,6 @@ NO_STATUS: list[object] = [
     "s" * 100_000,
     5,
     True,
-    None,
     [],
     {},
 ]
@@ -331,7 +342,7 @@ async def test_a_strange_key_is_only_an_unknown_field(shared: Api, name: str) ->
 
 
 async def test_a_flag_is_true_or_false(shared: Api) -> None:
-    values: list[object] = [2, -1, "true", 1.0, None, [], {}]
+    values: list[object] = [2, -1, "on", "y", " true", "", 0.5, [], {}]
     for value in values:
         detail = check_error(await send(shared, "POST", RUNS, json=make_run(api_posted=value)), 422)
         assert places(detail) == [("body", "api_posted")], value
@@ -376,7 +387,7 @@ async def test_ndjson_of_garbage_names_each_line_but_not_without_end(shared: Api
     ],
     ids=lambda item: ascii(item)[:25],
 )
-async def test_one_bad_item_beside_a_good_one(shared: Api, item: object) -> None:
+async def test_one_bad_item_next_to_a_good_one(shared: Api, item: object) -> None:
     good = make_run()
     answer = await shared.batch([item, good])
     assert (answer["inserted"], answer["duplicates"], answer["total"]) == (1, 0, 2)
@@ -536,7 +547,7 @@ async def test_forged_cursors(shared: Api) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["//", "/api", "/api/v1/runs/", "//api/v1/runs", "/health/", "/API/V1/RUNS", "/api/v1/runs/a/b", "/docs/",
+    ["//", "/api", "/api/v1/runs//", "//api/v1/runs", "/health//", "/API/V1/RUNS", "/api/v1/runs/a/b", "/docs//",
      "/docs/static/", "/docs/static/../../etc/passwd", "/docs/static/%2e%2e%2f%2e%2e%2fcli.py", "/docs/static/nope.js",
      "/docs/static/__init__.py", "/static/docs.html", "/%00", "/%ff", "/.env", "/" + "a" * 5000]
 )  # fmt: skip

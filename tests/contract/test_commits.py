@@ -62,9 +62,9 @@ async def test_author_and_timestamp_are_optional_and_stay(api: Api) -> None:
     assert after["git_commit_timestamp"] == "2025-12-24T10:00:00.000000Z"
 
 
-@pytest.mark.parametrize("commit", ["abcdef0", "ABCDEF0", "a" * 40])
+@pytest.mark.parametrize("commit", ["abcd", "ABCDEF0", "a" * 64, "r1234", "../../../"])
 @pytest.mark.parametrize("source", ["manual", "llm", "ci"])
-async def test_hashes_of_7_to_40_digits_and_every_source(api: Api, commit: str, source: str) -> None:
+async def test_hashes_of_4_to_64_characters_and_every_source(api: Api, commit: str, source: str) -> None:
     path, _ = await stored_run(api)
     body = {"commit_hash": commit, "commit_source": source}
     answer = await api.call("POST", f"{path}/associate-commit", json=body, status=200)
@@ -77,12 +77,12 @@ async def test_hashes_of_7_to_40_digits_and_every_source(api: Api, commit: str, 
     [
         ({"commit_hash": None}, "commit_hash"),
         ({"commit_hash": ""}, "commit_hash"),
-        ({"commit_hash": "abcdef"}, "commit_hash"),
-        ({"commit_hash": "a" * 41}, "commit_hash"),
+        ({"commit_hash": "abc"}, "commit_hash"),
+        ({"commit_hash": "a" * 65}, "commit_hash"),
         ({"commit_hash": "a" * 100_000}, "commit_hash"),
-        ({"commit_hash": "zzzzzzzz"}, "commit_hash"),
+        ({"commit_hash": "abc def"}, "commit_hash"),
+        ({"commit_hash": "abc\0def"}, "commit_hash"),
         ({"commit_hash": "abcdef0\n"}, "commit_hash"),
-        ({"commit_hash": "../../../"}, "commit_hash"),
         ({"commit_hash": 1234567}, "commit_hash"),
         ({"commit_source": "robot"}, "commit_source"),
         ({"commit_source": None}, "commit_source"),

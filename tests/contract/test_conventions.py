@@ -97,7 +97,7 @@ async def test_text_is_utf_8_in_and_out(api: Api) -> None:
     assert "Grüße 😀 世界".encode() in answer.body
 
 
-@pytest.mark.parametrize("path", ["/nope", "/api/v2/runs", "/api/v1", "/api/v1/runs/"])
+@pytest.mark.parametrize("path", ["/nope", "/api/v2/runs", "/api/v1", "/api/v1/runs//"])
 async def test_404_is_json(api: Api, path: str) -> None:
     answer = await send(api, "GET", path, headers={"Accept": "text/html"})
     assert check_error(answer, 404) == "No such endpoint; /docs lists them all"

@@ -184,6 +184,7 @@ async def test_without_the_index_q_is_refused_and_the_setting_named(api: Api) ->
     detail = check_error(await send(api, "GET", f"{RUNS}?q=word"), 400)
     assert detail.startswith("Invalid q: ")
     assert "TELEMETRY_FULL_TEXT" in detail
+    assert (await api.get("/health"))["full_text"] == "off"
 
 
 async def test_words_prefixes_and_phrases(make_api: MakeApi) -> None:
@@ -203,6 +204,7 @@ async def test_words_prefixes_and_phrases(make_api: MakeApi) -> None:
         assert answer.status == (200 if any(map(str.isalnum, syntax)) else 400), syntax
     assert await found(api, "q=quick&status=running&agent_name=*&sort=created_at&limit=1") == ["1"]
     assert await total(api, "q=quick&count=exact") == ("2", "exact")
+    assert (await api.get("/health"))["full_text"] == "ready"
 
 
 def words(path: Path) -> int:
@@ -308,7 +310,7 @@ async def test_an_index_is_built_while_runs_change_and_after_a_restart(
     ["DROP TRIGGER runs_text_changed", "INSERT INTO runs_text (rowid, input_summary) VALUES (3, 'stray')",
      "INSERT INTO runs_text (runs_text) VALUES ('delete-all')", "DROP TABLE runs_text"],
 )  # fmt: skip
-async def test_check_finds_an_index_that_differs_and_repair_mends_it(make_api: MakeApi, harm: str) -> None:
+async def test_check_finds_an_index_that_differs_and_repair_fixes_it(make_api: MakeApi, harm: str) -> None:
     api = await make_api(full_text=True)
     await api.batch([make_run(event_id=str(n), output_summary=f"word{n}") for n in range(50)])
     path = api.settings.db_path

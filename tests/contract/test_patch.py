@@ -133,7 +133,7 @@ async def test_statuses_are_stored_canonical(api: Api, status: str) -> None:
         ("duration_ms", -1),
         ("duration_ms", 2**63),
         ("duration_ms", 1.5),
-        ("duration_ms", "5"),
+        ("duration_ms", "5.5"),
         ("items_succeeded", True),
         ("items_failed", -1),
         ("items_skipped", "x"),

@@ -88,8 +88,15 @@ async def test_a_known_event_id_is_a_duplicate_and_the_stored_run_stays_untouche
         "status": "duplicate",
         "event_id": run["event_id"],
         "message": "Event already exists (idempotent)",
+        "warnings": [
+            "The event_id is known, and the stored run, which stays as it is, differs in: run_id, status, host, "
+            "metrics_json"
+        ],
     }
     assert await api.get(f"{RUNS}/{run['event_id']}") == before
+    # What it says as it was, or does not say, is no difference, even where the stored run has changed since.
+    await api.call("PATCH", f"{RUNS}/{run['event_id']}", json={"status": "success", "items_failed": 2})
+    assert "warnings" not in await api.post({**run, "items_failed": 0, "context_json": None}, 200)
 
 
 @OWN_LOOP
@@ -215,7 +222,7 @@ async def test_all_errors_of_a_body_come_at_once(make_api: MakeApi) -> None:
         "end_time": "2026-02-30T00:00:00Z",
         "status": "bogus",
         "items_failed": -1,
-        "duration_ms": "5",
+        "duration_ms": "x",
         "metrics_json": [],
         "git_commit_source": "robot",
         "host": "a\0b",
@@ -388,3 +395,46 @@ async def test_very_many_unknown_fields_are_counted_instead_of_named(api: Api) -
     warnings = (await api.post(make_run(**{f"unknown-{number}": 1 for number in range(150)})))["warnings"]
     assert len(warnings) == 101
     assert warnings[-1] == "50 more fields ignored"
+
+
+async def test_what_3x_took_is_taken_and_texts_are_named(api: Api) -> None:
+    run = make_run(items_failed="5", items_succeeded=12.0, api_posted="yes", created_at=None, status=None)
+    answer = await api.post(run)
+    assert answer["warnings"] == ["Text taken as a number: items_failed", "Text taken as true or false: api_posted"]
+    stored = await api.get(f"{RUNS}/{run['event_id']}")
+    assert (stored["items_failed"], stored["items_succeeded"], stored["api_posted"], stored["status"]) == (
+        5, 12, True, "running",
+    )  # fmt: skip
+    answer = await api.batch([make_run(), make_run(duration_ms="7"), make_run(duration_ms=7.0)])
+    assert (answer["inserted"], answer["warnings"]) == (3, ["Item 1: Text taken as a number: duration_ms"])
+    changed = await api.call("PATCH", f"{RUNS}/{run['event_id']}", json={"duration_ms": "8"}, status=200)
+    assert changed["warnings"] == ["Text taken as a number: duration_ms"]
+    event = {"event_type": "x", "timestamp": None, "event_key": None}
+    assert (await api.call("POST", f"{RUNS}/{run['event_id']}/events", json=event))["inserted"] == 1
+
+
+async def test_a_slash_at_the_end_is_ignored(api: Api) -> None:
+    run = make_run(host="slashed")
+    await api.call("POST", f"{RUNS}/", json=run, status=201)
+    for path in ("/health", "/openapi.json", f"{RUNS}/{run['event_id']}", f"{RUNS}/{run['event_id']}/commit-url"):
+        assert type(await api.get(f"{path}/")) is type(await api.get(path))
+    assert [found["event_id"] for found in await api.get(f"{RUNS}/?host=slashed")] == [run["event_id"]]
+    answer = await send(api, "PUT", f"{RUNS}/", json={})
+    assert (answer.status, answer.headers["allow"]) == (405, "GET,HEAD,POST")
+    check_error(await send(api, "POST", "/api/v1/admin/prune/", json={}), 403)
+    text = (await send(api, "GET", "/metrics/?format=prometheus")).body.decode()
+    assert '"/api/v1/runs"' in text
+    assert '/"' not in text
+    for path, location in (("/redoc", "docs"), ("/docs/", "../docs"), ("/redoc/", "../docs")):
+        answer = await send(api, "GET", path, allow_redirects=False)
+        assert (answer.status, answer.headers["location"]) == (302, location)
+
+
+async def test_a_filter_may_be_a_date_alone(api: Api) -> None:
+    host: dict[str, Any] = {"host": "by-date"}
+    for day in ("23T23:59:59", "24T00:00:00", "24T12:00:00"):
+        await api.post(make_run(event_id=day, start_time=f"2025-12-{day}Z", created_at=f"2025-12-{day}Z", **host))
+    found = await api.list(start_time_from="2025-12-24", **host)
+    assert {run["event_id"] for run in found} == {"24T00:00:00", "24T12:00:00"}
+    assert [run["event_id"] for run in await api.list(created_before="20251224", **host)] == ["23T23:59:59"]
+    assert (await send(api, "GET", RUNS, params={"created_before": "2025-02-30"})).status == 400

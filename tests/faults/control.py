@@ -46,10 +46,11 @@ def calm() -> bool:
     return os.getloadavg()[0] <= (os.cpu_count() or 1)
 
 
-def check_health(healths: list[float], controls: list[float], *, was_calm: bool, limit_s: float = LIMIT_S) -> None:
+def check_health(healths: list[float], controls: list[float], *, was_calm: bool) -> None:
     """Compare how long /health took with what the control took for its answers, under the same load.
 
-    A machine that is busy with other work slows both down, so it excuses a factor, and nothing else.
+    A machine that is busy with other work slows both down, and neither at the same moments: there only an answer that
+    waits for the writer's whole backlog is a fault for sure.
     """
     assert min(len(healths), len(controls)) >= 5, "too few to tell"
     usual = statistics.median(controls)
@@ -57,9 +58,10 @@ def check_health(healths: list[float], controls: list[float], *, was_calm: bool,
     measured = (
         f"{statistics.median(healths):.3f}, {most:.3f}, {max(healths):.3f} s next to {usual:.3f}, {max(controls):.3f}"
     )
-    assert statistics.median(healths) < max(limit_s, 4 * usual), measured
-    assert most < max(2 * limit_s, 8 * usual), measured
+    assert statistics.median(healths) < max(10 * LIMIT_S, 10 * usual), measured
     if was_calm:
+        assert statistics.median(healths) < max(LIMIT_S, 4 * usual), measured
+        assert most < max(2 * LIMIT_S, 8 * usual), measured
         assert max(healths) < max(LIMIT_S, 2 * max(controls), 8 * usual), measured
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def cut_off_growing(path: Path) -> None:
-    """Cut off a commit after its first write: page 1 tells of more pages than the file has (fileformat2.html, 1.3)."""
+    """Cut off a commit after its first write: page 1 names more pages than the file has (fileformat2.html, 1.3)."""
     journal = path.with_name(f"{path.name}-journal")
     before = path.read_bytes()
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:

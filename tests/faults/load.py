@@ -119,7 +119,7 @@ class Client:
 
     @property
     def stored(self) -> int:
-        """How many runs and events it was told are stored."""
+        """How many runs and events the daemon has said are stored."""
         return len(self.runs) + sum(len(_events(run)) for run in self.runs.values())
 
     def request_after(self, count: int) -> Request | None:
@@ -256,7 +256,7 @@ class Findings:
 
 
 def judge(found: Runs, acknowledged: Runs, pending: Request | None, findings: Findings) -> None:
-    """Compare one client's runs in a database with what it was told; its last request is there whole or not at all."""
+    """Compare one client's runs in a database with those acknowledged; its last request is there as a whole, or not."""
     after = dict(acknowledged)
     touched: set[str] = set()
     if pending is not None:
@@ -277,7 +277,7 @@ def judge(found: Runs, acknowledged: Runs, pending: Request | None, findings: Fi
 
 
 def same(found: Row, sent: Row) -> bool:
-    """Tell whether a stored run has the values of one that was sent, and its events, all of them and no other."""
+    """Return whether a stored run has the values of one that was sent, and its events, all of them and no other."""
     return _events(found) == _events(sent) and all(found[name] == sent[name] for name in FIELDS)
 
 

@@ -131,7 +131,7 @@ async def _send_half(daemon: Daemon, clients: list[Client], count: int) -> list[
 
 
 async def test_some_thousand_generated_requests(start_daemon: StartDaemon, ledger: Ledger) -> None:
-    await _send_generated(start_daemon(TELEMETRY_DB_JOURNAL_MODE="WAL"), ledger, 4_000)
+    await _send_generated(start_daemon(TELEMETRY_DB_JOURNAL_MODE="WAL"), ledger, 2_400)
 
 
 @pytest.mark.slow

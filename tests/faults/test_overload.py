@@ -97,16 +97,15 @@ def run_through(start_daemon: StartDaemon, tmp_path: Path, ledger: Ledger, conne
     line = next(line for line in output.splitlines() if line.startswith("SUMMARY "))
     summary = wrk.Summary(**json.loads(line.removeprefix("SUMMARY ")))
 
-    # On a busy machine the clients of the load have less of it, too.
-    assert summary.requests > (10 if was_calm else 2) * summary.acknowledged, f"that was no overload: {summary}"
     assert resident_mb(daemon, "VmHWM") - before < 100
     assert refused
     assert told.details[-1].startswith("Too many writes are waiting")
     controls += probe_under_load(connections)  # again: what else the machine does may have changed
     check_health(healths, controls, was_calm=was_calm)
-    assert len(accepted) >= 5, "too few to tell how long they take"
-    assert statistics.median(accepted) < 6 * _FSYNC_MS / 1000 + 4 * statistics.median(controls), sorted(accepted)
-    if was_calm:
+    if was_calm:  # else the clients of the load have less of the machine, too
+        assert summary.requests > 10 * summary.acknowledged, f"that was no overload: {summary}"
+        assert len(accepted) >= 5, "too few to tell how long they take"
+        assert statistics.median(accepted) < 6 * _FSYNC_MS / 1000 + 4 * statistics.median(controls), sorted(accepted)
         assert max(accepted) < 20 * _FSYNC_MS / 1000, sorted(accepted)
         assert afterwards < 2 * alone + 0.2, "it is as fast as before, at once"
 

@@ -25,9 +25,17 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.conftest import Daemon, Row, StartDaemon, make_run, require_program, small_file_system
+from tests.conftest import (
+    PATIENCE_S,
+    Daemon,
+    Row,
+    StartDaemon,
+    make_run,
+    require_program,
+    small_file_system,
+    wait_until,
+)
 from tests.faults.conftest import Rounds
-from tests.faults.control import calm, check_health, control, probe
 from tests.faults.ledger import Ledger
 from tests.faults.strace import needs_strace, strace
 from tests.faults.told import Told
@@ -38,7 +46,7 @@ _BUSY_MS = 400
 
 @pytest.fixture(scope="module", params=["DELETE", "WAL"])
 def lasting(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Daemon, Told]]:
-    """A daemon for all the tests of a mode, and what its client was told; each test adds a fault."""
+    """A daemon for all the tests of a mode, and what its client was answered; each test adds a fault."""
     daemon = Daemon(
         tmp_path_factory.mktemp("lasting"),
         TELEMETRY_DB_JOURNAL_MODE=request.param,
@@ -111,14 +119,14 @@ def go_through(
     ledger.record(fault=fault.__doc__ or "", mode=mode(daemon), rounds=rounds, **counted)
 
 
-def failing(name: str, calls: str, how: str) -> Fault:
+def failing(name: str, calls: str, how: str, *options: str) -> Fault:
     """System calls on the database's files that fail as long as strace is attached."""
 
     @contextmanager
     def fail(daemon: Daemon, scratch: Path) -> Iterator[None]:
         files = [f"{daemon.database}{suffix}" for suffix in ("", "-wal", "-journal")]
         only = [option for file in files for option in ("-P", file)]
-        with strace(daemon.process.pid, scratch / "trace", *only, "-e", f"inject={calls}:{how}"):
+        with strace(daemon.process.pid, scratch / "trace", *options, *only, "-e", f"inject={calls}:{how}"):
             yield
 
     fail.__doc__ = name
@@ -219,7 +227,7 @@ def test_it_is_noticed_without_a_write(lasting: tuple[Daemon, Told], tmp_path: P
     [("DELETE", ".lock"), ("WAL", "-wal"), ("WAL", "-shm"), ("WAL", ".lock")],  # only a log has files of its own
     indirect=["lasting"],
 )
-def test_a_file_beside_the_database_is_deleted(lasting: tuple[Daemon, Told], ledger: Ledger, suffix: str) -> None:
+def test_a_file_next_to_the_database_is_deleted(lasting: tuple[Daemon, Told], ledger: Ledger, suffix: str) -> None:
     """What stands only in a log without a name is written back before the log is let go of."""
     daemon, told = lasting
     for _ in range(20):
@@ -346,7 +354,7 @@ def test_another_program_holds_the_lock(lasting: tuple[Daemon, Told], ledger: Le
         with locked(daemon, Path()):
             started = time.monotonic()
             assert told.send() == 503
-            assert _BUSY_MS / 1000 * 0.9 <= time.monotonic() - started < 20
+            assert time.monotonic() - started >= _BUSY_MS / 1000 * 0.9
             assert told.details[-1].startswith("The database is locked by another process")
             assert told.health()[0] == 200, "somebody else's lock passes"
         assert told.send() == 201
@@ -357,16 +365,16 @@ def test_another_program_holds_the_lock(lasting: tuple[Daemon, Told], ledger: Le
 
 
 def test_a_stop_does_not_wait_for_another_programs_lock(start_daemon: StartDaemon) -> None:
-    daemon = start_daemon(TELEMETRY_DB_BUSY_TIMEOUT_MS="60000", TELEMETRY_SHUTDOWN_TIMEOUT_S="50")
+    daemon = start_daemon(TELEMETRY_DB_BUSY_TIMEOUT_MS="60000", TELEMETRY_SHUTDOWN_TIMEOUT_S="10")
     told = Told(daemon.url)
     assert told.send() == 201
     with locked(daemon, Path()):
         sender = threading.Thread(target=told.send)
         sender.start()
-        time.sleep(0.5)
+        wait_until(lambda: told.health()[1]["oldest_waiting_s"] > 0)
         started = time.monotonic()
         assert daemon.stop() == 0
-        assert time.monotonic() - started < 30
+        assert time.monotonic() - started < 50
         sender.join()
     assert told.compare(daemon.database)["lost"] == 0
 
@@ -384,20 +392,19 @@ def test_a_start_that_waits_for_a_lock_can_be_stopped(start_daemon: StartDaemon,
     assert first.stop() == 0
     with locked(first, Path()):
         second = start_daemon(TELEMETRY_DB_BUSY_TIMEOUT_MS="60000")
-        while not catches(second, signal.SIGTERM):
-            time.sleep(0.05)
+        wait_until(lambda: catches(second, signal.SIGTERM))
         time.sleep(1)  # now it waits for the lock
         assert second.process.poll() is None
         started = time.monotonic()
         assert second.stop() == 0
-        assert time.monotonic() - started < 30
+        assert time.monotonic() - started < 50
     third = start_daemon()
     assert third.url
     assert third.stop() == 0
 
 
 @pytest.mark.slow
-def test_another_programs_snapshot_is_told_of_and_the_log_shrinks_again(
+def test_another_programs_snapshot_is_reported_and_the_log_shrinks_again(
     start_daemon: StartDaemon, ledger: Ledger
 ) -> None:
     daemon = start_daemon(TELEMETRY_DB_JOURNAL_MODE="WAL")
@@ -515,7 +522,7 @@ def test_no_single_request_needs_more_memory_than_there_is(start_daemon: StartDa
 
 
 def test_the_clock_jumps(start_daemon: StartDaemon, tmp_path: Path, ledger: Ledger) -> None:
-    """Back by a day and forth by a year: nothing lasts a negative time, no timer sticks, the order is told by id."""
+    """Back by a day and forth by a year: nothing lasts a negative time, no timer sticks, the order is by id."""
     require_program("gcc", "gcc")
     library = tmp_path / "wall_clock.so"
     source = Path(__file__).with_name("wall_clock.c")
@@ -539,7 +546,7 @@ def test_the_clock_jumps(start_daemon: StartDaemon, tmp_path: Path, ledger: Ledg
             run = make_run()
             assert told.send(run) == 201
             order.append(run["event_id"])
-        assert time.monotonic() - started < 20
+        assert time.monotonic() - started < PATIENCE_S
         assert told.health()[0] == 200
         assert told.call("GET", "/metrics")[0] == 200
         created_at = datetime.fromisoformat(told.call("GET", f"/api/v1/runs/{order[-1]}")[2]["created_at"])
@@ -552,9 +559,7 @@ def test_the_clock_jumps(start_daemon: StartDaemon, tmp_path: Path, ledger: Ledg
     check_a_jump_while_a_write_waits(daemon, told, clock, -86_400, held_s=30, answered=503)
     told.repeat()
     assert min(line["duration_ms"] for line in daemon.lines if "duration_ms" in line) >= 0
-    started = time.monotonic()
     assert daemon.stop() == 0
-    assert time.monotonic() - started < 30
     ledger.record(fault="clock jumps", mode="WAL", rounds=7, **told.compare(daemon.database))
 
 
@@ -567,7 +572,7 @@ def jump_to(clock: Path, seconds: int) -> None:
 def check_a_jump_while_a_write_waits(
     daemon: Daemon, told: Told, clock: Path, jump: int, *, held_s: float, answered: int
 ) -> None:
-    """Let the clock jump while another program holds the lock: neither the waiting nor what is told of it changes.
+    """Let the clock jump while another program holds the lock: neither the waiting nor what is said of it changes.
 
     Until 5 s have passed the write is tried again, so it is stored if the lock is held for less, and else refused.
     """
@@ -578,9 +583,7 @@ def check_a_jump_while_a_write_waits(
     with locked(daemon, Path()):
         started = time.monotonic()
         sender.start()
-        while told.health()[1]["oldest_waiting_s"] == 0:
-            assert time.monotonic() - started < 20
-            time.sleep(0.02)
+        wait_until(lambda: told.health()[1]["oldest_waiting_s"] > 0)
         jump_to(clock, jump)
         time.sleep(0.3)
         asked = time.monotonic()
@@ -589,7 +592,7 @@ def check_a_jump_while_a_write_waits(
     sender.join()
     seconds = time.monotonic() - started
     assert statuses == [answered]
-    assert (1.4 if answered == 201 else 4.9) < seconds < 20, "it waits as long as the setting says"
+    assert (1.4 if answered == 201 else 4.9) < seconds < PATIENCE_S, "it waits as long as the setting says"
     # The line of an earlier POST may have come late, but that one did not wait.
     line = wait_for_log(
         daemon, before, lambda line: line.get("method") == "POST" and not 0 <= line.get("duration_ms", 0) < 1_200
@@ -605,27 +608,27 @@ def test_a_slow_disk_makes_groups_larger_not_answers_fail(
 ) -> None:
     daemon, told = lasting
     wait_for_health(daemon.url, 200)  # what an earlier test took away is back
-    was_calm = calm()
     statuses: list[int | None] = []
-    healths: list[float] = []
-    controls: list[float] = []
+    healths: list[tuple[float, float]] = []
 
     def send() -> None:
         statuses.extend(Told.send(told) for _ in range(5))
 
-    with control() as beside, failing("slow", "fdatasync,fsync", "delay_enter=200000")(daemon, tmp_path):
+    with failing("slow", "fdatasync,fsync", "delay_enter=200000", "-ttt")(daemon, tmp_path):
         threads = [threading.Thread(target=send) for _ in range(20)]
         before = commits(daemon)
         for thread in threads:
             thread.start()
         while any(thread.is_alive() for thread in threads):
-            healths.append(probe(daemon.url))
-            controls.append(probe(beside))
+            asked = time.time()
             assert told.health()[0] == 200
-            time.sleep(0.05)
+            healths.append((asked, time.time()))
+            time.sleep(0.02)
     assert statuses == [201] * 100
     assert commits(daemon) - before < 60
-    check_health(healths, controls, was_calm=was_calm, limit_s=0.05)  # a loop that waits for the disk needs 0.1 s
+    syncs = [float(line.split()[1]) for line in (tmp_path / "trace").read_text().splitlines() if "sync(" in line]
+    meanwhile = [asked for asked, answered in healths if any(at < asked and answered < at + 0.2 for at in syncs)]
+    assert len(meanwhile) >= 3, "a loop that waits for the disk gives no answer that both begins and ends in a sync"
     ledger.record(fault="fsync takes 200 ms", mode=mode(daemon), rounds=1, **told.compare(daemon.database))
 
 

@@ -13,18 +13,18 @@ from tests.conftest import eventually
 from tests.test_writer import Broken, bench, create
 
 _PATIENCE_S: Final = 30.0
-"""Who is not told waits for ever."""
+"""A request without an answer waits for ever."""
 
 
-async def test_everybody_is_told_that_the_writer_has_died(tmp_path: Path) -> None:
+async def test_each_waiting_request_fails_when_the_writer_dies(tmp_path: Path) -> None:
     async with bench(tmp_path, transaction=Broken) as made:
         waiting = [asyncio.ensure_future(made.writer.submit(create(name))) for name in ("a", "b")]
         done, _ = await asyncio.wait(waiting, timeout=_PATIENCE_S)
-        assert {type(future.exception()) for future in done} == {WriterDeadError}, "nobody was told"
+        assert {type(future.exception()) for future in done} == {WriterDeadError}, "somebody still waits"
         assert len(done) == len(waiting)
 
 
-async def test_what_was_taken_is_stored_and_told_before_the_writer_stops(tmp_path: Path) -> None:
+async def test_what_was_taken_is_stored_and_answered_before_the_writer_stops(tmp_path: Path) -> None:
     gate = threading.Event()
 
     def hold() -> None:

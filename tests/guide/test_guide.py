@@ -448,7 +448,9 @@ def test_the_log_filters_find_their_lines(shell: Shell) -> None:
     assert any(line["message"] == "Query executed" for line in grep(shell, queries))
     assert [line["status"] for line in grep(shell, errors)] == [400, 422]
     shell.run(export)
-    assert (shell.folder / "telemetry-api.log").read_text() == (shell.folder / LOG).read_text()
+    copy = (shell.folder / "telemetry-api.log").read_text()
+    assert (shell.folder / LOG).read_text().startswith(copy), "the daemon may have written more by now"
+    assert [json.loads(line) for line in copy.splitlines()][: len(lines)] == lines
 
 
 def test_the_audit_trail_finds_the_updates(shell: Shell) -> None:
@@ -576,7 +578,7 @@ def test_the_stale_query_uses_its_index(shell: Shell, is_analyzed: bool) -> None
     assert "TEMP B-TREE" not in plan
 
 
-def test_index_maintenance_works_beside_the_daemon(shell: Shell) -> None:
+def test_index_maintenance_works_while_the_daemon_runs(shell: Shell) -> None:
     fill(shell)
     analyze, sizes, reindex = commands(block("Index Maintenance"))
     shell.run(analyze)
@@ -605,7 +607,7 @@ def test_troubleshooting_finds_the_database(shell: Shell) -> None:
     assert shell.run(check).out == "ok\n"
 
 
-def test_a_backup_beside_the_daemon_can_be_restored(
+def test_a_backup_made_while_the_daemon_runs_can_be_restored(
     own_shell: Shell, start_daemon: StartDaemon, tmp_path: Path
 ) -> None:
     shell = own_shell

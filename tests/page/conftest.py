@@ -10,13 +10,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, BrowserContext, Page, expect
 
 from telemetryd.cli.sample_data import World, finished
 from telemetryd.model.values import format_timestamp
 from tests.conftest import PATIENCE_S, Daemon, require_program
 from tests.http_client import call
-from tests.tools.browser import CHROMIUM, chromium, open_page
+from tests.tools.browser import CHROMIUM, chromium, new_context
 from tests.tools.process import telemetryd
 
 TOKEN = "correct-horse-bättery"
@@ -95,13 +95,14 @@ def url(tmp_path_factory: pytest.TempPathFactory, browser: Browser) -> Iterator[
 
 @pytest.fixture(scope="package")
 def closed_url(tmp_path_factory: pytest.TempPathFactory, browser: Browser) -> Iterator[str]:
-    """The address of a daemon that wants a token."""
+    """The address of a daemon that wants a token, and that can search for words."""
     folder: Path = tmp_path_factory.mktemp("closed")
     daemon = Daemon(
         folder,
         TELEMETRY_DB_JOURNAL_MODE="WAL",
         TELEMETRY_API_AUTH_ENABLED="true",
         TELEMETRY_API_AUTH_TOKEN=TOKEN,
+        TELEMETRY_FULL_TEXT="true",
     )
     telemetryd("demo", "--url", daemon.url, "--no-live", "--runs", "60", TELEMETRY_API_AUTH_TOKEN=TOKEN)
     yield daemon.url
@@ -116,17 +117,69 @@ class Watched:
         self.requests: list[str] = []
         self.expected: tuple[str, ...] = ()
         """Parts of messages that a test means to provoke, such as a refused request."""
+        self._listeners: tuple[tuple[Any, Callable[[Any], None]], ...] = (
+            ("console", lambda message: self.errors.append(message.text) if message.type == "error" else None),
+            ("pageerror", lambda error: self.errors.append(str(error))),
+            ("request", lambda request: self.requests.append(request.url)),
+        )
 
     def watch(self, page: Page) -> None:
-        page.on("console", lambda message: self.errors.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: self.errors.append(str(error)))
-        page.on("request", lambda request: self.requests.append(request.url))
+        for event, listener in self._listeners:
+            page.on(event, listener)
 
-    def check(self, origins: tuple[str, ...]) -> None:
+    def leave(self, page: Page) -> None:
+        for event, listener in self._listeners:
+            page.remove_listener(event, listener)
+
+    def check(self, origins: set[str]) -> None:
         surprising = [text for text in self.errors if not any(part in text for part in self.expected)]
         assert not surprising
         foreign = [url for url in self.requests if urlsplit(url).netloc not in origins and not url.startswith("data:")]
         assert not foreign
+
+
+class Tabs:
+    """One tab for each address of a daemon: to load the page again costs a third of what a new tab costs."""
+
+    def __init__(self, browser: Browser) -> None:
+        self._context = new_context(browser)
+        self._pages: dict[str, Page] = {}
+
+    def at(self, url: str) -> Page:
+        """Return the tab of a daemon."""
+        if url not in self._pages:
+            self._pages[url] = self._context.new_page()
+        return self._pages[url]
+
+    @staticmethod
+    def load(page: Page, url: str, address: str) -> None:
+        """Load the page anew at an address, with nothing remembered of what was done in the tab before."""
+        if not page.url.startswith(f"{url}/"):
+            page.goto(f"{url}/{address}")
+            return
+        page.emulate_media(color_scheme="light")
+        page.mouse.move(0, 0)
+        with page.expect_navigation():
+            page.evaluate(
+                """address => {
+                    localStorage.clear();
+                    sessionStorage.clear();
+                    scrollTo(0, 0);
+                    history.replaceState(null, "", address);
+                    location.reload();
+                }""",
+                f"/{address}",
+            )
+
+    def close(self) -> None:
+        self._context.close()
+
+
+@pytest.fixture(scope="package")
+def tabs(browser: Browser) -> Iterator[Tabs]:
+    opened = Tabs(browser)
+    yield opened
+    opened.close()
 
 
 OpenPage = Callable[..., Page]
@@ -138,23 +191,35 @@ def watched() -> Watched:
 
 
 @pytest.fixture
-def open_view(browser: Browser, url: str, watched: Watched) -> Iterator[OpenPage]:
-    """Return a function that opens an address; at the end nothing went wrong, and nothing left the origin."""
-    pages: list[Page] = []
-    origins = [urlsplit(url).netloc]
+def open_view(browser: Browser, tabs: Tabs, url: str, watched: Watched) -> Iterator[OpenPage]:
+    """Return a function that opens an address; at the end nothing went wrong, and nothing left the origin.
 
-    def open_one(address: str = "#/", *, at: str = url, **options: Any) -> Page:
-        page = open_page(browser, **options)
-        watched.watch(page)
-        pages.append(page)
-        origins.append(urlsplit(at).netloc)
-        page.goto(f"{at}/{address}")
+    The page is in a tab that other tests have used, unless `fresh` or an option of the browser's context is given.
+    """
+    used: list[Page] = []
+    contexts: list[BrowserContext] = []
+    origins = {urlsplit(url).netloc}
+
+    def open_one(address: str = "#/", *, at: str = url, fresh: bool = False, **options: Any) -> Page:
+        origins.add(urlsplit(at).netloc)
+        is_shared = not fresh and not options
+        if is_shared:
+            page = tabs.at(at)
+        else:
+            contexts.append(new_context(browser, **options))
+            page = contexts[-1].new_page()
+        if page not in used:
+            used.append(page)
+            watched.watch(page)
+        tabs.load(page, at, address)
         return page
 
     yield open_one
-    for page in pages:
-        page.context.close()
-    watched.check(tuple(origins))
+    for page in used:
+        watched.leave(page)
+    for context in contexts:
+        context.close()
+    watched.check(origins)
 
 
 @pytest.fixture

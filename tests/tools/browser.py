@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final, Literal
 
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
 
 CHROMIUM: Final = "chromium"
 DESKTOP: Final = {"width": 1280, "height": 900}
@@ -26,8 +26,8 @@ def chromium() -> Iterator[Browser]:
             browser.close()
 
 
-def open_page(browser: Browser, *, is_phone: bool = False, theme: Theme = "light", **options: Any) -> Page:
-    """Return a new page of its own, with nothing remembered; animations are off."""
+def new_context(browser: Browser, *, is_phone: bool = False, theme: Theme = "light", **options: Any) -> BrowserContext:
+    """Return a context with nothing remembered, in Berlin's time; animations are off."""
     context = browser.new_context(
         viewport=PHONE if is_phone else DESKTOP,  # type: ignore[arg-type]
         is_mobile=is_phone,
@@ -35,8 +35,12 @@ def open_page(browser: Browser, *, is_phone: bool = False, theme: Theme = "light
         color_scheme=theme,
         reduced_motion="reduce",
         locale="en-GB",
-        timezone_id="Europe/Berlin",
-        **options,
+        **{"timezone_id": "Europe/Berlin", **options},
     )
     context.set_default_timeout(60_000)
-    return context.new_page()
+    return context
+
+
+def open_page(browser: Browser, *, is_phone: bool = False, theme: Theme = "light") -> Page:
+    """Return a new page in a context of its own."""
+    return new_context(browser, is_phone=is_phone, theme=theme).new_page()

@@ -48,12 +48,12 @@ class _Fork(subprocess.Popen[str]):
         files = [number if number != -1 else place for place, number in enumerate((pipes[0], pipes[3], pipes[5]))]
         self._child_created = True
         try:
-            self.pid = _parent(env.get(_PRELOAD, "")).fork(args[3:], env, str(cwd or Path.cwd()), files)
+            self.pid = parent(env.get(_PRELOAD, "")).fork(args[3:], env, str(cwd or Path.cwd()), files)
         finally:
             self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]
 
 
-class _Parent:
+class Parent:
     """The process that has imported everything; it forks, and hands its children over to this process."""
 
     def __init__(self, preload: str) -> None:
@@ -93,14 +93,15 @@ class _Parent:
         return pid
 
 
-_parents: Final[dict[tuple[int, str], _Parent]] = {}
+_parents: Final[dict[tuple[int, str], Parent]] = {}
 """One for each process that runs tests and each library that its children load first."""
 
 
-def _parent(preload: str) -> _Parent:
+def parent(preload: str = "") -> Parent:
+    """Return the process that forks for this one."""
     key = os.getpid(), preload
     if key not in _parents:
-        _parents[key] = _Parent(preload)
+        _parents[key] = Parent(preload)
     return _parents[key]
 
 

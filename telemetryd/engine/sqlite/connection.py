@@ -259,7 +259,7 @@ def _configure_writer(connection: sqlite3.Connection, journal_mode: str, synchro
     connection.execute(f"PRAGMA synchronous = {synchronous}")
     connection.execute(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
     connection.execute(f"PRAGMA journal_size_limit = {LOG_BYTES}")
-    connection.execute("PRAGMA temp_store = MEMORY")  # an INSERT of many rows keeps a journal of its own
+    connection.execute("PRAGMA temp_store = MEMORY")  # an INSERT of many rows keeps a statement journal
     modes = read_modes(connection)
     if modes == Modes("DELETE", "FULL"):
         # At FULL nothing makes the unlink of the journal durable, which is the commit: a power cut can bring the

@@ -2,7 +2,7 @@
 
 The locks of SQLite belong to the process: when any descriptor of a file is closed, the kernel drops all POSIX locks
 that the process has on it (sqlite.org/howtocorrupt.html, section 2.2). So a descriptor of a database is opened once,
-shared by all who need one, and closed when nobody needs it and no connection to the file is open any more.
+shared by all its users, and closed when it has none and no connection to the file is open any more.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from telemetryd.ops.logs import log
 from telemetryd.ops.metrics import Metrics
 
 PATIENCE_S: Final = 10.0
-"""A disk that has not answered for so long is a problem of its own."""
+"""A disk that has not answered for so long is itself a problem."""
 
 _ENOUGH: Final = 1.25
 """Writes are taken again when there is a quarter more room than the reserve, or they would go on and off."""

@@ -103,7 +103,7 @@ async def open_sqlite_read_only(settings: Settings) -> Neighbour:
 
 
 class Neighbour:
-    """A database that somebody else owns, read through one connection (`QueryingEngine`)."""
+    """A database that another process owns, read through one connection (`QueryingEngine`)."""
 
     def __init__(self, connection: sqlite3.Connection, settings: Settings) -> None:
         self._connection = connection
@@ -143,7 +143,7 @@ class _Database:
         self.recount = recount
         self.groups = Groups(recount.begin, lambda: format_timestamp(clock()), self._confirm)
         self.suspicion: DatabaseSuspectError | None = None
-        """Why nobody knows what the disk holds, until the database is open again; else None."""
+        """Why it is unknown what the disk holds, until the database is open again; else None."""
         self.idle = True
         """Whether no group is written."""
         self.changed: Callable[[], None] = lambda: None
@@ -212,7 +212,7 @@ class _Database:
         self.suspicion = self.suspicion or error
 
     async def between_groups(self, work: Callable[[sqlite3.Connection], A]) -> A:
-        """Do something in a transaction of its own, as soon as the group that is being committed is through.
+        """Do something in a separate transaction, as soon as the present group is committed.
 
         Raises:
             UnavailableError: if that is not possible now; nothing was changed then.
@@ -259,7 +259,7 @@ class _Database:
         As long as the database file is not at its place, everything stays open: that may be the only way to it.
 
         Raises:
-            DatabaseError: if the database is not at its place, is somebody else's, cannot be opened, or is damaged.
+            DatabaseError: if the database is missing, belongs to another program, cannot be opened, or is damaged.
 
         """
         if (misplaced := self._misplaced()) is not None:
@@ -331,7 +331,7 @@ class Writing:
 
 
 class Reading:
-    """The half that everybody may use (`ReadingEngine`): its connections cannot write."""
+    """The half that all parts may use (`ReadingEngine`): its connections cannot write."""
 
     def __init__(self, database: _Database, settings: Settings) -> None:
         self._database = database

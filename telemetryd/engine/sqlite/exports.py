@@ -120,7 +120,7 @@ class _Copied:
 
 
 class Exports:
-    """The exports of one database, each with a connection of its own, so that no query waits for them."""
+    """The exports of one database, each with a separate connection, so that no query waits for them."""
 
     def __init__(self, settings: Settings) -> None:
         self._database = settings.db_path.absolute()

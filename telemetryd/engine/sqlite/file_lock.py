@@ -17,7 +17,7 @@ from telemetryd.ops.files import owner_to_keep
 
 _TRIES: Final = 10
 _PAUSE_S: Final = 0.01
-"""One who only looks whether somebody holds a lock holds it himself for a moment."""
+"""A process that only checks whether a lock is held holds it for a moment."""
 _HOLDER_READS: Final = 50
 _LOCK_CONTENT: Final = re.compile(rb"\s*\d{0,10}\s*")
 _LOCK_FLAGS: Final = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
@@ -37,7 +37,7 @@ class FileLock:
 
     Args:
         path: where it stands.
-        spare_bytes: how large it is while nobody has it, so that the next owner finds this much room on a full disk.
+        spare_bytes: how large it is while it is free, so that the next owner finds this much room on a full disk.
         database: whose owner has it if root makes it, so that the service can take it later.
 
     """
@@ -98,7 +98,7 @@ class FileLock:
         return descriptor
 
     def is_in_place(self) -> bool:
-        """Return whether the locked file still stands at its path; if not, somebody else can lock another one."""
+        """Return whether the locked file still stands at its path; if not, another process can lock another one."""
         try:
             return self._descriptor is not None and os.path.samestat(os.fstat(self._descriptor), os.stat(self.path))
         except OSError:
@@ -154,19 +154,22 @@ def _write(descriptor: int, text: bytes) -> None:
 def holder_of(descriptor: int) -> str:
     """Say who holds a lock: what its file says counts only if that process holds it, seen from here.
 
-    In another PID namespace, as of another container, the PID in the file is that of somebody else.
+    In another PID namespace, as of another container, the PID in the file is that of another process.
     """
-    status, said = os.fstat(descriptor), ""
-    try:
-        found = _FLOCK.findall(_LOCKS.read_text("ascii"))
-    except OSError:  # another system than Linux
-        return f"PID {_living_holder(descriptor) or 'unknown'}"
+    status = os.fstat(descriptor)
     device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
-    # On some file systems stat returns another device than this list has (btrfs, overlay): then the file helps.
-    said = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip()
-    for pid, where, inode in found:
-        if inode == str(status.st_ino) and (where == device or pid == said):
-            return f"PID {pid}"
+    # The list is read in pieces while other programs lock and unlock, so that one reading may miss a lock.
+    for _ in range(_TRIES):
+        try:
+            found = _FLOCK.findall(_LOCKS.read_text("ascii"))
+        except OSError:  # another system than Linux
+            return f"PID {_living_holder(descriptor) or 'unknown'}"
+        # On some file systems stat returns another device than this list has (btrfs, overlay): then the file helps.
+        said = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip()
+        for pid, where, inode in found:
+            if inode == str(status.st_ino) and (where == device or pid == said):
+                return f"PID {pid}"
+        time.sleep(_PAUSE_S)
     return _UNSEEN
 
 

@@ -20,7 +20,7 @@ from telemetryd.model.commands import Command
 
 _PRIMARY_CODE: Final = 0xFF
 _SUSPECT: Final = frozenset({sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
-"""After these nobody knows what the disk holds: nothing is taken until the database is open again and verified."""
+"""After these it is unknown what the disk holds: nothing is taken until the database is open again and verified."""
 
 T = TypeVar("T")
 Outcome = Any | CommandFailedError
@@ -77,7 +77,7 @@ class Groups:
                 return self._transact(connection, lambda: self._carry_out(connection, commands, isolated=True))
 
     def transact(self, connection: sqlite3.Connection, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Do something else in a transaction of its own.
+        """Do something else in a separate transaction.
 
         Raises:
             TelemetrydError: if it failed, as `WritingEngine.write` says.

@@ -162,7 +162,7 @@ async def _look_for_damage(connection: Connection, path: Path) -> None:
 
 
 def _checkpoint(plain: sqlite3.Connection) -> None:
-    plain.execute("PRAGMA busy_timeout = 0")  # a reader of somebody else's may hold it up, which is no reason to wait
+    plain.execute("PRAGMA busy_timeout = 0")  # another program's reader may block it, which is no reason to wait
     plain.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
 

@@ -99,7 +99,7 @@ class _OwnFile:
         return None
 
     def was_changed(self) -> bool:
-        """Return whether somebody else has written to the file since `mark_clean`, as far as that is known."""
+        """Return whether another process has written to the file since `mark_clean`, as far as that is known."""
         if self._file is None:
             return False
         try:
@@ -163,7 +163,7 @@ def _opened_name(path: Path) -> Path | None:
         is_of_a_copy = int(inode) != os.stat(path).st_ino
         if mark == _name_mark(path) or is_of_a_copy or int(folder) != os.stat(other.parent).st_ino:
             return None
-        # Where the file was moved away from, another one with a log of its own may stand now; a mount leaves a blank.
+        # Where the file was moved away from, another file with its log may be now; a mount leaves a blank.
         if other.exists() and other.stat().st_size and not other.samefile(path):
             return None
     except (OSError, ValueError):
@@ -276,7 +276,7 @@ class Ownership:
 
     @property
     def was_changed(self) -> bool:
-        """Whether somebody else has written to the file since its last owner ended in order, as far as is known."""
+        """Whether another process has written to the file since its last owner ended in order, as far as is known."""
         return self._file.was_changed()
 
     def mark_clean(self) -> None:

@@ -143,7 +143,7 @@ def _take_back(idle: asyncio.LifoQueue[Connection], connection: Connection, ende
 def _end(connection: Connection, answer: asyncio.Future[T]) -> None:
     """Interrupt a query again and again until it has ended: before it has begun, an interrupt has no effect.
 
-    After it has ended, the connection may be busy with somebody else's query, which must not be hit.
+    After it has ended, the connection may be busy with another query, which must not be hit.
     """
     if not answer.done():
         connection.interrupt_now()

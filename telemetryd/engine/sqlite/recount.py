@@ -164,7 +164,7 @@ class Recount:
         self._has_to_keep = True
 
     def compare_anyway(self, connection: sqlite3.Connection) -> None:
-        """Compare without a commit that was noticed: after a crash nobody knows what happened until the start.
+        """Compare without a commit that was noticed: what happened between a crash and the start is unknown.
 
         Not with very many agents: all counts of one hour are compared in one step, for which writes would wait.
         """
@@ -173,7 +173,7 @@ class Recount:
             self._noticed += 1
 
     def look(self, connection: sqlite3.Connection) -> None:
-        """See whether somebody else has committed since the last time.
+        """See whether another process has committed since the last time.
 
         Raises:
             DatabaseSuspectError: if the database cannot be served any more as it is since then.
@@ -190,7 +190,7 @@ class Recount:
             raise DatabaseSuspectError(sentence(error)) from error
 
     def _look_at_once(self, connection: sqlite3.Connection) -> None:
-        """Look without waiting for somebody else's lock, for which a group or a stop would have to wait, too."""
+        """Look without waiting for another process's lock, for which a group or a stop would have to wait, too."""
         (timeout_ms,) = connection.execute("PRAGMA busy_timeout").fetchone()
         connection.execute("PRAGMA busy_timeout = 0").fetchall()
         try:

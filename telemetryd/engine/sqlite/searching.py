@@ -18,7 +18,7 @@ LARGE_BYTES: Final = 8 * 1024
 FUNCTION: Final = "text_holds"
 
 _PIECE_BYTES: Final = 64 * 1024
-"""About a millisecond's work, and enough for str.find to take linear time whatever it looks for."""
+"""About a millisecond's work, and enough for str.find to take linear time for any text."""
 _ENCODINGS: Final = {"UTF-8": "utf-8", "UTF-16le": "utf-16-le", "UTF-16be": "utf-16-be"}
 """Those that a database may have (sqlite.org/pragma.html#pragma_encoding), in Python's words."""
 

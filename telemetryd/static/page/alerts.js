@@ -41,7 +41,7 @@ export function alertsPanel(signal) {
   whole.hidden = true;
   const load = () => fillLater(place, signal, async () => {
     try {
-      const { rules } = await get("/api/v1/alerts", {}, signal);
+      const { rules } = await get("api/v1/alerts", {}, signal);
       whole.hidden = rules.length === 0;
       return list(rules);
     } catch (error) {

@@ -1,5 +1,7 @@
 // Speaks to the daemon: JSON in and out, the token where one is needed, errors as sentences.
+// Every address is relative to the page, which a proxy may show under a path of its own.
 
+import { setClock } from "./format.js";
 import { asHeader, askForToken, storedToken } from "./token.js";
 
 /** An answer that is no success; `status` is 0 if there was no answer. */
@@ -18,7 +20,7 @@ export function address(path, parameters = {}) {
 }
 
 /** Return the path of a run. */
-export const runPath = (eventId) => `/api/v1/runs/${encodeURIComponent(eventId)}`;
+export const runPath = (eventId) => `api/v1/runs/${encodeURIComponent(eventId)}`;
 
 async function sentenceOf(response) {
   try {
@@ -41,6 +43,7 @@ export async function send(path, { accepted = [], headers = {}, ...options } = {
       if (options.signal?.aborted) throw error;
       throw new ApiError(0, "The daemon does not answer. Does it run?");
     }
+    setClock(response.headers.get("Date"));
     if (response.status === 401) {
       await askForToken(token);
     } else if (response.ok || accepted.includes(response.status)) {
@@ -60,8 +63,9 @@ export async function get(path, parameters, signal, accepted) {
 /** Answer one page of a list, and the address of the next (null after the last). */
 export async function page(whole, signal) {
   const response = await send(whole, { signal });
-  const link = /<([^>]*)>;\s*rel="next"/.exec(response.headers.get("Link") ?? "");
-  return { items: await response.json(), next: link && link[1] };
+  const link = /<[^>?]*(\?[^>]*)>;\s*rel="next"/.exec(response.headers.get("Link") ?? "");
+  // The daemon does not know under which path a proxy shows it: only the query says where to go on.
+  return { items: await response.json(), next: link && whole.split("?")[0] + link[1] };
 }
 
 /** Answer the decoded JSON of a POST. */

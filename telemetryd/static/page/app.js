@@ -1,6 +1,7 @@
 // Brings the view that the address names onto the page, and takes it away when the address changes.
 
-import { h } from "./dom.js";
+import { h, plain } from "./dom.js";
+import { ZONE } from "./format.js";
 import { watchHealth } from "./health.js";
 import { listen, stepWith } from "./keyboard.js";
 import { parse } from "./route.js";
@@ -32,7 +33,7 @@ function showRoute() {
     else link.removeAttribute("aria-current");
   }
   const known = VIEWS.get(view);
-  document.title = `${known ? known.title(name) : "Not found"} · telemetryd`;
+  document.title = plain(`${known ? known.title(name) : "Not found"} · telemetryd`);
   if (known) shown.change = known.show(main, { name, parameters, signal: leave.signal }) ?? null;
   else main.append(h("h1", {}, "There is no such view"), h("p", {}, h("a", { href: "#/" }, "Go to the overview")));
   if (!isFirst) {
@@ -46,6 +47,7 @@ document.querySelector(".skip").addEventListener("click", (event) => {
   main.focus();
 });
 addEventListener("hashchange", showRoute);
+document.getElementById("zone").textContent = `Times are local: ${ZONE}`;
 listen();
 watchHealth();
 showRoute();

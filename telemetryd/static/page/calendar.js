@@ -2,6 +2,7 @@
 
 import { h, s } from "./dom.js";
 import { DAY, count, counted, dayOf, percent } from "./format.js";
+import { midnight } from "./range.js";
 import { go } from "./route.js";
 
 const SIZE = 11;
@@ -10,22 +11,21 @@ const TOP = 16;
 const LEFT = 28;
 const WEEKS = 53;
 const LEVELS = 4;
-const MONTH = new Intl.DateTimeFormat("en-GB", { month: "short", timeZone: "UTC" });
+const NOON = DAY / 2; // a day may begin a little before its date does
+const MONTH = new Intl.DateTimeFormat("en-GB", { month: "short" });
 
 /** Below this success rate a day is marked. */
 export const POOR = 0.8;
 
-/** Return midnight (UTC) of the Monday that begins the oldest of the weeks shown. */
+/** Return the beginning of the Monday that begins the oldest of the weeks shown. */
 export function firstDay(now) {
-  const today = new Date(now);
-  const midnight = Date.UTC(today.getUTCFullYear(), today.getUTCMonth(), today.getUTCDate());
-  const weekday = (today.getUTCDay() + 6) % 7;
-  return midnight - (weekday + 7 * (WEEKS - 1)) * DAY;
+  const weekday = (new Date(now).getDay() + 6) % 7;
+  return midnight(now, -weekday - 7 * (WEEKS - 1));
 }
 
 /**
- * Return the calendar of one agent. `days` has by its midnight (ms) `{runs, success_rate}`; `hrefOf(ms)` says what a
- * click on a day leads to.
+ * Return the calendar of one agent. `days` has by its midnight (ms) `{runs, success_rate}`; `hrefOf(from, to)` says
+ * what a click on a day leads to.
  */
 export function calendar(agent, days, now, hrefOf) {
   const first = firstDay(now);
@@ -39,11 +39,10 @@ export function calendar(agent, days, now, hrefOf) {
   }
   let month = null;
   let label = null;
-  for (let date = first; date <= now; date += DAY) {
-    const index = Math.round((date - first) / DAY);
+  for (let index = 0, date = first; date <= now; index += 1, date = midnight(first, index)) {
     const [week, row] = [Math.floor(index / 7), index % 7];
     const [x, y] = [LEFT + week * PITCH, TOP + row * PITCH];
-    const name = MONTH.format(date);
+    const name = MONTH.format(date + NOON);
     if (row === 0 && name !== month) {
       if (label !== null && week - label.week < 3) label.element.remove(); // no room for both
       label = { week, element: s("text", { x, y: 10, class: "tick" }, name) };
@@ -57,10 +56,10 @@ export function calendar(agent, days, now, hrefOf) {
       picture.append(square);
       continue;
     }
-    const text = `${dayOf(date)}: ${counted(day.runs, "run")}, ${percent(day.success_rate)} succeeded`;
+    const text = `${dayOf(date + NOON)}: ${counted(day.runs, "run")}, ${percent(day.success_rate)} succeeded`;
     const isPoor = day.success_rate !== null && day.success_rate < POOR;
     const mark = isPoor ? s("path", { d: `M${x + SIZE} ${y + 3}v${SIZE - 3}h-${SIZE - 3}z`, class: "poor" }) : null;
-    picture.append(s("g", { class: "day", on: { click: () => go(hrefOf(date)) } }, s("title", {}, text), square, mark));
+    picture.append(s("g", { class: "day", on: { click: () => go(hrefOf(date, midnight(date, 1))) } }, s("title", {}, text), square, mark));
   }
   const sentence = `${agent}: ${count(sum)} runs on ${days.size} days of the last year; on ${counted(poor, "day")} less than ${POOR * 100} % succeeded`;
   return h("div", { class: "scroll calendar-frame", role: "img", "aria-label": sentence, tabindex: "0" }, picture);

@@ -9,6 +9,7 @@ const HEIGHT = 240;
 const FOOT = 24;
 const HEAD = 8;
 const SIDE = 44;
+const ROOM = 18; // half of what a label takes
 const STEPS = [1, 2, 2.5, 5, 10];
 
 /** Return round numbers from 0 to at least `most`, about four of them. */
@@ -35,6 +36,15 @@ function hatch() {
   return s("defs", {}, pattern);
 }
 
+const REACH = 4; // so many pixels beyond a part still belong to it, for many parts are thin
+
+/** Return the status whose part of a bar is at a height (px), failures before others; null beside all of them. */
+function statusAt(parts, height) {
+  const within = (reach) => parts.findLast(({ top, bottom }) => height >= top - reach && height <= bottom + reach);
+  const bad = parts.findLast(({ status, top, bottom }) => BAD.includes(status) && bottom - top < 2 * REACH && height >= top - REACH && height <= bottom + REACH);
+  return (bad ?? within(0) ?? within(REACH))?.status ?? null;
+}
+
 function draw(bars, width, tip) {
   const marks = ticks(Math.max(...bars.map(total)));
   const inner = HEIGHT - FOOT - HEAD;
@@ -51,6 +61,7 @@ function draw(bars, width, tip) {
   bars.forEach((bar, index) => {
     const x = SIDE + index * pitch;
     const group = s("g", { class: "bar-group" });
+    const parts = [];
     let below = 0;
     for (const status of STATUSES) {
       const runs = bar.counts[status] ?? 0;
@@ -59,13 +70,15 @@ function draw(bars, width, tip) {
       const height = Math.max(y(below) - top, 1);
       const fill = status === "failure" ? { fill: "url(#hatch)" } : { class: `fill ${status}` };
       group.append(s("rect", { x: x + gap / 2, y: top, width: Math.max(pitch - gap, 1), height, ...fill }));
+      parts.push({ status, top, bottom: top + height });
       below += runs;
     }
-    if (bar.label) group.append(s("text", { x: x + pitch / 2, y: HEIGHT - 6, class: "tick", "text-anchor": "middle" }, bar.label));
+    if (bar.label) group.append(s("text", { x: Math.min(x + pitch / 2, width - ROOM), y: HEIGHT - 6, class: "tick", "text-anchor": "middle" }, bar.label));
     const target = s("rect", { x, y: HEAD, width: pitch, height: inner, class: "target" });
     // Links within a picture would be stops for the keyboard that nobody announces; the table has them.
-    target.addEventListener("click", () => go(bar.href));
-    target.addEventListener("pointerenter", () => tip.show(bar, x + pitch / 2));
+    const pointed = (event) => statusAt(parts, event.clientY - picture.getBoundingClientRect().top);
+    target.addEventListener("click", (event) => go(bar.hrefOf(pointed(event))));
+    target.addEventListener("pointermove", (event) => tip.show(bar, x + pitch / 2, pointed(event)));
     target.addEventListener("pointerleave", () => tip.hide());
     group.append(target);
     picture.append(group);
@@ -77,12 +90,12 @@ function tooltip() {
   const element = h("div", { class: "tip", hidden: true });
   return {
     element,
-    show(bar, x) {
+    show(bar, x, pointed) {
       const lines = STATUSES.filter((status) => bar.counts[status]).reverse();
       element.replaceChildren(
         h("strong", {}, bar.title),
-        ...lines.map((status) => h("span", { class: "line" }, swatch(status), h("span", {}, status), h("b", {}, count(bar.counts[status])))),
-        lines.length ? "" : h("span", { class: "quiet" }, "no runs"),
+        ...lines.map((status) => h("span", { class: status === pointed ? "line pointed" : "line" }, swatch(status), h("span", {}, status), h("b", {}, count(bar.counts[status])))),
+        h("span", { class: "quiet" }, !lines.length ? "no runs" : pointed ? `A click lists ${pointed} only` : "A click lists all"),
       );
       element.hidden = false;
       const most = element.parentElement.clientWidth - element.offsetWidth;
@@ -97,7 +110,7 @@ function tooltip() {
 function table(bars, statuses) {
   const head = h("tr", {}, h("th", { scope: "col" }, "Time"), statuses.map((status) => h("th", { scope: "col", class: "number" }, status)));
   const rows = bars.filter(total).map((bar) =>
-    h("tr", {}, h("th", { scope: "row" }, h("a", { href: bar.href }, bar.title)), statuses.map((status) => h("td", { class: "number" }, count(bar.counts[status] ?? 0)))));
+    h("tr", {}, h("th", { scope: "row" }, h("a", { href: bar.hrefOf(null) }, bar.title)), statuses.map((status) => h("td", { class: "number" }, bar.counts[status] ? h("a", { href: bar.hrefOf(status) }, count(bar.counts[status])) : "0"))));
   return h("details", { class: "as-table" }, h("summary", {}, "Show as a table"), h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Runs as a table" }, h("table", {}, h("thead", {}, head), h("tbody", {}, rows))));
 }
 
@@ -110,7 +123,7 @@ function legend(bars, statuses) {
 
 /**
  * Return stacked bars. Each bar has `counts` (by status), `title` (its time in full), `label` (below it, or "") and
- * `href` (what a click leads to).
+ * `hrefOf`: what a click on the part of a status leads to, or (null) one beside all parts.
  */
 export function stackedBars(bars, signal) {
   const used = STATUSES.filter((status) => bars.some((bar) => bar.counts[status]));

@@ -1,6 +1,27 @@
-// Builds elements. Text from runs becomes text nodes and attribute values only, never markup.
+// Builds elements. Text from runs becomes text nodes and attribute values only, never markup; and characters that
+// nobody sees, but that change what others look like, are shown as escapes.
 
 const SVG = "http://www.w3.org/2000/svg";
+// Control characters (not tab, newline, carriage return), marks of direction such as U+202E, and blanks without width.
+const UNSEEN = /([\u0000-\u0008\u000b\u000c\u000e-\u001f\u007f-\u009f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff]+)/;
+const READ = ["title", "aria-label", "label"]; // attributes that people read
+
+const escaped = (text) => Array.from(text, (sign) => `\\u${sign.charCodeAt(0).toString(16).padStart(4, "0")}`).join("");
+
+/** Return a text with escapes in place of what nobody would see. */
+export const plain = (text) => text.split(UNSEEN).map((part, index) => (index % 2 ? escaped(part) : part)).join("");
+
+/** Return the same as nodes, in which escapes look different from the text around them. */
+export function visible(text) {
+  if (!UNSEEN.test(text)) return [text];
+  return text.split(UNSEEN).map((part, index) => {
+    if (index % 2 === 0) return part;
+    const element = document.createElement("span");
+    element.className = "escape";
+    element.append(escaped(part));
+    return element;
+  });
+}
 
 function fill(element, properties, children) {
   for (const [name, value] of Object.entries(properties)) {
@@ -9,10 +30,11 @@ function fill(element, properties, children) {
     } else if (value === true) {
       element.setAttribute(name, "");
     } else if (value !== false && value !== null && value !== undefined) {
-      element.setAttribute(name, value);
+      element.setAttribute(name, READ.includes(name) ? plain(String(value)) : value);
     }
   }
-  element.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
+  const given = children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false);
+  element.append(...given.flatMap((child) => (child instanceof Node ? child : visible(String(child)))));
   return element;
 }
 
@@ -34,5 +56,5 @@ export function outside(address, text) {
 
 /** Tell those who listen to the page instead of looking at it. */
 export function say(sentence) {
-  document.getElementById("said").textContent = sentence;
+  document.getElementById("said").textContent = plain(sentence);
 }

@@ -1,6 +1,7 @@
 // Asks how the daemon is, for the mark in the bar and for views that show more of it.
 
 import { ApiError, get } from "./api.js";
+import { plain } from "./dom.js";
 
 const EVERY_MS = 10_000;
 const listeners = new Set();
@@ -15,7 +16,7 @@ export function onHealth(listener, signal) {
 
 async function look() {
   try {
-    latest = await get("/health", {}, undefined, [503]);
+    latest = await get("health", {}, undefined, [503]);
   } catch (error) {
     if (!(error instanceof ApiError)) throw error;
     latest = { status: "error", detail: error.message };
@@ -24,7 +25,7 @@ async function look() {
   const isWell = latest.status === "ok";
   mark.className = `pill ${isWell ? "well" : "ill"}`;
   mark.textContent = isWell ? "Healthy" : "Trouble";
-  mark.title = isWell ? `telemetryd ${latest.version}: writes are taken` : latest.detail;
+  mark.title = isWell ? `telemetryd ${latest.version}: writes are taken` : plain(latest.detail);
   for (const listener of listeners) listener(latest);
 }
 

@@ -36,8 +36,8 @@ function step(by) {
 }
 
 function search() {
-  const field = document.querySelector("main input[type=search]");
-  if (field === null) return go(href("runs", { focus: "1" }));
+  const field = [...document.querySelectorAll("main [data-search]")].find((input) => input.checkVisibility());
+  if (field === undefined) return go(href("runs", { focus: "1" }));
   field.focus();
   field.select();
 }
@@ -62,7 +62,10 @@ function press(event) {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
   const field = event.target.closest("input, select, textarea");
   if (field !== null) {
-    if (event.key === "Escape") field.blur();
+    if (event.key === "Escape") {
+      event.preventDefault(); // a field for searches would also empty itself
+      field.blur();
+    }
     return;
   }
   if (document.querySelector("dialog[open]") !== null) return;

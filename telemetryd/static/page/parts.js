@@ -1,11 +1,13 @@
 // Small parts that several views share.
 
 import { h, say } from "./dom.js";
-import { ago, fullTime } from "./format.js";
+import { ago, fullTime, isAhead } from "./format.js";
 
-/** Return a moment as how long ago it was; the full time stands in its title. */
+/** Return a moment as how long ago it was, or that it is still to come; the full time stands in its title. */
 export function when(text) {
-  return text ? h("time", { datetime: text, title: `${fullTime(text)} (${text})` }, ago(text)) : "–";
+  if (!text) return "–";
+  const future = isAhead(text);
+  return h("time", { datetime: text, class: future && "future", title: `${future ? "Dated in the future: " : ""}${fullTime(text)} (${text})` }, ago(text), future && h("span", { class: "unseen" }, " (dated in the future)"));
 }
 
 /** Return a panel with a heading; `content` is what stands in it. */

@@ -34,7 +34,7 @@ export function regressionsPanel(signal) {
   whole.hidden = true;
   fillLater(place, signal, async () => {
     try {
-      const { regressions } = await get("/api/v1/regressions", {}, signal);
+      const { regressions } = await get("api/v1/regressions", {}, signal);
       whole.hidden = regressions.length === 0;
       return h("ul", {}, regressions.map(finding));
     } catch (error) {

@@ -42,7 +42,7 @@ export async function follow(parameters, signal, { onRun, onMissed, onState }) {
   while (!signal.aborted) {
     try {
       const headers = { Accept: "text/event-stream", ...(last === null ? {} : { "Last-Event-ID": last }) };
-      const response = await send(address("/api/v1/runs/stream", parameters), { signal, headers });
+      const response = await send(address("api/v1/runs/stream", parameters), { signal, headers });
       onState("live");
       wait = FIRST_PAUSE_MS;
       for await (const event of events(response.body)) {

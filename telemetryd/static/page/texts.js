@@ -1,6 +1,6 @@
 // Long texts and large objects: a part is shown until somebody asks for all, and even then only what is in view is laid out.
 
-import { h } from "./dom.js";
+import { h, visible } from "./dom.js";
 import { count } from "./format.js";
 
 const PART = 800;
@@ -42,7 +42,7 @@ export function longText(text, { part = PART, ends = false } = {}) {
   const head = start(text, ends ? part / 2 : part);
   const tail = ends ? text.slice(-part / 2) : "";
   const left = `… ${count(text.length - head.length - tail.length)} characters left out `;
-  element.append(head, h("span", { class: "left-out" }, left, showAll(element, () => text, `${count(text.length)} characters`)), tail);
+  element.append(...visible(head), h("span", { class: "left-out" }, left, showAll(element, () => text, `${count(text.length)} characters`)), ...visible(tail));
   return element;
 }
 
@@ -85,7 +85,7 @@ export function anyValue(any, show = String) {
 
 function cutObject(any, room, tag) {
   const element = h(tag, { class: "long" });
-  element.append(brief(any, room).text, h("span", { class: "left-out" }, "… ", showAll(element, () => JSON.stringify(any, null, 2), "as JSON")));
+  element.append(...visible(brief(any, room).text), h("span", { class: "left-out" }, "… ", showAll(element, () => JSON.stringify(any, null, 2), "as JSON")));
   return element;
 }
 

@@ -2,7 +2,7 @@
 
 import { h } from "./dom.js";
 
-const KEY = "telemetryd-token";
+const KEY = `telemetryd-token ${new URL(".", location).pathname}`; // another path may be another daemon's
 let asking = null;
 
 /** Return the token, or null if none was given yet. */

@@ -19,9 +19,9 @@ NEWEST: Final = """max(
     (SELECT coalesce(max(seq), 0) FROM run_deletions),
     (SELECT coalesce(max(max(floor, horizon)), 0) FROM change_feed)
 )"""
-"""The last number that was drawn, in words of SQL."""
+"""SQL for the last number that was drawn."""
 
 NEWEST_EVENT: Final = """max(
     (SELECT coalesce(max(id), 0) FROM run_events), (SELECT coalesce(max(event_floor), 0) FROM change_feed)
 )"""
-"""The highest id that an event has had, in words of SQL."""
+"""SQL for the highest id that an event has had."""

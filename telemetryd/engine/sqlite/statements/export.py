@@ -51,7 +51,7 @@ def prepare(connection: sqlite3.Connection, database: Path, room_bytes: int, end
     """Make an empty copy fit to take runs in, and attach the database as `source`, which cannot be written so.
 
     Args:
-        connection: is open on the copy, an empty file that nobody else knows.
+        connection: is open on the copy, an empty file that no other program knows.
         database: what is copied from.
         room_bytes: how large the copy may become; beyond it SQLite says SQLITE_FULL.
         ended: is asked every few milliseconds; once it says yes, statements end with SQLITE_INTERRUPT.

@@ -97,7 +97,7 @@ _FORGET_AGAIN: Final = tuple(
 
 
 def is_ours(name: str) -> bool:
-    """Return whether a table or a trigger belongs to the index, in which FTS5 keeps tables of its own."""
+    """Return whether a table or a trigger belongs to the index, which includes the tables that FTS5 makes."""
     return name == _TABLE or name.startswith(f"{_TABLE}_")
 
 
@@ -195,7 +195,7 @@ def rebuild(connection: sqlite3.Connection) -> None:
 
 
 def at_once(connection: sqlite3.Connection, step: Callable[[sqlite3.Connection], T]) -> T:
-    """Do one step in a transaction of its own."""
+    """Do one step in a separate transaction."""
     connection.execute("BEGIN IMMEDIATE")
     try:
         done = step(connection)

@@ -103,7 +103,7 @@ class Found:
 class Tally:
     """The runs of one hour, counted as far as the slices have come, whatever is committed between two of them.
 
-    It also keeps the last numbers that were drawn: somebody else may delete what holds them.
+    It also keeps the last numbers that were drawn: another process may delete what holds them.
     """
 
     def __init__(self) -> None:
@@ -115,7 +115,7 @@ class Tally:
 
     def _clear(self, position: str) -> None:
         self.position = position
-        """Up to which created_at everything is counted."""
+        """The created_at up to which everything is counted."""
         self.summary: rollups.Summary = {}
         self.minutes: Counter[str] = Counter()
         self.starts: list[str] = []
@@ -173,7 +173,7 @@ class Tally:
 
 
 def compare(connection: sqlite3.Connection, tally: Tally, disturbed: Callable[[], int]) -> Iterator[Found]:
-    """Compare everything, a slice at each step; each step is to be taken in a transaction of its own.
+    """Compare everything, a slice at each step; take each step in a separate transaction.
 
     Args:
         connection: the write connection.
@@ -342,7 +342,7 @@ def forget_numbers(connection: sqlite3.Connection) -> None:
 
 
 def keep_drawn(connection: sqlite3.Connection, number: int, event: int) -> None:
-    """See that no number is drawn again that was drawn before somebody else deleted what held it."""
+    """See that no number is drawn again that was drawn before another process deleted what held it."""
     connection.execute(MAKE_FEED)
     connection.execute("UPDATE change_feed SET floor = max(floor, ?)", (number,))
     connection.execute("UPDATE change_feed SET event_floor = max(event_floor, ?)", (event,))

@@ -31,7 +31,7 @@ _DATE: Final = len("2025-12-24")
 _SPANS: Final = (1, DAY)
 
 Summary = dict[tuple[str, str, str, str], tuple[list[int], dict[int, int]]]
-"""By hour (2025-12-24T10), agent, job type and status: the sums of a cell, and how many durations fall in which bin."""
+"""The sums of a cell, and the durations in each bin, by hour (2025-12-24T10), agent, job type and status."""
 CellKey = tuple[int, int, int, str, str, str]
 """The key of a row of `run_stats`."""
 
@@ -67,6 +67,13 @@ _SELECT_DAY: Final = f"""
     WHERE hours = ? AND names = ? AND start BETWEEN ? AND ? + 23
 """
 _SELECT_AT: Final = f"SELECT {', '.join(_COLUMNS)} FROM run_stats WHERE hours = ? AND names = ? AND start = ?"
+_SELECT_STRAYS: Final = f"""
+    SELECT day + {{most}}, {", ".join(f"s.{name}" for name in _COLUMNS[2:])}
+    FROM (SELECT start AS day, agent_name AS agent, job_type AS job, status AS state FROM run_stats WHERE {{chosen}})
+    CROSS JOIN json_each('{{strays}}') AS stray CROSS JOIN run_stats AS s ON s.hours = 1 AND s.names = {{names}}
+    AND s.start = day + stray.value AND s.agent_name = agent AND s.job_type = job AND s.status = state
+"""
+"""Those hours of days that belong to the day before or after, by a clock that is ahead of UTC or behind it."""
 _SELECT_DAYS: Final = "SELECT DISTINCT start - ((start % 24) + 24) % 24 FROM run_stats"
 
 
@@ -272,25 +279,37 @@ def fetch_stats(connection: sqlite3.Connection, query: GetStats) -> list[stats.S
 
 
 def _fetch_cells(connection: sqlite3.Connection, query: GetStats) -> Generator[Named, None, None]:
-    """Yield the cells of the fewest rows that are enough; the log's come with them, from the same snapshot."""
+    """Yield the cells of the fewest rows that are enough; the log's come with them, from the same snapshot.
+
+    A day of a clock that is ahead of UTC is made of the day of UTC in which most of it lies: the few hours in which
+    they differ are taken away from that day, and counted where they belong.
+    """
     names = 3 if "job_type" in query.names else 2 if "agent_name" in query.names else 1
     spans = [(1, query.start, query.end)]
     first, last = -(-query.start // DAY) * DAY, query.end // DAY * DAY
     if query.by_days and first < last:
         spans = [(1, query.start, first), (DAY, first, last), (1, last, query.end)]
     found, values = conditions(query.filters)
-    arms = [
-        f"SELECT {', '.join(_COLUMNS[2:])} FROM run_stats "
-        f"WHERE {' AND '.join([f'hours = {hours} AND names = {names} AND start >= {start} AND start < {end}', *found])}"
-        for hours, start, end in spans
-        if start < end
-    ]
-    nothing = ", NULL" * (len(_COLUMNS[2:]) - 2)
-    for start, agent_name, job_type, status, *columns in connection.execute(
+    most, strays = (0, range(DAY - query.ahead, DAY)) if query.ahead > 0 else (DAY - 1, range(-query.ahead))
+    arms = []
+    for hours, start, end in spans:
+        if start < end:
+            chosen = " AND ".join(
+                [f"hours = {hours} AND names = {names} AND start >= {start} AND start < {end}", *found]
+            )
+            place = f"start + {most}" if hours == DAY else "start"
+            arms.append(f"SELECT NULL, {place}, {', '.join(_COLUMNS[3:])} FROM run_stats WHERE {chosen}")
+            if hours == DAY and strays:
+                arms.append(_SELECT_STRAYS.format(most=most, names=names, chosen=chosen, strays=[*strays]))
+    nothing = ", NULL" * (len(_COLUMNS[2:]) - 1)
+    for counted_at, start, agent_name, job_type, status, *columns in connection.execute(
         f"{' UNION ALL '.join(arms)} UNION ALL SELECT NULL{nothing}, {_LOG}", values
     ):
         if start is not None:
-            yield start, agent_name, job_type, status, _cell(tuple(columns))
+            cell = _cell(tuple(columns))
+            yield start, agent_name, job_type, status, cell
+            if counted_at is not None:
+                yield counted_at, agent_name, job_type, status, [-value for value in cell]
             continue
         for named in _read_log(columns[-1]):
             if query.start <= named[0] < query.end:

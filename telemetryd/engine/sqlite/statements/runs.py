@@ -10,6 +10,7 @@ from typing import Final
 
 import orjson
 
+from telemetryd.engine.sqlite import searching
 from telemetryd.engine.sqlite.statements import full_text, json_rows
 from telemetryd.engine.sqlite.statements.answers import always, answers
 from telemetryd.engine.sqlite.statements.columns import MINUTE, PROCESS
@@ -39,6 +40,7 @@ from telemetryd.model.queries import (
     CountRuns,
     Counts,
     CountStale,
+    GetRows,
     GetRun,
     ListProcesses,
     ListRuns,
@@ -51,12 +53,10 @@ from telemetryd.model.runs import COLUMNS
 from telemetryd.model.values import Row, SqlValue
 
 _EVENTS: Final = f"SELECT {', '.join(events.COLUMNS)} FROM run_events INDEXED BY idx_events_time WHERE run = :run"
-_SELECT_EVENTS: Final = f"{_EVENTS} ORDER BY timestamp, id LIMIT :limit OFFSET :offset"
-_SELECT_EVENTS_AFTER: Final = f"{_EVENTS} AND (timestamp, id) > (:timestamp, :id) ORDER BY timestamp, id LIMIT :limit"
-_SELECT_LAST_EVENTS: Final = f"{_EVENTS} ORDER BY timestamp DESC, id DESC LIMIT :limit OFFSET :offset"
-_SELECT_EVENTS_BEFORE: Final = (
-    f"{_EVENTS} AND (timestamp, id) < (:timestamp, :id) ORDER BY timestamp DESC, id DESC LIMIT :limit"
-)
+_EVENTS_AFTER: Final = " AND (timestamp, id) > (:timestamp, :id)"
+_EVENTS_BEFORE: Final = " AND (timestamp, id) < (:timestamp, :id)"
+_EVENTS_UPWARDS: Final = " ORDER BY timestamp, id LIMIT :limit OFFSET :offset"
+_EVENTS_DOWNWARDS: Final = " ORDER BY timestamp DESC, id DESC LIMIT :limit OFFSET :offset"
 _EVENT_PAYLOAD: Final = events.COLUMNS.index("payload")
 _ID: Final = COLUMNS.index("id")
 _SELECT_PROCESSES: Final = f"""
@@ -302,6 +302,13 @@ def _created_span(connection: sqlite3.Connection, query: ListRuns) -> Span | Non
     return span
 
 
+@answers(GetRows)
+def fetch_rows(connection: sqlite3.Connection, query: GetRows) -> list[Row]:
+    """Fetch runs by their event_ids."""
+    found = (connection.execute(_SELECT_RUN, (event_id,)).fetchone() for event_id in query.event_ids)
+    return [row for row in found if row is not None]
+
+
 @answers(GetRun)
 def fetch_run(connection: sqlite3.Connection, query: GetRun) -> tuple[Row, EventPage] | None:
     """Fetch the run with an event_id, and its first events."""
@@ -313,7 +320,7 @@ def fetch_run(connection: sqlite3.Connection, query: GetRun) -> tuple[Row, Event
     return row, _read_events(connection, ListEvents(query.event_id, query.events), row[_ID], PAGE_BYTES)[0]
 
 
-@answers(ListEvents)
+@answers(ListEvents, is_long=lambda query: query.text is not None)
 def fetch_events(connection: sqlite3.Connection, query: ListEvents) -> EventPage | None:
     """Fetch the events of a run, about `PAGE_BYTES` of them at most."""
     run = connection.execute("SELECT id FROM agent_runs WHERE event_id = ?", (query.event_id,)).fetchone()
@@ -325,11 +332,16 @@ def _read_events(
 ) -> tuple[EventPage, int]:
     """Return the events of a run that fit into so many bytes, or one if it `is_first`, and the room that is left."""
     values: Values = {"run": run, "limit": query.limit + 1, "offset": query.offset}
-    if query.after is None:
-        sql = _SELECT_LAST_EVENTS if query.is_descending else _SELECT_EVENTS
-    else:
-        sql = _SELECT_EVENTS_BEFORE if query.is_descending else _SELECT_EVENTS_AFTER
+    sql = _EVENTS
+    if query.after is not None:
+        sql += _EVENTS_BEFORE if query.is_descending else _EVENTS_AFTER
         values |= dict(zip(("timestamp", "id"), query.after, strict=True))
+    if query.text is not None:
+        in_type, bound = searching.condition("event_type", query.text)
+        in_payload, _ = searching.condition("payload", query.text)
+        sql += f" AND ({in_type} OR {in_payload})"
+        values |= bound
+    sql += _EVENTS_DOWNWARDS if query.is_descending else _EVENTS_UPWARDS
     rows: list[Row] = []
     for row in connection.execute(sql, values):
         room -= len(row[_EVENT_PAYLOAD] or "")

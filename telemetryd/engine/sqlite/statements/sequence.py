@@ -32,14 +32,14 @@ _LAST_EVENT: Final = f"SELECT {NEWEST_EVENT}"
 KEEP_EVENT_NUMBERS: Final = f"""
     UPDATE change_feed SET event_floor = {NEWEST_EVENT} WHERE event_floor < {NEWEST_EVENT}
 """
-"""To be said before events are deleted."""
+"""Execute this before events are deleted."""
 KEEP_NUMBERS: Final = f"UPDATE change_feed SET floor = {NEWEST}"
-"""To be said before rows that hold numbers are deleted outside of a `Transaction`."""
+"""Execute this before rows that hold numbers are deleted outside of a `Transaction`."""
 MAKE_FEED: Final = f"""
     INSERT INTO change_feed (epoch, floor, horizon)
     SELECT lower(hex(randomblob(6))), {NEWEST}, {NEWEST} WHERE NOT EXISTS (SELECT 1 FROM change_feed)
 """
-"""To be said where the one row of `change_feed` may be missing: then nobody knows what was deleted."""
+"""Execute this where the one row of `change_feed` may be missing: what was deleted is unknown then."""
 
 
 def forget_deletions(cursor: sqlite3.Cursor, last: int) -> None:
@@ -92,7 +92,7 @@ class Sequence:
         forget_deletions(self._cursor, self.last)
 
     def event_ids(self, count: int) -> range:
-        """Draw ids of new events, from a counter of their own; those that turn out to be known leave theirs unused."""
+        """Draw ids of new events, from a separate counter; those that turn out to be known leave theirs unused."""
         if self._last_event is None:
             self._last_event = int(self._cursor.execute(_LAST_EVENT).fetchone()[0])
         first = self._last_event + 1

@@ -257,7 +257,7 @@ def documented_queries() -> Iterator[ListRuns]:
 
 
 _COMBINED: Final = ("agent_name", "job_type", "status")
-"""The filters that are combined most; each combination of them has an index of its own."""
+"""The filters that are combined most; each combination of them has an index."""
 
 
 def repair(path: Path, watch: Watch = ignore_progress) -> list[str]:

@@ -219,7 +219,7 @@ PLAIN_TEXTS: Final = tuple(name for name in COLUMNS[1:] if _CONVERTERS[name] in 
 
 
 def replacement(name: str, stored: str) -> tuple[SqlValue, str] | None:
-    """Return what takes the place of a value (of a plain text, or of JSON) that nobody could post, and the reason."""
+    """Return what replaces a value (of a plain text, or of JSON) that no request could bring, and the reason."""
     result = (_payload if name == "payload" else _CONVERTERS[name])(stored)
     return (result.value, result.reason) if isinstance(result, _Replaced) else None
 

@@ -140,7 +140,7 @@ _JSON: Final = (*(("agent_runs", name) for name in columns(Role.JSON)), ("run_ev
 
 
 class Unstorable(NamedTuple):
-    """A stored value that nobody could post: an earlier migration let it pass."""
+    """A stored value that no request could bring: an earlier migration let it pass."""
 
     table: str
     number: int

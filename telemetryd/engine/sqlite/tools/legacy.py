@@ -373,7 +373,7 @@ def is_compact(connection: sqlite3.Connection) -> bool:
 def compact(connection: sqlite3.Connection) -> None:
     """Give all free space back, and let later space be given back in slices, if it is not so yet.
 
-    VACUUM is a transaction of its own: killed in it, the database is as before, only larger than it need be.
+    VACUUM is a separate transaction: killed in it, the database is as before, only larger than it need be.
     """
     if not is_compact(connection):
         connection.execute("PRAGMA auto_vacuum = INCREMENTAL")

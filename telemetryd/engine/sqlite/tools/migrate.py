@@ -71,7 +71,7 @@ def claimed(after: int, kind: str = "TABLE") -> tuple[str, ...]:
 
 
 def aside(name: str) -> str:
-    """Return the name under which a table of somebody else's is kept when the schema needs its name."""
+    """Return the name under which another program's table is kept when the schema needs its name."""
     return f"legacy_{name}"
 
 

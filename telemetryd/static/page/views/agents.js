@@ -3,8 +3,9 @@
 import { get } from "../api.js";
 import { calendar, calendarKey, firstDay } from "../calendar.js";
 import { h } from "../dom.js";
-import { DAY, counted, duration, percent, short } from "../format.js";
+import { DAY, ZONE, counted, duration, now, percent, short } from "../format.js";
 import { fillLater, panel, problem, sentence } from "../parts.js";
+import { midnight, moment, spans, within } from "../range.js";
 import { exact, go, href } from "../route.js";
 
 const AT_ONCE = 50;
@@ -12,15 +13,22 @@ const SPAN_DAYS = 30;
 
 export const title = () => "Agents";
 
-const iso = (ms) => new Date(ms).toISOString();
+function together(one, other) {
+  const rated = [one, other].filter(({ success_rate }) => success_rate !== null);
+  const runs = rated.reduce((sum, part) => sum + part.runs, 0);
+  return { runs: one.runs + other.runs, success_rate: runs ? rated.reduce((sum, part) => sum + part.success_rate * part.runs, 0) / runs : null };
+}
 
 async function year(agent, signal) {
-  const now = Date.now();
-  const parameters = { agent_name: exact(agent), group_by: "agent_name", bucket: "1d", from: iso(firstDay(now)) };
-  const { groups } = await get("/api/v1/stats", parameters, signal);
-  const days = new Map(groups.map((group) => [Date.parse(group.bucket), group]));
-  const hrefOf = (midnight) => href("runs", { agent_name: exact(agent), created_after: iso(midnight - 1).replace("Z", "999Z"), created_before: iso(midnight + DAY) });
-  return calendar(agent, days, now, hrefOf);
+  const today = now();
+  const asked = { agent_name: exact(agent), group_by: "agent_name" };
+  const answers = await Promise.all(spans(firstDay(today), midnight(today, 1)).map((span) => get("api/v1/stats", { ...asked, ...span }, signal)));
+  const days = new Map();
+  for (const group of answers.flatMap(({ groups }) => groups)) {
+    const day = midnight(Date.parse(group.bucket)); // a day on which clocks are put back comes in two parts
+    days.set(day, days.has(day) ? together(days.get(day), group) : group);
+  }
+  return calendar(agent, days, today, (from, to) => href("runs", { agent_name: exact(agent), ...within(from, to) }));
 }
 
 function card(agent, lately, total, watch) {
@@ -41,7 +49,7 @@ function card(agent, lately, total, watch) {
 export function show(root, { parameters, signal }) {
   const cards = h("div", { class: "stack" });
   const told = h("p", { class: "quiet told", role: "status" });
-  const search = h("input", { type: "search", id: "agent-search", placeholder: "Part of a name", autocomplete: "off", on: { input: () => go(href("agents", { name: search.value.trim() }), true) } });
+  const search = h("input", { type: "search", id: "agent-search", placeholder: "Part of a name", autocomplete: "off", "data-search": true, on: { input: () => go(href("agents", { name: search.value.trim() }), true) } });
   let agents = null; // [name, runs in all, statistics of late]
   let wanted = "";
 
@@ -73,8 +81,8 @@ export function show(root, { parameters, signal }) {
   async function load() {
     try {
       const [metrics, stats] = await Promise.all([
-        get("/metrics", {}, signal),
-        get("/api/v1/stats", { group_by: "agent_name", from: iso(Date.now() - SPAN_DAYS * DAY) }, signal),
+        get("metrics", {}, signal),
+        get("api/v1/stats", { group_by: "agent_name", from: moment(now() - SPAN_DAYS * DAY) }, signal),
       ]);
       const lately = new Map(stats.groups.map((group) => [group.agent_name, group]));
       agents = Object.entries(metrics.agents).map(([name, total]) => [name, total, lately.get(name)]);
@@ -93,7 +101,7 @@ export function show(root, { parameters, signal }) {
 
   root.append(
     h("div", { class: "view-head" }, h("h1", {}, "Agents"), told, h("div", { class: "field inline-field" }, h("label", { for: "agent-search", class: "unseen" }, "Search agents"), search)),
-    h("div", { class: "view-head lead" }, h("p", { class: "quiet" }, `Figures of the last ${SPAN_DAYS} days; squares of the last year, in UTC.`), calendarKey()),
+    h("div", { class: "view-head lead" }, h("p", { class: "quiet" }, `Figures of the last ${SPAN_DAYS} days; squares of the last year, days of ${ZONE}.`), calendarKey()),
     cards,
   );
   cards.append(sentence("Loading …"));

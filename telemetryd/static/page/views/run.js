@@ -3,7 +3,7 @@
 import { address, get, page, runPath } from "../api.js";
 import { h, outside } from "../dom.js";
 import { eventsPanel } from "../events.js";
-import { MINUTE, ago, count, counted, duration, fullTime } from "../format.js";
+import { MINUTE, ago, count, counted, duration, fullTime, isAhead, now } from "../format.js";
 import { IN_LISTS, copyButton, every, fillLater, panel, problem, sentence, summaryOf, when } from "../parts.js";
 import { exact, href, runHref } from "../route.js";
 import { badge, shape } from "../status.js";
@@ -26,11 +26,21 @@ const number = (any) => (Number.isInteger(any) ? count(any) : String(any));
 const moment = (text) => (text ? [fullTime(text), " ", h("span", { class: "quiet" }, "(", when(text), ")")] : null);
 
 function age(run) {
-  const silent = Date.now() - Date.parse(run.updated_at);
+  const silent = now() - Date.parse(run.updated_at);
   const isQuiet = silent > QUIET_MS;
+  const ran = isAhead(run.start_time) ? "Running." : `Running for ${duration(Math.max(0, now() - Date.parse(run.start_time)))}.`;
   return h("p", { class: isQuiet ? "note warn" : "note" },
-    `Running for ${duration(Date.now() - Date.parse(run.start_time))}. Last heard of ${ago(run.updated_at)}`,
+    `${ran} Last heard of ${ago(run.updated_at)}`,
     isQuiet ? ": no heartbeat, no event and no change since." : ".");
+}
+
+const MOMENTS = [["created", "created_at"], ["started", "start_time"], ["ended", "end_time"]];
+
+/** Say which of a run's times are still to come: somebody's clock is, or was, wrong. */
+function future(run) {
+  const ahead = MOMENTS.filter(([, field]) => run[field] && isAhead(run[field]));
+  if (!ahead.length) return null;
+  return h("p", { class: "note warn future-note" }, "This run is dated in the future: ", ahead.map(([word, field], index) => [index ? ", " : "", word, " ", when(run[field]), ` (${fullTime(run[field])})`]), ". The clock of the machine that reported it was wrong, or the daemon's is.");
 }
 
 function items(run) {
@@ -100,7 +110,7 @@ function node(run, isThis, below) {
 }
 
 async function family(run, signal) {
-  const find = async (parameters) => (await page(address("/api/v1/runs", { ...parameters, fields: IN_LISTS }), signal)).items;
+  const find = async (parameters) => (await page(address("api/v1/runs", { ...parameters, fields: IN_LISTS }), signal)).items;
   const ancestors = [];
   let above = run.parent_run_id;
   while (above && ancestors.length < ANCESTORS) {
@@ -132,10 +142,10 @@ function everything(run) {
   return element;
 }
 
-export function show(root, { name, signal }) {
+export function show(root, { name, parameters, signal }) {
   const top = h("div", { class: "stack" }, h("h1", {}, "Run"));
   const lived = h("div", {});
-  const events = eventsPanel(name, signal);
+  const events = eventsPanel(name, parameters, signal);
   const relatives = h("div", { class: "body" }, sentence("Asking …"));
   const bottom = h("div", {});
   let seen = null;
@@ -146,6 +156,7 @@ export function show(root, { name, signal }) {
         h("p", { class: "quiet crumbs" }, h("a", { href: "#/runs" }, "Runs"), " / ", h("a", { href: href("runs", { agent_name: exact(run.agent_name) }) }, run.agent_name)),
         h("div", { class: "view-head" }, h("h1", {}, run.job_type), badge(run.status), run.status !== "running" && h("span", { class: "took" }, duration(run.duration_ms))),
         h("p", { class: "quiet ids" }, h("code", {}, run.event_id), copyButton(run.event_id, "the event_id"), h("span", {}, "run ", h("code", {}, run.run_id)), h("span", {}, "created ", when(run.created_at)))),
+      future(run),
       lived,
       errors(run),
       sections(run),
@@ -173,4 +184,5 @@ export function show(root, { name, signal }) {
     root.replaceChildren(h("h1", {}, error.status === 404 ? "There is no such run" : "This run cannot be shown"), problem(error.message), h("p", {}, h("a", { href: "#/runs" }, "All runs")));
   });
   every(REFRESH_MS, signal, () => seen?.status === "running" && load().catch(() => {})); // the next look may succeed
+  return events.change;
 }

@@ -1,10 +1,12 @@
 // The table of runs: filters in the address, lines as far as one scrolls, and new ones as they come.
 
 import { address, get, page } from "../api.js";
-import { h, say } from "../dom.js";
-import { count, counted, duration } from "../format.js";
+import { h, plain, say } from "../dom.js";
+import { DAY, count, counted, duration, fullTime, now } from "../format.js";
+import { onHealth } from "../health.js";
 import { stepWith } from "../keyboard.js";
 import { IN_LISTS, problem, sentence, summaryOf, when } from "../parts.js";
+import { filtersOf, lastNight, rangeFields, within } from "../range.js";
 import { go, href, runHref } from "../route.js";
 import { STATUSES, badge, shape } from "../status.js";
 import { follow } from "../stream.js";
@@ -13,6 +15,8 @@ import { virtualList } from "../virtual.js";
 const PAGE = 200;
 const FILTERS = ["q", "error", "status", "agent_name", "job_type", "environment", "host", "git_commit_hash", "parent_run_id", "created_after", "created_before", "min_duration_ms"];
 const SINCE = [["", "Any time"], ["-1h", "Last hour"], ["-24h", "Last 24 hours"], ["-7d", "Last 7 days"], ["-30d", "Last 30 days"]];
+const [NIGHT, OWN] = ["night", "own"]; // which the address holds as from and to
+const OF_RANGES = ["from", "to", "created_after", "created_before"];
 const TYPING_MS = 350;
 
 export const title = () => "Runs";
@@ -38,6 +42,11 @@ function line(run) {
 
 const HEADS = [["state", "Status"], ["who", "Agent and job"], ["what", "What happened"], ["number items", "Items"], ["number took", "Duration"], ["number begun", "Created"]];
 
+const NO_RANGE = Object.fromEntries(OF_RANGES.map((name) => [name, null]));
+
+/** Return a moment of a filter in local time, or as it stands there if it is none, such as -2h. */
+const momentText = (text) => (/^\d{4}-/.test(text) && !Number.isNaN(Date.parse(text)) ? fullTime(text) : text);
+
 /** Return the field `name` of the filter bar. */
 function field(name, label, control) {
   control.id = `filter-${name}`;
@@ -48,24 +57,29 @@ function field(name, label, control) {
 function filterBar(onChange) {
   const agents = h("datalist", { id: "agents" });
   const jobs = h("datalist", { id: "jobs" });
-  const since = h("select", {}, SINCE.map(([value, text]) => h("option", { value }, text)));
+  const since = h("select", {}, [...SINCE, [NIGHT, "Last night, 22–06"], [OWN, "From … to …"]].map(([value, text]) => h("option", { value }, text)));
+  const range = rangeFields((given) => onChange({ ...values(), ...NO_RANGE, ...given }));
   const controls = {
-    q: h("input", { type: "search", placeholder: "Words in summaries and errors", autocomplete: "off" }),
+    q: h("input", { type: "search", placeholder: "Words in summaries and errors", autocomplete: "off", "data-search": true }),
+    error: h("input", { type: "search", placeholder: "Part of an error", autocomplete: "off", "data-search": true }),
     agent_name: h("input", { list: "agents", placeholder: "any, * for parts", autocomplete: "off" }),
     job_type: h("input", { list: "jobs", placeholder: "any", autocomplete: "off" }),
-    created_after: since,
   };
   const statuses = STATUSES.map((status) => {
     const box = h("input", { type: "checkbox", value: status, class: "unseen" });
     return { box, label: h("label", { class: `check ${status}` }, box, shape(status), status) };
   });
+  const words = field("q", "Search", controls.q);
+  const errors = field("error", "Search errors", controls.error);
   const form = h(
     "form",
-    { class: "filters", role: "search", "aria-label": "Filter runs", on: { submit: (event) => { event.preventDefault(); changed(); }, change: changed, input: typed } },
-    field("q", "Search", controls.q),
+    { class: "filters", role: "search", novalidate: true, "aria-label": "Filter runs", on: { submit: (event) => { event.preventDefault(); changed(); }, change: changed, input: typed } },
+    words,
+    errors,
     field("agent_name", "Agent", controls.agent_name),
     field("job_type", "Job type", controls.job_type),
-    field("created_after", "Created", since),
+    field("since", "Created", since),
+    range.element,
     h("fieldset", { class: "checks" }, h("legend", {}, "Status"), statuses.map(({ label }) => label)),
     agents,
     jobs,
@@ -75,27 +89,49 @@ function filterBar(onChange) {
 
   function typed(event) {
     clearTimeout(timer);
-    if (event.target === controls.q) timer = setTimeout(changed, TYPING_MS);
+    if (event.target === controls.q || event.target === controls.error) timer = setTimeout(changed, TYPING_MS);
   }
-  function changed() {
-    clearTimeout(timer);
+  function values() {
     const chosen = statuses.filter(({ box }) => box.checked).map(({ box }) => box.value);
     shown = Object.fromEntries(Object.entries(controls).map(([name, control]) => [name, control.value.trim()]));
-    onChange({ ...shown, status: chosen.join(",") });
+    return { ...shown, status: chosen.join(",") };
   }
+  function changed(event) {
+    clearTimeout(timer);
+    onChange({ ...values(), ...(event?.target === since ? rangeOf(since.value) : {}) });
+  }
+  function rangeOf(value) {
+    const night = lastNight(now());
+    if (value === NIGHT) return { ...NO_RANGE, ...within(night.from, night.to) };
+    if (value === OWN) return { ...NO_RANGE, ...within(now() - DAY, now()) };
+    return { ...NO_RANGE, created_after: value };
+  }
+  function offerSearch(isThere) {
+    const field = document.activeElement;
+    words.hidden = !isThere;
+    errors.hidden = isThere;
+    if (field === controls.error && isThere) controls.q.focus();
+  }
+  offerSearch(false); // until the daemon says that it can
 
   return {
     form,
-    search: controls.q,
+    focusSearch: () => (words.hidden ? controls.error : controls.q).focus(),
+    offerSearch,
     offer(metadata) {
-      agents.replaceChildren(...metadata.agent_names.map((value) => h("option", { value })));
-      jobs.replaceChildren(...metadata.job_types.map((value) => h("option", { value })));
+      const option = (value) => h("option", { value, label: plain(value) === value ? null : value });
+      agents.replaceChildren(...metadata.agent_names.map(option));
+      jobs.replaceChildren(...metadata.job_types.map(option));
     },
     set(parameters) {
-      const moment = parameters.created_after ?? "";
-      if (![...since.options].some((option) => option.value === moment)) {
-        since.append(h("option", { value: moment }, moment.startsWith("-") ? `Last ${moment.slice(1)}` : `After ${moment.slice(0, 16).replace("T", " ")}`));
+      const isOwn = Boolean(parameters.from || parameters.to);
+      const after = parameters.created_after ?? "";
+      if (![...since.options].some((option) => option.value === after)) {
+        since.append(h("option", { value: after }, after.startsWith("-") ? `Last ${after.slice(1)}` : `After ${momentText(after)}`));
       }
+      since.value = isOwn ? OWN : after;
+      range.element.hidden = !isOwn;
+      range.set(parameters);
       for (const [name, control] of Object.entries(controls)) {
         const given = parameters[name] ?? "";
         if (control !== document.activeElement || given !== shown[name]) control.value = given;
@@ -105,7 +141,7 @@ function filterBar(onChange) {
       for (const { box } of statuses) box.checked = chosen.includes(box.value);
     },
     /** Return the filters that have no control of their own. */
-    others: (parameters) => FILTERS.filter((name) => parameters[name] && !(name in controls) && name !== "status"),
+    others: (parameters) => FILTERS.filter((name) => parameters[name] && (!(name in controls) || controls[name].closest("[hidden]")) && !["status", "created_after"].includes(name)),
   };
 }
 
@@ -218,11 +254,10 @@ export function show(root, { parameters, signal }) {
   function change(given) {
     const before = JSON.stringify([filters, Boolean(parameters.live)]);
     parameters = given;
-    filters = Object.fromEntries(FILTERS.filter((name) => given[name]).map((name) => [name, given[name]]));
+    filters = { ...Object.fromEntries(FILTERS.filter((name) => given[name]).map((name) => [name, given[name]])), ...filtersOf(given) };
     bar.set(given);
-    chips.replaceChildren(...bar.others(given).map((name) =>
-      h("a", { class: "chip", href: href("runs", { ...given, [name]: null }), "aria-label": `Remove the filter ${name}` }, `${name.replaceAll("_", " ")}: ${given[name]}`, h("span", { "aria-hidden": "true" }, " ×"))));
-    if (given.focus) bar.search.focus();
+    drawChips();
+    if (given.focus) bar.focusSearch();
     if (list !== null && before === JSON.stringify([filters, Boolean(given.live)])) return;
     load.abort();
     load = new AbortController();
@@ -231,9 +266,14 @@ export function show(root, { parameters, signal }) {
     items.length = 0;
     list ??= virtualList(lines, items, { keyOf: (run) => run.event_id, render: (run) => withMark(run), onNear: () => more(), signal });
     list.refresh();
-    more(address("/api/v1/runs", { ...filters, limit: PAGE, fields: IN_LISTS }));
+    more(address("api/v1/runs", { ...filters, limit: PAGE, fields: IN_LISTS }));
     tell();
     listen();
+  }
+
+  function drawChips() {
+    chips.replaceChildren(...bar.others(parameters).map((name) =>
+      h("a", { class: "chip", href: href("runs", { ...parameters, [name]: null }), "aria-label": `Remove the filter ${name}` }, `${name.replaceAll("_", " ")}: ${name.startsWith("created") ? momentText(parameters[name]) : parameters[name]}`, h("span", { "aria-hidden": "true" }, " ×"))));
   }
 
   function withMark(run) {
@@ -249,7 +289,14 @@ export function show(root, { parameters, signal }) {
   });
   signal.addEventListener("abort", () => load.abort(), { once: true });
   root.append(h("div", { class: "view-head" }, h("h1", {}, "Runs"), told, live), bar.form, chips, fresh, table, foot);
-  get("/api/v1/metadata", {}, signal).then(bar.offer, () => {}); // only offers; the list says what is wrong
+  let searches = false;
+  onHealth((health) => {
+    if (searches === (health.full_text === "ready")) return;
+    searches = !searches;
+    bar.offerSearch(searches);
+    drawChips();
+  }, signal);
+  get("api/v1/metadata", {}, signal).then(bar.offer, () => {}); // only offers; the list says what is wrong
   change(parameters);
   return change;
 }

@@ -2,7 +2,7 @@
 
 import { address, page, post } from "../api.js";
 import { h, say } from "../dom.js";
-import { DAY, HOUR, MINUTE, SECOND, ago, counted, duration } from "../format.js";
+import { DAY, HOUR, MINUTE, SECOND, ago, counted, duration, now } from "../format.js";
 import { IN_LISTS, choice, copyButton, every, panel, problem, sentence, when } from "../parts.js";
 import { href, runHref } from "../route.js";
 import { badge } from "../status.js";
@@ -11,7 +11,7 @@ const AGES = ["15m", "1h", "6h", "1d", "7d"];
 const UNITS = { s: SECOND, m: MINUTE, h: HOUR, d: DAY, w: 7 * DAY };
 const MOST = 1000;
 const REFRESH_MS = 15_000;
-const REAP = "/api/v1/admin/reap";
+const REAP = "api/v1/admin/reap";
 
 export const title = () => "Stale runs";
 
@@ -19,7 +19,7 @@ const msOf = (age) => parseFloat(age) * UNITS[age.at(-1)];
 
 async function find(before, signal) {
   const found = [];
-  let next = address("/api/v1/runs", { status: "running", created_before: before, limit: 500, fields: IN_LISTS });
+  let next = address("api/v1/runs", { status: "running", created_before: before, limit: 500, fields: IN_LISTS });
   while (next !== null && found.length < MOST) {
     const answer = await page(next, signal);
     found.push(...answer.items);
@@ -33,7 +33,7 @@ function list(runs, emptyText) {
   return h("ul", { class: "lines" }, runs.map((run) =>
     h("li", {}, h("a", { href: runHref(run.event_id), "data-item": true },
       badge(run.status), h("span", { class: "name" }, run.agent_name), h("span", { class: "quiet what" }, run.job_type),
-      h("span", { class: "quiet begun" }, `begun ${ago(run.start_time)}`), h("span", { class: "silent" }, "silent for ", h("b", {}, duration(Date.now() - Date.parse(run.updated_at))))))));
+      h("span", { class: "quiet begun" }, `begun ${ago(run.start_time)}`), h("span", { class: "silent" }, "silent for ", h("b", {}, duration(now() - Date.parse(run.updated_at))))))));
 }
 
 /** Ask whether so many runs are to be cancelled; answer true or false. */
@@ -87,10 +87,10 @@ export function show(root, { parameters, signal }) {
   }
 
   async function load() {
-    const now = Date.now();
+    const since = now() - msOf(age);
     try {
-      const { found, isAll } = await find(new Date(now - msOf(age)).toISOString(), signal);
-      const isSilent = (run) => Date.parse(run.updated_at) < now - msOf(age);
+      const { found, isAll } = await find(new Date(since).toISOString(), signal);
+      const isSilent = (run) => Date.parse(run.updated_at) < since;
       const stale = found.filter(isSilent).sort((a, b) => a.updated_at.localeCompare(b.updated_at));
       if (signal.aborted) return;
       silent.replaceChildren(list(stale, `Every run has been heard of within ${age}.`), isAll ? "" : sentence(`The newest ${MOST} running runs were looked at; there are more.`));

@@ -21,7 +21,7 @@ def test_every_mutant_still_fits_the_code() -> None:
 
 
 @pytest.mark.slow
-def test_the_tests_of_the_mutants_pass_without_sabotage(tmp_path: Path) -> None:
+def test_the_tests_of_the_mutants_pass_without_a_mutant(tmp_path: Path) -> None:
     copy_product(tmp_path)
     status, output = run(tmp_path, sorted({test for mutant in MUTANTS for test in mutant.tests}), timeout_s=1800)
     assert status == 0, output
@@ -29,7 +29,7 @@ def test_the_tests_of_the_mutants_pass_without_sabotage(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @each_mutant
-def test_sabotage_is_noticed(tmp_path: Path, mutant: Mutant) -> None:
+def test_a_mutant_is_noticed(tmp_path: Path, mutant: Mutant) -> None:
     copy_product(tmp_path)
     for file, text in mutant.files().items():
         (tmp_path / file).write_text(text, "utf-8")
