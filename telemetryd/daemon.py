@@ -29,7 +29,7 @@ from telemetryd.services.upkeep import Upkeep
 from telemetryd.settings import LoadedSettings, Settings
 from telemetryd.store import Store
 from telemetryd.web.connections import make_runner
-from telemetryd.web.listening import bound
+from telemetryd.web.listening import bound, bound_next_to_database
 
 _BACKLOG: Final = 2048
 _STATUS_EVERY_S: Final = 10.0
@@ -71,15 +71,16 @@ async def running(
                 make_app(store, settings, metrics, alerting, upkeep), settings, most_processes(settings)
             )
             await runner.setup()
-            background = tuple(map(asyncio.create_task, (upkeep.run(), alerting.run())))
-            try:
-                yield Running(store, await _listen(runner, sockets))
-            finally:
-                for task in background:
-                    task.cancel()
-                await asyncio.wait(background)
-                # First no new requests and an answer to those in flight, for which the writer is still needed.
-                await runner.cleanup()
+            with bound_next_to_database(settings) as own:
+                background = tuple(map(asyncio.create_task, (upkeep.run(), alerting.run())))
+                try:
+                    yield Running(store, await _listen(runner, [*sockets, *([own] if own is not None else [])]))
+                finally:
+                    for task in background:
+                        task.cancel()
+                    await asyncio.wait(background)
+                    # First no new requests and an answer to those in flight, for which the writer is still needed.
+                    await runner.cleanup()
         finally:
             await store.close()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from telemetryd.client.old_variables import WITHOUT_EFFECT, remarks
+from telemetryd.client.paths import expanded
 from telemetryd.errors import ConfigurationError
 from telemetryd.model.hosts import ANY, HOST_NAME, parse_origins
 from telemetryd.model.values import duration_text, parse_duration
@@ -33,6 +34,7 @@ PREFIX: Final = "TELEMETRY_"
 CLIENT_VARIABLES: Final = frozenset(
     {
         "METRICS_API_URL",
+        "TELEMETRY_API_CA_FILE",
         "TELEMETRY_API_URL",
         "TELEMETRY_BUFFER_DIR",
         "TELEMETRY_BUFFER_DURABILITY",
@@ -49,6 +51,12 @@ CLIENT_VARIABLES: Final = frozenset(
 
 OLD_LOG_LEVEL: Final = "LOG_LEVEL"
 """The variable of 3.x that counts where TELEMETRY_LOG_LEVEL is not set; other programs use it, too."""
+
+
+SYSTEM_SOCKET: Final = Path("/run/telemetryd/telemetryd.sock")
+"""Where the service of the package listens; commands look there, too."""
+NO_SOCKET: Final = Path(os.devnull)
+"""What TELEMETRY_API_UNIX=none stands for."""
 
 
 class JournalMode(StrEnum):
@@ -110,6 +118,15 @@ def _text(value: object) -> object:
     return value
 
 
+def _path(value: object) -> object:
+    value = _text(value)
+    return expanded(value) if isinstance(value, str | Path) else value
+
+
+def _socket(value: object) -> object:
+    return NO_SOCKET if isinstance(value, str) and value.strip().lower() == "none" else _path(value)
+
+
 def _host_names(text: str) -> str:
     names = [name.strip().lower() for name in text.split(",")]
     if not all(name == ANY or HOST_NAME.fullmatch(name) for name in names):
@@ -117,7 +134,8 @@ def _host_names(text: str) -> str:
     return ",".join(names)
 
 
-FilePath = Annotated[Path, BeforeValidator(_text)]
+FilePath = Annotated[Path, BeforeValidator(_path)]
+SocketPath = Annotated[Path, BeforeValidator(_socket)]
 Upper = BeforeValidator(_upper)
 Positive = Annotated[int, Field(ge=1)]
 Duration = Annotated[float, BeforeValidator(parse_duration)]
@@ -153,7 +171,11 @@ class Settings(BaseModel):
         description="Address to listen on; 0.0.0.0 is every IPv4 address, :: every one of IPv6 and IPv4.",
     )
     api_port: Annotated[int, Field(ge=0, le=65535)] = Field(8765, description="Port to listen on; 0 takes a free one.")
-    api_unix: FilePath | None = Field(None, description="Unix socket to listen on as well.")
+    api_unix: SocketPath | None = Field(
+        None,
+        description="Unix socket to listen on as well, for the daemon's group; if it is not set, one next to the "
+        "database (its real path and .sock), for the daemon's own user and root only; none: no socket.",
+    )
     api_workers: Annotated[int, AfterValidator(_one)] = Field(1, description="Must be 1.")
     api_auth_enabled: bool = Field(False, description="Ask for a token everywhere except on /health.")
     api_auth_token: SecretStr | None = Field(None, description="The token; better in a file.")
@@ -250,6 +272,19 @@ class Settings(BaseModel):
         return text.strip().encode()
 
     @property
+    def unix_socket(self) -> Path | None:
+        """The Unix socket that TELEMETRY_API_UNIX names, or None."""
+        return None if self.api_unix in (None, NO_SOCKET) else self.api_unix
+
+    @property
+    def own_socket(self) -> Path | None:
+        """The Unix socket next to the database, or None if another one or none at all is wanted."""
+        if self.api_unix is not None:
+            return None
+        real = self.db_path.resolve()
+        return real.with_name(f"{real.name}.sock")
+
+    @property
     def host_names(self) -> frozenset[str] | None:
         """The names of TELEMETRY_ALLOWED_HOSTS, or None if it is not set."""
         return None if self.allowed_hosts is None else frozenset(self.allowed_hosts.split(","))
@@ -290,6 +325,8 @@ class LoadedSettings:
         values |= {
             name: duration_text(values[name]) for name in ("prune_after", "stale_after") if values[name] is not None
         }
+        if self.settings.api_unix == NO_SOCKET:
+            values["api_unix"] = "none"
         if values["api_auth_token"] is not None:
             values["api_auth_token"] = "********"  # noqa: S105 - a mask
         return {variable(name): {"value": values[name], "origin": str(self.origins[name])} for name in values}
@@ -299,6 +336,9 @@ def load(
     flags: Mapping[str, Any] | None = None,
     environment: Mapping[str, str] | None = None,
     dotenv: Path | None = Path(".env"),
+    *,
+    names: Collection[str] | None = None,
+    needs_dotenv: bool = True,
 ) -> LoadedSettings:
     """Collect every setting: flag > environment > `.env` > default. An empty variable counts as not set.
 
@@ -306,6 +346,8 @@ def load(
         flags: values from the command line by field name; None means "not given".
         environment: variables, by default those of the process.
         dotenv: the `.env` file; None or a missing file means none.
+        names: the settings that are read; by default all. The others have their defaults.
+        needs_dotenv: whether it matters if the `.env` file cannot be read: it may be another program's.
 
     Raises:
         ConfigurationError: with every problem at once, each naming its variable.
@@ -314,7 +356,7 @@ def load(
     variables = os.environ if environment is None else environment
     file = _read_dotenv(dotenv) if dotenv is not None and dotenv.is_file() else _DotEnv({}, {}, ())
     given: dict[str, _Given] = {}
-    for name in Settings.model_fields:
+    for name in Settings.model_fields if names is None else names:
         sources = (
             _Given(Origin.FLAG, (flags or {}).get(name), flag(name)),
             _Given(Origin.ENVIRONMENT, variables.get(variable(name)) or None, "the environment"),
@@ -325,7 +367,7 @@ def load(
     old_level = _old_log_level(variables, file)
     if old_level is not None and _is_level(old_level.value):
         given.setdefault("log_level", old_level)
-    problems = list(file.problems)
+    problems = list(file.problems) if needs_dotenv else []
     try:
         settings = Settings.model_validate({name: source.value for name, source in given.items()})
     except ValidationError as error:

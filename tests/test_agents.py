@@ -74,10 +74,18 @@ def test_sync_sends_what_is_left_and_says_so(daemon: Daemon, buffer: Path) -> No
 
 
 def test_sync_of_no_folder_and_an_empty_one(tmp_path: Path) -> None:
-    for folder in (tmp_path, tmp_path / "missing"):
-        assert telemetryd("sync", "--buffer-dir", folder).stdout.startswith("0 lines sent")
-        shown = telemetryd("sync", "--buffer-dir", folder, "--dry-run").stdout
-        assert shown == f"Nothing is left to be sent in {folder}\n"
+    assert telemetryd("sync", "--buffer-dir", tmp_path).stdout.startswith("0 lines sent")
+    shown = telemetryd("sync", "--buffer-dir", tmp_path, "--dry-run").stdout
+    assert shown == f"Nothing is left to be sent in {tmp_path}\n"
+    missing = tmp_path / "typo"
+    for done in (
+        telemetryd("sync", "--buffer-dir", missing, status=1),
+        telemetryd("sync", "--dry-run", TELEMETRY_BUFFER_DIR=str(missing), status=1),
+        telemetryd("dead-letters", "list", "--buffer-dir", missing, status=1),
+    ):
+        assert done.stderr.startswith(f"telemetryd: {missing} is no folder; ")
+    by_default = telemetryd("sync", XDG_STATE_HOME=str(tmp_path))  # where no agent has ever run
+    assert by_default.stdout.startswith("0 lines sent")
 
 
 def test_sync_without_a_daemon_fails_and_loses_nothing(buffer: Path, free_port: int) -> None:

@@ -130,7 +130,7 @@ def test_the_command_reaches_a_socket_and_brings_the_token(start_daemon: StartDa
 def test_a_daemon_that_is_not_there_is_one_sentence(free_port: int) -> None:
     done = telemetryd("demo", "--port", str(free_port), "--no-live", status=1)
     assert f"Cannot reach the daemon: http://localhost:{free_port}" in done.stderr
-    assert "ftp" in telemetryd("demo", "--url", "ftp://nowhere", "--no-live", status=1).stderr
+    assert "ftp" in telemetryd("demo", "--url", "ftp://nowhere", "--no-live", status=2).stderr
 
 
 def test_it_goes_on_until_it_is_interrupted(start_daemon: StartDaemon) -> None:

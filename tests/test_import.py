@@ -246,3 +246,57 @@ def test_a_message_without_an_end_is_given_up() -> None:
     with pytest.raises(UnavailableError, match="without an end"):
         asyncio.run(follow())
     assert found == ["1"]
+
+
+FOREIGN = {
+    "HTML": (b"<!doctype html><html>please log in</html>\n", "This is HTML or XML"),
+    "a database": (b"SQLite format 3\0" + bytes(84), "This is an SQLite database"),
+    "ZIP": (b"PK\x03\x04" + b"x" * 60, "This is a ZIP archive"),
+    "packed ZIP": (gzip.compress(b"PK\x03\x04" + b"x" * 60), "This is a ZIP archive"),
+    "xz": (b"\xfd7zXZ\0" + b"x" * 60, "packed by xz"),
+    "UTF-16": ('{"event_id": "x"}'.encode("utf-16"), "UTF-16"),
+    "binary": (bytes(range(256)), "no text"),
+    "prose": (
+        b"Dear reader,\nthis is no table.\n",
+        "event_id, run_id, start_time, agent_name, job_type are missing; 2 columns",
+    ),
+    "semicolons": (b"event_id;run_id;agent_name;job_type;start_time\n1;2;3;4;5\n", "found is a semicolon"),
+    "tabs": (b"event_id\trun_id\n1\t2\n", "found is a tab"),
+    "no run_id": (b"event_id,agent_name,job_type,start_time\n1,2,3,4\n", "run_id is missing; 4 columns"),
+    "one column": (b"event_id\n1\n", "no separator was found"),
+}
+
+
+def test_a_file_in_no_form_of_runs_is_refused_with_what_it_seems_to_be(
+    start_daemon: StartDaemon, tmp_path: Path
+) -> None:
+    """Of a log-in page, "0 runs inserted, 0 errors" was said, with exit status 0."""
+    url = start_daemon().url
+    for name, (data, words) in FOREIGN.items():
+        (tmp_path / name).write_bytes(data)
+        for command in ("import", "replay"):
+            done = CliRunner().invoke(main, [command, str(tmp_path / name), "--url", url])
+            assert done.exit_code == 1, name
+            assert words in done.stderr, done.stderr
+            assert f"telemetryd: {tmp_path / name}: " in done.stderr
+    assert get(url, "/api/v1/runs")[1] == []
+
+
+def test_a_byte_order_mark_means_nothing_and_other_columns_are_reported(
+    start_daemon: StartDaemon, tmp_path: Path
+) -> None:
+    url = start_daemon().url
+    mark = b"\xef\xbb\xbf"
+    lines = [orjson.dumps(make_run()) for _ in range(3)]
+    (tmp_path / "lines").write_bytes(mark + b"\n".join(lines))
+    (tmp_path / "packed").write_bytes(gzip.compress(mark + orjson.dumps(make_run())))
+    header = b'event_id,run_id,agent_name,job_type,start_time,colour,"a ""b"""\r\n'
+    (tmp_path / "table").write_bytes(mark + header + b"x,r,a,j,2025-12-24T10:00:00Z,red,\r\n")
+    for name, count in {"lines": 3, "packed": 1, "table": 1}.items():
+        done = CliRunner().invoke(main, ["import", str(tmp_path / name), "--url", url])
+        assert done.exit_code == 0, done.stderr
+        assert done.stdout.startswith(f"{count} run"), name
+    assert done.stderr == (
+        f"telemetryd: {tmp_path / 'table'}: columns that are no fields of a run are ignored: 'colour', 'a \"b\"'\n"
+    )
+    assert len(get(url, "/api/v1/runs")[1]) == 5

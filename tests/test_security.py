@@ -251,10 +251,10 @@ def test_the_socket_is_nobody_elses_from_its_first_moment_on(tmp_path: Path, mon
     before = os.umask(0)
     try:
         with ExitStack() as cleanup:
-            _bind_unix(tmp_path / "socket", cleanup)
+            _bind_unix(tmp_path / "socket", cleanup, 0o117)
             assert mode_of(tmp_path / "socket") == 0o660
             with pytest.raises(AddressError, match="too long"):
-                _bind_unix(tmp_path / ("s" * 200), cleanup)
+                _bind_unix(tmp_path / ("s" * 200), cleanup, 0o117)
         assert os.umask(0) == 0
     finally:
         os.umask(before)
@@ -307,7 +307,7 @@ def test_a_database_behind_a_link_is_private_and_locked_where_it_is(start_daemon
     (tmp_path / "telemetry.sqlite").symlink_to(real / "runs.sqlite")
     daemon = start_daemon()
     assert post(daemon.url, make_run())[0] == 201
-    assert {path.name for path in real.iterdir()} == {"runs.sqlite", "runs.sqlite.lock"}
+    assert {path.name for path in real.iterdir()} == {"runs.sqlite", "runs.sqlite.lock", "runs.sqlite.sock"}
     check_private(real)
     status, errors = start_daemon(TELEMETRY_DB_PATH=str(real / "runs.sqlite")).wait()
     assert status == 1

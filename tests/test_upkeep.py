@@ -22,6 +22,7 @@ from aiohttp.test_utils import TestServer
 from backports import zstd
 
 from telemetryd.cli import target
+from telemetryd.cli.reach import RefusedError, Where
 from telemetryd.engine.sqlite.connection import connect
 from telemetryd.engine.sqlite.statements import thinning
 from telemetryd.errors import InvalidRequestError
@@ -318,11 +319,11 @@ async def test_a_daemon_that_goes_on_refusing_is_reported_and_given_up(
     app = web.Application()
     app.router.add_post("/api/v1/admin/prune", refuse)
     server = await aiohttp_server(app)
-    async with target.find_target(Settings(), str(server.make_url("/"))) as found:
-        with pytest.raises(target.RefusedError, match="The daemon answered 503: The disk is full"):
+    async with target.find_target(Where(url=str(server.make_url("/")))) as found:
+        with pytest.raises(RefusedError, match="The daemon answered 503: The disk is full"):
             await found.prune({"older_than": "90d"})
     assert 2 <= asked <= 11
-    assert "The daemon answers 503: The disk is full; trying again in 0.1 s" in capsys.readouterr().err
+    assert "The daemon answered 503: The disk is full; trying again in 0.1 s" in capsys.readouterr().err
 
 
 async def test_reap_goes_through_the_daemon_by_its_token(start_daemon: StartDaemon, tmp_path: Path) -> None:
@@ -376,10 +377,8 @@ async def test_a_run_that_comes_after_the_archive_was_written_is_spared(
         return rows
 
     monkeypatch.setattr(upkeep, "_write_archive", write_and_be_late)
-    settings = Settings(db_path=daemon.database)
-    done = await upkeep._prune(
-        settings, None, {"created_before": ago(days=90)}, dry_run=False, archive=tmp_path / "archive.zst"
-    )
+    where = Where(settings={"db_path": daemon.database})
+    done = await upkeep._prune(where, {"created_before": ago(days=90)}, dry_run=False, archive=tmp_path / "archive.zst")
     assert (done["archived"], done["pruned"]) == (5, 5)
     assert rows(daemon.database, "SELECT event_id FROM agent_runs") == [(late["event_id"],)]
     totals_are_right(daemon.database)
@@ -646,7 +645,7 @@ async def test_a_run_from_the_future_is_archived_like_any_other(
     await api.batch(created[2:])
     await api.call("POST", f"/api/v1/runs/{created[0]['event_id']}/events", json={"event_type": "step"}, status=201)
     upkeep = import_module("telemetryd.cli.upkeep")
-    there = target.Remote(api.client) if is_remote else target.Local(api.store)  # type: ignore[arg-type]
+    there = target.Remote(api.client.request) if is_remote else target.Local(api.store)
     chosen = {"created_before": ago(days=90)}
     count = await there.prune({**chosen, "dry_run": True})
     pages = upkeep._chosen_pages(there, chosen, count["ahead"])
@@ -724,7 +723,8 @@ def test_an_archive_that_finds_no_room_deletes_nothing(tmp_path: Path) -> None:
     limited = ["bash", "-c", 'ulimit -f 20; exec "$@"', "bash", *command]
     done = subprocess.run(limited, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
-    assert done.stderr.startswith(f"telemetryd: Cannot write {tmp_path / 'archive.ndjson.zst'}: ")
-    assert done.stderr.count("\n") == 1
+    where, problem = done.stderr.splitlines()
+    assert where == f"telemetryd: works on the database {path}"
+    assert problem.startswith(f"telemetryd: Cannot write {tmp_path / 'archive.ndjson.zst'}: ")
     assert rows(path, "SELECT count(*) FROM agent_runs") == [(5000,)]
     assert not [file for file in tmp_path.iterdir() if "archive" in file.name]

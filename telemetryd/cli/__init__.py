@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
 import os
 import sys
 from importlib import import_module
 from keyword import iskeyword
-from typing import Final
+from typing import Any, Final, NoReturn
 
 import click
 
 import telemetryd
-from telemetryd.cli.options import NO_FLAG
+from telemetryd.cli.options import EXIT_FAILURE, NO_FLAG, Suggesting
 
 __all__ = ["NO_FLAG", "main"]
 
@@ -35,13 +37,31 @@ _COMMANDS: Final = {
     "import": "transfer",
     "sync": "agents",
     "replay": "agents",
+    "dead-letters": "dead_letters",
     "demo": "demo",
 }
 """Each command with the module that has it."""
 
 
-class Commands(click.Group):
+class Commands(Suggesting):
     """Imports a command's module only when the command is asked for: all of them together take twice as long."""
+
+    def main(self, *arguments: Any, **options: Any) -> NoReturn:
+        """Run the command line; what the system refuses is one sentence, also while the output is written out."""
+        _open_streams()
+        status: Any = 0
+        try:
+            super().main(*arguments, **options)
+        except SystemExit as end:
+            status = end.code
+        except OSError as error:
+            status = _fail(error)
+        try:
+            sys.stdout.flush()
+        except OSError as error:
+            status = status or _fail(error)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter would flush it once more
+        sys.exit(status)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of all commands, in the order of the alphabet."""
@@ -57,6 +77,28 @@ class Commands(click.Group):
         for described in (command, *(command.commands.values() if isinstance(command, click.Group) else ())):
             described.help = _paragraphs(described.help)
         return command
+
+
+def _open_streams() -> None:
+    """Open what our parent process has closed, so that nothing that is opened next takes its place.
+
+    libuv aborts when a descriptor below 3 of its own is to be closed.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - until the process ends
+        stream = getattr(sys, name)
+        if mode == "w" and isinstance(stream, io.TextIOWrapper):  # no text is worth an error, whatever the locale is
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
+def _fail(error: OSError) -> int:
+    """Say what the system has refused, unless nobody reads what we write; return the exit status."""
+    if error.errno != errno.EPIPE:
+        place = "" if error.filename is None else f"{error.filename}: "
+        with contextlib.suppress(OSError):
+            click.echo(f"telemetryd: {place}{error.strerror or error}", err=True)
+    return EXIT_FAILURE
 
 
 def _paragraphs(text: str | None) -> str:
@@ -83,12 +125,7 @@ def _paragraphs(text: str | None) -> str:
 )
 @click.version_option(telemetryd.__version__, message="telemetryd %(version)s")
 def main() -> None:
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by our parent process; what is opened next must not take its place
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - until the process ends
-        stream = getattr(sys, name)
-        if isinstance(stream, io.TextIOWrapper):  # no text is worth an error, whatever the locale is
-            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    """Hold the commands."""
 
 
 main.help = _paragraphs(main.help)

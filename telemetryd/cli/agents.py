@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import click
 
 from telemetryd.cli.files import LONGEST_LINE_MIB, READ_ERRORS, Patience, Refusals, Sending
-from telemetryd.cli.options import EXIT_USAGE, F, counted, fail, json_flag, print_json, progress, size
+from telemetryd.cli.options import F, counted, fail, json_flag, print_json, progress, size
+from telemetryd.cli.reach import Where, client_config, daemon_flags
 from telemetryd.client.aside import Aside
 from telemetryd.client.bounds import Upkeep
 from telemetryd.client.config import Config
@@ -40,12 +39,7 @@ _RAW_FILES: Final = "*.ndjson"
 """The names of the replaced client's files."""
 
 _FOLDER: Final = "The spool's folder.  [TELEMETRY_BUFFER_DIR; default: ~/.local/state/telemetryd/buffer]"
-url_option = click.option(
-    "--url",
-    metavar="URL",
-    help="The daemon's address; its token comes from TELEMETRY_API_AUTH_TOKEN or TELEMETRY_API_AUTH_TOKEN_FILE.  "
-    "[TELEMETRY_API_URL; default: http://localhost:8765]",
-)
+folder_option = click.option("--buffer-dir", type=click.Path(path_type=Path), help=_FOLDER)
 retry_option = click.option(
     "--retry-for",
     "retry_s",
@@ -80,17 +74,19 @@ def from_files(function: F, *, or_takes_over: bool = False) -> F:
     files = click.argument(
         "files", nargs=-1, required=not or_takes_over, type=click.Path(exists=True, dir_okay=False, allow_dash=True)
     )
-    return files(rejects(longest_line(retry_option(json_flag(url_option(function))))))
+    return files(rejects(longest_line(retry_option(json_flag(daemon_flags(function))))))
 
 
-def client_config(**given: Any) -> Config:
-    """Return the client's settings, or end the process with what is wrong with them."""
-    logging.getLogger("telemetryd.client").addHandler(logging.NullHandler())  # here the commands say it themselves
-    try:
-        return Config.load(**given)
-    except ValueError as error:
-        click.echo(f"telemetryd: {error}", err=True)
-        sys.exit(EXIT_USAGE)
+def folder_of(config: Config, named: Path | None, *, may_come: bool = False) -> Path:
+    """Return the spool's folder; end the process if there is none where the command line or the environment says."""
+    folder = config.folder
+    is_named = named is not None or bool(os.environ.get("TELEMETRY_BUFFER_DIR"))
+    if is_named and not folder.is_dir():
+        if not may_come:
+            fail(f"{folder} is no folder; name the one that agents write to with --buffer-dir (TELEMETRY_BUFFER_DIR)")
+        if not folder.exists():
+            click.echo(f"telemetryd: there is no folder {folder} yet; waiting for it", err=True)
+    return folder
 
 
 # --- sync ----------------------------------------------------------------------------------------
@@ -114,13 +110,13 @@ def client_config(**given: Any) -> Config:
       telemetryd sync --watch --url unix:///run/telemetryd/telemetryd.sock
     """
 )
-@click.option("--buffer-dir", type=click.Path(path_type=Path), help=_FOLDER)
+@folder_option
 @click.option("--watch", is_flag=True, help="Go on until SIGTERM or SIGINT: send whatever comes.")
 @click.option("--dry-run", is_flag=True, help="Only say what the folder holds.")
 @take_over_option
 @retry_option
 @json_flag
-@url_option
+@daemon_flags
 def sync(
     *,
     buffer_dir: Path | None,
@@ -129,14 +125,15 @@ def sync(
     take_over: bool,
     retry_s: float,
     as_json: bool,
-    url: str | None,
+    where: Where,
 ) -> None:
     if take_over:
         folders = [buffer_dir] if buffer_dir is not None else old_buffer_folders(os.environ)
         buffer_dir = _left_by_3x(folders, _BUFFER_FILES, "name the folder with --buffer-dir")
         if not dry_run:
             _close_left(buffer_dir)
-    config = client_config(buffer_dir=buffer_dir, url=url)
+    config = client_config(where, buffer_dir=buffer_dir)
+    folder_of(config, buffer_dir, may_come=watch)
     counters = Counters()
     problem = None if dry_run else _sync(config, counters, None if watch else retry_s)
     try:
@@ -379,9 +376,9 @@ def replay(
     longest_line_mib: int,
     retry_s: float,
     as_json: bool,
-    url: str | None,
+    where: Where,
 ) -> None:
-    config = client_config(url=url)
+    config = client_config(where)
     counters = Counters()
     if take_over and not files:
         folder = _left_by_3x(old_raw_folders(os.environ), _RAW_FILES, "name its files")

@@ -14,6 +14,7 @@ from telemetryd.cli.database import refuse_missing
 from telemetryd.cli.options import (
     EXIT_FAILURE,
     EXIT_USAGE,
+    Suggesting,
     counted,
     failing,
     json_flag,
@@ -31,7 +32,7 @@ from telemetryd.services import webhooks
 from telemetryd.settings import Settings
 
 
-@click.group(help="Try out the rules of alerts (docs/alerts.md).")
+@click.group(cls=Suggesting, help="Try out the rules of alerts (docs/alerts.md).")
 def alerts() -> None:
     """Hold the commands about alerts."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from contextlib import closing
 from datetime import datetime, timedelta
 from random import Random
@@ -13,13 +13,12 @@ from typing import Any, Final
 import click
 import orjson
 
-from telemetryd.cli.options import counted, failing, json_flag, load_settings, print_json, progress, settings_flags
+from telemetryd.cli.options import counted, failing, json_flag, print_json, progress
+from telemetryd.cli.reach import RefusedError, Where, daemon_flags, pause_s
 from telemetryd.cli.sample_data import AGENTS, Story, World, finished
-from telemetryd.client.config import Config
+from telemetryd.client.answers import shown
 from telemetryd.client.transport import Answer, Transport, UnreachableError, run_path
-from telemetryd.errors import TelemetrydError
 from telemetryd.model.values import utc_now
-from telemetryd.settings import Settings
 
 _BATCH: Final = 500
 _PER_DAY: Final = 2400
@@ -27,10 +26,6 @@ _TRIES: Final = 30
 _LIVE_EVERY_S: Final = 1.5
 _LIVE_SPEED: Final = 6
 """How much faster than real ones live runs end, so that one sees them end."""
-
-
-class RefusedError(TelemetrydError):
-    """The daemon refused an invented run."""
 
 
 class _Poster:
@@ -42,8 +37,8 @@ class _Poster:
         self.posted = 0
         """How many runs were new to the daemon."""
 
-    def send(self, method: str, path: str, body: object) -> Any:
-        """Send a request until it is taken; return the answer's JSON.
+    def send(self, method: str, path: str, body: object, fields: Set[str]) -> Any:
+        """Send a request until it is taken; return the answer's JSON, an object with these fields.
 
         Raises:
             RefusedError: if it is refused, or the daemon does not answer.
@@ -54,11 +49,13 @@ class _Poster:
                 answer: Answer = self._transport.request(method, path, orjson.dumps(body))
             except UnreachableError as error:
                 raise RefusedError(f"Cannot reach the daemon: {error}") from error
-            if answer.status < 400:
+            if answer.status in (200, 201):
+                if not isinstance(answer.body, dict) or not answer.body.keys() >= fields:
+                    raise RefusedError("What answered is no telemetryd: it does not say what became of the runs")
                 return answer.body
             if answer.status not in (429, 503) or attempt == _TRIES:
-                raise RefusedError(f"The daemon answered {answer.status}: {answer.detail}")
-            self._sleep(float(answer.headers.get("retry-after", "1")))
+                raise RefusedError(shown(answer), answer.status)
+            self._sleep(pause_s({"Retry-After": answer.headers.get("retry-after", "")}))
         raise AssertionError("the last attempt returns or raises")
 
     def begin(self, stories: list[Story], now: datetime) -> list[Story]:
@@ -67,13 +64,13 @@ class _Poster:
         Runs that were there already have another story, invented earlier today; they are left as they are.
         """
         runs = [finished(story) if story.ends_at <= now else story.run for story in stories]
-        answer = self.send("POST", "/api/v1/runs/batch", runs)
+        answer = self.send("POST", "/api/v1/runs/batch", runs, {"inserted", "duplicates"})
         self.posted += answer["inserted"]
         if answer["duplicates"]:
             return []
         for story in stories:
             if story.events:
-                self.send("POST", f"{run_path(story.run['event_id'])}/events", story.events)
+                self.send("POST", f"{run_path(story.run['event_id'])}/events", story.events, {"inserted"})
         return [story for story in stories if story.finish and story.ends_at > now]
 
 
@@ -97,25 +94,16 @@ class _Poster:
 @click.option("--seed", type=int, default=1, show_default=True, help="The same seed at the same time invents the same.")
 @click.option("--live/--no-live", default=True, help="Whether to go on with new runs until Ctrl-C.")
 @json_flag
-@click.option("--url", metavar="URL", help="Base URL of the daemon; default: this machine's, at its port.")
-@settings_flags(
-    "api_unix",
-    "api_port",
-    "api_auth_token_file",
-    api_unix="Unix socket of the running daemon.",
-    api_port="Port of the running daemon on this machine.",
-    api_auth_token_file="File that holds the daemon's token; or set TELEMETRY_API_AUTH_TOKEN.",  # noqa: S106 - a help text
-)
-def demo(*, number: int | None, days: int, seed: int, live: bool, as_json: bool, url: str | None, **flags: Any) -> None:
-    settings = load_settings(flags).settings
+@daemon_flags
+def demo(*, number: int | None, days: int, seed: int, live: bool, as_json: bool, where: Where) -> None:
     now = utc_now()
     with failing():
-        config = _config(settings, url)
+        config = where.config()
         with closing(Transport(config)) as transport:
             poster = _Poster(transport)
             world = World(seed, now - timedelta(days=days), now)
             open_runs = _post(poster, world, number or days * _PER_DAY, now)
-            page = None if config.url.startswith("unix:") else f"{config.url}/"
+            page = None if config.url.startswith("unix:") else f"{config.url.rstrip('/')}/"
             if as_json:
                 print_json({"runs": poster.posted, "agents": len(AGENTS), "page": page})
             else:
@@ -128,18 +116,6 @@ def demo(*, number: int | None, days: int, seed: int, live: bool, as_json: bool,
                     _go_on(poster, world, open_runs)
                 except KeyboardInterrupt:
                     click.echo("Stopped.", err=True)
-
-
-def _config(settings: Settings, url: str | None) -> Config:
-    token = settings.token()
-    if url is None:
-        url = f"http://localhost:{settings.api_port}"
-        if settings.api_unix is not None:
-            url = f"unix://{settings.api_unix}"
-    try:
-        return Config(url=url.rstrip("/"), token=None if token is None else token.decode())
-    except ValueError as error:
-        raise RefusedError(str(error)) from error
 
 
 def _post(poster: _Poster, world: World, number: int, now: datetime) -> list[Story]:
@@ -168,7 +144,7 @@ def _go_on(poster: _Poster, world: World, open_runs: list[Story]) -> None:
         now = utc_now()
         while ends and ends[0][0] <= now:
             story = heapq.heappop(ends)[2]
-            poster.send("PATCH", run_path(story.run["event_id"]), story.finish)
+            poster.send("PATCH", run_path(story.run["event_id"]), story.finish, {"updated"})
         agent = random.choices(AGENTS, [each.weight for each in AGENTS])[0]
         story = world.story(random, agent, now, f"live-{session}-{serial}", None)
         poster.begin([story], now)

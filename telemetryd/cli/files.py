@@ -10,15 +10,18 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Final, TypeVar, cast
 
 import click
 
+from telemetryd.cli.forms import Form, check_columns, recognise
 from telemetryd.cli.options import Progress
 from telemetryd.client.batch import Batch
 from telemetryd.client.context import timestamp
 from telemetryd.client.counters import Counters
+from telemetryd.client.dead_letters import line_of
 from telemetryd.client.delivery import MAX_BYTES, Delivery, Requests, RetryError, WaitError
 from telemetryd.client.lines import dead_letter, encode, read_object, unfold
 from telemetryd.client.worker import Backoff
@@ -105,7 +108,7 @@ class Refusals:
     def add(self, lines: list[bytes], status: int | None, reason: object) -> None:
         """Take in refused lines."""
         name, number = self.places.get(lines[0], ("", 0))
-        text = "; ".join(_reasons(reason))
+        text = "; ".join(reasons(reason))
         if len(self.kept) < _KEPT:
             self.kept.append({"file": name or None, "line": number or None, "status": status, "reason": f"{text:.300}"})
         if self._reported < _TOLD:
@@ -119,7 +122,8 @@ class Refusals:
                 out.write(b"".join(dead_letter(line, status, reason, timestamp()) for line in lines))
 
 
-def _reasons(reason: object) -> list[str]:
+def reasons(reason: object) -> list[str]:
+    """Return each fault that a daemon's refusal names, in words."""
     return [_reason(fault) for fault in (reason if isinstance(reason, list) else [reason])]
 
 
@@ -214,9 +218,8 @@ def _records(name: str, file: Any, longest_line: int) -> Iterator[tuple[int, lis
         yield from _as_lines(tables.read_parquet(Path(name)))
         return
     plain = _plain(file)
-    start = plain.peek(512).lstrip()[:1]
-    if start not in (b"", b"{", b"["):
-        yield from _as_lines(tables.read_csv(plain))
+    if recognise(plain) is Form.CSV:
+        yield from _as_lines(tables.read_csv(plain, partial(check_columns, name)))
         return
     for number, line in read_lines(plain, longest_line):
         if line is None:
@@ -265,6 +268,5 @@ def _unwrap(line: bytes) -> bytes:
     if line.startswith(b'{"time":'):
         letter = read_object(line) or {}
         if {"reason", "status", "line"} <= letter.keys():
-            inner = letter["line"]
-            return encode(inner).rstrip() if isinstance(inner, dict) else str(inner).encode()
+            return line_of(letter)
     return line

@@ -23,6 +23,7 @@ from telemetryd.store import Store
 
 _PAGE: Final = 500
 _WAIT_S: Final = 30
+_PAGE_FIELDS: Final = ("changes", "events", "epoch", "last", "more", "newest")
 _PAUSES_S: Final = (0.2, 1.0, 5.0)
 
 
@@ -94,7 +95,7 @@ async def _follow(daemon: Daemon, store: Store, *, once: bool, as_json: bool) ->
         if cursor is not None:
             parameters |= {"after": str(cursor), "begun": str(followed.begun)}
         try:
-            page = await daemon.get("/api/v1/changes", parameters)
+            page = await daemon.get("/api/v1/changes", parameters, _PAGE_FIELDS)
         except UnavailableError as error:
             if failures == 0:
                 click.echo(f"telemetryd: {error}; trying again", err=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
+import os
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -93,6 +95,21 @@ def settings_flags(*names: str, **helps: str) -> Callable[[F], F]:
     return decorate
 
 
+class Suggesting(click.Group):
+    """A group of commands that says which one may be meant by a name that is none."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command that is asked for."""
+        name, known = args[0], self.list_commands(ctx)
+        if name not in known and not name.startswith("-"):
+            similar = difflib.get_close_matches(name, known, cutoff=0.5)
+            hint = f"Did you mean {' or '.join(similar)}?" if similar else f"See {ctx.command_path} --help."
+            ctx.fail(f"There is no command {name!r}. {hint}")
+        return super().resolve_command(ctx, args)
+
+
 json_flag = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
@@ -109,14 +126,23 @@ class DurationType(click.ParamType[float]):
             self.fail(f"{value!r} {error}", param, ctx)
 
 
-def load_settings(flags: dict[str, Any]) -> LoadedSettings:
-    """Return the settings, or end the process with every problem on standard error."""
-    try:
-        return load(flags)
-    except ConfigurationError as error:
-        for problem in error.problems:
-            click.echo(f"telemetryd: {problem}", err=True)
-        sys.exit(EXIT_USAGE)
+def load_for(flags: Mapping[str, Any]) -> LoadedSettings:
+    """Return the settings of a command that works on a database.
+
+    If a flag or a variable says which, a `.env` file that cannot be read is another program's, and does not matter.
+
+    Raises:
+        ConfigurationError: if some cannot be used.
+
+    """
+    is_named = flags.get("db_path") is not None or bool(os.environ.get(variable("db_path")))
+    return load(flags, needs_dotenv=not is_named)
+
+
+def load_settings(flags: dict[str, Any], *, of_daemon: bool = False) -> LoadedSettings:
+    """Return the settings, those of a daemon or what `load_for` returns; or end the process with every problem."""
+    with failing():
+        return load(flags) if of_daemon else load_for(flags)
 
 
 def fail(text: str) -> NoReturn:
@@ -127,9 +153,13 @@ def fail(text: str) -> NoReturn:
 
 @contextmanager
 def failing() -> Iterator[None]:
-    """Turn an error of ours into one sentence on standard error and exit status 1."""
+    """Turn an error of ours into one sentence on standard error and exit status 1; 2 for each wrong setting."""
     try:
         yield
+    except ConfigurationError as error:
+        for problem in error.problems:
+            click.echo(f"telemetryd: {problem}", err=True)
+        sys.exit(EXIT_USAGE)
     except TelemetrydError as error:
         fail(sentence(error))
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import click
 
-from telemetryd.cli.options import failing, json_flag, load_settings, print_json, settings_flags
+from telemetryd.cli.options import failing, json_flag, print_json
+from telemetryd.cli.reach import Renamed, Where, target_flags
 from telemetryd.cli.statistics import show_duration
 from telemetryd.cli.target import Body, ask_source
-from telemetryd.cli.upkeep import DAEMON, SETTINGS, address
 from telemetryd.ops.logs import printable
 
 
@@ -17,8 +15,8 @@ from telemetryd.ops.logs import printable
     help=r"""Name the commits that made runs fail or take longer.
 
     Runs count by their git_commit_hash, for each agent and job type. A pair in which no commit changes anything gives a
-    finding in at most 1 of 100 looks. The database is read, also next to the daemon that owns it; with --url, --unix or
-    a token the daemon is asked.
+    finding in at most 1 of 100 looks. The daemon is asked; the database is read where none runs, and next to one that
+    cannot be reached.
 
     \b
     Examples:
@@ -29,19 +27,24 @@ from telemetryd.ops.logs import printable
 )
 @click.option("--from", "begin", default="-30d", show_default=True, metavar="TIME", help="A time, or an age: -7d.")
 @click.option("--to", "end", default="now", show_default=True, metavar="TIME", help="A time, an age, or now.")
-@click.option("--agent", "agent_name", metavar="NAMES", help="Only these agents: a,b or web-*.")
-@click.option("--job", "job_type", metavar="NAMES", help="Only these job types.")
+@click.option(
+    "--agent",
+    "agent_name",
+    cls=Renamed,
+    old=("--agent-name",),
+    metavar="NAMES",
+    help="Only these agents: a,b or web-*.",
+)
+@click.option("--job-type", "job_type", cls=Renamed, old=("--job",), metavar="NAMES", help="Only these job types.")
 @json_flag
-@address
-@settings_flags(*SETTINGS, **DAEMON)
+@target_flags
 def regressions(
-    *, begin: str, end: str, agent_name: str | None, job_type: str | None, as_json: bool, url: str | None, **flags: Any
+    *, begin: str, end: str, agent_name: str | None, job_type: str | None, as_json: bool, where: Where
 ) -> None:
-    settings = load_settings(flags).settings
     given = {"from": begin, "to": end, "agent_name": agent_name, "job_type": job_type}
     parameters = {name: value for name, value in given.items() if value is not None}
     with failing():
-        answer = ask_source(settings, url, lambda source: source.regressions(parameters))
+        answer = ask_source(where, lambda source: source.regressions(parameters))
     if as_json:
         print_json(answer)
     else:

@@ -42,7 +42,7 @@ loop has nothing left to do, so that one of the two is always idle (`python -m b
 )
 @settings_flags()
 def serve(**flags: Any) -> None:
-    loaded = load_settings(flags)
+    loaded = load_settings(flags, of_daemon=True)
     settings = loaded.settings
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     with logging_to(sys.stdout, settings.log_level, settings.log_format):
@@ -73,7 +73,7 @@ def serve(**flags: Any) -> None:
 @json_flag
 @settings_flags()
 def config(as_json: bool, **flags: Any) -> None:
-    loaded = load_settings(flags)
+    loaded = load_settings(flags, of_daemon=True)
     for remark in loaded.remarks:
         click.echo(f"telemetryd: remark: {remark}", err=True)
     shown = loaded.shown()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
 import click
 
-from telemetryd.cli.options import failing, json_flag, load_settings, print_json, settings_flags
+from telemetryd.cli.options import failing, json_flag, print_json
+from telemetryd.cli.reach import Renamed, Where, target_flags
 from telemetryd.cli.target import Body, ask_source
-from telemetryd.cli.upkeep import DAEMON, SETTINGS, address
 from telemetryd.ops.logs import printable
 
 _UNITS: Final = ((86_400_000, "d"), (3_600_000, "h"), (60_000, "min"), (1000, "s"))
@@ -23,7 +23,7 @@ _NARROWEST: Final = 6
     help=r"""Show how many runs there were, and how they went.
 
     Times are those of created_at, in whole hours (UTC). Quantiles of durations are within 1 % of the exact ones. The
-    database is read, also alongside the daemon that owns it; with --url, --unix or a token the daemon is asked.
+    daemon is asked; the database is read where none runs, and alongside one that cannot be reached.
 
     \b
     Examples:
@@ -43,12 +43,18 @@ _NARROWEST: Final = 6
 @click.option("--bucket", metavar="SPAN", help="Group by time as well: 1h, 6h, 1d, 1w.")
 @click.option("--from", "begin", default="-24h", show_default=True, metavar="TIME", help="A time, or an age: -7d.")
 @click.option("--to", "end", default="now", show_default=True, metavar="TIME", help="A time, an age, or now.")
-@click.option("--agent", "agent_name", metavar="NAMES", help="Only these agents: a,b or web-*.")
-@click.option("--job", "job_type", metavar="NAMES", help="Only these job types.")
+@click.option(
+    "--agent",
+    "agent_name",
+    cls=Renamed,
+    old=("--agent-name",),
+    metavar="NAMES",
+    help="Only these agents: a,b or web-*.",
+)
+@click.option("--job-type", "job_type", cls=Renamed, old=("--job",), metavar="NAMES", help="Only these job types.")
 @click.option("--status", metavar="STATUSES", help="Only these statuses: failure,timeout.")
 @json_flag
-@address
-@settings_flags(*SETTINGS, **DAEMON)
+@target_flags
 def stats(
     *,
     group_by: str,
@@ -59,10 +65,8 @@ def stats(
     job_type: str | None,
     status: str | None,
     as_json: bool,
-    url: str | None,
-    **flags: Any,
+    where: Where,
 ) -> None:
-    settings = load_settings(flags).settings
     given = {
         "group_by": group_by or None,
         "bucket": bucket,
@@ -74,7 +78,7 @@ def stats(
     }
     parameters = {name: value for name, value in given.items() if value is not None}
     with failing():
-        answer = ask_source(settings, url, lambda source: source.stats(parameters))
+        answer = ask_source(where, lambda source: source.stats(parameters))
     if as_json:
         print_json(answer)
     else:

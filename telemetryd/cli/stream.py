@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import os
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Final
-from urllib.parse import unquote, urlsplit
 
 import aiohttp
-import orjson
-from aiohttp.client_exceptions import UnixClientConnectorError
 
+from telemetryd.cli.reach import RefusedError, Request, read_list, read_object, reason, refusal, session
 from telemetryd.client.config import Config
-from telemetryd.errors import TelemetrydError, UnavailableError
-from telemetryd.model import values
+from telemetryd.errors import UnavailableError
 
 _SILENT_S: Final = 40.0
 """A stream that says nothing for so long is dead: the daemon gives a sign of life every 15 seconds."""
@@ -26,11 +22,7 @@ _LONGEST_PAUSE_S: Final = 10.0
 _PATIENT: Final = (429, 502, 503, 504)
 
 
-class DaemonRefusedError(TelemetrydError):
-    """The daemon refused the request."""
-
-
-class GoneError(DaemonRefusedError):
+class GoneError(RefusedError):
     """The daemon does not know any more what the request refers to."""
 
 
@@ -46,25 +38,31 @@ class Message:
 class Daemon:
     """A daemon to be asked. Make it with `reach`."""
 
-    def __init__(self, session: aiohttp.ClientSession, prefix: str) -> None:
-        self._session = session
-        self._prefix = prefix
+    def __init__(self, request: Request) -> None:
+        self._request = request
 
-    async def get(self, path: str, parameters: Mapping[str, str]) -> Any:
-        """Return the answer to a request.
+    async def get(self, path: str, parameters: Mapping[str, str], fields: Collection[str]) -> dict[str, Any]:
+        """Return the object that answers a request and has these fields.
 
         Raises:
-            DaemonRefusedError: if it is refused; the message is the daemon's. A `GoneError` for 410.
+            RefusedError: if it is refused, or something else answers. A `GoneError` for 410.
             UnavailableError: if there is no answer, or none now.
 
         """
+        return read_object(*await self._get(path, parameters), fields)
+
+    async def list(self, path: str, parameters: Mapping[str, str], field: str) -> list[dict[str, Any]]:
+        """Return the list of objects, each with this field, that answers a request; raise as `get` does."""
+        return read_list(*await self._get(path, parameters), field)
+
+    async def _get(self, path: str, parameters: Mapping[str, str]) -> tuple[aiohttp.ClientResponse, bytes]:
         try:
-            async with self._session.get(self._prefix + path, params=parameters) as response:
+            async with self._request("GET", path, params=parameters) as response:
                 text = await response.read()
-                _check(response.status, text)
-                return orjson.loads(text)
-        except (aiohttp.ClientError, OSError, ValueError) as error:
+        except (aiohttp.ClientError, OSError) as error:
             raise UnavailableError(f"Cannot reach the daemon: {reason(error)}") from error
+        _check(response, text)
+        return response, text
 
     async def stream(
         self, parameters: Mapping[str, str], on_loss: Callable[[str], None]
@@ -72,7 +70,7 @@ class Daemon:
         """Yield the messages of the stream for ever; `on_loss` gets the reason of a disconnect.
 
         Raises:
-            DaemonRefusedError: if it is refused.
+            RefusedError: if it is refused, or something else answers.
             UnavailableError: if it cannot be opened the first time.
 
         """
@@ -83,12 +81,12 @@ class Daemon:
                 async for message in self._listen(parameters, last_id):
                     last_id, pause = message.id, _FIRST_PAUSE_S
                     yield message
-                reason = "the stream has ended"
+                lost = "the stream has ended"
             except UnavailableError as error:
                 if not last_id:
                     raise
-                reason = str(error)
-            on_loss(reason)
+                lost = str(error)
+            on_loss(lost)
             await asyncio.sleep(pause)
             pause = min(pause * 2, _LONGEST_PAUSE_S)
 
@@ -96,22 +94,16 @@ class Daemon:
         headers = {"Last-Event-ID": last_id} if last_id else {}
         silence = aiohttp.ClientTimeout(total=None, sock_connect=_LONGEST_PAUSE_S, sock_read=_SILENT_S)
         try:
-            path = f"{self._prefix}/api/v1/runs/stream"
-            async with self._session.get(path, params=parameters, headers=headers, timeout=silence) as response:
+            stream = self._request("GET", "/api/v1/runs/stream", params=parameters, headers=headers, timeout=silence)
+            async with stream as response:
                 if response.status != 200:
-                    _check(response.status, await response.read())
+                    _check(response, await response.read())
+                if response.content_type != "text/event-stream":
+                    raise RefusedError("What answered is no telemetryd: it sent no stream of events", response.status)
                 async for message in read_messages(response.content.iter_any()):
                     yield message
         except (aiohttp.ClientError, OSError) as error:
             raise UnavailableError(f"Cannot reach the daemon: {reason(error)}") from error
-
-
-def reason(error: Exception) -> str:
-    """Return why a daemon was not reached; where a connection was refused, the address and the system's words."""
-    if isinstance(error, aiohttp.ClientConnectorError) and error.errno is not None and error.errno > 0:
-        place = error.path if isinstance(error, UnixClientConnectorError) else f"{error.host}:{error.port}"
-        return f"{place}: {os.strerror(error.errno)}"
-    return str(error) or type(error).__name__
 
 
 async def read_messages(chunks: AsyncIterator[bytes], longest_bytes: int = _LONGEST_MESSAGE) -> AsyncIterator[Message]:
@@ -143,32 +135,17 @@ async def read_messages(chunks: AsyncIterator[bytes], longest_bytes: int = _LONG
             raise UnavailableError("The stream holds a message without an end; is this telemetryd?")
 
 
-def detail_of(text: bytes) -> str:
-    """Return what an error of the daemon says of itself."""
-    try:
-        detail = orjson.loads(text)["detail"]
-    except (ValueError, KeyError, TypeError):
-        return text[: values.MAX_ECHO].decode("utf-8", "replace")
-    return detail if isinstance(detail, str) else orjson.dumps(detail).decode()
-
-
-def _check(status: int, text: bytes) -> None:
-    if status == 200:
+def _check(response: aiohttp.ClientResponse, text: bytes) -> None:
+    if response.status == 200:
         return
-    problem = f"The daemon answered {status}: {detail_of(text)}"
-    if status in _PATIENT:
+    problem = refusal(response, text)
+    if response.status in _PATIENT:
         raise UnavailableError(problem)
-    raise (GoneError if status == 410 else DaemonRefusedError)(problem)
+    raise (GoneError if response.status == 410 else RefusedError)(problem, response.status)
 
 
 @asynccontextmanager
 async def reach(config: Config) -> AsyncIterator[Daemon]:
     """Give the daemon at the address of a client's settings, with its token."""
-    address = urlsplit(config.url)
-    is_unix = address.scheme == "unix"
-    connector = aiohttp.UnixConnector(unquote(address.netloc + address.path)) if is_unix else aiohttp.TCPConnector()
-    base = "http://localhost" if is_unix else f"{address.scheme}://{address.netloc}"
-    headers = {"Authorization": f"Bearer {config.token}"} if config.token else {}
-    timeout = aiohttp.ClientTimeout(total=config.timeout_s + 60)
-    async with aiohttp.ClientSession(base, connector=connector, headers=headers, timeout=timeout) as session:
-        yield Daemon(session, "" if is_unix else address.path.rstrip("/"))
+    async with session(config, aiohttp.ClientTimeout(total=config.timeout_s + 60)) as request:
+        yield Daemon(request)

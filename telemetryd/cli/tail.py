@@ -14,8 +14,8 @@ from typing import Any, Final
 import click
 import orjson
 
-from telemetryd.cli.agents import url_option
-from telemetryd.cli.options import EXIT_USAGE, failing
+from telemetryd.cli.options import failing
+from telemetryd.cli.reach import Renamed, Where, client_config, daemon_flags
 from telemetryd.cli.stream import Daemon, reach
 from telemetryd.client.config import Config
 from telemetryd.model.filters import quoted
@@ -54,7 +54,15 @@ Run = dict[str, Any]
 @click.option(
     "-n", "--lines", type=click.IntRange(0, MAX_LIMIT), default=10, metavar="N", help="Show the last N.  [default: 10]"
 )
-@click.option("--agent", "agents", multiple=True, metavar="NAME", help="Only this agent; * stands for any text.")
+@click.option(
+    "--agent",
+    "agents",
+    cls=Renamed,
+    old=("--agent-name",),
+    multiple=True,
+    metavar="NAME",
+    help="Only this agent; * stands for any text.",
+)
 @click.option("--job-type", "job_types", multiple=True, metavar="NAME", help="Only this job type.")
 @click.option("--status", "statuses", multiple=True, metavar="STATUS", help="Only this status.")
 @click.option(
@@ -65,7 +73,7 @@ Run = dict[str, Any]
     help="Any filter of GET /api/v1/runs, also metrics.tokens>1000.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print each run as one line of JSON.")
-@url_option
+@daemon_flags
 def tail(
     *,
     follow: bool,
@@ -75,7 +83,7 @@ def tail(
     statuses: tuple[str, ...],
     filters: tuple[str, ...],
     as_json: bool,
-    url: str | None,
+    where: Where,
 ) -> None:
     parameters = {
         name: ",".join(values)
@@ -92,11 +100,7 @@ def tail(
         if not (equals or is_comparison) or name in parameters:
             raise click.UsageError(f"--filter {given!r} must be NAME=VALUE, each name once")
         parameters[name] = value
-    try:
-        config = Config.load(url=url)
-    except ValueError as error:
-        click.echo(f"telemetryd: {error}", err=True)
-        sys.exit(EXIT_USAGE)
+    config = client_config(where)
     shown = _Shown(as_json=as_json)
     with failing(), contextlib.suppress(KeyboardInterrupt):
         asyncio.run(_tail(config, parameters, lines, shown, follow=follow))
@@ -121,7 +125,7 @@ async def _tail(config: Config, parameters: dict[str, str], lines: int, shown: _
 
 async def _show_last(daemon: Daemon, parameters: dict[str, str], lines: int, shown: _Shown) -> None:
     if lines:
-        for run in reversed(await daemon.get("/api/v1/runs", {**parameters, "limit": str(lines)})):
+        for run in reversed(await daemon.list("/api/v1/runs", {**parameters, "limit": str(lines)}, "event_id")):
             shown.show(orjson.dumps(run), from_list=True)
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from contextlib import asynccontextmanager, closing
+from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any, Final, Protocol
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
@@ -15,20 +19,37 @@ import click
 import orjson
 
 from telemetryd.cli.database import refuse_missing
-from telemetryd.cli.stream import detail_of, reason
-from telemetryd.client.answers import seconds_of
+from telemetryd.cli.options import load_for
+from telemetryd.cli.reach import (
+    RefusedError,
+    Request,
+    Where,
+    is_hopeless,
+    pause_s,
+    read_list,
+    read_object,
+    reason,
+    refusal,
+    session,
+    settings_token,
+)
+from telemetryd.client.address import unix_url, why
+from telemetryd.client.config import Config
+from telemetryd.client.transport import Transport, UnreachableError
 from telemetryd.engine.factory import open_read_only, owner
 from telemetryd.engine.interface import QueryingEngine
-from telemetryd.errors import DatabaseOwnedError, InvalidRequestError, TelemetrydError, UnavailableError
+from telemetryd.errors import ConfigurationError, DatabaseOwnedError, InvalidRequestError, UnavailableError
 from telemetryd.model import event_queries, events, queries, regressions, runs, stats, values
 from telemetryd.model.filters import TIME_BOUNDS, Filters, quoted
 from telemetryd.ops.metrics import Metrics
 from telemetryd.services import admin
-from telemetryd.settings import Settings
+from telemetryd.settings import SYSTEM_SOCKET, Origin, Settings, load, variable
 from telemetryd.store import Store
 
 Body = dict[str, Any]
 _PAGE: Final = 500
+_PROBE_S: Final = 5.0
+_TOKENS: Final = ("api_auth_token", "api_auth_token_file")
 _PATIENCE_S: Final = 30.0
 """How long a daemon may refuse for the moment, or not be there (a restart takes a second or two)."""
 
@@ -63,14 +84,6 @@ class Target(Source, Protocol):
 
     async def events(self, event_id: str, offset: int) -> list[Body]:
         """Answer what `GET /api/v1/runs/{event_id}/events` answers, as many as there are at once."""
-
-
-class RefusedError(TelemetrydError):
-    """The daemon refused the request, with a status of 4xx or 5xx."""
-
-    def __init__(self, message: str, status: int) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 class Neighbour:
@@ -154,33 +167,29 @@ class Local:
 class Remote:
     """A running daemon, over HTTP."""
 
-    def __init__(self, session: aiohttp.ClientSession) -> None:
-        self._session = session
+    def __init__(self, request: Request) -> None:
+        self._request = request
 
     async def prune(self, body: Body) -> Body:
         """Ask for a slice."""
-        answer: tuple[Body, str] = await self._ask("POST", "/api/v1/admin/prune", json=body)
-        return answer[0]
+        return await self._object("POST", "/api/v1/admin/prune", (_counted(body, "pruned"),), json=body)
 
     async def reap(self, body: Body) -> Body:
         """Ask for a slice."""
-        answer: tuple[Body, str] = await self._ask("POST", "/api/v1/admin/reap", json=body)
-        return answer[0]
+        return await self._object("POST", "/api/v1/admin/reap", (_counted(body, "reaped"),), json=body)
 
     async def confirm(self, body: Body) -> Body:
         """Ask to write it down."""
-        answer: tuple[Body, str] = await self._ask("POST", "/api/v1/admin/confirm", json=body)
-        return answer[0]
+        field = "clock" if "date" in body else "prune_after"
+        return await self._object("POST", "/api/v1/admin/confirm", (field,), json=body)
 
     async def stats(self, parameters: dict[str, str]) -> Body:
         """Ask for statistics."""
-        answer: tuple[Body, str] = await self._ask("GET", "/api/v1/stats", params=parameters)
-        return answer[0]
+        return await self._object("GET", "/api/v1/stats", ("groups", "group_by", "bucket"), params=parameters)
 
     async def regressions(self, parameters: dict[str, str]) -> Body:
         """Ask for regressions."""
-        answer: tuple[Body, str] = await self._ask("GET", "/api/v1/regressions", params=parameters)
-        return answer[0]
+        return await self._object("GET", "/api/v1/regressions", ("regressions", "pairs"), params=parameters)
 
     async def pages(self, filters: dict[str, str]) -> AsyncIterator[list[Body]]:
         """Yield pages by following the Link header."""
@@ -188,124 +197,216 @@ class Remote:
         parameters: dict[str, str] | None = {**asked, "limit": str(_PAGE), "include": queries.EVENTS}
         while parameters is not None:
             try:
-                page, following = await self._ask("GET", "/api/v1/runs", params=parameters)
+                response, text = await self._ask("GET", "/api/v1/runs", params=parameters)
             except RefusedError as error:
                 limit = int(parameters["limit"]) // 2  # so many runs may be too large for one page
                 if error.status != 400 or not limit:
                     raise
                 parameters["limit"] = str(limit)
                 continue
-            yield page
+            yield read_list(response, text, "event_id")
+            following = urlsplit(str(response.links["next"]["url"])).query if "next" in response.links else ""
             parameters = dict(parse_qsl(following)) if following else None
 
     async def run(self, event_id: str) -> Body | None:
         """Ask for a run."""
+        path = f"/api/v1/runs/{quote(event_id, safe='')}"
         try:
-            answer: tuple[Body, str] = await self._ask(
-                "GET", f"/api/v1/runs/{quote(event_id, safe='')}", params={"include": queries.EVENTS}
-            )
+            return await self._object("GET", path, ("event_id",), params={"include": queries.EVENTS})
         except RefusedError as error:
             if error.status != 404:
                 raise
             return None
-        return answer[0]
 
     async def events(self, event_id: str, offset: int) -> list[Body]:
         """Ask for the events of one run; of one that was deleted there are none."""
         parameters = {"limit": str(events.MAX_EVENTS), "offset": str(offset)}
-        answer: tuple[list[Body], str] = await self._ask(
-            "GET", f"/api/v1/runs/{quote(event_id, safe='')}/events", params=parameters
-        )
-        return answer[0]
+        response, text = await self._ask("GET", f"/api/v1/runs/{quote(event_id, safe='')}/events", params=parameters)
+        return read_list(response, text, "event_type")
 
-    async def _ask(self, method: str, path: str, **options: Any) -> tuple[Any, str]:
-        """Send a request until it is answered; return the answer, and the query string of the next page.
+    async def _object(self, method: str, path: str, fields: Collection[str], **options: Any) -> Body:
+        response, text = await self._ask(method, path, **options)
+        return read_object(response, text, fields)
+
+    async def _ask(self, method: str, path: str, **options: Any) -> tuple[aiohttp.ClientResponse, bytes]:
+        """Send a request until it is answered with 200; return the answer.
 
         Every request of ours may be repeated: what was done already is not there to be done again.
         """
         until = time.monotonic() + _PATIENCE_S
         while True:
             try:
-                async with self._session.request(method, path, **options) as response:
+                async with self._request(method, path, **options) as response:
                     text = await response.read()
                     if response.status == 200:
-                        link = response.links["next"]["url"] if "next" in response.links else ""
-                        try:
-                            return orjson.loads(text), urlsplit(str(link)).query
-                        except ValueError as error:
-                            raise RefusedError("What answered is no telemetryd: it sent no JSON", 200) from error
-                    pause = seconds_of(response.headers.get("Retry-After", "1"))
+                        return response, text
+                    pause, problem = pause_s(response.headers), refusal(response, text)
                     if response.status not in (429, 503) or time.monotonic() + pause > until:
-                        hint = _WHERE_ACCESS_COMES_FROM if response.status == 401 else ""
-                        raise RefusedError(
-                            f"The daemon answered {response.status}: {detail_of(text)}{hint}", response.status
-                        )
-                    problem = f"The daemon answers {response.status}: {detail_of(text)}"
-            except (aiohttp.ClientConnectionError, TimeoutError) as error:
+                        raise RefusedError(problem, response.status)
+            except (aiohttp.ClientError, OSError) as error:
                 problem, pause = f"Cannot reach the daemon: {reason(error)}", 1.0
-                if time.monotonic() + pause > until:
+                if is_hopeless(error) or time.monotonic() + pause > until:
                     raise UnavailableError(problem) from error
             click.echo(f"{problem}; trying again in {pause:g} s", err=True)
             await asyncio.sleep(pause)
 
 
-_WHERE_ACCESS_COMES_FROM: Final = (
-    ". A command finds its token in TELEMETRY_API_AUTH_TOKEN or in the file that TELEMETRY_API_AUTH_TOKEN_FILE names"
-)
+def _counted(body: Body, done: str) -> str:
+    """Return the count that an answer to an admin's request has: a dry run only says how many there are."""
+    return "matching" if body.get("dry_run") else done
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a command works: through a daemon, or on the database that no daemon owns."""
+
+    settings: Settings | None
+    """Of the database, if it is one that this command may open."""
+    config: Config | None
+    """Of the daemon, if there is one and it can be reached."""
+    obstacle: str = ""
+    """Why a daemon that owns the database cannot be reached."""
+
+    def __str__(self) -> str:
+        if self.config is not None:
+            return f"the daemon at {self.config.url}"
+        return "" if self.settings is None else f"the database {self.settings.db_path.absolute()}"
+
+
+def decide(where: Where) -> Place:
+    """Decide where a command works.
+
+    An address that is named wins. Else it is the daemon that owns the database, by the sockets where it may listen,
+    then by its token and port; or the database itself if nobody owns it. Without any database at hand, it is the
+    daemon of this machine's service.
+
+    Raises:
+        ConfigurationError: if a setting cannot be used.
+
+    """
+    if where.address() is not None:
+        return Place(None, where.config(token=_token_of_dotenv()))
+    loaded = load_for(where.settings)
+    settings, socket_named = loaded.settings, loaded.settings.unix_socket
+    if socket_named is not None and not where.names_database and _silence(socket_named) is None:
+        return Place(None, _through(where, settings, socket_named))
+    holder = owner(settings)
+    if holder is None:
+        is_found = settings.db_path.exists() or loaded.origins["db_path"] is not Origin.DEFAULT
+        if is_found or _silence(SYSTEM_SOCKET) is not None:
+            return Place(settings, None)
+        return Place(None, _through(where, settings, SYSTEM_SOCKET))
+    return _through_owner(where, settings, holder)
+
+
+def _through_owner(where: Where, settings: Settings, holder: str) -> Place:
+    """Find a way to the daemon that owns a database."""
+    tried = []
+    for path in dict.fromkeys((settings.unix_socket or settings.own_socket, SYSTEM_SOCKET)):
+        if path is None:
+            continue
+        silence = _silence(path)
+        if silence is None and (path == settings.own_socket or _serves(path, settings.db_path)):
+            return Place(settings, _through(where, settings, path))
+        tried.append(f"{path}: {silence or 'it serves another database'}")
+    if (token := where.token(settings_token(settings))) is not None:
+        return Place(settings, where.config(f"http://127.0.0.1:{settings.api_port}", token))
+    return Place(
+        settings,
+        None,
+        f"A telemetryd ({holder}) owns this database, and does not answer by a Unix socket ({'; '.join(tried)}). Run "
+        "the command as the daemon's user or root, give --unix SOCKET as the daemon has it, or set "
+        "TELEMETRY_API_AUTH_TOKEN (or --auth-token-file) to its token",
+    )
+
+
+def _token_of_dotenv() -> str | None:
+    """Return the token of a `.env` file, which may be another program's; one in the environment comes before it."""
+    if any(os.environ.get(variable(name)) for name in _TOKENS):
+        return None
+    try:
+        return settings_token(load(environment={}, names=_TOKENS, needs_dotenv=False).settings)
+    except ConfigurationError:
+        return None
+
+
+def _through(where: Where, settings: Settings, path: Path) -> Config:
+    return where.config(unix_url(path), settings_token(settings))
+
+
+def _silence(path: Path) -> str | None:
+    """Return why nobody answers at a Unix socket, None if somebody listens there."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(_PROBE_S)
+        try:
+            probe.connect(str(path))
+        except OSError as error:
+            return why(error)
+    return None
+
+
+def _serves(path: Path, database: Path) -> bool:
+    """Return whether the daemon at a Unix socket has this database."""
+    with closing(Transport(Config(url=unix_url(path), timeout_s=_PROBE_S))) as transport:
+        try:
+            health = transport.request("GET", "/health").body
+            return os.path.samefile(health["db_path"], database)
+        except (UnreachableError, TypeError, KeyError, OSError):
+            return False
 
 
 @asynccontextmanager
-async def find_target(settings: Settings, url: str | None) -> AsyncIterator[Target]:
-    """Give the daemon at a URL; else the one that owns the database; else the database itself.
+async def find_target(where: Where, *, changes: bool = False) -> AsyncIterator[Target]:
+    """Give the daemon, or the database, that is decided on.
+
+    Args:
+        where: what the command line says.
+        changes: whether the command deletes or cancels something; then it is said first where.
 
     Raises:
         TelemetrydError: if neither can be used; the message says what to add to the command.
 
     """
-    holder = None if url else owner(settings)
-    if url is None and holder is None:
-        refuse_missing(settings.db_path.absolute())
-        store = await Store.open(settings, Metrics())
-        try:
-            yield Local(store)
-        finally:
-            await store.close()
+    place = decide(where)
+    if place.obstacle:
+        raise DatabaseOwnedError(place.obstacle)
+    if place.config is None and place.settings is not None:
+        refuse_missing(place.settings.db_path.absolute())
+    if changes:
+        click.echo(f"telemetryd: works on {place}", err=True)
+    if place.config is not None:
+        async with session(place.config) as request:
+            yield Remote(request)
         return
-    token = settings.token()
-    headers = {"Authorization": f"Bearer {token.decode()}"} if token is not None else {}
-    if url is None and settings.api_unix is None and token is None:
-        raise DatabaseOwnedError(
-            f"A telemetryd ({holder}) owns this database; to reach it, give --unix SOCKET as the daemon has it, "
-            "or set TELEMETRY_API_AUTH_TOKEN (or --auth-token-file) to its token"
-        )
-    use_unix = url is None and settings.api_unix is not None
-    connector = aiohttp.UnixConnector(str(settings.api_unix)) if use_unix else aiohttp.TCPConnector()
-    base = "http://telemetryd" if use_unix else url or f"http://127.0.0.1:{settings.api_port}"
-    async with aiohttp.ClientSession(base, connector=connector, headers=headers) as session:
-        yield Remote(session)
+    assert place.settings is not None  # noqa: S101 - for the type checker
+    store = await Store.open(place.settings, Metrics())
+    try:
+        yield Local(store)
+    finally:
+        await store.close()
 
 
 @asynccontextmanager
-async def find_source(settings: Settings, url: str | None) -> AsyncIterator[Source]:
-    """Give what `find_target` gives; but the database next to its daemon, where nothing says how to reach that.
+async def find_source(where: Where) -> AsyncIterator[Source]:
+    """Give what `find_target` gives; but the database next to its daemon, where that cannot be reached.
 
     Raises:
         TelemetrydError: if it cannot be used.
 
     """
-    is_reachable = url is not None or settings.api_unix is not None or settings.token() is not None
-    if is_reachable or owner(settings) is None:
-        async with find_target(settings, url) as target:
+    place = decide(where)
+    if place.settings is None or not place.obstacle:
+        async with find_target(where) as target:
             yield target
         return
-    engine = await open_read_only(settings)
+    engine = await open_read_only(place.settings)
     try:
         yield Neighbour(engine)
     finally:
         await engine.close()
 
 
-def ask_source(settings: Settings, url: str | None, question: Callable[[Source], Awaitable[Body]]) -> Body:
+def ask_source(where: Where, question: Callable[[Source], Awaitable[Body]]) -> Body:
     """Return the answer to one question, from the source that `find_source` gives.
 
     Raises:
@@ -314,7 +415,7 @@ def ask_source(settings: Settings, url: str | None, question: Callable[[Source],
     """
 
     async def ask() -> Body:
-        async with find_source(settings, url) as source:
+        async with find_source(where) as source:
             return await question(source)
 
     return asyncio.run(ask())

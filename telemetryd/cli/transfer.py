@@ -10,17 +10,25 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import IO, Any, Final
-from urllib.parse import unquote, urlsplit
 
 import aiohttp
 import click
 
-from telemetryd.cli.agents import client_config, end, from_files, retry_option, send_files, url_option
+from telemetryd.cli.agents import end, from_files, retry_option, send_files
 from telemetryd.cli.files import Refusals
 from telemetryd.cli.options import F, Progress, counted, failing, json_flag, print_json, progress, size
-from telemetryd.cli.stream import detail_of
-from telemetryd.cli.target import RefusedError
-from telemetryd.client.answers import seconds_of
+from telemetryd.cli.reach import (
+    RefusedError,
+    Renamed,
+    Where,
+    client_config,
+    daemon_flags,
+    is_hopeless,
+    pause_s,
+    reason,
+    refusal,
+    session,
+)
 from telemetryd.client.config import Config
 from telemetryd.client.counters import Counters
 from telemetryd.engine.sqlite.partials import partial_file, publish
@@ -36,12 +44,13 @@ else:
 _PATH: Final = "/api/v1/runs/export"
 _QUIET_S: Final = 120.0
 """How long the daemon may be silent: it copies what is asked for before it answers."""
-_PAUSE_S: Final = 1.0
 _PACKED: Final[dict[str, Callable[[Path], Any]]] = {
     ".zst": lambda path: zstd.open(path, "wb", level=6),
     ".gz": lambda path: gzip.GzipFile(path, "wb", 6),
 }
 _FILTERS: Final = tuple(parameter.name for parameter in PARAMETERS if parameter.prefix is None)
+_SPELLINGS: Final = {"agent_name": ("--agent", "--agent-name")}
+"""Flags that are not spelled as their filter, as all commands spell them, with their old spellings."""
 
 
 def _filters(function: F) -> F:
@@ -50,7 +59,8 @@ def _filters(function: F) -> F:
     function = click.option("--metric", "metrics", multiple=True, metavar="NAME>VALUE", help=metric)(function)
     for name in reversed(_FILTERS):
         text = f"As the parameter {name} of GET /api/v1/runs."
-        function = click.option(f"--{name.replace('_', '-')}", name, metavar="VALUE", help=text)(function)
+        spelling, *old = _SPELLINGS.get(name, (f"--{name.replace('_', '-')}",))
+        function = click.option(spelling, name, cls=Renamed, old=tuple(old), metavar="VALUE", help=text)(function)
     return function
 
 
@@ -64,7 +74,7 @@ def _filters(function: F) -> F:
     Examples:
       telemetryd export runs.ndjson.zst --events
       telemetryd export runs.parquet --created-after 2025-12-01T00:00:00Z
-      telemetryd export - --format csv --agent-name hugo-translator --status failure > failures.csv
+      telemetryd export - --format csv --agent hugo-translator --status failure > failures.csv
     """
 )
 @click.argument("file", type=click.Path(dir_okay=False, allow_dash=True))
@@ -78,7 +88,7 @@ def _filters(function: F) -> F:
 @_filters
 @retry_option
 @json_flag
-@url_option
+@daemon_flags
 def export(
     *,
     file: str,
@@ -87,12 +97,12 @@ def export(
     metrics: tuple[str, ...],
     retry_s: float,
     as_json: bool,
-    url: str | None,
+    where: Where,
     **filters: str | None,
 ) -> None:
     if as_json and file == "-":
         raise click.UsageError("--json needs a file: standard output holds the runs.")
-    config = client_config(url=url)
+    config = client_config(where)
     asked = {name: value for name, value in filters.items() if value is not None}
     asked |= {f"metrics.{comparison}": "" for comparison in metrics}
     asked["format"] = form or _form_of(file)
@@ -186,20 +196,17 @@ async def _answer(config: Config, asked: dict[str, str], retry_s: float) -> Asyn
         UnavailableError: if it cannot be reached, or cannot do it now, for so long.
 
     """
-    address = urlsplit(config.url)
-    is_unix = address.scheme == "unix"
-    connector = aiohttp.UnixConnector(unquote(address.netloc + address.path)) if is_unix else aiohttp.TCPConnector()
-    url = ("http://telemetryd" if is_unix else config.url.rstrip("/")) + _PATH
-    headers = {"Authorization": f"Bearer {config.token}"} if config.token else {}
     patience = aiohttp.ClientTimeout(total=None, sock_connect=config.timeout_s, sock_read=_QUIET_S)
     until = time.monotonic() + retry_s
-    async with aiohttp.ClientSession(connector=connector, headers=headers, timeout=patience) as session:
+    async with session(config, patience) as request:
         while True:
-            pause = _PAUSE_S
+            pause = 1.0
             try:
-                response = await session.get(url, params=asked)
-            except (aiohttp.ClientError, TimeoutError) as error:
-                problem = f"{config.url}: {error or type(error).__name__}"
+                response = await request("GET", _PATH, params=asked).__aenter__()
+            except (aiohttp.ClientError, OSError) as error:
+                problem = f"{config.url}: {reason(error)}"
+                if is_hopeless(error):
+                    raise UnavailableError(problem) from error
             else:
                 async with response:
                     if response.status == 200 and SNAPSHOT not in response.headers:
@@ -207,10 +214,10 @@ async def _answer(config: Config, asked: dict[str, str], retry_s: float) -> Asyn
                     if response.status == 200:
                         yield response
                         return
-                    problem = f"The daemon answered {response.status}: {detail_of(await response.read())}"
+                    problem = refusal(response, await response.read())
                     if response.status not in (429, 503):
                         raise RefusedError(problem, response.status)
-                    pause = seconds_of(response.headers.get("Retry-After", str(_PAUSE_S)))
+                    pause = pause_s(response.headers)
             if time.monotonic() + pause > until:
                 raise UnavailableError(problem)
             await asyncio.sleep(pause)
@@ -242,11 +249,11 @@ def import_(
     longest_line_mib: int,
     retry_s: float,
     as_json: bool,
-    url: str | None,
+    where: Where,
 ) -> None:
     counters = Counters()
     refusals = Refusals(rejects)
-    config = client_config(url=url)
+    config = client_config(where)
     problem = send_files(config, files, counters, refusals, retry_s=retry_s, longest_line_mib=longest_line_mib)
     if as_json:
         print_json(

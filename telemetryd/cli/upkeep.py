@@ -6,7 +6,7 @@ import asyncio
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import click
 import orjson
@@ -17,31 +17,21 @@ from telemetryd.cli.options import (
     F,
     failing,
     json_flag,
-    load_settings,
     print_json,
     progress,
-    settings_flags,
 )
+from telemetryd.cli.reach import Renamed, Where, target_flags
 from telemetryd.cli.target import Body, Target, find_target
 from telemetryd.engine.sqlite.partials import partial_file, publish
 from telemetryd.errors import DatabaseError
 from telemetryd.model import requests
 from telemetryd.model.values import Status, canonical_status, duration_text, utc_now
 from telemetryd.services.upkeep import in_slices
-from telemetryd.settings import Settings
 
 if sys.version_info >= (3, 14):
     from compression import zstd
 else:
     from backports import zstd
-
-SETTINGS: Final = ("db_path", "lock_file", "api_unix", "api_port", "api_auth_token_file")
-
-DAEMON: Final = {
-    "api_unix": "Unix socket of the running daemon.",
-    "api_port": "Port of the running daemon on this machine.",
-    "api_auth_token_file": "File that holds the daemon's token; or set TELEMETRY_API_AUTH_TOKEN.",
-}
 
 
 def older_than(text: str, *, required: bool = True) -> Callable[[F], F]:
@@ -49,9 +39,10 @@ def older_than(text: str, *, required: bool = True) -> Callable[[F], F]:
     return click.option("--older-than", type=DurationType(), required=required, help=f"{text}: 90d, 12h, 30m, 45s, 2w.")
 
 
-agent = click.option("--agent", "agent_name", metavar="NAME", help="Only runs of this agent.")
+agent = click.option(
+    "--agent", "agent_name", cls=Renamed, old=("--agent-name",), metavar="NAME", help="Only runs of this agent."
+)
 dry = click.option("--dry-run", is_flag=True, help="Only count.")
-address = click.option("--url", metavar="URL", help="Base URL of the daemon; default: the one that owns the database.")
 
 
 class StatusType(click.ParamType[str]):
@@ -104,8 +95,7 @@ class StatusType(click.ParamType[str]):
     help="Delete nothing now, but allow TELEMETRY_PRUNE_AFTER of this age or longer in this database: 90d.",
 )
 @json_flag
-@address
-@settings_flags(*SETTINGS, **DAEMON)
+@target_flags
 def prune(
     *,
     older_than: float | None,
@@ -115,30 +105,28 @@ def prune(
     archive: Path | None,
     confirm_automatic: float | None,
     as_json: bool,
-    url: str | None,
-    **flags: Any,
+    where: Where,
 ) -> None:
     if confirm_automatic is not None:
         if older_than is not None or agent_name or status or dry_run or archive is not None:
             raise click.UsageError("--confirm-automatic stands alone: it deletes nothing now")
-        _confirm_automatic(load_settings(flags).settings, url, confirm_automatic, as_json=as_json)
+        _confirm_automatic(where, confirm_automatic, as_json=as_json)
         return
     if older_than is None:
         raise click.UsageError("Missing option '--older-than' (or '--confirm-automatic').")
-    settings = load_settings(flags).settings
     chosen: Body = {"created_before": requests.moment_ago(utc_now(), older_than)}
     chosen |= {name: value for name, value in (("agent_name", agent_name), ("status", status)) if value is not None}
     with failing():
         if archive is not None and archive.exists():
             raise DatabaseError(f"{archive} exists already; an archive never replaces a file")
         file = None if archive is None else archive.absolute()
-        answer = asyncio.run(_prune(settings, url, chosen, dry_run=dry_run, archive=file))
+        answer = asyncio.run(_prune(where, chosen, dry_run=dry_run, archive=file))
     _print(answer, "pruned", "deleted", as_json=as_json)
 
 
-def _confirm_automatic(settings: Settings, url: str | None, age_s: float, *, as_json: bool) -> None:
+def _confirm_automatic(where: Where, age_s: float, *, as_json: bool) -> None:
     with failing():
-        answer = asyncio.run(_confirm(settings, url, {"prune_after": duration_text(age_s)}))
+        answer = asyncio.run(_confirm(where, {"prune_after": duration_text(age_s)}))
     if as_json:
         print_json(answer)
         return
@@ -148,8 +136,8 @@ def _confirm_automatic(settings: Settings, url: str | None, age_s: float, *, as_
     )
 
 
-async def _confirm(settings: Settings, url: str | None, body: Body) -> Body:
-    async with find_target(settings, url) as target:
+async def _confirm(where: Where, body: Body) -> Body:
+    async with find_target(where, changes=True) as target:
         return await target.confirm(body)
 
 
@@ -168,20 +156,18 @@ async def _confirm(settings: Settings, url: str | None, body: Body) -> Body:
 )
 @click.argument("date", metavar="YYYY-MM-DD")
 @json_flag
-@address
-@settings_flags(*SETTINGS, **DAEMON)
-def confirm_clock(*, date: str, as_json: bool, url: str | None, **flags: Any) -> None:
-    settings = load_settings(flags).settings
+@target_flags
+def confirm_clock(*, date: str, as_json: bool, where: Where) -> None:
     with failing():
-        answer = asyncio.run(_confirm(settings, url, {"date": date}))
+        answer = asyncio.run(_confirm(where, {"date": date}))
     if as_json:
         print_json(answer)
     else:
         click.echo(f"Confirmed: the clock says {answer['clock']}")
 
 
-async def _prune(settings: Settings, url: str | None, chosen: Body, *, dry_run: bool, archive: Path | None) -> Body:
-    async with find_target(settings, url) as target:
+async def _prune(where: Where, chosen: Body, *, dry_run: bool, archive: Path | None) -> Body:
+    async with find_target(where, changes=True) as target:
         count: Body = await target.prune({**chosen, "dry_run": True})
         if dry_run:
             return count
@@ -287,28 +273,25 @@ def _archived_versions(archive: Path) -> Iterator[list[Body]]:
 @agent
 @dry
 @json_flag
-@address
-@settings_flags(*SETTINGS, **DAEMON)
+@target_flags
 def reap(
     *,
     older_than: float,
     agent_name: str | None,
     dry_run: bool,
     as_json: bool,
-    url: str | None,
-    **flags: Any,
+    where: Where,
 ) -> None:
-    settings = load_settings(flags).settings
     chosen: Body = {"created_before": requests.moment_ago(utc_now(), older_than)}
     if agent_name is not None:
         chosen["agent_name"] = agent_name
     with failing():
-        answer = asyncio.run(_reap(settings, url, chosen, dry_run=dry_run))
+        answer = asyncio.run(_reap(where, chosen, dry_run=dry_run))
     _print(answer, "reaped", "cancelled", as_json=as_json)
 
 
-async def _reap(settings: Settings, url: str | None, chosen: Body, *, dry_run: bool) -> Body:
-    async with find_target(settings, url) as target:
+async def _reap(where: Where, chosen: Body, *, dry_run: bool) -> Body:
+    async with find_target(where, changes=True) as target:
         count: Body = await target.reap({**chosen, "dry_run": True})
         if dry_run:
             return count

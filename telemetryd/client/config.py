@@ -8,7 +8,9 @@ import pwd
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
-from urllib.parse import urlsplit
+
+from telemetryd.client.address import Address, tls_context
+from telemetryd.client.paths import expanded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -62,6 +64,8 @@ class Config:
     """The daemon: http://host:port, https://host/path, or unix:///path/of/the/socket."""
     token: str | None = None
     """Sent as `Authorization: Bearer …`."""
+    ca_file: Path | None = None
+    """The certificates of the authorities (PEM) by which https is checked, instead of the system's."""
     buffer_dir: Path | None = None
     """The spool's folder; several processes may share it. None means `default_buffer_dir()`."""
     durability: Durability = "write"
@@ -108,10 +112,11 @@ class Config:
         unknown = set(given) - {field.name for field in fields(cls)}
         if unknown:
             raise TypeError(f"unknown settings: {', '.join(sorted(unknown))}")
+        chosen = {name: value for name, value in given.items() if value is not None}
         known, faults = _from_environment(os.environ)
-        if faults:
-            raise ValueError("; ".join(faults.values()))
-        values = {**known, **{name: value for name, value in given.items() if value is not None}}
+        if wrong := [fault for name, fault in faults.items() if name not in chosen]:
+            raise ValueError("; ".join(wrong))
+        values = {**known, **chosen}
         if "buffer_dir" in values:
             values["buffer_dir"] = _folder(values["buffer_dir"])
         return cls(**values)
@@ -120,18 +125,18 @@ class Config:
     def tolerant(cls) -> tuple[Config, list[str]]:
         """Collect the variables that can be used; also return what is wrong with the others.
 
-        Nothing is sent if the address or the token is wrong: the default may be another daemon.
+        Nothing is sent if the address, the token or the authorities are wrong: the default may be another daemon.
         """
         values, faults = _from_environment(os.environ)
-        if faults.keys() & {"url", "token"}:
+        if faults.keys() & {"url", "token", "ca_file"}:
             values["send"] = False
         return cls(**values), list(faults.values())
 
 
 def _fault(name: str, value: Any) -> str | None:
     """Return what a setting must be if this value cannot be used."""
-    if name == "url":
-        return _fault_of_url(value)
+    if name in ("url", "ca_file"):
+        return _fault_of_url(value) if name == "url" else _fault_of_authorities(value)
     if name == "token" and value is not None and not value.isprintable():
         return "must be printable text of one line"
     if name == "durability" and value not in ("write", "fsync"):
@@ -145,16 +150,19 @@ def _fault(name: str, value: Any) -> str | None:
 
 def _fault_of_url(url: str) -> str | None:
     try:
-        parts = urlsplit(url)
-        is_usable = bool(parts.netloc + parts.path if parts.scheme == "unix" else parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is none, or half an IPv6 address
-        is_usable = False
-    else:
-        if parts.username is not None:
-            return "must not hold a user or a password; the token is a separate setting"
-    if is_usable and parts.scheme in ("http", "https", "unix") and not parts.query + parts.fragment:
-        return None
-    return "must be http://…, https://… or unix:///path"
+        Address.parse(url)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _fault_of_authorities(path: Path | None) -> str | None:
+    try:
+        if path is not None:
+            tls_context(path)
+    except OSError as error:
+        return f"holds no certificate that can be read: {error.strerror or error}"
+    return None
 
 
 def _shown(name: str, value: object) -> str:
@@ -164,10 +172,7 @@ def _shown(name: str, value: object) -> str:
 
 
 def _folder(path: str | os.PathLike[str]) -> Path:
-    try:
-        return Path(path).expanduser().absolute()
-    except RuntimeError as error:  # ~somebody who does not exist
-        raise ValueError(f"cannot be found: {error}") from error
+    return expanded(path).absolute()
 
 
 def _switch(text: str) -> bool:
@@ -192,9 +197,15 @@ def _scaled(factor: float) -> Callable[[str], float]:
     return lambda text: _number(text) * factor
 
 
-def _token_file(path: str) -> str:
+def read_token(path: str | os.PathLike[str]) -> str:
+    """Return the token that a file holds.
+
+    Raises:
+        ValueError: if it cannot be read; the message says why.
+
+    """
     try:
-        return Path(path).read_text("utf-8").strip()
+        return expanded(path).read_text("utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot be read: {error}") from error
 
@@ -203,7 +214,8 @@ VARIABLES: Final[Mapping[str, tuple[str, Callable[[str], Any], str]]] = {
     "TELEMETRY_API_URL": ("url", str, "The daemon: http://host:port, https://…, or unix:///path."),
     "METRICS_API_URL": ("url", str, "As in 3.x, if `TELEMETRY_API_URL` is not set."),
     "TELEMETRY_API_AUTH_TOKEN": ("token", str.strip, "The daemon's token, if it asks for one."),
-    "TELEMETRY_API_AUTH_TOKEN_FILE": ("token", _token_file, "Or its file."),
+    "TELEMETRY_API_AUTH_TOKEN_FILE": ("token", read_token, "Or its file."),
+    "TELEMETRY_API_CA_FILE": ("ca_file", _folder, "Certificates (PEM) by which https is checked."),
     "TELEMETRY_BUFFER_DIR": ("buffer_dir", _folder, "The spool's folder."),
     "TELEMETRY_BUFFER_DURABILITY": ("durability", str, "write, or fsync: each call waits for the disk."),
     "TELEMETRY_BUFFER_MAX_MB": ("max_bytes", lambda text: int(_number(text) * MIB), "The folder's bound, in MiB."),

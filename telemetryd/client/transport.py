@@ -8,15 +8,17 @@ import io
 import ipaddress
 import selectors
 import socket
+import ssl
 import time
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
-from urllib.parse import SplitResult, quote, unquote, urlsplit
+from urllib.parse import quote
 
 import orjson
 
 import telemetryd
+from telemetryd.client.address import Address, tls_context, why
 from telemetryd.client.config import Config
 from telemetryd.client.descriptors import Descriptor, LostError
 
@@ -31,7 +33,7 @@ _DEEPEST: Final = 100
 _GZIP_FROM: Final = 1024
 _MAX_PATH: Final = 8000
 _IDLE_ERRORS: Final = (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError, LostError)
-_SERVER: Final = "telemetry-server"
+SERVER_HEADER: Final = "telemetry-server"
 """The header by which the daemon identifies itself (API.md, amendments)."""
 
 
@@ -52,7 +54,7 @@ class Answer:
     @property
     def is_daemons(self) -> bool:
         """Whether telemetryd itself gave this answer: not a proxy, and not another server at the address."""
-        return self.headers.get(_SERVER, "").startswith("telemetryd")
+        return self.headers.get(SERVER_HEADER, "").startswith("telemetryd")
 
     @property
     def detail(self) -> Any:
@@ -177,9 +179,11 @@ class Transport:
     """One connection, made when it is needed and made anew when it is broken; not for several threads at once."""
 
     def __init__(self, config: Config) -> None:
-        self._address: SplitResult = urlsplit(config.url)
+        self._url = config.url
+        self._address = Address.parse(config.url)
+        self._ca_file = config.ca_file
+        self._tls: ssl.SSLContext | None = None
         self._timeout_s = config.timeout_s
-        self._prefix = "" if self._address.scheme == "unix" else self._address.path.rstrip("/")
         self._headers: dict[str, str | bytes] = {"User-Agent": f"telemetryd-client/{telemetryd.__version__}"}
         if config.token:
             self._headers["Authorization"] = f"Bearer {config.token}".encode()
@@ -211,8 +215,7 @@ class Transport:
                 return self._exchange(method, path, body, media_type)
         except (OSError, http.client.HTTPException, ValueError, OverflowError) as error:
             self.close()
-            why = error.strerror if isinstance(error, OSError) else None
-            raise UnreachableError(f"{self._address.geturl()}: {why or error or type(error).__name__}") from error
+            raise UnreachableError(f"{self._url}: {why(error)}") from error
 
     def _exchange(self, method: str, path: str, body: bytes | None, media_type: str) -> Answer:
         connection = self._connection
@@ -232,10 +235,10 @@ class Transport:
         is_whole = True
         try:
             if body is None or len(body) <= _AT_ONCE:
-                connection.request(method, self._prefix + path, body, headers)
+                connection.request(method, self._address.prefix + path, body, headers)
             else:
                 headers["Content-Length"] = str(len(body))
-                connection.request(method, self._prefix + path, None, headers)
+                connection.request(method, self._address.prefix + path, None, headers)
                 is_whole = self._send_body(connection, own, body)
         except OSError as error:
             if isinstance(error, (TimeoutError, LostError)):
@@ -270,11 +273,12 @@ class Transport:
         address, timeout = self._address, min(_CONNECT_TIMEOUT_S, self._timeout_s)
         connection: http.client.HTTPConnection
         if address.scheme == "unix":
-            connection = _UnixConnection(unquote(address.netloc + address.path), timeout)
+            connection = _UnixConnection(address.socket, timeout)
         elif address.scheme == "https":
-            connection = http.client.HTTPSConnection(address.hostname or "", address.port, timeout=timeout)
+            self._tls = self._tls or tls_context(self._ca_file)
+            connection = http.client.HTTPSConnection(address.host, address.port, timeout=timeout, context=self._tls)
         else:
-            connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=timeout)
+            connection = http.client.HTTPConnection(address.host, address.port, timeout=timeout)
         connection.connect()
         return connection
 

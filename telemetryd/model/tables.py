@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import IO, Any, Final
@@ -50,8 +50,12 @@ MAX_RECORD: Final = 64 * 1024 * 1024
 """Characters of one record of CSV: more than the daemon takes as one run, however many quotes are doubled."""
 
 
-def read_csv(file: IO[bytes]) -> Iterator[Record]:
+def read_csv(file: IO[bytes], check: Callable[[list[str]], None] = lambda _: None) -> Iterator[Record]:
     """Yield the records of CSV (RFC 4180) with a header; a field that is empty and has no quotes is null.
+
+    Args:
+        file: what to read.
+        check: takes the header, and raises what is wrong with it.
 
     Raises:
         OSError: if a record is longer than `MAX_RECORD`: no run is so long, but a text whose quote is not closed; or if
@@ -67,6 +71,7 @@ def read_csv(file: IO[bytes]) -> Iterator[Record]:
                 header = [name or "" for name in fields or ()]
                 if len(header) > MAX_COLUMNS:
                     raise OSError(f"It has more than {MAX_COLUMNS:,} columns")
+                check(header)
             elif fields is None:
                 yield number, "A quote stands where none may be"
             elif len(fields) != len(header):

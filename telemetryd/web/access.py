@@ -69,6 +69,8 @@ class Gate:
     def __init__(self, settings: Settings) -> None:
         self._token = settings.token() if settings.api_auth_enabled else None
         self._loopback_only = self._token is None and settings.api_protected_mode
+        self._own_socket = None if settings.own_socket is None else str(settings.own_socket)
+        self._socket = settings.unix_socket or settings.own_socket or "(TELEMETRY_API_UNIX)"
         self._limit = RateLimit(settings.rate_limit_rpm) if settings.rate_limit_enabled else None
         self._names = Names(settings.host_names, settings.api_host)
         self._pages = Pages(self._names, settings.reading_origins)
@@ -105,15 +107,17 @@ class Gate:
 
     def _refusal_of_client(self, request: web.Request) -> web.Response | None:
         """Keep out who has no right to ask, or asks too often."""
-        if (endpoint_of(request) or "").startswith(ADMIN_PREFIX):
-            if _is_own_unix_peer(request):
-                return None
-            if self._token is None:
-                return error_response(
-                    403,
-                    "Admin endpoints need authentication (TELEMETRY_API_AUTH_ENABLED) or the Unix socket "
-                    "(TELEMETRY_API_UNIX), used by the daemon's own user or root",
-                )
+        is_admin = (endpoint_of(request) or "").startswith(ADMIN_PREFIX)
+        socket_of_own = _own_unix_peers_socket(request)
+        # Nobody else can open the socket next to the database, and who can may read that and the token as well.
+        if socket_of_own is not None and (is_admin or socket_of_own == self._own_socket):
+            return None
+        if is_admin and self._token is None:
+            return error_response(
+                403,
+                "Admin endpoints need authentication (TELEMETRY_API_AUTH_ENABLED) or the Unix socket "
+                f"{self._socket}, used by the daemon's own user or root",
+            )
         if self._loopback_only and not _is_loopback(request.remote):
             return error_response(
                 403,
@@ -184,13 +188,13 @@ def _port(request: web.Request) -> int:
     return int(name[1]) if isinstance(name, tuple) else 0
 
 
-def _is_own_unix_peer(request: web.Request) -> bool:
-    """Return whether a request came over the Unix socket from a process of our own user or root."""
+def _own_unix_peers_socket(request: web.Request) -> str | None:
+    """Return the Unix socket by which a request came from a process of our own user or root, None for any other."""
     connection = request.transport.get_extra_info("socket") if request.transport is not None else None
     if connection is None or connection.family != socket.AF_UNIX:
-        return False
+        return None
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    return _CREDENTIALS.unpack(credentials)[1] in (0, os.geteuid())
+    return str(connection.getsockname()) if _CREDENTIALS.unpack(credentials)[1] in (0, os.geteuid()) else None
 
 
 def _is_loopback(address: str | None) -> bool:

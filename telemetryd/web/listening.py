@@ -7,14 +7,20 @@ import errno
 import os
 import socket
 import stat
-from collections.abc import AsyncIterator, Sequence
-from contextlib import ExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
 from telemetryd.errors import AddressError
+from telemetryd.ops.logs import log
 from telemetryd.settings import Settings
 
+_FOR_GROUP: Final = 0o117
+_FOR_USER: Final = 0o177
+"""The umask with which a socket is bound."""
+_LONGEST_PATH: Final = 107
+"""Bytes of the path of a Unix socket (unix(7), sun_path)."""
 _NO_ADDRESS: Final = "that is no address of this machine (TELEMETRY_API_HOST)"
 
 
@@ -33,9 +39,29 @@ async def bound(settings: Settings, passed: Sequence[socket.socket] = ()) -> Asy
         unix_passed = [listening for listening in passed if listening.family == socket.AF_UNIX]
         if len(unix_passed) == len(passed):
             sockets += await _bind_tcp(settings.api_host, settings.api_port, cleanup)
-        if settings.api_unix is not None and not unix_passed:
-            sockets.append(_bind_unix(settings.api_unix.absolute(), cleanup))
+        if settings.unix_socket is not None and not unix_passed:
+            sockets.append(_bind_unix(settings.unix_socket.absolute(), cleanup, _FOR_GROUP))
         yield sockets
+
+
+@contextmanager
+def bound_next_to_database(settings: Settings) -> Iterator[socket.socket | None]:
+    """Bind the socket of the daemon's own user and root, unless TELEMETRY_API_UNIX says otherwise; nobody listens yet.
+
+    It only makes commands easier: where it cannot be bound, that is a line in the log. To be called by the owner of the
+    database, so that what stands there was left by an earlier one.
+    """
+    with ExitStack() as cleanup:
+        listening = None
+        if (path := settings.own_socket) is not None:
+            try:
+                listening = _bind_unix(path, cleanup, _FOR_USER)
+            except AddressError as error:
+                log.warning(
+                    "No Unix socket next to the database",
+                    extra={"reason": str(error), "advice": "TELEMETRY_API_UNIX names another path, or none"},
+                )
+        yield listening
 
 
 async def _bind_tcp(host: str, port: int, cleanup: ExitStack) -> list[socket.socket]:
@@ -73,16 +99,20 @@ def _tcp_reason(error: OSError, port: int) -> str:
     return error.strerror or str(error)
 
 
-def _bind_unix(path: Path, cleanup: ExitStack) -> socket.socket:
-    """Bind a socket that belongs to no other user from its first moment on, whatever the umask."""
+def _bind_unix(path: Path, cleanup: ExitStack, umask: int) -> socket.socket:
+    """Bind a socket that belongs to no other user from its first moment on, whatever the process's umask is."""
     _remove_dead_socket(path)
     listening = cleanup.enter_context(socket.socket(socket.AF_UNIX))
-    before = os.umask(0o117)
+    before = os.umask(umask)
     try:
         listening.bind(str(path))
         made = path.lstat()
     except OSError as error:
         reason = error.strerror or str(error)
+        if len(os.fsencode(path)) > _LONGEST_PATH:
+            reason = (
+                f"the path is too long: it has {len(os.fsencode(path))} bytes, at most {_LONGEST_PATH} are possible"
+            )
         if isinstance(error, FileNotFoundError):
             reason = f"the directory {path.parent} does not exist; make it: mkdir -p {path.parent}"
         raise _unix_error(path, reason) from error

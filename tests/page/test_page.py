@@ -641,7 +641,9 @@ def test_without_authentication_the_page_says_how_to_cancel(open_view: OpenPage,
     page = open_view("#/stale?older_than=1s")
     page.get_by_role("button", name=re.compile(r"^Cancel \d")).click()
     expect(page.locator(".note.warn")).to_contain_text("Admin endpoints need authentication")
-    expect(page.locator(".note.warn code")).to_have_text("telemetryd reap --older-than 1s")
+    expect(page.locator(".note.warn code")).to_have_text(
+        re.compile(r"^telemetryd reap --older-than 1s --unix '/.+/telemetry\.sqlite\.sock'$")
+    )
 
 
 def test_an_error_is_copied_as_it_is(open_view: OpenPage, url: str) -> None:

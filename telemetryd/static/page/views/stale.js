@@ -50,7 +50,8 @@ function confirm(matching, age) {
 }
 
 function forbidden(sentenceOfDaemon, age) {
-  const command = `telemetryd reap --older-than ${age}`;
+  const socket = /Unix socket (\/.*), used by/.exec(sentenceOfDaemon);
+  const command = `telemetryd reap --older-than ${age}${socket ? ` --unix '${socket[1].replaceAll("'", "'\\''")}'` : ""}`;
   return h("div", { class: "note warn", role: "alert" }, h("p", {}, `${sentenceOfDaemon}.`), h("p", {}, "On the daemon's machine this does the same: ", h("code", {}, command), " ", copyButton(command, "the command")));
 }
 
