@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 import urllib.request
@@ -17,8 +19,8 @@ import pytest
 from backports import zstd
 
 from telemetryd.engine.sqlite.ownership import Ownership
-from telemetryd.engine.sqlite.partials import forget_leftovers
-from telemetryd.engine.sqlite.tools import backup, migrate, rotation
+from telemetryd.engine.sqlite.partials import forget_leftovers, partial_file
+from telemetryd.engine.sqlite.tools import backup, migrate, reuse, rotation
 from tests.conftest import Daemon, StartDaemon, make_run, wait_until
 from tests.faults.hot_journal import cut_off_growing
 from tests.tools.fill import make_database
@@ -358,3 +360,73 @@ def test_every_path_in_the_report_is_absolute(tmp_path: Path) -> None:
     shutil.copyfile(path, tmp_path / "kept" / "telemetry_backup_20250101_000000.sqlite")
     done = telemetryd("backup", "kept", "--keep", "1", "--json", "--db-path", path, cwd=tmp_path)
     assert json.loads(done.stdout)["removed"] == [str(tmp_path / "kept" / "telemetry_backup_20250101_000000.sqlite")]
+
+
+def test_what_killed_commands_left_goes_with_the_next_of_the_same_name(tmp_path: Path) -> None:
+    path = make_database(tmp_path / "telemetry.sqlite", 5)
+    content, folder = path.read_bytes(), tmp_path / "backups"
+    folder.mkdir()
+    old = bytearray(content)
+    old[68:72] = bytes(4)  # as that of a database of the replaced service
+    killed = {
+        ".telemetry_backup_20260101_000000.sqlite.00000001.partial": content,
+        ".telemetry_backup_20260101_000000.sqlite.00000001.partial-journal": b"",
+        ".telemetry_backup_20260101_000001.sqlite.00000002.partial": bytes(old),
+        ".telemetry_backup_20260101_000002_2.sqlite.00000003.partial": bytes(8192),  # its first page is written last
+        ".telemetry_backup_20260101_000003.sqlite.zst.packed.00000004.partial": zstd.compress(content)[:50],
+    }
+    others = {
+        ".telemetry_backup_20260101_000004.sqlite.00000005.partial": b"somebody else's",
+        ".other_backup_20260101_000004.sqlite.00000005.partial": content,
+        ".telemetry_backup_20260101_000005.sqlite.00000006.partial": b"",  # another one may have just begun
+        ".telemetry_backup_20260101_000005.sqlite.partial": content,
+    }
+    for name, bytes_there in (killed | others).items():
+        (folder / name).write_bytes(bytes_there)
+    done = backup.back_up_into(folder, path, datetime(2026, 1, 2, tzinfo=UTC), compress=True)
+    assert set(names_in(folder)) == {done.path.name, *others}
+
+
+@pytest.mark.parametrize(
+    "begin", [b'{"id":1,"event_id":"e"', b"\xef\xbb\xbfid,event_id,run_id", b"PAR1\x15", zstd.compress(b"x" * 999)[:9]]
+)
+def test_what_a_killed_export_or_archive_left_goes_with_the_next(tmp_path: Path, begin: bytes) -> None:
+    destination = tmp_path / "runs"
+    (tmp_path / ".runs.01234567.partial").write_bytes(begin)
+    (tmp_path / ".other.01234567.partial").write_bytes(begin)
+    with partial_file(destination):
+        assert not (tmp_path / ".runs.01234567.partial").exists()
+    assert names_in(tmp_path) == [".other.01234567.partial"]
+
+
+def test_what_is_being_made_is_no_leftover(tmp_path: Path) -> None:
+    path = make_database(tmp_path / "telemetry.sqlite", 5)
+    script = (
+        "import sys; from pathlib import Path; from telemetryd.engine.sqlite.partials import partial_file\n"
+        "with partial_file(Path(sys.argv[1])) as path:\n"
+        "    path.write_bytes(Path(sys.argv[2]).read_bytes()); print(path.name, flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "copy.sqlite"), str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        name = other.stdout.readline().strip()
+        backup.backup(path, tmp_path / "copy.sqlite")
+        assert name in names_in(tmp_path)
+        other.kill()
+    (tmp_path / "copy.sqlite").unlink()
+    backup.backup(path, tmp_path / "copy.sqlite")
+    assert name not in names_in(tmp_path)
+
+
+def test_an_equal_backup_is_found_and_a_different_one_is_not(tmp_path: Path) -> None:
+    path = make_database(tmp_path / "telemetry.sqlite", 500)
+    assert reuse.find(tmp_path, path) is None
+    made = backup.back_up_into(tmp_path, path, datetime(2026, 1, 2, tzinfo=UTC))
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")  # says nothing of what it holds
+    found = reuse.find(tmp_path, path)
+    assert found is not None
+    assert (found.path, found.rows) == (made.path, 500)
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE agent_runs SET status = 'partial' WHERE id = 400")
+    assert reuse.find(tmp_path, path) is None

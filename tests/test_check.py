@@ -161,8 +161,8 @@ def test_a_salvage_brings_the_neighbours_along(tmp_path: Path) -> None:
         file.write(os.urandom(20_000))
     done = check(path, "--repair")
     assert done["ok"]
-    assert "table legacy_run_events: 3 rows saved" in done["repaired"]
-    assert "table commits: 1 rows saved" in done["repaired"]
+    assert "table legacy_run_events: 3 of 3 rows saved, 0 lost" in done["repaired"]
+    assert "table commits: 1 of 1 rows saved, 0 lost" in done["repaired"]
     with closing(sqlite3.connect(path)) as connection:
         assert connection.execute("SELECT count(*) FROM legacy_run_events").fetchone() == (3,)
         assert connection.execute("SELECT count(*) FROM run_events").fetchone() == (3,)
@@ -271,7 +271,7 @@ def test_what_is_left_of_a_file_that_was_cut_short_is_saved(tmp_path: Path) -> N
     done = check(path, "--repair")
     assert done["ok"]
     assert count(path) == done["saved"] > 400
-    assert done["lost"] in (None, 1200 - done["saved"])  # as far as the rest still tells how many there were
+    assert abs(done["lost"] - (1200 - done["saved"])) < 120  # the pages that are left say about how many there were
 
 
 def test_a_file_that_is_no_database_is_damage(tmp_path: Path) -> None:

@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 
+from telemetryd.cli import database
 from telemetryd.engine.sqlite.files import Kind, inspect
 from telemetryd.engine.sqlite.ownership import Ownership
-from telemetryd.engine.sqlite.tools import migrate
+from telemetryd.engine.sqlite.tools import legacy, migrate
 from telemetryd.engine.sqlite.tools.legacy import migrate_file
+from telemetryd.errors import DatabaseError
 from telemetryd.model.runs import COLUMNS
 from telemetryd.model.tables import read_csv, read_parquet
 from tests.conftest import StartDaemon
@@ -482,3 +484,83 @@ def test_credentials_in_an_address_are_kept_nowhere(tmp_path: Path) -> None:
     assert {"field": "git_repo", "kind": "without credentials", "values": 20} in counts["normalised"]
     assert rows(path, "SELECT DISTINCT git_repo FROM agent_runs") == [("https://example.com/acme/site",)]
     assert b"s3cret" not in path.read_bytes()
+
+
+def test_a_migration_that_fails_again_and_again_keeps_one_backup(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise DatabaseError("it is as before")
+
+    path = make_old_database(tmp_path / "telemetry.sqlite", "v7", wal=True)
+    left = tmp_path / ".telemetry_backup_20260101_000000.sqlite.00000001.partial"
+    shutil.copyfile(path, left)
+    with monkeypatch.context() as patched:
+        patched.setattr(legacy, "migrate_file", fail)
+        for _ in range(3):
+            with pytest.raises(DatabaseError):
+                database._migrate(path, with_backup=True, as_json=False)
+            assert "[OK] Verified backup of 20 rows" in capsys.readouterr().out
+    assert not left.exists()
+    (made,) = tmp_path.glob("telemetry_backup_*.sqlite")
+    telemetryd("migrate", "--db-path", path)
+    assert [*tmp_path.glob("telemetry_backup_*.sqlite")] == [made]
+    assert rows(made, "SELECT count(*) FROM agent_runs") == [(20,)]
+
+
+def test_the_version_of_the_schema_is_not_kept_once_per_run(tmp_path: Path) -> None:
+    path = make_old_database(tmp_path / "telemetry.sqlite", "v7")
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE agent_runs SET schema_version = 'seven' WHERE run_id = 'run-1'")
+    counts = migrated(path)
+    assert {"field": "schema_version", "kind": "left out: it says nothing of the run", "values": 19} in counts[
+        "normalised"
+    ]
+    kept = rows(path, "SELECT original FROM unconverted_values WHERE field = 'schema_version'")
+    assert kept == [("seven",)]
+    assert (7,) in rows(path, "SELECT version FROM schema_migrations")
+
+
+def test_event_ids_that_differ_only_by_type_are_told_apart(tmp_path: Path) -> None:
+    path = tmp_path / "telemetry.sqlite"
+    with closing(sqlite3.connect(path)) as connection:
+        connection.executescript("""
+            CREATE TABLE agent_runs (id INTEGER PRIMARY KEY, event_id NOT NULL UNIQUE, run_id, start_time, agent_name);
+            INSERT INTO agent_runs (id, event_id, run_id) VALUES
+                (1, 'dup-1', 'a'), (2, CAST('dup-1' AS BLOB), 'b'), (3, 5, 'c'), (4, '5', 'd'), (5, 'own', 'e');
+        """)
+    done = migrate_file(path, "2026-01-01T00:00:00.000000Z")
+    assert {"field": "event_id", "kind": "not unique", "values": 2} in done.counts()["kept_aside"]
+    event_ids = dict(rows(path, "SELECT run_id, event_id FROM agent_runs"))
+    assert (event_ids["a"], event_ids["c"], event_ids["e"]) == ("dup-1", "5", "own")
+    assert all(uuid.UUID(event_ids[name]) for name in "bd")
+    assert rows(path, "SELECT run, original FROM unconverted_values ORDER BY run") == [(2, b"dup-1"), (4, "5")]
+
+
+@pytest.mark.parametrize("layout", ["v5", "v7"])
+def test_a_migration_takes_no_more_room_than_it_says(tmp_path: Path, layout: str) -> None:
+    path = make_old_database(tmp_path / "telemetry.sqlite", layout, rows=4000)
+    old = path.stat().st_size
+    said = json.loads(telemetryd("migrate", "--dry-run", "--json", "--no-backup", "--db-path", path).stdout)
+    seen: list[int] = []
+
+    def look(*_: object) -> None:
+        seen.append(sum(file.stat().st_size for file in tmp_path.iterdir()))
+
+    done = migrate_file(path, "2026-01-01T00:00:00.000000Z", look)
+    assert done.compacted
+    assert rows(path, "PRAGMA freelist_count") == [(0,)]
+    assert max(seen) - old < said["needs_bytes"] < 5 * old
+    assert max(seen) < 4.5 * old
+
+
+def test_a_migration_for_which_there_is_no_room_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_old_database(tmp_path / "telemetry.sqlite", "v7")
+    before = snapshot(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    told = r"needs up to \d+ MiB on its disk, which has 0 MiB free; nothing was changed: .* add --no-backup"
+    with pytest.raises(DatabaseError, match=told):
+        database._migrate(path, with_backup=True, as_json=False)
+    assert snapshot(tmp_path) == before

@@ -29,10 +29,10 @@ from telemetryd.cli.options import (
 from telemetryd.engine.sqlite.connection import recover
 from telemetryd.engine.sqlite.files import Kind, inspect, is_ours, undisturbed
 from telemetryd.engine.sqlite.ownership import Ownership, refuse_other_name
-from telemetryd.engine.sqlite.partials import forget_leftovers
-from telemetryd.engine.sqlite.tools import foreign, legacy, rotation
+from telemetryd.engine.sqlite.partials import forget_abandoned, forget_leftovers
+from telemetryd.engine.sqlite.tools import foreign, legacy, reuse, rotation
 from telemetryd.engine.sqlite.tools.migrate import check_schema, current_version, refuse_unless_usable
-from telemetryd.engine.sqlite.tools.salvage import salvage
+from telemetryd.engine.sqlite.tools.salvage import Saved, salvage
 from telemetryd.errors import DatabaseError
 from telemetryd.model.values import format_timestamp, utc_now
 from telemetryd.settings import Settings
@@ -91,7 +91,7 @@ def migrate(dry_run: bool, with_backup: bool, as_json: bool, **flags: Any) -> No
     path = settings.db_path.absolute()
     with failing():
         if dry_run:
-            _report_migration(path, _preview(path), dry_run=True, as_json=as_json)
+            _report_migration(path, _preview(path, with_backup=with_backup), dry_run=True, as_json=as_json)
             return
         with owned(settings):
             if not _is_older(path):
@@ -116,11 +116,11 @@ def _is_older(path: Path) -> bool:
     return False
 
 
-def _preview(path: Path) -> legacy.Migration | None:
+def _preview(path: Path, *, with_backup: bool) -> legacy.Migration | None:
     if is_ours(path) and not _is_older(path):
         return None  # maybe in use, and a copy of it would cost much and show nothing
     with undisturbed(path) as quiet, progress() as drawn:
-        return legacy.preview(quiet, drawn) if _is_older(quiet) else None
+        return legacy.preview(quiet, path, drawn, with_backup=with_backup) if _is_older(quiet) else None
 
 
 def _migrate(path: Path, *, with_backup: bool, as_json: bool) -> None:
@@ -128,7 +128,11 @@ def _migrate(path: Path, *, with_backup: bool, as_json: bool) -> None:
     recover(path)  # or the backup, which may not write, could not read it
     with progress() as drawn:
         if with_backup:
-            saved = backups.back_up_into(path.parent, path, _local_now(), watch=drawn)
+            forget_abandoned(path.parent, rotation.like(path))
+            saved = reuse.find(path.parent, path)
+        legacy.refuse_too_little_room(path, with_backup=with_backup and saved is None)
+        if with_backup:
+            saved = saved or backups.back_up_into(path.parent, path, _local_now(), watch=drawn)
             if not as_json:
                 click.echo(f"[OK] Verified backup of {saved.rows} rows: {saved.path}")
         done = legacy.migrate_file(path, format_timestamp(utc_now()), drawn)
@@ -169,6 +173,8 @@ def _migration_as_json(
         "aside_tables": done.layout.aside,
         **done.counts(),
         "compacted": done.compacted,
+        "needs_bytes": done.room.needed if done.room else None,
+        "free_bytes": done.room.free if done.room else None,
         "remarks": done.remarks,
         "backup": backup.path if backup else None,
     }
@@ -179,7 +185,10 @@ def _print_migration(path: Path, done: legacy.Migration, *, dry_run: bool) -> No
     recorded = "" if layout.recorded in (None, layout.version) else f" (recorded as {layout.recorded})"
     click.echo(f"{_RULE}\nDATABASE MIGRATION: Schema v{layout.version} → v{current_version()}\n{_RULE}")
     click.echo(f"Database: {path}\nDry run: {dry_run}\nCurrent schema version: {layout.version}{recorded}")
-    click.echo(f"Total rows to migrate: {layout.rows}\n")
+    click.echo(f"Total rows to migrate: {layout.rows}")
+    if done.room is not None:
+        click.echo(f"Room on the disk: up to {size(done.room.needed)} for a moment, of {size(done.room.free)} free")
+    click.echo("")
     if dry_run:
         click.echo("[DRY RUN] Would perform the following changes:")
     for number, step in enumerate(layout.steps(), 1):
@@ -343,7 +352,7 @@ def _refuse_in_use(source: Path, database: Path) -> None:
       systemctl stop telemetryd && telemetryd check --repair
     """
 )
-@click.option("--repair", is_flag=True, help="Mend indexes and totals; of a damaged file save what can be read.")
+@click.option("--repair", is_flag=True, help="Fix indexes and totals; of a damaged file save what can be read.")
 @json_flag
 @settings_flags(*DATABASE_SETTINGS)
 def check(repair: bool, as_json: bool, **flags: Any) -> None:
@@ -376,13 +385,27 @@ def _repair(path: Path, drawn: Progress) -> dict[str, Any]:
     if not any(finding.severity is checks.Severity.DAMAGE for finding in checks.examine(path, drawn)):
         return {"repaired": checks.repair(path, drawn)}
     done = salvage(path, _local_now(), drawn)
-    lost = "an unknown number" if done.lost is None else str(done.lost)
-    lines = [f"{done.saved} runs saved into a new file, {lost} lost", f"the damaged file is kept as {done.aside}"]
-    lines += [f"table {name}: {rows} rows saved" for name, rows in done.neighbours.items()]
+    lines = [str(table) for table in done.tables if table.there != 0]
+    if done.rejected:
+        lines.append(f"{done.rejected} rows were read but are no runs any more, or have the event_id of another one")
+    if not done.is_schema_whole:
+        lines.append("a part of the schema cannot be read: tables of your own may be missing")
+    lines.append(f"the damaged file is kept as {done.aside}")
     return {
         "repaired": lines,
-        "saved": done.saved,
-        "lost": done.lost,
+        "saved": done.runs.saved,
+        "lost": done.runs.lost,
         "rejected": done.rejected,
+        "tables": [_saved_as_json(table) for table in done.tables],
         "old_file": done.aside,
+    }
+
+
+def _saved_as_json(table: Saved) -> dict[str, Any]:
+    return {
+        "table": table.table,
+        "there": table.there,
+        "is_estimate": table.is_estimate,
+        "saved": table.saved,
+        "lost": table.lost,
     }

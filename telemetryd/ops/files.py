@@ -5,6 +5,23 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+Owner = tuple[int, int]
+"""A user and a group."""
+
+
+def owner_to_keep(path: Path) -> Owner | None:
+    """Return whose a new file at a path (or next to it) has to be if root makes it; None if we are not root.
+
+    That is the owner of the file that is there, else of its directory: the service has to be able to open it.
+    """
+    if os.geteuid() != 0:
+        return None
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        status = path.absolute().parent.stat()
+    return status.st_uid, status.st_gid
+
 
 def sync_directory(path: Path) -> None:
     """Make durable what was made or renamed in a directory; raise OSError if that fails."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from telemetryd.errors import DatabaseError, DatabaseOwnedError
+from telemetryd.ops.files import owner_to_keep
 
 _TRIES: Final = 10
 _PAUSE_S: Final = 0.01
@@ -37,12 +38,14 @@ class FileLock:
     Args:
         path: where it stands.
         spare_bytes: how large it is while it is free, so that the next owner finds this much room on a full disk.
+        database: whose owner has it if root makes it, so that the service can take it later.
 
     """
 
-    def __init__(self, path: Path, spare_bytes: int = 0) -> None:
+    def __init__(self, path: Path, spare_bytes: int = 0, database: Path | None = None) -> None:
         self.path = path
         self._spare_bytes = spare_bytes
+        self._database = database
         self._descriptor: int | None = None
         self.was_dropped = False
         """Whether the last owner ended without `mark_clean`."""
@@ -56,7 +59,7 @@ class FileLock:
 
         """
         try:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | _LOCK_FLAGS, 0o600)
+            descriptor = self._open()
         except OSError as error:
             reason = "it is a symbolic link" if self.path.is_symlink() else error.strerror
             raise DatabaseError(f"Cannot open the lock file {self.path}: {reason}") from error
@@ -82,6 +85,17 @@ class FileLock:
             if error.errno not in _FULL:  # the lock counts, not what stands in its file
                 self.release()
                 raise DatabaseError(f"Cannot write the lock file {self.path}: {error.strerror}") from error
+
+    def _open(self) -> int:
+        try:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _LOCK_FLAGS, 0o600)
+        except FileExistsError:
+            return os.open(self.path, os.O_RDWR | os.O_CREAT | _LOCK_FLAGS, 0o600)
+        owner = None if self._database is None else owner_to_keep(self._database)
+        if owner is not None:
+            with suppress(OSError):  # a file system without owners
+                os.fchown(descriptor, *owner)
+        return descriptor
 
     def is_in_place(self) -> bool:
         """Return whether the locked file still stands at its path; if not, another process can lock another one."""

@@ -232,7 +232,7 @@ class Ownership:
         real = database.resolve()
         sidecar = real.with_name(real.name + ".lock")
         paths = [sidecar] if lock_file is None or lock_file.resolve() == sidecar else [sidecar, lock_file]
-        self._locks = [FileLock(path, _SPARE_BYTES if path == sidecar else 0) for path in paths]
+        self._locks = [FileLock(path, _SPARE_BYTES if path == sidecar else 0, real) for path in paths]
         self._file = _OwnFile(real)
 
     def acquire(self, *, create: bool = False) -> None:

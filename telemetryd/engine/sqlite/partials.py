@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import secrets
@@ -11,9 +12,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
+from telemetryd.engine.sqlite.descriptors import HeldFile, give_back, take
 from telemetryd.engine.sqlite.files import APPLICATION_ID, SIDE_FILES
 from telemetryd.errors import DatabaseError
-from telemetryd.ops.files import sync_directory
+from telemetryd.ops.files import Owner, sync_directory
+from telemetryd.ops.mounts import network_file_system
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -21,59 +24,140 @@ else:
     from backports import zstd
 
 _PARTIAL: Final = ".partial"
-_NAME: Final = re.compile(r"\..+\.[0-9a-f]{8}\.partial")
+_NAME: Final = re.compile(r"\.(.+)\.[0-9a-f]{8}\.partial")
 _OF_A_DATABASE: Final = r"\.{name}\.(restored|salvaged|export)\.[0-9a-f]{{8}}\.partial(-wal|-shm|-journal)?"
 _ABANDONED_S: Final = 86_400
+_BEGUN_S: Final = 60
+"""An empty file may have been made a moment ago, and its lock not yet taken."""
 _ZSTD: Final = b"\x28\xb5\x2f\xfd"
 _SQLITE: Final = b"SQLite format 3\0"
+_PARQUET: Final = b"PAR1"
 _HEADER: Final = 100
+_APPLICATION: Final = slice(68, 72)
 _LINE: Final = 65_536
 _at_work: Final[set[Path]] = set()
 """What this process is making."""
 
 
 @contextmanager
-def partial_file(destination: Path) -> Iterator[Path]:
+def partial_file(destination: Path, like: str | None = None, owner: Owner | None = None) -> Iterator[Path]:
     """Make a file of mode 0600 next to its destination for as long as it is not whole; remove what is left of it.
+
+    It is locked meanwhile. What an earlier run of the same command left when it was killed is removed first.
+
+    Args:
+        destination: the name that it gets when it is whole.
+        like: the names of destinations of the same command, as a regular expression; by default that one.
+        owner: whose file it will be, if not that of this process.
 
     Raises:
         DatabaseError: if it cannot be made or written, as on a full disk.
 
     """
     path = destination.with_name(f".{destination.name}.{secrets.token_hex(4)}{_PARTIAL}")
+    held: HeldFile | None = None
     try:
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        _make(path, owner)
         _at_work.add(path)
-        _forget_abandoned(path)
+        held = take(path)
+        is_locked = _lock(path, held.descriptor)
+        _forget_abandoned(path, re.compile(like or re.escape(destination.name)), is_locked=is_locked)
     except OSError as error:
-        _remove(path)
+        _remove(path, held)
         raise DatabaseError(f"Cannot write to {destination.parent}: {error.strerror}") from error
     try:
         yield path
     except OSError as error:
         raise DatabaseError(f"Cannot write {destination}: {error.strerror or error}") from error
     finally:
-        _remove(path)
+        _remove(path, held)
 
 
-def _remove(path: Path) -> None:
+def _make(path: Path, owner: Owner | None) -> None:
+    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    try:
+        if owner is not None:
+            with suppress(OSError):  # a file system without owners
+                os.fchown(descriptor, *owner)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(path: Path, descriptor: int) -> bool:
+    """Lock a file for as long as it is open; return whether that is possible here."""
+    if network_file_system(path) is not None:  # there it would be a lock on what SQLite locks
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _remove(path: Path, held: HeldFile | None = None) -> None:
     _at_work.discard(path)
     for suffix in ("", *SIDE_FILES):
         path.with_name(path.name + suffix).unlink(missing_ok=True)
+    if held is not None:
+        give_back(held)
 
 
-def _forget_abandoned(fresh: Path) -> None:
-    """Remove files that were killed while they were made: a day older than a fresh one, they are nobody's any more.
+def _forget_abandoned(fresh: Path, like: re.Pattern[str], *, is_locked: bool) -> None:
+    """Remove files that were killed while they were made: those of the same command, and any that are a day old.
 
     The disk's clock may be another one than ours, so files are compared with each other.
     """
     now = fresh.stat().st_mtime
     for path in fresh.parent.glob(f".*{_PARTIAL}"):
-        if path in _at_work or not _NAME.fullmatch(path.name):
+        name = _NAME.fullmatch(path.name)
+        if path in _at_work or name is None or path.is_symlink():
             continue
         with suppress(FileNotFoundError):
-            if not path.is_symlink() and now - path.stat().st_mtime > _ABANDONED_S and _holds_ours(path):
+            status = path.stat()
+            age = now - status.st_mtime
+            is_same = is_locked and like.fullmatch(name[1]) is not None
+            is_old = age > (_BEGUN_S if is_same and not status.st_size else _ABANDONED_S)
+            may_go = is_old or (is_same and status.st_size > 0)
+            if may_go and (_may_be_ours(path) if is_same else _holds_ours(path)) and _is_nobodys(path):
                 _remove(path)
+
+
+def forget_abandoned(folder: Path, like: str) -> None:
+    """Remove what killed commands left of files with such names, for a command that makes none itself."""
+    if network_file_system(folder) is not None:
+        return
+    for path in folder.glob(f".*{_PARTIAL}"):
+        name = _NAME.fullmatch(path.name)
+        if name is None or path in _at_work or path.is_symlink() or not re.fullmatch(like, name[1]):
+            continue
+        with suppress(FileNotFoundError):
+            if path.stat().st_size and _may_be_ours(path) and _is_nobodys(path):
+                _remove(path)
+
+
+def _is_nobodys(path: Path) -> bool:
+    """Return whether no process is making a file any more."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def _may_be_ours(path: Path) -> bool:
+    """Return whether a file with a name of ours may have been begun by telemetryd, however little is written of it."""
+    head = first_bytes(path, _LINE)
+    if head.startswith(_SQLITE):  # a copy of a database of the replaced service is nobody's by its header
+        return is_header_of_ours(head) or not any(head[_APPLICATION])
+    with path.open("rb") as file:
+        begin = file.read(_HEADER)
+    return not any(begin) or begin.startswith((_ZSTD, _PARQUET)) or b"event_id" in head.partition(b"\n")[0]
 
 
 def _holds_ours(path: Path) -> bool:
@@ -86,7 +170,7 @@ def _holds_ours(path: Path) -> bool:
 
 def is_header_of_ours(head: bytes) -> bool:
     """Return whether a file that begins so is a database that telemetryd made (sqlite.org/fileformat2.html, 1.3)."""
-    return head.startswith(_SQLITE) and int.from_bytes(head[68:72], "big") == APPLICATION_ID
+    return head.startswith(_SQLITE) and int.from_bytes(head[_APPLICATION], "big") == APPLICATION_ID
 
 
 def first_bytes(path: Path, size: int = _HEADER) -> bytes:

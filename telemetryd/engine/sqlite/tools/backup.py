@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 import sqlite3
 import sys
@@ -24,7 +25,7 @@ from telemetryd.engine.sqlite.partials import partial_file, publish
 from telemetryd.engine.sqlite.tools import rotation
 from telemetryd.errors import DatabaseError, InvalidRequestError, UnavailableError, sentence
 from telemetryd.model.values import format_timestamp, utc_now
-from telemetryd.ops.files import sync_directory
+from telemetryd.ops.files import owner_to_keep, sync_directory
 from telemetryd.settings import Settings
 
 if sys.version_info >= (3, 14):
@@ -131,7 +132,8 @@ def backup(
     started = time.monotonic()
     if destination.exists() and not others:
         raise DatabaseError(f"{destination} exists already; a backup never replaces a file")
-    with partial_file(destination) as raw:
+    like, owner = rf"(?:{re.escape(destination.name)}|{rotation.like(source)})(?:\.packed)?", owner_to_keep(source)
+    with partial_file(destination, like, owner) as raw:
         try:
             blocked, expected = _copy(source, raw, watch)
             number = rotation.next_number(destination.parent, source)
@@ -144,7 +146,7 @@ def backup(
             raise DatabaseError(f"The copy of {source} has {content.rows} rows instead of {expected}; it was dropped")
         watch("Verifying", 1, 1)
         if compress:
-            with partial_file(Path(f"{destination}.packed")) as packed:
+            with partial_file(Path(f"{destination}.packed"), like, owner) as packed:
                 _compress(raw, packed, watch)
                 rotation.mark_packed(packed, number)
                 name = publish(packed, destination, others)
@@ -245,7 +247,7 @@ def restore(
         DatabaseError: if the backup is not good; the database is as before.
 
     """
-    with partial_file(database.with_name(f"{database.name}.restored")) as copy:
+    with partial_file(database.with_name(f"{database.name}.restored"), owner=owner_to_keep(database)) as copy:
         try:
             with source.open("rb") as plain, copy.open("wb") as target:
                 if plain.peek(len(_ZSTD)).startswith(_ZSTD):

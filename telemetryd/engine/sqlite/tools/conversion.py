@@ -33,6 +33,9 @@ EPOCH: Final = "1970-01-01T00:00:00.000000Z"
 UNKNOWN: Final = "unknown"
 _NO_CHARACTER: Final = "\N{REPLACEMENT CHARACTER}"
 NO_SUCH_FIELD: Final = "no such field any more"
+_SCHEMA_VERSION: Final = "schema_version"
+_OLD_VERSIONS: Final = range(1, 8)
+"""What the replaced service wrote there, the same in each run; `schema_migrations` says it once."""
 
 
 class _Changed(NamedTuple):
@@ -72,15 +75,13 @@ class Original(NamedTuple):
 
 
 def _text(raw: RawValue) -> _Result:
-    if raw is None:
-        return None
+    if raw is None or (isinstance(raw, str) and "\0" not in raw):
+        return raw
     if isinstance(raw, (int, float)):
         return _Changed(str(raw), "number to text")
     text = raw.decode("utf-8", "replace") if isinstance(raw, bytes) else raw
     if "\0" in text:
         return _Replaced(text.replace("\0", _NO_CHARACTER), "holds a NUL character")
-    if text == raw:
-        return text
     return _Changed(text, "blob to text") if text.encode() == raw else _Replaced(text, "not UTF-8")
 
 
@@ -238,7 +239,9 @@ class Converter:
         self.tally = Tally()
         place = {name: index for index, name in enumerate(old_columns)}
         self._present = [
-            (COLUMNS.index(name), name, place[name], _CONVERTERS[name]) for name in _FIELDS if name in place
+            (COLUMNS.index(name), name, place[name], _CONVERTERS[name], _CONVERTERS[name](None) is None)
+            for name in _FIELDS
+            if name in place
         ]
         self._extra = [(name, index) for name, index in place.items() if name not in COLUMNS]
         self._makes_event_id = "event_id" not in place
@@ -255,17 +258,22 @@ class Converter:
         values = self._absent.copy()
         values[0] = number
         originals: list[Original] = []
-        for index, name, place, convert in self._present:
-            result = convert(raw[place])
+        for index, name, place, convert, may_be_null in self._present:
+            value = raw[place]
+            if value is None and may_be_null:  # most fields of most runs
+                continue
+            result = convert(value)
             if isinstance(result, tuple):
                 if isinstance(result, _Changed):
                     self.tally.changed[name, result.kind] += 1
                 else:
-                    self._keep(originals, name, result.reason, raw[place])
+                    self._keep(originals, name, result.reason, value)
                 result = result.value
             values[index] = result
         for name, place in self._extra:
-            if raw[place] is not None:
+            if name == _SCHEMA_VERSION and raw[place] in _OLD_VERSIONS:
+                self.tally.changed[name, "left out: it says nothing of the run"] += 1
+            elif raw[place] is not None:
                 self._keep(originals, name, NO_SUCH_FIELD, raw[place])
         if self._makes_event_id:
             values[1] = str(uuid.uuid4())

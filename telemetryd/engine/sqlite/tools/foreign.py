@@ -19,7 +19,10 @@ from telemetryd.errors import DatabaseError
 HIGHEST_NUMBER: Final = 2**62
 """Ids and numbers beyond it leave too little room: SQLite gives no row an id beyond 2**63 - 1."""
 
-_OBJECTS: Final = "SELECT type, name, tbl_name, sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY type, name"
+_OBJECTS: Final = (
+    "SELECT type, name, tbl_name, sql FROM sqlite_master WHERE sql IS NOT NULL AND name NOT GLOB 'sqlite_*' "
+    "ORDER BY type, name"
+)
 _IS_UNIQUE: Final = 'SELECT "unique" FROM pragma_index_list(?) WHERE name = ?'
 _INDEXED: Final = "SELECT cid, coll FROM pragma_index_xinfo(?) WHERE key"
 _EXPRESSION: Final = -2

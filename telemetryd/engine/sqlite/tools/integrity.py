@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
 from telemetryd.engine.sqlite.connection import quoted
-from telemetryd.engine.sqlite.statements import rollups
-from telemetryd.engine.sqlite.statements.sequence import KEEP_EVENT_NUMBERS, KEEP_NUMBERS, MAKE_FEED, Sequence
+from telemetryd.engine.sqlite.statements import rollups, sequence
+from telemetryd.engine.sqlite.statements.sequence import KEEP_EVENT_NUMBERS, KEEP_NUMBERS, MAKE_FEED
 from telemetryd.engine.sqlite.tools import migrate
-from telemetryd.engine.sqlite.tools.conversion import PLAIN_TEXTS, replacement
+from telemetryd.engine.sqlite.tools.conversion import PLAIN_TEXTS, RawValue, replacement
 from telemetryd.git_urls import without_credentials
-from telemetryd.model.runs import COLUMNS, columns
+from telemetryd.model.runs import columns
 from telemetryd.model.values import Role, SqlValue
 
 _WRONG_TOTALS: Final = """
@@ -45,10 +45,7 @@ _WRONG_TOTALS: Final = """
     )
 """
 
-SAVE_RUN: Final = (
-    f"INSERT INTO agent_runs ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))}) ON CONFLICT DO NOTHING"
-)
-KEEP_ORIGINAL: Final = "INSERT OR IGNORE INTO unconverted_values (run, field, reason, original) VALUES (?, ?, ?, ?)"
+SAVE_RUN: Final = f"{migrate.INSERT_RUN} ON CONFLICT DO NOTHING"
 
 _OF_RUNS: Final = ("unconverted_values", "run_events", "run_processes", "run_arrivals")
 
@@ -58,29 +55,12 @@ BESIDE_RUNS: Final = (*_OF_RUNS, "alert_states", "alert_deliveries")
 _ABOUT_RUNS: Final = (*_OF_RUNS, "run_changes")
 """The tables whose rows refer to runs. A salvage makes a new sequence, in which no run has changed yet."""
 
-FIRST_NUMBER: Final = -(2**63)
-LAST_NUMBER: Final = 2**63 - 1
-WALK_FROM: Final = {
-    "front": "SELECT rowid, * FROM agent_runs NOT INDEXED WHERE rowid > ? ORDER BY rowid LIMIT ?",
-    "back": "SELECT rowid, * FROM agent_runs NOT INDEXED WHERE rowid < ? ORDER BY rowid DESC LIMIT ?",
+IS_SAVED: Final = "SELECT 1 FROM agent_runs WHERE id = ? AND event_id = ?"
+KEYS_OF_RUNS: Final = {
+    "unconverted_values": ("id", "run = ?"),
+    "run_arrivals": ("created_at, id", "created_at = ? AND run = ?"),
 }
-READ_BY_NUMBER: Final = "SELECT rowid, * FROM agent_runs NOT INDEXED WHERE rowid = ?"
-_SMALL_INDEXES: Final = ("idx_runs_created_desc", "idx_runs_start", "idx_runs_event_id")
-NUMBERS_IN_INDEXES: Final = tuple(
-    f"SELECT rowid FROM agent_runs INDEXED BY {index} WHERE {column} >= '' AND rowid > ? AND rowid < ?"
-    for index, column in zip(_SMALL_INDEXES, ("created_at", "start_time", "event_id"), strict=True)
-)
-COUNTS_OF_RUNS: Final = (
-    "SELECT sum(runs) FROM run_totals",
-    *(f"SELECT count(*) FROM agent_runs INDEXED BY {index}" for index in _SMALL_INDEXES),
-)
-
-
-def read_table(connection: sqlite3.Connection, name: str) -> Iterator[list[tuple[object, ...]]]:
-    """Yield the rows of any table in slices, until its end or the first damage."""
-    rows = connection.execute(f"SELECT * FROM {quoted(name)}")
-    while part := rows.fetchmany(500):
-        yield part
+"""Of tables without row numbers that are about runs: which columns of a run find its rows, and how."""
 
 
 def make_alike(source: sqlite3.Connection, name: str, target: sqlite3.Connection, new: str) -> None:
@@ -89,10 +69,48 @@ def make_alike(source: sqlite3.Connection, name: str, target: sqlite3.Connection
     target.execute(f'CREATE TABLE "{new}" ({", ".join(columns)})')
 
 
-def fill_table(connection: sqlite3.Connection, name: str, rows: list[tuple[object, ...]]) -> int:
-    """Insert rows into any table, except those that are there already; return how many were new."""
-    places = ", ".join("?" * len(rows[0]))
-    return connection.executemany(f"INSERT OR IGNORE INTO {quoted(name)} VALUES ({places})", rows).rowcount
+class Filling:
+    """Inserts rows that may be damaged into a table, except those that are there already."""
+
+    def __init__(self, connection: sqlite3.Connection, name: str, columns: list[str]) -> None:
+        self._connection = connection
+        self._json = columns.index("payload") if name == "run_events" else None
+        listed, places = ", ".join(map(quoted, columns)), ", ".join("?" * len(columns))
+        self._insert = f"INSERT INTO {quoted(name)} ({listed}) VALUES ({places})"
+        table = connection.execute(f"PRAGMA table_info({quoted(name)})").fetchall()
+        texts = {row[1] for row in table if row[2] == "TEXT"}
+        self._texts = [place for place, column in enumerate(columns) if column in texts]
+
+    def add(self, rows: Sequence[Sequence[RawValue]]) -> tuple[int, int]:
+        """Insert some; return how many were stored, and how many the table refuses for another reason than that."""
+        stored = refused = 0
+        for row in rows:
+            try:
+                self._connection.execute(self._insert, self._readable(row))
+            except sqlite3.IntegrityError as error:
+                refused += error.sqlite_errorcode not in _THERE_ALREADY
+            else:
+                stored += 1
+        return stored, refused
+
+    def _readable(self, row: Sequence[RawValue]) -> Sequence[RawValue]:
+        """Replace what is no text, or no JSON, any more where it has to be."""
+        values = list(row)
+        for place in self._texts:
+            value = values[place]
+            if isinstance(value, bytes):
+                values[place] = value.decode("utf-8", "replace")
+        if self._json is not None and isinstance(payload := values[self._json], str):
+            found = replacement("payload", payload)
+            values[self._json] = payload if found is None else found[0]
+        return values
+
+
+_THERE_ALREADY: Final = (
+    sqlite3.SQLITE_CONSTRAINT_PRIMARYKEY,
+    sqlite3.SQLITE_CONSTRAINT_UNIQUE,
+    sqlite3.SQLITE_CONSTRAINT_ROWID,
+)
 
 
 _STRAYS: Final = "FROM {table} WHERE run NOT IN (SELECT id FROM agent_runs)"
@@ -149,13 +167,13 @@ def find_unstorable(connection: sqlite3.Connection) -> Iterator[Unstorable]:
 def replace_unstorable(connection: sqlite3.Connection) -> int:
     """Do with such values what a migration does with them today; return how many there were."""
     all_of_them = list(find_unstorable(connection))
-    sequence = Sequence(connection.cursor())
+    changes = sequence.Sequence(connection.cursor())
     for found in all_of_them:
         connection.execute(f"UPDATE {found.table} SET {found.field} = ? WHERE id = ?", (found.value, found.number))
         if found.table == "agent_runs":
-            connection.execute(KEEP_ORIGINAL, (found.number, found.field, found.reason, found.original))
-            sequence.changed(found.number)
-    sequence.finish()
+            connection.execute(migrate.INSERT_ORIGINAL, (found.number, found.field, found.reason, found.original))
+            changes.changed(found.number)
+    changes.finish()
     return len(all_of_them)
 
 
@@ -172,13 +190,13 @@ def find_credentials(connection: sqlite3.Connection) -> dict[str, str | None]:
 def drop_credentials(connection: sqlite3.Connection) -> int:
     """Leave out of the addresses what is not stored today, also in the file's free space; return how many runs."""
     connection.execute("PRAGMA secure_delete = ON")
-    sequence = Sequence(connection.cursor())
+    changes = sequence.Sequence(connection.cursor())
     changed = 0
     for address, rest in find_credentials(connection).items():
         for (number,) in connection.execute(_KEEP_OF_ADDRESS, (rest, address)).fetchall():
-            sequence.changed(number)
+            changes.changed(number)
             changed += 1
-    sequence.finish()
+    changes.finish()
     return changed
 
 

@@ -14,7 +14,7 @@ from typing import Final
 from telemetryd.engine.sqlite.connection import connect, lenient_text, quoted
 from telemetryd.engine.sqlite.files import corrupt, is_unfinished
 from telemetryd.engine.sqlite.statements import rollups
-from telemetryd.engine.sqlite.tools import foreign, migrate
+from telemetryd.engine.sqlite.tools import foreign, migrate, room
 from telemetryd.engine.sqlite.tools.backup import Watch, ignore_progress
 from telemetryd.engine.sqlite.tools.conversion import Converter, EventConverter, Original, Tally
 from telemetryd.engine.sqlite.tools.layouts import (
@@ -30,13 +30,13 @@ from telemetryd.engine.sqlite.tools.layouts import (
 )
 from telemetryd.errors import DatabaseError
 from telemetryd.model.events import STORED
-from telemetryd.model.runs import COLUMNS
 from telemetryd.ops.files import sync_directory
 
 _SLICE: Final = 2000
 _INCREMENTAL: Final = 2
+_RETURNED_AT_ONCE: Final = 512
+"""Pages that are given back in one transaction, whose journal stays small."""
 
-_INSERT_RUN: Final = f"INSERT INTO agent_runs ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"
 # Only a run_id says whose event it was; where runs share one, the newest is meant.
 _INSERT_OLD_EVENT: Final = f"""
     INSERT INTO run_events (run, {", ".join(STORED)})
@@ -45,7 +45,6 @@ _INSERT_OLD_EVENT: Final = f"""
 """
 _INDEX_RUN_IDS: Final = f"CREATE INDEX {RUN_IDS} ON agent_runs (run_id)"
 _DROP_RUN_IDS: Final = f"DROP INDEX {RUN_IDS}"
-_INSERT_ORIGINAL: Final = "INSERT OR IGNORE INTO unconverted_values (run, field, reason, original) VALUES (?, ?, ?, ?)"
 
 
 @dataclass(slots=True)
@@ -56,6 +55,8 @@ class Migration:
     tally: Tally
     rows: int = 0
     compacted: bool = False
+    room: room.Room | None = None
+    """What a dry run has found out about the disk."""
     remarks: list[str] = field(default_factory=list)
 
     def counts(self) -> dict[str, list[dict[str, str | int]]]:
@@ -72,8 +73,14 @@ class Migration:
 # --- Looking -------------------------------------------------------------------------------------
 
 
-def preview(path: Path, watch: Watch = ignore_progress) -> Migration:
+def preview(path: Path, place: Path, watch: Watch = ignore_progress, *, with_backup: bool) -> Migration:
     """Say what a migration of an `undisturbed` database would do; neither it nor what is next to it changes.
+
+    Args:
+        path: the database, or a copy of it.
+        place: where the database is.
+        watch: is called with the progress.
+        with_backup: whether the migration would begin with a backup.
 
     Raises:
         DatabaseError: if it cannot be read, or is not a telemetry database.
@@ -89,7 +96,20 @@ def preview(path: Path, watch: Watch = ignore_progress) -> Migration:
             for _ in _converted(connection, "agent_runs", layout, converter, watch):
                 pass
             tally = converter.tally
-        return Migration(layout, tally, layout.rows)
+        needed = room.estimate(connection, layout, place, with_backup=with_backup)
+        return Migration(layout, tally, layout.rows, room=needed)
+
+
+def refuse_too_little_room(path: Path, *, with_backup: bool) -> None:
+    """Stop if the disk has too little room for a migration; the caller owns the database.
+
+    Raises:
+        DatabaseError: then.
+
+    """
+    with contextlib.closing(_connect(path, "ro")) as connection, _as_database_error(path):
+        layout = look(connection, path)
+        room.estimate(connection, layout, path, with_backup=with_backup).refuse_too_little(path)
 
 
 def _connect(path: Path, mode: str) -> sqlite3.Connection:
@@ -151,6 +171,9 @@ def migrate_file(path: Path, now: str, watch: Watch = ignore_progress) -> Migrat
         # Else a rename would change the references of the tables that stay, and a drop would delete from them.
         connection.execute("PRAGMA foreign_keys = OFF")
         connection.execute("PRAGMA legacy_alter_table = ON")
+        # Pages that become free would be overwritten with zeros otherwise, and so stand in the journal.
+        connection.execute("PRAGMA secure_delete = FAST").fetchall()
+        _prepare_space(connection, path, watch)
         connection.execute("BEGIN EXCLUSIVE")
         try:
             layout = look(connection, path)
@@ -165,7 +188,24 @@ def migrate_file(path: Path, now: str, watch: Watch = ignore_progress) -> Migrat
         sync_directory(path.parent)
         watch("Committing", 1, 1)
         _compact(connection, done, watch)
+    path.chmod(0o600)  # as every database of ours; the replaced service let others read it
     return done
+
+
+def _prepare_space(connection: sqlite3.Connection, path: Path, watch: Watch) -> None:
+    """Let space be given back in slices: that needs a VACUUM, which takes less room now than after the migration.
+
+    It changes nothing of what the database holds. Where it is not possible, it is tried again at the end.
+    """
+    layout = look(connection, path)
+    _refuse_harmful(connection, layout, path)
+    watch("Preparing space", 0, 1)
+    try:
+        compact(connection)
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            raise
+    watch("Preparing space", 1, 1)
 
 
 def _refuse_harmful(connection: sqlite3.Connection, layout: Layout, path: Path) -> None:
@@ -188,15 +228,15 @@ def _rebuild(connection: sqlite3.Connection, layout: Layout, now: str, watch: Wa
     _set_aside(connection)
     _set_neighbours_aside(connection, layout)
     migrate.run_steps(connection, now, after=0)
-    indexes = _drop_indexes(connection)
+    indexes = migrate.drop_indexes(connection)
     converter = Converter(layout.columns)
     done.tally = converter.tally
     _copy_rows(connection, layout, converter, watch)
     done.rows = count_rows(connection, "agent_runs")
     if done.rows != layout.rows:
         raise DatabaseError(f"{done.rows} rows were copied instead of {layout.rows}; the database is as before")
-    if not layout.event_id_is_unique and "event_id" in layout.columns:
-        _separate_equal_event_ids(connection, converter.tally)
+    if "event_id" in layout.columns and (not layout.event_id_is_unique or _has_changed(converter.tally, "event_id")):
+        _separate_equal_event_ids(connection, layout, converter.tally)
     for number, sql in enumerate(indexes):
         watch("Creating indexes", number, len(indexes))
         connection.execute(sql)
@@ -209,6 +249,11 @@ def _rebuild(connection: sqlite3.Connection, layout: Layout, now: str, watch: Wa
     if layout.triggers:
         done.remarks.append(f"Dropped the triggers of the old table: {', '.join(layout.triggers)}")
     return done
+
+
+def _has_changed(tally: Tally, name: str) -> bool:
+    """Return whether some values of a field are not what they were: then two that were different may be equal."""
+    return any(where == name for where, _ in tally.changed)
 
 
 def _set_aside(connection: sqlite3.Connection) -> None:
@@ -257,33 +302,26 @@ def _serve_old_events(connection: sqlite3.Connection, done: Migration) -> None:
     done.remarks.append(f"{served} of {number} old events are served; all are kept in {old}")
 
 
-def _drop_indexes(connection: sqlite3.Connection) -> list[str]:
-    """Drop the new indexes for the time of the copy, and return how to make them: sorting once is faster."""
-    found = connection.execute(
-        "SELECT name, sql FROM sqlite_master WHERE type = 'index' AND tbl_name = 'agent_runs' AND sql IS NOT NULL"
-    ).fetchall()
-    for name, _ in found:
-        connection.execute(f"DROP INDEX {quoted(name)}")
-    return [sql for _, sql in found]
-
-
 def _copy_rows(connection: sqlite3.Connection, layout: Layout, converter: Converter, watch: Watch) -> None:
     for part in _converted(connection, OLD_RUNS, layout, converter, watch):
-        connection.executemany(_INSERT_RUN, [values for values, _ in part])
+        connection.executemany(migrate.INSERT_RUN, [values for values, _ in part])
         originals = [(values[0], *original) for values, kept in part for original in kept]
-        connection.executemany(_INSERT_ORIGINAL, originals)
+        connection.executemany(migrate.INSERT_ORIGINAL, originals)
 
 
-def _separate_equal_event_ids(connection: sqlite3.Connection, tally: Tally) -> None:
+def _separate_equal_event_ids(connection: sqlite3.Connection, layout: Layout, tally: Tally) -> None:
     """Give all but the first of the runs with one event_id a new one; their old one goes to the side table."""
     connection.create_function("new_uuid", 0, lambda: str(uuid.uuid4()))
     connection.execute(
         "CREATE TEMP TABLE surplus AS SELECT id, event_id FROM (SELECT id, event_id, "
         "row_number() OVER (PARTITION BY event_id ORDER BY id) AS place FROM agent_runs) WHERE place > 1"
     )
+    old, place = "event_id", "surplus"
+    if layout.keeps_row_numbers:  # else nothing but its text is left of it
+        old, place = "old.event_id", f"surplus JOIN {OLD_RUNS} AS old ON old.{layout.row_number} = surplus.id"
     connection.execute(
         "INSERT OR IGNORE INTO unconverted_values (run, field, reason, original) "
-        "SELECT id, 'event_id', 'not unique', event_id FROM surplus"
+        f"SELECT surplus.id, 'event_id', 'not unique', {old} FROM {place}"
     )
     changed = connection.execute("UPDATE agent_runs SET event_id = new_uuid() WHERE id IN (SELECT id FROM surplus)")
     if changed.rowcount:
@@ -311,16 +349,20 @@ def _keep_log(connection: sqlite3.Connection) -> None:
 
 def _compact(connection: sqlite3.Connection, done: Migration, watch: Watch) -> None:
     """Give the old table's space back; the migration itself is over."""
-    watch("Returning space", 0, 1)
     try:
         compact(connection)
+        pages = connection.execute("PRAGMA freelist_count").fetchone()[0]
+        for done_pages in range(0, pages, _RETURNED_AT_ONCE):
+            watch("Returning space", done_pages, pages)
+            # Each page is a step without columns, of which execute() would take one.
+            connection.executescript(f"PRAGMA incremental_vacuum({_RETURNED_AT_ONCE})")
+        watch("Returning space", pages, pages)
     except sqlite3.OperationalError as error:
         done.remarks.append(
             f"The file was migrated but not compacted ({error}); telemetryd check --repair does that, if there is room"
         )
     else:
         done.compacted = True
-    watch("Returning space", 1, 1)
 
 
 def is_compact(connection: sqlite3.Connection) -> bool:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import re
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Final
 
+from telemetryd.engine.sqlite.connection import quoted
 from telemetryd.engine.sqlite.files import APPLICATION_ID, FileState, Kind
 from telemetryd.errors import DatabaseError
+from telemetryd.model.runs import COLUMNS
 
 _STEP_NAME: Final = re.compile(r"(\d{4})_(\w+)\.sql")
+
+INSERT_RUN: Final = f"INSERT INTO agent_runs ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"
+INSERT_ORIGINAL: Final = "INSERT OR IGNORE INTO unconverted_values (run, field, reason, original) VALUES (?, ?, ?, ?)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,10 +136,24 @@ def derive(connection: sqlite3.Connection) -> None:
                 connection.execute(statement)
 
 
+def drop_indexes(connection: sqlite3.Connection, but: Container[str] = ()) -> list[str]:
+    """Drop the indexes of the runs while many are copied, and return how to make them: sorting once is faster."""
+    found = connection.execute(
+        "SELECT name, sql FROM sqlite_master WHERE type = 'index' AND tbl_name = 'agent_runs' AND sql IS NOT NULL"
+    ).fetchall()
+    dropped = [(name, sql) for name, sql in found if name not in but]
+    for name, _ in dropped:
+        connection.execute(f"DROP INDEX {quoted(name)}")
+    return [sql for _, sql in dropped]
+
+
 def schema_of(connection: sqlite3.Connection) -> dict[str, str]:
-    """Return every table and index of a database by name, with the statement that made it."""
+    """Return every table and index of a database by name, but SQLite's own, with the statement that made it."""
     return dict(
-        connection.execute("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY type DESC, name")
+        connection.execute(
+            "SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL AND name NOT GLOB 'sqlite_*' "
+            "ORDER BY type DESC, name"
+        )
     )
 
 

@@ -15,7 +15,7 @@ from telemetryd.engine.sqlite.connection import connect
 from telemetryd.engine.sqlite.partials import first_bytes, is_header_of_ours
 
 COMPRESSED: Final = ".zst"
-_STAMPED: Final = re.compile(r"_\d{8}_\d{6}(?:_\d+)?\.sqlite(?:\.zst)?")
+_STAMP: Final = r"_backup_\d{8}_\d{6}(?:_\d+)?\.sqlite(?:\.zst)?"
 _ONE_SECOND: Final = 1000
 """Names for backups of one second; more are not made in it."""
 _FRAME: Final = struct.Struct("<II8sQ")
@@ -33,13 +33,22 @@ def names(database: Path, moment: datetime, *, compress: bool = False) -> Iterat
 
 def _backups(directory: Path, database: Path) -> Iterator[tuple[int, Path]]:
     """Yield the backups of a database in a folder with their numbers; what is not ours is passed over."""
-    prefix = f"{database.stem}_backup"
+    for path in named(directory, database):
+        if is_header_of_ours(first_bytes(path)):
+            yield _number(path), path
+
+
+def like(database: Path) -> str:
+    """Return the names of a database's backups, as a regular expression."""
+    return re.escape(database.stem) + _STAMP
+
+
+def named(directory: Path, database: Path) -> Iterator[Path]:
+    """Yield the files of a folder that have the name of a database's backup."""
+    is_name = re.compile(like(database))
     for path in directory.iterdir():
-        if not path.name.startswith(prefix) or not _STAMPED.fullmatch(path.name.removeprefix(prefix)):
-            continue
-        if path.is_symlink() or not path.is_file() or not is_header_of_ours(first_bytes(path)):
-            continue
-        yield _number(path), path
+        if is_name.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+            yield path
 
 
 def _number(path: Path) -> int:

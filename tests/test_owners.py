@@ -1,0 +1,82 @@
+"""Whose the files are, and who may read them, after root has run a command."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from tests.tools.fill import make_database
+from tests.tools.old_databases import make_old_database
+from tests.tools.process import telemetryd
+
+SERVICE = 12_345
+only_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+
+
+def give_away(*paths: Path) -> None:
+    for path in paths:
+        os.chown(path, SERVICE, SERVICE)
+
+
+def wrong(folder: Path) -> dict[str, tuple[int, int, str]]:
+    """Return the files that the service could not open, or that others can read."""
+    found = {}
+    for path in folder.rglob("*"):
+        status = path.stat()
+        if path.is_file() and (status.st_uid, status.st_gid, status.st_mode & 0o777) != (SERVICE, SERVICE, 0o600):
+            found[path.name] = (status.st_uid, status.st_gid, stat.filemode(status.st_mode))
+    return found
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Make the folder of a service."""
+    folder = tmp_path / "service"
+    folder.mkdir()
+    give_away(folder)
+    return folder
+
+
+def test_a_file_that_others_could_read_is_private_after_its_migration(tmp_path: Path) -> None:
+    path = make_old_database(tmp_path / "telemetry.sqlite", "v7")
+    path.chmod(0o644)
+    telemetryd("migrate", "--db-path", path)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in tmp_path.iterdir()} == {0o600}
+
+
+@only_root
+def test_what_root_migrates_backs_up_and_restores_stays_the_services(folder: Path, tmp_path: Path) -> None:
+    path = make_old_database(folder / "telemetry.sqlite", "v5", wal=True)
+    path.chmod(0o644)
+    give_away(path)
+    telemetryd("migrate", "--db-path", path)
+    backups = folder / "backups"
+    backups.mkdir()
+    for flags in ([], ["--zstd"]):
+        telemetryd("backup", backups, *flags, "--db-path", path)
+    for source in backups.iterdir():
+        telemetryd("restore", source, "--db-path", path)
+    elsewhere = tmp_path / "run.lock"
+    telemetryd("check", "--repair", "--db-path", path, "--lock-file", elsewhere)
+    assert elsewhere.stat().st_uid == SERVICE
+    assert wrong(folder) == {}
+
+
+@only_root
+def test_what_root_salvages_or_restores_into_an_empty_folder_is_the_services(folder: Path, tmp_path: Path) -> None:
+    path = make_database(folder / "telemetry.sqlite", 400)
+    path.chmod(0o600)
+    give_away(path)
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        file.write(os.urandom(20_000))
+    telemetryd("check", "--repair", "--db-path", path)
+    assert list(folder.glob("telemetry.sqlite.before-*"))
+    assert wrong(folder) == {}
+    for left in folder.iterdir():
+        left.unlink()
+    telemetryd("restore", make_database(tmp_path / "other.sqlite", 3), "--db-path", path)
+    assert wrong(folder) == {}
