@@ -74,7 +74,7 @@ def test_the_names_of_operations_begin_with_a_verb_and_stay_as_they_are() -> Non
         *("createRun", "createBatch", "listRuns", "streamRuns", "exportRuns", "getRun", "updateRun"),
         *("associateCommit", "createEvents", "listEvents", "registerProcess", "getCommitUrl", "getRepoUrl"),
         *("listChanges", "getStats", "getRegressions", "listAlerts", "getMetadata", "getHealth", "getMetrics"),
-        *("pruneRuns", "reapRuns", "confirm", "makeBackup"),
+        *("pruneRuns", "reapRuns", "deleteRun", "redactRun", "confirm", "makeBackup"),
     }
 
 

@@ -232,7 +232,7 @@ class RunsReaped(Slice):
     reaped: NotRequired[Number]
 
 
-class Deleted(TypedDict):
+class DeletedRun(TypedDict):
     """A run that is gone."""
 
     event_id: str
@@ -240,7 +240,7 @@ class Deleted(TypedDict):
     events: Annotated[int, Field(ge=0, description="How many events went with it.")]
 
 
-class Redacted(TypedDict):
+class RunRedacted(TypedDict):
     """A run of which something was removed."""
 
     event_id: str

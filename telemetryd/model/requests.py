@@ -9,7 +9,16 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from telemetryd.model.runs import REDACTABLE
-from telemetryd.model.values import MAX_INTEGER, Count, Name, StatusValue, Timestamp, format_timestamp, parse_duration
+from telemetryd.model.values import (
+    MAX_INTEGER,
+    Count,
+    Name,
+    StatusValue,
+    Timestamp,
+    component,
+    format_timestamp,
+    parse_duration,
+)
 
 SLICE: Final = 250
 """Runs deleted or cancelled in one transaction by default: about 10 ms of the writer's time."""
@@ -112,7 +121,14 @@ def _redactable(name: str) -> str:
 
 
 RedactedField = Annotated[
-    str, AfterValidator(_redactable), WithJsonSchema({"type": "string", "enum": list(REDACTABLE)})
+    str,
+    AfterValidator(_redactable),
+    WithJsonSchema(
+        component(
+            "RedactableField",
+            {"type": "string", "enum": list(REDACTABLE), "description": "A field that a run may lack."},
+        )
+    ),
 ]
 
 

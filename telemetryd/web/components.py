@@ -128,7 +128,6 @@ def make() -> Components:
                 "anyOf": [ref("NewEvent"), array("NewEvent", maxItems=events.MAX_EVENTS)],
                 "description": "One event as it is created, or several.",
             },
-            "BackupRequest": obj({}, additionalProperties=False, description="Nothing: where backups go is a setting."),
         }
     )
     event = _stored(events.Event)

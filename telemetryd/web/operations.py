@@ -219,7 +219,7 @@ DELETE_RUN: Final = Operation(
     "what it added to totals and statistics; followers and clients of the changes learn of it. Who sends the same "
     "event_id again creates it again.",
     tags=("admin",),
-    answers={200: ("The run is gone.", answers.Deleted)},
+    answers={200: ("The run is gone.", answers.DeletedRun)},
     errors=(400, 404, 503),
 )
 
@@ -230,7 +230,7 @@ REDACT_RUN: Final = Operation(
     tags=("admin",),
     body=ref("RedactRequest"),
     example=runs.example(RedactRequest),
-    answers={200: ("It is removed.", answers.Redacted)},
+    answers={200: ("It is removed.", answers.RunRedacted)},
     errors=(404, *_WRITE_ERRORS),
 )
 

@@ -12,7 +12,7 @@ from http import HTTPStatus
 from typing import Any, TypeVar
 
 from telemetryd_client import AuthenticatedClient
-from telemetryd_client.api.admin import confirm, make_backup, prune_runs, reap_runs
+from telemetryd_client.api.admin import confirm, delete_run, make_backup, prune_runs, reap_runs, redact_run
 from telemetryd_client.api.operation import get_health, get_metrics
 from telemetryd_client.api.runs import (
     associate_commit,
@@ -46,6 +46,7 @@ from telemetryd_client.models import (
     CommitSource,
     Confirmed,
     ConfirmRequest,
+    DeletedRun,
     Error,
     EventsStored,
     ExportRunsFormat,
@@ -63,6 +64,8 @@ from telemetryd_client.models import (
     ProcessWatched,
     PruneRequest,
     ReapRequest,
+    RedactableField,
+    RedactRequest,
     RegressionReport,
     RepoPage,
     Run,
@@ -70,6 +73,7 @@ from telemetryd_client.models import (
     RunCreated,
     RunDuplicate,
     RunPatch,
+    RunRedacted,
     RunsPruned,
     RunsReaped,
     RunUpdated,
@@ -162,7 +166,11 @@ def read_runs(client: AuthenticatedClient) -> None:
     assert 'rel="next"' in page.headers["Link"]
     short = answered(list_runs.sync_detailed(client=client, fields="event_id,status"), list)
     assert [(each.event_id, each.run_id) for each in short] == [(f"py-{n}", UNSET) for n in (3, 2, 1)]
-    for name, value, found in (("metrics.tokens", "48211", 3), ("metrics.tokens>", "48212", 0)):
+    for name, value, found in (
+        ("metrics.tokens", "48211", 3),
+        ("metrics.tokens>", "48212", 0),
+        ("metrics.tokens", ">=48211", 3),
+    ):
         metrics = MetricFilters()
         metrics[name] = value
         assert len(answered(list_runs.sync_detailed(client=client, metrics=metrics), list)) == found, name
@@ -224,7 +232,12 @@ def administer(client: AuthenticatedClient, process: ProcessRequest) -> None:
     answered(prune_runs.sync_detailed(client=client, body=both), ValidationErrors, 422)
     allowed = answered(confirm.sync_detailed(client=client, body=ConfirmRequest(prune_after="90d")), Confirmed)
     assert allowed.prune_after == "90d"
-    assert answered(make_backup.sync_detailed(client=client, body=BackupRequest()), BackupMade).rows == 3
+    redact = RedactRequest(event_id="py-1", fields=[RedactableField.METRICS_JSON], events=True)
+    redacted = answered(redact_run.sync_detailed(client=client, body=redact), RunRedacted)
+    assert (redacted.redacted, redacted.events) == (["metrics_json"], 1)
+    assert answered(delete_run.sync_detailed("py-1", client=client), DeletedRun).events == 2
+    made = answered(make_backup.sync_detailed(client=client, body=BackupRequest(compress=False)), BackupMade)
+    assert (made.rows, made.path.endswith(".sqlite")) == (2, True)
 
 
 def main(url: str, token: str, pid: str, start_time: str, boot_id: str) -> None:

@@ -117,6 +117,7 @@ async function readRuns() {
   for (const [metrics, found] of [
     [{ "metrics.tokens": "48211" }, 3],
     [{ "metrics.tokens>": "48212" }, 0],
+    [{ "metrics.tokens": ">=48211" }, 3],
   ] as const) {
     const matching = answered(await client.GET("/api/v1/runs", { params: { query: { metrics } } }));
     assert.equal(matching.length, found, JSON.stringify(metrics));
@@ -188,7 +189,13 @@ async function administer() {
   refused(await client.POST("/api/v1/admin/prune", { body: { created_before, older_than: "90d" } }), 422);
   const allowed = await client.POST("/api/v1/admin/confirm", { body: { prune_after: "90d" } });
   assert.equal(answered(allowed).prune_after, "90d");
-  assert.equal(answered(await client.POST("/api/v1/admin/backup", { body: {} })).rows, 3);
+  const redacted = await client.POST("/api/v1/admin/redact", {
+    body: { event_id: "ts-1", fields: ["metrics_json"], events: true },
+  });
+  assert.deepEqual([answered(redacted).redacted, answered(redacted).events], [["metrics_json"], 1]);
+  assert.equal(answered(await client.DELETE("/api/v1/runs/{event_id}", inPath("ts-1"))).events, 2);
+  const made = answered(await client.POST("/api/v1/admin/backup", { body: { compress: false } }));
+  assert.deepEqual([made.rows, made.path.endsWith(".sqlite")], [2, true]);
 }
 
 await writeRuns();
