@@ -6,6 +6,9 @@ RUNNABLE := $(VENV)/.runnable
 INSTALLED := $(VENV)/.installed
 BENCH_INSTALLED := $(VENV)/.installed-bench
 RELEASE_INSTALLED := $(VENV)/.installed-release
+# Node's packages are those of the tests that generate clients, and of the linters of the OpenAPI document.
+CLIENTS := tests/clients
+CLIENTS_INSTALLED := $(CLIENTS)/node_modules/.package-lock.json
 # LOCK=requirements.lock installs exactly what the image holds (CI does), instead of the newest that setup.cfg allows.
 LOCK ?=
 # setuptools warns of every editable installation, whatever its layout.
@@ -40,12 +43,18 @@ $(INSTALLED): $(RUNNABLE)
 	@$(INSTALL) --editable '.[dev]'
 	@touch $@
 
+$(CLIENTS_INSTALLED): $(CLIENTS)/package.json $(CLIENTS)/package-lock.json
+	@if command -v npm >/dev/null; then \
+		echo "Installing what generates and lints clients of the API into $(CLIENTS)/node_modules/ (once, some 10 s) …"; \
+		cd $(CLIENTS) && npm ci --ignore-scripts --no-audit --no-fund --silent && touch node_modules/.package-lock.json; \
+	else echo "Without npm no TypeScript client is tested, and the OpenAPI document is not linted"; fi
+
 install: $(RUNNABLE) ## set up what the daemon needs
 
 run: $(RUNNABLE) ## set up what the daemon needs, and run it on port 8765
 	$(BIN)/telemetryd serve
 
-test: $(INSTALLED) ## set everything up and pass the tests (seven and a half minutes on two processors)
+test: $(INSTALLED) $(CLIENTS_INSTALLED) ## set everything up and pass the tests (seven and a half minutes on two processors)
 	$(BIN)/pytest $(PARALLEL) -m "not slow"
 
 test-pythons: ## pass the contract tests on each other Python that is here (PYTHONS names them)
@@ -62,7 +71,7 @@ test-pythons: ## pass the contract tests on each other Python that is here (PYTH
 test-contract: $(INSTALLED)
 	$(BIN)/pytest $(PARALLEL) -m "not slow" tests/contract
 
-test-all: $(INSTALLED) ## the tests, the slow suites, and a tenth of `make torture`
+test-all: $(INSTALLED) $(CLIENTS_INSTALLED) ## the tests, the slow suites, and a tenth of `make torture`
 	$(BIN)/pytest --rounds-scale 0.1
 
 test-faults: $(INSTALLED) ## the fault tests alone, in their short form
@@ -78,11 +87,12 @@ fuzz: $(INSTALLED) ## ten minutes of coverage-guided fuzzing of each parser (Lin
 	$(BIN)/python -m tests.fuzz body -max_total_time=600
 	$(BIN)/python -m tests.fuzz query -max_total_time=600
 
-check: $(INSTALLED) ## lint, types, and the direction of imports
+check: $(INSTALLED) $(CLIENTS_INSTALLED) ## lint, types, the direction of imports, and the OpenAPI document
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m tests.tools.clients
 
 $(BENCH_INSTALLED): $(INSTALLED)
 	@echo "Installing what benchmarks need into $(VENV)/ (once) …"
@@ -123,4 +133,4 @@ build: $(INSTALLED) ## build the wheel into dist/
 	$(BIN)/python -m build --wheel
 
 clean: ## remove the virtual environment and build leftovers
-	rm -rf $(VENV) .venv-3.* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-3.* $(CLIENTS)/node_modules build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

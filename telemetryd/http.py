@@ -20,11 +20,11 @@ from telemetryd.model import bodies, event_queries, events, queries, regressions
 from telemetryd.model.answers import (
     BatchStored,
     CommitAssociated,
-    CommitUrl,
+    CommitPage,
     EventsStored,
     Metadata,
     ProcessWatched,
-    RepoUrl,
+    RepoPage,
     RunCreated,
     RunDuplicate,
     RunUpdated,
@@ -48,7 +48,7 @@ from telemetryd.web import browsers, openapi, operations, pages
 from telemetryd.web.answers import NOTE, REASON, Handler, json_response, next_page, with_warnings
 from telemetryd.web.body import JSON_TYPES, NDJSON_TYPES, Bodies, check_media_type
 from telemetryd.web.middleware import middleware
-from telemetryd.web.openapi import Operation
+from telemetryd.web.openapi import Described, Operation
 
 STORE: Final = web.AppKey("store", Store)
 SETTINGS: Final = web.AppKey("settings", Settings)
@@ -183,14 +183,14 @@ async def associate_commit(request: web.Request) -> web.Response:
 async def get_commit_url(request: web.Request) -> web.Response:
     """Answer the page of a run's commit."""
     run, _ = await _stored_run(request)
-    answer: CommitUrl = {"commit_url": run["commit_url"]}
+    answer: CommitPage = {"commit_url": run["commit_url"]}
     return json_response(answer)
 
 
 async def get_repo_url(request: web.Request) -> web.Response:
     """Answer the page of a run's repository."""
     run, _ = await _stored_run(request)
-    answer: RepoUrl = {"repo_url": run["repo_url"]}
+    answer: RepoPage = {"repo_url": run["repo_url"]}
     return json_response(answer)
 
 
@@ -391,7 +391,9 @@ async def get_metrics(request: web.Request) -> web.Response:
         "agents": dict(counts.agents),
         "recent_24h": counts.recent,
         "performance": {
-            **health.description,
+            "db_path": health.description["db_path"],
+            "journal_mode": health.description["journal_mode"],
+            "synchronous": health.description["synchronous"],
             "queue_depth": health.queue_depth,
         },
     }
@@ -458,11 +460,11 @@ ROUTES: Final[tuple[Route, ...]] = (
 )
 
 
-def described() -> Iterator[tuple[str, str, Operation]]:
-    """Yield each endpoint that the OpenAPI document describes."""
+def described() -> Iterator[Described]:
+    """Yield each endpoint that the OpenAPI document describes, under the name of its handler."""
     for route in ROUTES:
         if route.operation is not None:
-            yield route.method, route.path, route.operation
+            yield Described(route.handler.__name__, route.method, route.path, route.operation)
 
 
 @cache

@@ -280,3 +280,10 @@ async def test_a_commit_is_associated_with_a_run_that_goes_on_has_ended_or_is_an
     for odd in (None, 5, "unknown", "\ud800"):
         done, message = await asyncio.to_thread(client.associate_commit, odd, odd, odd)  # type: ignore[arg-type]
         assert (done, message.startswith("[ERROR] ")) == (False, True)
+
+
+def test_the_next_page_is_found_behind_a_proxy_that_shows_another_path() -> None:
+    for prefix in ("", "/telemetry"):
+        link = f'<{prefix}/api/v1/runs?limit=2&cursor=x>; rel="next"'
+        assert compat._next_page(link, "/api/v1/runs") == "/api/v1/runs?limit=2&cursor=x"
+    assert compat._next_page("", "/api/v1/runs") is None

@@ -39,7 +39,7 @@ def test_env_example_with_every_line_put_in_force_is_the_default_configuration(t
 
 def test_every_endpoint_stands_in_the_readme() -> None:
     readme = (ROOT / "README.md").read_text("utf-8")
-    for method, path, _ in http.described():
+    for _, method, path, _ in http.described():
         assert f"| `{method} {path}`" in readme, f"{method} {path}"
 
 

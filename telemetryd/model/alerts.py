@@ -9,13 +9,22 @@ from typing import Annotated, Any, Final, Literal, NotRequired, cast
 
 import orjson
 from pydantic import Field
-from typing_extensions import TypedDict
+from typing_extensions import TypeAliasType, TypedDict
 
-from telemetryd.model.answers import Moment, Number
+from telemetryd.model.answers import FreeObject, Moment, Number
 from telemetryd.model.commands import AlertChange
 from telemetryd.model.filters import Filters
 from telemetryd.model.queries import Query
-from telemetryd.model.regressions import ALERT_ALPHA, FIX_ALPHA, MEASURED, FindRegressions, Measure, Run, find, lasts
+from telemetryd.model.regressions import (
+    ALERT_ALPHA,
+    FIX_ALPHA,
+    MEASURED,
+    FindRegressions,
+    RegressionMeasure,
+    Run,
+    find,
+    lasts,
+)
 from telemetryd.model.rules import ANY, KINDS, FailureRate, Regression, Rule, Rules, Silent, Slow, Stale
 from telemetryd.model.stats import GetStats, hour_number
 from telemetryd.model.values import Status, format_timestamp
@@ -363,12 +372,20 @@ def _change(
     )
 
 
+RuleKind = TypeAliasType(
+    "RuleKind", Annotated[str, Field(json_schema_extra={"enum": list(KINDS)}, description="What a rule looks for.")]
+)
+AlertState = TypeAliasType(
+    "AlertState", Annotated[Literal["firing", "ok"], Field(description="Whether a rule is firing for anything.")]
+)
+
+
 class SubjectAnswer(TypedDict):
     """What a rule is firing for."""
 
     agent_name: str
     job_type: NotRequired[str]
-    measure: NotRequired[Measure]
+    measure: NotRequired[RegressionMeasure]
     first_bad_commit: NotRequired[str]
 
 
@@ -379,15 +396,15 @@ class FiringAnswer(TypedDict):
     since: Moment
     seq: Annotated[Number, Field(description="Where the commit sequence stood when it was found.")]
     summary: str
-    details: dict[str, Any]
+    details: FreeObject
 
 
 class RuleState(TypedDict):
     """A rule, and what it is firing for."""
 
     name: str
-    kind: Annotated[str, Field(json_schema_extra={"enum": list(KINDS)})]
-    state: Literal["firing", "ok"]
+    kind: RuleKind
+    state: AlertState
     problem: Annotated[str | None, Field(description="Why it cannot be evaluated now.")]
     webhooks: list[str]
     firing: list[FiringAnswer]

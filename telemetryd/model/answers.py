@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final, Literal, NotRequired
+from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import Field, WithJsonSchema
-from typing_extensions import TypedDict
+from typing_extensions import TypeAliasType, TypedDict
 
 from telemetryd.errors import ErrorItem
-
-REFERENCE: Final = "x-component"
-"""The key under which a schema names the component of the document that it stands for."""
+from telemetryd.model.values import OBJECT_SCHEMA, component
 
 Number = Annotated[int, Field(ge=0)]
 Moment = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
 Share = Annotated[float, Field(ge=0, le=1)]
 Sum = Annotated[float, Field(ge=0)]
-StoredRun = Annotated[dict[str, Any], WithJsonSchema({REFERENCE: "Run"})]
+StoredRun = Annotated[dict[str, Any], WithJsonSchema(component("Run"))]
 """A run as it is stored, made from the definition of a run."""
-PartOfRun = Annotated[dict[str, Any], WithJsonSchema({REFERENCE: "RunPart"})]
-StoredEvent = Annotated[dict[str, Any], WithJsonSchema({REFERENCE: "Event"})]
-Faults = list[Annotated[ErrorItem, WithJsonSchema({REFERENCE: "ErrorItem"})]]
+ListedRun = Annotated[dict[str, Any], WithJsonSchema(component("ListedRun"))]
+"""A run in a list: what `fields` chooses of it, everything by default."""
+StoredEvent = Annotated[dict[str, Any], WithJsonSchema(component("Event"))]
+EventOfRun = Annotated[dict[str, Any], WithJsonSchema(component("EventOfRun"))]
+"""An event with the id of its run."""
+FreeObject = Annotated[dict[str, Any], WithJsonSchema(component("JsonObject", OBJECT_SCHEMA))]
+RunList = TypeAliasType("RunList", Annotated[list[ListedRun], Field(description="Runs in the order asked for.")])
+EventList = TypeAliasType("EventList", Annotated[list[StoredEvent], Field(description="Events of one run.")])
+HealthStatus = TypeAliasType(
+    "HealthStatus", Annotated[Literal["ok", "error"], Field(description="With error, writes are not taken.")]
+)
+CountsState = TypeAliasType(
+    "CountsState",
+    Annotated[Literal["right", "being compared"], Field(description="Whether counts can be believed.")],
+)
 
 
 class Warned(TypedDict):
@@ -55,7 +65,7 @@ class ItemRefused(TypedDict):
 
     index: Number
     event_id: str | None
-    detail: Faults
+    detail: list[ErrorItem]
 
 
 class BatchStored(Warned):
@@ -85,13 +95,13 @@ class CommitAssociated(Warned):
     commit_hash: str
 
 
-class CommitUrl(TypedDict):
+class CommitPage(TypedDict):
     """The page of a run's commit."""
 
     commit_url: str | None
 
 
-class RepoUrl(TypedDict):
+class RepoPage(TypedDict):
     """The page of a run's repository."""
 
     repo_url: str | None
@@ -131,8 +141,8 @@ class Metadata(TypedDict):
 class Comparison(TypedDict):
     """Whether the counts agree with the runs."""
 
-    state: Annotated[str, Field(json_schema_extra={"enum": ["right", "being compared"]})]
-    foreign_commit_at: str | None
+    state: CountsState
+    foreign_commit_at: Moment | None
     corrected: Number
 
 
@@ -140,7 +150,7 @@ class Unconfirmed(TypedDict):
     """What would be deleted."""
 
     would_delete: Number
-    oldest: str | None
+    oldest: Moment | None
 
 
 class Automatic(TypedDict):
@@ -155,7 +165,7 @@ class Automatic(TypedDict):
 class Health(TypedDict):
     """Whether writes are taken, and how the database is."""
 
-    status: str
+    status: HealthStatus
     version: str
     db_path: str
     journal_mode: str
@@ -164,7 +174,7 @@ class Health(TypedDict):
     durability: str
     queue_depth: Number
     oldest_waiting_s: Sum
-    last_commit_at: str | None
+    last_commit_at: Moment | None
     wal_bytes: Number
     disk_free_bytes: Number
     counts: Comparison
@@ -174,6 +184,17 @@ class Health(TypedDict):
     ]
     automatic: Automatic
     notices: list[str]
+    warning: NotRequired[Annotated[str, Field(description="What an operator should know although everything works.")]]
+    detail: NotRequired[Annotated[str, Field(description="Why writes are not taken.")]]
+
+
+class Performance(TypedDict):
+    """How the database is kept, and how many writes wait."""
+
+    db_path: str
+    journal_mode: str
+    synchronous: str
+    queue_depth: Number
 
 
 class Totals(TypedDict):
@@ -183,7 +204,7 @@ class Totals(TypedDict):
     agents: dict[str, Number]
     agents_more: NotRequired[Annotated[Number, Field(description="How many are not named; missing if all are.")]]
     recent_24h: Number
-    performance: dict[str, Any]
+    performance: Performance
 
 
 class Slice(TypedDict):
@@ -192,20 +213,20 @@ class Slice(TypedDict):
     more: NotRequired[bool]
     dry_run: NotRequired[bool]
     matching: NotRequired[Number]
-    oldest: NotRequired[str | None]
+    oldest: NotRequired[Moment | None]
     ahead: NotRequired[
         Annotated[list[str], Field(description="event_ids of those whose created_at lies ahead of their arrival.")]
     ]
-    created_before: str
+    created_before: Moment
 
 
-class Pruned(Slice):
+class RunsPruned(Slice):
     """One slice of old runs."""
 
     pruned: NotRequired[Number]
 
 
-class Reaped(Slice):
+class RunsReaped(Slice):
     """One slice of stale runs."""
 
     reaped: NotRequired[Number]
@@ -215,10 +236,10 @@ class Confirmed(TypedDict):
     """What was confirmed."""
 
     prune_after: NotRequired[str]
-    created_before: NotRequired[str]
+    created_before: NotRequired[Moment]
     matching: NotRequired[Number]
-    oldest: NotRequired[str | None]
-    clock: NotRequired[str]
+    oldest: NotRequired[Moment | None]
+    clock: NotRequired[Moment]
 
 
 class BackupMade(TypedDict):

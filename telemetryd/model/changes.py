@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, Any, Final, NotRequired
 
-from pydantic import Field, WithJsonSchema
+from pydantic import Field
 from typing_extensions import TypedDict
 
 from telemetryd.errors import CursorGoneError
 from telemetryd.model import events, filters
-from telemetryd.model.answers import REFERENCE, Number, StoredRun
+from telemetryd.model.answers import EventOfRun, Number, StoredRun
 from telemetryd.model.filters import Filters
 from telemetryd.model.parameters import Given, Parameter, integer, refuse
 from telemetryd.model.queries import DEFAULT_LIMIT, MAX_LIMIT, Query
@@ -223,28 +223,7 @@ class ChangesAnswer(TypedDict):
     """The changes after a number of the commit sequence."""
 
     changes: list[RunChanged | RunDeleted]
-    events: NotRequired[
-        Annotated[
-            list[
-                Annotated[
-                    dict[str, Any],
-                    WithJsonSchema(
-                        {
-                            "allOf": [
-                                {
-                                    "type": "object",
-                                    "properties": {"run": {"type": "integer", "minimum": 0}},
-                                    "required": ["run"],
-                                },
-                                {REFERENCE: "Event"},
-                            ]
-                        }
-                    ),
-                ]
-            ],
-            Field(description="If events_after is given."),
-        ]
-    ]
+    events: NotRequired[Annotated[list[EventOfRun], Field(description="If events_after is given.")]]
     last: Number
     more: bool
     newest: Number

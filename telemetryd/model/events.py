@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from telemetryd.errors import BodyTooLargeError, ErrorItem, InvalidBodyError
 from telemetryd.model.bodies import under, validate_leniently
-from telemetryd.model.values import JsonObject, Name, Role, Row, Timestamp, names
+from telemetryd.model.values import JsonObject, Name, Role, Row, Timestamp, names, new_field
 
 MAX_EVENTS: Final = 1000
 """Most events in one request, and in one answer."""
@@ -53,7 +53,7 @@ NewEvent: Final[type[BaseModel]] = create_model(
     "NewEvent",
     __config__=ConfigDict(extra="allow", strict=True, title="NewEvent"),
     __doc__="An event as it is created.",
-    **{name: (Event.model_fields[name].rebuild_annotation(), Event.model_fields[name]) for name in STORED},  # type: ignore[call-overload]
+    **{name: new_field(Event.model_fields[name]) for name in STORED},  # type: ignore[call-overload]
 )
 
 

@@ -13,8 +13,10 @@ from telemetryd.model.parameters import MAX_TEXT, TEXT, Given, Parameter, intege
 from telemetryd.model.runs import FILTERS, Run
 from telemetryd.model.values import (
     MAX_INTEGER,
+    STATUSES_PATTERN,
     Status,
     canonical_status,
+    component,
     shorten,
 )
 
@@ -246,7 +248,7 @@ def _filter_parameter(name: str) -> Parameter[Values]:
         f"Only this {name}, or one of several with commas between them{wildcards}. {Run.model_fields[name].description}"
     )
     one: dict[str, Any] = (
-        {"type": "string", "enum": [str(status) for status in Status]}
+        {"type": "string", "pattern": STATUSES_PATTERN, "examples": ["failure,timeout"]}
         if name == "status"
         else {"type": "string", "minLength": 1}
     )
@@ -257,7 +259,16 @@ METRIC_PARAMETER: Final[Parameter[Comparison]] = Parameter(
     METRIC,
     "Only runs with such a value in metrics_json. NAME is its key (with dots for keys inside of keys), and the "
     f"sign may also be another one of {' '.join(OPERATORS)}: metrics.tokens>1000.",
-    TEXT,
+    component(
+        "MetricFilters",
+        {
+            "type": "object",
+            "propertyNames": {"pattern": rf"^{re.escape(_METRICS)}[^<>=!]+"},
+            "additionalProperties": TEXT,
+            "examples": [{f"{_METRICS}tokens": "1000"}],
+            "description": "Values in metrics_json, by the names of query parameters, which keep their beginning.",
+        },
+    ),
     lambda name, text, now: _comparison(text),
 )
 FILTER_PARAMETERS: Final = {name: _filter_parameter(name) for name in FILTERS}

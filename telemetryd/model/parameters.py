@@ -54,14 +54,17 @@ class Parameter(Generic[T]):
         return self if text is None else replace(self, text=text)
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as the OpenAPI document has it."""
-        return {
+        """Return it as the OpenAPI document has it; one that stands for many names is an object of them all."""
+        described = {
             "name": self.name,
             "in": "query",
             "required": False,
             "description": self.text,
             "schema": {**self.schema},
         }
+        if self.prefix is not None:
+            described |= {"name": self.prefix.rstrip("."), "style": "form", "explode": True}
+        return described
 
 
 class Given:

@@ -12,7 +12,7 @@ from statistics import median
 from typing import Annotated, Any, Final, Literal, NamedTuple, NotRequired, cast
 
 from pydantic import Field
-from typing_extensions import TypedDict
+from typing_extensions import TypeAliasType, TypedDict
 
 from telemetryd.errors import InvalidRequestError
 from telemetryd.git_urls import commit_url
@@ -42,6 +42,11 @@ SHOWN: Final = 5
 """How many runs a finding names."""
 
 Measure = Literal["success_rate", "duration"]
+RegressionMeasure = TypeAliasType(
+    "RegressionMeasure",
+    Annotated[Measure, Field(description="What became worse: the rate of successes, or the duration.")],
+)
+"""The same in answers."""
 MEASURES: Final[tuple[Measure, ...]] = ("success_rate", "duration")
 
 MEASURED: Final[Mapping[Measure, str]] = {"success_rate": "success_rate", "duration": "median_duration_ms"}
@@ -170,7 +175,7 @@ class RegressionAnswer(TypedDict):
 
     agent_name: str
     job_type: str
-    measure: Measure
+    measure: RegressionMeasure
     first_bad_commit: str
     last_good_commit: Annotated[str, Field(description="The commit before it.")]
     before: SideAnswer
@@ -186,8 +191,8 @@ class RegressionAnswer(TypedDict):
     runs: Annotated[list[str], Field(max_length=SHOWN, description="event_id of the first runs that show it.")]
 
 
-Regressions = TypedDict(
-    "Regressions",
+RegressionReport = TypedDict(
+    "RegressionReport",
     {
         "from": Moment,
         "to": Moment,
@@ -200,7 +205,7 @@ Regressions = TypedDict(
 )
 
 
-def to_json(query: FindRegressions, findings: Findings) -> Regressions:
+def to_json(query: FindRegressions, findings: Findings) -> RegressionReport:
     """Return the whole answer."""
     return {
         "from": query.start,

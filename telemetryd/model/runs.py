@@ -23,7 +23,6 @@ from telemetryd.model.values import (
     NO_BLANKS,
     Boolean,
     Count,
-    Duration,
     JsonObject,
     Name,
     Role,
@@ -34,6 +33,7 @@ from telemetryd.model.values import (
     Text,
     Timestamp,
     names,
+    new_field,
     shorten,
 )
 
@@ -93,7 +93,7 @@ class Run(BaseModel):
     items_succeeded: Annotated[Count, _PATCH] = _field(0, "Items done.", 98)
     items_failed: Annotated[Count, _PATCH] = _field(0, "Items failed.", 2)
     items_skipped: Annotated[Count, _PATCH] = _field(0, "Items left out.", 0)
-    duration_ms: Annotated[Duration, _PATCH] = _field(0, "Duration in milliseconds.", 300000)
+    duration_ms: Annotated[Count, _PATCH] = _field(0, "Duration in milliseconds.", 300000)
     input_summary: Annotated[Text | None, _SET] = _field(None, "What went in.", "100 pages in English")
     output_summary: Annotated[Text | None, _PATCH] = _field(None, "What came out.", "98 pages in German")
     source_ref: Annotated[Text | None, _SET] = _field(None, "Where the input was.", "content/en")
@@ -169,7 +169,7 @@ NewRun: Final[type[BaseModel]] = create_model(
     "NewRun",
     __config__=ConfigDict(extra="allow", strict=True, title="NewRun"),
     __doc__="A run as it is created.",
-    **{name: (Run.model_fields[name].rebuild_annotation(), Run.model_fields[name]) for name in STORED},  # type: ignore[call-overload]
+    **{name: new_field(Run.model_fields[name]) for name in STORED},  # type: ignore[call-overload]
 )
 RunPatch: Final[type[BaseModel]] = create_model(
     "RunPatch",

@@ -11,7 +11,7 @@ from operator import add, itemgetter
 from typing import Annotated, Any, Final, NotRequired, cast
 
 from pydantic import Field
-from typing_extensions import TypedDict
+from typing_extensions import TypeAliasType, TypedDict
 
 from telemetryd.errors import InvalidRequestError
 from telemetryd.model import sketches
@@ -19,7 +19,7 @@ from telemetryd.model.answers import Moment, Number, Share, Sum
 from telemetryd.model.filters import FILTER_PARAMETERS, WILDCARD, Filters, read_filters
 from telemetryd.model.parameters import Given, Parameter, read_moment, refuse
 from telemetryd.model.queries import Query
-from telemetryd.model.values import MAX_INTEGER, Status, shorten
+from telemetryd.model.values import MAX_INTEGER, Status, StatusValue, shorten
 
 NAMES: Final = ("agent_name", "job_type", "status")
 """What runs can be grouped by and filtered by, in the order in which a cell is named."""
@@ -291,7 +291,7 @@ class StatsGroup(TypedDict):
 
     agent_name: NotRequired[str]
     job_type: NotRequired[str]
-    status: NotRequired[str]
+    status: NotRequired[StatusValue]
     bucket: NotRequired[Moment]
     runs: Number
     success_rate: Annotated[Share | None, Field(description="Successes among the finished runs; null if none is.")]
@@ -302,13 +302,16 @@ class StatsGroup(TypedDict):
     duration_ms: Durations
 
 
+GroupName = TypeAliasType(
+    "GroupName", Annotated[str, Field(json_schema_extra={"enum": list(NAMES)}, description="What runs are grouped by.")]
+)
 Stats = TypedDict(
     "Stats",
     {
         "from": Moment,
         "to": Moment,
         "bucket": str | None,
-        "group_by": list[Annotated[str, Field(json_schema_extra={"enum": list(NAMES)})]],
+        "group_by": list[GroupName],
         "groups": list[StatsGroup],
     },
 )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from enum import Flag, StrEnum, auto
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import orjson
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PlainValidator, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, Field, PlainValidator, WithJsonSchema
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from telemetryd import timestamps
@@ -155,10 +156,13 @@ def _flag(value: object) -> bool:
     raise PydanticCustomError("bool_type", "Input should be true or false")
 
 
-def _any_case(words: Iterable[str]) -> str:
-    """Return a regular expression that JSON Schema can hold: any of the words, in any case."""
-    forms = ("".join(f"[{c.upper()}{c}]" for c in word) for word in words)
-    return rf"^\s*({'|'.join(forms)})\s*$"
+COMPONENT: Final = "x-component"
+"""The key under which a schema has the name of the OpenAPI document's component that it stands for, and its schema."""
+
+
+def component(name: str, schema: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return a JSON Schema that stands for a component of the document; one that is made elsewhere has only a name."""
+    return {COMPONENT: {name: schema}}
 
 
 NO_NUL: Final = r"^[^\x00]*$"
@@ -179,56 +183,52 @@ Text = Annotated[str, Field(pattern=NO_NUL)]
 Count = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
 
 
-Duration = Annotated[
-    Count,
-    BeforeValidator(lambda value: 0 if value is None else value),
-    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0, "maximum": MAX_INTEGER}, {"type": "null"}]}),
-]
-
-
 Timestamp = Annotated[
     str, AfterValidator(canonical_timestamp), WithJsonSchema({"type": "string", "format": "date-time"})
 ]
 
 
-StatusValue = Annotated[
-    str,
-    PlainValidator(canonical_status),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "string", "enum": [str(status) for status in Status]},
-                {
-                    "type": "string",
-                    "pattern": _any_case(_STATUSES),
-                    "description": "Case and surrounding blanks are ignored; "
-                    + ", ".join(f"{alias} means {status}" for alias, status in STATUS_ALIASES.items()),
-                },
-            ]
-        }
-    ),
-]
+STATUS_SCHEMA: Final[Mapping[str, Any]] = {
+    "type": "string",
+    "enum": [str(status) for status in Status],
+    "description": "How a run stands or ended. Requests may also write it in another case and with blanks around it; "
+    + ", ".join(f"{alias} means {status}" for alias, status in STATUS_ALIASES.items())
+    + ".",
+}
+SOURCE_SCHEMA: Final[Mapping[str, Any]] = {
+    "type": "string",
+    "enum": [str(source) for source in CommitSource],
+    "description": "Who made a commit.",
+}
+OBJECT_SCHEMA: Final[Mapping[str, Any]] = {
+    "type": "object",
+    "additionalProperties": True,
+    "description": f"An object of the agent's own, at most {MAX_JSON_DEPTH} levels deep.",
+}
 
 
-SourceValue = Annotated[
-    str,
-    AfterValidator(_commit_source),
-    WithJsonSchema({"type": "string", "enum": [str(source) for source in CommitSource]}),
-]
+STATUSES_PATTERN: Final = "^({0})(,({0}))*$".format("|".join(Status))
+"""Several statuses with commas between them."""
 
 
-JsonObject = Annotated[
-    str,
-    PlainValidator(json_text),
-    WithJsonSchema({"anyOf": [{"type": "object"}, {"type": "null"}]}),
-]
+StatusValue = Annotated[str, PlainValidator(canonical_status), WithJsonSchema(component("Status", STATUS_SCHEMA))]
 
 
-Boolean = Annotated[
-    bool,
-    PlainValidator(_flag),
-    WithJsonSchema({"anyOf": [{"type": "boolean"}, {"type": "integer", "enum": [0, 1]}]}),
-]
+SourceValue = Annotated[str, AfterValidator(_commit_source), WithJsonSchema(component("CommitSource", SOURCE_SCHEMA))]
+
+
+JsonObject = Annotated[str, PlainValidator(json_text), WithJsonSchema(component("JsonObject", OBJECT_SCHEMA))]
+
+
+Boolean = Annotated[bool, PlainValidator(_flag), WithJsonSchema({"type": "boolean"})]
+
+
+def new_field(field: FieldInfo) -> tuple[Any, Any]:
+    """Return a field of a new record, as `create_model` takes it: null means the same as not given."""
+    kind, default = field.rebuild_annotation(), field.default
+    if not field.is_required() and default is not None:
+        kind = Annotated[kind | None, AfterValidator(lambda value: default if value is None else value)]
+    return kind, Field(default, description=field.description, examples=field.examples)
 
 
 class Role(Flag):

@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Any, Final, cast
+from typing import Any, Final, NamedTuple, cast
 
 import orjson
-from pydantic import BaseModel, TypeAdapter
-from pydantic.json_schema import models_json_schema
 
 import telemetryd
 from telemetryd import SERVER_HEADER, flow
-from telemetryd.model import (
-    changes,
-    events,
-    requests,
-    runs,
-    values,
-)
-from telemetryd.model.answers import REFERENCE
+from telemetryd.model import changes, queries, runs
 from telemetryd.model.parameters import Parameter
+from telemetryd.web import components
 from telemetryd.web.body import JSON_TYPES
-
-_REF: Final = "#/components/schemas/{model}"
-Schema = dict[str, Any]
+from telemetryd.web.components import STRING, Components, Schema, ref
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,28 +37,14 @@ class Operation:
     answer_type: str = "application/json"
     """The media type of a successful answer."""
     other_answer_types: tuple[str, ...] = ()
-    """Further media types of a successful answer; they hold text."""
+    """Further media types of a successful answer; they hold text, or bytes if they are applications'."""
+    headers: Mapping[str, Schema] = field(default_factory=dict)
+    """Those of a successful answer that only some operations have (`HEADERS`)."""
     errors: tuple[int, ...] = ()
     open: bool = False
     """Whether it answers without a token even where authentication is on."""
 
 
-def ref(name: str) -> Schema:
-    """Return a reference to a named schema of the document."""
-    return {"$ref": _REF.format(model=name)}
-
-
-def obj(properties: dict[str, Schema], required: Iterable[str] | None = None) -> Schema:
-    """Return the schema of an object; every property is required by default."""
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": list(properties if required is None else required),
-    }
-
-
-STRING: Final[Schema] = {"type": "string"}
-INTEGER: Final[Schema] = {"type": "integer", "minimum": 0}
 EVENT_ID: Final[Schema] = {
     "name": "event_id",
     "in": "path",
@@ -102,12 +76,54 @@ _FLOW: Final = {
         "example": "batch=5000, pause=0",
     }
 }
-_SERVER: Final = {
+_CHALLENGE: Final = {
+    "WWW-Authenticate": {"description": "How to give the token.", "schema": STRING, "example": "Bearer"}
+}
+_EVERY_ANSWER: Final = {
     SERVER_HEADER: {
         "description": "Every answer of the daemon has it; one without it comes from another server, such as a proxy.",
         "schema": {"type": "string", "pattern": r"^telemetryd/\d+$"},
         "example": "telemetryd/4",
+    },
+    "X-Request-ID": {
+        "description": "The request's own id, or one that the daemon has given it; the log has it as well.",
+        "schema": STRING,
+    },
+}
+_BYTES: Final = (queries.MEDIA_TYPES[queries.Format.PARQUET],)
+LINK: Final[Mapping[str, Schema]] = {
+    "Link": {
+        "description": "Where the next page is (rel=next), if more follow; a path, from the root of the daemon.",
+        "schema": STRING,
+        "example": '</api/v1/runs?limit=100&cursor=WzEsIj>; rel="next"',
     }
+}
+TOTAL: Final[Mapping[str, Schema]] = {
+    "X-Total-Count": {
+        "description": "How many runs match.",
+        "schema": {"type": "integer", "minimum": 0},
+        "example": 4711,
+    }
+}
+ACCURACY: Final[Mapping[str, Schema]] = {
+    "X-Total-Count-Accuracy": {
+        "description": "How far X-Total-Count can be believed.",
+        "schema": {**STRING, "enum": [str(each) for each in queries.Accuracy]},
+        "example": str(queries.Accuracy.EXACT),
+    }
+}
+SNAPSHOT: Final[Mapping[str, Schema]] = {
+    queries.SNAPSHOT: {
+        "description": "What the export is: one snapshot, or each run as it was at some moment of the copying.",
+        "schema": {**STRING, "enum": ["exact", "sliced"]},
+        "example": "exact",
+    }
+}
+_HEADERS: Final = {**_EVERY_ANSWER, **_FLOW, **_RETRY_AFTER, **_CHALLENGE, **LINK, **TOTAL, **ACCURACY, **SNAPSHOT}
+TAGS: Final[Mapping[str, str]] = {
+    "runs": "Runs and their events: created, changed, listed, counted and followed.",
+    "operation": "How the daemon is.",
+    "admin": "What only an operator may do: over TCP it needs a token.",
 }
 LAST_EVENT_ID: Final[Schema] = {
     "name": "Last-Event-ID",
@@ -119,42 +135,24 @@ LAST_EVENT_ID: Final[Schema] = {
 _EVERYWHERE: Final = (401, 403, 429, 500)
 
 
-def schema_of(kind: Any) -> Schema:
-    """Return the schema of a typed answer (`model/answers.py`), with every part of it in its place."""
-    schema = TypeAdapter(kind).json_schema(mode="serialization")
-    return cast(Schema, _inline(schema, schema.pop("$defs", {})))
+class Described(NamedTuple):
+    """An endpoint as the document lists it."""
+
+    name: str
+    """What it does, beginning with a verb: `create_run`."""
+    method: str
+    path: str
+    operation: Operation
 
 
-def _inline(schema: object, parts: dict[str, Schema]) -> object:
-    if isinstance(schema, list):
-        return [_inline(each, parts) for each in schema]
-    if not isinstance(schema, dict):
-        return schema
-    if (component := schema.get(REFERENCE)) is not None:
-        return ref(component)
-    if (part := schema.get("$ref")) is not None:
-        schema = {**parts[part.rsplit("/", 1)[1]], **{key: value for key, value in schema.items() if key != "$ref"}}
-    left_out = {"title"}
-    if "const" in schema or "enum" in schema:
-        left_out.add("type")
-    if schema.get("type") == "object":
-        left_out.add("description")  # that of the class, which is for those who read the code
-        if schema.get("additionalProperties") is True:
-            left_out.add("additionalProperties")
-    return {
-        key: {name: _inline(each, parts) for name, each in value.items()}
-        if key == "properties"
-        else _inline(value, parts)
-        for key, value in schema.items()
-        if key not in left_out
-    }
-
-
-def document(operations: Iterable[tuple[str, str, Operation]], *, needs_token: bool = False) -> Schema:
-    """Return the OpenAPI document for (method, path, operation) of each endpoint."""
+def document(described: Iterable[Described], *, needs_token: bool = False) -> Schema:
+    """Return the OpenAPI document for each endpoint."""
+    endpoints, made = list(described), components.make()
+    kinds = {id(kind): kind for each in endpoints for _, kind in each.operation.answers.values()}
+    answers = made.add_answers(kinds.values())
     paths: dict[str, Schema] = {}
-    for method, path, operation in operations:
-        paths.setdefault(path, {})[method.lower()] = _operation(method, path, operation)
+    for endpoint in endpoints:
+        paths.setdefault(endpoint.path, {})[endpoint.method.lower()] = _operation(endpoint, made, answers)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -162,10 +160,15 @@ def document(operations: Iterable[tuple[str, str, Operation]], *, needs_token: b
             "version": telemetryd.__version__,
             "description": "Records the runs of agents and batch jobs. An answer of 200 or 201 to a write means that "
             "everything it names is durable; any other answer means unknown: repeat it with the same event_id.",
+            "contact": {"name": "Whoever operates this daemon"},
+            "license": {"name": "No licence is stated", "identifier": "NOASSERTION"},
         },
+        "servers": [{"url": ".", "description": "The daemon that serves this document, also under a path of a proxy."}],
+        "tags": [{"name": name, "description": text} for name, text in TAGS.items()],
         "paths": paths,
         "components": {
-            "schemas": _schemas(),
+            "schemas": dict(sorted(made.schemas.items())),
+            "headers": _HEADERS,
             "securitySchemes": {
                 "bearer": {"type": "http", "scheme": "bearer", "description": "The daemon's token."},
                 "key": {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": "The same token."},
@@ -175,28 +178,30 @@ def document(operations: Iterable[tuple[str, str, Operation]], *, needs_token: b
     }
 
 
-def _operation(method: str, path: str, operation: Operation) -> Schema:
+def _operation(endpoint: Described, made: Components, answers: Mapping[int, Schema]) -> Schema:
+    name, method, path, operation = endpoint
+    first, *words = name.split("_")
     described: Schema = {
-        "operationId": re.sub(r"\W+", "_", f"{method.lower()}_{path.removeprefix('/api/v1')}").strip("_"),
+        "operationId": first + "".join(map(str.capitalize, words)),
         "summary": operation.summary,
+        "description": operation.description or f"{operation.summary}.",
         "tags": list(operation.tags),
         "responses": {
             str(status): {
                 "description": text,
                 "content": {
-                    operation.answer_type: {"schema": schema_of(kind)},
-                    **{other: {"schema": STRING} for other in operation.other_answer_types},
+                    operation.answer_type: {"schema": answers[id(kind)]},
+                    **{other: {"schema": _text_or_bytes(other)} for other in operation.other_answer_types},
                 },
+                "headers": {**operation.headers},
             }
             for status, (text, kind) in operation.answers.items()
         },
     }
-    if operation.description:
-        described["description"] = operation.description
     in_path = [EVENT_ID] if "{event_id}" in path else []
     parameters = [*in_path, *(each.to_json() for each in operation.parameters), *operation.other_parameters]
     if parameters:
-        described["parameters"] = parameters
+        described["parameters"] = [{**each, "schema": made.reference(each["schema"])} for each in parameters]
     if operation.body is not None:
         described["requestBody"] = {
             "required": True,
@@ -210,8 +215,13 @@ def _operation(method: str, path: str, operation: Operation) -> Schema:
     }
     for status, answer in described["responses"].items():
         advice = _FLOW if method in flow.METHODS and int(status) not in flow.NEVER else {}
-        answer["headers"] = _SERVER | advice | answer.get("headers", {})
+        headers = _EVERY_ANSWER | advice | answer.get("headers", {})
+        answer["headers"] = {each: {"$ref": f"#/components/headers/{each}"} for each in headers}
     return described
+
+
+def _text_or_bytes(media_type: str) -> Schema:
+    return {**STRING, "format": "binary"} if media_type in _BYTES else STRING
 
 
 def _errors(operation: Operation) -> Iterator[tuple[str, Schema]]:
@@ -222,6 +232,8 @@ def _errors(operation: Operation) -> Iterator[tuple[str, Schema]]:
         }
         if status in (429, 503):
             answer["headers"] = _RETRY_AFTER | _FLOW
+        if status == 401:
+            answer["headers"] = _CHALLENGE
         yield str(status), answer
 
 
@@ -233,60 +245,3 @@ def _content(operation: Operation, kind: str) -> Schema:
         content = {"schema": STRING}
         example = "\n".join(orjson.dumps(item).decode() for item in cast(list[object], operation.example))
     return content if example is None else {**content, "example": example}
-
-
-_NULL: Final[Schema] = {"type": "null"}
-_SAID: Final = ("title", "description", "default", "examples")
-"""What a schema says besides what it allows."""
-
-
-def _or_null(schema: Schema) -> Schema:
-    """Return the schema of a field that may be null, which means that it is not given."""
-    said = {key: value for key, value in schema.items() if key in _SAID}
-    allowed = {key: value for key, value in schema.items() if key not in _SAID}
-    kinds = allowed.get("anyOf", [allowed])
-    return {"anyOf": kinds if _NULL in kinds else [*kinds, _NULL], **said}
-
-
-@cache  # the parameters of five operations look into it as well, and it takes some 15 ms
-def _schemas() -> dict[str, Schema]:
-    models: list[tuple[type[BaseModel], str]] = [
-        (runs.NewRun, "validation"),
-        (runs.RunPatch, "validation"),
-        (events.NewEvent, "validation"),
-        (requests.ProcessRequest, "validation"),
-        (runs.CommitAssociation, "validation"),
-        (requests.PruneRequest, "validation"),
-        (requests.ReapRequest, "validation"),
-        (requests.ConfirmRequest, "validation"),
-    ]
-    _, made = models_json_schema(models, ref_template=_REF)  # type: ignore[arg-type]  # the modes are literals
-    schemas: dict[str, Schema] = made["$defs"]
-    stored = runs.Run.model_json_schema(ref_template=_REF, mode="serialization")["properties"]
-    stored["status"] = {"type": "string", "enum": [str(status) for status in values.Status]}
-    stored["api_posted"] = {"type": "boolean"}
-    url = {"anyOf": [{"type": "string", "format": "uri"}, {"type": "null"}]}
-    event = events.Event.model_json_schema(ref_template=_REF, mode="serialization")["properties"]
-    schemas["Event"] = obj(event)
-    for schema in (schemas["NewEvent"]["properties"], event):
-        for name in ("id", "event_key", "timestamp"):
-            schema.get(name, {}).pop("default", None)
-    shown: Schema = {"events": {"type": "array", "items": ref("Event")}, "more_events": {"type": "boolean"}}
-    always: Schema = {**stored, "commit_url": url, "repo_url": url}
-    schemas["Run"] = obj({**always, **shown}, always)
-    schemas["RunPart"] = obj({**always, **shown}, ())  # what `fields` chooses of a run
-    for schema in (schemas["NewRun"]["properties"], stored):
-        schema["created_at"].pop("default", None)
-        schema.get("updated_at", {}).pop("default", None)
-        schema.get("id", {}).pop("default", None)
-    for name in ("NewRun", "NewEvent"):
-        properties, required = schemas[name]["properties"], schemas[name]["required"]
-        schemas[name]["properties"] = {
-            field: schema if field in required else _or_null(schema) for field, schema in properties.items()
-        }
-    schemas["ErrorItem"] = obj(
-        {"loc": {"type": "array", "items": {"anyOf": [STRING, INTEGER]}}, "msg": STRING, "type": STRING}
-    )
-    schemas["Error"] = obj({"detail": STRING})
-    schemas["ValidationErrors"] = obj({"detail": {"type": "array", "items": ref("ErrorItem")}})
-    return schemas

@@ -7,10 +7,10 @@ from typing import Final
 from telemetryd.model import alerts, answers, changes, event_queries, events, queries, regressions, runs, stats
 from telemetryd.model.requests import ProcessRequest
 from telemetryd.web.body import JSON_TYPES, NDJSON_TYPES
-from telemetryd.web.openapi import LAST_EVENT_ID, Operation, obj, ref
+from telemetryd.web.components import ref
+from telemetryd.web.openapi import ACCURACY, LAST_EVENT_ID, LINK, SNAPSHOT, TOTAL, Operation
 
 _WRITE_ERRORS: Final = (400, 413, 415, 422, 503)
-_NEW_RUN: Final = ref("NewRun")
 
 
 def _page_of(what: str, kind: object) -> Operation:
@@ -36,7 +36,7 @@ def _slice_of(summary: str, model: str, kind: object) -> Operation:
 CREATE_RUN: Final = Operation(
     "Create a run",
     "A known event_id is a duplicate: the stored run stays as it is.",
-    body=_NEW_RUN,
+    body=ref("NewRun"),
     example=runs.example(runs.NewRun, runs.BEGUN),
     answers={
         201: ("The run is stored and durable.", answers.RunCreated),
@@ -49,12 +49,7 @@ CREATE_BATCH: Final = Operation(
     "Create many runs",
     "An array, an object with the array under `runs`, or one run a line (NDJSON). Invalid items are reported one by "
     "one; all others are stored in one transaction.",
-    body={
-        "anyOf": [
-            {"type": "array", "items": _NEW_RUN},
-            obj({"runs": {"type": "array", "items": _NEW_RUN}}),
-        ]
-    },
+    body=ref("NewRuns"),
     body_types=(*JSON_TYPES, NDJSON_TYPES[0]),
     example=[runs.example(runs.NewRun, runs.BEGUN, number) for number in (0, 1)],
     answers={200: ("What became of the items.", answers.BatchStored)},
@@ -63,9 +58,11 @@ CREATE_BATCH: Final = Operation(
 
 LIST_RUNS: Final = Operation(
     "Query runs",
-    "Newest first. If more follow, the Link header holds the next page (rel=next).",
+    "Newest first. If more follow, the Link header holds the next page (rel=next). With `fields`, each run has only "
+    "those.",
     parameters=queries.LIST,
-    answers={200: ("The runs.", list[answers.StoredRun | answers.PartOfRun])},
+    answers={200: ("The runs.", answers.RunList)},
+    headers={**LINK, **TOTAL, **ACCURACY},
     errors=(400, 503),
 )
 
@@ -100,6 +97,7 @@ EXPORT_RUNS: Final = Operation(
     answers={200: ("The runs.", str)},
     answer_type=queries.MEDIA_TYPES[queries.Format.NDJSON],
     other_answer_types=tuple(queries.MEDIA_TYPES.values())[1:],
+    headers={**TOTAL, **SNAPSHOT},
     errors=(400, 503),
 )
 
@@ -131,12 +129,7 @@ CREATE_EVENTS: Final = Operation(
     "Report events of a run",
     f"One event, or an array of at most {events.MAX_EVENTS}; with one bad event none is stored. A key that the "
     "run already has is a duplicate: the stored event stays as it is.",
-    body={
-        "anyOf": [
-            ref("NewEvent"),
-            {"type": "array", "items": ref("NewEvent"), "maxItems": events.MAX_EVENTS},
-        ]
-    },
+    body=ref("NewEvents"),
     example=runs.example(events.NewEvent),
     answers={201: ("The events are stored and durable; those with a known key were so before.", answers.EventsStored)},
     errors=(404, *_WRITE_ERRORS),
@@ -147,7 +140,8 @@ LIST_EVENTS: Final = Operation(
     "Oldest first, or the last ones first with sort=-timestamp. If more follow, the Link header holds the next "
     "page (rel=next).",
     parameters=event_queries.LIST_EVENTS,
-    answers={200: ("The events.", list[answers.StoredEvent])},
+    answers={200: ("The events.", answers.EventList)},
+    headers=LINK,
     errors=(400, 404, 503),
 )
 
@@ -161,9 +155,9 @@ REGISTER_PROCESS: Final = Operation(
     errors=(404, 409, *_WRITE_ERRORS),
 )
 
-GET_COMMIT_URL: Final = _page_of("commit", answers.CommitUrl)
+GET_COMMIT_URL: Final = _page_of("commit", answers.CommitPage)
 
-GET_REPO_URL: Final = _page_of("repository", answers.RepoUrl)
+GET_REPO_URL: Final = _page_of("repository", answers.RepoPage)
 
 GET_STATS: Final = Operation(
     "Statistics of runs",
@@ -180,7 +174,7 @@ GET_REGRESSIONS: Final = Operation(
     f"explains it. Looked at are the newest {regressions.MAX_RUNS:,} finished runs with a git_commit_hash. "
     "Commits are in the order of their first runs.",
     parameters=regressions.PARAMETERS,
-    answers={200: ("What was found, the most certain first.", regressions.Regressions)},
+    answers={200: ("What was found, the most certain first.", regressions.RegressionReport)},
     errors=(400, 503),
 )
 
@@ -201,8 +195,7 @@ GET_HEALTH: Final = Operation(
     "Check health",
     "Answers at once, with 503 when writes are not taken.",
     tags=("operation",),
-    answers={200: ("Writes are taken.", answers.Health)},
-    errors=(503,),
+    answers={200: ("Writes are taken.", answers.Health), 503: ("Writes are not taken.", answers.Health)},
     open=True,
 )
 
@@ -216,9 +209,9 @@ GET_METRICS: Final = Operation(
     errors=(400, 503),
 )
 
-PRUNE_RUNS: Final = _slice_of("Delete old runs", "PruneRequest", answers.Pruned)
+PRUNE_RUNS: Final = _slice_of("Delete old runs", "PruneRequest", answers.RunsPruned)
 
-REAP_RUNS: Final = _slice_of("Cancel stale runs", "ReapRequest", answers.Reaped)
+REAP_RUNS: Final = _slice_of("Cancel stale runs", "ReapRequest", answers.RunsReaped)
 
 CONFIRM: Final = Operation(
     "Confirm what may be done without a command",
@@ -234,7 +227,7 @@ MAKE_BACKUP: Final = Operation(
     "Make a verified backup",
     "Needs authentication, or the Unix socket; the directory is the setting TELEMETRY_BACKUP_DIR.",
     tags=("admin",),
-    body=obj({}),
+    body=ref("BackupRequest"),
     answers={200: ("The backup is verified and in its place.", answers.BackupMade)},
     errors=_WRITE_ERRORS,
 )

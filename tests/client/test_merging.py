@@ -135,7 +135,8 @@ async def test_what_is_null_leaves_the_value_as_it_is(api: Api) -> None:
     recorder = Lines()
     run = Run(recorder, "a", "j", None, {"event_id": ID}).start()
     run.update(error_details="what went wrong")
-    run.finish("failure", error_details=None)  # type: ignore[arg-type]
+    said = {"status": "failure", "error_details": None}  # our client leaves nulls out, other programs write them
+    recorder.write({"op": "update", "event_id": ID, "fields": said})
     transport = Transport(Config(url=url_of(api)))
     await asyncio.to_thread(Delivery(transport, lambda *_: None, Counters()).send, Batch.of(recorder.lines))
     transport.close()

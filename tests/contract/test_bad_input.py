@@ -348,6 +348,18 @@ async def test_a_flag_is_true_or_false(shared: Api) -> None:
         assert places(detail) == [("body", "api_posted")], value
 
 
+async def test_null_means_not_given_except_for_what_is_required(shared: Api) -> None:
+    bare = make_run()
+    optional = dict.fromkeys(name for name in runs.STORED if name not in bare)
+    assert (await post(shared, json.dumps(bare | optional).encode())).status == 201
+    run = await shared.get(f"{RUNS}/{bare['event_id']}")
+    assert (run["status"], run["api_posted"]) == ("running", False)
+    assert {run[name] for name in COUNTS} == {0}
+    assert run["created_at"] == run["updated_at"]  # the moment of its arrival
+    detail = check_error(await post(shared, json.dumps(dict.fromkeys(bare)).encode()), 422)
+    assert {place for _, place in places(detail)} == set(bare)
+
+
 # --- Batch ---------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from telemetryd.cli import NO_FLAG
 from telemetryd.client.config import VARIABLES, Config
 from telemetryd.client.context import PARENT_VARIABLE
 from telemetryd.model import events, runs
-from telemetryd.model.values import Role
+from telemetryd.model.values import COMPONENT, Role
 from telemetryd.settings import Settings, flag, variable
 from tests.faults import mutants
 
@@ -40,7 +40,9 @@ def fields_table() -> str:
     lines = ["| Field | Type | Given on POST | By PATCH | |", "|---|---|---|---|---|"]
     schema = runs.Run.model_json_schema()
     for name in runs.COLUMNS:
-        kinds = [part.get("type", "") for part in schema["properties"][name].get("anyOf", [schema["properties"][name]])]
+        variants = schema["properties"][name].get("anyOf", [schema["properties"][name]])
+        # The type of a component stands in its own schema.
+        kinds = [next(iter(part.get(COMPONENT, {"": part}).values()))["type"] for part in variants]
         shown = "timestamp" if "date-time" in str(schema["properties"][name]) else " or ".join(dict.fromkeys(kinds))
         required = name in runs.NewRun.model_json_schema()["required"]
         given = "required" if required else "yes" if name in runs.columns(Role.SET) else ""
