@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -229,6 +230,14 @@ def test_the_socket_of_the_service_is_tried_where_no_database_is_at_hand(
     assert str(target.decide(named)) == f"the database {tmp_path / 'typo.sqlite'}"  # which is then said to be missing
     monkeypatch.setenv("TELEMETRY_API_UNIX", str(tmp_path / "service.sock"))
     assert str(target.decide(Where())) == by_service
+
+
+def test_another_users_daemon_is_no_database_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "t.sqlite").touch()
+    monkeypatch.setattr(target, "_silence", lambda _: os.strerror(errno.EACCES))
+    place = target.decide(Where(settings={"db_path": tmp_path / "t.sqlite"}))
+    assert "A telemetryd (of another user) owns this database" in place.obstacle
+    assert "t.sqlite.sock: Permission denied" in place.obstacle
 
 
 def test_the_socket_next_to_the_database_needs_no_token_and_another_one_does(
