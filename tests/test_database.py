@@ -181,7 +181,7 @@ def test_files_are_private_whatever_the_umask(start_daemon: StartDaemon, tmp_pat
     )
     assert post(daemon.url, make_run())[0] == 201
     beside = {"DELETE": set(), "WAL": {"-wal", "-shm"}, "PERSIST": {"-journal"}}[journal_mode]
-    names = {f"telemetry.sqlite{suffix}" for suffix in beside | {"", ".lock"}} | {"configured.lock"}
+    names = {f"telemetry.sqlite{suffix}" for suffix in beside | {"", ".lock", ".sock"}} | {"configured.lock"}
     assert {path.name: oct(stat.S_IMODE(path.stat().st_mode)) for path in folder.iterdir()} == dict.fromkeys(
         names, "0o600"
     )

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from telemetryd.client.dead_letters import DEAD_LETTERS, bury, close_letters, letter_files, read_letters
+from telemetryd.client.dead_letters import (
+    DEAD_LETTERS,
+    bury,
+    close_letters,
+    letter_files,
+    read_letters,
+    wait_until_left,
+)
 from telemetryd.client.lines import encode
-from tests.conftest import StartDaemon, make_run
+from tests.conftest import PATIENCE_S, StartDaemon, make_run
 from tests.http_client import get
 from tests.tools.process import telemetryd
 
@@ -107,15 +115,31 @@ def test_a_letter_that_comes_while_its_file_is_closed_is_not_lost(
 ) -> None:
     """The closed file may just be written anew, without it."""
     bury(tmp_path, [b"first"], 422, "bad")
-    write: Callable[..., int] = os.write
-    closed: list[Any] = []
+    lock: Callable[..., None] = fcntl.flock
+    closed: list[Path] = []
 
-    def close_and_write(file: int, text: bytes) -> int:
+    def close_and_lock(file: int, kind: int) -> None:
         if not closed:
             close_letters(tmp_path)
             closed.extend(letter_files(tmp_path))
-        return write(file, text)
+        lock(file, kind)
 
-    monkeypatch.setattr(os, "write", close_and_write)
+    monkeypatch.setattr(fcntl, "flock", close_and_lock)
     bury(tmp_path, [b"second"], 422, "bad")
     assert [letter.line for letter in read_letters(tmp_path / DEAD_LETTERS)] == [b"second"]
+    assert [letter.line for letter in read_letters(closed[0])] == [b"first"]
+
+
+def test_a_file_is_not_written_anew_while_somebody_writes_to_it(tmp_path: Path) -> None:
+    bury(tmp_path, [b"first"], 422, "bad")
+    writing = os.open(tmp_path / DEAD_LETTERS, os.O_WRONLY | os.O_APPEND)
+    fcntl.flock(writing, fcntl.LOCK_SH)
+    close_letters(tmp_path)
+    (closed,) = letter_files(tmp_path)
+    waiting = threading.Thread(target=wait_until_left, args=(closed,))
+    waiting.start()
+    waiting.join(0.05)
+    assert waiting.is_alive()
+    os.close(writing)
+    waiting.join(PATIENCE_S)
+    assert not waiting.is_alive()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -19,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from telemetryd.cli import main
+from telemetryd.cli import main, target
 from telemetryd.cli.reach import Where, pause_s
 from telemetryd.client.address import Address, unix_url
 from telemetryd.client.config import Config
@@ -126,7 +127,19 @@ def test_pauses_are_never_too_short() -> None:
 
 def test_every_command_has_the_same_flags_for_a_daemon_and_hides_old_ones() -> None:
     context = main.make_context("telemetryd", ["--help"], resilient_parsing=True)
-    for name in ("prune", "reap", "confirm-clock", "stats", "regressions", "tail", "export", "import", "sync", "demo"):
+    for name in (
+        "prune",
+        "reap",
+        "confirm-clock",
+        "stats",
+        "regressions",
+        "tail",
+        "export",
+        "import",
+        "sync",
+        "follow",
+        "demo",
+    ):
         command = main.get_command(context, name)
         assert command is not None
         shown = command.get_help(context)
@@ -194,6 +207,37 @@ def test_the_daemon_is_reached_by_its_socket_next_to_the_database(start_daemon: 
     assert not own.exists()
     local = telemetryd("prune", "--older-than", "90d", "--db-path", daemon.database)
     assert local.stderr == f"telemetryd: works on the database {daemon.database}\n"
+
+
+def test_the_socket_of_the_service_is_tried_where_no_database_is_at_hand(
+    start_daemon: StartDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("service", "other", "nothing"):
+        (tmp_path / name).mkdir()
+    service = start_daemon(folder=tmp_path / "service", TELEMETRY_API_UNIX=str(tmp_path / "service.sock"))
+    other = start_daemon(folder=tmp_path / "other", TELEMETRY_API_UNIX="none")
+    for daemon in (service, other):
+        daemon.wait_for_line("Serving")
+    monkeypatch.setattr(target, "SYSTEM_SOCKET", tmp_path / "service.sock")
+    monkeypatch.chdir(tmp_path / "nothing")
+    by_service = f"the daemon at {unix_url(tmp_path / 'service.sock')}"
+    assert str(target.decide(Where())) == by_service
+    assert str(target.decide(Where(settings={"db_path": service.database}))) == by_service
+    place = target.decide(Where(settings={"db_path": other.database}))
+    assert place.config is None
+    assert "service.sock: it serves another database" in place.obstacle
+    named = Where(settings={"db_path": tmp_path / "typo.sqlite"})
+    assert str(target.decide(named)) == f"the database {tmp_path / 'typo.sqlite'}"  # which is then said to be missing
+    monkeypatch.setenv("TELEMETRY_API_UNIX", str(tmp_path / "service.sock"))
+    assert str(target.decide(Where())) == by_service
+
+
+def test_another_users_daemon_is_no_database_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "t.sqlite").touch()
+    monkeypatch.setattr(target, "_silence", lambda _: os.strerror(errno.EACCES))
+    place = target.decide(Where(settings={"db_path": tmp_path / "t.sqlite"}))
+    assert "A telemetryd (of another user) owns this database" in place.obstacle
+    assert "t.sqlite.sock: Permission denied" in place.obstacle
 
 
 def test_the_socket_next_to_the_database_needs_no_token_and_another_one_does(

@@ -24,6 +24,7 @@ from telemetryd.client.dead_letters import (
     letter_files,
     read_letters,
     replace_letters,
+    wait_until_left,
 )
 from telemetryd.client.delivery import MAX_BYTES, Delivery, RetryError
 from telemetryd.client.lines import Json, dead_letter, event_id_of, is_operation, read_object
@@ -213,6 +214,7 @@ class _Again:
             OSError: if the file cannot be read or written.
 
         """
+        wait_until_left(path)
         settled: set[bytes] = set()
         self._refused.clear()
         try:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-import sys
 from typing import Any, Final
 
 import click
 
-from telemetryd.cli.options import EXIT_USAGE, counted, failing, json_flag, load_settings, print_json, settings_flags
+from telemetryd.cli.options import counted, failing, json_flag, load_settings, print_json, settings_flags
+from telemetryd.cli.reach import Where, client_config, daemon_flags
 from telemetryd.cli.stream import Daemon, GoneError, reach
-from telemetryd.client.config import Config
 from telemetryd.errors import DatabaseError, UnavailableError
 from telemetryd.model import events
 from telemetryd.model.changes import LEAST_PAGE_BYTES, PAGE_BYTES, GetFollowed, write_known
@@ -39,7 +38,7 @@ _SLOW_S: Final = 5.0
     their events, with their ids, and the commit sequence; registered processes and originals of old values stay with
     the primary. Interrupted at any moment, it goes on where it was; what --once has done is printed. If the primary was
     restored or put back from an older copy, or this copy is too far behind, the command says so and ends: move the copy
-    away, and start again. Over a slow link pages become smaller. The token comes from TELEMETRY_API_AUTH_TOKEN.
+    away, and start again. Over a slow link pages become smaller.
 
     \b
     Examples:
@@ -47,17 +46,16 @@ _SLOW_S: Final = 5.0
       telemetryd follow unix:///run/telemetryd/telemetryd.sock --db-path copy.sqlite --once
     """
 )
-@click.argument("url")
+@click.argument("primary", metavar="[URL]", required=False)
 @click.option("--once", is_flag=True, help="End when everything that there is has been taken over.")
 @json_flag
+@daemon_flags
 @settings_flags("db_path", "lock_file", db_path="The copy; made if it is not there.")
-def follow(url: str, *, once: bool, as_json: bool, **flags: Any) -> None:
+def follow(primary: str | None, *, once: bool, as_json: bool, where: Where, **flags: Any) -> None:
+    if primary is not None and where.url is not None:
+        raise click.UsageError("Give one address of the primary")
     settings = load_settings(flags).settings
-    try:
-        config = Config.load(url=url)
-    except ValueError as error:
-        click.echo(f"telemetryd: {error}", err=True)
-        sys.exit(EXIT_USAGE)
+    config = client_config(where, url=primary)
 
     async def run() -> None:
         store = await Store.open(settings, Metrics())

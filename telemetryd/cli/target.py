@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 import time
@@ -312,7 +313,7 @@ def decide(where: Where) -> Place:
     settings, socket_named = loaded.settings, loaded.settings.unix_socket
     if socket_named is not None and not where.names_database and _silence(socket_named) is None:
         return Place(None, _through(where, settings, socket_named))
-    holder = owner(settings)
+    holder = owner(settings) or _other_user(settings)
     if holder is None:
         is_found = settings.db_path.exists() or loaded.origins["db_path"] is not Origin.DEFAULT
         if is_found or _silence(SYSTEM_SOCKET) is not None:
@@ -365,6 +366,12 @@ def _silence(path: Path) -> str | None:
         except OSError as error:
             return why(error)
     return None
+
+
+def _other_user(settings: Settings) -> str | None:
+    """Return that another user's daemon owns the database, of which this one may look at nothing but the socket."""
+    own = settings.own_socket
+    return "of another user" if own is not None and _silence(own) == os.strerror(errno.EACCES) else None
 
 
 def _serves(path: Path, database: Path) -> bool:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import http.client
 import os
-import ssl
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, cast
 from urllib.parse import quote, unquote, urlsplit
 
 if TYPE_CHECKING:
+    import ssl
     from pathlib import Path
 
 Scheme = Literal["http", "https", "unix"]
@@ -74,11 +73,16 @@ def tls_context(ca_file: Path | None) -> ssl.SSLContext:
         OSError: if the file cannot be read, or holds no certificate (then an `ssl.SSLError`).
 
     """
+    import ssl  # noqa: PLC0415 - most agents never need it, and it takes long to load
+
     return ssl.create_default_context(cafile=None if ca_file is None else str(ca_file))
 
 
 def why(error: BaseException) -> str:
     """Return in words why a daemon was not reached."""
+    import http.client  # noqa: PLC0415 - here it is loaded already, but not in an agent that sends nothing
+    import ssl  # noqa: PLC0415
+
     if isinstance(error, ssl.SSLCertVerificationError):
         return (
             f"its certificate is not accepted: {error.verify_message or error}; if it comes from an authority of your "

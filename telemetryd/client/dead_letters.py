@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import os
 import re
@@ -21,7 +22,6 @@ DEAD_LETTERS: Final = "dead-letter.jsonl"
 DEAD: Final = ".dead"
 """The state of a file of dead letters, as an entry of the folder."""
 _MAX_BYTES: Final = 16 << 20
-_TRIES: Final = 3
 _CLOSED: Final = re.compile(r"dead-letter\.\d{8}T\d{6}Z-[0-9a-f]{4,8}\.jsonl")
 
 
@@ -35,28 +35,34 @@ def bury(folder: Path, lines: list[bytes], status: int | None, reason: object, *
     moment = timestamp()
     text = b"".join(dead_letter(line, status, reason, moment) for line in lines)
     make_folder(folder)
-    for _ in range(_TRIES):
-        if _append(folder, text, max_bytes):
-            return
+    while not _append(folder, text, max_bytes):
+        pass
 
 
 def _append(folder: Path, text: bytes, max_bytes: int) -> bool:
-    """Append to the open file; return whether it was still the open one then, for a closed one may be written anew."""
+    """Append to the open file; return whether that was done: not if it was closed before we had a part in its lock."""
     path = folder / DEAD_LETTERS
     file = open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     try:
-        if os.write(file, text) != len(text):
-            os.write(file, b"\n")
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        _lock(file, fcntl.LOCK_SH)
         try:
             is_open = os.path.samestat(os.fstat(file), os.lstat(path))
         except FileNotFoundError:
             is_open = False
-        if is_open and os.fstat(file).st_size > max_bytes:
-            close_letters(folder)
+        if is_open:
+            if os.write(file, text) != len(text):
+                os.write(file, b"\n")
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            if os.fstat(file).st_size > max_bytes:
+                close_letters(folder)
     finally:
         os.close(file)
     return is_open
+
+
+def _lock(file: int, kind: int) -> None:
+    with contextlib.suppress(OSError):  # a file system that knows no locks
+        fcntl.flock(file, kind)
 
 
 def close_letters(folder: Path) -> None:
@@ -123,6 +129,20 @@ def letter_files(folder: Path) -> list[Path]:
     """Return every file of dead letters, the oldest first."""
     closed = [Path(entry.path) for entry in dead_letter_files(folder)]
     return [*closed, *([folder / DEAD_LETTERS] if os.path.lexists(folder / DEAD_LETTERS) else [])]
+
+
+def wait_until_left(path: Path) -> None:
+    """Wait until nobody adds anything any more to a closed file, so that it may be written anew.
+
+    Raises:
+        OSError: if it cannot be opened.
+
+    """
+    file = open_regular(path, os.O_RDONLY)
+    try:
+        _lock(file, fcntl.LOCK_EX)  # who has a part in it writes; whoever gets one later sees that the file is closed
+    finally:
+        os.close(file)
 
 
 def read_letters(path: Path) -> Iterator[Letter]:
