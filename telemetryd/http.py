@@ -36,8 +36,8 @@ from telemetryd.model.parameters import accept_none
 from telemetryd.model.requests import ProcessRequest
 from telemetryd.model.rules import Rules
 from telemetryd.ops.metrics import Metrics, wants_prometheus
-from telemetryd.services import administration, exports
-from telemetryd.services.administration import STORE, UPKEEP
+from telemetryd.services import admin_handlers, exports
+from telemetryd.services.admin_handlers import STORE, UPKEEP
 from telemetryd.services.alerting import Alerting
 from telemetryd.services.certificates import Certificates
 from telemetryd.services.duplicates import differences
@@ -392,7 +392,7 @@ ROUTES: Final[tuple[Route, ...]] = (
     Route("GET", "/api/v1/runs/export", export_runs, operations.EXPORT_RUNS),
     Route("GET", "/api/v1/runs/{event_id}", get_run, operations.GET_RUN),
     Route("PATCH", "/api/v1/runs/{event_id}", update_run, operations.UPDATE_RUN),
-    Route("DELETE", "/api/v1/runs/{event_id}", administration.delete_run, operations.DELETE_RUN),
+    Route("DELETE", "/api/v1/runs/{event_id}", admin_handlers.delete_run, operations.DELETE_RUN),
     Route("POST", "/api/v1/runs/{event_id}/associate-commit", associate_commit, operations.ASSOCIATE_COMMIT),
     Route("POST", "/api/v1/runs/{event_id}/events", create_events, operations.CREATE_EVENTS),
     Route("GET", "/api/v1/runs/{event_id}/events", list_events, operations.LIST_EVENTS),
@@ -405,11 +405,11 @@ ROUTES: Final[tuple[Route, ...]] = (
     Route("GET", "/api/v1/metadata", get_metadata, operations.GET_METADATA),
     Route("GET", "/health", get_health, operations.GET_HEALTH),
     Route("GET", "/metrics", get_metrics, operations.GET_METRICS),
-    Route("POST", "/api/v1/admin/prune", administration.prune_runs, operations.PRUNE_RUNS),
-    Route("POST", "/api/v1/admin/reap", administration.reap_runs, operations.REAP_RUNS),
-    Route("POST", "/api/v1/admin/redact", administration.redact_run, operations.REDACT_RUN),
-    Route("POST", "/api/v1/admin/confirm", administration.confirm, operations.CONFIRM),
-    Route("POST", "/api/v1/admin/backup", administration.make_backup, operations.MAKE_BACKUP),
+    Route("POST", "/api/v1/admin/prune", admin_handlers.prune_runs, operations.PRUNE_RUNS),
+    Route("POST", "/api/v1/admin/reap", admin_handlers.reap_runs, operations.REAP_RUNS),
+    Route("POST", "/api/v1/admin/redact", admin_handlers.redact_run, operations.REDACT_RUN),
+    Route("POST", "/api/v1/admin/confirm", admin_handlers.confirm, operations.CONFIRM),
+    Route("POST", "/api/v1/admin/backup", admin_handlers.make_backup, operations.MAKE_BACKUP),
     Route("GET", "/openapi.json", get_openapi),
     *(Route("GET", path, handler) for path, handler in pages.handlers()),
 )
