@@ -156,7 +156,8 @@ def test_by_the_page_on_3x_a_database_a_buffer_an_agent_and_scripts_are_taken_ov
     room.environment |= {"TELEMETRY_ALLOWED_HOSTS": "local-telemetry-api", "XDG_STATE_HOME": str(room.folder / "home")}
     assert run_blocks(room, FROM_3X) > 9
     runs = [json.loads(line) for line in (room.folder / "since.ndjson").read_text().splitlines()]
-    assert {run["job_type"]: run["status"] for run in runs} == {
+    assert len(runs) == 40 + 7
+    assert {run["job_type"]: run["status"] for run in runs if run["job_type"] not in ("translate", "unknown")} == {
         "job": "success", "job2": "failure", "job3": "failure", "job4": "cancelled", "job5-running": "running",
         "job6": "success", "after-the-change": "success",
     }  # fmt: skip
