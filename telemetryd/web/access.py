@@ -191,6 +191,8 @@ def _port(request: web.Request) -> int:
 
 def _own_unix_peers_socket(request: web.Request) -> str | None:
     """Return the Unix socket by which a request came from a process of our own user or root, None for any other."""
+    if request.remote:  # a Unix socket's client has no address
+        return None
     connection = request.transport.get_extra_info("socket") if request.transport is not None else None
     if connection is None or connection.family != socket.AF_UNIX:
         return None

@@ -47,7 +47,7 @@ def compressor(coding: str) -> Compressor:
 
 def choose(request: web.BaseRequest) -> str | None:
     """Return the coding that a client prefers of those there are, or None; HTTP/1.0 knows no answers in pieces."""
-    if request.version < (1, 1):
+    if hdrs.ACCEPT_ENCODING not in request.headers or request.version < (1, 1):
         return None
     wanted: dict[str, float] = {}
     for part in ",".join(request.headers.getall(hdrs.ACCEPT_ENCODING, [])).split(","):
