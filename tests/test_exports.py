@@ -257,6 +257,8 @@ async def test_http_1_0_is_refused_since_it_could_not_tell_a_cut(api: Api) -> No
 # --- The snapshot --------------------------------------------------------------------------------
 
 LARGE = "x" * 1_000_000
+PLAIN = {"Accept-Encoding": "identity"}
+"""Compressed, such texts would fit into the buffers of the sockets."""
 
 
 @pytest.mark.parametrize("mode", ["WAL", "DELETE"])
@@ -265,7 +267,7 @@ async def test_an_export_is_one_snapshot_whatever_is_written_meanwhile(make_api:
     for kind in "ef":
         for number in range(8):
             await api.post(make_run(event_id=f"{kind}{number}", input_summary=LARGE))
-    async with api.client.get(PATH) as response:  # far more than the sockets hold
+    async with api.client.get(PATH, headers=PLAIN) as response:  # far more than the sockets hold
         for number in range(8):
             await api.call("PATCH", f"/api/v1/runs/f{number}", json={"status": "success"}, status=200)
         await api.post(make_run(event_id="late"))
@@ -341,8 +343,7 @@ async def test_the_log_stays_short_while_an_export_is_copied_slowly(
 async def test_only_so_many_run_at_once_and_one_that_is_left_makes_room(api: Api, tmp_path: Path) -> None:
     for _ in range(16):
         await api.post(make_run(input_summary=LARGE))
-    plain = {"Accept-Encoding": "identity"}  # compressed, all of it would fit into the sockets' buffers
-    held = [await api.client.get(PATH, headers=plain) for _ in range(MAX_EXPORTS)]
+    held = [await api.client.get(PATH, headers=PLAIN) for _ in range(MAX_EXPORTS)]
     async with api.client.get(PATH) as response:
         assert response.status == 503
         assert response.headers["Retry-After"] == "10"
@@ -363,7 +364,7 @@ async def test_a_reader_that_is_too_slow_gives_its_place_up(make_api: MakeApi, m
     api = await make_api()
     for _ in range(16):
         await api.post(make_run(input_summary=LARGE))
-    held = [await api.client.get(PATH) for _ in range(MAX_EXPORTS)]
+    held = [await api.client.get(PATH, headers=PLAIN) for _ in range(MAX_EXPORTS)]
     for _ in range(600):
         async with api.client.get(PATH, params={"agent_name": "nobody"}) as response:
             if response.status == 200:
