@@ -65,6 +65,28 @@ class Renamed(click.Option):
         self.opts = shown
 
 
+def selection_flags(since: str) -> Callable[[F], F]:
+    """Give a command the flags of the runs that it looks at: from when (by default since then) to when, and whose."""
+    flags = (
+        click.option(
+            "--from", "begin", default=since, show_default=True, metavar="TIME", help="A time, or an age: -7d."
+        ),
+        click.option("--to", "end", default="now", show_default=True, metavar="TIME", help="A time, an age, or now."),
+        click.option(
+            "--agent",
+            "agent_name",
+            cls=Renamed,
+            old=("--agent-name",),
+            metavar="NAMES",
+            help="Only these agents: a,b or web-*.",
+        ),
+        click.option(
+            "--job-type", "job_type", cls=Renamed, old=("--job",), metavar="NAMES", help="Only these job types."
+        ),
+    )
+    return lambda function: functools.reduce(lambda made, flag: flag(made), reversed(flags), function)
+
+
 @dataclass(frozen=True, slots=True)
 class Where:
     """What a command line says about the daemon to be reached."""

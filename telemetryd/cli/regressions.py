@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from telemetryd.cli.options import failing, json_flag, print_json
-from telemetryd.cli.reach import Renamed, Where, target_flags
+from telemetryd.cli.reach import Where, selection_flags, target_flags
 from telemetryd.cli.statistics import show_duration
 from telemetryd.cli.target import Body, ask_source
 from telemetryd.ops.logs import printable
@@ -25,17 +25,7 @@ from telemetryd.ops.logs import printable
       telemetryd regressions --json --unix /run/telemetryd/telemetryd.sock
     """
 )
-@click.option("--from", "begin", default="-30d", show_default=True, metavar="TIME", help="A time, or an age: -7d.")
-@click.option("--to", "end", default="now", show_default=True, metavar="TIME", help="A time, an age, or now.")
-@click.option(
-    "--agent",
-    "agent_name",
-    cls=Renamed,
-    old=("--agent-name",),
-    metavar="NAMES",
-    help="Only these agents: a,b or web-*.",
-)
-@click.option("--job-type", "job_type", cls=Renamed, old=("--job",), metavar="NAMES", help="Only these job types.")
+@selection_flags(since="-30d")
 @json_flag
 @target_flags
 def regressions(

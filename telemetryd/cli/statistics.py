@@ -9,7 +9,7 @@ from typing import Final
 import click
 
 from telemetryd.cli.options import failing, json_flag, print_json
-from telemetryd.cli.reach import Renamed, Where, target_flags
+from telemetryd.cli.reach import Where, selection_flags, target_flags
 from telemetryd.cli.target import Body, ask_source
 from telemetryd.ops.logs import printable
 
@@ -41,17 +41,7 @@ _NARROWEST: Final = 6
     help="Some of agent_name, job_type, status, separated by commas; an empty text adds all up.",
 )
 @click.option("--bucket", metavar="SPAN", help="Group by time as well: 1h, 6h, 1d, 1w.")
-@click.option("--from", "begin", default="-24h", show_default=True, metavar="TIME", help="A time, or an age: -7d.")
-@click.option("--to", "end", default="now", show_default=True, metavar="TIME", help="A time, an age, or now.")
-@click.option(
-    "--agent",
-    "agent_name",
-    cls=Renamed,
-    old=("--agent-name",),
-    metavar="NAMES",
-    help="Only these agents: a,b or web-*.",
-)
-@click.option("--job-type", "job_type", cls=Renamed, old=("--job",), metavar="NAMES", help="Only these job types.")
+@selection_flags(since="-24h")
 @click.option("--status", metavar="STATUSES", help="Only these statuses: failure,timeout.")
 @json_flag
 @target_flags

@@ -91,11 +91,11 @@ class Nameless:
 
     @property
     def event_id(self) -> str:
-        """The event_id of its run, or of its first one."""
+        """Nothing yet."""
         return ""
 
     def parts(self) -> Sequence[Step]:
-        """Return the smaller requests that ask for the same, if there are any."""
+        """Return nothing: the question is the same for all of them."""
         return []
 
 
