@@ -104,7 +104,7 @@ def _fail(error: OSError) -> int:
 
 
 def _paragraphs(text: str | None) -> str:
-    # Click leaves a paragraph's lines as they are behind a backspace, which a raw text cannot hold.
+    # Click leaves a paragraph's lines as they are after a backspace, which a raw text cannot hold.
     return (text or "").replace("\\b", "\b")
 
 

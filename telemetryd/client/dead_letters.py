@@ -140,7 +140,7 @@ def wait_until_left(path: Path) -> None:
     """
     file = open_regular(path, os.O_RDONLY)
     try:
-        _lock(file, fcntl.LOCK_EX)  # who has a part in it writes; whoever gets one later sees that the file is closed
+        _lock(file, fcntl.LOCK_EX)  # holders of a shared lock finish; later ones see that the file is closed
     finally:
         os.close(file)
 

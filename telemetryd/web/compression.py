@@ -67,7 +67,7 @@ def announce(response: web.StreamResponse, coding: str | None) -> None:
 
 
 async def apply(request: web.Request, response: web.StreamResponse) -> None:
-    """Compress an answer if it is worth it; a large one is only marked, for whoever sends it in pieces.
+    """Compress an answer if it is worth it; a large one is only marked, and compressed as it is sent in pieces.
 
     What has a tag is left alone: it would need another tag for each coding.
     """

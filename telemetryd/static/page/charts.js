@@ -38,7 +38,7 @@ function hatch() {
 
 const REACH = 4; // so many pixels beyond a part still belong to it, for many parts are thin
 
-/** Return the status whose part of a bar is at a height (px), failures before others; null beside all of them. */
+/** Return the status whose part of a bar is at a height (px), failures before others; null outside all of them. */
 function statusAt(parts, height) {
   const within = (reach) => parts.findLast(({ top, bottom }) => height >= top - reach && height <= bottom + reach);
   const bad = parts.findLast(({ status, top, bottom }) => BAD.includes(status) && bottom - top < 2 * REACH && height >= top - REACH && height <= bottom + REACH);
@@ -123,7 +123,7 @@ function legend(bars, statuses) {
 
 /**
  * Return stacked bars. Each bar has `counts` (by status), `title` (its time in full), `label` (below it, or "") and
- * `hrefOf`: what a click on the part of a status leads to, or (null) one beside all parts.
+ * `hrefOf`: what a click on the part of a status leads to, or (null) one outside all parts.
  */
 export function stackedBars(bars, signal) {
   const used = STATUSES.filter((status) => bars.some((bar) => bar.counts[status]));

@@ -171,7 +171,7 @@ export function show(root, { name, parameters, signal }) {
     const run = await get(runPath(name), {}, signal);
     lived.replaceChildren(run.status === "running" ? age(run) : "");
     if (seen?.updated_at !== run.updated_at) {
-      if (!top.contains(document.activeElement) || seen === null) draw(run); // whoever stands in there is not disturbed
+      if (!top.contains(document.activeElement) || seen === null) draw(run); // the reader who has the focus there is not disturbed
       events.show(run);
       fillLater(relatives, signal, () => family(run, signal));
     }
