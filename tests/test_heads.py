@@ -18,9 +18,9 @@ from telemetryd.engine.sqlite.statements import answers
 from telemetryd.http import METRICS
 from telemetryd.model.queries import ListRuns
 from telemetryd.services.feed import Bounds
-from telemetryd.web import heads
+from telemetryd.web import connections
 from telemetryd.web.connections import _Server
-from tests.conftest import Api, eventually, make_run, reading
+from tests.conftest import Api, MakeApi, eventually, make_run, reading
 from tests.contract.wire import send_raw
 from tests.test_feed import feed_of
 from tests.test_reader import endless
@@ -89,9 +89,9 @@ async def test_a_head_may_have_sixty_kilobytes_in_any_pieces(api: Api) -> None:
 
 
 async def test_when_requests_hold_too_much_those_with_most_of_it_are_cut(
-    api: Api, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    make_api: MakeApi, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(heads, "HELD_BYTES", 500_000)
+    api = await make_api(bounds=connections.Bounds(held_bytes=500_000))
     waiting = feed_of(api)
     async with contextlib.AsyncExitStack() as stack:
         await stack.enter_async_context(sent(api, CHANGES + b"\r\n"))

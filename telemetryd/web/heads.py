@@ -20,9 +20,6 @@ if TYPE_CHECKING:
 HEAD_BYTES: Final = 64 * 1024
 """What a head may have; aiohttp bounds its lines, of which it takes 128, and their length."""
 
-HELD_BYTES: Final = 40 * 1024 * 1024
-"""What all requests may hold besides their bodies; beyond it, the connections with most of it are cut."""
-
 ANSWERED_BYTES: Final = 10 * 1024
 """About what a request takes while it is being answered or waits for that: tasks, the query, its place in a queue."""
 
@@ -44,9 +41,15 @@ class HeadTooLargeError(BadHttpMessage):
 
 
 class Held(Generic[H]):
-    """How much each connection holds, and all of them together."""
+    """How much each connection holds, and all of them together.
 
-    def __init__(self) -> None:
+    Args:
+        most: how many bytes that may be.
+
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
         self.bytes = 0
         self._by_holder: dict[H, int] = {}
 
@@ -58,11 +61,11 @@ class Held(Generic[H]):
 
     def relieve(self) -> Sequence[H]:
         """If it is too much, forget and return those who hold most, of equal ones those unchanged for longest."""
-        if self.bytes <= HELD_BYTES:
+        if self.bytes <= self._most:
             return ()
         relieved = []
         for holder in sorted(self._by_holder, key=self._by_holder.__getitem__, reverse=True):
-            if self.bytes <= HELD_BYTES * 3 // 4:  # some at once, for the order costs a look at all of them
+            if self.bytes <= self._most * 3 // 4:  # some at once, for the order costs a look at all of them
                 break
             self.note(holder, 0)
             relieved.append(holder)
