@@ -13,7 +13,6 @@ from urllib.parse import quote
 import pytest
 from yarl import URL
 
-from telemetryd.engine.sqlite.statements import full_text
 from telemetryd.engine.sqlite.tools.check import Severity, examine, repair
 from telemetryd.errors import UnavailableError
 from telemetryd.model.commands import CreateRuns, IndexTexts, PruneRuns, ReapRuns, UpdateRun
@@ -257,16 +256,13 @@ async def test_the_setting_makes_and_drops_the_index(tmp_path: Path) -> None:
         assert bool(there) is is_wanted
 
 
-async def test_an_index_is_built_while_runs_change_and_after_a_restart(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(full_text, "_SLICE_BYTES", 20)  # some three runs
+async def test_an_index_is_built_while_runs_change_and_after_a_restart(tmp_path: Path) -> None:
     path = tmp_path / "telemetry.sqlite"
     before = "9999-01-01T00:00:00.000000Z"
 
     async def build(store: Store, slices: int) -> bool:
         for _ in range(slices):
-            done = await store.submit(IndexTexts())
+            done = await store.submit(IndexTexts(most_bytes=20))  # some three runs
             if done is None or not done.more:
                 return True
         return False
