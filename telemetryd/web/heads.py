@@ -134,17 +134,19 @@ class Parser(HttpRequestParser):
             return parsed
         if not (messages or data):  # aiohttp asks so whether anything waits, after each request
             return parsed
-        received = len(data)
-        if is_body and self._body is not None:
-            received = received - (self._body.total_bytes - read) if self._body.is_eof() else 0
         sizes = [_size(message) for message, _ in messages]
-        self._unfinished += received
+        of_bodies = sum(body.total_bytes for _, body in messages)
+        if is_body and self._body is not None:
+            of_bodies += self._body.total_bytes - read
+        self._unfinished = max(self._unfinished + len(data) - sum(sizes) - of_bodies, 0)
         if messages:
             self._body = messages[-1][1]
             self._asked.extend(_held(message, size) for size, (message, _) in zip(sizes, messages, strict=True))
             # What comes after them in this slice is hardly worth counting, unless much has to wait for its turn.
-            is_waiting = is_body or len(self._asked) >= MAX_MSG_QUEUE_SIZE
-            self._unfinished = max(self._unfinished - sum(sizes), 0) if is_waiting else 0
+            if not (is_body or len(self._asked) >= MAX_MSG_QUEUE_SIZE):
+                self._unfinished = 0
+        if self._body is not None and not self._body.is_eof():  # all that is not parsed yet belongs to it
+            self._unfinished = 0
         if max(sizes, default=0) > HEAD_BYTES or (
             self._unfinished > HEAD_BYTES and len(self._asked) < MAX_MSG_QUEUE_SIZE
         ):
