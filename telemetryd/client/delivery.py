@@ -23,7 +23,6 @@ from telemetryd.client.answers import (
 from telemetryd.client.aside import Aside
 from telemetryd.client.batch import NO_ADDRESS, Batch, Events, Nameless, Runs, Step, Update, events_of, updates_of
 from telemetryd.client.complaints import Complaints
-from telemetryd.client.context import new_uuid
 from telemetryd.client.counters import Counters
 from telemetryd.client.lines import (
     EventItem,
@@ -35,6 +34,7 @@ from telemetryd.client.lines import (
 )
 from telemetryd.client.transport import Answer, UnreachableError, run_path, runs_path
 from telemetryd.timestamps import canonical
+from telemetryd.uuids import new_uuid
 
 MAX_BYTES: Final = 4 << 20
 _LEAST_BYTES: Final = 64 << 10
