@@ -179,7 +179,7 @@ async def make_api(
     async def make(*, clock: Callable[[], datetime] = utc_now, **values: Any) -> Api:
         settings = Settings(**{"db_path": tmp_path / "telemetry.sqlite", "db_journal_mode": "WAL", **values})
         metrics = Metrics()
-        store = await Store.open(settings, metrics, clock)
+        store = await Store.open(settings, metrics, clock, full_text=settings.full_text)
         stores.append(store)
         upkeep = Upkeep(store, settings)
         if settings.full_text:
