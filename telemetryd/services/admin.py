@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any, Final
 
@@ -114,6 +115,7 @@ async def _remove(store: Store, command: DeleteRun | RedactRun) -> int:
         events += done.events
         if not done.more:
             return events
+        command = replace(command, again=True)
 
 
 async def confirm(store: Store, body: object, now: datetime) -> Answer:
