@@ -66,7 +66,7 @@ def from_files(function: F, *, or_takes_over: bool = False) -> F:
         default=LONGEST_LINE_MIB,
         show_default=True,
         metavar="MIB",
-        help="A longer line of NDJSON is refused unread, so that a small file cannot fill the memory.",
+        help="A longer line of NDJSON, or other JSON, is refused unread, so that a small file cannot fill the memory.",
     )
     rejects = click.option(
         "--rejects", type=click.Path(path_type=Path), help="Append what the daemon refuses to this file."
