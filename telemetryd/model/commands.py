@@ -172,6 +172,7 @@ class PruneRuns(SliceCommand["Pruned"]):
     created_before: str
     limit: int
     agent_name: str | None = None
+    job_type: str | None = None
     status: str | None = None
     versions: tuple[tuple[int, str], ...] | None = None
 
@@ -229,6 +230,7 @@ class ReapRuns(SliceCommand["Reaped"]):
     stale_before: str
     limit: int
     agent_name: str | None = None
+    job_type: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
