@@ -98,6 +98,8 @@ def test_sync_accounts_for_each_line_of_each_file(daemon: Daemon, buffer: Path, 
         text = "\n".join(map(json.dumps, lines))
         # Some editor has put a mark before the first line, and cut off the newline after the last one.
         (buffer / f"{name}.jsonl.ready").write_bytes(codecs.BOM_UTF8 + text.encode())
+    dry = telemetryd("sync", "--buffer-dir", buffer, "--dry-run").stdout
+    assert dry.startswith("a.jsonl: 5 lines left\nb.jsonl: 3 lines left\n2 files to be sent, 8 lines, ")
     command = ("sync", "--buffer-dir", buffer, "--json")
     nowhere = ("--url", f"http://127.0.0.1:{free_port}", "--retry-for", "0")
     shown = json.loads(telemetryd(*command, *nowhere, status=1).stdout)

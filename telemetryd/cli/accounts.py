@@ -74,9 +74,14 @@ def sentences(files: list[dict[str, Any]]) -> list[str]:
     """Return a sentence about each file, if there are several; of very many the first ones."""
     if len(files) == 1:  # of which the total says the same
         return []
-    said = [f"{each['file']}: {in_words(each)}; {counted(each['left'], 'line')} left" for each in files[:_SHOWN]]
+    said = [f"{each['file']}: {_in_words_of_file(each)}" for each in files[:_SHOWN]]
     more = len(files) - _SHOWN
     return said if more <= 0 else [*said, f"and {counted(more, 'file')} more; --json has all of them"]
+
+
+def _in_words_of_file(each: dict[str, Any]) -> str:
+    left = [f"{counted(each['left'], 'line')} left"] if each["left"] else []
+    return "; ".join([*([in_words(each)] if each["sent"] or not left else []), *left])
 
 
 class Left:

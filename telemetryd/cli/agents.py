@@ -147,7 +147,7 @@ def sync(
         left.look(config.folder, left_open)
     except OSError as error:
         problem = problem or sentence(error)
-    files = accounts.to_json(left.files)
+    files = [] if watch else accounts.to_json(left.files)
     if as_json:
         print_json({**outcome(counters), "left": left.states, "files": files, "problem": problem})
     else:
