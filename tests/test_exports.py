@@ -30,6 +30,7 @@ from telemetryd.engine.sqlite.files import wal_bytes
 from telemetryd.engine.sqlite.statements import export as export_rows
 from telemetryd.engine.sqlite.tools import migrate
 from telemetryd.git_urls import without_credentials
+from telemetryd.http import EXPORTER
 from telemetryd.model import runs, tables, values
 from telemetryd.model.queries import SNAPSHOT
 from telemetryd.model.runs import COLUMNS, STORED
@@ -356,10 +357,9 @@ async def test_only_so_many_run_at_once_and_one_that_is_left_makes_room(api: Api
     assert leftovers(tmp_path) == []
 
 
-async def test_a_reader_that_is_too_slow_gives_its_place_up(make_api: MakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streamed, "_PATIENCE_S", 0.3)
-    monkeypatch.setattr(streamed, "_LEAST_BYTES_PER_S", 1e9)
-    api = await make_api()
+async def test_a_reader_that_is_too_slow_gives_its_place_up(api: Api) -> None:
+    assert api.client.app is not None
+    api.client.app[EXPORTER].bounds = streamed.Bounds(patience_s=0.3, least_bytes_per_s=1e9)
     for _ in range(16):
         await api.post(make_run(input_summary=LARGE))
     held = [await api.client.get(PATH, headers=PLAIN) for _ in range(reading(api)._exports.bounds.at_once)]
