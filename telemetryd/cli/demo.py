@@ -157,7 +157,7 @@ def _go_on(poster: _Poster, world: World, open_runs: list[Story]) -> None:
         while ends and ends[0][0] <= now:
             poster.end(heapq.heappop(ends)[2])
         agent = random.choices(AGENTS, [each.weight for each in AGENTS])[0]
-        story = world.story(random, agent, now, f"live-{session}-{serial}", None, _LIVE_SPEED)
+        story = world.story(random, agent, now, f"live-{session}-{serial}", None, speed=_LIVE_SPEED)
         for left in poster.begin([story], now):
             heapq.heappush(ends, (left.ends_at, serial, left))
         serial += 1

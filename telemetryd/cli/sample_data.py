@@ -186,7 +186,7 @@ class World:
             yield _unheard(self.story(random, agent, moment, f"{stem}-stale-{serial}", None))
 
     def story(
-        self, random: Random, agent: Agent, moment: datetime, serial: str, parent: Json | None, speed: float = 1
+        self, random: Random, agent: Agent, moment: datetime, serial: str, parent: Json | None, *, speed: float = 1
     ) -> Story:
         """Invent one run that begins at a moment, and ends so many times faster than usual."""
         seconds = agent.seconds / speed * math.exp(random.gauss(0, 0.55))
