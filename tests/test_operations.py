@@ -1,4 +1,4 @@
-"""Runs the handbook's commands in their order, in one folder, with stand-ins for systemd and sudo."""
+"""Runs the commands of README and handbook in their order, in one folder, with stand-ins for systemd and sudo."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,6 +24,7 @@ from telemetryd.settings import Settings, variable
 from tests.tools.fork_server import ForkServer
 from tests.tools.old_databases import make_old_database
 
+README = Path(__file__).parents[1] / "README.md"
 HANDBOOK = Path(__file__).parents[1] / "docs" / "operations.md"
 FROM_3X = Path(__file__).parents[1] / "docs" / "from-3.x.md"
 GUIDE = Path(__file__).parent / "guide" / "DEPLOYMENT_GUIDE.md"
@@ -137,6 +139,33 @@ def run_blocks(room: Room, page: Path) -> int:
         done = room.run(block)
         assert done.returncode == 0, f"{block}\n{done.stdout}{done.stderr}"
     return len(blocks)
+
+
+def test_the_walk_through_of_the_readme_answers_what_it_shows_on_any_port(room: Room) -> None:
+    """On a fresh daemon: no curl answers nothing, and where an answer is shown, it is that."""
+    port = room.environment["TELEMETRY_API_PORT"]
+    assert f"Cannot reach the daemon: http://localhost:{port}" in room.run("telemetryd demo --no-live").stderr
+    room.environment["TELEMETRY_DB_JOURNAL_MODE"] = "DELETE"
+    room.run("systemctl start")
+    section = README.read_text("utf-8").partition("## Walk-through")[2].partition("\n## ")[0]
+    answered: list[Any] = []
+    for kind, block in re.findall(r"^```(bash|json)\n(.*?)^```$", section, re.MULTILINE | re.DOTALL):
+        if kind == "bash":
+            done = room.run(block.replace("curl ", "curl -fsSg -w '\\n' "))
+            assert done.returncode == 0, done.stderr
+            answered = [json.loads(line) for line in done.stdout.splitlines()]
+            assert all(answered) or "1 hour ago" in block, block
+        else:
+            shown = json.loads(block.replace(", …}", "}"))
+            answer = answered[-1] if "inserted" not in shown else {name: answered[-1][name] for name in shown}
+            varying = {"version", "db_path", "disk_free_bytes", "errors"}
+            assert answer.keys() == shown.keys()
+            assert {name: answer[name] for name in shown if name not in varying} == {
+                name: value for name, value in shown.items() if name not in varying
+            }
+            assert [text.partition("must be")[0] for text in answer.get("errors", ())] == [
+                text.partition("must be")[0] for text in shown.get("errors", ())
+            ]
 
 
 def test_every_command_of_the_handbook_works(room: Room) -> None:

@@ -24,6 +24,7 @@ from telemetryd.cli import main, target
 from telemetryd.cli.reach import Where, pause_s
 from telemetryd.client.address import Address, unix_url
 from telemetryd.client.config import Config
+from telemetryd.compat import TelemetryConfig
 from telemetryd.errors import ConfigurationError
 from tests.conftest import StartDaemon, make_run, require_program
 from tests.http_client import get, post
@@ -116,6 +117,26 @@ def test_flags_win_over_the_environment_and_a_named_database_over_its_address(mo
     assert Where(url="http://here").config().url == "http://here"  # what is not used may be wrong
     with pytest.raises(ConfigurationError, match="TELEMETRY_API_URL: must be http"):
         Where().config()
+
+
+def test_the_port_of_the_daemons_settings_counts_for_commands_and_the_client(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`TELEMETRY_API_PORT=9100 make run`, and then `telemetryd demo`, which filled another daemon."""
+    monkeypatch.chdir(tmp_path)
+    Path(".env").write_text("TELEMETRY_API_PORT=9200\n")
+    assert (Where().config().url, Config.load().url) == ("http://localhost:9200", "http://localhost:8765")
+    monkeypatch.setenv("TELEMETRY_API_PORT", "9100")
+    for config in (Where().config(), Config.load(), TelemetryConfig.from_env()):
+        assert "http://localhost:9100" in (getattr(config, "url", None), getattr(config, "api_url", None))
+    monkeypatch.setenv("METRICS_API_URL", "http://elsewhere")
+    assert (Where().config().url, Config.load().url) == ("http://elsewhere", "http://elsewhere")
+    monkeypatch.delenv("METRICS_API_URL")
+    for text, problem in {"0": "say with --url", "tcp://10.0.0.7:8765": "must be a whole number"}.items():
+        monkeypatch.setenv("TELEMETRY_API_PORT", text)
+        with pytest.raises(ConfigurationError, match=problem):
+            Where().config()
+        assert Config.load().url == "http://localhost:8765"  # Kubernetes sets such a text, which is no agent's fault
 
 
 def test_pauses_are_never_too_short() -> None:

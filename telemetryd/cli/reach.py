@@ -22,7 +22,7 @@ from telemetryd.client.paths import expanded
 from telemetryd.client.transport import SERVER_HEADER
 from telemetryd.errors import ConfigurationError, TelemetrydError
 from telemetryd.model import values
-from telemetryd.settings import Settings
+from telemetryd.settings import Settings, load, variable
 
 if TYPE_CHECKING:
     import aiohttp
@@ -133,7 +133,7 @@ class Where:
         try:
             given["token"] = self.token(token)
             given["ca_file"] = None if self.ca_file is None else expanded(self.ca_file).absolute()
-            return Config.load(url=url or self.address(), **given)
+            return Config.load(url=url or self.address() or _url_here(), **given)
         except ValueError as error:
             raise ConfigurationError([str(error)]) from error
 
@@ -155,9 +155,22 @@ class Where:
         return otherwise
 
 
+def _url_here() -> str:
+    """Return where a daemon with the settings of this folder and environment listens.
+
+    Raises:
+        ConfigurationError: if they do not say it.
+
+    """
+    port = load(names=("api_port",), needs_dotenv=False).settings.api_port
+    if port == 0:
+        raise ConfigurationError([f"{variable('api_port')}: 0 is any free port; say with --url where the daemon is"])
+    return f"http://localhost:{port}"
+
+
 def daemon_flags(function: F) -> F:
     """Give a command the flags that say how to reach a daemon, as its argument `where`."""
-    return _flags(function, "the daemon that TELEMETRY_API_URL names, else http://localhost:8765")
+    return _flags(function, "the daemon that TELEMETRY_API_URL names, else http://localhost:TELEMETRY_API_PORT (8765)")
 
 
 def target_flags(function: F) -> F:
