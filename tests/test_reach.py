@@ -350,6 +350,24 @@ def test_what_answers_in_the_daemons_place_is_named(tmp_path: Path) -> None:
                 assert line.startswith("telemetryd: What answered is no telemetryd: "), line
 
 
+def test_a_socket_that_is_not_there_is_not_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "run.jsonl").write_text(json.dumps(make_run()))
+    (tmp_path / "buffer").mkdir()
+    (tmp_path / "buffer" / "x.rejected.jsonl").write_text('{"line": {"event_id": "a"}, "status": 422, "error": "no"}\n')
+    missing = unix_url(tmp_path / "none.sock")
+    for command in (
+        *(command for command in COMMANDS if command[0] in ("prune", "stats")),
+        ("export", "-", "--retry-for", "600"),
+        ("import", "run.jsonl", "--retry-for", "600"),
+        ("dead-letters", "retry", "--all", "--buffer-dir", "buffer", "--retry-for", "600"),
+    ):
+        done = telemetryd(*command, "--url", missing, cwd=tmp_path, status=1)
+        assert f"There is no Unix socket {tmp_path / 'none.sock'}: no daemon runs" in done.stderr.splitlines()[-1]
+        assert "trying again" not in done.stderr
+    (line,) = fails(unix_url(tmp_path / "run.jsonl"), tmp_path, ("stats",))
+    assert line.endswith("run.jsonl is no Unix socket")
+
+
 def test_files_are_sent_to_nobody_else(tmp_path: Path) -> None:
     (tmp_path / "run.jsonl").write_text(json.dumps(make_run()))
     (tmp_path / "buffer").mkdir()

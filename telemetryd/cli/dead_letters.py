@@ -14,7 +14,7 @@ import click
 from telemetryd.cli.agents import end, folder_of, folder_option, retry_option
 from telemetryd.cli.files import Patience, Refusals, reasons
 from telemetryd.cli.options import Suggesting, counted, fail, failing, json_flag, print_json
-from telemetryd.cli.reach import Where, client_config, daemon_flags
+from telemetryd.cli.reach import Where, client_config, daemon_flags, refuse_missing_socket
 from telemetryd.client.batch import Batch
 from telemetryd.client.context import timestamp
 from telemetryd.client.counters import Counters
@@ -167,6 +167,7 @@ def retry(
     counters = Counters()
     problem = None
     with failing(), closing(Transport(config)) as transport:
+        refuse_missing_socket(config)
         again = _Again(transport, counters, Patience(retry_s, threading.Event()))
         try:
             close_letters(folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import stat
 import sys
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -271,6 +272,26 @@ async def session(config: Config, patience: aiohttp.ClientTimeout | None = None)
     options = {} if patience is None else {"timeout": patience}
     async with aiohttp.ClientSession(connector=connector, headers=headers, **options) as opened:  # type: ignore[arg-type]
         yield lambda method, path, **more: opened.request(method, address.base + path, allow_redirects=False, **more)
+
+
+def refuse_missing_socket(config: Config) -> None:
+    """Make sure that the Unix socket that is meant, if one is, is there: to wait for one would hide a typo.
+
+    Raises:
+        RefusedError: if it is not.
+
+    """
+    path = Address.parse(config.url).socket
+    if not path:
+        return
+    try:
+        is_socket = stat.S_ISSOCK(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise RefusedError(f"There is no Unix socket {path}: no daemon runs, or it listens elsewhere") from error
+    except OSError:
+        return  # connecting fails as well, and says why
+    if not is_socket:
+        raise RefusedError(f"{path} is no Unix socket")
 
 
 def reason(error: BaseException) -> str:
