@@ -87,6 +87,7 @@ def test_dead_letters_are_listed_shown_and_sent_again(start_daemon: StartDaemon,
     left = json.loads(telemetryd("dead-letters", "list", *place, "--json").stdout)
     assert {each["event_id"] for each in left} == {still_bad["event_id"], None}
     assert all(each["reason"] not in ("bad", "") for each in left)  # that of today
+    assert {each["id"] for each in left} == {listed[1]["id"], listed[2]["id"]}
     assert [path.name for path in buffer.iterdir() if path.name.startswith(".")] == []
 
 

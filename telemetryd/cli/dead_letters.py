@@ -77,7 +77,7 @@ def _described(path: Path, letter: Letter) -> Json:
     "list",
     help=r"""List the lines that the daemon has refused, the oldest first.
 
-    Each has an id, by which the other commands know it.
+    Each has an id, by which the other commands know it, also after it was sent and refused again.
 
     \b
     Examples:
