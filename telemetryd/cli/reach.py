@@ -260,6 +260,7 @@ async def session(config: Config, patience: aiohttp.ClientTimeout | None = None)
 
     """
     import aiohttp  # noqa: PLC0415 - takes most of a command's start, and some need only the flags
+    from yarl import URL  # noqa: PLC0415
 
     address = Address.parse(config.url)
     if address.scheme == "unix":
@@ -270,8 +271,15 @@ async def session(config: Config, patience: aiohttp.ClientTimeout | None = None)
         connector = aiohttp.TCPConnector()
     headers = {"Authorization": f"Bearer {config.token}"} if config.token else {}
     options = {} if patience is None else {"timeout": patience}
+
+    base = str(URL(address.base)).rstrip("/")
+
+    def send(method: str, path: str, **more: Any) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
+        url = URL(base + path, encoded=True)  # as it is: a run may be called .. or .
+        return opened.request(method, url, allow_redirects=False, **more)
+
     async with aiohttp.ClientSession(connector=connector, headers=headers, **options) as opened:  # type: ignore[arg-type]
-        yield lambda method, path, **more: opened.request(method, address.base + path, allow_redirects=False, **more)
+        yield send
 
 
 def refuse_missing_socket(config: Config) -> None:
