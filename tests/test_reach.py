@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import socket
 import sqlite3
 import ssl
@@ -26,6 +27,7 @@ from telemetryd.client.address import Address, unix_url
 from telemetryd.client.config import Config
 from telemetryd.compat import TelemetryConfig
 from telemetryd.errors import ConfigurationError
+from telemetryd.settings import load
 from tests.conftest import StartDaemon, make_run, require_program
 from tests.http_client import get, post
 from tests.tools.process import telemetryd
@@ -410,16 +412,26 @@ def test_a_retry_after_is_never_a_flood(tmp_path: Path) -> None:
 def test_tokens_and_certificates_that_cannot_be_used_are_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     (tmp_path / "latin").write_bytes(b"caf\xe9-token")
-    (tmp_path / "lines").write_text("one\ntwo")
+    (tmp_path / "lines").write_text("one two three\nfour")
+    (tmp_path / "bom").write_text("\ufeff0123456789")
+    (tmp_path / "nul").write_text("01234\x0056789")
     for name, words in {
         "missing": "No such file",
-        "empty": "holds no token",
+        "empty": "holds no token|at least 8 characters",
         "latin": "utf-8",
-        "lines": "one line",
+        "lines": "one line, not 2",
+        "bom": "begins with a byte order mark",
+        "nul": "U\\+0000",
     }.items():
-        for command in (("stats",), ("tail",), ("demo",)):
-            (line,) = fails("http://127.0.0.1:1", tmp_path, (*command, "--auth-token-file", str(tmp_path / name)))
-            assert words in line, line
+        path = str(tmp_path / name)
+        said = re.compile(rf"^(--auth-token-file|TELEMETRY_API_AUTH_TOKEN_FILE): (?=.*{re.escape(path)}\b).*({words})")
+        with pytest.raises(ConfigurationError, match=said):
+            Where(token_file=path).config()
+        with pytest.raises(ConfigurationError, match=said):
+            load({}, {"TELEMETRY_API_AUTH_ENABLED": "true", "TELEMETRY_API_AUTH_TOKEN_FILE": path}, None)
+    for command in (("stats",), ("tail",), ("demo",)):
+        (line,) = fails("http://127.0.0.1:1", tmp_path, (*command, "--auth-token-file", str(tmp_path / "lines")))
+        assert "one line" in line, line
     (line,) = fails("https://127.0.0.1:1", tmp_path, ("stats", "--ca", str(tmp_path / "lines")))
     assert "ca_file holds no certificate that can be read" in line
     assert "must be printable" in fails("http://127.0.0.1:1", tmp_path, ("tail",), TELEMETRY_API_AUTH_TOKEN="a\nb")[0]

@@ -149,9 +149,9 @@ class Where:
             try:
                 token = read_token(self.token_file)
             except ValueError as error:
-                raise ConfigurationError([f"--auth-token-file {self.token_file}: {error}"]) from error
+                raise ConfigurationError([f"--auth-token-file: {error}"]) from error
             if not token:
-                raise ConfigurationError([f"--auth-token-file {self.token_file}: holds no token"])
+                raise ConfigurationError([f"--auth-token-file: {self.token_file} holds no token"])
             return token
         return otherwise
 

@@ -202,13 +202,22 @@ def read_token(path: str | os.PathLike[str]) -> str:
     """Return the token that a file holds.
 
     Raises:
-        ValueError: if it cannot be read; the message says why.
+        ValueError: if it holds none; the message names the file and says what is wrong.
 
     """
     try:
-        return expanded(path).read_text("utf-8").strip()
+        text = expanded(path).read_text("utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot be read: {error}") from error
+        why = (error.strerror if isinstance(error, OSError) else None) or error
+        raise ValueError(f"cannot be read: {path}: {why}") from error
+    if text.startswith("\ufeff"):
+        raise ValueError(f"{path} begins with a byte order mark; save it as UTF-8 without one")
+    if len(lines := text.splitlines()) > 1:
+        raise ValueError(f"{path} must hold one line, not {len(lines)}")
+    wrong = next((character for character in text if not character.isprintable()), None)
+    if wrong is not None:
+        raise ValueError(f"{path} holds a character that no token has, U+{ord(wrong):04X}")
+    return text
 
 
 def url_of_port(text: str) -> str | None:
