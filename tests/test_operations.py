@@ -132,9 +132,13 @@ def room(tmp_path: Path, free_port: int) -> Iterator[Room]:
             os.kill(int((tmp_path / "pid").read_text()), signal.SIGTERM)
 
 
+def blocks_of(page: Path, kind: str) -> list[str]:
+    return re.findall(rf"^```{kind}\n(.*?)^```$", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+
+
 def run_blocks(room: Room, page: Path) -> int:
     """Run every bash block of a page, each in a shell of its own; return how many there are."""
-    blocks = re.findall(r"^```bash\n(.*?)^```$", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    blocks = blocks_of(page, "bash")
     for block in blocks:
         done = room.run(block)
         assert done.returncode == 0, f"{block}\n{done.stdout}{done.stderr}"
@@ -172,6 +176,19 @@ def test_every_command_of_the_handbook_works(room: Room) -> None:
     assert run_blocks(room, HANDBOOK) > 15
 
 
+def test_a_value_in_single_quotes_reaches_an_operators_command_as_it_is(tmp_path: Path) -> None:
+    """As it reaches the daemon by EnvironmentFile= (systemd.exec(5))."""
+    (install,) = [block for block in blocks_of(HANDBOOK, "sh") if "useradd" in block]
+    (wrapper,) = re.findall(r"<<'END'\n(#!/bin/sh\n.*?)^END$", install, re.MULTILINE | re.DOTALL)
+    file = tmp_path / "telemetryd.env"
+    file.write_text("TELEMETRY_A=/var/lib/x:1,a@b%c+d\nTELEMETRY_B=' a  b&\"c\" $HOME `id` #d'\n")
+    program = wrapper.replace("/etc/telemetryd.env", str(file)).replace("/opt/telemetryd/.venv/bin/telemetryd", "env")
+    lines = subprocess.run(["sh", "-c", program], capture_output=True, text=True, check=True).stdout.splitlines()
+    given = dict(line.split("=", 1) for line in lines if line.startswith("TELEMETRY_"))
+    assert given["TELEMETRY_A"] == "/var/lib/x:1,a@b%c+d"
+    assert given["TELEMETRY_B"] == ' a  b&"c" $HOME `id` #d'
+
+
 def test_by_the_page_on_3x_a_database_a_buffer_an_agent_and_scripts_are_taken_over(room: Room) -> None:
     base = room.folder / "agent-metrics"
     shutil.copytree(Path(__file__).parent / "old_files", base / "telemetry_buffer")
@@ -197,6 +214,13 @@ def test_by_the_page_on_3x_a_database_a_buffer_an_agent_and_scripts_are_taken_ov
         assert found == (47, 40)
         types = connection.execute("SELECT event_type FROM run_events WHERE event_key NOT LIKE 'legacy-%' ORDER BY id")
         assert [row[0] for row in types] == ["start", "checkpoint", "checkpoint"]
+    going_back = blocks_of(FROM_3X, "sh")[-1].replace("split -l 500", "split -l 20")
+    old = room.environment | {"TELEMETRY_DB_PATH": str(room.folder / "state" / "old.sqlite")}
+    for script in ("systemctl start", going_back):  # a daemon without runs stands in for the old service
+        done = Room(room.folder, old, room.places).run(script)
+        assert done.returncode == 0, done.stderr
+    answers = [json.loads(text) for text in re.findall(r"{.*?}(?={|$)", done.stdout)]
+    assert [answer["inserted"] for answer in answers] == [20, 20, 7]
 
 
 def test_the_page_on_3x_names_every_variable_and_every_public_name() -> None:
