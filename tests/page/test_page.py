@@ -675,6 +675,11 @@ def test_without_authentication_the_page_says_how_to_cancel(open_view: OpenPage,
     expect(page.locator("#said")).to_have_text("Copied the command")
     assert page.evaluate("navigator.clipboard.readText()") == command
     assert "would be" in telemetryd(*shlex.split(command)[1:], "--dry-run").stdout
+    refusal = "Admin endpoints need authentication or the Unix socket (TELEMETRY_API_UNIX), used by root"
+    page.route("**/admin/reap", lambda route: route.fulfill(status=403, json={"detail": refusal}))
+    page.get_by_role("button", name=re.compile(r"^Cancel \d")).click()
+    expect(page.locator(".problem")).to_contain_text("This page may not cancel runs here: Admin endpoints need")
+    expect(page.locator("code")).to_have_count(0)
 
 
 def test_an_error_is_copied_as_it_is(open_view: OpenPage, url: str) -> None:

@@ -51,7 +51,8 @@ function confirm(matching, age) {
 
 function forbidden(sentenceOfDaemon, age) {
   const socket = /Unix socket (\/.*), used by/.exec(sentenceOfDaemon);
-  const command = `telemetryd reap --older-than ${age}${socket ? ` --unix '${socket[1].replaceAll("'", "'\\''")}'` : ""}`;
+  if (!socket) return problem(`This page may not cancel runs here: ${sentenceOfDaemon}`);
+  const command = `telemetryd reap --older-than ${age} --unix '${socket[1].replaceAll("'", "'\\''")}'`;
   return h("div", { class: "note warn", role: "alert" }, h("p", {}, "This page may not cancel runs here; on the daemon's machine, this command does the same:"), h("p", { class: "command" }, h("code", {}, command), copyButton(command, "the command")), h("p", { class: "quiet" }, `${sentenceOfDaemon}.`));
 }
 
