@@ -81,7 +81,7 @@ def explained(error: InvalidBodyError, text: bytes) -> InvalidBodyError:
     """Return an error that names the fields for which a text is no JSON.
 
     Strict JSON cannot hold half a surrogate pair, bad UTF-8, NaN or Infinity. If it is something else, such as a
-    bracket that is missing, the same error is returned. It takes a second for the largest body.
+    bracket that is missing, the same error is returned.
     """
     try:
         value = json.loads(text.decode("utf-8", "surrogateescape"), parse_constant=_NotANumber)
