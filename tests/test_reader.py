@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from telemetryd.engine.sqlite import readers as sqlite_readers
 from telemetryd.engine.sqlite.readers import Lane, Readers
 from telemetryd.errors import QueryTimeoutError
 from telemetryd.model.queries import CountPrunable
@@ -38,12 +37,12 @@ def one(connection: sqlite3.Connection) -> int:
 
 
 @asynccontextmanager
-async def pool(folder: Path, count: int = 1, timeout_s: float = PATIENCE_S) -> AsyncIterator[Readers]:
+async def pool(folder: Path, count: int = 1, timeout_s: float = PATIENCE_S, **bounds: int) -> AsyncIterator[Readers]:
     path = folder / "telemetry.sqlite"
     with sqlite3.connect(path) as connection:
         connection.execute("CREATE TABLE IF NOT EXISTS agent_runs (event_id TEXT)")
     connection.close()
-    readers = await Readers.open(path, count, timeout_s, 1000)
+    readers = await Readers.open(path, count, timeout_s, 1000, **bounds)
     try:
         yield readers
     finally:
@@ -149,9 +148,8 @@ async def test_waiting_for_a_connection_counts_towards_the_deadline(tmp_path: Pa
         assert await readers.fetch(one) == 1
 
 
-async def test_only_so_many_wait_for_a_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sqlite_readers, "MAX_WAITING", 1)
-    async with pool(tmp_path) as readers:
+async def test_only_so_many_wait_for_a_connection(tmp_path: Path) -> None:
+    async with pool(tmp_path, most_waiting=1) as readers:
         slow, waiting = (asyncio.create_task(readers.fetch(endless)) for _ in range(2))
         await eventually(lambda: readers._waiting == 1)
         with pytest.raises(QueryTimeoutError, match="Too many queries are waiting"):

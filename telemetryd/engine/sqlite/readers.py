@@ -15,7 +15,7 @@ from telemetryd.errors import QueryTimeoutError, UnavailableError
 
 T = TypeVar("T")
 
-MAX_WAITING: Final = 2_000
+_MOST_WAITING: Final = 2_000
 """Queries that may wait for a connection; each holds what its request holds."""
 
 _INTERRUPT_AGAIN_S: Final = 0.02
@@ -38,7 +38,7 @@ class Readers:
     feed, which waits for nobody's.
     """
 
-    def __init__(self, connections: list[Connection], timeout_s: float) -> None:
+    def __init__(self, connections: list[Connection], timeout_s: float, most_waiting: int = _MOST_WAITING) -> None:
         self._all = connections
         feed, *others = connections
         half = len(others) // 2
@@ -50,11 +50,14 @@ class Readers:
             Lane.FEED: _idle([feed]),
         }
         self._waiting = 0
+        self._most_waiting = most_waiting
         self._timeout_s = timeout_s
         self._closed = False
 
     @classmethod
-    async def open(cls, path: Path, count: int, timeout_s: float, busy_timeout_ms: int) -> Readers:
+    async def open(
+        cls, path: Path, count: int, timeout_s: float, busy_timeout_ms: int, *, most_waiting: int = _MOST_WAITING
+    ) -> Readers:
         """Open the pool on an existing database: so many connections, and that of the feed."""
         connections: list[Connection] = []
         try:
@@ -64,7 +67,7 @@ class Readers:
             for connection in connections:
                 await connection.close()
             raise
-        return cls(connections, timeout_s)
+        return cls(connections, timeout_s, most_waiting)
 
     @property
     def are_at_work(self) -> bool:
@@ -86,7 +89,7 @@ class Readers:
         """
         deadline = asyncio.get_running_loop().time() + self._timeout_s
         idle = self._idle[lane]
-        if self._waiting >= MAX_WAITING and idle.empty():
+        if self._waiting >= self._most_waiting and idle.empty():
             raise QueryTimeoutError("Too many queries are waiting; try again later")
         self._waiting += 1
         try:
