@@ -275,3 +275,22 @@ async def test_a_caller_that_leaves_late_does_not_cut_off_the_next_query(tmp_pat
             second = asyncio.create_task(readers.fetch(lambda connection: count_to(100_000, connection)))
             assert await second == 100_000
             await asyncio.wait((first,))
+
+
+async def test_a_query_whose_caller_left_leaves_nothing_open_that_would_interrupt_the_next(tmp_path: Path) -> None:
+    """SQLite interrupts whatever begins before the last statement has ended that ran at the interrupt."""
+
+    def nested(connection: sqlite3.Connection) -> int:
+        outer = connection.execute("SELECT 1 UNION ALL SELECT 2")
+        begun.append(outer.fetchone())
+        return endless(connection)
+
+    begun: list[object] = []
+    async with pool(tmp_path) as readers:
+        for _ in range(3):
+            first = asyncio.create_task(readers.fetch(nested))
+            await eventually(lambda: bool(begun))
+            begun.clear()
+            second = asyncio.create_task(readers.fetch(one))
+            first.cancel()
+            assert await second == 1

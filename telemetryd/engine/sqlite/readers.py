@@ -117,8 +117,6 @@ class Readers:
             _end(connection, answer)
             raise
         except sqlite3.Error as error:
-            # The frames hold cursors, with which the connection would not really close.
-            traceback.clear_frames(error.__traceback__)
             raise UnavailableError("The database cannot be read now; try again later") from error
 
     async def close(self) -> None:
@@ -138,8 +136,10 @@ def _idle(connections: list[Connection]) -> asyncio.LifoQueue[Connection]:
 
 
 def _take_back(idle: asyncio.LifoQueue[Connection], connection: Connection, ended: asyncio.Future[T]) -> None:
-    if not ended.cancelled():
-        ended.exception()  # a caller who left does not read it; that is no accident to report
+    if not ended.cancelled() and (error := ended.exception()) is not None:
+        # The frames hold cursors: with one the connection would not really close, and while a statement of an
+        # interrupted query is open, SQLite interrupts each new one too (sqlite.org/c3ref/interrupt.html).
+        traceback.clear_frames(error.__traceback__)
     idle.put_nowait(connection)
 
 
