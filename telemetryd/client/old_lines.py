@@ -18,7 +18,7 @@ from telemetryd.client.intake import Intake, is_null_text, object_of
 from telemetryd.client.lines import Json, encode, is_operation, read_object
 
 _NAMES_OF_3X: Final = frozenset({"record_type", "schema_version", "agent_owner"})
-"""Each line of 3.x has the first of these names, or both others; no line of ours has one."""
+"""A line of 3.x has at least one of these names; no line of ours has any."""
 _MARKS: Final = tuple(f'"{name}"'.encode() for name in _NAMES_OF_3X)
 _NEEDED: Final = (*NAMES, "start_time")
 _OF_THE_OLD_SERVICE: Final = frozenset({"schema_version", "record_type", "updated_at", "id"})

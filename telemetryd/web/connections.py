@@ -35,7 +35,7 @@ _DESCRIPTORS_PER_READER: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Bounds:
+class ConnectionBounds:
     """How much time clients may take, and how much of the memory."""
 
     head_s: float = 10.0
@@ -264,7 +264,7 @@ _MALFORMED: Final = {
 
 class _Server(web.Server):
     most_connections: int
-    bounds: Bounds
+    bounds: ConnectionBounds
     answer: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
     held: Held[_Protocol]
     _patrol: asyncio.Task[None]
@@ -327,7 +327,7 @@ async def _answer_while_there(request: web.BaseRequest) -> web.StreamResponse:
 
 class _Runner(private_aiohttp.AppRunner):
     most_connections: int
-    bounds: Bounds
+    bounds: ConnectionBounds
 
     def replace_server(self, made: web.Server) -> web.Server:
         """Return a server that keeps its connections within bounds."""
@@ -351,7 +351,7 @@ class _Runner(private_aiohttp.AppRunner):
 
 
 def make_runner(
-    app: web.Application, settings: Settings, most_watched: int, bounds: Bounds | None = None
+    app: web.Application, settings: Settings, most_watched: int, bounds: ConnectionBounds | None = None
 ) -> web.AppRunner:
     """Return aiohttp's runner with our own handling of signals, bodies, errors and time limits.
 
@@ -362,7 +362,7 @@ def make_runner(
         bounds: how much clients may take.
 
     """
-    bounds = bounds or Bounds()
+    bounds = bounds or ConnectionBounds()
     runner = _Runner(
         app,
         handle_signals=False,  # aiohttp's second SIGTERM aborts the drain
