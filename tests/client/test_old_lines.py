@@ -146,6 +146,14 @@ def test_what_is_refused_is_the_old_line_once() -> None:
     assert (counters.sent, counters.dead) == (1, 1)
 
 
+def test_equal_lines_that_are_refused_count_as_often_as_they_stand_there() -> None:
+    """Three equal events of a run that nobody knows were 1 line refused, and 2 changes."""
+    line = old_event()
+    counters, dead = sent(Daemon((200, [])), line, line, line)
+    assert [lines for lines, _, _ in dead] == [[line] * 3]
+    assert (counters.sent, counters.dead, counters.changes) == (3, 3, 0)
+
+
 @pytest.mark.parametrize(
     ("timestamp", "event_id"),
     [("2026-11-30T05:00:00+00:00", "first"), ("2026-11-30T07:00:00", "second"), ("2026-11-29T00:00:00Z", "first")],
