@@ -150,6 +150,10 @@ class Delivery:
         self._counters.aside += left
         self._count(batch, max(len(batch.lines) - left, 0))
 
+    def give_up(self, batch: Batch) -> None:
+        """Count what the daemon has taken of a batch that is not sent again."""
+        self._count(batch, batch.stored + batch.duplicates + batch.events + batch.refused)
+
     def _count(self, batch: Batch, sent: int) -> None:
         counters = self._counters
         counters.sent += sent
