@@ -176,11 +176,11 @@ def test_times_of_every_unit_and_zone_are_read_and_far_ones_reported(
 def test_a_cell_that_cannot_be_read_is_reported_with_its_field(
     tmp_path: Path, name: str, values: Any, fault: str
 ) -> None:
-    ((number, told),) = read(tmp_path, **{"event_id": ["x"], name: values})
+    ((number, reason),) = read(tmp_path, **{"event_id": ["x"], name: values})
     assert number == 1
-    assert isinstance(told, str)
-    assert told.startswith(f"{name}: cannot be read: ")
-    assert fault in told
+    assert isinstance(reason, str)
+    assert reason.startswith(f"{name}: cannot be read: ")
+    assert fault in reason
 
 
 def test_odd_columns_mean_what_they_can_and_unknown_ones_nothing(tmp_path: Path) -> None:
@@ -344,8 +344,8 @@ def test_json_over_many_lines_is_read_and_each_refusal_names_its_own_line(
     def imported(data: bytes, *flags: str) -> tuple[int, list[tuple[int, str]], str | None]:
         (tmp_path / "file").write_bytes(data)
         done = CliRunner().invoke(main, ["import", str(tmp_path / "file"), "--url", url, "--json", *flags])
-        told = json.loads(done.stdout)
-        return told["inserted"], [(each["line"], each["reason"]) for each in told["error_details"]], told["problem"]
+        shown = json.loads(done.stdout)
+        return shown["inserted"], [(each["line"], each["reason"]) for each in shown["error_details"]], shown["problem"]
 
     runs = [make_run(error_summary='a brace } in a "text" \\', context_json={"a": {"b": []}}) for _ in range(3)]
     pretty = json.dumps(runs, indent=2).encode()
