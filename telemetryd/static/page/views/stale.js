@@ -78,9 +78,9 @@ export function show(root, { parameters, signal }) {
           done += answer.reaped;
           more = answer.more;
         }
-        const told = `${counted(done, "run")} cancelled.`;
-        outcome.replaceChildren(h("p", { class: "note" }, told));
-        say(told);
+        const said = `${counted(done, "run")} cancelled.`;
+        outcome.replaceChildren(h("p", { class: "note" }, said));
+        say(said);
       }
     } catch (error) {
       outcome.replaceChildren(error.status === 403 ? forbidden(error.message, age) : problem(error.message));
