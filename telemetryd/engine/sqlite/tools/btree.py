@@ -92,9 +92,10 @@ class TableFile:
             content = os.pread(self._descriptor, self._page_size, (number - 1) * self._page_size)
         except (OSError, OverflowError):  # nothing is there, or the disk cannot read it
             return None
-        if len(content) < self._page_size:
+        if not content:
             return None
-        page = _Page(content, _FILE_HEADER if number == 1 else 0)
+        # SQLite also takes zeros for the rest of a page at which a file was cut off.
+        page = _Page(content.ljust(self._page_size, b"\0"), _FILE_HEADER if number == 1 else 0)
         is_valid = (
             page.kind in (_INTERIOR, _LEAF) and page.count <= (self._page_size - 8) // 6
         )  # as btreeInt.h, MX_CELL

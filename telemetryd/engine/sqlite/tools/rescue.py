@@ -187,10 +187,10 @@ class _Numbered:
             self._table.estimate = sum(cells) + round(mean(cells) * pages)
 
     def _group(self, leaves: list[Leaf]) -> Iterator[list[Row]]:
-        cells = sum(leaf.cells or 0 for leaf in leaves)
+        numbers = [number for leaf in leaves for number in self._file.numbers(leaf)]
         is_sound = all(leaf.cells is not None and not leaf.is_lie for leaf in leaves)
-        rows, is_end = self._scan(leaves[0].low, leaves[-1].high, cells) if is_sound else ([], False)
-        if not is_end or len(rows) != cells:
+        rows, is_end = self._scan(leaves[0].low, leaves[-1].high, len(numbers)) if is_sound else ([], False)
+        if not is_end or [row[0] for row in rows] != numbers:
             rows = [row for leaf in leaves for row in self._leaf(leaf)]
         if rows:
             yield rows
@@ -198,7 +198,8 @@ class _Numbered:
     def _leaf(self, leaf: Leaf) -> Iterable[Row]:
         most = _SLICE if leaf.cells is None else leaf.cells
         rows, is_end = ([], True) if leaf.is_lie else self._scan(leaf.low, leaf.high, most)
-        if is_end and len(rows) == leaf.cells:
+        numbers = self._file.numbers(leaf)
+        if is_end and leaf.cells is not None and [row[0] for row in rows] == numbers:
             return rows
         found = {row[0]: row for row in rows}
         if leaf.cells is None and not is_end:
@@ -208,7 +209,7 @@ class _Numbered:
             return found.values()
         self._tried.update(found)
         self._missing.difference_update(found)
-        for number in self._file.numbers(leaf):
+        for number in numbers:
             if number in self._tried:
                 continue
             self._tried.add(number)
