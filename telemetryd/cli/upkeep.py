@@ -39,10 +39,36 @@ def older_than(text: str, *, required: bool = True) -> Callable[[F], F]:
     return click.option("--older-than", type=DurationType(), required=required, help=f"{text}: 90d, 12h, 30m, 45s, 2w.")
 
 
+class ExactNameType(click.ParamType[str]):
+    """A name, which is no pattern."""
+
+    name = "name"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the name."""
+        try:
+            return requests.exact_name(value)
+        except ValueError as error:
+            self.fail(f"{value!r}: {error}", param, ctx)
+
+
 agent = click.option(
-    "--agent", "agent_name", cls=Renamed, old=("--agent-name",), metavar="NAME", help="Only runs of this agent."
+    "--agent",
+    "agent_name",
+    cls=Renamed,
+    old=("--agent-name",),
+    type=ExactNameType(),
+    metavar="NAME",
+    help="Only runs of this agent; a pattern is refused.",
 )
-job_type = click.option("--job-type", cls=Renamed, old=("--job",), metavar="NAME", help="Only runs of this job type.")
+job_type = click.option(
+    "--job-type",
+    cls=Renamed,
+    old=("--job",),
+    type=ExactNameType(),
+    metavar="NAME",
+    help="Only runs of this job type; a pattern is refused.",
+)
 dry = click.option("--dry-run", is_flag=True, help="Only count.")
 
 
