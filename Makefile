@@ -19,7 +19,7 @@ PYTHONS ?= python3.12 python3.13 python3.14
 # How long the installation for one of them may take, and how long its tests, in seconds.
 PYTHONS_TIMEOUT_S ?= 240
 
-# Much of what a test does is waiting, so there are thrice as many workers as processors (tests/conftest.py). All tests
+# Much of what a test does is waiting, so there are three times as many workers as processors (tests/conftest.py). All tests
 # of a file run in one worker, which starts what they share (a browser, an app) once; the longest files come first.
 PARALLEL := --numprocesses auto --dist loadfile --no-loadscope-reorder
 
@@ -111,7 +111,7 @@ bench-client: $(INSTALLED) ## measure the client: cost of a call, events per sec
 schema: $(INSTALLED) ## write schema/telemetry.sql from migrations/
 	$(BIN)/python -m tests.tools.schema
 
-docs: $(INSTALLED) ## write the generated parts of README.md and .env.example
+docs: $(INSTALLED) ## write the generated parts of README.md, docs/ and .env.example
 	$(BIN)/python -m tests.tools.docs
 
 $(RELEASE_INSTALLED): $(INSTALLED)

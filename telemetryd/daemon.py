@@ -130,8 +130,8 @@ async def serve(loaded: LoadedSettings) -> int:
             signs.cancel()
             notifier.send(STOPPING=1, STATUS="Committing what is queued")
             patience.enter_context(notifier.asking_for_time("Committing what is queued"))
-            is_told = daemon.store.writing.done()
-            if is_told:
+            is_reported = daemon.store.writing.done()
+            if is_reported:
                 log.critical(
                     "The writer has died; exiting, so that the service manager restarts the daemon",
                     exc_info=daemon.store.writing.exception(),
@@ -141,7 +141,7 @@ async def serve(loaded: LoadedSettings) -> int:
     death = daemon.store.writing.exception()
     if death is not None:
         # It may have come only while what was queued was committed.
-        log.critical("Stopped while the database was not usable", exc_info=None if is_told else death)
+        log.critical("Stopped while the database was not usable", exc_info=None if is_reported else death)
         return EXIT_FAILURE
     log.info("Stopped")
     return 0

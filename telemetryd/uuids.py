@@ -16,6 +16,8 @@ _TICKS_PER_MS: Final = 4096
 class TimeOrderedUuids:
     """Makes UUIDs of version 7 (RFC 9562), each greater than the one before, whatever the clock does.
 
+    Those that a signal's handler makes while one is being made are unique, but may be of the same tick.
+
     Rows with such ids go to the end of an index, where random ids each dirty another page of it.
 
     Args:
@@ -38,7 +40,7 @@ class TimeOrderedUuids:
     def __call__(self) -> str:
         """Return the next one, such as 019b5f3c-6d00-7a3f-9c41-0f0d5a7e2b11."""
         with self._lock:
-            # A clock that stands still or goes back is left behind, one tick for each UUID (section 6.2).
+            # If the clock stands still or goes back, each UUID is one tick later than the last (section 6.2).
             ticks = self._last = max(self._clock_ns() * _TICKS_PER_MS // 1_000_000, self._last + 1)
         milliseconds, fraction = divmod(ticks, _TICKS_PER_MS)
         number = milliseconds << 80 | 0x7 << 76 | fraction << 64 | 0b10 << 62 | self._random.getrandbits(62)

@@ -36,7 +36,7 @@ from telemetryd.services.upkeep import Upkeep
 from telemetryd.settings import Settings
 from telemetryd.store import Store
 from telemetryd.web.body import BODIES, Bodies
-from telemetryd.web.connections import Bounds, make_runner
+from telemetryd.web.connections import ConnectionBounds, make_runner
 from tests.tools.forks import popen
 
 # A busy machine is no fault of what is tested.
@@ -84,7 +84,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """Return how many workers `make test` starts: thrice as many as processors, as half of what tests do is waiting."""
+    """Return how many workers `make test` starts: three for each processor, as half of what tests do is waiting."""
     return min(16, 3 * len(os.sched_getaffinity(0)))
 
 
@@ -122,7 +122,7 @@ def make_run(**fields: Any) -> Row:
 class DaemonServer(BaseTestServer):
     """The app behind the daemon's own runner, on a free port."""
 
-    def __init__(self, app: web.Application, settings: Settings, bounds: Bounds | None = None) -> None:
+    def __init__(self, app: web.Application, settings: Settings, bounds: ConnectionBounds | None = None) -> None:
         super().__init__()
         self.app = app
         self._settings = settings
@@ -184,7 +184,9 @@ async def make_api(
     stores: list[Store] = []
     clients: list[Client] = []
 
-    async def make(*, clock: Callable[[], datetime] = utc_now, bounds: Bounds | None = None, **values: Any) -> Api:
+    async def make(
+        *, clock: Callable[[], datetime] = utc_now, bounds: ConnectionBounds | None = None, **values: Any
+    ) -> Api:
         # Two readers are the fewest with two lanes; each of more would cost every test a thread and a connection.
         cheap = {"db_path": tmp_path / "telemetry.sqlite", "db_journal_mode": "WAL", "db_readers": 2}
         settings = Settings(**{**cheap, **values})

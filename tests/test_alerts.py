@@ -59,7 +59,7 @@ from telemetryd.model.rules import (
 )
 from telemetryd.model.values import format_timestamp
 from telemetryd.services.alerting import Alerting
-from telemetryd.services.deliveries import Pace
+from telemetryd.services.deliveries import DeliveryPace
 from tests.conftest import Api, MakeApi, StartDaemon, eventually, make_run
 from tests.tools.process import telemetryd
 
@@ -712,7 +712,7 @@ async def test_a_message_is_sent_until_it_is_confirmed_and_in_order(api: Api, tm
     async with receiving() as receiver:
         receiver.answers = [500, 302, 404]
         rules = load_rules(write_rules(tmp_path, receiver.url))
-        alerting = Alerting(api.store, rules, lambda: now, Pace(0.001, 0.01))
+        alerting = Alerting(api.store, rules, lambda: now, DeliveryPace(0.001, 0.01))
         await api.post(make_run(created_at=at(hours=2), status="success"))
         await alerting.evaluate(rules.rules)
         await alerting.evaluate(rules.rules)
@@ -743,7 +743,7 @@ async def test_one_that_is_never_accepted_keeps_no_other_from_being_delivered(ap
     async with receiving() as receiver:
         receiver.refused = "hugo-poison"
         rules = replace(load_rules(write_rules(tmp_path, receiver.url)), every_s=3600.0)
-        alerting = Alerting(api.store, rules, lambda: now, Pace(0.001, 0.01), given_up.append)
+        alerting = Alerting(api.store, rules, lambda: now, DeliveryPace(0.001, 0.01), given_up.append)
         await evaluate("hugo-poison", heard=2)
         await evaluate("hugo-poison", heard=0)
         await evaluate("hugo-good", heard=2)

@@ -359,7 +359,7 @@ async def test_only_so_many_run_at_once_and_one_that_is_left_makes_room(api: Api
 
 async def test_a_reader_that_is_too_slow_gives_its_place_up(api: Api) -> None:
     assert api.client.app is not None
-    api.client.app[EXPORTER].bounds = streamed.Bounds(patience_s=0.3, least_bytes_per_s=1e9)
+    api.client.app[EXPORTER].bounds = streamed.ExportBounds(patience_s=0.3, least_bytes_per_s=1e9)
     for _ in range(16):
         await api.post(make_run(input_summary=LARGE))
     held = [await api.client.get(PATH, headers=PLAIN) for _ in range(reading(api)._exports.bounds.at_once)]

@@ -17,7 +17,7 @@ from telemetryd.engine.sqlite.readers import Lane
 from telemetryd.engine.sqlite.statements import answers
 from telemetryd.http import METRICS
 from telemetryd.model.queries import ListRuns
-from telemetryd.services.feed import Bounds
+from telemetryd.services.feed import FeedBounds
 from telemetryd.web import connections
 from telemetryd.web.connections import _Server
 from tests.conftest import Api, MakeApi, eventually, make_run, reading
@@ -105,7 +105,7 @@ async def test_bodies_of_pipelined_requests_are_no_heads(api: Api, sizes: list[i
 async def test_when_requests_hold_too_much_those_with_most_of_it_are_cut(
     make_api: MakeApi, caplog: pytest.LogCaptureFixture
 ) -> None:
-    api = await make_api(bounds=connections.Bounds(held_bytes=500_000))
+    api = await make_api(bounds=connections.ConnectionBounds(held_bytes=500_000))
     waiting = feed_of(api)
     async with contextlib.AsyncExitStack() as stack:
         await stack.enter_async_context(sent(api, CHANGES + b"\r\n"))
@@ -126,7 +126,7 @@ async def test_when_requests_hold_too_much_those_with_most_of_it_are_cut(
 
 
 async def test_only_so_many_wait_for_changes(api: Api) -> None:
-    feed_of(api).bounds = Bounds(waits=1)
+    feed_of(api).bounds = FeedBounds(waits=1)
     async with sent(api, CHANGES + b"\r\n"):
         await eventually(lambda: feed_of(api).waits == 1)
         refused = await api.get("/api/v1/changes?wait=60&after=0", 503)

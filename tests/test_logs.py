@@ -22,7 +22,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from telemetryd.ops.logs import JsonLines, LogFormat, LogLevel, ReadableLines, log, logging_to
+from telemetryd.ops.logs import JsonLines, Line, LogFormat, LogLevel, ReadableLines, log, logging_to, write_line
 from tests.conftest import PATIENCE_S, Api, StartDaemon, make_run
 from tests.tools.forks import popen
 
@@ -101,6 +101,35 @@ def test_blanks_stand_between_the_fields_and_nowhere_else(fields: dict[str, obje
     expected = [f"{orjson.dumps(name).decode()}: {orjson.dumps(value).decode()}" for name, value in known.items()]
     expected += [f"{orjson.dumps(name).decode()}: {orjson.dumps(value).decode()}" for name, value in fields.items()]
     assert line == "{" + ", ".join(expected) + "}"
+
+
+@given(
+    st.floats(0, 4e9, allow_nan=False),
+    st.sampled_from([logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR]),
+    st.text(),
+    st.dictionaries(
+        st.text(min_size=1).filter(lambda name: name not in record().__dict__ and name not in ("message", "asctime")),
+        st.text() | st.integers() | st.floats() | st.booleans() | st.none() | st.just(Path("/x")),
+        max_size=5,
+    ),
+)
+def test_a_line_without_a_record_is_the_line_of_its_record(
+    created: float, level: int, message: str, fields: dict[str, object]
+) -> None:
+    line = Line(created, level, message, fields)
+    for formatter in (JsonLines(), ReadableLines()):
+        assert formatter.format_line(line) == formatter.format(line.record())
+
+
+def test_a_line_that_cannot_be_formatted_does_not_end_the_log() -> None:
+    class Unspeakable:
+        def __str__(self) -> str:
+            raise ValueError("no words")
+
+    with written() as lines:
+        write_line(logging.INFO, "Request answered", {"value": Unspeakable()})
+        write_line(logging.INFO, "Request answered", {"value": 1})
+    assert [json.loads(line)["message"] for line in lines] == ["Log line not formatted", "Request answered"]
 
 
 def test_json_gives_everything_back() -> None:

@@ -128,7 +128,7 @@ def test_it_is_said_once_and_in_health(start_daemon: StartDaemon, tmp_path: Path
     said = "Another program has committed to the database; the counts are compared with the runs"
     noticed = daemon.wait_for_line(said)
     assert noticed["level"] == "WARNING"
-    line = daemon.wait_for_line("The counts agree with the runs again; telemetryd check tells what is left over")
+    line = daemon.wait_for_line("The counts agree with the runs again; telemetryd check reports what is left")
     assert line["corrected"] > 0
     health = get(daemon.url, "/health")[1]
     assert (health["status"], health["counts"]["state"]) == ("ok", "right")
@@ -146,7 +146,7 @@ def test_what_was_changed_after_a_crash_is_corrected(start_daemon: StartDaemon, 
     daemon.stop(signal.SIGKILL)
     by_somebody_else(tmp_path / "telemetry.sqlite", "DELETE FROM agent_runs WHERE id > 20")
     again = start_daemon(TELEMETRY_DB_JOURNAL_MODE=mode)
-    line = again.wait_for_line("The counts agree with the runs again; telemetryd check tells what is left over")
+    line = again.wait_for_line("The counts agree with the runs again; telemetryd check reports what is left")
     assert line["corrected"] > 0
     assert get(again.url, "/metrics?format=json")[1]["total_runs"] == 20
     assert get(again.url, "/health")[1]["counts"]["foreign_commit_at"] is None
@@ -185,6 +185,18 @@ async def test_what_was_changed_while_nothing_ran_is_noticed_at_the_start(
     api = await make_api(db_journal_mode=JournalMode(mode))
     assert (await settled(api))["counts"]["corrected"] > 0
     assert wrong_totals(settings.db_path) == 0
+
+
+@pytest.mark.parametrize("modes", [("DELETE", "WAL"), ("WAL", "DELETE")])
+async def test_another_journal_mode_is_no_strangers_commit(
+    tmp_path: Path, modes: tuple[JournalMode, JournalMode]
+) -> None:
+    for mode in modes:
+        settings = Settings(db_path=tmp_path / "telemetry.sqlite", db_journal_mode=mode)
+        store = await Store.open(settings, Metrics())
+        await store.submit(CreateRuns((parse_run(make_run()).row,)))
+        assert store.health().counts["foreign_commit_at"] is None
+        await store.close()
 
 
 @MODES

@@ -19,7 +19,7 @@ from telemetryd.client.lines import Json, encode, is_operation, read_object
 from telemetryd.timestamps import canonical
 
 _NAMES_OF_3X: Final = frozenset({"record_type", "schema_version", "agent_owner"})
-"""Each line of 3.x has the first of these names, or both others; no line of ours has one."""
+"""A line of 3.x has at least one of these names; no line of ours has any."""
 _MARKS: Final = tuple(f'"{name}"'.encode() for name in _NAMES_OF_3X)
 _NEEDED: Final = (*NAMES, "start_time")
 _OTHER_TIMES: Final = ("created_at", "updated_at", "end_time")

@@ -113,7 +113,7 @@ _TOO_MUCH: Final = f"holds more than {MAX_JSON_VALUES} keys and values"
 
 
 def _is_plain(value: dict[str, Any]) -> bool:
-    """Return whether an object is as nearly all are: not many texts, whole numbers, truth values and nulls."""
+    """Return whether an object holds a few values that can be stored, and no list or object; nearly all do."""
     if len(value) > _PLAIN_KEYS:
         return False
     for name, part in value.items():

@@ -1,4 +1,4 @@
-"""Whose a new file is, and how a directory becomes durable."""
+"""Decides who owns a new file, and makes a directory durable."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class Line(NamedTuple):
         return logging.makeLogRecord({**self.fields, **named, **moment, "msg": self.message})
 
 
-def write(level: int, message: str, fields: Mapping[str, Any]) -> None:
+def write_line(level: int, message: str, fields: Mapping[str, Any]) -> None:
     """Log as `log.log(level, message, extra=fields)` does, for a fraction of its time; call it if that level is on.
 
     There is a line for each request, and to make a record takes longer than most of what else is done for one.
@@ -243,7 +243,7 @@ class _Sink(threading.Thread):
         self._stream = stream
         self._backlog = backlog
         self._unwritten = 0
-        self._told = 0
+        self._reported = 0
 
     def run(self) -> None:
         """Write until the closing None arrives."""
@@ -257,8 +257,8 @@ class _Sink(threading.Thread):
             closing = None in batch
             lines = [self._line(entry) for entry in batch if entry is not None]
             dropped = self._backlog.dropped + self._unwritten
-            if dropped > self._told:
-                lines.append(self._line(_dropped_record(dropped - self._told)))
+            if dropped > self._reported:
+                lines.append(self._line(_dropped_record(dropped - self._reported)))
             try:
                 self._stream.write("".join(f"{line}\n" for line in lines))
                 self._stream.flush()
@@ -266,17 +266,13 @@ class _Sink(threading.Thread):
                 # Nobody reads the log any more (a closed pipe, a full disk): answering matters more.
                 self._unwritten += len(batch)
             else:
-                self._told = dropped
+                self._reported = dropped
 
     def _line(self, entry: Line | logging.LogRecord) -> str:
-        if isinstance(entry, Line):
-            return self._formatter.format_line(entry)
-        return self._formatted(entry)
-
-    def _formatted(self, record: logging.LogRecord) -> str:
         try:
-            return self._formatter.format(record)
+            return self._formatter.format_line(entry) if isinstance(entry, Line) else self._formatter.format(entry)
         except Exception as error:  # noqa: BLE001 - one bad call of a library's must not end all logging
+            record = entry.record() if isinstance(entry, Line) else entry
             bad = {"name": record.name, "levelno": logging.ERROR, "levelname": "ERROR", "msg": "Log line not formatted"}
             about = {"error_type": type(error).__name__, "error_message": str(error), "template": str(record.msg)}
             return self._formatter.format(logging.makeLogRecord({**bad, **about}))
@@ -313,8 +309,7 @@ def logging_to(stream: TextIO, level: LogLevel, form: LogFormat) -> Iterator[Non
     root.handlers[:] = [backlog]
     root.setLevel(level.value)
     logging.captureWarnings(True)
-    for noisy in ("aiosqlite", "asyncio"):
-        logging.getLogger(noisy).setLevel(max(logging.INFO, logging.getLevelName(level.value)))
+    logging.getLogger("asyncio").setLevel(max(logging.INFO, logging.getLevelName(level.value)))
     sink.start()
     try:
         yield

@@ -17,7 +17,7 @@ from telemetryd.model.rules import Regression, Rule, Rules
 from telemetryd.model.values import format_timestamp, utc_now
 from telemetryd.ops.logs import log
 from telemetryd.services import webhooks
-from telemetryd.services.deliveries import Outbox, Pace
+from telemetryd.services.deliveries import DeliveryPace, Outbox
 from telemetryd.store import Store
 
 _AT_ONCE: Final = 50
@@ -42,13 +42,13 @@ class Alerting:
         store: Store,
         rules: Rules,
         clock: Callable[[], datetime] = utc_now,
-        pace: Pace | None = None,
+        pace: DeliveryPace | None = None,
         given_up: Callable[[int], None] = lambda _: None,
         *,
         rest: int = 100,
     ) -> None:
         self._store, self._rules, self._clock, self._given_up, self._rest = store, rules, clock, given_up, rest
-        self._pace = pace or Pace()
+        self._pace = pace or DeliveryPace()
         self._outboxes = {
             webhook.name: Outbox(store, webhook, clock=clock, pace=self._pace, given_up=given_up)
             for webhook in rules.webhooks

@@ -26,7 +26,7 @@ _GIVE_UP_AFTER: Final = timedelta(hours=24)
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
+class DeliveryPace:
     """How long to wait before a message is sent again: twice as long each time, up to a bound, less a random part."""
 
     first_s: float = 1.0
@@ -69,7 +69,7 @@ class Outbox:
         webhook: Webhook,
         *,
         clock: Callable[[], datetime],
-        pace: Pace,
+        pace: DeliveryPace,
         given_up: Callable[[int], None],
     ) -> None:
         self._store, self._webhook, self._clock, self._pace, self._given_up = store, webhook, clock, pace, given_up

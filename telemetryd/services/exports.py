@@ -21,7 +21,7 @@ from telemetryd.web.middleware import leaving
 
 
 @dataclass(frozen=True, slots=True)
-class Bounds:
+class ExportBounds:
     """How long a client may take for a chunk; one that takes longer is disconnected."""
 
     patience_s: float = 60.0
@@ -48,9 +48,9 @@ class Exporter:
 
     """
 
-    def __init__(self, store: Store, bounds: Bounds | None = None) -> None:
+    def __init__(self, store: Store, bounds: ExportBounds | None = None) -> None:
         self._store = store
-        self.bounds = bounds or Bounds()
+        self.bounds = bounds or ExportBounds()
 
     async def describe(self, request: web.Request, query: ExportRuns) -> web.StreamResponse:
         """Answer a HEAD: the headers of an export, for which nothing is copied; the runs are counted instead.

@@ -32,7 +32,7 @@ RETRY: Final = b"retry: 2000\n"
 
 
 @dataclass(frozen=True, slots=True)
-class Bounds:
+class FeedBounds:
     """How much a feed does and holds at most."""
 
     subscribers: int = 2_000
@@ -50,8 +50,8 @@ class Bounds:
 class Feed:
     """Knows how far the commits have got, and every request and stream that waits for the next one."""
 
-    def __init__(self, store: Store, metrics: Metrics, bounds: Bounds | None = None) -> None:
-        self.bounds = bounds or Bounds()
+    def __init__(self, store: Store, metrics: Metrics, bounds: FeedBounds | None = None) -> None:
+        self.bounds = bounds or FeedBounds()
         self._store = store
         self._news = asyncio.Event()
         self._polling = asyncio.Lock()

@@ -37,7 +37,7 @@ NDJSON_TYPES: Final = ("application/x-ndjson", "application/ndjson", "applicatio
 
 
 @dataclass(frozen=True, slots=True)
-class Bounds:
+class BodyBounds:
     """How much bodies may take, besides their size."""
 
     silence_s: float = 30.0
@@ -127,9 +127,9 @@ class Bodies:
 
     """
 
-    def __init__(self, limit: int, bounds: Bounds | None = None) -> None:
+    def __init__(self, limit: int, bounds: BodyBounds | None = None) -> None:
         self._limit = limit
-        self.bounds = bounds or Bounds()
+        self.bounds = bounds or BodyBounds()
         self._held = 0
 
     @asynccontextmanager
@@ -139,7 +139,7 @@ class Bodies:
         Raises:
             BodyTooLargeError: as soon as the encoded or the decoded bytes pass the limit.
             InvalidRequestError: if the bytes are not in the coding that the request names.
-            SlowBodyError: if it pauses for too long, or brings too little in its time (`Bounds`).
+            SlowBodyError: if it pauses for too long, or brings too little in its time (`BodyBounds`).
             TooManyBodiesError: if others take all the room.
             UnsupportedBodyError: if the coding is not known.
 

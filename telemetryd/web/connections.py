@@ -35,7 +35,7 @@ _DESCRIPTORS_PER_READER: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Bounds:
+class ConnectionBounds:
     """How much time clients may take, and how much of the memory."""
 
     head_s: float = 10.0
@@ -95,19 +95,21 @@ class _Protocol(RequestHandler):
     aiohttp alone lets a head take as long as a connection may rest, and an unread answer for ever.
     """
 
-    asking_since: float | None = None
-    """Since when a head is awaited that has begun, or is the connection's first."""
-    unsent: tuple[int, float] = (0, 0.0)
-    """How much of the answer waited for the client when the patrol last saw a change, and when that was."""
-    _answer: _Pieces | None = None
-    _answering: asyncio.Task[Any] | None = None
-    """What answers a request that changes nothing: it is of no use to anybody once the client has left."""
-    _left: asyncio.Future[None] | None = None
-    _refused: bool = False
+    # There may be ten thousand of them.
+    __slots__ = ("_answer", "_answering", "_heads", "_left", "_refused", "_server", "asking_since", "unsent")
 
     def __init__(self, server: _Server, **details: Any) -> None:
         super().__init__(server, **details)
         self._server = server
+        self.asking_since: float | None = None
+        """Since when a head is awaited that has begun, or is the connection's first."""
+        self.unsent: tuple[int, float] = (0, 0.0)
+        """How much of the answer waited for the client when the patrol last saw a change, and when that was."""
+        self._answer: _Pieces | None = None
+        self._answering: asyncio.Task[Any] | None = None
+        """What answers a request that changes nothing: it is of no use to anybody once the client has left."""
+        self._left: asyncio.Future[None] | None = None
+        self._refused = False
         self._heads: Parser | None = None
         self._begin_to_parse()
 
@@ -210,12 +212,12 @@ class _Protocol(RequestHandler):
             sent = await super().finish_response(request, resp, start_time)
             await self._let_go()
             return sent
-        if (
-            not isinstance(resp, web.Response)
-            or not isinstance(body := resp.body, bytes | bytearray)
-            or len(body) < self._server.bounds.large_bytes
-        ):
+        if not isinstance(resp, web.Response):
             return await super().finish_response(request, resp, start_time)
+        if not isinstance(body := resp.body, bytes | bytearray) or len(body) < self._server.bounds.large_bytes:
+            sent = await super().finish_response(request, resp, start_time)
+            resp.body = None  # aiohttp keeps the answer until the connection's next request
+            return sent
         resp.body = self._answer = _Pieces(bytes(body), resp.headers.get(hdrs.CONTENT_ENCODING))
         del body  # a handler that does not read it would keep it here
         self._server.bound_unread()
@@ -262,7 +264,7 @@ _MALFORMED: Final = {
 
 class _Server(web.Server):
     most_connections: int
-    bounds: Bounds
+    bounds: ConnectionBounds
     answer: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
     held: Held[_Protocol]
     _patrol: asyncio.Task[None]
@@ -325,7 +327,7 @@ async def _answer_while_there(request: web.BaseRequest) -> web.StreamResponse:
 
 class _Runner(private_aiohttp.AppRunner):
     most_connections: int
-    bounds: Bounds
+    bounds: ConnectionBounds
 
     def replace_server(self, made: web.Server) -> web.Server:
         """Return a server that keeps its connections within bounds."""
@@ -349,7 +351,7 @@ class _Runner(private_aiohttp.AppRunner):
 
 
 def make_runner(
-    app: web.Application, settings: Settings, most_watched: int, bounds: Bounds | None = None
+    app: web.Application, settings: Settings, most_watched: int, bounds: ConnectionBounds | None = None
 ) -> web.AppRunner:
     """Return aiohttp's runner with our own handling of signals, bodies, errors and time limits.
 
@@ -360,7 +362,7 @@ def make_runner(
         bounds: how much clients may take.
 
     """
-    bounds = bounds or Bounds()
+    bounds = bounds or ConnectionBounds()
     runner = _Runner(
         app,
         handle_signals=False,  # aiohttp's second SIGTERM aborts the drain

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Hashable, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
@@ -75,6 +74,8 @@ class Held(Generic[H]):
 class Parser(HttpRequestParser):
     """aiohttp's parser, which knows how much of heads it holds."""
 
+    __slots__ = ("_asked", "_body", "_current", "_unfinished", "has_refused")
+
     def __init__(self, protocol: BaseProtocol, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(
             protocol,
@@ -89,8 +90,8 @@ class Parser(HttpRequestParser):
         self._body: StreamReader | None = None
         self._unfinished = 0
         """How many bytes have come of a head that has not ended."""
-        self._asked: deque[int] = deque()
-        """What the heads hold whose turn has not come."""
+        self._asked: list[int] = []
+        """What the heads hold whose turn has not come; they are few, and an empty deque takes ten times as much."""
         self._current = 0
 
     @property
@@ -102,7 +103,7 @@ class Parser(HttpRequestParser):
         """Take note that the next request is being answered."""
         super().message_consumed()
         if self._asked:
-            self._current = self._asked.popleft()
+            self._current = self._asked.pop(0)
 
     def feed_data(self, data: bytes, *_: Any) -> Any:
         """Parse what has come in.

@@ -211,4 +211,4 @@ def _log(
     if status == 500 and not isinstance(problem, CommandFailedError):
         log.log(level, message, extra=fields, exc_info=problem)
     else:
-        logs.write(level, message, fields)
+        logs.write_line(level, message, fields)

@@ -19,7 +19,7 @@ import pytest
 from yarl import URL
 
 from telemetryd.web import body
-from telemetryd.web.connections import Bounds
+from telemetryd.web.connections import ConnectionBounds
 from tests.conftest import Daemon, MakeApi, StartDaemon, bodies_of, eventually, make_run, wait_until
 from tests.faults.conftest import Rounds
 from tests.faults.ledger import Ledger
@@ -113,8 +113,8 @@ SLOW = (silent, crawling_head, crawling_second_head, crawling_body, halting_body
 
 @pytest.mark.parametrize("client", SLOW)
 async def test_a_slow_client_is_cut_off(make_api: MakeApi, client: Callable[[Open], Coroutine[Any, Any, None]]) -> None:
-    api = await make_api(bounds=Bounds(head_s=0.5, deaf_s=1.0, linger_s=0.5, patrol_every_s=0.1))
-    bodies_of(api).bounds = body.Bounds(silence_s=0.5)
+    api = await make_api(bounds=ConnectionBounds(head_s=0.5, deaf_s=1.0, linger_s=0.5, patrol_every_s=0.1))
+    bodies_of(api).bounds = body.BodyBounds(silence_s=0.5)
     for _ in range(12):
         await api.post(make_run(error_details="x" * 1_000_000))
 
@@ -132,10 +132,12 @@ async def test_a_slow_client_is_cut_off(make_api: MakeApi, client: Callable[[Ope
 
 @pytest.mark.parametrize(
     "look",
-    [Bounds(patrol_every_s=0.1, large_bytes=1 << 40), Bounds(patrol_every_s=1000)],
+    [ConnectionBounds(patrol_every_s=0.1, large_bytes=1 << 40), ConnectionBounds(patrol_every_s=1000)],
     ids=["at the patrol", "when it is written"],
 )
-async def test_those_who_leave_most_unread_are_cut_off_when_it_is_too_much(make_api: MakeApi, look: Bounds) -> None:
+async def test_those_who_leave_most_unread_are_cut_off_when_it_is_too_much(
+    make_api: MakeApi, look: ConnectionBounds
+) -> None:
     api = await make_api(bounds=replace(look, unread_bytes=15_000_000))
     for _ in range(12):
         await api.post(make_run(error_details="x" * 1_000_000))
@@ -161,7 +163,9 @@ async def test_those_who_leave_most_unread_are_cut_off_when_it_is_too_much(make_
 async def test_a_patient_reader_and_a_resting_connection_are_left_alone(
     make_api: MakeApi,
 ) -> None:
-    api = await make_api(bounds=Bounds(head_s=0.3, deaf_s=1.5, patrol_every_s=0.1))  # it takes two seconds, or more
+    api = await make_api(
+        bounds=ConnectionBounds(head_s=0.3, deaf_s=1.5, patrol_every_s=0.1)
+    )  # it takes two seconds, or more
     for _ in range(12):
         await api.post(make_run(error_details="x" * 1_000_000))
     assert api.client.port is not None

@@ -120,15 +120,15 @@ class LogWatch:
         self._is_reading = is_reading
         self._asked: asyncio.Future[int] | None = None
         self._was_kept = False
-        self._told = False
+        self._is_reported = False
 
     def look(self, size: int) -> None:
         """Take in the size of the log; call it again and again."""
         if size <= self._longest:
-            if self._told:
+            if self._is_reported:
                 log.info("The write-ahead log is short again", extra={"wal_bytes": size})
-            self._was_kept = self._told = False
-        elif not self._told:
+            self._was_kept = self._is_reported = False
+        elif not self._is_reported:
             if self._asked is None:
                 self._asked = self._measure()
             elif self._asked.done():  # if not, a write of our own is at work
@@ -142,5 +142,5 @@ class LogWatch:
             log.warning(
                 f"The write-ahead log grows: {holder} holds a snapshot of the database", extra={"wal_bytes": size}
             )
-            self._told = True
+            self._is_reported = True
         self._was_kept = is_kept

@@ -64,6 +64,7 @@ async def open_sqlite(
         ownership.acquire(create=True)
         undo.callback(ownership.release)
         after_crash = ownership.was_dropped or is_unfinished(path)
+        was_changed = ownership.was_changed  # before we change it: opening may set another journal mode
         opened = await Opened.open(settings, clock, may_create=True, after_crash=after_crash)
         undo.push_async_callback(opened.close)
         if full_text is not None:
@@ -72,7 +73,7 @@ async def open_sqlite(
         await opened.connection.run(recount.start)
         if after_crash:
             await opened.connection.run(recount.compare_anyway)
-        elif ownership.was_changed:
+        elif was_changed:
             recount.notice()
         undo.pop_all()
     database = _Database(settings, opened=opened, ownership=ownership, recount=recount, metrics=metrics, clock=clock)
@@ -418,7 +419,7 @@ class Reading:
         return Introduction({"sqlite_version": sqlite3.sqlite_version}, warnings)
 
     def health(self) -> EngineHealth:
-        """Return the state of the database, as of the last look."""
+        """Return the state of the database at the last look."""
         description = {
             "db_path": str(self._path),
             "journal_mode": self._modes.journal_mode,

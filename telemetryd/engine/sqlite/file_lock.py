@@ -152,7 +152,7 @@ def _write(descriptor: int, text: bytes) -> None:
 def holder_of(descriptor: int) -> str:
     """Say who holds a lock: what its file says counts only if that process holds it, seen from here.
 
-    In another PID namespace, as of another container, the PID in the file is that of another process.
+    In another PID namespace, such as that of another container, the PID in the file is that of another process.
     """
     status = os.fstat(descriptor)
     device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     import aiosqlite
 
 T = TypeVar("T")
+
+logging.getLogger("aiosqlite").setLevel(logging.INFO)  # at DEBUG it logs each call, with all its values
 
 
 def put(

@@ -82,7 +82,7 @@ class Recount:
         self._clock = clock
         self._tally = Tally()
         self._version: int | None = None
-        self._noticed = self._told = self._compared = 0
+        self._noticed = self._reported = self._compared = 0
         self._noticed_at: datetime | None = None
         self._corrected = 0
         self._has_to_keep = self._has_forgotten = False
@@ -117,8 +117,8 @@ class Recount:
 
     async def _compare(self, writer: _Writer) -> None:
         seen = self._noticed
-        if self._told == self._compared and self._noticed_at is not None:
-            self._told = seen
+        if self._reported == self._compared and self._noticed_at is not None:
+            self._reported = seen
             log.warning(
                 "Another program has committed to the database; the counts are compared with the runs",
                 extra={"noticed_at": format_timestamp(self._noticed_at)},
@@ -144,10 +144,10 @@ class Recount:
             "duration_ms": round((time.monotonic() - started) * 1000),
         }
         if found.corrected or found.strays:
-            log.warning("The counts agree with the runs again; telemetryd check tells what is left over", extra=shown)
+            log.warning("The counts agree with the runs again; telemetryd check reports what is left", extra=shown)
         else:
             log.info("The counts agree with the runs", extra=shown)
-        self._compared = self._told = seen
+        self._compared = self._reported = seen
 
     # Below this line everything runs in the connection's thread.
 
