@@ -18,7 +18,7 @@ from typing import Any, Final
 from urllib.parse import urlencode, urlsplit
 
 from telemetryd.client import Client
-from telemetryd.client.config import DEFAULT_URL, url_of_port
+from telemetryd.client.config import DEFAULT_URL
 from telemetryd.client.context import timestamp
 from telemetryd.client.intake import MAX_NAME
 from telemetryd.client.lines import encode
@@ -82,10 +82,7 @@ class TelemetryConfig:
             metrics_dir=base,
             database_path=Path(environment.get("TELEMETRY_DB_PATH", base / "db" / "telemetry.sqlite")),
             ndjson_dir=Path(environment.get("TELEMETRY_NDJSON_DIR", base / "raw")),
-            api_url=environment.get("TELEMETRY_API_URL")
-            or environment.get("METRICS_API_URL")
-            or url_of_port(environment.get("TELEMETRY_API_PORT", ""))
-            or DEFAULT_URL,
+            api_url=environment.get("TELEMETRY_API_URL") or environment.get("METRICS_API_URL") or DEFAULT_URL,
             agent_owner=environment.get("AGENT_OWNER"),
             test_mode=environment.get("TELEMETRY_TEST_MODE"),
             buffer_dir=None if buffer is None else Path(buffer),

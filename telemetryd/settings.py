@@ -320,6 +320,8 @@ class LoadedSettings:
     settings: Settings
     origins: Mapping[str, Origin]
     remarks: tuple[str, ...]
+    unread: tuple[str, ...] = ()
+    """What of the `.env` file could not be read, if that does not matter."""
 
     def shown(self) -> dict[str, dict[str, Any]]:
         """Return variable → value and origin, with absolute paths and the token masked."""
@@ -381,7 +383,7 @@ def load(
     noted = _remarks(settings, {**file.values, **variables})
     if old_level is not None and "log_level" not in given:
         noted.append(f"LOG_LEVEL={old_level.value!r:.50} is no level of telemetryd and has no effect")
-    return LoadedSettings(settings, origins, tuple(noted))
+    return LoadedSettings(settings, origins, tuple(noted), file.problems)
 
 
 @dataclass(frozen=True, slots=True)

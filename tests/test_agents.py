@@ -350,6 +350,11 @@ def test_what_the_replaced_client_has_left_is_taken_over(daemon: Daemon, tmp_pat
     (buffer / "telemetry_20261130_060000.jsonl.synced").write_bytes(first.read_bytes())  # its name is taken
     assert "2 files to be sent, 3 lines, " in telemetryd("sync", "--take-over", "--dry-run", **there).stdout
     assert states(buffer) == {".ready": 1, ".active": 1, ".synced": 1}
+    again = left_open.with_suffix(".ready")  # a file that is called so twice has the lines of both
+    again.write_bytes(left_open.read_bytes() * 2)
+    shown = json.loads(telemetryd("sync", "--take-over", "--dry-run", "--json", **there).stdout)
+    assert [each["left"] for each in shown["files"]] == [2, 3]
+    again.unlink()
     shown = json.loads(telemetryd("sync", "--take-over", "--json", **there).stdout)
     assert accounts(shown, "sent", "stored", "changes") == [
         ("telemetry_20261130_044913.jsonl", 2, 1, 1), ("telemetry_20261130_060000-1.jsonl", 1, 1, 0), (3, 2, 1),

@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -108,8 +109,12 @@ def test_no_dead_letters_are_no_fault(tmp_path: Path) -> None:
         telemetryd("dead-letters", "list", "--buffer-dir", tmp_path).stdout
         == f"There is no dead letter in {tmp_path}\n"
     )
-    done = telemetryd("dead-letters", "list", "--buffer-dir", tmp_path, "--json", TELEMETRY_API_PORT="0")
+    none = str(tmp_path / "none")
+    wrong: dict[str, Any] = {"TELEMETRY_API_PORT": "0", "TELEMETRY_TIMEOUT_S": "x"}
+    wrong |= dict.fromkeys(("TELEMETRY_API_URL", "TELEMETRY_API_AUTH_TOKEN_FILE", "TELEMETRY_API_CA_FILE"), none)
+    done = telemetryd("dead-letters", "list", "--buffer-dir", tmp_path, "--json", **wrong)
     assert done.stdout == "[]\n"
+    assert telemetryd("sync", "--dry-run", "--buffer-dir", tmp_path, **wrong).stdout.startswith("Nothing is left")
 
 
 def test_a_letter_that_comes_while_its_file_is_closed_is_not_lost(

@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import os
+import re
 import tracemalloc
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ import pytest
 from click.testing import CliRunner
 
 from telemetryd.cli import main, stream
+from telemetryd.cli.documents import is_document, read_document
 from telemetryd.cli.files import read_lines
 from telemetryd.errors import UnavailableError
 from telemetryd.model import tables
@@ -174,11 +176,11 @@ def test_times_of_every_unit_and_zone_are_read_and_far_ones_reported(
 def test_a_cell_that_cannot_be_read_is_reported_with_its_field(
     tmp_path: Path, name: str, values: Any, fault: str
 ) -> None:
-    ((number, told),) = read(tmp_path, **{"event_id": ["x"], name: values})
+    ((number, reason),) = read(tmp_path, **{"event_id": ["x"], name: values})
     assert number == 1
-    assert isinstance(told, str)
-    assert told.startswith(f"{name}: cannot be read: ")
-    assert fault in told
+    assert isinstance(reason, str)
+    assert reason.startswith(f"{name}: cannot be read: ")
+    assert fault in reason
 
 
 def test_odd_columns_mean_what_they_can_and_unknown_ones_nothing(tmp_path: Path) -> None:
@@ -290,6 +292,49 @@ def test_a_file_in_no_form_of_runs_is_refused_with_what_it_seems_to_be(
     assert get(url, "/api/v1/runs")[1] == []
 
 
+MALFORMED = [
+    (b'[{"a": 1},', 1, "ends in line 1, where an object is expected"),
+    (b'[{"a": 1}\n\n', 1, "ends in line 3, where a comma or the end of the array is expected"),
+    (b"[", 0, "ends in line 1, where an object is expected"),
+    (b'[{"a": 1},\n]', 1, "In line 2 stands b']' where an object is expected"),
+    (b'[{"a": 1}\n{"a": 2}]', 1, "In line 2 stands b'{\"a\":' where a comma"),
+    (b'[{"a": 1},,{"a": 2}]', 1, "In line 1 stands b',{\"a\":' where an object"),
+    (b'{\n"a": 1},\n{"a": 2}', 1, "In line 2 stands b',' where an object"),
+    (b'{\n"a": [1}\n]}', 0, "In line 2 stands b'}' where another bracket"),
+    (b'{\n"a": "one\ntwo"}', 0, "In line 2 begins a text that does not end, or holds a line break"),
+    (b'[{"a": "cut', 0, "In line 1 begins a text that does not end"),
+    (b'{"a": 1,\n"runs": [{"a": 1}]', 1, "around the array, which ends in line 2, is no JSON"),
+    (b'{"runs": [{"a": 1}]}\n{"a": 2}', 1, "around the array, which ends in line 1, is no JSON"),
+    (b'[{"a": 1}]\n[{"a": 2}]', 1, "In line 2 stands b'[{\"a\":' where the end of the file"),
+    (b"[1]", 0, "In line 1 stands b'1]' where an object is expected"),
+    (b'{\n"a": 1}\n]', 1, "In line 3 stands b']' where an object is expected"),
+]
+
+
+@pytest.mark.parametrize(("data", "whole", "fault"), MALFORMED)
+def test_a_malformed_document_fails_with_its_line_after_the_objects_before(data: bytes, whole: int, fault: str) -> None:
+    """A download that was cut off after a comma was imported without a word."""
+    assert is_document(data)
+    objects = read_document(io.BytesIO(data), MIB)
+    for _ in range(whole):
+        assert next(objects)[1].startswith(b"{")
+    with pytest.raises(OSError, match=re.escape(fault)):
+        next(objects)
+
+
+def test_an_object_over_many_lines_means_the_same_on_one() -> None:
+    """Lines were joined without a blank: 1, line break, 2 was read as 12."""
+    data = b'{\r\n"a": 1\r\n2,\n"b": "\\" ]"\n}\n{"a"\n:\n1}'
+    assert [*read_document(io.BytesIO(data), MIB)] == [(1, b'{  "a": 1  2, "b": "\\" ]" }'), (6, b'{"a" : 1}')]
+
+
+def test_only_a_first_line_that_is_no_whole_value_begins_a_document() -> None:
+    for begun in (b'{"runs": [{"event_id"', b' [\n{"a"', b'{"a": {\n', b'{"a": 1,\n'):
+        assert is_document(begun)
+    for line in (b'{"a": "[{"}\n', b'{"a": "torn\n{"runs": [1]}', b'{"a": [1]}\n{"runs": []}\n', b'{"a": {"runs": [1'):
+        assert not is_document(line)
+
+
 def test_json_over_many_lines_is_read_and_each_refusal_names_its_own_line(
     start_daemon: StartDaemon, tmp_path: Path
 ) -> None:
@@ -299,8 +344,8 @@ def test_json_over_many_lines_is_read_and_each_refusal_names_its_own_line(
     def imported(data: bytes, *flags: str) -> tuple[int, list[tuple[int, str]], str | None]:
         (tmp_path / "file").write_bytes(data)
         done = CliRunner().invoke(main, ["import", str(tmp_path / "file"), "--url", url, "--json", *flags])
-        told = json.loads(done.stdout)
-        return told["inserted"], [(each["line"], each["reason"]) for each in told["error_details"]], told["problem"]
+        shown = json.loads(done.stdout)
+        return shown["inserted"], [(each["line"], each["reason"]) for each in shown["error_details"]], shown["problem"]
 
     runs = [make_run(error_summary='a brace } in a "text" \\', context_json={"a": {"b": []}}) for _ in range(3)]
     pretty = json.dumps(runs, indent=2).encode()
@@ -316,8 +361,15 @@ def test_json_over_many_lines_is_read_and_each_refusal_names_its_own_line(
     assert (inserted, [line for line, _ in refused]) == (1, [2, 2 + sum(lengths)])
     assert "The object that begins in line 2 does not end" in str(imported(b'[\n{"event_id":\n')[2])
     cut = json.dumps([make_run()], indent=1).encode() + b"\n\n oops,\n{}]"
-    assert "In line 11 stands b'oops,' where an object is expected" in str(imported(cut)[2])
+    assert "In line 11 stands b'oops,' where the end of the file is expected" in str(imported(cut)[2])
     assert "longer than 1 MiB" in str(imported(b"[" + b" " * MIB + b"]", "--longest-line", "1")[2])
+
+    wrapped = {"total": 2, "runs": [make_run(error_summary="[}"), make_run()], "next": {"runs": [1]}}
+    assert imported(json.dumps(wrapped).encode()) == (2, [], None)
+    wrapped["runs"] = [make_run(), make_run()]
+    assert imported(json.dumps(wrapped, indent=4).replace("    ", "", 1).encode()) == (2, [], None)
+    loose = json.dumps(make_run(), indent=1).replace("{\n", '{ "retries": 0,\n', 1)  # begins with more than a brace
+    assert imported(loose.encode()) == (1, [], None)
 
     lines = [json.dumps(run).encode() if run else b"" for run in (bad, make_run(), bad, None, bad)]
     assert [line for line, _ in imported(b"\n".join(lines))[1]] == [1, 3, 5]

@@ -123,15 +123,23 @@ def test_flags_win_over_the_environment_and_a_named_database_over_its_address(mo
 
 
 def test_the_port_of_the_daemons_settings_counts_for_commands_and_the_client(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`TELEMETRY_API_PORT=9100 make run`, and then `telemetryd demo`, which filled another daemon."""
     monkeypatch.chdir(tmp_path)
     Path(".env").write_text("TELEMETRY_API_PORT=9200\n")
     assert (Where().config().url, Config.load().url) == ("http://localhost:9200", "http://localhost:8765")
     monkeypatch.setenv("TELEMETRY_API_PORT", "9100")
-    for config in (Where().config(), Config.load(), TelemetryConfig.from_env()):
-        assert "http://localhost:9100" in (getattr(config, "url", None), getattr(config, "api_url", None))
+    assert (Where().config().url, Config.load().url) == ("http://localhost:9100",) * 2
+    assert TelemetryConfig.from_env().api_url == "http://localhost:8765"  # as with 3.x, whatever a shared .env holds
+    monkeypatch.delenv("TELEMETRY_API_PORT")
+    Path(".env").write_bytes(b"NAME=caf\xe9\nTELEMETRY_API_PORT=9200\n")
+    assert Where().config().url == "http://localhost:8765"
+    warning = ".env: is not UTF-8 text (byte 9 cannot be); if TELEMETRY_API_PORT stands there, it is not used"
+    assert capsys.readouterr().err == f"telemetryd: {warning}\n"
+    monkeypatch.setenv("TELEMETRY_API_PORT", "9100")
+    assert Where().config().url == "http://localhost:9100"
+    assert not capsys.readouterr().err
     monkeypatch.setenv("METRICS_API_URL", "http://elsewhere")
     assert (Where().config().url, Config.load().url) == ("http://elsewhere", "http://elsewhere")
     monkeypatch.delenv("METRICS_API_URL")
@@ -219,13 +227,13 @@ def test_the_daemon_is_reached_by_its_socket_next_to_the_database(start_daemon: 
     (tmp_path / "link.sqlite").symlink_to(daemon.database)
     asked = telemetryd("prune", "--older-than", "90d", "--dry-run", "--db-path", tmp_path / "link.sqlite")
     assert asked.stderr == f"telemetryd: works on the daemon at {unix_url(own)}\n"
-    assert asked.stdout.startswith("[DRY RUN] 1 runs ")
+    assert asked.stdout.startswith("[DRY RUN] 1 run ")
     assert telemetryd("reap", "--older-than", "1d", TELEMETRY_DB_PATH=str(daemon.database)).stderr == asked.stderr
     # A database that is named wins over the address in the environment, a daemon that is named needs no database.
     nobody = "http://127.0.0.1:1"
     assert telemetryd(
         "prune", "--older-than", "90d", "--db-path", daemon.database, TELEMETRY_API_URL=nobody
-    ).stdout.startswith("1 runs ")
+    ).stdout.startswith("1 run ")
     assert telemetryd("stats", "--unix", own, cwd=Path("/")).stdout.startswith("No runs were created")
     assert daemon.stop() == 0
     assert not own.exists()
@@ -363,6 +371,7 @@ def test_a_socket_that_is_not_there_is_not_waited_for(tmp_path: Path) -> None:
         ("export", "-", "--retry-for", "600"),
         ("import", "run.jsonl", "--retry-for", "600"),
         ("dead-letters", "retry", "--all", "--buffer-dir", "buffer", "--retry-for", "600"),
+        ("sync", "--buffer-dir", "buffer", "--retry-for", "600"),
     ):
         done = telemetryd(*command, "--url", missing, cwd=tmp_path, status=1)
         assert f"There is no Unix socket {tmp_path / 'none.sock'}: no daemon runs" in done.stderr.splitlines()[-1]
@@ -387,6 +396,31 @@ def test_files_are_sent_to_nobody_else(tmp_path: Path) -> None:
                 (line,) = fails(url, tmp_path, (*command, "--retry-for", "0"))
                 assert "Something that is not telemetryd answered" in line, line
     assert (tmp_path / "buffer" / "old.jsonl.ready").exists()
+
+
+def test_what_was_stored_before_a_command_gave_up_is_counted(tmp_path: Path) -> None:
+    """Nothing was counted of a batch that went wrong halfway, though its runs were stored."""
+    run = make_run()
+    event = {"op": "event", "event_id": run["event_id"], "event": {"event_type": "step"}}
+    (tmp_path / "buffer").mkdir()
+    text = f"{json.dumps(run)}\n{json.dumps(event)}\n"
+    for path in (tmp_path / "run.jsonl", tmp_path / "buffer" / "x.jsonl.ready"):
+        path.write_text(text)
+    taken = json.dumps({"inserted": 1, "duplicates": 0, "errors": [], "total": 1}).encode()
+
+    def answer(request: BaseHTTPRequestHandler) -> tuple[int, dict[str, str], bytes]:
+        is_batch = request.path.endswith("/batch")
+        return 200 if is_batch else 503, {"Telemetry-Server": "telemetryd/4"}, taken if is_batch else b"{}"
+
+    with server(answer) as url:
+        for command, name in (
+            (("import", "run.jsonl"), "inserted"),
+            (("replay", "run.jsonl"), "stored"),
+            (("sync", "--buffer-dir", "buffer"), "stored"),
+        ):
+            done = telemetryd(*command, "--url", url, "--retry-for", "0", "--json", cwd=tmp_path, status=1)
+            shown = json.loads(done.stdout)
+            assert (shown[name], shown["events"], "503" in shown["problem"]) == (1, 0, True), command
 
 
 def test_redirects_are_not_followed(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from telemetryd.client.streams import unsent_lines
 
 _WHOSE: Final = {"active": "of processes that are alive", "ready": "to be sent"}
 _SHOWN: Final = 20
-"""Files that a sentence each is said of; --json has all of them."""
+"""So many files get a sentence each; --json has all of them."""
 
 
 def outcome(counters: Counters) -> dict[str, int]:
@@ -63,9 +63,11 @@ class Accounts:
     def to_json(self, left: Iterable[tuple[str, int]] = ()) -> list[dict[str, Any]]:
         """Return what became of the lines of each file, and how many are left in it, given for those that have some."""
         nothing = outcome(Counters())
-        still = dict(left)
+        still = Counter[str]()
+        for name, lines in left:  # a file may stand there twice, .active and .ready
+            still[name] += lines
         return [
-            {"file": name, **nothing, **self._files.get(name, {}), "left": still.get(name, 0)}
+            {"file": name, **nothing, **self._files.get(name, {}), "left": still[name]}
             for name in sorted({*self._files, *still})
         ]
 

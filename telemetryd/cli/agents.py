@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,11 +17,11 @@ import click
 
 from telemetryd.cli.accounts import Accounts, Left, in_words, outcome, plain_name, sentences
 from telemetryd.cli.files import LONGEST_LINE_MIB, READ_ERRORS, Patience, Refusals, Sending
-from telemetryd.cli.options import F, counted, fail, json_flag, print_json, progress
+from telemetryd.cli.options import EXIT_USAGE, F, counted, fail, json_flag, print_json, progress
 from telemetryd.cli.reach import RefusedError, Where, client_config, daemon_flags, refuse_missing_socket
 from telemetryd.client.aside import Aside
 from telemetryd.client.bounds import Upkeep
-from telemetryd.client.config import Config
+from telemetryd.client.config import Config, buffer_folder
 from telemetryd.client.counters import Counters
 from telemetryd.client.dead_letters import DEAD_LETTERS, bury
 from telemetryd.client.delivery import BlockedError, Delivery, RetryError, WaitError
@@ -79,9 +80,13 @@ def from_files(function: F, *, or_takes_over: bool = False) -> F:
     return files(rejects(longest_line(retry_option(json_flag(daemon_flags(function))))))
 
 
-def folder_of(config: Config, named: Path | None, *, may_come: bool = False) -> Path:
+def folder_of(named: Path | None, *, may_come: bool = False) -> Path:
     """Return the spool's folder; end the process if there is none where the command line or the environment says."""
-    folder = config.folder
+    try:
+        folder = buffer_folder(named)
+    except ValueError as error:
+        click.echo(f"telemetryd: {error}", err=True)
+        sys.exit(EXIT_USAGE)
     is_named = named is not None or bool(os.environ.get("TELEMETRY_BUFFER_DIR"))
     if is_named and not folder.is_dir():
         if not may_come:
@@ -137,14 +142,14 @@ def sync(
         if not dry_run:
             _close(left_open)
             left_open = []
-    config = client_config(where, buffer_dir=buffer_dir)
-    folder_of(config, buffer_dir, may_come=watch)
+    config = None if dry_run else client_config(where, buffer_dir=buffer_dir)
+    folder = folder_of(buffer_dir, may_come=watch)
     counters = Counters()
     accounts = Accounts(counters)
-    problem = None if dry_run else _sync(config, counters, accounts, None if watch else retry_s)
+    problem = None if config is None else _sync(config, counters, accounts, None if watch else retry_s)
     left = Left()
     try:
-        left.look(config.folder, left_open)
+        left.look(folder, left_open)
     except OSError as error:
         problem = problem or sentence(error)
     files = [] if watch else accounts.to_json(left.files)
@@ -156,12 +161,12 @@ def sync(
         if not dry_run:
             _echo_outcome(counters)
         elif not left.states:
-            click.echo(f"Nothing is left to be sent in {config.folder}")
+            click.echo(f"Nothing is left to be sent in {folder}")
         for text in left.sentences():
             click.echo(text)
     if watch and problem is None:
         return  # stopped as it was meant to be; each refusal was reported when it came
-    end(problem, counters, f"; see {config.folder / DEAD_LETTERS}")
+    end(problem, counters, f"; see {folder / DEAD_LETTERS}")
 
 
 def _left_by_3x(folders: list[Path], pattern: str, otherwise: str) -> Path:
@@ -194,9 +199,10 @@ def _sync(config: Config, counters: Counters, accounts: Accounts, retry_s: float
         if watch:
             work.watch()
         else:
+            refuse_missing_socket(config)
             while work.pass_over():  # until nothing waits for what has been sent meanwhile
                 pass
-    except (RetryError, OSError) as error:
+    except (RetryError, RefusedError, OSError) as error:
         return str(error)
     finally:
         work.close()
@@ -308,6 +314,10 @@ class _Sync:
                 yield uploader.sent_bytes
             self._attribute(stream)
             stream.window(1, 1)  # marks a file that has been sent whole
+        except RetryError:
+            uploader.give_up()
+            self._attribute(stream)
+            raise
         finally:
             stream.release()
 

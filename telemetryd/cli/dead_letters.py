@@ -16,7 +16,6 @@ from telemetryd.cli.files import Patience, Refusals, reasons
 from telemetryd.cli.options import Suggesting, counted, fail, failing, json_flag, print_json
 from telemetryd.cli.reach import Where, client_config, daemon_flags, refuse_missing_socket
 from telemetryd.client.batch import Batch
-from telemetryd.client.config import DEFAULT_URL
 from telemetryd.client.context import timestamp
 from telemetryd.client.counters import Counters
 from telemetryd.client.dead_letters import (
@@ -34,8 +33,6 @@ from telemetryd.errors import sentence
 from telemetryd.ops.logs import printable
 
 _SHOWN: Final = 100
-_NOWHERE: Final = Where(DEFAULT_URL)
-"""No daemon is asked, so no setting of one matters."""
 
 
 @click.group(
@@ -91,7 +88,7 @@ def _described(path: Path, letter: Letter) -> Json:
 @folder_option
 @json_flag
 def list_(*, buffer_dir: Path | None, as_json: bool) -> None:
-    folder = folder_of(client_config(_NOWHERE, buffer_dir=buffer_dir), buffer_dir)
+    folder = folder_of(buffer_dir)
     found = (_described(path, letter) for path, letter in _chosen(folder, ()))
     if as_json:
         print_json(list(found))
@@ -122,7 +119,7 @@ def list_(*, buffer_dir: Path | None, as_json: bool) -> None:
 @folder_option
 @json_flag
 def show(*, ids: tuple[str, ...], buffer_dir: Path | None, as_json: bool) -> None:
-    folder = folder_of(client_config(_NOWHERE, buffer_dir=buffer_dir), buffer_dir)
+    folder = folder_of(buffer_dir)
     found = [
         {
             **_described(path, letter),
@@ -166,7 +163,7 @@ def retry(
     if bool(ids) == is_all:
         raise click.UsageError("Name the dead letters, or give --all")
     config = client_config(where, buffer_dir=buffer_dir)
-    folder = folder_of(config, buffer_dir)
+    folder = folder_of(buffer_dir)
     counters = Counters()
     problem = None
     with failing(), closing(Transport(config)) as transport:
@@ -222,7 +219,11 @@ class _Again:
         try:
             for lines in _parts(letter.line for letter in read_letters(path) if letter.id in ids):
                 batch = Batch.of(lines)
-                self._patience.attempt(partial(self._delivery.send, batch), None)
+                try:
+                    self._patience.attempt(partial(self._delivery.send, batch), None)
+                except RetryError:
+                    self._delivery.give_up(batch)
+                    raise
                 settled.update(lines)
         finally:
             replace_letters(

@@ -39,7 +39,7 @@ else:
 
 T = TypeVar("T")
 
-_TOLD: Final = 20
+_SHOWN: Final = 20
 _KEPT: Final = 1000
 _ZSTD: Final = b"\x28\xb5\x2f\xfd"
 _GZIP: Final = b"\x1f\x8b"
@@ -114,7 +114,7 @@ class Refusals:
         text = "; ".join(reasons(reason))
         if len(self.kept) < _KEPT:
             self.kept.append({"file": name or None, "line": number or None, "status": status, "reason": f"{text:.300}"})
-        if self._reported < _TOLD:
+        if self._reported < _SHOWN:
             self._reported += 1
             place = f"{name} line {number}: " if number else ""
             shown = lines[0].decode("utf-8", "replace")
@@ -208,7 +208,11 @@ class Sending:
     def _send(self, lines: list[bytes]) -> None:
         if lines:
             batch = Batch.of(lines)
-            self._patience.attempt(lambda: self._delivery.send(batch), None)
+            try:
+                self._patience.attempt(lambda: self._delivery.send(batch), None)
+            except RetryError:
+                self._delivery.give_up(batch)
+                raise
             time.sleep(self._delivery.pause_s)
         self._refusals.places.clear()
 

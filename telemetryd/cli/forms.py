@@ -43,7 +43,7 @@ class Form(Enum):
 
     NDJSON = auto()
     JSON = auto()
-    """An array, or objects over many lines."""
+    """An array, also under `runs`, or objects over many lines."""
     CSV = auto()
 
 

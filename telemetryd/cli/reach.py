@@ -23,7 +23,7 @@ from telemetryd.client.paths import expanded
 from telemetryd.client.transport import SERVER_HEADER
 from telemetryd.errors import ConfigurationError, TelemetrydError
 from telemetryd.model import values
-from telemetryd.settings import Settings, load, variable
+from telemetryd.settings import Origin, Settings, load, variable
 
 if TYPE_CHECKING:
     import aiohttp
@@ -163,7 +163,11 @@ def _url_here() -> str:
         ConfigurationError: if they do not say it.
 
     """
-    port = load(names=("api_port",), needs_dotenv=False).settings.api_port
+    loaded = load(names=("api_port",), needs_dotenv=False)
+    port = loaded.settings.api_port
+    if loaded.unread and loaded.origins["api_port"] is Origin.DEFAULT:
+        text = f"telemetryd: {'; '.join(loaded.unread)}; if {variable('api_port')} stands there, it is not used"
+        click.echo(text, err=True)
     if port == 0:
         raise ConfigurationError([f"{variable('api_port')}: 0 is any free port; say with --url where the daemon is"])
     return f"http://localhost:{port}"

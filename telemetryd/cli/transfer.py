@@ -233,9 +233,9 @@ async def _answer(config: Config, asked: dict[str, str], retry_s: float) -> Asyn
     "import",
     help=r"""Send the runs of exported files to the daemon.
 
-    NDJSON (with events, if it has them), JSON (an array, or objects over many lines, up to --longest-line in all) and
-    CSV, plain, gzip or Zstandard, and Parquet; the first bytes of a file show its format. - is standard input. Runs
-    whose event_id is known stay as they are, so a file may be imported again.
+    NDJSON (with events, if it has them), JSON (an array, {"runs": [...]}, or objects over many lines, up to
+    --longest-line in all) and CSV, plain, gzip or Zstandard, and Parquet; the first bytes of a file show its format.
+    - is standard input. Runs whose event_id is known stay as they are, so a file may be imported again.
     Each rejected run is reported with its line; the others are stored.
 
     \b

@@ -161,11 +161,11 @@ class Batch:
         return batch
 
     def refuse(self, lines: list[bytes], status: int | None, reason: object) -> None:
-        """Send lines to the dead-letter file, each once."""
+        """Send lines to the dead-letter file; those of the replaced client as often as they stand in the batch."""
         if self.origins:
-            lines = list(dict.fromkeys(self.origins.get(line, line) for line in lines))
             buried = {line for dead, _, _ in self.dead for line in dead}
-            lines = [line for line in lines if line not in buried]
+            new = dict.fromkeys(origin for line in lines if (origin := self.origins.get(line, line)) not in buried)
+            lines = [line for line in new for _ in range(max(self.lines.count(line), 1))]
         if lines:
             self.dead.append((lines, status, reason))
 

@@ -201,6 +201,22 @@ def _folder(path: str | os.PathLike[str]) -> Path:
     return expanded(path).absolute()
 
 
+def buffer_folder(named: Path | None = None) -> Path:
+    """Return the spool's folder: the one that is named, else that of the environment, else the default one.
+
+    Raises:
+        ValueError: if it cannot be used; the message names the variable that gives it.
+
+    """
+    given = os.environ.get(_FOLDER_VARIABLE)
+    if named is not None or not given:
+        return default_buffer_dir() if named is None else _folder(named)
+    try:
+        return _folder(given)
+    except ValueError as error:
+        raise ValueError(f"{_FOLDER_VARIABLE}: {error}{_shown('buffer_dir', given)}") from error
+
+
 def _switch(text: str) -> bool:
     if text.strip().lower() in ("1", "true", "yes", "on"):
         return True
@@ -254,14 +270,20 @@ def url_of_port(text: str) -> str | None:
     return f"http://localhost:{port}" if 0 < port < 1 << 16 else None
 
 
+_FOLDER_VARIABLE: Final = "TELEMETRY_BUFFER_DIR"
+
 VARIABLES: Final[Mapping[str, tuple[str, Callable[[str], Any], str]]] = {
     "TELEMETRY_API_URL": ("url", str, "The daemon: http://host:port, https://…, or unix:///path."),
     "METRICS_API_URL": ("url", str, "As in 3.x, if `TELEMETRY_API_URL` is not set."),
-    "TELEMETRY_API_PORT": ("url", url_of_port, "The daemon's port on this machine, if no address is set."),
+    "TELEMETRY_API_PORT": (
+        "url",
+        url_of_port,
+        "The daemon's port on this machine, if no address is set; not with `telemetryd.compat`.",
+    ),
     "TELEMETRY_API_AUTH_TOKEN": ("token", str.strip, "The daemon's token, if it asks for one."),
     "TELEMETRY_API_AUTH_TOKEN_FILE": ("token", read_token, "Or its file."),
     "TELEMETRY_API_CA_FILE": ("ca_file", _folder, "Certificates (PEM) by which https is checked."),
-    "TELEMETRY_BUFFER_DIR": ("buffer_dir", _folder, "The spool's folder."),
+    _FOLDER_VARIABLE: ("buffer_dir", _folder, "The spool's folder."),
     "TELEMETRY_BUFFER_DURABILITY": ("durability", str, "write, or fsync: each call waits for the disk."),
     "TELEMETRY_BUFFER_MAX_MB": ("max_bytes", lambda text: int(_number(text) * MIB), "The folder's bound, in MiB."),
     "TELEMETRY_BUFFER_MAX_DAYS": ("max_age_s", _scaled(86_400), "Unsent files are given up after so many days."),

@@ -150,6 +150,10 @@ class Delivery:
         self._counters.aside += left
         self._count(batch, max(len(batch.lines) - left, 0))
 
+    def give_up(self, batch: Batch) -> None:
+        """Count what the daemon has taken of a batch that is not sent again."""
+        self._count(batch, batch.stored + batch.duplicates + batch.events + batch.refused)
+
     def _count(self, batch: Batch, sent: int) -> None:
         counters = self._counters
         counters.sent += sent
@@ -170,7 +174,7 @@ class Delivery:
 
     def _wait_aside(self, batch: Batch, step: Step) -> Sequence[Step]:
         lines = step.lines
-        if not lines and isinstance(step, Update):  # changes that were part of a start
+        if not lines and isinstance(step, Update):  # the fields of a change that are left without a refused one
             lines = [encode({"op": "update", "event_id": step.event_id, "fields": step.fields}).rstrip()]
         batch.aside.setdefault(step.event_id, []).extend(lines)
         return []
@@ -234,7 +238,7 @@ class Delivery:
         if result.duplicates:
             # Which ones were known is not reported, and a known run stays as it is: so send the changes of all of them.
             more += [
-                Update(item.event_id, item.changes, [])
+                Update(item.event_id, item.changes, item.lines[1:])
                 for index, item in enumerate(step.items)
                 if item.changes and index not in rejected
             ]

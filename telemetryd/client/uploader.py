@@ -58,6 +58,11 @@ class Uploader:
         self._window = self._batch = None
         return max(len(window.lines), 1)
 
+    def give_up(self) -> None:
+        """Count what the daemon has taken of the lines that the last call could not send whole."""
+        if self._batch is not None:
+            self._delivery.give_up(self._batch)
+
     def _next_window(self) -> Window | None:
         window = self.stream.window(self._delivery.rows, self._delivery.bytes)
         if window is None:

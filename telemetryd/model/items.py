@@ -31,7 +31,7 @@ def split(body: bytes, most: int) -> Items | None:
     It takes a second for the largest body. No more than `most` and one are returned. None means that there are no items
     to be told apart: a bracket or a quote that is not closed, something after the end, or nothing between two commas.
     """
-    start = _start(body)
+    start = array_start(body)
     if start is None:
         return None
     texts: list[bytes] = []
@@ -55,8 +55,8 @@ def split(body: bytes, most: int) -> Items | None:
     return None
 
 
-def _start(body: bytes) -> int | None:
-    """Return where the array begins: at once, or under `runs` in an object."""
+def array_start(body: bytes) -> int | None:
+    """Return where the array begins: at once, or under `runs` in the object that the body begins with."""
     first = len(body) - len(body.lstrip(_BLANKS))
     if body[first : first + 1] == b"[":
         return first
@@ -69,6 +69,8 @@ def _start(body: bytes) -> int | None:
             depth += 1
         elif sign in b"]}":
             depth -= 1
+            if not depth:
+                return None
         elif depth == 1 and mark[0] == b'"runs"' and (array := _RUNS.match(body, mark.end())):
             return array.end() - 1
     return None

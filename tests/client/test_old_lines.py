@@ -12,6 +12,7 @@ import pytest
 from telemetryd.client.batch import Batch
 from telemetryd.client.counters import Counters
 from telemetryd.client.delivery import Delivery
+from telemetryd.client.lines import encode
 from telemetryd.client.old_lines import translate
 from telemetryd.client.transport import Answer
 
@@ -156,6 +157,23 @@ def test_what_is_refused_is_the_old_line_once() -> None:
     counters, dead = sent(daemon, line)
     assert [(lines, status) for lines, status, _ in dead] == [([line], 422)]
     assert (counters.sent, counters.dead) == (1, 1)
+
+
+def test_a_change_of_a_known_run_that_is_refused_is_not_lost() -> None:
+    """It had joined the start of its run, so its line was forgotten, and counted as a change."""
+    start = encode({**dict.fromkeys(("run_id", "agent_name", "job_type"), "x"), "event_id": "e-1"}).rstrip()
+    update = encode({"op": "update", "event_id": "e-1", "fields": {"items_failed": 1}}).rstrip()
+    counters, dead = sent(Daemon(batch_answer(0, 1), (404, {"detail": "Run not found: e-1"})), start, update)
+    assert [(lines, status) for lines, status, _ in dead] == [([update], 404)]
+    assert (counters.sent, counters.duplicates, counters.dead, counters.changes) == (2, 1, 1, 0)
+
+
+def test_equal_lines_that_are_refused_count_as_often_as_they_stand_there() -> None:
+    """Three equal events of a run that nobody knows were 1 line refused, and 2 changes."""
+    line = old_event()
+    counters, dead = sent(Daemon((200, [])), line, line, line)
+    assert [lines for lines, _, _ in dead] == [[line] * 3]
+    assert (counters.sent, counters.dead, counters.changes) == (3, 3, 0)
 
 
 @pytest.mark.parametrize(

@@ -104,8 +104,8 @@ def test_a_bar_and_each_of_its_parts_lead_to_their_runs(page: Page) -> None:
     }
     page.mouse.down()
     page.mouse.up()
-    told = page.locator(".told")
-    expect(told).to_have_text(f"{numbers['failure']} run{'' if numbers['failure'] == 1 else 's'}")
+    tally = page.locator(".tally")
+    expect(tally).to_have_text(f"{numbers['failure']} run{'' if numbers['failure'] == 1 else 's'}")
     assert set(page.locator(".table-body .badge").all_inner_texts()) == {"failure"}
     begin, end = (datetime.fromisoformat(page.locator(f"#range-{name}").input_value()) for name in ("from", "to"))
     assert title == f"{begin.day} {begin:%b}, {begin:%H:00} – {'' if end.hour else f'{end.day} {end:%b}, '}{end:%H:00}"
@@ -116,7 +116,7 @@ def test_a_bar_and_each_of_its_parts_lead_to_their_runs(page: Page) -> None:
     expect(row.get_by_role("link")).to_have_count(1 + len(numbers))
     row.get_by_role("link", name=title, exact=True).click()
     expect(page).to_have_url(re.compile(r"#/runs\?from=[^&]*00Z&to=[^&]*00Z$"))
-    expect(told).to_have_text(f"{sum(numbers.values())} runs")
+    expect(tally).to_have_text(f"{sum(numbers.values())} runs")
 
 
 def test_days_are_those_of_the_readers_clock(open_view: OpenPage, url: str) -> None:
@@ -130,7 +130,7 @@ def test_days_are_those_of_the_readers_clock(open_view: OpenPage, url: str) -> N
     rows = page.locator(".as-table tbody tr")
     assert [row.split() for row in rows.all_inner_texts()] == [["25", "Oct", "2"], ["26", "Oct", "1"]]
     rows.first.get_by_role("link", name="25 Oct").click()
-    expect(page.locator(".told")).to_have_text("2 runs")
+    expect(page.locator(".tally")).to_have_text("2 runs")
     expect(page.locator("#range-from")).to_have_value("2026-10-25T00:00")
     expect(page.locator("#range-to")).to_have_value("2026-10-26T00:00")
     page.locator(".table-body .cover").first.click()
@@ -170,7 +170,7 @@ def test_where_clocks_are_half_an_hour_off_days_are_kept_apart(open_view: OpenPa
     days = page.locator(".calendar .day")
     expect(days.locator("title")).to_have_text(["10 Sept: 1 run, 100 % succeeded", "11 Sept: 2 runs, 100 % succeeded"])
     days.last.locator("rect").click()
-    expect(page.locator(".told")).to_have_text("2 runs")
+    expect(page.locator(".tally")).to_have_text("2 runs")
 
 
 def test_a_time_of_ones_own(open_view: OpenPage, url: str) -> None:
@@ -197,12 +197,12 @@ def test_a_time_of_ones_own(open_view: OpenPage, url: str) -> None:
     expect(page.locator(".range")).to_contain_text("It ends before it begins")
     page.get_by_role("link", name="Runs", exact=True).click()
     page.get_by_label("Created").select_option("Last night, 22–06")
-    expect(page.locator(".told")).to_have_text(re.compile(rf"^{group['runs']} runs|newest 200"))
+    expect(page.locator(".tally")).to_have_text(re.compile(rf"^{group['runs']} runs|newest 200"))
     expect(page.locator("#range-from")).to_have_value(begin)
     page.locator("#range-to").fill(f"{begin[:10]}T23:00")
     expect(page).to_have_url(re.compile("from=.*&to="))
     [first] = get(url, f"/api/v1/stats?from={asked['from']}&to=" + asked["from"].replace(":00Z", ":30Z"))[1]["groups"]
-    expect(page.locator(".told")).to_have_text(f"{first['runs']} runs")
+    expect(page.locator(".tally")).to_have_text(f"{first['runs']} runs")
     page.get_by_label("Created").select_option("Any time")
     expect(page).to_have_url(re.compile("#/runs$"))
     expect(page.locator(".range")).to_be_hidden()
@@ -278,7 +278,7 @@ def test_what_fires_now_is_shown_with_its_runs(open_view: OpenPage, url: str) ->
     expect(broken.locator("time")).to_have_attribute("datetime", found["since"])
     broken.get_by_role("link", name="broken-agent, build").click()
     expect(page).to_have_url(re.compile(f"git_commit_hash={2:040x}"))
-    expect(page.locator(".told")).to_have_text("20 runs")
+    expect(page.locator(".tally")).to_have_text("20 runs")
 
 
 def test_without_rules_there_is_no_panel_of_alerts(open_view: OpenPage, closed_url: str, watched: Watched) -> None:
@@ -305,12 +305,12 @@ def test_a_run_shows_everything(open_view: OpenPage, url: str) -> None:
 def test_the_last_events_of_a_failed_run_are_seen_first(open_view: OpenPage, url: str) -> None:
     run = make_run(status="failure", error_summary="It broke", start_time="2026-01-01T00:00:00Z")
     post(url, run)
-    told = [
+    steps = [
         {"event_type": "fatal error" if number == 300 else "step", "event_key": str(number), "payload": {"n": number}}
         | {"timestamp": f"2026-01-01T00:{number // 60:02}:{number % 60:02}Z"}
         for number in range(301)
     ]
-    call(url, "POST", f"/api/v1/runs/{run['event_id']}/events", told)
+    call(url, "POST", f"/api/v1/runs/{run['event_id']}/events", steps)
     page = open_view(f"#/run/{run['event_id']}")
     lines = page.locator(".timeline li")
     expect(lines.last).to_contain_text("fatal error")
@@ -404,7 +404,7 @@ def test_a_family_of_hundreds_leads_to_all_of_them(open_view: OpenPage, url: str
     page = open_view(f"#/run/{parent['event_id']}")
     expect(page.locator(".tree ul .node")).to_have_count(100)
     page.get_by_role("link", name="All runs that it started").click()
-    expect(page.locator(".told")).to_have_text("150 runs")
+    expect(page.locator(".tally")).to_have_text("150 runs")
 
 
 def test_a_family_is_a_tree(open_view: OpenPage, url: str) -> None:
@@ -434,14 +434,14 @@ def test_a_running_run_shows_its_age_and_its_end(open_view: OpenPage, url: str) 
 @pytest.mark.usefixtures("one_hour")
 def test_an_agent_has_a_year_in_squares_that_lead_to_its_runs(open_view: OpenPage, url: str) -> None:
     page = open_view("#/agents?name=seo")
-    expect(page.locator(".told")).to_have_text("1 agent")
+    expect(page.locator(".tally")).to_have_text("1 agent")
     expect(page.locator(".calendar rect")).not_to_have_count(0)
     assert 365 <= page.locator(".calendar rect").count() <= 371
     last = page.locator(".calendar .day").last
     runs = int(re.findall(r": ([\d,]+) run", last.locator("title").text_content() or "")[0])
     last.locator("rect").click()
     expect(page).to_have_url(re.compile(r"#/runs\?agent_name=seo-optimizer&from="))
-    expect(page.locator(".told")).to_have_text(f"{runs} run{'' if runs == 1 else 's'}")
+    expect(page.locator(".tally")).to_have_text(f"{runs} run{'' if runs == 1 else 's'}")
 
 
 def test_what_is_not_there_is_said(open_view: OpenPage, watched: Watched) -> None:
@@ -462,9 +462,9 @@ def test_a_proxy_shows_it_under_a_path_of_its_own(open_view: OpenPage, url: str,
         page = open_view("", at=root, fresh=True)
         expect(page.locator(".chart svg")).to_be_visible()
         page.get_by_role("link", name="Runs", exact=True).click()
-        expect(page.locator(".told")).to_contain_text("200 runs")
+        expect(page.locator(".tally")).to_contain_text("200 runs")
         page.evaluate("scrollTo(0, document.body.scrollHeight)")
-        expect(page.locator(".told")).to_contain_text("400 runs")
+        expect(page.locator(".tally")).to_contain_text("400 runs")
         page.get_by_role("button", name="Live").click()
         expect(page.locator("#said")).to_contain_text("Live")
         page.goto(f"{root}/docs")
@@ -494,11 +494,11 @@ def test_filters_stand_in_the_address(open_view: OpenPage, url: str) -> None:
     page.locator(".check.failure").click()
     expect(page).to_have_url(re.compile(r"agent_name=seo-\*.*status=failure"))
     expected = get(url, "/api/v1/runs?agent_name=seo-*&status=failure&limit=1000")[1]
-    expect(page.locator(".told")).to_have_text(f"{len(expected)} runs")
+    expect(page.locator(".tally")).to_have_text(f"{len(expected)} runs")
     page.reload()
     expect(page.get_by_label("Agent", exact=True)).to_have_value("seo-*")
     expect(page.get_by_label("failure")).to_be_checked()
-    expect(page.locator(".told")).to_have_text(f"{len(expected)} runs")
+    expect(page.locator(".tally")).to_have_text(f"{len(expected)} runs")
     expect(page.locator(".table-body .badge").first).to_be_visible()
     assert set(page.locator(".table-body .badge").all_inner_texts()) == {"failure"}
 
@@ -538,7 +538,7 @@ def test_words_are_searched_only_where_there_is_an_index_of_them(
     sign_in(page)
     page.get_by_label("Search", exact=True).fill("items done")
     expect(page).to_have_url(re.compile(r"q=items\+done"))
-    expect(page.locator(".told")).to_have_text(re.compile(r"^\d+ runs$"))
+    expect(page.locator(".tally")).to_have_text(re.compile(r"^\d+ runs$"))
     expect(page.get_by_label("Search errors")).to_be_hidden()
 
 
@@ -555,10 +555,10 @@ def test_scrolling_goes_through_all_pages_with_few_lines_in_the_document(open_vi
     page = open_view("#/runs")
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url) if "cursor=" in request.url else None)
-    told = page.locator(".told")
-    expect(told).to_contain_text("200 runs")
-    scroll(page, "document.body.scrollHeight", lambda: "more come" not in told.inner_text())
-    expect(told).to_have_text(f"{everything:,} runs")
+    tally = page.locator(".tally")
+    expect(tally).to_contain_text("200 runs")
+    scroll(page, "document.body.scrollHeight", lambda: "more come" not in tally.inner_text())
+    expect(tally).to_have_text(f"{everything:,} runs")
     oldest = get(url, f"/api/v1/runs?offset={everything - 1}")[1][0]
     last = page.locator(".table-body .line a").last
     end = f"#/run/{oldest['event_id']}"
@@ -591,7 +591,7 @@ def test_live_shows_what_comes_and_what_changes(open_view: OpenPage, url: str) -
 def test_new_runs_do_not_move_what_is_read(open_view: OpenPage, url: str) -> None:
     page = open_view("#/runs?live=1")
     expect(page.locator("#said")).to_contain_text("Live")
-    expect(page.locator(".told")).to_contain_text("200 runs")
+    expect(page.locator(".tally")).to_contain_text("200 runs")
     first = page.locator('.table-body .line[aria-rowindex="2"]')
     expect(first).to_be_visible()
     scroll(page, "3000", lambda: first.count() == 0)
@@ -821,13 +821,13 @@ def test_the_keyboard_is_enough(page: Page) -> None:
 
 def test_j_goes_on_beyond_the_first_page(open_view: OpenPage) -> None:
     page = open_view("#/runs")
-    expect(page.locator(".told")).to_contain_text("200 runs")
+    expect(page.locator(".tally")).to_contain_text("200 runs")
     line = page.locator('.line[aria-rowindex="120"] .cover')
     scroll(page, "document.body.scrollHeight / 2", lambda: line.count() == 1)
     line.focus()
-    expect(page.locator(".told")).to_contain_text("200 runs")
+    expect(page.locator(".tally")).to_contain_text("200 runs")
     page.keyboard.type("j" * 70)
-    expect(page.locator(".told")).not_to_contain_text("200 runs")  # the next page has come in time
+    expect(page.locator(".tally")).not_to_contain_text("200 runs")  # the next page has come in time
     page.keyboard.type("j" * 25)
     expect(page.locator(".line:focus-within")).to_have_attribute("aria-rowindex", "215")
 

@@ -33,7 +33,7 @@ const pause = (ms, signal) =>
 
 /**
  * Call `onRun` for each run that is created or changed, until `signal` aborts; a broken stream goes on where it broke.
- * `onState` is told "live", "waiting" (a new attempt follows) or, with a sentence, "refused"; `onMissed` how many
+ * `onState` gets "live", "waiting" (a new attempt follows) or, with a sentence, "refused"; `onMissed` how many
  * runs did not come because this page was too slow.
  */
 export async function follow(parameters, signal, { onRun, onMissed, onState }) {

@@ -105,9 +105,9 @@ export function payload(object) {
   const names = Object.keys(object);
   let isCut = names.length > 12;
   for (const name of names.slice(0, 12)) {
-    const told = brief(object[name]);
-    isCut ||= told.isCut || name.length > 100;
-    element.append(h("span", {}, `${start(name, 100)} `, h("code", {}, told.text, told.isCut ? "…" : "")));
+    const shown = brief(object[name]);
+    isCut ||= shown.isCut || name.length > 100;
+    element.append(h("span", {}, `${start(name, 100)} `, h("code", {}, shown.text, shown.isCut ? "…" : "")));
   }
   if (isCut) element.append(showAll(element, () => JSON.stringify(object, null, 2), names.length > 12 ? `${count(names.length)} values` : "as JSON"));
   return element;

@@ -48,7 +48,7 @@ function card(agent, lately, total, watch) {
 
 export function show(root, { parameters, signal }) {
   const cards = h("div", { class: "stack" });
-  const told = h("p", { class: "quiet told", role: "status" });
+  const tally = h("p", { class: "quiet tally", role: "status" });
   const search = h("input", { type: "search", id: "agent-search", placeholder: "Part of a name", autocomplete: "off", "data-search": true, on: { input: () => go(href("agents", { name: search.value.trim() }), true) } });
   let agents = null; // [name, runs in all, statistics of late]
   let wanted = "";
@@ -69,7 +69,7 @@ export function show(root, { parameters, signal }) {
   function draw(most = AT_ONCE) {
     seer.disconnect();
     const found = agents.filter(([name]) => name.toLowerCase().includes(wanted.toLowerCase()));
-    told.textContent = counted(found.length, "agent");
+    tally.textContent = counted(found.length, "agent");
     const rest = found.length - most;
     cards.replaceChildren(
       ...found.slice(0, most).map(([name, total, lately]) => card(name, lately, total, watch)),
@@ -100,7 +100,7 @@ export function show(root, { parameters, signal }) {
   }
 
   root.append(
-    h("div", { class: "view-head" }, h("h1", {}, "Agents"), told, h("div", { class: "field inline-field" }, h("label", { for: "agent-search", class: "unseen" }, "Search agents"), search)),
+    h("div", { class: "view-head" }, h("h1", {}, "Agents"), tally, h("div", { class: "field inline-field" }, h("label", { for: "agent-search", class: "unseen" }, "Search agents"), search)),
     h("div", { class: "view-head lead" }, h("p", { class: "quiet" }, `Figures of the last ${SPAN_DAYS} days; squares of the last year, days of ${ZONE}.`), calendarKey()),
     cards,
   );

@@ -158,7 +158,7 @@ export function show(root, { parameters, signal }) {
   const bar = filterBar((given) => go(href("runs", { ...parameters, ...given, focus: null }), true));
   const chips = h("div", { class: "chips" });
   const live = h("button", { type: "button", class: "button live", "aria-pressed": "false", on: { click: () => go(href("runs", { ...parameters, live: parameters.live ? null : "1" }), true) } }, h("span", { class: "dot" }), h("span", {}, "Live"));
-  const told = h("p", { class: "quiet told", role: "status" });
+  const tally = h("p", { class: "quiet tally", role: "status" });
   const fresh = h("button", { type: "button", class: "fresh", hidden: true, on: { click: showFresh } });
   const lines = h("div", { class: "table-body", role: "rowgroup" });
   const foot = h("div", { class: "foot" });
@@ -166,7 +166,7 @@ export function show(root, { parameters, signal }) {
 
   function tell() {
     const shown = next ? `The newest ${counted(items.length, "run")}; more come as you scroll` : counted(items.length, "run");
-    told.textContent = shown;
+    tally.textContent = shown;
     foot.replaceChildren(isLoading ? sentence("Loading …") : items.length ? "" : sentence(Object.keys(filters).length ? "No run matches. Fewer filters may show more." : "There is no run yet. telemetryd demo posts some."));
   }
 
@@ -187,7 +187,7 @@ export function show(root, { parameters, signal }) {
       if (mine.aborted) return;
       isLoading = false;
       next = null;
-      told.textContent = "";
+      tally.textContent = "";
       foot.replaceChildren(problem(error.message), error.status === 400 && filters.q ? elsewhere() : "");
     }
   }
@@ -288,7 +288,7 @@ export function show(root, { parameters, signal }) {
     if (items.length) list.focus(index);
   });
   signal.addEventListener("abort", () => load.abort(), { once: true });
-  root.append(h("div", { class: "view-head" }, h("h1", {}, "Runs"), told, live), bar.form, chips, fresh, table, foot);
+  root.append(h("div", { class: "view-head" }, h("h1", {}, "Runs"), tally, live), bar.form, chips, fresh, table, foot);
   let searches = false;
   onHealth((health) => {
     if (searches === (health.full_text === "ready")) return;

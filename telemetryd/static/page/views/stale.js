@@ -83,9 +83,9 @@ export function show(root, { parameters, signal }) {
           done += answer.reaped;
           more = answer.more;
         }
-        const told = `${counted(done, "run")} cancelled.`;
-        outcome.replaceChildren(h("p", { class: "note" }, told));
-        say(told);
+        const said = `${counted(done, "run")} cancelled.`;
+        outcome.replaceChildren(h("p", { class: "note" }, said));
+        say(said);
       }
     } catch (error) {
       outcome.replaceChildren(isRefused(error) ? forbidden(error, age) : problem(error.message));
