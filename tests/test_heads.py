@@ -10,6 +10,7 @@ import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -20,6 +21,7 @@ from telemetryd.model.queries import ListRuns
 from telemetryd.services.feed import FeedBounds
 from telemetryd.web import connections
 from telemetryd.web.connections import _Server
+from telemetryd.web.heads import HeadTooLargeError, Parser
 from tests.conftest import Api, MakeApi, eventually, make_run, reading
 from tests.contract.wire import send_raw
 from tests.test_feed import feed_of
@@ -27,6 +29,7 @@ from tests.test_reader import endless
 
 CHANGES = b"GET /api/v1/changes?wait=60&after=0 HTTP/1.1\r\nHost: localhost\r\n"
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+CHUNKED = b"POST /api/v1/runs HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
 RUNS = b"GET /api/v1/runs HTTP/1.1\r\nHost: localhost\r\n"
 
 
@@ -97,6 +100,32 @@ async def test_bodies_of_pipelined_requests_are_no_heads(api: Api, sizes: list[i
         answers = await asyncio.wait_for(reader.read(), 60)
     assert answers.count(b"HTTP/1.1 201 ") == len(bodies)
     assert answers.count(b"HTTP/1.1 200 ") == 1
+
+
+def chunked(body: bytes, each: int) -> bytes:
+    """A request whose body comes in chunks of so many bytes."""
+    chunks = (body[start : start + each] for start in range(0, len(body), each))
+    return CHUNKED + b"".join(b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in chunks) + b"0\r\n\r\n"
+
+
+@pytest.mark.parametrize("piece", [1_009, 1 << 20])
+@pytest.mark.parametrize("sizes", [[60_000], [4_000] * 40], ids=["one", "pipelined"])
+async def test_the_framing_of_chunks_is_no_head(sizes: list[int], piece: int) -> None:
+    parser = Parser(Mock(), asyncio.get_running_loop())
+    wire = b"".join(chunked(b"x" * size, 4) for size in sizes) + CHUNKED[:40]
+    pieces = [wire[:140], *(wire[start : start + piece] for start in range(140, len(wire), piece)), *[b""] * len(sizes)]
+    found = 0
+    for data in pieces:
+        messages, _, _ = parser.feed_data(data)
+        found += len(messages)
+        for _ in messages:
+            parser.message_consumed()
+    assert found == len(sizes)
+    of_head = parser.held
+    parser.feed_data(b"a" * 1_000)
+    assert parser.held <= of_head + 3_000 <= 10_000
+    with pytest.raises(HeadTooLargeError):
+        parser.feed_data(b"\r\n" + fields(70_000))
 
 
 # --- All of them ---------------------------------------------------------------------------------

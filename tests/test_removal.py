@@ -1,15 +1,18 @@
-"""Removal of a run, or of what its fields hold: gone everywhere, the database file included."""
+"""Removal of a run, or of what its fields hold: gone everywhere, and overwritten in the database file."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import sqlite3
+import struct
 import subprocess
 import urllib.request
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -20,12 +23,18 @@ from telemetryd.cli.reach import session
 from telemetryd.cli.target import Remote
 from telemetryd.client.config import Config
 from telemetryd.engine.sqlite.statements import full_text, thinning
+from telemetryd.engine.sqlite.statements.commands import Transaction
+from telemetryd.engine.sqlite.statements.removal import Removal
+from telemetryd.engine.sqlite.tools import migrate
 from telemetryd.engine.sqlite.tools.check import examine
-from telemetryd.model.commands import DeleteRun
+from telemetryd.model.commands import DeleteRun, RedactRun, Removed
 from telemetryd.model.runs import REDACTABLE
 from tests.conftest import Api, MakeApi, StartDaemon, eventually, make_run
 from tests.contract.wire import RUNS, check_error, places, send
+from tests.test_salvage import leaves
+from tests.test_statements import NOW, random_row, store
 from tests.test_upkeep import TOKEN, authorised, rows
+from tests.tools.fill import make_database
 from tests.tools.process import telemetryd
 
 SECRET = "sk-live-Zq7Xw2LeakedSecret"
@@ -159,11 +168,64 @@ async def test_a_run_with_very_many_events_goes_slice_by_slice(
     assert (await api.call("DELETE", f"{RUNS}/leaky", status=200))["events"] == 150
 
 
+@pytest.fixture
+def connection() -> Iterator[sqlite3.Connection]:
+    """A database with a full-text index."""
+    with closing(sqlite3.connect(":memory:", isolation_level=None)) as opened:
+        migrate.create(opened, NOW)
+        full_text.at_once(opened, full_text.rebuild)
+        yield opened
+
+
+def test_removals_of_one_group_share_their_time_and_a_merge_and_clear_once(
+    connection: sqlite3.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(full_text, "_MERGED_PAGES", 1)
+    monkeypatch.setattr(thinning, "_SLICE_S", 0)
+    texts = {"input_summary": SECRET, "error_details": " ".join(f"word{number}" for number in range(2_000))}
+    source = Random(1)
+    store(connection, [random_row(source, f"r{number}", **texts) for number in range(8)])
+    steps: list[str] = []
+    connection.set_trace_callback(lambda sql: steps.append(sql) if "'merge'" in sql else None)
+    commands: list[Removal] = [DeleteRun(f"r{number}") for number in range(6)]
+    commands.append(RedactRun("r6", ("input_summary", "error_details"), payloads=True))
+
+    def carry_out(now: str) -> list[Removed | None]:
+        steps.clear()
+        connection.execute("BEGIN")
+        transaction = Transaction(connection, now)
+        outcomes = transaction.apply([replace(command, again=now != "1") for command in commands])
+        transaction.finish()
+        connection.execute("COMMIT")
+        return outcomes
+
+    def changes() -> list[Any]:
+        return connection.execute("SELECT seq, run FROM run_changes ORDER BY seq").fetchall()
+
+    assert carry_out("1") == [Removed(0, more=True)] * 7
+    assert len(steps) == 1
+    numbers = changes()
+    assert len(numbers) == 7
+    assert carry_out("2") == [Removed(0, more=True)] * 7
+    assert (len(steps), changes()) == (1, numbers)
+    # What is written meanwhile goes as well, with a merge that begins anew.
+    connection.execute("UPDATE agent_runs SET output_summary = ? WHERE event_id = 'r0'", (SECRET,))
+    assert carry_out("3") == [Removed(0, more=True)] * 7
+    assert [run for _, run in changes()] == [run for _, run in [*numbers[1:], numbers[0]]]
+    assert "-1" in steps[0]
+    monkeypatch.setattr(thinning, "_SLICE_S", 60)
+    assert carry_out("4") == [Removed(0, more=False)] * 7
+    found = connection.execute("SELECT event_id, input_summary, updated_at FROM agent_runs ORDER BY id").fetchall()
+    assert found[0] == ("r6", None, "1")
+    assert [row[:2] for row in found] == [("r6", None), ("r7", SECRET)]
+    assert carry_out("5")[:6] == [None] * 6
+
+
 @pytest.mark.parametrize(
     ("how", "mode", "is_indexed"),
     [("delete", "DELETE", False), ("redact", "DELETE", True), ("delete", "WAL", True)],
 )
-async def test_the_database_file_does_not_keep_the_text(
+async def test_the_space_of_the_text_is_overwritten(
     make_api: MakeApi, monkeypatch: pytest.MonkeyPatch, how: str, mode: str, *, is_indexed: bool
 ) -> None:
     """Nor does a table of the replaced service that was set aside, nor the full-text index, whose words are merged."""
@@ -195,6 +257,28 @@ async def test_the_database_file_does_not_keep_the_text(
     await eventually(lambda: not kept())  # the write-ahead log as soon as nobody writes
     assert rows(api.settings.db_path, "SELECT event_id FROM legacy_run_events") == [("x",)]
     assert [finding.text for finding in examine(api.settings.db_path) if finding.check == "full text"] == []
+
+
+def test_a_vacuum_leaves_no_remains_in_gaps_of_pages(tmp_path: Path) -> None:
+    """Nothing else does: SQLite leaves them where it moves rows between pages. A backup copies them."""
+    path = make_database(tmp_path / "telemetry.sqlite", 200)
+    with path.open("r+b") as file:
+        for page in leaves(path, "agent_runs"):
+            file.seek(start := (page - 1) * 4096)
+            cells, content = struct.unpack(">3xHH", file.read(7))
+            gap = range(8 + 2 * cells, content)
+            if len(gap) >= len(SECRET):
+                file.seek(start + gap.stop - len(SECRET))
+                file.write(SECRET.encode())
+    runs = rows(path, "SELECT * FROM agent_runs")
+    with closing(sqlite3.connect(path)) as connection, closing(sqlite3.connect(tmp_path / "copy")) as copy:
+        connection.backup(copy)
+        assert SECRET.encode() in (tmp_path / "copy").read_bytes()
+        connection.execute("VACUUM")
+    assert SECRET.encode() not in path.read_bytes()
+    assert rows(path, "SELECT * FROM agent_runs") == runs
+    assert rows(path, "PRAGMA auto_vacuum") == [(2,)]
+    assert examine(path) == []
 
 
 async def test_a_stream_that_is_not_read_sends_nothing_that_was_removed(make_api: MakeApi) -> None:

@@ -30,9 +30,10 @@ class EventIdType(click.ParamType[str]):
     help=r"""Delete one run with its events.
 
     It goes from the totals, statistics, searches, changes and exports as well; copies made by `telemetryd follow` lose
-    it with their next page. The database overwrites the space. Backups, archives and exports that were made before keep
-    it, and an agent that sends the same event_id again creates it again: `telemetryd redact` keeps the run, without
-    what should not have been sent.
+    it with their next page. The database overwrites its space; remains may stay in unused gaps of the file until it is
+    rebuilt (`sqlite3 FILE VACUUM` while the daemon is stopped). Backups, archives and exports that were made before
+    keep it, and an agent that sends the same event_id again creates it again: `telemetryd redact` keeps the run,
+    without what should not have been sent.
 
     \b
     Examples:
@@ -78,8 +79,13 @@ class FieldType(click.ParamType[str]):
 
     The fields become null; with --events, so do the payloads of all events of the run. The run itself stays with the
     keys and types of its events, so that an agent that sends them again finds them known; if such a key is the secret,
-    delete the run. Copies made by `telemetryd follow` lose the texts with their next page.
-    The database overwrites the space. Backups, archives and exports that were made before keep the texts.
+    delete the run. An event that was sent without a key has one derived from its type, time and payload (`content-…`):
+    whoever reads it can confirm a guess, so a short secret in a payload also calls for `telemetryd delete`.
+
+    Copies made by `telemetryd follow` lose the texts with their next page.
+    The database overwrites their space; remains may stay in unused gaps of the file until it is rebuilt
+    (`sqlite3 FILE VACUUM` while the daemon is stopped). Backups, archives and exports that were made before keep the
+    texts.
 
     \b
     Examples:

@@ -27,6 +27,7 @@ _COPIES: Final = 3
 _FIELD_BYTES: Final = 300
 """What a field takes besides: objects, and a place in two lists and a map."""
 _FIELD_SIGNS: Final = len(": \r\n")
+_BLANK_LINE: Final = b"\r\n\r\n"
 _SLICE_BYTES: Final = 16 * 1024
 """How much of a head is looked at until it is counted."""
 _READ_BYTES: Final = 64 * 1024
@@ -74,7 +75,7 @@ class Held(Generic[H]):
 class Parser(HttpRequestParser):
     """aiohttp's parser, which knows how much of heads it holds."""
 
-    __slots__ = ("_asked", "_body", "_current", "_unfinished", "has_refused")
+    __slots__ = ("_asked", "_body", "_current", "_end", "_since_blank", "_unfinished", "has_refused")
 
     def __init__(self, protocol: BaseProtocol, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(
@@ -89,7 +90,11 @@ class Parser(HttpRequestParser):
         """Whether something was no request, or had too large a head; what comes after it means nothing."""
         self._body: StreamReader | None = None
         self._unfinished = 0
-        """How many bytes have come of a head that has not ended."""
+        """How many bytes have come of a head that has not ended, or wait until fewer requests do."""
+        self._since_blank = 0
+        """How many bytes have come since the last blank line, with which heads and chunked bodies end."""
+        self._end = b""
+        """The last bytes that have come, which may be the beginning of a blank line."""
         self._asked: list[int] = []
         """What the heads hold whose turn has not come; they are few, and an empty deque takes ten times as much."""
         self._current = 0
@@ -132,6 +137,7 @@ class Parser(HttpRequestParser):
         if len(messages) == 1 and not (is_body or self._unfinished or self._asked):  # nearly every request comes so
             message, self._body = messages[0]
             self._asked.append(_held(message, _size(message)))
+            self._since_blank, self._end = 0, b""  # what comes after it in this slice is hardly worth counting
             return parsed
         if not (messages or data):  # aiohttp asks so whether anything waits, after each request
             return parsed
@@ -139,20 +145,26 @@ class Parser(HttpRequestParser):
         of_bodies = sum(body.total_bytes for _, body in messages)
         if is_body and self._body is not None:
             of_bodies += self._body.total_bytes - read
-        self._unfinished = max(self._unfinished + len(data) - sum(sizes) - of_bodies, 0)
         if messages:
             self._body = messages[-1][1]
             self._asked.extend(_held(message, size) for size, (message, _) in zip(sizes, messages, strict=True))
-            # What comes after them in this slice is hardly worth counting, unless much has to wait for its turn.
-            if not (is_body or len(self._asked) >= MAX_MSG_QUEUE_SIZE):
-                self._unfinished = 0
+        self._look_for_blank_line(data)
+        self._unfinished = max(self._unfinished + len(data) - sum(sizes) - of_bodies, 0)
         if self._body is not None and not self._body.is_eof():  # all that is not parsed yet belongs to it
             self._unfinished = 0
+        elif len(self._asked) < MAX_MSG_QUEUE_SIZE:  # all is parsed
+            self._unfinished = min(self._unfinished, self._since_blank)
         if max(sizes, default=0) > HEAD_BYTES or (
             self._unfinished > HEAD_BYTES and len(self._asked) < MAX_MSG_QUEUE_SIZE
         ):
             raise HeadTooLargeError(f"The head of a request must not be larger than {HEAD_BYTES} bytes")
         return messages, is_upgraded, tail
+
+    def _look_for_blank_line(self, data: bytes) -> None:
+        come = self._end + data
+        found = come.rfind(_BLANK_LINE)
+        self._since_blank = self._since_blank + len(data) if found < 0 else len(come) - found - len(_BLANK_LINE)
+        self._end = come[1 - len(_BLANK_LINE) :]
 
 
 def _size(message: RawRequestMessage) -> int:

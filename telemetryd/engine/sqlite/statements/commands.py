@@ -17,6 +17,7 @@ import orjson
 from telemetryd.engine.sqlite.statements import alerts, confirmations, full_text, removal, replica, rollups, thinning
 from telemetryd.engine.sqlite.statements.columns import DAY, HOUR, MINUTE, PROCESS
 from telemetryd.engine.sqlite.statements.recounting import Tally
+from telemetryd.engine.sqlite.statements.removal import Removal
 from telemetryd.engine.sqlite.statements.sequence import Sequence as CommitSequence
 from telemetryd.engine.sqlite.statements.totals import (
     _ADD_TO_MINUTES,
@@ -41,7 +42,6 @@ from telemetryd.model.commands import (
     Created,
     CreateEvents,
     CreateRuns,
-    DeleteRun,
     EndProcess,
     EventsCreated,
     Indexed,
@@ -53,7 +53,6 @@ from telemetryd.model.commands import (
     Reaped,
     ReapRuns,
     RecordAlerts,
-    RedactRun,
     RegisterProcess,
     Registration,
     Removed,
@@ -127,6 +126,11 @@ _FIND_CERTIFICATE: Final = "SELECT certified_at, error_summary, error_details FR
 _FORGET_PROCESS: Final = "DELETE FROM run_processes WHERE run = ?"
 
 
+def _kind(command: Command[Any]) -> object:
+    """Return what neighbours have in common that are carried out together."""
+    return Removal if isinstance(command, Removal) else type(command)
+
+
 class Transaction:
     """One open transaction: applies commands and, at its end, brings the totals up to date.
 
@@ -143,16 +147,20 @@ class Transaction:
         self._changed: list[tuple[Facts, Facts]] = []
         """What each change found and what it left."""
         self._sequence = CommitSequence(self._cursor)
+        self._removal: thinning.Budget | None = None
+        """What all removals of the transaction may take, from the first one on."""
 
     def apply(self, commands: Sequence[Command[Any]]) -> list[Any]:
         """Run the commands' statements in order and return their outcomes; the totals follow in `finish`.
 
-        Creates that stand next to each other are stored together.
+        Creates that stand next to each other are stored together, and removals share a merge of the full-text index.
         """
         outcomes: list[Any] = []
-        for kind, neighbours in groupby(commands, type):
+        for kind, neighbours in groupby(commands, _kind):
             if kind is CreateRuns:
                 outcomes += self._create([command.rows for command in neighbours if isinstance(command, CreateRuns)])
+            elif kind is Removal:
+                outcomes += self._remove([command for command in neighbours if isinstance(command, Removal)])
             else:
                 outcomes += map(self._apply_alone, neighbours)
         return outcomes
@@ -172,8 +180,6 @@ class Transaction:
                 outcome = self._prune(command)
             case ReapRuns():
                 outcome = self._reap(command)
-            case DeleteRun() | RedactRun():
-                outcome = self._remove(command)
             case ApplyChanges():
                 outcome = self._apply_changes(command)
             case _:
@@ -421,14 +427,13 @@ class Transaction:
         self._deleted += deleted
         return pruned
 
-    def _remove(self, command: DeleteRun | RedactRun) -> Removed | None:
-        removed, deleted = (
-            removal.delete_run(self._cursor, self._sequence, command, self._now)
-            if isinstance(command, DeleteRun)
-            else removal.redact_run(self._cursor, self._sequence, command, self._now)
-        )
-        self._deleted += deleted
-        return removed
+    def _remove(self, commands: Sequence[Removal]) -> list[Removed | None]:
+        self._removal = self._removal or thinning.Budget()
+        outcomes = []
+        for outcome, deleted in removal.remove(self._cursor, self._sequence, commands, self._removal, self._now):
+            outcomes.append(outcome)
+            self._deleted += deleted
+        return outcomes
 
     def _apply_changes(self, command: ApplyChanges) -> Applied:
         self._deleted += replica.apply_changes(self._cursor, command)

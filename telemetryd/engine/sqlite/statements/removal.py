@@ -1,10 +1,10 @@
-"""Removes a single run, or what fields of it hold, so that not even the database file keeps the text."""
+"""Removes a single run, or what fields of it hold, with the words in the full-text index."""
 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
 
 import orjson
 
@@ -17,7 +17,7 @@ from telemetryd.model.stats import FACTS, Facts
 _FIND: Final = f"SELECT id, {', '.join(FACTS)}, event_id FROM agent_runs WHERE event_id = ?"
 _EVENTS: Final = "SELECT count(*) FROM run_events INDEXED BY idx_events_time WHERE run = ?"
 _WITH_PAYLOAD: Final = """
-    SELECT id FROM run_events INDEXED BY idx_events_time WHERE run = ? AND payload IS NOT NULL
+    SELECT id, length(payload) FROM run_events INDEXED BY idx_events_time WHERE run = ? AND payload IS NOT NULL
     ORDER BY timestamp, id LIMIT ?
 """
 _REDACT_EVENT: Final = "UPDATE run_events SET id = ?, payload = NULL WHERE id = ?"
@@ -31,59 +31,84 @@ _SET_ASIDE: Final = """
 """Tables of the service that was replaced, kept under another name, which may hold the same texts."""
 
 
-def delete_run(
-    cursor: sqlite3.Cursor, sequence: CommitSequence, command: DeleteRun, now: str
-) -> tuple[Removed | None, list[Facts]]:
-    """Delete a run with all that belongs to it, or a slice of its events; return what was deleted, too."""
+Removal = DeleteRun | RedactRun
+"""A command of this module."""
+
+
+def remove(
+    cursor: sqlite3.Cursor, sequence: CommitSequence, commands: Sequence[Removal], budget: thinning.Budget, now: str
+) -> Iterator[tuple[Removed | None, list[Facts]]]:
+    """Carry out a slice of each command; yield its outcome and what was deleted.
+
+    The texts of all these runs go first, so that one merge of the full-text index drops the words of them all.
+    """
+    searched = full_text.SEARCHED if full_text.is_there(cursor.connection) else ()
+    cleared, waiting = [], []
+    for command in commands:
+        fields = command.fields if isinstance(command, RedactRun) else searched
+        is_cleared = _clear(cursor, sequence, command, fields, now)
+        has_words = not {*searched}.isdisjoint(fields)
+        cleared.append(is_cleared and has_words)
+        waiting.append((is_cleared or command.again) and has_words)
+    is_merged = not any(waiting) or full_text.forget(cursor, again=not any(cleared), is_over=lambda: budget.is_spent)
+    for command, waits in zip(commands, waiting, strict=True):
+        found = cursor.execute(_FIND, (command.event_id,)).fetchone()
+        if found is None:
+            yield None, []
+        elif waits and not is_merged:
+            yield Removed(0, more=True), []
+        elif isinstance(command, DeleteRun):
+            yield _delete(cursor, sequence, found, budget)
+        else:
+            yield _redact_events(cursor, sequence, command, found[0], budget), []
+
+
+def _clear(cursor: sqlite3.Cursor, sequence: CommitSequence, command: Removal, fields: Sequence[str], now: str) -> bool:
+    """Set fields of a run to null, in a later slice only what was written to them since; return whether it did."""
     found = cursor.execute(_FIND, (command.event_id,)).fetchone()
-    if found is None:
-        return None, []
-    budget = thinning.Budget()
-    if full_text.is_there(cursor.connection):
-        _clear(cursor, found[0], full_text.SEARCHED, now)
-        sequence.changed(found[0])
-        if not full_text.forget(cursor, again=command.again, is_over=lambda: budget.is_spent):
-            return Removed(0, more=True), []
+    if found is None or (isinstance(command, DeleteRun) and not fields):
+        return False
+    run = found[0]
+    assignments = "".join(f", {name} = NULL" for name in fields)
+    is_due = " OR ".join(["NOT ?", *(f"{name} IS NOT NULL" for name in fields)])
+    cursor.execute(
+        f"UPDATE agent_runs SET updated_at = ?{assignments} WHERE id = ? AND ({is_due})", (now, run, command.again)
+    )
+    if cursor.rowcount == 0:
+        return False
+    sequence.changed(run)
+    cursor.execute(_FORGET_ORIGINALS, (run, orjson.dumps(fields).decode()))
+    return True
+
+
+def _delete(
+    cursor: sqlite3.Cursor, sequence: CommitSequence, found: tuple[Any, ...], budget: thinning.Budget
+) -> tuple[Removed, list[Facts]]:
+    """Delete a run with all that belongs to it, or a slice of its events; return what was deleted, too."""
     cursor.execute(KEEP_EVENT_NUMBERS)
     before = cursor.execute(_EVENTS, found[:1]).fetchone()[0]
     done = thinning.delete(cursor, [found], budget)
     left = 0 if done else cursor.execute(_EVENTS, found[:1]).fetchone()[0]
     if done:
-        _forget_aside(cursor, command.event_id)
-        sequence.deleted(found[:1], [command.event_id])
+        _forget_aside(cursor, found[-1])
+        sequence.deleted(found[:1], [found[-1]])
     return Removed(before - left, more=not done), [row[1:-1] for row in done]
 
 
-def redact_run(
-    cursor: sqlite3.Cursor, sequence: CommitSequence, command: RedactRun, now: str
-) -> tuple[Removed | None, list[Facts]]:
-    """Remove what fields of a run hold, and what a slice of its events hold; no total or statistic counts that.
+def _redact_events(
+    cursor: sqlite3.Cursor, sequence: CommitSequence, command: RedactRun, run: int, budget: thinning.Budget
+) -> Removed:
+    """Remove what a slice of a run's events hold; no total or statistic counts that.
 
     Each of these events gets the id of a new one, so that who follows takes it in the place of the old one.
     """
-    found = cursor.execute(_FIND, (command.event_id,)).fetchone()
-    if found is None:
-        return None, []
-    run = found[0]
-    events: Sequence[tuple[int]] = ()
-    _clear(cursor, run, command.fields, now)
-    sequence.changed(run)
-    cursor.execute(_FORGET_ORIGINALS, (run, orjson.dumps(command.fields).decode()))
-    if not {*full_text.SEARCHED}.isdisjoint(command.fields) and full_text.is_there(cursor.connection):
-        budget = thinning.Budget()
-        if not full_text.forget(cursor, again=command.again, is_over=lambda: budget.is_spent):
-            return Removed(0, more=True), []
-    if command.payloads:
-        events = cursor.execute(_WITH_PAYLOAD, (run, command.limit)).fetchall()
-        numbers = sequence.event_ids(len(events))
-        cursor.executemany(_REDACT_EVENT, [(number, event) for number, (event,) in zip(numbers, events, strict=True)])
-        _forget_aside(cursor, command.event_id)
-    return Removed(len(events), more=len(events) == command.limit), []
-
-
-def _clear(cursor: sqlite3.Cursor, run: int, fields: Sequence[str], now: str) -> None:
-    assignments = "".join(f", {name} = NULL" for name in fields)
-    cursor.execute(f"UPDATE agent_runs SET updated_at = ?{assignments} WHERE id = ?", (now, run))
+    if not command.payloads:
+        return Removed(0, more=False)
+    events = budget.take(cursor.execute(_WITH_PAYLOAD, (run, command.limit)))
+    numbers = sequence.event_ids(len(events))
+    cursor.executemany(_REDACT_EVENT, [(number, event) for number, (event,) in zip(numbers, events, strict=True)])
+    _forget_aside(cursor, command.event_id)
+    return Removed(len(events), more=bool(events) and (budget.is_spent or len(events) == command.limit))
 
 
 def _forget_aside(cursor: sqlite3.Cursor, event_id: str) -> None:

@@ -188,7 +188,7 @@ def find_credentials(connection: sqlite3.Connection) -> dict[str, str | None]:
 
 
 def drop_credentials(connection: sqlite3.Connection) -> int:
-    """Leave out of the addresses what is not stored today, also in the file's free space; return how many runs."""
+    """Leave out of the addresses what is not stored today, and overwrite its space; return how many runs changed."""
     connection.execute("PRAGMA secure_delete = ON")
     changes = sequence.Sequence(connection.cursor())
     changed = 0
