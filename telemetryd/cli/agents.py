@@ -329,7 +329,11 @@ class _Sync:
         self._transport.close()
 
     def _bury(self, lines: list[bytes], status: int | None, reason: object) -> None:
-        bury(self._folder, lines, status, reason)
+        try:
+            bury(self._folder, lines, status, reason)
+        except OSError as error:
+            self._note(error)
+            raise
         self._refusals.add(lines, status, reason)
 
     def _dropped(self, entry: Entry, lines: int, reason: str) -> None:

@@ -204,13 +204,24 @@ def file_path(folder: Path, stream: str, number: int, state: str) -> Path:
 def open_regular(path: Path, flags: int) -> int:
     """Open a regular file; whatever else stands in its place is neither followed nor waited for, nor written to.
 
-    A file with a second name may belong to another program, so it is not written to either.
+    A file with a second name may belong to another program, so it is not written to either. A file that root makes
+    belongs to the owner of its folder, whose processes have to write to it as well.
 
     Raises:
         OSError: if it cannot be opened, or is another kind of file.
 
     """
+    while flags & os.O_CREAT and not flags & os.O_EXCL:
+        try:
+            return open_regular(path, flags | os.O_EXCL)
+        except FileExistsError:
+            with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
+                return open_regular(path, flags & ~os.O_CREAT)
     file = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, _MODE)
+    if flags & os.O_CREAT and os.geteuid() == 0:
+        owner = path.parent.stat()
+        with contextlib.suppress(OSError):  # a file system without owners
+            os.fchown(file, owner.st_uid, owner.st_gid)
     facts = os.fstat(file)
     if stat.S_ISREG(facts.st_mode) and (facts.st_nlink <= 1 or flags & os.O_ACCMODE == os.O_RDONLY):
         return file
