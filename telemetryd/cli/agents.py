@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import sys
 import threading
 import time
@@ -138,7 +139,7 @@ def sync(
     if take_over:
         folders = [buffer_dir] if buffer_dir is not None else old_buffer_folders(os.environ)
         buffer_dir = _left_by_3x(folders, _BUFFER_FILES, "name the folder with --buffer-dir")
-        left_open = sorted(buffer_dir.glob(_LEFT_OPEN))
+        left_open = [path for path in sorted(buffer_dir.glob(_LEFT_OPEN)) if stat.S_ISREG(path.lstat().st_mode)]
         if not dry_run:
             _close(left_open)
             left_open = []
@@ -152,6 +153,7 @@ def sync(
         left.look(folder, left_open)
     except OSError as error:
         problem = problem or sentence(error)
+    problem = problem or (None if watch else left.trouble)
     files = [] if watch else accounts.to_json(left.files)
     if as_json:
         print_json({**outcome(counters), "left": left.states, "files": files, "problem": problem})
@@ -183,7 +185,7 @@ def _close(left_open: list[Path]) -> None:
         name = path.name.removesuffix(f".jsonl{ACTIVE}")
         stems = (path.with_name(f"{name}-{number}" if number else name) for number in count())
         free = next(
-            stem for stem in stems if not any(Path(f"{stem}.jsonl{state}").exists() for state in (READY, SYNCED))
+            stem for stem in stems if not any(os.path.lexists(f"{stem}.jsonl{state}") for state in (READY, SYNCED))
         )
         path.rename(f"{free}.jsonl{READY}")
 

@@ -37,7 +37,8 @@ UNSENT: Final = (ACTIVE, READY)
 STATES: Final = (ACTIVE, READY, SYNCED)
 LOCK: Final = ".lock"
 _FILE: Final = re.compile(
-    r"(?P<stem>(?P<stream>.+?)(?:\.(?P<number>\d{6}|[1-9]\d{6,}))?\.jsonl)(?P<state>\.active|\.ready|\.synced)"
+    r"(?P<stem>(?P<stream>.+?)(?:\.(?P<number>\d{6}|[1-9]\d{6,}))?\.jsonl)(?P<state>\.active|\.ready|\.synced)",
+    re.DOTALL,
 )
 _ASIDE: Final = "aside-"
 OWN_STREAM: Final = re.compile(rf"(?:{_ASIDE})?\d{{8}}T\d{{6}}Z-\d+-[0-9a-f]{{8}}", re.ASCII)
@@ -103,6 +104,21 @@ def look_through(folder: Path, read_name: Callable[[str], tuple[str, int, str] |
                 if stat.S_ISREG(facts.st_mode):  # else no process of ours has made it, whatever it is
                     found.append(Entry(item.path, *named, facts.st_size, facts.st_mtime))
     return sorted(found, key=lambda entry: (entry.modified, entry.stream, entry.number))
+
+
+def no_files(folder: Path) -> list[str]:
+    """Return the names of what is called like a file to be sent but is none: a link, a pipe, a folder.
+
+    Raises:
+        OSError: if the folder cannot be read.
+
+    """
+    ends = tuple(f".jsonl{state}" for state in UNSENT)
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as listing:
+        return sorted(
+            item.name for item in listing if item.name.endswith(ends) and not item.is_file(follow_symlinks=False)
+        )
+    return []
 
 
 def _read_name(name: str) -> tuple[str, int, str] | None:
