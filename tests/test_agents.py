@@ -271,6 +271,11 @@ def test_replay_keeps_what_is_refused_and_takes_it_again_once_it_is_fixed(daemon
     done = telemetryd("replay", path, "--rejects", rejects, "--url", daemon.url, status=1)
     assert done.stdout.startswith("6 lines sent: 3 runs stored")
     assert "refused (422): items_failed: " in done.stderr
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(rejects)
+    assert (
+        "link" in telemetryd("replay", path, "--rejects", link, "--url", daemon.url, status=1).stderr.splitlines()[-1]
+    )
     assert len(rejects.read_text().splitlines()) == 3
     rejects.write_text(rejects.read_text().replace('"items_failed":-', '"items_failed":'))
     done = telemetryd("replay", rejects, "--url", daemon.url, status=1)

@@ -73,7 +73,9 @@ def from_files(function: F, *, or_takes_over: bool = False) -> F:
         help="A longer line of NDJSON, or other JSON, is refused unread, so that a small file cannot fill the memory.",
     )
     rejects = click.option(
-        "--rejects", type=click.Path(path_type=Path), help="Append what the daemon refuses to this file."
+        "--rejects",
+        type=click.Path(path_type=Path),
+        help="Append what the daemon refuses to this file; no link.",
     )
     files = click.argument(
         "files", nargs=-1, required=not or_takes_over, type=click.Path(exists=True, dir_okay=False, allow_dash=True)
