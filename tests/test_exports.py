@@ -31,7 +31,7 @@ from telemetryd.engine.sqlite.statements import export as export_rows
 from telemetryd.engine.sqlite.tools import migrate
 from telemetryd.git_urls import without_credentials
 from telemetryd.model import runs, tables, values
-from telemetryd.model.queries import SNAPSHOT
+from telemetryd.model.queries import SNAPSHOT, ExportRuns, Format
 from telemetryd.model.runs import COLUMNS, STORED
 from telemetryd.model.values import Role
 from telemetryd.services import exports as streamed
@@ -137,6 +137,14 @@ async def test_a_nul_that_an_earlier_migration_kept_breaks_no_line(api: Api, tmp
         (tmp_path / "runs.parquet").write_bytes(body)
         found = pyarrow.parquet.read_table(tmp_path / "runs.parquet")["product"].to_pylist()
     assert found == ["p\0q", "next"]
+
+
+async def test_parquet_with_text_that_is_no_utf_8_is_cut(api: Api) -> None:
+    await api.batch([make_run(), make_run(product="bad")])
+    with closing(sqlite3.connect(api.settings.db_path)) as connection, connection:
+        connection.execute("UPDATE agent_runs SET product = CAST(x'ff' AS TEXT) WHERE product = 'bad'")
+    with pytest.raises((aiohttp.ClientPayloadError, aiohttp.ServerDisconnectedError)):
+        await export(api, format="parquet")
 
 
 async def test_parquet_is_typed_and_counts_its_rows(api: Api, tmp_path: Path) -> None:
@@ -373,6 +381,74 @@ async def test_a_reader_that_is_too_slow_gives_its_place_up(make_api: MakeApi, m
     assert response.status == 200
     for each in held:
         each.close()
+
+
+async def test_the_next_chunk_is_made_while_one_is_sent(api: Api) -> None:
+    await api.batch([make_run(input_summary="x" * 2000) for _ in range(300)])
+    async with reading(api)._exports.open(ExportRuns()) as copied:
+        pieces, made = copied._chunks, list[int]()
+
+        def counted() -> Iterator[bytes]:
+            for piece in pieces:
+                made.append(len(piece))
+                yield piece
+
+        copied._chunks = counted()
+        chunks = copied.chunks()
+        sent = len(await anext(chunks))
+        await eventually(lambda: len(made) == 2)
+        await chunks.aclose()
+    assert made[0] == sent
+
+
+async def test_an_export_that_is_left_in_the_middle_of_a_chunk_ends(
+    api: Api, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What goes wrong in a chunk that nobody takes any more concerns nobody."""
+    await api.batch([make_run() for _ in range(300)])
+    monkeypatch.setattr(export_rows, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(export_rows, "_OPS", 10)
+    async with reading(api)._exports.open(ExportRuns(form=Format.CSV)) as copied:
+        chunks = copied.chunks()
+        await anext(chunks)
+        await chunks.aclose()
+    assert reading(api)._exports._running == 0
+    assert not [record for record in caplog.records if record.name == "asyncio"]
+
+
+@pytest.mark.parametrize("form", Format)
+async def test_runs_of_any_length_are_rendered_a_few_at_a_time(
+    api: Api, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, form: Format
+) -> None:
+    lengths = [1] * 200 + [30_000] + [1] * 5 + [3_000] * 10 + [1] * 200
+    await api.batch([make_run(output_summary="x" * length, product="p" if length % 2 else None) for length in lengths])
+    with closing(sqlite3.connect(api.settings.db_path)) as connection, connection:
+        connection.execute("UPDATE agent_runs SET id = id - 210")
+        connection.execute(f"UPDATE agent_runs SET id = {2**63 - 1} WHERE id = (SELECT max(id) FROM agent_runs)")
+    monkeypatch.setattr(export_rows, "_LONGEST", 20_000)
+    rendered, sizes = export_rows._rendered, list[int]()
+
+    def measured(connection: sqlite3.Connection, aggregate: str) -> Iterator[bytes]:
+        for text in rendered(connection, aggregate):
+            sizes.append(len(text))
+            yield text
+
+    monkeypatch.setattr(export_rows, "_rendered", measured)
+    body, headers = await export(api, format=form)
+    (tmp_path / "runs").write_bytes(body)
+    match form:
+        case Format.NDJSON:
+            read = [*enumerate(map(json.loads, body.splitlines()))]
+        case Format.CSV:
+            read = [*tables.read_csv(io.BytesIO(body))]
+        case Format.PARQUET:
+            read = [*tables.read_parquet(tmp_path / "runs")]
+    found = [(run["id"], len(run["output_summary"]), run.get("product")) for _, run in read if isinstance(run, dict)]
+    ids = [*range(-209, len(lengths) - 210), 2**63 - 1]
+    assert headers["X-Total-Count"] == str(len(lengths))
+    assert found == [(id_, length, "p" if length % 2 else None) for id_, length in zip(ids, lengths, strict=True)]
+    assert [size > 20_000 for size in sizes].count(True) == 1  # the longest run
+    assert len(sizes) < 80
 
 
 async def test_a_copy_never_takes_the_room_that_is_kept_for_new_runs(make_api: MakeApi) -> None:

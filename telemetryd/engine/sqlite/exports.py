@@ -93,12 +93,14 @@ class _Copying:
 
     def _chunks(self, connection: sqlite3.Connection) -> Iterator[bytes]:
         match self.query.form:
+            case Format.NDJSON if self.query.with_events:
+                return statements.ndjson_chunks_with_events(connection)
             case Format.NDJSON:
-                return statements.ndjson_chunks(connection, with_events=self.query.with_events)
+                return statements.ndjson_chunks(connection)
             case Format.CSV:
                 return statements.csv_chunks(connection)
             case Format.PARQUET:
-                return tables.parquet_from_csv(statements.csv_chunks(connection))
+                return tables.parquet_from_lists(statements.lists(connection))
 
 
 class _Copied:
@@ -111,12 +113,19 @@ class _Copied:
         self._chunks = chunks
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
-        """Yield the export's bytes (see `Copy.chunks`)."""
+        """Yield the export's bytes (see `Copy.chunks`); while one chunk is sent, the next one is made."""
+        ahead = self._next()
         try:
-            while (chunk := await self._connection.run(lambda _: next(self._chunks, None))) is not None:
+            while (chunk := await ahead) is not None:
+                ahead = self._next()
                 yield chunk
         except (sqlite3.Error, ValueError, MemoryError) as error:  # ValueError: pyarrow's, of a cell
             raise UnavailableError(str(error)[:2000]) from error
+        finally:
+            ahead.cancel()
+
+    def _next(self) -> asyncio.Future[bytes | None]:
+        return self._connection.start(lambda _: next(self._chunks, None))
 
 
 class Exports:
