@@ -36,6 +36,8 @@ class Bounds:
     """How many may run at once; each holds a thread, some descriptors and room on the disk."""
     slice_rows: int = 2_000
     """Runs that are looked at in one transaction once it has taken too long to copy all of them in one."""
+    rendered_bytes: int = 512 * 1024
+    """How long what one step of SQLite renders of more than one run may be."""
     steps: int = 50_000
     """Steps of SQLite (some milliseconds) between two looks at whether a copy shall end."""
 
@@ -104,15 +106,16 @@ class _Copying:
             time.sleep(max(time.monotonic() - started, _LEAST_PAUSE_S))
 
     def _chunks(self, connection: sqlite3.Connection) -> Iterator[bytes]:
+        longest = self.bounds.rendered_bytes
         match self.query.form:
             case Format.NDJSON if self.query.with_events:
                 return statements.ndjson_chunks_with_events(connection)
             case Format.NDJSON:
-                return statements.ndjson_chunks(connection)
+                return statements.ndjson_chunks(connection, longest)
             case Format.CSV:
-                return statements.csv_chunks(connection)
+                return statements.csv_chunks(connection, longest)
             case Format.PARQUET:
-                return tables.parquet_from_lists(statements.lists(connection))
+                return tables.parquet_from_lists(statements.lists(connection, longest))
 
 
 class _Copied:

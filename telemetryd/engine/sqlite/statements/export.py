@@ -26,8 +26,6 @@ CHUNK_BYTES: Final = 256 * 1024
 
 _MOST_ROWS: Final = 128
 """Runs that are rendered in one step of SQLite; each step takes the interpreter's lock twice, which ingest needs."""
-_LONGEST: Final = 512 * 1024
-"""How long what is rendered of more than one run may be."""
 _PAGE_BYTES: Final = 4096
 _EVENT: Final = events.STORED
 _COPIED_EVENT: Final = ("run", "timestamp", "id", *(name for name in _EVENT if name != "timestamp"))
@@ -187,9 +185,12 @@ _EVENTS: Final = f"""
 CSV_HEADER: Final = (",".join(COLUMNS) + "\r\n").encode()
 
 
-def ndjson_chunks(connection: sqlite3.Connection) -> Iterator[bytes]:
-    """Yield the copy's runs in the order of their ids, one JSON object a line, in pieces of about `CHUNK_BYTES`."""
-    return join_pieces((lines + b"\n" for lines in _rendered(connection, _NDJSON)), CHUNK_BYTES)
+def ndjson_chunks(connection: sqlite3.Connection, longest: int) -> Iterator[bytes]:
+    """Yield the copy's runs in the order of their ids, one JSON object a line, in pieces of about `CHUNK_BYTES`.
+
+    No step of SQLite makes more than `longest` bytes of more than one run, here and below.
+    """
+    return join_pieces((lines + b"\n" for lines in _rendered(connection, _NDJSON, longest)), CHUNK_BYTES)
 
 
 def ndjson_chunks_with_events(connection: sqlite3.Connection) -> Iterator[bytes]:
@@ -214,27 +215,25 @@ def _lines_with_events(connection: sqlite3.Connection) -> Iterator[bytes]:
         yield b"]}\n"
 
 
-def csv_chunks(connection: sqlite3.Connection) -> Iterator[bytes]:
+def csv_chunks(connection: sqlite3.Connection, longest: int) -> Iterator[bytes]:
     """Yield the copy's runs in the order of their ids as CSV with a header, in whole lines of about `CHUNK_BYTES`."""
-    return chain([CSV_HEADER], join_pieces((lines + b"\r\n" for lines in _rendered(connection, _CSV)), CHUNK_BYTES))
+    parts = (lines + b"\r\n" for lines in _rendered(connection, _CSV, longest))
+    return chain([CSV_HEADER], join_pieces(parts, CHUNK_BYTES))
 
 
-def lists(connection: sqlite3.Connection) -> Iterator[bytes]:
+def lists(connection: sqlite3.Connection, longest: int) -> Iterator[bytes]:
     """Yield the copy's runs in the order of their ids, some at a time: a JSON object with a list for each field."""
-    return _rendered(connection, _LISTS)
+    return _rendered(connection, _LISTS, longest)
 
 
-def _rendered(connection: sqlite3.Connection, aggregate: str) -> Iterator[bytes]:
-    """Yield what an aggregate makes of the next few runs, until there are none.
-
-    They are so many that it is not much longer than `_LONGEST`, or is made of a single run.
-    """
+def _rendered(connection: sqlite3.Connection, aggregate: str, longest: int) -> Iterator[bytes]:
+    """Yield what an aggregate makes of the next few runs, until there are none."""
     connection.text_factory = bytes
     any_length = connection.getlimit(sqlite3.SQLITE_LIMIT_LENGTH)
     statement = f"SELECT max(id), {aggregate} FROM runs WHERE {_NEXT_RUNS}"
     after, rows = BEGINNING, _MOST_ROWS
     while True:
-        connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, any_length if rows == 1 else _LONGEST)
+        connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, any_length if rows == 1 else longest)
         try:
             last, text = connection.execute(statement, {"after": after, "more": rows - 1}).fetchone()
         except sqlite3.DataError as error:
@@ -246,5 +245,5 @@ def _rendered(connection: sqlite3.Connection, aggregate: str) -> Iterator[bytes]
             return
         yield text
         after = last
-        if len(text) < _LONGEST // 4:
+        if len(text) < longest // 4:
             rows = min(rows * 2, _MOST_ROWS)
