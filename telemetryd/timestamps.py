@@ -33,8 +33,9 @@ def canonical(text: str) -> str | None:
     """
     try:
         if usual := _USUAL.fullmatch(text):
-            datetime.fromisoformat(usual[1])  # is there such a day?
-            return f"{usual[1]}T{usual[2]}.{usual[3] or '':0<6}Z"
+            date, time, fraction = usual.groups("")
+            datetime.fromisoformat(date)  # is there such a day?
+            return f"{date}T{time}.{fraction:0<6}Z"
         if len(text) <= _MAX_CHARACTERS and _DATE_AND_TIME.fullmatch(text):
             moment = datetime.fromisoformat(text.upper())
             return format_timestamp(moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC))
