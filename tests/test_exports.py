@@ -411,6 +411,25 @@ async def test_an_export_that_is_left_in_the_middle_of_a_chunk_ends(api: Api, ca
     assert not [record for record in caplog.records if record.name == "asyncio"]
 
 
+async def test_an_export_whose_client_left_is_closed_before_the_daemon_ends(api: Api) -> None:
+    half, is_open = reading(api), asyncio.Event()
+
+    async def leave() -> None:
+        async with half._exports.open(ExportRuns()):
+            is_open.set()
+            await asyncio.Event().wait()
+
+    leaving = asyncio.create_task(leave())
+    await is_open.wait()
+    for _ in range(2):  # the second time while it is being closed
+        leaving.cancel()
+        await asyncio.sleep(0)
+    await asyncio.wait((leaving,))
+    assert half._exports.are_running
+    await half._exports.close()
+    assert not half._exports.are_running
+
+
 LENGTHS = [*[1] * 200, 30_000, *[1] * 5, *[3_000] * 10, *[1] * 200]
 
 

@@ -180,6 +180,11 @@ class Exports:
             closing.add_done_callback(self._closing.discard)
             await asyncio.shield(closing)  # which comes to its end even if the client leaves in the middle of it
 
+    async def close(self) -> None:
+        """Wait for what is closing after its client left: its thread answers the event loop, which must be there."""
+        if self._closing:
+            await asyncio.wait(self._closing)
+
     async def _close(self, connection: Connection, files: contextlib.ExitStack) -> None:
         try:
             await connection.close()
