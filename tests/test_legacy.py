@@ -115,6 +115,26 @@ def test_values_are_normalised_and_counted(tmp_path: Path, layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_runs_are_copied_slice_by_slice_as_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    names = ", ".join(name for name in COLUMNS if name != "event_id")
+    found = []
+    for slice_ in (3, 1000):
+        path = make_old_database(tmp_path / f"{slice_}.sqlite", layout)
+        spoil(path)
+        if not layout.endswith("without-rowid"):
+            with closing(sqlite3.connect(path)) as connection, connection:
+                connection.execute("DELETE FROM agent_runs WHERE rowid IN (2, 7, 8)")
+        monkeypatch.setattr(legacy, "_SLICE", slice_)
+        done = migrate_file(path, "2026-01-01T00:00:00.000000Z")
+        sides = rows(path, "SELECT run, field, reason, original FROM unconverted_values ORDER BY run, field")
+        found.append((rows(path, f"SELECT {names} FROM agent_runs ORDER BY id"), sides, done.counts()))
+    assert len(found[0][0]) == (20 if layout.endswith("without-rowid") else 17)
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_what_cannot_be_normalised_is_kept_verbatim(tmp_path: Path, layout: str) -> None:
     path = make_old_database(tmp_path / "telemetry.sqlite", layout)
     spoil(path)
