@@ -48,8 +48,9 @@ def test_a_good_database_is_ok_also_while_a_daemon_runs(start_daemon: StartDaemo
 
 def test_the_queries_of_every_filter_are_examined() -> None:
     queries = list(documented_queries())
-    assert len(queries) == 59
-    assert len({tuple(sorted(query.filters.equal)) for query in queries}) == 17
+    assert len(queries) == 71
+    assert len({tuple(sorted(query.filters.equal)) for query in queries}) == 20
+    assert {tuple(query.filters.labels) for query in queries} == {(), ("x",), ("x", "y")}
 
 
 @pytest.mark.parametrize(

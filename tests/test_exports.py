@@ -421,9 +421,21 @@ objects = st.dictionaries(
 )  # fmt: skip
 
 
+OF_THEIR_OWN: dict[str, st.SearchStrategy[Any]] = {
+    "labels": st.dictionaries(
+        st.from_regex(r"[a-z0-9][a-z0-9_.-]{0,62}", fullmatch=True), names.map(lambda text: text[:255]), max_size=4
+    ),
+    "attempt": st.integers(1, 2**63 - 1),
+    "trace_id": st.integers(1, 2**128 - 1).map(lambda number: f"{number:032x}"),
+    "span_id": st.integers(1, 2**64 - 1).map(lambda number: f"{number:016x}"),
+}
+
+
 def values_of(name: str) -> st.SearchStrategy[Any]:  # noqa: PLR0911 - one for each kind
     """Anything that a field may hold, from its definition."""
     field = runs.Run.model_fields[name]
+    if name in OF_THEIR_OWN:
+        return st.none() | OF_THEIR_OWN[name]
     if name in runs.columns(Role.JSON):
         return st.none() | objects
     if name in runs.columns(Role.BOOLEAN):

@@ -96,7 +96,7 @@ def filled(connection: sqlite3.Connection) -> sqlite3.Connection:
 
 def everything(connection: sqlite3.Connection) -> list[dict[str, Any]]:
     """Every row, by a statement of the test's own."""
-    rows = connection.execute("SELECT * FROM agent_runs").fetchall()
+    rows = connection.execute(f"SELECT {', '.join(COLUMNS)} FROM agent_runs").fetchall()
     return [dict(zip(COLUMNS, row, strict=True)) for row in rows]
 
 

@@ -198,6 +198,8 @@ TEXTS = [
     "trigger_type",
     "insight_id",
     "parent_run_id",
+    "retry_of",
+    "conversation_id",
     "git_commit_author",
 ]
 
@@ -424,9 +426,13 @@ PARAMETERS = [
     "environment",
     "insight_id",
     "parent_run_id",
+    "retry_of",
+    "conversation_id",
+    "trace_id",
     "min_duration_ms",
     "error",
     "metrics.NAME",
+    "label.NAME",
     "q",
     "created_before",
     "created_after",

@@ -57,21 +57,22 @@ from telemetryd.model.commands import (
     RegisterProcess,
     Registration,
     Removed,
+    TooManyLabels,
     TrustClock,
     Updated,
     UpdateRun,
 )
 from telemetryd.model.events import TIMESTAMP
-from telemetryd.model.runs import CREATED_AT, EVENT_ID, START_TIME, STORED
+from telemetryd.model.runs import CREATED_AT, DIGEST, EVENT_ID, START_TIME, STORED, digest
 from telemetryd.model.stats import FACTS, Facts
-from telemetryd.model.values import Row, SqlValue, Status
+from telemetryd.model.values import MAX_LABELS, Row, SqlValue, Status, count_labels, merge_labels
 
 _ROWS_AT_ONCE: Final = (256, 128, 64, 32, 16, 8, 4, 2, 1)
 """How many rows one INSERT may take: each number has its own prepared statement."""
 
 
 _INSERTED: Final = {
-    "agent_runs": ((*STORED, "updated_at"), "event_id"),
+    "agent_runs": ((*STORED, "updated_at", DIGEST), "event_id"),
     "run_events": (("id", "run", *events.STORED), "run, event_key"),
 }
 """The tables that take many rows at once: the columns that are given, and the key that no two rows share."""
@@ -333,17 +334,22 @@ class Transaction:
         return inserted
 
     def _complete(self, row: Row) -> Row:
-        """Return a row as it is stored: created now unless it says when, and updated now."""
+        """Return a row as it is stored: created now unless it says when, updated now, and with its body's digest."""
         if row[CREATED_AT]:
-            return (*row, self._now)
-        return (*row[:CREATED_AT], self._now, *row[CREATED_AT + 1 :], self._now)
+            return (*row, self._now, digest(row))
+        return (*row[:CREATED_AT], self._now, *row[CREATED_AT + 1 :], self._now, digest(row))
 
-    def _update(self, command: UpdateRun) -> Updated | None:
+    def _update(self, command: UpdateRun) -> Updated | TooManyLabels | None:
         found = self._cursor.execute(_FIND_RUN, (command.event_id,)).fetchone()
         if found is None:
             return None
         run, run_id, *facts = found
         changes = {**command.changes, "updated_at": self._now}
+        if "labels" in changes:
+            labels = self._cursor.execute("SELECT labels FROM agent_runs WHERE id = ?", (run,)).fetchone()[0]
+            changes["labels"] = merge_labels(labels, str(changes["labels"]))
+            if (many := count_labels(changes["labels"])) > MAX_LABELS:
+                return TooManyLabels(many)
         assignments = ", ".join(f"{name} = ?" for name in changes)
         if "status" in changes:
             assignments += self._take_certificate_back(run, changes)

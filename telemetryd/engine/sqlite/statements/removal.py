@@ -13,6 +13,7 @@ from telemetryd.engine.sqlite.statements import thinning
 from telemetryd.engine.sqlite.statements.sequence import KEEP_EVENT_NUMBERS
 from telemetryd.engine.sqlite.statements.sequence import Sequence as CommitSequence
 from telemetryd.model.commands import DeleteRun, RedactRun, Removed
+from telemetryd.model.runs import DIGEST
 from telemetryd.model.stats import FACTS, Facts
 
 _FIND: Final = f"SELECT id, {', '.join(FACTS)}, event_id FROM agent_runs WHERE event_id = ?"
@@ -77,7 +78,8 @@ def redact_run(
     run = found[0]
     events: Sequence[tuple[int]] = ()
     with for_good(cursor):
-        assignments = "".join(f", {name} = NULL" for name in command.fields)
+        # Who has the rest of a body could find a short secret by its digest.
+        assignments = "".join(f", {name} = NULL" for name in (*command.fields, DIGEST) if command.fields)
         cursor.execute(f"UPDATE agent_runs SET updated_at = ?{assignments} WHERE id = ?", (now, run))
         cursor.execute(_FORGET_ORIGINALS, (run, orjson.dumps(command.fields).decode()))
         if command.payloads:

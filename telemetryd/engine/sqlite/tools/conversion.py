@@ -14,7 +14,7 @@ import orjson
 from telemetryd.errors import InvalidBodyError
 from telemetryd.git_urls import without_credentials
 from telemetryd.model.bodies import parse_json
-from telemetryd.model.runs import COLUMNS, columns
+from telemetryd.model.runs import COLUMNS, TABLE, columns
 from telemetryd.model.values import (
     MAX_INTEGER,
     CommitSource,
@@ -243,7 +243,7 @@ class Converter:
             for name in _FIELDS
             if name in place
         ]
-        self._extra = [(name, index) for name, index in place.items() if name not in COLUMNS]
+        self._extra = [(name, index) for name, index in place.items() if name not in TABLE]
         self._makes_event_id = "event_id" not in place
         absent: list[SqlValue] = [None] * len(COLUMNS)
         for name in _COUNTS + columns(Role.BOOLEAN):
