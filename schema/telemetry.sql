@@ -1,11 +1,6 @@
 -- The schema of a telemetryd database, version 20.
 -- Generated from migrations/ by `make schema`; do not edit.
 
-CREATE TRIGGER run_labels_added AFTER INSERT ON agent_runs WHEN new.labels IS NOT NULL BEGIN
-    INSERT OR IGNORE INTO run_labels (key, value, created, run)
-        SELECT key, value, new.created_at, new.id FROM json_each(new.labels) WHERE type = 'text';
-END;
-
 CREATE TRIGGER run_labels_changed AFTER UPDATE OF id, created_at, labels ON agent_runs
 WHEN old.labels IS NOT NULL OR new.labels IS NOT NULL BEGIN
     DELETE FROM run_labels WHERE (key, value, created, run) IN (

@@ -42,6 +42,7 @@ from telemetryd.model.values import (
     Text,
     Timestamp,
     TraceId,
+    has_role,
     kind_of,
     names,
     new_field,
@@ -202,8 +203,7 @@ EVENT_ID, RUN_ID, CREATED_AT, START_TIME, AGENT_NAME, JOB_TYPE, STATUS = (
 
 def _optional(field: FieldInfo) -> Any:
     """Return a field's type for a partial update, where null or missing means "leave"."""
-    is_labels = any(Role.LABELS in mark for mark in field.metadata if isinstance(mark, Role))
-    kind = LabelChanges if is_labels else field.rebuild_annotation()
+    kind = LabelChanges if has_role(field, Role.LABELS) else field.rebuild_annotation()
     return (kind | None, Field(None, description=field.description, examples=field.examples))
 
 
@@ -329,6 +329,8 @@ def text_warnings(value: object) -> list[str]:
 _DEFAULTS: Final = tuple(NewRun.model_fields[name].default for name in STORED)
 _STORED_PLACES: Final = tuple(COLUMNS.index(name) for name in STORED)
 _JSON_PLACES: Final = tuple(map(STORED.index, _JSON_COLUMNS))
+_json_of: Final = itemgetter(*_JSON_PLACES)
+_NO_JSON: Final = (None,) * len(_JSON_PLACES)
 _CHANGEABLE: Final = frozenset((*PATCHABLE, *columns(Role.COMMIT)))
 """The fields of a stored run that may say something else than its first body."""
 
@@ -338,13 +340,15 @@ def digest(row: Row) -> int:
 
     Fields at the end that say nothing do not count, so that a later version may add fields after them.
     """
-    values: list[Any] = list(row)
-    while values and values[-1] is None:
-        values.pop()
-    for place in _JSON_PLACES:
-        if place < len(values) and values[place] is not None:
-            values[place] = orjson.loads(values[place])
-    packed = orjson.dumps(values, option=orjson.OPT_SORT_KEYS)
+    values: Any = row
+    if _json_of(row) != _NO_JSON:
+        values = list(row)
+        for place in _JSON_PLACES:
+            if values[place] is not None:
+                values[place] = orjson.loads(values[place])
+    packed = orjson.dumps(values, option=orjson.OPT_SORT_KEYS).rstrip(
+        b",nul]"
+    )  # the nulls at the end; no value ends so
     return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), signed=True)
 
 

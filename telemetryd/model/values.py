@@ -264,11 +264,15 @@ LABELS_SCHEMA: Final[Mapping[str, Any]] = {
     "additionalProperties": {"type": "string", "minLength": 1, "maxLength": MAX_LABEL_VALUE, "pattern": NOT_BLANK},
     "description": "Labels: keys with texts.",
 }
-LABEL_CHANGES_SCHEMA: Final[Mapping[str, Any]] = {
-    **LABELS_SCHEMA,
-    "additionalProperties": {"anyOf": [LABELS_SCHEMA["additionalProperties"], {"type": "null"}]},
-    "description": "Changes to labels (JSON Merge Patch, RFC 7396): null removes a key, other keys stay as they are.",
-}
+_GIVEN_LABELS_SCHEMA: Final[Mapping[str, Any]] = component(
+    "GivenLabels",
+    {
+        **LABELS_SCHEMA,
+        "additionalProperties": {"anyOf": [LABELS_SCHEMA["additionalProperties"], {"type": "null"}]},
+        "description": "Labels as requests give them (JSON Merge Patch, RFC 7396): null removes a key, and keys "
+        "that are not named stay as they are.",
+    },
+)
 
 
 STATUSES_PATTERN: Final = "^({0})(,({0}))*$".format("|".join(Status))
@@ -286,18 +290,18 @@ JsonObject = Annotated[str, PlainValidator(json_text), WithJsonSchema(component(
 
 LabelKey = Annotated[str, Field(max_length=MAX_LABEL_KEY, pattern=LABEL_KEY)]
 LabelValue = Annotated[str, Field(min_length=1, max_length=MAX_LABEL_VALUE, pattern=NOT_BLANK)]
-_LabelObject = Annotated[dict[LabelKey, LabelValue | None], BeforeValidator(_few)]
+Labels = Annotated[dict[LabelKey, LabelValue], WithJsonSchema(component("Labels", LABELS_SCHEMA))]
+"""Labels as they are answered."""
 
 
-Labels = Annotated[_LabelObject, AfterValidator(labels_text), WithJsonSchema(component("Labels", LABELS_SCHEMA))]
-"""Labels of a new run; null stands for a label that is not given."""
+_GivenLabels = Annotated[dict[LabelKey, LabelValue | None], BeforeValidator(_few), WithJsonSchema(_GIVEN_LABELS_SCHEMA)]
 
 
-LabelChanges = Annotated[
-    _LabelObject,
-    AfterValidator(_label_changes),
-    WithJsonSchema(component("LabelChanges", LABEL_CHANGES_SCHEMA)),
-]
+NewLabels = Annotated[_GivenLabels, AfterValidator(labels_text)]
+"""Labels of a new run; null stands for one that is not given."""
+
+
+LabelChanges = Annotated[_GivenLabels, AfterValidator(_label_changes)]
 """A JSON Merge Patch for labels."""
 
 
@@ -315,7 +319,7 @@ Boolean = Annotated[bool, PlainValidator(_flag), WithJsonSchema({"type": "boolea
 
 def new_field(field: FieldInfo) -> tuple[Any, Any]:
     """Return a field of a new record, as `create_model` takes it: null means the same as not given."""
-    kind, default = field.rebuild_annotation(), field.default
+    kind, default = NewLabels | None if has_role(field, Role.LABELS) else field.rebuild_annotation(), field.default
     if not field.is_required() and default is not None:
         kind = Annotated[kind | None, AfterValidator(lambda value: default if value is None else value)]
     return kind, Field(default, description=field.description, examples=field.examples)
@@ -344,11 +348,12 @@ class Role(Flag):
 
 def names(model: type[BaseModel], role: Role | None = None) -> tuple[str, ...]:
     """Return the names of a definition's fields, or of those that have a role, in the order in which they stand."""
-    return tuple(
-        name
-        for name, field in model.model_fields.items()
-        if role is None or any(role in mark for mark in field.metadata if isinstance(mark, Role))
-    )
+    return tuple(name for name, field in model.model_fields.items() if role is None or has_role(field, role))
+
+
+def has_role(field: FieldInfo, role: Role) -> bool:
+    """Return whether a field has a role."""
+    return any(role in mark for mark in field.metadata if isinstance(mark, Role))
 
 
 def kind_of(field: FieldInfo) -> type:

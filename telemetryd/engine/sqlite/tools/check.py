@@ -14,7 +14,7 @@ from typing import Final
 
 from telemetryd.engine.sqlite.connection import connect, connect_to_read, is_damage, quoted
 from telemetryd.engine.sqlite.files import identify
-from telemetryd.engine.sqlite.statements import full_text, runs
+from telemetryd.engine.sqlite.statements import full_text, labels, runs
 from telemetryd.engine.sqlite.tools import foreign, integrity, legacy, migrate, renumbering
 from telemetryd.engine.sqlite.tools.backup import Watch, ignore_progress
 from telemetryd.errors import DatabaseError
@@ -190,7 +190,7 @@ def _credentials(connection: sqlite3.Connection) -> Iterator[Finding]:
 
 @_without_table("labels", "their index cannot be read")
 def _labels(connection: sqlite3.Connection) -> Iterator[Finding]:
-    if wrong := integrity.count_wrong_labels(connection):
+    if wrong := labels.count_wrong(connection):
         yield Finding("labels", Severity.PROBLEM, f"{wrong} labels differ between the runs and their index", REPAIR)
 
 
@@ -262,9 +262,8 @@ def documented_queries() -> Iterator[ListRuns]:
         yield ListRuns(Filters(equal))
         yield ListRuns(Filters(equal, bounds))
         yield ListRuns(Filters(several), after=Position(moment, 1))
-    labels = {"x": ("x",)}
-    yield ListRuns(Filters(labels=labels))
-    yield ListRuns(Filters(bounds=bounds, labels=labels))
+    yield ListRuns(Filters(labels={"x": ("x",)}))
+    yield ListRuns(Filters(labels={"x": ("x",)}, bounds=bounds))
     yield ListRuns(Filters(labels={"x": ("x", "y"), "y": ("x",)}), after=Position(moment, 1))
     for column, is_descending in product(SORTED, (False, True)):
         yield ListRuns(order=Order(column, descending=is_descending))
@@ -325,8 +324,8 @@ def _fix_rows(connection: sqlite3.Connection) -> Iterator[str]:
     if wrong := integrity.count_wrong_totals(connection):
         integrity.recount_totals(connection)
         yield f"{wrong} totals counted again"
-    if wrong := integrity.count_wrong_labels(connection):
-        integrity.index_labels(connection)
+    if wrong := labels.count_wrong(connection):
+        labels.rebuild(connection)
         yield f"the index of labels made again, {wrong} differed"
     if full_text.count_wrong(connection):
         full_text.rebuild(connection)

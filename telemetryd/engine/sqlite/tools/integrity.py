@@ -132,28 +132,6 @@ def delete_strays(connection: sqlite3.Connection) -> dict[str, int]:
     return {table: rows for table, rows in done if rows}
 
 
-_LABELS_OF_RUNS: Final = """
-    SELECT of.key AS key, of.value AS value, created_at AS created, agent_runs.id AS run
-    FROM agent_runs NOT INDEXED CROSS JOIN json_each(labels) AS of WHERE labels IS NOT NULL AND of.type = 'text'
-"""
-_LABELS: Final = "SELECT key, value, created, run FROM run_labels"
-_WRONG_LABELS: Final = f"""
-    SELECT (SELECT count(*) FROM ({_LABELS_OF_RUNS} EXCEPT {_LABELS}))
-        + (SELECT count(*) FROM ({_LABELS} EXCEPT {_LABELS_OF_RUNS}))
-"""
-
-
-def count_wrong_labels(connection: sqlite3.Connection) -> int:
-    """Count the labels of runs that their index lacks, and those that it has and no run."""
-    return int(connection.execute(_WRONG_LABELS).fetchone()[0])
-
-
-def index_labels(connection: sqlite3.Connection) -> None:
-    """Fill the index of labels anew, inside the caller's transaction."""
-    connection.execute("DELETE FROM run_labels")
-    connection.execute(f"INSERT OR IGNORE INTO run_labels (key, value, created, run) {_LABELS_OF_RUNS}")
-
-
 _NULS: Final = f"""
     SELECT id, {", ".join(PLAIN_TEXTS)} FROM agent_runs
     WHERE {" OR ".join(f"instr({name}, char(0))" for name in PLAIN_TEXTS)}
