@@ -19,7 +19,7 @@ PYTHONS ?= python3.12 python3.13 python3.14
 # How long the installation for one of them may take, and how long its tests, in seconds.
 PYTHONS_TIMEOUT_S ?= 240
 
-# Much of what a test does is waiting, so there are twice as many workers as processors (tests/conftest.py). All tests
+# Much of what a test does is waiting, so there are thrice as many workers as processors (tests/conftest.py). All tests
 # of a file run in one worker, which starts what they share (a browser, an app) once; the longest files come first.
 PARALLEL := --numprocesses auto --dist loadfile --no-loadscope-reorder
 
@@ -54,8 +54,8 @@ install: $(RUNNABLE) ## set up what the daemon needs
 run: $(RUNNABLE) ## set up what the daemon needs, and run it on port 8765
 	$(BIN)/telemetryd serve
 
-test: $(INSTALLED) $(CLIENTS_INSTALLED) ## set everything up and pass the tests (about six minutes on two processors)
-	$(BIN)/pytest $(PARALLEL) -m "not slow"
+test: $(INSTALLED) $(CLIENTS_INSTALLED) ## set everything up and pass the tests (about XXX minutes on two processors)
+	$(BIN)/pytest $(PARALLEL) -m "not slow and not faults"
 
 test-pythons: ## pass the contract tests on each other Python that is here (PYTHONS names them)
 	@for python in $(PYTHONS); do \
@@ -74,8 +74,8 @@ test-contract: $(INSTALLED)
 test-all: $(INSTALLED) $(CLIENTS_INSTALLED) ## the tests, the slow suites, and a tenth of `make torture`
 	$(BIN)/pytest --rounds-scale 0.1
 
-test-faults: $(INSTALLED) ## the fault tests alone, in their short form
-	$(BIN)/pytest tests/faults
+test-faults: $(INSTALLED) ## the fault tests alone, in their short form (about YYY minutes)
+	$(BIN)/pytest $(PARALLEL) -m "not slow and faults"
 
 torture: $(INSTALLED) ## the fault tests in their long form; publishes the figures in docs/reliability.md (two to three hours)
 	rm -f build/ledger.jsonl && mkdir -p build

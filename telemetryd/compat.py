@@ -18,12 +18,13 @@ from typing import Any, Final
 from urllib.parse import urlencode, urlsplit
 
 from telemetryd.client import Client
-from telemetryd.client.context import new_uuid, timestamp
+from telemetryd.client.context import timestamp
 from telemetryd.client.intake import MAX_NAME
 from telemetryd.client.lines import encode
 from telemetryd.client.old_records import SCHEMA_VERSION, APIPayload, RunEvent, RunRecord
 from telemetryd.client.old_variables import base_folders, log_once, log_remarks
 from telemetryd.client.run import Run
+from telemetryd.uuids import new_uuid
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -171,7 +172,7 @@ class _RunIds:
             return text
         self._count("duplicates")
         logger.warning("A run with run_id %r is going on in this process; the new one gets another", text)
-        return f"{text[:_LONGEST_BEFORE_SUFFIX]}-duplicate-{new_uuid()[:8]}"
+        return f"{text[:_LONGEST_BEFORE_SUFFIX]}-duplicate-{new_uuid()[-8:]}"
 
     def _count(self, name: str) -> None:
         with self._lock:

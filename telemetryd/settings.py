@@ -214,8 +214,8 @@ class Settings(BaseModel):
     )
     full_text: bool = Field(
         False,
-        description="Index the words of summaries and errors for q=; new runs cost more then. Changed at the start: on "
-        "indexes the runs that are there while the daemon serves (searches get 503 until then), off drops the index.",
+        description="Index the words of summaries and errors for q=; new runs cost more then. The daemon's start "
+        "follows a change: on indexes the runs that are there while it serves (503 until then), off drops the index.",
     )
     death_certificates: bool = Field(
         True,

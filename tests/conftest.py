@@ -62,7 +62,7 @@ _numbers = itertools.count()
 _chance = random.SystemRandom()
 """Differs between processes that run tests at the same time, whatever hypothesis does to the common generator."""
 _SHORT: Final = 0.001
-"""Which share of its long form a fault test does in `make test`; each says the least that proves something."""
+"""Which share of its long form a fault test does in `make test-faults`; each says the least that proves something."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -83,8 +83,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """Return how many workers `make test` starts: twice as many as processors, as half of what tests do is waiting."""
-    return min(16, 2 * len(os.sched_getaffinity(0)))
+    """Return how many workers `make test` starts: thrice as many as processors, as half of what tests do is waiting."""
+    return min(16, 3 * len(os.sched_getaffinity(0)))
 
 
 def pytest_collection_finish() -> None:
@@ -177,9 +177,11 @@ async def make_api(
     clients: list[Client] = []
 
     async def make(*, clock: Callable[[], datetime] = utc_now, **values: Any) -> Api:
-        settings = Settings(**{"db_path": tmp_path / "telemetry.sqlite", "db_journal_mode": "WAL", **values})
+        # Two readers are the fewest with two lanes; each of more would cost every test a thread and a connection.
+        cheap = {"db_path": tmp_path / "telemetry.sqlite", "db_journal_mode": "WAL", "db_readers": 2}
+        settings = Settings(**{**cheap, **values})
         metrics = Metrics()
-        store = await Store.open(settings, metrics, clock)
+        store = await Store.open(settings, metrics, clock, full_text=settings.full_text)
         stores.append(store)
         upkeep = Upkeep(store, settings)
         if settings.full_text:
@@ -197,7 +199,7 @@ async def make_api(
 
 @pytest.fixture
 async def api(make_api: MakeApi) -> Api:
-    """An app with the default settings, except WAL, which makes the tests faster."""
+    """An app with the default settings, except WAL and two readers, which make the tests faster."""
     return await make_api()
 
 

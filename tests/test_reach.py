@@ -25,8 +25,9 @@ from telemetryd.cli.reach import Where, pause_s
 from telemetryd.client.address import Address, unix_url
 from telemetryd.client.config import Config
 from telemetryd.errors import ConfigurationError
-from tests.conftest import StartDaemon, make_run, require_program
+from tests.conftest import PATIENCE_S, StartDaemon, make_run, require_program
 from tests.http_client import get, post
+from tests.tools.forks import popen
 from tests.tools.process import telemetryd
 
 TOKEN = "0123456789abcdef"
@@ -447,15 +448,10 @@ def test_a_full_disk_on_standard_output_is_one_sentence(start_daemon: StartDaemo
     for command in (["stats"], ["config"], ["export", "-"], ["tail"]):
         place = [] if command == ["config"] else ["--url", daemon.url]
         with open("/dev/full", "w") as full:
-            done = subprocess.run(
-                [sys.executable, "-m", "telemetryd", *command, *place],
-                stdout=full,
-                stderr=subprocess.PIPE,
-                text=True,
-                cwd=daemon.folder,
-                check=False,
-            )
-        assert (done.returncode, done.stderr) == (1, "telemetryd: No space left on device\n"), command
+            arguments = [sys.executable, "-m", "telemetryd", *command, *place]
+            done = popen(arguments, os.environ, stdout=full, stderr=subprocess.PIPE, cwd=daemon.folder)
+        stderr = done.communicate(timeout=PATIENCE_S)[1]
+        assert (done.returncode, stderr) == (1, "telemetryd: No space left on device\n"), command
 
 
 def test_a_daemon_without_standard_input_stops_in_order(start_daemon: StartDaemon) -> None:

@@ -64,8 +64,9 @@ class FieldType(click.ParamType[str]):
 @click.command(
     help=r"""Remove what fields of a run hold, such as a leaked secret.
 
-    The fields become null; with --events, so do the payloads of all events of the run. The run itself stays, so that an
-    agent that sends it again finds it known. Copies made by `telemetryd follow` lose the texts with their next page.
+    The fields become null; with --events, so do the payloads of all events of the run. The run itself stays with the
+    keys and types of its events, so that an agent that sends them again finds them known; if such a key is the secret,
+    delete the run. Copies made by `telemetryd follow` lose the texts with their next page.
     The database overwrites the space. Backups, archives and exports that were made before keep the texts.
 
     \b

@@ -14,7 +14,7 @@ from typing import Any, Final, Self, Unpack
 
 from telemetryd.client.complaints import Complaints
 from telemetryd.client.config import Config
-from telemetryd.client.context import Surroundings, new_run_id, new_uuid, parent_run_id, timestamp
+from telemetryd.client.context import Surroundings, new_run_id, parent_run_id, timestamp
 from telemetryd.client.counters import Counters
 from telemetryd.client.fields import FIELDS, Fields
 from telemetryd.client.intake import OF_THE_SERVER, Intake
@@ -23,6 +23,7 @@ from telemetryd.client.old_variables import log_remarks
 from telemetryd.client.run import Run, heartbeat_of
 from telemetryd.client.sender import Sender
 from telemetryd.client.spool import Spool
+from telemetryd.uuids import new_uuid
 
 logger: Final = logging.getLogger("telemetryd.client")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import random
 import re
 import sys
 import time
@@ -31,28 +30,23 @@ def parent_run_id() -> str | None:
 
 # --- Identities ----------------------------------------------------------------------------------
 
-# Our own generator: the agent may seed the shared one, and asking the system each time costs a call.
-_random: Final = random.Random()  # noqa: S311 - unique, not secret
-_suffixes = itertools.count(_random.getrandbits(32))
+
+def _first_suffix() -> int:
+    return int.from_bytes(os.urandom(4))
+
+
+_suffixes = itertools.count(_first_suffix())
 _SCATTER: Final = 0x9E3779B1
 """Odd, so that multiplying by it maps 32 bits one to one."""
 
 
 def _after_fork() -> None:
     global _suffixes  # noqa: PLW0603 - a forked process must not go on where its parent goes on
-    _random.seed()
-    _suffixes = itertools.count(_random.getrandbits(32))
+    _suffixes = itertools.count(_first_suffix())
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
-
-
-def new_uuid() -> str:
-    """Return a random (version 4) UUID."""
-    digits = f"{_random.getrandbits(128):032x}"
-    variant = "89ab"[int(digits[16], 16) & 3]
-    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:]}"
 
 
 _UNSAFE: Final = re.compile(r"[^A-Za-z0-9_.-]+")

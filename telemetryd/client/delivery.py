@@ -23,7 +23,6 @@ from telemetryd.client.answers import (
 from telemetryd.client.aside import Aside
 from telemetryd.client.batch import NO_ADDRESS, Batch, Events, Nameless, Runs, Step, Update, events_of, updates_of
 from telemetryd.client.complaints import Complaints
-from telemetryd.client.context import new_uuid
 from telemetryd.client.counters import Counters
 from telemetryd.client.lines import (
     EventItem,
@@ -35,6 +34,7 @@ from telemetryd.client.lines import (
 )
 from telemetryd.client.transport import Answer, UnreachableError, run_path, runs_path
 from telemetryd.timestamps import canonical
+from telemetryd.uuids import new_uuid
 
 MAX_BYTES: Final = 4 << 20
 _LEAST_BYTES: Final = 64 << 10
@@ -137,6 +137,7 @@ class Delivery:
             lines, status, reason = batch.dead[0]
             self._bury(lines, status, reason)
             batch.dead.pop(0)
+            batch.refused += len(lines)
             self._counters.dead += len(lines)
             text = "The daemon refuses %d line(s), which are in the dead-letter file now: %.500s"
             self._complaints.say(logging.ERROR, text, len(lines), reason)
@@ -147,7 +148,15 @@ class Delivery:
             del batch.aside[event_id]
             left += len(lines)
         self._counters.aside += left
-        self._counters.sent += max(len(batch.lines) - left, 0)
+        self._count(batch, max(len(batch.lines) - left, 0))
+
+    def _count(self, batch: Batch, sent: int) -> None:
+        counters = self._counters
+        counters.sent += sent
+        counters.stored += batch.stored
+        counters.duplicates += batch.duplicates
+        counters.events += batch.events
+        counters.changes += max(sent - batch.stored - batch.duplicates - batch.events - batch.refused, 0)
 
     # --- What does not come through --------------------------------------------------------------
 
@@ -219,8 +228,8 @@ class Delivery:
     def _take_result(self, batch: Batch, step: Runs, result: BatchResult) -> Sequence[Step]:
         if result.errors and result.details is None:  # a daemon that does not say which ones
             return step.parts() or self._reject_run(batch, step.items[0], 422, result.errors)
-        self._counters.stored += result.inserted
-        self._counters.duplicates += result.duplicates
+        batch.stored += result.inserted
+        batch.duplicates += result.duplicates
         rejected = result.details or {}
         more: list[Step] = []
         for index, reason in rejected.items():
@@ -253,6 +262,7 @@ class Delivery:
         body = orjson.dumps([item.event for item in step.items])
         answer = self._ask("POST", run_path(step.items[0].event_id) + "/events", body)
         if answer.is_daemons and answer.status in (200, 201) and accounts_for(answer, len(step.items)):
+            batch.events += len(step.items)
             return []
         if answer.status == 413:
             return self._shrink(batch, step, answer)

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Final, Self
 
-from telemetryd.client.context import new_uuid
 from telemetryd.client.old_variables import log_once
+from telemetryd.uuids import new_uuid
 
 SCHEMA_VERSION: Final = 7
 """The version of the tables that the last library of 3.x wrote; today's is none of an agent's concerns."""

@@ -17,7 +17,6 @@ from telemetryd.client.context import (
     PARENT_VARIABLE,
     enclosing_run_id,
     new_run_id,
-    new_uuid,
     parent_run_id,
     timestamp,
 )
@@ -25,6 +24,7 @@ from telemetryd.client.decorating import CO_COROUTINE, decorated
 from telemetryd.client.fields import CHANGES, FIELDS, NAMES, Details, Fields
 from telemetryd.client.intake import Complain, Intake, object_of
 from telemetryd.client.values import Room, plain, summary_of
+from telemetryd.uuids import new_uuid
 
 if TYPE_CHECKING:
     from telemetryd.client.lines import After, Json

@@ -10,39 +10,9 @@ from pathlib import Path
 import pytest
 
 from telemetryd.client import context
-from telemetryd.client.context import ProcessIdentity, Surroundings, new_run_id, new_uuid, timestamp
+from telemetryd.client.context import ProcessIdentity, Surroundings, new_run_id, timestamp
 from telemetryd.model.values import canonical_timestamp
 from tests.client.conftest import git
-
-
-def test_uuids_are_random_ones_and_differ() -> None:
-    made = [new_uuid() for _ in range(10_000)]
-    assert len(set(made)) == len(made)
-    for text in made[:100]:
-        parsed = uuid.UUID(text)
-        assert (str(parsed), parsed.version, parsed.variant) == (text, 4, uuid.RFC_4122)
-
-
-def test_a_forked_process_makes_other_uuids() -> None:
-    out, into = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.write(into, "".join(new_uuid() for _ in range(10)).encode())
-        os._exit(0)
-    os.waitpid(child, 0)
-    theirs = os.read(out, 4096).decode()
-    assert not any(new_uuid() in theirs for _ in range(10))
-    os.close(out)
-    os.close(into)
-
-
-def test_seeding_the_shared_generator_does_not_repeat_uuids() -> None:
-    import random
-
-    random.seed(1)
-    first = new_uuid()
-    random.seed(1)
-    assert new_uuid() != first
 
 
 @pytest.mark.parametrize(

@@ -92,19 +92,19 @@ async def test_a_head_of_an_export_copies_nothing(api: Api, monkeypatch: pytest.
 
 
 def test_a_large_answer_takes_no_more_memory_compressed(start_daemon: StartDaemon, tmp_path: Path) -> None:
-    runs = [make_run(output_summary=f"{number} " * 6000) for number in range(600)]
+    runs = [make_run(output_summary=f"{number} " * 6000) for number in range(1200)]
     marks = []
     for codings in (("identity", "identity"), ("gzip", "zstd")):
         folder = tmp_path / codings[0]
         folder.mkdir()
         daemon = start_daemon(folder=folder, TELEMETRY_DB_JOURNAL_MODE="WAL")
-        assert call(daemon.url, "POST", BATCH, runs)[0] == 200
+        assert [call(daemon.url, "POST", BATCH, part)[0] for part in (runs[:600], runs[600:])] == [200, 200]
         for coding in codings:
             for path in (f"{RUNS}?limit=1000", f"{RUNS}/export"):
                 assert fetch_all(f"{daemon.url}{path}", coding) > 0
         marks.append(high_water_mark_kb(daemon))
         assert daemon.stop() == 0
-    assert marks[1] - marks[0] < 10_000  # buffers and threads; one answer has 14 MB
+    assert marks[1] - marks[0] < 20_000  # buffers and threads; the answers have 24 and 28 MB
 
 
 def fetch_all(url: str, accepted: str) -> int:

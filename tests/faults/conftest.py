@@ -13,6 +13,13 @@ from tests.faults.power_cut import build_recorder
 Rounds = Callable[..., int]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test of this folder, which is a suite of its own."""
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker("faults")
+
+
 @pytest.fixture(scope="session")
 def rounds(request: pytest.FixtureRequest) -> Rounds:
     """Return a function that takes how often (or how long) the long form does it, and says how often to do it now."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from telemetryd.model.values import (
     canonical_timestamp,
     json_text,
 )
+from telemetryd.uuids import new_uuid
 
 RawValue = str | int | float | bytes | None
 """What SQLite gives for a value of any type; text that is not UTF-8 comes as bytes."""
@@ -100,10 +100,10 @@ def _name(raw: RawValue) -> _Result:
 
 def _event_id(raw: RawValue) -> _Result:
     if raw is None:
-        return _Changed(str(uuid.uuid4()), "UUID made")
+        return _Changed(new_uuid(), "UUID made")
     result = _text(raw)
     if isinstance(result, _Replaced) or not 1 <= len(str(_plain(result))) <= 255:
-        return _Replaced(str(uuid.uuid4()), "not 1 to 255 characters of text")
+        return _Replaced(new_uuid(), "not 1 to 255 characters of text")
     return result
 
 
@@ -299,7 +299,7 @@ class Converter:
             elif raw[place] is not None:
                 self._keep(originals, name, NO_SUCH_FIELD, raw[place])
         if self._makes_event_id:
-            values[1] = str(uuid.uuid4())
+            values[1] = new_uuid()
             self.tally.changed["event_id", "UUID made"] += 1
         if None in [values[index] for index in _TIME_PLACES]:
             self._complete_times(values)

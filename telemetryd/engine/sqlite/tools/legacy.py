@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,6 +30,7 @@ from telemetryd.engine.sqlite.tools.layouts import (
 from telemetryd.errors import DatabaseError
 from telemetryd.model.events import STORED
 from telemetryd.ops.files import sync_directory
+from telemetryd.uuids import new_uuid
 
 _SLICE: Final = 2000
 _INCREMENTAL: Final = 2
@@ -311,7 +311,7 @@ def _copy_rows(connection: sqlite3.Connection, layout: Layout, converter: Conver
 
 def _separate_equal_event_ids(connection: sqlite3.Connection, layout: Layout, tally: Tally) -> None:
     """Give all but the first of the runs with one event_id a new one; their old one goes to the side table."""
-    connection.create_function("new_uuid", 0, lambda: str(uuid.uuid4()))
+    connection.create_function("new_uuid", 0, new_uuid)
     connection.execute(
         "CREATE TEMP TABLE surplus AS SELECT id, event_id FROM (SELECT id, event_id, "
         "row_number() OVER (PARTITION BY event_id ORDER BY id) AS place FROM agent_runs) WHERE place > 1"
