@@ -347,7 +347,7 @@ _SELECT_OTHERS: Final = f"""
 def fetch_others(connection: sqlite3.Connection, query: GetOthers) -> list[Other]:
     """Fetch the runs whose first body has not the digest that is asked for."""
     rows = connection.execute(_SELECT_OTHERS, (orjson.dumps(query.digests).decode(),))
-    return [Other(row, digest) for *row, digest in rows]
+    return [Other(tuple(row), digest) for *row, digest in rows]
 
 
 @answers(GetRun)
