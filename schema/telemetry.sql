@@ -1,21 +1,6 @@
 -- The schema of a telemetryd database, version 20.
 -- Generated from migrations/ by `make schema`; do not edit.
 
-CREATE TRIGGER run_labels_changed AFTER UPDATE OF id, created_at, labels ON agent_runs
-WHEN old.labels IS NOT NULL OR new.labels IS NOT NULL BEGIN
-    DELETE FROM run_labels WHERE (key, value, created, run) IN (
-        SELECT key, value, old.created_at, old.id FROM json_each(old.labels) WHERE type = 'text'
-    );
-    INSERT OR IGNORE INTO run_labels (key, value, created, run)
-        SELECT key, value, new.created_at, new.id FROM json_each(new.labels) WHERE type = 'text';
-END;
-
-CREATE TRIGGER run_labels_removed AFTER DELETE ON agent_runs WHEN old.labels IS NOT NULL BEGIN
-    DELETE FROM run_labels WHERE (key, value, created, run) IN (
-        SELECT key, value, old.created_at, old.id FROM json_each(old.labels) WHERE type = 'text'
-    );
-END;
-
 CREATE TABLE agent_runs (
     id INTEGER PRIMARY KEY,
     event_id TEXT NOT NULL CHECK (length(event_id) BETWEEN 1 AND 255),
@@ -277,6 +262,21 @@ CREATE INDEX idx_runs_status ON agent_runs (status, created_at);
 CREATE INDEX idx_runs_trace_id ON agent_runs (trace_id, created_at) WHERE trace_id IS NOT NULL;
 
 CREATE INDEX idx_runs_website ON agent_runs (website, created_at) WHERE website IS NOT NULL;
+
+CREATE TRIGGER run_labels_changed AFTER UPDATE OF id, created_at, labels ON agent_runs
+WHEN old.labels IS NOT NULL OR new.labels IS NOT NULL BEGIN
+    DELETE FROM run_labels WHERE (key, value, created, run) IN (
+        SELECT key, value, old.created_at, old.id FROM json_each(old.labels) WHERE type = 'text'
+    );
+    INSERT OR IGNORE INTO run_labels (key, value, created, run)
+        SELECT key, value, new.created_at, new.id FROM json_each(new.labels) WHERE type = 'text';
+END;
+
+CREATE TRIGGER run_labels_removed AFTER DELETE ON agent_runs WHEN old.labels IS NOT NULL BEGIN
+    DELETE FROM run_labels WHERE (key, value, created, run) IN (
+        SELECT key, value, old.created_at, old.id FROM json_each(old.labels) WHERE type = 'text'
+    );
+END;
 
 PRAGMA application_id = 1953262948;
 PRAGMA user_version = 20;

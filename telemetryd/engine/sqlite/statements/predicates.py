@@ -134,8 +134,10 @@ CHOSEN_LABEL: Final = ("chosen.key", "chosen.value")
 def choose_label(connection: sqlite3.Connection, filters: Filters, most: int = MAX_ARMS) -> str | None:
     """Return the key of the label whose runs are to be walked: that with fewest; None if another index is better.
 
-    Another one is if even that label has many runs, and there is a filter besides by which they are chosen.
+    Another one is that of event_id, which finds one run; or any, if even that label has many runs.
     """
+    if "event_id" in filters.equal:
+        return None
     counted = {
         key: connection.execute(
             f"SELECT count(*) FROM (SELECT 1 FROM {labelled(bound)} LIMIT {MANY})", bound
