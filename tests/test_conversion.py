@@ -57,6 +57,8 @@ def test_a_good_row_stays_as_it_is() -> None:
         ("metrics_json", "null", None, "JSON null to NULL"),
         ("context_json", "", None, "empty to NULL"),
         ("git_commit_source", "LLM", "llm", "case and blanks"),
+        ("labels", '{"team": "search", "env": "prod"}', '{"env":"prod","team":"search"}', "canonical form"),
+        ("labels", b"{}", None, "canonical form"),
     ],
 )
 def test_what_has_a_form_of_today_is_normalised(field: str, raw: object, value: object, kind: str) -> None:
@@ -94,6 +96,14 @@ def test_what_has_a_form_of_today_is_normalised(field: str, raw: object, value: 
         ("product", "p\0q", "p\ufffdq"),
         ("agent_name", b"a\0", "a\ufffd"),
         ("git_commit_source", "robot", None),
+        ("labels", '{"Team": "x"}', None),
+        ("labels", "[]", None),
+        ("labels", 5, None),
+        ("attempt", 0, None),
+        ("attempt", "2", None),
+        ("trace_id", "A" * 32, None),
+        ("span_id", b"\xff", None),
+        ("expected_by", "soon", None),
     ],
 )
 def test_what_has_none_is_replaced_and_kept(field: str, raw: object, value: object) -> None:

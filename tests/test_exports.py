@@ -200,6 +200,7 @@ async def test_the_filters_are_those_of_the_list(api: Api) -> None:
         [
             make_run(event_id=f"{agent}-{job}-{status}-{day}", agent_name=agent, job_type=job, status=status,
                      host="h", duration_ms=9, error_summary="bad",
+                     labels={"agent": agent, "day": f"{day}"},
                      metrics_json={"tokens": day}, created_at=f"2025-12-2{day}T10:00:00Z",
                      start_time=f"2025-12-2{day}T09:00:00Z")
             for agent in "ab" for job in "xy" for status in ("failure", "success") for day in range(3)
@@ -217,6 +218,8 @@ async def test_the_filters_are_those_of_the_list(api: Api) -> None:
         {"agent_name": "a,b", "job_type": "x,y", "host": "h"},
         {"host": "h", "created_after": "2025-12-21T10:00:00Z", "min_duration_ms": "5", "error": "BAD"},
         {"metrics.tokens>1": ""},
+        {"label.agent": "a", "label.day": "1,2"},
+        {"label.day": "0", "agent_name": "b", "created_after": "2025-12-20T09:00:00Z"},
         {"start_time_from": "2025-12-21T09:00:00Z", "start_time_to": "2025-12-21T09:00:00Z"},
     ):
         body, _ = await export(api, 200, **asked)
@@ -511,9 +514,21 @@ objects = st.dictionaries(
 )  # fmt: skip
 
 
+OF_THEIR_OWN: dict[str, st.SearchStrategy[Any]] = {
+    "labels": st.dictionaries(
+        st.from_regex(r"[a-z0-9][a-z0-9_.-]{0,62}", fullmatch=True), names.map(lambda text: text[:255]), max_size=4
+    ),
+    "attempt": st.integers(1, 2**63 - 1),
+    "trace_id": st.integers(1, 2**128 - 1).map(lambda number: f"{number:032x}"),
+    "span_id": st.integers(1, 2**64 - 1).map(lambda number: f"{number:016x}"),
+}
+
+
 def values_of(name: str) -> st.SearchStrategy[Any]:  # noqa: PLR0911 - one for each kind
     """Anything that a field may hold, from its definition."""
     field = runs.Run.model_fields[name]
+    if name in OF_THEIR_OWN:
+        return st.none() | OF_THEIR_OWN[name]
     if name in runs.columns(Role.JSON):
         return st.none() | objects
     if name in runs.columns(Role.BOOLEAN):
@@ -684,6 +699,14 @@ def test_a_parquet_file_that_was_cut_off_is_none(start_daemon: StartDaemon, tmp_
     assert "packed by itself" in run_command("export", tmp_path / "a.parquet.gz", "--url", url, status=1).stderr
     assert "Invalid status" in run_command("export", "-", "--url", url, "--status", "odd", status=1).stderr
     assert run_command("export", "-", "--url", url).stdout_bytes.count(b"\n") == 1
+    assert (
+        call(url, "POST", "/api/v1/runs", make_run(event_id="labelled", labels={"team": "a=b", "env": "x"}))[0] == 201
+    )
+    for labels, rows in (("team=a=b", 1), ("env=y,x", 1), ("env=y", 0)):
+        out = run_command("export", "-", "--url", url, "--label", labels, "--format", "csv").stdout_bytes
+        assert out.count(b',"labelled",') == rows == out.count(b"\n") - 1, out
+    twice = run_command("export", "-", "--url", url, "--label", "env=x", "--label", "env=y", status=2)
+    assert "each label may be given once" in twice.stderr
     assert "--json needs a file" in run_command("export", "-", "--json", "--url", url, status=2).stderr
 
 

@@ -12,7 +12,7 @@ from typing import Final
 from telemetryd.engine.sqlite.connection import connect
 from telemetryd.engine.sqlite.statements import full_text
 from telemetryd.engine.sqlite.statements.json_rows import json_object, json_value
-from telemetryd.engine.sqlite.statements.predicates import Values, choose, conditions
+from telemetryd.engine.sqlite.statements.predicates import Values, choose, conditions, runs_of_labels
 from telemetryd.model import events, runs
 from telemetryd.model.changes import BEGINNING
 from telemetryd.model.filters import TIME_BOUNDS, WILDCARD
@@ -149,7 +149,11 @@ def _select(query: ExportRuns, ids: str = "") -> tuple[str, Values]:
     is_by_time = any(TIME_BOUNDS[name][0] == "created_at" for name in query.filters.bounds)
     # Slices are short walks by id; and without a filter that an index knows, reading all is soonest by id, too.
     by = f"INDEXED BY {choose(equal)[0]}" if (equal or is_by_time) and not ids else "NOT INDEXED"
-    where = " AND ".join([*found, *([ids] if ids else [])])
+    if ids:
+        found.append(ids)
+    elif not equal:
+        found += runs_of_labels(query.filters)
+    where = " AND ".join(found)
     return f"{_COPY_RUNS} {by}" + (f" WHERE {where}" if where else ""), values
 
 

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
 import orjson
+from pydantic import TypeAdapter
 
 from telemetryd import timestamps
 from telemetryd.errors import InvalidBodyError
 from telemetryd.git_urls import without_credentials
 from telemetryd.model.bodies import parse_json
-from telemetryd.model.runs import COLUMNS, columns
+from telemetryd.model.runs import COLUMNS, TABLE, NewRun, columns
 from telemetryd.model.values import (
     MAX_INTEGER,
     CommitSource,
@@ -190,7 +191,28 @@ def _commit_source(raw: RawValue) -> _Result:
     return _Changed(None, "empty to NULL") if raw == "" else _Replaced(None, "unknown commit source")
 
 
-_TIMESTAMPS: Final = ("created_at", "updated_at", "start_time", "end_time", "api_posted_at", "git_commit_timestamp")
+def _checked(name: str) -> Callable[[RawValue], _Result]:
+    """Return the converter of a field that no older layout has: what a request could bring stays."""
+    kind: TypeAdapter[SqlValue] = TypeAdapter(NewRun.model_fields[name].rebuild_annotation())
+    is_json = name in columns(Role.JSON)
+
+    def convert(raw: RawValue) -> _Result:
+        if raw is None:
+            return None
+        try:
+            value = kind.validate_python(
+                parse_json(raw) if is_json and isinstance(raw, (str, bytes)) else raw, strict=True
+            )
+        except (InvalidBodyError, ValueError):
+            return _Replaced(None, f"no value of {name}")
+        return value if value == raw else _Changed(value, "canonical form")
+
+    return convert
+
+
+_TIMESTAMPS: Final = (
+    "created_at", "updated_at", "start_time", "end_time", "api_posted_at", "git_commit_timestamp", "expected_by",
+)  # fmt: skip
 _COUNTS: Final = (
     "items_discovered",
     "items_succeeded",
@@ -210,6 +232,7 @@ _CONVERTERS: Final[dict[str, Callable[[RawValue], _Result]]] = {
     "git_repo": _address,
     "status": _status,
     "git_commit_source": _commit_source,
+    **{name: _checked(name) for name in ("labels", "attempt", "trace_id", "span_id")},
 }
 
 
@@ -262,7 +285,7 @@ class Converter:
         self.tally = Tally()
         place = {name: index for index, name in enumerate(old_columns)}
         self._present = [(COLUMNS.index(name), name, place[name]) for name in _FIELDS if name in place]
-        self._extra = [(name, index) for name, index in place.items() if name not in COLUMNS]
+        self._extra = [(name, index) for name, index in place.items() if name not in TABLE]
         self._makes_event_id = "event_id" not in place
         absent = dict.fromkeys(_FIELDS) | dict.fromkeys(_COUNTS + columns(Role.BOOLEAN), 0)
         absent |= dict.fromkeys(("run_id", "agent_name", "job_type"), UNKNOWN) | {"status": str(Status.RUNNING)}

@@ -20,7 +20,7 @@ from telemetryd.engine.sqlite.tools.backup import Watch, ignore_progress, replac
 from telemetryd.engine.sqlite.tools.btree import TableFile
 from telemetryd.engine.sqlite.tools.conversion import Converted, Converter, RawValue, Tally
 from telemetryd.errors import DatabaseError
-from telemetryd.model.runs import COLUMNS
+from telemetryd.model.runs import COLUMNS, TABLE
 from telemetryd.model.values import SqlValue, format_timestamp
 from telemetryd.ops.files import owner_to_keep
 
@@ -154,7 +154,7 @@ class _Copier:
         self.done.tally = converter.tally
         self.done.tables.append(saved := Saved(_RUNS))
         expected = _total(self.source)
-        is_ours = tuple(column.name for column in table.columns) == COLUMNS
+        is_ours = tuple(column.name for column in table.columns) == TABLE
         for rows in rescue.read(self.source, self.file, table):
             numbers, raw = [], []
             for number, *values in rows:
