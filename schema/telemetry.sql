@@ -1,4 +1,4 @@
--- The schema of a telemetryd database, version 19.
+-- The schema of a telemetryd database, version 21.
 -- Generated from migrations/ by `make schema`; do not edit.
 
 CREATE TABLE agent_runs (
@@ -153,13 +153,15 @@ CREATE TABLE run_processes (
 ) STRICT;
 
 CREATE TABLE run_stats (
-    hours INTEGER NOT NULL CHECK (hours IN (1, 24)),
-    names INTEGER NOT NULL CHECK (names IN (1, 2, 3)),
+    hours INTEGER NOT NULL CHECK (hours IN (1, 6, 24)),
+    names INTEGER NOT NULL CHECK (names BETWEEN 0 AND 3),
     start INTEGER NOT NULL,
     agent_name TEXT NOT NULL,
     job_type TEXT NOT NULL,
     status TEXT NOT NULL,
     runs INTEGER NOT NULL,
+    finished INTEGER NOT NULL,
+    successes INTEGER NOT NULL,
     items_discovered ANY NOT NULL,
     items_succeeded ANY NOT NULL,
     items_failed ANY NOT NULL,
@@ -248,4 +250,4 @@ CREATE INDEX idx_runs_status ON agent_runs (status, created_at);
 CREATE INDEX idx_runs_website ON agent_runs (website, created_at) WHERE website IS NOT NULL;
 
 PRAGMA application_id = 1953262948;
-PRAGMA user_version = 19;
+PRAGMA user_version = 21;
