@@ -94,9 +94,9 @@ def quantiles(sketch: int, values: int, percents: Sequence[int]) -> list[int]:
     first = ((sketch & -sketch).bit_length() - 1) // DIGIT
     wide = _digits(sketch >> (DIGIT * first)) if sketch > 0 else b""
     counts = unpack_struct(f"<{len(wide) // _BYTES}I", wide)
-    if not counts or (sum(counts) > values and max(counts) >= _SIGN):  # see `pack`
-        return quantiles(_without_debts(sketch), values, percents)
     reached = [*accumulate(counts)]
+    if not counts or (reached[-1] > values and max(counts) >= _SIGN):  # see `pack`
+        return quantiles(_without_debts(sketch), values, percents)
     zeros = max(values - reached[-1], 0)
     last = zeros + reached[-1] - 1
     places = (percent * last // 100 - zeros for percent in percents)

@@ -167,18 +167,19 @@ def _split(cells: Iterable[Named]) -> _Rows:
 
 def _spread(finest: _Rows, spans: Sequence[int] = SPANS) -> dict[CellKey, Cell]:
     """Add rows of hours, agents and job types up to each of the rows of these spans."""
+    by_agent = _add_up(finest, lambda start, agent, _, status: (start, agent, "", status))
+    by_job = _add_up(finest, lambda start, _, job, status: (start, "", job, status))
+    by_none = _add_up(by_agent, lambda start, _, __, status: (start, "", "", status))
     spread: dict[CellKey, Cell] = {}
-    for hours in spans:
-        if hours > 1:
-            finest = _add_up(finest, lambda hour, *names, span=hours: (hour // span * span, *names))
-        by_agent = _add_up(finest, lambda start, agent, _, status: (start, agent, "", status))
-        by_job = _add_up(finest, lambda start, _, job, status: (start, "", job, status))
-        by_none = _add_up(by_agent, lambda start, _, __, status: (start, "", "", status))
-        for level, rows in ((0, by_none), (_AGENT, by_agent), (_JOB, by_job), (_AGENT | _JOB, finest)):
-            is_whole = hours in _spans(level, by_status=True)
-            spread.update(
-                ((hours, level, *place), cell) for place, cell in rows.items() if is_whole or place[-1] == EVERY
-            )
+    for level, hourly in ((0, by_none), (_AGENT, by_agent), (_JOB, by_job), (_AGENT | _JOB, finest)):
+        rows = hourly
+        for hours in SPANS:
+            if hours > 1:
+                rows = _add_up(rows, lambda start, *names, span=hours: (start // span * span, *names))
+            if hours in spans:
+                is_whole = hours in _spans(level, by_status=True)
+                kept = rows if is_whole else {place: cell for place, cell in rows.items() if place[-1] == EVERY}
+                spread.update(((hours, level, *place), cell) for place, cell in kept.items())
     return spread
 
 
