@@ -13,7 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from telemetryd.cli import main
+from telemetryd.cli.reach import session
+from telemetryd.cli.target import Remote
+from telemetryd.client.config import Config
 from telemetryd.engine.sqlite.statements import full_text, thinning
 from telemetryd.engine.sqlite.tools.check import examine
 from telemetryd.model.commands import DeleteRun
@@ -207,6 +212,21 @@ async def test_a_stream_that_is_not_read_sends_nothing_that_was_removed(make_api
             while b"last" not in seen:
                 seen += await response.content.readany()
     assert seen.count(SECRET.encode()) < len(runs) * 1000  # those that were on their way already
+
+
+async def test_the_command_reaches_exactly_the_run_that_is_named(make_api: MakeApi) -> None:
+    """`telemetryd delete ..` asked for /api/v1/, which is no run."""
+    api = await authorised(make_api)
+    names = ("..", ".", "../runs", "a/b", "a%2Fb", "%2e%2e", "a?b#c", "a b+c", "é", "stream")
+    for name in names:
+        await api.post(make_run(event_id=name))
+    async with session(Config(url=str(api.client.make_url("/")), token=TOKEN)) as request:
+        for done, name in enumerate(names, 1):
+            assert (await Remote(request).delete(name))["event_id"] == name
+            assert {run["event_id"] for run in await api.list()} == {*names[done:]}
+    for blank in ("", " "):
+        for command in (("delete", blank), ("redact", blank, "host")):
+            assert "no run has a blank event_id" in CliRunner().invoke(main, command).stderr
 
 
 def ask(*arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:

@@ -17,7 +17,7 @@ import click
 from telemetryd.cli.accounts import Accounts, Left, in_words, outcome, plain_name, sentences
 from telemetryd.cli.files import LONGEST_LINE_MIB, READ_ERRORS, Patience, Refusals, Sending
 from telemetryd.cli.options import F, counted, fail, json_flag, print_json, progress
-from telemetryd.cli.reach import Where, client_config, daemon_flags
+from telemetryd.cli.reach import RefusedError, Where, client_config, daemon_flags, refuse_missing_socket
 from telemetryd.client.aside import Aside
 from telemetryd.client.bounds import Upkeep
 from telemetryd.client.config import Config
@@ -344,11 +344,12 @@ def send_files(
     sending = Sending(transport, counters, refusals, patience, longest_line_mib << 20)
     name = ""
     try:
+        refuse_missing_socket(config)
         with progress() as drawn:
             for name in files:
                 sending.send(name, drawn)
                 accounts.note(name)
-    except RetryError as error:
+    except (RetryError, RefusedError) as error:
         return str(error)
     except READ_ERRORS as error:
         return sentence(error) if name in sentence(error) else f"{name}: {sentence(error)}"

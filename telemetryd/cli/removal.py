@@ -14,6 +14,18 @@ from telemetryd.cli.target import Body, find_target
 from telemetryd.model.runs import REDACTABLE
 
 
+class EventIdType(click.ParamType[str]):
+    """The event_id of a run, which is anything but blank."""
+
+    name = "event_id"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the event_id."""
+        if not str(value).strip():
+            self.fail("no run has a blank event_id", param, ctx)
+        return str(value)
+
+
 @click.command(
     help=r"""Delete one run with its events.
 
@@ -28,7 +40,7 @@ from telemetryd.model.runs import REDACTABLE
       telemetryd delete translate-2025-12-24-001 --unix /run/telemetryd/telemetryd.sock
     """
 )
-@click.argument("event_id")
+@click.argument("event_id", type=EventIdType())
 @json_flag
 @target_flags
 def delete(*, event_id: str, as_json: bool, where: Where) -> None:
@@ -75,7 +87,7 @@ class FieldType(click.ParamType[str]):
       telemetryd redact translate-2025-12-24-001 --events
     """
 )
-@click.argument("event_id")
+@click.argument("event_id", type=EventIdType())
 @click.argument("fields", nargs=-1, type=FieldType())
 @click.option("--events", is_flag=True, help="Remove the payloads of the run's events, too.")
 @json_flag

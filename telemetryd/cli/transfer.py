@@ -28,6 +28,7 @@ from telemetryd.cli.reach import (
     pause_s,
     reason,
     refusal,
+    refuse_missing_socket,
     session,
 )
 from telemetryd.client.config import Config
@@ -199,6 +200,7 @@ async def _answer(config: Config, asked: dict[str, str], retry_s: float) -> Asyn
     """
     patience = aiohttp.ClientTimeout(total=None, sock_connect=config.timeout_s, sock_read=_QUIET_S)
     until = time.monotonic() + retry_s
+    refuse_missing_socket(config)
     async with session(config, patience) as request:
         while True:
             pause = 1.0
