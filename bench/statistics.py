@@ -134,7 +134,7 @@ def main(stored: int, counted: int, days: int) -> None:
             for text in _QUERIES:
                 query = stats.parse(text, _END)
                 times = []
-                for _ in range(3):
+                for _ in range(5):
                     begun = time.thread_time()
                     groups = rollups.fetch_stats(connection, query)
                     times.append(time.thread_time() - begun)

@@ -64,8 +64,14 @@ QUERIES = [
 QUERIES += [
     f"{bounds}&bucket={bucket}&utc_offset={offset}&{parts}"
     for bounds in ("from=2025-12-30T00:00:00Z&to=2026-01-04T00:00:00Z", "from=-61h&to=-90m")
-    for bucket, offset in (("1d", "%2B01:00"), ("1d", "-05:00"), ("1w", "%2B14:00"), ("5h", " 02:00"))
-    for parts in ("group_by=agent_name", "group_by=status&agent_name=*b&job_type=j")
+    for bucket, offset in (
+        ("1d", "%2B01:00"),
+        ("1d", "-05:00"),
+        ("1w", "%2B14:00"),
+        ("5h", " 02:00"),
+        ("13h", "-06:00"),
+    )
+    for parts in ("group_by=agent_name", "group_by=status&agent_name=*b&job_type=j", "status=success&group_by=job_type")
 ]
 
 
@@ -232,6 +238,30 @@ def test_the_log_is_added_up_when_it_is_long(connection: sqlite3.Connection, mon
         connection.execute("COMMIT")
     assert connection.execute("SELECT count(*) FROM run_stats_log").fetchone() == (0,)
     assert_right(connection)
+
+
+def test_a_query_reads_no_more_rows_than_it_returns_groups(
+    connection: sqlite3.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = tuple(
+        parse_run(make_run(created_at=moment, agent_name=agent, job_type=job, status=status)).row
+        for moment, agent, job, status in itertools.product(MOMENTS, "ab", "jk", ("success", "failure", "running"))
+    )
+    connection.execute("BEGIN")
+    transaction = Transaction(connection, MOMENTS[0])
+    transaction.apply([CreateRuns(rows)])
+    transaction.finish()
+    rollups.fold(connection.cursor())
+    connection.execute("COMMIT")
+    by_status = "&group_by=status", "&group_by=job_type,status", "&status=failure"
+    queries = [
+        stats.parse(f"from=2025-12-30T00:00:00Z&to=2026-01-04T00:00:00Z&bucket={bucket}{parts}", NOW)
+        for bucket in ("1h", "6h", "1d")
+        for parts in ("", "&group_by=agent_name", "&group_by=job_type", "&group_by=job_type,agent_name", *by_status)
+    ]
+    groups = [len(rollups.fetch_stats(connection, query)) for query in queries]
+    monkeypatch.setattr(stats, "answer", lambda _, cells: [*cells])
+    assert [len(rollups.fetch_stats(connection, query)) for query in queries] == groups
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
