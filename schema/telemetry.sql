@@ -1,4 +1,4 @@
--- The schema of a telemetryd database, version 20.
+-- The schema of a telemetryd database, version 21.
 -- Generated from migrations/ by `make schema`; do not edit.
 
 CREATE TABLE agent_runs (
@@ -161,13 +161,15 @@ CREATE TABLE run_processes (
 ) STRICT;
 
 CREATE TABLE run_stats (
-    hours INTEGER NOT NULL CHECK (hours IN (1, 24)),
-    names INTEGER NOT NULL CHECK (names IN (1, 2, 3)),
+    hours INTEGER NOT NULL CHECK (hours IN (1, 6, 24)),
+    names INTEGER NOT NULL CHECK (names BETWEEN 0 AND 3),
     start INTEGER NOT NULL,
     agent_name TEXT NOT NULL,
     job_type TEXT NOT NULL,
     status TEXT NOT NULL,
     runs INTEGER NOT NULL,
+    finished INTEGER NOT NULL,
+    successes INTEGER NOT NULL,
     items_discovered ANY NOT NULL,
     items_succeeded ANY NOT NULL,
     items_failed ANY NOT NULL,
@@ -279,4 +281,4 @@ CREATE TRIGGER run_labels_removed AFTER DELETE ON agent_runs WHEN old.labels IS 
 END;
 
 PRAGMA application_id = 1953262948;
-PRAGMA user_version = 20;
+PRAGMA user_version = 21;

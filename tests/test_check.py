@@ -62,7 +62,7 @@ def test_the_queries_of_every_filter_are_examined() -> None:
         ("UPDATE agent_runs SET duration_ms = duration_ms + 50000 WHERE id = 7", "totals"),
         ("DELETE FROM run_stats_log", "totals"),
         (
-            "INSERT INTO run_stats VALUES (24, 1, 24000, '', '', 'success', 1, 0, 0, 0, 0, 0, x'')",
+            "INSERT INTO run_stats VALUES (24, 1, 24000, '', '', 'failure', 1, 1, 0, 0, 0, 0, 0, 0, x'')",
             "totals",
         ),
         ("DROP INDEX idx_runs_job", "schema"),
