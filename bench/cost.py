@@ -15,6 +15,7 @@ from typing import Final
 
 import click
 
+from bench.acknowledged import post_sample
 from bench.figures import Figure, Samples, Unit, at_most
 from bench.rows import Ids
 from bench.scenario import Bench, new_nonce
@@ -70,7 +71,7 @@ def _seconds_by_thread(pid: int) -> dict[int, Time]:
 def measure(place: Workplace, contender: Contender, connections: int, seconds: float) -> Cost:
     """Return what a single POST with time-ordered ids costs."""
     with place.corner() as corner, place.serving(contender, corner / "telemetry.sqlite") as server:
-        place.load(server, "post", connections, 1, new_nonce(), Ids.ORDERED).finish()  # warm
+        post_sample(server.url, new_nonce(), 500, Ids.ORDERED)  # warm
         before = _seconds_by_thread(server.process.pid)
         summary = place.load(server, "post", connections, seconds, new_nonce(), Ids.ORDERED).finish()
         after = _seconds_by_thread(server.process.pid)

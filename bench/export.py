@@ -23,6 +23,8 @@ _TARGETS_S: Final = {"ndjson": 10, "csv": 15, "parquet": 15}
 _PAUSE_S: Final = 0.005
 _QUIET_S: Final = 5
 """How long the poster posts without an export."""
+_PATIENCE_S: Final = 600
+"""An export begins to answer only when its snapshot is copied."""
 
 
 @dataclass(slots=True)
@@ -75,7 +77,7 @@ def export(bench: Bench) -> list[Figure]:
 def _export(bench: Bench, database: Path, form: str, into: Found) -> None:
     """Export once from a new daemon, whose highest memory is that of the export."""
     with bench.place.serving(TELEMETRYD_WAL, database) as server:
-        with _posting(server.port) as times, closing(Client(server.port)) as client:
+        with _posting(server.port) as times, closing(Client(server.port, _PATIENCE_S)) as client:
             started = time.perf_counter()
             client.download(f"/api/v1/runs/export?format={form}")
             into.seconds.append(time.perf_counter() - started)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import telemetryd
 from bench.figures import Figure, Unit, show_value
@@ -23,7 +23,7 @@ _HEADINGS: Final = ("load", "reached", "reference", "ratio", "target", "met")
 
 def table(figures: Sequence[Figure]) -> str:
     """Return the figures as a Markdown table that can be read as it is."""
-    lines = [_HEADINGS, *(_cells(figure) for figure in figures)]
+    lines = [_HEADINGS, *(cells(figure) for figure in figures)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(_HEADINGS))]
     rows = [
         "| " + " | ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
@@ -32,7 +32,8 @@ def table(figures: Sequence[Figure]) -> str:
     return "\n".join(rows)
 
 
-def _cells(figure: Figure) -> tuple[str, ...]:
+def cells(figure: Figure) -> tuple[str, ...]:
+    """Return a figure's line of the table."""
     reference = figure.reference
     return (
         figure.load,
@@ -73,17 +74,16 @@ def write(folder: Path, name: str, figures: Sequence[Figure], options: Options, 
 
 def render(results: Path) -> str:
     """Return what `write` wrote as JSON as Markdown: how it was measured, and the table."""
-    report = json.loads(results.read_text("utf-8"))
-    figures, machine, loads = figures_of(report), report["machine"], report["load_average"]
-    options = report["options"]
+    report, figures = json.loads(results.read_text("utf-8")), read(results)
+    machine, loads, options = report["machine"], report["load_average"], report["options"]
     measured = (
         f"Measured at {report['measured_at']} on {machine['processors']} processors, Python {machine['python']}, "
-        f"SQLite {machine['sqlite']}: medians of {options['rounds']}, loads of {options['seconds']:g} s; load average "
-        f"{loads['before']:.1f} before and {loads['after']:.1f} after; {met(figures)}."
+        f"SQLite {machine['sqlite']}: medians of up to {options['rounds']}, loads of {options['seconds']:g} s; "
+        f"load average {loads['before']:.1f} before and {loads['after']:.1f} after; {met(figures)}."
     )
     return f"{measured}\n\n{table(figures)}"
 
 
-def figures_of(report: dict[str, Any]) -> list[Figure]:
+def read(results: Path) -> list[Figure]:
     """Return the figures that a report in JSON holds."""
-    return [Figure.from_json(figure) for figure in report["figures"]]
+    return [Figure.from_json(figure) for figure in json.loads(results.read_text("utf-8"))["figures"]]

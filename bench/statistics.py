@@ -1,8 +1,7 @@
-"""What the statistics cost: in ingest, on the disk, and when they are asked for.
+"""What the statistics cost when runs are stored: processor time of all of it, and of the statistics alone.
 
-The first part stores runs through the daemon's own statements and takes the processor time of all of it, and of the
-statistics alone for the same runs on a second database. The second part counts very many runs in the statistics,
-without storing the runs themselves, and asks.
+It stores runs through the daemon's own statements, and counts the same runs in a second database. What a query costs,
+the scenario `stats` of `make bench-large` measures.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from telemetryd.engine.sqlite.connection import connect
 from telemetryd.engine.sqlite.statements import rollups
 from telemetryd.engine.sqlite.statements.commands import Transaction
 from telemetryd.engine.sqlite.tools import migrate
-from telemetryd.model import stats
 from telemetryd.model.commands import CreateRuns
 from telemetryd.model.runs import STORED, parse_run
 from telemetryd.model.stats import FACTS, Facts
@@ -33,18 +31,6 @@ _END = datetime(2026, 1, 31, tzinfo=UTC)
 _NOW = format_timestamp(_END)
 _OUTCOMES = random.Random(1).choices(  # noqa: S311 - made-up runs
     ("success", "failure", "partial", "timeout", "cancelled", "running"), (88, 6, 2, 2, 1, 1), k=10_007
-)
-_QUERIES = (
-    "group_by=agent_name&from=-24h",
-    "bucket=1h&group_by=status&from=-24h",
-    "bucket=1h&from=-30d",
-    "bucket=1h&group_by=status&from=-30d",
-    "bucket=1d&group_by=agent_name,status&from=-30d",
-    "group_by=agent_name,job_type,status&from=-30d",
-    "bucket=1h&group_by=agent_name&from=-7d",
-    "bucket=6h&group_by=agent_name&from=-30d",
-    "bucket=1h&group_by=job_type&from=-30d",
-    "bucket=1h&agent_name=agent-3&from=-30d",
 )
 
 
@@ -97,10 +83,8 @@ def _ingest(folder: Path, rows: list[Row], size: int) -> tuple[float, float]:
 
 
 @click.command()
-@click.option("--stored", default=50_000, help="Runs to store for the first part.")
-@click.option("--counted", default=10_000_000, help="Runs to count for the second part.")
-@click.option("--days", default=30, help="Days over which they are spread.")
-def main(stored: int, counted: int, days: int) -> None:
+@click.option("--stored", default=50_000, help="Runs to store.")
+def main(stored: int) -> None:
     """Print what the statistics cost."""
     with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
         folder = Path(name)
@@ -110,37 +94,6 @@ def main(stored: int, counted: int, days: int) -> None:
             click.echo(
                 f"{hours:2} h, groups of {size:5,}: {whole:6.1f} µs of processor time, {part:5.2f} µs for statistics"
             )
-        with closing(_database(folder / "counted")) as connection:
-            begun = time.thread_time()
-            waiting: list[Facts] = []
-            for facts in _facts(counted, days):
-                waiting.append(facts)
-                if len(waiting) == 5000:
-                    _count(connection, waiting)
-            _count(connection, waiting)
-            cells, size = connection.execute("SELECT count(*), sum(length(bins)) FROM run_stats").fetchone()
-            pages = connection.execute("PRAGMA page_count").fetchone()[0] * 4096
-            click.echo(
-                f"{counted:,} runs in {days} days ({time.thread_time() - begun:.0f} s): {cells:,} cells, "
-                f"{size / 1e6:.0f} MB of bins, {pages / 1e6:.0f} MB in all, {pages / counted:.1f} bytes for each run"
-            )
-            for text in _QUERIES:
-                query = stats.parse(text, _END)
-                times = []
-                for _ in range(3):
-                    begun = time.thread_time()
-                    groups = rollups.fetch_stats(connection, query)
-                    times.append(time.thread_time() - begun)
-                click.echo(f"{min(times) * 1000:7.1f} ms {len(groups):6,} groups  {text}")
-
-
-def _count(connection: sqlite3.Connection, waiting: list[Facts]) -> None:
-    summary: rollups.Summary = {}
-    rollups.summarize(summary, waiting)
-    connection.execute("BEGIN IMMEDIATE")
-    rollups.record(connection.cursor(), summary, len(waiting))
-    connection.execute("COMMIT")
-    waiting.clear()
 
 
 if __name__ == "__main__":

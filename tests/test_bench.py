@@ -104,7 +104,7 @@ def test_the_limit_of_sqlite_stores_its_rows_and_a_lost_one_is_noticed(tmp_path:
 @pytest.mark.parametrize("ids", Ids)
 def test_both_languages_make_the_same_run_with_ids_of_two_kinds(ids: Ids) -> None:
     nonce = new_nonce()
-    ours = [make_run(nonce, number, ids) for number in (1, 2, 5000)]
+    ours = [make_run(nonce, number, ids) for number in range(1, 9000)]
     theirs = first_batch(nonce, ids, 5000)
     assert {**theirs[0], "event_id": "", "run_id": ""} == {**ours[0], "event_id": "", "run_id": ""}
     for runs in (ours, theirs):
@@ -204,7 +204,7 @@ def test_the_report_is_a_table_and_json_of_which_the_table_can_be_made_again(tmp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest.json", "latest.md"]
     text = (tmp_path / "latest.md").read_text("utf-8")
     assert text.endswith(f"\n\n{report.table(figures)}\n")
-    assert "medians of 5, loads of 2 s; load average 0.5 before and 1.5 after; 1 of 3 targets met" in text
+    assert "medians of up to 5, loads of 2 s; load average 0.5 before and 1.5 after; 1 of 3 targets met" in text
 
 
 def test_what_is_run_are_scenarios() -> None:

@@ -23,6 +23,7 @@ function run.start(nonce, kind)
   run.counter = 0
   run.begun_ms = os.time() * 1000
   run.is_ordered = kind == "time-ordered"
+  math.randomseed(tonumber(nonce:sub(1, 8), 16) + number) -- wrk's own seed is always the same
   run.suffix = string.format("-8%03x-%s", number, nonce)
 end
 
