@@ -18,6 +18,7 @@ from typing import Any, Final
 from urllib.parse import urlencode, urlsplit
 
 from telemetryd.client import Client
+from telemetryd.client.config import DEFAULT_URL, url_of_port
 from telemetryd.client.context import timestamp
 from telemetryd.client.intake import MAX_NAME
 from telemetryd.client.lines import encode
@@ -45,9 +46,6 @@ _COMMIT_WAIT_S: Final = 10.0
 """How long a commit waits for its run to be stored."""
 
 
-_DEFAULT_URL: Final = "http://localhost:8765"
-
-
 @dataclass
 class TelemetryConfig:
     """The replaced library's configuration; what only its own database and files needed has no effect any more."""
@@ -56,7 +54,7 @@ class TelemetryConfig:
     database_path: Path | None = None
     ndjson_dir: Path | None = None
     api_url: str | None = None
-    """The daemon's address; None means TELEMETRY_API_URL, else METRICS_API_URL, else http://localhost:8765."""
+    """The daemon's address; None means what the variables say, by default http://localhost:8765."""
     google_sheets_api_url: str | None = None
     google_sheets_api_enabled: bool = False
     api_token: str | None = field(default=None, repr=False)
@@ -84,7 +82,10 @@ class TelemetryConfig:
             metrics_dir=base,
             database_path=Path(environment.get("TELEMETRY_DB_PATH", base / "db" / "telemetry.sqlite")),
             ndjson_dir=Path(environment.get("TELEMETRY_NDJSON_DIR", base / "raw")),
-            api_url=environment.get("TELEMETRY_API_URL", environment.get("METRICS_API_URL", _DEFAULT_URL)),
+            api_url=environment.get("TELEMETRY_API_URL")
+            or environment.get("METRICS_API_URL")
+            or url_of_port(environment.get("TELEMETRY_API_PORT", ""))
+            or DEFAULT_URL,
             agent_owner=environment.get("AGENT_OWNER"),
             test_mode=environment.get("TELEMETRY_TEST_MODE"),
             buffer_dir=None if buffer is None else Path(buffer),

@@ -63,7 +63,7 @@ async def running(
     rules = load_rules(settings.alerts_file)
     async with bound(settings, passed) as sockets:
         metrics = Metrics()
-        store = await Store.open(settings, metrics, clock)
+        store = await Store.open(settings, metrics, clock, full_text=settings.full_text)
         try:
             alerting = Alerting(store, rules, clock, given_up=metrics.deliveries_given_up.inc)
             upkeep = Upkeep(store, settings, clock)

@@ -23,6 +23,7 @@ from pydantic import (
     model_validator,
 )
 
+from telemetryd.client.config import read_token
 from telemetryd.client.old_variables import WITHOUT_EFFECT, remarks
 from telemetryd.client.paths import expanded
 from telemetryd.errors import ConfigurationError
@@ -214,8 +215,8 @@ class Settings(BaseModel):
     )
     full_text: bool = Field(
         False,
-        description="Index the words of summaries and errors for q=; new runs cost more then. Changed at the start: on "
-        "indexes the runs that are there while the daemon serves (searches get 503 until then), off drops the index.",
+        description="Index the words of summaries and errors for q=; new runs cost more then. The daemon's start "
+        "follows a change: on indexes the runs that are there while it serves (503 until then), off drops the index.",
     )
     death_certificates: bool = Field(
         True,
@@ -254,22 +255,24 @@ class Settings(BaseModel):
         """Return the bytes of the token, from wherever it is set, without surrounding blanks.
 
         Raises:
-            ValueError: if the token's file cannot be read, or the token is too short to protect anything.
+            ValueError: if the token's file holds none, or the token is too short to protect anything.
 
         """
-        text = self.api_auth_token.get_secret_value() if self.api_auth_token else None
-        variable = "TELEMETRY_API_AUTH_TOKEN"
+        text = self.api_auth_token.get_secret_value().strip() if self.api_auth_token else None
+        name, file = "TELEMETRY_API_AUTH_TOKEN", ""
         if self.api_auth_token_file is not None:
-            variable = "TELEMETRY_API_AUTH_TOKEN_FILE"
+            name, file = "TELEMETRY_API_AUTH_TOKEN_FILE", f" in {self.api_auth_token_file}"
             try:
-                text = self.api_auth_token_file.read_text("utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise ValueError(f"{variable}: cannot be read: {error}") from error
+                text = read_token(self.api_auth_token_file)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
         if text is None:
             return None
-        if len(text.strip()) < 8:
-            raise ValueError(f"{variable}: must hold at least 8 characters; make one with: openssl rand -hex 32")
-        return text.strip().encode()
+        if len(text) < 8:
+            raise ValueError(f"{name}: must hold at least 8 characters{file}; make one with: openssl rand -hex 32")
+        if not text.isprintable():
+            raise ValueError(f"{name}: must be printable text of one line")
+        return text.encode()
 
     @property
     def unix_socket(self) -> Path | None:

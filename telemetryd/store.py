@@ -84,15 +84,24 @@ class Store:
         opened.reading.watch(self._notify)
 
     @classmethod
-    async def open(cls, settings: Settings, metrics: Metrics, clock: Callable[[], datetime] = utc_now) -> Store:
+    async def open(
+        cls,
+        settings: Settings,
+        metrics: Metrics,
+        clock: Callable[[], datetime] = utc_now,
+        *,
+        full_text: bool | None = None,
+    ) -> Store:
         """Open the database that the settings name, made if it is not there.
+
+        Only the daemon decides whether there is a full-text index (`full_text`); commands leave it as it is.
 
         Raises:
             DatabaseError: if it is not, or not yet, a database of this version. Nothing is written then.
             DatabaseOwnedError: if another process owns it.
 
         """
-        return cls(await open_engine(settings, metrics, clock), settings, metrics, clock)
+        return cls(await open_engine(settings, metrics, clock, full_text=full_text), settings, metrics, clock)
 
     async def _watch(self) -> None:
         """Notice within a second or so when the database is not what it was, even if nobody writes."""

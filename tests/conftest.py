@@ -181,7 +181,7 @@ async def make_api(
         cheap = {"db_path": tmp_path / "telemetry.sqlite", "db_journal_mode": "WAL", "db_readers": 2}
         settings = Settings(**{**cheap, **values})
         metrics = Metrics()
-        store = await Store.open(settings, metrics, clock)
+        store = await Store.open(settings, metrics, clock, full_text=settings.full_text)
         stores.append(store)
         upkeep = Upkeep(store, settings)
         if settings.full_text:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import json
 import os
@@ -66,11 +67,51 @@ def test_sync_sends_what_is_left_and_says_so(daemon: Daemon, buffer: Path) -> No
     assert shown["left"]["ready"]["files"] == 1
     assert shown["sent"] == 0
     out = telemetryd("sync", TELEMETRY_BUFFER_DIR=str(buffer), TELEMETRY_API_URL=daemon.url).stdout
-    assert out == "5 lines sent: 5 runs stored, 0 known before, 0 lines refused\n"
+    assert out == "5 lines sent: 5 runs stored, 0 known before, 0 changes, 0 events, 0 lines refused\n"
     assert states(buffer) == {".synced": 1}
     again = json.loads(telemetryd("sync", "--buffer-dir", buffer, "--url", daemon.url, "--json").stdout)
     assert (again["sent"], again["left"], again["problem"]) == (0, {}, None)
     assert get(daemon.url, "/metrics")[1]["total_runs"] == 5
+
+
+def accounts(shown: dict[str, Any], *names: str) -> list[tuple[Any, ...]]:
+    """What a command says of the lines of each file and of all of them; each line is counted once."""
+    for each in (*shown["files"], shown):
+        ends = ("stored", "duplicates", "changes", "events", "refused")
+        assert each["sent"] == sum(each[name] for name in ends), each
+    for name in ("sent", "stored", "duplicates", "changes", "events", "refused", "torn", "aside"):
+        assert shown[name] == sum(each[name] for each in shown["files"]), name
+    return [
+        *((each["file"], *(each[name] for name in names)) for each in shown["files"]),
+        tuple(shown[n] for n in names),
+    ]
+
+
+def test_sync_accounts_for_each_line_of_each_file(daemon: Daemon, buffer: Path, free_port: int) -> None:
+    buffer.mkdir()
+    first, second, bad = make_run(), make_run(), make_run(status="odd")
+    known = first["event_id"]
+    update = {"op": "update", "event_id": known, "fields": {"status": "success"}}
+    events = [{"op": "event", "event_id": name, "event": {"event_type": "step"}} for name in (known, "nobody")]
+    nothing = {"op": "update", "event_id": known, "fields": {"error_summary": None}}
+    for name, lines in (("a", [first, *events, update, bad]), ("b", [first, second, nothing])):
+        text = "\n".join(map(json.dumps, lines))
+        # Some editor has put a mark before the first line, and cut off the newline after the last one.
+        (buffer / f"{name}.jsonl.ready").write_bytes(codecs.BOM_UTF8 + text.encode())
+    dry = telemetryd("sync", "--buffer-dir", buffer, "--dry-run").stdout
+    assert dry.startswith("a.jsonl: 5 lines left\nb.jsonl: 3 lines left\n2 files to be sent, 8 lines, ")
+    command = ("sync", "--buffer-dir", buffer, "--json")
+    nowhere = ("--url", f"http://127.0.0.1:{free_port}", "--retry-for", "0")
+    shown = json.loads(telemetryd(*command, *nowhere, status=1).stdout)
+    assert accounts(shown, "sent", "left")[:2] == [("a.jsonl", 0, 5), ("b.jsonl", 0, 3)]
+    assert shown["left"]["ready"]["lines"] == 8
+    shown = json.loads(telemetryd(*command, "--url", daemon.url, status=1).stdout)
+    names = ("sent", "stored", "duplicates", "changes", "events", "refused")
+    assert accounts(shown, *names) == [
+        ("a.jsonl", 5, 1, 0, 1, 1, 2), ("b.jsonl", 3, 1, 1, 1, 0, 0), (8, 2, 1, 2, 1, 2),
+    ]  # fmt: skip
+    assert [each["left"] for each in shown["files"]] == [0, 0]
+    assert get(daemon.url, f"/api/v1/runs/{known}")[1]["status"] == "success"
 
 
 def test_sync_of_no_folder_and_an_empty_one(tmp_path: Path) -> None:
@@ -297,12 +338,19 @@ def test_what_the_replaced_client_has_left_is_taken_over(daemon: Daemon, tmp_pat
     left_open = buffer / "telemetry_20261130_060000.jsonl.active"
     left_open.write_bytes((raw / "events_20261130.ndjson").read_bytes().splitlines(keepends=True)[-1])
     there: dict[str, Any] = {"TELEMETRY_BASE_DIR": str(base), "TELEMETRY_API_URL": daemon.url}
-    assert "1 file to be sent" in telemetryd("sync", "--take-over", "--dry-run", **there).stdout
-    assert telemetryd("sync", "--take-over", **there).stdout.startswith("3 lines sent: 2 runs stored, 0 known before")
-    assert states(buffer) == {".synced": 2}
+    first = next(buffer.glob("*.ready"))
+    (buffer / "telemetry_20261130_060000.jsonl.synced").write_bytes(first.read_bytes())  # its name is taken
+    assert "2 files to be sent, 3 lines, " in telemetryd("sync", "--take-over", "--dry-run", **there).stdout
+    assert states(buffer) == {".ready": 1, ".active": 1, ".synced": 1}
+    shown = json.loads(telemetryd("sync", "--take-over", "--json", **there).stdout)
+    assert accounts(shown, "sent", "stored", "changes") == [
+        ("telemetry_20261130_044913.jsonl", 2, 1, 1), ("telemetry_20261130_060000-1.jsonl", 1, 1, 0), (3, 2, 1),
+    ]  # fmt: skip
+    assert states(buffer) == {".synced": 3}
     for stored, known in ((4, 2), (0, 6)):  # the second time nothing changes
         shown = json.loads(telemetryd("replay", "--take-over", "--json", **there).stdout)
         assert (shown["sent"], shown["stored"], shown["duplicates"], shown["refused"]) == (13, stored, known, 0)
+        assert accounts(shown, "changes", "events")[-1] == (5, 2)
     runs = get(daemon.url, "/api/v1/runs")[1]
     assert {run["job_type"]: run["status"] for run in runs} == {
         "job": "success", "job2": "failure", "job3": "failure", "job4": "cancelled", "job5-running": "running",

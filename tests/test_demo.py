@@ -139,7 +139,11 @@ def test_it_goes_on_until_it_is_interrupted(start_daemon: StartDaemon) -> None:
     process = popen(command, os.environ, stderr=subprocess.PIPE)
 
     def live() -> list[Any]:
-        found = get(url, "/api/v1/runs?limit=1000")[1]
+        found = get(url, "/api/v1/runs?limit=1000&include=events")[1]
+        now = datetime.now(UTC)
+        for run in found:  # nothing is reported before it has happened
+            moments = [run["start_time"], run["end_time"], *(event["timestamp"] for event in run["events"])]
+            assert all(datetime.fromisoformat(moment) <= now for moment in moments if moment is not None)
         return [run for run in found if run["event_id"].startswith("demo-live-")]
 
     try:

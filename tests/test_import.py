@@ -263,6 +263,14 @@ FOREIGN = {
     "semicolons": (b"event_id;run_id;agent_name;job_type;start_time\n1;2;3;4;5\n", "found is a semicolon"),
     "tabs": (b"event_id\trun_id\n1\t2\n", "found is a tab"),
     "no run_id": (b"event_id,agent_name,job_type,start_time\n1,2,3,4\n", "run_id is missing; 4 columns"),
+    "a column twice": (
+        b"event_id,run_id,agent_name,job_type,start_time,host,note,note,host\n1,2,3,4,5,6,7,8,9\n",
+        "names host more than once",
+    ),
+    "Latin-1": (
+        "event_id,run_id,agent_name,job_type,start_time,Größe\n".encode("latin-1"),
+        "Line 1 holds the byte 0xF6",
+    ),
     "one column": (b"event_id\n1\n", "no separator was found"),
 }
 
@@ -280,6 +288,51 @@ def test_a_file_in_no_form_of_runs_is_refused_with_what_it_seems_to_be(
             assert words in done.stderr, done.stderr
             assert f"telemetryd: {tmp_path / name}: " in done.stderr
     assert get(url, "/api/v1/runs")[1] == []
+
+
+def test_json_over_many_lines_is_read_and_each_refusal_names_its_own_line(
+    start_daemon: StartDaemon, tmp_path: Path
+) -> None:
+    """Of equal lines each was reported with the place of the first; of JSON over many lines, each line was refused."""
+    url = start_daemon().url
+
+    def imported(data: bytes, *flags: str) -> tuple[int, list[tuple[int, str]], str | None]:
+        (tmp_path / "file").write_bytes(data)
+        done = CliRunner().invoke(main, ["import", str(tmp_path / "file"), "--url", url, "--json", *flags])
+        told = json.loads(done.stdout)
+        return told["inserted"], [(each["line"], each["reason"]) for each in told["error_details"]], told["problem"]
+
+    runs = [make_run(error_summary='a brace } in a "text" \\', context_json={"a": {"b": []}}) for _ in range(3)]
+    pretty = json.dumps(runs, indent=2).encode()
+    assert imported(pretty) == (3, [], None)
+    assert {run["context_json"]["a"]["b"] == [] for run in get(url, "/api/v1/runs")[1]} == {True}
+    objects = [json.dumps(make_run(), indent="\t") for _ in range(2)]
+    assert imported("\n".join(objects).encode()) == (2, [], None)
+    assert imported(json.dumps([make_run(), make_run()]).encode()) == (2, [], None)
+    assert imported(b"[]") == (0, [], None)
+    good, bad = make_run(), {**make_run(), "status": "odd"}
+    lengths = [len(json.dumps(run, indent=1).splitlines()) for run in (good, bad)]
+    inserted, refused, _ = imported(json.dumps([bad, good, bad], indent=1).encode())
+    assert (inserted, [line for line, _ in refused]) == (1, [2, 2 + sum(lengths)])
+    assert "The object that begins in line 2 does not end" in str(imported(b'[\n{"event_id":\n')[2])
+    cut = json.dumps([make_run()], indent=1).encode() + b"\n\n oops,\n{}]"
+    assert "In line 11 stands b'oops,' where an object is expected" in str(imported(cut)[2])
+    assert "longer than 1 MiB" in str(imported(b"[" + b" " * MIB + b"]", "--longest-line", "1")[2])
+
+    lines = [json.dumps(run).encode() if run else b"" for run in (bad, make_run(), bad, None, bad)]
+    assert [line for line, _ in imported(b"\n".join(lines))[1]] == [1, 3, 5]
+
+    header = "event_id,run_id,agent_name,job_type,start_time,host\n"
+    rows = (
+        '1,2,3,4,2025-12-24T10:00Z,"two\nlines"\n',
+        '2,2,3,4,2025-12-24T10:00Z,"é\nÄx"\n',
+        "3,2,3,4,2025-12-24T10:00Z,h\n",
+    )
+    mixed = [text.encode("latin-1" if "x" in text else "utf-8") for text in (header, *rows)]
+    inserted, refused, _ = imported(b"".join(mixed))
+    assert (inserted, len(refused)) == (2, 1)
+    assert refused[0][0] == 4
+    assert refused[0][1].startswith("Line 4 holds the byte 0xE9 at its place 28, which is no UTF-8: save the file as")
 
 
 def test_a_byte_order_mark_means_nothing_and_other_columns_are_reported(

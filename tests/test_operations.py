@@ -1,4 +1,4 @@
-"""Runs the handbook's commands in their order, in one folder, with stand-ins for systemd and sudo."""
+"""Runs the commands of README and handbook in their order, in one folder, with stand-ins for systemd and sudo."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,6 +24,7 @@ from telemetryd.settings import Settings, variable
 from tests.tools.fork_server import ForkServer
 from tests.tools.old_databases import make_old_database
 
+README = Path(__file__).parents[1] / "README.md"
 HANDBOOK = Path(__file__).parents[1] / "docs" / "operations.md"
 FROM_3X = Path(__file__).parents[1] / "docs" / "from-3.x.md"
 GUIDE = Path(__file__).parent / "guide" / "DEPLOYMENT_GUIDE.md"
@@ -130,17 +132,61 @@ def room(tmp_path: Path, free_port: int) -> Iterator[Room]:
             os.kill(int((tmp_path / "pid").read_text()), signal.SIGTERM)
 
 
+def blocks_of(page: Path, kind: str) -> list[str]:
+    return re.findall(rf"^```{kind}\n(.*?)^```$", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+
+
 def run_blocks(room: Room, page: Path) -> int:
     """Run every bash block of a page, each in a shell of its own; return how many there are."""
-    blocks = re.findall(r"^```bash\n(.*?)^```$", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    blocks = blocks_of(page, "bash")
     for block in blocks:
         done = room.run(block)
         assert done.returncode == 0, f"{block}\n{done.stdout}{done.stderr}"
     return len(blocks)
 
 
+def test_the_walk_through_of_the_readme_answers_what_it_shows_on_any_port(room: Room) -> None:
+    """On a fresh daemon: no curl answers nothing, and where an answer is shown, it is that."""
+    port = room.environment["TELEMETRY_API_PORT"]
+    assert f"Cannot reach the daemon: http://localhost:{port}" in room.run("telemetryd demo --no-live").stderr
+    room.environment["TELEMETRY_DB_JOURNAL_MODE"] = "DELETE"
+    room.run("systemctl start")
+    section = README.read_text("utf-8").partition("## Walk-through")[2].partition("\n## ")[0]
+    answered: list[Any] = []
+    for kind, block in re.findall(r"^```(bash|json)\n(.*?)^```$", section, re.MULTILINE | re.DOTALL):
+        if kind == "bash":
+            done = room.run(block.replace("curl ", "curl -fsSg -w '\\n' "))
+            assert done.returncode == 0, done.stderr
+            answered = [json.loads(line) for line in done.stdout.splitlines()]
+            assert all(answered) or "1 hour ago" in block, block
+        else:
+            shown = json.loads(block.replace(", …}", "}"))
+            answer = answered[-1] if "inserted" not in shown else {name: answered[-1][name] for name in shown}
+            varying = {"version", "db_path", "disk_free_bytes", "errors"}
+            assert answer.keys() == shown.keys()
+            assert {name: answer[name] for name in shown if name not in varying} == {
+                name: value for name, value in shown.items() if name not in varying
+            }
+            assert [text.partition("must be")[0] for text in answer.get("errors", ())] == [
+                text.partition("must be")[0] for text in shown.get("errors", ())
+            ]
+
+
 def test_every_command_of_the_handbook_works(room: Room) -> None:
     assert run_blocks(room, HANDBOOK) > 15
+
+
+def test_a_value_in_single_quotes_reaches_an_operators_command_as_it_is(tmp_path: Path) -> None:
+    """As it reaches the daemon by EnvironmentFile= (systemd.exec(5))."""
+    (install,) = [block for block in blocks_of(HANDBOOK, "sh") if "useradd" in block]
+    (wrapper,) = re.findall(r"<<'END'\n(#!/bin/sh\n.*?)^END$", install, re.MULTILINE | re.DOTALL)
+    file = tmp_path / "telemetryd.env"
+    file.write_text("TELEMETRY_A=/var/lib/x:1,a@b%c+d\nTELEMETRY_B=' a  b&\"c\" $HOME `id` #d'\n")
+    program = wrapper.replace("/etc/telemetryd.env", str(file)).replace("/opt/telemetryd/.venv/bin/telemetryd", "env")
+    lines = subprocess.run(["sh", "-c", program], capture_output=True, text=True, check=True).stdout.splitlines()
+    given = dict(line.split("=", 1) for line in lines if line.startswith("TELEMETRY_"))
+    assert given["TELEMETRY_A"] == "/var/lib/x:1,a@b%c+d"
+    assert given["TELEMETRY_B"] == ' a  b&"c" $HOME `id` #d'
 
 
 def test_by_the_page_on_3x_a_database_a_buffer_an_agent_and_scripts_are_taken_over(room: Room) -> None:
@@ -168,6 +214,13 @@ def test_by_the_page_on_3x_a_database_a_buffer_an_agent_and_scripts_are_taken_ov
         assert found == (47, 40)
         types = connection.execute("SELECT event_type FROM run_events WHERE event_key NOT LIKE 'legacy-%' ORDER BY id")
         assert [row[0] for row in types] == ["start", "checkpoint", "checkpoint"]
+    going_back = blocks_of(FROM_3X, "sh")[-1].replace("split -l 500", "split -l 20")
+    old = room.environment | {"TELEMETRY_DB_PATH": str(room.folder / "state" / "old.sqlite")}
+    for script in ("systemctl start", going_back):  # a daemon without runs stands in for the old service
+        done = Room(room.folder, old, room.places).run(script)
+        assert done.returncode == 0, done.stderr
+    answers = [json.loads(text) for text in re.findall(r"{.*?}(?={|$)", done.stdout)]
+    assert [answer["inserted"] for answer in answers] == [20, 20, 7]
 
 
 def test_the_page_on_3x_names_every_variable_and_every_public_name() -> None:

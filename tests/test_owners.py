@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import StartDaemon, make_run
+from tests.http_client import post
 from tests.tools.fill import make_database
 from tests.tools.old_databases import make_old_database
 from tests.tools.process import telemetryd
@@ -62,6 +64,29 @@ def test_what_root_migrates_backs_up_and_restores_stays_the_services(folder: Pat
     elsewhere = tmp_path / "run.lock"
     telemetryd("check", "--repair", "--db-path", path, "--lock-file", elsewhere)
     assert elsewhere.stat().st_uid == SERVICE
+    assert wrong(folder) == {}
+
+
+@only_root
+def test_what_root_serves_exports_and_archives_is_the_services(
+    folder: Path, tmp_path: Path, start_daemon: StartDaemon
+) -> None:
+    daemon = start_daemon(folder=folder, TELEMETRY_DB_JOURNAL_MODE="WAL", TELEMETRY_API_UNIX="none")
+    post(daemon.url, make_run(created_at="2020-01-01T00:00:00Z"))
+    assert {path.name for path in folder.iterdir()} >= {"telemetry.sqlite", "telemetry.sqlite-wal"}
+    assert wrong(folder) == {}
+    telemetryd("export", folder / "runs.ndjson", "--url", daemon.url)
+    telemetryd("export", tmp_path / "roots.ndjson", "--url", daemon.url)
+    assert daemon.stop() == 0
+    archive = ("prune", "--older-than", "30d", "--archive", folder / "old.ndjson.zst")
+    telemetryd(*archive, "--db-path", daemon.database)
+    assert {"runs.ndjson", "old.ndjson.zst"} <= {path.name for path in folder.iterdir()}
+    assert wrong(folder) == {}
+    assert (tmp_path / "roots.ndjson").stat().st_uid == os.geteuid()
+    made = folder / "made" / "telemetry.sqlite"
+    daemon = start_daemon(folder=folder, TELEMETRY_DB_PATH=str(made), TELEMETRY_API_UNIX="none")
+    assert daemon.url
+    assert made.parent.stat().st_uid == SERVICE
     assert wrong(folder) == {}
 
 

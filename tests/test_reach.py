@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import socket
 import sqlite3
 import ssl
@@ -24,7 +25,9 @@ from telemetryd.cli import main, target
 from telemetryd.cli.reach import Where, pause_s
 from telemetryd.client.address import Address, unix_url
 from telemetryd.client.config import Config
+from telemetryd.compat import TelemetryConfig
 from telemetryd.errors import ConfigurationError
+from telemetryd.settings import load
 from tests.conftest import PATIENCE_S, StartDaemon, make_run, require_program
 from tests.http_client import get, post
 from tests.tools.forks import popen
@@ -117,6 +120,26 @@ def test_flags_win_over_the_environment_and_a_named_database_over_its_address(mo
     assert Where(url="http://here").config().url == "http://here"  # what is not used may be wrong
     with pytest.raises(ConfigurationError, match="TELEMETRY_API_URL: must be http"):
         Where().config()
+
+
+def test_the_port_of_the_daemons_settings_counts_for_commands_and_the_client(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`TELEMETRY_API_PORT=9100 make run`, and then `telemetryd demo`, which filled another daemon."""
+    monkeypatch.chdir(tmp_path)
+    Path(".env").write_text("TELEMETRY_API_PORT=9200\n")
+    assert (Where().config().url, Config.load().url) == ("http://localhost:9200", "http://localhost:8765")
+    monkeypatch.setenv("TELEMETRY_API_PORT", "9100")
+    for config in (Where().config(), Config.load(), TelemetryConfig.from_env()):
+        assert "http://localhost:9100" in (getattr(config, "url", None), getattr(config, "api_url", None))
+    monkeypatch.setenv("METRICS_API_URL", "http://elsewhere")
+    assert (Where().config().url, Config.load().url) == ("http://elsewhere", "http://elsewhere")
+    monkeypatch.delenv("METRICS_API_URL")
+    for text, problem in {"0": "say with --url", "tcp://10.0.0.7:8765": "must be a whole number"}.items():
+        monkeypatch.setenv("TELEMETRY_API_PORT", text)
+        with pytest.raises(ConfigurationError, match=problem):
+            Where().config()
+        assert Config.load().url == "http://localhost:8765"  # Kubernetes sets such a text, which is no agent's fault
 
 
 def test_pauses_are_never_too_short() -> None:
@@ -330,6 +353,24 @@ def test_what_answers_in_the_daemons_place_is_named(tmp_path: Path) -> None:
                 assert line.startswith("telemetryd: What answered is no telemetryd: "), line
 
 
+def test_a_socket_that_is_not_there_is_not_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "run.jsonl").write_text(json.dumps(make_run()))
+    (tmp_path / "buffer").mkdir()
+    (tmp_path / "buffer" / "x.rejected.jsonl").write_text('{"line": {"event_id": "a"}, "status": 422, "error": "no"}\n')
+    missing = unix_url(tmp_path / "none.sock")
+    for command in (
+        *(command for command in COMMANDS if command[0] in ("prune", "stats")),
+        ("export", "-", "--retry-for", "600"),
+        ("import", "run.jsonl", "--retry-for", "600"),
+        ("dead-letters", "retry", "--all", "--buffer-dir", "buffer", "--retry-for", "600"),
+    ):
+        done = telemetryd(*command, "--url", missing, cwd=tmp_path, status=1)
+        assert f"There is no Unix socket {tmp_path / 'none.sock'}: no daemon runs" in done.stderr.splitlines()[-1]
+        assert "trying again" not in done.stderr
+    (line,) = fails(unix_url(tmp_path / "run.jsonl"), tmp_path, ("stats",))
+    assert line.endswith("run.jsonl is no Unix socket")
+
+
 def test_files_are_sent_to_nobody_else(tmp_path: Path) -> None:
     (tmp_path / "run.jsonl").write_text(json.dumps(make_run()))
     (tmp_path / "buffer").mkdir()
@@ -372,16 +413,26 @@ def test_a_retry_after_is_never_a_flood(tmp_path: Path) -> None:
 def test_tokens_and_certificates_that_cannot_be_used_are_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     (tmp_path / "latin").write_bytes(b"caf\xe9-token")
-    (tmp_path / "lines").write_text("one\ntwo")
+    (tmp_path / "lines").write_text("one two three\nfour")
+    (tmp_path / "bom").write_text("\ufeff0123456789")
+    (tmp_path / "nul").write_text("01234\x0056789")
     for name, words in {
         "missing": "No such file",
-        "empty": "holds no token",
+        "empty": "holds no token|at least 8 characters",
         "latin": "utf-8",
-        "lines": "one line",
+        "lines": "one line, not 2",
+        "bom": "begins with a byte order mark",
+        "nul": "U\\+0000",
     }.items():
-        for command in (("stats",), ("tail",), ("demo",)):
-            (line,) = fails("http://127.0.0.1:1", tmp_path, (*command, "--auth-token-file", str(tmp_path / name)))
-            assert words in line, line
+        path = str(tmp_path / name)
+        said = re.compile(rf"^(--auth-token-file|TELEMETRY_API_AUTH_TOKEN_FILE): (?=.*{re.escape(path)}\b).*({words})")
+        with pytest.raises(ConfigurationError, match=said):
+            Where(token_file=path).config()
+        with pytest.raises(ConfigurationError, match=said):
+            load({}, {"TELEMETRY_API_AUTH_ENABLED": "true", "TELEMETRY_API_AUTH_TOKEN_FILE": path}, None)
+    for command in (("stats",), ("tail",), ("demo",)):
+        (line,) = fails("http://127.0.0.1:1", tmp_path, (*command, "--auth-token-file", str(tmp_path / "lines")))
+        assert "one line" in line, line
     (line,) = fails("https://127.0.0.1:1", tmp_path, ("stats", "--ca", str(tmp_path / "lines")))
     assert "ca_file holds no certificate that can be read" in line
     assert "must be printable" in fails("http://127.0.0.1:1", tmp_path, ("tail",), TELEMETRY_API_AUTH_TOKEN="a\nb")[0]

@@ -13,8 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
-from telemetryd.engine.sqlite.statements import thinning
+from telemetryd.cli import main
+from telemetryd.cli.reach import session
+from telemetryd.cli.target import Remote
+from telemetryd.client.config import Config
+from telemetryd.engine.sqlite.statements import full_text, thinning
 from telemetryd.engine.sqlite.tools.check import examine
 from telemetryd.model.commands import DeleteRun
 from telemetryd.model.runs import REDACTABLE
@@ -154,27 +159,42 @@ async def test_a_run_with_very_many_events_goes_slice_by_slice(
     assert (await api.call("DELETE", f"{RUNS}/leaky", status=200))["events"] == 150
 
 
-@pytest.mark.parametrize(("how", "mode"), [("delete", "DELETE"), ("redact", "DELETE"), ("delete", "WAL")])
-async def test_the_database_file_does_not_keep_the_text(make_api: MakeApi, how: str, mode: str) -> None:
-    """Nor does a table of the replaced service that was set aside."""
-    api = await authorised(make_api, db_journal_mode=mode)
+@pytest.mark.parametrize(
+    ("how", "mode", "is_indexed"),
+    [("delete", "DELETE", False), ("redact", "DELETE", True), ("delete", "WAL", True)],
+)
+async def test_the_database_file_does_not_keep_the_text(
+    make_api: MakeApi, monkeypatch: pytest.MonkeyPatch, how: str, mode: str, *, is_indexed: bool
+) -> None:
+    """Nor does a table of the replaced service that was set aside, nor the full-text index, whose words are merged."""
+    monkeypatch.setattr(full_text, "_MERGED_PAGES", 1)
+    monkeypatch.setattr(thinning, "_SLICE_S", 0)
+    api = await authorised(make_api, db_journal_mode=mode, full_text=is_indexed)
     with closing(sqlite3.connect(api.settings.db_path)) as connection, connection:
         connection.execute("CREATE TABLE legacy_run_events (id INTEGER PRIMARY KEY, event_id TEXT, data TEXT)")
         connection.execute("INSERT INTO legacy_run_events (event_id, data) VALUES ('leaky', ?), ('x', 'y')", (SECRET,))
         connection.execute("CREATE TABLE legacy_other (id INTEGER PRIMARY KEY)")
     await fill(api)
+    for number in range(20):
+        await api.post(make_run(input_summary=" ".join(f"w{number}x{other}" for other in range(99))))
+    await api.call("PATCH", f"{RUNS}/leaky", json={"output_summary": f"later {SECRET}"}, status=200)
+    await api.call("PATCH", f"{RUNS}/leaky", json={"output_summary": "nothing"}, status=200)
 
-    def files() -> bytes:
-        return b"".join(path.read_bytes() for path in api.settings.db_path.parent.glob(f"{api.settings.db_path.name}*"))
+    def kept() -> set[bytes]:
+        """What the files hold: the text, or its last word, whose beginning pages of the index may leave out."""
+        path = api.settings.db_path
+        files = b"".join(each.read_bytes() for each in path.parent.glob(f"{path.name}*"))
+        return {text for text in (SECRET.encode(), SECRET.lower()[-12:].encode()) if text in files}
 
-    assert SECRET.encode() in files()
+    assert len(kept()) == 1 + is_indexed
     if how == "delete":
         await api.call("DELETE", f"{RUNS}/leaky", status=200)
     else:
         body = {"event_id": "leaky", "fields": [*REDACTABLE], "events": True}
         await api.call("POST", "/api/v1/admin/redact", json=body, status=200)
-    await eventually(lambda: SECRET.encode() not in files())  # the write-ahead log as soon as nobody writes
+    await eventually(lambda: not kept())  # the write-ahead log as soon as nobody writes
     assert rows(api.settings.db_path, "SELECT event_id FROM legacy_run_events") == [("x",)]
+    assert [finding.text for finding in examine(api.settings.db_path) if finding.check == "full text"] == []
 
 
 async def test_a_stream_that_is_not_read_sends_nothing_that_was_removed(make_api: MakeApi) -> None:
@@ -194,12 +214,28 @@ async def test_a_stream_that_is_not_read_sends_nothing_that_was_removed(make_api
     assert seen.count(SECRET.encode()) < len(runs) * 1000  # those that were on their way already
 
 
+async def test_the_command_reaches_exactly_the_run_that_is_named(make_api: MakeApi) -> None:
+    """`telemetryd delete ..` asked for /api/v1/, which is no run."""
+    api = await authorised(make_api)
+    names = ("..", ".", "../runs", "a/b", "a%2Fb", "%2e%2e", "a?b#c", "a b+c", "é", "stream")
+    for name in names:
+        await api.post(make_run(event_id=name))
+    async with session(Config(url=str(api.client.make_url("/")), token=TOKEN)) as request:
+        for done, name in enumerate(names, 1):
+            assert (await Remote(request).delete(name))["event_id"] == name
+            assert {run["event_id"] for run in await api.list()} == {*names[done:]}
+    for blank in ("", " "):
+        for command in (("delete", blank), ("redact", blank, "host")):
+            assert "no run has a blank event_id" in CliRunner().invoke(main, command).stderr
+
+
 def ask(*arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:
     return telemetryd(*arguments, status=status, TELEMETRY_API_AUTH_TOKEN=TOKEN)
 
 
 def test_the_commands_reach_the_daemon_the_database_and_a_follower(start_daemon: StartDaemon, tmp_path: Path) -> None:
-    daemon = start_daemon(TELEMETRY_API_AUTH_ENABLED="true", TELEMETRY_API_AUTH_TOKEN=TOKEN)
+    authentication = {"TELEMETRY_API_AUTH_ENABLED": "true", "TELEMETRY_API_AUTH_TOKEN": TOKEN}
+    daemon = start_daemon(TELEMETRY_FULL_TEXT="true", **authentication)
     copy = tmp_path / "copy.sqlite"
 
     def follow() -> bytes:
@@ -223,7 +259,9 @@ def test_the_commands_reach_the_daemon_the_database_and_a_follower(start_daemon:
     assert daemon.stop() == 0
     assert ask("delete", "three", "--db-path", str(daemon.database)).stdout == "three deleted with 1 event\n"
     assert rows(daemon.database, "SELECT event_id, host FROM agent_runs") == [("two", None)]
-    daemon = start_daemon(TELEMETRY_API_AUTH_ENABLED="true", TELEMETRY_API_AUTH_TOKEN=TOKEN)
+    assert rows(daemon.database, "SELECT count(*) FROM sqlite_master WHERE name = 'runs_text'") == [(1,)]
+    assert [finding.text for finding in examine(daemon.database) if finding.check == "full text"] == []
+    daemon = start_daemon(**authentication)
     assert SECRET.encode() not in follow()
     assert rows(copy, "SELECT event_id, host FROM agent_runs") == [("two", None)]
     assert rows(copy, "SELECT payload FROM run_events") == [(None,)]

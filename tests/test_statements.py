@@ -20,11 +20,22 @@ import pytest
 
 from telemetryd.engine.sqlite.statements import runs as run_rows
 from telemetryd.engine.sqlite.statements.commands import Transaction
+from telemetryd.engine.sqlite.statements.predicates import old_runs, stale_runs
 from telemetryd.engine.sqlite.statements.runs import fetch_counts, fetch_page, fetch_run, select_page
 from telemetryd.engine.sqlite.tools import migrate
 from telemetryd.model.commands import Created, CreateRuns, Updated, UpdateRun
 from telemetryd.model.filters import Filters
-from telemetryd.model.queries import CountRuns, Counts, GetRun, ListRuns, Page, Position, parse_list
+from telemetryd.model.queries import (
+    CountPrunable,
+    CountRuns,
+    Counts,
+    CountStale,
+    GetRun,
+    ListRuns,
+    Page,
+    Position,
+    parse_list,
+)
 from telemetryd.model.runs import COLUMNS, CREATED_AT, parse_run
 from telemetryd.model.values import Row, Status
 from tests.conftest import Api, make_run
@@ -119,6 +130,28 @@ def plan(connection: sqlite3.Connection, query: ListRuns) -> list[str]:
     started = {"start_time_from", "start_time_to"} & set(query.filters.bounds)
     sql, values = select_page(query, ("2025-12-24T09", "2025-12-24T10;") if started else None)
     return [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {sql}", values)]
+
+
+@pytest.mark.parametrize("agent_name", [None, "seo"])
+@pytest.mark.parametrize("job_type", [None, "crawl"])
+@pytest.mark.parametrize("status", [None, "success"])
+def test_runs_to_prune_and_to_reap_are_found_without_a_sort(
+    filled: sqlite3.Connection, agent_name: str | None, job_type: str | None, status: str | None
+) -> None:
+    ever = "9999-01-01T00:00:00.000000Z"
+    prune = CountPrunable(ever, agent_name, job_type, status)
+    reap = CountStale(ever, agent_name, job_type)
+    wanted = {"agent_name": agent_name, "job_type": job_type, "status": status}
+    for (walks, values), equal in ((old_runs(prune), wanted), (stale_runs(reap), {**wanted, "status": "running"})):
+        found = []
+        for walk in walks:
+            sql = f"SELECT agent_runs.id FROM {walk.in_order}"
+            assert "TEMP B-TREE" not in str(filled.execute(f"EXPLAIN QUERY PLAN {sql}", values).fetchall())
+            found += [run for (run,) in filled.execute(sql, values)]
+        given = {name: value for name, value in equal.items() if value is not None}
+        assert sorted(found) == [
+            run["id"] for run in everything(filled) if all(run[name] == value for name, value in given.items())
+        ]
 
 
 def make_query(

@@ -163,7 +163,9 @@ async def test_reap_gives_the_guides_values_and_spares_heartbeats(make_api: Make
     moment += timedelta(minutes=30)
     before = {"created_before": format_timestamp(moment - timedelta(hours=1))}
     assert (await admin(api, "reap", **before, dry_run=True))["matching"] == 1
-    assert await admin(api, "reap", **before, agent_name="nobody") == {"reaped": 0, "more": False, **before}
+    for nobody in ({"agent_name": "nobody"}, {"job_type": "nothing"}, {"agent_name": "a", "job_type": "nothing"}):
+        assert await admin(api, "reap", **before, **nobody) == {"reaped": 0, "more": False, **before}
+        assert (await admin(api, "prune", **before, **nobody, dry_run=True))["matching"] == 0
     assert await admin(api, "reap", **before) == {"reaped": 1, "more": False, **before}
     run = await api.get(f"/api/v1/runs/{stale['event_id']}")
     assert run["status"] == "cancelled"
@@ -230,8 +232,9 @@ async def test_prune_goes_through_the_daemon_by_its_unix_socket(start_daemon: St
     elsewhere = ("prune", "--older-than", "90d", "--json", "--dry-run", "--unix", unix)
     assert json.loads(telemetryd(*elsewhere, cwd=tmp_path / "elsewhere").stdout)["matching"] == 700
     assert [*(tmp_path / "elsewhere").iterdir()] == []  # which has no database, and gets none
-    dry = json.loads(telemetryd(*common, "--unix", unix, "--dry-run").stdout)
+    dry = json.loads(telemetryd(*common, "--unix", unix, "--dry-run", "--job-type", "translate_directory").stdout)
     assert (dry["dry_run"], dry["matching"]) == (True, 700)
+    assert json.loads(telemetryd(*common, "--unix", unix, "--job-type", "other").stdout)["pruned"] == 0
     archive = tmp_path / "runs.ndjson.zst"
     done = json.loads(telemetryd(*common, "--unix", unix, "--archive", archive).stdout)
     assert (done["pruned"], done["archived"]) == (700, 700)

@@ -8,21 +8,23 @@ import threading
 import time
 from collections.abc import Iterator
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Final
 
 import click
 
+from telemetryd.cli.accounts import Accounts, Left, in_words, outcome, plain_name, sentences
 from telemetryd.cli.files import LONGEST_LINE_MIB, READ_ERRORS, Patience, Refusals, Sending
-from telemetryd.cli.options import F, counted, fail, json_flag, print_json, progress, size
-from telemetryd.cli.reach import Where, client_config, daemon_flags
+from telemetryd.cli.options import F, counted, fail, json_flag, print_json, progress
+from telemetryd.cli.reach import RefusedError, Where, client_config, daemon_flags, refuse_missing_socket
 from telemetryd.client.aside import Aside
 from telemetryd.client.bounds import Upkeep
 from telemetryd.client.config import Config
 from telemetryd.client.counters import Counters
 from telemetryd.client.dead_letters import DEAD_LETTERS, bury
 from telemetryd.client.delivery import BlockedError, Delivery, RetryError, WaitError
-from telemetryd.client.folder import UNSENT, Entry, is_aside, summary, waiting
+from telemetryd.client.folder import ACTIVE, READY, SYNCED, UNSENT, Entry, is_aside, summary, waiting
 from telemetryd.client.old_variables import old_buffer_folders, old_raw_folders
 from telemetryd.client.streams import Stream
 from telemetryd.client.transport import Transport
@@ -66,7 +68,7 @@ def from_files(function: F, *, or_takes_over: bool = False) -> F:
         default=LONGEST_LINE_MIB,
         show_default=True,
         metavar="MIB",
-        help="A longer line of NDJSON is refused unread, so that a small file cannot fill the memory.",
+        help="A longer line of NDJSON, or other JSON, is refused unread, so that a small file cannot fill the memory.",
     )
     rejects = click.option(
         "--rejects", type=click.Path(path_type=Path), help="Append what the daemon refuses to this file."
@@ -127,30 +129,36 @@ def sync(
     as_json: bool,
     where: Where,
 ) -> None:
+    left_open: list[Path] = []
     if take_over:
         folders = [buffer_dir] if buffer_dir is not None else old_buffer_folders(os.environ)
         buffer_dir = _left_by_3x(folders, _BUFFER_FILES, "name the folder with --buffer-dir")
+        left_open = sorted(buffer_dir.glob(_LEFT_OPEN))
         if not dry_run:
-            _close_left(buffer_dir)
+            _close(left_open)
+            left_open = []
     config = client_config(where, buffer_dir=buffer_dir)
     folder_of(config, buffer_dir, may_come=watch)
     counters = Counters()
-    problem = None if dry_run else _sync(config, counters, None if watch else retry_s)
+    accounts = Accounts(counters)
+    problem = None if dry_run else _sync(config, counters, accounts, None if watch else retry_s)
+    left = Left()
     try:
-        left = summary(config.folder, UNSENT)
+        left.look(config.folder, left_open)
     except OSError as error:
-        left = {}
         problem = problem or sentence(error)
+    files = [] if watch else accounts.to_json(left.files)
     if as_json:
-        print_json({**_outcome(counters), "left": left, "problem": problem})
+        print_json({**outcome(counters), "left": left.states, "files": files, "problem": problem})
     else:
+        for text in sentences(files):
+            click.echo(text)
         if not dry_run:
-            click.echo(_sentence(counters))
-        elif not left:
+            click.echo(in_words(outcome(counters)))
+        elif not left.states:
             click.echo(f"Nothing is left to be sent in {config.folder}")
-        for state, total in left.items():
-            whose = "of processes that are alive" if state == "active" else "to be sent"
-            click.echo(f"{counted(total['files'], 'file')} {whose}, {size(total['bytes'])} (.{state})")
+        for text in left.sentences():
+            click.echo(text)
     if watch and problem is None:
         return  # stopped as it was meant to be; each refusal was reported when it came
     end(problem, counters, f"; see {config.folder / DEAD_LETTERS}")
@@ -164,21 +172,24 @@ def _left_by_3x(folders: list[Path], pattern: str, otherwise: str) -> Path:
     return found
 
 
-def _close_left(folder: Path) -> None:
-    """Give the files that 3.x has left open the name of closed ones; it makes others if it still runs."""
-    for path in sorted(folder.glob(_LEFT_OPEN)):
-        closed = path.with_suffix(".ready")
-        if not closed.exists():
-            path.rename(closed)
+def _close(left_open: list[Path]) -> None:
+    """Give the files that 3.x has left open names of closed ones that are free; it makes others if it still runs."""
+    for path in left_open:
+        name = path.name.removesuffix(f".jsonl{ACTIVE}")
+        stems = (path.with_name(f"{name}-{number}" if number else name) for number in count())
+        free = next(
+            stem for stem in stems if not any(Path(f"{stem}.jsonl{state}").exists() for state in (READY, SYNCED))
+        )
+        path.rename(f"{free}.jsonl{READY}")
 
 
-def _sync(config: Config, counters: Counters, retry_s: float | None) -> str | None:
+def _sync(config: Config, counters: Counters, accounts: Accounts, retry_s: float | None) -> str | None:
     """Send what the folder holds, once or (without a bound for failures) until a signal; return what went wrong."""
     watch = retry_s is None
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT) if watch else ():
         signal.signal(number, lambda *_: stopped.set())
-    work = _Sync(config, counters, Patience(retry_s, stopped), stopped)
+    work = _Sync(config, counters, None if watch else accounts, Patience(retry_s, stopped), stopped)
     try:
         if watch:
             work.watch()
@@ -200,27 +211,18 @@ def end(problem: str | None, counters: Counters, where: str = "") -> None:
         fail(f"{counted(counters.dead, 'line')} refused{where}")
 
 
-def _outcome(counters: Counters) -> dict[str, int]:
-    return {
-        "sent": counters.sent,
-        "stored": counters.stored,
-        "duplicates": counters.duplicates,
-        "refused": counters.dead,
-        "torn": counters.torn,
-    }
-
-
-def _sentence(counters: Counters) -> str:
-    return (
-        f"{counted(counters.sent, 'line')} sent: {counted(counters.stored, 'run')} stored, "
-        f"{counters.duplicates} known before, {counted(counters.dead, 'line')} refused"
-    )
-
-
 class _Sync:
-    def __init__(self, config: Config, counters: Counters, patience: Patience, stopped: threading.Event) -> None:
+    def __init__(
+        self,
+        config: Config,
+        counters: Counters,
+        accounts: Accounts | None,
+        patience: Patience,
+        stopped: threading.Event,
+    ) -> None:
         self._folder = config.folder
         self._counters = counters
+        self._accounts = accounts
         self._patience = patience
         self._stopped = stopped
         self._transport = Transport(config)
@@ -296,10 +298,17 @@ class _Sync:
         try:
             end = stream.end()
             while (stream.number, stream.offset) < end and self._patience.attempt(uploader.send_next, 0):
+                self._attribute(stream)
                 yield uploader.sent_bytes
+            self._attribute(stream)
             stream.window(1, 1)  # marks a file that has been sent whole
         finally:
             stream.release()
+
+    def _attribute(self, stream: Stream) -> None:
+        """Attribute what has been counted to the file that the stream stands in."""
+        if self._accounts is not None:
+            self._accounts.note(plain_name(stream.path(stream.number, READY)))
 
     def _note(self, error: OSError) -> None:
         if self.problem != str(error):
@@ -324,6 +333,7 @@ def send_files(
     files: tuple[str, ...],
     counters: Counters,
     refusals: Refusals,
+    accounts: Accounts,
     *,
     retry_s: float,
     longest_line_mib: int,
@@ -334,14 +344,17 @@ def send_files(
     sending = Sending(transport, counters, refusals, patience, longest_line_mib << 20)
     name = ""
     try:
+        refuse_missing_socket(config)
         with progress() as drawn:
             for name in files:
                 sending.send(name, drawn)
-    except RetryError as error:
+                accounts.note(name)
+    except (RetryError, RefusedError) as error:
         return str(error)
     except READ_ERRORS as error:
         return sentence(error) if name in sentence(error) else f"{name}: {sentence(error)}"
     finally:
+        accounts.note(name)
         transport.close()
     return None
 
@@ -385,9 +398,15 @@ def replay(
         files = tuple(map(str, sorted(folder.glob(_RAW_FILES))))
     elif not files:
         raise click.UsageError("Missing argument 'FILES...'.")
-    problem = send_files(config, files, counters, Refusals(rejects), retry_s=retry_s, longest_line_mib=longest_line_mib)
+    accounts = Accounts(counters)
+    refusals = Refusals(rejects)
+    problem = send_files(
+        config, files, counters, refusals, accounts, retry_s=retry_s, longest_line_mib=longest_line_mib
+    )
     if as_json:
-        print_json({**_outcome(counters), "problem": problem})
+        print_json({**outcome(counters), "files": accounts.to_json(), "problem": problem})
     else:
-        click.echo(_sentence(counters))
+        for text in sentences(accounts.to_json()):
+            click.echo(text)
+        click.echo(in_words(outcome(counters)))
     end(problem, counters)

@@ -14,8 +14,9 @@ import click
 from telemetryd.cli.agents import end, folder_of, folder_option, retry_option
 from telemetryd.cli.files import Patience, Refusals, reasons
 from telemetryd.cli.options import Suggesting, counted, fail, failing, json_flag, print_json
-from telemetryd.cli.reach import Where, client_config, daemon_flags
+from telemetryd.cli.reach import Where, client_config, daemon_flags, refuse_missing_socket
 from telemetryd.client.batch import Batch
+from telemetryd.client.config import DEFAULT_URL
 from telemetryd.client.context import timestamp
 from telemetryd.client.counters import Counters
 from telemetryd.client.dead_letters import (
@@ -33,6 +34,8 @@ from telemetryd.errors import sentence
 from telemetryd.ops.logs import printable
 
 _SHOWN: Final = 100
+_NOWHERE: Final = Where(DEFAULT_URL)
+"""No daemon is asked, so no setting of one matters."""
 
 
 @click.group(
@@ -77,7 +80,7 @@ def _described(path: Path, letter: Letter) -> Json:
     "list",
     help=r"""List the lines that the daemon has refused, the oldest first.
 
-    Each has an id, by which the other commands know it.
+    Each has an id, by which the other commands know it, also after it was sent and refused again.
 
     \b
     Examples:
@@ -88,7 +91,7 @@ def _described(path: Path, letter: Letter) -> Json:
 @folder_option
 @json_flag
 def list_(*, buffer_dir: Path | None, as_json: bool) -> None:
-    folder = folder_of(client_config(Where(), buffer_dir=buffer_dir), buffer_dir)
+    folder = folder_of(client_config(_NOWHERE, buffer_dir=buffer_dir), buffer_dir)
     found = (_described(path, letter) for path, letter in _chosen(folder, ()))
     if as_json:
         print_json(list(found))
@@ -119,7 +122,7 @@ def list_(*, buffer_dir: Path | None, as_json: bool) -> None:
 @folder_option
 @json_flag
 def show(*, ids: tuple[str, ...], buffer_dir: Path | None, as_json: bool) -> None:
-    folder = folder_of(client_config(Where(), buffer_dir=buffer_dir), buffer_dir)
+    folder = folder_of(client_config(_NOWHERE, buffer_dir=buffer_dir), buffer_dir)
     found = [
         {
             **_described(path, letter),
@@ -167,6 +170,7 @@ def retry(
     counters = Counters()
     problem = None
     with failing(), closing(Transport(config)) as transport:
+        refuse_missing_socket(config)
         again = _Again(transport, counters, Patience(retry_s, threading.Event()))
         try:
             close_letters(folder)

@@ -59,7 +59,7 @@ class _Poster:
         raise AssertionError("the last attempt returns or raises")
 
     def begin(self, stories: list[Story], now: datetime) -> list[Story]:
-        """Post runs as they are now, with their events; return those that are not over.
+        """Post runs as they are now, with their events up to now; return what is left of those that are not over.
 
         Runs that were there already have another story, invented earlier today; they are left as they are.
         """
@@ -68,10 +68,22 @@ class _Poster:
         self.posted += answer["inserted"]
         if answer["duplicates"]:
             return []
+        left = []
         for story in stories:
-            if story.events:
-                self.send("POST", f"{run_path(story.run['event_id'])}/events", story.events, {"inserted"})
-        return [story for story in stories if story.finish and story.ends_at > now]
+            past, future = story.split(now)
+            self._report(story, past)
+            if story.finish and story.ends_at > now:
+                left.append(future)
+        return left
+
+    def end(self, story: Story) -> None:
+        """Post the events of a run that are left, and its end."""
+        self._report(story, story.events)
+        self.send("PATCH", run_path(story.run["event_id"]), story.finish, {"updated"})
+
+    def _report(self, story: Story, events: list[dict[str, Any]]) -> None:
+        if events:
+            self.send("POST", f"{run_path(story.run['event_id'])}/events", events, {"inserted"})
 
 
 @click.command(
@@ -143,11 +155,10 @@ def _go_on(poster: _Poster, world: World, open_runs: list[Story]) -> None:
     while True:
         now = utc_now()
         while ends and ends[0][0] <= now:
-            story = heapq.heappop(ends)[2]
-            poster.send("PATCH", run_path(story.run["event_id"]), story.finish, {"updated"})
+            poster.end(heapq.heappop(ends)[2])
         agent = random.choices(AGENTS, [each.weight for each in AGENTS])[0]
-        story = world.story(random, agent, now, f"live-{session}-{serial}", None)
-        poster.begin([story], now)
-        heapq.heappush(ends, (now + (story.ends_at - now) / _LIVE_SPEED, serial, story))
+        story = world.story(random, agent, now, f"live-{session}-{serial}", None, speed=_LIVE_SPEED)
+        for left in poster.begin([story], now):
+            heapq.heappush(ends, (left.ends_at, serial, left))
         serial += 1
         time.sleep(random.expovariate(1 / _LIVE_EVERY_S))

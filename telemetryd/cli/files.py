@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import zlib
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, BinaryIO, Final, TypeVar, cast
 
 import click
 
+from telemetryd.cli.documents import read_document
 from telemetryd.cli.forms import Form, check_columns, recognise
 from telemetryd.cli.options import Progress
 from telemetryd.client.batch import Batch
@@ -100,14 +102,15 @@ class Refusals:
     def __init__(self, file: Path | None) -> None:
         self._file = file
         self._reported = 0
-        self.places: dict[bytes, tuple[str, int]] = {}
-        """Where the lines that are on their way stand: the file, and the line or row in it."""
+        self.places: dict[bytes, deque[tuple[str, int]]] = defaultdict(deque)
+        """Where the lines that are on their way stand: the file, and the line or row in it, for each line so worded."""
         self.kept: list[dict[str, object]] = []
         """The first refusals, for a summary."""
 
     def add(self, lines: list[bytes], status: int | None, reason: object) -> None:
         """Take in refused lines."""
-        name, number = self.places.get(lines[0], ("", 0))
+        places = [self.places[line].popleft() for line in lines if self.places.get(line)]
+        name, number = places[0] if places else ("", 0)
         text = "; ".join(reasons(reason))
         if len(self.kept) < _KEPT:
             self.kept.append({"file": name or None, "line": number or None, "status": status, "reason": f"{text:.300}"})
@@ -182,7 +185,7 @@ class Sending:
                     waiting += found
                     length += sum(map(len, found))
                     for line in found:
-                        self._refusals.places.setdefault(line, (name, number))
+                        self._refusals.places[line].append((name, number))
                     if len(waiting) >= self._delivery.rows or length >= MAX_BYTES:
                         self._send(waiting)
                         waiting, length = [], 0
@@ -199,7 +202,7 @@ class Sending:
         self._counters.sent += 1
         self._counters.dead += 1
         letter = encode({"file": name, "line": number}).rstrip()
-        self._refusals.places[letter] = (name, number)
+        self._refusals.places[letter].append((name, number))
         self._refusals.add([letter], None, fault)
 
     def _send(self, lines: list[bytes]) -> None:
@@ -218,10 +221,12 @@ def _records(name: str, file: Any, longest_line: int) -> Iterator[tuple[int, lis
         yield from _as_lines(tables.read_parquet(Path(name)))
         return
     plain = _plain(file)
-    if recognise(plain) is Form.CSV:
+    form = recognise(plain)
+    if form is Form.CSV:
         yield from _as_lines(tables.read_csv(plain, partial(check_columns, name)))
         return
-    for number, line in read_lines(plain, longest_line):
+    lines = read_document if form is Form.JSON else read_lines
+    for number, line in lines(plain, longest_line):
         if line is None:
             yield number, f"The line is longer than {longest_line >> 20} MiB; --longest-line MIB reads longer ones"
         elif holds_more_values(line, longest_line // _BYTES_PER_VALUE):

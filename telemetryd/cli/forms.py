@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import codecs
+from collections import Counter
 from enum import Enum, auto
 from typing import Any, Final
 
 import click
 
+from telemetryd.cli.documents import is_document
 from telemetryd.errors import TelemetrydError
 from telemetryd.model.runs import ANSWERED, Run
 from telemetryd.ops.logs import printable
@@ -40,6 +42,8 @@ class Form(Enum):
     """The forms of text; Parquet is none."""
 
     NDJSON = auto()
+    JSON = auto()
+    """An array, or objects over many lines."""
     CSV = auto()
 
 
@@ -61,16 +65,24 @@ def recognise(file: Any) -> Form:
     first = start.lstrip()[:1]
     if first == b"<":
         raise UnknownFormError("This is HTML or XML, perhaps a page that asks to log in, and holds no runs")
-    return Form.NDJSON if first in (b"", b"{", b"[") else Form.CSV
+    if first not in (b"", b"{", b"["):
+        return Form.CSV
+    return Form.JSON if is_document(start) else Form.NDJSON
 
 
 def check_columns(name: str, header: list[str]) -> None:
     """Report the columns of CSV that are no fields of a run, which the daemon ignores.
 
     Raises:
-        UnknownFormError: if columns are missing that every run has.
+        UnknownFormError: if columns are missing that every run has, or one of a run's stands there twice.
 
     """
+    twice = [column for column, count in Counter(header).items() if count > 1 and column in ANSWERED]
+    if twice:
+        raise UnknownFormError(
+            f"The first line names {' and '.join(twice)} more than once; which one is meant is unknown, so rename or "
+            "delete the others"
+        )
     missing = [column for column in _REQUIRED if column not in header]
     if missing:
         raise UnknownFormError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import stat
 import sys
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -22,7 +23,7 @@ from telemetryd.client.paths import expanded
 from telemetryd.client.transport import SERVER_HEADER
 from telemetryd.errors import ConfigurationError, TelemetrydError
 from telemetryd.model import values
-from telemetryd.settings import Settings
+from telemetryd.settings import Settings, load, variable
 
 if TYPE_CHECKING:
     import aiohttp
@@ -133,7 +134,7 @@ class Where:
         try:
             given["token"] = self.token(token)
             given["ca_file"] = None if self.ca_file is None else expanded(self.ca_file).absolute()
-            return Config.load(url=url or self.address(), **given)
+            return Config.load(url=url or self.address() or _url_here(), **given)
         except ValueError as error:
             raise ConfigurationError([str(error)]) from error
 
@@ -148,16 +149,29 @@ class Where:
             try:
                 token = read_token(self.token_file)
             except ValueError as error:
-                raise ConfigurationError([f"--auth-token-file {self.token_file}: {error}"]) from error
+                raise ConfigurationError([f"--auth-token-file: {error}"]) from error
             if not token:
-                raise ConfigurationError([f"--auth-token-file {self.token_file}: holds no token"])
+                raise ConfigurationError([f"--auth-token-file: {self.token_file} holds no token"])
             return token
         return otherwise
 
 
+def _url_here() -> str:
+    """Return where a daemon with the settings of this folder and environment listens.
+
+    Raises:
+        ConfigurationError: if they do not say it.
+
+    """
+    port = load(names=("api_port",), needs_dotenv=False).settings.api_port
+    if port == 0:
+        raise ConfigurationError([f"{variable('api_port')}: 0 is any free port; say with --url where the daemon is"])
+    return f"http://localhost:{port}"
+
+
 def daemon_flags(function: F) -> F:
     """Give a command the flags that say how to reach a daemon, as its argument `where`."""
-    return _flags(function, "the daemon that TELEMETRY_API_URL names, else http://localhost:8765")
+    return _flags(function, "the daemon that TELEMETRY_API_URL names, else http://localhost:TELEMETRY_API_PORT (8765)")
 
 
 def target_flags(function: F) -> F:
@@ -246,6 +260,7 @@ async def session(config: Config, patience: aiohttp.ClientTimeout | None = None)
 
     """
     import aiohttp  # noqa: PLC0415 - takes most of a command's start, and some need only the flags
+    from yarl import URL  # noqa: PLC0415
 
     address = Address.parse(config.url)
     if address.scheme == "unix":
@@ -256,8 +271,35 @@ async def session(config: Config, patience: aiohttp.ClientTimeout | None = None)
         connector = aiohttp.TCPConnector()
     headers = {"Authorization": f"Bearer {config.token}"} if config.token else {}
     options = {} if patience is None else {"timeout": patience}
+
+    base = str(URL(address.base)).rstrip("/")
+
+    def send(method: str, path: str, **more: Any) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
+        url = URL(base + path, encoded=True)  # as it is: a run may be called .. or .
+        return opened.request(method, url, allow_redirects=False, **more)
+
     async with aiohttp.ClientSession(connector=connector, headers=headers, **options) as opened:  # type: ignore[arg-type]
-        yield lambda method, path, **more: opened.request(method, address.base + path, allow_redirects=False, **more)
+        yield send
+
+
+def refuse_missing_socket(config: Config) -> None:
+    """Make sure that the Unix socket that is meant, if one is, is there: to wait for one would hide a typo.
+
+    Raises:
+        RefusedError: if it is not.
+
+    """
+    path = Address.parse(config.url).socket
+    if not path:
+        return
+    try:
+        is_socket = stat.S_ISSOCK(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise RefusedError(f"There is no Unix socket {path}: no daemon runs, or it listens elsewhere") from error
+    except OSError:
+        return  # connecting fails as well, and says why
+    if not is_socket:
+        raise RefusedError(f"{path} is no Unix socket")
 
 
 def reason(error: BaseException) -> str:

@@ -14,6 +14,18 @@ from telemetryd.cli.target import Body, find_target
 from telemetryd.model.runs import REDACTABLE
 
 
+class EventIdType(click.ParamType[str]):
+    """The event_id of a run, which is anything but blank."""
+
+    name = "event_id"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the event_id."""
+        if not str(value).strip():
+            self.fail("no run has a blank event_id", param, ctx)
+        return str(value)
+
+
 @click.command(
     help=r"""Delete one run with its events.
 
@@ -28,7 +40,7 @@ from telemetryd.model.runs import REDACTABLE
       telemetryd delete translate-2025-12-24-001 --unix /run/telemetryd/telemetryd.sock
     """
 )
-@click.argument("event_id")
+@click.argument("event_id", type=EventIdType())
 @json_flag
 @target_flags
 def delete(*, event_id: str, as_json: bool, where: Where) -> None:
@@ -64,8 +76,9 @@ class FieldType(click.ParamType[str]):
 @click.command(
     help=r"""Remove what fields of a run hold, such as a leaked secret.
 
-    The fields become null; with --events, so do the payloads of all events of the run. The run itself stays, so that an
-    agent that sends it again finds it known. Copies made by `telemetryd follow` lose the texts with their next page.
+    The fields become null; with --events, so do the payloads of all events of the run. The run itself stays with the
+    keys and types of its events, so that an agent that sends them again finds them known; if such a key is the secret,
+    delete the run. Copies made by `telemetryd follow` lose the texts with their next page.
     The database overwrites the space. Backups, archives and exports that were made before keep the texts.
 
     \b
@@ -74,7 +87,7 @@ class FieldType(click.ParamType[str]):
       telemetryd redact translate-2025-12-24-001 --events
     """
 )
-@click.argument("event_id")
+@click.argument("event_id", type=EventIdType())
 @click.argument("fields", nargs=-1, type=FieldType())
 @click.option("--events", is_flag=True, help="Remove the payloads of the run's events, too.")
 @json_flag

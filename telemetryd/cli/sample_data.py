@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from hashlib import blake2b
 from itertools import accumulate
@@ -120,6 +120,11 @@ class Story:
     finish: Json
     """The PATCH that ends it, at `ends_at`."""
 
+    def split(self, moment: datetime) -> tuple[list[Json], Story]:
+        """Return the events up to a moment, and the story that is left after it."""
+        past = [event for event in self.events if _moment(event["timestamp"]) <= moment]
+        return past, replace(self, events=self.events[len(past) :])
+
 
 @dataclass(slots=True)
 class World:
@@ -180,13 +185,15 @@ class World:
             moment = self.end - (self.end - self.begin) * (0.1 + 0.07 * serial)
             yield _unheard(self.story(random, agent, moment, f"{stem}-stale-{serial}", None))
 
-    def story(self, random: Random, agent: Agent, moment: datetime, serial: str, parent: Json | None) -> Story:
-        """Invent one run that begins at a moment."""
-        seconds = agent.seconds * math.exp(random.gauss(0, 0.55))
+    def story(
+        self, random: Random, agent: Agent, moment: datetime, serial: str, parent: Json | None, *, speed: float = 1
+    ) -> Story:
+        """Invent one run that begins at a moment, and ends so many times faster than usual."""
+        seconds = agent.seconds / speed * math.exp(random.gauss(0, 0.55))
         commit, commit_time, is_broken = self._commit(agent, moment)
         status, error = self._outcome(random, agent, moment, is_broken)
         if status == "timeout":
-            seconds = agent.seconds * 6
+            seconds = agent.seconds / speed * 6
         elif status == "failure":
             seconds *= 0.2 + 0.6 * random.random()
         ends_at = moment + timedelta(seconds=seconds)

@@ -31,6 +31,7 @@ from telemetryd.cli.reach import (
     read_object,
     reason,
     refusal,
+    refuse_missing_socket,
     session,
     settings_token,
 )
@@ -404,6 +405,7 @@ async def find_target(where: Where, *, changes: bool = False) -> AsyncIterator[T
     if changes:
         click.echo(f"telemetryd: works on {place}", err=True)
     if place.config is not None:
+        refuse_missing_socket(place.config)
         async with session(place.config) as request:
             yield Remote(request)
         return

@@ -14,6 +14,7 @@ from typing import IO, Any, Final
 import aiohttp
 import click
 
+from telemetryd.cli.accounts import Accounts
 from telemetryd.cli.agents import end, from_files, retry_option, send_files
 from telemetryd.cli.files import Refusals
 from telemetryd.cli.options import F, Progress, counted, failing, json_flag, print_json, progress, size
@@ -27,6 +28,7 @@ from telemetryd.cli.reach import (
     pause_s,
     reason,
     refusal,
+    refuse_missing_socket,
     session,
 )
 from telemetryd.client.config import Config
@@ -198,6 +200,7 @@ async def _answer(config: Config, asked: dict[str, str], retry_s: float) -> Asyn
     """
     patience = aiohttp.ClientTimeout(total=None, sock_connect=config.timeout_s, sock_read=_QUIET_S)
     until = time.monotonic() + retry_s
+    refuse_missing_socket(config)
     async with session(config, patience) as request:
         while True:
             pause = 1.0
@@ -230,8 +233,9 @@ async def _answer(config: Config, asked: dict[str, str], retry_s: float) -> Asyn
     "import",
     help=r"""Send the runs of exported files to the daemon.
 
-    NDJSON (with events, if it has them) and CSV, plain, gzip or Zstandard, and Parquet; the first bytes of a file show
-    its format. - is standard input. Runs whose event_id is known stay as they are, so a file may be imported again.
+    NDJSON (with events, if it has them), JSON (an array, or objects over many lines, up to --longest-line in all) and
+    CSV, plain, gzip or Zstandard, and Parquet; the first bytes of a file show its format. - is standard input. Runs
+    whose event_id is known stay as they are, so a file may be imported again.
     Each rejected run is reported with its line; the others are stored.
 
     \b
@@ -254,13 +258,17 @@ def import_(
     counters = Counters()
     refusals = Refusals(rejects)
     config = client_config(where)
-    problem = send_files(config, files, counters, refusals, retry_s=retry_s, longest_line_mib=longest_line_mib)
+    accounts = Accounts(counters)
+    problem = send_files(
+        config, files, counters, refusals, accounts, retry_s=retry_s, longest_line_mib=longest_line_mib
+    )
     if as_json:
         print_json(
             {
                 "files": list(files),
                 "inserted": counters.stored,
                 "duplicates": counters.duplicates,
+                "events": counters.events,
                 "errors": counters.dead,
                 "error_details": refusals.kept,
                 "problem": problem,
@@ -269,6 +277,6 @@ def import_(
     else:
         click.echo(
             f"{counted(counters.stored, 'run')} inserted, {counted(counters.duplicates, 'duplicate')}, "
-            f"{counted(counters.dead, 'error')}"
+            f"{counted(counters.events, 'event')}, {counted(counters.dead, 'error')}"
         )
     end(problem, counters)

@@ -42,6 +42,7 @@ def older_than(text: str, *, required: bool = True) -> Callable[[F], F]:
 agent = click.option(
     "--agent", "agent_name", cls=Renamed, old=("--agent-name",), metavar="NAME", help="Only runs of this agent."
 )
+job_type = click.option("--job-type", cls=Renamed, old=("--job",), metavar="NAME", help="Only runs of this job type.")
 dry = click.option("--dry-run", is_flag=True, help="Only count.")
 
 
@@ -82,6 +83,7 @@ class StatusType(click.ParamType[str]):
 )
 @older_than("Age of the runs by created_at", required=False)
 @agent
+@job_type
 @click.option("--status", type=StatusType(), help="Only runs of this status.")
 @dry
 @click.option(
@@ -100,6 +102,7 @@ def prune(
     *,
     older_than: float | None,
     agent_name: str | None,
+    job_type: str | None,
     status: str | None,
     dry_run: bool,
     archive: Path | None,
@@ -108,20 +111,25 @@ def prune(
     where: Where,
 ) -> None:
     if confirm_automatic is not None:
-        if older_than is not None or agent_name or status or dry_run or archive is not None:
+        if older_than is not None or agent_name or job_type or status or dry_run or archive is not None:
             raise click.UsageError("--confirm-automatic stands alone: it deletes nothing now")
         _confirm_automatic(where, confirm_automatic, as_json=as_json)
         return
     if older_than is None:
         raise click.UsageError("Missing option '--older-than' (or '--confirm-automatic').")
-    chosen: Body = {"created_before": requests.moment_ago(utc_now(), older_than)}
-    chosen |= {name: value for name, value in (("agent_name", agent_name), ("status", status)) if value is not None}
+    chosen = _chosen(older_than, agent_name=agent_name, job_type=job_type, status=status)
     with failing():
         if archive is not None and archive.exists():
             raise DatabaseError(f"{archive} exists already; an archive never replaces a file")
         file = None if archive is None else archive.absolute()
         answer = asyncio.run(_prune(where, chosen, dry_run=dry_run, archive=file))
     _print(answer, "pruned", "deleted", as_json=as_json)
+
+
+def _chosen(older_than: float, **equal: str | None) -> Body:
+    """Return which runs are meant, as a request's body says it."""
+    given = {name: value for name, value in equal.items() if value is not None}
+    return {"created_before": requests.moment_ago(utc_now(), older_than), **given}
 
 
 def _confirm_automatic(where: Where, age_s: float, *, as_json: bool) -> None:
@@ -265,12 +273,13 @@ def _archived_versions(archive: Path) -> Iterator[list[Body]]:
     \b
     Examples:
       telemetryd reap --older-than 1h --dry-run
-      telemetryd reap --older-than 1h --agent hugo-translator
+      telemetryd reap --older-than 1h --agent hugo-translator --job-type translate_directory
       telemetryd reap --older-than 1h --json --unix /run/telemetryd/telemetryd.sock
     """
 )
 @older_than("How long ago the runs were created and last changed")
 @agent
+@job_type
 @dry
 @json_flag
 @target_flags
@@ -278,13 +287,12 @@ def reap(
     *,
     older_than: float,
     agent_name: str | None,
+    job_type: str | None,
     dry_run: bool,
     as_json: bool,
     where: Where,
 ) -> None:
-    chosen: Body = {"created_before": requests.moment_ago(utc_now(), older_than)}
-    if agent_name is not None:
-        chosen["agent_name"] = agent_name
+    chosen = _chosen(older_than, agent_name=agent_name, job_type=job_type)
     with failing():
         answer = asyncio.run(_reap(where, chosen, dry_run=dry_run))
     _print(answer, "reaped", "cancelled", as_json=as_json)

@@ -125,6 +125,11 @@ class Batch:
     dead: list[tuple[list[bytes], int | None, object]] = field(default_factory=list)
     aside: dict[str, list[bytes]] = field(default_factory=dict)
     """event_id → lines that do not come through, and those of the same run after them."""
+    stored: int = 0
+    duplicates: int = 0
+    events: int = 0
+    refused: int = 0
+    """What has become of its lines so far, which counts when all of them have come to their end."""
     was_aside: bool = False
     """Whether the lines come from such a stream, and so wait for nothing but themselves."""
     origins: dict[bytes, bytes] = field(default_factory=dict)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 Durability = Literal["write", "fsync"]
 MIB: Final = 1 << 20
+DEFAULT_URL: Final = "http://localhost:8765"
 
 
 def default_buffer_dir() -> Path:
@@ -60,7 +61,7 @@ class Config:
 
     """
 
-    url: str = "http://localhost:8765"
+    url: str = DEFAULT_URL
     """The daemon: http://host:port, https://host/path, or unix:///path/of/the/socket."""
     token: str | None = None
     """Sent as `Authorization: Bearer …`."""
@@ -201,18 +202,37 @@ def read_token(path: str | os.PathLike[str]) -> str:
     """Return the token that a file holds.
 
     Raises:
-        ValueError: if it cannot be read; the message says why.
+        ValueError: if it holds none; the message names the file and says what is wrong.
 
     """
     try:
-        return expanded(path).read_text("utf-8").strip()
+        text = expanded(path).read_text("utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot be read: {error}") from error
+        why = (error.strerror if isinstance(error, OSError) else None) or error
+        raise ValueError(f"cannot be read: {path}: {why}") from error
+    if text.startswith("\ufeff"):
+        raise ValueError(f"{path} begins with a byte order mark; save it as UTF-8 without one")
+    if len(lines := text.splitlines()) > 1:
+        raise ValueError(f"{path} must hold one line, not {len(lines)}")
+    wrong = next((character for character in text if not character.isprintable()), None)
+    if wrong is not None:
+        raise ValueError(f"{path} holds a character that no token has, U+{ord(wrong):04X}")
+    return text
+
+
+def url_of_port(text: str) -> str | None:
+    """Return the address of a daemon on this machine by its port; None if the text names none.
+
+    Kubernetes sets TELEMETRY_API_PORT=tcp://10.0.0.7:8765 in every container next to a service called telemetry-api.
+    """
+    port = int(text) if text.isascii() and text.isdigit() else 0
+    return f"http://localhost:{port}" if 0 < port < 1 << 16 else None
 
 
 VARIABLES: Final[Mapping[str, tuple[str, Callable[[str], Any], str]]] = {
     "TELEMETRY_API_URL": ("url", str, "The daemon: http://host:port, https://…, or unix:///path."),
     "METRICS_API_URL": ("url", str, "As in 3.x, if `TELEMETRY_API_URL` is not set."),
+    "TELEMETRY_API_PORT": ("url", url_of_port, "The daemon's port on this machine, if no address is set."),
     "TELEMETRY_API_AUTH_TOKEN": ("token", str.strip, "The daemon's token, if it asks for one."),
     "TELEMETRY_API_AUTH_TOKEN_FILE": ("token", read_token, "Or its file."),
     "TELEMETRY_API_CA_FILE": ("ca_file", _folder, "Certificates (PEM) by which https is checked."),
@@ -225,10 +245,13 @@ VARIABLES: Final[Mapping[str, tuple[str, Callable[[str], Any], str]]] = {
     "TELEMETRY_TIMEOUT_S": ("timeout_s", _number, "How long an answer may take."),
     "TELEMETRY_FLUSH_TIMEOUT_S": ("flush_timeout_s", _number, "How long sending may hold up the end of the process."),
 }
-"""Variable → setting, how its text is read, and what it is."""
+"""Variable → setting, how its text is read (None: it says nothing), and what it is."""
 
-_OLD_NAMES: Final = {"METRICS_API_URL": "TELEMETRY_API_URL"}
-"""Names of 3.x that count only where the one of today is not set."""
+_STRONGER: Final = {
+    "METRICS_API_URL": ("TELEMETRY_API_URL",),
+    "TELEMETRY_API_PORT": ("TELEMETRY_API_URL", "METRICS_API_URL"),
+}
+"""Variables that count only where none of these is set."""
 
 
 def _from_environment(environment: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -237,9 +260,10 @@ def _from_environment(environment: Mapping[str, str]) -> tuple[dict[str, Any], d
     faults: dict[str, str] = {}
     for variable, (name, read, _) in VARIABLES.items():
         text = environment.get(variable)
-        if text and not environment.get(_OLD_NAMES.get(variable, "")):
+        if text and not any(environment.get(stronger) for stronger in _STRONGER.get(variable, ())):
             try:
-                value = read(text)
+                if (value := read(text)) is None:
+                    continue
                 fault = _fault(name, value)
             except ValueError as error:
                 fault = str(error)

@@ -19,6 +19,10 @@ class Counters:
     """Runs that the daemon stored."""
     duplicates: int = 0
     """Runs that the daemon had already."""
+    changes: int = 0
+    """Lines that say more of a run which another line began, such as how it ended."""
+    events: int = 0
+    """Events that the daemon took."""
     dead: int = 0
     """Lines in the dead-letter file."""
     aside: int = 0

@@ -115,8 +115,8 @@ class Letter:
 
     @property
     def id(self) -> str:
-        """What it is called by: the same as long as it is there."""
-        return hashlib.sha256(self.raw.strip()).hexdigest()[:8]
+        """What it is called by: the same as long as it is there, however often it is refused."""
+        return hashlib.sha256(self.line).hexdigest()[:8]
 
 
 def line_of(letter: Json) -> bytes:

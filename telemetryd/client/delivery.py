@@ -137,6 +137,7 @@ class Delivery:
             lines, status, reason = batch.dead[0]
             self._bury(lines, status, reason)
             batch.dead.pop(0)
+            batch.refused += len(lines)
             self._counters.dead += len(lines)
             text = "The daemon refuses %d line(s), which are in the dead-letter file now: %.500s"
             self._complaints.say(logging.ERROR, text, len(lines), reason)
@@ -147,7 +148,15 @@ class Delivery:
             del batch.aside[event_id]
             left += len(lines)
         self._counters.aside += left
-        self._counters.sent += max(len(batch.lines) - left, 0)
+        self._count(batch, max(len(batch.lines) - left, 0))
+
+    def _count(self, batch: Batch, sent: int) -> None:
+        counters = self._counters
+        counters.sent += sent
+        counters.stored += batch.stored
+        counters.duplicates += batch.duplicates
+        counters.events += batch.events
+        counters.changes += max(sent - batch.stored - batch.duplicates - batch.events - batch.refused, 0)
 
     # --- What does not come through --------------------------------------------------------------
 
@@ -216,8 +225,8 @@ class Delivery:
     def _take_result(self, batch: Batch, step: Runs, result: BatchResult) -> Sequence[Step]:
         if result.errors and result.details is None:  # a daemon that does not say which ones
             return step.parts() or self._reject_run(batch, step.items[0], 422, result.errors)
-        self._counters.stored += result.inserted
-        self._counters.duplicates += result.duplicates
+        batch.stored += result.inserted
+        batch.duplicates += result.duplicates
         rejected = result.details or {}
         more: list[Step] = []
         for index, reason in rejected.items():
@@ -250,6 +259,7 @@ class Delivery:
         body = orjson.dumps([item.event for item in step.items])
         answer = self._ask("POST", run_path(step.items[0].event_id) + "/events", body)
         if answer.is_daemons and answer.status in (200, 201) and accounts_for(answer, len(step.items)):
+            batch.events += len(step.items)
             return []
         if answer.status == 413:
             return self._shrink(batch, step, answer)

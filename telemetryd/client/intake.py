@@ -272,7 +272,7 @@ class Intake:
         fields: Json = {}
         joined: set[str] = set()
         for name, value in [*given.items()]:
-            if value is None:
+            if value is None or (name in _OBJECTS and is_null_text(value)):
                 continue  # as null in a request: nothing is said
             kind = type(value)
             if name in known and (
@@ -392,6 +392,11 @@ def shortened(name: str) -> str:
     text = name.encode("utf-8", "replace").decode().replace("\0", "\N{REPLACEMENT CHARACTER}")
     digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
     return f"{text[: MAX_NAME - 17]}-{digest}"
+
+
+def is_null_text(value: object) -> bool:
+    """Return whether a text in the place of an object says nothing, as agents of the replaced library wrote it."""
+    return isinstance(value, str) and value.strip() in ("", "null")
 
 
 def object_of(value: object) -> Mapping[Any, Any]:

@@ -14,14 +14,14 @@ from typing import Final
 import orjson
 
 from telemetryd.client.fields import CHANGES, FIELDS, NAMES
-from telemetryd.client.intake import Intake, object_of
+from telemetryd.client.intake import Intake, is_null_text, object_of
 from telemetryd.client.lines import Json, encode, is_operation, read_object
 
-_MARKS: Final = (b'"record_type"', b'"schema_version"')
-"""Each line of 3.x holds one of these names, and no line of ours does."""
+_NAMES_OF_3X: Final = frozenset({"record_type", "schema_version", "agent_owner"})
+"""Each line of 3.x has the first of these names, or both others; no line of ours has one."""
+_MARKS: Final = tuple(f'"{name}"'.encode() for name in _NAMES_OF_3X)
 _NEEDED: Final = (*NAMES, "start_time")
 _OF_THE_OLD_SERVICE: Final = frozenset({"schema_version", "record_type", "updated_at", "id"})
-_OBJECTS: Final = ("metrics_json", "context_json")
 
 
 @dataclass(slots=True)
@@ -94,7 +94,7 @@ def _read(line: bytes) -> Json | None:
     if not any(mark in line for mark in _MARKS) or is_operation(line):
         return None
     value = read_object(line)
-    if value is None or not value.keys() & {"schema_version", "record_type"}:
+    if value is None or value.keys().isdisjoint(_NAMES_OF_3X):
         return None
     needed = ("run_id", "event_type") if value.get("record_type") == "event" else _NEEDED
     return value if all(isinstance(value.get(name), str) for name in needed) else None
@@ -104,9 +104,6 @@ def _run(value: Json) -> Json:
     """Return a run as POST takes it; what no field can take is kept in context_json, as the client does it."""
     intake = Intake(lambda field, why: None)
     given = {name: said for name, said in value.items() if name not in _OF_THE_OLD_SERVICE}
-    for name in _OBJECTS:
-        if isinstance(given.get(name), str) and not given[name].strip():
-            del given[name]
     names = {name: given.pop(name) for name in NAMES}
     if given.get("status") is not None:
         given["status"] = intake.status(given["status"])
@@ -123,8 +120,8 @@ def _event_line(value: Json, event_ids: dict[str, str], known: dict[str, int]) -
     The key comes from the event's content, so that a repeat is known; the second of two equal ones has another.
     """
     payload = value.get("payload_json")
-    is_said = payload is not None and not (isinstance(payload, str) and not payload.strip())
-    event = Intake(lambda field, why: None).event(value["event_type"], object_of(payload) if is_said else None, {})
+    said = None if is_null_text(payload) else object_of(payload)
+    event = Intake(lambda field, why: None).event(value["event_type"], said, {})
     content = orjson.dumps([value["run_id"], value.get("timestamp"), event], option=orjson.OPT_SORT_KEYS)
     key = f"3x-{hashlib.blake2b(content, digest_size=16).hexdigest()}"
     known[key] = known.get(key, 0) + 1

@@ -8,6 +8,7 @@ import fcntl
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -20,6 +21,7 @@ from telemetryd.client.folder import (
     READY,
     SYNCED,
     UNSENT,
+    Entry,
     file_path,
     holds_position,
     is_ours,
@@ -339,6 +341,25 @@ def read_position(lock: int) -> Position:
     except (OSError, ValueError):
         return 0, 0
     return (number, offset) if 0 <= number < _LARGEST and 0 <= offset < _LARGEST else (0, 0)
+
+
+def unsent_lines(folder: Path, entry: Entry) -> int:
+    """Count the lines of a file from the place on up to which its stream has been sent, as far as it can be read."""
+    begin = lines = 0
+    last = b"\n"
+    with contextlib.suppress(OSError):
+        lock = open_regular(folder / (entry.stream + LOCK), os.O_RDONLY)
+        try:
+            number, offset = read_position(lock)
+        finally:
+            os.close(lock)
+        begin = offset if number == entry.number else 0
+    with contextlib.suppress(OSError), open(open_regular(Path(entry.path), os.O_RDONLY), "rb") as file:
+        file.seek(begin)
+        for chunk in iter(partial(file.read, CHUNK), b""):
+            lines += chunk.count(b"\n")
+            last = chunk[-1:]
+    return lines + (last != b"\n")
 
 
 def is_sent(folder: Path, after: After) -> bool:

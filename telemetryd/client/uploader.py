@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import logging
 from typing import Final
 
@@ -75,4 +76,7 @@ class Uploader:
             self._counters.torn += 1
             text = "The last line of a spool file is torn and left out; its call had not returned: %r"
             logger.warning(text, window.torn[:100])
-        return [line for line in window.lines if line.strip()]
+        lines = window.lines
+        if not window.start and lines:
+            lines = [lines[0].removeprefix(codecs.BOM_UTF8), *lines[1:]]  # an editor has left it
+        return [line for line in lines if line.strip()]

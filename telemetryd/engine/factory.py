@@ -11,15 +11,23 @@ from telemetryd.ops.metrics import Metrics
 from telemetryd.settings import Settings
 
 
-async def open_engine(settings: Settings, metrics: Metrics, clock: Callable[[], datetime]) -> Engine:
+async def open_engine(
+    settings: Settings, metrics: Metrics, clock: Callable[[], datetime], *, full_text: bool | None
+) -> Engine:
     """Open the database that the settings name, made if it is not there, as its one owner.
+
+    Args:
+        settings: where it is, and how it is used.
+        metrics: where the engine counts.
+        clock: gives the moment.
+        full_text: whether it has a full-text index from now on; None leaves it as it is.
 
     Raises:
         DatabaseError: if it is not, or not yet, a database of this version. Nothing is written then.
         DatabaseOwnedError: if another process owns it.
 
     """
-    return await open_sqlite(settings, metrics, clock)
+    return await open_sqlite(settings, metrics, clock, full_text=full_text)
 
 
 def owner(settings: Settings) -> str | None:

@@ -13,7 +13,7 @@ from typing import Any, Final
 from telemetryd.errors import BodyTooLargeError, InvalidBodyError
 from telemetryd.model import bodies, runs, values
 from telemetryd.model.answers import ItemRefused
-from telemetryd.model.items import explain, split
+from telemetryd.model.items import explained, split
 
 _SLICE_S: Final = 0.002
 """How long items are checked before the event loop gets its turn."""
@@ -124,10 +124,7 @@ def _parse_item(text: bytes) -> object:
     try:
         return bodies.parse_body(text)
     except InvalidBodyError as error:
-        reason = explain(text)
-        if reason is None or not reason.faults:
-            raise
-        raise InvalidBodyError(reason.faults, reason.event_id) from error
+        raise explained(error, text) from None
 
 
 async def _split(body: bytes, batch: Batch, limit: int, error: InvalidBodyError) -> list[bytes]:

@@ -172,6 +172,7 @@ class PruneRuns(SliceCommand["Pruned"]):
     created_before: str
     limit: int
     agent_name: str | None = None
+    job_type: str | None = None
     status: str | None = None
     versions: tuple[tuple[int, str], ...] | None = None
 
@@ -188,13 +189,16 @@ class Pruned:
 class DeleteRun(SliceCommand["Removed | None"]):
     """Delete one run and all that belongs to it. Outcome: `Removed`, or None if there is no such run.
 
-    Of a run with very many events a slice of these is deleted; the rest, and the run, are left for the next command.
+    First its texts go, with the words in the full-text index; then its events, and the run with the last of them. What
+    is too much for one slice is left for the next command.
     """
 
     makes_room: ClassVar[bool] = True
 
     event_id: str
     limit: int = 1_000
+    again: bool = False
+    """Whether this continues a command before it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +211,8 @@ class RedactRun(SliceCommand["Removed | None"]):
     payloads: bool
     """Whether the payloads of its events go as well, at most `limit` at once."""
     limit: int = 1_000
+    again: bool = False
+    """Whether this continues a command before it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +230,7 @@ class ReapRuns(SliceCommand["Reaped"]):
     stale_before: str
     limit: int
     agent_name: str | None = None
+    job_type: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

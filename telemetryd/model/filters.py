@@ -266,8 +266,11 @@ Values = tuple[tuple[str, ...], tuple[Pattern, ...]]
 def _filter_parameter(name: str) -> Parameter[Values]:
     """Return the parameter that chooses by the value of a field."""
     wildcards = ", in which * stands for any text" if name == WILDCARD else ""
+    own = "comma, asterisk or backslash" if name == WILDCARD else "comma or backslash"
+    escapes = "" if name == "status" else rf" A {own} of the value's own is escaped with a backslash: a\,b."
     text = (
-        f"Only this {name}, or one of several with commas between them{wildcards}. {Run.model_fields[name].description}"
+        f"Only this {name}, or one of several with commas between them{wildcards}.{escapes} "
+        f"{Run.model_fields[name].description}"
     )
     one: dict[str, Any] = (
         {"type": "string", "pattern": STATUSES_PATTERN, "examples": ["failure,timeout"]}

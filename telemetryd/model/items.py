@@ -1,20 +1,21 @@
-"""Splits a batch that is no strict JSON as a whole into its items, and names the fields for which one is refused."""
+"""Names the fields for which a body is no strict JSON, and splits a batch that is none as a whole into its items."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any, Final, NamedTuple
 
-from telemetryd.errors import ErrorItem
+from telemetryd.errors import ErrorItem, InvalidBodyError
 
 _MARK: Final = re.compile(rb'"(?:[^"\\]++|\\.)*+"|["\[\]{},]', re.DOTALL)
 """A string, or what parts and encloses values; of these alone the limits of an item are made."""
 _BLANKS: Final = b" \t\r\n"
 _RUNS: Final = re.compile(rb"\s*:\s*\[")
 _MOST_FAULTS: Final = 50
-"""Fields of one item that are named."""
+"""Fields of one body, or of one item of a batch, that are named."""
 
 
 class Items(NamedTuple):
@@ -73,36 +74,34 @@ def _start(body: bytes) -> int | None:
     return None
 
 
-# --- What is wrong with an item ------------------------------------------------------------------
+# --- What is wrong with a body -------------------------------------------------------------------
 
 
-class NotStrict(NamedTuple):
-    """What keeps an item from being strict JSON."""
+def explained(error: InvalidBodyError, text: bytes) -> InvalidBodyError:
+    """Return an error that names the fields for which a text is no JSON.
 
-    faults: list[ErrorItem]
-    event_id: str | None
-
-
-def explain(text: bytes) -> NotStrict | None:
-    """Name the fields of an item that hold what strict JSON cannot: half a surrogate pair, bad UTF-8, NaN, Infinity.
-
-    None means that it is something else, such as a bracket that is missing.
+    Strict JSON cannot hold half a surrogate pair, bad UTF-8, NaN or Infinity. If it is something else, such as a
+    bracket that is missing, the same error is returned.
     """
     try:
         value = json.loads(text.decode("utf-8", "surrogateescape"), parse_constant=_NotANumber)
     except (ValueError, RecursionError):
-        return None
-    fields: dict[Any, Any] = value if isinstance(value, dict) else {None: value}
-    faults: list[ErrorItem] = []
-    for name, held in fields.items():
-        if not is_unicode(name):
-            faults.append(_fault(None, f"The name of a field {_NO_UNICODE}"))
-        elif (reason := next(filter(None, map(_reason, _values(held))), None)) is not None:
-            faults.append(_fault(name, reason))
-        if len(faults) == _MOST_FAULTS:
-            break
-    event_id = fields.get("event_id")
-    return NotStrict(faults, event_id if isinstance(event_id, str) and is_unicode(event_id) else None)
+        return error
+    faults = [*islice(_faults(value), _MOST_FAULTS)]
+    event_id = value.get("event_id") if isinstance(value, dict) else None
+    named = event_id if isinstance(event_id, str) and is_unicode(event_id) else None
+    return InvalidBodyError(faults, named) if faults else error
+
+
+def _faults(value: object) -> Iterator[ErrorItem]:
+    """Yield what is wrong with each field of an object, or of each object in an array."""
+    for place, item in enumerate(value) if isinstance(value, list) else ((None, value),):
+        fields: dict[Any, Any] = item if isinstance(item, dict) else {None: item}
+        for name, held in fields.items():
+            if not is_unicode(name):
+                yield _fault((place, None), f"The name of a field {_NO_UNICODE}")
+            elif (reason := next(filter(None, map(_reason, _values(held))), None)) is not None:
+                yield _fault((place, name), reason)
 
 
 _NO_UNICODE: Final = "holds half of a surrogate pair, or bytes that are not UTF-8"
@@ -143,6 +142,6 @@ def _values(value: object) -> Iterator[object]:
             yield value
 
 
-def _fault(name: str | None, message: str) -> ErrorItem:
-    place: list[str | int] = ["body"] if name is None else ["body", name]
-    return {"loc": place, "msg": message, "type": "json_invalid"}
+def _fault(place: tuple[int | None, str | None], message: str) -> ErrorItem:
+    known = [part for part in place if part is not None]
+    return {"loc": ["body", *known], "msg": message, "type": "json_invalid"}

@@ -253,6 +253,7 @@ class CountPrunable(Query["Prunable"]):
 
     created_before: str
     agent_name: str | None = None
+    job_type: str | None = None
     status: str | None = None
 
 
@@ -293,6 +294,7 @@ class CountStale(Query[int]):
 
     stale_before: str
     agent_name: str | None = None
+    job_type: str | None = None
 
 
 MAX_NAMES: Final = 10_000

@@ -59,6 +59,7 @@ class _Slice(BaseModel):
     older_than: Age | None = Field(None, description="Only runs created longer ago than this, such as 90d or 1h.")
     created_before: Timestamp | None = Field(None, description="Or: only runs created before this moment.")
     agent_name: Name | None = Field(None, description="Only runs of this agent.")
+    job_type: Name | None = Field(None, description="Only runs of this job type.")
     limit: Limit = Field(SLICE, description="Most runs in this one transaction; ask again while `more` is true.")
     dry_run: bool = Field(False, description="Only count.")
 

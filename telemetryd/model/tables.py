@@ -59,19 +59,24 @@ def read_csv(file: IO[bytes], check: Callable[[list[str]], None] = lambda _: Non
 
     Raises:
         OSError: if a record is longer than `MAX_RECORD`: no run is so long, but a text whose quote is not closed; or if
-            there are more than `MAX_COLUMNS`.
+            there are more than `MAX_COLUMNS`, or the header is no UTF-8.
 
     """
-    text = io.TextIOWrapper(file, "utf-8-sig", newline="")
+    text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
     header: list[str] | None = None
     try:
         for number, line in _csv_lines(text):
             fields = _csv_fields(line)
+            fault = _undecodable(line, number)
             if header is None:
+                if fault is not None:
+                    raise OSError(fault)
                 header = [name or "" for name in fields or ()]
                 if len(header) > MAX_COLUMNS:
                     raise OSError(f"It has more than {MAX_COLUMNS:,} columns")
                 check(header)
+            elif fault is not None:
+                yield number, fault
             elif fields is None:
                 yield number, "A quote stands where none may be"
             elif len(fields) != len(header):
@@ -110,6 +115,21 @@ def _csv_lines(text: IO[str]) -> Iterator[tuple[int, str]]:
                 yield first, record
     if parts:
         yield first, "".join(parts)
+
+
+def _undecodable(record: str, first: int) -> Fault | None:
+    """Say where a record that begins in a line holds the first byte that is no UTF-8, if it does."""
+    try:
+        record.encode()
+    except UnicodeEncodeError as error:
+        before, byte = record[: error.start], ord(record[error.start]) & 0xFF
+        number = first + before.count("\n")
+        at = len(before.rpartition("\n")[2].encode()) + 1
+        return (
+            f"Line {number} holds the byte 0x{byte:02X} at its place {at}, which is no UTF-8: save the file as UTF-8 "
+            "(iconv -f LATIN1 -t UTF-8 FILE, if it is in Latin-1)"
+        )
+    return None
 
 
 def _csv_fields(record: str) -> list[str | None] | None:
@@ -293,12 +313,14 @@ def _choose(path: Path, file: Any, most_nested: int) -> list[str]:
     """Return the columns that are fields of a run; others cannot cost one anything.
 
     Raises:
-        OSError: if there is none, or one whose lists hold more than can be in memory.
+        OSError: if there is none, or one twice, or one whose lists hold more than can be in memory.
 
     """
     chosen = [field.name for field in file.schema_arrow if field.name in COLUMNS]
     if not chosen:
         raise OSError(f"{path}: has no column that is a field of a run")
+    if twice := [name for name in dict.fromkeys(chosen) if chosen.count(name) > 1]:
+        raise OSError(f"{path}: has more than one column of the name {twice[0]}; which one is meant is unknown")
     leaves = [file.schema.column(index).path.split(".") for index in range(len(file.schema))]
     nested = [index for index, leaf in enumerate(leaves) if len(leaf) > 1 and leaf[0] in chosen]
     groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]

@@ -112,6 +112,28 @@ def canonical_timestamp(text: str) -> str:
 _TOO_MUCH: Final = f"holds more than {MAX_JSON_VALUES} keys and values"
 
 
+def _is_plain(value: dict[str, Any]) -> bool:
+    """Return whether an object is as nearly all are: not many texts, whole numbers, truth values and nulls."""
+    if len(value) > _PLAIN_KEYS:
+        return False
+    for name, part in value.items():
+        kind = type(part)
+        if kind is str:
+            if "\0" in part:
+                return False
+        elif kind is float:
+            if part - part != 0.0:
+                return False
+        elif kind is dict or kind is list:
+            return False
+        if "\0" in name:
+            return False
+    return True
+
+
+_PLAIN_KEYS: Final = 100
+
+
 def _unstorable(value: object, depth: int, left: Iterator[int]) -> str | None:
     """Say why a decoded JSON value cannot be stored, or return None; each value in it takes one out of `left`."""
     if isinstance(value, str):
@@ -141,7 +163,7 @@ def json_text(value: object) -> str | None:
         return None
     if not isinstance(value, dict):
         raise PydanticCustomError("dict_type", "Input should be a JSON object")
-    fault = _unstorable(value, MAX_JSON_DEPTH, iter(range(MAX_JSON_VALUES)))
+    fault = None if _is_plain(value) else _unstorable(value, MAX_JSON_DEPTH, iter(range(MAX_JSON_VALUES)))
     if fault is not None:
         raise PydanticCustomError("value_error", f"JSON object {fault}")
     try:

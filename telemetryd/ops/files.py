@@ -1,8 +1,9 @@
-"""Atomic file writes: written next to the destination, synced, and renamed."""
+"""Whose a new file is, and how a directory becomes durable."""
 
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 Owner = tuple[int, int]
@@ -21,6 +22,13 @@ def owner_to_keep(path: Path) -> Owner | None:
     except FileNotFoundError:
         status = path.absolute().parent.stat()
     return status.st_uid, status.st_gid
+
+
+def hand_over(descriptor: int, owner: Owner | None) -> None:
+    """Give a file or a directory that was just made to its owner, if it shall have another one than this process."""
+    if owner is not None:
+        with suppress(OSError):  # a file system without owners
+            os.fchown(descriptor, *owner)
 
 
 def sync_directory(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any, Final
 
@@ -41,7 +42,7 @@ async def prune(store: Store, body: object, now: datetime) -> Answer:
     wanted: PruneRequest = validate(PruneRequest, body)
     before = wanted.before(now)
     if wanted.dry_run:
-        found = await store.fetch(CountPrunable(before, wanted.agent_name, wanted.status))
+        found = await store.fetch(CountPrunable(before, wanted.agent_name, wanted.job_type, wanted.status))
         return {
             "dry_run": True,
             "matching": found.runs,
@@ -50,7 +51,9 @@ async def prune(store: Store, body: object, now: datetime) -> Answer:
             "created_before": before,
         }
     versions = None if wanted.versions is None else tuple((run.id, run.updated_at) for run in wanted.versions)
-    done = await store.submit(PruneRuns(before, wanted.limit, wanted.agent_name, wanted.status, versions))
+    done = await store.submit(
+        PruneRuns(before, wanted.limit, wanted.agent_name, wanted.job_type, wanted.status, versions)
+    )
     return {
         "pruned": done.runs,
         "more": done.more,
@@ -69,9 +72,9 @@ async def reap(store: Store, body: object, now: datetime) -> Answer:
     wanted: ReapRequest = validate(ReapRequest, body)
     before = wanted.before(now)
     if wanted.dry_run:
-        matching = await store.fetch(CountStale(before, wanted.agent_name))
+        matching = await store.fetch(CountStale(before, wanted.agent_name, wanted.job_type))
         return {"dry_run": True, "matching": matching, "created_before": before}
-    done = await store.submit(ReapRuns(before, wanted.limit, wanted.agent_name))
+    done = await store.submit(ReapRuns(before, wanted.limit, wanted.agent_name, wanted.job_type))
     return {"reaped": done.runs, "more": done.more, "created_before": before}
 
 
@@ -114,6 +117,7 @@ async def _remove(store: Store, command: DeleteRun | RedactRun) -> int:
         events += done.events
         if not done.more:
             return events
+        command = replace(command, again=True)
 
 
 async def confirm(store: Store, body: object, now: datetime) -> Answer:

@@ -70,7 +70,8 @@ class Gate:
         self._token = settings.token() if settings.api_auth_enabled else None
         self._loopback_only = self._token is None and settings.api_protected_mode
         self._own_socket = None if settings.own_socket is None else str(settings.own_socket)
-        self._socket = settings.unix_socket or settings.own_socket or "(TELEMETRY_API_UNIX)"
+        socket = settings.unix_socket or settings.own_socket
+        self._socket = "(TELEMETRY_API_UNIX)" if socket is None else socket.absolute()
         self._limit = RateLimit(settings.rate_limit_rpm) if settings.rate_limit_enabled else None
         self._names = Names(settings.host_names, settings.api_host)
         self._pages = Pages(self._names, settings.reading_origins)

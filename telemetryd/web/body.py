@@ -13,12 +13,14 @@ from aiohttp import web
 
 from telemetryd.errors import (
     BodyTooLargeError,
+    InvalidBodyError,
     InvalidRequestError,
     SlowBodyError,
     TooManyBodiesError,
     UnsupportedBodyError,
 )
 from telemetryd.model.bodies import parse_body
+from telemetryd.model.items import explained
 from telemetryd.model.values import shorten
 
 if sys.version_info >= (3, 14):
@@ -237,10 +239,17 @@ async def _decode(body: bytes, coding: str, share: _Share) -> bytes:
 
 
 BODIES: Final = web.AppKey("bodies", Bodies)
+_EXPLAINED_BYTES: Final = 1 << 20
+"""The largest body that is decoded once more to name its fields: many at once take memory that nobody counts."""
 
 
 async def json_body(request: web.Request) -> tuple[object, int]:
     """Return the decoded body, and how many bytes it came in."""
     check_media_type(request, JSON_TYPES)
     async with request.app[BODIES].read(request) as body:
-        return parse_body(body), len(body)
+        try:
+            return parse_body(body), len(body)
+        except InvalidBodyError as error:
+            if len(body) > _EXPLAINED_BYTES:
+                raise
+            raise await asyncio.to_thread(explained, error, body) from None

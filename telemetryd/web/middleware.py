@@ -30,6 +30,7 @@ from telemetryd.errors import (
     error_type,
     sentence,
 )
+from telemetryd.ops import logs
 from telemetryd.ops.logs import log
 from telemetryd.ops.metrics import Metrics
 from telemetryd.settings import Settings
@@ -207,5 +208,7 @@ def _log(
         "status": status,
         "client": client_address(request) or "unix",
     }
-    unexpected = status == 500 and not isinstance(problem, CommandFailedError)
-    log.log(level, message, extra=fields, exc_info=problem if unexpected else None)
+    if status == 500 and not isinstance(problem, CommandFailedError):
+        log.log(level, message, extra=fields, exc_info=problem)
+    else:
+        logs.write(level, message, fields)

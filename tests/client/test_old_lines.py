@@ -46,8 +46,18 @@ def test_nulls_are_not_given_texts_are_json_and_the_owner_is_kept() -> None:
         "duration_ms": 0, "api_posted": False, "api_retry_count": 0, "metrics_json": {"k": 1},
         "context_json": {"agent_owner": "team"},
     }  # fmt: skip
+    (run,) = ours(old_run(metrics_json="null", context_json=" null ", agent_owner=None))
+    assert not run.keys() & {"metrics_json", "context_json"}
     (run,) = ours(old_run(metrics_json="[1, 2]", context_json="no JSON"))
     assert (run["metrics_json"], run["context_json"]) == ({"value": [1, 2]}, {"value": "no JSON"})
+
+
+def test_a_line_is_known_by_any_name_that_only_3x_wrote() -> None:
+    whole = json.loads(old_run(metrics_json='{"k": 1}'))
+    for name in ("record_type", "schema_version", "agent_owner"):
+        others = {"record_type", "schema_version", "agent_owner"} - {name}
+        line = json.dumps({key: value for key, value in whole.items() if key not in others}).encode()
+        assert ours(line)[0]["metrics_json"] == {"k": 1}, name
 
 
 def test_a_second_line_that_ends_the_run_is_a_change_and_the_last_word_counts() -> None:

@@ -19,7 +19,7 @@ import pytest
 from telemetryd.model import queries, runs
 from telemetryd.model.filters import quoted
 from tests.conftest import Api, make_run
-from tests.contract.wire import BATCH, NDJSON, RUNS, check_alive, check_error, places, post, send, send_raw
+from tests.contract.wire import BATCH, JSON, NDJSON, RUNS, check_alive, check_error, places, post, send, send_raw
 from tests.faults.ledger import Ledger
 from tests.faults.load import Findings, read
 
@@ -56,16 +56,6 @@ NOT_JSON = {
     "BOM": b"\xef\xbb\xbf" + GOOD,
     "UTF-16": GOOD.decode().encode("utf-16"),
     "UTF-32": GOOD.decode().encode("utf-32-le"),
-    "Latin-1": with_raw("host", '"x"').replace(b'"x"', b'"\xe9"'),
-    "overlong UTF-8": with_raw("host", '"x"').replace(b'"x"', b'"\xc0\xaf"'),
-    "UTF-8 of a surrogate": with_raw("host", '"x"').replace(b'"x"', b'"\xed\xa0\x80"'),
-    "a high surrogate alone": with_raw("host", r'"\ud800"'),
-    "a low surrogate alone": with_raw("host", r'"\udc00"'),
-    "surrogates in the wrong order": with_raw("host", r'"\udc00\ud800"'),
-    "a surrogate in a key": with_raw(r"\ud800", "1"),
-    "NaN": with_raw("items_failed", "NaN"),
-    "Infinity": with_raw("items_failed", "Infinity"),
-    "-Infinity in metrics_json": with_raw("metrics_json", '{"a": -Infinity}'),
     "leading zero": with_raw("items_failed", "01"),
     "plus sign": with_raw("items_failed", "+1"),
     "hexadecimal": with_raw("items_failed", "0x10"),
@@ -86,6 +76,41 @@ async def test_a_body_that_is_not_json(shared: Api, body: bytes) -> None:
     assert fault["loc"] == ["body"]
     assert fault["type"] == "json_invalid"
     assert re.search(r"line \d+ column \d+", fault["msg"])
+    await check_alive(shared)
+
+
+NOT_STRICT = {
+    "Latin-1": ("host", b'"\xe9"', "UTF-8"),
+    "overlong UTF-8": ("host", b'"\xc0\xaf"', "UTF-8"),
+    "UTF-8 of a surrogate": ("host", b'"\xed\xa0\x80"', "UTF-8"),
+    "a high surrogate alone": ("host", rb'"\ud800"', "surrogate"),
+    "a low surrogate alone": ("host", rb'"\udc00"', "surrogate"),
+    "surrogates in the wrong order": ("host", rb'"\udc00\ud800"', "surrogate"),
+    "NaN": ("items_failed", b"NaN", "NaN is not a number"),
+    "Infinity": ("items_failed", b"Infinity", "Infinity is not a number"),
+    "-Infinity in metrics_json": ("metrics_json", b'{"a": [{"b": -Infinity}]}', "-Infinity is not a number"),
+}
+
+
+@pytest.mark.parametrize(("field", "value", "said"), NOT_STRICT.values(), ids=NOT_STRICT)
+async def test_a_field_that_is_no_strict_json_is_named(shared: Api, field: str, value: bytes, said: str) -> None:
+    """In a new run, a change, and one of several events, with its index."""
+    run = make_run()
+    await shared.post(run)
+    path, change = f"{RUNS}/{run['event_id']}", b'{"%b": %b}' % (field.encode(), value)
+    several = b'[{"event_type": "a"}, {"event_type": "b", "payload": %b}, %b]' % (change, change)
+    for method, address, body, place in (
+        ("POST", RUNS, with_raw(field, "VALUE").replace(b"VALUE", value), [("body", field)]),
+        ("PATCH", path, change, [("body", field)]),
+        ("POST", f"{path}/events", several, [("body", 1, "payload"), ("body", 2, field)]),
+    ):
+        faults = check_error(await send(shared, method, address, data=body, headers=JSON), 422)
+        assert places(faults) == place
+        assert {fault["type"] for fault in faults} == {"json_invalid"}
+        assert all(said in fault["msg"] for fault in faults)
+    named = rb'{"\ud800": %b}' % value
+    [fault] = check_error(await send(shared, "PATCH", path, data=named, headers=JSON), 422)
+    assert (fault["loc"], "The name of a field" in fault["msg"]) == (["body"], True)
     await check_alive(shared)
 
 

@@ -241,20 +241,25 @@ async def test_the_index_follows_every_change(make_api: MakeApi) -> None:
 async def test_the_setting_makes_and_drops_the_index(tmp_path: Path) -> None:
     path = tmp_path / "telemetry.sqlite"
     rows = tuple(parse_run(make_run(output_summary=f"word{n}")).row for n in range(50))
-    for is_wanted, submitted in ((False, rows[:30]), (True, rows[30:]), (True, ()), (False, ())):
-        store = await Store.open(Settings(db_path=path, full_text=is_wanted), Metrics())
+    is_there, stored = False, 0
+    for is_wanted, submitted in (
+        (False, rows[:10]), (None, rows[10:30]), (True, rows[30:35]), (None, rows[35:]), (True, ()), (False, ()),
+        (None, ()),
+    ):  # fmt: skip
+        is_there, stored = is_there if is_wanted is None else is_wanted, stored + len(submitted)
+        store = await Store.open(Settings(db_path=path), Metrics(), full_text=is_wanted)
         if submitted:
             await store.submit(CreateRuns(submitted))
         while is_wanted and (done := await store.submit(IndexTexts())) is not None and done.more:
             pass
-        for word in ("word7", "word37") if is_wanted else ():
+        for word in ("word7", f"word{stored - 1}") if is_there else ():
             page = await store.fetch(ListRuns(Filters(words=word)))
             assert len(page.runs) == 1
         await store.close()
         assert examine(path) == []
         with closing(sqlite3.connect(path)) as connection:
             there = connection.execute("SELECT 1 FROM sqlite_master WHERE name LIKE 'runs_text%'").fetchall()
-        assert bool(there) is is_wanted
+        assert bool(there) is is_there
 
 
 async def test_an_index_is_built_while_runs_change_and_after_a_restart(
@@ -273,7 +278,7 @@ async def test_an_index_is_built_while_runs_change_and_after_a_restart(
 
     @asynccontextmanager
     async def opened(*, is_wanted: bool) -> AsyncIterator[Store]:
-        store = await Store.open(Settings(db_path=path, full_text=is_wanted), Metrics())
+        store = await Store.open(Settings(db_path=path), Metrics(), full_text=is_wanted)
         try:
             yield store
         finally:

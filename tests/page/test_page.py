@@ -6,6 +6,7 @@ import http.client
 import json
 import math
 import re
+import shlex
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -21,6 +22,7 @@ from tests.http_client import call, get, post
 from tests.page.conftest import RUNS, TOKEN, OpenPage, Watched
 from tests.tools.browser import DESKTOP, PHONE
 from tests.tools.docs import ROOT
+from tests.tools.process import telemetryd
 from tests.tools.sub_path import sub_path
 
 VIEWS = {
@@ -174,8 +176,12 @@ def test_where_clocks_are_half_an_hour_off_days_are_kept_apart(open_view: OpenPa
 def test_a_time_of_ones_own(open_view: OpenPage, url: str) -> None:
     """Of last night, and of any other hours: on the overview and on the runs."""
     page = open_view()
+    choice = page.get_by_role("navigation", name="Period")
+    expect(page.locator("h1")).to_have_text("Last 24 hours")
+    place = choice.bounding_box()
     page.get_by_role("link", name="Last night, 22–06").click()
     expect(page.locator("h1")).to_have_text(re.compile(r"^\d+ \w+, 22:00 – \d+ \w+, 06:00$"))
+    assert choice.bounding_box() == place
     expect(page.get_by_role("link", name="Last night, 22–06")).to_have_attribute("aria-current", "true")
     begin, end = (page.locator(f"#range-{name}").input_value() for name in ("from", "to"))
     assert (begin[10:], end[10:]) == ("T22:00", "T06:00")
@@ -202,6 +208,25 @@ def test_a_time_of_ones_own(open_view: OpenPage, url: str) -> None:
     expect(page.locator(".range")).to_be_hidden()
     page.goto(f"{url}/#/runs?created_before=2026-10-25T01:30:00Z")
     expect(page.locator(".chip")).to_have_text("created before: 25 Oct 2026, 02:30:00 CET ×")
+
+
+def test_a_few_runs_are_not_said_to_be_none_an_hour(open_view: OpenPage, url: str) -> None:
+    for number in range(3):
+        made = make_run(created_at=f"2021-05-04T1{number}:00:00Z", status="success", items_succeeded=1)
+        post(url, made)
+    page = open_view("#/?from=2021-05-04T00:00Z&to=2021-05-05T00:00Z")
+    expect(page.locator(".tile").first).to_have_text("Runs3by 1 agent, in 1 day")
+    page.goto(f"{url}/#/?from=2021-05-04T10:00Z&to=2021-05-04T12:00Z")
+    expect(page.locator(".tile").first).to_have_text("Runs2by 1 agent, 1 per hour")
+    # Nobody has said how long they took, as in many a database of 3.x.
+    page.goto(f"{url}/#/runs?created_before=2021-05-05T00:00Z")
+    expect(page.locator(".table-body .took").first).to_have_text("–")
+    page.goto(f"{url}/#/run/{made['event_id']}")
+    expect(page.locator(".run-head .badge")).to_have_text("success")
+    expect(page.locator("main")).not_to_contain_text("0 ms")
+    call(url, "PATCH", f"/api/v1/runs/{made['event_id']}", {"end_time": made["start_time"]})
+    page.reload()
+    expect(page.locator(".run-head .took")).to_have_text("0 ms")
 
 
 def test_the_commit_that_broke_an_agent_is_named_with_its_runs(open_view: OpenPage, url: str) -> None:
@@ -638,12 +663,23 @@ def test_stale_runs_are_cancelled_after_a_question(open_view: OpenPage, closed_u
 
 def test_without_authentication_the_page_says_how_to_cancel(open_view: OpenPage, url: str, watched: Watched) -> None:
     watched.expected = ("403",)
-    page = open_view("#/stale?older_than=1s")
+    page = open_view("#/stale?older_than=1s", permissions=["clipboard-read", "clipboard-write"])
     page.get_by_role("button", name=re.compile(r"^Cancel \d")).click()
     expect(page.locator(".note.warn")).to_contain_text("Admin endpoints need authentication")
-    expect(page.locator(".note.warn code")).to_have_text(
-        re.compile(r"^telemetryd reap --older-than 1s --unix '/.+/telemetry\.sqlite\.sock'$")
+    expect(page.locator(".note.warn p").first).to_have_text(
+        "This page may not cancel runs here; on the daemon's machine, this command does the same:"
     )
+    command = page.locator(".note.warn code").inner_text()
+    assert re.fullmatch(r"telemetryd reap --older-than 1s --unix '/.+/telemetry\.sqlite\.sock'", command)
+    page.get_by_role("button", name="Copy the command").click()
+    expect(page.locator("#said")).to_have_text("Copied the command")
+    assert page.evaluate("navigator.clipboard.readText()") == command
+    assert "would be" in telemetryd(*shlex.split(command)[1:], "--dry-run").stdout
+    refusal = "Admin endpoints need authentication or the Unix socket (TELEMETRY_API_UNIX), used by root"
+    page.route("**/admin/reap", lambda route: route.fulfill(status=403, json={"detail": refusal}))
+    page.get_by_role("button", name=re.compile(r"^Cancel \d")).click()
+    expect(page.locator(".problem")).to_contain_text("This page may not cancel runs here: Admin endpoints need")
+    expect(page.locator("code")).to_have_count(0)
 
 
 def test_an_error_is_copied_as_it_is(open_view: OpenPage, url: str) -> None:
@@ -837,6 +873,11 @@ def test_a_phone_needs_no_sideways_scrolling(open_view: OpenPage, url: str) -> N
         assert page.evaluate("document.documentElement.scrollWidth") == 390, view
         for link in page.locator(".nav a").all():
             expect(link).to_be_in_viewport()
+    page.goto(f"{url}/#/stale?older_than=1s")
+    wait_for(page, "stale")
+    assert page.locator(".lines li").count() > 2
+    widths = page.locator(".lines .badge").evaluate_all("all => all.map((each) => each.offsetWidth)")
+    assert len({*widths}) == 1, "the mark of a status is as wide as its word, whatever is below it"
 
 
 def test_long_texts_without_a_blank_do_not_widen_the_page(open_view: OpenPage, url: str, watched: Watched) -> None:

@@ -259,6 +259,8 @@ def _configure_writer(connection: sqlite3.Connection, journal_mode: str, synchro
     connection.execute(f"PRAGMA synchronous = {synchronous}")
     connection.execute(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
     connection.execute(f"PRAGMA journal_size_limit = {LOG_BYTES}")
+    # No free space keeps what was removed; with Debian's SQLite that is the default.
+    connection.execute("PRAGMA secure_delete = ON")
     connection.execute("PRAGMA temp_store = MEMORY")  # an INSERT of many rows keeps a statement journal
     modes = read_modes(connection)
     if modes == Modes("DELETE", "FULL"):

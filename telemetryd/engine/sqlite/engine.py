@@ -46,8 +46,10 @@ A = TypeVar("A")
 load()
 
 
-async def open_sqlite(settings: Settings, metrics: Metrics, clock: Callable[[], datetime]) -> Engine:
-    """Take the lock, look at the file, make the schema if it is new, and open the connections.
+async def open_sqlite(
+    settings: Settings, metrics: Metrics, clock: Callable[[], datetime], *, full_text: bool | None
+) -> Engine:
+    """Take the lock, look at the file, make the schema if it is new, and open the connections (see `open_engine`).
 
     Raises:
         DatabaseError: if the file is not, or not yet, a database of this version. Nothing is written then.
@@ -64,7 +66,8 @@ async def open_sqlite(settings: Settings, metrics: Metrics, clock: Callable[[], 
         after_crash = ownership.was_dropped or is_unfinished(path)
         opened = await Opened.open(settings, clock, may_create=True, after_crash=after_crash)
         undo.push_async_callback(opened.close)
-        await keep_full_text(opened.connection, path, wanted=settings.full_text)
+        if full_text is not None:
+            await keep_full_text(opened.connection, path, wanted=full_text)
         recount = Recount(partial(check_schema, path=path), clock)
         await opened.connection.run(recount.start)
         if after_crash:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from telemetryd.errors import DatabaseError, DatabaseOwnedError
-from telemetryd.ops.files import owner_to_keep
+from telemetryd.ops.files import hand_over, owner_to_keep
 
 _TRIES: Final = 10
 _PAUSE_S: Final = 0.01
@@ -91,10 +91,8 @@ class FileLock:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _LOCK_FLAGS, 0o600)
         except FileExistsError:
             return os.open(self.path, os.O_RDWR | os.O_CREAT | _LOCK_FLAGS, 0o600)
-        owner = None if self._database is None else owner_to_keep(self._database)
-        if owner is not None:
-            with suppress(OSError):  # a file system without owners
-                os.fchown(descriptor, *owner)
+        if self._database is not None:
+            hand_over(descriptor, owner_to_keep(self._database))
         return descriptor
 
     def is_in_place(self) -> bool:

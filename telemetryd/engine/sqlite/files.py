@@ -8,7 +8,7 @@ import sqlite3
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Final
 from telemetryd.engine.sqlite.descriptors import CountedConnection, borrowed, copy_to
 from telemetryd.engine.sqlite.file_lock import FileLock
 from telemetryd.errors import DatabaseError
-from telemetryd.ops.files import sync_directory
+from telemetryd.ops.files import hand_over, owner_to_keep, sync_directory
 
 APPLICATION_ID: Final = 0x746C6D64
 """`PRAGMA application_id` of our files: the letters "tlmd"."""
@@ -310,6 +310,16 @@ def corrupt(path: Path, finding: str, advice: str = IF_DAMAGED) -> DatabaseError
     return DatabaseError(f"{path} is damaged ({' '.join(finding.split())}); nothing was changed: {advice}")
 
 
+def _make_directory(path: Path) -> None:
+    """Make a directory of mode 0700; if root makes it, it belongs to the owner of the one that it is in."""
+    path.mkdir(mode=0o700)
+    descriptor = os.open(path, os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        hand_over(descriptor, owner_to_keep(path.parent))
+    finally:
+        os.close(descriptor)
+
+
 def prepare_directory(database: Path) -> None:
     """Make the database's directory (mode 0700) if only that last step of its path is missing.
 
@@ -323,7 +333,8 @@ def prepare_directory(database: Path) -> None:
     directory = database.absolute().parent
     try:
         if not directory.exists():
-            directory.mkdir(mode=0o700, exist_ok=True)
+            with suppress(FileExistsError):
+                _make_directory(directory)
             sync_directory(directory.parent)  # or a power cut may take it away, with everything in it
     except FileNotFoundError as error:
         raise DatabaseError(

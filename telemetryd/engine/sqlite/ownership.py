@@ -12,6 +12,7 @@ from typing import Final
 from telemetryd.engine.sqlite.descriptors import HeldFile, Identity, give_back, take
 from telemetryd.engine.sqlite.file_lock import HELD, FileLock, holder_of, lock_soon
 from telemetryd.errors import DatabaseError, DatabaseOwnedError
+from telemetryd.ops.files import hand_over, owner_to_keep
 from telemetryd.ops.mounts import network_file_system
 
 _SPARE_BYTES: Final = 64 * 1024
@@ -206,18 +207,24 @@ def _take_writable(path: Path) -> HeldFile:
 def create_privately(path: Path) -> None:
     """Make an empty file of mode 0600, whatever the umask, unless there is something at the path.
 
+    If root makes it, it belongs to the owner of its folder, as does what SQLite puts next to it.
+
     Raises:
         DatabaseError: if it cannot be made.
 
     """
     if path.exists():
         return
+    real = path.resolve()
     try:
-        os.close(os.open(path.resolve(), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        owner = owner_to_keep(real)
+        descriptor = os.open(real, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
     except FileExistsError:
         return
     except OSError as error:
         raise DatabaseError(f"Cannot make {path}: {error.strerror}") from error
+    hand_over(descriptor, owner)
+    os.close(descriptor)
 
 
 class Ownership:

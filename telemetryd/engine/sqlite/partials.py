@@ -15,7 +15,7 @@ from typing import Final
 from telemetryd.engine.sqlite.descriptors import HeldFile, give_back, take
 from telemetryd.engine.sqlite.files import APPLICATION_ID, SIDE_FILES
 from telemetryd.errors import DatabaseError
-from telemetryd.ops.files import Owner, sync_directory
+from telemetryd.ops.files import Owner, hand_over, owner_to_keep, sync_directory
 from telemetryd.ops.mounts import network_file_system
 
 if sys.version_info >= (3, 14):
@@ -48,7 +48,7 @@ def partial_file(destination: Path, like: str | None = None, owner: Owner | None
     Args:
         destination: the name that it gets when it is whole.
         like: the names of destinations of the same command, as a regular expression; by default that one.
-        owner: whose file it will be, if not that of this process.
+        owner: whose file it will be if root makes it; by default that of the destination, else of its folder.
 
     Raises:
         DatabaseError: if it cannot be made or written, as on a full disk.
@@ -57,7 +57,7 @@ def partial_file(destination: Path, like: str | None = None, owner: Owner | None
     path = destination.with_name(f".{destination.name}.{secrets.token_hex(4)}{_PARTIAL}")
     held: HeldFile | None = None
     try:
-        _make(path, owner)
+        _make(path, owner or owner_to_keep(destination))
         _at_work.add(path)
         held = take(path)
         is_locked = _lock(path, held.descriptor)
@@ -76,9 +76,7 @@ def partial_file(destination: Path, like: str | None = None, owner: Owner | None
 def _make(path: Path, owner: Owner | None) -> None:
     descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
     try:
-        if owner is not None:
-            with suppress(OSError):  # a file system without owners
-                os.fchown(descriptor, *owner)
+        hand_over(descriptor, owner)
     finally:
         os.close(descriptor)
 

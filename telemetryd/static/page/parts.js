@@ -1,7 +1,7 @@
 // Small parts that several views share.
 
 import { h, say } from "./dom.js";
-import { ago, fullTime, isAhead } from "./format.js";
+import { ago, duration, fullTime, isAhead } from "./format.js";
 
 /** Return a moment as how long ago it was, or that it is still to come; the full time stands in its title. */
 export function when(text) {
@@ -67,9 +67,12 @@ export function choice(label, options, chosen) {
 
 /** The fields of a run that lists show: its long texts and its JSON stay where they are. */
 export const IN_LISTS = [
-  "event_id", "run_id", "parent_run_id", "agent_name", "job_type", "status", "created_at", "start_time", "updated_at", "duration_ms",
+  "event_id", "run_id", "parent_run_id", "agent_name", "job_type", "status", "created_at", "start_time", "updated_at", "end_time", "duration_ms",
   "items_succeeded", "items_failed", "items_skipped", "error_summary", "output_summary", "item_name", "input_summary",
 ].join(",");
+
+/** Return how long a run took; null while it runs, and where nobody has reported it: it is 0 then, without an end. */
+export const took = (run) => (run.status !== "running" && (run.duration_ms || run.end_time) ? duration(run.duration_ms) : null);
 
 /** Return what a run says of itself in one line, as far as one can hold it. */
 export const summaryOf = (run) => (run.error_summary || run.output_summary || run.item_name || run.input_summary || "").slice(0, 300);

@@ -28,6 +28,7 @@ from telemetryd.model.alerts import (
     Subject,
 )
 from telemetryd.model.commands import AlertChange, ConfirmDelivery, KeepAlerts, RecordAlerts
+from telemetryd.model.queries import CountStale
 from telemetryd.model.regressions import in_order
 from telemetryd.model.rules import FailureRate, Regression, Rule, Silent, Slow, Stale, matcher
 from telemetryd.model.values import format_timestamp
@@ -166,7 +167,7 @@ def _silent(
 def _stale(
     connection: sqlite3.Connection, rule: Stale, query: EvaluateRules, fired: Iterable[Subject]
 ) -> tuple[tuple[Finding, ...], int]:
-    walks, values = stale_runs(alerts.ago(query.now, rule.after_s), None)
+    walks, values = stale_runs(CountStale(alerts.ago(query.now, rule.after_s)))
     patterns, bound = _is_meant("agent_name", rule)
     runs = together(walks, "agent_name", "event_id")
     found = f"SELECT agent_name, count(*), event_id, min(since) FROM ({runs}) WHERE {patterns} GROUP BY agent_name"

@@ -423,7 +423,7 @@ class Transaction:
 
     def _remove(self, command: DeleteRun | RedactRun) -> Removed | None:
         removed, deleted = (
-            removal.delete_run(self._cursor, self._sequence, command)
+            removal.delete_run(self._cursor, self._sequence, command, self._now)
             if isinstance(command, DeleteRun)
             else removal.redact_run(self._cursor, self._sequence, command, self._now)
         )
@@ -431,8 +431,7 @@ class Transaction:
         return removed
 
     def _apply_changes(self, command: ApplyChanges) -> Applied:
-        with removal.for_good(self._cursor):  # what was removed there must not stay here
-            self._deleted += replica.apply_changes(self._cursor, command)
+        self._deleted += replica.apply_changes(self._cursor, command)
         self._created += [what.row for _, what in command.changes if isinstance(what, CopiedRun)]
         return Applied(len(command.changes), len(command.events))
 

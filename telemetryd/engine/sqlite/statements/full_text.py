@@ -76,6 +76,11 @@ _INDEX: Final = f"""
     INSERT INTO {_TABLE} (rowid, {_COLUMNS})
     SELECT id, {_COLUMNS} FROM agent_runs WHERE id > ? AND id <= ? AND coalesce({_COLUMNS}) IS NOT NULL ORDER BY id
 """
+_MERGE: Final = f"INSERT INTO {_TABLE} ({_TABLE}, rank) VALUES ('merge', ?)"
+_MERGED_PAGES: Final = 64
+"""Pages that one step merges; a negative number begins with the whole index (sqlite.org/fts5.html)."""
+_CHANGES_OF_NOTHING: Final = 1
+"""What a merge that finds nothing to do adds to the number of changes."""
 _HOW_FAR: Final = f"SELECT last, (SELECT max(id) FROM {{schema}}.agent_runs) FROM {{schema}}.{_PROGRESS}"
 
 _INDEX_AGAIN: Final = (
@@ -185,6 +190,31 @@ def index_slice(connection: sqlite3.Connection | sqlite3.Cursor) -> bool:
         connection.execute(sql)
     connection.execute(f"DROP TABLE {_PROGRESS}")
     return False
+
+
+def forget(cursor: sqlite3.Cursor, *, again: bool, is_over: Callable[[], bool]) -> bool:
+    """Merge the whole index, which until then keeps words of texts that are gone; return whether that is done.
+
+    FTS5 notes a removed text next to its words, and drops both where a merge brings them together. Its own option
+    `secure-delete` needs SQLite 3.42, makes a file that older ones cannot read, and spares texts replaced earlier.
+
+    Args:
+        cursor: inside a transaction.
+        again: whether this goes on with a merge that was cut short; what has been written meanwhile is not its matter.
+        is_over: asked between portions whether to cut it short.
+
+    """
+    cursor.execute("SAVEPOINT words")  # at which FTS5 writes what it has kept in memory
+    cursor.execute("RELEASE words")
+    pages = _MERGED_PAGES if again else -_MERGED_PAGES
+    while True:
+        before = cursor.connection.total_changes
+        cursor.execute(_MERGE, (pages,))
+        if cursor.connection.total_changes - before <= _CHANGES_OF_NOTHING:
+            return True
+        if is_over():
+            return False
+        pages = _MERGED_PAGES
 
 
 def rebuild(connection: sqlite3.Connection) -> None:

@@ -10,9 +10,9 @@ from typing import Final
 import orjson
 
 from telemetryd.engine.sqlite import searching
-from telemetryd.model.commands import PruneRuns
+from telemetryd.model.commands import PruneRuns, ReapRuns
 from telemetryd.model.filters import MAX_VALUES, TIME_BOUNDS, WILDCARD, Comparison, Filters, Pattern
-from telemetryd.model.queries import CountPrunable
+from telemetryd.model.queries import CountPrunable, CountStale
 from telemetryd.model.runs import FILTERS
 from telemetryd.model.values import SqlValue, Status
 
@@ -181,8 +181,7 @@ _IS_ARCHIVED: Final = """
 
 def old_runs(command: PruneRuns | CountPrunable) -> tuple[list[Walk], Values]:
     """Return the walks that find the runs to prune, and what is bound to their names."""
-    equal = {name: value for name in ("agent_name", "status") if (value := getattr(command, name)) is not None}
-    also = "".join(f" AND {name} = :{name}" for name in equal)
+    equal, also = _equal(command, "agent_name", "job_type", "status")
     values: Values = {**equal, "before": command.created_before}
     if isinstance(command, PruneRuns) and command.versions is not None:
         values["versions"] = orjson.dumps(command.versions).decode()
@@ -190,20 +189,27 @@ def old_runs(command: PruneRuns | CountPrunable) -> tuple[list[Walk], Values]:
     return _walks(frozenset(equal), also), values
 
 
-def stale_runs(stale_before: str, agent_name: str | None) -> tuple[list[Walk], Values]:
+def stale_runs(command: ReapRuns | CountStale) -> tuple[list[Walk], Values]:
     """Return the walks that find the stale runs, and what is bound to their names."""
-    also = " AND status = 'running' AND updated_at < :before"
-    values: Values = {"before": stale_before}
-    if agent_name is not None:
-        also += " AND agent_name = :agent_name"
-        values["agent_name"] = agent_name
-    return _walks(frozenset({"status"} if agent_name is None else {"status", "agent_name"}), also), values
+    equal, also = _equal(command, "agent_name", "job_type")
+    also += " AND status = 'running' AND updated_at < :before"
+    return _walks(frozenset({"status", *equal}), also), {**equal, "before": command.stale_before}
+
+
+def _equal(command: object, *names: str) -> tuple[Values, str]:
+    """Return what of these names a command asks for, and as conditions."""
+    equal: Values = {name: value for name in names if (value := getattr(command, name)) is not None}
+    return equal, "".join(f" AND {name} = :{name}" for name in equal)
 
 
 def _walks(names: frozenset[str], also: str) -> list[Walk]:
-    index, _ = INDEXES[names]
+    index, merge_statuses = INDEXES[names]
+    statuses = [f" AND status = '{status}'" for status in Status] if merge_statuses else [""]
     return [
-        Walk(f"agent_runs INDEXED BY {index} WHERE created_at < :before{also}", "created_at"),
+        *(
+            Walk(f"agent_runs INDEXED BY {index} WHERE created_at < :before{also}{status}", "created_at")
+            for status in statuses
+        ),
         Walk(f"{_AHEAD} WHERE true{also}", "arrived"),
     ]
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Final
 
 import orjson
 
-from telemetryd.engine.sqlite.statements import thinning
+from telemetryd.engine.sqlite.statements import full_text, thinning
 from telemetryd.engine.sqlite.statements.sequence import KEEP_EVENT_NUMBERS
 from telemetryd.engine.sqlite.statements.sequence import Sequence as CommitSequence
 from telemetryd.model.commands import DeleteRun, RedactRun, Removed
@@ -32,35 +31,26 @@ _SET_ASIDE: Final = """
 """Tables of the service that was replaced, kept under another name, which may hold the same texts."""
 
 
-@contextmanager
-def for_good(cursor: sqlite3.Cursor) -> Iterator[None]:
-    """Overwrite with zeros what is deleted inside the block, so that no free page keeps it."""
-    before = cursor.execute("PRAGMA secure_delete").fetchone()[0]
-    cursor.execute("PRAGMA secure_delete = ON").fetchall()
-    try:
-        yield
-    finally:
-        cursor.execute(f"PRAGMA secure_delete = {_SECURE_DELETE[before]}").fetchall()
-
-
-_SECURE_DELETE: Final = ("OFF", "ON", "FAST")
-
-
 def delete_run(
-    cursor: sqlite3.Cursor, sequence: CommitSequence, command: DeleteRun
+    cursor: sqlite3.Cursor, sequence: CommitSequence, command: DeleteRun, now: str
 ) -> tuple[Removed | None, list[Facts]]:
     """Delete a run with all that belongs to it, or a slice of its events; return what was deleted, too."""
     found = cursor.execute(_FIND, (command.event_id,)).fetchone()
     if found is None:
         return None, []
-    with for_good(cursor):
-        cursor.execute(KEEP_EVENT_NUMBERS)
-        before = cursor.execute(_EVENTS, found[:1]).fetchone()[0]
-        done = thinning.delete(cursor, [found], thinning.Budget())
-        left = 0 if done else cursor.execute(_EVENTS, found[:1]).fetchone()[0]
-        if done:
-            _forget_aside(cursor, command.event_id)
-            sequence.deleted(found[:1], [command.event_id])
+    budget = thinning.Budget()
+    if full_text.is_there(cursor.connection):
+        _clear(cursor, found[0], full_text.SEARCHED, now)
+        sequence.changed(found[0])
+        if not full_text.forget(cursor, again=command.again, is_over=lambda: budget.is_spent):
+            return Removed(0, more=True), []
+    cursor.execute(KEEP_EVENT_NUMBERS)
+    before = cursor.execute(_EVENTS, found[:1]).fetchone()[0]
+    done = thinning.delete(cursor, [found], budget)
+    left = 0 if done else cursor.execute(_EVENTS, found[:1]).fetchone()[0]
+    if done:
+        _forget_aside(cursor, command.event_id)
+        sequence.deleted(found[:1], [command.event_id])
     return Removed(before - left, more=not done), [row[1:-1] for row in done]
 
 
@@ -76,19 +66,24 @@ def redact_run(
         return None, []
     run = found[0]
     events: Sequence[tuple[int]] = ()
-    with for_good(cursor):
-        assignments = "".join(f", {name} = NULL" for name in command.fields)
-        cursor.execute(f"UPDATE agent_runs SET updated_at = ?{assignments} WHERE id = ?", (now, run))
-        cursor.execute(_FORGET_ORIGINALS, (run, orjson.dumps(command.fields).decode()))
-        if command.payloads:
-            events = cursor.execute(_WITH_PAYLOAD, (run, command.limit)).fetchall()
-            numbers = sequence.event_ids(len(events))
-            cursor.executemany(
-                _REDACT_EVENT, [(number, event) for number, (event,) in zip(numbers, events, strict=True)]
-            )
-            _forget_aside(cursor, command.event_id)
+    _clear(cursor, run, command.fields, now)
     sequence.changed(run)
+    cursor.execute(_FORGET_ORIGINALS, (run, orjson.dumps(command.fields).decode()))
+    if not {*full_text.SEARCHED}.isdisjoint(command.fields) and full_text.is_there(cursor.connection):
+        budget = thinning.Budget()
+        if not full_text.forget(cursor, again=command.again, is_over=lambda: budget.is_spent):
+            return Removed(0, more=True), []
+    if command.payloads:
+        events = cursor.execute(_WITH_PAYLOAD, (run, command.limit)).fetchall()
+        numbers = sequence.event_ids(len(events))
+        cursor.executemany(_REDACT_EVENT, [(number, event) for number, (event,) in zip(numbers, events, strict=True)])
+        _forget_aside(cursor, command.event_id)
     return Removed(len(events), more=len(events) == command.limit), []
+
+
+def _clear(cursor: sqlite3.Cursor, run: int, fields: Sequence[str], now: str) -> None:
+    assignments = "".join(f", {name} = NULL" for name in fields)
+    cursor.execute(f"UPDATE agent_runs SET updated_at = ?{assignments} WHERE id = ?", (now, run))
 
 
 def _forget_aside(cursor: sqlite3.Cursor, event_id: str) -> None:

@@ -370,7 +370,7 @@ def count_prunable(connection: sqlite3.Connection, query: CountPrunable) -> Prun
 @answers(CountStale)
 def count_stale(connection: sqlite3.Connection, query: CountStale) -> int:
     """Count the runs that reaping would cancel."""
-    walks, values = stale_runs(query.stale_before, query.agent_name)
+    walks, values = stale_runs(query)
     return int(connection.execute(f"SELECT count(*) FROM ({together(walks, 'agent_runs.id')})", values).fetchone()[0])
 
 

@@ -177,7 +177,7 @@ def reap(
     """Cancel a slice of stale runs; return the id and the new facts of each, and whether there may be more."""
     budget = Budget()
     reaped: list[tuple[Any, ...]] = []
-    walks, values = stale_runs(command.stale_before, command.agent_name)
+    walks, values = stale_runs(command)
     statements = [f"SELECT agent_runs.id, {BYTES} FROM {walk.in_order} LIMIT :most" for walk in walks]
     for chosen in _portions(_fetch_with(cursor, values), statements, command.limit, budget):
         runs = orjson.dumps([run for (run,) in chosen]).decode()

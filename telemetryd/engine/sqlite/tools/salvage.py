@@ -48,8 +48,12 @@ class Saved:
         """Return it as a line of a report."""
         if self.there is None:
             return f"table {self.table}: {self.saved} rows saved, an unknown number lost"
-        about = "about " if self.is_estimate else ""
-        return f"table {self.table}: {self.saved} of {about}{self.there} rows saved, {about}{self.lost} lost"
+        if self.is_estimate:
+            return (
+                f"table {self.table}: {self.saved} rows saved; how many were lost is not certain, an estimate by the "
+                f"pages that are left is {self.lost}"
+            )
+        return f"table {self.table}: {self.saved} of {self.there} rows saved, {self.lost} lost"
 
 
 @dataclass(slots=True)

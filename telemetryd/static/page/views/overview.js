@@ -69,6 +69,14 @@ function tile(name, value, note, kind = "") {
   return h("div", { class: `tile ${kind}` }, h("dt", {}, name), h("dd", {}, value), h("dd", { class: "quiet" }, note));
 }
 
+/** Return how often something happened; where it is less than once an hour, within which time. */
+function rate(number, ms) {
+  const hours = ms / HOUR;
+  if (number < hours) return `in ${hours % 24 ? counted(hours, "hour") : counted(hours / 24, "day")}`;
+  const each = number / hours;
+  return `${each < 10 ? Number(each.toFixed(1)) : short(Math.round(each))} per hour`;
+}
+
 function tiles(groups, agents, period) {
   const range = within(period.from, period.to);
   const sum = (statuses) => groups.filter((group) => statuses.includes(group.status)).reduce((runs, group) => runs + group.runs, 0);
@@ -78,7 +86,7 @@ function tiles(groups, agents, period) {
   return h(
     "dl",
     { class: "tiles" },
-    tile("Runs", short(all), `by ${counted(agents.length, "agent")}, ${short(Math.round((all * HOUR) / (period.to - period.from)))} per hour`),
+    tile("Runs", short(all), `by ${counted(agents.length, "agent")}, ${rate(all, period.to - period.from)}`),
     tile("Success rate", percent(finished ? succeeded / finished : null), `${short(succeeded)} of ${short(finished)} finished`),
     tile("Failed", h("a", { href: href("runs", { status: BAD.join(","), ...range }) }, short(failed + timedOut)), `${short(failed)} failures, ${counted(timedOut, "timeout")}`, failed + timedOut ? "bad" : ""),
     tile("Still running", h("a", { href: href("runs", { status: "running", ...range }) }, short(running)), "begun in this time"),

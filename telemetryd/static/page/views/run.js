@@ -4,7 +4,7 @@ import { address, get, page, runPath } from "../api.js";
 import { h, outside } from "../dom.js";
 import { eventsPanel } from "../events.js";
 import { MINUTE, ago, count, counted, duration, fullTime, isAhead, now } from "../format.js";
-import { IN_LISTS, copyButton, every, fillLater, panel, problem, sentence, summaryOf, when } from "../parts.js";
+import { IN_LISTS, copyButton, every, fillLater, panel, problem, sentence, summaryOf, took, when } from "../parts.js";
 import { exact, href, runHref } from "../route.js";
 import { badge, shape } from "../status.js";
 import { anyValue, firstEntries, longText } from "../texts.js";
@@ -105,7 +105,7 @@ function sections(run) {
 }
 
 function node(run, isThis, below) {
-  const content = [badge(run.status), h("span", { class: "name" }, run.agent_name), h("span", { class: "quiet what" }, summaryOf(run) || run.job_type), h("span", { class: "quiet" }, run.status === "running" ? "" : duration(run.duration_ms))];
+  const content = [badge(run.status), h("span", { class: "name" }, run.agent_name), h("span", { class: "quiet what" }, summaryOf(run) || run.job_type), h("span", { class: "quiet" }, took(run) ?? "")];
   return h("li", { class: isThis ? "this" : null }, isThis ? h("div", { class: "node", "aria-current": "true" }, content) : h("a", { class: "node", href: runHref(run.event_id), "data-item": true }, content), below);
 }
 
@@ -154,7 +154,7 @@ export function show(root, { name, parameters, signal }) {
     top.replaceChildren(...[
       h("div", { class: "run-head" },
         h("p", { class: "quiet crumbs" }, h("a", { href: "#/runs" }, "Runs"), " / ", h("a", { href: href("runs", { agent_name: exact(run.agent_name) }) }, run.agent_name)),
-        h("div", { class: "view-head" }, h("h1", {}, run.job_type), badge(run.status), run.status !== "running" && h("span", { class: "took" }, duration(run.duration_ms))),
+        h("div", { class: "view-head" }, h("h1", {}, run.job_type), badge(run.status), took(run) && h("span", { class: "took" }, took(run))),
         h("p", { class: "quiet ids" }, h("code", {}, run.event_id), copyButton(run.event_id, "the event_id"), h("span", {}, "run ", h("code", {}, run.run_id)), h("span", {}, "created ", when(run.created_at)))),
       future(run),
       lived,

@@ -2,10 +2,10 @@
 
 import { address, get, page } from "../api.js";
 import { h, plain, say } from "../dom.js";
-import { DAY, count, counted, duration, fullTime, now } from "../format.js";
+import { DAY, count, counted, fullTime, now } from "../format.js";
 import { onHealth } from "../health.js";
 import { stepWith } from "../keyboard.js";
-import { IN_LISTS, problem, sentence, summaryOf, when } from "../parts.js";
+import { IN_LISTS, problem, sentence, summaryOf, took, when } from "../parts.js";
 import { filtersOf, lastNight, rangeFields, within } from "../range.js";
 import { go, href, runHref } from "../route.js";
 import { STATUSES, badge, shape } from "../status.js";
@@ -35,7 +35,7 @@ function line(run) {
     cell("who", h("a", { href: runHref(run.event_id), class: "cover" }, run.agent_name), h("span", { class: "quiet" }, run.job_type)),
     cell(run.error_summary ? "what bad-text" : "what quiet", summaryOf(run) || "–"),
     cell("number items", items),
-    cell("number took", run.status === "running" ? "–" : duration(run.duration_ms)),
+    cell("number took", took(run) ?? "–"),
     cell("number begun", when(run.created_at)),
   );
 }

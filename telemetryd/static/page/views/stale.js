@@ -51,8 +51,9 @@ function confirm(matching, age) {
 
 function forbidden(sentenceOfDaemon, age) {
   const socket = /Unix socket (\/.*), used by/.exec(sentenceOfDaemon);
-  const command = `telemetryd reap --older-than ${age}${socket ? ` --unix '${socket[1].replaceAll("'", "'\\''")}'` : ""}`;
-  return h("div", { class: "note warn", role: "alert" }, h("p", {}, `${sentenceOfDaemon}.`), h("p", {}, "On the daemon's machine this does the same: ", h("code", {}, command), " ", copyButton(command, "the command")));
+  if (!socket) return problem(`This page may not cancel runs here: ${sentenceOfDaemon}`);
+  const command = `telemetryd reap --older-than ${age} --unix '${socket[1].replaceAll("'", "'\\''")}'`;
+  return h("div", { class: "note warn", role: "alert" }, h("p", {}, "This page may not cancel runs here; on the daemon's machine, this command does the same:"), h("p", { class: "command" }, h("code", {}, command), copyButton(command, "the command")), h("p", { class: "quiet" }, `${sentenceOfDaemon}.`));
 }
 
 export function show(root, { parameters, signal }) {
