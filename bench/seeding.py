@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from bench.workplace import TELEMETRYD_WAL, Workplace
+from telemetryd.engine.sqlite.statements import rollups
 from telemetryd.engine.sqlite.tools import migrate
 
 STEP_S: Final = 3
@@ -102,4 +103,5 @@ def _fill(connection: sqlite3.Connection, rows: int) -> None:
     for _, sql in indexes:
         connection.execute(sql)
     migrate.derive(connection)
+    rollups.rebuild(connection)
     connection.execute("COMMIT")
