@@ -36,11 +36,12 @@ from telemetryd.model.parameters import accept_none
 from telemetryd.model.requests import ProcessRequest
 from telemetryd.model.rules import Rules
 from telemetryd.ops.metrics import Metrics, wants_prometheus
-from telemetryd.services import admin_handlers, exports
+from telemetryd.services import admin_handlers
 from telemetryd.services.admin_handlers import STORE, UPKEEP
 from telemetryd.services.alerting import Alerting
 from telemetryd.services.certificates import Certificates
 from telemetryd.services.duplicates import differences
+from telemetryd.services.exports import Exporter
 from telemetryd.services.subscriptions import add_feed, list_changes, stream_runs
 from telemetryd.services.upkeep import Upkeep
 from telemetryd.settings import Settings
@@ -55,6 +56,7 @@ SETTINGS: Final = web.AppKey("settings", Settings)
 METRICS: Final = web.AppKey("metrics", Metrics)
 CERTIFICATES: Final = web.AppKey("certificates", Certificates)
 ALERTING: Final = web.AppKey("alerting", Alerting)
+EXPORTER: Final = web.AppKey("exporter", Exporter)
 DOCUMENT: Final = web.AppKey("document", bytes)
 
 
@@ -133,8 +135,8 @@ async def export_runs(request: web.Request) -> web.StreamResponse:
     """Stream all runs that match every filter, oldest arrival first."""
     query = queries.parse_export(request.rel_url.raw_query_string, request.headers.get("Accept", ""))
     if request.method == hdrs.METH_HEAD:
-        return await exports.describe(request, query, request.app[STORE])
-    return await exports.stream(request, query, request.app[STORE])
+        return await request.app[EXPORTER].describe(request, query)
+    return await request.app[EXPORTER].stream(request, query)
 
 
 async def get_run(request: web.Request) -> web.Response:
@@ -445,6 +447,7 @@ def make_app(
         app.on_response_prepare.append(browsers.sharing(settings.reading_origins))
     add_feed(app, store, metrics)
     app[BODIES] = Bodies(settings.max_body_bytes)
+    app[EXPORTER] = Exporter(store)
     app[ALERTING] = alerting or Alerting(store, Rules())
     app[UPKEEP] = upkeep or Upkeep(store, settings)
     app[DOCUMENT] = _document(settings.api_auth_enabled)

@@ -35,9 +35,6 @@ GROUP_ROWS: Final = 5_000
 
 _PROBLEM_S: Final = 60
 
-REST_AFTER_S: Final = 5.0
-"""Without a commit for so long, the writer tidies up."""
-
 _PAUSES_S: Final = (0.1, 0.5, 1, 2, 5)
 """The pauses between attempts to open the database again; the last one repeats."""
 
@@ -114,6 +111,7 @@ class Writer:
         queue_bytes: how many bytes they may hold together, besides a first one of any size.
         flow: learns from each group what to advise to those who send.
         metrics: where group sizes and commit times are counted.
+        rest_after_s: without a commit for so long, it tidies up.
 
     """
 
@@ -127,6 +125,7 @@ class Writer:
         queue_bytes: int = QUEUE_BYTES,
         flow: Flow,
         metrics: Metrics,
+        rest_after_s: float = 5.0,
     ) -> None:
         self._engine = engine
         self._committed = committed
@@ -134,6 +133,7 @@ class Writer:
         self._queue: _Queue = _Queue(queue_max, queue_bytes)
         self._flow = flow
         self._metrics = metrics
+        self.rest_after_s = rest_after_s
         self._stopping = asyncio.Event()
         self._suspicion: DatabaseSuspectError | None = None
         self.groups = 0
@@ -237,7 +237,7 @@ class Writer:
     def rest(self) -> None:
         """Let the writer tidy up if it has had nothing to do for a while; call it from time to time."""
         since = self._untidy_since
-        if self.idle and since is not None and time.monotonic() - since > REST_AFTER_S:
+        if self.idle and since is not None and time.monotonic() - since > self.rest_after_s:
             self._queue.wake()
 
     async def stop(self) -> None:

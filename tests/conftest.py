@@ -35,7 +35,8 @@ from telemetryd.services.certificates import most_processes
 from telemetryd.services.upkeep import Upkeep
 from telemetryd.settings import Settings
 from telemetryd.store import Store
-from telemetryd.web.connections import make_runner
+from telemetryd.web.body import BODIES, Bodies
+from telemetryd.web.connections import Bounds, make_runner
 from tests.tools.forks import popen
 
 # A busy machine is no fault of what is tested.
@@ -121,13 +122,14 @@ def make_run(**fields: Any) -> Row:
 class DaemonServer(BaseTestServer):
     """The app behind the daemon's own runner, on a free port."""
 
-    def __init__(self, app: web.Application, settings: Settings) -> None:
+    def __init__(self, app: web.Application, settings: Settings, bounds: Bounds | None = None) -> None:
         super().__init__()
         self.app = app
         self._settings = settings
+        self._bounds = bounds
 
     async def _make_runner(self, **_: Any) -> web.BaseRunner:
-        return make_runner(self.app, self._settings, most_processes(self._settings))
+        return make_runner(self.app, self._settings, most_processes(self._settings), self._bounds)
 
 
 class Api:
@@ -168,15 +170,21 @@ def reading(api: Api) -> Reading:
     return half
 
 
+def bodies_of(api: Api) -> Bodies:
+    """What reads the bodies of an app's requests; its bounds can be replaced."""
+    assert api.client.app is not None
+    return api.client.app[BODIES]
+
+
 @pytest.fixture
 async def make_api(
     tmp_path: Path, aiohttp_client: Callable[[DaemonServer], Awaitable[Client]]
 ) -> AsyncIterator[MakeApi]:
-    """Return a function that runs an app; keyword arguments are settings (and `clock`)."""
+    """Return a function that runs an app; keyword arguments are settings (and `clock`, `bounds` of connections)."""
     stores: list[Store] = []
     clients: list[Client] = []
 
-    async def make(*, clock: Callable[[], datetime] = utc_now, **values: Any) -> Api:
+    async def make(*, clock: Callable[[], datetime] = utc_now, bounds: Bounds | None = None, **values: Any) -> Api:
         # Two readers are the fewest with two lanes; each of more would cost every test a thread and a connection.
         cheap = {"db_path": tmp_path / "telemetry.sqlite", "db_journal_mode": "WAL", "db_readers": 2}
         settings = Settings(**{**cheap, **values})
@@ -186,7 +194,8 @@ async def make_api(
         upkeep = Upkeep(store, settings)
         if settings.full_text:
             await upkeep.index_texts()
-        client = await aiohttp_client(DaemonServer(make_app(store, settings, metrics, upkeep=upkeep), settings))
+        app = make_app(store, settings, metrics, upkeep=upkeep)
+        client = await aiohttp_client(DaemonServer(app, settings, bounds))
         clients.append(client)
         return Api(client, store, settings)
 

@@ -631,7 +631,6 @@ async def test_only_a_rule_of_commits_rests_as_long_as_its_evaluation_asks_for(
     api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else one look that had to wait, for a reader or the disk, would keep the others from being heard for long."""
-    monkeypatch.setattr("telemetryd.services.alerting._REST", 1_000_000)
     asked: list[tuple[Rule, ...]] = []
 
     fetch = api.store.fetch
@@ -643,7 +642,8 @@ async def test_only_a_rule_of_commits_rests_as_long_as_its_evaluation_asks_for(
 
     monkeypatch.setattr(api.store, "fetch", note)
     quiet = Silent("quiet", (), ("nobody",), 60.0)
-    working = asyncio.create_task(Alerting(api.store, Rules((quiet, BROKE), (), 0.01), lambda: NOW).run())
+    alerting = Alerting(api.store, Rules((quiet, BROKE), (), 0.01), lambda: NOW, rest=1_000_000)
+    working = asyncio.create_task(alerting.run())
     await eventually(lambda: asked.count((quiet,)) > 5 and (BROKE,) in asked)
     assert asked.count((BROKE,)) == 1
     working.cancel()

@@ -22,7 +22,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from telemetryd.engine.sqlite import disk
 from telemetryd.engine.sqlite.disk import Disk, LogWatch, Look
 from telemetryd.errors import LowDiskError
 from telemetryd.ops.logs import LOGGER_NAME
@@ -283,7 +282,7 @@ async def test_a_disk_that_hangs_is_reported_and_holds_up_nobody(api: Api, monke
         assert release.wait(PATIENCE_S)
         return look()
 
-    monkeypatch.setattr(disk, "PATIENCE_S", 0.2)
+    reading(api)._disk.patience_s = 0.2
     monkeypatch.setattr(reading(api)._disk, "_look", hang)
     try:
         await eventually(lambda: api.store.health().problem is not None)

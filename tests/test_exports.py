@@ -25,11 +25,12 @@ from hypothesis import strategies as st
 from telemetryd.cli import main
 from telemetryd.cli.files import Refusals
 from telemetryd.engine.sqlite import connection, exports
-from telemetryd.engine.sqlite.exports import MAX_EXPORTS
+from telemetryd.engine.sqlite.exports import Bounds
 from telemetryd.engine.sqlite.files import wal_bytes
 from telemetryd.engine.sqlite.statements import export as export_rows
 from telemetryd.engine.sqlite.tools import migrate
 from telemetryd.git_urls import without_credentials
+from telemetryd.http import EXPORTER
 from telemetryd.model import runs, tables, values
 from telemetryd.model.queries import SNAPSHOT
 from telemetryd.model.runs import COLUMNS, STORED
@@ -283,7 +284,7 @@ async def test_what_takes_too_long_is_copied_in_slices_and_says_so(api: Api) -> 
         await api.batch([make_run() for _ in range(1500)])
     with closing(sqlite3.connect(api.settings.db_path)) as opened, opened:  # a migrated database may hold such ids
         opened.execute("UPDATE agent_runs SET id = -id WHERE id <= 7")
-    reading(api)._exports._longest_s = 0.0
+    reading(api)._exports.bounds = Bounds(longest_s=0.0)
     body, headers = await export(api)
     assert headers["X-Total-Count"] == "4500"
     first = [json.loads(line)["id"] for line in body.splitlines()]
@@ -295,7 +296,7 @@ async def test_a_snapshot_is_held_only_so_long(make_api: MakeApi, mode: str, lon
     """In WAL mode it holds back checkpoints, and in the other modes each commit."""
     api = await make_api(db_journal_mode=mode)
     await api.post(make_run())
-    assert reading(api)._exports._longest_s == longest_s
+    assert reading(api)._exports.bounds.longest_s == longest_s
 
 
 async def test_the_log_stays_short_while_an_export_is_copied_slowly(
@@ -331,9 +332,7 @@ async def test_the_log_stays_short_while_an_export_is_copied_slowly(
     copy, look = export_rows.copy_slice, exports._Copying.is_over
     monkeypatch.setattr(export_rows, "copy_slice", copy_slice)
     monkeypatch.setattr(exports._Copying, "is_over", is_over)
-    monkeypatch.setattr(exports, "_SLICE_ROWS", 100)
-    monkeypatch.setattr(export_rows, "_OPS", 1_000)
-    reading(api)._exports._longest_s = 0.0
+    reading(api)._exports.bounds = Bounds(longest_s=0.0, slice_rows=100, steps=1_000)
     _, headers = await export(api)
     assert headers[SNAPSHOT] == "sliced"
     assert len(logs) == 20
@@ -343,7 +342,7 @@ async def test_the_log_stays_short_while_an_export_is_copied_slowly(
 async def test_only_so_many_run_at_once_and_one_that_is_left_makes_room(api: Api, tmp_path: Path) -> None:
     for _ in range(16):
         await api.post(make_run(input_summary=LARGE))
-    held = [await api.client.get(PATH, headers=PLAIN) for _ in range(MAX_EXPORTS)]
+    held = [await api.client.get(PATH, headers=PLAIN) for _ in range(reading(api)._exports.bounds.at_once)]
     async with api.client.get(PATH) as response:
         assert response.status == 503
         assert response.headers["Retry-After"] == "10"
@@ -358,13 +357,12 @@ async def test_only_so_many_run_at_once_and_one_that_is_left_makes_room(api: Api
     assert leftovers(tmp_path) == []
 
 
-async def test_a_reader_that_is_too_slow_gives_its_place_up(make_api: MakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streamed, "_PATIENCE_S", 0.3)
-    monkeypatch.setattr(streamed, "_LEAST_BYTES_PER_S", 1e9)
-    api = await make_api()
+async def test_a_reader_that_is_too_slow_gives_its_place_up(api: Api) -> None:
+    assert api.client.app is not None
+    api.client.app[EXPORTER].bounds = streamed.Bounds(patience_s=0.3, least_bytes_per_s=1e9)
     for _ in range(16):
         await api.post(make_run(input_summary=LARGE))
-    held = [await api.client.get(PATH, headers=PLAIN) for _ in range(MAX_EXPORTS)]
+    held = [await api.client.get(PATH, headers=PLAIN) for _ in range(reading(api)._exports.bounds.at_once)]
     for _ in range(600):
         async with api.client.get(PATH, params={"agent_name": "nobody"}) as response:
             if response.status == 200:

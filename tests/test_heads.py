@@ -18,9 +18,9 @@ from telemetryd.engine.sqlite.statements import answers
 from telemetryd.http import METRICS
 from telemetryd.model.queries import ListRuns
 from telemetryd.services.feed import Bounds
-from telemetryd.web import heads
+from telemetryd.web import connections
 from telemetryd.web.connections import _Server
-from tests.conftest import Api, eventually, make_run, reading
+from tests.conftest import Api, MakeApi, eventually, make_run, reading
 from tests.contract.wire import send_raw
 from tests.test_feed import feed_of
 from tests.test_reader import endless
@@ -85,13 +85,27 @@ async def test_a_head_may_have_sixty_kilobytes_in_any_pieces(api: Api) -> None:
         assert (await reader.read()).count(b"HTTP/1.1 200 OK") == 2
 
 
+@pytest.mark.parametrize(
+    "sizes", [[70_000, *[2_000] * 60], [*[2_000] * 60, 70_000], [30_000] * 12], ids=["first", "last", "each"]
+)
+async def test_bodies_of_pipelined_requests_are_no_heads(api: Api, sizes: list[int]) -> None:
+    """What comes after the end of a body, or waits for its turn, holds bodies as well as heads."""
+    bodies = [json.dumps(make_run(error_details="x" * size)).encode() for size in sizes]
+    head = b"POST /api/v1/runs HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    requests = b"".join(head % len(body) + body for body in bodies)
+    async with sent(api, requests + HEALTH + b"\r\n") as (reader, _):
+        answers = await asyncio.wait_for(reader.read(), 60)
+    assert answers.count(b"HTTP/1.1 201 ") == len(bodies)
+    assert answers.count(b"HTTP/1.1 200 ") == 1
+
+
 # --- All of them ---------------------------------------------------------------------------------
 
 
 async def test_when_requests_hold_too_much_those_with_most_of_it_are_cut(
-    api: Api, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    make_api: MakeApi, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(heads, "HELD_BYTES", 500_000)
+    api = await make_api(bounds=connections.Bounds(held_bytes=500_000))
     waiting = feed_of(api)
     async with contextlib.AsyncExitStack() as stack:
         await stack.enter_async_context(sent(api, CHANGES + b"\r\n"))

@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from telemetryd.errors import InvalidRequestError
-from telemetryd.model.filters import OPERATORS, Comparison, Filters, for_log, quoted
-from telemetryd.model.queries import Count, ListRuns, Order, Position, parse_list
+from telemetryd.model.filters import OPERATORS, TIME_BOUNDS, Comparison, Filters, for_log, quoted
+from telemetryd.model.queries import LIST, Count, ListRuns, Order, Position, parse_list
 from telemetryd.model.values import MAX_INTEGER, canonical_timestamp
 
 CANONICAL = "2025-12-24T10:00:00.000000Z"
@@ -83,17 +83,32 @@ def test_a_bound_means_the_same_with_and_without_its_plus_encoded(moment: Any) -
         assert parse_list(f"start_time_to={form}").filters.bounds["start_time_to"] == canonical
 
 
+def test_a_bound_is_brought_to_the_stored_form() -> None:
+    for text in (
+        "2025-12-24T10:00:00Z", "2025-12-24T10:00:00", "2025-12-24 10:00", "2025-12-24T10:00:00.000Z",
+        "2025-12-24T12:00:00+02:00", "20251224T100000Z", "2025-12-24t10:00:00z", "2025-12-24T10:00:00-00:00",
+    ):  # fmt: skip
+        bounds = dict.fromkeys(TIME_BOUNDS, text)
+        assert parse_list(urlencode(bounds)).filters.bounds == dict.fromkeys(TIME_BOUNDS, CANONICAL), text
+
+
 @pytest.mark.parametrize("blank", ["2025-12-24 10:00", "2025-12-24 10:00:00", "2025-12-24T10:00:00Z"])
 def test_a_blank_between_date_and_time_is_no_lost_plus(blank: str) -> None:
     assert parse_list(f"created_after={quote(blank)}").filters.bounds["created_after"] == CANONICAL
     assert parse_list(f"created_after={blank.replace(' ', '+')}").filters.bounds["created_after"] == CANONICAL
 
 
+NO_NUMBERS = (
+    "", "-1", "+1", "1e3", "1.0", "1.5", "0x10", "1_0", "９", "٣", " 1", "1 ", "abc", "null", "NaN", "9" * 19,
+    "9" * 1000, "1" * 5000, str(2**63),
+)  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("name", "value", "allowed"),
     [
-        *(("limit", value, "from 1 to 1000") for value in ("", "0", "-1", "1001", "1e3", "+5", " 5", "９", "abc")),
-        *(("offset", value, f"to {MAX_INTEGER}") for value in ("", "-1", "1.5", "9" * 19, "1" * 5000, "0x1")),
+        *(("limit", value, "from 1 to 1000") for value in ("0", "1001", "-0", *NO_NUMBERS)),
+        *(("offset", value, f"to {MAX_INTEGER}") for value in NO_NUMBERS),
         *(("status", value, "one of running, success, failure") for value in ("", "ok", "running,ok", ",", "\0")),
         *(("agent_name", value, "1 to 255 characters") for value in ("", " ", "x" * 256, "a\0b")),
         *(("job_type", value, "1 to 255 characters") for value in ("", "\t", "x" * 100_000, "\0")),
@@ -121,25 +136,38 @@ def test_bounds_of_numbers_are_allowed() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["Agent_name", "agent", "order", "", " limit", "limit ", "x" * 5000, "\0", "__proto__"]
+    "name",
+    ["Agent_name", "Limit", "limits", "agent", "order", "id", "", " limit", "limit ", "x" * 5000, "\0", "__proto__"],
 )
 def test_an_unknown_parameter_is_named_with_the_known_ones(name: str) -> None:
     sentence = refusal(urlencode({name: "1"}))
     assert sentence.startswith("Unknown query parameter ")
-    assert "agent_name, job_type, status, product" in sentence
+    assert sentence.endswith(f"; known are: {', '.join(parameter.name for parameter in LIST)}")
 
 
 def test_every_fault_of_a_query_is_reported() -> None:
     with pytest.raises(InvalidRequestError) as caught:
-        parse_list("limit=0&status=x&created_before=soon&nope=1&other=2&offset=-1&job_type=a&job_type=b")
+        parse_list(
+            "limit=0&status=ok,success&created_before=soon&nope=1&other=2&offset=-1&job_type=a&job_type=b&host=&q=-"
+            "&fields=x&sort=y&count=z&min_duration_ms=-1&metrics.a=&error=%20&created_after=-1y"
+        )
     told = str(caught.value).split(". ")
     assert [sentence.partition(":")[0] for sentence in told] == [
         "Query parameter job_type is given more than once; give it once",
         "Unknown query parameter 'nope', 'other'; known are",
         "Invalid status",
+        "Invalid host",
         "Invalid created_before",
+        "Invalid created_after",
+        "Invalid min_duration_ms",
+        "Invalid error",
+        "Invalid metrics.a",
+        "Invalid q",
         "Invalid limit",
         "Invalid offset",
+        "Invalid sort",
+        "Invalid fields",
+        "Invalid count",
     ]
 
 
@@ -151,7 +179,8 @@ def test_a_parameter_given_twice_is_refused(name: str) -> None:
 def test_a_query_string_that_is_no_utf8_or_too_long_a_list_is_refused() -> None:
     assert "UTF-8" in refusal("agent_name=%ff")
     assert "UTF-8" in refusal("agent_name=%ed%a0%80")
-    assert "more than 32" in refusal("&".join(f"a{n}=1" for n in range(33)))
+    for count in (33, 500):
+        assert "more than 32" in refusal("&".join(f"a{n}=1" for n in range(count)))
 
 
 @given(
@@ -319,10 +348,11 @@ def test_a_cursor_belongs_to_its_filters(ours: dict[str, str], theirs: dict[str,
         assert refusal(asked).endswith("it must be one that was given for the same filters")
 
 
-def test_a_cursor_may_change_its_limit_but_has_no_offset() -> None:
+def test_a_cursor_may_change_its_limit_but_not_its_order_and_has_no_offset() -> None:
     cursor = parse_list("limit=5").cursor(Position(CANONICAL, 7))
     assert parse_list(f"limit=9&cursor={cursor}").limit == 9
     assert parse_list(f"offset=0&cursor={cursor}").after == Position(CANONICAL, 7)
+    assert refusal(f"sort=start_time&cursor={cursor}").endswith("given for the same filters")
     assert "cursor" in refusal(f"offset=1&cursor={cursor}")
     assert "offset" in refusal(f"offset=1&cursor={cursor}")
 
@@ -337,6 +367,7 @@ def forgeries() -> list[str]:
         [version, mark, "", number], [version, mark, "yesterday", number], [version, mark, None, number],
         [version, mark, 5, number], [version, mark, [moment], number], [version, mark, moment + "' OR 1=1", number],
         [version, mark, moment, -(2**63)], [version, mark, moment, 2**63], [version, mark, moment, 1.5],
+        [version, mark, moment, 10**300], [version, "x", moment, number], [version, [mark], {}, []],
         [version, mark, moment, "7"], [version, mark, moment, None], [version, mark, moment, [7]],
         [version, mark, moment], [version, mark, moment, number, 1], [], {}, None, 5, "text", "four",
         {"a": 1, "b": 2, "c": 3, "d": 4}, [[version, mark, moment, number]],
@@ -351,6 +382,11 @@ def forgeries() -> list[str]:
         "ä",
         "\0",
         " ",
+        "AAAA",
+        "x" * 5000,
+        "😀",
+        genuine[:-3],
+        genuine + "AAAA",
         genuine[:-1],
         genuine[1:],
         genuine + "A",

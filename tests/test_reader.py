@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from telemetryd.engine.sqlite import readers as sqlite_readers
 from telemetryd.engine.sqlite.readers import Lane, Readers
 from telemetryd.errors import QueryTimeoutError
 from telemetryd.model.queries import CountPrunable
@@ -38,12 +37,12 @@ def one(connection: sqlite3.Connection) -> int:
 
 
 @asynccontextmanager
-async def pool(folder: Path, count: int = 1, timeout_s: float = PATIENCE_S) -> AsyncIterator[Readers]:
+async def pool(folder: Path, count: int = 1, timeout_s: float = PATIENCE_S, **bounds: int) -> AsyncIterator[Readers]:
     path = folder / "telemetry.sqlite"
     with sqlite3.connect(path) as connection:
         connection.execute("CREATE TABLE IF NOT EXISTS agent_runs (event_id TEXT)")
     connection.close()
-    readers = await Readers.open(path, count, timeout_s, 1000)
+    readers = await Readers.open(path, count, timeout_s, 1000, **bounds)
     try:
         yield readers
     finally:
@@ -149,9 +148,8 @@ async def test_waiting_for_a_connection_counts_towards_the_deadline(tmp_path: Pa
         assert await readers.fetch(one) == 1
 
 
-async def test_only_so_many_wait_for_a_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sqlite_readers, "MAX_WAITING", 1)
-    async with pool(tmp_path) as readers:
+async def test_only_so_many_wait_for_a_connection(tmp_path: Path) -> None:
+    async with pool(tmp_path, most_waiting=1) as readers:
         slow, waiting = (asyncio.create_task(readers.fetch(endless)) for _ in range(2))
         await eventually(lambda: readers._waiting == 1)
         with pytest.raises(QueryTimeoutError, match="Too many queries are waiting"):
@@ -277,3 +275,22 @@ async def test_a_caller_that_leaves_late_does_not_cut_off_the_next_query(tmp_pat
             second = asyncio.create_task(readers.fetch(lambda connection: count_to(100_000, connection)))
             assert await second == 100_000
             await asyncio.wait((first,))
+
+
+async def test_a_query_whose_caller_left_leaves_nothing_open_that_would_interrupt_the_next(tmp_path: Path) -> None:
+    """SQLite interrupts whatever begins before the last statement has ended that ran at the interrupt."""
+
+    def nested(connection: sqlite3.Connection) -> int:
+        outer = connection.execute("SELECT 1 UNION ALL SELECT 2")
+        begun.append(outer.fetchone())
+        return endless(connection)
+
+    begun: list[object] = []
+    async with pool(tmp_path) as readers:
+        for _ in range(3):
+            first = asyncio.create_task(readers.fetch(nested))
+            await eventually(lambda: bool(begun))
+            begun.clear()
+            second = asyncio.create_task(readers.fetch(one))
+            first.cancel()
+            assert await second == 1

@@ -22,7 +22,8 @@ from aiohttp.test_utils import TestServer
 from backports import zstd
 
 from telemetryd.cli import target
-from telemetryd.cli.reach import RefusedError, Where
+from telemetryd.cli.reach import RefusedError, Where, session
+from telemetryd.client.config import Config
 from telemetryd.engine.sqlite.connection import connect
 from telemetryd.engine.sqlite.statements import thinning
 from telemetryd.errors import InvalidRequestError
@@ -315,12 +316,9 @@ async def test_a_run_that_gets_events_after_it_was_archived_stays(make_api: Make
 
 
 async def test_a_daemon_that_goes_on_refusing_is_reported_and_given_up(
-    aiohttp_server: Callable[[web.Application], Awaitable[TestServer]],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    aiohttp_server: Callable[[web.Application], Awaitable[TestServer]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With a full disk `prune` was silent for five minutes."""
-    monkeypatch.setattr(target, "_PATIENCE_S", 1.0)
     asked = 0
 
     async def refuse(_: web.Request) -> web.Response:
@@ -331,9 +329,9 @@ async def test_a_daemon_that_goes_on_refusing_is_reported_and_given_up(
     app = web.Application()
     app.router.add_post("/api/v1/admin/prune", refuse)
     server = await aiohttp_server(app)
-    async with target.find_target(Where(url=str(server.make_url("/")))) as found:
+    async with session(Config(url=str(server.make_url("/")))) as request:
         with pytest.raises(RefusedError, match="The daemon answered 503: The disk is full"):
-            await found.prune({"older_than": "90d"})
+            await target.Remote(request, patience_s=1.0).prune({"older_than": "90d"})
     assert 2 <= asked <= 11
     assert "The daemon answered 503: The disk is full; trying again in 0.1 s" in capsys.readouterr().err
 

@@ -634,19 +634,17 @@ async def test_stop_commits_what_waits_and_refuses_what_comes(tmp_path: Path) ->
 # --- At rest -------------------------------------------------------------------------------------
 
 
-async def test_it_tidies_up_once_after_it_has_worked_and_rested(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_it_tidies_up_once_after_it_has_worked_and_rested(tmp_path: Path) -> None:
     rests: list[int] = []
     async with bench(tmp_path, at_rest=lambda plain: rests.append(plain.total_changes)) as made:
-        monkeypatch.setattr("telemetryd.writer.REST_AFTER_S", 0)
+        made.writer.rest_after_s = 0
         made.writer.rest()
-        monkeypatch.setattr("telemetryd.writer.REST_AFTER_S", 1000)
+        made.writer.rest_after_s = 1000
         await made.writer.submit(create("one"))
         made.writer.rest()
         await made.writer.submit(create("two"))  # what was asked of it before is done by now
         assert rests == [], "nothing to do before it has worked, and not at once after it"
-        monkeypatch.setattr("telemetryd.writer.REST_AFTER_S", 0.01)
+        made.writer.rest_after_s = 0.01
         await asyncio.sleep(0.02)
         for _ in range(3):
             made.writer.rest()
@@ -660,10 +658,7 @@ async def test_it_tidies_up_once_after_it_has_worked_and_rested(
         assert made.stored() == {"one", "two", "three"}
 
 
-async def test_a_failed_sync_at_rest_is_as_bad_as_one_of_a_commit_and_a_lock_is_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("telemetryd.writer.REST_AFTER_S", 0)
+async def test_a_failed_sync_at_rest_is_as_bad_as_one_of_a_commit_and_a_lock_is_not(tmp_path: Path) -> None:
     codes = [sqlite3.SQLITE_BUSY, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_FSYNC]
     reopened: list[int] = []
 
@@ -676,13 +671,14 @@ async def test_a_failed_sync_at_rest_is_as_bad_as_one_of_a_commit_and_a_lock_is_
         reopened.append(len(codes))
 
     async with bench(tmp_path, at_rest=fail, reopen=reopen) as made:
+        made.writer.rest_after_s = 0
         for left in (2, 1, 0):
             await made.writer.submit(create(f"e{left}"))
             await asyncio.sleep(0.01)
             made.writer.rest()
             await eventually(lambda left=left: len(codes) == left)  # type: ignore[misc]
         await eventually(lambda: reopened == [0] and made.writer.problem is None)
-        monkeypatch.setattr("telemetryd.writer.REST_AFTER_S", 1000)
+        made.writer.rest_after_s = 1000
         await made.writer.submit(create("after"))
         assert made.stored() == {"e2", "e1", "e0", "after"}
 

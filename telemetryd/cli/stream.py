@@ -157,11 +157,11 @@ def _check(response: aiohttp.ClientResponse, text: bytes) -> None:
 
 
 @asynccontextmanager
-async def reach(config: Config) -> AsyncIterator[Daemon]:
+async def reach(config: Config, longest_wait_s: float = _LONGEST_WAIT_S) -> AsyncIterator[Daemon]:
     """Give the daemon at the address of a client's settings, with its token."""
     # An answer may take as long as it likes while it comes in: a page over a slow link takes minutes.
     timeout = aiohttp.ClientTimeout(
-        total=None, sock_connect=config.timeout_s, sock_read=config.timeout_s + _LONGEST_WAIT_S
+        total=None, sock_connect=config.timeout_s, sock_read=config.timeout_s + longest_wait_s
     )
     async with session(config, timeout) as request:
         yield Daemon(request)

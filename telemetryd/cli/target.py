@@ -52,8 +52,6 @@ Body = dict[str, Any]
 _PAGE: Final = 500
 _PROBE_S: Final = 5.0
 _TOKENS: Final = ("api_auth_token", "api_auth_token_file")
-_PATIENCE_S: Final = 30.0
-"""How long a daemon may refuse for the moment, or not be there (a restart takes a second or two)."""
 
 
 class Source(Protocol):
@@ -181,10 +179,17 @@ class Local:
 
 
 class Remote:
-    """A running daemon, over HTTP."""
+    """A running daemon, over HTTP.
 
-    def __init__(self, request: Request) -> None:
+    Args:
+        request: sends requests to it.
+        patience_s: how long it may refuse for the moment, or not be there (a restart takes a second or two).
+
+    """
+
+    def __init__(self, request: Request, patience_s: float = 30.0) -> None:
         self._request = request
+        self._patience_s = patience_s
 
     async def prune(self, body: Body) -> Body:
         """Ask for a slice."""
@@ -257,7 +262,7 @@ class Remote:
 
         Every request of ours may be repeated: what was done already is not there to be done again.
         """
-        until = time.monotonic() + _PATIENCE_S
+        until = time.monotonic() + self._patience_s
         while True:
             try:
                 async with self._request(method, path, **options) as response:

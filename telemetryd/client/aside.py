@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Final
 
+from telemetryd.client.config import USUAL
 from telemetryd.client.folder import (
     ACTIVE,
     READY,
@@ -28,7 +29,6 @@ from telemetryd.client.folder import (
 )
 from telemetryd.client.lines import event_id_of
 
-_FIRST_PAUSE_S: Final = 15.0
 _LONGEST_PAUSE_S: Final = 900.0
 _FRESH_S: Final = 15.0
 _COST: Final = 100
@@ -42,11 +42,13 @@ class Aside:
 
     Args:
         folder: the spool's folder.
+        first_pause_s: after how long lines are tried again for the first time.
 
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, first_pause_s: float = USUAL.aside_s) -> None:
         self._folder = folder
+        self._first_pause_s = first_pause_s
         self._streams: dict[str, str] = {}
         """event_id → the stream in which the run's lines are set aside."""
         self._known: dict[str, str] = {}
@@ -121,7 +123,7 @@ class Aside:
             self._own.add(event_id)
             self._streams[event_id] = name
             self._known[name] = event_id
-        self._pauses.setdefault(name, (time.monotonic() + _FIRST_PAUSE_S, _FIRST_PAUSE_S))
+        self._pauses.setdefault(name, (time.monotonic() + self._first_pause_s, self._first_pause_s))
 
     @property
     def is_used(self) -> bool:
@@ -138,6 +140,6 @@ class Aside:
 
     def postpone(self, stream: str) -> None:
         """Note that a stream was tried in vain; the pauses grow."""
-        pause_s = min(2 * self._pauses.get(stream, (0.0, _FIRST_PAUSE_S / 2))[1], _LONGEST_PAUSE_S)
+        pause_s = min(2 * self._pauses.get(stream, (0.0, self._first_pause_s / 2))[1], _LONGEST_PAUSE_S)
         due = time.monotonic() + pause_s * random.uniform(0.75, 1.25)  # noqa: S311 - no secret
         self._pauses[stream] = due, pause_s

@@ -19,9 +19,6 @@ from telemetryd.client.dead_letters import DEAD, dead_letter_files
 from telemetryd.client.folder import ACTIVE, READY, SYNCED, Entry, entries, is_ours, open_regular
 from telemetryd.client.streams import Stream
 
-_EVERY_S: Final = 5.0
-_COST: Final = 100
-"""Looking through the folder takes at most one hundredth of the time."""
 _ORDER: Final = {SYNCED: 0, DEAD: 1, READY: 2, ACTIVE: 2}
 _LETTER: Final = b'{"time":'
 """The beginning of each dead letter."""
@@ -122,17 +119,18 @@ class Upkeep:
     """Keeps a folder within its bounds, every few seconds; less often the longer it takes to look through it.
 
     Args:
-        config: the folder and its bounds.
+        config: the folder, its bounds, and how often they are looked at.
         dropped: gets what was given up.
 
     """
 
     def __init__(self, config: Config, dropped: Dropped) -> None:
         self._folder = config.folder
+        self._pace = config.pace
         self._bounds = Bounds(config.max_bytes, config.max_age_s, config.keep_s)
         self._dropped = dropped
         self._began, self._began_at = time.monotonic(), time.time()
-        self.due = self._began + _EVERY_S
+        self.due = self._began + self._pace.tidy_every_s
         """When it is time again (time.monotonic)."""
 
     def attend(self, own: Stream | None) -> None:
@@ -151,7 +149,7 @@ class Upkeep:
             enforce(self._folder, self._bounds, own, self._dropped, now)
         finally:
             ended = time.monotonic()
-            self.due = ended + max(_EVERY_S, _COST * (ended - began))
+            self.due = ended + max(self._pace.tidy_every_s, self._pace.cost * (ended - began))
 
 
 def counted(counters: Counters, complaints: Complaints) -> Dropped:

@@ -20,6 +20,29 @@ MIB: Final = 1 << 20
 DEFAULT_URL: Final = "http://localhost:8765"
 
 
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How often a client tries, looks and tidies up, in seconds."""
+
+    first_pause_s: float = 0.25
+    """After a failure it waits for a random time of up to so long; the bound doubles with each failure,"""
+    longest_pause_s: float = 30.0
+    """up to this one."""
+    first_look_s: float = 2.0
+    """After about so long it looks for the first time for what other processes have left,"""
+    look_every_s: float = 15.0
+    """and then about so often."""
+    aside_s: float = 15.0
+    """What is set aside is tried again after so long; the pauses grow."""
+    tidy_every_s: float = 5.0
+    """How often it looks whether the folder is within its bounds."""
+    cost: int = 100
+    """Looking through the folder takes at most one part in so many of the time."""
+
+
+USUAL: Final = Pace()
+
+
 def default_buffer_dir() -> Path:
     """Return where the spool is kept if nothing says otherwise: in the user's state folder (XDG base directories)."""
     state = Path(os.path.expanduser(os.environ.get("XDG_STATE_HOME") or ""))
@@ -89,6 +112,8 @@ class Config:
     """Unsent files are given up when they are so old."""
     keep_s: float = 86_400.0
     """Sent files (.synced) are deleted when they are so old."""
+    pace: Pace = USUAL
+    """How often it tries, looks and tidies up; no variable changes that."""
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -36,7 +36,6 @@ from telemetryd.client.lines import After
 _USUAL_LINE: Final = 1024
 """No more than so much is read ahead for each line that is asked for."""
 _LONGEST_LINE: Final = 256 << 20
-"""A line beyond that is no line of ours: it is read, and left out, in pieces."""
 _LARGEST: Final = 2**62
 
 Position = tuple[int, int]
@@ -70,12 +69,16 @@ class Stream:
         name: the stream's name.
         lock: the descriptor that holds the lock.
         numbers: which files it has; None if more may come at any time.
+        longest_line: a line of more bytes is no line of ours: it is read, and left out, in pieces.
 
     """
 
-    def __init__(self, folder: Path, name: str, lock: int, numbers: Iterable[int] | None) -> None:
+    def __init__(
+        self, folder: Path, name: str, lock: int, numbers: Iterable[int] | None, longest_line: int = _LONGEST_LINE
+    ) -> None:
         self.folder = folder
         self.name = name
+        self._longest_line = longest_line
         self._lock: Descriptor | None = Descriptor(lock)
         self._is_our_lock = holds_position(lock, name)
         """Else it is another program's file of this name: it serves to lock, and is neither written nor deleted."""
@@ -104,13 +107,16 @@ class Stream:
                 return cls(folder, name, lock, None)
 
     @classmethod
-    def take(cls, folder: Path, name: str, numbers: Iterable[int] | None = None) -> Stream | None:
+    def take(
+        cls, folder: Path, name: str, numbers: Iterable[int] | None = None, longest_line: int = _LONGEST_LINE
+    ) -> Stream | None:
         """Take over a stream that nobody sends, or return None if somebody does.
 
         Args:
             folder: where it is.
             name: the stream's name.
             numbers: which unsent files it has, as `waiting` says; by default they are looked up.
+            longest_line: a line of more bytes is read in pieces.
 
         Raises:
             OSError: if the folder does not allow it.
@@ -120,7 +126,8 @@ class Stream:
         if lock is None:
             return None
         try:
-            stream = cls(folder, name, lock, unsent_numbers(folder, name) if numbers is None else numbers)
+            there = unsent_numbers(folder, name) if numbers is None else numbers
+            stream = cls(folder, name, lock, there, longest_line)
         except OSError:
             os.close(lock)
             raise
@@ -170,7 +177,7 @@ class Stream:
             end = chunk.rfind(b"\n")
             if end >= 0:
                 return self._cut(chunk, end, rows, max_bytes)
-            if not self._is_complete and len(chunk) < _LONGEST_LINE:
+            if not self._is_complete and len(chunk) < self._longest_line:
                 if not try_lock(file, fcntl.LOCK_SH):
                     return None
                 self._is_complete = True
@@ -183,7 +190,7 @@ class Stream:
         """Return what comes next, with one newline at least unless there is none (within the longest line)."""
         while True:
             chunk = os.pread(file, size, self.offset)
-            if b"\n" in chunk or len(chunk) < size or size >= _LONGEST_LINE:
+            if b"\n" in chunk or len(chunk) < size or size >= self._longest_line:
                 return chunk
             size *= 4  # a line that is longer than a chunk
 

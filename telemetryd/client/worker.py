@@ -17,7 +17,7 @@ from telemetryd.client.aside import Aside
 from telemetryd.client.batch import Batch
 from telemetryd.client.bounds import Upkeep, counted, make_room
 from telemetryd.client.complaints import Complaints
-from telemetryd.client.config import Config
+from telemetryd.client.config import USUAL, Config
 from telemetryd.client.context import ProcessIdentity
 from telemetryd.client.counters import Counters
 from telemetryd.client.dead_letters import bury
@@ -33,14 +33,8 @@ from telemetryd.client.uploader import Uploader
 
 logger: Final = logging.getLogger("telemetryd.client")
 
-_BACKOFF_FIRST_S: Final = 0.25
-_BACKOFF_MOST_S: Final = 30.0
 _REFUSAL_S: Final = 60.0
 """How slowly we ask again where only a change of the configuration can help (a token, an address)."""
-_LOOK_AROUND_S: Final = 15.0
-_FIRST_LOOK_S: Final = 2.0
-_COST: Final = 100
-"""Looking around takes at most one hundredth of the time."""
 _SETTLE_S: Final = 0.005
 _REFUSALS: Final = 3
 
@@ -51,7 +45,7 @@ class Backoff:
     Full jitter spreads the clients that lost the same daemon at the same moment (Brooker, AWS Architecture Blog 2015).
     """
 
-    def __init__(self, first_s: float = _BACKOFF_FIRST_S, most_s: float = _BACKOFF_MOST_S) -> None:
+    def __init__(self, first_s: float = USUAL.first_pause_s, most_s: float = USUAL.longest_pause_s) -> None:
         self._first_s = first_s
         self._most_s = most_s
         self._failures = 0
@@ -89,9 +83,9 @@ class Worker:
         self._signals = signals
         self._complaints = Complaints()
         self._transport = Transport(config)
-        self._aside = Aside(self._folder)
+        self._aside = Aside(self._folder, config.pace.aside_s)
         self._delivery = Delivery(self._transport, self._bury, counters, self._aside)
-        self._backoff = Backoff()
+        self._backoff = Backoff(config.pace.first_pause_s, config.pace.longest_pause_s)
         self._quiet_until = 0.0
         self._not_before = 0.0
         self._own: Uploader | None = None
@@ -101,7 +95,7 @@ class Worker:
         self._left: deque[tuple[str, list[int]]] = deque()
         """Streams found at the last look around and not yet tried, with the numbers of their files."""
         now = time.monotonic()
-        self._next_look = now + _FIRST_LOOK_S * random.uniform(0.5, 1.5)  # noqa: S311
+        self._next_look = now + config.pace.first_look_s * random.uniform(0.5, 1.5)  # noqa: S311
         self._upkeep = Upkeep(config, counted(counters, self._complaints))
         self._registered: set[str] = set()
         self._beats: dict[str, float] = {}
@@ -126,7 +120,7 @@ class Worker:
                 except Exception:
                     if self._is_forgotten:
                         break
-                    self._quiet_until = time.monotonic() + _BACKOFF_MOST_S
+                    self._quiet_until = time.monotonic() + self._config.pace.longest_pause_s
                     logger.exception("Telemetry could not be sent because of an error of the client itself")
         finally:
             self._release_orphan()
@@ -247,7 +241,7 @@ class Worker:
         now = time.monotonic()
         if now >= self._next_look:
             self._left = deque(waiting(self._folder).items())
-            pause = max(_LOOK_AROUND_S, _COST * (time.monotonic() - now))
+            pause = max(self._config.pace.look_every_s, self._config.pace.cost * (time.monotonic() - now))
             self._next_look = now + pause * random.uniform(0.5, 1.5)  # noqa: S311
         while not self._signals.stopping and (orphan := self._orphan or self._next_orphan()) is not None:
             is_left = False

@@ -354,6 +354,9 @@ class KeepAlerts(Command[int]):
 class IndexTexts(Command["Indexed | None"]):
     """Go on with the full-text index that was begun. Outcome: `Indexed`, or None if there is none or it is complete."""
 
+    most_bytes: int = 1024 * 1024
+    """How many bytes of texts it indexes at most, besides a first run of any size."""
+
     @property
     def cost(self) -> int:
         """How many rows it touches at most."""

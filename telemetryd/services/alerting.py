@@ -22,12 +22,20 @@ from telemetryd.store import Store
 
 _AT_ONCE: Final = 50
 """Changes that are logged before the event loop gets its turn."""
-_REST: Final = 100
-"""How many times as long as its evaluation a rule of commits rests at least: it takes 1 % of a reader at most."""
 
 
 class Alerting:
-    """The alerts of one daemon."""
+    """The alerts of one daemon.
+
+    Args:
+        store: where runs are, and what is kept of alerts.
+        rules: what is looked for, and who is told.
+        clock: returns the time.
+        pace: how messages that are not accepted are sent again.
+        given_up: gets the number of messages that will never be delivered.
+        rest: how many times as long as its evaluation a rule of commits rests at least: 1 % of a reader at most.
+
+    """
 
     def __init__(
         self,
@@ -36,8 +44,10 @@ class Alerting:
         clock: Callable[[], datetime] = utc_now,
         pace: Pace | None = None,
         given_up: Callable[[int], None] = lambda _: None,
+        *,
+        rest: int = 100,
     ) -> None:
-        self._store, self._rules, self._clock, self._given_up = store, rules, clock, given_up
+        self._store, self._rules, self._clock, self._given_up, self._rest = store, rules, clock, given_up, rest
         self._pace = pace or Pace()
         self._outboxes = {
             webhook.name: Outbox(store, webhook, clock=clock, pace=self._pace, given_up=given_up)
@@ -80,7 +90,7 @@ class Alerting:
                 group.create_task(self._watch(cheap, asyncio.Lock(), rest=0))
             turn = asyncio.Lock()
             for rule in dear:
-                group.create_task(self._watch((rule,), turn, rest=_REST))
+                group.create_task(self._watch((rule,), turn, rest=self._rest))
 
     async def _watch(self, rules: tuple[Rule, ...], turn: asyncio.Lock, rest: int) -> None:
         """Evaluate some rules again and again, for ever.

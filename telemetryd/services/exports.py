@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import Final
+from dataclasses import dataclass
 
 from aiohttp import web
 
@@ -19,9 +19,14 @@ from telemetryd.web.answers import NOTE, mark, request_id
 from telemetryd.web.compression import Compressor, announce, choose, compressor
 from telemetryd.web.middleware import leaving
 
-_LEAST_BYTES_PER_S: Final = 1024
-_PATIENCE_S: Final = 60.0
-"""A client that takes longer for a chunk than this, and at this rate, is disconnected."""
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """How long a client may take for a chunk; one that takes longer is disconnected."""
+
+    patience_s: float = 60.0
+    least_bytes_per_s: float = 1024
+    """At this rate a chunk takes its own time besides."""
 
 
 def _headers(form: Format, rows: int, *, exact: bool) -> dict[str, str]:
@@ -34,20 +39,70 @@ def _headers(form: Format, rows: int, *, exact: bool) -> dict[str, str]:
     }
 
 
-async def describe(request: web.Request, query: ExportRuns, store: Store) -> web.StreamResponse:
-    """Answer a HEAD: the headers of an export, for which nothing is copied; the runs are counted instead.
+class Exporter:
+    """Answers the exports of one store.
 
-    Raises:
-        InvalidRequestError: if it cannot be answered in this form, or over HTTP/1.0.
-        UnavailableError: if the database cannot be read now.
+    Args:
+        store: what is exported.
+        bounds: how slowly clients may read.
 
     """
-    await _check_form(request, query)
-    total = await store.fetch(CountMatching(query.filters))
-    request[NOTE].say("Export described", query_params=for_log(query.parameters()), result_count=total.runs)
-    response = web.StreamResponse(headers=_headers(query.form, total.runs, exact=True))  # its length is unknown
-    _compressed(request, query, response)
-    return response
+
+    def __init__(self, store: Store, bounds: Bounds | None = None) -> None:
+        self._store = store
+        self.bounds = bounds or Bounds()
+
+    async def describe(self, request: web.Request, query: ExportRuns) -> web.StreamResponse:
+        """Answer a HEAD: the headers of an export, for which nothing is copied; the runs are counted instead.
+
+        Raises:
+            InvalidRequestError: if it cannot be answered in this form, or over HTTP/1.0.
+            UnavailableError: if the database cannot be read now.
+
+        """
+        await _check_form(request, query)
+        total = await self._store.fetch(CountMatching(query.filters))
+        request[NOTE].say("Export described", query_params=for_log(query.parameters()), result_count=total.runs)
+        response = web.StreamResponse(headers=_headers(query.form, total.runs, exact=True))  # its length is unknown
+        _compressed(request, query, response)
+        return response
+
+    async def stream(self, request: web.Request, query: ExportRuns) -> web.StreamResponse:
+        """Stream an export; one that cannot be brought to its end is cut, so that no client takes it for complete.
+
+        Raises:
+            InvalidRequestError: if it cannot be answered in this form, or over HTTP/1.0.
+            UnavailableError: if it cannot be made now.
+
+        """
+        await _check_form(request, query)
+        bounds = self.bounds
+        async with self._store.export(query) as copy:
+            response = web.StreamResponse(headers=_headers(query.form, copy.rows, exact=copy.is_exact))
+            packer = _compressed(request, query, response)
+            mark(response, request_id(request))
+            response.enable_chunked_encoding()
+            request[NOTE].say("Runs exported", query_params=for_log(query.parameters()), result_count=copy.rows)
+            await response.prepare(request)
+            try:
+                with leaving(request):
+                    async with contextlib.aclosing(copy.chunks()) as chunks:
+                        async for chunk in chunks:
+                            packed = chunk if packer is None else await asyncio.to_thread(packer.compress, chunk)
+                            async with asyncio.timeout(bounds.patience_s + len(packed) / bounds.least_bytes_per_s):
+                                await response.write(packed)
+                    await response.write_eof(b"" if packer is None else packer.flush())
+            except ConnectionError:
+                request[NOTE].say("Export cut off by its reader", query_params=for_log(query.parameters()))
+            except TimeoutError:  # or a few who read a byte now and then would keep all others from exporting
+                request[NOTE].say("Export cut off: its reader is too slow", query_params=for_log(query.parameters()))
+                if request.transport is not None:
+                    request.transport.abort()
+            except UnavailableError as error:
+                log.error("Export cut off", extra={"error_message": sentence(error)})
+                if request.transport is not None:
+                    request.transport.abort()
+        return response
 
 
 def _compressed(request: web.Request, query: ExportRuns, response: web.StreamResponse) -> Compressor | None:
@@ -67,40 +122,3 @@ async def _check_form(request: web.Request, query: ExportRuns) -> None:
             await asyncio.to_thread(tables.require_parquet)
         except tables.NoParquetError as error:
             raise InvalidRequestError(f"Invalid format: 'parquet'; {sentence(error)}") from error
-
-
-async def stream(request: web.Request, query: ExportRuns, store: Store) -> web.StreamResponse:
-    """Stream an export; one that cannot be brought to its end is cut, so that no client takes it for complete.
-
-    Raises:
-        InvalidRequestError: if it cannot be answered in this form, or over HTTP/1.0.
-        UnavailableError: if it cannot be made now.
-
-    """
-    await _check_form(request, query)
-    async with store.export(query) as copy:
-        response = web.StreamResponse(headers=_headers(query.form, copy.rows, exact=copy.is_exact))
-        packer = _compressed(request, query, response)
-        mark(response, request_id(request))
-        response.enable_chunked_encoding()
-        request[NOTE].say("Runs exported", query_params=for_log(query.parameters()), result_count=copy.rows)
-        await response.prepare(request)
-        try:
-            with leaving(request):
-                async with contextlib.aclosing(copy.chunks()) as chunks:
-                    async for chunk in chunks:
-                        packed = chunk if packer is None else await asyncio.to_thread(packer.compress, chunk)
-                        async with asyncio.timeout(_PATIENCE_S + len(packed) / _LEAST_BYTES_PER_S):
-                            await response.write(packed)
-                await response.write_eof(b"" if packer is None else packer.flush())
-        except ConnectionError:
-            request[NOTE].say("Export cut off by its reader", query_params=for_log(query.parameters()))
-        except TimeoutError:  # or a few who read a byte now and then would keep all others from exporting
-            request[NOTE].say("Export cut off: its reader is too slow", query_params=for_log(query.parameters()))
-            if request.transport is not None:
-                request.transport.abort()
-        except UnavailableError as error:
-            log.error("Export cut off", extra={"error_message": sentence(error)})
-            if request.transport is not None:
-                request.transport.abort()
-    return response

@@ -7,6 +7,7 @@ import sys
 import zlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
 from aiohttp import web
@@ -31,17 +32,23 @@ else:
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-SILENCE_S: Final = 30.0
-"""How long a body may pause."""
-
-SLOWEST_BYTES_PER_S: Final = 1024
-"""What a body must bring on average after that time; a byte now and then would hold its connection for ever."""
-
-BODIES_BYTES: Final = 64 * 1024 * 1024
-"""What all bodies may hold together while they are being read; decoded JSON takes several times as much."""
-
 JSON_TYPES: Final = ("application/json",)
 NDJSON_TYPES: Final = ("application/x-ndjson", "application/ndjson", "application/jsonl")
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """How much bodies may take, besides their size."""
+
+    silence_s: float = 30.0
+    """How long a body may pause."""
+    slowest_bytes_per_s: float = 1024
+    """What a body must bring on average after that time; a byte now and then would hold its connection for ever."""
+    together: int = 64 * 1024 * 1024
+    """What all bodies may hold while they are being read, besides a first one of any size.
+
+    Decoded JSON takes several times as much.
+    """
 
 
 class _Decoder(Protocol):
@@ -116,13 +123,13 @@ class Bodies:
 
     Args:
         limit: how many bytes a body may have, encoded and decoded.
-        together: how many bytes all bodies may have that are being read, besides a first one of any size.
+        bounds: how much they may take besides.
 
     """
 
-    def __init__(self, limit: int, together: int = BODIES_BYTES) -> None:
+    def __init__(self, limit: int, bounds: Bounds | None = None) -> None:
         self._limit = limit
-        self._together = together
+        self.bounds = bounds or Bounds()
         self._held = 0
 
     @asynccontextmanager
@@ -132,7 +139,7 @@ class Bodies:
         Raises:
             BodyTooLargeError: as soon as the encoded or the decoded bytes pass the limit.
             InvalidRequestError: if the bytes are not in the coding that the request names.
-            SlowBodyError: if it pauses for `SILENCE_S` seconds, or brings less than `SLOWEST_BYTES_PER_S`.
+            SlowBodyError: if it pauses for too long, or brings too little in its time (`Bounds`).
             TooManyBodiesError: if others take all the room.
             UnsupportedBodyError: if the coding is not known.
 
@@ -155,7 +162,7 @@ class Bodies:
 
     def take(self, size: int, share: _Share) -> None:
         """Count what a body has grown by."""
-        if self._held + size > self._together and self._held > share.held:
+        if self._held + size > self.bounds.together and self._held > share.held:
             raise TooManyBodiesError
         self._held += size
         share.held += size
@@ -192,17 +199,18 @@ async def _receive(request: web.Request, share: _Share) -> bytes:
     bytes(request.content_length or 0)
     parts: list[bytes] = []
     size = 0
-    loop = asyncio.get_running_loop()
+    bounds, loop = share.bodies.bounds, asyncio.get_running_loop()
     started = loop.time()
     try:
-        async with asyncio.timeout(SILENCE_S) as patience:
+        async with asyncio.timeout(bounds.silence_s) as patience:
             while part := await stream.readany():
                 size += len(part)
                 if size > share.bodies.limit:
                     raise _too_large(share.bodies.limit)
                 share.bodies.take(len(part), share)
                 parts.append(part)
-                patience.reschedule(min(loop.time() + SILENCE_S, started + SILENCE_S + size / SLOWEST_BYTES_PER_S))
+                latest = started + bounds.silence_s + size / bounds.slowest_bytes_per_s
+                patience.reschedule(min(loop.time() + bounds.silence_s, latest))
     except TimeoutError as error:
         raise SlowBodyError from error
     return b"".join(parts)

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import uuid
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any, Final, cast
 
 from aiohttp import hdrs, web
@@ -27,24 +28,30 @@ from telemetryd.web.heads import ANSWERED_BYTES, HEAD_BYTES, HeadTooLargeError, 
 KEEPALIVE_S: Final = 75.0
 """How long a connection may rest between two requests."""
 
-HEAD_S: Final = 10.0
-"""How long the head of a request may take, from its first byte, or from the connection's begin."""
-
-DEAF_S: Final = 30.0
-"""How long a client may take in nothing of what waits for it."""
-
-MOST_UNREAD_BYTES: Final = 256 * 1024 * 1024
-"""How much of all answers together may wait for clients to read; beyond it, those with most of it are cut off."""
-
 _PIECE_BYTES: Final = 256 * 1024
-
-LINGER_S: Final = 5.0
-"""How long the rest of a body is waited for whose request is answered already, so that the answer gets through."""
-
-_PATROL_EVERY_S: Final = 1.0
 _SPARE_DESCRIPTORS: Final = 80
 """Descriptors for the lock files, the sockets that listen, backups, and what Python opens."""
 _DESCRIPTORS_PER_READER: Final = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """How much time clients may take, and how much of the memory."""
+
+    head_s: float = 10.0
+    """How long the head of a request may take, from its first byte, or from the connection's begin."""
+    deaf_s: float = 30.0
+    """How long a client may take in nothing of what waits for it."""
+    linger_s: float = 5.0
+    """How long the rest of a body is waited for whose request is answered already, so that the answer gets through."""
+    patrol_every_s: float = 1.0
+    """How often each connection is looked at."""
+    held_bytes: int = 40 * 1024 * 1024
+    """What all requests may hold besides their bodies; beyond it, the connections with most of it are cut."""
+    unread_bytes: int = 256 * 1024 * 1024
+    """How much of all answers together may wait for clients to read; beyond it, those with most of it are cut off."""
+    large_bytes: int = LARGE_BYTES
+    """From this size on an answer is counted at once, as hundreds of them may come between two patrols."""
 
 
 class _Pieces(Payload):
@@ -206,7 +213,7 @@ class _Protocol(RequestHandler):
         if (
             not isinstance(resp, web.Response)
             or not isinstance(body := resp.body, bytes | bytearray)
-            or len(body) < LARGE_BYTES  # those beyond are counted at once: hundreds may come between two patrols
+            or len(body) < self._server.bounds.large_bytes
         ):
             return await super().finish_response(request, resp, start_time)
         resp.body = self._answer = _Pieces(bytes(body), resp.headers.get(hdrs.CONTENT_ENCODING))
@@ -225,7 +232,7 @@ class _Protocol(RequestHandler):
         if self.transport.can_write_eof():
             self.transport.write_eof()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LINGER_S):
+            async with asyncio.timeout(self._server.bounds.linger_s):
                 await self._left
 
     def abort(self) -> None:
@@ -235,13 +242,14 @@ class _Protocol(RequestHandler):
 
     def lost_patience(self, now: float) -> str | None:
         """Say why the connection should be cut, or return None."""
-        if self.asking_since is not None and now - self.asking_since > HEAD_S:
-            return f"No complete request head within {HEAD_S:g} s"
+        bounds = self._server.bounds
+        if self.asking_since is not None and now - self.asking_since > bounds.head_s:
+            return f"No complete request head within {bounds.head_s:g} s"
         waiting = self.unread
         if waiting != self.unsent[0]:
             self.unsent = waiting, now
-        elif waiting and now - self.unsent[1] > DEAF_S:
-            return f"The client read nothing for {DEAF_S:g} s"
+        elif waiting and now - self.unsent[1] > bounds.deaf_s:
+            return f"The client read nothing for {bounds.deaf_s:g} s"
         return None
 
 
@@ -254,6 +262,7 @@ _MALFORMED: Final = {
 
 class _Server(web.Server):
     most_connections: int
+    bounds: Bounds
     answer: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
     held: Held[_Protocol]
     _patrol: asyncio.Task[None]
@@ -277,7 +286,7 @@ class _Server(web.Server):
 
     async def _look_after(self) -> None:
         while True:
-            await asyncio.sleep(_PATROL_EVERY_S)
+            await asyncio.sleep(self.bounds.patrol_every_s)
             now = asyncio.get_running_loop().time()
             for protocol in self._protocols():
                 if (reason := protocol.lost_patience(now)) is not None:
@@ -292,10 +301,10 @@ class _Server(web.Server):
         """Cut off those who leave most unread, as long as it is too much in total: it is all in memory."""
         unread = {protocol: protocol.unread for protocol in self._protocols()}
         total = sum(unread.values())
-        if total <= MOST_UNREAD_BYTES:
+        if total <= self.bounds.unread_bytes:
             return
         most = sorted(unread, key=unread.__getitem__)
-        while total > MOST_UNREAD_BYTES:
+        while total > self.bounds.unread_bytes:
             protocol = most.pop()
             total -= unread[protocol]
             log.warning(
@@ -316,6 +325,7 @@ async def _answer_while_there(request: web.BaseRequest) -> web.StreamResponse:
 
 class _Runner(private_aiohttp.AppRunner):
     most_connections: int
+    bounds: Bounds
 
     def replace_server(self, made: web.Server) -> web.Server:
         """Return a server that keeps its connections within bounds."""
@@ -332,30 +342,36 @@ class _Runner(private_aiohttp.AppRunner):
         server = _Server(_answer_while_there, request_factory=made.request_factory, **arguments)
         server.most_connections = self.most_connections
         server.answer = answer
-        server.held = Held()
+        server.bounds = self.bounds
+        server.held = Held(self.bounds.held_bytes)
         server.start_patrol()
         return server
 
 
-def make_runner(app: web.Application, settings: Settings, most_watched: int) -> web.AppRunner:
+def make_runner(
+    app: web.Application, settings: Settings, most_watched: int, bounds: Bounds | None = None
+) -> web.AppRunner:
     """Return aiohttp's runner with our own handling of signals, bodies, errors and time limits.
 
     Args:
         app: what answers.
         settings: how long things may take, and how many readers there are.
         most_watched: how many processes are watched at most; each takes a descriptor that no connection gets.
+        bounds: how much clients may take.
 
     """
+    bounds = bounds or Bounds()
     runner = _Runner(
         app,
         handle_signals=False,  # aiohttp's second SIGTERM aborts the drain
         access_log=None,
         auto_decompress=False,  # body.py does it, within its limits
         keepalive_timeout=KEEPALIVE_S,
-        lingering_time=LINGER_S,
+        lingering_time=bounds.linger_s,
         # aiohttp waits that long for the handlers, cancels them, and waits as long again.
         shutdown_timeout=settings.shutdown_timeout_s / 4,
     )
+    runner.bounds = bounds
     limit = descriptor_limit()
     spare = _SPARE_DESCRIPTORS + _DESCRIPTORS_PER_READER * (settings.db_readers + 1) + most_watched
     runner.most_connections = max(limit - spare, limit // 4)

@@ -20,9 +20,6 @@ if TYPE_CHECKING:
 HEAD_BYTES: Final = 64 * 1024
 """What a head may have; aiohttp bounds its lines, of which it takes 128, and their length."""
 
-HELD_BYTES: Final = 40 * 1024 * 1024
-"""What all requests may hold besides their bodies; beyond it, the connections with most of it are cut."""
-
 ANSWERED_BYTES: Final = 10 * 1024
 """About what a request takes while it is being answered or waits for that: tasks, the query, its place in a queue."""
 
@@ -44,9 +41,15 @@ class HeadTooLargeError(BadHttpMessage):
 
 
 class Held(Generic[H]):
-    """How much each connection holds, and all of them together."""
+    """How much each connection holds, and all of them together.
 
-    def __init__(self) -> None:
+    Args:
+        most: how many bytes that may be.
+
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
         self.bytes = 0
         self._by_holder: dict[H, int] = {}
 
@@ -58,11 +61,11 @@ class Held(Generic[H]):
 
     def relieve(self) -> Sequence[H]:
         """If it is too much, forget and return those who hold most, of equal ones those unchanged for longest."""
-        if self.bytes <= HELD_BYTES:
+        if self.bytes <= self._most:
             return ()
         relieved = []
         for holder in sorted(self._by_holder, key=self._by_holder.__getitem__, reverse=True):
-            if self.bytes <= HELD_BYTES * 3 // 4:  # some at once, for the order costs a look at all of them
+            if self.bytes <= self._most * 3 // 4:  # some at once, for the order costs a look at all of them
                 break
             self.note(holder, 0)
             relieved.append(holder)
@@ -131,17 +134,19 @@ class Parser(HttpRequestParser):
             return parsed
         if not (messages or data):  # aiohttp asks so whether anything waits, after each request
             return parsed
-        received = len(data)
-        if is_body and self._body is not None:
-            received = received - (self._body.total_bytes - read) if self._body.is_eof() else 0
         sizes = [_size(message) for message, _ in messages]
-        self._unfinished += received
+        of_bodies = sum(body.total_bytes for _, body in messages)
+        if is_body and self._body is not None:
+            of_bodies += self._body.total_bytes - read
+        self._unfinished = max(self._unfinished + len(data) - sum(sizes) - of_bodies, 0)
         if messages:
             self._body = messages[-1][1]
             self._asked.extend(_held(message, size) for size, (message, _) in zip(sizes, messages, strict=True))
             # What comes after them in this slice is hardly worth counting, unless much has to wait for its turn.
-            is_waiting = is_body or len(self._asked) >= MAX_MSG_QUEUE_SIZE
-            self._unfinished = max(self._unfinished - sum(sizes), 0) if is_waiting else 0
+            if not (is_body or len(self._asked) >= MAX_MSG_QUEUE_SIZE):
+                self._unfinished = 0
+        if self._body is not None and not self._body.is_eof():  # all that is not parsed yet belongs to it
+            self._unfinished = 0
         if max(sizes, default=0) > HEAD_BYTES or (
             self._unfinished > HEAD_BYTES and len(self._asked) < MAX_MSG_QUEUE_SIZE
         ):

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from telemetryd.client import Client
+from telemetryd.client.config import USUAL, Pace
 from tests.conftest import PATIENCE_S, Api, require_program
 from tests.tools.bad_proxy import BadProxy, bad_proxy
 
@@ -25,12 +26,18 @@ def buffer(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def make_client(buffer: Path) -> Iterator[MakeClient]:
+def pace() -> Pace:
+    """How often clients try and look; a file whose tests would have to wait has another one."""
+    return USUAL
+
+
+@pytest.fixture
+def make_client(buffer: Path, pace: Pace) -> Iterator[MakeClient]:
     """Return a function that makes a client; keyword arguments are settings."""
     made: list[Client] = []
 
     def make(url: str = "http://127.0.0.1:9", **settings: Any) -> Client:
-        given = {"buffer_dir": buffer, "linger_s": 0.01, "flush_timeout_s": 0.5, **settings}
+        given = {"buffer_dir": buffer, "linger_s": 0.01, "flush_timeout_s": 0.5, "pace": pace, **settings}
         made.append(Client(url, **given))
         return made[-1]
 

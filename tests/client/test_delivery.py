@@ -10,6 +10,7 @@ import os
 import random
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from telemetryd.client import Config, worker
+from telemetryd.client import Config
 from telemetryd.client.answers import MAX_ROWS, parse_flow, retry_after_s
+from telemetryd.client.config import Pace
 from telemetryd.client.delivery import RetryError
 from telemetryd.client.folder import waiting
 from telemetryd.client.transport import Answer, Transport
@@ -28,11 +30,10 @@ from tests.conftest import Api, MakeApi
 from tests.tools.bad_proxy import BREAKS, DAEMONS, ERRORS, BadProxy
 
 
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def pace() -> Pace:
     """Back off in hundredths of a second, so that the tests need not wait."""
-    monkeypatch.setattr(worker, "Backoff", lambda: Backoff(0.005, 0.02))
-    monkeypatch.setattr(worker, "_FIRST_LOOK_S", 0.0)
+    return Pace(first_pause_s=0.005, longest_pause_s=0.02, first_look_s=0)
 
 
 def letters(buffer: Path) -> list[Any]:
@@ -116,10 +117,9 @@ async def test_an_update_made_while_the_daemon_is_down_is_not_replayed_as_a_dupl
 
 
 async def test_an_end_that_joined_a_start_whose_answer_was_lost_is_not_lost_with_it(
-    api: Api, proxy: BadProxy, make_client: MakeClient, buffer: Path, monkeypatch: pytest.MonkeyPatch
+    api: Api, proxy: BadProxy, make_client: MakeClient, buffer: Path, pace: Pace
 ) -> None:
     """The start is stored, nobody tells; what is sent again is start and end in one, and the daemon says: duplicate."""
-    monkeypatch.setattr(worker, "_LOOK_AROUND_S", 0.1)
     proxy.script = ["lost after", *["503"] * 1000]
     first = make_client(proxy.url, linger_s=0)
     run = first.run("a", "j").start()
@@ -133,7 +133,7 @@ async def test_an_end_that_joined_a_start_whose_answer_was_lost_is_not_lost_with
     assert (stream.number, stream.offset) == (0, 0)
     run.finish("partial")
     first._spool.close()
-    second = make_client(proxy.url)
+    second = make_client(proxy.url, pace=replace(pace, look_every_s=0.1))
     second.record(finished(1))
     await flushed(second)
     while stream.name in waiting(buffer):  # what others left comes after its own  # noqa: ASYNC110

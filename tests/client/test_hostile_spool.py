@@ -12,8 +12,9 @@ from pathlib import Path
 import orjson
 import pytest
 
-from telemetryd.client import Client, streams
+from telemetryd.client import Client
 from telemetryd.client.bounds import Bounds, enforce
+from telemetryd.client.config import Pace
 from telemetryd.client.dead_letters import DEAD_LETTERS, bury
 from telemetryd.client.folder import entries, waiting
 from telemetryd.client.lines import after_of, dead_letter, repair
@@ -60,10 +61,15 @@ def other(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def full(buffer: Path, other: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A spool, next to somebody else's file, in which a dead process has left a line; clients look for it at once."""
+def pace() -> Pace:
+    """Clients look for what is left at once."""
+    return Pace(first_look_s=0.01)
+
+
+@pytest.fixture
+def full(buffer: Path, other: Path) -> Path:
+    """A spool, next to somebody else's file, in which a dead process has left a line."""
     assert other.exists()
-    monkeypatch.setattr("telemetryd.client.worker._FIRST_LOOK_S", 0.01)
     buffer.mkdir(mode=0o700)
     (buffer / "left.jsonl.ready").write_bytes(orjson.dumps(make_run(event_id="left")) + b"\n")
     return buffer
@@ -209,11 +215,10 @@ def test_a_dead_letter_of_any_depth_is_one_line() -> None:
         assert dead_letter(nested(levels), 422, "no", "now").count(b"\n") == 1
 
 
-def test_a_line_without_end_is_read_in_bounded_pieces(full: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streams, "_LONGEST_LINE", 1 << 20)
+def test_a_line_without_end_is_read_in_bounded_pieces(full: Path) -> None:
     with (full / "left.jsonl.ready").open("wb") as file:
         file.truncate(1 << 40)  # which a crash or somebody else may leave
-    stream = Stream.take(full, "left")
+    stream = Stream.take(full, "left", longest_line=1 << 20)
     assert stream is not None
     window = stream.window(10, 1 << 16)
     assert window is not None

@@ -11,9 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from telemetryd.client import Client
+from telemetryd.client.config import Pace
 from telemetryd.client.folder import waiting
 from telemetryd.client.spool import Spool
 from telemetryd.client.streams import Stream, is_sent
@@ -30,13 +29,9 @@ def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-async def test_others_send_its_lines_while_it_lives(
-    api: Api, make_client: MakeClient, buffer: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("telemetryd.client.worker._FIRST_LOOK_S", 0.0)
-    monkeypatch.setattr("telemetryd.client.worker._LOOK_AROUND_S", 0.1)
+async def test_others_send_its_lines_while_it_lives(api: Api, make_client: MakeClient, buffer: Path) -> None:
     alive = silent(buffer, file_bytes=2000)
-    other = make_client(url_of(api))
+    other = make_client(url_of(api), pace=Pace(first_look_s=0, look_every_s=0.1))
     other.record(make_run(agent_name="other"))
     count = 0
     for more in (1, 1, 10, 50):
@@ -118,10 +113,8 @@ def test_its_files_change_with_age_and_leave_no_descriptor(buffer: Path) -> None
     alive.close()
 
 
-def test_its_folder_is_bounded_without_anybody_else(buffer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("telemetryd.client.bounds._EVERY_S", 0.0)
-    monkeypatch.setattr("telemetryd.client.bounds._COST", 0)
-    alive = silent(buffer, file_bytes=2000, max_bytes=20_000)
+def test_its_folder_is_bounded_without_anybody_else(buffer: Path) -> None:
+    alive = silent(buffer, file_bytes=2000, max_bytes=20_000, pace=Pace(tidy_every_s=0, cost=0))
     for _ in range(500):
         alive.record(make_run())
         for thread in threading.enumerate():

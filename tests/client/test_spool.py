@@ -18,8 +18,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from telemetryd.client import Config, bounds
-from telemetryd.client.bounds import Bounds, enforce
+from telemetryd.client import Config
+from telemetryd.client.bounds import Bounds, Upkeep, enforce
+from telemetryd.client.config import Pace
 from telemetryd.client.dead_letters import bury
 from telemetryd.client.folder import Entry, entries, summary, waiting
 from telemetryd.client.spool import Spool
@@ -536,9 +537,8 @@ def test_processes_that_begin_a_new_dead_letter_file_at_once_lose_none(buffer: P
 def test_a_clock_that_is_set_makes_no_file_old(buffer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(buffer, 2).release()
     dropped: list[str] = []
-    config = Config(buffer_dir=buffer)
-    monkeypatch.setattr(bounds, "_EVERY_S", 0.0)
-    upkeep = bounds.Upkeep(config, lambda entry, _lines, _why: dropped.append(entry.path))
+    config = Config(buffer_dir=buffer, pace=Pace(tidy_every_s=0))
+    upkeep = Upkeep(config, lambda entry, _lines, _why: dropped.append(entry.path))
     real = time.time
     for jump_s in (40 * 86_400, -40 * 86_400):
         monkeypatch.setattr(time, "time", lambda jump_s=jump_s: real() + jump_s)

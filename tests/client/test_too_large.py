@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 
-from telemetryd.client import Config, aside, worker
+from telemetryd.client import Config
 from telemetryd.client.aside import Aside
 from telemetryd.client.batch import Batch
+from telemetryd.client.config import Pace
 from telemetryd.client.counters import Counters
 from telemetryd.client.delivery import MAX_BYTES, BlockedError, Delivery
 from telemetryd.client.folder import entries, is_aside
 from telemetryd.client.lines import encode
 from telemetryd.client.transport import Answer, Transport, UnreachableError
-from telemetryd.client.worker import Backoff
 from tests.client.conftest import MakeClient, flushed, stored, url_of
 from tests.client.test_worker import finished, leave
 from tests.conftest import Api, MakeApi, StartDaemon
@@ -32,12 +32,9 @@ LIMIT = 20_000
 LARGE = "x" * 2 * LIMIT
 
 
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "Backoff", lambda: Backoff(0.005, 0.02))
-    monkeypatch.setattr(worker, "_FIRST_LOOK_S", 0.0)
-    monkeypatch.setattr(worker, "_LOOK_AROUND_S", 0.05)
-    monkeypatch.setattr(aside, "_FIRST_PAUSE_S", 0.05)
+@pytest.fixture
+def pace() -> Pace:
+    return Pace(first_pause_s=0.005, longest_pause_s=0.02, first_look_s=0, look_every_s=0.05, aside_s=0.05)
 
 
 @pytest.fixture
@@ -168,8 +165,7 @@ def test_a_line_that_still_does_not_come_through_is_not_set_aside_again(tmp_path
     assert not entries(tmp_path)
 
 
-def test_the_pauses_of_what_is_set_aside_grow_within_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
+def test_the_pauses_of_what_is_set_aside_grow_within_bounds(tmp_path: Path) -> None:
     kept = Aside(tmp_path)
     pauses = []
     for _ in range(20):

@@ -9,20 +9,18 @@ from typing import Any
 
 import pytest
 
-from telemetryd.client import Client, worker
+from telemetryd.client import Client
+from telemetryd.client.config import Pace
 from telemetryd.client.lines import encode
 from telemetryd.client.spool import Spool
-from telemetryd.client.worker import Backoff
 from tests.client.conftest import MakeClient, flushed, stored, url_of
 from tests.conftest import Api, eventually
 from tests.tools.bad_proxy import ERRORS, BadProxy
 
 
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "Backoff", lambda: Backoff(0.005, 0.02))
-    monkeypatch.setattr(worker, "_FIRST_LOOK_S", 0.0)
-    monkeypatch.setattr(worker, "_LOOK_AROUND_S", 0.1)
+@pytest.fixture
+def pace() -> Pace:
+    return Pace(first_pause_s=0.005, longest_pause_s=0.02, first_look_s=0, look_every_s=0.1)
 
 
 def finished(name: str) -> dict[str, Any]:

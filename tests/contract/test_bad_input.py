@@ -494,32 +494,6 @@ async def test_a_bad_value_of_each_parameter(shared: Api, name: str) -> None:
     await check_alive(shared)
 
 
-@pytest.mark.parametrize("name", ["limits", "Limit", "agent", "order", "id", "__proto__", "a" * 5000, "%00", ""])
-async def test_an_unknown_parameter(shared: Api, name: str) -> None:
-    detail = check_error(await query(shared, f"{name}=1"), 400)
-    assert detail.startswith("Unknown query parameter ")
-    for known in PARAMETERS:
-        assert known in detail
-
-
-@pytest.mark.parametrize("name", ["limit", "offset"])
-@pytest.mark.parametrize(
-    "value", ["-1", "+1", "%2B1", "1e3", "1.0", "0x10", "1_0", "%EF%BC%99", "%D9%A3", "%20 1".replace(" ", ""), "1%20",
-              "abc", "null", "NaN", "9" * 19, "9" * 1000, str(2**63)]
-)  # fmt: skip
-async def test_what_is_no_limit_and_no_offset(shared: Api, name: str, value: str) -> None:
-    assert check_error(await query(shared, f"{name}={value}"), 400).startswith(f"Invalid {name}: ")
-
-
-async def test_limits_out_of_range(shared: Api) -> None:
-    for value in ("0", "1001", "-0"):
-        assert "from 1 to 1000" in check_error(await query(shared, f"limit={value}"), 400)
-
-
-async def test_too_many_parameters(shared: Api) -> None:
-    check_error(await query(shared, "&".join(f"a{number}=1" for number in range(500))), 400)
-
-
 @pytest.mark.parametrize(
     "query_string",
     ["agent_name=%25", "agent_name=%", "agent_name=%zz", "agent_name=%2", "agent_name='%20OR%201=1--",
@@ -531,53 +505,6 @@ async def test_what_matches_nothing_is_an_empty_list(shared: Api, query_string: 
     await shared.post(make_run())
     answer = await query(shared, query_string)
     assert (answer.status, answer.json) == (200, [])
-
-
-async def test_forged_cursors(shared: Api) -> None:
-    import base64
-
-    await shared.batch([make_run() for _ in range(3)])
-    answer = await send(shared, "GET", RUNS, params={"limit": "1"})
-    match = re.search(r"cursor=([^&>]+)", answer.headers["link"])
-    assert match is not None
-    cursor = match[1]
-    assert (await query(shared, f"limit=1&cursor={cursor}")).status == 200
-    content = json.loads(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
-
-    def forge(value: object) -> str:
-        return base64.urlsafe_b64encode(json.dumps(value).encode()).decode().rstrip("=")
-
-    version, filters, moment, run = content
-    forged = [
-        forge([version + 1, filters, moment, run]),
-        forge([version, "x", moment, run]),
-        forge([version, filters, "yesterday", run]),
-        forge([version, filters, None, run]),
-        forge([version, filters, moment, "1"]),
-        forge([version, filters, moment, -(2**63)]),
-        forge([version, filters, moment, 2**63]),
-        forge([version, filters, moment, 10**300]),
-        forge([version, filters, moment, 1.5]),
-        forge([version, filters, moment, None]),
-        forge([version, filters, moment]),
-        forge([version, [filters], {}, []]),
-        forge({}),
-        forge("x"),
-        forge(None),
-        cursor[:-3],
-        cursor + "AAAA",
-        "%F0%9F%98%80",
-        "....",
-        "AAAA",
-        "x" * 5000,
-    ]
-    for bad in forged:
-        assert check_error(await query(shared, f"limit=1&cursor={bad}"), 400).startswith("Invalid cursor: "), bad
-    # A cursor belongs to its filters.
-    detail = check_error(await query(shared, f"limit=1&status=running&cursor={cursor}"), 400)
-    assert "same filters" in detail
-    assert "cursor" in check_error(await query(shared, f"limit=1&offset=1&cursor={cursor}"), 400)
-    await check_alive(shared)
 
 
 # --- Paths ---------------------------------------------------------------------------------------

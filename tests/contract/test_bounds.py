@@ -10,8 +10,8 @@ import pytest
 
 from telemetryd.engine.sqlite.statements import runs as run_rows
 from telemetryd.model import values
-from telemetryd.web.body import BODIES
-from tests.conftest import PATIENCE_S, Api, eventually, make_run
+from telemetryd.web.body import Bounds
+from tests.conftest import PATIENCE_S, Api, bodies_of, eventually, make_run
 from tests.contract.wire import BATCH, NDJSON, RUNS, check_alive, check_error, places, post, send
 from tests.faults.test_connections import closed
 
@@ -71,8 +71,8 @@ async def test_a_page_too_large_says_how_many_runs_fit(api: Api, monkeypatch: py
 
 
 async def test_all_bodies_together_have_a_bound(api: Api) -> None:
-    bodies = api.client.app[BODIES]
-    bodies._together = 3_000_000
+    bodies = bodies_of(api)
+    bodies.bounds = Bounds(together=3_000_000)
     assert api.client.port is not None
     head = b"POST /api/v1/runs HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 4000000\r\n\r\n"
     large = [await asyncio.open_connection("127.0.0.1", api.client.port) for _ in range(2)]

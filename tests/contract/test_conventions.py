@@ -32,6 +32,7 @@ from tests.conftest import (
     DaemonServer,
     MakeApi,
     StartDaemon,
+    bodies_of,
     eventually,
     make_run,
     require_program,
@@ -447,8 +448,8 @@ SLOW = (
 )
 
 
-async def test_a_body_that_stops_arriving_is_503(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(body_module, "SILENCE_S", 0.2)
+async def test_a_body_that_stops_arriving_is_503(api: Api) -> None:
+    bodies_of(api).bounds = body_module.Bounds(silence_s=0.2)
     [answer] = await send_raw(api, SLOW + b"{", only_first=True)
     assert "stopped arriving" in check_error(answer, 503)
     assert answer.headers["retry-after"] == "5"
@@ -470,16 +471,15 @@ async def send_slowly(api: Api, data: bytes, step: int) -> Answer:
     return Answer(status, {}, b"")
 
 
-async def test_a_slow_body_that_goes_on_is_taken(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(body_module, "SILENCE_S", 1.0)  # it takes 1.25 s as a whole, or more
-    monkeypatch.setattr(body_module, "SLOWEST_BYTES_PER_S", 100)
+async def test_a_slow_body_that_goes_on_is_taken(api: Api) -> None:
+    # It takes 1.25 s as a whole, or more.
+    bodies_of(api).bounds = body_module.Bounds(silence_s=1.0, slowest_bytes_per_s=100)
     data = json.dumps(make_run()).encode().ljust(5000)
     assert (await send_slowly(api, data, 200)).status == 201  # 4000 bytes a second
 
 
-async def test_a_body_that_only_trickles_is_503(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(body_module, "SILENCE_S", 0.3)
-    monkeypatch.setattr(body_module, "SLOWEST_BYTES_PER_S", 1000)
+async def test_a_body_that_only_trickles_is_503(api: Api) -> None:
+    bodies_of(api).bounds = body_module.Bounds(silence_s=0.3, slowest_bytes_per_s=1000)
     data = json.dumps(make_run()).encode().ljust(5000)
     started = time.monotonic()
     assert (await send_slowly(api, data, 10)).status == 503  # 200 bytes a second

@@ -9,8 +9,9 @@ from contextlib import asynccontextmanager, suppress
 import pytest
 import pytest_asyncio
 
+from telemetryd.engine.sqlite.exports import Bounds
 from telemetryd.http import ROUTES
-from tests.conftest import Api, MakeApi, make_run
+from tests.conftest import Api, MakeApi, make_run, reading
 from tests.contract.wire import RUNS
 
 EVENT_ID = "a-run"
@@ -110,11 +111,11 @@ async def test_head_is_get_without_its_content(filled: Api, path: str) -> None:
 
 
 async def test_head_of_an_export_copies_nothing_and_of_the_stream_opens_none(
-    make_api: MakeApi, monkeypatch: pytest.MonkeyPatch
+    make_api: MakeApi,
 ) -> None:
     api = await make_api()
     await fill(api)
-    monkeypatch.setattr("telemetryd.engine.sqlite.exports.MAX_EXPORTS", 0)
+    reading(api)._exports.bounds = Bounds(longest_s=1.0, at_once=0)
     async with connected(api) as wire:
         status, headers = await wire.ask("HEAD", f"{RUNS}/export?status=success")
         assert (status, headers["x-total-count"]) == (200, "1")

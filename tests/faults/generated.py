@@ -1,4 +1,4 @@
-"""Makes requests without end from a seed: valid ones, some with a strange value, and some broken in any way."""
+"""Makes requests without end from a seed: valid ones, some with a strange value, broken ones, and anything at all."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ import gzip
 import json
 import random
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import quote
 
 from telemetryd.model.queries import LIST
-from telemetryd.model.runs import PATCHABLE, STORED
+from telemetryd.model.runs import COLUMNS, PATCHABLE, STORED
 
 RUNS: Final = "/api/v1/runs"
 _NAMES: Final = tuple(parameter.name for parameter in LIST)
+_PAGES: Final = (RUNS, "/metrics", "/api/v1/metadata", "/health")
+_MEDIA_TYPES: Final = ("application/json; charset=utf-8", "application/x-ndjson", "text/plain", "")
+_CODINGS: Final = ("gzip", "deflate", "zstd", "br")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,13 +26,13 @@ class Generated:
     """One request as it goes over the wire."""
 
     data: bytes
-    statuses: range
+    statuses: Collection[int]
     """What may be answered."""
     is_framed: bool = True
     """Whether the daemon can tell where it ends; if not, it answers 400 or nothing, and closes."""
 
 
-_ANY: Final = range(200, 500)
+_ANY: Final = (200, 201, 302, 400, 403, 404, 405, 413, 415, 422)
 _GOOD: Final = range(200, 300)
 _BAD: Final = range(400, 500)
 
@@ -55,7 +58,7 @@ class Generator:
             self._valid, self._valid, self._valid_batch, self._valid_query, self._valid_patch,
             self._strange_run, self._strange_run, self._strange_patch, self._strange_batch, self._strange_query,
             self._strange_path, self._strange_headers, self._mangled_body, self._mangled_body, self._coded_body,
-            self._mangled_request,
+            self._mangled_request, self._any_body, self._any_body, self._any_query, self._any_id,
         )  # fmt: skip
 
     def __next__(self) -> Generated:
@@ -84,23 +87,27 @@ class Generator:
         method: str,
         target: str,
         body: bytes | None = None,
-        statuses: range = _ANY,
+        statuses: Collection[int] = _ANY,
         headers: str = "Content-Type: application/json\r\n",
+        *,
+        is_framed: bool = True,
     ) -> Generated:
         head = f"{method} {target} HTTP/1.1\r\nHost: localhost\r\n"
         # Of these the daemon reads no further than the head, and closes.
-        is_framed = len(head) < 7_000 and headers.count("Content-Type") < 2
+        is_framed = is_framed and len(head) < 7_000 and headers.count("Content-Type") < 2
         if body is None:
-            return Generated(f"{head}\r\n".encode(), statuses, is_framed)
+            return Generated(f"{head}\r\n".encode("utf-8", "surrogateescape"), statuses, is_framed)
         if self._random.random() < 0.1:
             place = self._random.randrange(len(body) + 1)
             parts = (part for part in (body[:place], body[place:]) if part)
             chunks = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n"
             return Generated(
-                f"{head}{headers}Transfer-Encoding: chunked\r\n\r\n".encode() + chunks, statuses, is_framed
+                f"{head}{headers}Transfer-Encoding: chunked\r\n\r\n".encode("utf-8", "surrogateescape") + chunks,
+                statuses,
+                is_framed,
             )
         length = f"Content-Length: {len(body)}\r\n\r\n"
-        return Generated(f"{head}{headers}{length}".encode() + body, statuses, is_framed)
+        return Generated(f"{head}{headers}{length}".encode("utf-8", "surrogateescape") + body, statuses, is_framed)
 
     def _valid(self) -> Generated:
         return self._request("POST", RUNS, json.dumps(self._run()).encode(), _GOOD)
@@ -221,3 +228,70 @@ class Generator:
             place = self._random.randrange(end)
             data[place : place + self._random.randrange(3)] = self._random.randbytes(self._random.randrange(3))
         return Generated(bytes(data), _ANY, is_framed=False)
+
+    # --- Anything at all -------------------------------------------------------------------------
+
+    def _any_body(self) -> Generated:
+        """Anything as the body of a request that writes, under any media type and coding."""
+        method, target = self._random.choice(
+            (
+                ("POST", RUNS),
+                ("POST", f"{RUNS}/batch"),
+                ("POST", f"{RUNS}/{self._some_id()}/associate-commit"),
+                ("PATCH", f"{RUNS}/{self._some_id()}"),
+            )
+        )
+        makers = (self._bytes, lambda: self._dump(self._value()), self._any_lines, self._nested)
+        body = self._random.choice(makers)()
+        if self._random.random() < 0.6:
+            return self._request(method, target, body)
+        kind, coding = self._random.choice(_MEDIA_TYPES), self._random.choice(("", *_CODINGS))
+        headers = f"Content-Type: {kind}\r\n" * bool(kind) + f"Content-Encoding: {coding}\r\n" * bool(coding)
+        return self._request(method, target, body, headers=headers)
+
+    def _any_lines(self) -> bytes:
+        return b"\n".join(self._dump(self._value()) for _ in range(self._random.randrange(4)))
+
+    def _nested(self) -> bytes:
+        """Objects or arrays in each other, closed or not."""
+        depth = self._random.randrange(1, 5000)
+        return self._random.choice((b'{"metrics_json":' * depth, b"[" * depth + b"]" * depth))
+
+    def _bytes(self) -> bytes:
+        return self._random.randbytes(self._random.randrange(60))
+
+    def _value(self, depth: int = 3) -> Any:
+        """Any value of JSON; names of fields are among the keys."""
+        chance = self._random.random() if depth else 0
+        if chance < 0.2:
+            return self._random.choice((*STRANGE, self._text(), self._random.uniform(-1e9, 1e9)))
+        values = [self._value(depth - 1) for _ in range(self._random.randrange(5))]
+        if chance < 0.5:
+            return values
+        return {self._random.choice((*COLUMNS, self._text())): value for value in values}
+
+    def _text(self) -> str:
+        return "".join(chr(self._random.randrange(0x110000)) for _ in range(self._random.randrange(6)))
+
+    def _any_query(self) -> Generated:
+        words = (*_NAMES, "format", "=", "&", "%", "%00", "+", "5")
+        words_only = "".join(self._random.choice(words) for _ in range(self._random.randrange(10)))
+        target = self._random.choice(_PAGES)
+        if self._random.random() < 0.5:
+            return self._request("GET", f"{target}?{words_only}")
+        query, is_framed = self._any_text()
+        return self._request("GET", f"{target}?{query}", is_framed=is_framed)
+
+    def _any_id(self) -> Generated:
+        event_id, is_framed = self._any_text()
+        target = f"{RUNS}/{event_id}{self._random.choice(('', '/commit-url'))}"
+        if self._random.random() < 0.5:
+            return self._request("PATCH", target, b'{"status":"success"}', is_framed=is_framed)
+        return self._request("GET", target, is_framed=is_framed)
+
+    def _any_text(self) -> tuple[str, bool]:
+        """Return any bytes as a part of a target; also whether they are quoted, without which it may be no request."""
+        raw = self._bytes()
+        if self._random.random() < 0.7:
+            return quote(raw, safe="=&" if self._random.random() < 0.5 else ""), True
+        return bytes(byte for byte in raw if byte > 0x20 and byte != 0x7F).decode("utf-8", "surrogateescape"), False

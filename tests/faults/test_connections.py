@@ -10,6 +10,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,8 +18,9 @@ import orjson
 import pytest
 from yarl import URL
 
-from telemetryd.web import body, connections
-from tests.conftest import Daemon, MakeApi, StartDaemon, eventually, make_run, wait_until
+from telemetryd.web import body
+from telemetryd.web.connections import Bounds
+from tests.conftest import Daemon, MakeApi, StartDaemon, bodies_of, eventually, make_run, wait_until
 from tests.faults.conftest import Rounds
 from tests.faults.ledger import Ledger
 from tests.faults.test_overload import resident_mb
@@ -110,15 +112,9 @@ SLOW = (silent, crawling_head, crawling_second_head, crawling_body, halting_body
 
 
 @pytest.mark.parametrize("client", SLOW)
-async def test_a_slow_client_is_cut_off(
-    make_api: MakeApi, monkeypatch: pytest.MonkeyPatch, client: Callable[[Open], Coroutine[Any, Any, None]]
-) -> None:
-    monkeypatch.setattr(connections, "HEAD_S", 0.5)
-    monkeypatch.setattr(connections, "DEAF_S", 1.0)
-    monkeypatch.setattr(connections, "LINGER_S", 0.5)
-    monkeypatch.setattr(body, "SILENCE_S", 0.5)
-    monkeypatch.setattr(connections, "_PATROL_EVERY_S", 0.1)
-    api = await make_api()
+async def test_a_slow_client_is_cut_off(make_api: MakeApi, client: Callable[[Open], Coroutine[Any, Any, None]]) -> None:
+    api = await make_api(bounds=Bounds(head_s=0.5, deaf_s=1.0, linger_s=0.5, patrol_every_s=0.1))
+    bodies_of(api).bounds = body.Bounds(silence_s=0.5)
     for _ in range(12):
         await api.post(make_run(error_details="x" * 1_000_000))
 
@@ -134,17 +130,13 @@ async def test_a_slow_client_is_cut_off(
     assert (await api.get("/health"))["status"] == "ok"
 
 
-@pytest.mark.parametrize("look", ["at the patrol", "when it is written"])
-async def test_those_who_leave_most_unread_are_cut_off_when_it_is_too_much(
-    make_api: MakeApi, monkeypatch: pytest.MonkeyPatch, look: str
-) -> None:
-    monkeypatch.setattr(connections, "MOST_UNREAD_BYTES", 15_000_000)
-    if look == "at the patrol":
-        monkeypatch.setattr(connections, "_PATROL_EVERY_S", 0.1)
-        monkeypatch.setattr(connections, "LARGE_BYTES", 1 << 40)
-    else:
-        monkeypatch.setattr(connections, "_PATROL_EVERY_S", 1000)
-    api = await make_api()
+@pytest.mark.parametrize(
+    "look",
+    [Bounds(patrol_every_s=0.1, large_bytes=1 << 40), Bounds(patrol_every_s=1000)],
+    ids=["at the patrol", "when it is written"],
+)
+async def test_those_who_leave_most_unread_are_cut_off_when_it_is_too_much(make_api: MakeApi, look: Bounds) -> None:
+    api = await make_api(bounds=replace(look, unread_bytes=15_000_000))
     for _ in range(12):
         await api.post(make_run(error_details="x" * 1_000_000))
     assert api.client.port is not None
@@ -167,12 +159,9 @@ async def test_those_who_leave_most_unread_are_cut_off_when_it_is_too_much(
 
 
 async def test_a_patient_reader_and_a_resting_connection_are_left_alone(
-    make_api: MakeApi, monkeypatch: pytest.MonkeyPatch
+    make_api: MakeApi,
 ) -> None:
-    monkeypatch.setattr(connections, "HEAD_S", 0.3)
-    monkeypatch.setattr(connections, "DEAF_S", 1.5)  # it takes two, or more
-    monkeypatch.setattr(connections, "_PATROL_EVERY_S", 0.1)
-    api = await make_api()
+    api = await make_api(bounds=Bounds(head_s=0.3, deaf_s=1.5, patrol_every_s=0.1))  # it takes two seconds, or more
     for _ in range(12):
         await api.post(make_run(error_details="x" * 1_000_000))
     assert api.client.port is not None

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 
+import orjson
 import pytest
 from yarl import URL
 
@@ -71,14 +72,14 @@ class Client:
 
     async def _is_last(self, reader: asyncio.StreamReader, request: Generated) -> bool:
         try:
-            status, is_last = await _answer(reader)
+            status, is_last, content = await _answer(reader)
         except (asyncio.IncompleteReadError, ConnectionError):
             if request.is_framed:
                 self.wrong.append(f"no answer: {request.data[:300]!r}")
             return True
         self.statuses[status] += 1
-        if status not in request.statuses:
-            self.wrong.append(f"{status}: {request.data[:300]!r}")
+        if status not in request.statuses or (status >= 400 and not _is_polite(status, content)):
+            self.wrong.append(f"{status}: {request.data[:300]!r}: {content[:300]!r}")
         return is_last
 
 
@@ -89,11 +90,24 @@ def _until_unframed(requests: Iterator[Generated], count: int) -> Iterator[Gener
             return
 
 
-async def _answer(reader: asyncio.StreamReader) -> tuple[int, bool]:
+def _is_polite(status: int, content: bytes) -> bool:
+    """Return whether the content of an error has the one shape of all errors, and a bounded size."""
+    answer = orjson.loads(content)
+    if list(answer) != ["detail"] or len(content) >= 100_000:
+        return False
+    return status != 422 or bool(
+        answer["detail"]
+        and all(set(fault) == {"loc", "msg", "type"} for fault in answer["detail"])
+        and all(fault["loc"][0] == "body" and len(fault["msg"]) <= 400 for fault in answer["detail"])
+    )
+
+
+async def _answer(reader: asyncio.StreamReader) -> tuple[int, bool, bytes]:
     head = await reader.readuntil(b"\r\n\r\n")
     length = _LENGTH.search(head)
-    await reader.readexactly(int(length[1]) if length is not None else 0)
-    return int(head[9:12]), head.startswith(b"HTTP/1.0") or b"\r\nconnection: close\r\n" in head.lower()
+    content = await reader.readexactly(int(length[1]) if length is not None else 0)
+    is_last = head.startswith(b"HTTP/1.0") or b"\r\nconnection: close\r\n" in head.lower()
+    return int(head[9:12]), is_last, content
 
 
 async def _send_generated(daemon: Daemon, ledger: Ledger, count: int) -> None:

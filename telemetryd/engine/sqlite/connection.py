@@ -23,10 +23,10 @@ _QUICK_CHECK_BYTES: Final = 16 * 1024 * 1024
 _CRASH_CHECK_BYTES: Final = 512 * 1024 * 1024
 _READ_CACHE_KIB: Final = 4 * 1024
 _WRITE_CACHE_KIB: Final = 40 * 1024
-_CHECKPOINT_PAGES: Final = 8_000
-"""The write-ahead log is written back at 32 MiB: rarer than SQLite's 4 MiB, so each page more seldom."""
+_CHECKPOINT_PAGES: Final = 16_000
+"""The write-ahead log is written back at 64 MiB: rarer than SQLite's 4 MiB, so each page more seldom."""
 
-LOG_BYTES: Final = 64 * 1024 * 1024
+LOG_BYTES: Final = 96 * 1024 * 1024
 """What a write-ahead log or journal keeps of its size; it is larger only while a reader holds it up."""
 
 T = TypeVar("T")

@@ -12,9 +12,6 @@ from telemetryd.errors import LowDiskError
 from telemetryd.ops.logs import log
 from telemetryd.ops.metrics import Metrics
 
-PATIENCE_S: Final = 10.0
-"""A disk that has not answered for so long is itself a problem."""
-
 _ENOUGH: Final = 1.25
 """Writes are taken again when there is a quarter more room than the reserve, or they would go on and off."""
 
@@ -36,13 +33,17 @@ class Disk:
         look: takes a look; it may block, and raises OSError if there is nothing to see.
         reserve_bytes: with less room than that, no new writes are taken.
         metrics: where the figures are shown.
+        patience_s: a disk that has not answered for so long is itself a problem.
 
     """
 
-    def __init__(self, look: Callable[[], Look], reserve_bytes: int, metrics: Metrics) -> None:
+    def __init__(
+        self, look: Callable[[], Look], reserve_bytes: int, metrics: Metrics, patience_s: float = 10.0
+    ) -> None:
         self._look = look
         self._reserve_bytes = reserve_bytes
         self._metrics = metrics
+        self.patience_s = patience_s
         self._asked: float | None = None
         self._opened_again = 0
         self._failure: str | None = None
@@ -89,7 +90,7 @@ class Disk:
     @property
     def problem(self) -> str | None:
         """Why writes are not taken, or should not be trusted, or None."""
-        if self._asked is not None and (silent_s := time.monotonic() - self._asked) > PATIENCE_S:
+        if self._asked is not None and (silent_s := time.monotonic() - self._asked) > self.patience_s:
             return f"The disk has not answered for {silent_s:.0f} s"
         if self._is_low:
             free, least = self.last.free_bytes >> 20, self._reserve_bytes >> 20

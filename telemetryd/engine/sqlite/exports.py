@@ -23,14 +23,26 @@ from telemetryd.model.changes import BEGINNING
 from telemetryd.model.queries import ExportRuns, Format
 from telemetryd.settings import JournalMode, Settings
 
-MAX_EXPORTS: Final = 2
-"""How many may run at once; each holds a thread, some descriptors and room on the disk."""
-
-_LONGEST_WAL_S: Final = 60.0
-_LONGEST_S: Final = 0.5
-"""How long one transaction may copy: in WAL mode a long one holds back checkpoints, in the other modes commits."""
-_SLICE_ROWS: Final = 2_000
 _LEAST_PAUSE_S: Final = 0.002
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """How much exports take of the database and of the machine."""
+
+    longest_s: float
+    """How long one transaction may copy: in WAL mode a long one holds back checkpoints, in the other modes commits."""
+    at_once: int = 2
+    """How many may run at once; each holds a thread, some descriptors and room on the disk."""
+    slice_rows: int = 2_000
+    """Runs that are looked at in one transaction once it has taken too long to copy all of them in one."""
+    steps: int = 50_000
+    """Steps of SQLite (some milliseconds) between two looks at whether a copy shall end."""
+
+    @classmethod
+    def of(cls, mode: JournalMode) -> Bounds:
+        """Return the bounds for a journal mode."""
+        return cls(60.0 if mode is JournalMode.WAL else 0.5)
 
 
 @dataclass(slots=True)
@@ -38,7 +50,7 @@ class _Copying:
     """One export: everything but `stop` is done in its connection's thread."""
 
     query: ExportRuns
-    longest_s: float
+    bounds: Bounds
     rows: int = 0
     is_exact: bool = True
     _deadline: float = float("inf")
@@ -61,9 +73,9 @@ class _Copying:
 
         """
         try:
-            statements.prepare(connection, database, room_bytes, self.is_over)
+            statements.prepare(connection, database, room_bytes, self.is_over, self.bounds.steps)
             searching.add_to(connection, lambda: self._stopped)
-            self._deadline = time.monotonic() + self.longest_s
+            self._deadline = time.monotonic() + self.bounds.longest_s
             try:
                 self.rows = statements.copy_at_once(connection, self.query)
             except sqlite3.OperationalError as error:
@@ -87,7 +99,7 @@ class _Copying:
         last = statements.last_id(connection)
         while after < last:
             started = time.monotonic()
-            copied, after = statements.copy_slice(connection, self.query, after, last, _SLICE_ROWS)
+            copied, after = statements.copy_slice(connection, self.query, after, last, self.bounds.slice_rows)
             self.rows += copied
             time.sleep(max(time.monotonic() - started, _LEAST_PAUSE_S))
 
@@ -122,10 +134,10 @@ class _Copied:
 class Exports:
     """The exports of one database, each with a separate connection, so that no query waits for them."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, bounds: Bounds | None = None) -> None:
         self._database = settings.db_path.absolute()
         self._reserve_bytes = settings.min_free_mb << 20
-        self._longest_s = _LONGEST_WAL_S if settings.db_journal_mode is JournalMode.WAL else _LONGEST_S
+        self.bounds = bounds or Bounds.of(settings.db_journal_mode)
         self._running = 0
         self._closing: set[asyncio.Task[None]] = set()
 
@@ -137,9 +149,9 @@ class Exports:
     @asynccontextmanager
     async def open(self, query: ExportRuns) -> AsyncIterator[_Copied]:
         """Copy what is asked for (see `ReadingEngine.export`)."""
-        if self._running >= MAX_EXPORTS:
+        if self._running >= self.bounds.at_once:
             raise TooManyExportsError
-        copying = _Copying(query, self._longest_s)
+        copying = _Copying(query, self.bounds)
         self._running += 1
         files = contextlib.ExitStack()
         connection = Connection(lambda: self._new_copy(files), 1000)

@@ -15,7 +15,7 @@ from telemetryd.errors import QueryTimeoutError, UnavailableError
 
 T = TypeVar("T")
 
-MAX_WAITING: Final = 2_000
+_MOST_WAITING: Final = 2_000
 """Queries that may wait for a connection; each holds what its request holds."""
 
 _INTERRUPT_AGAIN_S: Final = 0.02
@@ -38,7 +38,7 @@ class Readers:
     feed, which waits for nobody's.
     """
 
-    def __init__(self, connections: list[Connection], timeout_s: float) -> None:
+    def __init__(self, connections: list[Connection], timeout_s: float, most_waiting: int = _MOST_WAITING) -> None:
         self._all = connections
         feed, *others = connections
         half = len(others) // 2
@@ -50,11 +50,14 @@ class Readers:
             Lane.FEED: _idle([feed]),
         }
         self._waiting = 0
+        self._most_waiting = most_waiting
         self._timeout_s = timeout_s
         self._closed = False
 
     @classmethod
-    async def open(cls, path: Path, count: int, timeout_s: float, busy_timeout_ms: int) -> Readers:
+    async def open(
+        cls, path: Path, count: int, timeout_s: float, busy_timeout_ms: int, *, most_waiting: int = _MOST_WAITING
+    ) -> Readers:
         """Open the pool on an existing database: so many connections, and that of the feed."""
         connections: list[Connection] = []
         try:
@@ -64,7 +67,7 @@ class Readers:
             for connection in connections:
                 await connection.close()
             raise
-        return cls(connections, timeout_s)
+        return cls(connections, timeout_s, most_waiting)
 
     @property
     def are_at_work(self) -> bool:
@@ -86,7 +89,7 @@ class Readers:
         """
         deadline = asyncio.get_running_loop().time() + self._timeout_s
         idle = self._idle[lane]
-        if self._waiting >= MAX_WAITING and idle.empty():
+        if self._waiting >= self._most_waiting and idle.empty():
             raise QueryTimeoutError("Too many queries are waiting; try again later")
         self._waiting += 1
         try:
@@ -114,8 +117,6 @@ class Readers:
             _end(connection, answer)
             raise
         except sqlite3.Error as error:
-            # The frames hold cursors, with which the connection would not really close.
-            traceback.clear_frames(error.__traceback__)
             raise UnavailableError("The database cannot be read now; try again later") from error
 
     async def close(self) -> None:
@@ -135,8 +136,10 @@ def _idle(connections: list[Connection]) -> asyncio.LifoQueue[Connection]:
 
 
 def _take_back(idle: asyncio.LifoQueue[Connection], connection: Connection, ended: asyncio.Future[T]) -> None:
-    if not ended.cancelled():
-        ended.exception()  # a caller who left does not read it; that is no accident to report
+    if not ended.cancelled() and (error := ended.exception()) is not None:
+        # The frames hold cursors: with one the connection would not really close, and while a statement of an
+        # interrupted query is open, SQLite interrupts each new one too (sqlite.org/c3ref/interrupt.html).
+        traceback.clear_frames(error.__traceback__)
     idle.put_nowait(connection)
 
 

@@ -187,7 +187,7 @@ class Transaction:
                 return None
             case IndexTexts():
                 is_begun = full_text.is_begun(self._cursor.connection)
-                return Indexed(full_text.index_slice(self._cursor)) if is_begun else None
+                return Indexed(full_text.index_slice(self._cursor, command)) if is_begun else None
             case RecordAlerts() | ConfirmDelivery() | KeepAlerts():
                 return alerts.apply(self._cursor, command, self._now)
         raise TypeError(f"No statement carries out {type(command).__name__}")

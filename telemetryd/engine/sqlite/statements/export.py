@@ -24,8 +24,6 @@ CHUNK_BYTES: Final = 256 * 1024
 """About how much is read of the copy at once, besides a single line of any length."""
 
 _PAGE_BYTES: Final = 4096
-_OPS: Final = 50_000
-"""Steps of SQLite (some milliseconds) between two looks at whether a copy shall end."""
 _EVENT: Final = events.STORED
 _COPIED_EVENT: Final = ("run", "timestamp", "id", *(name for name in _EVENT if name != "timestamp"))
 
@@ -47,14 +45,17 @@ _SLICE_END: Final = """
 # --- The copy ------------------------------------------------------------------------------------
 
 
-def prepare(connection: sqlite3.Connection, database: Path, room_bytes: int, ended: Callable[[], bool]) -> None:
+def prepare(
+    connection: sqlite3.Connection, database: Path, room_bytes: int, ended: Callable[[], bool], steps: int
+) -> None:
     """Make an empty copy fit to take runs in, and attach the database as `source`, which cannot be written so.
 
     Args:
         connection: is open on the copy, an empty file that no other program knows.
         database: what is copied from.
         room_bytes: how large the copy may become; beyond it SQLite says SQLITE_FULL.
-        ended: is asked every few milliseconds; once it says yes, statements end with SQLITE_INTERRUPT.
+        ended: is asked from time to time; once it says yes, statements end with SQLITE_INTERRUPT.
+        steps: how many steps of SQLite are done between two of these questions.
 
     """
     with closing(connect(database, "ro")) as source:
@@ -73,7 +74,7 @@ def prepare(connection: sqlite3.Connection, database: Path, room_bytes: int, end
     connection.execute("PRAGMA trusted_schema = OFF")
     for table in _TABLES:
         connection.execute(table)
-    connection.set_progress_handler(ended, _OPS)
+    connection.set_progress_handler(ended, steps)
 
 
 def copy_at_once(connection: sqlite3.Connection, query: ExportRuns) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Final, TypeVar
 
 from telemetryd.errors import InvalidRequestError, UnavailableError
+from telemetryd.model.commands import IndexTexts
 from telemetryd.model.filters import Filters
 
 T = TypeVar("T")
@@ -66,8 +67,7 @@ _UNFINISHED: Final = {
 _FIRST_RUN: Final = -(2**63)
 """After which the first slice begins."""
 _SLICE: Final = 2_000
-_SLICE_BYTES: Final = 1024 * 1024
-"""Runs, and bytes of their texts, that are indexed in one transaction, besides a first run of any size."""
+"""Runs that are indexed in one transaction at most."""
 _NEXT: Final = f"""
     SELECT id, {" + ".join(f"coalesce(length({name}), 0)" for name in SEARCHED)} FROM agent_runs NOT INDEXED
     WHERE id > ? ORDER BY id LIMIT {_SLICE}
@@ -168,13 +168,13 @@ def begin(connection: sqlite3.Connection) -> None:
     connection.execute(f"INSERT INTO {_PROGRESS} (last) VALUES (?)", (_FIRST_RUN,))
 
 
-def index_slice(connection: sqlite3.Connection | sqlite3.Cursor) -> bool:
+def index_slice(connection: sqlite3.Connection | sqlite3.Cursor, command: IndexTexts) -> bool:
     """Index the next runs of an index that is begun, inside the caller's transaction; return whether there are more.
 
     After the last one the index is complete.
     """
     last = end = connection.execute(f"SELECT last FROM {_PROGRESS}").fetchone()[0]
-    room = _SLICE_BYTES
+    room = command.most_bytes
     for run, size in connection.execute(_NEXT, (last,)):
         room -= size
         if room < 0 and end != last:
@@ -220,7 +220,7 @@ def forget(cursor: sqlite3.Cursor, *, again: bool, is_over: Callable[[], bool]) 
 def rebuild(connection: sqlite3.Connection) -> None:
     """Make the whole index anew, inside the caller's transaction."""
     begin(connection)
-    while index_slice(connection):
+    while index_slice(connection, IndexTexts()):
         pass
 
 
