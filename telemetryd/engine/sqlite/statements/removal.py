@@ -71,7 +71,8 @@ def _clear(cursor: sqlite3.Cursor, sequence: CommitSequence, command: Removal, f
         return False
     run = found[0]
     # From the digest of a body somebody who knows the rest of it could find a short secret.
-    assignments = "".join(f", {name} = NULL" for name in (*fields, *([DIGEST] if fields else [])))
+    names = (*fields, DIGEST) if fields else ()
+    assignments = "".join(f", {name} = NULL" for name in names)
     is_due = " OR ".join(["NOT ?", *(f"{name} IS NOT NULL" for name in fields)])
     cursor.execute(
         f"UPDATE agent_runs SET updated_at = ?{assignments} WHERE id = ? AND ({is_due})", (now, run, command.again)
