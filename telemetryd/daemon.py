@@ -159,7 +159,7 @@ async def _show_life(notifier: Notifier, store: Store) -> None:
             # A problem of the disk is none that a restart would fix.
             notifier.send(WATCHDOG=1, STATUS=health.problem or f"Serving, {health.queue_depth} writes waiting")
         else:
-            notifier.send(STATUS=health.problem or f"The writer does not get on, {health.queue_depth} writes waiting")
+            notifier.send(STATUS=health.problem or f"The writer is stuck, {health.queue_depth} writes waiting")
         groups = health.groups
         await asyncio.sleep(pause_s)
 

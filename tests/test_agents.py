@@ -74,6 +74,14 @@ def test_sync_sends_what_is_left_and_says_so(daemon: Daemon, buffer: Path) -> No
     assert get(daemon.url, "/metrics")[1]["total_runs"] == 5
 
 
+def test_sync_says_how_many_torn_lines_it_leaves_out(daemon: Daemon, buffer: Path) -> None:
+    buffer.mkdir()
+    (buffer / "a.jsonl.ready").write_text(json.dumps(make_run()) + '\n{"event_id": "torn')
+    out = telemetryd("sync", "--buffer-dir", buffer, "--url", daemon.url).stdout
+    assert out.startswith("1 line sent: 1 run stored, ")
+    assert out.endswith("\n1 torn line left out: the call that began to write it had not returned\n")
+
+
 def accounts(shown: dict[str, Any], *names: str) -> list[tuple[Any, ...]]:
     """What a command says of the lines of each file and of all of them; each line is counted once."""
     for each in (*shown["files"], shown):

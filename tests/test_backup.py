@@ -150,6 +150,9 @@ def test_a_bad_backup_is_not_restored(tmp_path: Path) -> None:
     bad = make_database(tmp_path / "bad.sqlite", 2000)
     damage(bad)
     assert "damaged" in telemetryd("restore", bad, "--db-path", path, status=1).stderr
+    (tmp_path / "noise").write_bytes(b"no database" * 1000)
+    refusal = telemetryd("restore", tmp_path / "noise", "--db-path", path, status=1).stderr
+    assert refusal == f"telemetryd: {tmp_path / 'noise'} is not a SQLite database; nothing was changed\n"
     (tmp_path / "torn.zst").write_bytes(b"(\xb5/\xfd torn")
     assert telemetryd("restore", tmp_path / "torn.zst", "--db-path", path, status=1).stderr
     with closing(sqlite3.connect(tmp_path / "other.sqlite")) as other:
@@ -340,7 +343,7 @@ def test_a_database_in_use_is_not_a_source(tmp_path: Path, start_daemon: StartDa
 
 def test_a_bad_source_is_called_by_its_own_name(tmp_path: Path) -> None:
     source = tmp_path / "photo.sqlite"
-    source.write_bytes(b"not a database" * 100)
+    source.write_bytes(b"SQLite format 3\0" + b"not a database" * 100)
     refused = telemetryd("restore", source, "--db-path", tmp_path / "telemetry.sqlite", status=1).stderr
     assert str(source) in refused
     assert ".partial" not in refused

@@ -42,7 +42,9 @@ def test_a_good_database_is_ok_also_while_a_daemon_runs(start_daemon: StartDaemo
     daemon = start_daemon(TELEMETRY_DB_JOURNAL_MODE="WAL")
     assert daemon.url
     assert check(path) == {"database": str(path), "ok": True, "findings": []}
-    assert "owns this database" in telemetryd("check", "--repair", "--db-path", path, status=1).stderr
+    refusal = telemetryd("check", "--repair", "--db-path", path, status=1).stderr
+    assert "owns this database" in refusal
+    assert refusal.endswith("; stop it first\n")
     assert daemon.stop() == 0
 
 

@@ -78,7 +78,7 @@ def test_dead_letters_are_listed_shown_and_sent_again(start_daemon: StartDaemon,
     daemon = start_daemon()
     again = ("dead-letters", "retry", *place, "--url", daemon.url)
     assert telemetryd(*again, status=2).returncode == 2  # neither named nor all
-    assert telemetryd(*again, first).stdout.startswith("1 dead letter sent again: 0 letters refused")
+    assert telemetryd(*again, first).stdout.startswith("1 dead letter sent again: 0 refused again")
     assert get(daemon.url, f"/api/v1/runs/{good['event_id']}")[0] == 200
     assert len(ids(buffer)) == 4
 

@@ -252,19 +252,19 @@ def test_a_message_without_an_end_is_given_up() -> None:
 
 FOREIGN = {
     "HTML": (b"<!doctype html><html>please log in</html>\n", "This is HTML or XML"),
-    "a database": (b"SQLite format 3\0" + bytes(84), "This is an SQLite database"),
+    "a database": (b"SQLite format 3\0" + bytes(84), "This is a SQLite database"),
     "ZIP": (b"PK\x03\x04" + b"x" * 60, "This is a ZIP archive"),
     "packed ZIP": (gzip.compress(b"PK\x03\x04" + b"x" * 60), "This is a ZIP archive"),
     "xz": (b"\xfd7zXZ\0" + b"x" * 60, "packed by xz"),
     "UTF-16": ('{"event_id": "x"}'.encode("utf-16"), "UTF-16"),
-    "binary": (bytes(range(256)), "no text"),
+    "binary": (bytes(range(256)), "a binary file"),
     "prose": (
         b"Dear reader,\nthis is no table.\n",
-        "event_id, run_id, start_time, agent_name, job_type are missing; 2 columns",
+        "it lacks event_id, run_id, start_time, agent_name, job_type; 2 columns",
     ),
     "semicolons": (b"event_id;run_id;agent_name;job_type;start_time\n1;2;3;4;5\n", "found is a semicolon"),
     "tabs": (b"event_id\trun_id\n1\t2\n", "found is a tab"),
-    "no run_id": (b"event_id,agent_name,job_type,start_time\n1,2,3,4\n", "run_id is missing; 4 columns"),
+    "no run_id": (b"event_id,agent_name,job_type,start_time\n1,2,3,4\n", "it lacks run_id; 4 columns"),
     "a column twice": (
         b"event_id,run_id,agent_name,job_type,start_time,host,note,note,host\n1,2,3,4,5,6,7,8,9\n",
         "names host more than once",

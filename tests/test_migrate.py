@@ -12,7 +12,9 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from telemetryd.cli import main
 from telemetryd.engine.sqlite.files import APPLICATION_ID, Kind, inspect
 from telemetryd.engine.sqlite.tools import migrate
 from telemetryd.engine.sqlite.tools.integrity import count_wrong_totals
@@ -331,11 +333,16 @@ def test_a_large_damaged_database_is_refused(tmp_path: Path) -> None:
 # --- What is taken -------------------------------------------------------------------------------
 
 
-async def test_an_empty_file_is_taken(tmp_path: Path) -> None:
+async def test_an_empty_file_is_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "telemetry.sqlite"
     path.touch()
     assert inspect(path).kind is Kind.EMPTY
+    for command in (["check"], ["check", "--repair"], ["migrate"]):
+        said = CliRunner().invoke(main, [*command, "--db-path", str(path)])
+        assert said.exit_code == 1
+        assert f"{path} is empty: telemetryd serve makes a new database of it, or restore a backup\n" in said.stderr
     await make_database(path)
+    assert caplog.messages.count("The database file is empty: a new database is made in it") == 1
     assert inspect(path).kind is Kind.OURS
 
 

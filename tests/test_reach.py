@@ -227,13 +227,13 @@ def test_the_daemon_is_reached_by_its_socket_next_to_the_database(start_daemon: 
     (tmp_path / "link.sqlite").symlink_to(daemon.database)
     asked = telemetryd("prune", "--older-than", "90d", "--dry-run", "--db-path", tmp_path / "link.sqlite")
     assert asked.stderr == f"telemetryd: works on the daemon at {unix_url(own)}\n"
-    assert asked.stdout.startswith("[DRY RUN] 1 runs ")
+    assert asked.stdout.startswith("[DRY RUN] 1 run ")
     assert telemetryd("reap", "--older-than", "1d", TELEMETRY_DB_PATH=str(daemon.database)).stderr == asked.stderr
     # A database that is named wins over the address in the environment, a daemon that is named needs no database.
     nobody = "http://127.0.0.1:1"
     assert telemetryd(
         "prune", "--older-than", "90d", "--db-path", daemon.database, TELEMETRY_API_URL=nobody
-    ).stdout.startswith("1 runs ")
+    ).stdout.startswith("1 run ")
     assert telemetryd("stats", "--unix", own, cwd=Path("/")).stdout.startswith("No runs were created")
     assert daemon.stop() == 0
     assert not own.exists()

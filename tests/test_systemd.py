@@ -103,11 +103,11 @@ def test_the_watchdog_starves_while_the_writer_is_stuck(start_daemon: StartDaemo
         other.execute("BEGIN EXCLUSIVE")
         thread = threading.Thread(target=post, args=(url,))
         thread.start()
-        while not manager.next()["STATUS"].startswith("The writer does not get on"):
+        while not manager.next()["STATUS"].startswith("The writer is stuck"):
             pass
         said = manager.heard(0.8)
         assert all("WATCHDOG" not in message for message in said)
-        assert all(message["STATUS"].startswith("The writer does not get on") for message in said)
+        assert all(message["STATUS"].startswith("The writer is stuck") for message in said)
         other.execute("COMMIT")
     thread.join()
     while "WATCHDOG" not in manager.next():

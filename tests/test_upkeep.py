@@ -20,8 +20,9 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 from backports import zstd
+from click.testing import CliRunner
 
-from telemetryd.cli import target
+from telemetryd.cli import main, target
 from telemetryd.cli.reach import RefusedError, Where, session
 from telemetryd.client.config import Config
 from telemetryd.engine.sqlite.connection import connect
@@ -140,6 +141,8 @@ async def test_prune_by_version_spares_what_changed(make_api: MakeApi) -> None:
                 {"limit": 0},
                 {"x": 1},
                 {"status": "gone"},
+                {"agent_name": "agent-*"},
+                {"job_type": "*"},
                 {"versions": [{"id": -1, "updated_at": "2025-01-01T00:00:00Z"}]},
             )
         ),
@@ -148,6 +151,20 @@ async def test_prune_by_version_spares_what_changed(make_api: MakeApi) -> None:
 async def test_a_wrong_body_is_422(make_api: MakeApi, body: object) -> None:
     api = await authorised(make_api)
     await api.call("POST", "/api/v1/admin/prune", json=body, status=422)
+
+
+@pytest.mark.parametrize("field", ["agent_name", "job_type"])
+async def test_what_prune_and_reap_choose_is_no_pattern(make_api: MakeApi, field: str) -> None:
+    """They found no run by one, and reported success, where the list finds many."""
+    api = await authorised(make_api)
+    for command in ("prune", "reap"):
+        body = {"older_than": "1d", field: "agent-*"}
+        answer = await api.call("POST", f"/api/v1/admin/{command}", json=body, status=422)
+        assert [fault["loc"][-1] for fault in answer["detail"]] == [field]
+        flag = f"--{field.removesuffix('_name').replace('_', '-')}"
+        said = CliRunner().invoke(main, [command, "--older-than", "1d", flag, "agent-*", "--dry-run"])
+        assert said.exit_code == 2
+        assert "'agent-*': must be an exact name" in said.stderr
 
 
 async def test_reap_gives_the_guides_values_and_spares_heartbeats(make_api: MakeApi) -> None:

@@ -159,7 +159,7 @@ def sync(
         for text in sentences(files):
             click.echo(text)
         if not dry_run:
-            click.echo(in_words(outcome(counters)))
+            _echo_outcome(counters)
         elif not left.states:
             click.echo(f"Nothing is left to be sent in {folder}")
         for text in left.sentences():
@@ -207,6 +207,12 @@ def _sync(config: Config, counters: Counters, accounts: Accounts, retry_s: float
     finally:
         work.close()
     return None if watch else work.trouble
+
+
+def _echo_outcome(counters: Counters) -> None:
+    click.echo(in_words(outcome(counters)))
+    if counters.torn:
+        click.echo(f"{counted(counters.torn, 'torn line')} left out: the call that began to write it had not returned")
 
 
 def end(problem: str | None, counters: Counters, where: str = "") -> None:
@@ -418,5 +424,5 @@ def replay(
     else:
         for text in sentences(accounts.to_json()):
             click.echo(text)
-        click.echo(in_words(outcome(counters)))
+        _echo_outcome(counters)
     end(problem, counters)

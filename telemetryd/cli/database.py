@@ -18,6 +18,7 @@ import telemetryd.engine.sqlite.tools.check as checks
 from telemetryd.cli.options import (
     EXIT_FAILURE,
     Progress,
+    counted,
     failing,
     json_flag,
     load_settings,
@@ -27,13 +28,13 @@ from telemetryd.cli.options import (
     size,
 )
 from telemetryd.engine.sqlite.connection import recover
-from telemetryd.engine.sqlite.files import Kind, inspect, is_ours, undisturbed
+from telemetryd.engine.sqlite.files import Kind, inspect, is_ours, is_unfinished, undisturbed
 from telemetryd.engine.sqlite.ownership import Ownership, refuse_other_name
 from telemetryd.engine.sqlite.partials import forget_abandoned, forget_leftovers
 from telemetryd.engine.sqlite.tools import foreign, legacy, reuse, rotation
 from telemetryd.engine.sqlite.tools.migrate import check_schema, current_version, refuse_unless_usable
 from telemetryd.engine.sqlite.tools.salvage import Saved, salvage
-from telemetryd.errors import DatabaseError
+from telemetryd.errors import DatabaseError, DatabaseOwnedError
 from telemetryd.model.values import format_timestamp, utc_now
 from telemetryd.settings import Settings
 
@@ -50,7 +51,10 @@ def owned(settings: Settings) -> Iterator[Path]:
     """
     path = settings.db_path.resolve()  # else a new file would take the place of a symbolic link
     ownership = Ownership(path, settings.lock_file)
-    ownership.acquire()
+    try:
+        ownership.acquire()
+    except DatabaseOwnedError as error:
+        raise DatabaseOwnedError(f"{error}; stop it first") from error
     try:
         yield path
         if not ownership.was_dropped:  # what a crash left is still for the daemon's next start to look at
@@ -108,8 +112,10 @@ def _is_older(path: Path) -> bool:
 
     """
     state = inspect(path)
-    if state.kind in (Kind.MISSING, Kind.EMPTY):
+    if state.kind is Kind.MISSING:
         raise DatabaseError(f"There is no database at {path}; telemetryd serve makes a new one")
+    if state.kind is Kind.EMPTY:
+        raise _empty(path)
     if state.kind is Kind.LEGACY or (state.kind is Kind.OURS and state.version < current_version()):
         return True
     refuse_unless_usable(path, state)
@@ -134,7 +140,7 @@ def _migrate(path: Path, *, with_backup: bool, as_json: bool) -> None:
         if with_backup:
             saved = saved or backups.back_up_into(path.parent, path, _local_now(), watch=drawn)
             if not as_json:
-                click.echo(f"[OK] Verified backup of {saved.rows} rows: {saved.path}")
+                click.echo(f"[OK] Verified backup of {counted(saved.rows, 'row')}: {saved.path}")
         done = legacy.migrate_file(path, format_timestamp(utc_now()), drawn)
     _report_migration(path, done, dry_run=False, as_json=as_json, backup=saved)
 
@@ -202,9 +208,8 @@ def _print_migration(path: Path, done: legacy.Migration, *, dry_run: bool) -> No
     for remark in done.remarks:
         click.echo(f"\n{remark}")
     if not dry_run:
-        click.echo(
-            f"\n[SUCCESS] Migration completed successfully! {done.rows} rows, schema version {current_version()}"
-        )
+        rows = counted(done.rows, "row")
+        click.echo(f"\n[SUCCESS] Migration completed successfully! {rows}, schema version {current_version()}")
 
 
 # --- backup and restore --------------------------------------------------------------------------
@@ -254,15 +259,19 @@ def backup(destination: Path, keep: int | None, compress: bool, as_json: bool, *
             }
         )
         return
-    click.echo(f"{done.path}: {done.rows} rows, {size(done.bytes)}, verified, {done.seconds:.1f} s")
+    click.echo(f"{done.path}: {counted(done.rows, 'row')}, {size(done.bytes)}, verified, {done.seconds:.1f} s")
     if done.blocked_writes:
         click.echo("Writes waited for the copy; with TELEMETRY_DB_JOURNAL_MODE=WAL they need not.", err=True)
     for old in removed:
         click.echo(f"Removed {old}")
 
 
+def _empty(path: Path) -> DatabaseError:
+    return DatabaseError(f"{path} is empty: telemetryd serve makes a new database of it, or restore a backup")
+
+
 def refuse_missing(path: Path) -> None:
-    """Stop if there is no database, or if a daemon has it open by another name.
+    """Stop if there is no database, or none in its file, or if a daemon has it open by another name.
 
     Raises:
         DatabaseError: then.
@@ -270,6 +279,8 @@ def refuse_missing(path: Path) -> None:
     """
     if not path.is_file():
         raise DatabaseError(f"There is no database at {path}; is TELEMETRY_DB_PATH right?")
+    if path.stat().st_size == 0 and not is_unfinished(path):
+        raise _empty(path)
     refuse_other_name(path)
 
 
@@ -301,7 +312,7 @@ def restore(source: Path, as_json: bool, **flags: Any) -> None:
     if as_json:
         print_json({"database": path, "rows": content.rows, "old_file": kept, "needs_migration": needs_migration})
         return
-    click.echo(f"{path}: {content.rows} rows, verified")
+    click.echo(f"{path}: {counted(content.rows, 'row')}, verified")
     if kept is not None:
         click.echo(f"The old file is kept as {kept}")
     if needs_migration:
@@ -387,9 +398,11 @@ def _repair(path: Path, drawn: Progress) -> dict[str, Any]:
     done = salvage(path, _local_now(), drawn)
     lines = [str(table) for table in done.tables if table.there != 0]
     if done.rejected:
-        lines.append(f"{done.rejected} rows were read but are no runs any more, or have the event_id of another one")
+        lines.append(
+            f"{counted(done.rejected, 'row')} read, but not saved: no longer a run, or with the event_id of another one"
+        )
     if not done.is_schema_whole:
-        lines.append("a part of the schema cannot be read: tables of your own may be missing")
+        lines.append("part of the schema cannot be read: tables of your own may be missing")
     lines.append(f"the damaged file is kept as {done.aside}")
     return {
         "repaired": lines,

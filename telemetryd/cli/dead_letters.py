@@ -191,9 +191,7 @@ def retry(
             }
         )
     else:
-        click.echo(
-            f"{counted(counters.sent, 'dead letter')} sent again: {counted(counters.dead, 'letter')} refused as before"
-        )
+        click.echo(f"{counted(counters.sent, 'dead letter')} sent again: {counters.dead} refused again")
     end(problem, counters)
 
 

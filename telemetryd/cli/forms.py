@@ -18,7 +18,7 @@ _LOOKED_AT: Final = 4096
 _FOREIGN: Final = (
     (
         b"SQLite format 3\0",
-        "an SQLite database; runs leave one by telemetryd export, and an old one by telemetryd migrate",
+        "a SQLite database: write its runs to a file with telemetryd export, after telemetryd migrate if it is of 3.x",
     ),
     (b"PK\x03\x04", "a ZIP archive (or a workbook); unpack it first"),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive; unpack it first"),
@@ -61,7 +61,7 @@ def recognise(file: Any) -> Form:
         if start.startswith(mark):
             raise UnknownFormError(f"This is {meaning}")
     if b"\0" in start:  # which no text of a run holds, unlike other control characters
-        raise UnknownFormError("This is no text, and no form of runs that is read here (NDJSON, CSV, Parquet)")
+        raise UnknownFormError("This is a binary file; runs are read from NDJSON, JSON, CSV and Parquet")
     first = start.lstrip()[:1]
     if first == b"<":
         raise UnknownFormError("This is HTML or XML, perhaps a page that asks to log in, and holds no runs")
@@ -86,8 +86,8 @@ def check_columns(name: str, header: list[str]) -> None:
     missing = [column for column in _REQUIRED if column not in header]
     if missing:
         raise UnknownFormError(
-            f"The first line is no header of runs as CSV: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} "
-            f"missing; {_separator(header)}"
+            f"The first line is not the header of a CSV file of runs: it lacks {', '.join(missing)}; "
+            f"{_separator(header)}"
         )
     unknown = [column for column in header if column not in ANSWERED]
     if unknown:

@@ -15,6 +15,7 @@ from click.shell_completion import CompletionItem
 from telemetryd.cli.options import (
     DurationType,
     F,
+    counted,
     failing,
     json_flag,
     print_json,
@@ -39,10 +40,36 @@ def older_than(text: str, *, required: bool = True) -> Callable[[F], F]:
     return click.option("--older-than", type=DurationType(), required=required, help=f"{text}: 90d, 12h, 30m, 45s, 2w.")
 
 
+class ExactNameType(click.ParamType[str]):
+    """A name, which is no pattern."""
+
+    name = "name"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the name."""
+        try:
+            return requests.exact_name(value)
+        except ValueError as error:
+            self.fail(f"{value!r}: {error}", param, ctx)
+
+
 agent = click.option(
-    "--agent", "agent_name", cls=Renamed, old=("--agent-name",), metavar="NAME", help="Only runs of this agent."
+    "--agent",
+    "agent_name",
+    cls=Renamed,
+    old=("--agent-name",),
+    type=ExactNameType(),
+    metavar="NAME",
+    help="Only runs of this agent; a pattern is refused.",
 )
-job_type = click.option("--job-type", cls=Renamed, old=("--job",), metavar="NAME", help="Only runs of this job type.")
+job_type = click.option(
+    "--job-type",
+    cls=Renamed,
+    old=("--job",),
+    type=ExactNameType(),
+    metavar="NAME",
+    help="Only runs of this job type; a pattern is refused.",
+)
 dry = click.option("--dry-run", is_flag=True, help="Only count.")
 
 
@@ -64,7 +91,7 @@ class StatusType(click.ParamType[str]):
 
 
 @click.command(
-    help=r"""Delete runs of long ago, and return the space.
+    help=r"""Delete old runs, and free their space.
 
     The totals stay right. Work goes through the running daemon in small slices with pauses, or directly if none runs.
     With --archive, exactly the archived runs are deleted, and only if they did not change meanwhile.
@@ -264,7 +291,7 @@ def _archived_versions(archive: Path) -> Iterator[list[Body]]:
 
 
 @click.command(
-    help=r"""Cancel runs that run but have not changed for long.
+    help=r"""Cancel running runs that have not changed for a while.
 
     These are the guide's stale runs. They become `cancelled` with an end_time of now, error_summary `Stale run
     cleaned up on startup (created at …)` and output_summary `Process did not complete - cleanup on restart`. A run
@@ -317,14 +344,14 @@ async def _reap(where: Where, chosen: Body, *, dry_run: bool) -> Body:
         return {**count, "dry_run": False, "reaped": done}
 
 
-def _print(answer: Body, counted: str, verb: str, *, as_json: bool) -> None:
+def _print(answer: Body, done: str, verb: str, *, as_json: bool) -> None:
     if as_json:
         print_json(answer)
         return
     before = f"created before {answer['created_before']}"
     if answer["dry_run"]:
-        click.echo(f"[DRY RUN] {answer['matching']} runs {before} would be {verb}")
+        click.echo(f"[DRY RUN] {counted(answer['matching'], 'run')} {before} would be {verb}")
         return
-    click.echo(f"{answer[counted]} runs {before} {verb}")
+    click.echo(f"{counted(answer[done], 'run')} {before} {verb}")
     if "archive" in answer:
-        click.echo(f"{answer['archived']} runs archived in {answer['archive']}")
+        click.echo(f"{counted(answer['archived'], 'run')} archived in {answer['archive']}")

@@ -16,11 +16,13 @@ import orjson
 from telemetryd.client.fields import CHANGES, FIELDS, NAMES
 from telemetryd.client.intake import Intake, is_null_text, object_of
 from telemetryd.client.lines import Json, encode, is_operation, read_object
+from telemetryd.timestamps import canonical
 
 _NAMES_OF_3X: Final = frozenset({"record_type", "schema_version", "agent_owner"})
 """A line of 3.x has at least one of these names; no line of ours has any."""
 _MARKS: Final = tuple(f'"{name}"'.encode() for name in _NAMES_OF_3X)
 _NEEDED: Final = (*NAMES, "start_time")
+_OTHER_TIMES: Final = ("created_at", "updated_at", "end_time")
 _OF_THE_OLD_SERVICE: Final = frozenset({"schema_version", "record_type", "updated_at", "id"})
 
 
@@ -77,6 +79,7 @@ class _Translator:
             self.done.lines[place] = joined
             self._runs[event_id] = place, run
         else:
+            run.setdefault("start_time", _start(value))
             self._runs[event_id] = len(self.done.lines), run
             self._append(run, line)
         if _has_ended(run):
@@ -108,6 +111,13 @@ def _run(value: Json) -> Json:
     if given.get("status") is not None:
         given["status"] = intake.status(given["status"])
     return {**names, **intake.sort(given, FIELDS)}
+
+
+def _start(value: Json) -> str:
+    """Return when a run began whose start_time is no time; without any other one, the daemon refuses what it says."""
+    others = (value.get(name) for name in _OTHER_TIMES)
+    moments = (canonical(other) for other in others if isinstance(other, str))
+    return next(filter(None, moments), value["start_time"])
 
 
 def _has_ended(run: Json) -> bool:

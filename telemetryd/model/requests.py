@@ -51,6 +51,33 @@ Whole = BeforeValidator(_whole)
 Limit = Annotated[int, Field(ge=1, le=MAX_SLICE), Whole]
 
 
+def exact_name(name: str) -> str:
+    """Return a name of which runs are deleted or cancelled.
+
+    Raises:
+        ValueError: if it would be a pattern in the list of runs, whose reader expects all matching runs to go.
+
+    """
+    if "*" in name:
+        raise ValueError("must be an exact name: a pattern with * could delete or cancel more than is meant")
+    return name
+
+
+def _exact_name(name: str) -> str:
+    try:
+        return exact_name(name)
+    except ValueError as error:
+        raise PydanticCustomError("value_error", f"Name {error}") from error
+
+
+ExactName = Annotated[
+    Name,
+    AfterValidator(_exact_name),
+    WithJsonSchema({"type": "string", "minLength": 1, "maxLength": 255, "pattern": r"^[^*\x00]*[^*\s\x00][^*\x00]*$"}),
+]
+"""A name that nobody can mean as a pattern."""
+
+
 class _Slice(BaseModel):
     """The runs that one request works on."""
 
@@ -58,8 +85,8 @@ class _Slice(BaseModel):
 
     older_than: Age | None = Field(None, description="Only runs created longer ago than this, such as 90d or 1h.")
     created_before: Timestamp | None = Field(None, description="Or: only runs created before this moment.")
-    agent_name: Name | None = Field(None, description="Only runs of this agent.")
-    job_type: Name | None = Field(None, description="Only runs of this job type.")
+    agent_name: ExactName | None = Field(None, description="Only runs of this agent; * is refused.")
+    job_type: ExactName | None = Field(None, description="Only runs of this job type; * is refused.")
     limit: Limit = Field(SLICE, description="Most runs in this one transaction; ask again while `more` is true.")
     dry_run: bool = Field(False, description="Only count.")
 

@@ -53,6 +53,18 @@ def test_nulls_are_not_given_texts_are_json_and_the_owner_is_kept() -> None:
     assert (run["metrics_json"], run["context_json"]) == ({"value": [1, 2]}, {"value": "no JSON"})
 
 
+def test_a_run_whose_start_is_no_time_begins_at_another_of_its_times() -> None:
+    """Or it is refused with that start; the reason was that there is none."""
+    moment = "2026-11-30T05:00:00.000000Z"
+    (run,) = ours(old_run(start_time="gestern", created_at="vorher", updated_at=moment))
+    assert run["start_time"] == moment
+    assert run["context_json"]["telemetryd.rejected"]["start_time"] == "gestern"
+    (run,) = ours(old_run(start_time="gestern"))
+    assert run["start_time"] == "gestern"
+    later = old_run(start_time="gestern", status="success", updated_at="2026-11-30T06:00:00+00:00")
+    assert ours(old_run(start_time=moment), later)[0]["start_time"] == moment
+
+
 def test_a_line_is_known_by_any_name_that_only_3x_wrote() -> None:
     whole = json.loads(old_run(metrics_json='{"k": 1}'))
     for name in ("record_type", "schema_version", "agent_owner"):

@@ -694,7 +694,7 @@ def test_stale_runs_are_cancelled_after_a_question(open_view: OpenPage, closed_u
 
 
 def test_without_authentication_the_page_says_how_to_cancel(open_view: OpenPage, url: str, watched: Watched) -> None:
-    watched.expected = ("403",)
+    watched.expected = ("403", "404")
     page = open_view("#/stale?older_than=1s", permissions=["clipboard-read", "clipboard-write"])
     page.get_by_role("button", name=re.compile(r"^Cancel \d")).click()
     expect(page.locator(".note.warn")).to_contain_text("Admin endpoints need authentication")
@@ -708,10 +708,15 @@ def test_without_authentication_the_page_says_how_to_cancel(open_view: OpenPage,
     assert page.evaluate("navigator.clipboard.readText()") == command
     assert "would be" in telemetryd(*shlex.split(command)[1:], "--dry-run").stdout
     refusal = "Admin endpoints need authentication or the Unix socket (TELEMETRY_API_UNIX), used by root"
-    page.route("**/admin/reap", lambda route: route.fulfill(status=403, json={"detail": refusal}))
+    ours = {"Telemetry-Server": "telemetryd/4"}
+    page.route("**/admin/reap", lambda route: route.fulfill(status=403, headers=ours, json={"detail": refusal}))
     page.get_by_role("button", name=re.compile(r"^Cancel \d")).click()
     expect(page.locator(".problem")).to_contain_text("This page may not cancel runs here: Admin endpoints need")
     expect(page.locator("code")).to_have_count(0)
+    page.route("**/admin/reap", lambda route: route.fulfill(status=404, body="<h1>404 Not Found</h1>"))  # nginx.conf
+    page.get_by_role("button", name=re.compile(r"^Cancel \d")).click()
+    expect(page.locator(".note.warn code")).to_have_text("telemetryd reap --older-than 1s")
+    expect(page.locator(".note.warn")).to_contain_text("A proxy in front of the daemon answered 404.")
 
 
 def test_an_error_is_copied_as_it_is(open_view: OpenPage, url: str) -> None:

@@ -30,6 +30,10 @@ SIDE_FILES: Final = ("-wal", "-shm", "-journal")
 _HEADER_BYTES: Final = 100
 
 
+MAGIC: Final = b"SQLite format 3\0"
+"""How each SQLite file begins (sqlite.org/fileformat2.html, section 1.3)."""
+
+
 class Kind(StrEnum):
     """What stands at the database's path."""
 
@@ -104,7 +108,7 @@ def _examine_file(path: Path) -> FileState | bytes:
         raise DatabaseError(f"{path} is not writable for this user")
     if not header:
         return FileState(Kind.EMPTY, 0)
-    if len(header) < _HEADER_BYTES or not header.startswith(b"SQLite format 3\0"):
+    if len(header) < _HEADER_BYTES or not header.startswith(MAGIC):
         raise DatabaseError(
             f"{path} is not a SQLite database; move it away, or point TELEMETRY_DB_PATH at the right file"
         )

@@ -4,11 +4,12 @@
 import { setClock } from "./format.js";
 import { asHeader, askForToken, storedToken } from "./token.js";
 
-/** An answer that is no success; `status` is 0 if there was no answer. */
+/** An answer that is no success; `status` is 0 if there was no answer, `isOfProxy` says that the daemon did not give it. */
 export class ApiError extends Error {
-  constructor(status, sentence) {
+  constructor(status, sentence, isOfProxy = false) {
     super(sentence);
     this.status = status;
+    this.isOfProxy = isOfProxy;
   }
 }
 
@@ -22,7 +23,8 @@ export function address(path, parameters = {}) {
 /** Return the path of a run. */
 export const runPath = (eventId) => `api/v1/runs/${encodeURIComponent(eventId)}`;
 
-async function sentenceOf(response) {
+async function sentenceOf(response, isOfProxy) {
+  if (isOfProxy) return `A proxy in front of the daemon answered ${response.status}.`;
   try {
     const { detail } = await response.json();
     return typeof detail === "string" ? detail : detail.map((fault) => `${fault.loc.join(".")}: ${fault.msg}`).join(". ");
@@ -49,7 +51,8 @@ export async function send(path, { accepted = [], headers = {}, ...options } = {
     } else if (response.ok || accepted.includes(response.status)) {
       return response;
     } else {
-      throw new ApiError(response.status, await sentenceOf(response));
+      const isOfProxy = !response.headers.has("Telemetry-Server");
+      throw new ApiError(response.status, await sentenceOf(response, isOfProxy), isOfProxy);
     }
   }
 }

@@ -20,7 +20,15 @@ from typing import Final, Protocol
 
 from telemetryd.engine.interface import BackupMade
 from telemetryd.engine.sqlite.connection import connect, connect_to_read
-from telemetryd.engine.sqlite.files import APPLICATION_ID, IF_DAMAGED, SIDE_FILES, corrupt, is_unfinished, sidecar_path
+from telemetryd.engine.sqlite.files import (
+    APPLICATION_ID,
+    IF_DAMAGED,
+    MAGIC,
+    SIDE_FILES,
+    corrupt,
+    is_unfinished,
+    sidecar_path,
+)
 from telemetryd.engine.sqlite.partials import partial_file, publish
 from telemetryd.engine.sqlite.tools import rotation
 from telemetryd.errors import DatabaseError, InvalidRequestError, UnavailableError, sentence
@@ -205,12 +213,15 @@ def verify(path: Path, original: Path | None = None, advice: str = IF_DAMAGED) -
     """Read a database file that nobody uses from end to end; an error names the file that it is a copy of.
 
     Raises:
-        DatabaseError: if it is damaged, or holds no runs.
+        DatabaseError: if it is no database, damaged, or holds no runs.
 
     """
     called = path if original is None else original
     if is_unfinished(path):
         raise DatabaseError(f"{called} has a journal next to it, so it is not a whole database by itself")
+    with path.open("rb") as file:
+        if file.read(len(MAGIC)) not in (MAGIC, b""):
+            raise DatabaseError(f"{called} is not a SQLite database; nothing was changed")
     with contextlib.closing(connect(path, "ro&immutable=1")) as connection:
         try:
             finding = connection.execute("PRAGMA integrity_check(1)").fetchone()[0]

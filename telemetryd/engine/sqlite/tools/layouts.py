@@ -72,7 +72,7 @@ class Layout:
         steps.append("Normalise values that the current schema does not admit; keep the originals of the others")
         steps.append("Create the indexes and the totals of the current schema")
         if self.kept:
-            listed = ", ".join(f"{name} ({rows} rows)" for name, rows in self.kept.items())
+            listed = ", ".join(f"{name} ({_rows(rows)})" for name, rows in self.kept.items())
             steps.append(f"Keep these tables as they are: {listed}")
         steps += self._steps_aside()
         if self.triggers:
@@ -82,7 +82,7 @@ class Layout:
     def _steps_aside(self) -> list[str]:
         served = {EVENTS: ", and serve its events where they name a run and a type"}
         return [
-            f"Keep the table {name} ({rows} rows) as {migrate.aside(name)}{served.get(name, '')}"
+            f"Keep the table {name} ({_rows(rows)}) as {migrate.aside(name)}{served.get(name, '')}"
             for name, rows in self.aside.items()
         ]
 
@@ -218,3 +218,7 @@ def _is_unique(connection: sqlite3.Connection, column: str) -> bool:
         [_small(row[2] or "") for row in connection.execute(f"PRAGMA index_info({quoted(name)})")] == [column]
         for (name,) in indexes.fetchall()
     )
+
+
+def _rows(number: int) -> str:
+    return "1 row" if number == 1 else f"{number} rows"

@@ -136,7 +136,7 @@ class _Copier:
         schema, self.done.is_schema_whole = rescue.read_schema(self.source, self.file)
         entry = next((entry for entry in schema if entry.name == _RUNS), None)
         if entry is None:
-            raise DatabaseError(f"{path} does not say any more where its runs are; it is as before: {_RESTORE}")
+            raise DatabaseError(f"The table of runs cannot be found in {path}; it is as before: {_RESTORE}")
         runs = rescue.look(self.source, entry)
         indexes = migrate.drop_indexes(self.target, but=("idx_runs_event_id",))
         self._copy_runs(runs)

@@ -89,7 +89,7 @@ function tiles(groups, agents, period) {
     tile("Runs", short(all), `by ${counted(agents.length, "agent")}, ${rate(all, period.to - period.from)}`),
     tile("Success rate", percent(finished ? succeeded / finished : null), `${short(succeeded)} of ${short(finished)} finished`),
     tile("Failed", h("a", { href: href("runs", { status: BAD.join(","), ...range }) }, short(failed + timedOut)), `${short(failed)} failures, ${counted(timedOut, "timeout")}`, failed + timedOut ? "bad" : ""),
-    tile("Still running", h("a", { href: href("runs", { status: "running", ...range }) }, short(running)), "begun in this time"),
+    tile("Still running", h("a", { href: href("runs", { status: "running", ...range }) }, short(running)), "started in this period"),
   );
 }
 

@@ -49,11 +49,16 @@ function confirm(matching, age) {
   });
 }
 
-function forbidden(sentenceOfDaemon, age) {
-  const socket = /Unix socket (\/.*), used by/.exec(sentenceOfDaemon);
-  if (!socket) return problem(`This page may not cancel runs here: ${sentenceOfDaemon}`);
-  const command = `telemetryd reap --older-than ${age} --unix '${socket[1].replaceAll("'", "'\\''")}'`;
-  return h("div", { class: "note warn", role: "alert" }, h("p", {}, "This page may not cancel runs here; on the daemon's machine, this command does the same:"), h("p", { class: "command" }, h("code", {}, command), copyButton(command, "the command")), h("p", { class: "quiet" }, `${sentenceOfDaemon}.`));
+/** Whether the daemon forbids it, or a proxy does not let it through (examples/nginx.conf answers 404). */
+const isRefused = (error) => error.status === 403 || (error.status === 404 && error.isOfProxy);
+
+/** Show the command that does the same on the daemon's machine, where it is known. */
+function forbidden(error, age) {
+  const socket = /Unix socket (\/.*), used by/.exec(error.message);
+  if (!socket && !error.isOfProxy) return problem(`This page may not cancel runs here: ${error.message}`);
+  const through = socket ? ` --unix '${socket[1].replaceAll("'", "'\\''")}'` : "";
+  const command = `telemetryd reap --older-than ${age}${through}`;
+  return h("div", { class: "note warn", role: "alert" }, h("p", {}, "This page may not cancel runs here; on the daemon's machine, this command does the same:"), h("p", { class: "command" }, h("code", {}, command), copyButton(command, "the command")), h("p", { class: "quiet" }, `${error.message.replace(/\.$/, "")}.`));
 }
 
 export function show(root, { parameters, signal }) {
@@ -83,7 +88,7 @@ export function show(root, { parameters, signal }) {
         say(said);
       }
     } catch (error) {
-      outcome.replaceChildren(error.status === 403 ? forbidden(error.message, age) : problem(error.message));
+      outcome.replaceChildren(isRefused(error) ? forbidden(error, age) : problem(error.message));
     }
     await load();
   }
@@ -117,7 +122,7 @@ export function show(root, { parameters, signal }) {
     h("p", { class: "quiet lead" }, "A run that still runs but shows no sign of life (no heartbeat, event or change) has probably lost its process."),
     outcome,
     panel("Silent", silent, { tools: reap }),
-    panel("Running long, but heard of", alive),
+    panel("Running long, but still reporting", alive),
   );
   change(parameters);
   every(REFRESH_MS, signal, load);
