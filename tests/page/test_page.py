@@ -540,7 +540,7 @@ def test_labels_lead_to_the_runs_that_have_them_and_are_a_filter(open_view: Open
     expect(page.locator("h1")).to_have_text("first")
     expect(facts.filter(has_text="Trace").locator("a")).to_have_attribute("href", f"#/runs?trace_id={trace}")
     page.get_by_role("link", name="a_b=x, *").click()
-    expect(page.locator(".told")).to_have_text("1 run")
+    expect(page.locator(".tally")).to_have_text("1 run")
     expect(page.locator(".chip")).to_have_text("label.a_b: x\\, \\* ×")
     page.locator(".chip").click()
     field = page.get_by_label("Label", exact=True)
@@ -550,7 +550,7 @@ def test_labels_lead_to_the_runs_that_have_them_and_are_a_filter(open_view: Open
     field.fill(" team = search ")
     page.keyboard.press("Enter")
     expect(page).to_have_url(re.compile(r"#/runs\?label.team=search$"))
-    expect(page.locator(".told")).to_have_text("2 runs")
+    expect(page.locator(".tally")).to_have_text("2 runs")
     expect(field).to_have_value("")
 
 
