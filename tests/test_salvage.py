@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sqlite3
+from collections.abc import Callable
 from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,7 +15,9 @@ from typing import Any
 
 import pytest
 
+from telemetryd.engine.sqlite.tools import rescue
 from telemetryd.engine.sqlite.tools import salvage as tool
+from telemetryd.engine.sqlite.tools.btree import TableFile
 from telemetryd.engine.sqlite.tools.salvage import Saved, salvage
 from telemetryd.errors import DatabaseError
 from tests.tools.damages import KINDS, damage, readable
@@ -136,6 +139,69 @@ def test_a_file_whose_end_is_gone_is_read_once(path: Path, monkeypatch: pytest.M
     )
     assert ("Saving rows", RUNS, RUNS) in steps
     assert len(statements) < 2 * RUNS
+
+
+def rewrite_keys(path: Path, keys: Callable[[int], int]) -> None:
+    """Give the page above the leaves of the runs other keys, each of nine bytes, which SQLite takes as well."""
+    with closing(sqlite3.connect(path)) as connection:
+        root = connection.execute("SELECT rootpage FROM sqlite_master WHERE name = 'agent_runs'").fetchone()[0]
+    below = leaves(path, "agent_runs")
+    page = bytearray(4096)
+    page[:12] = b"\5\0\0" + (len(below) - 1).to_bytes(2, "big") + bytes(3) + below[-1].to_bytes(4, "big")
+    for place, leaf in enumerate(below[:-1]):
+        key = keys(place) % 2**64
+        varint = bytes(128 | key >> shift & 127 for shift in range(57, 7, -7)) + bytes([key & 255])
+        start = 4096 - 13 * (place + 1)
+        page[start : start + 13] = leaf.to_bytes(4, "big") + varint
+        page[12 + 2 * place : 14 + 2 * place] = start.to_bytes(2, "big")
+    page[5:7] = start.to_bytes(2, "big")
+    with path.open("r+b") as file:
+        file.seek((root - 1) * 4096)
+        file.write(page)
+
+
+LIES: dict[str, Callable[[int], int]] = {
+    "every second leaf claims the whole range": lambda place: 2**62 * (place % 2),
+    "each leaf ends before all rows": lambda place: place - 2**62,
+    "each leaf begins after all rows": lambda place: place + 2**62,
+    "each leaf ends before the one before it": lambda place: RUNS - place,
+}
+
+
+def test_keys_that_lie_cost_a_bounded_number_of_reads_and_no_run(path: Path, tmp_path: Path) -> None:
+    """The steps of SQLite's machine are counted, which do not depend on the load."""
+    original = tmp_path / "original.sqlite"
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE agent_runs SET output_summary = printf('%01500d', id)")
+    shutil.copyfile(path, original)
+
+    def read(path: Path) -> tuple[int, int, set[object]]:
+        steps: list[None] = []
+        with path.open("rb") as file, closing(tool._open_damaged(path)) as source:
+            source.set_progress_handler(lambda: steps.append(None), 1)
+            pages = TableFile(file.fileno(), 4096)
+            schema, _ = rescue.read_schema(source, pages)
+            table = rescue.look(source, next(entry for entry in schema if entry.name == "agent_runs"))
+            rows = [row[0] for rows in rescue.read(source, pages, table) for row in rows]
+        return len(steps), len(rows), set(rows)
+
+    whole, _, expected = read(original)
+    assert len(leaves(original, "agent_runs")) > RUNS // 4
+    for name, keys in LIES.items():
+        shutil.copyfile(original, path)
+        rewrite_keys(path, keys)
+        steps, given, found = read(path)
+        assert found == expected, name
+        assert given == RUNS, name
+        assert steps < 10 * whole, name
+    cut = path.with_name("cut.sqlite")
+    shutil.copyfile(path, cut)
+    os.truncate(cut, max(leaves(original, "agent_runs")) * 4096 - 1000)
+    with closing(tool._open_damaged(cut)) as source:
+        expected = {row[0] for row in source.execute("SELECT * FROM agent_runs NOT INDEXED") if row[0]}
+    assert len(expected) > RUNS - 5
+    assert read(cut)[2] >= expected, "SQLite takes zeros for the rest of a page"
+    assert salvage(path, NOW).runs.saved == RUNS
 
 
 @pytest.mark.parametrize("content", [b"\0", b"\xff", b"\r\0\0"])

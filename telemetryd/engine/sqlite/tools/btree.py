@@ -23,15 +23,24 @@ _DEEPEST: Final = 20
 
 
 class Leaf(NamedTuple):
-    """A leaf page, and the range of row numbers for which SQLite would look there."""
+    """A leaf page, and the range of row numbers for which SQLite would look there.
+
+    The ranges of two leaves never overlap, whatever the pages above them say.
+    """
 
     low: int
     high: int
+    """Less than `low` where the range is a lie."""
     page: int
     depth: int
     """How many pages are above it."""
     cells: int | None
     """How many rows it says that it has, or None for what is no page of a table."""
+
+    @property
+    def is_lie(self) -> bool:
+        """Whether its range is a lie, so that only its own cells say which rows it has."""
+        return self.low > self.high
 
 
 class TableFile:
@@ -83,9 +92,10 @@ class TableFile:
             content = os.pread(self._descriptor, self._page_size, (number - 1) * self._page_size)
         except (OSError, OverflowError):  # nothing is there, or the disk cannot read it
             return None
-        if len(content) < self._page_size:
+        if not content:
             return None
-        page = _Page(content, _FILE_HEADER if number == 1 else 0)
+        # SQLite also takes zeros for the rest of a page at which a file was cut off.
+        page = _Page(content.ljust(self._page_size, b"\0"), _FILE_HEADER if number == 1 else 0)
         is_valid = (
             page.kind in (_INTERIOR, _LEAF) and page.count <= (self._page_size - 8) // 6
         )  # as btreeInt.h, MX_CELL
@@ -108,11 +118,15 @@ class _Page:
             yield _signed(_varint(self._content, after)[0])
 
     def children(self, low: int, high: int) -> Iterator[tuple[int, int, int]]:
-        """Yield the pages below one that is no leaf, with the range of row numbers of each."""
+        """Yield the pages below one that is no leaf, with the range of row numbers of each.
+
+        A key that is out of order, or out of the range of the page itself, is a lie: its range is empty.
+        """
         for place in self._cells(12):
             key = _signed(_varint(self._content, place + 4)[0])
-            yield int.from_bytes(self._content[place : place + 4], "big"), low, key
-            low = min(key, LAST_NUMBER - 1) + 1
+            is_lie = not low <= key <= high
+            yield int.from_bytes(self._content[place : place + 4], "big"), low, low - 1 if is_lie else key
+            low = low if is_lie else key + 1
         yield int.from_bytes(self._content[self._start + 8 : self._start + 12], "big"), low, high
 
     def _cells(self, header: int) -> Iterator[int]:

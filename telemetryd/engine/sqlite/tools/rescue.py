@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -19,6 +20,8 @@ Row = tuple[RawValue, ...]
 
 _LEAVES: Final = 16
 """Leaf pages that are read at once where nothing is damaged: some hundred rows."""
+_SLICE: Final = 500
+"""Rows that are passed on at once, where no page says how many belong together."""
 _UNREADABLE: Final = (sqlite3.Error, MemoryError, OverflowError)
 """What a damaged row can end in: it may say that it is a gigabyte long."""
 _ROW_NUMBER: Final = ("rowid", "_rowid_", "oid")
@@ -138,7 +141,12 @@ def _count_in_indexes(source: sqlite3.Connection, name: str) -> Iterator[int]:
 
 
 class _Numbered:
-    """Reads page after page: a leaf that does not give what it says it has is tried row by row."""
+    """Reads page after page: a leaf that does not give what it says it has is tried row by row.
+
+    Where the keys above a leaf lie, SQLite finds none of its rows by number, so a scan of the whole table from both
+    ends reads those that are still missing. Each row is read a few times at most: the ranges of the leaves do not
+    overlap, and no number is tried twice.
+    """
 
     def __init__(self, source: sqlite3.Connection, file: TableFile, table: Table) -> None:
         self._source = source
@@ -147,6 +155,11 @@ class _Numbered:
         rows = f"SELECT {table.row_number}, {table.selected} FROM {quoted(table.name)} NOT INDEXED"
         self._span = f"{rows} WHERE {table.row_number} BETWEEN ? AND ? ORDER BY {table.row_number}"
         self._one = f"{rows} WHERE {table.row_number} = ?"
+        self._all = f"{rows} ORDER BY {table.row_number}"
+        self._tried: set[RawValue] = set()
+        """The numbers of the rows that were read or tried near a damage."""
+        self._missing: set[RawValue] = set()
+        """Those of them that were not found."""
 
     def slices(self) -> Iterator[list[Row]]:
         cells: list[int] = []
@@ -165,6 +178,8 @@ class _Numbered:
                 leaves = []
         if leaves:
             yield from self._group(leaves)
+        for order in ("", " DESC"):
+            yield from self._scan_for_missing(order, sum(cells))
         if not missing:
             self._table.estimates.append(sum(cells))
         elif cells:
@@ -172,39 +187,81 @@ class _Numbered:
             self._table.estimate = sum(cells) + round(mean(cells) * pages)
 
     def _group(self, leaves: list[Leaf]) -> Iterator[list[Row]]:
-        rows, is_end = self._scan(leaves[0].low, leaves[-1].high)
-        cells = [leaf.cells for leaf in leaves]
-        numbers = {row[0] for row in rows}  # the same page may stand in two places
-        if not is_end or len(numbers) != sum(cell or 0 for cell in cells) or None in cells:
+        numbers = [number for leaf in leaves for number in self._file.numbers(leaf)]
+        is_sound = all(leaf.cells is not None and not leaf.is_lie for leaf in leaves)
+        rows, is_end = self._scan(leaves[0].low, leaves[-1].high, len(numbers)) if is_sound else ([], False)
+        if not is_end or [row[0] for row in rows] != numbers:
             rows = [row for leaf in leaves for row in self._leaf(leaf)]
         if rows:
             yield rows
 
     def _leaf(self, leaf: Leaf) -> Iterable[Row]:
-        rows, is_end = self._scan(leaf.low, leaf.high)
-        if is_end and len(rows) == leaf.cells:
+        most = _SLICE if leaf.cells is None else leaf.cells
+        rows, is_end = ([], True) if leaf.is_lie else self._scan(leaf.low, leaf.high, most)
+        numbers = self._file.numbers(leaf)
+        if is_end and leaf.cells is not None and [row[0] for row in rows] == numbers:
             return rows
         found = {row[0]: row for row in rows}
         if leaf.cells is None and not is_end:
-            found |= {row[0]: row for row in self._scan(leaf.low, leaf.high, " DESC")[0]}
+            found |= {row[0]: row for row in self._scan(leaf.low, leaf.high, most, " DESC")[0]}
         if leaf.cells is None:
             self._table.is_whole = False
             return found.values()
-        for number in self._file.numbers(leaf):
-            if number not in found and (row := self._row(number)) is not None:
+        self._tried.update(found)
+        self._missing.difference_update(found)
+        for number in numbers:
+            if number in self._tried:
+                continue
+            self._tried.add(number)
+            if (row := self._row(number)) is None:
+                self._missing.add(number)
+            else:
                 found[number] = row
         # Others may stand here, too, where another page has taken the place of this one.
-        if sum(leaf.low <= int(number or 0) <= leaf.high for number in found) < leaf.cells:
+        if sum(leaf.is_lie or leaf.low <= int(number or 0) <= leaf.high for number in found) < leaf.cells:
             self._table.is_whole = False
         return found.values()
 
-    def _scan(self, low: int, high: int, order: str = "") -> tuple[list[Row], bool]:
-        """Return the rows of a range up to the first damage, and whether there was none."""
+    def _scan_for_missing(self, order: str, most: int) -> Iterator[list[Row]]:
+        """Yield the rows that are missing, in slices, from one end of the table up to the first damage.
+
+        Args:
+            order: of the numbers, as SQL says it.
+            most: how many rows the leaves say they have; a scan that gives more reads the same pages again.
+
+        """
+        if not self._missing:
+            return
+        rows: list[Row] = []
+        with contextlib.suppress(*_UNREADABLE):
+            for row in itertools.islice(self._source.execute(self._all + order), most):
+                if row[0] in self._missing:
+                    self._missing.remove(row[0])
+                    rows.append(row)
+                if not self._missing:
+                    break
+                if len(rows) == _SLICE:
+                    yield rows
+                    rows = []
+        if rows:
+            yield rows
+
+    def _scan(self, low: int, high: int, most: int, order: str = "") -> tuple[list[Row], bool]:
+        """Return the rows of a range up to the first damage, and whether there was none.
+
+        A damaged page may give a number that is none, is out of the range, or is not the next one in order. More
+        rows than the most that can stand there are damage, too: a key above them lies.
+        """
         rows: list[Row] = []
         try:
             for row in self._source.execute(self._span + order, (low, high)):
-                if not isinstance(row[0], int):  # what a damaged page may give
+                number = row[0]
+                if not isinstance(number, int) or not low <= number <= high or len(rows) == most:
                     return rows, False
+                if order:
+                    high = number - 1
+                else:
+                    low = number + 1
                 rows.append(row)
         except _UNREADABLE:
             return rows, False
@@ -239,9 +296,6 @@ def _read_by_key(source: sqlite3.Connection, table: Table) -> Iterator[list[Row]
             yield rows
         if table.is_whole:
             return
-
-
-_SLICE: Final = 500
 
 
 def read_of_runs(
