@@ -279,6 +279,11 @@ def test_replay_keeps_what_is_refused_and_takes_it_again_once_it_is_fixed(daemon
     done = telemetryd("replay", path, "--rejects", rejects, "--url", daemon.url, status=1)
     assert done.stdout.startswith("6 lines sent: 3 runs stored")
     assert "refused (422): items_failed: " in done.stderr
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(rejects)
+    assert (
+        "link" in telemetryd("replay", path, "--rejects", link, "--url", daemon.url, status=1).stderr.splitlines()[-1]
+    )
     assert len(rejects.read_text().splitlines()) == 3
     rejects.write_text(rejects.read_text().replace('"items_failed":-', '"items_failed":'))
     done = telemetryd("replay", rejects, "--url", daemon.url, status=1)
@@ -335,6 +340,34 @@ def test_replay_without_a_daemon_or_with_a_broken_file_fails(tmp_path: Path, fre
     assert "refused" in telemetryd("replay", path, "--url", url, "--retry-for", "0.2", status=1).stderr
     path.write_bytes(gzip.compress(b"{}\n" * 5_000)[:-20])
     assert telemetryd("replay", path, "--url", daemon.url, status=1).stderr
+
+
+def test_odd_names_are_sent_and_what_is_no_file_is_named_and_left_as_it_is(daemon: Daemon, tmp_path: Path) -> None:
+    buffer = tmp_path / "buffer"
+    buffer.mkdir()
+    odd = [b"telemetry_new\nline", b"telemetry_\xff\xfe", b"telemetry_x"]
+    for name in odd:
+        (buffer / os.fsdecode(name + b".jsonl.active")).write_text(json.dumps(make_run()) + "\n")
+    secret = tmp_path / "secret"
+    secret.write_text("secret")
+    (buffer / "telemetry_link.jsonl.active").symlink_to(secret)
+    (buffer / "telemetry_link.jsonl.ready").symlink_to(secret)
+    (buffer / "telemetry_x.jsonl.ready").symlink_to("nowhere")
+    (buffer / "telemetry_folder.jsonl.active").mkdir()
+    os.mkfifo(buffer / "telemetry_pipe.jsonl.active")
+    strange = sorted(path.name for path in buffer.iterdir() if path.is_symlink() or not path.is_file())
+    flags = ("sync", "--take-over", "--buffer-dir", buffer, "--url", daemon.url)
+    for more in (("--dry-run",), ("--json",)):
+        done = telemetryd(*flags, *more, status=1)
+        assert done.stderr == f"telemetryd: Not read, for it is no regular file: {', '.join(strange)}\n"
+    shown = json.loads(done.stdout)
+    assert (shown["stored"], shown["left"]) == (3, {})
+    assert {os.fsencode(each["file"]) for each in shown["files"]} == {
+        b"telemetry_new\nline.jsonl", b"telemetry_\xff\xfe.jsonl", b"telemetry_x-1.jsonl",
+    }  # fmt: skip
+    left = {path.name for path in buffer.iterdir()}
+    assert left >= set(strange)
+    assert len(left) == len(strange) + 3
 
 
 def test_what_the_replaced_client_has_left_is_taken_over(daemon: Daemon, tmp_path: Path) -> None:

@@ -406,8 +406,9 @@ def test_what_is_being_made_is_no_leftover(tmp_path: Path) -> None:
     path = make_database(tmp_path / "telemetry.sqlite", 5)
     script = (
         "import sys; from pathlib import Path; from telemetryd.engine.sqlite.partials import partial_file\n"
-        "with partial_file(Path(sys.argv[1])) as path:\n"
-        "    path.write_bytes(Path(sys.argv[2]).read_bytes()); print(path.name, flush=True); sys.stdin.read()"
+        "with partial_file(Path(sys.argv[1])) as partial:\n"
+        "    path = partial.path; path.write_bytes(Path(sys.argv[2]).read_bytes())\n"
+        "    print(path.name, flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", script, str(tmp_path / "copy.sqlite"), str(path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:

@@ -223,6 +223,8 @@ def test_unusable_paths_are_one_clear_line(start_daemon: StartDaemon, tmp_path: 
         ("-wal", "pipe", "WAL"),
         ("-wal", "symbolic link", "WAL"),
         ("-shm", "pipe", "WAL"),
+        ("-shm", "hard link", "WAL"),
+        ("-journal", "hard link", "DELETE"),
     ],
 )
 def test_what_is_no_file_in_the_place_of_a_journal_is_one_clear_line_and_hangs_nothing(
@@ -238,13 +240,17 @@ def test_what_is_no_file_in_the_place_of_a_journal_is_one_clear_line_and_hangs_n
         "socket": lambda: os.mknod(side, stat.S_IFSOCK | 0o600),
         "directory": side.mkdir,
         "symbolic link": lambda: side.symlink_to("precious"),
+        "hard link": lambda: side.hardlink_to(precious),
     }
+    precious = tmp_path / "precious"
+    precious.write_bytes(b"precious")
     make[kind]()
     status, errors = start_daemon(TELEMETRY_DB_JOURNAL_MODE=journal_mode).wait()
     assert status == 1
     assert f"{side} is a {kind}" in one_line(errors)
     for command in (["check"], ["backup", str(tmp_path / "copy.sqlite")], ["migrate"]):
         assert f"{side} is a {kind}" in telemetryd(*command, "--db-path", database, status=1).stderr
+    assert precious.read_bytes() == b"precious"
 
 
 def test_a_database_that_another_program_locks_is_not_called_damaged(start_daemon: StartDaemon, tmp_path: Path) -> None:

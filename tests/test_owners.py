@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from telemetryd.cli.transfer import _opened
+from telemetryd.engine.sqlite import partials
+from telemetryd.engine.sqlite.tools import backup, salvage
+from telemetryd.errors import DatabaseError
 from tests.conftest import StartDaemon, make_run
 from tests.http_client import post
 from tests.tools.fill import make_database
@@ -105,3 +112,59 @@ def test_what_root_salvages_or_restores_into_an_empty_folder_is_the_services(fol
         left.unlink()
     telemetryd("restore", make_database(tmp_path / "other.sqlite", 3), "--db-path", path)
     assert wrong(folder) == {}
+
+
+# --- Another user's folder -----------------------------------------------------------------------
+
+
+def export(_source: Path, destination: Path) -> None:
+    with _opened(str(destination), "ndjson") as out:
+        out.write(b"{}\n")
+
+
+def export_packed(_source: Path, destination: Path) -> None:
+    export(_source, destination.with_suffix(".gz"))
+
+
+def back_up(source: Path, destination: Path) -> None:
+    backup.backup(source, destination)
+
+
+def back_up_packed(source: Path, destination: Path) -> None:
+    backup.backup(source, destination, compress=True)
+
+
+def restore(source: Path, destination: Path) -> None:
+    backup.restore(source, destination, datetime.now(UTC))
+
+
+def repair(source: Path, destination: Path) -> None:
+    destination.write_bytes(source.read_bytes())
+    salvage.salvage(destination, datetime.now(UTC))
+
+
+@pytest.mark.parametrize("make", [export, export_packed, back_up, back_up_packed, restore, repair])
+@pytest.mark.parametrize(("module", "step"), [(partials, "_make"), (os, "fsync"), (os, "link")])
+def test_what_is_put_in_the_place_of_an_unfinished_file_is_neither_written_nor_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path, Path], None], module: Any, step: str
+) -> None:
+    source = make_database(tmp_path / "telemetry.sqlite", 5)
+    folder, victim = tmp_path / "others", tmp_path / "precious"
+    folder.mkdir()
+    victim.write_bytes(b"precious")
+    usual = getattr(module, step)
+
+    def swap(*arguments: Any) -> Any:
+        done = usual(*arguments) if step != "link" else None
+        for path in folder.glob(".*.partial"):
+            path.unlink()
+            path.symlink_to(victim)
+        return usual(*arguments) if step == "link" else done
+
+    if step == "link" and make is restore:  # into an empty folder it gives no second name
+        (folder / "made.sqlite").write_bytes(source.read_bytes())
+    monkeypatch.setattr(module, step, swap)
+    with pytest.raises(DatabaseError, match="something else in the place of"):
+        make(source, folder / "made.sqlite")
+    assert victim.read_bytes() == b"precious"
+    assert not any(path.is_symlink() for path in folder.iterdir())

@@ -378,6 +378,11 @@ def test_a_socket_that_is_not_there_is_not_waited_for(tmp_path: Path) -> None:
         assert "trying again" not in done.stderr
     (line,) = fails(unix_url(tmp_path / "run.jsonl"), tmp_path, ("stats",))
     assert line.endswith("run.jsonl is no Unix socket")
+    (tmp_path / "loop").symlink_to("loop")
+    (line,) = fails(unix_url(tmp_path / "loop"), tmp_path, ("stats",))
+    assert line.endswith(f"no way to the Unix socket {tmp_path / 'loop'}: Too many levels of symbolic links")
+    (line,) = fails(unix_url(Path("/", "a" * 107)), tmp_path, ("stats",))
+    assert line.endswith("is too long for a Unix socket, whose path has at most 107 bytes")
 
 
 def test_files_are_sent_to_nobody_else(tmp_path: Path) -> None:

@@ -677,8 +677,9 @@ async def test_a_run_from_the_future_is_archived_like_any_other(
     count = await there.prune({**chosen, "dry_run": True})
     pages = upkeep._chosen_pages(there, chosen, count["ahead"])
     archive = tmp_path / "archive.zst"
-    assert await upkeep._write_archive(there, pages, archive, lambda rows: None) == 2
-    (versions,) = upkeep._archived_versions(archive)
+    written, file = await upkeep._write_archive(there, pages, archive, lambda rows: None)
+    (versions,) = upkeep._archived_versions(file)
+    assert written == 2
     assert (await there.prune({**chosen, "versions": versions}))["pruned"] == 2
     with zstd.open(archive, "rb") as packed:
         archived = {run["event_id"]: len(run["events"]) for run in map(json.loads, packed)}

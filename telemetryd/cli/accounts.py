@@ -9,8 +9,9 @@ from typing import Any, Final
 
 from telemetryd.cli.options import counted, size
 from telemetryd.client.counters import Counters
-from telemetryd.client.folder import READY, UNSENT, Entry, entries
+from telemetryd.client.folder import READY, UNSENT, Entry, entries, no_files
 from telemetryd.client.streams import unsent_lines
+from telemetryd.ops.logs import printable
 
 _WHOSE: Final = {"active": "of processes that are alive", "ready": "to be sent"}
 _SHOWN: Final = 20
@@ -76,7 +77,7 @@ def sentences(files: list[dict[str, Any]]) -> list[str]:
     """Return a sentence about each file, if there are several; of very many the first ones."""
     if len(files) == 1:  # of which the total says the same
         return []
-    said = [f"{each['file']}: {_in_words_of_file(each)}" for each in files[:_SHOWN]]
+    said = [f"{printable(each['file'])}: {_in_words_of_file(each)}" for each in files[:_SHOWN]]
     more = len(files) - _SHOWN
     return said if more <= 0 else [*said, f"and {counted(more, 'file')} more; --json has all of them"]
 
@@ -94,6 +95,8 @@ class Left:
         """The name of each file, and how many lines of it are to be sent."""
         self.states: dict[str, dict[str, int]] = {}
         """The sums by state: files, bytes and lines."""
+        self.trouble: str | None = None
+        """What is called like a file to be sent and cannot be one."""
 
     def look(self, folder: Path, left_open: Iterable[Path] = ()) -> None:
         """Look through the folder.
@@ -107,6 +110,8 @@ class Left:
 
         """
         opened = [Entry(str(path), path.stem, 0, READY, path.stat().st_size, 0.0) for path in left_open]
+        if strange := no_files(folder):
+            self.trouble = f"Not read, for it is no regular file: {printable(', '.join(strange))}"
         for entry in [*entries(folder, UNSENT), *opened]:
             lines = unsent_lines(folder, entry)
             self.files.append((plain_name(entry.path), lines))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import sys
 import threading
 import time
@@ -72,7 +73,9 @@ def from_files(function: F, *, or_takes_over: bool = False) -> F:
         help="A longer line of NDJSON, or other JSON, is refused unread, so that a small file cannot fill the memory.",
     )
     rejects = click.option(
-        "--rejects", type=click.Path(path_type=Path), help="Append what the daemon refuses to this file."
+        "--rejects",
+        type=click.Path(path_type=Path),
+        help="Append what the daemon refuses to this file; no link.",
     )
     files = click.argument(
         "files", nargs=-1, required=not or_takes_over, type=click.Path(exists=True, dir_okay=False, allow_dash=True)
@@ -138,7 +141,7 @@ def sync(
     if take_over:
         folders = [buffer_dir] if buffer_dir is not None else old_buffer_folders(os.environ)
         buffer_dir = _left_by_3x(folders, _BUFFER_FILES, "name the folder with --buffer-dir")
-        left_open = sorted(buffer_dir.glob(_LEFT_OPEN))
+        left_open = [path for path in sorted(buffer_dir.glob(_LEFT_OPEN)) if stat.S_ISREG(path.lstat().st_mode)]
         if not dry_run:
             _close(left_open)
             left_open = []
@@ -152,6 +155,7 @@ def sync(
         left.look(folder, left_open)
     except OSError as error:
         problem = problem or sentence(error)
+    problem = problem or (None if watch else left.trouble)
     files = [] if watch else accounts.to_json(left.files)
     if as_json:
         print_json({**outcome(counters), "left": left.states, "files": files, "problem": problem})
@@ -183,7 +187,7 @@ def _close(left_open: list[Path]) -> None:
         name = path.name.removesuffix(f".jsonl{ACTIVE}")
         stems = (path.with_name(f"{name}-{number}" if number else name) for number in count())
         free = next(
-            stem for stem in stems if not any(Path(f"{stem}.jsonl{state}").exists() for state in (READY, SYNCED))
+            stem for stem in stems if not any(os.path.lexists(f"{stem}.jsonl{state}") for state in (READY, SYNCED))
         )
         path.rename(f"{free}.jsonl{READY}")
 
@@ -335,7 +339,11 @@ class _Sync:
         self._transport.close()
 
     def _bury(self, lines: list[bytes], status: int | None, reason: object) -> None:
-        bury(self._folder, lines, status, reason)
+        try:
+            bury(self._folder, lines, status, reason)
+        except OSError as error:
+            self._note(error)
+            raise
         self._refusals.add(lines, status, reason)
 
     def _dropped(self, entry: Entry, lines: int, reason: str) -> None:

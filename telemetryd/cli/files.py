@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import itertools
+import os
 import sys
 import threading
 import time
@@ -121,8 +122,13 @@ class Refusals:
             answer = "" if status is None else f" ({status})"
             click.echo(printable(f"telemetryd: {place}refused{answer}: {text:.300}: {shown:.200}"), err=True)
         if self._file is not None:
-            with self._file.open("ab") as out:
+            with open(self._file, "ab", opener=_open_no_link) as out:
                 out.write(b"".join(dead_letter(line, status, reason, timestamp()) for line in lines))
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    """Open a file that may stand in another user's folder, where a link could lead to any file."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def reasons(reason: object) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import sys
 import types
@@ -165,8 +166,12 @@ def failing() -> Iterator[None]:
 
 
 def print_json(value: object) -> None:
-    """Print data as JSON."""
-    click.echo(orjson.dumps(value, option=orjson.OPT_INDENT_2, default=str).decode())
+    """Print data as JSON; a name of a file that is not UTF-8 keeps its other bytes as escaped surrogates."""
+    try:
+        text = orjson.dumps(value, option=orjson.OPT_INDENT_2, default=str).decode()
+    except orjson.JSONEncodeError:  # orjson writes no surrogates
+        text = json.dumps(value, indent=2, default=str)
+    click.echo(text)
 
 
 class Progress:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 _PAUSE_S: Final = 1.0
 _LEAST_PAUSE_S: Final = 0.1
 """The time between two attempts if an answer asks for none, and the least whatever it asks for."""
+_LONGEST_SOCKET: Final = 107
+"""Bytes of a path that fit into an address of a Unix socket (unix(7))."""
 _ADDRESSES: Final = ("TELEMETRY_API_URL", "METRICS_API_URL")
 """The variables that name a daemon."""
 _WHERE_ACCESS_COMES_FROM: Final = (
@@ -287,21 +289,23 @@ async def session(config: Config, patience: aiohttp.ClientTimeout | None = None)
 
 
 def refuse_missing_socket(config: Config) -> None:
-    """Make sure that the Unix socket that is meant, if one is, is there: to wait for one would hide a typo.
+    """Make sure that the Unix socket that is meant, if one is, can be reached: to wait for one would hide a typo.
 
     Raises:
-        RefusedError: if it is not.
+        RefusedError: if it cannot.
 
     """
     path = Address.parse(config.url).socket
     if not path:
         return
+    if len(os.fsencode(path)) > _LONGEST_SOCKET:
+        raise RefusedError(f"{path:.200} is too long for a Unix socket, whose path has at most {_LONGEST_SOCKET} bytes")
     try:
         is_socket = stat.S_ISSOCK(os.stat(path).st_mode)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise RefusedError(f"There is no Unix socket {path}: no daemon runs, or it listens elsewhere") from error
-    except OSError:
-        return  # connecting fails as well, and says why
+    except OSError as error:  # such as a loop of links: another attempt fails as well
+        raise RefusedError(f"There is no way to the Unix socket {path}: {error.strerror}") from error
     if not is_socket:
         raise RefusedError(f"{path} is no Unix socket")
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import os
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -46,9 +47,9 @@ else:
 _PATH: Final = "/api/v1/runs/export"
 _QUIET_S: Final = 120.0
 """How long the daemon may be silent: it copies what is asked for before it answers."""
-_PACKED: Final[dict[str, Callable[[Path], Any]]] = {
-    ".zst": lambda path: zstd.open(path, "wb", level=6),
-    ".gz": lambda path: gzip.GzipFile(path, "wb", 6),
+_PACKED: Final[dict[str, Callable[[IO[bytes]], Any]]] = {
+    ".zst": lambda file: zstd.open(file, "wb", level=6),
+    ".gz": lambda file: gzip.GzipFile("", "wb", 6, file),
 }
 _FILTERS: Final = tuple(parameter.name for parameter in PARAMETERS if parameter.prefix is None)
 _SPELLINGS: Final = {"agent_name": ("--agent", "--agent-name")}
@@ -185,15 +186,15 @@ def _opened(file: str, form: str) -> Iterator[IO[bytes]]:
         sys.stdout.buffer.flush()
         return
     destination = Path(file).absolute()
-    pack = _PACKED.get(destination.suffix)
-    if pack is not None and form == Format.PARQUET:
+    pack = _PACKED.get(destination.suffix, nullcontext)
+    if pack is not nullcontext and form == Format.PARQUET:
         raise InvalidRequestError(f"{file}: Parquet is packed by itself; leave {destination.suffix} out")
-    if destination.exists():
+    if os.path.lexists(destination):
         raise DatabaseError(f"{destination} exists already; an export never replaces a file")
-    with partial_file(destination) as path:
-        with path.open("wb") if pack is None else pack(path) as out:
+    with partial_file(destination) as partial:
+        with partial.open("wb") as plain, pack(plain) as out:
             yield out
-        publish(path, destination)
+        publish(partial, destination)
 
 
 @asynccontextmanager

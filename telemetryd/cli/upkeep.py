@@ -6,7 +6,7 @@ import asyncio
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import click
 import orjson
@@ -220,8 +220,8 @@ async def _prune(where: Where, chosen: Body, *, dry_run: bool, archive: Path | N
                 await in_slices(lambda: one_slice(chosen), "pruned")
                 return {**count, "dry_run": False, "pruned": done}
             pages = _chosen_pages(target, chosen, count["ahead"])
-            archived = await _write_archive(target, pages, archive, lambda rows: drawn("Archiving", rows, total))
-            slices = _archived_versions(archive)
+            archived, file = await _write_archive(target, pages, archive, lambda rows: drawn("Archiving", rows, total))
+            slices = _archived_versions(file)
             versions: list[Body] = []
             is_cut_short = False
 
@@ -249,16 +249,18 @@ async def _chosen_pages(target: Target, chosen: Body, ahead: list[str]) -> Async
             yield [run]
 
 
-async def _write_archive(target: Target, pages: AsyncIterator[list[Body]], archive: Path, watch: Any) -> int:
-    """Write runs to a file that gets its name when it is whole; return how many.
+async def _write_archive(
+    target: Target, pages: AsyncIterator[list[Body]], archive: Path, watch: Any
+) -> tuple[int, IO[bytes]]:
+    """Write runs to a file that gets its name when it is whole; return how many, and the open file.
 
     Raises:
         DatabaseError: if it cannot be made.
 
     """
     rows = 0
-    with partial_file(archive) as path:
-        with zstd.open(path, "wb", level=6) as packed:
+    with partial_file(archive) as partial:
+        with partial.open("wb") as file, zstd.open(file, "wb", level=6) as packed:
             async for page in pages:
                 for run in page:
                     if run.pop("more_events"):
@@ -266,8 +268,8 @@ async def _write_archive(target: Target, pages: AsyncIterator[list[Body]], archi
                 packed.write(b"".join(orjson.dumps(run, option=orjson.OPT_APPEND_NEWLINE) for run in page))
                 rows += len(page)
                 watch(rows)
-        publish(path, archive)
-    return rows
+        publish(partial, archive)
+        return rows, partial.open_for_later()
 
 
 async def _add_other_events(target: Target, run: Body) -> None:
@@ -276,10 +278,10 @@ async def _add_other_events(target: Target, run: Body) -> None:
         run["events"] += part
 
 
-def _archived_versions(archive: Path) -> Iterator[list[Body]]:
-    """Read an archive back, which also shows that it can be read; yield what it holds in slices."""
+def _archived_versions(archive: IO[bytes]) -> Iterator[list[Body]]:
+    """Read an open archive back, which also shows that it can be read; yield what it holds in slices."""
     versions: list[Body] = []
-    with zstd.open(archive, "rb") as packed:
+    with archive, zstd.open(archive, "rb") as packed:
         for line in packed:
             run = orjson.loads(line)
             versions.append({"id": run["id"], "updated_at": run["updated_at"]})

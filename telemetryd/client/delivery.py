@@ -29,6 +29,7 @@ from telemetryd.client.lines import (
     RunItem,
     after_of,
     encode,
+    event_id_of,
     read_object,
     repair,
 )
@@ -116,7 +117,7 @@ class Delivery:
 
         Raises:
             RetryError: if something is left; call again with the same batch, later.
-            OSError: if the dead-letter file cannot be written, or lines cannot be set aside.
+            OSError: if neither the dead-letter file can be written nor lines be set aside.
 
         """
         while batch.steps:
@@ -135,8 +136,10 @@ class Delivery:
             batch.steps.extendleft(reversed(more))
         while batch.dead:
             lines, status, reason = batch.dead[0]
-            self._bury(lines, status, reason)
+            is_buried = self._try_to_bury(batch, lines, status, reason)
             batch.dead.pop(0)
+            if not is_buried:
+                continue
             batch.refused += len(lines)
             self._counters.dead += len(lines)
             text = "The daemon refuses %d line(s), which are in the dead-letter file now: %.500s"
@@ -149,6 +152,19 @@ class Delivery:
             left += len(lines)
         self._counters.aside += left
         self._count(batch, max(len(batch.lines) - left, 0))
+
+    def _try_to_bury(self, batch: Batch, lines: list[bytes], status: int | None, reason: object) -> bool:
+        """Put refused lines into the dead-letter file; if that cannot be written, set them aside and return False."""
+        try:
+            self._bury(lines, status, reason)
+        except OSError as error:
+            if self._aside is None or batch.was_aside:
+                raise
+            text = "%s: %d refused line(s) are set aside, and tried again later: %.500s"
+            self._complaints.say(logging.ERROR, text, error, len(lines), reason)
+            batch.aside.setdefault(event_id_of(lines[0]), []).extend(lines)
+            return False
+        return True
 
     def give_up(self, batch: Batch) -> None:
         """Count what the daemon has taken of a batch that is not sent again."""

@@ -37,7 +37,8 @@ UNSENT: Final = (ACTIVE, READY)
 STATES: Final = (ACTIVE, READY, SYNCED)
 LOCK: Final = ".lock"
 _FILE: Final = re.compile(
-    r"(?P<stem>(?P<stream>.+?)(?:\.(?P<number>\d{6}|[1-9]\d{6,}))?\.jsonl)(?P<state>\.active|\.ready|\.synced)"
+    r"(?P<stem>(?P<stream>.+?)(?:\.(?P<number>\d{6}|[1-9]\d{6,}))?\.jsonl)(?P<state>\.active|\.ready|\.synced)",
+    re.DOTALL,
 )
 _ASIDE: Final = "aside-"
 OWN_STREAM: Final = re.compile(rf"(?:{_ASIDE})?\d{{8}}T\d{{6}}Z-\d+-[0-9a-f]{{8}}", re.ASCII)
@@ -103,6 +104,21 @@ def look_through(folder: Path, read_name: Callable[[str], tuple[str, int, str] |
                 if stat.S_ISREG(facts.st_mode):  # else no process of ours has made it, whatever it is
                     found.append(Entry(item.path, *named, facts.st_size, facts.st_mtime))
     return sorted(found, key=lambda entry: (entry.modified, entry.stream, entry.number))
+
+
+def no_files(folder: Path) -> list[str]:
+    """Return the names of what is called like a file to be sent but is none: a link, a pipe, a folder.
+
+    Raises:
+        OSError: if the folder cannot be read.
+
+    """
+    ends = tuple(f".jsonl{state}" for state in UNSENT)
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as listing:
+        return sorted(
+            item.name for item in listing if item.name.endswith(ends) and not item.is_file(follow_symlinks=False)
+        )
+    return []
 
 
 def _read_name(name: str) -> tuple[str, int, str] | None:
@@ -204,13 +220,24 @@ def file_path(folder: Path, stream: str, number: int, state: str) -> Path:
 def open_regular(path: Path, flags: int) -> int:
     """Open a regular file; whatever else stands in its place is neither followed nor waited for, nor written to.
 
-    A file with a second name may belong to another program, so it is not written to either.
+    A file with a second name may belong to another program, so it is not written to either. A file that root makes
+    belongs to the owner of its folder, whose processes have to write to it as well.
 
     Raises:
         OSError: if it cannot be opened, or is another kind of file.
 
     """
+    while flags & os.O_CREAT and not flags & os.O_EXCL:
+        try:
+            return open_regular(path, flags | os.O_EXCL)
+        except FileExistsError:
+            with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
+                return open_regular(path, flags & ~os.O_CREAT)
     file = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, _MODE)
+    if flags & os.O_CREAT and os.geteuid() == 0:
+        owner = path.parent.stat()
+        with contextlib.suppress(OSError):  # a file system without owners
+            os.fchown(file, owner.st_uid, owner.st_gid)
     facts = os.fstat(file)
     if stat.S_ISREG(facts.st_mode) and (facts.st_nlink <= 1 or flags & os.O_ACCMODE == os.O_RDONLY):
         return file

@@ -139,8 +139,9 @@ def printable(text: str) -> str:
 
 # JSON itself escapes what is below a blank only; terminals and viewers also act on the 8-bit controls, on
 # U+2028 as a line's end, and on marks that turn the direction of what follows.
+# Surrogates, which stand for bytes of a name that is not UTF-8, cannot be written.
 _UNPRINTABLE: Final = re.compile(
-    r"[\x00-\x1f\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]"
+    r"[\x00-\x1f\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]"
 )
 
 

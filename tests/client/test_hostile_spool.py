@@ -24,6 +24,7 @@ from tests.client.test_spool import drain
 from tests.conftest import Api, StartDaemon, eventually, make_run
 from tests.http_client import get
 from tests.tools.forks import popen
+from tests.tools.process import telemetryd
 
 OLD = 1_700_000_000
 SECRET = b"somebody else's file, which stays as it is\n"
@@ -128,6 +129,36 @@ def test_the_command_goes_on_with_the_other_streams_and_says_so(
     assert "trap.lock" in errors
     assert process.returncode == (0 if watch else 1)
     check_untouched(other)
+
+
+def test_dead_letters_that_cannot_be_written_hold_up_no_other_line_and_are_written_later(
+    start_daemon: StartDaemon, full: Path, other: Path
+) -> None:
+    url = start_daemon().url
+    lines = [orjson.dumps(make_run(event_id=f"good-{number}")) for number in range(1100)]
+    (full / "left.jsonl.ready").write_bytes(b"\n".join([lines[0], b'{"event_id":"bad"}', *lines[1:], b""]))
+    put_link(full / DEAD_LETTERS, other)
+    sync = ("sync", "--buffer-dir", full, "--json", "--url", url)
+    done = telemetryd(*sync, status=1)
+    assert DEAD_LETTERS in done.stderr
+    shown = orjson.loads(done.stdout)
+    assert (shown["stored"], shown["refused"], shown["aside"], shown["left"]["ready"]["lines"]) == (1100, 0, 1, 1)
+    check_untouched(other)
+    (full / DEAD_LETTERS).unlink()
+    shown = orjson.loads(telemetryd(*sync, status=1).stdout)
+    assert (shown["stored"], shown["refused"], shown["left"]) == (0, 1, {})
+    assert b"bad" in (full / DEAD_LETTERS).read_bytes()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_what_root_makes_in_a_spool_is_the_owners(full: Path) -> None:
+    os.chown(full, 12_345, 12_345)
+    bury(full, [b"{}"], 422, "no")
+    stream = Stream.take(full, "left")
+    assert stream is not None
+    made = {path.name: path.stat().st_uid for path in full.iterdir()}
+    stream.release()
+    assert made == {"left.jsonl.ready": 0, "left.lock": 12_345, DEAD_LETTERS: 12_345}
 
 
 @pytest.mark.parametrize("put", TRAPS)

@@ -16,6 +16,7 @@ from telemetryd.engine.sqlite import private_aiosqlite, searching
 from telemetryd.engine.sqlite.descriptors import CountedConnection
 from telemetryd.engine.sqlite.files import corrupt, is_unfinished, looking, refuse_strange_side_files
 from telemetryd.engine.sqlite.ownership import create_privately
+from telemetryd.engine.sqlite.partials import check_partial
 from telemetryd.errors import DatabaseError
 
 _MINIMUM_SQLITE: Final = (3, 37, 0)  # STRICT tables
@@ -186,12 +187,14 @@ def connect(path: Path, mode: str, busy_timeout_ms: int = 30_000, *, statements:
     """Open a plain connection without implicit transactions; `mode` is that of SQLite's URI: ro, rw or rwc.
 
     Raises:
-        DatabaseError: if something else than a file stands where SQLite keeps its journal.
+        DatabaseError: if something else than a file stands where SQLite keeps its journal, or somebody has put another
+            file in the place of one that this process is making.
         sqlite3.Error: if the file cannot be opened.
 
     """
     refuse_strange_side_files(path)
-    return CountedConnection(
+    check_partial(path)
+    connection = CountedConnection(
         path,
         f"{path.resolve().as_uri()}?mode={mode}",
         uri=True,
@@ -200,6 +203,12 @@ def connect(path: Path, mode: str, busy_timeout_ms: int = 30_000, *, statements:
         check_same_thread=False,  # interrupt() is called from the event loop
         cached_statements=statements,
     )
+    try:
+        check_partial(path)  # until now SQLite has only opened it
+    except DatabaseError:
+        connection.close()
+        raise
+    return connection
 
 
 def quoted(name: str) -> str:

@@ -117,6 +117,16 @@ def take(path: Path, flags: int = os.O_RDONLY) -> HeldFile:
         return file
 
 
+def hold(descriptor: int) -> HeldFile:
+    """Take over a descriptor of a file that this process has just made; `give_back` has to follow."""
+    with _process.lock:
+        identity = identity_of(os.fstat(descriptor))
+        file = _process.files.setdefault(identity, HeldFile(identity, []))
+        file.descriptors.append(descriptor)
+        file.users += 1
+        return file
+
+
 def give_back(file: HeldFile) -> None:
     """Say that a file is not needed any more; it is closed as soon as that does no harm."""
     with _process.lock:

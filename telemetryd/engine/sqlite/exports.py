@@ -198,8 +198,8 @@ class Exports:
 
     def _new_copy(self, files: contextlib.ExitStack) -> sqlite3.Connection:
         """Open an empty file next to the database; it vanishes with the process, or when `files` is closed."""
-        path = files.enter_context(partial_file(self._database.with_name(f"{self._database.name}.export")))
-        connection = connect(path, "rw")
+        copy = files.enter_context(partial_file(self._database.with_name(f"{self._database.name}.export")))
+        connection = connect(copy.path, "rw")
         connection.use(self._database)  # which is attached to the copy
-        path.unlink()  # an open file needs no name
+        copy.path.unlink()  # an open file needs no name
         return connection

@@ -231,7 +231,9 @@ def undisturbed(path: Path) -> Iterator[Path]:
 
 
 def refuse_strange_side_files(path: Path) -> None:
-    """Stop if something else than a file stands where SQLite keeps its journal: it would wait for a pipe for ever.
+    """Stop if something else than a file of its own stands where SQLite keeps its journal, its log or their index.
+
+    It would wait for a pipe for ever, and write into a file that has another name elsewhere.
 
     Raises:
         DatabaseError: that names it.
@@ -239,11 +241,11 @@ def refuse_strange_side_files(path: Path) -> None:
     """
     for side in (sidecar_path(path, suffix) for suffix in SIDE_FILES):
         try:
-            mode = side.lstat().st_mode
+            status = side.lstat()
         except OSError:  # nothing is there, or what is wrong with the folder will be reported of the database itself
             continue
-        if not stat.S_ISREG(mode):
-            what = next((name for is_it, name in _STRANGE if is_it(mode)), "device")
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+            what = next((name for is_it, name in _STRANGE if is_it(status.st_mode)), "device")
             raise DatabaseError(
                 f"{side} is a {what}, but SQLite keeps a file of the database there; nothing was changed: move it away"
             )
@@ -254,6 +256,7 @@ _STRANGE: Final = (
     (stat.S_ISSOCK, "socket"),
     (stat.S_ISDIR, "directory"),
     (stat.S_ISLNK, "symbolic link"),
+    (stat.S_ISREG, "hard link"),
 )
 
 

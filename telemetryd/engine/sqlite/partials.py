@@ -9,10 +9,11 @@ import secrets
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import IO, Final, Literal
 
-from telemetryd.engine.sqlite.descriptors import HeldFile, give_back, take
+from telemetryd.engine.sqlite.descriptors import HeldFile, give_back, hold, identity_of
 from telemetryd.engine.sqlite.files import APPLICATION_ID, SIDE_FILES
 from telemetryd.errors import DatabaseError
 from telemetryd.ops.files import Owner, hand_over, owner_to_keep, sync_directory
@@ -35,12 +36,70 @@ _PARQUET: Final = b"PAR1"
 _HEADER: Final = 100
 _APPLICATION: Final = slice(68, 72)
 _LINE: Final = 65_536
-_at_work: Final[set[Path]] = set()
+
+
+@dataclass(frozen=True, slots=True)
+class Partial:
+    """A file that is not whole yet.
+
+    Whoever may write to its folder can put another file, or a link to one, in the place of its name. So it is written
+    through the descriptor that came with it, and its name is only good as long as it leads to the same file.
+    """
+
+    path: Path
+    _held: HeldFile
+
+    @property
+    def descriptor(self) -> int:
+        """A descriptor of it, for reading and writing; never close it."""
+        return self._held.descriptor
+
+    def open(self, mode: Literal["rb", "wb", "ab"]) -> IO[bytes]:
+        """Open it without its name, at its beginning or its end; only one at a time, for all share one position."""
+        file = open(self.descriptor, mode, closefd=False)  # noqa: SIM115 - the caller closes it
+        if mode != "ab":
+            file.seek(0)
+        return file
+
+    def open_for_later(self) -> IO[bytes]:
+        """Open it to be read, also when it is whole and has its name."""
+        file = open(os.dup(self.descriptor), "rb")  # noqa: SIM115 - the caller closes it
+        file.seek(0)
+        return file
+
+    def check(self, name: Path | None = None) -> None:
+        """Make sure that a name, by default its own, leads to this very file and not by way of a link.
+
+        Raises:
+            DatabaseError: if it does not.
+
+        """
+        name = name or self.path
+        try:
+            is_it = identity_of(name.lstat()) == self._held.identity
+        except FileNotFoundError:
+            is_it = False
+        if not is_it:
+            raise DatabaseError(f"Somebody has put something else in the place of {name} while it was being written")
+
+
+_at_work: Final[dict[Path, Partial]] = {}
 """What this process is making."""
 
 
+def check_partial(path: Path) -> None:
+    """Check a file that this process is making; any other is as it may be.
+
+    Raises:
+        DatabaseError: as `Partial.check`.
+
+    """
+    if (partial := _at_work.get(path)) is not None:
+        partial.check()
+
+
 @contextmanager
-def partial_file(destination: Path, like: str | None = None, owner: Owner | None = None) -> Iterator[Path]:
+def partial_file(destination: Path, like: str | None = None, owner: Owner | None = None) -> Iterator[Partial]:
     """Make a file of mode 0600 next to its destination for as long as it is not whole; remove what is left of it.
 
     It is locked meanwhile. What an earlier run of the same command left when it was killed is removed first.
@@ -57,28 +116,25 @@ def partial_file(destination: Path, like: str | None = None, owner: Owner | None
     path = destination.with_name(f".{destination.name}.{secrets.token_hex(4)}{_PARTIAL}")
     held: HeldFile | None = None
     try:
-        _make(path, owner or owner_to_keep(destination))
-        _at_work.add(path)
-        held = take(path)
+        held = _make(path, owner or owner_to_keep(destination))
+        partial = _at_work[path] = Partial(path, held)
         is_locked = _lock(path, held.descriptor)
-        _forget_abandoned(path, re.compile(like or re.escape(destination.name)), is_locked=is_locked)
+        _forget_abandoned(partial, re.compile(like or re.escape(destination.name)), is_locked=is_locked)
     except OSError as error:
         _remove(path, held)
         raise DatabaseError(f"Cannot write to {destination.parent}: {error.strerror}") from error
     try:
-        yield path
+        yield partial
     except OSError as error:
         raise DatabaseError(f"Cannot write {destination}: {error.strerror or error}") from error
     finally:
         _remove(path, held)
 
 
-def _make(path: Path, owner: Owner | None) -> None:
-    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-    try:
-        hand_over(descriptor, owner)
-    finally:
-        os.close(descriptor)
+def _make(path: Path, owner: Owner | None) -> HeldFile:
+    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    hand_over(descriptor, owner)
+    return hold(descriptor)
 
 
 def _lock(path: Path, descriptor: int) -> bool:
@@ -93,20 +149,20 @@ def _lock(path: Path, descriptor: int) -> bool:
 
 
 def _remove(path: Path, held: HeldFile | None = None) -> None:
-    _at_work.discard(path)
+    _at_work.pop(path, None)
     for suffix in ("", *SIDE_FILES):
         path.with_name(path.name + suffix).unlink(missing_ok=True)
     if held is not None:
         give_back(held)
 
 
-def _forget_abandoned(fresh: Path, like: re.Pattern[str], *, is_locked: bool) -> None:
+def _forget_abandoned(fresh: Partial, like: re.Pattern[str], *, is_locked: bool) -> None:
     """Remove files that were killed while they were made: those of the same command, and any that are a day old.
 
     The disk's clock may be another one than ours, so files are compared with each other.
     """
-    now = fresh.stat().st_mtime
-    for path in fresh.parent.glob(f".*{_PARTIAL}"):
+    now = os.fstat(fresh.descriptor).st_mtime
+    for path in fresh.path.parent.glob(f".*{_PARTIAL}"):
         name = _NAME.fullmatch(path.name)
         if path in _at_work or name is None or path.is_symlink():
             continue
@@ -202,22 +258,27 @@ def forget_leftovers(database: Path) -> None:
             path.unlink()
 
 
-def publish(path: Path, destination: Path, others: Iterable[Path] = ()) -> Path:
+def publish(partial: Partial, destination: Path, others: Iterable[Path] = ()) -> Path:
     """Give a finished file its name, durably and without replacing another file; return the name.
 
     Args:
-        path: the finished file.
+        partial: the finished file.
         destination: its name.
         others: names that will do as well if that one is taken, also at this very moment.
 
     Raises:
-        DatabaseError: if no name is free.
+        DatabaseError: if no name is free, or somebody has put another file in the place of this one.
 
     """
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    os.fsync(partial.descriptor)
     for name in (destination, *others):
-        if _give_name(path, name):
+        partial.check()
+        if _give_name(partial.path, name):
+            try:
+                partial.check(name)
+            except DatabaseError:
+                name.unlink(missing_ok=True)
+                raise
             sync_directory(name.parent)
             return name
     raise DatabaseError(f"{destination} exists already; nothing was replaced")

@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import os
 import re
-import shutil
 import sqlite3
 import sys
 import time
@@ -29,7 +28,7 @@ from telemetryd.engine.sqlite.files import (
     is_unfinished,
     sidecar_path,
 )
-from telemetryd.engine.sqlite.partials import partial_file, publish
+from telemetryd.engine.sqlite.partials import Partial, partial_file, publish
 from telemetryd.engine.sqlite.tools import rotation
 from telemetryd.errors import DatabaseError, InvalidRequestError, UnavailableError, sentence
 from telemetryd.model.values import format_timestamp, utc_now
@@ -143,11 +142,11 @@ def backup(
     like, owner = rf"(?:{re.escape(destination.name)}|{rotation.like(source)})(?:\.packed)?", owner_to_keep(source)
     with partial_file(destination, like, owner) as raw:
         try:
-            blocked, expected = _copy(source, raw, watch)
+            blocked, expected = _copy(source, raw.path, watch)
             number = rotation.next_number(destination.parent, source)
-            rotation.mark(raw, number, format_timestamp(utc_now()))
+            rotation.mark(raw.path, number, format_timestamp(utc_now()))
             watch("Verifying", 0, 1)
-            content = verify(raw, source)
+            content = verify(raw.path, source)
         except sqlite3.Error as error:
             raise DatabaseError(f"Cannot copy {source}: {error}") from error
         if expected is not None and content.rows != expected:
@@ -266,13 +265,13 @@ def restore(
                         _pump(packed, target, watch, "Unpacking", 0)
                 else:
                     _pump(plain, target, watch, "Copying", source.stat().st_size)
-                    _copy_side_files(source, copy)
+                    _copy_side_files(source, copy.path)
         except (OSError, EOFError, zstd.ZstdError) as error:
             raise DatabaseError(f"Cannot copy the backup {source}: {error}") from error
-        _detach(copy)
+        _detach(copy.path)
         watch("Verifying", 0, 1)
-        content = verify(copy, source, _IF_BACKUP_DAMAGED)
-        with contextlib.closing(connect(copy, "ro&immutable=1")) as connection:
+        content = verify(copy.path, source, _IF_BACKUP_DAMAGED)
+        with contextlib.closing(connect(copy.path, "ro&immutable=1")) as connection:
             refuse(connection, content)
         watch("Verifying", 1, 1)
         return content, replace(database, copy, moment)
@@ -281,8 +280,12 @@ def restore(
 def _copy_side_files(source: Path, copy: Path) -> None:
     """Take along what SQLite needs to see the last commits; the shared memory (-shm) it makes anew."""
     for suffix in ("-wal", "-journal"):
-        with contextlib.suppress(FileNotFoundError):
-            shutil.copyfile(sidecar_path(source, suffix), sidecar_path(copy, suffix))
+        with (
+            contextlib.suppress(FileNotFoundError),
+            sidecar_path(source, suffix).open("rb") as side,
+            sidecar_path(copy, suffix).open("xb") as target,
+        ):
+            _pump(side, target, ignore_progress, "", 0)
 
 
 def _detach(copy: Path) -> None:
@@ -300,15 +303,18 @@ def _detach(copy: Path) -> None:
         connection.execute("DELETE FROM backup_mark")
 
 
-def replace(database: Path, new: Path, moment: datetime) -> Path:
+def replace(database: Path, new: Partial, moment: datetime) -> Path:
     """Put a synced new file in a database's place in one step; return the name under which the old one is kept.
 
     The old file gets its second name first, so that there is a database at the path at every moment. What
     its journal holds is written back before; if that fails because the file is damaged, the journal is kept
     next to the old file under its new name.
+
+    Raises:
+        DatabaseError: if somebody has put another file in the place of the new one.
+
     """
-    with new.open("rb") as file:
-        os.fsync(file.fileno())
+    os.fsync(new.descriptor)
     aside = _new_name(database.with_name(f"{database.name}.before-{moment:%Y%m%d_%H%M%S}"))
     if database.exists():
         with contextlib.suppress(sqlite3.DatabaseError), contextlib.closing(connect(database, "rw")) as connection:
@@ -320,8 +326,10 @@ def replace(database: Path, new: Path, moment: datetime) -> Path:
             side = sidecar_path(database, suffix)
             if side.exists():
                 side.rename(sidecar_path(aside, suffix))
-    new.replace(database)
+    new.check()
+    new.path.replace(database)
     sync_directory(database.parent)
+    new.check(database)
     return aside
 
 
@@ -334,19 +342,19 @@ def _new_name(path: Path) -> Path:
 # --- Compression ---------------------------------------------------------------------------------
 
 
-def _compress(raw: Path, packed: Path, watch: Watch) -> None:
+def _compress(raw: Partial, packed: Partial, watch: Watch) -> None:
     """Compress a file, and read the result back to see that it gives the same bytes.
 
     Raises:
         DatabaseError: if it does not.
 
     """
-    with raw.open("rb") as source, zstd.open(packed, "wb", level=6) as target:
-        expected = _pump(source, target, watch, "Compressing", raw.stat().st_size)
-    with zstd.open(packed, "rb") as back:
+    with raw.open("rb") as source, packed.open("wb") as file, zstd.open(file, "wb", level=6) as target:
+        expected = _pump(source, target, watch, "Compressing", os.fstat(raw.descriptor).st_size)
+    with packed.open("rb") as file, zstd.open(file, "rb") as back:
         actual = _pump(back, None, ignore_progress, "", 0)
     if actual != expected:
-        raise DatabaseError(f"The compressed copy {packed} does not give back what went in; it was dropped")
+        raise DatabaseError(f"The compressed copy {packed.path} does not give back what went in; it was dropped")
 
 
 class _Source(Protocol):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from telemetryd.engine.sqlite.connection import connect
-from telemetryd.engine.sqlite.partials import first_bytes, is_header_of_ours
+from telemetryd.engine.sqlite.partials import Partial, first_bytes, is_header_of_ours
 
 COMPRESSED: Final = ".zst"
 _STAMP: Final = r"_backup_\d{8}_\d{6}(?:_\d+)?\.sqlite(?:\.zst)?"
@@ -78,9 +78,9 @@ def mark(path: Path, number: int, made_at: str) -> None:
             connection.execute("INSERT INTO backup_mark (number, made_at) VALUES (?, ?)", (number, made_at))
 
 
-def mark_packed(path: Path, number: int) -> None:
+def mark_packed(packed: Partial, number: int) -> None:
     """Write its number after a finished copy that is compressed."""
-    with path.open("ab") as file:
+    with packed.open("ab") as file:
         file.write(_FRAME.pack(*_SKIPPED, number))
 
 

@@ -90,7 +90,7 @@ def salvage(path: Path, moment: datetime, watch: Watch = ignore_progress) -> Sal
             with (
                 borrowed(path) as descriptor,
                 contextlib.closing(_open_damaged(path)) as source,
-                contextlib.closing(connect(new, "rw")) as target,
+                contextlib.closing(connect(new.path, "rw")) as target,
             ):
                 target.execute("PRAGMA auto_vacuum = INCREMENTAL")
                 target.execute("PRAGMA synchronous = OFF")  # the whole file is synced before it gets its name
@@ -102,7 +102,7 @@ def salvage(path: Path, moment: datetime, watch: Watch = ignore_progress) -> Sal
         except sqlite3.Error as error:
             raise DatabaseError(f"Nothing can be saved of {path} ({error}); it is as before: {_RESTORE}") from error
         watch("Verifying", 0, 1)
-        verify(new)
+        verify(new.path)
         watch("Verifying", 1, 1)
         done.aside = replace(path, new, moment)
     return done
