@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import sqlite3
 import threading
 from collections.abc import AsyncIterator
@@ -67,13 +68,17 @@ def held(api: Api) -> int:
         HEALTH + fields(480_000),
         RUNS + b"\r\n" + HEALTH + fields(480_000) + b"\r\n",
         b"GET / HTTP/1.1\r\nHost: x\r\nA: " + b" " * 500_000,
+        HEALTH + fields(10_000, 10_000) + b"\r\n",
+        HEALTH.replace(b"health", b"h" * 10_000) + b"\r\n",
     ],
-    ids=["ended", "unfinished", "pipelined", "blanks"],
+    ids=["ended", "unfinished", "pipelined", "blanks", "line", "path"],
 )
 async def test_a_head_that_is_too_large_is_refused_and_let_go(api: Api, request_bytes: bytes) -> None:
     *_, answer = await send_raw(api, request_bytes)
     assert answer.status == 431
-    assert answer.json == {"detail": "The head of the request is too large: it may have 65536 bytes"}
+    assert answer.json == {
+        "detail": "The head of the request is too large: it may have 65536 bytes, of them 8190 in a line"
+    }
     await eventually(lambda: held(api) == 0)
 
 
@@ -102,6 +107,38 @@ async def test_bodies_of_pipelined_requests_are_no_heads(api: Api, sizes: list[i
     assert answers.count(b"HTTP/1.1 200 ") == 1
 
 
+BAD = {
+    "line": (HEALTH + fields(70_000, 70_000) + b"\r\n", 431),
+    "head": (HEALTH + fields(70_000) + b"\r\n", 431),
+    "unfinished": (HEALTH + fields(200_000), 431),
+    "garbage": (b"garbage\r\n\r\n", 400),
+    "chunk": (CHUNKED + b"zz\r\n", 400),
+}
+
+
+async def answers_to(api: Api, begun: bytes, rest: bytes) -> bytes:
+    """Send the rest when the daemon has what is begun, and return all that it answers until it closes."""
+    async with sent(api, begun) as (reader, writer):
+        await eventually(lambda: bool(held(api)) == bool(begun))
+        writer.write(rest)
+        return await asyncio.wait_for(reader.read(), 30)
+
+
+@pytest.mark.parametrize(("bad", "status"), BAD.values(), ids=BAD)
+async def test_requests_before_a_bad_one_are_answered(api: Api, bad: bytes, status: int) -> None:
+    """One 400 was the answer to all that came in with a head that was too large; nothing was stored."""
+    head = b"POST /api/v1/runs HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    for cut in (0, -9):  # all at once, and all but the first request after that has begun
+        runs = [make_run(event_id=f"{cut}-{place}") for place in range(4)]
+        first, second, third, late = (head % len(body) + body for body in (json.dumps(run).encode() for run in runs))
+        requests = first + second + third + bad + late
+        answers = await answers_to(api, first[:cut], requests[len(first[:cut]) :])
+        assert re.findall(rb"HTTP/1\.[01] (\d+) ", answers) == [b"201", b"201", b"201", b"%d" % status]
+        await eventually(lambda: held(api) == 0)
+    stored = {run["event_id"] for run in await api.list()}
+    assert stored == {f"{cut}-{place}" for cut in (0, -9) for place in range(3)}
+
+
 def chunked(body: bytes, each: int) -> bytes:
     """A request whose body comes in chunks of so many bytes."""
     chunks = (body[start : start + each] for start in range(0, len(body), each))
@@ -124,8 +161,9 @@ async def test_the_framing_of_chunks_is_no_head(sizes: list[int], piece: int) ->
     of_head = parser.held
     parser.feed_data(b"a" * 1_000)
     assert parser.held <= of_head + 3_000 <= 10_000
+    parser.feed_data(b"\r\n" + fields(70_000))
     with pytest.raises(HeadTooLargeError):
-        parser.feed_data(b"\r\n" + fields(70_000))
+        parser.feed_data(b"")
 
 
 # --- All of them ---------------------------------------------------------------------------------

@@ -306,6 +306,8 @@ MALFORMED = [
     (b'{"a": 1,\n"runs": [{"a": 1}]', 1, "around the array, which ends in line 2, is no JSON"),
     (b'{"runs": [{"a": 1}]}\n{"a": 2}', 1, "around the array, which ends in line 1, is no JSON"),
     (b'[{"a": 1}]\n[{"a": 2}]', 1, "In line 2 stands b'[{\"a\":' where the end of the file"),
+    (b'{\n"a": 1}\x0b', 1, r"In line 2 stands b'\x0b' where an object is expected"),
+    (b"[\x0c]", 0, r"In line 1 stands b'\x0c]' where an object is expected"),
     (b"[1]", 0, "In line 1 stands b'1]' where an object is expected"),
     (b'{\n"a": 1}\n]', 1, "In line 3 stands b']' where an object is expected"),
 ]

@@ -27,7 +27,7 @@ from tests.conftest import PATIENCE_S, Api, StartDaemon, make_run
 from tests.tools.forks import popen
 
 TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", re.ASCII)
-UNSAFE = "a\nb\rc\x1b[31md\x00e\x7ff\x85g\x9b31mh\u2028i\u2029j\u202ek\ufeffl"
+UNSAFE = "a\nb\rc\x1b[31md\x00e\x7ff\x85g\x9b31mh\u2028i\u2029j\u202ek\ufeffl\U000e0041m\u00adn\ue000o"
 
 
 @contextlib.contextmanager

@@ -13,7 +13,8 @@ from telemetryd.model.items import array_start
 _MARK: Final = re.compile(rb'"(?:[^"\\\x00-\x1f]++|\\[^\x00-\x1f])*+"|["\[\]{},]')
 """A text, or a sign that parts and encloses values; a quote that stands alone begins a text that is none."""
 _BLANKS: Final = b" \t\r\n"
-_NO_BLANK: Final = re.compile(rb"[^ \t\r\n]")
+_SHOWN: Final = re.compile(rb"[^ \t\r\n]{1,40}")
+"""The beginning of what stands between blanks, as an error shows it."""
 _ONE_LINE: Final = bytes.maketrans(b"\r\n", b"  ")
 _CLOSING: Final = {b"{": b"}", b"[": b"]"}
 
@@ -106,7 +107,7 @@ class _Document:
 
     def _next(self) -> int:
         """Return where the next sign that is no blank stands."""
-        found = _NO_BLANK.search(self._data, self.end)
+        found = _SHOWN.search(self._data, self.end)
         return len(self._data) if found is None else found.start()
 
     def _object(self, begin: int) -> tuple[int, bytes]:
@@ -132,8 +133,7 @@ class _Document:
         raise OSError(f"The object that begins in line {number} does not end")
 
     def _unexpected(self, at: int, expected: str) -> OSError:
-        if at == len(self._data):
+        shown = _SHOWN.match(self._data, at)
+        if shown is None:
             return OSError(f"The JSON ends in line {self.line(at)}, where {expected} is expected")
-        return OSError(
-            f"In line {self.line(at)} stands {self._data[at : at + 40].split()[0]!r} where {expected} is expected"
-        )
+        return OSError(f"In line {self.line(at)} stands {shown[0]!r} where {expected} is expected")

@@ -134,19 +134,18 @@ def _dumps(value: object) -> str:
 
 def printable(text: str) -> str:
     """Return a text in which whatever could control a terminal, or break its line, is escaped."""
-    return text if text.isprintable() else _UNPRINTABLE.sub(_escape, text)
+    return text if text.isprintable() else _UNUSUAL.sub(_escape, text)
 
 
 # JSON itself escapes what is below a blank only; terminals and viewers also act on the 8-bit controls, on
-# U+2028 as a line's end, and on marks that turn the direction of what follows.
-# Surrogates, which stand for bytes of a name that is not UTF-8, cannot be written.
-_UNPRINTABLE: Final = re.compile(
-    r"[\x00-\x1f\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]"
-)
+# U+2028 as a line's end, on marks that turn the direction of what follows, on tags that are not seen. Surrogates,
+# which stand for bytes of a name that is not UTF-8, cannot be written.
+_UNUSUAL: Final = re.compile(r"[^\x20-\x7e]")
 
 
 def _escape(match: re.Match[str]) -> str:
-    return f"\\u{ord(match[0]):04x}"
+    sign = match[0]
+    return sign if sign.isprintable() else json.dumps(sign)[1:-1]
 
 
 _COLOURS: Final = {

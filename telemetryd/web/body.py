@@ -247,8 +247,6 @@ async def _decode(body: bytes, coding: str, share: _Share) -> bytes:
 
 
 BODIES: Final = web.AppKey("bodies", Bodies)
-_EXPLAINED_BYTES: Final = 1 << 20
-"""The largest body that is decoded once more to name its fields: many at once take memory that nobody counts."""
 
 
 async def json_body(request: web.Request) -> tuple[object, int]:
@@ -258,6 +256,4 @@ async def json_body(request: web.Request) -> tuple[object, int]:
         try:
             return parse_body(body), len(body)
         except InvalidBodyError as error:
-            if len(body) > _EXPLAINED_BYTES:
-                raise
             raise await asyncio.to_thread(explained, error, body) from None

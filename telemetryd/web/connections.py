@@ -12,7 +12,7 @@ from typing import Any, Final, cast
 
 from aiohttp import hdrs, web
 from aiohttp.abc import AbstractStreamWriter
-from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.http_exceptions import LineTooLong
 from aiohttp.payload import Payload
 from aiohttp.web_protocol import RequestHandler
 
@@ -23,7 +23,7 @@ from telemetryd.web import private_aiohttp
 from telemetryd.web.answers import client_address, error_response, mark, request_id, unexpected_detail
 from telemetryd.web.browsers import SAFE_METHODS
 from telemetryd.web.compression import LARGE_BYTES, compressor
-from telemetryd.web.heads import ANSWERED_BYTES, HEAD_BYTES, HeadTooLargeError, Held, Parser
+from telemetryd.web.heads import ANSWERED_BYTES, HEAD_BYTES, LINE_BYTES, HeadTooLargeError, Held, Parser
 
 KEEPALIVE_S: Final = 75.0
 """How long a connection may rest between two requests."""
@@ -96,7 +96,17 @@ class _Protocol(RequestHandler):
     """
 
     # There may be ten thousand of them.
-    __slots__ = ("_answer", "_answering", "_heads", "_left", "_refused", "_server", "asking_since", "unsent")
+    __slots__ = (
+        "_answer",
+        "_answering",
+        "_heads",
+        "_left",
+        "_refusal",
+        "_refused",
+        "_server",
+        "asking_since",
+        "unsent",
+    )
 
     def __init__(self, server: _Server, **details: Any) -> None:
         super().__init__(server, **details)
@@ -110,12 +120,15 @@ class _Protocol(RequestHandler):
         """What answers a request that changes nothing: it is of no use to anybody once the client has left."""
         self._left: asyncio.Future[None] | None = None
         self._refused = False
+        """Whether something was no request, or had too large a head; what follows it is let go."""
+        self._refusal: web.Response | None = None
+        """The answer to it, which comes after those to the requests before it."""
         self._heads: Parser | None = None
-        self._begin_to_parse()
+        self._parse_with(Parser(self, asyncio.get_running_loop()))
 
-    def _begin_to_parse(self) -> None:
-        self._heads = Parser(self, asyncio.get_running_loop())
-        private_aiohttp.use_parser(self, self._heads)
+    def _parse_with(self, parser: Parser) -> None:
+        self._heads = parser
+        private_aiohttp.use_parser(self, parser)
 
     @property
     def unread(self) -> int:
@@ -133,6 +146,8 @@ class _Protocol(RequestHandler):
         """Answer what never became a request; the parser's text may echo the input, so it is not passed on."""
         identity = uuid.uuid4().hex
         unexpected = status >= 500
+        if isinstance(exc, HeadTooLargeError | LineTooLong):
+            status = 431  # RFC 6585 §5
         log.log(
             logging.ERROR if unexpected else logging.WARNING,
             "Request failed outside of any handler" if unexpected else "Malformed request",
@@ -144,14 +159,12 @@ class _Protocol(RequestHandler):
             },
             exc_info=exc if unexpected else None,
         )
-        if isinstance(exc, HeadTooLargeError):
-            status = 431  # RFC 6585 §5
-        if isinstance(exc, HttpProcessingError):
-            exc.__traceback__ = None  # its frames hold what has come, as long as this is being answered
         detail = unexpected_detail(identity) if unexpected else _MALFORMED.get(status, _MALFORMED[400])
         response = error_response(status, detail)
         mark(response, identity)
         response.force_close()
+        if not unexpected:
+            self._refusal = response
         return response
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -192,12 +205,14 @@ class _Protocol(RequestHandler):
 
     def data_received(self, data: bytes) -> None:
         """Take in bytes, and see whether a head is begun and not ended."""
-        if self._refused:  # what follows a head that is too large is let go until its answer has got through
+        if self._refused:
             return
         super().data_received(data)
-        if self._heads is not None and self._heads.has_refused:
+        if self._heads is not None and (refusal := self._heads.refusal) is not None:
+            super().data_received(b"")  # the parser has handed over what came before it, and raises it now
             self._refused = True
-            self._begin_to_parse()  # anew, which lets go of what has come of it
+            refusal.__traceback__ = None  # its frames hold the parser, as long as it waits to be answered
+            self._parse_with(self._heads.renewed(self, asyncio.get_running_loop()))
         self._count()
         if private_aiohttp.has_whole_request(self):
             self.asking_since = None
@@ -208,7 +223,7 @@ class _Protocol(RequestHandler):
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> tuple[web.StreamResponse, bool]:
         """Send an answer, unless with it too much waits to be read, and nowhere more than here."""
-        if self._refused:
+        if resp is self._refusal:
             sent = await super().finish_response(request, resp, start_time)
             await self._let_go()
             return sent
@@ -257,7 +272,7 @@ class _Protocol(RequestHandler):
 
 _MALFORMED: Final = {
     400: "The request is not valid HTTP/1.1",
-    431: f"The head of the request is too large: it may have {HEAD_BYTES} bytes",
+    431: f"The head of the request is too large: it may have {HEAD_BYTES} bytes, of them {LINE_BYTES} in a line",
 }
 """What is answered to a request that never became one, by its status; the parser's own text may echo the input."""
 

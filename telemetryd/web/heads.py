@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from itertools import chain
+from itertools import chain, takewhile
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 from aiohttp.http_exceptions import BadHttpMessage, HttpProcessingError
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from aiohttp.streams import StreamReader
 
 HEAD_BYTES: Final = 64 * 1024
-"""What a head may have; aiohttp bounds its lines, of which it takes 128, and their length."""
+"""What a head may have; of its lines aiohttp takes 128."""
 
 ANSWERED_BYTES: Final = 10 * 1024
 """About what a request takes while it is being answered or waits for that: tasks, the query, its place in a queue."""
@@ -30,6 +30,8 @@ _FIELD_SIGNS: Final = len(": \r\n")
 _BLANK_LINE: Final = b"\r\n\r\n"
 _SLICE_BYTES: Final = 16 * 1024
 """How much of a head is looked at until it is counted."""
+LINE_BYTES: Final = 8190
+"""What a line of a head may have, and its request line's path."""
 _READ_BYTES: Final = 64 * 1024
 """aiohttp's own default: what of a body may wait to be read before its sender has to pause."""
 
@@ -73,21 +75,23 @@ class Held(Generic[H]):
 
 
 class Parser(HttpRequestParser):
-    """aiohttp's parser, which knows how much of heads it holds."""
+    """aiohttp's parser, which knows how much of heads it holds, and hands over the requests before one that is bad."""
 
-    __slots__ = ("_asked", "_body", "_current", "_end", "_since_blank", "_unfinished", "has_refused")
+    __slots__ = ("_asked", "_body", "_current", "_end", "_since_blank", "_unfinished", "refusal")
 
     def __init__(self, protocol: BaseProtocol, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(
             protocol,
             loop,
             _READ_BYTES,
+            max_line_size=LINE_BYTES,
+            max_field_size=LINE_BYTES,
             payload_exception=RequestPayloadError,
             auto_decompress=False,  # body.py does it, within its limits
-            max_msg_queue_size=MAX_MSG_QUEUE_SIZE,
+            max_msg_queue_size=1,  # it pauses after each request, or a bad one would take those before it along
         )
-        self.has_refused = False
-        """Whether something was no request, or had too large a head; what comes after it means nothing."""
+        self.refusal: HttpProcessingError | None = None
+        """Why something was no request, or had too large a head; what comes after it means nothing."""
         self._body: StreamReader | None = None
         self._unfinished = 0
         """How many bytes have come of a head that has not ended, or wait until fewer requests do."""
@@ -106,34 +110,57 @@ class Parser(HttpRequestParser):
 
     def message_consumed(self) -> None:
         """Take note that the next request is being answered."""
-        super().message_consumed()
-        if self._asked:
-            self._current = self._asked.pop(0)
+        self._current = self._asked.pop(0) if self._asked else 0
+
+    def renewed(self, protocol: BaseProtocol, loop: asyncio.AbstractEventLoop) -> Parser:
+        """Return a parser that has nothing of what has come but the requests whose turn has not."""
+        parser = Parser(protocol, loop)
+        parser._asked, parser._current = self._asked, self._current
+        return parser
 
     def feed_data(self, data: bytes, *_: Any) -> Any:
-        """Parse what has come in.
+        """Parse what has come in, up to what is refused.
 
         Raises:
-            HttpProcessingError: if it is no request; a `HeadTooLargeError` if a head is too large, ended or not.
+            HttpProcessingError: the refusal, when what came before it has been returned.
 
         """
+        if self.refusal is not None:
+            raise self.refusal
         found: list[Any] = []
         while True:
-            is_body = self._body is not None and not self._body.is_eof()
+            is_body = _is_open(self._body)
             end = len(data) if is_body else _SLICE_BYTES
-            try:
-                messages, is_upgraded, tail = self._feed(data[:end], is_body=is_body)
-            except HttpProcessingError:
-                self.has_refused = True
-                raise
+            messages, is_upgraded, tail = self._feed(data[:end], is_body=is_body)
             found += messages
             data = data[end:]
-            if not data or is_upgraded:
+            if not data or is_upgraded or self.refusal is not None:
                 return found, is_upgraded, tail + data
+
+    def _parse(self, data: bytes) -> Any:
+        """Parse as aiohttp does, but request by request, so that those before a bad one are known."""
+        found: list[Any] = []
+        body = self._body
+        while True:
+            was_open = _is_open(body)
+            try:
+                messages, is_upgraded, tail = super().feed_data(data)
+            except HttpProcessingError as error:
+                self.refusal = error.with_traceback(None)  # its frames hold what has come
+                if found and _is_open(found[-1][1]):  # the fault is in its body
+                    found.pop()
+                return found, False, b""
+            found += messages
+            if messages:
+                body = messages[-1][1]
+            is_full = len(self._asked) + len(found) >= MAX_MSG_QUEUE_SIZE
+            if is_upgraded or is_full or not (messages or was_open) or _is_open(body):
+                return found, is_upgraded, tail
+            data = b""  # what comes after the end of a request waits in the parser
 
     def _feed(self, data: bytes, *, is_body: bool) -> Any:
         read = self._body.total_bytes if is_body and self._body is not None else 0
-        parsed = messages, is_upgraded, tail = super().feed_data(data)
+        parsed = messages, is_upgraded, tail = self._parse(data)
         if len(messages) == 1 and not (is_body or self._unfinished or self._asked):  # nearly every request comes so
             message, self._body = messages[0]
             self._asked.append(_held(message, _size(message)))
@@ -147,24 +174,29 @@ class Parser(HttpRequestParser):
             of_bodies += self._body.total_bytes - read
         if messages:
             self._body = messages[-1][1]
-            self._asked.extend(_held(message, size) for size, (message, _) in zip(sizes, messages, strict=True))
+        allowed = [*takewhile(lambda size: size <= HEAD_BYTES, sizes)]
+        self._asked.extend(_held(message, size) for size, (message, _) in zip(allowed, messages, strict=False))
         self._look_for_blank_line(data)
         self._unfinished = max(self._unfinished + len(data) - sum(sizes) - of_bodies, 0)
-        if self._body is not None and not self._body.is_eof():  # all that is not parsed yet belongs to it
+        if _is_open(self._body):  # all that is not parsed yet belongs to it
             self._unfinished = 0
         elif len(self._asked) < MAX_MSG_QUEUE_SIZE:  # all is parsed
             self._unfinished = min(self._unfinished, self._since_blank)
-        if max(sizes, default=0) > HEAD_BYTES or (
-            self._unfinished > HEAD_BYTES and len(self._asked) < MAX_MSG_QUEUE_SIZE
-        ):
-            raise HeadTooLargeError(f"The head of a request must not be larger than {HEAD_BYTES} bytes")
-        return messages, is_upgraded, tail
+        is_too_long = self._unfinished > HEAD_BYTES and len(self._asked) < MAX_MSG_QUEUE_SIZE
+        if len(allowed) < len(sizes) or (is_too_long and self.refusal is None):
+            self.refusal = HeadTooLargeError(f"The head of a request must not be larger than {HEAD_BYTES} bytes")
+        return messages[: len(allowed)], is_upgraded, tail
 
     def _look_for_blank_line(self, data: bytes) -> None:
         come = self._end + data
         found = come.rfind(_BLANK_LINE)
         self._since_blank = self._since_blank + len(data) if found < 0 else len(come) - found - len(_BLANK_LINE)
         self._end = come[1 - len(_BLANK_LINE) :]
+
+
+def _is_open(body: StreamReader | None) -> bool:
+    """Return whether more of a body is to come."""
+    return body is not None and not body.is_eof()
 
 
 def _size(message: RawRequestMessage) -> int:

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 import http.client
+import io
 import json
 import sqlite3
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 
+from telemetryd.cli.documents import is_document, read_document
+from telemetryd.errors import InvalidBodyError
+from telemetryd.model.bodies import holds_more_values
+from telemetryd.model.items import explained, split
 from telemetryd.model.runs import STORED
 from tests.conftest import Api, MakeApi, StartDaemon, eventually, make_run
 from tests.contract.test_conventions import high_water_mark_kb
@@ -121,6 +128,44 @@ async def test_an_item_that_is_no_strict_json_costs_only_itself(
     assert (await shared.get(f"{RUNS}/{good['event_id']}"))["host"] == good["host"]
     if form == "runs":
         assert answer.json["warnings"] == ["Unknown field ignored: source", "Unknown field ignored: to"]
+
+
+def took(read: Callable[[bytes], object], body: bytes) -> float:
+    """Return the processor time that a reader takes for a body, at best."""
+    times = []
+    for _ in range(5):
+        begin = time.thread_time()
+        with contextlib.suppress(OSError):
+            read(body)
+        times.append(time.thread_time() - begin)
+    return min(times)
+
+
+READERS: dict[str, Callable[[bytes], object]] = {
+    "split": lambda body: split(body, 1000),
+    "document": lambda body: [is_document(body), *read_document(io.BytesIO(body), 1 << 30)],
+    "explained": lambda body: explained(InvalidBodyError([]), body),
+    "values": lambda body: holds_more_values(body, 100),
+}
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+def test_the_work_grows_with_a_body_and_not_faster(read: Callable[[bytes], object]) -> None:
+    """After a quote that is not closed, each escaped one was followed to the end: 80 kB took half a minute."""
+    for begin, filling in [
+        (b'{"', rb"\""), (b'{\n"', rb"\""), (b'["', b"\\\\"), (b'{"a": [', b'"runs" '), (b"[", b'"",'), (b"[", b"["),
+        (b"{", b'"runs"   '), (b'{\n"runs"', b" "), (b'[{"a": ', b"9"), (b'[NaN, "', rb"\""), (b'[NaN, "', b"\xff"),
+    ]:  # fmt: skip
+        short, long = (begin + filling * (size // len(filling)) for size in (2_000, 16_000))
+        assert took(read, long) < 30 * took(read, short) + 0.001, (begin, filling)
+
+
+@module_loop
+async def test_a_quote_that_is_not_closed_stops_nobody(shared: Api) -> None:
+    async with asyncio.TaskGroup() as group:
+        hostile = [group.create_task(post(shared, b'{"' + rb"\"" * 200_000, BATCH)) for _ in range(8)]
+        await shared.post(make_run(), 201)
+    assert {task.result().status for task in hostile} == {422}
 
 
 @module_loop

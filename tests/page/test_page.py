@@ -761,7 +761,7 @@ def test_what_would_change_how_a_text_looks_is_shown_as_an_escape(open_view: Ope
     run = make_run(
         event_id=f"{evil}-{time.time_ns()}",
         agent_name=f"a {evil}",
-        job_type=f"\u2066{evil}\x1b[8m\u200b",
+        job_type=f"\u2066{evil}\x1b[8m\u200b\U000e0041",
         status="failure",
         **dict.fromkeys(texts, evil),
         metrics_json={evil: evil},
@@ -777,11 +777,11 @@ def test_what_would_change_how_a_text_looks_is_shown_as_an_escape(open_view: Ope
         expect(page.locator(f"main {where}", has_text=seen).first).to_be_visible()
         assert "\u202e" not in page.locator("main").inner_text()
     page.goto(f"{url}/#/run/{quote(run['event_id'], safe='')}")
-    expect(page.locator("h1")).to_have_text(f"\\u2066{seen}\\u001b[8m\\u200b")
-    expect(page.locator("h1 .escape")).to_have_text(["\\u2066", "\\u202e", "\\u001b", "\\u200b"])
+    expect(page.locator("h1")).to_have_text(f"\\u2066{seen}\\u001b[8m\\u200b\\udb40\\udc41")
+    expect(page.locator("h1 .escape")).to_have_text(["\\u2066", "\\u202e", "\\u001b", "\\u200b\\udb40\\udc41"])
     expect(page.locator(".timeline")).to_contain_text(seen)
     page.locator("summary", has_text="All fields").click()
-    assert not re.findall("[\u202e\u2066\x1b\u200b]", page.title() + page.locator("main").inner_text())
+    assert not re.findall("[\u202e\u2066\x1b\u200b\U000e0041]", page.title() + page.locator("main").inner_text())
     assert page.locator("[title*='\u202e'], [aria-label*='\u202e']").count() == 0
     page.get_by_role("button", name="Copy the event_id").click()
     expect(page.locator("#said")).to_have_text("Copied the event_id")

@@ -2,11 +2,11 @@
 // nobody sees, but that change what others look like, are shown as escapes.
 
 const SVG = "http://www.w3.org/2000/svg";
-// Control characters (not tab, newline, carriage return), marks of direction such as U+202E, and blanks without width.
-const UNSEEN = /([\u0000-\u0008\u000b\u000c\u000e-\u001f\u007f-\u009f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff]+)/;
+// Control characters (not tab, newline, carriage return), marks of direction such as U+202E, blanks without width, tags.
+const UNSEEN = /([\u0000-\u0008\u000b\u000c\u000e-\u001f\u007f-\u009f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\u{e0000}-\u{e007f}]+)/u;
 const READ = ["title", "aria-label", "label"]; // attributes that people read
 
-const escaped = (text) => Array.from(text, (sign) => `\\u${sign.charCodeAt(0).toString(16).padStart(4, "0")}`).join("");
+const escaped = (text) => text.split("").map((unit) => `\\u${unit.charCodeAt(0).toString(16).padStart(4, "0")}`).join("");
 
 /** Return a text with escapes in place of what nobody would see. */
 export const plain = (text) => text.split(UNSEEN).map((part, index) => (index % 2 ? escaped(part) : part)).join("");
