@@ -99,13 +99,15 @@ $(BENCH_INSTALLED): $(INSTALLED)
 	@$(INSTALL) --editable '.[bench]'
 	@touch $@
 
-bench: $(BENCH_INSTALLED) ## measure against limits, a baseline and the targets (ten minutes; needs wrk and gcc)
+bench: $(BENCH_INSTALLED) ## measure against limits, a baseline and the targets, and write them into the docs (ten minutes; needs wrk and gcc)
 	$(BIN)/python -m bench
+	$(BIN)/python -m tests.tools.docs
 
 bench-large: $(BENCH_INSTALLED) ## the same with 10 million runs, where size matters (up to an hour; 15 GB of disk)
 	$(BIN)/python -m bench --large
+	$(BIN)/python -m tests.tools.docs
 
-bench-client: $(INSTALLED) ## measure the client: cost of a call, events per second end to end, memory while the daemon is down
+bench-client: $(INSTALLED) ## measure the client: cost of a call, memory while the daemon is down
 	$(BIN)/python -m bench.agent
 
 schema: $(INSTALLED) ## write schema/telemetry.sql from migrations/

@@ -1,30 +1,25 @@
-"""Measures the client: what a call costs the agent, events per second end to end, memory while the daemon is down.
+"""Measures the client: runs per second end to end, what a call costs the agent, memory while the daemon is down.
 
-python -m bench.agent        (make bench-client)
+The first is a scenario of `make bench`, the others are `make bench-client`.
 """
 
 from __future__ import annotations
 
 import os
-import signal
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
 import click
-import orjson
 
-from bench.client import Client as Probe
+from bench.acknowledged import last_id
 from bench.errors import BenchError
+from bench.workplace import ROOT, TELEMETRYD_WAL, Server, workplace
 from telemetryd.client import Client
 
 TARGET_CALL_US: Final = 20.0
-TARGET_RATE: Final = 25_000
 _RUN: Final[dict[str, Any]] = {
     "agent_name": "hugo-translator",
     "job_type": "translate_directory",
@@ -38,21 +33,19 @@ _RUN: Final[dict[str, Any]] = {
 }
 
 
-def _start_daemon(folder: Path) -> tuple[subprocess.Popen[bytes], int]:
-    log_file = folder / "log"
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("TELEMETRY_")}
-    environment |= {"TELEMETRY_DB_PATH": str(folder / "telemetry.sqlite"), "TELEMETRY_DB_JOURNAL_MODE": "WAL"}
-    command = [sys.executable, "-m", "telemetryd", "serve", "--port", "0", "--log-format", "json"]
-    with log_file.open("wb") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=folder)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        for line in log_file.read_bytes().splitlines():
-            if b'"Serving"' in line:
-                return process, int(orjson.loads(line)["addresses"][0].rpartition(":")[2])
-        time.sleep(0.05)
-    process.kill()
-    raise BenchError(f"The daemon did not start: {log_file.read_text()}")
+def runs_per_second(server: Server, buffer: Path, count: int) -> float:
+    """Return runs per second from the first call to the last acknowledgement, each stored."""
+    client = Client(server.url, buffer_dir=buffer)
+    started = time.perf_counter()
+    for _ in range(count):
+        client.record(_RUN)
+    if not client.flush(300):
+        raise BenchError(f"Not everything was acknowledged: {client.stats()}")
+    seconds = time.perf_counter() - started
+    client.close()
+    if (stored := last_id(server.database)) != count:
+        raise BenchError(f"{count} sent, {stored} stored")
+    return count / seconds
 
 
 def _times(call: Callable[[], object], count: int) -> tuple[float, float]:
@@ -105,33 +98,9 @@ def _memory(folder: Path, seconds: float) -> str:
     return f"  {recorded:,} runs in {seconds:g} s with the daemon down: {grown / 1024:+.0f} KiB"
 
 
-def _rate(url: str, port: int, folder: Path, count: int, **settings: Any) -> float:
-    """Return events per second from the first call to the last acknowledgement, each stored."""
-    probe = Probe(port)
-    stored = _total(probe)
-    client = Client(url, buffer_dir=folder / f"rate-{stored}", **settings)
-    began = time.perf_counter()
-    for _ in range(count):
-        client.record(_RUN)
-    if not client.flush(300):
-        raise BenchError(f"Not everything was acknowledged: {client.stats()}")
-    seconds = time.perf_counter() - began
-    client.close()
-    if _total(probe) - stored != count:
-        raise BenchError(f"{count} sent, {_total(probe) - stored} stored")
-    probe.close()
-    return count / seconds
-
-
-def _total(probe: Probe) -> int:
-    return int(probe.get("/metrics")[1].partition(b'"total_runs":')[2].partition(b",")[0])
-
-
 @click.command()
-@click.option("--events", default=200_000, show_default=True, help="Events of an end-to-end round.")
-@click.option("--rounds", default=3, show_default=True, help="Rounds, of which the median counts.")
 @click.option("--memory-seconds", default=60.0, show_default=True, help="How long the daemon is down.")
-def main(events: int, rounds: int, memory_seconds: float) -> None:
+def main(memory_seconds: float) -> None:
     r"""Measure the client on this machine, with the daemon next to it.
 
     \b
@@ -139,25 +108,12 @@ def main(events: int, rounds: int, memory_seconds: float) -> None:
       python -m bench.agent
       python -m bench.agent --memory-seconds 3600
     """
-    with tempfile.TemporaryDirectory(dir=os.environ.get("BENCH_DIR")) as name:
-        folder = Path(name)
-        daemon, port = _start_daemon(folder)
-        url = f"http://127.0.0.1:{port}"
-        try:
+    with workplace(ROOT / "build" / "bench") as place, place.corner() as folder:
+        with place.serving(TELEMETRYD_WAL, folder / "telemetry.sqlite") as server:
             click.echo(f"What a call costs the agent (target: median under {TARGET_CALL_US:g} µs)")
-            click.echo("\n".join(_calls(url, folder, send=False)))
+            click.echo("\n".join(_calls(server.url, folder, send=False)))
             click.echo(" while the background thread sends")
-            click.echo("\n".join(_calls(url, folder, send=True)))
-            rates = sorted(_rate(url, port, folder, events) for _ in range(rounds))
-            middle = rates[len(rates) // 2]
-            click.echo(f"Events per second end to end, one process (target: {TARGET_RATE:,})")
-            click.echo(
-                f"  {middle:,.0f} (of {', '.join(f'{rate:,.0f}' for rate in rates)}; {events:,} a round)"
-                + ("" if middle >= TARGET_RATE else "  MISSED")
-            )
-        finally:
-            daemon.send_signal(signal.SIGTERM)
-            daemon.wait(30)
+            click.echo("\n".join(_calls(server.url, folder, send=True)))
         click.echo("Memory while the daemon is down (target: flat)")
         click.echo(_memory(folder, memory_seconds))
 

@@ -1,117 +1,114 @@
-"""Measures exports of a million runs: time, the daemon's memory, the log's size, and what a poster feels meanwhile."""
+"""The scenario of exports: time, the daemon's memory, and what a poster feels meanwhile."""
 
 from __future__ import annotations
 
-import argparse
-import asyncio
-import contextlib
-import os
 import statistics
-import sys
-import tempfile
+import threading
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-import aiohttp
+import orjson
 
-from bench.seeding import _FILL, STEP_S
-from telemetryd.engine.sqlite.connection import connect
-from telemetryd.engine.sqlite.files import wal_bytes
-from telemetryd.engine.sqlite.tools import migrate
+from bench.client import Client
+from bench.figures import Figure, Samples, Unit, at_most
+from bench.rows import Ids, make_run
+from bench.scenario import Bench, new_nonce, thousands
+from bench.workplace import TELEMETRYD_WAL
 
-_PORT: Final = 28471
-_HEAD: Final = "| form | snapshot | copied, s | whole, s | MiB | RSS MiB | WAL MiB | POST ms, median | 99 % | most |"
-_URL: Final = f"http://127.0.0.1:{_PORT}"
-
-
-def _seed(path: Path, rows: int) -> None:
-    with closing(connect(path, "rwc")) as connection:
-        connection.execute("PRAGMA synchronous = OFF")
-        migrate.create(connection, "2026-01-01T00:00:00.000000Z")
-        connection.execute(_FILL, {"rows": rows, "step": STEP_S, "now": int(time.time())})
+_TARGETS_S: Final = {"ndjson": 10, "csv": 15, "parquet": 15}
+_PAUSE_S: Final = 0.005
+_QUIET_S: Final = 5
+"""How long the poster posts without an export."""
+_PATIENCE_S: Final = 600
+"""An export begins to answer only when its snapshot is copied."""
 
 
-def _rss_mib(pid: int) -> float:
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+@dataclass(slots=True)
+class Found:
+    """What the rounds found: seconds of exports, highest memory, and the 99th percentiles of single POSTs meanwhile."""
+
+    seconds: list[float] = field(default_factory=list)
+    highest_mib: list[float] = field(default_factory=list)
+    post_p99_s: list[float] = field(default_factory=list)
 
 
-async def _post(session: aiohttp.ClientSession, times: list[float], name: str) -> None:
-    number = 0
-    while True:
-        number += 1
-        run = {
-            "event_id": f"{name}-{time.time_ns()}-{number}", "run_id": "r", "agent_name": "poster", "job_type": "j",
-            "start_time": "2026-01-01T00:00:00Z",
-        }  # fmt: skip
-        began = time.perf_counter()
-        async with session.post(f"{_URL}/api/v1/runs", json=run) as response:
-            await response.read()
-        times.append((time.perf_counter() - began) * 1000)
-        await asyncio.sleep(0.005)
+def export(bench: Bench) -> list[Figure]:
+    """Export many runs in each form while one connection posts; memory compared with an export of a tenth."""
+    many, few = bench.options.export, bench.options.export // 10
+    found = {(form, rows): Found() for form in _TARGETS_S for rows in (many, few)}
+    quiet: list[float] = []
+    for number in range(bench.options.few):
+        with bench.place.serving(TELEMETRYD_WAL, bench.seeds.database(many)) as server:
+            with _posting(server.port) as times:
+                time.sleep(min(_QUIET_S, bench.options.seconds))
+            quiet.append(_p99(times))
+        for (form, rows), into in found.items():
+            _export(bench, bench.seeds.database(rows), form, into)
+            bench.say(
+                f"round {number + 1}: {thousands(rows)} runs as {form} in {into.seconds[-1]:.1f} s, "
+                f"{into.highest_mib[-1]:.0f} MiB, POST p99 {into.post_p99_s[-1] * 1000:.1f} ms"
+            )
+    figures = []
+    for form, target_s in _TARGETS_S.items():
+        name, at_many, at_few = f"export of {thousands(many)} runs, {form}", found[form, many], found[form, few]
+        figures += [
+            Figure(name, Unit.SECONDS, Samples(form, tuple(at_many.seconds)), target=at_most(target_s, Unit.SECONDS)),
+            Figure(
+                f"{name}: highest memory",
+                Unit.MIB,
+                Samples(form, tuple(at_many.highest_mib)),
+                Samples(f"{thousands(few)} runs", tuple(at_few.highest_mib)),
+                at_most(1.1),
+            ),
+            Figure(
+                f"{name}: single POST meanwhile, p99",
+                Unit.SECONDS,
+                Samples(form, tuple(at_many.post_p99_s)),
+                Samples("without", tuple(quiet)),
+            ),
+        ]
+    return figures
 
 
-async def _measure(path: Path, pid: int, form: str) -> None:
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None)) as session:
-        times: list[float] = []
-        poster = asyncio.create_task(_post(session, times, form or "none"))
-        peak = log = first = 0.0
-        size = 0
-        before = _rss_mib(pid)
-        began = time.perf_counter()
-        if form:
-            async with session.get(f"{_URL}/api/v1/runs/export?format={form}") as response:
-                first = time.perf_counter() - began
-                snapshot = response.headers["Telemetry-Snapshot"]
-                async for chunk in response.content.iter_any():
-                    size += len(chunk)
-                    peak, log = max(peak, _rss_mib(pid)), max(log, wal_bytes(path) / 2**20)
-        else:
-            snapshot = "none"
-            await asyncio.sleep(10)
-        seconds = time.perf_counter() - began
-        poster.cancel()
-        after = _rss_mib(pid)
-    times.sort()
-    print(  # noqa: T201
-        f"| {form or 'no export'} | {snapshot} | {first:.1f} | {seconds:.1f} | {size / 2**20:.0f} | {before:.0f} → "
-        f"{max(peak, after):.0f} → {after:.0f} | {log:.0f} | {statistics.median(times):.1f} | "
-        f"{times[int(len(times) * 0.99)]:.1f} | {times[-1]:.0f} |",
-        flush=True,
-    )
+def _export(bench: Bench, database: Path, form: str, into: Found) -> None:
+    """Export once from a new daemon, whose highest memory is that of the export."""
+    with bench.place.serving(TELEMETRYD_WAL, database) as server:
+        with _posting(server.port) as times, closing(Client(server.port, _PATIENCE_S)) as client:
+            started = time.perf_counter()
+            client.download(f"/api/v1/runs/export?format={form}")
+            into.seconds.append(time.perf_counter() - started)
+        into.highest_mib.append(server.highest_mib())
+    into.post_p99_s.append(_p99(times))
 
 
-async def _until_it_serves() -> None:
-    async with aiohttp.ClientSession() as session:
-        while True:
-            with contextlib.suppress(aiohttp.ClientConnectionError):
-                async with session.get(f"{_URL}/health"):
-                    return
-            await asyncio.sleep(0.1)
+def _p99(times: list[float]) -> float:
+    return statistics.quantiles(times, n=100, method="inclusive")[98]
 
 
-async def _main(rows: int, mode: str, folder: Path, forms: list[str]) -> None:
-    path = folder / "telemetry.sqlite"
-    _seed(path, rows)
-    flags = ["--db-path", str(path), "--port", str(_PORT), "--db-journal-mode", mode, "--log-level", "WARNING"]
-    daemon = await asyncio.create_subprocess_exec(sys.executable, "-m", "telemetryd", "serve", *flags)
+@contextmanager
+def _posting(port: int) -> Iterator[list[float]]:
+    """Post over one connection for the length of a block, at least two runs; the list gets how long each took."""
+    times: list[float] = []
+    ended = threading.Event()
+
+    def post() -> None:
+        nonce, number = new_nonce(), 0
+        with closing(Client(port)) as client:
+            while not ended.wait(_PAUSE_S) or len(times) < 2:
+                number += 1
+                body = orjson.dumps(make_run(nonce, number, Ids.ORDERED))
+                started = time.perf_counter()
+                client.post("/api/v1/runs", body)
+                times.append(time.perf_counter() - started)
+
+    poster = threading.Thread(target=post)
+    poster.start()
     try:
-        await _until_it_serves()
-        print(_HEAD, flush=True)  # noqa: T201
-        for form in ["", *forms]:
-            await _measure(path, daemon.pid, form)
+        yield times
     finally:
-        daemon.terminate()
-        await daemon.wait()
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--journal-mode", default="WAL")
-    parser.add_argument("--folder", type=Path, help="where the database is made [a temporary folder]")
-    parser.add_argument("forms", nargs="*", default=["ndjson", "csv", "parquet", "parquet"])
-    given = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=given.folder) as made:
-        asyncio.run(_main(given.rows, given.journal_mode, Path(made), given.forms))
+        ended.set()
+        poster.join()

@@ -1,9 +1,8 @@
-"""What a scenario finds: a value, what it is compared with, and the target of the comparison."""
+"""What a scenario finds: a value, what it is compared with, and the target for the value or for their ratio."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -15,32 +14,38 @@ class Unit(StrEnum):
     REQUESTS = "requests/s"
     ROWS = "rows/s"
     SECONDS = "s"
+    BYTES = "bytes"
     MIB = "MiB"
+    RATIO = "×"
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The ratio that is to be reached, or not to be exceeded."""
+    """The bound that is to be reached, or not to be exceeded: by the ratio, or in another unit by the value itself.
 
-    ratio: float
+    Bounds of a value are absolute: whether they are met depends on the machine.
+    """
+
+    bound: float
     is_floor: bool
+    unit: Unit
 
-    def is_met(self, ratio: float) -> bool:
-        """Tell whether a ratio meets it."""
-        return ratio >= self.ratio if self.is_floor else ratio <= self.ratio
+    def is_met(self, measured: float) -> bool:
+        """Tell whether a value or ratio meets it."""
+        return measured >= self.bound if self.is_floor else measured <= self.bound
 
     def __str__(self) -> str:
-        return f"{'≥' if self.is_floor else '≤'} {show_ratio(self.ratio, self)}"
+        return f"{'≥' if self.is_floor else '≤'} {show_value(self.bound, self.unit)}"
 
 
-def at_least(ratio: float) -> Target:
-    """Return the target of a ratio that is to be reached."""
-    return Target(ratio, is_floor=True)
+def at_least(bound: float, unit: Unit = Unit.RATIO) -> Target:
+    """Return the target of what is to be reached."""
+    return Target(bound, is_floor=True, unit=unit)
 
 
-def at_most(ratio: float) -> Target:
-    """Return the target of a ratio that must not be exceeded."""
-    return Target(ratio, is_floor=False)
+def at_most(bound: float, unit: Unit = Unit.RATIO) -> Target:
+    """Return the target of what must not be exceeded."""
+    return Target(bound, is_floor=False, unit=unit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,72 +60,90 @@ class Samples:
         """The value that counts."""
         return statistics.median(self.values)
 
+    def to_json(self) -> dict[str, Any]:
+        """Return everything about them."""
+        return {"name": self.name, "median": self.median, "rounds": self.values}
+
+    @classmethod
+    def from_json(cls, given: dict[str, Any]) -> Samples:
+        """Return what `to_json` was made of."""
+        return cls(given["name"], tuple(given["rounds"]))
+
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One line of the report."""
+    """One line of the report. Some values have nothing to be compared with, and some lines only inform."""
 
     load: str
     unit: Unit
     reached: Samples
-    reference: Samples
-    target: Target
+    reference: Samples | None = None
+    target: Target | None = None
 
     @property
-    def ratio(self) -> float:
+    def ratio(self) -> float | None:
         """The reached value as a multiple of the reference."""
-        return self.reached.median / self.reference.median
+        return self.reached.median / self.reference.median if self.reference else None
 
     @property
-    def is_met(self) -> bool:
-        """Tell whether the target is met."""
-        return self.target.is_met(self.ratio)
-
-    @property
-    def headroom(self) -> float:
-        """How much better than the target it is: 1 is just met, 2 is twice as good, 0.5 half as good."""
-        return self.ratio / self.target.ratio if self.target.is_floor else self.target.ratio / self.ratio
+    def is_met(self) -> bool | None:
+        """Tell whether the target is met, if there is one."""
+        if self.target is None:
+            return None
+        measured = self.ratio if self.target.unit is Unit.RATIO else self.reached.median
+        if measured is None:
+            raise ValueError(f"{self.load}: a target for a ratio without a reference")
+        return self.target.is_met(measured)
 
     def to_json(self) -> dict[str, Any]:
         """Return everything about it."""
+        target = self.target
         return {
             "load": self.load,
             "unit": self.unit,
-            "reached": {"name": self.reached.name, "median": self.reached.median, "rounds": self.reached.values},
-            "reference": {
-                "name": self.reference.name,
-                "median": self.reference.median,
-                "rounds": self.reference.values,
-            },
+            "reached": self.reached.to_json(),
+            "reference": self.reference and self.reference.to_json(),
             "ratio": self.ratio,
-            "target": {"comparison": "at least" if self.target.is_floor else "at most", "ratio": self.target.ratio},
+            "target": target
+            and {
+                "comparison": "at least" if target.is_floor else "at most",
+                "bound": target.bound,
+                "unit": target.unit,
+            },
             "met": self.is_met,
         }
 
-
-def constant(name: str, value: float) -> Samples:
-    """Return a reference that is not measured."""
-    return Samples(name, (value,))
-
-
-def by_name(samples: Sequence[Samples]) -> dict[str, Samples]:
-    """Return samples under their names."""
-    return {sample.name: sample for sample in samples}
+    @classmethod
+    def from_json(cls, given: dict[str, Any]) -> Figure:
+        """Return what `to_json` was made of."""
+        reference, target = given["reference"], given["target"]
+        return cls(
+            given["load"],
+            Unit(given["unit"]),
+            Samples.from_json(given["reached"]),
+            reference and Samples.from_json(reference),
+            target and Target(target["bound"], target["comparison"] == "at least", Unit(target["unit"])),
+        )
 
 
 def show_value(value: float, unit: Unit) -> str:
-    """Return a value for people: 13,850/s, 1.23 ms, 84 MiB."""
+    """Return a value for people: 13,850 rows/s, 1.23 ms, 3.5 KB, 84 MiB."""
     match unit:
         case Unit.SECONDS:
-            return f"{value * 1000:,.2f} ms"
+            return _show_seconds(value)
+        case Unit.BYTES:
+            return f"{value / 1000:,.1f} KB"
         case Unit.MIB:
             return f"{value:,.0f} MiB"
-        case _:
+        case Unit.RATIO:
+            return f"{value:,.2f} ×" if value < 10 else f"{value:,.1f} ×"
+        case Unit.REQUESTS | Unit.ROWS:
             return f"{value:,.0f} {unit}" if value >= 100 else f"{value:,.1f} {unit}"
 
 
-def show_ratio(ratio: float, target: Target) -> str:
-    """Return a ratio for people, as a percentage where the target is a part of something."""
-    if target.ratio < 1:
-        return f"{ratio * 100:.0f} %"
-    return f"{ratio:,.2f} ×" if ratio < 10 else f"{ratio:,.1f} ×"
+def _show_seconds(value: float) -> str:
+    if value < 0.001:
+        return f"{value * 1e6:,.0f} µs"
+    if value < 0.1:
+        return f"{value * 1000:,.2f} ms"
+    return f"{value * 1000:,.0f} ms" if value < 1 else f"{value:,.1f} s"

@@ -16,8 +16,9 @@ import orjson
 from bench.acknowledged import check_created, last_id
 from bench.client import Client
 from bench.errors import BenchError
-from bench.figures import Figure, Samples, Unit, at_least, at_most, show_ratio, show_value
+from bench.figures import Figure, Samples, Unit, at_least, at_most, show_value
 from bench.limit_select import median_s
+from bench.rows import Ids
 from bench.scenario import Bench, Measure, new_nonce, thousands
 from bench.workplace import TELEMETRYD_WAL, Server
 from telemetryd.model.queries import ListRuns, Position
@@ -25,6 +26,9 @@ from telemetryd.model.queries import ListRuns, Position
 _RUNS: Final = "/api/v1/runs"
 _EQUAL: Final = (("agent_name", "agent-3"), ("job_type", "job-2"), ("status", "failure"))
 _FAR_PAGE: Final = 10_000
+_STATS: Final = "/api/v1/stats?"
+_REFUSED: Final = 400
+"""The status of statistics that would have too many groups."""
 
 
 def get(bench: Bench) -> list[Figure]:
@@ -46,7 +50,7 @@ def get(bench: Bench) -> list[Figure]:
 
 
 def _median_answer(bench: Bench, server: Server, path: str) -> Measure:
-    return lambda: bench.place.load(server, "get", 1, bench.options.seconds, path).finish().p50_s
+    return lambda: bench.place.load(server, "get", 1, bench.options.seconds / 2, path).finish().p50_s
 
 
 def filters(bench: Bench) -> list[Figure]:
@@ -61,7 +65,7 @@ def filters(bench: Bench) -> list[Figure]:
         for rows, client in clients.items():
             for combination, path in paths[rows].items():
                 _check_full(client, path, limit, f"filter {combination} at {names[rows]}")
-        for number in range(options.rounds):
+        for number in range(options.few):
             for combination in paths[options.big]:
                 for rows, client in clients.items():
                     times = client.time_get(paths[rows][combination], 12, options.seconds)
@@ -77,11 +81,11 @@ def filters(bench: Bench) -> list[Figure]:
         )
         for combination in paths[options.big]
     ]
-    found.sort(key=lambda figure: figure.ratio, reverse=True)
+    found.sort(key=lambda figure: figure.ratio or 0, reverse=True)
     for figure in found:
         if not figure.is_met:
-            bench.say(f"misses with {show_ratio(figure.ratio, figure.target)}: {figure.load}")
-    bench.say(f"{sum(figure.is_met for figure in found)} of {len(found)} combinations meet the target")
+            bench.say(f"misses with {show_value(figure.ratio or 0, Unit.RATIO)}: {figure.load}")
+    bench.say(f"{sum(figure.is_met is True for figure in found)} of {len(found)} combinations meet the target")
     return found[:3]
 
 
@@ -141,9 +145,46 @@ def totals(bench: Bench) -> list[Figure]:
             found = bench.alternate(
                 Unit.SECONDS,
                 {big: _median_answer(bench, full, path), "empty": _median_answer(bench, empty, path)},
+                bench.options.few,
             )
             figures.append(Figure(f"GET {path}, at {big}", Unit.SECONDS, found[big], found["empty"], at_most(1.5)))
     return figures
+
+
+def stats(bench: Bench) -> list[Figure]:
+    """Statistics over 30 days by every grouping and bucket that is answered; the slowest one counts."""
+    found: dict[str, list[float]] = {}
+    with _client(bench, bench.seeds.database(bench.options.big)) as client:
+        queries = [query for query in _groupings() if _is_answered(client, query)]
+        for number in range(bench.options.few):
+            for query in queries:
+                times = client.time_get(_STATS + query, 3, bench.options.seconds)
+                found.setdefault(query, []).append(statistics.median(times))
+            bench.say(f"round {number + 1}: {len(queries)} groupings")
+    for query, values in sorted(found.items(), key=lambda item: statistics.median(item[1]), reverse=True)[:5]:
+        bench.say(f"{show_value(statistics.median(values), Unit.SECONDS)}: {query}")
+    slowest = max(found, key=lambda query: statistics.median(found[query]))
+    name = (
+        f"GET /api/v1/stats over 30 days, at {thousands(bench.options.big)} runs, slowest of {len(queries)}: {slowest}"
+    )
+    reached = Samples("slowest", tuple(found[slowest]))
+    return [Figure(name, Unit.SECONDS, reached, target=at_most(0.3, Unit.SECONDS))]
+
+
+def _is_answered(client: Client, query: str) -> bool:
+    """Tell whether statistics are answered with groups, rather than refused because they would have too many."""
+    status, body = client.get(_STATS + query)
+    if status != _REFUSED and (status != 200 or not orjson.loads(body)["groups"]):
+        raise BenchError(f"GET {_STATS}{query} answered {status}: {body[:300]!r}")
+    return status != _REFUSED
+
+
+def _groupings() -> Iterator[str]:
+    for names in itertools.product((False, True), repeat=len(_EQUAL)):
+        chosen = ",".join(itertools.compress((name for name, _ in _EQUAL), names))
+        for bucket in ("", "1h", "6h", "1d", "1w"):
+            given = {"from": "-30d", "group_by": chosen, "bucket": bucket}
+            yield urlencode({name: value for name, value in given.items() if value}, safe=",")
 
 
 def mixed(bench: Bench) -> list[Figure]:
@@ -159,7 +200,7 @@ def mixed(bench: Bench) -> list[Figure]:
     with bench.place.serving(TELEMETRYD_WAL, database) as server:
 
         def post(nonce: str) -> Callable[[], float]:
-            load = bench.place.load(server, "post", 64, seconds, nonce)
+            load = bench.place.load(server, "post", 64, seconds, nonce, Ids.ORDERED)
 
             def finish() -> float:
                 summary = load.finish()

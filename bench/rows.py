@@ -1,19 +1,47 @@
-"""The run that the loads send, for Python; bench/lua/run.lua has the same one."""
+"""The run that the loads send, for Python, with ids of two kinds; bench/lua/run.lua makes the same ones."""
 
 from __future__ import annotations
 
 import random
-from typing import Any
+import time
+from enum import StrEnum
+from typing import Any, Final
 
 from telemetryd.model.runs import parse_run
 from telemetryd.model.values import Row
 
+_BEGUN_MS: Final = time.time_ns() // 1_000_000
+_TICKS_PER_MS: Final = 4096
+"""As in telemetryd/uuids.py."""
 
-def make_run(nonce: str, number: int) -> dict[str, Any]:
-    """Return a run whose event_id is unique for a nonce and a number, and begins with random digits."""
+
+class Ids(StrEnum):
+    """How the ids of a load, event_id and run_id, begin.
+
+    Time-ordered ones (UUIDs of version 7) go to the end of their indexes. Random ones (version 4) go anywhere, so that
+    each dirties another page.
+    """
+
+    ORDERED = "time-ordered"
+    RANDOM = "random"
+
+
+def make_id(nonce: str, number: int, ids: Ids) -> str:
+    """Return an id that ends in the nonce and is unique for it and the number; greater ones follow if it is ordered."""
+    if ids is Ids.ORDERED:
+        ticks, version = _BEGUN_MS * _TICKS_PER_MS + number, 7
+    else:
+        ticks, version = random.getrandbits(60), 4
+    milliseconds, fraction = divmod(ticks, _TICKS_PER_MS)
+    return f"{milliseconds >> 16:08x}-{milliseconds & 0xFFFF:04x}-{version}{fraction:03x}-8000-{nonce}"
+
+
+def make_run(nonce: str, number: int, ids: Ids) -> dict[str, Any]:
+    """Return a run whose ids are unique for a nonce and a number."""
+    unique = make_id(nonce, number, ids)
     return {
-        "event_id": f"{random.getrandbits(32):08x}-{nonce}-{number}",
-        "run_id": f"20251231T153045Z-hugo-translator-{number}",
+        "event_id": unique,
+        "run_id": f"run-{unique}",
         "agent_name": f"agent-{number % 20}",
         "job_type": "translate_directory",
         "start_time": "2025-12-24T10:00:00Z",
@@ -34,6 +62,6 @@ def make_run(nonce: str, number: int) -> dict[str, Any]:
     }
 
 
-def make_row(nonce: str, number: int) -> Row:
+def make_row(nonce: str, number: int, ids: Ids) -> Row:
     """Return the same run as the values that are stored, in the order of `runs.STORED`."""
-    return parse_run(make_run(nonce, number)).row
+    return parse_run(make_run(nonce, number, ids)).row

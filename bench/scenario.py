@@ -19,8 +19,8 @@ Measure = Callable[[], float]
 class Options:
     """How thoroughly to measure: seconds of each load, rounds, and the sizes of the databases."""
 
-    seconds: float = 3
-    rounds: int = 3
+    seconds: float = 2
+    rounds: int = 5
     large: bool = False
     runs: int = 100_000
 
@@ -35,9 +35,19 @@ class Options:
         return self.runs if self.large else self.runs // 10
 
     @property
+    def export(self) -> int:
+        """Runs that are exported or migrated at once: a million of ten."""
+        return self.big // 10
+
+    @property
+    def few(self) -> int:
+        """Rounds of what takes long."""
+        return min(self.rounds, 3)
+
+    @property
     def full_load_s(self) -> float:
-        """How long memory is watched: ten minutes, or 21 s in the short benchmark, by default."""
-        return self.seconds * (200 if self.large else 7)
+        """How long memory is watched: ten minutes, or 20 s in the short benchmark, by default."""
+        return self.seconds * (300 if self.large else 10)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +59,10 @@ class Bench:
     seeds: Seeds
     say: Callable[[str], None]
 
-    def alternate(self, unit: Unit, contenders: Mapping[str, Measure]) -> dict[str, Samples]:
+    def alternate(self, unit: Unit, contenders: Mapping[str, Measure], rounds: int | None = None) -> dict[str, Samples]:
         """Measure the contenders in turn, round after round, so that what drifts hits all of them."""
         values: dict[str, list[float]] = {name: [] for name in contenders}
-        for number in range(self.options.rounds):
+        for number in range(rounds or self.options.rounds):
             for name, measure in contenders.items():
                 os.sync()  # what one contender left to be written must not slow down the next
                 values[name].append(measure())
@@ -61,8 +71,8 @@ class Bench:
 
 
 def new_nonce() -> str:
-    """Return what makes the ids of one load its own."""
-    return f"r{secrets.token_hex(5)}"
+    """Return what makes the ids of one load its own: the last 12 digits of a UUID."""
+    return secrets.token_hex(6)
 
 
 def thousands(rows: int) -> str:

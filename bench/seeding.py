@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Final
 
 from bench.workplace import TELEMETRYD_WAL, Workplace
+from telemetryd.engine.sqlite.statements import rollups
 from telemetryd.engine.sqlite.tools import migrate
 
 STEP_S: Final = 3
 """Seconds between two runs, so that a larger database has a longer history, not a denser one."""
 
 # Every combination of the 10 agents, 5 job types and 6 statuses is equally frequent and spread over all times.
-# The event_id begins with digits that look random; bench/lua/patch.lua makes the same ones.
+# The event_id begins with digits that look random; bench/lua/patch.lua makes the same ones. Durations are spread from
+# 0.1 to 100 s, so that statistics have as many bins to read as they do in use.
 _FILL: Final = """
     WITH RECURSIVE numbers (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers WHERE n < :rows),
         moments AS (SELECT n, :now - (:rows - n) * :step AS moment FROM numbers)
@@ -39,8 +41,8 @@ _FILL: Final = """
         'job-' || (n / 10 % 5),
         CASE n / 50 % 6 WHEN 0 THEN 'running' WHEN 1 THEN 'success' WHEN 2 THEN 'failure' WHEN 3 THEN 'partial'
             WHEN 4 THEN 'timeout' ELSE 'cancelled' END,
-        100, 98, 2, 59000, '{"tokens":12345,"cost":0.25}', 'worker-7', 'prod', 'git@github.com:acme/site.git',
-        'main', 'abcdef1234567', 'words', 'cron'
+        100, 98, 2, 100 * (1 + n * 7919 % 1000), '{"tokens":12345,"cost":0.25}', 'worker-7', 'prod',
+        'git@github.com:acme/site.git', 'main', 'abcdef1234567', 'words', 'cron'
     FROM moments
 """
 
@@ -101,4 +103,5 @@ def _fill(connection: sqlite3.Connection, rows: int) -> None:
     for _, sql in indexes:
         connection.execute(sql)
     migrate.derive(connection)
+    rollups.rebuild(connection)
     connection.execute("COMMIT")

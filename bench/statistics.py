@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
-from itertools import product
+from itertools import groupby, product
 from pathlib import Path
 
 import click
@@ -34,17 +34,24 @@ _NOW = format_timestamp(_END)
 _OUTCOMES = random.Random(1).choices(  # noqa: S311 - made-up runs
     ("success", "failure", "partial", "timeout", "cancelled", "running"), (88, 6, 2, 2, 1, 1), k=10_007
 )
+_DATE = len("2026-01-31")
 _QUERIES = (
     "group_by=agent_name&from=-24h",
-    "bucket=1h&group_by=status&from=-24h",
+    "group_by=status&bucket=1h&from=-24h",
     "bucket=1h&from=-30d",
-    "bucket=1h&group_by=status&from=-30d",
-    "bucket=1d&group_by=agent_name,status&from=-30d",
+    "group_by=status&bucket=1h&from=-30d",
+    "group_by=agent_name,status&bucket=1d&from=-30d",
+    "group_by=agent_name,status&bucket=1d&utc_offset=%2B05:00&from=-30d",
     "group_by=agent_name,job_type,status&from=-30d",
-    "bucket=1h&group_by=agent_name&from=-7d",
-    "bucket=6h&group_by=agent_name&from=-30d",
-    "bucket=1h&group_by=job_type&from=-30d",
-    "bucket=1h&agent_name=agent-3&from=-30d",
+    "group_by=agent_name,job_type&bucket=1d&from=-30d",
+    "group_by=agent_name,job_type&bucket=8h&from=-30d",
+    "agent_name=agent-3&bucket=1h&from=-30d",
+    "status=failure&bucket=1h&from=-30d",
+    "group_by=agent_name&bucket=6h&from=-30d",
+    "group_by=agent_name&bucket=2h&from=-30d",
+    "group_by=agent_name,status&bucket=12h&from=-30d",
+    "group_by=job_type&bucket=1h&from=-30d",
+    "group_by=job_type,status&bucket=3h&from=-30d",
 )
 
 
@@ -112,12 +119,12 @@ def main(stored: int, counted: int, days: int) -> None:
             )
         with closing(_database(folder / "counted")) as connection:
             begun = time.thread_time()
-            waiting: list[Facts] = []
-            for facts in _facts(counted, days):
-                waiting.append(facts)
-                if len(waiting) == 5000:
-                    _count(connection, waiting)
-            _count(connection, waiting)
+            for _, facts in groupby(_facts(counted, days), key=lambda facts: facts[0][:_DATE]):
+                summary: rollups.Summary = {}
+                rollups.summarize(summary, facts)
+                connection.execute("BEGIN IMMEDIATE")
+                rollups.record(connection.cursor(), summary, rollups.FOLD_AT)
+                connection.execute("COMMIT")
             cells, size = connection.execute("SELECT count(*), sum(length(bins)) FROM run_stats").fetchone()
             pages = connection.execute("PRAGMA page_count").fetchone()[0] * 4096
             click.echo(
@@ -127,20 +134,11 @@ def main(stored: int, counted: int, days: int) -> None:
             for text in _QUERIES:
                 query = stats.parse(text, _END)
                 times = []
-                for _ in range(3):
+                for _ in range(5):
                     begun = time.thread_time()
                     groups = rollups.fetch_stats(connection, query)
                     times.append(time.thread_time() - begun)
                 click.echo(f"{min(times) * 1000:7.1f} ms {len(groups):6,} groups  {text}")
-
-
-def _count(connection: sqlite3.Connection, waiting: list[Facts]) -> None:
-    summary: rollups.Summary = {}
-    rollups.summarize(summary, waiting)
-    connection.execute("BEGIN IMMEDIATE")
-    rollups.record(connection.cursor(), summary, len(waiting))
-    connection.execute("COMMIT")
-    waiting.clear()
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ def _telemetryd(journal_mode: str) -> Contender:
 TELEMETRYD_WAL: Final = _telemetryd("WAL")
 TELEMETRYD_DELETE: Final = _telemetryd("DELETE")
 LIMIT_HTTP: Final = Contender("limit-http", (sys.executable, "-m", "bench.servers.limit_http", "--port", "{port}"))
+LIMIT_HTTP_FSYNC: Final = Contender("limit-http-fsync", (*LIMIT_HTTP.command, "--sync", "{database}"))
 BASELINE: Final = Contender(
     "baseline",
     (sys.executable, "-m", "bench.servers.baseline", "--port", "{port}", "--database", "{database}"),
@@ -66,8 +67,20 @@ class Server:
 
     def resident_mib(self) -> float:
         """Return how much memory it holds now."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text("ascii")
-        return int(status.partition("VmRSS:")[2].split()[0]) / 1024
+        return self._status_mib("VmRSS")
+
+    def highest_mib(self) -> float:
+        """Return the most memory that it has held since it started."""
+        return self._status_mib("VmHWM")
+
+    def bytes_written_until_stopped(self) -> int:
+        """End it in an orderly way; return how many bytes it has written to disks, its last checkpoint included."""
+        self.process.terminate()
+        # It stays a zombie, whose figures can be read, until somebody waits for it.
+        os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
+        figures = Path(f"/proc/{self.process.pid}/io").read_text("ascii")
+        self.process.wait()
+        return int(figures.partition("\nwrite_bytes:")[2].split()[0])
 
     def kill(self) -> None:
         """End it as a crash would (SIGKILL); what it acknowledged must be in the database nevertheless."""
@@ -78,6 +91,10 @@ class Server:
         """End it in an orderly way (SIGTERM)."""
         self.process.terminate()
         self.process.wait(60)
+
+    def _status_mib(self, name: str) -> float:
+        status = Path(f"/proc/{self.process.pid}/status").read_text("ascii")
+        return int(status.partition(f"{name}:")[2].split()[0]) / 1024
 
 
 class Workplace:

@@ -63,7 +63,7 @@ class Wrk:
     def kill(self) -> None:
         """End it at once."""
         self.process.kill()
-        self.process.wait()
+        self.process.communicate()
 
     def finish(self) -> Summary:
         """Wait for its end and return what it tells.

@@ -1,4 +1,4 @@
--- The schema of a telemetryd database, version 19.
+-- The schema of a telemetryd database, version 21.
 -- Generated from migrations/ by `make schema`; do not edit.
 
 CREATE TABLE agent_runs (
@@ -48,7 +48,7 @@ CREATE TABLE agent_runs (
     git_commit_source TEXT CHECK (git_commit_source IS NULL OR git_commit_source IN ('manual', 'llm', 'ci')),
     git_commit_author TEXT,
     git_commit_timestamp TEXT
-) STRICT;
+, labels TEXT CHECK (labels IS NULL OR json_valid(labels)), attempt INTEGER CHECK (attempt IS NULL OR attempt >= 1), retry_of TEXT, conversation_id TEXT, trace_id TEXT, span_id TEXT, expected_by TEXT, body_digest INTEGER) STRICT;
 
 CREATE TABLE alert_deliveries (
     number INTEGER PRIMARY KEY,
@@ -132,6 +132,14 @@ CREATE TABLE run_hours (
     last_start TEXT NOT NULL
 ) STRICT, WITHOUT ROWID;
 
+CREATE TABLE run_labels (
+    key TEXT NOT NULL,
+    value TEXT NOT NULL,
+    created TEXT NOT NULL,
+    run INTEGER NOT NULL,
+    PRIMARY KEY (key, value, created, run)
+) STRICT, WITHOUT ROWID;
+
 CREATE TABLE run_minutes (
     minute TEXT NOT NULL PRIMARY KEY,
     runs INTEGER NOT NULL CHECK (runs >= 0)
@@ -153,13 +161,15 @@ CREATE TABLE run_processes (
 ) STRICT;
 
 CREATE TABLE run_stats (
-    hours INTEGER NOT NULL CHECK (hours IN (1, 24)),
-    names INTEGER NOT NULL CHECK (names IN (1, 2, 3)),
+    hours INTEGER NOT NULL CHECK (hours IN (1, 6, 24)),
+    names INTEGER NOT NULL CHECK (names BETWEEN 0 AND 3),
     start INTEGER NOT NULL,
     agent_name TEXT NOT NULL,
     job_type TEXT NOT NULL,
     status TEXT NOT NULL,
     runs INTEGER NOT NULL,
+    finished INTEGER NOT NULL,
+    successes INTEGER NOT NULL,
     items_discovered ANY NOT NULL,
     items_succeeded ANY NOT NULL,
     items_failed ANY NOT NULL,
@@ -221,11 +231,15 @@ CREATE INDEX idx_runs_agent_created ON agent_runs (agent_name, created_at);
 
 CREATE INDEX idx_runs_agent_status_created ON agent_runs (agent_name, status, created_at);
 
+CREATE INDEX idx_runs_conversation_id ON agent_runs (conversation_id, created_at) WHERE conversation_id IS NOT NULL;
+
 CREATE INDEX idx_runs_created_desc ON agent_runs (created_at);
 
 CREATE INDEX idx_runs_environment ON agent_runs (environment, created_at) WHERE environment IS NOT NULL;
 
 CREATE UNIQUE INDEX idx_runs_event_id ON agent_runs (event_id);
+
+CREATE INDEX idx_runs_expected ON agent_runs (expected_by) WHERE expected_by IS NOT NULL AND status = 'running';
 
 CREATE INDEX idx_runs_git_commit_hash ON agent_runs (git_commit_hash, created_at) WHERE git_commit_hash IS NOT NULL;
 
@@ -239,13 +253,32 @@ CREATE INDEX idx_runs_parent_run_id ON agent_runs (parent_run_id, created_at) WH
 
 CREATE INDEX idx_runs_product ON agent_runs (product, created_at) WHERE product IS NOT NULL;
 
+CREATE INDEX idx_runs_retry_of ON agent_runs (retry_of, created_at) WHERE retry_of IS NOT NULL;
+
 CREATE INDEX idx_runs_run_id ON agent_runs (run_id, created_at);
 
 CREATE INDEX idx_runs_start ON agent_runs (start_time);
 
 CREATE INDEX idx_runs_status ON agent_runs (status, created_at);
 
+CREATE INDEX idx_runs_trace_id ON agent_runs (trace_id, created_at) WHERE trace_id IS NOT NULL;
+
 CREATE INDEX idx_runs_website ON agent_runs (website, created_at) WHERE website IS NOT NULL;
 
+CREATE TRIGGER run_labels_changed AFTER UPDATE OF id, created_at, labels ON agent_runs
+WHEN old.labels IS NOT NULL OR new.labels IS NOT NULL BEGIN
+    DELETE FROM run_labels WHERE (key, value, created, run) IN (
+        SELECT key, value, old.created_at, old.id FROM json_each(old.labels) WHERE type = 'text'
+    );
+    INSERT OR IGNORE INTO run_labels (key, value, created, run)
+        SELECT key, value, new.created_at, new.id FROM json_each(new.labels) WHERE type = 'text';
+END;
+
+CREATE TRIGGER run_labels_removed AFTER DELETE ON agent_runs WHEN old.labels IS NOT NULL BEGIN
+    DELETE FROM run_labels WHERE (key, value, created, run) IN (
+        SELECT key, value, old.created_at, old.id FROM json_each(old.labels) WHERE type = 'text'
+    );
+END;
+
 PRAGMA application_id = 1953262948;
-PRAGMA user_version = 19;
+PRAGMA user_version = 21;

@@ -12,10 +12,7 @@ import orjson
 from aiohttp import hdrs, web
 
 import telemetryd
-from telemetryd.errors import (
-    InvalidRequestError,
-    RunNotFoundError,
-)
+from telemetryd.errors import InvalidBodyError, InvalidRequestError, RunNotFoundError
 from telemetryd.model import bodies, event_queries, events, filters, queries, regressions, runs, stats, values
 from telemetryd.model.answers import (
     BatchStored,
@@ -31,7 +28,7 @@ from telemetryd.model.answers import (
     Totals,
 )
 from telemetryd.model.batches import read_batch
-from telemetryd.model.commands import CreateEvents, CreateRuns, UpdateRun
+from telemetryd.model.commands import CreateEvents, CreateRuns, TooManyLabels, Updated, UpdateRun
 from telemetryd.model.parameters import accept_none
 from telemetryd.model.requests import ProcessRequest
 from telemetryd.model.rules import Rules
@@ -40,7 +37,7 @@ from telemetryd.services import admin_handlers
 from telemetryd.services.admin_handlers import STORE, UPKEEP
 from telemetryd.services.alerting import Alerting
 from telemetryd.services.certificates import Certificates
-from telemetryd.services.duplicates import differences
+from telemetryd.services.duplicates import differences, warning
 from telemetryd.services.exports import Exporter
 from telemetryd.services.subscriptions import add_feed, list_changes, stream_runs
 from telemetryd.services.upkeep import Upkeep
@@ -59,6 +56,9 @@ ALERTING: Final = web.AppKey("alerting", Alerting)
 EXPORTER: Final = web.AppKey("exporter", Exporter)
 DOCUMENT: Final = web.AppKey("document", bytes)
 
+_MOST_NAMED: Final = 10
+"""Runs that a line of the log names."""
+
 
 # --- Runs ----------------------------------------------------------------------------------------
 
@@ -73,12 +73,18 @@ async def create_run(request: web.Request) -> web.Response:
     is_new = created.new[0]
     request.app[METRICS].count_runs(created=int(is_new), duplicate=int(not is_new))
     notes = runs.text_warnings(body)
-    if not is_new:
-        notes += [text for texts in (await differences(request.app[STORE], [parsed.row])).values() for text in texts]
-    request[NOTE].say("Run created" if is_new else "Run already exists", event_id=event_id, run_id=run_id)
     if is_new:
+        request[NOTE].say("Run created", event_id=event_id, run_id=run_id)
         stored: RunCreated = {"status": "created", "event_id": event_id, "run_id": run_id}
         return json_response(with_warnings(stored, parsed.ignored, notes), 201)
+    differing = (await differences(request.app[STORE], [parsed.row])).get(0)
+    if differing is None:
+        request[NOTE].say("Run already exists", event_id=event_id, run_id=run_id)
+    else:
+        notes.append(warning(differing))
+        request.app[METRICS].differing.inc()
+        said = {"event_id": event_id, "run_id": run_id, "differs_in": differing}
+        request[NOTE].say("Run already exists, and says something else", logging.WARNING, **said)
     known: RunDuplicate = {
         "status": "duplicate",
         "event_id": event_id,
@@ -91,21 +97,33 @@ async def create_batch(request: web.Request) -> web.Response:
     """Store the good runs of a batch in one transaction, and report each bad one."""
     request.app[STORE].check_open()
     media_type = check_media_type(request, (*JSON_TYPES, *NDJSON_TYPES))
+    changes_follow = queries.changes_follow(request.query.get(queries.CHANGES.name))
     async with request.app[BODIES].read(request) as body:
         batch = await read_batch(body, request.app[SETTINGS].max_batch, is_lines=media_type in NDJSON_TYPES)
     inserted = 0
+    differing: list[str] = []
     if batch.rows:
         created = await request.app[STORE].submit(CreateRuns(tuple(batch.rows), batch.size))
         inserted = sum(created.new)
         known = [place for place, is_new in enumerate(created.new) if not is_new]
-        if known:
-            for place, texts in (await differences(request.app[STORE], [batch.rows[place] for place in known])).items():
-                batch.note(batch.indexes[known[place]], texts)
+        rows = [batch.rows[place] for place in known]
+        for place, names in (await differences(request.app[STORE], rows, changes_follow=changes_follow)).items():
+            batch.note(batch.indexes[known[place]], [warning(names)])
+            differing.append(str(rows[place][runs.EVENT_ID]))
     duplicates = len(batch.rows) - inserted
     request.app[METRICS].count_runs(created=inserted, duplicate=duplicates, invalid=len(batch.errors))
-    request[NOTE].say(
-        "Batch stored", inserted=inserted, duplicates=duplicates, errors=len(batch.errors), total=batch.total
-    )
+    said: dict[str, Any] = {
+        "inserted": inserted,
+        "duplicates": duplicates,
+        "errors": len(batch.errors),
+        "total": batch.total,
+    }
+    if differing:
+        request.app[METRICS].differing.inc(len(differing))
+        said |= {"differing": len(differing), "event_ids": differing[:_MOST_NAMED]}
+        request[NOTE].say("Batch stored; known runs say something else", logging.WARNING, **said)
+    else:
+        request[NOTE].say("Batch stored", **said)
     answer: BatchStored = {
         "inserted": inserted,
         "duplicates": duplicates,
@@ -155,10 +173,18 @@ async def update_run(request: web.Request) -> web.Response:
     if not changes:
         raise InvalidRequestError("No valid fields to update")
     request[NOTE].say("Run updated", event_id=event_id, fields_updated=list(changes))
-    if await request.app[STORE].submit(UpdateRun(event_id, changes, size)) is None:
-        raise RunNotFoundError(values.shorten(event_id))
+    await _update(request, UpdateRun(event_id, changes, size))
     answer: RunUpdated = {"event_id": event_id, "updated": True, "fields_updated": list(changes)}
     return json_response(with_warnings(answer, ignored, runs.text_warnings(body)))
+
+
+async def _update(request: web.Request, command: UpdateRun) -> Updated:
+    updated = await request.app[STORE].submit(command)
+    if updated is None:
+        raise RunNotFoundError(values.shorten(command.event_id))
+    if isinstance(updated, TooManyLabels):
+        raise InvalidBodyError([runs.too_many_labels(updated.labels)])
+    return updated
 
 
 async def associate_commit(request: web.Request) -> web.Response:
@@ -168,9 +194,7 @@ async def associate_commit(request: web.Request) -> web.Response:
     changes, ignored = runs.parse_commit(body)
     event_id = request.match_info["event_id"]
     request[NOTE].say("Commit associated", event_id=event_id, fields_updated=list(changes))
-    updated = await request.app[STORE].submit(UpdateRun(event_id, changes, size))
-    if updated is None:
-        raise RunNotFoundError(values.shorten(event_id))
+    updated = await _update(request, UpdateRun(event_id, changes, size))
     answer: CommitAssociated = {
         "status": "success",
         "event_id": event_id,

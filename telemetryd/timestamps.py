@@ -15,9 +15,9 @@ _DATE_AND_TIME: Final = re.compile(
 )
 _MAX_CHARACTERS: Final = 64
 
-# The form that nearly every agent sends, which needs no arithmetic to become the stored one.
+# The forms of nearly every agent, and of SQLite and Python, which need no arithmetic to become the stored one.
 _USUAL: Final = re.compile(
-    r"(\d{4}-\d\d-\d\dT(?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d)(?:\.(\d{1,6})\d{0,30})?(?:Z|\+00:00)", re.ASCII
+    r"(\d{4}-\d\d-\d\d)[T ]((?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d)(?:\.(\d{1,6})\d{0,30})?(?:Z|\+00:00)?", re.ASCII
 )
 
 
@@ -33,8 +33,9 @@ def canonical(text: str) -> str | None:
     """
     try:
         if usual := _USUAL.fullmatch(text):
-            datetime.fromisoformat(usual[1])  # is there such a day?
-            return f"{usual[1]}.{usual[2] or '':0<6}Z"
+            date, time, fraction = usual.groups("")
+            datetime.fromisoformat(date)  # is there such a day?
+            return f"{date}T{time}.{fraction:0<6}Z"
         if len(text) <= _MAX_CHARACTERS and _DATE_AND_TIME.fullmatch(text):
             moment = datetime.fromisoformat(text.upper())
             return format_timestamp(moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC))

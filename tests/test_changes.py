@@ -49,6 +49,7 @@ from tests.conftest import Api, MakeApi, make_run
 
 NOW = "2025-12-24T12:00:00.000000Z"
 PROCESS = Process(7, 7, "boot", "machine", "space")
+REMOVED = '{"x":null,"day":null,"team":"b"}'
 DEATH = Death(NOW, "died", "of a signal")
 EVENT_ID = COLUMNS.index("event_id")
 EVENTS = f"SELECT run, {', '.join(events.COLUMNS)} FROM run_events ORDER BY run, id"
@@ -127,9 +128,15 @@ event_ids = st.sampled_from([f"event-{number}" for number in range(12)])
 moments = st.sampled_from([f"2025-12-{day:02}T10:00:00.000000Z" for day in range(1, 10)])
 commands = st.one_of(
     st.lists(st.tuples(event_ids, moments), min_size=1, max_size=6).map(
-        lambda made: CreateRuns(tuple(new(event_id, created_at=moment) for event_id, moment in made))
+        lambda made: CreateRuns(
+            tuple(new(event_id, created_at=moment, labels={"day": moment, "x": "y"}) for event_id, moment in made)
+        )
     ),
-    st.builds(UpdateRun, event_ids, st.sampled_from([{"status": "success"}, {"items_failed": 1}])),
+    st.builds(
+        UpdateRun,
+        event_ids,
+        st.sampled_from([{"status": "success"}, {"items_failed": 1}, {"labels": '{"team":"a"}'}, {"labels": REMOVED}]),
+    ),
     st.builds(
         lambda event_id, key: CreateEvents(event_id, ((key, "note", "", '{"a":1}'),)),
         event_ids,
@@ -140,7 +147,13 @@ commands = st.one_of(
     st.builds(PruneRuns, moments, st.integers(1, 4)),
     st.builds(ReapRuns, moments, st.integers(1, 4)),
     st.builds(DeleteRun, event_ids),
-    st.builds(RedactRun, event_ids, st.sampled_from([(), ("host", "metrics_json")]), st.booleans(), st.integers(1, 2)),
+    st.builds(
+        RedactRun,
+        event_ids,
+        st.sampled_from([(), ("host", "metrics_json"), ("labels",)]),
+        st.booleans(),
+        st.integers(1, 2),
+    ),
 )
 
 

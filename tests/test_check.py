@@ -50,8 +50,9 @@ def test_a_good_database_is_ok_also_while_a_daemon_runs(start_daemon: StartDaemo
 
 def test_the_queries_of_every_filter_are_examined() -> None:
     queries = list(documented_queries())
-    assert len(queries) == 59
-    assert len({tuple(sorted(query.filters.equal)) for query in queries}) == 17
+    assert len(queries) == 71
+    assert len({tuple(sorted(query.filters.equal)) for query in queries}) == 20
+    assert {tuple(query.filters.labels) for query in queries} == {(), ("x",), ("x", "y")}
 
 
 @pytest.mark.parametrize(
@@ -63,11 +64,15 @@ def test_the_queries_of_every_filter_are_examined() -> None:
         ("UPDATE agent_runs SET duration_ms = duration_ms + 50000 WHERE id = 7", "totals"),
         ("DELETE FROM run_stats_log", "totals"),
         (
-            "INSERT INTO run_stats VALUES (24, 1, 24000, '', '', 'success', 1, 0, 0, 0, 0, 0, x'')",
+            "INSERT INTO run_stats VALUES (24, 1, 24000, '', '', 'failure', 1, 1, 0, 0, 0, 0, 0, 0, x'')",
             "totals",
         ),
         ("DROP INDEX idx_runs_job", "schema"),
         ("DROP INDEX idx_runs_agent", "index usage"),
+        ("DELETE FROM run_labels WHERE run = 7", "labels"),
+        ("INSERT INTO run_labels VALUES ('team', 'x', '2026-01-01T00:00:00.000000Z', 7)", "labels"),
+        ("DROP TRIGGER run_labels_changed; UPDATE agent_runs SET labels = NULL WHERE id = 7", "labels"),
+        ("DROP TRIGGER run_labels_removed", "schema"),
     ],
 )
 def test_what_can_be_fixed_in_place_is(tmp_path: Path, harm: str, found: str) -> None:
@@ -75,7 +80,7 @@ def test_what_can_be_fixed_in_place_is(tmp_path: Path, harm: str, found: str) ->
     if harm.startswith("UPDATE run_stats"):
         with closing(sqlite3.connect(path, isolation_level=None)) as connection:
             rollups.fold(connection.cursor())  # so few changes would wait in the log
-    change(path, harm)
+    change(path, """UPDATE agent_runs SET labels = '{"env":"prod","team":"search"}' WHERE id % 2""", *harm.split("; "))
     findings = [(finding.check, finding.severity) for finding in examine(path)]
     assert (found, "problem") in findings
     if found == "schema":

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from telemetryd.engine.sqlite.tools.conversion import EPOCH, Converter, EventConverter
+from telemetryd.engine.sqlite.tools.conversion import EPOCH, Converter, EventConverter, RawValue
 from telemetryd.model.runs import COLUMNS
 
 DAY = "2025-01-01T00:00:00.000000Z"
@@ -26,7 +26,8 @@ GOOD: dict[str, Any] = {
 def converted(**given: Any) -> tuple[dict[str, Any], dict[str, Any], Converter]:
     row = {**GOOD, **given}
     converter = Converter(list(row))
-    values, originals = converter.convert(7, list(row.values()))
+    part = converter.convert([7], [list(row.values())])
+    (values,), (originals,) = part.rows(), part.originals
     return dict(zip(COLUMNS, values, strict=True)), {o.field: (o.reason, o.value) for o in originals}, converter
 
 
@@ -56,6 +57,8 @@ def test_a_good_row_stays_as_it_is() -> None:
         ("metrics_json", "null", None, "JSON null to NULL"),
         ("context_json", "", None, "empty to NULL"),
         ("git_commit_source", "LLM", "llm", "case and blanks"),
+        ("labels", '{"team": "search", "env": "prod"}', '{"env":"prod","team":"search"}', "canonical form"),
+        ("labels", b"{}", None, "canonical form"),
     ],
 )
 def test_what_has_a_form_of_today_is_normalised(field: str, raw: object, value: object, kind: str) -> None:
@@ -93,6 +96,14 @@ def test_what_has_a_form_of_today_is_normalised(field: str, raw: object, value: 
         ("product", "p\0q", "p\ufffdq"),
         ("agent_name", b"a\0", "a\ufffd"),
         ("git_commit_source", "robot", None),
+        ("labels", '{"Team": "x"}', None),
+        ("labels", "[]", None),
+        ("labels", 5, None),
+        ("attempt", 0, None),
+        ("attempt", "2", None),
+        ("trace_id", "A" * 32, None),
+        ("span_id", b"\xff", None),
+        ("expected_by", "soon", None),
     ],
 )
 def test_what_has_none_is_replaced_and_kept(field: str, raw: object, value: object) -> None:
@@ -107,6 +118,34 @@ def test_an_event_id_that_cannot_stay_becomes_a_uuid(raw: object) -> None:
     values, originals, _ = converted(event_id=raw)
     assert str(uuid.UUID(values["event_id"])) == values["event_id"]
     assert originals["event_id"][1] == raw
+
+
+def test_equal_values_of_different_types_are_told_apart() -> None:
+    raw: list[RawValue] = [1, 1.0, 0.0, -0.0, "1", None]
+    part = Converter(["duration_ms", "host"]).convert(range(6), [[value, value] for value in raw])
+    found = {name: list(values) for name, values in zip(COLUMNS, part.columns, strict=True)}
+    assert found["duration_ms"] == [1, 1, 0, 0, 1, 0]
+    assert found["host"] == ["1", "1.0", "0.0", "-0.0", "1", None]
+    assert part.kept == set()
+
+
+def test_rows_that_need_it_are_changed_and_the_other_fields_are_known_to_be_as_they_were() -> None:
+    good: dict[str, Any] = {**GOOD, "end_time": None, "agent_owner": "me"}
+    converter = Converter(list(good))
+    rows = [{**good, "event_id": ""}, {**good, "end_time": "never"}, {**good, "event_id": ""}]
+    part = converter.convert([3, 5, 8], [[*row.values()] for row in rows])
+    first, second, third = (dict(zip(COLUMNS, row, strict=True)) for row in part.rows())
+    assert len({first["event_id"], second["event_id"], third["event_id"]}) == 3  # no UUID is used twice
+    assert part.kept == set(GOOD) - {"event_id"}
+    assert [row[:2] for row in part.side_rows()] == [
+        (3, "event_id"),
+        (3, "agent_owner"),
+        (5, "end_time"),
+        (5, "agent_owner"),
+        (8, "event_id"),
+        (8, "agent_owner"),
+    ]
+    assert converter.tally.replaced["agent_owner", "no such field any more"] == 3
 
 
 def test_without_any_time_the_epoch_is_better_than_no_row() -> None:

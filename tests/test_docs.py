@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from bench import report
+from bench.figures import Figure, Samples, Unit, at_least
+from bench.scenario import Options
 from telemetryd import http
 from telemetryd.settings import load
 from tests.faults.ledger import Ledger, read
@@ -17,6 +20,18 @@ ROOT = docs.ROOT
 def test_generated_parts_are_up_to_date() -> None:
     stale = [path.name for path, text in docs.rendered().items() if path.read_text("utf-8") != text]
     assert stale == [], "run: make docs"
+
+
+def test_measured_figures_become_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = Samples("limit", (2e6,))
+    figures = [Figure(load, Unit.ROWS, Samples("us", (1e6,)), limit, at_least(1)) for load in docs.FIGURES.values()]
+    for name in ("latest", "large"):
+        report.write(tmp_path, name, figures, Options(), (0, 0))
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    rendered = docs.rendered()
+    line = "| batches of 1,000 runs | 1,000,000 rows/s | limit 2,000,000 rows/s |"
+    assert line in rendered[ROOT / "README.md"]
+    assert rendered[ROOT / "docs" / "performance.md"].count(report.table(figures)) == 2
 
 
 def test_the_schema_file_is_up_to_date() -> None:

@@ -32,7 +32,7 @@ from telemetryd.engine.sqlite.tools import migrate
 from telemetryd.git_urls import without_credentials
 from telemetryd.http import EXPORTER
 from telemetryd.model import runs, tables, values
-from telemetryd.model.queries import SNAPSHOT
+from telemetryd.model.queries import SNAPSHOT, ExportRuns, Format
 from telemetryd.model.runs import COLUMNS, STORED
 from telemetryd.model.values import Role
 from telemetryd.services import exports as streamed
@@ -140,6 +140,14 @@ async def test_a_nul_that_an_earlier_migration_kept_breaks_no_line(api: Api, tmp
     assert found == ["p\0q", "next"]
 
 
+async def test_parquet_with_text_that_is_no_utf_8_is_cut(api: Api) -> None:
+    await api.batch([make_run(), make_run(product="bad")])
+    with closing(sqlite3.connect(api.settings.db_path)) as connection, connection:
+        connection.execute("UPDATE agent_runs SET product = CAST(x'ff' AS TEXT) WHERE product = 'bad'")
+    with pytest.raises((aiohttp.ClientPayloadError, aiohttp.ServerDisconnectedError)):
+        await export(api, format="parquet")
+
+
 async def test_parquet_is_typed_and_counts_its_rows(api: Api, tmp_path: Path) -> None:
     await api.batch([make_run(**{**FULL, "event_id": "full"}), make_run()])
     body, _ = await export(api, format="parquet")
@@ -192,6 +200,7 @@ async def test_the_filters_are_those_of_the_list(api: Api) -> None:
         [
             make_run(event_id=f"{agent}-{job}-{status}-{day}", agent_name=agent, job_type=job, status=status,
                      host="h", duration_ms=9, error_summary="bad",
+                     labels={"agent": agent, "day": f"{day}"},
                      metrics_json={"tokens": day}, created_at=f"2025-12-2{day}T10:00:00Z",
                      start_time=f"2025-12-2{day}T09:00:00Z")
             for agent in "ab" for job in "xy" for status in ("failure", "success") for day in range(3)
@@ -209,6 +218,8 @@ async def test_the_filters_are_those_of_the_list(api: Api) -> None:
         {"agent_name": "a,b", "job_type": "x,y", "host": "h"},
         {"host": "h", "created_after": "2025-12-21T10:00:00Z", "min_duration_ms": "5", "error": "BAD"},
         {"metrics.tokens>1": ""},
+        {"label.agent": "a", "label.day": "1,2"},
+        {"label.day": "0", "agent_name": "b", "created_after": "2025-12-20T09:00:00Z"},
         {"start_time_from": "2025-12-21T09:00:00Z", "start_time_to": "2025-12-21T09:00:00Z"},
     ):
         body, _ = await export(api, 200, **asked)
@@ -373,6 +384,90 @@ async def test_a_reader_that_is_too_slow_gives_its_place_up(api: Api) -> None:
         each.close()
 
 
+async def test_the_next_chunk_is_made_while_one_is_sent(api: Api) -> None:
+    await api.batch([make_run(input_summary="x" * 2000) for _ in range(300)])
+    async with reading(api)._exports.open(ExportRuns()) as copied:
+        pieces, made = copied._chunks, list[int]()
+
+        def counted() -> Iterator[bytes]:
+            for piece in pieces:
+                made.append(len(piece))
+                yield piece
+
+        copied._chunks = counted()
+        chunks = copied.chunks()
+        sent = len(await anext(chunks))
+        await eventually(lambda: len(made) == 2)
+        await chunks.aclose()
+    assert made[0] == sent
+
+
+async def test_an_export_that_is_left_in_the_middle_of_a_chunk_ends(api: Api, caplog: pytest.LogCaptureFixture) -> None:
+    """What goes wrong in a chunk that nobody takes any more concerns nobody."""
+    await api.batch([make_run() for _ in range(300)])
+    reading(api)._exports.bounds = Bounds(longest_s=60.0, steps=10)
+    async with reading(api)._exports.open(ExportRuns(form=Format.CSV)) as copied:
+        chunks = copied.chunks()
+        await anext(chunks)
+        await chunks.aclose()
+    assert reading(api)._exports._running == 0
+    assert not [record for record in caplog.records if record.name == "asyncio"]
+
+
+async def test_an_export_whose_client_left_is_closed_before_the_daemon_ends(api: Api) -> None:
+    half, is_open = reading(api), asyncio.Event()
+
+    async def leave() -> None:
+        async with half._exports.open(ExportRuns()):
+            is_open.set()
+            await asyncio.Event().wait()
+
+    leaving = asyncio.create_task(leave())
+    await is_open.wait()
+    for _ in range(2):  # the second time while it is being closed
+        leaving.cancel()
+        await asyncio.sleep(0)
+    await asyncio.wait((leaving,))
+    assert half._exports.are_running
+    await half._exports.close()
+    assert not half._exports.are_running
+
+
+LENGTHS = [*[1] * 200, 30_000, *[1] * 5, *[3_000] * 10, *[1] * 200]
+
+
+@pytest.mark.parametrize("form", Format)
+async def test_runs_of_any_length_and_id_are_exported(api: Api, tmp_path: Path, form: Format) -> None:
+    await api.batch([make_run(output_summary="x" * length) for length in LENGTHS])
+    with closing(sqlite3.connect(api.settings.db_path)) as connection, connection:
+        connection.execute("UPDATE agent_runs SET id = id - 210")
+        connection.execute(f"UPDATE agent_runs SET id = {2**63 - 1} WHERE id = (SELECT max(id) FROM agent_runs)")
+    reading(api)._exports.bounds = Bounds(longest_s=60.0, rendered_bytes=20_000)
+    body, _ = await export(api, format=form)
+    (tmp_path / "runs").write_bytes(body)
+    match form:
+        case Format.NDJSON:
+            read = [*enumerate(map(json.loads, body.splitlines()))]
+        case Format.CSV:
+            read = [*tables.read_csv(io.BytesIO(body))]
+        case Format.PARQUET:
+            read = [*tables.read_parquet(tmp_path / "runs")]
+    found = [(run["id"], len(run["output_summary"])) for _, run in read if isinstance(run, dict)]
+    assert found == [*zip([*range(-209, len(LENGTHS) - 210), 2**63 - 1], LENGTHS, strict=True)]
+
+
+def test_a_step_renders_many_runs_but_few_long_ones() -> None:
+    with closing(sqlite3.connect(":memory:")) as connection:
+        connection.execute(f"CREATE TABLE runs (id INTEGER PRIMARY KEY, {', '.join(COLUMNS[1:])})")
+        connection.executemany("INSERT INTO runs (output_summary) VALUES (?)", [("x" * length,) for length in LENGTHS])
+        pieces = [*export_rows.lists(connection, 20_000)]
+    rendered = [len(json.loads(piece)["id"]) for piece in pieces]
+    assert sum(rendered) == len(LENGTHS)
+    assert max(rendered) > 30
+    assert len(rendered) < 40
+    assert [runs for runs, piece in zip(rendered, pieces, strict=True) if len(piece) > 20_000] == [1]
+
+
 async def test_a_copy_never_takes_the_room_that_is_kept_for_new_runs(make_api: MakeApi) -> None:
     api = await make_api(min_free_mb=0)
     await api.post(make_run())
@@ -419,9 +514,21 @@ objects = st.dictionaries(
 )  # fmt: skip
 
 
+OF_THEIR_OWN: dict[str, st.SearchStrategy[Any]] = {
+    "labels": st.dictionaries(
+        st.from_regex(r"[a-z0-9][a-z0-9_.-]{0,62}", fullmatch=True), names.map(lambda text: text[:255]), max_size=4
+    ),
+    "attempt": st.integers(1, 2**63 - 1),
+    "trace_id": st.integers(1, 2**128 - 1).map(lambda number: f"{number:032x}"),
+    "span_id": st.integers(1, 2**64 - 1).map(lambda number: f"{number:016x}"),
+}
+
+
 def values_of(name: str) -> st.SearchStrategy[Any]:  # noqa: PLR0911 - one for each kind
     """Anything that a field may hold, from its definition."""
     field = runs.Run.model_fields[name]
+    if name in OF_THEIR_OWN:
+        return st.none() | OF_THEIR_OWN[name]
     if name in runs.columns(Role.JSON):
         return st.none() | objects
     if name in runs.columns(Role.BOOLEAN):
@@ -592,6 +699,14 @@ def test_a_parquet_file_that_was_cut_off_is_none(start_daemon: StartDaemon, tmp_
     assert "packed by itself" in run_command("export", tmp_path / "a.parquet.gz", "--url", url, status=1).stderr
     assert "Invalid status" in run_command("export", "-", "--url", url, "--status", "odd", status=1).stderr
     assert run_command("export", "-", "--url", url).stdout_bytes.count(b"\n") == 1
+    assert (
+        call(url, "POST", "/api/v1/runs", make_run(event_id="labelled", labels={"team": "a=b", "env": "x"}))[0] == 201
+    )
+    for labels, rows in (("team=a=b", 1), ("env=y,x", 1), ("env=y", 0)):
+        out = run_command("export", "-", "--url", url, "--label", labels, "--format", "csv").stdout_bytes
+        assert out.count(b',"labelled",') == rows == out.count(b"\n") - 1, out
+    twice = run_command("export", "-", "--url", url, "--label", "env=x", "--label", "env=y", status=2)
+    assert "each label may be given once" in twice.stderr
     assert "--json needs a file" in run_command("export", "-", "--json", "--url", url, status=2).stderr
 
 

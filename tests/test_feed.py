@@ -113,13 +113,20 @@ async def test_it_goes_on_behind_any_number_of_the_sequence(api: Api) -> None:
         ({"status": "failure,timeout"}, ["seo failed"]),
         ({"job_type": "crawl"}, ["crawler"]),
         ({"metrics.tokens": "7"}, ["crawler"]),
+        ({"label.team": "x,y"}, ["crawler"]),
     ],
 )
 async def test_filters_are_those_of_the_list(api: Api, filters: dict[str, str], expected: list[str]) -> None:
     async with streaming(api, **filters) as events, streaming(api) as everything:
         runs = [
             make_run(event_id="seo", agent_name="seo"),
-            make_run(event_id="crawler", agent_name="crawler", job_type="crawl", metrics_json={"tokens": 7}),
+            make_run(
+                event_id="crawler",
+                agent_name="crawler",
+                job_type="crawl",
+                metrics_json={"tokens": 7},
+                labels={"team": "y"},
+            ),
             make_run(event_id="other"),
             make_run(event_id="seo failed", agent_name="seo", status="failure"),
         ]

@@ -27,7 +27,7 @@ from telemetryd.engine.sqlite.tools import migrate
 from telemetryd.model.commands import CreateRuns
 from telemetryd.model.filters import Comparison, Filters, quoted
 from telemetryd.model.queries import Accuracy, Count, CountMatching, Position, parse_list
-from telemetryd.model.runs import COLUMNS, FILTERS, parse_run
+from telemetryd.model.runs import FILTERS, TABLE, parse_run
 from telemetryd.model.values import Status
 
 NOW = "2025-12-24T12:00:00.000000Z"
@@ -36,6 +36,7 @@ AGENTS = ("seo", "seo-blog", "Seo", "crawler", "a,b", "a*b", "[a]?", "\\", "übe
 TEXTS = ("red", "green", "100%", "a_b", "x")
 ERRORS = (None, "Timed out after 100% of ÄRGER", "timed OUT", "Ärger mit dem Server", "a\\b_c*[d]?", "")
 WORDS = (None, "translated 100 pages", "Nothing to translate", "pages: café", "crawled")
+LABELS = ("red", "green", "a,b", "a*b", "\\", "über", "'")
 METRICS: tuple[Any, ...] = (
     None, {}, {"tokens": 5}, {"tokens": 1000, "model": "gpt"}, {"tokens": 2.5, "model": "5", "ok": True},
     {"tokens": "1000", "ok": False}, {"tokens": None, "usage": {"in": 7}}, {"usage": {"in": 70.0}, "model": "ärger"},
@@ -43,7 +44,10 @@ METRICS: tuple[Any, ...] = (
 
 
 def random_run(source: random.Random, number: int) -> dict[str, Any]:
-    optional = ("product", "website", "git_commit_hash", "host", "environment", "insight_id", "parent_run_id")
+    optional = (
+        "product", "website", "git_commit_hash", "host", "environment", "insight_id", "parent_run_id", "retry_of",
+        "conversation_id",
+    )  # fmt: skip
     return {
         "event_id": f"event-{number}",
         "run_id": source.choice(TEXTS),
@@ -58,6 +62,8 @@ def random_run(source: random.Random, number: int) -> dict[str, Any]:
         "input_summary": source.choice(WORDS),
         "output_summary": source.choice(WORDS),
         "metrics_json": source.choice(METRICS),
+        "labels": {name: source.choice(LABELS) for name in ("team", "a.b_c-1") if source.random() < 0.6},
+        "trace_id": source.choice((None, "a" * 32, "b" * 32)),
         **{name: source.choice((None, *TEXTS)) for name in optional},
     }
 
@@ -133,6 +139,7 @@ def matches(run: dict[str, Any], filters: Filters) -> bool:
         ))
         and all(compares(run, comparison) for comparison in filters.metrics)
         and (filters.words is None or has_words(run, filters.words))
+        and all(orjson.loads(run["labels"] or "{}").get(key) in values for key, values in filters.labels.items())
     )  # fmt: skip
 
 
@@ -165,6 +172,9 @@ PARAMETERS = st.fixed_dictionaries(
         "metrics.model": st.sampled_from(["gpt", '"5"', "5", "ärger"]),
         "metrics.ok": st.sampled_from(["true", "false"]),
         "metrics.usage.in<8": st.just(""),
+        "label.team": some(LABELS),
+        "label.a.b_c-1": some(LABELS),
+        "label.key": some(LABELS[:1]),
     },
 )
 ORDERS = st.sampled_from([None, "created_at", "-created_at", "start_time", "-start_time"])
@@ -178,10 +188,13 @@ ORDERS = st.sampled_from([None, "created_at", "-created_at", "start_time", "-sta
 @example({"agent_name": "seo*,crawler", "status": "failure,timeout", "job_type": "red,green"}, "created_at", 3)
 @example({"start_time_from": MOMENTS[1], "start_time_to": MOMENTS[4], "host": "red,green"}, "-start_time", 4)
 @example({"q": "pages", "agent_name": "seo,crawler"}, "start_time", 2)
+@example({"label.team": "red,über", "label.a.b_c-1": "green,red", "created_after": MOMENTS[1]}, "created_at", 3)
+@example({"label.team": "red,green", "start_time_from": MOMENTS[1], "start_time_to": MOMENTS[4]}, None, 2)
+@example({"label.team": "red", "agent_name": "seo*"}, "-start_time", 4)
 def test_pages_of_any_filters_hold_what_python_finds_each_run_once(
     filled: sqlite3.Connection, asked: dict[str, str], sort: str | None, limit: int
 ) -> None:
-    runs = [dict(zip(COLUMNS, row, strict=True)) for row in filled.execute("SELECT * FROM agent_runs")]
+    runs = [dict(zip(TABLE, row, strict=True)) for row in filled.execute("SELECT * FROM agent_runs")]
     query = parse_list(urlencode({**asked, "limit": limit, **({"sort": sort} if sort else {})}))
     column = query.order.column
     expected = [
@@ -208,16 +221,22 @@ def test_pages_of_any_filters_hold_what_python_finds_each_run_once(
 @settings(
     max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
-@given(PARAMETERS, ORDERS, st.booleans())
+@given(PARAMETERS, ORDERS, st.booleans(), st.booleans())
 def test_every_plan_walks_an_index_in_order(
-    filled: sqlite3.Connection, asked: dict[str, str], sort: str | None, behind: bool
+    filled: sqlite3.Connection, asked: dict[str, str], sort: str | None, behind: bool, by_label: bool
 ) -> None:
     query = parse_list(urlencode({**asked, **({"sort": sort} if sort else {})}))
     if behind:
         query = replace(query, after=Position(MOMENTS[3], 20))
-    sql, values = select_page(query, agents=find_agents(filled, query.filters) or None)
+    is_by_label = bool(query.filters.labels) and query.order.column == "created_at" and by_label
+    label = next(iter(query.filters.labels)) if is_by_label else None
+    sql, values = select_page(query, agents=find_agents(filled, query.filters) or None, label=label)
     plan = [row[3] for row in filled.execute(f"EXPLAIN QUERY PLAN {sql}", values)]
     assert not [step for step in plan if "TEMP B-TREE" in step], (plan, asked)
+    if is_by_label:
+        assert any("SEARCH chosen USING PRIMARY KEY (key=? AND value=?" in step for step in plan), plan
+        assert not [step for step in plan if "SCAN" in step and "runs_text" not in step], plan
+        return
     assert not [step for step in plan if "agent_runs" in step and "USING INDEX" not in step], plan
     narrowing = [name for name in query.filters.equal if name != "agent_name"]
     if narrowing and query.order.column == "created_at" and not query.filters.patterns and not query.filters.words:

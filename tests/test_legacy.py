@@ -115,6 +115,26 @@ def test_values_are_normalised_and_counted(tmp_path: Path, layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_runs_are_copied_slice_by_slice_as_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    names = ", ".join(name for name in COLUMNS if name != "event_id")
+    found = []
+    for slice_ in (3, 1000):
+        path = make_old_database(tmp_path / f"{slice_}.sqlite", layout)
+        spoil(path)
+        if not layout.endswith("without-rowid"):
+            with closing(sqlite3.connect(path)) as connection, connection:
+                connection.execute("DELETE FROM agent_runs WHERE rowid IN (2, 7, 8)")
+        monkeypatch.setattr(legacy, "_SLICE", slice_)
+        done = migrate_file(path, "2026-01-01T00:00:00.000000Z")
+        sides = rows(path, "SELECT run, field, reason, original FROM unconverted_values ORDER BY run, field")
+        found.append((rows(path, f"SELECT {names} FROM agent_runs ORDER BY id"), sides, done.counts()))
+    assert len(found[0][0]) == (20 if layout.endswith("without-rowid") else 17)
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_what_cannot_be_normalised_is_kept_verbatim(tmp_path: Path, layout: str) -> None:
     path = make_old_database(tmp_path / "telemetry.sqlite", layout)
     spoil(path)
@@ -348,19 +368,22 @@ def test_the_daemon_serves_what_was_migrated(tmp_path: Path, start_daemon: Start
     assert "nothing to do" in telemetryd("migrate", "--db-path", path).stdout
 
 
-def drop_indexes_made_after(version: int, connection: sqlite3.Connection) -> None:
-    """Take the indexes on agent_runs back that later steps make."""
-    for step in migrate.steps():
+def take_back_runs(version: int, connection: sqlite3.Connection) -> None:
+    """Take back what later steps make of agent_runs: triggers, indexes and columns."""
+    for step in (step for step in migrate.steps() if step.version > version):
+        for name in re.findall(r"^CREATE TRIGGER (\w+)", step.sql, re.MULTILINE):
+            connection.execute(f"DROP TRIGGER {name}")
         for name in re.findall(r"^CREATE INDEX (\w+) ON agent_runs", step.sql, re.MULTILINE):
-            if step.version > version:
-                connection.execute(f"DROP INDEX {name}")
+            connection.execute(f"DROP INDEX {name}")
+        for name in re.findall(r"^ALTER TABLE agent_runs ADD COLUMN (\w+)", step.sql, re.MULTILINE):
+            connection.execute(f"ALTER TABLE agent_runs DROP COLUMN {name}")
 
 
 def make_version_9(path: Path) -> None:
     """Make a database without runs as the telemetryd of that version had it, as far as the next step needs it."""
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         migrate.create(connection, "")
-        drop_indexes_made_after(9, connection)
+        take_back_runs(9, connection)
         connection.execute("DROP TABLE unconverted_values")
         connection.execute("DELETE FROM schema_migrations WHERE version > 9")
         connection.execute("PRAGMA user_version = 9")
@@ -447,7 +470,7 @@ def test_old_events_are_served_where_they_name_a_run_and_a_type(
     if is_ours:  # a migration by an earlier telemetryd has kept the table under its own name
         migrated(path)
         with closing(sqlite3.connect(path)) as connection, connection:
-            drop_indexes_made_after(10, connection)
+            take_back_runs(10, connection)
             for table in migrate.claimed(10):
                 connection.execute(f"DROP TABLE IF EXISTS {table}")
             connection.execute("PRAGMA user_version = 10")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import sqlite3
@@ -22,8 +23,9 @@ from telemetryd.errors import DatabaseError
 from telemetryd.ops.metrics import Metrics
 from telemetryd.settings import Settings
 from telemetryd.store import Store
-from tests.conftest import StartDaemon, make_run
+from tests.conftest import MakeApi, StartDaemon, make_run
 from tests.http_client import get, post
+from tests.tools.process import telemetryd
 from tests.tools.schema import SCHEMA, render
 
 _INSERT = "INSERT INTO agent_runs (event_id, run_id, created_at, updated_at, start_time, agent_name, job_type)"
@@ -100,6 +102,24 @@ def test_run_steps_runs_only_what_is_behind_the_given_version(tmp_path: Path) ->
         migrate.check_schema(connection, tmp_path / "x.sqlite")
         applied = [row[0] for row in connection.execute("SELECT version FROM schema_migrations")]
         assert applied == [step.version for step in migrate.steps()[1:]]
+
+
+async def test_a_run_of_version_19_has_neither_labels_nor_a_digest_and_gets_labels_by_patch(
+    tmp_path: Path, make_api: MakeApi
+) -> None:
+    path = tmp_path / "telemetry.sqlite"
+    step_by_step(path, 19)
+    assert json.loads(telemetryd("migrate", "--json", "--no-backup", "--db-path", path).stdout)["from_version"] == 19
+    api = await make_api(db_path=path)
+    run = await api.get("/api/v1/runs/e7")
+    assert {name: run[name] for name in ("labels", "attempt", "trace_id", "expected_by")} == dict.fromkeys(
+        ("labels", "attempt", "trace_id", "expected_by")
+    )
+    body = {name: run[name] for name in ("event_id", "run_id", "agent_name", "job_type", "start_time")}
+    await api.call("PATCH", "/api/v1/runs/e7", json={"labels": {"team": "x"}, "host": "h"}, status=200)
+    assert "warnings" not in await api.post(body, 200)
+    assert "differs in: agent_name" in str(await api.post({**body, "agent_name": "another"}, 200))
+    assert [found["event_id"] for found in await api.get("/api/v1/runs?label.team=x")] == ["e7"]
 
 
 def test_the_steps_are_numbered_without_gaps() -> None:

@@ -130,6 +130,16 @@ OBJECTS = st.dictionaries(
 )
 
 
+LABELS = st.dictionaries(
+    st.from_regex(r"[a-z0-9][a-z0-9_.-]{0,62}", fullmatch=True), NAMES.filter(lambda text: len(text) < 256), min_size=1,
+    max_size=4,
+)  # fmt: skip
+
+
+def hexadecimal(digits: int) -> st.SearchStrategy[str]:
+    return st.integers(1, 16**digits - 1).map(lambda number: f"{number:0{digits}x}")
+
+
 def same(values: st.SearchStrategy[Any]) -> st.SearchStrategy[tuple[Any, Any]]:
     """Values that come back as they are."""
     return values.map(lambda value: (value, value))
@@ -143,11 +153,15 @@ def optional(values: st.SearchStrategy[tuple[Any, Any]]) -> st.SearchStrategy[tu
 SPECIAL: dict[str, st.SearchStrategy[tuple[Any, Any]]] = {
     **dict.fromkeys(("run_id", "agent_name", "job_type"), same(NAMES)),
     **dict.fromkeys(("start_time", "created_at"), timestamps()),
-    **dict.fromkeys(("end_time", "api_posted_at", "git_commit_timestamp"), optional(timestamps())),
+    **dict.fromkeys(("end_time", "api_posted_at", "git_commit_timestamp", "expected_by"), optional(timestamps())),
     **dict.fromkeys(("items_discovered", "items_succeeded", "items_failed", "items_skipped"), same(COUNTS)),
     "api_retry_count": same(COUNTS),
     "duration_ms": same(COUNTS) | st.just((None, 0)),
     **dict.fromkeys(("metrics_json", "context_json"), optional(same(OBJECTS))),
+    "labels": optional(same(LABELS)),
+    "attempt": optional(same(st.integers(1, values_module.MAX_INTEGER))),
+    "trace_id": optional(same(hexadecimal(32))),
+    "span_id": optional(same(hexadecimal(16))),
     "api_posted": st.sampled_from([(True, True), (False, False), (1, True), (0, False)]),
     "git_repo": st.just((None, None)) | TEXTS.map(lambda text: (text, without_credentials(text))),
     "git_commit_source": same(st.sampled_from(["manual", "llm", "ci", None])),
@@ -232,8 +246,13 @@ def test_a_repeat_changes_nothing_and_a_patch_only_what_it_names(
     if changes:
         assert answer == {"event_id": event_id, "updated": True, "fields_updated": list(changes)}
     now = wire.json("GET", path, status=200)
-    assert now == {**stored, **{n: pair[1] for n, pair in changes.items()}, "updated_at": now["updated_at"]}
+    changed = {n: pair[1] for n, pair in changes.items()}
+    if "labels" in changed:
+        changed["labels"] = {**(stored["labels"] or {}), **changed["labels"]}
+    assert now == {**stored, **changed, "updated_at": now["updated_at"]}
     assert (now["updated_at"] > stored["updated_at"]) == bool(changes)
+    again = {"event_id": event_id, **{n: pair[0] for n, pair in reversed(first.items())}}
+    assert "differs" not in str(wire.json("POST", "/api/v1/runs", again, 200).get("warnings"))
 
 
 # --- Any interleaving stores each event once -----------------------------------------------------

@@ -414,7 +414,7 @@ def test_what_was_stored_before_a_command_gave_up_is_counted(tmp_path: Path) -> 
     taken = json.dumps({"inserted": 1, "duplicates": 0, "errors": [], "total": 1}).encode()
 
     def answer(request: BaseHTTPRequestHandler) -> tuple[int, dict[str, str], bytes]:
-        is_batch = request.path.endswith("/batch")
+        is_batch = "/runs/batch" in request.path
         return 200 if is_batch else 503, {"Telemetry-Server": "telemetryd/4"}, taken if is_batch else b"{}"
 
     with server(answer) as url:

@@ -37,14 +37,17 @@ GUIDE_FIELDS = words("""
     metrics_json context_json api_posted api_posted_at api_retry_count insight_id parent_run_id
 """)
 COMMIT_FIELDS = ["git_commit_source", "git_commit_author", "git_commit_timestamp"]
-# From the guide's PATCH section, and API.md's additions.
+LATER_FIELDS = words("labels attempt retry_of conversation_id trace_id span_id expected_by")
+# From the guide's PATCH section, and later additions.
 PATCH_FIELDS = words("""
     status end_time duration_ms error_summary error_details output_summary items_succeeded items_failed items_skipped
-    metrics_json context_json git_commit_source git_commit_author git_commit_timestamp
+    metrics_json context_json git_commit_source git_commit_author git_commit_timestamp labels expected_by
 """)
 INTEGERS = words("""
     id items_discovered items_succeeded items_failed items_skipped duration_ms api_posted api_retry_count
 """)
+OTHER_INTEGERS = ["attempt", "body_digest"]
+"""Those that may be null."""
 REQUIRED = words("event_id run_id start_time agent_name job_type")
 ALWAYS_SET = [*REQUIRED, "created_at", "updated_at", "status", *INTEGERS]
 
@@ -63,9 +66,9 @@ def stored(**fields: Any) -> dict[str, Any]:
 # --- The definition ------------------------------------------------------------------------------
 
 
-def test_a_run_has_the_guides_42_fields_and_the_commits_three() -> None:
+def test_a_run_has_the_guides_42_fields_and_later_ones_after_them() -> None:
     assert len(GUIDE_FIELDS) == 42
-    assert list(runs.COLUMNS) == GUIDE_FIELDS + COMMIT_FIELDS
+    assert list(runs.COLUMNS) == GUIDE_FIELDS + COMMIT_FIELDS + LATER_FIELDS
     assert [name for name, uses in Counter(runs.COLUMNS).items() if uses > 1] == []
 
 
@@ -90,9 +93,9 @@ def test_a_fresh_database_has_exactly_these_columns() -> None:
     migrate.create(connection, "")
     columns = connection.execute("PRAGMA table_info(agent_runs)").fetchall()
     connection.close()
-    assert [name for _, name, *_ in columns] == list(runs.COLUMNS)
+    assert [name for _, name, *_ in columns] == list(runs.TABLE)
     for _, name, affinity, is_not_null, default, key in columns:
-        assert affinity == ("INTEGER" if name in INTEGERS else "TEXT"), name
+        assert affinity == ("INTEGER" if name in (*INTEGERS, *OTHER_INTEGERS) else "TEXT"), name
         assert bool(is_not_null or key) == (name in ALWAYS_SET), name
         assert bool(key) == (name == "id")
         if name in INTEGERS and name != "id":
@@ -113,11 +116,56 @@ def test_the_database_takes_the_defaults_of_the_definition() -> None:
         f"INSERT INTO agent_runs ({', '.join(names)}) VALUES ({', '.join('?' * len(names))})",
         [row.get(name, "2025-12-24T10:00:00.000000Z") for name in names],
     )
-    made = dict(zip(runs.COLUMNS, connection.execute("SELECT * FROM agent_runs").fetchone(), strict=True))
+    made = dict(zip(runs.TABLE, connection.execute("SELECT * FROM agent_runs").fetchone(), strict=True))
     connection.close()
     assert {name: made[name] for name in runs.STORED if name != "created_at"} == {
         name: value for name, value in row.items() if name != "created_at"
     }
+
+
+# --- The digest of a body ------------------------------------------------------------------------
+
+BODIES = st.fixed_dictionaries(
+    {},
+    optional={
+        "host": st.sampled_from(["a", "b", "", None]),
+        "status": st.sampled_from(["running", "success", "failed", " FAILURE "]),
+        "items_failed": st.sampled_from([0, 1, 1.0, "1", None]),
+        "metrics_json": st.none()
+        | st.dictionaries(st.sampled_from("abc"), st.integers(0, 2) | st.just([{"z": 1, "y": 2}])),
+        "labels": st.none() | st.dictionaries(st.sampled_from("abc"), st.sampled_from(["x", "y", None])),
+        "attempt": st.sampled_from([None, 1, "1", 2]),
+        "created_at": st.sampled_from([None, "2025-12-24T10:00:00Z", "2025-12-24T11:00:00+01:00"]),
+        "unknown": st.integers(),
+    },
+)
+
+
+def shuffled(value: Any) -> Any:
+    """The same JSON with its keys in the opposite order."""
+    return {key: shuffled(value[key]) for key in reversed(value)} if isinstance(value, dict) else value
+
+
+@given(BODIES, BODIES)
+def test_two_bodies_have_one_digest_if_and_only_if_they_say_the_same(one: dict[str, Any], two: dict[str, Any]) -> None:
+    run = make_run()
+    first, second = stored(**{**run, **one}), stored(**{**run, **two})
+    says_the_same = all(
+        json.loads(first[name] or "null") == json.loads(second[name] or "null")
+        if name in ("metrics_json", "labels")
+        else first[name] == second[name]
+        for name in first
+    )
+    digests = [runs.digest(tuple(values.values())) for values in (first, second, stored(**shuffled({**run, **one})))]
+    assert digests[0] == digests[2]
+    assert (digests[0] == digests[1]) == says_the_same
+    assert -(2**63) <= digests[0] < 2**63
+
+
+def test_a_digest_stays_what_it_is_when_fields_are_added() -> None:
+    """It is stored for years, and later versions have more fields at the end."""
+    row = parse_run(make_run(event_id="e", run_id="r", host="h", start_time="2025-12-24T10:00:00Z")).row
+    assert runs.digest(row) == runs.digest((*row, None)) == 7448124592450257592
 
 
 # --- Timestamps ----------------------------------------------------------------------------------
@@ -132,6 +180,7 @@ def test_the_database_takes_the_defaults_of_the_definition() -> None:
         ("2025-12-24 10:00:00Z", "2025-12-24T10:00:00.000000Z"),
         ("2025-12-24T10:00:00", "2025-12-24T10:00:00.000000Z"),
         ("2025-12-24 10:00:00", "2025-12-24T10:00:00.000000Z"),
+        ("2025-12-24 10:00:00.1234567", "2025-12-24T10:00:00.123456Z"),
         ("2025-12-24T10:00", "2025-12-24T10:00:00.000000Z"),
         ("2025-12-24T10:00:00.5Z", "2025-12-24T10:00:00.500000Z"),
         ("2025-12-24T10:00:00,5Z", "2025-12-24T10:00:00.500000Z"),
@@ -308,8 +357,18 @@ COUNTS = [name for name in INTEGERS if name not in ("id", "api_posted")]
 TEXTS = [
     name
     for name in runs.STORED
-    if name not in (*ALWAYS_SET, "metrics_json", "context_json", "git_commit_source")
-    and not name.endswith(("_at", "time", "timestamp"))
+    if name
+    not in (
+        *ALWAYS_SET,
+        "metrics_json",
+        "context_json",
+        "git_commit_source",
+        "labels",
+        "attempt",
+        "trace_id",
+        "span_id",
+    )
+    and not name.endswith(("_at", "time", "timestamp", "_by"))
 ]
 
 
@@ -376,7 +435,7 @@ def test_a_name_is_1_to_255_characters_that_are_not_all_blank(name: str) -> None
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_a_text_may_hold_anything_but_nul(name: str) -> None:
-    assert len(TEXTS) == 23
+    assert len(TEXTS) == 25
     for value in ("", "a", "\x01\x1b[31m\r\n\u2028\u202e", "𝄞ä", "x" * 1_000_000):
         assert stored(**{name: value})[name] == value
     assert stored(**{name: None})[name] is None

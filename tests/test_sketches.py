@@ -53,3 +53,6 @@ def test_what_is_packed_is_unpacked(bins: dict[int, int]) -> None:
 def test_counts_below_zero_are_forgotten(bins: dict[int, int]) -> None:
     left = sketches.of({number: count for number, count in bins.items() if count > 0})
     assert sketches.unpack(sketches.pack(sketches.of(bins))) == left
+    values = sum(bins.values())
+    if values > 0:
+        assert sketches.quantiles(sketches.of(bins), values, PERCENTS) == sketches.quantiles(left, values, PERCENTS)

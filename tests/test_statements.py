@@ -122,7 +122,7 @@ def filled(tmp_path: Path, full: Path) -> Iterator[sqlite3.Connection]:
 
 def everything(connection: sqlite3.Connection) -> list[dict[str, Any]]:
     """Every row, by a statement of the test's own."""
-    rows = connection.execute("SELECT * FROM agent_runs").fetchall()
+    rows = connection.execute(f"SELECT {', '.join(COLUMNS)} FROM agent_runs").fetchall()
     return [dict(zip(COLUMNS, row, strict=True)) for row in rows]
 
 

@@ -64,8 +64,14 @@ QUERIES = [
 QUERIES += [
     f"{bounds}&bucket={bucket}&utc_offset={offset}&{parts}"
     for bounds in ("from=2025-12-30T00:00:00Z&to=2026-01-04T00:00:00Z", "from=-61h&to=-90m")
-    for bucket, offset in (("1d", "%2B01:00"), ("1d", "-05:00"), ("1w", "%2B14:00"), ("5h", " 02:00"))
-    for parts in ("group_by=agent_name", "group_by=status&agent_name=*b&job_type=j")
+    for bucket, offset in (
+        ("1d", "%2B01:00"),
+        ("1d", "-05:00"),
+        ("1w", "%2B14:00"),
+        ("5h", " 02:00"),
+        ("13h", "-06:00"),
+    )
+    for parts in ("group_by=agent_name", "group_by=status&agent_name=*b&job_type=j", "status=success&group_by=job_type")
 ]
 
 
@@ -234,6 +240,30 @@ def test_the_log_is_added_up_when_it_is_long(connection: sqlite3.Connection, mon
     assert_right(connection)
 
 
+def test_a_query_reads_no_more_rows_than_it_returns_groups(
+    connection: sqlite3.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = tuple(
+        parse_run(make_run(created_at=moment, agent_name=agent, job_type=job, status=status)).row
+        for moment, agent, job, status in itertools.product(MOMENTS, "ab", "jk", ("success", "failure", "running"))
+    )
+    connection.execute("BEGIN")
+    transaction = Transaction(connection, MOMENTS[0])
+    transaction.apply([CreateRuns(rows)])
+    transaction.finish()
+    rollups.fold(connection.cursor())
+    connection.execute("COMMIT")
+    by_status = "&group_by=status", "&group_by=job_type,status", "&status=failure"
+    queries = [
+        stats.parse(f"from=2025-12-30T00:00:00Z&to=2026-01-04T00:00:00Z&bucket={bucket}{parts}", NOW)
+        for bucket in ("1h", "6h", "1d")
+        for parts in ("", "&group_by=agent_name", "&group_by=job_type", "&group_by=job_type,agent_name", *by_status)
+    ]
+    groups = [len(rollups.fetch_stats(connection, query)) for query in queries]
+    monkeypatch.setattr(stats, "answer", lambda _, cells: [*cells])
+    assert [len(rollups.fetch_stats(connection, query)) for query in queries] == groups
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_migrated_database_has_statistics(tmp_path: Path, layout: str) -> None:
     path = make_old_database(tmp_path / "telemetry.sqlite", layout)
@@ -248,7 +278,7 @@ def test_a_migrated_database_has_statistics(tmp_path: Path, layout: str) -> None
 
 def test_a_database_of_an_earlier_version_gets_statistics(tmp_path: Path) -> None:
     path = tmp_path / "telemetry.sqlite"
-    columns = (*STORED, "updated_at")
+    columns = (*STORED[: STORED.index("labels")], "updated_at")
     insert = f"INSERT INTO agent_runs ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
     with closing(sqlite3.connect(path, isolation_level=None)) as opened:
         for step in migrate.steps():
@@ -259,11 +289,13 @@ def test_a_database_of_an_earlier_version_gets_statistics(tmp_path: Path) -> Non
         opened.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         opened.execute("PRAGMA user_version = 11")
         for _ in range(20):
-            opened.execute(insert, (*parse_run(make_run(created_at=MOMENTS[3])).row, MOMENTS[3]))
+            row = parse_run(make_run(created_at=MOMENTS[3])).row
+            opened.execute(insert, (*row[: len(columns) - 1], MOMENTS[3]))
     migrate_file(path, MOMENTS[0])
     with closing(sqlite3.connect(path, isolation_level=None)) as opened:
         assert rollups.count_wrong(opened) == 0
-        assert opened.execute("SELECT sum(runs) FROM run_stats WHERE hours = 1 AND names = 3").fetchone() == (20,)
+        kept = opened.execute("SELECT sum(runs) FROM run_stats WHERE hours = 1 AND names = 3 AND status = ''")
+        assert kept.fetchone() == (20,)
 
 
 def test_runs_changed_by_hand_do_not_refuse_a_change(connection: sqlite3.Connection) -> None:
@@ -280,6 +312,8 @@ def test_runs_changed_by_hand_do_not_refuse_a_change(connection: sqlite3.Connect
     connection.execute("UPDATE agent_runs SET duration_ms = 90000, created_at = 'one day' WHERE id = 1")
     apply(UpdateRun(str(run["event_id"]), {"duration_ms": 70}))
     assert rollups.count_wrong(connection) > 0
+    for text in QUERIES:
+        rollups.fetch_stats(connection, stats.parse(text, NOW))
     apply(PruneRuns("z", 5))
     rollups.rebuild(connection)
     assert_right(connection)

@@ -1,9 +1,9 @@
--- wrk: each request creates a batch of runs. Arguments: the load's nonce, runs in a batch.
+-- wrk: each request creates a batch of runs. Arguments: the load's nonce, the kind of its ids, runs in a batch.
 local run = require("run")
 
 function init(args)
-  run.start(args[1])
-  size = tonumber(args[2])
+  run.start(args[1], args[2])
+  size = tonumber(args[3])
   wrk.method = "POST"
   wrk.headers["Content-Type"] = "application/json"
 end

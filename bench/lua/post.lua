@@ -1,8 +1,8 @@
--- wrk: each request creates one run. Argument: the load's nonce.
+-- wrk: each request creates one run. Arguments: the load's nonce, the kind of its ids.
 local run = require("run")
 
 function init(args)
-  run.start(args[1])
+  run.start(args[1], args[2])
   wrk.method = "POST"
   wrk.headers["Content-Type"] = "application/json"
 end

@@ -7,9 +7,9 @@ function setup(thread)
   threads = threads + 1
 end
 
--- The text before the event_id, between it and the run_id's number, and so on. bench/rows.py has the same run.
+-- The text before the event_id, between it and the run_id, and so on. bench/rows.py has the same run.
 local BEFORE_ID = '{"event_id":"'
-local BEFORE_RUN = '","run_id":"20251231T153045Z-hugo-translator-'
+local BEFORE_RUN = '","run_id":"run-'
 local BEFORE_AGENT = '","agent_name":"agent-'
 local REST = '","job_type":"translate_directory","start_time":"2025-12-24T10:00:00Z",' ..
   '"end_time":"2025-12-24T10:05:00+00:00","status":"success","items_discovered":100,"items_succeeded":98,' ..
@@ -17,26 +17,37 @@ local REST = '","job_type":"translate_directory","start_time":"2025-12-24T10:00:
   '"environment":"prod","git_repo":"git@github.com:acme/site.git","git_branch":"main",' ..
   '"git_commit_hash":"abcdef1234567","product":"words","trigger_type":"cron"}'
 
--- Ids begin with random digits, so that each one dirties another page of the index; the nonce, which is new for
--- each load, the thread's number and a counter make them unique.
-function run.start(nonce)
+-- Ids are UUIDs: they begin with the time and grow (kind "time-ordered"), or with random digits (kind "random"). The nonce,
+-- which is new for each load, the thread's number and a counter make them unique.
+function run.start(nonce, kind)
   run.counter = 0
-  run.infix = string.format("-%s-%d-", nonce, number)
+  run.begun_ms = os.time() * 1000
+  run.is_ordered = kind == "time-ordered"
+  math.randomseed(tonumber(nonce:sub(1, 8), 16) + number) -- wrk's own seed is always the same
+  run.suffix = string.format("-8%03x-%s", number, nonce)
+end
+
+local function new_id(counter)
+  if not run.is_ordered then
+    return string.format("%08x-%04x-4%03x%s", math.random(0, 0xffffffff), math.random(0, 0xffff),
+      math.random(0, 0xfff), run.suffix)
+  end
+  local milliseconds, fraction = run.begun_ms + math.floor(counter / 4096), counter % 4096
+  return string.format("%08x-%04x-7%03x%s", math.floor(milliseconds / 65536), milliseconds % 65536, fraction, run.suffix)
 end
 
 -- Append the pieces of the next run to a list of strings.
 function run.append(pieces)
   local counter, size = run.counter + 1, #pieces
+  local id = new_id(counter)
   run.counter = counter
   pieces[size + 1] = BEFORE_ID
-  pieces[size + 2] = string.format("%08x", math.random(0, 0xffffffff))
-  pieces[size + 3] = run.infix
-  pieces[size + 4] = counter
-  pieces[size + 5] = BEFORE_RUN
-  pieces[size + 6] = counter
-  pieces[size + 7] = BEFORE_AGENT
-  pieces[size + 8] = counter % 20
-  pieces[size + 9] = REST
+  pieces[size + 2] = id
+  pieces[size + 3] = BEFORE_RUN
+  pieces[size + 4] = id
+  pieces[size + 5] = BEFORE_AGENT
+  pieces[size + 6] = counter % 20
+  pieces[size + 7] = REST
 end
 
 function done(summary, latency, requests)

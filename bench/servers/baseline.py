@@ -16,15 +16,15 @@ from typing import Any, Literal
 import click
 import orjson
 import uvicorn
-from fastapi import FastAPI, HTTPException
+from fastapi import FastAPI
 from pydantic import BaseModel, Field
 
 SCHEMA = Path(__file__).parents[2] / "schema" / "telemetry.sql"
 Status = Literal["running", "success", "failure", "partial", "timeout", "cancelled"]
 
 
-class Patch(BaseModel):
-    """What can be changed."""
+class Run(BaseModel):
+    """A run; the fields that the loads send, and a few more."""
 
     status: Status | None = None
     end_time: datetime | None = None
@@ -34,11 +34,6 @@ class Patch(BaseModel):
     output_summary: str | None = None
     error_summary: str | None = None
     metrics_json: dict[str, Any] | None = None
-
-
-class Run(Patch):
-    """A run; the fields that the loads send, and a few more."""
-
     event_id: str = Field(min_length=1, max_length=255)
     run_id: str = Field(min_length=1, max_length=255)
     agent_name: str = Field(min_length=1, max_length=255)
@@ -59,7 +54,7 @@ class Run(Patch):
     context_json: dict[str, Any] | None = None
 
 
-def _columns(run: Patch) -> dict[str, Any]:
+def _columns(run: Run) -> dict[str, Any]:
     values = run.model_dump(exclude_none=True)
     for name, value in values.items():
         if isinstance(value, datetime):
@@ -95,20 +90,6 @@ def make_app(database: Path) -> FastAPI:
             is_new = insert(connection, run)
         return {"status": "created" if is_new else "duplicate", "event_id": run.event_id, "run_id": run.run_id}
 
-    async def create_batch(runs: list[Run]) -> dict[str, Any]:
-        with transaction() as connection:
-            inserted = sum([insert(connection, run) for run in runs])
-        return {"inserted": inserted, "duplicates": len(runs) - inserted, "errors": [], "total": len(runs)}
-
-    async def update_run(event_id: str, patch: Patch) -> dict[str, Any]:
-        values = _columns(patch)
-        assignments = ", ".join(f"{name} = ?" for name in values)
-        with transaction() as connection:
-            sql = f"UPDATE agent_runs SET {assignments} WHERE event_id = ?"
-            if connection.execute(sql, (*values.values(), event_id)).rowcount == 0:
-                raise HTTPException(404, f"Run not found: {event_id}")
-        return {"event_id": event_id, "updated": True, "fields_updated": list(values)}
-
     async def get_health() -> dict[str, str]:
         return {"status": "ok"}
 
@@ -117,8 +98,6 @@ def make_app(database: Path) -> FastAPI:
             connection.executescript(SCHEMA.read_text("utf-8"))
     app = FastAPI()
     app.add_api_route("/api/v1/runs", create_run, methods=["POST"], status_code=201)
-    app.add_api_route("/api/v1/runs/batch", create_batch, methods=["POST"])
-    app.add_api_route("/api/v1/runs/{event_id}", update_run, methods=["PATCH"])
     app.add_api_route("/health", get_health)
     return app
 

@@ -1,18 +1,26 @@
-"""limit-http: aiohttp on uvloop that answers the same bodies without validation or database."""
+"""limit-http: aiohttp on uvloop that answers the same bodies without validation or database.
+
+With a file to sync it is limit-http-fsync: each answer waits for one fdatasync of 4 KiB, the least that is durable.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import os
+from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any, Final
 
 import click
 import orjson
 import uvloop
 from aiohttp import web
+from aiohttp.typedefs import Middleware
 
-from bench.rows import make_run
+from bench.rows import Ids, make_run
 
-_RUNS: Final = [make_run("limit", number) for number in range(1000)]
+_RUNS: Final = [make_run("limit", number, Ids.ORDERED) for number in range(1000)]
+_PAGE: Final = bytes(4096)
 
 
 def _json(payload: object, status: int = 200) -> web.Response:
@@ -47,8 +55,24 @@ async def get_health(_: web.Request) -> web.Response:
     return _json({"status": "ok"})
 
 
-async def _serve(port: int) -> None:
-    app = web.Application(client_max_size=2**26)
+def syncing(path: Path) -> Middleware:
+    """Return a middleware that writes a page to a file and syncs it after each request."""
+    file = os.open(path, os.O_CREAT | os.O_WRONLY, 0o600)
+
+    @web.middleware
+    async def middleware(
+        request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        response = await handler(request)
+        os.pwrite(file, _PAGE, 0)
+        os.fdatasync(file)
+        return response
+
+    return middleware
+
+
+async def _serve(port: int, synced: Path | None) -> None:
+    app = web.Application(client_max_size=2**26, middlewares=[syncing(synced)] if synced else [])
     app.router.add_post("/api/v1/runs", create_run)
     app.router.add_post("/api/v1/runs/batch", create_batch)
     app.router.add_patch("/api/v1/runs/{event_id}", update_run)
@@ -62,9 +86,10 @@ async def _serve(port: int) -> None:
 
 @click.command()
 @click.option("--port", type=int, required=True)
-def main(port: int) -> None:
+@click.option("--sync", type=click.Path(path_type=Path), help="Sync this file after each request.")
+def main(port: int, sync: Path | None) -> None:
     """Serve until the process is ended."""
-    uvloop.run(_serve(port))
+    uvloop.run(_serve(port, sync))
 
 
 if __name__ == "__main__":

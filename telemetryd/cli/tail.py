@@ -70,7 +70,7 @@ Run = dict[str, Any]
     "filters",
     multiple=True,
     metavar="NAME=VALUE",
-    help="Any filter of GET /api/v1/runs, also metrics.tokens>1000.",
+    help="Any filter of GET /api/v1/runs, also metrics.tokens>1000 and label.team=search.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print each run as one line of JSON.")
 @daemon_flags

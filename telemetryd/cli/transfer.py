@@ -36,7 +36,7 @@ from telemetryd.client.config import Config
 from telemetryd.client.counters import Counters
 from telemetryd.engine.sqlite.partials import partial_file, publish
 from telemetryd.errors import DatabaseError, InvalidRequestError, UnavailableError
-from telemetryd.model.filters import PARAMETERS
+from telemetryd.model.filters import PARAMETERS, label_parameter
 from telemetryd.model.queries import EVENTS, SNAPSHOT, Format
 
 if sys.version_info >= (3, 14):
@@ -60,6 +60,8 @@ def _filters(function: F) -> F:
     """Give a command one flag for each filter of the export; the daemon says what is wrong with a value."""
     metric = "Only runs with such a value in metrics_json, as tokens>1000; several times: all of them."
     function = click.option("--metric", "metrics", multiple=True, metavar="NAME>VALUE", help=metric)(function)
+    label = "Only runs with such a label, as team=search or team=search,ads; several times: all of them."
+    function = click.option("--label", "labels", multiple=True, metavar="NAME=VALUE", help=label)(function)
     for name in reversed(_FILTERS):
         text = f"As the parameter {name} of GET /api/v1/runs."
         spelling, *old = _SPELLINGS.get(name, (f"--{name.replace('_', '-')}",))
@@ -98,6 +100,7 @@ def export(
     form: str | None,
     with_events: bool,
     metrics: tuple[str, ...],
+    labels: tuple[str, ...],
     retry_s: float,
     as_json: bool,
     where: Where,
@@ -108,6 +111,10 @@ def export(
     config = client_config(where)
     asked = {name: value for name, value in filters.items() if value is not None}
     asked |= {f"metrics.{comparison}": "" for comparison in metrics}
+    given = [label.partition("=") for label in labels]
+    if len({name for name, _, _ in given}) < len(given):
+        raise click.UsageError("--label: each label may be given once; several values stand with commas between them.")
+    asked |= {label_parameter(name): value for name, _, value in given}
     asked["format"] = form or _form_of(file)
     if with_events:
         asked["include"] = EVENTS

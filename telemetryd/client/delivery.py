@@ -228,7 +228,10 @@ class Delivery:
 
     def _send_runs(self, batch: Batch, step: Runs) -> Sequence[Step]:
         body = b"\n".join([item.body for item in step.items])
-        answer = self._ask("POST", "/api/v1/runs/batch", body, "application/x-ndjson")
+        # What the spool has of a run may have been sent in other pieces, and what can be changed follows by PATCH.
+        follows = self._aside is not None or any(item.changes for item in step.items)
+        path = "/api/v1/runs/batch?changes=follow" if follows else "/api/v1/runs/batch"
+        answer = self._ask("POST", path, body, "application/x-ndjson")
         if answer.is_daemons and answer.status == 200:
             try:
                 result = read_batch(answer, len(step.items))

@@ -21,6 +21,8 @@ class Details(TypedDict, total=False):
     git_commit_source: str
     git_commit_author: str
     git_commit_timestamp: str
+    labels: dict[str, Any]
+    expected_by: str
 
 
 class Changes(Details, total=False):
@@ -59,6 +61,11 @@ class Fields(Changes, total=False):
     api_retry_count: int
     insight_id: str
     parent_run_id: str
+    attempt: int
+    retry_of: str
+    conversation_id: str
+    trace_id: str
+    span_id: str
 
 
 class NamedFields(Fields, total=False):
@@ -73,7 +80,7 @@ FIELDS: Final = frozenset(NamedFields.__annotations__)
 
 NAMES: Final = ("event_id", "run_id", "agent_name", "job_type")
 COUNTS: Final = ("items_discovered", "items_succeeded", "items_failed", "items_skipped", "api_retry_count")
-TIMES: Final = ("created_at", "start_time", "end_time", "api_posted_at", "git_commit_timestamp")
+TIMES: Final = ("created_at", "start_time", "end_time", "api_posted_at", "git_commit_timestamp", "expected_by")
 FLAGS: Final = ("api_posted",)
 SOURCES: Final = ("manual", "llm", "ci")
 STATUSES: Final = {

@@ -30,6 +30,9 @@ _LAST_SECOND: Final = 253_402_300_799
 """9999-12-31T23:59:59Z"""
 _FIRST_SECOND: Final = 100_000_000
 """3 March 1973: less is a time.monotonic() or a duration, not a time.time()."""
+MAX_LABELS: Final = 32
+MAX_LABEL_KEY: Final = 63
+_LABEL_KEY: Final = re.compile(r"[a-z0-9][a-z0-9_.-]*", re.ASCII)
 _DATE: Final = re.compile(r"\d{4}-?\d\d-?\d\d", re.ASCII)
 _DIGITS: Final = re.compile(r"\d{1,19}", re.ASCII)
 _FLAG_WORDS: Final = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -85,6 +88,40 @@ def _whole(value: object) -> int:
     if type(number) is int and 0 <= number <= _MAX_COUNT:
         return number
     raise WrongValueError(f"must be a whole number from 0 to {_MAX_COUNT}")
+
+
+def _ordinal(value: object) -> int:
+    number = _whole(value)
+    if number == 0:
+        raise WrongValueError(f"must be a whole number from 1 to {_MAX_COUNT}")
+    return number
+
+
+def _hex_id(digits: int) -> Callable[[object], str]:
+    is_id = re.compile(rf"(?!0+$)[0-9a-f]{{{digits}}}", re.ASCII).fullmatch
+
+    def take(value: object) -> str:
+        text = text_of(value)
+        if text is None or is_id(text) is None:
+            raise WrongValueError(f"must be {digits} lower-case hexadecimal digits, not all of them 0")
+        return text
+
+    return take
+
+
+def _label(labels: Mapping[str, Any], key: str, value: object) -> str | None:
+    """Return the value of a label to be added to others; None removes it.
+
+    Raises:
+        WrongValueError: if it is none, or the key is not that of a label, or there are too many.
+
+    """
+    if len(key) > MAX_LABEL_KEY or _LABEL_KEY.fullmatch(key) is None:
+        allowed = f"1 to {MAX_LABEL_KEY} characters of a-z, 0-9, _, . and -, the first one a letter or a digit"
+        raise WrongValueError(f"must have a key of {allowed}")
+    if key not in labels and len(labels) == MAX_LABELS:
+        raise WrongValueError(f"is too much: a run has at most {MAX_LABELS} labels")
+    return None if value is None else name_of(value)
 
 
 def _milliseconds(value: object) -> int:
@@ -151,13 +188,17 @@ _TAKERS: Final[dict[str, Callable[[Any], Any]]] = {
     **dict.fromkeys(TIMES, _moment),
     **dict.fromkeys(FLAGS, _flag),
     "duration_ms": _milliseconds,
+    "attempt": _ordinal,
+    "trace_id": _hex_id(32),
+    "span_id": _hex_id(16),
     "git_commit_source": _source,
     "git_repo": _address,
     "status": _status,
 }
 """How a field's value is taken; every other field is text, or an object."""
 _OBJECTS: Final = ("metrics_json", "context_json")
-_TEXTS: Final = FIELDS - _TAKERS.keys() - {*_OBJECTS}
+_LABELS: Final = "labels"
+_TEXTS: Final = FIELDS - _TAKERS.keys() - {*_OBJECTS, _LABELS}
 _NUMBERS: Final = frozenset((*COUNTS, "duration_ms"))
 """Most values are such, and need nothing."""
 
@@ -226,7 +267,8 @@ _DEPTH: Final = 63
 class Intake:
     """Sorts what is said of one run, call after call.
 
-    PATCH replaces metrics_json and context_json as a whole, so they always hold everything said so far.
+    PATCH replaces metrics_json and context_json as a whole, so they always hold everything said so far; so do labels,
+    each of which replaces the one before.
     """
 
     __slots__ = ("_bags", "_complain", "_is_reported", "_rejected")
@@ -283,6 +325,8 @@ class Intake:
                 joined |= self._put_elsewhere(name, value)
             elif name in _OBJECTS:
                 joined |= self._put_all(name, value)
+            elif name == _LABELS:
+                joined |= self._put_labels(value)
             else:
                 self._put_field(fields, name, value)
         if not self._is_reported:
@@ -356,6 +400,24 @@ class Intake:
         for name, item in members:
             is_kept |= self._put(bag, name, item)
         return {place} if is_kept else set()
+
+    def _put_labels(self, value: object) -> set[str]:
+        """Take labels, each by itself; return that they were said, unless nothing could be had."""
+        try:
+            members = [*(value if type(value) is dict else object_of(value)).items()]
+        except Exception:  # noqa: BLE001 - an agent's own class may do anything
+            self.reject(_LABELS, value, "cannot be read")
+            return set()
+        labels, is_said = self._bag(_LABELS), False
+        for name, item in members:
+            key = name if type(name) is str else key_of(name)
+            try:
+                labels.put(key, _label(labels.values, key, item))
+            except WrongValueError as error:
+                self.reject(f"{_LABELS}.{key}"[:MAX_NAME], item, str(error))
+            else:
+                is_said = True
+        return {_LABELS} if is_said else set()
 
     def _put(self, bag: Bag, name: object, value: object) -> bool:
         key = name if type(name) is str else key_of(name)

@@ -201,7 +201,7 @@ def plan(lines: list[bytes]) -> Plan:
             continue
         try:
             # One name twice in a line made by hand: the daemon reads the last one, so it may mean another run.
-            joined = orjson.dumps({**run, **item.changes}) if run.get("event_id") == item.event_id else None
+            joined = orjson.dumps(merged(run, item.changes)) if run.get("event_id") == item.event_id else None
         except TypeError:  # deeper than orjson writes, though it could be read
             joined = None
         if joined is not None:
@@ -210,7 +210,7 @@ def plan(lines: list[bytes]) -> Plan:
             later = result.updates.get(item.event_id)
             fields, lines = (later.fields, later.lines) if later is not None else ({}, [])
             result.updates[item.event_id] = UpdateItem(
-                item.event_id, {**item.changes, **fields}, [*item.lines[1:], *lines]
+                item.event_id, merged(item.changes, fields), [*item.lines[1:], *lines]
             )
             item.lines, item.changes = item.lines[:1], None
     return result
@@ -229,6 +229,14 @@ def event_id_of(line: bytes) -> str:
 def said(fields: Json) -> Json:
     """Return the changes that an update asks for: PATCH leaves alone what is null."""
     return {name: value for name, value in fields.items() if value is not None}
+
+
+def merged(fields: Json, later: Json) -> Json:
+    """Return fields after later changes to them: PATCH replaces each of them, and merges labels."""
+    both = {**fields, **later}
+    if isinstance(before := fields.get("labels"), dict) and isinstance(after := later.get("labels"), dict):
+        both["labels"] = {**before, **after}
+    return both
 
 
 def _add_operation(result: Plan, started: Mapping[str, RunItem], line: bytes) -> None:
@@ -254,10 +262,10 @@ def _add_update(result: Plan, run: RunItem | None, update: UpdateItem) -> None:
     those after it.
     """
     if (known := result.updates.get(update.event_id)) is not None:
-        known.fields = {**known.fields, **update.fields}
+        known.fields = merged(known.fields, update.fields)
         known.lines += update.lines
     elif run is not None and update.fields.keys() <= CHANGES:
-        run.changes = {**(run.changes or {}), **update.fields}
+        run.changes = merged(run.changes or {}, update.fields)
         run.lines += update.lines
     else:
         result.updates[update.event_id] = update

@@ -186,6 +186,12 @@ class Run:
         if more:
             self._update({"context_json": more})
 
+    def labels(self, labels: Mapping[str, Any] | None = None, /, **more: Any) -> None:
+        """Record labels, short texts by which runs are found; None removes one, and others stay as they are."""
+        self._update({"labels": labels})
+        if more:
+            self._update({"labels": more})
+
     def update(self, changes: Mapping[str, Any] | None = None, /, **more: Unpack[Fields]) -> None:
         """Record other fields of the run, such as output_summary."""
         if changes is not None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from functools import cache
-from typing import Annotated, Any, Final, get_args, get_origin
+from typing import Any, Final
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, from_json
 
 from telemetryd.errors import BodyTooLargeError, ErrorItem, InvalidBodyError
-from telemetryd.model.values import NO_BLANKS, NO_NUL, NOT_BLANK
+from telemetryd.model.values import LABEL_KEY, LABEL_KEYS, NO_BLANKS, NO_NUL, NOT_BLANK, kind_of, shorten
 
 MAX_BODY_VALUES: Final = 1_000_000
 """Values in one JSON text; decoding takes at most about a tenth of a second for so many."""
@@ -72,9 +72,7 @@ def validate(model: type[BaseModel], value: object) -> Any:
         return model.model_validate(value)
     except ValidationError as error:
         details = error.errors(include_url=False, include_context=True, include_input=False)
-        raise InvalidBodyError(
-            [_item(list(fault["loc"]), _message(fault), fault["type"]) for fault in details]
-        ) from error
+        raise InvalidBodyError([_item(_path(fault), _message(fault), fault["type"]) for fault in details]) from error
 
 
 def validate_leniently(model: type[BaseModel], value: object) -> Any:
@@ -125,19 +123,15 @@ _TRUTHS: Final = {"yes": True, "true": True, "1": True, "no": False, "false": Fa
 @cache
 def _kinds(model: type[BaseModel]) -> dict[str, type]:
     """Return the fields of a model that are counts or truth values."""
-    found: dict[str, type] = {}
-    for name, field in model.model_fields.items():
-        for part in get_args(field.annotation) or (field.annotation,):
-            kind = get_args(part)[0] if get_origin(part) is Annotated else part
-            if kind in (int, bool):
-                found[name] = kind
-    return found
+    kinds = {name: kind_of(field) for name, field in model.model_fields.items()}
+    return {name: kind for name, kind in kinds.items() if kind is not str}
 
 
 _PATTERN_MESSAGES: Final = {
     NO_NUL: "String must not hold NUL characters",
     NOT_BLANK: "String must not be blank and must not hold NUL characters",
     NO_BLANKS: "String must not hold blanks or NUL characters",
+    LABEL_KEY: f"The key of a label must be {LABEL_KEYS}",
 }
 
 
@@ -147,6 +141,12 @@ def _message(fault: ErrorDetails) -> str:
     if fault["type"] == "string_pattern_mismatch":
         return _PATTERN_MESSAGES[fault["ctx"]["pattern"]]
     return fault["msg"]
+
+
+def _path(fault: ErrorDetails) -> list[str | int]:
+    """Return where a fault is; a key of the client's own may be long, and that it is a key the message says."""
+    loc = fault["loc"][:-1] if fault["loc"][-1:] == ("[key]",) else fault["loc"]
+    return [shorten(part) if isinstance(part, str) else part for part in loc]
 
 
 def _item(loc: list[str | int], message: str, kind: str) -> ErrorItem:

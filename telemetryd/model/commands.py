@@ -72,8 +72,11 @@ class Created:
 
 
 @dataclass(frozen=True, slots=True)
-class UpdateRun(Command["Updated | None"]):
-    """Change fields of one run. Outcome: `Updated`, or None if there is no such run."""
+class UpdateRun(Command["Updated | TooManyLabels | None"]):
+    """Change fields of one run. Outcome: `Updated`, or None if there is no such run.
+
+    Labels are changes to those that are stored; if there would be too many, nothing is changed: `TooManyLabels`.
+    """
 
     event_id: str
     changes: Mapping[str, SqlValue]
@@ -86,6 +89,13 @@ class Updated:
     """The run that an `UpdateRun` changed."""
 
     run_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class TooManyLabels:
+    """How many labels a run would have after an `UpdateRun`."""
+
+    labels: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,23 @@ from datetime import datetime
 from functools import cache
 from typing import Any, Final
 
-from telemetryd.model.parameters import MAX_TEXT, TEXT, Given, Parameter, integer, moment, read_text, refuse
+from telemetryd.model.parameters import (
+    MAX_TEXT,
+    TEXT,
+    Given,
+    Parameter,
+    given_twice,
+    integer,
+    moment,
+    read_text,
+    refuse,
+)
 from telemetryd.model.runs import FILTERS, Run
 from telemetryd.model.values import (
+    LABEL_KEY,
+    LABEL_KEYS,
     MAX_INTEGER,
+    MAX_LABEL_KEY,
     STATUSES_PATTERN,
     Status,
     canonical_status,
@@ -38,6 +51,9 @@ WILDCARD: Final = "agent_name"
 _METRICS: Final = "metrics."
 METRIC: Final = f"{_METRICS}NAME"
 """How the documentation calls the parameters that compare a field of metrics_json."""
+_LABELS: Final = "label."
+LABEL: Final = f"{_LABELS}NAME"
+"""How the documentation calls the parameters that choose by a label."""
 
 Pattern = tuple[str, ...]
 """The texts before, between and after the wildcards of a pattern: `("foo", "")` is `foo*`."""
@@ -78,6 +94,8 @@ class Filters:
     error: str | None = None
     """What error_summary or error_details holds, in any case."""
     metrics: tuple[Comparison, ...] = ()
+    labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """The values that a label may have."""
     words: str | None = None
     """What is searched for in the full-text index: words, `prefix*`, "phrases"; all of them."""
 
@@ -121,16 +139,31 @@ class Filters:
         if self.error is not None:
             given["error"] = self.error
         given |= dict(comparison.parameter() for comparison in self.metrics)
+        given |= {label_parameter(key): ",".join(map(quoted, values)) for key, values in self.labels.items()}
         if self.words is not None:
             given["q"] = self.words
         return given
 
 
+def label_parameter(key: str) -> str:
+    """Return the name of the parameter that chooses by a label."""
+    return f"{_LABELS}{key}"
+
+
 def for_log(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return parameters with keys that nobody can invent: all comparisons of metrics_json are values of one."""
-    plain = {name: value for name, value in parameters.items() if not name.startswith(_METRICS)}
-    compared = [name.removeprefix(_METRICS) for name in parameters if name.startswith(_METRICS)]
-    return {**plain, _METRICS.rstrip("."): compared} if compared else plain
+    """Return parameters with keys that nobody can invent: all comparisons of metrics_json are values of one.
+
+    So are all labels.
+    """
+    plain: dict[str, Any] = {}
+    for name, value in parameters.items():
+        prefix = next((prefix for prefix in (_METRICS, _LABELS) if name.startswith(prefix)), None)
+        if prefix is None:
+            plain[name] = value
+        else:
+            text = f"{name}={value}" if value else name
+            plain.setdefault(prefix.rstrip("."), []).append(text.removeprefix(prefix))
+    return plain
 
 
 _SPECIAL: Final = re.compile(r"\\([\\,*])|([,*])")
@@ -219,6 +252,7 @@ _SIGNS: Final = {
 _KEY: Final = re.compile(r'(?!\s)[^"\\\x00-\x1f]+(?<!\s)')
 _NUMBER: Final = re.compile(r"-?\d+(\.\d+)?([eE][+-]?\d+)?", re.ASCII)
 _AS_IN: Final = f"as in {_METRICS}tokens>1000"
+_AS_LABEL: Final = f"{_LABELS}team=search"
 
 
 def _comparison(text: str) -> Comparison:
@@ -255,6 +289,17 @@ def _metric(name: str, value: str) -> str | float | bool:
     if number - number != 0.0:
         raise refuse(name, value, "a number of 64 bits")
     return number
+
+
+_LABEL_KEY: Final = re.compile(rf"(?=.{{1,{MAX_LABEL_KEY}}}$){LABEL_KEY}", re.ASCII)
+
+
+def _label(name: str, text: str, now: datetime) -> tuple[str, tuple[str, ...]]:
+    given, _, value = text.partition("=")
+    key = given.removeprefix(_LABELS)
+    if _LABEL_KEY.fullmatch(key) is None:
+        raise refuse(shorten(given), value, f"{_LABELS} and the key of a label ({LABEL_KEYS}), as in {_AS_LABEL}")
+    return key, _read_values(label_parameter(key), value, now)[0]
 
 
 # --- The parameters that are filters -------------------------------------------------------------
@@ -297,6 +342,21 @@ METRIC_PARAMETER: Final[Parameter[Comparison]] = Parameter(
     ),
     lambda name, text, now: _comparison(text),
 )
+LABEL_PARAMETER: Final[Parameter[tuple[str, tuple[str, ...]]]] = Parameter(
+    LABEL,
+    f"Only runs whose label NAME has this value, or one of several with commas between them: {_AS_LABEL}.",
+    component(
+        "LabelFilters",
+        {
+            "type": "object",
+            "propertyNames": {"pattern": rf"^{re.escape(_LABELS)}[a-z0-9]"},
+            "additionalProperties": TEXT,
+            "examples": [{label_parameter("team"): "search"}],
+            "description": "Values of labels, by the names of query parameters, which keep their beginning.",
+        },
+    ),
+    _label,
+)
 FILTER_PARAMETERS: Final = {name: _filter_parameter(name) for name in FILTERS}
 """The parameters that choose by the value of a field, by the field's name."""
 BOUNDING: Final = {
@@ -317,6 +377,7 @@ PARAMETERS: Final[tuple[Parameter[Any], ...]] = (
     MIN_DURATION,
     ERROR,
     METRIC_PARAMETER,
+    LABEL_PARAMETER,
     WORDS,
 )
 """Every parameter that is a filter, in the order in which errors are reported."""
@@ -333,6 +394,10 @@ def read_filters(given: Given) -> Filters:
         patterns += found
     bounds = {name: moment for name, bound in BOUNDING.items() if (moment := given.get(bound)) is not None}
     shortest, error = given.get(MIN_DURATION), given.get(ERROR)
-    metrics = [given.attempt(_comparison, text) for text in given.prefixed.get(_METRICS, ())]
-    compared = tuple(metric for metric in metrics if metric is not None)
-    return Filters(equal, bounds, patterns, shortest, error, compared, given.get(WORDS))
+    compared = given.each(METRIC_PARAMETER)
+    labels: dict[str, tuple[str, ...]] = {}
+    for key, wanted in given.each(LABEL_PARAMETER):
+        if key in labels:
+            given.faults.append(given_twice(label_parameter(key)))
+        labels[key] = wanted
+    return Filters(equal, bounds, patterns, shortest, error, compared, labels, given.get(WORDS))

@@ -113,7 +113,7 @@ class Given:
                 self.texts[name] = text
         for name in repeated:
             self.texts.pop(name, None)  # which of its values was meant?
-        self.faults += [f"Query parameter {name} is given more than once; give it once" for name in repeated]
+        self.faults += map(given_twice, repeated)
         if unknown:
             listed = ", ".join(parameter.name for parameter in allowed) or "none"
             self.faults.append(f"Unknown query parameter {', '.join(islice(unknown, _MAX_NAMED))}; known are: {listed}")
@@ -127,6 +127,12 @@ class Given:
         """Return a parameter's value, or something else where `get` returns None."""
         value = self.get(parameter)
         return otherwise if value is None else value
+
+    def each(self, parameter: Parameter[T]) -> tuple[T, ...]:
+        """Return the values of all parameters that one which ends in `.NAME` stands for."""
+        texts = self.prefixed.get(parameter.prefix or "", ())
+        read = (self.attempt(parameter.read, parameter.name, text, self._now) for text in texts)
+        return tuple(value for value in read if value is not None)
 
     def attempt(self, read: Callable[..., T], *arguments: Any) -> T | None:
         """Return what a function reads, or None if it refuses: then that is one of the faults."""
@@ -145,6 +151,11 @@ class Given:
         """
         if self.faults:
             raise InvalidRequestError(". ".join(self.faults))
+
+
+def given_twice(name: str) -> str:
+    """Return the sentence about a parameter that may be given once."""
+    return f"Query parameter {name} is given more than once; give it once"
 
 
 def refuse(name: str, value: str, allowed: str) -> InvalidRequestError:

@@ -219,10 +219,19 @@ class Total:
 
 
 @dataclass(frozen=True, slots=True)
-class GetRows(Query[list[Row]]):
-    """Stored runs by their event_ids. Answer: the rows that there are, in the order of `runs.COLUMNS`."""
+class GetOthers(Query[list["Other"]]):
+    """Stored runs whose first body was another one, or is not known. Answer: a list of `Other`."""
 
-    event_ids: tuple[str, ...]
+    digests: tuple[tuple[str, int], ...]
+    """The event_ids, each with the digest of the body that it has now (`runs.digest`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Other:
+    """A stored run (in the order of `runs.COLUMNS`), and the digest of its first body, if it is known."""
+
+    row: Row
+    digest: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -391,6 +400,26 @@ def parse_list(query_string: str, clock: Callable[[], datetime] = utc_now) -> Li
         given.faults.append("Use either cursor or offset, not both: a cursor already says where to go on")
     given.finish()
     return query if cursor is None else replace(query, after=query.position(cursor))
+
+
+CHANGES: Final = word(
+    "changes",
+    "With follow, the sender is going to PATCH the runs that are known already, as telemetryd.client does: no warning "
+    "is given where they differ in fields that PATCH changes.",
+    ("follow",),
+)
+CREATE: Final[tuple[Parameter[Any], ...]] = (CHANGES,)
+"""The parameters of `POST /api/v1/runs/batch`."""
+
+
+def changes_follow(given: str | None, clock: Callable[[], datetime] = utc_now) -> bool:
+    """Return whether the sender of a batch is going to PATCH its runs; other parameters were never looked at there.
+
+    Raises:
+        InvalidRequestError: if the parameter is given and is not `follow`.
+
+    """
+    return given is not None and CHANGES.read(CHANGES.name, given, clock()) == "follow"
 
 
 FORMAT: Final = word("format", "Overrules the Accept header; without either it is ndjson.", Format)

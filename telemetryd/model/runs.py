@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Iterable, Mapping
 from itertools import islice
 from operator import itemgetter
@@ -17,21 +18,32 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
+from telemetryd.errors import ErrorItem
 from telemetryd.git_urls import commit_url, repo_url, without_credentials
 from telemetryd.model.bodies import texts_in, validate, validate_leniently
 from telemetryd.model.values import (
+    LABEL_KEYS,
+    MAX_LABEL_VALUE,
+    MAX_LABELS,
     NO_BLANKS,
+    Attempt,
     Boolean,
     Count,
     JsonObject,
+    LabelChanges,
+    Labels,
     Name,
     Role,
     Row,
     SourceValue,
+    SpanId,
     SqlValue,
     StatusValue,
     Text,
     Timestamp,
+    TraceId,
+    has_role,
+    kind_of,
     names,
     new_field,
     shorten,
@@ -135,6 +147,28 @@ class Run(BaseModel):
     git_commit_timestamp: Annotated[Timestamp | None, _PATCH | Role.COMMIT] = _field(
         None, "When the commit was made.", "2025-12-24T10:05:00Z"
     )
+    labels: Annotated[Labels | None, _PATCH | Role.JSON | Role.LABELS] = _field(
+        None,
+        f"The agent's own keys and values, at most {MAX_LABELS}: keys of {LABEL_KEYS}; values of 1 to "
+        f"{MAX_LABEL_VALUE} characters. PATCH merges them: null removes a key.",
+        {"team": "search", "env": "prod"},
+    )
+    attempt: Annotated[Attempt | None, _SET] = _field(None, "Which attempt at its job this is, from 1.", 2)
+    retry_of: Annotated[Text | None, _SET | Role.FILTER] = _field(
+        None, "event_id of the run that this one tries again.", "translate-2025-12-24-000"
+    )
+    conversation_id: Annotated[Text | None, _SET | Role.FILTER] = _field(
+        None, "Conversation or session that the run belongs to.", "conversation-7"
+    )
+    trace_id: Annotated[TraceId | None, _SET | Role.FILTER] = _field(
+        None, "Trace of the run (W3C Trace Context).", "4bf92f3577b34da6a3ce929d0e0e4736"
+    )
+    span_id: Annotated[SpanId | None, _SET] = _field(
+        None, "Span of the run in its trace (W3C Trace Context).", "00f067aa0ba902b7"
+    )
+    expected_by: Annotated[Timestamp | None, _PATCH] = _field(
+        None, "When the run should have ended at the latest.", "2025-12-24T11:00:00Z"
+    )
 
 
 def columns(role: Role) -> tuple[str, ...]:
@@ -146,7 +180,7 @@ COLUMNS: Final = names(Run)
 """Every field, in the order in which a run is answered."""
 STORED: Final = columns(Role.SET)
 """The fields that a new run brings along."""
-TEXTS: Final = tuple(name for name, field in Run.model_fields.items() if field.annotation not in (int, bool))
+TEXTS: Final = tuple(name for name, field in Run.model_fields.items() if kind_of(field) is str)
 """The fields that hold text."""
 PATCHABLE: Final = columns(Role.PATCH)
 REDACTABLE: Final = tuple(name for name, field in Run.model_fields.items() if field.default is None)
@@ -154,6 +188,11 @@ REDACTABLE: Final = tuple(name for name, field in Run.model_fields.items() if fi
 FILTERS: Final = columns(Role.FILTER)
 _JSON_COLUMNS: Final = columns(Role.JSON)
 _BOOLEAN_COLUMNS: Final = columns(Role.BOOLEAN)
+
+DIGEST: Final = "body_digest"
+"""The column that holds the digest of the first accepted body; it is no field, and never answered."""
+TABLE: Final = (*COLUMNS, DIGEST)
+"""Every column of the runs, in the order of their table."""
 
 EVENT_ID, RUN_ID, CREATED_AT, START_TIME, AGENT_NAME, JOB_TYPE, STATUS = (
     STORED.index(name)
@@ -164,7 +203,8 @@ EVENT_ID, RUN_ID, CREATED_AT, START_TIME, AGENT_NAME, JOB_TYPE, STATUS = (
 
 def _optional(field: FieldInfo) -> Any:
     """Return a field's type for a partial update, where null or missing means "leave"."""
-    return (field.rebuild_annotation() | None, Field(None, description=field.description, examples=field.examples))
+    kind = LabelChanges if has_role(field, Role.LABELS) else field.rebuild_annotation()
+    return (kind | None, Field(None, description=field.description, examples=field.examples))
 
 
 NewRun: Final[type[BaseModel]] = create_model(
@@ -176,7 +216,7 @@ NewRun: Final[type[BaseModel]] = create_model(
 RunPatch: Final[type[BaseModel]] = create_model(
     "RunPatch",
     __config__=ConfigDict(extra="allow", strict=True, title="RunPatch"),
-    __doc__="Changes to a run; a field that is null or missing stays as it is.",
+    __doc__="Changes to a run; a field that is null or missing stays as it is, and labels are merged.",
     **{name: _optional(Run.model_fields[name]) for name in PATCHABLE},
 )
 
@@ -257,6 +297,12 @@ def parse_patch(value: object) -> tuple[dict[str, SqlValue], tuple[str, ...]]:
     return changes, tuple(patch.__pydantic_extra__ or ())
 
 
+def too_many_labels(labels: int) -> ErrorItem:
+    """Return the fault of a PATCH after which a run would have so many labels."""
+    message = f"The run would have {labels} labels, and has at most {MAX_LABELS}; remove some with null"
+    return {"loc": ["body", "labels"], "msg": message, "type": "too_long"}
+
+
 def parse_commit(value: object) -> tuple[dict[str, SqlValue], tuple[str, ...]]:
     """Check a decoded associate-commit body; return the changes it makes, and the ignored names.
 
@@ -282,22 +328,51 @@ def text_warnings(value: object) -> list[str]:
 
 _DEFAULTS: Final = tuple(NewRun.model_fields[name].default for name in STORED)
 _STORED_PLACES: Final = tuple(COLUMNS.index(name) for name in STORED)
+_JSON_PLACES: Final = tuple(map(STORED.index, _JSON_COLUMNS))
+_json_of: Final = itemgetter(*_JSON_PLACES)
+_NO_JSON: Final = (None,) * len(_JSON_PLACES)
+_CHANGEABLE: Final = frozenset((*PATCHABLE, *columns(Role.COMMIT)))
+"""The fields of a stored run that may say something else than its first body."""
 
 
-def differing_fields(row: Row, stored: Row) -> list[str]:
+def digest(row: Row) -> int:
+    """Return 64 bits that two bodies share only if they say the same, in whatever form and order.
+
+    Fields at the end that say nothing do not count, so that a later version may add fields after them.
+    """
+    values: Any = row
+    if _json_of(row) != _NO_JSON:
+        values = list(row)
+        for place in _JSON_PLACES:
+            if values[place] is not None:
+                values[place] = orjson.loads(values[place])
+    packed = orjson.dumps(values, option=orjson.OPT_SORT_KEYS).rstrip(
+        b",nul]"
+    )  # the nulls at the end; no value ends so
+    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), signed=True)
+
+
+def differing_fields(row: Row, stored: Row, *, knows_body: bool, changes_follow: bool) -> list[str]:
     """Return the fields in which a new run says something else than the stored one that has its event_id.
 
-    What it does not say, or says as every run does at its start (`running`, 0), may have changed since.
+    What it does not say, or says as every run does at its start (`running`, 0), may have changed since, or may be all
+    that the first body said.
 
     Args:
         row: in the order of `STORED`.
         stored: in the order of `COLUMNS`.
+        knows_body: whether the first body is known to be another one, so that what is missing counts as well, unless
+            it can be changed.
+        changes_follow: whether its sender is going to PATCH it, so that fields that can be changed do not count.
 
     """
     return [
         name
         for name, given, default, place in zip(STORED, row, _DEFAULTS, _STORED_PLACES, strict=True)
-        if given not in (default, None, stored[place]) and not _is_same_json(name, given, stored[place])
+        if given != stored[place]
+        and not (changes_follow and name in _CHANGEABLE)
+        and (given not in (default, None) or (knows_body and name not in _CHANGEABLE and name != "created_at"))
+        and not _is_same_json(name, given, stored[place])
     ]
 
 
@@ -352,7 +427,7 @@ def to_json(row: Row) -> dict[str, Any]:
 
 def stored_row(run: Mapping[str, Any]) -> Row:
     """Return a run as `to_json` gives it in the form in which it is stored (in the order of `STORED`)."""
-    values = dict(run)
+    values: dict[str, Any] = {**dict.fromkeys(STORED), **run}  # an older daemon does not know every field
     for name in _JSON_COLUMNS:
         if values[name] is not None:
             values[name] = orjson.dumps(values[name]).decode()

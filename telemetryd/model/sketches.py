@@ -92,11 +92,21 @@ def quantiles(sketch: int, values: int, percents: Sequence[int]) -> list[int]:
     if not sketch:
         return [0] * len(percents)
     first = ((sketch & -sketch).bit_length() - 1) // DIGIT
-    wide = _digits(sketch >> (DIGIT * first))
+    wide = _digits(sketch >> (DIGIT * first)) if sketch > 0 else b""
     counts = unpack_struct(f"<{len(wide) // _BYTES}I", wide)
-    reached = [*accumulate(counts, initial=max(values - sum(counts), 0))]
-    places = (bisect_right(reached, percent * (reached[-1] - 1) // 100) for percent in percents)
-    return [round(_MAPPING.value(first + place - 1)) if place else 0 for place in places]
+    reached = [*accumulate(counts)]
+    if not counts or (reached[-1] > values and max(counts) >= _SIGN):  # see `pack`
+        return quantiles(_without_debts(sketch), values, percents)
+    zeros = max(values - reached[-1], 0)
+    last = zeros + reached[-1] - 1
+    places = (percent * last // 100 - zeros for percent in percents)
+    return [_value_of(first + bisect_right(reached, place)) if place >= 0 else 0 for place in places]
+
+
+@lru_cache(maxsize=10_000)
+def _value_of(number: int) -> int:
+    """Return the value that stands for all of a bin."""
+    return round(_MAPPING.value(number))
 
 
 def _digits(sketch: int) -> bytes:

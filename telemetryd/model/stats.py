@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
-from operator import add, itemgetter
+from operator import add, itemgetter, sub
 from typing import Annotated, Any, Final, NotRequired, cast
 
 from pydantic import Field
@@ -24,8 +24,14 @@ from telemetryd.model.values import MAX_INTEGER, Status, StatusValue, shorten
 NAMES: Final = ("agent_name", "job_type", "status")
 """What runs can be grouped by and filtered by, in the order in which a cell is named."""
 ITEMS: Final = ("items_discovered", "items_succeeded", "items_failed", "items_skipped")
+SUMS: Final = ("runs", "finished", "successes", *ITEMS, "duration_ms")
+"""What is counted and added up of runs."""
 FACTS: Final = ("created_at", *NAMES, *ITEMS, "duration_ms")
 """What the statistics need to know of a run."""
+EVERY: Final = ""
+"""The status of a cell that counts runs of every status."""
+IMPLIED: Final = Status.SUCCESS
+"""The status that no cell has: its runs are those of `EVERY` that no other cell has. So most runs are counted once."""
 PERCENTS: Final = (50, 95, 99)
 MAX_GROUPS: Final = 10_000
 """How many groups one answer holds at most."""
@@ -33,7 +39,7 @@ DAY: Final = 24
 """Hours of the longer of the two spans by which the statistics are kept."""
 
 Cell = list[int]
-"""Seven numbers of some runs, all of which add up: runs, the four `ITEMS`, durations (ms), and a sketch of these."""
+"""Numbers of some runs, all of which add up: the `SUMS` and a sketch of the durations."""
 Named = tuple[int, str, str, str, Cell]
 """A cell with its first hour since 1970, its agent, job type and status."""
 Facts = tuple[Any, ...]
@@ -73,11 +79,18 @@ class GetStats(Query[list["StatsGroup"]]):
         return frozenset({*self.group_by, *self.filters.equal, *by_pattern})
 
     @property
-    def by_days(self) -> bool:
-        """Whether the cells of whole days tell enough."""
-        return self.hours is None or self.hours % DAY == 0
+    def weights(self) -> dict[str, int]:
+        """Of which statuses cells are needed: 1 counts them in their group, -1 takes them from that of `EVERY`."""
+        asked = self.filters.equal.get("status") or tuple(Status)
+        implied, apart = IMPLIED in asked, "status" in self.group_by
+        weights = {EVERY: int(implied)}
+        for status in Status:
+            if status != IMPLIED:
+                weights[status] = int(not implied or apart) if status in asked else -int(implied)
+        return {status: weight for status, weight in weights.items() if weight}
 
 
+@lru_cache(maxsize=10_000)
 def hour_name(hour: int) -> str:
     """Return an hour since 1970 as an ISO 8601 date and time."""
     return (_EPOCH + hour * _HOUR).replace(tzinfo=None).isoformat() + "Z"
@@ -191,17 +204,6 @@ def parse(query_string: str, now: datetime) -> GetStats:
     return query
 
 
-class _Group:
-    """What is added up of one group."""
-
-    __slots__ = ("cell", "finished", "successes")
-
-    def __init__(self) -> None:
-        self.cell: Cell = [0] * (len(ITEMS) + 3)
-        self.finished = 0
-        self.successes = 0
-
-
 def answer(query: GetStats, cells: Iterable[Named]) -> list[StatsGroup]:
     """Add cells up to groups, as they are answered: the earliest bucket first, then by names.
 
@@ -209,31 +211,49 @@ def answer(query: GetStats, cells: Iterable[Named]) -> list[StatsGroup]:
         InvalidRequestError: if they are more than `MAX_GROUPS`.
 
     """
-    groups: dict[tuple[Any, ...], _Group] = {}
-    places = [NAMES.index(name) + 1 for name in query.group_by]
-    names_of: Callable[[Named], tuple[Any, ...]] = _getter(places)
+    groups: dict[tuple[Any, ...], Cell] = {}
+    names_of = _getter([NAMES.index(name) + 1 for name in query.group_by])
     hours, ahead = query.hours, query.ahead
-    is_filtered, is_meant = query.filters != Filters(), query.filters.lets_through(*NAMES)
+    for named in _weighed(query.weights, cells):
+        key = names_of(named)
+        if hours is not None:
+            key = (named[0] + ahead) // hours * hours - ahead, *key
+        cell = groups.get(key)
+        if cell is not None:
+            groups[key] = [*map(add, cell, named[4])]
+        elif len(groups) < 2 * MAX_GROUPS:  # those of `EVERY` may turn out to be empty
+            groups[key] = named[4]
+        else:
+            raise _too_many()
+    if "status" in query.group_by:
+        groups = _imply(groups, (hours is not None) + query.group_by.index("status"))
+    found = [key for key in sorted(groups) if groups[key][0] > 0]
+    if len(found) > MAX_GROUPS:
+        raise _too_many()
+    return [_shown(query, key, groups[key]) for key in found]
+
+
+def _imply(groups: dict[tuple[Any, ...], Cell], place: int) -> dict[tuple[Any, ...], Cell]:
+    """Make those groups whose key says `EVERY` in this place the groups of the status that is left."""
+    implied = {(*key[:place], IMPLIED, *key[place + 1 :]): cell for key, cell in groups.items() if key[place] == EVERY}
+    others = {key: cell for key, cell in groups.items() if key[place] != EVERY}
+    for key, cell in others.items():
+        left = *key[:place], IMPLIED, *key[place + 1 :]
+        if left in implied:
+            implied[left] = [*map(sub, implied[left], cell)]
+    return implied | others
+
+
+def _weighed(weights: Mapping[str, int], cells: Iterable[Named]) -> Iterator[Named]:
     for named in cells:
-        start, agent_name, job_type, status, cell = named
-        if is_filtered and not is_meant(agent_name, job_type, status):
-            continue
-        names = names_of(named)
-        key = names if hours is None else ((start + ahead) // hours * hours - ahead, *names)
-        group = groups.get(key)
-        if group is None:
-            if len(groups) == MAX_GROUPS:
-                raise InvalidRequestError(
-                    f"The answer would hold more than {MAX_GROUPS} groups: ask for a longer bucket, a shorter time "
-                    "between from and to, fewer names in group_by, or filter by agent_name, job_type or status"
-                )
-            group = groups[key] = _Group()
-        group.cell[:] = map(add, group.cell, cell)
-        if status != Status.RUNNING:
-            group.finished += cell[0]
-        if status == Status.SUCCESS:
-            group.successes += cell[0]
-    return [_shown(query, key, groups[key]) for key in sorted(groups) if groups[key].cell[0] > 0]
+        yield named if weights[named[3]] > 0 else (*named[:3], EVERY, [-value for value in named[4]])
+
+
+def _too_many() -> InvalidRequestError:
+    return InvalidRequestError(
+        f"The answer would hold more than {MAX_GROUPS} groups: ask for a longer bucket, a shorter time "
+        "between from and to, fewer names in group_by, or filter by agent_name, job_type or status"
+    )
 
 
 def _getter(places: Sequence[int]) -> Callable[[Named], tuple[Any, ...]]:
@@ -245,20 +265,20 @@ def _getter(places: Sequence[int]) -> Callable[[Named], tuple[Any, ...]]:
     return lambda _: ()
 
 
-def _shown(query: GetStats, key: tuple[Any, ...], group: _Group) -> StatsGroup:
-    runs, *items, duration, sketch = group.cell
+def _shown(query: GetStats, key: tuple[Any, ...], cell: Cell) -> StatsGroup:
+    runs, finished, successes, *items, duration, sketch = cell
     named = key if query.hours is None else key[1:]
     shown: dict[str, Any] = dict(zip(query.group_by, named, strict=True))
     if query.hours is not None:
         shown["bucket"] = hour_name(max(key[0], _FIRST_HOUR))
-    if group.finished > 0:
-        quantiles: Sequence[int | None] = sketches.quantiles(sketch, group.finished, PERCENTS)
+    if finished > 0:
+        quantiles: Sequence[int | None] = sketches.quantiles(sketch, finished, PERCENTS)
     else:
         quantiles = [None] * len(PERCENTS)
     answered: dict[str, Any] = {
         **shown,
         "runs": runs,
-        "success_rate": round(group.successes / group.finished, 6) if group.finished > 0 else None,
+        "success_rate": round(successes / finished, 6) if finished > 0 else None,
         **{name: _number(value) for name, value in zip(ITEMS, items, strict=True)},
         "duration_ms": {
             **{f"p{percent}": value for percent, value in zip(PERCENTS, quantiles, strict=True)},

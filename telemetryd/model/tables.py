@@ -19,7 +19,7 @@ from telemetryd.model.values import Role, format_timestamp
 
 INSTALL: Final = "Parquet needs the package pyarrow, next to telemetryd: pip install pyarrow"
 GROUP_BYTES: Final = 4 * 1024 * 1024
-"""How much CSV becomes one row group of a Parquet file; so much is in memory a few times over."""
+"""How much JSON becomes one row group of a Parquet file; so much is in memory a few times over."""
 
 _JSON: Final = frozenset(runs.columns(Role.JSON))
 _BOOLEANS: Final = frozenset(runs.columns(Role.BOOLEAN))
@@ -172,7 +172,7 @@ def require_parquet() -> None:
 
     """
     try:
-        import pyarrow.csv  # noqa: PLC0415 - an optional package of 100 MB, which is loaded only when it is needed
+        import pyarrow.json  # noqa: PLC0415 - an optional package of 100 MB, which is loaded only when it is needed
         import pyarrow.parquet  # noqa: F401, PLC0415
     except ImportError as error:
         raise NoParquetError(INSTALL) from error
@@ -189,44 +189,37 @@ def parquet_schema() -> Any:
     return pa.schema([pa.field(name, kinds[name]) for name in COLUMNS])
 
 
-def parquet_from_csv(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """Turn the chunks of a CSV of ours, whole lines each, into those of a Parquet file (zstd), a row group at a time.
+def parquet_from_lists(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Turn runs into the chunks of a Parquet file (zstd), a row group at a time.
 
-    pyarrow reads the CSV without holding the interpreter's lock, which making Python values would.
+    Each piece is a JSON object with the values of some runs, a list for each field, as pyarrow reads it with few steps
+    and without the interpreter's lock, which making Python values would hold.
     """
-    import pyarrow.csv  # noqa: PLC0415
     import pyarrow.parquet  # noqa: PLC0415
 
-    schema = parquet_schema()
     sink = _Sink()
-    with pyarrow.parquet.ParquetWriter(sink, schema, compression="zstd") as writer:
-        for group in _groups(chunks):
-            read = pyarrow.csv.ReadOptions(
-                use_threads=False, block_size=len(group) + 1, column_names=list(COLUMNS), encoding="utf8"
-            )
-            table = pyarrow.csv.read_csv(
-                io.BytesIO(group),
-                read,
-                pyarrow.csv.ParseOptions(newlines_in_values=True),
-                pyarrow.csv.ConvertOptions(
-                    column_types=schema,
-                    null_values=[""],
-                    true_values=["true"],
-                    false_values=["false"],
-                    strings_can_be_null=True,
-                    quoted_strings_can_be_null=False,
-                ),
-            )
-            writer.write_table(table)
+    with pyarrow.parquet.ParquetWriter(sink, parquet_schema(), compression="zstd") as writer:
+        for group in join_pieces((piece + b"\n" for piece in pieces), GROUP_BYTES):
+            writer.write_table(_table(group))
             yield sink.take()
     yield sink.take()
 
 
-def _groups(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """Join chunks to row groups, without the header, which is a separate chunk."""
-    lines = iter(chunks)
-    next(lines)
-    return join_pieces(lines, GROUP_BYTES)
+def _table(lines: bytes) -> Any:
+    import pyarrow as pa  # noqa: PLC0415
+    import pyarrow.compute as pc  # noqa: PLC0415
+    import pyarrow.json  # noqa: PLC0415
+
+    schema = parquet_schema()
+    lists = pa.schema([pa.field(field.name, pa.list_(field.type)) for field in schema])
+    read = pyarrow.json.read_json(
+        io.BytesIO(lines),
+        pyarrow.json.ReadOptions(use_threads=False, block_size=len(lines) + 1),
+        pyarrow.json.ParseOptions(explicit_schema=lists, unexpected_field_behavior="error"),
+    )
+    table = pa.table([pc.list_flatten(column) for column in read.columns], schema=schema)
+    table.validate(full=True)  # else text that is no UTF-8 would only be found by those who read the file
+    return table
 
 
 def join_pieces(pieces: Iterable[bytes], size: int) -> Iterator[bytes]:

@@ -6,10 +6,10 @@ import re
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from enum import Flag, StrEnum, auto
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, get_args, get_origin
 
 import orjson
-from pydantic import AfterValidator, BaseModel, Field, PlainValidator, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PlainValidator, WithJsonSchema
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
@@ -172,6 +172,56 @@ def json_text(value: object) -> str | None:
         raise PydanticCustomError("value_error", "JSON object holds an integer of more than 64 bits") from error
 
 
+MAX_LABELS: Final = 32
+"""Labels of one run."""
+MAX_LABEL_KEY: Final = 63
+MAX_LABEL_VALUE: Final = 255
+LABEL_KEY: Final = r"^[a-z0-9][a-z0-9_.-]*$"
+LABEL_KEYS: Final = f"1 to {MAX_LABEL_KEY} characters of a-z, 0-9, _, . and -, the first one a letter or a digit"
+
+
+def _few(value: object) -> object:
+    """Look at how many labels there are before each of them is looked at."""
+    if not isinstance(value, dict):
+        raise PydanticCustomError("dict_type", "Input should be a JSON object")
+    if len(value) > MAX_LABELS:
+        raise PydanticCustomError("too_long", f"A run has at most {MAX_LABELS} labels")
+    return value
+
+
+def labels_text(labels: Mapping[str, str | None]) -> str | None:
+    """Return labels as the text that is stored, in the order of their keys; None if there are none."""
+    given = {key: value for key, value in sorted(labels.items()) if value is not None}
+    return orjson.dumps(given).decode() if given else None
+
+
+def _label_changes(labels: Mapping[str, str | None]) -> str | None:
+    return orjson.dumps(labels).decode() if labels else None
+
+
+def merge_labels(stored: str | None, changes: str) -> str | None:
+    """Return labels after a JSON Merge Patch (RFC 7396): null removes a key, other keys stay as they are."""
+    return labels_text({**orjson.loads(stored or "{}"), **orjson.loads(changes)})
+
+
+def count_labels(stored: SqlValue) -> int:
+    """Return how many labels there are."""
+    return len(orjson.loads(str(stored or "{}")))
+
+
+def _hex_id(digits: int) -> AfterValidator:
+    """Return the check of an id of W3C Trace Context."""
+    is_id = re.compile(rf"(?!0+$)[0-9a-f]{{{digits}}}", re.ASCII).fullmatch
+
+    def check(text: str) -> str:
+        if is_id(text) is None:
+            rule = f"must be {digits} lower-case hexadecimal digits, not all of them 0"
+            raise PydanticCustomError("value_error", f"Id {rule} (W3C Trace Context)")
+        return text
+
+    return AfterValidator(check)
+
+
 def _flag(value: object) -> bool:
     if value in (0, 1) and isinstance(value, int):
         return bool(value)
@@ -229,6 +279,24 @@ OBJECT_SCHEMA: Final[Mapping[str, Any]] = {
 }
 
 
+LABELS_SCHEMA: Final[Mapping[str, Any]] = {
+    "type": "object",
+    "maxProperties": MAX_LABELS,
+    "propertyNames": {"pattern": LABEL_KEY, "maxLength": MAX_LABEL_KEY},
+    "additionalProperties": {"type": "string", "minLength": 1, "maxLength": MAX_LABEL_VALUE, "pattern": NOT_BLANK},
+    "description": "Labels: keys with texts.",
+}
+_GIVEN_LABELS_SCHEMA: Final[Mapping[str, Any]] = component(
+    "GivenLabels",
+    {
+        **LABELS_SCHEMA,
+        "additionalProperties": {"anyOf": [LABELS_SCHEMA["additionalProperties"], {"type": "null"}]},
+        "description": "Labels as requests give them (JSON Merge Patch, RFC 7396): null removes a key, and keys "
+        "that are not named stay as they are.",
+    },
+)
+
+
 STATUSES_PATTERN: Final = "^({0})(,({0}))*$".format("|".join(Status))
 """Several statuses with commas between them."""
 
@@ -242,12 +310,38 @@ SourceValue = Annotated[str, AfterValidator(_commit_source), WithJsonSchema(comp
 JsonObject = Annotated[str, PlainValidator(json_text), WithJsonSchema(component("JsonObject", OBJECT_SCHEMA))]
 
 
+LabelKey = Annotated[str, Field(max_length=MAX_LABEL_KEY, pattern=LABEL_KEY)]
+LabelValue = Annotated[str, Field(min_length=1, max_length=MAX_LABEL_VALUE, pattern=NOT_BLANK)]
+Labels = Annotated[dict[LabelKey, LabelValue], WithJsonSchema(component("Labels", LABELS_SCHEMA))]
+"""Labels as they are answered."""
+
+
+_GivenLabels = Annotated[dict[LabelKey, LabelValue | None], BeforeValidator(_few), WithJsonSchema(_GIVEN_LABELS_SCHEMA)]
+
+
+NewLabels = Annotated[_GivenLabels, AfterValidator(labels_text)]
+"""Labels of a new run; null stands for one that is not given."""
+
+
+LabelChanges = Annotated[_GivenLabels, AfterValidator(_label_changes)]
+"""A JSON Merge Patch for labels."""
+
+
+Attempt = Annotated[int, Field(ge=1, le=MAX_INTEGER)]
+
+
+TraceId = Annotated[str, _hex_id(32), WithJsonSchema({"type": "string", "pattern": "^(?!0+$)[0-9a-f]{32}$"})]
+
+
+SpanId = Annotated[str, _hex_id(16), WithJsonSchema({"type": "string", "pattern": "^(?!0+$)[0-9a-f]{16}$"})]
+
+
 Boolean = Annotated[bool, PlainValidator(_flag), WithJsonSchema({"type": "boolean"})]
 
 
 def new_field(field: FieldInfo) -> tuple[Any, Any]:
     """Return a field of a new record, as `create_model` takes it: null means the same as not given."""
-    kind, default = field.rebuild_annotation(), field.default
+    kind, default = NewLabels | None if has_role(field, Role.LABELS) else field.rebuild_annotation(), field.default
     if not field.is_required() and default is not None:
         kind = Annotated[kind | None, AfterValidator(lambda value: default if value is None else value)]
     return kind, Field(default, description=field.description, examples=field.examples)
@@ -270,15 +364,27 @@ class Role(Flag):
     """Is stored as text and answered as a JSON object."""
     BOOLEAN = auto()
     """Is stored as 0 or 1 and answered as false or true."""
+    LABELS = auto()
+    """Holds labels: PATCH merges it, and an index knows each of its members."""
 
 
 def names(model: type[BaseModel], role: Role | None = None) -> tuple[str, ...]:
     """Return the names of a definition's fields, or of those that have a role, in the order in which they stand."""
-    return tuple(
-        name
-        for name, field in model.model_fields.items()
-        if role is None or any(role in mark for mark in field.metadata if isinstance(mark, Role))
-    )
+    return tuple(name for name, field in model.model_fields.items() if role is None or has_role(field, role))
+
+
+def has_role(field: FieldInfo, role: Role) -> bool:
+    """Return whether a field has a role."""
+    return any(role in mark for mark in field.metadata if isinstance(mark, Role))
+
+
+def kind_of(field: FieldInfo) -> type:
+    """Return what a stored field holds, unless it is null: int, bool or str."""
+    for part in get_args(field.annotation) or (field.annotation,):
+        kind = get_args(part)[0] if get_origin(part) is Annotated else part
+        if kind in (int, bool):
+            return kind  # type: ignore[no-any-return]
+    return str
 
 
 def shorten(text: str) -> str:

@@ -138,8 +138,8 @@ def printable(text: str) -> str:
 
 
 # JSON itself escapes what is below a blank only; terminals and viewers also act on the 8-bit controls, on
-# U+2028 as a line's end, on marks that turn the direction of what follows, and on tags that are not seen.
-# Surrogates, which stand for bytes of a name that is not UTF-8, cannot be written.
+# U+2028 as a line's end, on marks that turn the direction of what follows, on tags that are not seen. Surrogates,
+# which stand for bytes of a name that is not UTF-8, cannot be written.
 _UNUSUAL: Final = re.compile(r"[^\x20-\x7e]")
 
 

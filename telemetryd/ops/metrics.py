@@ -58,6 +58,11 @@ class Metrics:
             registry=self.registry,
         )
         self._runs = {outcome: runs.labels(outcome) for outcome in ("created", "duplicate", "invalid")}
+        self.differing = Counter(
+            "telemetryd_runs_differing",
+            "Known runs that arrived again with another body.",
+            registry=self.registry,
+        )
         events = Counter(
             "telemetryd_events_received",
             "Run events received, by what became of them.",

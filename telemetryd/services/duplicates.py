@@ -9,26 +9,46 @@ from telemetryd.errors import TelemetrydError
 from telemetryd.model import queries, runs, values
 from telemetryd.store import Store
 
-_MOST: Final = 1000
-"""Runs of one request that are compared; to read so many takes some 20 ms of a reader."""
+_AT_ONCE: Final = 1000
+"""Runs that are compared at once; to read so many takes some 20 ms of a reader."""
 _PLACE: Final = runs.COLUMNS.index("event_id")
-_TEXT: Final = "The event_id is known, and the stored run, which stays as it is, differs in: "
 
 
-async def differences(store: Store, known: Sequence[values.Row]) -> dict[int, list[str]]:
-    """Say of runs that were known already where they differ from the stored ones, by their place in the sequence.
+async def differences(
+    store: Store, known: Sequence[values.Row], *, changes_follow: bool = False
+) -> dict[int, list[str]]:
+    """Return in which fields known runs differ from the stored ones, by their place in the sequence.
 
-    Only the first ones are compared, and none if nothing can be read now: what was asked for is done anyway.
+    A run whose first body said the same differs in none, whatever has become of it since. Nothing is compared if
+    nothing can be read now: what was asked for is done anyway.
+
+    Args:
+        store: where they are.
+        known: in the order of `runs.STORED`.
+        changes_follow: whether their sender is going to PATCH them.
+
     """
-    known = known[:_MOST]
-    try:
-        rows = await store.fetch(queries.GetRows(tuple(str(row[runs.EVENT_ID]) for row in known)))
-    except TelemetrydError:
-        return {}
-    stored = {row[_PLACE]: row for row in rows}
-    found = {
-        place: runs.differing_fields(row, stored[row[runs.EVENT_ID]])
-        for place, row in enumerate(known)
-        if row[runs.EVENT_ID] in stored
-    }
-    return {place: [_TEXT + ", ".join(names)] for place, names in found.items() if names}
+    found: dict[int, list[str]] = {}
+    for begin in range(0, len(known), _AT_ONCE):
+        part = known[begin : begin + _AT_ONCE]
+        digests = [runs.digest(row) for row in part]
+        asked = queries.GetOthers(
+            tuple((str(row[runs.EVENT_ID]), digest) for row, digest in zip(part, digests, strict=True))
+        )
+        try:
+            others = {other.row[_PLACE]: other for other in await store.fetch(asked)}
+        except TelemetrydError:
+            return found
+        for place, (row, digest) in enumerate(zip(part, digests, strict=True), begin):
+            other = others.get(row[runs.EVENT_ID])
+            if other is not None and other.digest != digest:
+                knows_body = other.digest is not None
+                names = runs.differing_fields(row, other.row, knows_body=knows_body, changes_follow=changes_follow)
+                if names:
+                    found[place] = names
+    return found
+
+
+def warning(names: Sequence[str]) -> str:
+    """Say in which fields a known run differs."""
+    return f"The event_id is known, and the stored run, which stays as it is, differs in: {', '.join(names)}"

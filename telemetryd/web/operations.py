@@ -52,6 +52,7 @@ CREATE_BATCH: Final = Operation(
     body=ref("NewRuns"),
     body_types=(*JSON_TYPES, NDJSON_TYPES[0]),
     example=[runs.example(runs.NewRun, runs.BEGUN, number) for number in (0, 1)],
+    parameters=queries.CREATE,
     answers={200: ("What became of the items.", answers.BatchStored)},
     errors=_WRITE_ERRORS,
 )

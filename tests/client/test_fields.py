@@ -9,7 +9,7 @@ from telemetryd.client import fields
 from telemetryd.client.config import VARIABLES
 from telemetryd.client.context import PARENT_VARIABLE
 from telemetryd.client.fields import CHANGES, COUNTS, FIELDS, FLAGS, NAMES, SOURCES, STATUSES, TIMES, Details, Fields
-from telemetryd.client.intake import MAX_NAME
+from telemetryd.client.intake import MAX_LABEL_KEY, MAX_LABELS, MAX_NAME
 from telemetryd.client.values import MAX_DEPTH, MAX_VALUES
 from telemetryd.model import runs, values
 from telemetryd.model.values import Role
@@ -56,9 +56,11 @@ def test_the_kinds_of_fields_and_their_bounds_are_those_of_a_run() -> None:
     assert {name for name in FIELDS if any(part.get("type") == "integer" for part in kinds[name])} == {
         *COUNTS,
         "duration_ms",
+        "attempt",
     }
     assert {name for name in FIELDS if "date-time" in str(kinds[name])} == {*TIMES}
     assert set(runs.columns(Role.BOOLEAN)) == {*FLAGS}
     assert [str(source) for source in values.CommitSource] == [*SOURCES]
+    assert (MAX_LABELS, MAX_LABEL_KEY) == (values.MAX_LABELS, values.MAX_LABEL_KEY)
     assert {str(status): str(status) for status in values.Status} | values.STATUS_ALIASES == STATUSES
     assert (MAX_DEPTH, MAX_VALUES) == (values.MAX_JSON_DEPTH, values.MAX_JSON_VALUES)

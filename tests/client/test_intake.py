@@ -361,3 +361,35 @@ def test_whatever_is_recorded_the_daemon_takes_the_line(given: dict[str, Any]) -
     recorder.fields = recorder.surroundings  # type: ignore[attr-defined]
     client.write, client.rejected, client.failed = (recorder.write, recorder.rejected, recorder.failed)  # type: ignore[method-assign]
     assert client.record(given) == recorder.parsed()[0]["event_id"]
+
+
+def test_labels_join_and_a_wrong_one_costs_only_itself(recorder: Recorder) -> None:
+    run = begin(recorder, labels={"team": "search", "Team": "x", "n" * 64: "x"}, attempt=2, trace_id="A" * 32)
+    run.start()
+    run.labels(shard=3, path=Path("/x"), long="x" * 256, blank=" ", list=["a"], flag=True)
+    run.labels({"team": None, **{f"k{number}": "v" for number in range(40)}})
+    run.finish(labels={"last": "one", "k0": "w"}, expected_by="2026-01-01T00:00:00Z")
+    start, *_, end = recorder.parsed()
+    assert (start["labels"], start["attempt"], start["trace_id"]) == ('{"team":"search"}', 2, None)
+    said = json.loads(end["labels"])
+    assert len(said) == 32
+    assert (said["team"], said["shard"], said["path"], said["k0"]) == (None, "3", "/x", "w")
+    assert {
+        "labels.Team",
+        "labels.long",
+        "labels.blank",
+        "labels.list",
+        "labels.flag",
+        "labels.k39",
+        "labels.last",
+    } < set(recorder.rejected_fields)
+    assert end["expected_by"] == "2026-01-01T00:00:00.000000Z"
+    assert rejected_of(end)["labels.Team"] == "x"
+
+
+@pytest.mark.parametrize(("name", "value"), [("attempt", 0), ("attempt", -1), ("span_id", "0" * 16), ("trace_id", 5)])
+def test_what_a_later_field_cannot_hold_is_left_out(recorder: Recorder, name: str, value: Any) -> None:
+    begin(recorder, **{name: value}).start()
+    [start] = recorder.parsed()
+    assert start[name] is None
+    assert recorder.rejected_fields == [name]

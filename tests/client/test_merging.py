@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from telemetryd.client import Config
+from telemetryd.client.aside import Aside
 from telemetryd.client.batch import Batch
 from telemetryd.client.counters import Counters
 from telemetryd.client.delivery import Delivery
@@ -59,9 +61,11 @@ def values(name: str) -> st.SearchStrategy[object]:
         return st.sampled_from(["running", "success", "failed", "nonsense"])
     if name.endswith("_json"):
         return st.dictionaries(st.sampled_from("ab"), st.integers(0, 3) | st.none(), max_size=2)
+    if name == "labels":
+        return st.dictionaries(st.sampled_from(["a", "b", "Bad"]), st.sampled_from(["x", "y", "", None]), max_size=3)
     if name.startswith(("items_", "duration")):
         return st.integers(-1, 9)
-    if name in ("end_time", "git_commit_timestamp"):
+    if name in ("end_time", "git_commit_timestamp", "expected_by"):
         return st.sampled_from(["2025-12-24T10:00:00Z", "yesterday"])
     return st.sampled_from(["manual", "text", ""])
 
@@ -75,6 +79,7 @@ CALLS = st.one_of(
     st.tuples(st.just("finish"), CHANGED),
     st.tuples(st.just("metrics"), st.dictionaries(st.sampled_from("ab"), st.integers(0, 3), max_size=2)),
     st.tuples(st.just("context"), st.dictionaries(st.sampled_from("ab"), st.text(max_size=2), max_size=2)),
+    st.tuples(st.just("labels"), st.dictionaries(st.sampled_from("ab"), st.sampled_from(["x", None]), max_size=2)),
     st.tuples(st.just("items"), st.just({"succeeded": 3})),
     st.tuples(st.just("event"), st.just({})),
     st.tuples(st.just("by hand"), st.builds(lambda more, fields: {**fields, **more}, NEVER_CHANGED, CHANGED)),
@@ -129,6 +134,37 @@ async def test_lines_sent_together_or_one_by_one_end_in_the_same_run(api: Api) -
     await asyncio.to_thread(check)
     transport.close()
     assert not await api.list(agent_name="evil")
+
+
+async def test_a_repeat_with_what_was_said_later_is_no_other_body(api: Api, tmp_path: Path) -> None:
+    recorder = Lines()
+    run = Run(recorder, "a", "j", None, {"event_id": ID, "labels": {"a": "1"}, "context_json": {"x": 1}}).start()
+    run.context(y=2)
+    run.labels(a=None, b="2")
+    run.finish("failure")
+    start, *later = recorder.lines
+    transport = Transport(Config(url=url_of(api)))
+    spool, files = (Delivery(transport, lambda *_: None, Counters(), aside) for aside in (Aside(tmp_path), None))
+
+    def deliver() -> None:
+        for delivery, lines in (
+            (spool, [start]),  # the answer was lost, and so were those of
+            (spool, [start, *later[:1]]),
+            (files, [start, *later]),
+            (spool, [start]),  # a window that was smaller for once
+        ):
+            delivery.send(Batch.of(lines))
+
+    await asyncio.to_thread(deliver)
+    stored = await api.get(f"/api/v1/runs/{ID}")
+    assert (stored["status"], stored["labels"], stored["context_json"]) == ("failure", {"b": "2"}, {"x": 1, "y": 2})
+    async with api.client.get("/metrics?format=prometheus") as response:
+        assert "telemetryd_runs_differing_total 0.0" in await response.text()
+    other = orjson.dumps({**orjson.loads(start), "status": "partial", "product": "another"})
+    await asyncio.to_thread(files.send, Batch.of([other]))
+    async with api.client.get("/metrics?format=prometheus") as response:
+        assert "telemetryd_runs_differing_total 1.0" in await response.text()
+    transport.close()
 
 
 async def test_what_is_null_leaves_the_value_as_it_is(api: Api) -> None:

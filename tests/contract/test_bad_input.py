@@ -223,6 +223,8 @@ TEXTS = [
     "trigger_type",
     "insight_id",
     "parent_run_id",
+    "retry_of",
+    "conversation_id",
     "git_commit_author",
 ]
 
@@ -449,9 +451,13 @@ PARAMETERS = [
     "environment",
     "insight_id",
     "parent_run_id",
+    "retry_of",
+    "conversation_id",
+    "trace_id",
     "min_duration_ms",
     "error",
     "metrics.NAME",
+    "label.NAME",
     "q",
     "created_before",
     "created_after",

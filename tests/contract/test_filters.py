@@ -33,7 +33,10 @@ async def found(api: Api, query: str) -> list[str]:
     return ids(answer.json)
 
 
-CONTEXT = ("run_id", "product", "website", "git_commit_hash", "host", "environment", "insight_id", "parent_run_id")
+CONTEXT = (
+    "run_id", "product", "website", "git_commit_hash", "host", "environment", "insight_id", "parent_run_id",
+    "retry_of", "conversation_id",
+)  # fmt: skip
 
 
 async def test_each_context_field_is_a_filter_with_several_values(api: Api) -> None:
@@ -47,6 +50,29 @@ async def test_each_context_field_is_a_filter_with_several_values(api: Api) -> N
         assert await found(api, f"{name}=c%5C,d,e") == ["c,d"], name
         assert await found(api, f"{name}=other") == [f"other {name}"], name
         assert await found(api, f"{name}=*") == [], name
+
+
+async def test_runs_by_their_labels(api: Api) -> None:
+    for event_id, labels in (
+        ("a", {"team": "search", "env": "prod"}), ("b", {"team": "ads", "env": "prod"}), ("c", {"team": "a,b"}),
+        ("d", None),
+    ):  # fmt: skip
+        await api.post(make_run(event_id=event_id, labels=labels, agent_name=f"agent-{event_id}"))
+    assert await found(api, "label.team=search") == ["a"]
+    assert await found(api, "label.team=search,ads&label.env=prod") == ["b", "a"]
+    assert await found(api, "label.team=a%5C,b") == ["c"]
+    assert await found(api, "label.env=prod&agent_name=agent-*&sort=created_at") == ["a", "b"]
+    assert await found(api, "label.env=dev") == []
+    async with api.client.get(f"{RUNS}?label.env=prod&limit=1&count=exact") as response:
+        assert (response.headers["X-Total-Count"], ids(await response.json())) == ("2", ["b"])
+        assert await found(api, URL(response.links["next"]["url"]).query_string) == ["a"]
+    await api.call("PATCH", f"{RUNS}/a", json={"labels": {"team": "ads", "env": None}}, status=200)
+    assert await found(api, "label.team=ads") == ["b", "a"]
+    assert await found(api, "label.env=prod") == ["b"]
+    for wrong in ("label.Team=x", "label.=x", "label.x", "label.x=", "label.x%20=1", f"label.{'k' * 64}=x"):
+        assert "it must be" in check_error(await send(api, "GET", f"{RUNS}?{wrong}"), 400), wrong
+    twice = check_error(await send(api, "GET", f"{RUNS}?label.x=1&label.x=2"), 400)
+    assert twice == "Query parameter label.x is given more than once; give it once"
 
 
 async def test_a_commit_that_is_associated_later_is_found(api: Api) -> None:

@@ -36,8 +36,10 @@ CHANGES: dict[str, Any] = {
     "git_commit_source": "manual",
     "git_commit_author": "Ada",
     "git_commit_timestamp": "2025-12-24T13:00:00.000000Z",
+    "labels": {"env": "prod", "team": "search"},
+    "expected_by": "2025-12-24T14:00:00.000000Z",
 }
-"""The guide's fields, and the three that API.md adds."""
+"""The guide's fields, and those that were added later."""
 
 
 async def stored_run(api: Api, **fields: Any) -> str:
@@ -146,6 +148,9 @@ async def test_statuses_are_stored_canonical(api: Api, status: str) -> None:
         ("git_commit_source", "robot"),
         ("git_commit_author", {}),
         ("git_commit_timestamp", "2026-13-01T00:00:00Z"),
+        ("labels", []),
+        ("labels", {str(number): "x" for number in range(33)}),
+        ("expected_by", "soon"),
     ],
 )
 async def test_a_bad_value_is_422_and_changes_nothing(api: Api, name: str, value: object) -> None:
@@ -198,3 +203,35 @@ async def test_changes_at_once_are_all_acknowledged_and_one_of_them_is_last(api:
     after = await api.get(path)
     assert after["items_failed"] == after["items_skipped"]
     assert after["items_failed"] in range(50)
+
+
+async def test_labels_are_merged_and_null_removes_one(api: Api) -> None:
+    path = await stored_run(api, labels={"team": "search", "env": "prod"})
+    for changes, left in (
+        ({"env": "dev", "b": "1", "gone": None}, {"b": "1", "env": "dev", "team": "search"}),
+        ({"team": None}, {"b": "1", "env": "dev"}),
+        ({"b": None, "env": None}, None),
+        ({"new": "again"}, {"new": "again"}),
+    ):
+        answer = await api.call("PATCH", path, json={"labels": changes}, status=200)
+        assert answer["fields_updated"] == ["labels"]
+        assert (await api.get(path))["labels"] == left
+    assert check_error(await send(api, "PATCH", path, json={"labels": {}}), 400) == "No valid fields to update"
+    wrong = {"Team": "x", "ok": "y", "empty": "", "long": "x" * 256, "number": 5}
+    detail = check_error(await send(api, "PATCH", path, json={"labels": wrong}), 422)
+    assert places(detail) == [("body", "labels", name) for name in ("Team", "empty", "long", "number")]
+    assert "1 to 63 characters of a-z, 0-9, _, . and -" in detail[0]["msg"]
+    assert (await api.get(path))["labels"] == {"new": "again"}
+
+
+async def test_a_run_has_at_most_32_labels(api: Api) -> None:
+    many = {f"k{number}": "x" for number in range(31)}
+    path = await stored_run(api, labels=many)
+    await api.call("PATCH", path, json={"labels": {"a": "1"}, "status": "running"}, status=200)
+    answer = await send(api, "PATCH", path, json={"status": "success", "labels": {"b": "2", "k0": "y"}})
+    [fault] = check_error(answer, 422)
+    assert (fault["loc"], fault["msg"][:30]) == (["body", "labels"], "The run would have 33 labels, ")
+    run = await api.get(path)
+    assert (run["status"], len(run["labels"]), run["labels"]["k0"]) == ("running", 32, "x")
+    await api.call("PATCH", path, json={"labels": {"b": "2", "k0": None}}, status=200)
+    assert (await api.get(path))["labels"] == {"a": "1", "b": "2", **{key: "x" for key in many if key != "k0"}}

@@ -12,6 +12,7 @@ from urllib.parse import quote
 
 import pytest
 
+from telemetryd.model.commands import RedactRun
 from tests.conftest import Api, MakeApi, StartDaemon, make_run
 from tests.contract.wire import RUNS, SENTENCE_OF_STATUS, check_error, places, post, send
 
@@ -67,6 +68,13 @@ FULL: dict[str, Any] = {
     "git_commit_source": "llm",
     "git_commit_author": "Ada <ada@example.org>",
     "git_commit_timestamp": "2025-12-24T10:04:00.000000Z",
+    "labels": {"env": "prod", "team": "search"},
+    "attempt": 2,
+    "retry_of": "event-0",
+    "conversation_id": "conversation-1",
+    "trace_id": "4bf92f3577b34da6a3ce929d0e0e4736",
+    "span_id": "00f067aa0ba902b7",
+    "expected_by": "2025-12-24T11:00:00.000000Z",
 }
 SERVER_FIELDS = {"id", "updated_at", "commit_url", "repo_url"}
 
@@ -97,6 +105,113 @@ async def test_a_known_event_id_is_a_duplicate_and_the_stored_run_stays_untouche
     # What it says as it was, or does not say, is no difference, even where the stored run has changed since.
     await api.call("PATCH", f"{RUNS}/{run['event_id']}", json={"status": "success", "items_failed": 2})
     assert "warnings" not in await api.post({**run, "items_failed": 0, "context_json": None}, 200)
+
+
+WARNING = "The event_id is known, and the stored run, which stays as it is, differs in: "
+
+
+async def conflicts(api: Api) -> float:
+    async with api.client.get("/metrics", params={"format": "prometheus"}) as response:
+        found = re.search(r"^telemetryd_runs_differing_total (\S+)", await response.text(), re.MULTILINE)
+    assert found is not None
+    return float(found[1])
+
+
+async def test_the_first_body_is_no_difference_whatever_became_of_the_run(
+    api: Api, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = make_run(metrics_json={"a": 1, "b": [2]}, labels={"x": "1", "y": "2"}, host="first", items_failed=1)
+    path = f"{RUNS}/{first['event_id']}"
+    await api.post(first)
+    before = await conflicts(api)
+    changes = {"status": "success", "metrics_json": {"c": 3}, "labels": {"x": None}, "items_failed": 5}
+    await api.call("PATCH", path, json=changes, status=200)
+    again = {**dict(reversed(first.items())), "metrics_json": {"b": [2], "a": 1}, "labels": {"y": "2", "x": "1"}}
+    for same in (first, {**again, "status": " RUNNING ", "product": None, "items_failed": "1", "duration_ms": None}):
+        assert WARNING not in str(await api.post(same, 200))
+    now = {name: value for name, value in (await api.get(path)).items() if name not in SERVER_FIELDS}
+    assert "warnings" not in await api.post(now, 200)  # a run that was exported and is imported again
+    assert await conflicts(api) == before
+    # Another body is one, also if it only lacks something that no PATCH can have added.
+    for other, fields in (
+        ({**first, "host": "second", "items_failed": 5}, "host, metrics_json, labels"),
+        ({**now, "host": None}, "host"),
+    ):
+        caplog.clear()
+        assert (await api.post(other, 200))["warnings"] == [WARNING + fields]
+        [line] = [record for record in caplog.records if record.levelname == "WARNING"]
+        assert line.message == "Run already exists, and says something else"
+        assert vars(line)["differs_in"] == fields.split(", ")
+    many = [first, {**first, "host": "third"}, {**first, "status": "failure"}]
+    caplog.clear()
+    assert (await api.batch(many))["warnings"] == [
+        f"Item 1: {WARNING}items_failed, host, metrics_json, labels",
+        f"Item 2: {WARNING}status, items_failed, metrics_json, labels",
+    ]
+    [line] = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert (vars(line)["differing"], vars(line)["event_ids"]) == (2, [first["event_id"]] * 2)
+    assert await conflicts(api) == before + 4
+    # Who is going to PATCH what it knows better is not warned of that.
+    assert (await api.batch(many, params={"changes": "follow"}))["warnings"] == [f"Item 1: {WARNING}host"]
+    assert "changes" in check_error(await send(api, "POST", f"{RUNS}/batch?changes=come", json=many), 400)
+
+
+async def test_a_redacted_run_keeps_no_digest_of_what_was_removed(api: Api) -> None:
+    run = make_run(host="secret")
+    await api.post(run)
+    await api.store.submit(RedactRun(str(run["event_id"]), ("host",), payloads=False))
+    assert (await api.post(run, 200))["warnings"] == [WARNING + "host"]
+    del run["host"]
+    assert "warnings" not in await api.post(run, 200)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "place"),
+    [
+        ("labels", ["x"], ()),
+        ("labels", {f"k{number}": "x" for number in range(33)}, ()),
+        ("labels", {"k" * 64: "x"}, ("k" * 64,)),
+        ("labels", {"-x": "x"}, ("-x",)),
+        ("labels", {"": "x"}, ("",)),
+        ("labels", {"x\n": "x"}, ("x\n",)),
+        ("labels", {"x": "\0"}, ("x",)),
+        ("labels", {"x": " "}, ("x",)),
+        ("labels", {"x": ["y"]}, ("x",)),
+        ("attempt", 0, ()),
+        ("attempt", 2**63, ()),
+        ("attempt", 1.5, ()),
+        ("attempt", True, ()),
+        ("retry_of", 5, ()),
+        ("conversation_id", "\0", ()),
+        ("trace_id", "0" * 32, ()),
+        ("trace_id", "A" * 32, ()),
+        ("trace_id", "1" * 31, ()),
+        ("span_id", "0" * 16, ()),
+        ("span_id", "1" * 16 + "\n", ()),
+        ("expected_by", "tomorrow", ()),
+    ],
+)
+async def test_a_bad_value_of_the_later_fields_is_422_and_named(
+    api: Api, name: str, value: object, place: tuple[str, ...]
+) -> None:
+    detail = check_error(await send(api, "POST", RUNS, json=make_run(**{name: value})), 422)
+    assert places(detail) == [("body", name, *place)]
+
+
+async def test_labels_come_back_as_they_are_and_null_is_none(api: Api) -> None:
+    for given, stored in (
+        ({"b": "2", "a.b_c-9": "x" * 255, "9": "über, *"}, {"9": "über, *", "a.b_c-9": "x" * 255, "b": "2"}),
+        ({"a": None, "b": "1"}, {"b": "1"}),
+        ({}, None),
+        ({"a": None}, None),
+        (None, None),
+    ):
+        run = make_run(labels=given, attempt="3")
+        answer = await api.post(run)
+        assert answer["warnings"] == ["Text taken as a number: attempt"]
+        found = await api.get(f"{RUNS}/{run['event_id']}")
+        assert (found["labels"], found["attempt"]) == (stored, 3)
+        assert list(found["labels"] or ()) == sorted(found["labels"] or ())
 
 
 @OWN_LOOP

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from bench import wrk
+from bench.rows import Ids
+from bench.scenario import new_nonce
 from bench.shim import slow_fsync
 from tests.conftest import Daemon, StartDaemon, make_run, require_program
 from tests.faults.conftest import Rounds
@@ -35,18 +37,17 @@ def resident_mb(daemon: Daemon, name: str = "VmRSS") -> float:
 
 
 @contextlib.contextmanager
-def overload(url: str, connections: int, seconds: float, nonce: str) -> Iterator[wrk.Wrk]:
-    load = wrk.start(url, "post", connections, seconds, nonce)
-    with load.process:
-        try:
-            yield load
-        finally:
-            load.kill()
+def overload(url: str, connections: int, seconds: float) -> Iterator[wrk.Wrk]:
+    load = wrk.start(url, "post", connections, seconds, new_nonce(), Ids.RANDOM)
+    try:
+        yield load
+    finally:
+        load.kill()
 
 
 def probe_under_load(connections: int) -> list[float]:
     """How long the control takes to answer while as many clients keep it busy."""
-    with control() as url, overload(url, connections, 10, "control"):
+    with control() as url, overload(url, connections, 10):
         time.sleep(0.5)
         return [probe(url) for _ in range(15)]
 
@@ -77,7 +78,7 @@ def run_through(start_daemon: StartDaemon, tmp_path: Path, ledger: Ledger, conne
             if status == 201:
                 run = make_run()
 
-    with overload(daemon.url, connections, seconds, "overload") as load:
+    with overload(daemon.url, connections, seconds) as load:
         time.sleep(0.5)
         end = time.monotonic() + seconds - 1
         senders = [threading.Thread(target=send_until, args=(end,)) for _ in range(_SENDERS)]

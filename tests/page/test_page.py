@@ -522,6 +522,38 @@ def test_a_filter_without_a_field_can_be_taken_away(open_view: OpenPage) -> None
     expect(page.locator(".chip")).to_have_count(0)
 
 
+def test_labels_lead_to_the_runs_that_have_them_and_are_a_filter(open_view: OpenPage, url: str) -> None:
+    trace = "4bf92f3577b34da6a3ce929d0e0e4736"
+    first = make_run(
+        labels={"team": "search", "a_b": "x, *"}, trace_id=trace, conversation_id="talk-1", job_type="first"
+    )
+    second = make_run(
+        labels={"team": "search"}, attempt=2, retry_of=first["event_id"], expected_by="2025-12-24T11:00:00Z"
+    )
+    for run in (first, second):
+        assert post(url, run)[0] == 201
+    page = open_view(f"#/run/{second['event_id']}")
+    facts = page.locator(".facts div")
+    expect(facts.filter(has_text="Attempt")).to_have_text("Attempt2")
+    expect(page.locator(".note")).to_contain_text("It should have ended")
+    facts.filter(has_text="Tries again").locator("a").click()
+    expect(page.locator("h1")).to_have_text("first")
+    expect(facts.filter(has_text="Trace").locator("a")).to_have_attribute("href", f"#/runs?trace_id={trace}")
+    page.get_by_role("link", name="a_b=x, *").click()
+    expect(page.locator(".tally")).to_have_text("1 run")
+    expect(page.locator(".chip")).to_have_text("label.a_b: x\\, \\* ×")
+    page.locator(".chip").click()
+    field = page.get_by_label("Label", exact=True)
+    field.fill("team")
+    page.keyboard.press("Enter")
+    assert field.evaluate("element => element.validationMessage") == "Write a label as name=value, such as team=search"
+    field.fill(" team = search ")
+    page.keyboard.press("Enter")
+    expect(page).to_have_url(re.compile(r"#/runs\?label.team=search$"))
+    expect(page.locator(".tally")).to_have_text("2 runs")
+    expect(field).to_have_value("")
+
+
 def test_words_are_searched_only_where_there_is_an_index_of_them(
     open_view: OpenPage, url: str, closed_url: str, watched: Watched
 ) -> None:

@@ -1,11 +1,13 @@
-"""Writes the parts of the documentation that derive from the code: settings, fields, modules, .env.example."""
+"""Writes the parts of the documentation that derive from the code and from measurements."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import asdict
 from pathlib import Path
+from typing import Final
 
+from bench import report
 from telemetryd.cli import NO_FLAG
 from telemetryd.client.config import VARIABLES, Config
 from telemetryd.client.context import PARENT_VARIABLE
@@ -15,6 +17,13 @@ from telemetryd.settings import Settings, flag, variable
 from tests.faults import mutants
 
 ROOT = Path(__file__).parents[2]
+
+FIGURES: Final = {
+    "one run in each request, 64 connections": "single POST, 64 connections, WAL, time-ordered ids",
+    "batches of 1,000 runs": "batches of 1,000, 4 connections, WAL, time-ordered ids",
+    "a page of 100 runs": "GET limit=100, 1 connection",
+}
+"""What the README says of speed: its own words, and the load of the benchmark."""
 
 _DEFAULT_PATH = "./data/telemetry.sqlite; under systemd `$STATE_DIRECTORY/telemetry.sqlite`"
 
@@ -85,6 +94,16 @@ def env_example() -> str:
     return "\n".join(lines)
 
 
+def figures_table(results: Path) -> str:
+    """Return the three figures of the README as a Markdown table."""
+    cells = {figure.load: report.cells(figure) for figure in reversed(report.read(results))}
+    lines = ["| | measured | compared with |", "|---|--:|--:|"]
+    for words, load in FIGURES.items():
+        _, reached, reference, *_ = cells[load]
+        lines.append(f"| {words} | {reached} | {reference} |")
+    return "\n".join(lines)
+
+
 def fill(text: str, marker: str, content: str) -> str:
     """Return a text with the part between two markers replaced."""
     pattern = rf"(<!-- begin {marker} -->\n).*?(<!-- end {marker} -->)"
@@ -97,11 +116,18 @@ def fill(text: str, marker: str, content: str) -> str:
 def rendered() -> dict[Path, str]:
     """Return each file that holds generated parts, as it should be."""
     readme, reference, reliability = ROOT / "README.md", ROOT / "docs" / "runs.md", ROOT / "docs" / "reliability.md"
-    api, client = ROOT / "docs" / "api.md", ROOT / "docs" / "client.md"
+    api, client, performance = (ROOT / "docs" / f"{name}.md" for name in ("api", "client", "performance"))
+    overview, measured = fill(readme.read_text("utf-8"), "settings", settings_table()), performance.read_text("utf-8")
+    # What has not been measured stays as it is.
+    for results in sorted(report.RESULTS.glob("*.json")):
+        measured = fill(measured, f"{results.stem} targets", report.render(results))
+        if results.stem == "latest":
+            overview = fill(overview, "figures", figures_table(results))
     return {
-        readme: fill(readme.read_text("utf-8"), "settings", settings_table()),
+        readme: overview,
         reference: fill(reference.read_text("utf-8"), "fields", fields_table()),
         api: fill(api.read_text("utf-8"), "event fields", event_fields_table()),
+        performance: measured,
         client: fill(client.read_text("utf-8"), "client settings", client_table()),
         reliability: fill(reliability.read_text("utf-8"), "mutants", mutants.table()),
         ROOT / ".env.example": env_example(),

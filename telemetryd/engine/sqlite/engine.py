@@ -433,4 +433,5 @@ class Reading:
 
     async def close(self) -> None:
         """End what is being read."""
+        await self._exports.close()
         await self._readers().close()

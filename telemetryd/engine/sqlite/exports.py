@@ -36,6 +36,8 @@ class Bounds:
     """How many may run at once; each holds a thread, some descriptors and room on the disk."""
     slice_rows: int = 2_000
     """Runs that are looked at in one transaction once it has taken too long to copy all of them in one."""
+    rendered_bytes: int = 512 * 1024
+    """How long what one step of SQLite renders of more than one run may be."""
     steps: int = 50_000
     """Steps of SQLite (some milliseconds) between two looks at whether a copy shall end."""
 
@@ -104,13 +106,16 @@ class _Copying:
             time.sleep(max(time.monotonic() - started, _LEAST_PAUSE_S))
 
     def _chunks(self, connection: sqlite3.Connection) -> Iterator[bytes]:
+        longest = self.bounds.rendered_bytes
         match self.query.form:
+            case Format.NDJSON if self.query.with_events:
+                return statements.ndjson_chunks_with_events(connection)
             case Format.NDJSON:
-                return statements.ndjson_chunks(connection, with_events=self.query.with_events)
+                return statements.ndjson_chunks(connection, longest)
             case Format.CSV:
-                return statements.csv_chunks(connection)
+                return statements.csv_chunks(connection, longest)
             case Format.PARQUET:
-                return tables.parquet_from_csv(statements.csv_chunks(connection))
+                return tables.parquet_from_lists(statements.lists(connection, longest))
 
 
 class _Copied:
@@ -123,12 +128,19 @@ class _Copied:
         self._chunks = chunks
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
-        """Yield the export's bytes (see `Copy.chunks`)."""
+        """Yield the export's bytes (see `Copy.chunks`); while one chunk is sent, the next one is made."""
+        ahead = self._next()
         try:
-            while (chunk := await self._connection.run(lambda _: next(self._chunks, None))) is not None:
+            while (chunk := await ahead) is not None:
+                ahead = self._next()
                 yield chunk
         except (sqlite3.Error, ValueError, MemoryError) as error:  # ValueError: pyarrow's, of a cell
             raise UnavailableError(str(error)[:2000]) from error
+        finally:
+            ahead.cancel()
+
+    def _next(self) -> asyncio.Future[bytes | None]:
+        return self._connection.start(lambda _: next(self._chunks, None))
 
 
 class Exports:
@@ -167,6 +179,11 @@ class Exports:
             self._closing.add(closing)
             closing.add_done_callback(self._closing.discard)
             await asyncio.shield(closing)  # which comes to its end even if the client leaves in the middle of it
+
+    async def close(self) -> None:
+        """Wait for what is closing after its client left: its thread answers the event loop, which must be there."""
+        if self._closing:
+            await asyncio.wait(self._closing)
 
     async def _close(self, connection: Connection, files: contextlib.ExitStack) -> None:
         try:

@@ -6,7 +6,7 @@ import sqlite3
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import chain, count, groupby
 from operator import itemgetter
@@ -14,7 +14,16 @@ from typing import Any, Final
 
 import orjson
 
-from telemetryd.engine.sqlite.statements import alerts, confirmations, full_text, removal, replica, rollups, thinning
+from telemetryd.engine.sqlite.statements import (
+    alerts,
+    confirmations,
+    full_text,
+    labels,
+    removal,
+    replica,
+    rollups,
+    thinning,
+)
 from telemetryd.engine.sqlite.statements.columns import DAY, HOUR, MINUTE, PROCESS
 from telemetryd.engine.sqlite.statements.recounting import Tally
 from telemetryd.engine.sqlite.statements.removal import Removal
@@ -56,39 +65,50 @@ from telemetryd.model.commands import (
     RegisterProcess,
     Registration,
     Removed,
+    TooManyLabels,
     TrustClock,
     Updated,
     UpdateRun,
 )
 from telemetryd.model.events import TIMESTAMP
-from telemetryd.model.runs import CREATED_AT, EVENT_ID, START_TIME, STORED
+from telemetryd.model.runs import CREATED_AT, DIGEST, EVENT_ID, START_TIME, STORED, digest
 from telemetryd.model.stats import FACTS, Facts
-from telemetryd.model.values import Row, SqlValue, Status
+from telemetryd.model.values import MAX_LABELS, Row, SqlValue, Status, count_labels, merge_labels
 
 _ROWS_AT_ONCE: Final = (256, 128, 64, 32, 16, 8, 4, 2, 1)
 """How many rows one INSERT may take: each number has its own prepared statement."""
 
 
-_INSERTED: Final = {
-    "agent_runs": ((*STORED, "updated_at"), "event_id"),
-    "run_events": (("id", "run", *events.STORED), "run, event_key"),
+@dataclass(frozen=True, slots=True, eq=False)
+class _Target:
+    """A table that takes many rows at once: the columns that are given, and the key that no two rows share."""
+
+    table: str
+    columns: tuple[str, ...]
+    key: str
+
+
+_USUAL: Final = STORED.index("labels")
+"""The first of the fields that few runs have; where no run of a group has one, none of them is bound."""
+_NOTHING: Final = (None,) * (len(STORED) - _USUAL)
+_RUNS: Final = {
+    width: _Target("agent_runs", (*STORED[:width], "updated_at", DIGEST), "event_id") for width in (_USUAL, len(STORED))
 }
-"""The tables that take many rows at once: the columns that are given, and the key that no two rows share."""
+_EVENTS: Final = _Target("run_events", ("id", "run", *events.STORED), "run, event_key")
 
 
 @cache
-def _insert_into(table: str, rows: int, *, numbered: bool = False) -> str:
+def _insert_into(target: _Target, rows: int, *, numbered: bool = False) -> str:
     """Return the statement that stores so many rows, except those whose key is known already.
 
     If it is numbered, each row begins with its id; otherwise SQLite gives each the largest id plus one
     (sqlite.org/autoinc.html).
     """
-    columns, key = _INSERTED[table]
-    names = ["id", *columns] if numbered else columns
+    names = ["id", *target.columns] if numbered else target.columns
     places = f"({', '.join('?' * len(names))})"
     return f"""
-        INSERT INTO {table} ({", ".join(names)}) VALUES {", ".join([places] * rows)}
-        ON CONFLICT ({key}) DO NOTHING
+        INSERT INTO {target.table} ({", ".join(names)}) VALUES {", ".join([places] * rows)}
+        ON CONFLICT ({target.key}) DO NOTHING
     """
 
 
@@ -285,9 +305,13 @@ class Transaction:
         write(_DROP_DAY, [{"day": day} for day in {minute[:DAY] for minute, _ in minutes}])
 
     def _create(self, batches: list[tuple[Row, ...]]) -> list[Created]:
-        rows = [self._complete(row) for batch in batches for row in batch]
+        given = [*chain.from_iterable(batches)]
+        width = len(STORED) if any(row[_USUAL:] != _NOTHING for row in given) else _USUAL
+        rows = [self._complete(row, width) for row in given]
         before = self._sequence.last
-        inserted = self._insert_runs(rows)
+        inserted = self._insert_runs(_RUNS[width], rows)
+        if width > _USUAL:  # every new run has a number after the last one that was drawn before
+            labels.index_after(self._cursor, before)
         if inserted == len(rows):
             self._take_in(rows)
             return [Created((True,) * len(batch)) for batch in batches]
@@ -311,45 +335,49 @@ class Transaction:
         self._created += created
         confirmations.note_arrivals(self._cursor, created, self._now)
 
-    def _insert(self, table: str, rows: list[Row]) -> int:
+    def _insert(self, target: _Target, rows: list[Row]) -> int:
         """Insert as many rows as possible with each statement; return how many were new."""
         inserted = start = 0
         for size in _ROWS_AT_ONCE:
             while len(rows) - start >= size:
                 values = [*chain.from_iterable(rows[start : start + size])]
-                inserted += self._cursor.execute(_insert_into(table, size), values).rowcount
+                inserted += self._cursor.execute(_insert_into(target, size), values).rowcount
                 start += size
         return inserted
 
-    def _insert_runs(self, rows: list[Row]) -> int:
+    def _insert_runs(self, target: _Target, rows: list[Row]) -> int:
         """Insert runs as `_insert` does, each with the next number of the sequence as its id."""
         start = inserted = 0
         for size in _ROWS_AT_ONCE:
             while self._sequence.is_ahead and len(rows) - start >= size:
                 numbers = count(self._sequence.last + 1)
                 values = [*chain.from_iterable((next(numbers), *row) for row in rows[start : start + size])]
-                new = self._cursor.execute(_insert_into("agent_runs", size, numbered=True), values).rowcount
+                new = self._cursor.execute(_insert_into(target, size, numbered=True), values).rowcount
                 if new:
                     self._sequence.created(self._cursor.lastrowid or 0)
                 inserted += new
                 start += size
-        if start < len(rows) and (new := self._insert("agent_runs", rows[start:] if start else rows)):
+        if start < len(rows) and (new := self._insert(target, rows[start:] if start else rows)):
             self._sequence.created(self._cursor.lastrowid or 0)
             inserted += new
         return inserted
 
-    def _complete(self, row: Row) -> Row:
-        """Return a row as it is stored: created now unless it says when, and updated now."""
-        if row[CREATED_AT]:
-            return (*row, self._now)
-        return (*row[:CREATED_AT], self._now, *row[CREATED_AT + 1 :], self._now)
+    def _complete(self, row: Row, width: int) -> Row:
+        """Return a row as it is stored: created now unless it says when, updated now, and with its body's digest."""
+        created_at = row[CREATED_AT] or self._now
+        return (*row[:CREATED_AT], created_at, *row[CREATED_AT + 1 : width], self._now, digest(row))
 
-    def _update(self, command: UpdateRun) -> Updated | None:
+    def _update(self, command: UpdateRun) -> Updated | TooManyLabels | None:
         found = self._cursor.execute(_FIND_RUN, (command.event_id,)).fetchone()
         if found is None:
             return None
         run, run_id, *facts = found
         changes = {**command.changes, "updated_at": self._now}
+        if "labels" in changes:
+            stored = self._cursor.execute("SELECT labels FROM agent_runs WHERE id = ?", (run,)).fetchone()[0]
+            changes["labels"] = merge_labels(stored, str(changes["labels"]))
+            if (many := count_labels(changes["labels"])) > MAX_LABELS:
+                return TooManyLabels(many)
         assignments = ", ".join(f"{name} = ?" for name in changes)
         if "status" in changes:
             assignments += self._take_certificate_back(run, changes)
@@ -390,7 +418,7 @@ class Transaction:
             (number, run, *row[:TIMESTAMP], row[TIMESTAMP] or self._now, *row[TIMESTAMP + 1 :])
             for number, row in zip(self._sequence.event_ids(len(command.rows)), command.rows, strict=True)
         ]
-        inserted = self._insert("run_events", rows)
+        inserted = self._insert(_EVENTS, rows)
         if inserted:  # so an archived run is not deleted with events that came later, and it is not stale
             self._cursor.execute("UPDATE agent_runs SET updated_at = ? WHERE id = ?", (self._now, run))
             self._sequence.changed(run)

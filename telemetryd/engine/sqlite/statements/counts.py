@@ -8,9 +8,17 @@ from typing import Final
 from telemetryd.engine.sqlite.statements import full_text
 from telemetryd.engine.sqlite.statements.answers import always, answers
 from telemetryd.engine.sqlite.statements.columns import MINUTE
-from telemetryd.engine.sqlite.statements.predicates import Values, choose, conditions
+from telemetryd.engine.sqlite.statements.predicates import (
+    CHOSEN,
+    CHOSEN_LABEL,
+    Values,
+    arms_of,
+    choose,
+    choose_label,
+    conditions,
+)
 from telemetryd.engine.sqlite.statements.runs import FOUND, find_agents, named
-from telemetryd.model.filters import Filters
+from telemetryd.model.filters import Filters, label_parameter
 from telemetryd.model.queries import Accuracy, Count, CountMatching, Total
 
 _KEPT: Final = frozenset({"agent_name", "job_type", "status"})
@@ -37,24 +45,32 @@ def count_matching(connection: sqlite3.Connection, query: CountMatching) -> Tota
 
 
 def _count(connection: sqlite3.Connection, filters: Filters, most: int) -> int:
-    return int(connection.execute(*select_count(filters, most)).fetchone()[0])
+    label = None if filters.words is not None else choose_label(connection, filters)
+    return int(connection.execute(*select_count(filters, most, label)).fetchone()[0])
 
 
-def select_count(filters: Filters, most: int = -1) -> tuple[str, Values]:
-    """Return the SQL text and the parameters that count the runs that match, up to a bound if it is not negative."""
+def select_count(filters: Filters, most: int = -1, label: str | None = None) -> tuple[str, Values]:
+    """Return the SQL text and the parameters that count the runs that match.
+
+    They are counted up to a bound if it is not negative; `label` is the one whose runs are walked.
+    """
     columns: tuple[str, ...] = ()
     arms: list[Values] = [{}]
-    if filters.words is None:
+    alone: tuple[str, ...] = ("q",)
+    if label is not None:
+        source, columns, arms = CHOSEN, CHOSEN_LABEL, arms_of(label, filters.labels[label])
+        alone = ("q", label_parameter(label))
+    elif filters.words is None:
         index, columns, arms = choose({} if filters.patterns else filters.equal)
         source = f"agent_runs INDEXED BY {index}"
     else:
         source = FOUND
-    found, values = conditions(filters, (*columns, "q"))
+    found, values = conditions(filters, (*columns, *alone))
     if filters.words is not None:
         values |= conditions(Filters(words=filters.words))[1]
     texts = []
     for number, arm in enumerate(arms):
-        places = {f"{name}_{number}": name for name in columns}
+        places = {f"{name.replace('.', '_')}_{number}": name for name in columns}
         values |= {place: arm[name] for place, name in places.items()}
         where = " AND ".join([*(f"{name} = :{place}" for place, name in places.items()), *found])
         texts.append(f"{source}" + (f" WHERE {where}" if where else ""))

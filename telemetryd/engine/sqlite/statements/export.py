@@ -11,18 +11,21 @@ from typing import Final
 
 from telemetryd.engine.sqlite.connection import connect
 from telemetryd.engine.sqlite.statements import full_text
-from telemetryd.engine.sqlite.statements.json_rows import json_object
-from telemetryd.engine.sqlite.statements.predicates import Values, choose, conditions
+from telemetryd.engine.sqlite.statements.json_rows import json_object, json_value
+from telemetryd.engine.sqlite.statements.predicates import Values, choose, conditions, runs_of_labels
 from telemetryd.model import events, runs
+from telemetryd.model.changes import BEGINNING
 from telemetryd.model.filters import TIME_BOUNDS, WILDCARD
 from telemetryd.model.queries import ExportRuns
 from telemetryd.model.runs import COLUMNS
 from telemetryd.model.tables import join_pieces
-from telemetryd.model.values import Role
+from telemetryd.model.values import MAX_INTEGER, Role
 
 CHUNK_BYTES: Final = 256 * 1024
 """About how much is read of the copy at once, besides a single line of any length."""
 
+_MOST_ROWS: Final = 128
+"""Runs that are rendered in one step of SQLite; each step takes the interpreter's lock twice, which ingest needs."""
 _PAGE_BYTES: Final = 4096
 _EVENT: Final = events.STORED
 _COPIED_EVENT: Final = ("run", "timestamp", "id", *(name for name in _EVENT if name != "timestamp"))
@@ -39,6 +42,11 @@ _COPY_EVENTS: Final = f"""
 """
 _SLICE_END: Final = """
     SELECT max(id) FROM (SELECT id FROM source.agent_runs WHERE id > ? AND id <= ? ORDER BY id LIMIT ?)
+"""
+# A range of the table's own key is read in its order, and so the aggregates see the runs in it.
+_NEXT_RUNS: Final = f"""
+    id > :after AND
+    id <= coalesce((SELECT id FROM runs WHERE id > :after ORDER BY id LIMIT 1 OFFSET :more), {MAX_INTEGER})
 """
 
 
@@ -141,7 +149,11 @@ def _select(query: ExportRuns, ids: str = "") -> tuple[str, Values]:
     is_by_time = any(TIME_BOUNDS[name][0] == "created_at" for name in query.filters.bounds)
     # Slices are short walks by id; and without a filter that an index knows, reading all is soonest by id, too.
     by = f"INDEXED BY {choose(equal)[0]}" if (equal or is_by_time) and not ids else "NOT INDEXED"
-    where = " AND ".join([*found, *([ids] if ids else [])])
+    if ids:
+        found.append(ids)
+    elif not equal:
+        found += runs_of_labels(query.filters)
+    where = " AND ".join(found)
     return f"{_COPY_RUNS} {by}" + (f" WHERE {where}" if where else ""), values
 
 
@@ -161,9 +173,13 @@ def _csv_field(name: str) -> str:
     return f"coalesce({name} || '{end}', '{end}')"
 
 
-_NDJSON: Final = f"SELECT id, {json_object(COLUMNS)} FROM runs ORDER BY id"
 # Not printf(), which would end a text at a NUL, and leave its quote open.
-_CSV: Final = f"SELECT id, {' || '.join(map(_csv_field, COLUMNS))} FROM runs ORDER BY id"
+_CSV_LINE: Final = " || ".join(map(_csv_field, COLUMNS))
+_CSV: Final = f"group_concat({_CSV_LINE}, char(13, 10))"
+_NDJSON: Final = f"group_concat({json_object(COLUMNS)}, char(10))"
+_LIST_MEMBERS: Final = (f"'{name}', json_group_array({json_value(name)})" for name in COLUMNS)
+_LISTS: Final = f"json_object({', '.join(_LIST_MEMBERS)})"
+_LINES: Final = f"SELECT id, {json_object(COLUMNS)} FROM runs ORDER BY id"
 _EVENT_MEMBERS: Final = (f"'{name}', {f'json({name})' if name == 'payload' else name}" for name in _EVENT)
 _EVENTS: Final = f"""
     SELECT run, json_object({", ".join(_EVENT_MEMBERS)})
@@ -173,22 +189,27 @@ _EVENTS: Final = f"""
 CSV_HEADER: Final = (",".join(COLUMNS) + "\r\n").encode()
 
 
-def ndjson_chunks(connection: sqlite3.Connection, *, with_events: bool) -> Iterator[bytes]:
+def ndjson_chunks(connection: sqlite3.Connection, longest: int) -> Iterator[bytes]:
     """Yield the copy's runs in the order of their ids, one JSON object a line, in pieces of about `CHUNK_BYTES`.
 
-    With events each run has all of them under `events`, oldest first; a run with very many is yielded in pieces.
+    No step of SQLite makes more than `longest` bytes of more than one run, here and below.
     """
+    return join_pieces((lines + b"\n" for lines in _rendered(connection, _NDJSON, longest)), CHUNK_BYTES)
+
+
+def ndjson_chunks_with_events(connection: sqlite3.Connection) -> Iterator[bytes]:
+    """Yield the same, each run with all its events under `events`, oldest first.
+
+    A run with very many is yielded in pieces.
+    """
+    return join_pieces(_lines_with_events(connection), CHUNK_BYTES)
+
+
+def _lines_with_events(connection: sqlite3.Connection) -> Iterator[bytes]:
     connection.text_factory = bytes
-    lines = connection.execute(_NDJSON)
-    return join_pieces(
-        _lines_with_events(connection, lines) if with_events else (line + b"\n" for _, line in lines), CHUNK_BYTES
-    )
-
-
-def _lines_with_events(connection: sqlite3.Connection, lines: sqlite3.Cursor) -> Iterator[bytes]:
     happened = connection.execute(_EVENTS)
     event = happened.fetchone()
-    for run, line in lines:
+    for run, line in connection.execute(_LINES):
         yield line[:-1] + b',"events":['
         separator = b""
         while event is not None and event[0] == run:
@@ -198,7 +219,35 @@ def _lines_with_events(connection: sqlite3.Connection, lines: sqlite3.Cursor) ->
         yield b"]}\n"
 
 
-def csv_chunks(connection: sqlite3.Connection) -> Iterator[bytes]:
+def csv_chunks(connection: sqlite3.Connection, longest: int) -> Iterator[bytes]:
     """Yield the copy's runs in the order of their ids as CSV with a header, in whole lines of about `CHUNK_BYTES`."""
+    parts = (lines + b"\r\n" for lines in _rendered(connection, _CSV, longest))
+    return chain([CSV_HEADER], join_pieces(parts, CHUNK_BYTES))
+
+
+def lists(connection: sqlite3.Connection, longest: int) -> Iterator[bytes]:
+    """Yield the copy's runs in the order of their ids, some at a time: a JSON object with a list for each field."""
+    return _rendered(connection, _LISTS, longest)
+
+
+def _rendered(connection: sqlite3.Connection, aggregate: str, longest: int) -> Iterator[bytes]:
+    """Yield what an aggregate makes of the next few runs, until there are none."""
     connection.text_factory = bytes
-    return chain([CSV_HEADER], join_pieces((line + b"\r\n" for _, line in connection.execute(_CSV)), CHUNK_BYTES))
+    any_length = connection.getlimit(sqlite3.SQLITE_LIMIT_LENGTH)
+    statement = f"SELECT max(id), {aggregate} FROM runs WHERE {_NEXT_RUNS}"
+    after, rows = BEGINNING, _MOST_ROWS
+    while True:
+        connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, any_length if rows == 1 else longest)
+        try:
+            last, text = connection.execute(statement, {"after": after, "more": rows - 1}).fetchone()
+        except sqlite3.DataError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_TOOBIG or rows == 1:
+                raise
+            rows //= 4 if rows >= 4 else 2
+            continue
+        if last is None:
+            return
+        yield text
+        after = last
+        if len(text) < longest // 4:
+            rows = min(rows * 2, _MOST_ROWS)

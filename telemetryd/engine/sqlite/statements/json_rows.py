@@ -87,15 +87,13 @@ def sizes(select: tuple[str, Values], fields: tuple[str, ...]) -> tuple[str, Val
 @lru_cache(maxsize=64)  # who asks for fields may ask for any of them, in any order
 def json_object(stored: tuple[str, ...]) -> str:
     """Return the SQL expression that makes a JSON object of some columns of a run."""
-    return f"json_object({', '.join(map(_member, stored))})"
+    members = (f"'{name}', {f'json({name})' if name in columns(Role.JSON) else json_value(name)}" for name in stored)
+    return f"json_object({', '.join(members)})"
 
 
-def _member(name: str) -> str:
-    if name in columns(Role.JSON):
-        return f"'{name}', json({name})"
-    if name in columns(Role.BOOLEAN):
-        return f"'{name}', json(iif({name}, 'true', 'false'))"
-    return f"'{name}', {name}"
+def json_value(name: str) -> str:
+    """Return the SQL expression of a column's value in JSON; JSON itself is a text."""
+    return f"json(iif({name}, 'true', 'false'))" if name in columns(Role.BOOLEAN) else name
 
 
 @lru_cache(maxsize=1024)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import product
@@ -11,7 +12,15 @@ import orjson
 
 from telemetryd.engine.sqlite import searching
 from telemetryd.model.commands import PruneRuns, ReapRuns
-from telemetryd.model.filters import MAX_VALUES, TIME_BOUNDS, WILDCARD, Comparison, Filters, Pattern
+from telemetryd.model.filters import (
+    MAX_VALUES,
+    TIME_BOUNDS,
+    WILDCARD,
+    Comparison,
+    Filters,
+    Pattern,
+    label_parameter,
+)
 from telemetryd.model.queries import CountPrunable, CountStale
 from telemetryd.model.runs import FILTERS
 from telemetryd.model.values import SqlValue, Status
@@ -38,7 +47,8 @@ INDEXES: Final[dict[frozenset[str], tuple[str, bool]]] = {
 INDEXES.update((frozenset({name}), (f"idx_runs_{name}", False)) for name in FILTERS if frozenset({name}) not in INDEXES)
 
 _CHOICE: Final = (
-    "event_id", "run_id", "parent_run_id", "insight_id", "git_commit_hash", "agent_name job_type status",
+    "event_id", "run_id", "retry_of", "trace_id", "parent_run_id", "conversation_id", "insight_id", "git_commit_hash",
+    "agent_name job_type status",
     "agent_name job_type", "agent_name status", "agent_name", "website", "host", "product", "job_type status",
     "job_type", "status", "environment", "",
 )  # fmt: skip
@@ -93,11 +103,67 @@ def conditions(filters: Filters, but: Collection[str] = ()) -> tuple[list[str], 
         found.append(f"({in_summary} OR {in_details})")
         values |= bound
     found += [_metric(number, metric, values) for number, metric in enumerate(filters.metrics)]
+    for number, (key, wanted) in enumerate(filters.labels.items()):
+        if label_parameter(key) not in but:
+            of_label = _bound_label(number, key, wanted)
+            found.append(f"EXISTS (SELECT 1 FROM {labelled(of_label)} AND created = created_at AND run = id)")
+            values |= of_label
     if filters.words is not None and "q" not in but:
         # The plus keeps the walk to its index, whose order it would give up for the rows by their ids.
         found.append("+id IN (SELECT rowid FROM runs_text WHERE runs_text MATCH :q)")
         values["q"] = match_expression(filters.words)
     return found, values
+
+
+def _bound_label(number: int, key: str, wanted: tuple[str, ...]) -> Values:
+    """Return what is bound for a label: its key first, then its values."""
+    return {f"label_{number}": key, **{f"label_{number}_{place}": value for place, value in enumerate(wanted)}}
+
+
+def labelled(bound: Values) -> str:
+    """Return the rows of the index of labels that have a key and one of some values, as `_bound_label` names them."""
+    key, *places = bound
+    return f"run_labels WHERE key = :{key} AND value IN ({', '.join(f':{place}' for place in places)})"
+
+
+CHOSEN: Final = "run_labels AS chosen CROSS JOIN agent_runs NOT INDEXED ON id = chosen.run"
+"""The runs of a label, which have its key and its value in the columns of `CHOSEN_LABEL`."""
+CHOSEN_LABEL: Final = ("chosen.key", "chosen.value")
+
+
+def choose_label(connection: sqlite3.Connection, filters: Filters, most: int = MAX_ARMS) -> str | None:
+    """Return the key of the label whose runs are to be walked: that with fewest; None if another index is better.
+
+    Another one is that of event_id, which finds one run; or any, if even that label has many runs.
+    """
+    if "event_id" in filters.equal:
+        return None
+    counted = {
+        key: connection.execute(
+            f"SELECT count(*) FROM (SELECT 1 FROM {labelled(bound)} LIMIT {MANY})", bound
+        ).fetchone()[0]
+        for number, (key, wanted) in enumerate(filters.labels.items())
+        if len(wanted) <= most and (bound := _bound_label(number, key, wanted))
+    }
+    if not counted:
+        return None
+    rarest = min(counted, key=counted.__getitem__)
+    return None if counted[rarest] == MANY and (filters.equal or filters.patterns) else rarest
+
+
+def runs_of_labels(filters: Filters) -> list[str]:
+    """Return the condition by which SQLite finds the runs of labels in any order; `conditions` binds what it names."""
+    bound = [_bound_label(number, key, wanted) for number, (key, wanted) in enumerate(filters.labels.items())]
+    return [f"id IN (SELECT run FROM {labelled(each)})" for each in bound[:1]]
+
+
+def arms_of(key: str, wanted: tuple[str, ...]) -> list[Values]:
+    """Return the values of `CHOSEN_LABEL` for each walk through the runs of a label."""
+    return [dict(zip(CHOSEN_LABEL, (key, value), strict=True)) for value in wanted]
+
+
+MANY: Final = 10_000
+"""Runs that are better sorted, or looked up, than found on a walk through all of them."""
 
 
 def _any_of(name: str, equal: tuple[str, ...], patterns: tuple[Pattern, ...], found: list[str], values: Values) -> None:

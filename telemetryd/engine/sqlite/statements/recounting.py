@@ -52,15 +52,12 @@ _NEXT: Final = """
         UNION ALL SELECT min(day) || 'T00' FROM run_days WHERE day >= :end
     )
 """
-_NEXT_CELL: Final = """
-    SELECT min(start) FROM (
-        SELECT min(start) AS start FROM run_stats WHERE hours = 1 AND names = 1 AND start > :hour AND start <= :last
-        UNION ALL SELECT min(start) FROM run_stats WHERE hours = 1 AND names = 2 AND start > :hour AND start <= :last
-        UNION ALL SELECT min(start) FROM run_stats WHERE hours = 1 AND names = 3 AND start > :hour AND start <= :last
-        UNION ALL SELECT min(start) FROM run_stats WHERE hours = 24 AND names = 1 AND start > :hour AND start <= :last
-        UNION ALL SELECT min(start) FROM run_stats WHERE hours = 24 AND names = 2 AND start > :hour AND start <= :last
-        UNION ALL SELECT min(start) FROM run_stats WHERE hours = 24 AND names = 3 AND start > :hour AND start <= :last
-    )
+_NEXT_CELL: Final = f"""
+    SELECT min((
+        SELECT min(start) FROM run_stats
+        WHERE hours = span.value AND names = level.value AND start > :hour AND start <= :last
+    ))
+    FROM json_each('{[*rollups.SPANS]}') AS span CROSS JOIN json_each('{[*rollups.LEVELS]}') AS level
 """
 _NEXT_AGENT: Final = """
     SELECT min(agent_name) FROM (

@@ -12,6 +12,7 @@ from telemetryd.engine.sqlite.statements import full_text, thinning
 from telemetryd.engine.sqlite.statements.sequence import KEEP_EVENT_NUMBERS
 from telemetryd.engine.sqlite.statements.sequence import Sequence as CommitSequence
 from telemetryd.model.commands import DeleteRun, RedactRun, Removed
+from telemetryd.model.runs import DIGEST
 from telemetryd.model.stats import FACTS, Facts
 
 _FIND: Final = f"SELECT id, {', '.join(FACTS)}, event_id FROM agent_runs WHERE event_id = ?"
@@ -69,7 +70,9 @@ def _clear(cursor: sqlite3.Cursor, sequence: CommitSequence, command: Removal, f
     if found is None or (isinstance(command, DeleteRun) and not fields):
         return False
     run = found[0]
-    assignments = "".join(f", {name} = NULL" for name in fields)
+    # From the digest of a body somebody who knows the rest of it could find a short secret.
+    names = (*fields, DIGEST) if fields else ()
+    assignments = "".join(f", {name} = NULL" for name in names)
     is_due = " OR ".join(["NOT ?", *(f"{name} IS NOT NULL" for name in fields)])
     cursor.execute(
         f"UPDATE agent_runs SET updated_at = ?{assignments} WHERE id = ? AND ({is_due})", (now, run, command.again)

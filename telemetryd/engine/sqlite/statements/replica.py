@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 from typing import Final
 
+from telemetryd.engine.sqlite.statements import labels
 from telemetryd.engine.sqlite.statements.answers import answers
 from telemetryd.engine.sqlite.statements.columns import NEWEST
 from telemetryd.engine.sqlite.statements.sequence import KEEP_EVENT_NUMBERS, forget_deletions
@@ -20,6 +21,7 @@ _DELETE_EVENTS: Final = "DELETE FROM run_events WHERE run = ?"
 _INSERT: Final = f"""
     INSERT INTO agent_runs (id, {", ".join(STORED)}, updated_at) VALUES ({", ".join("?" * (len(STORED) + 2))})
 """
+_LABELS: Final = STORED.index("labels")
 _INSERT_EVENT: Final = f"""
     INSERT OR REPLACE INTO run_events (run, {", ".join(events.COLUMNS)}) VALUES (?{", ?" * len(events.COLUMNS)})
 """
@@ -64,6 +66,8 @@ def apply_changes(cursor: sqlite3.Cursor, command: ApplyChanges) -> list[Facts]:
             replaced.append(found[1:])
         if isinstance(what, CopiedRun):
             cursor.execute(_INSERT, (what.id, *what.row, what.updated_at))
+            if what.row[_LABELS] is not None:
+                labels.index_one(cursor, what.id)
             if str(what.row[CREATED_AT]) > what.updated_at:
                 cursor.execute(_ARRIVED, (what.id,))
             if seq != what.id:

@@ -8,9 +8,9 @@ many runs, and the many are few steps of SQLite.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from itertools import chain, groupby
+from itertools import chain, groupby, product
 from operator import add
 from typing import Any, Final
 
@@ -20,20 +20,30 @@ from telemetryd.engine.sqlite.statements.answers import answers
 from telemetryd.engine.sqlite.statements.predicates import conditions
 from telemetryd.model import sketches, stats
 from telemetryd.model.sketches import bin_of, pack, unpack
-from telemetryd.model.stats import DAY, FACTS, ITEMS, Cell, Facts, GetStats, Named, hour_number
+from telemetryd.model.stats import DAY, EVERY, FACTS, IMPLIED, NAMES, SUMS, Cell, Facts, GetStats, Named, hour_number
 from telemetryd.model.values import MAX_INTEGER, Status
 
 FOLD_AT: Final = 10_000
 """How many changes may wait in the log: a query reads them in some 15 ms, and adding them up takes about as long."""
 
+_LOGGED: Final = len(FACTS) - len(NAMES)
 _HOUR: Final = len("2025-12-24T10")
 _DATE: Final = len("2025-12-24")
-_SPANS: Final = (1, DAY)
+_Place = tuple[int, str, str, str]
+"""Where a row stands among those of its span and level: its first hour since 1970, agent, job type and status."""
+SPANS: Final = (1, 6, DAY)
+"""How many hours a row stands for."""
+_AGENT: Final = 1
+_JOB: Final = 2
+LEVELS: Final = range(_AGENT + _JOB + 1)
+"""Which names a row keeps apart, each a bit."""
 
 Summary = dict[tuple[str, str, str, str], tuple[list[int], dict[int, int]]]
 """The sums of a cell, and the durations in each bin, by hour (2025-12-24T10), agent, job type and status."""
 CellKey = tuple[int, int, int, str, str, str]
 """The key of a row of `run_stats`."""
+_Rows = dict[_Place, Cell]
+"""The rows of one span and one level."""
 
 _APPEND: Final = """
     INSERT INTO run_stats_log (total, changes)
@@ -41,13 +51,12 @@ _APPEND: Final = """
 """
 _LOG: Final = "'[' || group_concat(changes) || ']' FROM run_stats_log"
 _KEY: Final = ("hours", "names", "start", "agent_name", "job_type", "status")
-_SUMS: Final = ("runs", *ITEMS, "duration_ms")
-_CELL: Final = (*_SUMS, "bins")
+_CELL: Final = (*SUMS, "bins")
 _SAME_KEY: Final = " AND ".join(f"s.{name} = json_extract(k.value, '$[{n}]')" for n, name in enumerate(_KEY))
 
 # In one step of SQLite, because Python gives the interpreter's lock away for each (see `transaction.Transaction`).
 _READ: Final = f"""
-    SELECT json_group_array(json_array(k.key, {", ".join(f"s.{name}" for name in _SUMS)}, hex(s.bins)))
+    SELECT json_group_array(json_array(k.key, {", ".join(f"s.{name}" for name in SUMS)}, hex(s.bins)))
     FROM json_each(?) AS k CROSS JOIN run_stats AS s ON {_SAME_KEY}
 """
 _DROP: Final = f"""
@@ -62,18 +71,9 @@ _PARAMETERS: Final = f"({', '.join('?' * len(_COLUMNS))})"
 _SELECT_FACTS: Final = f"""
     SELECT {", ".join(FACTS)} FROM agent_runs INDEXED BY idx_runs_created_desc ORDER BY created_at
 """
-_SELECT_DAY: Final = f"""
-    SELECT {", ".join(_COLUMNS)} FROM run_stats
-    WHERE hours = ? AND names = ? AND start BETWEEN ? AND ? + 23
+_SELECT_ROWS: Final = f"""
+    SELECT {", ".join(_COLUMNS)} FROM run_stats WHERE hours = ? AND names = ? AND start >= ? AND start < ?
 """
-_SELECT_AT: Final = f"SELECT {', '.join(_COLUMNS)} FROM run_stats WHERE hours = ? AND names = ? AND start = ?"
-_SELECT_STRAYS: Final = f"""
-    SELECT day + {{most}}, {", ".join(f"s.{name}" for name in _COLUMNS[2:])}
-    FROM (SELECT start AS day, agent_name AS agent, job_type AS job, status AS state FROM run_stats WHERE {{chosen}})
-    CROSS JOIN json_each('{{strays}}') AS stray CROSS JOIN run_stats AS s ON s.hours = 1 AND s.names = {{names}}
-    AND s.start = day + stray.value AND s.agent_name = agent AND s.job_type = job AND s.status = state
-"""
-"""Those hours of days that belong to the day before or after, by a clock that is ahead of UTC or behind it."""
 _SELECT_DAYS: Final = "SELECT DISTINCT start - ((start % 24) + 24) % 24 FROM run_stats"
 
 
@@ -84,7 +84,7 @@ def summarize(summary: Summary, runs: Iterable[Facts], sign: int = 1) -> None:
         key = created_at[:_HOUR], agent_name, job_type, status
         cell = summary.get(key)
         if cell is None:
-            cell = summary[key] = [0] * len(_SUMS), {}
+            cell = summary[key] = [0] * _LOGGED, {}
         sums, bins = cell
         sums[0] += sign
         if discovered:
@@ -119,7 +119,7 @@ def fold(cursor: sqlite3.Cursor) -> None:
     """Add the log to the statistics."""
     logged = cursor.execute(f"SELECT {_LOG}").fetchone()[0]
     cursor.execute("DELETE FROM run_stats_log")
-    cells = _spread(_read_log(logged))
+    cells = _spread(_split(_read_log(logged)))
     keys = [*cells]
     found = cursor.execute(_READ, (orjson.dumps(keys).decode(),)).fetchone()[0]
     for number, *sums, bins in orjson.loads(found):
@@ -136,8 +136,13 @@ def fold(cursor: sqlite3.Cursor) -> None:
 def _read_log(text: str | None) -> Iterator[Named]:
     """Yield what the log holds: one cell for each hour, agent, job type and status."""
     summary: Summary = {}
-    for *key, sums, bins in orjson.loads(text or "[]"):
-        kept_sums, kept_bins = summary.setdefault(tuple(key), ([0] * len(_SUMS), {}))
+    for hour, agent_name, job_type, status, sums, bins in orjson.loads(text or "[]"):
+        key = hour, agent_name, job_type, status
+        kept = summary.get(key)
+        if kept is None:
+            summary[key] = [*map(int, sums)], dict(bins)
+            continue
+        kept_sums, kept_bins = kept
         kept_sums[:] = map(add, kept_sums, map(int, sums))
         for number, count in bins:
             kept_bins[number] = kept_bins.get(number, 0) + count
@@ -146,33 +151,55 @@ def _read_log(text: str | None) -> Iterator[Named]:
 
 def _cells_of(summary: Summary) -> Iterator[Named]:
     for (hour, agent_name, job_type, status), (sums, bins) in summary.items():
-        yield hour_number(hour), agent_name, job_type, status, [*sums, sketches.of(bins)]
+        runs, *others = sums
+        finished = runs if status != Status.RUNNING else 0
+        successes = runs if status == Status.SUCCESS else 0
+        cell = [runs, finished, successes, *others, sketches.of(bins)]
+        yield hour_number(hour), agent_name, job_type, status, cell
 
 
-def _spread(cells: Iterable[Named]) -> dict[CellKey, Cell]:
-    """Add cells up to each of the rows that count them."""
-    finest: dict[CellKey, Cell] = {(1, 3, hour, *names): cell for hour, *names, cell in cells}  # type: ignore[misc]
-    days = _add_up(((DAY, 3, hour // DAY * DAY, *names), cell) for (_, _, hour, *names), cell in finest.items())
-    spread = {**finest, **days}
-    for rows in (finest, days):
-        by_agent = _add_up(((hours, 2, n, agent, "", last), c) for (hours, _, n, agent, _, last), c in rows.items())
-        by_status = _add_up(((hours, 1, n, "", "", last), c) for (hours, _, n, *_, last), c in by_agent.items())
-        spread |= by_agent | by_status
+def _split(cells: Iterable[Named]) -> _Rows:
+    """Return the rows of hours, agents and job types that count these cells."""
+    named = {(hour, agent, job, status): cell for hour, agent, job, status, cell in cells}
+    rows = _add_up(named, lambda hour, agent, job, _: (hour, agent, job, EVERY))
+    return rows | {place: cell for place, cell in named.items() if place[-1] != IMPLIED}
+
+
+def _spread(finest: _Rows, spans: Sequence[int] = SPANS) -> dict[CellKey, Cell]:
+    """Add rows of hours, agents and job types up to each of the rows of these spans."""
+    by_agent = _add_up(finest, lambda start, agent, _, status: (start, agent, "", status))
+    by_job = _add_up(finest, lambda start, _, job, status: (start, "", job, status))
+    by_none = _add_up(by_agent, lambda start, _, __, status: (start, "", "", status))
+    spread: dict[CellKey, Cell] = {}
+    for level, hourly in ((0, by_none), (_AGENT, by_agent), (_JOB, by_job), (_AGENT | _JOB, finest)):
+        rows = hourly
+        for hours in SPANS:
+            if hours > 1:
+                rows = _add_up(rows, lambda start, *names, span=hours: (start // span * span, *names))
+            if hours in spans:
+                is_whole = hours in _spans(level, by_status=True)
+                kept = rows if is_whole else {place: cell for place, cell in rows.items() if place[-1] == EVERY}
+                spread.update(((hours, level, *place), cell) for place, cell in kept.items())
     return spread
 
 
-def _add_up(cells: Iterable[tuple[Any, Cell]]) -> dict[CellKey, Cell]:
-    added: dict[CellKey, Cell] = {}
-    for key, cell in cells:
-        kept = added.get(key)
-        added[key] = cell if kept is None else [*map(add, kept, cell)]
+def _spans(level: int, *, by_status: bool) -> tuple[int, ...]:
+    """Return for which spans there are rows; those of all names are many, so that six hours of them cost too much."""
+    return (1, DAY) if by_status and level == _AGENT | _JOB else SPANS
+
+
+def _add_up(rows: _Rows, place_of: Callable[[int, str, str, str], _Place]) -> _Rows:
+    added: _Rows = {}
+    for finer, cell in rows.items():
+        place = place_of(*finer)
+        kept = added.get(place)
+        added[place] = cell if kept is None else [*map(add, kept, cell)]
     return added
 
 
 def _write(cursor: sqlite3.Cursor, cells: dict[CellKey, Cell]) -> None:
-    rows = [(*key, *_storable(cell[:-1]), pack(cell[-1])) for key, cell in cells.items()]
     # In the order of the table, of which neighbouring rows share pages. Two sizes of a statement are enough.
-    rows.sort(key=lambda row: row[: len(_KEY)])
+    rows = sorted((*key, *_storable(cell[:-1]), pack(cell[-1])) for key, cell in cells.items())
     for start in range(0, len(rows), _ROWS_AT_ONCE):
         part = rows[start : start + _ROWS_AT_ONCE]
         parameters = ", ".join([_PARAMETERS] * len(part))
@@ -196,7 +223,7 @@ def rebuild(connection: sqlite3.Connection) -> None:
     cursor.execute("DELETE FROM run_stats")
     cursor.execute("DELETE FROM run_stats_log")
     for _, summary in _days(connection):
-        _write(cursor, _spread(_cells_of(summary)))
+        _write(cursor, _spread(_split(_cells_of(summary))))
 
 
 def count_wrong(connection: sqlite3.Connection) -> int:
@@ -208,18 +235,24 @@ def count_wrong(connection: sqlite3.Connection) -> int:
     wrong = 0
     for day, summary in _days(connection):
         unseen.discard(day)
-        wrong += _differences(_spread(_cells_of(summary)), _kept(connection, day, logged.get(day, [])))
+        wrong += _differences(_spread(_split(_cells_of(summary))), _kept(connection, day, logged.get(day, [])))
     return wrong + sum(_differences({}, _kept(connection, day, logged.get(day, []))) for day in unseen)
 
 
 def _kept(connection: sqlite3.Connection, day: int, logged: list[Named]) -> dict[CellKey, Cell]:
-    kept = _spread(logged)
-    for hours in _SPANS:
-        for names in (1, 2, 3):
-            for row in connection.execute(_SELECT_DAY, (hours, names, day, day)):
-                key, cell = row[: len(_KEY)], _cell(row[len(_KEY) :])
-                kept[key] = [*map(add, kept[key], cell)] if key in kept else cell
+    kept = _spread(_split(logged))
+    for key, cell in _stored(connection.cursor(), day, DAY):
+        kept[key] = [*map(add, kept[key], cell)] if key in kept else cell
     return kept
+
+
+def _stored(
+    cursor: sqlite3.Cursor, start: int, hours: int, spans: Sequence[int] = SPANS, levels: Sequence[int] = LEVELS
+) -> Iterator[tuple[CellKey, Cell]]:
+    """Yield the rows that begin in so many hours from a start on."""
+    for span, level in product(spans, levels):
+        for row in cursor.execute(_SELECT_ROWS, (span, level, start, start + hours)):
+            yield row[: len(_KEY)], _cell(row[len(_KEY) :])
 
 
 def _cell(columns: tuple[Any, ...]) -> Cell:
@@ -236,24 +269,15 @@ def correct_hour(cursor: sqlite3.Cursor, hour: str, summary: Summary) -> int:
     """Make what is kept of one hour (2025-12-24T10) what its runs add up to; return how many rows were wrong."""
     fold(cursor)
     cells = (named for named in _cells_of(summary) if named[-1][0] > 0)
-    expected = {key: cell for key, cell in _spread(cells).items() if key[0] == 1}
-    return _correct(cursor, expected, _kept_at(cursor, 1, hour_number(hour)))
+    return _correct(cursor, _spread(_split(cells), (1,)), dict(_stored(cursor, hour_number(hour), 1, (1,))))
 
 
 def correct_day(cursor: sqlite3.Cursor, day: int) -> int:
     """Make what is kept of one day (its first hour since 1970) what its hours add up to; return what was wrong."""
     fold(cursor)
-    hours = [
-        ((DAY, key[1], day, *key[3:]), cell)
-        for hour in range(day, day + DAY)
-        for key, cell in _kept_at(cursor, 1, hour).items()
-    ]
-    return _correct(cursor, _add_up(hours), _kept_at(cursor, DAY, day))
-
-
-def _kept_at(cursor: sqlite3.Cursor, hours: int, start: int) -> dict[CellKey, Cell]:
-    rows = (row for names in (1, 2, 3) for row in cursor.execute(_SELECT_AT, (hours, names, start)))
-    return {row[: len(_KEY)]: _cell(row[len(_KEY) :]) for row in rows}
+    hours = {key[2:]: cell for key, cell in _stored(cursor, day, DAY, (1,), (_AGENT | _JOB,))}
+    longer = SPANS[1:]
+    return _correct(cursor, _spread(hours, longer), dict(_stored(cursor, day, DAY, longer)))
 
 
 def _correct(cursor: sqlite3.Cursor, expected: dict[CellKey, Cell], kept: dict[CellKey, Cell]) -> int:
@@ -279,38 +303,42 @@ def fetch_stats(connection: sqlite3.Connection, query: GetStats) -> list[stats.S
 
 
 def _fetch_cells(connection: sqlite3.Connection, query: GetStats) -> Generator[Named, None, None]:
-    """Yield the cells of the fewest rows that are enough; the log's come with them, from the same snapshot.
-
-    A day of a clock that is ahead of UTC is made of the day of UTC in which most of it lies: the few hours in which
-    they differ are taken away from that day, and counted where they belong.
-    """
-    names = 3 if "job_type" in query.names else 2 if "agent_name" in query.names else 1
-    spans = [(1, query.start, query.end)]
-    first, last = -(-query.start // DAY) * DAY, query.end // DAY * DAY
-    if query.by_days and first < last:
-        spans = [(1, query.start, first), (DAY, first, last), (1, last, query.end)]
-    found, values = conditions(query.filters)
-    most, strays = (0, range(DAY - query.ahead, DAY)) if query.ahead > 0 else (DAY - 1, range(-query.ahead))
+    """Yield the cells of the fewest rows that are enough; the log's come with them, from the same snapshot."""
+    level = (_AGENT if "agent_name" in query.names else 0) | (_JOB if "job_type" in query.names else 0)
+    weights = query.weights
+    found, values = conditions(query.filters, but=("status",))
+    statuses = ", ".join(f"'{status}'" for status in weights)
+    found.append(f"status IN ({statuses})")
+    spans = _spans(level, by_status=[*weights] != [EVERY])
     arms = []
-    for hours, start, end in spans:
-        if start < end:
-            chosen = " AND ".join(
-                [f"hours = {hours} AND names = {names} AND start >= {start} AND start < {end}", *found]
-            )
-            place = f"start + {most}" if hours == DAY else "start"
-            arms.append(f"SELECT NULL, {place}, {', '.join(_COLUMNS[3:])} FROM run_stats WHERE {chosen}")
-            if hours == DAY and strays:
-                arms.append(_SELECT_STRAYS.format(most=most, names=names, chosen=chosen, strays=[*strays]))
-    nothing = ", NULL" * (len(_COLUMNS[2:]) - 1)
-    for counted_at, start, agent_name, job_type, status, *columns in connection.execute(
-        f"{' UNION ALL '.join(arms)} UNION ALL SELECT NULL{nothing}, {_LOG}", values
-    ):
-        if start is not None:
-            cell = _cell(tuple(columns))
-            yield start, agent_name, job_type, status, cell
-            if counted_at is not None:
-                yield counted_at, agent_name, job_type, status, [-value for value in cell]
+    for hours, longer in zip(spans, (*spans[1:], None), strict=True):
+        chosen = [f"hours = {hours} AND names = {level} AND start IN ({_starts(query, hours, longer)})", *found]
+        arms.append(f"SELECT {', '.join(_COLUMNS[2:])} FROM run_stats WHERE {' AND '.join(chosen)}")
+    log = f"SELECT NULL{', NULL' * (len(_COLUMNS[2:]) - 2)}, {_LOG}"
+    is_meant = query.filters.lets_through("agent_name", "job_type")
+    for row in connection.execute(" UNION ALL ".join([*arms, log]), values):
+        if row[0] is not None:
+            yield *row[:4], _cell(row[4:])
             continue
-        for named in _read_log(columns[-1]):
-            if query.start <= named[0] < query.end:
-                yield named
+        for start, agent_name, job_type, status, cell in _read_log(row[-1]):
+            if query.start <= start < query.end and is_meant(agent_name, job_type):
+                for counted_as in (EVERY, status):
+                    if counted_as in weights and counted_as != IMPLIED:
+                        yield start, agent_name, job_type, counted_as, cell
+
+
+def _starts(query: GetStats, hours: int, longer: int | None) -> str:
+    """Return the SELECT of where rows of so many hours begin that fit, while the longer ones around them do not."""
+    chosen = [f"hours = {hours} AND names = 0", _fits(query, "start", hours)]
+    if longer is not None:
+        chosen.append(f"NOT ({_fits(query, f'(start - (start % {longer} + {longer}) % {longer})', longer)})")
+    return f"SELECT start FROM run_stats WHERE {' AND '.join(chosen)}"
+
+
+def _fits(query: GetStats, start: str, hours: int) -> str:
+    """Return the condition that a row lies within the time that is asked for, and within one bucket."""
+    within = f"{start} >= {query.start} AND {start} <= {query.end - hours}"
+    if query.hours is None:
+        return within
+    place = f"(({start} + {query.ahead}) % {query.hours} + {query.hours}) % {query.hours}"
+    return f"{within} AND {place} <= {query.hours - hours}"

@@ -15,10 +15,15 @@ from telemetryd.engine.sqlite.statements import full_text, json_rows
 from telemetryd.engine.sqlite.statements.answers import always, answers
 from telemetryd.engine.sqlite.statements.columns import MINUTE, PROCESS
 from telemetryd.engine.sqlite.statements.predicates import (
+    CHOSEN,
+    CHOSEN_LABEL,
     INDEXES,
+    MANY,
     MAX_ARMS,
     Values,
+    arms_of,
     choose,
+    choose_label,
     conditions,
     glob,
     match_expression,
@@ -30,7 +35,7 @@ from telemetryd.errors import InvalidRequestError
 from telemetryd.model import events
 from telemetryd.model.event_queries import ListEvents
 from telemetryd.model.events import EventPage
-from telemetryd.model.filters import TIME_BOUNDS, WILDCARD, Filters
+from telemetryd.model.filters import TIME_BOUNDS, WILDCARD, Filters, label_parameter
 from telemetryd.model.processes import Process
 from telemetryd.model.queries import (
     DEFAULT_LIMIT,
@@ -40,16 +45,17 @@ from telemetryd.model.queries import (
     CountRuns,
     Counts,
     CountStale,
-    GetRows,
+    GetOthers,
     GetRun,
     ListProcesses,
     ListRuns,
     Order,
+    Other,
     Page,
     Position,
     Prunable,
 )
-from telemetryd.model.runs import COLUMNS
+from telemetryd.model.runs import COLUMNS, DIGEST
 from telemetryd.model.values import Row, SqlValue
 
 _EVENTS: Final = f"SELECT {', '.join(events.COLUMNS)} FROM run_events INDEXED BY idx_events_time WHERE run = :run"
@@ -81,27 +87,38 @@ Span = tuple[SqlValue, SqlValue]
 
 
 def select_page(
-    query: ListRuns, created: Span | None = None, agents: tuple[str, ...] | None = None, *, is_rare: bool = False
+    query: ListRuns,
+    created: Span | None = None,
+    agents: tuple[str, ...] | None = None,
+    *,
+    is_rare: bool = False,
+    label: str | None = None,
 ) -> tuple[str, Values]:
     """Return the SQL text and the parameters that fetch a page, and one row more to see if others follow.
 
     `created` is a span of created_at outside of which nothing can match, `agents` the names that the patterns stand
-    for, and `is_rare` says that few runs have the words that are searched for.
+    for, `is_rare` says that few runs have the words that are searched for, and `label` is the one whose runs are
+    walked.
     """
     filters = query.filters if agents is None else named(query.filters, agents)
-    source, columns, arms = _source(query, filters, is_rare=is_rare)
+    if label is None:
+        source, columns, arms = _source(query, filters, is_rare=is_rare)
+        moment, number, select = query.order.column, "id", _select(query.columns)
+    else:
+        source, columns, arms = CHOSEN, CHOSEN_LABEL, arms_of(label, filters.labels[label])
+        moment, number, select = "chosen.created", "chosen.run", _select_chosen(query.columns)
     bounds = {name for name, (column, _) in TIME_BOUNDS.items() if column == query.order.column}
-    found, values = conditions(filters, {*columns, *bounds, *(["q"] if is_rare else [])})
+    alone = [*columns, *(["q"] if is_rare else []), *([] if label is None else [label_parameter(label)])]
+    found, values = conditions(filters, {*alone, *bounds})
     # Where many conditions leave hardly a row, as SQLite guesses, it would rather sort than walk an index backwards.
     found = [f"likelihood({condition}, 1.0)" for condition in found]
     values |= {"rows": query.limit + 1, "offset": query.offset}
     if is_rare:
         values["q"] = match_expression(filters.words or "")
-    walks = _walks(query, created, values)
-    select = _select(query.columns)
+    walks = _walks(query, created, values, moment, number)
     texts = []
-    for number, arm in enumerate(arms):
-        places = {f"{name}_{number}": name for name in columns}
+    for place_of_arm, arm in enumerate(arms):
+        places = {f"{name.replace('.', '_')}_{place_of_arm}": name for name in columns}
         values |= {place: arm[name] for place, name in places.items()}
         equal = [f"{name} = :{place}" for place, name in places.items()]
         for walk in walks:
@@ -134,6 +151,15 @@ def _select(columns: tuple[str, ...]) -> str:
     return f"SELECT {', '.join(columns)}"
 
 
+_OF_CHOSEN: Final = {"created_at": "chosen.created AS created_at", "id": "chosen.run AS id"}
+
+
+@lru_cache(maxsize=64)
+def _select_chosen(columns: tuple[str, ...]) -> str:
+    """Return the same of a walk through the runs of a label, in whose order the columns of its index are."""
+    return f"SELECT {', '.join(_OF_CHOSEN.get(name, name) for name in columns)}"
+
+
 Bound = tuple[str, SqlValue]
 """A comparison, and what is compared with."""
 
@@ -156,13 +182,14 @@ def _ends(query: ListRuns, created: Span | None) -> tuple[Bound | None, Bound | 
     return lower, upper
 
 
-def _walks(query: ListRuns, created: Span | None, values: Values) -> list[str]:
+def _walks(query: ListRuns, created: Span | None, values: Values, column: str, number: str) -> list[str]:
     """Return the conditions on the order's column for each walk of an index: one bound at each end, it uses only one.
 
     A walk that continues after a cursor has two parts: the rest of the runs of the same moment, and all runs beyond
-    it. A comparison of pairs would only use the moment, and read all of its runs again.
+    it. A comparison of pairs would only use the moment, and read all of its runs again. `column` and `number` are what
+    the index calls the order's column and the id.
     """
-    column, after = query.order.column, query.after
+    after = query.after
     lower, upper = _ends(query, created)
     near, far, beyond = (upper, lower, "<") if query.order.descending else (lower, upper, ">")
     end = ""
@@ -172,7 +199,7 @@ def _walks(query: ListRuns, created: Span | None, values: Values) -> list[str]:
         values |= {"moment": after.moment, "after_id": after.id}
         # The plus keeps the index to the one moment, in which its rows are in the order of their ids.
         parts = [
-            [f"{column} = :moment", f"id {beyond} :after_id", end and f"+{end}"],
+            [f"{column} = :moment", f"{number} {beyond} :after_id", end and f"+{end}"],
             [f"{column} {beyond} :moment", end],
         ]
     elif near is not None:
@@ -226,8 +253,6 @@ PAGE_BYTES: Final = 32 * 1024 * 1024
 """About how much one page may hold, which is in memory several times over while it is answered."""
 
 
-_SOME: Final = 10_000
-"""Runs that are better sorted than found again on a walk through all of them."""
 _COUNT_SOME: Final = "SELECT count(*) FROM (SELECT 1 FROM runs_text WHERE runs_text MATCH ? LIMIT ?)"
 
 
@@ -235,8 +260,15 @@ def _is_rare(connection: sqlite3.Connection, filters: Filters) -> bool:
     """Return whether few runs have the words that are searched for."""
     if filters.words is None:
         return False
-    found = connection.execute(_COUNT_SOME, (match_expression(filters.words), _SOME)).fetchone()[0]
-    return bool(found < _SOME)
+    found = connection.execute(_COUNT_SOME, (match_expression(filters.words), MANY)).fetchone()[0]
+    return bool(found < MANY)
+
+
+def _label(connection: sqlite3.Connection, query: ListRuns, *, is_rare: bool) -> str | None:
+    """Return the label whose runs are walked, if the answer is in the order of their index."""
+    if is_rare or query.order.column != "created_at":
+        return None
+    return choose_label(connection, query.filters, MAX_ARMS if query.filters.words is None else 1)
 
 
 _FAR: Final = 10_000
@@ -244,7 +276,7 @@ _FAR: Final = 10_000
 
 
 def _walks_far(query: ListRuns) -> bool:
-    walked = INDEXES.keys() if query.order == Order() else (frozenset(),)
+    walked = INDEXES.keys() if query.order == Order() and not query.filters.labels else (frozenset(),)
     return query.filters.is_search or frozenset(query.filters.equal) not in walked or query.offset > _FAR
 
 
@@ -262,7 +294,8 @@ def fetch_page(connection: sqlite3.Connection, query: ListRuns) -> Page:
     if agents == ():
         return Page([], None)
     is_rare = _is_rare(connection, query.filters)
-    select = select_page(query, _created_span(connection, query), agents, is_rare=is_rare)
+    label = _label(connection, query, is_rare=is_rare)
+    select = select_page(query, _created_span(connection, query), agents, is_rare=is_rare, label=label)
     render = partial(json_rows.render, connection, select, query.answered, query.order.column)
     try:
         runs, places = render(PAGE_BYTES)
@@ -302,11 +335,19 @@ def _created_span(connection: sqlite3.Connection, query: ListRuns) -> Span | Non
     return span
 
 
-@answers(GetRows)
-def fetch_rows(connection: sqlite3.Connection, query: GetRows) -> list[Row]:
-    """Fetch runs by their event_ids."""
-    found = (connection.execute(_SELECT_RUN, (event_id,)).fetchone() for event_id in query.event_ids)
-    return [row for row in found if row is not None]
+_SELECT_OTHERS: Final = f"""
+    SELECT {", ".join(COLUMNS)}, {DIGEST}
+    FROM (SELECT json_extract(value, '$[0]') AS asked, json_extract(value, '$[1]') AS its_digest FROM json_each(?))
+        CROSS JOIN agent_runs INDEXED BY idx_runs_event_id ON event_id = asked
+    WHERE {DIGEST} IS NOT its_digest
+"""
+
+
+@answers(GetOthers)
+def fetch_others(connection: sqlite3.Connection, query: GetOthers) -> list[Other]:
+    """Fetch the runs whose first body has not the digest that is asked for."""
+    rows = connection.execute(_SELECT_OTHERS, (orjson.dumps(query.digests).decode(),))
+    return [Other(tuple(row), digest) for *row, digest in rows]
 
 
 @answers(GetRun)

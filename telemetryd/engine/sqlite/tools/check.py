@@ -14,7 +14,7 @@ from typing import Final
 
 from telemetryd.engine.sqlite.connection import connect, connect_to_read, is_damage, quoted
 from telemetryd.engine.sqlite.files import identify
-from telemetryd.engine.sqlite.statements import full_text, runs
+from telemetryd.engine.sqlite.statements import full_text, labels, runs
 from telemetryd.engine.sqlite.tools import foreign, integrity, legacy, migrate, renumbering
 from telemetryd.engine.sqlite.tools.backup import Watch, ignore_progress
 from telemetryd.errors import DatabaseError
@@ -66,6 +66,7 @@ def examine(path: Path, watch: Watch = ignore_progress) -> list[Finding]:
         _strays,
         _values,
         _credentials,
+        _labels,
         _full_text,
         _space,
         _foreign_keys,
@@ -118,7 +119,7 @@ def _schema(connection: sqlite3.Connection) -> Iterator[Finding]:
     for name, sql in expected.items():
         if actual.get(name) != sql:
             state = "different" if name in actual else "missing"
-            advice = REPAIR if _is_index(sql) else "restore a backup, or re-create it as in schema/telemetry.sql"
+            advice = REPAIR if _is_derived(sql) else "restore a backup, or re-create it as in schema/telemetry.sql"
             yield Finding("schema", Severity.PROBLEM, f"{name} is {state}", advice)
     found = [*foreign.find_foreign(connection)]
     path = connection.execute("SELECT file FROM pragma_database_list WHERE name = 'main'").fetchone()[0]
@@ -153,8 +154,9 @@ def _numbers(connection: sqlite3.Connection) -> Iterator[Finding]:
         yield Finding("numbers", Severity.PROBLEM, f"{spent}, and numbers end at 2^63", REPAIR)
 
 
-def _is_index(sql: str) -> bool:
-    return sql.startswith(("CREATE INDEX", "CREATE UNIQUE INDEX"))
+def _is_derived(sql: str) -> bool:
+    """Return whether what a statement makes holds nothing of its own, so that a repair may make it again."""
+    return sql.startswith(("CREATE INDEX", "CREATE UNIQUE INDEX", "CREATE TRIGGER"))
 
 
 @_without_table("totals", "the totals cannot be read")
@@ -184,6 +186,12 @@ def _credentials(connection: sqlite3.Connection) -> Iterator[Finding]:
         text = f"{len(found)} addresses in git_repo hold more than host and path, perhaps a password or a token"
         advice = f"{REPAIR}; older backups keep them, so replace passwords and tokens that were in use"
         yield Finding("credentials", Severity.PROBLEM, text, advice)
+
+
+@_without_table("labels", "their index cannot be read")
+def _labels(connection: sqlite3.Connection) -> Iterator[Finding]:
+    if wrong := labels.count_wrong(connection):
+        yield Finding("labels", Severity.PROBLEM, f"{wrong} labels differ between the runs and their index", REPAIR)
 
 
 def _full_text(connection: sqlite3.Connection) -> Iterator[Finding]:
@@ -227,7 +235,7 @@ def _foreign_keys(connection: sqlite3.Connection) -> Iterator[Finding]:
 def _index_usage(connection: sqlite3.Connection) -> Iterator[Finding]:
     """Ask SQLite how it would answer every documented query; each must walk an index and sort nothing."""
     for query in documented_queries():
-        sql, values = runs.select_page(query)
+        sql, values = runs.select_page(query, label=next(iter(query.filters.labels), None))
         asked = ", ".join(query.filters.parameters()) or "no filter"
         try:
             plan = [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {sql}", values)]
@@ -254,6 +262,9 @@ def documented_queries() -> Iterator[ListRuns]:
         yield ListRuns(Filters(equal))
         yield ListRuns(Filters(equal, bounds))
         yield ListRuns(Filters(several), after=Position(moment, 1))
+    yield ListRuns(Filters(labels={"x": ("x",)}))
+    yield ListRuns(Filters(labels={"x": ("x",)}, bounds=bounds))
+    yield ListRuns(Filters(labels={"x": ("x", "y"), "y": ("x",)}), after=Position(moment, 1))
     for column, is_descending in product(SORTED, (False, True)):
         yield ListRuns(order=Order(column, descending=is_descending))
         yield ListRuns(order=Order(column, descending=is_descending), after=Position(moment, 1))
@@ -313,18 +324,22 @@ def _fix_rows(connection: sqlite3.Connection) -> Iterator[str]:
     if wrong := integrity.count_wrong_totals(connection):
         integrity.recount_totals(connection)
         yield f"{wrong} totals counted again"
+    if wrong := labels.count_wrong(connection):
+        labels.rebuild(connection)
+        yield f"the index of labels made again, {wrong} differed"
     if full_text.count_wrong(connection):
         full_text.rebuild(connection)
         yield "full-text index made again"
 
 
 def _fix_indexes(connection: sqlite3.Connection) -> Iterator[str]:
-    """Make the indexes that are missing or different, rebuild all of them from their tables; yield what was done."""
+    """Make the indexes and triggers that are missing or different, rebuild every index; yield what was done."""
     actual = migrate.schema_of(connection)
     for name, sql in migrate.expected_schema().items():
-        if _is_index(sql) and actual.get(name) != sql:
-            connection.execute(f"DROP INDEX IF EXISTS {name}")
+        if _is_derived(sql) and actual.get(name) != sql:
+            kind = "TRIGGER" if sql.startswith("CREATE TRIGGER") else "INDEX"
+            connection.execute(f"DROP {kind} IF EXISTS {name}")
             connection.execute(sql)
-            yield f"index {name} made again"
+            yield f"{kind.lower()} {name} made again"
     connection.execute("REINDEX")
     yield "every index built again from its table"

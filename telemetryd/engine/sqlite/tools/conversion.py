@@ -1,4 +1,4 @@
-"""Converts a run or an event of an older layout to the current schema, and reports what was changed."""
+"""Converts runs and events of an older layout to the current schema, and reports what was changed."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import orjson
+from pydantic import TypeAdapter
 
+from telemetryd import timestamps
 from telemetryd.errors import InvalidBodyError
 from telemetryd.git_urls import without_credentials
 from telemetryd.model.bodies import parse_json
-from telemetryd.model.runs import COLUMNS, columns
+from telemetryd.model.runs import COLUMNS, TABLE, NewRun, columns
 from telemetryd.model.values import (
     MAX_INTEGER,
     CommitSource,
@@ -21,7 +23,6 @@ from telemetryd.model.values import (
     SqlValue,
     Status,
     canonical_status,
-    canonical_timestamp,
     json_text,
 )
 from telemetryd.uuids import new_uuid
@@ -143,15 +144,14 @@ def _timestamp(raw: RawValue) -> _Result:
     if raw is None:
         return None
     if isinstance(raw, str):
-        text = raw.strip()
-        if not text:
-            return _Changed(None, "empty to NULL")
-        for candidate in (text, f"{text}T00:00:00"):  # the second reads a date without a time
-            try:
-                canonical = canonical_timestamp(candidate)
-            except ValueError:
-                continue
-            return canonical if canonical == raw else _Changed(canonical, "to UTC, canonical form")
+        canonical = timestamps.canonical(raw)
+        if canonical is None:
+            text = raw.strip()
+            if not text:
+                return _Changed(None, "empty to NULL")
+            canonical = timestamps.canonical(text) or timestamps.canonical(f"{text}T00:00:00")  # a date without a time
+        if canonical is not None:
+            return raw if canonical == raw else _Changed(canonical, "to UTC, canonical form")
     return _Replaced(None, "not a timestamp")
 
 
@@ -191,7 +191,28 @@ def _commit_source(raw: RawValue) -> _Result:
     return _Changed(None, "empty to NULL") if raw == "" else _Replaced(None, "unknown commit source")
 
 
-_TIMESTAMPS: Final = ("created_at", "updated_at", "start_time", "end_time", "api_posted_at", "git_commit_timestamp")
+def _checked(name: str) -> Callable[[RawValue], _Result]:
+    """Return the converter of a field that no older layout has: what a request could bring stays."""
+    kind: TypeAdapter[SqlValue] = TypeAdapter(NewRun.model_fields[name].rebuild_annotation())
+    is_json = name in columns(Role.JSON)
+
+    def convert(raw: RawValue) -> _Result:
+        if raw is None:
+            return None
+        try:
+            value = kind.validate_python(
+                parse_json(raw) if is_json and isinstance(raw, (str, bytes)) else raw, strict=True
+            )
+        except (InvalidBodyError, ValueError):
+            return _Replaced(None, f"no value of {name}")
+        return value if value == raw else _Changed(value, "canonical form")
+
+    return convert
+
+
+_TIMESTAMPS: Final = (
+    "created_at", "updated_at", "start_time", "end_time", "api_posted_at", "git_commit_timestamp", "expected_by",
+)  # fmt: skip
 _COUNTS: Final = (
     "items_discovered",
     "items_succeeded",
@@ -211,6 +232,7 @@ _CONVERTERS: Final[dict[str, Callable[[RawValue], _Result]]] = {
     "git_repo": _address,
     "status": _status,
     "git_commit_source": _commit_source,
+    **{name: _checked(name) for name in ("labels", "attempt", "trace_id", "span_id")},
 }
 
 
@@ -224,75 +246,106 @@ def replacement(name: str, stored: str) -> tuple[SqlValue, str] | None:
     return (result.value, result.reason) if isinstance(result, _Replaced) else None
 
 
-# --- One row -------------------------------------------------------------------------------------
+# --- Runs ----------------------------------------------------------------------------------------
 
 _REQUIRED_TIMES: Final = ("created_at", "start_time", "updated_at")
 _TIME_PLACES: Final = tuple(COLUMNS.index(name) for name in _REQUIRED_TIMES)
+_EVENT_ID_PLACE: Final = COLUMNS.index("event_id")
 _FIELDS: Final = COLUMNS[1:]
 """Every field but the id, which is the row's number and comes on its own."""
 
 
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """Some runs in the form of today."""
+
+    columns: list[Sequence[SqlValue]]
+    """The values of each field, in the order of `COLUMNS`."""
+    kept: frozenset[str]
+    """The fields whose values are all as they were."""
+    originals: list[list[Original]]
+    """What of each run goes to the side table."""
+
+    def rows(self) -> list[tuple[SqlValue, ...]]:
+        """Return the values of each run, in the order of `COLUMNS`."""
+        return [*zip(*self.columns, strict=True)]
+
+    def side_rows(self) -> list[tuple[SqlValue, str, str, RawValue]]:
+        """Return what goes to the side table, with the ids of the runs."""
+        return [(run, *original) for run, of in zip(self.columns[0], self.originals, strict=True) for original in of]
+
+
 class Converter:
-    """Converts rows whose values stand in the order of an older layout's columns."""
+    """Converts rows whose values stand in the order of an older layout's columns, many at a time.
+
+    It goes through them column by column, because most columns hold few different values, or none that has to change.
+    """
 
     def __init__(self, old_columns: Sequence[str]) -> None:
         self.tally = Tally()
         place = {name: index for index, name in enumerate(old_columns)}
-        self._present = [
-            (COLUMNS.index(name), name, place[name], _CONVERTERS[name], _CONVERTERS[name](None) is None)
-            for name in _FIELDS
-            if name in place
-        ]
-        self._extra = [(name, index) for name, index in place.items() if name not in COLUMNS]
+        self._present = [(COLUMNS.index(name), name, place[name]) for name in _FIELDS if name in place]
+        self._extra = [(name, index) for name, index in place.items() if name not in TABLE]
         self._makes_event_id = "event_id" not in place
-        absent: list[SqlValue] = [None] * len(COLUMNS)
-        for name in _COUNTS + columns(Role.BOOLEAN):
-            absent[COLUMNS.index(name)] = 0
-        for name in ("run_id", "agent_name", "job_type"):
-            absent[COLUMNS.index(name)] = UNKNOWN
-        absent[COLUMNS.index("status")] = str(Status.RUNNING)
-        self._absent = absent
+        absent = dict.fromkeys(_FIELDS) | dict.fromkeys(_COUNTS + columns(Role.BOOLEAN), 0)
+        absent |= dict.fromkeys(("run_id", "agent_name", "job_type"), UNKNOWN) | {"status": str(Status.RUNNING)}
+        self._absent: list[SqlValue] = [absent[name] for name in _FIELDS]
 
-    def convert(self, number: int, raw: Sequence[RawValue]) -> tuple[list[SqlValue], list[Original]]:
-        """Return the values of one run in the order of `COLUMNS`, and the originals for the side table."""
-        values = self._absent.copy()
-        values[0] = number
-        originals: list[Original] = []
-        for index, name, place, convert, may_be_null in self._present:
-            value = raw[place]
-            if value is None and may_be_null:  # most fields of most runs
-                continue
-            result = convert(value)
-            if isinstance(result, tuple):
-                if isinstance(result, _Changed):
-                    self.tally.changed[name, result.kind] += 1
-                else:
-                    self._keep(originals, name, result.reason, value)
-                result = result.value
-            values[index] = result
+    def convert(self, numbers: Sequence[int], rows: Sequence[Sequence[RawValue]]) -> Converted:
+        """Return runs in the form of today, whose ids are `numbers`."""
+        originals: list[list[Original]] = [[] for _ in rows]
+        made: list[Sequence[SqlValue]] = [numbers, *([value] * len(rows) for value in self._absent)]
+        raw: list[Sequence[Any]] = [*zip(*rows, strict=True)] or [()] * (len(self._present) + len(self._extra))
+        for index, name, place in self._present:
+            made[index] = self._column(name, raw[place], originals)
         for name, place in self._extra:
-            if name == _SCHEMA_VERSION and raw[place] in _OLD_VERSIONS:
-                self.tally.changed[name, "left out: it says nothing of the run"] += 1
-            elif raw[place] is not None:
-                self._keep(originals, name, NO_SUCH_FIELD, raw[place])
+            self._leave_out(name, raw[place], originals)
         if self._makes_event_id:
-            values[1] = new_uuid()
-            self.tally.changed["event_id", "UUID made"] += 1
-        if None in [values[index] for index in _TIME_PLACES]:
-            self._complete_times(values)
-        return values, originals
+            made[_EVENT_ID_PLACE] = [new_uuid() for _ in rows]
+            self.tally.changed["event_id", "UUID made"] += len(rows)
+        if any(None in made[index] for index in _TIME_PLACES):
+            self._complete_times(made)
+        kept = frozenset(name for index, name, place in self._present if made[index] is raw[place])
+        return Converted(made, kept, originals)
+
+    def _column(self, name: str, raw: Sequence[Any], originals: list[list[Original]]) -> Sequence[SqlValue]:
+        """Return the values of one field, and add what is replaced to each row's originals."""
+        convert = _CONVERTERS[name]
+        if name == "event_id" or float in {*map(type, raw)}:  # no UUID is made twice; and 1.0 is equal to 1
+            results = [convert(value) for value in raw]
+        else:
+            result_of = {value: convert(value) for value in {*raw}}
+            if not any(isinstance(result, tuple) for result in result_of.values()):
+                return raw
+            results = [result_of[value] for value in raw]
+        for kind, number in Counter(result.kind for result in results if isinstance(result, _Changed)).items():
+            self.tally.changed[name, kind] += number
+        for row, result in enumerate(results):
+            if isinstance(result, _Replaced):
+                self._keep(originals[row], name, result.reason, raw[row])
+        return [result.value if isinstance(result, tuple) else result for result in results]
+
+    def _leave_out(self, name: str, raw: Sequence[RawValue], originals: list[list[Original]]) -> None:
+        """Keep the values of a field that is none any more, but those that say nothing."""
+        for row, value in enumerate(raw):
+            if name == _SCHEMA_VERSION and value in _OLD_VERSIONS:
+                self.tally.changed[name, "left out: it says nothing of the run"] += 1
+            elif value is not None:
+                self._keep(originals[row], name, NO_SUCH_FIELD, value)
 
     def _keep(self, originals: list[Original], name: str, reason: str, value: RawValue) -> None:
         originals.append(Original(name, reason, value))
         self.tally.replaced[name, reason] += 1
 
-    def _complete_times(self, values: list[SqlValue]) -> None:
+    def _complete_times(self, made: list[Sequence[SqlValue]]) -> None:
         """Fill a required moment that is missing with another one of the same run, at worst with the epoch."""
-        known = next((values[index] for index in _TIME_PLACES if values[index] is not None), EPOCH)
+        times = [made[index] for index in _TIME_PLACES]
+        known = [next((time for time in of if time is not None), EPOCH) for of in zip(*times, strict=True)]
         for name, index in zip(_REQUIRED_TIMES, _TIME_PLACES, strict=True):
-            if values[index] is None:
-                values[index] = known
-                self.tally.changed[name, "missing, taken from the run's other times"] += 1
+            missing = made[index].count(None)
+            if missing:
+                made[index] = [other if time is None else time for time, other in zip(made[index], known, strict=True)]
+                self.tally.changed[name, "missing, taken from the run's other times"] += missing
 
 
 # --- One event -----------------------------------------------------------------------------------

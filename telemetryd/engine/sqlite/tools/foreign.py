@@ -73,7 +73,7 @@ def find_foreign(connection: sqlite3.Connection) -> Iterator[Foreign]:
     ours = migrate.expected_schema()
     tables = {name for name, sql in ours.items() if sql.startswith("CREATE TABLE")}
     for kind, name, table, sql in connection.execute(_OBJECTS).fetchall():
-        if full_text.is_part(kind, name, sql) or (kind != "trigger" and name in ours):
+        if full_text.is_part(kind, name, sql) or (name in ours if kind != "trigger" else ours.get(name) == sql):
             continue
         harm = None
         if table.lower() in tables:

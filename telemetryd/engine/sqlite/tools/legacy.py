@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from telemetryd.engine.sqlite.connection import connect, lenient_text, quoted
 from telemetryd.engine.sqlite.files import corrupt, is_unfinished
 from telemetryd.engine.sqlite.statements import rollups
 from telemetryd.engine.sqlite.tools import foreign, migrate, room
 from telemetryd.engine.sqlite.tools.backup import Watch, ignore_progress
-from telemetryd.engine.sqlite.tools.conversion import Converter, EventConverter, Original, Tally
+from telemetryd.engine.sqlite.tools.conversion import Converted, Converter, EventConverter, Tally
 from telemetryd.engine.sqlite.tools.layouts import (
     EVENTS,
     FIRST_VERSION,
@@ -29,6 +29,8 @@ from telemetryd.engine.sqlite.tools.layouts import (
 )
 from telemetryd.errors import DatabaseError
 from telemetryd.model.events import STORED
+from telemetryd.model.runs import COLUMNS
+from telemetryd.model.values import SqlValue
 from telemetryd.ops.files import sync_directory
 from telemetryd.uuids import new_uuid
 
@@ -134,22 +136,22 @@ def _as_database_error(path: Path) -> Iterator[None]:
 
 # --- Converting ----------------------------------------------------------------------------------
 
-_Slice = list[tuple[list[str | int | None], list[Original]]]
-
 
 def _converted(
     connection: sqlite3.Connection, table: str, layout: Layout, converter: Converter, watch: Watch
-) -> Iterator[_Slice]:
-    """Yield the runs of an older table in slices, converted, in the order in which they arrived."""
+) -> Iterator[tuple[Sequence[Any], Converted]]:
+    """Yield the runs of an older table in slices, converted, in the order in which they arrived, and the rows' numbers.
+
+    Where rows have no numbers, these are None.
+    """
     names = ", ".join(quoted("id" if name == "legacy id" else name) for name in layout.columns)
     number, order = (layout.row_number, f"ORDER BY {layout.row_number}") if layout.row_number else ("NULL", "")
     rows = connection.execute(f"SELECT {number}, {names} FROM {quoted(table)} {order}")
     done = 0
     while raw := rows.fetchmany(_SLICE):
-        yield [
-            converter.convert(row[0] if layout.keeps_row_numbers else place, row[1:])
-            for place, row in enumerate(raw, done + 1)
-        ]
+        numbers = [row[0] for row in raw]
+        ids = numbers if layout.keeps_row_numbers else range(done + 1, done + len(raw) + 1)
+        yield numbers, converter.convert(ids, [row[1:] for row in raw])
         done += len(raw)
         watch("Reading rows", done, layout.rows)
 
@@ -303,10 +305,44 @@ def _serve_old_events(connection: sqlite3.Connection, done: Migration) -> None:
 
 
 def _copy_rows(connection: sqlite3.Connection, layout: Layout, converter: Converter, watch: Watch) -> None:
-    for part in _converted(connection, OLD_RUNS, layout, converter, watch):
-        connection.executemany(migrate.INSERT_RUN, [values for values, _ in part])
-        originals = [(values[0], *original) for values, kept in part for original in kept]
-        connection.executemany(migrate.INSERT_ORIGINAL, originals)
+    copier = _Copier(connection, layout.row_number) if layout.row_number else None
+    for numbers, part in _converted(connection, OLD_RUNS, layout, converter, watch):
+        if copier is None:
+            connection.executemany(migrate.INSERT_RUN, part.rows())
+        else:
+            copier.copy(numbers, part)
+        connection.executemany(migrate.INSERT_ORIGINAL, part.side_rows())
+
+
+class _Copier:
+    """Copies runs out of the older table inside SQLite, but for the fields whose values have changed.
+
+    That takes a third of the time of handing over each value.
+    """
+
+    def __init__(self, connection: sqlite3.Connection, row_number: str) -> None:
+        self._connection = connection
+        self._row_number = row_number
+        self._changed: dict[str, dict[int, SqlValue]] = {name: {} for name in COLUMNS}
+        for name, values in self._changed.items():
+            connection.create_function(f"new_{name}", 1, values.__getitem__)
+
+    def copy(self, numbers: Sequence[int], part: Converted) -> None:
+        """Copy the runs in the rows of some ascending numbers, between which there are no others."""
+        expressions = []
+        for name, column in zip(COLUMNS, part.columns, strict=True):
+            values = self._changed[name]
+            values.clear()
+            if name in part.kept:
+                expressions.append(quoted(name))
+            else:
+                values.update(zip(numbers, column, strict=True))
+                expressions.append(f"new_{name}({self._row_number})")
+        self._connection.execute(
+            f"INSERT INTO agent_runs ({', '.join(COLUMNS)}) SELECT {', '.join(expressions)} FROM {OLD_RUNS} "
+            f"WHERE {self._row_number} BETWEEN ? AND ? ORDER BY {self._row_number}",
+            (numbers[0], numbers[-1]),
+        )
 
 
 def _separate_equal_event_ids(connection: sqlite3.Connection, layout: Layout, tally: Tally) -> None:

@@ -148,11 +148,14 @@ def drop_indexes(connection: sqlite3.Connection, but: Container[str] = ()) -> li
 
 
 def schema_of(connection: sqlite3.Connection) -> dict[str, str]:
-    """Return every table and index of a database by name, but SQLite's own, with the statement that made it."""
+    """Return the objects of a database by name, but SQLite's own, each with the statement that made it.
+
+    Tables come first, then indexes and triggers, so that they can be made again in this order.
+    """
     return dict(
         connection.execute(
             "SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL AND name NOT GLOB 'sqlite_*' "
-            "ORDER BY type DESC, name"
+            "ORDER BY type = 'trigger', type DESC, name"
         )
     )
 

@@ -7,7 +7,6 @@ import os
 import shutil
 import sqlite3
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Final
 
@@ -98,10 +97,9 @@ def _growth(connection: sqlite3.Connection, layout: layouts.Layout) -> int:
         migrate.create(memory, "")
         empty = _size(memory)
         indexes = migrate.drop_indexes(memory)
-        for number, row in enumerate(islice(rows, _SAMPLE), 1):
-            values, originals = converter.convert(number, row)
-            memory.execute(migrate.INSERT_RUN, values)
-            memory.executemany(migrate.INSERT_ORIGINAL, [(number, *original) for original in originals])
+        converted = converter.convert(range(1, len(rows) + 1), rows)
+        memory.executemany(migrate.INSERT_RUN, converted.rows())
+        memory.executemany(migrate.INSERT_ORIGINAL, converted.side_rows())
         without_indexes = _size(memory)
         for sql in indexes:
             with contextlib.suppress(sqlite3.IntegrityError):  # of two equal event_ids

@@ -18,9 +18,9 @@ from telemetryd.engine.sqlite.statements import full_text
 from telemetryd.engine.sqlite.tools import foreign, integrity, migrate, rescue
 from telemetryd.engine.sqlite.tools.backup import Watch, ignore_progress, replace, verify
 from telemetryd.engine.sqlite.tools.btree import TableFile
-from telemetryd.engine.sqlite.tools.conversion import Converter, Original, RawValue, Tally
+from telemetryd.engine.sqlite.tools.conversion import Converted, Converter, RawValue, Tally
 from telemetryd.errors import DatabaseError
-from telemetryd.model.runs import COLUMNS
+from telemetryd.model.runs import COLUMNS, TABLE
 from telemetryd.model.values import SqlValue, format_timestamp
 from telemetryd.ops.files import owner_to_keep
 
@@ -154,25 +154,26 @@ class _Copier:
         self.done.tally = converter.tally
         self.done.tables.append(saved := Saved(_RUNS))
         expected = _total(self.source)
-        is_ours = tuple(column.name for column in table.columns) == COLUMNS
+        is_ours = tuple(column.name for column in table.columns) == TABLE
         for rows in rescue.read(self.source, self.file, table):
-            converted = []
-            for number, *raw in rows:
+            numbers, raw = [], []
+            for number, *values in rows:
                 assert isinstance(number, int)  # noqa: S101 - it is the row number
-                if is_ours and not _is_run(raw):
+                if is_ours and not _is_run(values):
                     self.done.rejected += 1
                 else:
-                    converted.append(converter.convert(number, raw))
-            saved.saved += self._store(converted)
+                    numbers.append(number)
+                    raw.append(values)
+            saved.saved += self._store(converter.convert(numbers, raw))
             self.watch("Saving rows", saved.saved, max(expected or 0, saved.saved))
         if expected is not None:
             table.estimates.append(expected)
         table.is_whole = table.is_whole and not self.done.rejected
         saved.there, saved.is_estimate = table.there(saved.saved)
 
-    def _store(self, converted: list[tuple[list[SqlValue], list[Original]]]) -> int:
+    def _store(self, converted: Converted) -> int:
         """Store runs, and return how many; one that is there already was read twice."""
-        rows = [values for values, _ in converted]
+        rows = converted.rows()
         self.target.execute("SAVEPOINT part")
         try:
             stored = self.target.executemany(integrity.SAVE_RUN, rows).rowcount
@@ -181,14 +182,14 @@ class _Copier:
             stored = sum(map(self._store_one, rows))
         self.target.execute("RELEASE part")
         if stored < len(rows):
-            is_saved = [self.target.execute(integrity.IS_SAVED, values[:2]).fetchone() is not None for values in rows]
-            self.done.rejected += is_saved.count(False)
-            converted = [*itertools.compress(converted, is_saved)]
-        kept = [(values[0], *original) for values, originals in converted for original in originals]
-        self.target.executemany(migrate.INSERT_ORIGINAL, kept)
+            for values, originals in zip(rows, converted.originals, strict=True):
+                if self.target.execute(integrity.IS_SAVED, values[:2]).fetchone() is None:
+                    self.done.rejected += 1
+                    originals.clear()
+        self.target.executemany(migrate.INSERT_ORIGINAL, converted.side_rows())
         return stored
 
-    def _store_one(self, values: list[SqlValue]) -> int:
+    def _store_one(self, values: Sequence[SqlValue]) -> int:
         try:
             return self.target.execute(integrity.SAVE_RUN, values).rowcount
         except sqlite3.IntegrityError:

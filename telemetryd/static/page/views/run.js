@@ -31,7 +31,14 @@ function age(run) {
   const ran = isAhead(run.start_time) ? "Running." : `Running for ${duration(Math.max(0, now() - Date.parse(run.start_time)))}.`;
   return h("p", { class: isQuiet ? "note warn" : "note" },
     `${ran} Last heard of ${ago(run.updated_at)}`,
-    isQuiet ? ": no heartbeat, no event and no change since." : ".");
+    isQuiet ? ": no heartbeat, no event and no change since." : ".",
+    run.expected_by && Date.parse(run.expected_by) < now() && [" It should have ended ", when(run.expected_by), "."]);
+}
+
+/** Return a run's labels, each of which leads to the runs that have it. */
+function labels(run) {
+  if (!run.labels) return null;
+  return h("span", { class: "chips" }, Object.entries(run.labels).map(([name, value]) => h("a", { class: "chip", href: href("runs", { [`label.${name}`]: exact(value) }) }, `${name}=${value}`)));
 }
 
 const MOMENTS = [["created", "created_at"], ["started", "start_time"], ["ended", "end_time"]];
@@ -93,10 +100,14 @@ function sections(run) {
       ["Product", [run.product, run.product_family].filter(Boolean).join(" · ")], ["Website", [run.website, run.subdomain, run.website_section].filter(Boolean).join(" · ")], ["Platform", run.platform], ["Insight", run.insight_id],
     ], bar ? null : undefined))),
     panel("Where and when", h("div", { class: "body" }, facts([
-      ["Started", moment(run.start_time)], ["Ended", moment(run.end_time)], ["Last change", moment(run.updated_at)],
+      ["Labels", labels(run)],
+      ["Started", moment(run.start_time)], ["Expected by", moment(run.expected_by)], ["Ended", moment(run.end_time)], ["Last change", moment(run.updated_at)],
       ["Host", run.host && h("a", { href: href("runs", { host: exact(run.host) }) }, run.host)],
       ["Environment", run.environment && h("a", { href: href("runs", { environment: exact(run.environment) }) }, run.environment)],
       ["Trigger", run.trigger_type],
+      ["Attempt", run.attempt && count(run.attempt)], ["Tries again", run.retry_of && h("a", { href: runHref(run.retry_of) }, run.retry_of)],
+      ["Conversation", run.conversation_id && h("a", { href: href("runs", { conversation_id: exact(run.conversation_id) }) }, run.conversation_id)],
+      ["Trace", run.trace_id && [h("a", { href: href("runs", { trace_id: run.trace_id }) }, h("code", {}, run.trace_id)), run.span_id && [" span ", h("code", {}, run.span_id)]]],
     ]))),
     (run.git_repo || run.git_commit_hash) && panel("Commit", h("div", { class: "body" }, commit(run))),
     (run.metrics_json || run.context_json) && h("div", { class: "stack" },

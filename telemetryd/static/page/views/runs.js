@@ -13,7 +13,8 @@ import { follow } from "../stream.js";
 import { virtualList } from "../virtual.js";
 
 const PAGE = 200;
-const FILTERS = ["q", "error", "status", "agent_name", "job_type", "environment", "host", "git_commit_hash", "parent_run_id", "created_after", "created_before", "min_duration_ms"];
+const FILTERS = ["q", "error", "status", "agent_name", "job_type", "environment", "host", "git_commit_hash", "parent_run_id", "retry_of", "conversation_id", "trace_id", "created_after", "created_before", "min_duration_ms"];
+const LABEL = "label."; // what the name of a label's filter begins with
 const SINCE = [["", "Any time"], ["-1h", "Last hour"], ["-24h", "Last 24 hours"], ["-7d", "Last 7 days"], ["-30d", "Last 30 days"]];
 const [NIGHT, OWN] = ["night", "own"]; // which the address holds as from and to
 const OF_RANGES = ["from", "to", "created_after", "created_before"];
@@ -47,6 +48,8 @@ const NO_RANGE = Object.fromEntries(OF_RANGES.map((name) => [name, null]));
 /** Return a moment of a filter in local time, or as it stands there if it is none, such as -2h. */
 const momentText = (text) => (/^\d{4}-/.test(text) && !Number.isNaN(Date.parse(text)) ? fullTime(text) : text);
 
+const isFilter = (name) => FILTERS.includes(name) || name.startsWith(LABEL);
+
 /** Return the field `name` of the filter bar. */
 function field(name, label, control) {
   control.id = `filter-${name}`;
@@ -65,6 +68,7 @@ function filterBar(onChange) {
     agent_name: h("input", { list: "agents", placeholder: "any, * for parts", autocomplete: "off" }),
     job_type: h("input", { list: "jobs", placeholder: "any", autocomplete: "off" }),
   };
+  const label = h("input", { placeholder: "team=search", autocomplete: "off", on: { change: labelled } });
   const statuses = STATUSES.map((status) => {
     const box = h("input", { type: "checkbox", value: status, class: "unseen" });
     return { box, label: h("label", { class: `check ${status}` }, box, shape(status), status) };
@@ -78,6 +82,7 @@ function filterBar(onChange) {
     errors,
     field("agent_name", "Agent", controls.agent_name),
     field("job_type", "Job type", controls.job_type),
+    field("label", "Label", label),
     field("since", "Created", since),
     range.element,
     h("fieldset", { class: "checks" }, h("legend", {}, "Status"), statuses.map(({ label }) => label)),
@@ -99,6 +104,15 @@ function filterBar(onChange) {
   function changed(event) {
     clearTimeout(timer);
     onChange({ ...values(), ...(event?.target === since ? rangeOf(since.value) : {}) });
+  }
+  /** Add a label to the filters, which then stands among those without a field. */
+  function labelled(event) {
+    event.stopPropagation();
+    const [, name, value] = /^\s*([^=]+?)\s*=\s*(.+?)\s*$/.exec(label.value) ?? [];
+    label.setCustomValidity(label.value && !name ? "Write a label as name=value, such as team=search" : "");
+    if (!label.reportValidity() || !name) return;
+    label.value = "";
+    onChange({ ...values(), [LABEL + name]: value });
   }
   function rangeOf(value) {
     const night = lastNight(now());
@@ -141,7 +155,7 @@ function filterBar(onChange) {
       for (const { box } of statuses) box.checked = chosen.includes(box.value);
     },
     /** Return the filters that have no control of their own. */
-    others: (parameters) => FILTERS.filter((name) => parameters[name] && (!(name in controls) || controls[name].closest("[hidden]")) && !["status", "created_after"].includes(name)),
+    others: (parameters) => Object.keys(parameters).filter((name) => isFilter(name) && parameters[name] && (!(name in controls) || controls[name].closest("[hidden]")) && !["status", "created_after"].includes(name)),
   };
 }
 
@@ -254,7 +268,7 @@ export function show(root, { parameters, signal }) {
   function change(given) {
     const before = JSON.stringify([filters, Boolean(parameters.live)]);
     parameters = given;
-    filters = { ...Object.fromEntries(FILTERS.filter((name) => given[name]).map((name) => [name, given[name]])), ...filtersOf(given) };
+    filters = { ...Object.fromEntries(Object.entries(given).filter(([name, value]) => value && isFilter(name))), ...filtersOf(given) };
     bar.set(given);
     drawChips();
     if (given.focus) bar.focusSearch();
@@ -273,7 +287,7 @@ export function show(root, { parameters, signal }) {
 
   function drawChips() {
     chips.replaceChildren(...bar.others(parameters).map((name) =>
-      h("a", { class: "chip", href: href("runs", { ...parameters, [name]: null }), "aria-label": `Remove the filter ${name}` }, `${name.replaceAll("_", " ")}: ${name.startsWith("created") ? momentText(parameters[name]) : parameters[name]}`, h("span", { "aria-hidden": "true" }, " ×"))));
+      h("a", { class: "chip", href: href("runs", { ...parameters, [name]: null }), "aria-label": `Remove the filter ${name}` }, `${name.startsWith(LABEL) ? name : name.replaceAll("_", " ")}: ${name.startsWith("created") ? momentText(parameters[name]) : parameters[name]}`, h("span", { "aria-hidden": "true" }, " ×"))));
   }
 
   function withMark(run) {
