@@ -342,7 +342,7 @@ async def test_an_empty_file_is_taken(tmp_path: Path, caplog: pytest.LogCaptureF
         assert said.exit_code == 1
         assert f"{path} is empty: telemetryd serve makes a new database of it, or restore a backup\n" in said.stderr
     await make_database(path)
-    assert caplog.messages.count("The database file is empty: a new database is made in it") == 1
+    assert caplog.messages.count("The database file was empty: a new database is made in it") == 1
     assert inspect(path).kind is Kind.OURS
 
 

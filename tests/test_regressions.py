@@ -432,5 +432,5 @@ def test_no_name_controls_the_terminal() -> None:
     text = text_of(
         dict(to_json(parse("", NOW), gather([(*names, [run._replace(commit=f"\x1b{run.commit}") for run in runs])])))
     )
-    assert r"\u001b]0;a title\u0007 / j\u000a\u009b2J: median duration" in text
+    assert r"\u001b]0;a title\u0007 / j\n\u009b2J: median duration" in text
     assert all(line.isprintable() for line in text.split("\n"))

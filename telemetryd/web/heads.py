@@ -6,6 +6,7 @@ from collections.abc import Hashable, Sequence
 from itertools import chain, takewhile
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
+from aiohttp.http import HttpVersion10
 from aiohttp.http_exceptions import BadHttpMessage, HttpProcessingError
 from aiohttp.http_parser import HttpRequestParser, RawRequestMessage
 from aiohttp.web_protocol import MAX_MSG_QUEUE_SIZE, RequestPayloadError
@@ -145,6 +146,7 @@ class Parser(HttpRequestParser):
             was_open = _is_open(body)
             try:
                 messages, is_upgraded, tail = super().feed_data(data)
+                _refuse_without_version(messages)
             except HttpProcessingError as error:
                 self.refusal = error.with_traceback(None)  # its frames hold what has come
                 if found and _is_open(found[-1][1]):  # the fault is in its body
@@ -197,6 +199,17 @@ class Parser(HttpRequestParser):
 def _is_open(body: StreamReader | None) -> bool:
     """Return whether more of a body is to come."""
     return body is not None and not body.is_eof()
+
+
+def _refuse_without_version(messages: list[Any]) -> None:
+    """Refuse requests of HTTP/0.9, of which the parser itself only says later that they are none.
+
+    Raises:
+        BadHttpMessage: then.
+
+    """
+    if messages and messages[0][0].version < HttpVersion10:
+        raise BadHttpMessage("Requests of HTTP/0.9 are not answered")
 
 
 def _size(message: RawRequestMessage) -> int:

@@ -23,7 +23,15 @@ from telemetryd.engine.sqlite.connection import (
 )
 from telemetryd.engine.sqlite.disk import Disk, LogWatch, Look
 from telemetryd.engine.sqlite.exports import Exports
-from telemetryd.engine.sqlite.files import forget_cached, is_unfinished, prepare_directory, refuse_hard_links, wal_bytes
+from telemetryd.engine.sqlite.files import Kind as FileKind
+from telemetryd.engine.sqlite.files import (
+    forget_cached,
+    inspect_before_opening,
+    is_unfinished,
+    prepare_directory,
+    refuse_hard_links,
+    wal_bytes,
+)
 from telemetryd.engine.sqlite.groups import Groups, Outcome, translated
 from telemetryd.engine.sqlite.opening import Opened, check_schema, identity_of, keep_full_text
 from telemetryd.engine.sqlite.ownership import Ownership, refuse_other_name
@@ -60,6 +68,7 @@ async def open_sqlite(
     prepare_directory(path)
     refuse_hard_links(path)  # whose message says more than that of a lock
     async with contextlib.AsyncExitStack() as undo:
+        is_left_empty = path.exists() and inspect_before_opening(path).kind is FileKind.EMPTY
         ownership = Ownership(path, settings.lock_file)
         ownership.acquire(create=True)
         undo.callback(ownership.release)
@@ -76,6 +85,8 @@ async def open_sqlite(
         elif was_changed:
             recount.notice()
         undo.pop_all()
+    if is_left_empty:
+        log.warning("The database file was empty: a new database is made in it", extra={"db_path": str(path)})
     database = _Database(settings, opened=opened, ownership=ownership, recount=recount, metrics=metrics, clock=clock)
     await database.disk.look()
     return Engine(Writing(database), Reading(database, settings))

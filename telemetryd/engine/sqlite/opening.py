@@ -62,8 +62,6 @@ class Opened:
                         check_schema(plain, path)  # before opening may change the journal mode in the file
             elif not may_create:
                 raise DatabaseError(f"{path} is not a telemetryd database any more")
-            elif state.kind is FileKind.EMPTY:
-                log.warning("The database file is empty: a new database is made in it", extra={"db_path": str(path)})
             connection, modes = await open_writer(
                 path, settings.db_journal_mode, settings.db_synchronous, settings.db_busy_timeout_ms
             )

@@ -283,6 +283,7 @@ class Converter:
 
     def __init__(self, old_columns: Sequence[str]) -> None:
         self.tally = Tally()
+        self._width = len(old_columns)
         place = {name: index for index, name in enumerate(old_columns)}
         self._present = [(COLUMNS.index(name), name, place[name]) for name in _FIELDS if name in place]
         self._extra = [(name, index) for name, index in place.items() if name not in TABLE]
@@ -295,7 +296,7 @@ class Converter:
         """Return runs in the form of today, whose ids are `numbers`."""
         originals: list[list[Original]] = [[] for _ in rows]
         made: list[Sequence[SqlValue]] = [numbers, *([value] * len(rows) for value in self._absent)]
-        raw: list[Sequence[Any]] = [*zip(*rows, strict=True)] or [()] * (len(self._present) + len(self._extra))
+        raw: list[Sequence[Any]] = [*zip(*rows, strict=True)] or [()] * self._width
         for index, name, place in self._present:
             made[index] = self._column(name, raw[place], originals)
         for name, place in self._extra:
