@@ -68,10 +68,11 @@ async def open_sqlite(
     prepare_directory(path)
     refuse_hard_links(path)  # whose message says more than that of a lock
     async with contextlib.AsyncExitStack() as undo:
-        is_left_empty = path.exists() and inspect_before_opening(path).kind is FileKind.EMPTY
+        was_empty = path.is_file() and path.stat().st_size == 0  # before we make it so
         ownership = Ownership(path, settings.lock_file)
         ownership.acquire(create=True)
         undo.callback(ownership.release)
+        was_empty = was_empty and not is_unfinished(path)
         after_crash = ownership.was_dropped or is_unfinished(path)
         was_changed = ownership.was_changed  # before we change it: opening may set another journal mode
         opened = await Opened.open(settings, clock, may_create=True, after_crash=after_crash)
@@ -85,7 +86,7 @@ async def open_sqlite(
         elif was_changed:
             recount.notice()
         undo.pop_all()
-    if is_left_empty:
+    if was_empty:
         log.warning("The database file was empty: a new database is made in it", extra={"db_path": str(path)})
     database = _Database(settings, opened=opened, ownership=ownership, recount=recount, metrics=metrics, clock=clock)
     await database.disk.look()
