@@ -23,10 +23,8 @@ from telemetryd.engine.sqlite.connection import (
 )
 from telemetryd.engine.sqlite.disk import Disk, LogWatch, Look
 from telemetryd.engine.sqlite.exports import Exports
-from telemetryd.engine.sqlite.files import Kind as FileKind
 from telemetryd.engine.sqlite.files import (
     forget_cached,
-    inspect_before_opening,
     is_unfinished,
     prepare_directory,
     refuse_hard_links,
