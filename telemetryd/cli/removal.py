@@ -80,7 +80,7 @@ class FieldType(click.ParamType[str]):
     The fields become null; with --events, so do the payloads of all events of the run. The run itself stays with the
     keys and types of its events, so that an agent that sends them again finds them known; if such a key is the secret,
     delete the run. An event that was sent without a key has one derived from its type, time and payload (`content-…`):
-    whoever reads it can confirm a guess, so a short secret in a payload also calls for `telemetryd delete`.
+    a reader of it can confirm a guess, so a short secret in a payload also calls for `telemetryd delete`.
 
     Copies made by `telemetryd follow` lose the texts with their next page.
     The database overwrites their space; remains may stay in unused gaps of the file until it is rebuilt

@@ -40,17 +40,24 @@ class Runs:
         return [Runs(half) for half in halves(self.items)] if len(self.items) > 1 else []
 
 
-@dataclass(slots=True)
-class Events:
-    """Events of one run."""
+class _OfEvents:
+    """A request about some events."""
 
+    __slots__ = ()
     items: list[EventItem]
-    tries: int = 0
 
     @property
     def lines(self) -> list[bytes]:
         """The lines that it comes from."""
         return [item.line for item in self.items]
+
+
+@dataclass(slots=True)
+class Events(_OfEvents):
+    """Events of one run."""
+
+    items: list[EventItem]
+    tries: int = 0
 
     @property
     def event_id(self) -> str:
@@ -77,17 +84,12 @@ class Update:
 
 
 @dataclass(slots=True)
-class Nameless:
+class Nameless(_OfEvents):
     """Events of which only the run_id of their run is known, so that the daemon has to be asked for its event_id."""
 
     run_id: str
     items: list[EventItem]
     tries: int = 0
-
-    @property
-    def lines(self) -> list[bytes]:
-        """The lines that it comes from."""
-        return [item.line for item in self.items]
 
     @property
     def event_id(self) -> str:

@@ -160,7 +160,7 @@ def document(described: Iterable[Described], *, needs_token: bool = False) -> Sc
             "version": telemetryd.__version__,
             "description": "Records the runs of agents and batch jobs. An answer of 200 or 201 to a write means that "
             "everything it names is durable; any other answer means unknown: repeat it with the same event_id.",
-            "contact": {"name": "Whoever operates this daemon"},
+            "contact": {"name": "The operator of this daemon"},
             "license": {"name": "No licence is stated", "identifier": "NOASSERTION"},
         },
         "servers": [{"url": ".", "description": "The daemon that serves this document, also under a path of a proxy."}],

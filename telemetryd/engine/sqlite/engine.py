@@ -23,13 +23,7 @@ from telemetryd.engine.sqlite.connection import (
 )
 from telemetryd.engine.sqlite.disk import Disk, LogWatch, Look
 from telemetryd.engine.sqlite.exports import Exports
-from telemetryd.engine.sqlite.files import (
-    forget_cached,
-    is_unfinished,
-    prepare_directory,
-    refuse_hard_links,
-    wal_bytes,
-)
+from telemetryd.engine.sqlite.files import forget_cached, is_unfinished, prepare_directory, refuse_hard_links, wal_bytes
 from telemetryd.engine.sqlite.groups import Groups, Outcome, translated
 from telemetryd.engine.sqlite.opening import Opened, check_schema, identity_of, keep_full_text
 from telemetryd.engine.sqlite.ownership import Ownership, refuse_other_name
@@ -70,8 +64,8 @@ async def open_sqlite(
         ownership = Ownership(path, settings.lock_file)
         ownership.acquire(create=True)
         undo.callback(ownership.release)
-        was_empty = was_empty and not is_unfinished(path)
-        after_crash = ownership.was_dropped or is_unfinished(path)
+        was_cut_off = is_unfinished(path)
+        after_crash = ownership.was_dropped or was_cut_off
         was_changed = ownership.was_changed  # before we change it: opening may set another journal mode
         opened = await Opened.open(settings, clock, may_create=True, after_crash=after_crash)
         undo.push_async_callback(opened.close)
@@ -84,7 +78,7 @@ async def open_sqlite(
         elif was_changed:
             recount.notice()
         undo.pop_all()
-    if was_empty:
+    if was_empty and not was_cut_off:
         log.warning("The database file was empty: a new database is made in it", extra={"db_path": str(path)})
     database = _Database(settings, opened=opened, ownership=ownership, recount=recount, metrics=metrics, clock=clock)
     await database.disk.look()

@@ -42,8 +42,8 @@ _LINE: Final = 65_536
 class Partial:
     """A file that is not whole yet.
 
-    Whoever may write to its folder can put another file, or a link to one, in the place of its name. So it is written
-    through the descriptor that came with it, and its name is only good as long as it leads to the same file.
+    Another user who may write to its folder can put another file, or a link to one, in the place of its name. So it
+    is written through the descriptor that came with it, and its name is only good as long as it leads to the same file.
     """
 
     path: Path
