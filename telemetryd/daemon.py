@@ -17,6 +17,7 @@ from typing import Final
 from aiohttp import web
 
 import telemetryd
+from telemetryd.configuration import LoadedSettings
 from telemetryd.http import make_app
 from telemetryd.model.rules import load_rules
 from telemetryd.model.values import utc_now
@@ -26,7 +27,7 @@ from telemetryd.ops.systemd import Notifier, passed_sockets
 from telemetryd.services.alerting import Alerting
 from telemetryd.services.certificates import most_processes
 from telemetryd.services.upkeep import Upkeep
-from telemetryd.settings import LoadedSettings, Settings
+from telemetryd.settings import Settings
 from telemetryd.store import Store
 from telemetryd.web.connections import make_runner
 from telemetryd.web.listening import bound, bound_next_to_database

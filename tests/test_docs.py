@@ -10,7 +10,7 @@ from bench import report
 from bench.figures import Figure, Samples, Unit, at_least
 from bench.scenario import Options
 from telemetryd import http
-from telemetryd.settings import load
+from telemetryd.configuration import load
 from tests.faults.ledger import Ledger, read
 from tests.tools import docs, reliability, schema
 

@@ -26,8 +26,8 @@ from telemetryd.cli.reach import Where, pause_s
 from telemetryd.client.address import Address, unix_url
 from telemetryd.client.config import Config
 from telemetryd.compat import TelemetryConfig
+from telemetryd.configuration import load
 from telemetryd.errors import ConfigurationError
-from telemetryd.settings import load
 from tests.conftest import PATIENCE_S, StartDaemon, make_run, require_program
 from tests.http_client import get, post
 from tests.tools.forks import popen

@@ -10,8 +10,9 @@ from click.testing import CliRunner
 from telemetryd.cli import main
 from telemetryd.client.config import VARIABLES
 from telemetryd.client.old_variables import WITHOUT_EFFECT
+from telemetryd.configuration import LoadedSettings, Origin, load
 from telemetryd.errors import ConfigurationError
-from telemetryd.settings import LoadedSettings, Origin, Settings, load, variable
+from telemetryd.settings import Settings, variable
 from tests.tools.process import telemetryd
 
 TOKEN = "correct-horse-battery-staple"

@@ -17,9 +17,10 @@ import click
 import orjson
 from click.shell_completion import CompletionItem
 
+from telemetryd.configuration import LoadedSettings, load
 from telemetryd.errors import ConfigurationError, TelemetrydError, sentence
 from telemetryd.model.values import parse_duration
-from telemetryd.settings import LoadedSettings, Settings, flag, load, variable
+from telemetryd.settings import Settings, flag, variable
 
 EXIT_FAILURE: Final = 1
 EXIT_USAGE: Final = 2

@@ -21,9 +21,10 @@ from telemetryd.client.answers import seconds_of
 from telemetryd.client.config import Config, read_token
 from telemetryd.client.paths import expanded
 from telemetryd.client.transport import SERVER_HEADER
+from telemetryd.configuration import Origin, load
 from telemetryd.errors import ConfigurationError, TelemetrydError
 from telemetryd.model import values
-from telemetryd.settings import Origin, Settings, load, variable
+from telemetryd.settings import Settings, variable
 
 if TYPE_CHECKING:
     import aiohttp

@@ -38,6 +38,7 @@ from telemetryd.cli.reach import (
 from telemetryd.client.address import unix_url, why
 from telemetryd.client.config import Config
 from telemetryd.client.transport import Transport, UnreachableError
+from telemetryd.configuration import Origin, load
 from telemetryd.engine.factory import open_read_only, owner
 from telemetryd.engine.interface import QueryingEngine
 from telemetryd.errors import ConfigurationError, DatabaseOwnedError, InvalidRequestError, UnavailableError
@@ -45,7 +46,7 @@ from telemetryd.model import event_queries, events, queries, regressions, runs, 
 from telemetryd.model.filters import TIME_BOUNDS, Filters, quoted
 from telemetryd.ops.metrics import Metrics
 from telemetryd.services import admin
-from telemetryd.settings import SYSTEM_SOCKET, Origin, Settings, load, variable
+from telemetryd.settings import SYSTEM_SOCKET, Settings, variable
 from telemetryd.store import Store
 
 Body = dict[str, Any]

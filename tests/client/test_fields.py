@@ -11,9 +11,10 @@ from telemetryd.client.context import PARENT_VARIABLE
 from telemetryd.client.fields import CHANGES, COUNTS, FIELDS, FLAGS, NAMES, SOURCES, STATUSES, TIMES, Details, Fields
 from telemetryd.client.intake import MAX_LABEL_KEY, MAX_LABELS, MAX_NAME
 from telemetryd.client.values import MAX_DEPTH, MAX_VALUES
+from telemetryd.configuration import CLIENT_VARIABLES
 from telemetryd.model import runs, values
 from telemetryd.model.values import Role
-from telemetryd.settings import CLIENT_VARIABLES, Settings, variable
+from telemetryd.settings import Settings, variable
 
 
 def parts(model: type[BaseModel], name: str) -> list[dict[str, Any]]:

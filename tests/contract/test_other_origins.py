@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from telemetryd.configuration import load
 from telemetryd.errors import ConfigurationError
 from telemetryd.http import ROUTES
 from telemetryd.model.hosts import origin_of
-from telemetryd.settings import load
 from tests.conftest import Api, MakeApi, make_run
 from tests.contract.wire import JSON, RUNS, check_error, send
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
+from telemetryd.configuration import Origin, load
 from telemetryd.model.runs import COLUMNS
-from telemetryd.settings import Origin, load
 from tests.conftest import Daemon, StartDaemon, make_run
 from tests.guide.reading import block, blocks, commands, example, examples, names, section
 from tests.guide.shell import DATABASE, LOG, TEE, Shell
