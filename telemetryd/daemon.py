@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
-from aiohttp import web
-
 import telemetryd
 from telemetryd.configuration import LoadedSettings
 from telemetryd.http import make_app
@@ -29,10 +27,10 @@ from telemetryd.services.certificates import most_processes
 from telemetryd.services.upkeep import Upkeep
 from telemetryd.settings import Settings
 from telemetryd.store import Store
-from telemetryd.web.connections import make_runner
+from telemetryd.web.connections import listen, make_runner
 from telemetryd.web.listening import bound, bound_next_to_database
+from telemetryd.web.tls import Tls
 
-_BACKLOG: Final = 2048
 _STATUS_EVERY_S: Final = 10.0
 _LONGEST_START_S: Final = 1.0
 """How long a start may go on after a signal, before the process ends without it: nothing was acknowledged yet."""
@@ -41,10 +39,11 @@ EXIT_FAILURE: Final = 1
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """A daemon that answers: its store, and where it listens."""
+    """A daemon that answers: its store, where it listens, and the certificate that it shows there."""
 
     store: Store
     addresses: tuple[str, ...]
+    tls: Tls
 
 
 @asynccontextmanager
@@ -56,12 +55,13 @@ async def running(
     Sockets that the service manager has passed stand in for those that the settings name.
 
     Raises:
-        ConfigurationError: if the rules of alerts cannot be used; nothing is touched then.
+        ConfigurationError: if the rules of alerts or the certificate cannot be used; nothing is touched then.
         AddressError: if an address cannot be listened on; the database is not touched then.
         DatabaseError: if the database cannot be used.
 
     """
     rules = load_rules(settings.alerts_file)
+    tls = Tls(settings)
     async with bound(settings, passed) as sockets:
         metrics = Metrics()
         store = await Store.open(settings, metrics, clock, full_text=settings.full_text)
@@ -75,7 +75,8 @@ async def running(
             with bound_next_to_database(settings) as own:
                 background = tuple(map(asyncio.create_task, (upkeep.run(), alerting.run())))
                 try:
-                    yield Running(store, await _listen(runner, [*sockets, *([own] if own is not None else [])]))
+                    listening = [*sockets, *([own] if own is not None else [])]
+                    yield Running(store, await listen(runner, listening, tls, metrics.count_handshake), tls)
                 finally:
                     for task in background:
                         task.cancel()
@@ -86,24 +87,11 @@ async def running(
             await store.close()
 
 
-async def _listen(runner: web.AppRunner, sockets: Sequence[socket.socket]) -> tuple[str, ...]:
-    for listening in sockets:
-        await web.SockSite(runner, listening, backlog=_BACKLOG).start()
-    addresses = []
-    for address in runner.addresses:
-        if isinstance(address, str):
-            addresses.append(f"unix:{address}")
-        else:
-            host = f"[{address[0]}]" if ":" in address[0] else address[0]
-            addresses.append(f"http://{host}:{address[1]}")
-    return tuple(addresses)
-
-
 async def serve(loaded: LoadedSettings) -> int:
     """Serve until SIGTERM or SIGINT, or until the writer dies of a bug; return the process's exit status.
 
     Raises:
-        ConfigurationError: if the rules of alerts cannot be used.
+        ConfigurationError: if the rules of alerts or the certificate cannot be used.
         AddressError: if an address cannot be listened on.
         DatabaseError: if the database cannot be used.
 

@@ -144,7 +144,22 @@ class Settings(BaseModel):
     api_auth_enabled: bool = Field(False, description="Ask for a token everywhere except on /health.")
     api_auth_token: SecretStr | None = Field(None, description="The token; better in a file.")
     api_auth_token_file: FilePath | None = Field(None, description="File that holds the token.")
-    api_protected_mode: bool = Field(True, description="While authentication is off, serve loopback peers only.")
+    api_protected_mode: bool = Field(
+        True,
+        description="While authentication is off, serve loopback peers only, and those that have shown a certificate "
+        "of TELEMETRY_TLS_CLIENT_CA.",
+    )
+    tls_cert: FilePath | None = Field(
+        None,
+        description="Certificate (PEM, with those between it and its authority): the TCP port speaks TLS then; "
+        "none: plain HTTP.",
+    )
+    tls_key: FilePath | None = Field(
+        None, description="Its private key (PEM), unreadable for others; none: in the certificate's file."
+    )
+    tls_client_ca: FilePath | None = Field(
+        None, description="Authorities (PEM) of which every client has to show a certificate; none: clients need none."
+    )
     allowed_hosts: Annotated[str, AfterValidator(_host_names)] | None = Field(
         None,
         description="Names by which clients and proxies may call (Host), separated by commas; * means any; "
@@ -212,6 +227,9 @@ class Settings(BaseModel):
             )
         if self.api_auth_enabled:
             self.token()
+        for name in ("tls_key", "tls_client_ca"):
+            if self.tls_cert is None and getattr(self, name) is not None:
+                raise ValueError(f"TELEMETRY_TLS_CERT: must be set when {variable(name)} is")
         return self
 
     def token(self) -> bytes | None:

@@ -15,8 +15,8 @@ from typing import Final
 
 ANY: Final = "*"
 _AUTHORITY: Final = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\s\[\]:/@]*))(?::([0-9]*))?")
-_HTTP_PORT: Final = 80
-_PORTS: Final = {"http": "80", "https": "443"}
+PORTS: Final = {"http": 80, "https": 443}
+"""The default port of each scheme."""
 _LAST_PORT: Final = 65535
 _PORT_DIGITS: Final = 5
 _REMEMBERED: Final = 1000
@@ -49,13 +49,13 @@ def origin_of(address: str) -> str | None:
     """
     scheme, separator, rest = address.lower().partition("://")
     parts = split(re.split(r"[/?#]", rest, maxsplit=1)[0])
-    if not separator or scheme not in _PORTS or parts is None or not parts[0] or not address.isascii():
+    if not separator or scheme not in PORTS or parts is None or not parts[0] or not address.isascii():
         return None
     name, port = parts
     if not (HOST_NAME.fullmatch(name) or is_address(name)) or not _is_port(port):
         return None
     shown = f"[{name}]" if ":" in name else name
-    return f"{scheme}://{shown}" if port in ("", _PORTS[scheme]) else f"{scheme}://{shown}:{int(port)}"
+    return f"{scheme}://{shown}" if port in ("", str(PORTS[scheme])) else f"{scheme}://{shown}:{int(port)}"
 
 
 def _is_port(port: str) -> bool:
@@ -102,19 +102,20 @@ class Names:
             self._known.add(host)
         return True
 
-    def may_be_a_proxys(self, host: str, port: int) -> bool:
+    def may_be_a_proxys(self, host: str, port: int, default: int) -> bool:
         """Return whether a Host that does not name us can only come from a program, such as a proxy (nginx's `$host`).
 
-        A browser that came to this port would name it, unless it is the default of http. Once names are
+        A browser that came to this port would name it, unless it is the default of its scheme. Once names are
         listed, the proxy's has to be among them.
 
         Args:
             host: the header's value.
             port: where the request came in.
+            default: the port that is the default of the scheme by which it came.
 
         """
         parts = split(host)
-        return self._listed is None and parts is not None and not parts[1] and port != _HTTP_PORT
+        return self._listed is None and parts is not None and not parts[1] and port != default
 
     def has_origin(self, origin: str, host: str) -> bool:
         """Return whether a page may change something here: one of ours, or one of a listed name.
@@ -136,4 +137,4 @@ def _authority(origin: str) -> tuple[str, str] | None:
     """Return name and port of a web page's origin, or None."""
     scheme, _, authority = origin.lower().partition("://")
     page = split(authority)
-    return page if scheme in _PORTS and page is not None and page[0] else None
+    return page if scheme in PORTS and page is not None and page[0] else None

@@ -70,6 +70,12 @@ class Metrics:
             registry=self.registry,
         )
         self._events = {outcome: events.labels(outcome) for outcome in ("created", "duplicate")}
+        self._handshakes = Counter(
+            "telemetryd_tls_handshakes_failed",
+            "TLS handshakes that failed, by reason.",
+            ("reason",),
+            registry=self.registry,
+        )
         self.refused = Counter(
             "telemetryd_writes_refused",
             "Writes answered 503, by reason.",
@@ -174,6 +180,10 @@ class Metrics:
         answered, duration = children
         answered.inc()
         duration.observe(seconds)
+
+    def count_handshake(self, reason: str) -> None:
+        """Count a TLS handshake that has failed."""
+        self._handshakes.labels(reason).inc()
 
     def count_runs(self, *, created: int = 0, duplicate: int = 0, invalid: int = 0) -> None:
         """Count runs received, by what became of them."""

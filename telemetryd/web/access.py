@@ -18,11 +18,12 @@ from typing import Final
 from aiohttp import hdrs, web
 
 from telemetryd import flow
-from telemetryd.model.hosts import Names
+from telemetryd.model.hosts import PORTS, Names, split
 from telemetryd.model.values import shorten
 from telemetryd.settings import Settings
 from telemetryd.web.answers import client_address, endpoint_of, error_response, wants_page
 from telemetryd.web.browsers import ASSETS, HEALTH, Pages
+from telemetryd.web.secure import has_client_certificate, is_for
 
 _CREDENTIALS: Final = struct.Struct("3i")
 """Linux's struct ucred: process, user, group (unix(7), SO_PEERCRED)."""
@@ -104,7 +105,11 @@ class Gate:
         return error_response(403, refusal) if refusal is not None else None
 
     def _is_called(self, request: web.Request, host: str) -> bool:
-        return self._names.has_host(host) or self._names.may_be_a_proxys(host, _port(request))
+        return (
+            self._names.has_host(host)
+            or self._names.may_be_a_proxys(host, _port(request), PORTS[request.scheme])
+            or ((parts := split(host)) is not None and is_for(request, parts[0]))
+        )
 
     def _refusal_of_client(self, request: web.Request) -> web.Response | None:
         """Keep out who has no right to ask, or asks too often."""
@@ -120,11 +125,12 @@ class Gate:
                 "Admin endpoints need authentication (TELEMETRY_API_AUTH_ENABLED) or the Unix socket "
                 f"{self._socket}, used by the daemon's own user or root",
             )
-        if self._loopback_only and not _is_loopback(request.remote):
+        if self._loopback_only and not _is_loopback(request.remote) and not has_client_certificate(request):
             return error_response(
                 403,
                 "Protected mode: only this machine is served while authentication is off; set "
-                "TELEMETRY_API_AUTH_ENABLED=true and TELEMETRY_API_AUTH_TOKEN, or TELEMETRY_API_PROTECTED_MODE=false",
+                "TELEMETRY_API_AUTH_ENABLED=true and TELEMETRY_API_AUTH_TOKEN, or TELEMETRY_TLS_CLIENT_CA, or "
+                "TELEMETRY_API_PROTECTED_MODE=false",
             )
         if self._limit is not None:
             wait = self._limit.wait_s(client_address(request))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import socket
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
@@ -24,10 +25,13 @@ from telemetryd.web.answers import client_address, error_response, mark, request
 from telemetryd.web.browsers import SAFE_METHODS
 from telemetryd.web.compression import LARGE_BYTES, compressor
 from telemetryd.web.heads import ANSWERED_BYTES, HEAD_BYTES, LINE_BYTES, HeadTooLargeError, Held, Parser
+from telemetryd.web.secure import Handshakes
+from telemetryd.web.tls import Tls
 
 KEEPALIVE_S: Final = 75.0
 """How long a connection may rest between two requests."""
 
+_BACKLOG: Final = 2048
 _PIECE_BYTES: Final = 256 * 1024
 _SPARE_DESCRIPTORS: Final = 80
 """Descriptors for the lock files, the sockets that listen, backups, and what Python opens."""
@@ -38,6 +42,8 @@ _DESCRIPTORS_PER_READER: Final = 2
 class ConnectionBounds:
     """How much time clients may take, and how much of the memory."""
 
+    handshake_s: float = 10.0
+    """How long the handshake of TLS may take."""
     head_s: float = 10.0
     """How long the head of a request may take, from its first byte, or from the connection's begin."""
     deaf_s: float = 30.0
@@ -171,7 +177,7 @@ class _Protocol(RequestHandler):
         """Take a connection, unless so many are open that the database would find no descriptor any more."""
         super().connection_made(transport)
         self.asking_since = asyncio.get_running_loop().time()
-        if len(self._server.connections) > self._server.most_connections:
+        if self._server.is_full() and not self._server.cut_handshake():
             cast(asyncio.Transport, transport).abort()
 
     def connection_lost(self, exc: BaseException | None) -> None:
@@ -282,10 +288,20 @@ class _Server(web.Server):
     bounds: ConnectionBounds
     answer: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
     held: Held[_Protocol]
+    handshakes: Handshakes | None = None
     _patrol: asyncio.Task[None]
 
     def __call__(self) -> RequestHandler:
         return _Protocol(self, loop=asyncio.get_running_loop(), **private_aiohttp.protocol_arguments(self))
+
+    def is_full(self) -> bool:
+        """Return whether more connections are open than there may be, with those that are not ready yet."""
+        shaking = 0 if self.handshakes is None else len(self.handshakes)
+        return len(self.connections) + shaking > self.most_connections
+
+    def cut_handshake(self) -> bool:
+        """Cut a connection whose handshake is not done; return whether there was one."""
+        return self.handshakes is not None and self.handshakes.cut_longest()
 
     def note(self, protocol: _Protocol, held: int) -> None:
         """Take note of what a connection's requests hold, and cut those who hold most if it is too much."""
@@ -393,3 +409,34 @@ def make_runner(
     spare = _SPARE_DESCRIPTORS + _DESCRIPTORS_PER_READER * (settings.db_readers + 1) + most_watched
     runner.most_connections = max(limit - spare, limit // 4)
     return runner
+
+
+async def listen(
+    runner: web.AppRunner, sockets: Sequence[socket.socket], tls: Tls, failed: Callable[[str], None]
+) -> tuple[str, ...]:
+    """Accept connections on sockets that are bound; return the addresses.
+
+    Args:
+        runner: of `make_runner`, set up; it stops listening.
+        sockets: Unix sockets always speak plain HTTP.
+        tls: what the others speak.
+        failed: called with the reason for each handshake that fails.
+
+    """
+    server = cast(_Server, runner.server)
+    accept: Callable[[], asyncio.Protocol] = server
+    if tls.identity is not None:
+        server.handshakes = accept = Handshakes(
+            tls, server, server.is_full, failed, patience_s=server.bounds.handshake_s
+        )
+    addresses = []
+    for listening in sockets:
+        is_unix = listening.family == socket.AF_UNIX
+        await private_aiohttp.Site(runner, listening, server if is_unix else accept, _BACKLOG).start()
+        name = listening.getsockname()
+        if is_unix:
+            addresses.append(f"unix:{name}")
+        else:
+            host = f"[{name[0]}]" if ":" in name[0] else name[0]
+            addresses.append(f"{'http' if tls.identity is None else 'https'}://{host}:{name[1]}")
+    return tuple(addresses)

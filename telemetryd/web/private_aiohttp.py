@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    import socket
+    from collections.abc import Callable, Mapping
 
     from aiohttp.http_parser import HttpRequestParser
     from aiohttp.web_protocol import RequestHandler
@@ -52,3 +54,34 @@ class AppRunner(web.AppRunner):
 
     async def _make_server(self) -> web.Server:
         return self.replace_server(await super()._make_server())
+
+
+class Site(web.SockSite):
+    """aiohttp's listening socket, with protocols of ours: it makes those of its runner's server, and takes no others.
+
+    Args:
+        runner: stops it.
+        listening: a socket that is bound.
+        make: makes the protocol of each connection.
+        backlog: how many connections may wait to be accepted.
+
+    """
+
+    __slots__ = ("_listening", "_make")
+
+    def __init__(
+        self,
+        runner: web.BaseRunner,
+        listening: socket.socket,
+        make: Callable[[], asyncio.BaseProtocol],
+        backlog: int,
+    ) -> None:
+        super().__init__(runner, listening, backlog=backlog)
+        self._listening = listening
+        self._make = make
+
+    async def start(self) -> None:
+        """Listen."""
+        await web.BaseSite.start(self)
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(self._make, sock=self._listening, backlog=self._backlog)

@@ -118,10 +118,11 @@ async def test_over_the_unix_socket_every_name_will_do(start_daemon: Any, tmp_pa
 
 def test_on_the_default_port_of_http_a_name_without_a_port_may_be_a_browsers() -> None:
     names = Names(None, "0.0.0.0")
-    assert names.may_be_a_proxys("evil.example", 8765)
-    assert not names.may_be_a_proxys("evil.example", 80)
-    assert not names.may_be_a_proxys("evil.example:8765", 8765)
-    assert not Names(frozenset({"a"}), "0.0.0.0").may_be_a_proxys("evil.example", 8765)
+    assert names.may_be_a_proxys("evil.example", 8765, 80)
+    assert not names.may_be_a_proxys("evil.example", 80, 80)
+    assert not names.may_be_a_proxys("evil.example", 443, 443)
+    assert not names.may_be_a_proxys("evil.example:8765", 8765, 80)
+    assert not Names(frozenset({"a"}), "0.0.0.0").may_be_a_proxys("evil.example", 8765, 80)
     assert names.has_host("localhost")
 
 
