@@ -253,8 +253,8 @@ class Daemon:
     def url(self) -> str:
         """Where it listens; waits until it does."""
         line = self.wait_for_line("Serving")
-        port = line["addresses"][0].rpartition(":")[2]
-        return f"http://127.0.0.1:{port}"
+        scheme, _, port = line["addresses"][0].split(":")
+        return f"http://127.0.0.1:{port}" if scheme == "http" else f"https://localhost:{port}"
 
     def wait_for_line(self, message: str, timeout_s: float = PATIENCE_S) -> dict[str, Any]:
         """Wait for a log line with this message."""

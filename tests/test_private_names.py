@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import re
+import socket
 import sqlite3
 import threading
 from configparser import ConfigParser
@@ -95,8 +96,9 @@ async def test_a_server_of_ours_makes_protocols_that_tell_whether_a_request_is_t
     runner = Runner(app, keepalive_timeout=12.0)
     await runner.setup()
     try:
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
+        assert runner.server is not None
+        listening = socket.create_server(("127.0.0.1", 0))
+        await private_aiohttp.Site(runner, listening, runner.server, 16).start()
         async with ClientSession() as session:
             for _ in range(2):
                 async with session.get(f"http://127.0.0.1:{runner.addresses[0][1]}/") as response:

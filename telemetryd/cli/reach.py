@@ -27,6 +27,8 @@ from telemetryd.model import values
 from telemetryd.settings import Settings, variable
 
 if TYPE_CHECKING:
+    import ssl
+
     import aiohttp
 
 _PAUSE_S: Final = 1.0
@@ -98,6 +100,8 @@ class Where:
     url: str | None = None
     token_file: str | None = None
     ca_file: str | None = None
+    client_cert: str | None = None
+    client_key: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     """The flags of settings (db_path, lock_file) that were given, by name."""
 
@@ -136,7 +140,9 @@ class Where:
         """
         try:
             given["token"] = self.token(token)
-            given["ca_file"] = None if self.ca_file is None else expanded(self.ca_file).absolute()
+            for name in ("ca_file", "client_cert", "client_key"):
+                file = getattr(self, name)
+                given[name] = None if file is None else expanded(file).absolute()
             return Config.load(url=url or self.address() or _url_here(), **given)
         except ValueError as error:
             raise ConfigurationError([str(error)]) from error
@@ -166,14 +172,26 @@ def _url_here() -> str:
         ConfigurationError: if they do not say it.
 
     """
-    loaded = load(names=("api_port",), needs_dotenv=False)
+    loaded = load(names=("api_port", "tls_cert"), needs_dotenv=False)
     port = loaded.settings.api_port
     if loaded.unread and loaded.origins["api_port"] is Origin.DEFAULT:
         text = f"telemetryd: {'; '.join(loaded.unread)}; if {variable('api_port')} stands there, it is not used"
         click.echo(text, err=True)
     if port == 0:
         raise ConfigurationError([f"{variable('api_port')}: 0 is any free port; say with --url where the daemon is"])
-    return f"http://localhost:{port}"
+    return local_url(loaded.settings)
+
+
+def local_url(settings: Settings, plain: str = "localhost") -> str:
+    """Return the address by which a daemon with these settings is reached from its machine.
+
+    Args:
+        settings: the daemon's.
+        plain: the host without TLS; a certificate is for a name.
+
+    """
+    scheme, host = ("http", plain) if settings.tls_cert is None else ("https", "localhost")
+    return f"{scheme}://{host}:{settings.api_port}"
 
 
 def daemon_flags(function: F) -> F:
@@ -196,6 +214,8 @@ def _flags(function: F, default: str, names: Collection[str] = ()) -> F:
         port: int | None,
         token_file: str | None,
         ca_file: str | None,
+        client_cert: str | None,
+        client_key: str | None,
         **options: Any,
     ) -> Any:
         chosen = [text for text, given in (("--url", url), ("--unix", unix), ("--port", port)) if given is not None]
@@ -209,10 +229,20 @@ def _flags(function: F, default: str, names: Collection[str] = ()) -> F:
         elif port is not None:
             url = f"http://localhost:{port}"
         settings = {name: options.pop(name) for name in names}
-        return function(*arguments, where=Where(url, token_file, ca_file, settings), **options)
+        return function(*arguments, where=Where(url, token_file, ca_file, client_cert, client_key, settings), **options)
 
     decorated: Any = called
     for option in (
+        click.option(
+            "--client-key",
+            metavar="FILE",
+            help="Its private key (PEM).  [TELEMETRY_API_CLIENT_KEY; default: in the same file]",
+        ),
+        click.option(
+            "--client-cert",
+            metavar="FILE",
+            help="Certificate (PEM) for a daemon that asks for one.  [TELEMETRY_API_CLIENT_CERT]",
+        ),
         click.option(
             "--ca",
             "ca_file",
@@ -273,7 +303,7 @@ async def session(config: Config, patience: aiohttp.ClientTimeout | None = None)
     if address.scheme == "unix":
         connector: aiohttp.BaseConnector = aiohttp.UnixConnector(address.socket)
     elif address.scheme == "https":
-        connector = aiohttp.TCPConnector(ssl=tls_context(config.ca_file))
+        connector = aiohttp.TCPConnector(ssl=tls_context(config.ca_file, config.client_cert, config.client_key))
     else:
         connector = aiohttp.TCPConnector()
     headers = {"Authorization": f"Bearer {config.token}"} if config.token else {}
@@ -324,7 +354,18 @@ def reason(error: BaseException) -> str:
         return f"{error.host}:{error.port}: {why(error.os_error)}"
     if isinstance(error, aiohttp.ClientResponseError):
         return f"what answered does not speak HTTP properly: {error.message or type(error).__name__}"
-    return why(error)
+    return why(_alert(error) or error)
+
+
+def _alert(error: BaseException) -> ssl.SSLError | None:
+    """Return what the daemon has said by TLS, if that is why there is no answer: of clients' certificates mostly.
+
+    With TLS 1.3 it comes when the client has finished its handshake, and aiohttp takes it for a lost connection.
+    """
+    import ssl  # noqa: PLC0415 - aiohttp has loaded it
+
+    cause = error.__cause__
+    return cause if isinstance(cause, ssl.SSLError) and "_ALERT_" in (cause.reason or "") else None
 
 
 def is_hopeless(error: BaseException) -> bool:
@@ -332,7 +373,11 @@ def is_hopeless(error: BaseException) -> bool:
     import aiohttp  # noqa: PLC0415
 
     kinds = (aiohttp.ClientConnectorCertificateError, aiohttp.ClientConnectorSSLError, aiohttp.InvalidURL)
-    return isinstance(error, kinds) or isinstance(getattr(error, "os_error", error), PermissionError)
+    return (
+        isinstance(error, kinds)
+        or _alert(error) is not None
+        or isinstance(getattr(error, "os_error", error), PermissionError)
+    )
 
 
 def pause_s(headers: Mapping[str, str]) -> float:

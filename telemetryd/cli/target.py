@@ -26,6 +26,7 @@ from telemetryd.cli.reach import (
     Request,
     Where,
     is_hopeless,
+    local_url,
     pause_s,
     read_list,
     read_object,
@@ -340,7 +341,7 @@ def _through_owner(where: Where, settings: Settings, holder: str) -> Place:
             return Place(settings, _through(where, settings, path))
         tried.append(f"{path}: {silence or 'it serves another database'}")
     if (token := where.token(settings_token(settings))) is not None:
-        return Place(settings, where.config(f"http://127.0.0.1:{settings.api_port}", token))
+        return Place(settings, where.config(local_url(settings, "127.0.0.1"), token))
     return Place(
         settings,
         None,

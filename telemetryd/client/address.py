@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal, cast
+from typing import TYPE_CHECKING, Final, Literal, NoReturn, cast
 from urllib.parse import quote, unquote, urlsplit
 
 if TYPE_CHECKING:
@@ -66,16 +66,62 @@ def unix_url(path: Path) -> str:
     return f"unix://{quote(str(path.absolute()))}"
 
 
-def tls_context(ca_file: Path | None) -> ssl.SSLContext:
-    """Return what a certificate is checked by: the system's authorities, or those of a file instead.
+def tls_context(ca_file: Path | None, cert: Path | None = None, key: Path | None = None) -> ssl.SSLContext:
+    """Return what a certificate is checked by, and what is shown to a daemon that asks for a certificate.
+
+    Args:
+        ca_file: the authorities, instead of the system's.
+        cert: the client's certificate; None: none is shown.
+        key: its private key; None: it is in the same file.
 
     Raises:
-        OSError: if the file cannot be read, or holds no certificate (then an `ssl.SSLError`).
+        OSError: if a file cannot be read, or holds nothing of the kind (then an `ssl.SSLError`).
 
     """
     import ssl  # noqa: PLC0415 - most agents never need it, and it takes long to load
 
-    return ssl.create_default_context(cafile=None if ca_file is None else str(ca_file))
+    context = ssl.create_default_context(cafile=None if ca_file is None else str(ca_file))
+    if cert is not None:
+        context.load_cert_chain(cert, key, password=_refuse_to_ask)
+    return context
+
+
+def _refuse_to_ask() -> NoReturn:
+    """Keep OpenSSL from asking for the password of a key on the agent's terminal."""
+    raise OSError("the private key is encrypted, and nobody is asked for a password")
+
+
+_OWN_AUTHORITY: Final = (
+    "if it comes from an authority of your own, name the file of its certificate with --ca (TELEMETRY_API_CA_FILE)"
+)
+_OTHER_NAME: Final = "reach the daemon by a name that its certificate holds"
+_HINTS: Final = {
+    9: "is the clock of this machine right?",
+    10: "the daemon needs a new one, unless the clock of this machine is wrong",
+    62: _OTHER_NAME,
+    64: _OTHER_NAME,
+}
+"""What can be done about a certificate, by OpenSSL's number of what is wrong (X509_V_ERR_…)."""
+_CERTIFICATE_ALERTS: Final = (
+    "BAD_CERTIFICATE",
+    "CERTIFICATE_EXPIRED",
+    "CERTIFICATE_REVOKED",
+    "CERTIFICATE_UNKNOWN",
+    "UNKNOWN_CA",
+    "UNSUPPORTED_CERTIFICATE",
+)
+
+
+def _why_no_tls(reason: str) -> str:
+    """Return in words what OpenSSL's reason means; one of an alert is what the other side says."""
+    words = reason.rpartition("_ALERT_")[2].replace("_", " ").lower()
+    if reason.endswith("_ALERT_CERTIFICATE_REQUIRED"):
+        return "it asks for a client certificate: name its file with --client-cert (TELEMETRY_API_CLIENT_CERT)"
+    if "_ALERT_" in reason and reason.endswith(_CERTIFICATE_ALERTS):
+        return f"it does not accept the client certificate: {words} (--client-cert, TELEMETRY_API_CLIENT_CERT)"
+    if "_ALERT_" in reason:
+        return f"no TLS connection: {words}; if it asks for a client certificate: --client-cert"
+    return f"no TLS connection: {words}; is http:// meant?"
 
 
 def why(error: BaseException) -> str:
@@ -84,14 +130,14 @@ def why(error: BaseException) -> str:
     import ssl  # noqa: PLC0415
 
     if isinstance(error, ssl.SSLCertVerificationError):
-        return (
-            f"its certificate is not accepted: {error.verify_message or error}; if it comes from an authority of your "
-            "own, name the file of its certificate with --ca (TELEMETRY_API_CA_FILE)"
-        )
+        hint = _HINTS.get(error.verify_code, _OWN_AUTHORITY)
+        return f"its certificate is not accepted: {error.verify_message or error}; {hint}"
     if isinstance(error, ssl.SSLError):
-        return f"no TLS connection: {(error.reason or str(error)).replace('_', ' ').lower()}; is http:// meant?"
+        return _why_no_tls(error.reason or str(error))
     if isinstance(error, OSError) and error.errno is not None and error.errno > 0:
         return os.strerror(error.errno)  # event loops have words of their own for some
+    if isinstance(error, http.client.RemoteDisconnected):
+        return "it closed the connection without an answer; is https:// meant?"
     if isinstance(error, http.client.BadStatusLine | http.client.UnknownProtocol):
         return "what answered does not speak HTTP"
     words = error.strerror if isinstance(error, OSError) else None

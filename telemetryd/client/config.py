@@ -90,6 +90,10 @@ class Config:
     """Sent as `Authorization: Bearer …`."""
     ca_file: Path | None = None
     """The certificates of the authorities (PEM) by which https is checked, instead of the system's."""
+    client_cert: Path | None = None
+    """The certificate (PEM) that is shown to a daemon that asks for one (TELEMETRY_TLS_CLIENT_CA)."""
+    client_key: Path | None = None
+    """Its private key (PEM), if it is not in the same file."""
     buffer_dir: Path | None = None
     """The spool's folder; several processes may share it. None means `default_buffer_dir()`."""
     durability: Durability = "write"
@@ -120,6 +124,8 @@ class Config:
             value = getattr(self, field.name)
             if (fault := _fault(field.name, value)) is not None:
                 raise ValueError(f"{field.name} {fault}{_shown(field.name, value)}")
+        if (fault := _fault_of_pair(self.client_cert, self.client_key)) is not None:
+            raise ValueError(f"client_cert {fault}{_shown('client_cert', self.client_cert)}")
 
     @property
     def folder(self) -> Path:
@@ -140,6 +146,8 @@ class Config:
             raise TypeError(f"unknown settings: {', '.join(sorted(unknown))}")
         chosen = {name: value for name, value in given.items() if value is not None}
         known, faults = _from_environment(os.environ)
+        if "client_cert" in chosen:  # the key of the environment is that of another certificate
+            known.pop("client_key", None)
         if wrong := [fault for name, fault in faults.items() if name not in chosen]:
             raise ValueError("; ".join(wrong))
         values = {**known, **chosen}
@@ -151,10 +159,10 @@ class Config:
     def tolerant(cls) -> tuple[Config, list[str]]:
         """Collect the variables that can be used; also return what is wrong with the others.
 
-        Nothing is sent if the address, the token or the authorities are wrong: the default may be another daemon.
+        Nothing is sent if the address, the token or a certificate is wrong: the default may be another daemon.
         """
         values, faults = _from_environment(os.environ)
-        if faults.keys() & {"url", "token", "ca_file"}:
+        if faults.keys() & {"url", "token", "ca_file", "client_cert"}:
             values["send"] = False
         return cls(**values), list(faults.values())
 
@@ -188,6 +196,18 @@ def _fault_of_authorities(path: Path | None) -> str | None:
             tls_context(path)
     except OSError as error:
         return f"holds no certificate that can be read: {error.strerror or error}"
+    return None
+
+
+def _fault_of_pair(cert: Path | None, key: Path | None) -> str | None:
+    """Return what is wrong with a client's certificate and its key, which are right only together."""
+    if cert is None:
+        return None if key is None else "must be set when client_key (TELEMETRY_API_CLIENT_KEY) is"
+    try:
+        tls_context(None, cert, key)
+    except OSError as error:
+        fault = getattr(error, "reason", None) or error.strerror or error
+        return f"cannot be used with the private key {'in it' if key is None else f'in {key}'}: {fault}"
     return None
 
 
@@ -264,10 +284,13 @@ def read_token(path: str | os.PathLike[str]) -> str:
 def url_of_port(text: str) -> str | None:
     """Return the address of a daemon on this machine by its port; None if the text names none.
 
+    A certificate of the daemon in the same environment (TELEMETRY_TLS_CERT) says that it speaks TLS.
+
     Kubernetes sets TELEMETRY_API_PORT=tcp://10.0.0.7:8765 in every container next to a service called telemetry-api.
     """
     port = int(text) if text.isascii() and text.isdigit() else 0
-    return f"http://localhost:{port}" if 0 < port < 1 << 16 else None
+    scheme = "https" if os.environ.get("TELEMETRY_TLS_CERT") else "http"
+    return f"{scheme}://localhost:{port}" if 0 < port < 1 << 16 else None
 
 
 _FOLDER_VARIABLE: Final = "TELEMETRY_BUFFER_DIR"
@@ -283,6 +306,8 @@ VARIABLES: Final[Mapping[str, tuple[str, Callable[[str], Any], str]]] = {
     "TELEMETRY_API_AUTH_TOKEN": ("token", str.strip, "The daemon's token, if it asks for one."),
     "TELEMETRY_API_AUTH_TOKEN_FILE": ("token", read_token, "Or its file."),
     "TELEMETRY_API_CA_FILE": ("ca_file", _folder, "Certificates (PEM) by which https is checked."),
+    "TELEMETRY_API_CLIENT_CERT": ("client_cert", _folder, "Certificate (PEM) for a daemon that asks for one."),
+    "TELEMETRY_API_CLIENT_KEY": ("client_key", _folder, "Its private key (PEM), if it is not in the same file."),
     _FOLDER_VARIABLE: ("buffer_dir", _folder, "The spool's folder."),
     "TELEMETRY_BUFFER_DURABILITY": ("durability", str, "write, or fsync: each call waits for the disk."),
     "TELEMETRY_BUFFER_MAX_MB": ("max_bytes", lambda text: int(_number(text) * MIB), "The folder's bound, in MiB."),
@@ -318,4 +343,8 @@ def _from_environment(environment: Mapping[str, str]) -> tuple[dict[str, Any], d
                 values.setdefault(name, value)
             else:
                 faults.setdefault(name, f"{variable}: {fault}{_shown(name, text)}")
+    cert, key = values.get("client_cert"), values.get("client_key")
+    if (fault := _fault_of_pair(cert, key)) is not None:
+        values = {name: value for name, value in values.items() if name not in ("client_cert", "client_key")}
+        faults.setdefault("client_cert", f"TELEMETRY_API_CLIENT_CERT: {fault}{_shown('client_cert', cert)}")
     return values, faults

@@ -181,7 +181,7 @@ class Transport:
     def __init__(self, config: Config) -> None:
         self._url = config.url
         self._address = Address.parse(config.url)
-        self._ca_file = config.ca_file
+        self._tls_files = config.ca_file, config.client_cert, config.client_key
         self._tls: ssl.SSLContext | None = None
         self._timeout_s = config.timeout_s
         self._headers: dict[str, str | bytes] = {"User-Agent": f"telemetryd-client/{telemetryd.__version__}"}
@@ -215,6 +215,8 @@ class Transport:
                 return self._exchange(method, path, body, media_type)
         except (OSError, http.client.HTTPException, ValueError, OverflowError) as error:
             self.close()
+            if isinstance(error, ssl.SSLError):
+                self._tls = None  # the next attempt reads the files again: one may have been renewed
             raise UnreachableError(f"{self._url}: {why(error)}") from error
 
     def _exchange(self, method: str, path: str, body: bytes | None, media_type: str) -> Answer:
@@ -275,7 +277,7 @@ class Transport:
         if address.scheme == "unix":
             connection = _UnixConnection(address.socket, timeout)
         elif address.scheme == "https":
-            self._tls = self._tls or tls_context(self._ca_file)
+            self._tls = self._tls or tls_context(*self._tls_files)
             connection = http.client.HTTPSConnection(address.host, address.port, timeout=timeout, context=self._tls)
         else:
             connection = http.client.HTTPConnection(address.host, address.port, timeout=timeout)

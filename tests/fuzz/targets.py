@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import orjson
+import trustme
 
 from telemetryd.engine.sqlite.statements.runs import select_page
 from telemetryd.errors import BodyTooLargeError, InvalidBodyError, InvalidRequestError
 from telemetryd.model import bodies, queries, runs, values
 from telemetryd.model.commands import CreateRuns
+from telemetryd.settings import Settings
+from telemetryd.web.secure import Handshakes
+from telemetryd.web.tls import Tls
 
 CORPUS: Final = Path(__file__).with_name("corpus")
 
@@ -66,4 +73,64 @@ def query(data: bytes) -> None:
     orjson.dumps(listed.parameters())
 
 
-TARGETS: Final[Mapping[str, Callable[[bytes], None]]] = {"body": body, "query": query}
+class _Socket(asyncio.Transport):
+    """A transport that leads nowhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_over = False
+        self.sent = bytearray()
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return default
+
+    def is_closing(self) -> bool:
+        return self.is_over
+
+    def can_write_eof(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> None:
+        assert not self.is_over
+        self.sent += data
+
+    def write_eof(self) -> None:
+        self.is_over = True
+
+    abort = close = write_eof
+
+
+@functools.cache
+def _tls() -> Tls:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "cert.pem"
+        file.touch(0o600)
+        trustme.CA().issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(str(file))
+        return Tls(Settings(db_path=Path(folder), tls_cert=file))
+
+
+def handshake(data: bytes) -> None:
+    """Read bytes as what a client of TLS sends, who has no way to know what has to be sent last."""
+
+    def never() -> asyncio.Protocol:
+        raise AssertionError("a connection is given out before its handshake is done")
+
+    async def shake_hands() -> None:
+        failed: list[str] = []
+        handshakes = Handshakes(_tls(), never, lambda: False, failed.append, patience_s=60)
+        half = len(data) // 2
+        for pieces in ((data,), (data[:half], data[half:])):
+            connection, transport = handshakes(), _Socket()
+            connection.connection_made(transport)
+            for piece in pieces:
+                connection.data_received(piece)
+            assert len(failed) == transport.is_over
+            connection.connection_lost(None)
+            assert len(failed) == 1
+            assert not len(handshakes)
+            failed.clear()
+
+    asyncio.run(shake_hands())
+
+
+TARGETS: Final[Mapping[str, Callable[[bytes], None]]] = {"body": body, "query": query, "handshake": handshake}
