@@ -191,8 +191,10 @@ def _announce(settings: Settings, daemon: Running) -> None:
         log.warning(message, extra=dict(fields))
     if settings.api_auth_enabled:
         served = "every client that brings the token"
+    elif not settings.api_protected_mode:
+        served = "every client that can reach it"
     else:
-        served = "this machine only" if settings.api_protected_mode else "every client that can reach it"
+        served = "this machine only" if settings.tls_client_ca is None else "clients with a certificate only"
     log.info(f"Authentication is {'on' if settings.api_auth_enabled else 'off'}", extra={"served": served})
     terminal = next((stream for stream in (sys.stderr, sys.stdout) if stream is not None and stream.isatty()), None)
     if terminal is not None:  # somebody tries it out

@@ -66,6 +66,9 @@ def test_the_defaults_are_those_of_the_guide_and_the_contract() -> None:
         "api_auth_token": None,
         "api_auth_token_file": None,
         "api_protected_mode": True,
+        "tls_cert": None,
+        "tls_key": None,
+        "tls_client_ca": None,
         "allowed_hosts": None,
         "cors_origins": None,
         "rate_limit_enabled": False,
@@ -135,6 +138,8 @@ def test_a_flag_beats_the_environment_which_beats_dotenv_which_beats_the_default
     if name == "db_readers":
         values = ["1", "2", "3"]
     beside = {"TELEMETRY_API_AUTH_TOKEN_FILE": str(token_file)} if name == "api_auth_enabled" else {}
+    if name in ("tls_key", "tls_client_ca"):
+        beside = {"TELEMETRY_TLS_CERT": "cert.pem"}
 
     def value_of(found: LoadedSettings) -> str:
         value = found.settings.model_dump()[name]
@@ -186,6 +191,9 @@ WRONG = {
     "TELEMETRY_API_AUTH_ENABLED": "maybe",
     "TELEMETRY_API_AUTH_TOKEN_FILE": " ",
     "TELEMETRY_API_PROTECTED_MODE": "2",
+    "TELEMETRY_TLS_CERT": " ",
+    "TELEMETRY_TLS_KEY": " ",
+    "TELEMETRY_TLS_CLIENT_CA": " ",
     "TELEMETRY_ALLOWED_HOSTS": "telemetry.example.com:8765",
     "TELEMETRY_CORS_ORIGINS": "*",
     "TELEMETRY_RATE_LIMIT_ENABLED": "x",

@@ -288,6 +288,15 @@ def test_nothing_older_than_tls_1_2_is_spoken(folder: Folder, mutual: Daemon) ->
     assert (counted["version"], counted["not_tls"]) == (1, 1)
 
 
+def test_an_answer_that_comes_before_the_end_of_a_request_arrives_whole(folder: Folder, mutual: Daemon) -> None:
+    context = client_context(folder.ca, folder.cert("agent.pem", "agent@example.org"))
+    with connected(int(mutual.url.rpartition(":")[2]), context) as sock:
+        sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Long: " + b"x" * 200_000)
+        answer = b"".join(iter(lambda: sock.recv(1 << 16), b""))
+        assert answer.startswith(b"HTTP/1.0 431 ")
+        assert answer.endswith(b'in a line"}')
+
+
 @contextlib.contextmanager
 def connected(
     port: int, context: ssl.SSLContext, address: str = "127.0.0.1", name: str = "localhost", **more: Any
@@ -432,9 +441,13 @@ def test_a_renewal_reaches_new_connections_and_breaks_no_old_one(
             await eventually(lambda: all(answered))
             await all_have_gone_on()
             is_over.set()
+            begun, unfinished = await asyncio.open_connection("127.0.0.1", port)
+            unfinished.write(b"\x16\x03")
             shown = [*map(bytes, await asyncio.gather(*tasks))]
             old, new = (ssl.PEM_cert_to_DER_cert(chain_of(settings)) for settings in (first, second))
             assert shown == [old] * 6 + [new] * 2
+        assert await begun.read() == b""  # an unfinished handshake does not outlive the daemon
+        unfinished.close()
 
     run(new_loop, main())
 

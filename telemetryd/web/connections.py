@@ -349,6 +349,8 @@ class _Server(web.Server):
     async def shutdown(self, timeout: float | None = None) -> None:  # noqa: ASYNC109 - aiohttp's own
         """End every connection."""
         self._patrol.cancel()
+        if self.handshakes is not None:
+            self.handshakes.end_all()
         await super().shutdown(timeout)
 
 

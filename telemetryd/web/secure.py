@@ -105,6 +105,11 @@ class Handshakes:
             longest.give_up(_CROWDED)
         return longest is not None
 
+    def end_all(self) -> None:
+        """Cut every connection that is not ready, because the server stops."""
+        for connection in list(self._open):
+            connection.abort()
+
     def count(self, reason: str, client: object) -> None:
         """Count a handshake that has failed; there is one line in the log a minute at most."""
         self._failed(reason)

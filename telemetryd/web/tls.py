@@ -106,6 +106,7 @@ def read_identity(settings: Settings) -> Identity | None:
         return None
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION  # it would let a client have the processor sign again and again
     context.set_alpn_protocols(["http/1.1"])
     problems = []
     for load in (partial(_load_key, context, cert, key), partial(_trust, context, settings.tls_client_ca)):
