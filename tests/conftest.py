@@ -253,8 +253,9 @@ class Daemon:
     def url(self) -> str:
         """Where it listens; waits until it does."""
         line = self.wait_for_line("Serving")
-        scheme, _, port = line["addresses"][0].split(":")
-        return f"http://127.0.0.1:{port}" if scheme == "http" else f"https://localhost:{port}"
+        address = line["addresses"][0]
+        host = "https://localhost" if address.startswith("https") else "http://127.0.0.1"
+        return f"{host}:{address.rpartition(':')[2]}"
 
     def wait_for_line(self, message: str, timeout_s: float = PATIENCE_S) -> dict[str, Any]:
         """Wait for a log line with this message."""

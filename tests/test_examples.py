@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import trustme
 from prometheus_client import Histogram
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -99,17 +100,20 @@ def test_the_build_context_holds_what_the_image_is_built_from(tmp_path: Path) ->
         assert (tmp_path / folders.get(package, package.replace(".", "/")) / "__init__.py").is_file()
 
 
-def test_the_health_check_of_the_image_sees_the_daemon(start_daemon: StartDaemon) -> None:
+def test_the_health_check_of_the_image_sees_the_daemon(start_daemon: StartDaemon, tmp_path: Path) -> None:
     command = json.loads(re.search(r"HEALTHCHECK.*?CMD (\[.*?\])\n", (ROOT / "Dockerfile").read_text(), re.S)[1])  # type: ignore[index]
     assert command[0] == "python"
-    daemon = start_daemon()
-    port = daemon.url.rpartition(":")[2]
+    (cert := tmp_path / "cert.pem").touch(0o600)
+    trustme.CA().issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(str(cert))
+    for variables in ({}, {"TELEMETRY_TLS_CERT": str(cert)}):
+        daemon = start_daemon(**variables)
+        port = daemon.url.rpartition(":")[2]
+        environment = {"TELEMETRY_API_PORT": port, "TELEMETRY_DB_PATH": str(daemon.database), **variables}
 
-    def probe() -> int:
-        return subprocess.run(
-            [sys.executable, *command[1:]], env={"TELEMETRY_API_PORT": port}, stderr=subprocess.DEVNULL, check=False
-        ).returncode
+        def probe(environment: dict[str, str] = environment) -> int:
+            probing = [sys.executable, *command[1:]]
+            return subprocess.run(probing, env=environment, stderr=subprocess.DEVNULL, check=False).returncode
 
-    assert probe() == 0
-    daemon.stop()
-    assert probe() != 0
+        assert probe() == 0
+        daemon.stop()
+        assert probe() != 0

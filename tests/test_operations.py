@@ -22,6 +22,7 @@ from telemetryd import compat
 from telemetryd.cli.sample_data import AGENTS
 from telemetryd.client.old_variables import WITHOUT_EFFECT
 from telemetryd.settings import Settings, variable
+from tests.conftest import choose_port
 from tests.tools.fork_server import ForkServer
 from tests.tools.old_databases import make_old_database
 
@@ -137,6 +138,7 @@ def room(tmp_path: Path, free_port: int) -> Iterator[Room]:
         "/run/telemetryd": str(tmp_path / "run"),
         "/backups": str(tmp_path / "backups"),
         "localhost:8765": f"localhost:{free_port}",
+        "8799": str(choose_port()),
     }
     with ForkServer(tmp_path / "bin" / "telemetryd", tmp_path / "forks.sock"):
         yield Room(tmp_path, environment, places)
