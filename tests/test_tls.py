@@ -542,6 +542,19 @@ def test_much_arrives_whole_however_often_reading_pauses(
     run(new_loop, main())
 
 
+def test_failed_handshakes_are_one_line_a_minute(folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
+    tls, now, counted = Tls(folder.settings(tls_cert=folder.cert("logged.pem"))), [5.0], Counter[str]()
+    handshakes = Handshakes(
+        tls, Echo, lambda: False, lambda reason: counted.update([reason]), patience_s=1, clock=lambda: now[0]
+    )
+    for moment, reason in ((5, "version"), (64, "version"), (64, "timeout"), (65, "version"), (124, "other")):
+        now[0] = moment
+        handshakes.count(reason, "127.0.0.1")
+    lines = [vars(record)["reasons"] for record in caplog.records if record.message == "TLS handshakes failed"]
+    assert lines == [{"version": 1}, {"version": 2, "timeout": 1}]
+    assert counted == {"version": 3, "timeout": 1, "other": 1}
+
+
 @both_loops
 def test_handshakes_are_bounded_in_time_and_number_and_keep_nobody_out(
     folder: Folder, new_loop: Callable[[], asyncio.AbstractEventLoop]
