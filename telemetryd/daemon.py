@@ -64,6 +64,7 @@ async def running(
     tls = Tls(settings)
     async with bound(settings, passed) as sockets:
         metrics = Metrics()
+        metrics.watch_certificate(tls.expires)
         store = await Store.open(settings, metrics, clock, full_text=settings.full_text)
         try:
             alerting = Alerting(store, rules, clock, given_up=metrics.deliveries_given_up.inc)

@@ -95,13 +95,18 @@ def words(config: Config) -> str:
             return str(error)
 
 
-def failed_handshakes(socket_path: Path) -> dict[str, float]:
-    """Return how many handshakes have failed, by reason, as `/metrics` shows it over the Unix socket."""
+def metrics_of(socket_path: Path) -> list[str]:
+    """Return the lines of `/metrics`, asked for over the Unix socket."""
     with contextlib.closing(socket.socket(socket.AF_UNIX)) as sock:
         sock.connect(str(socket_path))
         sock.sendall(b"GET /metrics?format=prometheus HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
         with sock.makefile("r") as answer:
-            lines = [line for line in answer if line.startswith("telemetryd_tls_handshakes_failed_total{")]
+            return answer.read().splitlines()
+
+
+def failed_handshakes(socket_path: Path) -> dict[str, float]:
+    """Return how many handshakes have failed, by reason."""
+    lines = [line for line in metrics_of(socket_path) if line.startswith("telemetryd_tls_handshakes_failed_total{")]
     return {line.split('"')[1]: float(line.rpartition(" ")[2]) for line in lines}
 
 
@@ -242,6 +247,9 @@ def test_a_client_without_a_certificate_that_is_accepted_learns_why(folder: Fold
 
     wait_until(are_counted)
     assert mutual.wait_for_line("TLS handshakes failed")["last_client"] == "127.0.0.1"
+    expires = datetime.fromisoformat(mutual.wait_for_line("TLS certificate in use")["expires"]).timestamp()
+    shown = next(line for line in metrics_of(own_socket) if line.startswith("telemetryd_tls_certificate_expires"))
+    assert float(shown.split()[1]) == expires
 
 
 def test_nothing_is_lost_while_a_certificate_is_not_accepted(

@@ -76,6 +76,11 @@ class Metrics:
             ("reason",),
             registry=self.registry,
         )
+        self._certificate_expires = Gauge(
+            "telemetryd_tls_certificate_expires_timestamp_seconds",
+            "When the TLS certificate expires; 0 without TLS.",
+            registry=self.registry,
+        )
         self.refused = Counter(
             "telemetryd_writes_refused",
             "Writes answered 503, by reason.",
@@ -143,6 +148,10 @@ class Metrics:
         )
         self._queue_depth = Gauge("telemetryd_queue_depth", "Commands waiting for the writer.", registry=self.registry)
         self._runs_stored = Gauge("telemetryd_runs_stored", "Runs in the database.", registry=self.registry)
+
+    def watch_certificate(self, expires: Callable[[], float]) -> None:
+        """Take the time when the TLS certificate expires from a function whenever it is asked for."""
+        self._certificate_expires.set_function(expires)
 
     def watch_queue(self, depth: Callable[[], int], oldest_s: Callable[[], float]) -> None:
         """Take the queue's depth and its oldest command's age from functions whenever they are asked for."""

@@ -70,6 +70,10 @@ class Tls:
         """None if the sockets speak plain HTTP."""
         self._use(read_identity(settings))
 
+    def expires(self) -> float:
+        """Return when the certificate expires, in seconds since 1970; 0 without TLS."""
+        return 0.0 if self.identity is None else self.identity.expires
+
     def prepare(self, settings: Settings) -> Callable[[], None]:
         """Read and check the new certificate; return what puts it into use, which cannot fail.
 
