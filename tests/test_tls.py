@@ -123,6 +123,22 @@ def test_files_that_cannot_be_used_are_named_with_their_variable(folder: Folder,
     require_program("openssl", "openssl")
     make = ["openssl", "ec", "-aes256", "-passout", "pass:secret", "-in", str(good), "-out", str(locked)]
     subprocess.run(make, check=True, capture_output=True)
+    (unfit := tmp_path / "unfit.pem").touch(0o600)
+    make = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:prime256v1",
+        "-nodes",
+        "-subj",
+        "/CN=x",
+        "-addext",
+    ]
+    make += ["extendedKeyUsage=clientAuth", "-keyout", "-", "-out", "-"]
+    unfit.write_bytes(subprocess.run(make, check=True, capture_output=True).stdout)
     none, text, broken = tmp_path / "none", tmp_path / "text", tmp_path / "broken"
     cases: list[tuple[dict[str, Path], str]] = [
         ({"tls_cert": none}, f"TELEMETRY_TLS_CERT: {none}: cannot be read: No such file"),
@@ -134,6 +150,10 @@ def test_files_that_cannot_be_used_are_named_with_their_variable(folder: Folder,
         ({"tls_cert": good, "tls_key": other}, f"TELEMETRY_TLS_KEY: {other}: the private key does not fit .*{good}"),
         ({"tls_cert": good, "tls_key": locked}, f"TELEMETRY_TLS_KEY: {locked}: the private key is encrypted"),
         ({"tls_cert": open_key}, f"TELEMETRY_TLS_CERT: {open_key}: .* others can use: chmod 600"),
+        (
+            {"tls_cert": unfit},
+            f"TELEMETRY_TLS_CERT: {unfit}: no client would accept it: unsuitable certificate purpose",
+        ),
         ({"tls_cert": good, "tls_client_ca": none}, f"TELEMETRY_TLS_CLIENT_CA: {none}: cannot be read"),
         ({"tls_cert": good, "tls_client_ca": text}, f"TELEMETRY_TLS_CLIENT_CA: {text}: holds no certificate"),
         ({"tls_cert": good, "tls_client_ca": broken}, f"TELEMETRY_TLS_CLIENT_CA: {broken}: cannot be used"),
@@ -303,6 +323,17 @@ def test_an_answer_that_comes_before_the_end_of_a_request_arrives_whole(folder: 
         answer = b"".join(iter(lambda: sock.recv(1 << 16), b""))
         assert answer.startswith(b"HTTP/1.0 431 ")
         assert answer.endswith(b'in a line"}')
+
+
+def test_a_record_that_was_changed_on_its_way_ends_the_connection(folder: Folder, mutual: Daemon) -> None:
+    context = client_context(folder.ca, folder.cert("agent.pem", "agent@example.org"))
+    with connected(int(mutual.url.rpartition(":")[2]), context) as sock:
+        assert ask(sock).startswith(b"HTTP/1.1 200 ")
+        with socket.socket(fileno=os.dup(sock.fileno())) as between:
+            between.sendall(b"\x17\x03\x03\x00\x20" + b"x" * 32)
+        with pytest.raises(ssl.SSLError, match="ALERT_BAD_RECORD_MAC"):
+            sock.recv(1)
+    assert not [line for line in mutual.lines if line["level"] in ("ERROR", "CRITICAL")]
 
 
 @contextlib.contextmanager
