@@ -21,6 +21,7 @@ from telemetryd.services.feed import Feed
 from telemetryd.store import Store
 from telemetryd.web.answers import IDENTITY, NOTE, WAITED, json_response, mark
 from telemetryd.web.middleware import leaving
+from telemetryd.web.tokens import TOKENS
 
 FEED: Final = web.AppKey("feed", Feed)
 
@@ -64,6 +65,8 @@ async def stream_runs(request: web.Request) -> web.StreamResponse:
             await response.write(began)
             async with contextlib.aclosing(subscriber.chunks()) as chunks:
                 async for chunk in chunks:
+                    if not request.app[TOKENS].still_accepts(request):
+                        break  # the token was revoked, or has expired
                     await response.write(chunk)
     if not response.prepared:
         raise StoppingError
