@@ -43,12 +43,14 @@ def read(path: Path) -> tuple[Token, ...]:
         if path.is_symlink():
             raise ConfigurationError([f"{path}: must be a file, not a link"]) from error
         raise ConfigurationError([f"{path}: cannot be read: {error.strerror}"]) from error
-    with open(descriptor, "rb") as file:
+    try:
         _check(path, os.fstat(descriptor))
-        try:
+        with open(descriptor, "rb", closefd=False) as file:
             data = file.read(MAX_FILE_BYTES + 1)
-        except OSError as error:
-            raise ConfigurationError([f"{path}: cannot be read: {error.strerror}"]) from error
+    except OSError as error:
+        raise ConfigurationError([f"{path}: cannot be read: {error.strerror}"]) from error
+    finally:
+        os.close(descriptor)
     if len(data) > MAX_FILE_BYTES:
         raise ConfigurationError([f"{path}: must not be larger than {MAX_FILE_BYTES >> 20} MiB"])
     return parse(data, str(path))

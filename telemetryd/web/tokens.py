@@ -19,8 +19,6 @@ from telemetryd.ops.metrics import Metrics
 from telemetryd.settings import Settings
 from telemetryd.web.limits import Quota, RateLimit
 
-_LOOK_EVERY_S: Final = 1.0
-
 
 class Bearer:
     """Somebody with a token: what it may do, and what it has used up."""
@@ -87,6 +85,8 @@ class Tokens:
         self._known: Known = {}
         self._path: Path | None = None
         self._seen: token_file.Signature | None = None
+        self.look_every_s = 1.0
+        """How often the state of the file is looked at, at most."""
         self._look_at = 0.0
         self._per_minute = settings.rate_limit_rpm if settings.rate_limit_enabled else None
         if self.is_on:
@@ -157,7 +157,7 @@ class Tokens:
         moment = time.monotonic()
         if moment < self._look_at or self._path is None:
             return
-        self._look_at = moment + _LOOK_EVERY_S
+        self._look_at = moment + self.look_every_s
         seen = _signature(self._path)
         if seen == self._seen:
             return
