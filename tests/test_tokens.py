@@ -215,10 +215,11 @@ def test_create_list_and_revoke(tmp_path: Path) -> None:
     secret = made.stdout.removesuffix("\n")
     assert re.fullmatch(r"tmd_[\w-]{43}", secret), "alone on standard output"
     assert "authentication is off" in made.stderr
-    enabled = {"TELEMETRY_API_AUTH_ENABLED": "true"}
     everything = ("--requests-per-minute", "1", "--runs-per-minute", "2", "--bytes-per-day", "3000")
     scopes = ("--scope", "read", "--scope", "admin")
-    second = run(tmp_path, "create", "--name", "b", *scopes, "--expires", "none", *everything, **enabled)
+    second = run(
+        tmp_path, "create", "--name", "b", *scopes, "--expires", "none", *everything, TELEMETRY_API_AUTH_ENABLED="true"
+    )
     assert "for ever" in second.stderr
     assert "authentication" not in second.stderr
     listed = run(tmp_path, "list").stdout

@@ -29,13 +29,19 @@ class Admission:
     An agent whose quota is not used up when its first run comes may create all that the request holds of it.
     """
 
+    __slots__ = ("_app", "_bearer", "_found", "_prefix", "_quotas")
+
     def __init__(self, request: web.Request) -> None:
+        self._app = request.app
         self._bearer = request.get(BEARER)
         self._prefix = "" if self._bearer is None else self._bearer.prefix
-        self._quotas = request.app[QUOTAS]
-        self._metrics = request.app[METRICS]
-        self._store = request.app[STORE]
+        self._quotas = self._app[QUOTAS]
         self._found: dict[str, Exhausted | None] = {}
+
+    @property
+    def is_open(self) -> bool:
+        """Whether any run may be created."""
+        return not self._prefix and not self._quotas.are_on
 
     def check(self, row: values.Row) -> None:
         """See that a new run may be stored, before anything is looked up.
@@ -47,12 +53,12 @@ class Admission:
         """
         agent = str(row[_AGENT])
         if self._prefix and not agent.startswith(self._prefix):
-            _refuse(self._metrics, self._bearer)
+            _refuse(self._app[METRICS], self._bearer)
             raise NotAllowedError(f"agent_name must begin with {self._prefix!r}, as this token may write no other runs")
         if self._quotas.are_on:
             if agent not in self._found:
                 self._found[agent] = self._quotas.of(agent).exhausted(creates=True)
-            _raise_exhausted(self._metrics, agent, self._found[agent])
+            _raise_exhausted(self._app[METRICS], agent, self._found[agent])
 
     async def taken(self, known: Sequence[values.Row]) -> Mapping[int, ItemRefusedError]:
         """Return which runs that were known are another agent's, by their places: neither a duplicate nor created.
@@ -63,10 +69,10 @@ class Admission:
             return {}
         refused: dict[int, ItemRefusedError] = {}
         event_ids = [str(row[runs.EVENT_ID]) for row in known]
-        owners = await _agents(self._store, event_ids)
+        owners = await _agents(self._app[STORE], event_ids)
         for place, event_id in enumerate(event_ids):
             if not owners.get(event_id, "").startswith(self._prefix):
-                _refuse(self._metrics, self._bearer)
+                _refuse(self._app[METRICS], self._bearer)
                 refused[place] = NotAllowedError("The event_id is taken by a run that this token may not write")
         return refused
 

@@ -67,7 +67,8 @@ async def create_batch(request: web.Request) -> web.Response:
     admission = Admission(request)
     async with request.app[BODIES].read(request) as body:
         limit, is_lines = request.app[SETTINGS].max_batch, media_type in NDJSON_TYPES
-        batch = await read_batch(body, limit, is_lines=is_lines, check=admission.check)
+        check = None if admission.is_open else admission.check
+        batch = await read_batch(body, limit, is_lines=is_lines, check=check)
     batch.raise_if_all_wait()
     admission.pay(batch.rows, batch.size)
     inserted, taken = 0, 0

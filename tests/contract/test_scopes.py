@@ -434,7 +434,7 @@ async def test_a_quota_of_runs_of_a_token(make_closed: MakeClosed) -> None:
     for path, body in ((RUNS, make_run()), (BATCH, [make_run()])):
         answer = await closed.post("ingest", body, path)
         assert check_error(answer, 429) == "The quota of runs per minute of this token is used up"
-        assert 35 <= int(answer.headers["retry-after"]) <= 41
+        assert 1 <= int(answer.headers["retry-after"]) <= 41
     changed = await closed.send("ingest", "PATCH", f"{RUNS}/{runs[0]['event_id']}", json={"status": "success"})
     assert changed.status == 200, "it is no new run"
     assert (await closed.send("ingest", "GET", RUNS)).status == 200
@@ -457,14 +457,14 @@ async def test_a_quota_of_agents_holds_for_each_item(make_closed: MakeClosed) ->
     assert (await closed.post("ingest", [make_run(agent_name="busy") for _ in range(4)], BATCH)).json["inserted"] == 4
     answer = await closed.post("ingest", busy)
     assert check_error(answer, 429) == "The quota of runs per minute of the agent 'busy' is used up; try again later"
-    assert 55 <= int(answer.headers["retry-after"]) <= 61
+    assert 1 <= int(answer.headers["retry-after"]) <= 61
     mixed = await closed.post("ingest", [busy, idle], BATCH)
     assert (mixed.status, mixed.json["inserted"], mixed.json["total"]) == (200, 1, 2)
     (refused,) = mixed.json["error_details"]
     assert (refused["index"], refused["status"], refused["detail"][0]["type"]) == (0, 429, "quota_exceeded")
     whole = await closed.post("ingest", [busy, {**busy, "event_id": "another"}], BATCH)
     check_error(whole, 429)
-    assert 55 <= int(whole.headers["retry-after"]) <= 61
+    assert 1 <= int(whole.headers["retry-after"]) <= 61
     assert closed.counted("telemetryd_quota_refusals_total", whose="agent", quota=PER_MINUTE) == 4
 
 
