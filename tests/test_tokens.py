@@ -234,9 +234,12 @@ def test_create_list_and_revoke(tmp_path: Path) -> None:
     assert secret not in listed + file + str(as_json)
     again = run(tmp_path, "create", "--name", "web", "--scope", "read", status=1)
     assert "there is a token 'web' already" in again.stderr
-    run(tmp_path, "revoke", as_json[1]["id"])
-    run(tmp_path, "revoke", "web")
+    revoked = json.loads(run(tmp_path, "revoke", as_json[1]["id"], "--json").stdout)
+    assert [each["name"] for each in revoked] == ["b"]
+    assert run(tmp_path, "revoke", "web").stdout == ""
     assert json.loads(run(tmp_path, "list", "--json").stdout) == []
+    made = json.loads(run(tmp_path, "create", "--name", "c", "--scope", "read", "--json").stdout)
+    assert (made["name"], made["secret"][:4]) == ("c", "tmd_")
     assert "there is no token 'web'" in run(tmp_path, "revoke", "web", status=1).stderr
 
 

@@ -30,7 +30,7 @@ _FOR_EVER: Final = "none"
 _flags = settings_flags("tokens_file", "db_path", db_path="Database next to which the file is by default.")
 
 
-@click.group(cls=Suggesting, help="Make, list and revoke tokens: who may do what (docs/operations.md).")
+@click.group(cls=Suggesting, help="Make, list and revoke tokens.")
 def tokens() -> None:
     """Hold the commands about tokens."""
 
@@ -46,7 +46,7 @@ class _Lifetime(DurationType):
 @tokens.command(
     help=r"""Make a token, and print its secret, which is shown this once only.
 
-    The secret stands alone on standard output. A daemon that runs takes the token within a second.
+    The secret stands alone on standard output, or with --json in it. A daemon that runs takes the token within a second.
 
     \b
     Scopes:
@@ -77,6 +77,7 @@ class _Lifetime(DurationType):
 @click.option("--requests-per-minute", type=click.IntRange(1), metavar="N", help="Most requests per minute.")
 @click.option("--runs-per-minute", type=click.IntRange(1), metavar="N", help="Most new runs per minute.")
 @click.option("--bytes-per-day", type=click.IntRange(1), metavar="N", help="Most bytes of bodies per day.")
+@json_flag
 @_flags
 def create(
     *,
@@ -87,6 +88,7 @@ def create(
     requests_per_minute: int | None,
     runs_per_minute: int | None,
     bytes_per_day: int | None,
+    as_json: bool,
     **flags: Any,
 ) -> None:
     settings = _settings(flags)
@@ -108,7 +110,10 @@ def create(
     _say(f"token {token.id} ({name}) is in {path.absolute()}, valid {until}; its secret is not shown again")
     if not settings.api_auth_enabled:
         _say("authentication is off (TELEMETRY_API_AUTH_ENABLED), so nobody is asked for it yet")
-    click.echo(secret)
+    if as_json:
+        print_json({**token.to_json(), "secret": secret})
+    else:
+        click.echo(secret)
 
 
 @tokens.command(
@@ -157,17 +162,22 @@ def _described(token: Token, *, expired: bool) -> list[str]:
     """
 )
 @click.argument("token", metavar="NAME|ID")
+@json_flag
 @_flags
-def revoke(*, token: str, **flags: Any) -> None:
-    def remove(known: tuple[Token, ...]) -> list[Token]:
-        named = [each for each in known if each.name == token] or [each for each in known if each.id == token]
-        if not named:
-            fail(f"there is no token {token!r}; see telemetryd tokens list")
-        return [each for each in known if each not in named]
+def revoke(*, token: str, as_json: bool, **flags: Any) -> None:
+    revoked: list[Token] = []
 
-    path = _settings(flags).tokens_path
-    _change(path, remove)
-    _say(f"token {token} is revoked")
+    def remove(known: tuple[Token, ...]) -> list[Token]:
+        revoked.extend(each for each in known if token in (each.name, each.id))
+        if not revoked:
+            fail(f"there is no token {token!r}; see telemetryd tokens list")
+        return [each for each in known if each not in revoked]
+
+    _change(_settings(flags).tokens_path, remove)
+    for each in revoked:
+        _say(f"token {each.id} ({each.name}) is revoked")
+    if as_json:
+        print_json([each.to_json() for each in revoked])
 
 
 def _settings(flags: dict[str, Any]) -> Settings:

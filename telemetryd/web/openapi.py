@@ -69,6 +69,8 @@ _ERROR_TEXTS: Final = {
     500: "Unexpected; the log says more under the request id.",
     503: "Not now; repeat the same request after Retry-After seconds.",
 }
+_SCOPE: Final = "x-required-scope"
+"""Where an operation names its scope: linters take names in `security` for those of OAuth."""
 _RETRY_AFTER: Final = {"Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer"}}}
 _FLOW: Final = {
     flow.HEADER: {
@@ -157,9 +159,7 @@ def document(described: Iterable[Described], *, needs_token: bool = False) -> Sc
     answers = made.add_answers(kinds.values())
     paths: dict[str, Schema] = {}
     for endpoint in endpoints:
-        described_one = _operation(endpoint, made, answers)
-        described_one["security"] = _security(endpoint.operation.scope, needs_token=needs_token)
-        paths.setdefault(endpoint.path, {})[endpoint.method.lower()] = described_one
+        paths.setdefault(endpoint.path, {})[endpoint.method.lower()] = _operation(endpoint, made, answers)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -177,7 +177,7 @@ def document(described: Iterable[Described], *, needs_token: bool = False) -> Sc
             "schemas": dict(sorted(made.schemas.items())),
             "headers": _HEADERS,
             "securitySchemes": {
-                "bearer": {"type": "http", "scheme": "bearer", "description": "A token with the scope that is named."},
+                "bearer": {"type": "http", "scheme": "bearer", "description": f"A token with the scope of {_SCOPE}."},
                 "key": {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": "The same token."},
             },
         },
@@ -214,6 +214,10 @@ def _operation(endpoint: Described, made: Components, answers: Mapping[int, Sche
             "required": True,
             "content": {kind: _content(operation, kind) for kind in operation.body_types},
         }
+    if operation.scope is None:
+        described["security"] = []
+    else:
+        described[_SCOPE] = str(operation.scope)
     responses = described["responses"]
     described["responses"] = responses | {
         status: answer for status, answer in _errors(operation) if status not in responses
@@ -223,14 +227,6 @@ def _operation(endpoint: Described, made: Components, answers: Mapping[int, Sche
         headers = _EVERY_ANSWER | advice | answer.get("headers", {})
         answer["headers"] = {each: {"$ref": f"#/components/headers/{each}"} for each in headers}
     return described
-
-
-def _security(scope: Scope | None, *, needs_token: bool) -> list[Schema]:
-    """Return what a request has to bring; the scope stands where OpenAPI 3.1 has the roles that are needed."""
-    if scope is None:
-        return []
-    free: list[Schema] = [] if needs_token else [{}]
-    return [*free, *({scheme: [str(scope)]} for scheme in ("bearer", "key"))]
 
 
 def _text_or_bytes(media_type: str) -> Schema:
