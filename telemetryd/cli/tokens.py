@@ -46,7 +46,7 @@ class _Lifetime(DurationType):
 @tokens.command(
     help=r"""Make a token, and print its secret, which is shown this once only.
 
-    The secret stands alone on standard output, or with --json in it. A daemon that runs takes the token within a second.
+    The secret stands alone on standard output, or in its JSON. A daemon that runs takes the token within a second.
 
     \b
     Scopes:

@@ -121,10 +121,10 @@ class Gate:
         if bearer is None:
             reason = _fault(request)
             self._metrics.refuse_token("", "wrong" if reason == _WRONG else "missing")
-            return _ask_for_token(request, reason)
+            return ask_for_token(request, reason)
         if has_expired:
             self._metrics.refuse_token(bearer.name, "expired")
-            return _ask_for_token(request, f"The token {bearer.name} has expired")
+            return ask_for_token(request, f"The token {bearer.name} has expired")
         if needed is not None and not is_allowed(bearer.scopes, needed):
             self._metrics.refuse_token(bearer.name, "scope")
             return _lacks_scope(bearer, needed)
@@ -194,7 +194,7 @@ def _fault(request: web.Request) -> str:
     return "Authorization holds no bearer token" if "Authorization" in request.headers else "No token was sent"
 
 
-def _ask_for_token(request: web.Request, reason: str) -> web.Response:
+def ask_for_token(request: web.Request, reason: str) -> web.Response:
     """Return a 401; a browser that opens a page also gets the one scheme by which it can ask its user for the token."""
     response = error_response(
         401,

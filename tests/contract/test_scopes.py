@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
@@ -22,12 +23,13 @@ from telemetryd.model.tokens import Asked, Limits, Scope
 from telemetryd.ops import token_file
 from telemetryd.ops.metrics import Metrics
 from telemetryd.services.admission import METRICS
+from telemetryd.services.subscriptions import FEED
 from telemetryd.settings import Settings
 from telemetryd.store import Store
 from telemetryd.web.limits import BYTES, AgentQuotas, Quota
 from telemetryd.web.limits import RUNS as PER_MINUTE
 from telemetryd.web.tokens import TOKENS, unused
-from tests.conftest import Api, Client, DaemonServer, MakeApi, make_run
+from tests.conftest import Api, Client, DaemonServer, MakeApi, eventually, make_run
 from tests.contract.test_access import as_password
 from tests.contract.wire import BATCH, JSON, NDJSON, RUNS, Answer, check_error, send
 
@@ -376,12 +378,16 @@ async def test_a_revoked_token_opens_nothing_and_its_stream_ends(make_closed: Ma
         await stream.content.readuntil(b"\n\n")
         assert (await closed.post("web", make_run(agent_name="web-1"))).status == 201
         assert b"web-1" in await stream.content.readuntil(b"}\n\n")
+        last = (await closed.send("reader", "GET", "/api/v1/changes")).json["last"]
+        waits = asyncio.create_task(closed.send("reader", "GET", f"/api/v1/changes?after={last}&wait=60"))
+        await eventually(lambda: closed.app(FEED).waits == 1)
         token_file.change(closed.api.settings.tokens_path, lambda known: known[:1])
         for name in ("web", "reader", "admin"):
             check_error(await closed.send(name, "GET", RUNS), 401)
         secret = make_run(agent_name="secret")
         assert (await closed.post("ingest", secret)).status == 201
         assert b"secret" not in await stream.content.read()
+        check_error(await waits, 401)
     assert (await closed.send("TELEMETRY_API_AUTH_TOKEN", "GET", RUNS)).status == 200
     assert (
         'token="web"' not in (await closed.send("TELEMETRY_API_AUTH_TOKEN", "GET", "/metrics?format=prometheus")).text
