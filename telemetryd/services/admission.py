@@ -76,13 +76,13 @@ class Admission:
                 refused[place] = NotAllowedError("The event_id is taken by a run that this token may not write")
         return refused
 
-    def pay(self, rows: Sequence[values.Row], size: int) -> None:
-        """Count what is let in; the bytes of a batch are shared out evenly among its runs."""
+    def pay(self, rows: Sequence[values.Row], size: int, total: int = 1) -> None:
+        """Count what is let in, of so many items; the bytes of a batch are shared out evenly among them."""
         if self._bearer is not None and self._bearer.quota is not None:
-            self._bearer.quota.pay(runs=len(rows), size=size)
-        if self._quotas.are_on and rows:
+            self._bearer.quota.pay(runs=len(rows))
+        if self._quotas.are_on:
             for agent, count in Counter(str(row[_AGENT]) for row in rows).items():
-                self._quotas.of(agent).pay(runs=count, size=size * count / len(rows))
+                self._quotas.of(agent).pay(runs=count, size=size * count / total)
 
 
 async def check_run(request: web.Request, event_id: str, size: int) -> None:
@@ -96,8 +96,6 @@ async def check_run(request: web.Request, event_id: str, size: int) -> None:
 
     """
     bearer, quotas = request.get(BEARER), request.app[QUOTAS]
-    if bearer is not None and bearer.quota is not None:
-        bearer.quota.pay(size=size)
     prefix = "" if bearer is None else bearer.prefix
     if not prefix and not quotas.are_on:
         return

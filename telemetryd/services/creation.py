@@ -70,7 +70,7 @@ async def create_batch(request: web.Request) -> web.Response:
         check = None if admission.is_open else admission.check
         batch = await read_batch(body, limit, is_lines=is_lines, check=check)
     batch.raise_if_all_wait()
-    admission.pay(batch.rows, batch.size)
+    admission.pay(batch.rows, batch.size, batch.total)
     inserted, taken = 0, 0
     differing: list[str] = []
     if batch.rows:

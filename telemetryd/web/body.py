@@ -23,6 +23,7 @@ from telemetryd.errors import (
 from telemetryd.model.bodies import parse_body
 from telemetryd.model.items import explained
 from telemetryd.model.values import shorten
+from telemetryd.web.tokens import BEARER
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -156,7 +157,11 @@ class Bodies:
         share = _Share(self)
         try:
             body = await _receive(request, share)
-            yield await _decode(body, coding, share) if coding in _DECODERS else body
+            if coding in _DECODERS:
+                body = await _decode(body, coding, share)
+            if (bearer := request.get(BEARER)) is not None and bearer.quota is not None:
+                bearer.quota.pay(size=len(body))  # whatever becomes of it
+            yield body
         finally:
             self._held -= share.held
 

@@ -75,6 +75,7 @@ TABLE: dict[tuple[str, str], Scope | None] = {
 """What each route needs: a new one without a row fails."""
 
 ASKED = Asked("ingest", (INGEST,), "", timedelta(days=1), Limits())
+ASKED_WASTEFUL = replace(ASKED, name="wasteful", limits=Limits(bytes_per_day=300))
 KINDS = [
     ASKED,
     replace(ASKED, name="web", agent_prefix="web-"),
@@ -449,7 +450,9 @@ async def test_a_quota_of_runs_of_a_token(make_closed: MakeClosed) -> None:
 
 
 async def test_a_quota_of_bytes_of_a_token(make_closed: MakeClosed) -> None:
-    closed = await make_closed(replace(ASKED, limits=Limits(bytes_per_day=300)))
+    closed = await make_closed(replace(ASKED, limits=Limits(bytes_per_day=300)), ASKED_WASTEFUL)
+    check_error(await closed.send("wasteful", "POST", RUNS, json={"x": "y" * 300}), 422)
+    check_error(await closed.send("wasteful", "POST", RUNS, json={}), 429)  # it pays for what is wrong as well
     run = make_run()
     assert (await closed.post("ingest", run)).status == 201
     patch = f"{RUNS}/{run['event_id']}"
