@@ -6,7 +6,7 @@ import asyncio
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import islice
 from typing import Any, Final
@@ -77,9 +77,10 @@ class Batch:
         """Take note of what is to be said of an item."""
         self.notes += [f"Item {index}: {text}" for text in texts]
 
-    def refuse(self, place: int, error: ItemRefusedError) -> None:
-        """Take back the row at a place, which the database knows as another one's."""
-        self._refuse(self.indexes[place], self.rows[place], error)
+    def refuse(self, refused: Mapping[int, ItemRefusedError]) -> None:
+        """Report rows, by their places, which the database knows as another one's."""
+        for place, error in refused.items():
+            self._refuse(self.indexes[place], self.rows[place], error)
         # They are reported in the order of the items.
         order = sorted(range(len(self.errors)), key=lambda at: self.error_details[at]["index"])
         self.errors = [self.errors[at] for at in order]

@@ -38,10 +38,10 @@ class Admission:
         self._quotas = self._app[QUOTAS]
         self._found: dict[str, Exhausted | None] = {}
 
-    @property
-    def is_open(self) -> bool:
-        """Whether any run may be created."""
-        return not self._prefix and not self._quotas.are_on
+    @classmethod
+    def of(cls, request: web.Request) -> Admission | None:
+        """Return what a request may create, None if that is anything."""
+        return cls(request) if BEARER in request or request.app[QUOTAS].are_on else None
 
     def check(self, row: values.Row) -> None:
         """See that a new run may be stored, before anything is looked up.
@@ -59,6 +59,16 @@ class Admission:
             if agent not in self._found:
                 self._found[agent] = self._quotas.of(agent).exhausted(creates=True)
             _raise_exhausted(self._app[METRICS], agent, self._found[agent])
+
+    async def check_known(self, row: values.Row) -> None:
+        """See that a run that was known is no other agent's.
+
+        Raises:
+            NotAllowedError: if it is.
+
+        """
+        for refusal in (await self.taken([row])).values():
+            raise refusal
 
     async def taken(self, known: Sequence[values.Row]) -> Mapping[int, ItemRefusedError]:
         """Return which runs that were known are another agent's, by their places: neither a duplicate nor created.

@@ -28,9 +28,9 @@ async def create_run(request: web.Request) -> web.Response:
     request.app[STORE].check_open()
     body, size = await json_body(request)
     parsed = runs.parse_run(body)
-    admission = Admission(request)
-    admission.check(parsed.row)
-    admission.pay([parsed.row], size)
+    if (admission := Admission.of(request)) is not None:
+        admission.check(parsed.row)
+        admission.pay([parsed.row], size)
     event_id, run_id = str(parsed.row[runs.EVENT_ID]), str(parsed.row[runs.RUN_ID])
     created = await request.app[STORE].submit(CreateRuns((parsed.row,), size))
     is_new = created.new[0]
@@ -40,8 +40,8 @@ async def create_run(request: web.Request) -> web.Response:
         request[NOTE].say("Run created", event_id=event_id, run_id=run_id)
         stored: RunCreated = {"status": "created", "event_id": event_id, "run_id": run_id}
         return json_response(with_warnings(stored, parsed.ignored, notes), 201)
-    for refusal in (await admission.taken([parsed.row])).values():
-        raise refusal
+    if admission is not None:
+        await admission.check_known(parsed.row)
     request.app[METRICS].count_runs(duplicate=1)
     differing = (await differences(request.app[STORE], [parsed.row])).get(0)
     if differing is None:
@@ -64,24 +64,24 @@ async def create_batch(request: web.Request) -> web.Response:
     request.app[STORE].check_open()
     media_type = check_media_type(request, (*JSON_TYPES, *NDJSON_TYPES))
     changes_follow = queries.changes_follow(request.query.get(queries.CHANGES.name))
-    admission = Admission(request)
+    admission = Admission.of(request)
     async with request.app[BODIES].read(request) as body:
         limit, is_lines = request.app[SETTINGS].max_batch, media_type in NDJSON_TYPES
-        check = None if admission.is_open else admission.check
+        check = None if admission is None else admission.check
         batch = await read_batch(body, limit, is_lines=is_lines, check=check)
     batch.raise_if_all_wait()
-    admission.pay(batch.rows, batch.size, batch.total)
+    if admission is not None:
+        admission.pay(batch.rows, batch.size, batch.total)
     inserted, taken = 0, 0
     differing: list[str] = []
     if batch.rows:
         created = await request.app[STORE].submit(CreateRuns(tuple(batch.rows), batch.size))
         inserted = sum(created.new)
         known = [place for place, is_new in enumerate(created.new) if not is_new]
-        others = await admission.taken([batch.rows[place] for place in known])
-        for index, refusal in others.items():
-            batch.refuse(known[index], refusal)
-        known = [place for index, place in enumerate(known) if index not in others]
-        taken = len(others)
+        if admission is not None and (others := await admission.taken([batch.rows[place] for place in known])):
+            batch.refuse({known[index]: refusal for index, refusal in others.items()})
+            known = [place for index, place in enumerate(known) if index not in others]
+            taken = len(others)
         rows = [batch.rows[place] for place in known]
         for place, names in (await differences(request.app[STORE], rows, changes_follow=changes_follow)).items():
             batch.note(batch.indexes[known[place]], [warning(names)])
