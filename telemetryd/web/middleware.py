@@ -108,6 +108,11 @@ def middleware(
     """
     gate = Gate(settings, tokens, scopes, metrics)
 
+    def count(request: web.Request, endpoint: str, status: int, seconds: float) -> None:
+        metrics.count_request(request.method, endpoint, status, seconds)
+        if (bearer := request.get(BEARER)) is not None and tokens.knows(bearer):  # else its name would come back
+            metrics.count_token(bearer.name, status)
+
     @web.middleware
     async def pass_through(request: web.Request, handler: Handler) -> web.StreamResponse:
         started = time.perf_counter()
@@ -127,7 +132,7 @@ def middleware(
             problem = error
             response = _answer_error(error, identity)
         except asyncio.CancelledError:  # the client has left, or the daemon stops
-            _count(metrics, request, await _endpoint(request), _CLIENT_LEFT, time.perf_counter() - started)
+            count(request, await _endpoint(request), _CLIENT_LEFT, time.perf_counter() - started)
             raise
         except MemoryError as error:
             traceback.clear_frames(error.__traceback__)  # which hold what there was no memory for
@@ -142,7 +147,7 @@ def middleware(
             response.headers[flow.HEADER] = advice()
         seconds = time.perf_counter() - started - response.get(WAITED, 0.0)
         endpoint = await _endpoint(request)
-        _count(metrics, request, endpoint, response.status, seconds)
+        count(request, endpoint, response.status, seconds)
         if isinstance(problem, UnavailableError) and request.method in flow.METHODS:
             metrics.refused.labels(problem.reason).inc()
         _log(
@@ -158,12 +163,6 @@ def middleware(
         return response
 
     return pass_through
-
-
-def _count(metrics: Metrics, request: web.Request, endpoint: str, status: int, seconds: float) -> None:
-    metrics.count_request(request.method, endpoint, status, seconds)
-    if (bearer := request.get(BEARER)) is not None:
-        metrics.count_token(bearer.name, status)
 
 
 async def _endpoint(request: web.Request) -> str:

@@ -111,7 +111,11 @@ class Tokens:
         if bearer is None:
             return True
         self._follow()
-        return not self.has_expired(bearer) and self._known.get(bearer.hash) is bearer
+        return self.knows(bearer) and not self.has_expired(bearer)
+
+    def knows(self, bearer: Bearer) -> bool:
+        """Return whether a token is neither revoked nor changed, as far as the file was read."""
+        return self._known.get(bearer.hash) is bearer
 
     def prepare(self, settings: Settings) -> Callable[[], None]:
         """Read the file and the single token anew; return what puts them into effect, which cannot fail.
