@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
@@ -52,7 +53,6 @@ from telemetryd.web.tokens import TOKENS, Tokens
 CERTIFICATES: Final = web.AppKey("certificates", Certificates)
 ALERTING: Final = web.AppKey("alerting", Alerting)
 EXPORTER: Final = web.AppKey("exporter", Exporter)
-DOCUMENT: Final = web.AppKey("document", bytes)
 
 # --- Runs ----------------------------------------------------------------------------------------
 
@@ -317,7 +317,8 @@ async def list_alerts(request: web.Request) -> web.Response:
 async def get_openapi(request: web.Request) -> web.Response:
     """Answer the OpenAPI document."""
     request[NOTE].say("Document served", logging.DEBUG)
-    return web.Response(body=request.app[DOCUMENT], content_type="application/json")
+    body = await asyncio.to_thread(_document, request.app[SETTINGS].api_auth_enabled)
+    return web.Response(body=body, content_type="application/json")
 
 
 # --- The routes, which are also what the OpenAPI document lists ----------------------------------
@@ -375,7 +376,7 @@ def described() -> Iterator[Described]:
 
 @cache
 def _document(needs_token: bool) -> bytes:
-    """Return the OpenAPI document, of which there are two; to write one takes as long as to open a database."""
+    """Return the OpenAPI document, of which there are two; to write one takes longer than to start the daemon."""
     return orjson.dumps(openapi.document(described(), needs_token=needs_token))
 
 
@@ -405,7 +406,6 @@ def make_app(
     app[EXPORTER] = Exporter(store)
     app[ALERTING] = alerting or Alerting(store, Rules())
     app[UPKEEP] = upkeep or Upkeep(store, settings)
-    app[DOCUMENT] = _document(settings.api_auth_enabled)
     # aiohttp's own pattern of a variable part leaves out braces, which an event_id may hold.
     paths = [(route, route.path.replace("{event_id}", "{event_id:[^/]+}")) for route in ROUTES]
     app.router.add_routes([web.route(route.method, path, route.handler) for route, path in paths])
