@@ -23,6 +23,7 @@ from telemetryd.errors import (
 from telemetryd.model.bodies import parse_body
 from telemetryd.model.items import explained
 from telemetryd.model.values import shorten
+from telemetryd.web.tokens import BEARER
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -194,7 +195,11 @@ class _Reading:
             raise _too_large(share.bodies.limit)
         try:
             body = await _receive(request, share)
-            return await _decode(body, coding, share) if coding in _DECODERS else body
+            if coding in _DECODERS:
+                body = await _decode(body, coding, share)
+            if (bearer := request.get(BEARER)) is not None and bearer.quota is not None:
+                bearer.quota.pay(size=len(body))  # whatever becomes of it
+            return body
         except BaseException:
             share.bodies.give_back(share)
             raise
