@@ -30,6 +30,7 @@ from telemetryd.store import Store
 from telemetryd.web.connections import listen, make_runner
 from telemetryd.web.listening import bound, bound_next_to_database
 from telemetryd.web.tls import Tls
+from telemetryd.web.tokens import Tokens, unused
 
 _STATUS_EVERY_S: Final = 10.0
 _LONGEST_START_S: Final = 1.0
@@ -55,23 +56,21 @@ async def running(
     Sockets that the service manager has passed stand in for those that the settings name.
 
     Raises:
-        ConfigurationError: if the rules of alerts or the certificate cannot be used; nothing is touched then.
+        ConfigurationError: if the rules of alerts, the certificate or the tokens cannot be used; nothing is touched.
         AddressError: if an address cannot be listened on; the database is not touched then.
         DatabaseError: if the database cannot be used.
 
     """
-    rules = load_rules(settings.alerts_file)
-    tls = Tls(settings)
+    rules, metrics = load_rules(settings.alerts_file), Metrics()
+    tokens, tls = Tokens(settings, metrics), Tls(settings)
+    metrics.watch_certificate(tls.expires)
     async with bound(settings, passed) as sockets:
-        metrics = Metrics()
-        metrics.watch_certificate(tls.expires)
         store = await Store.open(settings, metrics, clock, full_text=settings.full_text)
         try:
             alerting = Alerting(store, rules, clock, given_up=metrics.deliveries_given_up.inc)
             upkeep = Upkeep(store, settings, clock)
-            runner = make_runner(
-                make_app(store, settings, metrics, alerting, upkeep), settings, most_processes(settings)
-            )
+            app = make_app(store, settings, metrics, alerting=alerting, upkeep=upkeep, tokens=tokens)
+            runner = make_runner(app, settings, most_processes(settings))
             await runner.setup()
             with bound_next_to_database(settings) as own:
                 background = tuple(map(asyncio.create_task, (upkeep.run(), alerting.run())))
@@ -92,7 +91,7 @@ async def serve(loaded: LoadedSettings) -> int:
     """Serve until SIGTERM or SIGINT, or until the writer dies of a bug; return the process's exit status.
 
     Raises:
-        ConfigurationError: if the rules of alerts or the certificate cannot be used.
+        ConfigurationError: if the rules of alerts, the certificate or the tokens cannot be used.
         AddressError: if an address cannot be listened on.
         DatabaseError: if the database cannot be used.
 
@@ -191,12 +190,14 @@ def _announce(settings: Settings, daemon: Running) -> None:
     for message, fields in introduction.warnings:
         log.warning(message, extra=dict(fields))
     if settings.api_auth_enabled:
-        served = "every client that brings the token"
+        served = "every client that brings a token"
     elif not settings.api_protected_mode:
         served = "every client that can reach it"
     else:
         served = "this machine only" if settings.tls_client_ca is None else "clients with a certificate only"
     log.info(f"Authentication is {'on' if settings.api_auth_enabled else 'off'}", extra={"served": served})
+    if (count := unused(settings)) > 0:
+        log.warning("Tokens are not asked for, because TELEMETRY_API_AUTH_ENABLED is false", extra={"tokens": count})
     terminal = next((stream for stream in (sys.stderr, sys.stdout) if stream is not None and stream.isatty()), None)
     if terminal is not None:  # somebody tries it out
         print(_hint(settings, daemon.addresses, served), file=terminal, flush=True)
