@@ -32,6 +32,7 @@ from telemetryd.daemon import Running, running
 from telemetryd.errors import ConfigurationError
 from telemetryd.settings import Settings
 from telemetryd.web import connections
+from telemetryd.web import tls as tls_module
 from telemetryd.web.connections import ConnectionBounds
 from telemetryd.web.secure import Handshakes
 from telemetryd.web.tls import Tls, read_identity
@@ -175,6 +176,24 @@ def test_files_that_cannot_be_used_are_named_with_their_variable(folder: Folder,
     else:
         with pytest.raises(ConfigurationError, match="others can use"):
             read_identity(folder.settings(tls_cert=good))
+
+
+@pytest.mark.parametrize("step", ["_is_open_to_others", "_names_and_end"])
+def test_a_file_that_vanishes_while_it_is_read_leaves_the_old_certificate(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    cert = folder.cert("vanishing.pem")
+    tls, carry_out = Tls(folder.settings(tls_cert=cert)), getattr(tls_module, step)
+    before = tls.identity
+
+    def vanish(*arguments: Path) -> object:
+        cert.unlink()
+        return carry_out(*arguments)
+
+    monkeypatch.setattr(tls_module, step, vanish)
+    with pytest.raises(ConfigurationError, match="TELEMETRY_TLS_CERT: cannot be read: No such file"):
+        tls.prepare(folder.settings(tls_cert=cert))
+    assert tls.identity is before
 
 
 def test_an_expired_certificate_is_a_warning_and_its_names_are_known(

@@ -118,6 +118,8 @@ def read_identity(settings: Settings) -> Identity | None:
             load()
         except _UnusableError as error:
             problems.append(str(error))
+        except OSError as error:  # somebody is just replacing a file
+            problems.append(f"{_CERT}: cannot be read: {error.strerror}")
     if problems:
         raise ConfigurationError(problems)
     try:
@@ -125,6 +127,8 @@ def read_identity(settings: Settings) -> Identity | None:
     except ssl.SSLError as error:
         words = error.verify_message if isinstance(error, ssl.SSLCertVerificationError) else _words(error)
         raise ConfigurationError([f"{_CERT}: {cert}: no client would accept it: {words}"]) from error
+    except OSError as error:
+        raise ConfigurationError([f"{_CERT}: cannot be read: {error.strerror}"]) from error
 
 
 def _load_key(context: ssl.SSLContext, cert: Path, key: Path | None) -> None:
