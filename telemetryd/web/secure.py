@@ -23,6 +23,7 @@ from telemetryd.web.tls import Identity, Tls
 
 _RECORD_BYTES: Final = 16 * 1024
 """The most that a record of TLS holds (RFC 8446 §5.1); OpenSSL's buffers grow to what they are given at once."""
+_NOTHING: Final = memoryview(b"")
 _LOG_EVERY_S: Final = 60.0
 _IDENTITY: Final = "identity"
 _CLIENT_CERTIFICATE: Final = "client_certificate"
@@ -137,6 +138,7 @@ class SecureConnection(asyncio.Protocol, asyncio.Transport):
         "_session",
         "_timer",
         "_transport",
+        "_waiting",
     )
 
     def __init__(self, handshakes: Handshakes, identity: Identity) -> None:
@@ -150,6 +152,8 @@ class SecureConnection(asyncio.Protocol, asyncio.Transport):
         """None until the handshake is done."""
         self._failure: str | None = None
         """Why the handshake has failed."""
+        self._waiting = _NOTHING
+        """What has come and was not handed over to OpenSSL."""
         self._is_paused = False
         self._is_ending = False
         """Whether the client has been told that nothing more comes; what it still sends is let go."""
@@ -165,12 +169,11 @@ class SecureConnection(asyncio.Protocol, asyncio.Transport):
         self._handshakes.begin(self)
 
     def data_received(self, data: bytes) -> None:
-        """Decrypt what has come."""
-        for start in range(0, len(data), _RECORD_BYTES):
-            if self._is_ending or self._transport.is_closing():
-                return
-            self._incoming.write(data[start : start + _RECORD_BYTES])
-            self._advance()
+        """Decrypt what has come, as far as it is taken."""
+        if self._is_ending:
+            return
+        self._waiting = memoryview(bytes(self._waiting) + data if self._waiting else data)
+        self._decrypt()
 
     def eof_received(self) -> None:
         """Let the transport close: a client that ends without a goodbye has broken off."""
@@ -200,8 +203,24 @@ class SecureConnection(asyncio.Protocol, asyncio.Transport):
         self._end_handshake()
         self._transport.abort()
 
+    def _decrypt(self) -> None:
+        """Hand over what waits to OpenSSL record by record: its buffer never becomes smaller again."""
+        while self._waiting and not (self._is_paused or self._is_ending or self.is_closing()):
+            piece, self._waiting = self._waiting[:_RECORD_BYTES], self._waiting[_RECORD_BYTES:]
+            self._incoming.write(piece)
+            self._advance()
+        if not self._waiting or self._is_ending:
+            self._waiting = _NOTHING  # an empty view would keep what it was a view of
+
+    def _go_on(self) -> None:
+        """Take what has waited while the application paused, and only then more."""
+        self._advance()
+        self._decrypt()
+        if not (self._is_paused or self.is_closing()):
+            self._transport.resume_reading()
+
     def _advance(self) -> None:
-        """Do what can be done with what has come."""
+        """Do what can be done with what OpenSSL has."""
         if self._application is None and not self._is_ending:
             self._shake_hands()
         try:
@@ -288,8 +307,7 @@ class SecureConnection(asyncio.Protocol, asyncio.Transport):
         if not self._is_paused:
             return
         self._is_paused = False
-        self._transport.resume_reading()
-        asyncio.get_running_loop().call_soon(self._advance)
+        asyncio.get_running_loop().call_soon(self._go_on)
 
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
         """Set how much may wait to be sent."""
