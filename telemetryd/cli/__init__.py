@@ -15,6 +15,7 @@ import click
 
 import telemetryd
 from telemetryd.cli.options import EXIT_FAILURE, NO_FLAG, Suggesting
+from telemetryd.ops.journal import ErrorLines, is_journal
 
 __all__ = ["NO_FLAG", "main"]
 
@@ -92,6 +93,8 @@ def _open_streams() -> None:
         stream = getattr(sys, name)
         if mode == "w" and isinstance(stream, io.TextIOWrapper):  # no text is worth an error, whatever the locale is
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    if isinstance(sys.stderr, io.TextIOWrapper) and is_journal(sys.stderr):
+        sys.stderr = ErrorLines(sys.stderr.detach(), "utf-8", "backslashreplace", line_buffering=True)
 
 
 def _fail(error: OSError) -> int:
