@@ -201,6 +201,16 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
+        self.check_together()
+        return self
+
+    def check_together(self) -> None:
+        """Check what no setting can be checked for alone.
+
+        Raises:
+            ValueError: if they do not fit together, or the file with the token cannot be used.
+
+        """
         if self.api_auth_enabled and self.api_auth_token is None and self.api_auth_token_file is None:
             raise ValueError(
                 "TELEMETRY_API_AUTH_TOKEN: must be set (or TELEMETRY_API_AUTH_TOKEN_FILE) "
@@ -212,7 +222,6 @@ class Settings(BaseModel):
             )
         if self.api_auth_enabled:
             self.token()
-        return self
 
     def token(self) -> bytes | None:
         """Return the bytes of the token, from wherever it is set, without surrounding blanks.

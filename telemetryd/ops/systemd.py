@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Final
@@ -38,13 +39,17 @@ class Notifier:
             return
         # A leading @ stands for the NUL byte of Linux's abstract names.
         address = "\0" + self._address[1:] if self._address.startswith("@") else self._address
-        message = "\n".join(f"{name}={value}" for name, value in fields.items())
+        message = "\n".join(f"{name}={' '.join(str(value).splitlines())}" for name, value in fields.items())
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as connection:
             connection.setblocking(False)
             try:
                 connection.sendto(message.encode(), address)
             except OSError:
                 return
+
+    def send_reloading(self) -> None:
+        """Report that settings are being read again, until the next `READY=1`."""
+        self.send(RELOADING=1, MONOTONIC_USEC=time.monotonic_ns() // 1000, STATUS="Reloading")
 
     @contextmanager
     def asking_for_time(
