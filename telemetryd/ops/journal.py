@@ -6,6 +6,7 @@ import io
 import logging
 import os
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Final, TextIO
 
 _ERROR: Final = "<3>"
@@ -29,8 +30,13 @@ def is_journal(stream: TextIO, environment: Mapping[str, str] = os.environ) -> b
 
 def marked(text: str, level: int) -> str:
     """Return a text, each of its lines with the severity of a level."""
-    severity = next((mark for least, mark in _SEVERITIES if level >= least), "<7>")
+    severity = _severity(level)
     return severity + (text.replace("\n", f"\n{severity}") if "\n" in text else text)
+
+
+@lru_cache(maxsize=16)
+def _severity(level: int) -> str:
+    return next((mark for least, mark in _SEVERITIES if level >= least), "<7>")
 
 
 class ErrorLines(io.TextIOWrapper):
