@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
@@ -54,7 +55,6 @@ METRICS: Final = web.AppKey("metrics", Metrics)
 CERTIFICATES: Final = web.AppKey("certificates", Certificates)
 ALERTING: Final = web.AppKey("alerting", Alerting)
 EXPORTER: Final = web.AppKey("exporter", Exporter)
-DOCUMENT: Final = web.AppKey("document", bytes)
 
 _MOST_NAMED: Final = 10
 """Runs that a line of the log names."""
@@ -392,7 +392,8 @@ async def list_alerts(request: web.Request) -> web.Response:
 async def get_openapi(request: web.Request) -> web.Response:
     """Answer the OpenAPI document."""
     request[NOTE].say("Document served", logging.DEBUG)
-    return web.Response(body=request.app[DOCUMENT], content_type="application/json")
+    body = await asyncio.to_thread(_document, request.app[SETTINGS].api_auth_enabled)
+    return web.Response(body=body, content_type="application/json")
 
 
 # --- The routes, which are also what the OpenAPI document lists ----------------------------------
@@ -450,7 +451,7 @@ def described() -> Iterator[Described]:
 
 @cache
 def _document(needs_token: bool) -> bytes:
-    """Return the OpenAPI document, of which there are two; to write one takes as long as to open a database."""
+    """Return the OpenAPI document, of which there are two; to write one takes longer than to start the daemon."""
     return orjson.dumps(openapi.document(described(), needs_token=needs_token))
 
 
@@ -474,7 +475,6 @@ def make_app(
     app[EXPORTER] = Exporter(store)
     app[ALERTING] = alerting or Alerting(store, Rules())
     app[UPKEEP] = upkeep or Upkeep(store, settings)
-    app[DOCUMENT] = _document(settings.api_auth_enabled)
     # aiohttp's own pattern of a variable part leaves out braces, which an event_id may hold.
     paths = [(route, route.path.replace("{event_id}", "{event_id:[^/]+}")) for route in ROUTES]
     app.router.add_routes([web.route(route.method, path, route.handler) for route, path in paths])

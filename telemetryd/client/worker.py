@@ -187,7 +187,6 @@ class Worker:
         else:
             self._quiet_until = 0.0
             self._backoff.reset()
-            self._counters.problem = None
 
     # --- This process's own lines ----------------------------------------------------------------
 
@@ -204,6 +203,7 @@ class Worker:
                 if flush.is_last and not isinstance(error, WaitError):
                     flush.end(succeeded=False)
             raise
+        self._counters.problem = None  # before anybody who has waited for this looks
         for flush in flushes:
             flush.end(succeeded=not self._signals.stopping and not self._aside.is_used)
         self._attend(live)
