@@ -25,7 +25,7 @@ from telemetryd.model.values import utc_now
 from telemetryd.ops.logs import log
 from telemetryd.ops.metrics import Metrics
 from telemetryd.ops.systemd import Notifier, passed_sockets
-from telemetryd.reloading import LogLevels, Part, Reloading, every
+from telemetryd.reloading import LogLevels, Part, Reloading, collected
 from telemetryd.services.alerting import Alerting
 from telemetryd.services.certificates import most_processes
 from telemetryd.services.upkeep import Upkeep
@@ -65,7 +65,7 @@ def check(settings: Settings) -> None:
         ConfigurationError: with every problem.
 
     """
-    every([partial(read, settings) for read in _READERS])
+    collected([partial(read, settings) for read in _READERS])
 
 
 @asynccontextmanager

@@ -56,7 +56,7 @@ class LogLevels:
         logs.set_level(level)
 
 
-def every(readings: Iterable[Callable[[], T]]) -> list[T]:
+def collected(readings: Iterable[Callable[[], T]]) -> list[T]:
     """Return what each of some functions returns.
 
     Raises:
@@ -142,7 +142,7 @@ class Reloading:
             except ValueError as error:
                 reason = f"and only a restart changes {', '.join(waiting)}"
                 raise ConfigurationError([f"{error}, {reason}"]) from error
-        effects = every([partial(part.reloadable.prepare, settings) for part in parts])
+        effects = collected([partial(part.reloadable.prepare, settings) for part in parts])
         changes = {part.name: effect for part, effect in zip(parts, effects, strict=True) if effect is not None}
         return _Prepared(settings, loaded.remarks, changes, waiting)
 

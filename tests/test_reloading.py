@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from telemetryd import daemon as process
 from telemetryd.configuration import LoadedSettings, load
 from telemetryd.errors import ConfigurationError
 from telemetryd.ops.logs import LogLevel, log
@@ -33,11 +34,14 @@ class Fake:
 
     def __init__(self, *problems: str) -> None:
         self.problems = problems
+        self.bug: Exception | None = None
         self.seen: list[Settings] = []
         self.applied = 0
 
     def prepare(self, settings: Settings) -> Callable[[], None]:
         self.seen.append(settings)
+        if self.bug is not None:
+            raise self.bug
         if self.problems:
             raise ConfigurationError([*self.problems])
         return self._apply
@@ -145,6 +149,19 @@ async def test_those_who_ask_meanwhile_are_served_afterwards_and_never_two_at_on
     await asyncio.wait_for(done.wait(), PATIENCE_S)
     working.cancel()
     await asyncio.wait((working,))
+
+
+async def test_a_bug_that_ends_reloading_is_reported_at_once(tmp_path: Path) -> None:
+    it, fake = reloading(tmp_path), Fake()
+    fake.bug = KeyError("x")
+    with written() as lines:
+        working = asyncio.create_task(it.run([Part("fake", fake, ())]))
+        working.add_done_callback(process._report_death)
+        it.ask()
+        await asyncio.wait((working,))
+        await asyncio.sleep(0)
+    (line,) = map(json.loads, lines)
+    assert (line["level"], line["error_type"]) == ("CRITICAL", "KeyError")
 
 
 def test_a_daemon_under_load_reloads_and_loses_nothing(start_daemon: StartDaemon, tmp_path: Path) -> None:

@@ -148,10 +148,13 @@ def test_a_reload_is_announced_and_one_that_is_refused_stays_visible(start_daemo
     manager.socket.close()
 
 
-def test_no_value_can_forge_a_message_to_the_manager(tmp_path: Path) -> None:
+def test_no_value_can_forge_a_message_to_the_manager_or_make_it_too_long(tmp_path: Path) -> None:
     manager = Manager(str(tmp_path / "notify"))
-    Notifier({"NOTIFY_SOCKET": str(tmp_path / "notify")}).send(STATUS="wrong\nREADY=1\r\nMAINPID=1")
+    notifier = Notifier({"NOTIFY_SOCKET": str(tmp_path / "notify")})
+    notifier.send(STATUS="wrong\nREADY=1\r\nMAINPID=1")
     assert manager.next() == {"STATUS": "wrong READY=1 MAINPID=1"}
+    notifier.send(READY=1, STATUS="\U0001f4a3" * 10_000)
+    assert manager.next()["READY"] == "1"  # it reads 4096 bytes, as systemd does
     manager.socket.close()
 
 

@@ -13,6 +13,8 @@ from typing import Final
 _FIRST_DESCRIPTOR: Final = 3
 _FIRST_ASKED_S: Final = 2.0
 _ASKED_EVERY_S: Final = 10.0
+_LONGEST: Final = 800
+"""Characters of a value: the manager ignores a message of more than 4,096 bytes, with all that it says."""
 _EXTENDED_S: Final = 60.0
 """How much longer the manager waits after each request for time."""
 
@@ -39,7 +41,7 @@ class Notifier:
             return
         # A leading @ stands for the NUL byte of Linux's abstract names.
         address = "\0" + self._address[1:] if self._address.startswith("@") else self._address
-        message = "\n".join(f"{name}={' '.join(str(value).splitlines())}" for name, value in fields.items())
+        message = "\n".join(f"{name}={_one_line(value)}" for name, value in fields.items())
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as connection:
             connection.setblocking(False)
             try:
@@ -77,6 +79,10 @@ class Notifier:
         finally:
             is_over.set()
             asking.join()
+
+
+def _one_line(value: str | int) -> str:
+    return " ".join(str(value).splitlines())[:_LONGEST]
 
 
 def _watchdog_s(environment: MutableMapping[str, str]) -> float | None:
