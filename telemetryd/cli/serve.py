@@ -55,7 +55,6 @@ loop has nothing left to do, so that one of the two is always idle (`python -m b
 )
 @settings_flags()
 def serve(**flags: Any) -> None:
-    _survive_reloads()
     loaded = load_settings(flags, of_daemon=True)
     settings = loaded.settings
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
@@ -70,13 +69,8 @@ def serve(**flags: Any) -> None:
             for problem in error.problems:
                 click.echo(f"telemetryd: {problem}", err=True)
             status = EXIT_USAGE
-        _survive_reloads()
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the loop that is gone has restored the default, which kills
     sys.exit(status)
-
-
-def _survive_reloads() -> None:
-    """Ignore SIGHUP before and after the event loop, which handles it: too early or too late it is no reload."""
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 @click.command(
