@@ -86,6 +86,7 @@ fuzz: $(INSTALLED) ## ten minutes of coverage-guided fuzzing of each parser (Lin
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[fuzz]'
 	$(BIN)/python -m tests.fuzz body -max_total_time=600
 	$(BIN)/python -m tests.fuzz query -max_total_time=600
+	$(BIN)/python -m tests.fuzz token_file -max_total_time=600
 
 check: $(INSTALLED) $(CLIENTS_INSTALLED) ## lint, types, the direction of imports, and the OpenAPI document
 	$(BIN)/ruff check .

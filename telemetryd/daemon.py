@@ -20,7 +20,7 @@ from aiohttp import web
 import telemetryd
 from telemetryd.configuration import LoadedSettings
 from telemetryd.http import make_app
-from telemetryd.model.rules import Rules, load_rules
+from telemetryd.model.rules import load_rules
 from telemetryd.model.values import utc_now
 from telemetryd.ops.logs import log
 from telemetryd.ops.metrics import Metrics
@@ -33,6 +33,7 @@ from telemetryd.settings import Settings
 from telemetryd.store import Store
 from telemetryd.web.connections import make_runner
 from telemetryd.web.listening import bound, bound_next_to_database
+from telemetryd.web.tokens import Tokens, unused
 
 _BACKLOG: Final = 2048
 _STATUS_EVERY_S: Final = 10.0
@@ -50,11 +51,10 @@ class Running:
     parts: tuple[Part, ...]
 
 
-def _read_rules(settings: Settings) -> Rules:
-    return load_rules(settings.alerts_file)
-
-
-_READERS: Final[tuple[Callable[[Settings], object], ...]] = (_read_rules,)
+_READERS: Final[tuple[Callable[[Settings], object], ...]] = (
+    lambda settings: load_rules(settings.alerts_file),
+    lambda settings: Tokens(settings, Metrics()),
+)
 """What a start and a reload read besides the settings."""
 
 
@@ -77,27 +77,27 @@ async def running(
     Sockets that the service manager has passed stand in for those that the settings name.
 
     Raises:
-        ConfigurationError: if the rules of alerts cannot be used; nothing is touched then.
+        ConfigurationError: if the rules of alerts or the tokens cannot be used; nothing is touched then.
         AddressError: if an address cannot be listened on; the database is not touched then.
         DatabaseError: if the database cannot be used.
 
     """
-    rules = _read_rules(settings)
+    rules, metrics = load_rules(settings.alerts_file), Metrics()
+    tokens = Tokens(settings, metrics)
     async with bound(settings, passed) as sockets:
-        metrics = Metrics()
         store = await Store.open(settings, metrics, clock, full_text=settings.full_text)
         try:
             alerting = Alerting(store, rules, clock, given_up=metrics.deliveries_given_up.inc)
             upkeep = Upkeep(store, settings, clock)
-            runner = make_runner(
-                make_app(store, settings, metrics, alerting, upkeep), settings, most_processes(settings)
-            )
+            app = make_app(store, settings, metrics, alerting=alerting, upkeep=upkeep, tokens=tokens)
+            runner = make_runner(app, settings, most_processes(settings))
             await runner.setup()
             with bound_next_to_database(settings) as own:
                 background = tuple(map(asyncio.create_task, (upkeep.run(), alerting.run())))
                 parts = (
                     Part("log level", LogLevels(settings), follows=("log_level",)),
                     Part("alert rules", alerting, follows=("alerts_file",)),
+                    Part("tokens", tokens, follows=("api_auth_token", "api_auth_token_file", "tokens_file")),
                 )
                 try:
                     yield Running(store, await _listen(runner, [*sockets, *([own] if own is not None else [])]), parts)
@@ -132,7 +132,7 @@ async def serve(loaded: LoadedSettings, load: Callable[[], LoadedSettings]) -> i
         load: collects them anew, for SIGHUP.
 
     Raises:
-        ConfigurationError: if the rules of alerts cannot be used.
+        ConfigurationError: if the rules of alerts or the tokens cannot be used.
         AddressError: if an address cannot be listened on.
         DatabaseError: if the database cannot be used.
 
@@ -254,10 +254,12 @@ def _announce(settings: Settings, daemon: Running) -> None:
     for message, fields in introduction.warnings:
         log.warning(message, extra=dict(fields))
     if settings.api_auth_enabled:
-        served = "every client that brings the token"
+        served = "every client that brings a token"
     else:
         served = "this machine only" if settings.api_protected_mode else "every client that can reach it"
     log.info(f"Authentication is {'on' if settings.api_auth_enabled else 'off'}", extra={"served": served})
+    if (count := unused(settings)) > 0:
+        log.warning("Tokens are not asked for, because TELEMETRY_API_AUTH_ENABLED is false", extra={"tokens": count})
     terminal = next((stream for stream in (sys.stderr, sys.stdout) if stream is not None and stream.isatty()), None)
     if terminal is not None:  # somebody tries it out
         print(_hint(settings, daemon.addresses, served), file=terminal, flush=True)

@@ -91,6 +91,46 @@ class RunNotFoundError(TelemetrydError):
         super().__init__(f"Run not found: {event_id}")
 
 
+class ItemRefusedError(TelemetrydError):
+    """The base of what is refused although it is right: by itself, or as an item of a batch next to others."""
+
+    message = "This is refused."
+    error_type = "ItemRefusedError"
+    status: ClassVar[int] = 403
+    """The answer that it gets by itself; an item of a batch carries it."""
+    kind: ClassVar[str] = "refused"
+    """The type of an item's fault."""
+    wait_s: float | None = None
+    """The seconds after which the same may be accepted, None if that never happens by itself."""
+
+
+class NotAllowedError(ItemRefusedError):
+    """Raised for a run that the token may not write; its text says why."""
+
+    message = "The token may not write this run."
+    error_type = "NotAllowedError"
+    kind = "not_allowed"
+
+
+class QuotaExceededError(ItemRefusedError):
+    """Raised for what is beyond a quota; its text says whose.
+
+    Args:
+        message: whose quota it is.
+        wait_s: the seconds until it is not used up any more.
+
+    """
+
+    message = "The quota is used up."
+    error_type = "QuotaExceededError"
+    status = 429
+    kind = "quota_exceeded"
+
+    def __init__(self, message: str, wait_s: float) -> None:
+        super().__init__(message)
+        self.wait_s = wait_s
+
+
 class CursorGoneError(TelemetrydError):
     """Raised for a cursor after which not everything is known any more; its text says why."""
 

@@ -16,29 +16,27 @@ import telemetryd
 from telemetryd.errors import InvalidBodyError, InvalidRequestError, RunNotFoundError
 from telemetryd.model import bodies, event_queries, events, filters, queries, regressions, runs, stats, values
 from telemetryd.model.answers import (
-    BatchStored,
     CommitAssociated,
     CommitPage,
     EventsStored,
     Metadata,
     ProcessWatched,
     RepoPage,
-    RunCreated,
-    RunDuplicate,
     RunUpdated,
     Totals,
 )
-from telemetryd.model.batches import read_batch
-from telemetryd.model.commands import CreateEvents, CreateRuns, TooManyLabels, Updated, UpdateRun
+from telemetryd.model.commands import CreateEvents, TooManyLabels, Updated, UpdateRun
 from telemetryd.model.parameters import accept_none
 from telemetryd.model.requests import ProcessRequest
 from telemetryd.model.rules import Rules
+from telemetryd.model.tokens import Scope
 from telemetryd.ops.metrics import Metrics, wants_prometheus
 from telemetryd.services import admin_handlers
 from telemetryd.services.admin_handlers import STORE, UPKEEP
+from telemetryd.services.admission import METRICS, QUOTAS, check_run
 from telemetryd.services.alerting import Alerting
 from telemetryd.services.certificates import Certificates
-from telemetryd.services.duplicates import differences, warning
+from telemetryd.services.creation import SETTINGS, create_batch, create_run
 from telemetryd.services.exports import Exporter
 from telemetryd.services.subscriptions import add_feed, list_changes, stream_runs
 from telemetryd.services.upkeep import Upkeep
@@ -46,93 +44,17 @@ from telemetryd.settings import Settings
 from telemetryd.store import Store
 from telemetryd.web import browsers, openapi, operations, pages
 from telemetryd.web.answers import NOTE, REASON, Handler, json_response, next_page, with_warnings
-from telemetryd.web.body import BODIES, JSON_TYPES, NDJSON_TYPES, Bodies, check_media_type, json_body
+from telemetryd.web.body import BODIES, Bodies, json_body
+from telemetryd.web.limits import AgentQuotas
 from telemetryd.web.middleware import middleware
 from telemetryd.web.openapi import Described, Operation
+from telemetryd.web.tokens import TOKENS, Tokens
 
-SETTINGS: Final = web.AppKey("settings", Settings)
-METRICS: Final = web.AppKey("metrics", Metrics)
 CERTIFICATES: Final = web.AppKey("certificates", Certificates)
 ALERTING: Final = web.AppKey("alerting", Alerting)
 EXPORTER: Final = web.AppKey("exporter", Exporter)
 
-_MOST_NAMED: Final = 10
-"""Runs that a line of the log names."""
-
-
 # --- Runs ----------------------------------------------------------------------------------------
-
-
-async def create_run(request: web.Request) -> web.Response:
-    """Store one run; a single is a batch of one."""
-    request.app[STORE].check_open()
-    body, size = await json_body(request)
-    parsed = runs.parse_run(body)
-    event_id, run_id = str(parsed.row[runs.EVENT_ID]), str(parsed.row[runs.RUN_ID])
-    created = await request.app[STORE].submit(CreateRuns((parsed.row,), size))
-    is_new = created.new[0]
-    request.app[METRICS].count_runs(created=int(is_new), duplicate=int(not is_new))
-    notes = runs.text_warnings(body)
-    if is_new:
-        request[NOTE].say("Run created", event_id=event_id, run_id=run_id)
-        stored: RunCreated = {"status": "created", "event_id": event_id, "run_id": run_id}
-        return json_response(with_warnings(stored, parsed.ignored, notes), 201)
-    differing = (await differences(request.app[STORE], [parsed.row])).get(0)
-    if differing is None:
-        request[NOTE].say("Run already exists", event_id=event_id, run_id=run_id)
-    else:
-        notes.append(warning(differing))
-        request.app[METRICS].differing.inc()
-        said = {"event_id": event_id, "run_id": run_id, "differs_in": differing}
-        request[NOTE].say("Run already exists, and says something else", logging.WARNING, **said)
-    known: RunDuplicate = {
-        "status": "duplicate",
-        "event_id": event_id,
-        "message": "Event already exists (idempotent)",
-    }
-    return json_response(with_warnings(known, parsed.ignored, notes))
-
-
-async def create_batch(request: web.Request) -> web.Response:
-    """Store the good runs of a batch in one transaction, and report each bad one."""
-    request.app[STORE].check_open()
-    media_type = check_media_type(request, (*JSON_TYPES, *NDJSON_TYPES))
-    changes_follow = queries.changes_follow(request.query.get(queries.CHANGES.name))
-    async with request.app[BODIES].read(request) as body:
-        batch = await read_batch(body, request.app[SETTINGS].max_batch, is_lines=media_type in NDJSON_TYPES)
-    inserted = 0
-    differing: list[str] = []
-    if batch.rows:
-        created = await request.app[STORE].submit(CreateRuns(tuple(batch.rows), batch.size))
-        inserted = sum(created.new)
-        known = [place for place, is_new in enumerate(created.new) if not is_new]
-        rows = [batch.rows[place] for place in known]
-        for place, names in (await differences(request.app[STORE], rows, changes_follow=changes_follow)).items():
-            batch.note(batch.indexes[known[place]], [warning(names)])
-            differing.append(str(rows[place][runs.EVENT_ID]))
-    duplicates = len(batch.rows) - inserted
-    request.app[METRICS].count_runs(created=inserted, duplicate=duplicates, invalid=len(batch.errors))
-    said: dict[str, Any] = {
-        "inserted": inserted,
-        "duplicates": duplicates,
-        "errors": len(batch.errors),
-        "total": batch.total,
-    }
-    if differing:
-        request.app[METRICS].differing.inc(len(differing))
-        said |= {"differing": len(differing), "event_ids": differing[:_MOST_NAMED]}
-        request[NOTE].say("Batch stored; known runs say something else", logging.WARNING, **said)
-    else:
-        request[NOTE].say("Batch stored", **said)
-    answer: BatchStored = {
-        "inserted": inserted,
-        "duplicates": duplicates,
-        "errors": batch.errors,
-        "total": batch.total,
-    }
-    if batch.errors:
-        answer["error_details"] = batch.error_details
-    return json_response(with_warnings(answer, tuple(batch.ignored), batch.notes))
 
 
 async def list_runs(request: web.Request) -> web.Response:
@@ -179,6 +101,7 @@ async def update_run(request: web.Request) -> web.Response:
 
 
 async def _update(request: web.Request, command: UpdateRun) -> Updated:
+    await check_run(request, command.event_id, command.size)
     updated = await request.app[STORE].submit(command)
     if updated is None:
         raise RunNotFoundError(values.shorten(command.event_id))
@@ -237,6 +160,7 @@ async def create_events(request: web.Request) -> web.Response:
     event_id = request.match_info["event_id"]
     body, size = await json_body(request)
     parsed = events.parse_events(body)
+    await check_run(request, event_id, size)
     created = await request.app[STORE].submit(CreateEvents(event_id, parsed.rows, size))
     if created is None:
         raise RunNotFoundError(values.shorten(event_id))
@@ -272,9 +196,10 @@ async def list_events(request: web.Request) -> web.Response:
 async def register_process(request: web.Request) -> web.Response:
     """Watch the process that works on a run."""
     event_id = request.match_info["event_id"]
-    body, _ = await json_body(request)
+    body, size = await json_body(request)
     wanted: ProcessRequest = bodies.validate(ProcessRequest, body)
     request[NOTE].say("Process registered", event_id=event_id, pid=wanted.pid)
+    await check_run(request, event_id, size)
     await request.app[CERTIFICATES].register(event_id, wanted)
     answer: ProcessWatched = {"event_id": event_id, "pid": wanted.pid, "watched": True}
     return json_response(with_warnings(answer, tuple(wanted.__pydantic_extra__ or ())), 201)
@@ -401,7 +326,7 @@ async def get_openapi(request: web.Request) -> web.Response:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One endpoint: how it is reached, who answers, and how it is described (not at all for page assets)."""
+    """One endpoint: how it is reached, who answers, and how it is described (not at all for what only shows pages)."""
 
     method: str
     path: str
@@ -459,13 +384,19 @@ def make_app(
     store: Store,
     settings: Settings,
     metrics: Metrics,
+    *,
     alerting: Alerting | None = None,
     upkeep: Upkeep | None = None,
+    tokens: Tokens | None = None,
 ) -> web.Application:
     """Return the app that answers for one store."""
-    passed = middleware(settings, metrics, store.flow)
+    tokens = tokens or Tokens(settings, metrics)
+    scopes = {route.handler: route.operation.scope if route.operation else Scope.READ for route in ROUTES}
+    passed = middleware(settings, metrics, store.flow, tokens, scopes)
     app = web.Application(middlewares=[passed], client_max_size=settings.max_body_bytes)
     app[STORE], app[SETTINGS], app[METRICS] = store, settings, metrics
+    app[TOKENS] = tokens
+    app[QUOTAS] = AgentQuotas(settings.quota_runs_per_minute, settings.quota_bytes_per_day)
     app[CERTIFICATES] = Certificates(store, settings, metrics)
     app.cleanup_ctx.append(_watch_processes)
     if settings.reading_origins:

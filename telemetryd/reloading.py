@@ -136,12 +136,6 @@ class Reloading:
         kept = {name: value for name, value in self._settings if name not in followed}
         waiting = [variable(name) for name, value in kept.items() if getattr(loaded.settings, name) != value]
         settings = loaded.settings.model_copy(update=kept)
-        if waiting:
-            try:
-                settings.check_together()
-            except ValueError as error:
-                reason = f"and only a restart changes {', '.join(waiting)}"
-                raise ConfigurationError([f"{error}, {reason}"]) from error
         effects = collected([partial(part.reloadable.prepare, settings) for part in parts])
         changes = {part.name: effect for part, effect in zip(parts, effects, strict=True) if effect is not None}
         return _Prepared(settings, loaded.remarks, changes, waiting)

@@ -144,6 +144,11 @@ class Settings(BaseModel):
     api_auth_enabled: bool = Field(False, description="Ask for a token everywhere except on /health.")
     api_auth_token: SecretStr | None = Field(None, description="The token; better in a file.")
     api_auth_token_file: FilePath | None = Field(None, description="File that holds the token.")
+    tokens_file: FilePath | None = Field(
+        None,
+        description="File of the tokens that `telemetryd tokens` makes; none: next to the database (its real path and "
+        ".tokens).",
+    )
     api_protected_mode: bool = Field(True, description="While authentication is off, serve loopback peers only.")
     allowed_hosts: Annotated[str, AfterValidator(_host_names)] | None = Field(
         None,
@@ -155,8 +160,17 @@ class Settings(BaseModel):
         description="Origins of other web pages that may read (CORS), such as https://dashboard.example.com, "
         "separated by commas; none: no other page may.",
     )
-    rate_limit_enabled: bool = Field(False, description="Limit the requests of each client address.")
-    rate_limit_rpm: Positive = Field(60, description="Requests per minute and client address.")
+    rate_limit_enabled: bool = Field(False, description="Limit the requests of each client address and each token.")
+    rate_limit_rpm: Positive = Field(
+        60, description="Requests per minute and client address, or token that has no limit of its own."
+    )
+    quota_runs_per_minute: Positive | None = Field(
+        None, description="New runs per minute and agent name; beyond it 429. none: no quota."
+    )
+    quota_bytes_per_day: Positive | None = Field(
+        None,
+        description="Bytes of runs, changes and events per day and agent name; beyond it 429. none: no quota.",
+    )
     queue_max: Positive = Field(10_000, description="Writes that may wait for the writer; beyond it 503.")
     commit_target_ms: Annotated[int, Field(ge=1, le=60_000)] = Field(
         100, description="Commit latency that Telemetry-Flow headers keep clients within, in milliseconds."
@@ -201,27 +215,13 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
-        self.check_together()
-        return self
-
-    def check_together(self) -> None:
-        """Check what no setting can be checked for alone.
-
-        Raises:
-            ValueError: if they do not fit together, or the file with the token cannot be used.
-
-        """
-        if self.api_auth_enabled and self.api_auth_token is None and self.api_auth_token_file is None:
-            raise ValueError(
-                "TELEMETRY_API_AUTH_TOKEN: must be set (or TELEMETRY_API_AUTH_TOKEN_FILE) "
-                "when TELEMETRY_API_AUTH_ENABLED is true"
-            )
         if self.api_auth_token is not None and self.api_auth_token_file is not None:
             raise ValueError(
                 "TELEMETRY_API_AUTH_TOKEN: set either the token or TELEMETRY_API_AUTH_TOKEN_FILE, not both"
             )
         if self.api_auth_enabled:
             self.token()
+        return self
 
     def token(self) -> bytes | None:
         """Return the bytes of the token, from wherever it is set, without surrounding blanks.
@@ -258,6 +258,14 @@ class Settings(BaseModel):
             return None
         real = self.db_path.resolve()
         return real.with_name(f"{real.name}.sock")
+
+    @property
+    def tokens_path(self) -> Path:
+        """The file of the tokens, which need not be there."""
+        if self.tokens_file is not None:
+            return self.tokens_file
+        real = self.db_path.resolve()
+        return real.with_name(f"{real.name}.tokens")
 
     @property
     def host_names(self) -> frozenset[str] | None:

@@ -17,8 +17,8 @@ import pytest
 
 from telemetryd.engine.sqlite.readers import Lane
 from telemetryd.engine.sqlite.statements import answers
-from telemetryd.http import METRICS
 from telemetryd.model.queries import ListRuns
+from telemetryd.services.admission import METRICS
 from telemetryd.services.feed import FeedBounds
 from telemetryd.web import connections
 from telemetryd.web.connections import _Server

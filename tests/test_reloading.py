@@ -102,17 +102,6 @@ async def test_what_only_a_restart_changes_stays_and_is_named(tmp_path: Path) ->
     assert len(fake.seen) == 2
 
 
-async def test_settings_that_fit_only_after_a_restart_are_refused(tmp_path: Path) -> None:
-    it, fake = reloading(tmp_path), Fake()
-    (tmp_path / ".env").write_text("TELEMETRY_API_AUTH_ENABLED=true\nTELEMETRY_API_AUTH_TOKEN=long-enough\n")
-    it = Reloading(load({}, {}, tmp_path / ".env"), lambda: load({}, {}, tmp_path / ".env"), Notifier({}))
-    (tmp_path / ".env").write_text("")
-    (line,) = await reloaded(it, Part("tokens", fake, ("api_auth_token", "api_auth_token_file")))
-    assert line["problems"][0].startswith("TELEMETRY_API_AUTH_TOKEN: must be set")
-    assert line["problems"][0].endswith("and only a restart changes TELEMETRY_API_AUTH_ENABLED")
-    assert fake.seen == []
-
-
 async def test_the_log_level_changes_at_once(tmp_path: Path) -> None:
     it = reloading(tmp_path)
     part = Part("log level", LogLevels(Settings()), ("log_level",))

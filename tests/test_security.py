@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import json
 import os
@@ -48,7 +49,7 @@ async def test_every_token_is_compared_in_constant_time(make_api: MakeApi, monke
     statuses = [(await send(api, "GET", RUNS, headers={"X-API-Key": given})).status for given in tries]
     statuses.append((await send(api, "GET", RUNS)).status)
     assert statuses == [401, 401, 401, 401, 200, 401]
-    assert compared == [(given.encode(), TOKEN.encode()) for given in [*tries, ""]]
+    assert compared == [(hashlib.sha256(TOKEN.encode()).digest(),) * 2]  # others are not found by their hashes
 
 
 def test_a_token_is_in_no_line_no_answer_and_no_argument(start_daemon: StartDaemon, tmp_path: Path) -> None:

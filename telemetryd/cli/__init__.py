@@ -42,6 +42,7 @@ _COMMANDS: Final = {
     "sync": "agents",
     "replay": "agents",
     "dead-letters": "dead_letters",
+    "tokens": "tokens",
     "demo": "demo",
 }
 """Each command with the module that has it."""

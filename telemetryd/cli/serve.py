@@ -44,7 +44,7 @@ loop has nothing left to do, so that one of the two is always idle (`python -m b
 @click.command(
     help=r"""Serve the API until SIGTERM or SIGINT.
 
-    SIGHUP reads the rules of alerts and the log level again.
+    SIGHUP reads the rules of alerts, the tokens and the log level again.
 
     \b
     Examples:

@@ -19,11 +19,21 @@ _LONGEST_NUMBER: Final = 12
 """More digits than any number of ours has; Python refuses to read some thousands of them."""
 _SECONDS: Final = re.compile(r"\d+(?:\.\d*)?(?:e\d{1,3})?", re.ASCII | re.IGNORECASE)
 _MAX_SHOWN: Final = 500
+_WRONG_BODY: Final = 422
 FLOW_HEADER: Final = "telemetry-flow"
 
 
 class UnclearError(Exception):
     """An answer does not account for what was sent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """What is wrong with an item of a batch."""
+
+    status: int
+    """The answer that it would get by itself."""
+    detail: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +43,7 @@ class BatchResult:
     inserted: int
     duplicates: int
     errors: list[Any]
-    details: dict[int, Any] | None
+    details: dict[int, Rejected] | None
     """Index of the item → what is wrong with it; None if the daemon does not say."""
 
 
@@ -57,14 +67,20 @@ def read_batch(answer: Answer, sent: int) -> BatchResult:
     errors, reported = body.get("errors"), body.get("error_details")
     if not isinstance(errors, list) or not isinstance(reported, list | None):
         raise UnclearError("The answer to a batch cannot be read")
-    details: dict[int, Any] | None = None
+    details: dict[int, Rejected] | None = None
     if reported is not None:
-        details = {_count(item, "index"): item.get("detail") for item in reported}
+        details = {_count(item, "index"): Rejected(_status(item), item.get("detail")) for item in reported}
         if len(details) != len(errors) or not all(index < sent for index in details):
             raise UnclearError("The answer to a batch names other errors than it counts")
     if inserted + duplicates + len(errors) != sent:
         raise UnclearError(f"The answer to a batch of {sent} accounts for {inserted + duplicates + len(errors)}")
     return BatchResult(inserted, duplicates, errors, details)
+
+
+def _status(item: Any) -> int:
+    """Return the status of a rejected item; one that says none, or nonsense, is a wrong body."""
+    status = item.get("status")
+    return status if type(status) is int and 400 <= status < 600 else _WRONG_BODY
 
 
 def accounts_for(answer: Answer, sent: int) -> bool:

@@ -24,6 +24,8 @@ class Runs:
 
     items: list[RunItem]
     tries: int = 0
+    postponed: str = ""
+    """Why the daemon takes none of them now, until that has made the sender wait."""
 
     @property
     def lines(self) -> list[bytes]:

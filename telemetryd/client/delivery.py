@@ -42,6 +42,8 @@ _LEAST_BYTES: Final = 64 << 10
 _MORE_BYTES: Final = 16 << 10
 _PASSING: Final = (408, 429, 502, 503, 504)
 """Answers that have nothing to do with what was asked."""
+_FORBIDDEN: Final = 403
+"""What an item gets whose agent the token may not write; only somebody who changes the token can help it."""
 _TRIES_BEFORE_SPLIT: Final = 3
 _TRIES_BEFORE_GIVING_UP: Final = 10
 
@@ -227,6 +229,9 @@ class Delivery:
     # --- Runs ------------------------------------------------------------------------------------
 
     def _send_runs(self, batch: Batch, step: Runs) -> Sequence[Step]:
+        if step.postponed:
+            reason, step.postponed = step.postponed, ""
+            raise RetryError(reason)
         body = b"\n".join([item.body for item in step.items])
         # What the spool has of a run may have been sent in other pieces, and what can be changed follows by PATCH.
         follows = self._aside is not None or any(item.changes for item in step.items)
@@ -252,8 +257,15 @@ class Delivery:
         batch.duplicates += result.duplicates
         rejected = result.details or {}
         more: list[Step] = []
+        later: list[RunItem] = []
         for index, reason in rejected.items():
-            more += self._reject_run(batch, step.items[index], 422, reason)
+            item = step.items[index]
+            if reason.status in _PASSING:
+                later.append(item)
+            elif reason.status == _FORBIDDEN:
+                batch.refuse(item.lines, reason.status, reason.detail)
+            else:
+                more += self._reject_run(batch, item, reason.status, reason.detail)
         if result.duplicates:
             # Which ones were known is not reported, and a known run stays as it is: so send the changes of all of them.
             more += [
@@ -261,6 +273,8 @@ class Delivery:
                 for index, item in enumerate(step.items)
                 if item.changes and index not in rejected
             ]
+        if later:
+            more.append(Runs(later, postponed=f"The daemon takes {len(later)} of {len(step.items)} runs only later"))
         return more
 
     def _reject_run(self, batch: Batch, item: RunItem, status: int, reason: object) -> Sequence[Step]:

@@ -69,6 +69,8 @@ class ItemRefused(TypedDict):
     index: Number
     event_id: str | None
     detail: list[ErrorItem]
+    status: NotRequired[int]
+    """The answer that the item would get by itself, if that is not 422."""
 
 
 class BatchStored(Warned):

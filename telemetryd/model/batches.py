@@ -5,12 +5,20 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import islice
 from typing import Any, Final
 
-from telemetryd.errors import BodyTooLargeError, InvalidBodyError
+from telemetryd.errors import (
+    BodyTooLargeError,
+    ErrorItem,
+    InvalidBodyError,
+    ItemRefusedError,
+    QuotaExceededError,
+    sentence,
+)
 from telemetryd.model import bodies, runs, values
 from telemetryd.model.answers import ItemRefused
 from telemetryd.model.items import explained, split
@@ -25,9 +33,13 @@ _REPORTED_IN_FULL: Final = 1000
 class Batch:
     """The rows of a batch, and the faults of what is not in them."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, check: Callable[[values.Row], None] | None = None) -> None:
         self.size = size
         """How many bytes it came in."""
+        self._check = check
+        self._waits: list[ItemRefusedError] = []
+        self.refused: Counter[str] = Counter()
+        """How many items were refused although they are right, by the kind of the refusal."""
         self.rows: list[values.Row] = []
         self.errors: list[str] = []
         self.error_details: list[ItemRefused] = []
@@ -47,9 +59,13 @@ class Batch:
             item = read()
             self.is_readable = True
             parsed = runs.parse_run(item)
+            if self._check is not None:
+                self._check(parsed.row)
         except InvalidBodyError as error:
             event_id = item.get("event_id") if isinstance(item, dict) else error.event_id
             self._report(error, values.shorten(event_id) if isinstance(event_id, str) else None)
+        except ItemRefusedError as error:
+            self._refuse(self.total, parsed.row, error)
         else:
             self.rows.append(parsed.row)
             self.indexes.append(self.total)
@@ -60,6 +76,34 @@ class Batch:
     def note(self, index: int, texts: Iterable[str]) -> None:
         """Take note of what is to be said of an item."""
         self.notes += [f"Item {index}: {text}" for text in texts]
+
+    def refuse(self, refused: Mapping[int, ItemRefusedError]) -> None:
+        """Report rows, by their places, which the database knows as another one's."""
+        for place, error in refused.items():
+            self._refuse(self.indexes[place], self.rows[place], error)
+        # They are reported in the order of the items.
+        order = sorted(range(len(self.errors)), key=lambda at: self.error_details[at]["index"])
+        self.errors = [self.errors[at] for at in order]
+        self.error_details = [self.error_details[at] for at in order]
+
+    def raise_if_all_wait(self) -> None:
+        """Raise what the first item that may come first waits for, if every item has to come again later.
+
+        Raises:
+            QuotaExceededError: if a quota lets none of them in.
+
+        """
+        if self.total and len(self._waits) == self.total:
+            raise min(self._waits, key=lambda error: error.wait_s or 0.0)
+
+    def _refuse(self, index: int, row: values.Row, error: ItemRefusedError) -> None:
+        if isinstance(error, QuotaExceededError):
+            self._waits.append(error)
+        self.refused[error.kind] += 1
+        event_id, text = values.shorten(str(row[runs.EVENT_ID])), sentence(error)
+        fault: ErrorItem = {"loc": ["body", index, "agent_name"], "msg": text, "type": error.kind}
+        self.errors.append(f"Item {index} (event_id {event_id}): {text}")
+        self.error_details.append({"index": index, "event_id": event_id, "detail": [fault], "status": error.status})
 
     def _report(self, error: InvalidBodyError, event_id: str | None) -> None:
         shown = error.errors if self._reported < _REPORTED_IN_FULL else error.errors[:1]
@@ -75,20 +119,23 @@ class Batch:
         )
 
 
-async def read_batch(body: bytes, limit: int, *, is_lines: bool) -> Batch:
+async def read_batch(
+    body: bytes, limit: int, *, is_lines: bool, check: Callable[[values.Row], None] | None = None
+) -> Batch:
     """Read the items of a batch, each for itself; the event loop gets its turn in between.
 
     Args:
         body: an array, an object with the array under `runs`, or one item a line.
         limit: how many items it may hold.
         is_lines: whether it is one item a line (NDJSON).
+        check: raises ItemRefusedError for a valid row that may not be stored, or not now.
 
     Raises:
         BodyTooLargeError: if it holds more items.
         InvalidBodyError: if not a single item can be read.
 
     """
-    batch = Batch(len(body))
+    batch = Batch(len(body), check)
     decode: Callable[[Any], object] = _parse_item
     if is_lines:
         items: list[Any] = [line[0] for line in islice(_LINES.finditer(body), limit + 1)]

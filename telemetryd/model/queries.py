@@ -244,6 +244,13 @@ class GetRun(Query[tuple[Row, EventPage] | None]):
 
 
 @dataclass(frozen=True, slots=True)
+class GetAgents(Query[dict[str, str]]):
+    """The agents of some runs. Answer: event_id → agent_name, without those that there are not."""
+
+    event_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ListProcesses(Query[list[Process]]):
     """The processes that are registered with runs and have no certificate yet. Answer: a list of `Process`."""
 

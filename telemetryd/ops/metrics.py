@@ -124,6 +124,31 @@ class Metrics:
             ("webhook",),
             registry=self.registry,
         )
+        self._token_requests = Counter(
+            "telemetryd_token_requests",
+            "Requests with a token that is accepted, by the class of their answer: 2xx.",
+            ("token", "status"),
+            registry=self.registry,
+        )
+        self._token_refusals = Counter(
+            "telemetryd_token_refusals",
+            "What was refused, by the token's name (none if it is missing or wrong) and reason; items of batches too.",
+            ("token", "reason"),
+            registry=self.registry,
+        )
+        self._of_tokens: dict[tuple[Counter, str, str], Counter] = {}
+        self.tokens = Gauge("telemetryd_tokens", "Tokens that are known.", registry=self.registry)
+        self.tokens_broken = Gauge(
+            "telemetryd_tokens_broken",
+            "1 while the file of tokens cannot be used, so that those known before stay.",
+            registry=self.registry,
+        )
+        self._quota_refusals = Counter(
+            "telemetryd_quota_refusals",
+            "Requests and items of batches answered 429 for a quota, by whose it is (token or agent) and which.",
+            ("whose", "quota"),
+            registry=self.registry,
+        )
         self._oldest_waiting = Gauge(
             "telemetryd_oldest_waiting_seconds",
             "For how long the oldest command waits to be durable; 0 if none does.",
@@ -174,6 +199,30 @@ class Metrics:
         answered, duration = children
         answered.inc()
         duration.observe(seconds)
+
+    def count_token(self, name: str, status: int) -> None:
+        """Count a request with a token."""
+        self._of_token(self._token_requests, name, f"{status // 100}xx").inc()
+
+    def refuse_token(self, name: str, reason: str) -> None:
+        """Count what was refused to a token; its name is empty if it is missing or wrong."""
+        self._of_token(self._token_refusals, name, reason).inc()
+
+    def refuse_quota(self, whose: str, quota: str) -> None:
+        """Count what was refused for a quota."""
+        self._quota_refusals.labels(whose, quota).inc()
+
+    def forget_token(self, name: str) -> None:
+        """Show nothing of a token any more that was revoked."""
+        for counter, token, label in [key for key in self._of_tokens if key[1] == name]:
+            counter.remove(token, label)
+            del self._of_tokens[counter, token, label]
+
+    def _of_token(self, counter: Counter, name: str, label: str) -> Counter:
+        child = self._of_tokens.get((counter, name, label))
+        if child is None:
+            child = self._of_tokens[counter, name, label] = counter.labels(name, label)
+        return child
 
     def count_runs(self, *, created: int = 0, duplicate: int = 0, invalid: int = 0) -> None:
         """Count runs received, by what became of them."""

@@ -19,8 +19,10 @@ from telemetryd.ops.logs import log
 from telemetryd.ops.metrics import Metrics
 from telemetryd.services.feed import Feed
 from telemetryd.store import Store
+from telemetryd.web.access import ask_for_token
 from telemetryd.web.answers import IDENTITY, NOTE, WAITED, json_response, mark
 from telemetryd.web.middleware import leaving
+from telemetryd.web.tokens import TOKENS
 
 FEED: Final = web.AppKey("feed", Feed)
 
@@ -39,6 +41,8 @@ async def list_changes(request: web.Request) -> web.Response:
     began = time.perf_counter()
     changes = await request.app[FEED].wait(asked)
     waited = time.perf_counter() - began if asked.wait_s else 0.0
+    if asked.wait_s and not request.app[TOKENS].still_accepts(request):
+        return ask_for_token(request, "The token was revoked, or has expired, while the request waited")
     request[NOTE].say("Changes queried", logging.DEBUG if asked.wait_s else logging.INFO, changes=len(changes.found))
     found: list[RunChanged | RunDeleted] = [
         {"seq": seq, "run": runs.to_json(what)} if isinstance(what, tuple) else {"seq": seq, "deleted": what}
@@ -64,6 +68,8 @@ async def stream_runs(request: web.Request) -> web.StreamResponse:
             await response.write(began)
             async with contextlib.aclosing(subscriber.chunks()) as chunks:
                 async for chunk in chunks:
+                    if not request.app[TOKENS].still_accepts(request):
+                        break  # the token was revoked, or has expired
                     await response.write(chunk)
     if not response.prepared:
         raise StoppingError

@@ -4,71 +4,52 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import hmac
 import ipaddress
 import math
 import os
 import socket
 import struct
-import time
-from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Final
 
-from aiohttp import hdrs, web
+from aiohttp import web
 
 from telemetryd import flow
 from telemetryd.model.hosts import Names
+from telemetryd.model.tokens import Scope, is_allowed
 from telemetryd.model.values import shorten
+from telemetryd.ops.metrics import Metrics
 from telemetryd.settings import Settings
-from telemetryd.web.answers import client_address, endpoint_of, error_response, wants_page
+from telemetryd.web.answers import Handler, client_address, endpoint_of, error_response, wants_page
 from telemetryd.web.browsers import ASSETS, HEALTH, Pages
+from telemetryd.web.limits import Quota, RateLimit
+from telemetryd.web.tokens import BEARER, Bearer, Tokens
 
 _CREDENTIALS: Final = struct.Struct("3i")
 """Linux's struct ucred: process, user, group (unix(7), SO_PEERCRED)."""
 
 
-ADMIN_PREFIX: Final = "/api/v1/admin/"
-
-
 PAGE_PREFIXES: Final = ("/docs", "/redoc", "/openapi.json")
 
 
-class RateLimit:
-    """A token bucket for each client address, for a bounded number of addresses.
+class Gate:
+    """Decides whether a request may pass, before its body is read.
 
     Args:
-        per_minute: requests that an address may send in a minute, and at once after a rest.
-        clock: monotonic seconds.
-        addresses: how many addresses are remembered; the one not seen for longest is forgotten first.
+        settings: who is served at all.
+        tokens: who is known.
+        scopes: what each handler needs; one that is not named needs any token.
+        metrics: where refusals are counted.
 
     """
 
-    def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic, addresses: int = 10_000) -> None:
-        self._capacity = float(per_minute)
-        self._per_second = per_minute / 60
-        self._clock = clock
-        self._addresses = addresses
-        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
-
-    def wait_s(self, address: str) -> float:
-        """Take a token for a request; return 0, or the seconds until there will be one."""
-        now = self._clock()
-        tokens, since = self._buckets.pop(address, (self._capacity, now))
-        tokens = min(self._capacity, tokens + (now - since) * self._per_second)
-        allowed = tokens >= 1
-        self._buckets[address] = (tokens - 1 if allowed else tokens, now)
-        if len(self._buckets) > self._addresses:
-            self._buckets.popitem(last=False)
-        return 0.0 if allowed else (1 - tokens) / self._per_second
-
-
-class Gate:
-    """Decides whether a request may pass, before its body is read."""
-
-    def __init__(self, settings: Settings) -> None:
-        self._token = settings.token() if settings.api_auth_enabled else None
-        self._loopback_only = self._token is None and settings.api_protected_mode
+    def __init__(
+        self, settings: Settings, tokens: Tokens, scopes: Mapping[Handler, Scope | None], metrics: Metrics
+    ) -> None:
+        self._tokens = tokens
+        self._scopes = scopes
+        self._metrics = metrics
+        self._loopback_only = not tokens.is_on and settings.api_protected_mode
         self._own_socket = None if settings.own_socket is None else str(settings.own_socket)
         socket = settings.unix_socket or settings.own_socket
         self._socket = "(TELEMETRY_API_UNIX)" if socket is None else socket.absolute()
@@ -76,7 +57,7 @@ class Gate:
         self._names = Names(settings.host_names, settings.api_host)
         self._pages = Pages(self._names, settings.reading_origins)
         # A page that has rebound its name does not know the token.
-        self._checks_host = self._token is None or settings.host_names is not None
+        self._checks_host = not tokens.is_on or settings.host_names is not None
 
     def refusal(self, request: web.Request) -> web.Response | None:
         """Return the answer that ends a request before its handler, or None."""
@@ -89,7 +70,7 @@ class Gate:
     def may_advise(self, request: web.Request, status: int) -> bool:
         """Return whether an answer may say how busy the daemon is; one over the rate limit has shown no token yet."""
         if status == 429:
-            return self._token is None or self._is_authentic(request)
+            return not self._tokens.is_on or BEARER in request
         return status == 503 or (request.method in flow.METHODS and status not in flow.NEVER)
 
     def _refusal_of_page(self, request: web.Request) -> web.Response | None:
@@ -108,13 +89,13 @@ class Gate:
 
     def _refusal_of_client(self, request: web.Request) -> web.Response | None:
         """Keep out who has no right to ask, or asks too often."""
-        endpoint = endpoint_of(request)
-        is_admin = endpoint is not None and (endpoint.startswith(ADMIN_PREFIX) or request.method == hdrs.METH_DELETE)
+        needed = self._scopes.get(request.match_info.handler)
+        is_admin = needed is Scope.ADMIN
         socket_of_own = _own_unix_peers_socket(request)
         # Nobody else can open the socket next to the database, and who can may read that and the token as well.
         if socket_of_own is not None and (is_admin or socket_of_own == self._own_socket):
             return None
-        if is_admin and self._token is None:
+        if is_admin and not self._tokens.is_on:
             return error_response(
                 403,
                 "Admin endpoints need authentication (TELEMETRY_API_AUTH_ENABLED) or the Unix socket "
@@ -126,18 +107,59 @@ class Gate:
                 "Protected mode: only this machine is served while authentication is off; set "
                 "TELEMETRY_API_AUTH_ENABLED=true and TELEMETRY_API_AUTH_TOKEN, or TELEMETRY_API_PROTECTED_MODE=false",
             )
-        if self._limit is not None:
-            wait = self._limit.wait_s(client_address(request))
-            if wait:
-                return error_response(429, "Too many requests from this address", {"Retry-After": str(math.ceil(wait))})
-        if self._token is not None and not _is_open(request) and not self._is_authentic(request):
-            return _ask_for_token(request)
+        return self._refusal_of_bearer(request, needed) if self._tokens.is_on else self._refusal_by_rate(request, None)
+
+    def _refusal_of_bearer(self, request: web.Request, needed: Scope | None) -> web.Response | None:
+        """Keep out who brings no token, or one that may not do this, or not now."""
+        bearer = self._bearer(request)
+        has_expired = bearer is not None and self._tokens.has_expired(bearer)
+        if bearer is not None and not has_expired:
+            request[BEARER] = bearer
+        refusal = self._refusal_by_rate(request, request.get(BEARER))
+        if refusal is not None or _is_open(request):
+            return refusal
+        if bearer is None:
+            reason = _fault(request)
+            self._metrics.refuse_token("", "wrong" if reason == _WRONG else "missing")
+            return ask_for_token(request, reason)
+        if has_expired:
+            self._metrics.refuse_token(bearer.name, "expired")
+            return ask_for_token(request, f"The token {bearer.name} has expired")
+        if needed is not None and not is_allowed(bearer.scopes, needed):
+            self._metrics.refuse_token(bearer.name, "scope")
+            return _lacks_scope(bearer, needed)
+        if bearer.quota is not None and needed is Scope.INGEST:
+            return self._refusal_by_quota(request, bearer.name, bearer.quota)
         return None
 
-    def _is_authentic(self, request: web.Request) -> bool:
-        assert self._token is not None  # noqa: S101 - for the type checker
-        sent = [token.encode("utf-8", "surrogateescape") for token in _tokens(request)]
-        return any(hmac.compare_digest(token, self._token) for token in sent)
+    def _bearer(self, request: web.Request) -> Bearer | None:
+        """Return whose token a request brings, which may have expired."""
+        for sent in _tokens(request):
+            if sent and (bearer := self._tokens.find(sent.encode("utf-8", "surrogateescape"))) is not None:
+                return bearer
+        return None
+
+    def _refusal_by_rate(self, request: web.Request, bearer: Bearer | None) -> web.Response | None:
+        is_named = bearer is not None and not bearer.is_single
+        limit = bearer.requests if bearer is not None and is_named else self._limit
+        if limit is None:
+            return None
+        wait_s = limit.wait_s("" if is_named else client_address(request))
+        if not wait_s:
+            return None
+        if bearer is not None:
+            self._metrics.refuse_token(bearer.name, "rate")
+        whose = "with this token" if is_named else "from this address"
+        return error_response(429, f"Too many requests {whose}", {"Retry-After": str(math.ceil(wait_s))})
+
+    def _refusal_by_quota(self, request: web.Request, name: str, quota: Quota) -> web.Response | None:
+        exhausted = quota.exhausted(creates="event_id" not in request.match_info)
+        if exhausted is None:
+            return None
+        self._metrics.refuse_token(name, "quota")
+        self._metrics.refuse_quota("token", exhausted.quota)
+        detail = f"The quota of {exhausted.quota} of this token is used up"
+        return error_response(429, detail, {"Retry-After": str(math.ceil(exhausted.wait_s))})
 
 
 def _tokens(request: web.Request) -> list[str]:
@@ -153,12 +175,27 @@ def _tokens(request: web.Request) -> list[str]:
     return tokens
 
 
-def _ask_for_token(request: web.Request) -> web.Response:
-    """Return a 401; a browser that opens a page also gets the one scheme by which it can ask its user for the token."""
+def _lacks_scope(bearer: Bearer, needed: Scope) -> web.Response:
+    """Return a 403 that says which scope is missing (RFC 6750 section 3.1)."""
+    return error_response(
+        403,
+        f"This needs a token with the scope {needed}; this one has {', '.join(sorted(bearer.scopes))}",
+        {"WWW-Authenticate": f'Bearer realm="telemetryd", error="insufficient_scope", scope="{needed}"'},
+    )
+
+
+_WRONG: Final = "The token is wrong"
+
+
+def _fault(request: web.Request) -> str:
+    """Say what is wrong with the token of a request that brings none that is known."""
     if any(_tokens(request)):
-        reason = "The token is wrong"
-    else:
-        reason = "Authorization holds no bearer token" if "Authorization" in request.headers else "No token was sent"
+        return _WRONG
+    return "Authorization holds no bearer token" if "Authorization" in request.headers else "No token was sent"
+
+
+def ask_for_token(request: web.Request, reason: str) -> web.Response:
+    """Return a 401; a browser that opens a page also gets the one scheme by which it can ask its user for the token."""
     response = error_response(
         401,
         "A valid token is needed: Authorization: Bearer … or X-API-Key: …",

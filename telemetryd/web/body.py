@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import sys
 import zlib
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -23,6 +23,7 @@ from telemetryd.errors import (
 from telemetryd.model.bodies import parse_body
 from telemetryd.model.items import explained
 from telemetryd.model.values import shorten
+from telemetryd.web.tokens import BEARER
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -132,8 +133,7 @@ class Bodies:
         self.bounds = bounds or BodyBounds()
         self._held = 0
 
-    @asynccontextmanager
-    async def read(self, request: web.Request) -> AsyncIterator[bytes]:
+    def read(self, request: web.Request) -> AbstractAsyncContextManager[bytes]:
         """Give the decoded body of a request (gzip, deflate and zstd are known); it counts until the block's end.
 
         Raises:
@@ -144,21 +144,7 @@ class Bodies:
             UnsupportedBodyError: if the coding is not known.
 
         """
-        coding = ", ".join(request.headers.getall("Content-Encoding", [])).strip().lower()
-        if coding not in ("", "identity") and coding not in _DECODERS:
-            raise UnsupportedBodyError(
-                f"Content-Encoding must be gzip, deflate, zstd or identity, not {shorten(coding)!r}"
-            )
-        if request.headers.get("Transfer-Encoding", "chunked").strip().lower() != "chunked":
-            raise UnsupportedBodyError("Transfer-Encoding can only be chunked")  # aiohttp takes others, decodes none
-        if (request.content_length or 0) > self._limit:
-            raise _too_large(self._limit)
-        share = _Share(self)
-        try:
-            body = await _receive(request, share)
-            yield await _decode(body, coding, share) if coding in _DECODERS else body
-        finally:
-            self._held -= share.held
+        return _Reading(request, _Share(self))
 
     def take(self, size: int, share: _Share) -> None:
         """Count what a body has grown by."""
@@ -166,6 +152,10 @@ class Bodies:
             raise TooManyBodiesError
         self._held += size
         share.held += size
+
+    def give_back(self, share: _Share) -> None:
+        """Count a body no longer."""
+        self._held -= share.held
 
     @property
     def limit(self) -> int:
@@ -181,6 +171,41 @@ class _Share:
     def __init__(self, bodies: Bodies) -> None:
         self.bodies = bodies
         self.held = 0
+
+
+class _Reading:
+    """The block in which a body is in memory; a class, as a generator would cost each request three times as much."""
+
+    __slots__ = ("_request", "_share")
+
+    def __init__(self, request: web.Request, share: _Share) -> None:
+        self._request = request
+        self._share = share
+
+    async def __aenter__(self) -> bytes:
+        request, share = self._request, self._share
+        coding = ", ".join(request.headers.getall("Content-Encoding", [])).strip().lower()
+        if coding not in ("", "identity") and coding not in _DECODERS:
+            raise UnsupportedBodyError(
+                f"Content-Encoding must be gzip, deflate, zstd or identity, not {shorten(coding)!r}"
+            )
+        if request.headers.get("Transfer-Encoding", "chunked").strip().lower() != "chunked":
+            raise UnsupportedBodyError("Transfer-Encoding can only be chunked")  # aiohttp takes others, decodes none
+        if (request.content_length or 0) > share.bodies.limit:
+            raise _too_large(share.bodies.limit)
+        try:
+            body = await _receive(request, share)
+            if coding in _DECODERS:
+                body = await _decode(body, coding, share)
+            if (bearer := request.get(BEARER)) is not None and bearer.quota is not None:
+                bearer.quota.pay(size=len(body))  # whatever becomes of it
+            return body
+        except BaseException:
+            share.bodies.give_back(share)
+            raise
+
+    async def __aexit__(self, *_: object) -> None:
+        self._share.bodies.give_back(self._share)
 
 
 def _too_large(limit: int) -> BodyTooLargeError:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 from aiohttp import ClientPayloadError, web
@@ -21,6 +22,7 @@ from telemetryd.errors import (
     CursorGoneError,
     InvalidBodyError,
     InvalidRequestError,
+    ItemRefusedError,
     NoMemoryError,
     NotWatchedError,
     RunNotFoundError,
@@ -30,6 +32,7 @@ from telemetryd.errors import (
     error_type,
     sentence,
 )
+from telemetryd.model.tokens import Scope
 from telemetryd.ops import logs
 from telemetryd.ops.logs import log
 from telemetryd.ops.metrics import Metrics
@@ -50,6 +53,7 @@ from telemetryd.web.answers import (
     request_id,
     unexpected_detail,
 )
+from telemetryd.web.tokens import BEARER, Tokens
 
 SLOW_S: Final = 1.0
 
@@ -85,9 +89,29 @@ def leaving(request: web.Request) -> Iterator[None]:
         raise ConnectionResetError("The client has left") from error
 
 
-def middleware(settings: Settings, metrics: Metrics, advice: Callable[[], str]) -> Middleware:
-    """Return the one middleware of the app; `advice` gives the value of the Telemetry-Flow header."""
-    gate = Gate(settings)
+def middleware(
+    settings: Settings,
+    metrics: Metrics,
+    advice: Callable[[], str],
+    tokens: Tokens,
+    scopes: Mapping[Handler, Scope | None],
+) -> Middleware:
+    """Return the one middleware of the app.
+
+    Args:
+        settings: who is served.
+        metrics: where requests are counted.
+        advice: gives the value of the Telemetry-Flow header.
+        tokens: who is known.
+        scopes: what each handler needs.
+
+    """
+    gate = Gate(settings, tokens, scopes, metrics)
+
+    def count(request: web.Request, endpoint: str, status: int, seconds: float) -> None:
+        metrics.count_request(request.method, endpoint, status, seconds)
+        if (bearer := request.get(BEARER)) is not None and tokens.knows(bearer):  # else its name would come back
+            metrics.count_token(bearer.name, status)
 
     @web.middleware
     async def pass_through(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -108,7 +132,7 @@ def middleware(settings: Settings, metrics: Metrics, advice: Callable[[], str]) 
             problem = error
             response = _answer_error(error, identity)
         except asyncio.CancelledError:  # the client has left, or the daemon stops
-            metrics.count_request(request.method, await _endpoint(request), _CLIENT_LEFT, time.perf_counter() - started)
+            count(request, await _endpoint(request), _CLIENT_LEFT, time.perf_counter() - started)
             raise
         except MemoryError as error:
             traceback.clear_frames(error.__traceback__)  # which hold what there was no memory for
@@ -123,7 +147,7 @@ def middleware(settings: Settings, metrics: Metrics, advice: Callable[[], str]) 
             response.headers[flow.HEADER] = advice()
         seconds = time.perf_counter() - started - response.get(WAITED, 0.0)
         endpoint = await _endpoint(request)
-        metrics.count_request(request.method, endpoint, response.status, seconds)
+        count(request, endpoint, response.status, seconds)
         if isinstance(problem, UnavailableError) and request.method in flow.METHODS:
             metrics.refused.labels(problem.reason).inc()
         _log(
@@ -159,14 +183,15 @@ def _answer_error(error: BaseException, identity: str) -> web.Response:
         return error_response(error.status, _HTTP_DETAILS.get(error.status, error.reason), headers)
     if isinstance(error, (ClientPayloadError, BadHttpMessage, ConnectionError)):
         return error_response(400, "The body was cut off or badly framed")
+    if isinstance(error, ItemRefusedError):
+        headers = None if error.wait_s is None else {"Retry-After": str(math.ceil(error.wait_s))}
+        return error_response(error.status, sentence(error), headers)
     status = next((status for kind, status in STATUSES if isinstance(error, kind)), 500)
     if isinstance(error, InvalidBodyError):
         return error_response(status, error.errors)
     if isinstance(error, UnavailableError):
         return error_response(status, sentence(error), {"Retry-After": str(error.retry_after_seconds)})
-    if status == 500:
-        return error_response(status, unexpected_detail(identity))
-    return error_response(status, sentence(error))
+    return error_response(status, unexpected_detail(identity) if status == 500 else sentence(error))
 
 
 _HTTP_DETAILS: Final = {
@@ -208,6 +233,8 @@ def _log(
         "status": status,
         "client": client_address(request) or "unix",
     }
+    if (bearer := request.get(BEARER)) is not None:
+        fields["token"] = bearer.name
     if status == 500 and not isinstance(problem, CommandFailedError):
         log.log(level, message, extra=fields, exc_info=problem)
     else:

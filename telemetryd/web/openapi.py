@@ -12,6 +12,7 @@ import telemetryd
 from telemetryd import SERVER_HEADER, flow
 from telemetryd.model import changes, queries, runs
 from telemetryd.model.parameters import Parameter
+from telemetryd.model.tokens import Scope
 from telemetryd.web import components
 from telemetryd.web.body import JSON_TYPES
 from telemetryd.web.components import STRING, Components, Schema, ref
@@ -19,10 +20,12 @@ from telemetryd.web.components import STRING, Components, Schema, ref
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """What the document says of one endpoint."""
+    """What the document says of one endpoint, and who may ask."""
 
     summary: str
     description: str = ""
+    scope: Scope | None = field(kw_only=True)
+    """What a token needs where authentication is on; None where none is asked for."""
     tags: tuple[str, ...] = ("runs",)
     body: Schema | None = None
     body_types: tuple[str, ...] = JSON_TYPES
@@ -41,8 +44,6 @@ class Operation:
     headers: Mapping[str, Schema] = field(default_factory=dict)
     """Those of a successful answer that only some operations have (`HEADERS`)."""
     errors: tuple[int, ...] = ()
-    open: bool = False
-    """Whether it answers without a token even where authentication is on."""
 
 
 EVENT_ID: Final[Schema] = {
@@ -57,17 +58,19 @@ EVENT_ID: Final[Schema] = {
 _ERROR_TEXTS: Final = {
     400: "A query parameter or the request is wrong.",
     401: "A token is needed.",
-    403: "Protected mode: only this machine is served.",
+    403: "The token lacks the scope, or the agent is not its own; without authentication: not for this client.",
     404: "There is no such run.",
     409: "The process cannot be watched; send heartbeats instead.",
     410: "What comes after this cursor is not known any more; begin again, without `after`.",
     413: "The body or the batch is too large.",
     415: "The media type or the content coding is not known.",
     422: "The body is wrong; every fault is listed.",
-    429: "Too many requests from this address; see Retry-After.",
+    429: "Too many requests, or a quota is used up; see Retry-After.",
     500: "Unexpected; the log says more under the request id.",
     503: "Not now; repeat the same request after Retry-After seconds.",
 }
+_SCOPE: Final = "x-required-scope"
+"""Where an operation names its scope: linters take names in `security` for those of OAuth."""
 _RETRY_AFTER: Final = {"Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer"}}}
 _FLOW: Final = {
     flow.HEADER: {
@@ -77,7 +80,11 @@ _FLOW: Final = {
     }
 }
 _CHALLENGE: Final = {
-    "WWW-Authenticate": {"description": "How to give the token.", "schema": STRING, "example": "Bearer"}
+    "WWW-Authenticate": {
+        "description": "How to give the token, or which scope it lacks.",
+        "schema": STRING,
+        "example": "Bearer",
+    }
 }
 _EVERY_ANSWER: Final = {
     SERVER_HEADER: {
@@ -170,7 +177,7 @@ def document(described: Iterable[Described], *, needs_token: bool = False) -> Sc
             "schemas": dict(sorted(made.schemas.items())),
             "headers": _HEADERS,
             "securitySchemes": {
-                "bearer": {"type": "http", "scheme": "bearer", "description": "The daemon's token."},
+                "bearer": {"type": "http", "scheme": "bearer", "description": f"A token with the scope of {_SCOPE}."},
                 "key": {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": "The same token."},
             },
         },
@@ -207,8 +214,10 @@ def _operation(endpoint: Described, made: Components, answers: Mapping[int, Sche
             "required": True,
             "content": {kind: _content(operation, kind) for kind in operation.body_types},
         }
-    if operation.open:
+    if operation.scope is None:
         described["security"] = []
+    else:
+        described[_SCOPE] = str(operation.scope)
     responses = described["responses"]
     described["responses"] = responses | {
         status: answer for status, answer in _errors(operation) if status not in responses
@@ -232,7 +241,7 @@ def _errors(operation: Operation) -> Iterator[tuple[str, Schema]]:
         }
         if status in (429, 503):
             answer["headers"] = _RETRY_AFTER | _FLOW
-        if status == 401:
+        if status == 401 or (status == 403 and operation.scope is not None):
             answer["headers"] = _CHALLENGE
         yield str(status), answer
 

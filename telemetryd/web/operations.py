@@ -6,6 +6,7 @@ from typing import Final
 
 from telemetryd.model import alerts, answers, changes, event_queries, events, queries, regressions, runs, stats
 from telemetryd.model.requests import ProcessRequest, RedactRequest
+from telemetryd.model.tokens import Scope
 from telemetryd.web.body import JSON_TYPES, NDJSON_TYPES
 from telemetryd.web.components import ref
 from telemetryd.web.openapi import ACCURACY, LAST_EVENT_ID, LINK, SNAPSHOT, TOTAL, Operation
@@ -17,6 +18,7 @@ def _page_of(what: str, kind: object) -> Operation:
     return Operation(
         f"Get the web page of a run's {what}",
         "Known are github.com, gitlab.com and bitbucket.org; otherwise null.",
+        scope=Scope.READ,
         answers={200: ("The page.", kind)},
         errors=(404, 503),
     )
@@ -26,6 +28,7 @@ def _slice_of(summary: str, model: str, kind: object) -> Operation:
     return Operation(
         summary,
         "Needs authentication, or the Unix socket. Ask again while `more` is true.",
+        scope=Scope.ADMIN,
         tags=("admin",),
         body=ref(model),
         answers={200: ("What was done, or with dry_run what would be.", kind)},
@@ -36,6 +39,7 @@ def _slice_of(summary: str, model: str, kind: object) -> Operation:
 CREATE_RUN: Final = Operation(
     "Create a run",
     "A known event_id is a duplicate: the stored run stays as it is.",
+    scope=Scope.INGEST,
     body=ref("NewRun"),
     example=runs.example(runs.NewRun, runs.BEGUN),
     answers={
@@ -49,6 +53,7 @@ CREATE_BATCH: Final = Operation(
     "Create many runs",
     "An array, an object with the array under `runs`, or one run a line (NDJSON). Invalid items are reported one by "
     "one; all others are stored in one transaction.",
+    scope=Scope.INGEST,
     body=ref("NewRuns"),
     body_types=(*JSON_TYPES, NDJSON_TYPES[0]),
     example=[runs.example(runs.NewRun, runs.BEGUN, number) for number in (0, 1)],
@@ -61,6 +66,7 @@ LIST_RUNS: Final = Operation(
     "Query runs",
     "Newest first. If more follow, the Link header holds the next page (rel=next). With `fields`, each run has only "
     "those.",
+    scope=Scope.READ,
     parameters=queries.LIST,
     answers={200: ("The runs.", answers.RunList)},
     headers={**LINK, **TOTAL, **ACCURACY},
@@ -72,6 +78,7 @@ STREAM_RUNS: Final = Operation(
     "Server-sent events: `run` with each run that is created or changed, after its commit, as one answers it; "
     "`missed` with the number of changes that were left out because the client was too slow. A client that comes "
     "back with the last id goes on there, also after a restart of the daemon.",
+    scope=Scope.READ,
     parameters=changes.STREAM,
     other_parameters=(LAST_EVENT_ID,),
     answers={200: ("Events without an end.", str)},
@@ -84,6 +91,7 @@ LIST_CHANGES: Final = Operation(
     "In the order of the commits; of each run only its newest change, with the run as it is now. Go on with "
     "`last` as `after`, while `more` is true at once. Events come with the page that has the last change, each "
     "with the id of its run; go on with the id of the last one as `events_after`.",
+    scope=Scope.READ,
     parameters=changes.LIST,
     answers={200: ("The changes.", changes.ChangesAnswer)},
     errors=(400, 410, 503),
@@ -94,6 +102,7 @@ EXPORT_RUNS: Final = Operation(
     "All that match, in the order of their arrival, as NDJSON, CSV (RFC 4180) or Parquet. The "
     f"header {queries.SNAPSHOT} says `exact` if they are one snapshot, X-Total-Count how many they are. An "
     "export that could not be brought to its end is cut off in the middle of the chunked encoding.",
+    scope=Scope.READ,
     parameters=queries.EXPORT,
     answers={200: ("The runs.", str)},
     answer_type=queries.MEDIA_TYPES[queries.Format.NDJSON],
@@ -104,6 +113,7 @@ EXPORT_RUNS: Final = Operation(
 
 GET_RUN: Final = Operation(
     "Get a run",
+    scope=Scope.READ,
     parameters=queries.GET,
     answers={200: ("The run.", answers.StoredRun)},
     errors=(400, 404, 503),
@@ -112,6 +122,7 @@ GET_RUN: Final = Operation(
 UPDATE_RUN: Final = Operation(
     "Update a run",
     "A field that is null or missing stays as it is.",
+    scope=Scope.INGEST,
     body=ref("RunPatch"),
     example=runs.example(runs.RunPatch, runs.ENDED, 1),
     answers={200: ("The run is changed and the change durable.", answers.RunUpdated)},
@@ -120,6 +131,7 @@ UPDATE_RUN: Final = Operation(
 
 ASSOCIATE_COMMIT: Final = Operation(
     "Record the commit that a run led to",
+    scope=Scope.INGEST,
     body=ref("CommitAssociation"),
     example=runs.example(runs.CommitAssociation),
     answers={200: ("The commit is recorded and durable.", answers.CommitAssociated)},
@@ -130,6 +142,7 @@ CREATE_EVENTS: Final = Operation(
     "Report events of a run",
     f"One event, or an array of at most {events.MAX_EVENTS}; with one bad event none is stored. A key that the "
     "run already has is a duplicate: the stored event stays as it is.",
+    scope=Scope.INGEST,
     body=ref("NewEvents"),
     example=runs.example(events.NewEvent),
     answers={201: ("The events are stored and durable; those with a known key were so before.", answers.EventsStored)},
@@ -140,6 +153,7 @@ LIST_EVENTS: Final = Operation(
     "List a run's events",
     "Oldest first, or the last ones first with sort=-timestamp. If more follow, the Link header holds the next "
     "page (rel=next).",
+    scope=Scope.READ,
     parameters=event_queries.LIST_EVENTS,
     answers={200: ("The events.", answers.EventList)},
     headers=LINK,
@@ -150,6 +164,7 @@ REGISTER_PROCESS: Final = Operation(
     "Register the process that works on a run",
     "If it ends while the run is still running, the run becomes a failure within a second. Only a process on "
     "the daemon's own machine can be watched.",
+    scope=Scope.INGEST,
     body=ref("ProcessRequest"),
     example=runs.example(ProcessRequest),
     answers={201: ("The process is watched, also after a restart of the daemon.", answers.ProcessWatched)},
@@ -164,6 +179,7 @@ GET_STATS: Final = Operation(
     "Statistics of runs",
     "Counts, sums and quantiles by the time of created_at, from figures that the writer keeps: they are right "
     "as soon as a change is acknowledged. Only groups with runs are answered.",
+    scope=Scope.READ,
     parameters=stats.PARAMETERS,
     answers={200: ("The groups, the earliest bucket first, then by names.", stats.Stats)},
     errors=(400, 503),
@@ -174,6 +190,7 @@ GET_REGRESSIONS: Final = Operation(
     "For each agent and job type: the commit since which runs fail more often or take longer, if chance hardly "
     f"explains it. Looked at are the newest {regressions.MAX_RUNS:,} finished runs with a git_commit_hash. "
     "Commits are in the order of their first runs.",
+    scope=Scope.READ,
     parameters=regressions.PARAMETERS,
     answers={200: ("What was found, the most certain first.", regressions.RegressionReport)},
     errors=(400, 503),
@@ -182,12 +199,14 @@ GET_REGRESSIONS: Final = Operation(
 LIST_ALERTS: Final = Operation(
     "List the rules of alerts and their state",
     "The rules of TELEMETRY_ALERTS_FILE, in its order, and for which agents (and job types) each is firing.",
+    scope=Scope.READ,
     answers={200: ("The rules.", alerts.Alerts)},
     errors=(400, 503),
 )
 
 GET_METADATA: Final = Operation(
     "List agents and job types",
+    scope=Scope.READ,
     answers={200: ("The names in use.", answers.Metadata)},
     errors=(503,),
 )
@@ -195,14 +214,15 @@ GET_METADATA: Final = Operation(
 GET_HEALTH: Final = Operation(
     "Check health",
     "Answers at once, with 503 when writes are not taken.",
+    scope=None,
     tags=("operation",),
     answers={200: ("Writes are taken.", answers.Health), 503: ("Writes are not taken.", answers.Health)},
-    open=True,
 )
 
 GET_METRICS: Final = Operation(
     "Read totals and metrics",
     "JSON, or Prometheus text if Accept or `format` asks for it.",
+    scope=Scope.READ,
     tags=("operation",),
     parameters=queries.METRICS,
     answers={200: ("The totals.", answers.Totals)},
@@ -219,6 +239,7 @@ DELETE_RUN: Final = Operation(
     "Needs authentication, or the Unix socket. The run goes with its events and whatever belongs to it, and with it "
     "what it added to totals and statistics; followers and clients of the changes learn of it. Who sends the same "
     "event_id again creates it again.",
+    scope=Scope.ADMIN,
     tags=("admin",),
     answers={200: ("The run is gone.", answers.DeletedRun)},
     errors=(400, 404, 503),
@@ -228,6 +249,7 @@ REDACT_RUN: Final = Operation(
     "Remove what fields of a run hold",
     "Needs authentication, or the Unix socket. For a secret that should not have been sent: the fields become null, "
     "and with `events` the payloads of all events. The run stays, so who sends the same event_id again finds it known.",
+    scope=Scope.ADMIN,
     tags=("admin",),
     body=ref("RedactRequest"),
     example=runs.example(RedactRequest),
@@ -239,6 +261,7 @@ CONFIRM: Final = Operation(
     "Confirm what may be done without a command",
     "Needs authentication, or the Unix socket. Runs of an age may be deleted by themselves (a shorter age has "
     "to be confirmed again), or the clock is right although it has jumped.",
+    scope=Scope.ADMIN,
     tags=("admin",),
     body=ref("ConfirmRequest"),
     answers={200: ("It is written down for this database.", answers.Confirmed)},
@@ -249,6 +272,7 @@ MAKE_BACKUP: Final = Operation(
     "Make a verified backup",
     "Needs authentication, or the Unix socket; the directory is the setting TELEMETRY_BACKUP_DIR. It is packed with "
     "Zstandard unless compress is false.",
+    scope=Scope.ADMIN,
     tags=("admin",),
     body=ref("BackupRequest"),
     answers={200: ("The backup is verified and in its place.", answers.BackupMade)},

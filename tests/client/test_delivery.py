@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 import json
 import logging
@@ -11,6 +12,7 @@ import random
 import socket
 import time
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,18 @@ from hypothesis import strategies as st
 
 from telemetryd.client import Config
 from telemetryd.client.answers import MAX_ROWS, parse_flow, retry_after_s
+from telemetryd.client.batch import Batch
 from telemetryd.client.config import Pace
-from telemetryd.client.delivery import RetryError
+from telemetryd.client.counters import Counters
+from telemetryd.client.delivery import Delivery, RetryError
 from telemetryd.client.folder import waiting
+from telemetryd.client.lines import encode
 from telemetryd.client.transport import Answer, Transport
 from telemetryd.client.worker import Backoff
+from telemetryd.model.tokens import Asked, Limits, Scope
+from telemetryd.model.tokens import make as make_token
+from telemetryd.ops import token_file
+from telemetryd.services.admission import QUOTAS
 from tests.client.conftest import MakeClient, flushed, states, stored, url_of
 from tests.conftest import Api, MakeApi
 from tests.tools.bad_proxy import BREAKS, DAEMONS, ERRORS, BadProxy
@@ -625,3 +634,45 @@ async def test_a_peer_that_accepts_and_says_nothing_holds_up_neither_agent_nor_e
         client.close(0.3)
         assert time.monotonic() - began < 20, "no call waits for the peer"
     assert sum(path.read_bytes().count(b"\n") for path in buffer.glob("*.jsonl.*")) == 1000  # noqa: ASYNC240
+
+
+AGENTS = ("web-busy", "web-idle", "web-busy", "other")
+
+
+async def test_items_beyond_a_quota_come_again_later_and_those_of_others_are_set_down(
+    make_api: MakeApi, tmp_path: Path
+) -> None:
+    web = Asked("web", (Scope.INGEST,), "web-", timedelta(days=1), Limits())
+    token, secret = make_token(web, datetime.now(UTC))
+    token_file.change(tmp_path / "telemetry.sqlite.tokens", lambda _: [token])
+    api = await make_api(api_auth_enabled=True, api_auth_token="of-the-operator", quota_runs_per_minute=1)
+
+    async def statuses() -> dict[str, str]:
+        rows = await api.get("/api/v1/runs", headers={"X-API-Key": "of-the-operator"})
+        return {row["event_id"]: row["status"] for row in rows}
+
+    assert api.client.app is not None
+    quota = api.client.app[QUOTAS].of("web-busy")
+    quota.pay(runs=1000)
+    config = Config(url=url_of(api), token=secret)
+    with contextlib.closing(Transport(config)) as transport:
+        buried: list[Any] = []
+        counters = Counters()
+        delivery = Delivery(transport, lambda *refused: buried.append(refused), counters)
+        begun = [whole(number, agent_name=name, status="running") for number, name in enumerate(AGENTS)]
+        ended = [update(f"e-{number}", status="success") for number in range(len(AGENTS))]
+        batch = Batch.of([encode(line).rstrip() for line in (*begun, *ended)])
+        with pytest.raises(RetryError, match="takes 2 of 4 runs only later"):
+            await asyncio.to_thread(delivery.send, batch)
+        with pytest.raises(RetryError) as caught:
+            await asyncio.to_thread(delivery.send, batch)
+        assert "The quota of runs per minute of the agent 'web-busy'" in str(caught.value)
+        assert caught.value.wait_s > 1000, "as long as the daemon says"
+        assert not caught.value.is_refusal
+        assert await statuses() == {"e-1": "success"}
+        quota.pay(runs=-2000)
+        await asyncio.to_thread(delivery.send, batch)
+    assert await statuses() == dict.fromkeys(("e-0", "e-1", "e-2"), "success")
+    ((lines, status, reason),) = buried
+    assert (len(lines), status, reason[0]["type"]) == (2, 403, "not_allowed")
+    assert (counters.sent, counters.stored, counters.dead) == (8, 3, 2)

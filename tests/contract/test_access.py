@@ -15,8 +15,9 @@ import aiohttp
 import pytest
 from aiohttp.test_utils import make_mocked_request
 
-from telemetryd.web.access import RateLimit, _is_loopback
+from telemetryd.web.access import _is_loopback
 from telemetryd.web.answers import client_address
+from telemetryd.web.limits import RateLimit
 from tests.conftest import Api, MakeApi, StartDaemon, make_run
 from tests.contract.wire import BATCH, JSON, RUNS, check_error, send, send_raw
 

@@ -26,6 +26,7 @@ from telemetryd.model import runs
 from telemetryd.ops.metrics import Metrics
 from telemetryd.web import body as body_module
 from telemetryd.web.middleware import middleware
+from telemetryd.web.tokens import Tokens
 from tests.conftest import (
     Api,
     Client,
@@ -162,7 +163,9 @@ async def test_an_unexpected_error_tells_only_a_request_id(
     async def fail(_: web.Request) -> web.Response:
         raise RuntimeError("secret of the house")
 
-    app = web.Application(middlewares=[middleware(api.settings, Metrics(), api.store.flow)])
+    metrics = Metrics()
+    passed = middleware(api.settings, metrics, api.store.flow, Tokens(api.settings, metrics), {})
+    app = web.Application(middlewares=[passed])
     app.router.add_get("/", fail)
     client = await aiohttp_client(DaemonServer(app, api.settings))
     line = line_of(await send(Api(client, api.store, api.settings), "GET", "/"), caplog)

@@ -1,4 +1,4 @@
-"""What is fuzzed: everything between the bytes of a request and a command or a query. Bad input has its own errors."""
+"""What is fuzzed: what lies between bytes and a command, a query or a token. Bad input has its own errors."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Final
 import orjson
 
 from telemetryd.engine.sqlite.statements.runs import select_page
-from telemetryd.errors import BodyTooLargeError, InvalidBodyError, InvalidRequestError
-from telemetryd.model import bodies, queries, runs, values
+from telemetryd.errors import BodyTooLargeError, ConfigurationError, InvalidBodyError, InvalidRequestError
+from telemetryd.model import bodies, queries, runs, tokens, values
 from telemetryd.model.commands import CreateRuns
 
 CORPUS: Final = Path(__file__).with_name("corpus")
@@ -66,4 +66,16 @@ def query(data: bytes) -> None:
     orjson.dumps(listed.parameters())
 
 
-TARGETS: Final[Mapping[str, Callable[[bytes], None]]] = {"body": body, "query": query}
+def token_file(data: bytes) -> None:
+    """Read bytes as a file of tokens; what is let through is written as it was read, and errors show no hash."""
+    try:
+        found = tokens.parse(data, "tokens")
+    except ConfigurationError as error:
+        orjson.dumps(error.problems)
+        return
+    assert tokens.parse(tokens.render(found), "tokens") == found
+    for token in found:
+        assert token.hash not in repr(token) + str(token.to_json())
+
+
+TARGETS: Final[Mapping[str, Callable[[bytes], None]]] = {"body": body, "query": query, "token_file": token_file}

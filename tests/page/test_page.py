@@ -666,6 +666,26 @@ def test_the_page_asks_for_the_token_and_keeps_it_in_the_tab(
     expect(page.locator("dialog")).to_have_count(0)
 
 
+def test_a_token_that_only_reads_shows_everything_and_cancels_nothing(
+    open_view: OpenPage, closed_url: str, watched: Watched
+) -> None:
+    watched.expected = ("401", "403")
+    path = authorized(closed_url, "GET", "/health")["db_path"]
+
+    def token(scope: str) -> str:
+        made = telemetryd("tokens", "create", "--name", f"page-{scope}", "--scope", scope, TELEMETRY_DB_PATH=path)
+        return made.stdout.strip()
+
+    writes, reads = token("ingest"), token("read")
+    page = open_view("#/stale?older_than=1s", at=closed_url, fresh=True)
+    sign_in(page, reads)
+    page.get_by_role("button", name=re.compile("^Cancel")).click()
+    expect(page.locator("[role=alert]")).to_contain_text("This needs a token with the scope admin; this one has read")
+    page = open_view("#/runs", at=closed_url, fresh=True)
+    sign_in(page, writes)
+    expect(page.locator("#token-hint")).to_contain_text("or may not read")
+
+
 def test_stale_runs_are_cancelled_after_a_question(open_view: OpenPage, closed_url: str, watched: Watched) -> None:
     watched.expected = ("401",)
     run = make_run(agent_name="lost", start_time="2026-01-01T00:00:00Z", created_at="2026-01-01T00:00:00Z")

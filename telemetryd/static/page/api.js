@@ -33,6 +33,9 @@ async function sentenceOf(response, isOfProxy) {
   }
 }
 
+/** Whether the token may not do this; one that may not even read is of no use to the page. */
+const lacksScope = (response) => response.status === 403 && /insufficient_scope/.test(response.headers.get("WWW-Authenticate") ?? "");
+
 /** Send a request until it is not refused for its token; return the response. */
 export async function send(path, { accepted = [], headers = {}, ...options } = {}) {
   for (;;) {
@@ -46,7 +49,7 @@ export async function send(path, { accepted = [], headers = {}, ...options } = {
       throw new ApiError(0, "The daemon does not answer. Does it run?");
     }
     setClock(response.headers.get("Date"));
-    if (response.status === 401) {
+    if (response.status === 401 || (options.method === undefined && lacksScope(response))) {
       await askForToken(token);
     } else if (response.ok || accepted.includes(response.status)) {
       return response;

@@ -29,10 +29,10 @@ function ask(wasWrong) {
     const form = h(
       "form",
       { on: { submit: accept } },
-      h("h2", { id: "token-title" }, "This daemon needs its token"),
+      h("h2", { id: "token-title" }, "This daemon needs a token"),
       h("p", { id: "token-hint", class: wasWrong ? "problem" : "quiet" }, wasWrong
-        ? "That token was refused. Look at TELEMETRY_API_AUTH_TOKEN, or the file of TELEMETRY_API_AUTH_TOKEN_FILE."
-        : "It is what TELEMETRY_API_AUTH_TOKEN holds. It stays in this tab, and goes nowhere but to this daemon."),
+        ? "That token was refused, or may not read. Look at TELEMETRY_API_AUTH_TOKEN or its file, or make one: telemetryd tokens create --scope read."
+        : "It is one that may read, such as TELEMETRY_API_AUTH_TOKEN. It stays in this tab, and goes nowhere but to this daemon."),
       h("label", { for: "token" }, "Token"),
       input,
       h("div", { class: "actions" }, h("button", { type: "submit", class: "button primary" }, "Sign in")),

@@ -45,6 +45,7 @@ from telemetryd.model.queries import (
     CountRuns,
     Counts,
     CountStale,
+    GetAgents,
     GetOthers,
     GetRun,
     ListProcesses,
@@ -348,6 +349,18 @@ def fetch_others(connection: sqlite3.Connection, query: GetOthers) -> list[Other
     """Fetch the runs whose first body has not the digest that is asked for."""
     rows = connection.execute(_SELECT_OTHERS, (orjson.dumps(query.digests).decode(),))
     return [Other(tuple(row), digest) for *row, digest in rows]
+
+
+_SELECT_AGENTS: Final = """
+    SELECT event_id, agent_name FROM json_each(?) AS asked
+        CROSS JOIN agent_runs INDEXED BY idx_runs_event_id ON event_id = asked.value
+"""
+
+
+@answers(GetAgents)
+def fetch_agents(connection: sqlite3.Connection, query: GetAgents) -> dict[str, str]:
+    """Fetch the agents of runs."""
+    return dict(connection.execute(_SELECT_AGENTS, (orjson.dumps(query.event_ids).decode(),)).fetchall())
 
 
 @answers(GetRun)
