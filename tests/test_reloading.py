@@ -9,6 +9,8 @@ import pty
 import re
 import signal
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -209,6 +211,41 @@ def test_a_daemon_under_load_reloads_and_loses_nothing(start_daemon: StartDaemon
     assert daemon.wait() == (0, "")
     assert daemon.lines[-1]["level"] == "WARNING"
     assert set(senders.acknowledged) <= stored(daemon.database)
+
+
+def test_what_a_daemon_reloads_changes_together(start_daemon: StartDaemon, tmp_path: Path) -> None:
+    rules, token = tmp_path / "alerts.toml", tmp_path / "token"
+
+    def names(secret: str) -> list[str] | int:
+        """The rules that a token may see, or the status with which it is refused."""
+        request = urllib.request.Request(f"{url}/api/v1/alerts", headers={"X-API-Key": secret})
+        try:
+            with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
+                return [rule["name"] for rule in json.loads(answer.read())["rules"]]
+        except urllib.error.HTTPError as error:
+            error.close()
+            return error.code
+
+    rules.write_text(RULE.format("first"))
+    token.write_text("secret-1")
+    daemon = start_daemon(
+        "--alerts-file", "alerts.toml", TELEMETRY_API_AUTH_ENABLED="true", TELEMETRY_API_AUTH_TOKEN_FILE="token"
+    )
+    url = daemon.url
+    rules.write_text(RULE.format("second"))
+    tokens = tmp_path / "telemetry.sqlite.tokens"
+    tokens.write_text("{")
+    token.write_text("secret-2")
+    daemon.process.send_signal(signal.SIGHUP)
+    (problem,) = daemon.wait_for_line("Not reloaded, all stays as it was")["problems"]
+    assert str(tokens) in problem
+    assert (names("secret-1"), names("secret-2")) == (["first"], 401)
+    tokens.unlink()
+    daemon.process.send_signal(signal.SIGHUP)
+    assert daemon.wait_for_line("Reloaded")["changed"] == ["alert rules", "tokens"]
+    assert (names("secret-1"), names("secret-2")) == (401, ["second"])
+    assert daemon.stop() == 0
+    assert not [line for line in daemon.raw if "secret-" in line]
 
 
 def test_a_terminal_that_is_closed_ends_the_daemon_in_order(tmp_path: Path, free_port: int) -> None:
