@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import Final
 
 import telemetryd
@@ -22,6 +23,7 @@ from telemetryd.model.values import utc_now
 from telemetryd.ops.logs import log
 from telemetryd.ops.metrics import Metrics
 from telemetryd.ops.systemd import Notifier, passed_sockets
+from telemetryd.reloading import LogLevels, Part, Reloading, collected
 from telemetryd.services.alerting import Alerting
 from telemetryd.services.certificates import most_processes
 from telemetryd.services.upkeep import Upkeep
@@ -29,7 +31,7 @@ from telemetryd.settings import Settings
 from telemetryd.store import Store
 from telemetryd.web.connections import listen, make_runner
 from telemetryd.web.listening import bound, bound_next_to_database
-from telemetryd.web.tls import Tls
+from telemetryd.web.tls import Tls, read_identity
 from telemetryd.web.tokens import Tokens, unused
 
 _STATUS_EVERY_S: Final = 10.0
@@ -40,11 +42,29 @@ EXIT_FAILURE: Final = 1
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """A daemon that answers: its store, where it listens, and the certificate that it shows there."""
+    """A daemon that answers: its store, where it listens, and what can be reloaded."""
 
     store: Store
     addresses: tuple[str, ...]
-    tls: Tls
+    parts: tuple[Part, ...]
+
+
+_READERS: Final[tuple[Callable[[Settings], object], ...]] = (
+    lambda settings: load_rules(settings.alerts_file),
+    lambda settings: Tokens(settings, Metrics()),
+    read_identity,
+)
+"""What a start and a reload read besides the settings."""
+
+
+def check(settings: Settings) -> None:
+    """Read every file that the settings name, as a start and a reload do.
+
+    Raises:
+        ConfigurationError: with every problem.
+
+    """
+    collected([partial(read, settings) for read in _READERS])
 
 
 @asynccontextmanager
@@ -74,9 +94,15 @@ async def running(
             await runner.setup()
             with bound_next_to_database(settings) as own:
                 background = tuple(map(asyncio.create_task, (upkeep.run(), alerting.run())))
+                parts = (
+                    Part("log level", LogLevels(settings), follows=("log_level",)),
+                    Part("alert rules", alerting, follows=("alerts_file",)),
+                    Part("tokens", tokens, follows=("api_auth_token", "api_auth_token_file", "tokens_file")),
+                    Part("certificate", tls, follows=("tls_cert", "tls_key", "tls_client_ca")),
+                )
                 try:
                     listening = [*sockets, *([own] if own is not None else [])]
-                    yield Running(store, await listen(runner, listening, tls, metrics.count_handshake), tls)
+                    yield Running(store, await listen(runner, listening, tls, metrics.count_handshake), parts)
                 finally:
                     for task in background:
                         task.cancel()
@@ -87,8 +113,12 @@ async def running(
             await store.close()
 
 
-async def serve(loaded: LoadedSettings) -> int:
+async def serve(loaded: LoadedSettings, load: Callable[[], LoadedSettings]) -> int:
     """Serve until SIGTERM or SIGINT, or until the writer dies of a bug; return the process's exit status.
+
+    Args:
+        loaded: the settings.
+        load: collects them anew, for SIGHUP.
 
     Raises:
         ConfigurationError: if the rules of alerts, the certificate or the tokens cannot be used.
@@ -101,9 +131,11 @@ async def serve(loaded: LoadedSettings) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _on_signal, stop, number)
+    notifier = Notifier()
+    reloading = Reloading(loaded, load, notifier)
+    loop.add_signal_handler(signal.SIGHUP, _on_hang_up, stop, reloading, _terminals())
     for remark in loaded.remarks:
         log.warning("Configuration remark", extra={"remark": remark})
-    notifier = Notifier()
     impatience = asyncio.create_task(_leave_after(stop))
     with ExitStack() as patience:
         async with AsyncExitStack() as up:
@@ -112,11 +144,14 @@ async def serve(loaded: LoadedSettings) -> int:
             impatience.cancel()
             _announce(settings, daemon)
             notifier.send(READY=1, STATUS="Serving")
-            signs = asyncio.create_task(_show_life(notifier, daemon.store))
+            signs = asyncio.create_task(_show_life(notifier, daemon.store, reloading))
+            reloads = asyncio.create_task(reloading.run(daemon.parts))
+            reloads.add_done_callback(_report_death)
             stopped = asyncio.create_task(stop.wait())
             await asyncio.wait((stopped, daemon.store.writing), return_when=asyncio.FIRST_COMPLETED)
             stopped.cancel()
             signs.cancel()
+            reloads.cancel()
             notifier.send(STOPPING=1, STATUS="Committing what is queued")
             patience.enter_context(notifier.asking_for_time("Committing what is queued"))
             is_reported = daemon.store.writing.done()
@@ -136,7 +171,12 @@ async def serve(loaded: LoadedSettings) -> int:
     return 0
 
 
-async def _show_life(notifier: Notifier, store: Store) -> None:
+def _report_death(reloads: asyncio.Task[None]) -> None:
+    if not reloads.cancelled() and (death := reloads.exception()) is not None:
+        log.critical("Reloading has failed for good; a restart reads everything again", exc_info=death)
+
+
+async def _show_life(notifier: Notifier, store: Store, reloading: Reloading) -> None:
     """Report to the service manager the queue's depth, and that the writer makes progress, as long as it does."""
     if not notifier.is_active:
         return
@@ -146,7 +186,8 @@ async def _show_life(notifier: Notifier, store: Store) -> None:
         health = store.health()
         if health.idle or health.groups != groups:
             # A problem of the disk is none that a restart would fix.
-            notifier.send(WATCHDOG=1, STATUS=health.problem or f"Serving, {health.queue_depth} writes waiting")
+            status = health.problem or f"Serving, {health.queue_depth} writes waiting"
+            notifier.send(WATCHDOG=1, STATUS=f"{status}. {reloading.problem}" if reloading.problem else status)
         else:
             notifier.send(STATUS=health.problem or f"The writer is stuck, {health.queue_depth} writes waiting")
         groups = health.groups
@@ -168,6 +209,18 @@ def _on_signal(stop: asyncio.Event, number: int) -> None:
         os._exit(128 + number)
     log.info("Signal received", extra={"signal": signal.Signals(number).name})
     stop.set()
+
+
+def _on_hang_up(stop: asyncio.Event, reloading: Reloading, terminals: list[int]) -> None:
+    """Reload, or stop if it is a terminal that has been closed: then it is none any more."""
+    if terminals == _terminals():
+        reloading.ask()
+    else:
+        stop.set()
+
+
+def _terminals() -> list[int]:
+    return [descriptor for descriptor in range(3) if os.isatty(descriptor)]
 
 
 def _give_up(after_s: float) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final
@@ -14,47 +14,143 @@ from aiohttp import hdrs, web
 
 import telemetryd
 from telemetryd.errors import InvalidBodyError, InvalidRequestError, RunNotFoundError
-from telemetryd.model import bodies, event_queries, events, filters, queries, regressions, runs, stats, values
+from telemetryd.model import event_queries, events, filters, queries, regressions, runs, stats, values
 from telemetryd.model.answers import (
+    BatchStored,
     CommitAssociated,
     CommitPage,
     EventsStored,
     Metadata,
-    ProcessWatched,
     RepoPage,
+    RunCreated,
+    RunDuplicate,
     RunUpdated,
     Totals,
 )
-from telemetryd.model.commands import CreateEvents, TooManyLabels, Updated, UpdateRun
+from telemetryd.model.batches import read_batch
+from telemetryd.model.commands import CreateEvents, CreateRuns, TooManyLabels, Updated, UpdateRun
 from telemetryd.model.parameters import accept_none
-from telemetryd.model.requests import ProcessRequest
 from telemetryd.model.rules import Rules
 from telemetryd.model.tokens import Scope
 from telemetryd.ops.metrics import Metrics, wants_prometheus
 from telemetryd.services import admin_handlers
 from telemetryd.services.admin_handlers import STORE, UPKEEP
-from telemetryd.services.admission import METRICS, QUOTAS, check_run
+from telemetryd.services.admission import METRICS, QUOTAS, Admission, check_run
 from telemetryd.services.alerting import Alerting
 from telemetryd.services.certificates import Certificates
-from telemetryd.services.creation import SETTINGS, create_batch, create_run
+from telemetryd.services.duplicates import differences, warning
 from telemetryd.services.exports import Exporter
+from telemetryd.services.process_handlers import CERTIFICATES, register_process, watch_processes
 from telemetryd.services.subscriptions import add_feed, list_changes, stream_runs
 from telemetryd.services.upkeep import Upkeep
 from telemetryd.settings import Settings
 from telemetryd.store import Store
 from telemetryd.web import browsers, openapi, operations, pages
 from telemetryd.web.answers import NOTE, REASON, Handler, json_response, next_page, with_warnings
-from telemetryd.web.body import BODIES, Bodies, json_body
+from telemetryd.web.body import BODIES, JSON_TYPES, NDJSON_TYPES, Bodies, check_media_type, json_body
 from telemetryd.web.limits import AgentQuotas
 from telemetryd.web.middleware import middleware
 from telemetryd.web.openapi import Described, Operation
 from telemetryd.web.tokens import TOKENS, Tokens
 
-CERTIFICATES: Final = web.AppKey("certificates", Certificates)
+SETTINGS: Final = web.AppKey("settings", Settings)
 ALERTING: Final = web.AppKey("alerting", Alerting)
 EXPORTER: Final = web.AppKey("exporter", Exporter)
 
+_MOST_NAMED: Final = 10
+"""Runs that a line of the log names."""
+
+
 # --- Runs ----------------------------------------------------------------------------------------
+
+
+async def create_run(request: web.Request) -> web.Response:
+    """Store one run; a single is a batch of one."""
+    request.app[STORE].check_open()
+    body, size = await json_body(request)
+    parsed = runs.parse_run(body)
+    if (admission := Admission.of(request)) is not None:
+        admission.check(parsed.row)
+        admission.pay([parsed.row], size)
+    event_id, run_id = str(parsed.row[runs.EVENT_ID]), str(parsed.row[runs.RUN_ID])
+    created = await request.app[STORE].submit(CreateRuns((parsed.row,), size))
+    is_new = created.new[0]
+    notes = runs.text_warnings(body)
+    if is_new:
+        request.app[METRICS].count_runs(created=1)
+        request[NOTE].say("Run created", event_id=event_id, run_id=run_id)
+        stored: RunCreated = {"status": "created", "event_id": event_id, "run_id": run_id}
+        return json_response(with_warnings(stored, parsed.ignored, notes), 201)
+    if admission is not None:
+        await admission.check_known(parsed.row)
+    request.app[METRICS].count_runs(duplicate=1)
+    differing = (await differences(request.app[STORE], [parsed.row])).get(0)
+    if differing is None:
+        request[NOTE].say("Run already exists", event_id=event_id, run_id=run_id)
+    else:
+        notes.append(warning(differing))
+        request.app[METRICS].differing.inc()
+        said = {"event_id": event_id, "run_id": run_id, "differs_in": differing}
+        request[NOTE].say("Run already exists, and says something else", logging.WARNING, **said)
+    known: RunDuplicate = {
+        "status": "duplicate",
+        "event_id": event_id,
+        "message": "Event already exists (idempotent)",
+    }
+    return json_response(with_warnings(known, parsed.ignored, notes))
+
+
+async def create_batch(request: web.Request) -> web.Response:
+    """Store the good runs of a batch in one transaction, and report each bad one."""
+    request.app[STORE].check_open()
+    media_type = check_media_type(request, (*JSON_TYPES, *NDJSON_TYPES))
+    changes_follow = queries.changes_follow(request.query.get(queries.CHANGES.name))
+    admission = Admission.of(request)
+    async with request.app[BODIES].read(request) as body:
+        limit, is_lines = request.app[SETTINGS].max_batch, media_type in NDJSON_TYPES
+        check = None if admission is None else admission.check
+        batch = await read_batch(body, limit, is_lines=is_lines, check=check)
+    batch.raise_if_all_wait()
+    if admission is not None:
+        admission.pay(batch.rows, batch.size, batch.total)
+    inserted, taken = 0, 0
+    differing: list[str] = []
+    if batch.rows:
+        created = await request.app[STORE].submit(CreateRuns(tuple(batch.rows), batch.size))
+        inserted = sum(created.new)
+        known = [place for place, is_new in enumerate(created.new) if not is_new]
+        if admission is not None and (others := await admission.taken([batch.rows[place] for place in known])):
+            batch.refuse({known[index]: refusal for index, refusal in others.items()})
+            known = [place for index, place in enumerate(known) if index not in others]
+            taken = len(others)
+        rows = [batch.rows[place] for place in known]
+        for place, names in (await differences(request.app[STORE], rows, changes_follow=changes_follow)).items():
+            batch.note(batch.indexes[known[place]], [warning(names)])
+            differing.append(str(rows[place][runs.EVENT_ID]))
+    duplicates = len(batch.rows) - inserted - taken
+    request.app[METRICS].count_runs(created=inserted, duplicate=duplicates, invalid=len(batch.errors))
+    said: dict[str, Any] = {
+        "inserted": inserted,
+        "duplicates": duplicates,
+        "errors": len(batch.errors),
+        "total": batch.total,
+        **batch.refused,
+    }
+    if differing:
+        request.app[METRICS].differing.inc(len(differing))
+        said |= {"differing": len(differing), "event_ids": differing[:_MOST_NAMED]}
+        request[NOTE].say("Batch stored; known runs say something else", logging.WARNING, **said)
+    else:
+        request[NOTE].say("Batch stored", **said)
+    answer: BatchStored = {
+        "inserted": inserted,
+        "duplicates": duplicates,
+        "errors": batch.errors,
+        "total": batch.total,
+    }
+    if batch.errors:
+        answer["error_details"] = batch.error_details
+    return json_response(with_warnings(answer, tuple(batch.ignored), batch.notes))
 
 
 async def list_runs(request: web.Request) -> web.Response:
@@ -188,27 +284,6 @@ async def list_events(request: web.Request) -> web.Response:
     if page.more:
         headers = next_page(request, query.next_page(request.rel_url.raw_path, events.cursor(page.rows[-1])))
     return json_response([events.to_json(row) for row in page.rows], headers=headers)
-
-
-# --- Death certificates --------------------------------------------------------------------------
-
-
-async def register_process(request: web.Request) -> web.Response:
-    """Watch the process that works on a run."""
-    event_id = request.match_info["event_id"]
-    body, size = await json_body(request)
-    wanted: ProcessRequest = bodies.validate(ProcessRequest, body)
-    request[NOTE].say("Process registered", event_id=event_id, pid=wanted.pid)
-    await check_run(request, event_id, size)
-    await request.app[CERTIFICATES].register(event_id, wanted)
-    answer: ProcessWatched = {"event_id": event_id, "pid": wanted.pid, "watched": True}
-    return json_response(with_warnings(answer, tuple(wanted.__pydantic_extra__ or ())), 201)
-
-
-async def _watch_processes(app: web.Application) -> AsyncIterator[None]:
-    app[CERTIFICATES].resume()
-    yield
-    await app[CERTIFICATES].close()
 
 
 # --- Everything else -----------------------------------------------------------------------------
@@ -398,7 +473,7 @@ def make_app(
     app[TOKENS] = tokens
     app[QUOTAS] = AgentQuotas(settings.quota_runs_per_minute, settings.quota_bytes_per_day)
     app[CERTIFICATES] = Certificates(store, settings, metrics)
-    app.cleanup_ctx.append(_watch_processes)
+    app.cleanup_ctx.append(watch_processes)
     if settings.reading_origins:
         app.on_response_prepare.append(browsers.sharing(settings.reading_origins))
     add_feed(app, store, metrics)

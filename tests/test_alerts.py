@@ -60,6 +60,7 @@ from telemetryd.model.rules import (
 from telemetryd.model.values import format_timestamp
 from telemetryd.services.alerting import Alerting
 from telemetryd.services.deliveries import DeliveryPace
+from telemetryd.settings import Settings
 from tests.conftest import Api, MakeApi, StartDaemon, eventually, make_run
 from tests.tools.process import telemetryd
 
@@ -697,13 +698,13 @@ async def receiving() -> AsyncIterator[Receiver]:
         await runner.cleanup()
 
 
-def write_rules(folder: Path, url: str, rules: str = "") -> Path:
+QUIET = '[[rules]]\nname = "{}"\nkind = "silent"\nagent_name = "hugo-*"\nafter = "1h"\n'
+
+
+def write_rules(folder: Path, url: str, rules: str = QUIET.format("quiet")) -> Path:
     path = folder / "alerts.toml"
     (folder / "secret").write_text(SECRET + "\n")
-    path.write_text(
-        f'every = "1s"\n[webhooks.team]\nurl = "{url}"\nsecret_file = "secret"\n'
-        + (rules or '[[rules]]\nname = "quiet"\nkind = "silent"\nagent_name = "hugo-*"\nafter = "1h"\n')
-    )
+    path.write_text(f'every = "1s"\n[webhooks.team]\nurl = "{url}"\nsecret_file = "secret"\n' + rules)
     return path
 
 
@@ -760,6 +761,75 @@ async def test_one_that_is_never_accepted_keeps_no_other_from_being_delivered(ap
         working.cancel()
         await asyncio.wait((working,))
     assert sum(given_up) == 2
+
+
+async def test_rules_that_are_exchanged_cost_no_message_and_send_none_twice(api: Api, tmp_path: Path) -> None:
+    def settings(rules: str) -> Settings:
+        return api.settings.model_copy(update={"alerts_file": write_rules(tmp_path, receiver.url, rules)})
+
+    def exchange(rules: str) -> None:
+        put = alerting.prepare(settings(rules))
+        assert put is not None
+        put()
+
+    async def state() -> dict[str, Any]:
+        return {rule["name"]: rule["state"] for rule in (await alerting.shown())["rules"]}
+
+    async with receiving() as receiver:
+        receiver.hold = asyncio.Event()
+        both = QUIET.format("quiet") + QUIET.format("gone")
+        alerting = Alerting(api.store, load_rules(settings(both).alerts_file), lambda: NOW, DeliveryPace(0.001, 0.01))
+        await api.post(make_run(created_at=at(hours=2), status="success"))
+        working = asyncio.create_task(alerting.run())
+        await eventually(lambda: len(receiver.got) == 1)  # each rule has fired; one message is on its way
+        with pytest.raises(ConfigurationError):
+            alerting.prepare(settings("[[rules]]"))
+        assert alerting.prepare(settings(both)) is None
+        exchange(QUIET.format("quiet") + QUIET.format("new"))
+        assert await state() == {"quiet": "firing", "new": "ok"}
+        receiver.hold.set()
+        await eventually(lambda: len(receiver.accepted) == 3)
+        assert await state() == {"quiet": "firing", "new": "firing"}
+        exchange(both)  # what was gone was forgotten, so it fires anew
+        await eventually(lambda: len(receiver.accepted) == 4)
+        assert await state() == {"quiet": "firing", "gone": "firing"}
+        working.cancel()
+        await asyncio.wait((working,))
+    assert receiver.got == receiver.accepted
+    assert [message["state"] for message in receiver.got] == ["firing"] * 4
+    assert [message["rule"] for message in receiver.got] == ["quiet", "gone", "new", "gone"]
+    assert len({message["id"] for message in receiver.got}) == 4
+
+
+async def test_an_evaluation_that_is_under_way_ends_well_when_its_rules_are_gone(
+    api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on = asyncio.Event(), asyncio.Event()
+    fetch = api.store.fetch
+
+    async def hold(query: Query[Any]) -> Any:
+        if isinstance(query, EvaluateRules) and not begun.is_set():
+            begun.set()
+            await go_on.wait()
+        return await fetch(query)
+
+    monkeypatch.setattr(api.store, "fetch", hold)
+    old = Silent("old", (), ("nobody",), 60.0)
+    alerting = Alerting(api.store, Rules((old, replace(BROKE, webhooks=())), (), 0.01), lambda: NOW)
+    working = asyncio.create_task(alerting.run())
+    await begun.wait()
+    path = write_rules(tmp_path, "http://127.0.0.1:9/", QUIET.format("new").replace("hugo-*", "nobody"))
+    put = alerting.prepare(api.settings.model_copy(update={"alerts_file": path}))
+    assert put is not None
+    put()
+    go_on.set()
+    with closing(connect(api.settings.db_path, "ro")) as connection:
+        await eventually(
+            lambda: {each.rule for each in statements.fetch_kept(connection, ListFiring()).firing} == {"new"}
+        )
+    assert not working.done()
+    working.cancel()
+    await asyncio.wait((working,))
 
 
 async def wait_for(check: Callable[[], bool]) -> None:
@@ -842,7 +912,12 @@ async def test_without_a_file_there_are_no_rules(make_api: MakeApi) -> None:
     assert await api.get("/api/v1/alerts") == {"evaluated_at": None, "rules": [], "webhooks": []}
     answer = await api.get("/api/v1/alerts?state=firing", 400)
     assert "state" in answer["detail"]
-    await Alerting(api.store, Rules()).run()  # which ends at once
+    alerting = Alerting(api.store, Rules())
+    working = asyncio.create_task(alerting.run())
+    await asyncio.sleep(0)
+    assert alerting.prepare(api.settings) is None
+    working.cancel()
+    await asyncio.wait((working,))
 
 
 # --- The file ------------------------------------------------------------------------------------
@@ -903,6 +978,7 @@ RULE = '[[rules]]\nname = "n"\nkind = "stale"\nafter = "1h"\n'
             ["webhook 'b': secret_file: must be a file that can be read (it is 'none'"],
         ),
         ("[", ["is not a TOML file: "]),
+        ("x = " + "[" * 5000, ["is not a TOML file: "]),
     ],
 )
 def test_a_wrong_file_is_reported_with_every_fault_and_its_place(tmp_path: Path, text: str, faults: list[str]) -> None:

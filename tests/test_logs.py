@@ -16,12 +16,14 @@ import warnings
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TextIO
 
 import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from telemetryd.ops.journal import is_journal
 from telemetryd.ops.logs import JsonLines, Line, LogFormat, LogLevel, ReadableLines, log, logging_to, write_line
 from tests.conftest import PATIENCE_S, Api, StartDaemon, make_run
 from tests.tools.forks import popen
@@ -368,6 +370,64 @@ def listening_port(pid: int) -> int:
             if columns[3] == "0A" and f"socket:[{columns[9]}]" in sockets:
                 return int(columns[1].partition(":")[2], 16)
     return 0
+
+
+# --- In systemd's journal -------------------------------------------------------------------------
+
+
+def journal_of(file: TextIO) -> str:
+    """Return what systemd puts into JOURNAL_STREAM for a file that stands for its journal."""
+    status = os.fstat(file.fileno())
+    return f"{status.st_dev}:{status.st_ino}"
+
+
+@pytest.mark.parametrize("form", [LogFormat.JSON, LogFormat.TEXT])
+def test_in_the_journal_each_line_begins_with_its_severity_and_elsewhere_with_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: LogFormat
+) -> None:
+    def lines(name: str) -> list[str]:
+        with (tmp_path / name).open("w+") as stream:
+            if name == "journal":
+                monkeypatch.setenv("JOURNAL_STREAM", journal_of(stream))
+            with logging_to(stream, LogLevel.DEBUG, form):
+                for level in (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR, logging.CRITICAL, 25, 1000):
+                    write_line(level, f"of {level}", {"a": 1})
+                    log.log(level, "of %s", level)
+                log.warning("%d", "wrong")
+                try:
+                    int("x")
+                except ValueError:
+                    log.exception("Failed")
+            return (tmp_path / name).read_text().splitlines()
+
+    marked, plain = lines("journal"), lines("elsewhere")
+    assert re.sub(r"[\d:.]+", "", "\n".join(plain)) == re.sub(r"[\d:.]+", "", "\n".join(line[3:] for line in marked))
+    assert [line[:3] for line in marked[:14]] == [f"<{each}>" for each in (7, 7, 6, 6, 4, 4, 3, 3, 2, 2, 6, 6, 2, 2)]
+    assert {line[:3] for line in marked[14:]} == {"<3>"}
+    assert (len(marked) > 16) is (form is LogFormat.TEXT)  # a traceback of several lines
+
+
+@pytest.mark.parametrize("value", ["", "1:2", "x", "1:2:3"])
+def test_what_is_not_the_journal_is_not_taken_for_it(tmp_path: Path, value: str) -> None:
+    with (tmp_path / "log").open("w") as stream:
+        assert is_journal(stream, {"JOURNAL_STREAM": journal_of(stream)})
+        assert not is_journal(stream, {"JOURNAL_STREAM": value})
+        assert not is_journal(stream, {})
+    assert not is_journal(io.StringIO(), {"JOURNAL_STREAM": value})
+
+
+def test_what_stands_on_standard_error_is_an_error_in_the_journal(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TELEMETRY_")}
+    command = [sys.executable, "-m", "telemetryd", "serve", "--port", "x", "--queue-max", "0"]
+    texts = []
+    for is_theirs in (True, False):
+        with (tmp_path / "errors").open("w+") as errors:
+            stream = journal_of(errors) if is_theirs else "1:1"
+            process = popen(command, {**environment, "JOURNAL_STREAM": stream}, cwd=tmp_path, stderr=errors)
+            assert process.wait(PATIENCE_S) == 2
+            texts.append((tmp_path / "errors").read_text())
+    assert texts[1].count("\n") == 2
+    assert texts[0] == re.sub("^(?=.)", "<3>", texts[1], flags=re.MULTILINE)
 
 
 # --- On a terminal -------------------------------------------------------------------------------

@@ -47,6 +47,7 @@ case $1 in
     start) start ;;
     stop) stop ;;
     restart) stop; start ;;
+    reload) telemetryd config --check && kill -HUP "$(pid)" ;;
     status) kill -0 "$(pid)" ;;
     *) exit 2 ;;
 esac

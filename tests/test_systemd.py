@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import sqlite3
 import subprocess
@@ -122,6 +123,41 @@ def post(url: str) -> None:
     urllib.request.urlopen(request, timeout=60).close()
 
 
+def test_a_reload_is_announced_and_one_that_is_refused_stays_visible(start_daemon: StartDaemon, tmp_path: Path) -> None:
+    manager = Manager(str(tmp_path / "notify"))
+    rules = tmp_path / "alerts.toml"
+    rules.write_text("")
+    daemon = start_daemon("--alerts-file", str(rules), NOTIFY_SOCKET=str(tmp_path / "notify"), WATCHDOG_USEC="3000000")
+    assert manager.next() == {"READY": "1", "STATUS": "Serving"}
+    allowed = "every, webhooks, rules"
+    problem = f"Not reloaded, all stays as it was: {rules}: x: is no key of a rule file; it may have {allowed}"
+    for text, status in (("", "Reloaded"), ("x = 1", problem), ("", "Reloaded")):
+        rules.write_text(text)
+        before = time.monotonic_ns() // 1000
+        daemon.process.send_signal(signal.SIGHUP)
+        while "RELOADING" not in (begun := manager.next()):
+            assert begun["WATCHDOG"] == "1"
+        assert before <= int(begun.pop("MONOTONIC_USEC")) <= time.monotonic_ns() // 1000
+        assert begun == {"RELOADING": "1", "STATUS": "Reloading"}
+        while "WATCHDOG" in (ended := manager.next()):
+            pass
+        assert ended == {"READY": "1", "STATUS": status}
+        if status == problem:
+            assert manager.next() == {"WATCHDOG": "1", "STATUS": f"Serving, 0 writes waiting. {problem}"}
+    assert daemon.stop() == 0
+    manager.socket.close()
+
+
+def test_no_value_can_forge_a_message_to_the_manager_or_make_it_too_long(tmp_path: Path) -> None:
+    manager = Manager(str(tmp_path / "notify"))
+    notifier = Notifier({"NOTIFY_SOCKET": str(tmp_path / "notify")})
+    notifier.send(STATUS="wrong\nREADY=1\r\nMAINPID=1")
+    assert manager.next() == {"STATUS": "wrong READY=1 MAINPID=1"}
+    notifier.send(READY=1, STATUS="\U0001f4a3" * 10_000)
+    assert manager.next()["READY"] == "1"  # it reads 4096 bytes, as systemd does
+    manager.socket.close()
+
+
 def start_with_socket(folder: Path, *listening: socket.socket) -> Daemon:
     """Start a daemon as systemd would: the sockets as descriptors 3, 4, …, LISTEN_PID its own."""
     holder = f"""
@@ -209,6 +245,15 @@ def test_the_unit_does_not_hide_the_agents_from_death_certificates() -> None:
     assert "ProtectProc=default" in lines
     assert "ProcSubset=all" in lines
     assert not any(line.startswith("PrivatePIDs=") for line in lines)
+
+
+def test_the_unit_reloads_only_what_is_right() -> None:
+    """systemd runs one command after the other, and stops at the first that fails (systemd.service(5))."""
+    lines = (ROOT / "telemetryd.service").read_text().splitlines()
+    check, send = (line.removeprefix("ExecReload=") for line in lines if line.startswith("ExecReload="))
+    assert "Type=notify" in lines
+    assert f"ExecStart={check.removesuffix(' config --check')} serve" in lines
+    assert send == "/bin/kill -HUP $MAINPID"
 
 
 @analyze

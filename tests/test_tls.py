@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import re
+import signal
 import socket
 import ssl
 import subprocess
@@ -76,6 +77,12 @@ class Folder:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
     return Folder(tmp_path_factory.mktemp("certificates"))
+
+
+def renew(tls: Tls, settings: Settings) -> None:
+    put_into_use = tls.prepare(settings)
+    assert put_into_use is not None
+    put_into_use()
 
 
 def client_context(ca: Path, cert: Path | None = None, version: ssl.TLSVersion | None = None) -> ssl.SSLContext:
@@ -208,7 +215,7 @@ def test_an_expired_certificate_is_a_warning_and_its_names_are_known(
     assert not caplog.records
     old = folder.settings(tls_cert=folder.cert("expired.pem", not_after=YESTERDAY))
     with caplog.at_level(logging.WARNING):
-        tls.prepare(old)()
+        renew(tls, old)
         Tls(old)
     assert [record.message for record in caplog.records] == [
         "The TLS certificate has expired; clients do not accept it"
@@ -226,9 +233,9 @@ def test_a_client_says_what_is_wrong_with_the_certificate_of_the_daemon(folder: 
         async with await asyncio.get_running_loop().create_server(handshakes, "127.0.0.1", 0) as server:
             config = folder.config(f"https://localhost:{server.sockets[0].getsockname()[1]}")
             assert "certificate has expired; the daemon needs a new one" in await asyncio.to_thread(words, config)
-            tls.prepare(early)()
+            renew(tls, early)
             assert "not yet valid; is the clock" in await asyncio.to_thread(words, config)
-            tls.prepare(named)()
+            renew(tls, named)
             assert "Hostname mismatch, " in (said := await asyncio.to_thread(words, config))
             assert said.endswith("reach the daemon by a name that its certificate holds")
 
@@ -240,7 +247,7 @@ def test_tls_is_switched_on_or_off_by_a_restart_only(folder: Folder) -> None:
     for before, after in ((plain, secured), (secured, plain)):
         with pytest.raises(ConfigurationError, match="only by a restart"):
             Tls(before).prepare(after)
-    Tls(plain).prepare(plain)()
+    assert Tls(plain).prepare(plain) is None
 
 
 # --- Clients and what they learn -----------------------------------------------------------------
@@ -490,9 +497,11 @@ def test_a_renewal_reaches_new_connections_and_breaks_no_old_one(
 
             tasks = [asyncio.create_task(keep_asking(number)) for number in range(4)]
             await eventually(lambda: all(answered[:4]))
+            tls = next(part.reloadable for part in daemon.parts if part.name == "certificate")
             with pytest.raises(ConfigurationError, match="cannot be read"):
-                daemon.tls.prepare(wrong)
-            put_into_use = daemon.tls.prepare(second)
+                tls.prepare(wrong)
+            put_into_use = tls.prepare(second)
+            assert put_into_use is not None
             tasks += [asyncio.create_task(keep_asking(number)) for number in range(4, 6)]
             await eventually(lambda: all(answered[:6]))
             put_into_use()
@@ -509,6 +518,33 @@ def test_a_renewal_reaches_new_connections_and_breaks_no_old_one(
         unfinished.close()
 
     run(new_loop, main())
+
+
+def test_a_reload_of_the_daemon_renews_its_certificate_or_says_why_not(
+    folder: Folder, start_daemon: StartDaemon
+) -> None:
+    file = folder.cert("reloaded.pem")
+    daemon = start_daemon(TELEMETRY_TLS_CERT=str(file))
+    port, context = int(daemon.url.rpartition(":")[2]), client_context(folder.ca)
+
+    def shown() -> bytes | None:
+        with connected(port, context) as sock:
+            return sock.getpeercert(binary_form=True)
+
+    with connected(port, context) as resting:
+        first = shown()
+        folder.cert("reloaded.pem")
+        daemon.process.send_signal(signal.SIGHUP)
+        assert daemon.wait_for_line("Reloaded")["changed"] == ["certificate"]
+        second = shown()
+        assert second != first
+        file.write_text("nothing")
+        assert "holds no certificate in PEM" in telemetryd("config", "--check", "--tls-cert", file, status=2).stderr
+        daemon.process.send_signal(signal.SIGHUP)
+        (problem,) = daemon.wait_for_line("Not reloaded, all stays as it was")["problems"]
+        assert problem == f"TELEMETRY_TLS_CERT: {file}: holds no certificate in PEM"
+        assert shown() == second
+        assert ask(resting).startswith(b"HTTP/1.1 200 ")
 
 
 def chain_of(settings: Settings) -> str:
@@ -552,11 +588,11 @@ def test_an_authority_that_counts_no_more_lets_nobody_in_by_an_old_session(
             session, _ = await asyncio.to_thread(visit, port)
             session, is_resumed = await asyncio.to_thread(visit, port, session)
             assert is_resumed  # so far it is worth something
-            tls.prepare(folder.settings(tls_cert=cert, tls_client_ca=folder.other_ca))()
+            renew(tls, folder.settings(tls_cert=cert, tls_client_ca=folder.other_ca))
             with pytest.raises(ssl.SSLError, match="ALERT_UNKNOWN_CA"):
                 await asyncio.to_thread(visit, port, session)
             assert failed == ["client_certificate"]
-            tls.prepare(before)()
+            renew(tls, before)
             await asyncio.to_thread(visit, port)
 
     run(new_loop, main())

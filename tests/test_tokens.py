@@ -366,13 +366,15 @@ def test_a_reload_is_all_or_nothing(tmp_path: Path) -> None:
     file.unlink()
     secret = add(file)
     put_into_effect = tokens.prepare(settings)
+    assert put_into_effect is not None
     assert tokens.find(secret.encode()) is None
     put_into_effect()
     assert tokens.find(secret.encode()) is not None
     assert tokens.find(SINGLE.encode()) is None
     assert tokens.find(b"another-secret-of-the-house") is not None
+    assert tokens.prepare(settings) is None
     off = Tokens(Settings(db_path=tmp_path / "db"), Metrics())
-    off.prepare(settings)()
+    assert off.prepare(settings) is None
     assert not off.is_on
 
 

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import io
 import os
+import signal
 import sys
 from importlib import import_module
 from keyword import iskeyword
@@ -15,6 +16,7 @@ import click
 
 import telemetryd
 from telemetryd.cli.options import EXIT_FAILURE, NO_FLAG, Suggesting
+from telemetryd.ops.journal import ErrorLines, is_journal
 
 __all__ = ["NO_FLAG", "main"]
 
@@ -66,6 +68,14 @@ class Commands(Suggesting):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter would flush it once more
         sys.exit(status)
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command that is asked for. The daemon survives SIGHUP from here on: its imports take long."""
+        if args[0] == "serve":
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        return super().resolve_command(ctx, args)
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of all commands, in the order of the alphabet."""
         return sorted(_COMMANDS)
@@ -93,6 +103,8 @@ def _open_streams() -> None:
         stream = getattr(sys, name)
         if mode == "w" and isinstance(stream, io.TextIOWrapper):  # no text is worth an error, whatever the locale is
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    if isinstance(sys.stderr, io.TextIOWrapper) and is_journal(sys.stderr):
+        sys.stderr = ErrorLines(sys.stderr.detach(), "utf-8", "backslashreplace", line_buffering=True)
 
 
 def _fail(error: OSError) -> int:

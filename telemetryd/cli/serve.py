@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import click
 
 from telemetryd import daemon
-from telemetryd.cli.options import EXIT_FAILURE, EXIT_USAGE, json_flag, load_settings, print_json, settings_flags
+from telemetryd.cli.options import (
+    EXIT_FAILURE,
+    EXIT_USAGE,
+    failing,
+    json_flag,
+    load_settings,
+    print_json,
+    settings_flags,
+)
+from telemetryd.configuration import load
 from telemetryd.errors import AddressError, ConfigurationError, DatabaseError, sentence
 from telemetryd.ops.logs import logging_to
 
@@ -33,6 +44,8 @@ loop has nothing left to do, so that one of the two is always idle (`python -m b
 @click.command(
     help=r"""Serve the API until SIGTERM or SIGINT.
 
+    SIGHUP reads the rules of alerts, the tokens and the log level again.
+
     \b
     Examples:
       telemetryd serve
@@ -48,7 +61,7 @@ def serve(**flags: Any) -> None:
     with logging_to(sys.stdout, settings.log_level, settings.log_format):
         try:
             with asyncio.Runner(loop_factory=new_event_loop) as runner:
-                status = runner.run(daemon.serve(loaded))
+                status = runner.run(daemon.serve(loaded, partial(load, flags)))
         except (AddressError, DatabaseError) as error:
             click.echo(f"telemetryd: {sentence(error)}", err=True)
             status = EXIT_FAILURE
@@ -56,24 +69,32 @@ def serve(**flags: Any) -> None:
             for problem in error.problems:
                 click.echo(f"telemetryd: {problem}", err=True)
             status = EXIT_USAGE
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the loop that is gone has restored the default, which kills
     sys.exit(status)
 
 
 @click.command(
     help=r"""Print every setting with its value and where it came from.
 
-    The token is masked, paths are absolute. What a start would remark on goes to standard error.
+    The token is masked, paths are absolute. What a start would remark on goes to standard error. With --check only
+    what is wrong is printed (exit status 2), also with the files that a start or a reload reads.
 
     \b
     Examples:
       telemetryd config
       telemetryd config --json | jq '.TELEMETRY_DB_PATH.value'
+      telemetryd config --check && systemctl restart telemetryd
     """
 )
+@click.option("--check", "only_check", is_flag=True, help="Only check everything that a start or a reload reads.")
 @json_flag
 @settings_flags()
-def config(as_json: bool, **flags: Any) -> None:
+def config(as_json: bool, only_check: bool, **flags: Any) -> None:
     loaded = load_settings(flags, of_daemon=True)
+    if only_check:
+        with failing():
+            daemon.check(loaded.settings)
+        return
     for remark in loaded.remarks:
         click.echo(f"telemetryd: remark: {remark}", err=True)
     shown = loaded.shown()

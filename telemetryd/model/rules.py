@@ -142,7 +142,7 @@ def load_rules(path: Path | None, environment: Mapping[str, str] | None = None) 
         document = tomllib.loads(path.read_text("utf-8"))
     except OSError as error:
         raise ConfigurationError([f"TELEMETRY_ALERTS_FILE: {path} cannot be read: {error.strerror}"]) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigurationError([f"{path}: is not a TOML file: {error}"]) from error
     faults: list[str] = []
     top = _Table(str(path), document, faults)

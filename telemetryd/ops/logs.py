@@ -21,6 +21,7 @@ import orjson
 from pythonjsonlogger.orjson import OrjsonFormatter
 
 from telemetryd.errors import error_type
+from telemetryd.ops.journal import is_journal, marked
 
 LOGGER_NAME: Final = "telemetry_api"
 log: Final = logging.getLogger(LOGGER_NAME)
@@ -198,6 +199,21 @@ def _is_said(name: str, value: object, message: str, traceback: str | None) -> b
     return name in ("endpoint", "error_message") and str(value) in message
 
 
+class JournalLines:
+    """The lines of another formatter, each with its severity."""
+
+    def __init__(self, formatter: JsonLines | ReadableLines) -> None:
+        self._formatter = formatter
+
+    def format_line(self, line: Line) -> str:
+        """Return the same as `format` does of the line's record."""
+        return marked(self._formatter.format_line(line), line.level)
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the lines of a record."""
+        return marked(self._formatter.format(record), record.levelno)
+
+
 _Entry = Line | logging.LogRecord | None
 """What waits to be written; None closes."""
 
@@ -233,7 +249,7 @@ class _Sink(threading.Thread):
     def __init__(
         self,
         records: queue.SimpleQueue[_Entry],
-        formatter: JsonLines | ReadableLines,
+        formatter: JsonLines | ReadableLines | JournalLines,
         stream: TextIO,
         backlog: _Backlog,
     ) -> None:
@@ -296,9 +312,10 @@ def logging_to(stream: TextIO, level: LogLevel, form: LogFormat) -> Iterator[Non
     terminal = stream.isatty()
     readable = form is LogFormat.TEXT or (form is LogFormat.AUTO and terminal)
     formatter = ReadableLines(coloured=terminal) if readable else JsonLines()
+    marking = JournalLines(formatter) if is_journal(stream) else formatter
     records: queue.SimpleQueue[_Entry] = queue.SimpleQueue()
     backlog = _Backlog(records)
-    sink = _Sink(records, formatter, stream, backlog)
+    sink = _Sink(records, marking, stream, backlog)
     root = logging.getLogger()
     before = (root.handlers[:], root.level)
     # No line shows these, and collecting them costs (docs.python.org/3/howto/logging.html#optimization).
@@ -307,9 +324,8 @@ def logging_to(stream: TextIO, level: LogLevel, form: LogFormat) -> Iterator[Non
     for fact in collected:
         setattr(logging, fact, None)
     root.handlers[:] = [backlog]
-    root.setLevel(level.value)
+    set_level(level)
     logging.captureWarnings(True)
-    logging.getLogger("asyncio").setLevel(max(logging.INFO, logging.getLevelName(level.value)))
     sink.start()
     try:
         yield
@@ -321,6 +337,12 @@ def logging_to(stream: TextIO, level: LogLevel, form: LogFormat) -> Iterator[Non
         root.setLevel(level_before)
         records.put(None)
         sink.join(timeout=2)
+
+
+def set_level(level: LogLevel) -> None:
+    """Write no less severe lines from now on."""
+    _root.setLevel(level.value)
+    logging.getLogger("asyncio").setLevel(max(logging.INFO, logging.getLevelName(level.value)))
 
 
 class LogLevel(StrEnum):

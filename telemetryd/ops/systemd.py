@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Final
@@ -12,6 +13,8 @@ from typing import Final
 _FIRST_DESCRIPTOR: Final = 3
 _FIRST_ASKED_S: Final = 2.0
 _ASKED_EVERY_S: Final = 10.0
+_LONGEST: Final = 800
+"""Characters of a value: the manager ignores a message of more than 4,096 bytes, with all that it says."""
 _EXTENDED_S: Final = 60.0
 """How much longer the manager waits after each request for time."""
 
@@ -38,13 +41,17 @@ class Notifier:
             return
         # A leading @ stands for the NUL byte of Linux's abstract names.
         address = "\0" + self._address[1:] if self._address.startswith("@") else self._address
-        message = "\n".join(f"{name}={value}" for name, value in fields.items())
+        message = "\n".join(f"{name}={_one_line(value)}" for name, value in fields.items())
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as connection:
             connection.setblocking(False)
             try:
                 connection.sendto(message.encode(), address)
             except OSError:
                 return
+
+    def send_reloading(self) -> None:
+        """Report that settings are being read again, until the next `READY=1`."""
+        self.send(RELOADING=1, MONOTONIC_USEC=time.monotonic_ns() // 1000, STATUS="Reloading")
 
     @contextmanager
     def asking_for_time(
@@ -72,6 +79,10 @@ class Notifier:
         finally:
             is_over.set()
             asking.join()
+
+
+def _one_line(value: str | int) -> str:
+    return " ".join(str(value).splitlines())[:_LONGEST]
 
 
 def _watchdog_s(environment: MutableMapping[str, str]) -> float | None:

@@ -5,19 +5,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
+from functools import partial
 from typing import Final
 
 from telemetryd.errors import TelemetrydError, sentence
 from telemetryd.model import alerts
 from telemetryd.model.alerts import EvaluateRules, Kept, ListFiring
 from telemetryd.model.commands import KeepAlerts, RecordAlerts
-from telemetryd.model.rules import Regression, Rule, Rules
+from telemetryd.model.rules import Regression, Rule, Rules, load_rules
 from telemetryd.model.values import format_timestamp, utc_now
 from telemetryd.ops.logs import log
 from telemetryd.services import webhooks
 from telemetryd.services.deliveries import DeliveryPace, Outbox
+from telemetryd.settings import Settings
 from telemetryd.store import Store
 
 _AT_ONCE: Final = 50
@@ -49,10 +51,8 @@ class Alerting:
     ) -> None:
         self._store, self._rules, self._clock, self._given_up, self._rest = store, rules, clock, given_up, rest
         self._pace = pace or DeliveryPace()
-        self._outboxes = {
-            webhook.name: Outbox(store, webhook, clock=clock, pace=self._pace, given_up=given_up)
-            for webhook in rules.webhooks
-        }
+        self._outboxes = self._outboxes_of(rules, {})
+        self._exchanged = asyncio.Event()
         self._evaluated_at: str | None = None
         self._problems: dict[str, str] = {}
         self._more: dict[str, int] = {}
@@ -73,45 +73,86 @@ class Alerting:
     def _has_rules(self) -> bool:
         return bool(self._rules.rules or self._rules.webhooks)
 
+    def prepare(self, settings: Settings) -> Callable[[], None] | None:
+        """Read the rule file again; return what puts its rules into effect, or None if they are the same.
+
+        What fires and what waits to be delivered stays.
+
+        Raises:
+            ConfigurationError: with every fault of the file.
+
+        """
+        rules = load_rules(settings.alerts_file)
+        return None if rules == self._rules else partial(self._exchange, rules)
+
+    def _exchange(self, rules: Rules) -> None:
+        self._outboxes = self._outboxes_of(rules, self._outboxes)
+        self._rules = rules
+        self._exchanged.set()
+
+    def _outboxes_of(self, rules: Rules, before: Mapping[str, Outbox]) -> dict[str, Outbox]:
+        """Return an outbox for each webhook: if it is the same, the one from before, which knows what rests."""
+        return {
+            webhook.name: was
+            if (was := before.get(webhook.name)) is not None and was.webhook == webhook
+            else Outbox(self._store, webhook, clock=self._clock, pace=self._pace, given_up=self._given_up)
+            for webhook in rules.webhooks
+        }
+
     async def run(self) -> None:
-        """Work for ever; cancel it to end it. Nothing happens if there are no rules.
+        """Work for ever, always by the rules in effect; cancel it to end it. Without rules it does nothing."""
+        while True:
+            self._exchanged.clear()
+            names = {rule.name for rule in self._rules.rules}
+            self._problems = {name: problem for name, problem in self._problems.items() if name in names}
+            self._more = {name: more for name, more in self._more.items() if name in names}
+            if self._has_rules:
+                await self._forget()
+                await self._work()
+            else:
+                await self._exchanged.wait()
+
+    async def _work(self) -> None:
+        """Evaluate the rules and deliver messages until the rules are exchanged and what is under way has ended.
 
         The first evaluation comes after one pause, so that agents can send what waited for the daemon to start.
         """
-        if not self._has_rules:
-            return
-        await self._forget()
+        rules, cheap_turn, dear_turn = self._rules, asyncio.Lock(), asyncio.Lock()
+        dear = [rule for rule in rules.rules if isinstance(rule, Regression)]
+        cheap = tuple(rule for rule in rules.rules if rule not in dear)
         async with webhooks.open_session() as session, asyncio.TaskGroup() as group:
-            for outbox in self._outboxes.values():
-                group.create_task(outbox.run(session))
-            dear = [rule for rule in self._rules.rules if isinstance(rule, Regression)]
-            cheap = tuple(rule for rule in self._rules.rules if rule not in dear)
+            working = [(outbox.sending, group.create_task(outbox.run(session))) for outbox in self._outboxes.values()]
             if cheap:
-                group.create_task(self._watch(cheap, asyncio.Lock(), rest=0))
-            turn = asyncio.Lock()
+                working.append((cheap_turn, group.create_task(self._watch(rules, cheap, cheap_turn, rest=0))))
             for rule in dear:
-                group.create_task(self._watch((rule,), turn, rest=self._rest))
+                watching = group.create_task(self._watch(rules, (rule,), dear_turn, rest=self._rest))
+                working.append((dear_turn, watching))
+            await self._exchanged.wait()
+            await asyncio.gather(*(_end(turn, task) for turn, task in working))
 
-    async def _watch(self, rules: tuple[Rule, ...], turn: asyncio.Lock, rest: int) -> None:
-        """Evaluate some rules again and again, for ever.
+    async def _watch(self, rules: Rules, some: tuple[Rule, ...], turn: asyncio.Lock, rest: int) -> None:
+        """Evaluate some rules again and again, as long as they are in effect.
 
         Args:
-            rules: evaluated together.
+            rules: all that are in effect now.
+            some: evaluated together.
             turn: held meanwhile, so that not all dear rules are evaluated at once.
             rest: how many times as long as an evaluation a pause lasts at least.
 
         """
-        now_s, pause_s = asyncio.get_running_loop().time, self._rules.every_s
+        now_s, pause_s = asyncio.get_running_loop().time, rules.every_s
         while True:
             await asyncio.sleep(pause_s)
             async with turn:
+                if self._rules is not rules:
+                    return
                 begin_s = now_s()
                 try:
-                    await self.evaluate(rules)
+                    await self.evaluate(some)
                 except TelemetrydError as error:
                     log.warning("Alerts postponed", extra={"error_message": sentence(error)})
-                    self._problems |= {rule.name: sentence(error) for rule in rules}
-            pause_s = max(self._rules.every_s, rest * (now_s() - begin_s))
+                    self._problems |= {rule.name: sentence(error) for rule in some}
+            pause_s = max(rules.every_s, rest * (now_s() - begin_s))
 
     async def _forget(self) -> None:
         """Forget what belongs to rules and webhooks that are not in the file any more."""
@@ -135,6 +176,7 @@ class Alerting:
             UnavailableError: if that is not possible; what changed is found again the next time.
 
         """
+        in_effect, outboxes = self._rules, self._outboxes
         evaluation = await self._store.fetch(EvaluateRules(rules, self._clock()))
         problems = {rule: found for rule, found in evaluation.found.items() if isinstance(found, str)}
         for rule, problem in problems.items():
@@ -142,7 +184,7 @@ class Alerting:
                 log.warning("Rule not evaluated", extra={"rule": rule, "error_message": problem})
         self._more |= {rule: evaluation.more.get(rule, 0) for rule in evaluation.found}
         # In a thread, for they may be thousands, and the event loop has others to look after.
-        changed = await asyncio.to_thread(alerts.changes, evaluation, self._rules, lambda: str(uuid.uuid4()))
+        changed = await asyncio.to_thread(alerts.changes, evaluation, in_effect, lambda: str(uuid.uuid4()))
         if changed:
             given_up = await self._store.submit(RecordAlerts(changed))
             if given_up:
@@ -157,7 +199,13 @@ class Alerting:
                 extra={"rule": change.rule, "summary": change.summary, "delivery": change.id},
             )
             for name in change.webhooks:
-                self._outboxes[name].wake()
+                outboxes[name].wake()
         self._evaluated_at = format_timestamp(evaluation.now)
         kept = {name: problem for name, problem in self._problems.items() if name not in evaluation.found}
         self._problems = kept | problems
+
+
+async def _end(turn: asyncio.Lock, task: asyncio.Task[None]) -> None:
+    """End a task that holds the lock whenever it does what must not be cut off."""
+    async with turn:
+        task.cancel()

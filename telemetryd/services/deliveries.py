@@ -72,7 +72,10 @@ class Outbox:
         pace: DeliveryPace,
         given_up: Callable[[int], None],
     ) -> None:
-        self._store, self._webhook, self._clock, self._pace, self._given_up = store, webhook, clock, pace, given_up
+        self._store, self._clock, self._pace, self._given_up = store, clock, pace, given_up
+        self.webhook = webhook
+        self.sending = asyncio.Lock()
+        """Held from when a message is sent until its outcome is stored; whoever holds it may cancel `run`."""
         self._news = asyncio.Event()
         self._resting: dict[int, _Resting] = {}
         self._failures = 0
@@ -102,7 +105,7 @@ class Outbox:
 
     async def _due(self) -> list[Delivery]:
         """Return what is to be sent now: of each alert the first, what was never tried before what was, by age."""
-        waiting = await self._store.fetch(ListDeliveries(self._webhook.name))
+        waiting = await self._store.fetch(ListDeliveries(self.webhook.name))
         numbers = {delivery.number for delivery in waiting}  # others have been given up, because too many wait
         self._resting = {number: rest for number, rest in self._resting.items() if number in numbers}
         first = {delivery.alert: delivery for delivery in reversed(waiting)}
@@ -122,8 +125,13 @@ class Outbox:
                 await self._news.wait()
 
     async def _send(self, session: aiohttp.ClientSession, delivery: Delivery) -> None:
-        about = {"webhook": self._webhook.name, "delivery": delivery.id}
-        problem = await webhooks.post(session, self._webhook, delivery.id, delivery.body)
+        async with self.sending:
+            problem = await webhooks.post(session, self.webhook, delivery.id, delivery.body)
+            await self._note(delivery, problem)
+
+    async def _note(self, delivery: Delivery, problem: str | None) -> None:
+        """Store how it went: a message that was accepted or is too old needs not be sent again, another one rests."""
+        about = {"webhook": self.webhook.name, "delivery": delivery.id}
         if problem is None:
             self._failures = 0
             log.info("Alert delivered", extra=about)

@@ -199,10 +199,10 @@ class _Reading:
                 body = await _decode(body, coding, share)
             if (bearer := request.get(BEARER)) is not None and bearer.quota is not None:
                 bearer.quota.pay(size=len(body))  # whatever becomes of it
-            return body
         except BaseException:
             share.bodies.give_back(share)
             raise
+        return body
 
     async def __aexit__(self, *_: object) -> None:
         self._share.bodies.give_back(self._share)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import ssl
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -48,6 +49,8 @@ class Identity:
     """The host names for which the certificate is made, in lower case; *.example.org stands for one label more."""
     expires: float
     """When it expires, in seconds since 1970."""
+    digest: bytes
+    """Of what the files held."""
 
     def is_for(self, host: str) -> bool:
         """Return whether the certificate is made for a host name."""
@@ -74,8 +77,8 @@ class Tls:
         """Return when the certificate expires, in seconds since 1970; 0 without TLS."""
         return 0.0 if self.identity is None else self.identity.expires
 
-    def prepare(self, settings: Settings) -> Callable[[], None]:
-        """Read and check the new certificate; return what puts it into use, which cannot fail.
+    def prepare(self, settings: Settings) -> Callable[[], None] | None:
+        """Read and check the new certificate; return what puts it into use and cannot fail; None if it is the same.
 
         Raises:
             ConfigurationError: if a file cannot be used, or TLS would be switched on or off.
@@ -84,6 +87,8 @@ class Tls:
         identity = read_identity(settings)
         if (identity is None) is not (self.identity is None):
             raise ConfigurationError([f"{_CERT}: TLS is switched on or off only by a restart of the daemon"])
+        if identity is None or self.identity is None or identity.digest == self.identity.digest:
+            return None
         return partial(self._use, identity)
 
     def _use(self, identity: Identity | None) -> None:
@@ -108,6 +113,7 @@ def read_identity(settings: Settings) -> Identity | None:
     cert, key = settings.tls_cert, settings.tls_key
     if cert is None:
         return None
+    digest = _digest([cert, key, settings.tls_client_ca])
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION  # it would let a client have the processor sign again and again
@@ -123,12 +129,22 @@ def read_identity(settings: Settings) -> Identity | None:
     if problems:
         raise ConfigurationError(problems)
     try:
-        return Identity(context, *_names_and_end(cert, key))
+        return Identity(context, *_names_and_end(cert, key), digest)
     except ssl.SSLError as error:
         words = error.verify_message if isinstance(error, ssl.SSLCertVerificationError) else _words(error)
         raise ConfigurationError([f"{_CERT}: {cert}: no client would accept it: {words}"]) from error
     except OSError as error:
         raise ConfigurationError([f"{_CERT}: cannot be read: {error.strerror}"]) from error
+
+
+def _digest(files: Iterable[Path | None]) -> bytes:
+    """Return what tells the contents of these files from others; of one that cannot be read nothing is in it."""
+    made = hashlib.sha256()
+    for file in files:
+        with suppress(OSError):
+            held = b"" if file is None else file.read_bytes()
+            made.update(len(held).to_bytes(8) + held)
+    return made.digest()
 
 
 def _load_key(context: ssl.SSLContext, cert: Path, key: Path | None) -> None:

@@ -89,8 +89,8 @@ class Tokens:
         """How often the state of the file is looked at, at most."""
         self._look_at = 0.0
         self._per_minute = settings.rate_limit_rpm if settings.rate_limit_enabled else None
-        if self.is_on:
-            self.prepare(settings)()
+        if (put_into_effect := self.prepare(settings)) is not None:
+            put_into_effect()
 
     def find(self, secret: bytes) -> Bearer | None:
         """Return who has a secret, also if the token has expired; None if nobody has."""
@@ -117,8 +117,8 @@ class Tokens:
         """Return whether a token is neither revoked nor changed, as far as the file was read."""
         return self._known.get(bearer.hash) is bearer
 
-    def prepare(self, settings: Settings) -> Callable[[], None]:
-        """Read the file and the single token anew; return what puts them into effect, which cannot fail.
+    def prepare(self, settings: Settings) -> Callable[[], None] | None:
+        """Read the file and the single token anew; return what puts them into effect, or None if they are the same.
 
         Whether authentication is on stays as it was at the start.
 
@@ -127,7 +127,7 @@ class Tokens:
 
         """
         if not self.is_on:
-            return lambda: None
+            return None
         path = settings.tokens_path
         problems: list[str] = []
         single: bytes | None = None
@@ -149,6 +149,8 @@ class Tokens:
         if problems:
             raise ConfigurationError(problems)
         known = self._merge(self._single(single), named)
+        if (path, seen, known) == (self._path, self._seen, self._known):
+            return None
 
         def put_into_effect() -> None:
             self._path, self._seen = path, seen

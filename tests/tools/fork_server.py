@@ -22,7 +22,7 @@ channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 channel.connect({address!r})
 socket.send_fds(channel, [json.dumps(request).encode()], [0, 1, 2])
 pid = int(channel.recv(100))
-for number in (signal.SIGTERM, signal.SIGINT):
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
     signal.signal(number, lambda number, frame: os.kill(pid, number))
 status = int(channel.recv(100))
 sys.exit(128 - status if status < 0 else status)
