@@ -75,7 +75,7 @@ async def create_run(request: web.Request) -> web.Response:
     event_id, run_id = str(parsed.row[runs.EVENT_ID]), str(parsed.row[runs.RUN_ID])
     created = await request.app[STORE].submit(CreateRuns((parsed.row,), size))
     is_new = created.new[0]
-    notes = runs.text_warnings(body)
+    notes = parsed.notes
     if is_new:
         request.app[METRICS].count_runs(created=1)
         request[NOTE].say("Run created", event_id=event_id, run_id=run_id)
@@ -88,7 +88,7 @@ async def create_run(request: web.Request) -> web.Response:
     if differing is None:
         request[NOTE].say("Run already exists", event_id=event_id, run_id=run_id)
     else:
-        notes.append(warning(differing))
+        notes = (*notes, warning(differing))
         request.app[METRICS].differing.inc()
         said = {"event_id": event_id, "run_id": run_id, "differs_in": differing}
         request[NOTE].say("Run already exists, and says something else", logging.WARNING, **said)
@@ -186,14 +186,14 @@ async def update_run(request: web.Request) -> web.Response:
     """Change the given fields of a run."""
     request.app[STORE].check_open()
     body, size = await json_body(request)
-    changes, ignored = runs.parse_patch(body)
+    changes, ignored, notes = runs.parse_patch(body)
     event_id = request.match_info["event_id"]
     if not changes:
         raise InvalidRequestError("No valid fields to update")
     request[NOTE].say("Run updated", event_id=event_id, fields_updated=list(changes))
     await _update(request, UpdateRun(event_id, changes, size))
     answer: RunUpdated = {"event_id": event_id, "updated": True, "fields_updated": list(changes)}
-    return json_response(with_warnings(answer, ignored, runs.text_warnings(body)))
+    return json_response(with_warnings(answer, ignored, notes))
 
 
 async def _update(request: web.Request, command: UpdateRun) -> Updated:

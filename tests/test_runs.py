@@ -272,7 +272,7 @@ def test_a_status_is_forgiven_its_case_blanks_and_alias(given_form: str, canonic
     for form in (given_form, given_form.upper(), given_form.title(), f"  {given_form}\n", f"\t{given_form.upper()} "):
         assert canonical_status(form) == canonical
         assert stored(status=form)["status"] == canonical
-        assert parse_patch({"status": form}) == ({"status": canonical}, ())
+        assert parse_patch({"status": form}) == ({"status": canonical}, (), ())
 
 
 @pytest.mark.parametrize("value", ["", " ", "ok", "success!", "fail", "run ning", "ſuccess", 1, True, ["success"], {}])
@@ -387,10 +387,11 @@ def test_a_count_may_be_a_whole_float_or_a_text_that_is_a_whole_number(name: str
         run = make_run(**{name: value})
         assert stored(**{name: value})[name] == count
         texts = [f"Text taken as a number: {name}"] if isinstance(value, str) else []
-        assert runs.text_warnings(run) == texts
+        assert [*parse_run(run).notes] == texts
     assert [place for place, _ in errors_of(make_run(**{name: "5", "host": 5}))] == [["body", "host"]]
     if name in runs.PATCHABLE:
-        assert parse_patch({name: "5"}) == parse_patch({name: 5.0}) == ({name: 5}, ())
+        assert parse_patch({name: "5"}).changes == parse_patch({name: 5.0}).changes == {name: 5}
+        assert [*parse_patch({name: "5"}).notes] == [f"Text taken as a number: {name}"]
 
 
 def test_a_flag_may_be_a_word() -> None:
@@ -398,7 +399,7 @@ def test_a_flag_may_be_a_word() -> None:
         for word in words:
             assert bool(stored(api_posted=word)["api_posted"]) is flag
             texts = ["Text taken as true or false: api_posted"] if isinstance(word, str) else []
-            assert runs.text_warnings(make_run(api_posted=word)) == texts
+            assert [*parse_run(make_run(api_posted=word)).notes] == texts
 
 
 def test_null_means_not_given_wherever_something_need_not_be_given() -> None:
@@ -411,7 +412,7 @@ def test_null_means_not_given_wherever_something_need_not_be_given() -> None:
 
 def test_a_duration_of_null_means_zero() -> None:
     assert stored(duration_ms=None)["duration_ms"] == 0
-    assert parse_patch({"duration_ms": None}) == ({}, ())
+    assert parse_patch({"duration_ms": None}) == ({}, (), ())
 
 
 @pytest.mark.parametrize("name", ["event_id", "run_id", "agent_name", "job_type"])
@@ -471,7 +472,7 @@ def test_unknown_fields_are_ignored_and_named() -> None:
 
 
 def test_a_patch_leaves_what_is_null_or_missing() -> None:
-    changes, ignored = parse_patch(
+    changes, ignored, _ = parse_patch(
         {"end_time": "2025-12-24T13:05:00+01:00", "status": None, "items_failed": 0, "host": "h"}
     )
     assert changes == {"end_time": "2025-12-24T12:05:00.000000Z", "items_failed": 0}

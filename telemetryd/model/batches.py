@@ -69,7 +69,7 @@ class Batch:
         else:
             self.rows.append(parsed.row)
             self.indexes.append(self.total)
-            self.note(self.total, runs.text_warnings(item))
+            self.note(self.total, parsed.notes)
             self.ignored.update(dict.fromkeys(parsed.ignored))
         self.total += 1
 

@@ -75,32 +75,31 @@ def validate(model: type[BaseModel], value: object) -> Any:
         raise InvalidBodyError([_item(_path(fault), _message(fault), fault["type"]) for fault in details]) from error
 
 
-def validate_leniently(model: type[BaseModel], value: object) -> Any:
+def validate_leniently(model: type[BaseModel], value: object) -> tuple[Any, tuple[str, ...]]:
     """Check a decoded body against a model, and take what 3.x took as well: nulls, whole floats, numbers as texts.
 
-    Only what is wrong as it stands is looked at again, so it costs nothing elsewhere.
+    Return what the body is, and what is to be said of the texts that were taken. Only what is wrong as it stands is
+    looked at again, so it costs nothing elsewhere.
 
     Raises:
         InvalidBodyError: with every fault that is left.
 
     """
     try:
-        return validate(model, value)
+        return validate(model, value), ()
     except InvalidBodyError:
         if not isinstance(value, dict):
             raise
-        return validate(model, _loosened(model, value))
+        return validate(model, _loosened(model, value)), _texts_in(model, value)
 
 
-def texts_in(model: type[BaseModel], value: object) -> list[str]:
+def _texts_in(model: type[BaseModel], value: dict[str, Any]) -> tuple[str, ...]:
     """Say which counts and truth values of a valid body were given as texts."""
-    if not isinstance(value, dict):
-        return []
-    return [
+    return tuple(
         f"Text taken as {'a number' if kind is int else 'true or false'}: {name}"
         for name, kind in _kinds(model).items()
         if type(value.get(name)) is str
-    ]
+    )
 
 
 def _loosened(model: type[BaseModel], value: dict[str, Any]) -> dict[str, Any]:

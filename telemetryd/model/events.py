@@ -77,7 +77,7 @@ def parse_events(value: object) -> ParsedEvents:
 
     """
     if not isinstance(value, list):
-        event = validate_leniently(NewEvent, value)
+        event, _ = validate_leniently(NewEvent, value)
         return ParsedEvents((_row(event),), tuple(event.__pydantic_extra__ or ()))
     if len(value) > MAX_EVENTS:
         raise BodyTooLargeError(f"One request must not hold more than {MAX_EVENTS} events")
@@ -86,7 +86,7 @@ def parse_events(value: object) -> ParsedEvents:
     faults: list[ErrorItem] = []
     for index, item in enumerate(value):
         try:
-            event = validate_leniently(NewEvent, item)
+            event, _ = validate_leniently(NewEvent, item)
         except InvalidBodyError as error:
             faults += under(error, index)
         else:

@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 
 from telemetryd.errors import ErrorItem
 from telemetryd.git_urls import commit_url, repo_url, without_credentials
-from telemetryd.model.bodies import texts_in, validate, validate_leniently
+from telemetryd.model.bodies import validate, validate_leniently
 from telemetryd.model.values import (
     LABEL_KEYS,
     MAX_LABEL_VALUE,
@@ -266,10 +266,19 @@ _values_of: Final = itemgetter(*STORED)
 
 
 class ParsedRun(NamedTuple):
-    """A valid run: its row, and the names of body fields that were not used."""
+    """A valid run: its row, the names of body fields that were not used, and what is to be said of others."""
 
     row: Row
     ignored: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+class ParsedPatch(NamedTuple):
+    """A valid PATCH: its changes in the body's order, and the same besides as of a run."""
+
+    changes: dict[str, SqlValue]
+    ignored: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def parse_run(value: object) -> ParsedRun:
@@ -279,22 +288,22 @@ def parse_run(value: object) -> ParsedRun:
         InvalidBodyError: with every fault of the run.
 
     """
-    run = validate_leniently(NewRun, value)
-    return ParsedRun(_values_of(run.__dict__), tuple(run.__pydantic_extra__ or ()))
+    run, notes = validate_leniently(NewRun, value)
+    return ParsedRun(_values_of(run.__dict__), tuple(run.__pydantic_extra__ or ()), notes)
 
 
-def parse_patch(value: object) -> tuple[dict[str, SqlValue], tuple[str, ...]]:
-    """Check a decoded PATCH body; return the changes in the body's order, and the ignored names.
+def parse_patch(value: object) -> ParsedPatch:
+    """Check a decoded PATCH body and return what is to be changed.
 
     Raises:
         InvalidBodyError: with every fault of the body.
 
     """
-    patch = validate_leniently(RunPatch, value)
+    patch, notes = validate_leniently(RunPatch, value)
     assert isinstance(value, Mapping)  # noqa: S101 - the model admits nothing else
     given = {name: getattr(patch, name) for name in value if name in RunPatch.model_fields}
     changes = {name: new for name, new in given.items() if new is not None and value[name] is not None}
-    return changes, tuple(patch.__pydantic_extra__ or ())
+    return ParsedPatch(changes, tuple(patch.__pydantic_extra__ or ()), notes)
 
 
 def too_many_labels(labels: int) -> ErrorItem:
@@ -319,11 +328,6 @@ def parse_commit(value: object) -> tuple[dict[str, SqlValue], tuple[str, ...]]:
     }
     given: dict[str, SqlValue] = {name: new for name, new in changes.items() if new is not None}
     return given, tuple(commit.__pydantic_extra__ or ())
-
-
-def text_warnings(value: object) -> list[str]:
-    """Say which counts and truth values of a valid run, or of changes to one, were given as texts."""
-    return texts_in(NewRun, value)
 
 
 _DEFAULTS: Final = tuple(NewRun.model_fields[name].default for name in STORED)

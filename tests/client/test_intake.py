@@ -55,10 +55,10 @@ class Recorder:
         done: list[Json] = []
         for line in self.lines:
             if "op" not in line:
-                row, ignored = runs.parse_run(line)
+                row, ignored, _ = runs.parse_run(line)
                 done.append(dict(zip(runs.STORED, row, strict=True)))
             elif line["op"] == "update":
-                changes, ignored = runs.parse_patch(line["fields"])
+                changes, ignored, _ = runs.parse_patch(line["fields"])
                 assert changes
                 done.append(dict(changes))
             else:
