@@ -33,7 +33,7 @@ class Admission:
 
     def __init__(self, request: web.Request) -> None:
         self._app = request.app
-        self._bearer = request.get(BEARER)
+        self._bearer = request[BEARER]
         self._prefix = "" if self._bearer is None else self._bearer.prefix
         self._quotas = self._app[QUOTAS]
         self._found: dict[str, Exhausted | None] = {}
@@ -41,7 +41,7 @@ class Admission:
     @classmethod
     def of(cls, request: web.Request) -> Admission | None:
         """Return what a request may create, None if that is anything."""
-        return cls(request) if BEARER in request or request.app[QUOTAS].are_on else None
+        return cls(request) if request[BEARER] is not None or request.app[QUOTAS].are_on else None
 
     def check(self, row: values.Row) -> None:
         """See that a new run may be stored, before anything is looked up.
@@ -105,7 +105,7 @@ async def check_run(request: web.Request, event_id: str, size: int) -> None:
         QuotaExceededError: if its agent's quota is used up.
 
     """
-    bearer, quotas = request.get(BEARER), request.app[QUOTAS]
+    bearer, quotas = request[BEARER], request.app[QUOTAS]
     prefix = "" if bearer is None else bearer.prefix
     if not prefix and not quotas.are_on:
         return

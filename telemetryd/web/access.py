@@ -71,7 +71,7 @@ class Gate:
     def may_advise(self, request: web.Request, status: int) -> bool:
         """Return whether an answer may say how busy the daemon is; one over the rate limit has shown no token yet."""
         if status == 429:
-            return not self._tokens.is_on or BEARER in request
+            return not self._tokens.is_on or request[BEARER] is not None
         return status == 503 or (request.method in flow.METHODS and status not in flow.NEVER)
 
     def _refusal_of_page(self, request: web.Request) -> web.Response | None:
@@ -121,7 +121,7 @@ class Gate:
         has_expired = bearer is not None and self._tokens.has_expired(bearer)
         if bearer is not None and not has_expired:
             request[BEARER] = bearer
-        refusal = self._refusal_by_rate(request, request.get(BEARER))
+        refusal = self._refusal_by_rate(request, request[BEARER])
         if refusal is not None or _is_open(request):
             return refusal
         if bearer is None:

@@ -197,7 +197,7 @@ class _Reading:
             body = await _receive(request, share)
             if coding in _DECODERS:
                 body = await _decode(body, coding, share)
-            if (bearer := request.get(BEARER)) is not None and bearer.quota is not None:
+            if (bearer := request[BEARER]) is not None and bearer.quota is not None:
                 bearer.quota.pay(size=len(body))  # whatever becomes of it
         except BaseException:
             share.bodies.give_back(share)

@@ -211,8 +211,9 @@ class _Protocol(RequestHandler):
 
     def data_received(self, data: bytes) -> None:
         """Take in bytes, and see whether a head is begun and not ended."""
-        if self._refused:
-            return
+        has_all = not data and self._heads is not None and self._heads.is_drained
+        if self._refused or has_all:
+            return  # aiohttp asks whether anything waits whenever a body is read
         super().data_received(data)
         if self._heads is not None and (refusal := self._heads.refusal) is not None:
             super().data_received(b"")  # the parser has handed over what came before it, and raises it now

@@ -78,7 +78,7 @@ class Held(Generic[H]):
 class Parser(HttpRequestParser):
     """aiohttp's parser, which knows how much of heads it holds, and hands over the requests before one that is bad."""
 
-    __slots__ = ("_asked", "_body", "_current", "_end", "_since_blank", "_unfinished", "refusal")
+    __slots__ = ("_asked", "_body", "_current", "_end", "_since_blank", "_unfinished", "is_drained", "refusal")
 
     def __init__(self, protocol: BaseProtocol, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(
@@ -93,6 +93,8 @@ class Parser(HttpRequestParser):
         )
         self.refusal: HttpProcessingError | None = None
         """Why something was no request, or had too large a head; what comes after it means nothing."""
+        self.is_drained = True
+        """Whether all that has come is parsed, so that there is nothing to be found by asking again."""
         self._body: StreamReader | None = None
         self._unfinished = 0
         """How many bytes have come of a head that has not ended, or wait until fewer requests do."""
@@ -142,6 +144,7 @@ class Parser(HttpRequestParser):
         """Parse as aiohttp does, but request by request, so that those before a bad one are known."""
         found: list[Any] = []
         body = self._body
+        self.is_drained = False
         while True:
             was_open = _is_open(body)
             try:
@@ -156,7 +159,10 @@ class Parser(HttpRequestParser):
             if messages:
                 body = messages[-1][1]
             is_full = len(self._asked) + len(found) >= MAX_MSG_QUEUE_SIZE
-            if is_upgraded or is_full or not (messages or was_open) or _is_open(body):
+            if is_upgraded or is_full or _is_open(body):
+                return found, is_upgraded, tail
+            if not (messages or was_open):
+                self.is_drained = True
                 return found, is_upgraded, tail
             data = b""  # what comes after the end of a request waits in the parser
 

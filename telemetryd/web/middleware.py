@@ -110,7 +110,7 @@ def middleware(
 
     def count(request: web.Request, endpoint: str, status: int, seconds: float) -> None:
         metrics.count_request(request.method, endpoint, status, seconds)
-        if (bearer := request.get(BEARER)) is not None and tokens.knows(bearer):  # else its name would come back
+        if (bearer := request[BEARER]) is not None and tokens.knows(bearer):  # else its name would come back
             metrics.count_token(bearer.name, status)
 
     @web.middleware
@@ -118,6 +118,7 @@ def middleware(
         started = time.perf_counter()
         identity = request[IDENTITY] = request_id(request)
         note = request[NOTE] = Note()
+        request[BEARER] = None
         problem: BaseException | None = None
         try:
             response = gate.refusal(request) or await handler(request)
@@ -233,7 +234,7 @@ def _log(
         "status": status,
         "client": client_address(request) or "unix",
     }
-    if (bearer := request.get(BEARER)) is not None:
+    if (bearer := request[BEARER]) is not None:
         fields["token"] = bearer.name
     if status == 500 and not isinstance(problem, CommandFailedError):
         log.log(level, message, extra=fields, exc_info=problem)

@@ -57,8 +57,8 @@ class Bearer:
         return self.entry is None
 
 
-BEARER: Final = web.RequestKey("bearer", Bearer)
-"""Who sent a request, if it brought a token that is accepted."""
+BEARER: Final = web.RequestKey[Bearer | None]("bearer", Bearer)
+"""Who sent a request, None if it brought no token that is accepted; the middleware sets it for every request."""
 
 Known = dict[bytes, Bearer]
 
@@ -107,7 +107,7 @@ class Tokens:
 
     def still_accepts(self, request: web.Request) -> bool:
         """Return whether an answer may go on: the token of its request is neither revoked, changed nor expired."""
-        bearer = request.get(BEARER)
+        bearer = request[BEARER]
         if bearer is None:
             return True
         self._follow()

@@ -26,7 +26,7 @@ from telemetryd.model import runs
 from telemetryd.ops.metrics import Metrics
 from telemetryd.web import body as body_module
 from telemetryd.web.middleware import middleware
-from telemetryd.web.tokens import Tokens
+from telemetryd.web.tokens import BEARER, Tokens
 from tests.conftest import (
     Api,
     Client,
@@ -493,6 +493,7 @@ async def test_a_slow_body_that_goes_on_is_taken(monkeypatch: pytest.MonkeyPatch
             return b"x" * 3600 if passed < 10 else b""
 
     request = make_mocked_request("POST", RUNS, payload=cast("Any", Slow()))
+    request[BEARER] = None
     bounds = body_module.BodyBounds(silence_s=2 * 3600, slowest_bytes_per_s=0.5)
     async with body_module.Bodies(1 << 20, bounds).read(request) as body:
         assert len(body) == 9 * 3600

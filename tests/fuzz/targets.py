@@ -32,7 +32,7 @@ def body(data: bytes) -> None:
         return
     for parse in (runs.parse_patch, runs.parse_commit):
         try:
-            changes, ignored = parse(value)
+            changes, ignored, *_ = parse(value)
         except InvalidBodyError as error:
             orjson.dumps(error.errors)
         else:
