@@ -84,6 +84,12 @@ def render(results: Path) -> str:
     return f"{measured}\n\n{table(figures)}"
 
 
+def circumstances(results: Path) -> str:
+    """Say on how much of a machine, and when, a report in JSON was made."""
+    report = json.loads(results.read_text("utf-8"))
+    return f"{report['machine']['processors']} processors, {datetime.fromisoformat(report['measured_at']):%-d %B %Y}"
+
+
 def read(results: Path) -> list[Figure]:
     """Return the figures that a report in JSON holds."""
     return [Figure.from_json(figure) for figure in json.loads(results.read_text("utf-8"))["figures"]]

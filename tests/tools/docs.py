@@ -97,7 +97,7 @@ def env_example() -> str:
 def figures_table(results: Path) -> str:
     """Return the three figures of the README as a Markdown table."""
     cells = {figure.load: report.cells(figure) for figure in reversed(report.read(results))}
-    lines = ["| | measured | compared with |", "|---|--:|--:|"]
+    lines = [f"| on {report.circumstances(results)} | measured | compared with |", "|---|--:|--:|"]
     for words, load in FIGURES.items():
         _, reached, reference, *_ = cells[load]
         lines.append(f"| {words} | {reached} | {reference} |")
