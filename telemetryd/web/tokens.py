@@ -11,7 +11,7 @@ from typing import Final
 
 from aiohttp import web
 
-from telemetryd.errors import ConfigurationError
+from telemetryd.errors import ConfigurationError, TokenGoneError
 from telemetryd.model.tokens import SINGLE, Scope, Token, digest
 from telemetryd.ops import token_file
 from telemetryd.ops.logs import log
@@ -112,6 +112,16 @@ class Tokens:
             return True
         self._follow()
         return not self.has_expired(bearer) and self._known.get(bearer.hash) is bearer
+
+    def check(self, request: web.Request) -> None:
+        """See that a request that has waited, for news or for its own body, is still to be answered.
+
+        Raises:
+            TokenGoneError: if its token is not accepted any more.
+
+        """
+        if not self.still_accepts(request):
+            raise TokenGoneError
 
     def prepare(self, settings: Settings) -> Callable[[], None] | None:
         """Read the file and the single token anew; return what puts them into effect, or None if they are the same.
