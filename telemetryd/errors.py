@@ -131,6 +131,13 @@ class QuotaExceededError(ItemRefusedError):
         self.wait_s = wait_s
 
 
+class TokenGoneError(TelemetrydError):
+    """Raised for a request whose token was accepted when it came, and is not any more."""
+
+    message = "The token was revoked, or has expired, while the request waited."
+    error_type = "TokenGoneError"
+
+
 class CursorGoneError(TelemetrydError):
     """Raised for a cursor after which not everything is known any more; its text says why."""
 

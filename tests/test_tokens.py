@@ -171,7 +171,9 @@ def test_who_owns_the_folder_owns_the_file(tmp_path: Path) -> None:
     assert "belongs to another user (uid 4713)" in problem_of(folder / "tokens")
 
 
-def test_a_change_that_is_refused_or_cut_off_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+def test_a_change_that_is_refused_or_cut_off_leaves_the_file_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "tokens"
     add(path)
     before = path.read_bytes()
@@ -183,6 +185,11 @@ def test_a_change_that_is_refused_or_cut_off_leaves_the_file_as_it_was(tmp_path:
     with pytest.raises(ConfigurationError):
         token_file.change(path, refuse)
     assert path.read_bytes() == before
+    monkeypatch.setattr(token_file, "MAX_FILE_BYTES", len(before) + 10)
+    with pytest.raises(ConfigurationError, match="must not be larger"):
+        add(path, replace(ASKED, name="many"))
+    assert path.read_bytes() == before
+    monkeypatch.undo()
     add(path, replace(ASKED, name="second"))
     assert len(token_file.read(path)) == 2
     assert [each.name for each in tmp_path.iterdir()] == ["tokens"]
@@ -252,6 +259,7 @@ def test_create_list_and_revoke(tmp_path: Path) -> None:
         (("--name", "a"), "Missing option '--scope'"),
         (("--name", "a", "--scope", "read", "--expires", "90"), "must be a duration"),
         (("--name", "a", "--scope", "ingest", "--runs-per-minute", "0"), "0 is not in the range"),
+        (("--name", "a", "--scope", "ingest", "--bytes-per-day", "9" * 20), "is not in the range"),
     ],
 )
 def test_what_cannot_be_made_is_said(tmp_path: Path, arguments: tuple[str, ...], said: str) -> None:
@@ -333,7 +341,9 @@ def test_the_file_is_followed_and_a_broken_one_changes_nothing(
     assert shown(metrics, "telemetryd_tokens") == 2
     token_file.change(file, lambda known: [each for each in known if each.name != "web"])
     assert tokens.find(first.encode()) is None
+    metrics.refuse_token("web", "prefix")  # an item of its last batch
     assert shown(metrics, "telemetryd_token_requests_total", token="web", status="2xx") is None
+    assert shown(metrics, "telemetryd_token_refusals_total", token="web", reason="prefix") is None
     file.unlink()
     assert tokens.find(second.encode()) is None
 
@@ -376,6 +386,23 @@ def test_a_reload_is_all_or_nothing(tmp_path: Path) -> None:
     off = Tokens(Settings(db_path=tmp_path / "db"), Metrics())
     assert off.prepare(settings) is None
     assert not off.is_on
+
+
+def test_a_reload_brings_back_nobody_who_was_revoked_meanwhile(tmp_path: Path) -> None:
+    file = tmp_path / "db.tokens"
+    first = add(file)
+    settings, metrics = known(tmp_path)
+    tokens = Tokens(settings, metrics)
+    tokens.look_every_s = 3600
+    second = add(file, replace(ASKED, name="second"))
+    put_into_effect = tokens.prepare(settings)
+    assert put_into_effect is not None
+    token_file.change(file, lambda known: [each for each in known if each.name != "web"])
+    bearer = tokens.find(second.encode())
+    assert bearer is not None, "the file is followed between the two halves of the reload"
+    put_into_effect()
+    assert tokens.find(first.encode()) is None
+    assert tokens.find(second.encode()) is bearer, "who stays keeps what it has used up"
 
 
 def test_two_processes_make_tokens_at_once(tmp_path: Path) -> None:

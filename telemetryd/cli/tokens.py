@@ -20,13 +20,14 @@ from telemetryd.cli.options import (
     settings_flags,
 )
 from telemetryd.configuration import load
-from telemetryd.model.tokens import Asked, Limits, Scope, Token, make
+from telemetryd.model.tokens import LARGEST_LIMIT, Asked, Limits, Scope, Token, make
 from telemetryd.model.values import utc_now
 from telemetryd.ops import token_file
 from telemetryd.settings import Settings, variable
 
 _NAMES: Final = ("db_path", "tokens_file", "api_auth_enabled")
 _FOR_EVER: Final = "none"
+_LIMIT: Final = click.IntRange(1, LARGEST_LIMIT)
 _flags = settings_flags("tokens_file", "db_path", db_path="Database next to which the file is by default.")
 
 
@@ -74,9 +75,9 @@ class _Lifetime(DurationType):
 @click.option(
     "--expires", default="365d", show_default=True, type=_Lifetime(), metavar="DURATION", help="For how long; or none."
 )
-@click.option("--requests-per-minute", type=click.IntRange(1), metavar="N", help="Most requests per minute.")
-@click.option("--runs-per-minute", type=click.IntRange(1), metavar="N", help="Most new runs per minute.")
-@click.option("--bytes-per-day", type=click.IntRange(1), metavar="N", help="Most bytes of bodies per day.")
+@click.option("--requests-per-minute", type=_LIMIT, metavar="N", help="Most requests per minute.")
+@click.option("--runs-per-minute", type=_LIMIT, metavar="N", help="Most new runs per minute.")
+@click.option("--bytes-per-day", type=_LIMIT, metavar="N", help="Most bytes of bodies per day.")
 @json_flag
 @_flags
 def create(

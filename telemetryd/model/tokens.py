@@ -65,7 +65,8 @@ def _time(value: object) -> object:
 
 
 _Time = Annotated[datetime, BeforeValidator(_time, json_schema_input_type=str)]
-_Limit = Annotated[int, Field(ge=1, le=1 << 53)]
+LARGEST_LIMIT: Final = 1 << 53
+_Limit = Annotated[int, Field(ge=1, le=LARGEST_LIMIT)]
 
 
 class _Entry(BaseModel):

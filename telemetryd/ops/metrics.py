@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from typing import Final
 
 from prometheus_client import (
@@ -148,7 +148,8 @@ class Metrics:
             registry=self.registry,
         )
         self._of_tokens: dict[tuple[Counter, str, str], Counter] = {}
-        self.tokens = Gauge("telemetryd_tokens", "Tokens that are known.", registry=self.registry)
+        self._token_names: Set[str] = {""}
+        self._tokens = Gauge("telemetryd_tokens", "Tokens that are known.", registry=self.registry)
         self.tokens_broken = Gauge(
             "telemetryd_tokens_broken",
             "1 while the file of tokens cannot be used, so that those known before stay.",
@@ -221,27 +222,31 @@ class Metrics:
 
     def count_token(self, name: str, status: int) -> None:
         """Count a request with a token."""
-        self._of_token(self._token_requests, name, f"{status // 100}xx").inc()
+        self._count_of_token(self._token_requests, name, f"{status // 100}xx")
 
     def refuse_token(self, name: str, reason: str) -> None:
         """Count what was refused to a token; its name is empty if it is missing or wrong."""
-        self._of_token(self._token_refusals, name, reason).inc()
+        self._count_of_token(self._token_refusals, name, reason)
 
     def refuse_quota(self, whose: str, quota: str) -> None:
         """Count what was refused for a quota."""
         self._quota_refusals.labels(whose, quota).inc()
 
-    def forget_token(self, name: str) -> None:
-        """Show nothing of a token any more that was revoked."""
-        for counter, token, label in [key for key in self._of_tokens if key[1] == name]:
+    def know_tokens(self, names: Set[str]) -> None:
+        """Show what these tokens do, and nothing of others, which are revoked: not even what they do last."""
+        self._token_names = {"", *names}
+        self._tokens.set(len(names))
+        for counter, token, label in [key for key in self._of_tokens if key[1] not in self._token_names]:
             counter.remove(token, label)
             del self._of_tokens[counter, token, label]
 
-    def _of_token(self, counter: Counter, name: str, label: str) -> Counter:
+    def _count_of_token(self, counter: Counter, name: str, label: str) -> None:
         child = self._of_tokens.get((counter, name, label))
         if child is None:
+            if name not in self._token_names:
+                return
             child = self._of_tokens[counter, name, label] = counter.labels(name, label)
-        return child
+        child.inc()
 
     def count_runs(self, *, created: int = 0, duplicate: int = 0, invalid: int = 0) -> None:
         """Count runs received, by what became of them."""

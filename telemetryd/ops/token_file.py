@@ -51,9 +51,13 @@ def read(path: Path) -> tuple[Token, ...]:
         raise ConfigurationError([f"{path}: cannot be read: {error.strerror}"]) from error
     finally:
         os.close(descriptor)
+    _check_size(path, data)
+    return parse(data, str(path))
+
+
+def _check_size(path: Path, data: bytes) -> None:
     if len(data) > MAX_FILE_BYTES:
         raise ConfigurationError([f"{path}: must not be larger than {MAX_FILE_BYTES >> 20} MiB"])
-    return parse(data, str(path))
 
 
 def _check(path: Path, found: os.stat_result) -> None:
@@ -82,7 +86,9 @@ def change(path: Path, edit: Callable[[tuple[Token, ...]], Sequence[Token]]) -> 
 
     """
     with _alone_in(path.absolute().parent):
-        _replace(path, render(edit(read(path))))
+        data = render(edit(read(path)))
+        _check_size(path, data)
+        _replace(path, data)
 
 
 @contextmanager

@@ -19,7 +19,6 @@ from telemetryd.ops.logs import log
 from telemetryd.ops.metrics import Metrics
 from telemetryd.services.feed import Feed
 from telemetryd.store import Store
-from telemetryd.web.access import ask_for_token
 from telemetryd.web.answers import IDENTITY, NOTE, WAITED, json_response, mark
 from telemetryd.web.middleware import leaving
 from telemetryd.web.tokens import TOKENS
@@ -41,8 +40,8 @@ async def list_changes(request: web.Request) -> web.Response:
     began = time.perf_counter()
     changes = await request.app[FEED].wait(asked)
     waited = time.perf_counter() - began if asked.wait_s else 0.0
-    if asked.wait_s and not request.app[TOKENS].still_accepts(request):
-        return ask_for_token(request, "The token was revoked, or has expired, while the request waited")
+    if asked.wait_s:
+        request.app[TOKENS].check(request)
     request[NOTE].say("Changes queried", logging.DEBUG if asked.wait_s else logging.INFO, changes=len(changes.found))
     found: list[RunChanged | RunDeleted] = [
         {"seq": seq, "run": runs.to_json(what)} if isinstance(what, tuple) else {"seq": seq, "deleted": what}

@@ -23,7 +23,7 @@ from telemetryd.errors import (
 from telemetryd.model.bodies import parse_body
 from telemetryd.model.items import explained
 from telemetryd.model.values import shorten
-from telemetryd.web.tokens import BEARER
+from telemetryd.web.tokens import BEARER, TOKENS
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -140,6 +140,7 @@ class Bodies:
             BodyTooLargeError: as soon as the encoded or the decoded bytes pass the limit.
             InvalidRequestError: if the bytes are not in the coding that the request names.
             SlowBodyError: if it pauses for too long, or brings too little in its time (`BodyBounds`).
+            TokenGoneError: if its token is not accepted any more when it is there.
             TooManyBodiesError: if others take all the room.
             UnsupportedBodyError: if the coding is not known.
 
@@ -197,8 +198,10 @@ class _Reading:
             body = await _receive(request, share)
             if coding in _DECODERS:
                 body = await _decode(body, coding, share)
-            if (bearer := request[BEARER]) is not None and bearer.quota is not None:
-                bearer.quota.pay(size=len(body))  # whatever becomes of it
+            if (bearer := request[BEARER]) is not None:
+                if bearer.quota is not None:
+                    bearer.quota.pay(size=len(body))  # whatever becomes of it
+                request.app[TOKENS].check(request)  # a slow body may take hours
         except BaseException:
             share.bodies.give_back(share)
             raise

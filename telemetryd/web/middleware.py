@@ -27,6 +27,7 @@ from telemetryd.errors import (
     NotWatchedError,
     RunNotFoundError,
     TelemetrydError,
+    TokenGoneError,
     UnavailableError,
     UnsupportedBodyError,
     error_type,
@@ -38,7 +39,7 @@ from telemetryd.ops.logs import log
 from telemetryd.ops.metrics import Metrics
 from telemetryd.settings import Settings
 from telemetryd.web import compression
-from telemetryd.web.access import Gate
+from telemetryd.web.access import Gate, ask_for_token
 from telemetryd.web.answers import (
     IDENTITY,
     NOTE,
@@ -110,7 +111,7 @@ def middleware(
 
     def count(request: web.Request, endpoint: str, status: int, seconds: float) -> None:
         metrics.count_request(request.method, endpoint, status, seconds)
-        if (bearer := request[BEARER]) is not None and tokens.knows(bearer):  # else its name would come back
+        if (bearer := request[BEARER]) is not None:
             metrics.count_token(bearer.name, status)
 
     @web.middleware
@@ -131,7 +132,7 @@ def middleware(
             ConnectionError,
         ) as error:
             problem = error
-            response = _answer_error(error, identity)
+            response = _answer_error(request, error)
         except asyncio.CancelledError:  # the client has left, or the daemon stops
             count(request, await _endpoint(request), _CLIENT_LEFT, time.perf_counter() - started)
             raise
@@ -139,10 +140,10 @@ def middleware(
             traceback.clear_frames(error.__traceback__)  # which hold what there was no memory for
             problem = NoMemoryError()
             problem.__cause__ = error
-            response = _answer_error(problem, identity)
+            response = _answer_error(request, problem)
         except Exception as error:  # noqa: BLE001 - whatever it is must not reach the client; the log has it in full
             problem = error
-            response = _answer_error(error, identity)
+            response = _answer_error(request, error)
         mark(response, identity)
         if gate.may_advise(request, response.status):
             response.headers[flow.HEADER] = advice()
@@ -178,21 +179,23 @@ async def _endpoint(request: web.Request) -> str:
 _NOWHERE: Final = "(no such endpoint)"
 
 
-def _answer_error(error: BaseException, identity: str) -> web.Response:
+def _answer_error(request: web.Request, error: BaseException) -> web.Response:
     if isinstance(error, web.HTTPException):
         headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else None
         return error_response(error.status, _HTTP_DETAILS.get(error.status, error.reason), headers)
     if isinstance(error, (ClientPayloadError, BadHttpMessage, ConnectionError)):
         return error_response(400, "The body was cut off or badly framed")
+    if isinstance(error, TokenGoneError):
+        return ask_for_token(request, sentence(error))
     if isinstance(error, ItemRefusedError):
         headers = None if error.wait_s is None else {"Retry-After": str(math.ceil(error.wait_s))}
         return error_response(error.status, sentence(error), headers)
     status = next((status for kind, status in STATUSES if isinstance(error, kind)), 500)
     if isinstance(error, InvalidBodyError):
         return error_response(status, error.errors)
-    if isinstance(error, UnavailableError):
-        return error_response(status, sentence(error), {"Retry-After": str(error.retry_after_seconds)})
-    return error_response(status, unexpected_detail(identity) if status == 500 else sentence(error))
+    detail = unexpected_detail(request[IDENTITY]) if status == 500 else sentence(error)
+    headers = {"Retry-After": str(error.retry_after_seconds)} if isinstance(error, UnavailableError) else None
+    return error_response(status, detail, headers)
 
 
 _HTTP_DETAILS: Final = {

@@ -11,7 +11,7 @@ from typing import Final
 
 from aiohttp import web
 
-from telemetryd.errors import ConfigurationError
+from telemetryd.errors import ConfigurationError, TokenGoneError
 from telemetryd.model.tokens import SINGLE, Scope, Token, digest
 from telemetryd.ops import token_file
 from telemetryd.ops.logs import log
@@ -111,11 +111,17 @@ class Tokens:
         if bearer is None:
             return True
         self._follow()
-        return self.knows(bearer) and not self.has_expired(bearer)
+        return not self.has_expired(bearer) and self._known.get(bearer.hash) is bearer
 
-    def knows(self, bearer: Bearer) -> bool:
-        """Return whether a token is neither revoked nor changed, as far as the file was read."""
-        return self._known.get(bearer.hash) is bearer
+    def check(self, request: web.Request) -> None:
+        """See that a request that has waited, for news or for its own body, is still to be answered.
+
+        Raises:
+            TokenGoneError: if its token is not accepted any more.
+
+        """
+        if not self.still_accepts(request):
+            raise TokenGoneError
 
     def prepare(self, settings: Settings) -> Callable[[], None] | None:
         """Read the file and the single token anew; return what puts them into effect, or None if they are the same.
@@ -148,13 +154,15 @@ class Tokens:
             )
         if problems:
             raise ConfigurationError(problems)
+        before = self._known
         known = self._merge(self._single(single), named)
-        if (path, seen, known) == (self._path, self._seen, self._known):
+        if (path, seen, known) == (self._path, self._seen, before):
             return None
 
         def put_into_effect() -> None:
-            self._path, self._seen = path, seen
-            self._use(known)
+            # The file may have been followed since it was read here: look again before anybody is let in.
+            self._path, self._seen, self._look_at = path, seen, 0.0
+            self._use(known if self._known is before else self._merge(self._single(single), named))
 
         return put_into_effect
 
@@ -195,12 +203,9 @@ class Tokens:
         return found
 
     def _use(self, known: Known) -> None:
-        gone = {each.name for each in self._known.values()} - {each.name for each in known.values()}
         self._known = known
-        for name in gone:
-            self._metrics.forget_token(name)
+        self._metrics.know_tokens({each.name for each in known.values()})
         self._metrics.tokens_broken.set(0)
-        self._metrics.tokens.set(len(known))
 
 
 TOKENS: Final = web.AppKey("tokens", Tokens)

@@ -26,6 +26,7 @@ from telemetryd.services.admission import METRICS
 from telemetryd.services.subscriptions import FEED
 from telemetryd.settings import Settings
 from telemetryd.store import Store
+from telemetryd.web.body import BODIES
 from telemetryd.web.limits import BYTES, AgentQuotas, Quota
 from telemetryd.web.limits import RUNS as PER_MINUTE
 from telemetryd.web.tokens import TOKENS, unused
@@ -392,6 +393,27 @@ async def test_a_revoked_token_opens_nothing_and_its_stream_ends(make_closed: Ma
     assert (await closed.send("TELEMETRY_API_AUTH_TOKEN", "GET", RUNS)).status == 200
     shown = (await closed.send("TELEMETRY_API_AUTH_TOKEN", "GET", "/metrics?format=prometheus")).text
     assert set(re.findall('token="([^"]+)"', shown)) == {"ingest", "TELEMETRY_API_AUTH_TOKEN"}
+
+
+async def test_a_body_is_not_taken_whose_token_is_revoked_on_its_way(make_closed: MakeClosed) -> None:
+    closed = await make_closed()
+    closed.app(TOKENS).look_every_s = 0
+    run, is_revoked = make_run(agent_name="web-1"), asyncio.Event()
+
+    async def body() -> AsyncIterator[bytes]:
+        data = orjson.dumps(run)
+        yield data[:10]
+        await is_revoked.wait()
+        yield data[10:]
+
+    sending = asyncio.create_task(closed.send("web", "POST", RUNS, data=body(), headers=JSON))
+    await eventually(lambda: closed.app(BODIES)._held > 0)
+    token_file.change(closed.api.settings.tokens_path, lambda known: [each for each in known if each.name != "web"])
+    is_revoked.set()
+    answer = await sending
+    check_error(answer, 401)
+    assert answer.headers["www-authenticate"] == 'Bearer realm="telemetryd"'
+    check_error(await closed.send("reader", "GET", f"{RUNS}/{run['event_id']}"), 404)
 
 
 async def test_an_expired_token_opens_nothing(make_closed: MakeClosed, caplog: pytest.LogCaptureFixture) -> None:
