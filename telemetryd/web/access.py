@@ -245,6 +245,8 @@ def _own_unix_peers_socket(request: web.Request) -> str | None:
 
 
 def _is_loopback(address: str | None) -> bool:
+    if address is None:  # it is not known any more
+        return False
     if not address:  # the Unix socket has no address; who may open it is up to the file system
         return True
     if address.startswith("127."):

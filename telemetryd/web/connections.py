@@ -177,8 +177,17 @@ class _Protocol(RequestHandler):
         """Take a connection, unless so many are open that the database would find no descriptor any more."""
         super().connection_made(transport)
         self.asking_since = asyncio.get_running_loop().time()
-        if self._server.is_full() and not self._server.cut_handshake():
+        if self._has_no_address() or (self._server.is_full() and not self._server.cut_handshake()):
             cast(asyncio.Transport, transport).abort()
+
+    def _has_no_address(self) -> bool:
+        """Return whether the client of a TCP socket has reset the connection already; what it sent could still be read.
+
+        The system tells no address of such a client any more, and whoever has none would count as one of the Unix
+        socket. Of all others aiohttp keeps the address from this first look on, whenever they leave.
+        """
+        connection = self.transport.get_extra_info("socket") if self.transport is not None else None
+        return self.peername is None and (connection is None or connection.family != socket.AF_UNIX)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """End what only the client wanted to know; a write goes on, for later requests get its result."""
