@@ -131,6 +131,20 @@ class QuotaExceededError(ItemRefusedError):
         self.wait_s = wait_s
 
 
+class TokenQuotaError(QuotaExceededError):
+    """Raised for what is beyond the quota of the request's token.
+
+    Args:
+        quota: which one is used up.
+        wait_s: the seconds until it is not used up any more.
+
+    """
+
+    def __init__(self, quota: str, wait_s: float) -> None:
+        super().__init__(f"The quota of {quota} of this token is used up", wait_s)
+        self.quota = quota
+
+
 class TokenGoneError(TelemetrydError):
     """Raised for a request whose token was accepted when it came, and is not any more."""
 

@@ -13,7 +13,7 @@ from telemetryd.model import queries, runs, values
 from telemetryd.ops.metrics import Metrics
 from telemetryd.services.admin_handlers import STORE
 from telemetryd.store import Store
-from telemetryd.web.limits import AgentQuotas, Exhausted
+from telemetryd.web.limits import AgentQuotas, Exhausted, take
 from telemetryd.web.tokens import BEARER, Bearer
 
 QUOTAS: Final = web.AppKey("quotas", AgentQuotas)
@@ -87,9 +87,14 @@ class Admission:
         return refused
 
     def pay(self, rows: Sequence[values.Row], size: int, total: int = 1) -> None:
-        """Count what is let in, of so many items; the bytes of a batch are shared out evenly among them."""
+        """Count what is let in, of so many items; the bytes of a batch are shared out evenly among them.
+
+        Raises:
+            TokenQuotaError: if others have used up the token's quota of runs in the meantime.
+
+        """
         if self._bearer is not None and self._bearer.quota is not None:
-            self._bearer.quota.pay(runs=len(rows))
+            take(self._bearer.quota, runs=len(rows))
         if self._quotas.are_on:
             for agent, count in Counter(str(row[_AGENT]) for row in rows).items():
                 self._quotas.of(agent).pay(runs=count, size=size * count / total)

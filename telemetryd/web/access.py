@@ -15,6 +15,7 @@ from typing import Final
 from aiohttp import web
 
 from telemetryd import flow
+from telemetryd.errors import TokenQuotaError
 from telemetryd.model.hosts import PORTS, Names, split
 from telemetryd.model.tokens import Scope, is_allowed
 from telemetryd.model.values import shorten
@@ -61,7 +62,12 @@ class Gate:
         self._checks_host = not tokens.is_on or settings.host_names is not None
 
     def refusal(self, request: web.Request) -> web.Response | None:
-        """Return the answer that ends a request before its handler, or None."""
+        """Return the answer that ends a request before its handler, or None.
+
+        Raises:
+            TokenQuotaError: if the quota of its token is used up.
+
+        """
         return (
             self._refusal_of_page(request)
             or self._pages.preflight(request)  # which a browser sends without a token
@@ -135,7 +141,7 @@ class Gate:
             self._metrics.refuse_token(bearer.name, "scope")
             return _lacks_scope(bearer, needed)
         if bearer.quota is not None and needed is Scope.INGEST:
-            return self._refusal_by_quota(request, bearer.name, bearer.quota)
+            _check_quota(request, bearer.quota)
         return None
 
     def _bearer(self, request: web.Request) -> Bearer | None:
@@ -158,14 +164,11 @@ class Gate:
         whose = "with this token" if is_named else "from this address"
         return error_response(429, f"Too many requests {whose}", {"Retry-After": str(math.ceil(wait_s))})
 
-    def _refusal_by_quota(self, request: web.Request, name: str, quota: Quota) -> web.Response | None:
-        exhausted = quota.exhausted(creates="event_id" not in request.match_info)
-        if exhausted is None:
-            return None
-        self._metrics.refuse_token(name, "quota")
-        self._metrics.refuse_quota("token", exhausted.quota)
-        detail = f"The quota of {exhausted.quota} of this token is used up"
-        return error_response(429, detail, {"Retry-After": str(math.ceil(exhausted.wait_s))})
+
+def _check_quota(request: web.Request, quota: Quota) -> None:
+    exhausted = quota.exhausted(creates="event_id" not in request.match_info)
+    if exhausted is not None:
+        raise TokenQuotaError(exhausted.quota, exhausted.wait_s)
 
 
 def _tokens(request: web.Request) -> list[str]:

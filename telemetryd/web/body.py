@@ -23,6 +23,7 @@ from telemetryd.errors import (
 from telemetryd.model.bodies import parse_body
 from telemetryd.model.items import explained
 from telemetryd.model.values import shorten
+from telemetryd.web.limits import take
 from telemetryd.web.tokens import BEARER, TOKENS
 
 if sys.version_info >= (3, 14):
@@ -141,6 +142,7 @@ class Bodies:
             InvalidRequestError: if the bytes are not in the coding that the request names.
             SlowBodyError: if it pauses for too long, or brings too little in its time (`BodyBounds`).
             TokenGoneError: if its token is not accepted any more when it is there.
+            TokenQuotaError: if others have used up its token's quota of bytes in the meantime.
             TooManyBodiesError: if others take all the room.
             UnsupportedBodyError: if the coding is not known.
 
@@ -199,9 +201,9 @@ class _Reading:
             if coding in _DECODERS:
                 body = await _decode(body, coding, share)
             if (bearer := request[BEARER]) is not None:
-                if bearer.quota is not None:
-                    bearer.quota.pay(size=len(body))  # whatever becomes of it
                 request.app[TOKENS].check(request)  # a slow body may take hours
+                if bearer.quota is not None:
+                    take(bearer.quota, size=len(body))  # whatever becomes of it
         except BaseException:
             share.bodies.give_back(share)
             raise

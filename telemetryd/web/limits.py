@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+from telemetryd.errors import TokenQuotaError
+
 RUNS: Final = "runs per minute"
 BYTES: Final = "bytes per day"
 _MINUTE_S: Final = 60
@@ -101,9 +103,13 @@ class Quota:
 
     def exhausted(self, *, creates: bool) -> Exhausted | None:
         """Return which quota lets nothing in now, the one with the longest wait; that of runs is for new ones only."""
+        return self.exhausted_of(runs=int(creates), size=1)
+
+    def exhausted_of(self, *, runs: float, size: float) -> Exhausted | None:
+        """Return which quota lets nothing in now of what there is any."""
         now = self._clock()
-        runs_s = self._runs.wait_s(now) if creates and self._runs is not None else 0.0
-        bytes_s = self._bytes.wait_s(now) if self._bytes is not None else 0.0
+        runs_s = self._runs.wait_s(now) if runs and self._runs is not None else 0.0
+        bytes_s = self._bytes.wait_s(now) if size and self._bytes is not None else 0.0
         if not runs_s and not bytes_s:
             return None
         return Exhausted(RUNS, runs_s) if runs_s > bytes_s else Exhausted(BYTES, bytes_s)
@@ -115,6 +121,18 @@ class Quota:
             self._runs.pay(runs, now)
         if size and self._bytes is not None:
             self._bytes.pay(size, now)
+
+
+def take(quota: Quota, *, runs: int = 0, size: int = 0) -> None:
+    """Take out what is let in of a token; requests that began at the same time are let in one by one here.
+
+    Raises:
+        TokenQuotaError: if others have used the quota up in the meantime.
+
+    """
+    if (exhausted := quota.exhausted_of(runs=runs, size=size)) is not None:
+        raise TokenQuotaError(exhausted.quota, exhausted.wait_s)
+    quota.pay(runs=runs, size=size)
 
 
 class AgentQuotas:

@@ -28,6 +28,7 @@ from telemetryd.errors import (
     RunNotFoundError,
     TelemetrydError,
     TokenGoneError,
+    TokenQuotaError,
     UnavailableError,
     UnsupportedBodyError,
     error_type,
@@ -150,8 +151,8 @@ def middleware(
         seconds = time.perf_counter() - started - response.get(WAITED, 0.0)
         endpoint = await _endpoint(request)
         count(request, endpoint, response.status, seconds)
-        if isinstance(problem, UnavailableError) and request.method in flow.METHODS:
-            metrics.refused.labels(problem.reason).inc()
+        if problem is not None:
+            _count_refusal(metrics, request, problem)
         _log(
             request,
             note,
@@ -165,6 +166,14 @@ def middleware(
         return response
 
     return pass_through
+
+
+def _count_refusal(metrics: Metrics, request: web.Request, problem: BaseException) -> None:
+    if isinstance(problem, UnavailableError) and request.method in flow.METHODS:
+        metrics.refused.labels(problem.reason).inc()
+    if isinstance(problem, TokenQuotaError) and (bearer := request[BEARER]) is not None:
+        metrics.refuse_token(bearer.name, "quota")
+        metrics.refuse_quota("token", problem.quota)
 
 
 async def _endpoint(request: web.Request) -> str:

@@ -26,11 +26,10 @@ from telemetryd.services.admission import METRICS
 from telemetryd.services.subscriptions import FEED
 from telemetryd.settings import Settings
 from telemetryd.store import Store
-from telemetryd.web.body import BODIES
 from telemetryd.web.limits import BYTES, AgentQuotas, Quota
 from telemetryd.web.limits import RUNS as PER_MINUTE
 from telemetryd.web.tokens import TOKENS, unused
-from tests.conftest import Api, Client, DaemonServer, MakeApi, eventually, make_run
+from tests.conftest import Api, Client, DaemonServer, MakeApi, bodies_of, eventually, make_run
 from tests.contract.test_access import as_password
 from tests.contract.wire import BATCH, JSON, NDJSON, RUNS, Answer, check_error, send
 
@@ -395,25 +394,44 @@ async def test_a_revoked_token_opens_nothing_and_its_stream_ends(make_closed: Ma
     assert set(re.findall('token="([^"]+)"', shown)) == {"ingest", "TELEMETRY_API_AUTH_TOKEN"}
 
 
-async def test_a_body_is_not_taken_whose_token_is_revoked_on_its_way(make_closed: MakeClosed) -> None:
+class SlowRequest:
+    """A request whose last byte is kept back."""
+
+    def __init__(self, closed: Closed, name: str, path: str, body: object) -> None:
+        self._body = orjson.dumps(body)
+        self.has_begun, self._goes_on = asyncio.Event(), asyncio.Event()
+        self._answer = asyncio.create_task(closed.send(name, "POST", path, data=self._pieces(), headers=JSON))
+
+    async def _pieces(self) -> AsyncIterator[bytes]:
+        yield self._body[:-1]
+        self.has_begun.set()
+        await self._goes_on.wait()
+        yield self._body[-1:]
+
+    async def end(self) -> Answer:
+        self._goes_on.set()
+        return await self._answer
+
+
+async def begin(closed: Closed, name: str, path: str, *bodies: object) -> list[SlowRequest]:
+    """Begin requests; all of them wait for the rest of their bodies then."""
+    begun = [SlowRequest(closed, name, path, body) for body in bodies]
+    for each in begun:
+        await each.has_begun.wait()
+    await eventually(lambda: bodies_of(closed.api)._held > 0)
+    await asyncio.sleep(0.1)
+    return begun
+
+
+async def test_a_body_that_ends_after_its_token_was_revoked_stores_nothing(make_closed: MakeClosed) -> None:
     closed = await make_closed()
     closed.app(TOKENS).look_every_s = 0
-    run, is_revoked = make_run(agent_name="web-1"), asyncio.Event()
-
-    async def body() -> AsyncIterator[bytes]:
-        data = orjson.dumps(run)
-        yield data[:10]
-        await is_revoked.wait()
-        yield data[10:]
-
-    sending = asyncio.create_task(closed.send("web", "POST", RUNS, data=body(), headers=JSON))
-    await eventually(lambda: closed.app(BODIES)._held > 0)
-    token_file.change(closed.api.settings.tokens_path, lambda known: [each for each in known if each.name != "web"])
-    is_revoked.set()
-    answer = await sending
+    [slow] = await begin(closed, "web", RUNS, make_run(agent_name="web-1"))
+    token_file.change(closed.api.settings.tokens_path, lambda known: known[:1])
+    answer = await slow.end()
     check_error(answer, 401)
-    assert answer.headers["www-authenticate"] == 'Bearer realm="telemetryd"'
-    check_error(await closed.send("reader", "GET", f"{RUNS}/{run['event_id']}"), 404)
+    assert answer.headers["www-authenticate"].startswith("Bearer")
+    assert (await closed.send("TELEMETRY_API_AUTH_TOKEN", "GET", RUNS)).json == []
 
 
 async def test_an_expired_token_opens_nothing(make_closed: MakeClosed, caplog: pytest.LogCaptureFixture) -> None:
@@ -468,6 +486,21 @@ async def test_a_quota_of_runs_of_a_token(make_closed: MakeClosed) -> None:
     assert changed.status == 200, "it is no new run"
     assert (await closed.send("ingest", "GET", RUNS)).status == 200
     assert closed.counted("telemetryd_quota_refusals_total", whose="token", quota=PER_MINUTE) == 2
+
+
+@pytest.mark.parametrize("limits", [Limits(runs_per_minute=3), Limits(bytes_per_day=300)], ids=["runs", "bytes"])
+async def test_requests_at_once_go_beyond_a_quota_no_further_than_one_after_the_other(
+    make_closed: MakeClosed, limits: Limits
+) -> None:
+    closed = await make_closed(replace(ASKED, limits=limits))
+    begun = await begin(closed, "ingest", BATCH, *([make_run() for _ in range(5)] for _ in range(4)))
+    answers = [await each.end() for each in begun]
+    assert [answer.status for answer in answers] == [200, 429, 429, 429]
+    check_error(answers[1], 429)
+    stored = await closed.send("TELEMETRY_API_AUTH_TOKEN", "GET", RUNS)
+    assert len(stored.json) == 5
+    quota = BYTES if limits.bytes_per_day else PER_MINUTE
+    assert closed.counted("telemetryd_quota_refusals_total", whose="token", quota=quota) == 3
 
 
 async def test_a_quota_of_bytes_of_a_token(make_closed: MakeClosed) -> None:
