@@ -20,7 +20,7 @@ from pathlib import Path
 import click
 
 from telemetryd.engine.sqlite.connection import connect
-from telemetryd.engine.sqlite.statements import rollups
+from telemetryd.engine.sqlite.statements import derived, rollups
 from telemetryd.engine.sqlite.statements.commands import Transaction
 from telemetryd.engine.sqlite.tools import migrate
 from telemetryd.model import stats
@@ -80,6 +80,17 @@ def _database(path: Path) -> sqlite3.Connection:
     return connection
 
 
+def _record(connection: sqlite3.Connection, summary: rollups.Summary, changes: int) -> None:
+    """Store what a group of runs adds to the statistics alone, as the writer does."""
+    cursor = connection.cursor()
+    logged, is_prepared = cursor.execute(f"SELECT {rollups.LOGGED}, {derived.IS_PREPARED}").fetchone()
+    if not is_prepared:
+        derived.prepare(cursor)
+    derived.store(cursor, derived.Derived((), (), (), (), changes, rollups.entry(summary)))
+    if logged + changes >= rollups.FOLD_AT:
+        rollups.fold(cursor)
+
+
 def _ingest(folder: Path, rows: list[Row], size: int) -> tuple[float, float]:
     """Return the microseconds for each run of all that the writer's thread does, and of the statistics alone."""
     folder.mkdir(exist_ok=True)
@@ -97,7 +108,7 @@ def _ingest(folder: Path, rows: list[Row], size: int) -> tuple[float, float]:
                 else:
                     summary: rollups.Summary = {}
                     rollups.summarize(summary, facts[start : start + size])
-                    rollups.record(connection.cursor(), summary, size)
+                    _record(connection, summary, size)
                 connection.execute("COMMIT")
                 used[place] += time.thread_time() - begun
     return used[0] / len(rows) * 1e6, used[1] / len(rows) * 1e6
@@ -123,7 +134,7 @@ def main(stored: int, counted: int, days: int) -> None:
                 summary: rollups.Summary = {}
                 rollups.summarize(summary, facts)
                 connection.execute("BEGIN IMMEDIATE")
-                rollups.record(connection.cursor(), summary, rollups.FOLD_AT)
+                _record(connection, summary, rollups.FOLD_AT)
                 connection.execute("COMMIT")
             cells, size = connection.execute("SELECT count(*), sum(length(bins)) FROM run_stats").fetchone()
             pages = connection.execute("PRAGMA page_count").fetchone()[0] * 4096

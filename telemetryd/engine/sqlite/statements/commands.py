@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -17,29 +17,21 @@ import orjson
 from telemetryd.engine.sqlite.statements import (
     alerts,
     confirmations,
+    derived,
     full_text,
     labels,
     removal,
     replica,
     rollups,
     thinning,
+    updates,
 )
 from telemetryd.engine.sqlite.statements.columns import DAY, HOUR, MINUTE, PROCESS
 from telemetryd.engine.sqlite.statements.recounting import Tally
 from telemetryd.engine.sqlite.statements.removal import Removal
+from telemetryd.engine.sqlite.statements.sequence import STAND
 from telemetryd.engine.sqlite.statements.sequence import Sequence as CommitSequence
-from telemetryd.engine.sqlite.statements.totals import (
-    _ADD_TO_MINUTES,
-    _ADD_TO_TOTALS,
-    _DROP_DAY,
-    _DROP_HOUR,
-    _DROP_MINUTE,
-    _DROP_TOTAL,
-    _TAKE_FROM_MINUTE,
-    _TAKE_FROM_TOTAL,
-    _WIDEN_DAYS,
-    _WIDEN_HOURS,
-)
+from telemetryd.engine.sqlite.statements.updates import FORGET_PROCESS
 from telemetryd.model import events
 from telemetryd.model.commands import (
     Applied,
@@ -73,7 +65,7 @@ from telemetryd.model.commands import (
 from telemetryd.model.events import TIMESTAMP
 from telemetryd.model.runs import CREATED_AT, DIGEST, EVENT_ID, START_TIME, STORED, digest
 from telemetryd.model.stats import FACTS, Facts
-from telemetryd.model.values import MAX_LABELS, Row, SqlValue, Status, count_labels, merge_labels
+from telemetryd.model.values import Row, SqlValue, Status
 
 _ROWS_AT_ONCE: Final = (256, 128, 64, 32, 16, 8, 4, 2, 1)
 """How many rows one INSERT may take: each number has its own prepared statement."""
@@ -112,6 +104,7 @@ def _insert_into(target: _Target, rows: int, *, numbered: bool = False) -> str:
     """
 
 
+_STAND: Final = f"SELECT {STAND}, {rollups.LOGGED}, {derived.IS_PREPARED}"
 _EVENT_IDS_BEHIND: Final = "SELECT json_group_array(event_id) FROM agent_runs WHERE id > ?"
 
 _facts_of: Final = itemgetter(*map(STORED.index, FACTS))
@@ -142,8 +135,16 @@ _CERTIFY: Final = """
     UPDATE run_processes SET certified_at = :now, error_summary = :error_summary, error_details = :error_details
     WHERE run = :run
 """
-_FIND_CERTIFICATE: Final = "SELECT certified_at, error_summary, error_details FROM run_processes WHERE run = ?"
-_FORGET_PROCESS: Final = "DELETE FROM run_processes WHERE run = ?"
+
+
+def _begin(start_time: str) -> str:
+    """Return a moment that is not after a start time, the same one for all of a minute."""
+    return min(start_time, f"{start_time[:MINUTE]}:00.000000Z")
+
+
+def _end(start_time: str) -> str:
+    """Return a moment that is not before a start time, the same one for all of a minute."""
+    return max(start_time, f"{start_time[:MINUTE]}:59.999999Z")
 
 
 def _kind(command: Command[Any]) -> object:
@@ -166,19 +167,25 @@ class Transaction:
         self._deleted: list[Facts] = []
         self._changed: list[tuple[Facts, Facts]] = []
         """What each change found and what it left."""
-        self._sequence = CommitSequence(self._cursor)
+        last, highest_id, self._logged, is_prepared = self._cursor.execute(_STAND).fetchone()
+        if not is_prepared:
+            derived.prepare(self._cursor)
+        self._sequence = CommitSequence(self._cursor, last, highest_id)
         self._removal: thinning.Budget | None = None
         """What all removals of the transaction may take, from the first one on."""
 
     def apply(self, commands: Sequence[Command[Any]]) -> list[Any]:
         """Run the commands' statements in order and return their outcomes; the totals follow in `finish`.
 
-        Creates that stand next to each other are stored together, and removals share a merge of the full-text index.
+        Creates that stand next to each other are stored together, as are changes of runs, and removals share a merge of
+        the full-text index.
         """
         outcomes: list[Any] = []
         for kind, neighbours in groupby(commands, _kind):
             if kind is CreateRuns:
                 outcomes += self._create([command.rows for command in neighbours if isinstance(command, CreateRuns)])
+            elif kind is UpdateRun:
+                outcomes += self._update(command for command in neighbours if isinstance(command, UpdateRun))
             elif kind is Removal:
                 outcomes += self._remove([command for command in neighbours if isinstance(command, Removal)])
             else:
@@ -188,8 +195,6 @@ class Transaction:
     def _apply_alone(self, command: Command[Any]) -> object:
         outcome: object
         match command:
-            case UpdateRun():
-                outcome = self._update(command)
             case CreateEvents():
                 outcome = self._create_events(command)
             case RegisterProcess():
@@ -255,22 +260,17 @@ class Transaction:
             totals[agent_name, job_type, status] += sums[0]
         minutes = Counter(str(row[CREATED_AT])[:MINUTE] for row in self._created)
         minutes.subtract(facts[0][:MINUTE] for facts in self._deleted)
-        added = [(*key, runs) for key, runs in totals.items() if runs > 0]
-        taken = [(*key, -runs) for key, runs in totals.items() if runs < 0]
-        minutes_added = [(minute, runs) for minute, runs in minutes.items() if runs > 0]
-        minutes_taken = [(minute, -runs) for minute, runs in minutes.items() if runs < 0]
-        statements = (
-            (_ADD_TO_TOTALS, added),
-            (_ADD_TO_MINUTES, minutes_added),
-            (_WIDEN_HOURS, self._spans(HOUR)),
-            (_WIDEN_DAYS, self._spans(DAY)),
+        what = derived.Derived(
+            totals=[(*key, runs) for key, runs in totals.items()],
+            minutes=[*minutes.items()],
+            hours=self._spans(HOUR),
+            days=self._spans(DAY),
+            changes=changes,
+            log=rollups.entry(summary),
         )
-        for statement, rows in statements:
-            if rows:
-                self._cursor.execute(statement, (orjson.dumps(rows).decode(),))
-        if taken or minutes_taken:
-            self._take(taken, minutes_taken)
-        rollups.record(self._cursor, summary, changes)
+        derived.store(self._cursor, what)
+        if self._logged + changes >= rollups.FOLD_AT:
+            rollups.fold(self._cursor)
 
     def _report(self) -> None:
         """Report to the recount what this transaction is going to commit."""
@@ -286,23 +286,13 @@ class Transaction:
         self._tally.note(*drawn, [*created, *changed], taken)
 
     def _spans(self, length: int) -> list[tuple[str, str, str]]:
-        """Return for each hour or day in which runs were created the first and the last of their start times."""
+        """Return for each hour or day in which runs were created bounds of their start times, in whole minutes."""
         spans: dict[str, tuple[str, str]] = {}
         for row in self._created:
             key, start_time = str(row[CREATED_AT])[:length], str(row[START_TIME])
             first, last = spans.get(key, (start_time, start_time))
             spans[key] = (min(first, start_time), max(last, start_time))
-        return [(key, *span) for key, span in spans.items()]
-
-    def _take(self, totals: list[tuple[str, str, str, int]], minutes: list[tuple[str, int]]) -> None:
-        """Lower totals; where nothing is left of one, a minute, an hour or a day, its row is deleted."""
-        write = self._cursor.executemany
-        write(_TAKE_FROM_TOTAL, [(runs, *key) for *key, runs in totals])
-        write(_DROP_TOTAL, [total[:3] for total in totals])
-        write(_TAKE_FROM_MINUTE, [(runs, minute) for minute, runs in minutes])
-        write(_DROP_MINUTE, [minute[:1] for minute in minutes])
-        write(_DROP_HOUR, [{"hour": hour} for hour in {minute[:HOUR] for minute, _ in minutes}])
-        write(_DROP_DAY, [{"day": day} for day in {minute[:DAY] for minute, _ in minutes}])
+        return [(key, _begin(first), _end(last)) for key, (first, last) in spans.items()]
 
     def _create(self, batches: list[tuple[Row, ...]]) -> list[Created]:
         given = [*chain.from_iterable(batches)]
@@ -367,43 +357,12 @@ class Transaction:
         created_at = row[CREATED_AT] or self._now
         return (*row[:CREATED_AT], created_at, *row[CREATED_AT + 1 : width], self._now, digest(row))
 
-    def _update(self, command: UpdateRun) -> Updated | TooManyLabels | None:
-        found = self._cursor.execute(_FIND_RUN, (command.event_id,)).fetchone()
-        if found is None:
-            return None
-        run, run_id, *facts = found
-        changes = {**command.changes, "updated_at": self._now}
-        if "labels" in changes:
-            stored = self._cursor.execute("SELECT labels FROM agent_runs WHERE id = ?", (run,)).fetchone()[0]
-            changes["labels"] = merge_labels(stored, str(changes["labels"]))
-            if (many := count_labels(changes["labels"])) > MAX_LABELS:
-                return TooManyLabels(many)
-        assignments = ", ".join(f"{name} = ?" for name in changes)
-        if "status" in changes:
-            assignments += self._take_certificate_back(run, changes)
-        self._cursor.execute(
-            f"UPDATE agent_runs SET {assignments} WHERE id = ?",
-            (*changes.values(), run),
-        )
-        self._sequence.changed(run)
-        self._note(facts, [changes.get(name, value) for name, value in zip(FACTS, facts, strict=True)])
-        return Updated(run_id)
-
-    def _take_certificate_back(self, run: int, changes: Mapping[str, SqlValue]) -> str:
-        """Forget the process of a run that speaks for itself; return assignments that clear what its certificate says.
-
-        Only what the certificate itself wrote is cleared, and only where the change sets nothing.
-        """
-        found = self._cursor.execute(_FIND_CERTIFICATE, (run,)).fetchone()
-        if found is None or (found[0] is None and changes["status"] == Status.RUNNING):
-            return ""
-        self._cursor.execute(_FORGET_PROCESS, (run,))
-        written = zip(("error_summary", "error_details"), found[1:], strict=True)
-        said = {name: text for name, text in written if text is not None and name not in changes}
-        if not said:
-            return ""
-        columns = self._cursor.execute(f"SELECT {', '.join(said)} FROM agent_runs WHERE id = ?", (run,)).fetchone()
-        return "".join(f", {name} = NULL" for name, now in zip(said, columns, strict=True) if now == said[name])
+    def _update(self, commands: Iterable[UpdateRun]) -> Iterator[Updated | TooManyLabels | None]:
+        for outcome, change in updates.update(self._cursor, commands, self._now):
+            if change is not None:
+                self._sequence.changed(change.run)
+                self._note(change.old, change.new)
+            yield outcome
 
     def _note(self, old: Sequence[SqlValue], new: Sequence[SqlValue]) -> None:
         if new != old:
@@ -441,7 +400,7 @@ class Transaction:
         failed = []
         for run, event_id, *facts in found:
             if command.death is None or facts[_STATUS] != Status.RUNNING:
-                self._cursor.execute(_FORGET_PROCESS, (run,))
+                self._cursor.execute(FORGET_PROCESS, (run,))
                 continue
             values = {"run": run, "now": self._now, **asdict(command.death)}
             self._note(facts, [*self._cursor.execute(_FAIL, values).fetchall()[0]])
@@ -470,7 +429,7 @@ class Transaction:
 
     def _reap(self, command: ReapRuns) -> Reaped:
         reaped, is_more = thinning.reap(self._cursor, self._sequence, command, self._now)
-        self._cursor.executemany(_FORGET_PROCESS, [row[:1] for row in reaped])
+        self._cursor.executemany(FORGET_PROCESS, [row[:1] for row in reaped])
         for _, *facts in reaped:
             self._note([*facts[:_STATUS], str(Status.RUNNING), *facts[_STATUS + 1 :]], facts)
         return Reaped(len(reaped), is_more)

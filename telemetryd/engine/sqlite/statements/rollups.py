@@ -45,10 +45,8 @@ CellKey = tuple[int, int, int, str, str, str]
 _Rows = dict[_Place, Cell]
 """The rows of one span and one level."""
 
-_APPEND: Final = """
-    INSERT INTO run_stats_log (total, changes)
-    VALUES (coalesce((SELECT total FROM run_stats_log ORDER BY id DESC LIMIT 1), 0) + ?, ?) RETURNING total
-"""
+LOGGED: Final = "coalesce((SELECT total FROM run_stats_log ORDER BY id DESC LIMIT 1), 0)"
+"""How many changes wait in the log."""
 _LOG: Final = "'[' || group_concat(changes) || ']' FROM run_stats_log"
 _KEY: Final = ("hours", "names", "start", "agent_name", "job_type", "status")
 _CELL: Final = (*SUMS, "bins")
@@ -101,12 +99,10 @@ def summarize(summary: Summary, runs: Iterable[Facts], sign: int = 1) -> None:
             bins[number] = bins.get(number, 0) + sign
 
 
-def record(cursor: sqlite3.Cursor, summary: Summary, changes: int) -> None:
-    """Store what a group of commands changed, and add everything up if that is due."""
+def entry(summary: Summary) -> str:
+    """Return what the log keeps of a group of commands: an array without brackets, so that many become one."""
     entries = [[*key, _storable(sums), [*bins.items()]] for key, (sums, bins) in summary.items()]
-    text = orjson.dumps(entries).decode()[1:-1]  # without brackets, so that many texts are joined to one array
-    if cursor.execute(_APPEND, (changes, text)).fetchall()[0][0] >= FOLD_AT:
-        fold(cursor)
+    return orjson.dumps(entries).decode()[1:-1]
 
 
 def _storable(sums: list[int]) -> Sequence[int | str]:

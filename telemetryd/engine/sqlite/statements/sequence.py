@@ -16,7 +16,8 @@ REMEMBERED: Final = 1_000_000
 
 _FORGOTTEN_AT_ONCE: Final = 5_000
 
-_STAND: Final = f"SELECT {NEWEST}, (SELECT coalesce(max(id), 0) FROM agent_runs)"
+STAND: Final = f"{NEWEST}, (SELECT coalesce(max(id), 0) FROM agent_runs)"
+"""SQL for what a `Sequence` begins with."""
 _CHANGED: Final = """
     INSERT INTO run_changes (run, seq) SELECT value, :last + 1 + key FROM json_each(:runs) WHERE true
     ON CONFLICT (run) DO UPDATE SET seq = excluded.seq
@@ -52,15 +53,27 @@ def forget_deletions(cursor: sqlite3.Cursor, last: int) -> None:
 
 
 class Sequence:
-    """The numbers that one open transaction draws; those of changed runs are written down in `finish`."""
+    """The numbers that one open transaction draws; those of changed runs are written down in `finish`.
 
-    def __init__(self, cursor: sqlite3.Cursor) -> None:
+    Args:
+        cursor: is in that transaction.
+        last: the last number that was drawn.
+        highest_id: the highest id of a run.
+
+    """
+
+    def __init__(self, cursor: sqlite3.Cursor, last: int, highest_id: int) -> None:
         self._cursor = cursor
-        self.last: int
+        self.last = last
         """The last number that was drawn."""
-        self.last, self._highest_id = cursor.execute(_STAND).fetchone()
+        self._highest_id = highest_id
         self._changed: dict[int, None] = {}
         self._last_event: int | None = None
+
+    @classmethod
+    def read(cls, cursor: sqlite3.Cursor) -> Sequence:
+        """Return the sequence as the cursor's transaction finds it."""
+        return cls(cursor, *cursor.execute(f"SELECT {STAND}").fetchone())
 
     @property
     def last_event(self) -> int:

@@ -167,7 +167,7 @@ def find_unstorable(connection: sqlite3.Connection) -> Iterator[Unstorable]:
 def replace_unstorable(connection: sqlite3.Connection) -> int:
     """Do with such values what a migration does with them today; return how many there were."""
     all_of_them = list(find_unstorable(connection))
-    changes = sequence.Sequence(connection.cursor())
+    changes = sequence.Sequence.read(connection.cursor())
     for found in all_of_them:
         connection.execute(f"UPDATE {found.table} SET {found.field} = ? WHERE id = ?", (found.value, found.number))
         if found.table == "agent_runs":
@@ -190,7 +190,7 @@ def find_credentials(connection: sqlite3.Connection) -> dict[str, str | None]:
 def drop_credentials(connection: sqlite3.Connection) -> int:
     """Leave out of the addresses what is not stored today, and overwrite its space; return how many runs changed."""
     connection.execute("PRAGMA secure_delete = ON")
-    changes = sequence.Sequence(connection.cursor())
+    changes = sequence.Sequence.read(connection.cursor())
     changed = 0
     for address, rest in find_credentials(connection).items():
         for (number,) in connection.execute(_KEEP_OF_ADDRESS, (rest, address)).fetchall():
