@@ -19,6 +19,7 @@ from pathlib import Path
 
 import click
 
+from telemetryd.engine import stats_log
 from telemetryd.engine.sqlite.connection import connect
 from telemetryd.engine.sqlite.statements import derived, rollups
 from telemetryd.engine.sqlite.statements.commands import Transaction
@@ -80,13 +81,13 @@ def _database(path: Path) -> sqlite3.Connection:
     return connection
 
 
-def _record(connection: sqlite3.Connection, summary: rollups.Summary, changes: int) -> None:
+def _record(connection: sqlite3.Connection, summary: stats_log.Summary, changes: int) -> None:
     """Store what a group of runs adds to the statistics alone, as the writer does."""
     cursor = connection.cursor()
     logged, is_prepared = cursor.execute(f"SELECT {rollups.LOGGED}, {derived.IS_PREPARED}").fetchone()
     if not is_prepared:
         derived.prepare(cursor)
-    derived.store(cursor, derived.Derived((), (), (), (), changes, rollups.entry(summary)))
+    derived.store(cursor, derived.Derived((), (), (), (), changes, stats_log.to_log(summary)))
     if logged + changes >= rollups.FOLD_AT:
         rollups.fold(cursor)
 
@@ -106,8 +107,8 @@ def _ingest(folder: Path, rows: list[Row], size: int) -> tuple[float, float]:
                     transaction.apply([CreateRuns((row,)) for row in rows[start : start + size]])
                     transaction.finish()
                 else:
-                    summary: rollups.Summary = {}
-                    rollups.summarize(summary, facts[start : start + size])
+                    summary: stats_log.Summary = {}
+                    stats_log.summarize(summary, facts[start : start + size])
                     _record(connection, summary, size)
                 connection.execute("COMMIT")
                 used[place] += time.thread_time() - begun
@@ -131,8 +132,8 @@ def main(stored: int, counted: int, days: int) -> None:
         with closing(_database(folder / "counted")) as connection:
             begun = time.thread_time()
             for _, facts in groupby(_facts(counted, days), key=lambda facts: facts[0][:_DATE]):
-                summary: rollups.Summary = {}
-                rollups.summarize(summary, facts)
+                summary: stats_log.Summary = {}
+                stats_log.summarize(summary, facts)
                 connection.execute("BEGIN IMMEDIATE")
                 _record(connection, summary, rollups.FOLD_AT)
                 connection.execute("COMMIT")

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import orjson
 
-from telemetryd.engine.sqlite.statements.columns import DAY, HOUR
+from telemetryd.engine.columns import DAY, HOUR
 from telemetryd.engine.sqlite.statements.rollups import LOGGED
 
 _KEYS: Final = {"run_totals": ("agent_name", "job_type", "status"), "run_minutes": ("minute",)}
