@@ -251,7 +251,7 @@ class Settings(BaseModel):
         text = self.api_auth_token.get_secret_value().strip() if self.api_auth_token else None
         name, file = "TELEMETRY_API_AUTH_TOKEN", ""
         if self.api_auth_token_file is not None:
-            name, file = "TELEMETRY_API_AUTH_TOKEN_FILE", f" in {self.api_auth_token_file}"
+            name, file = "TELEMETRY_API_AUTH_TOKEN_FILE", f"{self.api_auth_token_file}: "
             try:
                 text = read_token(self.api_auth_token_file)
             except ValueError as error:
@@ -259,7 +259,7 @@ class Settings(BaseModel):
         if text is None:
             return None
         if len(text) < 8:
-            raise ValueError(f"{name}: must hold at least 8 characters{file}; make one with: openssl rand -hex 32")
+            raise ValueError(f"{name}: {file}must have at least 8 characters; make one with: openssl rand -hex 32")
         if not text.isprintable():
             raise ValueError(f"{name}: must be printable text of one line")
         return text.encode()
