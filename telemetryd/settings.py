@@ -141,9 +141,11 @@ class Settings(BaseModel):
         "database (its real path and .sock), for the daemon's own user and root only; none: no socket.",
     )
     api_workers: Annotated[int, AfterValidator(_one)] = Field(1, description="Must be 1.")
-    api_auth_enabled: bool = Field(False, description="Ask for a token everywhere except on /health.")
-    api_auth_token: SecretStr | None = Field(None, description="The token; better in a file.")
-    api_auth_token_file: FilePath | None = Field(None, description="File that holds the token.")
+    api_auth_enabled: bool = Field(
+        False, description="Ask for a token everywhere but on /health and for the files of the page."
+    )
+    api_auth_token: SecretStr | None = Field(None, description="A token with the scope admin; better in a file.")
+    api_auth_token_file: FilePath | None = Field(None, description="File that holds that token.")
     tokens_file: FilePath | None = Field(
         None,
         description="File of the tokens that `telemetryd tokens` makes; none: next to the database (its real path and "

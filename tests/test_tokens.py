@@ -94,7 +94,10 @@ WRONG: dict[str, tuple[object, str]] = {
     "an unknown field": (ENTRY | {"revoked": True}, r"tokens\.0\.revoked: Extra"),
     "no limit at all": (ENTRY | {"limits": {"runs_per_minute": 0}}, r"tokens\.0\.limits\.runs_per_minute"),
     "a fraction": (ENTRY | {"limits": {"runs_per_minute": 1.5}}, r"tokens\.0\.limits\.runs_per_minute"),
-    "the same name twice": ({"version": 1, "tokens": [ENTRY, ENTRY | {"id": "1" * 8, "hash": "b" * 64}]}, "the name 'web'"),
+    "the same name twice": (
+        {"version": 1, "tokens": [ENTRY, ENTRY | {"id": "1" * 8, "hash": "b" * 64}]},
+        "the name 'web'",
+    ),
     "the same secret twice": ({"version": 1, "tokens": [ENTRY, ENTRY | {"id": "1" * 8, "name": "b"}]}, "same secret"),
 }
 
