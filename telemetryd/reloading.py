@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Final, Protocol, TypeVar
 
 from telemetryd.configuration import LoadedSettings
@@ -75,6 +76,21 @@ def collected(readings: Iterable[Callable[[], T]]) -> list[T]:
     return results
 
 
+def _prepare(part: Part, settings: Settings) -> Callable[[], None] | None:
+    """Have a part read its new state, unless that would wait for the other end of a pipe, and every reload with it.
+
+    Raises:
+        ConfigurationError: with every problem.
+
+    """
+    files = {name: getattr(settings, name) for name in part.follows}
+    pipes = [(name, file) for name, file in files.items() if isinstance(file, Path) and file.is_fifo()]
+    if pipes:
+        problems = [f"{variable(name)}: {file}: is a pipe, which a reload cannot read" for name, file in pipes]
+        raise ConfigurationError(problems)
+    return part.reloadable.prepare(settings)
+
+
 @dataclass(frozen=True, slots=True)
 class _Prepared:
     """A new state that is read and checked."""
@@ -136,7 +152,7 @@ class Reloading:
         kept = {name: value for name, value in self._settings if name not in followed}
         waiting = [variable(name) for name, value in kept.items() if getattr(loaded.settings, name) != value]
         settings = loaded.settings.model_copy(update=kept)
-        effects = collected([partial(part.reloadable.prepare, settings) for part in parts])
+        effects = collected([partial(_prepare, part, settings) for part in parts])
         changes = {part.name: effect for part, effect in zip(parts, effects, strict=True) if effect is not None}
         return _Prepared(settings, loaded.remarks, changes, waiting)
 

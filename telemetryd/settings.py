@@ -141,9 +141,11 @@ class Settings(BaseModel):
         "database (its real path and .sock), for the daemon's own user and root only; none: no socket.",
     )
     api_workers: Annotated[int, AfterValidator(_one)] = Field(1, description="Must be 1.")
-    api_auth_enabled: bool = Field(False, description="Ask for a token everywhere except on /health.")
-    api_auth_token: SecretStr | None = Field(None, description="The token; better in a file.")
-    api_auth_token_file: FilePath | None = Field(None, description="File that holds the token.")
+    api_auth_enabled: bool = Field(
+        False, description="Ask for a token everywhere but on /health and for the files of the page."
+    )
+    api_auth_token: SecretStr | None = Field(None, description="A token with the scope admin; better in a file.")
+    api_auth_token_file: FilePath | None = Field(None, description="File that holds that token.")
     tokens_file: FilePath | None = Field(
         None,
         description="File of the tokens that `telemetryd tokens` makes; none: next to the database (its real path and "
@@ -251,7 +253,7 @@ class Settings(BaseModel):
         text = self.api_auth_token.get_secret_value().strip() if self.api_auth_token else None
         name, file = "TELEMETRY_API_AUTH_TOKEN", ""
         if self.api_auth_token_file is not None:
-            name, file = "TELEMETRY_API_AUTH_TOKEN_FILE", f" in {self.api_auth_token_file}"
+            name, file = "TELEMETRY_API_AUTH_TOKEN_FILE", f"{self.api_auth_token_file}: "
             try:
                 text = read_token(self.api_auth_token_file)
             except ValueError as error:
@@ -259,7 +261,7 @@ class Settings(BaseModel):
         if text is None:
             return None
         if len(text) < 8:
-            raise ValueError(f"{name}: must hold at least 8 characters{file}; make one with: openssl rand -hex 32")
+            raise ValueError(f"{name}: {file}must have at least 8 characters; make one with: openssl rand -hex 32")
         if not text.isprintable():
             raise ValueError(f"{name}: must be printable text of one line")
         return text.encode()

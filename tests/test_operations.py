@@ -64,7 +64,12 @@ _ZSTDCAT = (
     f"#!{sys.executable}\nimport shutil, sys\nfrom telemetryd.engine.sqlite.tools.backup import zstd\n"
     "shutil.copyfileobj(zstd.open(sys.argv[1]), sys.stdout.buffer)\n"
 )
-_JOURNALCTL = '#!/bin/bash\n[ "$*" = "-u telemetryd -o cat" ] || exit 2\nexec cat "$ROOM/log"\n'
+# systemd's own lines are among those of the service.
+_JOURNALCTL = """#!/bin/bash
+[ "$*" = "-u telemetryd -o cat" ] || exit 2
+echo "Starting telemetryd.service - telemetryd, the single-writer telemetry daemon..."
+exec cat "$ROOM/log"
+"""
 _DOCKER = """#!/bin/bash
 [ "$1" = compose ] && shift || exit 2
 command=$1 && shift

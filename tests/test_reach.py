@@ -473,7 +473,7 @@ def test_tokens_and_certificates_that_cannot_be_used_are_one_sentence(tmp_path: 
         (line,) = fails("http://127.0.0.1:1", tmp_path, (*command, "--auth-token-file", str(tmp_path / "lines")))
         assert "one line" in line, line
     (line,) = fails("https://127.0.0.1:1", tmp_path, ("stats", "--ca", str(tmp_path / "lines")))
-    assert "ca_file holds no certificate that can be read" in line
+    assert "--ca holds no certificate in PEM: " in line
     assert "must be printable" in fails("http://127.0.0.1:1", tmp_path, ("tail",), TELEMETRY_API_AUTH_TOKEN="a\nb")[0]
 
 

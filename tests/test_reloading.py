@@ -12,6 +12,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,16 @@ async def test_what_only_a_restart_changes_stays_and_is_named(tmp_path: Path) ->
     assert len(fake.seen) == 2
 
 
+async def test_a_pipe_in_the_place_of_a_file_holds_up_no_reload(tmp_path: Path) -> None:
+    fake, other, it = Fake(), Fake("a: is wrong"), reloading(tmp_path)
+    os.mkfifo(pipe := tmp_path / "pipe")  # to open it would wait for ever
+    (tmp_path / ".env").write_text(f"TELEMETRY_ALERTS_FILE={pipe}\n")
+    (line,) = await reloaded(it, Part("fake", fake, ("alerts_file", "log_level")), Part("other", other, ()))
+    assert line["message"] == "Not reloaded, all stays as it was"
+    assert line["problems"] == [f"TELEMETRY_ALERTS_FILE: {pipe}: is a pipe, which a reload cannot read", "a: is wrong"]
+    assert fake.seen == []
+
+
 async def test_the_log_level_changes_at_once(tmp_path: Path) -> None:
     it = reloading(tmp_path)
     part = Part("log level", LogLevels(Settings()), ("log_level",))
@@ -181,10 +192,10 @@ def test_a_daemon_under_load_reloads_and_loses_nothing(start_daemon: StartDaemon
     assert names() == ["first"]
     senders = Load(daemon.url, threads=3)
     senders.wait_for(20)
-    for name in ("second", "third"):
+    for name in ("second", "third"):  # a signal that still waits would read what is written next
         rules.write_text(RULE.format(name))
         daemon.process.send_signal(signal.SIGHUP)
-    wait_until(lambda: names() == ["third"])
+        wait_until(partial(lambda name: names() == [name], name))
     rules.write_text(RULE.format("fourth") + "x = 1\n[[rules]]\n")
     daemon.process.send_signal(signal.SIGHUP)
     refused = daemon.wait_for_line("Not reloaded, all stays as it was")

@@ -315,13 +315,13 @@ def test_a_token_has_to_be_one_that_protects(tmp_path: Path) -> None:
     enabled = {"TELEMETRY_API_AUTH_ENABLED": "true"}
     file = tmp_path / "token"
     (problem,) = problems({**enabled, "TELEMETRY_API_AUTH_TOKEN": "short"})
-    assert problem.startswith("TELEMETRY_API_AUTH_TOKEN: must hold at least 8 characters")
+    assert problem.startswith("TELEMETRY_API_AUTH_TOKEN: must have at least 8 characters")
     assert "short" not in problem
     (problem,) = problems({**enabled, "TELEMETRY_API_AUTH_TOKEN_FILE": str(file)})
     assert problem.startswith("TELEMETRY_API_AUTH_TOKEN_FILE: cannot be read: ")
     file.write_text("\n short \n")
     (problem,) = problems({**enabled, "TELEMETRY_API_AUTH_TOKEN_FILE": str(file)})
-    assert problem.startswith("TELEMETRY_API_AUTH_TOKEN_FILE: must hold at least 8 characters")
+    assert problem.startswith(f"TELEMETRY_API_AUTH_TOKEN_FILE: {file}: must have at least 8 characters")
     file.write_bytes(b"\xff" * 20)
     (problem,) = problems({**enabled, "TELEMETRY_API_AUTH_TOKEN_FILE": str(file)})
     assert problem.startswith("TELEMETRY_API_AUTH_TOKEN_FILE: cannot be read: ")

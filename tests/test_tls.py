@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
 import logging
 import os
 import re
@@ -24,7 +25,9 @@ import trustme
 import uvloop
 from aiohttp import web
 
+from telemetryd.cli import reach
 from telemetryd.cli.reach import Where, local_url
+from telemetryd.client.address import disconnected, why
 from telemetryd.client.client import Client
 from telemetryd.client.config import Config
 from telemetryd.client.transport import Transport, UnreachableError, run_path
@@ -147,6 +150,12 @@ def test_files_that_cannot_be_used_are_named_with_their_variable(folder: Folder,
     ]
     make += ["extendedKeyUsage=clientAuth", "-keyout", "-", "-out", "-"]
     unfit.write_bytes(subprocess.run(make, check=True, capture_output=True).stdout)
+    (rsa := tmp_path / "rsa.pem").touch(0o600)
+    make = ["openssl", "genpkey", "-algorithm", "RSA", "-out", str(rsa)]
+    subprocess.run(make, check=True, capture_output=True)
+    os.mkfifo(pipe := tmp_path / "pipe", 0o600)  # to open it would wait for ever
+    half = tmp_path / "half.pem"
+    half.write_text(good.read_text()[good.read_text().index("-----BEGIN CERTIFICATE") :][:300])
     none, text, broken = tmp_path / "none", tmp_path / "text", tmp_path / "broken"
     cases: list[tuple[dict[str, Path], str]] = [
         ({"tls_cert": none}, f"TELEMETRY_TLS_CERT: {none}: cannot be read: No such file"),
@@ -156,6 +165,11 @@ def test_files_that_cannot_be_used_are_named_with_their_variable(folder: Folder,
         ({"tls_cert": folder.ca}, "TELEMETRY_TLS_CERT: .* holds no private key, and TELEMETRY_TLS_KEY names no file"),
         ({"tls_cert": good, "tls_key": folder.ca}, f"TELEMETRY_TLS_KEY: {folder.ca}: holds no private key in PEM"),
         ({"tls_cert": good, "tls_key": other}, f"TELEMETRY_TLS_KEY: {other}: the private key does not fit .*{good}"),
+        ({"tls_cert": good, "tls_key": rsa}, f"TELEMETRY_TLS_KEY: {rsa}: the private key does not fit .*{good}"),
+        ({"tls_cert": half, "tls_key": good}, f"TELEMETRY_TLS_CERT: {half}: cannot be used: .* cut off or damaged"),
+        ({"tls_cert": pipe}, f"TELEMETRY_TLS_CERT: {pipe}: is no regular file"),
+        ({"tls_cert": good, "tls_key": pipe}, f"TELEMETRY_TLS_KEY: {pipe}: is no regular file"),
+        ({"tls_cert": good, "tls_client_ca": pipe}, f"TELEMETRY_TLS_CLIENT_CA: {pipe}: is no regular file"),
         ({"tls_cert": good, "tls_key": locked}, f"TELEMETRY_TLS_KEY: {locked}: the private key is encrypted"),
         ({"tls_cert": open_key}, f"TELEMETRY_TLS_CERT: {open_key}: .* others can use: chmod 600"),
         (
@@ -305,8 +319,8 @@ def test_nothing_is_lost_while_a_certificate_is_not_accepted(
     with Client(mutual.url, ca_file=folder.other_ca, client_cert=mine, buffer_dir=tmp_path) as client:
         client.record(sent)
         wait_until(lambda: any("its certificate is not accepted: self-signed" in line for line in caplog.messages))
-    reach = ("--url", mutual.url, "--ca", folder.ca, "--client-cert", mine)
-    telemetryd("sync", "--buffer-dir", tmp_path, *reach, cwd=tmp_path)
+    daemon = ("--url", mutual.url, "--ca", folder.ca, "--client-cert", mine)
+    telemetryd("sync", "--buffer-dir", tmp_path, *daemon, cwd=tmp_path)
     with contextlib.closing(Transport(folder.config(mutual.url, client_cert=mine))) as transport:
         assert transport.request("GET", run_path(sent["event_id"])).status == 200
 
@@ -404,29 +418,58 @@ def test_a_client_with_a_certificate_is_served_like_one_on_this_machine(
 
 def test_commands_show_a_certificate_and_say_what_is_wrong_with_it(folder: Folder, mutual: Daemon) -> None:
     mine = folder.cert("agent.pem", "agent@example.org")
-    reach = ("--url", mutual.url, "--ca", folder.ca)
+    daemon = ("--url", mutual.url, "--ca", folder.ca)
     commands = (("stats",), ("tail",), ("export", "-"), ("demo", "--no-live", "--runs", "2"))
     for command in commands:
-        refused = telemetryd(*command, *reach, cwd=folder.path, status=1).stderr.splitlines()[-1]
+        refused = telemetryd(*command, *daemon, cwd=folder.path, status=1).stderr.splitlines()[-1]
         assert "it asks for a client certificate: name its file with --client-cert" in refused, refused
         assert "trying again" not in refused
     for command in commands[::-1]:
-        telemetryd(*command, *reach, "--client-cert", mine, cwd=folder.path)
+        telemetryd(*command, *daemon, "--client-cert", mine, cwd=folder.path)
     key = folder.path / "agent.key"
     key.write_text(mine.read_text().partition("-----BEGIN CERTIFICATE")[0])
     bare = folder.path / "agent.crt"
     bare.write_text("-----BEGIN CERTIFICATE" + mine.read_text().partition("-----BEGIN CERTIFICATE")[2])
     telemetryd(
         "stats",
-        *reach,
+        *daemon,
         cwd=folder.path,
         TELEMETRY_API_CLIENT_CERT=str(bare),
         TELEMETRY_API_CLIENT_KEY=str(key),
     )
-    telemetryd("stats", *reach, "--client-cert", bare, "--client-key", key, cwd=folder.path)
+    telemetryd("stats", *daemon, "--client-cert", bare, "--client-key", key, cwd=folder.path)
     telemetryd("stats", cwd=folder.path, TELEMETRY_DB_PATH=str(mutual.database))  # by the Unix socket
-    wrong = telemetryd("stats", *reach, "--client-cert", bare, cwd=folder.path, status=2).stderr
-    assert "client_cert cannot be used with the private key in it" in wrong
+    wrong = telemetryd("stats", *daemon, "--client-cert", bare, cwd=folder.path, status=2).stderr
+    assert f"--client-cert cannot be used: {bare} holds no certificate with its private key" in wrong
+    assert "--client-key" in wrong
+    none = folder.path / "none.pem"
+    for flags, said in {
+        ("--ca", none): f"--ca cannot be read: {none}: No such file or directory",
+        ("--ca", key): f"--ca holds no certificate in PEM: {key}",
+        ("--client-cert", none): f"--client-cert cannot be used: {none}: No such file or directory",
+        (
+            "--client-cert",
+            bare,
+            "--client-key",
+            none,
+        ): f"--client-cert cannot be used: {none}: No such file or directory",
+        ("--client-cert", bare, "--client-key", bare): f"--client-cert cannot be used: {bare} holds no private key",
+        ("--client-key", key): "client_cert must be set when --client-key (TELEMETRY_API_CLIENT_KEY) is",
+    }.items():
+        wrong = telemetryd("stats", "--url", mutual.url, *flags, cwd=folder.path, status=2).stderr
+        assert wrong.startswith(f"telemetryd: {said}"), wrong
+        assert "Posix" not in wrong
+
+
+def test_a_connection_without_an_answer_is_explained_by_its_address(folder: Folder, mutual: Daemon) -> None:
+    plain = mutual.url.replace("https", "http")
+    said = telemetryd("export", "-", "--url", plain, "--retry-for", "0", cwd=folder.path, status=1).stderr
+    assert "it closed the connection without an answer; is https:// meant?" in said, said
+    lost = http.client.RemoteDisconnected("no answer")
+    assert why(lost, plain).endswith("is https:// meant?")
+    for url in (mutual.url, "unix:///run/telemetryd.sock"):
+        assert why(lost, url) == reach.reason(aiohttp.ServerDisconnectedError(), url) == disconnected(url)
+        assert disconnected(url) == "it closed the connection without an answer"
 
 
 def test_a_daemon_with_a_certificate_is_looked_for_by_https(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -443,13 +486,15 @@ def test_wrong_certificates_of_a_client_are_named(folder: Folder, monkeypatch: p
     good, other = folder.cert("agent.pem", "a@example.org"), folder.cert("b.pem", "b@example.org")
     monkeypatch.setenv("TELEMETRY_API_CLIENT_CERT", str(good))
     monkeypatch.setenv("TELEMETRY_API_CLIENT_KEY", str(other))
-    with pytest.raises(ValueError, match=f"TELEMETRY_API_CLIENT_CERT: cannot be used with .* in {other}: KEY_VALUES"):
+    with pytest.raises(
+        ValueError, match=f"TELEMETRY_API_CLIENT_CERT: cannot be used: the private key in {other} does not"
+    ):
         Config.load()
     config, faults = Config.tolerant()
     assert (config.send, config.client_cert, config.client_key, len(faults)) == (False, None, None, 1)
     assert Config.load(client_cert=good).client_key is None  # the key in the environment is that of another one
     monkeypatch.delenv("TELEMETRY_API_CLIENT_CERT")
-    with pytest.raises(ValueError, match="must be set when client_key"):
+    with pytest.raises(ValueError, match="TELEMETRY_API_CLIENT_CERT: must be set when --client-key"):
         Config.load()
 
 

@@ -94,7 +94,10 @@ WRONG: dict[str, tuple[object, str]] = {
     "an unknown field": (ENTRY | {"revoked": True}, r"tokens\.0\.revoked: Extra"),
     "no limit at all": (ENTRY | {"limits": {"runs_per_minute": 0}}, r"tokens\.0\.limits\.runs_per_minute"),
     "a fraction": (ENTRY | {"limits": {"runs_per_minute": 1.5}}, r"tokens\.0\.limits\.runs_per_minute"),
-    "the same name twice": ({"version": 1, "tokens": [ENTRY, ENTRY | {"id": "1" * 8, "hash": "b" * 64}]}, "'web' st"),
+    "the same name twice": (
+        {"version": 1, "tokens": [ENTRY, ENTRY | {"id": "1" * 8, "hash": "b" * 64}]},
+        "the name 'web'",
+    ),
     "the same secret twice": ({"version": 1, "tokens": [ENTRY, ENTRY | {"id": "1" * 8, "name": "b"}]}, "same secret"),
 }
 
@@ -245,6 +248,7 @@ def test_create_list_and_revoke(tmp_path: Path) -> None:
     assert [each["name"] for each in revoked] == ["b"]
     assert run(tmp_path, "revoke", "web").stdout == ""
     assert json.loads(run(tmp_path, "list", "--json").stdout) == []
+    assert f"there are no tokens in {tmp_path / 'db.sqlite.tokens'}" in run(tmp_path, "list").stderr
     made = json.loads(run(tmp_path, "create", "--name", "c", "--scope", "read", "--json").stdout)
     assert (made["name"], made["secret"][:4]) == ("c", "tmd_")
     assert "there is no token 'web'" in run(tmp_path, "revoke", "web", status=1).stderr
@@ -291,7 +295,7 @@ def shown(metrics: Metrics, name: str, **labels: str) -> float | None:
 
 
 def test_authentication_needs_a_token_of_either_kind(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"TELEMETRY_API_AUTH_TOKEN: must be set .* telemetryd tokens create"):
+    with pytest.raises(ConfigurationError, match=r"TELEMETRY_API_AUTH_ENABLED: is true, .* telemetryd tokens create"):
         Tokens(*known(tmp_path))
     assert Tokens(*known(tmp_path, api_auth_token=SINGLE)).find(SINGLE.encode()) is not None
     secret = add(tmp_path / "db.tokens")

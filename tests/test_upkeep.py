@@ -23,7 +23,7 @@ from backports import zstd
 from click.testing import CliRunner
 
 from telemetryd.cli import main, target
-from telemetryd.cli.reach import RefusedError, Where, session
+from telemetryd.cli.reach import RefusedError, Request, Where, session
 from telemetryd.client.config import Config
 from telemetryd.engine.sqlite.connection import connect
 from telemetryd.engine.sqlite.statements import thinning
@@ -672,7 +672,9 @@ async def test_a_run_from_the_future_is_archived_like_any_other(
     await api.batch(created[2:])
     await api.call("POST", f"/api/v1/runs/{created[0]['event_id']}/events", json={"event_type": "step"}, status=201)
     upkeep = import_module("telemetryd.cli.upkeep")
-    there = target.Remote(api.client.request) if is_remote else target.Local(api.store)
+    url = str(api.client.make_url("")).rstrip("/")
+    request = Request(url, url, api.client.session)
+    there = target.Remote(request) if is_remote else target.Local(api.store)
     chosen = {"created_before": ago(days=90)}
     count = await there.prune({**chosen, "dry_run": True})
     pages = upkeep._chosen_pages(there, chosen, count["ahead"])

@@ -16,7 +16,7 @@ import click
 import orjson
 
 from telemetryd.cli.options import EXIT_USAGE, F, settings_flags
-from telemetryd.client.address import Address, tls_context, unix_url, why
+from telemetryd.client.address import Address, disconnected, tls_context, unix_url, why
 from telemetryd.client.answers import seconds_of
 from telemetryd.client.config import Config, read_token
 from telemetryd.client.paths import expanded
@@ -93,6 +93,10 @@ def selection_flags(since: str) -> Callable[[F], F]:
     return lambda function: functools.reduce(lambda made, flag: flag(made), reversed(flags), function)
 
 
+_FILE_FLAGS: Final = {"ca_file": "--ca", "client_cert": "--client-cert", "client_key": "--client-key"}
+"""The client's settings that name files for TLS, and their flags."""
+
+
 @dataclass(frozen=True, slots=True)
 class Where:
     """What a command line says about the daemon to be reached."""
@@ -140,12 +144,14 @@ class Where:
         """
         try:
             given["token"] = self.token(token)
-            for name in ("ca_file", "client_cert", "client_key"):
+            for name in _FILE_FLAGS:
                 file = getattr(self, name)
                 given[name] = None if file is None else expanded(file).absolute()
             return Config.load(url=url or self.address() or _url_here(), **given)
         except ValueError as error:
-            raise ConfigurationError([str(error)]) from error
+            name, _, fault = str(error).partition(" ")
+            is_of_flag = name in _FILE_FLAGS and getattr(self, name) is not None
+            raise ConfigurationError([f"{_FILE_FLAGS[name]} {fault}" if is_of_flag else str(error)]) from error
 
     def token(self, otherwise: str | None = None) -> str | None:
         """Return the token of --auth-token-file, else another one; None leaves it to the environment.
@@ -282,8 +288,23 @@ def client_config(where: Where, **given: Any) -> Config:
 
 # --- Requests ------------------------------------------------------------------------------------
 
-Request = Callable[..., AbstractAsyncContextManager["aiohttp.ClientResponse"]]
-"""Sends a request: method, path, and what aiohttp takes besides."""
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Sends requests to one daemon."""
+
+    url: str
+    """Where it is, as the client's settings say."""
+    base: str
+    """What each path is appended to."""
+    opened: aiohttp.ClientSession
+
+    def __call__(self, method: str, path: str, **more: Any) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
+        """Send a request; more is what aiohttp takes besides."""
+        from yarl import URL  # noqa: PLC0415 - aiohttp has loaded it
+
+        url = URL(self.base + path, encoded=True)  # as it is: a run may be called .. or .
+        return self.opened.request(method, url, allow_redirects=False, **more)
 
 
 @asynccontextmanager
@@ -310,13 +331,8 @@ async def session(config: Config, patience: aiohttp.ClientTimeout | None = None)
     options = {} if patience is None else {"timeout": patience}
 
     base = str(URL(address.base)).rstrip("/")
-
-    def send(method: str, path: str, **more: Any) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
-        url = URL(base + path, encoded=True)  # as it is: a run may be called .. or .
-        return opened.request(method, url, allow_redirects=False, **more)
-
     async with aiohttp.ClientSession(connector=connector, headers=headers, **options) as opened:  # type: ignore[arg-type]
-        yield send
+        yield Request(config.url, base, opened)
 
 
 def refuse_missing_socket(config: Config) -> None:
@@ -341,7 +357,7 @@ def refuse_missing_socket(config: Config) -> None:
         raise RefusedError(f"{path} is no Unix socket")
 
 
-def reason(error: BaseException) -> str:
+def reason(error: BaseException, url: str) -> str:
     """Return why a daemon was not reached; where a connection was refused, the address and the system's words."""
     import aiohttp  # noqa: PLC0415
     from aiohttp.client_exceptions import UnixClientConnectorError  # noqa: PLC0415
@@ -354,7 +370,9 @@ def reason(error: BaseException) -> str:
         return f"{error.host}:{error.port}: {why(error.os_error)}"
     if isinstance(error, aiohttp.ClientResponseError):
         return f"what answered does not speak HTTP properly: {error.message or type(error).__name__}"
-    return why(_alert(error) or error)
+    if (alert := _alert(error)) is not None:
+        return why(alert)
+    return disconnected(url) if isinstance(error, aiohttp.ServerDisconnectedError) else why(error)
 
 
 def _alert(error: BaseException) -> ssl.SSLError | None:

@@ -72,7 +72,7 @@ class Daemon:
                 began = time.monotonic()
                 text = await response.read()
         except (aiohttp.ClientError, OSError) as error:
-            raise UnavailableError(f"Cannot reach the daemon: {reason(error)}") from error
+            raise UnavailableError(f"Cannot reach the daemon: {reason(error, self._request.url)}") from error
         _check(response, text)
         return response, text, time.monotonic() - began
 
@@ -115,7 +115,7 @@ class Daemon:
                 async for message in read_messages(response.content.iter_any()):
                     yield message
         except (aiohttp.ClientError, OSError) as error:
-            raise UnavailableError(f"Cannot reach the daemon: {reason(error)}") from error
+            raise UnavailableError(f"Cannot reach the daemon: {reason(error, self._request.url)}") from error
 
 
 async def read_messages(chunks: AsyncIterator[bytes], longest_bytes: int = _LONGEST_MESSAGE) -> AsyncIterator[Message]:

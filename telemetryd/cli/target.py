@@ -275,7 +275,7 @@ class Remote:
                     if response.status not in (429, 503) or time.monotonic() + pause > until:
                         raise RefusedError(problem, response.status)
             except (aiohttp.ClientError, OSError) as error:
-                problem, pause = f"Cannot reach the daemon: {reason(error)}", 1.0
+                problem, pause = f"Cannot reach the daemon: {reason(error, self._request.url)}", 1.0
                 if is_hopeless(error) or time.monotonic() + pause > until:
                     raise UnavailableError(problem) from error
             click.echo(f"{problem}; trying again in {pause:g} s", err=True)

@@ -130,9 +130,12 @@ def create(
 @json_flag
 @_flags
 def list_(*, as_json: bool, **flags: Any) -> None:
+    path = _settings(flags).tokens_path
     with failing():
-        known = token_file.read(_settings(flags).tokens_path)
+        known = token_file.read(path)
     now = utc_now()
+    if not known:
+        _say(f"there are no tokens in {path.absolute()}")
     if as_json:
         print_json([{**token.to_json(), "expired": token.has_expired(now)} for token in known])
         return

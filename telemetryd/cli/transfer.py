@@ -215,7 +215,7 @@ async def _answer(config: Config, asked: dict[str, str], retry_s: float) -> Asyn
             try:
                 response = await request("GET", _PATH, params=asked).__aenter__()
             except (aiohttp.ClientError, OSError) as error:
-                problem = f"{config.url}: {reason(error)}"
+                problem = f"{config.url}: {reason(error, config.url)}"
                 if is_hopeless(error):
                     raise UnavailableError(problem) from error
             else:

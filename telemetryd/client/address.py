@@ -91,6 +91,65 @@ def _refuse_to_ask() -> NoReturn:
     raise OSError("the private key is encrypted, and nobody is asked for a password")
 
 
+UNFIT_KEY: Final = ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED")
+"""What OpenSSL says of a private key that is not the certificate's; the last, where they are of different kinds."""
+
+
+def fault_of_authorities(file: Path | None) -> str | None:
+    """Return what is wrong with a file of authorities, None if nothing is."""
+    if file is None:
+        return None
+    try:
+        tls_context(file)
+    except OSError as error:
+        return _unreadable(file) or f"holds no certificate in PEM: {file} ({_words_of(error)})"
+    return None
+
+
+def fault_of_pair(cert: Path | None, key: Path | None) -> str | None:
+    """Return what is wrong with a client's certificate and its key, which are right only together."""
+    if cert is None:
+        return None if key is None else "must be set when --client-key (TELEMETRY_API_CLIENT_KEY) is"
+    try:
+        tls_context(None, cert, key)
+    except OSError as error:
+        for file in (cert, key):
+            if file is not None and (fault := _unreadable(file)) is not None:
+                return fault.replace("cannot be read", "cannot be used")
+        return f"cannot be used: {_why_unfit(error, cert, key)}"
+    return None
+
+
+def _why_unfit(error: OSError, cert: Path, key: Path | None) -> str:
+    import ssl  # noqa: PLC0415 - the caller has loaded it
+
+    if not isinstance(error, ssl.SSLError):
+        return str(error)
+    if error.reason in UNFIT_KEY:
+        return f"the private key in {cert if key is None else key} does not fit {cert}"
+    if error.reason is not None:
+        return f"{cert}: {_words_of(error)}"
+    if key is None:
+        return (
+            f"{cert} holds no certificate with its private key; "
+            "name the file of the key with --client-key (TELEMETRY_API_CLIENT_KEY)"
+        )
+    return f"{key} holds no private key, or {cert} no certificate, in PEM"
+
+
+def _unreadable(file: Path) -> str | None:
+    """Return that a file cannot be read, and why; OpenSSL does not say which one it is."""
+    try:
+        file.open("rb").close()
+    except OSError as error:
+        return f"cannot be read: {file}: {error.strerror}"
+    return None
+
+
+def _words_of(error: OSError) -> str:
+    return (getattr(error, "reason", None) or error.strerror or str(error)).replace("_", " ").lower()
+
+
 _OWN_AUTHORITY: Final = (
     "if it comes from an authority of your own, name the file of its certificate with --ca (TELEMETRY_API_CA_FILE)"
 )
@@ -124,8 +183,20 @@ def _why_no_tls(reason: str) -> str:
     return f"no TLS connection: {words}; is http:// meant?"
 
 
-def why(error: BaseException) -> str:
-    """Return in words why a daemon was not reached."""
+def disconnected(url: str) -> str:
+    """Return in words that there was no answer; a port that speaks TLS has none for plain HTTP."""
+    hint = "; is https:// meant?" if url.startswith("http://") else ""
+    return f"it closed the connection without an answer{hint}"
+
+
+def why(error: BaseException, url: str = "") -> str:
+    """Return in words why a daemon was not reached.
+
+    Args:
+        error: what happened.
+        url: where it was looked for, if there was a connection.
+
+    """
     import http.client  # noqa: PLC0415 - here it is loaded already, but not in an agent that sends nothing
     import ssl  # noqa: PLC0415
 
@@ -137,7 +208,7 @@ def why(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno is not None and error.errno > 0:
         return os.strerror(error.errno)  # event loops have words of their own for some
     if isinstance(error, http.client.RemoteDisconnected):
-        return "it closed the connection without an answer; is https:// meant?"
+        return disconnected(url)
     if isinstance(error, http.client.BadStatusLine | http.client.UnknownProtocol):
         return "what answered does not speak HTTP"
     words = error.strerror if isinstance(error, OSError) else None

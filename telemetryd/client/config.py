@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from telemetryd.client.address import Address, tls_context
+from telemetryd.client.address import Address, fault_of_authorities, fault_of_pair
 from telemetryd.client.paths import expanded
 
 if TYPE_CHECKING:
@@ -124,8 +124,8 @@ class Config:
             value = getattr(self, field.name)
             if (fault := _fault(field.name, value)) is not None:
                 raise ValueError(f"{field.name} {fault}{_shown(field.name, value)}")
-        if (fault := _fault_of_pair(self.client_cert, self.client_key)) is not None:
-            raise ValueError(f"client_cert {fault}{_shown('client_cert', self.client_cert)}")
+        if (fault := fault_of_pair(self.client_cert, self.client_key)) is not None:
+            raise ValueError(f"client_cert {fault}")
 
     @property
     def folder(self) -> Path:
@@ -170,7 +170,7 @@ class Config:
 def _fault(name: str, value: Any) -> str | None:
     """Return what a setting must be if this value cannot be used."""
     if name in ("url", "ca_file"):
-        return _fault_of_url(value) if name == "url" else _fault_of_authorities(value)
+        return _fault_of_url(value) if name == "url" else fault_of_authorities(value)
     if name == "token" and value is not None and not value.isprintable():
         return "must be printable text of one line"
     if name == "durability" and value not in ("write", "fsync"):
@@ -190,31 +190,10 @@ def _fault_of_url(url: str) -> str | None:
     return None
 
 
-def _fault_of_authorities(path: Path | None) -> str | None:
-    try:
-        if path is not None:
-            tls_context(path)
-    except OSError as error:
-        return f"holds no certificate that can be read: {error.strerror or error}"
-    return None
-
-
-def _fault_of_pair(cert: Path | None, key: Path | None) -> str | None:
-    """Return what is wrong with a client's certificate and its key, which are right only together."""
-    if cert is None:
-        return None if key is None else "must be set when client_key (TELEMETRY_API_CLIENT_KEY) is"
-    try:
-        tls_context(None, cert, key)
-    except OSError as error:
-        fault = getattr(error, "reason", None) or error.strerror or error
-        return f"cannot be used with the private key {'in it' if key is None else f'in {key}'}: {fault}"
-    return None
-
-
 def _shown(name: str, value: object) -> str:
-    """Return a wrong value as an error shows it, unless it may hold a secret."""
-    is_secret = name == "token" or "@" in str(value)
-    return "" if is_secret else f" (it is {value!r:.100})"
+    """Return a wrong value as an error shows it, unless it may hold a secret; what is wrong with a file names it."""
+    is_left_out = name in ("token", "ca_file") or "@" in str(value)
+    return "" if is_left_out else f" (it is {value!r:.100})"
 
 
 def _folder(path: str | os.PathLike[str]) -> Path:
@@ -344,7 +323,7 @@ def _from_environment(environment: Mapping[str, str]) -> tuple[dict[str, Any], d
             else:
                 faults.setdefault(name, f"{variable}: {fault}{_shown(name, text)}")
     cert, key = values.get("client_cert"), values.get("client_key")
-    if (fault := _fault_of_pair(cert, key)) is not None:
+    if (fault := fault_of_pair(cert, key)) is not None:
         values = {name: value for name, value in values.items() if name not in ("client_cert", "client_key")}
-        faults.setdefault("client_cert", f"TELEMETRY_API_CLIENT_CERT: {fault}{_shown('client_cert', cert)}")
+        faults.setdefault("client_cert", f"TELEMETRY_API_CLIENT_CERT: {fault}")
     return values, faults

@@ -217,7 +217,7 @@ class Transport:
             self.close()
             if isinstance(error, ssl.SSLError):
                 self._tls = None  # the next attempt reads the files again: one may have been renewed
-            raise UnreachableError(f"{self._url}: {why(error)}") from error
+            raise UnreachableError(f"{self._url}: {why(error, self._url)}") from error
 
     def _exchange(self, method: str, path: str, body: bytes | None, media_type: str) -> Answer:
         connection = self._connection

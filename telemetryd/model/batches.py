@@ -65,7 +65,7 @@ class Batch:
             event_id = item.get("event_id") if isinstance(item, dict) else error.event_id
             self._report(error, values.shorten(event_id) if isinstance(event_id, str) else None)
         except ItemRefusedError as error:
-            self._refuse(self.total, parsed.row, error)
+            self._refuse(self.total, parsed.row, error, "agent_name")
         else:
             self.rows.append(parsed.row)
             self.indexes.append(self.total)
@@ -80,7 +80,7 @@ class Batch:
     def refuse(self, refused: Mapping[int, ItemRefusedError]) -> None:
         """Report rows, by their places, which the database knows as another one's."""
         for place, error in refused.items():
-            self._refuse(self.indexes[place], self.rows[place], error)
+            self._refuse(self.indexes[place], self.rows[place], error, "event_id")
         # They are reported in the order of the items.
         order = sorted(range(len(self.errors)), key=lambda at: self.error_details[at]["index"])
         self.errors = [self.errors[at] for at in order]
@@ -96,12 +96,12 @@ class Batch:
         if self.total and len(self._waits) == self.total:
             raise min(self._waits, key=lambda error: error.wait_s or 0.0)
 
-    def _refuse(self, index: int, row: values.Row, error: ItemRefusedError) -> None:
+    def _refuse(self, index: int, row: values.Row, error: ItemRefusedError, field: str) -> None:
         if isinstance(error, QuotaExceededError):
             self._waits.append(error)
         self.refused[error.kind] += 1
         event_id, text = values.shorten(str(row[runs.EVENT_ID])), sentence(error)
-        fault: ErrorItem = {"loc": ["body", index, "agent_name"], "msg": text, "type": error.kind}
+        fault: ErrorItem = {"loc": ["body", index, field], "msg": text, "type": error.kind}
         self.errors.append(f"Item {index} (event_id {event_id}): {text}")
         self.error_details.append({"index": index, "event_id": event_id, "detail": [fault], "status": error.status})
 

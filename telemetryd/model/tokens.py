@@ -174,7 +174,7 @@ def parse(data: bytes, name: str) -> tuple[Token, ...]:
     except ValidationError as error:
         raise ConfigurationError(_problems(error, name)) from None
     problems = [
-        f"{name}: the {what} {value!r} stands there twice"
+        f"{name}: two tokens have the {what} {value!r}"
         for what, values in (("id", [each.id for each in tokens]), ("name", [each.name for each in tokens]))
         for value in _repeated(values)
     ]

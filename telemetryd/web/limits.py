@@ -46,7 +46,7 @@ class RateLimit:
 
 
 class Bucket:
-    """A bucket that may go into debt: whoever finds it above zero pays all it brings, however much that is.
+    """A bucket that may go into debt: whoever finds a whole unit in it pays all it brings, however much that is.
 
     So what is larger than the quota still gets through once, and a long pause follows.
     """
@@ -60,9 +60,9 @@ class Bucket:
         self._since = 0.0
 
     def wait_s(self, now: float) -> float:
-        """Return 0 if it is above zero, else the seconds until it will be."""
+        """Return 0 if it holds a whole unit, else the seconds until it will."""
         self._fill(now)
-        return 0.0 if self._level > 0 else max(-self._level / self._per_second, 1e-3)
+        return 0.0 if self._level >= 1 else max((1 - self._level) / self._per_second, 1e-3)
 
     def pay(self, amount: float, now: float) -> None:
         """Take out what was let in."""

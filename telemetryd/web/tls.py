@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
+from telemetryd.client.address import UNFIT_KEY
 from telemetryd.errors import ConfigurationError
 from telemetryd.ops.logs import log
 from telemetryd.settings import Settings, variable
@@ -113,7 +114,7 @@ def read_identity(settings: Settings) -> Identity | None:
     cert, key = settings.tls_cert, settings.tls_key
     if cert is None:
         return None
-    digest = _digest([cert, key, settings.tls_client_ca])
+    digest = _digest([cert, key, settings.tls_client_ca])  # before they are loaded: a later change is seen next time
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION  # it would let a client have the processor sign again and again
@@ -138,11 +139,11 @@ def read_identity(settings: Settings) -> Identity | None:
 
 
 def _digest(files: Iterable[Path | None]) -> bytes:
-    """Return what tells the contents of these files from others; of one that cannot be read nothing is in it."""
+    """Return what tells the contents of these files from others; of one that cannot be used nothing is in it."""
     made = hashlib.sha256()
     for file in files:
         with suppress(OSError):
-            held = b"" if file is None else file.read_bytes()
+            held = b"" if file is None or not file.is_file() else file.read_bytes()
             made.update(len(held).to_bytes(8) + held)
     return made.digest()
 
@@ -159,7 +160,7 @@ def _load_key(context: ssl.SSLContext, cert: Path, key: Path | None) -> None:
     except _EncryptedError as error:
         raise _UnusableError(name, file, "the private key is encrypted, and nobody is asked for a password") from error
     except ssl.SSLError as error:
-        if error.reason == "KEY_VALUES_MISMATCH":
+        if error.reason in UNFIT_KEY:
             raise _UnusableError(name, file, f"the private key does not fit the certificate in {cert}") from error
         raise _UnusableError(_CERT, cert, f"cannot be used: {_words(error)}") from error
 
@@ -224,4 +225,4 @@ def _names_and_end(cert: Path, key: Path | None) -> tuple[frozenset[str], float]
 
 
 def _words(error: ssl.SSLError) -> str:
-    return (error.reason or str(error)).replace("_", " ").lower()
+    return (error.reason or "it is cut off or damaged").replace("_", " ").lower()

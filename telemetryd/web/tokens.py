@@ -149,8 +149,8 @@ class Tokens:
             problems += error.problems
         if not problems and single is None and not named:
             problems.append(
-                "TELEMETRY_API_AUTH_TOKEN: must be set (or TELEMETRY_API_AUTH_TOKEN_FILE, or a token be made with "
-                f"telemetryd tokens create in {path}) when TELEMETRY_API_AUTH_ENABLED is true"
+                "TELEMETRY_API_AUTH_ENABLED: is true, but there is no token: make one with telemetryd tokens create "
+                f"(for {path}), or set TELEMETRY_API_AUTH_TOKEN or TELEMETRY_API_AUTH_TOKEN_FILE"
             )
         if problems:
             raise ConfigurationError(problems)

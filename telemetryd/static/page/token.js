@@ -31,8 +31,8 @@ function ask(wasWrong) {
       { on: { submit: accept } },
       h("h2", { id: "token-title" }, "This daemon needs a token"),
       h("p", { id: "token-hint", class: wasWrong ? "problem" : "quiet" }, wasWrong
-        ? "That token was refused, or may not read. Look at TELEMETRY_API_AUTH_TOKEN or its file, or make one: telemetryd tokens create --scope read."
-        : "It is one that may read, such as TELEMETRY_API_AUTH_TOKEN. It stays in this tab, and goes nowhere but to this daemon."),
+        ? "That token was refused, or may not read. Check TELEMETRY_API_AUTH_TOKEN or its file, or make one: telemetryd tokens create --name page --scope read"
+        : "Enter one with the scope read, or the one in TELEMETRY_API_AUTH_TOKEN. It stays in this tab, and is sent to this daemon only."),
       h("label", { for: "token" }, "Token"),
       input,
       h("div", { class: "actions" }, h("button", { type: "submit", class: "button primary" }, "Sign in")),
