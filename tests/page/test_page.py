@@ -263,7 +263,7 @@ def test_what_fires_now_is_shown_with_its_runs(open_view: OpenPage, url: str) ->
         )
         for number in range(80)
     ]
-    call(url, "POST", "/api/v1/runs/batch", runs)  # at once: rules are evaluated every second, and a finding is told once
+    call(url, "POST", "/api/v1/runs/batch", runs)  # at once: rules are evaluated meanwhile
     wait_until(lambda: len(firing()) == 2)
     page = open_view()
     lines = page.locator("#alerts li")
