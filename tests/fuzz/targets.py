@@ -7,7 +7,7 @@ import functools
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import orjson
 import trustme
@@ -17,7 +17,7 @@ from telemetryd.errors import BodyTooLargeError, ConfigurationError, InvalidBody
 from telemetryd.model import bodies, queries, runs, tokens, values
 from telemetryd.model.commands import CreateRuns
 from telemetryd.settings import Settings
-from telemetryd.web.secure import Handshakes
+from telemetryd.web.secure import Handshakes, SecureConnection
 from telemetryd.web.tls import Tls
 
 CORPUS: Final = Path(__file__).with_name("corpus")
@@ -94,6 +94,11 @@ class _Socket(asyncio.Transport):
         assert not self.is_over
         self.sent += data
 
+    def pause_reading(self) -> None:
+        """Nothing comes by itself."""
+
+    resume_reading = pause_reading
+
     def write_eof(self) -> None:
         self.is_over = True
 
@@ -117,13 +122,15 @@ def handshake(data: bytes) -> None:
 
     async def shake_hands() -> None:
         failed: list[str] = []
-        handshakes = Handshakes(_tls(), never, lambda: False, failed.append, patience_s=60)
+        handshakes = Handshakes(_tls(), never, lambda: False, failed.append, patience_s=60, most_bytes=1 << 30)
         half = len(data) // 2
         for pieces in ((data,), (data[:half], data[half:])):
-            connection, transport = handshakes(), _Socket()
+            connection, transport = cast(SecureConnection, handshakes()), _Socket()
             connection.connection_made(transport)
             for piece in pieces:
                 connection.data_received(piece)
+                while not transport.is_over and len(connection._waiting) >= 5:  # noqa: ASYNC110 - the turn of others
+                    await asyncio.sleep(0)
             assert len(failed) == transport.is_over
             connection.connection_lost(None)
             assert len(failed) == 1
