@@ -140,6 +140,9 @@ class TokenQuotaError(QuotaExceededError):
 
     """
 
+    message = "The quota of this token is used up."
+    error_type = "TokenQuotaError"
+
     def __init__(self, quota: str, wait_s: float) -> None:
         super().__init__(f"The quota of {quota} of this token is used up", wait_s)
         self.quota = quota
