@@ -169,11 +169,13 @@ class Bodies:
 class _Share:
     """What one body takes of the room for all."""
 
-    __slots__ = ("bodies", "held")
+    __slots__ = ("bodies", "come", "held")
 
     def __init__(self, bodies: Bodies) -> None:
         self.bodies = bodies
         self.held = 0
+        self.come = 0
+        """How many bytes of it have come, or are decoded if these are more."""
 
 
 class _Reading:
@@ -196,14 +198,21 @@ class _Reading:
             raise UnsupportedBodyError("Transfer-Encoding can only be chunked")  # aiohttp takes others, decodes none
         if (request.content_length or 0) > share.bodies.limit:
             raise _too_large(share.bodies.limit)
+        bearer = request[BEARER]
+        quota = None if bearer is None else bearer.quota
         try:
-            body = await _receive(request, share)
-            if coding in _DECODERS:
-                body = await _decode(body, coding, share)
-            if (bearer := request[BEARER]) is not None:
+            try:
+                body = await _receive(request, share)
+                if coding in _DECODERS:
+                    body = await _decode(body, coding, share)
+            except BaseException:
+                if quota is not None:
+                    quota.pay(size=share.come)  # what is refused, or breaks off, has cost as much
+                raise
+            if bearer is not None:
                 request.app[TOKENS].check(request)  # a slow body may take hours
-                if bearer.quota is not None:
-                    take(bearer.quota, size=len(body))  # whatever becomes of it
+            if quota is not None:
+                take(quota, size=len(body))  # whatever becomes of it
         except BaseException:
             share.bodies.give_back(share)
             raise
@@ -221,6 +230,7 @@ async def _receive(request: web.Request, share: _Share) -> bytes:
     stream = request.content
     if stream.is_eof():  # arrived together with the headers: the usual case of a small body
         body = stream.read_nowait()
+        share.come = len(body)
         if len(body) > share.bodies.limit:
             raise _too_large(share.bodies.limit)
         return body
@@ -234,7 +244,7 @@ async def _receive(request: web.Request, share: _Share) -> bytes:
     try:
         async with asyncio.timeout(bounds.silence_s) as patience:
             while part := await stream.readany():
-                size += len(part)
+                share.come = size = size + len(part)
                 if size > share.bodies.limit:
                     raise _too_large(share.bodies.limit)
                 share.bodies.take(len(part), share)
@@ -263,6 +273,7 @@ async def _decode(body: bytes, coding: str, share: _Share) -> bytes:
             if is_starved and not part:
                 break
             size += len(part)
+            share.come = max(share.come, size)
             if size > share.bodies.limit:
                 raise _too_large(share.bodies.limit)
             share.bodies.take(len(part), share)
