@@ -324,6 +324,19 @@ def shown(metrics: Metrics, name: str, **labels: str) -> float | None:
     return metrics.registry.get_sample_value(name, labels)
 
 
+def test_a_name_in_the_file_controls_no_terminal(tmp_path: Path) -> None:
+    file = tmp_path / "db.sqlite.tokens"
+    add(file)
+    held = json.loads(file.read_text())
+    held["tokens"][0]["\x1b[2J\0<0>forged\n" + "long" * 1000] = 1
+    file.write_text(json.dumps(held))
+    text = run(tmp_path, "list", status=2).stderr
+    assert "Extra inputs are not permitted" in text
+    assert text.count("\n") == 1
+    assert text.removesuffix("\n").isprintable()
+    assert len(text) < 1000
+
+
 def test_authentication_needs_a_token_of_either_kind(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"TELEMETRY_API_AUTH_TOKEN: must be set .* telemetryd tokens create"):
         Tokens(*known(tmp_path))
