@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 import orjson
 import pytest
 import pytest_asyncio
-from aiohttp import hdrs
+from aiohttp import ClientPayloadError, hdrs
 from aiohttp.test_utils import TestClient
 from aiohttp.web import AppKey
 
@@ -393,6 +393,20 @@ async def test_a_revoked_token_opens_nothing_and_its_stream_ends(make_closed: Ma
     assert (await closed.send("TELEMETRY_API_AUTH_TOKEN", "GET", RUNS)).status == 200
     shown = (await closed.send("TELEMETRY_API_AUTH_TOKEN", "GET", "/metrics?format=prometheus")).text
     assert set(re.findall('token="([^"]+)"', shown)) == {"ingest", "TELEMETRY_API_AUTH_TOKEN"}
+
+
+async def test_an_export_ends_when_its_token_is_revoked(make_closed: MakeClosed) -> None:
+    closed = await make_closed()
+    closed.app(TOKENS).look_every_s = 0
+    text = "x" * 1_000_000
+    for _ in range(20):
+        assert (await closed.post("ingest", make_run(output_summary=text))).status == 201
+    headers = bearing(closed.secrets["reader"])
+    async with closed.api.client.get(f"{RUNS}/export", headers=headers) as export:
+        assert (export.status, export.headers["X-Total-Count"]) == (200, "20")
+        token_file.change(closed.api.settings.tokens_path, lambda known: known[:1])
+        with pytest.raises(ClientPayloadError):
+            await export.content.read()
 
 
 class SlowRequest:
