@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
+import itertools
+import ssl
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -140,6 +143,66 @@ def handshake(data: bytes) -> None:
     asyncio.run(shake_hands())
 
 
+class _Pausing(asyncio.Protocol):
+    """Takes what comes, and pauses in between."""
+
+    def __init__(self) -> None:
+        self.taken = bytearray()
+        self._transport: asyncio.Transport
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        assert self._transport.is_reading()
+        self.taken += data
+        if len(self.taken) % 3 == 0:
+            self._transport.pause_reading()
+            asyncio.get_running_loop().call_soon(self._transport.resume_reading)
+
+
+def records(data: bytes) -> None:
+    """Send records of the sizes that bytes name, in pieces of such sizes; all arrive whole, and none that is made up."""
+
+    async def send() -> None:
+        application = _Pausing()
+        handshakes = Handshakes(
+            _tls(), lambda: application, lambda: False, lambda _: None, patience_s=60, most_bytes=1 << 30
+        )
+        connection, transport = handshakes(), _Socket()
+        connection.connection_made(transport)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        client = context.wrap_bio(incoming, outgoing)
+        for _ in range(3):
+            with contextlib.suppress(ssl.SSLWantReadError):
+                client.do_handshake()
+            connection.data_received(outgoing.read())
+            incoming.write(transport.sent)
+            transport.sent.clear()
+        sent = b""
+        for size in data[:40]:
+            sent += bytes([size]) * (size * size)
+            for start in range(0, size * size, 1 << 14):
+                client.write(sent[len(sent) - size * size + start :][: 1 << 14])
+        encrypted, steps, start = outgoing.read(), itertools.cycle(data), 0
+        while start < len(encrypted):
+            step = 1 + 50 * next(steps)
+            connection.data_received(encrypted[start : start + step])
+            start += step
+        async with asyncio.timeout(20):
+            while len(application.taken) < len(sent):  # noqa: ASYNC110 - in the turns that it takes
+                await asyncio.sleep(0)
+        assert application.taken == sent
+        connection.data_received(data)
+        await asyncio.sleep(0)
+        assert application.taken == sent
+        connection.connection_lost(None)
+
+    asyncio.run(send())
+
+
 def token_file(data: bytes) -> None:
     """Read bytes as a file of tokens; what is let through is written as it was read, and errors show no hash."""
     try:
@@ -156,5 +219,6 @@ TARGETS: Final[Mapping[str, Callable[[bytes], None]]] = {
     "body": body,
     "query": query,
     "handshake": handshake,
+    "records": records,
     "token_file": token_file,
 }
