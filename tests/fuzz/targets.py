@@ -162,7 +162,7 @@ class _Pausing(asyncio.Protocol):
 
 
 def records(data: bytes) -> None:
-    """Send records of the sizes that bytes name, in pieces of such sizes; all arrive whole, and none that is made up."""
+    """Send records of the sizes that bytes name, in such pieces; all arrive whole, and none that is made up does."""
 
     async def send() -> None:
         application = _Pausing()
