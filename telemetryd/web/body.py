@@ -23,7 +23,7 @@ from telemetryd.errors import (
 from telemetryd.model.bodies import parse_body
 from telemetryd.model.items import explained
 from telemetryd.model.values import shorten
-from telemetryd.web.limits import take
+from telemetryd.web.limits import Quota, take
 from telemetryd.web.tokens import BEARER, TOKENS
 
 if sys.version_info >= (3, 14):
@@ -201,14 +201,7 @@ class _Reading:
         bearer = request[BEARER]
         quota = None if bearer is None else bearer.quota
         try:
-            try:
-                body = await _receive(request, share)
-                if coding in _DECODERS:
-                    body = await _decode(body, coding, share)
-            except BaseException:
-                if quota is not None:
-                    quota.pay(size=share.come)  # what is refused, or breaks off, has cost as much
-                raise
+            body = await self._paid(coding, quota)
             if bearer is not None:
                 request.app[TOKENS].check(request)  # a slow body may take hours
             if quota is not None:
@@ -217,6 +210,19 @@ class _Reading:
             share.bodies.give_back(share)
             raise
         return body
+
+    async def _paid(self, coding: str, quota: Quota | None) -> bytes:
+        """Return the decoded body; one that is refused, or breaks off, is paid for here: it has cost as much."""
+        share = self._share
+        try:
+            body = await _receive(self._request, share)
+            return await _decode(body, coding, share) if coding in _DECODERS else body
+        except TooManyBodiesError:
+            raise  # which is not its sender's fault
+        except BaseException:
+            if quota is not None:
+                quota.pay(size=share.come)
+            raise
 
     async def __aexit__(self, *_: object) -> None:
         self._share.bodies.give_back(self._share)

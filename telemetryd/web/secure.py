@@ -33,7 +33,7 @@ Each request for new keys (KeyUpdate) has the processor work for 0.1 ms, and may
 """
 _TURN_S: Final = 0.005
 """How long a connection is decrypted until the event loop gets its turn: its socket may bring megabytes at once."""
-_BEGUN_BYTES: Final = 48 * 1024
+_BEGUN_BYTES: Final = 40 * 1024
 """About what a handshake takes besides what its client has sent, as soon as that has begun."""
 _NOTHING: Final = memoryview(b"")
 _LOG_EVERY_S: Final = 60.0
@@ -277,6 +277,8 @@ class SecureConnection(asyncio.Protocol, asyncio.Transport):
 
     def _go_on(self) -> None:
         """Take what has waited while the application paused or others had their turn, and only then more."""
+        if self.is_closing():
+            return
         self._advance()
         self._decrypt()
         if not (self._is_paused or self.is_closing() or len(self._waiting) >= _HEADER_BYTES):
