@@ -110,6 +110,8 @@ async def create_batch(request: web.Request) -> web.Response:
         limit, is_lines = request.app[SETTINGS].max_batch, media_type in NDJSON_TYPES
         check = None if admission is None else admission.check
         batch = await read_batch(body, limit, is_lines=is_lines, check=check)
+    if admission is not None and (late := admission.late(batch.rows)):
+        batch.drop(late)
     batch.raise_if_all_wait()
     if admission is not None:
         admission.pay(batch.rows, batch.size, batch.total)

@@ -23,7 +23,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from telemetryd.ops.journal import is_journal
+from telemetryd.ops.journal import ErrorLines, is_journal, marked
 from telemetryd.ops.logs import JsonLines, Line, LogFormat, LogLevel, ReadableLines, log, logging_to, write_line
 from tests.conftest import PATIENCE_S, Api, StartDaemon, make_run
 from tests.tools.forks import popen
@@ -400,11 +400,11 @@ def test_in_the_journal_each_line_begins_with_its_severity_and_elsewhere_with_no
                     log.exception("Failed")
             return (tmp_path / name).read_text().splitlines()
 
-    marked, plain = lines("journal"), lines("elsewhere")
-    assert re.sub(r"[\d:.]+", "", "\n".join(plain)) == re.sub(r"[\d:.]+", "", "\n".join(line[3:] for line in marked))
-    assert [line[:3] for line in marked[:14]] == [f"<{each}>" for each in (7, 7, 6, 6, 4, 4, 3, 3, 2, 2, 6, 6, 2, 2)]
-    assert {line[:3] for line in marked[14:]} == {"<3>"}
-    assert (len(marked) > 16) is (form is LogFormat.TEXT)  # a traceback of several lines
+    theirs, plain = lines("journal"), lines("elsewhere")
+    assert re.sub(r"[\d:.]+", "", "\n".join(plain)) == re.sub(r"[\d:.]+", "", "\n".join(line[3:] for line in theirs))
+    assert [line[:3] for line in theirs[:14]] == [f"<{each}>" for each in (7, 7, 6, 6, 4, 4, 3, 3, 2, 2, 6, 6, 2, 2)]
+    assert {line[:3] for line in theirs[14:]} == {"<3>"}
+    assert (len(theirs) > 16) is (form is LogFormat.TEXT)  # a traceback of several lines
 
 
 @pytest.mark.parametrize("value", ["", "1:2", "x", "1:2:3"])
@@ -414,6 +414,24 @@ def test_what_is_not_the_journal_is_not_taken_for_it(tmp_path: Path, value: str)
         assert not is_journal(stream, {"JOURNAL_STREAM": value})
         assert not is_journal(stream, {})
     assert not is_journal(io.StringIO(), {"JOURNAL_STREAM": value})
+
+
+def as_journald(text: str) -> list[str]:
+    """Return the lines that journald makes of a stream: it ends them at a NUL and after 48 KiB as well."""
+    lines = [line.encode() for line in text.removesuffix("\n").replace("\0", "\n").split("\n")]
+    return [line[at : at + 49_152].decode() for line in lines for at in range(0, max(len(line), 1), 49_152)]
+
+
+@pytest.mark.parametrize("between", ["", "\n", "\0", "x" * 60_000, "\u20ac" * 16_384 + "x" * 49_152])
+def test_no_text_forges_a_severity_in_the_journal(tmp_path: Path, between: str) -> None:
+    text = f"begin{between}<0>forged"
+    with (tmp_path / "errors").open("wb") as file:
+        lines = ErrorLines(file, "utf-8", line_buffering=True)
+        print(text, file=lines)
+        print(text, text, file=lines)
+    for written in ((tmp_path / "errors").read_text(), marked(text, logging.ERROR)):
+        assert {line[:3] for line in as_journald(written)} == {"<3>"}
+        assert written.count("forged") == written.count("<0>")
 
 
 def test_what_stands_on_standard_error_is_an_error_in_the_journal(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import signal
 import socket
 import ssl
 import subprocess
+import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator
 from datetime import UTC, datetime, timedelta
@@ -243,7 +244,7 @@ def test_a_client_says_what_is_wrong_with_the_certificate_of_the_daemon(folder: 
 
     async def main() -> None:
         tls = Tls(expired)
-        handshakes = Handshakes(tls, Echo, lambda: False, lambda _: None, patience_s=20)
+        handshakes = Handshakes(tls, Echo, lambda: False, lambda _: None, patience_s=20, most_bytes=1 << 30)
         async with await asyncio.get_running_loop().create_server(handshakes, "127.0.0.1", 0) as server:
             config = folder.config(f"https://localhost:{server.sockets[0].getsockname()[1]}")
             assert "certificate has expired; the daemon needs a new one" in await asyncio.to_thread(words, config)
@@ -627,7 +628,7 @@ def test_an_authority_that_counts_no_more_lets_nobody_in_by_an_old_session(
 
     async def main() -> None:
         failed: list[str] = []
-        handshakes = Handshakes(tls, Echo, lambda: False, failed.append, patience_s=20)
+        handshakes = Handshakes(tls, Echo, lambda: False, failed.append, patience_s=20, most_bytes=1 << 30)
         async with await asyncio.get_running_loop().create_server(handshakes, "127.0.0.1", 0) as server:
             port = server.sockets[0].getsockname()[1]
             session, _ = await asyncio.to_thread(visit, port)
@@ -671,7 +672,7 @@ def test_much_arrives_whole_however_often_reading_pauses(
 
     async def main() -> None:
         tls = Tls(folder.settings(tls_cert=folder.cert("echo.pem")))
-        handshakes = Handshakes(tls, Echo, lambda: False, lambda _: None, patience_s=20)
+        handshakes = Handshakes(tls, Echo, lambda: False, lambda _: None, patience_s=20, most_bytes=1 << 30)
         async with await asyncio.get_running_loop().create_server(handshakes, "127.0.0.1", 0) as server:
             port = server.sockets[0].getsockname()[1]
             reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context, server_hostname="localhost")
@@ -687,7 +688,13 @@ def test_much_arrives_whole_however_often_reading_pauses(
 def test_failed_handshakes_are_one_line_a_minute(folder: Folder, caplog: pytest.LogCaptureFixture) -> None:
     tls, now, counted = Tls(folder.settings(tls_cert=folder.cert("logged.pem"))), [5.0], Counter[str]()
     handshakes = Handshakes(
-        tls, Echo, lambda: False, lambda reason: counted.update([reason]), patience_s=1, clock=lambda: now[0]
+        tls,
+        Echo,
+        lambda: False,
+        lambda reason: counted.update([reason]),
+        patience_s=1,
+        most_bytes=1,
+        clock=lambda: now[0],
     )
     for moment, reason in ((5, "version"), (64, "version"), (64, "timeout"), (65, "version"), (124, "other")):
         now[0] = moment
@@ -734,3 +741,131 @@ def test_handshakes_are_bounded_in_time_and_number_and_keep_nobody_out(
             await runner.cleanup()
 
     run(new_loop, main())
+
+
+class Slow(Echo):
+    """Needs its time for what it gets, and never pauses."""
+
+    def data_received(self, data: bytes) -> None:
+        time.sleep(0.02)
+        self.transport.write(data)
+
+
+@both_loops
+def test_much_that_comes_at_once_leaves_the_others_their_turns(
+    folder: Folder, new_loop: Callable[[], asyncio.AbstractEventLoop]
+) -> None:
+    context = client_context(folder.ca)
+
+    async def main() -> None:
+        tls = Tls(folder.settings(tls_cert=folder.cert("slow.pem")))
+        handshakes = Handshakes(tls, Slow, lambda: False, lambda _: None, patience_s=20, most_bytes=1 << 30)
+        async with await asyncio.get_running_loop().create_server(handshakes, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context, server_hostname="localhost")
+            for _ in range(50):
+                writer.write(b"x")  # a record
+            answer = asyncio.create_task(reader.readexactly(50))
+            longest, before = 0.0, time.monotonic()
+            while not answer.done():
+                await asyncio.sleep(0)
+                longest, before = max(longest, time.monotonic() - before), time.monotonic()
+            writer.close()
+            assert await answer == b"x" * 50
+            assert longest < 0.5, "all of it takes a second"
+
+    run(new_loop, main())
+
+
+@pytest.mark.parametrize("letter", ["k", "K"])
+def test_new_keys_again_and_again_end_the_connection(folder: Folder, mutual: Daemon, letter: str) -> None:
+    """Each of them costs more than a request; `K` asks for new keys of the daemon as well."""
+    require_program("openssl", "openssl")
+    cert = folder.cert("keys.pem", "agent@example.org")
+    where = "127.0.0.1:" + mutual.url.rpartition(":")[2]
+    command = ["openssl", "s_client", "-connect", where, "-tls1_3", "-cert", str(cert)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, bufsize=0) as client:
+        assert client.stdin is not None
+        began = time.monotonic()
+        with contextlib.suppress(BrokenPipeError):
+            while client.poll() is None and time.monotonic() - began < 8:
+                client.stdin.write(f"{letter}\n".encode())  # it takes one a read
+                time.sleep(0.005)
+        is_cut = time.monotonic() - began < 8
+        client.kill()
+    assert is_cut
+    assert words(folder.config(mutual.url, client_cert=cert)) == "200"
+
+
+def half_a_hello(size: int) -> bytes:
+    """Return the beginning of a handshake that says to be long."""
+    begun = b"\x01\x01\xff\x00\x03\x03" + bytes(size)
+    records = [begun[at : at + 16_000] for at in range(0, len(begun), 16_000)]
+    return b"".join(b"\x16\x03\x01" + len(each).to_bytes(2, "big") + each for each in records)
+
+
+@both_loops
+def test_what_handshakes_hold_is_bounded_and_those_with_most_go_first(
+    folder: Folder, new_loop: Callable[[], asyncio.AbstractEventLoop]
+) -> None:
+    context = client_context(folder.ca)
+
+    async def main() -> None:
+        failed: Counter[str] = Counter()
+        tls = Tls(folder.settings(tls_cert=folder.cert("held.pem")))
+        handshakes = Handshakes(
+            tls, Echo, lambda: False, lambda reason: failed.update((reason,)), patience_s=20, most_bytes=1 << 20
+        )
+        async with (
+            asyncio.timeout(60),
+            await asyncio.get_running_loop().create_server(handshakes, "127.0.0.1", 0) as server,
+        ):
+            port = server.sockets[0].getsockname()[1]
+            small = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3)]
+            large = []
+            try:
+                for _, writer in small:
+                    writer.write(half_a_hello(100))
+                for _ in range(40):
+                    large.append(await asyncio.open_connection("127.0.0.1", port))
+                    large[-1][1].write(half_a_hello(100_000))
+                    reader, other = await asyncio.open_connection(
+                        "127.0.0.1", port, ssl=context, server_hostname="localhost"
+                    )
+                    other.write(b"x")
+                    assert await reader.readexactly(1) == b"x"
+                    other.close()
+                await eventually(lambda: failed["crowded"] >= 30)
+                assert not any(reader.at_eof() for reader, _ in small)
+            finally:
+                for _, writer in small + large:
+                    writer.close()
+            await eventually(lambda: len(handshakes) == 0)
+            assert handshakes._held.bytes == 0
+
+    run(new_loop, main())
+
+
+class Socket(asyncio.Transport):
+    """What a connection of TLS is given for its socket."""
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Let it go."""
+
+    def is_closing(self) -> bool:
+        return False
+
+
+def test_a_record_that_has_only_begun_keeps_nothing_of_what_came_before_it(folder: Folder) -> None:
+    async def main() -> None:
+        tls = Tls(folder.settings(tls_cert=folder.cert("begun.pem")))
+        handshakes = Handshakes(tls, Echo, lambda: False, lambda _: None, patience_s=20, most_bytes=1 << 30)
+        connection = cast(SecureConnection, handshakes())
+        connection.connection_made(Socket())
+        connection.data_received(half_a_hello(100_000) + b"\x16\x03")
+        assert bytes(connection._waiting) == b"\x16\x03"
+        assert len(cast(bytes, connection._waiting.obj)) == 2
+        connection.connection_lost(None)
+
+    asyncio.run(main())

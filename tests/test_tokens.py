@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import itertools
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -181,6 +184,7 @@ def test_a_change_that_is_refused_or_cut_off_leaves_the_file_as_it_was(
     add(path)
     before = path.read_bytes()
     (tmp_path / ".tokens.new").write_text("cut off")
+    (tmp_path / ".tokens.new").chmod(0o600)
 
     def refuse(_: tuple[Token, ...]) -> list[Token]:
         raise ConfigurationError(["no"])
@@ -196,6 +200,36 @@ def test_a_change_that_is_refused_or_cut_off_leaves_the_file_as_it_was(
     add(path, replace(ASKED, name="second"))
     assert len(token_file.read(path)) == 2
     assert [each.name for each in tmp_path.iterdir()] == ["tokens"]
+
+
+def test_nobody_keeps_others_from_changing_the_file(tmp_path: Path) -> None:
+    """Whoever can list a folder can lock it (flock(2)); what is locked here nobody else can open."""
+    path = tmp_path / "tokens"
+    folder = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    add(path)
+    os.close(folder)
+    assert len(token_file.read(path)) == 1
+
+
+def test_what_is_in_the_way_of_a_change_is_named_and_left_alone(tmp_path: Path) -> None:
+    path, made = tmp_path / "tokens", tmp_path / ".tokens.new"
+    other = tmp_path / "other"
+    other.touch(0o600)
+    makers: list[Callable[[], object]] = [
+        lambda: made.symlink_to(other),
+        lambda: made.hardlink_to(other),
+        lambda: os.mkfifo(made, 0o600),
+        lambda: made.touch(0o644),
+    ]
+    for make in makers:
+        make()
+        with pytest.raises(ConfigurationError, match=r"tokens\.new: (cannot be made|is in the way)"):
+            add(path)
+        assert os.path.lexists(made)
+        made.unlink()
+    assert other.read_bytes() == b""
+    assert not path.exists()
 
 
 def test_changes_at_once_lose_nothing(tmp_path: Path) -> None:
@@ -294,6 +328,19 @@ def shown(metrics: Metrics, name: str, **labels: str) -> float | None:
     return metrics.registry.get_sample_value(name, labels)
 
 
+def test_a_name_in_the_file_controls_no_terminal(tmp_path: Path) -> None:
+    file = tmp_path / "db.sqlite.tokens"
+    add(file)
+    held = json.loads(file.read_text())
+    held["tokens"][0]["\x1b[2J\0<0>forged\n" + "long" * 1000] = 1
+    file.write_text(json.dumps(held))
+    text = run(tmp_path, "list", status=2).stderr
+    assert "Extra inputs are not permitted" in text
+    assert text.count("\n") == 1
+    assert text.removesuffix("\n").isprintable()
+    assert len(text) < 1000
+
+
 def test_authentication_needs_a_token_of_either_kind(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"TELEMETRY_API_AUTH_ENABLED: is true, .* telemetryd tokens create"):
         Tokens(*known(tmp_path))
@@ -352,6 +399,30 @@ def test_the_file_is_followed_and_a_broken_one_changes_nothing(
     assert tokens.find(second.encode()) is None
 
 
+def test_a_token_is_revoked_also_if_its_file_could_not_be_read_at_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "db.tokens"
+    secret = add(file)
+    settings, metrics = known(tmp_path)
+    tokens = Tokens(settings, metrics)
+    tokens.look_every_s = 0
+    token_file.change(file, lambda known: [])
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.open(file, os.O_RDONLY)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, limit[1]))
+    try:
+        for _ in range(3):
+            assert tokens.find(secret.encode()) is not None, "nobody is locked out by that"
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    assert [record.levelname for record in caplog.records].count("ERROR") == 1
+    assert shown(metrics, "telemetryd_tokens_broken") == 1
+    assert tokens.find(secret.encode()) is None, "although the file has not changed since"
+    assert shown(metrics, "telemetryd_tokens_broken") == 0
+
+
 def test_the_file_is_looked_at_once_a_second_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     secret = add(tmp_path / "db.tokens")
     tokens = Tokens(*known(tmp_path))
@@ -392,7 +463,8 @@ def test_a_reload_is_all_or_nothing(tmp_path: Path) -> None:
     assert not off.is_on
 
 
-def test_a_reload_brings_back_nobody_who_was_revoked_meanwhile(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_broken", [False, True])
+def test_a_reload_brings_back_nobody_who_was_revoked_meanwhile(tmp_path: Path, is_broken: bool) -> None:
     file = tmp_path / "db.tokens"
     first = add(file)
     settings, metrics = known(tmp_path)
@@ -404,6 +476,8 @@ def test_a_reload_brings_back_nobody_who_was_revoked_meanwhile(tmp_path: Path) -
     token_file.change(file, lambda known: [each for each in known if each.name != "web"])
     bearer = tokens.find(second.encode())
     assert bearer is not None, "the file is followed between the two halves of the reload"
+    if is_broken:
+        file.write_text("{")
     put_into_effect()
     assert tokens.find(first.encode()) is None
     assert tokens.find(second.encode()) is bearer, "who stays keeps what it has used up"

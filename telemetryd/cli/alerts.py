@@ -15,6 +15,7 @@ from telemetryd.cli.options import (
     EXIT_FAILURE,
     EXIT_USAGE,
     Suggesting,
+    complain,
     counted,
     failing,
     json_flag,
@@ -62,7 +63,7 @@ def test(*, send: bool, as_json: bool, **flags: Any) -> None:
         rules = load_rules(settings.alerts_file)
     except ConfigurationError as error:
         for problem in error.problems:
-            click.echo(f"telemetryd: {problem}", err=True)
+            complain(problem)
         sys.exit(EXIT_USAGE)
     path = settings.db_path.absolute()
     with failing():

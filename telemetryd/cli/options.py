@@ -20,6 +20,7 @@ from click.shell_completion import CompletionItem
 from telemetryd.configuration import LoadedSettings, load
 from telemetryd.errors import ConfigurationError, TelemetrydError, sentence
 from telemetryd.model.values import parse_duration
+from telemetryd.ops.logs import printable
 from telemetryd.settings import Settings, flag, variable
 
 EXIT_FAILURE: Final = 1
@@ -149,8 +150,13 @@ def load_settings(flags: dict[str, Any], *, of_daemon: bool = False) -> LoadedSe
 
 def fail(text: str) -> NoReturn:
     """End the process with one sentence on standard error."""
-    click.echo(f"telemetryd: {text}", err=True)
+    complain(text)
     sys.exit(EXIT_FAILURE)
+
+
+def complain(text: str) -> None:
+    """Print one sentence on standard error, whatever is in the file or the answer that it is about."""
+    click.echo(printable(f"telemetryd: {text}"), err=True)
 
 
 @contextmanager
@@ -160,7 +166,7 @@ def failing() -> Iterator[None]:
         yield
     except ConfigurationError as error:
         for problem in error.problems:
-            click.echo(f"telemetryd: {problem}", err=True)
+            complain(problem)
         sys.exit(EXIT_USAGE)
     except TelemetrydError as error:
         fail(sentence(error))

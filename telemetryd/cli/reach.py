@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 import orjson
 
-from telemetryd.cli.options import EXIT_USAGE, F, settings_flags
+from telemetryd.cli.options import EXIT_USAGE, F, complain, settings_flags
 from telemetryd.client.address import Address, disconnected, tls_context, unix_url, why
 from telemetryd.client.answers import seconds_of
 from telemetryd.client.config import Config, read_token
@@ -282,7 +282,7 @@ def client_config(where: Where, **given: Any) -> Config:
         return where.config(**given)
     except ConfigurationError as error:
         for problem in error.problems:
-            click.echo(f"telemetryd: {problem}", err=True)
+            complain(problem)
         sys.exit(EXIT_USAGE)
 
 

@@ -15,6 +15,7 @@ from telemetryd import daemon
 from telemetryd.cli.options import (
     EXIT_FAILURE,
     EXIT_USAGE,
+    complain,
     failing,
     json_flag,
     load_settings,
@@ -63,11 +64,11 @@ def serve(**flags: Any) -> None:
             with asyncio.Runner(loop_factory=new_event_loop) as runner:
                 status = runner.run(daemon.serve(loaded, partial(load, flags)))
         except (AddressError, DatabaseError) as error:
-            click.echo(f"telemetryd: {sentence(error)}", err=True)
+            complain(sentence(error))
             status = EXIT_FAILURE
         except ConfigurationError as error:
             for problem in error.problems:
-                click.echo(f"telemetryd: {problem}", err=True)
+                complain(problem)
             status = EXIT_USAGE
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the loop that is gone has restored the default, which kills
     sys.exit(status)
@@ -96,7 +97,7 @@ def config(as_json: bool, only_check: bool, **flags: Any) -> None:
             daemon.check(loaded.settings)
         return
     for remark in loaded.remarks:
-        click.echo(f"telemetryd: remark: {remark}", err=True)
+        complain(f"remark: {remark}")
     shown = loaded.shown()
     if as_json:
         print_json(shown)

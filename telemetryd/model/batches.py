@@ -78,13 +78,20 @@ class Batch:
         self.notes += [f"Item {index}: {text}" for text in texts]
 
     def refuse(self, refused: Mapping[int, ItemRefusedError]) -> None:
-        """Report rows, by their places, which the database knows as another one's."""
+        """Report rows, by their places, which were right when they were read."""
         for place, error in refused.items():
             self._refuse(self.indexes[place], self.rows[place], error, "event_id")
         # They are reported in the order of the items.
         order = sorted(range(len(self.errors)), key=lambda at: self.error_details[at]["index"])
         self.errors = [self.errors[at] for at in order]
         self.error_details = [self.error_details[at] for at in order]
+
+    def drop(self, refused: Mapping[int, ItemRefusedError]) -> None:
+        """Report rows, by their places, which are not to be stored, and leave them out."""
+        self.refuse(refused)
+        kept = [place for place in range(len(self.rows)) if place not in refused]
+        self.rows = [self.rows[place] for place in kept]
+        self.indexes = [self.indexes[place] for place in kept]
 
     def raise_if_all_wait(self) -> None:
         """Raise what the first item that may come first waits for, if every item has to come again later.

@@ -16,6 +16,7 @@ import orjson
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from telemetryd.errors import ConfigurationError
+from telemetryd.model.values import shorten
 
 BEGIN: Final = "tmd_"
 """How each secret of ours begins, so that scanners recognise one that leaked."""
@@ -203,7 +204,7 @@ def _problems(error: ValidationError, name: str) -> list[str]:
     """Say what is wrong; the input is left out, which may be a hash, or a secret in the wrong place."""
     problems = []
     for fault in error.errors(include_url=False, include_context=False, include_input=False):
-        place = ".".join(map(str, fault["loc"]))
+        place = shorten(".".join(map(str, fault["loc"])))
         problems.append(f"{name}: {f'{place}: ' if place else ''}{fault['msg'].removeprefix('Value error, ')}")
     more = len(problems) - _MOST_PROBLEMS
     return [*problems[:_MOST_PROBLEMS], f"{name}: and {more} more problems"] if more > 0 else problems

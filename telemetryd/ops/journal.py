@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Final, TextIO
 
@@ -17,6 +17,8 @@ _SEVERITIES: Final = (
     (logging.INFO, "<6>"),
 )
 """The least level of each severity but the last, `<7>` (sd-daemon(3))."""
+_LONGEST: Final = 12_000
+"""Characters of a line, of four bytes each at most: the journal ends it after 48 KiB (LineMax=, journald.conf(5))."""
 
 
 def is_journal(stream: TextIO, environment: Mapping[str, str] = os.environ) -> bool:
@@ -31,7 +33,17 @@ def is_journal(stream: TextIO, environment: Mapping[str, str] = os.environ) -> b
 def marked(text: str, level: int) -> str:
     """Return a text, each of its lines with the severity of a level."""
     severity = _severity(level)
-    return severity + (text.replace("\n", f"\n{severity}") if "\n" in text else text)
+    if len(text) <= _LONGEST and "\n" not in text and "\0" not in text:
+        return severity + text
+    return severity + f"\n{severity}".join(_lines(text))
+
+
+def _lines(text: str) -> Iterator[str]:
+    """Yield what the journal would take for lines: it reads a severity at the beginning of each."""
+    for line in text.replace("\0", "\n").split("\n"):
+        yield line[:_LONGEST]
+        for start in range(_LONGEST, len(line), _LONGEST):
+            yield line[start : start + _LONGEST]
 
 
 @lru_cache(maxsize=16)
@@ -49,6 +61,6 @@ class ErrorLines(io.TextIOWrapper):
         """Write a text; return the number of its characters."""
         is_line = text.endswith("\n")
         if text:
-            super().write(self._begin + text.removesuffix("\n").replace("\n", f"\n{_ERROR}") + "\n" * is_line)
+            super().write(self._begin + f"\n{_ERROR}".join(_lines(text.removesuffix("\n"))) + "\n" * is_line)
             self._begin = _ERROR if is_line else ""
         return len(text)

@@ -28,10 +28,15 @@ def signature(path: Path) -> Signature | None:
     return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
+class UnreadableError(ConfigurationError):
+    """Raised for a file that the system does not let us read, which may be over in a moment."""
+
+
 def read(path: Path) -> tuple[Token, ...]:
     """Return the tokens of a file; none if there is no file.
 
     Raises:
+        UnreadableError: if it cannot be read now.
         ConfigurationError: if others can read it, if it is no file of its own, or has another form.
 
     """
@@ -42,13 +47,13 @@ def read(path: Path) -> tuple[Token, ...]:
     except OSError as error:
         if path.is_symlink():
             raise ConfigurationError([f"{path}: must be a file, not a link"]) from error
-        raise ConfigurationError([f"{path}: cannot be read: {error.strerror}"]) from error
+        raise UnreadableError([f"{path}: cannot be read: {error.strerror}"]) from error
     try:
         _check(path, os.fstat(descriptor))
         with open(descriptor, "rb", closefd=False) as file:
             data = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
-        raise ConfigurationError([f"{path}: cannot be read: {error.strerror}"]) from error
+        raise UnreadableError([f"{path}: cannot be read: {error.strerror}"]) from error
     finally:
         os.close(descriptor)
     _check_size(path, data)
@@ -85,37 +90,53 @@ def change(path: Path, edit: Callable[[tuple[Token, ...]], Sequence[Token]]) -> 
         OSError: if it cannot be written.
 
     """
-    with _alone_in(path.absolute().parent):
-        data = render(edit(read(path)))
-        _check_size(path, data)
-        _replace(path, data)
+    made = path.with_name(f".{path.name}.new")
+    with _alone_with(made) as descriptor:
+        try:
+            hand_over(descriptor, owner_to_keep(path))
+            data = render(edit(read(path)))
+            _check_size(path, data)
+            with open(descriptor, "wb", closefd=False) as file:
+                file.write(data)
+                file.flush()
+                os.fsync(descriptor)
+            made.replace(path)
+        except BaseException:
+            made.unlink(missing_ok=True)
+            raise
+    sync_directory(path.absolute().parent)
 
 
 @contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Keep others from changing the file inside the block; the lock is on its folder, which is there in any case."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+def _alone_with(made: Path) -> Iterator[int]:
+    """Give the descriptor of a new, empty file, of which there is one at a time.
+
+    The file is its own lock: nobody else can open it, whereas whoever may list the folder could lock that for ever.
+
+    Raises:
+        ConfigurationError: if something else has its name.
+
+    """
+    while True:
+        try:
+            descriptor = os.open(made, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, _MODE)
+        except OSError as error:
+            raise ConfigurationError([f"{made}: cannot be made: {error.strerror}"]) from error
+        try:
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1 or found.st_mode & 0o077:
+                raise ConfigurationError([f"{made}: is in the way, and not what a change that was cut off leaves"])
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if _is_at(descriptor, made):  # else the change before this one has put it into its place, or given it up
+                os.ftruncate(descriptor, 0)  # of a change that was cut off, as nobody else is at work
+                yield descriptor
+                return
+        finally:
+            os.close(descriptor)
 
 
-def _replace(path: Path, data: bytes) -> None:
-    """Write the file anew and put it into its place, durably."""
-    made = path.with_name(f".{path.name}.new")
-    made.unlink(missing_ok=True)  # of a change that was cut off, as nobody else is at work
-    descriptor = os.open(made, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, _MODE)
+def _is_at(descriptor: int, path: Path) -> bool:
     try:
-        with open(descriptor, "wb") as file:
-            os.fchmod(descriptor, _MODE)
-            hand_over(descriptor, owner_to_keep(path))
-            file.write(data)
-            file.flush()
-            os.fsync(descriptor)
-        made.replace(path)
-    except BaseException:
-        made.unlink(missing_ok=True)
-        raise
-    sync_directory(path.absolute().parent)
+        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
+    except FileNotFoundError:
+        return False

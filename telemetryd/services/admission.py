@@ -60,6 +60,19 @@ class Admission:
                 self._found[agent] = self._quotas.of(agent).exhausted(creates=True)
             _raise_exhausted(self._app[METRICS], agent, self._found[agent])
 
+    def late(self, rows: Sequence[values.Row]) -> Mapping[int, ItemRefusedError]:
+        """Return which runs come too late, by their places: others have used up their agents' quotas since `check`."""
+        if not self._quotas.are_on:
+            return {}
+        agents = [str(row[_AGENT]) for row in rows]
+        exhausted = {agent: self._quotas.of(agent).exhausted(creates=True) for agent in dict.fromkeys(agents)}
+        found = ((place, agent, exhausted[agent]) for place, agent in enumerate(agents))
+        return {
+            place: _refused_for_quota(self._app[METRICS], agent, what)
+            for place, agent, what in found
+            if what is not None
+        }
+
     async def check_known(self, row: values.Row) -> None:
         """See that a run that was known is no other agent's.
 
@@ -142,8 +155,12 @@ def _refuse(metrics: Metrics, bearer: Bearer | None) -> None:
 
 def _raise_exhausted(metrics: Metrics, agent: str, exhausted: Exhausted | None) -> None:
     if exhausted is not None:
-        metrics.refuse_quota("agent", exhausted.quota)
-        raise QuotaExceededError(
-            f"The quota of {exhausted.quota} of the agent {values.shorten(agent)!r} is used up; try again later",
-            exhausted.wait_s,
-        )
+        raise _refused_for_quota(metrics, agent, exhausted)
+
+
+def _refused_for_quota(metrics: Metrics, agent: str, exhausted: Exhausted) -> QuotaExceededError:
+    metrics.refuse_quota("agent", exhausted.quota)
+    return QuotaExceededError(
+        f"The quota of {exhausted.quota} of the agent {values.shorten(agent)!r} is used up; try again later",
+        exhausted.wait_s,
+    )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from dataclasses import dataclass
 
 from aiohttp import web
 
-from telemetryd.errors import InvalidRequestError, UnavailableError, sentence
+from telemetryd.errors import InvalidRequestError, TokenGoneError, UnavailableError, sentence
 from telemetryd.model import tables
 from telemetryd.model.filters import for_log
 from telemetryd.model.queries import MEDIA_TYPES, SNAPSHOT, CountMatching, ExportRuns, Format
@@ -18,6 +19,7 @@ from telemetryd.store import Store
 from telemetryd.web.answers import NOTE, mark, request_id
 from telemetryd.web.compression import Compressor, announce, choose, compressor
 from telemetryd.web.middleware import leaving
+from telemetryd.web.tokens import TOKENS
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,7 @@ class Exporter:
                 with leaving(request):
                     async with contextlib.aclosing(copy.chunks()) as chunks:
                         async for chunk in chunks:
+                            request.app[TOKENS].check(request)
                             packed = chunk if packer is None else await asyncio.to_thread(packer.compress, chunk)
                             async with asyncio.timeout(bounds.patience_s + len(packed) / bounds.least_bytes_per_s):
                                 await response.write(packed)
@@ -96,6 +99,10 @@ class Exporter:
                 request[NOTE].say("Export cut off by its reader", query_params=for_log(query.parameters()))
             except TimeoutError:  # or a few who read a byte now and then would keep all others from exporting
                 request[NOTE].say("Export cut off: its reader is too slow", query_params=for_log(query.parameters()))
+                if request.transport is not None:
+                    request.transport.abort()
+            except TokenGoneError:  # its reader may not have the rest
+                request[NOTE].say("Export cut off: its token is not accepted any more", logging.WARNING)
                 if request.transport is not None:
                     request.transport.abort()
             except UnavailableError as error:

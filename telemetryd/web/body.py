@@ -23,7 +23,7 @@ from telemetryd.errors import (
 from telemetryd.model.bodies import parse_body
 from telemetryd.model.items import explained
 from telemetryd.model.values import shorten
-from telemetryd.web.limits import take
+from telemetryd.web.limits import Quota, take
 from telemetryd.web.tokens import BEARER, TOKENS
 
 if sys.version_info >= (3, 14):
@@ -169,11 +169,13 @@ class Bodies:
 class _Share:
     """What one body takes of the room for all."""
 
-    __slots__ = ("bodies", "held")
+    __slots__ = ("bodies", "come", "held")
 
     def __init__(self, bodies: Bodies) -> None:
         self.bodies = bodies
         self.held = 0
+        self.come = 0
+        """How many bytes of it have come, or are decoded if these are more."""
 
 
 class _Reading:
@@ -196,18 +198,31 @@ class _Reading:
             raise UnsupportedBodyError("Transfer-Encoding can only be chunked")  # aiohttp takes others, decodes none
         if (request.content_length or 0) > share.bodies.limit:
             raise _too_large(share.bodies.limit)
+        bearer = request[BEARER]
+        quota = None if bearer is None else bearer.quota
         try:
-            body = await _receive(request, share)
-            if coding in _DECODERS:
-                body = await _decode(body, coding, share)
-            if (bearer := request[BEARER]) is not None:
+            body = await self._paid(coding, quota)
+            if bearer is not None:
                 request.app[TOKENS].check(request)  # a slow body may take hours
-                if bearer.quota is not None:
-                    take(bearer.quota, size=len(body))  # whatever becomes of it
+            if quota is not None:
+                take(quota, size=len(body))  # whatever becomes of it
         except BaseException:
             share.bodies.give_back(share)
             raise
         return body
+
+    async def _paid(self, coding: str, quota: Quota | None) -> bytes:
+        """Return the decoded body; one that is refused, or breaks off, is paid for here: it has cost as much."""
+        share = self._share
+        try:
+            body = await _receive(self._request, share)
+            return await _decode(body, coding, share) if coding in _DECODERS else body
+        except TooManyBodiesError:
+            raise  # which is not its sender's fault
+        except BaseException:
+            if quota is not None:
+                quota.pay(size=share.come)
+            raise
 
     async def __aexit__(self, *_: object) -> None:
         self._share.bodies.give_back(self._share)
@@ -221,6 +236,7 @@ async def _receive(request: web.Request, share: _Share) -> bytes:
     stream = request.content
     if stream.is_eof():  # arrived together with the headers: the usual case of a small body
         body = stream.read_nowait()
+        share.come = len(body)
         if len(body) > share.bodies.limit:
             raise _too_large(share.bodies.limit)
         return body
@@ -234,7 +250,7 @@ async def _receive(request: web.Request, share: _Share) -> bytes:
     try:
         async with asyncio.timeout(bounds.silence_s) as patience:
             while part := await stream.readany():
-                size += len(part)
+                share.come = size = size + len(part)
                 if size > share.bodies.limit:
                     raise _too_large(share.bodies.limit)
                 share.bodies.take(len(part), share)
@@ -263,6 +279,7 @@ async def _decode(body: bytes, coding: str, share: _Share) -> bytes:
             if is_starved and not part:
                 break
             size += len(part)
+            share.come = max(share.come, size)
             if size > share.bodies.limit:
                 raise _too_large(share.bodies.limit)
             share.bodies.take(len(part), share)

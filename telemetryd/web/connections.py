@@ -44,6 +44,11 @@ class ConnectionBounds:
 
     handshake_s: float = 10.0
     """How long the handshake of TLS may take."""
+    handshakes_bytes: int = 256 * 1024 * 1024
+    """What all handshakes may hold; beyond it, those with most of it are cut. It is enough for 6,000.
+
+    A processor core does about as many in the time that each of them may take.
+    """
     head_s: float = 10.0
     """How long the head of a request may take, from its first byte, or from the connection's begin."""
     deaf_s: float = 30.0
@@ -439,7 +444,12 @@ async def listen(
     accept: Callable[[], asyncio.Protocol] = server
     if tls.identity is not None:
         server.handshakes = accept = Handshakes(
-            tls, server, server.is_full, failed, patience_s=server.bounds.handshake_s
+            tls,
+            server,
+            server.is_full,
+            failed,
+            patience_s=server.bounds.handshake_s,
+            most_bytes=server.bounds.handshakes_bytes,
         )
     addresses = []
     for listening in sockets:

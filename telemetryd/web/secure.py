@@ -19,10 +19,22 @@ from typing import Any, Final, cast
 from aiohttp import web
 
 from telemetryd.ops.logs import log
+from telemetryd.web.heads import Held
 from telemetryd.web.tls import Identity, Tls
 
 _RECORD_BYTES: Final = 16 * 1024
 """The most that a record of TLS holds (RFC 8446 §5.1); OpenSSL's buffers grow to what they are given at once."""
+_HEADER_BYTES: Final = 5
+"""What begins each record: its type, a version, and in the last two bytes how many follow."""
+_MOST_EMPTY: Final = 64
+"""Records more that bring nothing than such that bring something: a handshake has a few, and nobody needs more later.
+
+Each request for new keys (KeyUpdate) has the processor work for 0.1 ms, and may come again and again.
+"""
+_TURN_S: Final = 0.005
+"""How long a connection is decrypted until the event loop gets its turn: its socket may bring megabytes at once."""
+_BEGUN_BYTES: Final = 40 * 1024
+"""About what a handshake takes besides what its client has sent, as soon as that has begun."""
 _NOTHING: Final = memoryview(b"")
 _LOG_EVERY_S: Final = 60.0
 _IDENTITY: Final = "identity"
@@ -53,6 +65,7 @@ class Handshakes:
         is_full: whether more connections are open than there may be; those of `len(self)` are among them.
         failed: called with the reason for each handshake that fails: one of a few.
         patience_s: how long a handshake may take.
+        most_bytes: what all of them may hold; beyond it, those with most of it are cut.
         clock: monotonic seconds.
 
     """
@@ -65,6 +78,7 @@ class Handshakes:
         failed: Callable[[str], None],
         *,
         patience_s: float,
+        most_bytes: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._tls = tls
@@ -74,6 +88,7 @@ class Handshakes:
         self._failed = failed
         self._clock = clock
         self._open: dict[SecureConnection, None] = {}
+        self._held: Held[SecureConnection] = Held(most_bytes)
         self._unlogged: Counter[str] = Counter()
         self._logged_at = -_LOG_EVERY_S
 
@@ -95,6 +110,13 @@ class Handshakes:
     def end(self, connection: SecureConnection) -> None:
         """Forget a connection whose handshake is over."""
         self._open.pop(connection, None)
+        self._held.note(connection, 0)
+
+    def note(self, connection: SecureConnection, come: int) -> None:
+        """Take note of how much a client has sent for its handshake, and cut those who hold most if it is too much."""
+        self._held.note(connection, _BEGUN_BYTES + come)
+        for each in self._held.relieve():
+            each.give_up(_CROWDED)
 
     def cut_longest(self) -> bool:
         """Cut the connection whose handshake takes longest; return whether there was one.
@@ -128,12 +150,15 @@ class SecureConnection(asyncio.Protocol, asyncio.Transport):
 
     __slots__ = (
         "_application",
+        "_come",
+        "_empty",
         "_failure",
         "_handshakes",
         "_identity",
         "_incoming",
         "_is_ending",
         "_is_paused",
+        "_left",
         "_outgoing",
         "_session",
         "_timer",
@@ -152,8 +177,14 @@ class SecureConnection(asyncio.Protocol, asyncio.Transport):
         """None until the handshake is done."""
         self._failure: str | None = None
         """Why the handshake has failed."""
+        self._come = 0
+        """How many bytes the client has sent for its handshake."""
         self._waiting = _NOTHING
         """What has come and was not handed over to OpenSSL."""
+        self._left = 0
+        """How many bytes of the record are still to come that was handed over last."""
+        self._empty = 0
+        """How many records more have brought nothing than such that brought something."""
         self._is_paused = False
         self._is_ending = False
         """Whether the client has been told that nothing more comes; what it still sends is let go."""
@@ -172,6 +203,9 @@ class SecureConnection(asyncio.Protocol, asyncio.Transport):
         """Decrypt what has come, as far as it is taken."""
         if self._is_ending:
             return
+        if self._application is None:
+            self._come += len(data)
+            self._handshakes.note(self, self._come)
         self._waiting = memoryview(bytes(self._waiting) + data if self._waiting else data)
         self._decrypt()
 
@@ -205,30 +239,63 @@ class SecureConnection(asyncio.Protocol, asyncio.Transport):
 
     def _decrypt(self) -> None:
         """Hand over what waits to OpenSSL record by record: its buffer never becomes smaller again."""
-        while self._waiting and not (self._is_paused or self._is_ending or self.is_closing()):
-            piece, self._waiting = self._waiting[:_RECORD_BYTES], self._waiting[_RECORD_BYTES:]
+        turn = time.monotonic()
+        while not (self._is_paused or self._is_ending or self.is_closing()) and (piece := self._piece()):
             self._incoming.write(piece)
-            self._advance()
-        if not self._waiting or self._is_ending:
-            self._waiting = _NOTHING  # an empty view would keep what it was a view of
+            brought = self._advance()
+            if self._left:
+                continue
+            self._empty = max(self._empty - 1, 0) if brought else self._empty + 1
+            if self._empty > _MOST_EMPTY:
+                self._refuse_more()
+            elif self._waiting and not self.is_closing() and time.monotonic() - turn > _TURN_S:
+                self._transport.pause_reading()
+                asyncio.get_running_loop().call_soon(self._go_on)
+                return
+        if len(self._waiting) < _HEADER_BYTES or self._is_ending:
+            # A view would keep all of what it is a view of.
+            self._waiting = _NOTHING if self._is_ending else memoryview(bytes(self._waiting))
+
+    def _piece(self) -> memoryview:
+        """Take off what waits of one record, which is nothing as long as its header is not whole."""
+        if not self._left:
+            if len(self._waiting) < _HEADER_BYTES:
+                return _NOTHING
+            self._left = _HEADER_BYTES + int.from_bytes(self._waiting[_HEADER_BYTES - 2 : _HEADER_BYTES], "big")
+        size = min(self._left, _RECORD_BYTES)
+        piece, self._waiting = self._waiting[:size], self._waiting[size:]
+        self._left -= len(piece)
+        return piece
+
+    def _refuse_more(self) -> None:
+        """Cut the connection of a client that sends record after record without anything in them."""
+        log.debug("TLS connection cut", extra={"reason": "records without content"})
+        if self._application is None:
+            self.give_up(_OTHER)
+        else:
+            self.abort()
 
     def _go_on(self) -> None:
-        """Take what has waited while the application paused, and only then more."""
+        """Take what has waited while the application paused or others had their turn, and only then more."""
+        if self.is_closing():
+            return
         self._advance()
         self._decrypt()
-        if not (self._is_paused or self.is_closing()):
+        if not (self._is_paused or self.is_closing() or len(self._waiting) >= _HEADER_BYTES):
             self._transport.resume_reading()
 
-    def _advance(self) -> None:
-        """Do what can be done with what OpenSSL has."""
+    def _advance(self) -> bool:
+        """Do what can be done with what OpenSSL has; return whether there was something for the application."""
         if self._application is None and not self._is_ending:
             self._shake_hands()
+        brought = False
         try:
             while self._application is not None and not (self._is_paused or self._is_ending or self.is_closing()):
                 if not (plain := self._session.read(_RECORD_BYTES)):
                     self._application.eof_received()
                     self.close()
-                    return
+                    break
+                brought = True
                 self._application.data_received(plain)
         except ssl.SSLWantReadError:
             self._send()
@@ -236,6 +303,7 @@ class SecureConnection(asyncio.Protocol, asyncio.Transport):
             log.debug("TLS connection broken", extra={"reason": error.reason})
             self._send()
             self.close()
+        return brought
 
     def _shake_hands(self) -> None:
         try:

@@ -61,6 +61,8 @@ BEARER: Final = web.RequestKey[Bearer | None]("bearer", Bearer)
 """Who sent a request, None if it brought no token that is accepted; the middleware sets it for every request."""
 
 Known = dict[bytes, Bearer]
+_UNSEEN: Final = (0, 0, 0, 0)
+"""No file's state."""
 
 
 class Tokens:
@@ -85,6 +87,9 @@ class Tokens:
         self._known: Known = {}
         self._path: Path | None = None
         self._seen: token_file.Signature | None = None
+        """The state of the file that was read last, or `_UNSEEN`."""
+        self._problem: str | None = None
+        """Why the file cannot be used now."""
         self.look_every_s = 1.0
         """How often the state of the file is looked at, at most."""
         self._look_at = 0.0
@@ -160,9 +165,13 @@ class Tokens:
             return None
 
         def put_into_effect() -> None:
-            # The file may have been followed since it was read here: look again before anybody is let in.
-            self._path, self._seen, self._look_at = path, seen, 0.0
-            self._use(known if self._known is before else self._merge(self._single(single), named))
+            if self._known is before or self._path != path:
+                self._seen = seen
+                self._use(known if self._known is before else self._merge(self._single(single), named))
+            else:  # it has been followed since it was read here: who was revoked then stays so
+                entries = [each.entry for each in self._known.values() if each.entry is not None]
+                self._use(self._merge(self._single(single), entries))
+            self._path, self._look_at = path, 0.0
 
         return put_into_effect
 
@@ -179,9 +188,15 @@ class Tokens:
         try:
             named = token_file.read(self._path)
         except ConfigurationError as error:
+            if isinstance(error, token_file.UnreadableError):
+                self._seen = _UNSEEN  # it may be read in a moment, as it is: somebody may have been revoked
+            problem, said = "; ".join(error.problems), self._problem
+            self._problem = problem
             self._metrics.tokens_broken.set(1)
-            problem = "; ".join(error.problems)
-            log.error("The file of tokens cannot be used; those known before stay", extra={"error_message": problem})
+            if problem != said:
+                log.error(
+                    "The file of tokens cannot be used; those known before stay", extra={"error_message": problem}
+                )
             return
         self._use(self._merge([each for each in self._known.values() if each.is_single], named))
         log.info("Tokens read again", extra={"tokens": len(named)})
@@ -204,6 +219,7 @@ class Tokens:
 
     def _use(self, known: Known) -> None:
         self._known = known
+        self._problem = None
         self._metrics.know_tokens({each.name for each in known.values()})
         self._metrics.tokens_broken.set(0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
@@ -13,12 +14,12 @@ from typing import Any, TypeVar, cast
 import orjson
 import pytest
 import pytest_asyncio
-from aiohttp import hdrs
+from aiohttp import ClientPayloadError, hdrs
 from aiohttp.test_utils import TestClient
 from aiohttp.web import AppKey
 
 from telemetryd.http import ROUTES, make_app
-from telemetryd.model import tokens
+from telemetryd.model import batches, tokens
 from telemetryd.model.tokens import Asked, Limits, Scope
 from telemetryd.ops import token_file
 from telemetryd.ops.metrics import Metrics
@@ -396,6 +397,20 @@ async def test_a_revoked_token_opens_nothing_and_its_stream_ends(make_closed: Ma
     assert set(re.findall('token="([^"]+)"', shown)) == {"ingest", "TELEMETRY_API_AUTH_TOKEN"}
 
 
+async def test_an_export_ends_when_its_token_is_revoked(make_closed: MakeClosed) -> None:
+    closed = await make_closed()
+    closed.app(TOKENS).look_every_s = 0
+    text = "x" * 1_000_000
+    for _ in range(20):
+        assert (await closed.post("ingest", make_run(output_summary=text))).status == 201
+    headers = bearing(closed.secrets["reader"])
+    async with closed.api.client.get(f"{RUNS}/export", headers=headers) as export:
+        assert (export.status, export.headers["X-Total-Count"]) == (200, "20")
+        token_file.change(closed.api.settings.tokens_path, lambda known: known[:1])
+        with pytest.raises(ClientPayloadError):
+            await export.content.read()
+
+
 class SlowRequest:
     """A request whose last byte is kept back."""
 
@@ -517,6 +532,42 @@ async def test_a_quota_of_bytes_of_a_token(make_closed: MakeClosed) -> None:
         assert "bytes per day" in check_error(await closed.send("ingest", method, path, json={}), 429)
 
 
+@pytest.mark.parametrize(
+    ("body", "coding", "status"),
+    [
+        (b"x" * 2000, None, 413),
+        (gzip.compress(b"x" * 2000), "gzip", 413),
+        (gzip.compress(b"x" * 900)[:-1], "gzip", 400),
+        (b"x" * 900, "gzip", 400),
+    ],
+    ids=["too large", "too large when decoded", "cut off", "no gzip"],
+)
+async def test_a_quota_of_bytes_pays_for_bodies_that_are_refused(
+    make_closed: MakeClosed, body: bytes, coding: str | None, status: int
+) -> None:
+    closed = await make_closed(ASKED_WASTEFUL, max_body_bytes=1024)
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for start in range(0, len(body), 500):
+            yield body[start : start + 500]
+            await asyncio.sleep(0.01)
+
+    headers = JSON if coding is None else {**JSON, "Content-Encoding": coding}
+    check_error(await closed.send("wasteful", "POST", RUNS, data=pieces(), headers=headers), status)
+    check_error(await closed.post("wasteful", make_run()), 429)
+
+
+async def test_a_quota_of_bytes_pays_for_a_body_whose_client_leaves(make_closed: MakeClosed) -> None:
+    closed = await make_closed(ASKED_WASTEFUL)
+    _, writer = await asyncio.open_connection("127.0.0.1", closed.api.client.port)
+    head = f"POST {RUNS} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {closed.secrets['wasteful']}\r\n"
+    writer.write(f"{head}Content-Type: application/json\r\nContent-Length: 999\r\n\r\n".encode() + b"x" * 998)
+    await eventually(lambda: bodies_of(closed.api)._held > 0)
+    writer.close()
+    await eventually(lambda: bodies_of(closed.api)._held == 0)
+    check_error(await closed.post("wasteful", make_run()), 429)
+
+
 async def test_a_quota_of_agents_holds_for_each_item(make_closed: MakeClosed) -> None:
     closed = await make_closed(quota_runs_per_minute=2)
     busy, idle = make_run(agent_name="busy"), make_run(agent_name="idle")
@@ -532,6 +583,24 @@ async def test_a_quota_of_agents_holds_for_each_item(make_closed: MakeClosed) ->
     check_error(whole, 429)
     assert 1 <= int(whole.headers["retry-after"]) <= 90
     assert closed.counted("telemetryd_quota_refusals_total", whose="agent", quota=PER_MINUTE) == 4
+
+
+async def test_batches_at_once_go_beyond_an_agents_quota_no_further_than_one_after_the_other(
+    make_closed: MakeClosed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches, "_SLICE_S", 0.0)  # they are checked in turns, as large ones are
+    closed = await make_closed(quota_runs_per_minute=2)
+
+    def batch(number: int) -> list[Any]:
+        return [make_run(agent_name="busy") for _ in range(4)] + [make_run(agent_name=f"idle-{number}")]
+
+    answers = await asyncio.gather(*(closed.post("ingest", batch(number), BATCH) for number in range(3)))
+    assert sorted(answer.json["inserted"] for answer in answers) == [1, 1, 5]
+    late = next(answer.json for answer in answers if answer.json["inserted"] == 1)
+    assert [(each["index"], each["status"]) for each in late["error_details"]] == [(at, 429) for at in range(4)]
+    nothing = await asyncio.gather(*(closed.post("ingest", batch(9)[:4], BATCH) for _ in range(2)))
+    assert [answer.status for answer in nothing] == [429, 429]
+    assert closed.counted("telemetryd_quota_refusals_total", whose="agent", quota=PER_MINUTE) == 16
 
 
 async def test_a_quota_of_an_agents_bytes_counts_changes_and_events(make_closed: MakeClosed) -> None:

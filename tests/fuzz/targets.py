@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
+import itertools
+import ssl
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import orjson
 import trustme
@@ -17,7 +20,7 @@ from telemetryd.errors import BodyTooLargeError, ConfigurationError, InvalidBody
 from telemetryd.model import bodies, queries, runs, tokens, values
 from telemetryd.model.commands import CreateRuns
 from telemetryd.settings import Settings
-from telemetryd.web.secure import Handshakes
+from telemetryd.web.secure import Handshakes, SecureConnection
 from telemetryd.web.tls import Tls
 
 CORPUS: Final = Path(__file__).with_name("corpus")
@@ -94,6 +97,11 @@ class _Socket(asyncio.Transport):
         assert not self.is_over
         self.sent += data
 
+    def pause_reading(self) -> None:
+        """Nothing comes by itself."""
+
+    resume_reading = pause_reading
+
     def write_eof(self) -> None:
         self.is_over = True
 
@@ -117,13 +125,15 @@ def handshake(data: bytes) -> None:
 
     async def shake_hands() -> None:
         failed: list[str] = []
-        handshakes = Handshakes(_tls(), never, lambda: False, failed.append, patience_s=60)
+        handshakes = Handshakes(_tls(), never, lambda: False, failed.append, patience_s=60, most_bytes=1 << 30)
         half = len(data) // 2
         for pieces in ((data,), (data[:half], data[half:])):
-            connection, transport = handshakes(), _Socket()
+            connection, transport = cast(SecureConnection, handshakes()), _Socket()
             connection.connection_made(transport)
             for piece in pieces:
                 connection.data_received(piece)
+                while not transport.is_over and len(connection._waiting) >= 5:  # noqa: ASYNC110 - the turn of others
+                    await asyncio.sleep(0)
             assert len(failed) == transport.is_over
             connection.connection_lost(None)
             assert len(failed) == 1
@@ -131,6 +141,66 @@ def handshake(data: bytes) -> None:
             failed.clear()
 
     asyncio.run(shake_hands())
+
+
+class _Pausing(asyncio.Protocol):
+    """Takes what comes, and pauses in between."""
+
+    def __init__(self) -> None:
+        self.taken = bytearray()
+        self._transport: asyncio.Transport
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        assert self._transport.is_reading()
+        self.taken += data
+        if len(self.taken) % 3 == 0:
+            self._transport.pause_reading()
+            asyncio.get_running_loop().call_soon(self._transport.resume_reading)
+
+
+def records(data: bytes) -> None:
+    """Send records of the sizes that bytes name, in such pieces; all arrive whole, and none that is made up does."""
+
+    async def send() -> None:
+        application = _Pausing()
+        handshakes = Handshakes(
+            _tls(), lambda: application, lambda: False, lambda _: None, patience_s=60, most_bytes=1 << 30
+        )
+        connection, transport = handshakes(), _Socket()
+        connection.connection_made(transport)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        client = context.wrap_bio(incoming, outgoing)
+        for _ in range(3):
+            with contextlib.suppress(ssl.SSLWantReadError):
+                client.do_handshake()
+            connection.data_received(outgoing.read())
+            incoming.write(transport.sent)
+            transport.sent.clear()
+        sent = b""
+        for size in data[:40]:
+            sent += bytes([size]) * (size * size)
+            for start in range(0, size * size, 1 << 14):
+                client.write(sent[len(sent) - size * size + start :][: 1 << 14])
+        encrypted, steps, start = outgoing.read(), itertools.cycle(data), 0
+        while start < len(encrypted):
+            step = 1 + 50 * next(steps)
+            connection.data_received(encrypted[start : start + step])
+            start += step
+        async with asyncio.timeout(20):
+            while len(application.taken) < len(sent):  # noqa: ASYNC110 - in the turns that it takes
+                await asyncio.sleep(0)
+        assert application.taken == sent
+        connection.data_received(data)
+        await asyncio.sleep(0)
+        assert application.taken == sent
+        connection.connection_lost(None)
+
+    asyncio.run(send())
 
 
 def token_file(data: bytes) -> None:
@@ -149,5 +219,6 @@ TARGETS: Final[Mapping[str, Callable[[bytes], None]]] = {
     "body": body,
     "query": query,
     "handshake": handshake,
+    "records": records,
     "token_file": token_file,
 }
