@@ -354,21 +354,21 @@ def test_many_tiny_items_stop_nobody_else(start_daemon: StartDaemon) -> None:
 
 
 def test_a_batch_of_nothing_but_errors_is_reported_shortly(start_daemon: StartDaemon) -> None:
-    """10,000 items with every field wrong made an answer of 59 MB, and nobody else was answered meanwhile."""
+    """Items with every field wrong made an answer of 6 KB each, and nobody else was answered meanwhile."""
     daemon = start_daemon()
     wrong = dict.fromkeys(STORED, -1)
     pauses, (status, answer) = health_during(
-        daemon.url, BATCH, gzip.compress(json.dumps([wrong] * 10_000).encode()), "application/json"
+        daemon.url, BATCH, gzip.compress(json.dumps([wrong] * 2_000).encode()), "application/json"
     )
-    assert (status, len(answer["errors"]), len(answer["error_details"])) == (200, 10_000, 10_000)
+    assert (status, len(answer["errors"]), len(answer["error_details"])) == (200, 2_000, 2_000)
     assert len(answer["error_details"][0]["detail"]) == len(STORED)
     last = answer["error_details"][-1]
     more = f"and {len(STORED) - 1} more errors in this item"
-    assert last["index"] == 9_999
-    assert places(last["detail"]) == [("body", 9_999, "event_id"), ("body", 9_999)]
-    assert last["detail"][1] == {"loc": ["body", 9_999], "msg": more, "type": "more_errors"}
+    assert last["index"] == 1_999
+    assert places(last["detail"]) == [("body", 1_999, "event_id"), ("body", 1_999)]
+    assert last["detail"][1] == {"loc": ["body", 1_999], "msg": more, "type": "more_errors"}
     assert answer["errors"][-1].endswith(f"; {more}")
-    assert len(json.dumps(answer)) < 5_000_000
+    assert len(json.dumps(answer)) < 1_000_000
     assert max(pauses) < 10  # it was many seconds; a busy machine may take some
 
 
