@@ -54,7 +54,7 @@ install: $(RUNNABLE) ## set up what the daemon needs
 run: $(RUNNABLE) ## set up what the daemon needs, and run it on port 8765
 	$(BIN)/telemetryd serve
 
-test: $(INSTALLED) $(CLIENTS_INSTALLED) ## set everything up and run the tests (about six minutes on two processors)
+test: $(INSTALLED) $(CLIENTS_INSTALLED) ## set everything up and run the tests (about five minutes on two processors)
 	$(BIN)/pytest $(PARALLEL) -m "not slow and not faults"
 
 test-pythons: ## pass the contract tests on each other Python that is here (PYTHONS names them)
