@@ -19,6 +19,7 @@ from pathlib import Path
 
 import click
 
+from telemetryd.engine import stats_log
 from telemetryd.engine.sqlite.connection import connect
 from telemetryd.engine.sqlite.statements import rollups
 from telemetryd.engine.sqlite.statements.commands import Transaction
@@ -95,8 +96,8 @@ def _ingest(folder: Path, rows: list[Row], size: int) -> tuple[float, float]:
                     transaction.apply([CreateRuns((row,)) for row in rows[start : start + size]])
                     transaction.finish()
                 else:
-                    summary: rollups.Summary = {}
-                    rollups.summarize(summary, facts[start : start + size])
+                    summary: stats_log.Summary = {}
+                    stats_log.summarize(summary, facts[start : start + size])
                     rollups.record(connection.cursor(), summary, size)
                 connection.execute("COMMIT")
                 used[place] += time.thread_time() - begun
@@ -120,8 +121,8 @@ def main(stored: int, counted: int, days: int) -> None:
         with closing(_database(folder / "counted")) as connection:
             begun = time.thread_time()
             for _, facts in groupby(_facts(counted, days), key=lambda facts: facts[0][:_DATE]):
-                summary: rollups.Summary = {}
-                rollups.summarize(summary, facts)
+                summary: stats_log.Summary = {}
+                stats_log.summarize(summary, facts)
                 connection.execute("BEGIN IMMEDIATE")
                 rollups.record(connection.cursor(), summary, rollups.FOLD_AT)
                 connection.execute("COMMIT")

@@ -394,7 +394,7 @@ def test_each_change_makes_one_delivery_and_nothing_else_does(
 
 
 async def test_only_so_many_deliveries_wait(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(statements, "MAX_WAITING", 3)
+    monkeypatch.setattr(alerts, "MAX_WAITING", 3)
     given_up = []
     for number in range(3):
         agents = tuple(Finding(Subject(f"{number}-{each}"), "so", {}) for each in range(2))

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from yarl import URL
 
-from telemetryd.engine.sqlite.statements import runs as run_rows
+from telemetryd.engine import pages as pages_of_runs
 from telemetryd.model import values
 from telemetryd.model.events import parse_events
 from tests.conftest import Api, MakeApi, StartDaemon, make_run
@@ -199,7 +199,7 @@ async def test_what_is_no_place_among_events_is_reported(api: Api, query: str) -
 
 
 async def test_a_page_of_large_events_is_bounded(make_api: MakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_rows, "PAGE_BYTES", 100_000)
+    monkeypatch.setattr(pages_of_runs, "PAGE_BYTES", 100_000)
     api = await make_api()
     first, second = make_run(created_at="2025-12-24T11:00:00Z"), make_run(created_at="2025-12-24T10:00:00Z")
     for run in (first, second):

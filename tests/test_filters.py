@@ -18,10 +18,10 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from telemetryd.engine.indexes import INDEXES, MAX_ARMS, choose
 from telemetryd.engine.sqlite import searching
 from telemetryd.engine.sqlite.statements import counts, full_text
 from telemetryd.engine.sqlite.statements.commands import Transaction
-from telemetryd.engine.sqlite.statements.predicates import INDEXES, MAX_ARMS, choose
 from telemetryd.engine.sqlite.statements.runs import fetch_page, find_agents, select_page
 from telemetryd.engine.sqlite.tools import migrate
 from telemetryd.model.commands import CreateRuns

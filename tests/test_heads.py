@@ -15,6 +15,7 @@ from unittest.mock import Mock
 
 import pytest
 
+from telemetryd.engine.registry import Handler
 from telemetryd.engine.sqlite.readers import Lane
 from telemetryd.engine.sqlite.statements import answers
 from telemetryd.model.queries import ListRuns
@@ -220,7 +221,7 @@ async def test_a_query_ends_when_its_client_leaves(api: Api, monkeypatch: pytest
         began.set()
         return endless(connection)
 
-    monkeypatch.setitem(answers._ANSWERS, ListRuns, answers._Answer(search, lambda _: False))
+    monkeypatch.setitem(answers.REGISTRY.handlers, ListRuns, Handler(search, lambda _: False))
     idle = reading(api)._readers()._idle[Lane.QUICK]
     all_of_them = api.settings.db_readers - api.settings.db_readers // 2
     await eventually(lambda: idle.qsize() == all_of_them)  # the start asks something, too

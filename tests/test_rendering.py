@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from telemetryd.engine import addresses
 from telemetryd.engine.sqlite.statements import json_rows
 from telemetryd.engine.sqlite.statements.commands import Transaction
 from telemetryd.engine.sqlite.statements.runs import fetch_page, select_page
@@ -105,13 +106,13 @@ def test_a_text_too_long_to_be_an_address_is_not_kept_in_memory(
     empty: sqlite3.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[tuple[str, ...]] = []
-    addresses = json_rows._addresses
+    members = addresses.members
 
     def noted(fields: tuple[str, ...], *of: str) -> str:
         made.append(of)
-        return addresses(fields, *of)
+        return members(fields, *of)
 
-    monkeypatch.setattr(json_rows, "_addresses", noted)
+    monkeypatch.setattr(addresses, "members", noted)
     long = f"git@github.com:acme/{'x' * 10_000}"
     given_run = {name: value for name, (value, _) in SIMPLE.items()} | {"event_id": "e", "git_repo": long}
     store(empty, [parse_run(given_run | {"git_commit_hash": "abcdef1"}).row])

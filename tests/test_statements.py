@@ -185,7 +185,7 @@ def make_query(
 
 
 def test_the_combinations_cover_every_documented_filter() -> None:
-    from telemetryd.engine.sqlite.statements.predicates import INDEXES
+    from telemetryd.engine.indexes import INDEXES
 
     assert {frozenset(equal) for equal in subsets(EQUAL)} == {names for names in INDEXES if names <= set(EQUAL)}
     assert len(COMBINATIONS) == 2**7

@@ -32,6 +32,8 @@ from telemetryd.model.values import Status, format_timestamp
 FAILED: Final = (str(Status.FAILURE), str(Status.TIMEOUT))
 """What a failure rate counts as failed."""
 FINISHED: Final = tuple(str(status) for status in Status if status is not Status.RUNNING)
+MAX_WAITING: Final = 1000
+"""Deliveries that may wait for one webhook; beyond it the oldest are given up."""
 MAX_FIRING: Final = 1000
 """Subjects that a rule fires for one by one; the others are counted."""
 _LONGEST: Final = timedelta(days=36_500)

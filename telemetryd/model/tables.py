@@ -21,6 +21,10 @@ INSTALL: Final = "Parquet needs the package pyarrow, next to telemetryd: pip ins
 GROUP_BYTES: Final = 4 * 1024 * 1024
 """How much JSON becomes one row group of a Parquet file; so much is in memory a few times over."""
 
+CHUNK_BYTES: Final = 256 * 1024
+"""About how much of an export is in one piece, besides a single line of any length."""
+CSV_HEADER: Final = (",".join(COLUMNS) + "\r\n").encode()
+
 _JSON: Final = frozenset(runs.columns(Role.JSON))
 _BOOLEANS: Final = frozenset(runs.columns(Role.BOOLEAN))
 _SCHEMAS: Final = runs.Run.model_json_schema()["properties"]

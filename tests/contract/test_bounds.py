@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from telemetryd.engine.sqlite.statements import runs as run_rows
+from telemetryd.engine import pages
 from telemetryd.model import values
 from telemetryd.web.body import BodyBounds
 from tests.conftest import PATIENCE_S, Api, bodies_of, eventually, make_run
@@ -50,7 +50,7 @@ async def test_an_object_of_the_agents_own_has_a_bound_too(api: Api) -> None:
 
 async def test_a_page_too_large_says_how_many_runs_fit(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     """A shorter page instead would lose runs to whoever pages by offset."""
-    monkeypatch.setattr(run_rows, "PAGE_BYTES", 100_000)
+    monkeypatch.setattr(pages, "PAGE_BYTES", 100_000)
     events = [make_run(error_details="x" * 30_000) for _ in range(10)]
     await api.batch(events)
     detail = check_error(await send(api, "GET", RUNS, params={"limit": "10"}), 400)

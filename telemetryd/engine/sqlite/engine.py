@@ -29,7 +29,7 @@ from telemetryd.engine.sqlite.opening import Opened, check_schema, identity_of, 
 from telemetryd.engine.sqlite.ownership import Ownership, refuse_other_name
 from telemetryd.engine.sqlite.readers import Lane, Readers
 from telemetryd.engine.sqlite.recount import Recount
-from telemetryd.engine.sqlite.statements.answers import answer, is_long, load
+from telemetryd.engine.sqlite.statements.answers import REGISTRY
 from telemetryd.engine.sqlite.tools import backup, migrate
 from telemetryd.errors import DatabaseBusyError, DatabaseError, DatabaseSuspectError, UnavailableError, sentence
 from telemetryd.model.changes import Changes, ListChanges
@@ -43,7 +43,7 @@ from telemetryd.settings import Settings
 
 A = TypeVar("A")
 
-load()
+REGISTRY.load()
 
 
 async def open_sqlite(
@@ -121,7 +121,7 @@ class Neighbour:
     async def read(self, query: Query[A]) -> A:
         """Answer a query, however long that takes: nobody else waits for it."""
         try:
-            return answer(self._connection, query)
+            return REGISTRY.answer(self._connection, query)
         except sqlite3.Error as error:
             raise DatabaseError(f"Cannot read {self._path}: {error}") from error
 
@@ -373,11 +373,12 @@ class Reading:
 
     async def read(self, query: Query[A]) -> A:
         """Answer a query in a reader's thread (see `ReadingEngine.read`)."""
-        return await self._readers().fetch(partial(answer, query=query), Lane.LONG if is_long(query) else Lane.QUICK)
+        lane = Lane.LONG if REGISTRY.is_long(query) else Lane.QUICK
+        return await self._readers().fetch(partial(REGISTRY.answer, query=query), lane)
 
     async def read_news(self, query: ListChanges) -> Changes:
         """Answer a query of the feed through the reader that is there for it alone."""
-        return await self._readers().fetch(partial(answer, query=query), Lane.FEED)
+        return await self._readers().fetch(partial(REGISTRY.answer, query=query), Lane.FEED)
 
     def watch(self, changed: Callable[[], None]) -> None:
         """Call a function when counts were corrected, or numbers forgotten."""

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Final
 
+from telemetryd.engine import letter_case
+
 LARGE_BYTES: Final = 8 * 1024
 """Above this size the function is asked, below it SQLite, which takes some milliseconds then at most."""
 
@@ -40,26 +42,15 @@ def _comparison(text: str) -> tuple[str, str]:
     if text.isascii():
         escaped = "".join(f"\\{sign}" if sign in "\\%_" else sign for sign in text)
         return r"LIKE :error ESCAPE '\'", f"%{escaped}%"
-    forms = _forms(text)
+    forms = letter_case.forms(text)
     signs = (f"[{''.join(forms[sign])}]" if len(forms[sign]) > 1 or sign in "*?[" else sign for sign in text)
     return "GLOB :error", f"*{''.join(signs)}*"
-
-
-def _forms(text: str) -> dict[str, dict[str, None]]:
-    """Return for each sign of a text all that count as the same: its other case, and what shares one with it."""
-    forms: dict[str, dict[str, None]] = {}
-    for sign in text:
-        same = dict.fromkeys(form for form in (sign, sign.lower(), sign.upper()) if len(form) == 1)
-        for form in [*same]:
-            same |= forms.get(form, {})
-        forms |= dict.fromkeys(same, same)
-    return forms
 
 
 @lru_cache(maxsize=8)
 def _folding(text: str) -> tuple[dict[int, int], str]:
     """Return what makes one of all signs that count as the same, and the text in which that is done."""
-    table = {ord(sign): ord(next(iter(same))) for sign, same in _forms(text).items()}
+    table = {ord(sign): ord(next(iter(same))) for sign, same in letter_case.forms(text).items()}
     return table, text.translate(table)
 
 

@@ -8,10 +8,12 @@ from typing import Any, Final
 
 import orjson
 
+from telemetryd.engine.indexes import Values
+from telemetryd.engine.registry import always
 from telemetryd.engine.sqlite.statements import rollups
-from telemetryd.engine.sqlite.statements.answers import always, answers
+from telemetryd.engine.sqlite.statements.answers import answers
 from telemetryd.engine.sqlite.statements.columns import NEWEST
-from telemetryd.engine.sqlite.statements.predicates import Values, glob, stale_runs, together
+from telemetryd.engine.sqlite.statements.predicates import glob, stale_runs, together
 from telemetryd.engine.sqlite.statements.regressions import fetch_pairs
 from telemetryd.errors import InvalidRequestError, sentence
 from telemetryd.model import alerts
@@ -32,9 +34,6 @@ from telemetryd.model.queries import CountStale
 from telemetryd.model.regressions import in_order
 from telemetryd.model.rules import FailureRate, Regression, Rule, Silent, Slow, Stale, matcher
 from telemetryd.model.values import format_timestamp
-
-MAX_WAITING: Final = 1000
-"""Deliveries that may wait for one webhook; beyond it the oldest are given up."""
 
 _STAND: Final = f"SELECT {NEWEST}, (SELECT coalesce(max(epoch), '') FROM change_feed)"
 _FIRING: Final = """
@@ -260,5 +259,5 @@ def _record(cursor: sqlite3.Cursor, changes: tuple[AlertChange, ...], now: str) 
         for webhook in change.webhooks:
             cursor.execute(_DELIVER, (webhook, change.id, now, change.body))
     webhooks = {webhook for change in changes for webhook in change.webhooks}
-    kept = [{"webhook": webhook, "kept": MAX_WAITING} for webhook in sorted(webhooks)]
+    kept = [{"webhook": webhook, "kept": alerts.MAX_WAITING} for webhook in sorted(webhooks)]
     return sum(cursor.execute(_GIVE_UP, values).rowcount for values in kept)

@@ -1,17 +1,8 @@
-"""SQL that reading and writing share: lengths of truncated times, columns of a process, newest numbers."""
+"""SQL that reading and writing share: the newest numbers."""
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Final
-
-from telemetryd.model.processes import Process
-
-MINUTE: Final = len("2025-12-24T10:00")
-HOUR: Final = len("2025-12-24T10")
-DAY: Final = len("2025-12-24")
-
-PROCESS: Final = tuple(field.name for field in fields(Process))
 
 NEWEST: Final = """max(
     (SELECT coalesce(max(id), 0) FROM agent_runs),

@@ -14,6 +14,8 @@ from typing import Any, Final
 
 import orjson
 
+from telemetryd.engine import stats_log
+from telemetryd.engine.columns import DAY, HOUR, MINUTE, PROCESS
 from telemetryd.engine.sqlite.statements import (
     alerts,
     confirmations,
@@ -24,7 +26,6 @@ from telemetryd.engine.sqlite.statements import (
     rollups,
     thinning,
 )
-from telemetryd.engine.sqlite.statements.columns import DAY, HOUR, MINUTE, PROCESS
 from telemetryd.engine.sqlite.statements.recounting import Tally
 from telemetryd.engine.sqlite.statements.removal import Removal
 from telemetryd.engine.sqlite.statements.sequence import Sequence as CommitSequence
@@ -245,11 +246,11 @@ class Transaction:
         changes = len(self._created) + len(self._deleted) + len(self._changed)
         if not changes:
             return
-        summary: rollups.Summary = {}
-        rollups.summarize(summary, map(_facts_of, self._created))
-        rollups.summarize(summary, self._deleted, -1)
-        rollups.summarize(summary, (old for old, _ in self._changed), -1)
-        rollups.summarize(summary, (new for _, new in self._changed))
+        summary: stats_log.Summary = {}
+        stats_log.summarize(summary, map(_facts_of, self._created))
+        stats_log.summarize(summary, self._deleted, -1)
+        stats_log.summarize(summary, (old for old, _ in self._changed), -1)
+        stats_log.summarize(summary, (new for _, new in self._changed))
         totals: Counter[tuple[str, str, str]] = Counter()
         for (_, agent_name, job_type, status), (sums, _) in summary.items():
             totals[agent_name, job_type, status] += sums[0]

@@ -5,19 +5,20 @@ from __future__ import annotations
 import sqlite3
 from typing import Final
 
+from telemetryd.engine.columns import MINUTE
+from telemetryd.engine.indexes import Values, choose
+from telemetryd.engine.pages import named
+from telemetryd.engine.registry import always
 from telemetryd.engine.sqlite.statements import full_text
-from telemetryd.engine.sqlite.statements.answers import always, answers
-from telemetryd.engine.sqlite.statements.columns import MINUTE
+from telemetryd.engine.sqlite.statements.answers import answers
 from telemetryd.engine.sqlite.statements.predicates import (
     CHOSEN,
     CHOSEN_LABEL,
-    Values,
     arms_of,
-    choose,
     choose_label,
     conditions,
 )
-from telemetryd.engine.sqlite.statements.runs import FOUND, find_agents, named
+from telemetryd.engine.sqlite.statements.runs import FOUND, find_agents
 from telemetryd.model.filters import Filters, label_parameter
 from telemetryd.model.queries import Accuracy, Count, CountMatching, Total
 

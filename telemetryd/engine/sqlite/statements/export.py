@@ -9,20 +9,18 @@ from itertools import chain
 from pathlib import Path
 from typing import Final
 
+from telemetryd.engine.indexes import Values, choose
 from telemetryd.engine.sqlite.connection import connect
 from telemetryd.engine.sqlite.statements import full_text
 from telemetryd.engine.sqlite.statements.json_rows import json_object, json_value
-from telemetryd.engine.sqlite.statements.predicates import Values, choose, conditions, runs_of_labels
+from telemetryd.engine.sqlite.statements.predicates import conditions, runs_of_labels
 from telemetryd.model import events, runs
 from telemetryd.model.changes import BEGINNING
 from telemetryd.model.filters import TIME_BOUNDS, WILDCARD
 from telemetryd.model.queries import ExportRuns
 from telemetryd.model.runs import COLUMNS
-from telemetryd.model.tables import join_pieces
+from telemetryd.model.tables import CHUNK_BYTES, CSV_HEADER, join_pieces
 from telemetryd.model.values import MAX_INTEGER, Role
-
-CHUNK_BYTES: Final = 256 * 1024
-"""About how much is read of the copy at once, besides a single line of any length."""
 
 _MOST_ROWS: Final = 128
 """Runs that are rendered in one step of SQLite; each step takes the interpreter's lock twice, which ingest needs."""
@@ -185,8 +183,6 @@ _EVENTS: Final = f"""
     SELECT run, json_object({", ".join(_EVENT_MEMBERS)})
     FROM events ORDER BY run, timestamp, id
 """
-
-CSV_HEADER: Final = (",".join(COLUMNS) + "\r\n").encode()
 
 
 def ndjson_chunks(connection: sqlite3.Connection, longest: int) -> Iterator[bytes]:

@@ -11,13 +11,12 @@ from typing import Final, NamedTuple
 
 import orjson
 
-from telemetryd.engine.sqlite.statements.predicates import Values
-from telemetryd.git_urls import MAX_ADDRESS, commit_url, repo_url
+from telemetryd.engine import addresses
+from telemetryd.engine.addresses import NEEDED_CHARACTERS, apart
+from telemetryd.engine.indexes import Values
 from telemetryd.model.runs import columns, needed
 from telemetryd.model.values import Role
 
-_ADDRESSES: Final = ("commit_url", "repo_url")
-"""The fields that are not stored; a page has few different ones."""
 _BETWEEN: Final = "\x1e"
 """Stands between two runs; within JSON no control character stands for itself (RFC 8259 §7)."""
 
@@ -47,10 +46,9 @@ def render(
 
     """
     sql, values = select
-    stored = tuple(name for name in fields if name not in _ADDRESSES)
-    made = tuple(name for name in fields if name in _ADDRESSES)
-    # One character too many is enough to see that an address is none; the whole text would stay in a cache.
-    parts = (f"substr({name}, 1, {MAX_ADDRESS + 1})" for name in needed(made))
+    stored, made = apart(fields)
+    # The whole text would stay in a cache.
+    parts = (f"substr({name}, 1, {NEEDED_CHARACTERS})" for name in needed(made))
     # Both aggregates see the rows in the order of the subquery, which SQLite keeps because of its LIMIT.
     text = f"""
         SELECT group_concat({json_object(stored)}, char({ord(_BETWEEN)})),
@@ -70,7 +68,7 @@ def render(
         return Rendered([], [])
     known = orjson.loads(places)
     comma = "," if stored and made else ""
-    ends = [f"{comma}{_addresses(made, *of[2:])}}}" for of in known]
+    ends = [f"{comma}{addresses.members(made, *of[2:])}}}" for of in known]
     return Rendered(
         [run[:-1] + end for run, end in zip(found.split(_BETWEEN), ends, strict=True)],
         [(of[0], of[1]) for of in known],
@@ -80,23 +78,17 @@ def render(
 def sizes(select: tuple[str, Values], fields: tuple[str, ...]) -> tuple[str, Values]:
     """Return the statement that fetches about how many bytes each run takes in JSON."""
     sql, values = select
-    stored = tuple(name for name in fields if name not in _ADDRESSES)
+    stored, _ = apart(fields)
     return f"SELECT length(CAST({json_object(stored)} AS BLOB)) FROM ({sql})", values
 
 
 @lru_cache(maxsize=64)  # who asks for fields may ask for any of them, in any order
 def json_object(stored: tuple[str, ...]) -> str:
     """Return the SQL expression that makes a JSON object of some columns of a run."""
-    members = (f"'{name}', {f'json({name})' if name in columns(Role.JSON) else json_value(name)}" for name in stored)
-    return f"json_object({', '.join(members)})"
+    named = (f"'{name}', {f'json({name})' if name in columns(Role.JSON) else json_value(name)}" for name in stored)
+    return f"json_object({', '.join(named)})"
 
 
 def json_value(name: str) -> str:
     """Return the SQL expression of a column's value in JSON; JSON itself is a text."""
     return f"json(iif({name}, 'true', 'false'))" if name in columns(Role.BOOLEAN) else name
-
-
-@lru_cache(maxsize=1024)
-def _addresses(made: tuple[str, ...], repo: str | None = None, commit: str | None = None) -> str:
-    values = {"commit_url": commit_url(repo, commit), "repo_url": repo_url(repo)}
-    return ",".join(f'"{name}":{orjson.dumps(values[name]).decode()}' for name in made)

@@ -1,19 +1,18 @@
-"""Turns filters into SQL predicates and picks the index; selects the runs of a prune or a reap."""
+"""Turns filters into SQL predicates; selects the runs of a prune or a reap."""
 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
-from itertools import product
 from typing import Final
 
 import orjson
 
+from telemetryd.engine.indexes import INDEXES, MANY, MAX_ARMS, Values
 from telemetryd.engine.sqlite import searching
 from telemetryd.model.commands import PruneRuns, ReapRuns
 from telemetryd.model.filters import (
-    MAX_VALUES,
     TIME_BOUNDS,
     WILDCARD,
     Comparison,
@@ -23,59 +22,7 @@ from telemetryd.model.filters import (
 )
 from telemetryd.model.queries import CountPrunable, CountStale
 from telemetryd.model.runs import FILTERS
-from telemetryd.model.values import SqlValue, Status
-
-Values = dict[str, SqlValue | float]
-"""What is bound to the names of a statement."""
-
-# Which index serves which equality filters. Every index goes on with created_at and the rowid (that of event_id need
-# not, for it finds one run), so a walk backwards is already in order. Where an index has the status but the query has
-# not, the walk is a merge of one ordered arm for each of the six statuses.
-INDEXES: Final[dict[frozenset[str], tuple[str, bool]]] = {
-    frozenset(names.split()): (index, merge_statuses)
-    for names, index, merge_statuses in (
-        ("", "idx_runs_created_desc", False),
-        ("status", "idx_runs_status", False),
-        ("agent_name", "idx_runs_agent_created", False),
-        ("agent_name status", "idx_runs_agent_status_created", False),
-        ("agent_name job_type", "idx_runs_agent", True),
-        ("agent_name job_type status", "idx_runs_agent", False),
-        ("job_type", "idx_runs_job", True),
-        ("job_type status", "idx_runs_job", False),
-    )
-}
-INDEXES.update((frozenset({name}), (f"idx_runs_{name}", False)) for name in FILTERS if frozenset({name}) not in INDEXES)
-
-_CHOICE: Final = (
-    "event_id", "run_id", "retry_of", "trace_id", "parent_run_id", "conversation_id", "insight_id", "git_commit_hash",
-    "agent_name job_type status",
-    "agent_name job_type", "agent_name status", "agent_name", "website", "host", "product", "job_type status",
-    "job_type", "status", "environment", "",
-)  # fmt: skip
-"""The filters that an index serves, those first which usually leave fewest runs."""
-
-MAX_ARMS: Final = MAX_VALUES * len(Status)
-"""Ordered walks that one statement merges; after a cursor they are twice as many, and SQLite takes 500."""
-
-
-def choose(equal: Mapping[str, tuple[str, ...]], most: int = MAX_ARMS) -> tuple[str, tuple[str, ...], list[Values]]:
-    """Return the index that serves these values best, its columns, and the values of these for each of its walks.
-
-    One filter may have several values: each, and each combination of them, is a walk in order of its own. Where that
-    would be more than `most`, fewer columns are taken.
-    """
-    for names in _CHOICE:
-        columns = tuple(names.split())
-        if not all(equal.get(name) for name in columns):
-            continue
-        index, merge_statuses = INDEXES[frozenset(columns)]
-        values = {name: equal[name] for name in columns}
-        if merge_statuses:
-            values["status"] = equal.get("status") or tuple(map(str, Status))
-        arms = [dict(zip(values, arm, strict=True)) for arm in product(*values.values())]
-        if len(arms) <= most:
-            return index, tuple(values), [{**arm} for arm in arms]
-    raise AssertionError("a walk through all runs takes one arm")
+from telemetryd.model.values import Status
 
 
 def conditions(filters: Filters, but: Collection[str] = ()) -> tuple[list[str], Values]:
@@ -160,10 +107,6 @@ def runs_of_labels(filters: Filters) -> list[str]:
 def arms_of(key: str, wanted: tuple[str, ...]) -> list[Values]:
     """Return the values of `CHOSEN_LABEL` for each walk through the runs of a label."""
     return [dict(zip(CHOSEN_LABEL, (key, value), strict=True)) for value in wanted]
-
-
-MANY: Final = 10_000
-"""Runs that are better sorted, or looked up, than found on a walk through all of them."""
 
 
 def _any_of(name: str, equal: tuple[str, ...], patterns: tuple[Pattern, ...], found: list[str], values: Values) -> None:

@@ -17,6 +17,7 @@ from typing import Final
 
 import orjson
 
+from telemetryd.engine import stats_log
 from telemetryd.engine.sqlite.statements import rollups
 from telemetryd.engine.sqlite.statements.columns import NEWEST, NEWEST_EVENT
 from telemetryd.engine.sqlite.statements.sequence import KEEP_NUMBERS, MAKE_FEED
@@ -57,7 +58,7 @@ _NEXT_CELL: Final = f"""
         SELECT min(start) FROM run_stats
         WHERE hours = span.value AND names = level.value AND start > :hour AND start <= :last
     ))
-    FROM json_each('{[*rollups.SPANS]}') AS span CROSS JOIN json_each('{[*rollups.LEVELS]}') AS level
+    FROM json_each('{[*stats_log.SPANS]}') AS span CROSS JOIN json_each('{[*stats_log.LEVELS]}') AS level
 """
 _NEXT_AGENT: Final = """
     SELECT min(agent_name) FROM (
@@ -113,7 +114,7 @@ class Tally:
     def _clear(self, position: str) -> None:
         self.position = position
         """The created_at up to which everything is counted."""
-        self.summary: rollups.Summary = {}
+        self.summary: stats_log.Summary = {}
         self.minutes: Counter[str] = Counter()
         self.starts: list[str] = []
         """The first and the last start time."""
@@ -162,7 +163,7 @@ class Tally:
 
     def _add(self, runs: Iterable[Timed], sign: int) -> None:
         counted = [*runs]
-        rollups.summarize(self.summary, (facts for facts, _ in counted), sign)
+        stats_log.summarize(self.summary, (facts for facts, _ in counted), sign)
         for facts, start in counted:
             self.minutes[facts[_CREATED_AT][:_MINUTE]] += sign
             if start is not None:

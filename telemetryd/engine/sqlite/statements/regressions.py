@@ -6,7 +6,8 @@ import sqlite3
 from collections.abc import Iterator
 from typing import Final
 
-from telemetryd.engine.sqlite.statements.answers import always, answers
+from telemetryd.engine.registry import always
+from telemetryd.engine.sqlite.statements.answers import answers
 from telemetryd.model import regressions
 from telemetryd.model.regressions import MAX_RUNS, Findings, FindRegressions, Run
 from telemetryd.model.values import Status

@@ -1,4 +1,4 @@
-"""SQL for statistics: keeps, aggregates, reads, verifies and rebuilds the rollups.
+"""SQL for statistics: stores, reads, verifies and rebuilds the rollups.
 
 Each group of commands appends one row to `run_stats_log`: what it changed, by hour, agent, job type and status. When
 the log stands for `FOLD_AT` changes, they are added to `run_stats` at once: then a cell is read and written once for
@@ -8,43 +8,43 @@ many runs, and the many are few steps of SQLite.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from itertools import chain, groupby, product
 from operator import add
-from typing import Any, Final
+from typing import Final
 
 import orjson
 
 from telemetryd.engine.sqlite.statements.answers import answers
 from telemetryd.engine.sqlite.statements.predicates import conditions
-from telemetryd.model import sketches, stats
-from telemetryd.model.sketches import bin_of, pack, unpack
-from telemetryd.model.stats import DAY, EVERY, FACTS, IMPLIED, NAMES, SUMS, Cell, Facts, GetStats, Named, hour_number
-from telemetryd.model.values import MAX_INTEGER, Status
+from telemetryd.engine.stats_log import (
+    AGENT,
+    JOB,
+    LEVELS,
+    SPANS,
+    CellKey,
+    Summary,
+    cell_of,
+    cells_of,
+    from_log,
+    level_of,
+    read_log,
+    spans_of,
+    split,
+    spread,
+    storable,
+    summarize,
+    to_log,
+)
+from telemetryd.model import stats
+from telemetryd.model.sketches import pack, unpack
+from telemetryd.model.stats import DAY, EVERY, FACTS, SUMS, Cell, GetStats, Named, hour_number
 
 FOLD_AT: Final = 10_000
 """How many changes may wait in the log: a query reads them in some 15 ms, and adding them up takes about as long."""
 
-_LOGGED: Final = len(FACTS) - len(NAMES)
-_HOUR: Final = len("2025-12-24T10")
 _DATE: Final = len("2025-12-24")
-_Place = tuple[int, str, str, str]
-"""Where a row stands among those of its span and level: its first hour since 1970, agent, job type and status."""
-SPANS: Final = (1, 6, DAY)
-"""How many hours a row stands for."""
-_AGENT: Final = 1
-_JOB: Final = 2
-LEVELS: Final = range(_AGENT + _JOB + 1)
-"""Which names a row keeps apart, each a bit."""
-
-Summary = dict[tuple[str, str, str, str], tuple[list[int], dict[int, int]]]
-"""The sums of a cell, and the durations in each bin, by hour (2025-12-24T10), agent, job type and status."""
-CellKey = tuple[int, int, int, str, str, str]
-"""The key of a row of `run_stats`."""
-_Rows = dict[_Place, Cell]
-"""The rows of one span and one level."""
-
 _APPEND: Final = """
     INSERT INTO run_stats_log (total, changes)
     VALUES (coalesce((SELECT total FROM run_stats_log ORDER BY id DESC LIMIT 1), 0) + ?, ?) RETURNING total
@@ -77,49 +77,17 @@ _SELECT_ROWS: Final = f"""
 _SELECT_DAYS: Final = "SELECT DISTINCT start - ((start % 24) + 24) % 24 FROM run_stats"
 
 
-def summarize(summary: Summary, runs: Iterable[Facts], sign: int = 1) -> None:
-    """Count runs in (or with a sign of -1 out of) a summary."""
-    running = str(Status.RUNNING)
-    for created_at, agent_name, job_type, status, discovered, succeeded, failed, skipped, duration, *_ in runs:
-        key = created_at[:_HOUR], agent_name, job_type, status
-        cell = summary.get(key)
-        if cell is None:
-            cell = summary[key] = [0] * _LOGGED, {}
-        sums, bins = cell
-        sums[0] += sign
-        if discovered:
-            sums[1] += sign * discovered
-        if succeeded:
-            sums[2] += sign * succeeded
-        if failed:
-            sums[3] += sign * failed
-        if skipped:
-            sums[4] += sign * skipped
-        if duration and status != running:
-            sums[5] += sign * duration
-            number = bin_of(duration)
-            bins[number] = bins.get(number, 0) + sign
-
-
 def record(cursor: sqlite3.Cursor, summary: Summary, changes: int) -> None:
     """Store what a group of commands changed, and add everything up if that is due."""
-    entries = [[*key, _storable(sums), [*bins.items()]] for key, (sums, bins) in summary.items()]
-    text = orjson.dumps(entries).decode()[1:-1]  # without brackets, so that many texts are joined to one array
-    if cursor.execute(_APPEND, (changes, text)).fetchall()[0][0] >= FOLD_AT:
+    if cursor.execute(_APPEND, (changes, to_log(summary))).fetchall()[0][0] >= FOLD_AT:
         fold(cursor)
-
-
-def _storable(sums: list[int]) -> Sequence[int | str]:
-    if min(sums) >= -MAX_INTEGER and max(sums) <= MAX_INTEGER:
-        return sums
-    return [value if -MAX_INTEGER <= value <= MAX_INTEGER else str(value) for value in sums]
 
 
 def fold(cursor: sqlite3.Cursor) -> None:
     """Add the log to the statistics."""
     logged = cursor.execute(f"SELECT {_LOG}").fetchone()[0]
     cursor.execute("DELETE FROM run_stats_log")
-    cells = _spread(_split(_read_log(logged)))
+    cells = spread(split(read_log(logged)))
     keys = [*cells]
     found = cursor.execute(_READ, (orjson.dumps(keys).decode(),)).fetchone()[0]
     for number, *sums, bins in orjson.loads(found):
@@ -133,73 +101,9 @@ def fold(cursor: sqlite3.Cursor) -> None:
     _write(cursor, cells)
 
 
-def _read_log(text: str | None) -> Iterator[Named]:
-    """Yield what the log holds: one cell for each hour, agent, job type and status."""
-    summary: Summary = {}
-    for hour, agent_name, job_type, status, sums, bins in orjson.loads(text or "[]"):
-        key = hour, agent_name, job_type, status
-        kept = summary.get(key)
-        if kept is None:
-            summary[key] = [*map(int, sums)], dict(bins)
-            continue
-        kept_sums, kept_bins = kept
-        kept_sums[:] = map(add, kept_sums, map(int, sums))
-        for number, count in bins:
-            kept_bins[number] = kept_bins.get(number, 0) + count
-    return _cells_of(summary)
-
-
-def _cells_of(summary: Summary) -> Iterator[Named]:
-    for (hour, agent_name, job_type, status), (sums, bins) in summary.items():
-        runs, *others = sums
-        finished = runs if status != Status.RUNNING else 0
-        successes = runs if status == Status.SUCCESS else 0
-        cell = [runs, finished, successes, *others, sketches.of(bins)]
-        yield hour_number(hour), agent_name, job_type, status, cell
-
-
-def _split(cells: Iterable[Named]) -> _Rows:
-    """Return the rows of hours, agents and job types that count these cells."""
-    named = {(hour, agent, job, status): cell for hour, agent, job, status, cell in cells}
-    rows = _add_up(named, lambda hour, agent, job, _: (hour, agent, job, EVERY))
-    return rows | {place: cell for place, cell in named.items() if place[-1] != IMPLIED}
-
-
-def _spread(finest: _Rows, spans: Sequence[int] = SPANS) -> dict[CellKey, Cell]:
-    """Add rows of hours, agents and job types up to each of the rows of these spans."""
-    by_agent = _add_up(finest, lambda start, agent, _, status: (start, agent, "", status))
-    by_job = _add_up(finest, lambda start, _, job, status: (start, "", job, status))
-    by_none = _add_up(by_agent, lambda start, _, __, status: (start, "", "", status))
-    spread: dict[CellKey, Cell] = {}
-    for level, hourly in ((0, by_none), (_AGENT, by_agent), (_JOB, by_job), (_AGENT | _JOB, finest)):
-        rows = hourly
-        for hours in SPANS:
-            if hours > 1:
-                rows = _add_up(rows, lambda start, *names, span=hours: (start // span * span, *names))
-            if hours in spans:
-                is_whole = hours in _spans(level, by_status=True)
-                kept = rows if is_whole else {place: cell for place, cell in rows.items() if place[-1] == EVERY}
-                spread.update(((hours, level, *place), cell) for place, cell in kept.items())
-    return spread
-
-
-def _spans(level: int, *, by_status: bool) -> tuple[int, ...]:
-    """Return for which spans there are rows; those of all names are many, so that six hours of them cost too much."""
-    return (1, DAY) if by_status and level == _AGENT | _JOB else SPANS
-
-
-def _add_up(rows: _Rows, place_of: Callable[[int, str, str, str], _Place]) -> _Rows:
-    added: _Rows = {}
-    for finer, cell in rows.items():
-        place = place_of(*finer)
-        kept = added.get(place)
-        added[place] = cell if kept is None else [*map(add, kept, cell)]
-    return added
-
-
 def _write(cursor: sqlite3.Cursor, cells: dict[CellKey, Cell]) -> None:
     # In the order of the table, of which neighbouring rows share pages. Two sizes of a statement are enough.
-    rows = sorted((*key, *_storable(cell[:-1]), pack(cell[-1])) for key, cell in cells.items())
+    rows = sorted((*key, *storable(cell[:-1]), pack(cell[-1])) for key, cell in cells.items())
     for start in range(0, len(rows), _ROWS_AT_ONCE):
         part = rows[start : start + _ROWS_AT_ONCE]
         parameters = ", ".join([_PARAMETERS] * len(part))
@@ -223,24 +127,24 @@ def rebuild(connection: sqlite3.Connection) -> None:
     cursor.execute("DELETE FROM run_stats")
     cursor.execute("DELETE FROM run_stats_log")
     for _, summary in _days(connection):
-        _write(cursor, _spread(_split(_cells_of(summary))))
+        _write(cursor, spread(split(cells_of(summary))))
 
 
 def count_wrong(connection: sqlite3.Connection) -> int:
     """Count the rows of the statistics that differ from what the runs add up to; memory holds one day of them."""
     logged: dict[int, list[Named]] = {}
-    for named in _read_log(connection.execute(f"SELECT {_LOG}").fetchone()[0]):
+    for named in read_log(connection.execute(f"SELECT {_LOG}").fetchone()[0]):
         logged.setdefault(named[0] // DAY * DAY, []).append(named)
     unseen = {day for (day,) in connection.execute(_SELECT_DAYS)} | set(logged)
     wrong = 0
     for day, summary in _days(connection):
         unseen.discard(day)
-        wrong += _differences(_spread(_split(_cells_of(summary))), _kept(connection, day, logged.get(day, [])))
+        wrong += _differences(spread(split(cells_of(summary))), _kept(connection, day, logged.get(day, [])))
     return wrong + sum(_differences({}, _kept(connection, day, logged.get(day, []))) for day in unseen)
 
 
 def _kept(connection: sqlite3.Connection, day: int, logged: list[Named]) -> dict[CellKey, Cell]:
-    kept = _spread(_split(logged))
+    kept = spread(split(logged))
     for key, cell in _stored(connection.cursor(), day, DAY):
         kept[key] = [*map(add, kept[key], cell)] if key in kept else cell
     return kept
@@ -252,12 +156,7 @@ def _stored(
     """Yield the rows that begin in so many hours from a start on."""
     for span, level in product(spans, levels):
         for row in cursor.execute(_SELECT_ROWS, (span, level, start, start + hours)):
-            yield row[: len(_KEY)], _cell(row[len(_KEY) :])
-
-
-def _cell(columns: tuple[Any, ...]) -> Cell:
-    *sums, bins = columns
-    return [*map(int, sums), unpack(bins)]
+            yield row[: len(_KEY)], cell_of(row[len(_KEY) :])
 
 
 def _differences(expected: dict[CellKey, Cell], kept: dict[CellKey, Cell]) -> int:
@@ -268,16 +167,16 @@ def _differences(expected: dict[CellKey, Cell], kept: dict[CellKey, Cell]) -> in
 def correct_hour(cursor: sqlite3.Cursor, hour: str, summary: Summary) -> int:
     """Make what is kept of one hour (2025-12-24T10) what its runs add up to; return how many rows were wrong."""
     fold(cursor)
-    cells = (named for named in _cells_of(summary) if named[-1][0] > 0)
-    return _correct(cursor, _spread(_split(cells), (1,)), dict(_stored(cursor, hour_number(hour), 1, (1,))))
+    cells = (named for named in cells_of(summary) if named[-1][0] > 0)
+    return _correct(cursor, spread(split(cells), (1,)), dict(_stored(cursor, hour_number(hour), 1, (1,))))
 
 
 def correct_day(cursor: sqlite3.Cursor, day: int) -> int:
     """Make what is kept of one day (its first hour since 1970) what its hours add up to; return what was wrong."""
     fold(cursor)
-    hours = {key[2:]: cell for key, cell in _stored(cursor, day, DAY, (1,), (_AGENT | _JOB,))}
+    hours = {key[2:]: cell for key, cell in _stored(cursor, day, DAY, (1,), (AGENT | JOB,))}
     longer = SPANS[1:]
-    return _correct(cursor, _spread(hours, longer), dict(_stored(cursor, day, DAY, longer)))
+    return _correct(cursor, spread(hours, longer), dict(_stored(cursor, day, DAY, longer)))
 
 
 def _correct(cursor: sqlite3.Cursor, expected: dict[CellKey, Cell], kept: dict[CellKey, Cell]) -> int:
@@ -304,27 +203,22 @@ def fetch_stats(connection: sqlite3.Connection, query: GetStats) -> list[stats.S
 
 def _fetch_cells(connection: sqlite3.Connection, query: GetStats) -> Generator[Named, None, None]:
     """Yield the cells of the fewest rows that are enough; the log's come with them, from the same snapshot."""
-    level = (_AGENT if "agent_name" in query.names else 0) | (_JOB if "job_type" in query.names else 0)
+    level = level_of(query)
     weights = query.weights
     found, values = conditions(query.filters, but=("status",))
     statuses = ", ".join(f"'{status}'" for status in weights)
     found.append(f"status IN ({statuses})")
-    spans = _spans(level, by_status=[*weights] != [EVERY])
+    spans = spans_of(level, by_status=[*weights] != [EVERY])
     arms = []
     for hours, longer in zip(spans, (*spans[1:], None), strict=True):
         chosen = [f"hours = {hours} AND names = {level} AND start IN ({_starts(query, hours, longer)})", *found]
         arms.append(f"SELECT {', '.join(_COLUMNS[2:])} FROM run_stats WHERE {' AND '.join(chosen)}")
     log = f"SELECT NULL{', NULL' * (len(_COLUMNS[2:]) - 2)}, {_LOG}"
-    is_meant = query.filters.lets_through("agent_name", "job_type")
     for row in connection.execute(" UNION ALL ".join([*arms, log]), values):
         if row[0] is not None:
-            yield *row[:4], _cell(row[4:])
-            continue
-        for start, agent_name, job_type, status, cell in _read_log(row[-1]):
-            if query.start <= start < query.end and is_meant(agent_name, job_type):
-                for counted_as in (EVERY, status):
-                    if counted_as in weights and counted_as != IMPLIED:
-                        yield start, agent_name, job_type, counted_as, cell
+            yield *row[:4], cell_of(row[4:])
+        else:
+            yield from from_log(query, row[-1])
 
 
 def _starts(query: GetStats, hours: int, longer: int | None) -> str:

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import sqlite3
-from dataclasses import replace
 from functools import lru_cache, partial
-from itertools import accumulate
 from typing import Final
 
 import orjson
 
+from telemetryd.engine import pages
+from telemetryd.engine.columns import MINUTE, PROCESS
+from telemetryd.engine.indexes import MANY, MAX_ARMS, Values, choose
+from telemetryd.engine.pages import Bound, check_size, ends, is_within, named, walks_far
+from telemetryd.engine.registry import always
 from telemetryd.engine.sqlite import searching
 from telemetryd.engine.sqlite.statements import full_text, json_rows
-from telemetryd.engine.sqlite.statements.answers import always, answers
-from telemetryd.engine.sqlite.statements.columns import MINUTE, PROCESS
+from telemetryd.engine.sqlite.statements.answers import answers
 from telemetryd.engine.sqlite.statements.predicates import (
     CHOSEN,
     CHOSEN_LABEL,
-    INDEXES,
-    MANY,
-    MAX_ARMS,
-    Values,
     arms_of,
-    choose,
     choose_label,
     conditions,
     glob,
@@ -31,7 +28,6 @@ from telemetryd.engine.sqlite.statements.predicates import (
     stale_runs,
     together,
 )
-from telemetryd.errors import InvalidRequestError
 from telemetryd.model import events
 from telemetryd.model.event_queries import ListEvents
 from telemetryd.model.events import EventPage
@@ -50,7 +46,6 @@ from telemetryd.model.queries import (
     GetRun,
     ListProcesses,
     ListRuns,
-    Order,
     Other,
     Page,
     Position,
@@ -161,19 +156,9 @@ def _select_chosen(columns: tuple[str, ...]) -> str:
     return f"SELECT {', '.join(_OF_CHOSEN.get(name, name) for name in columns)}"
 
 
-Bound = tuple[str, SqlValue]
-"""A comparison, and what is compared with."""
-
-
 def _ends(query: ListRuns, created: Span | None) -> tuple[Bound | None, Bound | None]:
     """Return the lower and the upper bound of the column that the order is by."""
-    bounds = query.filters.bounds
-    given: dict[str, Bound] = {
-        comparison[0]: (comparison, bounds[name])
-        for name, (column, comparison) in TIME_BOUNDS.items()
-        if column == query.order.column and name in bounds
-    }
-    lower, upper = given.get(">"), given.get("<")
+    lower, upper = ends(query)
     if created is not None and query.order.column == "created_at":
         first, last = created
         if lower is None or first is None or str(first) > str(lower[1]):
@@ -196,7 +181,7 @@ def _walks(query: ListRuns, created: Span | None, values: Values, column: str, n
     end = ""
     if far is not None:
         end, values["far"] = f"{column} {far[0]} :far", far[1]
-    if after is not None and (near is None or _is_within(after.moment, near)):
+    if after is not None and (near is None or is_within(after.moment, near)):
         values |= {"moment": after.moment, "after_id": after.id}
         # The plus keeps the index to the one moment, in which its rows are in the order of their ids.
         parts = [
@@ -209,13 +194,6 @@ def _walks(query: ListRuns, created: Span | None, values: Values, column: str, n
     else:
         parts = [[end]]
     return [" AND ".join(filter(None, part)) for part in parts]
-
-
-def _is_within(moment: str, bound: Bound) -> bool:
-    comparison, value = bound[0], str(bound[1])
-    if moment == value:
-        return comparison.endswith("=")
-    return (moment < value) is comparison.startswith("<")
 
 
 _AGENTS: Final = """
@@ -245,15 +223,6 @@ def find_agents(connection: sqlite3.Connection, filters: Filters) -> tuple[str, 
     return tuple(sorted(names)) if len(names) <= MAX_ARMS else None
 
 
-def named(filters: Filters, agents: tuple[str, ...]) -> Filters:
-    """Return filters in which the patterns are replaced by the agents that they stand for."""
-    return replace(filters, patterns=(), equal={**filters.equal, WILDCARD: agents})
-
-
-PAGE_BYTES: Final = 32 * 1024 * 1024
-"""About how much one page may hold, which is in memory several times over while it is answered."""
-
-
 _COUNT_SOME: Final = "SELECT count(*) FROM (SELECT 1 FROM runs_text WHERE runs_text MATCH ? LIMIT ?)"
 
 
@@ -272,16 +241,7 @@ def _label(connection: sqlite3.Connection, query: ListRuns, *, is_rare: bool) ->
     return choose_label(connection, query.filters, MAX_ARMS if query.filters.words is None else 1)
 
 
-_FAR: Final = 10_000
-"""Runs that an offset has to walk over before the page begins."""
-
-
-def _walks_far(query: ListRuns) -> bool:
-    walked = INDEXES.keys() if query.order == Order() and not query.filters.labels else (frozenset(),)
-    return query.filters.is_search or frozenset(query.filters.equal) not in walked or query.offset > _FAR
-
-
-@answers(ListRuns, is_long=_walks_far)
+@answers(ListRuns, is_long=walks_far)
 def fetch_page(connection: sqlite3.Connection, query: ListRuns) -> Page:
     """Fetch one page of runs.
 
@@ -299,15 +259,9 @@ def fetch_page(connection: sqlite3.Connection, query: ListRuns) -> Page:
     select = select_page(query, _created_span(connection, query), agents, is_rare=is_rare, label=label)
     render = partial(json_rows.render, connection, select, query.answered, query.order.column)
     try:
-        runs, places = render(PAGE_BYTES)
+        runs, places = render(pages.PAGE_BYTES)
     except json_rows.TooLargeError:
-        totals = [*accumulate(size for (size,) in connection.execute(*json_rows.sizes(select, query.answered)))]
-        fitting = max(sum(total <= PAGE_BYTES for total in totals), 1)
-        if fitting < min(len(totals), query.limit):
-            raise InvalidRequestError(
-                f"Invalid limit: {query.limit}; the first {fitting} of these runs hold {PAGE_BYTES >> 20} MiB, "
-                f"the most that one answer holds: ask for at most {fitting} at a time"
-            ) from None
+        check_size([size for (size,) in connection.execute(*json_rows.sizes(select, query.answered))], query.limit)
         runs, places = render(None)
     shown = runs[: query.limit]
     if query.with_events:
@@ -320,7 +274,7 @@ def fetch_page(connection: sqlite3.Connection, query: ListRuns) -> Page:
 
 def _with_events(connection: sqlite3.Connection, shown: list[str], ids: list[int]) -> list[str]:
     """Return runs, each a JSON object, with their first events, which hold about `PAGE_BYTES` together."""
-    room = PAGE_BYTES
+    room = pages.PAGE_BYTES
     whole: list[str] = []
     for run, id_ in zip(shown, ids, strict=False):
         page, room = _read_events(connection, ListEvents("", DEFAULT_LIMIT), id_, room, is_first=not whole)
@@ -371,14 +325,14 @@ def fetch_run(connection: sqlite3.Connection, query: GetRun) -> tuple[Row, Event
         return None
     if not query.events:
         return row, EventPage([], more=False)
-    return row, _read_events(connection, ListEvents(query.event_id, query.events), row[_ID], PAGE_BYTES)[0]
+    return row, _read_events(connection, ListEvents(query.event_id, query.events), row[_ID], pages.PAGE_BYTES)[0]
 
 
 @answers(ListEvents, is_long=lambda query: query.text is not None)
 def fetch_events(connection: sqlite3.Connection, query: ListEvents) -> EventPage | None:
     """Fetch the events of a run, about `PAGE_BYTES` of them at most."""
     run = connection.execute("SELECT id FROM agent_runs WHERE event_id = ?", (query.event_id,)).fetchone()
-    return None if run is None else _read_events(connection, query, run[0], PAGE_BYTES)[0]
+    return None if run is None else _read_events(connection, query, run[0], pages.PAGE_BYTES)[0]
 
 
 def _read_events(

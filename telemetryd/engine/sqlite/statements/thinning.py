@@ -9,7 +9,8 @@ from typing import Any, Final
 
 import orjson
 
-from telemetryd.engine.sqlite.statements.predicates import Values, old_runs, stale_runs
+from telemetryd.engine.indexes import Values
+from telemetryd.engine.sqlite.statements.predicates import old_runs, stale_runs
 from telemetryd.engine.sqlite.statements.sequence import KEEP_EVENT_NUMBERS
 from telemetryd.engine.sqlite.statements.sequence import Sequence as CommitSequence
 from telemetryd.model.commands import Pruned, PruneRuns, ReapRuns
