@@ -26,17 +26,22 @@ import hypothesis
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import BaseTestServer, TestClient
+from pydantic import SecretStr
 
+from telemetryd.engine.postgres import schema
+from telemetryd.engine.postgres.connection import Target, connect_plainly
 from telemetryd.engine.sqlite.engine import Reading
 from telemetryd.http import make_app
-from telemetryd.model.values import utc_now
+from telemetryd.model.values import format_timestamp, utc_now
 from telemetryd.ops.metrics import Metrics
 from telemetryd.services.certificates import most_processes
 from telemetryd.services.upkeep import Upkeep
-from telemetryd.settings import JournalMode, Settings
+from telemetryd.settings import JournalMode, Settings, Sync
 from telemetryd.store import Store
 from telemetryd.web.body import BODIES, Bodies
 from telemetryd.web.connections import ConnectionBounds, make_runner
+from tests import postgres_cluster
+from tests.postgres_cluster import Cluster
 from tests.tools.forks import popen
 
 # A busy machine is no fault of what is tested.
@@ -174,6 +179,34 @@ def bodies_of(api: Api) -> Bodies:
     """What reads the bodies of an app's requests; its bounds can be replaced."""
     assert api.client.app is not None
     return api.client.app[BODIES]
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """A PostgreSQL server of this session's own."""
+    if postgres_cluster.binaries() is None:
+        give_up(f"PostgreSQL is needed, which is missing: apt-get install {postgres_cluster.PACKAGE}")
+    with postgres_cluster.running() as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def new_postgres_database(cluster: Cluster) -> str:
+    """The name of a database on PostgreSQL as a first start leaves it, for others to be copied from."""
+    name = cluster.make()
+    settings = Settings(db_url=SecretStr(cluster.url(name)), db_sync=Sync.NONE)
+    target = Target.of(settings)
+    with contextlib.closing(connect_plainly(target, "test", {})) as plain:
+        schema.make(plain, target, format_timestamp(utc_now()), may_update=False)
+    return name
+
+
+@pytest.fixture
+def postgres_database(cluster: Cluster, new_postgres_database: str) -> Iterator[str]:
+    """The address of a new database on PostgreSQL with the schema."""
+    name = cluster.make(new_postgres_database)
+    yield cluster.url(name)
+    cluster.drop(name)
 
 
 @pytest.fixture(scope="session")
