@@ -29,9 +29,7 @@ class Rendered(NamedTuple):
     """Whether they took no more than they may; if they did, `runs` is empty."""
 
 
-def render(
-    plain: Plain, select: tuple[str, Values], fields: tuple[str, ...], order: str, room: int | None
-) -> Rendered:
+def render(plain: Plain, select: tuple[str, Values], fields: tuple[str, ...], order: str, room: int | None) -> Rendered:
     """Return the runs that a statement selects, of each the fields that are named; those that are not stored come last.
 
     `select` must select the columns that the fields are made from, `id`, and `order`, the column that it orders by.
