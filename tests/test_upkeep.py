@@ -25,8 +25,8 @@ from click.testing import CliRunner
 from telemetryd.cli import main, target
 from telemetryd.cli.reach import RefusedError, Where, session
 from telemetryd.client.config import Config
+from telemetryd.engine import budget
 from telemetryd.engine.sqlite.connection import connect
-from telemetryd.engine.sqlite.statements import thinning
 from telemetryd.errors import InvalidRequestError
 from telemetryd.model.clocks import Reading, doubt
 from telemetryd.model.commands import CreateEvents, CreateRuns
@@ -704,7 +704,7 @@ async def test_a_batch_and_its_repeat_note_each_arrival_once(make_api: MakeApi) 
 
 
 async def test_a_slice_is_bounded_in_bytes(make_api: MakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(thinning, "SLICE_BYTES", 80_000)
+    monkeypatch.setattr(budget, "SLICE_BYTES", 80_000)
     api = await authorised(make_api)
     await api.batch([make_run(created_at=ago(days=100), error_details="x" * size * 10_000) for size in (3, 3, 3, 9, 1)])
     assert (await admin(api, "reap", older_than="1h", dry_run=True))["matching"] == 0
@@ -719,7 +719,7 @@ async def test_a_slice_is_bounded_in_bytes(make_api: MakeApi, monkeypatch: pytes
 
 
 async def test_a_slice_is_bounded_in_the_bytes_of_events(make_api: MakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(thinning, "SLICE_BYTES", 80_000)
+    monkeypatch.setattr(budget, "SLICE_BYTES", 80_000)
     api = await authorised(make_api)
     runs = [make_run(created_at=ago(days=100)) for _ in range(2)]
     await api.batch(runs)
@@ -736,11 +736,11 @@ async def test_a_slice_is_bounded_in_the_bytes_of_events(make_api: MakeApi, monk
 
 def test_a_slice_ends_when_its_time_is_over() -> None:
     now = [0.0]
-    budget = thinning.Budget(lambda: now[0])
-    assert budget.take([("a", 1), ("b", 1)]) == [("a",), ("b",)]
-    assert not budget.is_spent
+    left = budget.Budget(lambda: now[0])
+    assert left.take([("a", 1), ("b", 1)]) == [("a",), ("b",)]
+    assert not left.is_spent
     now[0] = 1.0
-    assert budget.is_spent
+    assert left.is_spent
 
 
 def test_an_archive_that_finds_no_room_deletes_nothing(tmp_path: Path) -> None:

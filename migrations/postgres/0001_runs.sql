@@ -235,17 +235,20 @@ CREATE TABLE alert_deliveries (
 CREATE INDEX idx_deliveries_webhook ON alert_deliveries (webhook, number);
 
 CREATE TABLE followed_feed (
+    one boolean PRIMARY KEY DEFAULT true CHECK (one),
     epoch text COLLATE "C" NOT NULL,
     seq bigint NOT NULL,
     begun bigint NOT NULL
 );
 
 CREATE TABLE confirmed_prune (
+    one boolean PRIMARY KEY DEFAULT true CHECK (one),
     after_s double precision NOT NULL,
     confirmed_at text COLLATE "C" NOT NULL
 );
 
 CREATE TABLE trusted_clock (
+    one boolean PRIMARY KEY DEFAULT true CHECK (one),
     moment text COLLATE "C" NOT NULL,
     boot_id text COLLATE "C" NOT NULL,
     up_s double precision NOT NULL
@@ -282,3 +285,14 @@ CREATE FUNCTION telemetryd_words(input_summary text, output_summary text, error_
         ),
         '0endoftext0'
     );
+
+-- What comes before the numbers of a group are drawn: they stand in the order of the commits, so one group at a time draws
+-- them, and its COMMIT comes with them. No group is taken where no standby would hold it although one is asked for.
+CREATE FUNCTION telemetryd_take_turn(needs_standby boolean) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM pg_advisory_xact_lock(7626853, 1);
+    IF needs_standby AND current_setting('synchronous_standby_names') = '' THEN
+        RAISE EXCEPTION 'no standby would hold it: synchronous_standby_names is empty' USING ERRCODE = 'TD001';
+    END IF;
+END
+$$;

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import datetime
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
 
 from telemetryd.engine.interface import Engine, QueryingEngine
 from telemetryd.engine.sqlite.engine import holder, open_sqlite, open_sqlite_read_only
+from telemetryd.errors import DatabaseError
 from telemetryd.ops.metrics import Metrics
 from telemetryd.settings import Settings
 
@@ -27,11 +31,18 @@ async def open_engine(
         DatabaseOwnedError: if another process owns it.
 
     """
+    if settings.db_url is not None:
+        return await _postgres().open_postgres(settings, clock, full_text=full_text)
     return await open_sqlite(settings, metrics, clock, full_text=full_text)
 
 
 def owner(settings: Settings) -> str | None:
-    """Return the PID of the process that owns the database, or None; nothing is taken or made."""
+    """Return the PID of the process that owns the database, or None; nothing is taken or made.
+
+    A database on PostgreSQL is nobody's own: any number of processes write to it.
+    """
+    if settings.db_url is not None:
+        return None
     return holder(settings)
 
 
@@ -42,4 +53,18 @@ async def open_read_only(settings: Settings) -> QueryingEngine:
         DatabaseError: if it cannot be read, or is not of this version.
 
     """
+    if settings.db_url is not None:
+        return await _postgres().open_postgres_read_only(settings)
     return await open_sqlite_read_only(settings)
+
+
+def _postgres() -> ModuleType:
+    """Return the other engine, which is imported only where it is used.
+
+    Raises:
+        DatabaseError: if its driver is missing.
+
+    """
+    if find_spec("psycopg") is None:
+        raise DatabaseError("TELEMETRY_DB_URL needs the package psycopg: pip install 'telemetryd[postgresql]'")
+    return import_module("telemetryd.engine.postgres.engine")

@@ -61,6 +61,9 @@ _OF_WRITERS: Final[Mapping[str, str]] = {
 }
 _SYNC: Final[Mapping[Sync, str]] = {Sync.STANDBY: "on", Sync.APPLY: "remote_apply", Sync.LOCAL: "local"}
 
+_LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "::1"})
+_ENCRYPTED: Final = frozenset({"require", "verify-ca", "verify-full"})
+
 _LOST: Final = re.compile("08...|57P0[1235]|25006|25P03")
 """SQLSTATEs after which a connection is of no use: it broke, the server goes down, or is no primary any more."""
 _AGAIN: Final = frozenset({"40001", "40P01", "55P03"})
@@ -82,6 +85,13 @@ class Target:
     sync: Sync
     name: str
     """How messages call it; it holds no password."""
+
+    @property
+    def is_exposed(self) -> bool:
+        """Whether what is sent can be read by others on the way, or a server in the middle could answer."""
+        hosts = (*self.parameters.get("host", "").split(","), *self.parameters.get("hostaddr", "").split(","))
+        is_near = all(not host or host.startswith(("/", "@")) or host in _LOOPBACK for host in hosts)
+        return not is_near and self.parameters.get("sslmode") not in _ENCRYPTED
 
     @classmethod
     def of(cls, settings: Settings) -> Target:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from datetime import datetime
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from telemetryd.engine.interface import BackupMade, Copy, Engine, EngineHealth, Introduction
 from telemetryd.engine.lanes import Lane
@@ -356,6 +356,9 @@ class Writing:
 
 class Reading:
     """The half that all parts may use (`ReadingEngine`): its connections cannot write."""
+
+    is_shared: Final = False
+    leads: Final = True
 
     def __init__(self, database: _Database, settings: Settings) -> None:
         self._database = database

@@ -15,6 +15,7 @@ from typing import Any, Final
 import orjson
 
 from telemetryd.engine import stats_log
+from telemetryd.engine.budget import Budget
 from telemetryd.engine.columns import DAY, HOUR, MINUTE, PROCESS
 from telemetryd.engine.sqlite.statements import (
     alerts,
@@ -168,7 +169,7 @@ class Transaction:
         self._changed: list[tuple[Facts, Facts]] = []
         """What each change found and what it left."""
         self._sequence = CommitSequence(self._cursor)
-        self._removal: thinning.Budget | None = None
+        self._removal: Budget | None = None
         """What all removals of the transaction may take, from the first one on."""
 
     def apply(self, commands: Sequence[Command[Any]]) -> list[Any]:
@@ -436,7 +437,7 @@ class Transaction:
         return Registration.DONE
 
     def _end_process(self, command: EndProcess) -> ProcessEnded:
-        budget = thinning.Budget()
+        budget = Budget()
         rows = self._cursor.execute(_REGISTERED, {**asdict(command.process), "limit": command.limit})
         found = budget.take(rows)
         failed = []
@@ -457,7 +458,7 @@ class Transaction:
         return pruned
 
     def _remove(self, commands: Sequence[Removal]) -> list[Removed | None]:
-        self._removal = self._removal or thinning.Budget()
+        self._removal = self._removal or Budget()
         outcomes = []
         for outcome, deleted in removal.remove(self._cursor, self._sequence, commands, self._removal, self._now):
             outcomes.append(outcome)
