@@ -74,6 +74,8 @@ def copy(connection: sqlite3.Connection, url: str, *, full_text: bool = False) -
             _insert(plain, "run_deltas", ("changes", "stats", "minutes"), [(1, None, minutes[1:-1])])
         epoch, horizon, floor = connection.execute("SELECT epoch, horizon, floor FROM change_feed").fetchone()
         plain.execute("UPDATE change_feed SET epoch = %s, horizon = %s, floor = %s", (epoch, horizon, floor))
+        applied = connection.execute("SELECT max(applied_at) FROM schema_migrations").fetchone()
+        plain.execute("UPDATE schema_migrations SET applied_at = %s", applied)
         if full_text:
             from telemetryd.engine.postgres.statements.full_text import INDEX, WORDS
 

@@ -126,9 +126,7 @@ class _Database:
         self.opened: _Opened | None = opened
         self.server = opened.server
         self.session = session
-        self.groups = Groups(
-            lambda: format_timestamp(clock()), needs_standby=target.sync in (Sync.STANDBY, Sync.APPLY)
-        )
+        self.groups = Groups(lambda: format_timestamp(clock()), needs_standby=target.sync in (Sync.STANDBY, Sync.APPLY))
         self.suspicion: DatabaseSuspectError | None = None
         """Why it is unknown what is stored, until the database is open again; else None."""
         self.changed: Callable[[], None] = lambda: None
@@ -398,5 +396,3 @@ class Reading:
 
 def _refuse() -> NoReturn:
     raise InvalidRequestError(_OWN_TOOLS)
-
-

@@ -147,7 +147,9 @@ class Session:
         except DatabaseSuspectError:
             raise psycopg.OperationalError("a chore was cut off") from None
         except TelemetrydError as error:
-            log.warning("Upkeep postponed", extra={"task": "counts", "error_message": sentence(error.__cause__ or error)})
+            log.warning(
+                "Upkeep postponed", extra={"task": "counts", "error_message": sentence(error.__cause__ or error)}
+            )
 
     def _is_due(self, chore: str, every_s: float) -> bool:
         now = time.monotonic()

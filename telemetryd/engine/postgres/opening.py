@@ -112,4 +112,6 @@ def compare_clocks(plain: Plain, now: datetime, most_apart_s: float) -> None:
     ((theirs,),) = plain.execute("SELECT clock_timestamp()").fetchall()
     apart_s = abs((theirs - now).total_seconds())
     if apart_s > most_apart_s:
-        log.warning("The clocks of the database server and of this machine differ", extra={"seconds": round(apart_s, 3)})
+        log.warning(
+            "The clocks of the database server and of this machine differ", extra={"seconds": round(apart_s, 3)}
+        )

@@ -23,7 +23,7 @@ _DELETED: Final = "SELECT seq, event_id FROM run_deletions WHERE seq > %s AND se
 
 _ID: Final = COLUMNS.index("id")
 _SIZE_OF_RUN: Final = " + ".join(f"coalesce(length({name}::text), 0)" for name in TEXTS)
-# What does not fit is not sent, besides the first one that does not: the page ends there.
+# What does not fit is not sent, besides the first run that does not: the page ends there. One is answered in any case.
 _RUNS: Final = f"""
     SELECT {", ".join(COLUMNS)}, size FROM (
         SELECT *, sum(size) OVER (ORDER BY place) AS total FROM (
@@ -31,7 +31,7 @@ _RUNS: Final = f"""
             FROM unnest(%s::bigint[]) WITH ORDINALITY AS given (number, place) JOIN agent_runs ON id = number
         ) AS sized
     ) AS measured
-    WHERE place = 1 OR total - size <= %s ORDER BY place
+    WHERE place <= 2 OR total - size <= %s ORDER BY place
 """
 _EVENTS: Final = f"""
     SELECT run, {", ".join(events.COLUMNS)}, size FROM (
@@ -39,7 +39,7 @@ _EVENTS: Final = f"""
             SELECT *, coalesce(length(payload::text), 0) AS size FROM run_events WHERE id > %s ORDER BY id LIMIT %s
         ) AS sized
     ) AS measured
-    WHERE place = 1 OR total - size <= %s ORDER BY id
+    WHERE place <= 2 OR total - size <= %s ORDER BY id
 """
 _AS_IT_IS: Final = "SELECT id, seq, updated_at FROM agent_runs JOIN run_changes ON run = id WHERE event_id = %s"
 _WAS_DELETED: Final = "SELECT 1 FROM run_deletions WHERE seq > %s AND event_id = %s LIMIT 1"

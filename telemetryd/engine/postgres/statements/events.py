@@ -39,7 +39,7 @@ def read_events(
                 sum(size) OVER (ROWS UNBOUNDED PRECEDING) AS total
             FROM (SELECT *, coalesce(length(payload::text), 0) AS size FROM ({sql}) AS e OFFSET 0) AS s
         ) AS measured
-        WHERE total - size <= %(room)s OR place = 1
+        WHERE total - size <= %(room)s OR place <= 2
     """
     rows: list[Row] = []
     for *row, size in plain.execute(bounded, {**values, "room": room, "is_first": is_first}):
