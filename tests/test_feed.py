@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import aiohttp
 import pytest
 
-from telemetryd.engine.sqlite.readers import Lane
+from telemetryd.engine.lanes import Lane
 from telemetryd.errors import QueryTimeoutError, TooManySubscribersError
 from telemetryd.model.changes import BEGINNING, Changes, Cursor, ListChanges
 from telemetryd.model.filters import Filters

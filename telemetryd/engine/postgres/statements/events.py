@@ -42,7 +42,7 @@ def read_events(
         WHERE total - size <= %(room)s OR place = 1
     """
     rows: list[Row] = []
-    for *row, size in plain.execute(bounded.encode(), {**values, "room": room, "is_first": is_first}):
+    for *row, size in plain.execute(bounded, {**values, "room": room, "is_first": is_first}):
         room -= size
         if len(rows) == query.limit or (room < 0 and (rows or not is_first)):
             return EventPage(rows, more=True), room

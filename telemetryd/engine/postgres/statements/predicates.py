@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from decimal import Decimal
 from typing import Any, Final
 
@@ -147,15 +147,15 @@ def _among_reals(operator: str, wanted: float) -> tuple[str, float]:
 
 # --- Walks ---------------------------------------------------------------------------------------
 
-Arm = Mapping[str, Any]
+Arm = dict[str, Any]
 """The values that the columns of an index have on one of its walks."""
 
 CHOSEN: Final = "run_labels AS chosen JOIN agent_runs ON agent_runs.id = chosen.run"
 """The runs of a label, which have its key and its value in the columns of `CHOSEN_LABEL`."""
-CHOSEN_LABEL: Final = ("chosen.key", "chosen.value")
+CHOSEN_LABEL: Final[tuple[str, ...]] = ("chosen.key", "chosen.value")
 
 
-def arms_of(filters: Filters, most: int) -> tuple[tuple[str, ...], list[Arm]]:
+def arms_of(filters: Filters, most: int = MAX_ARMS) -> tuple[tuple[str, ...], list[Arm]]:
     """Return the columns of the index that serves some filters best, and the values of these on each of its walks."""
     _, columns, arms = choose({} if filters.patterns else filters.equal, most)
     return columns, [*arms]
@@ -176,7 +176,7 @@ def conditions_of_arm(number: int, arm: Arm, values: Values) -> list[str]:
 _COUNT_LABEL: Final = f"""
     SELECT count(*) FROM (
         SELECT 1 FROM run_labels WHERE key = %s AND value = ANY(%s) LIMIT {MANY}
-    ) AS some
+    ) AS few
 """
 
 
@@ -200,6 +200,6 @@ def choose_label(plain: Plain, filters: Filters, most: int = MAX_ARMS) -> str | 
 
 def one(plain: Plain, statement: str, values: Any = None) -> tuple[Any, ...]:
     """Return the one row that a statement always has."""
-    row = plain.execute(statement.encode(), values).fetchone()
+    row = plain.execute(statement, values).fetchone()
     assert row is not None  # noqa: S101 - it counts or adds up
     return row

@@ -50,7 +50,7 @@ def render(plain: Plain, select: tuple[str, Values], fields: tuple[str, ...], or
             ) AS rendered
         ) AS measured
     """
-    rows = plain.execute(text.encode(), {**values, "room": _ANY if room is None else room}).fetchall()
+    rows = plain.execute(text, {**values, "room": _ANY if room is None else room}).fetchall()
     sizes = [size for _, size, _ in rows]
     if rows and rows[-1][0] is None:
         return Rendered([], [], sizes, fit=False)

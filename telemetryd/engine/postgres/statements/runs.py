@@ -111,7 +111,7 @@ def _end(column: str, bound: Bound, place: str, values: Values) -> str:
     return f"{column} {comparison} %({place})s"
 
 
-_AGENTS: Final = b"""
+_AGENTS: Final = """
     WITH RECURSIVE found (name) AS (
         (
             SELECT agent_name FROM agent_runs WHERE agent_name >= %(first)s AND agent_name < %(last)s
@@ -148,7 +148,7 @@ def is_rare(plain: Plain, filters: Filters) -> bool:
         return False
     words, values = full_text.query(filters.words)
     some = f"SELECT 1 FROM agent_runs WHERE {full_text.WORDS} @@ {words} LIMIT {MANY}"
-    return bool(one(plain, f"SELECT count(*) FROM ({some}) AS some", values)[0] < MANY)
+    return bool(one(plain, f"SELECT count(*) FROM ({some}) AS few", values)[0] < MANY)
 
 
 def _label(plain: Plain, query: ListRuns, *, is_rare: bool) -> str | None:

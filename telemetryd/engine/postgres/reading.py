@@ -1,0 +1,166 @@
+"""A small pool of connections that only read: runs each query within its deadline, or ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Final, TypeVar
+
+import psycopg
+
+from telemetryd.engine.lanes import MOST_WAITING, Lane, share_out
+from telemetryd.engine.postgres.connection import Connection, Plain, Target, connect, is_lost, translate_reading
+from telemetryd.engine.postgres.connection import reading_session as session
+from telemetryd.engine.postgres.statements.answers import REGISTRY
+from telemetryd.errors import DatabaseError, QueryTimeoutError, UnavailableError
+from telemetryd.model.changes import Changes, ListChanges
+from telemetryd.model.queries import Query
+
+A = TypeVar("A")
+T = TypeVar("T")
+
+_CANCEL_S: Final = 2.0
+"""How long a server may take to end a query; after that the connection is broken without it."""
+
+REGISTRY.load()
+
+
+@dataclass(slots=True)
+class _Place:
+    """One place in the pool: its connection is opened when it is needed first, and again when it was lost."""
+
+    connection: Connection | None = None
+
+
+class Readers:
+    """Connections that cannot write; each runs one query at a time (`lanes.share_out`).
+
+    Args:
+        target: the database.
+        count: how many connections there are, besides that of the feed.
+        timeout_s: how long a query may take, with the time for which it waits.
+        most_waiting: how many queries may wait.
+
+    """
+
+    def __init__(self, target: Target, count: int, timeout_s: float, most_waiting: int = MOST_WAITING) -> None:
+        self._target = target
+        self._places = [_Place() for _ in range(1 + count)]
+        self._idle = share_out(self._places)
+        self._waiting = 0
+        self._most_waiting = most_waiting
+        self._timeout_s = timeout_s
+        self._closed = False
+        self._ending: set[asyncio.Task[None]] = set()
+
+    async def read(self, query: Query[A]) -> A:
+        """Answer a query (see `ReadingEngine.read`)."""
+        return await self.fetch(partial(_answer, query), Lane.LONG if REGISTRY.is_long(query) else Lane.QUICK)
+
+    async def read_news(self, query: ListChanges) -> Changes:
+        """Answer a query of the feed through the connection that is there for it alone."""
+        return await self.fetch(partial(_answer, query), Lane.FEED)
+
+    async def fetch(self, query: Callable[[Plain], T], lane: Lane = Lane.QUICK) -> T:
+        """Run a query in the thread of an idle connection; waiting for one counts towards the deadline.
+
+        Args:
+            query: called with the connection.
+            lane: which connections may run it.
+
+        Raises:
+            QueryTimeoutError: if there is no answer when the deadline comes (the query is ended), or if too many wait
+                already.
+            UnavailableError: if PostgreSQL cannot be read.
+
+        """
+        deadline = asyncio.get_running_loop().time() + self._timeout_s
+        idle = self._idle[lane]
+        if self._waiting >= self._most_waiting and idle.empty():
+            raise QueryTimeoutError("Too many queries are waiting; try again later")
+        self._waiting += 1
+        try:
+            async with asyncio.timeout_at(deadline):
+                place = await idle.get()
+        except TimeoutError:
+            raise QueryTimeoutError("Too many slow queries are running; try again later") from None
+        finally:
+            self._waiting -= 1
+        try:
+            return await self._fetch(place, query, deadline)
+        finally:
+            self._take_back(idle, place)
+
+    async def _fetch(self, place: _Place, query: Callable[[Plain], T], deadline: float) -> T:
+        """Run a query; on a new connection once more if the old one turns out to be lost."""
+        try:
+            async with asyncio.timeout_at(deadline):
+                while True:
+                    was_open = place.connection is not None
+                    try:
+                        return await self._run(place, query)
+                    except psycopg.Error as error:
+                        if is_lost(error):
+                            await self._drop(place)
+                        if not (was_open and is_lost(error)):
+                            raise translate_reading(error, self._timeout_s) from error
+        except TimeoutError:
+            raise QueryTimeoutError(
+                f"The query took longer than {self._timeout_s:g} s and was interrupted; narrow its filters"
+            ) from None
+
+    async def _run(self, place: _Place, query: Callable[[Plain], T]) -> T:
+        if self._closed:
+            raise UnavailableError("The database is being closed; try again shortly")
+        if place.connection is None:
+            try:
+                place.connection = await connect(self._target, "reader", session(self._timeout_s))
+            except DatabaseError as error:
+                raise UnavailableError("The database cannot be read now; try again later") from error
+        answer = place.connection.start(query)
+        try:
+            return await asyncio.shield(answer)
+        except asyncio.CancelledError:
+            # A connection that was told to end a query is not used again: the next query might be hit.
+            self._end(place, answer)
+            raise
+
+    def _end(self, place: _Place, answer: asyncio.Future[T]) -> None:
+        connection, place.connection = place.connection, None
+        if connection is not None:
+            ending = asyncio.create_task(_cancel(connection, answer))
+            self._ending.add(ending)
+            ending.add_done_callback(self._ending.discard)
+
+    async def _drop(self, place: _Place) -> None:
+        connection, place.connection = place.connection, None
+        if connection is not None:
+            connection.cut()
+            await connection.close()
+
+    def _take_back(self, idle: asyncio.LifoQueue[_Place], place: _Place) -> None:
+        idle.put_nowait(place)
+
+    async def close(self) -> None:
+        """End what runs, refuse what waits, and close every connection."""
+        self._closed = True
+        for place in self._places:
+            await self._drop(place)
+        if self._ending:
+            await asyncio.wait(self._ending)
+
+
+def _answer(query: Query[A], plain: Plain) -> A:
+    return REGISTRY.answer(plain, query)
+
+
+async def _cancel(connection: Connection, answer: asyncio.Future[T]) -> None:
+    """End a query on the server, and close its connection."""
+    with contextlib.suppress(psycopg.Error):
+        await asyncio.to_thread(connection.plain.cancel_safe, timeout=_CANCEL_S)
+    await asyncio.wait((answer,), timeout=_CANCEL_S)
+    connection.cut()
+    await connection.close()
