@@ -67,6 +67,27 @@ PATIENCE_S: Final = 60.0
 _numbers = itertools.count()
 _chance = random.SystemRandom()
 """Differs between processes that run tests at the same time, whatever hypothesis does to the common generator."""
+_BOTH_ENGINES: Final = frozenset(
+    {
+        "contract",
+        "test_alerts",
+        "test_certificates",
+        "test_changes",
+        "test_events",
+        "test_exports",
+        "test_feed",
+        "test_filters",
+        "test_properties",
+        "test_queries",
+        "test_regressions",
+        "test_runs",
+        "test_stats",
+        "test_tail",
+        "test_tokens",
+        "test_upkeep",
+    }
+)
+"""Folders and modules whose tests run on PostgreSQL, too, unless they are marked `sqlite`."""
 _SHORT: Final = 0.001
 """Which share of its long form a fault test does in `make test-faults`; each says the least that proves something."""
 
@@ -79,12 +100,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=_SHORT,
         help=f"the share of its long form that each fault test does [{_SHORT}]",
     )
+    parser.addoption("--engine", default="sqlite", help="the engines, of sqlite,postgresql, that shared tests run on")
     parser.addoption("--ledger", type=Path, help="append what each fault test counted to this file, as JSON lines")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Choose how property tests look for examples."""
     hypothesis.settings.load_profile("long" if config.getoption("--rounds-scale") > _SHORT else "short")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run what is the same on both engines on each that is asked for."""
+    engines = str(metafunc.config.getoption("--engine")).split(",")
+    if engines == ["sqlite"] or "engine" not in metafunc.fixturenames:
+        return
+    if not _is_for_both(metafunc.definition):
+        engines = [name for name in engines if name == "sqlite"]
+    metafunc.parametrize("engine", engines, scope="session")
+
+
+def _is_for_both(test: pytest.Function) -> bool:
+    if test.get_closest_marker("sqlite") is not None:
+        return False
+    return test.path.parent.name in _BOTH_ENGINES or test.path.stem in _BOTH_ENGINES
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -210,6 +248,25 @@ def postgres_database(cluster: Cluster, new_postgres_database: str) -> Iterator[
 
 
 @pytest.fixture(scope="session")
+def engine() -> str:
+    """The engine that a test runs on: sqlite, or what `pytest_generate_tests` puts in its place."""
+    return "sqlite"
+
+
+@contextlib.contextmanager
+def engine_settings(request: pytest.FixtureRequest, engine: str, folder: Path) -> Iterator[dict[str, Any]]:
+    """Give the settings of a new database on an engine; on PostgreSQL it is dropped at the end."""
+    if engine == "sqlite":
+        path = folder / "telemetry.sqlite"
+        yield {"db_path": path, "db_journal_mode": "WAL"}
+        return
+    cluster: Cluster = request.getfixturevalue("cluster")
+    name = cluster.make(request.getfixturevalue("new_postgres_database"))
+    yield {"db_url": cluster.url(name), "db_sync": "none", "tokens_file": folder / "telemetry.sqlite.tokens"}
+    cluster.drop(name)
+
+
+@pytest.fixture(scope="session")
 def new_database(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """A database as a first start leaves it: to copy it takes much less time than all migrations."""
     path = tmp_path_factory.mktemp("new") / "telemetry.sqlite"
@@ -223,20 +280,25 @@ def new_database(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 @pytest.fixture
 async def make_api(
-    tmp_path: Path, new_database: bytes, aiohttp_client: Callable[[DaemonServer], Awaitable[Client]]
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    engine: str,
+    new_database: bytes,
+    aiohttp_client: Callable[[DaemonServer], Awaitable[Client]],
 ) -> AsyncIterator[MakeApi]:
     """Return a function that runs an app; keyword arguments are settings (and `clock`, `bounds` of connections)."""
     stores: list[Store] = []
     clients: list[Client] = []
+    databases = contextlib.ExitStack()
+    given = databases.enter_context(engine_settings(request, engine, tmp_path))
 
     async def make(
         *, clock: Callable[[], datetime] = utc_now, bounds: ConnectionBounds | None = None, **values: Any
     ) -> Api:
         # Two readers are the fewest with two lanes; each of more would cost every test a thread and a connection.
-        path = tmp_path / "telemetry.sqlite"
-        if "db_path" not in values and not path.exists():
-            path.write_bytes(new_database)
-        settings = Settings(**{"db_path": path, "db_journal_mode": "WAL", "db_readers": 2, **values})
+        if engine == "sqlite" and "db_path" not in values and not (tmp_path / "telemetry.sqlite").exists():
+            (tmp_path / "telemetry.sqlite").write_bytes(new_database)
+        settings = Settings(**{**given, "db_readers": 2, **values})
         metrics = Metrics()
         store = await Store.open(settings, metrics, clock, full_text=settings.full_text)
         stores.append(store)
@@ -253,6 +315,7 @@ async def make_api(
         await client.close()
     for store in stores:
         await store.close()
+    databases.close()
 
 
 @pytest.fixture

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import datetime
-from importlib import import_module
 from importlib.util import find_spec
-from types import ModuleType
 
 from telemetryd.engine.interface import Engine, QueryingEngine
 from telemetryd.engine.sqlite.engine import holder, open_sqlite, open_sqlite_read_only
@@ -32,7 +30,10 @@ async def open_engine(
 
     """
     if settings.db_url is not None:
-        return await _postgres().open_postgres(settings, clock, full_text=full_text)
+        _require_driver()
+        from telemetryd.engine.postgres.engine import open_postgres  # noqa: PLC0415 - only where it is used
+
+        return await open_postgres(settings, clock, full_text=full_text)
     return await open_sqlite(settings, metrics, clock, full_text=full_text)
 
 
@@ -54,17 +55,19 @@ async def open_read_only(settings: Settings) -> QueryingEngine:
 
     """
     if settings.db_url is not None:
-        return await _postgres().open_postgres_read_only(settings)
+        _require_driver()
+        from telemetryd.engine.postgres.engine import open_postgres_read_only  # noqa: PLC0415 - only where it is used
+
+        return await open_postgres_read_only(settings)
     return await open_sqlite_read_only(settings)
 
 
-def _postgres() -> ModuleType:
-    """Return the other engine, which is imported only where it is used.
+def _require_driver() -> None:
+    """See that PostgreSQL's driver is installed, which is an extra.
 
     Raises:
-        DatabaseError: if its driver is missing.
+        DatabaseError: if not.
 
     """
     if find_spec("psycopg") is None:
         raise DatabaseError("TELEMETRY_DB_URL needs the package psycopg: pip install 'telemetryd[postgresql]'")
-    return import_module("telemetryd.engine.postgres.engine")

@@ -17,7 +17,7 @@ from telemetryd.engine.postgres.exports import Exports
 from telemetryd.engine.postgres.groups import Groups, Notices, Outcome, transact
 from telemetryd.engine.postgres.leading import Session, Stand, check_for_pooler, make_epoch, stand
 from telemetryd.engine.postgres.reading import Readers
-from telemetryd.errors import DatabaseError, DatabaseSuspectError, InvalidRequestError, UnavailableError
+from telemetryd.errors import DatabaseSuspectError, InvalidRequestError, UnavailableError
 from telemetryd.model.changes import Changes, ListChanges
 from telemetryd.model.commands import Command
 from telemetryd.model.queries import ExportRuns, Query
@@ -145,13 +145,7 @@ class _Database:
         async with contextlib.AsyncExitStack() as undo:
             opened = await _Opened.open(target, settings, clock, make=True)
             undo.push_async_callback(opened.close)
-            database: _Database
-            session = Session(
-                target,
-                settings.db_poll_ms / 1000,
-                lambda: database.changed(),
-                lambda error: database.suspect(error),
-            )
+            session = Session(target, settings.db_poll_ms / 1000)
             connection = await session.open()
             undo.push_async_callback(session.drop)
             await _check_for_pooler(target, opened.connection, connection)
@@ -165,7 +159,7 @@ class _Database:
 
     def look_around(self) -> None:
         """Begin to look around."""
-        self._looking = asyncio.create_task(self.session.run(), name="session")
+        self._looking = asyncio.create_task(self.session.run(self._notify, self.suspect), name="session")
         self._looking.add_done_callback(_tell_of_its_death)
 
     async def keep_words(self, *, wanted: bool) -> None:
@@ -174,8 +168,12 @@ class _Database:
         if await opened.connection.run(words.is_made) is (True if wanted else None):
             return
         self._indexing = asyncio.create_task(asyncio.to_thread(words.keep, self.target, wanted=wanted))
-        while wanted and not self._indexing.done() and await opened.connection.run(words.is_made) is None:
-            await asyncio.sleep(0.02)
+        if wanted:
+            is_over = self._indexing.done
+            await opened.connection.run(lambda plain: words.wait_until_begun(plain, is_over))
+
+    def _notify(self) -> None:
+        self.changed()
 
     def _open(self) -> _Opened:
         if self.opened is None:

@@ -70,19 +70,11 @@ class Session:
     Args:
         target: the database.
         poll_s: how often to look for what others have committed.
-        changed: called when something was committed, by whomever.
-        lost: called with the reason when the server cannot be reached.
 
     """
 
-    def __init__(
-        self,
-        target: Target,
-        poll_s: float,
-        changed: Callable[[], None],
-        lost: Callable[[DatabaseSuspectError], None],
-    ) -> None:
-        self._target, self._poll_s, self._changed, self._lost = target, poll_s, changed, lost
+    def __init__(self, target: Target, poll_s: float) -> None:
+        self._target, self._poll_s = target, poll_s
         self._connection: Connection | None = None
         self.leads = False
         """Whether this daemon does what is due once."""
@@ -102,16 +94,22 @@ class Session:
         self.leads = await self._connection.run(_try_to_lead)
         return self._connection
 
-    async def run(self) -> None:
-        """Look around for ever; cancel it to end it."""
+    async def run(self, changed: Callable[[], None], lost: Callable[[DatabaseSuspectError], None]) -> None:
+        """Look around for ever; cancel it to end it.
+
+        Args:
+            changed: called when something was committed, by whomever.
+            lost: called with the reason when the server cannot be reached.
+
+        """
         while True:
             try:
                 connection = self._connection or await self.open()
-                await self._look_around(connection)
+                await self._look_around(connection, changed)
             except (psycopg.Error, DatabaseError) as error:
                 self.leads = False
                 reason = sentence(error) if isinstance(error, DatabaseError) else first_line(error)
-                self._lost(DatabaseSuspectError(f"The connection to PostgreSQL was lost: {reason}"))
+                lost(DatabaseSuspectError(f"The connection to PostgreSQL was lost: {reason}"))
                 await self.drop()
                 await asyncio.sleep(_AGAIN_S)
 
@@ -123,12 +121,12 @@ class Session:
             connection.cut()
             await connection.close()
 
-    async def _look_around(self, connection: Connection) -> None:
+    async def _look_around(self, connection: Connection, changed: Callable[[], None]) -> None:
         while True:
             found = await connection.run(stand)
             if found != self.seen:
                 self.seen = found
-                self._changed()
+                changed()
             if self._is_due("lead", _LEAD_EVERY_S):
                 self.leads = await connection.run(_try_to_lead)
             await self._do_chores(connection)
@@ -147,9 +145,8 @@ class Session:
         except DatabaseSuspectError:
             raise psycopg.OperationalError("a chore was cut off") from None
         except TelemetrydError as error:
-            log.warning(
-                "Upkeep postponed", extra={"task": "counts", "error_message": sentence(error.__cause__ or error)}
-            )
+            reason = sentence(error.__cause__ or error)
+            log.warning("Upkeep postponed", extra={"task": "counts", "error_message": reason})
 
     def _is_due(self, chore: str, every_s: float) -> bool:
         now = time.monotonic()

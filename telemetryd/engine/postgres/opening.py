@@ -18,7 +18,8 @@ _LOOK: Final = """
     SELECT current_setting('server_version_num')::int, current_setting('server_version'),
         current_setting('server_encoding'), pg_is_in_recovery(), current_setting('fsync'),
         current_setting('full_page_writes'), current_setting('synchronous_commit'),
-        current_setting('synchronous_standby_names'), coalesce(host(inet_server_addr()) || ':' || inet_server_port(), ''),
+        current_setting('synchronous_standby_names'),
+        coalesce(host(inet_server_addr()) || ':' || inet_server_port(), ''),
         CASE WHEN pg_is_in_recovery() THEN 0
             ELSE ('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::int END
 """
@@ -102,8 +103,8 @@ def check_grants(plain: Plain, target: Target) -> None:
     row = plain.execute(_GRANTS, {"schema": f'"{target.schema}"', "tables": tables}).fetchone()
     if row is not None and row[0] is not None:
         raise DatabaseError(
-            f"The user of {target.name} lacks grants on {row[0]}; grant SELECT, INSERT, UPDATE and DELETE on all tables "
-            f"and USAGE and UPDATE on all sequences of the schema {target.schema}"
+            f"The user of {target.name} lacks grants on {row[0]}; grant SELECT, INSERT, UPDATE and DELETE on all "
+            f"tables and USAGE and UPDATE on all sequences of the schema {target.schema}"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Final
 
 import psycopg
@@ -28,6 +29,12 @@ def is_made(plain: Plain) -> bool | None:
     """Return whether the index is complete; None if there is none at all."""
     found = plain.execute(_STATE, (INDEX,)).fetchone()
     return None if found is None else bool(found[0])
+
+
+def wait_until_begun(plain: Plain, is_over: Callable[[], bool]) -> None:
+    """Wait until there is an index, complete or not, or until whoever makes it has given up."""
+    while is_made(plain) is None and not is_over():
+        time.sleep(_PAUSE_S)
 
 
 def keep(target: Target, *, wanted: bool) -> None:
