@@ -13,16 +13,18 @@ import random
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
 import hypothesis
+import psycopg
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import BaseTestServer, TestClient
@@ -202,8 +204,35 @@ class Api:
     async def get(self, path: str, status: int = 200, **options: Any) -> Any:
         return await self.call("GET", path, status=status, **options)
 
+    def execute(self, statement: str) -> Sequence[tuple[Any, ...]]:
+        """Run SQL as another program would, and return the rows; what is changed is committed."""
+        if self.settings.db_url is not None:
+            with psycopg.connect(self.settings.db_url.get_secret_value(), autocommit=True) as connection:
+                cursor = connection.execute(statement.encode())
+                return [] if cursor.description is None else cursor.fetchall()
+        with contextlib.closing(sqlite3.connect(self.settings.db_path)) as file, file:
+            return file.execute(statement).fetchall()
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep the daemon from committing anything inside the block, as another program would."""
+        if self.settings.db_url is not None:
+            with psycopg.connect(self.settings.db_url.get_secret_value(), autocommit=True) as connection:
+                connection.execute("SELECT pg_advisory_lock(%s, %s)", (schema.CLASS, schema.COMMITS))
+                yield
+            return
+        with contextlib.closing(sqlite3.connect(self.settings.db_path, isolation_level=None)) as file:
+            file.execute("BEGIN IMMEDIATE")
+            yield
+            file.execute("ROLLBACK")
+
 
 MakeApi = Callable[..., Awaitable[Api]]
+
+
+def patience(engine: str) -> dict[str, Any]:
+    """The settings with which a daemon waits long for the lock of another program."""
+    return {"db_busy_timeout_ms": 60_000} if engine == "sqlite" else {}
 
 
 def reading(api: Api) -> Reading:

@@ -220,7 +220,17 @@ async def connect(target: Target, role: str, values: Mapping[str, str]) -> Conne
         DatabaseError: with one sentence that says why not.
 
     """
-    return Connection(await asyncio.to_thread(connect_plainly, target, role, values))
+    connecting = asyncio.ensure_future(asyncio.to_thread(connect_plainly, target, role, values))
+    try:
+        return Connection(await asyncio.shield(connecting))
+    except asyncio.CancelledError:
+        connecting.add_done_callback(_close_again)
+        raise
+
+
+def _close_again(connecting: asyncio.Future[Plain]) -> None:
+    if not connecting.cancelled() and connecting.exception() is None:
+        connecting.result().close()
 
 
 def connect_plainly(target: Target, role: str, values: Mapping[str, str]) -> Plain:

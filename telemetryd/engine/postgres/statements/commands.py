@@ -199,11 +199,13 @@ class Transaction:
         """Store the new runs and hold the named ones, in one round trip; return the outcomes of creating."""
         batches = [command.rows for command in commands if isinstance(command, CreateRuns)]
         rows = [self._complete(row) for row in chain.from_iterable(batches)]
-        names = sorted({command.event_id for command in commands if isinstance(command, _Naming)})
+        # No text of PostgreSQL holds a NUL, so there is no such run.
+        named = {command.event_id for command in commands if isinstance(command, _Naming)}
+        names = sorted(name for name in named if "\0" not in name)
         given = [
             (command.event_id, str(row[EVENT_KEY]))
             for command in commands
-            if isinstance(command, CreateEvents)
+            if isinstance(command, CreateEvents) and "\0" not in command.event_id
             for row in command.rows
         ]
         created = held = certificates = known = None
