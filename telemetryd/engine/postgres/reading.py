@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from functools import partial
 from typing import Final, TypeVar
@@ -33,6 +33,8 @@ class _Place:
     """One place in the pool: its connection is opened when it is needed first, and again when it was lost."""
 
     connection: Connection | None = None
+    ending: asyncio.Task[None] | None = None
+    """What ends a query that nobody waits for any more: until that is done, nobody else is let in."""
 
 
 class Readers:
@@ -92,7 +94,11 @@ class Readers:
         try:
             return await self._fetch(place, query, deadline)
         finally:
-            self._take_back(idle, place)
+            ending, place.ending = place.ending, None
+            if ending is None:
+                idle.put_nowait(place)
+            else:
+                ending.add_done_callback(lambda _: idle.put_nowait(place))
 
     async def _fetch(self, place: _Place, query: Callable[[Plain], T], deadline: float) -> T:
         """Run a query; on a new connection once more if the old one turns out to be lost."""
@@ -113,48 +119,60 @@ class Readers:
             ) from None
 
     async def _run(self, place: _Place, query: Callable[[Plain], T]) -> T:
-        if self._closed:
+        connection = place.connection
+        if connection is None and not self._closed:
+            connection = place.connection = await self._open(place)
+        if connection is None or self._closed:
             raise UnavailableError("The database is being closed; try again shortly")
-        if place.connection is None:
-            try:
-                place.connection = await connect(self._target, "reader", session(self._timeout_s))
-            except DatabaseError as error:
-                raise UnavailableError("The database cannot be read now; try again later") from error
-        answer = place.connection.start(query)
+        answer = connection.start(query)
         try:
             return await asyncio.shield(answer)
         except asyncio.CancelledError:
             # A connection that was told to end a query is not used again: the next query might be hit.
-            self._end(place, answer)
+            if place.connection is connection:
+                place.connection, place.ending = None, self._see_to(_cancel(connection, answer))
             raise
 
-    def _end(self, place: _Place, answer: asyncio.Future[T]) -> None:
-        connection, place.connection = place.connection, None
-        if connection is not None:
-            ending = asyncio.create_task(_cancel(connection, answer))
-            self._ending.add(ending)
-            ending.add_done_callback(self._ending.discard)
+    async def _open(self, place: _Place) -> Connection:
+        opening = asyncio.create_task(connect(self._target, "reader", session(self._timeout_s)))
+        try:
+            return await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            place.ending = self._see_to(_close(opening))
+            raise
+        except DatabaseError as error:
+            raise UnavailableError("The database cannot be read now; try again later") from error
+
+    def _see_to(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        """Do something that comes to its end even if nobody waits for it, before everything is closed."""
+        ending = asyncio.create_task(work)
+        self._ending.add(ending)
+        ending.add_done_callback(self._ending.discard)
+        return ending
 
     async def _drop(self, place: _Place) -> None:
         connection, place.connection = place.connection, None
         if connection is not None:
-            connection.cut()
-            await connection.close()
-
-    def _take_back(self, idle: asyncio.LifoQueue[_Place], place: _Place) -> None:
-        idle.put_nowait(place)
+            await asyncio.shield(self._see_to(_break(connection)))
 
     async def close(self) -> None:
         """End what runs, refuse what waits, and close every connection."""
         self._closed = True
-        for place in self._places:
-            await self._drop(place)
-        if self._ending:
-            await asyncio.wait(self._ending)
+        while self._ending or any(place.connection is not None for place in self._places):
+            for place in self._places:
+                await self._drop(place)
+            if self._ending:
+                await asyncio.wait(self._ending)
 
 
 def _answer(query: Query[A], plain: Plain) -> A:
     return REGISTRY.answer(plain, query)
+
+
+async def _close(opening: asyncio.Task[Connection]) -> None:
+    """Close a connection that nobody waits for any more, as soon as it is open."""
+    with contextlib.suppress(DatabaseError):
+        await (await opening).close()
 
 
 async def _cancel(connection: Connection, answer: asyncio.Future[T]) -> None:
@@ -162,5 +180,9 @@ async def _cancel(connection: Connection, answer: asyncio.Future[T]) -> None:
     with contextlib.suppress(psycopg.Error):
         await asyncio.to_thread(connection.plain.cancel_safe, timeout=_CANCEL_S)
     await asyncio.wait((answer,), timeout=_CANCEL_S)
+    await _break(connection)
+
+
+async def _break(connection: Connection) -> None:
     connection.cut()
     await connection.close()

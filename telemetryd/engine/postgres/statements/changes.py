@@ -10,7 +10,7 @@ from telemetryd.engine.postgres.connection import Plain
 from telemetryd.engine.postgres.statements import full_text
 from telemetryd.engine.postgres.statements.answers import answers
 from telemetryd.engine.postgres.statements.numbers import NEWEST
-from telemetryd.engine.postgres.statements.predicates import conditions, one
+from telemetryd.engine.postgres.statements.predicates import conditions, may_be_stored, one
 from telemetryd.model import events
 from telemetryd.model.changes import Changes, Cursor, Deleted, Followed, GetFollowed, Known, ListChanges
 from telemetryd.model.filters import Filters
@@ -91,6 +91,8 @@ def _holds(plain: Plain, after: int, horizon: int, known: Known) -> bool:
     if known.id is None:
         deleted = plain.execute(_DELETED_AT, (known.seq,)).fetchone()
         return known.seq <= horizon if deleted is None else bool(deleted[0] == known.event_id)
+    if not may_be_stored(known.event_id):
+        return after < horizon
     found = plain.execute(_AS_IT_IS, (known.event_id,)).fetchone()
     if found is not None:
         number, seq, updated_at = found

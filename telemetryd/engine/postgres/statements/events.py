@@ -7,7 +7,7 @@ from typing import Final
 from telemetryd.engine import pages
 from telemetryd.engine.postgres.connection import Plain
 from telemetryd.engine.postgres.statements.answers import answers
-from telemetryd.engine.postgres.statements.predicates import Values, any_case
+from telemetryd.engine.postgres.statements.predicates import Values, any_case, may_be_stored
 from telemetryd.model import events
 from telemetryd.model.event_queries import ListEvents
 from telemetryd.model.events import EventPage
@@ -23,6 +23,8 @@ _FITTING: Final = ", ".join(
 @answers(ListEvents, is_long=lambda query: query.text is not None)
 def fetch_events(plain: Plain, query: ListEvents) -> EventPage | None:
     """Fetch the events of a run, about `pages.PAGE_BYTES` of them at most."""
+    if not may_be_stored(query.event_id):
+        return None
     run = plain.execute("SELECT id FROM agent_runs WHERE event_id = %s", (query.event_id,)).fetchone()
     return None if run is None else read_events(plain, query, run[0], pages.PAGE_BYTES)[0]
 

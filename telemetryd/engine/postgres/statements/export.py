@@ -59,4 +59,5 @@ def select_events(query: ExportRuns) -> tuple[str, Values]:
     """Return the SQL text and the parameters that fetch the events of these runs: a run's id, and an event as JSON."""
     found, values = conditions(query.filters)
     matching = f"SELECT id FROM agent_runs WHERE {' AND '.join(found) or 'true'}"
-    return f"SELECT run::text, {_EVENT} FROM run_events WHERE run IN ({matching}) ORDER BY run, timestamp, id", values
+    order = "run_events.run, timestamp, run_events.id"  # by itself, `run` would be the text that is answered
+    return f"SELECT run::text, {_EVENT} FROM run_events WHERE run IN ({matching}) ORDER BY {order}", values

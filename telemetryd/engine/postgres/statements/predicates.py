@@ -203,3 +203,8 @@ def one(plain: Plain, statement: str, values: Any = None) -> tuple[Any, ...]:
     row = plain.execute(statement, values).fetchone()
     assert row is not None  # noqa: S101 - it counts or adds up
     return row
+
+
+def may_be_stored(text: str) -> bool:
+    """Return whether any column can hold a text: PostgreSQL knows no NUL, and takes none to compare with either."""
+    return "\0" not in text

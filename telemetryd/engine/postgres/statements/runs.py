@@ -32,6 +32,7 @@ from telemetryd.model import events
 from telemetryd.model.event_queries import ListEvents
 from telemetryd.model.filters import TIME_BOUNDS, WILDCARD, Filters, label_parameter
 from telemetryd.model.queries import DEFAULT_LIMIT, ListRuns, Page, Position
+from telemetryd.model.values import MAX_INTEGER
 
 
 def select_page(
@@ -53,7 +54,11 @@ def select_page(
     found, values = conditions(
         filters, {*columns, *bounds, *(["q"] if is_rare else []), *([] if label is None else [label_parameter(label)])}
     )
-    values |= {"rows": query.limit + 1, "offset": query.offset, "most": query.limit + 1 + query.offset}
+    values |= {
+        "rows": query.limit + 1,
+        "offset": query.offset,
+        "most": min(query.limit + 1 + query.offset, MAX_INTEGER),
+    }
     direction = "DESC" if query.order.descending else "ASC"
     walk = _walk(query, values, moment, number)
     select = f"{_select(query.columns)} FROM {source}"

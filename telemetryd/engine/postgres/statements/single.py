@@ -8,6 +8,7 @@ from telemetryd.engine import pages
 from telemetryd.engine.postgres.connection import Plain
 from telemetryd.engine.postgres.statements.answers import answers
 from telemetryd.engine.postgres.statements.events import read_events
+from telemetryd.engine.postgres.statements.predicates import may_be_stored
 from telemetryd.model.event_queries import ListEvents
 from telemetryd.model.events import EventPage
 from telemetryd.model.queries import GetAgents, GetOthers, GetRun, Other
@@ -28,6 +29,8 @@ _SELECT_AGENTS: Final = "SELECT event_id, agent_name FROM agent_runs WHERE event
 @answers(GetRun)
 def fetch_run(plain: Plain, query: GetRun) -> tuple[Row, EventPage] | None:
     """Fetch the run with an event_id, and its first events."""
+    if not may_be_stored(query.event_id):
+        return None
     row: Row | None = plain.execute(_SELECT_RUN, (query.event_id,)).fetchone()
     if row is None:
         return None
@@ -49,4 +52,4 @@ def fetch_others(plain: Plain, query: GetOthers) -> list[Other]:
 @answers(GetAgents)
 def fetch_agents(plain: Plain, query: GetAgents) -> dict[str, str]:
     """Fetch the agents of runs."""
-    return dict(plain.execute(_SELECT_AGENTS, ([*query.event_ids],)).fetchall())
+    return dict(plain.execute(_SELECT_AGENTS, ([*filter(may_be_stored, query.event_ids)],)).fetchall())
