@@ -38,7 +38,7 @@ from telemetryd.model.values import format_timestamp, utc_now
 from telemetryd.ops.metrics import Metrics
 from telemetryd.services.certificates import most_processes
 from telemetryd.services.upkeep import Upkeep
-from telemetryd.settings import JournalMode, Settings, Sync
+from telemetryd.settings import JournalMode, Settings, Sync, variable
 from telemetryd.store import Store
 from telemetryd.web.body import BODIES, Bodies
 from telemetryd.web.connections import ConnectionBounds, make_runner
@@ -116,9 +116,20 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     engines = str(metafunc.config.getoption("--engine")).split(",")
     if engines == ["sqlite"] or "engine" not in metafunc.fixturenames:
         return
-    if not _is_for_both(metafunc.definition):
-        engines = [name for name in engines if name == "sqlite"]
-    metafunc.parametrize("engine", engines, scope="session")
+    metafunc.parametrize("engine", engines if _is_for_both(metafunc.definition) else ["sqlite"], scope="session")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out tests of an engine that is not asked for."""
+    engines = str(config.getoption("--engine")).split(",")
+    kept = [item for item in items if _engine_of(item) in (*engines, None)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
+
+
+def _engine_of(item: pytest.Item) -> str | None:
+    callspec = getattr(item, "callspec", None)
+    return None if callspec is None else callspec.params.get("engine")
 
 
 def _is_for_both(test: pytest.Function) -> bool:
@@ -367,7 +378,8 @@ class Daemon:
         self.folder = folder
         self.database = folder / "telemetry.sqlite"
         environment = {name: value for name, value in os.environ.items() if not name.startswith("TELEMETRY_")}
-        environment |= {"TELEMETRY_DB_PATH": str(self.database), "TELEMETRY_API_PORT": "0", **variables}
+        place = {} if "TELEMETRY_DB_URL" in variables else {"TELEMETRY_DB_PATH": str(self.database)}
+        environment |= {**place, "TELEMETRY_API_PORT": "0", **variables}
         self.process = popen(
             [*prefix, sys.executable, "-m", "telemetryd", "serve", "--log-format", "json", *flags],
             environment,
@@ -437,9 +449,14 @@ StartDaemon = Callable[..., Daemon]
 
 
 @pytest.fixture
-def start_daemon(tmp_path: Path) -> Iterator[StartDaemon]:
+def start_daemon(request: pytest.FixtureRequest, engine: str, tmp_path: Path) -> Iterator[StartDaemon]:
     """Return a function that starts a daemon in `tmp_path`; keyword arguments are environment variables."""
     started: list[Daemon] = []
+    databases = contextlib.ExitStack()
+    place = {}
+    if engine != "sqlite":
+        given = databases.enter_context(engine_settings(request, engine, tmp_path))
+        place = {variable(name): str(value) for name, value in given.items()}
 
     def start(
         *flags: str,
@@ -448,13 +465,14 @@ def start_daemon(tmp_path: Path) -> Iterator[StartDaemon]:
         pass_fds: tuple[int, ...] = (),
         **variables: str,
     ) -> Daemon:
-        daemon = Daemon(folder, *flags, prefix=prefix, pass_fds=pass_fds, **variables)
+        daemon = Daemon(folder, *flags, prefix=prefix, pass_fds=pass_fds, **{**place, **variables})
         started.append(daemon)
         return daemon
 
     yield start
     for daemon in started:
         daemon.close()
+    databases.close()
 
 
 def require_program(program: str, package: str) -> None:

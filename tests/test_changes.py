@@ -111,14 +111,14 @@ class Follower:
             }
             self.events[self.last_event] = (run, number, *event)
 
-    def read(self, connection: sqlite3.Connection, limit: int) -> bool:
+    def read(self, connection: Any, limit: int) -> bool:
         """Read one page; tell whether there is more."""
         changes = fetch_changes(connection, ListChanges(self.last, limit, events_after=self.last_event))
         assert max(len(changes.found), len(changes.events or ())) <= limit
         self.take(changes, self.last)
         return changes.more
 
-    def catch_up(self, connection: sqlite3.Connection, limit: int = 1000) -> None:
+    def catch_up(self, connection: Any, limit: int = 1000) -> None:
         """Read everything there is."""
         while self.read(connection, limit):
             pass
