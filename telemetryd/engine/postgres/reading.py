@@ -111,7 +111,7 @@ class Readers:
                     except psycopg.Error as error:
                         if is_lost(error):
                             await self._drop(place)
-                        if not (was_open and is_lost(error)):
+                        if not (is_lost(error) and (was_open or self._closed)):
                             raise translate_reading(error, self._timeout_s) from error
         except TimeoutError:
             raise QueryTimeoutError(
