@@ -103,7 +103,7 @@ async def test_the_lanes_keep_out_of_each_others_way(postgres_database: str) -> 
         await eventually(lambda: sleeping(postgres_database) == 2)
         assert await readers.fetch(one) == 1
         assert not long.done()
-        assert await asyncio.gather(long, feed) == [1, 1]
+        assert [*await asyncio.gather(long, feed)] == [1, 1]
 
 
 async def test_a_caller_that_leaves_ends_its_query_and_hits_no_other(postgres_database: str) -> None:

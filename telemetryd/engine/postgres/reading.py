@@ -129,6 +129,7 @@ class Readers:
             return await asyncio.shield(answer)
         except asyncio.CancelledError:
             # A connection that was told to end a query is not used again: the next query might be hit.
+            answer.add_done_callback(lambda ended: ended.exception())  # which nobody waits for any more
             if place.connection is connection:
                 place.connection, place.ending = None, self._see_to(_cancel(connection, answer))
             raise
