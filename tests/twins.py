@@ -33,6 +33,7 @@ _TABLES = {
     "alert_states": (
         "rule", "agent_name", "job_type", "measure", "first_bad_commit", "since", "seq", "summary", "details",
     ),
+    "alert_deliveries": ("number", "webhook", "id", "created_at", "body"),
     "followed_feed": ("epoch", "seq", "begun"),
     "confirmed_prune": ("after_s", "confirmed_at"),
     "trusted_clock": ("moment", "boot_id", "up_s"),
@@ -85,4 +86,5 @@ def copy(connection: sqlite3.Connection, url: str, *, full_text: bool = False) -
 def _insert(plain: Plain, table: str, columns: tuple[str, ...], rows: list[tuple[object, ...]]) -> None:
     with plain.cursor() as cursor:
         places = ", ".join(["%s"] * len(columns))
-        cursor.executemany(f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({places})", rows)
+        named = f"{table} ({', '.join(columns)}) OVERRIDING SYSTEM VALUE"
+        cursor.executemany(f"INSERT INTO {named} VALUES ({places})", rows)

@@ -111,7 +111,7 @@ class Readers:
                     except psycopg.Error as error:
                         if is_lost(error):
                             await self._drop(place)
-                        if not (was_open and is_lost(error)):
+                        if not (is_lost(error) and (was_open or self._closed)):
                             raise translate_reading(error, self._timeout_s) from error
         except TimeoutError:
             raise QueryTimeoutError(
@@ -129,6 +129,7 @@ class Readers:
             return await asyncio.shield(answer)
         except asyncio.CancelledError:
             # A connection that was told to end a query is not used again: the next query might be hit.
+            answer.add_done_callback(lambda ended: ended.exception())  # which nobody waits for any more
             if place.connection is connection:
                 place.connection, place.ending = None, self._see_to(_cancel(connection, answer))
             raise
