@@ -188,6 +188,16 @@ class DaemonServer(BaseTestServer):
         return make_runner(self.app, self._settings, most_processes(self._settings), self._bounds)
 
 
+def execute(path: Path, url: str | None, statement: str) -> Sequence[tuple[Any, ...]]:
+    """Run SQL on a database: the one at a URL, or else a file; return the rows, and commit what is changed."""
+    if url is not None:
+        with psycopg.connect(url, autocommit=True) as connection:
+            cursor = connection.execute(statement.encode())
+            return [] if cursor.description is None else cursor.fetchall()
+    with contextlib.closing(sqlite3.connect(path)) as file, file:
+        return file.execute(statement).fetchall()
+
+
 class Api:
     """An HTTP client of one running app, and what is behind it."""
 
@@ -217,12 +227,8 @@ class Api:
 
     def execute(self, statement: str) -> Sequence[tuple[Any, ...]]:
         """Run SQL as another program would, and return the rows; what is changed is committed."""
-        if self.settings.db_url is not None:
-            with psycopg.connect(self.settings.db_url.get_secret_value(), autocommit=True) as connection:
-                cursor = connection.execute(statement.encode())
-                return [] if cursor.description is None else cursor.fetchall()
-        with contextlib.closing(sqlite3.connect(self.settings.db_path)) as file, file:
-            return file.execute(statement).fetchall()
+        url = self.settings.db_url
+        return execute(self.settings.db_path, None if url is None else url.get_secret_value(), statement)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -378,7 +384,9 @@ class Daemon:
         self.folder = folder
         self.database = folder / "telemetry.sqlite"
         environment = {name: value for name, value in os.environ.items() if not name.startswith("TELEMETRY_")}
-        place = {} if "TELEMETRY_DB_URL" in variables else {"TELEMETRY_DB_PATH": str(self.database)}
+        self.database_url = variables.get("TELEMETRY_DB_URL")
+        """Where the database is if it is on PostgreSQL."""
+        place = {"TELEMETRY_DB_PATH": str(self.database)} if self.database_url is None else {}
         environment |= {**place, "TELEMETRY_API_PORT": "0", **variables}
         self.process = popen(
             [*prefix, sys.executable, "-m", "telemetryd", "serve", "--log-format", "json", *flags],
@@ -407,6 +415,10 @@ class Daemon:
         address = line["addresses"][0]
         host = "https://localhost" if address.startswith("https") else "http://127.0.0.1"
         return f"{host}:{address.rpartition(':')[2]}"
+
+    def execute(self, statement: str) -> Sequence[tuple[Any, ...]]:
+        """Run SQL on its database as another program would."""
+        return execute(self.database, self.database_url, statement)
 
     def wait_for_line(self, message: str, timeout_s: float = PATIENCE_S) -> dict[str, Any]:
         """Wait for a log line with this message."""

@@ -461,6 +461,7 @@ async def test_what_cannot_be_asked(api: Api, parameters: dict[str, str], text: 
     assert (await changes(api, 400, **parameters))["detail"].startswith(text)
 
 
+@pytest.mark.sqlite
 async def test_a_place_that_is_gone(api: Api) -> None:
     await api.post(make_run())
     assert "restored" in (await changes(api, 410, after=2, wait=30))["detail"]

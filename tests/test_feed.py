@@ -435,6 +435,7 @@ async def test_a_group_that_reads_too_long_is_parted(api: Api, monkeypatch: pyte
             assert seen(await take(stream, 1)) == [("a", "running")]
 
 
+@pytest.mark.sqlite
 async def test_what_is_new_waits_for_no_search(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     never = asyncio.Event()
 

@@ -8,9 +8,6 @@ from telemetryd.engine.postgres.connection import Plain
 from telemetryd.model import alerts
 from telemetryd.model.commands import AlertChange, ConfirmDelivery, KeepAlerts, RecordAlerts
 
-MAX_WAITING: Final = 1000
-"""Deliveries that may wait for one webhook; beyond it the oldest are given up."""
-
 _KEY: Final = ("rule", "agent_name", "job_type", "measure", "first_bad_commit")
 _FIRE: Final = f"""
     INSERT INTO alert_states ({", ".join(_KEY)}, since, seq, summary, details)
@@ -49,6 +46,7 @@ def apply(plain: Plain, command: RecordAlerts | ConfirmDelivery | KeepAlerts, no
 
 
 def _record(plain: Plain, changes: tuple[AlertChange, ...], now: str) -> int:
+    stored = set()
     # In one order, or two daemons that store the same could each wait for the other.
     for change in sorted(changes, key=lambda change: (change.rule, *change.subject)):
         key = (change.rule, *change.subject)
@@ -57,8 +55,11 @@ def _record(plain: Plain, changes: tuple[AlertChange, ...], now: str) -> int:
         else:
             done = plain.execute(_RESOLVE, key)
         if done.rowcount:  # else another daemon has stored it, and what is to be delivered as well
+            stored.add(key)
+    for change in changes:
+        if (change.rule, *change.subject) in stored:
             for webhook in change.webhooks:
                 plain.execute(_DELIVER, (webhook, change.id, now, change.body))
     webhooks = {webhook for change in changes for webhook in change.webhooks}
-    kept = [{"webhook": webhook, "kept": MAX_WAITING} for webhook in sorted(webhooks)]
+    kept = [{"webhook": webhook, "kept": alerts.MAX_WAITING} for webhook in sorted(webhooks)]
     return sum(plain.execute(_GIVE_UP, values).rowcount for values in kept)

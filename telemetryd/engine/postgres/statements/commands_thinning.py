@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Final
 
+from telemetryd.engine import budget
 from telemetryd.engine.budget import Budget
 from telemetryd.engine.postgres.connection import Plain
 from telemetryd.engine.postgres.statements.numbers import Numbers
@@ -40,8 +41,15 @@ _IS_ARCHIVED: Final = """
 
 _DELETE_EVENTS: Final = f"""
     DELETE FROM run_events WHERE id IN (
-        SELECT e.id FROM unnest(%s::bigint[]) WITH ORDINALITY AS k (run, place) JOIN run_events AS e USING (run)
-        ORDER BY k.place LIMIT {_EVENTS}
+        SELECT id FROM (
+            SELECT id, sum(size) OVER (ORDER BY place, id) AS total, row_number() OVER (ORDER BY place, id) AS number
+            FROM (
+                SELECT k.place, e.id, 100 + coalesce(octet_length(e.payload::text), 0) AS size
+                FROM unnest(%s::bigint[]) WITH ORDINALITY AS k (run, place) JOIN run_events AS e USING (run)
+                ORDER BY k.place, e.id LIMIT {_EVENTS}
+            ) AS sized
+        ) AS measured
+        WHERE number = 1 OR total <= %s
     )
 """
 _WITHOUT_EVENTS: Final = """
@@ -147,7 +155,7 @@ def delete(plain: Plain, chosen: Sequence[tuple[Any, ...]]) -> list[tuple[Any, .
     ids = [row[0] for row in chosen]
     if not ids:
         return []
-    if plain.execute(_DELETE_EVENTS, (ids,)).rowcount == _EVENTS:
+    if plain.execute(_DELETE_EVENTS, (ids, budget.SLICE_BYTES)).rowcount:
         ids = [run for (run,) in plain.execute(_WITHOUT_EVENTS, (ids,))]
     for statement in _DELETE_RUNS:
         plain.execute(statement, (ids,))
