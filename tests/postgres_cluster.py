@@ -28,6 +28,10 @@ _SETTINGS: Final = {
     "log_min_messages": "fatal",
 }
 """Nothing of it outlives the tests, so nothing needs to be synced."""
+_ACCESS: Final = """
+local all postgres trust
+local all all scram-sha-256
+"""
 _numbers = itertools.count()
 
 
@@ -51,11 +55,21 @@ class Cluster:
 
     Args:
         folder: where its files and its socket are.
+        control: the command that starts and stops it.
 
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, control: list[str]) -> None:
         self.folder = folder
+        self._control = control
+
+    def start(self) -> None:
+        """Start the server."""
+        _run([*self._control, "start"])
+
+    def stop(self) -> None:
+        """Stop the server as a crash does."""
+        _run([*self._control, "-m", "immediate", "stop"])
 
     def url(self, database: str = "postgres", user: str = "postgres") -> str:
         """Return the address of a database."""
@@ -97,13 +111,16 @@ def running(**settings: str) -> Iterator[Cluster]:
         options = {**_SETTINGS, "unix_socket_directories": str(folder), **settings}
         initdb = [programs / "initdb", "-D", data, "-A", "trust", "-U", "postgres", "-E", "UTF8", "-N"]
         _run([*prefix, *map(str, initdb), "--locale=C.UTF-8"])
-        given = " ".join(f"-c {name}={value!r}" for name, value in options.items())
+        (data / "pg_hba.conf").write_text(_ACCESS)
+        with (data / "postgresql.conf").open("a") as file:
+            file.writelines(f"{name} = '{value}'\n" for name, value in options.items())
         control = [*prefix, str(programs / "pg_ctl"), "-D", str(data), "-l", str(folder / "log"), "-w"]
-        _run([*control, "-o", given, "start"])
+        cluster = Cluster(folder, control)
+        cluster.start()
         try:
-            yield Cluster(folder)
+            yield cluster
         finally:
-            _run([*control, "-m", "immediate", "stop"])
+            cluster.stop()
     finally:
         shutil.rmtree(folder)
 

@@ -286,13 +286,24 @@ CREATE FUNCTION telemetryd_words(input_summary text, output_summary text, error_
         '0endoftext0'
     );
 
+-- Stops where no standby would hold a group although one is asked for, or where none was asked for any more when it was
+-- committed: then it may be on the primary only.
+CREATE FUNCTION telemetryd_require_standby(is_committed boolean) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    IF current_setting('synchronous_standby_names') = '' THEN
+        RAISE EXCEPTION 'synchronous_standby_names is empty'
+            USING ERRCODE = CASE WHEN is_committed THEN 'TD002' ELSE 'TD001' END;
+    END IF;
+END
+$$;
+
 -- What comes before the numbers of a group are drawn: they stand in the order of the commits, so one group at a time draws
--- them, and its COMMIT comes with them. No group is taken where no standby would hold it although one is asked for.
+-- them, and its COMMIT comes with them.
 CREATE FUNCTION telemetryd_take_turn(needs_standby boolean) RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
     PERFORM pg_advisory_xact_lock(7626853, 1);
-    IF needs_standby AND current_setting('synchronous_standby_names') = '' THEN
-        RAISE EXCEPTION 'no standby would hold it: synchronous_standby_names is empty' USING ERRCODE = 'TD001';
+    IF needs_standby THEN
+        PERFORM telemetryd_require_standby(false);
     END IF;
 END
 $$;

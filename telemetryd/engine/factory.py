@@ -62,6 +62,32 @@ async def open_read_only(settings: Settings) -> QueryingEngine:
     return await open_sqlite_read_only(settings)
 
 
+def bring_up_to_date(settings: Settings, *, dry_run: bool) -> tuple[int, int]:
+    """Bring the schema of a database on PostgreSQL to this version; return the versions before and after.
+
+    Raises:
+        DatabaseError: if that is not possible.
+
+    """
+    _require_driver()
+    from telemetryd.engine.postgres import tools  # noqa: PLC0415 - only where it is used
+
+    return tools.bring_up_to_date(settings, dry_run=dry_run)
+
+
+def count_wrong(settings: Settings, *, repair: bool) -> int:
+    """Count what a database on PostgreSQL counts wrongly, and count it anew if that is wanted.
+
+    Raises:
+        DatabaseError: if that is not possible.
+
+    """
+    _require_driver()
+    from telemetryd.engine.postgres import tools  # noqa: PLC0415 - only where it is used
+
+    return tools.count_wrong(settings, repair=repair)
+
+
 def _require_driver() -> None:
     """See that PostgreSQL's driver is installed, which is an extra.
 

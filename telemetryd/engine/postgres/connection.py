@@ -48,7 +48,6 @@ _OF_ALL: Final[Mapping[str, str]] = {
     "client_encoding": "UTF8",
     "timezone": "UTC",
     "jit": "off",
-    "lc_messages": "C",
     "standard_conforming_strings": "on",
 }
 _OF_WRITERS: Final[Mapping[str, str]] = {
@@ -104,8 +103,12 @@ class Target:
         assert settings.db_url is not None  # noqa: S101 - the caller has looked
         try:
             given = conninfo.conninfo_to_dict(settings.db_url.get_secret_value())
-        except psycopg.Error as error:
-            raise DatabaseError(f"TELEMETRY_DB_URL is no address of PostgreSQL: {first_line(error)}") from None
+        except psycopg.Error:
+            # What the driver says of it may hold the password.
+            raise DatabaseError(
+                "TELEMETRY_DB_URL is no address of PostgreSQL, such as postgresql://telemetryd@db1,db2/telemetry?"
+                "sslmode=verify-full (postgresql.org/docs/current/libpq-connect.html)"
+            ) from None
         parameters = {**_DEFAULTS, **{name: str(value) for name, value in given.items() if value is not None}}
         if settings.db_password_file is not None:
             parameters["password"] = _password(settings)
@@ -297,10 +300,13 @@ def _advice(text: str) -> str:
     return text
 
 
+_BEFORE: Final = re.compile("^connection (failed|is bad): ")
+
+
 def first_line(error: BaseException) -> str:
     """Return what a driver's error says, in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].removeprefix("connection failed: ") if lines else type(error).__name__
+    return _BEFORE.sub("", lines[0]) if lines else type(error).__name__
 
 
 # --- What goes wrong -----------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import orjson
 
 from telemetryd.engine.columns import MINUTE
 from telemetryd.engine.postgres.connection import Plain
-from telemetryd.engine.postgres.schema import CLASS, FOLDING
+from telemetryd.engine.postgres.schema import CLASS, COMMITS, FOLDING
 from telemetryd.engine.stats_log import (
     CellKey,
     Summary,
@@ -248,3 +248,21 @@ def _days(plain: Plain) -> Iterator[tuple[int, Summary]]:
             summary: Summary = {}
             summarize(summary, runs)
             yield hour_number(f"{date}T00"), summary
+
+
+_FORGET_ALL: Final = tuple(f"DELETE FROM {table}" for table in ("run_deltas", "run_stats", "run_totals", "run_minutes"))
+_COUNT_TOTALS: Final = """
+    INSERT INTO run_totals (agent_name, job_type, status, runs)
+    SELECT agent_name, job_type, status, count(*) FROM agent_runs GROUP BY 1, 2, 3
+"""
+_COUNT_MINUTES: Final = f"INSERT INTO run_minutes (minute, runs) {_MINUTES}"
+
+
+def rebuild(plain: Plain) -> None:
+    """Count everything anew, inside the caller's transaction; whoever wants to commit waits meanwhile."""
+    plain.execute(_TURN, (CLASS, FOLDING))
+    plain.execute(_TURN, (CLASS, COMMITS))
+    for statement in (*_FORGET_ALL, _COUNT_TOTALS, _COUNT_MINUTES):
+        plain.execute(statement)
+    for _, summary in _days(plain):
+        _write(plain, spread(split(cells_of(summary))))

@@ -20,7 +20,8 @@ Outcome = Any | CommandFailedError
 
 _ATTEMPTS: Final = 4
 _NO_STANDBY: Final = "TD001"
-"""What `telemetryd_take_turn` raises."""
+_NO_STANDBY_ANY_MORE: Final = "TD002"
+"""What `telemetryd_require_standby` raises before and after a COMMIT."""
 
 
 class Notices:
@@ -153,4 +154,6 @@ def _is_of_one(error: Exception) -> bool:
 def _translate(error: psycopg.Error) -> Exception:
     if error.sqlstate == _NO_STANDBY:
         return UnavailableError("No synchronous standby would hold it, so it was not stored; repeat it later")
+    if error.sqlstate == _NO_STANDBY_ANY_MORE:
+        return DatabaseSuspectError("It is unknown whether a standby holds the last commit: none is asked for any more")
     return translate(error)

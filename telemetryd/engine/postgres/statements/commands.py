@@ -192,6 +192,7 @@ class Transaction:
                 self._take_turn()
             self._numbers.draw(has_written=self._has_written)
             self._plain.execute("COMMIT")
+            self._numbers.check_standby()
 
     # --- New runs, and those that are named ----------------------------------------------------------
 

@@ -24,6 +24,7 @@ NEWEST: Final = """greatest(
 """SQL for the last number that was drawn."""
 
 _TAKE_TURN: Final = "SELECT telemetryd_take_turn(%s)"
+_CHECK_STANDBY: Final = "SELECT telemetryd_require_standby(true)"
 _CHANGED: Final = """
     INSERT INTO run_changes (run, seq)
     SELECT run, nextval('numbers') FROM (
@@ -117,6 +118,11 @@ class Numbers:
         if self._redacted:
             self._plain.execute(_REDACTED, ([*self._redacted],))
             self._redacted = {}
+
+    def check_standby(self) -> None:
+        """See, after the COMMIT, that a standby was still asked for: whoever takes that back lets all commits pass."""
+        if self._needs_standby:
+            self._plain.execute(_CHECK_STANDBY)
 
     def draw(self, *, has_written: bool) -> None:
         """Draw every number; only in our turn, and right before COMMIT."""
