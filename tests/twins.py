@@ -10,6 +10,7 @@ import orjson
 from pydantic import SecretStr
 
 from telemetryd.engine.postgres.connection import Plain, Target, connect_plainly, reading_session
+from telemetryd.engine.postgres.statements.full_text import INDEX, WORDS
 from telemetryd.engine.sqlite.statements import rollups
 from telemetryd.model import events
 from telemetryd.model.runs import TABLE
@@ -78,9 +79,11 @@ def copy(connection: sqlite3.Connection, url: str, *, full_text: bool = False) -
         applied = connection.execute("SELECT max(applied_at) FROM schema_migrations").fetchone()
         plain.execute("UPDATE schema_migrations SET applied_at = %s", applied)
         if full_text:
-            from telemetryd.engine.postgres.statements.full_text import INDEX, WORDS
+            index_words(plain)
 
-            plain.execute(f"CREATE INDEX {INDEX} ON agent_runs USING gin ({WORDS}) WITH (fastupdate = off)")
+
+def index_words(plain: Plain) -> None:
+    plain.execute(f"CREATE INDEX {INDEX} ON agent_runs USING gin ({WORDS}) WITH (fastupdate = off)")
 
 
 def _insert(plain: Plain, table: str, columns: tuple[str, ...], rows: list[tuple[object, ...]]) -> None:

@@ -68,7 +68,7 @@ CREATE INDEX idx_runs_agent ON agent_runs (agent_name, job_type, status, created
 CREATE INDEX idx_runs_agent_created ON agent_runs (agent_name, created_at, id);
 CREATE INDEX idx_runs_agent_status_created ON agent_runs (agent_name, status, created_at, id);
 CREATE INDEX idx_runs_job ON agent_runs (job_type, status, created_at, id);
-CREATE INDEX idx_runs_start ON agent_runs (start_time);
+CREATE INDEX idx_runs_start ON agent_runs (start_time, id) INCLUDE (created_at);
 CREATE INDEX idx_runs_run_id ON agent_runs (run_id, created_at, id);
 CREATE INDEX idx_runs_expected ON agent_runs (expected_by) WHERE expected_by IS NOT NULL AND status = 'running';
 

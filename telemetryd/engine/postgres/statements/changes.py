@@ -76,10 +76,10 @@ def fetch_changes(plain: Plain, query: ListChanges) -> Changes:
     with plain.transaction():
         epoch, horizon, newest = one(plain, _STAND)
         unknown = next((each for each in query.known if not _holds(plain, query.after, horizon, each)), None)
-        found, last = _find(plain, query, newest)
+        found, last = _find(plain, query, newest) if query.after < newest else ([], newest)
         changes, last = _load(plain, found, last, query.most_bytes)
         ids = [what[_ID] for _, what in changes if isinstance(what, tuple)]
-        matching = tuple(_matching(plain, ids, filters) for filters in query.filters)
+        matching = tuple(_matching(plain, ids, filters) if ids else frozenset() for filters in query.filters)
         happened, more = None, False
         if query.events_after is not None:
             happened, more = _happened(plain, query, query.events_after) if last == newest else ([], False)
@@ -125,7 +125,7 @@ def _load(plain: Plain, found: _Found, last: int, most_bytes: int) -> tuple[list
     ids = [what for _, what in found if isinstance(what, int)]
     rows: dict[int, Row] = {}
     size = 0
-    for *row, its_size in plain.execute(_RUNS, (ids, most_bytes)):
+    for *row, its_size in plain.execute(_RUNS, (ids, most_bytes)) if ids else ():
         size += its_size
         if size > most_bytes and rows:
             last = next(seq for seq, what in found if what == row[0]) - 1

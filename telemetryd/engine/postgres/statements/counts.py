@@ -51,7 +51,8 @@ def count_matching(plain: Plain, query: CountMatching) -> Total:
 
 def _count(plain: Plain, filters: Filters, most: int | None) -> int:
     label = None if filters.words is not None else choose_label(plain, filters)
-    return int(one(plain, *select_count(filters, most, label))[0])
+    with full_text.by_index(plain, filters):
+        return int(one(plain, *select_count(filters, most, label))[0])
 
 
 def select_count(filters: Filters, most: int | None = None, label: str | None = None) -> tuple[str, Values]:

@@ -49,15 +49,26 @@ _EVENT: Final = f"row_to_json((SELECT event FROM (SELECT {', '.join(events.STORE
 
 def select_runs(query: ExportRuns) -> tuple[str, Values]:
     """Return the SQL text and the parameters that fetch a line for each run, in the order of their ids."""
-    found, values = conditions(query.filters)
+    found, values = _matching(query)
     # Sorted as they are stored, and rendered afterwards.
-    matching = f"SELECT * FROM agent_runs WHERE {' AND '.join(found) or 'true'} ORDER BY id OFFSET 0"
+    matching = f"SELECT * FROM agent_runs WHERE {found} ORDER BY id OFFSET 0"
     return f"SELECT {_LINES[query.form]} FROM ({matching}) AS runs", values
 
 
 def select_events(query: ExportRuns) -> tuple[str, Values]:
     """Return the SQL text and the parameters that fetch the events of these runs: a run's id, and an event as JSON."""
-    found, values = conditions(query.filters)
-    matching = f"SELECT id FROM agent_runs WHERE {' AND '.join(found) or 'true'}"
+    found, values = _matching(query)
+    matching = f"SELECT id FROM agent_runs WHERE {found}"
     order = "run_events.run, timestamp, run_events.id"  # by itself, `run` would be the text that is answered
     return f"SELECT run::text, {_EVENT} FROM run_events WHERE run IN ({matching}) ORDER BY {order}", values
+
+
+def _matching(query: ExportRuns) -> tuple[str, Values]:
+    """Return the condition that a run is meant, and what is bound to it."""
+    found, values = conditions(query.filters)
+    for number, _ in enumerate(query.filters.labels):
+        if not query.filters.equal:  # else another index is better
+            place = f"label_{number}"
+            of_label = f"SELECT run FROM run_labels WHERE key = %({place})s AND value = ANY(%({place}_values)s)"
+            found.append(f"id IN ({of_label})")
+    return " AND ".join(found) or "true", values

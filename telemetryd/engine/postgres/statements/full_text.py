@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 from telemetryd.engine.postgres.connection import Plain
@@ -37,6 +39,23 @@ def require(plain: Plain, filters: Filters) -> None:
         )
     if not state[0]:
         raise UnavailableError("The full-text index is being built; search again later")
+
+
+_BY_INDEX: Final = "SELECT set_config('enable_seqscan', 'off', true), set_config('gin_fuzzy_search_limit', %s, true)"
+
+
+@contextmanager
+def by_index(plain: Plain, filters: Filters, most: int = 0) -> Iterator[None]:
+    """Let statements find words by their index: what it costs to make words of a text again PostgreSQL does not know.
+
+    Of words that are in more than about `most` runs, only some of these are found; 0 means that all are.
+    """
+    if filters.words is None:
+        yield
+        return
+    with plain.transaction():
+        plain.execute(_BY_INDEX, (str(most),))
+        yield
 
 
 def query(words: str) -> tuple[str, dict[str, str]]:

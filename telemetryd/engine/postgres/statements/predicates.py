@@ -22,10 +22,22 @@ _LIMITED: Final = frozenset(FILTERS) & frozenset(REDACTABLE)
 _LONGEST: Final = 255
 
 
+def is_short(name: str) -> str:
+    """Return the condition that a field's text is in its index; nothing for fields whose texts always are."""
+    return f"length({name}) <= {_LONGEST}" if name in _LIMITED else ""
+
+
 def equals(name: str, place: str) -> str:
     """Return the condition that a field has the value of a place, said so that its index can be used."""
-    condition = f"{name} = %({place})s"
-    return f"length({name}) <= {_LONGEST} AND {condition}" if name in _LIMITED else condition
+    return " AND ".join(filter(None, (is_short(name), f"{name} = %({place})s")))
+
+
+def unguessed(condition: str) -> str:
+    """Return a condition of which PostgreSQL guesses that every other run meets it.
+
+    It knows nothing of these, and would take one for so rare that it rather sorts all runs than walks past some.
+    """
+    return f"CASE WHEN {condition} THEN true END"
 
 
 def conditions(filters: Filters, but: Collection[str] = ()) -> tuple[list[str], Values]:
@@ -48,12 +60,12 @@ def conditions(filters: Filters, but: Collection[str] = ()) -> tuple[list[str], 
         found.append("duration_ms >= %(min_duration_ms)s")
         values["min_duration_ms"] = filters.min_duration_ms
     if filters.error is not None:
-        found.append("(error_summary ~ %(error)s OR error_details ~ %(error)s)")
+        found.append(unguessed("error_summary ~ %(error)s OR error_details ~ %(error)s"))
         values["error"] = any_case(filters.error)
     found += [_metric(number, metric, values) for number, metric in enumerate(filters.metrics)]
     for number, (key, wanted) in enumerate(filters.labels.items()):
         if label_parameter(key) not in but:
-            found.append(f"labels ->> %(label_{number})s::text = ANY(%(label_{number}_values)s)")
+            found.append(unguessed(f"labels ->> %(label_{number})s::text = ANY(%(label_{number}_values)s)"))
             values |= {f"label_{number}": key, f"label_{number}_values": [*wanted]}
     if filters.words is not None and "q" not in but:
         query, bound = full_text.query(filters.words)
@@ -98,8 +110,9 @@ def _is_special(sign: str) -> bool:
 # --- Figures -------------------------------------------------------------------------------------
 
 _SQL_OPERATORS: Final = {"!=": "<>"}
-_TEXT: Final = "(member #>> '{}')"
-_IS_WHOLE: Final = f"{_TEXT} ~ '^-?[0-9]+$' AND abs({_TEXT}::numeric) <= {MAX_INTEGER}"
+_IS_WHOLE: Final = f"given ~ '^-?[0-9]+$' AND abs(given::numeric) <= {MAX_INTEGER}"
+_EXACT_DIGITS: Final = 15
+"""So many any number of 64 bits holds exactly."""
 _NOWHERE: Final = float("-inf")
 
 
@@ -110,27 +123,29 @@ def _metric(number: int, comparison: Comparison, values: Values) -> str:
     # A name is given as a text, so that it does not count the members of a list.
     found = "metrics_json" + "".join(f" -> %({name})s::text" for name in names)
     kind, compared = _compared(f"metric_{number}", comparison, values)
-    # Only in a CASE one thing is surely done before another (postgresql.org/docs/current/sql-expressions.html).
+    # What a value is its first sign says. Only in a CASE one thing is surely done before another
+    # (postgresql.org/docs/current/sql-expressions.html).
     return (
-        f"(SELECT CASE WHEN json_typeof(member) = '{kind}' THEN {compared} END "
-        f"FROM (SELECT {found} OFFSET 0) AS m (member))"
+        f"(SELECT CASE WHEN {kind} THEN {compared} END "
+        f'FROM (SELECT ({found})::text COLLATE "C" AS given OFFSET 0) AS member)'
     )
 
 
 def _compared(place: str, comparison: Comparison, values: Values) -> tuple[str, str]:
-    """Return the kind of value that is compared, and the comparison with it."""
+    """Return how it is seen that a value is of the kind that is compared, and the comparison with it."""
     operator = _SQL_OPERATORS.get(comparison.operator, comparison.operator)
     wanted = values[place] = comparison.value
     if isinstance(wanted, bool):
-        return "boolean", f"{_TEXT}::boolean {operator} %({place})s::boolean"
+        return "given IN ('true', 'false')", f"given::boolean {operator} %({place})s::boolean"
     if isinstance(wanted, str):
-        return "string", f'{_TEXT} COLLATE "C" {operator} %({place})s::text'
+        return "left(given, 1) = '\"'", f"(given::json #>> '{{}}') COLLATE \"C\" {operator} %({place})s::text"
     # Whole numbers are compared as such, and reals as numbers of 64 bits: 0.1 is one that is not quite a tenth.
     of_reals, values[f"{place}_real"] = _among_reals(operator, wanted)
     values[place] = Decimal(wanted)
-    return "number", (
-        f"CASE WHEN {_IS_WHOLE} THEN {_TEXT}::numeric {operator} %({place})s::numeric "
-        f"ELSE {_TEXT}::float8 {of_reals} %({place}_real)s::float8 END"
+    real = f"given::float8 {of_reals} %({place}_real)s::float8"
+    return "given >= '-' AND given < ':'", (
+        f"CASE WHEN length(given) <= {_EXACT_DIGITS} THEN {real} "
+        f"WHEN {_IS_WHOLE} THEN given::numeric {operator} %({place})s::numeric ELSE {real} END"
     )
 
 
@@ -167,7 +182,7 @@ def arms_of_label(key: str, wanted: tuple[str, ...]) -> list[Arm]:
 
 
 def conditions_of_arm(number: int, arm: Arm, values: Values) -> list[str]:
-    """Return the conditions that lead to one walk; what they compare with is added to `values`."""
+    """Return the conditions that the runs of one walk meet; what they compare with is added to `values`."""
     places = {name: f"{name.replace('.', '_')}_arm_{number}" for name in arm}
     values |= {place: arm[name] for name, place in places.items()}
     return [equals(name, place) for name, place in places.items()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
 
@@ -9,25 +10,25 @@ import orjson
 
 from telemetryd.engine import pages
 from telemetryd.engine.indexes import MANY, MAX_ARMS
-from telemetryd.engine.pages import Bound, check_size, ends, is_within, named, walks_far
+from telemetryd.engine.pages import check_size, named, walks_far
 from telemetryd.engine.postgres.connection import Plain
 from telemetryd.engine.postgres.statements import full_text
 from telemetryd.engine.postgres.statements.answers import answers
 from telemetryd.engine.postgres.statements.events import read_events
 from telemetryd.engine.postgres.statements.predicates import (
     CHOSEN,
-    CHOSEN_LABEL,
     Arm,
     Values,
     arms_of,
     arms_of_label,
     choose_label,
     conditions,
-    conditions_of_arm,
     like,
     one,
+    unguessed,
 )
 from telemetryd.engine.postgres.statements.rendering import render
+from telemetryd.engine.postgres.statements.walks import Walks
 from telemetryd.model import events
 from telemetryd.model.event_queries import ListEvents
 from telemetryd.model.filters import TIME_BOUNDS, WILDCARD, Filters, label_parameter
@@ -35,85 +36,66 @@ from telemetryd.model.queries import DEFAULT_LIMIT, ListRuns, Page, Position
 from telemetryd.model.values import MAX_INTEGER
 
 
-def select_page(
-    query: ListRuns, agents: tuple[str, ...] | None = None, *, is_rare: bool = False, label: str | None = None
-) -> tuple[str, Values]:
-    """Return the SQL text and the parameters that fetch a page, and one row more to see if others follow.
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How a page is found."""
 
-    `agents` are the names that the patterns stand for, `is_rare` says that few runs have the words that are searched
-    for, and `label` is the one whose runs are walked.
-    """
-    filters = query.filters if agents is None else named(query.filters, agents)
-    if label is None:
-        source, (columns, arms) = "agent_runs", _arms(query, filters, is_rare=is_rare)
-        moment, number = query.order.column, "id"
-    else:
-        source, columns, arms = CHOSEN, CHOSEN_LABEL, arms_of_label(label, filters.labels[label])
-        moment, number = "chosen.created", "chosen.run"
-    bounds = {name for name, (column, _) in TIME_BOUNDS.items() if column == query.order.column}
-    found, values = conditions(
-        filters, {*columns, *bounds, *(["q"] if is_rare else []), *([] if label is None else [label_parameter(label)])}
-    )
-    values |= {
-        "rows": query.limit + 1,
-        "offset": query.offset,
-        "most": min(query.limit + 1 + query.offset, MAX_INTEGER),
-    }
-    direction = "DESC" if query.order.descending else "ASC"
-    walk = _walk(query, values, moment, number)
-    select = f"{_select(query.columns)} FROM {source}"
-    order = f"ORDER BY {moment} {direction}, {number} {direction}"
-    whole = f"ORDER BY {query.order.column} {direction}, id {direction} LIMIT %(rows)s OFFSET %(offset)s"
-    if is_rare:
-        words, bound = full_text.query(filters.words or "")
+    agents: tuple[str, ...] | None = None
+    """The names that the patterns of the filters stand for."""
+    is_rare: bool = False
+    """Whether few runs have the words that are searched for."""
+    label: str | None = None
+    """The label whose runs are walked."""
+    is_sorted: bool = False
+    """Whether few runs started in the time that is meant, so that it is better to sort them."""
+
+
+def select_page(query: ListRuns, way: Way = Way()) -> tuple[str, Values]:
+    """Return the SQL text and the parameters that fetch a page, and one row more to see if others follow."""
+    filters = query.filters if way.agents is None else named(query.filters, way.agents)
+    source, moment, number = ("agent_runs", query.order.column, "id") if way.label is None else _OF_LABEL
+    arms = [Arm()]
+    alone = {name for name, (column, _) in TIME_BOUNDS.items() if column == query.order.column}
+    if way.label is not None:
+        arms = arms_of_label(way.label, filters.labels[way.label])
+        alone.add(label_parameter(way.label))
+    elif query.order.column == "created_at" and not (way.is_rare or way.is_sorted):
+        # A search for words would be done again in each arm.
+        columns, arms = arms_of(filters, MAX_ARMS if filters.words is None else 1)
+        alone.update(columns)
+    found, values = conditions(filters, {*alone, "q"})
+    walks = Walks.of(query, moment, number, values, is_sorted=way.is_sorted)
+    values |= {"rows": query.limit + 1, "offset": query.offset}
+    if filters.words is not None:
+        words, bound = full_text.query(filters.words)
         values |= bound
-        where = " AND ".join([*found, *walk]) or "true"
-        # Made first and by itself, so that it is found by the index of words and not on a walk.
-        rare = f"WITH found AS MATERIALIZED (SELECT * FROM agent_runs WHERE {full_text.WORDS} @@ {words})"
-        return f"{rare} {_select(query.columns)} FROM found WHERE {where} {whole}", values
+        if way.is_rare:
+            # Made first and by itself, so that it is found by the index of words and not on a walk.
+            source = f"(SELECT * FROM agent_runs WHERE {full_text.WORDS} @@ {words} OFFSET 0) AS found"
+        else:
+            found.append(unguessed(f"{full_text.WORDS} @@ {words}"))
     texts = []
     for place, arm in enumerate(arms):
-        where = " AND ".join([*conditions_of_arm(place, arm, values), *found, *walk]) or "true"
-        texts.append(f"({select} WHERE {where} {order} LIMIT %(most)s)")
-    if len(texts) == 1:
-        return texts[0].removesuffix("%(most)s)").removeprefix("(") + "%(rows)s OFFSET %(offset)s", values
-    return f"{' UNION ALL '.join(texts)} {whole}", values
+        where = " AND ".join([*walks.conditions(place, arm, values), *found]) or "true"
+        texts.append(f"FROM {source} WHERE {where} ORDER BY {walks.order(arm)}")
+    select, page = _select(query.columns), "LIMIT %(rows)s OFFSET %(offset)s"
+    if len(texts) == 1 and not way.is_sorted:
+        return f"{select} {texts[0]} {page}", values
+    # Each gives as many as the page may need of it; only those that are in the page are looked at as a whole.
+    values["most"] = min(query.limit + 1 + query.offset, MAX_INTEGER)
+    narrow = f"SELECT {number} AS number, {moment} AS moment"
+    each = " UNION ALL ".join(f"({narrow} {text} LIMIT %(most)s)" for text in texts)
+    order = f"ORDER BY moment {walks.direction}, number {walks.direction}"
+    chosen = f"SELECT number, moment FROM ({each}) AS each {order} {page}"
+    return f"{select} FROM ({chosen}) AS chosen_runs JOIN agent_runs ON id = number {order}", values
 
 
-def _arms(query: ListRuns, filters: Filters, *, is_rare: bool) -> tuple[tuple[str, ...], list[Arm]]:
-    """Return the columns that have one value in each walk, and these values for each of them."""
-    if is_rare or query.order.column != "created_at":
-        return (), [{}]
-    # A search for words would be done again in each arm.
-    return arms_of(filters, MAX_ARMS if filters.words is None else 1)
+_OF_LABEL: Final = (CHOSEN, "chosen.created", "chosen.run")
 
 
 @lru_cache(maxsize=64)
 def _select(columns: tuple[str, ...]) -> str:
     return f"SELECT {', '.join(columns)}"
-
-
-def _walk(query: ListRuns, values: Values, column: str, number: str) -> list[str]:
-    """Return the conditions on the order's column: where a walk begins and ends.
-
-    One that continues after a cursor begins with a comparison of rows, which leads straight to its place. `column` and
-    `number` are what the index calls the order's column and the id.
-    """
-    after = query.after
-    lower, upper = ends(query)
-    near, far, beyond = (upper, lower, "<") if query.order.descending else (lower, upper, ">")
-    walk = [_end(column, far, "far", values)] if far is not None else []
-    if after is not None and (near is None or is_within(after.moment, near)):
-        values |= {"moment": after.moment, "after_id": after.id}
-        walk.append(f"({column}, {number}) {beyond} (%(moment)s, %(after_id)s)")
-    elif near is not None:
-        walk.append(_end(column, near, "near", values))
-    return walk
-
-
-def _end(column: str, bound: Bound, place: str, values: Values) -> str:
-    comparison, values[place] = bound
-    return f"{column} {comparison} %({place})s"
 
 
 _AGENTS: Final = """
@@ -147,20 +129,34 @@ def find_agents(plain: Plain, filters: Filters) -> tuple[str, ...] | None:
     return tuple(sorted(names)) if len(names) <= MAX_ARMS else None
 
 
-def is_rare(plain: Plain, filters: Filters) -> bool:
-    """Return whether few runs have the words that are searched for."""
-    if filters.words is None:
-        return False
-    words, values = full_text.query(filters.words)
-    some = f"SELECT 1 FROM agent_runs WHERE {full_text.WORDS} @@ {words} LIMIT {MANY}"
-    return bool(one(plain, f"SELECT count(*) FROM ({some}) AS few", values)[0] < MANY)
+_COUNT_STARTED: Final = f"SELECT count(*) FROM (SELECT 1 FROM agent_runs WHERE {{started}} LIMIT {10 * MANY}) AS few"
 
 
-def _label(plain: Plain, query: ListRuns, *, is_rare: bool) -> str | None:
-    """Return the label whose runs are walked, if the answer is in the order of their index."""
-    if is_rare or query.order.column != "created_at":
+def find_way(plain: Plain, query: ListRuns) -> Way | None:
+    """Find out how a page is found best; None if the patterns stand for no agent, so that there is no run."""
+    filters = query.filters
+    agents = find_agents(plain, filters)
+    if agents == ():
         return None
-    return choose_label(plain, query.filters, MAX_ARMS if query.filters.words is None else 1)
+    is_rare = filters.words is not None and _count_words(plain, filters) < MANY
+    label = None
+    if not is_rare and query.order.column == "created_at":
+        label = choose_label(plain, filters, MAX_ARMS if filters.words is None else 1)
+    is_sorted = False
+    if label is None and not is_rare and query.order.column == "created_at":
+        bounds = {name: moment for name, moment in filters.bounds.items() if TIME_BOUNDS[name][0] != "created_at"}
+        started, values = conditions(Filters(bounds=bounds))
+        if started:
+            is_sorted = one(plain, _COUNT_STARTED.format(started=" AND ".join(started)), values)[0] < 10 * MANY
+    return Way(agents, is_rare, label, is_sorted)
+
+
+def _count_words(plain: Plain, filters: Filters) -> int:
+    """Count the runs with the words that are searched for, up to `MANY`."""
+    words, values = full_text.query(filters.words or "")
+    few = f"SELECT 1 FROM agent_runs WHERE {full_text.WORDS} @@ {words} LIMIT {MANY}"
+    with full_text.by_index(plain, filters, 4 * MANY):
+        return int(one(plain, f"SELECT count(*) FROM ({few}) AS few", values)[0])
 
 
 @answers(ListRuns, is_long=walks_far)
@@ -172,15 +168,15 @@ def fetch_page(plain: Plain, query: ListRuns) -> Page:
 
     """
     full_text.require(plain, query.filters)
-    agents = find_agents(plain, query.filters)
-    if agents == ():
+    way = find_way(plain, query)
+    if way is None:
         return Page([], None)
-    rare = is_rare(plain, query.filters)
-    select = select_page(query, agents, is_rare=rare, label=_label(plain, query, is_rare=rare))
-    rendered = render(plain, select, query.answered, query.order.column, pages.PAGE_BYTES)
-    if not rendered.fit:
-        check_size(rendered.sizes, query.limit)
-        rendered = render(plain, select, query.answered, query.order.column, None)
+    select = select_page(query, way)
+    with full_text.by_index(plain, query.filters if way.is_rare else Filters()):
+        rendered = render(plain, select, query.answered, query.order.column, pages.PAGE_BYTES)
+        if not rendered.fit:
+            check_size(rendered.sizes, query.limit)
+            rendered = render(plain, select, query.answered, query.order.column, None)
     shown = rendered.runs[: query.limit]
     if query.with_events:
         shown = _with_events(plain, shown, [run for run, _ in rendered.places])
