@@ -477,6 +477,8 @@ def start_daemon(request: pytest.FixtureRequest, engine: str, tmp_path: Path) ->
         pass_fds: tuple[int, ...] = (),
         **variables: str,
     ) -> Daemon:
+        if place:
+            variables.pop("TELEMETRY_DB_JOURNAL_MODE", None)  # which only makes tests faster
         daemon = Daemon(folder, *flags, prefix=prefix, pass_fds=pass_fds, **{**place, **variables})
         started.append(daemon)
         return daemon

@@ -232,6 +232,7 @@ async def test_a_backup_is_made_where_the_settings_say(make_api: MakeApi, tmp_pa
     await api.call("POST", "/api/v1/admin/backup", json={"compress": "no"}, status=422)
 
 
+@pytest.mark.sqlite
 async def test_without_a_directory_there_is_no_backup(make_api: MakeApi) -> None:
     api = await authorised(make_api)
     answer = await api.call("POST", "/api/v1/admin/backup", json={}, status=400)
