@@ -9,7 +9,8 @@ from contextlib import closing, contextmanager
 import orjson
 from pydantic import SecretStr
 
-from telemetryd.engine.postgres.connection import Plain, Target, connect_plainly, reading_session
+from telemetryd.engine.postgres.connection import Plain, Target, connect_plainly
+from telemetryd.engine.postgres.reading import session
 from telemetryd.engine.postgres.statements.full_text import INDEX, WORDS
 from telemetryd.engine.sqlite.statements import rollups
 from telemetryd.model import events
@@ -51,7 +52,7 @@ def target_of(url: str) -> Target:
 @contextmanager
 def reading(url: str, timeout_s: float = 60) -> Iterator[Plain]:
     """A connection as readers have it."""
-    with closing(connect_plainly(target_of(url), "test", reading_session(timeout_s))) as plain:
+    with closing(connect_plainly(target_of(url), "test", session(timeout_s))) as plain:
         yield plain
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Final, TypeVar
@@ -12,8 +12,15 @@ from typing import Final, TypeVar
 import psycopg
 
 from telemetryd.engine.lanes import MOST_WAITING, Lane, share_out
-from telemetryd.engine.postgres.connection import Connection, Plain, Target, connect, is_lost, translate_reading
-from telemetryd.engine.postgres.connection import reading_session as session
+from telemetryd.engine.postgres.connection import (
+    Connection,
+    Plain,
+    Target,
+    connect,
+    is_lost,
+    reading_session,
+    translate_reading,
+)
 from telemetryd.engine.postgres.statements.answers import REGISTRY
 from telemetryd.errors import DatabaseError, QueryTimeoutError, UnavailableError
 from telemetryd.model.changes import Changes, ListChanges
@@ -25,7 +32,16 @@ T = TypeVar("T")
 _CANCEL_S: Final = 2.0
 """How long a server may take to end a query; after that the connection is broken without it."""
 
+# Without statistics (a new database has none) the planner takes every filter for so rare that it rather sorts all runs
+# that match. What it must sort it still does.
+_PLANS: Final = {"enable_incremental_sort": "off"}
+
 REGISTRY.load()
+
+
+def session(timeout_s: float) -> Mapping[str, str]:
+    """Return the settings of a session that answers queries."""
+    return {**reading_session(timeout_s), **_PLANS}
 
 
 @dataclass(slots=True)
