@@ -276,6 +276,7 @@ PLAIN = {"Accept-Encoding": "identity"}
 """Compressed, such texts would fit into the buffers of the sockets."""
 
 
+@pytest.mark.sqlite
 @pytest.mark.parametrize("mode", ["WAL", "DELETE"])
 async def test_an_export_is_one_snapshot_whatever_is_written_meanwhile(make_api: MakeApi, mode: str) -> None:
     api = await make_api(db_journal_mode=mode)
@@ -499,12 +500,15 @@ def run_command(*arguments: object, status: int = 0) -> Result:
 
 
 @pytest.fixture
-def two_daemons(start_daemon: StartDaemon, tmp_path: Path) -> tuple[str, str]:
-    """Two daemons: where to export from, and where to import to."""
+def two_daemons(
+    start_daemon: StartDaemon, engine: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> tuple[str, str]:
+    """Two daemons, each with a database of its own: where to export from, and where to import to."""
     urls = []
-    for name in ("old", "new"):
+    another = {} if engine == "sqlite" else {"TELEMETRY_DB_URL": request.getfixturevalue("postgres_database")}
+    for name, place in (("old", {}), ("new", another)):
         (tmp_path / name).mkdir()
-        urls.append(start_daemon(folder=tmp_path / name, TELEMETRY_DB_JOURNAL_MODE="WAL").url)
+        urls.append(start_daemon(folder=tmp_path / name, TELEMETRY_DB_JOURNAL_MODE="WAL", **place).url)
     return urls[0], urls[1]
 
 
