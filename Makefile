@@ -59,10 +59,10 @@ run: $(RUNNABLE) ## set up what the daemon needs, and run it on port 8765
 	$(BIN)/telemetryd serve
 
 test: $(INSTALLED) $(CLIENTS_INSTALLED) ## set everything up and run the tests (about five minutes on two processors)
-	$(BIN)/pytest $(PARALLEL) -m "not slow and not faults"
+	$(BIN)/pytest $(PARALLEL) -m "not slow and not faults and not postgresql"
 
-test-postgresql: $(INSTALLED) ## run the tests that are the same for both engines on PostgreSQL
-	$(BIN)/pytest $(PARALLEL) -m "not slow and not faults" --engine postgresql $(BOTH_ENGINES)
+test-postgresql: $(INSTALLED) ## run the tests of PostgreSQL's engine, and on it those that are the same for both
+	$(BIN)/pytest $(PARALLEL) -m "not slow and not faults" --engine postgresql $(wildcard tests/test_postgres_*.py) $(BOTH_ENGINES)
 
 test-pythons: ## pass the contract tests on each other Python that is here (PYTHONS names them)
 	@for python in $(PYTHONS); do \

@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import importlib.util
 import itertools
 import json
 import os
 import random
-import shutil
 import signal
 import socket
 import sqlite3
@@ -21,30 +19,29 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 import hypothesis
 import psycopg
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import BaseTestServer, TestClient
-from pydantic import SecretStr
 
 from telemetryd.engine.postgres import schema
-from telemetryd.engine.postgres.connection import Target, connect_plainly
 from telemetryd.engine.sqlite.engine import Reading
 from telemetryd.http import make_app
-from telemetryd.model.values import format_timestamp, utc_now
+from telemetryd.model.values import utc_now
 from telemetryd.ops.metrics import Metrics
 from telemetryd.services.certificates import most_processes
 from telemetryd.services.upkeep import Upkeep
-from telemetryd.settings import JournalMode, Settings, Sync, variable
+from telemetryd.settings import JournalMode, Settings, variable
 from telemetryd.store import Store
 from telemetryd.web.body import BODIES, Bodies
 from telemetryd.web.connections import ConnectionBounds, make_runner
-from tests import postgres_cluster
-from tests.postgres_cluster import Cluster
+from tests.engines import engine_settings, execute
 from tests.tools.forks import popen
+
+pytest_plugins = ["tests.engine_plugin"]
 
 # A busy machine is no fault of what is tested.
 _UNHURRIED: Final = hypothesis.settings(deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
@@ -69,27 +66,6 @@ PATIENCE_S: Final = 60.0
 _numbers = itertools.count()
 _chance = random.SystemRandom()
 """Differs between processes that run tests at the same time, whatever hypothesis does to the common generator."""
-_BOTH_ENGINES: Final = frozenset(
-    {
-        "contract",
-        "test_alerts",
-        "test_certificates",
-        "test_changes",
-        "test_events",
-        "test_exports",
-        "test_feed",
-        "test_filters",
-        "test_properties",
-        "test_queries",
-        "test_regressions",
-        "test_runs",
-        "test_stats",
-        "test_tail",
-        "test_tokens",
-        "test_upkeep",
-    }
-)
-"""Folders and modules whose tests run on PostgreSQL, too, unless they are marked `sqlite`."""
 _SHORT: Final = 0.001
 """Which share of its long form a fault test does in `make test-faults`; each says the least that proves something."""
 
@@ -102,40 +78,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=_SHORT,
         help=f"the share of its long form that each fault test does [{_SHORT}]",
     )
-    parser.addoption("--engine", default="sqlite", help="the engines, of sqlite,postgresql, that shared tests run on")
     parser.addoption("--ledger", type=Path, help="append what each fault test counted to this file, as JSON lines")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Choose how property tests look for examples."""
     hypothesis.settings.load_profile("long" if config.getoption("--rounds-scale") > _SHORT else "short")
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run what is the same on both engines on each that is asked for."""
-    engines = str(metafunc.config.getoption("--engine")).split(",")
-    if engines == ["sqlite"] or "engine" not in metafunc.fixturenames:
-        return
-    metafunc.parametrize("engine", engines if _is_for_both(metafunc.definition) else ["sqlite"], scope="session")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out tests of an engine that is not asked for."""
-    engines = str(config.getoption("--engine")).split(",")
-    kept = [item for item in items if _engine_of(item) in (*engines, None)]
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = kept
-
-
-def _engine_of(item: pytest.Item) -> str | None:
-    callspec = getattr(item, "callspec", None)
-    return None if callspec is None else callspec.params.get("engine")
-
-
-def _is_for_both(test: pytest.Function) -> bool:
-    if test.get_closest_marker("sqlite") is not None:
-        return False
-    return test.path.parent.name in _BOTH_ENGINES or test.path.stem in _BOTH_ENGINES
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -188,16 +136,6 @@ class DaemonServer(BaseTestServer):
         return make_runner(self.app, self._settings, most_processes(self._settings), self._bounds)
 
 
-def execute(path: Path, url: str | None, statement: str) -> Sequence[tuple[Any, ...]]:
-    """Run SQL on a database: the one at a URL, or else a file; return the rows, and commit what is changed."""
-    if url is not None:
-        with psycopg.connect(url, autocommit=True) as connection:
-            cursor = connection.execute(statement.encode())
-            return [] if cursor.description is None else cursor.fetchall()
-    with contextlib.closing(sqlite3.connect(path)) as file, file:
-        return file.execute(statement).fetchall()
-
-
 class Api:
     """An HTTP client of one running app, and what is behind it."""
 
@@ -247,11 +185,6 @@ class Api:
 MakeApi = Callable[..., Awaitable[Api]]
 
 
-def patience(engine: str) -> dict[str, Any]:
-    """The settings with which a daemon waits long for the lock of another program."""
-    return {"db_busy_timeout_ms": 60_000} if engine == "sqlite" else {}
-
-
 def reading(api: Api) -> Reading:
     """SQLite's reading half, for tests of what is inside it."""
     half = api.store._reading
@@ -263,53 +196,6 @@ def bodies_of(api: Api) -> Bodies:
     """What reads the bodies of an app's requests; its bounds can be replaced."""
     assert api.client.app is not None
     return api.client.app[BODIES]
-
-
-@pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
-    """A PostgreSQL server of this session's own."""
-    if postgres_cluster.binaries() is None:
-        give_up(f"PostgreSQL is needed, which is missing: apt-get install {postgres_cluster.PACKAGE}")
-    with postgres_cluster.running() as cluster:
-        yield cluster
-
-
-@pytest.fixture(scope="session")
-def new_postgres_database(cluster: Cluster) -> str:
-    """The name of a database on PostgreSQL as a first start leaves it, for others to be copied from."""
-    name = cluster.make()
-    settings = Settings(db_url=SecretStr(cluster.url(name)), db_sync=Sync.NONE)
-    target = Target.of(settings)
-    with contextlib.closing(connect_plainly(target, "test", {})) as plain:
-        schema.make(plain, target, format_timestamp(utc_now()), may_update=False)
-    return name
-
-
-@pytest.fixture
-def postgres_database(cluster: Cluster, new_postgres_database: str) -> Iterator[str]:
-    """The address of a new database on PostgreSQL with the schema."""
-    name = cluster.make(new_postgres_database)
-    yield cluster.url(name)
-    cluster.drop(name)
-
-
-@pytest.fixture(scope="session")
-def engine() -> str:
-    """The engine that a test runs on: sqlite, or what `pytest_generate_tests` puts in its place."""
-    return "sqlite"
-
-
-@contextlib.contextmanager
-def engine_settings(request: pytest.FixtureRequest, engine: str, folder: Path) -> Iterator[dict[str, Any]]:
-    """Give the settings of a new database on an engine; on PostgreSQL it is dropped at the end."""
-    if engine == "sqlite":
-        path = folder / "telemetry.sqlite"
-        yield {"db_path": path, "db_journal_mode": "WAL"}
-        return
-    cluster: Cluster = request.getfixturevalue("cluster")
-    name = cluster.make(request.getfixturevalue("new_postgres_database"))
-    yield {"db_url": cluster.url(name), "db_sync": "none", "tokens_file": folder / "telemetry.sqlite.tokens"}
-    cluster.drop(name)
 
 
 @pytest.fixture(scope="session")
@@ -487,23 +373,6 @@ def start_daemon(request: pytest.FixtureRequest, engine: str, tmp_path: Path) ->
     for daemon in started:
         daemon.close()
     databases.close()
-
-
-def require_program(program: str, package: str) -> None:
-    """Skip the test if a program is missing, except in CI, which installs all of them and skips nothing."""
-    if shutil.which(program) is None:
-        give_up(f"{program} is needed, which is missing: apt-get install {package}")
-
-
-def require_package(package: str) -> None:
-    """Skip the test if a package of the extra "dev" is missing, except in CI."""
-    if importlib.util.find_spec(package) is None:
-        give_up(f"{package} is needed, which is missing: pip install -e .[dev]")
-
-
-def give_up(reason: str) -> NoReturn:
-    """Skip the test, which cannot run here; CI can run all, so there it fails."""
-    (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
 
 
 @contextlib.contextmanager

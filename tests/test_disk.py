@@ -36,11 +36,11 @@ from tests.conftest import (
     eventually,
     make_run,
     reading,
-    require_program,
     small_file_system,
 )
 from tests.contract.wire import RUNS, check_error, send
 from tests.http_client import call, get, post, wait_for_health
+from tests.needs import require_program
 from tests.tools.process import telemetryd
 
 RESERVE = 100_000_000

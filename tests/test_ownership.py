@@ -20,9 +20,10 @@ from telemetryd.engine.sqlite.connection import connect
 from telemetryd.ops.metrics import Metrics
 from telemetryd.settings import Settings
 from telemetryd.store import Store
-from tests.conftest import Daemon, StartDaemon, eventually, give_up, make_run, require_program
+from tests.conftest import Daemon, StartDaemon, eventually, make_run
 from tests.faults.strace import completed, needs_strace, strace
 from tests.http_client import call, post
+from tests.needs import give_up, require_program
 from tests.tools.process import telemetryd
 
 TOKEN = "0123456789abcdef0123456789abcdef"

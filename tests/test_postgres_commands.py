@@ -17,6 +17,8 @@ from tests.http_client import call
 from tests.postgres_cluster import Cluster
 from tests.tools.process import telemetryd
 
+pytestmark = pytest.mark.postgresql
+
 
 @pytest.fixture
 def place(postgres_database: str) -> dict[str, str]:

@@ -26,11 +26,14 @@ from telemetryd.ops.metrics import Metrics
 from telemetryd.settings import Settings, Sync
 from telemetryd.store import Store
 from tests import postgres_cluster
-from tests.conftest import PATIENCE_S, eventually, require_program, wait_until
+from tests.conftest import PATIENCE_S, eventually, wait_until
+from tests.needs import require_program
 from tests.postgres_cluster import Cluster
 from tests.test_changes import new
 from tests.tools.process import telemetryd
 from tests.tools.tcp_proxy import Cut, Proxy, proxy_to
+
+pytestmark = pytest.mark.postgresql
 
 EVER = CountRuns("0001-01-01T00:00:00Z", "9999-01-01T00:00:00Z")
 

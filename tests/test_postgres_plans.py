@@ -24,6 +24,8 @@ from telemetryd.model.runs import FILTERS
 from tests import twins
 from tests.postgres_cluster import Cluster
 
+pytestmark = pytest.mark.postgresql
+
 REGISTRY.load()
 ROWS, OLD = 20_000, 5_000
 LIMIT = 20

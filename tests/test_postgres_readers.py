@@ -20,6 +20,8 @@ from telemetryd.model.queries import CountRuns, ListRuns
 from tests.conftest import PATIENCE_S, eventually
 from tests.twins import target_of
 
+pytestmark = pytest.mark.postgresql
+
 COUNTED = CountRuns("2025-12-24T10:00:00.000000Z", "2025-12-24T11:00:00.000000Z")
 
 

@@ -75,6 +75,8 @@ from tests import twins
 from tests.postgres_cluster import Cluster
 from tests.test_filters import MOMENTS, NOW, ORDERS, PARAMETERS, random_run
 
+pytestmark = pytest.mark.postgresql
+
 POSTGRES.load()
 SQLITE.load()
 NOW_AS_MOMENT = datetime(2025, 12, 24, 12, tzinfo=UTC)

@@ -33,6 +33,8 @@ from tests.postgres_cluster import Cluster
 from tests.test_filters import NOW, ORDERS, PARAMETERS
 from tests.test_postgres_reading import FIELDS, MOST_PARAMETERS, NOW_AS_MOMENT, STATS, history
 
+pytestmark = pytest.mark.postgresql
+
 RUNS = "/api/v1/runs"
 COMPARED = ("Content-Type", "Link", "X-Total-Count", "X-Total-Count-Accuracy", "Telemetry-Snapshot", "Retry-After")
 PAGES = 4

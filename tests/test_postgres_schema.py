@@ -16,6 +16,8 @@ from telemetryd.model.values import Role
 from telemetryd.settings import Settings, Sync
 from tests.postgres_cluster import Cluster
 
+pytestmark = pytest.mark.postgresql
+
 
 def target_of(url: str, **values: str) -> Target:
     return Target.of(Settings(db_url=SecretStr(url), db_sync=Sync.NONE, **values))

@@ -38,6 +38,8 @@ from tests.postgres_cluster import Cluster
 from tests.test_changes import EVENT_ID as EVENT_ID_OF_ALL
 from tests.test_changes import Follower, commands, new
 
+pytestmark = pytest.mark.postgresql
+
 NOW: Final = "2025-12-24T12:00:00.000000Z"
 WRITERS: Final = 2
 _RUNS: Final = f"SELECT {', '.join(COLUMNS)} FROM agent_runs"

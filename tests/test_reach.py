@@ -28,8 +28,9 @@ from telemetryd.client.config import Config
 from telemetryd.compat import TelemetryConfig
 from telemetryd.configuration import load
 from telemetryd.errors import ConfigurationError
-from tests.conftest import PATIENCE_S, StartDaemon, make_run, require_program
+from tests.conftest import PATIENCE_S, StartDaemon, make_run
 from tests.http_client import get, post
+from tests.needs import require_program
 from tests.tools.forks import popen
 from tests.tools.process import telemetryd
 

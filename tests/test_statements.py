@@ -316,6 +316,26 @@ def test_a_run_is_found_by_its_event_id_through_the_unique_index(filled: sqlite3
     assert fetch_run(filled, GetRun("' OR 1=1 --")) is None
 
 
+def test_changes_of_one_run_in_a_group_are_made_one_after_the_other(filled: sqlite3.Connection) -> None:
+    changes = [
+        UpdateRun("event-3", {"status": "failure", "items_failed": 3}),
+        UpdateRun("event-4", {"items_failed": 4}),
+        UpdateRun("event-3", {"status": "success"}),
+        UpdateRun("nobody", {"status": "success"}),
+        UpdateRun("event-4", {"items_failed": 5}),
+    ]
+    filled.execute("BEGIN")
+    transaction = Transaction(filled, NOW)
+    outcomes = transaction.apply(changes)
+    transaction.finish()
+    filled.execute("COMMIT")
+    assert outcomes == [*(Updated(f"run-event-{number}") for number in (3, 4, 3)), None, Updated("run-event-4")]
+    rows = filled.execute("SELECT event_id, status, items_failed FROM agent_runs WHERE event_id GLOB 'event-[34]'")
+    stored = {event_id: values for event_id, *values in rows}
+    assert stored["event-3"] == ["success", 3]
+    assert stored["event-4"][1] == 5
+
+
 def test_the_totals_are_those_of_the_rows_after_any_commands(filled: sqlite3.Connection) -> None:
     source = random.Random(5)
     for _ in range(30):

@@ -41,8 +41,9 @@ from telemetryd.web import tls as tls_module
 from telemetryd.web.connections import ConnectionBounds
 from telemetryd.web.secure import Handshakes, SecureConnection
 from telemetryd.web.tls import Tls, read_identity
-from tests.conftest import Daemon, StartDaemon, eventually, make_run, require_program, wait_until
+from tests.conftest import Daemon, StartDaemon, eventually, make_run, wait_until
 from tests.contract.test_access import own_address
+from tests.needs import require_program
 from tests.tools.process import telemetryd
 
 YESTERDAY: Final = datetime.now(UTC) - timedelta(days=1)

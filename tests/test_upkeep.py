@@ -40,7 +40,8 @@ from telemetryd.services.upkeep import Upkeep
 from telemetryd.settings import Settings, Sync
 from telemetryd.store import Store
 from telemetryd.web.answers import error_response
-from tests.conftest import Api, Daemon, MakeApi, StartDaemon, make_run, require_program
+from tests.conftest import Api, Daemon, MakeApi, StartDaemon, make_run
+from tests.needs import require_program
 from tests.tools.fill import make_database
 from tests.tools.forks import popen
 from tests.tools.process import telemetryd

@@ -14,7 +14,8 @@ import pytest
 
 from telemetryd.client import Client
 from telemetryd.client.config import USUAL, Pace
-from tests.conftest import PATIENCE_S, Api, require_program
+from tests.conftest import PATIENCE_S, Api
+from tests.needs import require_program
 from tests.tools.bad_proxy import BadProxy, bad_proxy
 
 MakeClient = Callable[..., Client]

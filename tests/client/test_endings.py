@@ -11,8 +11,9 @@ import orjson
 import pytest
 
 from telemetryd.client import Client, context
-from tests.conftest import StartDaemon, require_package
+from tests.conftest import StartDaemon
 from tests.http_client import get
+from tests.needs import require_package
 
 LATE = """
 from telemetryd import client

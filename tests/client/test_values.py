@@ -18,7 +18,7 @@ import pytest
 
 from telemetryd.client.lines import encode
 from telemetryd.client.values import Room, TooMuchError, plain, short, text_of
-from tests.conftest import require_package
+from tests.needs import require_package
 
 
 class Float(float):

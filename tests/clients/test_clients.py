@@ -14,7 +14,8 @@ import pytest
 
 from telemetryd import http
 from telemetryd.services import processes
-from tests.conftest import Daemon, StartDaemon, give_up, require_package, require_program
+from tests.conftest import Daemon, StartDaemon
+from tests.needs import give_up, require_package, require_program
 from tests.tools import clients
 
 HERE: Final = Path(__file__).parent

@@ -13,7 +13,8 @@ from telemetryd.http import make_app
 from telemetryd.ops.metrics import Metrics
 from telemetryd.settings import Settings
 from telemetryd.store import Store
-from tests.conftest import Api, Client, DaemonServer, engine_settings
+from tests.conftest import Api, Client, DaemonServer
+from tests.engines import engine_settings
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

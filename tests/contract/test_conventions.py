@@ -27,19 +27,7 @@ from telemetryd.ops.metrics import Metrics
 from telemetryd.web import body as body_module
 from telemetryd.web.middleware import middleware
 from telemetryd.web.tokens import BEARER, Tokens
-from tests.conftest import (
-    Api,
-    Client,
-    Daemon,
-    DaemonServer,
-    MakeApi,
-    StartDaemon,
-    bodies_of,
-    eventually,
-    make_run,
-    patience,
-    require_program,
-)
+from tests.conftest import Api, Client, Daemon, DaemonServer, MakeApi, StartDaemon, bodies_of, eventually, make_run
 from tests.contract.wire import (
     BATCH,
     JSON,
@@ -53,6 +41,8 @@ from tests.contract.wire import (
     send,
     send_raw,
 )
+from tests.engines import patience
+from tests.needs import require_program
 
 if sys.version_info >= (3, 14):
     from compression import zstd

@@ -20,9 +20,10 @@ import telemetryd
 from telemetryd.engine.sqlite.statements.runs import fetch_counts
 from telemetryd.model.queries import CountRuns
 from telemetryd.model.runs import PATCHABLE, STORED
-from tests.conftest import Api, MakeApi, eventually, make_run, patience
+from tests.conftest import Api, MakeApi, eventually, make_run
 from tests.contract.test_runs import FULL
 from tests.contract.wire import BATCH, RUNS, check_error, is_in_hand, send
+from tests.engines import patience
 
 # --- Health --------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from enum import IntEnum, StrEnum
 from pathlib import Path
 from typing import Final
 
-from tests.conftest import require_program
+from tests.needs import require_program
 
 SECTOR: Final = 512
 _HEAD: Final = struct.Struct("<IiiIQ")

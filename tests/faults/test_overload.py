@@ -16,11 +16,12 @@ from bench import wrk
 from bench.rows import Ids
 from bench.scenario import new_nonce
 from bench.shim import slow_fsync
-from tests.conftest import Daemon, StartDaemon, make_run, require_program
+from tests.conftest import Daemon, StartDaemon, make_run
 from tests.faults.conftest import Rounds
 from tests.faults.control import calm, check_health, control, probe
 from tests.faults.ledger import Ledger
 from tests.faults.told import Told
+from tests.needs import require_program
 
 _QUEUE = 20
 _FSYNC_MS = 100

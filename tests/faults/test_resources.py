@@ -25,21 +25,13 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.conftest import (
-    PATIENCE_S,
-    Daemon,
-    Row,
-    StartDaemon,
-    make_run,
-    require_program,
-    small_file_system,
-    wait_until,
-)
+from tests.conftest import PATIENCE_S, Daemon, Row, StartDaemon, make_run, small_file_system, wait_until
 from tests.faults.conftest import Rounds
 from tests.faults.ledger import Ledger
 from tests.faults.strace import needs_strace, strace
 from tests.faults.told import Told
 from tests.http_client import prometheus, wait_for_health
+from tests.needs import require_program
 
 _BUSY_MS = 400
 

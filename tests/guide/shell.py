@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.conftest import Daemon, require_program
+from tests.conftest import Daemon
+from tests.needs import require_program
 
 DATABASE = "D:/agent-metrics/db/telemetry.sqlite"
 """The guide's path; next to the daemon's working directory it is an ordinary relative one."""

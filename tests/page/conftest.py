@@ -14,8 +14,9 @@ from playwright.sync_api import Browser, BrowserContext, Page, expect
 
 from telemetryd.cli.sample_data import World, finished
 from telemetryd.model.values import format_timestamp
-from tests.conftest import PATIENCE_S, Daemon, require_program
+from tests.conftest import PATIENCE_S, Daemon
 from tests.http_client import call
+from tests.needs import require_program
 from tests.tools.browser import CHROMIUM, chromium, new_context
 from tests.tools.process import telemetryd
 

@@ -279,6 +279,8 @@ def reading_session(timeout_s: float) -> Mapping[str, str]:
         "statement_timeout": str(round(timeout_s * 1000)),
         "idle_in_transaction_session_timeout": "60s",
         "idle_session_timeout": "0",
+        # Else a query goes on for whoever has closed the connection (runtime-config-connection.html).
+        "client_connection_check_interval": "1s",
     }
 
 
