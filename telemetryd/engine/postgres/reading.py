@@ -36,6 +36,8 @@ _CANCEL_S: Final = 2.0
 # that match. What it must sort it still does.
 _PLANS: Final = {"enable_incremental_sort": "off"}
 
+_CANCEL_AGAIN_S: Final = 0.05
+
 REGISTRY.load()
 
 
@@ -193,10 +195,16 @@ async def _close(opening: asyncio.Task[Connection]) -> None:
 
 
 async def _cancel(connection: Connection, answer: asyncio.Future[T]) -> None:
-    """End a query on the server, and close its connection."""
-    with contextlib.suppress(psycopg.Error):
-        await asyncio.to_thread(connection.plain.cancel_safe, timeout=_CANCEL_S)
-    await asyncio.wait((answer,), timeout=_CANCEL_S)
+    """End a query on the server, and close its connection.
+
+    Before the query has come to the server, a cancellation has no effect; so it is sent again.
+    """
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + _CANCEL_S
+    while not answer.done() and loop.time() < deadline:
+        with contextlib.suppress(psycopg.Error):
+            await asyncio.to_thread(connection.plain.cancel_safe, timeout=_CANCEL_S)
+        await asyncio.wait((answer,), timeout=_CANCEL_AGAIN_S)
     await _break(connection)
 
 
