@@ -179,7 +179,9 @@ class Readers:
         self._closed = True
         while self._ending or any(place.connection is not None for place in self._places):
             for place in self._places:
-                await self._drop(place)
+                connection, place.connection = place.connection, None
+                if connection is not None:
+                    self._see_to(_end(connection))
             if self._ending:
                 await asyncio.wait(self._ending)
 
@@ -205,6 +207,13 @@ async def _cancel(connection: Connection, answer: asyncio.Future[T]) -> None:
         with contextlib.suppress(psycopg.Error):
             await asyncio.to_thread(connection.plain.cancel_safe, timeout=_CANCEL_S)
         await asyncio.wait((answer,), timeout=_CANCEL_AGAIN_S)
+    await _break(connection)
+
+
+async def _end(connection: Connection) -> None:
+    """End what runs on a connection, if anything does, and close it."""
+    with contextlib.suppress(psycopg.Error):
+        await asyncio.to_thread(connection.plain.cancel_safe, timeout=_CANCEL_S)
     await _break(connection)
 
 
