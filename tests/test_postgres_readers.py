@@ -173,6 +173,7 @@ async def test_closing_ends_what_runs_and_refuses_what_waits(postgres_database: 
             await query
     with pytest.raises(UnavailableError, match="being closed"):
         await readers.read(ListRuns())
+    await readers.close()
     await eventually(lambda: count(postgres_database, "application_name LIKE '%/reader'") == 0)
 
 

@@ -37,6 +37,7 @@ _CANCEL_S: Final = 2.0
 _PLANS: Final = {"enable_incremental_sort": "off"}
 
 _CANCEL_AGAIN_S: Final = 0.05
+_CLOSED: Final = "The database is being closed; try again shortly"
 
 REGISTRY.load()
 
@@ -70,6 +71,7 @@ class Readers:
         self._target = target
         self._places = [_Place() for _ in range(1 + count)]
         self._idle = share_out(self._places)
+        self._sizes = {idle: idle.qsize() for idle in self._idle.values()}
         self._waiting = 0
         self._most_waiting = most_waiting
         self._timeout_s = timeout_s
@@ -99,6 +101,8 @@ class Readers:
         """
         deadline = asyncio.get_running_loop().time() + self._timeout_s
         idle = self._idle[lane]
+        if self._closed:
+            raise UnavailableError(_CLOSED)
         if self._waiting >= self._most_waiting and idle.empty():
             raise QueryTimeoutError("Too many queries are waiting; try again later")
         self._waiting += 1
@@ -129,7 +133,9 @@ class Readers:
                     except psycopg.Error as error:
                         if is_lost(error):
                             await self._drop(place)
-                        if not (is_lost(error) and (was_open or self._closed)):
+                        if self._closed:
+                            raise UnavailableError(_CLOSED) from error
+                        if not (was_open and is_lost(error)):
                             raise translate_reading(error, self._timeout_s) from error
         except TimeoutError:
             raise QueryTimeoutError(
@@ -141,7 +147,7 @@ class Readers:
         if connection is None and not self._closed:
             connection = place.connection = await self._open(place)
         if connection is None or self._closed:
-            raise UnavailableError("The database is being closed; try again shortly")
+            raise UnavailableError(_CLOSED)
         answer = connection.start(query)
         try:
             return await asyncio.shield(answer)
@@ -175,15 +181,22 @@ class Readers:
             await asyncio.shield(self._see_to(_break(connection)))
 
     async def close(self) -> None:
-        """End what runs, refuse what waits, and close every connection."""
+        """End what runs, refuse what waits, and close every connection; done again, it does nothing."""
+        if self._closed:
+            return
         self._closed = True
-        while self._ending or any(place.connection is not None for place in self._places):
-            for place in self._places:
-                connection, place.connection = place.connection, None
-                if connection is not None:
-                    self._see_to(_end(connection))
-            if self._ending:
-                await asyncio.wait(self._ending)
+        for place in self._places:
+            self._give_up(place)
+        for idle, size in self._sizes.items():
+            for _ in range(size):  # each comes back when its query has ended, and when those that wait are refused
+                self._give_up(await idle.get())
+        while self._ending:
+            await asyncio.wait(self._ending)
+
+    def _give_up(self, place: _Place) -> None:
+        connection, place.connection = place.connection, None
+        if connection is not None:
+            self._see_to(_end(connection))
 
 
 def _answer(query: Query[A], plain: Plain) -> A:
