@@ -36,6 +36,9 @@ _CANCEL_S: Final = 2.0
 # that match. What it must sort it still does.
 _PLANS: Final = {"enable_incremental_sort": "off"}
 
+_CANCEL_AGAIN_S: Final = 0.05
+_CLOSED: Final = "The database is being closed; try again shortly"
+
 REGISTRY.load()
 
 
@@ -68,6 +71,7 @@ class Readers:
         self._target = target
         self._places = [_Place() for _ in range(1 + count)]
         self._idle = share_out(self._places)
+        self._sizes = {idle: idle.qsize() for idle in self._idle.values()}
         self._waiting = 0
         self._most_waiting = most_waiting
         self._timeout_s = timeout_s
@@ -97,6 +101,8 @@ class Readers:
         """
         deadline = asyncio.get_running_loop().time() + self._timeout_s
         idle = self._idle[lane]
+        if self._closed:
+            raise UnavailableError(_CLOSED)
         if self._waiting >= self._most_waiting and idle.empty():
             raise QueryTimeoutError("Too many queries are waiting; try again later")
         self._waiting += 1
@@ -127,7 +133,9 @@ class Readers:
                     except psycopg.Error as error:
                         if is_lost(error):
                             await self._drop(place)
-                        if not (is_lost(error) and (was_open or self._closed)):
+                        if self._closed:
+                            raise UnavailableError(_CLOSED) from error
+                        if not (was_open and is_lost(error)):
                             raise translate_reading(error, self._timeout_s) from error
         except TimeoutError:
             raise QueryTimeoutError(
@@ -139,7 +147,7 @@ class Readers:
         if connection is None and not self._closed:
             connection = place.connection = await self._open(place)
         if connection is None or self._closed:
-            raise UnavailableError("The database is being closed; try again shortly")
+            raise UnavailableError(_CLOSED)
         answer = connection.start(query)
         try:
             return await asyncio.shield(answer)
@@ -173,13 +181,22 @@ class Readers:
             await asyncio.shield(self._see_to(_break(connection)))
 
     async def close(self) -> None:
-        """End what runs, refuse what waits, and close every connection."""
+        """End what runs, refuse what waits, and close every connection; done again, it does nothing."""
+        if self._closed:
+            return
         self._closed = True
-        while self._ending or any(place.connection is not None for place in self._places):
-            for place in self._places:
-                await self._drop(place)
-            if self._ending:
-                await asyncio.wait(self._ending)
+        for place in self._places:
+            self._give_up(place)
+        for idle, size in self._sizes.items():
+            for _ in range(size):  # each comes back when its query has ended, and when those that wait are refused
+                self._give_up(await idle.get())
+        while self._ending:
+            await asyncio.wait(self._ending)
+
+    def _give_up(self, place: _Place) -> None:
+        connection, place.connection = place.connection, None
+        if connection is not None:
+            self._see_to(_end(connection))
 
 
 def _answer(query: Query[A], plain: Plain) -> A:
@@ -193,10 +210,23 @@ async def _close(opening: asyncio.Task[Connection]) -> None:
 
 
 async def _cancel(connection: Connection, answer: asyncio.Future[T]) -> None:
-    """End a query on the server, and close its connection."""
+    """End a query on the server, and close its connection.
+
+    Before the query has come to the server, a cancellation has no effect; so it is sent again.
+    """
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + _CANCEL_S
+    while not answer.done() and loop.time() < deadline:
+        with contextlib.suppress(psycopg.Error):
+            await asyncio.to_thread(connection.plain.cancel_safe, timeout=_CANCEL_S)
+        await asyncio.wait((answer,), timeout=_CANCEL_AGAIN_S)
+    await _break(connection)
+
+
+async def _end(connection: Connection) -> None:
+    """End what runs on a connection, if anything does, and close it."""
     with contextlib.suppress(psycopg.Error):
         await asyncio.to_thread(connection.plain.cancel_safe, timeout=_CANCEL_S)
-    await asyncio.wait((answer,), timeout=_CANCEL_S)
     await _break(connection)
 
 
