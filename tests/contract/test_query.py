@@ -7,6 +7,8 @@ import re
 from datetime import UTC, datetime, timedelta
 from urllib.parse import parse_qsl, urlsplit
 
+import pytest
+
 from telemetryd.model.queries import LIST
 from tests.conftest import Api, Row, make_run
 from tests.contract.test_runs import FULL, SERVER_FIELDS
@@ -41,6 +43,16 @@ async def listed(api: Api, **parameters: str) -> list[Row]:
 
 def ids(found: list[Row]) -> list[str]:
     return [run["event_id"] for run in found]
+
+
+@pytest.mark.parametrize("minutes", [(0, 90), (90, 0), (0, 0.5)], ids=["later", "earlier", "in the same minute"])
+async def test_a_run_that_comes_later_is_found_by_its_start_whatever_started_before(
+    api: Api, minutes: tuple[float, float]
+) -> None:
+    for number, minute in enumerate(minutes):
+        await api.post(make_run(event_id=str(number), created_at=at(120), start_time=at(minute)))
+    for number, minute in enumerate(minutes):
+        assert ids(await listed(api, start_time_from=at(minute), start_time_to=at(minute))) == [str(number)]
 
 
 async def test_nothing_is_an_empty_array(api: Api) -> None:
