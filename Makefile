@@ -23,8 +23,12 @@ PYTHONS_TIMEOUT_S ?= 240
 # of a file run in one worker, which starts what they share (a browser, an app) once; the longest files come first.
 PARALLEL := --numprocesses auto --dist loadfile --no-loadscope-reorder
 
+# Tests that run on PostgreSQL as well; which of them are about SQLite's file is said in them.
+BOTH_ENGINES := tests/contract $(addprefix tests/test_,$(addsuffix .py,alerts certificates changes events exports feed filters \
+	properties queries regressions runs stats tail tokens upkeep))
+
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-contract test-pythons test-all test-faults torture fuzz check bench bench-large bench-client schema docs lock audit sbom build clean
+.PHONY: help install run test test-contract test-postgresql test-pythons test-all test-faults torture fuzz check bench bench-large bench-client schema docs lock audit sbom build clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -56,6 +60,9 @@ run: $(RUNNABLE) ## set up what the daemon needs, and run it on port 8765
 
 test: $(INSTALLED) $(CLIENTS_INSTALLED) ## set everything up and run the tests (about six minutes on two processors)
 	$(BIN)/pytest $(PARALLEL) -m "not slow and not faults"
+
+test-postgresql: $(INSTALLED) ## run the tests that are the same for both engines on PostgreSQL
+	$(BIN)/pytest $(PARALLEL) -m "not slow and not faults" --engine postgresql $(BOTH_ENGINES)
 
 test-pythons: ## pass the contract tests on each other Python that is here (PYTHONS names them)
 	@for python in $(PYTHONS); do \

@@ -18,7 +18,7 @@ from telemetryd.client.old_variables import WITHOUT_EFFECT, remarks
 from telemetryd.errors import ConfigurationError
 from telemetryd.model.values import duration_text
 from telemetryd.ops.logs import LogLevel
-from telemetryd.settings import NO_SOCKET, PREFIX, Settings, flag, read_log_level, variable
+from telemetryd.settings import NO_SOCKET, PREFIX, Settings, flag, read_log_level, variable, without_password
 
 CLIENT_VARIABLES: Final = frozenset(
     {
@@ -74,6 +74,8 @@ class LoadedSettings:
             values["api_unix"] = "none"
         if values["api_auth_token"] is not None:
             values["api_auth_token"] = "********"  # noqa: S105 - a mask
+        if self.settings.db_url is not None:
+            values["db_url"] = without_password(self.settings.db_url.get_secret_value())
         return {variable(name): {"value": values[name], "origin": str(self.origins[name])} for name in values}
 
 

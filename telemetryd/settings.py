@@ -15,6 +15,7 @@ from pydantic import (
     ConfigDict,
     Field,
     SecretStr,
+    field_validator,
     model_validator,
 )
 
@@ -48,10 +49,23 @@ class Synchronous(StrEnum):
     EXTRA = "EXTRA"
 
 
+class Sync(StrEnum):
+    """What a commit on PostgreSQL waits for (postgresql.org/docs/current/runtime-config-wal.html)."""
+
+    STANDBY = "standby"
+    APPLY = "apply"
+    LOCAL = "local"
+    NONE = "none"
+
+
 def default_db_path() -> Path:
     """Return where the database is by default: the state directory under systemd, else ./data."""
     state_directory = os.environ.get("STATE_DIRECTORY", "").split(":")[0]
     return Path(state_directory or "data") / "telemetry.sqlite"
+
+
+_URL: Final = re.compile(r"postgres(ql)?://")
+_PASSWORD: Final = re.compile(r"(?<=[?&]password=)[^&]*|(?<=:)(?!//).*(?=@)")
 
 
 def _upper(value: object) -> object:
@@ -106,6 +120,20 @@ Duration = Annotated[float, BeforeValidator(parse_duration)]
 Seconds = Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)]
 
 
+_ONLY_SQLITE: Final = frozenset(
+    {
+        "db_path",
+        "lock_file",
+        "db_journal_mode",
+        "db_synchronous",
+        "db_busy_timeout_ms",
+        "min_free_mb",
+        "backup_dir",
+        "backup_keep",
+    }
+)
+
+
 class Settings(BaseModel):
     """The configuration of one daemon; each field is the variable TELEMETRY_<NAME>."""
 
@@ -124,6 +152,27 @@ class Settings(BaseModel):
     )
     db_busy_timeout_ms: Annotated[int, Field(ge=0, le=600_000)] = Field(
         30_000, description="How long to wait for another process that locks the database, in milliseconds."
+    )
+    db_url: SecretStr | None = Field(
+        None,
+        description="PostgreSQL database that is used in the place of a SQLite file, with all hosts of its cluster: "
+        "postgresql://telemetryd@db1,db2/telemetry; a password is better in a file.",
+    )
+    db_password_file: FilePath | None = Field(None, description="File that holds the password of PostgreSQL's user.")
+    db_schema: Annotated[str, Field(pattern=r"^[a-z_][a-z0-9_]{0,62}$")] = Field(
+        "public", description="Schema of the PostgreSQL database that holds the tables."
+    )
+    db_sync: Sync | None = Field(
+        None,
+        description="What a commit on PostgreSQL waits for: standby (a synchronous standby has it on disk), apply (and "
+        "shows it), local (the primary's disk), none (whatever the server is set to; not durable); if it is not set, "
+        "standby where the URL names several hosts, else local.",
+    )
+    db_commit_timeout_s: Seconds = Field(
+        30.0, description="After so many seconds PostgreSQL's answer to a commit counts as lost, and clients repeat."
+    )
+    db_poll_ms: Annotated[int, Field(ge=10, le=60_000)] = Field(
+        200, description="How often PostgreSQL is asked for the changes of other daemons, in milliseconds."
     )
     db_readers: Annotated[int, Field(ge=1, le=64)] = Field(
         4,
@@ -230,6 +279,13 @@ class Settings(BaseModel):
     )
     log_format: LogFormat = Field(LogFormat.AUTO, description="json, text, or auto: text on a terminal only.")
 
+    @field_validator("db_url")
+    @classmethod
+    def _check_url(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not _URL.match(value.get_secret_value()):
+            raise ValueError("must begin with postgresql://, such as postgresql://telemetryd@db1,db2/telemetry")
+        return value
+
     @model_validator(mode="after")
     def _check_together(self) -> Self:
         if self.api_auth_token is not None and self.api_auth_token_file is not None:
@@ -238,6 +294,9 @@ class Settings(BaseModel):
             )
         if self.api_auth_enabled:
             self.token()
+        if self.db_url is not None and (given := _ONLY_SQLITE & self.model_fields_set):
+            names = ", ".join(variable(name) for name in Settings.model_fields if name in given)
+            raise ValueError(f"{names}: means nothing with TELEMETRY_DB_URL, which chooses PostgreSQL; leave it out")
         for name in ("tls_key", "tls_client_ca"):
             if self.tls_cert is None and getattr(self, name) is not None:
                 raise ValueError(f"TELEMETRY_TLS_CERT: must be set when {variable(name)} is")
@@ -274,7 +333,7 @@ class Settings(BaseModel):
     @property
     def own_socket(self) -> Path | None:
         """The Unix socket next to the database, or None if another one or none at all is wanted."""
-        if self.api_unix is not None:
+        if self.api_unix is not None or self.db_url is not None:
             return None
         real = self.db_path.resolve()
         return real.with_name(f"{real.name}.sock")
@@ -301,6 +360,11 @@ class Settings(BaseModel):
     def durable(self) -> bool:
         """Whether an acknowledged write survives a power cut, and not only a crash."""
         return self.db_synchronous is not Synchronous.NORMAL
+
+
+def without_password(url: str) -> str:
+    """Return the URL of a database as it may be shown."""
+    return _PASSWORD.sub("********", url)
 
 
 def variable(name: str) -> str:

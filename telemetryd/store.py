@@ -162,6 +162,16 @@ class Store:
             self._counted = until[:_MINUTE], replace(counts, is_remembered=True)
         return counts
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether other daemons may use the same database."""
+        return self._reading.is_shared
+
+    @property
+    def leads(self) -> bool:
+        """Whether this daemon is the one that does what is to be done once for a database."""
+        return self._reading.leads
+
     def export(self, query: ExportRuns) -> AbstractAsyncContextManager[Copy]:
         """Copy what is asked for, to be read inside the block (see `ReadingEngine.export`)."""
         return self._reading.export(query)

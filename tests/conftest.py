@@ -13,30 +13,37 @@ import random
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
 import hypothesis
+import psycopg
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import BaseTestServer, TestClient
+from pydantic import SecretStr
 
+from telemetryd.engine.postgres import schema
+from telemetryd.engine.postgres.connection import Target, connect_plainly
 from telemetryd.engine.sqlite.engine import Reading
 from telemetryd.http import make_app
-from telemetryd.model.values import utc_now
+from telemetryd.model.values import format_timestamp, utc_now
 from telemetryd.ops.metrics import Metrics
 from telemetryd.services.certificates import most_processes
 from telemetryd.services.upkeep import Upkeep
-from telemetryd.settings import JournalMode, Settings
+from telemetryd.settings import JournalMode, Settings, Sync, variable
 from telemetryd.store import Store
 from telemetryd.web.body import BODIES, Bodies
 from telemetryd.web.connections import ConnectionBounds, make_runner
+from tests import postgres_cluster
+from tests.postgres_cluster import Cluster
 from tests.tools.forks import popen
 
 # A busy machine is no fault of what is tested.
@@ -62,6 +69,27 @@ PATIENCE_S: Final = 60.0
 _numbers = itertools.count()
 _chance = random.SystemRandom()
 """Differs between processes that run tests at the same time, whatever hypothesis does to the common generator."""
+_BOTH_ENGINES: Final = frozenset(
+    {
+        "contract",
+        "test_alerts",
+        "test_certificates",
+        "test_changes",
+        "test_events",
+        "test_exports",
+        "test_feed",
+        "test_filters",
+        "test_properties",
+        "test_queries",
+        "test_regressions",
+        "test_runs",
+        "test_stats",
+        "test_tail",
+        "test_tokens",
+        "test_upkeep",
+    }
+)
+"""Folders and modules whose tests run on PostgreSQL, too, unless they are marked `sqlite`."""
 _SHORT: Final = 0.001
 """Which share of its long form a fault test does in `make test-faults`; each says the least that proves something."""
 
@@ -74,12 +102,40 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=_SHORT,
         help=f"the share of its long form that each fault test does [{_SHORT}]",
     )
+    parser.addoption("--engine", default="sqlite", help="the engines, of sqlite,postgresql, that shared tests run on")
     parser.addoption("--ledger", type=Path, help="append what each fault test counted to this file, as JSON lines")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Choose how property tests look for examples."""
     hypothesis.settings.load_profile("long" if config.getoption("--rounds-scale") > _SHORT else "short")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run what is the same on both engines on each that is asked for."""
+    engines = str(metafunc.config.getoption("--engine")).split(",")
+    if engines == ["sqlite"] or "engine" not in metafunc.fixturenames:
+        return
+    metafunc.parametrize("engine", engines if _is_for_both(metafunc.definition) else ["sqlite"], scope="session")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out tests of an engine that is not asked for."""
+    engines = str(config.getoption("--engine")).split(",")
+    kept = [item for item in items if _engine_of(item) in (*engines, None)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
+
+
+def _engine_of(item: pytest.Item) -> str | None:
+    callspec = getattr(item, "callspec", None)
+    return None if callspec is None else callspec.params.get("engine")
+
+
+def _is_for_both(test: pytest.Function) -> bool:
+    if test.get_closest_marker("sqlite") is not None:
+        return False
+    return test.path.parent.name in _BOTH_ENGINES or test.path.stem in _BOTH_ENGINES
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -132,6 +188,16 @@ class DaemonServer(BaseTestServer):
         return make_runner(self.app, self._settings, most_processes(self._settings), self._bounds)
 
 
+def execute(path: Path, url: str | None, statement: str) -> Sequence[tuple[Any, ...]]:
+    """Run SQL on a database: the one at a URL, or else a file; return the rows, and commit what is changed."""
+    if url is not None:
+        with psycopg.connect(url, autocommit=True) as connection:
+            cursor = connection.execute(statement.encode())
+            return [] if cursor.description is None else cursor.fetchall()
+    with contextlib.closing(sqlite3.connect(path)) as file, file:
+        return file.execute(statement).fetchall()
+
+
 class Api:
     """An HTTP client of one running app, and what is behind it."""
 
@@ -159,8 +225,31 @@ class Api:
     async def get(self, path: str, status: int = 200, **options: Any) -> Any:
         return await self.call("GET", path, status=status, **options)
 
+    def execute(self, statement: str) -> Sequence[tuple[Any, ...]]:
+        """Run SQL as another program would, and return the rows; what is changed is committed."""
+        url = self.settings.db_url
+        return execute(self.settings.db_path, None if url is None else url.get_secret_value(), statement)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep the daemon from committing anything inside the block, as another program would."""
+        if self.settings.db_url is not None:
+            with psycopg.connect(self.settings.db_url.get_secret_value(), autocommit=True) as connection:
+                connection.execute("SELECT pg_advisory_lock(%s, %s)", (schema.CLASS, schema.COMMITS))
+                yield
+            return
+        with contextlib.closing(sqlite3.connect(self.settings.db_path, isolation_level=None)) as file:
+            file.execute("BEGIN IMMEDIATE")
+            yield
+            file.execute("ROLLBACK")
+
 
 MakeApi = Callable[..., Awaitable[Api]]
+
+
+def patience(engine: str) -> dict[str, Any]:
+    """The settings with which a daemon waits long for the lock of another program."""
+    return {"db_busy_timeout_ms": 60_000} if engine == "sqlite" else {}
 
 
 def reading(api: Api) -> Reading:
@@ -177,6 +266,53 @@ def bodies_of(api: Api) -> Bodies:
 
 
 @pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """A PostgreSQL server of this session's own."""
+    if postgres_cluster.binaries() is None:
+        give_up(f"PostgreSQL is needed, which is missing: apt-get install {postgres_cluster.PACKAGE}")
+    with postgres_cluster.running() as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def new_postgres_database(cluster: Cluster) -> str:
+    """The name of a database on PostgreSQL as a first start leaves it, for others to be copied from."""
+    name = cluster.make()
+    settings = Settings(db_url=SecretStr(cluster.url(name)), db_sync=Sync.NONE)
+    target = Target.of(settings)
+    with contextlib.closing(connect_plainly(target, "test", {})) as plain:
+        schema.make(plain, target, format_timestamp(utc_now()), may_update=False)
+    return name
+
+
+@pytest.fixture
+def postgres_database(cluster: Cluster, new_postgres_database: str) -> Iterator[str]:
+    """The address of a new database on PostgreSQL with the schema."""
+    name = cluster.make(new_postgres_database)
+    yield cluster.url(name)
+    cluster.drop(name)
+
+
+@pytest.fixture(scope="session")
+def engine() -> str:
+    """The engine that a test runs on: sqlite, or what `pytest_generate_tests` puts in its place."""
+    return "sqlite"
+
+
+@contextlib.contextmanager
+def engine_settings(request: pytest.FixtureRequest, engine: str, folder: Path) -> Iterator[dict[str, Any]]:
+    """Give the settings of a new database on an engine; on PostgreSQL it is dropped at the end."""
+    if engine == "sqlite":
+        path = folder / "telemetry.sqlite"
+        yield {"db_path": path, "db_journal_mode": "WAL"}
+        return
+    cluster: Cluster = request.getfixturevalue("cluster")
+    name = cluster.make(request.getfixturevalue("new_postgres_database"))
+    yield {"db_url": cluster.url(name), "db_sync": "none", "tokens_file": folder / "telemetry.sqlite.tokens"}
+    cluster.drop(name)
+
+
+@pytest.fixture(scope="session")
 def new_database(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """A database as a first start leaves it: to copy it takes much less time than all migrations."""
     path = tmp_path_factory.mktemp("new") / "telemetry.sqlite"
@@ -190,20 +326,25 @@ def new_database(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 @pytest.fixture
 async def make_api(
-    tmp_path: Path, new_database: bytes, aiohttp_client: Callable[[DaemonServer], Awaitable[Client]]
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    engine: str,
+    new_database: bytes,
+    aiohttp_client: Callable[[DaemonServer], Awaitable[Client]],
 ) -> AsyncIterator[MakeApi]:
     """Return a function that runs an app; keyword arguments are settings (and `clock`, `bounds` of connections)."""
     stores: list[Store] = []
     clients: list[Client] = []
+    databases = contextlib.ExitStack()
+    given = databases.enter_context(engine_settings(request, engine, tmp_path))
 
     async def make(
         *, clock: Callable[[], datetime] = utc_now, bounds: ConnectionBounds | None = None, **values: Any
     ) -> Api:
         # Two readers are the fewest with two lanes; each of more would cost every test a thread and a connection.
-        path = tmp_path / "telemetry.sqlite"
-        if "db_path" not in values and not path.exists():
-            path.write_bytes(new_database)
-        settings = Settings(**{"db_path": path, "db_journal_mode": "WAL", "db_readers": 2, **values})
+        if engine == "sqlite" and "db_path" not in values and not (tmp_path / "telemetry.sqlite").exists():
+            (tmp_path / "telemetry.sqlite").write_bytes(new_database)
+        settings = Settings(**{**given, "db_readers": 2, **values})
         metrics = Metrics()
         store = await Store.open(settings, metrics, clock, full_text=settings.full_text)
         stores.append(store)
@@ -220,6 +361,7 @@ async def make_api(
         await client.close()
     for store in stores:
         await store.close()
+    databases.close()
 
 
 @pytest.fixture
@@ -242,7 +384,10 @@ class Daemon:
         self.folder = folder
         self.database = folder / "telemetry.sqlite"
         environment = {name: value for name, value in os.environ.items() if not name.startswith("TELEMETRY_")}
-        environment |= {"TELEMETRY_DB_PATH": str(self.database), "TELEMETRY_API_PORT": "0", **variables}
+        self.database_url = variables.get("TELEMETRY_DB_URL")
+        """Where the database is if it is on PostgreSQL."""
+        place = {"TELEMETRY_DB_PATH": str(self.database)} if self.database_url is None else {}
+        environment |= {**place, "TELEMETRY_API_PORT": "0", **variables}
         self.process = popen(
             [*prefix, sys.executable, "-m", "telemetryd", "serve", "--log-format", "json", *flags],
             environment,
@@ -270,6 +415,10 @@ class Daemon:
         address = line["addresses"][0]
         host = "https://localhost" if address.startswith("https") else "http://127.0.0.1"
         return f"{host}:{address.rpartition(':')[2]}"
+
+    def execute(self, statement: str) -> Sequence[tuple[Any, ...]]:
+        """Run SQL on its database as another program would."""
+        return execute(self.database, self.database_url, statement)
 
     def wait_for_line(self, message: str, timeout_s: float = PATIENCE_S) -> dict[str, Any]:
         """Wait for a log line with this message."""
@@ -312,9 +461,14 @@ StartDaemon = Callable[..., Daemon]
 
 
 @pytest.fixture
-def start_daemon(tmp_path: Path) -> Iterator[StartDaemon]:
+def start_daemon(request: pytest.FixtureRequest, engine: str, tmp_path: Path) -> Iterator[StartDaemon]:
     """Return a function that starts a daemon in `tmp_path`; keyword arguments are environment variables."""
     started: list[Daemon] = []
+    databases = contextlib.ExitStack()
+    place = {}
+    if engine != "sqlite":
+        given = databases.enter_context(engine_settings(request, engine, tmp_path))
+        place = {variable(name): str(value) for name, value in given.items()}
 
     def start(
         *flags: str,
@@ -323,13 +477,14 @@ def start_daemon(tmp_path: Path) -> Iterator[StartDaemon]:
         pass_fds: tuple[int, ...] = (),
         **variables: str,
     ) -> Daemon:
-        daemon = Daemon(folder, *flags, prefix=prefix, pass_fds=pass_fds, **variables)
+        daemon = Daemon(folder, *flags, prefix=prefix, pass_fds=pass_fds, **{**place, **variables})
         started.append(daemon)
         return daemon
 
     yield start
     for daemon in started:
         daemon.close()
+    databases.close()
 
 
 def require_program(program: str, package: str) -> None:

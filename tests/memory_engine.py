@@ -40,6 +40,9 @@ class Memory:
         self.is_low = False
         self.closed: bool | None = None
 
+    is_shared = False
+    leads = True
+
     def engine(self) -> Engine:
         """Return it as the store takes it."""
         return Engine(self, self)

@@ -111,14 +111,14 @@ class Follower:
             }
             self.events[self.last_event] = (run, number, *event)
 
-    def read(self, connection: sqlite3.Connection, limit: int) -> bool:
+    def read(self, connection: Any, limit: int) -> bool:
         """Read one page; tell whether there is more."""
         changes = fetch_changes(connection, ListChanges(self.last, limit, events_after=self.last_event))
         assert max(len(changes.found), len(changes.events or ())) <= limit
         self.take(changes, self.last)
         return changes.more
 
-    def catch_up(self, connection: sqlite3.Connection, limit: int = 1000) -> None:
+    def catch_up(self, connection: Any, limit: int = 1000) -> None:
         """Read everything there is."""
         while self.read(connection, limit):
             pass
@@ -461,6 +461,7 @@ async def test_what_cannot_be_asked(api: Api, parameters: dict[str, str], text: 
     assert (await changes(api, 400, **parameters))["detail"].startswith(text)
 
 
+@pytest.mark.sqlite
 async def test_a_place_that_is_gone(api: Api) -> None:
     await api.post(make_run())
     assert "restored" in (await changes(api, 410, after=2, wait=30))["detail"]

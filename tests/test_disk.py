@@ -39,7 +39,6 @@ from tests.conftest import (
     require_program,
     small_file_system,
 )
-from tests.contract.test_operation import locked
 from tests.contract.wire import RUNS, check_error, send
 from tests.http_client import call, get, post, wait_for_health
 from tests.tools.process import telemetryd
@@ -247,7 +246,7 @@ async def test_health_tells_the_queue_the_last_commit_the_log_and_the_room_left(
 async def test_health_tells_how_long_the_oldest_command_waits(make_api: MakeApi) -> None:
     api = await make_api(db_busy_timeout_ms=60_000)
     started = time.monotonic()
-    with locked(api.settings.db_path):
+    with api.locked():
         first = asyncio.create_task(send(api, "POST", RUNS, json=make_run()))
         await asyncio.sleep(0.6)
         second = asyncio.create_task(send(api, "POST", RUNS, json=make_run()))

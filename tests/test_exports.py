@@ -100,6 +100,7 @@ async def test_csv_is_rfc_4180_and_tells_an_empty_text_from_none(api: Api) -> No
     assert "product" not in read[1]
 
 
+@pytest.mark.sqlite
 @pytest.mark.parametrize("encoding", ["UTF-16le", "UTF-16be"])
 async def test_a_database_in_utf_16_is_exported_like_any_other(
     make_api: MakeApi, tmp_path: Path, encoding: str
@@ -126,6 +127,7 @@ async def test_a_database_in_utf_16_is_exported_like_any_other(
     assert pyarrow.parquet.read_table(tmp_path / "runs.parquet")["agent_name"].to_pylist() == ["ä\N{SNOWMAN}\N{ROCKET}"]
 
 
+@pytest.mark.sqlite
 @pytest.mark.parametrize("form", ["csv", "parquet"])
 async def test_a_nul_that_an_earlier_migration_kept_breaks_no_line(api: Api, tmp_path: Path, form: str) -> None:
     await api.batch([make_run(product="p,q"), make_run(product="next")])
@@ -140,6 +142,7 @@ async def test_a_nul_that_an_earlier_migration_kept_breaks_no_line(api: Api, tmp
     assert found == ["p\0q", "next"]
 
 
+@pytest.mark.sqlite
 async def test_parquet_with_text_that_is_no_utf_8_is_cut(api: Api) -> None:
     await api.batch([make_run(), make_run(product="bad")])
     with closing(sqlite3.connect(api.settings.db_path)) as connection, connection:
@@ -290,6 +293,7 @@ async def test_an_export_is_one_snapshot_whatever_is_written_meanwhile(make_api:
     assert response.headers[SNAPSHOT] == "exact"
 
 
+@pytest.mark.sqlite
 async def test_what_takes_too_long_is_copied_in_slices_and_says_so(api: Api) -> None:
     for _ in range(3):
         await api.batch([make_run() for _ in range(1500)])
@@ -302,6 +306,7 @@ async def test_what_takes_too_long_is_copied_in_slices_and_says_so(api: Api) -> 
     assert first == [*range(-7, 0), *range(8, 4501)]
 
 
+@pytest.mark.sqlite
 @pytest.mark.parametrize(("mode", "longest_s"), [("WAL", 60.0), ("DELETE", 0.5), ("PERSIST", 0.5)])
 async def test_a_snapshot_is_held_only_so_long(make_api: MakeApi, mode: str, longest_s: float) -> None:
     """In WAL mode it holds back checkpoints, and in the other modes each commit."""
@@ -310,6 +315,7 @@ async def test_a_snapshot_is_held_only_so_long(make_api: MakeApi, mode: str, lon
     assert reading(api)._exports.bounds.longest_s == longest_s
 
 
+@pytest.mark.sqlite
 async def test_the_log_stays_short_while_an_export_is_copied_slowly(
     make_api: MakeApi, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -350,6 +356,7 @@ async def test_the_log_stays_short_while_an_export_is_copied_slowly(
     assert max(logs) < 6 * len(LARGE)
 
 
+@pytest.mark.sqlite
 async def test_only_so_many_run_at_once_and_one_that_is_left_makes_room(api: Api, tmp_path: Path) -> None:
     for _ in range(16):
         await api.post(make_run(input_summary=LARGE))
@@ -368,6 +375,7 @@ async def test_only_so_many_run_at_once_and_one_that_is_left_makes_room(api: Api
     assert leftovers(tmp_path) == []
 
 
+@pytest.mark.sqlite
 async def test_a_reader_that_is_too_slow_gives_its_place_up(api: Api) -> None:
     assert api.client.app is not None
     api.client.app[EXPORTER].bounds = streamed.ExportBounds(patience_s=0.3, least_bytes_per_s=1e9)
@@ -384,6 +392,7 @@ async def test_a_reader_that_is_too_slow_gives_its_place_up(api: Api) -> None:
         each.close()
 
 
+@pytest.mark.sqlite
 async def test_the_next_chunk_is_made_while_one_is_sent(api: Api) -> None:
     await api.batch([make_run(input_summary="x" * 2000) for _ in range(300)])
     async with reading(api)._exports.open(ExportRuns()) as copied:
@@ -402,6 +411,7 @@ async def test_the_next_chunk_is_made_while_one_is_sent(api: Api) -> None:
     assert made[0] == sent
 
 
+@pytest.mark.sqlite
 async def test_an_export_that_is_left_in_the_middle_of_a_chunk_ends(api: Api, caplog: pytest.LogCaptureFixture) -> None:
     """What goes wrong in a chunk that nobody takes any more concerns nobody."""
     await api.batch([make_run() for _ in range(300)])
@@ -414,6 +424,7 @@ async def test_an_export_that_is_left_in_the_middle_of_a_chunk_ends(api: Api, ca
     assert not [record for record in caplog.records if record.name == "asyncio"]
 
 
+@pytest.mark.sqlite
 async def test_an_export_whose_client_left_is_closed_before_the_daemon_ends(api: Api) -> None:
     half, is_open = reading(api), asyncio.Event()
 
@@ -436,6 +447,7 @@ async def test_an_export_whose_client_left_is_closed_before_the_daemon_ends(api:
 LENGTHS = [*[1] * 200, 30_000, *[1] * 5, *[3_000] * 10, *[1] * 200]
 
 
+@pytest.mark.sqlite
 @pytest.mark.parametrize("form", Format)
 async def test_runs_of_any_length_and_id_are_exported(api: Api, tmp_path: Path, form: Format) -> None:
     await api.batch([make_run(output_summary="x" * length) for length in LENGTHS])
@@ -468,6 +480,7 @@ def test_a_step_renders_many_runs_but_few_long_ones() -> None:
     assert [runs for runs, piece in zip(rendered, pieces, strict=True) if len(piece) > 20_000] == [1]
 
 
+@pytest.mark.sqlite
 async def test_a_copy_never_takes_the_room_that_is_kept_for_new_runs(make_api: MakeApi) -> None:
     api = await make_api(min_free_mb=0)
     await api.post(make_run())

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import aiohttp
 import pytest
 
-from telemetryd.engine.sqlite.readers import Lane
+from telemetryd.engine.lanes import Lane
 from telemetryd.errors import QueryTimeoutError, TooManySubscribersError
 from telemetryd.model.changes import BEGINNING, Changes, Cursor, ListChanges
 from telemetryd.model.filters import Filters
@@ -435,6 +435,7 @@ async def test_a_group_that_reads_too_long_is_parted(api: Api, monkeypatch: pyte
             assert seen(await take(stream, 1)) == [("a", "running")]
 
 
+@pytest.mark.sqlite
 async def test_what_is_new_waits_for_no_search(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     never = asyncio.Event()
 

@@ -15,8 +15,8 @@ from unittest.mock import Mock
 
 import pytest
 
+from telemetryd.engine.lanes import Lane
 from telemetryd.engine.registry import Handler
-from telemetryd.engine.sqlite.readers import Lane
 from telemetryd.engine.sqlite.statements import answers
 from telemetryd.model.queries import ListRuns
 from telemetryd.services.admission import METRICS

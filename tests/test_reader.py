@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from telemetryd.engine.sqlite.readers import Lane, Readers
+from telemetryd.engine.lanes import Lane
+from telemetryd.engine.sqlite.readers import Readers
 from telemetryd.errors import QueryTimeoutError
 from telemetryd.model.queries import CountPrunable
 from tests.conftest import PATIENCE_S, Api, MakeApi, eventually, make_run, reading

@@ -399,6 +399,7 @@ def test_only_the_newest_runs_are_read_by_the_index_without_a_sort(tmp_path: Pat
 # --- The command ---------------------------------------------------------------------------------
 
 
+@pytest.mark.sqlite
 def test_the_command_asks_the_daemon_or_the_database(tmp_path: Path, start_daemon: StartDaemon) -> None:
     place = str(tmp_path / "socket")
     daemon = start_daemon("--unix", place)

@@ -22,6 +22,7 @@ from telemetryd.cli import main
 from telemetryd.cli.reach import session
 from telemetryd.cli.target import Remote
 from telemetryd.client.config import Config
+from telemetryd.engine import budget
 from telemetryd.engine.sqlite.statements import full_text, thinning
 from telemetryd.engine.sqlite.statements.commands import Transaction
 from telemetryd.engine.sqlite.statements.removal import Removal
@@ -181,7 +182,7 @@ def test_removals_of_one_group_share_their_time_and_a_merge_and_clear_once(
     connection: sqlite3.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(full_text, "_MERGED_PAGES", 1)
-    monkeypatch.setattr(thinning, "_SLICE_S", 0)
+    monkeypatch.setattr(budget, "_SLICE_S", 0)
     texts = {"input_summary": SECRET, "error_details": " ".join(f"word{number}" for number in range(2_000))}
     source = Random(1)
     store(connection, [random_row(source, f"r{number}", **texts) for number in range(8)])
@@ -213,7 +214,7 @@ def test_removals_of_one_group_share_their_time_and_a_merge_and_clear_once(
     assert carry_out("3") == [Removed(0, more=True)] * 7
     assert [run for _, run in changes()] == [run for _, run in [*numbers[1:], numbers[0]]]
     assert "-1" in steps[0]
-    monkeypatch.setattr(thinning, "_SLICE_S", 60)
+    monkeypatch.setattr(budget, "_SLICE_S", 60)
     assert carry_out("4") == [Removed(0, more=False)] * 7
     found = connection.execute("SELECT event_id, input_summary, updated_at FROM agent_runs ORDER BY id").fetchall()
     assert found[0] == ("r6", None, "1")
@@ -230,7 +231,7 @@ async def test_the_space_of_the_text_is_overwritten(
 ) -> None:
     """Nor does a table of the replaced service that was set aside, nor the full-text index, whose words are merged."""
     monkeypatch.setattr(full_text, "_MERGED_PAGES", 1)
-    monkeypatch.setattr(thinning, "_SLICE_S", 0)
+    monkeypatch.setattr(budget, "_SLICE_S", 0)
     api = await authorised(make_api, db_journal_mode=mode, full_text=is_indexed)
     with closing(sqlite3.connect(api.settings.db_path)) as connection, connection:
         connection.execute("CREATE TABLE legacy_run_events (id INTEGER PRIMARY KEY, event_id TEXT, data TEXT)")

@@ -57,6 +57,12 @@ def test_the_defaults_are_those_of_the_guide_and_the_contract() -> None:
         "db_synchronous": "FULL",
         "db_busy_timeout_ms": 30_000,
         "db_readers": 4,
+        "db_url": None,
+        "db_password_file": None,
+        "db_schema": "public",
+        "db_sync": None,
+        "db_commit_timeout_s": 30.0,
+        "db_poll_ms": 200,
         "query_timeout_s": 10.0,
         "api_host": "0.0.0.0",
         "api_port": 8765,
@@ -130,6 +136,9 @@ def test_a_flag_beats_the_environment_which_beats_dotenv_which_beats_the_default
         "prune_after": ["1.5s", "36h", "90d"],
         "stale_after": ["1.5s", "2.5s", "3.5s"],
         "backup_keep": ["1", "2", "3"],
+        "db_url": ["postgresql://a", "postgres://b/c", "postgresql://d@e,f/g"],
+        "db_schema": ["a", "b", "c"],
+        "db_sync": ["standby", "local", "none"],
         "quota_runs_per_minute": ["1", "2", "3"],
         "quota_bytes_per_day": ["1", "2", "3"],
         "cors_origins": ["http://a", "http://b", "http://c"],
@@ -150,7 +159,7 @@ def test_a_flag_beats_the_environment_which_beats_dotenv_which_beats_the_default
         value = found.settings.model_dump()[name]
         if name in ("prune_after", "stale_after"):
             return found.shown()[variable(name)]["value"] or "none"  # as it may be given again
-        shown = value.get_secret_value() if name == "api_auth_token" else value
+        shown = value.get_secret_value() if name in ("api_auth_token", "db_url") else value
         return str(shown).lower()
 
     default = loaded(beside)
@@ -187,6 +196,11 @@ WRONG = {
     "TELEMETRY_DB_JOURNAL_MODE": "OFF",
     "TELEMETRY_DB_SYNCHRONOUS": "OFF",
     "TELEMETRY_DB_BUSY_TIMEOUT_MS": "-1",
+    "TELEMETRY_DB_PASSWORD_FILE": " ",
+    "TELEMETRY_DB_SCHEMA": "My Schema",
+    "TELEMETRY_DB_SYNC": "sometimes",
+    "TELEMETRY_DB_COMMIT_TIMEOUT_S": "0",
+    "TELEMETRY_DB_POLL_MS": "9",
     "TELEMETRY_DB_READERS": "0",
     "TELEMETRY_QUERY_TIMEOUT_S": "inf",
     "TELEMETRY_API_HOST": " ",
@@ -226,7 +240,10 @@ WRONG = {
 
 
 def test_every_problem_is_reported_at_once_with_the_name_of_its_variable() -> None:
-    assert {variable(name) for name in Settings.model_fields} - set(WRONG) == {"TELEMETRY_API_AUTH_TOKEN"}
+    assert {variable(name) for name in Settings.model_fields} - set(WRONG) == {
+        "TELEMETRY_API_AUTH_TOKEN",
+        "TELEMETRY_DB_URL",  # which may hold a password, and is not shown
+    }
     found = problems(WRONG)
     assert [problem.partition(":")[0] for problem in found] == list(WRONG)
     for problem, value in zip(found, WRONG.values(), strict=True):
@@ -296,6 +313,38 @@ def test_a_setting_that_fits_alone_but_not_with_others_is_reported_with_the_othe
         "TELEMETRY_API_AUTH_TOKEN",
         "TELEMETRY_API_PORT",
         "TELEMETRY_LOG_LEVEL",
+    ]
+
+
+def test_an_address_of_another_database_is_refused_and_not_shown() -> None:
+    (problem,) = problems({"TELEMETRY_DB_URL": "mysql://root:secret@db/x"})
+    assert problem == (
+        "TELEMETRY_DB_URL: must begin with postgresql://, such as postgresql://telemetryd@db1,db2/telemetry"
+    )
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("postgresql://me@db1:5432,db2:5433/telemetry", "postgresql://me@db1:5432,db2:5433/telemetry"),
+        ("postgresql://me:secret@db1/telemetry", "postgresql://me:********@db1/telemetry"),
+        ("postgresql://me:se:c@ret@db1:1/telemetry", "postgresql://me:********@db1:1/telemetry"),
+        (
+            "postgresql:///telemetry?host=/run&password=secret&user=me",
+            "postgresql:///telemetry?host=/run&password=********&user=me",
+        ),
+    ],
+)
+def test_the_password_in_an_address_is_masked(url: str, shown: str) -> None:
+    assert loaded({"TELEMETRY_DB_URL": url}).shown()["TELEMETRY_DB_URL"]["value"] == shown
+
+
+def test_what_belongs_to_a_sqlite_file_is_refused_with_an_address_of_postgresql() -> None:
+    url = {"TELEMETRY_DB_URL": "postgresql://db/telemetry"}
+    assert loaded(url).settings.own_socket is None
+    assert problems({**url, "TELEMETRY_DB_PATH": "a", "TELEMETRY_MIN_FREE_MB": "0"}) == [
+        "TELEMETRY_DB_PATH, TELEMETRY_MIN_FREE_MB: means nothing with TELEMETRY_DB_URL, which chooses PostgreSQL; "
+        "leave it out"
     ]
 
 

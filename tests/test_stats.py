@@ -491,6 +491,7 @@ def test_the_table_fits_the_terminal() -> None:
     assert table({**answer, "groups": []}, 80).startswith("No runs were created from 2026-01-01T00:00:00Z to")
 
 
+@pytest.mark.sqlite
 def test_the_command_asks_the_daemon_or_the_database(tmp_path: Path, start_daemon: StartDaemon) -> None:
     place = str(tmp_path / "socket")
     daemon = start_daemon("--unix", place)

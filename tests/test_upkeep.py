@@ -21,12 +21,14 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from backports import zstd
 from click.testing import CliRunner
+from pydantic import SecretStr
 
 from telemetryd.cli import main, target
 from telemetryd.cli.reach import RefusedError, Request, Where, session
 from telemetryd.client.config import Config
+from telemetryd.engine import budget
+from telemetryd.engine.factory import count_wrong
 from telemetryd.engine.sqlite.connection import connect
-from telemetryd.engine.sqlite.statements import thinning
 from telemetryd.errors import InvalidRequestError
 from telemetryd.model.clocks import Reading, doubt
 from telemetryd.model.commands import CreateEvents, CreateRuns
@@ -35,7 +37,7 @@ from telemetryd.model.values import format_timestamp, utc_now
 from telemetryd.ops.metrics import Metrics
 from telemetryd.services import admin as admin_commands
 from telemetryd.services.upkeep import Upkeep
-from telemetryd.settings import Settings
+from telemetryd.settings import Settings, Sync
 from telemetryd.store import Store
 from telemetryd.web.answers import error_response
 from tests.conftest import Api, Daemon, MakeApi, StartDaemon, make_run, require_program
@@ -55,13 +57,31 @@ def rows(path: Path, sql: str) -> list[tuple[Any, ...]]:
         return connection.execute(sql).fetchall()
 
 
-def totals_are_right(path: Path) -> None:
+def execute(where: Api | Daemon, sql: str) -> list[tuple[Any, ...]]:
+    return [*where.execute(sql)]
+
+
+def totals_are_right(where: Api | Daemon | Path) -> None:
+    if isinstance(where, Path):
+        path = where
+    elif (url := database_url(where)) is not None:
+        assert count_wrong(Settings(db_url=SecretStr(url), db_sync=Sync.NONE), repair=False) == 0
+        return
+    else:
+        path = where.settings.db_path if isinstance(where, Api) else where.database
     assert rows(
         path, "SELECT agent_name, job_type, status, runs FROM run_totals WHERE runs > 0 ORDER BY 1, 2, 3"
     ) == rows(path, "SELECT agent_name, job_type, status, count(*) FROM agent_runs GROUP BY 1, 2, 3 ORDER BY 1, 2, 3")
     assert rows(path, "SELECT minute, runs FROM run_minutes ORDER BY 1") == rows(
         path, "SELECT substr(created_at, 1, 16), count(*) FROM agent_runs GROUP BY 1 ORDER BY 1"
     )
+
+
+def database_url(where: Api | Daemon) -> str | None:
+    if isinstance(where, Daemon):
+        return where.database_url
+    url = where.settings.db_url
+    return None if url is None else url.get_secret_value()
 
 
 async def fill(api: Api) -> None:
@@ -92,6 +112,7 @@ async def test_admin_needs_the_token(make_api: MakeApi) -> None:
     await api.call("POST", "/api/v1/admin/prune", json={"older_than": "1d"}, status=401)
 
 
+@pytest.mark.sqlite
 async def test_prune_deletes_a_slice_and_keeps_the_totals_right(make_api: MakeApi) -> None:
     api = await authorised(make_api)
     await fill(api)
@@ -191,9 +212,10 @@ async def test_reap_gives_the_guides_values_and_spares_heartbeats(make_api: Make
     assert run["error_summary"] == "Stale run cleaned up on startup (created at 2025-12-24T10:00:00.000000Z)"
     assert run["output_summary"] == "Process did not complete - cleanup on restart"
     assert (await api.get(f"/api/v1/runs/{alive['event_id']}"))["status"] == "running"
-    totals_are_right(api.settings.db_path)
+    totals_are_right(api)
 
 
+@pytest.mark.sqlite
 async def test_a_backup_is_made_where_the_settings_say(make_api: MakeApi, tmp_path: Path) -> None:
     folder = tmp_path / "backups"
     folder.mkdir()
@@ -239,6 +261,7 @@ def old_runs(number: int) -> list[Any]:
     return [make_run(created_at=ago(days=100), metrics_json={"n": n}) for n in range(number)]
 
 
+@pytest.mark.sqlite
 async def test_prune_goes_through_the_daemon_by_its_unix_socket(start_daemon: StartDaemon, tmp_path: Path) -> None:
     unix = tmp_path / "d.sock"
     (tmp_path / "elsewhere").mkdir()
@@ -259,12 +282,13 @@ async def test_prune_goes_through_the_daemon_by_its_unix_socket(start_daemon: St
     with zstd.open(archive, "rb") as packed:
         archived = [json.loads(line) for line in packed]
     assert sorted(run["metrics_json"]["n"] for run in archived) == list(range(700))
-    assert rows(daemon.database, "SELECT count(*) FROM agent_runs") == [(5,)]
-    totals_are_right(daemon.database)
+    assert execute(daemon, "SELECT count(*) FROM agent_runs") == [(5,)]
+    totals_are_right(daemon)
     assert "exists already" in telemetryd(*common, "--unix", unix, "--archive", archive, status=1).stderr
     assert daemon.stop() == 0
 
 
+@pytest.mark.sqlite
 @pytest.mark.parametrize("is_running", [True, False])
 async def test_runs_too_large_for_usual_pages_are_archived_in_smaller_ones(
     start_daemon: StartDaemon, tmp_path: Path, is_running: bool
@@ -284,6 +308,7 @@ async def test_runs_too_large_for_usual_pages_are_archived_in_smaller_ones(
     assert (json.loads(told.stdout)["pruned"], json.loads(told.stdout)["archived"]) == (40, 40)
 
 
+@pytest.mark.sqlite
 @pytest.mark.parametrize("is_running", [True, False])
 async def test_events_go_into_the_archive_and_away_with_their_runs(
     start_daemon: StartDaemon, tmp_path: Path, is_running: bool
@@ -312,9 +337,9 @@ async def test_events_go_into_the_archive_and_away_with_their_runs(
     assert archived[talkative][0]["payload"] == {"n": 1}
     assert [len(events) for event_id, events in archived.items() if event_id not in (talkative, quiet)] == [0] * 18
     assert len(archived[quiet]) == 1
-    assert rows(daemon.database, "SELECT count(*) FROM agent_runs") == [(1,)]
-    assert rows(daemon.database, "SELECT count(*) FROM run_events") == [(1,)]
-    totals_are_right(daemon.database)
+    assert execute(daemon, "SELECT count(*) FROM agent_runs") == [(1,)]
+    assert execute(daemon, "SELECT count(*) FROM run_events") == [(1,)]
+    totals_are_right(daemon)
 
 
 async def test_a_run_that_gets_events_after_it_was_archived_stays(make_api: MakeApi) -> None:
@@ -361,9 +386,10 @@ async def test_reap_goes_through_the_daemon_by_its_token(start_daemon: StartDaem
     await asyncio.sleep(1.1)
     out = telemetryd("reap", "--older-than", "1s", "--url", daemon.url, "--auth-token-file", tmp_path / "token").stdout
     assert out.startswith("3 runs created before ")
-    assert rows(daemon.database, "SELECT DISTINCT status FROM agent_runs") == [("cancelled",)]
+    assert execute(daemon, "SELECT DISTINCT status FROM agent_runs") == [("cancelled",)]
 
 
+@pytest.mark.sqlite
 async def test_without_a_daemon_they_work_on_the_database(start_daemon: StartDaemon, tmp_path: Path) -> None:
     daemon = start_daemon()
     await post(daemon, [*old_runs(600), *[make_run(created_at=ago(hours=2)) for _ in range(5)]])
@@ -388,6 +414,7 @@ async def test_without_a_daemon_they_work_on_the_database(start_daemon: StartDae
     assert not (tmp_path / "none.sqlite").exists()
 
 
+@pytest.mark.sqlite
 async def test_a_run_that_comes_after_the_archive_was_written_is_spared(
     start_daemon: StartDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -407,8 +434,8 @@ async def test_a_run_that_comes_after_the_archive_was_written_is_spared(
     where = Where(settings={"db_path": daemon.database})
     done = await upkeep._prune(where, {"created_before": ago(days=90)}, dry_run=False, archive=tmp_path / "archive.zst")
     assert (done["archived"], done["pruned"]) == (5, 5)
-    assert rows(daemon.database, "SELECT event_id FROM agent_runs") == [(late["event_id"],)]
-    totals_are_right(daemon.database)
+    assert execute(daemon, "SELECT event_id FROM agent_runs") == [(late["event_id"],)]
+    totals_are_right(daemon)
 
 
 def test_a_prune_killed_at_any_moment_loses_no_run_and_can_be_repeated(
@@ -471,7 +498,7 @@ async def test_nothing_is_deleted_by_itself_until_the_age_is_confirmed(make_api:
     upkeep = await for_a_moment(api)
     assert await count(api) == 50
     assert (upkeep.shown()["unconfirmed"], upkeep.notices()) == (None, [])
-    totals_are_right(api.settings.db_path)
+    totals_are_right(api)
 
 
 @pytest.mark.parametrize(
@@ -564,16 +591,18 @@ def test_a_clock_that_was_never_asked_for_is_compared_with_what_was_committed() 
     assert "2026-01-01T00:00:00" in (doubt(now, None, "2026-01-01T00:00:00.000000Z") or "")
 
 
+@pytest.mark.sqlite
 async def test_what_was_confirmed_is_not_restored(make_api: MakeApi, tmp_path: Path) -> None:
     api = await authorised(make_api)
     await confirm(api, prune_after="90d")
     confirmed = "SELECT after_s FROM confirmed_prune"
-    assert rows(api.settings.db_path, confirmed) == [(90 * 86_400,)]
+    assert execute(api, confirmed) == [(90 * 86_400,)]
     telemetryd("backup", tmp_path / "copy.sqlite", "--db-path", api.settings.db_path)
     telemetryd("restore", tmp_path / "copy.sqlite", "--db-path", tmp_path / "other.sqlite")
     assert rows(tmp_path / "other.sqlite", confirmed) == []
 
 
+@pytest.mark.sqlite
 async def test_the_daemon_does_it_by_itself_if_set_and_confirmed(start_daemon: StartDaemon) -> None:
     settings = {"TELEMETRY_PRUNE_AFTER": "90d", "TELEMETRY_STALE_AFTER": "1s", "TELEMETRY_RETENTION_DAYS": "30"}
     daemon = start_daemon(**settings)
@@ -596,7 +625,7 @@ async def test_the_daemon_does_it_by_itself_if_set_and_confirmed(start_daemon: S
     done = json.loads(telemetryd("prune", "--confirm-automatic", "90d", "--json", *there).stdout)
     assert done["matching"] == 3
     assert daemon.wait_for_line("Pruned")["result_count"] == 3
-    totals_are_right(daemon.database)
+    totals_are_right(daemon)
 
 
 @pytest.fixture
@@ -608,6 +637,7 @@ def wall_clock(tmp_path: Path) -> Path:
     return library
 
 
+@pytest.mark.sqlite
 async def test_a_daemon_that_starts_with_a_wrong_clock_deletes_nothing(
     start_daemon: StartDaemon, tmp_path: Path, wall_clock: Path
 ) -> None:
@@ -655,8 +685,8 @@ async def test_a_run_from_the_future_is_as_old_as_its_arrival(make_api: MakeApi)
     assert (await admin(api, "reap", older_than="90d", agent_name="b"))["reaped"] == 1
     assert (await admin(api, "prune", older_than="90d", agent_name="a", status="running"))["pruned"] == 2
     assert (await admin(api, "prune", older_than="90d"))["pruned"] == 2
-    assert rows(api.settings.db_path, "SELECT count(*) FROM run_arrivals") == [(0,)]
-    totals_are_right(api.settings.db_path)
+    assert execute(api, "SELECT count(*) FROM run_arrivals") == [(0,)]
+    totals_are_right(api)
 
 
 @pytest.mark.parametrize("is_remote", [False, True])
@@ -694,8 +724,8 @@ async def test_a_batch_and_its_repeat_note_each_arrival_once(make_api: MakeApi) 
     ahead = [make_run(created_at=ago(days=-days)) for days in (1, 2)]
     for _ in range(2):
         await api.batch([*ahead, ahead[0], make_run(), make_run(created_at=ago(days=1))])
-    noted = rows(
-        api.settings.db_path,
+    noted = execute(
+        api,
         "SELECT event_id FROM run_arrivals AS a JOIN agent_runs AS r ON r.id = a.run AND r.created_at = a.created_at "
         "AND r.updated_at = a.arrived_at AND r.agent_name = a.agent_name ORDER BY r.id",
     )
@@ -706,22 +736,21 @@ async def test_a_batch_and_its_repeat_note_each_arrival_once(make_api: MakeApi) 
 
 
 async def test_a_slice_is_bounded_in_bytes(make_api: MakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(thinning, "SLICE_BYTES", 80_000)
+    monkeypatch.setattr(budget, "SLICE_BYTES", 80_000)
     api = await authorised(make_api)
     await api.batch([make_run(created_at=ago(days=100), error_details="x" * size * 10_000) for size in (3, 3, 3, 9, 1)])
     assert (await admin(api, "reap", older_than="1h", dry_run=True))["matching"] == 0
-    with closing(sqlite3.connect(api.settings.db_path)) as connection, connection:
-        connection.execute("UPDATE agent_runs SET updated_at = created_at")
+    api.execute("UPDATE agent_runs SET updated_at = created_at")
     for command, counted in (("reap", "reaped"), ("prune", "pruned")):
         slices: list[Any] = []
         while not slices or slices[-1]["more"]:
             slices.append(await admin(api, command, older_than="1h" if command == "reap" else "90d"))
         assert [answer[counted] for answer in slices if answer[counted]] == [2, 1, 1, 1]
-    totals_are_right(api.settings.db_path)
+    totals_are_right(api)
 
 
 async def test_a_slice_is_bounded_in_the_bytes_of_events(make_api: MakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(thinning, "SLICE_BYTES", 80_000)
+    monkeypatch.setattr(budget, "SLICE_BYTES", 80_000)
     api = await authorised(make_api)
     runs = [make_run(created_at=ago(days=100)) for _ in range(2)]
     await api.batch(runs)
@@ -729,20 +758,20 @@ async def test_a_slice_is_bounded_in_the_bytes_of_events(make_api: MakeApi, monk
     await api.call("POST", f"/api/v1/runs/{runs[0]['event_id']}/events", json=events, status=201)
     answer = await admin(api, "prune", older_than="90d")
     assert answer["more"]
-    assert 0 < rows(api.settings.db_path, "SELECT count(*) FROM run_events")[0][0] < 12
+    assert 0 < execute(api, "SELECT count(*) FROM run_events")[0][0] < 12
     while answer["more"]:
         answer = await admin(api, "prune", older_than="90d")
-    assert rows(api.settings.db_path, "SELECT count(*) FROM run_events") == [(0,)]
+    assert execute(api, "SELECT count(*) FROM run_events") == [(0,)]
     assert await count(api) == 0
 
 
 def test_a_slice_ends_when_its_time_is_over() -> None:
     now = [0.0]
-    budget = thinning.Budget(lambda: now[0])
-    assert budget.take([("a", 1), ("b", 1)]) == [("a",), ("b",)]
-    assert not budget.is_spent
+    left = budget.Budget(lambda: now[0])
+    assert left.take([("a", 1), ("b", 1)]) == [("a",), ("b",)]
+    assert not left.is_spent
     now[0] = 1.0
-    assert budget.is_spent
+    assert left.is_spent
 
 
 def test_an_archive_that_finds_no_room_deletes_nothing(tmp_path: Path) -> None:

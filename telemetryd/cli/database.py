@@ -15,6 +15,7 @@ import click
 
 import telemetryd.engine.sqlite.tools.backup as backups
 import telemetryd.engine.sqlite.tools.check as checks
+from telemetryd.cli import shared_database
 from telemetryd.cli.options import (
     EXIT_FAILURE,
     Progress,
@@ -92,6 +93,9 @@ _RULE = "=" * 70
 @settings_flags(*DATABASE_SETTINGS)
 def migrate(dry_run: bool, with_backup: bool, as_json: bool, **flags: Any) -> None:
     settings = load_settings(flags).settings
+    if settings.db_url is not None:
+        shared_database.migrate(settings, dry_run=dry_run, as_json=as_json)
+        return
     path = settings.db_path.absolute()
     with failing():
         if dry_run:
@@ -234,7 +238,10 @@ def _print_migration(path: Path, done: legacy.Migration, *, dry_run: bool) -> No
 @json_flag
 @settings_flags("db_path")
 def backup(destination: Path, keep: int | None, compress: bool, as_json: bool, **flags: Any) -> None:
-    path = load_settings(flags).settings.db_path.absolute()
+    settings = load_settings(flags).settings
+    with failing():
+        shared_database.refuse(settings)
+    path = settings.db_path.absolute()
     is_directory = destination.is_dir()
     if keep is not None and not is_directory:
         raise click.UsageError(f"--keep needs a directory, and {destination} is none")
@@ -303,6 +310,7 @@ def refuse_missing(path: Path) -> None:
 def restore(source: Path, as_json: bool, **flags: Any) -> None:
     settings = load_settings(flags).settings
     with failing():
+        shared_database.refuse(settings)
         _refuse_in_use(source, settings.db_path)
     with failing(), owned(settings) as path, progress() as drawn:
         forget_leftovers(path)
@@ -368,6 +376,8 @@ def _refuse_in_use(source: Path, database: Path) -> None:
 @settings_flags(*DATABASE_SETTINGS)
 def check(repair: bool, as_json: bool, **flags: Any) -> None:
     settings = load_settings(flags).settings
+    if settings.db_url is not None:
+        sys.exit(shared_database.check(settings, repair=repair, as_json=as_json))
     with failing(), progress() as drawn:
         refuse_missing(settings.db_path)
         done: dict[str, Any] = {}

@@ -138,8 +138,10 @@ def load_for(flags: Mapping[str, Any]) -> LoadedSettings:
         ConfigurationError: if some cannot be used.
 
     """
-    is_named = flags.get("db_path") is not None or bool(os.environ.get(variable("db_path")))
-    return load(flags, needs_dotenv=not is_named)
+    is_file = flags.get("db_path") is not None  # then it is not the one that a variable names
+    is_named = is_file or any(os.environ.get(variable(name)) for name in ("db_path", "db_url"))
+    names = [name for name in Settings.model_fields if name != "db_url"] if is_file else None
+    return load(flags, names=names, needs_dotenv=not is_named)
 
 
 def load_settings(flags: dict[str, Any], *, of_daemon: bool = False) -> LoadedSettings:

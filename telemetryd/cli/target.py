@@ -47,7 +47,7 @@ from telemetryd.model import event_queries, events, queries, regressions, runs, 
 from telemetryd.model.filters import TIME_BOUNDS, Filters, quoted
 from telemetryd.ops.metrics import Metrics
 from telemetryd.services import admin
-from telemetryd.settings import SYSTEM_SOCKET, Settings, variable
+from telemetryd.settings import SYSTEM_SOCKET, Settings, variable, without_password
 from telemetryd.store import Store
 
 Body = dict[str, Any]
@@ -301,7 +301,11 @@ class Place:
     def __str__(self) -> str:
         if self.config is not None:
             return f"the daemon at {self.config.url}"
-        return "" if self.settings is None else f"the database {self.settings.db_path.absolute()}"
+        if self.settings is None:
+            return ""
+        url = self.settings.db_url
+        place = self.settings.db_path.absolute() if url is None else without_password(url.get_secret_value())
+        return f"the database {place}"
 
 
 def decide(where: Where) -> Place:
@@ -321,6 +325,8 @@ def decide(where: Where) -> Place:
     settings, socket_named = loaded.settings, loaded.settings.unix_socket
     if socket_named is not None and not where.names_database and _silence(socket_named) is None:
         return Place(None, _through(where, settings, socket_named))
+    if settings.db_url is not None:  # to which anybody may write, next to its daemons
+        return Place(settings, None)
     holder = owner(settings) or _other_user(settings)
     if holder is None:
         is_found = settings.db_path.exists() or loaded.origins["db_path"] is not Origin.DEFAULT
@@ -407,7 +413,7 @@ async def find_target(where: Where, *, changes: bool = False) -> AsyncIterator[T
     place = decide(where)
     if place.obstacle:
         raise DatabaseOwnedError(place.obstacle)
-    if place.config is None and place.settings is not None:
+    if place.config is None and place.settings is not None and place.settings.db_url is None:
         refuse_missing(place.settings.db_path.absolute())
     if changes:
         click.echo(f"telemetryd: works on {place}", err=True)

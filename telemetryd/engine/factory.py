@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import datetime
+from importlib.util import find_spec
 
 from telemetryd.engine.interface import Engine, QueryingEngine
 from telemetryd.engine.sqlite.engine import holder, open_sqlite, open_sqlite_read_only
+from telemetryd.errors import DatabaseError
 from telemetryd.ops.metrics import Metrics
 from telemetryd.settings import Settings
 
@@ -27,11 +29,21 @@ async def open_engine(
         DatabaseOwnedError: if another process owns it.
 
     """
+    if settings.db_url is not None:
+        _require_driver()
+        from telemetryd.engine.postgres.engine import open_postgres  # noqa: PLC0415 - only where it is used
+
+        return await open_postgres(settings, clock, full_text=full_text)
     return await open_sqlite(settings, metrics, clock, full_text=full_text)
 
 
 def owner(settings: Settings) -> str | None:
-    """Return the PID of the process that owns the database, or None; nothing is taken or made."""
+    """Return the PID of the process that owns the database, or None; nothing is taken or made.
+
+    A database on PostgreSQL is nobody's own: any number of processes write to it.
+    """
+    if settings.db_url is not None:
+        return None
     return holder(settings)
 
 
@@ -42,4 +54,46 @@ async def open_read_only(settings: Settings) -> QueryingEngine:
         DatabaseError: if it cannot be read, or is not of this version.
 
     """
+    if settings.db_url is not None:
+        _require_driver()
+        from telemetryd.engine.postgres.engine import open_postgres_read_only  # noqa: PLC0415 - only where it is used
+
+        return await open_postgres_read_only(settings)
     return await open_sqlite_read_only(settings)
+
+
+def bring_up_to_date(settings: Settings, *, dry_run: bool) -> tuple[int, int]:
+    """Bring the schema of a database on PostgreSQL to this version; return the versions before and after.
+
+    Raises:
+        DatabaseError: if that is not possible.
+
+    """
+    _require_driver()
+    from telemetryd.engine.postgres import tools  # noqa: PLC0415 - only where it is used
+
+    return tools.bring_up_to_date(settings, dry_run=dry_run)
+
+
+def count_wrong(settings: Settings, *, repair: bool) -> int:
+    """Count what a database on PostgreSQL counts wrongly, and count it anew if that is wanted.
+
+    Raises:
+        DatabaseError: if that is not possible.
+
+    """
+    _require_driver()
+    from telemetryd.engine.postgres import tools  # noqa: PLC0415 - only where it is used
+
+    return tools.count_wrong(settings, repair=repair)
+
+
+def _require_driver() -> None:
+    """See that PostgreSQL's driver is installed, which is an extra.
+
+    Raises:
+        DatabaseError: if not.
+
+    """
+    if find_spec("psycopg") is None:
+        raise DatabaseError("TELEMETRY_DB_URL needs the package psycopg: pip install 'telemetryd[postgresql]'")

@@ -145,6 +145,14 @@ class QueryingEngine(Protocol):
 class ReadingEngine(QueryingEngine, Protocol):
     """The half that all other parts may use. Nothing here changes what is stored."""
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether other daemons may use the same database."""
+
+    @property
+    def leads(self) -> bool:
+        """Whether this daemon is the one that does what is to be done once for a database."""
+
     async def read_news(self, query: ListChanges) -> Changes:
         """Answer a query of the feed as `read` does; it waits for no query of anybody else."""
 

@@ -180,8 +180,11 @@ class Health(TypedDict):
     queue_depth: Number
     oldest_waiting_s: Sum
     last_commit_at: Moment | None
-    wal_bytes: Number
-    disk_free_bytes: Number
+    engine: NotRequired[Annotated[str, Field(description="Of PostgreSQL: its version.")]]
+    primary: NotRequired[Annotated[str, Field(description="Of PostgreSQL: the server that takes the writes.")]]
+    timeline: NotRequired[Annotated[int, Field(description="Of PostgreSQL: how often another server took over.")]]
+    wal_bytes: NotRequired[Annotated[int, Field(ge=0, description="Of SQLite: the size of its write-ahead log.")]]
+    disk_free_bytes: NotRequired[Annotated[int, Field(ge=0, description="Of SQLite: what is free on its disk.")]]
     counts: Comparison
     full_text: FullTextState
     automatic: Automatic

@@ -146,6 +146,8 @@ class Alerting:
             async with turn:
                 if self._rules is not rules:
                     return
+                if not self._store.leads:  # another daemon evaluates them
+                    continue
                 begin_s = now_s()
                 try:
                     await self.evaluate(some)

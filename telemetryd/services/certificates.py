@@ -186,7 +186,7 @@ class Certificates:
     async def _look_again(self, machine: Machine) -> None:
         while True:
             try:
-                known = await self._store.fetch(ListProcesses())
+                known = [process for process in await self._store.fetch(ListProcesses()) if self._is_ours(process)]
             except UnavailableError:
                 await asyncio.sleep(_RETRY_S)
             else:
@@ -194,6 +194,15 @@ class Certificates:
         for start in range(0, len(known), _AT_ONCE):  # many ends share a commit
             part = known[start : start + _AT_ONCE]
             await asyncio.gather(*(self._end_unless_alive(process, machine) for process in part))
+
+    def _is_ours(self, process: Process) -> bool:
+        """Return whether nobody but this daemon can know of a process: others look after those of their machines."""
+        machine = self._machine
+        if machine is None or not self._store.is_shared:
+            return True
+        if process.boot_id != machine.boot_id:
+            return process.machine == machine.machine != ""
+        return process.pid_namespace == machine.pid_namespace
 
     async def _end_unless_alive(self, process: Process, machine: Machine) -> None:
         if process.boot_id != machine.boot_id:

@@ -22,6 +22,7 @@ from telemetryd.ops.logs import log
 from telemetryd.services import webhooks
 from telemetryd.store import Store
 
+_LOOK_EVERY_S: Final = 1.0
 _GIVE_UP_AFTER: Final = timedelta(hours=24)
 
 
@@ -88,6 +89,9 @@ class Outbox:
     async def run(self, session: aiohttp.ClientSession) -> None:
         """Send what waits, for ever."""
         while True:
+            if not self._store.leads:  # another daemon delivers
+                await asyncio.sleep(_LOOK_EVERY_S)
+                continue
             self._news.clear()
             try:
                 waiting = await self._due()
@@ -120,6 +124,9 @@ class Outbox:
     async def _rest(self) -> None:
         """Wait for a new message, or for the next one that has rested."""
         until = min((rest.until for rest in self._resting.values()), default=None)
+        if self._store.is_shared:  # of what another daemon has stored nobody tells us
+            soon = asyncio.get_running_loop().time() + _LOOK_EVERY_S
+            until = soon if until is None else min(until, soon)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout_at(until):
                 await self._news.wait()

@@ -151,6 +151,9 @@ class Upkeep:
     async def _repeat(self, task: str, pause_s: float, do: Callable[[], Awaitable[None]]) -> None:
         while True:
             news = self._news
+            if not self._store.leads:  # another daemon does it
+                await asyncio.sleep(_LEAST_PAUSE_S * 100)
+                continue
             try:
                 await do()
             except TelemetrydError as error:

@@ -8,7 +8,6 @@ import gzip
 import http.client
 import io
 import json
-import sqlite3
 import threading
 import time
 from collections.abc import Callable
@@ -310,10 +309,8 @@ async def test_all_good_items_commit_in_one_transaction(api: Api) -> None:
     stop = False
 
     def watch() -> None:
-        with sqlite3.connect(f"file:{api.settings.db_path}?mode=ro", uri=True) as connection:
-            while not stop:
-                seen.add(connection.execute("SELECT count(*) FROM agent_runs").fetchone()[0])
-        connection.close()
+        while not stop:
+            seen.add(api.execute("SELECT count(*) FROM agent_runs")[0][0])
 
     watching = asyncio.create_task(asyncio.to_thread(watch))
     for _ in range(3):

@@ -237,6 +237,7 @@ def words(path: Path) -> int:
     return sum(finding.check == "full text" for finding in examine(path))
 
 
+@pytest.mark.sqlite
 async def test_the_index_follows_every_change(make_api: MakeApi) -> None:
     api = await make_api(full_text=True)
     await api.batch([make_run(event_id=str(n), input_summary=f"made{n}", created_at=at(n)) for n in range(5)])
@@ -332,6 +333,7 @@ async def test_an_index_is_built_while_runs_change_and_after_a_restart(tmp_path:
         pass
 
 
+@pytest.mark.sqlite
 @pytest.mark.parametrize(
     "harm",
     ["DROP TRIGGER runs_text_changed", "INSERT INTO runs_text (rowid, input_summary) VALUES (3, 'stray')",

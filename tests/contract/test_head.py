@@ -110,6 +110,7 @@ async def test_head_is_get_without_its_content(filled: Api, path: str) -> None:
             assert (await wire.ask("GET", "/health"))[0] == 200
 
 
+@pytest.mark.sqlite
 async def test_head_of_an_export_copies_nothing_and_of_the_stream_opens_none(
     make_api: MakeApi,
 ) -> None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import re
 import sqlite3
 import time
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -22,13 +20,14 @@ import telemetryd
 from telemetryd.engine.sqlite.statements.runs import fetch_counts
 from telemetryd.model.queries import CountRuns
 from telemetryd.model.runs import PATCHABLE, STORED
-from tests.conftest import Api, MakeApi, eventually, make_run
+from tests.conftest import Api, MakeApi, eventually, make_run, patience
 from tests.contract.test_runs import FULL
 from tests.contract.wire import BATCH, RUNS, check_error, is_in_hand, send
 
 # --- Health --------------------------------------------------------------------------------------
 
 
+@pytest.mark.sqlite
 @pytest.mark.parametrize(
     ("journal_mode", "synchronous", "durable"),
     [
@@ -54,21 +53,9 @@ async def test_health_tells_the_modes(make_api: MakeApi, journal_mode: str, sync
     assert health["queue_depth"] == 0
 
 
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold SQLite's write lock as a foreign process would."""
-    connection = sqlite3.connect(path, isolation_level=None)
-    try:
-        connection.execute("BEGIN IMMEDIATE")
-        yield
-        connection.execute("ROLLBACK")
-    finally:
-        connection.close()
-
-
-async def test_health_never_waits_on_the_queue(make_api: MakeApi) -> None:
-    api = await make_api(db_busy_timeout_ms=60_000)
-    with locked(api.settings.db_path):
+async def test_health_never_waits_on_the_queue(make_api: MakeApi, engine: str) -> None:
+    api = await make_api(**patience(engine))
+    with api.locked():
         writing = [asyncio.create_task(send(api, "POST", RUNS, json=make_run()))]
         await eventually(lambda: is_in_hand(api))
         writing += [asyncio.create_task(send(api, "POST", RUNS, json=make_run())) for _ in range(4)]
@@ -82,6 +69,7 @@ async def test_health_never_waits_on_the_queue(make_api: MakeApi) -> None:
     assert {(await task).status for task in writing} == {201}
 
 
+@pytest.mark.sqlite
 async def test_health_is_503_with_the_reason_when_the_database_is_gone(
     make_api: MakeApi, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -123,7 +111,7 @@ async def test_metrics_as_json(api: Api, accept: str | None) -> None:
     assert metrics["total_runs"] == 4
     assert metrics["agents"] == {"hugo": 3, "seo": 1}
     assert metrics["recent_24h"] == 4
-    assert metrics["performance"]["db_path"] == str(api.settings.db_path)
+    assert metrics["performance"]["db_path"] == api.store.health().description["db_path"]
     assert metrics["performance"]["journal_mode"] == "WAL"
 
 
@@ -192,6 +180,7 @@ async def test_duplicates_and_changes_are_not_counted_twice(api: Api) -> None:
     assert (metrics["total_runs"], metrics["agents"]) == (1, {run["agent_name"]: 1})
 
 
+@pytest.mark.sqlite
 async def test_totals_do_not_cost_more_with_more_runs(api: Api) -> None:
     """Counted in steps of SQLite's virtual machine, with the same agents and minutes."""
 

@@ -94,14 +94,15 @@ async def test_a_star_allows_every_name(make_api: MakeApi) -> None:
         assert (await get(api, host)).status == 200, host
 
 
-async def test_with_a_token_every_name_will_do_unless_names_are_listed(make_api: MakeApi, tmp_path: Path) -> None:
+async def test_with_a_token_every_name_will_do_unless_names_are_listed(
+    make_api: MakeApi, engine: str, tmp_path: Path
+) -> None:
     api = await make_api(api_auth_enabled=True, api_auth_token=TOKEN)
     key = b"X-API-Key: " + TOKEN.encode() + b"\r\n"
     assert (await get(api, "telemetry:{port}", RUNS, key)).status == 200
     check_error(await get(api, "evil.example:{port}", RUNS), 401)
-    strict = await make_api(
-        db_path=tmp_path / "second.sqlite", api_auth_enabled=True, api_auth_token=TOKEN, allowed_hosts="telemetry"
-    )
+    second = {"db_path": tmp_path / "second.sqlite"} if engine == "sqlite" else {}
+    strict = await make_api(**second, api_auth_enabled=True, api_auth_token=TOKEN, allowed_hosts="telemetry")
     assert (await get(strict, "telemetry:{port}", RUNS, key)).status == 200
     check_error(await get(strict, "evil.example:{port}", RUNS, key), 403)
 

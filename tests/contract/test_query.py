@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import sqlite3
-from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from urllib.parse import parse_qsl, urlsplit
 
@@ -254,8 +252,7 @@ async def test_the_last_page_has_no_link(api: Api) -> None:
 async def test_cursors_walk_through_runs_with_negative_ids_too(api: Api) -> None:
     """Only other programs gave such ids; `migrate` keeps them."""
     await api.batch([make_run(event_id=f"{n}", created_at=at(0)) for n in range(4)])
-    with closing(sqlite3.connect(api.settings.db_path)) as connection, connection:
-        connection.execute("UPDATE agent_runs SET id = id - 3")
+    api.execute("UPDATE agent_runs SET id = id - 3")
     path: str | None = f"{RUNS}?limit=1"
     walked: list[str] = []
     while path is not None:

@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from datetime import datetime
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from telemetryd.engine.interface import BackupMade, Copy, Engine, EngineHealth, Introduction
+from telemetryd.engine.lanes import Lane
 from telemetryd.engine.sqlite.connection import (
     LOG_BYTES,
     bytes_not_written_back,
@@ -27,7 +28,7 @@ from telemetryd.engine.sqlite.files import forget_cached, is_unfinished, prepare
 from telemetryd.engine.sqlite.groups import Groups, Outcome, translated
 from telemetryd.engine.sqlite.opening import Opened, check_schema, identity_of, keep_full_text
 from telemetryd.engine.sqlite.ownership import Ownership, refuse_other_name
-from telemetryd.engine.sqlite.readers import Lane, Readers
+from telemetryd.engine.sqlite.readers import Readers
 from telemetryd.engine.sqlite.recount import Recount
 from telemetryd.engine.sqlite.statements.answers import REGISTRY
 from telemetryd.engine.sqlite.tools import backup, migrate
@@ -355,6 +356,9 @@ class Writing:
 
 class Reading:
     """The half that all parts may use (`ReadingEngine`): its connections cannot write."""
+
+    is_shared: Final = False
+    leads: Final = True
 
     def __init__(self, database: _Database, settings: Settings) -> None:
         self._database = database

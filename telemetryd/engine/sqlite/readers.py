@@ -6,49 +6,24 @@ import asyncio
 import sqlite3
 import traceback
 from collections.abc import Callable
-from enum import Enum, auto
 from pathlib import Path
 from typing import Final, TypeVar
 
+from telemetryd.engine.lanes import MOST_WAITING, Lane, share_out
 from telemetryd.engine.sqlite.connection import Connection, open_reader
 from telemetryd.errors import QueryTimeoutError, UnavailableError
 
 T = TypeVar("T")
 
-_MOST_WAITING: Final = 2_000
-"""Queries that may wait for a connection; each holds what its request holds."""
-
 _INTERRUPT_AGAIN_S: Final = 0.02
 
 
-class Lane(Enum):
-    """Which connections run a query."""
-
-    QUICK = auto()
-    LONG = auto()
-    """Those for queries that may read many runs, however few they answer."""
-    FEED = auto()
-    """The one of the feed."""
-
-
 class Readers:
-    """Connections that cannot write; each runs one query at a time.
+    """Connections that cannot write; each runs one query at a time (`lanes.share_out`)."""
 
-    Half of them are for long queries, so that quick ones need not wait until those are through; one more is for the
-    feed, which waits for nobody's.
-    """
-
-    def __init__(self, connections: list[Connection], timeout_s: float, most_waiting: int = _MOST_WAITING) -> None:
+    def __init__(self, connections: list[Connection], timeout_s: float, most_waiting: int = MOST_WAITING) -> None:
         self._all = connections
-        feed, *others = connections
-        half = len(others) // 2
-        quick = _idle(others[half:])
-        # Those that run nothing.
-        self._idle = {
-            Lane.QUICK: quick,
-            Lane.LONG: _idle(others[:half]) if half else quick,
-            Lane.FEED: _idle([feed]),
-        }
+        self._idle = share_out(connections)
         self._waiting = 0
         self._most_waiting = most_waiting
         self._timeout_s = timeout_s
@@ -56,7 +31,7 @@ class Readers:
 
     @classmethod
     async def open(
-        cls, path: Path, count: int, timeout_s: float, busy_timeout_ms: int, *, most_waiting: int = _MOST_WAITING
+        cls, path: Path, count: int, timeout_s: float, busy_timeout_ms: int, *, most_waiting: int = MOST_WAITING
     ) -> Readers:
         """Open the pool on an existing database: so many connections, and that of the feed."""
         connections: list[Connection] = []
@@ -126,13 +101,6 @@ class Readers:
             closing = asyncio.ensure_future(connection.close())
             _end(connection, closing)
             await closing
-
-
-def _idle(connections: list[Connection]) -> asyncio.LifoQueue[Connection]:
-    idle: asyncio.LifoQueue[Connection] = asyncio.LifoQueue()
-    for connection in connections:
-        idle.put_nowait(connection)
-    return idle
 
 
 def _take_back(idle: asyncio.LifoQueue[Connection], connection: Connection, ended: asyncio.Future[T]) -> None:

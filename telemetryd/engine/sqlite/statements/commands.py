@@ -15,6 +15,7 @@ from typing import Any, Final
 import orjson
 
 from telemetryd.engine import stats_log
+from telemetryd.engine.budget import Budget
 from telemetryd.engine.columns import DAY, HOUR, MINUTE, PROCESS
 from telemetryd.engine.sqlite.statements import (
     alerts,
@@ -172,7 +173,7 @@ class Transaction:
         if not is_prepared:
             derived.prepare(self._cursor)
         self._sequence = CommitSequence(self._cursor, last, highest_id)
-        self._removal: thinning.Budget | None = None
+        self._removal: Budget | None = None
         """What all removals of the transaction may take, from the first one on."""
 
     def apply(self, commands: Sequence[Command[Any]]) -> list[Any]:
@@ -395,7 +396,7 @@ class Transaction:
         return Registration.DONE
 
     def _end_process(self, command: EndProcess) -> ProcessEnded:
-        budget = thinning.Budget()
+        budget = Budget()
         rows = self._cursor.execute(_REGISTERED, {**asdict(command.process), "limit": command.limit})
         found = budget.take(rows)
         failed = []
@@ -416,7 +417,7 @@ class Transaction:
         return pruned
 
     def _remove(self, commands: Sequence[Removal]) -> list[Removed | None]:
-        self._removal = self._removal or thinning.Budget()
+        self._removal = self._removal or Budget()
         outcomes = []
         for outcome, deleted in removal.remove(self._cursor, self._sequence, commands, self._removal, self._now):
             outcomes.append(outcome)

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import orjson
 
+from telemetryd.engine.budget import Budget
 from telemetryd.engine.sqlite.statements import full_text, thinning
 from telemetryd.engine.sqlite.statements.sequence import KEEP_EVENT_NUMBERS
 from telemetryd.engine.sqlite.statements.sequence import Sequence as CommitSequence
@@ -37,7 +38,7 @@ Removal = DeleteRun | RedactRun
 
 
 def remove(
-    cursor: sqlite3.Cursor, sequence: CommitSequence, commands: Sequence[Removal], budget: thinning.Budget, now: str
+    cursor: sqlite3.Cursor, sequence: CommitSequence, commands: Sequence[Removal], budget: Budget, now: str
 ) -> Iterator[tuple[Removed | None, list[Facts]]]:
     """Carry out a slice of each command; yield its outcome and what was deleted.
 
@@ -85,7 +86,7 @@ def _clear(cursor: sqlite3.Cursor, sequence: CommitSequence, command: Removal, f
 
 
 def _delete(
-    cursor: sqlite3.Cursor, sequence: CommitSequence, found: tuple[Any, ...], budget: thinning.Budget
+    cursor: sqlite3.Cursor, sequence: CommitSequence, found: tuple[Any, ...], budget: Budget
 ) -> tuple[Removed, list[Facts]]:
     """Delete a run with all that belongs to it, or a slice of its events; return what was deleted, too."""
     cursor.execute(KEEP_EVENT_NUMBERS)
@@ -99,7 +100,7 @@ def _delete(
 
 
 def _redact_events(
-    cursor: sqlite3.Cursor, sequence: CommitSequence, command: RedactRun, run: int, budget: thinning.Budget
+    cursor: sqlite3.Cursor, sequence: CommitSequence, command: RedactRun, run: int, budget: Budget
 ) -> Removed:
     """Remove what a slice of a run's events hold; no total or statistic counts that.
 

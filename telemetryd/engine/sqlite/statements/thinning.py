@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sqlite3
-import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
 
 import orjson
 
+from telemetryd.engine.budget import Budget
 from telemetryd.engine.indexes import Values
 from telemetryd.engine.sqlite.statements.predicates import old_runs, stale_runs
 from telemetryd.engine.sqlite.statements.sequence import KEEP_EVENT_NUMBERS
@@ -17,10 +17,6 @@ from telemetryd.model.commands import Pruned, PruneRuns, ReapRuns
 from telemetryd.model.runs import TEXTS
 from telemetryd.model.stats import FACTS, Facts
 
-SLICE_BYTES: Final = 8 * 1024 * 1024
-"""About how much one slice deletes or rewrites, besides a first run of any size."""
-_SLICE_S: Final = 0.1
-"""How long a slice goes on, on a disk or with an index of words that takes longer than usual."""
 _PORTION: Final = 50
 """Runs that are chosen and worked on at once; between portions the time is looked at."""
 _EVENTS: Final = 5_000
@@ -70,34 +66,6 @@ _CANCEL: Final = f"""
 _VACUUM_PAGES: Final = 256
 """Pages that one slice returns to the file system at most: 1 MiB, a few milliseconds."""
 _INCREMENTAL: Final = 2
-
-
-class Budget:
-    """What a slice may still take: bytes, and time."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._until = clock() + _SLICE_S
-        self._bytes = SLICE_BYTES
-
-    @property
-    def is_spent(self) -> bool:
-        """Whether the slice has to end."""
-        return self._bytes <= 0 or self._clock() >= self._until
-
-    def take(self, rows: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-        """Take rows, whose last column is their size, as far as their bytes go; a first one is taken whatever its size.
-
-        Rows are read one by one, so that no size is looked up that is not needed.
-        """
-        taken: list[tuple[Any, ...]] = []
-        for *row, size in rows:
-            if taken and size > self._bytes:
-                self._bytes = 0
-                break
-            self._bytes -= size
-            taken.append(tuple(row))
-        return taken
 
 
 def prune(cursor: sqlite3.Cursor, sequence: CommitSequence, command: PruneRuns) -> tuple[Pruned, list[Facts]]:

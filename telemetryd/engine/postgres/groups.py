@@ -1,0 +1,159 @@
+"""Carries out one group of commands in one transaction, in the write connection's thread."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Final, TypeVar
+
+import psycopg
+from psycopg import pq
+
+from telemetryd.engine.postgres.connection import Plain, first_line, is_of_one, is_passing, translate
+from telemetryd.engine.postgres.statements.commands import Transaction
+from telemetryd.errors import CommandFailedError, DatabaseSuspectError, UnavailableError
+from telemetryd.model.commands import Command
+
+T = TypeVar("T")
+Outcome = Any | CommandFailedError
+
+_ATTEMPTS: Final = 4
+_NO_STANDBY: Final = "TD001"
+_NO_STANDBY_ANY_MORE: Final = "TD002"
+"""What `telemetryd_require_standby` raises before and after a COMMIT."""
+
+
+class Notices:
+    """What the server remarks on one connection.
+
+    A warning in a COMMIT means that the wait for the standby was cancelled: the server says that it is done, and it is
+    not (patroni/patroni#1412).
+    """
+
+    def __init__(self, plain: Plain) -> None:
+        self._warnings: list[str] = []
+        plain.add_notice_handler(self._note)
+
+    def _note(self, diagnostic: psycopg.errors.Diagnostic) -> None:
+        if diagnostic.severity_nonlocalized == "WARNING":
+            self._warnings.append(diagnostic.message_primary or "a warning")
+
+    def forget(self) -> None:
+        """Forget what was remarked until now."""
+        self._warnings.clear()
+
+    def check(self) -> None:
+        """Raise DatabaseSuspectError if the server has warned since."""
+        if self._warnings:
+            raise DatabaseSuspectError(f"It is unknown whether a standby holds the last commit: {self._warnings[0]}")
+
+
+class Groups:
+    """Writes groups.
+
+    Args:
+        clock: gives the moment, one for each group, as stored text.
+        needs_standby: whether a synchronous standby has to be there.
+
+    """
+
+    def __init__(self, clock: Callable[[], str], *, needs_standby: bool) -> None:
+        self._clock = clock
+        self._needs_standby = needs_standby
+        self.since: float | None = None
+        """When a group that is being written was begun, or None."""
+
+    def write(self, plain: Plain, notices: Notices, commands: Sequence[Command[Any]]) -> list[Outcome]:
+        """Commit one group, and return the outcome of each command.
+
+        If a command fails, the group is rolled back and done again with a savepoint around each command, so that only
+        the failing ones are undone.
+
+        Raises:
+            TelemetrydError: if the whole group failed, as `WritingEngine.write` says.
+
+        """
+        self.since = time.monotonic()
+        try:
+            for attempt in range(1, _ATTEMPTS + 1):
+                try:
+                    return self._write(plain, notices, commands)
+                except psycopg.Error as error:
+                    if not is_passing(error) or attempt == _ATTEMPTS:
+                        raise _translate(error) from error
+        finally:
+            self.since = None
+        raise AssertionError("the last attempt returns or raises")
+
+    def _write(self, plain: Plain, notices: Notices, commands: Sequence[Command[Any]]) -> list[Outcome]:
+        try:
+            return self._transact(plain, notices, commands, alone=False)
+        except (psycopg.Error, OverflowError, ValueError) as error:
+            if not _is_of_one(error):
+                raise
+        return self._transact(plain, notices, commands, alone=True)
+
+    def _transact(
+        self, plain: Plain, notices: Notices, commands: Sequence[Command[Any]], *, alone: bool
+    ) -> list[Outcome]:
+        notices.forget()
+        with _rolled_back_unless_done(plain):
+            transaction = Transaction(plain, self._clock(), needs_standby=self._needs_standby, alone=alone)
+            if alone:
+                outcomes = [_apply_alone(transaction, command) for command in commands]
+            else:
+                outcomes = transaction.apply(commands)
+            transaction.finish()
+        notices.check()
+        return outcomes
+
+
+def transact(plain: Plain, work: Callable[[Plain], T]) -> T:
+    """Do something else in a separate transaction.
+
+    Raises:
+        TelemetrydError: if it failed, as `WritingEngine.write` says.
+
+    """
+    try:
+        with _rolled_back_unless_done(plain):
+            plain.execute("BEGIN")
+            done = work(plain)
+            plain.execute("COMMIT")
+    except psycopg.Error as error:
+        raise _translate(error) from error
+    return done
+
+
+@contextmanager
+def _rolled_back_unless_done(plain: Plain) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        if not plain.closed and plain.info.transaction_status != pq.TransactionStatus.IDLE:
+            plain.execute("ROLLBACK")
+        raise
+
+
+def _apply_alone(transaction: Transaction, command: Command[Any]) -> Outcome:
+    try:
+        with transaction.savepoint():
+            return transaction.apply([command])[0]
+    except (psycopg.Error, OverflowError, ValueError) as error:
+        if not _is_of_one(error):
+            raise
+        reason = first_line(error)
+        return CommandFailedError(f"The database refused the change: {reason}")
+
+
+def _is_of_one(error: Exception) -> bool:
+    return not isinstance(error, psycopg.Error) or is_of_one(error)
+
+
+def _translate(error: psycopg.Error) -> Exception:
+    if error.sqlstate == _NO_STANDBY:
+        return UnavailableError("No synchronous standby would hold it, so it was not stored; repeat it later")
+    if error.sqlstate == _NO_STANDBY_ANY_MORE:
+        return DatabaseSuspectError("It is unknown whether a standby holds the last commit: none is asked for any more")
+    return translate(error)

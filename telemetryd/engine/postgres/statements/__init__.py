@@ -1,0 +1,1 @@
+"""SQL that carries out commands and answers queries on PostgreSQL."""

@@ -1,0 +1,179 @@
+"""Every documented filter is served by an index: an answer looks at few runs, also where those that match are old."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from typing import Any
+from urllib.parse import urlencode
+
+import orjson
+import pytest
+
+from telemetryd.engine.indexes import INDEXES
+from telemetryd.engine.postgres.connection import Plain, connect_plainly
+from telemetryd.engine.postgres.statements import full_text
+from telemetryd.engine.postgres.statements.answers import REGISTRY
+from telemetryd.engine.postgres.statements.events import select_events
+from telemetryd.engine.postgres.statements.runs import find_way, select_page
+from telemetryd.model.event_queries import ListEvents
+from telemetryd.model.queries import Page, Position, parse_list
+from telemetryd.model.runs import FILTERS
+from tests import twins
+from tests.postgres_cluster import Cluster
+
+REGISTRY.load()
+ROWS, OLD = 20_000, 5_000
+LIMIT = 20
+MOST = 12 * LIMIT
+"""Runs that are looked at for a page: walks for six statuses give `LIMIT` each, and one more."""
+# Of each field one value is only in the oldest runs, so that a walk through all of them would be long.
+FILL = """
+    INSERT INTO agent_runs (
+        event_id, run_id, created_at, updated_at, start_time, agent_name, job_type, status, product, website, host,
+        environment, insight_id, parent_run_id, git_commit_hash, retry_of, conversation_id, trace_id, labels,
+        input_summary, duration_ms, metrics_json
+    )
+    SELECT
+        'event-' || n, value, moment, moment, started, value, value,
+        CASE WHEN n < %(old)s THEN 'failure' ELSE (ARRAY['running', 'success', 'partial'])[1 + n %% 3] END,
+        value, value, value, value, value, value, value, value, value, value, json_build_object('team', value),
+        CASE WHEN n < %(old)s THEN 'translated much' ELSE 'crawled' END, n, json_build_object('n', n)
+    FROM (
+        SELECT n, CASE WHEN n < %(old)s THEN 'old' ELSE 'new-' || n %% 3 END AS value,
+            to_char('2025-12-01'::timestamp + n * '1 minute'::interval, form) AS moment,
+            to_char('2025-12-01'::timestamp + (n - 1) * '1 minute'::interval, form) AS started
+        FROM generate_series(1, %(rows)s) AS n CROSS JOIN (VALUES ('YYYY-MM-DD"T"HH24:MI:SS.US"Z"')) AS f (form)
+    ) AS made
+"""
+OLD_END = "2025-12-04T11:00:00Z"
+"""Shortly before the last one of the old runs."""
+
+
+@pytest.fixture(scope="module", params=["analyzed", "without statistics"])
+def filled(request: pytest.FixtureRequest, cluster: Cluster, new_postgres_database: str) -> Iterator[Plain]:
+    name = cluster.make(new_postgres_database)
+    target = twins.target_of(cluster.url(name))
+    with closing(connect_plainly(target, "test", {})) as plain:
+        plain.execute(FILL, {"rows": ROWS, "old": OLD})
+        plain.execute("INSERT INTO run_changes (run, seq) SELECT id, id FROM agent_runs")
+        plain.execute(
+            "INSERT INTO run_events (id, run, event_key, event_type, timestamp) "
+            "SELECT id, 1 + id % 3, 'key-' || id, 'type', created_at FROM agent_runs"
+        )
+        twins.index_words(plain)
+        plain.execute("VACUUM")
+        if request.param == "analyzed":
+            plain.execute("ANALYZE")
+    with twins.reading(cluster.url(name)) as plain:
+        yield plain
+    cluster.drop(name)
+
+
+def looked_at(plain: Plain, sql: str, values: Any) -> tuple[int, set[str]]:
+    """Return how many rows a statement looks at in all, and by which indexes."""
+    plan = plain.execute(f"EXPLAIN (ANALYZE, FORMAT JSON) {sql}", values).fetchall()[0][0]
+    rows, indexes = 0, set()
+    nodes = [orjson.loads(plan)[0]["Plan"]]
+    while nodes:
+        node = nodes.pop()
+        nodes += node.get("Plans", [])
+        if "Scan" in node["Node Type"] and not node["Node Type"].startswith(("Subquery", "Function", "CTE")):
+            removed = node.get("Rows Removed by Filter", 0) + node.get("Rows Removed by Index Recheck", 0)
+            rows += round((node["Actual Rows"] + removed) * node["Actual Loops"])
+            indexes.add(node.get("Index Name", node["Node Type"]))
+    return rows, indexes
+
+
+COMBINATIONS = [
+    {name: "failure" if name == "status" else "old" for name in names} for names in map(sorted, INDEXES) if names
+]
+PARTS = [
+    *COMBINATIONS,
+    {},
+    {"agent_name": "old,nobody", "job_type": "old"},
+    {"agent_name": "o*"},
+    {"agent_name": "*ld", "status": "failure,timeout"},
+    {"label.team": "old"},
+    {"label.team": "old", "agent_name": "old"},
+    {"label.team": "old", "status": "failure"},
+    {"agent_name": "old", "host": "old"},
+    {"created_before": OLD_END},
+    {"created_before": OLD_END, "agent_name": "old"},
+    {"created_after": "2025-12-02T00:00:00Z", "host": "old", "sort": "created_at"},
+    {"sort": "created_at"},
+    {"sort": "start_time"},
+    {"start_time_to": OLD_END, "sort": "-start_time"},
+    {"q": "crawled"},
+    {"error": "nowhere", "event_id": "event-7"},
+    {"metrics.n>": "10", "agent_name": "old"},
+    {"min_duration_ms": "10", "status": "failure"},
+]
+
+
+@pytest.mark.parametrize("asked", PARTS, ids=lambda asked: urlencode(asked) or "everything")
+def test_a_page_looks_at_few_runs(filled: Plain, asked: dict[str, str]) -> None:
+    query = parse_list(urlencode({**asked, "limit": LIMIT}))
+    for number in range(3):
+        way = find_way(filled, query)
+        assert way is not None
+        rows, indexes = looked_at(filled, *select_page(query, way))
+        assert rows <= MOST, (number, indexes)
+        page: Page = REGISTRY.answer(filled, query)
+        if page.end is None:
+            break
+        query = parse_list(query.next_page("", page.end).removeprefix("?"))
+
+
+def test_few_that_started_in_a_time_are_sorted_and_found_by_it(filled: Plain) -> None:
+    query = parse_list(urlencode({"start_time_from": "2025-12-02T00:00:00Z", "start_time_to": OLD_END, "limit": LIMIT}))
+    way = find_way(filled, query)
+    assert way is not None
+    assert way.is_sorted
+    rows, indexes = looked_at(filled, *select_page(query, way))
+    assert rows <= OLD + 2 * LIMIT
+    assert "idx_runs_start" in indexes
+
+
+def test_few_that_have_words_are_found_by_their_index(filled: Plain) -> None:
+    query = parse_list(urlencode({"q": "much", "agent_name": "old", "limit": LIMIT}))
+    way = find_way(filled, query)
+    assert way is not None
+    assert way.is_rare
+    with full_text.by_index(filled, query.filters):
+        _, indexes = looked_at(filled, *select_page(query, way))
+    assert full_text.INDEX in indexes
+
+
+def test_a_page_after_a_cursor_begins_there(filled: Plain) -> None:
+    for name, descending in itertools.product(("agent_name", "host", "status"), (True, False)):
+        value = "failure" if name == "status" else "old"
+        sort = "-created_at" if descending else "created_at"
+        query = parse_list(urlencode({name: value, "limit": LIMIT, "sort": sort}))
+        query = replace(query, after=Position("2025-12-02T12:00:00.000000Z", 2160))
+        way = find_way(filled, query)
+        assert way is not None
+        rows, _ = looked_at(filled, *select_page(query, way))
+        assert rows <= 2 * LIMIT
+
+
+def test_events_are_read_in_the_order_of_their_index(filled: Plain) -> None:
+    for query in (
+        ListEvents("event-1", LIMIT),
+        ListEvents("event-1", LIMIT, is_descending=True, after=(OLD_END, 5000)),
+    ):
+        rows, indexes = looked_at(filled, *select_events(query, 1))
+        assert rows <= LIMIT + 1
+        assert indexes == {"idx_events_time"}
+
+
+def test_every_field_that_is_a_filter_has_an_index(filled: Plain) -> None:
+    for name in FILTERS:
+        index, _ = INDEXES[frozenset({name})]
+        columns = filled.execute(
+            "SELECT attname FROM pg_attribute WHERE attrelid = to_regclass(%s) ORDER BY attnum", (index,)
+        ).fetchall()
+        assert columns[0] == (name,)
+        assert columns[-2:] == [("created_at",), ("id",)] or name == "event_id"
