@@ -13,10 +13,13 @@ from typing import Any
 import psycopg
 import pytest
 
-from telemetryd.engine.postgres import opening
+from telemetryd.engine.postgres import opening, words
 from telemetryd.engine.postgres.connection import Plain, Target
+from telemetryd.engine.postgres.schema import CLASS
 from telemetryd.model.changes import ListChanges
 from telemetryd.model.commands import Created, CreateRuns
+from telemetryd.ops.metrics import Metrics
+from telemetryd.store import Store
 from tests.conftest import PATIENCE_S, eventually
 from tests.postgres_cluster import Cluster
 from tests.test_changes import new
@@ -154,3 +157,25 @@ async def test_whatever_the_server_refuses_when_it_is_connected_to_again_is_trie
         assert not store.writing.done()
         other.execute("GRANT SELECT ON schema_migrations TO just_enough")
         assert await stored_in_the_end(store, CreateRuns((new("one"),))) == Created((True,))
+
+
+async def test_closing_ends_what_waits_to_change_the_index_of_words(postgres_database: str, other: Other) -> None:
+    settings = settings_of(postgres_database)
+    async with contextlib.AsyncExitStack() as closing:
+        store = await Store.open(settings, Metrics(), full_text=True)
+        closing.push_async_callback(store.close)
+        await eventually(
+            lambda: (
+                one(
+                    other,
+                    f"SELECT count(*) FROM pg_index WHERE indisvalid AND indexrelid = to_regclass('{words.INDEX}')",
+                )
+                == 1
+            )
+        )
+    other.execute("SELECT pg_advisory_lock(%s, 5)", (CLASS,))
+    store = await Store.open(settings, Metrics(), full_text=False)
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'telemetryd/%/words'"
+    await eventually(lambda: one(other, waiting) == 1)
+    await store.close()
+    await eventually(lambda: one(other, waiting) == 0, timeout_s=5)

@@ -172,7 +172,7 @@ class _Database:
         opened = self._open()
         if await opened.connection.run(words.is_made) is (True if wanted else None):
             return
-        self._indexing = asyncio.create_task(asyncio.to_thread(words.keep, self.target, wanted=wanted))
+        self._indexing = asyncio.create_task(words.keep(self.target, wanted=wanted), name="words")
         if wanted:
             is_over = self._indexing.done
             await opened.connection.run(lambda plain: words.wait_until_begun(plain, is_over))
