@@ -252,3 +252,24 @@ def test_a_new_run_has_a_number_above_its_id_and_ids_are_in_the_order_of_the_bat
     assert [row[0] for row in rows] == names
     assert all(seq > number for _, number, seq in rows)
     assert [row[2] for row in rows] == sorted(row[2] for row in rows)
+
+
+def test_counts_are_right_at_any_moment_while_others_write(url: str, writers: list[Writer]) -> None:
+    """Who checks them must see the runs and the counts of one moment."""
+    checking, working = writers
+    stop = threading.Event()
+
+    def work() -> None:
+        number = 0
+        while not stop.is_set():
+            number += 1
+            working.write(CreateRuns((new(f"run-{number}"),)))
+
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(work)
+        try:
+            found = [transact(checking.plain, deltas.count_wrong) for _ in range(20)]
+        finally:
+            stop.set()
+        writing.result(60)
+    assert found == [0] * 20
