@@ -19,6 +19,7 @@ from telemetryd.engine.postgres.schema import CLASS
 from telemetryd.model.changes import ListChanges
 from telemetryd.model.commands import Created, CreateRuns
 from telemetryd.ops.metrics import Metrics
+from telemetryd.services.upkeep import FullText, Upkeep
 from telemetryd.store import Store
 from tests.conftest import PATIENCE_S, eventually
 from tests.postgres_cluster import Cluster
@@ -179,3 +180,22 @@ async def test_closing_ends_what_waits_to_change_the_index_of_words(postgres_dat
     await eventually(lambda: one(other, waiting) == 1)
     await store.close()
     await eventually(lambda: one(other, waiting) == 0, timeout_s=5)
+
+
+async def test_waiting_for_the_index_of_words_costs_next_to_no_commits(postgres_database: str, other: Other) -> None:
+    """Each would be waited for by all who write, and wake all who follow; and the server may need hours."""
+    settings = settings_of(postgres_database, full_text=True)
+    async with opened(settings) as store:
+        other.execute(f"CREATE INDEX {words.INDEX} ON agent_runs (id)".encode())
+        other.execute("UPDATE pg_index SET indisvalid = false WHERE indexrelid = to_regclass(%s)", (words.INDEX,))
+        before = store.health().groups
+        upkeep = Upkeep(store, settings)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(1.5):
+                await upkeep.index_texts()
+        assert str(upkeep.full_text) == FullText.BUILDING
+        assert store.health().groups - before <= 3
+        other.execute("UPDATE pg_index SET indisvalid = true WHERE indexrelid = to_regclass(%s)", (words.INDEX,))
+        async with asyncio.timeout(PATIENCE_S):
+            await upkeep.index_texts()
+        assert str(upkeep.full_text) == FullText.READY
