@@ -273,3 +273,14 @@ def test_counts_are_right_at_any_moment_while_others_write(url: str, writers: li
             stop.set()
         writing.result(60)
     assert found == [0] * 20
+
+
+def test_another_warning_is_no_doubt_about_the_standby(url: str, writers: list[Writer]) -> None:
+    """A server warns of many things, for days before its transaction ids run out with every transaction."""
+    with psycopg.connect(url, autocommit=True) as other:
+        other.execute(
+            "CREATE FUNCTION warn() RETURNS trigger LANGUAGE plpgsql AS "
+            "$$BEGIN RAISE WARNING 'database must be vacuumed'; RETURN NULL; END$$"
+        )
+        other.execute("CREATE TRIGGER warn AFTER INSERT ON agent_runs EXECUTE FUNCTION warn()")
+    assert writers[0].write(CreateRuns((new("one"),))) == [Created((True,))]
