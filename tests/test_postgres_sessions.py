@@ -14,7 +14,7 @@ import psycopg
 import pytest
 
 from telemetryd.engine.postgres import opening, words
-from telemetryd.engine.postgres.connection import Plain, Target
+from telemetryd.engine.postgres.connection import Plain, Target, connect_plainly, writing_session
 from telemetryd.engine.postgres.schema import CLASS
 from telemetryd.model.changes import ListChanges
 from telemetryd.model.commands import Created, CreateRuns
@@ -199,3 +199,18 @@ async def test_waiting_for_the_index_of_words_costs_next_to_no_commits(postgres_
         async with asyncio.timeout(PATIENCE_S):
             await upkeep.index_texts()
         assert str(upkeep.full_text) == FullText.READY
+
+
+def test_what_statements_rely_on_no_role_and_no_address_sets_otherwise(postgres_database: str, other: Other) -> None:
+    hostile = {
+        "default_transaction_isolation": "serializable",
+        "datestyle": "German",
+        "array_nulls": "off",
+        "standard_conforming_strings": "off",
+        "timezone": "Asia/Tokyo",
+    }
+    options = "%20".join(f"-c%20{name}%3D{value}" for name, value in hostile.items())
+    target = Target.of(settings_of(f"{postgres_database}&options={options}"))
+    with contextlib.closing(connect_plainly(target, "test", writing_session(target))) as plain:
+        found = [one(plain, f"SHOW {name}") for name in hostile]
+    assert found == ["read committed", "ISO, DMY", "on", "on", "UTC"]

@@ -49,8 +49,14 @@ _OF_ALL: Final[Mapping[str, str]] = {
     "timezone": "UTC",
     "jit": "off",
     "standard_conforming_strings": "on",
+    "datestyle": "ISO",
+    "array_nulls": "on",
 }
 _OF_WRITERS: Final[Mapping[str, str]] = {
+    # That a standby does not hold a commit the server says in a warning, and nowhere else.
+    "client_min_messages": "warning",
+    # What is looked at after a lock was waited for has to be as it is then.
+    "default_transaction_isolation": "read committed",
     "statement_timeout": "0",
     "lock_timeout": "10s",
     # A daemon that is stopped in the middle of a transaction must not hold the others up.
@@ -274,7 +280,7 @@ def connect_plainly(target: Target, role: str, values: Mapping[str, str]) -> Pla
         wanted = {"search_path": f'"{target.schema}"', **_OF_ALL, **values}
         plain.execute(
             "SELECT set_config(name, wanted, false) FROM unnest(%s::text[], %s::text[]) AS w (name, wanted) "
-            "WHERE name IN (SELECT s.name FROM pg_settings AS s)",  # some are younger than PostgreSQL 15
+            "WHERE name IN (SELECT lower(s.name) FROM pg_settings AS s)",  # some are younger than PostgreSQL 15
             ([*wanted], [*wanted.values()]),
         )
         undo.pop_all()
