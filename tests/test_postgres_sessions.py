@@ -18,7 +18,9 @@ from telemetryd.engine.postgres.connection import Plain, Target, connect_plainly
 from telemetryd.engine.postgres.schema import CLASS
 from telemetryd.model.changes import ListChanges
 from telemetryd.model.commands import Created, CreateRuns
+from telemetryd.model.rules import Rules, Stale
 from telemetryd.ops.metrics import Metrics
+from telemetryd.services.alerting import Alerting
 from telemetryd.services.upkeep import FullText, Upkeep
 from telemetryd.store import Store
 from tests.conftest import PATIENCE_S, eventually
@@ -214,3 +216,24 @@ def test_what_statements_rely_on_no_role_and_no_address_sets_otherwise(postgres_
     with contextlib.closing(connect_plainly(target, "test", writing_session(target))) as plain:
         found = [one(plain, f"SHOW {name}") for name in hostile]
     assert found == ["read committed", "ISO, DMY", "on", "on", "UTC"]
+
+
+async def test_only_who_leads_forgets_alerts_that_its_rules_do_not_have(postgres_database: str, other: Other) -> None:
+    """While the rules are changed on one machine after the other, those of the leader count."""
+    other.execute("INSERT INTO alert_deliveries (webhook, id, created_at, body) VALUES ('old', 'id', '', '')")
+    rules = Rules((Stale("new", (), ("*",), 3600.0),))
+    waiting = "SELECT count(*) FROM alert_deliveries"
+    async with contextlib.AsyncExitStack() as stores:
+        first = await Store.open(settings_of(postgres_database), Metrics())
+        leading = contextlib.AsyncExitStack()
+        leading.push_async_callback(first.close)
+        await stores.enter_async_context(leading)
+        second = await stores.enter_async_context(opened(settings_of(postgres_database)))
+        assert (first.leads, second.leads) == (True, False)
+        alerting = asyncio.create_task(Alerting(second, rules).run())
+        await asyncio.sleep(0.5)
+        assert one(other, waiting) == 1
+        await leading.aclose()
+        await eventually(lambda: one(other, waiting) == 0)
+        alerting.cancel()
+        await asyncio.wait((alerting,))
