@@ -154,7 +154,7 @@ class Readers:
     async def _drop(self, place: _Place) -> None:
         connection, place.connection = place.connection, None
         if connection is not None:
-            await asyncio.shield(self._see_to(connection.drop()))
+            await asyncio.shield(self._see_to(_break(connection)))
 
     async def close(self) -> None:
         """End what runs, refuse what waits, and close every connection."""
@@ -181,4 +181,9 @@ async def _cancel(connection: Connection, answer: asyncio.Future[T]) -> None:
     with contextlib.suppress(psycopg.Error):
         await asyncio.to_thread(connection.plain.cancel_safe, timeout=_CANCEL_S)
     await asyncio.wait((answer,), timeout=_CANCEL_S)
-    await connection.drop()
+    await _break(connection)
+
+
+async def _break(connection: Connection) -> None:
+    connection.cut()
+    await connection.close()
