@@ -13,7 +13,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from telemetryd.engine.postgres import opening, words
+from telemetryd.engine.postgres import deltas, opening, words
 from telemetryd.engine.postgres.connection import Plain, Target, connect_plainly, writing_session
 from telemetryd.engine.postgres.schema import CLASS
 from telemetryd.model.changes import ListChanges
@@ -237,3 +237,17 @@ async def test_only_who_leads_forgets_alerts_that_its_rules_do_not_have(postgres
         await eventually(lambda: one(other, waiting) == 0)
         alerting.cancel()
         await asyncio.wait((alerting,))
+
+
+async def test_a_session_that_has_failed_for_good_lets_another_daemon_lead(
+    postgres_database: str, other: Other, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(settings_of(postgres_database)) as store:
+        assert store.leads
+
+        def waiting(_: Plain) -> int:
+            raise ValueError("a fault of ours")
+
+        monkeypatch.setattr(deltas, "waiting", waiting)
+        await eventually(lambda: not store.leads)
+        assert one(other, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objid = 3") == 0

@@ -128,8 +128,9 @@ class Session:
             except (psycopg.Error, DatabaseError) as error:
                 reason = sentence(error) if isinstance(error, DatabaseError) else first_line(error)
                 lost(DatabaseSuspectError(f"The connection to PostgreSQL was lost: {reason}"))
-                await self.drop()
-                await asyncio.sleep(_AGAIN_S)
+            finally:
+                await self.drop()  # whatever has happened, somebody has to lead
+            await asyncio.sleep(_AGAIN_S)
 
     async def drop(self) -> None:
         """Close the connection at once, and with it give up leading."""
