@@ -27,7 +27,7 @@ from telemetryd.engine.postgres.connection import (
 from telemetryd.engine.postgres.groups import Groups, Notices, transact
 from telemetryd.engine.postgres.schema import CLASS, COMMITS
 from telemetryd.engine.postgres.statements.changes import fetch_changes
-from telemetryd.errors import CommandFailedError
+from telemetryd.errors import CommandFailedError, DatabaseSuspectError
 from telemetryd.model import events
 from telemetryd.model.changes import ListChanges
 from telemetryd.model.commands import Command, Created, CreateEvents, CreateRuns, UpdateRun
@@ -284,3 +284,13 @@ def test_another_warning_is_no_doubt_about_the_standby(url: str, writers: list[W
         )
         other.execute("CREATE TRIGGER warn AFTER INSERT ON agent_runs EXECUTE FUNCTION warn()")
     assert writers[0].write(CreateRuns((new("one"),))) == [Created((True,))]
+
+
+def test_a_session_whose_prepared_statements_are_gone_is_given_up(writers: list[Writer]) -> None:
+    """The driver would name them again and again; after a deadlock in a pipeline it can be wrong about them."""
+    (writer, _) = writers
+    for number in range(10):
+        writer.write(CreateRuns((new(f"run-{number}"),)))
+    writer.plain.pgconn.exec_(b"DEALLOCATE ALL")
+    with pytest.raises(DatabaseSuspectError, match="connection to PostgreSQL was lost"):
+        writer.write(CreateRuns((new("one"),)))

@@ -69,8 +69,11 @@ _SYNC: Final[Mapping[Sync, str]] = {Sync.STANDBY: "on", Sync.APPLY: "remote_appl
 _LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 _ENCRYPTED: Final = frozenset({"require", "verify-ca", "verify-full"})
 
-_LOST: Final = re.compile("08...|57P0[1235]|25006|25P03")
-"""SQLSTATEs after which a connection is of no use: it broke, the server goes down, or is no primary any more."""
+_LOST: Final = re.compile("08...|57P0[1235]|25006|25P03|26000")
+"""SQLSTATEs after which a connection is of no use.
+
+It broke, the server goes down, it is no primary any more, or it has not the prepared statements that the driver names.
+"""
 _AGAIN: Final = frozenset({"40001", "40P01", "55P03"})
 """A serialization failure, a deadlock, a lock that was not to be had: the same transaction may succeed."""
 _OF_ONE: Final = re.compile("2[23]...|54...")
