@@ -65,7 +65,8 @@ def default_db_path() -> Path:
 
 
 _URL: Final = re.compile(r"postgres(ql)?://")
-_PASSWORD: Final = re.compile(r"(?<=[?&]password=)[^&]*|(?<=:)(?!//).*(?=@)")
+_PASSWORDS: Final = (re.compile(r"(?<=password=)[^&]*"), re.compile(r"(?<=:)(?!//).*(?=@)"))
+"""Those among the parameters first: they may hold the sign that ends the other one."""
 
 
 def _upper(value: object) -> object:
@@ -132,6 +133,12 @@ _ONLY_SQLITE: Final = frozenset(
         "backup_keep",
     }
 )
+
+
+OF_POSTGRES: Final = frozenset(
+    {"db_password_file", "db_schema", "db_sync", "db_commit_timeout_s", "db_poll_ms"},
+)
+"""What means nothing without `db_url`."""
 
 
 class Settings(BaseModel):
@@ -297,6 +304,11 @@ class Settings(BaseModel):
         if self.db_url is not None and (given := _ONLY_SQLITE & self.model_fields_set):
             names = ", ".join(variable(name) for name in Settings.model_fields if name in given)
             raise ValueError(f"{names}: means nothing with TELEMETRY_DB_URL, which chooses PostgreSQL; leave it out")
+        if self.db_url is None and (given := OF_POSTGRES & self.model_fields_set):
+            names = ", ".join(variable(name) for name in Settings.model_fields if name in given)
+            raise ValueError(
+                f"{names}: means nothing without TELEMETRY_DB_URL, the address of a database on PostgreSQL"
+            )
         for name in ("tls_key", "tls_client_ca"):
             if self.tls_cert is None and getattr(self, name) is not None:
                 raise ValueError(f"TELEMETRY_TLS_CERT: must be set when {variable(name)} is")
@@ -364,7 +376,9 @@ class Settings(BaseModel):
 
 def without_password(url: str) -> str:
     """Return the URL of a database as it may be shown."""
-    return _PASSWORD.sub("********", url)
+    for password in _PASSWORDS:
+        url = password.sub("********", url)
+    return url
 
 
 def variable(name: str) -> str:

@@ -193,10 +193,11 @@ def wait_for_standby(other: psycopg.Connection[Any], pid: int) -> None:
     wait_until(lambda: other.execute(asked, (pid,)).fetchone() == ("SyncRep",))
 
 
-def test_a_cancelled_wait_for_the_standby_is_no_acknowledgement(waiting_url: str) -> None:
-    """PostgreSQL says COMMIT then, with a warning beside it."""
+@pytest.mark.parametrize("options", ["", "&options=-c%20client_min_messages%3Derror"])
+def test_a_cancelled_wait_for_the_standby_is_no_acknowledgement(waiting_url: str, options: str) -> None:
+    """PostgreSQL says COMMIT then, with a warning beside it, which a role or an address may have turned off."""
     with (
-        writing_to(waiting_url, Sync.STANDBY) as writer,
+        writing_to(waiting_url + options, Sync.STANDBY) as writer,
         psycopg.connect(waiting_url, autocommit=True) as other,
         ThreadPoolExecutor(1) as pool,
     ):

@@ -27,7 +27,7 @@ from telemetryd.engine.postgres.connection import (
 from telemetryd.engine.postgres.groups import Groups, Notices, transact
 from telemetryd.engine.postgres.schema import CLASS, COMMITS
 from telemetryd.engine.postgres.statements.changes import fetch_changes
-from telemetryd.errors import CommandFailedError
+from telemetryd.errors import CommandFailedError, DatabaseSuspectError
 from telemetryd.model import events
 from telemetryd.model.changes import ListChanges
 from telemetryd.model.commands import Command, Created, CreateEvents, CreateRuns, UpdateRun
@@ -254,3 +254,45 @@ def test_a_new_run_has_a_number_above_its_id_and_ids_are_in_the_order_of_the_bat
     assert [row[0] for row in rows] == names
     assert all(seq > number for _, number, seq in rows)
     assert [row[2] for row in rows] == sorted(row[2] for row in rows)
+
+
+def test_counts_are_right_at_any_moment_while_others_write(url: str, writers: list[Writer]) -> None:
+    """Who checks them must see the runs and the counts of one moment."""
+    checking, working = writers
+    stop = threading.Event()
+
+    def work() -> None:
+        number = 0
+        while not stop.is_set():
+            number += 1
+            working.write(CreateRuns((new(f"run-{number}"),)))
+
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(work)
+        try:
+            found = [transact(checking.plain, deltas.count_wrong) for _ in range(20)]
+        finally:
+            stop.set()
+        writing.result(60)
+    assert found == [0] * 20
+
+
+def test_another_warning_is_no_doubt_about_the_standby(url: str, writers: list[Writer]) -> None:
+    """A server warns of many things, for days before its transaction ids run out with every transaction."""
+    with psycopg.connect(url, autocommit=True) as other:
+        other.execute(
+            "CREATE FUNCTION warn() RETURNS trigger LANGUAGE plpgsql AS "
+            "$$BEGIN RAISE WARNING 'database must be vacuumed'; RETURN NULL; END$$"
+        )
+        other.execute("CREATE TRIGGER warn AFTER INSERT ON agent_runs EXECUTE FUNCTION warn()")
+    assert writers[0].write(CreateRuns((new("one"),))) == [Created((True,))]
+
+
+def test_a_session_whose_prepared_statements_are_gone_is_given_up(writers: list[Writer]) -> None:
+    """The driver would name them again and again; after a deadlock in a pipeline it can be wrong about them."""
+    (writer, _) = writers
+    for number in range(10):
+        writer.write(CreateRuns((new(f"run-{number}"),)))
+    writer.plain.pgconn.exec_(b"DEALLOCATE ALL")
+    with pytest.raises(DatabaseSuspectError, match="connection to PostgreSQL was lost"):
+        writer.write(CreateRuns((new("one"),)))

@@ -8,11 +8,12 @@ import pytest
 from click.testing import CliRunner
 
 from telemetryd.cli import main
+from telemetryd.cli.options import load_for
 from telemetryd.client.config import VARIABLES
 from telemetryd.client.old_variables import WITHOUT_EFFECT
 from telemetryd.configuration import LoadedSettings, Origin, load
 from telemetryd.errors import ConfigurationError
-from telemetryd.settings import Settings, variable
+from telemetryd.settings import OF_POSTGRES, Settings, variable
 from tests.tools.process import telemetryd
 
 TOKEN = "correct-horse-battery-staple"
@@ -154,6 +155,8 @@ def test_a_flag_beats_the_environment_which_beats_dotenv_which_beats_the_default
     beside = {"TELEMETRY_API_AUTH_TOKEN_FILE": str(token_file)} if name == "api_auth_enabled" else {}
     if name in ("tls_key", "tls_client_ca"):
         beside = {"TELEMETRY_TLS_CERT": "cert.pem"}
+    if name in OF_POSTGRES:
+        beside = {"TELEMETRY_DB_URL": "postgresql://db/telemetry"}
 
     def value_of(found: LoadedSettings) -> str:
         value = found.settings.model_dump()[name]
@@ -333,10 +336,26 @@ def test_an_address_of_another_database_is_refused_and_not_shown() -> None:
             "postgresql:///telemetry?host=/run&password=secret&user=me",
             "postgresql:///telemetry?host=/run&password=********&user=me",
         ),
+        ("postgresql://db:1/telemetry?sslpassword=se@cret", "postgresql://db:1/telemetry?sslpassword=********"),
     ],
 )
 def test_the_password_in_an_address_is_masked(url: str, shown: str) -> None:
     assert loaded({"TELEMETRY_DB_URL": url}).shown()["TELEMETRY_DB_URL"]["value"] == shown
+
+
+def test_what_belongs_to_postgresql_is_refused_without_its_address(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a daemon whose TELEMETRY_DB_URL is missing would begin an empty file."""
+    environment = {"TELEMETRY_DB_PASSWORD_FILE": "a", "TELEMETRY_DB_SYNC": "standby"}
+    assert problems(environment) == [
+        "TELEMETRY_DB_PASSWORD_FILE, TELEMETRY_DB_SYNC: means nothing without TELEMETRY_DB_URL, the address of a "
+        "database on PostgreSQL"
+    ]
+    for name, value in {**environment, "TELEMETRY_DB_URL": "postgresql://db/telemetry"}.items():
+        monkeypatch.setenv(name, value)
+    file = tmp_path / "telemetry.sqlite"
+    assert load_for({"db_path": file}).settings.db_url is None  # a command that is told which file
 
 
 def test_what_belongs_to_a_sqlite_file_is_refused_with_an_address_of_postgresql() -> None:

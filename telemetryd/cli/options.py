@@ -21,7 +21,7 @@ from telemetryd.configuration import LoadedSettings, load
 from telemetryd.errors import ConfigurationError, TelemetrydError, sentence
 from telemetryd.model.values import parse_duration
 from telemetryd.ops.logs import printable
-from telemetryd.settings import Settings, flag, variable
+from telemetryd.settings import OF_POSTGRES, Settings, flag, variable
 
 EXIT_FAILURE: Final = 1
 EXIT_USAGE: Final = 2
@@ -140,7 +140,7 @@ def load_for(flags: Mapping[str, Any]) -> LoadedSettings:
     """
     is_file = flags.get("db_path") is not None  # then it is not the one that a variable names
     is_named = is_file or any(os.environ.get(variable(name)) for name in ("db_path", "db_url"))
-    names = [name for name in Settings.model_fields if name != "db_url"] if is_file else None
+    names = [name for name in Settings.model_fields if name not in {"db_url", *OF_POSTGRES}] if is_file else None
     return load(flags, names=names, needs_dotenv=not is_named)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import uuid
 from collections.abc import Callable, Mapping
@@ -24,6 +25,8 @@ from telemetryd.store import Store
 
 _AT_ONCE: Final = 50
 """Changes that are logged before the event loop gets its turn."""
+_LOOK_EVERY_S: Final = 1.0
+"""How often it is looked at whether this daemon leads."""
 
 
 class Alerting:
@@ -157,7 +160,15 @@ class Alerting:
             pause_s = max(rules.every_s, rest * (now_s() - begin_s))
 
     async def _forget(self) -> None:
-        """Forget what belongs to rules and webhooks that are not in the file any more."""
+        """Forget what belongs to rules and webhooks that are not in the file any more, as soon as we lead.
+
+        Until then it is up to another daemon, whose file may have them.
+        """
+        while not self._store.leads:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LOOK_EVERY_S):
+                    await self._exchanged.wait()
+                    return
         rules, hooks = self._rules.rules, self._rules.webhooks
         command = KeepAlerts(tuple(rule.name for rule in rules), tuple(webhook.name for webhook in hooks))
         while True:

@@ -28,6 +28,8 @@ _LOOK_EVERY_S: Final = 60.0
 """How often the clock is looked at."""
 _TRUST_AGAIN_AFTER: Final = timedelta(hours=1)
 _LEAST_PAUSE_S: Final = 0.01
+_LOOK_AT_SERVER_S: Final = 1.0
+"""How often it is looked at what a server that is shared does, or another daemon."""
 _AGAIN_S: Final = 5.0
 _HOW_TO_CONFIRM_THE_CLOCK: Final = (
     "nothing is deleted or cancelled by itself until the clock is set right, or confirmed by the date of the day: "
@@ -37,8 +39,8 @@ _HOW_TO_CONFIRM_THE_CLOCK: Final = (
 Slice = Callable[[], Awaitable[dict[str, Any]]]
 
 
-async def in_slices(do: Slice, counted: str) -> int:
-    """Do slice after slice until nothing is left, and rest after each as long as it took; return the sum.
+async def in_slices(do: Slice, counted: str, pause_s: float = _LEAST_PAUSE_S) -> int:
+    """Do slice after slice until nothing is left, and rest after each as long as it took, or longer; return the sum.
 
     So others have the writer at least half of the time, however slow the disk is.
     """
@@ -49,7 +51,7 @@ async def in_slices(do: Slice, counted: str) -> int:
         total += int(answer[counted])
         if not answer["more"]:
             return total
-        await asyncio.sleep(max(time.monotonic() - started, _LEAST_PAUSE_S))
+        await asyncio.sleep(max(time.monotonic() - started, pause_s))
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +102,11 @@ class Upkeep:
         """Build the full-text index as far as it is not built, however often that is put off."""
         started = time.monotonic()
         slices = 0
+        # A server builds it by itself: then a slice is but a look whether it is done.
+        pause_s = _LOOK_AT_SERVER_S if self._store.is_shared else _LEAST_PAUSE_S
         while True:
             try:
-                slices += await in_slices(self._index_slice, "slices")
+                slices += await in_slices(self._index_slice, "slices", pause_s)
             except TelemetrydError as error:
                 log.warning("Upkeep postponed", extra={"task": "full text", "error_message": sentence(error)})
                 await asyncio.sleep(_AGAIN_S)
@@ -152,7 +156,7 @@ class Upkeep:
         while True:
             news = self._news
             if not self._store.leads:  # another daemon does it
-                await asyncio.sleep(_LEAST_PAUSE_S * 100)
+                await asyncio.sleep(_LOOK_AT_SERVER_S)
                 continue
             try:
                 await do()

@@ -9,7 +9,7 @@ import queue
 import re
 import socket
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, TypeVar
@@ -49,8 +49,14 @@ _OF_ALL: Final[Mapping[str, str]] = {
     "timezone": "UTC",
     "jit": "off",
     "standard_conforming_strings": "on",
+    "datestyle": "ISO",
+    "array_nulls": "on",
 }
 _OF_WRITERS: Final[Mapping[str, str]] = {
+    # That a standby does not hold a commit the server says in a warning, and nowhere else.
+    "client_min_messages": "warning",
+    # What is looked at after a lock was waited for has to be as it is then.
+    "default_transaction_isolation": "read committed",
     "statement_timeout": "0",
     "lock_timeout": "10s",
     # A daemon that is stopped in the middle of a transaction must not hold the others up.
@@ -63,8 +69,11 @@ _SYNC: Final[Mapping[Sync, str]] = {Sync.STANDBY: "on", Sync.APPLY: "remote_appl
 _LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 _ENCRYPTED: Final = frozenset({"require", "verify-ca", "verify-full"})
 
-_LOST: Final = re.compile("08...|57P0[1235]|25006|25P03")
-"""SQLSTATEs after which a connection is of no use: it broke, the server goes down, or is no primary any more."""
+_LOST: Final = re.compile("08...|57P0[1235]|25006|25P03|26000")
+"""SQLSTATEs after which a connection is of no use.
+
+It broke, the server goes down, it is no primary any more, or it has not the prepared statements that the driver names.
+"""
 _AGAIN: Final = frozenset({"40001", "40P01", "55P03"})
 """A serialization failure, a deadlock, a lock that was not to be had: the same transaction may succeed."""
 _OF_ONE: Final = re.compile("2[23]...|54...")
@@ -148,7 +157,7 @@ class Connection:
         self.plain = plain
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._is_closed = False
-        self._socket = os.dup(plain.fileno())  # so that its number is still ours when libpq has closed its own
+        self._end = socket.socket(fileno=os.dup(plain.fileno()))  # still ours when libpq has closed its own
         self._thread = threading.Thread(target=self._work, name="postgresql", daemon=True)
         self._thread.start()
 
@@ -192,18 +201,26 @@ class Connection:
 
     def cut(self) -> None:
         """Break the connection, so that whatever waits for the server fails at once; from any thread."""
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self._socket)) as end:
-            end.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):  # it is broken already, or closed
+            self._end.shutdown(socket.SHUT_RDWR)
 
     async def close(self) -> None:
         """Close it after what is under way."""
         if self._is_closed:
             return
-        closing = self.start(lambda plain: plain.close())
+        closing = self.start(self._close)
         self._is_closed = True
         self._jobs.put(None)
         await closing
-        os.close(self._socket)
+
+    def _close(self, plain: Plain) -> None:
+        plain.close()
+        self._end.close()
+
+    async def drop(self) -> None:
+        """Close it at once, whatever is under way."""
+        self.cut()
+        await self.close()
 
 
 def _fail(answer: asyncio.Future[Any], error: BaseException) -> None:
@@ -223,10 +240,19 @@ async def connect(target: Target, role: str, values: Mapping[str, str]) -> Conne
         DatabaseError: with one sentence that says why not.
 
     """
-    connecting = asyncio.ensure_future(asyncio.to_thread(connect_plainly, target, role, values))
+    is_left = threading.Event()
+
+    def connect_unless_left() -> Plain:
+        plain = connect_plainly(target, role, values)
+        if is_left.is_set():  # the event loop may be closed by now
+            plain.close()
+        return plain
+
+    connecting = asyncio.ensure_future(asyncio.to_thread(connect_unless_left))
     try:
         return Connection(await asyncio.shield(connecting))
     except asyncio.CancelledError:
+        is_left.set()
         connecting.add_done_callback(_close_again)
         raise
 
@@ -250,19 +276,32 @@ def connect_plainly(target: Target, role: str, values: Mapping[str, str]) -> Pla
         )
     except psycopg.Error as error:
         raise DatabaseError(f"Cannot connect to {target.name}: {_advice(first_line(error))}") from None
-    try:
+    with contextlib.ExitStack() as undo, refusing(target):
+        undo.callback(plain.close)
         plain.adapters.register_loader("json", TextLoader)
         plain.adapters.register_loader("json", TextBinaryLoader)
         wanted = {"search_path": f'"{target.schema}"', **_OF_ALL, **values}
         plain.execute(
             "SELECT set_config(name, wanted, false) FROM unnest(%s::text[], %s::text[]) AS w (name, wanted) "
-            "WHERE name IN (SELECT s.name FROM pg_settings AS s)",  # some are younger than PostgreSQL 15
+            "WHERE name IN (SELECT lower(s.name) FROM pg_settings AS s)",  # some are younger than PostgreSQL 15
             ([*wanted], [*wanted.values()]),
         )
-    except psycopg.Error as error:
-        plain.close()
-        raise DatabaseError(f"Cannot use {target.name}: {first_line(error)}") from None
+        undo.pop_all()
     return plain
+
+
+@contextlib.contextmanager
+def refusing(target: Target) -> Iterator[None]:
+    """Put what the driver raises in the block into one sentence.
+
+    Raises:
+        DatabaseError: with that sentence.
+
+    """
+    try:
+        yield
+    except psycopg.Error as error:
+        raise DatabaseError(f"Cannot use {target.name}: {first_line(error)}") from error
 
 
 def writing_session(target: Target) -> Mapping[str, str]:

@@ -16,6 +16,7 @@ import orjson
 from telemetryd.engine.columns import MINUTE
 from telemetryd.engine.postgres.connection import Plain
 from telemetryd.engine.postgres.schema import CLASS, COMMITS, FOLDING
+from telemetryd.engine.postgres.statements.totals import MINUTES, TOTALS
 from telemetryd.engine.stats_log import (
     CellKey,
     Summary,
@@ -197,39 +198,33 @@ def _add_to_minutes(plain: Plain, log: str | None) -> None:
 
 _FACTS_IN_ORDER: Final = f"SELECT {', '.join(FACTS)} FROM agent_runs ORDER BY created_at"
 _STORED: Final = f"SELECT {', '.join((*_KEY, *_CELL))} FROM run_stats"
-_COUNTED: Final = """
+_WAITS: Final = "SELECT stats FROM run_deltas WHERE stats <> ''"
+_KEPT: Final = f"SELECT agent_name, job_type, status, sum(runs) FROM {TOTALS} GROUP BY 1, 2, 3 HAVING sum(runs) <> 0"
+_COUNTED: Final = f"""
     SELECT count(*) FROM (
-        (SELECT agent_name, job_type, status, count(*) FROM agent_runs GROUP BY 1, 2, 3
-            EXCEPT SELECT agent_name, job_type, status, runs FROM run_totals)
+        (SELECT agent_name, job_type, status, count(*) FROM agent_runs GROUP BY 1, 2, 3 EXCEPT {_KEPT})
         UNION ALL
-        (SELECT agent_name, job_type, status, runs FROM run_totals
-            EXCEPT SELECT agent_name, job_type, status, count(*) FROM agent_runs GROUP BY 1, 2, 3)
+        ({_KEPT} EXCEPT SELECT agent_name, job_type, status, count(*) FROM agent_runs GROUP BY 1, 2, 3)
     ) AS wrong
 """
 _MINUTES: Final = f"SELECT left(created_at, {MINUTE}), count(*) FROM agent_runs GROUP BY 1"
+_KEPT_MINUTES: Final = f"SELECT minute, sum(runs) FROM {MINUTES} GROUP BY 1 HAVING sum(runs) <> 0"
 _COUNTED_MINUTES: Final = f"""
     SELECT count(*) FROM (
-        ({_MINUTES} EXCEPT SELECT minute, runs FROM run_minutes)
+        ({_MINUTES} EXCEPT {_KEPT_MINUTES})
         UNION ALL
-        (SELECT minute, runs FROM run_minutes EXCEPT {_MINUTES})
+        ({_KEPT_MINUTES} EXCEPT {_MINUTES})
     ) AS wrong
 """
 
 
-def fold_all(plain: Plain) -> None:
-    """Add every row up, inside the caller's transaction; waits for whoever does it now."""
-    plain.execute(_TURN, (CLASS, FOLDING))
-    while fold(plain):
-        pass
-
-
 def count_wrong(plain: Plain) -> int:
-    """Count the rows that differ from what the runs add up to, inside the caller's transaction.
+    """Count the rows that differ from what the runs add up to, at the beginning of the caller's transaction.
 
-    Everything is added up for it first, which the caller may roll back.
+    All is seen as it was at one moment, so nobody who writes meanwhile makes a count look wrong.
     """
-    fold_all(plain)
-    kept: dict[CellKey, Cell] = {row[: len(_KEY)]: cell_of(row[len(_KEY) :]) for row in plain.execute(_STORED)}
+    plain.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+    kept = _kept(plain)
     wrong = 0
     for _, summary in _days(plain):
         expected = spread(split(cells_of(summary)))
@@ -237,6 +232,15 @@ def count_wrong(plain: Plain) -> int:
     for statement in (_COUNTED, _COUNTED_MINUTES):
         wrong += plain.execute(statement).fetchall()[0][0]
     return wrong + len(kept)
+
+
+def _kept(plain: Plain) -> dict[CellKey, Cell]:
+    """Return the cells as they are once all that waits is added up."""
+    kept: dict[CellKey, Cell] = {row[: len(_KEY)]: cell_of(row[len(_KEY) :]) for row in plain.execute(_STORED)}
+    for (stats,) in plain.execute(_WAITS):
+        for place, cell in spread(split(read_log(f"[{stats}]"))).items():
+            kept[place] = [*map(add, kept[place], cell)] if place in kept else cell
+    return {place: cell for place, cell in kept.items() if cell[0] > 0}
 
 
 def _days(plain: Plain) -> Iterator[tuple[int, Summary]]:

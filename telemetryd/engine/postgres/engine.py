@@ -12,12 +12,12 @@ from typing import Any, Final, NoReturn, TypeVar
 
 from telemetryd.engine.interface import BackupMade, Copy, Engine, EngineHealth, Introduction
 from telemetryd.engine.postgres import opening, schema, words
-from telemetryd.engine.postgres.connection import Connection, Plain, Target, connect, writing_session
+from telemetryd.engine.postgres.connection import Connection, Plain, Target, connect, refusing, writing_session
 from telemetryd.engine.postgres.exports import Exports
-from telemetryd.engine.postgres.groups import Groups, Notices, Outcome, transact
+from telemetryd.engine.postgres.groups import Groups, Notices, Outcome
 from telemetryd.engine.postgres.leading import Session, Stand, check_for_pooler, make_epoch, stand
 from telemetryd.engine.postgres.reading import Readers
-from telemetryd.errors import DatabaseSuspectError, InvalidRequestError, UnavailableError
+from telemetryd.errors import DatabaseError, DatabaseSuspectError, InvalidRequestError, UnavailableError
 from telemetryd.model.changes import Changes, ListChanges
 from telemetryd.model.commands import Command
 from telemetryd.model.queries import ExportRuns, Query
@@ -56,7 +56,8 @@ async def open_postgres_read_only(settings: Settings) -> Neighbour:
     target = Target.of(settings)
     connection = await connect(target, "reader", {})
     try:
-        await connection.run(lambda plain: schema.check(plain, target))
+        with refusing(target):
+            await connection.run(lambda plain: schema.check(plain, target))
     finally:
         await connection.close()
     return Neighbour(Readers(target, 1, settings.query_timeout_s))
@@ -93,14 +94,15 @@ class _Opened:
         """
         async with contextlib.AsyncExitStack() as undo:
             connection = await connect(target, "writer", writing_session(target))
-            undo.push_async_callback(connection.close)
-            server = await connection.run(lambda plain: opening.look(plain, target))
-            await connection.run(lambda plain: opening.compare_clocks(plain, clock(), _MOST_APART_S))
-            if make:
-                now = format_timestamp(clock())
-                await connection.run(lambda plain: schema.make(plain, target, now, may_update=False))
-            await connection.run(lambda plain: schema.check(plain, target))
-            await connection.run(lambda plain: opening.check_grants(plain, target))
+            undo.push_async_callback(connection.drop)
+            with refusing(target):
+                server = await connection.run(lambda plain: opening.look(plain, target))
+                await connection.run(lambda plain: opening.compare_clocks(plain, clock(), _MOST_APART_S))
+                if make:
+                    now = format_timestamp(clock())
+                    await connection.run(lambda plain: schema.make(plain, target, now, may_update=False))
+                await connection.run(lambda plain: schema.check(plain, target))
+                await connection.run(lambda plain: opening.check_grants(plain, target))
             undo.pop_all()
         readers = Readers(target, settings.db_readers, settings.query_timeout_s)
         return cls(connection, Notices(connection.plain), readers, server)
@@ -112,8 +114,8 @@ class _Opened:
 
     async def drop(self) -> None:
         """Break the write connection, which may hang, and close all."""
-        self.connection.cut()
-        await self.close()
+        await self.connection.drop()
+        await self.readers.close()
 
 
 class _Database:
@@ -130,6 +132,8 @@ class _Database:
         self.suspicion: DatabaseSuspectError | None = None
         """Why it is unknown what is stored, until the database is open again; else None."""
         self.changed: Callable[[], None] = lambda: None
+        self._reopening: asyncio.Timeout | None = None
+        """What ends an attempt to connect anew."""
         self._looking: asyncio.Task[None] | None = None
         self._indexing: asyncio.Task[None] | None = None
 
@@ -145,14 +149,15 @@ class _Database:
         async with contextlib.AsyncExitStack() as undo:
             opened = await _Opened.open(target, settings, clock, make=True)
             undo.push_async_callback(opened.close)
-            session = Session(target, settings.db_poll_ms / 1000)
-            connection = await session.open()
+            session = Session(target, settings.db_poll_ms / 1000, settings.db_commit_timeout_s)
             undo.push_async_callback(session.drop)
-            await _check_for_pooler(target, opened.connection, connection)
-            database = cls(target, settings, clock, opened, session)
-            session.seen = await connection.run(stand)
-            if full_text is not None:
-                await database.keep_words(wanted=full_text)
+            with refusing(target):
+                connection = await session.open()
+                await _check_for_pooler(target, opened.connection, connection)
+                database = cls(target, settings, clock, opened, session)
+                session.seen = await connection.run(stand)
+                if full_text is not None:
+                    await database.keep_words(wanted=full_text)
             undo.pop_all()
         database.look_around()
         return database
@@ -167,7 +172,7 @@ class _Database:
         opened = self._open()
         if await opened.connection.run(words.is_made) is (True if wanted else None):
             return
-        self._indexing = asyncio.create_task(asyncio.to_thread(words.keep, self.target, wanted=wanted))
+        self._indexing = asyncio.create_task(words.keep(self.target, wanted=wanted), name="words")
         if wanted:
             is_over = self._indexing.done
             await opened.connection.run(lambda plain: words.wait_until_begun(plain, is_over))
@@ -229,26 +234,43 @@ class _Database:
         opened, self.opened = self.opened, None
         if opened is not None:
             await opened.drop()
-        again = await _Opened.open(self.target, self.settings, self.clock, make=False)
         try:
-            await again.connection.run(self._check_epoch)
-        except BaseException:
-            await again.close()
-            raise
+            async with asyncio.timeout(self.settings.db_commit_timeout_s) as self._reopening:
+                again = await self._open_again()
+        except TimeoutError:
+            raise DatabaseError(f"{self.target.name} does not answer") from None
+        finally:
+            self._reopening = None
         self.opened, self.server = again, again.server
         self.suspicion = None
+
+    async def _open_again(self) -> _Opened:
+        async with contextlib.AsyncExitStack() as undo:
+            again = await _Opened.open(self.target, self.settings, self.clock, make=False)
+            undo.push_async_callback(again.drop)
+            with refusing(self.target):
+                await again.connection.run(self._check_epoch)
+            undo.pop_all()
+        return again
+
+    def interrupt(self) -> None:
+        """Break off what the write connection waits for, or the attempt to open another one."""
+        if self.opened is not None:
+            self.opened.connection.cut()
+        if self._reopening is not None and not self._reopening.expired():
+            self._reopening.reschedule(asyncio.get_running_loop().time())
 
     def _check_epoch(self, plain: Plain) -> None:
         """Begin a new epoch if commits that we have seen are gone: another server may have taken over without them."""
         seen, now = self.session.seen, stand(plain)
-        if seen is None or now.epoch != seen.epoch or now.newest >= seen.newest:
+        if seen is None or not now.lacks_what_was(seen):
             return
-        known: Stand = seen
         log.error(
             "The database lacks changes that were there before; subscribers begin anew",
             extra={"seen": seen.newest, "newest": now.newest},
         )
-        transact(plain, lambda inside: make_epoch(inside, known))
+        with plain.transaction():
+            make_epoch(plain, seen)
 
     async def close(self, *, is_clean: bool) -> None:
         """Close every connection."""
@@ -301,8 +323,7 @@ class Writing:
 
     def interrupt(self) -> None:
         """Break off what the connection waits for."""
-        if self._database.opened is not None:
-            self._database.opened.connection.cut()
+        self._database.interrupt()
 
     async def close(self, *, is_clean: bool) -> None:
         """Close the database for good."""
@@ -325,11 +346,19 @@ class Reading:
 
     async def read(self, query: Query[A]) -> A:
         """Answer a query in a reader's thread (see `ReadingEngine.read`)."""
-        return await self._database.readers().read(query)
+        answer = await self._database.readers().read(query)
+        if isinstance(answer, Changes):
+            self._note(answer)
+        return answer
 
     async def read_news(self, query: ListChanges) -> Changes:
         """Answer a query of the feed through the reader that is there for it alone."""
-        return await self._database.readers().read_news(query)
+        changes = await self._database.readers().read_news(query)
+        self._note(changes)
+        return changes
+
+    def _note(self, changes: Changes) -> None:
+        self._database.session.note(Stand(changes.newest, changes.epoch))
 
     def watch(self, changed: Callable[[], None]) -> None:
         """Call a function when another daemon has committed."""

@@ -189,8 +189,7 @@ class Exports:
             if connection is not None:
                 with contextlib.suppress(psycopg.Error):
                     await asyncio.to_thread(connection.plain.cancel_safe, timeout=_CANCEL_S)
-                connection.cut()
-                await connection.close()
+                await connection.drop()
             await asyncio.to_thread(files.close)
         finally:
             self._running -= 1

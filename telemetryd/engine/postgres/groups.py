@@ -24,11 +24,15 @@ _NO_STANDBY_ANY_MORE: Final = "TD002"
 """What `telemetryd_require_standby` raises before and after a COMMIT."""
 
 
+_WAIT_FOR_STANDBY: Final = "SyncRepWaitForLSN"
+"""The function of the server (syncrep.c) that warns if it is cancelled; its words depend on the server's language."""
+
+
 class Notices:
     """What the server remarks on one connection.
 
-    A warning in a COMMIT means that the wait for the standby was cancelled: the server says that it is done, and it is
-    not (patroni/patroni#1412).
+    A warning of the wait for the standby means that it was cancelled: the server says that the COMMIT is done, and on
+    the standby it is not (patroni/patroni#1412). Other warnings mean nothing here.
     """
 
     def __init__(self, plain: Plain) -> None:
@@ -36,7 +40,7 @@ class Notices:
         plain.add_notice_handler(self._note)
 
     def _note(self, diagnostic: psycopg.errors.Diagnostic) -> None:
-        if diagnostic.severity_nonlocalized == "WARNING":
+        if diagnostic.source_function == _WAIT_FOR_STANDBY:
             self._warnings.append(diagnostic.message_primary or "a warning")
 
     def forget(self) -> None:

@@ -5,9 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any, Final
 
-import psycopg
-
-from telemetryd.engine.postgres.connection import Plain, Target, first_line
+from telemetryd.engine.postgres.connection import Plain, Target
 from telemetryd.engine.postgres.schema import steps
 from telemetryd.errors import DatabaseError
 from telemetryd.ops.logs import log
@@ -32,10 +30,7 @@ def look(plain: Plain, target: Target) -> dict[str, Any]:
         DatabaseError: if runs cannot be kept there as they are promised to be.
 
     """
-    try:
-        row = plain.execute(_LOOK).fetchone()
-    except psycopg.Error as error:
-        raise DatabaseError(f"Cannot use {target.name}: {first_line(error)}") from None
+    row = plain.execute(_LOOK).fetchone()
     assert row is not None  # noqa: S101 - without FROM there is one row
     number, version, encoding, in_recovery, fsync, page_writes, commit, standbys, primary, timeline = row
     if number < _OLDEST:

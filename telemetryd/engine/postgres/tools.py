@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-import psycopg
-
 from telemetryd.engine.postgres import deltas, opening, schema
-from telemetryd.engine.postgres.connection import Plain, Target, connect_plainly, first_line, writing_session
+from telemetryd.engine.postgres.connection import Plain, Target, connect_plainly, refusing, writing_session
 from telemetryd.engine.postgres.groups import transact
 from telemetryd.errors import DatabaseError, TelemetrydError, sentence
 from telemetryd.model.values import format_timestamp, utc_now
@@ -18,12 +16,9 @@ from telemetryd.settings import Settings
 @contextlib.contextmanager
 def _connected(settings: Settings) -> Iterator[tuple[Plain, Target]]:
     target = Target.of(settings)
-    with contextlib.closing(connect_plainly(target, "command", writing_session(target))) as plain:
+    with contextlib.closing(connect_plainly(target, "command", writing_session(target))) as plain, refusing(target):
         opening.look(plain, target)
-        try:
-            yield plain, target
-        except psycopg.Error as error:
-            raise DatabaseError(f"Cannot use {target.name}: {first_line(error)}") from error
+        yield plain, target
 
 
 def bring_up_to_date(settings: Settings, *, dry_run: bool) -> tuple[int, int]:

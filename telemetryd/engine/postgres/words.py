@@ -8,8 +8,9 @@ from typing import Final
 
 import psycopg
 
-from telemetryd.engine.postgres.connection import Plain, Target, connect_plainly, first_line, writing_session
+from telemetryd.engine.postgres.connection import Plain, Target, connect, first_line, writing_session
 from telemetryd.engine.postgres.schema import CLASS
+from telemetryd.errors import DatabaseError, sentence
 from telemetryd.ops.logs import log
 
 INDEX: Final = "idx_runs_words"
@@ -37,23 +38,35 @@ def wait_until_begun(plain: Plain, is_over: Callable[[], bool]) -> None:
         time.sleep(_PAUSE_S)
 
 
-def keep(target: Target, *, wanted: bool) -> None:
-    """Make the index or drop it, as the setting says, through a connection of its own; waits for who does it now."""
-    values = {**writing_session(target), "lock_timeout": "0"}
-    plain = connect_plainly(target, "words", values)
+async def keep(target: Target, *, wanted: bool) -> None:
+    """Make the index or drop it, as the setting says, through a connection of its own; cancel it to leave that."""
     try:
-        while not plain.execute(_TAKE, (CLASS, _LOCK)).fetchall()[0][0]:
-            time.sleep(_PAUSE_S)
-        found = is_made(plain)
-        if wanted and not found:
-            log.info("Building the full-text index")
-            plain.execute(_DROP)  # what an attempt that was cut off has left
-            plain.execute(_MAKE)
-        elif not wanted and found is not None:
-            log.info("Dropping the full-text index")
-            plain.execute(_DROP)
-            log.info("The full-text index is dropped")
+        connection = await connect(target, "words", {**writing_session(target), "lock_timeout": "0"})
+    except DatabaseError as error:
+        _report(sentence(error))
+        return
+    try:
+        await connection.run(lambda plain: _keep(plain, wanted=wanted))
     except psycopg.Error as error:
-        log.error("The full-text index was not changed", extra={"error_message": first_line(error)})
+        _report(first_line(error))
     finally:
-        plain.close()
+        await connection.drop()
+
+
+def _report(reason: str) -> None:
+    log.error("The full-text index was not changed", extra={"error_message": reason})
+
+
+def _keep(plain: Plain, *, wanted: bool) -> None:
+    """Wait for whoever does it now, and do what is left."""
+    while not plain.execute(_TAKE, (CLASS, _LOCK)).fetchall()[0][0]:
+        time.sleep(_PAUSE_S)
+    found = is_made(plain)
+    if wanted and not found:
+        log.info("Building the full-text index")
+        plain.execute(_DROP)  # what an attempt that was cut off has left
+        plain.execute(_MAKE)
+    elif not wanted and found is not None:
+        log.info("Dropping the full-text index")
+        plain.execute(_DROP)
+        log.info("The full-text index is dropped")
