@@ -13,9 +13,10 @@ from typing import Any
 import psycopg
 import pytest
 
-from telemetryd.engine.postgres import deltas, opening, words
+from telemetryd.engine.postgres import opening, words
 from telemetryd.engine.postgres.connection import Plain, Target, connect_plainly, writing_session
 from telemetryd.engine.postgres.schema import CLASS
+from telemetryd.engine.postgres.statements import deltas
 from telemetryd.model.changes import ListChanges
 from telemetryd.model.commands import Created, CreateRuns
 from telemetryd.model.rules import Rules, Stale

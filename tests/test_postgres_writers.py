@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 from pydantic import SecretStr
 
-from telemetryd.engine.postgres import deltas
 from telemetryd.engine.postgres.connection import (
     Plain,
     Target,
@@ -26,6 +25,7 @@ from telemetryd.engine.postgres.connection import (
 )
 from telemetryd.engine.postgres.groups import Groups, Notices, transact
 from telemetryd.engine.postgres.schema import CLASS, COMMITS
+from telemetryd.engine.postgres.statements import deltas
 from telemetryd.engine.postgres.statements.changes import fetch_changes
 from telemetryd.errors import CommandFailedError, DatabaseSuspectError
 from telemetryd.model import events

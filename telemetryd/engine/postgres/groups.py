@@ -12,7 +12,7 @@ from psycopg import pq
 
 from telemetryd.engine.postgres.connection import Plain, first_line, is_of_one, is_passing, translate
 from telemetryd.engine.postgres.statements.commands import Transaction
-from telemetryd.errors import CommandFailedError, DatabaseSuspectError, UnavailableError
+from telemetryd.errors import CommandFailedError, DatabaseSuspectError, TelemetrydError, UnavailableError, sentence
 from telemetryd.model.commands import Command
 
 T = TypeVar("T")
@@ -71,8 +71,8 @@ class Groups:
     def write(self, plain: Plain, notices: Notices, commands: Sequence[Command[Any]]) -> list[Outcome]:
         """Commit one group, and return the outcome of each command.
 
-        If a command fails, the group is rolled back and done again with a savepoint around each command, so that only
-        the failing ones are undone.
+        If the database refuses one of the commands, the group is rolled back, and written as two halves; so at last
+        only what is refused is undone. Each half takes its locks in the order of all groups, which savepoints do not.
 
         Raises:
             TelemetrydError: if the whole group failed, as `WritingEngine.write` says.
@@ -80,34 +80,41 @@ class Groups:
         """
         self.since = time.monotonic()
         try:
-            for attempt in range(1, _ATTEMPTS + 1):
-                try:
-                    return self._write(plain, notices, commands)
-                except psycopg.Error as error:
-                    if not is_passing(error) or attempt == _ATTEMPTS:
-                        raise _translate(error) from error
+            return self._write(plain, notices, commands)
         finally:
             self.since = None
-        raise AssertionError("the last attempt returns or raises")
 
     def _write(self, plain: Plain, notices: Notices, commands: Sequence[Command[Any]]) -> list[Outcome]:
         try:
-            return self._transact(plain, notices, commands, alone=False)
+            return self._transact_again(plain, notices, commands)
         except (psycopg.Error, OverflowError, ValueError) as error:
-            if not _is_of_one(error):
-                raise
-        return self._transact(plain, notices, commands, alone=True)
+            if isinstance(error, psycopg.Error) and not is_of_one(error):
+                raise _translate(error) from error
+            if len(commands) == 1:
+                return [CommandFailedError(f"The database refused the change: {first_line(error)}")]
+        middle = len(commands) // 2
+        outcomes = self._write(plain, notices, commands[:middle])
+        try:
+            return outcomes + self._write(plain, notices, commands[middle:])
+        except DatabaseSuspectError:
+            raise
+        except TelemetrydError as error:
+            raise DatabaseSuspectError(f"It is unknown what of a group is stored: {sentence(error)}") from error
 
-    def _transact(
-        self, plain: Plain, notices: Notices, commands: Sequence[Command[Any]], *, alone: bool
-    ) -> list[Outcome]:
+    def _transact_again(self, plain: Plain, notices: Notices, commands: Sequence[Command[Any]]) -> list[Outcome]:
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                return self._transact(plain, notices, commands)
+            except psycopg.Error as error:
+                if not is_passing(error) or attempt == _ATTEMPTS:
+                    raise
+        raise AssertionError("the last attempt returns or raises")
+
+    def _transact(self, plain: Plain, notices: Notices, commands: Sequence[Command[Any]]) -> list[Outcome]:
         notices.forget()
         with _rolled_back_unless_done(plain):
-            transaction = Transaction(plain, self._clock(), needs_standby=self._needs_standby, alone=alone)
-            if alone:
-                outcomes = [_apply_alone(transaction, command) for command in commands]
-            else:
-                outcomes = transaction.apply(commands)
+            transaction = Transaction(plain, self._clock(), needs_standby=self._needs_standby)
+            outcomes = transaction.apply(commands)
             transaction.finish()
         notices.check()
         return outcomes
@@ -138,21 +145,6 @@ def _rolled_back_unless_done(plain: Plain) -> Iterator[None]:
         if not plain.closed and plain.info.transaction_status != pq.TransactionStatus.IDLE:
             plain.execute("ROLLBACK")
         raise
-
-
-def _apply_alone(transaction: Transaction, command: Command[Any]) -> Outcome:
-    try:
-        with transaction.savepoint():
-            return transaction.apply([command])[0]
-    except (psycopg.Error, OverflowError, ValueError) as error:
-        if not _is_of_one(error):
-            raise
-        reason = first_line(error)
-        return CommandFailedError(f"The database refused the change: {reason}")
-
-
-def _is_of_one(error: Exception) -> bool:
-    return not isinstance(error, psycopg.Error) or is_of_one(error)
 
 
 def _translate(error: psycopg.Error) -> Exception:

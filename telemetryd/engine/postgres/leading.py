@@ -15,10 +15,10 @@ from typing import Any, Final, TypeVar
 
 import psycopg
 
-from telemetryd.engine.postgres import deltas
 from telemetryd.engine.postgres.connection import Connection, Plain, Target, connect, first_line, writing_session
 from telemetryd.engine.postgres.groups import transact
 from telemetryd.engine.postgres.schema import CLASS, LEADING
+from telemetryd.engine.postgres.statements import deltas
 from telemetryd.engine.postgres.statements.numbers import NEWEST, forget_deletions
 from telemetryd.errors import DatabaseError, DatabaseSuspectError, TelemetrydError, sentence
 from telemetryd.ops.logs import log

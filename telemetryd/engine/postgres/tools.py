@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from telemetryd.engine.postgres import deltas, opening, schema
+from telemetryd.engine.postgres import opening, schema
 from telemetryd.engine.postgres.connection import Plain, Target, connect_plainly, refusing, writing_session
 from telemetryd.engine.postgres.groups import transact
+from telemetryd.engine.postgres.statements import deltas
 from telemetryd.errors import DatabaseError, TelemetrydError, sentence
 from telemetryd.model.values import format_timestamp, utc_now
 from telemetryd.settings import Settings

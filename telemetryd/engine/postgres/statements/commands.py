@@ -8,7 +8,6 @@ else a command finds is passed over if somebody holds it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain
 from operator import itemgetter
@@ -18,7 +17,6 @@ from psycopg import sql
 
 from telemetryd.engine.columns import PROCESS
 from telemetryd.engine.postgres.connection import Plain
-from telemetryd.engine.postgres.deltas import Deltas
 from telemetryd.engine.postgres.statements import (
     commands_alerts,
     commands_confirmations,
@@ -26,7 +24,9 @@ from telemetryd.engine.postgres.statements import (
     commands_replica,
     commands_thinning,
 )
+from telemetryd.engine.postgres.statements.deltas import Deltas
 from telemetryd.engine.postgres.statements.numbers import Numbers
+from telemetryd.errors import DatabaseSuspectError
 from telemetryd.model.commands import (
     Applied,
     ApplyChanges,
@@ -136,15 +136,12 @@ class Transaction:
         plain: the connection, in no transaction.
         now: the moment, one for the whole group.
         needs_standby: whether a synchronous standby has to be there.
-        alone: whether each command is applied by itself, with a savepoint around it. That is rare; our turn to draw
-            numbers is taken at once then, so that all of a command can be undone.
 
     """
 
-    def __init__(self, plain: Plain, now: str, *, needs_standby: bool, alone: bool = False) -> None:
+    def __init__(self, plain: Plain, now: str, *, needs_standby: bool) -> None:
         self._plain = plain
         self._now = now
-        self._alone = alone
         self._numbers = Numbers(plain, needs_standby=needs_standby)
         self._deltas = Deltas()
         self._late: list[tuple[Any, Any]] = []
@@ -153,35 +150,11 @@ class Transaction:
         self._has_turn = False
         self._held: dict[str, _Held] = {}
         self._runs: dict[int, _Held] = {}
-        if alone:
-            plain.execute("BEGIN")
-            self._take_turn()
 
     def apply(self, commands: Sequence[Command[Any]]) -> list[Any]:
         """Carry out commands, and return the outcome of each: first the new runs, then the others in their order."""
         created = self._open(commands)
-        outcomes = [next(created) if isinstance(command, CreateRuns) else self._apply(command) for command in commands]
-        if self._alone:
-            self._flush()
-            self._numbers.draw_for_events()
-        return outcomes
-
-    @contextmanager
-    def savepoint(self) -> Iterator[None]:
-        """Undo everything that is applied inside the block if the block fails."""
-        states = self._numbers.state(), self._deltas.state()
-        self._plain.execute("SAVEPOINT command")
-        try:
-            yield
-        except Exception:
-            self._plain.execute("ROLLBACK TO command")
-            self._numbers.restore(states[0])
-            self._deltas.restore(states[1])
-            self._late = []
-            raise
-        finally:
-            if not self._plain.closed:
-                self._plain.execute("RELEASE command")
+        return [next(created) if isinstance(command, CreateRuns) else self._apply(command) for command in commands]
 
     def finish(self) -> None:
         """Send what is left, and the COMMIT with it: so nobody waits for us between our turn and our COMMIT."""
@@ -191,8 +164,10 @@ class Transaction:
             if not self._has_turn:
                 self._take_turn()
             self._numbers.draw(has_written=self._has_written)
-            self._plain.execute("COMMIT")
+            done = self._plain.execute("COMMIT")
             self._numbers.check_standby()
+        if done.statusmessage != "COMMIT":  # which rolls back, without an error, what has failed before
+            raise DatabaseSuspectError(f"PostgreSQL answered a COMMIT with {done.statusmessage}")
 
     # --- New runs, and those that are named ----------------------------------------------------------
 
@@ -211,8 +186,7 @@ class Transaction:
         ]
         created = held = certificates = known = None
         with self._plain.pipeline():
-            if not self._alone:
-                self._plain.execute("BEGIN")
+            self._plain.execute("BEGIN")
             if rows:
                 created = self._plain.execute(_CREATE, _arrays(rows))
             if names:

@@ -134,12 +134,3 @@ class Numbers:
             self._plain.execute(_DELETED, (self._deleted,))
         if not (has_written or is_new or self._changed or self._deleted):
             self._plain.execute(_WRITE_SOMETHING)
-
-    def state(self) -> tuple[dict[int, None], list[str]]:
-        """Return what `restore` needs to undo everything that is noted from now on, if no event waits for its id."""
-        return self._changed.copy(), self._deleted.copy()
-
-    def restore(self, state: tuple[dict[int, None], list[str]]) -> None:
-        """Undo what was noted since; the caller has undone it in the database."""
-        self._changed, self._deleted = state
-        self._events, self._redacted = [], {}

@@ -113,15 +113,6 @@ class Deltas:
         plain.execute(_APPEND, (changes, to_log(summary) or None, orjson.dumps(counted).decode()[1:-1] or None))
         return True
 
-    def state(self) -> tuple[int, int, int]:
-        """Return what `restore` needs to undo everything that is noted from now on."""
-        return len(self.created), len(self.deleted), len(self.changed)
-
-    def restore(self, state: tuple[int, int, int]) -> None:
-        """Undo what was noted since."""
-        for notes, length in zip((self.created, self.deleted, self.changed), state, strict=True):
-            del notes[length:]
-
 
 def waiting(plain: Plain) -> int:
     """Return how many changes wait to be added up, as far as it matters."""
