@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import gc
 from collections.abc import AsyncIterator
 from functools import cache
 from pathlib import Path
@@ -179,6 +180,19 @@ def _names(path: Path) -> set[str]:
 
 def _modules_that_name(*words: str) -> set[str]:
     return {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if _names(path) & set(words)}
+
+
+async def test_a_writers_failure_that_nobody_waits_for_is_not_complained_of_when_the_store_is_gone(
+    memory: Memory, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Store(memory.engine(), Settings(), Metrics())
+    memory.failures = [DatabaseSuspectError("a failed sync"), *[DatabaseError("not yet")] * 1000]
+    with pytest.raises(DatabaseSuspectError):
+        await store.submit(create("a"))
+    await store.close()
+    del store
+    gc.collect()
+    assert [record for record in caplog.records if record.name == "asyncio"] == []
 
 
 def test_only_the_writer_receives_the_writing_half() -> None:
