@@ -143,7 +143,7 @@ def test_green_threads_end_and_send_like_any_other(
 COOPERATIVE = """
 import threading, time
 from telemetryd import client
-from telemetryd.client import sender, worker
+from telemetryd.client import signals
 
 class Turns(threading.Event):
     "An event whose waiter gets its turn only when the other thread waits for something, as with green threads."
@@ -152,7 +152,7 @@ class Turns(threading.Event):
         time.sleep(0.5)
         return told
 
-sender.threading = type("threading", (), {**vars(threading), "Event": Turns})
+signals.threading = type("threading", (), {**vars(threading), "Event": Turns})
 turns = []
 from telemetryd.client.worker import Worker
 real = Worker._turn
