@@ -304,8 +304,8 @@ class Settings(BaseModel):
         if self.db_url is not None and (given := _ONLY_SQLITE & self.model_fields_set):
             names = ", ".join(variable(name) for name in Settings.model_fields if name in given)
             raise ValueError(f"{names}: means nothing with TELEMETRY_DB_URL, which chooses PostgreSQL; leave it out")
-        if self.db_url is None and (given := OF_POSTGRES & self.model_fields_set):
-            names = ", ".join(variable(name) for name in Settings.model_fields if name in given)
+        if self.db_url is None and (changed := self._not_defaults(OF_POSTGRES)):
+            names = ", ".join(map(variable, changed))
             raise ValueError(
                 f"{names}: means nothing without TELEMETRY_DB_URL, the address of a database on PostgreSQL"
             )
@@ -313,6 +313,13 @@ class Settings(BaseModel):
             if self.tls_cert is None and getattr(self, name) is not None:
                 raise ValueError(f"TELEMETRY_TLS_CERT: must be set when {variable(name)} is")
         return self
+
+    def _not_defaults(self, among: frozenset[str]) -> list[str]:
+        return [
+            name
+            for name, field in Settings.model_fields.items()
+            if name in among and getattr(self, name) != field.default
+        ]
 
     def token(self) -> bytes | None:
         """Return the bytes of the token, from wherever it is set, without surrounding blanks.
