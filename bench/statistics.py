@@ -87,9 +87,7 @@ def _record(connection: sqlite3.Connection, summary: stats_log.Summary, changes:
     logged, is_prepared = cursor.execute(f"SELECT {rollups.LOGGED}, {derived.IS_PREPARED}").fetchone()
     if not is_prepared:
         derived.prepare(cursor)
-    derived.store(cursor, derived.Derived((), (), (), (), changes, stats_log.to_log(summary)))
-    if logged + changes >= rollups.FOLD_AT:
-        rollups.fold(cursor)
+    derived.store(cursor, derived.Derived((), (), (), (), changes, stats_log.to_log(summary)), logged)
 
 
 def _ingest(folder: Path, rows: list[Row], size: int) -> tuple[float, float]:

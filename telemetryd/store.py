@@ -220,5 +220,5 @@ class Store:
         self._watching.cancel()
         await self._writer.stop()
         await asyncio.wait((self.writing, self._watching))
-        self.writing.exception()  # it is whoever's who waits for the task; asyncio need not complain of it as well
+        self.writing.exception()  # the daemon waits for the task and gets it; asyncio need not report it as well
         await self._writer.close()

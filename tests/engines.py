@@ -1,4 +1,4 @@
-"""What tests do with a database behind a daemon's back, on either engine, and the settings of a new one."""
+"""What tests do with a database while a daemon serves it, on either engine, and the settings of a new one."""
 
 from __future__ import annotations
 

@@ -13,10 +13,11 @@ from typing import Any
 import psycopg
 import pytest
 
-from telemetryd.engine.postgres import opening, words
+from telemetryd.engine.postgres import opening
 from telemetryd.engine.postgres.connection import Plain, Target, connect_plainly, writing_session
 from telemetryd.engine.postgres.schema import CLASS
 from telemetryd.engine.postgres.statements import deltas
+from telemetryd.engine.postgres.statements.full_text import INDEX
 from telemetryd.model.changes import ListChanges
 from telemetryd.model.commands import Created, CreateRuns
 from telemetryd.model.rules import Rules, Stale
@@ -172,7 +173,7 @@ async def test_closing_ends_what_waits_to_change_the_index_of_words(postgres_dat
             lambda: (
                 one(
                     other,
-                    f"SELECT count(*) FROM pg_index WHERE indisvalid AND indexrelid = to_regclass('{words.INDEX}')",
+                    f"SELECT count(*) FROM pg_index WHERE indisvalid AND indexrelid = to_regclass('{INDEX}')",
                 )
                 == 1
             )
@@ -189,8 +190,8 @@ async def test_waiting_for_the_index_of_words_costs_next_to_no_commits(postgres_
     """Each would be waited for by all who write, and wake all who follow; and the server may need hours."""
     settings = settings_of(postgres_database, full_text=True)
     async with opened(settings) as store:
-        other.execute(f"CREATE INDEX {words.INDEX} ON agent_runs (id)".encode())
-        other.execute("UPDATE pg_index SET indisvalid = false WHERE indexrelid = to_regclass(%s)", (words.INDEX,))
+        other.execute(f"CREATE INDEX {INDEX} ON agent_runs (id)".encode())
+        other.execute("UPDATE pg_index SET indisvalid = false WHERE indexrelid = to_regclass(%s)", (INDEX,))
         before = store.health().groups
         upkeep = Upkeep(store, settings)
         with contextlib.suppress(TimeoutError):
@@ -198,7 +199,7 @@ async def test_waiting_for_the_index_of_words_costs_next_to_no_commits(postgres_
                 await upkeep.index_texts()
         assert str(upkeep.full_text) == FullText.BUILDING
         assert store.health().groups - before <= 3
-        other.execute("UPDATE pg_index SET indisvalid = true WHERE indexrelid = to_regclass(%s)", (words.INDEX,))
+        other.execute("UPDATE pg_index SET indisvalid = true WHERE indexrelid = to_regclass(%s)", (INDEX,))
         async with asyncio.timeout(PATIENCE_S):
             await upkeep.index_texts()
         assert str(upkeep.full_text) == FullText.READY

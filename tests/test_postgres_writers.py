@@ -157,7 +157,7 @@ class Writing(RuleBasedStateMachine):
             assert self.given.setdefault(seq, str(what)) == str(what)
 
     @invariant()
-    def whoever_catches_up_has_everything(self) -> None:
+    def a_follower_that_catches_up_has_everything(self) -> None:
         for follower in self.followers:
             late = PostgresFollower()
             late.copy, late.last = dict(follower.copy), follower.last

@@ -203,7 +203,7 @@ def test_a_change_that_is_refused_or_cut_off_leaves_the_file_as_it_was(
 
 
 def test_nobody_keeps_others_from_changing_the_file(tmp_path: Path) -> None:
-    """Whoever can list a folder can lock it (flock(2)); what is locked here nobody else can open."""
+    """Any user who can list a folder can lock it (flock(2)); what is locked here nobody else can open."""
     path = tmp_path / "tokens"
     folder = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(folder, fcntl.LOCK_EX)

@@ -111,7 +111,7 @@ def change(path: Path, edit: Callable[[tuple[Token, ...]], Sequence[Token]]) -> 
 def _alone_with(made: Path) -> Iterator[int]:
     """Give the descriptor of a new, empty file, of which there is one at a time.
 
-    The file is its own lock: nobody else can open it, whereas whoever may list the folder could lock that for ever.
+    The file is its own lock: nobody else can open it. Any user who may list the folder could lock that for ever.
 
     Raises:
         ConfigurationError: if something else has its name.

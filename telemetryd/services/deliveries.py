@@ -76,7 +76,7 @@ class Outbox:
         self._store, self._clock, self._pace, self._given_up = store, clock, pace, given_up
         self.webhook = webhook
         self.sending = asyncio.Lock()
-        """Held from when a message is sent until its outcome is stored; whoever holds it may cancel `run`."""
+        """Held from when a message is sent until its outcome is stored; the task that holds it may cancel `run`."""
         self._news = asyncio.Event()
         self._resting: dict[int, _Resting] = {}
         self._failures = 0

@@ -188,7 +188,7 @@ class _Protocol(RequestHandler):
     def _has_no_address(self) -> bool:
         """Return whether the client of a TCP socket has reset the connection already; what it sent could still be read.
 
-        The system tells no address of such a client any more, and whoever has none would count as one of the Unix
+        The system tells no address of such a client any more, and a client without one would count as one of the Unix
         socket. Of all others aiohttp keeps the address from this first look on, whenever they leave.
         """
         connection = self.transport.get_extra_info("socket") if self.transport is not None else None

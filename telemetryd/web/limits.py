@@ -46,7 +46,7 @@ class RateLimit:
 
 
 class Bucket:
-    """A bucket that may go into debt: whoever finds a whole unit in it pays all it brings, however much that is.
+    """A bucket that may go into debt: a request that finds a whole unit in it pays for all it brings.
 
     So what is larger than the quota still gets through once, and a long pause follows.
     """

@@ -121,7 +121,7 @@ class Handshakes:
     def cut_longest(self) -> bool:
         """Cut the connection whose handshake takes longest; return whether there was one.
 
-        A client that means it needs milliseconds, so whoever only takes up room is cut before one that needs it.
+        A client that means it needs milliseconds, so a client that only takes up room is cut before one that needs it.
         """
         longest = next(iter(self._open), None)
         if longest is not None:

@@ -185,7 +185,7 @@ class Connection:
         def work() -> None:
             try:
                 result = function(self.plain)
-            except BaseException as error:  # noqa: BLE001 - whoever waits gets it
+            except BaseException as error:  # noqa: BLE001 - the caller that waits gets it
                 report = partial(_fail, answer, error)
             else:
                 report = partial(_succeed, answer, result)
@@ -318,7 +318,7 @@ def reading_session(timeout_s: float) -> Mapping[str, str]:
         "statement_timeout": str(round(timeout_s * 1000)),
         "idle_in_transaction_session_timeout": "60s",
         "idle_session_timeout": "0",
-        # Else a query goes on for whoever has closed the connection (runtime-config-connection.html).
+        # Else a query goes on after its client has closed the connection (runtime-config-connection.html).
         "client_connection_check_interval": "1s",
     }
 

@@ -178,7 +178,7 @@ class Readers:
     async def _drop(self, place: _Place) -> None:
         connection, place.connection = place.connection, None
         if connection is not None:
-            await asyncio.shield(self._see_to(_break(connection)))
+            await asyncio.shield(self._see_to(connection.drop()))
 
     async def close(self) -> None:
         """End what runs, refuse what waits, and close every connection; done again, it does nothing."""
@@ -220,16 +220,11 @@ async def _cancel(connection: Connection, answer: asyncio.Future[T]) -> None:
         with contextlib.suppress(psycopg.Error):
             await asyncio.to_thread(connection.plain.cancel_safe, timeout=_CANCEL_S)
         await asyncio.wait((answer,), timeout=_CANCEL_AGAIN_S)
-    await _break(connection)
+    await connection.drop()
 
 
 async def _end(connection: Connection) -> None:
     """End what runs on a connection, if anything does, and close it."""
     with contextlib.suppress(psycopg.Error):
         await asyncio.to_thread(connection.plain.cancel_safe, timeout=_CANCEL_S)
-    await _break(connection)
-
-
-async def _break(connection: Connection) -> None:
-    connection.cut()
-    await connection.close()
+    await connection.drop()

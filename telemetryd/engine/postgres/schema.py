@@ -19,7 +19,7 @@ from telemetryd.errors import DatabaseError
 _STEP_NAME: Final = re.compile(r"(\d{4})_(\w+)\.sql")
 CLASS: Final = 7626853
 """The first half of every advisory lock of ours: so they are nobody else's."""
-COMMITS, FOLDING, LEADING, MIGRATING = 1, 2, 3, 4
+COMMITS, FOLDING, LEADING, MIGRATING, INDEXING = range(1, 6)
 """The second half, by what the lock is for."""
 
 _ATTEMPTS: Final = 20

@@ -9,12 +9,11 @@ from typing import Final
 import psycopg
 
 from telemetryd.engine.postgres.connection import Plain, Target, connect, first_line, writing_session
-from telemetryd.engine.postgres.schema import CLASS
+from telemetryd.engine.postgres.schema import CLASS, INDEXING
+from telemetryd.engine.postgres.statements.full_text import INDEX
 from telemetryd.errors import DatabaseError, sentence
 from telemetryd.ops.logs import log
 
-INDEX: Final = "idx_runs_words"
-_LOCK: Final = 5
 _TAKE: Final = "SELECT pg_try_advisory_lock(%s, %s)"
 _STATE: Final = "SELECT indisvalid AND indisready FROM pg_index WHERE indexrelid = to_regclass(%s)"
 # Without pending entries, which would be merged in at some unlucky INSERT.
@@ -33,7 +32,7 @@ def is_made(plain: Plain) -> bool | None:
 
 
 def wait_until_begun(plain: Plain, is_over: Callable[[], bool]) -> None:
-    """Wait until there is an index, complete or not, or until whoever makes it has given up."""
+    """Wait until there is an index, complete or not, or until the one that makes it has given up."""
     while is_made(plain) is None and not is_over():
         time.sleep(_PAUSE_S)
 
@@ -58,8 +57,8 @@ def _report(reason: str) -> None:
 
 
 def _keep(plain: Plain, *, wanted: bool) -> None:
-    """Wait for whoever does it now, and do what is left."""
-    while not plain.execute(_TAKE, (CLASS, _LOCK)).fetchall()[0][0]:
+    """Wait for the daemon that does it now, and do what is left."""
+    while not plain.execute(_TAKE, (CLASS, INDEXING)).fetchall()[0][0]:
         time.sleep(_PAUSE_S)
     found = is_made(plain)
     if wanted and not found:

@@ -9,7 +9,6 @@ from telemetryd.engine.postgres.connection import Plain
 from telemetryd.engine.postgres.statements.answers import answers
 from telemetryd.engine.postgres.statements.predicates import Values, one
 from telemetryd.engine.registry import always
-from telemetryd.model.commands import PruneRuns, ReapRuns
 from telemetryd.model.queries import MAX_LIMIT, CountPrunable, CountStale, Prunable
 
 
@@ -35,37 +34,25 @@ _AHEAD: Final = """(
     WHERE created_at >= %(before)s AND arrived_at < %(before)s
 ) AS early JOIN agent_runs ON agent_runs.id = ahead"""
 
-_IS_ARCHIVED: Final = """
-    unnest(%(ids)s::bigint[], %(versions)s::text[]) AS archived (archived_id, archived_version)
-        JOIN agent_runs ON agent_runs.id = archived_id
-    WHERE updated_at = archived_version AND (created_at < %(before)s OR EXISTS (
-        SELECT 1 FROM run_arrivals AS a
-        WHERE a.created_at = agent_runs.created_at AND a.run = agent_runs.id AND a.arrived_at < %(before)s
-    ))"""
 
-
-def old_runs(command: PruneRuns | CountPrunable) -> tuple[list[Walk], Values]:
+def _old_runs(command: CountPrunable) -> tuple[list[Walk], Values]:
     """Return the walks that find the runs to prune, and what is bound to their names."""
-    equal, also = _equal(command, "agent_name", "job_type", "status")
+    equal, also = asked_for(command, "agent_name", "job_type", "status")
     values: Values = {**equal, "before": command.created_before}
-    if isinstance(command, PruneRuns) and command.versions is not None:
-        values["ids"] = [run for run, _ in command.versions]
-        values["versions"] = [version for _, version in command.versions]
-        return [Walk(f"{_IS_ARCHIVED}{also}", "''")], values
     return _walks(also), values
 
 
-def stale_runs(command: ReapRuns | CountStale) -> tuple[list[Walk], Values]:
+def stale_runs(command: CountStale) -> tuple[list[Walk], Values]:
     """Return the walks that find the stale runs, and what is bound to their names."""
-    equal, also = _equal(command, "agent_name", "job_type")
+    equal, also = asked_for(command, "agent_name", "job_type")
     return _walks(f"{also} AND status = 'running' AND updated_at < %(before)s"), {
         **equal,
         "before": command.stale_before,
     }
 
 
-def _equal(command: object, *names: str) -> tuple[Values, str]:
-    """Return what of these names a command asks for, and as conditions."""
+def asked_for(command: object, *names: str) -> tuple[Values, str]:
+    """Return what of these names a command or a query asks for, and as conditions."""
     equal: Values = {name: value for name in names if (value := getattr(command, name)) is not None}
     return equal, "".join(f" AND {name} = %({name})s" for name in equal)
 
@@ -86,7 +73,7 @@ def together(walks: list[Walk], *columns: str) -> str:
 @answers(CountPrunable, is_long=always)
 def count_prunable(plain: Plain, query: CountPrunable) -> Prunable:
     """Count the runs that pruning would delete."""
-    walks, values = old_runs(query)
+    walks, values = _old_runs(query)
     runs, oldest = one(plain, f"SELECT count(*), min(since) FROM ({together(walks, 'id')}) AS old", values)
     ahead = plain.execute(f"SELECT event_id FROM {walks[-1].source} LIMIT {MAX_LIMIT}", values)
     return Prunable(runs, oldest, tuple(event_id for (event_id,) in ahead))

@@ -161,8 +161,7 @@ class Transaction:
         with self._plain.pipeline():
             self._flush()
             self._has_written |= self._deltas.append(self._plain)
-            if not self._has_turn:
-                self._take_turn()
+            self._take_turn()
             self._numbers.draw(has_written=self._has_written)
             done = self._plain.execute("COMMIT")
             self._numbers.check_standby()
@@ -384,8 +383,7 @@ class Transaction:
         return Reaped(len(reaped), is_more)
 
     def _apply_changes(self, command: ApplyChanges) -> Applied:
-        if not self._has_turn:
-            self._take_turn()  # before any of its rows is waited for; there is one who follows
+        self._take_turn()  # before any of its rows is waited for; there is one who follows
         self._has_written = True
         self._deltas.deleted += commands_replica.apply_changes(self._plain, command)
         self._deltas.created += [_facts_of(what.row) for _, what in command.changes if isinstance(what, CopiedRun)]
@@ -403,8 +401,10 @@ class Transaction:
                     self._plain.execute(statement, values)
 
     def _take_turn(self) -> None:
-        self._has_turn = True
-        self._numbers.take_turn()
+        """Wait, once, until nobody else draws numbers."""
+        if not self._has_turn:
+            self._has_turn = True
+            self._numbers.take_turn()
 
     def _forget(self, runs: Sequence[int]) -> None:
         """Forget that runs are held: they are gone."""

@@ -12,6 +12,7 @@ from typing import Any, Final
 from telemetryd.engine import budget
 from telemetryd.engine.budget import Budget
 from telemetryd.engine.postgres.connection import Plain
+from telemetryd.engine.postgres.statements.aging import asked_for
 from telemetryd.engine.postgres.statements.numbers import Numbers
 from telemetryd.model import runs
 from telemetryd.model.commands import EndProcess, ProcessEnded, Pruned, PruneRuns, ReapRuns
@@ -124,15 +125,9 @@ def _both_ages(plain: Plain, also: str, values: dict[str, Any], limit: int) -> l
     return found
 
 
-def _equal(command: object, *names: str) -> tuple[dict[str, Any], str]:
-    """Return what of these names a command asks for, and as conditions."""
-    equal = {name: value for name in names if (value := getattr(command, name)) is not None}
-    return equal, "".join(f" AND r.{name} = %({name})s" for name in equal)
-
-
 def prune(plain: Plain, numbers: Numbers, command: PruneRuns) -> tuple[Pruned, list[tuple[int, Facts]]]:
     """Delete a slice of old runs with all that belongs to them; return what was deleted, too."""
-    equal, also = _equal(command, "agent_name", "job_type", "status")
+    equal, also = asked_for(command, "agent_name", "job_type", "status")
     values: dict[str, Any] = {**equal, "before": command.created_before}
     if command.versions is None:
         found = _both_ages(plain, also, values, command.limit)
@@ -165,7 +160,7 @@ def delete(plain: Plain, chosen: Sequence[tuple[Any, ...]]) -> list[tuple[Any, .
 
 def reap(plain: Plain, numbers: Numbers, command: ReapRuns, now: str) -> tuple[list[tuple[Any, ...]], bool]:
     """Cancel a slice of stale runs; return the id and the new facts of each, and whether there may be more."""
-    equal, also = _equal(command, "agent_name", "job_type")
+    equal, also = asked_for(command, "agent_name", "job_type")
     also += " AND r.status = 'running' AND r.updated_at < %(before)s"
     found = _both_ages(plain, also, {**equal, "before": command.stale_before}, command.limit)
     ids = [row[0] for row in Budget().take(found)]

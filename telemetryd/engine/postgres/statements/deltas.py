@@ -34,7 +34,7 @@ from telemetryd.model.stats import FACTS, SUMS, Cell, Facts, Named, hour_number
 AT_ONCE: Final = 500
 """Rows that are added up in one transaction."""
 DUE: Final = 10_000
-"""After so many changes they are added up, to whoever reads they cost 15 ms by then."""
+"""After so many changes they are added up; by then they cost each query of statistics 15 ms."""
 
 _CREATED_AT: Final = FACTS.index("created_at")
 _DATE: Final = len("2025-12-24")
@@ -123,7 +123,8 @@ def waiting(plain: Plain) -> int:
 def fold(plain: Plain) -> bool:
     """Add some rows up, inside the caller's transaction; return whether there may be more.
 
-    Exactly once, whoever tries: taking the rows away and adding them up is one transaction, and one at a time does it.
+    Exactly once, however many daemons try: taking the rows away and adding them up is one transaction, and one daemon
+    at a time does it.
     """
     if not plain.execute(_TRY_TURN, (CLASS, FOLDING)).fetchall()[0][0]:
         return False
@@ -254,7 +255,7 @@ _COUNT_MINUTES: Final = f"INSERT INTO run_minutes (minute, runs) {_MINUTES}"
 
 
 def rebuild(plain: Plain) -> None:
-    """Count everything anew, inside the caller's transaction; whoever wants to commit waits meanwhile."""
+    """Count everything anew, inside the caller's transaction; commits wait meanwhile."""
     plain.execute(_TURN, (CLASS, FOLDING))
     plain.execute(_TURN, (CLASS, COMMITS))
     for statement in (*_FORGET_ALL, _COUNT_TOTALS, _COUNT_MINUTES):

@@ -110,8 +110,7 @@ class Numbers:
         """Wait until nobody else draws numbers."""
         self._plain.execute(_TAKE_TURN, (self._needs_standby,))
 
-    def draw_for_events(self) -> None:
-        """Store the events that wait for their ids; only in our turn."""
+    def _draw_for_events(self) -> None:
         if self._events:
             self._plain.execute(_HAPPENED, [[*column] for column in zip(*self._events, strict=True)])
             self._events = []
@@ -120,14 +119,14 @@ class Numbers:
             self._redacted = {}
 
     def check_standby(self) -> None:
-        """See, after the COMMIT, that a standby was still asked for: whoever takes that back lets all commits pass."""
+        """See, after the COMMIT, that a standby was still asked for: to take that back lets all commits pass."""
         if self._needs_standby:
             self._plain.execute(_CHECK_STANDBY)
 
     def draw(self, *, has_written: bool) -> None:
         """Draw every number; only in our turn, and right before COMMIT."""
         is_new = bool(self._events or self._redacted)
-        self.draw_for_events()
+        self._draw_for_events()
         if self._changed:
             self._plain.execute(_CHANGED, ([*self._changed],))
         if self._deleted:

@@ -16,7 +16,7 @@ from telemetryd.model.queries import ListRuns
 
 _FIRST: Final = ""
 _LAST: Final = "~"
-"""Before and behind every moment."""
+"""Before and after every moment."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class _End:
     comparison: str
     places: tuple[str, ...]
     is_open: bool = False
-    """Whether it is behind all runs."""
+    """Whether it is after all runs."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -270,9 +270,7 @@ class Transaction:
             changes=changes,
             log=stats_log.to_log(summary),
         )
-        derived.store(self._cursor, what)
-        if self._logged + changes >= rollups.FOLD_AT:
-            rollups.fold(self._cursor)
+        derived.store(self._cursor, what, self._logged)
 
     def _report(self) -> None:
         """Report to the recount what this transaction is going to commit."""

@@ -14,7 +14,7 @@ from typing import Any, Final
 import orjson
 
 from telemetryd.engine.columns import DAY, HOUR
-from telemetryd.engine.sqlite.statements.rollups import LOGGED
+from telemetryd.engine.sqlite.statements import rollups
 
 _KEYS: Final = {"run_totals": ("agent_name", "job_type", "status"), "run_minutes": ("minute",)}
 """The tables that count runs, and the key of each; an array of a change is the key and the number of runs."""
@@ -79,7 +79,7 @@ _PREPARE: Final = (
     f"""
     CREATE TEMP TRIGGER store_derived INSTEAD OF INSERT ON derived BEGIN
         {"".join(map(_add, _KEYS))} {_widen("run_hours", "hour")} {_widen("run_days", "day")}
-        INSERT INTO run_stats_log (total, changes) VALUES ({LOGGED} + new.changes, new.log);
+        INSERT INTO run_stats_log (total, changes) VALUES ({rollups.LOGGED} + new.changes, new.log);
     END
     """,
     f"""
@@ -116,12 +116,17 @@ def prepare(cursor: sqlite3.Cursor) -> None:
         cursor.execute(statement)
 
 
-def store(cursor: sqlite3.Cursor, derived: Derived) -> None:
-    """Store what a group changes; where nothing is left of a total, a minute, an hour or a day, its row goes."""
+def store(cursor: sqlite3.Cursor, derived: Derived, logged: int) -> None:
+    """Store what a group changes; where nothing is left of a total, a minute, an hour or a day, its row goes.
+
+    The statistics are added up if that is due, after so many changes that were logged before.
+    """
     totals = _more(derived.totals), _fewer(derived.totals)
     minutes = _more(derived.minutes), _fewer(derived.minutes)
     arrays = [orjson.dumps(rows).decode() for rows in (*totals, *minutes, derived.hours, derived.days)]
     cursor.execute(_STORE, (*arrays, derived.changes, derived.log))
+    if logged + derived.changes >= rollups.FOLD_AT:
+        rollups.fold(cursor)
 
 
 def _more(changes: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
