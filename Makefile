@@ -84,7 +84,7 @@ test-all: $(INSTALLED) $(CLIENTS_INSTALLED) ## the tests, the slow suites, and a
 test-faults: $(INSTALLED) ## the fault tests alone, in their short form (a minute and a half)
 	$(BIN)/pytest $(PARALLEL) -m "not slow and faults"
 
-torture: $(INSTALLED) ## the fault tests in their long form; publishes the figures in docs/reliability.md (two to three hours)
+torture: $(INSTALLED) ## the fault tests in their long form; publishes the figures in docs/explanation/reliability.md (two to three hours)
 	rm -f build/ledger.jsonl && mkdir -p build
 	$(BIN)/pytest tests/faults tests/contract/test_bad_input.py --rounds-scale 1 --ledger build/ledger.jsonl
 	$(BIN)/python -m tests.tools.reliability build/ledger.jsonl

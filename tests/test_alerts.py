@@ -988,7 +988,7 @@ def test_a_wrong_file_is_reported_with_every_fault_and_its_place(tmp_path: Path,
 
 
 def test_the_example_of_the_documentation_is_read_as_it_stands(tmp_path: Path) -> None:
-    page = (Path(__file__).parents[1] / "docs" / "alerts.md").read_text("utf-8")
+    page = (Path(__file__).parents[1] / "docs" / "how-to" / "alerts.md").read_text("utf-8")
     path = tmp_path / "alerts.toml"
     path.write_text(page.split("```toml\n")[1].split("```")[0])
     rules = load_rules(path, {"TEAM_HOOK_SECRET": SECRET})
@@ -1003,7 +1003,7 @@ def test_the_example_of_the_documentation_is_read_as_it_stands(tmp_path: Path) -
 
 
 def test_the_verification_of_the_documentation_works() -> None:
-    page = (Path(__file__).parents[1] / "docs" / "alerts.md").read_text("utf-8")
+    page = (Path(__file__).parents[1] / "docs" / "how-to" / "alerts.md").read_text("utf-8")
     names: dict[str, Any] = {}
     exec(page.split("```python\n")[1].split("```")[0], names)
     from telemetryd.services.webhooks import sign

@@ -31,7 +31,7 @@ def test_measured_figures_become_tables(tmp_path: Path, monkeypatch: pytest.Monk
     rendered = docs.rendered()
     line = "| batches of 1,000 runs | 1,000,000 rows/s | limit 2,000,000 rows/s |"
     assert line in rendered[ROOT / "README.md"]
-    assert rendered[ROOT / "docs" / "performance.md"].count(report.table(figures)) == 2
+    assert rendered[ROOT / "docs" / "explanation" / "performance.md"].count(report.table(figures)) == 2
 
 
 def test_the_schema_file_is_up_to_date() -> None:

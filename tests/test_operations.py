@@ -27,8 +27,8 @@ from tests.tools.fork_server import ForkServer
 from tests.tools.old_databases import make_old_database
 
 README = Path(__file__).parents[1] / "README.md"
-HANDBOOK = Path(__file__).parents[1] / "docs" / "operations.md"
-FROM_3X = Path(__file__).parents[1] / "docs" / "from-3.x.md"
+HANDBOOK = Path(__file__).parents[1] / "docs" / "how-to" / "operations.md"
+FROM_3X = Path(__file__).parents[1] / "docs" / "how-to" / "from-3.x.md"
 GUIDE = Path(__file__).parent / "guide" / "DEPLOYMENT_GUIDE.md"
 
 _SYSTEMCTL = """#!/bin/bash

@@ -57,7 +57,7 @@ retry_option = click.option(
 take_over_option = click.option(
     "--take-over",
     is_flag=True,
-    help="Take over what local-telemetry 3.x has left, where its variables and defaults say (docs/from-3.x.md).",
+    help="Take over what local-telemetry 3.x has left, where its variables and defaults say (docs/how-to/from-3.x.md).",
 )
 
 

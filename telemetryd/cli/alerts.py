@@ -33,7 +33,7 @@ from telemetryd.services import webhooks
 from telemetryd.settings import Settings
 
 
-@click.group(cls=Suggesting, help="Try out the rules of alerts (docs/alerts.md).")
+@click.group(cls=Suggesting, help="Try out the rules of alerts (docs/how-to/alerts.md).")
 def alerts() -> None:
     """Hold the commands about alerts."""
 

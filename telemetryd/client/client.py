@@ -107,7 +107,7 @@ class Client:
             agent_name: which agent runs.
             job_type: what kind of job it runs.
             heartbeat: True to report every minute that the run is alive; or the seconds between.
-            **fields: other fields of the run, such as product="words" (docs/runs.md).
+            **fields: other fields of the run, such as product="words" (docs/reference/runs.md).
 
         """
         return Run(self, agent_name, job_type, heartbeat_of(heartbeat, self.rejected), fields)
@@ -115,7 +115,7 @@ class Client:
     def record(self, run: Mapping[str, Any]) -> str | None:
         """Record a finished run, given as POST /api/v1/runs takes it; event_id and the like are added if missing.
 
-        What no field can take is left out and kept in context_json (docs/client.md).
+        What no field can take is left out and kept in context_json (docs/reference/client.md).
 
         Returns:
             the event_id when the run is in the spool; None if it is not, because the disk is full, say: then it is
@@ -148,7 +148,7 @@ class Client:
             return None
 
     def write(self, line: Mapping[str, Any]) -> bool:
-        """Put one line into the spool (docs/client.md has its forms); return whether it is there."""
+        """Put one line into the spool (docs/reference/client.md has its forms); return whether it is there."""
         try:
             is_safe = self._spool.append(encode(line))
             if is_safe:

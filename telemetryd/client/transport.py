@@ -229,7 +229,7 @@ class Transport:
         headers = dict(self._headers)
         if body is not None:
             headers["Content-Type"] = media_type
-            # On the same machine compressing costs more than it saves (docs/client.md has the figures).
+            # On the same machine compressing costs more than it saves (docs/reference/client.md has the figures).
             if not self.is_local and len(body) >= _GZIP_FROM:
                 body = gzip.compress(body, 1)
                 headers["Content-Encoding"] = "gzip"

@@ -489,7 +489,7 @@ def test_the_readme_works_as_pasted(daemon: Daemon, buffer: Path) -> None:
 
 
 def test_the_clients_page_works_as_pasted(daemon: Daemon, buffer: Path) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "client.md").read_text("utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "client.md").read_text("utf-8")
     snippets = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     assert len(snippets) == 2
     python("\n".join(snippets), daemon.url, buffer)

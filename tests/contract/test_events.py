@@ -1,4 +1,4 @@
-"""docs/api.md on run events, sentence by sentence."""
+"""docs/reference/http.md on run events, sentence by sentence."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ def fill(text: str, marker: str, content: str) -> str:
 
 def rendered() -> dict[Path, str]:
     """Return each file that holds generated parts, as it should be."""
-    readme, reference, reliability = ROOT / "README.md", ROOT / "docs" / "runs.md", ROOT / "docs" / "reliability.md"
+    readme, reference, reliability = ROOT / "README.md", ROOT / "docs" / "reference" / "runs.md", ROOT / "docs" / "explanation" / "reliability.md"
     api, client, performance = (ROOT / "docs" / f"{name}.md" for name in ("api", "client", "performance"))
     overview, measured = fill(readme.read_text("utf-8"), "settings", settings_table()), performance.read_text("utf-8")
     # What has not been measured stays as it is.

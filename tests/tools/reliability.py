@@ -1,4 +1,4 @@
-"""Writes the table of docs/reliability.md from the ledger of a run of the fault tests.
+"""Writes the table of docs/explanation/reliability.md from the ledger of a run of the fault tests.
 
 Usage: python -m tests.tools.reliability LEDGER
 """
@@ -17,7 +17,7 @@ import click
 from tests.faults.ledger import Entry, read
 from tests.tools.docs import ROOT, fill
 
-PAGE = ROOT / "docs" / "reliability.md"
+PAGE = ROOT / "docs" / "explanation" / "reliability.md"
 _DIRTY = "-dirty"
 
 _HEAD = (
