@@ -9,7 +9,6 @@ import pytest
 from bench import report
 from bench.figures import Figure, Samples, Unit, at_least
 from bench.scenario import Options
-from telemetryd import http
 from telemetryd.configuration import load
 from tests.faults.ledger import Ledger, read
 from tests.tools import docs, reliability, schema
@@ -18,7 +17,9 @@ ROOT = docs.ROOT
 
 
 def test_generated_parts_are_up_to_date() -> None:
-    stale = [path.name for path, text in docs.rendered().items() if path.read_text("utf-8") != text]
+    stale = [
+        path.name for path, text in docs.rendered().items() if not path.exists() or path.read_text("utf-8") != text
+    ]
     assert stale == [], "run: make docs"
 
 
@@ -31,7 +32,7 @@ def test_measured_figures_become_tables(tmp_path: Path, monkeypatch: pytest.Monk
     rendered = docs.rendered()
     line = "| batches of 1,000 runs | 1,000,000 rows/s | limit 2,000,000 rows/s |"
     assert line in rendered[ROOT / "README.md"]
-    assert rendered[ROOT / "docs" / "explanation" / "performance.md"].count(report.table(figures)) == 2
+    assert rendered[docs.PERFORMANCE].count(report.table(figures)) == 2
 
 
 def test_the_schema_file_is_up_to_date() -> None:
@@ -52,10 +53,8 @@ def test_env_example_with_every_line_put_in_force_is_the_default_configuration(t
     assert not loaded.remarks
 
 
-def test_every_endpoint_stands_in_the_readme() -> None:
-    readme = (ROOT / "README.md").read_text("utf-8")
-    for _, method, path, _ in http.described():
-        assert f"| `{method} {path}`" in readme, f"{method} {path}"
+def test_the_readme_can_be_read_in_three_minutes() -> None:
+    assert len((ROOT / "README.md").read_text("utf-8").split()) <= 1000
 
 
 @pytest.mark.parametrize(

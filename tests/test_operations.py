@@ -1,4 +1,4 @@
-"""Runs the commands of README and handbook in their order, in one folder, with stand-ins for systemd and sudo."""
+"""Runs the commands of tutorial and handbook in their order, in one folder, with stand-ins for systemd and sudo."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.conftest import choose_port
 from tests.tools.fork_server import ForkServer
 from tests.tools.old_databases import make_old_database
 
-README = Path(__file__).parents[1] / "README.md"
+TUTORIAL = Path(__file__).parents[1] / "docs" / "tutorial" / "first-steps.md"
 HANDBOOK = Path(__file__).parents[1] / "docs" / "how-to" / "operations.md"
 FROM_3X = Path(__file__).parents[1] / "docs" / "how-to" / "from-3.x.md"
 GUIDE = Path(__file__).parent / "guide" / "DEPLOYMENT_GUIDE.md"
@@ -165,13 +165,13 @@ def run_blocks(room: Room, page: Path) -> int:
     return len(blocks)
 
 
-def test_the_walk_through_of_the_readme_answers_what_it_shows_on_any_port(room: Room) -> None:
+def test_the_walk_through_of_the_tutorial_answers_what_it_shows_on_any_port(room: Room) -> None:
     """On a fresh daemon: no curl answers nothing, and where an answer is shown, it is that."""
     port = room.environment["TELEMETRY_API_PORT"]
     assert f"Cannot reach the daemon: http://localhost:{port}" in room.run("telemetryd demo --no-live").stderr
     room.environment["TELEMETRY_DB_JOURNAL_MODE"] = "DELETE"
     room.run("systemctl start")
-    section = README.read_text("utf-8").partition("## Walk-through")[2].partition("\n## ")[0]
+    section = TUTORIAL.read_text("utf-8").partition("## Walk-through")[2].partition("\n## ")[0]
     assert not [agent.name for agent in AGENTS if agent.name in section]  # or the demo's runs fill its answers
     assert not [agent.name for agent in AGENTS if agent.name.startswith("blog")]
     answered: list[Any] = []

@@ -472,10 +472,10 @@ print(telemetry.stats()["dead"])
     assert [line["status"] for line in asked] == [409] * 3
 
 
-def test_the_readme_works_as_pasted(daemon: Daemon, buffer: Path) -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
-    section = readme.partition("## From Python")[2].partition("\n## ")[0]
-    program = "\n".join(re.findall(r"```python\n(.*?)```", section, re.DOTALL))
+def test_the_tutorial_works_as_pasted(daemon: Daemon, buffer: Path) -> None:
+    snippets = python_blocks("docs/tutorial/first-steps.md")
+    assert python_blocks("README.md") == snippets[:1]
+    program = "\n".join(snippets)
     assert program.count("telemetry.run(") == 2
     python(program, daemon.url, buffer)
     found = {run["job_type"]: run for run in runs(daemon.url)}
@@ -486,6 +486,10 @@ def test_the_readme_works_as_pasted(daemon: Daemon, buffer: Path) -> None:
     events = get(daemon.url, f"/api/v1/runs/{translated['event_id']}/events")[1]
     assert [event["payload"]["file"] for event in events] == ["a.md", "b.md", "c.md"]
     assert found["crawl"]["parent_run_id"] == found["nightly"]["run_id"]
+
+
+def python_blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (Path(__file__).parents[2] / page).read_text("utf-8"), re.DOTALL)
 
 
 def test_the_clients_page_works_as_pasted(daemon: Daemon, buffer: Path) -> None:

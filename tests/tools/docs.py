@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Final
 
 from bench import report
-from telemetryd.cli import NO_FLAG
 from telemetryd.client.config import VARIABLES, Config
 from telemetryd.client.context import PARENT_VARIABLE
 from telemetryd.model import events, runs
 from telemetryd.model.values import COMPONENT, Role
-from telemetryd.settings import Settings, flag, variable
+from telemetryd.settings import Settings, variable
 from tests.faults import mutants
+from tests.tools import reference
 
 ROOT = Path(__file__).parents[2]
+README: Final = ROOT / "README.md"
+REFERENCE: Final = ROOT / "docs" / "reference"
+PERFORMANCE: Final = ROOT / "docs" / "explanation" / "performance.md"
 
 FIGURES: Final = {
     "one run in each request, 64 connections": "single POST, 64 connections, WAL, time-ordered ids",
@@ -24,24 +27,6 @@ FIGURES: Final = {
     "a page of 100 runs": "GET limit=100, 1 connection",
 }
 """What the README says of speed: its own words, and the load of the benchmark."""
-
-_DEFAULT_PATH = "./data/telemetry.sqlite; under systemd `$STATE_DIRECTORY/telemetry.sqlite`"
-
-
-def _default(name: str) -> str:
-    if name == "db_path":
-        return _DEFAULT_PATH
-    value = Settings.model_fields[name].get_default(call_default_factory=True)
-    return "" if value is None else f"`{str(value).lower() if isinstance(value, bool) else value}`"
-
-
-def settings_table() -> str:
-    """Return every setting as a Markdown table."""
-    lines = ["| Variable | Flag | Default | |", "|---|---|---|---|"]
-    for name, setting in Settings.model_fields.items():
-        flags = "" if name in NO_FLAG else f"`{flag(name)}`"
-        lines.append(f"| `{variable(name)}` | {flags} | {_default(name)} | {setting.description} |")
-    return "\n".join(lines)
 
 
 def fields_table() -> str:
@@ -89,7 +74,7 @@ def env_example() -> str:
     """Return .env.example: every variable, commented out, with its default."""
     lines = ["# telemetryd reads this file as .env in its working directory; variables of the environment win.", ""]
     for name, setting in Settings.model_fields.items():
-        default = "./data/telemetry.sqlite" if name == "db_path" else _default(name).strip("`")
+        default = "./data/telemetry.sqlite" if name == "db_path" else reference.default(name).strip("`")
         lines += [f"# {setting.description}", f"#{variable(name)}={default}", ""]
     return "\n".join(lines)
 
@@ -115,21 +100,23 @@ def fill(text: str, marker: str, content: str) -> str:
 
 def rendered() -> dict[Path, str]:
     """Return each file that holds generated parts, as it should be."""
-    readme, reference, reliability = ROOT / "README.md", ROOT / "docs" / "reference" / "runs.md", ROOT / "docs" / "explanation" / "reliability.md"
-    api, client, performance = (ROOT / "docs" / f"{name}.md" for name in ("api", "client", "performance"))
-    overview, measured = fill(readme.read_text("utf-8"), "settings", settings_table()), performance.read_text("utf-8")
+    overview, measured = README.read_text("utf-8"), PERFORMANCE.read_text("utf-8")
     # What has not been measured stays as it is.
     for results in sorted(report.RESULTS.glob("*.json")):
         measured = fill(measured, f"{results.stem} targets", report.render(results))
         if results.stem == "latest":
             overview = fill(overview, "figures", figures_table(results))
+    tables = {
+        REFERENCE / "runs.md": ("fields", fields_table()),
+        REFERENCE / "http.md": ("event fields", event_fields_table()),
+        REFERENCE / "client.md": ("client settings", client_table()),
+        ROOT / "docs" / "explanation" / "reliability.md": ("mutants", mutants.table()),
+    }
     return {
-        readme: overview,
-        reference: fill(reference.read_text("utf-8"), "fields", fields_table()),
-        api: fill(api.read_text("utf-8"), "event fields", event_fields_table()),
-        performance: measured,
-        client: fill(client.read_text("utf-8"), "client settings", client_table()),
-        reliability: fill(reliability.read_text("utf-8"), "mutants", mutants.table()),
+        README: overview,
+        PERFORMANCE: measured,
+        **{page: fill(page.read_text("utf-8"), marker, table) for page, (marker, table) in tables.items()},
+        **{REFERENCE / f"{name}.md": text for name, text in reference.pages().items()},
         ROOT / ".env.example": env_example(),
     }
 
