@@ -9,6 +9,7 @@ RELEASE_INSTALLED := $(VENV)/.installed-release
 # Node's packages are those of the tests that generate clients, and of the linters of the OpenAPI document.
 CLIENTS := tests/clients
 CLIENTS_INSTALLED := $(CLIENTS)/node_modules/.package-lock.json
+MARKDOWNLINT := $(CLIENTS)/node_modules/.bin/markdownlint-cli2
 # LOCK=requirements.lock installs exactly what the image holds (CI does), instead of the newest that setup.cfg allows.
 LOCK ?=
 # setuptools warns of every editable installation, whatever its layout.
@@ -97,12 +98,14 @@ fuzz: $(INSTALLED) ## ten minutes of coverage-guided fuzzing of each parser (Lin
 	$(BIN)/python -m tests.fuzz records -max_total_time=600
 	$(BIN)/python -m tests.fuzz token_file -max_total_time=600
 
-check: $(INSTALLED) $(CLIENTS_INSTALLED) ## lint, types, the direction of imports, and the OpenAPI document
+check: $(INSTALLED) $(CLIENTS_INSTALLED) ## lint, types, the direction of imports, spelling, Markdown, and the OpenAPI document
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/codespell -D - -D tests/tools/words.txt
 	$(BIN)/python -m tests.tools.clients
+	@if [ -x $(MARKDOWNLINT) ]; then $(MARKDOWNLINT); else echo "Without npm the Markdown is not checked"; fi
 
 $(BENCH_INSTALLED): $(INSTALLED)
 	@echo "Installing what benchmarks need into $(VENV)/ (once) …"

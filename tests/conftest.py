@@ -400,8 +400,8 @@ def free_port() -> int:
 def choose_port() -> int:
     """Return a port that nobody listens on now, and that nobody else is given.
 
-    It is below those that the kernel gives to whoever asks for any (ip(7), `ip_local_port_range`): tests that run at
-    the same time ask for hundreds.
+    It is below those that the kernel gives to programs that ask for any (ip(7), `ip_local_port_range`): tests that run
+    at the same time ask for hundreds.
     """
     while True:
         port = _chance.randrange(20_000, 32_000)

@@ -288,7 +288,7 @@ def test_what_is_not_that_very_process_is_refused(start_daemon: StartDaemon, spa
 
 
 def test_a_refusal_does_not_tell_which_processes_there_are(start_daemon: StartDaemon, spawn: Spawn) -> None:
-    """Whoever may write runs, from a container or another machine as well, must not list our processes with it."""
+    """A client that may write runs, from a container or another machine too, must not list our processes with it."""
     daemon = start_daemon()
     url, agent, boot = daemon.url, spawn(), identity(os.getpid())["boot_id"]
     path = new_run(url)
@@ -424,7 +424,7 @@ def test_a_run_that_is_reopened_is_watched_once_it_is_registered_anew(start_daem
     wait_until_closed(url, certified)
     for path in (finished, certified):
         call(url, "PATCH", path, {"status": "running"})
-    stays_running(url, finished, certified, seconds=0.6)  # whoever says so knows better than the certificate
+    stays_running(url, finished, certified, seconds=0.6)  # the agent knows better than the certificate
     for path in (finished, certified):
         register(url, path, identity(heir.pid))
     heir.kill()

@@ -1,4 +1,4 @@
-"""The commit sequence: every change has a number, and whoever follows it from anywhere misses nothing."""
+"""The commit sequence: every change has a number, and a client that follows it from anywhere misses nothing."""
 
 from __future__ import annotations
 

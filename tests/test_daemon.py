@@ -182,7 +182,7 @@ def test_a_signal_during_the_start_is_a_clean_stop(start_daemon: StartDaemon) ->
 
 
 def test_the_first_line_says_what_runs(start_daemon: StartDaemon) -> None:
-    """Whoever reads a report needs SQLite's version as much as ours."""
+    """The reader of a report needs SQLite's version as much as ours."""
     line = start_daemon(TELEMETRY_DB_JOURNAL_MODE="WAL").wait_for_line("Serving")
     assert line["sqlite_version"] == sqlite3.sqlite_version
     assert line["version"] == telemetryd.__version__

@@ -11,7 +11,7 @@ from bench.figures import Figure, Samples, Unit, at_least
 from bench.scenario import Options
 from telemetryd.configuration import load
 from tests.faults.ledger import Ledger, read
-from tests.tools import docs, reliability, schema
+from tests.tools import docs, reference, reliability, schema
 
 ROOT = docs.ROOT
 
@@ -55,6 +55,25 @@ def test_env_example_with_every_line_put_in_force_is_the_default_configuration(t
 
 def test_the_readme_can_be_read_in_three_minutes() -> None:
     assert len((ROOT / "README.md").read_text("utf-8").split()) <= 1000
+
+
+PAGES = sorted(page for page in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "migrations" / "README.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_leads_to_a_file_and_a_heading_in_it(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    broken = []
+    for target, heading in re.findall(r"\]\((?![a-z]+:)([^)#\s]*)(?:#([^)\s]*))?\)", text):
+        file = (page.parent / target).resolve() if target else page
+        if not file.exists() or (heading and file.suffix == ".md" and heading not in headings(file)):
+            broken.append(f"{target}#{heading}")
+    assert broken == []
+
+
+def headings(page: Path) -> set[str]:
+    text = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return {reference.anchor(heading) for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
 
 
 @pytest.mark.parametrize(

@@ -290,7 +290,7 @@ def to_folder(lock: Path, _other: Path) -> None:
 def test_what_is_put_in_a_lock_files_place_is_refused_at_once_and_left_alone(
     start_daemon: StartDaemon, tmp_path: Path, trap: Callable[[Path, Path], None], name: str
 ) -> None:
-    """Else whoever may write to the folder could have a PID written into any empty file of the daemon's user."""
+    """Else a user who may write to the folder could have a PID written into any empty file of the daemon's user."""
     other = tmp_path / "somebody-elses"
     other.write_text("")
     trap(tmp_path / name, other)

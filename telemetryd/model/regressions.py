@@ -393,7 +393,7 @@ def _surest(tested: Iterable[tuple[float, int]], candidates: int) -> Split | Non
 
 
 def fisher(failures: int, runs: int, all_failures: int, all_runs: int) -> float:
-    """Return how likely at most so uneven a share of all failures falls upon some of the runs (exact, two-sided).
+    """Return how likely at most so uneven a share of all failures falls on some of the runs (exact, two-sided).
 
     The smaller tail of the hypergeometric distribution is doubled.
     """

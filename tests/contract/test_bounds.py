@@ -49,7 +49,7 @@ async def test_an_object_of_the_agents_own_has_a_bound_too(api: Api) -> None:
 
 
 async def test_a_page_too_large_says_how_many_runs_fit(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A shorter page instead would lose runs to whoever pages by offset."""
+    """A shorter page instead would lose runs to a client that pages by offset."""
     monkeypatch.setattr(pages, "PAGE_BYTES", 100_000)
     events = [make_run(error_details="x" * 30_000) for _ in range(10)]
     await api.batch(events)

@@ -1,4 +1,4 @@
-"""Whoever waits for the writer is told, also when it dies or stops; where nobody is told, these tests end too."""
+"""What waits for the writer gets an answer, also when the writer dies or stops; without one, these tests end too."""
 
 from __future__ import annotations
 

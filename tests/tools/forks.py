@@ -83,7 +83,7 @@ class Parent:
         umask = int(next(line for line in status.splitlines() if line.startswith("Umask:")).split()[1], 8)
         request = json.dumps({"arguments": arguments, "env": dict(env), "cwd": cwd, "umask": umask})
         with self._lock:
-            # Whoever loses its parent becomes a child of this process instead of the first one's (prctl(2)).
+            # A process that loses its parent becomes a child of this process instead of the first one's (prctl(2)).
             self._prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
             try:
                 socket.send_fds(self._socket, [request.encode()], files)

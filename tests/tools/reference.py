@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Final
@@ -28,7 +29,8 @@ _DEFAULT_PATH: Final = "./data/telemetry.sqlite; under systemd `$STATE_DIRECTORY
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
+    marked = re.sub(r"(?<![`(<\w])https?://[^\s,;)`]+", r"`\g<0>`", text)
+    return " ".join(marked.split()).replace("|", "\\|")
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -192,7 +194,7 @@ def endpoints() -> str:
         if method in by_method
     }
     rows = (
-        (f"[`{name}`](#{_anchor(name)})", operation["summary"], f"`{operation.get('x-required-scope', 'none')}`")
+        (f"[`{name}`](#{anchor(name)})", operation["summary"], f"`{operation.get('x-required-scope', 'none')}`")
         for name, (_, _, operation) in operations.items()
     )
     parts = [_table(("Endpoint", "", "Scope"), rows)]
@@ -210,9 +212,10 @@ def endpoints() -> str:
     return "\n\n".join(parts)
 
 
-def _anchor(heading: str) -> str:
-    """Return what GitHub makes of a heading: lower case, without punctuation, blanks as hyphens."""
-    return "".join(each for each in heading.lower().replace(" ", "-") if each.isalnum() or each in "-_")
+def anchor(heading: str) -> str:
+    """Return the name that GitHub gives to a heading: lower case, without punctuation, blanks as hyphens."""
+    shown = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading)
+    return "".join(each for each in shown.lower().replace(" ", "-") if each.isalnum() or each in "-_")
 
 
 # --- Commands ------------------------------------------------------------------------------------

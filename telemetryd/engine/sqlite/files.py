@@ -330,7 +330,7 @@ def _make_directory(path: Path) -> None:
 def prepare_directory(database: Path) -> None:
     """Make the database's directory (mode 0700) if only that last step of its path is missing.
 
-    A deeper gap is refused: it is more often a typing error or a disk that is not mounted, and a
+    A deeper gap is refused: it is more often a typo or a disk that is not mounted, and a
     database made in the wrong place is data lost from sight.
 
     Raises:
