@@ -65,7 +65,7 @@ def client_table() -> str:
         if field in scale:
             value = f"{value / scale[field]:g}"
         shown = str(value).lower() if isinstance(value, bool) else value
-        lines.append(f"| `{name}` | {'' if value is None else f'`{shown}`'} | {text} |")
+        lines.append(f"| `{name}` | {'' if value is None else f'`{shown}`'} | {reference.cell(text)} |")
     lines.append(f"| `{PARENT_VARIABLE}` | | The run_id of the run that started this process. |")
     return "\n".join(lines)
 

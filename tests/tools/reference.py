@@ -28,14 +28,14 @@ _EVERYWHERE: Final = frozenset({"Telemetry-Server", "X-Request-ID", "Telemetry-F
 _DEFAULT_PATH: Final = "./data/telemetry.sqlite; under systemd `$STATE_DIRECTORY/telemetry.sqlite`"
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
     marked = re.sub(r"(?<![`(<\w])https?://[^\s,;)`]+", r"`\g<0>`", text)
     return " ".join(marked.split()).replace("|", "\\|")
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     titles = list(head)
-    lines = [titles, ["---"] * len(titles), *([_cell(cell) for cell in row] for row in rows)]
+    lines = [titles, ["---"] * len(titles), *([cell(text) for text in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
