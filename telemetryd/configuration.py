@@ -15,8 +15,8 @@ from dotenv.parser import parse_stream
 from pydantic import SecretStr, ValidationError
 
 from telemetryd.client.old_variables import WITHOUT_EFFECT, remarks
+from telemetryd.durations import duration_text
 from telemetryd.errors import ConfigurationError
-from telemetryd.model.values import duration_text
 from telemetryd.ops.logs import LogLevel
 from telemetryd.settings import NO_SOCKET, PREFIX, Settings, flag, read_log_level, variable, without_password
 

@@ -21,8 +21,8 @@ from pydantic import (
 
 from telemetryd.client.config import read_token
 from telemetryd.client.paths import expanded
+from telemetryd.durations import parse_duration
 from telemetryd.model.hosts import ANY, HOST_NAME, parse_origins
-from telemetryd.model.values import parse_duration
 from telemetryd.ops.logs import LogFormat, LogLevel
 
 PREFIX: Final = "TELEMETRY_"
@@ -276,7 +276,8 @@ class Settings(BaseModel):
         4096, description="Most processes watched for that; at most a quarter of the open files that are allowed."
     )
     alerts_file: FilePath | None = Field(
-        None, description="TOML file with the rules of alerts and their webhooks (docs/how-to/alerts.md); none: no alerts."
+        None,
+        description="TOML file with the rules of alerts and their webhooks (docs/how-to/alerts.md); none: no alerts.",
     )
     backup_dir: FilePath | None = Field(None, description="Directory for backups made by POST /api/v1/admin/backup.")
     backup_keep: Positive | None = Field(None, description="How many of those backups are kept; none keeps all.")

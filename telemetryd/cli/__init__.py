@@ -15,10 +15,10 @@ from typing import Any, Final, NoReturn
 import click
 
 import telemetryd
-from telemetryd.cli.options import EXIT_FAILURE, NO_FLAG, Suggesting
+from telemetryd.cli.basics import EXIT_FAILURE, Suggesting
 from telemetryd.ops.journal import ErrorLines, is_journal
 
-__all__ = ["NO_FLAG", "main"]
+__all__ = ["main"]
 
 _COMMANDS: Final = {
     "serve": "serve",
@@ -37,6 +37,8 @@ _COMMANDS: Final = {
     "alerts": "alerts",
     "tail": "tail",
     "follow": "follow",
+    "run": "run",
+    "record": "record",
     "export": "transfer",
     "import": "transfer",
     "sync": "agents",

@@ -10,19 +10,9 @@ from typing import Any
 import click
 import orjson
 
+from telemetryd.cli.basics import EXIT_FAILURE, EXIT_USAGE, Suggesting
 from telemetryd.cli.database import refuse_missing
-from telemetryd.cli.options import (
-    EXIT_FAILURE,
-    EXIT_USAGE,
-    Suggesting,
-    complain,
-    counted,
-    failing,
-    json_flag,
-    load_settings,
-    print_json,
-    settings_flags,
-)
+from telemetryd.cli.options import complain, counted, failing, json_flag, load_settings, print_json, settings_flags
 from telemetryd.engine.factory import open_read_only
 from telemetryd.errors import ConfigurationError
 from telemetryd.model.alerts import EvaluateRules, Evaluation, changes

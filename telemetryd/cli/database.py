@@ -16,8 +16,8 @@ import click
 import telemetryd.engine.sqlite.tools.backup as backups
 import telemetryd.engine.sqlite.tools.check as checks
 from telemetryd.cli import shared_database
+from telemetryd.cli.basics import EXIT_FAILURE
 from telemetryd.cli.options import (
-    EXIT_FAILURE,
     Progress,
     counted,
     failing,

@@ -12,8 +12,9 @@ from typing import Final
 import click
 
 from telemetryd.cli.agents import end, folder_of, folder_option, retry_option
+from telemetryd.cli.basics import Suggesting
 from telemetryd.cli.files import Patience, Refusals, reasons
-from telemetryd.cli.options import Suggesting, counted, fail, failing, json_flag, print_json
+from telemetryd.cli.options import counted, fail, failing, json_flag, print_json
 from telemetryd.cli.reach import Where, client_config, daemon_flags, refuse_missing_socket
 from telemetryd.client.batch import Batch
 from telemetryd.client.context import timestamp

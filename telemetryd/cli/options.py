@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import sys
@@ -17,14 +16,12 @@ import click
 import orjson
 from click.shell_completion import CompletionItem
 
+from telemetryd.cli.basics import EXIT_FAILURE, EXIT_USAGE
 from telemetryd.configuration import LoadedSettings, load
 from telemetryd.errors import ConfigurationError, TelemetrydError, sentence
-from telemetryd.model.values import parse_duration
 from telemetryd.ops.logs import printable
 from telemetryd.settings import OF_POSTGRES, Settings, flag, variable
 
-EXIT_FAILURE: Final = 1
-EXIT_USAGE: Final = 2
 NO_FLAG: Final = frozenset({"api_auth_token"})
 """A token on a command line could be read by every user of the machine."""
 
@@ -98,35 +95,7 @@ def settings_flags(*names: str, **helps: str) -> Callable[[F], F]:
     return decorate
 
 
-class Suggesting(click.Group):
-    """A group of commands that says which one may be meant by a name that is none."""
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find the command that is asked for."""
-        name, known = args[0], self.list_commands(ctx)
-        if name not in known and not name.startswith("-"):
-            similar = difflib.get_close_matches(name, known, cutoff=0.5)
-            hint = f"Did you mean {' or '.join(similar)}?" if similar else f"See {ctx.command_path} --help."
-            ctx.fail(f"There is no command {name!r}. {hint}")
-        return super().resolve_command(ctx, args)
-
-
 json_flag = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-
-
-class DurationType(click.ParamType[float]):
-    """A duration such as 90d, 12h, 30m, 45s or 2w, in seconds."""
-
-    name = "duration"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Return the seconds."""
-        try:
-            return parse_duration(value)
-        except ValueError as error:
-            self.fail(f"{value!r} {error}", param, ctx)
 
 
 def load_for(flags: Mapping[str, Any]) -> LoadedSettings:

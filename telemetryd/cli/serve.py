@@ -12,16 +12,8 @@ from typing import Any
 import click
 
 from telemetryd import daemon
-from telemetryd.cli.options import (
-    EXIT_FAILURE,
-    EXIT_USAGE,
-    complain,
-    failing,
-    json_flag,
-    load_settings,
-    print_json,
-    settings_flags,
-)
+from telemetryd.cli.basics import EXIT_FAILURE, EXIT_USAGE
+from telemetryd.cli.options import complain, failing, json_flag, load_settings, print_json, settings_flags
 from telemetryd.configuration import load
 from telemetryd.errors import AddressError, ConfigurationError, DatabaseError, sentence
 from telemetryd.ops.logs import logging_to

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import click
 
-from telemetryd.cli.options import EXIT_FAILURE, failing, print_json
+from telemetryd.cli.basics import EXIT_FAILURE
+from telemetryd.cli.options import failing, print_json
 from telemetryd.engine.factory import bring_up_to_date, count_wrong
 from telemetryd.errors import DatabaseError
 from telemetryd.settings import Settings, without_password

@@ -10,15 +10,8 @@ from typing import Any, Final
 
 import click
 
-from telemetryd.cli.options import (
-    DurationType,
-    Suggesting,
-    fail,
-    failing,
-    json_flag,
-    print_json,
-    settings_flags,
-)
+from telemetryd.cli.basics import DurationType, Suggesting
+from telemetryd.cli.options import fail, failing, json_flag, print_json, settings_flags
 from telemetryd.configuration import load
 from telemetryd.model.tokens import LARGEST_LIMIT, Asked, Limits, Scope, Token, make
 from telemetryd.model.values import utc_now

@@ -72,8 +72,9 @@ def _filters(function: F) -> F:
 @click.command(
     help=r"""Write runs to a file, or to standard output (-).
 
-    All that match, in the order of their arrival, from one snapshot (docs/reference/http.md says what that means in which journal
-    mode). A name that ends in .zst or .gz packs it. The file gets its name when it is whole; no file is ever replaced.
+    All that match, in the order of their arrival, from one snapshot (docs/reference/http.md says what that means in
+    which journal mode). A name that ends in .zst or .gz packs it. The file gets its name when it is whole; no file is
+    ever replaced.
 
     \b
     Examples:

@@ -12,21 +12,15 @@ import click
 import orjson
 from click.shell_completion import CompletionItem
 
-from telemetryd.cli.options import (
-    DurationType,
-    F,
-    counted,
-    failing,
-    json_flag,
-    print_json,
-    progress,
-)
+from telemetryd.cli.basics import DurationType
+from telemetryd.cli.options import F, counted, failing, json_flag, print_json, progress
 from telemetryd.cli.reach import Renamed, Where, target_flags
 from telemetryd.cli.target import Body, Target, find_target
+from telemetryd.durations import duration_text
 from telemetryd.engine.sqlite.partials import partial_file, publish
 from telemetryd.errors import DatabaseError
 from telemetryd.model import requests
-from telemetryd.model.values import Status, canonical_status, duration_text, utc_now
+from telemetryd.model.values import Status, canonical_status, utc_now
 from telemetryd.services.upkeep import in_slices
 
 if sys.version_info >= (3, 14):

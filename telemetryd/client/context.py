@@ -10,9 +10,11 @@ import time
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from telemetryd import traces
 from telemetryd.client.git import git_fields
+from telemetryd.traces import Span
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,12 +22,30 @@ if TYPE_CHECKING:
 PARENT_VARIABLE: Final = "TELEMETRY_PARENT_RUN_ID"
 """Hands the enclosing run's run_id to child processes."""
 
-enclosing_run_id: ContextVar[str | None] = ContextVar("telemetryd_enclosing_run_id", default=None)
+
+class Enclosing(Protocol):
+    """What is asked of the run around what a task or a thread does."""
+
+    run_id: str
+    span: Span | None
+
+    def event(self, event_type: str | None = None, payload: Mapping[str, Any] | None = None, /, **more: Any) -> None:
+        """Record something that happened during the run."""
+
+
+enclosing_run: ContextVar[Enclosing | None] = ContextVar("telemetryd_enclosing_run", default=None)
 
 
 def parent_run_id() -> str | None:
     """Return the run_id of the enclosing run: of this task or thread, else of the parent process."""
-    return enclosing_run_id.get() or os.environ.get(PARENT_VARIABLE) or None
+    run = enclosing_run.get()
+    return os.environ.get(PARENT_VARIABLE) or None if run is None else run.run_id
+
+
+def parent_span() -> Span | None:
+    """Return the span of the enclosing run: of this task or thread, else what the parent process hands on."""
+    run = enclosing_run.get()
+    return Span.parse(os.environ.get(traces.VARIABLE)) if run is None else run.span
 
 
 # --- Identities ----------------------------------------------------------------------------------

@@ -13,17 +13,21 @@ from contextvars import Token
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Final, ParamSpec, Protocol, Self, TypeVar, Unpack
 
+from telemetryd import traces
 from telemetryd.client.context import (
     PARENT_VARIABLE,
-    enclosing_run_id,
+    Enclosing,
+    enclosing_run,
     new_run_id,
     parent_run_id,
+    parent_span,
     timestamp,
 )
 from telemetryd.client.decorating import CO_COROUTINE, decorated
 from telemetryd.client.fields import CHANGES, FIELDS, NAMES, Details, Fields
 from telemetryd.client.intake import Complain, Intake, object_of
 from telemetryd.client.values import Room, plain, summary_of
+from telemetryd.traces import Span
 from telemetryd.uuids import new_uuid
 
 if TYPE_CHECKING:
@@ -74,6 +78,7 @@ class Run:
     Attributes:
         event_id: unique id of the run's record.
         run_id: the run's own id, such as 20251231T153045Z-hugo-translator-a1b2c3d4.
+        span: its place in a distributed trace (W3C Trace Context), from its start on; None if it belongs to none.
 
     """
 
@@ -98,7 +103,8 @@ class Run:
         self._began = 0.0
         self._process = 0
         self._finished = False
-        self._token: Token[str | None] | None = None
+        self.span: Span | None = None
+        self._token: Token[Enclosing | None] | None = None
 
     # --- Beginning and end -----------------------------------------------------------------------
 
@@ -125,6 +131,10 @@ class Run:
         }
         if "parent_run_id" not in self._fields:
             line["parent_run_id"] = parent_run_id()
+        if "trace_id" not in self._fields and (parent := parent_span()) is not None:
+            self.join(parent)
+        if self.span is not None:
+            line["trace_id"], line["span_id"] = self.span.trace_id, self.span.span_id
         line.update(self._intake.sort({**self._recorder.surroundings(), **self._fields}, _AT_START))
         self._recorder.write(line)
         self._recorder.begun(self)
@@ -209,9 +219,14 @@ class Run:
         except Exception:  # noqa: BLE001 - whatever it is must not reach the agent
             self._recorder.failed()
 
+    def join(self, parent: Span | None) -> None:
+        """Make the run a span of its parent's trace; without a parent, of a new trace. Before the start."""
+        self.span = self.span or Span.begin(parent)
+
     def environment(self) -> dict[str, str]:
         """Return this process's environment for a child process whose runs shall have this one as their parent."""
-        return {**os.environ, PARENT_VARIABLE: self.run_id}
+        trace = {} if self.span is None else {traces.VARIABLE: str(self.span)}
+        return {**os.environ, PARENT_VARIABLE: self.run_id, **trace}
 
     def _update(self, changes: Mapping[str, Any], besides: Mapping[str, Any] = MappingProxyType({})) -> None:
         with self._own_lock():
@@ -242,7 +257,7 @@ class Run:
 
     def __enter__(self) -> Self:
         self.start()
-        self._token = enclosing_run_id.set(self.run_id)
+        self._token = enclosing_run.set(self)
         return self
 
     def __exit__(
@@ -260,9 +275,9 @@ class Run:
         """Go on without being the parent of the runs that begin from here on."""
         if self._token is not None:
             try:
-                enclosing_run_id.reset(self._token)
+                enclosing_run.reset(self._token)
             except ValueError:  # left in another context than it was entered in (a generator, for instance)
-                enclosing_run_id.set(None)
+                enclosing_run.set(None)
             self._token = None
 
     async def __aenter__(self) -> Self:

@@ -8,17 +8,9 @@ from typing import Annotated, Final
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
+from telemetryd.durations import parse_duration
 from telemetryd.model.runs import REDACTABLE
-from telemetryd.model.values import (
-    MAX_INTEGER,
-    Count,
-    Name,
-    StatusValue,
-    Timestamp,
-    component,
-    format_timestamp,
-    parse_duration,
-)
+from telemetryd.model.values import MAX_INTEGER, Count, Name, StatusValue, Timestamp, component, format_timestamp
 
 SLICE: Final = 250
 """Runs deleted or cancelled in one transaction by default: about 10 ms of the writer's time."""

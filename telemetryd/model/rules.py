@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
 
+from telemetryd.durations import parse_duration
 from telemetryd.errors import ConfigurationError
 from telemetryd.model.filters import matches
 from telemetryd.model.regressions import MEASURES, Measure
-from telemetryd.model.values import parse_duration
 
 ANY: Final = ("*",)
 """The patterns that let every name through."""

@@ -6,6 +6,7 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any, Final
 
+from telemetryd.durations import duration_text
 from telemetryd.errors import InvalidRequestError, RunNotFoundError
 from telemetryd.model import clocks
 from telemetryd.model.bodies import validate
@@ -19,10 +20,7 @@ from telemetryd.model.requests import (
     RedactRequest,
     moment_ago,
 )
-from telemetryd.model.values import (
-    duration_text,
-    shorten,
-)
+from telemetryd.model.values import shorten
 from telemetryd.store import Store
 
 _ANY_TIME_OF_THE_DAY: Final = timedelta(hours=12 + 14)

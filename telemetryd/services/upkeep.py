@@ -11,12 +11,13 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any, Final
 
+from telemetryd.durations import duration_text
 from telemetryd.errors import TelemetrydError, sentence
 from telemetryd.model import clocks, requests
 from telemetryd.model.clocks import Reading
 from telemetryd.model.commands import IndexTexts, TrustClock
 from telemetryd.model.queries import Confirmed, CountPrunable, GetConfirmed, Prunable
-from telemetryd.model.values import duration_text, utc_now
+from telemetryd.model.values import utc_now
 from telemetryd.ops.logs import log
 from telemetryd.services import admin
 from telemetryd.settings import Settings

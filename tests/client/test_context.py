@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from telemetryd.client import context
+from telemetryd.client import Client, context
 from telemetryd.client.context import ProcessIdentity, Surroundings, new_run_id, timestamp
 from telemetryd.model.values import canonical_timestamp
 from tests.client.conftest import git
@@ -63,13 +63,13 @@ def test_a_deleted_working_directory_is_no_problem(tmp_path: Path, monkeypatch: 
     assert Surroundings({}).fields()["host"]
 
 
-def test_the_enclosing_run_is_that_of_the_task_or_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_enclosing_run_is_that_of_the_task_or_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(context.PARENT_VARIABLE, "from-outside")
     assert context.parent_run_id() == "from-outside"
-    token = context.enclosing_run_id.set("mine")
+    token = context.enclosing_run.set(Client(send=False, buffer_dir=tmp_path).run("a", "j", run_id="mine"))
     seen: list[str | None] = []
     thread = threading.Thread(target=lambda: seen.append(context.parent_run_id()))
     thread.start()
     thread.join()
     assert (context.parent_run_id(), seen) == ("mine", ["from-outside"])
-    context.enclosing_run_id.reset(token)
+    context.enclosing_run.reset(token)

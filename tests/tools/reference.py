@@ -12,7 +12,8 @@ import orjson
 from prometheus_client.metrics import MetricWrapperBase
 
 from telemetryd import http
-from telemetryd.cli import NO_FLAG, main
+from telemetryd.cli import main
+from telemetryd.cli.options import NO_FLAG
 from telemetryd.ops.metrics import Metrics
 from telemetryd.settings import Settings, flag, variable
 from telemetryd.web import openapi
