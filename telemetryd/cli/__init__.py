@@ -39,6 +39,7 @@ _COMMANDS: Final = {
     "follow": "follow",
     "run": "run",
     "record": "record",
+    "units": "units",
     "export": "transfer",
     "import": "transfer",
     "sync": "agents",

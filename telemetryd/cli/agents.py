@@ -17,9 +17,9 @@ from typing import Final
 import click
 
 from telemetryd.cli.accounts import Accounts, Left, in_words, outcome, plain_name, sentences
-from telemetryd.cli.basics import EXIT_USAGE
+from telemetryd.cli.basics import EXIT_USAGE, F
 from telemetryd.cli.files import LONGEST_LINE_MIB, READ_ERRORS, Patience, Refusals, Sending
-from telemetryd.cli.options import F, counted, fail, json_flag, print_json, progress
+from telemetryd.cli.options import counted, fail, json_flag, print_json, progress
 from telemetryd.cli.reach import RefusedError, Where, client_config, daemon_flags, refuse_missing_socket
 from telemetryd.client.aside import Aside
 from telemetryd.client.bounds import Upkeep

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
 
 import click
 
@@ -12,6 +13,8 @@ from telemetryd.durations import parse_duration
 
 EXIT_FAILURE: Final = 1
 EXIT_USAGE: Final = 2
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Suggesting(click.Group):

@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Final, NoReturn, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Final, NoReturn, Union, get_args, get_origin
 
 import click
 import orjson
 from click.shell_completion import CompletionItem
 
-from telemetryd.cli.basics import EXIT_FAILURE, EXIT_USAGE
+from telemetryd.cli.basics import EXIT_FAILURE, EXIT_USAGE, F
 from telemetryd.configuration import LoadedSettings, load
 from telemetryd.errors import ConfigurationError, TelemetrydError, sentence
 from telemetryd.ops.logs import printable
@@ -24,8 +24,6 @@ from telemetryd.settings import OF_POSTGRES, Settings, flag, variable
 
 NO_FLAG: Final = frozenset({"api_auth_token"})
 """A token on a command line could be read by every user of the machine."""
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 _UNITS: Final = {

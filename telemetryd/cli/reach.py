@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 import orjson
 
-from telemetryd.cli.basics import EXIT_USAGE
-from telemetryd.cli.options import F, complain, settings_flags
+from telemetryd.cli.basics import EXIT_USAGE, F
+from telemetryd.cli.options import complain, settings_flags
 from telemetryd.client.address import Address, disconnected, tls_context, unix_url, why
 from telemetryd.client.answers import seconds_of
 from telemetryd.client.config import Config, read_token

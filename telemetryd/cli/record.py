@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 import click
 
-from telemetryd.cli.basics import EXIT_FAILURE, DurationType, PairType
+from telemetryd.cli.basics import EXIT_FAILURE, DurationType, F, PairType
 from telemetryd.cli.recording import quiet_client
 from telemetryd.client import units
 from telemetryd.client.context import parent_span
@@ -19,7 +20,7 @@ from telemetryd.traces import Span
 _STATUSES: Final = ("success", "failure", "partial", "timeout", "cancelled")
 
 
-def _count(name: str) -> Any:
+def _count(name: str) -> Callable[[F], F]:
     return click.option(f"--items-{name}", type=click.IntRange(0), help=f"How many items were {name}.")
 
 
@@ -51,7 +52,7 @@ def _count(name: str) -> Any:
 @click.option(
     "--from-systemd",
     is_flag=True,
-    help="Take everything from the variables that systemd gives to ExecStopPost=; the event_id is systemd:<invocation>.",
+    help="Take all from the variables that systemd gives to ExecStopPost=; the event_id is systemd:<invocation>.",
 )
 def record(
     *,

@@ -17,8 +17,9 @@ import click
 
 from telemetryd.cli.accounts import Accounts
 from telemetryd.cli.agents import end, from_files, retry_option, send_files
+from telemetryd.cli.basics import F
 from telemetryd.cli.files import Refusals
-from telemetryd.cli.options import F, Progress, counted, failing, json_flag, print_json, progress, size
+from telemetryd.cli.options import Progress, counted, failing, json_flag, print_json, progress, size
 from telemetryd.cli.reach import (
     RefusedError,
     Renamed,

@@ -12,8 +12,8 @@ import click
 import orjson
 from click.shell_completion import CompletionItem
 
-from telemetryd.cli.basics import DurationType
-from telemetryd.cli.options import F, counted, failing, json_flag, print_json, progress
+from telemetryd.cli.basics import DurationType, F
+from telemetryd.cli.options import counted, failing, json_flag, print_json, progress
 from telemetryd.cli.reach import Renamed, Where, target_flags
 from telemetryd.cli.target import Body, Target, find_target
 from telemetryd.durations import duration_text

@@ -100,7 +100,7 @@ def _shown(unit: str) -> dict[str, str]:
     wanted = ",".join((_BEGIN, *_USED))
     command = ["systemctl", "show", "--timestamp=us+utc", f"--property={wanted}", "--", unit]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_S, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_S, check=True)  # noqa: S603 - no shell
     except (OSError, subprocess.SubprocessError):
         return {}
     pairs = (line.partition("=")[::2] for line in done.stdout.splitlines())
