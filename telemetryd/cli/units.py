@@ -63,7 +63,7 @@ def units(*, patterns: tuple[str, ...], all_timers: bool, state: Path | None, on
     place = Place(state or client.config.folder / "units.json")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     is_meant = Meant(patterns, all_timers=all_timers)
-    journal = UnitJournal(client, is_meant, place.open_runs)
+    journal = UnitJournal(client, is_meant, place.state)
     try:
         _follow(client, journal, place, once=once)
     except KeyboardInterrupt:
@@ -144,22 +144,22 @@ class Place:
     def __init__(self, path: Path) -> None:
         self._path = path
         self.cursor: str | None = None
-        self.open_runs: dict[str, dict[str, Any]] = {}
+        self.state: dict[str, Any] = {}
         try:
             known = json.loads(path.read_text("utf-8"))
-            self.cursor, self.open_runs = known["cursor"], known["open"]
+            self.cursor, self.state = known["cursor"], known["state"]
         except FileNotFoundError:
             pass
         except (OSError, ValueError, KeyError, TypeError) as error:
             _fail(f"{path} cannot be read; delete it to begin with this boot: {error}")
 
-    def save(self, cursor: str, open_runs: dict[str, dict[str, Any]]) -> None:
+    def save(self, cursor: str, state: dict[str, Any]) -> None:
         """Write the place so that it is whole after a power cut."""
-        self.cursor, self.open_runs = cursor, open_runs
+        self.cursor, self.state = cursor, state
         self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         new = self._path.with_suffix(".new")
         with new.open("w", encoding="utf-8") as file:
-            json.dump({"cursor": cursor, "open": open_runs}, file)
+            json.dump({"cursor": cursor, "state": state}, file)
             file.flush()
             os.fsync(file.fileno())
         new.replace(self._path)

@@ -12,6 +12,7 @@ makes others. Only the standard library and orjson are imported.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Mapping
 from typing import Any, Unpack
 
@@ -19,9 +20,10 @@ from telemetryd.client.client import Client
 from telemetryd.client.config import Config
 from telemetryd.client.context import parent_run_id
 from telemetryd.client.fields import Fields
+from telemetryd.client.log_handler import RunHandler
 from telemetryd.client.run import Run
 
-__all__ = ["Client", "Config", "Run", "close", "default", "flush", "parent_run_id", "record", "run", "stats"]
+__all__ = ["Client", "Config", "Run", "close", "default", "flush", "handler", "parent_run_id", "record", "run", "stats"]
 
 
 @functools.cache
@@ -41,6 +43,17 @@ def run(agent_name: str, job_type: str, *, heartbeat: bool | float = False, **fi
 def record(run: Mapping[str, Any]) -> str | None:
     """Record a finished run with the default client; see `Client.record`."""
     return default().record(run)
+
+
+def handler(level: int | str = "WARNING", *, most: int = 1000) -> logging.Handler:
+    """Return a logging handler that puts records into the run around them, as events; see `RunHandler`.
+
+    Args:
+        level: records below it are passed over.
+        most: how many records of one run become events.
+
+    """
+    return RunHandler(level, most=most)
 
 
 def flush(timeout_s: float = 10.0) -> bool:

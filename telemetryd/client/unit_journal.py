@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Protocol
 
 from telemetryd.client import units
@@ -26,6 +26,8 @@ FIELDS: Final = (
 _MICROSECOND: Final = 1e-6
 _USED: Final = {"CPU_USAGE_NSEC": ("cpu_s", 1e-9), "MEMORY_PEAK": ("max_memory_bytes", 1)}
 _MAIN: Final = "ExecStart"
+_REMEMBERED: Final = 1000
+"""Ended runs that are remembered: systemd says that a oneshot unit has started only after its end."""
 
 
 class Recorder(Protocol):
@@ -60,7 +62,7 @@ class UnitJournal:
     Args:
         recorder: where runs are recorded.
         is_meant: whether the runs of a unit, given by its name, are recorded.
-        open_runs: the runs that had begun and not ended where reading stopped, by their invocation: `state()` of then.
+        state: where reading stopped: `state()` of then; empty if it begins.
 
     """
 
@@ -68,17 +70,17 @@ class UnitJournal:
         self,
         recorder: Recorder,
         is_meant: Callable[[str], bool],
-        open_runs: Mapping[str, Mapping[str, Any]],
+        state: Mapping[str, Any],
     ) -> None:
         self._recorder = recorder
         self._is_meant = is_meant
-        self._open = {name: Invocation(**fields) for name, fields in open_runs.items()}
+        self._open = {key: Invocation(**fields) for key, fields in state.get("open", {}).items()}
+        self._ended: dict[str, None] = dict.fromkeys(state.get("ended", ()))
         self._boot_id = ""
 
-    def state(self) -> dict[str, dict[str, Any]]:
-        """Return the runs that have not ended, as JSON holds them."""
-        names = Invocation.__slots__
-        return {key: {name: getattr(run, name) for name in names} for key, run in self._open.items()}
+    def state(self) -> dict[str, Any]:
+        """Return the runs that have not ended, and the invocations that have ended last, as JSON holds them."""
+        return {"open": {key: asdict(run) for key, run in self._open.items()}, "ended": list(self._ended)}
 
     def read(self, entry: Mapping[str, Any]) -> None:
         """Take one entry, as `journalctl -o json` gives it."""
@@ -90,7 +92,7 @@ class UnitJournal:
             self._boot_id = boot_id
             self._end_of_older_boots(_moment(entry))
         if key not in self._open:
-            if not self._is_meant(unit) or message == _RESOURCES:
+            if key in self._ended or not self._is_meant(unit) or message == _RESOURCES:
                 return
             host = entry.get("_HOSTNAME")
             self._open[key] = Invocation(unit, boot_id, host if isinstance(host, str) else None)
@@ -133,6 +135,9 @@ class UnitJournal:
 
     def _finish(self, key: str) -> None:
         run = self._open.pop(key)
+        self._ended[key] = None
+        if len(self._ended) > _REMEMBERED:
+            del self._ended[next(iter(self._ended))]
         fields = units.outcome(run.result, run.exit_code, run.exit_status)
         fields["metrics_json"] = {**fields.get("metrics_json", {}), **run.used}
         fields["end_time"] = timestamp(run.ended)

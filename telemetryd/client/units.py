@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
+from telemetryd.client.programs import signal_name
 from telemetryd.timestamps import canonical, format_timestamp
 
 EVENT_ID: Final = "systemd:{invocation_id}"
@@ -16,8 +17,8 @@ EVENT_ID: Final = "systemd:{invocation_id}"
 JOB_TYPE: Final = "unit"
 _STATUSES: Final = {"success": "success", "timeout": "timeout", "watchdog": "timeout", "exec-condition": "cancelled"}
 """By the unit's result; any other one is a failure."""
-_STOPPED: Final = frozenset({"TERM", "INT", "HUP", "QUIT"})
-"""Signals of a program that was stopped: its run was cancelled, and systemd calls that a success."""
+_STOPPED: Final = frozenset({"SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT"})
+"""Signals of a program that was stopped: its run was cancelled, whether systemd calls that a success or not."""
 
 
 def outcome(result: str, exit_code: str = "", exit_status: str = "") -> dict[str, Any]:
@@ -29,20 +30,23 @@ def outcome(result: str, exit_code: str = "", exit_status: str = "") -> dict[str
         exit_status: its exit status, or the name of the signal without SIG, $EXIT_STATUS.
 
     """
-    name = exit_status.removeprefix("SIG").upper()
     is_signal = exit_code in ("killed", "dumped")
-    status = _STATUSES.get(result, "failure")
-    if status == "success" and is_signal and name in _STOPPED:
-        status = "cancelled"
+    name = _signal(exit_status) if is_signal else ""
+    status = "cancelled" if name in _STOPPED and result in ("success", "signal") else _STATUSES.get(result, "failure")
     fields: dict[str, Any] = {"status": status}
-    if is_signal and name:
-        fields["metrics_json"] = {"signal": f"SIG{name}"}
+    if name:
+        fields["metrics_json"] = {"signal": name}
     elif exit_status.isascii() and exit_status.isdigit():
         fields["metrics_json"] = {"exit_status": int(exit_status)}
     if status != "success":
-        how = f"killed by SIG{name}" if is_signal and name else f"exit status {exit_status}" if exit_status else ""
+        how = f"killed by {name}" if name else f"exit status {exit_status}" if exit_status else ""
         fields["error_summary"] = f"{result}: {how}" if how else result
     return fields
+
+
+def _signal(text: str) -> str:
+    """Return a signal's name, which the environment gives without SIG, and the journal as a number."""
+    return signal_name(int(text)) if text.isascii() and text.isdigit() else f"SIG{text}" if text else ""
 
 
 def agent_of(unit: str) -> str:

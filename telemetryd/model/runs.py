@@ -48,6 +48,7 @@ from telemetryd.model.values import (
     new_field,
     shorten,
 )
+from telemetryd.traces import Span
 
 MAX_WARNINGS: Final = 100
 
@@ -263,6 +264,8 @@ ENDED: Final = (
 # --- From a body to values -----------------------------------------------------------------------
 
 _values_of: Final = itemgetter(*STORED)
+_TRACE_ID: Final = STORED.index("trace_id")
+_SPAN_ID: Final = STORED.index("span_id")
 
 
 class ParsedRun(NamedTuple):
@@ -290,6 +293,19 @@ def parse_run(value: object) -> ParsedRun:
     """
     run, notes = validate_leniently(NewRun, value)
     return ParsedRun(_values_of(run.__dict__), tuple(run.__pydantic_extra__ or ()), notes)
+
+
+def in_trace(row: Row, span: Span | None) -> tuple[Row, tuple[str, ...]]:
+    """Return a run as part of the trace that its request belongs to, and the names of the fields that say so.
+
+    What the run says itself wins.
+
+    """
+    if span is None or row[_TRACE_ID] is not None:
+        return row, ()
+    values = list(row)
+    values[_TRACE_ID], values[_SPAN_ID] = span.trace_id, span.span_id
+    return tuple(values), ("trace_id", "span_id")
 
 
 def parse_patch(value: object) -> ParsedPatch:

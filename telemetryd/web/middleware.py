@@ -15,7 +15,7 @@ from aiohttp import ClientPayloadError, web
 from aiohttp.http_exceptions import BadHttpMessage
 from aiohttp.typedefs import Middleware
 
-from telemetryd import flow
+from telemetryd import flow, traces
 from telemetryd.errors import (
     BodyTooLargeError,
     CommandFailedError,
@@ -39,6 +39,7 @@ from telemetryd.ops import logs
 from telemetryd.ops.logs import log
 from telemetryd.ops.metrics import Metrics
 from telemetryd.settings import Settings
+from telemetryd.traces import Span
 from telemetryd.web import compression
 from telemetryd.web.access import Gate, ask_for_token
 from telemetryd.web.answers import (
@@ -248,6 +249,8 @@ def _log(
     }
     if (bearer := request[BEARER]) is not None:
         fields["token"] = bearer.name
+    if (span := Span.parse(request.headers.get(traces.HEADER))) is not None:
+        fields |= {"trace_id": span.trace_id, "span_id": span.span_id}
     if status == 500 and not isinstance(problem, CommandFailedError):
         log.log(level, message, extra=fields, exc_info=problem)
     else:

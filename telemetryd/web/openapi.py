@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple, cast
 import orjson
 
 import telemetryd
-from telemetryd import SERVER_HEADER, flow
+from telemetryd import SERVER_HEADER, flow, traces
 from telemetryd.model import changes, queries, runs
 from telemetryd.model.parameters import Parameter
 from telemetryd.model.tokens import Scope
@@ -138,6 +138,15 @@ LAST_EVENT_ID: Final[Schema] = {
     "required": False,
     "description": "As after, which it overrules; a browser that comes back sends it by itself.",
     "schema": {**changes.AFTER.schema},
+}
+TRACEPARENT: Final[Schema] = {
+    "name": traces.HEADER,
+    "in": "header",
+    "required": False,
+    "description": "Where the request belongs in a trace (W3C Trace Context). The log names it, and a run that is "
+    "created without a trace_id is stored as part of it. What is malformed is ignored.",
+    "schema": STRING,
+    "example": "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
 }
 _EVERYWHERE: Final = (401, 403, 429, 500)
 

@@ -9,7 +9,7 @@ from telemetryd.model.requests import ProcessRequest, RedactRequest
 from telemetryd.model.tokens import Scope
 from telemetryd.web.body import JSON_TYPES, NDJSON_TYPES
 from telemetryd.web.components import ref
-from telemetryd.web.openapi import ACCURACY, LAST_EVENT_ID, LINK, SNAPSHOT, TOTAL, Operation
+from telemetryd.web.openapi import ACCURACY, LAST_EVENT_ID, LINK, SNAPSHOT, TOTAL, TRACEPARENT, Operation
 
 _WRITE_ERRORS: Final = (400, 413, 415, 422, 503)
 
@@ -41,6 +41,7 @@ CREATE_RUN: Final = Operation(
     "A known event_id is a duplicate: the stored run stays as it is.",
     scope=Scope.INGEST,
     body=ref("NewRun"),
+    other_parameters=(TRACEPARENT,),
     example=runs.example(runs.NewRun, runs.BEGUN),
     answers={
         201: ("The run is stored and durable.", answers.RunCreated),
