@@ -320,3 +320,29 @@ main()
     loaded = set(done.stdout.split())
     assert "telemetryd.client.client" in loaded, done.stderr
     assert not loaded & {"pydantic", "aiohttp", "sqlite3", "telemetryd.settings", "telemetryd.model", "asyncio"}
+
+
+def test_the_examples_of_the_pages_work_as_pasted(daemon: Daemon, buffer: Path, tmp_path: Path) -> None:
+    """The commands of README and how-to, the crontab's line with a command that is here, and the unit's line."""
+    folder = Path(__file__).parents[2]
+    bin_folder = tmp_path / "bin"
+    bin_folder.mkdir()
+    (bin_folder / "telemetryd").write_text(f'#!/bin/sh\nexec {sys.executable} -m telemetryd "$@"\n')
+    (bin_folder / "telemetryd").chmod(0o755)
+    systemd = {"SERVICE_RESULT": "success", "EXIT_CODE": "exited", "EXIT_STATUS": "0", "INVOCATION_ID": "cd" * 16}
+    given = environment(daemon.url, buffer, PATH=f"{bin_folder}{os.pathsep}{os.environ['PATH']}", **systemd)
+    ran = 0
+    for page in ("README.md", "docs/how-to/commands-and-units.md"):
+        text = (folder / page).read_text("utf-8")
+        blocks = re.findall(r"^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+        lines = [line for block in blocks for line in block.splitlines() if line.startswith("telemetryd r")]
+        for line in re.findall(r"^(?:15 3 \* \* \*  |ExecStopPost=-)(.*)$", text, re.MULTILINE):
+            lines.append(line.replace("/usr/local/bin/backup.sh", "true"))
+        for line in lines:
+            done = subprocess.run(["sh", "-c", line], env=given, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, f"{line}\n{done.stderr}"
+            ran += 1
+    assert ran == 8
+    (program,) = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    subprocess.run([sys.executable, "-c", program], env=given, check=True, capture_output=True)
+    wait_until(lambda: len(runs(daemon.url, agent_name="importer")) == 1)
