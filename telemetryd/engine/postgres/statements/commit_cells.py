@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import groupby
+from operator import itemgetter
 from typing import Final
 
 from telemetryd.engine.commit_log import KEY, SUMS, Key, Sums, merge
@@ -27,9 +29,13 @@ READ: Final = f"""
     SELECT {", ".join(f"NULL AS {name}" for name in _COLUMNS)}, '[' || string_agg(facts, ',') || ']' AS log
     FROM run_deltas WHERE facts <> ''
     UNION ALL SELECT *, NULL FROM (
-        {_STORED} WHERE slot >= %s AND slot < %s ORDER BY slot DESC
+        {_STORED} WHERE slot >= %s AND slot < %s AND runs > 0 ORDER BY slot DESC
     ) AS stored
 """
+
+
+_without_log: Final = itemgetter(slice(len(_COLUMNS)))
+_slot_of: Final = itemgetter(KEY.index("slot"))
 
 
 def add_up(plain: Plain, cells: Mapping[Key, Sums]) -> None:
@@ -50,4 +56,5 @@ def fetch_cells(plain: Plain, first: int, end: int) -> Iterator[Cell]:
     """Yield the cells of the slots from the first one to that before the end, of each pair the newest ones."""
     rows = iter(plain.execute(READ, (first, end)))
     log = read_log(next(rows)[-1])
-    return merge(log, first, end, (row[:-1] for row in rows))
+    slots = groupby(map(_without_log, rows), key=_slot_of)
+    return merge(log, first, end, ([*cells] for _, cells in slots))

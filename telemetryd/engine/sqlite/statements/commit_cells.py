@@ -32,8 +32,8 @@ _STORED: Final = f"SELECT {', '.join(_COLUMNS)} FROM run_commits WHERE slot >= ?
 _READ: Final = f"""
     SELECT '[' || group_concat(changes) || ']' FROM run_stats_log
     UNION ALL SELECT * FROM (
-        SELECT json_group_array(json_array({", ".join(_COLUMNS)})) FROM run_commits WHERE slot >= ? AND slot < ?
-        GROUP BY slot ORDER BY slot DESC
+        SELECT json_group_array(json_array({", ".join(_COLUMNS)})) FROM run_commits
+        WHERE slot >= ? AND slot < ? AND runs > 0 GROUP BY slot ORDER BY slot DESC
     )
 """
 
@@ -72,4 +72,4 @@ def fetch_cells(connection: sqlite3.Connection, first: int, end: int) -> Iterato
     """Yield the cells of the slots from the first one to that before the end, of each pair the newest ones."""
     texts = connection.execute(_READ, (first, end))
     log = read_log(next(texts)[0])
-    return merge(log, first, end, (row for (text,) in texts for row in orjson.loads(text)))
+    return merge(log, first, end, (orjson.loads(text) for (text,) in texts))
