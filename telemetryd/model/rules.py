@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 
 from telemetryd.durations import parse_duration
 from telemetryd.errors import ConfigurationError
+from telemetryd.model.change_points import MEASURES, Measure
 from telemetryd.model.filters import matches
-from telemetryd.model.regressions import MEASURES, Measure
 
 ANY: Final = ("*",)
 """The patterns that let every name through."""
