@@ -503,14 +503,14 @@ def scroll(page: Page, place: str, is_enough: Callable[[], bool]) -> None:
 
 def test_filters_stand_in_the_address(open_view: OpenPage, url: str) -> None:
     page = open_view("#/runs")
-    page.get_by_label("Agent", exact=True).fill("seo-*")
+    page.get_by_label("Agent", exact=True).fill("link-*")
     page.keyboard.press("Enter")
     page.locator(".check.failure").click()
-    expect(page).to_have_url(re.compile(r"agent_name=seo-\*.*status=failure"))
-    expected = get(url, "/api/v1/runs?agent_name=seo-*&status=failure&limit=1000")[1]
+    expect(page).to_have_url(re.compile(r"agent_name=link-\*.*status=failure"))
+    expected = get(url, "/api/v1/runs?agent_name=link-*&status=failure&limit=1000")[1]
     expect(page.locator(".tally")).to_have_text(f"{len(expected)} runs")
     page.reload()
-    expect(page.get_by_label("Agent", exact=True)).to_have_value("seo-*")
+    expect(page.get_by_label("Agent", exact=True)).to_have_value("link-*")
     expect(page.get_by_label("failure")).to_be_checked()
     expect(page.locator(".tally")).to_have_text(f"{len(expected)} runs")
     expect(page.locator(".table-body .badge").first).to_be_visible()
@@ -539,10 +539,10 @@ def test_a_filter_without_a_field_can_be_taken_away(open_view: OpenPage) -> None
 def test_labels_lead_to_the_runs_that_have_them_and_are_a_filter(open_view: OpenPage, url: str) -> None:
     trace = "4bf92f3577b34da6a3ce929d0e0e4736"
     first = make_run(
-        labels={"team": "search", "a_b": "x, *"}, trace_id=trace, conversation_id="talk-1", job_type="first"
+        labels={"team": "explorers", "a_b": "x, *"}, trace_id=trace, conversation_id="talk-1", job_type="first"
     )
     second = make_run(
-        labels={"team": "search"}, attempt=2, retry_of=first["event_id"], expected_by="2025-12-24T11:00:00Z"
+        labels={"team": "explorers"}, attempt=2, retry_of=first["event_id"], expected_by="2025-12-24T11:00:00Z"
     )
     for run in (first, second):
         assert post(url, run)[0] == 201
@@ -562,9 +562,9 @@ def test_labels_lead_to_the_runs_that_have_them_and_are_a_filter(open_view: Open
     field.fill("team")
     page.keyboard.press("Enter")
     assert field.evaluate("element => element.validationMessage") == "Write a label as name=value, such as team=search"
-    field.fill(" team = search ")
+    field.fill(" team = explorers ")
     page.keyboard.press("Enter")
-    expect(page).to_have_url(re.compile(r"#/runs\?label.team=search$"))
+    expect(page).to_have_url(re.compile(r"#/runs\?label.team=explorers$"))
     expect(page.locator(".tally")).to_have_text("2 runs")
     expect(field).to_have_value("")
 
