@@ -6,7 +6,7 @@ from math import comb
 
 import pytest
 
-from telemetryd.model.intervals import CONFIDENCE, wilson
+from telemetryd.model.intervals import CERTAINTY, wilson
 
 
 @pytest.mark.parametrize(
@@ -19,18 +19,18 @@ from telemetryd.model.intervals import CONFIDENCE, wilson
     ],
 )
 def test_published_figures(part: int, whole: int, low: float, high: float) -> None:
-    assert wilson(part, whole) == pytest.approx((low, high), abs=5e-5)
-    assert wilson(whole - part, whole) == pytest.approx((1 - high, 1 - low), abs=5e-5)
+    assert wilson(part / whole, whole) == pytest.approx((low, high), abs=5e-5)
+    assert wilson(1 - part / whole, whole) == pytest.approx((1 - high, 1 - low), abs=5e-5)
 
 
 @pytest.mark.parametrize("whole", [1, 2, 7, 30, 1000, 10**9])
 def test_the_share_is_within_its_bounds(whole: int) -> None:
     for part in {0, 1, whole // 3, whole}:
-        low, high = wilson(part, whole)
-        assert 0 <= low <= part / whole <= high <= 1
-        assert low < high
-    assert wilson(0, whole)[0] == 0
-    assert wilson(whole, whole)[1] == 1
+        low, high = wilson(part / whole, whole)
+        assert 0 <= low < high <= 1
+        assert low - 1e-12 <= part / whole <= high + 1e-12
+    assert wilson(0, whole)[0] == pytest.approx(0, abs=1e-12)
+    assert wilson(1, whole)[1] == pytest.approx(1)
 
 
 @pytest.mark.parametrize("whole", [10, 30, 100])
@@ -40,7 +40,7 @@ def test_it_holds_the_true_share_as_often_as_it_says(whole: int) -> None:
     holding = 0.0
     for share in shares:
         for part in range(whole + 1):
-            low, high = wilson(part, whole)
+            low, high = wilson(part / whole, whole)
             if low <= share <= high:
                 holding += comb(whole, part) * share**part * (1 - share) ** (whole - part)
-    assert holding / len(shares) == pytest.approx(CONFIDENCE, abs=0.01)
+    assert holding / len(shares) == pytest.approx(CERTAINTY, abs=0.01)

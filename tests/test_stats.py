@@ -117,10 +117,13 @@ def brute_force(connection: sqlite3.Connection, query: stats.GetStats) -> list[d
     return answer
 
 
-def interval_of(query: stats.GetStats, successes: int, finished: int) -> list[float] | None:
+def interval_of(query: stats.GetStats, successes: int, finished: int) -> dict[str, float] | None:
     asked = {*query.filters.equal.get("status", Status)} - {"running"}
     is_chosen_by_outcome = "status" in query.group_by or "success" not in asked or asked == {"success"}
-    return None if is_chosen_by_outcome or not finished else [round(bound, 6) for bound in wilson(successes, finished)]
+    if is_chosen_by_outcome or not finished:
+        return None
+    low, high = wilson(successes / finished, finished)
+    return {"low": round(low, 6), "high": round(high, 6)}
 
 
 def assert_equal(found: Sequence[Mapping[str, Any]], exact: Sequence[Mapping[str, Any]]) -> None:
@@ -353,7 +356,7 @@ async def test_the_answer(api: Api) -> None:
                 "runs": 4,
                 "finished": 3,
                 "success_rate": 0.666667,
-                "success_rate_interval": [0.20766, 0.938508],
+                "success_rate_interval": {"low": 0.20766, "high": 0.938508},
                 "items_discovered": 36,
                 "items_succeeded": 0,
                 "items_failed": 8,
@@ -384,7 +387,7 @@ async def test_a_rate_that_the_question_decides_has_no_interval(api: Api) -> Non
     groups = (await ask(api, group_by="status"))["groups"]
     assert [group["success_rate_interval"] for group in groups] == [None] * 3
     [group] = (await ask(api, status="success,failure"))["groups"]
-    assert group["success_rate_interval"] == [0.094531, 0.905469]
+    assert group["success_rate_interval"] == {"low": 0.094531, "high": 0.905469}
 
 
 async def test_a_patch_is_counted_when_it_is_acknowledged(api: Api) -> None:
@@ -494,7 +497,7 @@ def test_the_table_fits_the_terminal() -> None:
     group = {
         "runs": 1234,
         "success_rate": 0.5,
-        "success_rate_interval": [0.4721, 0.5279],
+        "success_rate_interval": {"low": 0.4721, "high": 0.5279},
         **dict.fromkeys(stats.ITEMS, 10**6),
         "duration_ms": {"p50": 999, "p95": 61_000, "p99": 7_200_000, "sum": 10**9},
     }

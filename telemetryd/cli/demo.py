@@ -22,7 +22,7 @@ from telemetryd.model.values import utc_now
 
 _BATCH: Final = 500
 _DAYS: Final = LOOKED_BACK.days
-_PER_DAY: Final = 1000
+PER_DAY: Final = 1000
 _TRIES: Final = 30
 _LIVE_EVERY_S: Final = 1.5
 _LIVE_SPEED: Final = 6
@@ -103,7 +103,7 @@ class _Poster:
       telemetryd demo --unix /run/telemetryd/telemetryd.sock --seed 7
     """
 )
-@click.option("--runs", "number", type=click.IntRange(1), help=f"How many runs; default: {_PER_DAY} a day.")
+@click.option("--runs", "number", type=click.IntRange(1), help=f"How many runs; default: {PER_DAY} a day.")
 @click.option(
     "--days", type=click.IntRange(1, 366), default=_DAYS, show_default=True, help="How many days they lie back."
 )
@@ -118,7 +118,7 @@ def demo(*, number: int | None, days: int, seed: int, live: bool, as_json: bool,
         with closing(Transport(config)) as transport:
             poster = _Poster(transport)
             world = World(seed, now - timedelta(days=days), now)
-            open_runs = _post(poster, world, number or days * _PER_DAY, now)
+            open_runs = _post(poster, world, number or days * PER_DAY, now)
             page = None if config.url.startswith("unix:") else f"{config.url.rstrip('/')}/"
             if as_json:
                 print_json({"runs": poster.posted, "agents": len(AGENTS), "page": page})

@@ -116,7 +116,7 @@ def _figures(group: Body) -> Sequence[str]:
     return (
         f"{group['runs']:,}",
         "-" if rate is None else f"{rate:.1%}",
-        "-" if interval is None else _show_interval(*interval),
+        "-" if interval is None else _show_interval(interval["low"], interval["high"]),
         *(f"{group[f'items_{word}']:,.0f}" for word in ("succeeded", "failed", "skipped")),
         *(show_duration(times[name]) for name in ("p50", "p95", "p99", "sum")),
     )

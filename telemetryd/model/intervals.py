@@ -1,32 +1,36 @@
-"""Computes the interval that a share lies in, given how many of some runs had a property."""
+"""Intervals for what few observations show: Wilson's for a share, and Student's quantile."""
 
 from __future__ import annotations
 
 from math import sqrt
+from statistics import NormalDist
 from typing import Final
 
-CONFIDENCE: Final = 0.95
-"""In how many of 100 such intervals the true share lies, divided by 100."""
-_Z: Final = 1.959963984540054
-"""How many standard deviations either side of the mean of a normal distribution hold `CONFIDENCE` of it."""
-
-Interval = tuple[float, float]
-"""The lower and the upper bound of a share, 0 to 1."""
+CERTAINTY: Final = 0.95
+"""How often an interval holds the true value."""
+_Z: Final = NormalDist().inv_cdf((1 + CERTAINTY) / 2)
 
 
-def wilson(part: int, whole: int) -> Interval:
-    """Return the interval that the true share lies in, if each of the runs decides by itself.
-
-    Unlike the plain one (share ± 2 standard errors) it holds for few runs as well, and for shares of 0 and 1.
-    Source: E. B. Wilson, Probable inference, the law of succession, and statistical inference, JASA 22 (1927).
+def wilson(rate: float, runs: float, z: float = _Z) -> tuple[float, float]:
+    """Return the bounds of a share that was seen in so many runs, at least one (Wilson 1927).
 
     Args:
-        part: How many runs have the property.
-        whole: How many runs there are, at least 1.
+        rate: the share that was seen, from 0 to 1.
+        runs: how many independent ones.
+        z: the quantile for the interval; 95 % by default.
 
     """
-    share, weight = part / whole, _Z * _Z / whole
-    middle = (share + weight / 2) / (1 + weight)
-    reach = _Z / (1 + weight) * sqrt(share * (1 - share) / whole + weight / (4 * whole))
-    # Rounding errors must not keep the share that was seen out of its own interval.
-    return max(0.0, min(share, middle - reach)), min(1.0, max(share, middle + reach))
+    middle = (rate + z * z / (2 * runs)) / (1 + z * z / runs)
+    reach = z / (1 + z * z / runs) * sqrt(rate * (1 - rate) / runs + z * z / (4 * runs * runs))
+    return max(0.0, middle - reach), min(1.0, middle + reach)
+
+
+def student(freedom: int) -> float:
+    """Return the quantile of Student's t for the interval (Cornish and Fisher's expansion); freedom is 1 or more."""
+    terms = (
+        _Z,
+        (_Z**3 + _Z) / 4,
+        (5 * _Z**5 + 16 * _Z**3 + 3 * _Z) / 96,
+        (3 * _Z**7 + 19 * _Z**5 + 17 * _Z**3 - 15 * _Z) / 384,
+    )
+    return sum(term / float(freedom) ** power for power, term in enumerate(terms))

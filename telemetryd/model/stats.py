@@ -17,7 +17,7 @@ from telemetryd.errors import InvalidRequestError
 from telemetryd.model import sketches
 from telemetryd.model.answers import Moment, Number, Share, Sum
 from telemetryd.model.filters import FILTER_PARAMETERS, WILDCARD, Filters, read_filters
-from telemetryd.model.intervals import CONFIDENCE, wilson
+from telemetryd.model.intervals import CERTAINTY, wilson
 from telemetryd.model.parameters import Given, Parameter, read_moment, refuse
 from telemetryd.model.queries import Query
 from telemetryd.model.values import MAX_INTEGER, Status, StatusValue, shorten
@@ -282,10 +282,11 @@ def _shown(query: GetStats, key: tuple[Any, ...], cell: Cell) -> StatsGroup:
         quantiles: Sequence[int | None] = sketches.quantiles(sketch, finished, PERCENTS)
     else:
         quantiles = [None] * len(PERCENTS)
-    interval = None
+    interval: Bounds | None = None
     if finished > 0 and query.is_rate_open:
         # Where somebody has changed runs by hand, there may be more or fewer successes than there can be.
-        interval = [round(bound, 6) for bound in wilson(min(max(successes, 0), finished), finished)]
+        low, high = wilson(min(max(successes, 0), finished) / finished, finished)
+        interval = {"low": round(low, 6), "high": round(high, 6)}
     answered: dict[str, Any] = {
         **shown,
         "runs": runs,
@@ -308,11 +309,17 @@ def _number(value: int) -> int | float:
 
 _QUANTILE: Final = f"Within {sketches.ERROR:.0%} of the exact one, in whole ms; null if no run is finished."
 Quantile = Annotated[Number | None, Field(description=_QUANTILE)]
-_Bounds = Annotated[list[Share], Field(min_length=2, max_length=2)]
 _INTERVAL: Final = (
-    f"Wilson's interval of the success rate at {CONFIDENCE:.0%} confidence: its lower and its upper bound. null if no "
-    "run is finished, and where runs are chosen by status so that the rate is 0 or 1 in any case."
+    f"Wilson's interval of the success rate at {CERTAINTY:.0%} confidence. null if no run is finished, and where runs "
+    "are chosen by status so that the rate is 0 or 1 in any case."
 )
+
+
+class Bounds(TypedDict):
+    """Between which bounds a share lies."""
+
+    low: Share
+    high: Share
 
 
 class Durations(TypedDict):
@@ -334,7 +341,7 @@ class StatsGroup(TypedDict):
     runs: Number
     finished: Annotated[Number, Field(description="Those of the runs that are over.")]
     success_rate: Annotated[Share | None, Field(description="Successes among the finished runs; null if none is.")]
-    success_rate_interval: Annotated[_Bounds | None, Field(description=_INTERVAL)]
+    success_rate_interval: Annotated[Bounds | None, Field(description=_INTERVAL)]
     items_discovered: Sum
     items_succeeded: Sum
     items_failed: Sum
