@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, astuple, dataclass, field
 from datetime import datetime, timedelta
 from typing import Annotated, Any, Final, Literal, NotRequired, cast
@@ -15,16 +15,7 @@ from telemetryd.model.answers import FreeObject, Moment, Number
 from telemetryd.model.commands import AlertChange
 from telemetryd.model.filters import Filters
 from telemetryd.model.queries import Query
-from telemetryd.model.regressions import (
-    ALERT_ALPHA,
-    FIX_ALPHA,
-    MEASURED,
-    FindRegressions,
-    RegressionMeasure,
-    Run,
-    find,
-    lasts,
-)
+from telemetryd.model.regressions import RegressionMeasure
 from telemetryd.model.rules import ANY, KINDS, FailureRate, Regression, Rule, Rules, Silent, Slow, Stale
 from telemetryd.model.stats import GetStats, hour_number
 from telemetryd.model.values import Status, format_timestamp
@@ -37,7 +28,6 @@ MAX_WAITING: Final = 1000
 MAX_FIRING: Final = 1000
 """Subjects that a rule fires for one by one; the others are counted."""
 _LONGEST: Final = timedelta(days=36_500)
-_LETTERS: Final = 12
 
 Group = Mapping[str, Any]
 """A group as `stats` answers it."""
@@ -177,19 +167,15 @@ def window_of(rule: FailureRate | Slow, now: datetime) -> GetStats:
         hour_number(ago(now, rule.window_s)),
         hour_number(format_timestamp(now)) + 1,
         group_by,
-        filters=_filters(rule, {"status": FINISHED} if isinstance(rule, Slow) else {}),
+        filters=filters_of(rule, {"status": FINISHED} if isinstance(rule, Slow) else {}),
     )
 
 
-def runs_of(rule: Regression, now: datetime) -> FindRegressions:
-    """Return in which runs to look for bad commits."""
-    return FindRegressions(_filters(rule, {}), ago(now, rule.window_s), format_timestamp(now))
-
-
-def _filters(rule: FailureRate | Slow | Regression, more: Mapping[str, tuple[str, ...]]) -> Filters:
+def filters_of(rule: FailureRate | Slow | Regression, more: Mapping[str, tuple[str, ...]] | None = None) -> Filters:
+    """Return which agents and job types a rule is about, and what else is asked for."""
     equal = {"agent_name": tuple(name for name in rule.agent_name if "*" not in name), "job_type": rule.job_type}
     patterns = tuple(tuple(name.split("*")) for name in rule.agent_name if "*" in name and rule.agent_name != ANY)
-    return Filters({name: values for name, values in {**equal, **more}.items() if values}, patterns=patterns)
+    return Filters({name: values for name, values in {**equal, **(more or {})}.items() if values}, patterns=patterns)
 
 
 def failure_rate(rule: FailureRate, groups: Iterable[Group]) -> tuple[Finding, ...]:
@@ -249,58 +235,6 @@ def stale(rule: Stale, agent: str, running: Running) -> Finding:
         f"{running.event_id}",
         {"runs": running.runs, "after_s": rule.after_s, "oldest": running.event_id, "created_at": running.since},
     )
-
-
-def regressions(
-    rule: Regression, pair: tuple[str, str], commits: Sequence[Sequence[Run]], fired: Iterable[Firing], now: datetime
-) -> Iterator[Finding]:
-    """Find the commits that made a job type of an agent worse; one that fires goes on until it is fixed or too old.
-
-    While one fires, others are looked for among the runs since it only: chance may make its neighbour likelier.
-
-    Args:
-        rule: The rule.
-        pair: agent_name and job_type.
-        commits: The pair's runs, as `regressions.in_order` returns them.
-        fired: What the rule is firing for.
-        now: The moment.
-
-    """
-    places = {runs[0].commit: place for place, runs in enumerate(commits)}
-    for measure in rule.measure:
-        name = MEASURED[measure]
-        standing = {
-            each.subject: each
-            for each in fired
-            if (each.subject.agent_name, each.subject.job_type, each.subject.measure) == (*pair, measure)
-            and each.since >= ago(now, rule.window_s)
-            and lasts(
-                measure,
-                commits,
-                each.subject.first_bad_commit,
-                each.details["before"][name],
-                each.details["after"][name],
-            )
-        }
-        for subject, each in standing.items():
-            yield Finding(subject, each.summary, each.details)
-        newest = max((places.get(subject.first_bad_commit, 0) for subject in standing), default=0)
-        for found in find(*pair, commits[newest:], (measure,)):
-            details: dict[str, Any] = {**found.to_json()}
-            subject = Subject(details.pop("agent_name"), details.pop("job_type"), measure, found.first_bad_commit)
-            before, after = details["before"][name], details["after"][name]
-            is_new = subject not in standing and found.p_value <= ALERT_ALPHA
-            if is_new and lasts(measure, commits, found.first_bad_commit, before, after, alpha=FIX_ALPHA):
-                yield Finding(subject, _regression_text(subject, before, after), details)
-
-
-def _regression_text(subject: Subject, before: float, after: float) -> str:
-    who = f"{subject.agent_name} ({subject.job_type})"
-    since = f"since commit {subject.first_bad_commit[:_LETTERS]}"
-    if subject.measure == "success_rate":
-        return f"{after:.1%} of the runs of {who} succeed {since}, {before:.1%} before"
-    spans = span_text(after / 1000), span_text(before / 1000)
-    return f"half of the runs of {who} take {spans[0]} or longer {since}, {spans[1]} before"
 
 
 def _runs(number: int) -> str:

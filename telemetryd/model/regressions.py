@@ -1,59 +1,43 @@
-"""Finds the commit since which runs fail more often or take longer: query, statistics, answer."""
+"""Finds the commit since which runs fail more often or take longer: query, what is found, answer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from datetime import datetime
-from itertools import accumulate, groupby, pairwise
-from math import erfc, exp, lgamma, sqrt
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from operator import attrgetter
 from statistics import median
-from typing import Annotated, Any, Final, Literal, NamedTuple, NotRequired, cast
+from typing import Annotated, Any, Final, NamedTuple, NotRequired, cast
 
 from pydantic import Field
 from typing_extensions import TypeAliasType, TypedDict
 
 from telemetryd.errors import InvalidRequestError
 from telemetryd.git_urls import commit_url
+from telemetryd.model import sketches
 from telemetryd.model.answers import Moment, Number, Share
+from telemetryd.model.change_points import ALPHA, MEASURES, MIN_DAYS, Change, Measure, Spell, blocks_of, find, in_order
+from telemetryd.model.change_sizes import Effect, effect_of
+from telemetryd.model.commit_cells import SLOT_HOURS, Cell, slot_of
 from telemetryd.model.filters import FILTER_PARAMETERS, Filters, read_filters
+from telemetryd.model.neighbours import Neighbours, Others
 from telemetryd.model.parameters import Given, Parameter, moment
 from telemetryd.model.queries import Query
-from telemetryd.model.values import shorten
+from telemetryd.model.values import format_timestamp, shorten
 
-ALPHA: Final = 0.01
-"""How likely it is at most that a pair of agent and job type in which no commit changes anything gives a finding."""
-MAX_RUNS: Final = 2000
-"""How many runs of a pair are looked at, the newest ones."""
-MIN_RUNS: Final = 5
-"""Runs that there must be on each side of a commit."""
-MIN_FALL: Final = 0.05
-"""The smallest fall of the success rate, however certain it is, that is worth a finding."""
-MIN_GROWTH: Final = 1.2
-"""The smallest factor of the median duration, however certain it is, that is worth a finding."""
-PARTS: Final = 3
-"""The number of parts of the runs since a commit, each of which must be worse."""
-ALERT_ALPHA: Final = 0.001
-"""How unlikely a finding must be to raise an alert: alerts look again and again, and each look may err."""
-FIX_ALPHA: Final = 0.5
-"""How unlikely by chance a fix must be to keep a commit from being reported: hardly, so that none is reported anew."""
 SHOWN: Final = 5
 """How many runs a finding names."""
+MAX_RUNS: Final = 2000
+"""How many runs on either side of a commit are read for a finding: those nearest to it."""
 
-Measure = Literal["success_rate", "duration"]
 RegressionMeasure = TypeAliasType(
     "RegressionMeasure",
     Annotated[Measure, Field(description="What became worse: the rate of successes, or the duration.")],
 )
-"""The same in answers."""
-MEASURES: Final[tuple[Measure, ...]] = ("success_rate", "duration")
-
-MEASURED: Final[Mapping[Measure, str]] = {"success_rate": "success_rate", "duration": "median_duration_ms"}
+"""A measure in answers."""
+MEASURED: Final[dict[Measure, str]] = {"success_rate": "success_rate", "duration": "median_duration_ms"}
 """What a side's value is called in answers, by measure."""
-
-Split = tuple[int, float]
-"""The index of the block with which a change begins, and how likely it would be without a change."""
 
 
 class Run(NamedTuple):
@@ -68,6 +52,23 @@ class Run(NamedTuple):
     """Milliseconds; 0 is taken as not known."""
 
 
+class Stretch(NamedTuple):
+    """Some runs of a pair, which are read for a finding: finished ones with a commit, at most `MAX_RUNS` of them."""
+
+    agent_name: str
+    job_type: str
+    start: str
+    """The first moment of created_at, in the stored form."""
+    end: str
+    """The moment after the last one."""
+    is_newest_first: bool
+    """In which order of created_at: the first ones are read."""
+
+
+FetchRuns = Callable[[Stretch], Sequence[Run]]
+"""What an engine gives to read the runs that show a finding."""
+
+
 @dataclass(frozen=True, slots=True)
 class FindRegressions(Query["Findings"]):
     """Which runs are looked at. Answer: `Findings`."""
@@ -75,9 +76,9 @@ class FindRegressions(Query["Findings"]):
     filters: Filters
     """Only agents and job types in it count."""
     start: str
-    """The first moment of created_at, in the stored form."""
+    """The first moment of created_at, in the stored form; the whole slot in which it lies counts."""
     end: str
-    """The moment after the last one."""
+    """The moment after the last one; the whole slot in which that lies counts."""
 
     def parameters(self) -> dict[str, str | int]:
         """Return the query as parameters, for the log."""
@@ -89,6 +90,8 @@ class Side:
     """The runs before a change, or those since."""
 
     commits: int
+    days: int
+    """Days with runs."""
     runs: int
     """Finished runs for the success rate, successful ones with a duration for the duration."""
     value: float
@@ -106,6 +109,10 @@ class Regression:
     last_good_commit: str
     before: Side
     after: Side
+    effect: Effect
+    others: Others
+    left_out_hours: int
+    """Hours that are left out because other agents failed as well."""
     p_value: float
     """How likely such a difference would be at any commit and in either measure if no commit changed anything."""
     commit_url: str | None
@@ -115,12 +122,46 @@ class Regression:
     def to_json(self) -> RegressionAnswer:
         """Return the finding as it is answered."""
         name = MEASURED[self.measure]
-        sides = {"before": _shown(self.before, name), "after": _shown(self.after, name)}
-        return cast(RegressionAnswer, {**asdict(self), **sides})
+        return {
+            "agent_name": self.agent_name,
+            "job_type": self.job_type,
+            "measure": self.measure,
+            "first_bad_commit": self.first_bad_commit,
+            "last_good_commit": self.last_good_commit,
+            "before": _shown(self.before, name),
+            "after": _shown(self.after, name),
+            "effect": _effect(self.effect),
+            "others": _others(self.measure, self.others),
+            "left_out_hours": self.left_out_hours,
+            "p_value": self.p_value,
+            "commit_url": self.commit_url,
+            "runs": [*self.runs],
+        }
 
 
-def _shown(side: Side, name: str) -> dict[str, Any]:
-    return {"commits": side.commits, "runs": side.runs, name: round(side.value, 6)}
+def _shown(side: Side, name: str) -> SideAnswer:
+    shown = {"commits": side.commits, "days": side.days, "runs": side.runs, name: round(side.value, 6)}
+    return cast(SideAnswer, shown)
+
+
+def _effect(effect: Effect) -> EffectAnswer:
+    return {"value": round(effect.value, 6), "low": _rounded(effect.low), "high": _rounded(effect.high)}
+
+
+def _others(measure: Measure, others: Others) -> OthersAnswer:
+    was, became = _rounded(others.was), _rounded(others.became)
+    before: OthersSideAnswer = {"runs": others.before}
+    after: OthersSideAnswer = {"runs": others.after}
+    shown: OthersAnswer = {"agents": others.agents, "before": before, "after": after, "as_well": others.as_well}
+    if measure == "success_rate":
+        before["success_rate"], after["success_rate"] = was, became
+    else:
+        shown["factor"] = became
+    return shown
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 6)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,13 +169,16 @@ class Findings:
     """What was found, the most certain first, and in how many pairs it was looked for."""
 
     regressions: tuple[Regression, ...]
+    too_early: tuple[Regression, ...]
+    """What looks like one, with too few days on one of its sides to tell."""
     pairs: int
     """Pairs of agent and job type with runs of at least two commits."""
 
 
 _ANY_MOMENT: Final = "An ISO 8601 date and time, a time before now such as -30d, or now."
-FROM: Final = moment("from", f"{_ANY_MOMENT} The first moment of created_at.", "-30d")
-TO: Final = moment("to", f"{_ANY_MOMENT} Not included.", "now")
+_IN_SLOTS: Final = f"The {SLOT_HOURS} hours of UTC in which it lies count as a whole."
+FROM: Final = moment("from", f"{_ANY_MOMENT} The first moment of created_at. {_IN_SLOTS}", "-30d")
+TO: Final = moment("to", f"{_ANY_MOMENT} Not included. {_IN_SLOTS}", "now")
 PARAMETERS: Final[tuple[Parameter[Any], ...]] = (
     FILTER_PARAMETERS["agent_name"],
     FILTER_PARAMETERS["job_type"],
@@ -165,9 +209,45 @@ class SideAnswer(TypedDict):
     """The runs on one side of a commit."""
 
     commits: Number
+    days: Annotated[Number, Field(description="Days of UTC with such runs.")]
     runs: Number
     success_rate: NotRequired[Share]
     median_duration_ms: NotRequired[float]
+
+
+class EffectAnswer(TypedDict):
+    """How large a change is, and between which bounds it lies with 95 % certainty."""
+
+    value: Annotated[
+        float,
+        Field(
+            description="The success rate since minus that before (-0.35: 35 points less), or the factor of the "
+            "durations."
+        ),
+    ]
+    low: float | None
+    high: float | None
+
+
+class OthersSideAnswer(TypedDict):
+    """The runs of other agents on one side of a commit."""
+
+    runs: Number
+    success_rate: NotRequired[Share | None]
+
+
+class OthersAnswer(TypedDict):
+    """How other agents did at the same time."""
+
+    agents: Annotated[Number, Field(description="Other agents with runs on both sides.")]
+    before: OthersSideAnswer
+    after: OthersSideAnswer
+    factor: NotRequired[
+        Annotated[float | None, Field(description="Of their durations, each pair compared with itself.")]
+    ]
+    as_well: Annotated[
+        bool, Field(description="Whether they became worse by half as much or more: then it is hardly one commit.")
+    ]
 
 
 class RegressionAnswer(TypedDict):
@@ -180,6 +260,11 @@ class RegressionAnswer(TypedDict):
     last_good_commit: Annotated[str, Field(description="The commit before it.")]
     before: SideAnswer
     after: SideAnswer
+    effect: EffectAnswer
+    others: OthersAnswer
+    left_out_hours: Annotated[
+        Number, Field(description="Hours on both sides that do not count, because other agents failed as well.")
+    ]
     p_value: Annotated[
         Share,
         Field(
@@ -199,8 +284,16 @@ RegressionReport = TypedDict(
         "alpha": Annotated[
             Share, Field(description="How often a pair in which no commit changes anything gives a finding.")
         ],
+        "min_days": Annotated[Number, Field(description="Days with runs that a finding has on each side at least.")],
         "pairs": Annotated[Number, Field(description="Pairs of agent and job type with runs of at least two commits.")],
         "regressions": list[RegressionAnswer],
+        "too_early": Annotated[
+            list[RegressionAnswer],
+            Field(
+                description="What looks like one, but has too few days on one of its sides: it is too early to tell "
+                "a bad commit from an outage."
+            ),
+        ],
     },
 )
 
@@ -211,221 +304,112 @@ def to_json(query: FindRegressions, findings: Findings) -> RegressionReport:
         "from": query.start,
         "to": query.end,
         "alpha": ALPHA,
+        "min_days": MIN_DAYS,
         "pairs": findings.pairs,
         "regressions": [regression.to_json() for regression in findings.regressions],
+        "too_early": [regression.to_json() for regression in findings.too_early],
     }
 
 
-def gather(pairs: Iterable[tuple[str, str, Sequence[Run]]]) -> Findings:
-    """Look for regressions in each pair's runs: its agent, its job type, and the runs in any order."""
+def gather(query: FindRegressions, cells: Iterable[Cell], fetch: FetchRuns) -> Findings:
+    """Look for regressions in each pair that is meant.
+
+    Args:
+        query: which pairs are meant.
+        cells: of every pair, as `Cell` says, in any order.
+        fetch: reads runs, for what is found.
+
+    """
+    pairs, neighbours = by_pair(cells)
+    is_meant = query.filters.lets_through("agent_name", "job_type")
     found: list[Regression] = []
+    early: list[Regression] = []
     examined = 0
-    for agent_name, job_type, runs in pairs:
-        commits = in_order(runs)
-        if len(commits) > 1:
-            examined += 1
-            found += find(agent_name, job_type, commits)
-    found.sort(key=attrgetter("p_value", "agent_name", "job_type", "measure", "first_bad_commit"))
-    return Findings(tuple(found), examined)
-
-
-def in_order(runs: Iterable[Run]) -> list[list[Run]]:
-    """Return the runs of each commit, the commits by when their first run was created, as are the runs of each."""
-    by_commit: dict[str, list[Run]] = {}
-    for run in sorted(runs, key=attrgetter("created_at", "commit", "event_id")):
-        by_commit.setdefault(run.commit, []).append(run)
-    return list(by_commit.values())
-
-
-def find(
-    agent_name: str, job_type: str, commits: Sequence[Sequence[Run]], measures: Sequence[Measure] = MEASURES
-) -> list[Regression]:
-    """Return the commits since which a pair's runs are worse; `commits` as `in_order` returns them."""
-    found = []
-    for measure in measures:
-        blocks = _blocks(measure, commits)
-        changes = _changes(measure, blocks)
-        borders = [0, *(place for place, _ in changes), len(blocks)]
-        for (place, p_value), first, last in zip(changes, borders[:-2], borders[2:], strict=True):
-            before, after = _side(measure, blocks[first:place]), _side(measure, blocks[place:last])
-            since = sorted(
-                (run for runs in blocks[place:last] for run in runs), key=attrgetter("created_at", "event_id")
-            )
-            if _is_worse(measure, before.value, after.value) and _is_steady(measure, before.value, after.value, since):
-                bad = blocks[place][0]
-                showing = [run.event_id for run in since if _shows(measure, run, before.value)][:SHOWN]
-                repo = next((run.repo for run in blocks[place] if run.repo is not None), None)
-                page = commit_url(repo, bad.commit)
-                good = blocks[place - 1][0].commit
-                names = agent_name, job_type, measure, bad.commit, good
-                found.append(Regression(*names, before, after, p_value, page, tuple(showing)))
-    return found
-
-
-def lasts(
-    measure: Measure,
-    commits: Sequence[Sequence[Run]],
-    first_bad_commit: str,
-    before: float,
-    after: float,
-    *,
-    alpha: float = ALPHA,
-) -> bool:
-    """Return whether a commit is still not fixed: whether at no change since it half of the difference was made good.
-
-    Args:
-        measure: In which the commit was found to be bad.
-        commits: The pair's runs, as `in_order` returns them; if the commit is not among them, all are newer.
-        first_bad_commit: The commit.
-        before: The success rate, or the median duration in ms, that was found before it.
-        after: That since it.
-        alpha: How unlikely by chance a change must be to count.
-
-    """
-    begin = next((place for place, runs in enumerate(commits) if runs[0].commit == first_bad_commit), 0)
-    since = _blocks(measure, commits[begin:])
-    borders = [0, *(place for place, _ in _changes(measure, since, alpha)), len(since)]
-    values = [_side(measure, since[first:last]).value for first, last in pairwise(borders) if first < last]
-    return bool(values) and all((value - before) / (after - before) > 0.5 for value in values)
-
-
-def _blocks(measure: Measure, commits: Sequence[Sequence[Run]]) -> list[list[Run]]:
-    """Return the runs that count of each commit that has any.
-
-    An agent that does not report durations, or a commit without a success, leaves nothing to compare.
-    """
-    taken = ([run for run in runs if _counts(measure, run)] for runs in commits)
-    return [runs for runs in taken if runs]
-
-
-def _counts(measure: Measure, run: Run) -> bool:
-    return measure == "success_rate" or (run.succeeded and run.duration_ms > 0)
-
-
-def _side(measure: Measure, blocks: Sequence[Sequence[Run]]) -> Side:
-    runs = [run for block in blocks for run in block]
-    return Side(len(blocks), len(runs), _value(measure, runs))
-
-
-def _value(measure: Measure, runs: Sequence[Run]) -> float:
-    if measure == "success_rate":
-        return sum(run.succeeded for run in runs) / len(runs)
-    return median(run.duration_ms for run in runs)
-
-
-def _is_worse(measure: Measure, before: float, after: float) -> bool:
-    return before - after >= MIN_FALL if measure == "success_rate" else after >= MIN_GROWTH * before
-
-
-def _is_steady(measure: Measure, before: float, after: float, since: Sequence[Run]) -> bool:
-    """Return whether the runs since are worse all the time: an outage of some hours is no commit's work.
-
-    Each part of them, in the order in which they were created, has to show at least such a part of the difference.
-    """
-    parts = [since[len(since) * part // PARTS : len(since) * (part + 1) // PARTS] for part in range(PARTS)]
-    return all(abs(_value(measure, part) - before) >= abs(after - before) / PARTS for part in parts)
-
-
-def _shows(measure: Measure, run: Run, before: float) -> bool:
-    return not run.succeeded if measure == "success_rate" else run.duration_ms > before
-
-
-# --- Statistics ----------------------------------------------------------------------------------
-
-
-def _changes(measure: Measure, blocks: Sequence[Sequence[Run]], alpha: float = ALPHA) -> list[Split]:
-    """Return every change in order: the surest one, then those on either side of it (binary segmentation).
-
-    Without any change only the first test can give a false alarm, so that looking further does not add to these.
-    """
-    split = _rate_split if measure == "success_rate" else _duration_split
-    found: list[Split] = []
-    waiting = [(0, len(blocks))]
-    while waiting:
-        first, last = waiting.pop()
-        surest = split(blocks[first:last])
-        if surest is None:
+    for pair, own in sorted(pairs.items()):
+        if not is_meant(*pair):
             continue
-        place, p_value = first + surest[0], min(1.0, surest[1] * len(MEASURES))
-        if p_value <= alpha:
-            found.append((place, p_value))
-            waiting += [(first, place), (place, last)]
-    return sorted(found)
+        commits = in_order(own)
+        if len(commits) < 2:
+            continue
+        examined += 1
+        for measure in MEASURES:
+            for change in changes_of(pair, measure, commits, neighbours):
+                (early if change.is_early else found).append(
+                    complete(pair, measure, change, neighbours=neighbours, fetch=fetch)
+                )
+    for several in (found, early):
+        several.sort(key=attrgetter("p_value", "agent_name", "job_type", "measure", "first_bad_commit"))
+    return Findings(tuple(found), tuple(early), examined)
 
 
-def _candidates(blocks: Sequence[Sequence[Run]]) -> list[tuple[int, int]]:
-    """Return the indexes at which a change may begin, and how many runs are before each."""
-    sizes = list(accumulate(map(len, blocks)))
-    total = sizes[-1] if sizes else 0
-    return [(place, size) for place, size in enumerate(sizes, 1) if MIN_RUNS <= size <= total - MIN_RUNS]
+def by_pair(cells: Iterable[Cell]) -> tuple[dict[tuple[str, str], list[Cell]], Neighbours]:
+    """Return the cells of each pair, and how everyone did in each slot."""
+    pairs: dict[tuple[str, str], list[Cell]] = defaultdict(list)
+    for cell in cells:
+        pairs[cell[:2]].append(cell)
+    return pairs, Neighbours(pairs)
 
 
-def _rate_split(blocks: Sequence[Sequence[Run]]) -> Split | None:
-    """Return where the success rate changes most certainly, by Fisher's exact test, with Bonferroni's correction."""
-    candidates = _candidates(blocks)
-    failures = list(accumulate(sum(not run.succeeded for run in block) for block in blocks))
-    runs = sum(map(len, blocks))
-    tested = ((fisher(failures[place - 1], size, failures[-1], runs), place) for place, size in candidates)
-    return _surest(tested, len(candidates))
+def changes_of(
+    pair: tuple[str, str], measure: Measure, commits: Sequence[Sequence[Cell]], neighbours: Neighbours
+) -> list[Change]:
+    """Return the changes for the worse of a pair, whose commits are as `in_order` returns them."""
+    return find(measure, blocks_of(measure, commits, neighbours.outages_of(pair[0])))
 
 
-def _duration_split(blocks: Sequence[Sequence[Run]]) -> Split | None:
-    """Return where durations change most certainly, by Mann and Whitney's rank test, with Bonferroni's correction."""
-    candidates = _candidates(blocks)
-    if not candidates:
-        return None
-    durations = sorted(run.duration_ms for block in blocks for run in block)
-    ranks: dict[int, float] = {}
-    ties = below = 0
-    for duration, equal in groupby(durations):
-        count = sum(1 for _ in equal)
-        ranks[duration] = below + (count + 1) / 2
-        ties += count**3 - count
-        below += count
-    sums = list(accumulate(sum(ranks[run.duration_ms] for run in block) for block in blocks))
-    tested = ((rank_sum(sums[place - 1], size, below, ties), place) for place, size in candidates)
-    return _surest(tested, len(candidates))
+def complete(
+    pair: tuple[str, str], measure: Measure, change: Change, *, neighbours: Neighbours, fetch: FetchRuns
+) -> Regression:
+    """Return a change with what is read from the runs themselves: medians, and which of them show it."""
+    before, since = change.before, change.since
+    left_out = neighbours.outages_of(pair[0])
+    bad, good = since.blocks[0].commit, before.blocks[-1].commit
+    border = since.blocks[0].slots[0][0]
+    older, newer = {block.commit for block in before.blocks}, {block.commit for block in since.blocks}
+    later = [
+        run
+        for run in fetch(Stretch(*pair, begin_of(border), begin_of(since.slots[-1][0] + 1), is_newest_first=False))
+        if run.commit in newer and slot_of(run.created_at) not in left_out
+    ]
+    repo = next((run.repo for run in later if run.commit == bad and run.repo is not None), None)
+    if measure == "success_rate":
+        values = 1 - before.mean, 1 - since.mean
+        showing = [run.event_id for run in later if not run.succeeded]
+    else:
+        stretch = Stretch(*pair, begin_of(before.slots[0][0]), begin_of(border + 1), is_newest_first=True)
+        earlier = [run for run in fetch(stretch) if run.commit in older]
+        values = _median(earlier, before), _median(later, since)
+        showing = [run.event_id for run in later if run.succeeded and run.duration_ms > values[0]]
+    return Regression(
+        agent_name=pair[0],
+        job_type=pair[1],
+        measure=measure,
+        first_bad_commit=bad,
+        last_good_commit=good,
+        before=_side(before, values[0]),
+        after=_side(since, values[1]),
+        effect=effect_of(measure, before, since),
+        others=neighbours.meanwhile(pair[0], measure, before, since),
+        left_out_hours=SLOT_HOURS * sum(before.slots[0][0] <= slot <= since.slots[-1][0] for slot in left_out),
+        p_value=change.p_value,
+        commit_url=commit_url(repo, bad),
+        runs=tuple(showing[:SHOWN]),
+    )
 
 
-def _surest(tested: Iterable[tuple[float, int]], candidates: int) -> Split | None:
-    surest = min(tested, default=None)
-    return None if surest is None else (surest[1], min(1.0, surest[0] * candidates))
+def _side(spell: Spell, value: float) -> Side:
+    return Side(len(spell.blocks), len(spell.days), spell.runs, value)
 
 
-def fisher(failures: int, runs: int, all_failures: int, all_runs: int) -> float:
-    """Return how likely at most so uneven a share of all failures falls upon some of the runs (exact, two-sided).
-
-    The smaller tail of the hypergeometric distribution is doubled.
-    """
-    x, n, k, m = failures, runs, all_failures, all_runs
-    if x * m > n * k:  # above the expectation: the other outcome is below it
-        x, k = n - x, m - k
-    term = exp(_log_choose(k, x) + _log_choose(m - k, n - x) - _log_choose(m, n))
-    tail = 0.0
-    while term > tail * 1e-17:
-        tail += term
-        term *= x * (m - k - n + x) / ((k - x + 1) * (n - x + 1))
-        x -= 1
-    return min(1.0, 2 * tail)
+def _median(runs: Iterable[Run], spell: Spell) -> float:
+    """Return the median duration; if other commits' runs took all the room there is to read, nearly that."""
+    durations = [run.duration_ms for run in runs if run.succeeded and run.duration_ms > 0]
+    return median(durations) if durations else sketches.value_of(round(spell.mean))
 
 
-def _log_choose(n: int, k: int) -> float:
-    return lgamma(n + 1) - lgamma(k + 1) - lgamma(n - k + 1)
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 
-def rank_sum(ranks: float, runs: int, all_runs: int, ties: int) -> float:
-    """Return how likely a sum of ranks lies so far from the expected one (normal approximation, two-sided).
-
-    Args:
-        ranks: The sum of the midranks of some of the runs, counted from 1.
-        runs: How many these are.
-        all_runs: How many there are in all.
-        ties: The sum of t³ - t over each number t of equal values.
-
-    """
-    others = all_runs - runs
-    variance = runs * others / 12 * (all_runs + 1 - ties / (all_runs * (all_runs - 1)))
-    if variance <= 0:  # all are equal
-        return 1.0
-    distance = abs(ranks - runs * (all_runs + 1) / 2) - 0.5
-    return min(1.0, erfc(distance / sqrt(2 * variance)))
+def begin_of(slot: int) -> str:
+    """Return the moment at which a slot begins, in the stored form."""
+    return format_timestamp(_EPOCH + timedelta(hours=SLOT_HOURS * slot))

@@ -12,8 +12,8 @@ from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
 
 from telemetryd.errors import ConfigurationError
+from telemetryd.model.change_points import MEASURES, Measure
 from telemetryd.model.filters import matches
-from telemetryd.model.regressions import MEASURES, Measure
 from telemetryd.model.values import parse_duration
 
 ANY: Final = ("*",)

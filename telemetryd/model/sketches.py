@@ -100,11 +100,11 @@ def quantiles(sketch: int, values: int, percents: Sequence[int]) -> list[int]:
     zeros = max(values - reached[-1], 0)
     last = zeros + reached[-1] - 1
     places = (percent * last // 100 - zeros for percent in percents)
-    return [_value_of(first + bisect_right(reached, place)) if place >= 0 else 0 for place in places]
+    return [value_of(first + bisect_right(reached, place)) if place >= 0 else 0 for place in places]
 
 
 @lru_cache(maxsize=10_000)
-def _value_of(number: int) -> int:
+def value_of(number: int) -> int:
     """Return the value that stands for all of a bin."""
     return round(_MAPPING.value(number))
 

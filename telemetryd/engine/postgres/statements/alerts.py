@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any, Final
 
 import orjson
@@ -12,12 +13,12 @@ from telemetryd.engine.postgres.statements.aging import stale_runs, together
 from telemetryd.engine.postgres.statements.answers import answers
 from telemetryd.engine.postgres.statements.numbers import NEWEST
 from telemetryd.engine.postgres.statements.predicates import Values, like, one
-from telemetryd.engine.postgres.statements.regressions import fetch_pairs
+from telemetryd.engine.postgres.statements.regressions import fetch_cells, fetch_runs
 from telemetryd.engine.postgres.statements.stats import fetch_stats
 from telemetryd.engine.postgres.statements.totals import TOTALS
 from telemetryd.engine.registry import always
 from telemetryd.errors import InvalidRequestError, sentence
-from telemetryd.model import alerts
+from telemetryd.model import alerts, commit_alerts
 from telemetryd.model.alerts import (
     Delivery,
     EvaluateRules,
@@ -31,7 +32,6 @@ from telemetryd.model.alerts import (
     Subject,
 )
 from telemetryd.model.queries import CountStale
-from telemetryd.model.regressions import in_order
 from telemetryd.model.rules import FailureRate, Regression, Rule, Silent, Slow, Stale, matcher
 from telemetryd.model.values import format_timestamp
 
@@ -182,8 +182,8 @@ def _slow(plain: Plain, rule: Slow, query: EvaluateRules) -> Iterator[Finding]:
 
 
 def _regressions(plain: Plain, rule: Regression, query: EvaluateRules, fired: list[Firing]) -> Iterator[Finding]:
-    for agent, job_type, runs in fetch_pairs(plain, alerts.runs_of(rule, query.now)):
-        yield from alerts.regressions(rule, (agent, job_type), in_order(runs), fired, query.now)
+    cells = fetch_cells(plain, commit_alerts.runs_of(rule, query.now))
+    return commit_alerts.regressions(rule, query.now, cells, fired, partial(fetch_runs, plain))
 
 
 def _fetch_firing(plain: Plain) -> tuple[Firing, ...]:

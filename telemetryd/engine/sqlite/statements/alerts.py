@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any, Final
 
 import orjson
@@ -14,9 +15,9 @@ from telemetryd.engine.sqlite.statements import rollups
 from telemetryd.engine.sqlite.statements.answers import answers
 from telemetryd.engine.sqlite.statements.columns import NEWEST
 from telemetryd.engine.sqlite.statements.predicates import glob, stale_runs, together
-from telemetryd.engine.sqlite.statements.regressions import fetch_pairs
+from telemetryd.engine.sqlite.statements.regressions import fetch_cells, fetch_runs
 from telemetryd.errors import InvalidRequestError, sentence
-from telemetryd.model import alerts
+from telemetryd.model import alerts, commit_alerts
 from telemetryd.model.alerts import (
     Delivery,
     EvaluateRules,
@@ -31,7 +32,6 @@ from telemetryd.model.alerts import (
 )
 from telemetryd.model.commands import AlertChange, ConfirmDelivery, KeepAlerts, RecordAlerts
 from telemetryd.model.queries import CountStale
-from telemetryd.model.regressions import in_order
 from telemetryd.model.rules import FailureRate, Regression, Rule, Silent, Slow, Stale, matcher
 from telemetryd.model.values import format_timestamp
 
@@ -206,8 +206,8 @@ def _slow(connection: sqlite3.Connection, rule: Slow, query: EvaluateRules) -> I
 def _regressions(
     connection: sqlite3.Connection, rule: Regression, query: EvaluateRules, fired: list[Firing]
 ) -> Iterator[Finding]:
-    for agent, job_type, runs in fetch_pairs(connection, alerts.runs_of(rule, query.now)):
-        yield from alerts.regressions(rule, (agent, job_type), in_order(runs), fired, query.now)
+    cells = fetch_cells(connection, commit_alerts.runs_of(rule, query.now))
+    return commit_alerts.regressions(rule, query.now, cells, fired, partial(fetch_runs, connection))
 
 
 def _fetch_firing(connection: sqlite3.Connection) -> tuple[Firing, ...]:
