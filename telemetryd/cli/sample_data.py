@@ -172,7 +172,7 @@ class World:
             if agent.breaks:  # what is wrong with it is its commit
                 self.incidents[agent.name] = several
                 continue
-            for _ in range(max(1, round(hours / 60)) if random.random() < min(0.9, 0.3 + hours / 500) else 0):
+            for _ in range(max(1, round(hours / 170)) if random.random() < min(0.9, 0.3 + hours / 500) else 0):
                 several.append(self._incident(random, random.randrange(len(_ERRORS))))
             self.incidents[agent.name] = several
 
@@ -216,7 +216,7 @@ class World:
         self, random: Random, agent: Agent, moment: datetime, serial: str, parent: Json | None, *, speed: float = 1
     ) -> Story:
         """Invent one run that begins at a moment, and ends so many times faster than usual."""
-        seconds = agent.seconds / speed * math.exp(random.gauss(0, 0.55))
+        seconds = agent.seconds / speed * math.exp(random.gauss(0, 0.35))
         commit, commit_time, is_broken = self._commit(agent, moment)
         status, error = self._outcome(random, agent, moment, is_broken)
         if status == "timeout":
