@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +18,7 @@ from telemetryd.cli.sample_data import AGENTS, BREAKS_AT, LOOKED_BACK, ORCHESTRA
 from telemetryd.model import events, runs
 from tests.conftest import StartDaemon, wait_until
 from tests.http_client import get
+from tests.tools import demo_seeds
 from tests.tools.forks import popen
 from tests.tools.process import telemetryd
 
@@ -153,6 +155,17 @@ def test_the_command_reaches_a_socket_and_brings_the_token(start_daemon: StartDa
     assert told == {"agents": 20, "page": None}
     refused = telemetryd(*arguments, status=1)
     assert "The daemon answered 401: A valid token is needed" in refused.stderr
+
+
+def test_the_agent_that_a_commit_breaks_is_found_and_no_other(start_daemon: StartDaemon) -> None:
+    """At one hour; `python -m tests.tools.demo_seeds` looks at all 24 and at 100 seeds."""
+    seen = demo_seeds.look(start_daemon(TELEMETRY_DB_JOURNAL_MODE="WAL").url, demo_seeds.DEFAULT_SEED, END)
+    assert seen == demo_seeds.Seen(is_found=True, is_named=True, others=())
+
+
+@pytest.mark.slow
+def test_it_is_found_at_every_hour_and_with_nearly_every_seed() -> None:
+    assert demo_seeds.main() == 0
 
 
 def test_a_daemon_that_is_not_there_is_one_sentence(free_port: int) -> None:

@@ -71,7 +71,7 @@ function evidence(found) {
     ["Change", change(found)],
     ["Before", [side(found.before, runs), "; the last good commit is ", commit(found.last_good_commit)]],
     ["Since", [side(found.after, runs), "; see runs ", found.runs.map((eventId, index) => [index ? ", " : "", h("a", { href: runHref(eventId), title: eventId, "aria-label": `Run ${eventId}` }, count(index + 1))])]],
-    ["Others meanwhile", others(found)],
+    ["Others", others(found)],
     ["Left out", found.left_out_hours ? `${counted(found.left_out_hours, "hour")} in which other agents failed, too` : null],
     ["By chance", `at most ${chance(found.p_value)}`],
   ];
