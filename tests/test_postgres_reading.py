@@ -31,6 +31,7 @@ from telemetryd.engine.sqlite.tools import migrate
 from telemetryd.errors import InvalidRequestError
 from telemetryd.model import stats
 from telemetryd.model.alerts import EvaluateRules, ListDeliveries, ListFiring
+from telemetryd.model.change_points import MEASURES
 from telemetryd.model.changes import PAGE_BYTES, GetFollowed, Known, ListChanges
 from telemetryd.model.clocks import Reading
 from telemetryd.model.commands import (
@@ -66,7 +67,7 @@ from telemetryd.model.queries import (
     Query,
     parse_list,
 )
-from telemetryd.model.regressions import MEASURES, FindRegressions
+from telemetryd.model.regressions import FindRegressions
 from telemetryd.model.rules import FailureRate, Regression, Silent, Slow, Stale
 from telemetryd.model.runs import DIGEST, EVENT_ID, parse_run
 from telemetryd.model.values import format_timestamp

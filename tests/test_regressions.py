@@ -3,355 +3,379 @@
 from __future__ import annotations
 
 import json
-import math
-import sqlite3
-from collections.abc import Callable, Iterable
-from contextlib import closing
 from datetime import UTC, datetime, timedelta
-from fractions import Fraction
-from itertools import combinations
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from bench import regressions as simulation
 from telemetryd.cli.regressions import text_of
-from telemetryd.cli.sample_data import AGENTS, World, finished
-from telemetryd.engine.sqlite.statements import regressions
-from telemetryd.engine.sqlite.tools import migrate
 from telemetryd.errors import InvalidRequestError
-from telemetryd.model.regressions import (
-    ALPHA,
-    MAX_RUNS,
-    Regression,
-    Run,
-    find,
-    fisher,
-    gather,
-    in_order,
-    parse,
-    rank_sum,
-    to_json,
-)
+from telemetryd.model.change_points import ALPHA, MIN_DAYS, blocks_of, find, in_order, permuted
+from telemetryd.model.change_sizes import effect_of
+from telemetryd.model.commit_cells import Cell, seconds_of, slot_of
+from telemetryd.model.filters import Filters
+from telemetryd.model.intervals import student, wilson
+from telemetryd.model.neighbours import outages
+from telemetryd.model.regressions import Findings, FindRegressions, gather, parse, to_json
 from telemetryd.model.values import format_timestamp
-from tests.conftest import Api, StartDaemon, make_run
+from tests.conftest import Api, StartDaemon
 from tests.http_client import call
+from tests.months import BROKEN, COMMIT, Part, cells, fetcher, runs_of
 from tests.tools.process import telemetryd
 
 PATH = "/api/v1/regressions"
 NOW = datetime(2026, 1, 3, 12, 30, tzinfo=UTC)
-COMMIT = "{:040x}".format
-REPO = "git@github.com:acme/site.git"
+EVERY = FindRegressions(Filters({}), "2025-12-01T00:00:00.000000Z", format_timestamp(NOW))
 
 
-def invent(
-    random: Random,
-    number: int,
-    each: int,
-    rate: Callable[[int], float] = lambda _: 0.95,
-    duration: Callable[[int], float] = lambda _: 10_000,
-) -> list[Run]:
-    """Runs of commits with so many runs each; the rate and the duration are those of a run's place."""
-    return [
-        Run(
-            str(place),
-            f"{place:06}",
-            COMMIT(place // each),
-            None,
-            random.random() < rate(place),
-            max(1, round(duration(place) * random.lognormvariate(0, 0.55))),
-        )
-        for place in range(number)
-    ]
+def found_in(runs: list[dict[str, Any]]) -> Findings:
+    return gather(EVERY, cells(runs), fetcher(runs))
 
 
-def regressions_of(runs: list[Run]) -> list[Regression]:
-    return find("a", "j", in_order(runs))
+def named_in(*parts: Part) -> list[str]:
+    return [each.first_bad_commit for each in found_in(runs_of(*parts)).regressions]
 
 
-# --- The statistics ------------------------------------------------------------------------------
+# --- Rates ---------------------------------------------------------------------------------------
 
 
-@given(st.data())
-def test_fisher_is_exact(data: st.DataObject) -> None:
-    m = data.draw(st.integers(2, 40))
-    k, n = data.draw(st.integers(0, m)), data.draw(st.integers(1, m - 1))
-    x = data.draw(st.integers(max(0, n + k - m), min(k, n)))
-    chances = {
-        other: Fraction(math.comb(k, other) * math.comb(m - k, n - other), math.comb(m, n))
-        for other in range(max(0, n + k - m), min(k, n) + 1)
-    }
-    below = sum(chance for other, chance in chances.items() if other <= x)
-    above = sum(chance for other, chance in chances.items() if other >= x)
-    assert fisher(x, n, k, m) == pytest.approx(float(min(1, 2 * min(below, above))), rel=1e-9)
+@pytest.mark.parametrize("name", simulation.HARMLESS)
+def test_what_no_commit_changed_hardly_ever_gives_a_finding(name: str) -> None:
+    assert simulation.rates(name, simulation.HARMLESS[name], 25)["found"] <= 0.04
 
 
-def test_the_rank_test_is_near_the_exact_one() -> None:
-    for values in (range(1, 15), (1, 1, 2, 3, 3, 3, 4, 5, 6, 6, 7, 8, 9, 9)):
-        ranks = [sum(v < value for v in values) + (sum(v == value for v in values) + 1) / 2 for value in values]
-        ties = sum(t**3 - t for t in (list(values).count(value) for value in set(values)))
-        expected = 6 * 15 / 2
-        sums = [sum(chosen) for chosen in combinations(ranks, 6)]
-        for rank in (25.5, 30.0, 33.0):
-            exact = sum(abs(other - expected) >= abs(rank - expected) for other in sums) / len(sums)
-            assert rank_sum(rank, 6, 14, ties) == pytest.approx(exact, abs=0.01)
-    assert rank_sum(5 * 5.5, 5, 10, 10**3 - 10) == 1.0
+@pytest.mark.parametrize(
+    ("name", "found", "near"),
+    [
+        ("95 to 60 % for 8 days", 0.95, 0.9),
+        ("95 to 60 % for 15 days", 0.95, 0.9),
+        ("durations x 2 for 8 days", 0.95, 0.85),
+    ],
+)
+def test_a_bad_commit_is_found_and_named(name: str, found: float, near: float) -> None:
+    shares = simulation.rates(name, simulation.HARMFUL[name], 40)
+    assert shares["found"] >= found
+    assert shares["near"] >= near
 
 
-@pytest.mark.parametrize(("number", "each", "rate"), [(120, 10, 0.95), (200, 5, 0.7), (200, 5, 0.5), (300, 20, 0.85)])
-def test_false_alarms_are_as_rare_as_is_said(number: int, each: int, rate: float) -> None:
-    random = Random(f"{number} {each} {rate}")
-    alarms = sum(bool(regressions_of(invent(random, number, each, lambda _: rate))) for _ in range(400))
-    assert alarms <= 400 * ALPHA
-
-
-def test_a_step_is_found_and_its_commit_named() -> None:
-    random, rounds = Random(2), 400
-    found, exact, near = 0, 0, 0
-    for _ in range(rounds):
-        runs = invent(random, 160, 10, lambda place: 0.95 if place < 100 else 0.6)
-        named = [each for each in regressions_of(runs) if each.measure == "success_rate"]
-        if named:
-            distance = abs(int(named[0].first_bad_commit, 16) - 10)
-            found, exact, near = found + 1, exact + (distance == 0), near + (distance <= 1)
-    assert found >= 0.9 * rounds
-    assert exact >= 0.8 * found
-    assert near >= 0.95 * found
-
-
-def test_a_slowdown_is_found_among_successful_runs_only() -> None:
-    random, rounds = Random(3), 100
-    named = [
-        finding
-        for _ in range(rounds)
-        for finding in regressions_of(invent(random, 120, 10, duration=lambda place: 10_000 * (1 + (place >= 60))))
-    ]
-    assert {finding.measure for finding in named} == {"duration"}
-    assert len(named) >= 0.9 * rounds
-    assert sum(abs(int(finding.first_bad_commit, 16) - 6) <= 1 for finding in named) >= 0.9 * rounds
-    failed = [run._replace(succeeded=False) for run in invent(random, 120, 10, duration=lambda place: 1 + 9 * place)]
-    assert regressions_of(failed) == []
-    unknown = [run._replace(duration_ms=0) for run in failed]
-    assert regressions_of([run._replace(succeeded=True) for run in unknown]) == []
-
-
-def outcomes_of(blocks: tuple[tuple[int, int], ...]) -> list[tuple[int, bool]]:
-    """For each commit so many successes and failures, these spread evenly: the commit's number and the outcome."""
-    return [
-        (number, place * f // (s + f) == (place + 1) * f // (s + f))
-        for number, (s, f) in enumerate(blocks)
-        for place in range(s + f)
-    ]
-
-
-def steps(*blocks: tuple[int, int]) -> list[Run]:
-    """Runs of one commit after the other: for each how many succeed and how many fail."""
-    outcomes = outcomes_of(blocks)
-    return [
-        Run(f"e{place}", f"{place:06}", COMMIT(number), REPO, good, 0) for place, (number, good) in enumerate(outcomes)
-    ]
+# --- What is found -------------------------------------------------------------------------------
 
 
 def test_a_finding_shows_everything() -> None:
-    runs = steps((20, 0), (19, 1), (8, 12), (9, 11))
-    [finding] = regressions_of(runs)
-    assert (finding.first_bad_commit, finding.last_good_commit) == (COMMIT(2), COMMIT(1))
-    assert finding.to_json()["before"] == {"commits": 2, "runs": 40, "success_rate": 0.975}
-    assert finding.to_json()["after"] == {"commits": 2, "runs": 40, "success_rate": 0.425}
-    assert finding.p_value <= ALPHA
-    assert finding.commit_url == f"https://github.com/acme/site/commit/{COMMIT(2)}"
-    assert finding.runs == tuple([run.event_id for run in runs[40:] if not run.succeeded][:5])
-
-
-def test_what_was_fixed_and_broke_again_is_two_findings() -> None:
-    found = regressions_of(steps((60, 0), (20, 40), (60, 0), (15, 45)))
-    assert [finding.first_bad_commit for finding in found] == [COMMIT(1), COMMIT(3)]
-    assert found[1].before.value == 1.0
-
-
-def test_what_becomes_better_is_none() -> None:
-    assert regressions_of(steps((20, 40), (60, 0))) == []
-    faster = invent(Random(1), 200, 10, duration=lambda place: 9000 if place < 100 else 900)
-    assert regressions_of(faster) == []
-
-
-def test_what_is_certain_but_small_is_none() -> None:
-    assert regressions_of(steps((1000, 0), (960, 40))) == []
-    assert regressions_of(steps((1000, 0), (940, 60))) != []
-
-
-def test_an_outage_of_some_hours_is_no_commits_work() -> None:
-    def runs(fails: range) -> list[Run]:
-        return [run._replace(succeeded=place not in fails) for place, run in enumerate(steps((80, 0), (60, 0)))]
-
-    assert regressions_of(runs(range(100, 120))) == []
-    assert regressions_of(runs(range(80, 100))) == []
-    [finding] = regressions_of(runs(range(80, 140)))
-    assert finding.first_bad_commit == COMMIT(1)
-
-
-RUNS = st.lists(
-    st.builds(
-        Run,
-        event_id=st.uuids().map(str),
-        created_at=st.integers(0, 30).map("{:02}".format),
-        commit=st.sampled_from("abcd"),
-        repo=st.none(),
-        succeeded=st.booleans(),
-        duration_ms=st.integers(0, 9) | st.just(1000),
-    ),
-    max_size=80,
-)
-
-
-@given(RUNS, st.randoms(use_true_random=False))
-def test_the_order_in_which_runs_come_does_not_matter(runs: list[Run], random: Random) -> None:
-    # A commit that breaks everything is put after them, so that there is something to find.
-    runs += [Run(f"z{place}", "99", "z", None, False, 1) for place in range(30)]
-    shuffled = random.sample(runs, len(runs))
-    assert gather([("a", "j", runs)]) == gather([("a", "j", shuffled)])
-    commits = [block[0].commit for block in in_order(shuffled)]
-    assert len(set(commits)) == len(commits)
-    firsts = [min(run.created_at for run in runs if run.commit == commit) for commit in commits]
-    assert firsts == sorted(firsts)
-
-
-@given(RUNS)
-def test_when_a_commits_later_runs_were_created_does_not_matter(runs: list[Run]) -> None:
-    runs += [Run(f"z{place}", "99", "z", None, False, 1) for place in range(30)]
-    blocks = in_order(runs)
-    moved = [run._replace(created_at="99") if place else run for block in blocks for place, run in enumerate(block)]
-    plain = [(each.first_bad_commit, each.before, each.after, each.p_value) for each in find("a", "j", blocks)]
-    other = [(each.first_bad_commit, each.before, each.after, each.p_value) for each in regressions_of(moved)]
-    assert other == plain
-
-
-@given(RUNS)
-def test_one_commit_never_gives_a_finding(runs: list[Run]) -> None:
-    findings = gather([("a", "j", [run._replace(commit="a") for run in runs])])
-    assert findings.regressions == ()
-    assert findings.pairs == 0
-
-
-@given(RUNS)
-def test_what_is_found_is_worse_certain_and_shown_by_its_runs(runs: list[Run]) -> None:
-    by_id = {run.event_id: run for run in runs}
-    for finding in regressions_of(runs):
-        assert 0 <= finding.p_value <= ALPHA
-        assert finding.first_bad_commit != finding.last_good_commit
-        assert 1 <= len(finding.runs) <= 5
-        if finding.measure == "success_rate":
-            assert finding.before.value > finding.after.value
-            assert not any(by_id[event_id].succeeded for event_id in finding.runs)
-        else:
-            assert all(by_id[event_id].duration_ms > finding.before.value for event_id in finding.runs)
-
-
-# --- What invented agents did --------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("seed", "number", "hours"), [(1, 1500, range(24)), (2, 2400, (4,)), (3, 2400, (22,))])
-def test_the_commit_that_breaks_an_agent_of_the_demo_is_named_at_every_hour(
-    seed: int, number: int, hours: Iterable[int]
-) -> None:
-    [broken] = [agent.name for agent in AGENTS if agent.breaks]
-    for hour in hours:
-        end = datetime(2026, 11, 27, hour, tzinfo=UTC)  # a Friday
-        runs = [
-            finished(story)
-            for story in World(seed, end - timedelta(days=1), end).runs(number)
-            if story.ends_at <= end and story.run["agent_name"] == broken
-        ]
-        [commit] = {run["git_commit_hash"] for run in runs if "canonical_url" in run.get("error_summary", "")}
-        named = {
-            finding.first_bad_commit
-            for job_type in ("rewrite", "audit")
-            for finding in find(broken, job_type, in_order([_seen(run) for run in runs if run["job_type"] == job_type]))
-        }
-        assert named == {commit}, hour
-
-
-def _seen(run: dict[str, Any]) -> Run:
-    return Run(
-        run["event_id"],
-        run["created_at"],
-        run["git_commit_hash"],
-        run["git_repo"],
-        run["status"] == "success",
-        run["duration_ms"],
-    )
-
-
-# --- Over HTTP -----------------------------------------------------------------------------------
-
-
-def posted(blocks: tuple[tuple[int, int], ...], **fields: Any) -> list[dict[str, Any]]:
-    """Runs as they are posted, a minute apart up to now, in each block so many successes and failures."""
-    outcomes = outcomes_of(blocks)
-    begin = datetime.now(UTC) - timedelta(minutes=len(outcomes) + 1)
-    return [
-        make_run(
-            **{
-                "created_at": format_timestamp(begin + timedelta(minutes=place)),
-                "status": "success" if good else "failure",
-                "git_commit_hash": COMMIT(number),
-                "git_repo": REPO,
-                **fields,
-            }
-        )
-        for place, (number, good) in enumerate(outcomes)
-    ]
-
-
-BROKEN = ((30, 0), (29, 1), (10, 20))
-
-
-async def test_the_answer_names_the_commit_with_its_runs(api: Api) -> None:
-    runs = posted(BROKEN, agent_name="seo", job_type="audit")
-    await api.batch([*runs, *posted(((30, 0), (30, 0)), agent_name="fine")])
-    await api.batch(posted(((9, 0), (0, 9)), agent_name="running", status="running"))
-    await api.batch(posted(((9, 0), (0, 9)), agent_name="without", git_commit_hash=None))
-    answer = await api.get(PATH)
-    assert (answer["alpha"], answer["pairs"]) == (ALPHA, 2)
-    assert datetime.fromisoformat(answer["to"]) - datetime.fromisoformat(answer["from"]) == timedelta(days=30)
-    [finding] = answer["regressions"]
-    assert finding.pop("p_value") < 1e-6
-    assert finding == {
+    runs = runs_of(*BROKEN)
+    [finding] = found_in(runs).regressions
+    assert finding.to_json() == {
         "agent_name": "seo",
         "job_type": "audit",
         "measure": "success_rate",
         "first_bad_commit": COMMIT(2),
         "last_good_commit": COMMIT(1),
-        "before": {"commits": 2, "runs": 60, "success_rate": 0.983333},
-        "after": {"commits": 1, "runs": 30, "success_rate": 0.333333},
+        "before": {"commits": 2, "days": 17, "runs": 192, "success_rate": 1.0},
+        "after": {"commits": 1, "days": 7, "runs": 72, "success_rate": 0.416667},
+        "effect": finding.to_json()["effect"],
+        "others": {
+            "agents": 0,
+            "before": {"runs": 0, "success_rate": None},
+            "after": {"runs": 0, "success_rate": None},
+            "as_well": False,
+        },
+        "left_out_hours": 0,
+        "p_value": 0.002,
         "commit_url": f"https://github.com/acme/site/commit/{COMMIT(2)}",
-        "runs": [run["event_id"] for run in runs[60:] if run["status"] == "failure"][:5],
+        "runs": [run["event_id"] for run in runs[192:] if run["status"] == "failure"][:5],
     }
+    effect = finding.effect
+    assert effect.low is not None
+    assert effect.high is not None
+    assert effect.value == pytest.approx(7 / 12 - 2 * 7 / 12)
+    assert -0.75 < effect.low < effect.value < effect.high < -0.4
 
 
-async def test_the_most_certain_comes_first_and_filters_choose(api: Api) -> None:
-    await api.batch(posted(BROKEN, agent_name="a", job_type="x"))
-    await api.batch(posted(((30, 0), (29, 1), (0, 30)), agent_name="b", job_type="y"))
+def test_a_slowdown_is_found_among_successful_runs_only() -> None:
+    slow = (Part(0, 8, 12, 0), Part(1, 8, 12, 0), Part(2, 6, 12, 0, 21_000))
+    runs = runs_of(*slow)
+    [finding] = found_in(runs).regressions
+    assert (finding.measure, finding.first_bad_commit) == ("duration", COMMIT(2))
+    assert (finding.before.value, finding.after.value) == (10_000, 21_000)
+    assert finding.effect.value == pytest.approx(2.1, rel=0.03)
+    assert finding.runs == tuple(run["event_id"] for run in runs[192:197])
+    assert finding.others.agents == 0
+    assert found_in([{**run, "status": "failure"} for run in runs]).regressions == ()
+    assert found_in([{**run, "duration_ms": 0} for run in runs]).regressions == ()
+
+
+def test_what_was_fixed_and_broke_again_is_two_findings() -> None:
+    broke = Part(0, 7, 12, 0), Part(1, 6, 5, 7), Part(2, 7, 12, 0), Part(3, 6, 4, 8)
+    found = found_in(runs_of(*broke)).regressions
+    assert sorted(each.first_bad_commit for each in found) == [COMMIT(1), COMMIT(3)]
+    assert {each.before.value for each in found} == {1.0}
+
+
+def test_what_becomes_better_or_a_little_worse_is_none() -> None:
+    assert named_in(Part(0, 10, 5, 7), Part(1, 10, 12, 0)) == []
+    assert named_in(Part(0, 10, 12, 0, 20_000), Part(1, 10, 12, 0, 10_000)) == []
+    assert named_in(Part(0, 10, 100, 0), Part(1, 10, 96, 4)) == []
+    assert named_in(Part(0, 10, 100, 0), Part(1, 10, 94, 6)) == [COMMIT(1)]
+    assert named_in(Part(0, 10, 12, 0, 10_000), Part(1, 10, 12, 0, 11_500)) == []
+
+
+@pytest.mark.parametrize("days", range(MIN_DAYS - 1))
+def test_it_is_too_early_to_tell_after_few_days(days: int) -> None:
+    findings = found_in(runs_of(Part(0, 10, 12, 0), Part(1, 10, 12, 0), Part(2, days, 3, 9)))
+    assert findings.regressions == ()
+    assert [each.first_bad_commit for each in findings.too_early] == ([COMMIT(2)] if days else [])
+    findings = found_in(runs_of(Part(0, days, 12, 0), Part(1, 10, 3, 9)))
+    assert findings.regressions == ()
+    assert len(findings.too_early) == (1 if days else 0)
+
+
+def test_an_outage_of_three_days_is_no_commits_work() -> None:
+    good = Part(0, 12, 12, 0), Part(1, 6, 12, 0)
+    assert named_in(*good, Part(2, 3, 0, 12), Part(2, 3, 12, 0)) == []
+    assert named_in(*good, Part(2, 2, 12, 0), Part(2, 3, 0, 12)) == []
+    assert named_in(*good, Part(2, 6, 0, 12)) == [COMMIT(2)]
+
+
+def test_what_drifts_is_no_commits_work() -> None:
+    parts = [Part(day, 1, 12, 0, round(10_000 * 1.04**day)) for day in range(28)]
+    findings = found_in(runs_of(*parts))
+    assert findings.regressions == findings.too_early == ()
+
+
+def test_an_outage_that_others_share_is_left_out() -> None:
+    fails = Part(1, 4, 2, 10)
+    own = runs_of(Part(0, 14, 12, 0), fails, Part(1, 3, 12, 0))
+    others = [run for agent in "ab" for run in runs_of(Part(7, 14, 12, 0), fails, Part(7, 3, 12, 0), agent_name=agent)]
+    assert all(findings == () for findings in (found_in(own + others).regressions, found_in(own + others).too_early))
+    broken = runs_of(Part(0, 9, 12, 0), Part(1, 2, 0, 12), Part(2, 3, 12, 0), Part(3, 7, 5, 7))
+    others = [
+        run
+        for agent in "ab"
+        for run in runs_of(Part(7, 9, 12, 0), Part(7, 2, 0, 12), Part(7, 10, 11, 1), agent_name=agent)
+    ]
+    [finding] = found_in(broken + others).regressions
+    assert (finding.first_bad_commit, finding.left_out_hours) == (COMMIT(3), 48)
+    assert finding.others.agents == 2
+    assert finding.others.was == pytest.approx(1, abs=0.06)
+    assert finding.others.became == pytest.approx(11 / 12, abs=0.01)
+    assert not finding.others.as_well
+
+
+def test_what_became_of_others_for_good_is_shown() -> None:
+    runs = [run for agent in "abc" for run in runs_of(*BROKEN, agent_name=agent)]
+    findings = found_in(runs).regressions
+    assert [each.agent_name for each in findings] == ["a", "b", "c"]
+    assert all(each.others.as_well and each.others.agents == 2 for each in findings)
+
+
+def test_only_the_slots_in_which_others_fail_far_more_often_are_left_out() -> None:
+    usual = dict.fromkeys(range(120), (20, 1))
+    assert outages(usual) == frozenset()
+    assert outages({}) == frozenset()
+    assert outages({1: (5, 5)}) == frozenset({1})
+    assert outages({**usual, 50: (20, 15), 51: (20, 12), 119: (20, 20)}) == {50, 51, 119}
+    assert outages({slot: (20, 1 if slot < 80 else 12) for slot in range(120)}) == frozenset()
+    assert outages(dict.fromkeys(range(120), (20, 10))) == frozenset()
+
+
+def test_no_order_of_days_is_rarer_than_is_said() -> None:
+    random = Random(1)
+    chances = [permuted([random.gauss(0, 1) for _ in range(20)])[0] for _ in range(300)]
+    assert sum(chance <= ALPHA for chance in chances) <= 6
+    assert permuted([0.0] * 9) == (1.0, 0)
+    assert permuted([-1.0] * 10 + [1.0] * 10) == (0.002, 1)
+    assert permuted([1.0] * 10 + [-1.0] * 10) == (0.002, -1)
+
+
+def test_intervals_are_those_of_the_books() -> None:
+    assert wilson(0.8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-3)
+    assert wilson(0.0, 20) == pytest.approx((0.0, 0.1611), abs=1e-3)
+    assert [student(freedom) for freedom in (2, 5, 10, 30)] == pytest.approx([4.303, 2.571, 2.228, 2.042], rel=0.035)
+
+
+def test_an_interval_holds_the_true_change_as_often_as_is_said() -> None:
+    random, held, rounds = Random(4), 0, 200
+    for _ in range(rounds):
+        runs = runs_of(Part(0, 12, 20, 0), Part(1, 8, 20, 0))
+        for run in runs:
+            is_good = random.random() < (0.9 if run["git_commit_hash"] == COMMIT(0) else 0.6)
+            run["status"] = "success" if is_good else "failure"
+        blocks = blocks_of("success_rate", in_order(cells(runs)), frozenset())
+        [change] = find("success_rate", blocks)
+        effect = effect_of("success_rate", change.before, change.since)
+        assert effect.low is not None
+        assert effect.high is not None
+        held += effect.low <= -0.3 <= effect.high
+    assert held >= 0.92 * rounds
+
+
+# --- Invariants ----------------------------------------------------------------------------------
+
+CELLS = st.builds(
+    lambda agent, commit, slot, failures, successes, timed, seconds: Cell(
+        agent,
+        "j",
+        commit,
+        slot,
+        failures + successes,
+        failures,
+        min(timed, successes),
+        400 * min(timed, successes) + seconds % 90,
+        seconds,
+    ),
+    st.sampled_from("ab"),
+    st.sampled_from(["", "c1", "c2", "c3", "c4"]),
+    st.integers(0, 60),
+    st.integers(0, 4),
+    st.integers(1, 6),
+    st.integers(0, 6),
+    st.integers(0, 20_000),
+)
+MONTHS = st.lists(CELLS, max_size=60, unique_by=lambda cell: (cell.agent_name, cell.commit, cell.slot)).map(
+    lambda some: [
+        *some,  # so that there is something to find
+        *(Cell("a", "j", "bad", slot, 4, 4, 0, 0, 40) for slot in range(61, 91)),
+        *(Cell("a", "j", "good", slot, 4, 0, 4, 1600, 40) for slot in range(-30, 0)),
+    ]
+)
+
+
+def look(some: list[Cell]) -> Findings:
+    return gather(EVERY, some, lambda _: [])
+
+
+@given(MONTHS, st.randoms(use_true_random=False))
+def test_the_order_in_which_cells_come_does_not_matter(some: list[Cell], random: Random) -> None:
+    assert look(random.sample(some, len(some))) == look(some)
+
+
+@given(MONTHS)
+def test_what_commits_are_called_does_not_matter(some: list[Cell]) -> None:
+    begins = [
+        (cells[0].slot, cells[0].seconds / cells[0].runs) for cells in in_order(c for c in some if c.agent_name == "a")
+    ]
+    assume(len(set(begins)) == len(begins))  # two that begin in the same second on average are told apart by name
+    names = {"c1": "z", "c2": "y", "c3": "x", "c4": "w", "good": "v", "bad": "u", "": ""}
+    renamed = look([cell._replace(commit=names[cell.commit]) for cell in some])
+    plain = look(some)
+    assert [(names[each.first_bad_commit], each.p_value, each.effect) for each in plain.regressions] == [
+        (each.first_bad_commit, each.p_value, each.effect) for each in renamed.regressions
+    ]
+
+
+@given(MONTHS, st.integers(-3000, 3000))
+def test_when_it_happened_does_not_matter(some: list[Cell], days: int) -> None:
+    moved = look([cell._replace(slot=cell.slot + 4 * days) for cell in some])
+    assert moved == look(some)
+
+
+@given(MONTHS)
+def test_other_agents_matter_by_how_many_of_their_runs_fail_when(some: list[Cell]) -> None:
+    others = [
+        cell._replace(agent_name="c" if cell.commit > "c2" else "b", commit="", job_type=cell.commit)
+        for cell in some
+        if cell.agent_name == "b"
+    ]
+    plain, other = (look([cell for cell in some if cell.agent_name == "a"] + rest).regressions for rest in (
+        [cell for cell in some if cell.agent_name == "b"], others))  # fmt: skip
+    shown = [[(each.first_bad_commit, each.p_value, each.effect) for each in several if each.agent_name == "a"]
+             for several in (plain, other)]  # fmt: skip
+    assert shown[0] == shown[1]
+
+
+@given(MONTHS)
+def test_one_commit_never_gives_a_finding(some: list[Cell]) -> None:
+    findings = look([cell._replace(commit="same" if cell.commit else "") for cell in some])
+    assert findings == Findings((), (), 0)
+
+
+@given(MONTHS)
+def test_what_is_found_is_worse_certain_and_between_its_bounds(some: list[Cell]) -> None:
+    findings = look(some)
+    for finding in (*findings.regressions, *findings.too_early):
+        assert 0 <= finding.p_value <= ALPHA
+        assert finding.first_bad_commit != finding.last_good_commit
+        effect = finding.effect
+        assert effect.low is None or effect.high is None or effect.low <= effect.value <= effect.high
+        worse = finding.before.value - finding.after.value
+        assert worse > 0 if finding.measure == "success_rate" else effect.value > 1
+    for finding in findings.regressions:
+        assert min(finding.before.days, finding.after.days) >= MIN_DAYS
+
+
+def test_a_slot_and_the_seconds_in_it_are_those_of_the_moment() -> None:
+    assert slot_of("1970-01-02T05:59:59.999999Z") == 4
+    assert slot_of("1970-01-02T06:00:00.000000Z") == 5
+    assert seconds_of("1970-01-02T06:00:00.000000Z") == 0
+    assert seconds_of("1970-01-02T05:59:59.999999Z") == 6 * 3600 - 1
+
+
+def test_commits_stand_in_the_order_in_which_they_came() -> None:
+    runs = [run for commit in (5, 3, 9, 1) for run in runs_of(Part(commit, 1, 4, 0))[:4]]
+    for place, run in enumerate(runs):
+        run["created_at"] = format_timestamp(NOW + timedelta(minutes=place))
+    assert [several[0].commit for several in in_order(cells(runs))] == [COMMIT(each) for each in (5, 3, 9, 1)]
+
+
+# --- Over HTTP -----------------------------------------------------------------------------------
+
+
+def posted(*parts: Part, **fields: Any) -> list[dict[str, Any]]:
+    return runs_of(*parts, end=datetime.now(UTC), **fields)
+
+
+async def test_the_answer_names_the_commit_with_its_runs(api: Api) -> None:
+    runs = posted(*BROKEN)
+    await api.batch([*runs, *posted(Part(0, 9, 5, 0), Part(1, 9, 5, 0), agent_name="fine")])
+    await api.batch(posted(Part(0, 4, 9, 0), Part(1, 4, 0, 9), agent_name="running", status="running"))
+    await api.batch(posted(Part(0, 4, 9, 0), Part(1, 4, 9, 0), agent_name="without", git_commit_hash=None))
+    answer = await api.get(PATH)
+    assert (answer["alpha"], answer["pairs"], answer["min_days"]) == (ALPHA, 2, MIN_DAYS)
+    assert datetime.fromisoformat(answer["to"]) - datetime.fromisoformat(answer["from"]) == timedelta(days=30)
+    [finding] = answer["regressions"]
+    assert answer["too_early"] == []
+    assert finding["first_bad_commit"] == COMMIT(2)
+    assert finding["before"]["success_rate"] == 1
+    assert finding["after"]["success_rate"] == 0.416667
+    assert finding["others"]["agents"] == 1
+    assert finding["runs"] == [run["event_id"] for run in runs[192:] if run["status"] == "failure"][:5]
+
+
+async def test_what_is_too_early_is_told_apart(api: Api) -> None:
+    await api.batch(posted(Part(0, 9, 12, 0), Part(1, 8, 12, 0), Part(2, 2, 3, 9)))
+    answer = await api.get(PATH)
+    assert answer["regressions"] == []
+    [finding] = answer["too_early"]
+    assert finding["first_bad_commit"] == COMMIT(2)
+    assert finding["after"]["days"] <= 3
+    assert len(finding["runs"]) == 5
+
+
+async def test_filters_choose(api: Api) -> None:
+    await api.batch(posted(*BROKEN, agent_name="a", job_type="x"))
+    await api.batch(posted(*BROKEN, agent_name="b", job_type="y"))
 
     async def found(query: str) -> list[str]:
         return [each["agent_name"] for each in (await api.get(f"{PATH}?{query}"))["regressions"]]
 
-    assert await found("") == ["b", "a"]
+    assert await found("") == ["a", "b"]
     assert await found("agent_name=a") == ["a"]
     assert await found("agent_name=a,c") == ["a"]
-    assert await found("agent_name=*") == ["b", "a"]
+    assert await found("agent_name=*") == ["a", "b"]
     assert await found("agent_name=*b") == ["b"]
     assert await found("job_type=x") == ["a"]
     assert await found("agent_name=a&job_type=y") == []
-    assert await found("to=-1d") == []
-    assert await found("from=-20m") == []  # the good commits are older than that
+    assert await found("to=-7d") == []
+    assert await found("from=-5d") == []  # the good commits are older than that
 
 
 async def test_no_pattern_takes_long(api: Api) -> None:
-    await api.batch(posted(BROKEN, agent_name="a" * 255))
+    await api.batch(posted(*BROKEN, agent_name="a" * 255))
     assert (await api.get(f"{PATH}?agent_name=*{'a*' * 126}b"))["regressions"] == []
     assert len((await api.get(f"{PATH}?agent_name=*{'a*' * 126}"))["regressions"]) == 1
 
@@ -382,20 +406,6 @@ def test_times_are_those_of_the_filters() -> None:
         parse("to=-31d", NOW)
 
 
-def test_only_the_newest_runs_are_read_by_the_index_without_a_sort(tmp_path: Path) -> None:
-    with closing(sqlite3.connect(tmp_path / "x", isolation_level=None)) as opened:
-        migrate.create(opened, format_timestamp(NOW))
-        for statement, bound in (
-            (regressions.NEXT_PAIR, ("", "")),
-            (regressions.RUNS, {"agent_name": "a", "job_type": "j", "start": "", "end": "~"}),
-        ):
-            plan = "\n".join(row[3] for row in opened.execute(f"EXPLAIN QUERY PLAN {statement}", bound))
-            assert "idx_runs_agent" in plan
-            assert "TEMP B-TREE" not in plan
-            assert "SCAN agent_runs" not in plan or statement == regressions.NEXT_PAIR
-    assert f"LIMIT {MAX_RUNS}" in regressions.RUNS
-
-
 # --- The command ---------------------------------------------------------------------------------
 
 
@@ -407,9 +417,9 @@ def test_the_command_asks_the_daemon_or_the_database(tmp_path: Path, start_daemo
     asked = ["regressions", "--db-path", str(daemon.database)]
     assert telemetryd(*asked, "--unix", place).stdout.startswith("No commit made anything worse in 0 pairs")
     address = f"http://127.0.0.1:{daemon.wait_for_line('Serving')['addresses'][0].rpartition(':')[2]}"
-    assert call(address, "POST", "/api/v1/runs/batch", posted(BROKEN, agent_name="seo"))[1]["inserted"] == 90
+    assert call(address, "POST", "/api/v1/runs/batch", posted(*BROKEN))[1]["inserted"] == 264
     shown = telemetryd(*asked, "--unix", place).stdout
-    assert "seo / translate_directory: success rate 98.3% -> 33.3% (p = " in shown
+    assert "seo / audit: success rate 100.0% -> 41.7%, by 4" in shown
     assert f"first bad commit  {COMMIT(2)}  https://github.com/acme/site/commit/" in shown
     answer = json.loads(telemetryd(*asked, "--unix", place, "--json").stdout)
     assert json.loads(telemetryd(*asked, "--json").stdout)["regressions"] == answer["regressions"]
@@ -418,20 +428,28 @@ def test_the_command_asks_the_daemon_or_the_database(tmp_path: Path, start_daemo
     assert direct["regressions"] == answer["regressions"] != []
 
 
+def text_for(runs: list[dict[str, Any]]) -> str:
+    return text_of(dict(to_json(parse("", NOW), found_in(runs))))
+
+
 def test_durations_are_shown_in_their_unit() -> None:
-    query = parse("", NOW)
-    runs = invent(Random(1), 200, 10, duration=lambda place: 2000 if place < 100 else 90_000)
-    text = text_of(dict(to_json(query, gather([("a", "j", runs)]))))
-    assert " s -> 1." in text
-    assert " min (p = " in text
+    text = text_for(runs_of(Part(0, 10, 9, 0, 2000), Part(1, 10, 9, 0, 90_000)))
+    assert "median duration 2.0 s -> 1.5 min, x 4" in text
     assert "1 pair of agent and job type" in text
 
 
+def test_what_is_too_early_is_told_last() -> None:
+    text = text_for(runs_of(Part(0, 10, 12, 0), Part(1, 2, 3, 9)))
+    assert "No commit made anything worse" in text
+    assert "Too early to tell" in text.split("\n\n")[1]
+
+
 def test_no_name_controls_the_terminal() -> None:
-    names = ("\x1b]0;a title\x07", "j\n\x9b2J")
-    runs = invent(Random(1), 200, 10, duration=lambda place: 2000 if place < 100 else 90_000)
-    text = text_of(
-        dict(to_json(parse("", NOW), gather([(*names, [run._replace(commit=f"\x1b{run.commit}") for run in runs])])))
-    )
+    names: dict[str, Any] = {"agent_name": "\x1b]0;a title\x07", "job_type": "j\n\x9b2J"}
+    runs = [
+        {**run, "git_commit_hash": f"\x1b{run['git_commit_hash']}"}
+        for run in runs_of(Part(0, 10, 9, 0, 2000), Part(1, 10, 9, 0, 90_000), **names)
+    ]
+    text = text_for(runs)
     assert r"\u001b]0;a title\u0007 / j\n\u009b2J: median duration" in text
     assert all(line.isprintable() for line in text.split("\n"))

@@ -187,9 +187,9 @@ GET_STATS: Final = Operation(
 
 GET_REGRESSIONS: Final = Operation(
     "Commits that broke something",
-    "For each agent and job type: the commit since which runs fail more often or take longer, if chance hardly "
-    f"explains it. Looked at are the newest {regressions.MAX_RUNS:,} finished runs with a git_commit_hash. "
-    "Commits are in the order of their first runs.",
+    "For each agent and job type: the commit since which runs fail more often or take longer, if neither chance nor "
+    "an outage of up to three days explains it. Days are compared, not runs; hours in which other agents fail as well "
+    "are left out. What changes outside at the moment of a deployment, and stays, cannot be told from a commit.",
     scope=Scope.READ,
     parameters=regressions.PARAMETERS,
     answers={200: ("What was found, the most certain first.", regressions.RegressionReport)},
