@@ -65,7 +65,7 @@ class _Copying:
         """
         try:
             full_text.require(plain, self._query.filters)
-            with plain.transaction(), full_text.by_index(plain, self._query.filters):
+            with plain.transaction(), full_text.by_index(plain, is_needed=self._query.filters.words is not None):
                 end = _END[self._query.form]
                 for (line,) in self._fetch(plain, statements.select_runs(self._query)):
                     self._runs.write(line + end)

@@ -7,11 +7,12 @@ with the time and the id, and is part of the order: then only the index that beg
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from telemetryd.engine.pages import ends, is_within
-from telemetryd.engine.postgres.statements.predicates import Arm, Values, equals, is_short
+from telemetryd.engine.pages import Span, ends, is_within
+from telemetryd.engine.postgres.statements.predicates import Values, equals, is_short
 from telemetryd.model.queries import ListRuns
 
 _FIRST: Final = ""
@@ -49,10 +50,12 @@ class Walks:
     is_sorted: bool
 
     @classmethod
-    def of(cls, query: ListRuns, moment: str, number: str, values: Values, *, is_sorted: bool = False) -> Walks:
+    def of(
+        cls, query: ListRuns, moment: str, number: str, values: Values, created: Span | None, *, is_sorted: bool
+    ) -> Walks:
         """Return the walks of a query; what their ends compare with is added to `values`."""
         after = query.after
-        lower, upper = ends(query)
+        lower, upper = ends(query, created)
         if query.order.descending:
             near, far, behind, direction = upper, lower, "<", "DESC"
         else:
@@ -69,25 +72,23 @@ class Walks:
             begin = _End(f"{behind}=", ("near",), is_open=True) if near is None else _End(near[0], ("near",))
         return cls(moment, number, direction, (begin, end), is_sorted)
 
-    def conditions(self, place: int, arm: Arm, values: Values) -> list[str]:
-        """Return the conditions that lead to one walk; what they compare with is added to `values`."""
-        bound = {name: f"{name.replace('.', '_')}_arm_{place}" for name in arm}
-        values |= {bound[name]: arm[name] for name in arm}
-        if arm.keys() == {"event_id"}:  # its index finds one run, and has no order
-            return [equals("event_id", bound["event_id"]), *self._compared({})]
-        return [*filter(None, map(is_short, arm)), *self._compared(bound)]
+    def conditions(self, fixed: Mapping[str, str]) -> list[str]:
+        """Return the conditions that lead to a walk; `fixed` are the columns of one value, and what that is in SQL."""
+        if fixed.keys() == {"event_id"}:  # its index finds one run, and has no order
+            return [equals("event_id", fixed["event_id"]), *self._compared({})]
+        return [*filter(None, map(is_short, fixed)), *self._compared(fixed)]
 
-    def _compared(self, bound: dict[str, str]) -> list[str]:
+    def _compared(self, fixed: Mapping[str, str]) -> list[str]:
         found = []
         for end in self.ends:
-            columns = [*bound, self.moment, self.number][: len(bound) + len(end.places)]
-            places = [f"%({each})s" for each in (*bound.values(), *end.places)]
-            if bound or not end.is_open:
-                found.append(f"({', '.join(columns)}) {end.comparison} ({', '.join(places)})")
+            columns = [*fixed, self.moment, self.number][: len(fixed) + len(end.places)]
+            compared = [*fixed.values(), *(f"%({each})s" for each in end.places)]
+            if fixed or not end.is_open:
+                found.append(f"({', '.join(columns)}) {end.comparison} ({', '.join(compared)})")
         return found
 
-    def order(self, arm: Arm) -> str:
-        """Return the order of one walk, which is that of its index."""
-        columns = [] if arm.keys() == {"event_id"} else [*arm]
+    def order(self, fixed: Mapping[str, str]) -> str:
+        """Return the order of a walk, which is that of its index."""
+        columns = [] if fixed.keys() == {"event_id"} else [*fixed]
         moment = f'{self.moment} COLLATE "POSIX"' if self.is_sorted else self.moment
         return ", ".join(f"{column} {self.direction}" for column in (*columns, moment, self.number))
