@@ -31,8 +31,8 @@ pytestmark = pytest.mark.postgresql
 REGISTRY.load()
 ROWS, OLD = 20_000, 5_000
 LIMIT = 20
-MOST = 12 * LIMIT
-"""Runs that are looked at for a page: walks for six statuses give `LIMIT` each, and one more."""
+MOST = 14 * LIMIT
+"""Runs that are looked at for a page: walks for six statuses of two agents give `LIMIT` each, and one more."""
 # Of each field one value is only in the oldest runs, so that a walk through all of them would be long.
 FILL = """
     INSERT INTO agent_runs (
@@ -131,6 +131,8 @@ NEED_STATISTICS = [
     {"label.team": "old", "agent_name": "old"},
     {"label.team": "old", "status": "failure"},
     {"agent_name": "old", "host": "old"},
+    {"start_time_to": OLD_END, "host": "old"},
+    {"start_time_from": "2025-12-02T00:00:00Z", "start_time_to": OLD_END, "agent_name": "old", "job_type": "old"},
 ]
 """Without them the planner takes what two filters leave for so little that it sorts it."""
 
@@ -149,6 +151,29 @@ def test_a_page_looks_at_few_runs(filled: Plain, is_analyzed: bool, asked: dict[
         if page.end is None:
             break
         query = parse_list(query.next_page("", page.end).removeprefix("?"))
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"agent_name": "old", "job_type": "old", "status": "success"},
+        {"agent_name": "old", "status": "success"},
+        {"agent_name": "new-1", "created_after": "2025-12-14T20:00:00Z"},
+        {"agent_name": "new-1", "created_after": "2025-12-14T20:00:00Z", "min_duration_ms": "1"},
+        {"label.team": "new-1", "created_after": "2025-12-14T20:00:00Z"},
+        {"status": "success", "created_after": "2025-12-14T20:00:00Z"},
+    ],
+    ids=urlencode,
+)
+def test_a_walk_with_few_runs_ends_with_them(filled: Plain, asked: dict[str, str]) -> None:
+    """What it passes over in an index no plan shows, but the pages that it reads."""
+    query = parse_list(urlencode({**asked, "limit": LIMIT}))
+    way = find_way(filled, query)
+    assert way is not None
+    sql, values = select_page(query, way)
+    plan = filled.execute(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {sql}", values).fetchall()[0][0]
+    root = orjson.loads(plan)[0]["Plan"]
+    assert root["Shared Hit Blocks"] + root["Shared Read Blocks"] <= 12 + 5 * root["Actual Rows"]
 
 
 def test_few_that_started_in_a_time_are_sorted_and_found_by_it(filled: Plain) -> None:

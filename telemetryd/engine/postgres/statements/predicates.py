@@ -196,21 +196,22 @@ def fix(arms: list[Arm], values: Values) -> dict[str, str]:
     These, or lists of them for `rows_of_arms`, are added to `values`.
     """
     if len(arms) == 1:
-        places = {name: f"{_plain_name(name)}_arm" for name in arms[0]}
+        places = {name: f"{plain_name(name)}_arm" for name in arms[0]}
         values |= {place: arms[0][name] for name, place in places.items()}
         return {name: f"%({place})s" for name, place in places.items()}
-    values |= {f"{_plain_name(name)}_arms": [arm[name] for arm in arms] for name in arms[0]}
-    return {name: f"arm.{_plain_name(name)}" for name in arms[0]}
+    values |= {f"{plain_name(name)}_arms": [arm[name] for arm in arms] for name in arms[0]}
+    return {name: f"arm.{plain_name(name)}" for name in arms[0]}
 
 
 def rows_of_arms(names: Collection[str]) -> str:
     """Return the table of the values of several walks, one row for each walk."""
-    lists = ", ".join(f"%({_plain_name(name)}_arms)s::text[]" for name in names)
-    return f"unnest({lists}) AS arm ({', '.join(map(_plain_name, names))})"
+    lists = ", ".join(f"%({plain_name(name)}_arms)s::text[]" for name in names)
+    return f"unnest({lists}) AS arm ({', '.join(map(plain_name, names))})"
 
 
-def _plain_name(column: str) -> str:
-    return column.replace(".", "_")
+def plain_name(column: str) -> str:
+    """Return the name of a column without that of its table, for places and for what is selected from a walk."""
+    return column.rpartition(".")[2]
 
 
 _COUNT_LABEL: Final = f"""

@@ -27,6 +27,7 @@ from telemetryd.engine.postgres.statements.predicates import (
     fix,
     like,
     one,
+    plain_name,
     rows_of_arms,
     unguessed,
 )
@@ -84,21 +85,25 @@ def select_page(query: ListRuns, way: Way = Way()) -> tuple[str, Values]:
         else:
             found.append(unguessed(f"{full_text.WORDS} @@ {words}"))
     fixed = fix(arms, values)
-    where = " AND ".join([*walks.conditions(fixed), *found]) or "true"
+    where = " AND ".join([*walks.conditions(fixed, is_alone=not found), *found]) or "true"
     text = f"FROM {source} WHERE {where} ORDER BY {walks.order(fixed)}"
     select, page = _select(query.columns), "LIMIT %(rows)s OFFSET %(offset)s"
-    if len(arms) == 1 and not (way.is_sorted or query.offset):
+    goes_on = walks.goes_on(fixed, is_alone=not found)
+    if len(arms) == 1 and not (goes_on or way.is_sorted or query.offset):
         return f"{select} {text} {page}", values
     # Only those that are in the page are looked at as a whole.
-    chosen = f"SELECT {number} AS number, {moment} AS moment {text}"
+    chosen = f"SELECT {number} AS number, {moment} AS moment"
     order = f"ORDER BY moment {walks.direction}, number {walks.direction}"
-    if len(arms) > 1:
+    if len(arms) == 1 and not goes_on:
+        chosen = f"{chosen} {text}"
+    else:
         # Each walk gives as many as the page may need of it. All are one statement of one plan, however many they are.
         values["most"] = min(query.limit + 1 + query.offset, MAX_INTEGER)
-        chosen = (
-            f"SELECT number, moment FROM {rows_of_arms(fixed)} "
-            f"CROSS JOIN LATERAL ({chosen} LIMIT %(most)s) AS each {order}"
-        )
+        names = ", ".join(f"{name} AS {plain_name(name)}" for name in fixed)
+        walk = f"({chosen}, {names} {text} LIMIT %(most)s) AS walk"
+        walked = walk if len(arms) == 1 else f"{rows_of_arms(fixed)} CROSS JOIN LATERAL {walk}"
+        rest = " AND ".join(f"walk.{condition}" for condition in walks.rest(fixed)) if goes_on else "true"
+        chosen = f"SELECT number, moment FROM {walked} WHERE {rest} {order}"
     return f"{select} FROM ({chosen} {page}) AS chosen_runs JOIN agent_runs ON id = number {order}", values
 
 

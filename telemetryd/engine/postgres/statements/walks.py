@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from telemetryd.engine.pages import Span, ends, is_within
-from telemetryd.engine.postgres.statements.predicates import Values, equals, is_short
+from telemetryd.engine.postgres.statements.predicates import Values, equals, is_short, plain_name
 from telemetryd.model.queries import ListRuns
 
 _FIRST: Final = ""
@@ -72,11 +72,38 @@ class Walks:
             begin = _End(f"{behind}=", ("near",), is_open=True) if near is None else _End(near[0], ("near",))
         return cls(moment, number, direction, (begin, end), is_sorted)
 
-    def conditions(self, fixed: Mapping[str, str]) -> list[str]:
-        """Return the conditions that lead to a walk; `fixed` are the columns of one value, and what that is in SQL."""
+    def conditions(self, fixed: Mapping[str, str], *, is_alone: bool) -> list[str]:
+        """Return the conditions that lead to a walk; `fixed` are the columns of one value, and what that is in SQL.
+
+        If these are all that is asked for (`is_alone`), the walk may go past its end: see `rest`.
+        """
         if fixed.keys() == {"event_id"}:  # its index finds one run, and has no order
             return [equals("event_id", fixed["event_id"]), *self._compared({})]
-        return [*filter(None, map(is_short, fixed)), *self._compared(fixed)]
+        short = [*filter(None, map(is_short, fixed))]
+        if self.goes_on(fixed, is_alone=is_alone):
+            return [*short, *self._compared(fixed)[:1]]
+        if is_alone or not self._passes(fixed):
+            return [*short, *self._compared(fixed)]
+        (first, value), *others = fixed.items()
+        return [*short, f"{first} = ANY(ARRAY[{value}])", *self._compared(dict(others))]
+
+    def goes_on(self, fixed: Mapping[str, str], *, is_alone: bool) -> bool:
+        """Return whether a walk goes on behind its end until it has given as many runs as it may.
+
+        Of a comparison of several columns only the first one ends a walk (PostgreSQL 15 to 17), so one that stops there
+        would pass over all others with the same first value.
+        """
+        return is_alone and fixed.keys() != {"event_id"} and self._passes(fixed)
+
+    def _passes(self, fixed: Mapping[str, str]) -> bool:
+        """Return whether more than the first column tells where a walk ends."""
+        return bool(fixed) and (len(fixed) > 1 or not self.ends[1].is_open)
+
+    def rest(self, fixed: Mapping[str, str]) -> list[str]:
+        """Return the conditions, on what was selected from a walk, that tell its runs from those behind its end."""
+        end = self.ends[1]
+        compared = [] if end.is_open else [f"moment {end.comparison} %({end.places[0]})s"]
+        return [*(f"{plain_name(name)} = {value}" for name, value in fixed.items()), *compared]
 
     def _compared(self, fixed: Mapping[str, str]) -> list[str]:
         found = []
