@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from typing import Final
 
 from pydantic import SecretStr
 
+from bench.errors import LostRunError
 from bench.seeding import STEP_S
+from bench.workplace import TELEMETRYD, Contender
 from telemetryd.engine.postgres import schema
 from telemetryd.engine.postgres.connection import Plain, Target, connect_plainly, writing_session
 from telemetryd.engine.postgres.statements import deltas
@@ -52,6 +54,12 @@ _FILL: Final = """
             SELECT to_timestamp(%(now)s - (%(rows)s - n) * %(step)s) AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'
         ) AS made (moment, form)
 """
+# Of each tenth run what the others have not: labels, texts, a conversation.
+ENRICH: Final = """
+    UPDATE agent_runs SET labels = CAST('{{"team":"t' || id / 10 % 20 || '"}}' AS {json}),
+        error_summary = 'Connection timed out after ' || id / 10 % 97 || ' s', conversation_id = 'c-' || id % 1000
+    WHERE id % 10 = 0
+"""
 _NUMBER: Final = "INSERT INTO run_changes (run, seq) SELECT id, id FROM agent_runs"
 _COUNT_ON: Final = "SELECT setval('numbers', %s)"
 _INDEXES: Final = """
@@ -72,6 +80,49 @@ def target_of(url: str) -> Target:
     return Target.of(Settings(db_url=SecretStr(url)))
 
 
+DAEMON: Final = Contender("telemetryd on PostgreSQL", TELEMETRYD)
+
+
+@dataclass(frozen=True, slots=True)
+class Database:
+    """A database on the server, with telemetryd's schema."""
+
+    cluster: Cluster
+    name: str
+
+    @property
+    def url(self) -> str:
+        """Its address."""
+        return self.cluster.url(self.name)
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """What tells a daemon of it."""
+        return {"TELEMETRY_DB_URL": self.url}
+
+    def check_created(self, nonce: str, acknowledged: int) -> None:
+        """Make sure that a load's runs are at least as many as were acknowledged.
+
+        Raises:
+            LostRunError: if they are fewer.
+
+        """
+        found = self.cluster.execute(f"SELECT count(*) FROM agent_runs WHERE event_id LIKE '%-{nonce}'", self.name)
+        stored = int(str(found[0][0]))
+        if stored < acknowledged:
+            raise LostRunError(f"{acknowledged} runs were acknowledged, but {self.name} holds only {stored} of them")
+
+
+@contextmanager
+def database(cluster: Cluster, template: str) -> Iterator[Database]:
+    """Make a database as another one is, for the length of a block."""
+    name = cluster.make(template)
+    try:
+        yield Database(cluster, name)
+    finally:
+        cluster.drop(name)
+
+
 def make(cluster: Cluster) -> str:
     """Make a database with telemetryd's schema; return its name."""
     name = cluster.make()
@@ -80,14 +131,15 @@ def make(cluster: Cluster) -> str:
     return name
 
 
-def fill(url: str, rows: int) -> None:
-    """Fill a database that has the schema and nothing else."""
+def fill(url: str, rows: int, now: int) -> None:
+    """Fill a database that has the schema and nothing else; the last run is of `now`, in seconds since 1970."""
     with closing(_connect(url)) as plain:
         with plain.transaction():
             indexes = plain.execute(_INDEXES).fetchall()
             for name, _ in indexes:
                 plain.execute(f"DROP INDEX {name}".encode())
-            plain.execute(_FILL, {"rows": rows, "step": STEP_S, "now": int(time.time())})
+            plain.execute(_FILL, {"rows": rows, "step": STEP_S, "now": now})
+            plain.execute(ENRICH.format(json="json").encode())
             for _, statement in indexes:
                 plain.execute(statement.encode())
             plain.execute(_NUMBER)
