@@ -31,7 +31,7 @@ def rows_per_second(url: str, count: int, ids: Ids) -> float:
     for number in range(count):
         values = [*make_row("limit", number, ids), _NOW]
         values[CREATED_AT] = _NOW
-        rows.append(tuple(values))
+        rows.append([int(value) if isinstance(value, bool) else value for value in values])
     gc.disable()
     with psycopg.connect(url, autocommit=True, prepare_threshold=0) as connection:
         started = time.perf_counter()
