@@ -135,7 +135,7 @@ $(RELEASE_INSTALLED): $(INSTALLED)
 
 lock: $(RELEASE_INSTALLED) ## write requirements.lock: every package that is installed with us, with its hashes
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --upgrade \
-		--custom-compile-command 'make lock' --output-file requirements.lock setup.cfg
+		--extra postgresql --custom-compile-command 'make lock' --output-file requirements.lock setup.cfg
 
 audit: $(RELEASE_INSTALLED) ## look for published advisories on what requirements.lock holds
 	$(BIN)/python -m tests.tools.audit

@@ -12,7 +12,7 @@ from typing import Final
 
 import click
 
-from bench import cost, export, memory, migration, reads, report, writes
+from bench import cost, export, memory, migration, postgres_queries, postgres_writes, reads, report, writes
 from bench.errors import BenchError
 from bench.figures import Figure
 from bench.scenario import Bench, Options
@@ -42,6 +42,9 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     "ingest": writes.ingest,
     "mixed": reads.mixed,
     "memory": memory.memory,
+    "postgres-batches": postgres_writes.postgres_batches,
+    "postgres-singles": postgres_writes.postgres_singles,
+    "postgres-queries": postgres_queries.postgres_queries,
 }
 _READS: Final = ("get", "filters", "cursor", "totals")
 # Those that add to the seeded databases come last.
@@ -52,11 +55,15 @@ SHORT: Final = (*_WRITES, *_READS, *_ADDING)
 LARGE: Final = (*_READS, "stats", "migrate", "export", "ingest", *_ADDING)
 """The scenarios whose outcome depends on the size of the database."""
 
+POSTGRESQL: Final = ("postgres-batches", "postgres-singles", "postgres-queries")
+"""The scenarios of PostgreSQL beside its own limits and SQLite; they start a server of their own."""
+
 
 @click.command()
 @click.option("--only", multiple=True, type=click.Choice(list(SCENARIOS)), help="Run this scenario (repeatable).")
 @click.option("--seconds", default=2.0, help="Length of each load; wrk counts in whole seconds.")
 @click.option("--rounds", default=5, help="Rounds, of which the median counts; at most 3 of what takes long.")
+@click.option("--postgresql", is_flag=True, help="Run the scenarios of PostgreSQL; queries have ten times the runs.")
 @click.option("--large", is_flag=True, help="Run what depends on the database's size, with 10 million runs.")
 @click.option("--runs", default=100_000, help="Runs in the databases; with --large a hundred times as many.")
 @click.option("--keep", is_flag=True, help="Keep the seeded databases (10 GB with --large) for the next run.")
@@ -66,10 +73,20 @@ LARGE: Final = (*_READS, "stats", "migrate", "export", "ingest", *_ADDING)
     default=ROOT / "build" / "bench",
     help="Where the databases are made; decides which disk is measured.  [default: build/bench]",
 )
-def main(only: tuple[str, ...], seconds: float, rounds: int, large: bool, runs: int, keep: bool, folder: Path) -> None:
+def main(
+    only: tuple[str, ...],
+    seconds: float,
+    rounds: int,
+    postgresql: bool,
+    large: bool,
+    runs: int,
+    keep: bool,
+    folder: Path,
+) -> None:
     r"""Measure telemetryd against limits, a baseline, and its targets.
 
-    The report goes to bench/results/latest.* (large.* with --large), unless --only is given.
+    The report goes to bench/results/latest.* (large.* with --large, postgresql.* with --postgresql), unless --only is
+    given.
 
     \b
     Examples:
@@ -79,7 +96,8 @@ def main(only: tuple[str, ...], seconds: float, rounds: int, large: bool, runs: 
     """
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends the processes as Ctrl-C does
     options = Options(seconds, rounds, large, runs)
-    names = only or (LARGE if large else SHORT)
+    chosen, name = (POSTGRESQL, "postgresql") if postgresql else (LARGE, "large") if large else (SHORT, "latest")
+    names = only or chosen
     before = os.getloadavg()[0]
     try:
         require_wrk()
@@ -92,7 +110,7 @@ def main(only: tuple[str, ...], seconds: float, rounds: int, large: bool, runs: 
         sys.exit(130)
     after = os.getloadavg()[0]
     if not only and not failures:
-        report.write(report.RESULTS, "large" if large else "latest", figures, options, (before, after))
+        report.write(report.RESULTS, name, figures, options, (before, after))
     click.echo(f"\n{report.table(figures)}")
     click.echo(f"\n{report.met(figures)}; load average {before:.1f} before, {after:.1f} after")
     for failure in failures:

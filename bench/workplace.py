@@ -33,12 +33,15 @@ class Contender:
     command: tuple[str, ...]
 
 
+_SCRIPT: Final = Path(sys.executable).with_name("telemetryd")
+_PROGRAM: Final = (str(_SCRIPT),) if _SCRIPT.exists() else (sys.executable, "-m", "telemetryd")
+TELEMETRYD: Final = (*_PROGRAM, "serve", "--host", "127.0.0.1", "--port", "{port}", "--log-level", "INFO")
+"""A daemon, wherever its database is."""
+
+
 def _telemetryd(journal_mode: str) -> Contender:
-    script = Path(sys.executable).with_name("telemetryd")
-    program = (str(script),) if script.exists() else (sys.executable, "-m", "telemetryd")
-    flags = ("--host", "127.0.0.1", "--port", "{port}", "--db-path", "{database}", "--log-level", "INFO")
-    modes = ("--db-journal-mode", journal_mode, "--db-synchronous", "FULL")
-    return Contender(f"telemetryd {journal_mode}", (*program, "serve", *flags, *modes))
+    flags = ("--db-path", "{database}", "--db-journal-mode", journal_mode, "--db-synchronous", "FULL")
+    return Contender(f"telemetryd {journal_mode}", (*TELEMETRYD, *flags))
 
 
 TELEMETRYD_WAL: Final = _telemetryd("WAL")

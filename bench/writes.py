@@ -65,7 +65,9 @@ def _stored_per_second(bench: Bench, contender: Contender, load: Load, database:
     return summary.per_second * load.size
 
 
-def _into_empty(bench: Bench, contender: Contender, load: Load) -> Measure:
+def into_empty(bench: Bench, contender: Contender, load: Load) -> Measure:
+    """Return what measures a load on a contender with a database of its own."""
+
     def measure() -> float:
         with bench.place.corner() as corner:
             return _stored_per_second(bench, contender, load, corner / "telemetry.sqlite")
@@ -100,11 +102,11 @@ def post_64(bench: Bench) -> list[Figure]:
     found = bench.alternate(
         Unit.REQUESTS,
         {
-            "limit-http": _into_empty(bench, LIMIT_HTTP, load),
-            "WAL": _into_empty(bench, TELEMETRYD_WAL, load),
-            "WAL, random ids": _into_empty(bench, TELEMETRYD_WAL, Load("post", 64, ids=Ids.RANDOM)),
-            "DELETE": _into_empty(bench, TELEMETRYD_DELETE, load),
-            "baseline": _into_empty(bench, BASELINE, Load("post", 64, sample=200)),
+            "limit-http": into_empty(bench, LIMIT_HTTP, load),
+            "WAL": into_empty(bench, TELEMETRYD_WAL, load),
+            "WAL, random ids": into_empty(bench, TELEMETRYD_WAL, Load("post", 64, ids=Ids.RANDOM)),
+            "DELETE": into_empty(bench, TELEMETRYD_DELETE, load),
+            "baseline": into_empty(bench, BASELINE, Load("post", 64, sample=200)),
         },
     )
     wal, delete = found["WAL"], found["DELETE"]
@@ -124,8 +126,8 @@ def post_1(bench: Bench) -> list[Figure]:
     found = bench.alternate(
         Unit.REQUESTS,
         {
-            "limit-http-fsync": _into_empty(bench, LIMIT_HTTP_FSYNC, load),
-            "WAL": _into_empty(bench, TELEMETRYD_WAL, load),
+            "limit-http-fsync": into_empty(bench, LIMIT_HTTP_FSYNC, load),
+            "WAL": into_empty(bench, TELEMETRYD_WAL, load),
         },
     )
     name = f"single POST, 1 connection, WAL, {Ids.ORDERED} ids"
@@ -146,7 +148,7 @@ def batches(bench: Bench) -> list[Figure]:
         {
             **{f"{limit}, {ids}": _limit_sqlite(bench, ids) for ids in Ids},
             **{
-                f"batches of {size:,}, {ids}": _into_empty(bench, TELEMETRYD_WAL, Load("batch", 4, size=size, ids=ids))
+                f"batches of {size:,}, {ids}": into_empty(bench, TELEMETRYD_WAL, Load("batch", 4, size=size, ids=ids))
                 for size, ids in targets
             },
         },
@@ -228,8 +230,8 @@ def slow_disk(bench: Bench) -> list[Figure]:
     found = bench.alternate(
         Unit.REQUESTS,
         {
-            "telemetryd WAL": _into_empty(bench, TELEMETRYD_WAL, Load("post", 256, variables=variables)),
-            "baseline": _into_empty(bench, BASELINE, Load("post", 256, sample=10, variables=variables)),
+            "telemetryd WAL": into_empty(bench, TELEMETRYD_WAL, Load("post", 256, variables=variables)),
+            "baseline": into_empty(bench, BASELINE, Load("post", 256, sample=10, variables=variables)),
         },
         bench.options.few,
     )
@@ -249,7 +251,7 @@ def ingest(bench: Bench) -> list[Figure]:
             unit,
             {
                 big: _into_seeded(bench, TELEMETRYD_WAL, load, bench.options.big),
-                "empty": _into_empty(bench, TELEMETRYD_WAL, load),
+                "empty": into_empty(bench, TELEMETRYD_WAL, load),
             },
         )
         figures.append(Figure(f"{name}, {big}", unit, found[big], found["empty"], at_least(0.5)))

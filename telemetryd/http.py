@@ -22,6 +22,7 @@ from telemetryd.model.answers import (
     CommitPage,
     EventsStored,
     Metadata,
+    Performance,
     RepoPage,
     RunCreated,
     RunDuplicate,
@@ -371,16 +372,18 @@ async def get_metrics(request: web.Request) -> web.Response:
         body, content_type = request.app[METRICS].expose(request.headers.get("Accept", ""), counts.total)
         return web.Response(body=body, headers={"Content-Type": content_type})
     health = request.app[STORE].health()
+    kept: Performance = {
+        "db_path": health.description["db_path"],
+        "synchronous": health.description["synchronous"],
+        "queue_depth": health.queue_depth,
+    }
+    if (mode := health.description.get("journal_mode")) is not None:
+        kept["journal_mode"] = mode
     answer: Totals = {
         "total_runs": counts.total,
         "agents": dict(counts.agents),
         "recent_24h": counts.recent,
-        "performance": {
-            "db_path": health.description["db_path"],
-            "journal_mode": health.description["journal_mode"],
-            "synchronous": health.description["synchronous"],
-            "queue_depth": health.queue_depth,
-        },
+        "performance": kept,
     }
     if more := counts.agent_names - len(counts.agents):
         answer["agents_more"] = more

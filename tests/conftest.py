@@ -192,6 +192,18 @@ def reading(api: Api) -> Reading:
     return half
 
 
+def exports_of(api: Api) -> Any:
+    """The exports of a database, on either engine, for tests of what is inside them."""
+    half: Any = api.store._reading
+    return half._exports
+
+
+def readers_of(api: Api) -> Any:
+    """The connections that answer queries, on either engine."""
+    half: Any = api.store._reading
+    return half._readers() if api.settings.db_url is None else half._database.readers()
+
+
 def bodies_of(api: Api) -> Bodies:
     """What reads the bodies of an app's requests; its bounds can be replaced."""
     assert api.client.app is not None

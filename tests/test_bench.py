@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from bench import acknowledged, report, wrk
-from bench.__main__ import LARGE, SCENARIOS, SHORT, main
+from bench.__main__ import LARGE, POSTGRESQL, SCENARIOS, SHORT, main
 from bench.acknowledged import post_sample
 from bench.client import Client
 from bench.errors import BenchError, LostRunError
@@ -208,4 +208,4 @@ def test_the_report_is_a_table_and_json_of_which_the_table_can_be_made_again(tmp
 
 
 def test_what_is_run_are_scenarios() -> None:
-    assert {*SHORT, *LARGE} == set(SCENARIOS)
+    assert {*SHORT, *LARGE, *POSTGRESQL} == set(SCENARIOS)

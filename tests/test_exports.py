@@ -36,7 +36,7 @@ from telemetryd.model.queries import SNAPSHOT, ExportRuns, Format
 from telemetryd.model.runs import COLUMNS, STORED
 from telemetryd.model.values import Role
 from telemetryd.services import exports as streamed
-from tests.conftest import PATIENCE_S, Api, MakeApi, StartDaemon, eventually, make_run, reading
+from tests.conftest import PATIENCE_S, Api, MakeApi, StartDaemon, eventually, exports_of, make_run, reading
 from tests.contract.wire import JSON
 from tests.http_client import call
 from tests.test_properties import IS_LONG
@@ -276,10 +276,16 @@ PLAIN = {"Accept-Encoding": "identity"}
 """Compressed, such texts would fit into the buffers of the sockets."""
 
 
+async def test_an_export_is_one_snapshot_whatever_is_written_meanwhile(api: Api) -> None:
+    await export_while_it_is_written_to(api)
+
+
 @pytest.mark.sqlite
-@pytest.mark.parametrize("mode", ["WAL", "DELETE"])
-async def test_an_export_is_one_snapshot_whatever_is_written_meanwhile(make_api: MakeApi, mode: str) -> None:
-    api = await make_api(db_journal_mode=mode)
+async def test_so_it_is_with_a_rollback_journal(make_api: MakeApi) -> None:
+    await export_while_it_is_written_to(await make_api(db_journal_mode="DELETE"))
+
+
+async def export_while_it_is_written_to(api: Api) -> None:
     for kind in "ef":
         for number in range(8):
             await api.post(make_run(event_id=f"{kind}{number}", input_summary=LARGE))
@@ -357,32 +363,30 @@ async def test_the_log_stays_short_while_an_export_is_copied_slowly(
     assert max(logs) < 6 * len(LARGE)
 
 
-@pytest.mark.sqlite
+AT_ONCE = 2
+
+
 async def test_only_so_many_run_at_once_and_one_that_is_left_makes_room(api: Api, tmp_path: Path) -> None:
     for _ in range(16):
         await api.post(make_run(input_summary=LARGE))
-    held = [await api.client.get(PATH, headers=PLAIN) for _ in range(reading(api)._exports.bounds.at_once)]
+    held = [await api.client.get(PATH, headers=PLAIN) for _ in range(AT_ONCE)]
     async with api.client.get(PATH) as response:
         assert response.status == 503
         assert response.headers["Retry-After"] == "10"
         assert "As many exports are running" in await response.text()
     for each in held:
         each.close()
-    app = api.client.app
-    assert app is not None
-    exports = reading(api)._exports
-    await eventually(lambda: exports._running == 0)
+    await eventually(lambda: exports_of(api)._running == 0)
     assert (await export(api, agent_name="nobody"))[0] == b""
     assert leftovers(tmp_path) == []
 
 
-@pytest.mark.sqlite
 async def test_a_reader_that_is_too_slow_gives_its_place_up(api: Api) -> None:
     assert api.client.app is not None
     api.client.app[EXPORTER].bounds = streamed.ExportBounds(patience_s=0.3, least_bytes_per_s=1e9)
     for _ in range(16):
         await api.post(make_run(input_summary=LARGE))
-    held = [await api.client.get(PATH, headers=PLAIN) for _ in range(reading(api)._exports.bounds.at_once)]
+    held = [await api.client.get(PATH, headers=PLAIN) for _ in range(AT_ONCE)]
     for _ in range(600):
         async with api.client.get(PATH, params={"agent_name": "nobody"}) as response:
             if response.status == 200:
@@ -393,10 +397,9 @@ async def test_a_reader_that_is_too_slow_gives_its_place_up(api: Api) -> None:
         each.close()
 
 
-@pytest.mark.sqlite
 async def test_the_next_chunk_is_made_while_one_is_sent(api: Api) -> None:
     await api.batch([make_run(input_summary="x" * 2000) for _ in range(300)])
-    async with reading(api)._exports.open(ExportRuns()) as copied:
+    async with exports_of(api).open(ExportRuns()) as copied:
         pieces, made = copied._chunks, list[int]()
 
         def counted() -> Iterator[bytes]:
@@ -425,12 +428,11 @@ async def test_an_export_that_is_left_in_the_middle_of_a_chunk_ends(api: Api, ca
     assert not [record for record in caplog.records if record.name == "asyncio"]
 
 
-@pytest.mark.sqlite
 async def test_an_export_whose_client_left_is_closed_before_the_daemon_ends(api: Api) -> None:
-    half, is_open = reading(api), asyncio.Event()
+    exports, is_open = exports_of(api), asyncio.Event()
 
     async def leave() -> None:
-        async with half._exports.open(ExportRuns()):
+        async with exports.open(ExportRuns()):
             is_open.set()
             await asyncio.Event().wait()
 
@@ -440,9 +442,9 @@ async def test_an_export_whose_client_left_is_closed_before_the_daemon_ends(api:
         leaving.cancel()
         await asyncio.sleep(0)
     await asyncio.wait((leaving,))
-    assert half._exports.are_running
-    await half._exports.close()
-    assert not half._exports.are_running
+    assert exports.are_running
+    await exports.close()
+    assert not exports.are_running
 
 
 LENGTHS = [*[1] * 200, 30_000, *[1] * 5, *[3_000] * 10, *[1] * 200]

@@ -29,7 +29,7 @@ from telemetryd.services.feed import Feed, Subscriber
 from telemetryd.services.frames import Frame
 from telemetryd.services.subscriptions import FEED
 from telemetryd.web.connections import _Protocol, _Server
-from tests.conftest import Api, StartDaemon, eventually, make_run, reading
+from tests.conftest import Api, StartDaemon, eventually, make_run, readers_of
 from tests.event_stream import Reader, Sent, events_of, take
 from tests.test_reader import endless
 
@@ -441,7 +441,6 @@ async def test_a_group_that_reads_too_long_is_parted(api: Api, monkeypatch: pyte
             assert seen(await take(stream, 1)) == [("a", "running")]
 
 
-@pytest.mark.sqlite
 async def test_what_is_new_waits_for_no_search(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     never = asyncio.Event()
 
@@ -452,11 +451,9 @@ async def test_what_is_new_waits_for_no_search(api: Api, monkeypatch: pytest.Mon
     async with streaming(api) as events, streaming(api, error="costly") as searching:
         await eventually(lambda: bool(feed_of(api)._plain.live and feed_of(api)._searching.live))
         monkeypatch.setattr(feed_of(api)._searching, "_fetch", search)
-        slow = [
-            asyncio.create_task(reading(api)._readers().fetch(endless, lane)) for lane in (Lane.QUICK, Lane.LONG) * 9
-        ]
+        slow = [asyncio.create_task(readers_of(api).fetch(endless, lane)) for lane in (Lane.QUICK, Lane.LONG) * 9]
         try:
-            await eventually(reading(api)._readers()._idle[Lane.QUICK].empty)
+            await eventually(readers_of(api)._idle[Lane.QUICK].empty)
             await api.post(make_run(event_id="new"))
             assert seen(await take(events, 1)) == [("new", "running")]
         finally:

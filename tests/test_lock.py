@@ -1,4 +1,4 @@
-"""requirements.lock: what setup.cfg asks for, complete, with hashes, and from no particular place."""
+"""requirements.lock: what setup.cfg asks for (PostgreSQL too), complete, with hashes, and from no particular place."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ VERSIONS = {name: version for name, version, _, _ in ENTRIES}
 def required() -> list[Requirement]:
     setup = ConfigParser()
     setup.read(ROOT / "setup.cfg")
-    return [Requirement(line) for line in setup["options"]["install_requires"].split("\n") if line]
+    asked = setup["options"]["install_requires"] + setup["options.extras_require"]["postgresql"]
+    return [Requirement(line) for line in asked.split("\n") if line]
 
 
 @pytest.mark.parametrize("requirement", required(), ids=str)
@@ -47,19 +48,20 @@ def test_it_names_no_place_to_install_from() -> None:
 def test_it_is_complete_and_holds_nothing_else() -> None:
     """What the packages themselves ask for, as they are installed here."""
     needed: set[str] = set()
-    waiting = [canonicalize_name(requirement.name) for requirement in required() if applies(requirement)]
+    waiting = [requirement for requirement in required() if applies(requirement, set())]
     while waiting:
-        if (name := waiting.pop()) not in needed:
+        requirement = waiting.pop()
+        if (name := canonicalize_name(requirement.name)) not in needed:
             needed.add(name)
             asked = (Requirement(text) for text in metadata.requires(name) or ())
-            waiting += [canonicalize_name(requirement.name) for requirement in asked if applies(requirement)]
+            waiting += [each for each in asked if applies(each, requirement.extras)]
     unconditional = {name for name, _, marker, _ in ENTRIES if not marker}
     assert needed <= VERSIONS.keys(), "run: make lock"
     assert unconditional <= needed | {"typing-extensions"}, "run: make lock"
 
 
-def applies(requirement: Requirement) -> bool:
-    return requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+def applies(requirement: Requirement, extras: set[str]) -> bool:
+    return requirement.marker is None or any(requirement.marker.evaluate({"extra": extra}) for extra in ("", *extras))
 
 
 def test_the_image_and_ci_install_from_it() -> None:

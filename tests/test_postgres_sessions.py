@@ -186,6 +186,47 @@ async def test_closing_ends_what_waits_to_change_the_index_of_words(postgres_dat
     await eventually(lambda: one(other, waiting) == 0, timeout_s=5)
 
 
+def has_words(other: Other) -> bool:
+    made = f"SELECT count(*) FROM pg_index WHERE indisvalid AND indexrelid = to_regclass('{INDEX}')"
+    return bool(one(other, made) == 1)
+
+
+async def test_a_daemon_that_wants_no_index_of_words_leaves_it_to_one_that_does(
+    postgres_database: str, other: Other
+) -> None:
+    settings = settings_of(postgres_database)
+    wanting = await Store.open(settings, Metrics(), full_text=True)
+    await eventually(lambda: has_words(other))
+    again = await Store.open(settings, Metrics(), full_text=True)
+    await wanting.close()
+    working = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'telemetryd/%/words'"
+    store = await Store.open(settings, Metrics(), full_text=False)
+    await eventually(lambda: one(other, working) == 1)  # that which is not wanted has looked
+    assert has_words(other)
+    await store.close()
+    await again.close()
+    await eventually(lambda: one(other, working) == 0)
+    store = await Store.open(settings, Metrics(), full_text=False)
+    await eventually(lambda: not has_words(other))
+    await store.close()
+
+
+async def test_an_index_of_words_that_could_not_be_made_is_tried_again(
+    postgres_database: str, other: Other, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("telemetryd.engine.postgres.words._AGAIN_S", 0.1)
+    other.execute("ALTER FUNCTION telemetryd_words RENAME TO hidden")
+    async with opened(settings_of(postgres_database)):
+        pass
+    store = await Store.open(settings_of(postgres_database), Metrics(), full_text=True)
+    assert not has_words(other)
+    other.execute("ALTER FUNCTION hidden RENAME TO telemetryd_words")
+    await eventually(lambda: has_words(other))
+    other.execute(f"DROP INDEX {INDEX}".encode())
+    await eventually(lambda: has_words(other))
+    await store.close()
+
+
 async def test_waiting_for_the_index_of_words_costs_next_to_no_commits(postgres_database: str, other: Other) -> None:
     """Each would be waited for by all who write, and wake all who follow; and the server may need hours."""
     settings = settings_of(postgres_database, full_text=True)

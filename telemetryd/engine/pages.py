@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import Final
 
-from telemetryd.engine.indexes import INDEXES
+from telemetryd.engine.indexes import INDEXES, MAX_ARMS
 from telemetryd.errors import InvalidRequestError
-from telemetryd.model.filters import TIME_BOUNDS, WILDCARD, Filters
+from telemetryd.model.filters import TIME_BOUNDS, WILDCARD, Filters, Pattern
 from telemetryd.model.queries import ListRuns, Order
 from telemetryd.model.values import SqlValue
 
 PAGE_BYTES: Final = 32 * 1024 * 1024
 """About how much one page may hold, which is in memory several times over while it is answered."""
+
+BEHIND_ALL: Final = chr(0x10FFFF)
+"""Comes after every other character, so behind a beginning it is after every text that begins so."""
 
 Bound = tuple[str, SqlValue]
 """A comparison, and what is compared with."""
@@ -29,15 +32,29 @@ def walks_far(query: ListRuns) -> bool:
     return query.filters.is_search or frozenset(query.filters.equal) not in walked or query.offset > _FAR
 
 
-def ends(query: ListRuns) -> tuple[Bound | None, Bound | None]:
-    """Return the lower and the upper bound that the filters set to the column that the order is by."""
+Span = tuple[SqlValue, SqlValue]
+"""The first created_at that some runs can have, and the first one that is too late for all of them."""
+
+
+def ends(query: ListRuns, created: Span | None) -> tuple[Bound | None, Bound | None]:
+    """Return the lower and the upper bound of the column that the order is by, outside of which nothing can match.
+
+    The filters set them, and so does `created` in the order of created_at.
+    """
     bounds = query.filters.bounds
     given: dict[str, Bound] = {
         comparison[0]: (comparison, bounds[name])
         for name, (column, comparison) in TIME_BOUNDS.items()
         if column == query.order.column and name in bounds
     }
-    return given.get(">"), given.get("<")
+    lower, upper = given.get(">"), given.get("<")
+    if created is not None and query.order.column == "created_at":
+        first, last = created
+        if lower is None or first is None or str(first) > str(lower[1]):
+            lower = (">=", first)
+        if last is not None and (upper is None or str(last) < str(upper[1])):
+            upper = ("<", last)
+    return lower, upper
 
 
 def is_within(moment: str, bound: Bound) -> bool:
@@ -51,6 +68,23 @@ def is_within(moment: str, bound: Bound) -> bool:
 def named(filters: Filters, agents: tuple[str, ...]) -> Filters:
     """Return filters in which the patterns are replaced by the agents that they stand for."""
     return replace(filters, patterns=(), equal={**filters.equal, WILDCARD: agents})
+
+
+def find_agents(
+    filters: Filters, select: Callable[[Pattern, dict[str, str | int]], Iterable[tuple[str]]]
+) -> tuple[str, ...] | None:
+    """Return the agents that the filters' patterns stand for; None if there are no patterns, or too many agents.
+
+    `select` gives the names that match a pattern, at most `most` of those from `first` to before `last`.
+    """
+    if not filters.patterns:
+        return None
+    names = set(filters.equal.get(WILDCARD, ()))
+    for pattern in filters.patterns:
+        prefix = pattern[0]
+        bound: dict[str, str | int] = {"first": prefix, "last": prefix + BEHIND_ALL, "most": MAX_ARMS + 1}
+        names.update(name for (name,) in select(pattern, bound))
+    return tuple(sorted(names)) if len(names) <= MAX_ARMS else None
 
 
 def check_size(sizes: Sequence[int], limit: int) -> None:

@@ -173,7 +173,7 @@ class Health(TypedDict):
     status: HealthStatus
     version: str
     db_path: str
-    journal_mode: str
+    journal_mode: NotRequired[Annotated[str, Field(description="Of SQLite.")]]
     synchronous: str
     durable: bool
     durability: str
@@ -197,7 +197,7 @@ class Performance(TypedDict):
     """How the database is kept, and how many writes wait."""
 
     db_path: str
-    journal_mode: str
+    journal_mode: NotRequired[Annotated[str, Field(description="Of SQLite.")]]
     synchronous: str
     queue_depth: Number
 

@@ -237,8 +237,7 @@ def words(path: Path) -> int:
     return sum(finding.check == "full text" for finding in examine(path))
 
 
-@pytest.mark.sqlite
-async def test_the_index_follows_every_change(make_api: MakeApi) -> None:
+async def test_the_index_follows_every_change(make_api: MakeApi, engine: str) -> None:
     api = await make_api(full_text=True)
     await api.batch([make_run(event_id=str(n), input_summary=f"made{n}", created_at=at(n)) for n in range(5)])
     await api.post(make_run(event_id="0", input_summary="again"), 200)  # a duplicate
@@ -253,10 +252,10 @@ async def test_the_index_follows_every_change(make_api: MakeApi) -> None:
     before = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
     assert (await api.store.submit(ReapRuns(before, 3))).runs == 3
     assert await found(api, "q=stale") == ["2", "1", "0"]
-    assert words(api.settings.db_path) == 0
     assert (await api.store.submit(PruneRuns(before, 2))).runs == 2
     assert await found(api, "q=made*") == ["4", "3", "2"]
-    assert words(api.settings.db_path) == 0
+    if engine == "sqlite":
+        assert words(api.settings.db_path) == 0
 
 
 async def test_the_setting_makes_and_drops_the_index(tmp_path: Path) -> None:

@@ -378,7 +378,7 @@ def translate(error: psycopg.Error) -> TelemetrydError:
     if is_lost(error):
         return DatabaseSuspectError(f"The connection to PostgreSQL was lost: {first_line(error)}")
     if state == _FULL:
-        return StorageFullError()
+        return StorageFullError("The disk of the PostgreSQL server is full; nothing of this request was acknowledged.")
     if _LIMIT.fullmatch(state):
         return UnavailableError(f"PostgreSQL has reached a limit: {first_line(error)}")
     return WriteFailedError()

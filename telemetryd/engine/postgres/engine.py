@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -170,12 +171,12 @@ class _Database:
     async def keep_words(self, *, wanted: bool) -> None:
         """Begin to make the full-text index, or to drop it; return when it is begun."""
         opened = self._open()
-        if await opened.connection.run(words.is_made) is (True if wanted else None):
+        if not wanted and await opened.connection.run(words.is_made) is None:
             return
-        self._indexing = asyncio.create_task(words.keep(self.target, wanted=wanted), name="words")
+        tried = threading.Event()
+        self._indexing = asyncio.create_task(words.keep(self.target, wanted=wanted, tried=tried), name="words")
         if wanted:
-            is_over = self._indexing.done
-            await opened.connection.run(lambda plain: words.wait_until_begun(plain, is_over))
+            await opened.connection.run(lambda plain: words.wait_until_begun(plain, tried.is_set))
 
     def _notify(self) -> None:
         self.changed()
@@ -404,7 +405,6 @@ class Reading:
         server, target = self._database.server, self._database.target
         description = {
             "db_path": target.name,
-            "journal_mode": "WAL",
             "synchronous": target.sync.upper(),
             "engine": f"PostgreSQL {server['version']}",
             "primary": server["primary"],

@@ -65,7 +65,7 @@ class _Copying:
         """
         try:
             full_text.require(plain, self._query.filters)
-            with plain.transaction(), full_text.by_index(plain, self._query.filters):
+            with plain.transaction(), full_text.by_index(plain, is_needed=self._query.filters.words is not None):
                 end = _END[self._query.form]
                 for (line,) in self._fetch(plain, statements.select_runs(self._query)):
                     self._runs.write(line + end)
@@ -137,12 +137,21 @@ class _Copied:
         self._chunks = chunks
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
-        """Yield the export's bytes (see `Copy.chunks`)."""
+        """Yield the export's bytes (see `Copy.chunks`); while one chunk is sent, the next one is made."""
+        ahead = self._next()
         try:
-            while (chunk := await asyncio.to_thread(next, self._chunks, None)) is not None:
+            while (chunk := await ahead) is not None:
+                ahead = self._next()
                 yield chunk
         except (OSError, ValueError, MemoryError) as error:  # ValueError: pyarrow's, of a cell
             raise UnavailableError(str(error)[:2000]) from error
+        finally:
+            # What goes wrong in a chunk that nobody takes any more concerns nobody.
+            ahead.add_done_callback(lambda made: made.cancelled() or made.exception())
+            await asyncio.wait((ahead,))
+
+    def _next(self) -> asyncio.Future[bytes | None]:
+        return asyncio.ensure_future(asyncio.to_thread(next, self._chunks, None))
 
 
 class Exports:
@@ -152,6 +161,11 @@ class Exports:
         self._target = target
         self._running = 0
         self._closing: set[asyncio.Task[None]] = set()
+
+    @property
+    def are_running(self) -> bool:
+        """Whether one reads the database, or the copy that it has made of it."""
+        return self._running > 0
 
     @asynccontextmanager
     async def open(self, query: ExportRuns) -> AsyncIterator[_Copied]:

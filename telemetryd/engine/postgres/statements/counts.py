@@ -4,101 +4,124 @@ from __future__ import annotations
 
 from typing import Final
 
+from telemetryd.engine import counts
 from telemetryd.engine.columns import MINUTE
-from telemetryd.engine.pages import named
+from telemetryd.engine.pages import BEHIND_ALL, Span
 from telemetryd.engine.postgres.connection import Plain
 from telemetryd.engine.postgres.statements import full_text
 from telemetryd.engine.postgres.statements.answers import answers
 from telemetryd.engine.postgres.statements.predicates import (
     CHOSEN,
-    Arm,
+    CHOSEN_LABEL,
     Values,
-    arms_of,
-    arms_of_label,
+    are_short,
     choose_label,
     conditions,
-    conditions_of_arm,
     one,
 )
-from telemetryd.engine.postgres.statements.runs import find_agents
+from telemetryd.engine.postgres.statements.runs import created_span, find_agents, started
 from telemetryd.engine.postgres.statements.totals import MINUTES, TOTALS
 from telemetryd.engine.registry import always
 from telemetryd.model.filters import Filters, label_parameter
-from telemetryd.model.queries import MAX_NAMES, Accuracy, Count, CountMatching, CountRuns, Counts, Total
+from telemetryd.model.queries import MAX_NAMES, CountMatching, CountRuns, Counts, Total
 
-_KEPT: Final = frozenset({"agent_name", "job_type", "status"})
-"""The fields that totals are kept for."""
-_MOST: Final = 10_000
-"""Runs that an estimate counts at most."""
+
+class _Counter:
+    """Counts on one connection (`counts.Counter`)."""
+
+    def __init__(self, plain: Plain) -> None:
+        self._plain = plain
+
+    def find_agents(self, filters: Filters) -> tuple[str, ...] | None:
+        return find_agents(self._plain, filters)
+
+    def count(self, filters: Filters, most: int | None) -> int:
+        if most is None and counts.are_totals(filters):
+            return self.sum_totals(filters)
+        if most is None and (by_minutes := select_count_of_span(filters)) is not None:
+            return self._number(*by_minutes)
+        label = None if filters.words is not None else choose_label(self._plain, filters)
+        created = None
+        if started(filters)[0]:
+            created = created_span(self._plain, filters)
+            if created is None:
+                return 0
+        has_index = bool(filters.equal or filters.labels or filters.bounds or filters.words)
+        with full_text.by_index(self._plain, is_needed=has_index):
+            return self._number(*select_count(filters, most, label, created))
+
+    def sum_totals(self, filters: Filters) -> int:
+        return self._sum(TOTALS, *conditions(filters))
+
+    def sum_minutes(self, minutes: Filters) -> int:
+        found = [f"minute {comparison} %({name})s" for name, comparison in _MINUTES.items() if name in minutes.bounds]
+        return self._sum(MINUTES, found, {**minutes.bounds})
+
+    def _sum(self, table: str, found: list[str], values: Values) -> int:
+        where = f" WHERE {' AND '.join(found)}" if found else ""
+        return self._number(f"SELECT greatest(coalesce(sum(runs), 0), 0) FROM {table}{where}", values)
+
+    def _number(self, sql: str, values: Values) -> int:
+        return int(one(self._plain, sql, values)[0])
+
+
+_MINUTES: Final = {"created_after": ">=", "created_before": "<="}
 
 
 @answers(CountMatching, is_long=always)
 def count_matching(plain: Plain, query: CountMatching) -> Total:
     """Count the runs that match, or estimate how many they are."""
     full_text.require(plain, query.filters)
-    agents = find_agents(plain, query.filters)
-    if agents == ():
-        return Total(0)
-    filters = query.filters if agents is None else named(query.filters, agents)
-    if query.count is Count.EXACT:
-        return Total(_count(plain, filters, None))
-    total = _from_totals(plain, filters)
-    if total is None:
-        runs = _count(plain, filters, _MOST)
-        total = Total(runs, Accuracy.EXACT if runs < _MOST else Accuracy.AT_LEAST)
-    return total
+    return counts.count_matching(_Counter(plain), query)
 
 
-def _count(plain: Plain, filters: Filters, most: int | None) -> int:
-    label = None if filters.words is not None else choose_label(plain, filters)
-    with full_text.by_index(plain, filters):
-        return int(one(plain, *select_count(filters, most, label))[0])
-
-
-def select_count(filters: Filters, most: int | None = None, label: str | None = None) -> tuple[str, Values]:
+def select_count(
+    filters: Filters, most: int | None = None, label: str | None = None, created: Span | None = None
+) -> tuple[str, Values]:
     """Return the SQL text and the parameters that count the runs that match.
 
-    They are counted up to a bound if there is one; `label` is the one whose runs are walked.
+    They are counted up to a bound if there is one; `label` is the one whose runs are looked at, and `created` a span
+    of created_at outside of which nothing can match.
     """
-    source, arms = "agent_runs", [Arm()]
-    alone: tuple[str, ...] = ()
-    if label is not None:
-        source, arms, alone = CHOSEN, arms_of_label(label, filters.labels[label]), (label_parameter(label),)
-    elif filters.words is None:
-        alone, arms = arms_of(filters)
+    alone = () if label is None else (label_parameter(label),)
     found, values = conditions(filters, alone)
-    texts = []
-    for number, arm in enumerate(arms):
-        where = " AND ".join([*conditions_of_arm(number, arm, values), *found]) or "true"
-        texts.append(f"SELECT 1 FROM {source} WHERE {where}")
-    values["most"] = most  # a limit of null is none
-    return f"SELECT count(*) FROM ({' UNION ALL '.join(texts)} LIMIT %(most)s) AS found", values
+    found += are_short(filters.equal)
+    source = "agent_runs"
+    if label is not None:
+        # All of it is in the index of labels, if nothing else is asked for.
+        source, (key, value) = CHOSEN if found else "run_labels AS chosen", CHOSEN_LABEL
+        found.append(f"{key} = %(label)s AND {value} = ANY(%(label_values)s)")
+        values |= {"label": label, "label_values": [*filters.labels[label]]}
+    if created is not None:
+        found.append("created_at >= %(first_created)s AND created_at < %(last_created)s")
+        values |= dict(zip(("first_created", "last_created"), created, strict=True))
+    matching = f"FROM {source} WHERE {' AND '.join(found) or 'true'}"
+    if most is None:
+        return f"SELECT count(*) {matching}", values
+    return f"SELECT count(*) FROM (SELECT 1 {matching} LIMIT %(most)s) AS counted", {**values, "most": most}
 
 
-def _from_totals(plain: Plain, filters: Filters) -> Total | None:
-    """Return the number from the totals, if they have it.
+def select_count_of_span(filters: Filters) -> tuple[str, Values] | None:
+    """Return what counts the runs that were created in some time, exactly, by whole minutes; None if more is asked.
 
-    Of a span of time they have the number of runs of all agents; for some agents that is a share.
+    Only those of the minutes at both ends are counted, and the whole ones between them are added up.
     """
-    kept = Filters(filters.equal, {n: m for n, m in filters.bounds.items() if n.startswith("created_")})
-    if kept != filters or not filters.equal.keys() <= _KEPT:
+    lower, upper = (filters.bounds.get(name, "") for name in ("created_after", "created_before"))
+    if not (lower or upper) or Filters(bounds=filters.bounds) != filters or started(filters)[0]:
         return None
-    runs = _sum(plain, TOTALS, *conditions(Filters(filters.equal)))
-    if not filters.bounds:
-        return Total(runs)
-    found, values = [], {}
-    for name, comparison in (("created_after", ">="), ("created_before", "<=")):
-        if name in filters.bounds:
-            found.append(f"minute {comparison} %({name})s")
-            values[name] = filters.bounds[name][:MINUTE]
-    within = _sum(plain, MINUTES, found, values)
-    everything = _sum(plain, TOTALS, [], {})
-    return Total(round(runs * within / max(everything, 1)), Accuracy.ESTIMATE)
-
-
-def _sum(plain: Plain, table: str, found: list[str], values: Values) -> int:
-    where = f" WHERE {' AND '.join(found)}" if found else ""
-    return int(one(plain, f"SELECT greatest(coalesce(sum(runs), 0), 0) FROM {table}{where}", values)[0])
+    if lower[:MINUTE] == upper[:MINUTE]:
+        return None
+    values = {"lower": lower, "upper": upper, "first": lower[:MINUTE], "last": upper[:MINUTE]}
+    minutes, ends = [], []
+    if lower:
+        values["end"] = lower[:MINUTE] + BEHIND_ALL
+        minutes.append("minute > %(first)s")
+        ends.append("SELECT count(*) FROM agent_runs WHERE created_at > %(lower)s AND created_at < %(end)s")
+    if upper:
+        minutes.append("minute < %(last)s")
+        ends.append("SELECT count(*) FROM agent_runs WHERE created_at >= %(last)s AND created_at < %(upper)s")
+    whole = f"SELECT coalesce(sum(runs), 0) FROM {MINUTES} WHERE {' AND '.join(minutes)}"
+    return f"SELECT {' + '.join(f'({part})' for part in (whole, *ends))}", values
 
 
 _COUNTS: Final = f"""

@@ -45,12 +45,13 @@ _BY_INDEX: Final = "SELECT set_config('enable_seqscan', 'off', true), set_config
 
 
 @contextmanager
-def by_index(plain: Plain, filters: Filters, most: int = 0) -> Iterator[None]:
-    """Let statements find words by their index: what it costs to make words of a text again PostgreSQL does not know.
+def by_index(plain: Plain, *, is_needed: bool, most: int = 0) -> Iterator[None]:
+    """Let statements find runs by their indexes if that is needed, whatever PostgreSQL believes.
 
+    What it costs to make words of a text again it does not know; nor that those that match may all be at the end.
     Of words that are in more than about `most` runs, only some of these are found; 0 means that all are.
     """
-    if filters.words is None:
+    if not is_needed:
         yield
         return
     with plain.transaction():

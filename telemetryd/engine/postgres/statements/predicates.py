@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from decimal import Decimal
 from typing import Any, Final
 
@@ -27,9 +27,18 @@ def is_short(name: str) -> str:
     return f"length({name}) <= {_LONGEST}" if name in _LIMITED else ""
 
 
-def equals(name: str, place: str) -> str:
-    """Return the condition that a field has the value of a place, said so that its index can be used."""
-    return " AND ".join(filter(None, (is_short(name), f"{name} = %({place})s")))
+def are_short(equal: Mapping[str, tuple[str, ...]]) -> list[str]:
+    """Return the conditions that what fields equal is in their indexes, for those of which that is not so anyway."""
+    return [
+        is_short(name)
+        for name, values in equal.items()
+        if name in _LIMITED and all(len(value) <= _LONGEST for value in values)
+    ]
+
+
+def equals(name: str, value: str) -> str:
+    """Return the condition that a field equals a value, said so that its index can be used."""
+    return " AND ".join(filter(None, (is_short(name), f"{name} = {value}")))
 
 
 def unguessed(condition: str) -> str:
@@ -181,11 +190,28 @@ def arms_of_label(key: str, wanted: tuple[str, ...]) -> list[Arm]:
     return [dict(zip(CHOSEN_LABEL, (key, value), strict=True)) for value in wanted]
 
 
-def conditions_of_arm(number: int, arm: Arm, values: Values) -> list[str]:
-    """Return the conditions that the runs of one walk meet; what they compare with is added to `values`."""
-    places = {name: f"{name.replace('.', '_')}_arm_{number}" for name in arm}
-    values |= {place: arm[name] for name, place in places.items()}
-    return [equals(name, place) for name, place in places.items()]
+def fix(arms: list[Arm], values: Values) -> dict[str, str]:
+    """Return what the columns of some walks equal in SQL: a value, or of several walks a column of `arm`.
+
+    These, or lists of them for `rows_of_arms`, are added to `values`.
+    """
+    if len(arms) == 1:
+        places = {name: f"{plain_name(name)}_arm" for name in arms[0]}
+        values |= {place: arms[0][name] for name, place in places.items()}
+        return {name: f"%({place})s" for name, place in places.items()}
+    values |= {f"{plain_name(name)}_arms": [arm[name] for arm in arms] for name in arms[0]}
+    return {name: f"arm.{plain_name(name)}" for name in arms[0]}
+
+
+def rows_of_arms(names: Collection[str]) -> str:
+    """Return the table of the values of several walks, one row for each walk."""
+    lists = ", ".join(f"%({plain_name(name)}_arms)s::text[]" for name in names)
+    return f"unnest({lists}) AS arm ({', '.join(map(plain_name, names))})"
+
+
+def plain_name(column: str) -> str:
+    """Return the name of a column without that of its table, for places and for what is selected from a walk."""
+    return column.rpartition(".")[2]
 
 
 _COUNT_LABEL: Final = f"""

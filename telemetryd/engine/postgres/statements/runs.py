@@ -9,8 +9,9 @@ from typing import Final
 import orjson
 
 from telemetryd.engine import pages
+from telemetryd.engine.columns import HOUR
 from telemetryd.engine.indexes import MANY, MAX_ARMS
-from telemetryd.engine.pages import check_size, named, walks_far
+from telemetryd.engine.pages import BEHIND_ALL, Span, check_size, named, walks_far
 from telemetryd.engine.postgres.connection import Plain
 from telemetryd.engine.postgres.statements import full_text
 from telemetryd.engine.postgres.statements.answers import answers
@@ -23,15 +24,18 @@ from telemetryd.engine.postgres.statements.predicates import (
     arms_of_label,
     choose_label,
     conditions,
+    fix,
     like,
     one,
+    plain_name,
+    rows_of_arms,
     unguessed,
 )
 from telemetryd.engine.postgres.statements.rendering import render
 from telemetryd.engine.postgres.statements.walks import Walks
 from telemetryd.model import events
 from telemetryd.model.event_queries import ListEvents
-from telemetryd.model.filters import TIME_BOUNDS, WILDCARD, Filters, label_parameter
+from telemetryd.model.filters import TIME_BOUNDS, Filters, label_parameter
 from telemetryd.model.queries import DEFAULT_LIMIT, ListRuns, Page, Position
 from telemetryd.model.values import MAX_INTEGER
 
@@ -46,8 +50,10 @@ class Way:
     """Whether few runs have the words that are searched for."""
     label: str | None = None
     """The label whose runs are walked."""
+    created: Span | None = None
+    """When the runs that started in the time that is meant were created."""
     is_sorted: bool = False
-    """Whether few runs started in the time that is meant, so that it is better to sort them."""
+    """Whether so few runs started then that it is better to sort them."""
 
 
 def select_page(query: ListRuns, way: Way = Way()) -> tuple[str, Values]:
@@ -63,8 +69,12 @@ def select_page(query: ListRuns, way: Way = Way()) -> tuple[str, Values]:
         # A search for words would be done again in each arm.
         columns, arms = arms_of(filters, MAX_ARMS if filters.words is None else 1)
         alone.update(columns)
-    found, values = conditions(filters, {*alone, "q"})
-    walks = Walks.of(query, moment, number, values, is_sorted=way.is_sorted)
+    bounds, values = started(filters) if way.created is not None and not way.is_sorted else ([], {})
+    found, bound = conditions(filters, {*alone, *values, "q"})
+    values |= bound
+    # Where they can be created most of them did start then.
+    found += [unguessed(condition) for condition in bounds]
+    walks = Walks.of(query, moment, number, values, way.created, is_sorted=way.is_sorted)
     values |= {"rows": query.limit + 1, "offset": query.offset}
     if filters.words is not None:
         words, bound = full_text.query(filters.words)
@@ -74,20 +84,27 @@ def select_page(query: ListRuns, way: Way = Way()) -> tuple[str, Values]:
             source = f"(SELECT * FROM agent_runs WHERE {full_text.WORDS} @@ {words} OFFSET 0) AS found"
         else:
             found.append(unguessed(f"{full_text.WORDS} @@ {words}"))
-    texts = []
-    for place, arm in enumerate(arms):
-        where = " AND ".join([*walks.conditions(place, arm, values), *found]) or "true"
-        texts.append(f"FROM {source} WHERE {where} ORDER BY {walks.order(arm)}")
+    fixed = fix(arms, values)
+    where = " AND ".join([*walks.conditions(fixed, is_alone=not found), *found]) or "true"
+    text = f"FROM {source} WHERE {where} ORDER BY {walks.order(fixed)}"
     select, page = _select(query.columns), "LIMIT %(rows)s OFFSET %(offset)s"
-    if len(texts) == 1 and not way.is_sorted:
-        return f"{select} {texts[0]} {page}", values
-    # Each gives as many as the page may need of it; only those that are in the page are looked at as a whole.
-    values["most"] = min(query.limit + 1 + query.offset, MAX_INTEGER)
-    narrow = f"SELECT {number} AS number, {moment} AS moment"
-    each = " UNION ALL ".join(f"({narrow} {text} LIMIT %(most)s)" for text in texts)
+    goes_on = walks.goes_on(fixed, is_alone=not found)
+    if len(arms) == 1 and not (goes_on or way.is_sorted or query.offset):
+        return f"{select} {text} {page}", values
+    # Only those that are in the page are looked at as a whole.
+    chosen = f"SELECT {number} AS number, {moment} AS moment"
     order = f"ORDER BY moment {walks.direction}, number {walks.direction}"
-    chosen = f"SELECT number, moment FROM ({each}) AS each {order} {page}"
-    return f"{select} FROM ({chosen}) AS chosen_runs JOIN agent_runs ON id = number {order}", values
+    if len(arms) == 1 and not goes_on:
+        chosen = f"{chosen} {text}"
+    else:
+        # Each walk gives as many as the page may need of it. All are one statement of one plan, however many they are.
+        values["most"] = min(query.limit + 1 + query.offset, MAX_INTEGER)
+        names = ", ".join(f"{name} AS {plain_name(name)}" for name in fixed)
+        walk = f"({chosen}, {names} {text} LIMIT %(most)s) AS walk"
+        walked = walk if len(arms) == 1 else f"{rows_of_arms(fixed)} CROSS JOIN LATERAL {walk}"
+        rest = " AND ".join(f"walk.{condition}" for condition in walks.rest(fixed)) if goes_on else "true"
+        chosen = f"SELECT number, moment FROM {walked} WHERE {rest} {order}"
+    return f"{select} FROM ({chosen} {page}) AS chosen_runs JOIN agent_runs ON id = number {order}", values
 
 
 _OF_LABEL: Final = (CHOSEN, "chosen.created", "chosen.run")
@@ -114,22 +131,23 @@ _AGENTS: Final = """
     SELECT name FROM found WHERE name LIKE %(pattern)s LIMIT %(most)s
 """
 """The agents of a pattern: one step down the index for each name between the ends, however many runs it has."""
-_BEHIND_ALL: Final = chr(0x10FFFF)
 
 
 def find_agents(plain: Plain, filters: Filters) -> tuple[str, ...] | None:
     """Return the agents that the filters' patterns stand for; None if there are no patterns, or too many agents."""
-    if not filters.patterns:
-        return None
-    names = set(filters.equal.get(WILDCARD, ()))
-    for pattern in filters.patterns:
-        prefix = pattern[0]
-        bound = {"first": prefix, "last": prefix + _BEHIND_ALL, "pattern": like(pattern), "most": MAX_ARMS + 1}
-        names.update(name for (name,) in plain.execute(_AGENTS, bound))
-    return tuple(sorted(names)) if len(names) <= MAX_ARMS else None
+    return pages.find_agents(
+        filters, lambda pattern, bound: plain.execute(_AGENTS, {**bound, "pattern": like(pattern)})
+    )
 
 
-_COUNT_STARTED: Final = f"SELECT count(*) FROM (SELECT 1 FROM agent_runs WHERE {{started}} LIMIT {10 * MANY}) AS few"
+_FEW: Final = 1_000
+"""Runs that are sorted in less time than a walk may take, and counted in no time."""
+_COUNT_STARTED: Final = f"SELECT count(*) FROM (SELECT 1 FROM agent_runs WHERE {{started}} LIMIT {_FEW}) AS few"
+_CREATED: Final = f"""
+    SELECT min(hour), max(hour) FROM run_hours
+    WHERE last_start >= left(%(from)s, {HOUR}) AND first_start <= left(%(to)s, {HOUR})
+"""
+_ALWAYS: Final = "~"
 
 
 def find_way(plain: Plain, query: ListRuns) -> Way | None:
@@ -142,20 +160,37 @@ def find_way(plain: Plain, query: ListRuns) -> Way | None:
     label = None
     if not is_rare and query.order.column == "created_at":
         label = choose_label(plain, filters, MAX_ARMS if filters.words is None else 1)
-    is_sorted = False
-    if label is None and not is_rare and query.order.column == "created_at":
-        bounds = {name: moment for name, moment in filters.bounds.items() if TIME_BOUNDS[name][0] != "created_at"}
-        started, values = conditions(Filters(bounds=bounds))
-        if started:
-            is_sorted = one(plain, _COUNT_STARTED.format(started=" AND ".join(started)), values)[0] < 10 * MANY
-    return Way(agents, is_rare, label, is_sorted)
+    if label is not None or is_rare or query.order.column != "created_at":
+        return Way(agents, is_rare, label)
+    bounds, values = started(filters)
+    if not bounds:
+        return Way(agents)
+    created = created_span(plain, filters)
+    if created is None:
+        return None
+    few = one(plain, _COUNT_STARTED.format(started=" AND ".join(bounds)), values)[0] < _FEW
+    return Way(agents, created=created, is_sorted=few)
+
+
+def started(filters: Filters) -> tuple[list[str], Values]:
+    """Return the conditions that runs started within the bounds of the filters, if there are any."""
+    bounds = {name: moment for name, moment in filters.bounds.items() if TIME_BOUNDS[name][0] == "start_time"}
+    return conditions(Filters(bounds=bounds))
+
+
+def created_span(plain: Plain, filters: Filters) -> Span | None:
+    """Return when the runs were created that started within the bounds of the filters; None if there are none."""
+    bounds = filters.bounds
+    hours = {"from": bounds.get("start_time_from", ""), "to": bounds.get("start_time_to", _ALWAYS)}
+    first, last = one(plain, _CREATED, hours)
+    return None if first is None else (first, last + BEHIND_ALL)
 
 
 def _count_words(plain: Plain, filters: Filters) -> int:
     """Count the runs with the words that are searched for, up to `MANY`."""
     words, values = full_text.query(filters.words or "")
     few = f"SELECT 1 FROM agent_runs WHERE {full_text.WORDS} @@ {words} LIMIT {MANY}"
-    with full_text.by_index(plain, filters, 4 * MANY):
+    with full_text.by_index(plain, is_needed=True, most=4 * MANY):
         return int(one(plain, f"SELECT count(*) FROM ({few}) AS few", values)[0])
 
 
@@ -172,7 +207,7 @@ def fetch_page(plain: Plain, query: ListRuns) -> Page:
     if way is None:
         return Page([], None)
     select = select_page(query, way)
-    with full_text.by_index(plain, query.filters if way.is_rare else Filters()):
+    with full_text.by_index(plain, is_needed=way.is_rare):
         rendered = render(plain, select, query.answered, query.order.column, pages.PAGE_BYTES)
         if not rendered.fit:
             check_size(rendered.sizes, query.limit)

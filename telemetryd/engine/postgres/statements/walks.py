@@ -7,11 +7,12 @@ with the time and the id, and is part of the order: then only the index that beg
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from telemetryd.engine.pages import ends, is_within
-from telemetryd.engine.postgres.statements.predicates import Arm, Values, equals, is_short
+from telemetryd.engine.pages import Span, ends, is_within
+from telemetryd.engine.postgres.statements.predicates import Values, equals, is_short, plain_name
 from telemetryd.model.queries import ListRuns
 
 _FIRST: Final = ""
@@ -49,10 +50,12 @@ class Walks:
     is_sorted: bool
 
     @classmethod
-    def of(cls, query: ListRuns, moment: str, number: str, values: Values, *, is_sorted: bool = False) -> Walks:
+    def of(
+        cls, query: ListRuns, moment: str, number: str, values: Values, created: Span | None, *, is_sorted: bool
+    ) -> Walks:
         """Return the walks of a query; what their ends compare with is added to `values`."""
         after = query.after
-        lower, upper = ends(query)
+        lower, upper = ends(query, created)
         if query.order.descending:
             near, far, behind, direction = upper, lower, "<", "DESC"
         else:
@@ -69,25 +72,50 @@ class Walks:
             begin = _End(f"{behind}=", ("near",), is_open=True) if near is None else _End(near[0], ("near",))
         return cls(moment, number, direction, (begin, end), is_sorted)
 
-    def conditions(self, place: int, arm: Arm, values: Values) -> list[str]:
-        """Return the conditions that lead to one walk; what they compare with is added to `values`."""
-        bound = {name: f"{name.replace('.', '_')}_arm_{place}" for name in arm}
-        values |= {bound[name]: arm[name] for name in arm}
-        if arm.keys() == {"event_id"}:  # its index finds one run, and has no order
-            return [equals("event_id", bound["event_id"]), *self._compared({})]
-        return [*filter(None, map(is_short, arm)), *self._compared(bound)]
+    def conditions(self, fixed: Mapping[str, str], *, is_alone: bool) -> list[str]:
+        """Return the conditions that lead to a walk; `fixed` are the columns of one value, and what that is in SQL.
 
-    def _compared(self, bound: dict[str, str]) -> list[str]:
+        If these are all that is asked for (`is_alone`), the walk may go past its end: see `rest`.
+        """
+        if fixed.keys() == {"event_id"}:  # its index finds one run, and has no order
+            return [equals("event_id", fixed["event_id"]), *self._compared({})]
+        short = [*filter(None, map(is_short, fixed))]
+        if self.goes_on(fixed, is_alone=is_alone):
+            return [*short, *self._compared(fixed)[:1]]
+        if is_alone or not self._passes(fixed):
+            return [*short, *self._compared(fixed)]
+        (first, value), *others = fixed.items()
+        return [*short, f"{first} = ANY(ARRAY[{value}])", *self._compared(dict(others))]
+
+    def goes_on(self, fixed: Mapping[str, str], *, is_alone: bool) -> bool:
+        """Return whether a walk goes on behind its end until it has given as many runs as it may.
+
+        Of a comparison of several columns only the first one ends a walk (PostgreSQL 15 to 17), so one that stops there
+        would pass over all others with the same first value.
+        """
+        return is_alone and fixed.keys() != {"event_id"} and self._passes(fixed)
+
+    def _passes(self, fixed: Mapping[str, str]) -> bool:
+        """Return whether more than the first column tells where a walk ends."""
+        return bool(fixed) and (len(fixed) > 1 or not self.ends[1].is_open)
+
+    def rest(self, fixed: Mapping[str, str]) -> list[str]:
+        """Return the conditions, on what was selected from a walk, that tell its runs from those behind its end."""
+        end = self.ends[1]
+        compared = [] if end.is_open else [f"moment {end.comparison} %({end.places[0]})s"]
+        return [*(f"{plain_name(name)} = {value}" for name, value in fixed.items()), *compared]
+
+    def _compared(self, fixed: Mapping[str, str]) -> list[str]:
         found = []
         for end in self.ends:
-            columns = [*bound, self.moment, self.number][: len(bound) + len(end.places)]
-            places = [f"%({each})s" for each in (*bound.values(), *end.places)]
-            if bound or not end.is_open:
-                found.append(f"({', '.join(columns)}) {end.comparison} ({', '.join(places)})")
+            columns = [*fixed, self.moment, self.number][: len(fixed) + len(end.places)]
+            compared = [*fixed.values(), *(f"%({each})s" for each in end.places)]
+            if fixed or not end.is_open:
+                found.append(f"({', '.join(columns)}) {end.comparison} ({', '.join(compared)})")
         return found
 
-    def order(self, arm: Arm) -> str:
-        """Return the order of one walk, which is that of its index."""
-        columns = [] if arm.keys() == {"event_id"} else [*arm]
+    def order(self, fixed: Mapping[str, str]) -> str:
+        """Return the order of a walk, which is that of its index."""
+        columns = [] if fixed.keys() == {"event_id"} else [*fixed]
         moment = f'{self.moment} COLLATE "POSIX"' if self.is_sorted else self.moment
         return ", ".join(f"{column} {self.direction}" for column in (*columns, moment, self.number))

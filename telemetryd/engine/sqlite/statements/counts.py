@@ -5,9 +5,8 @@ from __future__ import annotations
 import sqlite3
 from typing import Final
 
-from telemetryd.engine.columns import MINUTE
+from telemetryd.engine import counts
 from telemetryd.engine.indexes import Values, choose
-from telemetryd.engine.pages import named
 from telemetryd.engine.registry import always
 from telemetryd.engine.sqlite.statements import full_text
 from telemetryd.engine.sqlite.statements.answers import answers
@@ -20,34 +19,44 @@ from telemetryd.engine.sqlite.statements.predicates import (
 )
 from telemetryd.engine.sqlite.statements.runs import FOUND, find_agents
 from telemetryd.model.filters import Filters, label_parameter
-from telemetryd.model.queries import Accuracy, Count, CountMatching, Total
+from telemetryd.model.queries import CountMatching, Total
 
-_KEPT: Final = frozenset({"agent_name", "job_type", "status"})
-"""The fields that totals are kept for."""
-_MOST: Final = 10_000
-"""Runs that an estimate counts at most."""
+_MINUTES: Final = {"created_after": ">=", "created_before": "<="}
+
+
+class _Counter:
+    """Counts on one connection (`counts.Counter`)."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+
+    def find_agents(self, filters: Filters) -> tuple[str, ...] | None:
+        return find_agents(self._connection, filters)
+
+    def count(self, filters: Filters, most: int | None) -> int:
+        label = None if filters.words is not None else choose_label(self._connection, filters)
+        return self._number(*select_count(filters, -1 if most is None else most, label))
+
+    def sum_totals(self, filters: Filters) -> int:
+        return self._sum("run_totals", *conditions(filters))
+
+    def sum_minutes(self, minutes: Filters) -> int:
+        found = [f"minute {comparison} :{name}" for name, comparison in _MINUTES.items() if name in minutes.bounds]
+        return self._sum("run_minutes", found, {**minutes.bounds})
+
+    def _sum(self, table: str, found: list[str], values: Values) -> int:
+        where = f" WHERE {' AND '.join(found)}" if found else ""
+        return self._number(f"SELECT coalesce(sum(runs), 0) FROM {table}{where}", values)
+
+    def _number(self, sql: str, values: Values) -> int:
+        return int(self._connection.execute(sql, values).fetchone()[0])
 
 
 @answers(CountMatching, is_long=always)
 def count_matching(connection: sqlite3.Connection, query: CountMatching) -> Total:
     """Count the runs that match, or estimate how many they are."""
     full_text.require(connection, query.filters)
-    agents = find_agents(connection, query.filters)
-    if agents == ():
-        return Total(0)
-    filters = query.filters if agents is None else named(query.filters, agents)
-    if query.count is Count.EXACT:
-        return Total(_count(connection, filters, -1))
-    total = _from_totals(connection, filters)
-    if total is None:
-        runs = _count(connection, filters, _MOST)
-        total = Total(runs, Accuracy.EXACT if runs < _MOST else Accuracy.AT_LEAST)
-    return total
-
-
-def _count(connection: sqlite3.Connection, filters: Filters, most: int) -> int:
-    label = None if filters.words is not None else choose_label(connection, filters)
-    return int(connection.execute(*select_count(filters, most, label)).fetchone()[0])
+    return counts.count_matching(_Counter(connection), query)
 
 
 def select_count(filters: Filters, most: int = -1, label: str | None = None) -> tuple[str, Values]:
@@ -80,29 +89,3 @@ def select_count(filters: Filters, most: int = -1, label: str | None = None) -> 
         return f"SELECT sum(runs) FROM ({counted})", values
     listed = " UNION ALL ".join(f"SELECT 1 FROM {text}" for text in texts)
     return f"SELECT count(*) FROM ({listed} LIMIT :most)", {**values, "most": most}
-
-
-def _from_totals(connection: sqlite3.Connection, filters: Filters) -> Total | None:
-    """Return the number from the totals, if they have it.
-
-    Of a span of time they have the number of runs of all agents; for some agents that is a share.
-    """
-    plain = Filters(filters.equal, {n: m for n, m in filters.bounds.items() if n.startswith("created_")})
-    if plain != filters or not filters.equal.keys() <= _KEPT:
-        return None
-    runs = _sum(connection, "run_totals", *conditions(Filters(filters.equal)))
-    if not filters.bounds:
-        return Total(runs)
-    found, values = [], {}
-    for name, comparison in (("created_after", ">="), ("created_before", "<=")):
-        if name in filters.bounds:
-            found.append(f"minute {comparison} :{name}")
-            values[name] = filters.bounds[name][:MINUTE]
-    within = _sum(connection, "run_minutes", found, {**values})
-    everything = _sum(connection, "run_totals", [], {})
-    return Total(round(runs * within / max(everything, 1)), Accuracy.ESTIMATE)
-
-
-def _sum(connection: sqlite3.Connection, table: str, found: list[str], values: Values) -> int:
-    where = f" WHERE {' AND '.join(found)}" if found else ""
-    return int(connection.execute(f"SELECT coalesce(sum(runs), 0) FROM {table}{where}", values).fetchone()[0])

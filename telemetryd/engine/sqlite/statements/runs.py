@@ -11,7 +11,7 @@ import orjson
 from telemetryd.engine import pages
 from telemetryd.engine.columns import MINUTE, PROCESS
 from telemetryd.engine.indexes import MANY, MAX_ARMS, Values, choose
-from telemetryd.engine.pages import Bound, check_size, ends, is_within, named, walks_far
+from telemetryd.engine.pages import Span, check_size, ends, is_within, named, walks_far
 from telemetryd.engine.registry import always
 from telemetryd.engine.sqlite import searching
 from telemetryd.engine.sqlite.statements import full_text, json_rows
@@ -31,7 +31,7 @@ from telemetryd.engine.sqlite.statements.predicates import (
 from telemetryd.model import events
 from telemetryd.model.event_queries import ListEvents
 from telemetryd.model.events import EventPage
-from telemetryd.model.filters import TIME_BOUNDS, WILDCARD, Filters, label_parameter
+from telemetryd.model.filters import TIME_BOUNDS, Filters, label_parameter
 from telemetryd.model.processes import Process
 from telemetryd.model.queries import (
     DEFAULT_LIMIT,
@@ -78,8 +78,6 @@ _SPAN_OF_HOURS: Final = f"""
 
 The days come first, because a year has many hours.
 """
-
-Span = tuple[SqlValue, SqlValue]
 
 
 def select_page(
@@ -156,18 +154,6 @@ def _select_chosen(columns: tuple[str, ...]) -> str:
     return f"SELECT {', '.join(_OF_CHOSEN.get(name, name) for name in columns)}"
 
 
-def _ends(query: ListRuns, created: Span | None) -> tuple[Bound | None, Bound | None]:
-    """Return the lower and the upper bound of the column that the order is by."""
-    lower, upper = ends(query)
-    if created is not None and query.order.column == "created_at":
-        first, last = created
-        if lower is None or first is None or str(first) > str(lower[1]):
-            lower = (">=", first)
-        if last is not None and (upper is None or str(last) < str(upper[1])):
-            upper = ("<", last)
-    return lower, upper
-
-
 def _walks(query: ListRuns, created: Span | None, values: Values, column: str, number: str) -> list[str]:
     """Return the conditions on the order's column for each walk of an index: one bound at each end, it uses only one.
 
@@ -176,7 +162,7 @@ def _walks(query: ListRuns, created: Span | None, values: Values, column: str, n
     the index calls the order's column and the id.
     """
     after = query.after
-    lower, upper = _ends(query, created)
+    lower, upper = ends(query, created)
     near, far, beyond = (upper, lower, "<") if query.order.descending else (lower, upper, ">")
     end = ""
     if far is not None:
@@ -208,19 +194,13 @@ _AGENTS: Final = """
     SELECT name FROM found WHERE name GLOB :pattern LIMIT :most
 """
 """The agents of a pattern: one step down the index for each name between the ends, however many runs it has."""
-_BEHIND_ALL: Final = chr(0x10FFFF)
 
 
 def find_agents(connection: sqlite3.Connection, filters: Filters) -> tuple[str, ...] | None:
     """Return the agents that the filters' patterns stand for; None if there are no patterns, or too many agents."""
-    if not filters.patterns:
-        return None
-    names = set(filters.equal.get(WILDCARD, ()))
-    for pattern in filters.patterns:
-        prefix = pattern[0]
-        ends = {"first": prefix, "last": prefix + _BEHIND_ALL, "pattern": glob(pattern), "most": MAX_ARMS + 1}
-        names.update(name for (name,) in connection.execute(_AGENTS, ends))
-    return tuple(sorted(names)) if len(names) <= MAX_ARMS else None
+    return pages.find_agents(
+        filters, lambda pattern, bound: connection.execute(_AGENTS, {**bound, "pattern": glob(pattern)})
+    )
 
 
 _COUNT_SOME: Final = "SELECT count(*) FROM (SELECT 1 FROM runs_text WHERE runs_text MATCH ? LIMIT ?)"

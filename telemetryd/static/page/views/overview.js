@@ -151,7 +151,7 @@ function daemon(health, metrics) {
     ["Queue", health.queue_depth === 0 ? "empty" : `${counted(health.queue_depth, "command")}, the oldest for ${duration(health.oldest_waiting_s * 1000)}`],
     ["Last commit", when(health.last_commit_at)],
     ["A write survives", health.durable ? "a crash and a power cut" : "a crash, not a power cut"],
-    ["Journal", `${health.journal_mode}, synchronous ${health.synchronous}`],
+    ["Journal", [health.journal_mode, `synchronous ${health.synchronous}`].filter(Boolean).join(", ")],
     ["Write-ahead log", bytes(health.wal_bytes)],
     ["Free on disk", bytes(health.disk_free_bytes)],
     ["Runs stored", metrics && `${count(metrics.total_runs)} by ${counted(Object.keys(metrics.agents).length, "agent")}`],
