@@ -172,7 +172,7 @@ class OneWriter:
         target = Target.of(settings_of(url, db_sync=sync))
         self.plain = connect_plainly(target, "writer", writing_session(target))
         self._notices = Notices(self.plain)
-        self._groups = Groups(lambda: "2025-12-24T12:00:00Z", needs_standby=sync is Sync.STANDBY)
+        self._groups = Groups(lambda: "2025-12-24T12:00:00Z", target)
         self.pid = self.plain.info.backend_pid
 
     def write(self, *group: Command[Any]) -> list[Any]:

@@ -53,7 +53,7 @@ class Writer:
         target = Target.of(Settings(db_url=SecretStr(url), db_sync=Sync.NONE))
         self.plain = connect_plainly(target, "writer", writing_session(target))
         self._notices = Notices(self.plain)
-        self._groups = Groups(lambda: NOW, needs_standby=False)
+        self._groups = Groups(lambda: NOW, target)
 
     def write(self, *group: Command[Any]) -> list[Any]:
         return self._groups.write(self.plain, self._notices, group)
