@@ -169,7 +169,7 @@ class PatroniCluster:
         rest, server = f"127.0.0.1:{node.rest}", f"127.0.0.1:{node.port}"
         values = {
             "PATRONI_NAME": node.name,
-            "PATRONI_ETCD3_HOSTS": f"'127.0.0.1:{self._etcd_ports[0]}'",
+            "PATRONI_ETCD3_HOSTS": f"127.0.0.1:{self._etcd_ports[0]},127.0.0.1:{self._etcd_ports[0]}",
             "PATRONI_RESTAPI_LISTEN": rest,
             "PATRONI_RESTAPI_CONNECT_ADDRESS": rest,
             "PATRONI_POSTGRESQL_LISTEN": server,

@@ -309,7 +309,7 @@ def connect_plainly(target: Target, role: str, values: Mapping[str, str]) -> Pla
 
 
 @contextlib.contextmanager
-def answering(plain: Plain, within_s: float = _ANSWER_S) -> Iterator[None]:
+def answering(plain: Plain) -> Iterator[None]:
     """Break the connection, from a thread, if what is asked for in the block is not answered in time.
 
     A server that stands still keeps its connections, and its kernel answers for it: no timeout of TCP notices that.
@@ -326,14 +326,14 @@ def answering(plain: Plain, within_s: float = _ANSWER_S) -> Iterator[None]:
         with contextlib.suppress(OSError):  # it is broken already
             end.shutdown(socket.SHUT_RDWR)
 
-    timer = threading.Timer(within_s, cut)
+    timer = threading.Timer(_ANSWER_S, cut)
     timer.daemon = True
     timer.start()
     try:
         yield
     except psycopg.Error as error:
         if is_late.is_set():
-            raise psycopg.OperationalError(f"the server has not answered for {within_s:g} s") from error
+            raise psycopg.OperationalError(f"the server has not answered for {_ANSWER_S:g} s") from error
         raise
     finally:
         timer.cancel()

@@ -182,7 +182,5 @@ def _translate(error: psycopg.Error) -> Exception:
     if error.sqlstate == _NO_STANDBY_ANY_MORE:
         return DatabaseSuspectError("It is unknown whether a standby holds the last commit: none is asked for any more")
     if error.sqlstate == _NO_DISK:
-        return DatabaseSuspectError(
-            "A crash may lose the last commit: the server has turned fsync or full_page_writes off"
-        )
+        return DatabaseSuspectError("A crash may lose the last commit: fsync or full_page_writes was turned off")
     return translate(error)
