@@ -29,9 +29,9 @@ say "What is installed"
 run /usr/lib/postgresql/15/bin/postgres --version
 run etcd --version | head -2
 /usr/bin/python3 -m venv patroni
-patroni/bin/pip install --quiet --disable-pip-version-check 'patroni[etcd3,psycopg3]>=4.1,<5'
+patroni/bin/pip install --quiet --disable-pip-version-check 2>/dev/null 'patroni[etcd3,psycopg3]>=4.1,<5'
 /usr/bin/python3 -m venv telemetryd
-telemetryd/bin/pip install --quiet --disable-pip-version-check "$here/../..[postgresql]"
+telemetryd/bin/pip install --quiet --disable-pip-version-check 2>/dev/null "$here/../..[postgresql]"
 run patroni/bin/patroni --version
 run telemetryd/bin/telemetryd --version
 
@@ -94,7 +94,7 @@ for number in $(seq 1 100000); do
     [ -e over ] && exit
     body="{\"event_id\":\"$1-$number\",\"run_id\":\"$1-$number\",\"agent_name\":\"rehearsal\",\"job_type\":\"$1\",\"start_time\":\"2026-01-01T00:00:00Z\"}"
     port=$2; other=$3
-    until status=$(curl -s -m 60 -o /dev/null -w '%{http_code}' -d "$body" "http://127.0.0.1:$port/api/v1/runs") && [[ $status = 20[01] ]]; do
+    until status=$(curl -s -m 60 -o /dev/null -w '%{http_code}' -H 'Content-Type: application/json' -d "$body" "http://127.0.0.1:$port/api/v1/runs") && [[ $status = 20[01] ]]; do
         echo "$(date +%T.%3N) $1-$number $status" >>"refused-$1"
         swap=$port; port=$other; other=$swap
         sleep 0.2
@@ -102,6 +102,7 @@ for number in $(seq 1 100000); do
     echo "$1-$number" >>"acknowledged-$1"
 done
 SEND
+touch acknowledged-one acknowledged-two refused-one refused-two
 bash send.sh one "${daemons[@]}" &
 one=$!
 bash send.sh two "${daemons[1]}" "${daemons[0]}" &
@@ -139,7 +140,7 @@ say "Every acknowledged run is there, once"
 sort -u acknowledged-* >acknowledged
 sql telemetryd telemetry "SELECT event_id FROM agent_runs WHERE agent_name = 'rehearsal'" | sort >stored
 echo "acknowledged:            $(wc -l <acknowledged)"
-echo "refused, then repeated:  $(cat refused-* 2>/dev/null | wc -l)"
+echo "refused, then repeated:  $(cat refused-* | wc -l)"
 echo "acknowledged and lost:   $(comm -23 acknowledged stored | wc -l)"
 echo "stored twice:            $(uniq -d stored | wc -l)"
 echo "stored, not acknowledged: $(comm -13 acknowledged stored | wc -l)"

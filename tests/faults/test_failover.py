@@ -39,6 +39,7 @@ _FREEZE_S: Final = 25.0
 _STOP_S: Final = 15.0
 """Longer than a daemon may hold a transaction open."""
 _BETWEEN_S: Final = 2.0
+_RESTART_S: Final = 2.0
 _SERVED_AGAIN_S: Final = 120.0
 
 
@@ -70,6 +71,8 @@ class Service:
         self.answers: list[float] = []
         """When each request was answered."""
         self.begun: list[Daemon] = [*self.daemons]
+        self.faults: list[str] = []
+        """What daemons said that is no sentence."""
 
     def start(self, number: int) -> Daemon:
         """Start a daemon, at the place that it always has."""
@@ -82,11 +85,17 @@ class Service:
             TELEMETRY_DB_COMMIT_TIMEOUT_S="10",
         )
 
-    def start_again(self, number: int) -> None:
-        """Start a daemon that was killed."""
-        self.daemons[number].close()
-        self.daemons[number] = self.start(number)
-        self.begun.append(self.daemons[number])
+    async def supervise(self, number: int) -> None:
+        """Start a daemon again whenever it has ended, as systemd does."""
+        while True:
+            await asyncio.sleep(_RESTART_S)
+            if (status := self.daemons[number].process.poll()) is None:
+                continue
+            said = self.daemons[number].wait()[1].splitlines()
+            if status != -signal.SIGKILL and not (len(said) == 1 and said[0].startswith("telemetryd: ")):
+                self.faults.append(f"a daemon ended with {status}: {said}")
+            self.daemons[number] = self.start(number)
+            self.begun.append(self.daemons[number])
 
     @property
     def urls(self) -> list[str]:
@@ -239,10 +248,7 @@ async def switch_over(service: Service, _: random.Random) -> None:
 
 async def kill_daemon(service: Service, chance: random.Random) -> None:
     """One of the two."""
-    number = chance.randrange(_DAEMONS)
-    service.daemons[number].process.kill()
-    await asyncio.sleep(_BETWEEN_S)
-    service.start_again(number)
+    chance.choice(service.daemons).process.kill()
 
 
 async def kill_all(service: Service, _: random.Random) -> None:
@@ -250,12 +256,7 @@ async def kill_all(service: Service, _: random.Random) -> None:
     node = service.cluster.need_primary()
     for daemon in service.daemons:
         daemon.process.kill()
-    await asyncio.to_thread(node.kill)
-    await asyncio.to_thread(service.cluster.until, lambda: service.cluster.primary() not in (None, node), "a successor")
-    for number in range(_DAEMONS):
-        service.start_again(number)
-    await service.served()
-    service.cluster.start_node(node)
+    await kill_node(service, node)
 
 
 async def freeze_daemon(service: Service, chance: random.Random) -> None:
@@ -346,7 +347,7 @@ async def test_failover(
     with patroni.running(patroni_python, mode) as cluster:
         service = Service(start_daemon, cluster, Load(seed))
         follower = Follower()
-        assert all(daemon.url for daemon in service.daemons)
+        supervising = [asyncio.create_task(service.supervise(number)) for number in range(_DAEMONS)]
         following = asyncio.create_task(follower.run(service.urls))
         sending = [asyncio.create_task(service.send(client)) for client in service.load.clients]
         done = await go_through(service, faults, chance)
@@ -355,10 +356,11 @@ async def test_failover(
         await asyncio.gather(*map(service.settle, service.load.clients))
         expected = changed(cluster)
         await eventually(lambda: follower.copy == expected)
-        following.cancel()
+        for task in (following, *supervising):
+            task.cancel()
         findings = service.load.check(look(cluster))
         telemetryd("check", TELEMETRY_DB_URL=cluster.url)
-    for fault in follower.faults:
+    for fault in [*follower.faults, *service.faults]:
         findings.note("unrecovered", fault)
     for daemon in service.begun:
         daemon.close()
