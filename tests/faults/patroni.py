@@ -27,7 +27,7 @@ EXAMPLES: Final = Path(__file__).parents[2] / "examples" / "patroni"
 PATRONI: Final = "patroni[etcd3,psycopg3]>=4.1,<5"
 PASSWORD: Final = "of-the-tests"
 _SOCKETS: Final = "/var/run/postgresql"
-_PATIENCE_S: Final = 150.0
+_PATIENCE_S: Final = 300.0
 _LOOK_EVERY_S: Final = 0.2
 _SETTLED: Final = frozenset({"running", "streaming"})
 
@@ -202,13 +202,13 @@ class PatroniCluster:
     def url(self) -> str:
         """The address of the database: every server."""
         places = ",".join(f"127.0.0.1:{node.port}" for node in self.nodes)
-        return f"postgresql://telemetryd:{PASSWORD}@{places}/telemetry?connect_timeout=2"
+        return f"postgresql://telemetryd:{PASSWORD}@{places}/telemetry"
 
     @contextlib.contextmanager
     def superuser(self) -> Iterator[psycopg.Connection[Any]]:
         """Connect to the primary as its superuser."""
         places = ",".join(f"127.0.0.1:{node.port}" for node in self.nodes)
-        url = f"postgresql://postgres:{PASSWORD}@{places}/postgres?target_session_attrs=read-write&connect_timeout=2"
+        url = f"postgresql://postgres:{PASSWORD}@{places}/postgres?target_session_attrs=read-write"
         with psycopg.connect(url, autocommit=True) as connection:
             yield connection
 

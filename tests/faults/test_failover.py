@@ -40,7 +40,7 @@ _STOP_S: Final = 15.0
 """Longer than a daemon may hold a transaction open."""
 _BETWEEN_S: Final = 2.0
 _RESTART_S: Final = 2.0
-_SERVED_AGAIN_S: Final = 120.0
+_SERVED_AGAIN_S: Final = 300.0
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +73,8 @@ class Service:
         self.begun: list[Daemon] = [*self.daemons]
         self.faults: list[str] = []
         """What daemons said that is no sentence."""
+        self.ends: list[str] = []
+        """With what daemons ended that nobody killed."""
 
     def start(self, number: int) -> Daemon:
         """Start a daemon, at the place that it always has."""
@@ -92,10 +94,16 @@ class Service:
             if (status := self.daemons[number].process.poll()) is None:
                 continue
             said = self.daemons[number].wait()[1].splitlines()
-            if status != -signal.SIGKILL and not (len(said) == 1 and said[0].startswith("telemetryd: ")):
-                self.faults.append(f"a daemon ended with {status}: {said}")
+            if status != -signal.SIGKILL:
+                self.ends.append(f"{status}: {said}")
+                if not (len(said) == 1 and said[0].startswith("telemetryd: ")):
+                    self.faults.append(f"a daemon ended with {self.ends[-1]}")
             self.daemons[number] = self.start(number)
             self.begun.append(self.daemons[number])
+
+    def said(self) -> str:
+        """Return the last words of every daemon."""
+        return "\n".join(f"{daemon.process.pid}: {daemon.raw[-3:]}" for daemon in self.begun[-6:]) + f"\n{self.ends}"
 
     @property
     def urls(self) -> list[str]:
@@ -306,9 +314,8 @@ class Round:
     acknowledged: int
 
 
-async def go_through(service: Service, faults: list[str], chance: random.Random) -> list[Round]:
-    """Do one thing after the other; in between everything is healthy again."""
-    done = []
+async def go_through(service: Service, faults: list[str], chance: random.Random, done: list[Round]) -> None:
+    """Do one thing after the other, and note each round; in between everything is healthy again."""
     for fault in faults:
         await service.served()
         await asyncio.to_thread(service.cluster.until_whole)
@@ -318,7 +325,6 @@ async def go_through(service: Service, faults: list[str], chance: random.Random)
         await service.served()
         done.append(Round(fault, service.longest_gap(since), len(service.answers) - before))
     await asyncio.to_thread(service.cluster.until_whole)
-    return done
 
 
 def look(cluster: PatroniCluster) -> Contents:
@@ -350,7 +356,12 @@ async def test_failover(
         supervising = [asyncio.create_task(service.supervise(number)) for number in range(_DAEMONS)]
         following = asyncio.create_task(follower.run(service.urls))
         sending = [asyncio.create_task(service.send(client)) for client in service.load.clients]
-        done = await go_through(service, faults, chance)
+        done: list[Round] = []
+        try:
+            await go_through(service, faults, chance, done)
+        except AssertionError as error:
+            error.add_note(f"{mode}, seed {seed}, {faults[len(done) :][:1]} after {done}; {service.said()}")
+            raise
         service.is_over = True
         await asyncio.gather(*sending)
         await asyncio.gather(*map(service.settle, service.load.clients))
