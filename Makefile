@@ -29,7 +29,7 @@ BOTH_ENGINES := tests/contract $(addprefix tests/test_,$(addsuffix .py,alerts ce
 	properties queries regressions runs stats tail tokens upkeep))
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-contract test-postgresql test-pythons test-all test-faults torture fuzz check bench bench-large bench-client schema docs lock audit sbom build clean
+.PHONY: help install run test test-contract test-postgresql test-pythons test-all test-faults test-failover torture fuzz check bench bench-large bench-client schema docs lock audit sbom build clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -84,6 +84,9 @@ test-all: $(INSTALLED) $(CLIENTS_INSTALLED) ## the tests, the slow suites, and a
 
 test-faults: $(INSTALLED) ## the fault tests alone, in their short form (a minute and a half)
 	$(BIN)/pytest $(PARALLEL) -m "not slow and faults"
+
+test-failover: $(INSTALLED) ## kill PostgreSQL's servers under Patroni, two rounds in each mode; with ROUNDS=1 all of them (needs postgresql-15 and etcd-server)
+	$(BIN)/pytest tests/faults/test_failover.py --rounds-scale $(or $(ROUNDS),0.001)
 
 torture: $(INSTALLED) ## the fault tests in their long form; publishes the figures in docs/explanation/reliability.md (two to three hours)
 	rm -f build/ledger.jsonl && mkdir -p build

@@ -13,6 +13,7 @@ from telemetryd.engine.factory import open_engine
 from telemetryd.engine.interface import BackupMade, Copy, Engine, Introduction
 from telemetryd.flow import Flow
 from telemetryd.model.changes import Changes, ListChanges
+from telemetryd.model.chores import Chore
 from telemetryd.model.commands import Command
 from telemetryd.model.queries import CountRuns, Counts, ExportRuns, Query
 from telemetryd.model.values import format_timestamp, utc_now
@@ -167,10 +168,13 @@ class Store:
         """Whether other daemons may use the same database."""
         return self._reading.is_shared
 
-    @property
-    def leads(self) -> bool:
-        """Whether this daemon is the one that does what is to be done once for a database."""
-        return self._reading.leads
+    def leads(self, chore: Chore) -> bool:
+        """Return whether this daemon does what is to be done once for a database (see `ReadingEngine.leads`)."""
+        return self._reading.leads(chore)
+
+    def resign(self, chore: Chore) -> None:
+        """Leave a chore to other daemons."""
+        self._reading.resign(chore)
 
     def export(self, query: ExportRuns) -> AbstractAsyncContextManager[Copy]:
         """Copy what is asked for, to be read inside the block (see `ReadingEngine.export`)."""

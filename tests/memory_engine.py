@@ -17,6 +17,7 @@ from telemetryd.errors import (
     TelemetrydError,
 )
 from telemetryd.model.changes import Changes, ListChanges
+from telemetryd.model.chores import Chore
 from telemetryd.model.commands import Command, Created, CreateRuns, Pruned, PruneRuns, Updated, UpdateRun
 from telemetryd.model.events import EventPage
 from telemetryd.model.queries import CountRuns, Counts, ExportRuns, GetRun, Query
@@ -41,11 +42,16 @@ class Memory:
         self.closed: bool | None = None
 
     is_shared = False
-    leads = True
 
     def engine(self) -> Engine:
         """Return it as the store takes it."""
         return Engine(self, self)
+
+    def leads(self, _: Chore) -> bool:
+        return True
+
+    def resign(self, chore: Chore) -> None:
+        """Nobody else is there."""
 
     # The writing half.
 

@@ -38,7 +38,7 @@ _numbers = itertools.count()
 def binaries() -> Path | None:
     """Return where the server's programs are, or None if none is installed."""
     if (found := shutil.which("initdb")) is not None:
-        return Path(found).parent
+        return Path(found).resolve().parent  # where the others are as well
     versions = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: float(path.parts[-3]))
     return versions[-1].parent if versions else None
 

@@ -52,7 +52,7 @@ def test_the_dashboard_is_json_and_its_panels_do_not_overlap() -> None:
     assert max(x for x, _ in cells) < 24
 
 
-@pytest.mark.parametrize("file", ["Dockerfile", "compose.yaml", "telemetryd.service"])
+@pytest.mark.parametrize("file", ["Dockerfile", "compose.yaml", "compose.cluster.yaml", "telemetryd.service"])
 def test_every_variable_of_the_deployment_files_is_a_setting(file: str) -> None:
     used = set(re.findall(r"\bTELEMETRY_[A-Z_]+[A-Z]\b", (ROOT / file).read_text()))
     assert used

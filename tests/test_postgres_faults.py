@@ -7,9 +7,7 @@ import contextlib
 import re
 import shutil
 import subprocess
-import time
 from collections.abc import AsyncIterator, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +15,8 @@ import psycopg
 import pytest
 from pydantic import SecretStr
 
-from telemetryd.engine.postgres.connection import Target, connect_plainly, writing_session
-from telemetryd.engine.postgres.groups import Groups, Notices
 from telemetryd.errors import DatabaseError, DatabaseSuspectError, UnavailableError
-from telemetryd.model.commands import Command, Created, CreateRuns
+from telemetryd.model.commands import Created, CreateRuns
 from telemetryd.model.queries import CountRuns
 from telemetryd.ops.metrics import Metrics
 from telemetryd.settings import Settings, Sync
@@ -122,7 +118,7 @@ async def test_commits_that_are_gone_after_another_server_took_over_begin_a_new_
     async with opened(settings_of(postgres_database)) as store:
         await store.submit(CreateRuns((new("kept"), new("lost"))))
         with psycopg.connect(postgres_database, autocommit=True) as other:
-            epoch, last = _feed(other)
+            epoch, last = feed(other)
             await eventually(lambda: store._reading._database.session.seen.newest >= last)  # type: ignore[attr-defined]
             other.execute("DELETE FROM run_changes WHERE seq = %s", (last,))  # as an asynchronous standby lacks it
             other.execute("DELETE FROM agent_runs WHERE event_id = 'lost'")
@@ -130,137 +126,16 @@ async def test_commits_that_are_gone_after_another_server_took_over_begin_a_new_
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE 'telemetryd/%'"
             )
             assert await stored_in_the_end(store, CreateRuns((new("lost"),))) == Created((True,))
-            again, newest = _feed(other)
+            again, newest = feed(other)
     assert again != epoch
     assert newest > last
 
 
-def _feed(plain: psycopg.Connection[Any]) -> tuple[str, int]:
+def feed(plain: psycopg.Connection[Any]) -> tuple[str, int]:
+    """Return the epoch, and the last number of a run."""
     row = plain.execute("SELECT (SELECT epoch FROM change_feed), (SELECT max(seq) FROM run_changes)").fetchone()
     assert row is not None
     return str(row[0]), int(row[1])
-
-
-# --- Standbys ------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def waiting_cluster() -> Iterator[Cluster]:
-    """A server whose synchronous standby is not there: commits that are to wait for it wait for ever."""
-    if postgres_cluster.binaries() is None:
-        pytest.fail(f"apt-get install {postgres_cluster.PACKAGE}")
-    with postgres_cluster.running(fsync="on", full_page_writes="on", synchronous_standby_names="nobody") as cluster:
-        yield cluster
-
-
-@pytest.fixture
-def waiting_url(waiting_cluster: Cluster) -> Iterator[str]:
-    name = waiting_cluster.make()
-    target = Target.of(settings_of(waiting_cluster.url(name)))
-    from telemetryd.engine.postgres import schema
-
-    with contextlib.closing(connect_plainly(target, "test", {})) as plain:
-        schema.make(plain, target, "", count_anew=None)
-    yield waiting_cluster.url(name)
-    waiting_cluster.drop(name)
-
-
-class OneWriter:
-    """Writes in a thread, because it may wait for ever."""
-
-    def __init__(self, url: str, sync: Sync) -> None:
-        target = Target.of(settings_of(url, db_sync=sync))
-        self.plain = connect_plainly(target, "writer", writing_session(target))
-        self._notices = Notices(self.plain)
-        self._groups = Groups(lambda: "2025-12-24T12:00:00Z", needs_standby=sync is Sync.STANDBY)
-        self.pid = self.plain.info.backend_pid
-
-    def write(self, *group: Command[Any]) -> list[Any]:
-        return self._groups.write(self.plain, self._notices, group)
-
-
-@contextlib.contextmanager
-def writing_to(url: str, sync: Sync) -> Iterator[OneWriter]:
-    writer = OneWriter(url, sync)
-    try:
-        yield writer
-    finally:
-        writer.plain.close()
-
-
-def wait_for_standby(other: psycopg.Connection[Any], pid: int) -> None:
-    asked = "SELECT wait_event FROM pg_stat_activity WHERE pid = %s"
-    wait_until(lambda: other.execute(asked, (pid,)).fetchone() == ("SyncRep",))
-
-
-@pytest.mark.parametrize("options", ["", "&options=-c%20client_min_messages%3Derror"])
-def test_a_cancelled_wait_for_the_standby_is_no_acknowledgement(waiting_url: str, options: str) -> None:
-    """PostgreSQL says COMMIT then, with a warning beside it, which a role or an address may have turned off."""
-    with (
-        writing_to(waiting_url + options, Sync.STANDBY) as writer,
-        psycopg.connect(waiting_url, autocommit=True) as other,
-        ThreadPoolExecutor(1) as pool,
-    ):
-        writing = pool.submit(writer.write, CreateRuns((new("one"),)))
-        wait_for_standby(other, writer.pid)
-        other.execute("SELECT pg_cancel_backend(%s)", (writer.pid,))
-        with pytest.raises(DatabaseSuspectError, match="It is unknown whether a standby holds the last commit"):
-            writing.result(PATIENCE_S)
-        assert other.execute("SELECT count(*) FROM agent_runs").fetchone() == (1,)  # on the primary it is
-
-
-def test_a_duplicate_waits_until_a_standby_holds_what_it_repeats(waiting_url: str) -> None:
-    """A transaction that wrote nothing would not wait, and call a run stored that one server alone holds."""
-    command = CreateRuns((new("one"),))
-    with writing_to(waiting_url, Sync.LOCAL) as local:
-        assert local.write(command) == [Created((True,))]
-        assert local.write(command) == [Created((False,))]
-    with (
-        writing_to(waiting_url, Sync.STANDBY) as writer,
-        psycopg.connect(waiting_url, autocommit=True) as other,
-        ThreadPoolExecutor(1) as pool,
-    ):
-        writing = pool.submit(writer.write, command)
-        wait_for_standby(other, writer.pid)
-        time.sleep(0.2)
-        assert not writing.done()
-        other.execute("SELECT pg_terminate_backend(%s)", (writer.pid,))
-        with pytest.raises(DatabaseSuspectError):
-            writing.result(PATIENCE_S)
-
-
-def test_nothing_is_acknowledged_while_no_standby_is_asked_for(waiting_cluster: Cluster, waiting_url: str) -> None:
-    """So Patroni leaves it when the last standby is gone, unless it is strict."""
-    with (
-        writing_to(waiting_url, Sync.STANDBY) as writer,
-        psycopg.connect(waiting_url, autocommit=True) as other,
-        ThreadPoolExecutor(1) as pool,
-    ):
-        writing = pool.submit(writer.write, CreateRuns((new("one"),)))
-        wait_for_standby(other, writer.pid)
-        with no_standby_asked_for(waiting_cluster):
-            with pytest.raises(DatabaseSuspectError, match="none is asked for any more"):
-                writing.result(PATIENCE_S)
-            with pytest.raises(UnavailableError, match="No synchronous standby would hold it, so it was not stored"):
-                writer.write(CreateRuns((new("two"),)))
-        assert other.execute("SELECT event_id FROM agent_runs").fetchall() == [("one",)]
-
-
-@contextlib.contextmanager
-def no_standby_asked_for(cluster: Cluster) -> Iterator[None]:
-    cluster.execute("ALTER SYSTEM SET synchronous_standby_names = ''")
-    cluster.execute("SELECT pg_reload_conf()")
-    wait_until(lambda: cluster.execute("SHOW synchronous_standby_names") == [("",)])
-    try:
-        yield
-    finally:
-        cluster.execute("ALTER SYSTEM RESET synchronous_standby_names")
-        cluster.execute("SELECT pg_reload_conf()")
-
-
-async def test_a_daemon_that_is_to_wait_for_a_standby_does_not_start_without_one(postgres_database: str) -> None:
-    with pytest.raises(DatabaseError, match=r"fsync = off: a crash would lose acknowledged runs"):
-        await Store.open(settings_of(postgres_database, db_sync=Sync.STANDBY), Metrics())
 
 
 # --- One sentence for each fault -----------------------------------------------------------------

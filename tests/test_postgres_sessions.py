@@ -19,6 +19,7 @@ from telemetryd.engine.postgres.schema import CLASS
 from telemetryd.engine.postgres.statements import deltas
 from telemetryd.engine.postgres.statements.full_text import INDEX
 from telemetryd.model.changes import ListChanges
+from telemetryd.model.chores import Chore
 from telemetryd.model.commands import Created, CreateRuns
 from telemetryd.model.rules import Rules, Stale
 from telemetryd.ops.metrics import Metrics
@@ -105,19 +106,19 @@ async def test_a_session_that_gets_no_answer_leads_no_more_and_connects_again(
     postgres_database: str, other: Other
 ) -> None:
     async with opened(settings_of(postgres_database, db_commit_timeout_s=1.0)) as store:
-        assert store.leads
+        assert store.leads(Chore.COUNTS)
         news = asyncio.Event()
         store.on_commit(news.set)
         with frozen(other, "session"):
             await eventually(lambda: store.health().problem is not None)
-            assert not store.leads
+            assert not store.leads(Chore.COUNTS)
             await eventually(lambda: store.health().problem is None)
             news.clear()
             async with opened(settings_of(postgres_database)) as neighbour:
                 await neighbour.submit(CreateRuns((new("one"),)))
                 async with asyncio.timeout(PATIENCE_S):
                     await news.wait()
-        await eventually(lambda: store.leads)
+        await eventually(lambda: store.leads(Chore.COUNTS))
 
 
 async def test_a_daemon_that_connects_again_and_gets_no_answer_can_be_stopped(
@@ -272,7 +273,8 @@ async def test_only_who_leads_forgets_alerts_that_its_rules_do_not_have(postgres
         leading.push_async_callback(first.close)
         await stores.enter_async_context(leading)
         second = await stores.enter_async_context(opened(settings_of(postgres_database)))
-        assert (first.leads, second.leads) == (True, False)
+        await eventually(lambda: first.leads(Chore.ALERTS))
+        assert not second.leads(Chore.ALERTS)
         alerting = asyncio.create_task(Alerting(second, rules).run())
         await asyncio.sleep(0.5)
         assert one(other, waiting) == 1
@@ -286,11 +288,11 @@ async def test_a_session_that_has_failed_for_good_lets_another_daemon_lead(
     postgres_database: str, other: Other, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with opened(settings_of(postgres_database)) as store:
-        assert store.leads
+        assert store.leads(Chore.COUNTS)
 
         def waiting(_: Plain) -> int:
             raise ValueError("a fault of ours")
 
         monkeypatch.setattr(deltas, "waiting", waiting)
-        await eventually(lambda: not store.leads)
+        await eventually(lambda: not store.leads(Chore.COUNTS))
         assert one(other, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objid = 3") == 0

@@ -27,7 +27,7 @@ from telemetryd.engine.postgres.groups import Groups, Notices, transact
 from telemetryd.engine.postgres.schema import CLASS, COMMITS
 from telemetryd.engine.postgres.statements import deltas
 from telemetryd.engine.postgres.statements.changes import fetch_changes
-from telemetryd.errors import CommandFailedError, DatabaseSuspectError
+from telemetryd.errors import CommandFailedError, DatabaseSuspectError, WriteFailedError
 from telemetryd.model import events
 from telemetryd.model.changes import ListChanges
 from telemetryd.model.commands import Command, Created, CreateEvents, CreateRuns, UpdateRun
@@ -53,7 +53,7 @@ class Writer:
         target = Target.of(Settings(db_url=SecretStr(url), db_sync=Sync.NONE))
         self.plain = connect_plainly(target, "writer", writing_session(target))
         self._notices = Notices(self.plain)
-        self._groups = Groups(lambda: NOW, needs_standby=False)
+        self._groups = Groups(lambda: NOW, target)
 
     def write(self, *group: Command[Any]) -> list[Any]:
         return self._groups.write(self.plain, self._notices, group)
@@ -286,6 +286,26 @@ def test_another_warning_is_no_doubt_about_the_standby(url: str, writers: list[W
         )
         other.execute("CREATE TRIGGER warn AFTER INSERT ON agent_runs EXECUTE FUNCTION warn()")
     assert writers[0].write(CreateRuns((new("one"),))) == [Created((True,))]
+
+
+def test_a_statement_that_was_to_be_prepared_when_its_pipeline_broke_off_is_prepared_the_next_time(
+    url: str, writers: list[Writer]
+) -> None:
+    """The driver takes it for prepared, and forgets that only with a ROLLBACK of its own."""
+    (writer, _) = writers
+    with psycopg.connect(url, autocommit=True) as other:
+        other.execute(
+            "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS "
+            "$$BEGIN IF EXISTS (SELECT 1 FROM pg_class WHERE relname = 'broken') THEN "
+            "RAISE 'broken' USING ERRCODE = '40001'; END IF; RETURN NEW; END$$"
+        )
+        other.execute("CREATE TRIGGER refuse BEFORE INSERT ON run_deltas FOR EACH ROW EXECUTE FUNCTION refuse()")
+        for number in range(12):  # the driver prepares a statement when it has seen it five times
+            other.execute("CREATE TABLE broken ()")
+            with pytest.raises(WriteFailedError):
+                writer.write(CreateRuns((new(f"refused-{number}"),)))
+            other.execute("DROP TABLE broken")
+            assert writer.write(CreateRuns((new(f"run-{number}"),))) == [Created((True,))]
 
 
 def test_a_session_whose_prepared_statements_are_gone_is_given_up(writers: list[Writer]) -> None:

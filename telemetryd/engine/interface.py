@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from telemetryd.errors import CommandFailedError, DatabaseSuspectError
 from telemetryd.model.changes import Changes, ListChanges
+from telemetryd.model.chores import Chore
 from telemetryd.model.commands import Command
 from telemetryd.model.queries import ExportRuns, Query
 
@@ -149,9 +150,14 @@ class ReadingEngine(QueryingEngine, Protocol):
     def is_shared(self) -> bool:
         """Whether other daemons may use the same database."""
 
-    @property
-    def leads(self) -> bool:
-        """Whether this daemon is the one that does what is to be done once for a database."""
+    def leads(self, chore: Chore) -> bool:
+        """Return whether this daemon is the one that does what is to be done once for a database.
+
+        Who asks can do it: from then on this daemon tries to lead.
+        """
+
+    def resign(self, chore: Chore) -> None:
+        """Leave a chore to other daemons until `leads` is asked again."""
 
     async def read_news(self, query: ListChanges) -> Changes:
         """Answer a query of the feed as `read` does; it waits for no query of anybody else."""

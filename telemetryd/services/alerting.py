@@ -14,6 +14,7 @@ from typing import Final
 from telemetryd.errors import TelemetrydError, sentence
 from telemetryd.model import alerts
 from telemetryd.model.alerts import EvaluateRules, Kept, ListFiring
+from telemetryd.model.chores import Chore
 from telemetryd.model.commands import KeepAlerts, RecordAlerts
 from telemetryd.model.rules import Regression, Rule, Rules, load_rules
 from telemetryd.model.values import format_timestamp, utc_now
@@ -113,6 +114,7 @@ class Alerting:
                 await self._forget()
                 await self._work()
             else:
+                self._store.resign(Chore.ALERTS)
                 await self._exchanged.wait()
 
     async def _work(self) -> None:
@@ -149,7 +151,7 @@ class Alerting:
             async with turn:
                 if self._rules is not rules:
                     return
-                if not self._store.leads:  # another daemon evaluates them
+                if not self._store.leads(Chore.ALERTS):  # another daemon evaluates them
                     continue
                 begin_s = now_s()
                 try:
@@ -164,7 +166,7 @@ class Alerting:
 
         Until then it is up to another daemon, whose file may have them.
         """
-        while not self._store.leads:
+        while not self._store.leads(Chore.ALERTS):
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_LOOK_EVERY_S):
                     await self._exchanged.wait()

@@ -15,6 +15,7 @@ import aiohttp
 
 from telemetryd.errors import TelemetrydError, sentence
 from telemetryd.model.alerts import Delivery, ListDeliveries
+from telemetryd.model.chores import Chore
 from telemetryd.model.commands import ConfirmDelivery
 from telemetryd.model.rules import Webhook
 from telemetryd.model.values import format_timestamp
@@ -89,7 +90,7 @@ class Outbox:
     async def run(self, session: aiohttp.ClientSession) -> None:
         """Send what waits, for ever."""
         while True:
-            if not self._store.leads:  # another daemon delivers
+            if not self._store.leads(Chore.ALERTS):  # another daemon delivers
                 await asyncio.sleep(_LOOK_EVERY_S)
                 continue
             self._news.clear()

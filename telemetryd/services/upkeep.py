@@ -14,6 +14,7 @@ from typing import Any, Final
 from telemetryd.durations import duration_text
 from telemetryd.errors import TelemetrydError, sentence
 from telemetryd.model import clocks, requests
+from telemetryd.model.chores import Chore
 from telemetryd.model.clocks import Reading
 from telemetryd.model.commands import IndexTexts, TrustClock
 from telemetryd.model.queries import Confirmed, CountPrunable, GetConfirmed, Prunable
@@ -93,11 +94,12 @@ class Upkeep:
             if self._full_text:
                 group.create_task(self.index_texts())
             if self._prune_after is not None or self._stale_after is not None:
-                group.create_task(self._repeat("clock", _LOOK_EVERY_S, self._keep_clock))
+                chore = Chore.REAPING if self._prune_after is None else Chore.PRUNING
+                group.create_task(self._repeat("clock", chore, _LOOK_EVERY_S, self._keep_clock))
             if self._prune_after is not None:
-                group.create_task(self._repeat("pruned", _PRUNE_EVERY_S, self._prune))
+                group.create_task(self._repeat("pruned", Chore.PRUNING, _PRUNE_EVERY_S, self._prune))
             if (age := self._stale_after) is not None:
-                group.create_task(self._repeat("reaped", min(_REAP_EVERY_S, age / 4), self._reap))
+                group.create_task(self._repeat("reaped", Chore.REAPING, min(_REAP_EVERY_S, age / 4), self._reap))
 
     async def index_texts(self) -> None:
         """Build the full-text index as far as it is not built, however often that is put off."""
@@ -153,10 +155,10 @@ class Upkeep:
             else {"would_delete": waiting.found.runs, "oldest": waiting.found.oldest},
         }
 
-    async def _repeat(self, task: str, pause_s: float, do: Callable[[], Awaitable[None]]) -> None:
+    async def _repeat(self, task: str, chore: Chore, pause_s: float, do: Callable[[], Awaitable[None]]) -> None:
         while True:
             news = self._news
-            if not self._store.leads:  # another daemon does it
+            if not self._store.leads(chore):  # another daemon does it
                 await asyncio.sleep(_LOOK_AT_SERVER_S)
                 continue
             try:

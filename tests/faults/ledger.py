@@ -91,6 +91,10 @@ class Ledger:
             plugins.register(summary := _Summary(), _Summary.__name__)
         return cls(option("--ledger"), test or request.node.nodeid, option("--rounds-scale"), summary.rows)
 
+    def tell(self, line: str) -> None:
+        """Add a line to the summary."""
+        self._summary.append(line)
+
     def record(
         self,
         *,

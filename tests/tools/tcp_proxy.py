@@ -14,6 +14,8 @@ _COMMIT: Final = b"COMMIT\0"
 """As it stands in a Parse or Query message (postgresql.org/docs/current/protocol-message-formats.html)."""
 _WRITES: Final = b"INSERT INTO run_deltas"
 """What only a connection sends that writes what clients send."""
+_IN_TURN: Final = b"INSERT INTO run_changes"
+"""What a connection sends when it has the turn to draw numbers."""
 _TAG: Final = b"COMMIT\0"
 """As it stands in the server's CommandComplete message."""
 
@@ -28,6 +30,8 @@ class Cut(StrEnum):
     """The server has done it, and its answer is lost."""
     FREEZE = "freeze"
     """The server has done it, and nothing comes through any more."""
+    HOLD = "hold"
+    """The server has got everything up to the turn to draw numbers, and gets nothing any more: all is held."""
 
 
 class Proxy:
@@ -36,6 +40,8 @@ class Proxy:
     def __init__(self, target: Path) -> None:
         self._target = target
         self.cut = Cut.NEVER
+        self.holds = threading.Event()
+        """Set when a connection is held in the turn."""
         self._listening = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listening.getsockname()[1]
         self._open: list[socket.socket] = []
@@ -60,6 +66,11 @@ class Proxy:
                 if server in self._writing and self.cut is Cut.BEFORE and _COMMIT in data:
                     self.cut = Cut.NEVER
                     break
+                if server in self._writing and self.cut is Cut.HOLD and _IN_TURN in data:
+                    self.cut = Cut.NEVER
+                    server.sendall(data[: data.index(_IN_TURN)])
+                    self.holds.set()
+                    return
                 server.sendall(data)
         _end(client, server)
 

@@ -58,12 +58,18 @@ _OF_WRITERS: Final[Mapping[str, str]] = {
     # What is looked at after a lock was waited for has to be as it is then.
     "default_transaction_isolation": "read committed",
     "statement_timeout": "0",
-    "lock_timeout": "10s",
     # A daemon that is stopped in the middle of a transaction must not hold the others up.
     "idle_in_transaction_session_timeout": "10s",
     "idle_session_timeout": "0",
     "transaction_timeout": "0",
 }
+ATTEMPTS: Final = 4
+"""How often a transaction is tried that may succeed if it is tried again."""
+_LOCK_TIMEOUT_S: Final = 10.0
+_ANSWER_S: Final = 10.0
+"""How long a server may take to answer the first statements of a session."""
+STANDBYS: Final = frozenset({Sync.STANDBY, Sync.APPLY})
+"""With which a commit waits for a standby."""
 _SYNC: Final[Mapping[Sync, str]] = {Sync.STANDBY: "on", Sync.APPLY: "remote_apply", Sync.LOCAL: "local"}
 
 _LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "::1"})
@@ -93,6 +99,18 @@ class Target:
     sync: Sync
     name: str
     """How messages call it; it holds no password."""
+    commit_timeout_s: float
+    """After so long an answer counts as lost."""
+
+    @property
+    def lock_timeout_s(self) -> float:
+        """How long one attempt waits for a lock: every attempt comes to its end before the answer counts as lost."""
+        return min(_LOCK_TIMEOUT_S, self.commit_timeout_s / (ATTEMPTS + 1))
+
+    @property
+    def waits_for_standby(self) -> bool:
+        """Whether a commit waits for a synchronous standby."""
+        return self.sync in STANDBYS
 
     @property
     def is_exposed(self) -> bool:
@@ -123,7 +141,7 @@ class Target:
             parameters["password"] = _password(settings)
         hosts = parameters.get("host", parameters.get("hostaddr", "")).split(",")
         sync = settings.db_sync or (Sync.STANDBY if len(hosts) > 1 else Sync.LOCAL)
-        return cls(parameters, settings.db_schema, sync, _name(parameters, hosts))
+        return cls(parameters, settings.db_schema, sync, _name(parameters, hosts), settings.db_commit_timeout_s)
 
 
 def _password(settings: Settings) -> str:
@@ -276,7 +294,7 @@ def connect_plainly(target: Target, role: str, values: Mapping[str, str]) -> Pla
         )
     except psycopg.Error as error:
         raise DatabaseError(f"Cannot connect to {target.name}: {_advice(first_line(error))}") from None
-    with contextlib.ExitStack() as undo, refusing(target):
+    with contextlib.ExitStack() as undo, refusing(target), answering(plain):
         undo.callback(plain.close)
         plain.adapters.register_loader("json", TextLoader)
         plain.adapters.register_loader("json", TextBinaryLoader)
@@ -288,6 +306,39 @@ def connect_plainly(target: Target, role: str, values: Mapping[str, str]) -> Pla
         )
         undo.pop_all()
     return plain
+
+
+@contextlib.contextmanager
+def answering(plain: Plain) -> Iterator[None]:
+    """Break the connection, from a thread, if what is asked for in the block is not answered in time.
+
+    A server that stands still keeps its connections, and its kernel answers for it: no timeout of TCP notices that.
+
+    Raises:
+        psycopg.OperationalError: then.
+
+    """
+    end = socket.socket(fileno=os.dup(plain.fileno()))
+    is_late = threading.Event()
+
+    def cut() -> None:
+        is_late.set()
+        with contextlib.suppress(OSError):  # it is broken already
+            end.shutdown(socket.SHUT_RDWR)
+
+    timer = threading.Timer(_ANSWER_S, cut)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except psycopg.Error as error:
+        if is_late.is_set():
+            raise psycopg.OperationalError(f"the server has not answered for {_ANSWER_S:g} s") from error
+        raise
+    finally:
+        timer.cancel()
+        timer.join()
+        end.close()
 
 
 @contextlib.contextmanager
@@ -307,7 +358,7 @@ def refusing(target: Target) -> Iterator[None]:
 def writing_session(target: Target) -> Mapping[str, str]:
     """Return the settings of a session that writes."""
     commits = {"synchronous_commit": _SYNC[target.sync]} if target.sync in _SYNC else {}
-    return {**_OF_WRITERS, **commits}
+    return {**_OF_WRITERS, "lock_timeout": f"{round(target.lock_timeout_s * 1000)}ms", **commits}
 
 
 def reading_session(timeout_s: float) -> Mapping[str, str]:

@@ -12,14 +12,16 @@ from datetime import datetime
 from typing import Any, Final, NoReturn, TypeVar
 
 from telemetryd.engine.interface import BackupMade, Copy, Engine, EngineHealth, Introduction
-from telemetryd.engine.postgres import opening, schema, words
+from telemetryd.engine.postgres import epochs, opening, schema, words
 from telemetryd.engine.postgres.connection import Connection, Plain, Target, connect, refusing, writing_session
+from telemetryd.engine.postgres.epochs import Stand, stand
 from telemetryd.engine.postgres.exports import Exports
 from telemetryd.engine.postgres.groups import Groups, Notices, Outcome
-from telemetryd.engine.postgres.leading import Session, Stand, check_for_pooler, make_epoch, stand
+from telemetryd.engine.postgres.leading import Session, check_for_pooler
 from telemetryd.engine.postgres.reading import Readers
 from telemetryd.errors import DatabaseError, DatabaseSuspectError, InvalidRequestError, UnavailableError
 from telemetryd.model.changes import Changes, ListChanges
+from telemetryd.model.chores import Chore
 from telemetryd.model.commands import Command
 from telemetryd.model.queries import ExportRuns, Query
 from telemetryd.model.values import format_timestamp
@@ -129,7 +131,7 @@ class _Database:
         self.opened: _Opened | None = opened
         self.server = opened.server
         self.session = session
-        self.groups = Groups(lambda: format_timestamp(clock()), needs_standby=target.sync in (Sync.STANDBY, Sync.APPLY))
+        self.groups = Groups(lambda: format_timestamp(clock()), target)
         self.suspicion: DatabaseSuspectError | None = None
         """Why it is unknown what is stored, until the database is open again; else None."""
         self.changed: Callable[[], None] = lambda: None
@@ -153,6 +155,7 @@ class _Database:
             session = Session(target, settings.db_poll_ms / 1000, settings.db_commit_timeout_s)
             undo.push_async_callback(session.drop)
             with refusing(target):
+                await opened.connection.run(lambda plain: _check_epoch(plain, target, None))
                 connection = await session.open()
                 await _check_for_pooler(target, opened.connection, connection)
                 database = cls(target, settings, clock, opened, session)
@@ -250,7 +253,7 @@ class _Database:
             again = await _Opened.open(self.target, self.settings, self.clock, make=False)
             undo.push_async_callback(again.drop)
             with refusing(self.target):
-                await again.connection.run(self._check_epoch)
+                await again.connection.run(lambda plain: _check_epoch(plain, self.target, self.session.seen))
             undo.pop_all()
         return again
 
@@ -261,18 +264,6 @@ class _Database:
         if self._reopening is not None and not self._reopening.expired():
             self._reopening.reschedule(asyncio.get_running_loop().time())
 
-    def _check_epoch(self, plain: Plain) -> None:
-        """Begin a new epoch if commits that we have seen are gone: another server may have taken over without them."""
-        seen, now = self.session.seen, stand(plain)
-        if seen is None or not now.lacks_what_was(seen):
-            return
-        log.error(
-            "The database lacks changes that were there before; subscribers begin anew",
-            extra={"seen": seen.newest, "newest": now.newest},
-        )
-        with plain.transaction():
-            make_epoch(plain, seen)
-
     async def close(self, *, is_clean: bool) -> None:
         """Close every connection."""
         for task in (self._looking, self._indexing):
@@ -282,6 +273,10 @@ class _Database:
         await self.session.drop()
         if self.opened is not None:
             await (self.opened.close() if is_clean else self.opened.drop())
+
+
+def _check_epoch(plain: Plain, target: Target, seen: Stand | None) -> None:
+    epochs.check(plain, seen, waits_for_standby=target.waits_for_standby)
 
 
 async def _check_for_pooler(target: Target, one: Connection, another: Connection) -> None:
@@ -340,10 +335,13 @@ class Reading:
         self._database = database
         self._exports = Exports(database.target)
 
-    @property
-    def leads(self) -> bool:
-        """Whether this daemon's session holds the lock of the leader."""
-        return self._database.session.leads
+    def leads(self, chore: Chore) -> bool:
+        """Return whether this daemon's session holds the lock of who leads."""
+        return self._database.session.leads(chore)
+
+    def resign(self, chore: Chore) -> None:
+        """Leave a chore to other daemons."""
+        self._database.session.resign(chore)
 
     async def read(self, query: Query[A]) -> A:
         """Answer a query in a reader's thread (see `ReadingEngine.read`)."""

@@ -10,19 +10,37 @@ from typing import Any, Final, TypeVar
 import psycopg
 from psycopg import pq
 
-from telemetryd.engine.postgres.connection import Plain, first_line, is_of_one, is_passing, translate
+from telemetryd.engine.postgres.connection import (
+    ATTEMPTS,
+    Plain,
+    Target,
+    first_line,
+    is_of_one,
+    is_passing,
+    translate,
+)
 from telemetryd.engine.postgres.statements.commands import Transaction
 from telemetryd.errors import CommandFailedError, DatabaseSuspectError, TelemetrydError, UnavailableError, sentence
 from telemetryd.model.commands import Command
+from telemetryd.ops.logs import log
 
 T = TypeVar("T")
 Outcome = Any | CommandFailedError
 
-_ATTEMPTS: Final = 4
 _NO_STANDBY: Final = "TD001"
 _NO_STANDBY_ANY_MORE: Final = "TD002"
 """What `telemetryd_require_standby` raises before and after a COMMIT."""
+_NO_DISK: Final = "TD003"
+"""What `telemetryd_require_disk` raises after a COMMIT."""
 
+# In the middle of a pipeline the server does not count a session as idle (`send_ready_for_query` in postgres.c), so
+# neither idle_in_transaction_session_timeout nor statement_timeout ends one whose daemon stands still.
+_END_SLEEPERS: Final = """
+    SELECT application_name, pg_terminate_backend(pid) FROM pg_stat_activity
+    WHERE datname = current_database() AND usename = current_user AND application_name LIKE 'telemetryd/%%/writer'
+        AND pid <> pg_backend_pid() AND state = 'active' AND wait_event = 'ClientRead'
+        AND clock_timestamp() - state_change >= make_interval(secs => %s)
+"""
 
 _WAIT_FOR_STANDBY: Final = "SyncRepWaitForLSN"
 """The function of the server (syncrep.c) that warns if it is cancelled; its words depend on the server's language."""
@@ -58,15 +76,15 @@ class Groups:
 
     Args:
         clock: gives the moment, one for each group, as stored text.
-        needs_standby: whether a synchronous standby has to be there.
+        target: the database.
 
     """
 
-    def __init__(self, clock: Callable[[], str], *, needs_standby: bool) -> None:
+    def __init__(self, clock: Callable[[], str], target: Target) -> None:
         self._clock = clock
-        self._needs_standby = needs_standby
+        self._target = target
         self.since: float | None = None
-        """When a group that is being written was begun, or None."""
+        """When the transaction that is under way was begun, or None."""
 
     def write(self, plain: Plain, notices: Notices, commands: Sequence[Command[Any]]) -> list[Outcome]:
         """Commit one group, and return the outcome of each command.
@@ -78,7 +96,6 @@ class Groups:
             TelemetrydError: if the whole group failed, as `WritingEngine.write` says.
 
         """
-        self.since = time.monotonic()
         try:
             return self._write(plain, notices, commands)
         finally:
@@ -102,18 +119,29 @@ class Groups:
             raise DatabaseSuspectError(f"It is unknown what of a group is stored: {sentence(error)}") from error
 
     def _transact_again(self, plain: Plain, notices: Notices, commands: Sequence[Command[Any]]) -> list[Outcome]:
-        for attempt in range(1, _ATTEMPTS + 1):
+        begun = time.monotonic()
+        for attempt in range(1, ATTEMPTS + 1):
+            self.since = time.monotonic()
             try:
                 return self._transact(plain, notices, commands)
             except psycopg.Error as error:
-                if not is_passing(error) or attempt == _ATTEMPTS:
+                # Several locks may have been waited for, one after the other.
+                is_time = time.monotonic() - begun < self._target.commit_timeout_s - self._target.lock_timeout_s
+                if not is_passing(error) or attempt == ATTEMPTS or not is_time:
                     raise
+                if isinstance(error, psycopg.errors.LockNotAvailable):
+                    self._end_sleepers(plain)
         raise AssertionError("the last attempt returns or raises")
+
+    def _end_sleepers(self, plain: Plain) -> None:
+        """End what other daemons have begun and do not go on with: they stand still, and hold what we wait for."""
+        for name, _ in plain.execute(_END_SLEEPERS, (self._target.lock_timeout_s,)):
+            log.warning("A daemon that stood still in the middle of a transaction was cut off", extra={"session": name})
 
     def _transact(self, plain: Plain, notices: Notices, commands: Sequence[Command[Any]]) -> list[Outcome]:
         notices.forget()
         with _rolled_back_unless_done(plain):
-            transaction = Transaction(plain, self._clock(), needs_standby=self._needs_standby)
+            transaction = Transaction(plain, self._clock(), self._target.sync)
             outcomes = transaction.apply(commands)
             transaction.finish()
         notices.check()
@@ -143,7 +171,8 @@ def _rolled_back_unless_done(plain: Plain) -> Iterator[None]:
         yield
     except BaseException:
         if not plain.closed and plain.info.transaction_status != pq.TransactionStatus.IDLE:
-            plain.execute("ROLLBACK")
+            # As a statement it would leave the driver with names of prepared statements that never came to be.
+            plain.rollback()
         raise
 
 
@@ -152,4 +181,6 @@ def _translate(error: psycopg.Error) -> Exception:
         return UnavailableError("No synchronous standby would hold it, so it was not stored; repeat it later")
     if error.sqlstate == _NO_STANDBY_ANY_MORE:
         return DatabaseSuspectError("It is unknown whether a standby holds the last commit: none is asked for any more")
+    if error.sqlstate == _NO_DISK:
+        return DatabaseSuspectError("A crash may lose the last commit: fsync or full_page_writes was turned off")
     return translate(error)

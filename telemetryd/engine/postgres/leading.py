@@ -1,7 +1,7 @@
 """One session of each daemon that looks around: what others have committed, who leads, and what is due once for all.
 
-One daemon leads, the one whose session holds a lock. It may have lost that without having noticed; so whatever a leader
-does is right even if two do it: each piece of work takes a lock for its own transaction.
+For each chore one daemon leads, the one whose session holds its lock. It may have lost that without having noticed; so
+whatever a leader does is right even if two do it: each piece of work takes a lock for its own transaction.
 """
 
 from __future__ import annotations
@@ -9,30 +9,36 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, TypeVar
 
 import psycopg
 
 from telemetryd.engine.postgres.connection import Connection, Plain, Target, connect, first_line, writing_session
+from telemetryd.engine.postgres.epochs import Stand, stand
 from telemetryd.engine.postgres.groups import transact
-from telemetryd.engine.postgres.schema import CLASS, LEADING
+from telemetryd.engine.postgres.schema import CLASS, LEADING, LEADING_ALERTS, LEADING_PRUNING, LEADING_REAPING
 from telemetryd.engine.postgres.statements import deltas
-from telemetryd.engine.postgres.statements.numbers import NEWEST, forget_deletions
+from telemetryd.engine.postgres.statements.numbers import forget_deletions
 from telemetryd.errors import DatabaseError, DatabaseSuspectError, TelemetrydError, sentence
+from telemetryd.model.chores import Chore
 from telemetryd.ops.logs import log
 
 T = TypeVar("T")
 
-_STAND: Final = f"SELECT {NEWEST}, (SELECT epoch FROM change_feed)"
+_LOCKS: Final = {
+    Chore.COUNTS: LEADING,
+    Chore.ALERTS: LEADING_ALERTS,
+    Chore.PRUNING: LEADING_PRUNING,
+    Chore.REAPING: LEADING_REAPING,
+}
 _LEAD: Final = "SELECT pg_try_advisory_lock(%s, %s)"
-_HOLDS: Final = """
-    SELECT EXISTS (
-        SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND classid = %s AND objid = %s AND pid = pg_backend_pid()
-            AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
-    )
+_RESIGN: Final = "SELECT pg_advisory_unlock(%s, %s)"
+_HELD: Final = """
+    SELECT objid::int FROM pg_locks WHERE locktype = 'advisory' AND classid = %s AND pid = pg_backend_pid()
+        AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
 """
+_LEAD_NAME: Final = "lead"
 _LEAD_EVERY_S: Final = 2.0
 _FOLD_EVERY_S: Final = 5.0
 _COUNT_EVERY_S: Final = 1.0
@@ -42,35 +48,6 @@ _MANY: Final = 50_000
 _AGAIN_S: Final = 1.0
 _LEASE_S: Final = 10.0
 """For so long a daemon leads without having seen again that it does."""
-
-
-@dataclass(frozen=True, slots=True)
-class Stand:
-    """Where the commit sequence stands."""
-
-    newest: int
-    epoch: str
-
-    def lacks_what_was(self, before: Stand) -> bool:
-        """Return whether commits are gone that were there before."""
-        return self.epoch == before.epoch and self.newest < before.newest
-
-
-def stand(plain: Plain) -> Stand:
-    """Return where the commit sequence stands."""
-    return Stand(*plain.execute(_STAND).fetchall()[0])
-
-
-def make_epoch(plain: Plain, seen: Stand) -> Stand:
-    """Begin a new epoch, after every number that was seen: commits that subscribers know of are lost."""
-    plain.execute("SELECT telemetryd_take_turn(false)")
-    plain.execute(
-        "UPDATE change_feed SET epoch = left(replace(gen_random_uuid()::text, '-', ''), 12), "
-        "floor = greatest(floor, %(newest)s), horizon = greatest(horizon, %(newest)s)",
-        {"newest": seen.newest},
-    )
-    plain.execute("SELECT setval('numbers', greatest(nextval('numbers'), %s + 1))", (seen.newest,))
-    return stand(plain)
 
 
 class Session:
@@ -86,7 +63,8 @@ class Session:
     def __init__(self, target: Target, poll_s: float, answer_s: float) -> None:
         self._target, self._poll_s, self._answer_s = target, poll_s, answer_s
         self._connection: Connection | None = None
-        self._led_at: float | None = None
+        self._wanted = {Chore.COUNTS}
+        self._led_at: dict[Chore, float] = {}
         self.seen: Stand | None = None
         """The furthest stand that we or a subscriber of ours know of."""
         self._due: dict[str, float] = {}
@@ -103,10 +81,19 @@ class Session:
         await self._try_to_lead(self._connection)
         return self._connection
 
-    @property
-    def leads(self) -> bool:
-        """Whether this daemon does what is due once."""
-        return self._led_at is not None and time.monotonic() - self._led_at < _LEASE_S
+    def leads(self, chore: Chore) -> bool:
+        """Return whether this daemon does what is due once; who asks can do it, and tries to lead from now on."""
+        if chore not in self._wanted:
+            self._wanted.add(chore)
+            self._due.pop(_LEAD_NAME, None)
+        led_at = self._led_at.get(chore)
+        return led_at is not None and time.monotonic() - led_at < _LEASE_S
+
+    def resign(self, chore: Chore) -> None:
+        """Leave a chore to others from now on."""
+        self._wanted.discard(chore)
+        self._led_at.pop(chore, None)
+        self._due.pop(_LEAD_NAME, None)
 
     def note(self, found: Stand) -> None:
         """Take note of a stand that a subscriber is told of."""
@@ -134,7 +121,7 @@ class Session:
 
     async def drop(self) -> None:
         """Close the connection at once, and with it give up leading."""
-        self._led_at = None
+        self._led_at = {}
         connection, self._connection = self._connection, None
         if connection is not None:
             await connection.drop()
@@ -151,7 +138,7 @@ class Session:
             if found != told:
                 told = found
                 changed()
-            if self._is_due("lead", _LEAD_EVERY_S):
+            if self._is_due(_LEAD_NAME, _LEAD_EVERY_S):
                 await self._try_to_lead(connection)
             await self._do_chores(connection)
             await asyncio.sleep(self._poll_s)
@@ -170,18 +157,20 @@ class Session:
             raise psycopg.OperationalError(f"the server has not answered for {self._answer_s:g} s") from None
 
     async def _try_to_lead(self, connection: Connection) -> None:
-        now = time.monotonic()
-        self._led_at = now if await self._ask(connection, _try_to_lead) else None
+        now, wanted = time.monotonic(), frozenset(self._wanted)
+        led = await self._ask(connection, lambda plain: _try_to_lead(plain, wanted))
+        self._led_at = dict.fromkeys(led & self._wanted, now)
 
     async def _do_chores(self, connection: Connection) -> None:
         try:
             if self._is_due("count", _COUNT_EVERY_S):
                 waiting = await self._ask(connection, deltas.waiting)
-                if waiting >= (deltas.DUE if self.leads else _MANY) or (
-                    waiting and self.leads and self._is_due("fold", _FOLD_EVERY_S)
+                leads = self.leads(Chore.COUNTS)
+                if waiting >= (deltas.DUE if leads else _MANY) or (
+                    waiting and leads and self._is_due("fold", _FOLD_EVERY_S)
                 ):
                     await self._repeat(connection, deltas.fold)
-            if self.leads and self._is_due("forget", _FORGET_EVERY_S):
+            if self.leads(Chore.COUNTS) and self._is_due("forget", _FORGET_EVERY_S):
                 await self._repeat(connection, _forget)
         except DatabaseSuspectError:
             raise psycopg.OperationalError("a chore was cut off") from None
@@ -202,11 +191,16 @@ class Session:
         return True
 
 
-def _try_to_lead(plain: Plain) -> bool:
-    """Return whether our session holds the lock, taken only if it does not: a session may take it twice."""
-    if plain.execute(_HOLDS, (CLASS, LEADING)).fetchall()[0][0]:
-        return True
-    return bool(plain.execute(_LEAD, (CLASS, LEADING)).fetchall()[0][0])
+def _try_to_lead(plain: Plain, wanted: frozenset[Chore]) -> set[Chore]:
+    """Return the chores that our session leads; a lock is taken only if it does not hold it: it could take it twice."""
+    held = {lock for (lock,) in plain.execute(_HELD, (CLASS,))}
+    for chore, lock in _LOCKS.items():
+        if chore in wanted and lock not in held and plain.execute(_LEAD, (CLASS, lock)).fetchall()[0][0]:
+            held.add(lock)
+        elif chore not in wanted and lock in held:
+            plain.execute(_RESIGN, (CLASS, lock))
+            held.discard(lock)
+    return {chore for chore, lock in _LOCKS.items() if lock in held}
 
 
 def _forget(plain: Plain) -> bool:

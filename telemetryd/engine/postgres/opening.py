@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any, Final
 
-from telemetryd.engine.postgres.connection import Plain, Target
+from telemetryd.engine.postgres.connection import Plain, Target, answering
 from telemetryd.engine.postgres.schema import steps
 from telemetryd.errors import DatabaseError
 from telemetryd.ops.logs import log
@@ -30,7 +30,8 @@ def look(plain: Plain, target: Target) -> dict[str, Any]:
         DatabaseError: if runs cannot be kept there as they are promised to be.
 
     """
-    row = plain.execute(_LOOK).fetchone()
+    with answering(plain):
+        row = plain.execute(_LOOK).fetchone()
     assert row is not None  # noqa: S101 - without FROM there is one row
     number, version, encoding, in_recovery, fsync, page_writes, commit, standbys, primary, timeline = row
     if number < _OLDEST:
@@ -66,7 +67,7 @@ def check_standbys(target: Target, names: str) -> None:
         DatabaseError: then.
 
     """
-    if target.sync in (Sync.STANDBY, Sync.APPLY) and not names:
+    if target.waits_for_standby and not names:
         raise DatabaseError(
             f"{target.name} has no synchronous standby (synchronous_standby_names is empty), so none would hold what "
             "is acknowledged; set one up, or set TELEMETRY_DB_SYNC=local"

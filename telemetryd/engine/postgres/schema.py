@@ -20,6 +20,7 @@ _STEP_NAME: Final = re.compile(r"(\d{4})_(\w+)\.sql")
 CLASS: Final = 7626853
 """The first half of every advisory lock of ours: so they are nobody else's."""
 COMMITS, FOLDING, LEADING, MIGRATING, INDEXING = range(1, 6)
+LEADING_ALERTS, LEADING_PRUNING, LEADING_REAPING = range(31, 34)
 """The second half, by what the lock is for."""
 
 _ATTEMPTS: Final = 20

@@ -34,6 +34,7 @@ from telemetryd.engine.sqlite.statements.answers import REGISTRY
 from telemetryd.engine.sqlite.tools import backup, migrate
 from telemetryd.errors import DatabaseBusyError, DatabaseError, DatabaseSuspectError, UnavailableError, sentence
 from telemetryd.model.changes import Changes, ListChanges
+from telemetryd.model.chores import Chore
 from telemetryd.model.commands import ApplyChanges, Command, DeleteRun, RedactRun
 from telemetryd.model.queries import ExportRuns, Query
 from telemetryd.model.values import format_timestamp
@@ -358,7 +359,6 @@ class Reading:
     """The half that all parts may use (`ReadingEngine`): its connections cannot write."""
 
     is_shared: Final = False
-    leads: Final = True
 
     def __init__(self, database: _Database, settings: Settings) -> None:
         self._database = database
@@ -368,6 +368,13 @@ class Reading:
         self._modes = database.modes
         self._exports = Exports(settings)
         self._log = LogWatch(2 * LOG_BYTES, database.measure_log, self._is_reading)
+
+    def leads(self, chore: Chore) -> bool:
+        """Return True: nobody else serves a file."""
+        return True
+
+    def resign(self, chore: Chore) -> None:
+        """Do nothing: there is nobody to leave it to."""
 
     def _readers(self) -> Readers:
         return self._database.readers()

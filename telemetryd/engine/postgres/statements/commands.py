@@ -62,6 +62,7 @@ from telemetryd.model.events import EVENT_KEY, TIMESTAMP
 from telemetryd.model.runs import AGENT_NAME, CREATED_AT, DIGEST, EVENT_ID, STORED, TEXTS, columns, digest
 from telemetryd.model.stats import FACTS
 from telemetryd.model.values import MAX_LABELS, Role, Row, SqlValue, Status, count_labels, merge_labels
+from telemetryd.settings import Sync
 
 _JSON: Final = frozenset(columns(Role.JSON))
 _BOOLEANS: Final = tuple(map(STORED.index, columns(Role.BOOLEAN)))
@@ -135,14 +136,14 @@ class Transaction:
     Args:
         plain: the connection, in no transaction.
         now: the moment, one for the whole group.
-        needs_standby: whether a synchronous standby has to be there.
+        sync: what an acknowledgement promises.
 
     """
 
-    def __init__(self, plain: Plain, now: str, *, needs_standby: bool) -> None:
+    def __init__(self, plain: Plain, now: str, sync: Sync) -> None:
         self._plain = plain
         self._now = now
-        self._numbers = Numbers(plain, needs_standby=needs_standby)
+        self._numbers = Numbers(plain, sync)
         self._deltas = Deltas()
         self._late: list[tuple[Any, Any]] = []
         """Statements whose results nobody needs; they go with the next ones."""
@@ -164,7 +165,7 @@ class Transaction:
             self._take_turn()
             self._numbers.draw(has_written=self._has_written)
             done = self._plain.execute("COMMIT")
-            self._numbers.check_standby()
+            self._numbers.check_promises()
         if done.statusmessage != "COMMIT":  # which rolls back, without an error, what has failed before
             raise DatabaseSuspectError(f"PostgreSQL answered a COMMIT with {done.statusmessage}")
 

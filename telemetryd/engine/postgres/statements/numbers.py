@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Final
 
-from telemetryd.engine.postgres.connection import Plain
+from telemetryd.engine.postgres.connection import STANDBYS, Plain
 from telemetryd.model import events
+from telemetryd.settings import Sync
 
 REMEMBERED: Final = 1_000_000
 """Deletions are remembered for so many changes; a subscriber that is further behind has to start anew."""
@@ -25,6 +26,7 @@ NEWEST: Final = """greatest(
 
 _TAKE_TURN: Final = "SELECT telemetryd_take_turn(%s)"
 _CHECK_STANDBY: Final = "SELECT telemetryd_require_standby(true)"
+_CHECK_DISK: Final = "SELECT telemetryd_require_disk()"
 _CHANGED: Final = """
     INSERT INTO run_changes (run, seq)
     SELECT run, nextval('numbers') FROM (
@@ -74,9 +76,9 @@ def forget_deletions(plain: Plain) -> bool:
 class Numbers:
     """What one open transaction has to get numbers for."""
 
-    def __init__(self, plain: Plain, *, needs_standby: bool) -> None:
+    def __init__(self, plain: Plain, sync: Sync) -> None:
         self._plain = plain
-        self._needs_standby = needs_standby
+        self._sync = sync
         self._changed: dict[int, None] = {}
         self._deleted: list[str] = []
         self._events: list[tuple[Any, ...]] = []
@@ -108,7 +110,7 @@ class Numbers:
 
     def take_turn(self) -> None:
         """Wait until nobody else draws numbers."""
-        self._plain.execute(_TAKE_TURN, (self._needs_standby,))
+        self._plain.execute(_TAKE_TURN, (self._sync in STANDBYS,))
 
     def _draw_for_events(self) -> None:
         if self._events:
@@ -118,10 +120,12 @@ class Numbers:
             self._plain.execute(_REDACTED, ([*self._redacted],))
             self._redacted = {}
 
-    def check_standby(self) -> None:
-        """See, after the COMMIT, that a standby was still asked for: to take that back lets all commits pass."""
-        if self._needs_standby:
+    def check_promises(self) -> None:
+        """See, after the COMMIT, that a standby was still asked for, and the disk: to take that back lets all pass."""
+        if self._sync in STANDBYS:
             self._plain.execute(_CHECK_STANDBY)
+        if self._sync is not Sync.NONE:
+            self._plain.execute(_CHECK_DISK)
 
     def draw(self, *, has_written: bool) -> None:
         """Draw every number; only in our turn, and right before COMMIT."""
