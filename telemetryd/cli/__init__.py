@@ -37,6 +37,7 @@ _COMMANDS: Final = {
     "alerts": "alerts",
     "tail": "tail",
     "follow": "follow",
+    "move": "move",
     "export": "transfer",
     "import": "transfer",
     "sync": "agents",

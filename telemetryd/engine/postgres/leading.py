@@ -80,10 +80,12 @@ class Session:
         target: the database.
         poll_s: how often to look for what others have committed.
         answer_s: how long to wait for an answer of the server.
+        may_lead: whether it may be the one that leads.
 
     """
 
-    def __init__(self, target: Target, poll_s: float, answer_s: float) -> None:
+    def __init__(self, target: Target, poll_s: float, answer_s: float, *, may_lead: bool = True) -> None:
+        self._may_lead = may_lead
         self._target, self._poll_s, self._answer_s = target, poll_s, answer_s
         self._connection: Connection | None = None
         self._led_at: float | None = None
@@ -171,7 +173,7 @@ class Session:
 
     async def _try_to_lead(self, connection: Connection) -> None:
         now = time.monotonic()
-        self._led_at = now if await self._ask(connection, _try_to_lead) else None
+        self._led_at = now if self._may_lead and await self._ask(connection, _try_to_lead) else None
 
     async def _do_chores(self, connection: Connection) -> None:
         try:

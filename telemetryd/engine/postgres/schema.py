@@ -142,7 +142,7 @@ def make(plain: Plain, target: Target, now: str, *, may_update: bool) -> None:
         try:
             with plain.transaction():
                 plain.execute("SET LOCAL lock_timeout = '3s'")
-                _run_steps(plain, target, now, may_update=may_update)
+                run_steps(plain, target, now, may_update=may_update)
         except psycopg.errors.InsufficientPrivilege as error:
             raise DatabaseError(
                 f"The user of {target.name} may not make the tables there: {first_line(error)}; grant it CREATE on the "
@@ -156,7 +156,8 @@ def make(plain: Plain, target: Target, now: str, *, may_update: bool) -> None:
             return
 
 
-def _run_steps(plain: Plain, target: Target, now: str, *, may_update: bool) -> None:
+def run_steps(plain: Plain, target: Target, now: str, *, may_update: bool) -> None:
+    """Do what `make` does inside the caller's transaction."""
     plain.execute("SELECT pg_advisory_xact_lock(%s, %s)", (CLASS, MIGRATING))
     version = version_of(plain, target)
     if version >= current_version() or (version > 0 and not may_update):
@@ -170,3 +171,10 @@ def _run_steps(plain: Plain, target: Target, now: str, *, may_update: bool) -> N
         if step.version > version:
             plain.execute(step.sql.encode())
             plain.execute(_NOTE, (step.version, step.description, now))
+
+
+def derive(plain: Plain) -> None:
+    """Run what the steps derive from the runs once more, into empty tables: in the step itself there were none yet."""
+    for step in steps():
+        for statement in re.findall(r"^INSERT INTO [^;]*\bFROM agent_runs\b[^;]*;", step.sql, re.MULTILINE):
+            plain.execute(statement.encode())
