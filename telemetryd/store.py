@@ -92,17 +92,24 @@ class Store:
         clock: Callable[[], datetime] = utc_now,
         *,
         full_text: bool | None = None,
+        may_lead: bool = True,
     ) -> Store:
         """Open the database that the settings name, made if it is not there.
 
-        Only the daemon decides whether there is a full-text index (`full_text`); commands leave it as it is.
+        Only the daemon decides whether there is a full-text index (`full_text`); commands leave it as it is. A command
+        that works next to daemons must not lead (`may_lead`): it does not do what is due once for a database.
 
         Raises:
             DatabaseError: if it is not, or not yet, a database of this version. Nothing is written then.
             DatabaseOwnedError: if another process owns it.
 
         """
-        return cls(await open_engine(settings, metrics, clock, full_text=full_text), settings, metrics, clock)
+        return cls(
+            await open_engine(settings, metrics, clock, full_text=full_text, may_lead=may_lead),
+            settings,
+            metrics,
+            clock,
+        )
 
     async def _watch(self) -> None:
         """Notice within a second or so when the database is not what it was, even if nobody writes."""

@@ -50,6 +50,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     engines = str(metafunc.config.getoption("--engine")).split(",")
     if engines == ["sqlite"] or "engine" not in metafunc.fixturenames:
         return
+    if metafunc.definition.get_closest_marker("postgresql") is not None:  # it has its databases of its own
+        return
     metafunc.parametrize("engine", engines if _is_for_both(metafunc.definition) else ["sqlite"], scope="session")
 
 

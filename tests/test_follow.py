@@ -21,7 +21,7 @@ from aiohttp.test_utils import TestServer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from telemetryd.cli.follow import PageSize, _command
+from telemetryd.cli.follow import Page, PageSize
 from telemetryd.cli.stream import reach
 from telemetryd.client.config import Config
 from telemetryd.engine.sqlite.statements.changes import fetch_changes
@@ -318,7 +318,7 @@ def test_pages_of_any_size_at_any_time_make_an_equal_copy(steps: list[tuple[list
             page = orjson.loads(orjson.dumps(answer_with(changes, found)))
             copy.execute("BEGIN")
             transaction = Transaction(copy, NOW)
-            transaction.apply([_command(page, followed.begun)])
+            transaction.apply([Page.read(page).for_copy(followed.begun)])
             transaction.finish()
             copy.execute(end)
             return changes.more

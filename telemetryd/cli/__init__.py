@@ -40,6 +40,7 @@ _COMMANDS: Final = {
     "run": "run",
     "record": "record",
     "units": "units",
+    "move": "move",
     "export": "transfer",
     "import": "transfer",
     "sync": "agents",

@@ -129,6 +129,9 @@ class Changes:
 class GetFollowed(Query["Followed"]):
     """How far this database has come as a copy of another one. Answer: `Followed`."""
 
+    source: str | None = None
+    """Of several databases that are followed into this one, the name of the one that is meant."""
+
 
 @dataclass(frozen=True, slots=True)
 class Followed:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import ClassVar, Generic, TypeVar
 
+from telemetryd.model.changes import Cursor, Known
 from telemetryd.model.clocks import Reading
 from telemetryd.model.processes import Process
 from telemetryd.model.runs import EVENT_ID
@@ -303,8 +304,37 @@ class ApplyChanges(Command["Applied"]):
 
 
 @dataclass(frozen=True, slots=True)
+class MergeChanges(Command["Applied"]):
+    """Take over changes of one of several databases that are followed into this one. Outcome: `Applied`.
+
+    This one keeps ids and numbers of its own; `telemetryd follow --as` sends it.
+    """
+
+    source: str
+    """The name of that database."""
+    changes: tuple[tuple[int, CopiedRun | str], ...]
+    """As in `ApplyChanges`."""
+    events: tuple[Row, ...]
+    epoch: str
+    last: int
+    begun: int
+    last_event: int
+    """The id there up to which these are all the events."""
+    known: tuple[Known, ...]
+    """Some of the newest changes that are taken over with these."""
+    stood: Cursor | None
+    """How far this database had come when these were asked for; if it has come elsewhere since, nothing is done."""
+    stood_event: int
+
+    @property
+    def cost(self) -> int:
+        """How many rows it touches at most."""
+        return len(self.changes) + len(self.events)
+
+
+@dataclass(frozen=True, slots=True)
 class Applied:
-    """How many changes and events an `ApplyChanges` took over."""
+    """How many changes and events an `ApplyChanges` or a `MergeChanges` took over."""
 
     changes: int
     events: int

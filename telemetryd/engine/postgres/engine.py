@@ -38,14 +38,16 @@ _OWN_TOOLS: Final = (
 )
 
 
-async def open_postgres(settings: Settings, clock: Callable[[], datetime], *, full_text: bool | None) -> Engine:
+async def open_postgres(
+    settings: Settings, clock: Callable[[], datetime], *, full_text: bool | None, may_lead: bool
+) -> Engine:
     """Connect, look at the server, make the schema if the database is empty, and open what reads (see `open_engine`).
 
     Raises:
         DatabaseError: if runs cannot be kept there; nothing is written then.
 
     """
-    database = await _Database.open(settings, clock, full_text=full_text)
+    database = await _Database.open(settings, clock, full_text=full_text, may_lead=may_lead)
     return Engine(Writing(database), Reading(database))
 
 
@@ -141,7 +143,9 @@ class _Database:
         self._indexing: asyncio.Task[None] | None = None
 
     @classmethod
-    async def open(cls, settings: Settings, clock: Callable[[], datetime], *, full_text: bool | None) -> _Database:
+    async def open(
+        cls, settings: Settings, clock: Callable[[], datetime], *, full_text: bool | None, may_lead: bool
+    ) -> _Database:
         """Open the database, and begin to look around.
 
         Raises:
@@ -152,7 +156,7 @@ class _Database:
         async with contextlib.AsyncExitStack() as undo:
             opened = await _Opened.open(target, settings, clock, make=True)
             undo.push_async_callback(opened.close)
-            session = Session(target, settings.db_poll_ms / 1000, settings.db_commit_timeout_s)
+            session = Session(target, settings.db_poll_ms / 1000, settings.db_commit_timeout_s, may_lead=may_lead)
             undo.push_async_callback(session.drop)
             with refusing(target):
                 await opened.connection.run(lambda plain: _check_epoch(plain, target, None))

@@ -57,10 +57,12 @@ class Session:
         target: the database.
         poll_s: how often to look for what others have committed.
         answer_s: how long to wait for an answer of the server.
+        may_lead: whether it may be the one that leads.
 
     """
 
-    def __init__(self, target: Target, poll_s: float, answer_s: float) -> None:
+    def __init__(self, target: Target, poll_s: float, answer_s: float, *, may_lead: bool = True) -> None:
+        self._may_lead = may_lead
         self._target, self._poll_s, self._answer_s = target, poll_s, answer_s
         self._connection: Connection | None = None
         self._wanted = {Chore.COUNTS}
@@ -157,7 +159,7 @@ class Session:
             raise psycopg.OperationalError(f"the server has not answered for {self._answer_s:g} s") from None
 
     async def _try_to_lead(self, connection: Connection) -> None:
-        now, wanted = time.monotonic(), frozenset(self._wanted)
+        now, wanted = time.monotonic(), frozenset(self._wanted if self._may_lead else ())
         led = await self._ask(connection, lambda plain: _try_to_lead(plain, wanted))
         self._led_at = dict.fromkeys(led & self._wanted, now)
 

@@ -150,7 +150,7 @@ def make(plain: Plain, target: Target, now: str, *, count_anew: Callable[[Plain]
         try:
             with plain.transaction():
                 plain.execute("SET LOCAL lock_timeout = '3s'")
-                _run_steps(plain, target, now, count_anew)
+                run_steps(plain, target, now, count_anew)
         except psycopg.errors.InsufficientPrivilege as error:
             raise DatabaseError(
                 f"The user of {target.name} may not make the tables there: {first_line(error)}; grant it CREATE on the "
@@ -164,7 +164,8 @@ def make(plain: Plain, target: Target, now: str, *, count_anew: Callable[[Plain]
             return
 
 
-def _run_steps(plain: Plain, target: Target, now: str, count_anew: Callable[[Plain], None] | None) -> None:
+def run_steps(plain: Plain, target: Target, now: str, count_anew: Callable[[Plain], None] | None) -> None:
+    """Do what `make` does inside the caller's transaction."""
     plain.execute("SELECT pg_advisory_xact_lock(%s, %s)", (CLASS, MIGRATING))
     version = version_of(plain, target)
     if version >= current_version() or (version > 0 and count_anew is None):
@@ -180,3 +181,10 @@ def _run_steps(plain: Plain, target: Target, now: str, count_anew: Callable[[Pla
             plain.execute(_NOTE, (step.version, step.description, now, step.compatible_from))
     if version > 0 and count_anew is not None:
         count_anew(plain)
+
+
+def derive(plain: Plain) -> None:
+    """Run what the steps derive from the runs once more, into empty tables: in the step itself there were none yet."""
+    for step in steps():
+        for statement in re.findall(r"^INSERT INTO [^;]*\bFROM agent_runs\b[^;]*;", step.sql, re.MULTILINE):
+            plain.execute(statement.encode())

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from operator import itemgetter
 from typing import Any, Final
 
+import orjson
+
 from telemetryd.engine.postgres.connection import Plain
 from telemetryd.engine.postgres.statements import full_text
 from telemetryd.engine.postgres.statements.answers import answers
@@ -49,6 +51,7 @@ _FOLLOWED: Final = f"""
     SELECT {NEWEST}, epoch, seq, begun, (SELECT coalesce(max(id), 0) FROM run_events)
     FROM (SELECT 1) AS always LEFT JOIN followed_feed ON true
 """
+_PLACE: Final = "SELECT epoch, seq, begun, last_event, known FROM followed_feeds WHERE source = %s AND epoch <> ''"
 _NEWEST_KNOWN: Final = (
     "SELECT seq, event_id, id, updated_at FROM run_changes JOIN agent_runs ON id = run ORDER BY seq DESC LIMIT 1",
     "SELECT seq, event_id, id, updated_at FROM run_changes JOIN agent_runs ON id = run ORDER BY id DESC LIMIT 1",
@@ -160,6 +163,16 @@ def _matching(plain: Plain, ids: Iterable[SqlValue], filters: Filters) -> frozen
 @answers(GetFollowed)
 def fetch_followed(plain: Plain, query: GetFollowed) -> Followed:
     """Fetch how far a copy has come, and the last number and event that stand in it."""
+    if query.source is not None:
+        return _fetch_place(plain, query.source)
     newest, epoch, seq, begun, last_event = one(plain, _FOLLOWED)
     known = {Known(*row): None for statement in _NEWEST_KNOWN for row in plain.execute(statement)}
     return Followed(newest, None if epoch is None else Cursor(seq, epoch), begun or 0, last_event, tuple(known))
+
+
+def _fetch_place(plain: Plain, source: str) -> Followed:
+    row = plain.execute(_PLACE, (source,)).fetchone()
+    if row is None:
+        return Followed(0, None, 0, 0)
+    epoch, seq, begun, last_event, known = row
+    return Followed(seq, Cursor(seq, epoch), begun, last_event, tuple(Known(*each) for each in orjson.loads(known)))

@@ -20,10 +20,12 @@ from telemetryd.engine.postgres.connection import Plain
 from telemetryd.engine.postgres.statements import (
     commands_alerts,
     commands_confirmations,
+    commands_edges,
     commands_removal,
     commands_replica,
     commands_thinning,
 )
+from telemetryd.engine.postgres.statements.arrays import arrays, by_column, selected
 from telemetryd.engine.postgres.statements.deltas import Deltas
 from telemetryd.engine.postgres.statements.numbers import Numbers
 from telemetryd.errors import DatabaseSuspectError
@@ -33,7 +35,6 @@ from telemetryd.model.commands import (
     Command,
     ConfirmDelivery,
     ConfirmPrune,
-    CopiedRun,
     Created,
     CreateEvents,
     CreateRuns,
@@ -43,6 +44,7 @@ from telemetryd.model.commands import (
     Indexed,
     IndexTexts,
     KeepAlerts,
+    MergeChanges,
     ProcessEnded,
     Pruned,
     PruneRuns,
@@ -59,21 +61,18 @@ from telemetryd.model.commands import (
     UpdateRun,
 )
 from telemetryd.model.events import EVENT_KEY, TIMESTAMP
-from telemetryd.model.runs import AGENT_NAME, CREATED_AT, DIGEST, EVENT_ID, STORED, TEXTS, columns, digest
+from telemetryd.model.runs import AGENT_NAME, CREATED_AT, DIGEST, EVENT_ID, STORED, columns, digest
 from telemetryd.model.stats import FACTS
 from telemetryd.model.values import MAX_LABELS, Role, Row, SqlValue, Status, count_labels, merge_labels
 from telemetryd.settings import Sync
 
-_JSON: Final = frozenset(columns(Role.JSON))
 _BOOLEANS: Final = tuple(map(STORED.index, columns(Role.BOOLEAN)))
 _COLUMNS: Final = (*STORED, "updated_at", DIGEST)
-_ARRAYS: Final = ", ".join(f"%s::{'text' if name in TEXTS else 'bigint'}[]" for name in _COLUMNS)
-_VALUES: Final = ", ".join(f"{name}::json" if name in _JSON else name for name in _COLUMNS)
 # Ids are in the order in which the runs were given, rows are stored in the order of their event_ids.
 _CREATE: Final = f"""
     INSERT INTO agent_runs (id, {", ".join(_COLUMNS)})
-    SELECT id, {_VALUES} FROM (
-        SELECT nextval('numbers') AS id, given.* FROM unnest({_ARRAYS}) AS given ({", ".join(_COLUMNS)})
+    SELECT id, {selected(_COLUMNS)} FROM (
+        SELECT nextval('numbers') AS id, given.* FROM unnest({arrays(_COLUMNS)}) AS given ({", ".join(_COLUMNS)})
     ) AS numbered
     ORDER BY event_id COLLATE "C", id
     ON CONFLICT (event_id) DO NOTHING
@@ -259,6 +258,9 @@ class Transaction:
                 outcome = self._reap(command)
             case ApplyChanges():
                 outcome = self._apply_changes(command)
+            case MergeChanges():
+                self._has_written = True
+                outcome = commands_edges.merge(self._plain, self._numbers, self._deltas, command, self._now)
             case _:
                 outcome = self._apply_to_others(command)
         return outcome
@@ -389,8 +391,9 @@ class Transaction:
     def _apply_changes(self, command: ApplyChanges) -> Applied:
         self._take_turn()  # before any of its rows is waited for; there is one who follows
         self._has_written = True
-        self._deltas.deleted += commands_replica.apply_changes(self._plain, command)
-        self._deltas.created += [_facts_of(what.row) for _, what in command.changes if isinstance(what, CopiedRun)]
+        plan = commands_replica.apply_changes(self._plain, command)
+        self._deltas.deleted += plan.taken
+        self._deltas.created += plan.added
         return Applied(len(command.changes), len(command.events))
 
     # --- What all of them need ------------------------------------------------------------------------
@@ -419,10 +422,10 @@ class Transaction:
 
 def _arrays(rows: Sequence[Row]) -> list[list[Any]]:
     """Return rows column by column, as `unnest` takes them."""
-    arrays = [[*column] for column in zip(*rows, strict=True)]
+    given = by_column(rows)
     for place in _BOOLEANS:
-        arrays[place] = [*map(int, arrays[place])]
-    return arrays
+        given[place] = [*map(int, given[place])]
+    return given
 
 
 def _outcomes(batches: Sequence[tuple[Row, ...]], new: dict[str, int]) -> Iterator[Created]:

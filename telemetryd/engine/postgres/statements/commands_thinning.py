@@ -64,6 +64,7 @@ _DELETE_RUNS: Final = tuple(
         ("run_processes", "run"),
         ("run_changes", "run"),
         ("unconverted_values", "run"),
+        ("followed_runs", "run"),
         ("agent_runs", "id"),
     )
 )

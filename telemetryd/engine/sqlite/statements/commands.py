@@ -41,7 +41,6 @@ from telemetryd.model.commands import (
     Command,
     ConfirmDelivery,
     ConfirmPrune,
-    CopiedRun,
     Created,
     CreateEvents,
     CreateRuns,
@@ -425,8 +424,9 @@ class Transaction:
         return outcomes
 
     def _apply_changes(self, command: ApplyChanges) -> Applied:
-        self._deleted += replica.apply_changes(self._cursor, command)
-        self._created += [what.row for _, what in command.changes if isinstance(what, CopiedRun)]
+        plan = replica.apply_changes(self._cursor, command)
+        self._deleted += plan.taken
+        self._created += [run.row for run in plan.runs]
         return Applied(len(command.changes), len(command.events))
 
     def _reap(self, command: ReapRuns) -> Reaped:

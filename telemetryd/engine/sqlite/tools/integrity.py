@@ -207,7 +207,12 @@ def count_wrong_totals(connection: sqlite3.Connection) -> int:
 
 def recount_totals(connection: sqlite3.Connection) -> None:
     """Count every total and the statistics again, inside the caller's transaction."""
+    count_again(connection)
+    rollups.rebuild(connection)
+
+
+def count_again(connection: sqlite3.Connection) -> None:
+    """Count every total again, inside the caller's transaction; the statistics stay."""
     for table in ("run_totals", "run_minutes", "run_hours", "run_days"):
         connection.execute(f"DELETE FROM {table}")
     migrate.derive(connection)
-    rollups.rebuild(connection)
