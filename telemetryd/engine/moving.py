@@ -39,6 +39,7 @@ class Table:
 
 
 _OF_ALERTS: Final = ("rule", "agent_name", "job_type", "measure", "first_bad_commit")
+_OF_COMMITS: Final = ("slot", "agent_name", "job_type", "git_commit_hash")
 RUNS: Final = Table("agent_runs", runs.TABLE, ("id",))
 CHANGES: Final = Table("run_changes", ("run", "seq"), ("run",))
 """Of every run the number of its last change, also where that is its id."""
@@ -70,6 +71,7 @@ TABLES: Final = (
     STATS,
     Table("run_totals", ("agent_name", "job_type", "status", "runs"), ("agent_name", "job_type", "status")),
     Table("run_minutes", ("minute", "runs"), ("minute",)),
+    Table("run_commits", (*_OF_COMMITS, "runs", "failures", "timed", "bins", "seconds"), _OF_COMMITS),
 )
 """All that every engine keeps; what only one of them indexes or counts is made anew."""
 
