@@ -7,6 +7,7 @@ Source: modelcontextprotocol.io/specification/2026-07-28, "Versioning and Compat
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import re
@@ -215,7 +216,8 @@ async def _content(asked: Message, call: Caller, said: dict[str, Any], *, is_ear
     if asked.method == _CALL:
         content = await _call(asked.params, call, said)
     elif asked.method in methods:
-        content = methods[asked.method](asked.params)
+        # In a thread, as the first list of tools takes long to make: its schemas derive from the models.
+        content = await asyncio.to_thread(methods[asked.method], asked.params)
     else:
         raise RpcError(METHOD_NOT_FOUND, f"There is no method {shorten(asked.method)!r}")
     if is_earlier:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from telemetryd.cli.mcp import split
 from telemetryd.mcp.endpoint import LONGEST_MESSAGE
 from tests.conftest import StartDaemon, make_run
 from tests.http_client import post
@@ -95,6 +100,20 @@ def test_lines_that_are_no_messages_are_answered_and_cost_the_others_nothing(tmp
     assert sorted(codes[3:], key=str) == [(None, -32600), (None, -32700), (None, -32700)]
 
 
+def test_a_call_that_is_cancelled_is_not_answered(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # it takes connections, and never answers
+        command = [sys.executable, "-m", "telemetryd", "mcp", "--url", f"http://127.0.0.1:{silent.getsockname()[1]}"]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdin is not None
+            process.stdin.write(request("slow", "tools/call", name="agents") + "\n")
+            process.stdin.flush()
+            with silent.accept()[0]:
+                cancelled = {"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": "slow"}}
+                process.stdin.write(json.dumps(cancelled) + "\n" + request("next", "server/discover") + "\n")
+                out, _ = process.communicate(timeout=60)
+    assert [json.loads(line)["id"] for line in out.splitlines()] == ["next"]
+
+
 def test_an_earlier_client_needs_no_envelope_after_initialize(tmp_path: Path) -> None:
     hello = {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": {"name": "old", "version": "1"}}
     lines = [
@@ -116,6 +135,23 @@ def test_an_earlier_client_needs_no_envelope_after_initialize(tmp_path: Path) ->
             assert "resultType" not in answer["result"]
         process.stdin.close()
         assert process.wait(60) == 0
+
+
+@given(
+    lines=st.lists(st.binary(max_size=12).filter(lambda line: b"\n" not in line), max_size=8),
+    sizes=st.lists(st.integers(1, 9), min_size=1),
+    is_ended=st.booleans(),
+)
+def test_lines_are_the_same_however_they_come(lines: list[bytes], sizes: list[int], is_ended: bool) -> None:
+    whole = b"\n".join(lines) + (b"\n" if is_ended else b"")
+    parts, place = [], 0
+    for size in cycle(sizes):
+        if place >= len(whole):
+            break
+        parts.append(whole[place : place + size])
+        place += size
+    expected = [None if len(line) > 8 else line for line in lines if len(line) > 8 or line.strip()]
+    assert list(split(parts, 8)) == expected
 
 
 def test_it_ends_without_a_word_when_nobody_reads_any_more(tmp_path: Path) -> None:
