@@ -15,6 +15,7 @@ from aiohttp import hdrs, web
 import telemetryd
 from telemetryd import traces
 from telemetryd.errors import InvalidBodyError, InvalidRequestError, RunNotFoundError
+from telemetryd.mcp import endpoint as mcp
 from telemetryd.model import event_queries, events, filters, queries, regressions, runs, stats, values
 from telemetryd.model.answers import (
     BatchStored,
@@ -410,7 +411,7 @@ async def get_openapi(request: web.Request) -> web.Response:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One endpoint: how it is reached, who answers, and how it is described (not at all for what only shows pages)."""
+    """One endpoint: how it is reached, who answers, and how it is described (not at all for pages and for /mcp)."""
 
     method: str
     path: str
@@ -446,6 +447,7 @@ ROUTES: Final[tuple[Route, ...]] = (
     Route("POST", "/api/v1/admin/redact", admin_handlers.redact_run, operations.REDACT_RUN),
     Route("POST", "/api/v1/admin/confirm", admin_handlers.confirm, operations.CONFIRM),
     Route("POST", "/api/v1/admin/backup", admin_handlers.make_backup, operations.MAKE_BACKUP),
+    Route("POST", mcp.PATH, mcp.answer_assistant),
     Route("GET", "/openapi.json", get_openapi),
     *(Route("GET", path, handler) for path, handler in pages.handlers()),
 )
@@ -489,11 +491,12 @@ def make_app(
     app[BODIES] = Bodies(settings.max_body_bytes)
     app[EXPORTER] = Exporter(store)
     app[ALERTING] = alerting or Alerting(store, Rules())
+    app[mcp.SOURCE] = mcp.StoreSource(store, app[ALERTING])
     app[UPKEEP] = upkeep or Upkeep(store, settings)
     # aiohttp's own pattern of a variable part leaves out braces, which an event_id may hold.
     paths = [(route, route.path.replace("{event_id}", "{event_id:[^/]+}")) for route in ROUTES]
     app.router.add_routes([web.route(route.method, path, route.handler) for route, path in paths])
     # A slash at the end is ignored, except after the names of pages and of their files.
-    slashed = [(route, f"{path}/") for route, path in paths if route.operation or path == "/openapi.json"]
+    slashed = [(route, f"{path}/") for route, path in paths if route.operation or path in ("/openapi.json", mcp.PATH)]
     app.router.add_routes([web.route(route.method, path, route.handler) for route, path in slashed])
     return app

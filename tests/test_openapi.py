@@ -63,7 +63,7 @@ def test_every_route_is_in_it() -> None:
     pages = {
         (method, path)
         for method, path in served
-        if path == "/" or path.startswith(("/docs", "/redoc", "/openapi.json", "/page/"))
+        if path == "/" or path.startswith(("/docs", "/redoc", "/openapi.json", "/page/", "/mcp"))
     }
     assert {(method, path) for method, path, _ in described()} == served - pages
     assert len(served - pages) == 26

@@ -35,6 +35,7 @@ _COMMANDS: Final = {
     "stats": "statistics",
     "regressions": "regressions",
     "alerts": "alerts",
+    "mcp": "mcp",
     "tail": "tail",
     "follow": "follow",
     "run": "run",

@@ -56,6 +56,7 @@ TABLE: dict[tuple[str, str], Scope | None] = {
     ("GET", "/api/v1/regressions"): READ,
     ("GET", "/api/v1/alerts"): READ,
     ("GET", "/api/v1/metadata"): READ,
+    ("POST", "/mcp"): READ,
     ("GET", "/metrics"): READ,
     ("GET", "/openapi.json"): READ,
     ("GET", "/"): READ,

@@ -1,0 +1,1 @@
+"""Answers assistants over the Model Context Protocol: messages, tools, and the HTTP endpoint."""
