@@ -29,7 +29,7 @@ BOTH_ENGINES := tests/contract tests/mcp $(addprefix tests/test_,$(addsuffix .py
 	properties queries regressions runs stats tail tokens upkeep))
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-contract test-postgresql test-pythons test-all test-faults test-failover torture fuzz check bench bench-large bench-client schema docs lock audit sbom build clean
+.PHONY: help install run test test-contract test-postgresql test-pythons test-all test-faults test-failover test-packages torture fuzz check bench bench-large bench-client schema docs lock audit sbom build deb clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -87,6 +87,9 @@ test-faults: $(INSTALLED) ## the fault tests alone, in their short form (a minut
 
 test-failover: $(INSTALLED) ## kill PostgreSQL's servers under Patroni, two rounds in each mode; with ROUNDS=1 all of them (needs postgresql-15 and etcd-server)
 	$(BIN)/pytest tests/faults/test_failover.py --rounds-scale $(or $(ROUNDS),0.001)
+
+test-packages: $(INSTALLED) ## build, install, upgrade, remove and purge the .deb, and build the image, on a Debian (root; DEBIAN names the release)
+	$(BIN)/pytest -m packages tests/packages
 
 torture: $(INSTALLED) ## the fault tests in their long form; publishes the figures in docs/explanation/reliability.md (two to three hours)
 	rm -f build/ledger.jsonl && mkdir -p build
@@ -147,8 +150,15 @@ sbom: $(RELEASE_INSTALLED) ## write dist/telemetryd.cdx.json, the bill of materi
 	mkdir -p dist
 	$(BIN)/cyclonedx-py requirements --output-reproducible --output-file dist/telemetryd.cdx.json requirements.lock
 
-build: $(INSTALLED) ## build the wheel into dist/
-	$(BIN)/python -m build --wheel
+# What is built is the last commit, with modes and times of its own, so that the same commit gives the same bytes.
+build: $(INSTALLED) ## build the wheel of the last commit into dist/, with the same bytes each time
+	$(BIN)/python -m tests.tools.source dist
+
+deb: ## build the Debian package of the last commit into dist/, for this machine's release (needs debhelper, python3-venv)
+	rm -rf build/deb && mkdir -p build/deb/telemetryd dist
+	git -c tar.umask=0022 archive HEAD | tar --extract --same-permissions --directory build/deb/telemetryd
+	cd build/deb/telemetryd && SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) dpkg-buildpackage --build=binary --no-sign
+	cp build/deb/*.deb dist/
 
 clean: ## remove the virtual environment and build leftovers
 	rm -rf $(VENV) .venv-3.* $(CLIENTS)/node_modules build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -35,7 +35,7 @@ from telemetryd.model.commands import CreateEvents, CreateRuns, TooManyLabels, U
 from telemetryd.model.parameters import accept_none
 from telemetryd.model.rules import Rules
 from telemetryd.model.tokens import Scope
-from telemetryd.ops.metrics import Metrics, wants_prometheus
+from telemetryd.ops.metrics import Metrics
 from telemetryd.services import admin_handlers
 from telemetryd.services.admin_handlers import STORE, UPKEEP
 from telemetryd.services.admission import METRICS, QUOTAS, Admission, check_run
@@ -54,6 +54,7 @@ from telemetryd.web.answers import NOTE, REASON, Handler, json_response, next_pa
 from telemetryd.web.body import BODIES, JSON_TYPES, NDJSON_TYPES, Bodies, check_media_type, json_body
 from telemetryd.web.limits import AgentQuotas
 from telemetryd.web.middleware import middleware
+from telemetryd.web.negotiation import wants_prometheus
 from telemetryd.web.openapi import Described, Operation
 from telemetryd.web.tokens import TOKENS, Tokens
 
@@ -360,7 +361,7 @@ async def get_health(request: web.Request) -> web.Response:
 
 async def get_metrics(request: web.Request) -> web.Response:
     """Answer the totals as JSON, or everything for Prometheus."""
-    accepted = "prometheus" if wants_prometheus(request.headers.get("Accept", "")) else "json"
+    accepted = "prometheus" if wants_prometheus(request) else "json"
     form = queries.parse_metrics(request.rel_url.raw_query_string, accepted)
     counts = await request.app[STORE].counts()
     request[NOTE].say("Metrics queried", logging.DEBUG)

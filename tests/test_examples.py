@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import configparser
+import functools
+import itertools
 import json
 import re
 import shutil
@@ -10,12 +12,13 @@ from pathlib import Path
 
 import pytest
 import trustme
+import yaml
 from prometheus_client import Histogram
 from prometheus_client.parser import text_string_to_metric_families
 
 from telemetryd.ops.metrics import Metrics
 from telemetryd.settings import Settings, variable
-from tests.conftest import StartDaemon
+from tests.conftest import Api, StartDaemon, make_run
 from tests.http_client import call
 
 ROOT = Path(__file__).parents[1]
@@ -27,7 +30,6 @@ def exposed_names() -> set[str]:
         if isinstance(labelled, Histogram) and labelled._labelnames:
             labelled.labels(*labelled._labelnames).observe(1)
     metrics.requests.labels("GET", "/", 200)
-    metrics.refused.labels("queue full")
     text = metrics.expose("text/plain", 0)[0].decode()
     return {sample.name for family in text_string_to_metric_families(text) for sample in family.samples}
 
@@ -40,8 +42,9 @@ def test_every_metric_of_the_examples_exists(file: str) -> None:
     assert used <= exposed_names()
 
 
-def test_the_dashboard_is_json_and_its_panels_do_not_overlap() -> None:
-    dashboard = json.loads((ROOT / "examples/grafana/telemetryd.json").read_text())
+@pytest.mark.parametrize("file", ["telemetryd.json", "runs.json"])
+def test_the_dashboard_is_json_and_its_panels_do_not_overlap(file: str) -> None:
+    dashboard = json.loads((ROOT / "examples/grafana" / file).read_text())
     cells = [
         (x, y)
         for panel in dashboard["panels"]
@@ -50,6 +53,35 @@ def test_the_dashboard_is_json_and_its_panels_do_not_overlap() -> None:
     ]
     assert len(cells) == len(set(cells))
     assert max(x for x, _ in cells) < 24
+
+
+async def test_every_query_of_the_dashboard_of_runs_is_answered_with_its_columns(api: Api) -> None:
+    """The Infinity data source asks for these addresses, and takes these paths from each group of the answer."""
+    await api.post(make_run(status="success", duration_ms=1200, items_failed=1))
+    dashboard = json.loads((ROOT / "examples/grafana/runs.json").read_text())
+    variables = {variable["name"]: variable for variable in dashboard["templating"]["list"]}
+    places = {
+        "${__from:date:iso}": "2025-01-01T00:00:00.000Z",
+        "${__to:date:iso}": "2099-01-01T00:00:00.000Z",
+        "${agent:text}": variables["agent"]["current"]["value"],
+    }
+    targets = [target for panel in dashboard["panels"] for target in panel["targets"]]
+    assert len(targets) == 9
+    for target, bucket in itertools.product(targets, variables["bucket"]["query"].split(",")):
+        url = target["url"].replace("${bucket}", bucket)
+        for name, value in places.items():
+            url = url.replace(name, value)
+        [group] = (await api.get(url))[target["root_selector"]]
+        for column in target["columns"]:
+            value = functools.reduce(lambda found, name: found[name], column["selector"].split("."), group)
+            assert isinstance(value, int | float if column["type"] == "number" else str), column
+
+
+def test_prometheus_needs_no_token_for_what_is_served_without_one() -> None:
+    config = yaml.safe_load((ROOT / "examples/prometheus/scrape.yml").read_text())
+    [job] = config["scrape_configs"]
+    assert job["params"] == {"format": ["prometheus"]}
+    assert job.keys() == {"job_name", "metrics_path", "params", "static_configs"}
 
 
 @pytest.mark.parametrize("file", ["Dockerfile", "compose.yaml", "compose.cluster.yaml", "telemetryd.service"])

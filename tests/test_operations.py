@@ -115,7 +115,7 @@ class Room:
 
 @pytest.fixture
 def room(tmp_path: Path, free_port: int) -> Iterator[Room]:
-    for name in ("bin", "state", "run", "backups"):
+    for name in ("bin", "state", "run"):
         (tmp_path / name).mkdir()
     stand_ins = {
         "install": _INSTALL,
@@ -204,7 +204,9 @@ def test_a_value_in_single_quotes_reaches_an_operators_command_as_it_is(tmp_path
     (wrapper,) = re.findall(r"<<'END'\n(#!/bin/sh\n.*?)^END$", install, re.MULTILINE | re.DOTALL)
     file = tmp_path / "telemetryd.env"
     file.write_text("TELEMETRY_A=/var/lib/x:1,a@b%c+d\nTELEMETRY_B=' a  b&\"c\" $HOME `id` #d'\n")
-    program = wrapper.replace("/etc/telemetryd.env", str(file)).replace("/opt/telemetryd/.venv/bin/telemetryd", "env")
+    program = wrapper.replace("/etc/telemetryd/telemetryd.env", str(file)).replace(
+        "/opt/telemetryd/.venv/bin/telemetryd", "env"
+    )
     lines = subprocess.run(["sh", "-c", program], capture_output=True, text=True, check=True).stdout.splitlines()
     given = dict(line.split("=", 1) for line in lines if line.startswith("TELEMETRY_"))
     assert given["TELEMETRY_A"] == "/var/lib/x:1,a@b%c+d"

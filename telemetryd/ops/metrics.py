@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Set
 from typing import Final
 
@@ -21,6 +20,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 import telemetryd
+from telemetryd.errors import UnavailableError
 
 _LATENCY: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PATCH", "PUT", "DELETE", "OPTIONS"})
@@ -87,6 +87,8 @@ class Metrics:
             ("reason",),
             registry=self.registry,
         )
+        for reason in (problem.reason for problem in UnavailableError.__subclasses__()):
+            self.refused.labels(reason)  # from 0 on: alerts are of an increase, also by the first
         self.group_commands = Histogram(
             "telemetryd_group_commands",
             "Commands in one group commit.",
@@ -286,27 +288,3 @@ class _Plain(Collector):
 
 
 _CREATED: Final = "_created"
-
-
-_IS_PROMETHEUS: Final = {
-    "text/plain": True,
-    "application/openmetrics-text": True,
-    "application/json": False,
-    "application/*": False,
-    "*/*": False,
-}
-
-
-def wants_prometheus(accept: str) -> bool:
-    """Return whether an Accept header prefers Prometheus or OpenMetrics text to JSON; of equals, the first counts."""
-    preferred, best = False, 0.0
-    for part in accept.lower().split(","):
-        kind, *parameters = (text.strip() for text in part.split(";"))
-        weight = next((_weight(text[2:]) for text in parameters if text.startswith("q=")), 1.0)
-        if kind in _IS_PROMETHEUS and weight > best:
-            preferred, best = _IS_PROMETHEUS[kind], weight
-    return preferred
-
-
-def _weight(text: str) -> float:
-    return float(text) if re.fullmatch(r"[01](\.[0-9]{0,3})?", text) else 0.0

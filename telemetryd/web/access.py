@@ -21,9 +21,10 @@ from telemetryd.model.tokens import Scope, is_allowed
 from telemetryd.model.values import shorten
 from telemetryd.ops.metrics import Metrics
 from telemetryd.settings import Settings
-from telemetryd.web.answers import Handler, client_address, endpoint_of, error_response, wants_page
+from telemetryd.web.answers import Handler, client_address, endpoint_of, error_response
 from telemetryd.web.browsers import ASSETS, HEALTH, Pages
 from telemetryd.web.limits import Quota, RateLimit
+from telemetryd.web.negotiation import wants_page
 from telemetryd.web.secure import has_client_certificate, is_for
 from telemetryd.web.tokens import BEARER, Bearer, Tokens
 
@@ -211,7 +212,7 @@ def ask_for_token(request: web.Request, reason: str) -> web.Response:
         {"WWW-Authenticate": 'Bearer realm="telemetryd"'},
         reason,
     )
-    if _is_page(request) and "text/html" in request.headers.get("Accept", ""):
+    if _is_page(request) and wants_page(request):
         response.headers.add("WWW-Authenticate", 'Basic realm="telemetryd: the token is the password", charset="UTF-8"')
     return response
 

@@ -122,11 +122,6 @@ def next_page(request: web.Request, address: str) -> dict[str, str]:
     return {"Link": f'<{prefix}{address}>; rel="next"'}
 
 
-def wants_page(request: web.Request) -> bool:
-    """Return whether the bare address is opened in a browser."""
-    return "text/html" in request.headers.get("Accept", "")
-
-
 def unexpected_detail(identity: str) -> str:
     """Return all that a client learns of an unexpected error."""
     return f"Internal error; the log has more under request id {identity}"

@@ -13,24 +13,18 @@ from typing import Final
 
 from aiohttp import ETag, hdrs, web
 
-from telemetryd.web.answers import NOTE, Handler, wants_page
+from telemetryd.web.answers import NOTE, Handler
 from telemetryd.web.browsers import ASSETS
+from telemetryd.web.negotiation import wants_page
 
 _TYPES: Final = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
-_DOCS: Final = {
-    "docs.html": "text/html",
-    "docs.js": "text/javascript",
-    "swagger-ui/swagger-ui.css": "text/css",
-    "swagger-ui/swagger-ui-bundle.js": "text/javascript",
-    "swagger-ui/favicon-32x32.png": "image/png",
-}
 # Scripts of ours set styles through the DOM, which this policy allows; nothing is inline or foreign.
+# The pages show what agents wrote; with trusted types, browsers refuse whatever would make markup of it.
 _POLICY: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
-    "connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+    "connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'; "
+    "require-trusted-types-for 'script'; trusted-types 'none'"
 )
-# The page shows what agents wrote; with this, browsers refuse whatever would make markup of it.
-_STRICT_POLICY: Final = f"{_POLICY}; require-trusted-types-for 'script'; trusted-types 'none'"
 _HEADERS: Final = {
     "Cache-Control": "no-cache",
     "Referrer-Policy": "no-referrer",
@@ -42,21 +36,20 @@ _HEADERS: Final = {
 def handlers() -> Iterator[tuple[str, Handler]]:
     """Yield each path with what answers for it."""
     yield "/", serve_page
-    for name in _page_files(resources.files("telemetryd.static").joinpath("page"), ""):
-        yield f"{ASSETS}{name}", _serve(f"page/{name}", _TYPES[PurePosixPath(name).suffix], _STRICT_POLICY)
+    for folder, prefix in (("page", ASSETS), ("docs", "/docs/static/")):
+        for name in _assets(resources.files("telemetryd.static").joinpath(folder), ""):
+            yield f"{prefix}{name}", _serve(f"{folder}/{name}", _TYPES[PurePosixPath(name).suffix])
     # Relative, as a proxy may have put a path before ours; /redoc was another page of the replaced service.
     yield "/redoc", _redirect("docs")
     yield from ((path, _redirect("../docs")) for path in ("/docs/", "/redoc/"))
-    for name, media_type in _DOCS.items():
-        path = "/docs" if name == "docs.html" else f"/docs/static/{name.rpartition('/')[2]}"
-        yield path, _serve(name, media_type, _POLICY)
+    yield "/docs", _serve("docs/index.html", "text/html")
 
 
-def _page_files(folder: Traversable, prefix: str) -> Iterator[str]:
-    """Yield the names of what the page loads, relative to its folder."""
+def _assets(folder: Traversable, prefix: str) -> Iterator[str]:
+    """Yield the names of what a page loads, relative to its folder."""
     for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
         if entry.is_dir():
-            yield from _page_files(entry, f"{prefix}{entry.name}/")
+            yield from _assets(entry, f"{prefix}{entry.name}/")
         elif PurePosixPath(entry.name).suffix in _TYPES:
             yield f"{prefix}{entry.name}"
 
@@ -65,7 +58,7 @@ async def serve_page(request: web.Request) -> web.StreamResponse:
     """Answer a browser with the page, and send anybody else to the description of the API."""
     vary = {"Vary": "Accept"}
     if wants_page(request):
-        response = await _serve("page/index.html", "text/html", _STRICT_POLICY)(request)
+        response = await _serve("page/index.html", "text/html")(request)
         response.headers.update(vary)
         return response
     return _redirected(request, "docs", vary)
@@ -84,7 +77,7 @@ def _redirected(request: web.Request, to: str, headers: Mapping[str, str] | None
     return web.Response(status=302, headers={"Location": to, **(headers or {})}, text=f"{to}\n")
 
 
-def _serve(name: str, media_type: str, policy: str) -> Handler:
+def _serve(name: str, media_type: str) -> Handler:
     async def serve(request: web.Request) -> web.StreamResponse:
         request[NOTE].say("Page served", logging.DEBUG)
         body, tag = _read(name)
@@ -92,9 +85,8 @@ def _serve(name: str, media_type: str, policy: str) -> Handler:
         if any(ETag(tag) == known for known in request.if_none_match or ()):
             response = web.Response(status=304, headers=_HEADERS)
         else:
-            charset = None if media_type == "image/png" else "utf-8"
-            response = web.Response(body=body, content_type=media_type, charset=charset, headers=_HEADERS)
-        response.headers["Content-Security-Policy"] = policy
+            response = web.Response(body=body, content_type=media_type, charset="utf-8", headers=_HEADERS)
+        response.headers["Content-Security-Policy"] = _POLICY
         response.headers[hdrs.ETAG] = f'"{tag}"'
         return response
 

@@ -126,7 +126,7 @@ async def test_a_wrong_token_is_401(make_api: MakeApi) -> None:
         assert answer.status == 200, label
 
 
-PAGES = ["/docs", "/docs/static/docs.js", "/docs/static/swagger-ui.css", "/openapi.json"]
+PAGES = ["/docs", "/docs/static/docs.js", "/docs/static/docs.css", "/openapi.json"]
 
 
 def as_password(token: str) -> dict[str, str]:

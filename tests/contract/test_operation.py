@@ -100,7 +100,7 @@ async def test_writes_are_503_when_the_writer_has_stopped(make_api: MakeApi) -> 
 PROMETHEUS_SERVER = "application/openmetrics-text;version=1.0.0;q=0.8,text/plain;version=0.0.4;q=0.5,*/*;q=0.1"
 AXIOS = "application/json, text/plain, */*"
 BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,*/*;q=0.8"
-JSON_ACCEPTS = [None, "*/*", "application/json", "text/html", AXIOS, BROWSER, "", "text/plain;q=0", "text/plain;q=x"]
+JSON_ACCEPTS = [None, "*/*", "application/json", "text/html", AXIOS, BROWSER, "", "text/plain;q=0", "text"]
 
 
 @pytest.mark.parametrize("accept", [*JSON_ACCEPTS, "text/plain;q=0.1, application/json"])
@@ -153,6 +153,15 @@ async def test_metrics_are_negotiated(api: Api, accept: str, query: str, kind: s
     assert values["telemetryd_runs_stored"] == 3
     assert values["telemetryd_queue_depth"] == 0
     assert values["telemetryd_group_commands_count"] == 1
+
+
+async def test_each_reason_to_refuse_a_write_is_counted_from_zero_on(api: Api) -> None:
+    """rate() and increase() do not see a series that begins at 1."""
+    text = (await send(api, "GET", "/metrics?format=prometheus")).text
+    refused = [family for family in parse_prometheus(text) if family.name == "telemetryd_writes_refused"]
+    counted = {sample.labels["reason"]: sample.value for family in refused for sample in family.samples}
+    assert {"low disk", "queue full", "write failed", "stopping", "slow body"} <= counted.keys()
+    assert set(counted.values()) == {0}
 
 
 @pytest.mark.parametrize("query", ["format=xml", "format=", "format=json&format=json", "x=1"])
@@ -369,10 +378,14 @@ async def test_the_page_and_its_assets_ship_in_the_package(api: Api) -> None:
     assert "<script>" not in page.text
     assert "style=" not in page.text
     assert not re.findall(r"""(?:src|href)=["'](?:https?:)?//""", page.text)
-    assets = re.findall(r'(?:src|href)="(docs/static/[^"]+)"', page.text)
+    assets = re.findall(r'(?:src|href)="((?:docs/static|page)/[^"]+)"', page.text)
     assert len(assets) == 4
     assert not re.findall(r'(?:src|href)="/', page.text)  # a proxy may show it all under a sub-path
-    kinds = {"js": "text/javascript; charset=utf-8", "css": "text/css; charset=utf-8", "png": "image/png"}
+    kinds = {
+        "js": "text/javascript; charset=utf-8",
+        "css": "text/css; charset=utf-8",
+        "svg": "image/svg+xml; charset=utf-8",
+    }
     for asset in assets:
         answer = await send(api, "GET", f"/{asset}")
         assert answer.status == 200, asset
