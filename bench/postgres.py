@@ -131,7 +131,7 @@ def make(cluster: Cluster) -> str:
     """Make a database with telemetryd's schema; return its name."""
     name = cluster.make()
     with closing(_connect(cluster.url(name))) as plain:
-        schema.make(plain, target_of(cluster.url(name)), format_timestamp(utc_now()), may_update=False)
+        schema.make(plain, target_of(cluster.url(name)), format_timestamp(utc_now()), count_anew=None)
     return name
 
 

@@ -18,7 +18,7 @@ __all__ = ["room"]
 
 pytestmark = pytest.mark.sqlite
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "backups.md"
+PAGE = ROOT / "docs" / "how-to" / "backups.md"
 
 _SYSTEMCTL = f"""#!/bin/bash
 case "$*" in

@@ -95,7 +95,7 @@ def page_of(connection: sqlite3.Connection, followed: Followed, limit: int) -> P
 
 def carry_out(plain: Plain, command: Command[Any], *, is_killed: bool = False, now: str = NOW) -> Any:
     """Do a command in one transaction, or have it cut off right before its end."""
-    transaction = Transaction(plain, now, needs_standby=False)
+    transaction = Transaction(plain, now, Sync.LOCAL)
     outcomes = transaction.apply([command])
     if is_killed:
         plain.execute("ROLLBACK")
@@ -313,7 +313,7 @@ class Agents:
 def test_a_move_without_standing_still(
     start_daemon: StartDaemon, postgres_database: str, tmp_path: Path, free_port: int
 ) -> None:
-    """As docs/postgresql.md has it: agents send all the time, and every run that was acknowledged is there once."""
+    """As docs/how-to/postgresql.md has it: agents send all the time, and every acknowledged run is there once."""
     old = start_daemon(TELEMETRY_DB_JOURNAL_MODE="WAL", TELEMETRY_API_PORT=str(free_port))
     send(old.url, "/api/v1/runs/batch", [make_run(event_id=f"old-{number}") for number in range(700)])
     with Agents(old.url) as agents:

@@ -46,7 +46,7 @@ def waiting_url(waiting_cluster: Cluster) -> Iterator[str]:
     name = waiting_cluster.make()
     target = Target.of(settings_of(waiting_cluster.url(name)))
     with contextlib.closing(connect_plainly(target, "test", {})) as plain:
-        schema.make(plain, target, "", may_update=False)
+        schema.make(plain, target, "", count_anew=None)
     yield waiting_cluster.url(name)
     waiting_cluster.drop(name)
 

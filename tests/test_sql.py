@@ -1,4 +1,4 @@
-"""Runs the commands and queries of docs/sql.md in their order, on what a real daemon has stored."""
+"""Runs the commands and queries of docs/how-to/sql.md in their order, on what a real daemon has stored."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.needs import require_program
 from tests.postgres_cluster import Cluster
 from tests.tools.forks import popen
 
-PAGE: Final = Path(__file__).parents[1] / "docs" / "sql.md"
+PAGE: Final = Path(__file__).parents[1] / "docs" / "how-to" / "sql.md"
 ROLE: Final = "telemetry_read"
 
 

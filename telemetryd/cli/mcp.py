@@ -59,8 +59,8 @@ _PATIENCE: Final = aiohttp.ClientTimeout(total=2 * tools.DEADLINE_S)
 @click.command(
     help=r"""Answer an assistant over standard input and output (MCP).
 
-    It speaks the Model Context Protocol. Assistants start it by themselves; docs/mcp.md shows what to put into their
-    settings. The daemon is asked; the database is read where none runs, and alongside one that cannot be reached.
+    It speaks the Model Context Protocol. Assistants start it by themselves; docs/how-to/mcp.md shows what to put into
+    their settings. The daemon is asked; the database is read where none runs, and alongside one that cannot be reached.
     Everything here only reads.
 
     \b

@@ -1,4 +1,4 @@
-"""docs/mcp.md says what there is: tools, arguments, versions, and examples that work as they stand there."""
+"""docs/how-to/mcp.md says what there is: tools, arguments, versions, and examples that work as they stand there."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from telemetryd.mcp import bounds, endpoint, protocol, tools
 from tests.conftest import Api
 from tests.mcp.assistants import assistant
 
-PAGE: Final = (Path(__file__).parents[2] / "docs" / "mcp.md").read_text("utf-8")
+PAGE: Final = (Path(__file__).parents[2] / "docs" / "how-to" / "mcp.md").read_text("utf-8")
 
 
 def blocks(language: str) -> list[str]:

@@ -13,7 +13,8 @@ from typing import Final
 import click
 
 import telemetryd
-from telemetryd.cli import NO_FLAG, main
+from telemetryd.cli import main
+from telemetryd.cli.options import NO_FLAG
 from telemetryd.settings import Settings, flag, variable
 
 _SECTION: Final = 8
