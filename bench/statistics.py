@@ -64,7 +64,11 @@ def _facts(runs: int, days: float) -> Iterator[Facts]:
         agent = number * 7919 % 20
         created = _END - timedelta(days=days * (1 - number / runs))
         status, duration = _OUTCOMES[number % 10_007], durations[agent][number % 5003]
-        yield format_timestamp(created), f"agent-{agent}", f"job-{number // 20 % 5}", status, 100, 98, 2, 0, duration
+        commit = f"{number * 100 // runs:07x}"  # one in so many runs, as an agent that is released now and then
+        yield (
+            *(format_timestamp(created), f"agent-{agent}", f"job-{number // 20 % 5}", status),
+            *(100, 98, 2, 0, duration, commit),
+        )
 
 
 def _row(number: int, facts: Facts) -> Row:

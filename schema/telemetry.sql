@@ -1,4 +1,4 @@
--- The schema of a telemetryd database, version 21.
+-- The schema of a telemetryd database, version 22.
 -- Generated from migrations/ by `make schema`; do not edit.
 
 CREATE TABLE agent_runs (
@@ -105,6 +105,19 @@ CREATE TABLE run_changes (
     run INTEGER PRIMARY KEY REFERENCES agent_runs (id) ON DELETE CASCADE,
     seq INTEGER NOT NULL
 ) STRICT;
+
+CREATE TABLE run_commits (
+    slot INTEGER NOT NULL,
+    agent_name TEXT NOT NULL,
+    job_type TEXT NOT NULL,
+    git_commit_hash TEXT NOT NULL,
+    runs INTEGER NOT NULL,
+    failures INTEGER NOT NULL,
+    timed INTEGER NOT NULL,
+    bins INTEGER NOT NULL,
+    seconds INTEGER NOT NULL,
+    PRIMARY KEY (slot, agent_name, job_type, git_commit_hash)
+) STRICT, WITHOUT ROWID;
 
 CREATE TABLE run_days (
     day TEXT NOT NULL PRIMARY KEY,
@@ -281,4 +294,4 @@ CREATE TRIGGER run_labels_removed AFTER DELETE ON agent_runs WHEN old.labels IS 
 END;
 
 PRAGMA application_id = 1953262948;
-PRAGMA user_version = 21;
+PRAGMA user_version = 22;

@@ -88,7 +88,7 @@ def new_postgres_database(cluster: Cluster) -> str:
     settings = Settings(db_url=SecretStr(cluster.url(name)), db_sync=Sync.NONE)
     target = Target.of(settings)
     with contextlib.closing(connect_plainly(target, "test", {})) as plain:
-        schema.make(plain, target, format_timestamp(utc_now()), may_update=False)
+        schema.make(plain, target, format_timestamp(utc_now()), count_anew=None)
     return name
 
 

@@ -160,7 +160,7 @@ def waiting_url(waiting_cluster: Cluster) -> Iterator[str]:
     from telemetryd.engine.postgres import schema
 
     with contextlib.closing(connect_plainly(target, "test", {})) as plain:
-        schema.make(plain, target, "", may_update=False)
+        schema.make(plain, target, "", count_anew=None)
     yield waiting_cluster.url(name)
     waiting_cluster.drop(name)
 

@@ -10,6 +10,7 @@ from pydantic import SecretStr
 
 from telemetryd.engine.postgres import schema
 from telemetryd.engine.postgres.connection import Plain, Target, connect_plainly
+from telemetryd.engine.postgres.statements import deltas
 from telemetryd.errors import DatabaseError
 from telemetryd.model import events, runs
 from telemetryd.model.values import Role
@@ -25,7 +26,7 @@ def target_of(url: str, **values: str) -> Target:
 
 def make(target: Target) -> None:
     with contextlib.closing(connect_plainly(target, "test", {})) as plain:
-        schema.make(plain, target, "2025-12-24T10:00:00Z", may_update=False)
+        schema.make(plain, target, "2025-12-24T10:00:00Z", count_anew=None)
 
 
 def columns(plain: Plain, table: str) -> list[tuple[str, str]]:
@@ -104,5 +105,5 @@ def test_an_older_schema_is_refused_and_names_the_command(
     with contextlib.closing(connect_plainly(target, "test", {})) as plain:
         with pytest.raises(DatabaseError, match="needs 99; nothing was changed: run telemetryd migrate"):
             schema.check(plain, target)
-        schema.make(plain, target, "2025-12-24T10:00:00Z", may_update=True)
+        schema.make(plain, target, "2025-12-24T10:00:00Z", count_anew=deltas.rebuild)
         schema.check(plain, target)

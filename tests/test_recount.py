@@ -68,6 +68,7 @@ def runs(count: int, **fields: Any) -> list[dict[str, Any]]:
             status="success",
             duration_ms=n * 10,
             items_succeeded=n,
+            git_commit_hash=f"abc000{n % 4}",
             **fields,
         )
         for n in range(count)
@@ -92,6 +93,10 @@ def runs(count: int, **fields: Any) -> list[dict[str, Any]]:
         ("WAL", "DELETE FROM run_days"),
         ("WAL", "INSERT INTO run_minutes VALUES ('2024-01-01T00:00', 5)"),
         ("WAL", "UPDATE run_stats SET start = start + 4800 WHERE names = 1"),
+        ("WAL", "UPDATE run_commits SET runs = runs + 1, seconds = 7 WHERE agent_name = 'agent-1'"),
+        ("WAL", "DELETE FROM run_commits"),
+        ("DELETE", "INSERT INTO run_commits VALUES (7, 'a', 'j', 'abc1234', 1, 1, 0, 0, 5)"),
+        ("WAL", "UPDATE agent_runs SET git_commit_hash = 'fff0000' WHERE id % 2"),
     ],
     ids=lambda text: text[:45],
 )
@@ -201,7 +206,7 @@ async def test_another_journal_mode_is_no_strangers_commit(
 
 @MODES
 async def test_what_comes_in_during_the_comparison_is_counted_once(tmp_path: Path, mode: str) -> None:
-    """Runs of one hour come, change and go between the slices in which that hour is counted."""
+    """Runs of an hour, and of those around it, come, change and go between the slices in which it is counted."""
     settings = Settings(db_path=tmp_path / "telemetry.sqlite", db_journal_mode=JournalMode(mode))
     store = await Store.open(settings, Metrics())
     api_rows = [stored(n) for n in range(200)]
@@ -210,7 +215,7 @@ async def test_what_comes_in_during_the_comparison_is_counted_once(tmp_path: Pat
     await eventually(lambda: store.health().counts["state"] != "right")
     number = 200
     while store.health().counts["state"] != "right":
-        await store.submit(CreateRuns((stored(number, minute=number % 60),)))
+        await store.submit(CreateRuns((stored(number, minute=number % 60, hour=6 + number % 9),)))
         await store.submit(UpdateRun(f"e{number - 150}", {"status": "failure", "duration_ms": number}))
         number += 1
         await asyncio.sleep(0)
@@ -219,9 +224,10 @@ async def test_what_comes_in_during_the_comparison_is_counted_once(tmp_path: Pat
     assert wrong_totals(settings.db_path) == 0
 
 
-def stored(number: int, minute: int = 30) -> tuple[Any, ...]:
-    moment = f"2026-01-01T10:{minute:02}:{number % 60:02}.{number:06}Z"
-    run = make_run(event_id=f"e{number}", created_at=moment, start_time=moment, duration_ms=number)
+def stored(number: int, minute: int = 30, hour: int = 10) -> tuple[Any, ...]:
+    moment = f"2026-01-01T{hour:02}:{minute:02}:{number % 60:02}.{number:06}Z"
+    names = {"event_id": f"e{number}", "git_commit_hash": f"abc000{number % 4}"}
+    run = make_run(**names, created_at=moment, start_time=moment, status="success", duration_ms=number)
     return parse_run(parse_json(json.dumps(run).encode())).row
 
 

@@ -32,6 +32,9 @@ _TABLES = {
         "hours", "names", "start", "agent_name", "job_type", "status", "runs", "finished", "successes",
         "items_discovered", "items_succeeded", "items_failed", "items_skipped", "duration_ms", "bins",
     ),
+    "run_commits": (
+        "slot", "agent_name", "job_type", "git_commit_hash", "runs", "failures", "timed", "bins", "seconds",
+    ),
     "alert_states": (
         "rule", "agent_name", "job_type", "measure", "first_bad_commit", "since", "seq", "summary", "details",
     ),
@@ -42,7 +45,7 @@ _TABLES = {
 }  # fmt: skip
 
 
-_ADDED_UP = ("run_totals", "run_minutes", "run_stats")
+_ADDED_UP = ("run_totals", "run_minutes", "run_stats", "run_commits")
 
 
 def target_of(url: str) -> Target:
@@ -73,8 +76,8 @@ def copy(connection: sqlite3.Connection, url: str, *, full_text: bool = False) -
         if not is_folded:
             log = [changes for (changes,) in connection.execute("SELECT changes FROM run_stats_log ORDER BY id")]
             minutes = orjson.dumps([*map(list, connection.execute("SELECT minute, runs FROM run_minutes"))]).decode()
-            _insert(plain, "run_deltas", ("changes", "stats", "minutes"), [(1, changes, None) for changes in log])
-            _insert(plain, "run_deltas", ("changes", "stats", "minutes"), [(1, None, minutes[1:-1])])
+            _insert(plain, "run_deltas", ("changes", "facts", "minutes"), [(1, changes, None) for changes in log])
+            _insert(plain, "run_deltas", ("changes", "facts", "minutes"), [(1, None, minutes[1:-1])])
         epoch, horizon, floor = connection.execute("SELECT epoch, horizon, floor FROM change_feed").fetchone()
         plain.execute("UPDATE change_feed SET epoch = %s, horizon = %s, floor = %s", (epoch, horizon, floor))
         applied = connection.execute("SELECT max(applied_at) FROM schema_migrations").fetchone()

@@ -1,24 +1,31 @@
 """The statistics as plain numbers: sums up what commands change, spreads it over rows, and reads what is logged.
 
-Both engines log what each group of commands changed as one text, by hour, agent, job type and status, and add the log
-up to rows of several spans and levels of names when it is long.
+Both engines log what each group of commands changed as one text, by hour, agent, job type, status and commit. When it
+is long, they add it up to rows of several spans and levels of names, and to the cells of commits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 from operator import add
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import orjson
 
 from telemetryd.model import sketches
 from telemetryd.model.sketches import bin_of, unpack
-from telemetryd.model.stats import DAY, EVERY, FACTS, IMPLIED, NAMES, Cell, Facts, GetStats, Named, hour_number
+from telemetryd.model.stats import DAY, EVERY, IMPLIED, ITEMS, Cell, Facts, GetStats, Named, hour_number
 from telemetryd.model.values import MAX_INTEGER, Status
 
-_LOGGED: Final = len(FACTS) - len(NAMES)
+K = TypeVar("K")
+
+_SUMS: Final = ("runs", *ITEMS, "duration_ms", "seconds")
+"""What is logged of some runs; the last sum is of how many seconds after its hour's begin each was created."""
 _HOUR: Final = len("2025-12-24T10")
+_MINUTE: Final = slice(_HOUR + 1, len("2025-12-24T10:00:00"))
+_LONGEST_COMMIT: Final = 64
+"""Characters of the longest hash of git (SHA-256). A longer text names no commit: it could not be part of a key."""
 Place = tuple[int, str, str, str]
 """Where a row stands among those of its span and level: its first hour since 1970, agent, job type and status."""
 SPANS: Final = (1, 6, DAY)
@@ -28,8 +35,8 @@ JOB: Final = 2
 LEVELS: Final = range(AGENT + JOB + 1)
 """Which names a row keeps apart, each a bit."""
 
-Summary = dict[tuple[str, str, str, str], tuple[list[int], dict[int, int]]]
-"""The sums of a cell, and the durations in each bin, by hour (2025-12-24T10), agent, job type and status."""
+Summary = dict[tuple[str, str, str, str, str], tuple[list[int], dict[int, int]]]
+"""The sums of some runs, and the durations in each bin, by hour (2025-12-24T10), agent, job type, status and commit."""
 CellKey = tuple[int, int, int, str, str, str]
 """The key of a row: its span, its level, and its place."""
 Rows = dict[Place, Cell]
@@ -39,11 +46,12 @@ Rows = dict[Place, Cell]
 def summarize(summary: Summary, runs: Iterable[Facts], sign: int = 1) -> None:
     """Count runs in (or with a sign of -1 out of) a summary."""
     running = str(Status.RUNNING)
-    for created_at, agent_name, job_type, status, discovered, succeeded, failed, skipped, duration, *_ in runs:
-        key = created_at[:_HOUR], agent_name, job_type, status
+    for created_at, agent_name, job_type, status, discovered, succeeded, failed, skipped, duration, text, *_ in runs:
+        commit = text if text and len(text) <= _LONGEST_COMMIT else ""
+        key = created_at[:_HOUR], agent_name, job_type, status, commit
         cell = summary.get(key)
         if cell is None:
-            cell = summary[key] = [0] * _LOGGED, {}
+            cell = summary[key] = [0] * len(_SUMS), {}
         sums, bins = cell
         sums[0] += sign
         if discovered:
@@ -54,15 +62,23 @@ def summarize(summary: Summary, runs: Iterable[Facts], sign: int = 1) -> None:
             sums[3] += sign * failed
         if skipped:
             sums[4] += sign * skipped
+        sums[6] += sign * _second(created_at[_MINUTE])
         if duration and status != running:
             sums[5] += sign * duration
             number = bin_of(duration)
             bins[number] = bins.get(number, 0) + sign
 
 
+@lru_cache(maxsize=3600)
+def _second(text: str) -> int:
+    """Return how many seconds of an hour are over (12:34); what somebody has stored by hand may be no time."""
+    minute, _, second = text.partition(":")
+    return int(minute) * 60 + int(second) if minute.isdecimal() and second.isdecimal() else 0
+
+
 def to_log(summary: Summary) -> str:
     """Return a summary as it is logged: the members of a JSON array, so that many texts are joined to one array."""
-    entries = [[*key, storable(sums), [*bins.items()]] for key, (sums, bins) in summary.items()]
+    entries = [[*names, storable(sums), [*bins.items()], commit] for (*names, commit), (sums, bins) in summary.items()]
     return orjson.dumps(entries).decode()[1:-1]
 
 
@@ -73,26 +89,41 @@ def storable(sums: list[int]) -> Sequence[int | str]:
     return [value if -MAX_INTEGER <= value <= MAX_INTEGER else str(value) for value in sums]
 
 
-def read_log(text: str | None) -> Iterator[Named]:
-    """Yield what a log holds, a JSON array: one cell for each hour, agent, job type and status."""
+def read_log(text: str | None) -> Summary:
+    """Return what a log holds, a JSON array, added up."""
     summary: Summary = {}
-    for hour, agent_name, job_type, status, sums, bins in orjson.loads(text or "[]"):
-        key = hour, agent_name, job_type, status
-        kept = summary.get(key)
-        if kept is None:
-            summary[key] = [*map(int, sums)], dict(bins)
-            continue
-        kept_sums, kept_bins = kept
-        kept_sums[:] = map(add, kept_sums, map(int, sums))
-        for number, count in bins:
-            kept_bins[number] = kept_bins.get(number, 0) + count
-    return cells_of(summary)
+    for hour, agent_name, job_type, status, sums, bins, commit in orjson.loads(text or "[]"):
+        _count_in(summary, (hour, agent_name, job_type, status, commit), map(int, sums), bins)
+    return summary
+
+
+def add_to(summary: Summary, other: Summary) -> None:
+    """Add to a summary what another one counts."""
+    for key, (sums, bins) in other.items():
+        _count_in(summary, key, sums, bins.items())
+
+
+def _count_in(
+    summary: dict[K, tuple[list[int], dict[int, int]]], key: K, sums: Iterable[int], bins: Iterable[tuple[int, int]]
+) -> None:
+    kept = summary.get(key)
+    if kept is None:
+        summary[key] = [*sums], dict(bins)
+        return
+    kept_sums, kept_bins = kept
+    kept_sums[:] = map(add, kept_sums, sums)
+    for number, count in bins:
+        kept_bins[number] = kept_bins.get(number, 0) + count
 
 
 def cells_of(summary: Summary) -> Iterator[Named]:
-    """Yield the cells of a summary."""
-    for (hour, agent_name, job_type, status), (sums, bins) in summary.items():
-        runs, *others = sums
+    """Yield the cells of a summary: one for each hour, agent, job type and status."""
+    together: dict[tuple[str, str, str, str], tuple[list[int], dict[int, int]]] = {}
+    for (*names, _), (sums, bins) in summary.items():
+        hour, agent_name, job_type, status = names
+        _count_in(together, (hour, agent_name, job_type, status), sums, bins.items())
+    for (hour, agent_name, job_type, status), (sums, bins) in together.items():
+        runs, *others, _ = sums
         finished = runs if status != Status.RUNNING else 0
         successes = runs if status == Status.SUCCESS else 0
         cell = [runs, finished, successes, *others, sketches.of(bins)]
@@ -153,7 +184,7 @@ def from_log(query: GetStats, log: str | None) -> Iterator[Named]:
     """Yield the cells that a log adds to the answer of a query."""
     is_meant = query.filters.lets_through("agent_name", "job_type")
     weights = query.weights
-    for start, agent_name, job_type, status, cell in read_log(log):
+    for start, agent_name, job_type, status, cell in cells_of(read_log(log)):
         if query.start <= start < query.end and is_meant(agent_name, job_type):
             for counted_as in (EVERY, status):
                 if counted_as in weights and counted_as != IMPLIED:

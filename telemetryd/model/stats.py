@@ -26,7 +26,7 @@ NAMES: Final = ("agent_name", "job_type", "status")
 ITEMS: Final = ("items_discovered", "items_succeeded", "items_failed", "items_skipped")
 SUMS: Final = ("runs", "finished", "successes", *ITEMS, "duration_ms")
 """What is counted and added up of runs."""
-FACTS: Final = ("created_at", *NAMES, *ITEMS, "duration_ms")
+FACTS: Final = ("created_at", *NAMES, *ITEMS, "duration_ms", "git_commit_hash")
 """What the statistics need to know of a run."""
 EVERY: Final = ""
 """The status of a cell that counts runs of every status."""

@@ -100,7 +100,7 @@ class _Opened:
                 await connection.run(lambda plain: opening.compare_clocks(plain, clock(), _MOST_APART_S))
                 if make:
                     now = format_timestamp(clock())
-                    await connection.run(lambda plain: schema.make(plain, target, now, may_update=False))
+                    await connection.run(lambda plain: schema.make(plain, target, now, count_anew=None))
                 await connection.run(lambda plain: schema.check(plain, target))
                 await connection.run(lambda plain: opening.check_grants(plain, target))
             undo.pop_all()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -33,7 +33,7 @@ _MAKE_LIST: Final = """
     )
 """
 _NOTE: Final = (
-    "INSERT INTO schema_migrations (version, description, applied_at, compatible_from) VALUES (%s, %s, %s, 1)"
+    "INSERT INTO schema_migrations (version, description, applied_at, compatible_from) VALUES (%s, %s, %s, %s)"
 )
 _IS_THERE: Final = "SELECT to_regclass(%s || '.' || %s)"
 
@@ -50,6 +50,12 @@ class Step:
     def tables(self) -> list[str]:
         """The names of the tables that it makes."""
         return re.findall(r"^CREATE TABLE (\w+)", self.sql, re.MULTILINE)
+
+    @property
+    def compatible_from(self) -> int:
+        """The oldest version whose daemons may work on a database with this step."""
+        said = re.search(r"^-- Compatible from (\d+)\.$", self.sql, re.MULTILINE)
+        return 1 if said is None else int(said[1])
 
 
 @cache
@@ -125,14 +131,15 @@ def check(plain: Plain, target: Target) -> None:
             )
 
 
-def make(plain: Plain, target: Target, now: str, *, may_update: bool) -> None:
+def make(plain: Plain, target: Target, now: str, *, count_anew: Callable[[Plain], None] | None) -> None:
     """Bring a database to the current schema; of several processes that try, one does it, and the others wait.
 
     Args:
         plain: a connection in no transaction.
         target: the database.
         now: when that is.
-        may_update: whether an older schema is brought up to date; an empty one always is.
+        count_anew: counts everything in the transaction that brings an older schema up to date, because what is counted
+            may have changed; None leaves an older schema as it is. An empty database gets the current one in any case.
 
     Raises:
         DatabaseError: if that is not possible.
@@ -142,7 +149,7 @@ def make(plain: Plain, target: Target, now: str, *, may_update: bool) -> None:
         try:
             with plain.transaction():
                 plain.execute("SET LOCAL lock_timeout = '3s'")
-                _run_steps(plain, target, now, may_update=may_update)
+                _run_steps(plain, target, now, count_anew)
         except psycopg.errors.InsufficientPrivilege as error:
             raise DatabaseError(
                 f"The user of {target.name} may not make the tables there: {first_line(error)}; grant it CREATE on the "
@@ -156,10 +163,10 @@ def make(plain: Plain, target: Target, now: str, *, may_update: bool) -> None:
             return
 
 
-def _run_steps(plain: Plain, target: Target, now: str, *, may_update: bool) -> None:
+def _run_steps(plain: Plain, target: Target, now: str, count_anew: Callable[[Plain], None] | None) -> None:
     plain.execute("SELECT pg_advisory_xact_lock(%s, %s)", (CLASS, MIGRATING))
     version = version_of(plain, target)
-    if version >= current_version() or (version > 0 and not may_update):
+    if version >= current_version() or (version > 0 and count_anew is None):
         return
     if version == 0:
         found = plain.execute("SELECT 1 FROM pg_namespace WHERE nspname = %s", (target.schema,)).fetchone()
@@ -169,4 +176,6 @@ def _run_steps(plain: Plain, target: Target, now: str, *, may_update: bool) -> N
     for step in steps():
         if step.version > version:
             plain.execute(step.sql.encode())
-            plain.execute(_NOTE, (step.version, step.description, now))
+            plain.execute(_NOTE, (step.version, step.description, now, step.compatible_from))
+    if version > 0 and count_anew is not None:
+        count_anew(plain)

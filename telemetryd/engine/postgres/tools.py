@@ -32,7 +32,7 @@ def bring_up_to_date(settings: Settings, *, dry_run: bool) -> tuple[int, int]:
     with _connected(settings) as (plain, target):
         before = schema.version_of(plain, target)
         if not dry_run:
-            schema.make(plain, target, format_timestamp(utc_now()), may_update=True)
+            schema.make(plain, target, format_timestamp(utc_now()), count_anew=deltas.rebuild)
             schema.check(plain, target)
         return before, max(before, schema.current_version())
 

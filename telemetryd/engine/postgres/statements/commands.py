@@ -355,6 +355,9 @@ class Transaction:
         self._has_written = True
         if "labels" in command.fields:
             run.labels = None
+        facts = [None if name in command.fields else value for name, value in zip(FACTS, run.facts, strict=True)]
+        self._deltas.change(run.facts, facts)
+        run.facts = facts
         return commands_removal.redact(self._plain, self._numbers, run.id, command, self._now)
 
     def _end_process(self, command: EndProcess) -> ProcessEnded:

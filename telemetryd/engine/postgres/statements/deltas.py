@@ -13,13 +13,16 @@ from typing import Any, Final
 
 import orjson
 
+from telemetryd.engine import commit_log
 from telemetryd.engine.columns import MINUTE
 from telemetryd.engine.postgres.connection import Plain
 from telemetryd.engine.postgres.schema import CLASS, COMMITS, FOLDING
+from telemetryd.engine.postgres.statements import commit_cells
 from telemetryd.engine.postgres.statements.totals import MINUTES, TOTALS
 from telemetryd.engine.stats_log import (
     CellKey,
     Summary,
+    add_to,
     cell_of,
     cells_of,
     read_log,
@@ -44,15 +47,15 @@ _KINDS: Final = ("bigint", "bigint", "bigint", "text", "text", "text")
 _KEYS: Final = ", ".join(f"%s::{kind}[]" for kind in _KINDS)
 _VALUES: Final = ", ".join(f"%s::{'bytea' if name == 'bins' else 'numeric'}[]" for name in _CELL)
 
-_APPEND: Final = "INSERT INTO run_deltas (changes, stats, minutes) VALUES (%s, %s, %s)"
+_APPEND: Final = "INSERT INTO run_deltas (changes, facts, minutes) VALUES (%s, %s, %s)"
 _TRY_TURN: Final = "SELECT pg_try_advisory_xact_lock(%s, %s)"
 _TURN: Final = "SELECT pg_advisory_xact_lock(%s, %s)"
 _TAKE: Final = f"""
     WITH taken AS (
         DELETE FROM run_deltas WHERE id IN (SELECT id FROM run_deltas ORDER BY id LIMIT {AT_ONCE})
-        RETURNING stats, minutes
+        RETURNING facts, minutes
     )
-    SELECT count(*), '[' || string_agg(stats, ',') || ']', '[' || string_agg(minutes, ',') || ']' FROM taken
+    SELECT count(*), '[' || string_agg(facts, ',') || ']', '[' || string_agg(minutes, ',') || ']' FROM taken
 """
 _WAITING: Final = "SELECT coalesce(sum(changes), 0) FROM (SELECT changes FROM run_deltas LIMIT 5000) AS waiting"
 
@@ -128,10 +131,12 @@ def fold(plain: Plain) -> bool:
     """
     if not plain.execute(_TRY_TURN, (CLASS, FOLDING)).fetchall()[0][0]:
         return False
-    ((rows, stats, minutes),) = plain.execute(_TAKE).fetchall()
+    ((rows, facts, minutes),) = plain.execute(_TAKE).fetchall()
     if rows == 0:
         return False
-    named = [*read_log(stats)]
+    summary = read_log(facts)
+    commit_cells.add_up(plain, commit_log.cells_of(summary))
+    named = [*cells_of(summary)]
     _add_to_stats(plain, spread(split(named)))
     _add_to_totals(plain, named)
     _add_to_minutes(plain, minutes)
@@ -190,7 +195,7 @@ def _add_to_minutes(plain: Plain, log: str | None) -> None:
 
 _FACTS_IN_ORDER: Final = f"SELECT {', '.join(FACTS)} FROM agent_runs ORDER BY created_at"
 _STORED: Final = f"SELECT {', '.join((*_KEY, *_CELL))} FROM run_stats"
-_WAITS: Final = "SELECT stats FROM run_deltas WHERE stats <> ''"
+_WAITS: Final = "SELECT facts FROM run_deltas WHERE facts <> ''"
 _KEPT: Final = f"SELECT agent_name, job_type, status, sum(runs) FROM {TOTALS} GROUP BY 1, 2, 3 HAVING sum(runs) <> 0"
 _COUNTED: Final = f"""
     SELECT count(*) FROM (
@@ -216,23 +221,27 @@ def count_wrong(plain: Plain) -> int:
     All is seen as it was at one moment, so nobody who writes meanwhile makes a count look wrong.
     """
     plain.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
-    kept = _kept(plain)
+    kept, of_commits = _kept(plain)
     wrong = 0
     for _, summary in _days(plain):
         expected = spread(split(cells_of(summary)))
         wrong += sum(kept.pop(key, None) != cell for key, cell in expected.items())
+        wrong += sum(of_commits.pop(key, None) != sums for key, sums in commit_log.cells_of(summary).items())
     for statement in (_COUNTED, _COUNTED_MINUTES):
         wrong += plain.execute(statement).fetchall()[0][0]
-    return wrong + len(kept)
+    return wrong + len(kept) + len(of_commits)
 
 
-def _kept(plain: Plain) -> dict[CellKey, Cell]:
-    """Return the cells as they are once all that waits is added up."""
+def _kept(plain: Plain) -> tuple[dict[CellKey, Cell], dict[commit_log.Key, commit_log.Sums]]:
+    """Return the rows of statistics and the cells of commits as they are once all that waits is added up."""
     kept: dict[CellKey, Cell] = {row[: len(_KEY)]: cell_of(row[len(_KEY) :]) for row in plain.execute(_STORED)}
-    for (stats,) in plain.execute(_WAITS):
-        for place, cell in spread(split(read_log(f"[{stats}]"))).items():
-            kept[place] = [*map(add, kept[place], cell)] if place in kept else cell
-    return {place: cell for place, cell in kept.items() if cell[0] > 0}
+    waiting: Summary = {}
+    for (facts,) in plain.execute(_WAITS):
+        add_to(waiting, read_log(f"[{facts}]"))
+    for place, cell in spread(split(cells_of(waiting))).items():
+        kept[place] = [*map(add, kept[place], cell)] if place in kept else cell
+    of_commits = commit_log.with_log(commit_cells.stored(plain), commit_log.cells_of(waiting))
+    return {place: cell for place, cell in kept.items() if cell[0] > 0}, of_commits
 
 
 def _days(plain: Plain) -> Iterator[tuple[int, Summary]]:
@@ -246,7 +255,8 @@ def _days(plain: Plain) -> Iterator[tuple[int, Summary]]:
             yield hour_number(f"{date}T00"), summary
 
 
-_FORGET_ALL: Final = tuple(f"DELETE FROM {table}" for table in ("run_deltas", "run_stats", "run_totals", "run_minutes"))
+_COUNTED_TABLES: Final = ("run_deltas", "run_stats", "run_commits", "run_totals", "run_minutes")
+_FORGET_ALL: Final = tuple(f"DELETE FROM {table}" for table in _COUNTED_TABLES)
 _COUNT_TOTALS: Final = """
     INSERT INTO run_totals (agent_name, job_type, status, runs)
     SELECT agent_name, job_type, status, count(*) FROM agent_runs GROUP BY 1, 2, 3
@@ -262,3 +272,4 @@ def rebuild(plain: Plain) -> None:
         plain.execute(statement)
     for _, summary in _days(plain):
         _write(plain, spread(split(cells_of(summary))))
+        commit_cells.add_up(plain, commit_log.cells_of(summary))

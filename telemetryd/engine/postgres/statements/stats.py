@@ -15,8 +15,8 @@ from telemetryd.model.stats import EVERY, SUMS, GetStats, Named
 _NAMED: Final = ("start", "agent_name", "job_type", "status")
 _COLUMNS: Final = (*_NAMED, *SUMS, "bins")
 _LOG: Final = f"""
-    SELECT NULL, NULL, NULL, NULL{", NULL" * len(SUMS)}, NULL, '[' || string_agg(stats, ',') || ']'
-    FROM run_deltas WHERE stats <> ''
+    SELECT NULL, NULL, NULL, NULL{", NULL" * len(SUMS)}, NULL, '[' || string_agg(facts, ',') || ']'
+    FROM run_deltas WHERE facts <> ''
 """
 
 

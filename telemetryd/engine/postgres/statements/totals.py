@@ -10,7 +10,7 @@ TOTALS: Final = """(
     SELECT agent_name, job_type, status, runs FROM run_totals
     UNION ALL
     SELECT (entry ->> 1) COLLATE "C", (entry ->> 2) COLLATE "C", (entry ->> 3) COLLATE "C", (entry -> 4 ->> 0)::bigint
-    FROM run_deltas CROSS JOIN json_array_elements(('[' || stats || ']')::json) AS entry WHERE stats <> ''
+    FROM run_deltas CROSS JOIN json_array_elements(('[' || facts || ']')::json) AS entry WHERE facts <> ''
 ) AS run_totals"""
 """The rows of `run_totals`, and those that the changes add to them; several may have the same names."""
 

@@ -258,7 +258,7 @@ class Transaction:
         stats_log.summarize(summary, (old for old, _ in self._changed), -1)
         stats_log.summarize(summary, (new for _, new in self._changed))
         totals: Counter[tuple[str, str, str]] = Counter()
-        for (_, agent_name, job_type, status), (sums, _) in summary.items():
+        for (_, agent_name, job_type, status, _), (sums, _) in summary.items():
             totals[agent_name, job_type, status] += sums[0]
         minutes = Counter(str(row[CREATED_AT])[:MINUTE] for row in self._created)
         minutes.subtract(facts[0][:MINUTE] for facts in self._deleted)
@@ -417,9 +417,11 @@ class Transaction:
     def _remove(self, commands: Sequence[Removal]) -> list[Removed | None]:
         self._removal = self._removal or Budget()
         outcomes = []
-        for outcome, deleted in removal.remove(self._cursor, self._sequence, commands, self._removal, self._now):
-            outcomes.append(outcome)
-            self._deleted += deleted
+        for done in removal.remove(self._cursor, self._sequence, commands, self._removal, self._now):
+            outcomes.append(done.outcome)
+            self._deleted += done.deleted
+            if done.changed is not None:
+                self._note(*done.changed)
         return outcomes
 
     def _apply_changes(self, command: ApplyChanges) -> Applied:

@@ -1,7 +1,8 @@
 """Compares the totals with the runs, in slices of one short transaction each, and corrects them.
 
-An hour of runs is the unit: all that is kept of it is compared in the transaction that reads its last slice. What the
-writer itself commits between two slices of an hour is reported to the `Tally`, as far as the slices have come.
+An hour of runs is the unit: all that is kept of it is compared in the transaction that reads its last slice; the cells
+of commits are compared when the hours of their slot are done. What the writer itself commits meanwhile is reported to
+the `Tally`, as far as the slices have come.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from typing import Final
 
 import orjson
 
-from telemetryd.engine import stats_log
-from telemetryd.engine.sqlite.statements import rollups
+from telemetryd.engine import commit_log, stats_log
+from telemetryd.engine.sqlite.statements import commit_cells, rollups
 from telemetryd.engine.sqlite.statements.columns import NEWEST, NEWEST_EVENT
 from telemetryd.engine.sqlite.statements.sequence import KEEP_NUMBERS, MAKE_FEED
+from telemetryd.model.commit_cells import SLOT_HOURS, slot_of
 from telemetryd.model.stats import DAY, FACTS, Facts, hour_number
 
 SLICE_ROWS: Final = 1_000
@@ -54,11 +56,14 @@ _NEXT: Final = """
     )
 """
 _NEXT_CELL: Final = f"""
-    SELECT min((
-        SELECT min(start) FROM run_stats
-        WHERE hours = span.value AND names = level.value AND start > :hour AND start <= :last
-    ))
-    FROM json_each('{[*stats_log.SPANS]}') AS span CROSS JOIN json_each('{[*stats_log.LEVELS]}') AS level
+    SELECT min(start) FROM (
+        SELECT min((
+            SELECT min(start) FROM run_stats
+            WHERE hours = span.value AND names = level.value AND start > :hour AND start <= :last
+        )) AS start
+        FROM json_each('{[*stats_log.SPANS]}') AS span CROSS JOIN json_each('{[*stats_log.LEVELS]}') AS level
+        UNION ALL SELECT min(slot) * {SLOT_HOURS} FROM run_commits WHERE slot > :slot AND slot <= :last_slot
+    )
 """
 _NEXT_AGENT: Final = """
     SELECT min(agent_name) FROM (
@@ -99,7 +104,7 @@ class Found:
 
 
 class Tally:
-    """The runs of one hour, counted as far as the slices have come, whatever is committed between two of them.
+    """The runs of one hour and of its slot, counted as far as the slices have come, whatever is committed meanwhile.
 
     It also keeps the last numbers that were drawn: another process may delete what holds them.
     """
@@ -109,6 +114,9 @@ class Tally:
         """The last number of the commit sequence, and the last id of an event, that a commit of ours has drawn."""
         self._hour: str | None = None
         self._noted: _Noted | None = None
+        self._slot: int | None = None
+        self._earlier: stats_log.Summary = {}
+        """The hours of the slot that are done."""
         self._clear("")
 
     def _clear(self, position: str) -> None:
@@ -122,16 +130,29 @@ class Tally:
     @property
     def is_counting(self) -> bool:
         """Whether runs have to be reported to it."""
-        return self._hour is not None
+        return self._slot is not None
 
     def begin(self, hour: str) -> None:
-        """Count an hour, from its beginning."""
+        """Count an hour, from its beginning; those of its slot that were counted before go on being counted."""
         self._hour = hour
         self._clear(hour)
+        if self._slot != slot_of(hour):
+            self._slot, self._earlier = slot_of(hour), {}
+
+    def end_hour(self) -> None:
+        """Keep what was counted for the slot only."""
+        stats_log.add_to(self._earlier, self.summary)
+        self._hour = None
+        self._clear(self.position)
+
+    def cells(self) -> dict[commit_log.Key, commit_log.Sums]:
+        """Return the cells of commits of the hours that are done."""
+        return commit_log.cells_of(self._earlier)
 
     def end(self) -> None:
-        """Count no hour."""
-        self._hour = None
+        """Count nothing."""
+        self._hour = self._slot = None
+        self._earlier = {}
         self._clear("")
 
     def count(self, runs: Iterable[Timed], position: str) -> None:
@@ -153,13 +174,19 @@ class Tally:
         if noted is None:
             return
         self.number, self.event = max(self.number, noted.number), max(self.event, noted.event)
-        if self._hour is not None:
-            self._add(filter(self._covers, noted.added), 1)
-            self._add(filter(self._covers, noted.taken), -1)
+        for runs, sign in ((noted.added, 1), (noted.taken, -1)):
+            self._add(filter(self._is_of_hour, runs), sign)
+            stats_log.summarize(self._earlier, (facts for facts, _ in filter(self._is_of_earlier, runs)), sign)
 
-    def _covers(self, run: Timed) -> bool:
+    def _is_of_hour(self, run: Timed) -> bool:
         created_at: str = run[0][_CREATED_AT]
         return created_at[:_HOUR] == self._hour and created_at <= self.position
+
+    def _is_of_earlier(self, run: Timed) -> bool:
+        """Return whether a run belongs to an hour of the slot that is done, or that had no runs when its turn came."""
+        created_at: str = run[0][_CREATED_AT]
+        is_done = created_at[:_HOUR] != self._hour and created_at <= self.position
+        return is_done and slot_of(created_at) == self._slot
 
     def _add(self, runs: Iterable[Timed], sign: int) -> None:
         counted = [*runs]
@@ -183,13 +210,22 @@ def compare(connection: sqlite3.Connection, tally: Tally, disturbed: Callable[[]
     cursor = connection.cursor()
     rollups.fold(cursor)
     hour = ""
+    begun = 0
     while (following := _next_hour(cursor, hour)) is not None:
+        if not hour or slot_of(hour) != slot_of(following):
+            if hour:
+                found.corrected += _correct_slot(cursor, tally, hour, is_certain=disturbed() == begun)
+            # In the same transaction as the look for it: a run that comes into an earlier hour of the slot is counted.
+            tally.begin(following)
+            begun = disturbed()
+            yield found
         if hour and hour[:_DATE] != following[:_DATE]:
             found.corrected += _correct_day(cursor, hour[:_DATE])
             yield found
         hour = following
         yield from _compare_hour(cursor, tally, hour, found, disturbed)
     if hour:
+        found.corrected += _correct_slot(cursor, tally, hour, is_certain=disturbed() == begun)
         found.corrected += _correct_day(cursor, hour[:_DATE])
         yield found
     yield from _compare_totals(cursor, found)
@@ -210,7 +246,9 @@ def _next_hour(cursor: sqlite3.Cursor, hour: str) -> str | None:
         after = f"{place}\0"  # somebody's text that is no time counts nowhere
     if place is not None:
         places.append(place[:_HOUR])
-    start = cursor.execute(_NEXT_CELL, {"hour": number, "last": _LAST_HOUR}).fetchone()[0]
+    after_it = {"hour": number, "slot": number // SLOT_HOURS}
+    last = {"last": _LAST_HOUR, "last_slot": _LAST_HOUR // SLOT_HOURS}
+    start = cursor.execute(_NEXT_CELL, {**after_it, **last}).fetchone()[0]
     if start is not None:
         moment = _EPOCH + timedelta(hours=start)
         places.append(f"{moment.year:04}-{moment:%m-%dT%H}")
@@ -232,8 +270,19 @@ def _compare_hour(
             found.corrected += _correct_minutes(cursor, tally, hour)
             found.corrected += _correct_span(cursor, "run_hours", "hour", hour, tally.starts)
             break
-    tally.end()
+    tally.end_hour()
     yield found
+
+
+def _correct_slot(cursor: sqlite3.Cursor, tally: Tally, hour: str, *, is_certain: bool) -> int:
+    """Make the cells of an hour's slot what its runs add up to, unless others have committed since it was begun.
+
+    Then the next comparison does it: there is one after each such commit.
+    """
+    rollups.fold(cursor)
+    corrected = commit_cells.correct(cursor, slot_of(hour), tally.cells()) if is_certain else 0
+    tally.end()
+    return corrected
 
 
 def _count_slice(cursor: sqlite3.Cursor, tally: Tally, hour: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import orjson
 
@@ -37,39 +37,59 @@ Removal = DeleteRun | RedactRun
 """A command of this module."""
 
 
+class Done(NamedTuple):
+    """What became of a slice of a command, and what the statistics have to know of it."""
+
+    outcome: Removed | None
+    deleted: list[Facts]
+    changed: tuple[Facts, Facts] | None
+    """What it found and what it left of a run that is not deleted, if it changed that."""
+
+
 def remove(
     cursor: sqlite3.Cursor, sequence: CommitSequence, commands: Sequence[Removal], budget: Budget, now: str
-) -> Iterator[tuple[Removed | None, list[Facts]]]:
-    """Carry out a slice of each command; yield its outcome and what was deleted.
+) -> Iterator[Done]:
+    """Carry out a slice of each command.
 
     The texts of all these runs go first, so that one merge of the full-text index drops the words of them all.
     """
     searched = full_text.SEARCHED if full_text.is_there(cursor.connection) else ()
-    cleared, waiting = [], []
+    cleared, waiting, changes = [], [], []
     for command in commands:
         fields = command.fields if isinstance(command, RedactRun) else searched
-        is_cleared = _clear(cursor, sequence, command, fields, now)
+        facts = _clear(cursor, sequence, command, fields, now)
+        is_cleared = facts is not None
+        changes.append(None if facts is None else (facts, _without(facts, fields)))
         has_words = not {*searched}.isdisjoint(fields)
         cleared.append(is_cleared and has_words)
         waiting.append((is_cleared or command.again) and has_words)
     is_merged = not any(waiting) or full_text.forget(cursor, again=not any(cleared), is_over=lambda: budget.is_spent)
-    for command, waits in zip(commands, waiting, strict=True):
+    for command, waits, changed in zip(commands, waiting, changes, strict=True):
         found = cursor.execute(_FIND, (command.event_id,)).fetchone()
         if found is None:
-            yield None, []
+            yield Done(None, [], None)
         elif waits and not is_merged:
-            yield Removed(0, more=True), []
+            yield Done(Removed(0, more=True), [], changed)
         elif isinstance(command, DeleteRun):
-            yield _delete(cursor, sequence, found, budget)
+            yield Done(*_delete(cursor, sequence, found, budget), changed)
         else:
-            yield _redact_events(cursor, sequence, command, found[0], budget), []
+            yield Done(_redact_events(cursor, sequence, command, found[0], budget), [], changed)
 
 
-def _clear(cursor: sqlite3.Cursor, sequence: CommitSequence, command: Removal, fields: Sequence[str], now: str) -> bool:
-    """Set fields of a run to null, in a later slice only what was written to them since; return whether it did."""
+def _without(facts: Facts, fields: Sequence[str]) -> Facts:
+    return tuple(None if name in fields else value for name, value in zip(FACTS, facts, strict=True))
+
+
+def _clear(
+    cursor: sqlite3.Cursor, sequence: CommitSequence, command: Removal, fields: Sequence[str], now: str
+) -> Facts | None:
+    """Set fields of a run to null, in a later slice only what was written to them since.
+
+    Return what the statistics knew of the run, or None if nothing was set.
+    """
     found = cursor.execute(_FIND, (command.event_id,)).fetchone()
     if found is None or (isinstance(command, DeleteRun) and not fields):
-        return False
+        return None
     run = found[0]
     # From the digest of a body somebody who knows the rest of it could find a short secret.
     names = (*fields, DIGEST) if fields else ()
@@ -79,10 +99,11 @@ def _clear(cursor: sqlite3.Cursor, sequence: CommitSequence, command: Removal, f
         f"UPDATE agent_runs SET updated_at = ?{assignments} WHERE id = ? AND ({is_due})", (now, run, command.again)
     )
     if cursor.rowcount == 0:
-        return False
+        return None
     sequence.changed(run)
     cursor.execute(_FORGET_ORIGINALS, (run, orjson.dumps(fields).decode()))
-    return True
+    facts: Facts = found[1:-1]
+    return facts
 
 
 def _delete(

@@ -1,14 +1,14 @@
 """SQL for statistics: stores, reads, verifies and rebuilds the rollups.
 
-Each group of commands appends one row to `run_stats_log`: what it changed, by hour, agent, job type and status. When
-the log stands for `FOLD_AT` changes, they are added to `run_stats` at once: then a cell is read and written once for
-many runs, and the many are few steps of SQLite.
+Each group of commands appends one row to `run_stats_log`: what it changed, by hour, agent, job type, status and commit.
+When the log stands for `FOLD_AT` changes, they are added to `run_stats` and `run_commits` at once: then a cell is read
+and written once for many runs, and the many are few steps of SQLite.
 """
 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import chain, groupby, product
 from operator import add
@@ -16,6 +16,8 @@ from typing import Final
 
 import orjson
 
+from telemetryd.engine import commit_log
+from telemetryd.engine.sqlite.statements import commit_cells
 from telemetryd.engine.sqlite.statements.answers import answers
 from telemetryd.engine.sqlite.statements.predicates import conditions
 from telemetryd.engine.stats_log import (
@@ -37,6 +39,7 @@ from telemetryd.engine.stats_log import (
     summarize,
 )
 from telemetryd.model import stats
+from telemetryd.model.commit_cells import SLOT_HOURS
 from telemetryd.model.sketches import pack, unpack
 from telemetryd.model.stats import DAY, EVERY, FACTS, SUMS, Cell, GetStats, Named, hour_number
 
@@ -71,14 +74,21 @@ _SELECT_FACTS: Final = f"""
 _SELECT_ROWS: Final = f"""
     SELECT {", ".join(_COLUMNS)} FROM run_stats WHERE hours = ? AND names = ? AND start >= ? AND start < ?
 """
-_SELECT_DAYS: Final = "SELECT DISTINCT start - ((start % 24) + 24) % 24 FROM run_stats"
+_SELECT_DAYS: Final = f"""
+    SELECT start - ((start % {DAY}) + {DAY}) % {DAY} FROM run_stats
+    UNION SELECT start - ((start % {DAY}) + {DAY}) % {DAY} FROM (
+        SELECT slot * {SLOT_HOURS} AS start FROM run_commits GROUP BY slot
+    )
+"""
 
 
 def fold(cursor: sqlite3.Cursor) -> None:
-    """Add the log to the statistics."""
+    """Add the log to the statistics and to the cells of commits."""
     logged = cursor.execute(f"SELECT {_LOG}").fetchone()[0]
     cursor.execute("DELETE FROM run_stats_log")
-    cells = spread(split(read_log(logged)))
+    summary = read_log(logged)
+    commit_cells.add_up(cursor, commit_log.cells_of(summary))
+    cells = spread(split(cells_of(summary)))
     keys = [*cells]
     found = cursor.execute(_READ, (orjson.dumps(keys).decode(),)).fetchone()[0]
     for number, *sums, bins in orjson.loads(found):
@@ -113,28 +123,37 @@ def _days(connection: sqlite3.Connection) -> Iterator[tuple[int, Summary]]:
 
 
 def rebuild(connection: sqlite3.Connection) -> None:
-    """Make the statistics anew from the runs, inside the caller's transaction; memory holds one day of them."""
+    """Make all of it anew from the runs, inside the caller's transaction; memory holds one day of them."""
     cursor = connection.cursor()
-    cursor.execute("DELETE FROM run_stats")
-    cursor.execute("DELETE FROM run_stats_log")
+    for table in ("run_stats", "run_commits", "run_stats_log"):
+        cursor.execute(f"DELETE FROM {table}")
     for _, summary in _days(connection):
         _write(cursor, spread(split(cells_of(summary))))
+        commit_cells.add_up(cursor, commit_log.cells_of(summary))
 
 
 def count_wrong(connection: sqlite3.Connection) -> int:
-    """Count the rows of the statistics that differ from what the runs add up to; memory holds one day of them."""
-    logged: dict[int, list[Named]] = {}
-    for named in read_log(connection.execute(f"SELECT {_LOG}").fetchone()[0]):
-        logged.setdefault(named[0] // DAY * DAY, []).append(named)
+    """Count the rows that differ from what the runs add up to, of statistics and of commits; memory holds one day."""
+    logged: dict[int, Summary] = {}
+    for key, added in read_log(connection.execute(f"SELECT {_LOG}").fetchone()[0]).items():
+        logged.setdefault(hour_number(key[0]) // DAY * DAY, {})[key] = added
     unseen = {day for (day,) in connection.execute(_SELECT_DAYS)} | set(logged)
     wrong = 0
     for day, summary in _days(connection):
         unseen.discard(day)
-        wrong += _differences(spread(split(cells_of(summary))), _kept(connection, day, logged.get(day, [])))
-    return wrong + sum(_differences({}, _kept(connection, day, logged.get(day, []))) for day in unseen)
+        wrong += _count_wrong_of(connection, day, summary, logged.get(day, {}))
+    return wrong + sum(_count_wrong_of(connection, day, {}, logged.get(day, {})) for day in unseen)
 
 
-def _kept(connection: sqlite3.Connection, day: int, logged: list[Named]) -> dict[CellKey, Cell]:
+def _count_wrong_of(connection: sqlite3.Connection, day: int, summary: Summary, logged: Summary) -> int:
+    cursor = connection.cursor()
+    kept = commit_cells.stored(cursor, day // SLOT_HOURS, (day + DAY) // SLOT_HOURS)
+    of_commits = commit_log.with_log(kept, commit_log.cells_of(logged))
+    wrong = commit_log.differences(commit_log.cells_of(summary), of_commits)
+    return wrong + _differences(spread(split(cells_of(summary))), _kept(connection, day, cells_of(logged)))
+
+
+def _kept(connection: sqlite3.Connection, day: int, logged: Iterable[Named]) -> dict[CellKey, Cell]:
     kept = spread(split(logged))
     for key, cell in _stored(connection.cursor(), day, DAY):
         kept[key] = [*map(add, kept[key], cell)] if key in kept else cell
