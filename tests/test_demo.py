@@ -10,13 +10,15 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from telemetryd.cli.sample_data import AGENTS, BREAKS_AT, ORCHESTRATOR, STALE, Story, World, finished
+from telemetryd.cli.sample_data import AGENTS, BREAKS_AT, LOOKED_BACK, ORCHESTRATOR, STALE, Story, World, finished
 from telemetryd.model import events, runs
 from tests.conftest import StartDaemon, wait_until
 from tests.http_client import get
+from tests.tools import demo_seeds
 from tests.tools.forks import popen
 from tests.tools.process import telemetryd
 
@@ -79,6 +81,33 @@ def test_one_agent_fails_from_a_commit_on() -> None:
     assert len({run["git_commit_hash"] for run in late}) == 1
 
 
+def test_the_commit_that_breaks_an_agent_is_recent_however_long_the_past_is() -> None:
+    for days, seed in ((14, 1), (30, 2), (366, 3)):
+        [breaks_at] = World(seed, END - days * DAY, END).breaks.values()
+        assert 5 * DAY < END - breaks_at < LOOKED_BACK - 5 * DAY
+
+
+def test_some_hours_are_bad_for_all_agents() -> None:
+    """Of two weeks, most have such hours."""
+    found = []
+    for seed in range(20):
+        each = [{*hours} for hours in World(seed, END - 14 * DAY, END).incidents.values()]
+        assert len(each) == len(AGENTS)
+        found.append(len(set.intersection(*each)))
+    assert found.count(0) < 10
+    assert max(found) <= 6
+
+
+def test_runs_have_labels_to_filter_by() -> None:
+    invented = stories()
+    teams = {story.run["agent_name"]: story.run["labels"]["team"] for story in invented}
+    assert all(story.run["labels"]["team"] == teams[story.run["agent_name"]] for story in invented)
+    assert teams["seo-optimizer"] == "search"
+    assert len({*teams.values()}) == 10
+    assert {story.run["labels"]["region"] for story in invented} == {"eu-central", "us-east", "ap-south"}
+    assert 0.1 < sum(story.run["labels"].get("priority") == "high" for story in invented) / len(invented) < 0.2
+
+
 def test_failures_come_in_clusters() -> None:
     world = World(1, END - DAY, END)
     bad: dict[bool, list[bool]] = {True: [], False: []}
@@ -102,6 +131,7 @@ def test_the_command_fills_a_daemon_once(start_daemon: StartDaemon) -> None:
     daemon = start_daemon(TELEMETRY_DB_JOURNAL_MODE="WAL")
     arguments = ("demo", "--url", daemon.url, "--no-live", "--runs", "300", "--days", "3", "--seed", "5")
     told = telemetryd(*arguments).stdout.splitlines()
+    assert get(daemon.url, "/api/v1/runs?label.team=search&limit=1")[1][0]["agent_name"] == "seo-optimizer"
     assert told[-1] == f"Look at {daemon.url}/"
     total = get(daemon.url, "/metrics")[1]["total_runs"]
     assert told[0] == f"{total} runs of 20 agents posted"
@@ -125,6 +155,17 @@ def test_the_command_reaches_a_socket_and_brings_the_token(start_daemon: StartDa
     assert told == {"agents": 20, "page": None}
     refused = telemetryd(*arguments, status=1)
     assert "The daemon answered 401: A valid token is needed" in refused.stderr
+
+
+def test_the_agent_that_a_commit_breaks_is_found_and_no_other(start_daemon: StartDaemon) -> None:
+    """At one hour; `python -m tests.tools.demo_seeds` looks at all 24 and at 100 seeds."""
+    seen = demo_seeds.look(start_daemon(TELEMETRY_DB_JOURNAL_MODE="WAL").url, demo_seeds.DEFAULT_SEED, END)
+    assert seen == demo_seeds.Seen(is_found=True, is_named=True, others=())
+
+
+@pytest.mark.slow
+def test_it_is_found_at_every_hour_and_with_nearly_every_seed() -> None:
+    assert demo_seeds.main() == 0
 
 
 def test_a_daemon_that_is_not_there_is_one_sentence(free_port: int) -> None:

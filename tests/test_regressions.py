@@ -165,6 +165,18 @@ def test_an_outage_that_others_share_is_left_out() -> None:
     assert not finding.others.as_well
 
 
+def test_successes_last_as_long_in_an_outage_so_that_durations_leave_nothing_out() -> None:
+    slow = runs_of(Part(0, 9, 12, 0), Part(1, 3, 12, 0), Part(2, 9, 12, 0, 21_000))
+    others = [
+        run
+        for agent in "ab"
+        for run in runs_of(Part(7, 12, 12, 0), Part(7, 2, 0, 12), Part(7, 7, 12, 0), agent_name=agent)
+    ]
+    [finding] = found_in(slow + others).regressions
+    assert (finding.measure, finding.first_bad_commit, finding.left_out_hours) == ("duration", COMMIT(2), 0)
+    assert finding.runs == tuple(run["event_id"] for run in slow[144:149])
+
+
 def test_what_became_of_others_for_good_is_shown() -> None:
     runs = [run for agent in "abc" for run in runs_of(*BROKEN, agent_name=agent)]
     findings = found_in(runs).regressions

@@ -38,6 +38,7 @@ from telemetryd.model.commands import (
     UpdateRun,
 )
 from telemetryd.model.filters import matches
+from telemetryd.model.intervals import wilson
 from telemetryd.model.processes import Process as RunProcess
 from telemetryd.model.runs import STORED, parse_run
 from telemetryd.model.sketches import ERROR
@@ -100,7 +101,9 @@ def brute_force(connection: sqlite3.Connection, query: stats.GetStats) -> list[d
             {
                 **dict(zip(labels, key, strict=True)),
                 "runs": len(runs),
+                "finished": len(finished),
                 "success_rate": round(len(successes) / len(finished), 6) if finished else None,
+                "success_rate_interval": interval_of(query, len(successes), len(finished)),
                 **{name: sum(run[name] for run in runs) for name in stats.ITEMS},
                 "duration_ms": {
                     **{
@@ -112,6 +115,15 @@ def brute_force(connection: sqlite3.Connection, query: stats.GetStats) -> list[d
             }
         )
     return answer
+
+
+def interval_of(query: stats.GetStats, successes: int, finished: int) -> dict[str, float] | None:
+    asked = {*query.filters.equal.get("status", Status)} - {"running"}
+    is_chosen_by_outcome = "status" in query.group_by or "success" not in asked or asked == {"success"}
+    if is_chosen_by_outcome or not finished:
+        return None
+    low, high = wilson(successes / finished, finished)
+    return {"low": round(low, 6), "high": round(high, 6)}
 
 
 def assert_equal(found: Sequence[Mapping[str, Any]], exact: Sequence[Mapping[str, Any]]) -> None:
@@ -342,7 +354,9 @@ async def test_the_answer(api: Api) -> None:
                 "agent_name": "hugo-translator",
                 "bucket": "2026-01-02T00:00:00Z",
                 "runs": 4,
+                "finished": 3,
                 "success_rate": 0.666667,
+                "success_rate_interval": {"low": 0.20766, "high": 0.938508},
                 "items_discovered": 36,
                 "items_succeeded": 0,
                 "items_failed": 8,
@@ -358,8 +372,22 @@ async def test_nothing_runs_or_nothing_is_finished(api: Api) -> None:
     assert (await ask(api))["groups"] == []
     await api.post(make_run())
     [group] = (await ask(api))["groups"]
+    assert (group["runs"], group["finished"]) == (1, 0)
     assert group["success_rate"] is None
+    assert group["success_rate_interval"] is None
     assert group["duration_ms"] == {"p50": None, "p95": None, "p99": None, "sum": 0}
+
+
+async def test_a_rate_that_the_question_decides_has_no_interval(api: Api) -> None:
+    for status in ("success", "failed", "running"):
+        await api.post(make_run(status=status))
+    for chosen, rate in (("success", 1), ("failure,timeout", 0), ("running,success", 1)):
+        [group] = (await ask(api, status=chosen))["groups"]
+        assert (group["success_rate"], group["success_rate_interval"]) == (rate, None), chosen
+    groups = (await ask(api, group_by="status"))["groups"]
+    assert [group["success_rate_interval"] for group in groups] == [None] * 3
+    [group] = (await ask(api, status="success,failure"))["groups"]
+    assert group["success_rate_interval"] == {"low": 0.094531, "high": 0.905469}
 
 
 async def test_a_patch_is_counted_when_it_is_acknowledged(api: Api) -> None:
@@ -469,6 +497,7 @@ def test_the_table_fits_the_terminal() -> None:
     group = {
         "runs": 1234,
         "success_rate": 0.5,
+        "success_rate_interval": {"low": 0.4721, "high": 0.5279},
         **dict.fromkeys(stats.ITEMS, 10**6),
         "duration_ms": {"p50": 999, "p95": 61_000, "p99": 7_200_000, "sum": 10**9},
     }
@@ -482,11 +511,11 @@ def test_the_table_fits_the_terminal() -> None:
             {"bucket": "2026-01-01T06:00:00Z", "agent_name": "y", "job_type": "z\x1b", **group},
         ],
     }
-    lines = table(answer, 120).splitlines()
-    assert {len(line) for line in lines[1:]} == {120}
+    lines = table(answer, 128).splitlines()
+    assert {len(line) for line in lines[1:]} == {128}
     assert lines[1].split()[:4] == ["bucket", "agent_name", "job_type", "runs"]
     assert "x…" in lines[2]
-    assert lines[3].split()[:6] == ["2026-01-01", "06:00", "y", r"z\u001b", "1,234", "50.0%"]
+    assert lines[3].split()[:7] == ["2026-01-01", "06:00", "y", r"z\u001b", "1,234", "50.0%", "47-53%"]
     assert max(map(len, table(answer, 400).splitlines())) < 200
     assert table({**answer, "groups": []}, 80).startswith("No runs were created from 2026-01-01T00:00:00Z to")
 

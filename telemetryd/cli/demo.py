@@ -15,13 +15,14 @@ import orjson
 
 from telemetryd.cli.options import counted, failing, json_flag, print_json, progress
 from telemetryd.cli.reach import RefusedError, Where, daemon_flags, pause_s
-from telemetryd.cli.sample_data import AGENTS, Story, World, finished
+from telemetryd.cli.sample_data import AGENTS, LOOKED_BACK, Story, World, finished
 from telemetryd.client.answers import shown
 from telemetryd.client.transport import Answer, Transport, UnreachableError, run_path
 from telemetryd.model.values import utc_now
 
 _BATCH: Final = 500
-_PER_DAY: Final = 2400
+_DAYS: Final = LOOKED_BACK.days
+PER_DAY: Final = 1000
 _TRIES: Final = 30
 _LIVE_EVERY_S: Final = 1.5
 _LIVE_SPEED: Final = 6
@@ -87,10 +88,11 @@ class _Poster:
 
 
 @click.command(
-    help=r"""Post a day of invented runs, then go on live until Ctrl-C.
+    help=rf"""Post {_DAYS} days of invented runs, then more until Ctrl-C.
 
-    Twenty agents have made them, so that there is something to look at: parents and children, events, figures and
-    commits; failures come in clusters, and one agent (seo-optimizer) fails from a certain commit on. Their event_ids
+    Twenty agents have made them, so that there is something to look at: parents and children, events, figures, labels
+    and commits. Failures come in clusters, some of them in all agents at once, and one agent (seo-optimizer) fails from
+    a certain commit on, which `telemetryd regressions` names if there are about {_DAYS} days of runs. Their event_ids
     begin with `demo-`; what a seed has invented on one day is not stored twice. Meant for a database to try things
     out with.
 
@@ -101,8 +103,10 @@ class _Poster:
       telemetryd demo --unix /run/telemetryd/telemetryd.sock --seed 7
     """
 )
-@click.option("--runs", "number", type=click.IntRange(1), help=f"How many runs; default: {_PER_DAY} a day.")
-@click.option("--days", type=click.IntRange(1, 366), default=1, show_default=True, help="How many days they lie back.")
+@click.option("--runs", "number", type=click.IntRange(1), help=f"How many runs; default: {PER_DAY} a day.")
+@click.option(
+    "--days", type=click.IntRange(1, 366), default=_DAYS, show_default=True, help="How many days they lie back."
+)
 @click.option("--seed", type=int, default=1, show_default=True, help="The same seed at the same time invents the same.")
 @click.option("--live/--no-live", default=True, help="Whether to go on with new runs until Ctrl-C.")
 @json_flag
@@ -114,7 +118,7 @@ def demo(*, number: int | None, days: int, seed: int, live: bool, as_json: bool,
         with closing(Transport(config)) as transport:
             poster = _Poster(transport)
             world = World(seed, now - timedelta(days=days), now)
-            open_runs = _post(poster, world, number or days * _PER_DAY, now)
+            open_runs = _post(poster, world, number or days * PER_DAY, now)
             page = None if config.url.startswith("unix:") else f"{config.url.rstrip('/')}/"
             if as_json:
                 print_json({"runs": poster.posted, "agents": len(AGENTS), "page": page})

@@ -17,10 +17,14 @@ Rhythm = Literal["office", "night", "steady", "nightly"]
 """When an agent runs: with its users, while they sleep, all day, or in the hours after 2 o'clock."""
 
 REPO: Final = "https://github.com/acme/{}.git"
+LOOKED_BACK: Final = timedelta(days=14)
+"""How much of the past, up to its end, has a commit that breaks an agent: what lies before is only history."""
 BREAKS_AT: Final = 0.55
-"""Which share of its runs an agent has begun when a commit breaks it: enough on both sides, at any hour."""
+"""Which share of that an agent's runs have begun when the commit breaks it: days enough on both sides, at any hour."""
 _BROKEN_FAILS: Final = 0.8
 """Which share of its runs fails then."""
+_OUTAGE_EVERY: Final = timedelta(days=5)
+"""How often, on average, all agents suffer together: such failures are no commit's work."""
 _STEPS_OF_TIME: Final = 1000
 _PARENTS_FOR: Final = timedelta(minutes=40)
 STALE: Final = 3
@@ -107,6 +111,22 @@ _BROKEN: Final = (
     "KeyError: 'canonical_url'",
 )
 _STEPS: Final = ("fetch", "prepare", "model", "write")
+_TEAMS: Final = {
+    "website": "web",
+    "seo-tools": "search",
+    "support-bots": "support",
+    "finance-ai": "finance",
+    "platform": "platform",
+    "docs": "docs",
+    "market": "market",
+    "digest": "editors",
+    "ops-bots": "operations",
+    "research": "research",
+}
+"""Whose agents are in which repository."""
+_REGIONS: Final = ("eu-central", "eu-central", "us-east", "ap-south")
+_HIGH_PRIORITY: Final = 0.15
+"""Which share of the runs has a label that says so."""
 _AUTHORS: Final = ("Ada Berg <ada@example.com>", "Noor Vos <noor@example.com>", "Kim Sato <kim@example.com>")
 
 
@@ -142,23 +162,30 @@ class World:
         self.breaks = {agent.name: self._after(agent, BREAKS_AT) for agent in AGENTS if agent.breaks}
         random = Random(f"{self.seed} incidents")  # noqa: S311 - invented data
         hours = (self.end - self.begin) / timedelta(hours=1)
+        outages = [
+            self._incident(random, 0)
+            for _ in range(round((self.end - self.begin) / _OUTAGE_EVERY * random.random() * 2))
+        ]
         self.incidents = {}
         for agent in AGENTS:
-            several: list[tuple[datetime, datetime, int]] = []
+            several = [*outages]
             if agent.breaks:  # what is wrong with it is its commit
                 self.incidents[agent.name] = several
                 continue
-            for _ in range(max(1, round(hours / 60)) if random.random() < min(0.9, 0.3 + hours / 500) else 0):
-                start = self.begin + timedelta(hours=hours * random.random())
-                several.append(
-                    (start, start + timedelta(hours=0.7 + 2.5 * random.random()), random.randrange(len(_ERRORS)))
-                )
+            for _ in range(max(1, round(hours / 170)) if random.random() < min(0.9, 0.3 + hours / 500) else 0):
+                several.append(self._incident(random, random.randrange(len(_ERRORS))))
             self.incidents[agent.name] = several
 
+    def _incident(self, random: Random, error: int) -> tuple[datetime, datetime, int]:
+        """Invent some hours in which many runs end with an error."""
+        start = self.begin + (self.end - self.begin) * random.random()
+        return start, start + timedelta(hours=0.7 + 2.5 * random.random()), error
+
     def _after(self, agent: Agent, share: float) -> datetime:
-        """Return the moment when this share of an agent's runs is to be expected behind it."""
-        step = (self.end - self.begin) / _STEPS_OF_TIME
-        moments = [self.begin + step * number for number in range(_STEPS_OF_TIME)]
+        """Return the moment when this share of an agent's latest runs is to be expected behind it."""
+        begin = max(self.begin, self.end - LOOKED_BACK)
+        step = (self.end - begin) / _STEPS_OF_TIME
+        moments = [begin + step * number for number in range(_STEPS_OF_TIME)]
         expected = [*accumulate(_likelihood(agent.rhythm, moment) for moment in moments)]
         return moments[bisect(expected, share * expected[-1])]
 
@@ -182,14 +209,14 @@ class World:
             yield story
         for serial in range(STALE):
             agent = AGENTS[(7 * serial + self.seed) % len(AGENTS)]
-            moment = self.end - (self.end - self.begin) * (0.1 + 0.07 * serial)
+            moment = self.end - min(self.end - self.begin, timedelta(days=1)) * (0.1 + 0.07 * serial)
             yield _unheard(self.story(random, agent, moment, f"{stem}-stale-{serial}", None))
 
     def story(
         self, random: Random, agent: Agent, moment: datetime, serial: str, parent: Json | None, *, speed: float = 1
     ) -> Story:
         """Invent one run that begins at a moment, and ends so many times faster than usual."""
-        seconds = agent.seconds / speed * math.exp(random.gauss(0, 0.55))
+        seconds = agent.seconds / speed * math.exp(random.gauss(0, 0.35))
         commit, commit_time, is_broken = self._commit(agent, moment)
         status, error = self._outcome(random, agent, moment, is_broken)
         if status == "timeout":
@@ -238,6 +265,11 @@ class World:
             "trigger_type": "parent" if parent is not None else agent.trigger,
             "platform": "python",
             "product": agent.repo,
+            "labels": {
+                "team": _TEAMS[agent.repo],
+                "region": random.choice(_REGIONS),
+                **({"priority": "high"} if random.random() < _HIGH_PRIORITY else {}),
+            },
             "git_repo": REPO.format(agent.repo),
             "git_branch": "main",
             "git_commit_hash": commit,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from math import ceil, floor
 from typing import Final
 
 import click
@@ -14,7 +15,7 @@ from telemetryd.cli.target import Body, ask_source
 from telemetryd.ops.logs import printable
 
 _UNITS: Final = ((86_400_000, "d"), (3_600_000, "h"), (60_000, "min"), (1000, "s"))
-_HEADINGS: Final = ("runs", "success", "done", "failed", "skipped", "p50", "p95", "p99", "total")
+_HEADINGS: Final = ("runs", "success", "95% CI", "done", "failed", "skipped", "p50", "p95", "p99", "total")
 _NARROWEST: Final = 6
 """Characters that a name is left at least, however narrow the terminal is."""
 
@@ -22,8 +23,9 @@ _NARROWEST: Final = 6
 @click.command(
     help=r"""Show how many runs there were, and how they went.
 
-    Times are those of created_at, in whole hours (UTC). Quantiles of durations are within 1 % of the exact ones. The
-    daemon is asked; the database is read where none runs, and alongside one that cannot be reached.
+    Times are those of created_at, in whole hours (UTC). Quantiles of durations are within 1 % of the exact ones. 95% CI
+    is the confidence interval of the success rate, wide where few runs are finished; "-" means that none is. The daemon
+    is asked; the database is read where none runs, and alongside one that cannot be reached.
 
     \b
     Examples:
@@ -110,13 +112,19 @@ def _name(group: Body, name: str, *, is_whole_days: bool) -> str:
 
 
 def _figures(group: Body) -> Sequence[str]:
-    rate, times = group["success_rate"], group["duration_ms"]
+    rate, interval, times = group["success_rate"], group["success_rate_interval"], group["duration_ms"]
     return (
         f"{group['runs']:,}",
         "-" if rate is None else f"{rate:.1%}",
+        "-" if interval is None else _show_interval(interval["low"], interval["high"]),
         *(f"{group[f'items_{word}']:,.0f}" for word in ("succeeded", "failed", "skipped")),
         *(show_duration(times[name]) for name in ("p50", "p95", "p99", "sum")),
     )
+
+
+def _show_interval(low: float, high: float) -> str:
+    """Return an interval in whole per cent, rounded outwards."""
+    return f"{floor(low * 100)}-{ceil(high * 100)}%"
 
 
 def show_duration(ms: float | None) -> str:

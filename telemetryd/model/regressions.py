@@ -362,7 +362,7 @@ def complete(
 ) -> Regression:
     """Return a change with what is read from the runs themselves: medians, and which of them show it."""
     before, since = change.before, change.since
-    left_out = neighbours.outages_of(pair[0])
+    left_out = neighbours.outages_of(pair[0]) if measure == "success_rate" else frozenset[int]()
     bad, good = since.blocks[0].commit, before.blocks[-1].commit
     border = since.blocks[0].slots[0][0]
     older, newer = {block.commit for block in before.blocks}, {block.commit for block in since.blocks}

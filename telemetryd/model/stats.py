@@ -17,6 +17,7 @@ from telemetryd.errors import InvalidRequestError
 from telemetryd.model import sketches
 from telemetryd.model.answers import Moment, Number, Share, Sum
 from telemetryd.model.filters import FILTER_PARAMETERS, WILDCARD, Filters, read_filters
+from telemetryd.model.intervals import CERTAINTY, wilson
 from telemetryd.model.parameters import Given, Parameter, read_moment, refuse
 from telemetryd.model.queries import Query
 from telemetryd.model.values import MAX_INTEGER, Status, StatusValue, shorten
@@ -88,6 +89,12 @@ class GetStats(Query[list["StatsGroup"]]):
             if status != IMPLIED:
                 weights[status] = int(not implied or apart) if status in asked else -int(implied)
         return {status: weight for status, weight in weights.items() if weight}
+
+    @property
+    def is_rate_open(self) -> bool:
+        """Whether the success rate can be anything: where runs are chosen by their outcome, it is 0 or 1 in advance."""
+        outcomes = {*(self.filters.equal.get("status") or Status)} - {Status.RUNNING}
+        return "status" not in self.group_by and {Status.SUCCESS} < outcomes
 
 
 @lru_cache(maxsize=10_000)
@@ -275,10 +282,17 @@ def _shown(query: GetStats, key: tuple[Any, ...], cell: Cell) -> StatsGroup:
         quantiles: Sequence[int | None] = sketches.quantiles(sketch, finished, PERCENTS)
     else:
         quantiles = [None] * len(PERCENTS)
+    interval: Bounds | None = None
+    if finished > 0 and query.is_rate_open:
+        # Where somebody has changed runs by hand, there may be more or fewer successes than there can be.
+        low, high = wilson(min(max(successes, 0), finished) / finished, finished)
+        interval = {"low": round(low, 6), "high": round(high, 6)}
     answered: dict[str, Any] = {
         **shown,
         "runs": runs,
+        "finished": max(finished, 0),
         "success_rate": round(successes / finished, 6) if finished > 0 else None,
+        "success_rate_interval": interval,
         **{name: _number(value) for name, value in zip(ITEMS, items, strict=True)},
         "duration_ms": {
             **{f"p{percent}": value for percent, value in zip(PERCENTS, quantiles, strict=True)},
@@ -295,6 +309,17 @@ def _number(value: int) -> int | float:
 
 _QUANTILE: Final = f"Within {sketches.ERROR:.0%} of the exact one, in whole ms; null if no run is finished."
 Quantile = Annotated[Number | None, Field(description=_QUANTILE)]
+_INTERVAL: Final = (
+    f"Wilson's interval of the success rate at {CERTAINTY:.0%} confidence. null if no run is finished, and where runs "
+    "are chosen by status so that the rate is 0 or 1 in any case."
+)
+
+
+class Bounds(TypedDict):
+    """Between which bounds a share lies."""
+
+    low: Share
+    high: Share
 
 
 class Durations(TypedDict):
@@ -314,7 +339,9 @@ class StatsGroup(TypedDict):
     status: NotRequired[StatusValue]
     bucket: NotRequired[Moment]
     runs: Number
+    finished: Annotated[Number, Field(description="Those of the runs that are over.")]
     success_rate: Annotated[Share | None, Field(description="Successes among the finished runs; null if none is.")]
+    success_rate_interval: Annotated[Bounds | None, Field(description=_INTERVAL)]
     items_discovered: Sum
     items_succeeded: Sum
     items_failed: Sum

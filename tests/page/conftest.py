@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, expect
 
-from telemetryd.cli.sample_data import World, finished
+from telemetryd.cli.sample_data import LOOKED_BACK, Story, World, finished
 from telemetryd.model.values import format_timestamp
 from tests.conftest import PATIENCE_S, Daemon
 from tests.http_client import call
@@ -22,6 +22,9 @@ from tests.tools.process import telemetryd
 
 TOKEN = "correct-horse-bättery"
 RUNS = 1500
+"""About how many runs the last day has."""
+WITH_A_PAST = {"seo-optimizer", "link-checker"}
+"""Agents whose runs of two weeks are posted: one that a commit breaks, and one that does well at the same time."""
 RULES = """
 every = "1s"
 
@@ -38,14 +41,14 @@ agent_name = "broken-agent"
 """
 
 NOON = datetime(2026, 11, 25, 12, tzinfo=UTC)
-"""When the invented day ends: what its agents do depends on the hour, and the tests may run at any."""
+"""When the invented time ends: what its agents do depends on the hour, and the tests may run at any."""
 MOMENTS = {"created_at", "start_time", "end_time", "git_commit_timestamp", "timestamp"}
 
 expect.set_options(timeout=PATIENCE_S * 1000)
 
 
 def fill(url: str) -> None:
-    """Post what `telemetryd demo` would post at noon, brought to now."""
+    """Post what `telemetryd demo` would post at noon, brought to now: one day of all agents, two weeks of some."""
     moved = datetime.now(UTC) - NOON
 
     def bring(fields: dict[str, Any]) -> dict[str, Any]:
@@ -54,12 +57,17 @@ def fill(url: str) -> None:
             for name, value in fields.items()
         }
 
-    stories = list(World(1, NOON - timedelta(days=1), NOON).runs(RUNS))
+    day = timedelta(days=1)
+
+    def is_posted(story: Story) -> bool:
+        return story.run["agent_name"] in WITH_A_PAST or datetime.fromisoformat(story.run["start_time"]) >= NOON - day
+
+    stories = [*filter(is_posted, World(1, NOON - LOOKED_BACK, NOON).runs(RUNS * LOOKED_BACK // day))]
     runs = [bring(finished(story) if story.ends_at <= NOON else story.run) for story in stories]
     status, answer = call(url, "POST", "/api/v1/runs/batch", runs)
     assert (status, answer["inserted"]) == (200, len(runs))
     for story in stories:
-        if story.events:
+        if story.events and datetime.fromisoformat(story.run["start_time"]) >= NOON - day:
             path = f"/api/v1/runs/{story.run['event_id']}/events"
             assert call(url, "POST", path, [*map(bring, story.events)])[0] in (200, 201)
 
@@ -85,7 +93,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="package")
 def url(tmp_path_factory: pytest.TempPathFactory, browser: Browser) -> Iterator[str]:
-    """The address of a daemon with a day of invented runs."""
+    """The address of a daemon with invented runs."""
     folder = tmp_path_factory.mktemp("open")
     (folder / "alerts.toml").write_text(RULES)
     daemon = Daemon(folder, TELEMETRY_DB_JOURNAL_MODE="WAL", TELEMETRY_ALERTS_FILE="alerts.toml")
@@ -105,7 +113,7 @@ def closed_url(tmp_path_factory: pytest.TempPathFactory, browser: Browser) -> It
         TELEMETRY_API_AUTH_TOKEN=TOKEN,
         TELEMETRY_FULL_TEXT="true",
     )
-    telemetryd("demo", "--url", daemon.url, "--no-live", "--runs", "60", TELEMETRY_API_AUTH_TOKEN=TOKEN)
+    telemetryd("demo", "--url", daemon.url, "--no-live", "--days", "1", "--runs", "60", TELEMETRY_API_AUTH_TOKEN=TOKEN)
     yield daemon.url
     daemon.close()
 

@@ -216,6 +216,19 @@ def test_a_few_runs_are_not_said_to_be_none_an_hour(open_view: OpenPage, url: st
     expect(page.locator(".tile").first).to_have_text("Runs3by 1 agent, in 1 day")
     page.goto(f"{url}/#/?from=2021-05-04T10:00Z&to=2021-05-04T12:00Z")
     expect(page.locator(".tile").first).to_have_text("Runs2by 1 agent, 1 per hour")
+    # A rate of few runs comes with its interval, and there is none of no runs.
+    rate = page.locator(".tile").nth(1)
+    expect(rate).to_have_text("Success rate100 %2 of 2 finished (95 % interval 34–100 %)")
+    page.goto(f"{url}/#/?from=2021-05-04T14:00Z&to=2021-05-04T15:00Z")
+    expect(rate).to_have_text("Success rateno datano runs")
+    post(url, make_run(created_at="2021-05-04T14:30:00Z"))
+    page.reload()
+    expect(rate).to_have_text("Success rateno datano run has finished")
+    post(url, make_run(created_at="2021-05-04T14:40:00Z", status="failure"))
+    page.reload()
+    expect(rate).to_have_text("Success rate0 %0 of 1 finished (95 % interval 0–80 %)")
+    worst = page.locator(".panel", has_text="Most failures").locator("li")
+    expect(worst).to_have_text("hugo-translator100 % (20–100 %) of 1 run1")
     # Nobody has said how long they took, as in many a database of 3.x.
     page.goto(f"{url}/#/runs?created_before=2021-05-05T00:00Z")
     expect(page.locator(".table-body .took").first).to_have_text("–")
@@ -228,15 +241,27 @@ def test_a_few_runs_are_not_said_to_be_none_an_hour(open_view: OpenPage, url: st
 
 
 def test_the_commit_that_broke_an_agent_is_named_with_its_runs(open_view: OpenPage, url: str) -> None:
-    found = get(url, "/api/v1/regressions")[1]["regressions"]
-    first = next(each for each in found if each["agent_name"] == "seo-optimizer")
+    answer = get(url, "/api/v1/regressions")[1]
+    found = answer["regressions"] + answer["too_early"]
+    first = next(each for each in answer["regressions"] if each["agent_name"] == "seo-optimizer")
     page = open_view()
     panel = page.locator("#regressions")
     expect(panel.locator("li")).to_have_count(len(found))
+    expect(panel.locator(".limit")).to_contain_text("Whatever else changed for good at that moment")
     shown = panel.locator("li").nth(found.index(first))
     rate = math.floor(first["after"]["success_rate"] * 1000 + 0.5) / 10  # halves upwards, as the browser does
     expect(shown).to_contain_text(f"{rate:.1f} % since commit")
     expect(shown.locator(f'a[href="{first["commit_url"]}"]')).to_have_attribute("rel", "noopener noreferrer")
+    facts = shown.locator(".evidence > div")
+    expect(facts.nth(0)).to_have_text(re.compile(r"^Change\d+\.\d points less, 95 % interval \d+\.\d to \d+\.\d less$"))
+    before, since = first["before"], first["after"]
+    expect(facts.nth(1)).to_contain_text(
+        f"Before{before['days']} days ({before['runs']} runs, {before['commits']} commits)"
+    )
+    expect(facts.nth(1)).to_contain_text(first["last_good_commit"][:12])
+    expect(facts.nth(2)).to_contain_text(f"Since{since['days']} days ({since['runs']} runs, 1 commit); see runs 1, 2")
+    expect(facts.nth(3)).to_contain_text(re.compile(r"^Others\d+ agents? succeeded in \d\d\.\d % before, \d\d\.\d % s"))
+    expect(facts.last).to_have_text(f"By chanceat most 1 in {math.floor(1 / first['p_value'])}")
     expect(shown.get_by_role("link", name="Run demo-")).to_have_count(len(first["runs"]))
     shown.get_by_role("link", name=f"Run {first['runs'][0]}", exact=True).click()
     expect(page).to_have_url(re.compile(f"#/run/{first['runs'][0]}$"))
@@ -247,21 +272,60 @@ def test_the_commit_that_broke_an_agent_is_named_with_its_runs(open_view: OpenPa
     expect(page.locator(".table-body .line").first).to_contain_text("seo-optimizer")
 
 
+def test_what_speaks_against_a_finding_is_said(open_view: OpenPage, url: str) -> None:
+    answer = get(url, "/api/v1/regressions")[1]
+    [known, *_] = answer["regressions"]
+    slower = known | {
+        "agent_name": "slower",
+        "measure": "duration",
+        "before": {"commits": 3, "days": 5, "runs": 50, "median_duration_ms": 30_000},
+        "after": {"commits": 1, "days": 1, "runs": 9, "median_duration_ms": 66_000},
+        "effect": {"value": 2.2, "low": None, "high": None},
+        "others": {"agents": 3, "before": {"runs": 90}, "after": {"runs": 20}, "factor": 1.9, "as_well": True},
+        "left_out_hours": 0,
+    }
+    alone = known | {
+        "agent_name": "alone",
+        "before": {"commits": 3, "days": 2, "runs": 50, "success_rate": 0.9},
+        "after": {"commits": 1, "days": 3, "runs": 9, "success_rate": 0.6},
+        "effect": {"value": -0.3, "low": -0.62, "high": 0.04},
+        "others": {"agents": 0, "before": {"runs": 0}, "after": {"runs": 0}, "as_well": False},
+        "left_out_hours": 6,
+    }
+    page = open_view(fresh=True)
+    told = answer | {"regressions": [], "too_early": [slower, alone]}
+    page.route("**/api/v1/regressions", lambda route: route.fulfill(json=told))
+    page.reload()
+    [first, second] = (page.locator("#regressions li").nth(place) for place in (0, 1))
+    expect(first).to_contain_text("too early to tell slower")
+    expect(first).to_contain_text("half of the runs end within 30 s before, 1 min 6 s since commit")
+    expect(first).to_contain_text(
+        "Days with runs: 5 before, 1 since. It takes 4 on each side to tell a commit from an outage."
+    )
+    expect(first).to_contain_text("2.20 times as long, too few days for an interval")
+    expect(first).to_contain_text("worse as well 3 agents took 1.90 times as long as before: hardly one commit's work")
+    expect(first).not_to_contain_text("Left out")
+    expect(second).to_contain_text("Days with runs: 2 before, 3 since.")
+    expect(second).to_contain_text("30.0 points less, 95 % interval 4.0 more to 62.0 less")
+    expect(second).to_contain_text("none ran on both sides: nothing tells whether it was all of them")
+    expect(second).to_contain_text("6 hours in which other agents failed, too")
+
+
 def test_what_fires_now_is_shown_with_its_runs(open_view: OpenPage, url: str) -> None:
     def firing() -> dict[str, dict[str, Any]]:
         rules = get(url, "/api/v1/alerts")[1]["rules"]
         return {rule["name"]: rule["firing"][0] for rule in rules if rule["firing"]}
 
-    begin = datetime.now(UTC) - timedelta(hours=20)
+    begin = datetime.now(UTC) - timedelta(days=14)
     runs = [
         make_run(
             agent_name="broken-agent",
             job_type="build",
-            created_at=(begin + timedelta(minutes=number)).isoformat(),
-            status="success" if number < 40 else "failure",
+            created_at=(begin + timedelta(days=number / 20)).isoformat(),
+            status="success" if number < 160 else "failure",
             git_commit_hash=f"{number // 20:040x}",
         )
-        for number in range(80)
+        for number in range(280)
     ]
     call(url, "POST", "/api/v1/runs/batch", runs)  # at once: rules are evaluated meanwhile
     wait_until(lambda: len(firing()) == 2)
@@ -274,10 +338,10 @@ def test_what_fires_now_is_shown_with_its_runs(open_view: OpenPage, url: str) ->
     broken = lines.filter(has_text="broken by a commit")
     found = firing()["broken by a commit"]
     expect(broken).to_contain_text(found["summary"])
-    assert found["subject"]["first_bad_commit"] == f"{2:040x}"
+    assert found["subject"]["first_bad_commit"] == f"{8:040x}"
     expect(broken.locator("time")).to_have_attribute("datetime", found["since"])
     broken.get_by_role("link", name="broken-agent, build").click()
-    expect(page).to_have_url(re.compile(f"git_commit_hash={2:040x}"))
+    expect(page).to_have_url(re.compile(f"git_commit_hash={8:040x}"))
     expect(page.locator(".tally")).to_have_text("20 runs")
 
 
@@ -490,14 +554,14 @@ def scroll(page: Page, place: str, is_enough: Callable[[], bool]) -> None:
 
 def test_filters_stand_in_the_address(open_view: OpenPage, url: str) -> None:
     page = open_view("#/runs")
-    page.get_by_label("Agent", exact=True).fill("seo-*")
+    page.get_by_label("Agent", exact=True).fill("link-*")
     page.keyboard.press("Enter")
     page.locator(".check.failure").click()
-    expect(page).to_have_url(re.compile(r"agent_name=seo-\*.*status=failure"))
-    expected = get(url, "/api/v1/runs?agent_name=seo-*&status=failure&limit=1000")[1]
+    expect(page).to_have_url(re.compile(r"agent_name=link-\*.*status=failure"))
+    expected = get(url, "/api/v1/runs?agent_name=link-*&status=failure&limit=1000")[1]
     expect(page.locator(".tally")).to_have_text(f"{len(expected)} runs")
     page.reload()
-    expect(page.get_by_label("Agent", exact=True)).to_have_value("seo-*")
+    expect(page.get_by_label("Agent", exact=True)).to_have_value("link-*")
     expect(page.get_by_label("failure")).to_be_checked()
     expect(page.locator(".tally")).to_have_text(f"{len(expected)} runs")
     expect(page.locator(".table-body .badge").first).to_be_visible()
@@ -526,10 +590,10 @@ def test_a_filter_without_a_field_can_be_taken_away(open_view: OpenPage) -> None
 def test_labels_lead_to_the_runs_that_have_them_and_are_a_filter(open_view: OpenPage, url: str) -> None:
     trace = "4bf92f3577b34da6a3ce929d0e0e4736"
     first = make_run(
-        labels={"team": "search", "a_b": "x, *"}, trace_id=trace, conversation_id="talk-1", job_type="first"
+        labels={"team": "explorers", "a_b": "x, *"}, trace_id=trace, conversation_id="talk-1", job_type="first"
     )
     second = make_run(
-        labels={"team": "search"}, attempt=2, retry_of=first["event_id"], expected_by="2025-12-24T11:00:00Z"
+        labels={"team": "explorers"}, attempt=2, retry_of=first["event_id"], expected_by="2025-12-24T11:00:00Z"
     )
     for run in (first, second):
         assert post(url, run)[0] == 201
@@ -549,9 +613,9 @@ def test_labels_lead_to_the_runs_that_have_them_and_are_a_filter(open_view: Open
     field.fill("team")
     page.keyboard.press("Enter")
     assert field.evaluate("element => element.validationMessage") == "Write a label as name=value, such as team=search"
-    field.fill(" team = search ")
+    field.fill(" team = explorers ")
     page.keyboard.press("Enter")
-    expect(page).to_have_url(re.compile(r"#/runs\?label.team=search$"))
+    expect(page).to_have_url(re.compile(r"#/runs\?label.team=explorers$"))
     expect(page.locator(".tally")).to_have_text("2 runs")
     expect(field).to_have_value("")
 

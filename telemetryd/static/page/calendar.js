@@ -24,7 +24,7 @@ export function firstDay(now) {
 }
 
 /**
- * Return the calendar of one agent. `days` has by its midnight (ms) `{runs, success_rate}`; `hrefOf(from, to)` says
+ * Return the calendar of one agent. `days` has by its midnight (ms) `{runs, finished, success_rate}`; `hrefOf(from, to)` says
  * what a click on a day leads to.
  */
 export function calendar(agent, days, now, hrefOf) {
@@ -56,7 +56,7 @@ export function calendar(agent, days, now, hrefOf) {
       picture.append(square);
       continue;
     }
-    const text = `${dayOf(date + NOON)}: ${counted(day.runs, "run")}, ${percent(day.success_rate)} succeeded`;
+    const text = `${dayOf(date + NOON)}: ${counted(day.runs, "run")}, ${day.finished ? `${percent(day.success_rate)} succeeded` : "none finished"}`;
     const isPoor = day.success_rate !== null && day.success_rate < POOR;
     const mark = isPoor ? s("path", { d: `M${x + SIZE} ${y + 3}v${SIZE - 3}h-${SIZE - 3}z`, class: "poor" }) : null;
     picture.append(s("g", { class: "day", on: { click: () => go(hrefOf(date, midnight(date, 1))) } }, s("title", {}, text), square, mark));

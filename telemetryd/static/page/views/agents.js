@@ -3,9 +3,10 @@
 import { get } from "../api.js";
 import { calendar, calendarKey, firstDay } from "../calendar.js";
 import { h } from "../dom.js";
-import { DAY, ZONE, counted, duration, now, percent, short } from "../format.js";
+import { DAY, ZONE, counted, duration, now, short } from "../format.js";
 import { fillLater, panel, problem, sentence } from "../parts.js";
 import { midnight, moment, spans, within } from "../range.js";
+import { share, successes } from "../rates.js";
 import { exact, go, href } from "../route.js";
 
 const AT_ONCE = 50;
@@ -14,9 +15,8 @@ const SPAN_DAYS = 30;
 export const title = () => "Agents";
 
 function together(one, other) {
-  const rated = [one, other].filter(({ success_rate }) => success_rate !== null);
-  const runs = rated.reduce((sum, part) => sum + part.runs, 0);
-  return { runs: one.runs + other.runs, success_rate: runs ? rated.reduce((sum, part) => sum + part.success_rate * part.runs, 0) / runs : null };
+  const finished = one.finished + other.finished;
+  return { runs: one.runs + other.runs, finished, success_rate: finished ? (successes(one) + successes(other)) / finished : null };
 }
 
 async function year(agent, signal) {
@@ -34,7 +34,7 @@ async function year(agent, signal) {
 function card(agent, lately, total, watch) {
   const squares = h("div", { class: "body year" });
   const figures = lately
-    ? [["Runs", short(lately.runs)], ["Succeeded", percent(lately.success_rate)], ["Half within", duration(lately.duration_ms.p50)], ["95 % within", duration(lately.duration_ms.p95)]]
+    ? [["Runs", short(lately.runs)], ["Succeeded", share(successes(lately), lately.finished)], ["Half within", duration(lately.duration_ms.p50)], ["95 % within", duration(lately.duration_ms.p95)]]
     : [["Runs", "none"]];
   const element = panel(agent, squares, {
     tools: h("dl", { class: "inline" }, figures.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))),

@@ -9,6 +9,7 @@ import { onHealth } from "../health.js";
 import { IN_LISTS, choice, every, fillLater, panel, sentence, summaryOf, when } from "../parts.js";
 import { regressionsPanel } from "../regressions.js";
 import { buckets, filtersOf, lastNight, midnight, rangeFields, rangeText, spans, within } from "../range.js";
+import { doubt, share } from "../rates.js";
 import { exact, go, href, runHref } from "../route.js";
 import { BAD, badge } from "../status.js";
 
@@ -16,6 +17,7 @@ const PERIODS = { "24h": { hours: 24, name: "Last 24 hours" }, "7d": { hours: 7 
 const LABELS = 8; // so many have room below the bars
 const REFRESH_MS = 30_000;
 const SHOWN = 6;
+const FEW = 20; // of fewer runs 95 % are all
 
 export const title = () => "Overview";
 
@@ -77,6 +79,13 @@ function rate(number, ms) {
   return `${each < 10 ? Number(each.toFixed(1)) : short(Math.round(each))} per hour`;
 }
 
+/** Return the tile of the success rate, which says so where the runs are too few to be sure of it. */
+function successTile(succeeded, finished, all) {
+  if (!finished) return tile("Success rate", "no data", all ? "no run has finished" : "no runs");
+  const open = doubt(succeeded, finished);
+  return tile("Success rate", percent(succeeded / finished), `${short(succeeded)} of ${short(finished)} finished${open === null ? "" : ` (95 % interval ${open})`}`);
+}
+
 function tiles(groups, agents, period) {
   const range = within(period.from, period.to);
   const sum = (statuses) => groups.filter((group) => statuses.includes(group.status)).reduce((runs, group) => runs + group.runs, 0);
@@ -87,7 +96,7 @@ function tiles(groups, agents, period) {
     "dl",
     { class: "tiles" },
     tile("Runs", short(all), `by ${counted(agents.length, "agent")}, ${rate(all, period.to - period.from)}`),
-    tile("Success rate", percent(finished ? succeeded / finished : null), `${short(succeeded)} of ${short(finished)} finished`),
+    successTile(succeeded, finished, all),
     tile("Failed", h("a", { href: href("runs", { status: BAD.join(","), ...range }) }, short(failed + timedOut)), `${short(failed)} failures, ${counted(timedOut, "timeout")}`, failed + timedOut ? "bad" : ""),
     tile("Still running", h("a", { href: href("runs", { status: "running", ...range }) }, short(running)), "started in this period"),
   );
@@ -107,11 +116,12 @@ function ranking(rows, of, most) {
 }
 
 function failing(bad, agents, range) {
-  const all = new Map(agents.map((group) => [group.agent_name, group.runs]));
+  const all = new Map(agents.map((group) => [group.agent_name, group.finished]));
+  const finished = (row) => Math.max(all.get(row.agent_name) ?? 0, row.runs); // one answer may be newer than the other
   const rows = bad.filter((group) => group.runs).sort((a, b) => b.runs - a.runs).slice(0, SHOWN);
   return ranking(rows, {
     href: (row) => href("runs", { agent_name: exact(row.agent_name), status: BAD.join(","), ...range }),
-    note: (row) => `${percent(row.runs / (all.get(row.agent_name) ?? row.runs))} of ${counted(all.get(row.agent_name) ?? row.runs, "run")}`,
+    note: (row) => `${share(row.runs, finished(row))} of ${counted(finished(row), "run")}`,
     value: (row) => count(row.runs),
     size: (row) => row.runs,
     kind: "bad",
@@ -122,7 +132,7 @@ function slowest(groups, range) {
   const rows = groups.filter((group) => group.duration_ms?.p95 > 0).sort((a, b) => b.duration_ms.p95 - a.duration_ms.p95).slice(0, SHOWN);
   return ranking(rows, {
     href: (row) => href("runs", { agent_name: exact(row.agent_name), ...range }),
-    note: (row) => `half within ${duration(row.duration_ms.p50)}`,
+    note: (row) => `half ${row.finished < FEW ? `of ${counted(row.finished, "run")} ` : ""}within ${duration(row.duration_ms.p50)}`,
     value: (row) => duration(row.duration_ms.p95),
     size: (row) => row.duration_ms.p95,
     kind: "slow",
