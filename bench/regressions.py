@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from random import Random
@@ -86,10 +86,10 @@ class World:
         self.bad_from, self.bad_share, self.bad_factor = self.days - days_ago, share, factor
         self.deploys = sorted([*self.deploys, self.bad_from])
 
-    @property
-    def bad_commit(self) -> str:
-        """Return the commit that is bad."""
-        return COMMIT(bisect(self.deploys, self.bad_from))
+    def bad_place(self, commits: Sequence[str]) -> int:
+        """Return where the bad commit stands among those with runs; if it had none, the next one shows it first."""
+        bad = COMMIT(bisect(self.deploys, self.bad_from))
+        return next((place for place, commit in enumerate(commits) if commit >= bad), -9)
 
     def facts(self) -> Iterator[Fact]:
         """Draw the pair's runs, and those of the others."""
@@ -249,7 +249,7 @@ def rates(name: str, scenario: Scenario, pairs: int) -> dict[str, float]:
         scenario(world)
         found, commits = look(world)
         named = [commits.index(change.since.blocks[0].commit) for change in found if not change.is_early]
-        true = commits.index(world.bad_commit) if world.bad_commit in commits else -9
+        true = world.bad_place(commits)
         counts["found"] += bool(named)
         counts["early"] += len(named) < len(found)
         counts["right"] += true in named

@@ -29,7 +29,7 @@ from telemetryd.engine.sqlite.statements import alerts as statements
 from telemetryd.engine.sqlite.statements.commands import Transaction
 from telemetryd.engine.sqlite.tools import migrate
 from telemetryd.errors import ConfigurationError
-from telemetryd.model import alerts, sketches
+from telemetryd.model import alerts, commit_alerts, sketches
 from telemetryd.model.alerts import (
     EvaluateRules,
     Evaluation,
@@ -39,12 +39,11 @@ from telemetryd.model.alerts import (
     ListFiring,
     Subject,
     changes,
-    regressions,
     span_text,
 )
+from telemetryd.model.change_points import MEASURES
 from telemetryd.model.commands import ConfirmDelivery, KeepAlerts, RecordAlerts
 from telemetryd.model.queries import Query
-from telemetryd.model.regressions import MEASURES, Run, in_order
 from telemetryd.model.rules import (
     FailureRate,
     Regression,
@@ -62,6 +61,7 @@ from telemetryd.services.alerting import Alerting
 from telemetryd.services.deliveries import DeliveryPace
 from telemetryd.settings import Settings
 from tests.conftest import Api, MakeApi, StartDaemon, eventually, make_run
+from tests.months import COMMIT, Part, cells, fetcher, runs_of
 from tests.tools.process import telemetryd
 
 SECRET = "a-secret-of-25-characters"
@@ -415,94 +415,97 @@ async def test_only_so_many_deliveries_wait(api: Api, monkeypatch: pytest.Monkey
 # --- Which commit broke it -----------------------------------------------------------------------
 
 BROKE = Regression("broke", ("team",), ("*",), (), 30 * 86_400.0, MEASURES)
-PAIR = ("seo", "audit")
-COMMIT = "{:040x}".format
+Runs = list[dict[str, Any]]
 
 
-def seen(outcomes: list[tuple[int, bool]]) -> list[Run]:
-    """Runs of seo's audit, one a minute: the number of each one's commit, and whether it succeeded."""
-    begin = NOW - timedelta(minutes=len(outcomes))
-    return [
-        Run(str(place), format_timestamp(begin + timedelta(minutes=place)), COMMIT(commit), None, good, 1000)
-        for place, (commit, good) in enumerate(outcomes)
-    ]
-
-
-def firing_after(runs: list[Run], fired: list[Firing], now: datetime = NOW, rule: Regression = BROKE) -> list[Firing]:
+def firing_after(runs: Runs, fired: list[Firing], now: datetime = NOW, rule: Regression = BROKE) -> list[Firing]:
     """Return what fires once these runs have been looked at."""
     since = {firing.subject: firing.since for firing in fired}
     return [
         Firing("broke", each.subject, since.get(each.subject, format_timestamp(now)), 0, each.summary, each.details)
-        for each in regressions(rule, PAIR, in_order(runs), fired, now)
+        for each in commit_alerts.regressions(rule, now, cells(runs), fired, fetcher(runs))
     ]
 
 
-# With seeds 5, 10 and 33 another commit becomes likelier as runs come, with 1 it is plain all the time.
-@pytest.mark.parametrize("seed", [1, 5, 10, 33])
-def test_a_bad_commit_is_reported_once_however_its_runs_come(seed: int) -> None:
-    """A rule looks again and again; what it has reported does not come and go with each run, nor change its name."""
-    choose = random.Random(seed)
-    runs = seen([(n // 10, choose.random() < (0.5 if 200 <= n < 300 else 0.95)) for n in range(400)])
+def told_by(runs: Runs, every: int = 3) -> list[tuple[int, str, str]]:
+    """Return what is told if a rule looks after every so many runs: after how many, the state, and the commit."""
     fired: list[Firing] = []
-    told: list[tuple[int, str]] = []
-    for number in range(150, 401, 2):
-        now_fired = firing_after(runs[:number], fired)
-        before, after = ({each.subject for each in some} for some in (fired, now_fired))
-        told += [(number, "firing") for _ in after - before] + [(number, "resolved") for _ in before - after]
+    told = []
+    for number in range(every, len(runs) + 1, every):
+        now = datetime.fromisoformat(runs[number - 1]["created_at"]) + timedelta(minutes=1)
+        window = [run for run in runs[:number] if run["created_at"] >= format_timestamp(now - timedelta(days=30))]
+        now_fired = firing_after(window, fired, now)
+        before, after = ({each.subject.first_bad_commit for each in some} for some in (fired, now_fired))
+        told += [(number, "firing", each) for each in sorted(after - before)]
+        told += [(number, "resolved", each) for each in sorted(before - after)]
         fired = now_fired
-    assert [state for _, state in told] == ["firing", "resolved"]
-    (broke, _), (fixed, _) = told
-    assert 200 < broke <= 250
-    assert 300 < fixed <= 350
+    return told
 
 
-# With seeds 112, 159 and 273 some look finds what chance alone gives in 1 of 100.
-@pytest.mark.parametrize("seed", [0, 112, 159, 273])
-def test_many_looks_at_what_no_commit_changed_tell_nothing(seed: int) -> None:
+def chances(seed: int, *parts: tuple[int, float], a_day: int = 12) -> Runs:
+    """Return runs of so many days with each chance of success, two days for each commit."""
     choose = random.Random(seed)
-    runs = seen([(n // 10, choose.random() < 0.85) for n in range(300)])
-    assert not any(firing_after(runs[:number], []) for number in range(20, 301, 4))
+    days = sum(days for days, _ in parts)
+    runs = [run for day in range(days) for run in runs_of(Part(day // 2, 1, a_day, 0), end=NOW + timedelta(days=day))]
+    rates = [rate for days, rate in parts for _ in range(days * a_day)]
+    return [
+        {**run, "status": "success" if choose.random() < rate else "failure"}
+        for run, rate in zip(runs, rates, strict=True)
+    ]
 
 
-def steps(*blocks: tuple[int, int]) -> list[Run]:
-    """Runs of one commit after the other: for each how many succeed and fail, evenly spread."""
-    return seen(
-        [
-            (commit, place * bad // (good + bad) == (place + 1) * bad // (good + bad))
-            for commit, (good, bad) in enumerate(blocks)
-            for place in range(good + bad)
-        ]
-    )
+@pytest.mark.parametrize("seed", range(4))
+def test_a_bad_commit_is_told_once_however_its_runs_come(seed: int) -> None:
+    """A rule looks again and again; what it has reported does not come and go with each run, nor change its name."""
+    runs = chances(seed, (14, 0.95), (10, 0.5), (6, 0.95))
+    told = told_by(runs)
+    assert [state for _, state, _ in told] == ["firing", "resolved"]
+    (broke, _, commit), (fixed, _, _) = told
+    assert commit in {COMMIT(6), COMMIT(7), COMMIT(8)}
+    assert 17 * 12 < broke <= 22 * 12
+    assert 25 * 12 < fixed <= 29 * 12
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_flapping_finding_is_told_once(seed: int) -> None:
+    """Days on which all is well come between bad ones, so that the finding itself comes and goes."""
+    bad = [part for _ in range(4) for part in ((4, 0.4), (1, 0.95))]
+    told = told_by(chances(seed, (12, 0.95), *bad))
+    assert [state for _, state, _ in told].count("firing") <= 1
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_many_looks_at_what_no_commit_changed_tell_nothing(seed: int) -> None:
+    assert told_by(chances(seed, (30, 0.85)), every=6) == []
+
+
+def test_an_outage_of_three_days_is_no_alert() -> None:
+    runs = runs_of(Part(0, 10, 12, 0), Part(1, 4, 12, 0), Part(2, 3, 0, 12), Part(2, 6, 12, 0))
+    assert told_by(runs, every=2) == []
 
 
 def test_each_bad_commit_is_an_alert_of_its_own() -> None:
-    def named(blocks: list[tuple[int, int]], fired: list[Firing]) -> tuple[list[str], list[Firing]]:
-        now_fired = firing_after(steps(*blocks), fired)
-        return [each.subject.first_bad_commit for each in now_fired], now_fired
+    parts = [Part(0, 10, 20, 0), Part(1, 6, 14, 6)]
+    fired: list[Firing] = []
 
-    blocks = [(60, 0), (40, 20)]
-    commits, fired = named(blocks, [])
-    assert commits == [COMMIT(1)]
-    blocks.append((10, 50))  # another one makes it still worse
-    commits, fired = named(blocks, fired)
-    assert commits == [COMMIT(1), COMMIT(2)]
-    blocks.append((40, 20))  # the second is fixed, the first is not
-    commits, fired = named(blocks, fired)
-    assert commits == [COMMIT(1)]
-    blocks.append((60, 0))
-    commits, fired = named(blocks, fired)
-    assert commits == []
-    blocks.append((20, 40))  # a fixed one does not come back with the next
-    commits, fired = named(blocks, fired)
-    assert commits == [COMMIT(5)]
-    assert named(blocks, [])[0] == [COMMIT(5)]
+    def named(*more: Part) -> list[str]:
+        parts.extend(more)
+        fired[:] = firing_after(runs_of(*parts), fired)
+        return [each.subject.first_bad_commit for each in fired]
+
+    assert named() == [COMMIT(1)]
+    assert named(Part(2, 7, 4, 16)) == [COMMIT(1), COMMIT(2)]  # another one makes it still worse
+    assert named(Part(3, 4, 14, 6)) == [COMMIT(1)]  # the second is fixed, the first is not
+    assert named(Part(4, 4, 20, 0)) == []
+    assert named() == []  # what was fixed does not come back
 
 
 def test_an_alert_of_a_commit_ends_after_the_window() -> None:
-    runs = steps((60, 0), (20, 40))
+    runs = runs_of(Part(0, 10, 12, 0), Part(1, 7, 4, 8))
     fired = firing_after(runs, [])
+    assert [each.subject.first_bad_commit for each in fired] == [COMMIT(1)]
     later = NOW + timedelta(days=31)
-    bad = [run for run in runs if run.commit == COMMIT(1)]
+    bad = [run for run in runs if run["git_commit_hash"] == COMMIT(1)]
     assert firing_after(bad, fired, later - timedelta(days=2)) == fired
     assert firing_after(bad, fired, later) == []
     assert firing_after([], fired) == []
@@ -510,29 +513,16 @@ def test_an_alert_of_a_commit_ends_after_the_window() -> None:
 
 def test_a_bad_commit_whose_own_runs_do_not_count_any_more_is_not_fixed_by_older_ones() -> None:
     """As when its successes have been pruned or corrected: durations are those of successes."""
-    runs = [
-        run._replace(duration_ms=9000 if run.commit > COMMIT(0) else 1000) for run in steps((60, 0), (20, 0), (60, 0))
-    ]
+    runs = runs_of(Part(0, 10, 12, 0, 1000), Part(1, 2, 12, 0, 9000), Part(2, 6, 12, 0, 9000))
     rule = replace(BROKE, measure=("duration",))
     [fired] = firing_after(runs, [], rule=rule)
     assert fired.subject.first_bad_commit == COMMIT(1)
-    failed = [run._replace(succeeded=run.commit != COMMIT(1)) for run in runs]
+    failed = [{**run, "status": "failure"} if run["git_commit_hash"] == COMMIT(1) else run for run in runs]
     assert firing_after(failed, [fired], rule=rule) == [fired]
 
 
 async def test_a_bad_commit_is_delivered_with_what_shows_it(api: Api) -> None:
-    def posted(number: int, commit: int, status: str, **more: Any) -> dict[str, Any]:
-        return make_run(
-            agent_name="seo",
-            job_type="audit",
-            created_at=at(minutes=500 - number),
-            status=status,
-            git_commit_hash=COMMIT(commit),
-            git_repo="git@github.com:acme/site.git",
-            **more,
-        )
-
-    runs = [posted(n, n // 20, "success" if n < 60 else "failure") for n in range(80)]
+    runs = runs_of(Part(0, 6, 12, 0), Part(1, 5, 12, 0), Part(2, 7, 0, 12), end=NOW)
     await post_all(api, runs)
     rules = Rules((BROKE,), (HOOK,))
     now = NOW
@@ -544,30 +534,32 @@ async def test_a_bad_commit_is_delivered_with_what_shows_it(api: Api) -> None:
     await alerting.evaluate(rules.rules)
     await alerting.evaluate(rules.rules)
     [body] = await bodies()
-    [finding] = (await api.get("/api/v1/regressions?from=2026-01-01T00:00:00Z"))["regressions"]
+    [finding] = (await api.get(f"/api/v1/regressions?from={at(days=30)}&to={at()}"))["regressions"]
     del finding["agent_name"], finding["job_type"]
     assert body["details"] == finding
-    assert (finding["first_bad_commit"], finding["last_good_commit"]) == (COMMIT(3), COMMIT(2))
-    assert finding["commit_url"] == f"https://github.com/acme/site/commit/{COMMIT(3)}"
-    assert finding["runs"] == [run["event_id"] for run in runs[60:65]]
+    assert (finding["first_bad_commit"], finding["last_good_commit"]) == (COMMIT(2), COMMIT(1))
+    assert finding["commit_url"] == f"https://github.com/acme/site/commit/{COMMIT(2)}"
+    assert finding["runs"] == [run["event_id"] for run in runs[132:137]]
     assert (body["kind"], body["state"]) == ("regression", "firing")
     assert body["subject"] == {
         "agent_name": "seo",
         "job_type": "audit",
         "measure": "success_rate",
-        "first_bad_commit": COMMIT(3),
+        "first_bad_commit": COMMIT(2),
     }
     assert body["summary"] == "0.0% of the runs of seo (audit) succeed since commit 000000000000, 100.0% before"
-    await post_all(api, [posted(n, n // 20, "success", duration_ms=1000 if n < 160 else 9000) for n in range(80, 240)])
-    now = NOW + timedelta(minutes=1)
+    now = NOW + timedelta(days=8)
+    await post_all(api, runs_of(Part(3, 8, 12, 0), end=now))
     await alerting.evaluate(rules.rules)
-    told = [(each["state"], each["subject"]["measure"], each["subject"]["first_bad_commit"]) for each in await bodies()]
-    assert told[0] == ("firing", "success_rate", COMMIT(3))
-    assert sorted(told[1:]) == [("firing", "duration", COMMIT(8)), ("resolved", "success_rate", COMMIT(3))]
+    told = [(each["state"], each["subject"]["first_bad_commit"]) for each in await bodies()]
+    assert told == [("firing", COMMIT(2)), ("resolved", COMMIT(2))]
+    now = NOW + timedelta(days=16)
+    await post_all(api, runs_of(Part(4, 8, 12, 0, 90_000), end=now))
+    await alerting.evaluate(rules.rules)
     shown = await alerting.shown()
     [firing] = shown["rules"][0]["firing"]
     assert firing["summary"] == (
-        "half of the runs of seo (audit) take 9s or longer since commit 000000000000, 1s before"
+        "half of the runs of seo (audit) take 90s or longer since commit 000000000000, 10s before"
     )
     await alerting.evaluate(rules.rules)
     assert len(await bodies()) == 3
@@ -575,19 +567,7 @@ async def test_a_bad_commit_is_delivered_with_what_shows_it(api: Api) -> None:
 
 async def test_a_rule_names_agents_jobs_and_measures(api: Api) -> None:
     for agent, job in (("a", "x"), ("a", "y"), ("b", "x")):
-        await post_all(
-            api,
-            [
-                make_run(
-                    agent_name=agent,
-                    job_type=job,
-                    created_at=at(minutes=100 - n),
-                    status="success" if n < 60 else "failure",
-                    git_commit_hash=COMMIT(n // 20),
-                )
-                for n in range(80)
-            ],
-        )
+        await post_all(api, runs_of(Part(0, 10, 6, 0), Part(1, 6, 0, 6), end=NOW, agent_name=agent, job_type=job))
 
     async def pairs(**fields: Any) -> set[tuple[str, str]]:
         rule = replace(BROKE, **fields)
@@ -597,8 +577,8 @@ async def test_a_rule_names_agents_jobs_and_measures(api: Api) -> None:
     assert await pairs(agent_name=("a*",)) == {("a", "x"), ("a", "y")}
     assert await pairs(agent_name=("b", "c-*"), job_type=("x",)) == {("b", "x")}
     assert await pairs(measure=("duration",)) == set()
-    assert await pairs(window_s=3600.0) == {("a", "x"), ("a", "y"), ("b", "x")}
-    assert await pairs(window_s=1200.0) == set()  # the good commits are older than that
+    assert await pairs(window_s=14 * 86_400.0) == {("a", "x"), ("a", "y"), ("b", "x")}
+    assert await pairs(window_s=5 * 86_400.0) == set()  # the good commits are older than that
 
 
 @pytest.mark.sqlite

@@ -41,9 +41,9 @@ LASTING: Final = 0.5
 """The part of the difference that must be left without three days of outage."""
 SUDDEN: Final = 1 / 3
 """The part of the difference that the days next to the commit must show."""
-BESIDE: Final = 2.5
+BESIDE: Final = 3.5
 """By how many standard errors a step must be there beside a straight line."""
-BETTER: Final = 0.0
+BETTER: Final = 12.0
 """By how many variances of a run a step must describe the days better than a straight line."""
 NEAR: Final = 3
 """Days on either side of a commit that must differ as well: what changes slowly does not."""

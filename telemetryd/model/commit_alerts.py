@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import partial
+from itertools import accumulate
 from math import sqrt
 from typing import Any, Final
 
@@ -67,17 +68,25 @@ def regressions(
             ]
             completed = partial(complete, pair, measure, neighbours=neighbours, fetch=fetch)
             blocks = blocks_of(measure, commits, neighbours.outages_of(pair[0]))
-            yield from _of_pair((*pair, measure), blocks, standing, completed)
+            yield from _of_pair((*pair, measure), blocks, _begins(commits, blocks), standing, completed)
+
+
+def _begins(commits: Sequence[Sequence[Cell]], blocks: Sequence[Block]) -> dict[str, int]:
+    """Return for each commit, also for one without runs that count, the first block that is not older."""
+    counting = {block.commit for block in blocks}
+    names = [cells[0].commit for cells in commits]
+    older = accumulate((name in counting for name in names), initial=0)
+    return dict(zip(names, older, strict=False))
 
 
 def _of_pair(
     place: tuple[str, str, Measure],
     blocks: Sequence[Block],
+    begins: Mapping[str, int],
     fired: Iterable[Firing],
     completed: Callable[[Change], CommitRegression],
 ) -> Iterator[Finding]:
     measure = place[2]
-    begins = {block.commit: begin for begin, block in enumerate(blocks)}
     newest, told = 0, set()
     for each in fired:
         begin = begins.get(each.subject.first_bad_commit, 0)

@@ -14,12 +14,12 @@ from telemetryd.model.commit_cells import SLOT_HOURS, Cell
 
 EXCESS: Final = 0.1
 """By how much the share of the others' runs that fail must exceed the usual one in an outage."""
-DEVIATIONS: Final = 3.0
+DEVIATIONS: Final = 3.5
 """By how many standard deviations of a binomial count it must."""
 USUAL_FOR: Final = 7 * 24 // SLOT_HOURS
 """The slots before, and those after, that tell what is usual: of them an outage is the smaller part."""
-LEAST: Final = 0.02
-"""The share of failures that is usual at least: one or two failures among few runs are no outage."""
+LEAST: Final = 0.1
+"""The share of failures that is usual at least: where there are few runs, half of the slots have no failure."""
 AS_WELL: Final = 0.5
 """The part of a change that the others' change must reach to be the same."""
 
@@ -124,7 +124,7 @@ def outages(others: Mapping[int, tuple[int, int]]) -> frozenset[int]:
     found = set()
     for place, slot in enumerate(slots):
         runs, failures = others[slot]
-        if failures < 2 or rates[place] < LEAST + EXCESS:
+        if rates[place] < LEAST + EXCESS:
             continue
         end = max(place, USUAL_FOR)
         begin = max(min(place + 1, len(slots) - USUAL_FOR), 0)
