@@ -40,7 +40,7 @@ class Daemons:
         folder = self._folder / f"daemon-{len(self.started)}"
         folder.mkdir()
         given = {"TELEMETRY_DB_URL": url or self._url, "TELEMETRY_DB_SYNC": "none", "TELEMETRY_DB_POLL_MS": "20"}
-        self.started.append(Daemon(folder, **given, **variables))
+        self.started.append(Daemon(folder, prefix=(), pass_fds=(), **given, **variables))
         return self.started[-1]
 
 
