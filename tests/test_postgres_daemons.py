@@ -17,7 +17,7 @@ import pytest
 
 from telemetryd.model.chores import Chore
 from telemetryd.store import Store
-from tests.conftest import Daemon, Row, StartDaemon, eventually, make_run
+from tests.conftest import Daemon, Row, eventually, make_run
 from tests.event_stream import Reader, events_of
 from tests.postgres_cluster import Cluster
 from tests.test_alerts import QUIET, receiving, write_rules
@@ -31,26 +31,25 @@ pytestmark = pytest.mark.postgresql
 class Daemons:
     """What starts daemons on one database."""
 
-    def __init__(self, start: StartDaemon, folder: Path, url: str) -> None:
-        self._start, self._folder, self._url = start, folder, url
-        self._numbers = itertools.count()
+    def __init__(self, folder: Path, url: str) -> None:
+        self._folder, self._url = folder, url
+        self.started: list[Daemon] = []
 
     def start(self, url: str = "", **variables: str) -> Daemon:
         """Start one more."""
-        folder = self._folder / f"daemon-{next(self._numbers)}"
+        folder = self._folder / f"daemon-{len(self.started)}"
         folder.mkdir()
-        return self._start(
-            folder=folder,
-            TELEMETRY_DB_URL=url or self._url,
-            TELEMETRY_DB_SYNC="none",
-            TELEMETRY_DB_POLL_MS="20",
-            **variables,
-        )
+        given = {"TELEMETRY_DB_URL": url or self._url, "TELEMETRY_DB_SYNC": "none", "TELEMETRY_DB_POLL_MS": "20"}
+        self.started.append(Daemon(folder, prefix=(), pass_fds=(), **given, **variables))
+        return self.started[-1]
 
 
 @pytest.fixture
-def daemons(start_daemon: StartDaemon, tmp_path: Path, postgres_database: str) -> Daemons:
-    return Daemons(start_daemon, tmp_path, postgres_database)
+def daemons(tmp_path: Path, postgres_database: str) -> Iterator[Daemons]:
+    daemons = Daemons(tmp_path, postgres_database)
+    yield daemons
+    for daemon in daemons.started:
+        daemon.close()
 
 
 @pytest.fixture
