@@ -103,6 +103,7 @@ fuzz: $(INSTALLED) ## ten minutes of coverage-guided fuzzing of each parser (Lin
 	$(BIN)/python -m tests.fuzz handshake -max_total_time=600
 	$(BIN)/python -m tests.fuzz records -max_total_time=600
 	$(BIN)/python -m tests.fuzz token_file -max_total_time=600
+	$(BIN)/python -m tests.fuzz message -max_total_time=600
 
 check: $(INSTALLED) $(CLIENTS_INSTALLED) ## lint, types, the direction of imports, spelling, Markdown, and the OpenAPI document
 	$(BIN)/ruff check .

@@ -80,12 +80,18 @@ def _text(name: str, value: object) -> str:
 def plain(made: Any) -> Any:
     """Return a JSON Schema in which what stands for a component of the OpenAPI document is that component itself.
 
-    A component that only the document defines, such as a run, is any object.
+    A component that only the document defines, such as a run, is any object. Titles, which only repeat names, are left
+    out.
     """
     if isinstance(made, list):
         return [plain(each) for each in made]
     if not isinstance(made, dict):
         return made
-    rest = {key: plain(value) for key, value in made.items() if key != COMPONENT}
+    rest = {key: plain(value) for key, value in made.items() if key != COMPONENT and not _is_title(key, value)}
     stands_for = [definition or {"type": "object"} for definition in made.get(COMPONENT, {}).values()]
     return {**plain(dict(stands_for[0])), **rest} if stands_for else rest
+
+
+def _is_title(key: str, value: object) -> bool:
+    """Return whether a key of a schema is its title, and not the schema of a property that is called so."""
+    return key == "title" and isinstance(value, str)

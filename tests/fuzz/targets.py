@@ -17,6 +17,8 @@ import trustme
 
 from telemetryd.engine.sqlite.statements.runs import select_page
 from telemetryd.errors import BodyTooLargeError, ConfigurationError, InvalidBodyError, InvalidRequestError
+from telemetryd.mcp import protocol, tools
+from telemetryd.mcp.arguments import query_string
 from telemetryd.model import bodies, queries, runs, tokens, values
 from telemetryd.model.commands import CreateRuns
 from telemetryd.settings import Settings
@@ -215,10 +217,37 @@ def token_file(data: bytes) -> None:
         assert token.hash not in repr(token) + str(token.to_json())
 
 
+def message(data: bytes) -> None:
+    """Read bytes as a message of an assistant, without headers and with ones that agree; it is answered or refused."""
+    try:
+        decoded = bodies.parse_json(data)
+    except InvalidBodyError as error:
+        orjson.dumps(str(error))
+        return
+
+    async def call(name: str, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+        try:
+            made = query_string(arguments, tools.TOOLS[name].parameters)
+        except InvalidRequestError as error:
+            made = str(error)
+        return tools.failed(made)
+
+    asked = decoded if isinstance(decoded, dict) else {}
+    params = asked.get("params")
+    texts = [asked.get("method"), params.get("name") if isinstance(params, dict) else None]
+    said = [[text] if isinstance(text, str) else [] for text in texts]
+    for headers in (None, *(protocol.Headers([version], *said) for version in protocol.SUPPORTED)):
+        reply = asyncio.run(protocol.answer(decoded, call, headers))
+        assert reply.status in (200, 202, 400, 404)
+        assert (reply.message is None) is (reply.status == 202)
+        orjson.dumps(reply.message)
+
+
 TARGETS: Final[Mapping[str, Callable[[bytes], None]]] = {
     "body": body,
     "query": query,
     "handshake": handshake,
     "records": records,
     "token_file": token_file,
+    "message": message,
 }
