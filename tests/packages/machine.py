@@ -53,6 +53,7 @@ def new_system(folder: Path) -> Path:
     _check(["tar", "--extract", "--same-permissions", "--file", str(kept), "--directory", str(folder)])
     if _AUTHORITIES.exists():
         (folder / _AUTHORITIES.relative_to("/")).write_bytes(_AUTHORITIES.read_bytes())
+    (folder / "etc/hosts").write_text("127.0.0.1 localhost\n")  # an installer's work, of which there was none
     (folder / "etc/resolv.conf").write_text(Path("/etc/resolv.conf").read_text())
     return folder
 
