@@ -1,6 +1,7 @@
 """How often a commit is named that changed nothing, and how often one that did: simulated with fixed seeds.
 
     python -m bench.regressions --pairs 200
+    python -m bench.regressions --pairs 100 --url http://127.0.0.1:8765
     python -m bench.regressions --pairs 1000 --only "own outages" --only "slow drift"
 
 Each pair is a month of its own, with what `World` draws: how many runs a day, how often a commit is deployed, how many
@@ -15,9 +16,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from random import Random
-from typing import Final
+from typing import Any, Final
+from urllib.parse import urlencode
+from urllib.request import Request, urlopen
 
 import click
+import orjson
 
 from telemetryd.model.change_points import MEASURES, Change, in_order
 from telemetryd.model.commit_cells import Fact, cells_of
@@ -30,6 +34,8 @@ GOOD: Final = 0.95
 """The success rate in which a bad commit comes."""
 PAIR: Final = ("agent", "job")
 COMMIT: Final = "{:040x}".format
+BATCH: Final = 5000
+"""Runs in a request."""
 
 
 @dataclass
@@ -241,17 +247,54 @@ def look(world: World) -> tuple[list[Change], list[str]]:
     return found, [cells[0].commit for cells in commits]
 
 
-def rates(name: str, scenario: Scenario, pairs: int) -> dict[str, float]:
+def ask(url: str, world: World, prefix: str) -> tuple[list[str], bool, list[str]]:
+    """Post the runs to a daemon and ask it; return the commits named, whether it is early for one, and all in order."""
+    facts = [*world.facts()]
+    runs = [
+        {
+            "event_id": f"{prefix}-{number}",
+            "run_id": f"{prefix}-{number}",
+            "agent_name": f"{prefix}-{fact.agent_name}",
+            "job_type": fact.job_type,
+            "start_time": fact.created_at,
+            "created_at": fact.created_at,
+            "status": fact.status,
+            "duration_ms": fact.duration_ms,
+            "git_commit_hash": fact.commit,
+        }
+        for number, fact in enumerate(facts)
+    ]
+    for first in range(0, len(runs), BATCH):
+        _call(f"{url}/api/v1/runs/batch", runs[first : first + BATCH])
+    span = {name: format_timestamp(world.moment(time)) for name, time in (("from", 0.0), ("to", world.days))}
+    answer = _call(f"{url}/api/v1/regressions?{urlencode({'agent_name': f'{prefix}-{PAIR[0]}', **span})}")
+    commits = [cells[0].commit for cells in in_order(by_pair(cells_of(facts))[0][PAIR])]
+    return [each["first_bad_commit"] for each in answer["regressions"]], bool(answer["too_early"]), commits
+
+
+def _call(url: str, body: object = None) -> Any:
+    data = None if body is None else orjson.dumps(body)
+    request = Request(url, data, {"Content-Type": "application/json"})  # noqa: S310 - the address that is given
+    with urlopen(request) as answer:  # noqa: S310
+        return orjson.loads(answer.read())
+
+
+def rates(name: str, scenario: Scenario, pairs: int, url: str | None = None) -> dict[str, float]:
     """Return of how many pairs there is a finding, one that it is too early for, and one that names the commit."""
     counts = dict.fromkeys(("found", "early", "right", "near"), 0)
     for number in range(pairs):
         world = World(Random(f"{name} {number}"))  # noqa: S311 - invented data
         scenario(world)
-        found, commits = look(world)
-        named = [commits.index(change.since.blocks[0].commit) for change in found if not change.is_early]
+        if url is None:
+            found, commits = look(world)
+            several = [change.since.blocks[0].commit for change in found if not change.is_early]
+            is_early = len(several) < len(found)
+        else:
+            several, is_early, commits = ask(url, world, f"{name} {number}".replace(",", ""))
+        named = [commits.index(commit) for commit in several]
         true = world.bad_place(commits)
         counts["found"] += bool(named)
-        counts["early"] += len(named) < len(found)
+        counts["early"] += is_early
         counts["right"] += true in named
         counts["near"] += any(abs(place - true) <= 1 for place in named)
     return {what: count / pairs for what, count in counts.items()}
@@ -260,12 +303,13 @@ def rates(name: str, scenario: Scenario, pairs: int) -> dict[str, float]:
 @click.command(help=__doc__)
 @click.option("--pairs", default=200, show_default=True, help="Pairs of each scenario.")
 @click.option("--only", multiple=True, default=[""], help="Scenarios whose name contains this.")
-def main(*, pairs: int, only: tuple[str, ...]) -> None:
+@click.option("--url", help="A daemon without runs that gets all pairs over HTTP, and is asked.")
+def main(*, pairs: int, only: tuple[str, ...], url: str | None) -> None:
     click.echo("| what happens | pairs with a finding | too early to tell | right commit | right or next to it |")
     click.echo("|---|--:|--:|--:|--:|")
     for name, scenario in {**HARMLESS, **HARMFUL}.items():
         if any(part in name for part in only):
-            shares = rates(name, scenario, pairs)
+            shares = rates(name, scenario, pairs, url)
             named = [f"{shares[what]:.1%}" if name in HARMFUL else "" for what in ("right", "near")]
             click.echo(f"| {name} | {shares['found']:.1%} | {shares['early']:.1%} | {' | '.join(named)} |")
 

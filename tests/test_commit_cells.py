@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from telemetryd.engine import commit_log, stats_log
 from telemetryd.engine.sqlite.files import APPLICATION_ID
-from telemetryd.engine.sqlite.statements import rollups
+from telemetryd.engine.sqlite.statements import commit_cells, regressions, rollups
 from telemetryd.engine.sqlite.statements.commands import Transaction
 from telemetryd.engine.sqlite.statements.commit_cells import fetch_cells
 from telemetryd.engine.sqlite.tools import integrity, migrate
@@ -247,6 +247,17 @@ def test_a_text_that_is_no_time_or_no_commit_counts_somewhere() -> None:
     stats_log.summarize(summary, [tuple(facts[name] for name in FACTS)])
     assert commit_log.cells_of(summary) == {("a", "j", "", 0): (1, 0, 0, 0, 0)}
     assert len(stats_log.to_log(summary)) < 100
+
+
+def test_no_query_sorts(connection: sqlite3.Connection) -> None:
+    """Cells are read in the order of their table, the runs of a finding by walks that are merged."""
+    stretch = {"agent_name": "a", "job_type": "j", "start": MOMENTS[6], "end": MOMENTS[0]}
+    asked: list[tuple[str, Any]] = [(commit_cells.READ, ALL)]
+    asked += [(regressions.RUNS.format(order=order), stretch) for order in ("ASC", "DESC")]
+    for statement, values in asked:
+        steps = [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {statement}", values)]
+        assert not any("TEMP B-TREE" in step for step in steps), steps
+        assert not any(step.startswith(("SCAN run_commits", "SCAN agent_runs")) for step in steps), steps
 
 
 @pytest.mark.parametrize(

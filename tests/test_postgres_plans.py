@@ -18,9 +18,11 @@ from telemetryd.engine.postgres.statements import full_text
 from telemetryd.engine.postgres.statements.answers import REGISTRY
 from telemetryd.engine.postgres.statements.counts import select_count, select_count_of_span
 from telemetryd.engine.postgres.statements.events import select_events
+from telemetryd.engine.postgres.statements.regressions import RUNS
 from telemetryd.engine.postgres.statements.runs import find_way, select_page
 from telemetryd.model.event_queries import ListEvents
 from telemetryd.model.queries import Page, Position, parse_list
+from telemetryd.model.regressions import MAX_RUNS
 from telemetryd.model.runs import FILTERS
 from telemetryd.model.values import Status
 from tests import twins
@@ -286,3 +288,13 @@ def test_every_field_that_is_a_filter_has_an_index(filled: Plain) -> None:
         ).fetchall()
         assert columns[0] == (name,)
         assert columns[-2:] == [("created_at",), ("id",)] or name == "event_id"
+
+
+@pytest.mark.parametrize("order", ["ASC", "DESC"])
+def test_the_runs_of_a_finding_are_walks_in_order(filled: Plain, is_analyzed: bool, order: str) -> None:
+    """However long the stretch is, no more of it is looked at than is read for a finding."""
+    stretch = {"agent_name": "old", "job_type": "old", "start": "2025-12-01T00:00:00Z", "end": "2026-12-01T00:00:00Z"}
+    few = RUNS.format(order=order).replace(f"LIMIT {MAX_RUNS}", f"LIMIT {LIMIT}")
+    rows, indexes = looked_at(filled, few, stretch)
+    assert rows <= MOST, indexes
+    assert "Seq Scan" not in indexes

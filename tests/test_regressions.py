@@ -110,7 +110,7 @@ def test_a_slowdown_is_found_among_successful_runs_only() -> None:
 
 
 def test_what_was_broken_for_a_while_and_fixed_is_a_finding() -> None:
-    [finding] = found_in(runs_of(Part(0, 14, 12, 0), Part(1, 9, 4, 8), Part(2, 6, 12, 0))).regressions
+    [finding] = found_in(runs_of(Part(0, 16, 12, 0), Part(1, 14, 4, 8), Part(2, 6, 12, 0))).regressions
     assert finding.first_bad_commit == COMMIT(1)
     assert (finding.before.value, finding.after.commits) == (1.0, 1)
 

@@ -29,7 +29,7 @@ _NAMED: Final = f"""
 _STORED: Final = f"SELECT {', '.join(_COLUMNS)} FROM run_commits WHERE slot >= ? AND slot < ?"
 # One statement, so that nothing is added up between the log and the cells; the log comes first. In few steps of SQLite,
 # because Python gives the interpreter's lock away for each: all cells of a slot come as one text.
-_READ: Final = f"""
+READ: Final = f"""
     SELECT '[' || group_concat(changes) || ']' FROM run_stats_log
     UNION ALL SELECT * FROM (
         SELECT json_group_array(json_array({", ".join(_COLUMNS)})) FROM run_commits
@@ -70,6 +70,6 @@ def correct(cursor: sqlite3.Cursor, slot: int, expected: Mapping[Key, Sums]) -> 
 
 def fetch_cells(connection: sqlite3.Connection, first: int, end: int) -> Iterator[Cell]:
     """Yield the cells of the slots from the first one to that before the end, of each pair the newest ones."""
-    texts = connection.execute(_READ, (first, end))
+    texts = connection.execute(READ, (first, end))
     log = read_log(next(texts)[0])
     return merge(log, first, end, (orjson.loads(text) for (text,) in texts))
