@@ -420,6 +420,19 @@ def test_an_edge_that_was_restored_begins_anew(
     assert told == [("after",)]
 
 
+def test_who_writes_besides_daemons_keeps_a_move_away(
+    start_daemon: StartDaemon, postgres_database: str, tmp_path: Path
+) -> None:
+    edge = start_daemon(TELEMETRY_DB_JOURNAL_MODE="WAL")
+    send(edge.url, "/api/v1/runs", make_run())
+    asked = "SELECT count(*) FROM followed_feeds"
+    with following(edge.url, postgres_database, "--as", "edge"), psycopg.connect(postgres_database) as server:
+        wait_until(lambda: server.execute(asked).fetchall() == [(1,)])
+        place = tmp_path / "moved.sqlite"
+        refused = telemetryd("move", "--db-sync", "none", "--from", postgres_database, "--to", place, status=1)
+        assert "is in use by telemetryd/" in refused.stderr
+
+
 def test_what_cannot_be_followed_so(start_daemon: StartDaemon, postgres_database: str, tmp_path: Path) -> None:
     edge = start_daemon(TELEMETRY_DB_JOURNAL_MODE="WAL")
     send(edge.url, "/api/v1/runs", make_run())

@@ -27,6 +27,7 @@ from telemetryd.engine.postgres import tools
 from telemetryd.engine.sqlite.tools import migrate
 from telemetryd.engine.sqlite.tools import moving as in_file
 from telemetryd.engine.sqlite.tools.check import examine
+from telemetryd.errors import DatabaseError
 from telemetryd.model.clocks import Reading
 from telemetryd.model.commands import AlertChange, Command, ConfirmPrune, CreateRuns, RecordAlerts, TrustClock
 from telemetryd.model.values import MAX_INTEGER
@@ -260,6 +261,25 @@ def test_what_postgresql_cannot_hold_is_named_and_nothing_is_kept(cluster: Clust
     assert cluster.execute("SELECT count(*) FROM pg_tables WHERE schemaname = 'public'", name) == [(0,)]
     telemetryd("check", "--repair", "--db-path", path)
     run_move(path, cluster.url(name))
+    cluster.drop(name)
+
+
+def test_a_target_that_lost_a_row_is_noticed_and_nothing_is_kept(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "one.sqlite"
+    make_file(path, [[CreateRuns((new("a"), new("b")))]])
+    name = cluster.make()
+    complete = on_server.Database.complete
+
+    def lose(self: on_server.Database, drawn: moving.Drawn, watch: moving.Watch) -> None:
+        complete(self, drawn, watch)
+        self._plain.execute("UPDATE agent_runs SET host = 'x' WHERE event_id = 'b'")
+
+    monkeypatch.setattr(on_server.Database, "complete", lose)
+    with pytest.raises(DatabaseError, match=r"does not hold what .* holds in agent_runs; nothing was kept of it"):
+        move_to_server(path, cluster.url(name))
+    assert cluster.execute("SELECT count(*) FROM pg_tables WHERE schemaname = 'public'", name) == [(0,)]
     cluster.drop(name)
 
 

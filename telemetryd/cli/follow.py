@@ -17,7 +17,7 @@ from telemetryd.cli.stream import Daemon, GoneError, reach
 from telemetryd.errors import DatabaseError, UnavailableError, sentence
 from telemetryd.model import events
 from telemetryd.model.changes import LEAST_PAGE_BYTES, PAGE_BYTES, Followed, GetFollowed, Known, write_known
-from telemetryd.model.commands import ApplyChanges, CopiedRun, MergeChanges
+from telemetryd.model.commands import Applied, ApplyChanges, CopiedRun, MergeChanges
 from telemetryd.model.runs import stored_row
 from telemetryd.model.values import Row
 from telemetryd.ops.metrics import Metrics
@@ -162,10 +162,10 @@ class _Copy:
             )
         return followed
 
-    async def take(self, page: Page, followed: Followed) -> None:
+    async def take(self, page: Page, followed: Followed) -> Applied:
         """Take over what has come since."""
         begun = page.newest if followed.cursor is None else followed.begun
-        await self._store.submit(page.for_copy(begun))
+        return await self._store.submit(page.for_copy(begun))
 
     def begin_anew(self, error: GoneError) -> None:
         """Give up.
@@ -190,7 +190,7 @@ class _Merged:
         self._stands = await self._store.fetch(GetFollowed(self._source))
         return Followed(0, None, 0, 0) if self._is_anew else self._stands
 
-    async def take(self, page: Page, followed: Followed) -> None:
+    async def take(self, page: Page, followed: Followed) -> Applied:
         """Take over what has come since, unless another process with this name has done so."""
         stands = self._stands
         assert stands is not None  # noqa: S101 - the caller has asked
@@ -206,8 +206,9 @@ class _Merged:
             stood=stands.cursor,
             stood_event=stands.last_event,
         )
-        await self._store.submit(command)
+        applied = await self._store.submit(command)
         self._is_anew = False
+        return applied
 
     def begin_anew(self, error: GoneError) -> None:
         """Read the source from its beginning: what is there already stays as it is."""
@@ -266,9 +267,9 @@ async def _follow(daemon: Daemon, copy: _Copy | _Merged, *, once: bool, as_json:
             cursor = followed.cursor
             if cursor is None or page.last != cursor.seq or page.events:
                 # Not to be interrupted half-way: the writer carries it out anyway, and the next turn sees that.
-                await asyncio.shield(copy.take(page, followed))
-                changes += len(page.changes)
-                happened += len(page.events)
+                applied = await asyncio.shield(copy.take(page, followed))
+                changes += applied.changes
+                happened += applied.events
         except GoneError as error:
             copy.begin_anew(error)
             continue

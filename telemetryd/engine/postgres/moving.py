@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import Final
@@ -23,9 +24,9 @@ from telemetryd.settings import Settings
 
 _TRY: Final = "SELECT pg_try_advisory_lock(%s, %s)"
 _WHO: Final = """
-    SELECT min(application_name) FROM pg_locks JOIN pg_stat_activity USING (pid)
-    WHERE locktype = 'advisory' AND classid = %s AND objid = ANY (%s::bigint[]) AND granted
-        AND pid <> pg_backend_pid() AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+    SELECT min(application_name) FROM pg_stat_activity
+    WHERE datname = current_database() AND pid <> pg_backend_pid()
+        AND application_name ~ '^telemetryd/.*/(writer|move)$'
 """
 _DRAWN: Final = f"""
     SELECT {NEWEST}, greatest(
@@ -54,6 +55,9 @@ _ADVANCE_DELIVERIES: Final = """
 _LARGE: Final = frozenset({"agent_runs", "run_events"})
 """Tables whose indexes are made when they are filled: to sort once is faster."""
 _MEMORY: Final = "256MB"
+_PATIENCE_S: Final = 5.0
+"""For so long a session that has just been ended may still be there."""
+_PAUSE_S: Final = 0.1
 
 
 class Database:
@@ -151,19 +155,24 @@ class Database:
 
 
 def _own(plain: Plain, target: Target) -> None:
-    """Keep daemons from leading and from committing until the session ends.
+    """Keep others from leading and from committing until the session ends.
 
     Raises:
-        DatabaseError: if one serves the database.
+        DatabaseError: if a daemon serves the database, or another command writes to it.
 
     """
-    for lock in (LEADING, COMMITS):
-        if not plain.execute(_TRY, (CLASS, lock)).fetchall()[0][0]:
-            ((who,),) = plain.execute(_WHO, (CLASS, [LEADING, COMMITS])).fetchall()
+    deadline = time.monotonic() + _PATIENCE_S
+    while True:
+        ((who,),) = plain.execute(_WHO).fetchall()
+        are_ours = [plain.execute(_TRY, (CLASS, lock)).fetchall()[0][0] for lock in (LEADING, COMMITS)]
+        if who is None and all(are_ours):
+            return
+        if time.monotonic() > deadline:
             raise DatabaseError(
                 f"{target.name} is in use by {who or 'a daemon'}; stop every daemon on it first, or let telemetryd "
                 "follow keep a copy in step"
             )
+        time.sleep(_PAUSE_S)
 
 
 @contextmanager

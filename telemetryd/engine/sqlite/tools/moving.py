@@ -67,6 +67,9 @@ class File:
         def fetch(most: int) -> Sequence[Row]:
             with _failing(self._path):
                 rows = cursor.fetchmany(most)
+            if table is RUNS:
+                found: list[Row] = orjson.loads(f"[{','.join(row for (row,) in rows)}]")
+                return found
             return [_as_text(row) for row in rows] if table is ORIGINALS else rows
 
         with closing(cursor):
@@ -107,9 +110,10 @@ def _select(table: Table) -> str:
         return _CHANGES
     if table is ORIGINALS:
         return _ORIGINALS
-    hint = " NOT INDEXED" if table is RUNS else ""
+    if table is RUNS:  # as one text: to read it takes half the time of so many columns
+        return f"SELECT json_array({', '.join(table.columns)}) FROM agent_runs NOT INDEXED ORDER BY id"
     columns = [f"CAST({name} AS TEXT)" if table is STATS and name in BIG else name for name in table.columns]
-    return f"SELECT {', '.join(columns)} FROM {table.name}{hint} ORDER BY {', '.join(table.key)}"
+    return f"SELECT {', '.join(columns)} FROM {table.name} ORDER BY {', '.join(table.key)}"
 
 
 def _insert(table: Table) -> str:
