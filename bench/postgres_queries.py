@@ -112,8 +112,8 @@ def _wait_for_words(client: Client) -> None:
 
 def _warm(clients: dict[str, Client], paths: dict[str, str]) -> None:
     """Ask everything a few times, so that what is prepared at the first requests is so for all."""
-    for client in clients.values():
-        for path in paths.values():
+    for path in paths.values():
+        for client in clients.values():  # in turns: a connection that is idle for long is closed
             status, body = client.get(path)
             if status != 200:
                 raise BenchError(f"GET {path} answered {status}: {body[:300]!r}")

@@ -20,6 +20,7 @@ from tests.postgres_cluster import Cluster
 _BOTH_ENGINES: Final = frozenset(
     {
         "contract",
+        "guide",
         "test_alerts",
         "test_certificates",
         "test_changes",
