@@ -25,7 +25,7 @@ PYTHONS_TIMEOUT_S ?= 240
 PARALLEL := --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 # Tests that run on PostgreSQL as well; which of them are about SQLite's file is said in them.
-BOTH_ENGINES := tests/contract tests/mcp $(addprefix tests/test_,$(addsuffix .py,alerts certificates changes events exports feed filters \
+BOTH_ENGINES := tests/contract tests/guide tests/mcp $(addprefix tests/test_,$(addsuffix .py,alerts certificates changes events exports feed filters \
 	properties queries regressions runs stats tail tokens upkeep))
 
 .DEFAULT_GOAL := help

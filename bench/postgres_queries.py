@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sqlite3
-import statistics
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -29,7 +28,10 @@ _WARM_S: Final = 0.2
 
 
 def postgres_queries(bench: Bench) -> list[Figure]:
-    """Every documented filter, and the numbers of runs that match, compared with SQLite over HTTP."""
+    """Every documented filter, and the numbers of runs that match, compared with SQLite over HTTP.
+
+    The fastest of some answers counts: whatever else runs on the machine holds up two processes more than one.
+    """
     runs = bench.options.big if bench.options.large else 10 * bench.options.big
     values: dict[str, dict[str, list[float]]] = {}
     with ExitStack() as stack:
@@ -51,7 +53,7 @@ def postgres_queries(bench: Bench) -> list[Figure]:
             for name, path in paths.items():
                 for engine, client in clients.items():
                     times = client.time_get(path, _FEW, bench.options.seconds / 8)
-                    values.setdefault(name, {}).setdefault(engine, []).append(statistics.median(times))
+                    values.setdefault(name, {}).setdefault(engine, []).append(min(times))
             bench.say(f"round {number + 1}")
     found = [
         Figure(
@@ -112,8 +114,8 @@ def _wait_for_words(client: Client) -> None:
 
 def _warm(clients: dict[str, Client], paths: dict[str, str]) -> None:
     """Ask everything a few times, so that what is prepared at the first requests is so for all."""
-    for client in clients.values():
-        for path in paths.values():
+    for path in paths.values():
+        for client in clients.values():  # in turns: a connection that is idle for long is closed
             status, body = client.get(path)
             if status != 200:
                 raise BenchError(f"GET {path} answered {status}: {body[:300]!r}")

@@ -24,18 +24,19 @@ from tests.postgres_cluster import Cluster
 _DAEMONS: Final = 4
 _ROWS: Final = 50_000
 _SIZE: Final = 1_000
-# What the loads send, made by the server: no program on the other side takes part of the processors.
-_PGBENCH: Final = """
+# What the loads send, made by the server: no program on the other side takes part of the processors. A colon would be
+# the begin of a variable of pgbench.
+_PGBENCH: Final = r"""
 INSERT INTO agent_runs (
     event_id, run_id, created_at, updated_at, start_time, end_time, agent_name, job_type, status, items_discovered,
     items_succeeded, items_failed, duration_ms, metrics_json, host, environment, git_repo, git_branch, git_commit_hash,
     product, trigger_type
 )
 SELECT id, 'run-' || id, moment, moment, moment, moment, 'agent-' || n % 20, 'translate_directory', 'success', 100, 98,
-    2, 300000, '{"tokens":12345,"cost":0.25}', 'worker-7', 'prod', 'git@github.com:acme/site.git', 'main',
-    'abcdef1234567', 'words', 'cron'
+    2, 300000, U&'{"tokens"\003A12345,"cost"\003A0.25}', 'worker-7', 'prod', U&'git@github.com\003Aacme/site.git',
+    'main', 'abcdef1234567', 'words', 'cron'
 FROM (
-    SELECT n, '2025-12-31T15:30:45.000000Z' AS moment, lpad(to_hex(nextval('numbers')), 36, '0') AS id
+    SELECT n, U&'2025-12-31T15\003A30\003A45.000000Z' AS moment, lpad(to_hex(nextval('numbers')), 36, '0') AS id
     FROM generate_series(1, SIZE) AS n OFFSET 0
 ) AS made
 ON CONFLICT (event_id) DO NOTHING

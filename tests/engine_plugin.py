@@ -20,6 +20,7 @@ from tests.postgres_cluster import Cluster
 _BOTH_ENGINES: Final = frozenset(
     {
         "contract",
+        "guide",
         "mcp",
         "test_alerts",
         "test_certificates",

@@ -11,10 +11,13 @@ import subprocess
 import sys
 import time
 import uuid
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psycopg
 
 from tests.conftest import Daemon
 from tests.needs import require_program
@@ -106,11 +109,28 @@ class Shell:
     def forget(self) -> None:
         """Empty the database and the log, which one daemon then goes on with (cheaper than a new one for each test)."""
         self.log()
-        with closing(sqlite3.connect(self.folder / DATABASE)) as connection, connection:
-            for table in ("agent_runs", "run_totals", "run_minutes"):
-                connection.execute(f"DELETE FROM {table}")
+        tables = ["agent_runs", "run_totals", "run_minutes"]
+        if self.daemon.database_url is None:
+            with closing(sqlite3.connect(self.folder / DATABASE)) as connection, connection:
+                for table in tables:
+                    connection.execute(f"DELETE FROM {table}")
+        else:
+            self.daemon.execute(f"TRUNCATE {', '.join(tables)}, run_deltas")
         os.truncate(self.folder / LOG, 0)  # tee appends
         self.mail()
+
+    @contextmanager
+    def unreadable(self) -> Iterator[None]:
+        """Keep queries waiting inside the block, as another program would."""
+        if self.daemon.database_url is not None:
+            with psycopg.connect(self.daemon.database_url) as holder:
+                holder.execute("LOCK TABLE agent_runs IN ACCESS EXCLUSIVE MODE")
+                yield
+            return
+        with closing(sqlite3.connect(self.folder / DATABASE, isolation_level=None)) as locker:
+            locker.execute("BEGIN EXCLUSIVE")
+            yield
+            locker.execute("ROLLBACK")
 
     def post(self, runs: list[dict[str, Any]]) -> None:
         """Put runs into the database, over HTTP."""

@@ -11,7 +11,6 @@ from telemetryd.engine.postgres.connection import Plain
 from telemetryd.engine.postgres.statements import full_text
 from telemetryd.engine.postgres.statements.answers import answers
 from telemetryd.engine.postgres.statements.predicates import (
-    CHOSEN,
     CHOSEN_LABEL,
     Values,
     are_short,
@@ -65,6 +64,7 @@ class _Counter:
         return int(one(self._plain, sql, values)[0])
 
 
+_LOOKED_UP: Final = "SELECT 1 FROM agent_runs WHERE agent_runs.id = chosen.run"
 _MINUTES: Final = {"created_after": ">=", "created_before": "<="}
 
 
@@ -86,15 +86,17 @@ def select_count(
     alone = () if label is None else (label_parameter(label),)
     found, values = conditions(filters, alone)
     found += are_short(filters.equal)
-    source = "agent_runs"
-    if label is not None:
-        # All of it is in the index of labels, if nothing else is asked for.
-        source, (key, value) = CHOSEN if found else "run_labels AS chosen", CHOSEN_LABEL
-        found.append(f"{key} = %(label)s AND {value} = ANY(%(label_values)s)")
-        values |= {"label": label, "label_values": [*filters.labels[label]]}
     if created is not None:
         found.append("created_at >= %(first_created)s AND created_at < %(last_created)s")
         values |= dict(zip(("first_created", "last_created"), created, strict=True))
+    source = "agent_runs"
+    if label is not None:
+        source, (key, value) = "run_labels AS chosen", CHOSEN_LABEL
+        if found:
+            # Each is looked up: to join them PostgreSQL would rather read all runs that the other filters leave.
+            source += f" CROSS JOIN LATERAL ({_LOOKED_UP} AND {' AND '.join(found)} OFFSET 0) AS its"
+        found = [f"{key} = %(label)s AND {value} = ANY(%(label_values)s)"]
+        values |= {"label": label, "label_values": [*filters.labels[label]]}
     matching = f"FROM {source} WHERE {' AND '.join(found) or 'true'}"
     if most is None:
         return f"SELECT count(*) {matching}", values

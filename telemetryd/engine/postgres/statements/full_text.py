@@ -16,6 +16,9 @@ INDEX: Final = "idx_runs_words"
 WORDS: Final = f"telemetryd_words({', '.join(SEARCHED)})"
 """The words of a run, as they are indexed."""
 
+HAS_TEXT: Final = f"coalesce({', '.join(SEARCHED)}) IS NOT NULL"
+"""What is seen of a run in no time, other than its words."""
+
 _STATE: Final = """
     SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass(current_schema() || '.' || %s)
 """

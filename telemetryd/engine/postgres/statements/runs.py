@@ -83,7 +83,7 @@ def select_page(query: ListRuns, way: Way = Way()) -> tuple[str, Values]:
             # Made first and by itself, so that it is found by the index of words and not on a walk.
             source = f"(SELECT * FROM agent_runs WHERE {full_text.WORDS} @@ {words} OFFSET 0) AS found"
         else:
-            found.append(unguessed(f"{full_text.WORDS} @@ {words}"))
+            found.append(unguessed(f"{full_text.HAS_TEXT} AND {full_text.WORDS} @@ {words}"))
     fixed = fix(arms, values)
     where = " AND ".join([*walks.conditions(fixed, is_alone=not found), *found]) or "true"
     text = f"FROM {source} WHERE {where} ORDER BY {walks.order(fixed)}"
