@@ -34,7 +34,7 @@ from telemetryd.cli.reach import (
 from telemetryd.cli.target import decide
 from telemetryd.engine.factory import open_read_only
 from telemetryd.engine.interface import QueryingEngine
-from telemetryd.errors import InvalidBodyError, TelemetrydError, UnavailableError, sentence
+from telemetryd.errors import BodyTooLargeError, InvalidBodyError, TelemetrydError, UnavailableError, sentence
 from telemetryd.mcp import protocol, tools
 from telemetryd.mcp.endpoint import LONGEST_MESSAGE, PATH
 from telemetryd.mcp.messages import Id, RpcError, id_of
@@ -47,7 +47,9 @@ from telemetryd.settings import Settings
 A = TypeVar("A")
 
 _AT_ONCE: Final = 16
-"""Messages that are answered at a time; others wait on standard input."""
+"""Calls that are answered at a time."""
+_WAITING: Final = 256
+"""Messages that are held at a time; others wait on standard input. It is many, so that a cancellation gets through."""
 _END: Final = b""
 """What stands for the end of standard input, among lines that are not empty."""
 _ANSWERED: Final = (200, 400, 404)
@@ -88,41 +90,40 @@ class _Conversation:
         self._where = where
         self._earlier: str | None = None
         self._running: dict[Id, asyncio.Task[Any]] = {}
-        self._room = asyncio.Semaphore(_AT_ONCE)
+        self._places = asyncio.Semaphore(_AT_ONCE)
+        self._room = asyncio.Semaphore(_WAITING)
 
     async def run(self) -> None:
         """Answer until standard input ends, and what has been asked until then."""
         try:
             async with asyncio.TaskGroup() as tasks:
                 async for line in _lines():
-                    await self._room.acquire()
-                    tasks.create_task(self._answer(line)).add_done_callback(lambda _: self._room.release())
+                    await self._take(line, tasks)
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None  # such as that nobody reads any more; one says enough
 
-    async def _answer(self, line: bytes | None) -> None:
-        reply = await self._reply(line)
-        if reply is not None and reply.message is not None:
-            sys.stdout.buffer.write(orjson.dumps(reply.message, option=orjson.OPT_APPEND_NEWLINE))
-            sys.stdout.buffer.flush()
-
-    async def _reply(self, line: bytes | None) -> protocol.Reply | None:
-        """Return what is answered to a line, which is None if it was too long; None if it was cancelled."""
-        if line is None:
-            return protocol.unreadable(f"A message must not be larger than {LONGEST_MESSAGE} bytes")
+    async def _take(self, line: bytes | None, tasks: asyncio.TaskGroup) -> None:
+        """Begin to answer a line; None was too long."""
         try:
-            message = parse_json(line)
-        except InvalidBodyError as error:
-            return protocol.unreadable(sentence(error))
+            message = _decoded(line)
+        except (BodyTooLargeError, InvalidBodyError) as error:
+            _write(protocol.unreadable(sentence(error)))
+            return
         if (cancelled := _cancelled(message)) is not None:
-            if (task := self._running.get(cancelled)) is not None:
-                task.cancel()
-            return None
+            if (running := self._running.get(cancelled)) is not None:
+                running.cancel()
+        elif isinstance(message, dict) and message.get("method") == "initialize":
+            await self._answer(message)  # before what follows it, which depends on the version that is agreed on
+        else:
+            await self._room.acquire()
+            tasks.create_task(self._answer(message)).add_done_callback(lambda _: self._room.release())
+
+    async def _answer(self, message: object) -> None:
         with self._registered(message):
             reply = await protocol.answer(message, self._call, earlier=self._earlier)
         if reply.said.get("rpc_method") == "initialize" and reply.message is not None and "result" in reply.message:
             self._earlier = reply.message["result"]["protocolVersion"]
-        return reply
+        _write(reply)
 
     @contextlib.contextmanager
     def _registered(self, message: object) -> Iterator[None]:
@@ -141,10 +142,22 @@ class _Conversation:
 
     async def _call(self, name: str, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
         try:
-            async with _find(self._where) as call:
+            async with self._places, _find(self._where) as call:
                 return await call(name, arguments)
         except TelemetrydError as error:
             return tools.failed(sentence(error))
+
+
+def _decoded(line: bytes | None) -> object:
+    if line is None:
+        raise BodyTooLargeError(f"A message must not be larger than {LONGEST_MESSAGE} bytes")
+    return parse_json(line)
+
+
+def _write(reply: protocol.Reply) -> None:
+    if reply.message is not None:
+        sys.stdout.buffer.write(orjson.dumps(reply.message, option=orjson.OPT_APPEND_NEWLINE))
+        sys.stdout.buffer.flush()
 
 
 def _cancelled(message: object) -> Id | None:
@@ -166,12 +179,18 @@ async def _lines() -> AsyncIterator[bytes | None]:
 
     def read() -> None:
         with contextlib.suppress(RuntimeError, CancelledError):  # the loop has ended first
-            for line in chain(split(iter(lambda: os.read(0, LONGEST_MESSAGE), b"")), (_END,)):
+            for line in chain(split(_parts()), (_END,)):
                 asyncio.run_coroutine_threadsafe(queue.put(line), loop).result()
 
     threading.Thread(target=read, name="stdin", daemon=True).start()
     while (line := await queue.get()) != _END:
         yield line
+
+
+def _parts() -> Iterator[bytes]:
+    with contextlib.suppress(OSError):  # such as of a terminal that is gone: that is an end as well
+        while part := os.read(0, LONGEST_MESSAGE):
+            yield part
 
 
 def split(parts: Iterable[bytes], longest: int = LONGEST_MESSAGE) -> Iterator[bytes | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -100,16 +101,19 @@ def test_lines_that_are_no_messages_are_answered_and_cost_the_others_nothing(tmp
     assert sorted(codes[3:], key=str) == [(None, -32600), (None, -32700), (None, -32700)]
 
 
-def test_a_call_that_is_cancelled_is_not_answered(tmp_path: Path) -> None:
+def test_calls_that_are_cancelled_are_not_answered_however_many_wait(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:  # it takes connections, and never answers
         command = [sys.executable, "-m", "telemetryd", "mcp", "--url", f"http://127.0.0.1:{silent.getsockname()[1]}"]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdin is not None
-            process.stdin.write(request("slow", "tools/call", name="agents") + "\n")
+            asked = [request(f"slow-{number}", "tools/call", name="agents") for number in range(40)]
+            process.stdin.write("\n".join(asked) + "\n")
             process.stdin.flush()
             with silent.accept()[0]:
-                cancelled = {"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": "slow"}}
-                process.stdin.write(json.dumps(cancelled) + "\n" + request("next", "server/discover") + "\n")
+                for number in range(40):
+                    cancelled = {"method": "notifications/cancelled", "params": {"requestId": f"slow-{number}"}}
+                    process.stdin.write(json.dumps({"jsonrpc": "2.0", **cancelled}) + "\n")
+                process.stdin.write(request("next", "server/discover") + "\n")
                 out, _ = process.communicate(timeout=60)
     assert [json.loads(line)["id"] for line in out.splitlines()] == ["next"]
 
@@ -124,9 +128,11 @@ def test_an_earlier_client_needs_no_envelope_after_initialize(tmp_path: Path) ->
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
         assert process.stdout is not None
+        lines.append(json.dumps({"jsonrpc": "2.0", "id": "at once", "method": "ping"}))
         process.stdin.write("\n".join(lines) + "\n")
         process.stdin.flush()
         assert json.loads(process.stdout.readline())["result"]["protocolVersion"] == "2025-06-18"
+        assert json.loads(process.stdout.readline()) == {"jsonrpc": "2.0", "id": "at once", "result": {}}
         for number, method in ((2, "ping"), (3, "tools/list")):
             process.stdin.write(json.dumps({"jsonrpc": "2.0", "id": number, "method": method}) + "\n")
             process.stdin.flush()
@@ -152,6 +158,13 @@ def test_lines_are_the_same_however_they_come(lines: list[bytes], sizes: list[in
         place += size
     expected = [None if len(line) > 8 else line for line in lines if len(line) > 8 or line.strip()]
     assert list(split(parts, 8)) == expected
+
+
+def test_a_standard_input_that_cannot_be_read_is_an_end(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "telemetryd", "mcp", "--db-path", str(tmp_path / "none.sqlite")]
+    with Path(os.devnull).open("w") as only_written:
+        done = subprocess.run(command, stdin=only_written, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_it_ends_without_a_word_when_nobody_reads_any_more(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -220,10 +221,18 @@ async def test_what_cannot_be_answered_is_said_so_that_the_assistant_can_correct
         assert words in await complaint(client, tool, **arguments)
 
 
-async def test_a_call_that_takes_too_long_is_ended(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tools.call, "__defaults__", (0.0,))
-    async with asking(api) as client:
-        assert "took longer than 0 s" in await complaint(client, "stats")
+async def test_a_call_that_takes_too_long_is_ended() -> None:
+    class Slow:
+        async def fetch(self, query: Any) -> Any:
+            await asyncio.sleep(60)
+
+        async def alerts(self) -> Any:
+            await asyncio.sleep(60)
+
+    for name in ("stats", "alerts"):
+        result = await tools.call(Slow(), name, {}, deadline_s=0.01)
+        assert result["isError"]
+        assert "took longer than 0.01 s" in result["content"][0]["text"]
 
 
 async def test_what_a_query_cannot_do_now_is_said(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
