@@ -253,7 +253,7 @@ def test_the_unit_reloads_only_what_is_right() -> None:
     check, send = (line.removeprefix("ExecReload=") for line in lines if line.startswith("ExecReload="))
     assert "Type=notify" in lines
     assert f"ExecStart={check.removesuffix(' config --check')} serve" in lines
-    assert send == "/bin/kill -HUP $MAINPID"
+    assert send == '/bin/sh -c "kill -HUP ${MAINPID}"'
 
 
 @analyze

@@ -115,7 +115,7 @@ def test_the_steps_of_the_image_lead_to_a_daemon_that_is_healthy_on_a_read_only_
     flags = ["--read-only", f"--bind={data}:/data", "--tmpfs=/tmp", "--drop-capability=all", "--no-new-privileges=yes"]
     entered = f"cd {image.place} && setpriv --reuid {user} --regid {user} --clear-groups env -i {environment}"
     with booted(image.system, *flags, "--as-pid2", command=["sleep", "infinity"]) as machine:
-        machine.run(f"({entered} {program} > /data/log 2>&1 &)")
+        machine.run(f"({entered} sh -c 'echo $$ > /data/pid; exec {program}' > /data/log 2>&1 &)")
         probe = json.loads(re.sub(r"^.*?CMD ", "", image.said["HEALTHCHECK"]))
         check = f"{entered} {shlex.join(probe)}"
         wait_until(lambda: machine.attempt(check).returncode == 0)
@@ -123,6 +123,6 @@ def test_the_steps_of_the_image_lead_to_a_daemon_that_is_healthy_on_a_read_only_
         machine.run(f"curl -fsS http://localhost:8765/api/v1/runs -H 'Content-Type: application/json' -d '{run}'")
         assert machine.run(f"{entered} telemetryd backup /data").strip()
         assert machine.attempt("touch /usr/x").returncode != 0
-        machine.run("pkill --signal TERM -f 'telemetryd serve'")
+        machine.run("kill $(cat /data/pid)")
         wait_until(lambda: machine.attempt(check).returncode != 0)
         assert '"Stopped"' in (data / "log").read_text()
