@@ -238,6 +238,18 @@ def test_a_run_that_was_sent_to_the_centre_stays_when_an_edge_deletes_it(postgre
         assert all_of(centre, "SELECT status FROM agent_runs") == [("success",)]
 
 
+def test_a_run_goes_with_the_last_edge_that_has_it(postgres_database: str) -> None:
+    with primary() as one, primary() as other, connected(postgres_database) as centre:
+        edges = [Edge("one", one, centre), Edge("other", other, centre)]
+        for edge in edges:
+            commit(edge.connection, [CreateRuns((new("both"),))])
+            edge.catch_up()
+        for edge, left in zip(edges, (1, 0), strict=True):
+            commit(edge.connection, [DeleteRun("both")])
+            edge.catch_up()
+            assert len(all_of(centre, _RUNS)) == left
+
+
 # --- Processes -----------------------------------------------------------------------------------
 
 
