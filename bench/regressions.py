@@ -23,8 +23,8 @@ from urllib.request import Request, urlopen
 import click
 import orjson
 
+from bench.facts import Fact, cells_of
 from telemetryd.model.change_points import MEASURES, Change, in_order
-from telemetryd.model.commit_cells import Fact, cells_of
 from telemetryd.model.regressions import by_pair, changes_of
 from telemetryd.model.values import format_timestamp
 

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
-from telemetryd.model.commit_cells import Cell, Fact, cells_of
+from bench.facts import Fact, cells_of
+from telemetryd.model.commit_cells import Cell
 from telemetryd.model.regressions import FetchRuns, Run, Stretch
 from telemetryd.model.values import format_timestamp
 from tests.conftest import make_run

@@ -13,11 +13,12 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from bench import regressions as simulation
+from bench.facts import seconds_of
 from telemetryd.cli.regressions import text_of
 from telemetryd.errors import InvalidRequestError
 from telemetryd.model.change_points import ALPHA, MIN_DAYS, Spell, blocks_of, in_order, permuted
 from telemetryd.model.change_sizes import effect_of
-from telemetryd.model.commit_cells import Cell, seconds_of, slot_of
+from telemetryd.model.commit_cells import Cell, slot_of
 from telemetryd.model.filters import Filters
 from telemetryd.model.intervals import student, wilson
 from telemetryd.model.neighbours import outages
