@@ -1,4 +1,4 @@
-"""Two daemons as processes on one PostgreSQL database: whoever asks either of them cannot tell that there are two."""
+"""Two daemons as processes on one PostgreSQL database: a client of either cannot tell that there are two."""
 
 from __future__ import annotations
 

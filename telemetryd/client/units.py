@@ -13,7 +13,7 @@ from telemetryd.client.programs import signal_name
 from telemetryd.timestamps import canonical, format_timestamp
 
 EVENT_ID: Final = "systemd:{invocation_id}"
-"""The event_id of a unit's run: the same, whoever records it, so that it is stored once."""
+"""The event_id of a unit's run: the same from each of our commands, so that it is stored once."""
 JOB_TYPE: Final = "unit"
 _STATUSES: Final = {"success": "success", "timeout": "timeout", "watchdog": "timeout", "exec-condition": "cancelled"}
 """By the unit's result; any other one is a failure."""
