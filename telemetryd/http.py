@@ -48,7 +48,6 @@ from telemetryd.services.subscriptions import add_feed, list_changes, stream_run
 from telemetryd.services.upkeep import Upkeep
 from telemetryd.settings import Settings
 from telemetryd.store import Store
-from telemetryd.traces import Span
 from telemetryd.web import browsers, openapi, operations, pages
 from telemetryd.web.answers import NOTE, REASON, Handler, json_response, next_page, with_warnings
 from telemetryd.web.body import BODIES, JSON_TYPES, NDJSON_TYPES, Bodies, check_media_type, json_body
@@ -78,7 +77,7 @@ async def create_run(request: web.Request) -> web.Response:
         admission.check(parsed.row)
         admission.pay([parsed.row], size)
     event_id, run_id = str(parsed.row[runs.EVENT_ID]), str(parsed.row[runs.RUN_ID])
-    row, traced = runs.in_trace(parsed.row, Span.parse(request.headers.get(traces.HEADER)))
+    row, traced = runs.in_trace(parsed.row, request.headers.get(traces.HEADER))
     created = await request.app[STORE].submit(CreateRuns((row,), size))
     is_new = created.new[0]
     notes = parsed.notes
@@ -99,11 +98,7 @@ async def create_run(request: web.Request) -> web.Response:
         request.app[METRICS].differing.inc()
         said = {"event_id": event_id, "run_id": run_id, "differs_in": differing}
         request[NOTE].say("Run already exists, and says something else", logging.WARNING, **said)
-    known: RunDuplicate = {
-        "status": "duplicate",
-        "event_id": event_id,
-        "message": "Event already exists (idempotent)",
-    }
+    known: RunDuplicate = {"status": "duplicate", "event_id": event_id, "message": "Event already exists (idempotent)"}
     return json_response(with_warnings(known, parsed.ignored, notes))
 
 

@@ -295,12 +295,12 @@ def parse_run(value: object) -> ParsedRun:
     return ParsedRun(_values_of(run.__dict__), tuple(run.__pydantic_extra__ or ()), notes)
 
 
-def in_trace(row: Row, span: Span | None) -> tuple[Row, tuple[str, ...]]:
+def in_trace(row: Row, traceparent: str | None) -> tuple[Row, tuple[str, ...]]:
     """Return a run as part of the trace that its request belongs to, and the names of the fields that say so.
 
-    What the run says itself wins.
-
+    What the run says itself wins. A traceparent that is malformed is ignored.
     """
+    span = Span.parse(traceparent)
     if span is None or row[_TRACE_ID] is not None:
         return row, ()
     values = list(row)

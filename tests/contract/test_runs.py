@@ -452,6 +452,34 @@ async def test_credentials_in_an_address_are_not_stored_whichever_way_it_comes(m
     assert (await api.get(f"{RUNS}/unclear"))["git_repo"] is None
 
 
+TRACEPARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+
+
+async def test_a_run_joins_the_trace_of_its_request_and_the_log_names_it(
+    api: Api, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What the run says itself wins, and a retry is another span of its client's, not another body."""
+    run = make_run(event_id="traced")
+    with caplog.at_level("INFO"):
+        await api.post(run, headers={"traceparent": TRACEPARENT})
+    again = TRACEPARENT.replace("00f067aa0ba902b7", "b7ad6b7169203331")
+    assert "warnings" not in await api.post(run, 200, headers={"traceparent": again})
+    stored = await api.get("/api/v1/runs/traced")
+    assert (stored["trace_id"], stored["span_id"]) == (TRACEPARENT[3:35], TRACEPARENT[36:52])
+    own = make_run(event_id="own-trace", trace_id="1" * 32, span_id="2" * 16)
+    await api.post(own, headers={"traceparent": TRACEPARENT})
+    assert (await api.get("/api/v1/runs/own-trace"))["trace_id"] == "1" * 32
+    logged = [record.__dict__.get("trace_id") for record in caplog.records]
+    assert TRACEPARENT[3:35] in logged
+
+
+@pytest.mark.parametrize("bad", ["", "nonsense", TRACEPARENT + "-more", "ff" + TRACEPARENT[2:], TRACEPARENT.upper()])
+async def test_a_malformed_traceparent_is_ignored(api: Api, bad: str) -> None:
+    event_id = f"bad-trace-{len(bad)}-{bad[:2]}"
+    await api.post(make_run(event_id=event_id), headers={"traceparent": bad})
+    assert (await api.get(f"/api/v1/runs/{event_id}"))["trace_id"] is None
+
+
 async def test_an_unknown_run_is_404_and_named(api: Api) -> None:
     assert check_error(await send(api, "GET", f"{RUNS}/abc123"), 404) == "Run not found: abc123"
 
