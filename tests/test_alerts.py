@@ -593,7 +593,7 @@ async def test_a_rule_that_cannot_be_evaluated_says_so_and_keeps_no_other_from_i
     problem: str | None = None
     working = asyncio.create_task(alerting.run())
     with monkeypatch.context() as patched:
-        patched.setattr(statements, "fetch_pairs", fail)
+        patched.setattr(statements, "fetch_cells", fail)
         while not problem:
             quiet, broke = (await alerting.shown())["rules"]
             problem = broke["problem"] if quiet["state"] == "firing" else None

@@ -555,7 +555,7 @@ def test_a_daemon_without_standard_input_stops_in_order(start_daemon: StartDaemo
 @pytest.mark.parametrize(
     ("typed", "meant"),
     [
-        (("prnue",), "Did you mean prune?"),
+        (("prnue",), "Did you mean prune or run?"),
         (("alerts", "tset"), "Did you mean test?"),
         (("xyzzy",), "--help."),
     ],

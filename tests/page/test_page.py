@@ -508,6 +508,26 @@ def test_an_agent_has_a_year_in_squares_that_lead_to_its_runs(open_view: OpenPag
     expect(page.locator(".tally")).to_have_text(f"{runs} run{'' if runs == 1 else 's'}")
 
 
+@pytest.mark.parametrize("zone", ["Europe/Berlin", "Asia/Kolkata", "America/St_Johns", "UTC"])
+def test_the_year_begins_on_a_monday_and_ends_today_at_any_time_of_day(open_view: OpenPage, zone: str) -> None:
+    """In the last half hour before midnight a day was missing, where local time is whole hours from UTC."""
+    page = open_view("#/overview", timezone_id=zone)
+    moments = [second * 1000 for second in range(1_796_000_000, 1_796_000_000 + 8 * 86_400, 1500)]
+    script = """async (moments) => {
+        const {firstDay} = await import(new URL("page/calendar.js", document.baseURI));
+        const {midnight} = await import(new URL("page/range.js", document.baseURI));
+        return moments.map((now) => {
+            const first = firstDay(now);
+            let days = 0;
+            while (midnight(first, days) <= now) days += 1;
+            return [new Date(first + 12 * 3600e3).getDay(), days];
+        });
+    }"""
+    found = page.evaluate(script, moments)
+    assert {weekday for weekday, _ in found} == {1}
+    assert {days for _, days in found} == set(range(365, 372))
+
+
 def test_what_is_not_there_is_said(open_view: OpenPage, watched: Watched) -> None:
     watched.expected = ("404",)
     page = open_view("#/run/nobody%2Fknows%25it")

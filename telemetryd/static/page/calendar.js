@@ -19,7 +19,7 @@ export const POOR = 0.8;
 
 /** Return the beginning of the Monday that begins the oldest of the weeks shown. */
 export function firstDay(now) {
-  const weekday = (new Date(now).getDay() + 6) % 7;
+  const weekday = (new Date(midnight(now) + NOON).getDay() + 6) % 7;
   return midnight(now, -weekday - 7 * (WEEKS - 1));
 }
 

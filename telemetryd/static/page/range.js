@@ -85,7 +85,8 @@ const hoursAhead = (ms) => Math.round(-new Date(ms).getTimezoneOffset() / 60);
 
 /** Return the beginning of the day that a moment is in, or of one some days later, as far as whole hours allow. */
 export function midnight(ms, later = 0) {
-  const date = new Date(ms + HOUR / 2); // where local time is not whole hours from UTC, a day may begin up to half an hour early
+  // Where local time is not whole hours from UTC, a day begins half an hour early.
+  const date = new Date(ms + (new Date(ms).getTimezoneOffset() % 60 ? HOUR / 2 : 0));
   const [year, month, day] = [date.getFullYear(), date.getMonth(), date.getDate() + later];
   return Date.UTC(year, month, day) - hoursAhead(new Date(year, month, day)) * HOUR;
 }

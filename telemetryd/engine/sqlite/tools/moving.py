@@ -23,7 +23,9 @@ from telemetryd.model.values import format_timestamp, utc_now
 _CHANGES: Final = """
     SELECT id, coalesce((SELECT seq FROM run_changes WHERE run = id), id) FROM agent_runs NOT INDEXED ORDER BY id
 """
-_STORE_CHANGE: Final = "INSERT INTO run_changes (run, seq) SELECT ?1, ?2 WHERE ?1 <> ?2"
+_STORE_CHANGE: Final = """
+    INSERT INTO run_changes (run, seq) SELECT run, seq FROM (SELECT ? AS run, ? AS seq) WHERE run <> seq
+"""
 _ORIGINALS: Final = """
     SELECT run, field, reason, typeof(original), original FROM unconverted_values ORDER BY run, field
 """
