@@ -32,14 +32,14 @@ _CURSOR_GONE: Final = "cursor"
 
 
 @click.command(
-    help=r"""Record the runs of systemd's units by following the journal.
+    help=r"""Record the runs of systemd units from the journal.
 
-    The units are not touched. PATTERNS are names of units, with or without .service, in which * and ? stand for any text. Each invocation becomes
-    a run, whose agent is the unit's name: running from its start, then success, failure, timeout, or cancelled if it
-    was stopped. Processor time and memory are taken from the journal. The place in the journal is saved only when the
-    daemon has acknowledged the runs before it, so nothing is missed and nothing is stored twice, however often either
-    is restarted. The first time, it begins with this boot. To read the journal, run it as root or in the group
-    systemd-journal, as telemetryd-units.service does.
+    The units are not touched. PATTERNS are names of units, with or without .service, in which * and ? stand for any
+    text. Each invocation becomes a run, whose agent is the unit's name: running from its start, then success, failure,
+    timeout, or cancelled if it was stopped. Processor time and memory are taken from the journal. The place in the
+    journal is saved only when the daemon has acknowledged the runs before it, so nothing is missed and nothing is
+    stored twice, however often either is restarted. The first time, it begins with this boot. To read the journal, run
+    it as root or in the group systemd-journal, as telemetryd-units.service does.
 
     \b
     Examples:
