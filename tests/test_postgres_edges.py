@@ -95,7 +95,7 @@ def page_of(connection: sqlite3.Connection, followed: Followed, limit: int) -> P
 
 def carry_out(plain: Plain, command: Command[Any], *, is_killed: bool = False, now: str = NOW) -> Any:
     """Do a command in one transaction, or have it cut off right before its end."""
-    transaction = Transaction(plain, now, Sync.LOCAL)
+    transaction = Transaction(plain, now, Sync.NONE)
     outcomes = transaction.apply([command])
     if is_killed:
         plain.execute("ROLLBACK")
