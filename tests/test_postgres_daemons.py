@@ -15,9 +15,10 @@ from typing import Any
 import aiohttp
 import pytest
 
+from telemetryd.engine.postgres.schema import CLASS, COMMITS
 from telemetryd.model.chores import Chore
 from telemetryd.store import Store
-from tests.conftest import Daemon, Row, eventually, make_run
+from tests.conftest import Daemon, Row, eventually, make_run, wait_until
 from tests.event_stream import Reader, events_of
 from tests.postgres_cluster import Cluster
 from tests.test_alerts import QUIET, receiving, write_rules
@@ -204,6 +205,12 @@ def stopped(daemon: Daemon) -> Iterator[None]:
         daemon.process.send_signal(signal.SIGCONT)
 
 
+_TURNS = f"""
+    SELECT count(*) FROM pg_locks
+    WHERE locktype = 'advisory' AND granted AND (classid, objid) = ({CLASS}, {COMMITS})
+"""
+
+
 @pytest.mark.parametrize("event_id", ["same", "another"])
 async def test_a_daemon_that_stands_still_in_the_turn_holds_nobody_up(
     daemons: Daemons, session: aiohttp.ClientSession, cluster: Cluster, postgres_database: str, event_id: str
@@ -217,6 +224,7 @@ async def test_a_daemon_that_stands_still_in_the_turn_holds_nobody_up(
         proxy.cut = Cut.HOLD
         waiting = asyncio.create_task(send(session, held, "", make_run(event_id="same")))
         await asyncio.to_thread(proxy.holds.wait, 60)
+        await asyncio.to_thread(wait_until, lambda: cluster.execute(_TURNS) == [(1,)])
         with stopped(held):
             async with asyncio.timeout(20):
                 assert await send(session, other, "", make_run(event_id=event_id)) == 201
