@@ -357,6 +357,24 @@ def test_a_compressed_backup_is_known_by_its_content(tmp_path: Path) -> None:
     assert rows(tmp_path / "other.sqlite") == 30
 
 
+def test_a_name_that_ends_in_zst_is_compressed(tmp_path: Path) -> None:
+    path = make_database(tmp_path / "telemetry.sqlite", 30)
+    telemetryd("backup", tmp_path / "copy.sqlite.zst", "--db-path", path)
+    assert (tmp_path / "copy.sqlite.zst").read_bytes().startswith(b"\x28\xb5\x2f\xfd")
+    telemetryd("restore", tmp_path / "copy.sqlite.zst", "--db-path", tmp_path / "other.sqlite")
+    assert rows(tmp_path / "other.sqlite") == 30
+    (tmp_path / "folder.zst").mkdir()
+    telemetryd("backup", tmp_path / "folder.zst", "--db-path", path)
+    assert [file.suffix for file in (tmp_path / "folder.zst").iterdir()] == [".sqlite"]
+
+
+def test_a_folder_that_is_missing_does_not_become_a_file(tmp_path: Path) -> None:
+    path = make_database(tmp_path / "telemetry.sqlite", 5)
+    refused = telemetryd("backup", f"{tmp_path}/backups/", "--db-path", path, status=1).stderr
+    assert f"The directory {tmp_path}/backups does not exist" in refused
+    assert not (tmp_path / "backups").exists()
+
+
 def test_every_path_in_the_report_is_absolute(tmp_path: Path) -> None:
     path = make_database(tmp_path / "telemetry.sqlite", 3)
     (tmp_path / "kept").mkdir()

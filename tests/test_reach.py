@@ -532,6 +532,13 @@ def test_a_foreign_dotenv_matters_only_where_it_is_needed(tmp_path: Path) -> Non
     )
 
 
+def test_who_finds_no_database_is_told_how_to_name_what_is_meant(tmp_path: Path) -> None:
+    missing = f"There is no database at {tmp_path}/data/telemetry.sqlite; name it with --db-path (TELEMETRY_DB_PATH)"
+    assert telemetryd("check", cwd=tmp_path, status=1).stderr == f"telemetryd: {missing}\n"
+    other = f"{missing}, or a running daemon with --url (TELEMETRY_API_URL)"
+    assert telemetryd("stats", cwd=tmp_path, status=1).stderr == f"telemetryd: {other}\n"
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has it")
 def test_a_full_disk_on_standard_output_is_one_sentence(start_daemon: StartDaemon) -> None:
     daemon = start_daemon()

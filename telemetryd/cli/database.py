@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import sys
 from collections.abc import Iterator
@@ -222,7 +223,7 @@ def _print_migration(path: Path, done: legacy.Migration, *, dry_run: bool) -> No
 @click.command(
     help=r"""Copy the database to DEST while the daemon writes to it.
 
-    The copy is verified before it gets its name.
+    The copy is verified before it gets its name, and never replaces a file.
     If DEST is a directory, the file in it is named by the time: telemetry_backup_20251224_100000.sqlite.
 
     \b
@@ -232,12 +233,15 @@ def _print_migration(path: Path, done: legacy.Migration, *, dry_run: bool) -> No
       telemetryd backup before-upgrade.sqlite
     """
 )
-@click.argument("destination", metavar="DEST", type=click.Path(path_type=Path))
+@click.argument("dest", metavar="DEST", type=click.Path())
 @click.option("--keep", type=click.IntRange(1), metavar="N", help="Keep only the newest N backups in DEST.")
-@click.option("--zstd", "compress", is_flag=True, help="Compress with Zstandard.")
+@click.option(
+    "--zstd", "compress", is_flag=True, help="Compress with Zstandard, as for a DEST that is a file named ….zst."
+)
 @json_flag
 @settings_flags("db_path")
-def backup(destination: Path, keep: int | None, compress: bool, as_json: bool, **flags: Any) -> None:
+def backup(dest: str, keep: int | None, compress: bool, as_json: bool, **flags: Any) -> None:
+    destination = Path(dest)
     settings = load_settings(flags).settings
     with failing():
         shared_database.refuse(settings)
@@ -248,10 +252,12 @@ def backup(destination: Path, keep: int | None, compress: bool, as_json: bool, *
     with failing(), progress() as drawn:
         refuse_missing(path)
         place = destination.absolute()
+        if dest.endswith(os.sep) and not is_directory:
+            raise DatabaseError(f"The directory {place} does not exist; make it: mkdir -p {place}")
         done = (
             backups.back_up_into(place, path, _local_now(), compress=compress, watch=drawn)
             if is_directory
-            else backups.backup(path, place, compress=compress, watch=drawn)
+            else backups.backup(path, place, compress=compress or place.suffix == ".zst", watch=drawn)
         )
         removed = rotation.rotate(place, path, keep, done.path) if keep is not None else []
     if as_json:
@@ -277,15 +283,21 @@ def _empty(path: Path) -> DatabaseError:
     return DatabaseError(f"{path} is empty: telemetryd serve makes a new database of it, or restore a backup")
 
 
-def refuse_missing(path: Path) -> None:
+def refuse_missing(path: Path, *, by_address: bool = False) -> None:
     """Stop if there is no database, or none in its file, or if a daemon has it open by another name.
+
+    Args:
+        path: the database.
+        by_address: whether the command could also be given the address of a daemon.
 
     Raises:
         DatabaseError: then.
 
     """
+    path = path.absolute()
     if not path.is_file():
-        raise DatabaseError(f"There is no database at {path}; is TELEMETRY_DB_PATH right?")
+        other = ", or a running daemon with --url (TELEMETRY_API_URL)" if by_address else ""
+        raise DatabaseError(f"There is no database at {path}; name it with --db-path (TELEMETRY_DB_PATH){other}")
     if path.stat().st_size == 0 and not is_unfinished(path):
         raise _empty(path)
     refuse_other_name(path)

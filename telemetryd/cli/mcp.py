@@ -233,7 +233,7 @@ async def _find(where: Where) -> AsyncIterator[protocol.Caller]:
         return
     assert place.settings is not None  # noqa: S101 - for the type checker
     if place.settings.db_url is None:
-        refuse_missing(place.settings.db_path.absolute())
+        refuse_missing(place.settings.db_path, by_address=True)
     engine = await open_read_only(place.settings)
     source = _Database(engine, place.settings)
 

@@ -414,7 +414,7 @@ async def find_target(where: Where, *, changes: bool = False) -> AsyncIterator[T
     if place.obstacle:
         raise DatabaseOwnedError(place.obstacle)
     if place.config is None and place.settings is not None and place.settings.db_url is None:
-        refuse_missing(place.settings.db_path.absolute())
+        refuse_missing(place.settings.db_path, by_address=True)
     if changes:
         click.echo(f"telemetryd: works on {place}", err=True)
     if place.config is not None:

@@ -472,6 +472,28 @@ print(telemetry.stats()["dead"])
     assert [line["status"] for line in asked] == [409] * 3
 
 
+def test_what_a_backup_lacks_comes_back_from_the_spool(start_daemon: StartDaemon, buffer: Path, tmp_path: Path) -> None:
+    daemon = start_daemon()
+    telemetryd("backup", tmp_path / "early.sqlite", "--db-path", daemon.database)
+    python(
+        "with telemetry.run('late', 'job') as run:\n    run.event('half')\n    run.items(succeeded=2)",
+        daemon.url,
+        buffer,
+    )
+    (before,) = runs(daemon.url)
+    daemon.stop(signal.SIGKILL)
+    telemetryd("restore", tmp_path / "early.sqlite", "--db-path", daemon.database)
+    daemon = start_daemon()
+    assert runs(daemon.url) == []
+    sent = sorted(buffer.glob("*.synced"))
+    for _ in range(2):
+        telemetryd("replay", *sent, "--url", daemon.url)
+        (after,) = runs(daemon.url)
+        differing = {name for name in after if after[name] != before[name]}
+        assert differing <= {"id", "created_at", "updated_at"}
+        assert len(get(daemon.url, f"/api/v1/runs/{after['event_id']}/events")[1]) == 1
+
+
 def test_the_tutorial_works_as_pasted(daemon: Daemon, buffer: Path) -> None:
     snippets = python_blocks("docs/tutorial/first-steps.md")
     assert python_blocks("README.md") == snippets[:1]

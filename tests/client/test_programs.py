@@ -336,6 +336,9 @@ def test_the_examples_of_the_pages_work_as_pasted(daemon: Daemon, buffer: Path, 
         text = (folder / page).read_text("utf-8")
         blocks = re.findall(r"^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
         lines = [line for block in blocks for line in block.splitlines() if line.startswith("telemetryd r")]
+        assert (
+            "PATH=/usr/local/bin:/usr/bin:/bin\n15 3 * * *  telemetryd run" in text
+        )  # cron's own lacks /usr/local/bin
         for line in re.findall(r"^(?:15 3 \* \* \*  |ExecStopPost=-)(.*)$", text, re.MULTILINE):
             lines.append(line.replace("/usr/local/bin/backup.sh", "true"))
         for line in lines:
