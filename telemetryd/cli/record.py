@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -17,6 +19,9 @@ from telemetryd.client.context import parent_span
 from telemetryd.timestamps import format_timestamp
 from telemetryd.traces import Span
 
+_NUMBER: Final = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
+_TOO_LARGE: Final = 2**63
+"""No integer of so much fits into the 64 bits of SQLite and of many parsers."""
 _STATUSES: Final = ("success", "failure", "partial", "timeout", "cancelled")
 
 
@@ -101,10 +106,7 @@ def record(
 
 
 def _figure(text: str) -> Any:
-    """Return a metric's value: a number if it is one, else the text."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+    """Return a metric's value: a number if it is one that JSON can hold, else the text."""
+    if not _NUMBER.fullmatch(text) or not math.isfinite(number := float(text)):
+        return text
+    return int(text) if text.lstrip("+-").isdigit() and abs(number) < _TOO_LARGE else number

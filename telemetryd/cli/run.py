@@ -15,7 +15,17 @@ import click
 from telemetryd.cli.basics import DurationType, PairType, SizeType
 from telemetryd.cli.recording import quiet_client
 from telemetryd.client.client import Client
-from telemetryd.client.programs import Manner, NotStartedError, block_signals, execute, program_name
+from telemetryd.client.ending_signals import wait_for_ending
+from telemetryd.client.programs import (
+    NOT_EXECUTABLE,
+    SIGNALLED,
+    Manner,
+    NotStartedError,
+    block_signals,
+    execute,
+    program_name,
+    signal_name,
+)
 
 _EXIT_LOCKED: Final = 75
 """EX_TEMPFAIL (sysexits(3)): try again later."""
@@ -31,10 +41,11 @@ _LOCK_RETRY_S: Final = 0.1
 
     The run is in the client's spool before the command starts, so it is recorded even if the daemon is down or this
     machine dies. Signals are handed on, standard input and output are the command's own, and the exit status is the
-    command's: 128 + n if it died of signal n, 127 if there is no such command, 126 if it cannot be executed, 75 if
-    another run holds the lock. The run ends as success, failure, timeout, or cancelled if it was ended by SIGINT,
-    SIGTERM, SIGHUP or SIGQUIT. Processor time and peak memory go to metrics_json. The command finds its run in
-    TELEMETRY_PARENT_RUN_ID and TRACEPARENT. Where the daemon is comes from TELEMETRY_API_URL, as for every client.
+    command's: 128 + n if it died of signal n, 127 if there is no such command, 126 if it cannot be executed or its lock
+    cannot be opened, 75 if another run holds the lock. The run ends as success, failure, timeout, or cancelled if it
+    was ended by SIGINT, SIGTERM, SIGHUP or SIGQUIT. Processor time and peak memory go to metrics_json. The command
+    finds its run in TELEMETRY_PARENT_RUN_ID and TRACEPARENT. Where the daemon is comes from TELEMETRY_API_URL, as for
+    every client.
 
     \b
     Examples:
@@ -89,11 +100,11 @@ def run(
     started = client.run(agent or program_name(command), job_type, heartbeat=True, **fields)
     kept: tuple[int, ...] = ()
     if lock is not None:
-        held = _take_lock(client.config.folder / "locks" / f"{lock}.lock", lock_wait_s or 0.0)
-        if held is None:
-            started.finish("cancelled", error_summary=f"not started: another run holds the lock {lock}")
-            _end(client, f"another run holds the lock {lock}", _EXIT_LOCKED)
-        kept = (held,)
+        try:
+            kept = (_take_lock(client.config.folder, lock, lock_wait_s or 0.0),)
+        except NotLockedError as error:
+            started.finish(error.status, error_summary=f"not started: {error}")
+            _end(client, str(error), error.exit_status)
     default_tail = 0 if os.isatty(2) else _DEFAULT_TAIL
     events = _MOST_EVENTS if tail else 0
     manner = Manner(timeout_s, kill_after_s, default_tail if tail is None else tail, events, kept)
@@ -104,6 +115,21 @@ def run(
     _end(client, None, status)
 
 
+class NotLockedError(Exception):
+    """The command is not started, because its lock cannot be had; the text says why.
+
+    Attributes:
+        status: the run's.
+        exit_status: ours.
+
+    """
+
+    def __init__(self, text: str, status: str, exit_status: int) -> None:
+        super().__init__(text)
+        self.status = status
+        self.exit_status = exit_status
+
+
 def _end(client: Client, complaint: str | None, status: int) -> NoReturn:
     if complaint is not None:
         click.echo(f"telemetryd run: {complaint}", err=True)
@@ -111,18 +137,29 @@ def _end(client: Client, complaint: str | None, status: int) -> NoReturn:
     sys.exit(status)
 
 
-def _take_lock(path: Path, wait_s: float) -> int | None:
-    """Lock a file; return its descriptor, which holds the lock until the last process with it has ended, or None."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+def _take_lock(folder: Path, name: str, wait_s: float) -> int:
+    """Lock a file in a folder; return its descriptor, which holds the lock until the last process with it has ended.
+
+    Raises:
+        NotLockedError: if another run holds it for so long, a signal ends us before, or the file cannot be opened.
+
+    """
+    path = folder / "locks" / f"{name}.lock"
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise NotLockedError(f"{error.filename}: {error.strerror}", "failure", NOT_EXECUTABLE) from error
     until = time.monotonic() + wait_s
     while True:
         try:
             fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if time.monotonic() >= until:
-                os.close(number)
-                return None
-            time.sleep(min(_LOCK_RETRY_S, max(until - time.monotonic(), 0.0)))
+            rest_s = until - time.monotonic()
+            if rest_s <= 0:
+                raise NotLockedError(f"another run holds the lock {name}", "cancelled", _EXIT_LOCKED) from None
+            if (ended_by := wait_for_ending(min(_LOCK_RETRY_S, rest_s))) is not None:
+                text = f"{signal_name(ended_by)} while it waited for the lock {name}"
+                raise NotLockedError(text, "cancelled", SIGNALLED + ended_by) from None
         else:
             return number

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import click
 import orjson
@@ -28,6 +28,8 @@ _SAVE_AFTER: Final = 500
 _ACKNOWLEDGED_S: Final = 30.0
 _TIMERS_S: Final = 5.0
 _PIECE: Final = 1 << 16
+_MOST_SAID: Final = 4096
+"""Bytes of what journalctl has complained of that are shown, the last ones."""
 _CURSOR_GONE: Final = "cursor"
 
 
@@ -63,7 +65,10 @@ def units(*, patterns: tuple[str, ...], all_timers: bool, state: Path | None, on
     place = Place(state or client.config.folder / "units.json")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     is_meant = Meant(patterns, all_timers=all_timers)
-    journal = UnitJournal(client, is_meant, place.state)
+    try:
+        journal = UnitJournal(client, is_meant, place.state)
+    except (AttributeError, TypeError) as error:
+        place.fail(error)
     try:
         _follow(client, journal, place, once=once)
     except KeyboardInterrupt:
@@ -94,18 +99,19 @@ def _entries(place: Place, *, once: bool) -> Iterator[dict[str, Any] | None]:
     if not once:
         command.append("--follow")
     matches = ["_PID=1", *(f"MESSAGE_ID={message}" for message in MESSAGES)]
-    try:
-        reader = subprocess.Popen([*command, *matches], stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # noqa: S603
-    except OSError as error:
-        _fail(f"journalctl: {error.strerror}")
-    with reader:
+    # In memory, not in a pipe: it may complain of each of many damaged files, and would wait for us to read it.
+    with open(os.memfd_create("journalctl"), "rb") as complaints:
         try:
+            reader = subprocess.Popen([*command, *matches], stdout=subprocess.PIPE, stderr=complaints)  # noqa: S603
+        except OSError as error:
+            _fail(f"journalctl: {error.strerror}")
+        with reader, contextlib.ExitStack() as ending:
+            ending.callback(reader.terminate)
             yield from _lines(reader)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                reader.terminate()
-        said = reader.stderr.read().decode("utf-8", "replace").strip() if reader.stderr is not None else ""
-    if reader.returncode > 0:
+            ending.pop_all()  # it ends by itself, and its status counts
+        complaints.seek(max(complaints.seek(0, os.SEEK_END) - _MOST_SAID, 0))
+        said = complaints.read().decode("utf-8", "replace").strip()
+    if reader.returncode:
         if place.cursor is not None and _CURSOR_GONE in said:
             click.echo(f"telemetryd units: {said}; begins with this boot", err=True)
             place.cursor = None
@@ -133,7 +139,7 @@ def _lines(reader: subprocess.Popen[bytes]) -> Iterator[dict[str, Any] | None]:
                 yield orjson.loads(line)
 
 
-def _fail(text: str) -> Any:
+def _fail(text: str) -> NoReturn:
     click.echo(f"telemetryd units: {text}", err=True)
     sys.exit(EXIT_FAILURE)
 
@@ -151,14 +157,20 @@ class Place:
         except FileNotFoundError:
             pass
         except (OSError, ValueError, KeyError, TypeError) as error:
-            _fail(f"{path} cannot be read; delete it to begin with this boot: {error}")
+            self.fail(error)
+
+    def fail(self, error: Exception) -> NoReturn:
+        """End, because the file does not hold what we have written."""
+        _fail(f"{self._path} cannot be read; delete it to begin with this boot: {error}")
 
     def save(self, cursor: str, state: dict[str, Any]) -> None:
         """Write the place so that it is whole after a power cut."""
         self.cursor, self.state = cursor, state
         self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        new = self._path.with_suffix(".new")
-        with new.open("w", encoding="utf-8") as file:
+        new = self._path.with_name(f"{self._path.name}.new")
+        # Not through a link that somebody has put there, as root may write into a folder of others.
+        number = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        with open(number, "w", encoding="utf-8") as file:
             json.dump({"cursor": cursor, "state": state}, file)
             file.flush()
             os.fsync(file.fileno())

@@ -8,13 +8,17 @@ import os
 import select
 import threading
 import time
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Self
+
+from telemetryd.client.ending_signals import is_ending
 
 if TYPE_CHECKING:
     from telemetryd.client.run import Run
 
 _PIECE: Final = 65_536
 _LONGEST_LINE: Final = 4096
+_LOOK_S: Final = 0.2
+"""How often we look, while the last of it is passed on, whether we are to end."""
 _GRACE_S: Final = 0.2
 """How long we read on after the program's end, if a process that it has left behind keeps the pipe open."""
 
@@ -35,20 +39,34 @@ class ErrorStream:
         self._events_left = most_events
         self._tail = bytearray()
         self._line = bytearray()
-        self._reading_end, self.writing_end = os.pipe()
-        self._stopped, self._stop = os.pipe()
         self._is_at_end = False
-        self._thread = threading.Thread(target=self._pass_on, name="telemetryd-stderr", daemon=True)
-        self._thread.start()
+        with contextlib.ExitStack() as opened:
+            self._reading_end, self.writing_end = _pipe(opened)
+            self._stopped, self._stop = _pipe(opened)
+            self._thread = threading.Thread(target=self._pass_on, name="telemetryd-stderr", daemon=True)
+            self._thread.start()
+            opened.pop_all()
+
+    @classmethod
+    def begin(cls, run: Run, tail_bytes: int, most_events: int) -> Self | None:
+        """Return a stream; None if this process may not open or start so much: the program then keeps our own."""
+        try:
+            return cls(run, tail_bytes, most_events)
+        except (OSError, RuntimeError):  # descriptors; threads
+            return None
 
     def end(self) -> bytes:
         """Stop when everything that the program has written is passed on; return the last bytes.
 
-        If a process that it has left behind still writes, a helper goes on passing that on.
+        If a process that it has left behind still writes, a helper goes on passing that on. While nobody reads our
+        standard error we wait, until a blocked signal comes that ends us.
         """
         os.close(self.writing_end)
         os.close(self._stop)
-        self._thread.join()
+        while self._thread.is_alive():
+            self._thread.join(_LOOK_S)
+            if is_ending():  # nobody reads our standard error, and somebody ends us
+                return self._kept()
         if not self._is_at_end:
             # It lives until the last writer has ended; without it their next line would kill them (SIGPIPE).
             with contextlib.suppress(OSError):
@@ -56,6 +74,9 @@ class ErrorStream:
                 os.posix_spawnp("cat", ["cat"], os.environ, file_actions=actions, setpgroup=0)
         os.close(self._reading_end)
         os.close(self._stopped)
+        return self._kept()
+
+    def _kept(self) -> bytes:
         return bytes(self._tail[-self._tail_bytes :])
 
     def _pass_on(self) -> None:
@@ -94,6 +115,14 @@ class ErrorStream:
             self._run.event("stderr", line=line[:_LONGEST_LINE].decode("utf-8", "replace").rstrip("\r"))
             if not self._events_left:
                 self._run.event("stderr", line="Further lines are left out.")
+
+
+def _pipe(opened: contextlib.ExitStack) -> tuple[int, int]:
+    """Return both ends of a new pipe, which are closed with what is opened."""
+    ends = os.pipe()
+    for end in ends:
+        opened.callback(os.close, end)
+    return ends
 
 
 def _write(piece: bytes) -> None:

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from telemetryd.client.context import parent_span
+from telemetryd.client.ending_signals import ending_signals
 from telemetryd.client.error_stream import ErrorStream
 from telemetryd.client.run import Run
 
-_NOT_EXECUTABLE: Final = 126
+NOT_EXECUTABLE: Final = 126
 _NOT_FOUND: Final = 127
-_SIGNALLED: Final = 128
+SIGNALLED: Final = 128
 """A shell's exit status for a program that could not be started, was not found, or died of signal n: 128 + n
 (POSIX, Shell Command Language, section 2.8.2)."""
 
@@ -35,13 +36,12 @@ _OURS: Final = frozenset(
 )
 """Signals that are not handed on."""
 FORWARDED: Final = signal.valid_signals() - _OURS
-_ENDING: Final = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT})
-"""Signals by which somebody ends a program: it is cancelled then, and has not failed."""
 _FROM_THE_KERNEL: Final = 0x80
 """SI_KERNEL (sigaction(2)): a terminal has sent the signal, to the program as well."""
 _STARTING_RESETS: Final = frozenset({signal.SIGPIPE, signal.SIGXFSZ})
 """Python ignores these; a program gets them as it would without us."""
 _FOREVER_S: Final = 3600.0
+_AGAIN_S: Final = 1.0
 
 
 class NotStartedError(Exception):
@@ -55,7 +55,7 @@ class NotStartedError(Exception):
     def __init__(self, program: str, error: OSError) -> None:
         super().__init__(f"{program}: {error.strerror}")
         is_missing = error.errno in (errno.ENOENT, errno.ENOTDIR)
-        self.exit_status = _NOT_FOUND if is_missing else _NOT_EXECUTABLE
+        self.exit_status = _NOT_FOUND if is_missing else NOT_EXECUTABLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,16 +74,16 @@ class Manner:
     """Descriptors that it inherits besides the standard ones."""
 
 
-def block_signals() -> set[signal.Signals]:
+def block_signals() -> set[int]:
     """Block every signal that is handed on, for this thread and those that it starts; return the mask until now.
 
     Called before any thread is started: a signal that one of them takes would end the process.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # who ignores it never learns how a child has ended
-    return {signal.Signals(each) for each in signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED | {signal.SIGCHLD})}
+    return set(signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED | {signal.SIGCHLD}))
 
 
-def execute(run: Run, command: list[str], manner: Manner, mask: set[signal.Signals]) -> int:
+def execute(run: Run, command: list[str], manner: Manner, mask: set[int]) -> int:
     """Run a program to its end, and record how it ended.
 
     Args:
@@ -101,7 +101,7 @@ def execute(run: Run, command: list[str], manner: Manner, mask: set[signal.Signa
     """
     run.join(parent_span())
     run.start()
-    errors = ErrorStream(run, manner.tail_bytes, manner.most_events) if manner.tail_bytes else None
+    errors = ErrorStream.begin(run, manner.tail_bytes, manner.most_events) if manner.tail_bytes else None
     try:
         child = _Child.start(run, command, manner, mask, errors)
     except OSError as error:
@@ -124,9 +124,10 @@ class _Child:
     pid: int
     has_own_group: bool
     manner: Manner
-    began: float = field(default_factory=time.monotonic)
-    got: set[signal.Signals] = field(default_factory=set)
-    """The signals that it was sent, by us or by a terminal."""
+    due: float | None
+    """When it is to be ended, by time.monotonic(); None if its time is not bounded."""
+    is_cancelled: bool = False
+    """Whether it got a signal that ends it, from us or from a terminal: then it has not failed."""
     timed_out: bool = False
     exit_code: int | None = None
     """Its exit status, or a signal's number, negative."""
@@ -140,7 +141,7 @@ class _Child:
         run: Run,
         command: list[str],
         manner: Manner,
-        mask: set[signal.Signals],
+        mask: set[int],
         errors: ErrorStream | None,
     ) -> _Child:
         """Start the program.
@@ -150,6 +151,7 @@ class _Child:
 
         """
         has_own_group = not _has_terminal()
+        due = None if manner.timeout_s is None else time.monotonic() + manner.timeout_s
         actions = [] if errors is None else [(os.POSIX_SPAWN_DUP2, errors.writing_end, 2)]
         for number in manner.kept:
             os.set_inheritable(number, True)
@@ -165,20 +167,18 @@ class _Child:
             # A script without an interpreter: a shell runs it, as execvp(3) does.
             script = shutil.which(command[0]) or command[0]
             pid = os.posix_spawn("/bin/sh", ["/bin/sh", script, *command[1:]], environment, **options)
-        return cls(pid, has_own_group, manner)
+        return cls(pid, has_own_group, manner, due)
 
     def wait(self) -> None:
         """Hand on signals until the program has ended; end it when its time is over."""
-        awaited = FORWARDED | {signal.SIGCHLD}
+        awaited, ending = FORWARDED | {signal.SIGCHLD}, ending_signals()
         while not self._has_ended():
             info = signal.sigtimedwait(awaited, self._rest_s())
-            if info is None:
-                self._hurry()
-            elif info.si_signo != signal.SIGCHLD:
-                number = signal.Signals(info.si_signo)
-                self.got.add(number)
+            self._hurry()  # however many signals come
+            if info is not None and info.si_signo != signal.SIGCHLD:
+                self.is_cancelled |= info.si_signo in ending
                 if info.si_code != _FROM_THE_KERNEL or self.has_own_group:
-                    self._send(number)
+                    self._send(info.si_signo)
 
     def outcome(self) -> str:
         """Return the status of the run."""
@@ -186,13 +186,13 @@ class _Child:
             return "timeout"
         if self.exit_code == 0:
             return "success"
-        return "cancelled" if self.got & _ENDING else "failure"
+        return "cancelled" if self.is_cancelled else "failure"
 
     @property
     def exit_status(self) -> int:
         """Return the exit status that a shell gives."""
         code = self.exit_code or 0
-        return code if code >= 0 else _SIGNALLED - code
+        return code if code >= 0 else SIGNALLED - code
 
     def details(self, tail: str) -> dict[str, Any]:
         """Return the other fields of the run's end."""
@@ -228,23 +228,18 @@ class _Child:
 
     def _rest_s(self) -> float:
         """Return how long to wait at most until something is to be done."""
-        timeout_s = self.manner.timeout_s
-        if timeout_s is None:
-            return _FOREVER_S
-        due = self.began + timeout_s + (self.manner.kill_after_s if self.timed_out else 0.0)
-        return max(due - time.monotonic(), 0.0)
+        return _FOREVER_S if self.due is None else max(self.due - time.monotonic(), 0.0)
 
     def _hurry(self) -> None:
-        if self.manner.timeout_s is None or self._rest_s() > 0:
+        if self.due is None or self._rest_s() > 0:
             return
-        if self.timed_out:
-            self._send(signal.SIGKILL)
-        else:
-            self.timed_out = True
-            self._send(signal.SIGTERM)
+        self._send(signal.SIGKILL if self.timed_out else signal.SIGTERM)
         self._send(signal.SIGCONT)  # a stopped program takes no other signal
+        # What SIGKILL does not end (another user's program, a disk that does not answer) is asked again, without haste.
+        self.due = time.monotonic() + (_AGAIN_S if self.timed_out else self.manner.kill_after_s)
+        self.timed_out = True
 
-    def _send(self, number: signal.Signals) -> None:
+    def _send(self, number: int) -> None:
         try:
             if self.has_own_group:
                 os.killpg(self.pid, number)

@@ -15,6 +15,8 @@ from telemetryd.timestamps import canonical, format_timestamp
 EVENT_ID: Final = "systemd:{invocation_id}"
 """The event_id of a unit's run: the same from each of our commands, so that it is stored once."""
 JOB_TYPE: Final = "unit"
+_NUMBER: Final = re.compile(r"\d{1,3}", re.ASCII)
+"""An exit status, or a signal's number."""
 _STATUSES: Final = {"success": "success", "timeout": "timeout", "watchdog": "timeout", "exec-condition": "cancelled"}
 """By the unit's result; any other one is a failure."""
 _STOPPED: Final = frozenset({"SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT"})
@@ -36,7 +38,7 @@ def outcome(result: str, exit_code: str = "", exit_status: str = "") -> dict[str
     fields: dict[str, Any] = {"status": status}
     if name:
         fields["metrics_json"] = {"signal": name}
-    elif exit_status.isascii() and exit_status.isdigit():
+    elif _NUMBER.fullmatch(exit_status):
         fields["metrics_json"] = {"exit_status": int(exit_status)}
     if status != "success":
         how = f"killed by {name}" if name else f"exit status {exit_status}" if exit_status else ""
@@ -46,7 +48,7 @@ def outcome(result: str, exit_code: str = "", exit_status: str = "") -> dict[str
 
 def _signal(text: str) -> str:
     """Return a signal's name, which the environment gives without SIG, and the journal as a number."""
-    return signal_name(int(text)) if text.isascii() and text.isdigit() else f"SIG{text}" if text else ""
+    return signal_name(int(text)) if _NUMBER.fullmatch(text) else f"SIG{text}" if text else ""
 
 
 def agent_of(unit: str) -> str:

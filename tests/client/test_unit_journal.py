@@ -204,16 +204,58 @@ def test_while_the_daemon_is_down_the_place_is_not_saved_and_nothing_is_missing_
 
 
 @pytest.mark.parametrize(
+    ("more", "status", "said"),
+    [
+        # As of a machine with many damaged files: more than a pipe holds.
+        ("sys.stderr.write('File is corrupted, ignoring file.\\n' * 5000); sys.stderr.flush()", 0, ""),
+        (
+            "lines = lines[:2]; import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
+            1,
+            "journalctl ended with -9: \n",
+        ),
+    ],
+    ids=["complaining", "killed"],
+)
+def test_what_journalctl_says_never_stops_it_and_its_death_is_no_success(  # noqa: PLR0917 - one case each
+    start_daemon: StartDaemon, buffer: Path, journalctl: Path, more: str, status: int, said: str
+) -> None:
+    daemon = start_daemon()
+    program = journalctl.parent / "bin" / "journalctl"
+    program.write_text(program.read_text().replace("cursor = ", f"{more}\ncursor = "))
+    done = read_once(daemon.url, buffer, journalctl, "backup-*")
+    assert (done.returncode, done.stderr.removeprefix("telemetryd units: ")) == (status, said)
+
+
+def test_the_place_is_written_through_no_link(start_daemon: StartDaemon, buffer: Path, journalctl: Path) -> None:
+    daemon = start_daemon()
+    victim = journalctl.parent / "victim"
+    victim.write_text("precious")
+    state = journalctl.parent / "place.new"
+    (journalctl.parent / "place.new.new").symlink_to(victim)
+    done = read_once(daemon.url, buffer, journalctl, "backup-*", "--state", str(state))
+    assert (done.returncode, victim.read_text()) == (1, "precious")
+    assert "Too many levels of symbolic links" in done.stderr
+    (journalctl.parent / "place.new.new").unlink()
+    assert read_once(daemon.url, buffer, journalctl, "backup-*", "--state", str(state)).returncode == 0
+    assert json.loads(state.read_text())["cursor"]
+    assert state.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize(
     ("arguments", "status", "complaint"),
     [
         ((), 2, "Name at least one unit, or give --all-timers."),
         (("x", "--state", "{folder}/broken.json"), 1, "broken.json cannot be read; delete it to begin with this boot"),
+        (("x", "--state", "{folder}/list.json"), 1, "list.json cannot be read; delete it to begin with this boot"),
+        (("x", "--state", "{folder}/other.json"), 1, "other.json cannot be read; delete it to begin with this boot"),
     ],
 )
 def test_bad_usage_reads_nothing(
     tmp_path: Path, buffer: Path, arguments: tuple[str, ...], status: int, complaint: str
 ) -> None:
     (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "list.json").write_text('{"cursor": "c", "state": []}')
+    (tmp_path / "other.json").write_text('{"cursor": "c", "state": {"open": {"i": {"of": "a later release"}}}}')
     line = [*UNITS, *(argument.format(folder=tmp_path) for argument in arguments)]
     done = subprocess.run(
         line, env=environment("http://127.0.0.1:9", buffer), capture_output=True, text=True, check=False
