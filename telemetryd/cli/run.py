@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -15,7 +16,16 @@ import click
 from telemetryd.cli.basics import DurationType, PairType, SizeType
 from telemetryd.cli.recording import quiet_client
 from telemetryd.client.client import Client
-from telemetryd.client.programs import Manner, NotStartedError, block_signals, execute, program_name
+from telemetryd.client.programs import (
+    ENDING,
+    SIGNALLED,
+    Manner,
+    NotStartedError,
+    block_signals,
+    execute,
+    program_name,
+    signal_name,
+)
 
 _EXIT_LOCKED: Final = 75
 """EX_TEMPFAIL (sysexits(3)): try again later."""
@@ -89,11 +99,11 @@ def run(
     started = client.run(agent or program_name(command), job_type, heartbeat=True, **fields)
     kept: tuple[int, ...] = ()
     if lock is not None:
-        held = _take_lock(client.config.folder / "locks" / f"{lock}.lock", lock_wait_s or 0.0)
-        if held is None:
-            started.finish("cancelled", error_summary=f"not started: another run holds the lock {lock}")
-            _end(client, f"another run holds the lock {lock}", _EXIT_LOCKED)
-        kept = (held,)
+        try:
+            kept = (_take_lock(client.config.folder / "locks", lock, lock_wait_s or 0.0),)
+        except _NotLockedError as error:
+            started.finish("cancelled", error_summary=f"not started: {error}")
+            _end(client, str(error), error.exit_status)
     default_tail = 0 if os.isatty(2) else _DEFAULT_TAIL
     events = _MOST_EVENTS if tail else 0
     manner = Manner(timeout_s, kill_after_s, default_tail if tail is None else tail, events, kept)
@@ -111,18 +121,34 @@ def _end(client: Client, complaint: str | None, status: int) -> NoReturn:
     sys.exit(status)
 
 
-def _take_lock(path: Path, wait_s: float) -> int | None:
-    """Lock a file; return its descriptor, which holds the lock until the last process with it has ended, or None."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+class _NotLockedError(Exception):
+    """A lock could not be taken; the text says why."""
+
+    def __init__(self, reason: str, exit_status: int) -> None:
+        super().__init__(reason)
+        self.exit_status = exit_status
+
+
+def _take_lock(folder: Path, name: str, wait_s: float) -> int:
+    """Lock a file; return its descriptor, which holds the lock until the last process with it has ended.
+
+    Raises:
+        _NotLockedError: if another run holds it for so long, or if a signal ends the wait.
+
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    number = os.open(folder / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     until = time.monotonic() + wait_s
     while True:
         try:
             fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if time.monotonic() >= until:
-                os.close(number)
-                return None
-            time.sleep(min(_LOCK_RETRY_S, max(until - time.monotonic(), 0.0)))
+            rest_s = until - time.monotonic()
+            if rest_s <= 0:
+                raise _NotLockedError(f"another run holds the lock {name}", _EXIT_LOCKED) from None
+            # Signals are blocked, to be handed on to the command; there is none yet.
+            if (info := signal.sigtimedwait(ENDING, min(_LOCK_RETRY_S, rest_s))) is not None:
+                reason = f"{signal_name(info.si_signo)} came while another run held the lock {name}"
+                raise _NotLockedError(reason, SIGNALLED + info.si_signo) from None
         else:
             return number

@@ -19,7 +19,7 @@ from telemetryd.client.run import Run
 
 _NOT_EXECUTABLE: Final = 126
 _NOT_FOUND: Final = 127
-_SIGNALLED: Final = 128
+SIGNALLED: Final = 128
 """A shell's exit status for a program that could not be started, was not found, or died of signal n: 128 + n
 (POSIX, Shell Command Language, section 2.8.2)."""
 
@@ -35,7 +35,7 @@ _OURS: Final = frozenset(
 )
 """Signals that are not handed on."""
 FORWARDED: Final = signal.valid_signals() - _OURS
-_ENDING: Final = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT})
+ENDING: Final = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT})
 """Signals by which somebody ends a program: it is cancelled then, and has not failed."""
 _FROM_THE_KERNEL: Final = 0x80
 """SI_KERNEL (sigaction(2)): a terminal has sent the signal, to the program as well."""
@@ -186,13 +186,13 @@ class _Child:
             return "timeout"
         if self.exit_code == 0:
             return "success"
-        return "cancelled" if self.got & _ENDING else "failure"
+        return "cancelled" if self.got & ENDING else "failure"
 
     @property
     def exit_status(self) -> int:
         """Return the exit status that a shell gives."""
         code = self.exit_code or 0
-        return code if code >= 0 else _SIGNALLED - code
+        return code if code >= 0 else SIGNALLED - code
 
     def details(self, tail: str) -> dict[str, Any]:
         """Return the other fields of the run's end."""
