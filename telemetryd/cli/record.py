@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -101,10 +102,13 @@ def record(
 
 
 def _figure(text: str) -> Any:
-    """Return a metric's value: a number if it is one, else the text."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+    """Return a metric's value: a number if it is one that JSON has, else the text."""
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        figure = float(text)
+    except ValueError:
+        return text
+    return figure if math.isfinite(figure) else text
