@@ -16,7 +16,7 @@ from telemetryd.engine.postgres import schema
 from telemetryd.engine.postgres.connection import Plain, connect_plainly
 from telemetryd.engine.postgres.groups import transact
 from telemetryd.engine.postgres.statements import deltas
-from telemetryd.engine.postgres.statements.commit_cells import fetch_cells
+from telemetryd.engine.postgres.statements.commit_cells import READ, fetch_cells
 from telemetryd.errors import DatabaseError
 from telemetryd.model.commands import CreateRuns
 from tests.conftest import make_run
@@ -64,6 +64,14 @@ def test_cells_are_those_of_the_runs_after_any_commands(
     for writer in writers:
         writer.plain.close()
     cluster.drop(name)
+
+
+def test_the_log_comes_first_however_cheap_parallel_workers_are(postgres_database: str) -> None:
+    with contextlib.closing(reader(postgres_database)) as plain:
+        for setting in ("parallel_setup_cost", "parallel_tuple_cost", "min_parallel_table_scan_size"):
+            plain.execute(f"SET {setting} = 0".encode())
+        top, *_ = plain.execute(f"EXPLAIN {READ}".encode(), ALL).fetchall()
+    assert top[0].startswith("Append"), top
 
 
 @pytest.mark.parametrize(

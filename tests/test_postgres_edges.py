@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -29,6 +29,7 @@ from telemetryd.engine.postgres.groups import transact
 from telemetryd.engine.postgres.statements import deltas
 from telemetryd.engine.postgres.statements.changes import fetch_followed
 from telemetryd.engine.postgres.statements.commands import Transaction
+from telemetryd.engine.postgres.statements.commands_edges import _Merge
 from telemetryd.engine.sqlite.statements.changes import fetch_changes
 from telemetryd.engine.sqlite.tools import backup, migrate
 from telemetryd.model import events
@@ -248,6 +249,43 @@ def test_a_run_goes_with_the_last_edge_that_has_it(postgres_database: str) -> No
             commit(edge.connection, [DeleteRun("both")])
             edge.catch_up()
             assert len(all_of(centre, _RUNS)) == left
+
+
+def test_a_run_is_kept_that_is_deleted_at_the_centre_meanwhile(
+    postgres_database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with primary() as one, connected(postgres_database) as centre, connected(postgres_database) as other:
+        carry_out(centre, CreateRuns((new("both"),)))
+        commit(one, [CreateRuns((new("both"),))])
+        beforehand(monkeypatch, "_hold", lambda: carry_out(other, DeleteRun("both")))
+        Edge("one", one, centre).catch_up()
+        assert [row[1] for row in all_of(centre, _RUNS)] == ["both"]
+        assert transact(centre, deltas.count_wrong) == 0
+
+
+def test_a_run_is_kept_that_is_sent_to_the_centre_while_it_is_made_again(
+    postgres_database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with primary() as one, connected(postgres_database) as centre, connected(postgres_database) as other:
+        commit(one, [CreateRuns((new("both"),))])
+        commit(one, [DeleteRun("both")])
+        commit(one, [CreateRuns((new("both"),))])
+        beforehand(monkeypatch, "_delete", lambda: carry_out(other, CreateRuns((new("both"),))))
+        Edge("one", one, centre).catch_up()
+        assert [row[1] for row in all_of(centre, _RUNS)] == ["both"]
+        assert transact(centre, deltas.count_wrong) == 0
+
+
+def beforehand(monkeypatch: pytest.MonkeyPatch, step: str, do: Callable[[], object]) -> None:
+    """Do something right before a step of the next merge, as another daemon may."""
+    carry_on = getattr(_Merge, step)
+
+    def interrupted(merge: _Merge) -> None:
+        monkeypatch.undo()
+        do()
+        carry_on(merge)
+
+    monkeypatch.setattr(_Merge, step, interrupted)
 
 
 # --- Processes -----------------------------------------------------------------------------------

@@ -231,9 +231,10 @@ def test_a_count_of_a_time_looks_at_minutes_and_their_ends(filled: Plain) -> Non
         assert filled.execute(*by_minutes).fetchall() == filled.execute(*select_count(filters)).fetchall()
 
 
-def test_a_count_of_a_time_within_a_minute_is_no_matter_of_minutes() -> None:
+def test_a_count_of_a_time_without_a_whole_minute_is_no_matter_of_minutes() -> None:
     for given in (
         {"created_after": "2025-12-02T00:00:30Z", "created_before": "2025-12-02T00:00:40Z"},
+        {"created_after": "2025-12-03T00:00:30Z", "created_before": "2025-12-02T00:00:30Z"},  # no run is in it
         {"created_after": "2025-12-02T00:00:30Z", "agent_name": "old"},
         {"created_after": "2025-12-02T00:00:30Z", "start_time_to": OLD_END},
         {"agent_name": "old"},

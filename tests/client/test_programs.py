@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import pytest
@@ -188,6 +189,36 @@ def test_a_lock_keeps_runs_of_the_same_name_apart(
     found = sorted((run["status"], run["error_summary"]) for run in runs(daemon.url, agent_name=agent))
     assert found[0] == ("cancelled", "not started: another run holds the lock one")
     assert [status for status, _ in found[1:]] == ["success"] * 3
+
+
+def test_a_signal_ends_the_wait_for_a_lock(
+    daemon: Daemon, wrap: Wrap, agent: str, buffer: Path, tmp_path: Path
+) -> None:
+    surroundings = environment(daemon.url, buffer)
+    line = [*RUN, "--agent", agent, "--lock", "one", "--lock-wait", "1h", "--"]
+    with subprocess.Popen([*line, "sh", "-c", f"echo > {tmp_path}/begun; cat"], env=surroundings, stdin=PIPE) as holder:
+        wait_until((tmp_path / "begun").exists)
+        with subprocess.Popen([*line, "true"], env=surroundings, stderr=PIPE, text=True) as waiting:
+            wait_until(lambda: is_locking(waiting.pid))
+            waiting.terminate()
+            try:
+                _, complaint = waiting.communicate(timeout=20)
+            finally:
+                waiting.kill()
+        assert holder.stdin is not None
+        holder.stdin.close()
+    assert (waiting.returncode, complaint) == (
+        143,
+        "telemetryd run: SIGTERM while it waited for the lock one\n",
+    )
+    wait_until(lambda: len(runs(daemon.url, agent_name=agent)) == 2)
+    found = {run["error_summary"]: run["status"] for run in runs(daemon.url, agent_name=agent)}
+    assert found["not started: SIGTERM while it waited for the lock one"] == "cancelled"
+
+
+def is_locking(pid: int) -> bool:
+    """Return whether a process has the file of the lock open."""
+    return any(str(link.readlink()).endswith("/one.lock") for link in Path(f"/proc/{pid}/fd").iterdir())
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,18 @@ def record(url: str, buffer: Path, *options: str, **variables: str) -> subproces
 def test_a_run_that_has_ended_is_recorded_whole(start_daemon: StartDaemon, buffer: Path) -> None:
     daemon = start_daemon()
     given = ("--agent", "backup", "--job-type", "nightly", "--status", "partial", "--duration", "90s")
-    more = ("--items-succeeded", "3", "--items-failed", "1", "--metric", "bytes=7", "--metric", "disk=sda")
+    more = (
+        "--items-succeeded",
+        "3",
+        "--items-failed",
+        "1",
+        "--metric",
+        "bytes=7",
+        "--metric",
+        "disk=sda",
+        "--metric",
+        "ratio=nan",
+    )
     last = ("--label", "host=db1", "--error-summary", "one failed", "--event-id", "one")
     for _ in range(2):
         done = record(daemon.url, buffer, *given, *more, *last, TRACEPARENT=TRACEPARENT)
@@ -42,7 +53,10 @@ def test_a_run_that_has_ended_is_recorded_whole(start_daemon: StartDaemon, buffe
         "partial",
     )
     assert (run["duration_ms"], run["items_succeeded"], run["items_failed"]) == (90_000, 3, 1)
-    assert (run["metrics_json"], run["labels"]) == ({"bytes": 7, "disk": "sda"}, {"host": "db1"})
+    assert (run["metrics_json"], run["labels"]) == (
+        {"bytes": 7, "disk": "sda", "ratio": "nan"},  # no number of JSON
+        {"host": "db1"},
+    )
     assert (run["error_summary"], run["trace_id"]) == ("one failed", TRACEPARENT[3:35])
 
 

@@ -6,7 +6,7 @@ waited for in the order of all commands; the place of the source comes before th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from operator import itemgetter
 from typing import Any, Final
 
@@ -124,16 +124,17 @@ class _Merge:
     def carry_out(self) -> None:
         """Store it all."""
         again = {*self._deleted}
-        self._create(run for name, run in self._runs.items() if name not in again)
+        self._create([run for name, run in self._runs.items() if name not in again])
         self._hold()
         self._delete()
-        self._create(run for name, run in self._runs.items() if name in again and name not in self._held)
+        while missing := [run for name, run in self._runs.items() if name not in self._held]:
+            self._create(missing)
+            self._hold()  # what somebody has made meanwhile; what was deleted meanwhile is missing again
         self._change()
         self._claim()
         self._tell()
 
-    def _create(self, given: Iterable[CopiedRun]) -> None:
-        runs = [*given]
+    def _create(self, runs: Sequence[CopiedRun]) -> None:
         if not runs:
             return
         new: dict[str, int] = dict(

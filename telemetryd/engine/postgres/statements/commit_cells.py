@@ -24,10 +24,13 @@ _DROP: Final = f"""
     WHERE runs <= 0 AND {" AND ".join(f"run_commits.{name} = k.{name}" for name in KEY)}
 """
 _STORED: Final = f"SELECT {', '.join(_COLUMNS)} FROM run_commits"
-# One statement, so that nothing is added up between the log and the cells; the log comes first.
+# One statement, so that nothing is added up between the log and the cells; the log comes first. What is made by itself
+# (MATERIALIZED) keeps both in one process: parallel workers would mix their rows.
 READ: Final = f"""
-    SELECT {", ".join(f"NULL AS {name}" for name in _COLUMNS)}, '[' || string_agg(facts, ',') || ']' AS log
-    FROM run_deltas WHERE facts <> ''
+    WITH waiting AS MATERIALIZED (
+        SELECT '[' || string_agg(facts, ',') || ']' AS log FROM run_deltas WHERE facts <> ''
+    )
+    SELECT {", ".join(f"NULL AS {name}" for name in _COLUMNS)}, log FROM waiting
     UNION ALL SELECT *, NULL FROM (
         {_STORED} WHERE slot >= %s AND slot < %s AND runs > 0 ORDER BY slot DESC
     ) AS stored

@@ -111,7 +111,7 @@ def select_count_of_span(filters: Filters) -> tuple[str, Values] | None:
     lower, upper = (filters.bounds.get(name, "") for name in ("created_after", "created_before"))
     if not (lower or upper) or Filters(bounds=filters.bounds) != filters or started(filters)[0]:
         return None
-    if lower[:MINUTE] == upper[:MINUTE]:
+    if upper and lower[:MINUTE] >= upper[:MINUTE]:
         return None
     values = {"lower": lower, "upper": upper, "first": lower[:MINUTE], "last": upper[:MINUTE]}
     minutes, ends = [], []
