@@ -13,7 +13,7 @@ from typing import Any, Final, NoReturn
 import click
 
 from telemetryd.cli.basics import DurationType, PairType, SizeType
-from telemetryd.cli.recording import quiet_client
+from telemetryd.cli.recording import end, quiet_client
 from telemetryd.client.client import Client
 from telemetryd.client.programs import Manner, NotStartedError, block_signals, execute, program_name
 
@@ -107,7 +107,7 @@ def run(
 def _end(client: Client, complaint: str | None, status: int) -> NoReturn:
     if complaint is not None:
         click.echo(f"telemetryd run: {complaint}", err=True)
-    client.close()
+    end(client)
     sys.exit(status)
 
 
