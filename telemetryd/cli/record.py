@@ -13,7 +13,7 @@ from typing import Any, Final
 import click
 
 from telemetryd.cli.basics import EXIT_FAILURE, DurationType, F, PairType
-from telemetryd.cli.recording import quiet_client
+from telemetryd.cli.recording import end, quiet_client
 from telemetryd.client import units
 from telemetryd.client.context import parent_span
 from telemetryd.timestamps import format_timestamp
@@ -99,7 +99,7 @@ def record(
     }
     client = quiet_client()
     recorded = client.record({**found, **{name: value for name, value in given.items() if value is not None}})
-    client.close()
+    end(client)
     if recorded is None and not client.stats()["sent"]:
         click.echo(f"telemetryd record: the spool in {client.config.folder} cannot be written", err=True)
         sys.exit(EXIT_FAILURE)

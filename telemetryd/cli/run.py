@@ -13,7 +13,7 @@ from typing import Any, Final, NoReturn
 import click
 
 from telemetryd.cli.basics import DurationType, PairType, SizeType
-from telemetryd.cli.recording import quiet_client
+from telemetryd.cli.recording import end, quiet_client
 from telemetryd.client.client import Client
 from telemetryd.client.ending_signals import wait_for_ending
 from telemetryd.client.programs import (
@@ -133,7 +133,7 @@ class NotLockedError(Exception):
 def _end(client: Client, complaint: str | None, status: int) -> NoReturn:
     if complaint is not None:
         click.echo(f"telemetryd run: {complaint}", err=True)
-    client.close()
+    end(client)
     sys.exit(status)
 
 

@@ -474,6 +474,7 @@ print(telemetry.stats()["dead"])
 
 def test_what_a_backup_lacks_comes_back_from_the_spool(start_daemon: StartDaemon, buffer: Path, tmp_path: Path) -> None:
     daemon = start_daemon()
+    assert runs(daemon.url) == []
     telemetryd("backup", tmp_path / "early.sqlite", "--db-path", daemon.database)
     python(
         "with telemetry.run('late', 'job') as run:\n    run.event('half')\n    run.items(succeeded=2)",

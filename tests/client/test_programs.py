@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -351,6 +352,34 @@ main()
     loaded = set(done.stdout.split())
     assert "telemetryd.client.client" in loaded, done.stderr
     assert not loaded & {"pydantic", "aiohttp", "sqlite3", "telemetryd.settings", "telemetryd.model", "asyncio"}
+
+
+@pytest.mark.parametrize("command", [("record", "--agent", "later"), ("run", "--agent", "later", "--", "true")])
+def test_a_short_command_sends_what_earlier_ones_have_left(
+    daemon: Daemon, buffer: Path, agent: str, command: tuple[str, ...]
+) -> None:
+    """Where only cron jobs and units report, no other process would."""
+    record = [sys.executable, "-m", "telemetryd", "record", "--agent", agent]
+    for _ in range(3):
+        subprocess.run(record, env=environment("http://127.0.0.1:9", buffer), check=True)
+    assert runs(daemon.url, agent_name=agent) == []
+    later = [sys.executable, "-m", "telemetryd", *command]
+    done = subprocess.run(later, env=environment(daemon.url, buffer), check=True, capture_output=True, text=True)
+    assert done.stderr == ""
+    assert len(runs(daemon.url, agent_name=agent)) == 3
+    assert list(buffer.glob("*.ready")) == []
+
+
+def test_what_is_left_holds_up_no_command(buffer: Path, agent: str, free_port: int) -> None:
+    """A daemon that takes the connection and says nothing is waited for by the bound, once for all that is left."""
+    record = [sys.executable, "-m", "telemetryd", "record", "--agent", agent]
+    for _ in range(3):
+        subprocess.run(record, env=environment("http://127.0.0.1:9", buffer), check=True)
+    with socket.create_server(("127.0.0.1", free_port)):
+        began = time.monotonic()
+        subprocess.run(record, env=environment(f"http://127.0.0.1:{free_port}", buffer), check=True)
+    assert time.monotonic() - began < 8
+    assert list(buffer.glob("*.synced")) == []
 
 
 def test_the_examples_of_the_pages_work_as_pasted(daemon: Daemon, buffer: Path, tmp_path: Path) -> None:

@@ -183,6 +183,23 @@ def test_the_place_is_saved_and_a_cursor_that_is_gone_begins_with_the_boot(
     assert read_once(daemon.url, buffer, journalctl, "other").returncode == 0
 
 
+def test_a_systemctl_that_does_not_answer_is_not_taken_for_a_no(
+    start_daemon: StartDaemon, buffer: Path, journalctl: Path
+) -> None:
+    daemon = start_daemon()
+    systemctl = journalctl.parent / "bin" / "systemctl"
+    systemctl.write_text("#!/bin/sh\necho Transport endpoint is not connected >&2\nexit 1\n")
+    systemctl.chmod(0o755)
+    done = read_once(daemon.url, buffer, journalctl, "--all-timers")
+    assert done.returncode == 1
+    assert done.stderr.startswith("telemetryd units: systemctl does not say whether a timer starts backup-")
+    assert done.stderr.endswith(": Transport endpoint is not connected\n")
+    assert not (buffer / "units.json").exists()
+    systemctl.write_text("#!/bin/sh\necho nightly.timer\n")
+    assert read_once(daemon.url, buffer, journalctl, "--all-timers").returncode == 0
+    wait_until(lambda: len(runs(daemon.url)) == 4)
+
+
 def test_while_the_daemon_is_down_the_place_is_not_saved_and_nothing_is_missing_afterwards(
     start_daemon: StartDaemon, buffer: Path, journalctl: Path
 ) -> None:
