@@ -63,7 +63,7 @@ test: $(INSTALLED) $(CLIENTS_INSTALLED) ## set everything up and run the tests (
 	$(BIN)/pytest $(PARALLEL) -m "not slow and not faults and not postgresql"
 
 test-postgresql: $(INSTALLED) ## run the tests of PostgreSQL's engine, and on it those that are the same for both
-	$(BIN)/pytest $(PARALLEL) -m "not slow and not faults" --engine postgresql $(wildcard tests/test_postgres_*.py) $(BOTH_ENGINES)
+	$(BIN)/pytest $(PARALLEL) -m "not slow and not faults" --engine postgresql $(wildcard tests/test_postgres_*.py) tests/test_sql.py $(BOTH_ENGINES)
 
 test-pythons: ## pass the contract tests on each other Python that is here (PYTHONS names them)
 	@for python in $(PYTHONS); do \

@@ -77,7 +77,7 @@ async def create_run(request: web.Request) -> web.Response:
         admission.check(parsed.row)
         admission.pay([parsed.row], size)
     event_id, run_id = str(parsed.row[runs.EVENT_ID]), str(parsed.row[runs.RUN_ID])
-    row, traced = runs.in_trace(parsed.row, request.headers.get(traces.HEADER))
+    row = runs.in_trace(parsed.row, request.headers.get(traces.HEADER))
     created = await request.app[STORE].submit(CreateRuns((row,), size))
     is_new = created.new[0]
     notes = parsed.notes
@@ -89,9 +89,8 @@ async def create_run(request: web.Request) -> web.Response:
     if admission is not None:
         await admission.check_known(parsed.row)
     request.app[METRICS].count_runs(duplicate=1)
-    found = (await differences(request.app[STORE], [row])).get(0, ())
-    differing = [name for name in found if name not in traced]  # each attempt may be another span of its client's
-    if not differing:
+    differing = (await differences(request.app[STORE], [parsed.row])).get(0)
+    if differing is None:
         request[NOTE].say("Run already exists", event_id=event_id, run_id=run_id)
     else:
         notes = (*notes, warning(differing))

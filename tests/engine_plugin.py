@@ -58,16 +58,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out tests of an engine that is not asked for."""
+    """Leave out tests of an engine that is not asked for; those of no engine run with those of SQLite, once."""
     engines = str(config.getoption("--engine")).split(",")
-    kept = [item for item in items if _engine_of(item) in (*engines, None)]
+    kept = [item for item in items if _is_wanted(item, engines)]
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = kept
 
 
-def _engine_of(item: pytest.Item) -> str | None:
+def _is_wanted(item: pytest.Item, engines: list[str]) -> bool:
+    if item.get_closest_marker("postgresql") is not None:
+        return True
     callspec = getattr(item, "callspec", None)
-    return None if callspec is None else callspec.params.get("engine")
+    return ("sqlite" if callspec is None else callspec.params.get("engine", "sqlite")) in engines
 
 
 def _is_for_both(test: pytest.Function) -> bool:

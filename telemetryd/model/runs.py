@@ -295,17 +295,32 @@ def parse_run(value: object) -> ParsedRun:
     return ParsedRun(_values_of(run.__dict__), tuple(run.__pydantic_extra__ or ()), notes)
 
 
-def in_trace(row: Row, traceparent: str | None) -> tuple[Row, tuple[str, ...]]:
-    """Return a run as part of the trace that its request belongs to, and the names of the fields that say so.
+def in_trace(row: Row, traceparent: str | None) -> Row:
+    """Return a run as part of the trace that its request belongs to.
 
     What the run says itself wins. A traceparent that is malformed is ignored.
     """
     span = Span.parse(traceparent)
-    if span is None or row[_TRACE_ID] is not None:
-        return row, ()
+    return row if span is None else _in_trace(row, span.trace_id, span.span_id)
+
+
+def in_trace_of(row: Row, stored: Row) -> Row:
+    """Return a run as part of the stored one's trace, which a header may have named: each attempt may name another.
+
+    Args:
+        row: in the order of `STORED`.
+        stored: in the order of `COLUMNS`.
+
+    """
+    return _in_trace(row, stored[_STORED_PLACES[_TRACE_ID]], stored[_STORED_PLACES[_SPAN_ID]])
+
+
+def _in_trace(row: Row, trace_id: SqlValue, span_id: SqlValue) -> Row:
+    if row[_TRACE_ID] is not None:
+        return row
     values = list(row)
-    values[_TRACE_ID], values[_SPAN_ID] = span.trace_id, span.span_id
-    return tuple(values), ("trace_id", "span_id")
+    values[_TRACE_ID], values[_SPAN_ID] = trace_id, span_id
+    return tuple(values)
 
 
 def parse_patch(value: object) -> ParsedPatch:

@@ -19,8 +19,9 @@ async def differences(
 ) -> dict[int, list[str]]:
     """Return in which fields known runs differ from the stored ones, by their place in the sequence.
 
-    A run whose first body said the same differs in none, whatever has become of it since. Nothing is compared if
-    nothing can be read now: what was asked for is done anyway.
+    A run whose first body said the same differs in none, whatever has become of it since; one that names no trace is
+    taken to be part of the stored one's. Nothing is compared if nothing can be read now: what was asked for is done
+    anyway.
 
     Args:
         store: where they are.
@@ -41,9 +42,12 @@ async def differences(
             return found
         for place, (row, digest) in enumerate(zip(part, digests, strict=True), begin):
             other = others.get(row[runs.EVENT_ID])
-            if other is not None and other.digest != digest:
+            if other is None:
+                continue
+            said = runs.in_trace_of(row, other.row)
+            if other.digest not in (digest, runs.digest(said)):
                 knows_body = other.digest is not None
-                names = runs.differing_fields(row, other.row, knows_body=knows_body, changes_follow=changes_follow)
+                names = runs.differing_fields(said, other.row, knows_body=knows_body, changes_follow=changes_follow)
                 if names:
                     found[place] = names
     return found

@@ -473,6 +473,17 @@ async def test_a_run_joins_the_trace_of_its_request_and_the_log_names_it(
     assert TRACEPARENT[3:35] in logged
 
 
+@pytest.mark.parametrize("headers", [{"traceparent": TRACEPARENT.replace("00f067aa", "b7ad6b71")}, {}])
+async def test_a_retry_in_another_span_is_the_first_body_also_after_a_patch(api: Api, headers: dict[str, str]) -> None:
+    event_id = f"traced-again-{len(headers)}"
+    run = make_run(event_id=event_id, output_summary="as it began")
+    await api.post(run, headers={"traceparent": TRACEPARENT})
+    await api.call("PATCH", f"{RUNS}/{event_id}", json={"output_summary": "as it ended"}, status=200)
+    assert "warnings" not in await api.post(run, 200, headers=headers)
+    warned = await api.post({**run, "output_summary": "something else"}, 200, headers=headers)
+    assert [warning.rpartition(": ")[2] for warning in warned["warnings"]] == ["output_summary"]
+
+
 @pytest.mark.parametrize("bad", ["", "nonsense", TRACEPARENT + "-more", "ff" + TRACEPARENT[2:], TRACEPARENT.upper()])
 async def test_a_malformed_traceparent_is_ignored(api: Api, bad: str) -> None:
     event_id = f"bad-trace-{len(bad)}-{bad[:2]}"
