@@ -13,9 +13,9 @@ from typing import Final
 import click
 
 import telemetryd
-from telemetryd.cli import main
 from telemetryd.cli.options import NO_FLAG
 from telemetryd.settings import Settings, flag, variable
+from tests.tools.command_line import contexts, subcommands
 
 _SECTION: Final = 8
 """Commands of a system's administrator."""
@@ -68,7 +68,7 @@ def page(context: click.Context, date: str) -> str:
     )
     commands = (
         (f"{context.command_path.replace(' ', '-')}-{sub}({_SECTION})", found.get_short_help_str(200))
-        for sub, found in _subcommands(context)
+        for sub, found in subcommands(context)
     )
     usage = f"\\fB{escaped(context.command_path)}\\fR {escaped(' '.join(command.collect_usage_pieces(context)))}"
     sections = [
@@ -92,26 +92,14 @@ def _settings() -> Iterator[tuple[str, str]]:
         yield variable(name), f"{setting.description}{flags}"
 
 
-def _subcommands(context: click.Context) -> Iterator[tuple[str, click.Command]]:
-    command = context.command
-    if isinstance(command, click.Group):
-        for name in command.list_commands(context):
-            if (found := command.get_command(context, name)) is not None and not found.hidden:
-                yield name, found
-
-
-def pages(
-    command: click.Command, name: str, date: str, parent: click.Context | None = None
-) -> Iterator[tuple[str, str]]:
-    """Yield the file name and the text of the page of a command, and of each below it."""
-    context = click.Context(command, info_name=name, parent=parent, **command.context_settings)
-    yield f"{context.command_path.replace(' ', '-')}.{_SECTION}", page(context, date)
-    for below, found in _subcommands(context):
-        yield from pages(found, below, date, context)
+def pages(date: str) -> Iterator[tuple[str, str]]:
+    """Yield the file name and the text of the page of each command."""
+    for context in contexts():
+        yield f"{context.command_path.replace(' ', '-')}.{_SECTION}", page(context, date)
 
 
 if __name__ == "__main__":
     [folder] = sys.argv[1:]
     day = time.strftime("%Y-%m-%d", time.gmtime(int(os.environ.get("SOURCE_DATE_EPOCH", time.time()))))
-    for file, text in pages(main, "telemetryd", day):
+    for file, text in pages(day):
         Path(folder, file).write_text(text, "utf-8")

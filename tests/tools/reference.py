@@ -7,16 +7,15 @@ import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Final
 
-import click
 import orjson
 from prometheus_client.metrics import MetricWrapperBase
 
 from telemetryd import http
-from telemetryd.cli import main
 from telemetryd.cli.options import NO_FLAG
 from telemetryd.ops.metrics import Metrics
 from telemetryd.settings import Settings, flag, variable
 from telemetryd.web import openapi
+from tests.tools.command_line import contexts
 
 _WIDTH: Final = 110
 """Columns of the help of commands."""
@@ -222,20 +221,13 @@ def anchor(heading: str) -> str:
 # --- Commands ------------------------------------------------------------------------------------
 
 
-def _command(command: click.Command, name: str, parent: click.Context | None) -> Iterator[str]:
-    context = click.Context(command, info_name=name, parent=parent, terminal_width=_WIDTH, **command.context_settings)
-    yield f"## `{context.command_path}`"
-    yield f"```text\n{command.get_help(context)}\n```"
-    if isinstance(command, click.Group):
-        for inner in command.list_commands(context):
-            found = command.get_command(context, inner)
-            if found is not None:
-                yield from _command(found, inner, context)
-
-
 def commands() -> str:
     """Return the help of every command."""
-    return "\n\n".join(_command(main, "telemetryd", None))
+    parts = (
+        f"## `{context.command_path}`\n\n```text\n{context.command.get_help(context)}\n```"
+        for context in contexts(terminal_width=_WIDTH)
+    )
+    return "\n\n".join(parts)
 
 
 # --- Metrics -------------------------------------------------------------------------------------
