@@ -21,7 +21,7 @@ from aiohttp.test_utils import TestServer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from telemetryd.cli.follow import Page, PageSize
+from telemetryd.cli.follow import PageSize
 from telemetryd.cli.stream import reach
 from telemetryd.client.config import Config
 from telemetryd.engine.sqlite.statements.changes import fetch_changes
@@ -31,21 +31,18 @@ from telemetryd.engine.sqlite.tools import backup, migrate
 from telemetryd.engine.sqlite.tools.check import examine
 from telemetryd.errors import CursorGoneError, UnavailableError
 from telemetryd.model.changes import (
-    BEGINNING,
     LEAST_PAGE_BYTES,
     PAGE_BYTES,
     Cursor,
     GetFollowed,
     Known,
     ListChanges,
-    RunChanged,
-    RunDeleted,
-    answer_with,
 )
 from telemetryd.model.commands import CreateEvents, CreateRuns, PruneRuns
 from telemetryd.model.runs import COLUMNS, STORED, parse_run, stored_row, to_json
 from telemetryd.model.values import utc_now
 from tests.conftest import Api, Daemon, StartDaemon, make_run, wait_until
+from tests.followed_pages import page_of
 from tests.test_changes import NOW, commands, commit, connect, new
 from tests.test_tail import send
 from tests.tools.forks import popen
@@ -306,22 +303,13 @@ def test_pages_of_any_size_at_any_time_make_an_equal_copy(steps: list[tuple[list
 
         def take(limit: int, end: str = "COMMIT") -> bool:
             followed = fetch_followed(copy, GetFollowed())
-            after = BEGINNING if followed.cursor is None else followed.cursor.seq
-            changes = fetch_changes(
-                primary, ListChanges(after, limit, events_after=followed.last_event, known=followed.known)
-            )
-            assert changes.unknown is None
-            found: list[RunChanged | RunDeleted] = [
-                {"seq": seq, "run": _decoded(what)} if isinstance(what, tuple) else {"seq": seq, "deleted": what}
-                for seq, what in changes.found
-            ]
-            page = orjson.loads(orjson.dumps(answer_with(changes, found)))
+            page = page_of(primary, followed, limit)
             copy.execute("BEGIN")
             transaction = Transaction(copy, NOW)
-            transaction.apply([Page.read(page).for_copy(followed.begun)])
+            transaction.apply([page.for_copy(followed.begun)])
             transaction.finish()
             copy.execute(end)
-            return changes.more
+            return page.more
 
         commit(primary, [made])
         for group, limit, is_killed in steps:

@@ -16,37 +16,30 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-import orjson
 import psycopg
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import SecretStr
 
-from telemetryd.cli.follow import Page, newest_known
+from telemetryd.cli.follow import newest_known
 from telemetryd.engine.postgres.connection import Plain, Target, connect_plainly, writing_session
 from telemetryd.engine.postgres.groups import transact
 from telemetryd.engine.postgres.statements import deltas
 from telemetryd.engine.postgres.statements.changes import fetch_followed
 from telemetryd.engine.postgres.statements.commands import Transaction
 from telemetryd.engine.postgres.statements.commands_edges import _Merge
-from telemetryd.engine.sqlite.statements.changes import fetch_changes
 from telemetryd.engine.sqlite.tools import backup, migrate
 from telemetryd.model import events
 from telemetryd.model.changes import (
-    BEGINNING,
-    Followed,
     GetFollowed,
-    ListChanges,
-    RunChanged,
-    RunDeleted,
-    answer_with,
 )
 from telemetryd.model.commands import Applied, Command, CreateRuns, DeleteRun, MergeChanges, UpdateRun
-from telemetryd.model.runs import COLUMNS, to_json
+from telemetryd.model.runs import COLUMNS
 from telemetryd.model.values import Row, utc_now
 from telemetryd.settings import Settings, Sync
 from tests.conftest import Daemon, StartDaemon, make_run, wait_until
+from tests.followed_pages import page_of
 from tests.http_client import call
 from tests.postgres_cluster import Cluster
 from tests.test_changes import NOW, commands, commit, new
@@ -78,20 +71,6 @@ def primary() -> Iterator[sqlite3.Connection]:
     with closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
         migrate.create(connection, NOW)
         yield connection
-
-
-def page_of(connection: sqlite3.Connection, followed: Followed, limit: int) -> Page:
-    """What a daemon on this database answers to a follower."""
-    after = BEGINNING if followed.cursor is None else followed.cursor.seq
-    changes = fetch_changes(
-        connection, ListChanges(after, limit, events_after=followed.last_event, known=followed.known)
-    )
-    assert changes.unknown is None
-    found: list[RunChanged | RunDeleted] = [
-        {"seq": seq, "run": to_json(what)} if isinstance(what, tuple) else {"seq": seq, "deleted": what}
-        for seq, what in changes.found
-    ]
-    return Page.read(orjson.loads(orjson.dumps(answer_with(changes, found))))
 
 
 def carry_out(plain: Plain, command: Command[Any], *, is_killed: bool = False, now: str = NOW) -> Any:
