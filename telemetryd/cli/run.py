@@ -36,7 +36,7 @@ _LOCK_RETRY_S: Final = 0.1
 
 
 @click.command(
-    context_settings={"ignore_unknown_options": False, "allow_interspersed_args": False},
+    context_settings={"allow_interspersed_args": False},
     help=r"""Run a command, and record it as a run.
 
     The run is in the client's spool before the command starts, so it is recorded even if the daemon is down or this

@@ -5,12 +5,12 @@ from __future__ import annotations
 import signal
 from typing import Final
 
-_ENDING: Final = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT})
+ENDING: Final = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT})
 
 
 def ending_signals() -> set[int]:
     """Return those that end us: nohup(1) or a shell may have had us ignore some, and what we start as well."""
-    return {number for number in _ENDING if signal.getsignal(number) is not signal.SIG_IGN}
+    return {number for number in ENDING if signal.getsignal(number) is not signal.SIG_IGN}
 
 
 def wait_for_ending(timeout_s: float) -> int | None:

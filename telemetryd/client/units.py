@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
+from telemetryd.client.ending_signals import ENDING
 from telemetryd.client.programs import signal_name
 from telemetryd.timestamps import canonical, format_timestamp
 
@@ -19,7 +20,7 @@ _NUMBER: Final = re.compile(r"\d{1,3}", re.ASCII)
 """An exit status, or a signal's number."""
 _STATUSES: Final = {"success": "success", "timeout": "timeout", "watchdog": "timeout", "exec-condition": "cancelled"}
 """By the unit's result; any other one is a failure."""
-_STOPPED: Final = frozenset({"SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT"})
+_STOPPED: Final = frozenset(number.name for number in ENDING)
 """Signals of a program that was stopped: its run was cancelled, whether systemd calls that a success or not."""
 
 

@@ -24,7 +24,7 @@ from telemetryd.model.filters import FILTER_PARAMETERS, Filters, read_filters
 from telemetryd.model.neighbours import Neighbours, Others
 from telemetryd.model.parameters import Given, Parameter, moment
 from telemetryd.model.queries import Query
-from telemetryd.model.values import format_timestamp, shorten
+from telemetryd.model.values import Status, format_timestamp, shorten
 
 SHOWN: Final = 5
 """How many runs a finding names."""
@@ -50,6 +50,15 @@ class Run(NamedTuple):
     succeeded: bool
     duration_ms: int
     """Milliseconds; 0 is taken as not known."""
+
+
+def runs_of(rows: Iterable[Sequence[Any]]) -> list[Run]:
+    """Return the runs with a commit of rows of event_id, created_at, commit, repository, status, duration and id."""
+    return [
+        Run(event_id, created_at, commit, repo, status == Status.SUCCESS, duration_ms)
+        for event_id, created_at, commit, repo, status, duration_ms, _ in rows
+        if commit
+    ]
 
 
 class Stretch(NamedTuple):

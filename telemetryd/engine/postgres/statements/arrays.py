@@ -21,6 +21,22 @@ def selected(names: Sequence[str]) -> str:
     return ", ".join(f"{name}::json" if name in _JSON else name for name in names)
 
 
+def creating(names: Sequence[str]) -> str:
+    """Return the statement that makes runs of these columns and returns the event_id and id of each that is new.
+
+    Ids are in the order in which the runs are given; rows are stored in the order of their event_ids.
+    """
+    return f"""
+        INSERT INTO agent_runs (id, {", ".join(names)})
+        SELECT id, {selected(names)} FROM (
+            SELECT nextval('numbers') AS id, given.* FROM unnest({arrays(names)}) AS given ({", ".join(names)})
+        ) AS numbered
+        ORDER BY event_id COLLATE "C", id
+        ON CONFLICT (event_id) DO NOTHING
+        RETURNING event_id, id
+    """
+
+
 def by_column(rows: Sequence[Sequence[Any]]) -> list[list[Any]]:
     """Return rows, of which there is one at least, column by column."""
     return [[*column] for column in zip(*rows, strict=True)]

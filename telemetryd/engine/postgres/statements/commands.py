@@ -25,7 +25,7 @@ from telemetryd.engine.postgres.statements import (
     commands_replica,
     commands_thinning,
 )
-from telemetryd.engine.postgres.statements.arrays import arrays, by_column, selected
+from telemetryd.engine.postgres.statements.arrays import by_column, creating
 from telemetryd.engine.postgres.statements.deltas import Deltas
 from telemetryd.engine.postgres.statements.numbers import Numbers
 from telemetryd.errors import DatabaseSuspectError
@@ -68,16 +68,7 @@ from telemetryd.settings import Sync
 
 _BOOLEANS: Final = tuple(map(STORED.index, columns(Role.BOOLEAN)))
 _COLUMNS: Final = (*STORED, "updated_at", DIGEST)
-# Ids are in the order in which the runs were given, rows are stored in the order of their event_ids.
-_CREATE: Final = f"""
-    INSERT INTO agent_runs (id, {", ".join(_COLUMNS)})
-    SELECT id, {selected(_COLUMNS)} FROM (
-        SELECT nextval('numbers') AS id, given.* FROM unnest({arrays(_COLUMNS)}) AS given ({", ".join(_COLUMNS)})
-    ) AS numbered
-    ORDER BY event_id COLLATE "C", id
-    ON CONFLICT (event_id) DO NOTHING
-    RETURNING id, event_id
-"""
+_CREATE: Final = creating(_COLUMNS)
 _HOLD: Final = f"""
     SELECT event_id, id, run_id, labels::text, {", ".join(FACTS)} FROM agent_runs WHERE event_id = ANY (%s::text[])
     ORDER BY event_id FOR NO KEY UPDATE
@@ -192,14 +183,14 @@ class Transaction:
                 held = self._plain.execute(_HOLD, (names,))
                 certificates = self._plain.execute(_CERTIFICATES, (names,))
             if given:
-                known = self._plain.execute(_KNOWN_EVENTS, [[*column] for column in zip(*given, strict=True)])
+                known = self._plain.execute(_KNOWN_EVENTS, by_column(given))
         self._held = {} if held is None else {row[0]: _Held(row[0], row[1], row[2], row[3], [*row[4:]]) for row in held}
         self._runs = {run.id: run for run in self._held.values()}
         for run, *certificate in certificates or ():
             if run in self._runs:
                 self._runs[run].certificate = tuple(certificate)
         self._known_events = {*known} if known is not None else set()
-        new = {event_id: run for run, event_id in created} if created is not None else {}
+        new: dict[str, int] = dict(created) if created is not None else {}
         self._take_in(rows, new)
         return _outcomes(batches, new)
 
@@ -219,7 +210,7 @@ class Transaction:
             if run is not None and str(row[CREATED_AT]) > self._now:
                 ahead.append((row[CREATED_AT], run, row[AGENT_NAME], self._now))
         if ahead:
-            self._late.append((_ARRIVALS, [[*column] for column in zip(*ahead, strict=True)]))
+            self._late.append((_ARRIVALS, by_column(ahead)))
         unseen = dict(new)
         for row in rows:
             run = unseen.pop(str(row[EVENT_ID]), None)

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from telemetryd.engine.postgres.connection import Plain
 from telemetryd.engine.postgres.statements import commands_thinning as thinning
-from telemetryd.engine.postgres.statements.arrays import arrays, by_column, selected
+from telemetryd.engine.postgres.statements.arrays import arrays, by_column, creating, selected
 from telemetryd.engine.postgres.statements.deltas import Deltas
 from telemetryd.engine.postgres.statements.numbers import Numbers
 from telemetryd.model import events
@@ -31,15 +31,7 @@ _COME: Final = """
     WHERE source = %s
 """
 _GIVEN: Final = (*STORED, "updated_at")
-_CREATE: Final = f"""
-    INSERT INTO agent_runs (id, {", ".join(_GIVEN)})
-    SELECT id, {selected(_GIVEN)} FROM (
-        SELECT nextval('numbers') AS id, given.* FROM unnest({arrays(_GIVEN)}) AS given ({", ".join(_GIVEN)})
-    ) AS numbered
-    ORDER BY event_id COLLATE "C", id
-    ON CONFLICT (event_id) DO NOTHING
-    RETURNING event_id, id
-"""
+_CREATE: Final = creating(_GIVEN)
 _KEPT: Final = frozenset({"event_id", "created_at"})
 """What a run keeps from the first place that has it: labels and arrivals are found by it."""
 _CHANGED: Final = tuple(name for name in _GIVEN if name not in _KEPT)

@@ -9,6 +9,7 @@ from typing import Final
 
 from telemetryd.engine.commit_log import KEY, SUMS, Key, Sums, merge
 from telemetryd.engine.postgres.connection import Plain
+from telemetryd.engine.postgres.statements.arrays import by_column
 from telemetryd.engine.stats_log import read_log
 from telemetryd.model.commit_cells import Cell
 
@@ -45,9 +46,9 @@ def add_up(plain: Plain, cells: Mapping[Key, Sums]) -> None:
     """Add to the cells; one of which no runs are left goes."""
     if cells:
         rows = sorted((*key, *sums) for key, sums in cells.items())
-        plain.execute(_ADD, [[*column] for column in zip(*rows, strict=True)])
+        plain.execute(_ADD, by_column(rows))
     if emptied := [key for key, (runs, *_) in cells.items() if runs <= 0]:
-        plain.execute(_DROP, [[*column] for column in zip(*emptied, strict=True)])
+        plain.execute(_DROP, by_column(emptied))
 
 
 def stored(plain: Plain) -> dict[Key, Sums]:

@@ -18,6 +18,7 @@ from telemetryd.engine.columns import MINUTE
 from telemetryd.engine.postgres.connection import Plain
 from telemetryd.engine.postgres.schema import CLASS, COMMITS, FOLDING
 from telemetryd.engine.postgres.statements import commit_cells
+from telemetryd.engine.postgres.statements.arrays import by_column
 from telemetryd.engine.postgres.statements.totals import MINUTES, TOTALS
 from telemetryd.engine.stats_log import (
     CellKey,
@@ -168,7 +169,7 @@ def _write(plain: Plain, cells: dict[CellKey, Cell]) -> None:
 
 def _columns(rows: Sequence[tuple[Any, ...]]) -> list[list[Any]]:
     """Return rows column by column, as `unnest` takes them."""
-    return [[*column] for column in zip(*rows, strict=True)] if rows else [[] for _ in _KEY]
+    return by_column(rows) if rows else [[] for _ in _KEY]
 
 
 def _add_to_totals(plain: Plain, named: Iterable[Named]) -> None:

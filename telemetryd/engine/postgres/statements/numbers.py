@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any, Final
 
 from telemetryd.engine.postgres.connection import STANDBYS, Plain
+from telemetryd.engine.postgres.statements.arrays import by_column
 from telemetryd.model import events
 from telemetryd.settings import Sync
 
@@ -114,7 +115,7 @@ class Numbers:
 
     def _draw_for_events(self) -> None:
         if self._events:
-            self._plain.execute(_HAPPENED, [[*column] for column in zip(*self._events, strict=True)])
+            self._plain.execute(_HAPPENED, by_column(self._events))
             self._events = []
         if self._redacted:
             self._plain.execute(_REDACTED, ([*self._redacted],))

@@ -88,7 +88,7 @@ class Walks:
         return [*short, f"{first} = ANY(ARRAY[{value}])", *self._compared(dict(others))]
 
     def goes_on(self, fixed: Mapping[str, str], *, is_alone: bool) -> bool:
-        """Return whether a walk goes on behind its end until it has given as many runs as it may.
+        """Return whether a walk goes on after its end until it has given as many runs as it may.
 
         Of a comparison of several columns only the first one ends a walk (PostgreSQL 15 to 17), so one that stops there
         would pass over all others with the same first value.
@@ -100,7 +100,7 @@ class Walks:
         return bool(fixed) and (len(fixed) > 1 or not self.ends[1].is_open)
 
     def rest(self, fixed: Mapping[str, str]) -> list[str]:
-        """Return the conditions, on what was selected from a walk, that tell its runs from those behind its end."""
+        """Return the conditions, on what was selected from a walk, that tell its runs from those after its end."""
         end = self.ends[1]
         compared = [] if end.is_open else [f"moment {end.comparison} %({end.places[0]})s"]
         return [*(f"{plain_name(name)} = {value}" for name, value in fixed.items()), *compared]

@@ -13,8 +13,7 @@ from telemetryd.engine.sqlite.statements import commit_cells
 from telemetryd.engine.sqlite.statements.answers import answers
 from telemetryd.model import regressions
 from telemetryd.model.commit_cells import Cell
-from telemetryd.model.regressions import MAX_RUNS, Findings, FindRegressions, Run, Stretch
-from telemetryd.model.values import Status
+from telemetryd.model.regressions import MAX_RUNS, Findings, FindRegressions, Run, Stretch, runs_of
 
 # Each arm is a walk in order; they are merged without a sort. The limit counts runs without a commit as well, so that
 # no finding takes longer than another.
@@ -44,10 +43,4 @@ def fetch_cells(connection: sqlite3.Connection, query: FindRegressions) -> Itera
 def fetch_runs(connection: sqlite3.Connection, stretch: Stretch) -> list[Run]:
     """Return the runs of a stretch, in its order."""
     order = "DESC" if stretch.is_newest_first else "ASC"
-    return [
-        Run(event_id, created_at, commit, repo, status == Status.SUCCESS, duration_ms)
-        for event_id, created_at, commit, repo, status, duration_ms, _ in connection.execute(
-            RUNS.format(order=order), stretch._asdict()
-        )
-        if commit
-    ]
+    return runs_of(connection.execute(RUNS.format(order=order), stretch._asdict()))
