@@ -56,7 +56,7 @@ LARGE: Final = (*_READS, "stats", "migrate", "export", "ingest", *_ADDING)
 """The scenarios whose outcome depends on the size of the database."""
 
 POSTGRESQL: Final = ("postgres-batches", "postgres-singles", "postgres-queries")
-"""The scenarios of PostgreSQL beside its own limits and SQLite; they start a server of their own."""
+"""The scenarios of PostgreSQL next to its own limits and SQLite; they start a server of their own."""
 
 
 @click.command()

@@ -81,7 +81,7 @@ def wait_for_standby(other: psycopg.Connection[Any], pid: int) -> None:
 
 @pytest.mark.parametrize("options", ["", "&options=-c%20client_min_messages%3Derror"])
 def test_a_cancelled_wait_for_the_standby_is_no_acknowledgement(waiting_url: str, options: str) -> None:
-    """PostgreSQL says COMMIT then, with a warning beside it, which a role or an address may have turned off."""
+    """PostgreSQL says COMMIT then, with a warning next to it, which a role or an address may have turned off."""
     with (
         writing_to(waiting_url + options, Sync.STANDBY) as writer,
         psycopg.connect(waiting_url, autocommit=True) as other,

@@ -17,7 +17,7 @@ PAGE_BYTES: Final = 32 * 1024 * 1024
 """About how much one page may hold, which is in memory several times over while it is answered."""
 
 BEHIND_ALL: Final = chr(0x10FFFF)
-"""Comes after every other character, so behind a beginning it is after every text that begins so."""
+"""Comes after every other character: appended to a beginning, it is after every text that begins so."""
 
 Bound = tuple[str, SqlValue]
 """A comparison, and what is compared with."""

@@ -44,7 +44,7 @@ LASTING: Final = 0.5
 SUDDEN: Final = 1 / 3
 """The part of the difference that the days next to the commit must show."""
 BESIDE: Final = 3.5
-"""By how many standard errors a step must be there beside a straight line."""
+"""By how many standard errors a step must remain next to a straight line."""
 BETTER: Final = 12.0
 """By how many variances of a run a step must describe the days better than a straight line."""
 NEAR: Final = 3
@@ -231,9 +231,9 @@ def _is_sudden(before: Spell, since: Spell) -> bool:
 
 
 def _is_step(before: Spell, since: Spell) -> bool:
-    """Return whether a step describes the days better than a straight line does, and is there beside one.
+    """Return whether a step describes the days better than a straight line does, and remains next to one.
 
-    The days are weighted by their runs; the step beside a line is tested by Student's t.
+    The days are weighted by their runs; the step next to a line is tested by Student's t.
     """
     parts: dict[int, list[int]] = {}
     for spell, is_since in ((before, 0), (since, 1)):
